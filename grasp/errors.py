@@ -1,0 +1,21 @@
+"""Exceptions of our own, for what a caller may want to tell apart."""
+
+
+class GraspError(Exception):
+    """Something the user can put right; the message has what was got, what was expected and the remedy."""
+
+
+class NonFiniteError(GraspError, ValueError):
+    """Weights, gradients or a loss are NaN or infinite."""
+
+
+class CalibrationError(GraspError, ValueError):
+    """The calibration text is missing or too short."""
+
+
+class UnsupportedModelError(GraspError, TypeError):
+    """The model's decoder layers cannot be found, or hold nothing that can be compressed."""
+
+
+class CheckpointError(GraspError, ValueError):
+    """A checkpoint folder does not hold what its configuration says."""

@@ -1,0 +1,23 @@
+"""Low-rank kernels for PyTorch: they know tensors, not models."""
+
+from grasp_kernels.dispatch import BackendUnavailableError, available_backends, explain
+from grasp_kernels.ops import (
+    SingularValueGrad,
+    lowrank_glu,
+    lowrank_linear,
+    lowrank_linear_grouped,
+    singular_value_grad,
+)
+from grasp_kernels.reference import Factors
+
+__all__ = [
+    "BackendUnavailableError",
+    "Factors",
+    "SingularValueGrad",
+    "available_backends",
+    "explain",
+    "lowrank_glu",
+    "lowrank_linear",
+    "lowrank_linear_grouped",
+    "singular_value_grad",
+]

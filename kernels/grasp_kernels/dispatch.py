@@ -1,0 +1,132 @@
+"""Which backend runs a call, and why the others do not: one table, first row without an objection."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+OPS = ("lowrank_linear", "lowrank_linear_grouped", "lowrank_glu", "singular_value_grad")
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend that was asked for by name cannot run this call; the message has its reason."""
+
+
+class Call(NamedTuple):
+    """What a row of the table may look at."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    rows: int  # tokens: the product of the input's leading dimensions
+    rank: int  # the largest of the group
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row: where the functions are, what the machine lacks (asked once), what a call may not be."""
+
+    name: str
+    functions: Mapping[str, str]  # op → "module:function"
+    missing: Callable[[], str | None]
+    refuses: Callable[[Call], str | None]
+
+
+def _nothing(*_: object) -> None:
+    return None
+
+
+BACKENDS: tuple[Backend, ...] = (
+    Backend("reference", {op: f"grasp_kernels.reference:{op}" for op in OPS}, missing=_nothing, refuses=_nothing),
+)
+
+
+@functools.cache
+def backend_missing(name: str) -> str | None:
+    """Why this machine cannot run a backend at all, or ``None`` where it can."""
+    return _row(name).missing()
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that this machine can run, in the order in which ``"auto"`` tries them."""
+    return tuple(row.name for row in BACKENDS if backend_missing(row.name) is None)
+
+
+def objection(row: Backend, call: Call) -> str | None:
+    """Why ``row`` does not run ``call``, or ``None`` where it does."""
+    if call.op not in row.functions:
+        return f"has no {call.op}"
+    return backend_missing(row.name) or row.refuses(call)
+
+
+def select(backend: str, call: Call) -> Callable[..., Any]:
+    """The function that runs ``call``.
+
+    Raises:
+        ValueError: if ``backend`` is no row of the table.
+        BackendUnavailableError: if a named backend objects.
+    """
+    if backend == "auto":
+        row = next(row for row in BACKENDS if objection(row, call) is None)
+    else:
+        row = _row(backend)
+        if (reason := objection(row, call)) is not None:
+            raise BackendUnavailableError(
+                f"backend {backend!r} cannot run {_describe(call)}: {reason}. "
+                "Pass backend='auto' to let the table choose."
+            )
+    return _load(row.functions[call.op])
+
+
+def explain(
+    op: str,
+    *,
+    rows: int,
+    rank: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> dict[str, str]:
+    """Say for each backend why it does not run a call, or that it is ``"chosen"``; later ones are ``"not reached"``.
+
+    Args:
+        op: an op's name, such as ``"lowrank_linear"``.
+        rows: tokens in the call.
+        rank: the largest rank of the group.
+        dtype: dtype of the input.
+        device: device of the input.
+
+    Raises:
+        ValueError: if ``op`` is no op.
+    """
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}; the ops are {', '.join(OPS)}")
+    call = Call(op, torch.device(device), dtype, rows, rank)
+    answers: dict[str, str] = {}
+    chosen = False
+    for row in BACKENDS:
+        reason = objection(row, call)
+        answers[row.name] = reason or ("not reached" if chosen else "chosen")
+        chosen = chosen or reason is None
+    return answers
+
+
+def _row(name: str) -> Backend:
+    for row in BACKENDS:
+        if row.name == name:
+            return row
+    raise ValueError(f"unknown backend {name!r}; expected 'auto' or one of {', '.join(row.name for row in BACKENDS)}")
+
+
+@functools.cache
+def _load(path: str) -> Callable[..., Any]:
+    module, _, function = path.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _describe(call: Call) -> str:
+    return f"{call.op} on {call.device.type} in {call.dtype} with {call.rows} rows and rank {call.rank}"

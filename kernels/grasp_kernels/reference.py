@@ -1,0 +1,107 @@
+"""Each op in plain PyTorch: the definition that every other backend must match."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """A rank-R linear layer: ``weight = U @ diag(s) @ Vh``.
+
+    U is (N, R), s is (R,) or ``None`` where it is folded into the factors, Vh is (R, K), bias is (N,) or ``None``.
+    """
+
+    U: Tensor
+    s: Tensor | None
+    Vh: Tensor
+    bias: Tensor | None = None
+
+
+class Activation(NamedTuple):
+    """An activation and its vector-Jacobian product ``(grad, input) -> grad_input``."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+def _gelu(approximate: str) -> Activation:
+    return Activation(
+        lambda x: F.gelu(x, approximate=approximate),
+        lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate=approximate),
+    )
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": Activation(F.silu, torch.ops.aten.silu_backward),
+    "gelu": _gelu("none"),
+    "gelu_tanh": _gelu("tanh"),
+    "relu": Activation(F.relu, lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0)),
+}
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 where the inputs are fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def project(x: Tensor, s: Tensor | None, Vh: Tensor) -> Tensor:
+    """``(x @ Vh.mT) * s``: (..., K) → (..., R), scaled in fp32, in the dtype of ``x``."""
+    h = F.linear(x, Vh)
+    return h if s is None else (h.to(accumulation_dtype(x.dtype)) * s).to(x.dtype)
+
+
+def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None) -> Tensor:
+    """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K)."""
+    return F.linear(project(x, s, Vh), U, bias)
+
+
+def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
+    """Several low-rank linears of one input; x is (M, K)."""
+    return [lowrank_linear(x, *group) for group in factors]
+
+
+def lowrank_glu(x: Tensor, gate: Factors, up: Factors, activation: str) -> Tensor:
+    """``act(gate(x)) * up(x)``; x is (M, K)."""
+    return ACTIVATIONS[activation].forward(lowrank_linear(x, *gate)) * lowrank_linear(x, *up)
+
+
+def sum_segments(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sum rows ``cu_seqlens[b]:cu_seqlens[b + 1]`` for each b: (T, R) → (B, R); an empty segment sums to 0."""
+    return torch.segment_reduce(values, "sum", lengths=cu_seqlens.diff().to(torch.int64), axis=0, initial=0)
+
+
+def singular_value_grad(
+    x: Tensor,
+    grad_y: Tensor,
+    U: Tensor,
+    Vh: Tensor,
+    cu_seqlens: Tensor | None,
+    per_sample: bool,
+    second_moment: str,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``colsum((grad_y @ U) * (x @ Vh.mT))`` and the sum of squared unit gradients; x is (T, K), grad_y is (T, N).
+
+    The second result has no elements where ``second_moment`` is ``"none"``.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    token = (grad_y.to(dtype) @ U.to(dtype)) * (x.to(dtype) @ Vh.to(dtype).mT)  # [T, R]
+    if mask is not None:
+        token = token.masked_fill(~mask[:, None], 0)
+    sample = sum_segments(token, cu_seqlens) if cu_seqlens is not None else None  # [B, R]
+    if per_sample:
+        assert sample is not None
+        assert cu_seqlens is not None
+        squares = sum_segments(token.square(), cu_seqlens) if second_moment == "token" else sample.square()
+        return sample, squares if second_moment != "none" else token.new_empty(0)
+    first = token.sum(0)
+    if second_moment == "none":
+        return first, token.new_empty(0)
+    unit = token if second_moment == "token" else sample
+    assert unit is not None
+    return first, unit.square().sum(0)
