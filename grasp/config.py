@@ -1,0 +1,117 @@
+"""What to compress and how: one frozen, validated configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from grasp.attribution import METRICS
+
+
+@dataclass(frozen=True)
+class GraspConfig:
+    """How ``compress_`` chooses layers, ranks and singular groups. ``GraspConfig()`` is the ``"paper"`` preset.
+
+    Which layers: exactly one of ``layers``, ``num_layers`` and ``compression_ratio``, or none of them, which means the
+    paper's main setting, a ``compression_ratio`` of 0.2.
+
+    Args:
+        layers: decoder layers to compress, 0 being the first.
+        num_layers: compress this many layers, those with the lowest block influence.
+        compression_ratio: fraction of the whole model's parameters to remove, embeddings counted. ``retain_ratio`` then
+            sets the number of layers, and is re-solved so that the fraction is met.
+        retain_ratio: fraction of each matrix's parameters to keep, in (0, 1]; R = int(N·K·retain_ratio / (N + K)).
+        threshold_ratio: instead of ``retain_ratio``, keep the fewest groups whose importance adds up to this fraction,
+            never more than the break-even rank, above which a matrix would grow.
+        metric: importance of a singular group: ``"taylor"`` |σ·∂L/∂σ| or ``"gradient"`` |∂L/∂σ|.
+
+    Raises:
+        ValueError: if a value is out of range, or options exclude each other.
+    """
+
+    layers: tuple[int, ...] | None = None
+    num_layers: int | None = None
+    compression_ratio: float | None = None
+    retain_ratio: float = 0.1
+    threshold_ratio: float | None = None
+    metric: str = "taylor"
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
+    DEFAULT_COMPRESSION_RATIO: ClassVar[float] = 0.2
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(sorted(self.layers)))
+        self._check_exclusive("layers", "num_layers", "compression_ratio")
+        self._check_exclusive("compression_ratio", "threshold_ratio")
+        if self.layers is not None and (
+            not all(_is_int(layer) and layer >= 0 for layer in self.layers) or len(set(self.layers)) < len(self.layers)
+        ):
+            raise ValueError(f"layers must be distinct integers from 0 up, got {list(self.layers)}")
+        if self.num_layers is not None and not (_is_int(self.num_layers) and self.num_layers >= 0):
+            raise ValueError(f"num_layers must be an integer from 0 up, got {self.num_layers!r}")
+        _check_ratio("compression_ratio", self.compression_ratio, low_open=False, high_open=True)
+        _check_ratio("retain_ratio", self.retain_ratio, low_open=True, high_open=False)
+        _check_ratio("threshold_ratio", self.threshold_ratio, low_open=True, high_open=False)
+        if self.metric not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> GraspConfig:
+        """A named configuration with some fields changed.
+
+        Raises:
+            ValueError: if there is no such preset or field, or a value is out of range.
+        """
+        if name not in cls.PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(cls.PRESETS)}, got {name!r}")
+        return cls.from_dict({**cls.PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GraspConfig:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ValueError: if a key is no field, or a value is out of range.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(names)):
+            raise ValueError(f"unknown configuration keys {', '.join(unknown)}; expected some of {', '.join(names)}")
+        values = dict(values)
+        if values.get("layers") is not None:
+            values["layers"] = tuple(values["layers"])
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
+        values = dataclasses.asdict(self)
+        return {**values, "layers": None if self.layers is None else list(self.layers)}
+
+    @property
+    def target_ratio(self) -> float | None:
+        """The ``compression_ratio`` to meet, or ``None`` where the layers are given."""
+        if self.layers is not None or self.num_layers is not None:
+            return None
+        if self.compression_ratio is None and self.threshold_ratio is None:
+            return self.DEFAULT_COMPRESSION_RATIO
+        return self.compression_ratio
+
+    def _check_exclusive(self, *names: str) -> None:
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; give one of {', '.join(names)}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_ratio(name: str, value: float | None, *, low_open: bool, high_open: bool) -> None:
+    if value is None:
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not 0 <= value <= 1 or (low_open and value == 0) or (high_open and value == 1):
+        raise ValueError(f"{name} must be in {'(' if low_open else '['}0, 1{')' if high_open else ']'}, got {value!r}")

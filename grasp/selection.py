@@ -1,0 +1,120 @@
+"""From importance to layers, ranks and indices: pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, int]  # (N, K): out_features, in_features
+
+
+class Budget(NamedTuple):
+    """The answer to a compression ratio: layers in ascending order, and the fraction of each matrix that is kept."""
+
+    layers: tuple[int, ...]
+    retain_ratio: float
+
+
+def rank_for_retain_ratio(shape: Shape, retain_ratio: float) -> int:
+    """The rank at which a matrix keeps ``retain_ratio`` of its parameters, ``int(N·K·r / (N + K))``; at least 1.
+
+    Source: arXiv 2501.00339, where the ratio is of parameters, not of singular groups.
+    """
+    n, k = shape
+    return max(1, int(n * k * retain_ratio / (n + k)))
+
+
+def break_even_rank(shape: Shape) -> int:
+    """The largest rank at which the factors hold fewer parameters than the matrix; 0 where there is none."""
+    n, k = shape
+    return (n * k - 1) // (n + k)
+
+
+def parameters_removed(shape: Shape, rank: int) -> int:
+    """Parameters saved by rank ``rank``: ``N·K − R·(N + K)``; negative where the factors are larger."""
+    n, k = shape
+    return n * k - rank * (n + k)
+
+
+def retained_indices(importance: Tensor, rank: int) -> Tensor:
+    """The ``rank`` most important singular groups, ascending; of equals, those with the larger singular value.
+
+    Args:
+        importance: (groups,) non-negative, in the order of the singular values.
+        rank: how many to keep.
+
+    Raises:
+        ValueError: if there are fewer groups than ``rank``.
+    """
+    if not 1 <= rank <= len(importance):
+        raise ValueError(f"rank must be between 1 and the {len(importance)} singular groups, got {rank}")
+    return importance.argsort(descending=True, stable=True)[:rank].sort().values
+
+
+def rank_for_threshold(importance: Tensor, threshold_ratio: float, shape: Shape) -> int:
+    """The fewest groups whose cumulative importance reaches a share of the total, at most the break-even rank."""
+    ordered = importance.double().sort(descending=True).values
+    cumulative = ordered.cumsum(0)
+    reached = int((cumulative < threshold_ratio * cumulative[-1]).sum()) + 1
+    return max(1, min(reached, break_even_rank(shape), len(importance)))
+
+
+def redundant_layers(scores: Sequence[float], count: int) -> tuple[int, ...]:
+    """The ``count`` layers with the smallest scores, most redundant first; of equals, the shallower first.
+
+    Raises:
+        ValueError: if there are fewer layers than ``count``.
+    """
+    if count > len(scores):
+        raise ValueError(f"the model has {len(scores)} decoder layers, got num_layers={count}")
+    return tuple(sorted(range(len(scores)), key=lambda layer: scores[layer])[:count])
+
+
+def solve_compression_ratio(
+    shapes: Mapping[int, Sequence[Shape]],
+    order: Sequence[int],
+    total_parameters: int,
+    compression_ratio: float,
+    retain_ratio: float,
+) -> Budget:
+    """How many of the most redundant layers to compress, and how far, to remove a fraction of the whole model.
+
+    The number of layers is the smallest that reaches the target at ``retain_ratio``; then the ratio is solved again,
+    so that the target is met as closely as whole ranks allow.
+
+    Args:
+        shapes: for each layer the matrices that can be replaced.
+        order: layers, most redundant first.
+        total_parameters: parameters of the whole model.
+        compression_ratio: fraction of them to remove, in [0, 1).
+        retain_ratio: fraction of a matrix's parameters that sets the number of layers.
+
+    Raises:
+        ValueError: if rank 1 everywhere does not remove that much.
+    """
+
+    def removed(count: int, ratio: float) -> int:
+        return sum(
+            parameters_removed(shape, rank_for_retain_ratio(shape, ratio))
+            for layer in order[:count]
+            for shape in shapes[layer]
+        )
+
+    target = compression_ratio * total_parameters
+    if target == 0:
+        return Budget((), retain_ratio)
+    if (most := removed(len(order), 0.0)) < target:
+        raise ValueError(
+            f"compression_ratio={compression_ratio} asks for {target:.0f} of {total_parameters} parameters, but rank 1 "
+            f"in every eligible matrix removes {most}; the largest possible ratio is {most / total_parameters:.4f}"
+        )
+    count = next((n for n in range(1, len(order) + 1) if removed(n, retain_ratio) >= target), len(order))
+    low, high = 0.0, 1.0  # removed(low) >= target; it falls, in steps, as the ratio rises
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if removed(count, middle) >= target else (low, middle)
+    ratio = min(low, high, key=lambda value: abs(removed(count, value) - target))
+    return Budget(tuple(sorted(order[:count])), ratio)
