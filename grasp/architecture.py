@@ -87,7 +87,7 @@ def layer_targets(model: nn.Module, layer: int) -> tuple[list[Target], dict[str,
     targets: list[Target] = []
     left: dict[str, str] = {}
     expert_blocks: list[str] = []
-    for path, module in found.layers[layer].named_modules():
+    for path, _ in found.layers[layer].named_modules():
         if path.split(".")[-1] == "experts":
             expert_blocks.append(path.rpartition(".")[0] + ".")
             left[prefix + path] = "mixture-of-experts weights are not compressed"

@@ -132,7 +132,8 @@ def weight_grads(
     for name, grad in grads.items():
         if not torch.isfinite(grad).all():
             raise NonFiniteError(
-                f"the gradient in {name} is NaN or infinite; expected finite ones. Load the model in bfloat16 or float32."
+                f"the gradient in {name} is NaN or infinite; expected a finite one. "
+                "Load the model in bfloat16 or float32."
             )
         grad /= tokens
     return grads

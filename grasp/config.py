@@ -46,7 +46,8 @@ class GraspConfig:
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(sorted(self.layers)))
         self._check_exclusive("layers", "num_layers", "compression_ratio")
-        self._check_exclusive("compression_ratio", "threshold_ratio")
+        if self.threshold_ratio is not None and self.layers is None and self.num_layers is None:
+            raise ValueError("threshold_ratio needs layers or num_layers: it does not fix a compression ratio")
         if self.layers is not None and (
             not all(_is_int(layer) and layer >= 0 for layer in self.layers) or len(set(self.layers)) < len(self.layers)
         ):
@@ -89,15 +90,6 @@ class GraspConfig:
         """The fields as JSON can hold them."""
         values = dataclasses.asdict(self)
         return {**values, "layers": None if self.layers is None else list(self.layers)}
-
-    @property
-    def target_ratio(self) -> float | None:
-        """The ``compression_ratio`` to meet, or ``None`` where the layers are given."""
-        if self.layers is not None or self.num_layers is not None:
-            return None
-        if self.compression_ratio is None and self.threshold_ratio is None:
-            return self.DEFAULT_COMPRESSION_RATIO
-        return self.compression_ratio
 
     def _check_exclusive(self, *names: str) -> None:
         given = [name for name in names if getattr(self, name) is not None]

@@ -67,7 +67,8 @@ class LowRankLinear(nn.Module):
         super().__init__()
         if not 1 <= rank <= min(in_features, out_features):
             raise ValueError(
-                f"rank must be between 1 and min(in_features, out_features) = {min(in_features, out_features)}, got {rank}"
+                f"rank must be between 1 and {min(in_features, out_features)}, the smaller of in_features={in_features} "
+                f"and out_features={out_features}; got {rank}"
             )
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.U = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))

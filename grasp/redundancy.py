@@ -67,9 +67,9 @@ def block_influence(
         for handle in handles:
             handle.remove()
     if not torch.isfinite(totals).all():
-        bad = [i for i, total in enumerate(totals.tolist()) if not torch.isfinite(torch.tensor(total))]
+        bad = (~torch.isfinite(totals)).nonzero().flatten().tolist()
         raise NonFiniteError(
-            f"the hidden states of layers {bad} are NaN or infinite; expected finite ones. Load the model in bfloat16 or "
-            "float32, or repair the checkpoint."
+            f"the hidden states of layers {bad} are NaN or infinite; expected finite ones. "
+            "Load the model in bfloat16 or float32, or repair the checkpoint."
         )
     return (totals / tokens).tolist()

@@ -1,0 +1,219 @@
+"""GRASP: replace the linears of redundant decoder layers by the singular groups that the loss depends on."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp.architecture import BLOCKS, Target, decoder, layer_targets, replace_module_
+from grasp.attribution import METRICS, Prefix, capture_prefix, singular_value_grad_from_weight_grad, weight_grads
+from grasp.calibration import CalibrationBatch, as_batches, batches_digest
+from grasp.checkpoint import mark_compressed
+from grasp.config import GraspConfig
+from grasp.errors import UnsupportedModelError
+from grasp.modules import LowRankLinear, decompose, dense_weight
+from grasp.progress import Progress, silent
+from grasp.redundancy import block_influence
+from grasp.report import CompressionReport, ModuleReport, model_size
+from grasp.selection import (
+    Budget,
+    break_even_rank,
+    rank_for_retain_ratio,
+    rank_for_threshold,
+    redundant_layers,
+    retained_indices,
+    solve_compression_ratio,
+)
+
+
+def compress_(
+    model: PreTrainedModel,
+    batches: Sequence[CalibrationBatch | Tensor],
+    config: GraspConfig | None = None,
+    *,
+    progress: Progress = silent,
+) -> CompressionReport:
+    """Compress a causal language model in place (arXiv 2501.00339).
+
+    The redundant layers are found by block influence. From the deepest up, first the MLP and then the attention of each
+    is replaced: the gradients in its singular values are taken over all batches on the model as it is by then. If this
+    is interrupted, the model is left whole and usable, with the blocks replaced so far.
+
+    Args:
+        model: a decoder-only model of the transformers library, in any floating-point dtype.
+        batches: calibration token batches: ``CalibrationBatch`` or int64 (B, L) tensors.
+        config: what to compress and how; ``GraspConfig()`` where it is ``None``.
+        progress: called as ``progress(step, done, total)`` throughout.
+
+    Returns:
+        What was done to every module of the redundant layers, what was left and why, sizes before and after.
+
+    Raises:
+        ValueError: if the configuration asks for layers or a ratio that the model does not have.
+        CalibrationError: if there are no batches, or they hold no token to predict.
+        NonFiniteError: if weights, hidden states, the loss or gradients are NaN or infinite.
+        UnsupportedModelError: if the decoder layers cannot be found or hold nothing to compress.
+    """
+    config = GraspConfig() if config is None else config
+    batches = as_batches(batches)
+    clock = _Clock()
+    layers = decoder(model).layers
+    before = model_size(model, layers)
+    targets, left = _eligible(model)
+
+    scores = block_influence(model, batches, progress=progress)
+    clock.lap("block_influence")
+    budget = _choose_layers(config, scores, targets, before.parameters)
+
+    done: list[ModuleReport] = []
+    try:
+        if budget.layers:
+            prefix = capture_prefix(model, batches, budget.layers, progress=progress)
+            clock.lap("prefix")
+        for layer in reversed(budget.layers):
+            for block in BLOCKS:
+                done += _compress_block_(
+                    model,
+                    batches,
+                    [target for target in targets[layer] if target.block == block],
+                    prefix,
+                    config,
+                    budget.retain_ratio,
+                    clock,
+                    progress,
+                )
+            del prefix.hidden[layer]
+    finally:
+        mark_compressed(model)
+    done += [report for layer in budget.layers for report in left[layer]]
+    return CompressionReport(
+        config=config.to_dict(),
+        block_influence=tuple(scores),
+        redundant_layers=budget.layers,
+        retain_ratio=budget.retain_ratio if config.threshold_ratio is None else None,
+        modules=tuple(done),
+        before=before,
+        after=model_size(model, layers),
+        calibration={
+            "sequences": sum(len(batch.input_ids) for batch in batches),
+            "tokens": sum(batch.num_tokens for batch in batches),
+            "sha256": batches_digest(batches),
+        },
+        seconds=dict(clock.seconds),
+        versions={name: version(name) for name in ("torch", "transformers")},
+    )
+
+
+def _eligible(model: PreTrainedModel) -> tuple[dict[int, list[Target]], dict[int, list[ModuleReport]]]:
+    """For each layer, the linears that low-rank factors can make smaller, and the modules that are left."""
+    targets: dict[int, list[Target]] = {}
+    left: dict[int, list[ModuleReport]] = {}
+    for layer in range(len(decoder(model).layers)):
+        found, reasons = layer_targets(model, layer)
+        targets[layer] = [target for target in found if break_even_rank(_shape(target)) >= 1]
+        small = {t.name: f"too small: rank 1 does not shrink {_shape(t)}" for t in found if t not in targets[layer]}
+        left[layer] = [ModuleReport(name, layer, "", reason) for name, reason in (reasons | small).items()]
+    if not any(targets.values()):
+        raise UnsupportedModelError(
+            f"no decoder layer of {type(model).__name__} has a dense nn.Linear or Conv1D to compress; expected some. "
+            "A model that is quantised must be loaded unquantised."
+        )
+    return targets, left
+
+
+def _choose_layers(
+    config: GraspConfig, scores: Sequence[float], targets: dict[int, list[Target]], total_parameters: int
+) -> Budget:
+    """Which layers are redundant, and which fraction of their matrices stays."""
+    if config.layers is not None:
+        if config.layers and config.layers[-1] >= len(scores):
+            raise ValueError(f"the model has decoder layers 0..{len(scores) - 1}, got layers={list(config.layers)}")
+        return Budget(config.layers, config.retain_ratio)
+    if config.num_layers is not None:
+        return Budget(tuple(sorted(redundant_layers(scores, config.num_layers))), config.retain_ratio)
+    return solve_compression_ratio(
+        {layer: [_shape(target) for target in found] for layer, found in targets.items()},
+        redundant_layers(scores, len(scores)),
+        total_parameters,
+        config.DEFAULT_COMPRESSION_RATIO if config.compression_ratio is None else config.compression_ratio,
+        config.retain_ratio,
+    )
+
+
+def _compress_block_(
+    model: PreTrainedModel,
+    batches: Sequence[CalibrationBatch],
+    targets: Sequence[Target],
+    prefix: Prefix,
+    config: GraspConfig,
+    retain_ratio: float,
+    clock: _Clock,
+    progress: Progress,
+) -> list[ModuleReport]:
+    """Attribute, select and replace the linears of one block."""
+    if not targets:
+        return []
+    grads = weight_grads(model, batches, targets, prefix, progress=progress)
+    clock.lap("attribution")
+    replacements: dict[str, LowRankLinear] = {}
+    reports: list[ModuleReport] = []
+    for target in targets:
+        svd = decompose(dense_weight(target.module), target.name)
+        grad = singular_value_grad_from_weight_grad(grads.pop(target.name), svd)
+        importance = METRICS[config.metric](svd.S, grad)
+        if config.threshold_ratio is None:
+            rank = rank_for_retain_ratio(_shape(target), retain_ratio)
+        else:
+            rank = rank_for_threshold(importance, config.threshold_ratio, _shape(target))
+        indices = retained_indices(importance, rank)
+        replacements[target.name] = LowRankLinear.from_dense(target.module, indices, svd)
+        reports.append(_report(target, replacements[target.name], indices, importance))
+    for name, module in replacements.items():
+        replace_module_(model, name, module)
+    clock.lap("factorize")
+    return reports
+
+
+def _report(target: Target, module: LowRankLinear, indices: Tensor, importance: Tensor) -> ModuleReport:
+    n, k = _shape(target)
+    before, after = list(target.module.parameters()), list(module.parameters())
+    total = float(importance.double().sum())
+    return ModuleReport(
+        name=target.name,
+        layer=target.layer,
+        block=target.block,
+        reason="",
+        out_features=n,
+        in_features=k,
+        rank=module.rank,
+        parameters_before=sum(p.numel() for p in before),
+        parameters_after=sum(p.numel() for p in after),
+        bytes_before=sum(p.numel() * p.element_size() for p in before),
+        bytes_after=sum(p.numel() * p.element_size() for p in after),
+        importance_kept=float(importance[indices].double().sum()) / total if total > 0 else 1.0,
+        indices=tuple(indices.tolist()),
+    )
+
+
+def _shape(target: Target) -> tuple[int, int]:
+    n, k = dense_weight(target.module).shape
+    return n, k
+
+
+class _Clock:
+    """Seconds spent in each step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._last = time.perf_counter()
+
+    def lap(self, step: str) -> None:
+        now = time.perf_counter()
+        self.seconds[step] += now - self._last
+        self._last = now

@@ -1,0 +1,136 @@
+"""What a compression did to every module: the report that ``compress_`` returns and checkpoints carry."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from grasp.errors import CheckpointError
+
+FILE_NAME = "report.json"
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One linear of a redundant layer: what it was, what it became, or why it was left. Sizes in parameters and bytes."""
+
+    name: str
+    layer: int
+    block: str  # "attention" or "mlp"; "" where the module is left
+    reason: str  # why it was left; "" where it was compressed
+    out_features: int = 0
+    in_features: int = 0
+    rank: int = 0
+    parameters_before: int = 0
+    parameters_after: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    importance_kept: float = 0.0  # share of the summed importance that the kept groups hold
+    indices: tuple[int, ...] = ()  # the kept singular groups, 0 being the largest singular value
+
+
+@dataclass(frozen=True)
+class Size:
+    """Logical parameters and bytes, a tied weight counted once."""
+
+    parameters: int
+    bytes: int
+    decoder_parameters: int  # those inside the decoder layers
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What ``compress_`` did. ``compression_ratio`` is of the whole model; ``decoder_compression_ratio`` of its layers."""
+
+    config: Mapping[str, Any]
+    block_influence: tuple[float, ...]
+    redundant_layers: tuple[int, ...]  # ascending
+    retain_ratio: float | None  # as used; ``None`` with a threshold
+    modules: tuple[ModuleReport, ...]
+    before: Size
+    after: Size
+    calibration: Mapping[str, int | str]  # sequences, tokens, sha256 of the token ids
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def compression_ratio(self) -> float:
+        """Fraction of the whole model's parameters that was removed."""
+        return 1 - self.after.parameters / self.before.parameters
+
+    @property
+    def decoder_compression_ratio(self) -> float:
+        """Fraction of the decoder layers' parameters that was removed."""
+        return 1 - self.after.decoder_parameters / self.before.decoder_parameters
+
+    @property
+    def compressed(self) -> tuple[ModuleReport, ...]:
+        """The modules that were replaced."""
+        return tuple(module for module in self.modules if not module.reason)
+
+    @property
+    def left(self) -> tuple[ModuleReport, ...]:
+        """The modules of redundant layers that were not replaced; each has its reason."""
+        return tuple(module for module in self.modules if module.reason)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, the two ratios included, as JSON can hold it."""
+        return {
+            "compression_ratio": self.compression_ratio,
+            "decoder_compression_ratio": self.decoder_compression_ratio,
+            **dataclasses.asdict(self),
+        }
+
+    def to_json(self) -> str:
+        """``to_dict`` as text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> CompressionReport:
+        """The inverse of ``to_json``.
+
+        Raises:
+            CheckpointError: if the text is not a report.
+        """
+        try:
+            values = json.loads(text)
+            names = {f.name for f in dataclasses.fields(cls)}
+            values = {key: value for key, value in values.items() if key in names}
+            values["modules"] = tuple(
+                ModuleReport(**{**module, "indices": tuple(module["indices"])}) for module in values["modules"]
+            )
+            for key in ("before", "after"):
+                values[key] = Size(**values[key])
+            for key in ("block_influence", "redundant_layers"):
+                values[key] = tuple(values[key])
+            return cls(**values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"not a compression report ({error}); expected the report.json that grasp wrote") from error
+
+    @classmethod
+    def load(cls, directory: str | Path) -> CompressionReport:
+        """Read the report of a checkpoint folder.
+
+        Raises:
+            CheckpointError: if there is none, or it cannot be read.
+        """
+        path = Path(directory) / FILE_NAME
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist; expected a folder that `grasp compress` wrote")
+        return cls.from_json(path.read_text(encoding="utf-8"))
+
+
+def model_size(model: nn.Module, layers: nn.ModuleList) -> Size:
+    """Parameters and bytes of a model, each distinct parameter counted once."""
+    parameters = list(model.parameters())  # distinct ones: torch leaves out repeats
+    return Size(
+        parameters=sum(p.numel() for p in parameters),
+        bytes=sum(p.numel() * p.element_size() for p in parameters),
+        decoder_parameters=sum(p.numel() for p in layers.parameters()),
+    )
