@@ -20,7 +20,6 @@ from grasp.architecture import (
     entering_with,
     evaluating,
     hidden_input,
-    hidden_output,
     passing_through,
 )
 from grasp.calibration import CalibrationBatch

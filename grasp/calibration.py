@@ -12,7 +12,7 @@ from grasp.errors import CalibrationError
 
 
 class CalibrationBatch(NamedTuple):
-    """Token ids (B, L) int64, and a bool mask (B, L) that is False at padding, or ``None`` where there is no padding."""
+    """Token ids (B, L) int64, and a bool mask (B, L) that is False at padding; ``None`` where there is none."""
 
     input_ids: Tensor
     attention_mask: Tensor | None = None

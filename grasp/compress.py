@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from importlib.metadata import version
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 

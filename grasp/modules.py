@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from grasp_kernels import lowrank_linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import NonFiniteError
+from grasp_kernels import lowrank_linear
 
 DenseLinear = nn.Linear | Conv1D
 
@@ -67,8 +67,8 @@ class LowRankLinear(nn.Module):
         super().__init__()
         if not 1 <= rank <= min(in_features, out_features):
             raise ValueError(
-                f"rank must be between 1 and {min(in_features, out_features)}, the smaller of in_features={in_features} "
-                f"and out_features={out_features}; got {rank}"
+                f"rank must be between 1 and {min(in_features, out_features)} for a linear of "
+                f"{in_features} inputs and {out_features} outputs, got {rank}"
             )
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.U = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))

@@ -18,7 +18,7 @@ FILE_NAME = "report.json"
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One linear of a redundant layer: what it was, what it became, or why it was left. Sizes in parameters and bytes."""
+    """One linear of a redundant layer: what it was and became, or why it was left; sizes in parameters and bytes."""
 
     name: str
     layer: int
@@ -46,7 +46,7 @@ class Size:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What ``compress_`` did. ``compression_ratio`` is of the whole model; ``decoder_compression_ratio`` of its layers."""
+    """What ``compress_`` did. ``compression_ratio`` is of the whole model, ``decoder_compression_ratio`` of its layers."""
 
     config: Mapping[str, Any]
     block_influence: tuple[float, ...]
@@ -111,7 +111,9 @@ class CompressionReport:
                 values[key] = tuple(values[key])
             return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"not a compression report ({error}); expected the report.json that grasp wrote") from error
+            raise CheckpointError(
+                f"not a compression report ({error}); expected the report.json that grasp wrote"
+            ) from error
 
     @classmethod
     def load(cls, directory: str | Path) -> CompressionReport:
