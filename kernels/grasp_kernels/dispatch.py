@@ -34,7 +34,7 @@ class Backend:
     name: str
     functions: Mapping[str, str]  # op → "module:function"
     missing: Callable[[], str | None]
-    refuses: Callable[[Call], str | None]
+    refuses: Callable[[Call], str | None]  # a pure function: its answer to a call is kept
 
 
 def _nothing(*_: object) -> None:
@@ -64,13 +64,15 @@ def objection(row: Backend, call: Call) -> str | None:
     return backend_missing(row.name) or row.refuses(call)
 
 
-def select(backend: str, call: Call) -> Callable[..., Any]:
-    """The function that runs ``call``.
+@functools.lru_cache(maxsize=4096)
+def select(backend: str, op: str, device: torch.device, dtype: torch.dtype, rows: int, rank: int) -> Callable[..., Any]:
+    """The function that runs a call; answers are kept, for every call asks. The arguments are those of ``Call``.
 
     Raises:
         ValueError: if ``backend`` is no row of the table.
         BackendUnavailableError: if a named backend objects.
     """
+    call = Call(op, device, dtype, rows, rank)
     if backend == "auto":
         row = next(row for row in BACKENDS if objection(row, call) is None)
     else:

@@ -1,0 +1,143 @@
+"""Backward of each op, in terms of ordinary ops, so that it can be traced and differentiated again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grasp_kernels.reference import ACTIVATIONS, Factors, accumulation_dtype, project
+
+
+def regroup(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> list[Factors]:
+    """The list of factors again, from what the op ``grasp::lowrank_linear_grouped`` is given in its place.
+
+    Args:
+        columns: the U, s, Vh and bias of all groups, absent ones left out.
+        present: which of the 4 each group has, 4 per group.
+    """
+    remaining = [iter(column) for column in columns]
+    groups = [present[i : i + 4] for i in range(0, len(present), 4)]
+    return [Factors(*(next(c) if p else None for c, p in zip(remaining, group, strict=True))) for group in groups]
+
+
+def _factor_grads(
+    needs: Sequence[bool], grad_y: Tensor, x: Tensor, factors: Factors
+) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
+    """Gradients of one low-rank linear in x and in (U, s, Vh, bias); ``needs`` says for which of the five."""
+    U, s, Vh, bias = factors
+    x, grad_y = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
+    needs_x, needs_U, needs_s, needs_Vh, needs_bias = needs
+    grad_x = grad_U = grad_s = grad_Vh = grad_bias = None
+    if needs_U:
+        grad_U = grad_y.mT @ project(x, s, Vh)
+    if needs_x or needs_s or needs_Vh:
+        grad_h = grad_y @ U  # [M, R]
+        if s is not None:
+            wide = grad_h.to(accumulation_dtype(x.dtype))
+            if needs_s:
+                grad_s = (wide * (x @ Vh.mT)).sum(0).to(s.dtype)
+            grad_h = (wide * s).to(grad_h.dtype)
+        grad_x = grad_h @ Vh if needs_x else None
+        grad_Vh = grad_h.mT @ x if needs_Vh else None
+    if needs_bias and bias is not None:
+        grad_bias = grad_y.sum(0)
+    return grad_x, (grad_U, grad_s, grad_Vh, grad_bias)
+
+
+def lowrank_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep what the backward of ``lowrank_linear`` reads."""
+    ctx.save_for_backward(*inputs[:5])
+
+
+def lowrank_linear_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients in the arguments of ``grasp::lowrank_linear``, in their order."""
+    x, *factors = ctx.saved_tensors
+    grad_x, grads = _factor_grads(ctx.needs_input_grad[:5], grad_y, x, Factors(*factors))
+    return None if grad_x is None else grad_x.view_as(x), *grads, None
+
+
+def lowrank_linear_grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep what the backward of ``lowrank_linear_grouped`` reads."""
+    x, *columns, present, _ = inputs
+    ctx.counts = [len(column) for column in columns]
+    ctx.present = present
+    ctx.save_for_backward(x, *(tensor for column in columns for tensor in column))
+
+
+def lowrank_linear_grouped_backward(ctx: Any, grad_ys: list[Tensor]) -> tuple[Any, ...]:
+    """Gradients in the arguments of ``grasp::lowrank_linear_grouped``, in their order."""
+    x, *flat = ctx.saved_tensors
+    remaining = iter(flat)
+    columns = [[next(remaining) for _ in range(count)] for count in ctx.counts]
+    needs_x = ctx.needs_input_grad[0]
+    grad_x = None
+    grads: list[list[Tensor | None]] = [[], [], [], []]
+    for grad_y, factors in zip(grad_ys, regroup(columns, ctx.present), strict=True):
+        needs = [needs_x, *(tensor is not None and tensor.requires_grad for tensor in factors)]
+        part, group = _factor_grads(needs, grad_y, x, factors)
+        if part is not None:
+            grad_x = part if grad_x is None else grad_x + part
+        for column, tensor, grad in zip(grads, factors, group, strict=True):
+            if tensor is not None:
+                column.append(grad)
+    return None if grad_x is None else grad_x.view_as(x), *grads, None, None
+
+
+def lowrank_glu_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep what the backward of ``lowrank_glu`` reads."""
+    ctx.save_for_backward(*inputs[:9])
+    ctx.activation = inputs[9]
+
+
+def lowrank_glu_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients in the arguments of ``grasp::lowrank_glu``, in their order."""
+    x, *tensors = ctx.saved_tensors
+    gate, up = Factors(*tensors[:4]), Factors(*tensors[4:])
+    activation = ACTIVATIONS[ctx.activation]
+    gate_y = torch.ops.grasp.lowrank_linear(x, *gate, "auto")
+    up_y = torch.ops.grasp.lowrank_linear(x, *up, "auto")
+    needs_x, *needs = ctx.needs_input_grad[:9]
+    gate_x, gate_grads = _factor_grads([needs_x, *needs[:4]], activation.backward(grad_y * up_y, gate_y), x, gate)
+    up_x, up_grads = _factor_grads([needs_x, *needs[4:]], grad_y * activation.forward(gate_y), x, up)
+    grad_x = (gate_x + up_x).view_as(x) if gate_x is not None and up_x is not None else None
+    return grad_x, *gate_grads, *up_grads, None, None
+
+
+def singular_value_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep what the backward of ``singular_value_grad`` reads."""
+    x, grad_y, U, Vh, cu_seqlens, ctx.per_sample, ctx.unit, mask, _ = inputs
+    ctx.save_for_backward(x, grad_y, U, Vh, cu_seqlens, mask)
+
+
+def singular_value_grad_backward(ctx: Any, grad_first: Tensor, grad_second: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients in the arguments of ``grasp::singular_value_grad``, in their order."""
+    x, grad_y, U, Vh, cu_seqlens, mask = ctx.saved_tensors
+    dtype = accumulation_dtype(x.dtype)
+    flat_x, flat_d = x.reshape(-1, x.shape[-1]).to(dtype), grad_y.reshape(-1, grad_y.shape[-1]).to(dtype)
+    d_U, x_V = flat_d @ U.to(dtype), flat_x @ Vh.to(dtype).mT  # [T, R]
+    sample = None  # [T]: the sample of each token
+    if cu_seqlens is not None:
+        starts = torch.arange(flat_x.shape[0], device=x.device, dtype=cu_seqlens.dtype)
+        sample = torch.searchsorted(cu_seqlens[1:], starts, right=True)
+    # The gradient in each token's product d_U * x_V.
+    weight = grad_first[sample] if ctx.per_sample else grad_first.expand_as(d_U)
+    if ctx.unit != "none":
+        unit = d_U * x_V if mask is None else (d_U * x_V).masked_fill(~mask.reshape(-1, 1), 0)
+        if ctx.unit == "sample":
+            sums = unit.new_zeros(cu_seqlens.shape[0] - 1, unit.shape[1]).index_add(0, sample, unit)
+            unit = sums[sample]
+        weight = weight + 2 * unit * (grad_second[sample] if ctx.per_sample else grad_second)
+    if mask is not None:
+        weight = weight.masked_fill(~mask.reshape(-1, 1), 0)
+    grad_d_U, grad_x_V = weight * x_V, weight * d_U
+    needs_x, needs_d, needs_U, needs_Vh = ctx.needs_input_grad[:4]
+    return (
+        (grad_x_V @ Vh.to(dtype)).to(x.dtype).view_as(x) if needs_x else None,
+        (grad_d_U @ U.to(dtype).mT).to(x.dtype).view_as(grad_y) if needs_d else None,
+        (flat_d.mT @ grad_d_U).to(x.dtype) if needs_U else None,
+        (grad_x_V.mT @ flat_x).to(x.dtype) if needs_Vh else None,
+        *(None,) * 5,
+    )
