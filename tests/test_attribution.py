@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp.architecture import Target, decoder, layer_targets
+from grasp.attribution import capture_prefix, singular_value_grad_from_weight_grad, sum_nll, weight_grads
+from grasp.calibration import CalibrationBatch
+from grasp.errors import NonFiniteError
+from grasp.modules import decompose, dense_weight
+from tests.naive_grasp import mean_nll, singular_value_grads
+from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
+
+LAYER = 1
+
+
+def grads_in_singular_values(
+    model: PreTrainedModel, batches: list[CalibrationBatch], targets: list[Target]
+) -> dict[str, Tensor]:
+    prefix = capture_prefix(model, batches, [LAYER])
+    result: dict[str, Tensor] = {}
+    for block in {target.block for target in targets}:
+        members = [target for target in targets if target.block == block]
+        for name, grad in weight_grads(model, batches, members, prefix).items():
+            svd = decompose(dense_weight(model.get_submodule(name)))
+            result[name] = singular_value_grad_from_weight_grad(grad, svd)
+    return result
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_autograd_through_svd_layers_in_the_graph(family: str) -> None:
+    model, tokens = tiny_model(family, torch.float64), tiny_batches(3)
+    targets, _ = layer_targets(model, LAYER)
+    grads = grads_in_singular_values(model, [CalibrationBatch(t) for t in tokens], targets)
+    expected = singular_value_grads(model, tokens, [target.name for target in targets])
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        assert (grad - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_importance_is_the_change_of_the_loss_when_a_singular_value_changes(family: str) -> None:
+    model, tokens = tiny_model(family, torch.float64), tiny_batches(2)
+    batches = [CalibrationBatch(t) for t in tokens]
+    targets, _ = layer_targets(model, LAYER)
+    grads = grads_in_singular_values(model, batches, targets)
+    for target in targets:
+        svd = decompose(dense_weight(target.module))
+        norm = grads[target.name].norm()
+        for k in (0, len(svd.S) // 2, len(svd.S) - 1):
+            group = torch.outer(svd.U[:, k], svd.Vh[k])
+            step = 1e-4
+            losses = [mean_nll_with(model, tokens, target, sign * step * group) for sign in (1, -1)]
+            finite_difference = (losses[0] - losses[1]) / (2 * step)
+            assert abs(finite_difference - grads[target.name][k]) <= 1e-6 * max(norm, 1e-3), (target.name, k)
+
+
+def mean_nll_with(model: PreTrainedModel, tokens: list[Tensor], target: Target, change: Tensor) -> Tensor:
+    weight = dense_weight(target.module)
+    with torch.no_grad():
+        weight += change
+        loss = torch.stack([mean_nll(model, t) for t in tokens]).mean()
+        weight -= change
+    return loss
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_fp32_agrees_with_fp64(family: str) -> None:
+    exact, tokens = tiny_model(family, torch.float64), [CalibrationBatch(t) for t in tiny_batches(2)]
+    single = copy.deepcopy(exact).float()
+    expected = grads_in_singular_values(exact, tokens, layer_targets(exact, LAYER)[0])
+    for name, grad in grads_in_singular_values(single, tokens, layer_targets(single, LAYER)[0]).items():
+        assert grad.dtype == torch.float32
+        # Singular vectors of close singular values turn with rounding: compare where the order is settled.
+        assert (grad - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
+
+
+def test_bf16_models_get_fp32_statistics() -> None:
+    model = tiny_model("llama", torch.bfloat16)
+    targets, _ = layer_targets(model, LAYER)
+    mlp = [target for target in targets if target.block == "mlp"]
+    batches = [CalibrationBatch(t) for t in tiny_batches(1)]
+    grads = weight_grads(model, batches, mlp, capture_prefix(model, batches, [LAYER]))
+    assert {grad.dtype for grad in grads.values()} == {torch.float32}
+
+
+def test_padding_counts_nothing() -> None:
+    model = tiny_model("llama", torch.float64)
+    tokens = tiny_batches(1, batch_size=2, length=8)[0]
+    padded = torch.cat([tokens, torch.full((2, 4), 5)], dim=1)
+    mask = (torch.arange(12) < 8).expand(2, 12)
+    targets, _ = layer_targets(model, LAYER)
+    alone = grads_in_singular_values(model, [CalibrationBatch(tokens)], targets)
+    for name, grad in grads_in_singular_values(model, [CalibrationBatch(padded, mask)], targets).items():
+        assert (grad - alone[name]).norm() <= 1e-10 * alone[name].norm()
+
+
+def test_the_loss_is_of_the_next_token() -> None:
+    model, tokens = tiny_model("llama", torch.float64), tiny_batches(1)[0]
+    with torch.no_grad():
+        output = model(tokens, labels=tokens)
+    assert sum_nll(output.logits, CalibrationBatch(tokens)).item() == pytest.approx(output.loss.item() * 2 * 11)
+
+
+def test_only_the_targets_get_gradients_and_the_model_is_left_as_it_was() -> None:
+    model, batches = tiny_model("qwen2"), [CalibrationBatch(tiny_batches(1)[0])]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    grads_in_singular_values(model, batches, layer_targets(model, LAYER)[0])
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in layer.__dict__ for layer in decoder(model).layers)
+
+
+def test_layers_below_the_current_one_are_not_run_again() -> None:
+    model, batches = tiny_model("llama"), [CalibrationBatch(tiny_batches(1)[0])]
+    targets = [target for target in layer_targets(model, LAYER)[0] if target.block == "mlp"]
+    prefix = capture_prefix(model, batches, [LAYER])
+    runs: list[int] = []
+    for index, layer in enumerate(decoder(model).layers):
+        layer.self_attn.register_forward_hook(lambda *_, index=index: runs.append(index))
+    weight_grads(model, batches, targets, prefix)
+    assert runs == [1, 2]
+
+
+def test_a_non_finite_loss_is_reported_with_its_batch() -> None:
+    model, batches = tiny_model("llama"), [CalibrationBatch(t) for t in tiny_batches(2)]
+    targets, _ = layer_targets(model, LAYER)
+    prefix = capture_prefix(model, batches, [LAYER])
+    prefix.hidden[LAYER][1].fill_(float("inf"))
+    with pytest.raises(NonFiniteError, match="calibration batch 1 is nan"):
+        weight_grads(model, batches, [t for t in targets if t.block == "mlp"], prefix)

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from grasp.config import GraspConfig
+
+
+def test_default_is_the_paper_preset() -> None:
+    assert GraspConfig() == GraspConfig.preset("paper")
+    assert (GraspConfig().retain_ratio, GraspConfig().metric) == (0.1, "taylor")
+
+
+def test_json_round_trip() -> None:
+    config = GraspConfig(layers=(5, 2), retain_ratio=0.3, metric="gradient")
+    assert config.layers == (2, 5)
+    assert GraspConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        GraspConfig().retain_ratio = 0.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layers": (1,), "num_layers": 1}, "layers and num_layers exclude each other"),
+        ({"num_layers": 1, "compression_ratio": 0.2}, "num_layers and compression_ratio exclude"),
+        ({"layers": (1, 1)}, r"distinct integers.*\[1, 1\]"),
+        ({"layers": (-1,)}, r"from 0 up, got \[-1\]"),
+        ({"num_layers": -3}, "num_layers must be an integer from 0 up, got -3"),
+        ({"num_layers": 2.0}, "got 2.0"),
+        ({"num_layers": True}, "got True"),
+        ({"compression_ratio": 1.0}, r"compression_ratio must be in \[0, 1\), got 1.0"),
+        ({"compression_ratio": -0.1}, "got -0.1"),
+        ({"compression_ratio": float("nan")}, "got nan"),
+        ({"retain_ratio": 0.0}, r"retain_ratio must be in \(0, 1\], got 0.0"),
+        ({"retain_ratio": "x"}, "got 'x'"),
+        ({"threshold_ratio": 0.5}, "threshold_ratio needs layers or num_layers"),
+        ({"threshold_ratio": 0.5, "compression_ratio": 0.2}, "threshold_ratio needs"),
+        ({"threshold_ratio": 2, "num_layers": 1}, r"threshold_ratio must be in \(0, 1\], got 2"),
+        ({"metric": "tailor"}, "metric must be one of taylor, gradient, got 'tailor'"),
+    ],
+)
+def test_bad_values_are_refused_with_what_was_expected(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GraspConfig(**values)  # type: ignore[arg-type]
+
+
+def test_unknown_preset_and_key_are_refused() -> None:
+    with pytest.raises(ValueError, match="preset must be one of paper, got 'papers'"):
+        GraspConfig.preset("papers")
+    with pytest.raises(ValueError, match="unknown configuration keys ratio; expected some of layers"):
+        GraspConfig.preset("paper", ratio=0.1)
