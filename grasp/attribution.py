@@ -73,6 +73,8 @@ def capture_prefix(
     progress: Progress = silent,
 ) -> Prefix:
     """Keep, for each of ``layers``, the hidden states that enter it, in the model's dtype and in CPU memory."""
+    if not layers:
+        return Prefix({}, returns_tuple=False)
     modules = decoder(model).layers
     prefix = Prefix({layer: [] for layer in layers}, _returns_tuple(model, batches[0]))
 

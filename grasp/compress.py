@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp.architecture import BLOCKS, Target, decoder, layer_targets, replace_module_
-from grasp.attribution import METRICS, Prefix, capture_prefix, singular_value_grad_from_weight_grad, weight_grads
+from grasp.attribution import METRICS, capture_prefix, singular_value_grad_from_weight_grad, weight_grads
 from grasp.calibration import CalibrationBatch, as_batches, batches_digest
 from grasp.checkpoint import mark_compressed
 from grasp.config import GraspConfig
@@ -23,11 +23,11 @@ from grasp.report import CompressionReport, ModuleReport, model_size
 from grasp.selection import (
     Budget,
     break_even_rank,
-    rank_for_retain_ratio,
     rank_for_threshold,
     redundant_layers,
     retained_indices,
     solve_compression_ratio,
+    uniform_budget,
 )
 
 
@@ -68,33 +68,32 @@ def compress_(
 
     scores = block_influence(model, batches, progress=progress)
     clock.lap("block_influence")
-    budget = _choose_layers(config, scores, targets, before.parameters)
+    budget = _choose_budget(config, scores, targets, before.parameters)
+    redundant = tuple(budget.ranks)
 
     done: list[ModuleReport] = []
     try:
-        if budget.layers:
-            prefix = capture_prefix(model, batches, budget.layers, progress=progress)
-            clock.lap("prefix")
-        for layer in reversed(budget.layers):
+        prefix = capture_prefix(model, batches, redundant, progress=progress)
+        clock.lap("prefix")
+        for layer in reversed(redundant):
+            ranks = dict(zip(targets[layer], budget.ranks[layer], strict=True))
             for block in BLOCKS:
-                done += _compress_block_(
-                    model,
-                    batches,
-                    [target for target in targets[layer] if target.block == block],
-                    prefix,
-                    config,
-                    budget.retain_ratio,
-                    clock,
-                    progress,
-                )
+                members = [target for target in targets[layer] if target.block == block]
+                if not members:
+                    continue
+                grads = weight_grads(model, batches, members, prefix, progress=progress)
+                clock.lap("attribution")
+                for target in members:
+                    done.append(_replace_(model, target, grads.pop(target.name), config, ranks[target]))
+                clock.lap("factorize")
             del prefix.hidden[layer]
     finally:
         mark_compressed(model)
-    done += [report for layer in budget.layers for report in left[layer]]
+    done += [report for layer in redundant for report in left[layer]]
     return CompressionReport(
         config=config.to_dict(),
         block_influence=tuple(scores),
-        redundant_layers=budget.layers,
+        redundant_layers=redundant,
         retain_ratio=budget.retain_ratio if config.threshold_ratio is None else None,
         modules=tuple(done),
         before=before,
@@ -126,57 +125,34 @@ def _eligible(model: PreTrainedModel) -> tuple[dict[int, list[Target]], dict[int
     return targets, left
 
 
-def _choose_layers(
+def _choose_budget(
     config: GraspConfig, scores: Sequence[float], targets: dict[int, list[Target]], total_parameters: int
 ) -> Budget:
-    """Which layers are redundant, and which fraction of their matrices stays."""
+    """Which layers are redundant, and the rank of each of their matrices."""
+    shapes = {layer: [_shape(target) for target in found] for layer, found in targets.items()}
     if config.layers is not None:
         if config.layers and config.layers[-1] >= len(scores):
             raise ValueError(f"the model has decoder layers 0..{len(scores) - 1}, got layers={list(config.layers)}")
-        return Budget(config.layers, config.retain_ratio)
+        return uniform_budget(shapes, config.layers, config.retain_ratio)
     if config.num_layers is not None:
-        return Budget(tuple(sorted(redundant_layers(scores, config.num_layers))), config.retain_ratio)
-    return solve_compression_ratio(
-        {layer: [_shape(target) for target in found] for layer, found in targets.items()},
-        redundant_layers(scores, len(scores)),
-        total_parameters,
-        config.DEFAULT_COMPRESSION_RATIO if config.compression_ratio is None else config.compression_ratio,
-        config.retain_ratio,
-    )
+        return uniform_budget(shapes, redundant_layers(scores, config.num_layers), config.retain_ratio)
+    ratio = config.DEFAULT_COMPRESSION_RATIO if config.compression_ratio is None else config.compression_ratio
+    order = redundant_layers(scores, len(scores))
+    return solve_compression_ratio(shapes, order, total_parameters, ratio, config.retain_ratio)
 
 
-def _compress_block_(
-    model: PreTrainedModel,
-    batches: Sequence[CalibrationBatch],
-    targets: Sequence[Target],
-    prefix: Prefix,
-    config: GraspConfig,
-    retain_ratio: float,
-    clock: _Clock,
-    progress: Progress,
-) -> list[ModuleReport]:
-    """Attribute, select and replace the linears of one block."""
-    if not targets:
-        return []
-    grads = weight_grads(model, batches, targets, prefix, progress=progress)
-    clock.lap("attribution")
-    replacements: dict[str, LowRankLinear] = {}
-    reports: list[ModuleReport] = []
-    for target in targets:
-        svd = decompose(dense_weight(target.module), target.name)
-        grad = singular_value_grad_from_weight_grad(grads.pop(target.name), svd)
-        importance = METRICS[config.metric](svd.S, grad)
-        if config.threshold_ratio is None:
-            rank = rank_for_retain_ratio(_shape(target), retain_ratio)
-        else:
-            rank = rank_for_threshold(importance, config.threshold_ratio, _shape(target))
-        indices = retained_indices(importance, rank)
-        replacements[target.name] = LowRankLinear.from_dense(target.module, indices, svd)
-        reports.append(_report(target, replacements[target.name], indices, importance))
-    for name, module in replacements.items():
-        replace_module_(model, name, module)
-    clock.lap("factorize")
-    return reports
+def _replace_(
+    model: PreTrainedModel, target: Target, weight_grad: Tensor, config: GraspConfig, rank: int
+) -> ModuleReport:
+    """Select the groups of one linear and put its low-rank form in its place."""
+    svd = decompose(dense_weight(target.module), target.name)
+    importance = METRICS[config.metric](svd.S, singular_value_grad_from_weight_grad(weight_grad, svd))
+    if config.threshold_ratio is not None:
+        rank = rank_for_threshold(importance, config.threshold_ratio, _shape(target))
+    indices = retained_indices(importance, rank)
+    module = LowRankLinear.from_dense(target.module, indices, svd)
+    replace_module_(model, target.name, module)
+    return _report(target, module, indices, importance)
 
 
 def _report(target: Target, module: LowRankLinear, indices: Tensor, importance: Tensor) -> ModuleReport:

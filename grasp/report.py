@@ -46,7 +46,7 @@ class Size:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What ``compress_`` did. ``compression_ratio`` is of the whole model, ``decoder_compression_ratio`` of its layers."""
+    """What ``compress_`` did; ``compression_ratio`` is of the whole model, ``decoder_compression_ratio`` of its layers."""
 
     config: Mapping[str, Any]
     block_influence: tuple[float, ...]
@@ -84,7 +84,7 @@ class CompressionReport:
         return {
             "compression_ratio": self.compression_ratio,
             "decoder_compression_ratio": self.decoder_compression_ratio,
-            **dataclasses.asdict(self),
+            **json.loads(json.dumps(dataclasses.asdict(self))),
         }
 
     def to_json(self) -> str:

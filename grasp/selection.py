@@ -11,10 +11,10 @@ Shape = tuple[int, int]  # (N, K): out_features, in_features
 
 
 class Budget(NamedTuple):
-    """The answer to a compression ratio: layers in ascending order, and the fraction of each matrix that is kept."""
+    """Which layers to compress and how far: for each, the rank of every matrix, in the order of its shapes."""
 
-    layers: tuple[int, ...]
     retain_ratio: float
+    ranks: dict[int, tuple[int, ...]]  # layer → ranks, ascending layers
 
 
 def rank_for_retain_ratio(shape: Shape, retain_ratio: float) -> int:
@@ -104,7 +104,7 @@ def solve_compression_ratio(
 
     target = compression_ratio * total_parameters
     if target == 0:
-        return Budget((), retain_ratio)
+        return Budget(retain_ratio, {})
     if (most := removed(len(order), 0.0)) < target:
         raise ValueError(
             f"compression_ratio={compression_ratio} asks for {target:.0f} of {total_parameters} parameters, but rank 1 "
@@ -115,5 +115,18 @@ def solve_compression_ratio(
     while high - low > 1e-9:
         middle = (low + high) / 2
         low, high = (middle, high) if removed(count, middle) >= target else (low, middle)
-    ratio = min(low, high, key=lambda value: abs(removed(count, value) - target))
-    return Budget(tuple(sorted(order[:count])), ratio)
+    budget = uniform_budget(shapes, order[:count], low)
+    excess = removed(count, low) - target
+    ranks = {layer: list(values) for layer, values in budget.ranks.items()}
+    for layer, values in ranks.items():  # one more group where the next step of the ratio would add one, while it helps
+        for i, (n, k) in enumerate(shapes[layer]):
+            if rank_for_retain_ratio((n, k), high) > values[i] and abs(excess - (n + k)) < abs(excess):
+                values[i] += 1
+                excess -= n + k
+    return Budget(low, {layer: tuple(values) for layer, values in ranks.items()})
+
+
+def uniform_budget(shapes: Mapping[int, Sequence[Shape]], layers: Sequence[int], retain_ratio: float) -> Budget:
+    """The same fraction of every matrix of ``layers``."""
+    ranks = {layer: tuple(rank_for_retain_ratio(shape, retain_ratio) for shape in shapes[layer]) for layer in layers}
+    return Budget(retain_ratio, dict(sorted(ranks.items())))
