@@ -1,0 +1,142 @@
+"""Three routes to the singular-value gradient, and the one rule that chooses between them.
+
+``fused`` is the Triton kernel. ``chunked`` is two matmuls over a few ranks at a time, anywhere PyTorch runs. ``dense``
+accumulates the weight's gradient G over many calls and contracts it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from grasp_kernels.reference import accumulation_dtype
+
+Route = Literal["fused", "chunked", "dense"]
+
+BLOCK_TOKENS, BLOCK_RANKS = 4096, 512  # of the chunked route: two temporaries of 8 MB
+BLOCK_ROWS = 1024  # of G at a time
+
+
+def factored_flops(tokens: int, out_features: int, in_features: int, rank: int) -> int:
+    """FLOPs of the fused and the chunked route: ``2 T r (m + n)``."""
+    return 2 * tokens * rank * (out_features + in_features)
+
+
+def dense_flops(tokens: int, out_features: int, in_features: int, rank: int) -> int:
+    """FLOPs of the dense route, which contracts G once for all ``tokens``: ``2 m n (T + r)``."""
+    return 2 * out_features * in_features * (tokens + rank)
+
+
+def choose_route(
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    rank: int,
+    *,
+    plain_sum: bool,
+    spare_bytes: int,
+    fused: bool,
+) -> Route:
+    """The route with the fewest FLOPs among those that can serve.
+
+    Args:
+        tokens: tokens over which the gradient is summed, in all calls together.
+        out_features: m, rows of the weight.
+        in_features: n, columns of the weight.
+        rank: r, singular groups asked for.
+        plain_sum: nothing is kept per sample and no second moment is asked for; G serves nothing else.
+        spare_bytes: memory that may be held for G, which takes ``4 m n`` bytes.
+        fused: whether a kernel for the fused route runs here; it does the work of ``chunked`` with less memory.
+    """
+    factored: Route = "fused" if fused else "chunked"
+    if not plain_sum or spare_bytes < 4 * out_features * in_features:
+        return factored
+    shape = (tokens, out_features, in_features, rank)
+    return "dense" if dense_flops(*shape) < factored_flops(*shape) else factored
+
+
+def chunked(
+    x: Tensor,
+    grad_y: Tensor,
+    U: Tensor,
+    Vh: Tensor,
+    cu_seqlens: Tensor | None,
+    per_sample: bool,
+    second_moment: str,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``colsum((grad_y @ U) * (x @ Vh.mT))`` and the sum of squared unit gradients; x is (T, K), grad_y is (T, N).
+
+    The arguments and results of ``reference.singular_value_grad``, on any device, in temporaries of ``BLOCK_TOKENS`` ×
+    ``BLOCK_RANKS``. Deterministic; reads ``cu_seqlens`` on the host.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    ragged = cu_seqlens is not None and (per_sample or second_moment == "sample")
+    bounds = cu_seqlens.tolist() if ragged and cu_seqlens is not None else [0, x.shape[0]]
+    rank = U.shape[1]
+    first, squares = x.new_zeros(2, len(bounds) - 1, rank, dtype=dtype)  # squares of tokens
+    for tokens in _blocks(x.shape[0], BLOCK_TOKENS):
+        pieces = _pieces(bounds, tokens)
+        for ranks in _blocks(rank, BLOCK_RANKS):
+            token = _matmul(grad_y[tokens], U[:, ranks], dtype).mul_(_matmul(x[tokens], Vh[ranks].mT, dtype))
+            if mask is not None:
+                token.masked_fill_(~mask[tokens, None], 0)
+            for sample, rows in pieces:
+                first[sample, ranks] += token[rows].sum(0)
+                if second_moment == "token":
+                    squares[sample, ranks] += token[rows].square().sum(0)
+    second = squares if second_moment == "token" else first.square()
+    if not per_sample:
+        first, second = first.sum(0), second.sum(0)
+    return first, second if second_moment != "none" else x.new_empty(0, dtype=dtype)
+
+
+def accumulate_weight_grad_(weight_grad: Tensor, x: Tensor, grad_y: Tensor, mask: Tensor | None = None) -> Tensor:
+    """``G += grad_y.mT @ x``, the dense route's step: G is (N, K) in fp32 (fp64 for fp64), x is (T, K).
+
+    Args:
+        weight_grad: G, changed in place and returned.
+        x: the linear's input, (T, K).
+        grad_y: gradient of the loss in its output, (T, N), dtype of ``x``.
+        mask: (T,) bool; tokens where it is False count nothing.
+    """
+    if mask is not None:
+        x, grad_y = x[mask], grad_y[mask]
+    for rows in _blocks(weight_grad.shape[0], BLOCK_ROWS):
+        weight_grad[rows] += _matmul(grad_y[:, rows].mT, x, weight_grad.dtype)
+    return weight_grad
+
+
+def contract_weight_grad(weight_grad: Tensor, U: Tensor, Vh: Tensor) -> Tensor:
+    """``diag(U.mT @ G @ Vh.mT)``, (R,) in the dtype of G: the dense route's last step; G is (N, K)."""
+    U, Vh = U.to(weight_grad.dtype), Vh.to(weight_grad.dtype)
+    grad = weight_grad.new_empty(U.shape[1])
+    for ranks in _blocks(U.shape[1], BLOCK_RANKS):
+        grad[ranks] = ((weight_grad @ Vh[ranks].mT) * U[:, ranks]).sum(0)
+    return grad
+
+
+def _blocks(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def _pieces(bounds: Sequence[int], tokens: slice) -> list[tuple[int, slice]]:
+    """Which rows of a block of tokens belong to which sample."""
+    return [
+        (sample, slice(max(low, tokens.start) - tokens.start, min(high, tokens.stop) - tokens.start))
+        for sample, (low, high) in enumerate(pairwise(bounds))
+        if max(low, tokens.start) < min(high, tokens.stop)
+    ]
+
+
+def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a @ b`` accumulated and returned in ``dtype``; CUDA does so without a copy of 16-bit operands."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)

@@ -1,0 +1,327 @@
+"""Triton: ``colsum((grad_y @ U) * (x @ Vh.mT))``, summed or per sample, with second moments, in one pass.
+
+Each program holds both products of one tile of tokens and ranks in registers, multiplies them and sums over its tokens;
+neither the (T, R) products nor the (N, K) gradient of the weight reach memory. A second kernel adds the tiles' sums in
+a fixed order, so that two runs agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grasp_kernels.reference import accumulation_dtype
+
+ALIGNMENT = 16  # elements: what Triton must know of a stride to load 16 bytes at once
+REDUCE_TILES, REDUCE_RANKS = 16, 64
+SECOND = {"none": 0, "token": 1, "sample": 2}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A launch configuration: tokens × ranks per program, the step along K and N, and how Triton schedules it."""
+
+    block_t: int
+    block_r: int
+    block_k: int
+    warps: int
+    stages: int
+    group_t: int = 8  # token tiles that share the factors they read through the L2 cache
+
+
+LARGE = Tile(128, 128, 64, warps=8, stages=3)
+SMALL = Tile(64, 64, 64, warps=4, stages=3)
+FULL_PRECISION = Tile(64, 64, 32, warps=4, stages=3)  # fp32: no tensor cores, so registers decide
+
+
+def choose_tile(tokens: int, rank: int, dtype: torch.dtype, processors: int) -> Tile:
+    """The large tile where it gives each of the card's ``processors`` a program, else the small one."""
+    if dtype == torch.float32:
+        return FULL_PRECISION
+    programs = triton.cdiv(tokens, LARGE.block_t) * triton.cdiv(rank, LARGE.block_r)
+    return LARGE if programs >= processors else SMALL
+
+
+def loadable(factor: Tensor) -> Tensor:
+    """``factor``, (R, length), or a copy of it where its layout keeps Triton from loading 16 bytes at once."""
+    rank, length = factor.shape
+    along_length = factor.stride(1) == 1 and factor.stride(0) % ALIGNMENT == 0
+    along_rank = factor.stride(0) == 1 and factor.stride(1) % ALIGNMENT == 0 and rank % ALIGNMENT == 0
+    if factor.data_ptr() % ALIGNMENT == 0 and (along_length or along_rank):
+        return factor
+    padded = factor.new_empty(rank, triton.cdiv(length, ALIGNMENT) * ALIGNMENT)
+    return padded[:, :length].copy_(factor)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@triton.jit
+def _first_slot(start, sample, BLOCK_T: tl.constexpr):
+    """The first of a sample's rows in the tiles' sums: leaves room for all samples before it, without a scan."""
+    return start // BLOCK_T + sample
+
+
+@triton.jit
+def _sample_of_slot(cu_seqlens_ptr, slot, samples, BLOCK_T: tl.constexpr):
+    """The last sample whose first slot is not behind ``slot``: a binary search."""
+    low = samples * 0
+    high = samples
+    while high - low > 1:
+        middle = (low + high) // 2
+        start = tl.load(cu_seqlens_ptr + middle).to(tl.int32)
+        behind = _first_slot(start, middle, BLOCK_T) > slot
+        high = tl.where(behind, middle, high)
+        low = tl.where(behind, low, middle)
+    return low
+
+
+@triton.jit
+def _project(
+    tokens_ptrs,  # [BLOCK_T, BLOCK_K]
+    factor_ptrs,  # [BLOCK_K, BLOCK_R]
+    length,
+    tokens_step,
+    factor_step,
+    rank_mask,  # [1, BLOCK_R]
+    EVEN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One tile of ``tokens @ factor``, [BLOCK_T, BLOCK_R] in fp32; ``length`` is the contracted dimension."""
+    acc = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+    offs_k = tl.arange(0, BLOCK_K)
+    for start in range(0, length, BLOCK_K):
+        if EVEN:
+            tokens = tl.load(tokens_ptrs)
+            factor = tl.load(factor_ptrs, mask=rank_mask, other=0.0)
+        else:
+            inside = offs_k < length - start
+            tokens = tl.load(tokens_ptrs, mask=inside[None, :], other=0.0)
+            factor = tl.load(factor_ptrs, mask=inside[:, None] & rank_mask, other=0.0)
+        if UPCAST:
+            tokens = tokens.to(tl.float32)
+            factor = factor.to(tl.float32)
+        acc = tl.dot(tokens, factor, acc, input_precision=PRECISION)
+        tokens_ptrs += BLOCK_K * tokens_step
+        factor_ptrs += BLOCK_K * factor_step
+    return acc
+
+
+@triton.jit(do_not_specialize=["T", "samples"])
+def _singular_value_grad_kernel(
+    x_ptr,  # [T, K]
+    grad_y_ptr,  # [T, N]
+    U_ptr,  # [N, R]
+    Vh_ptr,  # [R, K]
+    cu_seqlens_ptr,  # [samples + 1]
+    mask_ptr,  # [T] bytes
+    first_ptr,  # [slots, R] fp32
+    second_ptr,  # [slots, R] fp32
+    T,
+    N,
+    K,
+    R,
+    samples,
+    stride_xt,
+    stride_xk,
+    stride_yt,
+    stride_yn,
+    stride_un,
+    stride_ur,
+    stride_vr,
+    stride_vk,
+    RAGGED: tl.constexpr,
+    MASKED: tl.constexpr,
+    TOKEN_SQUARES: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    # Neighbouring programs share token tiles and factors, in groups that fit the L2 cache.
+    pid = tl.program_id(0)
+    rank_tiles = tl.cdiv(R, BLOCK_R)
+    slots = tl.num_programs(0) // rank_tiles
+    group = pid // (GROUP_T * rank_tiles)
+    group_size = min(slots - group * GROUP_T, GROUP_T)
+    slot = group * GROUP_T + pid % group_size
+    rank_tile = (pid % (GROUP_T * rank_tiles)) // group_size
+
+    begin = slot * BLOCK_T
+    end = T
+    if RAGGED:
+        sample = _sample_of_slot(cu_seqlens_ptr, slot, samples, BLOCK_T)
+        start = tl.load(cu_seqlens_ptr + sample).to(tl.int32)
+        end = tl.load(cu_seqlens_ptr + sample + 1).to(tl.int32)
+        begin = start + (slot - _first_slot(start, sample, BLOCK_T)) * BLOCK_T
+        if begin >= end:
+            return
+
+    offs_t = begin + tl.arange(0, BLOCK_T)
+    inside = offs_t < end
+    rows = tl.minimum(offs_t, T - 1).to(tl.int64)[:, None]
+    offs_r = rank_tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_k = tl.arange(0, BLOCK_K)
+    rank_mask = (offs_r < R)[None, :]
+    d_U = _project(
+        grad_y_ptr + rows * stride_yt + offs_k[None, :] * stride_yn,
+        U_ptr + offs_k[:, None] * stride_un + offs_r[None, :] * stride_ur,
+        N,
+        stride_yn,
+        stride_un,
+        rank_mask,
+        EVEN_N,
+        BLOCK_T,
+        BLOCK_R,
+        BLOCK_K,
+        PRECISION,
+        UPCAST,
+    )
+    x_V = _project(
+        x_ptr + rows * stride_xt + offs_k[None, :] * stride_xk,
+        Vh_ptr + offs_k[:, None] * stride_vk + offs_r[None, :] * stride_vr,
+        K,
+        stride_xk,
+        stride_vk,
+        rank_mask,
+        EVEN_K,
+        BLOCK_T,
+        BLOCK_R,
+        BLOCK_K,
+        PRECISION,
+        UPCAST,
+    )
+    if MASKED:
+        inside = inside & (tl.load(mask_ptr + offs_t, mask=inside, other=0) != 0)
+    token = tl.where(inside[:, None], d_U * x_V, 0.0)  # [BLOCK_T, BLOCK_R]
+    out = slot.to(tl.int64) * R + offs_r
+    tl.store(first_ptr + out, tl.sum(token, axis=0), mask=offs_r < R)
+    if TOKEN_SQUARES:
+        tl.store(second_ptr + out, tl.sum(token * token, axis=0), mask=offs_r < R)
+
+
+@triton.jit(do_not_specialize=["T", "samples"])
+def _singular_value_grad_reduce_kernel(
+    tile_first_ptr,  # [slots, R]
+    tile_second_ptr,  # [slots, R]
+    cu_seqlens_ptr,  # [samples + 1]
+    first_ptr,  # [R] or [samples, R]
+    second_ptr,  # [R] or [samples, R]
+    T,
+    R,
+    samples,
+    RAGGED: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
+    SECOND: tl.constexpr,  # 0: none, 1: squares of tokens, 2: squares of samples
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_tile = tl.arange(0, BLOCK_TILES)
+    in_rank = offs_r < R
+    row = tl.program_id(1)
+    from_sample = row if PER_SAMPLE else 0
+    to_sample = row + 1 if PER_SAMPLE else samples
+    first = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    second = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    for sample in range(from_sample, to_sample):
+        slot = 0
+        tokens = T
+        if RAGGED:
+            start = tl.load(cu_seqlens_ptr + sample).to(tl.int32)
+            tokens = tl.load(cu_seqlens_ptr + sample + 1).to(tl.int32) - start
+            slot = _first_slot(start, sample, BLOCK_T)
+        tiles = tl.cdiv(tokens, BLOCK_T)
+        total = tl.zeros((BLOCK_R,), dtype=tl.float32)
+        for tile in range(0, tiles, BLOCK_TILES):
+            offs = tile + offs_tile
+            ptrs = (slot + offs).to(tl.int64)[:, None] * R + offs_r[None, :]  # [BLOCK_TILES, BLOCK_R]
+            present = (offs < tiles)[:, None] & in_rank[None, :]
+            total += tl.sum(tl.load(tile_first_ptr + ptrs, mask=present, other=0.0), axis=0)
+            if SECOND == 1:
+                second += tl.sum(tl.load(tile_second_ptr + ptrs, mask=present, other=0.0), axis=0)
+        first += total
+        if SECOND == 2:
+            second += total * total
+    out = row.to(tl.int64) * R + offs_r
+    tl.store(first_ptr + out, first, mask=in_rank)
+    if SECOND != 0:
+        tl.store(second_ptr + out, second, mask=in_rank)
+
+
+def singular_value_grad(
+    x: Tensor,
+    grad_y: Tensor,
+    U: Tensor,
+    Vh: Tensor,
+    cu_seqlens: Tensor | None,
+    per_sample: bool,
+    second_moment: str,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``colsum((grad_y @ U) * (x @ Vh.mT))`` and the sum of squared unit gradients; x is (T, K), grad_y is (T, N).
+
+    The arguments and results of ``reference.singular_value_grad``; fp32, fp16 or bf16, accumulated in fp32. Works in
+    (T / 128 + B, R) fp32 of memory.
+    """
+    (tokens, K), (N, R) = x.shape, U.shape
+    tile = choose_tile(tokens, R, x.dtype, _processors(x.device))
+    ragged = cu_seqlens is not None and (per_sample or second_moment == "sample")
+    samples = len(cu_seqlens) - 1 if ragged and cu_seqlens is not None else 1
+    slots = tokens // tile.block_t + samples if ragged else triton.cdiv(tokens, tile.block_t)
+    dtype = accumulation_dtype(x.dtype)
+    squares = second_moment == "token"
+    tile_first = x.new_empty((slots, R), dtype=dtype)
+    tile_second = x.new_empty((slots if squares else 0, R), dtype=dtype)
+    U, Vh = loadable(U.mT).mT, loadable(Vh)
+    if not ragged:
+        cu_seqlens = None
+    if tokens > 0:
+        _singular_value_grad_kernel[(slots * triton.cdiv(R, tile.block_r),)](
+            *(x, grad_y, U, Vh, cu_seqlens, None if mask is None else mask.view(torch.uint8), tile_first, tile_second),
+            *(tokens, N, K, R, samples),
+            *(*x.stride(), *grad_y.stride(), *U.stride(), *Vh.stride()),
+            RAGGED=ragged,
+            MASKED=mask is not None,
+            TOKEN_SQUARES=squares,
+            EVEN_N=N % tile.block_k == 0,
+            EVEN_K=K % tile.block_k == 0,
+            BLOCK_T=tile.block_t,
+            BLOCK_R=tile.block_r,
+            BLOCK_K=tile.block_k,
+            GROUP_T=tile.group_t,
+            PRECISION="ieee",
+            UPCAST=x.device.type == "cpu",
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    shape = (samples, R) if per_sample else (R,)
+    first = x.new_empty(shape, dtype=dtype)
+    second = x.new_empty(0 if second_moment == "none" else shape, dtype=dtype)
+    _singular_value_grad_reduce_kernel[(triton.cdiv(R, REDUCE_RANKS), samples if per_sample else 1)](
+        *(tile_first, tile_second, cu_seqlens, first, second, tokens, R, samples),
+        RAGGED=ragged,
+        PER_SAMPLE=per_sample,
+        SECOND=SECOND[second_moment],
+        BLOCK_T=tile.block_t,
+        BLOCK_R=REDUCE_RANKS,
+        BLOCK_TILES=REDUCE_TILES,
+        num_warps=4,
+    )
+    return first, second
