@@ -16,7 +16,7 @@ from grasp.calibration import CalibrationBatch, as_batches, batches_digest
 from grasp.checkpoint import mark_compressed
 from grasp.config import GraspConfig
 from grasp.errors import UnsupportedModelError
-from grasp.modules import LowRankLinear, decompose, dense_weight
+from grasp.modules import LowRankLinear, decompose, dense_weight, group_linears_
 from grasp.progress import Progress, silent
 from grasp.redundancy import block_influence
 from grasp.report import CompressionReport, ModuleReport, model_size
@@ -42,7 +42,8 @@ def compress_(
 
     The redundant layers are found by block influence. From the deepest up, first the MLP and then the attention of each
     is replaced: the gradients in its singular values are taken over all batches on the model as it is by then. If this
-    is interrupted, the model is left whole and usable, with the blocks replaced so far.
+    is interrupted, the model is left whole and usable, with the blocks replaced so far. New low-rank linears that share
+    an input are computed together; ``grasp.modules.group_linears_(model, False)`` takes them apart.
 
     Args:
         model: a decoder-only model of the transformers library, in any floating-point dtype.
@@ -88,6 +89,7 @@ def compress_(
                 clock.lap("factorize")
             del prefix.hidden[layer]
     finally:
+        group_linears_(model)
         mark_compressed(model)
     done += [report for layer in redundant for report in left[layer]]
     return CompressionReport(

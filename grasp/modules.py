@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import NonFiniteError
-from grasp_kernels import lowrank_linear
+from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped, pack_factors
 
 DenseLinear = nn.Linear | Conv1D
 
@@ -42,6 +44,84 @@ def decompose(weight: Tensor, name: str = "weight") -> SVD:
             "or repair the checkpoint."
         )
     return SVD(*torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False))
+
+
+class InputGroup:
+    """Low-rank linears that are given the same input: when the first is called, one op computes all of them.
+
+    The others take their outputs when they are called with that very tensor; called with another, each computes its
+    own. It holds no parameters, so ``state_dict`` knows nothing of it. Threads do not see each other's outputs.
+    """
+
+    def __init__(self, members: Sequence[LowRankLinear]) -> None:
+        self.members = list(members)
+        self._waiting: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}  # thread → input, member → output
+        self._packed: tuple[object, list[Factors]] | None = None
+
+    def output(self, member: LowRankLinear, x: Tensor) -> Tensor:
+        """The output of ``member`` for ``x``: (..., in_features) → (..., out_features)."""
+        if len(self.members) == 1 or any(other.U.is_meta for other in self.members):  # on meta: offloaded
+            return lowrank_linear(x, *self._factors(x, [member])[0])
+        thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
+        if member is self.members[0]:
+            first, *rest = lowrank_linear_grouped(x, self._factors(x, self.members))
+            self._waiting[thread] = (x, dict(enumerate(rest, start=1)))
+            return first
+        given, outputs = self._waiting.get(thread, (None, {}))
+        index = next(i for i, other in enumerate(self.members) if other is member)
+        if given is not x or index not in outputs:
+            return lowrank_linear(x, *member.factors)
+        output = outputs.pop(index)
+        if not outputs:
+            del self._waiting[thread]
+        return output
+
+    def _factors(self, x: Tensor, members: Sequence[LowRankLinear]) -> list[Factors]:
+        """The members' factors; where a GPU kernel reads them and no gradient is taken, packed once for all calls."""
+        factors = [member.factors for member in members]
+        if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return factors
+        tensors = [tensor for group in factors for tensor in group if tensor is not None]
+        stamp = [(t.data_ptr(), t.dtype, None if t.is_inference() else t._version) for t in tensors]
+        if self._packed is None or self._packed[0] != stamp:
+            self._packed = (stamp, pack_factors(factors))
+        return self._packed[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies start without outputs in flight and without packed factors."""
+        return {"members": self.members, "_waiting": {}, "_packed": None}
+
+
+# Names of sibling linears that families give one input, the first called first.
+SHARED_INPUTS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, OPT
+    ("gate_proj", "up_proj"),  # their gated MLPs
+)
+
+
+def group_linears_(model: nn.Module, enabled: bool = True) -> list[tuple[str, ...]]:
+    """Let low-rank linears that share an input be computed by one op; results and ``state_dict`` do not change.
+
+    Args:
+        model: any module; its low-rank linears are regrouped from scratch.
+        enabled: ``False`` takes all groups apart.
+
+    Returns:
+        The groups, as the paths of their members.
+    """
+    groups: list[tuple[str, ...]] = []
+    for path, parent in list(model.named_modules()):
+        children = {name: child for name, child in parent.named_children() if isinstance(child, LowRankLinear)}
+        for child in children.values():
+            child.group = InputGroup([child])
+        for names in SHARED_INPUTS:
+            members = {name: children[name] for name in names if name in children}
+            if enabled and len(members) > 1:
+                group = InputGroup(list(members.values()))
+                for member in members.values():
+                    member.group = group
+                groups.append(tuple(f"{path}.{name}".lstrip(".") for name in members))
+    return groups
 
 
 class LowRankLinear(nn.Module):
@@ -77,6 +157,7 @@ class LowRankLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
+        self.group = InputGroup([self])
         self.reset_parameters()
 
     @torch.no_grad()
@@ -126,7 +207,12 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
-        return lowrank_linear(x, self.U, None, self.Vh, self.bias)
+        return self.group.output(self, x)
+
+    @property
+    def factors(self) -> Factors:
+        """The parameters as the ops take them."""
+        return Factors(self.U, None, self.Vh, self.bias)
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from grasp.errors import CheckpointError
-from grasp.modules import DenseLinear, LowRankLinear
+from grasp.modules import DenseLinear, LowRankLinear, group_linears_
 
 if TYPE_CHECKING:  # transformers imports this module before it has defined its models
     from transformers import PreTrainedModel
@@ -140,6 +140,7 @@ class GraspHfQuantizer(HfQuantizer):
                 "again."
             )
         mark_compressed(model)
+        group_linears_(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:

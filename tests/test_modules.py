@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from grasp import modules
 from grasp.errors import NonFiniteError
-from grasp.modules import LowRankLinear, decompose, dense_weight
+from grasp.modules import LowRankLinear, decompose, dense_weight, group_linears_
+from grasp_kernels import Factors, lowrank_linear_grouped
 
 
 def conv1d(out_features: int, in_features: int) -> Conv1D:
@@ -119,3 +123,120 @@ def test_repr_says_what_is_left() -> None:
     assert repr(LowRankLinear(32, 32, 4, bias=False)) == (
         "LowRankLinear(in_features=32, out_features=32, rank=4, bias=False, parameters=25.0% of dense)"
     )
+
+
+class Attention(nn.Module):
+    """Three linears of one input with unequal ranks and widths, one of them with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = LowRankLinear(24, 16, 5)
+        self.k_proj = LowRankLinear(24, 8, 3, bias=False)
+        self.v_proj = LowRankLinear(24, 8, 7, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+
+
+@pytest.fixture
+def grouped_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+
+    def counted(x: Tensor, factors: Sequence[Factors]) -> tuple[Tensor, ...]:
+        calls.append(len(factors))
+        return lowrank_linear_grouped(x, factors)
+
+    monkeypatch.setattr(modules, "lowrank_linear_grouped", counted)
+    return calls
+
+
+def test_linears_that_share_an_input_are_computed_by_one_op(grouped_calls: list[int]) -> None:
+    attention, x = Attention(), torch.randn(2, 3, 24)
+    expected, names = attention(x), set(attention.state_dict())
+    assert grouped_calls == []
+    assert group_linears_(attention) == [("q_proj", "k_proj", "v_proj")]
+    assert torch.equal(attention(x), expected)
+    assert grouped_calls == [3]
+    assert set(attention.state_dict()) == names
+    assert attention.q_proj.group._waiting == {}
+
+
+def test_groups_can_be_taken_apart(grouped_calls: list[int]) -> None:
+    attention, x = Attention(), torch.randn(3, 24)
+    expected = attention(x)
+    group_linears_(attention)
+    assert group_linears_(attention, enabled=False) == []
+    assert torch.equal(attention(x), expected)
+    assert grouped_calls == []
+
+
+def test_a_member_called_with_another_input_or_out_of_turn_computes_its_own() -> None:
+    attention, x, other = Attention(), torch.randn(3, 24), torch.randn(3, 24)
+    expected = [attention.q_proj(x), attention.k_proj(other), attention.v_proj(x), attention.v_proj(other)]
+    group_linears_(attention)
+    got = [attention.q_proj(x), attention.k_proj(other), attention.v_proj(x), attention.v_proj(other)]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_groups_train_and_see_new_weights() -> None:
+    attention, x = Attention(), torch.randn(3, 24)
+    attention(x).square().sum().backward()
+    expected = {name: p.grad for name, p in attention.named_parameters()}
+    attention.zero_grad()
+    group_linears_(attention)
+    attention(x).square().sum().backward()
+    for name, parameter in attention.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
+    with torch.no_grad():
+        attention.k_proj.U.zero_()
+    assert torch.equal(attention(x)[:, 16:24], torch.zeros(3, 8))
+
+
+def test_a_copy_has_groups_of_its_own(grouped_calls: list[int]) -> None:
+    attention, x = Attention(), torch.randn(3, 24)
+    group_linears_(attention)
+    twin = copy.deepcopy(attention)
+    assert twin.q_proj.group.members == [twin.q_proj, twin.k_proj, twin.v_proj]
+    assert torch.equal(twin(x), attention(x))
+    assert grouped_calls == [3, 3]
+
+
+def test_threads_do_not_see_each_other() -> None:
+    attention = Attention()
+    group_linears_(attention)
+    inputs = [torch.randn(3, 24) for _ in range(64)]
+    expected = [attention(x) for x in inputs]
+    with ThreadPoolExecutor(8) as pool, torch.no_grad():
+        got = list(pool.map(attention, inputs * 8))
+    assert all(torch.equal(y, expected[i % 64]) for i, y in enumerate(got))
+
+
+def test_groups_compile_to_one_graph_with_one_op(grouped_calls: list[int]) -> None:
+    attention, x = Attention(), torch.randn(3, 24)
+    expected = attention(x)
+    group_linears_(attention)
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), expected)
+    assert grouped_calls == [3]
+
+
+def test_factors_are_packed_once_for_a_gpu_and_again_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = Attention()
+    group_linears_(attention)
+    members, group = attention.q_proj.group.members, attention.q_proj.group
+
+    class OnGpu:
+        is_cuda = True
+
+    with torch.no_grad():
+        packed = group._factors(OnGpu(), members)  # type: ignore[arg-type]
+        assert [f.U.shape[1] for f in packed] == [16, 16, 16]
+        assert group._factors(OnGpu(), members) is packed  # type: ignore[arg-type]
+        attention.k_proj.U.mul_(2)
+        again = group._factors(OnGpu(), members)  # type: ignore[arg-type]
+    assert again is not packed
+    assert torch.equal(again[1].U[:, :3], attention.k_proj.U)
+    assert set(attention.state_dict()) == {"q_proj.U", "q_proj.Vh", "q_proj.bias", "k_proj.U", "k_proj.Vh"} | {
+        "v_proj.U",
+        "v_proj.Vh",
+    }

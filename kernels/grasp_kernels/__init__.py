@@ -8,6 +8,7 @@ from grasp_kernels.ops import (
     lowrank_linear_grouped,
     singular_value_grad,
 )
+from grasp_kernels.packing import pack_factors
 from grasp_kernels.reference import Factors
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "lowrank_glu",
     "lowrank_linear",
     "lowrank_linear_grouped",
+    "pack_factors",
     "singular_value_grad",
 ]
