@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,8 @@ from grasp.calibration import CalibrationBatch
 from grasp.errors import NonFiniteError
 from grasp.modules import SVD
 from grasp.progress import Progress, silent
+from grasp_kernels import singular_value_grad
+from grasp_kernels.routes import accumulate_weight_grad_, choose_route, contract_weight_grad
 
 # Importance of a singular group from its singular value and ∂L/∂σ, both (groups,). METHOD: the sum over the calibration
 # set keeps its sign; the absolute value is taken once, at the end.
@@ -33,11 +35,6 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "taylor": lambda singular_values, grad: (singular_values * grad).abs(),
     "gradient": lambda singular_values, grad: grad.abs(),
 }
-
-
-def singular_value_grad_from_weight_grad(weight_grad: Tensor, svd: SVD) -> Tensor:
-    """``∂L/∂σ_k = u_kᵀ G v_k``, that is ``diag(Uᵀ G Vhᵀ)``: G (N, K) → (groups,)."""
-    return ((svd.U.mT @ weight_grad) * svd.Vh).sum(1)
 
 
 def sum_nll(logits: Tensor, batch: CalibrationBatch) -> Tensor:
@@ -96,57 +93,95 @@ def capture_prefix(
     return prefix
 
 
-def weight_grads(
+def singular_value_grads(
     model: PreTrainedModel,
     batches: Sequence[CalibrationBatch],
-    targets: Sequence[Target],
+    targets: Mapping[Target, SVD],
     prefix: Prefix,
     *,
     progress: Progress = silent,
-) -> dict[str, Tensor]:
-    """Gradient of the mean negative log-likelihood in the dense weight of each target, (N, K) in fp32 (fp64 for fp64).
+) -> dict[Target, Tensor]:
+    """Gradient of the mean negative log-likelihood in each singular value of each target.
 
-    All targets lie in one layer. The forward pass enters that layer with what ``prefix`` kept; the backward pass stops
-    at the targets' outputs; no other weight gets a gradient.
+    The forward pass enters the targets' layer with what ``prefix`` kept; the backward pass stops at their outputs; no
+    weight gets a gradient in the graph. ``∂L/∂σ_k = u_kᵀ G v_k`` is summed batch by batch, or taken once from the
+    accumulated G, whichever costs less (``grasp_kernels.routes``).
+
+    Args:
+        model: the model as it is by now; nothing of it is changed.
+        batches: those that ``prefix`` was made from.
+        targets: linears of one layer, with their decompositions.
+        prefix: see ``capture_prefix``.
+        progress: called after each batch.
+
+    Returns:
+        For each target (groups,), in fp32 (fp64 for fp64).
 
     Raises:
         NonFiniteError: if the loss or a gradient is NaN or infinite.
     """
-    layer = targets[0].layer
+    first = next(iter(targets))
     modules = decoder(model).layers
-    grads: dict[str, Tensor] = {}
-    tokens = sum(target_tokens(batch) for batch in batches)
-    step = f"layer {layer} {targets[0].block}"
-    with evaluating(model), passing_through(list(modules)[:layer], prefix.returns_tuple):
+    tokens = sum(batch.input_ids.numel() for batch in batches)
+    sums = {target: _sum_for(svd, tokens) for target, svd in targets.items()}
+    with evaluating(model), passing_through(list(modules)[: first.layer], prefix.returns_tuple):
         for index, batch in enumerate(batches):
-            with entering_with(modules[layer], prefix.hidden[layer][index]), _recording(targets) as record:
+            with entering_with(modules[first.layer], prefix.hidden[first.layer][index]), _recording(targets) as record:
                 loss = sum_nll(model(**batch_inputs(model, batch), use_cache=False).logits, batch)
             if not torch.isfinite(loss):
                 raise NonFiniteError(
                     f"the loss of calibration batch {index} is {loss.item()}; expected a finite one. Load the model in "
                     "bfloat16 or float32, or drop that text."
                 )
-            outputs = [record[target.name].output for target in targets]
+            outputs = [record[target].output for target in targets]
             for target, grad_y in zip(targets, torch.autograd.grad(loss, outputs), strict=True):
-                _accumulate(grads, target.name, record[target.name].x, grad_y)
-            progress(step, index + 1, len(batches))
-    for name, grad in grads.items():
+                sums[target].add(record[target].x.flatten(0, -2), grad_y.flatten(0, -2))
+            progress(f"layer {first.layer} {first.block}", index + 1, len(batches))
+    grads = {target: total.result() / sum(map(target_tokens, batches)) for target, total in sums.items()}
+    for target, grad in grads.items():
         if not torch.isfinite(grad).all():
             raise NonFiniteError(
-                f"the gradient in {name} is NaN or infinite; expected a finite one. "
+                f"the gradient in {target.name} is NaN or infinite; expected a finite one. "
                 "Load the model in bfloat16 or float32."
             )
-        grad /= tokens
     return grads
 
 
-def _accumulate(grads: dict[str, Tensor], name: str, x: Tensor, grad_y: Tensor) -> None:
-    """``G += dᵀ x`` over all tokens of a batch, in fp32 (fp64 for fp64)."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x, grad_y = x.flatten(0, -2).to(dtype), grad_y.flatten(0, -2).to(dtype)
-    if name not in grads:
-        grads[name] = torch.zeros(grad_y.shape[1], x.shape[1], dtype=dtype, device=x.device)
-    grads[name].addmm_(grad_y.mT, x)
+class _FactoredSum:
+    """``Σ colsum((d U) ⊙ (x Vhᵀ))``, batch by batch."""
+
+    def __init__(self, svd: SVD) -> None:
+        self._svd = svd
+        self._sum = torch.zeros_like(svd.S)
+
+    def add(self, x: Tensor, grad_y: Tensor) -> None:
+        U, S, Vh = self._svd
+        self._sum += singular_value_grad(x.to(S.dtype), grad_y.to(S.dtype), U, Vh).first
+
+    def result(self) -> Tensor:
+        return self._sum
+
+
+class _DenseSum:
+    """``diag(Uᵀ (Σ dᵀ x) Vhᵀ)``: the weight's gradient, contracted once."""
+
+    def __init__(self, svd: SVD) -> None:
+        self._svd = svd
+        self._weight_grad = svd.S.new_zeros(svd.U.shape[0], svd.Vh.shape[1])
+
+    def add(self, x: Tensor, grad_y: Tensor) -> None:
+        dtype = self._weight_grad.dtype
+        accumulate_weight_grad_(self._weight_grad, x.to(dtype), grad_y.to(dtype))
+
+    def result(self) -> Tensor:
+        return contract_weight_grad(self._weight_grad, self._svd.U, self._svd.Vh)
+
+
+def _sum_for(svd: SVD, tokens: int) -> _FactoredSum | _DenseSum:
+    """The cheaper of the two. G is as large as the weight it belongs to, of which there is a copy already."""
+    n, k, r = svd.U.shape[0], svd.Vh.shape[1], svd.S.shape[0]
+    route = choose_route(tokens, n, k, r, plain_sum=True, spare_bytes=4 * n * k, fused=True)
+    return _DenseSum(svd) if route == "dense" else _FactoredSum(svd)
 
 
 @dataclass
@@ -156,20 +191,20 @@ class _Record:
 
 
 @contextmanager
-def _recording(targets: Sequence[Target]) -> Iterator[dict[str, _Record]]:
+def _recording(targets: Iterable[Target]) -> Iterator[dict[Target, _Record]]:
     """Note what enters and leaves each target, and start the graph at the first of them."""
-    record: dict[str, _Record] = {}
+    record: dict[Target, _Record] = {}
 
-    def note(name: str) -> Any:
+    def note(target: Target) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            record[name] = _Record(args[0].detach(), output)
+            record[target] = _Record(args[0].detach(), output)
             return output
 
         return hook
 
-    handles = [target.module.register_forward_hook(note(target.name)) for target in targets]
+    handles = [target.module.register_forward_hook(note(target)) for target in targets]
     try:
         yield record
     finally:

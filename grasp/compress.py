@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp.architecture import BLOCKS, Target, decoder, layer_targets, replace_module_
-from grasp.attribution import METRICS, capture_prefix, singular_value_grad_from_weight_grad, weight_grads
+from grasp.attribution import METRICS, capture_prefix, singular_value_grads
 from grasp.calibration import CalibrationBatch, as_batches, batches_digest
 from grasp.checkpoint import mark_compressed
 from grasp.config import GraspConfig
 from grasp.errors import UnsupportedModelError
-from grasp.modules import LowRankLinear, decompose, dense_weight, group_linears_
+from grasp.modules import SVD, LowRankLinear, decompose, dense_weight, group_linears_
 from grasp.progress import Progress, silent
 from grasp.redundancy import block_influence
 from grasp.report import CompressionReport, ModuleReport, model_size
@@ -82,11 +82,13 @@ def compress_(
                 members = [target for target in targets[layer] if target.block == block]
                 if not members:
                     continue
-                grads = weight_grads(model, batches, members, prefix, progress=progress)
+                svds = {target: decompose(dense_weight(target.module), target.name) for target in members}
+                clock.lap("svd")
+                grads = singular_value_grads(model, batches, svds, prefix, progress=progress)
                 clock.lap("attribution")
                 for target in members:
-                    done.append(_replace_(model, target, grads.pop(target.name), config, ranks[target]))
-                clock.lap("factorize")
+                    importance = METRICS[config.metric](svds[target].S, grads[target])
+                    done.append(_replace_(model, target, svds[target], importance, config, ranks[target]))
             del prefix.hidden[layer]
     finally:
         group_linears_(model)
@@ -144,11 +146,9 @@ def _choose_budget(
 
 
 def _replace_(
-    model: PreTrainedModel, target: Target, weight_grad: Tensor, config: GraspConfig, rank: int
+    model: PreTrainedModel, target: Target, svd: SVD, importance: Tensor, config: GraspConfig, rank: int
 ) -> ModuleReport:
     """Select the groups of one linear and put its low-rank form in its place."""
-    svd = decompose(dense_weight(target.module), target.name)
-    importance = METRICS[config.metric](svd.S, singular_value_grad_from_weight_grad(weight_grad, svd))
     if config.threshold_ratio is not None:
         rank = rank_for_threshold(importance, config.threshold_ratio, _shape(target))
     indices = retained_indices(importance, rank)

@@ -46,7 +46,7 @@ class Size:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What ``compress_`` did; ``compression_ratio`` is of the whole model, ``decoder_compression_ratio`` of its layers."""
+    """What ``compress_`` did; ratios are of the whole model, or of its decoder layers where the name says so."""
 
     config: Mapping[str, Any]
     block_influence: tuple[float, ...]

@@ -7,15 +7,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp import attribution
 from grasp.architecture import Target, decoder, layer_targets
-from grasp.attribution import capture_prefix, singular_value_grad_from_weight_grad, sum_nll, weight_grads
+from grasp.attribution import capture_prefix, singular_value_grads, sum_nll
 from grasp.calibration import CalibrationBatch
 from grasp.errors import NonFiniteError
-from grasp.modules import decompose, dense_weight
-from tests.naive_grasp import mean_nll, singular_value_grads
+from grasp.modules import SVD, decompose, dense_weight
+from tests import naive_grasp
+from tests.naive_grasp import mean_nll
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
 LAYER = 1
+
+
+def decomposed(targets: list[Target], block: str) -> dict[Target, SVD]:
+    return {target: decompose(dense_weight(target.module)) for target in targets if target.block == block}
 
 
 def grads_in_singular_values(
@@ -24,19 +30,21 @@ def grads_in_singular_values(
     prefix = capture_prefix(model, batches, [LAYER])
     result: dict[str, Tensor] = {}
     for block in {target.block for target in targets}:
-        members = [target for target in targets if target.block == block]
-        for name, grad in weight_grads(model, batches, members, prefix).items():
-            svd = decompose(dense_weight(model.get_submodule(name)))
-            result[name] = singular_value_grad_from_weight_grad(grad, svd)
+        grads = singular_value_grads(model, batches, decomposed(targets, block), prefix)
+        result |= {target.name: grad for target, grad in grads.items()}
     return result
 
 
+@pytest.mark.parametrize("route", ["dense", "fused"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_autograd_through_svd_layers_in_the_graph(family: str) -> None:
+def test_equals_autograd_through_svd_layers_in_the_graph(
+    family: str, route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attribution, "choose_route", lambda *_, **__: route)
     model, tokens = tiny_model(family, torch.float64), tiny_batches(3)
     targets, _ = layer_targets(model, LAYER)
     grads = grads_in_singular_values(model, [CalibrationBatch(t) for t in tokens], targets)
-    expected = singular_value_grads(model, tokens, [target.name for target in targets])
+    expected = naive_grasp.singular_value_grads(model, tokens, [target.name for target in targets])
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
         assert (grad - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
@@ -82,9 +90,9 @@ def test_fp32_agrees_with_fp64(family: str) -> None:
 def test_bf16_models_get_fp32_statistics() -> None:
     model = tiny_model("llama", torch.bfloat16)
     targets, _ = layer_targets(model, LAYER)
-    mlp = [target for target in targets if target.block == "mlp"]
     batches = [CalibrationBatch(t) for t in tiny_batches(1)]
-    grads = weight_grads(model, batches, mlp, capture_prefix(model, batches, [LAYER]))
+    prefix = capture_prefix(model, batches, [LAYER])
+    grads = singular_value_grads(model, batches, decomposed(targets, "mlp"), prefix)
     assert {grad.dtype for grad in grads.values()} == {torch.float32}
 
 
@@ -118,12 +126,12 @@ def test_only_the_targets_get_gradients_and_the_model_is_left_as_it_was() -> Non
 
 def test_layers_below_the_current_one_are_not_run_again() -> None:
     model, batches = tiny_model("llama"), [CalibrationBatch(tiny_batches(1)[0])]
-    targets = [target for target in layer_targets(model, LAYER)[0] if target.block == "mlp"]
+    targets, _ = layer_targets(model, LAYER)
     prefix = capture_prefix(model, batches, [LAYER])
     runs: list[int] = []
     for index, layer in enumerate(decoder(model).layers):
         layer.self_attn.register_forward_hook(lambda *_, index=index: runs.append(index))
-    weight_grads(model, batches, targets, prefix)
+    singular_value_grads(model, batches, decomposed(targets, "mlp"), prefix)
     assert runs == [1, 2]
 
 
@@ -133,4 +141,4 @@ def test_a_non_finite_loss_is_reported_with_its_batch() -> None:
     prefix = capture_prefix(model, batches, [LAYER])
     prefix.hidden[LAYER][1].fill_(float("inf"))
     with pytest.raises(NonFiniteError, match="calibration batch 1 is nan"):
-        weight_grads(model, batches, [t for t in targets if t.block == "mlp"], prefix)
+        singular_value_grads(model, batches, decomposed(targets, "mlp"), prefix)
