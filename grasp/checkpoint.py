@@ -27,6 +27,7 @@ __all__ = [
     "model_card",
     "read_license",
     "register",
+    "require_space",
     "save_checkpoint",
 ]
 
@@ -44,8 +45,8 @@ def check_directory(directory: str | Path, *, overwrite: bool = False) -> Path:
         raise CheckpointError(f"output folder {directory} is a file; give a new or an empty folder")
     if target == Path.cwd() or target.is_mount():
         raise CheckpointError(
-            f"output folder {directory} is the current directory or a mount point, which cannot be replaced in one step; "
-            "give a folder in it"
+            f"output folder {directory} is the current directory or a mount point, which cannot be put in place in one "
+            "step; give a folder in it"
         )
     parent = _nearest(target.parent)
     if not os.access(parent, os.W_OK):
@@ -97,7 +98,7 @@ def save_checkpoint(
     if card is not None:
         texts["README.md"] = card
     mark_compressed(model)
-    _require_space(target, model.get_memory_footprint() + sum(len(text.encode()) for text in texts.values()))
+    require_space(target, model.get_memory_footprint() + sum(len(text.encode()) for text in texts.values()))
     with _written_whole(target) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
@@ -114,7 +115,12 @@ def _nearest(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if place.exists())
 
 
-def _require_space(target: Path, needed: int) -> None:
+def require_space(target: Path, needed: int) -> None:
+    """Check that the disk of a folder, which need not exist yet, has ``needed`` bytes and some to spare.
+
+    Raises:
+        CheckpointError: if it does not.
+    """
     free = shutil.disk_usage(_nearest(target)).free
     if free < needed + _SPARE_BYTES:
         raise CheckpointError(

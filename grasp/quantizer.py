@@ -22,7 +22,7 @@ from grasp.errors import CheckpointError
 from grasp.modules import DenseLinear, LowRankLinear, group_linears_
 
 if TYPE_CHECKING:  # transformers imports this module before it has defined its models
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 METHOD = "grasp"
 FORMAT_VERSION = 1
@@ -139,6 +139,8 @@ class GraspHfQuantizer(HfQuantizer):
                 "expected U, Vh and any bias of every module in ranks. It was not saved or copied completely: save it "
                 "again."
             )
+        for _, layer in _lowrank_layers(model):
+            layer.__dict__.pop("weight", None)
         mark_compressed(model)
         group_linears_(model)
         return model
@@ -199,8 +201,8 @@ def mark_compressed(model: PreTrainedModel) -> None:
     ranks = {name: layer.rank for name, layer in _lowrank_layers(model)}
     quantizer = getattr(model, "hf_quantizer", None)
     if not ranks:
-        if isinstance(quantizer, GraspHfQuantizer):
-            quantizer.remove_quantization_config(model)
+        if isinstance(quantizer, GraspHfQuantizer) or _method(model.config) == METHOD:
+            GraspHfQuantizer(GraspQuantizationConfig()).remove_quantization_config(model)
         return
     if quantizer is not None and not isinstance(quantizer, GraspHfQuantizer):
         raise CheckpointError(
@@ -218,6 +220,12 @@ def mark_compressed(model: PreTrainedModel) -> None:
         setattr(model, name, value)
     model.config.quantization_config = config
     model.config._is_quantized = True  # some attention modules read this before they ask for `q_proj.weight`
+
+
+def _method(config: PreTrainedConfig) -> str | None:
+    """The quantisation method in a model's configuration, which ``from_config`` leaves as it is in the file."""
+    method = getattr(config, "quantization_config", None) or {}
+    return method.get("quant_method") if isinstance(method, dict) else method.quant_method
 
 
 def _lowrank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
@@ -251,9 +259,15 @@ def _empty_layer(name: str, dense: nn.Module, rank: int) -> LowRankLinear:
             f"rank {rank} of {name} is above the {min(in_features, out_features)} that a layer of {in_features} inputs "
             f"and {out_features} outputs can have; the configuration was edited: save the model again"
         )
-    return LowRankLinear(
+    layer = LowRankLinear(
         in_features, out_features, rank, bias=dense.bias is not None, device="meta", dtype=dense.weight.dtype
     )
+    # While loading, GPT-2's initialisation reaches for the `weight` of linears it knows by name: it gets one without
+    # data, no parameter, that counts as initialised.
+    placeholder = dense.weight.detach()
+    placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
+    layer.__dict__["weight"] = placeholder
+    return layer
 
 
 def _dense_layer(dense: DenseLinear, layer: LowRankLinear) -> DenseLinear:

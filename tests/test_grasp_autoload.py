@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import grasp_autoload
+from grasp.modules import LowRankLinear
+from tests.tiny_models import tiny_batches, tiny_model
+
+INSTALLED = any(point.value == "grasp_autoload:install" for point in entry_points(group="torch.backends"))
+needs_install = pytest.mark.skipif(not INSTALLED, reason="grasp-llm is not installed in this environment")
+UP = "model.layers.1.mlp.up_proj"
+# Loads the folder argv[1] and leaves state and logits in argv[2]; its first line stands before all other imports.
+LOAD = """
+import sys
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+import torch
+tokens = torch.load(sys.argv[3])
+with torch.no_grad():
+    torch.save((model.state_dict(), model(tokens).logits), sys.argv[2])
+"""
+
+
+def python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh process away from the checkout, with no import path but the installed packages."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd="/",
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    model = tiny_model("llama")
+    model.set_submodule(UP, LowRankLinear.from_dense(model.get_submodule(UP), torch.arange(4)))
+    return model
+
+
+@pytest.fixture
+def files(model: PreTrainedModel, tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A saved checkpoint, where the outcome of loading goes, and a saved batch of tokens."""
+    import_module("grasp.checkpoint").save_checkpoint(model, tmp_path / "model")
+    torch.save(tiny_batches(1)[0], tmp_path / "tokens.pt")
+    return tmp_path / "model", tmp_path / "outcome.pt", tmp_path / "tokens.pt"
+
+
+@pytest.mark.slow
+@needs_install
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from transformers import AutoModelForCausalLM",
+        "import torch; from transformers import AutoModelForCausalLM",
+        # torch is first imported from the middle of the module that is hooked
+        "import transformers.quantizers.auto; from transformers import AutoModelForCausalLM",
+        "from transformers import AutoConfig, AutoTokenizer, AutoModelForCausalLM",
+    ],
+)
+def test_a_process_that_never_imports_grasp_loads_the_same_bits_and_logits(
+    model: PreTrainedModel, files: tuple[Path, Path, Path], first: str
+) -> None:
+    result = python(first + LOAD, *files)
+    assert result.returncode == 0, result.stderr
+    state, logits = torch.load(files[1])
+    expected = model.state_dict()
+    assert state.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
+    with torch.no_grad():
+        assert torch.equal(logits, model(torch.load(files[2])).logits)
+
+
+@pytest.mark.slow
+@needs_install
+def test_importing_torch_imports_neither_grasp_nor_transformers() -> None:
+    result = python("import torch, sys; print([name.partition('.')[0] for name in sys.modules])")
+    assert result.returncode == 0, result.stderr
+    loaded = set(eval(result.stdout))
+    assert "grasp_autoload" in loaded
+    assert not loaded & {"grasp", "grasp_kernels", "transformers"}
+
+
+@pytest.mark.slow
+@needs_install
+def test_with_autoloading_off_transformers_warns_and_importing_grasp_checkpoint_helps(
+    files: tuple[Path, Path, Path],
+) -> None:
+    off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    code = """
+import sys
+from transformers import AutoModelForCausalLM
+dense = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(type(dense.model.layers[1].mlp.up_proj).__name__)
+import grasp.checkpoint
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[1].mlp.up_proj).__name__)
+"""
+    result = python(code, files[0], **off)
+    assert result.returncode == 0, result.stderr
+    assert "Unknown quantization type, got grasp" in result.stderr
+    assert "up_proj.weight" in result.stderr  # as missing
+    assert result.stdout.split() == ["Linear", "LowRankLinear"]
+
+
+@pytest.mark.slow
+@needs_install
+def test_a_broken_grasp_does_not_break_transformers(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    (tmp_path / "grasp").mkdir()
+    (tmp_path / "grasp/__init__.py").write_text("raise OSError('library is gone')")
+    code = "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained('dense')"
+    result = python(f"import os, sys; os.chdir({str(tmp_path)!r}); sys.path.insert(0, ''); {code}")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("importing grasp.checkpoint raised OSError: library is gone") == 1
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
+    """Modules that stand in for transformers' and grasp's own: what happened, in order, is in the list."""
+    events: list[str] = []
+    checkpoint = ModuleType("grasp.checkpoint")
+    checkpoint.register = lambda: events.append("registered")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "grasp.checkpoint", checkpoint)
+    (tmp_path / "stand_in_tables.py").write_text("events.append('tables')\ndef get_hf_quantizer(): ...\n")
+    (tmp_path / "stand_in_loader.py").write_text("events.append('loader')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("builtins.events", events, raising=False)
+    monkeypatch.setattr(grasp_autoload, "_TABLES", "stand_in_tables")
+    monkeypatch.setattr(grasp_autoload, "_LOADER", "stand_in_loader")
+    others = [finder for finder in sys.meta_path if type(finder).__name__ != "_Finder"]
+    monkeypatch.setattr(sys, "meta_path", others)
+    yield events
+    for name in ("stand_in_tables", "stand_in_loader"):
+        sys.modules.pop(name, None)
+
+
+def test_registers_right_after_the_tables_are_imported_and_only_then(watched: list[str]) -> None:
+    grasp_autoload.install()
+    assert watched == []
+    tables = import_module("stand_in_tables")
+    assert watched == ["tables", "registered"]
+    import_module("stand_in_loader")
+    assert watched == ["tables", "registered", "loader"]
+    assert tables.__spec__ is not None
+    assert tables.__loader__ is tables.__spec__.loader
+    assert type(tables.__loader__).__name__ == "SourceFileLoader"
+
+
+def test_installing_twice_hooks_once(watched: list[str]) -> None:
+    before = len(sys.meta_path)
+    grasp_autoload.install()
+    grasp_autoload.install()
+    assert len(sys.meta_path) == before + 1
+    import_module("stand_in_tables")
+    assert watched == ["tables", "registered"]
+
+
+def test_registers_at_once_where_the_tables_are_there_already(watched: list[str]) -> None:
+    import_module("stand_in_tables")
+    grasp_autoload.install()
+    assert watched == ["tables", "registered"]
+
+
+def test_waits_for_the_loader_where_the_tables_are_being_imported(
+    watched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "stand_in_tables", ModuleType("stand_in_tables"))
+    grasp_autoload.install()
+    assert watched == []
+    import_module("stand_in_loader")
+    assert watched == ["loader", "registered"]
+
+
+@pytest.mark.parametrize("error", [ImportError("no such name"), AttributeError("gone"), RuntimeError("clash")])
+def test_a_failure_to_register_is_logged_and_not_raised(
+    watched: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["grasp.checkpoint"], "register", fail)
+    grasp_autoload.install()
+    with caplog.at_level(logging.WARNING, logger="grasp"):
+        import_module("stand_in_tables")
+    assert watched == ["tables"]
+    assert f"raised {type(error).__name__}: {error}" in caplog.text
+
+
+def test_being_led_to_by_the_import_of_grasp_itself_is_no_failure(
+    watched: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(sys.modules["grasp.checkpoint"], "register")
+    grasp_autoload.install()
+    import_module("stand_in_tables")
+    assert watched == ["tables"]
+    assert caplog.text == ""
+
+
+def test_a_hooked_module_that_is_not_there_is_not_found(watched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grasp_autoload, "_TABLES", "stand_in_absent")
+    grasp_autoload.install()
+    with pytest.raises(ModuleNotFoundError, match="stand_in_absent"):
+        import_module("stand_in_absent")
+    assert watched == []
