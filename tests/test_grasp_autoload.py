@@ -68,7 +68,6 @@ def files(model: PreTrainedModel, tmp_path: Path) -> tuple[Path, Path, Path]:
         "import torch; from transformers import AutoModelForCausalLM",
         # torch is first imported from the middle of the module that is hooked
         "import transformers.quantizers.auto; from transformers import AutoModelForCausalLM",
-        "from transformers import AutoConfig, AutoTokenizer, AutoModelForCausalLM",
     ],
 )
 def test_a_process_that_never_imports_grasp_loads_the_same_bits_and_logits(
