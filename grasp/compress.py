@@ -65,6 +65,7 @@ def compress_(
     clock = _Clock()
     layers = decoder(model).layers
     before = model_size(model, layers)
+    _check_layers(config, len(layers))
     targets, left = _eligible(model)
 
     scores = block_influence(model, batches, progress=progress)
@@ -112,6 +113,14 @@ def compress_(
     )
 
 
+def _check_layers(config: GraspConfig, depth: int) -> None:
+    """Refuse, before anything long is done, layers that the model does not have."""
+    if config.layers and config.layers[-1] >= depth:
+        raise ValueError(f"the model has decoder layers 0..{depth - 1}, got layers={list(config.layers)}")
+    if config.num_layers is not None and config.num_layers > depth:
+        raise ValueError(f"the model has {depth} decoder layers, got num_layers={config.num_layers}")
+
+
 def _eligible(model: PreTrainedModel) -> tuple[dict[int, list[Target]], dict[int, list[ModuleReport]]]:
     """For each layer, the linears that low-rank factors can make smaller, and the modules that are left."""
     targets: dict[int, list[Target]] = {}
@@ -135,8 +144,6 @@ def _choose_budget(
     """Which layers are redundant, and the rank of each of their matrices."""
     shapes = {layer: [_shape(target) for target in found] for layer, found in targets.items()}
     if config.layers is not None:
-        if config.layers and config.layers[-1] >= len(scores):
-            raise ValueError(f"the model has decoder layers 0..{len(scores) - 1}, got layers={list(config.layers)}")
         return uniform_budget(shapes, config.layers, config.retain_ratio)
     if config.num_layers is not None:
         return uniform_budget(shapes, redundant_layers(scores, config.num_layers), config.retain_ratio)

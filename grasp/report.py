@@ -7,11 +7,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from grasp.errors import CheckpointError
+
+if TYPE_CHECKING:  # reports are read where no model is: torch takes seconds to import
+    from torch import nn
 
 FILE_NAME = "report.json"
 

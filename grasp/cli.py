@@ -1,0 +1,248 @@
+"""The command line. Nothing heavy is imported before a command needs it: ``grasp --help`` answers at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grasp import __version__
+from grasp.errors import GraspError
+
+app = typer.Typer(
+    name="grasp",
+    help="Make a causal language model smaller by replacing redundant layers with low-rank ones.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+BAD_INPUT = 2  # exit code
+# What the libraries would say on stderr, set before they are imported; a user's own settings stand.
+_QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+_MODEL = "A folder, a GGUF file, a name on the Hugging Face hub, or [bold]builtin[/bold] (SmolLM2-135M)."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: CUDA where there is a GPU.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+
+def main() -> None:
+    """Run the command line; what the user can put right ends in one line on stderr and exit code 2."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        app()
+    except (GraspError, ValueError, OSError) as error:
+        if "--traceback" in sys.argv:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"grasp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")] = False,
+) -> None:
+    """Options that stand before the command; both are acted upon elsewhere."""
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """``"3,12-17"`` → (3, 12, 13, 14, 15, 16, 17).
+
+    Raises:
+        ValueError: if the text is anything else.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"layers must be numbers and ranges such as 3,12-17, got {text!r}")
+        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(layers)
+
+
+@app.command()
+def compress(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the checkpoint; new or empty.", show_default=False)
+    ],
+    preset: Annotated[str, typer.Option(help="Where the settings start: paper (arXiv 2501.00339).")] = "paper",
+    compression_ratio: Annotated[
+        float | None, typer.Option(help="Fraction of the whole model's parameters to remove. Paper: 0.2.")
+    ] = None,
+    num_layers: Annotated[
+        int | None, typer.Option(help="Instead: compress this many layers, the most redundant ones.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Instead: compress these layers, such as 3,12-17.")] = None,
+    retain_ratio: Annotated[
+        float | None, typer.Option(help="Fraction of each matrix's parameters to keep. Paper: 0.1.")
+    ] = None,
+    threshold_ratio: Annotated[
+        float | None, typer.Option(help="Instead: keep the fewest singular groups with this share of the importance.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Importance of a singular group: taylor or gradient. Paper: taylor.")
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(metavar="FILE|NAME", help="A text file, wikitext2, c4, or builtin.")
+    ] = "builtin",
+    num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.")] = 1,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(help="Which sequences are drawn.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Compress MODEL and save it as a checkpoint that transformers loads.
+
+    [bold]Examples[/bold]
+
+    [dim]Remove a fifth of the parameters, as in the paper:[/dim]
+
+    $ grasp compress meta-llama/Llama-3.1-8B-Instruct -o small --num-samples 512 --calibration wikitext2
+
+    [dim]A quick try, offline:[/dim]
+
+    $ grasp compress builtin -o small --num-layers 2 --num-samples 8
+
+    [dim]Layers of your choice, your own text:[/dim]
+
+    $ grasp compress ./my-model -o small --layers 3,12-17 --retain-ratio 0.3 --calibration corpus.txt
+    """
+    from grasp import console, jobs, tables
+    from grasp.config import GraspConfig
+
+    choices = {
+        "layers": None if layers is None else parse_layers(layers),
+        "num_layers": num_layers,
+        "compression_ratio": compression_ratio,
+        "retain_ratio": retain_ratio,
+        "threshold_ratio": threshold_ratio,
+        "metric": metric,
+    }
+    config = GraspConfig.preset(preset, **{name: value for name, value in choices.items() if value is not None})
+    samples = jobs.Samples(calibration, num_samples, seq_len, batch_size, seed)
+    with console.step_bars() as progress:
+        result = jobs.compress(model, output, config, samples, dtype=dtype, device=device, progress=progress)
+    if as_json:
+        console.print_json(result.to_dict())
+    else:
+        tables.show_compression(result)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    text: Annotated[
+        str, typer.Option(metavar="FILE|NAME", help="A text file, wikitext2, c4, or builtin: its held-out part.")
+    ] = "builtin",
+    window: Annotated[int, typer.Option(help="Tokens the model sees at once.")] = 1024,
+    stride: Annotated[
+        int | None, typer.Option(help="New tokens per window; fewer than the window overlap. Default: no overlap.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.")] = 1,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure the perplexity of MODEL, dense or compressed, on a text.
+
+    [bold]Examples[/bold]
+
+    $ grasp evaluate small
+
+    $ grasp evaluate small --text wikitext2 --window 2048 --json
+    """
+    from grasp import console, jobs, tables
+
+    with console.step_bars() as progress:
+        result = jobs.evaluate(
+            model,
+            text,
+            window=window,
+            stride=stride,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            progress=progress,
+        )
+    if as_json:
+        console.print_json(result.to_dict())
+    else:
+        tables.show_evaluation(result)
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Show the layers and ranks of a checkpoint and where its bytes go, without loading it.
+
+    [bold]Example[/bold]
+
+    $ grasp inspect small
+    """
+    from grasp import console, inspection, tables
+
+    result = inspection.inspect_checkpoint(directory)
+    if as_json:
+        console.print_json(result.to_dict())
+    else:
+        tables.show_inspection(result)
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Show versions, processors, and which kernel backends can run here and why others cannot.
+
+    [bold]Example[/bold]
+
+    $ grasp env --json
+    """
+    from grasp import console, environment, tables
+
+    facts = environment.environment()
+    if as_json:
+        console.print_json(facts)
+    else:
+        tables.show_environment(facts)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the result; an earlier demo there is replaced.")
+    ] = Path("demo"),
+    as_json: Json = False,
+) -> None:
+    """Compress SmolLM2-135M and compare: dense, layers removed, GRASP, plain SVD. Minutes, offline.
+
+    [bold]Example[/bold]
+
+    $ grasp demo
+    """
+    from grasp import console, tables
+    from grasp.demo import run_demo
+
+    with console.step_bars() as progress:
+        result = run_demo(output, progress=progress)
+    if as_json:
+        console.print_json(result.to_dict())
+    else:
+        tables.show_demo(result)

@@ -1,0 +1,59 @@
+"""What this machine has: versions, processors, and which backends of the dispatch table can run."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import Any
+
+import torch
+
+from grasp import __version__
+from grasp_kernels.dispatch import BACKENDS, backend_missing
+
+_PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "huggingface_hub", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, CPU, GPUs, backends with the reason why an absent one is absent, and how checkpoints get loaded."""
+    return {
+        "versions": {"grasp": __version__, "python": platform.python_version(), **_versions()},
+        "platform": platform.platform(),
+        "cpu": {
+            "logical_cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+        "backends": {row.name: backend_missing(row.name) or "available" for row in BACKENDS},
+        "transformers_reload": _reload_status(),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+    }
+
+
+def _reload_status() -> str:
+    """Whether transformers can load a grasp checkpoint in a process that does not import grasp."""
+    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
+        return "off: TORCH_DEVICE_BACKEND_AUTOLOAD=0; `import grasp.checkpoint` before loading"
+    if not any(point.name == "grasp" for point in entry_points(group="torch.backends")):
+        return "off: grasp is not installed here, only importable; `import grasp.checkpoint` before loading"
+    return "available"

@@ -1,0 +1,220 @@
+"""The jobs behind the command line: from a model's name and a text to a checkpoint folder or a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import logging as hub_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from grasp.architecture import decoder
+from grasp.calibration import HUB_TEXTS, CalibrationBatch, bos_for, read_text, token_batches, tokenize
+from grasp.checkpoint import check_directory, model_card, read_license, require_space, save_checkpoint
+from grasp.compress import compress_
+from grasp.config import GraspConfig
+from grasp.errors import GraspError
+from grasp.evaluate import PerplexityResult, perplexity
+from grasp.loading import BUILTIN, load_model
+from grasp.progress import Progress, silent
+from grasp.report import FILE_NAME, CompressionReport, Size, model_size
+
+_BUILTIN_LICENSE = {"license": "apache-2.0"}
+
+
+class OutOfMemoryError(GraspError, MemoryError):
+    """The device has too little memory for the job."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which calibration sequences: a text source as ``read_text`` takes it, how many, how long, in which batches."""
+
+    source: str = BUILTIN
+    num_samples: int = 128
+    seq_len: int = 512
+    batch_size: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A checkpoint that was written, and how."""
+
+    model: str
+    output: str
+    samples: Samples
+    report: CompressionReport
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return {
+            "model": self.model,
+            "output": self.output,
+            "samples": asdict(self.samples),
+            "report": self.report.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model is worth on a text, and what it weighs."""
+
+    model: str
+    text: str
+    window: int
+    stride: int | None
+    result: PerplexityResult
+    size: Size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return asdict(self)
+
+
+def load_quietly(
+    name: str, *, dtype: str = "auto", device: str | None = None, progress: Progress = silent
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """``load_model`` without the libraries' chatter; bars of downloads stay."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+    step = f"loading {Path(name).name}"
+    progress(step, 0, 1)
+    loaded = load_model(name, dtype=dtype, device=device)
+    progress(step, 1, 1)
+    return loaded
+
+
+def compress(
+    name: str,
+    output: Path,
+    config: GraspConfig,
+    samples: Samples,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    progress: Progress = silent,
+) -> Compression:
+    """Compress a model into a new checkpoint folder. What can be wrong with the request is found before the long work.
+
+    Raises:
+        GraspError, ValueError: as ``load_model``, ``token_batches``, ``compress_`` and ``save_checkpoint`` do.
+        OutOfMemoryError: if the device's memory does not suffice.
+    """
+    target = check_directory(output)
+    text = read_text(samples.source)
+    model, tokenizer = load_quietly(name, dtype=dtype, device=device, progress=progress)
+    batches = draw(tokenizer, text, samples)
+    require_space(target, model.get_memory_footprint())
+    with _within_memory(samples.batch_size, samples.seq_len):
+        report = compress_(model, batches, config, progress=progress)
+    write_checkpoint(model, tokenizer, target, name, samples, report, progress=progress)
+    return Compression(name, str(target), samples, report)
+
+
+def draw(tokenizer: PreTrainedTokenizerBase, text: str, samples: Samples) -> list[CalibrationBatch]:
+    """The token batches that ``samples`` asks for."""
+    return token_batches(
+        tokenizer,
+        text,
+        num_samples=samples.num_samples,
+        seq_len=samples.seq_len,
+        batch_size=samples.batch_size,
+        seed=samples.seed,
+    )
+
+
+def write_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    name: str,
+    samples: Samples,
+    report: CompressionReport,
+    *,
+    extra_files: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> None:
+    """Save a compressed model with its report and model card.
+
+    Raises:
+        CheckpointError: as ``save_checkpoint`` does.
+    """
+    base_model = str(model.config._name_or_path or name)
+    progress("saving", 0, 1)
+    save_checkpoint(
+        model,
+        directory,
+        tokenizer=tokenizer,
+        card=model_card(
+            model,
+            base_model=base_model,
+            license=_BUILTIN_LICENSE if name == BUILTIN else read_license(base_model),
+            details=_how(samples, report),
+        ),
+        extra_files={FILE_NAME: report.to_json(), **(extra_files or {})},
+        overwrite=overwrite,
+    )
+    progress("saving", 1, 1)
+
+
+def evaluate(
+    name: str,
+    source: str,
+    *,
+    window: int = 1024,
+    stride: int | None = None,
+    batch_size: int = 1,
+    dtype: str = "auto",
+    device: str | None = None,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Perplexity and size of a model.
+
+    Raises:
+        GraspError, ValueError: as ``read_text``, ``load_model`` and ``perplexity`` do.
+        OutOfMemoryError: if the device's memory does not suffice.
+    """
+    text = read_text(source, split="evaluation")
+    model, tokenizer = load_quietly(name, dtype=dtype, device=device, progress=progress)
+    with _within_memory(batch_size, window):
+        result = perplexity(
+            model,
+            tokenize(tokenizer, text),
+            window=window,
+            stride=stride,
+            batch_size=batch_size,
+            bos_token_id=bos_for(tokenizer),
+            progress=progress,
+        )
+    return Evaluation(name, source, window, stride, result, model_size(model, decoder(model).layers))
+
+
+@contextmanager
+def _within_memory(batch_size: int, length: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"the device has too little memory for batches of {batch_size} x {length} tokens; take a smaller batch, "
+            "shorter sequences or windows, --dtype bfloat16, or --device cpu"
+        ) from error
+
+
+def _how(samples: Samples, report: CompressionReport) -> str:
+    source = samples.source if samples.source in (BUILTIN, *HUB_TEXTS) else "a text file"
+    chosen = "as asked for" if report.config["layers"] is not None else "those with the lowest block influence"
+    return (
+        "## How it was made\n\n"
+        f"Layers {', '.join(map(str, report.redundant_layers)) or 'none'}: {chosen}. Calibrated on "
+        f"{samples.num_samples} sequences of {samples.seq_len} tokens of {source} (seed {samples.seed}). "
+        "In each matrix the singular groups of the highest importance were kept "
+        f"(metric `{report.config['metric']}`). `{FILE_NAME}` has the whole account."
+    )

@@ -1,0 +1,167 @@
+"""The results of the jobs as tables and lines on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from grasp.console import count, layer_ranges, print_facts, print_table, print_text, share, size
+from grasp.inspection import Inspection, LowRankModule, short_name
+
+if TYPE_CHECKING:
+    from grasp.demo import Demo
+    from grasp.jobs import Compression, Evaluation
+
+# The order in which a token meets the linears of a Llama layer; those of other names follow, by name.
+_COLUMNS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def show_compression(result: Compression) -> None:
+    """Sizes before and after, what was left and why, and where the checkpoint is."""
+    report = result.report
+    print_facts(
+        [
+            ("layers", layer_ranges(report.redundant_layers) or "none"),
+            ("linears", f"{len(report.compressed)} replaced, {len(report.left)} left"),
+            (
+                "parameters",
+                f"{count(report.before.parameters)} -> {count(report.after.parameters)}: "
+                f"{share(report.compression_ratio)} removed, {share(report.decoder_compression_ratio)} of the layers'",
+            ),
+            ("bytes", f"{size(report.before.bytes)} -> {size(report.after.bytes)}"),
+            ("kept", "all matrices of a layer alike" if report.retain_ratio is None else _kept(report.retain_ratio)),
+            ("time", f"{sum(report.seconds.values()):.1f} s"),
+            ("checkpoint", result.output),
+        ]
+    )
+    for reason, names in _by_reason(report.left).items():
+        print_text(f"left: {len(names)} modules such as {names[0]}: {reason}")
+
+
+def show_evaluation(result: Evaluation) -> None:
+    """Perplexity and size."""
+    measured = result.result
+    overlap = "no overlap" if result.stride is None else f"{result.stride} new in each"
+    print_facts(
+        [
+            ("model", result.model),
+            (
+                "text",
+                f"{result.text}: {measured.tokens} tokens in {measured.windows} windows of {result.window}, {overlap}",
+            ),
+            ("perplexity", f"{measured.perplexity:.3f}"),
+            ("nll", f"{measured.nll:.5f} nats per token"),
+            ("parameters", count(result.size.parameters)),
+            ("bytes", size(result.size.bytes)),
+        ]
+    )
+    if measured.nonfinite:
+        print_text(f"{measured.nonfinite} of {measured.tokens} tokens have a loss that is NaN or infinite.")
+
+
+def show_inspection(found: Inspection) -> None:
+    """Where the bytes go, and the ranks of each compressed layer."""
+    print_facts(
+        [
+            ("checkpoint", found.directory),
+            ("model", f"{found.model_type}, {found.num_layers} layers"),
+            (
+                "parameters",
+                f"{count(found.parameters)}: {share(found.compression_ratio)} of "
+                f"{count(found.dense_parameters)} removed",
+            ),
+            ("bytes", size(found.bytes)),
+        ]
+    )
+    print_table(
+        ("part", "tensors", "parameters", "bytes", "share"),
+        [
+            (part.name, str(part.tensors), count(part.parameters), size(part.bytes), share(part.bytes / found.bytes))
+            for part in found.parts
+        ],
+    )
+    if not found.modules:
+        print_text("No low-rank layers: this checkpoint is dense.")
+        return
+    print_rank_table(found)
+
+
+def print_rank_table(found: Inspection) -> None:
+    """One line per compressed layer: the rank of each linear, and the share of parameters that is left."""
+    layers: dict[int, dict[str, LowRankModule]] = {}
+    for module in found.modules:
+        layers.setdefault(module.layer, {})[short_name(module.name)] = module
+    names = sorted({name for modules in layers.values() for name in modules}, key=_column_order)
+    rows = []
+    for layer, modules in layers.items():
+        kept = sum(m.parameters for m in modules.values()) / sum(m.dense_parameters for m in modules.values())
+        ranks = [str(modules[name].rank) if name in modules else "-" for name in names]
+        rows.append([str(layer), *ranks, share(kept), *_report_columns(found, layer)])
+    columns = ["layer", *(name.removesuffix("_proj") for name in names), "kept"]
+    print_table(columns + (["BI"] if found.report else []), rows, title="Ranks")
+
+
+def show_environment(facts: Mapping[str, Any]) -> None:
+    """Versions and processors, then the backends in the order in which they are asked."""
+    cpu = facts["cpu"]
+    print_facts(
+        [
+            *((name, version or "not installed") for name, version in facts["versions"].items()),
+            ("platform", facts["platform"]),
+            ("cpu", f"{cpu['logical_cores']} logical cores, {cpu['torch_threads']} torch threads, {cpu['capability']}"),
+            *((f"gpu {index}", _gpu(gpu)) for index, gpu in enumerate(facts["gpus"])),
+            *([] if facts["gpus"] else [("gpu", "none")]),
+            ("plain reload", facts["transformers_reload"]),
+        ]
+    )
+    print_facts(list(facts["backends"].items()), title="Backends, in the order in which they are asked")
+
+
+def show_demo(result: Demo) -> None:
+    """The table, and who wins where."""
+    conditions = result.conditions
+    print_text()
+    print_table(
+        ("", "parameters", "bytes", "perplexity", "prefill tok/s", "decode tok/s"),
+        [
+            (
+                row.name,
+                count(row.parameters),
+                size(row.bytes),
+                f"{row.perplexity:.2f}",
+                f"{row.prefill_tokens_per_s:.0f}",
+                f"{row.decode_tokens_per_s:.1f}",
+            )
+            for row in result.rows
+        ],
+        title=f"{conditions['model']}, {conditions['dtype']} on {conditions['device']}, layers "
+        f"{layer_ranges(conditions['layers'])}",
+    )
+    for finding in result.findings:
+        print_text(f"- {finding}")
+    print_text(
+        f"\n{result.output} has the GRASP checkpoint, report.json and demo.json; took {conditions['seconds']:.0f} s."
+    )
+
+
+def _kept(retain_ratio: float) -> str:
+    return f"{share(retain_ratio)} of the parameters of each matrix"
+
+
+def _by_reason(left: Sequence[Any]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for module in left:
+        reasons.setdefault(module.reason, []).append(module.name)
+    return reasons
+
+
+def _column_order(name: str) -> tuple[int, str]:
+    return (_COLUMNS.index(name) if name in _COLUMNS else len(_COLUMNS)), name
+
+
+def _report_columns(found: Inspection, layer: int) -> list[str]:
+    return [] if found.report is None else [f"{found.report.block_influence[layer]:.3f}"]
+
+
+def _gpu(gpu: Mapping[str, Any]) -> str:
+    return f"{gpu['name']}, compute capability {gpu['compute_capability']}, {size(gpu['memory_bytes'])}"
