@@ -19,8 +19,13 @@ def regroup(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> lis
         present: which of the 4 each group has, 4 per group.
     """
     remaining = [iter(column) for column in columns]
-    groups = [present[i : i + 4] for i in range(0, len(present), 4)]
-    return [Factors(*(next(c) if p else None for c, p in zip(remaining, group, strict=True))) for group in groups]
+    groups = []
+    for i in range(0, len(present), 4):
+        U, s, Vh, bias = (next(c) if p else None for c, p in zip(remaining, present[i : i + 4], strict=True))
+        assert U is not None
+        assert Vh is not None
+        groups.append(Factors(U, s, Vh, bias))
+    return groups
 
 
 def _factor_grads(

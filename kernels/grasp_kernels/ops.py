@@ -46,7 +46,7 @@ def lowrank_linear(
         ValueError: if shapes, dtypes or devices do not agree; the message has both.
         BackendUnavailableError: if a named backend cannot run this call; the message has its reason.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x, ((U, s, Vh, bias),) = _autocast(x, (Factors(U, s, Vh, bias),))
     check_factors(x, U, s, Vh, bias)
     run = _lowrank_linear if _is_plain(x, U, s, Vh, bias) else torch.ops.grasp.lowrank_linear.default
@@ -70,7 +70,7 @@ def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors], *, backend: st
     """
     if not factors:
         raise ValueError("lowrank_linear_grouped needs at least one Factors(U, s, Vh, bias), got none")
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x, factors = _autocast(x, factors)
     for group in factors:
         check_factors(x, *group)
@@ -100,7 +100,7 @@ def lowrank_glu(x: Tensor, gate: Factors, up: Factors, *, activation: str = "sil
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x, (gate, up) = _autocast(x, (gate, up))
     check_factors(x, *gate)
     check_factors(x, *up)
@@ -269,6 +269,9 @@ def _singular_value_grad(
     x, grad_y, mask = _rows(x), _rows(grad_y), None if mask is None else mask.reshape(-1)
     if cu_seqlens is not None:
         check_bounds(cu_seqlens, x.shape[0])
+    if x.shape[0] == 0:
+        first, second = _singular_value_grad_fake(x, grad_y, U, Vh, cu_seqlens, per_sample, second_moment)
+        return first.zero_(), second.zero_()
     return run(x, grad_y, U, Vh, cu_seqlens, per_sample, second_moment, mask)
 
 
@@ -287,7 +290,7 @@ def _lowrank_glu_fake(x: Tensor, gate_U: Tensor, *_: Any) -> Tensor:
 def _singular_value_grad_fake(
     x: Tensor, grad_y: Tensor, U: Tensor, Vh: Tensor, cu_seqlens: Tensor | None, per_sample: bool, unit: str, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    shape = (U.shape[1],)
+    shape: tuple[int, ...] = (U.shape[1],)
     if per_sample:
         assert cu_seqlens is not None
         shape = (cu_seqlens.shape[0] - 1, U.shape[1])
@@ -295,29 +298,36 @@ def _singular_value_grad_fake(
     return x.new_empty(shape, dtype=dtype), x.new_empty(0 if unit == "none" else shape, dtype=dtype)
 
 
+class _Op(NamedTuple):
+    implementation: Callable[..., Any]
+    fake: Callable[..., Any]
+    setup: Callable[..., None]
+    backward: Callable[..., tuple[Any, ...]]
+
+
 _OPS = {
-    "lowrank_linear": (
+    "lowrank_linear": _Op(
         _lowrank_linear,
         _lowrank_linear_fake,
         gradients.lowrank_linear_setup,
         gradients.lowrank_linear_backward,
     ),
-    "lowrank_linear_grouped": (
+    "lowrank_linear_grouped": _Op(
         _lowrank_linear_grouped,
         _lowrank_linear_grouped_fake,
         gradients.lowrank_linear_grouped_setup,
         gradients.lowrank_linear_grouped_backward,
     ),
-    "lowrank_glu": (_lowrank_glu, _lowrank_glu_fake, gradients.lowrank_glu_setup, gradients.lowrank_glu_backward),
-    "singular_value_grad": (
+    "lowrank_glu": _Op(_lowrank_glu, _lowrank_glu_fake, gradients.lowrank_glu_setup, gradients.lowrank_glu_backward),
+    "singular_value_grad": _Op(
         _singular_value_grad,
         _singular_value_grad_fake,
         gradients.singular_value_grad_setup,
         gradients.singular_value_grad_backward,
     ),
 }
-for _name, (_implementation, _fake, _setup, _backward) in _OPS.items():
+for _name, _op in _OPS.items():
     _library.define(_name + _SCHEMAS[_name])
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"grasp::{_name}", _fake, lib=_library)
-    torch.library.register_autograd(f"grasp::{_name}", _backward, setup_context=_setup, lib=_library)
+    _library.impl(_name, _op.implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"grasp::{_name}", _op.fake, lib=_library)
+    torch.library.register_autograd(f"grasp::{_name}", _op.backward, setup_context=_op.setup, lib=_library)

@@ -29,6 +29,14 @@ class Activation(NamedTuple):
     backward: Callable[[Tensor, Tensor], Tensor]
 
 
+def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """As PyTorch's own: its kernel has no derivative, so a gradient that is to be differentiated again is spelt out."""
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.silu_backward(grad, x)
+    sigmoid = torch.sigmoid(x)
+    return grad * sigmoid * (1 + x * (1 - sigmoid))
+
+
 def _gelu(approximate: str) -> Activation:
     return Activation(
         lambda x: F.gelu(x, approximate=approximate),
@@ -37,7 +45,7 @@ def _gelu(approximate: str) -> Activation:
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "silu": Activation(F.silu, torch.ops.aten.silu_backward),
+    "silu": Activation(F.silu, _silu_backward),
     "gelu": _gelu("none"),
     "gelu_tanh": _gelu("tanh"),
     "relu": Activation(F.relu, lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0)),

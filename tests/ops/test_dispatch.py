@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from grasp_kernels import BackendUnavailableError, available_backends, dispatch, explain, lowrank_linear
+from grasp_kernels.dispatch import BACKENDS, OPS, Backend, Call
+
+CALL = ("lowrank_linear", torch.device("cpu"), torch.float32, 4, 2)
+asked: list[str] = []
+
+
+def row(name: str, *, missing: str | None = None, refuses: str | None = None, ops: tuple[str, ...] = OPS) -> Backend:
+    """A backend whose functions are Python's own: ``select`` only has to return them."""
+
+    def ask() -> str | None:
+        asked.append(name)
+        return missing
+
+    function = "builtins:len" if name == "slow" else "builtins:max"
+    return Backend(name, dict.fromkeys(ops, function), ask, lambda _: refuses)
+
+
+def clear_caches() -> None:
+    dispatch.select.cache_clear()
+    dispatch.backend_missing.cache_clear()
+    asked.clear()
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Leaves to replace ``BACKENDS``; what was remembered about the replacement is forgotten."""
+    clear_caches()
+    yield monkeypatch
+    monkeypatch.undo()
+    clear_caches()
+
+
+def use(table: pytest.MonkeyPatch, *rows: Backend) -> None:
+    table.setattr(dispatch, "BACKENDS", rows)
+
+
+def test_the_reference_is_the_last_row_and_never_refuses() -> None:
+    reference = BACKENDS[-1]
+    assert reference.name == "reference"
+    for op in OPS:
+        assert dispatch.objection(reference, Call(op, torch.device("cpu"), torch.float64, 10**9, 10**6)) is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_every_row_names_functions_that_exist(backend: Backend) -> None:
+    if (reason := dispatch.backend_missing(backend.name)) is not None:
+        pytest.skip(f"{backend.name}: {reason}")
+    assert set(backend.functions) <= set(OPS)
+    for op in backend.functions:
+        if dispatch.objection(backend, Call(op, *CALL[1:])) is None:
+            assert callable(dispatch.select(backend.name, op, *CALL[1:]))
+
+
+def test_auto_takes_the_first_row_without_an_objection(table: pytest.MonkeyPatch) -> None:
+    use(table, row("absent", missing="not built"), row("picky", refuses="too many rows"), row("slow"), row("last"))
+    assert dispatch.select("auto", *CALL) is len
+
+
+def test_auto_passes_over_a_row_that_lacks_the_op(table: pytest.MonkeyPatch) -> None:
+    use(table, row("fast", ops=("lowrank_glu",)), row("slow"))
+    assert dispatch.select("auto", *CALL) is len
+    assert dispatch.select("auto", "lowrank_glu", *CALL[1:]) is max
+
+
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [
+        (row("named", missing="not built"), "not built"),
+        (row("named", refuses="too many rows"), "too many rows"),
+        (row("named", ops=()), "has no lowrank_linear"),
+    ],
+    ids=["missing", "refuses", "lacks the op"],
+)
+def test_a_named_backend_runs_or_raises_with_its_reason(
+    table: pytest.MonkeyPatch, backend: Backend, reason: str
+) -> None:
+    use(table, backend, row("slow"))
+    call = "lowrank_linear on cpu in torch.float32 with 4 rows and rank 2"
+    with pytest.raises(BackendUnavailableError, match=f"'named' cannot run {call}: {reason}. Pass backend='auto'"):
+        dispatch.select("named", *CALL)
+
+
+def test_an_unknown_backend_is_refused_with_the_names_there_are() -> None:
+    x, U, Vh = torch.zeros(3, 8), torch.zeros(6, 2), torch.zeros(2, 8)
+    names = ", ".join(row.name for row in BACKENDS)
+    with pytest.raises(ValueError, match=f"unknown backend 'warp'; expected 'auto' or one of {names}"):
+        lowrank_linear(x, U, None, Vh, backend="warp")
+
+
+def test_what_the_machine_lacks_is_asked_once(table: pytest.MonkeyPatch) -> None:
+    use(table, row("absent", missing="not built"), row("slow"))
+    for rows in range(5):
+        dispatch.select("auto", *CALL[:3], rows, 2)
+    assert asked == ["absent", "slow"]
+
+
+def test_available_backends_are_those_the_machine_can_run(table: pytest.MonkeyPatch) -> None:
+    use(table, row("absent", missing="not built"), row("picky", refuses="too many rows"), row("slow"))
+    assert available_backends() == ("picky", "slow")
+
+
+def test_explain_says_which_row_runs_and_why_the_others_do_not(table: pytest.MonkeyPatch) -> None:
+    use(table, row("absent", missing="not built"), row("picky", refuses="too many rows"), row("slow"), row("last"))
+    assert explain("lowrank_linear", rows=4, rank=2) == {
+        "absent": "not built",
+        "picky": "too many rows",
+        "slow": "chosen",
+        "last": "not reached",
+    }
+
+
+def test_explain_agrees_with_auto() -> None:
+    for op in OPS:
+        answers = explain(op, rows=4, rank=2)
+        (chosen,) = (name for name, answer in answers.items() if answer == "chosen")
+        assert dispatch.select("auto", op, *CALL[1:]) is dispatch.select(chosen, op, *CALL[1:])
+
+
+def test_auto_never_picks_the_interpreter_or_a_gpus_kernels_for_the_cpu() -> None:
+    for op in OPS:
+        answers = explain(op, rows=4, rank=2, device="cpu")
+        assert {name for name, answer in answers.items() if answer == "chosen"} <= {"cpu", "reference"}
+
+
+def test_explain_refuses_an_unknown_op() -> None:
+    with pytest.raises(ValueError, match=f"unknown op 'matmul'; the ops are {', '.join(OPS)}"):
+        explain("matmul", rows=1, rank=1)
