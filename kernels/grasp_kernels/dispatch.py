@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,20 +30,59 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Backend:
-    """One row: where the functions are, what the machine lacks (asked once), what a call may not be."""
+    """One row: where the functions are, what the machine lacks (asked once), what a call may not be.
+
+    ``avoids`` is what a backend can run, but runs only for whoever names it: ``"auto"`` passes it by.
+    """
 
     name: str
     functions: Mapping[str, str]  # op → "module:function"
     missing: Callable[[], str | None]
     refuses: Callable[[Call], str | None]  # a pure function: its answer to a call is kept
+    avoids: Callable[[Call], str | None]  # likewise
 
 
 def _nothing(*_: object) -> None:
     return None
 
 
+def _triton_interprets() -> bool:
+    return bool(importlib.import_module("grasp_kernels.tiles").INTERPRETED.value)
+
+
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if _triton_interprets() or (torch.version.cuda is not None and torch.cuda.is_available()):
+        return None
+    return "there is no CUDA GPU (with TRITON_INTERPRET=1 set, Triton interprets its kernels on the CPU, for tests)"
+
+
+def _triton_refuses(call: Call) -> str | None:
+    if call.dtype == torch.float64:
+        return "its kernels accumulate in float32"
+    if _triton_interprets() and call.device.type in ("cpu", "cuda"):
+        return None
+    if call.device.type != "cuda":
+        return f"it runs on CUDA tensors, not on {call.device.type}"
+    major, minor = torch.cuda.get_device_capability(call.device)
+    return None if major >= 8 else f"it needs compute capability 8.0 or later, this card has {major}.{minor}"
+
+
+def _triton_avoids(call: Call) -> str | None:
+    return "interpreted kernels run only when named" if _triton_interprets() else None
+
+
+_TRITON_FUNCTIONS = {
+    "lowrank_linear": "grasp_kernels.lowrank_linear:lowrank_linear",
+    "lowrank_linear_grouped": "grasp_kernels.lowrank_linear:lowrank_linear_grouped",
+    "lowrank_glu": "grasp_kernels.lowrank_glu:lowrank_glu",
+    "singular_value_grad": "grasp_kernels.singular_value_grad:singular_value_grad",
+}
+
 BACKENDS: tuple[Backend, ...] = (
-    Backend("reference", {op: f"grasp_kernels.reference:{op}" for op in OPS}, missing=_nothing, refuses=_nothing),
+    Backend("triton", _TRITON_FUNCTIONS, missing=_triton_missing, refuses=_triton_refuses, avoids=_triton_avoids),
+    Backend("reference", {op: f"grasp_kernels.reference:{op}" for op in OPS}, _nothing, _nothing, _nothing),
 )
 
 
@@ -57,11 +97,11 @@ def available_backends() -> tuple[str, ...]:
     return tuple(row.name for row in BACKENDS if backend_missing(row.name) is None)
 
 
-def objection(row: Backend, call: Call) -> str | None:
-    """Why ``row`` does not run ``call``, or ``None`` where it does."""
+def objection(row: Backend, call: Call, *, named: bool = True) -> str | None:
+    """Why ``row`` does not run ``call``, for who names it or for ``"auto"``; ``None`` where it does."""
     if call.op not in row.functions:
         return f"has no {call.op}"
-    return backend_missing(row.name) or row.refuses(call)
+    return backend_missing(row.name) or row.refuses(call) or (None if named else row.avoids(call))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -74,7 +114,7 @@ def select(backend: str, op: str, device: torch.device, dtype: torch.dtype, rows
     """
     call = Call(op, device, dtype, rows, rank)
     if backend == "auto":
-        row = next(row for row in BACKENDS if objection(row, call) is None)
+        row = next(row for row in BACKENDS if objection(row, call, named=False) is None)
     else:
         row = _row(backend)
         if (reason := objection(row, call)) is not None:
@@ -111,7 +151,7 @@ def explain(
     answers: dict[str, str] = {}
     chosen = False
     for row in BACKENDS:
-        reason = objection(row, call)
+        reason = objection(row, call, named=False)
         answers[row.name] = reason or ("not reached" if chosen else "chosen")
         chosen = chosen or reason is None
     return answers

@@ -12,7 +12,14 @@ CALL = ("lowrank_linear", torch.device("cpu"), torch.float32, 4, 2)
 asked: list[str] = []
 
 
-def row(name: str, *, missing: str | None = None, refuses: str | None = None, ops: tuple[str, ...] = OPS) -> Backend:
+def row(
+    name: str,
+    *,
+    missing: str | None = None,
+    refuses: str | None = None,
+    avoids: str | None = None,
+    ops: tuple[str, ...] = OPS,
+) -> Backend:
     """A backend whose functions are Python's own: ``select`` only has to return them."""
 
     def ask() -> str | None:
@@ -20,7 +27,7 @@ def row(name: str, *, missing: str | None = None, refuses: str | None = None, op
         return missing
 
     function = "builtins:len" if name == "slow" else "builtins:max"
-    return Backend(name, dict.fromkeys(ops, function), ask, lambda _: refuses)
+    return Backend(name, dict.fromkeys(ops, function), ask, lambda _: refuses, lambda _: avoids)
 
 
 def clear_caches() -> None:
@@ -122,6 +129,13 @@ def test_explain_agrees_with_auto() -> None:
         answers = explain(op, rows=4, rank=2)
         (chosen,) = (name for name, answer in answers.items() if answer == "chosen")
         assert dispatch.select("auto", op, *CALL[1:]) is dispatch.select(chosen, op, *CALL[1:])
+
+
+def test_what_a_row_avoids_runs_only_for_who_names_it(table: pytest.MonkeyPatch) -> None:
+    use(table, row("shy", avoids="slower than it looks"), row("slow"))
+    assert dispatch.select("auto", *CALL) is len
+    assert dispatch.select("shy", *CALL) is max
+    assert explain("lowrank_linear", rows=4, rank=2) == {"shy": "slower than it looks", "slow": "chosen"}
 
 
 def test_auto_never_picks_the_interpreter_or_a_gpus_kernels_for_the_cpu() -> None:

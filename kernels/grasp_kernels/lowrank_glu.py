@@ -1,0 +1,196 @@
+"""Triton: ``act(gate(x)) * up(x)`` for two low-rank linears, the product taken in the registers of one dual expand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
+
+from grasp_kernels.launch import Card, Launch, card, run_all
+from grasp_kernels.lowrank_linear import (
+    expand_gemm,
+    expand_options,
+    hidden_gemm,
+    max_rank,
+    new_hidden,
+    problem_of,
+    row_block,
+    row_major,
+    shrink_launch,
+    unit_stride,
+)
+from grasp_kernels.packing import RANK_MULTIPLE
+from grasp_kernels.reference import ACTIVATIONS, Factors
+from grasp_kernels.tiles import expand_tile, load_bias, load_factor, store_rows
+from grasp_kernels.tuning import Config, choose
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    """The activation, in fp32."""
+    if ACTIVATION == "silu":
+        y = x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # tanh(z) = 2 sigmoid(2 z) - 1
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        tl.static_assert(ACTIVATION == "relu")
+        y = tl.maximum(x, 0.0)
+    return y
+
+
+@triton.jit(do_not_specialize=["M"])
+def _lowrank_glu_expand_kernel(
+    gate_u_ptr,  # [N, gate_R]
+    gate_s_ptr,  # [gate_R]
+    gate_bias_ptr,  # [N]
+    gate_h_ptr,  # [SPLITS, M, gate_R]
+    up_u_ptr,  # [N, up_R]
+    up_s_ptr,  # [up_R]
+    up_bias_ptr,  # [N]
+    up_h_ptr,  # [SPLITS, M, up_R]
+    y_ptr,  # [M, N]
+    M,
+    N,
+    gate_R,
+    up_R,
+    gate_stride_un,
+    up_stride_un,
+    gate_stride_hm,
+    up_stride_hm,
+    gate_stride_hs,
+    up_stride_hs,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SCALES: tl.constexpr,  # bit 0: gate has an s, bit 1: up has one
+    BIASES: tl.constexpr,  # likewise
+    LOADED: tl.constexpr,  # fetch the first tiles of U before h is waited for
+    LOOPED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    gate_u = 0
+    up_u = 0
+    if LOADED:
+        offs_r = tl.arange(0, BLOCK_R)
+        gate_u = load_factor(gate_u_ptr, offs_n, offs_r, N, gate_R, gate_stride_un)
+        up_u = load_factor(up_u_ptr, offs_n, offs_r, N, up_R, up_stride_un)
+    if DEPENDENT:
+        gdc_wait()
+    gate = expand_tile(
+        *(gate_u, gate_u_ptr, gate_h_ptr),
+        gate_s_ptr,  # may be None, which Triton does not unpack
+        *(gate_R, offs_m, offs_n, M, N, gate_R, gate_stride_un, gate_stride_hm, gate_stride_hs),
+        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES % 2 == 1, LOADED, LOOPED),
+    )
+    up = expand_tile(
+        *(up_u, up_u_ptr, up_h_ptr),
+        up_s_ptr,
+        *(up_R, offs_m, offs_n, M, N, up_R, up_stride_un, up_stride_hm, up_stride_hs),
+        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES >= 2, LOADED, LOOPED),
+    )
+    gate += load_bias(gate_bias_ptr, N, offs_n, BIASES % 2 == 1)
+    up += load_bias(up_bias_ptr, N, offs_n, BIASES >= 2)
+    store_rows(y_ptr, _activate(gate, ACTIVATION) * up, offs_m, offs_n, M, N)
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def lowrank_glu(x: Tensor, gate: Factors, up: Factors, activation: str) -> Tensor:
+    """``act(gate(x)) * up(x)``; x is (M, K). The arguments and result of ``reference.lowrank_glu``."""
+    return run(x, gate, up, activation, choose("lowrank_glu", card(x.device), problem_of(x, [gate, up])))
+
+
+def run(x: Tensor, gate: Factors, up: Factors, activation: str, config: Config) -> Tensor:
+    """Run a call with a given configuration: shrink by kernel (``pair``) or matrix product (``gemms``), dual expand."""
+    Vhs = [gate.Vh, up.Vh]
+    output = x.new_empty(x.shape[0], gate.U.shape[0])
+    if output.numel() == 0:
+        return output
+    if config.path != "gemms":
+        run_all(plan(x, gate, up, activation, output, config, card(x.device)), x.device)
+    elif x.dtype == torch.float32:  # a dot in full precision is none of the tensor cores': leave it to the vendor
+        gate_y, up_y = (expand_gemm(h, group) for h, group in zip(hidden_gemm(x, Vhs), (gate, up), strict=True))
+        return ACTIVATIONS[activation].forward(gate_y).mul_(up_y)
+    else:
+        hidden = [h.unsqueeze(0) for h in hidden_gemm(x, Vhs)]
+        run_all([expand_launch(gate, up, hidden, output, activation, config, dependent=False)], x.device)
+    return output
+
+
+def plan(
+    x: Tensor, gate: Factors, up: Factors, activation: str, output: Tensor, config: Config, facts: Card
+) -> list[Launch]:
+    """The two launches of a call on a card, in order; ``output`` is a contiguous (M, N)."""
+    x, gate, up = unit_stride(x), row_major(gate), row_major(up)
+    hidden = new_hidden(x, [gate, up], config)
+    column = triton.cdiv(gate.U.shape[1], RANK_MULTIPLE) * RANK_MULTIPLE
+    halves = [hidden[:, :, :column], hidden[:, :, column:]]
+    return [
+        shrink_launch(x, [gate.Vh, up.Vh], hidden, config, facts),
+        expand_launch(gate, up, halves, output, activation, config, dependent=facts.dependent_launch),
+    ]
+
+
+def expand_launch(
+    gate: Factors,
+    up: Factors,
+    hidden: Sequence[Tensor],
+    output: Tensor,
+    activation: str,
+    config: Config,
+    *,
+    dependent: bool,
+) -> Launch:
+    """The dual expand: ``hidden`` is h of gate and of up, (splits, M, at least R), fp32 or the dtype of the output.
+
+    With ``dependent`` it starts under the launch before it, fetches U and waits.
+    """
+    rows, width = output.shape
+    block_m = row_block(rows, config)
+    arguments: dict[str, Any] = {}
+    for name, (U, s, _, bias), h in (("gate", gate, hidden[0]), ("up", up, hidden[1])):
+        arguments |= {
+            f"{name}_u_ptr": U,
+            f"{name}_s_ptr": s,
+            f"{name}_bias_ptr": bias,
+            f"{name}_h_ptr": h,
+            f"{name}_R": U.shape[1],
+            f"{name}_stride_un": U.stride(0),
+            f"{name}_stride_hm": h.stride(1),
+            f"{name}_stride_hs": h.stride(0),
+        }
+    loaded = config.path == "pair"
+    return Launch(
+        _lowrank_glu_expand_kernel,
+        (triton.cdiv(width, config.expand_block_n), triton.cdiv(rows, block_m)),
+        {
+            **arguments,
+            "y_ptr": output,
+            "M": rows,
+            "N": width,
+            "BLOCK_M": block_m,
+            "BLOCK_N": config.expand_block_n,
+            "BLOCK_R": config.expand_block_r,
+            "SPLITS": 1 if config.reduce else hidden[0].shape[0],
+            "SCALES": (gate.s is not None) + 2 * (up.s is not None),
+            "BIASES": (gate.bias is not None) + 2 * (up.bias is not None),
+            "LOADED": loaded,
+            "LOOPED": not loaded or max_rank([gate, up]) > config.expand_block_r,
+            "DEPENDENT": dependent,
+            "ACTIVATION": activation,
+        },
+        expand_options(config, dependent),
+    )

@@ -1,0 +1,390 @@
+"""Triton: ``((x @ Vh.mT) * s) @ U.mT + bias`` for one or several factors that share x.
+
+``pair`` is two launches: shrink, h in partial sums over splits of K, then expand; on sm_90 and later the second starts
+under the first's tail. ``fused`` is one cooperative launch with a grid barrier between the two phases. ``gemms`` is the
+vendor's matrix products. Partial sums are added in the order of their splits, so two runs agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from grasp_kernels.launch import Card, Launch, card, counters, run_all
+from grasp_kernels.packing import RANK_MULTIPLE, stacked
+from grasp_kernels.reference import Factors
+from grasp_kernels.tiles import arrive, expand, first_u, shrink, wait
+from grasp_kernels.tuning import FUSED_RANK, FUSED_ROWS, Config, Problem, choose
+
+BOTH_PHASES, SHRINK_ONLY, EXPAND_ONLY = 0, 1, 2  # of the fused kernel; the last two serve its tests
+_SHRINK_ONLY, _EXPAND_ONLY = tl.constexpr(SHRINK_ONLY), tl.constexpr(EXPAND_ONLY)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _lowrank_shrink_kernel(
+    x_ptr,  # [M, K]
+    vh_ptrs,  # of each member: [R, K]
+    h_ptr,  # [SPLITS, M, columns] fp32
+    counter_ptr,  # [row tiles, rank tiles] int32, used with REDUCE
+    ranks,
+    vh_strides,
+    M,
+    K,
+    stride_xm,
+    stride_hm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    REDUCE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    if DEPENDENT:
+        gdc_launch_dependents()
+    shrink(
+        *(x_ptr, vh_ptrs, h_ptr, counter_ptr, ranks, vh_strides),
+        *(tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(0)),
+        *(M, K, stride_xm, stride_hm, BLOCK_M, BLOCK_R, BLOCK_K, SPLITS, REDUCE),
+    )
+
+
+@triton.jit(do_not_specialize=["M"])
+def _lowrank_expand_kernel(
+    u_ptrs,  # of each member: [N, R]
+    s_ptrs,  # [R]
+    bias_ptrs,  # [N]
+    y_ptrs,  # [M, N]
+    h_ptr,  # [SPLITS, M, columns]
+    widths,
+    ranks,
+    u_strides,
+    M,
+    stride_hm,
+    stride_hs,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SCALES: tl.constexpr,
+    BIASES: tl.constexpr,
+    LOOPED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    u = first_u(u_ptrs, widths, ranks, u_strides, tile, BLOCK_N, BLOCK_R)
+    if DEPENDENT:
+        gdc_wait()
+    expand(
+        *(u, (u_ptrs, s_ptrs, bias_ptrs, y_ptrs), h_ptr, (widths, ranks, u_strides)),
+        *(tile, tl.program_id(1), M, stride_hm, stride_hs),
+        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES, BIASES, LOOPED),
+    )
+
+
+@triton.jit(do_not_specialize=["M"])
+def _lowrank_fused_kernel(
+    x_ptr,  # [M, K]
+    vh_ptrs,  # of each member: [R, K]
+    u_ptrs,  # [N, R]
+    s_ptrs,  # [R]
+    bias_ptrs,  # [N]
+    y_ptrs,  # [M, N]
+    h_ptr,  # [SPLITS, M, columns] fp32
+    counter_ptr,  # [1 + rank tiles] int32: the barrier's word, then one per tile
+    widths,
+    ranks,
+    vh_strides,
+    u_strides,
+    rank_tiles,
+    width_tiles,
+    M,
+    K,
+    stride_xm,
+    stride_hm,
+    BLOCK_M: tl.constexpr,
+    SHRINK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # the whole rank of each member
+    SPLITS: tl.constexpr,
+    REDUCE: tl.constexpr,
+    SCALES: tl.constexpr,
+    BIASES: tl.constexpr,
+    PHASE: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    if PHASE != _EXPAND_ONLY:
+        for task in range(pid, rank_tiles * SPLITS, programs):
+            shrink(
+                *(x_ptr, vh_ptrs, h_ptr, counter_ptr + 1, ranks, vh_strides),
+                *(task % rank_tiles, task // rank_tiles, 0, rank_tiles),
+                *(M, K, stride_xm, stride_hm, BLOCK_M, SHRINK_R, BLOCK_K, SPLITS, REDUCE),
+            )
+    if PHASE != _SHRINK_ONLY:
+        # Announce, then fetch U while the others finish: fetched before, it would hold up the first phase.
+        if PHASE != _EXPAND_ONLY:
+            ticket = arrive(counter_ptr)
+        u = first_u(u_ptrs, widths, ranks, u_strides, pid, BLOCK_N, BLOCK_R)
+        if PHASE != _EXPAND_ONLY:
+            wait(counter_ptr, ticket)
+        for tile in range(pid, width_tiles, programs):
+            expand(
+                *(u, (u_ptrs, s_ptrs, bias_ptrs, y_ptrs), h_ptr, (widths, ranks, u_strides)),
+                *(tile, 0, M, stride_hm, M * stride_hm),
+                *(BLOCK_M, BLOCK_N, BLOCK_R, 1 if REDUCE else SPLITS, SCALES, BIASES, False),
+            )
+            u = first_u(u_ptrs, widths, ranks, u_strides, tile + programs, BLOCK_N, BLOCK_R)
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None) -> Tensor:
+    """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). The arguments and result of ``reference.lowrank_linear``."""
+    return lowrank_linear_grouped(x, [Factors(U, s, Vh, bias)])[0]
+
+
+def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
+    """Several low-rank linears of one input; x is (M, K). One launch for all shrinks and one for all expands."""
+    return run(x, factors, choose("lowrank_linear", card(x.device), problem_of(x, factors)))
+
+
+def problem_of(x: Tensor, factors: Sequence[Factors]) -> Problem:
+    """What a call's configuration is chosen by."""
+    width, rank = sum(group.U.shape[0] for group in factors), sum(group.U.shape[1] for group in factors)
+    return Problem(x.shape[0], width, x.shape[1], rank, str(x.dtype).removeprefix("torch."), len(factors))
+
+
+def run(x: Tensor, factors: Sequence[Factors], config: Config) -> list[Tensor]:
+    """Run a call with a given configuration."""
+    if config.path == "gemms":
+        return gemms(x, factors)
+    outputs = [x.new_empty(x.shape[0], group.U.shape[0]) for group in factors]
+    if any(output.numel() for output in outputs):
+        run_all(plan(x, factors, outputs, config, card(x.device)), x.device)
+    return outputs
+
+
+def plan(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor], config: Config, facts: Card) -> list[Launch]:
+    """The launches of a call on a card, in order: one for ``fused``, where rows and ranks allow it, else two.
+
+    ``outputs`` are contiguous (M, N_i). Factors without a unit inner stride are copied first.
+    """
+    x, factors = unit_stride(x), [row_major(group) for group in factors]
+    hidden = new_hidden(x, factors, config)
+    if config.path == "fused" and x.shape[0] <= FUSED_ROWS and max_rank(factors) <= FUSED_RANK:
+        return [fused_launch(x, factors, outputs, hidden, config, facts)]
+    return [
+        shrink_launch(x, [group.Vh for group in factors], hidden, config, facts),
+        expand_launch(factors, outputs, hidden, config, facts),
+    ]
+
+
+def gemms(x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
+    """The vendor's matrix products: one for all Vh of a packed group, then one per member."""
+    return [
+        expand_gemm(h, group) for h, group in zip(hidden_gemm(x, [group.Vh for group in factors]), factors, strict=True)
+    ]
+
+
+def hidden_gemm(x: Tensor, Vhs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """``x @ Vh.mT`` for each member, (M, R_i) in the dtype of x; slices of one product where the Vh are stacked."""
+    whole = stacked(Vhs)
+    if whole is None:
+        return [F.linear(x, Vh) for Vh in Vhs]
+    return F.linear(x, whole).split([Vh.shape[0] for Vh in Vhs], dim=1)
+
+
+def expand_gemm(h: Tensor, factors: Factors) -> Tensor:
+    """``(h * s) @ U.mT + bias``; in fp16 s scales U, for h could overflow."""
+    U, s, _, bias = factors
+    if s is not None and h.dtype == torch.float16:
+        U = (U.float() * s).to(U.dtype)
+    elif s is not None:
+        h = (h.float() * s).to(h.dtype)
+    return F.linear(h, U, bias)
+
+
+def new_hidden(x: Tensor, factors: Sequence[Factors], config: Config) -> Tensor:
+    """Room for h: (splits, M, columns) in fp32. From PyTorch's allocator, whose memory belongs to a stream or graph."""
+    columns = sum(triton.cdiv(group.U.shape[1], RANK_MULTIPLE) * RANK_MULTIPLE for group in factors)
+    return x.new_empty((config.splits, x.shape[0], columns), dtype=torch.float32)
+
+
+def shrink_launch(x: Tensor, Vhs: Sequence[Tensor], hidden: Tensor, config: Config, facts: Card) -> Launch:
+    """Fill ``hidden`` with the partial sums of ``x @ Vh.mT``, one split of K each."""
+    whole = stacked(Vhs) if all(Vh.shape[0] % RANK_MULTIPLE == 0 for Vh in Vhs) else None
+    Vhs = Vhs if whole is None else [whole]
+    tiles = _tiles((Vh.shape[0] for Vh in Vhs), config.shrink_block_r)
+    row_tiles = triton.cdiv(x.shape[0], row_block(x.shape[0], config))
+    return Launch(
+        _lowrank_shrink_kernel,
+        (tiles, config.splits, row_tiles),
+        {
+            **_shrink_arguments(x, Vhs, hidden, config),
+            "counter_ptr": counters(x.device, tiles * row_tiles) if config.reduce else None,
+            "BLOCK_R": config.shrink_block_r,
+            "DEPENDENT": facts.dependent_launch,
+        },
+        {"num_warps": config.shrink_warps, "num_stages": config.stages, "enable_fp_fusion": True},
+    )
+
+
+def expand_launch(
+    factors: Sequence[Factors], outputs: Sequence[Tensor], hidden: Tensor, config: Config, facts: Card
+) -> Launch:
+    """Compute the outputs from ``hidden``. Where the card can, it starts early, fetches U, and waits for the shrink."""
+    tiles = _tiles((output.shape[1] for output in outputs), config.expand_block_n)
+    rows = hidden.shape[1]
+    return Launch(
+        _lowrank_expand_kernel,
+        (tiles, triton.cdiv(rows, row_block(rows, config))),
+        {
+            **_expand_arguments(factors, outputs, hidden, config),
+            "ranks": tuple(group.U.shape[1] for group in factors),
+            "stride_hs": hidden.stride(0),
+            "BLOCK_R": config.expand_block_r,
+            "SPLITS": 1 if config.reduce else config.splits,
+            "LOOPED": max_rank(factors) > config.expand_block_r,
+            "DEPENDENT": facts.dependent_launch,
+        },
+        expand_options(config, facts.dependent_launch),
+    )
+
+
+def expand_options(config: Config, dependent: bool) -> dict[str, Any]:
+    """Launch options of an expand; ``dependent``: it may start under the launch before it."""
+    options = {"num_warps": config.expand_warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    return options | {"launch_pdl": True} if dependent else options
+
+
+def fused_launch(
+    x: Tensor,
+    factors: Sequence[Factors],
+    outputs: Sequence[Tensor],
+    hidden: Tensor,
+    config: Config,
+    facts: Card,
+    *,
+    programs: int | None = None,
+    phase: int = BOTH_PHASES,
+) -> Launch:
+    """Both phases in one cooperative launch, by default of at most one program per processor."""
+    rank_tiles = _tiles((group.U.shape[1] for group in factors), config.shrink_block_r)
+    width_tiles = _tiles((output.shape[1] for output in outputs), config.expand_block_n)
+    if programs is None:
+        programs = min(facts.processors, max(rank_tiles * config.splits, width_tiles))
+    return Launch(
+        _lowrank_fused_kernel,
+        (programs,),
+        {
+            **_shrink_arguments(x, [group.Vh for group in factors], hidden, config),
+            **_expand_arguments(factors, outputs, hidden, config),
+            "counter_ptr": counters(x.device, 1 + rank_tiles),
+            "rank_tiles": rank_tiles,
+            "width_tiles": width_tiles,
+            "SHRINK_R": config.shrink_block_r,
+            "BLOCK_R": max(16, triton.next_power_of_2(max_rank(factors))),
+            "PHASE": phase,
+        },
+        {
+            "num_warps": config.expand_warps,
+            "num_stages": config.stages,
+            "enable_fp_fusion": True,
+            "launch_cooperative_grid": True,
+        },
+    )
+
+
+def _shrink_arguments(x: Tensor, Vhs: Sequence[Tensor], hidden: Tensor, config: Config) -> dict[str, Any]:
+    return {
+        "x_ptr": x,
+        "vh_ptrs": tuple(Vhs),
+        "h_ptr": hidden,
+        "ranks": tuple(Vh.shape[0] for Vh in Vhs),
+        "vh_strides": tuple(Vh.stride(0) for Vh in Vhs),
+        "M": x.shape[0],
+        "K": x.shape[1],
+        "stride_xm": x.stride(0),
+        "stride_hm": hidden.stride(1),
+        "BLOCK_M": row_block(x.shape[0], config),
+        "BLOCK_K": config.shrink_block_k,
+        "SPLITS": config.splits,
+        "REDUCE": config.reduce,
+    }
+
+
+def _expand_arguments(
+    factors: Sequence[Factors], outputs: Sequence[Tensor], hidden: Tensor, config: Config
+) -> dict[str, Any]:
+    s_ptrs, scales = optional([group.s for group in factors])
+    bias_ptrs, biases = optional([group.bias for group in factors])
+    rows = hidden.shape[1]
+    return {
+        "u_ptrs": tuple(group.U for group in factors),
+        "s_ptrs": s_ptrs,
+        "bias_ptrs": bias_ptrs,
+        "y_ptrs": tuple(outputs),
+        "h_ptr": hidden,
+        "widths": tuple(output.shape[1] for output in outputs),
+        "u_strides": tuple(group.U.stride(0) for group in factors),
+        "M": rows,
+        "stride_hm": hidden.stride(1),
+        "BLOCK_M": row_block(rows, config),
+        "BLOCK_N": config.expand_block_n,
+        "SCALES": scales,
+        "BIASES": biases,
+    }
+
+
+def optional(tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor | None, ...], int]:
+    """A group's s or biases as kernel arguments of one type, and a bit mask of the members that have one.
+
+    A member without one borrows another's, which the mask keeps from being read.
+    """
+    present = [tensor for tensor in tensors if tensor is not None]
+    if not present:
+        return (None,), 0
+    if len({tensor.dtype for tensor in present}) > 1:
+        tensors = [None if tensor is None else tensor.float() for tensor in tensors]
+        present = [tensor for tensor in tensors if tensor is not None]
+    mask = sum(1 << index for index, tensor in enumerate(tensors) if tensor is not None)
+    return tuple(present[0] if tensor is None else tensor for tensor in tensors), mask
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy where its last dimension has gaps."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def row_major(factors: Factors) -> Factors:
+    """The factors with unit inner strides, copied where they have others."""
+    U, s, Vh, bias = factors
+    return Factors(
+        unit_stride(U),
+        None if s is None else unit_stride(s),
+        unit_stride(Vh),
+        None if bias is None else unit_stride(bias),
+    )
+
+
+def row_block(rows: int, config: Config) -> int:
+    """Rows of a tile: one or two of them in scalar arithmetic, else as many as the smallest dot that holds them."""
+    return max(1, rows) if rows <= 2 else min(config.block_m, max(16, triton.next_power_of_2(rows)))
+
+
+def max_rank(factors: Sequence[Factors]) -> int:
+    """The largest rank of a group."""
+    return max(group.U.shape[1] for group in factors)
+
+
+def _tiles(sizes: Iterable[int], block: int) -> int:
+    return sum(triton.cdiv(size, block) for size in sizes)

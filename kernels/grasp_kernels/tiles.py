@@ -1,0 +1,363 @@
+"""Device functions of the low-rank kernels: one tile of ``x @ Vh.mT``, one tile of ``(h * s) @ U.mT``, a grid barrier.
+
+M rows of x, K in_features, R rank, N out_features; factors are row-major with a unit inner stride. Tiles of one or two
+rows are scalar multiply-adds reduced once at the end, tiles of 16 and more are tensor-core dots; both give fp32.
+A group's members come as tuples; a tile finds its member by its number.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+RANK_ALIGNMENT = tl.constexpr(16)  # elements: a member's columns of h start at a multiple
+_FLIP = tl.constexpr(1 << 30)  # the bit of the barrier's word that each crossing flips
+
+
+@triton.jit
+def member(tile, sizes, BLOCK: tl.constexpr):
+    """Index of the member that a tile belongs to, and the tile's number within it."""
+    index = 0
+    local = tile
+    first = 0
+    for g in tl.static_range(1, len(sizes)):
+        first += tl.cdiv(sizes[g - 1], BLOCK)
+        inside = tile >= first
+        index = tl.where(inside, g, index)
+        local = tl.where(inside, tile - first, local)
+    return index, local
+
+
+@triton.jit
+def pick(values, index):
+    """``values[index]`` for an index known only at run time."""
+    value = values[0]
+    for g in tl.static_range(1, len(values)):
+        value = tl.where(index == g, values[g], value)
+    return value
+
+
+@triton.jit
+def hidden_column(ranks, index):
+    """The first column of a member in h, where each member's rank is rounded up to ``RANK_ALIGNMENT``."""
+    column = 0
+    for g in tl.static_range(1, len(ranks)):
+        width = tl.cdiv(ranks[g - 1], RANK_ALIGNMENT) * RANK_ALIGNMENT
+        column += tl.where(index >= g, width, 0)
+    return column
+
+
+@triton.jit
+def load_factor(ptr, offs_row, offs_col, rows, columns, stride):
+    """A tile of U or Vh, zeros outside; read once, so first to leave the cache."""
+    mask = (offs_row < rows)[:, None] & (offs_col < columns)[None, :]
+    return tl.load(
+        ptr + offs_row[:, None] * stride + offs_col[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
+    )
+
+
+@triton.jit
+def dot(a, b, acc):
+    """``a @ b + acc`` in fp32. The interpreter's 16-bit dot is wrong, so there the operands are fp32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """``x``, fp32, rounded to nearest even: through its bits where the interpreter's cast to bf16 would truncate."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _stack_rows(row0, row1, ROWS: tl.constexpr):
+    """[ROWS, BLOCK] of one or two rows."""
+    stacked = row0[None, :]
+    if ROWS == 2:
+        stacked = tl.where((tl.arange(0, 2) == 0)[:, None], stacked, row1[None, :])
+    return stacked
+
+
+@triton.jit
+def shrink_tile(
+    x_ptr,
+    vh_ptr,
+    offs_m,  # [BLOCK_M]
+    offs_r,  # [BLOCK_R]
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_vr,
+    start,
+    stop,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_R] of ``x[:, start:stop] @ Vh[:, start:stop].mT``, fp32."""
+    if BLOCK_M < 16:
+        acc0 = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+        acc1 = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+        for k in range(start, stop, BLOCK_K):
+            offs_k = k + tl.arange(0, BLOCK_K)
+            vh = load_factor(vh_ptr, offs_r, offs_k, R, K, stride_vr).to(tl.float32)  # [BLOCK_R, BLOCK_K]
+            # x is read in the layout of Vh: from the nearest cache, with no exchange through shared memory.
+            x_ptrs = tl.broadcast_to(x_ptr + offs_k[None, :], [BLOCK_R, BLOCK_K])
+            mask = tl.broadcast_to((offs_k < K)[None, :], [BLOCK_R, BLOCK_K])
+            acc0 += tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32) * vh
+            if BLOCK_M == 2:
+                acc1 += tl.load(x_ptrs + stride_xm, mask=mask, other=0.0).to(tl.float32) * vh
+        h = _stack_rows(tl.sum(acc0, 1), tl.sum(acc1, 1), BLOCK_M)
+    else:
+        h = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
+        for k in range(start, stop, BLOCK_K):
+            offs_k = k + tl.arange(0, BLOCK_K)
+            x = tl.load(x_rows + offs_k[None, :], mask=(offs_m < M)[:, None] & (offs_k < K)[None, :], other=0.0)
+            vh = load_factor(vh_ptr, offs_r, offs_k, R, K, stride_vr)
+            h = dot(x, tl.trans(vh), h)
+    return h
+
+
+@triton.jit
+def sum_partials(h_ptrs, mask, stride_hs, SPLITS: tl.constexpr):
+    """The sum over splits, in their order, fp32. Read past the first-level cache: other programs wrote it."""
+    total = tl.load(h_ptrs, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(h_ptrs + split * stride_hs, mask=mask, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def load_scale(s_ptr, s_length, offs_r, SCALED: tl.constexpr):
+    """[BLOCK_R] of s in fp32, ones from ``s_length`` on: that is R, or 0 for a member without s."""
+    scale = tl.full(offs_r.shape, 1.0, tl.float32)
+    if SCALED:
+        scale = tl.load(s_ptr + offs_r, mask=offs_r < s_length, other=1.0).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def expand_dot(
+    acc, u, h_ptr, s_ptr, s_length, offs_m, offs_r, M, R, stride_hm, stride_hs, SPLITS, SCALED: tl.constexpr
+):
+    """``acc + (h * s) @ u.mT``; h is rounded once, to the dtype of u. In fp16 s scales u instead: h could overflow."""
+    h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm + offs_r[None, :]
+    h = sum_partials(h_ptrs, (offs_m < M)[:, None] & (offs_r < R)[None, :], stride_hs, SPLITS)
+    if SCALED:
+        scale = load_scale(s_ptr, s_length, offs_r, SCALED)[None, :]
+        if u.dtype == tl.float16:
+            u = round_to(u.to(tl.float32) * scale, tl.float16)
+        else:
+            h = h * scale
+    return dot(round_to(h, u.dtype), tl.trans(u), acc)
+
+
+@triton.jit
+def expand_row(
+    u, row, h_ptr, s_ptr, s_length, offs_r, R, stride_hm, stride_hs, SPLITS: tl.constexpr, SCALED: tl.constexpr
+):
+    """``u * (h[row] * s)``, [BLOCK_N, BLOCK_R] in fp32, not yet summed over the rank."""
+    h = sum_partials(h_ptr + row * stride_hm + offs_r, offs_r < R, stride_hs, SPLITS)
+    return u.to(tl.float32) * (h * load_scale(s_ptr, s_length, offs_r, SCALED))[None, :]
+
+
+@triton.jit
+def expand_tile(
+    u,  # [BLOCK_N, BLOCK_R], the first tile of U where LOADED
+    u_ptr,
+    h_ptr,
+    s_ptr,
+    s_length,
+    offs_m,  # [BLOCK_M]
+    offs_n,  # [BLOCK_N]
+    M,
+    N,
+    R,
+    stride_un,
+    stride_hm,
+    stride_hs,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SCALED: tl.constexpr,
+    LOADED: tl.constexpr,
+    LOOPED: tl.constexpr,  # the rank may exceed what is loaded
+):
+    """[BLOCK_M, BLOCK_N] of ``(h * s) @ U.mT``, fp32, h being the sum of its splits."""
+    offs_r = tl.arange(0, BLOCK_R)
+    first = BLOCK_R if LOADED else 0
+    if BLOCK_M < 16:
+        acc0 = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+        acc1 = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+        if LOADED:
+            acc0 = expand_row(u, 0, h_ptr, s_ptr, s_length, offs_r, R, stride_hm, stride_hs, SPLITS, SCALED)
+            if BLOCK_M == 2:
+                acc1 = expand_row(u, 1, h_ptr, s_ptr, s_length, offs_r, R, stride_hm, stride_hs, SPLITS, SCALED)
+        if LOOPED:
+            for r in range(first, R, BLOCK_R):
+                offs = r + offs_r
+                piece = load_factor(u_ptr, offs_n, offs, N, R, stride_un)
+                acc0 += expand_row(piece, 0, h_ptr, s_ptr, s_length, offs, R, stride_hm, stride_hs, SPLITS, SCALED)
+                if BLOCK_M == 2:
+                    acc1 += expand_row(piece, 1, h_ptr, s_ptr, s_length, offs, R, stride_hm, stride_hs, SPLITS, SCALED)
+        y = _stack_rows(tl.sum(acc0, 1), tl.sum(acc1, 1), BLOCK_M)
+    else:
+        y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if LOADED:
+            y = expand_dot(y, u, h_ptr, s_ptr, s_length, offs_m, offs_r, M, R, stride_hm, stride_hs, SPLITS, SCALED)
+        if LOOPED:
+            for r in range(first, R, BLOCK_R):
+                offs = r + offs_r
+                piece = load_factor(u_ptr, offs_n, offs, N, R, stride_un)
+                y = expand_dot(
+                    y, piece, h_ptr, s_ptr, s_length, offs_m, offs, M, R, stride_hm, stride_hs, SPLITS, SCALED
+                )
+    return y
+
+
+@triton.jit
+def load_bias(bias_ptr, bias_length, offs_n, BIASED: tl.constexpr):
+    """[1, BLOCK_N] of the bias in fp32, zeros from ``bias_length`` on: that is N, or 0 for a member without a bias."""
+    bias = tl.zeros(offs_n.shape, tl.float32)
+    if BIASED:
+        bias = tl.load(bias_ptr + offs_n, mask=offs_n < bias_length, other=0.0).to(tl.float32)
+    return bias[None, :]
+
+
+@triton.jit
+def store_rows(y_ptr, y, offs_m, offs_n, M, N):
+    """Store [BLOCK_M, BLOCK_N] into a contiguous (M, N) output."""
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(y_ptrs, round_to(y, y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def shrink(
+    x_ptr,
+    vh_ptrs,
+    h_ptr,
+    counter_ptr,
+    ranks,
+    vh_strides,
+    tile,
+    split,
+    pid_m,
+    rank_tiles,
+    M,
+    K,
+    stride_xm,
+    stride_hm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    REDUCE: tl.constexpr,
+):
+    """Store one split of one tile of a group's h. With REDUCE, whoever comes last to a tile puts the sum in split 0."""
+    index, local = member(tile, ranks, BLOCK_R)
+    R = pick(ranks, index)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = local * BLOCK_R + tl.arange(0, BLOCK_R)
+    length = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
+    start = split * length
+    stop = tl.minimum(start + length, K)
+    vh_ptr = pick(vh_ptrs, index)
+    stride_vr = pick(vh_strides, index)
+    partial = shrink_tile(
+        x_ptr, vh_ptr, offs_m, offs_r, M, K, R, stride_xm, stride_vr, start, stop, BLOCK_M, BLOCK_R, BLOCK_K
+    )
+    stride_hs = M * stride_hm
+    h_ptrs = h_ptr + hidden_column(ranks, index) + offs_m[:, None] * stride_hm + offs_r[None, :]
+    mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
+    tl.store(h_ptrs + split * stride_hs, partial, mask=mask)
+    if REDUCE:
+        counter = counter_ptr + pid_m * rank_tiles + tile
+        tl.debug_barrier()
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+            tl.store(h_ptrs, sum_partials(h_ptrs, mask, stride_hs, SPLITS), mask=mask)
+            tl.store(counter, 0)
+
+
+@triton.jit
+def first_u(u_ptrs, widths, ranks, u_strides, tile, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The first tile of U that a tile of a group's outputs needs, [BLOCK_N, BLOCK_R]; zeros past the last tile."""
+    index, local = member(tile, widths, BLOCK_N)
+    offs_n = local * BLOCK_N + tl.arange(0, BLOCK_N)
+    N = pick(widths, index)
+    R = pick(ranks, index)
+    return load_factor(pick(u_ptrs, index), offs_n, tl.arange(0, BLOCK_R), N, R, pick(u_strides, index))
+
+
+@triton.jit
+def expand(
+    u,  # [BLOCK_N, BLOCK_R], from first_u
+    pointers,  # (u_ptrs, s_ptrs, bias_ptrs, y_ptrs)
+    h_ptr,
+    sizes,  # (widths, ranks, u_strides)
+    tile,
+    pid_m,
+    M,
+    stride_hm,
+    stride_hs,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SCALES: tl.constexpr,  # bit g: member g has an s
+    BIASES: tl.constexpr,  # bit g: member g has a bias
+    LOOPED: tl.constexpr,
+):
+    """Compute and store one tile of a group's outputs."""
+    u_ptrs, s_ptrs, bias_ptrs, y_ptrs = pointers
+    widths, ranks, u_strides = sizes
+    index, local = member(tile, widths, BLOCK_N)
+    N = pick(widths, index)
+    R = pick(ranks, index)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = local * BLOCK_N + tl.arange(0, BLOCK_N)
+    u_ptr = pick(u_ptrs, index)
+    h_ptr += hidden_column(ranks, index)
+    s_ptr = pick(s_ptrs, index)
+    s_length = ((SCALES >> index) & 1) * R
+    bias_length = ((BIASES >> index) & 1) * N
+    stride_un = pick(u_strides, index)
+    y = expand_tile(
+        *(u, u_ptr, h_ptr),
+        s_ptr,  # may be None, which Triton does not unpack
+        *(s_length, offs_m, offs_n, M, N, R, stride_un, stride_hm, stride_hs),
+        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES != 0, True, LOOPED),
+    )
+    y += load_bias(pick(bias_ptrs, index), bias_length, offs_n, BIASES != 0)
+    store_rows(pick(y_ptrs, index), y, offs_m, offs_n, M, N)
+
+
+@triton.jit
+def arrive(barrier_ptr):
+    """Announce at the grid's barrier that this program's stores are done; returns the ticket that ``wait`` needs.
+
+    Ones and the first program's complement add up to one flip of a high bit, which leaves the low bits at 0: the next
+    crossing, in this launch or a later one, starts from there, in whichever sense.
+    """
+    tl.debug_barrier()
+    arrival = tl.where(tl.program_id(0) == 0, 1 - tl.num_programs(0) + _FLIP, 1)
+    return tl.atomic_add(barrier_ptr, arrival, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait(barrier_ptr, ticket):
+    """Wait until every program of the grid has arrived; their stores can then be read."""
+    word = tl.atomic_add(barrier_ptr, 0, sem="acquire", scope="gpu")
+    while ((word ^ ticket) & _FLIP) == 0:
+        word = tl.atomic_add(barrier_ptr, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()

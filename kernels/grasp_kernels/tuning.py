@@ -1,0 +1,201 @@
+"""Which launch configuration serves a problem: measured ones, one JSON file per card and kernel, else a rule of thumb.
+
+A file is used only with the Triton version and the kernel source it was measured with; ``status`` says why one is not.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+
+from grasp_kernels.launch import Card
+
+CONFIGS = Path(__file__).parent / "configs"
+SOURCES = {
+    "lowrank_linear": ("lowrank_linear.py", "tiles.py"),
+    "lowrank_glu": ("lowrank_glu.py", "lowrank_linear.py", "tiles.py"),
+}
+PATHS = ("pair", "fused", "gemms")
+PAIR_ROWS, FUSED_ROWS, FUSED_RANK = 512, 64, 512  # the most that a path serves
+REREAD_BYTES = 8 << 20  # of partial sums through the L2 cache: more, and one program adds them up for all (E)
+UNTUNED_PAIR_ROWS = 64  # above, matrix products until a card has measured otherwise
+FULL_PRECISION_PAIR_ROWS = 16
+MAX_DOUBLINGS = 2.0  # in any one dimension, between a problem and the measured one whose configuration it borrows
+
+
+class Problem(NamedTuple):
+    """What a configuration is chosen by. A grouped call is one problem: widths and ranks are summed."""
+
+    rows: int  # M, rounded up to a power of two
+    width: int  # N
+    in_features: int  # K
+    rank: int  # R
+    dtype: str  # "bfloat16", ...
+    groups: int  # members of the group
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a problem is launched. Blocks are elements of a program's tile; the others count warps, stages, splits."""
+
+    path: str  # one of PATHS
+    block_m: int  # of both phases, where there are as many rows
+    shrink_block_r: int
+    shrink_block_k: int
+    splits: int  # programs that share one tile of h
+    shrink_warps: int
+    reduce: bool  # the last of them adds up the partial sums, instead of every reader
+    expand_block_n: int
+    expand_block_r: int
+    expand_warps: int
+    stages: int
+
+
+MATRIX_PRODUCTS = Config(  # the blocks serve the dual expand that follows them in a gated linear unit
+    path="gemms",
+    block_m=128,
+    shrink_block_r=16,
+    shrink_block_k=128,
+    splits=1,
+    shrink_warps=4,
+    reduce=False,
+    expand_block_n=128,
+    expand_block_r=64,
+    expand_warps=8,
+    stages=3,
+)
+
+
+class Table(NamedTuple):
+    """The measured configurations of a card and kernel, and what became of their file."""
+
+    entries: dict[Problem, Config]
+    status: str
+
+
+def choose(kernel: str, card: Card, problem: Problem) -> Config:
+    """The configuration measured for the nearest problem on this card, or else the rule of thumb's."""
+    return _choose(kernel, card, problem._replace(rows=_power_of_two(problem.rows)), CONFIGS)
+
+
+def status(kernel: str, card: Card) -> str:
+    """How many measured configurations are in use for a card, or why none is."""
+    return load(kernel, card.name, CONFIGS).status
+
+
+def source_stamp(kernel: str) -> str:
+    """A hash of the files that a kernel is made of."""
+    folder = Path(__file__).parent
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES[kernel])).hexdigest()[:16]
+
+
+def config_path(kernel: str, card_name: str, directory: Path = CONFIGS) -> Path:
+    """Where the measured configurations of a card and kernel are."""
+    return directory / f"{kernel}.{card_name.replace(' ', '_').replace('/', '_')}.json"
+
+
+@functools.cache
+def load(kernel: str, card_name: str, directory: Path) -> Table:
+    """Read a card's file. A missing one, or one with another stamp, gives no entries and says so."""
+    path = config_path(kernel, card_name, directory)
+    if not path.exists():
+        return Table({}, f"no configurations measured on {card_name}; `grasp bench tune` measures them")
+    content = json.loads(path.read_text())
+    for what, expected in stamps(kernel).items():
+        if content[what] != expected:
+            return Table(
+                {},
+                f"{path.name} is ignored: measured with {what} {content[what]}, this is {expected}; "
+                "run `grasp bench tune` again",
+            )
+    entries = {Problem(**entry["problem"]): Config(**entry["config"]) for entry in content["entries"]}
+    return Table(entries, f"{len(entries)} configurations measured on {card_name}")
+
+
+def save(kernel: str, card_name: str, measured: dict[Problem, tuple[Config, float]], directory: Path = CONFIGS) -> Path:
+    """Write a card's file; ``measured`` has each problem's configuration and its time in µs."""
+    entries: list[dict[str, Any]] = [
+        {"problem": problem._asdict(), "config": asdict(config), "microseconds": round(microseconds, 3)}
+        for problem, (config, microseconds) in sorted(measured.items())
+    ]
+    path = config_path(kernel, card_name, directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"card": card_name, "kernel": kernel, **stamps(kernel), "entries": entries}, indent=1))
+    load.cache_clear()
+    _choose.cache_clear()
+    return path
+
+
+def stamps(kernel: str) -> dict[str, str]:
+    """What a measurement is only valid with."""
+    return {"triton": triton.__version__, "source": source_stamp(kernel)}
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(kernel: str, card: Card, problem: Problem, directory: Path) -> Config:
+    entries = load(kernel, card.name, directory).entries
+    usable = [(distance(problem, other), other) for other, config in entries.items() if serves(config, problem)]
+    doublings, nearest = min(usable, default=(math.inf, problem))
+    return entries[nearest] if doublings < math.inf else rule_of_thumb(kernel, problem, card)
+
+
+def distance(problem: Problem, other: Problem) -> float:
+    """Doublings between two problems, infinite where a configuration is not to be borrowed.
+
+    Rows count most: their number decides which kernel wins, far more than a weight's shape does.
+    """
+    if (problem.dtype, problem.groups) != (other.dtype, other.groups):
+        return math.inf
+    doublings = [abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(problem[:4], other[:4], strict=True)]
+    if max(doublings) > MAX_DOUBLINGS or (problem.rows <= 2) != (other.rows <= 2):
+        return math.inf
+    return 4 * doublings[0] + sum(doublings[1:])
+
+
+def serves(config: Config, problem: Problem) -> bool:
+    """Whether a configuration's path can run a problem at all."""
+    if config.path == "fused":
+        small = problem.rows <= FUSED_ROWS and problem.rank <= FUSED_RANK * problem.groups
+        return small and (problem.rows <= 2 or problem.dtype != "float32")
+    return config.path == "gemms" or problem.rows <= PAIR_ROWS
+
+
+def rule_of_thumb(kernel: str, problem: Problem, card: Card) -> Config:
+    """Start values, estimated, not measured: enough programs for every processor, tiles that fit its registers."""
+    rows, width, in_features, rank, dtype, groups = problem
+    full_precision = dtype == "float32"  # scalar arithmetic, whatever the rows
+    if rows > (FULL_PRECISION_PAIR_ROWS if full_precision else UNTUNED_PAIR_ROWS):
+        return replace(MATRIX_PRODUCTS, expand_block_n=128 if card.warpgroup_dots else 64)
+    scalar = rows <= 2
+    block_r = 16
+    block_k = min(256 if scalar else 128, max(16, _power_of_two(in_features))) >> full_precision
+    block_n = min(32, max(16, _power_of_two(width // groups)))
+    rank_tiles = -(-rank // block_r) + groups - 1
+    splits = max(1, min(16, _power_of_two(-(-card.processors // rank_tiles)), in_features // (2 * block_k)))
+    rereads = splits * rows * rank * 4 * (width // block_n)  # bytes of partial sums, if every reader adds them up
+    piece = 256 if scalar else 2048 // min(max(rows, 16), 32)  # of a rank at a time
+    piece >>= (kernel == "lowrank_glu" and scalar) + (0 if not full_precision else 1 if scalar else 2)
+    return Config(
+        path="pair",
+        block_m=64,
+        shrink_block_r=block_r,
+        shrink_block_k=block_k,
+        splits=splits,
+        shrink_warps=4,
+        reduce=splits > 1 and rereads > REREAD_BYTES,
+        expand_block_n=block_n,
+        expand_block_r=min(piece, max(16, _power_of_two(-(-rank // groups)))),
+        expand_warps=4,
+        stages=3,
+    )
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()
