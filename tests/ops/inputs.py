@@ -11,7 +11,8 @@ from torch import Tensor
 from grasp_kernels import Factors
 from grasp_kernels.dispatch import BACKENDS, Call, objection
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# fp64 is not in the grid: most backends refuse it, and with it would go the pairs that only its cases cover.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LAYOUTS = ("sliced", "transposed", "contiguous")
 # The grid of every op. What comes first also fills the cases whose pairs are all covered already.
 GRID: dict[str, Sequence[object]] = {

@@ -92,7 +92,7 @@ def test_opcheck(op: str, requires_grad: bool) -> None:
     torch.library.opcheck(getattr(torch.ops.grasp, op).default, op_arguments(op, torch.float64, requires_grad))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_fake_tensors_have_the_shapes_dtypes_and_strides_of_real_ones(op: str, dtype: torch.dtype) -> None:
     real = flat(CALLS[op](*arguments(dtype)))

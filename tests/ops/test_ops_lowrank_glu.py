@@ -33,7 +33,7 @@ def test_matches_float64(backend: str, device: str, case: Case) -> None:
     assert_accurate("linear", case["dtype"], y, plain, exact)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("rows", [2, 70])
 def test_wide_inputs_and_outputs_span_several_tiles(backend: str, device: str, rows: int, dtype: torch.dtype) -> None:
     generator = seeded()

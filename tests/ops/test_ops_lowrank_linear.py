@@ -70,6 +70,15 @@ def test_grouped_matches_float64(backend: str, device: str, case: Case) -> None:
         check(y, x, group)
 
 
+def test_fp64_keeps_its_precision(backend: str, device: str) -> None:
+    generator = seeded()
+    x = normal((7, 63), generator, device=device)
+    require(backend, "lowrank_linear_grouped", x, 32)
+    groups = grouped(63, generator, device=device)
+    for y, group in zip(lowrank_linear_grouped(x, groups, backend=backend), groups, strict=True):
+        check(y, x, group)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 7, 70])
 def test_wide_inputs_and_outputs_span_several_tiles(backend: str, device: str, rows: int, dtype: torch.dtype) -> None:

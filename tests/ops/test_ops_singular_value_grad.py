@@ -70,6 +70,12 @@ def test_matches_a_loop_over_tokens(backend: str, device: str, case: Case) -> No
     check(backend, tensors, per_sample=case["per_sample"], second_moment=case["second_moment"], mask=mask)
 
 
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_fp64_keeps_its_precision(backend: str, device: str, per_sample: bool) -> None:
+    tensors = inputs(33, 63, 16, 5, dtype=torch.float64, device=device, ndim=3)
+    check(backend, tensors, per_sample=per_sample, second_moment="sample")
+
+
 RAGGED = {
     "one sample": [0, 33],
     "an empty sample in the middle": [0, 12, 12, 33],
