@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from grasp.architecture import evaluating, first_device
 from grasp.errors import CalibrationError
@@ -236,18 +236,18 @@ def time_generation(
     device = first_device(model)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     prompt = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=torch.Generator().manual_seed(0))
-    options: dict[str, Any] = {"use_cache": True}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    accepted = inspect.signature(model.forward).parameters
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # filled in place
+    options: dict[str, Any] = {"use_cache": True, "cache" if "cache" in accepted else "past_key_values": cache}
+    if "logits_to_keep" in accepted:
         options["logits_to_keep"] = 1  # as ``generate`` does
     with evaluating(model):
-        token, cache = prompt.to(device), None
+        token = prompt.to(device)
         start = _now(device)
         seconds = []
         for steps in (1, new_tokens):
             for _ in range(steps):
-                output = model(input_ids=token, past_key_values=cache, **options)
-                cache = output.past_key_values
-                token = output.logits[:, -1:].argmax(-1)
+                token = model(input_ids=token, **options).logits[:, -1:].argmax(-1)
             seconds.append(_now(device) - start)
     return GenerationTime(prefill_s=seconds[0], decode_s=seconds[1] - seconds[0])
 

@@ -77,8 +77,6 @@ def _config_changes(config: PreTrainedConfig, kept: Sequence[int], depth: int) -
             changes[name] = [new for new, old in enumerate(kept) if old in value]
         elif len(value) == depth:
             changes[name] = [value[i] for i in kept]
-    if "attention_layers" in changes:  # GPT-Neo derives it from this one, as [[kinds, repetitions], ...]
-        changes["attention_types"] = [[changes["attention_layers"], 1]]
     return changes
 
 
