@@ -1,0 +1,92 @@
+"""Compile a Triton launch for a card that need not be there, and read registers, memory and instructions off it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+ARCHITECTURES = (80, 90, 100, 120)  # compute capability times 10
+SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes a program may have
+
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+_GLOBAL_LOAD = re.compile(r"(?:LDG|LDGSTS)\b")
+# Bytes per thread by suffix of a load's mnemonic; without one it is 4.
+_WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What the assembler made of a launch."""
+
+    architecture: int
+    registers: int  # per thread
+    stack: int  # bytes per thread
+    local: int  # bytes per thread
+    shared: int  # bytes per program
+    instructions: tuple[str, ...]  # mnemonics in program order
+
+    def count(self, prefix: str) -> int:
+        """How many instructions have mnemonics that begin with ``prefix``."""
+        return sum(name.startswith(prefix) for name in self.instructions)
+
+    def positions(self, prefix: str) -> list[int]:
+        """Where, in program order, the instructions are whose mnemonics begin with ``prefix``."""
+        return [place for place, name in enumerate(self.instructions) if name.startswith(prefix)]
+
+    def loads(self) -> Counter[int]:
+        """How many loads from global memory there are of each width in bytes per thread."""
+        return Counter(load_width(name) for name in self.instructions if _GLOBAL_LOAD.match(name))
+
+
+def load_width(mnemonic: str) -> int:
+    """Bytes per thread that a load such as ``LDG.E.EF.128`` moves."""
+    return next((_WIDTHS[part] for part in reversed(mnemonic.split(".")) if part in _WIDTHS), 4)
+
+
+def compile_for(architecture: int, kernel: Any, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> Binary:
+    """Compile a launch as Triton would on a card of this architecture: same types, same specializations.
+
+    Args:
+        architecture: compute capability times 10.
+        kernel: a ``triton.jit`` function, imported without ``TRITON_INTERPRET``.
+        arguments: by parameter name; tensors may be on the ``meta`` device.
+        options: ``num_warps`` and the like.
+    """
+    target = GPUTarget("cuda", architecture, 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = bind(**arguments, **options)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, dict(options), bound, specialization, None)
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=target, options=parsed.__dict__)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        resources, sass = _cuobjdump("--dump-resource-usage", file.name), _cuobjdump("--dump-sass", file.name)
+    return read(architecture, resources, sass, compiled.metadata.shared)
+
+
+def read(architecture: int, resources: str, sass: str, shared: int) -> Binary:
+    """Read a binary's facts off the two reports of ``cuobjdump``; ``shared`` is what the launch asks for, in bytes."""
+    usage = _RESOURCES.search(resources)
+    if usage is None:
+        raise ValueError(f"expected cuobjdump's REG, STACK, SHARED and LOCAL, got {resources!r}")
+    registers, stack, local = map(int, usage.groups())
+    return Binary(architecture, registers, stack, local, shared, tuple(_INSTRUCTION.findall(sass)))
+
+
+def _cuobjdump(report: str, path: str) -> str:
+    """The disassembler that ships inside Triton's wheel."""
+    command = [triton.knobs.nvidia.cuobjdump.path, report, path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
