@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,7 @@ def main() -> None:
     """Run the command line; what the user can put right ends in one line on stderr and exit code 2."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    warnings.simplefilter("ignore", FutureWarning)
     try:
         app()
     except (GraspError, ValueError, OSError) as error:

@@ -32,9 +32,9 @@ class StepBars:
 
     def __call__(self, step: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` units of ``step`` are done."""
-        if step != self._step:
+        if self._step not in ("", step):
             self.close()
-            self._step = step
+        self._step = step
         if done == 0:
             if self._console.is_interactive:
                 self._console.print(f"{step} ...", end="\r", highlight=False)
@@ -101,9 +101,10 @@ def _finite(value: Any) -> Any:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
     """A table on stdout: the first column left-aligned, the others right-aligned."""
+    print_text()
     if title:
-        Console().print(f"[bold]{title}[/bold]")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        Console().print(f"[bold]{title}[/bold]", highlight=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=index > 0)
     for row in rows:

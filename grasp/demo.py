@@ -188,11 +188,11 @@ def _size_finding(rows: Mapping[str, Row]) -> str:
 def _speed_finding(phase: str, rows: Mapping[str, Row], speed: Callable[[Row], float]) -> str:
     dense = speed(rows[DENSE])
     parts = ", ".join(f"{name} {speed(rows[name]) / dense:.2f}x" for name in (REMOVED, GRASP, PLAIN_SVD))
-    fastest, second = sorted(rows.values(), key=speed, reverse=True)[:2]
-    if speed(fastest) < speed(second) * (1 + _SAME_SPEED):
-        verdict = f"{fastest.name} and {second.name} are within {_SAME_SPEED:.0%}, too close to call"
-    else:
-        verdict = f"{fastest.name} is fastest"
+    best = max(map(speed, rows.values()))
+    leaders = [row.name for row in rows.values() if speed(row) * (1 + _SAME_SPEED) >= best]
+    verdict = f"{leaders[0]} is fastest"
+    if len(leaders) > 1:
+        verdict = f"{', '.join(leaders[:-1])} and {leaders[-1]} are within {_SAME_SPEED:.0%}, too close to call"
     return f"{phase} speed against dense: {parts}; {verdict}."
 
 

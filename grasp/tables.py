@@ -120,9 +120,8 @@ def show_environment(facts: Mapping[str, Any]) -> None:
 def show_demo(result: Demo) -> None:
     """The table, and who wins where."""
     conditions = result.conditions
-    print_text()
     print_table(
-        ("", "parameters", "bytes", "perplexity", "prefill tok/s", "decode tok/s"),
+        ("", "parameters", "bytes", "perplexity", "prefill\ntokens/s", "decode\ntokens/s"),
         [
             (
                 row.name,
@@ -137,6 +136,7 @@ def show_demo(result: Demo) -> None:
         title=f"{conditions['model']}, {conditions['dtype']} on {conditions['device']}, layers "
         f"{layer_ranges(conditions['layers'])}",
     )
+    print_text()
     for finding in result.findings:
         print_text(f"- {finding}")
     print_text(

@@ -1,0 +1,43 @@
+"""What the tests of the command line share: a tiny model on disk with a tokenizer, and ways to run a command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import byte_tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+def save_tiny_model(folder: Path, *, nan: bool = False) -> Path:
+    """A random three-layer Llama with a byte tokenizer; with ``nan``, one weight of its middle layer is NaN."""
+    tokenizer = byte_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    if nan:
+        model.get_submodule("model.layers.1.mlp.up_proj").weight.data[0, 0] = float("nan")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def environment() -> dict[str, str]:
+    """For subprocesses: the checkout is importable, the hub is not asked, and Triton kernels are not interpreted."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {**kept, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+
+
+def grasp(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``grasp`` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "grasp", *map(str, arguments)],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
