@@ -47,7 +47,7 @@ def _nothing(*_: object) -> None:
 
 
 def _triton_interprets() -> bool:
-    return bool(importlib.import_module("grasp_kernels.tiles").INTERPRETED.value)
+    return bool(importlib.import_module("grasp_kernels.triton.tiles").INTERPRETED.value)
 
 
 def _triton_missing() -> str | None:
@@ -74,10 +74,10 @@ def _triton_avoids(call: Call) -> str | None:
 
 
 _TRITON_FUNCTIONS = {
-    "lowrank_linear": "grasp_kernels.lowrank_linear:lowrank_linear",
-    "lowrank_linear_grouped": "grasp_kernels.lowrank_linear:lowrank_linear_grouped",
-    "lowrank_glu": "grasp_kernels.lowrank_glu:lowrank_glu",
-    "singular_value_grad": "grasp_kernels.singular_value_grad:singular_value_grad",
+    "lowrank_linear": "grasp_kernels.triton.lowrank_linear:lowrank_linear",
+    "lowrank_linear_grouped": "grasp_kernels.triton.lowrank_linear:lowrank_linear_grouped",
+    "lowrank_glu": "grasp_kernels.triton.lowrank_glu:lowrank_glu",
+    "singular_value_grad": "grasp_kernels.triton.singular_value_grad:singular_value_grad",
 }
 
 BACKENDS: tuple[Backend, ...] = (

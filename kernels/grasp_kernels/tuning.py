@@ -13,14 +13,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 
-from grasp_kernels.launch import Card
+from grasp_kernels.triton.launch import Card
 
 CONFIGS = Path(__file__).parent / "configs"
 SOURCES = {
-    "lowrank_linear": ("lowrank_linear.py", "tiles.py"),
-    "lowrank_glu": ("lowrank_glu.py", "lowrank_linear.py", "tiles.py"),
+    "lowrank_linear": ("triton/lowrank_linear.py", "triton/tiles.py"),
+    "lowrank_glu": ("triton/lowrank_glu.py", "triton/lowrank_linear.py", "triton/tiles.py"),
 }
 PATHS = ("pair", "fused", "gemms")
 PAIR_ROWS, FUSED_ROWS, FUSED_RANK = 512, 64, 512  # the most that a path serves
@@ -39,6 +40,12 @@ class Problem(NamedTuple):
     rank: int  # R
     dtype: str  # "bfloat16", ...
     groups: int  # members of the group
+
+    @classmethod
+    def of(cls, rows: int, width: int, in_features: int, rank: int, dtype: torch.dtype, groups: int) -> Problem:
+        """The problem of a call."""
+        name = str(dtype).removeprefix("torch.")
+        return cls(_power_of_two(rows), width, in_features, rank, name, groups)
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class Table(NamedTuple):
 
 def choose(kernel: str, card: Card, problem: Problem) -> Config:
     """The configuration measured for the nearest problem on this card, or else the rule of thumb's."""
-    return _choose(kernel, card, problem._replace(rows=_power_of_two(problem.rows)), CONFIGS)
+    return _choose(kernel, card, problem, CONFIGS)
 
 
 def status(kernel: str, card: Card) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from grasp_kernels import reference, routes
 from tests.numerics import assert_accurate
 
-kernel = pytest.importorskip("grasp_kernels.singular_value_grad", reason="Triton is not importable")
+kernel = pytest.importorskip("grasp_kernels.triton.singular_value_grad", reason="Triton is not importable")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # One pair per line: tokens, in_features, out_features, rank, bounds of the samples.
@@ -56,10 +57,14 @@ def test_every_shape_and_moment_is_the_references(shape: str, per_sample: bool, 
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("tile", [kernel.LARGE, kernel.SMALL, kernel.FULL_PRECISION], ids=["large", "small", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_every_dtype_is_the_references(dtype: torch.dtype, masked: bool) -> None:
+def test_every_dtype_and_tile_is_the_references(dtype: torch.dtype, tile: kernel.Tile, masked: bool) -> None:
+    def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return kernel.run(*arguments, tile)
+
     mask = (torch.arange(130, device=DEVICE) % 4 != 0) if masked else None
-    check(kernel.singular_value_grad, inputs(130, 128, 63, 8, dtype), None, False, "token", mask)
+    check(run, inputs(130, 128, 63, 8, dtype), None, False, "token", mask)
 
 
 @pytest.mark.parametrize("bounds", [[0, 0], [0, 0, 0, 0]])

@@ -7,7 +7,7 @@ a fixed order, so that two runs agree bit for bit.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grasp_kernels.reference import accumulation_dtype
+from grasp_kernels.triton.launch import Launch, card, run_all
+from grasp_kernels.triton.tiles import dot
 
 ALIGNMENT = 16  # elements: what Triton must know of a stride to load 16 bytes at once
 REDUCE_TILES, REDUCE_RANKS = 16, 64
@@ -35,7 +36,7 @@ class Tile:
 
 
 LARGE = Tile(128, 128, 64, warps=8, stages=3)
-SMALL = Tile(64, 64, 64, warps=4, stages=3)
+SMALL = Tile(64, 64, 64, warps=4, stages=4)  # of three stages, sm_120 spills
 FULL_PRECISION = Tile(64, 64, 32, warps=4, stages=3)  # fp32: no tensor cores, so registers decide
 
 
@@ -56,11 +57,6 @@ def loadable(factor: Tensor) -> Tensor:
         return factor
     padded = factor.new_empty(rank, triton.cdiv(length, ALIGNMENT) * ALIGNMENT)
     return padded[:, :length].copy_(factor)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @triton.jit
@@ -95,8 +91,6 @@ def _project(
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """One tile of ``tokens @ factor``, [BLOCK_T, BLOCK_R] in fp32; ``length`` is the contracted dimension."""
     acc = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
@@ -109,10 +103,7 @@ def _project(
             inside = offs_k < length - start
             tokens = tl.load(tokens_ptrs, mask=inside[None, :], other=0.0)
             factor = tl.load(factor_ptrs, mask=inside[:, None] & rank_mask, other=0.0)
-        if UPCAST:
-            tokens = tokens.to(tl.float32)
-            factor = factor.to(tl.float32)
-        acc = tl.dot(tokens, factor, acc, input_precision=PRECISION)
+        acc = dot(tokens, factor, acc)
         tokens_ptrs += BLOCK_K * tokens_step
         factor_ptrs += BLOCK_K * factor_step
     return acc
@@ -150,8 +141,6 @@ def _singular_value_grad_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_T: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     # Neighbouring programs share token tiles and factors, in groups that fit the L2 cache.
     pid = tl.program_id(0)
@@ -189,8 +178,6 @@ def _singular_value_grad_kernel(
         BLOCK_T,
         BLOCK_R,
         BLOCK_K,
-        PRECISION,
-        UPCAST,
     )
     x_V = _project(
         x_ptr + rows * stride_xt + offs_k[None, :] * stride_xk,
@@ -203,8 +190,6 @@ def _singular_value_grad_kernel(
         BLOCK_T,
         BLOCK_R,
         BLOCK_K,
-        PRECISION,
-        UPCAST,
     )
     if MASKED:
         inside = inside & (tl.load(mask_ptr + offs_t, mask=inside, other=0) != 0)
@@ -278,50 +263,111 @@ def singular_value_grad(
     """``colsum((grad_y @ U) * (x @ Vh.mT))`` and the sum of squared unit gradients; x is (T, K), grad_y is (T, N).
 
     The arguments and results of ``reference.singular_value_grad``; fp32, fp16 or bf16, accumulated in fp32. Works in
-    (T / 128 + B, R) fp32 of memory.
+    (T / 128 + B, R) fp32 of memory, and in a copy of a factor that ``loadable`` finds wanting.
+    """
+    tile = choose_tile(x.shape[0], U.shape[1], x.dtype, card(x.device).processors)
+    return run(x, grad_y, U, Vh, cu_seqlens, per_sample, second_moment, mask, tile)
+
+
+def run(
+    x: Tensor,
+    grad_y: Tensor,
+    U: Tensor,
+    Vh: Tensor,
+    cu_seqlens: Tensor | None,
+    per_sample: bool,
+    second_moment: str,
+    mask: Tensor | None,
+    tile: Tile,
+) -> tuple[Tensor, Tensor]:
+    """Run a call with a given tile."""
+    shape = [U.shape[1]]
+    if per_sample:
+        assert cu_seqlens is not None
+        shape = [len(cu_seqlens) - 1, *shape]
+    first = x.new_empty(shape, dtype=torch.float32)
+    second = x.new_empty(0 if second_moment == "none" else shape, dtype=torch.float32)
+    by_sample = per_sample or second_moment == "sample"
+    bounds = cu_seqlens if by_sample else None
+    run_all(plan(x, grad_y, U, Vh, bounds, second_moment, mask, (first, second), tile), x.device)
+    return first, second
+
+
+def plan(
+    x: Tensor,
+    grad_y: Tensor,
+    U: Tensor,
+    Vh: Tensor,
+    cu_seqlens: Tensor | None,
+    second_moment: str,
+    mask: Tensor | None,
+    outputs: Sequence[Tensor],
+    tile: Tile,
+) -> list[Launch]:
+    """The launches of a call, in order: sums of tiles, unless there are no tokens, and their sum.
+
+    ``cu_seqlens`` keeps samples apart; ``outputs`` are (R,) or (B, R) fp32, the second empty where none is asked for.
     """
     (tokens, K), (N, R) = x.shape, U.shape
-    tile = choose_tile(tokens, R, x.dtype, _processors(x.device))
-    ragged = cu_seqlens is not None and (per_sample or second_moment == "sample")
-    samples = len(cu_seqlens) - 1 if ragged and cu_seqlens is not None else 1
-    slots = tokens // tile.block_t + samples if ragged else triton.cdiv(tokens, tile.block_t)
-    dtype = accumulation_dtype(x.dtype)
+    samples = 1 if cu_seqlens is None else len(cu_seqlens) - 1
+    slots = triton.cdiv(tokens, tile.block_t) if cu_seqlens is None else tokens // tile.block_t + samples
     squares = second_moment == "token"
-    tile_first = x.new_empty((slots, R), dtype=dtype)
-    tile_second = x.new_empty((slots if squares else 0, R), dtype=dtype)
+    tile_first = x.new_empty((slots, R), dtype=torch.float32)
+    tile_second = x.new_empty((slots, R), dtype=torch.float32) if squares else None
     U, Vh = loadable(U.mT).mT, loadable(Vh)
-    if not ragged:
-        cu_seqlens = None
-    if tokens > 0:
-        _singular_value_grad_kernel[(slots * triton.cdiv(R, tile.block_r),)](
-            *(x, grad_y, U, Vh, cu_seqlens, None if mask is None else mask.view(torch.uint8), tile_first, tile_second),
-            *(tokens, N, K, R, samples),
-            *(*x.stride(), *grad_y.stride(), *U.stride(), *Vh.stride()),
-            RAGGED=ragged,
-            MASKED=mask is not None,
-            TOKEN_SQUARES=squares,
-            EVEN_N=N % tile.block_k == 0,
-            EVEN_K=K % tile.block_k == 0,
-            BLOCK_T=tile.block_t,
-            BLOCK_R=tile.block_r,
-            BLOCK_K=tile.block_k,
-            GROUP_T=tile.group_t,
-            PRECISION="ieee",
-            UPCAST=x.device.type == "cpu",
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-    shape = (samples, R) if per_sample else (R,)
-    first = x.new_empty(shape, dtype=dtype)
-    second = x.new_empty(0 if second_moment == "none" else shape, dtype=dtype)
-    _singular_value_grad_reduce_kernel[(triton.cdiv(R, REDUCE_RANKS), samples if per_sample else 1)](
-        *(tile_first, tile_second, cu_seqlens, first, second, tokens, R, samples),
-        RAGGED=ragged,
-        PER_SAMPLE=per_sample,
-        SECOND=SECOND[second_moment],
-        BLOCK_T=tile.block_t,
-        BLOCK_R=REDUCE_RANKS,
-        BLOCK_TILES=REDUCE_TILES,
-        num_warps=4,
+    (stride_xt, stride_xk), (stride_yt, stride_yn) = x.stride(), grad_y.stride()
+    (stride_un, stride_ur), (stride_vr, stride_vk) = U.stride(), Vh.stride()
+    shared = {"cu_seqlens_ptr": cu_seqlens, "T": tokens, "R": R, "samples": samples, "RAGGED": cu_seqlens is not None}
+    products = Launch(
+        _singular_value_grad_kernel,
+        (slots * triton.cdiv(R, tile.block_r),),
+        {
+            **shared,
+            "x_ptr": x,
+            "grad_y_ptr": grad_y,
+            "U_ptr": U,
+            "Vh_ptr": Vh,
+            "mask_ptr": None if mask is None else mask.view(torch.uint8),
+            "first_ptr": tile_first,
+            "second_ptr": tile_second,
+            "N": N,
+            "K": K,
+            "stride_xt": stride_xt,
+            "stride_xk": stride_xk,
+            "stride_yt": stride_yt,
+            "stride_yn": stride_yn,
+            "stride_un": stride_un,
+            "stride_ur": stride_ur,
+            "stride_vr": stride_vr,
+            "stride_vk": stride_vk,
+            "MASKED": mask is not None,
+            "TOKEN_SQUARES": squares,
+            "EVEN_N": N % tile.block_k == 0,
+            "EVEN_K": K % tile.block_k == 0,
+            "BLOCK_T": tile.block_t,
+            "BLOCK_R": tile.block_r,
+            "BLOCK_K": tile.block_k,
+            "GROUP_T": tile.group_t,
+        },
+        {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True},
     )
-    return first, second
+    first, second = outputs
+    per_sample = first.dim() == 2
+    total = Launch(
+        _singular_value_grad_reduce_kernel,
+        (triton.cdiv(R, REDUCE_RANKS), samples if per_sample else 1),
+        {
+            **shared,
+            "tile_first_ptr": tile_first,
+            "tile_second_ptr": tile_second,
+            "first_ptr": first,
+            "second_ptr": second,
+            "PER_SAMPLE": per_sample,
+            "SECOND": SECOND[second_moment],
+            "BLOCK_T": tile.block_t,
+            "BLOCK_R": REDUCE_RANKS,
+            "BLOCK_TILES": REDUCE_TILES,
+        },
+        {"num_warps": 4, "enable_fp_fusion": True},
+    )
+    return [products, total] if tokens > 0 else [total]

@@ -333,9 +333,7 @@ def expand(
     bias_length = ((BIASES >> index) & 1) * N
     stride_un = pick(u_strides, index)
     y = expand_tile(
-        *(u, u_ptr, h_ptr),
-        s_ptr,  # may be None, which Triton does not unpack
-        *(s_length, offs_m, offs_n, M, N, R, stride_un, stride_hm, stride_hs),
+        *(u, u_ptr, h_ptr, s_ptr, s_length, offs_m, offs_n, M, N, R, stride_un, stride_hm, stride_hs),
         *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES != 0, True, LOOPED),
     )
     y += load_bias(pick(bias_ptrs, index), bias_length, offs_n, BIASES != 0)

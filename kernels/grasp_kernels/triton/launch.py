@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grasp_kernels.triton.tiles import INTERPRETED
+
 _STREAM_COUNTERS = 4096  # int32 of a (device, stream)
 _CAPTURE_COUNTERS = 1 << 18  # int32 of a device, for all launches captured in CUDA graphs
 _CAPTURE_ALIGNMENT = 32  # int32: two launches never share a cache line
@@ -57,8 +59,8 @@ class Card(NamedTuple):
 
 @functools.cache
 def card(device: torch.device) -> Card:
-    """The card behind a device; a CPU stands for Triton's interpreter."""
-    if device.type != "cuda":
+    """The card behind a device, or Triton's interpreter."""
+    if device.type != "cuda" or INTERPRETED.value:
         return Card("interpreter", processors=8, capability=0)
     properties = torch.cuda.get_device_properties(device)
     return Card(properties.name, properties.multi_processor_count, 10 * properties.major + properties.minor)
@@ -69,11 +71,12 @@ _reserve: dict[int, list[Tensor]] = {}  # device → what is left of its counter
 
 
 def counters(device: torch.device, count: int) -> Tensor:
-    """``count`` int32 counters, all 0, for one launch on the current stream, which must leave them at 0.
+    """Counters for one launch on the current stream, (at least ``count``,) int32.
 
-    Launches on one stream follow one another and share theirs. A captured launch may be replayed on any stream, so it
-    gets counters of its own, from a reserve that is made and zeroed outside any capture, at the first call on the
-    device. Without that call, or with the reserve used up, their zeroing becomes a node of the graph.
+    The first is the grid barrier's: its low bits are 0. The others are 0. A launch must leave them so. Launches on one
+    stream follow one another and share theirs. A captured launch may be replayed on any stream, so it gets counters of
+    its own, from a reserve that is made and zeroed outside any capture, at the first call on the device. Without that
+    call, or with the reserve used up, zeroing them becomes a node of the graph.
     """
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)

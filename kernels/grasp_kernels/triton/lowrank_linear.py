@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from grasp_kernels.launch import Card, Launch, card, counters, run_all
+from grasp_kernels.triton.launch import Card, Launch, card, counters, run_all
 from grasp_kernels.packing import RANK_MULTIPLE, stacked
 from grasp_kernels.reference import Factors
-from grasp_kernels.tiles import arrive, expand, first_u, shrink, wait
+from grasp_kernels.triton.tiles import arrive, expand, first_u, shrink, wait
 from grasp_kernels.tuning import FUSED_RANK, FUSED_ROWS, Config, Problem, choose
 
 BOTH_PHASES, SHRINK_ONLY, EXPAND_ONLY = 0, 1, 2  # of the fused kernel; the last two serve its tests
@@ -32,7 +32,7 @@ def _lowrank_shrink_kernel(
     x_ptr,  # [M, K]
     vh_ptrs,  # of each member: [R, K]
     h_ptr,  # [SPLITS, M, columns] fp32
-    counter_ptr,  # [row tiles, rank tiles] int32, used with REDUCE
+    counter_ptr,  # [1 + row tiles * rank tiles] int32, used with REDUCE
     ranks,
     vh_strides,
     M,
@@ -48,6 +48,8 @@ def _lowrank_shrink_kernel(
 ):
     if DEPENDENT:
         gdc_launch_dependents()
+    if REDUCE:
+        counter_ptr += 1
     shrink(
         *(x_ptr, vh_ptrs, h_ptr, counter_ptr, ranks, vh_strides),
         *(tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(0)),
@@ -160,7 +162,7 @@ def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors]) -> list[Tensor
 def problem_of(x: Tensor, factors: Sequence[Factors]) -> Problem:
     """What a call's configuration is chosen by."""
     width, rank = sum(group.U.shape[0] for group in factors), sum(group.U.shape[1] for group in factors)
-    return Problem(x.shape[0], width, x.shape[1], rank, str(x.dtype).removeprefix("torch."), len(factors))
+    return Problem.of(x.shape[0], width, x.shape[1], rank, x.dtype, len(factors))
 
 
 def run(x: Tensor, factors: Sequence[Factors], config: Config) -> list[Tensor]:
@@ -230,7 +232,7 @@ def shrink_launch(x: Tensor, Vhs: Sequence[Tensor], hidden: Tensor, config: Conf
         (tiles, config.splits, row_tiles),
         {
             **_shrink_arguments(x, Vhs, hidden, config),
-            "counter_ptr": counters(x.device, tiles * row_tiles) if config.reduce else None,
+            "counter_ptr": counters(x.device, 1 + tiles * row_tiles) if config.reduce else hidden,
             "BLOCK_R": config.shrink_block_r,
             "DEPENDENT": facts.dependent_launch,
         },
@@ -325,8 +327,8 @@ def _shrink_arguments(x: Tensor, Vhs: Sequence[Tensor], hidden: Tensor, config: 
 def _expand_arguments(
     factors: Sequence[Factors], outputs: Sequence[Tensor], hidden: Tensor, config: Config
 ) -> dict[str, Any]:
-    s_ptrs, scales = optional([group.s for group in factors])
-    bias_ptrs, biases = optional([group.bias for group in factors])
+    s_ptrs, scales = optional([group.s for group in factors], hidden)
+    bias_ptrs, biases = optional([group.bias for group in factors], hidden)
     rows = hidden.shape[1]
     return {
         "u_ptrs": tuple(group.U for group in factors),
@@ -345,14 +347,14 @@ def _expand_arguments(
     }
 
 
-def optional(tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor | None, ...], int]:
+def optional(tensors: Sequence[Tensor | None], stand_in: Tensor) -> tuple[tuple[Tensor, ...], int]:
     """A group's s or biases as kernel arguments of one type, and a bit mask of the members that have one.
 
-    A member without one borrows another's, which the mask keeps from being read.
+    A member without one borrows another's, or a group without any the stand-in: the mask keeps it from being read.
     """
     present = [tensor for tensor in tensors if tensor is not None]
     if not present:
-        return (None,), 0
+        return (stand_in,), 0
     if len({tensor.dtype for tensor in present}) > 1:
         tensors = [None if tensor is None else tensor.float() for tensor in tensors]
         present = [tensor for tensor in tensors if tensor is not None]

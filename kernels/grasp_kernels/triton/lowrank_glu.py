@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from grasp_kernels.launch import Card, Launch, card, run_all
-from grasp_kernels.lowrank_linear import (
+from grasp_kernels.triton.launch import Card, Launch, card, run_all
+from grasp_kernels.triton.lowrank_linear import (
     expand_gemm,
     expand_options,
     hidden_gemm,
@@ -26,7 +26,7 @@ from grasp_kernels.lowrank_linear import (
 )
 from grasp_kernels.packing import RANK_MULTIPLE
 from grasp_kernels.reference import ACTIVATIONS, Factors
-from grasp_kernels.tiles import expand_tile, load_bias, load_factor, store_rows
+from grasp_kernels.triton.tiles import expand_tile, load_bias, load_factor, store_rows
 from grasp_kernels.tuning import Config, choose
 
 
@@ -89,15 +89,13 @@ def _lowrank_glu_expand_kernel(
     if DEPENDENT:
         gdc_wait()
     gate = expand_tile(
-        *(gate_u, gate_u_ptr, gate_h_ptr),
-        gate_s_ptr,  # may be None, which Triton does not unpack
-        *(gate_R, offs_m, offs_n, M, N, gate_R, gate_stride_un, gate_stride_hm, gate_stride_hs),
+        *(gate_u, gate_u_ptr, gate_h_ptr, gate_s_ptr, gate_R, offs_m, offs_n, M, N, gate_R),
+        *(gate_stride_un, gate_stride_hm, gate_stride_hs),
         *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES % 2 == 1, LOADED, LOOPED),
     )
     up = expand_tile(
-        *(up_u, up_u_ptr, up_h_ptr),
-        up_s_ptr,
-        *(up_R, offs_m, offs_n, M, N, up_R, up_stride_un, up_stride_hm, up_stride_hs),
+        *(up_u, up_u_ptr, up_h_ptr, up_s_ptr, up_R, offs_m, offs_n, M, N, up_R),
+        *(up_stride_un, up_stride_hm, up_stride_hs),
         *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES >= 2, LOADED, LOOPED),
     )
     gate += load_bias(gate_bias_ptr, N, offs_n, BIASES % 2 == 1)
@@ -164,8 +162,8 @@ def expand_launch(
     for name, (U, s, _, bias), h in (("gate", gate, hidden[0]), ("up", up, hidden[1])):
         arguments |= {
             f"{name}_u_ptr": U,
-            f"{name}_s_ptr": s,
-            f"{name}_bias_ptr": bias,
+            f"{name}_s_ptr": U if s is None else s,  # U stands in and is not read
+            f"{name}_bias_ptr": U if bias is None else bias,
             f"{name}_h_ptr": h,
             f"{name}_R": U.shape[1],
             f"{name}_stride_un": U.stride(0),

@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+import grasp_kernels
+
+
+@pytest.mark.parametrize("name", grasp_kernels.__all__)
+def test_no_module_has_the_name_of_a_public_object(name: str) -> None:
+    # Importing such a module, which the table does late, would put it in the object's place.
+    assert importlib.util.find_spec(f"grasp_kernels.{name}") is None
