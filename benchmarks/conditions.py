@@ -1,0 +1,108 @@
+"""The conditions of a measurement: the device and what it can do, versions, and the state of the code."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from grasp_kernels import roofline
+from grasp_kernels.roofline import Card
+
+ROOT = Path(__file__).resolve().parent.parent
+READ_BYTES = 1 << 30  # of the buffer whose reading gives the bandwidth
+MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
+REPETITIONS = 5
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What must be known to read a time, or to repeat it."""
+
+    device: str
+    threads: int | None  # of a CPU
+    read_bandwidth: float  # bytes/s, measured in this run
+    flops: float  # FLOP/s of a large matmul in the dtype of the results, measured in this run
+    torch: str
+    triton: str | None
+    python: str
+    commit: str | None
+    dirty: bool | None  # tracked files differ from the commit
+    started: str  # UTC
+
+
+def conditions(card: Card, device: torch.device) -> Conditions:
+    """The conditions of now, with ``card`` as it was measured."""
+    return Conditions(
+        device=card.name,
+        threads=torch.get_num_threads() if device.type == "cpu" else None,
+        read_bandwidth=card.bandwidth,
+        flops=card.flops,
+        torch=torch.__version__,
+        triton=_version("triton"),
+        python=platform.python_version(),
+        commit=_git("rev-parse", "HEAD"),
+        dirty=None if (changes := _git("status", "--porcelain", "--untracked-files=no")) is None else bool(changes),
+        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@torch.inference_mode()
+def measure_card(device: torch.device, dtype: torch.dtype) -> Card:
+    """What limits an op on this device now: bytes/s read by a matrix-vector product, FLOP/s of a large matmul."""
+    width = 4096
+    matrix = torch.ones(READ_BYTES // (4 * width), width, device=device)
+    vector = torch.ones(width, device=device)
+    size = MATMUL_SIZE[device.type]
+    square = torch.randn(size, size, device=device).to(dtype)
+    return roofline.measured(
+        device_name(device),
+        flops=2 * size**3 / _best(device, lambda: square @ square),
+        bandwidth=READ_BYTES / _best(device, lambda: matrix @ vector),
+    )
+
+
+def _best(device: torch.device, call: object) -> float:
+    """Shortest time of a call, in seconds: what the device can do, whatever else it does."""
+    assert callable(call)
+    times = []
+    for _ in range(REPETITIONS + 1):  # the first warms up
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """What git answers about this checkout, or ``None`` outside one."""
+    try:
+        answer = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()

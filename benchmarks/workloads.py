@@ -1,0 +1,227 @@
+"""The ops to be timed, at a shape: their inputs, what runs them, and what the exact result is."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.timing import Rotation
+from grasp_kernels import Factors, lowrank_glu, lowrank_linear, lowrank_linear_grouped, roofline, singular_value_grad
+from grasp_kernels.dispatch import BACKENDS, Call, objection
+from grasp_kernels.roofline import Cost
+from tests.numerics import inaccuracy
+
+
+class Linear(NamedTuple):
+    """Shape of one low-rank linear."""
+
+    K: int
+    N: int
+    R: int
+
+
+Shape = tuple[Linear, ...]  # all of one K
+
+
+def parse_shape(text: str) -> Shape:
+    """``"4096x11008r298"`` is K = 4096 to N = 11008 at rank 298; linears that share their input are joined by ``+``.
+
+    Raises:
+        ValueError: if that is not how it is written, a size is 0, or the inputs differ in width.
+    """
+    matches = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)r([1-9]\d*)", part) for part in text.split("+")]
+    shape = tuple(Linear(*map(int, match.groups())) for match in matches if match)
+    if len(shape) != len(matches) or len({linear.K for linear in shape}) != 1:
+        raise ValueError(f"shape {text!r} is not KxNrR, such as 4096x11008r298, or several of one K joined by '+'")
+    return shape
+
+
+def format_shape(shape: Shape) -> str:
+    """Undo ``parse_shape``."""
+    return "+".join(f"{K}x{N}r{R}" for K, N, R in shape)
+
+
+class Problem(NamedTuple):
+    """Operands of one call. ``weights`` are the (N, K) matrices of the dense baseline, one per linear."""
+
+    x: Tensor  # (M, K)
+    groups: list[Factors]
+    weights: list[Tensor]
+    grad_y: Tensor  # (M, N) for the singular-value gradient, else empty
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [
+            self.x,
+            *(tensor for group in self.groups for tensor in (group.U, group.Vh)),
+            *self.weights,
+            self.grad_y,
+        ]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Problem:
+        """Apply ``function`` to every tensor."""
+        groups = [Factors(function(U), s, function(Vh), bias) for U, s, Vh, bias in self.groups]
+        return Problem(function(self.x), groups, [function(w) for w in self.weights], function(self.grad_y))
+
+
+Run = Callable[[Problem], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op: what it is compared with, and what it costs."""
+
+    kind: str  # of tolerance
+    linears: range  # how many it takes
+    run: Callable[[str, Problem], list[Tensor]]  # by a backend
+    unfused: Run
+    dense: Run
+    cost: Callable[[int, Shape, int], Sequence[Cost]]  # of rows, shape and bytes per element
+    alone: int = 1  # how often a single linear is repeated
+    one_width: bool = False  # its linears share N
+
+    def fit(self, shape: Shape) -> Shape | None:
+        """``shape``, a single linear repeated as often as the op needs; ``None`` where the op has no such shape."""
+        if len(shape) == 1:
+            return shape * self.alone
+        if self.one_width and len({linear.N for linear in shape}) > 1:
+            return None
+        return shape if len(shape) in self.linears else None
+
+
+def _twice(problem: Problem, group: int = 0) -> Tensor:
+    U, _, Vh, _ = problem.groups[group]
+    return F.linear(F.linear(problem.x, Vh), U)
+
+
+def _unfused_grad(problem: Problem) -> list[Tensor]:
+    """Two matmuls, a product and a sum, with both (M, R) operands in memory."""
+    U, _, Vh, _ = problem.groups[0]
+    products = (problem.grad_y @ U).to(_wide(problem.x)) * (problem.x @ Vh.mT)
+    return [products.sum(0)]
+
+
+def _dense_grad(problem: Problem) -> list[Tensor]:
+    """The diagonal of ``U.mT @ G @ Vh.mT``, by way of the weight's gradient G."""
+    U, _, Vh, _ = problem.groups[0]
+    gradient = problem.grad_y.mT @ problem.x
+    return [((U.mT @ gradient).to(_wide(problem.x)) * Vh).sum(1)]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+OPS: dict[str, Op] = {
+    "lowrank_linear": Op(
+        "linear",
+        range(1, 2),
+        run=lambda backend, p: [lowrank_linear(p.x, *p.groups[0], backend=backend)],
+        unfused=lambda p: [_twice(p)],
+        dense=lambda p: [F.linear(p.x, p.weights[0])],
+        cost=lambda M, shape, size: roofline.lowrank_linear(M, shape[0].N, shape[0].K, shape[0].R, itemsize=size),
+    ),
+    "lowrank_linear_grouped": Op(
+        "linear",
+        range(2, sys.maxsize),
+        run=lambda backend, p: list(lowrank_linear_grouped(p.x, p.groups, backend=backend)),
+        unfused=lambda p: [_twice(p, group) for group in range(len(p.groups))],
+        dense=lambda p: [F.linear(p.x, weight) for weight in p.weights],
+        cost=lambda M, shape, size: roofline.lowrank_linear_grouped(
+            M, shape[0].K, [(linear.N, linear.R) for linear in shape], itemsize=size
+        ),
+        alone=3,  # q, k and v
+    ),
+    "lowrank_glu": Op(
+        "linear",
+        range(2, 3),
+        run=lambda backend, p: [lowrank_glu(p.x, p.groups[0], p.groups[1], backend=backend)],
+        unfused=lambda p: [F.silu(_twice(p, 0)) * _twice(p, 1)],
+        dense=lambda p: [F.silu(F.linear(p.x, p.weights[0])) * F.linear(p.x, p.weights[1])],
+        cost=lambda M, shape, size: roofline.lowrank_glu(
+            M, shape[0].N, shape[0].K, shape[0].R, shape[1].R, itemsize=size
+        ),
+        alone=2,
+        one_width=True,
+    ),
+    "singular_value_grad": Op(
+        "singular_value_grad",
+        range(1, 2),
+        run=lambda backend, p: [
+            singular_value_grad(p.x, p.grad_y, p.groups[0].U, p.groups[0].Vh, backend=backend).first
+        ],
+        unfused=_unfused_grad,
+        dense=_dense_grad,
+        cost=lambda M, shape, size: roofline.singular_value_grad(M, shape[0].N, shape[0].K, shape[0].R, itemsize=size),
+    ),
+}
+
+
+def make_problem(op: str, shape: Shape, rows: int, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Gaussian operands under which outputs have about unit variance; never zeros, which processors multiply faster."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device).mul_(scale).to(dtype)
+
+    K = shape[0].K
+    groups = [Factors(normal(N, R, scale=R**-0.5), None, normal(R, K, scale=K**-0.5)) for _, N, R in shape]
+    if op == "singular_value_grad":
+        return Problem(normal(rows, K), groups, [], normal(rows, shape[0].N))
+    weights = [(group.U.float() @ group.Vh.float()).to(dtype) for group in groups]
+    return Problem(normal(rows, K), groups, weights, normal(0))
+
+
+def rotations(op: str, problem: Problem, rotate_bytes: int) -> dict[str, Rotation[Problem]]:
+    """Copies of what ``"dense"`` and ``"low-rank"`` providers read, of ``rotate_bytes`` in all each, but at least one.
+
+    The input of a linear is in every copy the same tensor: in a model the layer before has just written it.
+    """
+    if op == "singular_value_grad":
+        shared = Rotation(_copies(problem, rotate_bytes))
+        return {"dense": shared, "low-rank": shared}
+    nothing = problem.x.new_empty(0)
+    weights = _copies(Problem(nothing, [], problem.weights, nothing), rotate_bytes)
+    groups = _copies(Problem(nothing, problem.groups, [], nothing), rotate_bytes)
+    return {
+        "dense": Rotation([problem._replace(weights=copy.weights) for copy in weights]),
+        "low-rank": Rotation([problem._replace(groups=copy.groups) for copy in groups]),
+    }
+
+
+def _copies(problem: Problem, rotate_bytes: int) -> list[Problem]:
+    size = sum(tensor.nbytes for tensor in problem.tensors())
+    return [problem, *(problem.map(Tensor.clone) for _ in range(1, rotate_bytes // size))]
+
+
+def backends(op: str, shape: Shape, problem: Problem) -> tuple[dict[str, Run], dict[str, str]]:
+    """The backends that run this call, and the reasons of those that do not."""
+    runs: dict[str, Run] = {}
+    reasons: dict[str, str] = {}
+    call = Call(op, problem.x.device, problem.x.dtype, problem.x.shape[0], max(linear.R for linear in shape))
+    for row in BACKENDS:
+        reason = objection(row, call)
+        if reason is None:
+            runs[row.name] = partial(OPS[op].run, row.name)
+        else:
+            reasons[row.name] = reason
+    return runs, reasons
+
+
+@torch.inference_mode()
+def wrong(op: str, problem: Problem, run: Run) -> str | None:
+    """What is wrong with a backend's result at this very shape, by the rule of the tests, or ``None``."""
+    unfused, kind, dtype = OPS[op].unfused, OPS[op].kind, problem.x.dtype
+    slim = problem._replace(weights=[])
+    exact = unfused(slim.map(Tensor.double))
+    plain = unfused(slim.map(lambda tensor: tensor.to(_wide(tensor))) if kind == "singular_value_grad" else slim)
+    parts = zip(run(problem), plain, exact, strict=True)
+    return next((complaint for part in parts if (complaint := inaccuracy(kind, dtype, *part))), None)

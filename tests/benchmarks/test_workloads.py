@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.workloads import (
+    OPS,
+    Linear,
+    backends,
+    format_shape,
+    make_problem,
+    parse_shape,
+    rotations,
+    wrong,
+)
+from grasp_kernels import dispatch
+from tests.numerics import relative_error
+
+CPU = torch.device("cpu")
+GROUP = parse_shape("48x32r5+48x16r3")
+
+
+def test_shapes_are_read_and_written_the_same() -> None:
+    assert (Linear(48, 32, 5), Linear(48, 16, 3)) == GROUP
+    assert format_shape(GROUP) == "48x32r5+48x16r3"
+
+
+@pytest.mark.parametrize("text", ["", "48x32", "48x32r0", "48x32r5+", "x48x32r5", "48x32r5+64x32r5", "48 x 32 r 5"])
+def test_other_shapes_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not KxNrR, such as"):
+        parse_shape(text)
+
+
+def test_a_single_linear_is_repeated_as_the_op_needs() -> None:
+    single = GROUP[:1]
+    assert {op: len(OPS[op].fit(single) or ()) for op in OPS} == {
+        "lowrank_linear": 1,
+        "lowrank_linear_grouped": 3,
+        "lowrank_glu": 2,
+        "singular_value_grad": 1,
+    }
+
+
+def test_ops_have_only_shapes_that_they_can_take() -> None:
+    assert {op for op in OPS if OPS[op].fit(GROUP) is not None} == {"lowrank_linear_grouped"}
+    assert OPS["lowrank_glu"].fit(parse_shape("48x32r5+48x32r9")) is not None
+    assert OPS["lowrank_glu"].fit(parse_shape("48x32r5+48x32r9+48x32r9")) is None
+
+
+def test_every_op_of_the_table_is_here() -> None:
+    assert tuple(OPS) == dispatch.OPS
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_unfused_dense_and_reference_agree(op: str) -> None:
+    shape = OPS[op].fit(GROUP[:1])
+    assert shape is not None
+    problem = make_problem(op, shape, 7, torch.float32, CPU)
+    exact = OPS[op].unfused(problem.map(torch.Tensor.double))
+    for run in (OPS[op].unfused, OPS[op].dense, backends(op, shape, problem)[0]["reference"]):
+        for got, expected in zip(run(problem), exact, strict=True):
+            assert relative_error(got, expected) < 1e-5
+            assert 0.1 < got.std() < 10
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_wrong_result_is_found(op: str) -> None:
+    shape = OPS[op].fit(GROUP[:1])
+    assert shape is not None
+    problem = make_problem(op, shape, 7, torch.bfloat16, CPU)
+    right = backends(op, shape, problem)[0]["reference"]
+    assert wrong(op, problem, right) is None
+    assert "relative error" in (wrong(op, problem, lambda p: [1.05 * y for y in right(p)]) or "")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_rotated_copies_share_no_weights_and_are_as_many_as_fit(op: str) -> None:
+    shape = OPS[op].fit(GROUP[:1])
+    assert shape is not None
+    problem = make_problem(op, shape, 2, torch.float32, CPU)
+    for name, rotation in rotations(op, problem, 1 << 16).items():
+        dense = name == "dense" and op != "singular_value_grad"
+        read = [
+            copy.weights if dense else [tensor for group in copy.groups for tensor in (group.U, group.Vh)]
+            for copy in rotation.copies
+        ]
+        pointers = [tensor.data_ptr() for tensors in read for tensor in tensors]
+        assert len(pointers) == len(set(pointers))
+        copied = problem.tensors() if op == "singular_value_grad" else read[0]
+        assert len(read) == (1 << 16) // sum(tensor.nbytes for tensor in copied) > 1
+        assert all(torch.equal(*pair) for pair in zip(read[0], read[-1], strict=True))
+
+
+def test_without_rotation_there_is_one_copy() -> None:
+    problem = make_problem("lowrank_linear", GROUP[:1], 2, torch.float32, CPU)
+    assert [len(rotation.copies) for rotation in rotations("lowrank_linear", problem, 0).values()] == [1, 1]
+
+
+def test_backends_that_cannot_run_give_their_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = dispatch.Backend("absent", {}, lambda: "not built", lambda _: None, lambda _: None)
+    monkeypatch.setattr("benchmarks.workloads.BACKENDS", (absent, dispatch.BACKENDS[-1]))
+    problem = make_problem("lowrank_linear", GROUP[:1], 2, torch.float32, CPU)
+    runs, reasons = backends("lowrank_linear", GROUP[:1], problem)
+    assert list(runs) == ["reference"]
+    assert reasons == {"absent": "has no lowrank_linear"}
