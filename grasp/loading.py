@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import struct
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -22,6 +25,7 @@ from transformers import (
 )
 
 from grasp.errors import CheckpointError, GraspError, MissingPackageError, ModelNotFoundError, UnsupportedModelError
+from grasp.quantizer import register
 
 BUILTIN = "builtin"
 BUILTIN_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -31,6 +35,8 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_TIMEOUT_S = 10.0
 # The hub's client lets its HTTP library's errors through, and that library's name depends on the version.
 _HUB_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
+# What transformers lets through of a file that is cut short, of another kind, or of an unknown family.
+_GGUF_ERRORS = (OSError, ValueError, LookupError, RuntimeError, struct.error)
 
 
 def load_model(
@@ -65,7 +71,7 @@ def load_model(
     else:
         _find(name)
         model, tokenizer = _load_pretrained(name, dtype)
-    return model.to(place), tokenizer
+    return nn.Module.to(model, place), tokenizer
 
 
 def builtin_model_path() -> Path:
@@ -120,7 +126,7 @@ def _existing_file(name: str) -> Path:
 def _find(name: str) -> None:
     """Raise unless ``name`` is a folder with a configuration, or a repository on the hub or in its cache."""
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         if not (folder / "config.json").is_file():
             found = sorted(path.name for path in folder.iterdir())
             held = ", ".join(found[:5] + ["…"] * (len(found) > 5)) or "nothing"
@@ -130,7 +136,7 @@ def _find(name: str) -> None:
             )
         return
     remedy = f"Give a folder with a config.json, a GGUF file, a name on huggingface.co, or {BUILTIN!r}"
-    if folder.exists():
+    if folder.is_file():
         raise ModelNotFoundError(f"{name} is a file but no GGUF file. {remedy}.")
     if not _HUB_NAME.fullmatch(name):
         raise ModelNotFoundError(f"no folder {name}. {remedy}.")
@@ -161,14 +167,16 @@ def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrained
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedModelError(f"the configuration of {name} cannot be used: {_first_line(error)}") from error
     _require_causal_lm(name, config)
+    register()  # for compressed checkpoints, where grasp is on the path but not installed
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, trust_remote_code=False
         )
     except GraspError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"the weights of {name} cannot be loaded: {_first_line(error)}") from error
+    model, info = loaded
     _require_all_weights(name, info["missing_keys"])
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -183,22 +191,34 @@ def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrained
 def _load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if find_spec("gguf") is None:
         raise MissingPackageError(f"reading {path.name} needs the package gguf; install it with: pip install gguf")
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "trust_remote_code": False}
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(path.parent),
+        "gguf_file": path.name,
+        "trust_remote_code": False,
+    }
     try:
         config = AutoConfig.from_pretrained(**where)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise UnsupportedModelError(f"the GGUF file {path} cannot be used: {_first_line(error)}") from error
-    _require_causal_lm(str(path), config)
-    # Without ``dequantize`` the model would count as quantised, and refuse to be saved or trained.
-    model, info = AutoModelForCausalLM.from_pretrained(
-        **where,
-        dtype=DTYPES.get(dtype, torch.float32),
-        quantization_config=GgufConfig(dequantize=True),
-        output_loading_info=True,
-    )
+        _require_causal_lm(str(path), config)
+        # Without ``dequantize`` the model would count as quantised, and refuse to be saved or trained.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **where,
+            config=config,
+            dtype=DTYPES.get(dtype, torch.float32),
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except GraspError:
+        raise
+    except _GGUF_ERRORS as error:
+        raise CheckpointError(
+            f"{path} cannot be loaded: {_first_line(error)}. Either it is no whole GGUF file, or transformers does not "
+            "read this family from GGUF; give the folder or hub name of the original model."
+        ) from error
+    model, info = loaded
     _require_all_weights(str(path), info["missing_keys"])
     model.config._name_or_path = str(path)
-    return model, AutoTokenizer.from_pretrained(**where)
+    return model, tokenizer
 
 
 def _require_causal_lm(name: str, config: PreTrainedConfig) -> None:

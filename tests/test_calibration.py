@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from grasp import calibration, loading
+from grasp.calibration import (
+    CalibrationBatch,
+    as_batches,
+    batches_digest,
+    bos_for,
+    builtin_text,
+    read_text,
+    token_batches,
+    tokenize,
+)
+from grasp.errors import CalibrationError, MissingPackageError
+from tests.tiny_tokenizers import BOS, byte_tokenizer
+
+# Every token occurs once, so that its value says where it comes from.
+DISTINCT = "".join(chr(33 + i) for i in range(90))
+
+
+def rows(batches: list[CalibrationBatch]) -> list[list[int]]:
+    return torch.cat([batch.input_ids for batch in batches]).tolist()
+
+
+def test_a_sample_is_contiguous_text_of_its_own() -> None:
+    tokenizer = byte_tokenizer()
+    text = tokenize(tokenizer, DISTINCT).tolist()
+    samples = rows(token_batches(tokenizer, DISTINCT, num_samples=7, seq_len=11))
+    assert [len(sample) for sample in samples] == 7 * [11]
+    for sample in samples:
+        start = text.index(sample[0])
+        assert sample == text[start : start + 11]
+    everything = [token for sample in samples for token in sample]
+    assert len(set(everything)) == 77
+
+
+def test_bos_takes_the_first_place_of_each_sample() -> None:
+    samples = rows(token_batches(byte_tokenizer(adds_bos=True), DISTINCT, num_samples=9, seq_len=11))
+    assert [sample[0] for sample in samples] == 9 * [BOS]
+    everything = [token for sample in samples for token in sample[1:]]
+    assert len(set(everything)) == 90
+    assert BOS not in everything
+
+
+def test_bos_is_used_where_the_tokenizer_adds_it_unasked() -> None:
+    assert bos_for(byte_tokenizer(adds_bos=True)) == BOS
+    assert bos_for(byte_tokenizer()) is None
+
+
+def test_all_placements_are_equally_likely() -> None:
+    tokenizer = byte_tokenizer()
+    text = tokenize(tokenizer, "abcde").tolist()
+    seen: dict[tuple[int, ...], int] = {}
+    for seed in range(1200):
+        samples = rows(token_batches(tokenizer, "abcde", num_samples=2, seq_len=2, seed=seed))
+        starts = tuple(text.index(sample[0]) for sample in samples)
+        seen[starts] = seen.get(starts, 0) + 1
+    assert set(seen) == {(0, 2), (0, 3), (1, 3), (2, 0), (3, 0), (3, 1)}
+    assert all(140 < count < 260 for count in seen.values())  # 200 ± 4.6 standard deviations
+
+
+def test_the_seed_decides_and_the_batch_size_does_not() -> None:
+    tokenizer = byte_tokenizer()
+
+    def drawn(seed: int, batch_size: int) -> list[CalibrationBatch]:
+        return token_batches(tokenizer, DISTINCT, num_samples=5, seq_len=6, batch_size=batch_size, seed=seed)
+
+    assert rows(drawn(3, 1)) == rows(drawn(3, 2))
+    assert rows(drawn(3, 1)) != rows(drawn(4, 1))
+    assert [batch.input_ids.shape for batch in drawn(3, 2)] == [(2, 6), (2, 6), (1, 6)]
+    assert batches_digest(drawn(3, 1)) == batches_digest(drawn(3, 2)) != batches_digest(drawn(4, 1))
+
+
+def test_batches_are_int64_without_padding() -> None:
+    batch = token_batches(byte_tokenizer(), DISTINCT, num_samples=2, seq_len=5, batch_size=2)[0]
+    assert batch.input_ids.dtype == torch.int64
+    assert batch.attention_mask is None
+    assert batch.num_tokens == 10
+
+
+def test_the_whole_text_can_be_used_and_not_one_token_more() -> None:
+    tokenizer = byte_tokenizer()
+    samples = rows(token_batches(tokenizer, DISTINCT, num_samples=9, seq_len=10))
+    assert sorted(token for sample in samples for token in sample) == sorted(tokenize(tokenizer, DISTINCT).tolist())
+    with pytest.raises(
+        CalibrationError, match=r"has 90 tokens; 10 samples of 10 need 100\. Take at most 9 samples, a sh"
+    ):
+        token_batches(tokenizer, DISTINCT, num_samples=10, seq_len=10)
+    with pytest.raises(CalibrationError, match=r"has 90 tokens; 1 samples of 91 need 91\. Take a shorter seq_len"):
+        token_batches(tokenizer, DISTINCT, num_samples=1, seq_len=91)
+
+
+@pytest.mark.parametrize("number", ["num_samples", "seq_len", "batch_size"])
+def test_impossible_numbers_are_refused(number: str) -> None:
+    with pytest.raises(ValueError, match=rf"{number} must be at least \d, got 0"):
+        token_batches(byte_tokenizer(), DISTINCT, **{number: 0})
+
+
+def test_tokens_are_those_of_the_text_without_special_ones_and_without_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tokenizer = byte_tokenizer(adds_bos=True)
+    text = "The model takes 64 tokens; this is longer. " * 10
+    tokens = tokenize(tokenizer, text)
+    assert tokens.dtype == torch.int64
+    assert tokenizer.decode(tokens) == text
+    assert len(tokens) == len(text)
+    assert not caplog.records
+    tokenizer(text)  # what would have been said
+    assert "longer than the specified maximum" in caplog.text
+
+
+def test_digest_depends_on_every_token() -> None:
+    tokens = torch.arange(12).view(2, 6)
+    other = tokens.clone()
+    other[1, 5] = 99
+    assert batches_digest([CalibrationBatch(tokens)]) != batches_digest([CalibrationBatch(other)])
+
+
+def test_plain_tensors_become_batches() -> None:
+    tokens = torch.arange(6).view(2, 3)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    plain, masked = as_batches([tokens, CalibrationBatch(tokens, mask)])
+    assert (plain.num_tokens, masked.num_tokens) == (6, 3)
+    with pytest.raises(CalibrationError, match="1 calibration batches hold no token to predict"):
+        as_batches([tokens[:, :1]])
+
+
+def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("Grüße\n\nnoch eine Zeile\n", encoding="utf-8")
+    assert read_text(str(file)) == read_text(str(file), split="evaluation") == "Grüße\n\nnoch eine Zeile\n"
+
+
+def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"Gr\xfc\xdfe")
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(CalibrationError, match=r"latin\.txt is not UTF-8 \(byte 2 is 0xfc\); convert"):
+        read_text(str(tmp_path / "latin.txt"))
+    with pytest.raises(CalibrationError, match="has no text"):
+        read_text(str(tmp_path / "empty.txt"))
+    with pytest.raises(
+        CalibrationError, match="no text file wikitext; expected a path or one of wikitext2, c4, builtin"
+    ):
+        read_text("wikitext")
+    with pytest.raises(CalibrationError, match="no text file"):
+        read_text(str(tmp_path))
+
+
+class FakeHub(ModuleType):
+    """Stands for the package ``datasets``: remembers what was asked for and how much was read."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__("datasets")
+        self.__spec__ = sys.__spec__
+        self.error = error
+        self.asked: dict[str, Any] = {}
+        self.read = 0
+
+    def load_dataset(self, path: str, config: str | None, **options: Any) -> Iterator[dict[str, str]]:
+        if self.error:
+            raise self.error
+        self.asked = {"path": path, "config": config, **options}
+        return self.rows()
+
+    def rows(self) -> Iterator[dict[str, str]]:
+        for i in range(50):
+            self.read += 1
+            yield {"text": f"document {i:02}"}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    fake = FakeHub()
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    return fake
+
+
+def test_wikitext_is_read_whole_from_a_part_of_its_own_for_each_purpose(hub: FakeHub) -> None:
+    text = read_text("wikitext2", characters=1)
+    assert text.startswith("document 00\n\ndocument 01\n\n")
+    assert text.endswith("document 49")
+    assert (hub.asked["path"], hub.asked["config"]) == ("Salesforce/wikitext", "wikitext-2-raw-v1")
+    assert hub.asked["split"] == "train"
+    read_text("wikitext2", split="evaluation")
+    assert hub.asked["split"] == "test"
+
+
+def test_c4_is_streamed_only_as_far_as_needed_and_never_the_same_shard_twice(hub: FakeHub) -> None:
+    assert read_text("c4", characters=30) == "document 00\n\ndocument 01\n\ndocument 02"
+    assert hub.read == 3
+    assert hub.asked["streaming"]
+    calibration_files = hub.asked["data_files"]
+    read_text("c4", split="evaluation", characters=30)
+    assert list(calibration_files) == ["train"]
+    assert list(hub.asked["data_files"]) == ["validation"]
+    assert calibration_files["train"] != hub.asked["data_files"]["validation"]
+
+
+def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", FakeHub(ConnectionError("Couldn't reach the Hub")))
+    with pytest.raises(
+        CalibrationError, match=r"c4 cannot be fetched .*Couldn't reach the Hub.*'builtin', which needs"
+    ):
+        read_text("c4")
+
+
+def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "find_spec", lambda _: None)
+    with pytest.raises(MissingPackageError, match=r"pip install datasets\."):
+        read_text("wikitext2")
+    monkeypatch.setattr(loading, "find_spec", lambda _: None)
+    with pytest.raises(MissingPackageError, match=r"pip install --no-deps exllamav3==1\.6\.5$"):
+        read_text("builtin")
+
+
+def test_the_built_in_text_is_prose_and_its_package_is_not_imported() -> None:
+    text = builtin_text("calibration")
+    assert text.startswith("2007 European Parliament election in Romania\n\nRomania elected its members")
+    assert "<doc" not in text
+    assert "</doc>" not in text
+    assert text == read_text("builtin")
+    assert "exllamav3" not in sys.modules
+
+
+def test_the_two_built_in_texts_share_no_paragraph() -> None:
+    paragraphs = {split: set(builtin_text(split).split("\n")) for split in ("calibration", "evaluation")}
+    long = {split: {line for line in lines if len(line) > 200} for split, lines in paragraphs.items()}
+    assert len(long["evaluation"]) > 500
+    assert not long["calibration"] & long["evaluation"]
+
+
+def test_the_built_in_texts_are_long_enough_for_the_paper_setting() -> None:
+    sizes: dict[str, int] = {split: len(builtin_text(split)) for split in ("calibration", "evaluation")}
+    assert sizes["calibration"] > 512 * 512 * 4.5  # characters per token of English prose, and some
+    assert sizes["evaluation"] > 300_000
