@@ -1,0 +1,217 @@
+"""Measure launch configurations on the present card and keep the fastest: what ``grasp bench tune`` runs."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from grasp_kernels.triton.launch import card
+from grasp_kernels.triton.lowrank_glu import run as run_glu
+from grasp_kernels.triton.lowrank_linear import run as run_linear
+from grasp_kernels.packing import pack_factors
+from grasp_kernels.reference import Factors
+from grasp_kernels.tuning import CONFIGS, PATHS, Config, Problem, rule_of_thumb, save, serves
+
+COLD_BYTES = 150 << 20  # of distinct factors in one measurement: more than any card's L2 cache holds
+MIN_CALLS = 20  # in one measurement
+WARM_UP_MS, REPLAYS = 200, 25
+GAIN = 0.99  # of the time so far: what a change must stay below, lest noise choose
+AGREEMENT = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # norm-wise, with matrix products
+
+# What is tried, one field after the other, each from the best so far.
+STEPS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "pair": {
+        "splits": (1, 2, 4, 8, 16),
+        "shrink_block_r": (16, 32, 64),
+        "shrink_block_k": (64, 128, 256, 512),
+        "reduce": (False, True),
+        "shrink_warps": (2, 4, 8),
+        "expand_block_n": (16, 32, 64, 128),
+        "expand_block_r": (32, 64, 128, 256, 512),
+        "expand_warps": (2, 4, 8),
+        "block_m": (16, 32, 64, 128),
+        "stages": (2, 3, 4),
+    },
+    "fused": {
+        "splits": (1, 2, 4, 8, 16),
+        "shrink_block_r": (16, 32, 64),
+        "shrink_block_k": (64, 128, 256, 512),
+        "reduce": (False, True),
+        "expand_block_n": (16, 32, 64, 128),
+        "expand_warps": (4, 8),
+        "stages": (2, 3, 4),
+    },
+    "gemms": {
+        "expand_block_n": (64, 128, 256),
+        "expand_block_r": (32, 64, 128),
+        "block_m": (64, 128),
+        "expand_warps": (4, 8),
+        "stages": (2, 3, 4),
+    },
+}
+PATHS_OF = {"lowrank_linear": PATHS, "lowrank_glu": ("pair", "gemms")}
+
+Measure = Callable[[Sequence[Callable[[], Any]]], float]
+
+
+class Workload(NamedTuple):
+    """A call to tune for: M rows of K features, and (N, R) of each member."""
+
+    rows: int
+    in_features: int
+    members: tuple[tuple[int, int], ...]
+    dtype: torch.dtype = torch.bfloat16
+
+
+def measure_graph(calls: Sequence[Callable[[], Any]]) -> float:
+    """Median µs per call in one CUDA graph of them all; the calls' factors together should exceed the L2 cache."""
+    for call in calls[:2]:
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+
+    def replay() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)  # ms
+
+    warm = 0.0
+    while warm < WARM_UP_MS:
+        warm += replay()
+    return statistics.median(replay() for _ in range(REPLAYS)) * 1000 / len(calls)
+
+
+def tune(
+    kernel: str,
+    workloads: Sequence[Workload],
+    *,
+    device: torch.device | str = "cuda",
+    directory: Path = CONFIGS,
+    measure: Measure = measure_graph,
+) -> Path:
+    """Find the fastest configuration for each workload and write the card's file, which replaces an earlier one.
+
+    Args:
+        kernel: ``"lowrank_linear"``, also for grouped calls, or ``"lowrank_glu"``, whose workloads have two members.
+        workloads: what to tune for.
+        device: the card.
+        directory: where the file goes; the package looks for it in ``tuning.CONFIGS``.
+        measure: µs per call of some calls that do the same on different data.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ValueError: if ``kernel`` is unknown, or nothing was asked for.
+        RuntimeError: inside the capture of a CUDA graph, or if a configuration gives a wrong result.
+    """
+    if kernel not in PATHS_OF or not workloads:
+        raise ValueError(f"expected a kernel of {', '.join(PATHS_OF)} and workloads, got {kernel!r}, {len(workloads)}")
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("tuning launches and times kernels; run it before the capture of a CUDA graph, not within")
+    device = torch.device(device)
+    measured: dict[Problem, tuple[Config, float]] = {}
+    for workload in workloads:
+        problem = problem_of(workload)
+        measured[problem] = _fastest(kernel, workload, problem, device, measure)
+    return save(kernel, card(device).name, measured, directory)
+
+
+def problem_of(workload: Workload) -> Problem:
+    """The key under which a workload's configuration is kept."""
+    width, rank = (sum(column) for column in zip(*workload.members, strict=True))
+    return Problem.of(workload.rows, width, workload.in_features, rank, workload.dtype, len(workload.members))
+
+
+def _fastest(
+    kernel: str, workload: Workload, problem: Problem, device: torch.device, measure: Measure
+) -> tuple[Config, float]:
+    """Descend one field at a time on each path, and take the best path."""
+    run = _RUN[kernel]
+    inputs = list(_inputs(workload, device))
+    start = rule_of_thumb(kernel, problem, card(device))
+    expected = run(*inputs[0], replace(start, path="gemms"))
+
+    def time(config: Config) -> float | None:
+        """µs per call; ``None`` where the card has no room for the configuration."""
+        try:
+            _check(run(*inputs[0], config), expected, config)
+        except OutOfResources:
+            return None
+        return measure([functools.partial(run, x, factors, config) for x, factors in inputs])
+
+    best: tuple[Config, float] | None = None
+    for path in PATHS_OF[kernel]:
+        config = replace(start, path=path)
+        if serves(config, problem):
+            best = _descend(config, STEPS[path] if path != "gemms" or kernel == "lowrank_glu" else {}, time, best)
+    assert best is not None
+    return best
+
+
+def _descend(
+    config: Config,
+    steps: dict[str, tuple[Any, ...]],
+    time: Callable[[Config], float | None],
+    best: tuple[Config, float] | None,
+) -> tuple[Config, float] | None:
+    """The better of ``best`` and what ``config`` becomes when each field in turn takes its fastest value."""
+    fastest = time(config)
+    for field, values in steps.items():
+        for value in values:
+            candidate = replace(config, **{field: value})
+            microseconds = time(candidate) if candidate != config else None
+            if microseconds is not None and (fastest is None or microseconds < GAIN * fastest):
+                config, fastest = candidate, microseconds
+    if fastest is None or (best is not None and best[1] <= fastest):
+        return best
+    return config, fastest
+
+
+def _inputs(workload: Workload, device: torch.device) -> Iterator[tuple[Tensor, list[Factors]]]:
+    """One x and its packed factors per call, so many that each call finds its factors outside the L2 cache."""
+    rows, K, members, dtype = workload
+    size = sum(R * (N + K) for N, R in members) * dtype.itemsize
+    calls = max(MIN_CALLS, -(-COLD_BYTES // size)) if device.type == "cuda" else 1
+    for _ in range(calls):
+        factors = [
+            Factors(
+                torch.randn(N, R, device=device, dtype=dtype) * R**-0.5,
+                None,
+                torch.randn(R, K, device=device, dtype=dtype) * K**-0.5,
+            )
+            for N, R in members
+        ]
+        yield torch.randn(rows, K, device=device, dtype=dtype), pack_factors(factors)
+
+
+def _check(got: Sequence[Tensor], expected: Sequence[Tensor], config: Config) -> None:
+    """A wrong kernel is not timed."""
+    for y, right in zip(got, expected, strict=True):
+        error = float((y.double() - right.double()).norm() / right.double().norm())
+        if not error <= AGREEMENT[y.dtype]:
+            raise RuntimeError(f"{config} is off by {error:.1e}, expected at most {AGREEMENT[y.dtype]:.0e}")
+
+
+def _run_glu(x: Tensor, factors: Sequence[Factors], config: Config) -> list[Tensor]:
+    gate, up = factors
+    return [run_glu(x, gate, up, "silu", config)]
+
+
+_RUN: dict[str, Callable[[Tensor, Sequence[Factors], Config], list[Tensor]]] = {
+    "lowrank_linear": run_linear,
+    "lowrank_glu": _run_glu,
+}

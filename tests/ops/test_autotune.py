@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.runtime.errors import OutOfResources
+
+from grasp_kernels import autotune, tuning
+from grasp_kernels.autotune import Workload, problem_of, tune
+from grasp_kernels.triton.launch import card
+from grasp_kernels.tuning import Config
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WORKLOAD = Workload(rows=4, in_features=64, members=((32, 8), (16, 5)), dtype=torch.float32)
+FEW = {"pair": {"splits": (1, 2), "stages": (2, 4)}, "fused": {}, "gemms": {"stages": (2, 4)}}
+
+
+@pytest.fixture(autouse=True)
+def _few_candidates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(autotune, "STEPS", FEW)
+    yield
+    tuning.load.cache_clear()
+    tuning._choose.cache_clear()
+
+
+def config_of(calls: Sequence[Callable[[], Any]]) -> Config:
+    call = calls[0]
+    assert isinstance(call, partial)
+    return call.args[-1]
+
+
+def by_config(cost: Callable[[Config], float]) -> autotune.Measure:
+    return lambda calls: cost(config_of(calls))
+
+
+def tuned(kernel: str, directory: Path, measure: autotune.Measure) -> Config:
+    tune(kernel, [WORKLOAD if kernel == "lowrank_linear" else GLU], device=DEVICE, directory=directory, measure=measure)
+    (config,) = tuning.load(kernel, card(DEVICE).name, directory).entries.values()
+    return config
+
+
+GLU = WORKLOAD._replace(members=((32, 8), (32, 5)))
+
+
+@pytest.mark.parametrize("path", tuning.PATHS[::2])
+def test_the_fastest_path_is_kept(tmp_path: Path, path: str) -> None:
+    config = tuned("lowrank_linear", tmp_path, by_config(lambda config: 1.0 if config.path == path else 2.0))
+    assert config.path == path
+
+
+def test_each_field_takes_its_fastest_value(tmp_path: Path) -> None:
+    def cost(config: Config) -> float:
+        return 9.0 if config.path != "pair" else 4.0 - config.splits + abs(config.stages - 2)
+
+    config = tuned("lowrank_linear", tmp_path, by_config(cost))
+    assert (config.path, config.splits, config.stages) == ("pair", 2, 2)
+
+
+def test_a_difference_within_the_noise_changes_nothing(tmp_path: Path) -> None:
+    costs = itertools.count(1000, -1)  # each measurement 0.1 % faster than the last
+    start = tuning.rule_of_thumb("lowrank_linear", problem_of(WORKLOAD), card(DEVICE))
+    config = tuned("lowrank_linear", tmp_path, lambda _: float(next(costs)))
+    assert replace(config, path=start.path) == start
+
+
+def test_a_gated_unit_is_tuned_too(tmp_path: Path) -> None:
+    config = tuned("lowrank_glu", tmp_path, by_config(lambda config: config.stages + 5 * (config.path == "gemms")))
+    assert (config.path, config.stages) == ("pair", 2)
+
+
+def test_a_configuration_that_does_not_fit_the_card_is_passed_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = autotune._RUN["lowrank_linear"]
+
+    def small_card(x: Any, factors: Any, config: Config) -> Any:
+        if config.stages > 2 and config.path == "pair":
+            raise OutOfResources(300_000, 101_376, "shared memory")
+        return run(x, factors, config)
+
+    monkeypatch.setitem(autotune._RUN, "lowrank_linear", small_card)
+    config = tuned("lowrank_linear", tmp_path, by_config(lambda config: 1.0 if config.path == "pair" else 2.0))
+    assert (config.path, config.stages) == ("pair", 2)
+
+
+def test_a_wrong_result_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = autotune._RUN["lowrank_linear"]
+
+    def wrong(x: Any, factors: Any, config: Config) -> Any:
+        return [y + 0.01 * (config.path == "pair") for y in run(x, factors, config)]
+
+    monkeypatch.setitem(autotune._RUN, "lowrank_linear", wrong)
+    with pytest.raises(RuntimeError, match="is off by"):
+        tuned("lowrank_linear", tmp_path, lambda _: 1.0)
+
+
+def test_tuning_is_refused_inside_a_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="before the capture"):
+        tune("lowrank_linear", [WORKLOAD], directory=tmp_path, measure=lambda _: 1.0)
+
+
+def test_unknown_kernels_and_no_workloads_are_refused() -> None:
+    with pytest.raises(ValueError, match="lowrank_linear, lowrank_glu"):
+        tune("lowrank_lienar", [WORKLOAD])
+    with pytest.raises(ValueError, match="0"):
+        tune("lowrank_linear", [])
+
+
+def test_steps_name_fields_of_a_configuration() -> None:
+    start = tuning.rule_of_thumb("lowrank_linear", problem_of(WORKLOAD), card(DEVICE))
+    for path, steps in FULL_STEPS.items():
+        assert path in tuning.PATHS
+        for field, values in steps.items():
+            for value in values:
+                assert type(getattr(replace(start, **{field: value}), field)) is type(getattr(start, field))
+
+
+FULL_STEPS = dict(autotune.STEPS)
+
+
+@pytest.mark.gpu
+def test_a_graph_of_calls_is_timed() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    x = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+    assert 1 < autotune.measure_graph([partial(torch.mm, x, x)] * 4) < 10_000

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from grasp_kernels.triton import launch
+from grasp_kernels.triton.launch import Card, card, counters
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+def test_dependent_launch_begins_with_sm_90() -> None:
+    cards = [Card("any", 100, capability) for capability in (80, 89, 90, 100, 120)]
+    assert [card.dependent_launch for card in cards] == [False, False, True, True, True]
+
+
+def test_the_interpreter_is_a_card_without_dependent_launch() -> None:
+    assert not card(CPU).dependent_launch
+
+
+def test_counters_start_at_zero() -> None:
+    assert counters(CPU, 5).tolist() == [0] * 5
+
+
+def test_captured_launches_never_share_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    reserve = torch.zeros(3 * 32, dtype=torch.int32)
+    monkeypatch.setattr(launch, "_reserve", {0: [reserve]})
+    for number in (1, 2):
+        launch._captured(CPU, 0, 20).fill_(number)
+    assert reserve.reshape(3, 32).tolist() == [[1] * 32, [2] * 32, [0] * 32]
+    outside = launch._captured(CPU, 0, 40)  # more than is left
+    assert outside.tolist() == [0] * 40
+    assert launch._captured(CPU, 0, 20).untyped_storage().data_ptr() == reserve.untyped_storage().data_ptr()
+
+
+def test_a_capture_before_any_call_gets_counters_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_reserve", {})
+    assert launch._captured(CPU, 0, 7).tolist() == [0] * 7
+
+
+BIND = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Utils:
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448}
+
+class H100:
+    utils = Utils()
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+
+driver.set_active(H100())
+
+from dataclasses import replace
+from grasp_kernels import Factors, pack_factors
+from grasp_kernels.triton import lowrank_glu, lowrank_linear
+from grasp_kernels.triton.launch import Card
+from grasp_kernels.tuning import rule_of_thumb
+
+facts = Card("H100", 132, 90)
+bf16 = torch.bfloat16
+x = torch.empty(4, 512, dtype=bf16)
+group = [Factors(torch.empty(256, R, dtype=bf16), s, torch.empty(R, 512, dtype=bf16), None)
+         for R, s in ((20, None), (1, torch.empty(1)))]
+outputs = [torch.empty(4, 256, dtype=bf16) for _ in group]
+config = rule_of_thumb("lowrank_linear", lowrank_linear.problem_of(x, group), facts)
+launches = lowrank_linear.plan(x, group, outputs, config, facts)
+launches += lowrank_linear.plan(x, pack_factors(group), outputs, replace(config, path="fused", reduce=True), facts)
+launches += lowrank_glu.plan(x, *group, "gelu", outputs[0], config, facts)
+for launch in launches:
+    compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
+    metadata = compiled.metadata
+    print(launch.kernel.__name__, metadata.num_warps, metadata.launch_pdl, metadata.launch_cooperative_grid)
+"""
+
+
+@pytest.mark.slow
+def test_launches_bind_and_compile_as_they_would_on_a_card() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT / "kernels")
+    done = subprocess.run([sys.executable, "-c", BIND], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "_lowrank_shrink_kernel 4 False False",
+        "_lowrank_expand_kernel 4 True False",
+        "_lowrank_fused_kernel 4 False True",
+        "_lowrank_shrink_kernel 4 False False",
+        "_lowrank_glu_expand_kernel 4 True False",
+    ]

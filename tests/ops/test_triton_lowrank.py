@@ -1,0 +1,257 @@
+"""The Triton kernels of low-rank linears under configurations of every kind; the generic grid sees only the default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from grasp_kernels import Factors, pack_factors
+from grasp_kernels.reference import ACTIVATIONS
+from grasp_kernels.triton import lowrank_glu as glu
+from grasp_kernels.triton import lowrank_linear as linear
+from grasp_kernels.triton.launch import Card, card
+from grasp_kernels.tuning import Config
+from tests import definitions
+from tests.numerics import FLOORS, assert_accurate, relative_error
+from tests.ops.inputs import double, factors, normal, seeded
+from tests.pairwise import Case, label, pairwise
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+H100, A100 = Card("NVIDIA H100 80GB HBM3", 132, 90), Card("NVIDIA A100-SXM4-80GB", 108, 80)
+PAIR = Config(
+    path="pair",
+    block_m=32,
+    shrink_block_r=16,
+    shrink_block_k=32,
+    splits=2,
+    shrink_warps=4,
+    reduce=False,
+    expand_block_n=32,
+    expand_block_r=64,
+    expand_warps=4,
+    stages=2,
+)
+K = 100  # four blocks, the last of them partly filled: of two splits one is shorter, of three one is empty
+SHAPES = ((40, 5), (32, 33), (7, 16))  # (N, R) of each member
+
+
+def group(generator: torch.Generator, dtype: torch.dtype, members: int, *, s: bool, bias: bool) -> list[Factors]:
+    """Members of unequal shapes; the second never has an s, the third never a bias."""
+    return [
+        factors(N, K, R, generator, s=s and index != 1, bias=bias and index != 2, dtype=dtype, device=DEVICE)
+        for index, (N, R) in enumerate(SHAPES[:members])
+    ]
+
+
+def check(ys: Sequence[Tensor], x: Tensor, members: Sequence[Factors]) -> None:
+    for y, member in zip(ys, members, strict=True):
+        exact = definitions.dense_linear(x.double(), double(member))
+        assert_accurate("linear", x.dtype, y, definitions.linear(x, member), exact)
+
+
+@pytest.mark.parametrize(
+    "case",
+    pairwise(
+        rows=(3, 1, 2, 40),
+        dtype=DTYPES,
+        splits=(2, 1, 3),
+        reduce=(False, True),
+        block_r=(64, 16),  # a rank in one piece, or in several
+        members=(3, 1),
+        s=(True, False),
+        bias=(True, False),
+        packed=(False, True),
+    ),
+    ids=label,
+)
+def test_pair_matches_float64(case: Case) -> None:
+    generator = seeded()
+    x = normal((case["rows"], K), generator, dtype=case["dtype"], device=DEVICE)
+    members = group(generator, case["dtype"], case["members"], s=case["s"], bias=case["bias"])
+    config = replace(PAIR, splits=case["splits"], reduce=case["reduce"], expand_block_r=case["block_r"])
+    check(linear.run(x, pack_factors(members) if case["packed"] else members, config), x, members)
+
+
+def test_who_adds_up_the_partial_sums_changes_no_bit() -> None:
+    generator = seeded()
+    for rows in (1, 40):
+        x = normal((rows, K), generator, dtype=torch.bfloat16, device=DEVICE)
+        members = group(generator, torch.bfloat16, 3, s=True, bias=True)
+        every_reader, last_writer = (linear.run(x, members, replace(PAIR, reduce=reduce)) for reduce in (False, True))
+        for a, b in zip(every_reader, last_writer, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("path", ["pair", "gemms"])
+def test_singular_values_beyond_the_range_of_fp16_do_not_overflow(path: str, rows: int, dtype: torch.dtype) -> None:
+    generator = seeded()
+    x = normal((rows, K), generator, dtype=dtype, device=DEVICE)
+    U, s, Vh, bias = factors(32, K, 8, generator, s=True, bias=True, dtype=dtype, device=DEVICE)
+    assert s is not None
+    member = Factors(U / 1024, s * 1e5, Vh, bias)  # h * s is above 65504
+    (y,) = linear.run(x, [member], replace(PAIR, path=path))
+    assert relative_error(y, definitions.dense_linear(x.double(), double(member))) < 2 * FLOORS["linear", dtype]
+
+
+# --- one launch -------------------------------------------------------------------------------------------------------
+
+
+def fused(
+    x: Tensor, members: Sequence[Factors], config: Config, programs: int, phases: Sequence[int], counter: Tensor
+) -> list[Tensor]:
+    """Run phases of the fused kernel, one launch each, on given counters."""
+    outputs = [x.new_empty(x.shape[0], member.U.shape[0]) for member in members]
+    hidden = linear.new_hidden(x, members, config)
+    for phase in phases:
+        launch = linear.fused_launch(
+            x, members, outputs, hidden, config, card(x.device), programs=programs, phase=phase
+        )
+        launch._replace(arguments={**launch.arguments, "counter_ptr": counter}).run()
+    return outputs
+
+
+@pytest.mark.parametrize(
+    ("programs", "phases"),
+    [
+        (1, (linear.BOTH_PHASES,)),  # with the barrier
+        (1, (linear.SHRINK_ONLY, linear.EXPAND_ONLY)),
+        (4, (linear.SHRINK_ONLY, linear.EXPAND_ONLY)),  # several tiles each
+        (50, (linear.SHRINK_ONLY, linear.EXPAND_ONLY)),  # more programs than tiles
+    ],
+)
+@pytest.mark.parametrize(
+    "case", pairwise(rows=(7, 1, 2, 40), dtype=DTYPES, reduce=(False, True), members=(3, 1), s=(True, False)), ids=label
+)
+def test_fused_is_the_pair_in_one_launch(programs: int, phases: tuple[int, ...], case: Case) -> None:
+    generator = seeded()
+    x = normal((case["rows"], K), generator, dtype=case["dtype"], device=DEVICE)
+    members = group(generator, case["dtype"], case["members"], s=case["s"], bias=True)
+    config = replace(PAIR, path="fused", reduce=case["reduce"], block_m=64)
+    counter = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    check(fused(x, members, config, programs, phases, counter), x, members)
+
+
+def test_the_barrier_and_the_counters_serve_launch_after_launch() -> None:
+    generator = seeded()
+    members = group(generator, torch.float32, 3, s=False, bias=True)
+    config = replace(PAIR, path="fused", reduce=True)
+    counter = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    words = []
+    for _ in range(5):
+        x = normal((7, K), generator, dtype=torch.float32, device=DEVICE)
+        check(fused(x, members, config, 1, [linear.BOTH_PHASES], counter), x, members)
+        assert not counter[1:].any()
+        words.append(int(counter[0]) & 0xFFFFFFFF)
+    assert words == [1 << 30, 2 << 30, 3 << 30, 0, 1 << 30]  # one bit flips, what is above it wraps, nothing below
+
+
+def test_a_pair_can_follow_a_fused_launch_on_the_same_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = seeded()
+    members = group(generator, torch.float32, 3, s=False, bias=True)
+    x = normal((7, K), generator, dtype=torch.float32, device=DEVICE)
+    shared = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(linear, "counters", lambda *_: shared)
+    fused(x, members, replace(PAIR, path="fused", reduce=True), 1, [linear.BOTH_PHASES], shared)
+    assert shared[0] != 0
+    check(linear.run(x, members, replace(PAIR, reduce=True)), x, members)
+
+
+def test_fused_gives_way_to_the_pair_where_it_cannot_serve() -> None:
+    def launches(rows: int, rank: int) -> int:
+        x = torch.empty(rows, K)
+        member = Factors(torch.empty(16, rank), None, torch.empty(rank, K))
+        return len(linear.plan(x, [member], [torch.empty(rows, 16)], replace(PAIR, path="fused"), H100))
+
+    assert launches(64, 512) == 1
+    assert launches(65, 512) == 2
+    assert launches(64, 513) == 2
+
+
+# --- gated linear units -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "case",
+    pairwise(
+        rows=(7, 1, 2, 40),
+        dtype=DTYPES,
+        activation=tuple(ACTIVATIONS),
+        path=("pair", "gemms"),
+        block_r=(64, 16),
+        reduce=(False, True),
+        s=(True, False),
+        bias=(True, False),
+        packed=(False, True),
+    ),
+    ids=label,
+)
+def test_gated_unit_matches_float64(case: Case) -> None:
+    generator, dtype = seeded(), case["dtype"]
+    x = normal((case["rows"], K), generator, dtype=dtype, device=DEVICE)
+    gate = factors(40, K, 5, generator, s=case["s"], bias=case["bias"], dtype=dtype, device=DEVICE)
+    up = factors(40, K, 33, generator, s=False, bias=case["bias"], dtype=dtype, device=DEVICE)
+    config = replace(PAIR, path=case["path"], reduce=case["reduce"], expand_block_r=case["block_r"])
+    given = pack_factors([gate, up]) if case["packed"] else [gate, up]
+    y = glu.run(x, given[0], given[1], case["activation"], config)
+    exact = definitions.glu(x.double(), double(gate), double(up), case["activation"])
+    assert_accurate("linear", dtype, y, definitions.glu(x, gate, up, case["activation"]), exact)
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def pair_plan(facts: Card) -> list[linear.Launch]:
+    x = torch.empty(4, K, dtype=torch.bfloat16)
+    members = group(seeded(), torch.bfloat16, 3, s=True, bias=True)
+    return linear.plan(x, members, [x.new_empty(4, N) for N, _ in SHAPES], PAIR, facts)
+
+
+def test_a_group_is_two_launches_of_which_the_second_starts_early_on_sm_90() -> None:
+    for facts, dependent in ((H100, True), (A100, False)):
+        shrink, expand = pair_plan(facts)
+        assert shrink.arguments["DEPENDENT"] is dependent
+        assert expand.arguments["DEPENDENT"] is dependent
+        assert "launch_pdl" not in shrink.options
+        assert expand.options.get("launch_pdl", False) is dependent
+
+
+def test_the_fused_launch_is_cooperative_and_has_no_more_programs_than_the_card_processors() -> None:
+    x = torch.empty(4, 4096, dtype=torch.bfloat16)
+    member = Factors(x.new_empty(8192, 208), None, x.new_empty(208, 4096))
+    (launch,) = linear.plan(x, [member], [x.new_empty(4, 8192)], replace(PAIR, path="fused"), H100)
+    assert launch.grid == (132,)
+    assert launch.options["launch_cooperative_grid"] is True
+
+
+def test_a_packed_group_is_one_matrix_product_and_one_tensor_to_the_shrink() -> None:
+    generator = seeded()
+    x = normal((4, K), generator, dtype=torch.float32)
+    members = group(generator, torch.float32, 3, s=False, bias=False)
+    packed = pack_factors(members)
+    hs = linear.hidden_gemm(x, [member.Vh for member in packed])
+    assert len({h.untyped_storage().data_ptr() for h in hs}) == 1
+    shrink, _ = linear.plan(x, packed, [x.new_empty(4, N) for N, _ in SHAPES], PAIR, A100)
+    assert shrink.arguments["ranks"] == (16 + 48 + 16,)
+    shrink, _ = linear.plan(x, members, [x.new_empty(4, N) for N, _ in SHAPES], PAIR, A100)
+    assert shrink.arguments["ranks"] == (5, 33, 16)
+
+
+@pytest.mark.parametrize(("rows", "widths"), [(0, (16, 8)), (3, (0, 8)), (3, (0, 0))])
+def test_nothing_to_compute_is_computed(rows: int, widths: tuple[int, int]) -> None:
+    generator = seeded()
+    x = normal((rows, K), generator, dtype=torch.float32, device=DEVICE)
+    members = [factors(N, K, 4, generator, s=False, bias=True, dtype=torch.float32, device=DEVICE) for N in widths]
+    ys = linear.run(x, members, PAIR)
+    assert [y.shape for y in ys] == [(rows, N) for N in widths]
+    check(ys, x, members)
