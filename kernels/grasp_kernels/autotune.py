@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from grasp_kernels.packing import pack_factors
+from grasp_kernels.reference import Factors
 from grasp_kernels.triton.launch import card
 from grasp_kernels.triton.lowrank_glu import run as run_glu
 from grasp_kernels.triton.lowrank_linear import run as run_linear
-from grasp_kernels.packing import pack_factors
-from grasp_kernels.reference import Factors
 from grasp_kernels.tuning import CONFIGS, PATHS, Config, Problem, rule_of_thumb, save, serves
 
 COLD_BYTES = 150 << 20  # of distinct factors in one measurement: more than any card's L2 cache holds

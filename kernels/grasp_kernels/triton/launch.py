@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -31,12 +32,16 @@ class Launch(NamedTuple):
 
 def run_all(launches: Iterable[Launch], device: torch.device) -> None:
     """Launch one after the other on the device's current stream, with nothing between them."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return run_all(launches, device)
-    for launch in launches:
-        launch.run()
-    return None
+    with _on_device(device):
+        for launch in launches:
+            launch.run()
+
+
+def _on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a CUDA device the current one for a while; nothing where it is already."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 class Card(NamedTuple):
@@ -80,17 +85,18 @@ def counters(device: torch.device, count: int) -> Tensor:
     """
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device)
-    if torch.cuda.is_current_stream_capturing():
-        return _captured(device, stream.device_index, count)
-    key = (stream.device_index, stream.cuda_stream)
-    held = _of_stream.get(key)
-    if held is None or held.numel() < count:
-        if stream.device_index not in _reserve:
-            _reserve[stream.device_index] = [torch.zeros(_CAPTURE_COUNTERS, dtype=torch.int32, device=device)]
-            stream.synchronize()
-        held = _of_stream[key] = torch.zeros(max(count, _STREAM_COUNTERS), dtype=torch.int32, device=device)
-    return held
+    with _on_device(device):
+        stream = torch.cuda.current_stream()
+        if torch.cuda.is_current_stream_capturing():
+            return _captured(device, stream.device_index, count)
+        key = (stream.device_index, stream.cuda_stream)
+        held = _of_stream.get(key)
+        if held is None or held.numel() < count:
+            if stream.device_index not in _reserve:
+                _reserve[stream.device_index] = [torch.zeros(_CAPTURE_COUNTERS, dtype=torch.int32, device=device)]
+                stream.synchronize()
+            held = _of_stream[key] = torch.zeros(max(count, _STREAM_COUNTERS), dtype=torch.int32, device=device)
+        return held
 
 
 def _captured(device: torch.device, index: int, count: int) -> Tensor:

@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
+from grasp_kernels.packing import RANK_MULTIPLE
+from grasp_kernels.reference import ACTIVATIONS, Factors
 from grasp_kernels.triton.launch import Card, Launch, card, run_all
 from grasp_kernels.triton.lowrank_linear import (
     expand_gemm,
@@ -24,8 +26,6 @@ from grasp_kernels.triton.lowrank_linear import (
     shrink_launch,
     unit_stride,
 )
-from grasp_kernels.packing import RANK_MULTIPLE
-from grasp_kernels.reference import ACTIVATIONS, Factors
 from grasp_kernels.triton.tiles import expand_tile, load_bias, load_factor, store_rows
 from grasp_kernels.tuning import Config, choose
 
@@ -117,14 +117,15 @@ def run(x: Tensor, gate: Factors, up: Factors, activation: str, config: Config) 
     output = x.new_empty(x.shape[0], gate.U.shape[0])
     if output.numel() == 0:
         return output
-    if config.path != "gemms":
-        run_all(plan(x, gate, up, activation, output, config, card(x.device)), x.device)
-    elif x.dtype == torch.float32:  # a dot in full precision is none of the tensor cores': leave it to the vendor
+    if config.path == "gemms" and x.dtype == torch.float32:  # no dot for the tensor cores: leave it to the vendor
         gate_y, up_y = (expand_gemm(h, group) for h, group in zip(hidden_gemm(x, Vhs), (gate, up), strict=True))
         return ACTIVATIONS[activation].forward(gate_y).mul_(up_y)
-    else:
+    if config.path == "gemms":
         hidden = [h.unsqueeze(0) for h in hidden_gemm(x, Vhs)]
-        run_all([expand_launch(gate, up, hidden, output, activation, config, dependent=False)], x.device)
+        launches = [expand_launch(gate, up, hidden, output, activation, config, dependent=False)]
+    else:
+        launches = plan(x, gate, up, activation, output, config, card(x.device))
+    run_all(launches, x.device)
     return output
 
 
