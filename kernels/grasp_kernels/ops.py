@@ -170,7 +170,7 @@ def _autocast(x: Tensor, factors: Sequence[Factors]) -> tuple[Tensor, Sequence[F
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether only the kernel would see this call, so that the dispatcher and its 8 µs may be passed by.
+    """Whether only the kernel would see this call, so that the dispatcher and its 3 to 6 µs may be passed by.
 
     It is not where a gradient is to be recorded, nor where a tensor subclass, a mode, a transform or a tracer must find
     the opaque op.
