@@ -104,6 +104,16 @@ def test_singular_values_beyond_the_range_of_fp16_do_not_overflow(path: str, row
     assert relative_error(y, definitions.dense_linear(x.double(), double(member))) < 2 * FLOORS["linear", dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_outputs_are_rounded_to_nearest(rows: int, dtype: torch.dtype) -> None:
+    """Products of two 16-bit numbers, exact in fp32: what is left is the rounding of the output."""
+    generator = seeded()
+    x, U = (normal((size, 1), generator, dtype=dtype, device=DEVICE) for size in (rows, 64))
+    (y,) = linear.run(x, [Factors(U, None, torch.ones_like(x[:1]))], PAIR)
+    assert torch.equal(y, (x.float() * U.float().mT).to(dtype))
+
+
 # --- one launch -------------------------------------------------------------------------------------------------------
 
 
