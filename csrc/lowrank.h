@@ -23,8 +23,9 @@ typedef enum { GRASP_SILU = 0, GRASP_GELU = 1, GRASP_GELU_TANH = 2, GRASP_RELU =
 typedef enum {
     GRASP_OK = 0,
     GRASP_BAD_ARGUMENT = 1,  /* a null pointer, a size or stride that cannot be, an unknown dtype or activation */
-    GRASP_UNSUPPORTED = 2,   /* this processor, or this build, lacks the instruction set */
-    GRASP_OUT_OF_MEMORY = 3  /* for the intermediate h */
+    GRASP_UNSUPPORTED = 2,   /* this processor, this card or this build lacks what was asked for */
+    GRASP_OUT_OF_MEMORY = 3, /* for the intermediate h */
+    GRASP_CUDA_ERROR = 4     /* a CUDA call failed */
 } grasp_status;
 
 typedef struct {
@@ -78,6 +79,41 @@ GRASP_EXPORT grasp_status grasp_cpu_lowrank_linear(const grasp_input *x, const g
 GRASP_EXPORT grasp_status grasp_cpu_lowrank_glu(const grasp_input *x, const grasp_factors *gate,
                                                 const grasp_factors *up, int32_t activation,
                                                 const grasp_cpu_options *options);
+
+/* --- CUDA --------------------------------------------------------------------------------------------------------- */
+
+#define GRASP_CUDA_MAX_ROWS 16
+
+typedef enum {
+    GRASP_CUDA_AUTO = 0,        /* the pair: DEPENDENT where the card can, else PAIR */
+    GRASP_CUDA_PAIR = 1,        /* two launches, one after the other */
+    GRASP_CUDA_DEPENDENT = 2,   /* the second starts under the first's tail; compute capability 9.0 and later */
+    GRASP_CUDA_COOPERATIVE = 3  /* one launch with a barrier of the grid */
+} grasp_cuda_path;
+
+typedef struct {
+    void *stream;            /* cudaStream_t of the current device; null: its default stream */
+    void *workspace;         /* device memory, 16-byte aligned, that no call running at the same time is given */
+    int64_t workspace_bytes; /* at least grasp_cuda_workspace_bytes of the call */
+    uint32_t *barrier;       /* COOPERATIVE only: device memory, 0 before its first use and from then on left alone */
+    int32_t path;            /* grasp_cuda_path */
+    int32_t splits;          /* of K, 0: as many as the card has room for; more than that are never made */
+} grasp_cuda_options;
+
+/* Bytes of workspace for x [M, K] and groups of these ranks, on any card. */
+GRASP_EXPORT int64_t grasp_cuda_workspace_bytes(int64_t M, const int64_t *ranks, int64_t count);
+
+/* Loads the kernels onto the current device, so that a CUDA graph can capture a call before any has run.
+ * GRASP_UNSUPPORTED below compute capability 8.0. */
+GRASP_EXPORT grasp_status grasp_cuda_load(void);
+
+/* y of each of `count` groups from one x of at most GRASP_CUDA_MAX_ROWS rows, all on the current device. Launches on
+ * the stream and returns; neither allocates nor waits. Two runs agree bit for bit. */
+GRASP_EXPORT grasp_status grasp_cuda_lowrank_linear(const grasp_input *x, const grasp_factors *groups, int64_t count,
+                                                    const grasp_cuda_options *options);
+
+/* Why the calling thread's last call failed: what was got and what was expected, or which CUDA call gave which error. */
+GRASP_EXPORT const char *grasp_cuda_message(void);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,44 @@
+// grasp_kernels._cuda: integers in, exceptions out. What the pointers mean is checked by the Python side.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <vector>
+
+#include "groups.h"
+#include "lowrank.h"
+
+namespace py = pybind11;
+
+namespace {
+
+void check(grasp_status status) {
+    if (status == GRASP_OK) return;
+    if (status == GRASP_BAD_ARGUMENT) throw py::value_error(grasp_cuda_message());
+    throw std::runtime_error(grasp_cuda_message());
+}
+
+// Keeps the interpreter's lock: the two launches of a pair share the stream's workspace and must not be parted.
+void run(uintptr_t data, int64_t stride, int64_t M, int64_t K, int32_t dtype, const py::tuple &groups,
+         uintptr_t stream, uintptr_t workspace, int64_t workspace_bytes, uintptr_t barrier, int32_t path,
+         int32_t splits) {
+    const grasp_input x = {reinterpret_cast<const void *>(data), stride, M, K, dtype};
+    const grasp_cuda_options options = {reinterpret_cast<void *>(stream), reinterpret_cast<void *>(workspace),
+                                        workspace_bytes, reinterpret_cast<uint32_t *>(barrier), path, splits};
+    const std::vector<grasp_factors> factors = grasp_bindings::to_groups(groups);
+    check(grasp_cuda_lowrank_linear(&x, factors.data(), static_cast<int64_t>(factors.size()), &options));
+}
+
+int64_t workspace_bytes(int64_t M, const std::vector<int64_t> &ranks) {
+    return grasp_cuda_workspace_bytes(M, ranks.data(), static_cast<int64_t>(ranks.size()));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, module) {
+    module.doc() = "Low-rank linears of few rows on CUDA; see csrc/lowrank.h.";
+    module.attr("MAX_ROWS") = GRASP_CUDA_MAX_ROWS;
+    module.def("run", &run);
+    module.def("workspace_bytes", &workspace_bytes);
+    module.def("load", [] { check(grasp_cuda_load()); });
+}

@@ -1,0 +1,150 @@
+// Everything that is not plain C++ in the kernels: elements, loads and stores, tensor cores, and what orders threads.
+#pragma once
+
+#include <cstdint>
+
+#define GRASP_DEVICE __device__ __forceinline__
+
+namespace grasp_cuda {
+
+struct F16 {
+    uint16_t bits;
+};
+
+struct BF16 {
+    uint16_t bits;
+};
+
+struct alignas(16) Chunk {  // 16 bytes of a row
+    uint32_t words[4];
+};
+
+struct Pair {
+    float low, high;
+};
+
+GRASP_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+GRASP_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
+GRASP_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
+
+// Memory of the block; TAG tells one buffer from another.
+template <int BYTES, int TAG> GRASP_DEVICE void *shared_memory() {
+    __shared__ Chunk memory[BYTES / sizeof(Chunk)];
+    return memory;
+}
+
+// --- elements --------------------------------------------------------------------------------------------------------
+
+GRASP_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+GRASP_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
+
+GRASP_DEVICE float to_float(float value) { return value; }
+
+GRASP_DEVICE float to_float(BF16 value) { return as_float(static_cast<uint32_t>(value.bits) << 16); }
+
+GRASP_DEVICE float to_float(F16 value) {
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+    return result;
+}
+
+// Rounded to the nearest, ties to even.
+template <class T> GRASP_DEVICE T round_to(float value);
+
+template <> GRASP_DEVICE float round_to<float>(float value) { return value; }
+
+template <> GRASP_DEVICE F16 round_to<F16>(float value) {
+    F16 result;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+    return result;
+}
+
+template <> GRASP_DEVICE BF16 round_to<BF16>(float value) {
+    BF16 result;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+    return result;
+}
+
+// --- memory ----------------------------------------------------------------------------------------------------------
+
+// 16 bytes of a factor: read once, so first to leave the caches. Stays where it is written, before or after a wait.
+GRASP_DEVICE Chunk load_weights(const void *from) {
+    Chunk chunk;
+    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(chunk.words[0]), "=r"(chunk.words[1]), "=r"(chunk.words[2]), "=r"(chunk.words[3])
+                 : "l"(from)
+                 : "memory");
+    return chunk;
+}
+
+// 4 floats that another block wrote: past the first-level cache.
+GRASP_DEVICE Chunk load_hidden(const float *from) {
+    Chunk chunk;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(chunk.words[0]), "=r"(chunk.words[1]), "=r"(chunk.words[2]), "=r"(chunk.words[3])
+                 : "l"(from)
+                 : "memory");
+    return chunk;
+}
+
+GRASP_DEVICE Chunk load_chunk(const void *from) { return *static_cast<const Chunk *>(from); }
+
+template <class T> GRASP_DEVICE T load(const T *from) { return *from; }
+
+template <class T> GRASP_DEVICE void store(T *to, T value) { *to = value; }
+
+// --- tensor cores ----------------------------------------------------------------------------------------------------
+
+#define GRASP_MMA(TYPE)                                                                                             \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 "                                              \
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                           \
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                                \
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]))
+
+// sums += left · right, [16, 16] by [16, 8], fragments as PTX lays them out for mma.m16n8k16.
+template <class T> GRASP_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]);
+
+template <>
+GRASP_DEVICE void multiply_add<F16>(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+    GRASP_MMA("f16");
+}
+
+template <>
+GRASP_DEVICE void multiply_add<BF16>(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+    GRASP_MMA("bf16");
+}
+
+// --- order -----------------------------------------------------------------------------------------------------------
+
+GRASP_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+
+GRASP_DEVICE void sync_block() { __syncthreads(); }
+
+// The kernel launched after this one may start: its blocks fill in as this one's finish.
+GRASP_DEVICE void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until the kernel launched before this one has ended and its stores can be read. Without effect where this one was
+// not launched as its dependent: then it has ended already.
+GRASP_DEVICE void wait_for_dependency() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+GRASP_DEVICE uint32_t add_release(uint32_t *word, uint32_t value) {
+    uint32_t before;
+    asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");
+    return before;
+}
+
+GRASP_DEVICE uint32_t load_acquire(const uint32_t *word) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+    return value;
+}
+
+}  // namespace grasp_cuda

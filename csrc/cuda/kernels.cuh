@@ -1,0 +1,244 @@
+// The kernels of a low-rank linear, or of a group of them with one x: shrink, expand, and both in one launch.
+//
+// shrink: h = x · Vhᵀ as partial sums over splits of K. expand: y = (h ∘ s) · Uᵀ + bias, h being the sum of its splits,
+// rounded once to the dtype of x. Both take the members of a group side by side, tile by tile.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/product.cuh"
+
+namespace grasp_cuda {
+
+constexpr int MAX_MEMBERS = 8;
+constexpr int MIN_BLOCKS = 2;                   // of a processor: so many are to find registers
+constexpr int RANK_TILE = 16, WIDTH_TILE = 32;  // columns of h and of y that a block computes at once
+
+// Chunks of a weight's row that a lane loads at once; multiply-adds of many rows leave fewer registers for them.
+template <class T, int ROWS> constexpr int SHRINK_STEPS = sizeof(T) == 4 && ROWS > 8 ? 2 : 4;
+template <class T> constexpr int SPLIT_GRANULE = WARPS * SHRINK_STEPS<T, 1> * STEP<T>;  // elements of K: whole stages
+template <class T, int ROWS> constexpr int EXPAND_STEPS = SHRINK_STEPS<T, ROWS> / 2;
+
+// Every block of the expand reads all partial sums, so that more rows have fewer of them.
+template <int ROWS> constexpr int MAX_SPLITS = ROWS > 8 ? 4 : 8;
+
+struct Member {
+    const void *U, *Vh, *s, *bias;  // s and bias may be null
+    void *y;
+    int64_t U_stride, Vh_stride, y_stride;  // elements
+    int32_t N, R;
+    int32_t rank_tile, width_tile;  // its first ones among those of the group
+    int32_t s_is_float;
+};
+
+struct Problem {
+    const void *x;
+    int64_t x_stride;
+    float *hidden;      // [splits, M, RANK_TILE · rank_tiles]; columns past a member's rank are 0
+    uint32_t *barrier;  // of the kernel with both phases
+    int32_t M, K;
+    int32_t count, rank_tiles, width_tiles;  // members; tiles of all of them
+    int32_t splits, length;                  // splits of K, and the elements of one
+    Member members[MAX_MEMBERS];
+};
+
+GRASP_DEVICE const Member &member_of(const Problem &problem, int32_t Member::*first, int tile) {
+    int index = 0;
+    while (index + 1 < problem.count && tile >= problem.members[index + 1].*first) ++index;
+    return problem.members[index];
+}
+
+template <class T> GRASP_DEVICE float scale(const Member &member, int column) {
+    if (column >= member.R) return 0;
+    return member.s_is_float ? load(static_cast<const float *>(member.s) + column)
+                             : to_float(load(static_cast<const T *>(member.s) + column));
+}
+
+// --- shrink ----------------------------------------------------------------------------------------------------------
+
+template <class T, int ROWS, bool VECTOR> GRASP_DEVICE void shrink(const Problem &problem, int task) {
+    using Tile = Product<T, ROWS, RANK_TILE / 8, SHRINK_STEPS<T, ROWS>, VECTOR>;
+    const int tile = task % problem.rank_tiles, split = task / problem.rank_tiles;
+    const Member &member = member_of(problem, &Member::rank_tile, tile);
+    const int first = (tile - member.rank_tile) * RANK_TILE;
+    const int start = split * problem.length;
+    const int stop = problem.K - start > problem.length ? start + problem.length : problem.K;
+
+    Tile product({static_cast<const T *>(member.Vh), member.Vh_stride, member.R, problem.K}, first, stop);
+    product.fetch(start);
+    const auto x = [&](int row, int k) {
+        if (row >= problem.M || k >= stop) return Chunk{};
+        const T *from = static_cast<const T *>(problem.x) + row * problem.x_stride + k;
+        return VECTOR ? load_chunk(from) : gather(from, stop - k);
+    };
+    for (int stage = start; stage < stop; stage += Tile::STAGE) product.multiply(stage, x, [](Chunk &, int) {});
+
+    const int64_t columns = int64_t{RANK_TILE} * problem.rank_tiles;
+    float *h = problem.hidden + split * problem.M * columns + tile * RANK_TILE + Tile::column();
+    const bool inside = first + Tile::column() < member.R;  // beyond, Inf in x has made NaN of the zeros
+    product.finish(problem.M, [&](int row, float sum) { store(h + row * columns, inside ? sum : 0); });
+}
+
+// --- expand ----------------------------------------------------------------------------------------------------------
+
+template <class T, int ROWS, bool VECTOR> struct Expand {
+    using Tile = Product<T, ROWS, WIDTH_TILE / 8, EXPAND_STEPS<T, ROWS>, VECTOR>;
+    static constexpr int PITCH = Tile::STAGE + STEP<T>;  // so that the rows of a fragment are on different banks
+
+    const Problem &problem;
+    const Member &member;
+    const int first;
+    const bool inside;
+    float bias = 0;
+    Tile product;
+
+    // Loads what does not depend on h: the first stage of U, and the bias.
+    GRASP_DEVICE Expand(const Problem &problem, int tile)
+        : problem(problem),
+          member(member_of(problem, &Member::width_tile, tile)),
+          first((tile - member.width_tile) * WIDTH_TILE),
+          inside(first + Tile::column() < member.N),
+          product({static_cast<const T *>(member.U), member.U_stride, member.N, member.R}, first, member.R) {
+        product.fetch(0);
+        if (member.bias && inside) bias = to_float(load(static_cast<const T *>(member.bias) + first + Tile::column()));
+    }
+
+    GRASP_DEVICE void run() {
+        T *hidden = static_cast<T *>(shared_memory<ROWS * PITCH * sizeof(T), 1>());
+        for (int stage = 0; stage < member.R; stage += Tile::STAGE) {
+            if (stage > 0) sync_block();  // the stage before may still be being read
+            put_hidden(hidden, stage);
+            sync_block();
+            const auto h = [&](int row, int k) {
+                return row < problem.M ? *reinterpret_cast<const Chunk *>(hidden + row * PITCH + k - stage) : Chunk{};
+            };
+            product.multiply(stage, h, [&](Chunk &chunk, int k) { scale_weights(chunk, k); });
+        }
+        T *y = static_cast<T *>(member.y) + first + Tile::column();
+        product.finish(problem.M, [&](int row, float sum) {
+            if (inside) store(y + row * member.y_stride, round_to<T>(sum + bias));
+        });
+    }
+
+  private:
+    // In fp16 s scales U, for h ∘ s could overflow.
+    static constexpr bool SCALES_WEIGHTS = std::is_same<T, F16>::value;
+
+    // Sum a stage of h over its splits, scale and round it, zeros past the rank: [M, STAGE] in shared memory.
+    GRASP_DEVICE void put_hidden(T *hidden, int stage) const {
+        constexpr int SPLITS = MAX_SPLITS<ROWS>, AT_ONCE = ROWS < 8 ? 1 : 16 / SPLITS, FOURS = Tile::STAGE / 4;
+        for (int i = thread_index(); i < problem.M * FOURS; i += AT_ONCE * THREADS) {
+            Chunk partials[AT_ONCE][SPLITS];
+#pragma unroll
+            for (int n = 0; n < AT_ONCE; ++n) {
+                load_partials(partials[n], (i + n * THREADS) / FOURS, stage + (i + n * THREADS) % FOURS * 4);
+            }
+#pragma unroll
+            for (int n = 0; n < AT_ONCE; ++n) {
+                const int row = (i + n * THREADS) / FOURS, k = (i + n * THREADS) % FOURS * 4;
+                if (row < problem.M) put_four(hidden + row * PITCH + k, partials[n], stage + k);
+            }
+        }
+    }
+
+    // 4 columns of a row of h, zeros where there are none.
+    template <int SPLITS> GRASP_DEVICE void load_partials(Chunk (&partials)[SPLITS], int row, int k) const {
+        const int64_t columns = int64_t{RANK_TILE} * problem.rank_tiles, stride = problem.M * columns;
+        const bool exists = row < problem.M && k < (member.R + RANK_TILE - 1) / RANK_TILE * RANK_TILE;
+        const int splits = exists ? problem.splits : 0;
+        const float *from = problem.hidden + row * columns + member.rank_tile * RANK_TILE + k;
+#pragma unroll
+        for (int split = 0; split < SPLITS; ++split) {
+            partials[split] = Chunk{};
+            if (split < splits) partials[split] = load_hidden(from + split * stride);
+        }
+    }
+
+    template <int SPLITS> GRASP_DEVICE void put_four(T *to, const Chunk (&partials)[SPLITS], int k) const {
+        float sums[4] = {};
+#pragma unroll
+        for (int split = 0; split < SPLITS; ++split) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sums[e] += as_float(partials[split].words[e]);
+        }
+        if (member.s && !SCALES_WEIGHTS) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sums[e] *= scale<T>(member, k + e);
+        }
+        store_four(to, sums);
+    }
+
+    static GRASP_DEVICE void store_four(float *to, const float (&values)[4]) {
+        *reinterpret_cast<Chunk *>(to) = {as_bits(values[0]), as_bits(values[1]), as_bits(values[2]), as_bits(values[3])};
+    }
+
+    template <class Half> static GRASP_DEVICE void store_four(Half *to, const float (&values)[4]) {
+        uint32_t *words = reinterpret_cast<uint32_t *>(to);
+        words[0] = pack<Half>(values[0], values[1]);
+        words[1] = pack<Half>(values[2], values[3]);
+    }
+
+    GRASP_DEVICE void scale_weights(Chunk &chunk, int k) const {
+        if constexpr (SCALES_WEIGHTS) {
+            if (member.s == nullptr) return;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const Pair pair = unpack<T>(chunk.words[i]);
+                chunk.words[i] =
+                    pack<T>(pair.low * scale<T>(member, k + 2 * i), pair.high * scale<T>(member, k + 2 * i + 1));
+            }
+        }
+    }
+};
+
+// --- a barrier of the whole grid -------------------------------------------------------------------------------------
+
+constexpr uint32_t FLIP = 1u << 31;
+
+// Announce that this block's stores are done. Ones and the first block's complement add up to FLIP: the word's high bit
+// flips with the last arrival, and the other bits are 0 again for the next crossing, in this launch or a later one.
+GRASP_DEVICE uint32_t arrive(uint32_t *barrier) {
+    sync_block();
+    if (thread_index() != 0) return 0;
+    return add_release(barrier, block_index() == 0 ? FLIP - static_cast<uint32_t>(block_count() - 1) : 1);
+}
+
+// Wait for all blocks, with what `arrive` gave; their stores can then be read.
+GRASP_DEVICE void wait(const uint32_t *barrier, uint32_t ticket) {
+    if (thread_index() == 0) {
+        while (((load_acquire(barrier) ^ ticket) & FLIP) == 0) {
+        }
+    }
+    sync_block();
+}
+
+// --- kernels ---------------------------------------------------------------------------------------------------------
+
+template <class T, int ROWS, bool VECTOR>
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) lowrank_shrink_kernel(const __grid_constant__ Problem problem) {
+    launch_dependents();
+    shrink<T, ROWS, VECTOR>(problem, block_index());
+}
+
+template <class T, int ROWS, bool VECTOR>
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) lowrank_expand_kernel(const __grid_constant__ Problem problem) {
+    Expand<T, ROWS, VECTOR> expand(problem, block_index());
+    wait_for_dependency();
+    expand.run();
+}
+
+// Announce, then fetch U while the others finish: fetched before, it would hold up the first phase.
+template <class T, int ROWS, bool VECTOR>
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) lowrank_cooperative_kernel(const __grid_constant__ Problem problem) {
+    for (int task = block_index(); task < problem.rank_tiles * problem.splits; task += block_count()) {
+        shrink<T, ROWS, VECTOR>(problem, task);
+    }
+    const uint32_t ticket = arrive(problem.barrier);
+    for (int tile = block_index(); tile < problem.width_tiles; tile += block_count()) {
+        Expand<T, ROWS, VECTOR> expand(problem, tile);
+        if (tile == block_index()) wait(problem.barrier, ticket);
+        expand.run();
+    }
+}
+
+}  // namespace grasp_cuda

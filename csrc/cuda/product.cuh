@@ -1,0 +1,196 @@
+// A block's product of up to 16 rows with 8 · TILES rows of a weight, both along a row: left · weightᵀ.
+//
+// The summed dimension is dealt out to the warps, and in a warp to four lanes, 16 bytes each. A lane's 16 bytes are used
+// as they were loaded: the tensor core's order of the summed dimension is one permutation for both operands.
+#pragma once
+
+#include "cuda/intrinsics.cuh"
+
+namespace grasp_cuda {
+
+constexpr int WARPS = 4;
+constexpr int THREADS = 32 * WARPS;
+constexpr int MAX_ROWS = 16;
+
+template <class T> constexpr int CHUNK = 16 / sizeof(T);  // elements
+template <class T> constexpr int STEP = 4 * CHUNK<T>;     // elements of a row that a warp multiplies at once
+
+GRASP_DEVICE int warp() { return thread_index() / 32; }
+GRASP_DEVICE int lane_row() { return thread_index() % 32 / 4; }
+GRASP_DEVICE int lane_place() { return thread_index() % 4; }
+
+template <class T> GRASP_DEVICE Pair unpack(uint32_t word) {
+    return {to_float(T{static_cast<uint16_t>(word)}), to_float(T{static_cast<uint16_t>(word >> 16)})};
+}
+
+template <class T> GRASP_DEVICE uint32_t pack(float low, float high) {
+    return round_to<T>(low).bits | static_cast<uint32_t>(round_to<T>(high).bits) << 16;
+}
+
+// The first `count` elements from an address of any alignment; zeros after them.
+GRASP_DEVICE Chunk gather(const float *from, int count) {
+    Chunk chunk = {};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+        if (e < count) chunk.words[e] = as_bits(load(from + e));
+    }
+    return chunk;
+}
+
+template <class T> GRASP_DEVICE Chunk gather(const T *from, int count) {
+    Chunk chunk = {};
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+        if (e < count) chunk.words[e / 2] |= static_cast<uint32_t>(load(from + e).bits) << e % 2 * 16;
+    }
+    return chunk;
+}
+
+// --- sums of a warp --------------------------------------------------------------------------------------------------
+
+// [ROWS, 8 · TILES] in tensor-core fragments, for 16-bit elements.
+template <class T, int ROWS, int TILES> struct Sums {
+    static_assert(ROWS == 8 || ROWS == 16, "the rows of half a fragment, or a whole one");
+    float values[TILES][4] = {};
+
+    // Add the products of one step; left(row) is a lane's chunk of that row.
+    template <class Left> GRASP_DEVICE void add(const Left &left, const Chunk (&right)[TILES]) {
+        const Chunk top = left(lane_row()), bottom = ROWS == 16 ? left(lane_row() + 8) : Chunk{};
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+            const uint32_t rows[4] = {top.words[i], bottom.words[i], top.words[i + 1], bottom.words[i + 1]};
+#pragma unroll
+            for (int t = 0; t < TILES; ++t) {
+                const uint32_t columns[2] = {right[t].words[i], right[t].words[i + 1]};
+                multiply_add<T>(values[t], rows, columns);
+            }
+        }
+    }
+
+    // Write them to [ROWS, pitch].
+    GRASP_DEVICE void put(float *sums, int pitch, int /* rows */) const {
+        float *at = sums + lane_row() * pitch + 2 * lane_place();
+#pragma unroll
+        for (int t = 0; t < TILES; ++t) {
+#pragma unroll
+            for (int i = 0; i < ROWS / 4; ++i) at[i / 2 * 8 * pitch + 8 * t + i % 2] = values[t][i];
+        }
+    }
+};
+
+// The same in multiply-adds, for floats: a lane has all rows of the columns of its own row of each tile.
+template <int ROWS, int TILES> struct Sums<float, ROWS, TILES> {
+    float values[TILES][ROWS] = {};
+
+    template <class Left> GRASP_DEVICE void add(const Left &left, const Chunk (&right)[TILES]) {
+#pragma unroll
+        for (int m = 0; m < ROWS; ++m) {
+            const Chunk chunk = left(m);
+#pragma unroll
+            for (int t = 0; t < TILES; ++t) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) values[t][m] += as_float(chunk.words[e]) * as_float(right[t].words[e]);
+            }
+        }
+    }
+
+    // Only the first `rows`.
+    GRASP_DEVICE void put(float *sums, int pitch, int rows) const {
+#pragma unroll
+        for (int m = 0; m < ROWS; ++m) {
+            if (m < rows) {
+#pragma unroll
+                for (int t = 0; t < TILES; ++t) {
+                    float sum = values[t][m] + shuffle_xor(values[t][m], 1);
+                    sum += shuffle_xor(sum, 2);
+                    if (lane_place() == 0) sums[m * pitch + 8 * t + lane_row()] = sum;
+                }
+            }
+        }
+    }
+};
+
+// --- the product of a block ------------------------------------------------------------------------------------------
+
+template <class T> struct Weight {
+    const T *data;
+    int64_t stride;
+    int rows, columns;
+};
+
+// STEPS: what a warp has in flight at once, and once more while that is multiplied. VECTOR: rows and columns are such
+// that a chunk is aligned and either inside or outside; without, elements are loaded one by one.
+template <class T, int ROWS, int TILES, int STEPS, bool VECTOR> struct Product {
+    static constexpr int COLUMNS = 8 * TILES;                 // of the result: rows of the weight
+    static constexpr int STAGE = WARPS * STEPS * STEP<T>;     // elements of the summed dimension
+    static constexpr int PITCH = COLUMNS + 8;                 // so that the rows of a fragment are on different banks
+    static constexpr int SHARED = WARPS * ROWS * PITCH * 4;   // bytes
+    static_assert(THREADS % COLUMNS == 0, "a thread finishes one column");
+
+    Weight<T> weight;
+    int first, stop;  // row of the weight; end of the summed dimension
+    Chunk ahead[STEPS][TILES];
+    Sums<T, ROWS, TILES> sums;
+
+    GRASP_DEVICE Product(const Weight<T> &weight, int first, int stop) : weight(weight), first(first), stop(stop) {}
+
+    // The lane's element of the summed dimension, in one step of a stage.
+    static GRASP_DEVICE int place(int stage, int step) {
+        return stage + (warp() * STEPS + step) * STEP<T> + lane_place() * CHUNK<T>;
+    }
+
+    // The column that a thread finishes.
+    static GRASP_DEVICE int column() { return thread_index() % COLUMNS; }
+
+    // Load what the stage needs of the weight.
+    GRASP_DEVICE void fetch(int stage) {
+#pragma unroll
+        for (int t = 0; t < TILES; ++t) {
+            const int row = first + 8 * t + lane_row();
+            const T *from = weight.data + row * weight.stride;
+#pragma unroll
+            for (int j = 0; j < STEPS; ++j) {
+                const int k = place(stage, j);
+                ahead[j][t] = Chunk{};
+                if (row < weight.rows && k < stop) {
+                    ahead[j][t] = VECTOR ? load_weights(from + k) : gather(from + k, stop - k);
+                }
+            }
+        }
+    }
+
+    // Multiply the stage that was fetched and fetch the next one. left(row, k) is 16 bytes of a row from element k on,
+    // adjust(chunk, k) may change a weight's.
+    template <class Left, class Adjust> GRASP_DEVICE void multiply(int stage, const Left &left, const Adjust &adjust) {
+        Chunk now[STEPS][TILES];
+#pragma unroll
+        for (int j = 0; j < STEPS; ++j) {
+#pragma unroll
+            for (int t = 0; t < TILES; ++t) now[j][t] = ahead[j][t];
+        }
+        if (stage + STAGE < stop) fetch(stage + STAGE);
+#pragma unroll
+        for (int j = 0; j < STEPS; ++j) {
+            const int k = place(stage, j);
+#pragma unroll
+            for (int t = 0; t < TILES; ++t) adjust(now[j][t], k);
+            sums.add([&](int row) { return left(row, k); }, now[j]);
+        }
+    }
+
+    // Add up the warps' sums, in their order, and hand each to finish(row, sum), for the thread's column.
+    template <class Finish> GRASP_DEVICE void finish(int rows, const Finish &finish) const {
+        float *all = static_cast<float *>(shared_memory<SHARED, 0>());
+        sync_block();  // an earlier product's sums may still be being read
+        sums.put(all + warp() * ROWS * PITCH, PITCH, rows);
+        sync_block();
+        for (int row = thread_index() / COLUMNS; row < rows; row += THREADS / COLUMNS) {
+            float sum = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) sum += all[(w * ROWS + row) * PITCH + column()];
+            finish(row, sum);
+        }
+    }
+};
+
+}  // namespace grasp_cuda
