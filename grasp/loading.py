@@ -218,7 +218,15 @@ def _load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedToken
     model, info = loaded
     _require_all_weights(str(path), info["missing_keys"])
     model.config._name_or_path = str(path)
+    _set_special_tokens(tokenizer, config)
     return model, tokenizer
+
+
+def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Those that the GGUF file names; transformers 5.17 gives its tokenizer another family's."""
+    for kind in ("bos_token", "eos_token", "pad_token"):
+        if isinstance(token := getattr(config, f"{kind}_id", None), int):
+            setattr(tokenizer, kind, tokenizer.convert_ids_to_tokens(token))
 
 
 def _require_causal_lm(name: str, config: PreTrainedConfig) -> None:

@@ -266,8 +266,8 @@ def write_gguf(path: Path, model: PreTrainedModel, architecture: str = "llama") 
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), "ab"])
-    writer.add_token_merges(["a b"])
+    writer.add_token_list([*tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), "ab", "cd"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for name, tensor in model.state_dict().items():
@@ -284,7 +284,7 @@ def write_gguf(path: Path, model: PreTrainedModel, architecture: str = "llama") 
 def test_a_gguf_file_gives_its_weights_in_the_dtype_asked_for(
     dtype: str, expected: torch.dtype, tmp_path: Path
 ) -> None:
-    original = tiny_model("llama", vocab_size=len(byte_tokenizer()) + 1)
+    original = tiny_model("llama", vocab_size=len(byte_tokenizer()) + 2)
     write_gguf(tmp_path / "tiny.gguf", original)
     model, tokenizer = load_model(str(tmp_path / "tiny.gguf"), dtype=dtype, device="cpu")
     assert tokenizer("text").input_ids == byte_tokenizer()("text").input_ids
@@ -300,7 +300,7 @@ def test_a_gguf_file_gives_its_weights_in_the_dtype_asked_for(
 
 def test_gguf_files_that_lack_something_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
-    model = tiny_model("llama", vocab_size=len(byte_tokenizer()) + 1)
+    model = tiny_model("llama", vocab_size=len(byte_tokenizer()) + 2)
     write_gguf(path, model, architecture="no-such-family")
     with pytest.raises(
         CheckpointError, match=r"tiny\.gguf cannot be loaded: .*no-such-family.*Either it is no whole GGUF"
