@@ -29,17 +29,15 @@ from benchmarks.conditions import Conditions, conditions, measure_card
 from benchmarks.timing import batch, interleave
 from benchmarks.workloads import (
     OPS,
-    Shape,
     backends,
-    format_shape,
     make_problem,
-    parse_shape,
     rotations,
     wrong,
 )
 from grasp_kernels import roofline
 from grasp_kernels.dispatch import BACKENDS
 from grasp_kernels.roofline import Card
+from grasp_kernels.shapes import Shape, format_shape, parse_shape
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Llama-2-7B's q/k/v/o and gate/up, SmolLM2-135M's gate/up, with a tenth of the parameters kept.

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from benchmarks.timing import batch
-from benchmarks.workloads import OPS, backends, format_shape, make_problem, parse_shape, rotations, wrong
+from benchmarks.workloads import OPS, backends, make_problem, rotations, wrong
 from grasp_kernels.dispatch import BACKENDS
+from grasp_kernels.shapes import format_shape, parse_shape
 
 BASELINES = ("unfused", "dense")
 TIMED_SHAPES = ("4096x4096r204", "576x1536r41")

@@ -76,6 +76,17 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(layers)
 
 
+def parse_counts(text: str) -> tuple[int, ...]:
+    """``"1,4,16"`` → (1, 4, 16).
+
+    Raises:
+        ValueError: if the text is anything else, or has a 0.
+    """
+    if not re.fullmatch(r"\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*)*", text):
+        raise ValueError(f"rows must be positive numbers such as 1,4,16; got {text!r}")
+    return tuple(map(int, text.split(",")))
+
+
 @app.command()
 def compress(
     model: Model,
@@ -224,6 +235,44 @@ def env(as_json: Json = False) -> None:
         console.print_json(facts)
     else:
         tables.show_environment(facts)
+
+
+bench = typer.Typer(help="Measure the kernels on this machine.", no_args_is_help=True, rich_markup_mode="rich")
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def tune(
+    shapes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KxNrR...]", help="Default: the linears of a 7B Llama at a tenth of their parameters."),
+    ] = None,
+    rows: Annotated[str, typer.Option(help="Tokens per call.")] = "1,2,4,16,32,64,128,256,512",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder. Default: the installed package.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the fastest launch configurations of the Triton kernels on this GPU, and keep them for later calls.
+
+    [bold]Examples[/bold]
+
+    $ grasp bench tune
+
+    [dim]Two linears that share their input, of 4096 features, to 11008 at rank 298:[/dim]
+
+    $ grasp bench tune 4096x11008r298+4096x11008r298 --rows 1,4,16
+    """
+    from grasp import console, tuning
+
+    with console.step_bars() as progress:
+        files = tuning.tune(shapes or tuning.SHAPES, parse_counts(rows), dtype=dtype, output=output, progress=progress)
+    if as_json:
+        console.print_json({"files": [str(file) for file in files]})
+    else:
+        for file in files:
+            print(file)
 
 
 @app.command()

@@ -11,8 +11,9 @@ from typer.testing import CliRunner, Result
 
 from benchmarks import bench_ops, conditions, timing
 from benchmarks.bench_ops import Case, floor_seconds, main
-from benchmarks.workloads import OPS, parse_shape
+from benchmarks.workloads import OPS
 from grasp_kernels import roofline
+from grasp_kernels.shapes import parse_shape
 
 SHAPE = ("--shape", "48x32r5", "--rows", "3", "--dtype", "float32", "--device", "cpu", "--repetitions", "2")
 

@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import pytest
+
+from grasp_kernels.shapes import Linear, format_shape, parse_shape
+
+GROUP = parse_shape("48x32r5+48x16r3")
+
+
+def test_shapes_are_read_and_written_the_same() -> None:
+    assert (Linear(48, 32, 5), Linear(48, 16, 3)) == GROUP
+    assert format_shape(GROUP) == "48x32r5+48x16r3"
+
+
+@pytest.mark.parametrize("text", ["", "48x32", "48x32r0", "48x32r5+", "x48x32r5", "48x32r5+64x32r5", "48 x 32 r 5"])
+def test_other_shapes_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not KxNrR, such as"):
+        parse_shape(text)
