@@ -46,13 +46,6 @@ def sum_nll(logits: Tensor, batch: CalibrationBatch) -> Tensor:
     return F.cross_entropy(logits[:, :-1].to(dtype).flatten(0, 1), labels.flatten(), reduction="sum")
 
 
-def target_tokens(batch: CalibrationBatch) -> int:
-    """How many tokens of a batch ``sum_nll`` counts."""
-    if batch.attention_mask is None:
-        return batch.input_ids[:, 1:].numel()
-    return int(batch.attention_mask[:, 1:].sum())
-
-
 @dataclass(frozen=True)
 class Prefix:
     """What the untouched layers below each redundant layer produce: computed once, since GRASP goes deepest first."""
@@ -137,7 +130,7 @@ def singular_value_grads(
             for target, grad_y in zip(targets, torch.autograd.grad(loss, outputs), strict=True):
                 sums[target].add(record[target].x.flatten(0, -2), grad_y.flatten(0, -2))
             progress(f"layer {first.layer} {first.block}", index + 1, len(batches))
-    grads = {target: total.result() / sum(map(target_tokens, batches)) for target, total in sums.items()}
+    grads = {target: total.result() / sum(batch.num_targets for batch in batches) for target, total in sums.items()}
     for target, grad in grads.items():
         if not torch.isfinite(grad).all():
             raise NonFiniteError(

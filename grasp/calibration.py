@@ -63,6 +63,13 @@ class CalibrationBatch(NamedTuple):
         """Tokens that are no padding."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are predicted from those before them: all but the first position's, and no padding."""
+        if self.attention_mask is None:
+            return self.input_ids[:, 1:].numel()
+        return int(self.attention_mask[:, 1:].sum())
+
 
 def as_batches(batches: Iterable[CalibrationBatch | Tensor]) -> list[CalibrationBatch]:
     """Accept plain (B, L) token tensors beside batches.
@@ -71,7 +78,7 @@ def as_batches(batches: Iterable[CalibrationBatch | Tensor]) -> list[Calibration
         CalibrationError: if there are none, or none has a token to predict.
     """
     result = [batch if isinstance(batch, CalibrationBatch) else CalibrationBatch(batch) for batch in batches]
-    if not any(batch.input_ids.shape[1] > 1 for batch in result):
+    if not any(batch.num_targets for batch in result):
         raise CalibrationError(
             f"{len(result)} calibration batches hold no token to predict; expected sequences of at least 2 tokens"
         )

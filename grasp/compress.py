@@ -15,7 +15,8 @@ from grasp.attribution import METRICS, capture_prefix, singular_value_grads
 from grasp.calibration import CalibrationBatch, as_batches, batches_digest
 from grasp.checkpoint import mark_compressed
 from grasp.config import GraspConfig
-from grasp.errors import UnsupportedModelError
+from grasp.errors import CalibrationError, UnsupportedModelError
+from grasp.evaluate import max_positions
 from grasp.modules import SVD, LowRankLinear, decompose, dense_weight, group_linears_
 from grasp.progress import Progress, silent
 from grasp.redundancy import block_influence
@@ -56,12 +57,14 @@ def compress_(
 
     Raises:
         ValueError: if the configuration asks for layers or a ratio that the model does not have.
-        CalibrationError: if there are no batches, or they hold no token to predict.
+        CalibrationError: if there are no batches, they hold no token to predict, or a sequence is longer than the model
+            has positions.
         NonFiniteError: if weights, hidden states, the loss or gradients are NaN or infinite.
         UnsupportedModelError: if the decoder layers cannot be found or hold nothing to compress.
     """
     config = GraspConfig() if config is None else config
     batches = as_batches(batches)
+    _require_positions(model, batches)
     clock = _Clock()
     layers = decoder(model).layers
     before = model_size(model, layers)
@@ -119,6 +122,14 @@ def _check_layers(config: GraspConfig, depth: int) -> None:
         raise ValueError(f"the model has decoder layers 0..{depth - 1}, got layers={list(config.layers)}")
     if config.num_layers is not None and config.num_layers > depth:
         raise ValueError(f"the model has {depth} decoder layers, got num_layers={config.num_layers}")
+
+
+def _require_positions(model: PreTrainedModel, batches: Sequence[CalibrationBatch]) -> None:
+    limit, longest = max_positions(model), max(batch.input_ids.shape[1] for batch in batches)
+    if limit is not None and longest > limit:
+        raise CalibrationError(
+            f"calibration sequences have {longest} tokens, the model has {limit} positions; take shorter sequences"
+        )
 
 
 def _eligible(model: PreTrainedModel) -> tuple[dict[int, list[Target]], dict[int, list[ModuleReport]]]:

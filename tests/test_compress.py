@@ -232,6 +232,11 @@ def test_bad_requests_are_refused_and_change_nothing() -> None:
         compress_(model, [])
     with pytest.raises(CalibrationError, match="at least 2 tokens"):
         compress_(model, [torch.ones(4, 1, dtype=torch.int64)])
+    with pytest.raises(CalibrationError, match="129 tokens, the model has 128 positions; take shorter"):
+        compress_(model, tiny_batches(1, length=129))
+    masked = CalibrationBatch(tiny_batches(1)[0], torch.zeros(2, 12, dtype=torch.bool))
+    with pytest.raises(CalibrationError, match="no token to predict"):
+        compress_(model, [masked])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
