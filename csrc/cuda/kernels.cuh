@@ -193,10 +193,10 @@ template <class T, int ROWS, bool VECTOR> struct Expand {
 
 // --- a barrier of the whole grid -------------------------------------------------------------------------------------
 
-constexpr uint32_t FLIP = 1u << 31;
+constexpr uint32_t FLIP = 1u << 30;
 
-// Announce that this block's stores are done. Ones and the first block's complement add up to FLIP: the word's high bit
-// flips with the last arrival, and the other bits are 0 again for the next crossing, in this launch or a later one.
+// Announce that this block's stores are done. Ones and the first block's complement add up to FLIP: that bit
+// flips with the last arrival, and those below are 0 again for the next crossing, in this launch or a later one.
 GRASP_DEVICE uint32_t arrive(uint32_t *barrier) {
     sync_block();
     if (thread_index() != 0) return 0;

@@ -10,8 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from grasp_kernels.triton import launch
-from grasp_kernels.triton.launch import Card, card, counters
+from grasp_kernels.triton.launch import Card, card
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -24,26 +23,6 @@ def test_dependent_launch_begins_with_sm_90() -> None:
 
 def test_the_interpreter_is_a_card_without_dependent_launch() -> None:
     assert not card(CPU).dependent_launch
-
-
-def test_counters_start_at_zero() -> None:
-    assert counters(CPU, 5).tolist() == [0] * 5
-
-
-def test_captured_launches_never_share_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    reserve = torch.zeros(3 * 32, dtype=torch.int32)
-    monkeypatch.setattr(launch, "_reserve", {0: [reserve]})
-    for number in (1, 2):
-        launch._captured(CPU, 0, 20).fill_(number)
-    assert reserve.reshape(3, 32).tolist() == [[1] * 32, [2] * 32, [0] * 32]
-    outside = launch._captured(CPU, 0, 40)  # more than is left
-    assert outside.tolist() == [0] * 40
-    assert launch._captured(CPU, 0, 20).untyped_storage().data_ptr() == reserve.untyped_storage().data_ptr()
-
-
-def test_a_capture_before_any_call_gets_counters_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_reserve", {})
-    assert launch._captured(CPU, 0, 7).tolist() == [0] * 7
 
 
 BIND = """

@@ -17,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from grasp_kernels.counters import counters
 from grasp_kernels.packing import RANK_MULTIPLE, stacked
 from grasp_kernels.reference import Factors
-from grasp_kernels.triton.launch import Card, Launch, card, counters, run_all
+from grasp_kernels.triton.launch import Card, Launch, card, run_all
 from grasp_kernels.triton.tiles import arrive, expand, first_u, shrink, wait
 from grasp_kernels.tuning import FUSED_RANK, FUSED_ROWS, Config, Problem, choose
 
