@@ -29,7 +29,7 @@ from grasp.report import CompressionReport, model_size
 
 DEMO_FILE = "demo.json"
 _MADE_BY = "grasp demo"
-_SAME_SPEED = 0.05  # relative difference that medians of a few repeats on a shared machine cannot tell from noise
+_LEAST_NOISE = 0.03  # relative difference between medians of a few repeats that never counts
 
 DENSE, REMOVED, GRASP, PLAIN_SVD = "dense", "layers removed", "GRASP", "plain SVD"
 
@@ -47,7 +47,7 @@ class DemoSizes:
     window: int = 512  # tokens
     prompt_tokens: int = 512
     new_tokens: int = 32
-    repeats: int = 5
+    repeats: int = 7
 
 
 class Row(NamedTuple):
@@ -186,14 +186,20 @@ def _size_finding(rows: Mapping[str, Row]) -> str:
 
 
 def _speed_finding(phase: str, rows: Mapping[str, Row], speed: Callable[[Row], float]) -> str:
-    dense = speed(rows[DENSE])
+    """GRASP and plain SVD run matrices of the same shapes: the difference between them is noise of the measurement."""
+    dense, best = speed(rows[DENSE]), max(map(speed, rows.values()))
     parts = ", ".join(f"{name} {speed(rows[name]) / dense:.2f}x" for name in (REMOVED, GRASP, PLAIN_SVD))
-    best = max(map(speed, rows.values()))
-    leaders = [row.name for row in rows.values() if speed(row) * (1 + _SAME_SPEED) >= best]
-    verdict = f"{leaders[0]} is fastest"
-    if len(leaders) > 1:
-        verdict = f"{', '.join(leaders[:-1])} and {leaders[-1]} are within {_SAME_SPEED:.0%}, too close to call"
-    return f"{phase} speed against dense: {parts}; {verdict}."
+    slower, faster = sorted((speed(rows[GRASP]), speed(rows[PLAIN_SVD])))
+    noise = max(faster / slower - 1, _LEAST_NOISE)
+    leaders = [row.name for row in rows.values() if speed(row) * (1 + noise) >= best]
+    if len(leaders) == 1:
+        verdict = f"{leaders[0]} is fastest"
+    else:
+        verdict = f"{', '.join(leaders[:-1])} and {leaders[-1]} are too close to call"
+    return (
+        f"{phase} speed against dense: {parts}. GRASP and plain SVD have the same shapes, so differences up to {noise:.0%} "
+        f"are taken for noise: {verdict}."
+    )
 
 
 def _is_earlier_result(output: Path) -> bool:
