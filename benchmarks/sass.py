@@ -54,8 +54,22 @@ def load_width(mnemonic: str) -> int:
     return next((_WIDTHS[part] for part in reversed(mnemonic.split(".")) if part in _WIDTHS), 4)
 
 
-def compile_for(architecture: int, kernel: Any, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> Binary:
-    """Compile a launch as Triton would on a card of this architecture: same types, same specializations.
+@dataclass(frozen=True)
+class Source:
+    """A launch as Triton would specialize it on a card: what decides the binary, and no more."""
+
+    source: ASTSource
+    target: GPUTarget
+    options: Any
+
+    @property
+    def key(self) -> str:
+        """Equal for two launches that share a binary."""
+        return f"{self.source.hash()} {self.target} {self.options}"
+
+
+def specialize(architecture: int, kernel: Any, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> Source:
+    """Turn a launch's arguments into types, constants and divisibilities, with Triton's own binder.
 
     Args:
         architecture: compute capability times 10.
@@ -68,13 +82,17 @@ def compile_for(architecture: int, kernel: Any, arguments: Mapping[str, Any], op
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, _ = bind(**arguments, **options)
     parsed, signature, constants, attributes = kernel._pack_args(backend, dict(options), bound, specialization, None)
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options=parsed.__dict__)
+    return Source(ASTSource(kernel, signature, constants, attributes), target, parsed)
+
+
+def compile_source(source: Source) -> Binary:
+    """Compile, and read the binary's facts."""
+    compiled = triton.compile(source.source, target=source.target, options=source.options.__dict__)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         resources, sass = _cuobjdump("--dump-resource-usage", file.name), _cuobjdump("--dump-sass", file.name)
-    return read(architecture, resources, sass, compiled.metadata.shared)
+    return read(source.target.arch, resources, sass, compiled.metadata.shared)
 
 
 def read(architecture: int, resources: str, sass: str, shared: int) -> Binary:

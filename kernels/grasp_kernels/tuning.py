@@ -24,7 +24,7 @@ SOURCES = {
     "lowrank_glu": ("triton/lowrank_glu.py", "triton/lowrank_linear.py", "triton/tiles.py"),
 }
 PATHS = ("pair", "fused", "gemms")
-PAIR_ROWS, FUSED_ROWS, FUSED_RANK = 512, 64, 512  # the most that a path serves
+PAIR_ROWS, FUSED_ROWS, FUSED_RANK = 512, 64, 256  # the most that a path serves; of a higher rank, registers spill
 REREAD_BYTES = 8 << 20  # of partial sums through the L2 cache: more, and one program adds them up for all (E)
 UNTUNED_PAIR_ROWS = 64  # above, matrix products until a card has measured otherwise
 FULL_PRECISION_PAIR_ROWS = 16
@@ -196,7 +196,8 @@ def rule_of_thumb(kernel: str, problem: Problem, card: Card) -> Config:
         shrink_block_k=block_k,
         splits=splits,
         shrink_warps=4,
-        reduce=splits > 1 and rereads > REREAD_BYTES,
+        # Summed over splits as it is read, a dot's operand takes more registers and shared memory than there are.
+        reduce=splits > 1 and (not scalar or rereads > REREAD_BYTES),
         expand_block_n=block_n,
         expand_block_r=min(piece, max(16, _power_of_two(-(-rank // groups)))),
         expand_warps=4,

@@ -183,9 +183,9 @@ def test_fused_gives_way_to_the_pair_where_it_cannot_serve() -> None:
         member = Factors(torch.empty(16, rank), None, torch.empty(rank, K))
         return len(linear.plan(x, [member], [torch.empty(rows, 16)], replace(PAIR, path="fused"), H100))
 
-    assert launches(64, 512) == 1
-    assert launches(65, 512) == 2
-    assert launches(64, 513) == 2
+    assert launches(64, 256) == 1
+    assert launches(65, 256) == 2
+    assert launches(64, 257) == 2
 
 
 # --- gated linear units -----------------------------------------------------------------------------------------------

@@ -1,0 +1,106 @@
+"""Compile the Triton kernels for cards that need not be there: registers, shared memory and instructions of each.
+
+``python -m benchmarks.aot`` compiles all configurations for all architectures, prints a table, writes it as JSON, and
+fails where a binary is not what it should be.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import triton
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.aot_cases import CARDS, LAUNCH_DEPENDENTS, TENSOR_CORES, WAIT, Case, cases, complaints
+from benchmarks.sass import ARCHITECTURES, Binary, compile_source, specialize
+from grasp_kernels.triton.launch import Launch
+
+RESULTS = Path(__file__).parent / "results" / "aot.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One binary."""
+
+    kernel: str
+    case: str
+    architecture: int  # compute capability times 10
+    registers: int  # per thread
+    shared: int  # bytes per program
+    stack: int  # bytes per thread; not 0 means spills
+    instructions: int
+    tensor_core: dict[str, int]  # instructions by mnemonic
+    loads: dict[str, int]  # global loads by bytes per thread
+    dependent_launch: int  # instructions
+    complaints: list[str]
+
+
+def compile_case(case: Case, architectures: Sequence[int], seen: set[str]) -> list[Row]:
+    """Compile a case's launches; binaries that ``seen`` already has, from another case, are left out."""
+    rows = []
+    for architecture in architectures:
+        for launch in case.launches(CARDS[architecture]):
+            source = specialize(architecture, launch.kernel, launch.arguments, launch.options)
+            if source.key not in seen:
+                seen.add(source.key)
+                rows.append(_row(case, launch, compile_source(source)))
+    return rows
+
+
+def _row(case: Case, launch: Launch, binary: Binary) -> Row:
+    return Row(
+        kernel=launch.kernel.__name__,
+        case=case.name,
+        architecture=binary.architecture,
+        registers=binary.registers,
+        shared=binary.shared,
+        stack=binary.stack + binary.local,
+        instructions=len(binary.instructions),
+        tensor_core={name: count for name in TENSOR_CORES if (count := binary.count(name))},
+        loads={str(width): count for width, count in sorted(binary.loads().items())},
+        dependent_launch=binary.count(WAIT) + binary.count(LAUNCH_DEPENDENTS),
+        complaints=complaints(launch, binary),
+    )
+
+
+def print_table(rows: Sequence[Row], console: Console) -> None:
+    """One line per binary, complaints last."""
+    table = Table("kernel", "case", "sm", "registers", "shared", "instructions", "tensor core", "loads", "complaints")
+    for row in rows:
+        tensor_core = ", ".join(f"{count} {name}" for name, count in row.tensor_core.items())
+        loads = ", ".join(f"{count} of {width} B" for width, count in row.loads.items())
+        numbers = map(str, (row.architecture, row.registers, row.shared, row.instructions))
+        table.add_row(row.kernel, row.case, *numbers, tensor_core, loads, "; ".join(row.complaints))
+    console.print(table)
+
+
+def main(
+    representative: Annotated[bool, typer.Option(help="One configuration per kernel instead of all.")] = False,
+    architecture: Annotated[list[int] | None, typer.Option(help="Compute capability times 10.")] = None,
+    only: Annotated[str, typer.Option(help="Cases whose name contains this.")] = "",
+    output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS,
+) -> None:
+    """Compile the Triton kernels ahead of time and check their binaries."""
+    if triton.knobs.runtime.interpret:
+        raise typer.BadParameter("TRITON_INTERPRET is set, so that nothing compiles; unset it")
+    console = Console(width=200)
+    rows: list[Row] = []
+    seen: set[str] = set()
+    for case in cases():
+        if only in case.name and (case.representative or not representative):
+            rows += compile_case(case, architecture or ARCHITECTURES, seen)
+    output.write_text(json.dumps({"triton": triton.__version__, "rows": [asdict(row) for row in rows]}, indent=1))
+    print_table(rows, console)
+    wrong = sum(bool(row.complaints) for row in rows)
+    console.print(f"{len(rows)} binaries, {wrong} not as they should be; written to {output}")
+    raise typer.Exit(code=1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

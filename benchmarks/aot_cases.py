@@ -1,0 +1,211 @@
+"""Which launches are compiled ahead of time, and what their binaries must and must not have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.sass import SHARED_LIMITS, Binary
+from grasp_kernels.reference import Factors
+from grasp_kernels.triton import lowrank_glu, lowrank_linear, singular_value_grad
+from grasp_kernels.triton.launch import Card, Launch
+from grasp_kernels.tuning import rule_of_thumb, serves
+
+# A card of each architecture: A100, H100, B200, RTX 5090.
+CARDS = {
+    architecture: Card(f"sm_{architecture}", processors, architecture)
+    for architecture, processors in ((80, 108), (90, 132), (100, 148), (120, 170))
+}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
+WAIT, LAUNCH_DEPENDENTS = "ACQBULK", "PREEXIT"  # griddepcontrol.wait and .launch_dependents
+SPIN, INVALIDATE = "LDG.E.STRONG.GPU", "CCTL.IVALL"  # together: ld.acquire.gpu of one word
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call whose launches are compiled; ``representative`` ones are in the test suite, all are in ``make aot``."""
+
+    name: str
+    launches: Callable[[Card], Sequence[Launch]]
+    representative: bool = False
+
+
+def cases() -> Iterator[Case]:
+    """All configurations."""
+    yield from _singular_value_grad_cases()
+    yield from _lowrank_linear_cases("pair", (1, 2, 4, 16, 64, 256))
+    yield from _lowrank_linear_cases("fused", (1, 2, 4, 16, 64))
+    yield from _lowrank_glu_cases()
+
+
+def complaints(launch: Launch, binary: Binary) -> list[str]:
+    """What a binary has that it must not, or lacks."""
+    arguments, architecture = launch.arguments, binary.architecture
+    found = []
+    if spilled := binary.stack + binary.local + binary.count("LDL") + binary.count("STL"):
+        found.append(f"spills registers ({spilled} bytes and instructions)")
+    if binary.shared > SHARED_LIMITS[architecture]:
+        found.append(f"{binary.shared} bytes of shared memory, the card has {SHARED_LIMITS[architecture]}")
+    loads = binary.loads()
+    if _reads_factors(launch) and not loads[16]:
+        found.append("no 16-byte loads of the factors")
+    if loads[2] and not arguments.get("BIASES"):
+        found.append(f"{loads[2]} loads of 2 bytes")
+    if _has_dot(launch) and not any(map(binary.count, TENSOR_CORES)):
+        found.append("a 16-bit dot without tensor cores")
+    if launch.kernel.__name__ == "_singular_value_grad_kernel" and _has_dot(launch):
+        found += ["no HGMMA"] if architecture == 90 and not binary.count("HGMMA") else []
+    dependent = bool(arguments.get("DEPENDENT"))
+    if dependent != bool(binary.count(WAIT) + binary.count(LAUNCH_DEPENDENTS)):
+        found.append("programmatic dependent launch " + ("is missing" if dependent else "where there is none"))
+    if launch.options.get("launch_cooperative_grid"):
+        found += barrier_complaints(binary)
+    return found
+
+
+def barrier_complaints(binary: Binary) -> list[str]:
+    """Whether the grid's barrier is in order: arrive (an atomic), then fetch U, then spin (acquiring loads)."""
+    memory = [name for name in binary.instructions if name.startswith(("LDG", "ATOM", INVALIDATE))]
+    # An acquiring load is one after which the first-level cache is given up.
+    spins = [place for place, pair in enumerate(pairwise(memory)) if pair[0] == SPIN and pair[1].startswith(INVALIDATE)]
+    arrivals = [place for place, name in enumerate(memory) if name.startswith("ATOM") and spins and place < spins[0]]
+    if not arrivals:
+        return [f"expected a barrier, an atomic and then an acquiring {SPIN}; found none"]
+    between = memory[arrivals[-1] : spins[0]]
+    return [] if any(".EF" in name for name in between) else ["U is not fetched between arrival and wait"]
+
+
+def _reads_factors(launch: Launch) -> bool:
+    return not launch.kernel.__name__.endswith("_reduce_kernel")
+
+
+def _has_dot(launch: Launch) -> bool:
+    """Whether the launch multiplies 16-bit matrices; tiles of one or two rows are scalar arithmetic."""
+    arguments = launch.arguments
+    tensor = next(value for value in _flat(arguments.values()) if isinstance(value, Tensor) and value.dim() == 2)
+    return _reads_factors(launch) and arguments.get("BLOCK_M", 16) >= 16 and tensor.dtype != FP32
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        yield from _flat(value) if isinstance(value, tuple) else (value,)
+
+
+def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _factors(N: int, K: int, R: int, dtype: torch.dtype, *, scaled: bool = False, biased: bool = False) -> Factors:
+    s = _empty(R, dtype=FP32) if scaled else None
+    return Factors(_empty(N, R, dtype=dtype), s, _empty(R, K, dtype=dtype), _empty(N, dtype=dtype) if biased else None)
+
+
+# --- singular_value_grad ----------------------------------------------------------------------------------------------
+
+
+def _singular_value_grad_cases() -> Iterator[Case]:
+    large, small, full = singular_value_grad.LARGE, singular_value_grad.SMALL, singular_value_grad.FULL_PRECISION
+    yield _grad_case("samples, token squares, mask", large, representative=True)
+    yield _grad_case("samples, token squares, mask, small tile", small)
+    for dtype, tile in ((BF16, large), (BF16, small), (FP16, large), (FP16, small), (FP32, full)):
+        yield _grad_case(f"plain sum, {_short(dtype)}, tile of {tile.block_t}", tile, dtype=dtype, plain=True)
+    yield _grad_case("rank 81", large, R=81)
+    yield _grad_case("U column-major", large, column_major=True)
+
+
+def _grad_case(
+    name: str,
+    tile: singular_value_grad.Tile,
+    *,
+    dtype: torch.dtype = BF16,
+    plain: bool = False,
+    R: int = 512,
+    column_major: bool = False,
+    representative: bool = False,
+) -> Case:
+    def launches(_: Card) -> Sequence[Launch]:
+        return _grad_launches(tile, dtype, plain, R, column_major)
+
+    return Case(f"singular_value_grad, {name}", launches, representative)
+
+
+def _grad_launches(
+    tile: singular_value_grad.Tile, dtype: torch.dtype, plain: bool, R: int, column_major: bool
+) -> Sequence[Launch]:
+    T, K, N, B = 8192, 4096, 11008, 16
+    U = _empty(R, N, dtype=dtype).mT if column_major else _empty(N, R, dtype=dtype)
+    return singular_value_grad.plan(
+        *(_empty(T, K, dtype=dtype), _empty(T, N, dtype=dtype), U, _empty(R, K, dtype=dtype)),
+        None if plain else _empty(B + 1, dtype=torch.int64),
+        "none" if plain else "token",
+        None if plain else _empty(T, dtype=torch.bool),
+        [_empty(R, dtype=FP32)] * 2 if plain else [_empty(B, R, dtype=FP32)] * 2,
+        tile,
+    )
+
+
+# --- lowrank_linear ---------------------------------------------------------------------------------------------------
+
+SHAPES = ((4096, 4096, 208), (11008, 4096, 304), (1024, 4096, 96), (4096, 14336, 320))  # N, K, R: packed
+QKV = ((4096, 208), (1024, 96), (1024, 96))  # N, R
+
+
+def _lowrank_linear_cases(path: str, rows: Sequence[int]) -> Iterator[Case]:
+    for M in rows:
+        for N, K, R in SHAPES:
+            first = (16, *SHAPES[0]) == (M, N, K, R)
+            yield _linear_case(f"{path}, {M} rows, {N}x{K}, rank {R}", path, M, [_factors(N, K, R, BF16)], first)
+    for M in (1, 16):
+        yield _linear_case(f"{path}, {M} rows, q/k/v", path, M, [_factors(N, 4096, R, BF16) for N, R in QKV])
+        for dtype in (BF16, FP16, FP32):
+            group = [_factors(4096, 4096, 208, dtype, scaled=True, biased=True)]
+            yield _linear_case(f"{path}, {M} rows, {_short(dtype)}, s and bias", path, M, group)
+
+
+def _linear_case(name: str, path: str, M: int, factors: Sequence[Factors], representative: bool = False) -> Case:
+    def launches(card: Card) -> Sequence[Launch]:
+        x = _empty(M, factors[0].Vh.shape[1], dtype=factors[0].U.dtype)
+        problem = lowrank_linear.problem_of(x, factors)
+        config = replace(rule_of_thumb("lowrank_linear", problem, card), path=path)
+        if path == "fused" and M > 2:
+            # A smaller tile than the pair's: the barrier keeps all of the first tile of U in registers.
+            config = replace(config, expand_block_n=16, expand_warps=8, stages=2 if M > 16 else 3)
+        outputs = [_empty(M, group.U.shape[0], dtype=x.dtype) for group in factors]
+        return lowrank_linear.plan(x, factors, outputs, config, card) if serves(config, problem) else []
+
+    return Case(f"lowrank_linear, {name}", launches, representative)
+
+
+# --- lowrank_glu ------------------------------------------------------------------------------------------------------
+
+
+def _lowrank_glu_cases() -> Iterator[Case]:
+    for M in (1, 2, 16, 64, 2048):
+        for activation in ("silu", "gelu", "gelu_tanh", "relu") if M in (1, 16) else ("silu",):
+            yield _glu_case(M, activation, BF16, representative=(M, activation) == (16, "silu"))
+    for dtype in (FP16, FP32):
+        yield _glu_case(16, "silu", dtype)
+
+
+def _glu_case(M: int, activation: str, dtype: torch.dtype, *, representative: bool = False) -> Case:
+    def launches(card: Card) -> Sequence[Launch]:
+        N, K, R = SHAPES[1]
+        x, output = _empty(M, K, dtype=dtype), _empty(M, N, dtype=dtype)
+        gate, up = _factors(N, K, R, dtype), _factors(N, K, R - 16, dtype)
+        config = rule_of_thumb("lowrank_glu", lowrank_linear.problem_of(x, [gate, up]), card)
+        if config.path == "gemms":
+            hidden = [_empty(1, M, group.U.shape[1], dtype=dtype) for group in (gate, up)]
+            return [lowrank_glu.expand_launch(gate, up, hidden, output, activation, config, dependent=False)]
+        return lowrank_glu.plan(x, gate, up, activation, output, config, card)
+
+    return Case(f"lowrank_glu, {M} rows, {activation}, {_short(dtype)}", launches, representative)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks.aot_cases import CARDS, Case, barrier_complaints, cases, complaints
+from benchmarks.sass import ARCHITECTURES, SHARED_LIMITS, Binary
+
+ROOT = Path(__file__).parents[2]
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """One configuration of each kernel for each architecture, made in another process: here they are interpreted."""
+    output = tmp_path_factory.mktemp("aot") / "aot.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-m", "benchmarks.aot", "--representative", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert output.exists(), done.stderr
+    return json.loads(output.read_text())["rows"]
+
+
+def by_kernel(rows: Rows, architecture: int) -> dict[str, dict[str, Any]]:
+    return {row["kernel"]: row for row in rows if row["architecture"] == architecture}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_compiles_to_what_it_should_be(rows: Rows, architecture: int) -> None:
+    found = by_kernel(rows, architecture)
+    assert set(found) == {launch.kernel.__name__ for case in representatives() for launch in case.launches(CARDS[80])}
+    assert {row["kernel"]: row["complaints"] for row in found.values() if row["complaints"]} == {}
+
+
+@pytest.mark.slow
+def test_the_gradient_kernel_is_the_one_that_was_designed(rows: Rows) -> None:
+    row = by_kernel(rows, 90)["_singular_value_grad_kernel"]
+    assert set(row["tensor_core"]) == {"HGMMA"}
+    assert row["registers"] <= 192  # two accumulators of 64 and room: above, the warps would wait for each other
+    assert row["shared"] == 3 * (128 + 128) * 64 * 2  # three stages of two 16-bit tiles
+    assert set(row["loads"]) <= {"1", "4", "16"}  # the mask, the bounds, everything else
+
+
+@pytest.mark.slow
+def test_dependent_launch_starts_with_sm_90(rows: Rows) -> None:
+    for kernel in ("_lowrank_shrink_kernel", "_lowrank_expand_kernel"):
+        counts = {row["architecture"]: row["dependent_launch"] for row in rows if row["kernel"] == kernel}
+        assert counts.pop(80) == 0
+        assert all(counts.values())
+
+
+def representatives() -> list[Case]:
+    return [case for case in cases() if case.representative]
+
+
+def test_names_of_cases_are_unique() -> None:
+    names = [case.name for case in cases()]
+    assert len(names) == len(set(names))
+
+
+SOUND = Binary(
+    90, registers=100, stack=0, local=0, shared=1024, instructions=("LDGSTS.E.BYPASS.128", "HGMMA.64", "STG.E", "EXIT")
+)
+FAULTS = {
+    "stack": (replace(SOUND, stack=8), "spills"),
+    "local loads": (replace(SOUND, instructions=(*SOUND.instructions, "LDL.64")), "spills"),
+    "shared": (replace(SOUND, shared=SHARED_LIMITS[90] + 1), "shared memory"),
+    "narrow": (replace(SOUND, instructions=(*SOUND.instructions, "LDG.E.U16")), "loads of 2 bytes"),
+    "no wide": (replace(SOUND, instructions=("LDG.E.64", "HGMMA.64")), "no 16-byte loads"),
+    "no tensor cores": (replace(SOUND, instructions=("LDG.E.128", "FFMA")), "without tensor cores"),
+    "old tensor cores": (replace(SOUND, instructions=("LDG.E.128", "HMMA.16816.F32.BF16")), "no HGMMA"),
+    "dependent launch": (replace(SOUND, instructions=(*SOUND.instructions, "ACQBULK")), "where there is none"),
+}
+
+
+def gradient_launch() -> Any:
+    return next(case for case in representatives() if "token squares" in case.name).launches(CARDS[90])[0]
+
+
+def test_a_sound_binary_has_no_complaints() -> None:
+    assert complaints(gradient_launch(), SOUND) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_found(fault: str) -> None:
+    binary, complaint = FAULTS[fault]
+    assert any(complaint in found for found in complaints(gradient_launch(), binary))
+
+
+ARRIVE, FETCH, READ = "ATOMG.E.ADD.STRONG.GPU", "LDG.E.EF.128", "LDG.E.STRONG.GPU"
+SPIN = f"{READ} CCTL.IVALL"
+
+
+@pytest.mark.parametrize(
+    ("listing", "complaint"),
+    [
+        (f"{ARRIVE} {FETCH} {SPIN}", None),
+        (f"{ARRIVE} {READ} {READ} BAR.SYNC {ARRIVE} {FETCH} {FETCH} {SPIN} {SPIN} {FETCH}", None),
+        (f"{FETCH} {ARRIVE} {SPIN}", "not fetched between"),
+        (f"{ARRIVE} {SPIN} {FETCH}", "not fetched between"),
+        (f"{ARRIVE} {FETCH} {READ} {ARRIVE} {SPIN}", "not fetched between"),
+        (f"{FETCH} {SPIN}", "expected a barrier"),
+        (f"{ARRIVE} {FETCH} {READ}", "expected a barrier"),
+    ],
+)
+def test_the_barrier_is_arrive_fetch_spin(listing: str, complaint: str | None) -> None:
+    found = barrier_complaints(replace(SOUND, instructions=tuple(listing.split())))
+    assert (not found) if complaint is None else complaint in found[0]
