@@ -197,8 +197,8 @@ def _speed_finding(phase: str, rows: Mapping[str, Row], speed: Callable[[Row], f
     else:
         verdict = f"{', '.join(leaders[:-1])} and {leaders[-1]} are too close to call"
     return (
-        f"{phase} speed against dense: {parts}. GRASP and plain SVD have the same shapes, so differences up to {noise:.0%} "
-        f"are taken for noise: {verdict}."
+        f"{phase} speed against dense: {parts}. GRASP and plain SVD have the same shapes, so differences up to "
+        f"{noise:.0%} are taken for noise: {verdict}."
     )
 
 
