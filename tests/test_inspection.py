@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from grasp.compress import compress_
+from grasp.config import GraspConfig
+from grasp.errors import CheckpointError
+from grasp.inspection import inspect_checkpoint
+from tests.tiny_models import tiny_batches, tiny_model
+
+FAMILIES = ["llama", "gpt2", "gemma3", "phi3", "opt"]
+
+
+def compressed(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
+    model = tiny_model(family, dtype)
+    report = compress_(model, tiny_batches(1), GraspConfig(num_layers=1, retain_ratio=0.4))
+    model.save_pretrained(folder)
+    return report
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_and_ranks_are_those_of_the_report(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    report = compressed(tmp_path, family, dtype)
+    found = inspect_checkpoint(tmp_path)
+    assert found.parameters == report.after.parameters
+    assert found.bytes == report.after.bytes
+    assert found.dense_parameters == report.before.parameters
+    assert found.num_layers == 3
+    assert {m.name: (m.layer, m.rank, m.parameters, m.bytes) for m in found.modules} == {
+        m.name: (m.layer, m.rank, m.parameters_after, m.bytes_after) for m in report.compressed
+    }
+    assert sum(part.bytes for part in found.parts) == found.bytes
+    parts = {part.name: part for part in found.parts}
+    assert {"embeddings", "attention, dense", "attention, low-rank", "mlp, dense", "mlp, low-rank", "norms"} <= set(
+        parts
+    )
+    low_rank = parts["attention, low-rank"].parameters + parts["mlp, low-rank"].parameters
+    assert low_rank == sum(m.parameters_after for m in report.compressed)
+    assert ("head and other" in parts) == (family in ("llama", "phi3", "gpt2", "opt"))
+    assert found.report is None
+
+
+def test_a_dense_folder_has_no_low_rank_parts(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    found = inspect_checkpoint(tmp_path)
+    assert found.modules == ()
+    assert found.compression_ratio == 0
+    assert not any("low-rank" in part.name for part in found.parts)
+
+
+def test_shards_are_read_as_one(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert inspect_checkpoint(tmp_path).parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def edit_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    ranks = config["quantization_config"]["ranks"]
+    ranks[next(iter(ranks))] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def drop_factor(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if not name.endswith("q_proj.Vh")}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (edit_config, r"config.json gives .* rank \d+, but its tensors are U"),
+        (drop_factor, r"but the files lack .*q_proj.U or .*q_proj.Vh"),
+        (cut, "model.safetensors cannot be read .* expected a complete safetensors file"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "holds a list; expected a JSON object"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no .safetensors file"),
+        (lambda folder: (folder / "report.json").write_text("{}"), "not a compression report"),
+    ],
+)
+def test_a_damaged_folder_is_refused_with_the_damage(
+    damage: Callable[[Path], object], words: str, tmp_path: Path
+) -> None:
+    compressed(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(CheckpointError, match=words):
+        inspect_checkpoint(tmp_path)

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+from grasp import jobs
+from grasp.config import GraspConfig
+from tests.command_line import save_tiny_model
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_tiny_model(tmp_path / "tiny")
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> jobs.Samples:
+    text = tmp_path / "text.txt"
+    text.write_text("All work and no play makes Jack a dull boy. " * 30)
+    return jobs.Samples(str(text), num_samples=2, seq_len=32, batch_size=2, seed=3)
+
+
+def no_memory(*_: Any, **__: Any) -> NoReturn:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_too_little_memory_is_an_error_with_a_remedy(
+    model: Path, samples: jobs.Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "compress_", no_memory)
+    with pytest.raises(jobs.OutOfMemoryError, match="batches of 2 x 32 tokens; take a smaller batch"):
+        jobs.compress(str(model), tmp_path / "out", GraspConfig(num_layers=1), samples)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(jobs, "perplexity", no_memory)
+    with pytest.raises(jobs.OutOfMemoryError, match="batches of 1 x 64 tokens; take a smaller batch"):
+        jobs.evaluate(str(model), samples.source, window=64)
+
+
+def test_the_model_card_says_how_it_was_made_but_not_from_which_file(
+    model: Path, samples: jobs.Samples, tmp_path: Path
+) -> None:
+    done = jobs.compress(str(model), tmp_path / "out", GraspConfig(layers=(1,), retain_ratio=0.4), samples)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Layers 1: as asked for. Calibrated on 2 sequences of 32 tokens of a text file (seed 3)." in card
+    assert str(tmp_path) not in card
+    assert done.report.calibration["sequences"] == 2
+
+
+def test_the_seed_chooses_the_sequences(model: Path, samples: jobs.Samples, tmp_path: Path) -> None:
+    digests = []
+    for number, seed in enumerate((3, 3, 4)):
+        again = jobs.Samples(samples.source, num_samples=2, seq_len=32, seed=seed)
+        done = jobs.compress(str(model), tmp_path / f"out{number}", GraspConfig(layers=(), retain_ratio=0.4), again)
+        digests.append(done.report.calibration["sha256"])
+    assert digests[0] == digests[1] != digests[2]
