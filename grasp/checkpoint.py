@@ -107,7 +107,15 @@ def save_checkpoint(
             if Path(name).name != name or (folder / name).exists():
                 raise ValueError(f"extra file {name!r} must be a plain name, and none of the checkpoint's own files")
             (folder / name).write_text(text, encoding="utf-8")
+        _share_as_configured(folder)
     return target
+
+
+def _share_as_configured(folder: Path) -> None:
+    """Let whoever may read the configuration read the weights: safetensors writes them for their owner alone."""
+    mode = (folder / "config.json").stat().st_mode
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(mode)
 
 
 def _nearest(folder: Path) -> Path:

@@ -55,6 +55,7 @@ def test_writes_model_tokenizer_card_and_extra_files(model: PreTrainedModel, tmp
     assert isinstance(loaded.get_submodule(UP), LowRankLinear)
     state = loaded.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
     assert folder.stat().st_mode == tmp_path.joinpath("new").stat().st_mode  # as readable as any new folder
 
 
