@@ -1,6 +1,7 @@
 """Low-rank kernels for PyTorch: they know tensors, not models."""
 
 from grasp_kernels.dispatch import BackendUnavailableError, available_backends, explain
+from grasp_kernels.extension import get_include
 from grasp_kernels.ops import (
     SingularValueGrad,
     lowrank_glu,
@@ -17,6 +18,7 @@ __all__ = [
     "SingularValueGrad",
     "available_backends",
     "explain",
+    "get_include",
     "lowrank_glu",
     "lowrank_linear",
     "lowrank_linear_grouped",

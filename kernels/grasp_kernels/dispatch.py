@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from grasp_kernels.extension import module_missing
+
 OPS = ("lowrank_linear", "lowrank_linear_grouped", "lowrank_glu", "singular_value_grad")
 
 
@@ -73,6 +75,35 @@ def _triton_avoids(call: Call) -> str | None:
     return "interpreted kernels run only when named" if _triton_interprets() else None
 
 
+# Rows of x up to which the CPU kernels were measured to be no slower than PyTorch's matrix products, with AVX-512.
+CPU_ROWS = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 64}
+
+
+def _cpu_missing() -> str | None:
+    reason = module_missing("grasp_kernels._cpu", "Linux and a C++ compiler")
+    if reason is None and not importlib.import_module("grasp_kernels._cpu").has_threads():
+        return "PyTorch's OpenMP runtime does not lend its threads: it has no GOMP_parallel"
+    return reason
+
+
+def _cpu_refuses(call: Call) -> str | None:
+    if call.device.type != "cpu":
+        return f"it runs on CPU tensors, not on {call.device.type}"
+    return "its kernels accumulate in float32" if call.dtype == torch.float64 else None
+
+
+def _cpu_avoids(call: Call) -> str | None:
+    if call.op == "singular_value_grad" or call.rows <= CPU_ROWS[call.dtype]:
+        return None
+    return f"beyond {CPU_ROWS[call.dtype]} rows PyTorch's matrix products are faster"
+
+
+_CPU_FUNCTIONS = {
+    "lowrank_linear": "grasp_kernels.cpu:lowrank_linear",
+    "lowrank_linear_grouped": "grasp_kernels.cpu:lowrank_linear_grouped",
+    "lowrank_glu": "grasp_kernels.cpu:lowrank_glu",
+    "singular_value_grad": "grasp_kernels.routes:chunked",
+}
 _TRITON_FUNCTIONS = {
     "lowrank_linear": "grasp_kernels.triton.lowrank_linear:lowrank_linear",
     "lowrank_linear_grouped": "grasp_kernels.triton.lowrank_linear:lowrank_linear_grouped",
@@ -82,6 +113,7 @@ _TRITON_FUNCTIONS = {
 
 BACKENDS: tuple[Backend, ...] = (
     Backend("triton", _TRITON_FUNCTIONS, missing=_triton_missing, refuses=_triton_refuses, avoids=_triton_avoids),
+    Backend("cpu", _CPU_FUNCTIONS, missing=_cpu_missing, refuses=_cpu_refuses, avoids=_cpu_avoids),
     Backend("reference", {op: f"grasp_kernels.reference:{op}" for op in OPS}, _nothing, _nothing, _nothing),
 )
 

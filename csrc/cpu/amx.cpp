@@ -1,0 +1,146 @@
+// bfloat16 by AMX: a tile holds 16 rows of the weight, as they lie in memory, times 32 elements.
+#include "pairs.h"
+
+namespace grasp {
+namespace {
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// The tile instructions do not tell the compiler what memory they read and write.
+inline void fence(void *p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+
+// Tiles 0 to 3 are sums [weight row, lane], 4 and 6 parts of the weight, 5 and 7 parts of panels.
+void configure(int64_t weight_rows) {
+    TileConfig config;
+    for (int tile = 0; tile < 8; ++tile) {
+        config.row_bytes[tile] = 64;
+        config.rows[tile] = tile == 5 || tile == 7 ? 16 : weight_rows;
+    }
+    fence(&config);
+    _tile_loadconfig(&config);
+}
+
+struct Amx : Panels<Pairs, 64> {
+    static constexpr int64_t ROWS = 16, DEPTH = 32, AHEAD = 4;  // a tile; tiles to fetch ahead
+
+    // PANELS sums += weight[16, 32] · panel[32, 16] for each panel. With one panel or two, even and odd steps have sums
+    // of their own, for an instruction takes three times as long as passes between two that are independent.
+    template <int PANELS, bool ODD>
+    static void step(const void *w, int64_t w_bytes, const float *x, int64_t panel_floats) {
+        if constexpr (PANELS == 1 && ODD) {
+            _tile_loadd(6, w, w_bytes);
+            _tile_loadd(7, x, 64);
+            _tile_dpbf16ps(1, 6, 7);
+        } else if constexpr (PANELS == 2 && ODD) {
+            _tile_loadd(6, w, w_bytes);
+            _tile_loadd(5, x, 64);
+            _tile_dpbf16ps(2, 6, 5);
+            _tile_loadd(7, x + panel_floats, 64);
+            _tile_dpbf16ps(3, 6, 7);
+        } else {
+            _tile_loadd(4, w, w_bytes);
+            _tile_loadd(5, x, 64);
+            _tile_dpbf16ps(0, 4, 5);
+            if constexpr (PANELS > 1) {
+                _tile_loadd(7, x + panel_floats, 64);
+                _tile_dpbf16ps(1, 4, 7);
+            }
+            if constexpr (PANELS > 2) {
+                _tile_loadd(5, x + 2 * panel_floats, 64);
+                _tile_dpbf16ps(2, 4, 5);
+            }
+            if constexpr (PANELS > 3) {
+                _tile_loadd(7, x + 3 * panel_floats, 64);
+                _tile_dpbf16ps(3, 4, 7);
+            }
+        }
+    }
+
+    // When tile t of some rows is multiplied: the tile AHEAD of it, which may be of the rows that follow.
+    static void fetch_ahead(const char *w, int64_t w_bytes, int64_t rows, int64_t t, int64_t tiles) {
+        t += AHEAD < tiles ? AHEAD : tiles;
+        const char *at = t < tiles ? w + t * 64 : w + rows * w_bytes + (t - tiles) * 64;
+        for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(at + r * w_bytes, 0, 2);
+    }
+
+    template <int PANELS>
+    static void multiply_rows(const char *w, int64_t w_bytes, int64_t rows, int64_t depth, const float *x,
+                              float *tile) {
+        const int64_t stride = panel_floats(depth), whole = depth / DEPTH, tiles = (depth + DEPTH - 1) / DEPTH;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t t = 0; t < whole; ++t) {
+            const char *at = w + t * 64;
+            fetch_ahead(w, w_bytes, rows, t, tiles);
+            if (t % 2) {
+                step<PANELS, true>(at, w_bytes, x + t * 256, stride);
+            } else {
+                step<PANELS, false>(at, w_bytes, x + t * 256, stride);
+            }
+        }
+        if (whole * DEPTH < depth) {
+            fetch_ahead(w, w_bytes, rows, whole, tiles);
+            BF16 rest[ROWS][DEPTH] = {};
+            for (int64_t r = 0; r < rows; ++r) {
+                std::memcpy(rest[r], w + r * w_bytes + whole * 64, (depth - whole * DEPTH) * sizeof(BF16));
+            }
+            fence(rest);
+            step<PANELS, false>(rest, 64, x + whole * 256, stride);
+        }
+        put_sums<PANELS>(tile, rows);
+    }
+
+    template <int PANELS>
+    static void put_sums(float *tile, int64_t rows) {
+        constexpr int64_t LANES = PANELS * W;
+        float odd[ROWS * LANES];
+        _tile_stored(0, tile, LANES * 4);
+        if constexpr (PANELS > 2) {
+            _tile_stored(1, tile + W, LANES * 4);
+            _tile_stored(2, tile + 2 * W, LANES * 4);
+            if constexpr (PANELS > 3) _tile_stored(3, tile + 3 * W, LANES * 4);
+            fence(tile);
+        } else {
+            if constexpr (PANELS == 1) {
+                _tile_stored(1, odd, LANES * 4);
+            } else {
+                _tile_stored(1, tile + W, LANES * 4);
+                _tile_stored(2, odd, LANES * 4);
+                _tile_stored(3, odd + W, LANES * 4);
+            }
+            fence(tile);
+            fence(odd);
+            for (int64_t i = 0; i < rows * LANES; i += W) store(tile + i, load(tile + i) + load(odd + i));
+        }
+    }
+
+    static void multiply(const Weight &weight, int64_t first, int64_t rows, const void *packed, int64_t M,
+                         float *tile) {
+        constexpr decltype(&multiply_rows<1>) BY_PANELS[] = {multiply_rows<1>, multiply_rows<2>, multiply_rows<3>,
+                                                             multiply_rows<4>};
+        const int64_t panels = panels_of(M), w_bytes = weight.stride * sizeof(BF16);
+        const char *w = static_cast<const char *>(weight.data) + first * w_bytes;
+        int64_t configured = 0;
+        for (int64_t r = 0; r < rows; r += ROWS) {
+            const int64_t count = rows - r < ROWS ? rows - r : ROWS;
+            if (count != configured) configure(configured = count);
+            BY_PANELS[panels - 1](w + r * w_bytes, w_bytes, count, weight.depth, static_cast<const float *>(packed),
+                                  tile + r * panels * W);
+        }
+        _tile_release();
+    }
+
+    static constexpr Kernel kernel = {ROWS, CHUNK, packed_bytes, pack, multiply, adjust, put_packed, put_output, gate};
+};
+
+}  // namespace
+
+const Kernel *amx_kernel(grasp_dtype dtype, int64_t) { return dtype == GRASP_BF16 ? &Amx::kernel : nullptr; }
+
+}  // namespace grasp

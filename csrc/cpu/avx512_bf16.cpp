@@ -1,0 +1,31 @@
+#include "choose.h"
+#include "pairs.h"
+
+namespace grasp {
+namespace {
+
+// As it lies in memory, by VDPBF16PS.
+struct NativePairs {
+    using Element = BF16;
+    using Packed = BF16;
+    using Loaded = VF;
+    static constexpr int STEP = 2 * W;
+    static Loaded load(const BF16 *w) { return read<VF>(w); }
+    static VF multiply(VF acc, Loaded w, const BF16 *x) {
+        return (VF)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)read<VF>(x));
+    }
+    static void pack(const BF16 *x, BF16 *packed) { std::memcpy(packed, x, STEP * sizeof(BF16)); }
+    static void put(BF16 *packed, int64_t index, float value) {
+        BF16 rounded[W];
+        store(rounded, broadcast(value));
+        packed[index] = rounded[0];
+    }
+};
+
+}  // namespace
+
+const Kernel *avx512_bf16_kernel(grasp_dtype dtype, int64_t M) {
+    return dtype == GRASP_BF16 ? dot_or_panel<NativePairs, Pairs>(M) : nullptr;
+}
+
+}  // namespace grasp

@@ -1,0 +1,207 @@
+// Few rows of x (M ≤ 8): each row of the weight is read once, from one end to the other, and multiplied with all of x.
+#pragma once
+
+#include "activation.h"
+#include "kernel.h"
+#include "vector.h"
+
+namespace grasp {
+namespace {
+
+// How STEP elements of the weight and of packed x are multiplied: one type per dtype, and more where an instruction set
+// has better. `Packed` is the element of packed x, PACKED how many of them a step takes.
+template <class T>
+struct Widen {
+    using Element = T;
+    using Packed = float;
+    using Loaded = VF;
+    static constexpr int STEP = W;
+    static Loaded load(const T *w) { return grasp::load(w); }
+    static VF multiply(VF acc, Loaded w, const float *x) { return acc + w * grasp::load(x); }
+    static void pack(const T *x, float *packed) { store(packed, grasp::load(x)); }
+    static void put(float *packed, int64_t index, float value) { packed[index] = value; }
+};
+
+// bfloat16 is the upper half of a float: a vector of pairs is two vectors of floats by one operation each. The packed
+// step has its elements of even index first.
+struct SplitPairs {
+    using Element = BF16;
+    using Packed = float;
+    struct Loaded {
+        VF even, odd;
+    };
+    static constexpr int STEP = 2 * W;
+    static Loaded load(const BF16 *w) {
+        const VU pairs = read<VU>(w);
+        return {bits_to_float(pairs << 16), bits_to_float(pairs & 0xffff0000)};
+    }
+    static VF multiply(VF acc, Loaded w, const float *x) {
+        acc += w.even * grasp::load(x);
+        return acc + w.odd * grasp::load(x + W);
+    }
+    static void pack(const BF16 *x, float *packed) {
+        const Loaded split = load(x);
+        store(packed, split.even);
+        store(packed + W, split.odd);
+    }
+    static void put(float *packed, int64_t index, float value) {
+        packed[index / STEP * STEP + index % 2 * W + index % STEP / 2] = value;
+    }
+};
+
+template <class Policy>
+struct Dot {
+    using Element = typename Policy::Element;
+    using Packed = typename Policy::Packed;
+    using Loaded = typename Policy::Loaded;
+    static constexpr int STEP = Policy::STEP;
+    static constexpr int64_t CHUNK = 64;
+
+    static int64_t packed_bytes(int64_t M, int64_t depth) { return M * round_up(depth, STEP) * sizeof(Packed); }
+
+    static Loaded load_part(const Element *w, int64_t n) {
+        typedef char Step __attribute__((vector_size(STEP * sizeof(Element))));
+        Element buffer[STEP];
+        write(buffer, read_part<Step>(w, n * sizeof(Element)));
+        return Policy::load(buffer);
+    }
+
+    static void pack(const grasp_input &x, int64_t begin, int64_t end, void *packed) {
+        const int64_t stride = round_up(x.K, STEP), whole = end - (end - begin) % STEP;
+        for (int64_t m = 0; m < x.M; ++m) {
+            const Element *row = static_cast<const Element *>(x.data) + m * x.stride;
+            Packed *out = static_cast<Packed *>(packed) + m * stride;
+            for (int64_t k = begin; k < whole; k += STEP) Policy::pack(row + k, out + k);
+            if (whole < end) {
+                Element buffer[STEP] = {};
+                std::memcpy(buffer, row + whole, (end - whole) * sizeof(Element));
+                Policy::pack(buffer, out + whole);
+            }
+        }
+    }
+
+    // How far ahead of element k of some rows to fetch memory, in elements. Several rows are read at once, from several
+    // pages, which streams faster than one row after the other; the processor's own prefetching ends at every page. The
+    // distances are the best measured: 512 bytes in long rows, then the beginnings of the rows that follow; with short
+    // rows, whole groups of rows, at least 3 KB.
+    struct Ahead {
+        int64_t depth, distance, next_rows;
+        bool is_long;
+
+        Ahead(const Weight &weight, int rows) : depth(weight.depth) {
+            constexpr int64_t LONG = 2048 / sizeof(Element), FAR = 3072 / sizeof(Element), NEAR = 512 / sizeof(Element);
+            const int64_t group = rows * weight.stride;
+            is_long = depth > LONG;
+            distance = is_long ? NEAR : (FAR + group - 1) / group * group;
+            next_rows = distance + group - depth;
+        }
+
+        int64_t operator()(int64_t k) const { return is_long && k + distance >= depth ? next_rows : distance; }
+    };
+
+    // Products of ROWS rows of the weight with M rows of packed x, lane by lane: sums[m * W + row].
+    template <int ROWS, int M>
+    static void multiply_rows(const Element *w, int64_t w_stride, const Ahead &ahead, const Packed *x, VF *sums) {
+        const int64_t depth = ahead.depth, x_stride = round_up(depth, STEP), whole = depth - depth % STEP;
+        VF acc[ROWS][M] = {};
+        const auto step = [&](int64_t k, auto load_step) {
+            const int64_t next = ahead(k);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; ++r) {
+                const Element *at = w + r * w_stride + k;
+                __builtin_prefetch(at + next, 0, 2);
+                const Loaded loaded = load_step(at);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; ++m) acc[r][m] = Policy::multiply(acc[r][m], loaded, x + m * x_stride + k);
+            }
+        };
+        for (int64_t k = 0; k < whole; k += STEP) step(k, [](const Element *at) { return Policy::load(at); });
+        if (whole < depth) step(whole, [&](const Element *at) { return load_part(at, depth - whole); });
+        for (int r = 0; r < ROWS; ++r) {
+            for (int m = 0; m < M; ++m) sums[m * W + r] = acc[r][m];
+        }
+    }
+
+    template <int M>
+    static void multiply_all(const Weight &weight, int64_t first, int64_t rows, const Packed *x, float *tile) {
+        constexpr int ROWS = M <= W / 4 ? 4 : 2;  // as many sums as registers hold
+        const Element *w = static_cast<const Element *>(weight.data) + first * weight.stride;
+        const Ahead ahead(weight, ROWS);
+        for (int64_t group = 0; group < rows; group += W) {
+            VF sums[M * W];
+            const int64_t count = rows - group < W ? rows - group : W;
+            for (int64_t r = 0; r < count;) {
+                const Element *at = w + (group + r) * weight.stride;
+                if (r + ROWS <= count) {
+                    multiply_rows<ROWS, M>(at, weight.stride, ahead, x, sums + r);
+                    r += ROWS;
+                } else {
+                    multiply_rows<1, M>(at, weight.stride, ahead, x, sums + r);
+                    ++r;
+                }
+            }
+            for (int m = 0; m < M; ++m) {
+                for (int64_t rest = count; rest < W; ++rest) sums[m * W + rest] = VF{};
+                store(tile + m * CHUNK + group, reduce(sums + m * W));
+            }
+        }
+    }
+
+    static void multiply(const Weight &weight, int64_t first, int64_t rows, const void *packed, int64_t M,
+                         float *tile) {
+        const Packed *x = static_cast<const Packed *>(packed);
+        switch (M) {
+            case 1: return multiply_all<1>(weight, first, rows, x, tile);
+            case 2: return multiply_all<2>(weight, first, rows, x, tile);
+            case 3: return multiply_all<3>(weight, first, rows, x, tile);
+            case 4: return multiply_all<4>(weight, first, rows, x, tile);
+            case 5: return multiply_all<5>(weight, first, rows, x, tile);
+            case 6: return multiply_all<6>(weight, first, rows, x, tile);
+            case 7: return multiply_all<7>(weight, first, rows, x, tile);
+            default: return multiply_all<8>(weight, first, rows, x, tile);
+        }
+    }
+
+    static void adjust(float *tile, int64_t M, int64_t rows, const float *scale, const float *shift) {
+        for (int64_t m = 0; m < M; ++m) {
+            for (int64_t r = 0; r < rows; ++r) {
+                float &value = tile[m * CHUNK + r];
+                value = (scale ? value * scale[r] : value) + (shift ? shift[r] : 0.0f);
+            }
+        }
+    }
+
+    static void put_packed(const float *tile, int64_t M, int64_t first, int64_t rows, int64_t depth, void *packed) {
+        const int64_t stride = round_up(depth, STEP);
+        for (int64_t m = 0; m < M; ++m) {
+            Packed *out = static_cast<Packed *>(packed) + m * stride;
+            for (int64_t r = 0; r < rows; ++r) Policy::put(out, first + r, tile[m * CHUNK + r]);
+            for (int64_t r = depth; first + rows == depth && r < stride; ++r) Policy::put(out, r, 0.0f);
+        }
+    }
+
+    static void put_output(const float *tile, int64_t M, int64_t rows, void *y, int64_t y_stride) {
+        for (int64_t m = 0; m < M; ++m) {
+            Element *out = static_cast<Element *>(y) + m * y_stride;
+            for (int64_t r = 0; r < rows; r += W) {
+                const VF value = grasp::load(tile + m * CHUNK + r);
+                if (rows - r < W) {
+                    store_part(out + r, value, rows - r);
+                } else {
+                    store(out + r, value);
+                }
+            }
+        }
+    }
+
+    static void gate(float *gate, const float *up, int64_t M, int64_t rows, grasp_activation activation) {
+        for (int64_t m = 0; m < M; ++m) {
+            gate_span(gate + m * CHUNK, up + m * CHUNK, round_up(rows, W), activation);
+        }
+    }
+
+    static constexpr Kernel kernel = {1, CHUNK, packed_bytes, pack, multiply, adjust, put_packed, put_output, gate};
+};
+
+}  // namespace
+}  // namespace grasp

@@ -1,0 +1,57 @@
+// What a file of one instruction set offers to lowrank.cpp, which knows threads, chunks and memory, but no vectors.
+#pragma once
+
+#include <cstdint>
+
+#include "lowrank.h"
+
+namespace grasp {
+
+constexpr int64_t MAX_ROWS = 64;  // of x, that a kernel takes at once
+
+constexpr int64_t TILE_FLOATS = 64 * MAX_ROWS;
+
+// A matrix [rows, depth] that streams from memory: Vh or U.
+struct Weight {
+    const void *data;
+    int64_t stride, depth;  // elements
+};
+
+// out[M, rows] = in[M, depth] · weightᵀ for M ≤ MAX_ROWS, in steps.
+//
+// `in` is packed, in a layout of the kernel's own. The products of a chunk of the weight's rows, at most `chunk` of
+// them, go to a tile in float32, which stays in the first-level cache; its layout is the kernel's own too.
+struct Kernel {
+    int64_t block, chunk;  // weight rows that are worth multiplying at once, and that a tile holds
+
+    int64_t (*packed_bytes)(int64_t M, int64_t depth);
+
+    // x[M, begin:end] → packed. begin is a multiple of PACK_STEP; end is too, or is the depth.
+    void (*pack)(const grasp_input &x, int64_t begin, int64_t end, void *packed);
+
+    // weight[first : first + rows] → tile.
+    void (*multiply)(const Weight &weight, int64_t first, int64_t rows, const void *packed, int64_t M, float *tile);
+
+    // tile[m, row] = tile[m, row] * scale[row] + shift[row]; either may be null.
+    void (*adjust)(float *tile, int64_t M, int64_t rows, const float *scale, const float *shift);
+
+    // tile → packed[:, first : first + rows], the input of another product of that depth.
+    void (*put_packed)(const float *tile, int64_t M, int64_t first, int64_t rows, int64_t depth, void *packed);
+
+    // tile → y[:, first : first + rows]; y is that of the first row of x.
+    void (*put_output)(const float *tile, int64_t M, int64_t rows, void *y, int64_t y_stride);
+
+    // tile `gate` = activation(gate) * up.
+    void (*gate)(float *gate, const float *up, int64_t M, int64_t rows, grasp_activation activation);
+};
+
+constexpr int64_t PACK_STEP = 64;
+
+// The kernel for M rows of x, or null where this instruction set has none of its own; see choose() in lowrank.cpp.
+const Kernel *portable_kernel(grasp_dtype dtype, int64_t M);
+const Kernel *avx2_kernel(grasp_dtype dtype, int64_t M);
+const Kernel *avx512_kernel(grasp_dtype dtype, int64_t M);
+const Kernel *avx512_bf16_kernel(grasp_dtype dtype, int64_t M);
+const Kernel *amx_kernel(grasp_dtype dtype, int64_t M);
+
+}  // namespace grasp

@@ -1,0 +1,294 @@
+// The two products of a low-rank linear, or of a group of them, in one parallel region: pack x, shrink, expand.
+#include "lowrank.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "isa.h"
+#include "team.h"
+
+namespace grasp {
+namespace {
+
+constexpr int64_t CHUNK_BYTES = 64 << 10;    // of a weight, or one block of rows if that is more
+constexpr int64_t SERIAL_BYTES = 256 << 10;  // of all weights: below, the threads' start costs more than they save
+constexpr int64_t PACK_FLOATS = 16 << 10;    // of x in a chunk
+
+int64_t element_size(int32_t dtype) { return dtype == GRASP_F32 ? 4 : 2; }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+float half_to_float(uint16_t half) {
+    const uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, fraction = half & 1023;
+    if (exponent == 0) {
+        const float value = static_cast<float>(fraction) * 0x1p-24f;
+        return sign ? -value : value;
+    }
+    const uint32_t bits = sign | (exponent == 31 ? 255u : exponent + 112) << 23 | fraction << 13;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Elements [first : first + count] of a vector, as floats.
+const float *to_floats(const void *data, int32_t dtype, int64_t first, int64_t count, float *buffer) {
+    if (data == nullptr) return nullptr;
+    const char *at = static_cast<const char *>(data) + first * element_size(dtype);
+    for (int64_t i = 0; i < count; ++i) {
+        if (dtype == GRASP_F32) {
+            std::memcpy(buffer + i, at + 4 * i, 4);
+            continue;
+        }
+        uint16_t half;
+        std::memcpy(&half, at + 2 * i, 2);
+        const uint32_t bits = static_cast<uint32_t>(half) << 16;
+        std::memcpy(buffer + i, &bits, 4);
+        if (dtype == GRASP_F16) buffer[i] = half_to_float(half);
+    }
+    return buffer;
+}
+
+// How the rows of a weight are dealt out.
+struct Chunks {
+    int64_t rows, per_chunk, count;
+
+    Chunks(const Kernel &kernel, int64_t rows, int64_t row_bytes, int members) : rows(rows) {
+        const int64_t most = std::min(std::max(CHUNK_BYTES / row_bytes, kernel.block), kernel.chunk);
+        const int64_t even = ceil_div(ceil_div(rows, most), members) * members;  // one as many as the other
+        per_chunk = ceil_div(rows, even);
+        count = ceil_div(rows, per_chunk);
+    }
+
+    int64_t first(int64_t chunk) const { return chunk * per_chunk; }
+    int64_t size(int64_t chunk) const { return std::min(per_chunk, rows - first(chunk)); }
+};
+
+// One group: where its chunks begin among those of all groups, and its h.
+struct Member {
+    const grasp_factors *factors;
+    Chunks shrink, expand;
+    int64_t shrink_begin, expand_begin;
+    char *h;
+};
+
+// Memory of a thread that calls, kept for its next call.
+class Arena {
+  public:
+    ~Arena() { std::free(data_); }
+
+    // At least `bytes`, aligned to a cache line; null where there is no memory.
+    char *get(int64_t bytes) {
+        if (bytes > size_) {
+            std::free(data_);
+            size_ = (bytes + 4095) / 4096 * 4096;
+            data_ = static_cast<char *>(std::aligned_alloc(64, size_));
+            if (data_ == nullptr) size_ = 0;
+        }
+        return data_;
+    }
+
+  private:
+    char *data_ = nullptr;
+    int64_t size_ = 0;
+};
+
+int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Where the parts of a call's memory are; with a null base it only counts bytes.
+class Layout {
+  public:
+    explicit Layout(char *base) : base_(base) {}
+    char *take(int64_t bytes) {
+        char *at = base_ ? base_ + used_ : nullptr;
+        used_ += aligned(bytes);
+        return at;
+    }
+    int64_t used() const { return used_; }
+
+  private:
+    char *base_;
+    int64_t used_ = 0;
+};
+
+class Job {
+  public:
+    // `first_row`: where in the outputs the rows of x begin.
+    Job(const grasp_input &x, int64_t first_row, const Kernel &kernel, int members, int32_t activation)
+        : x_(x), first_row_(first_row), kernel_(kernel), team_(members), activation_(activation) {}
+
+    // Lay out memory for `count` groups; false where there is none.
+    bool prepare(const grasp_factors *groups, int64_t count) {
+        thread_local Arena arena;
+        Layout size(nullptr);
+        lay_out(size, groups, count);
+        char *base = arena.get(size.used());
+        if (base == nullptr) return false;
+        Layout layout(base);
+        lay_out(layout, groups, count);
+        return true;
+    }
+
+    void run(grasp_parallel parallel) {
+        if (team_ > 1) {
+            parallel([](void *job) { static_cast<Job *>(job)->join(); }, this, team_, 0);
+        } else {
+            join();
+        }
+    }
+
+  private:
+    void lay_out(Layout &layout, const grasp_factors *groups, int64_t count) {
+        const int64_t size = element_size(x_.dtype);
+        Range *ranges = reinterpret_cast<Range *>(layout.take(3 * team_ * sizeof(Range)));
+        members_ = reinterpret_cast<Member *>(layout.take(count * sizeof(Member)));
+        count_ = count;
+        packed_x_ = layout.take(kernel_.packed_bytes(x_.M, x_.K));
+        int64_t shrinks = 0, expands = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const grasp_factors &group = groups[i];
+            const Chunks shrink(kernel_, group.R, x_.K * size, team_), expand(kernel_, group.N, group.R * size, team_);
+            char *h = layout.take(kernel_.packed_bytes(x_.M, group.R));
+            if (members_) new (members_ + i) Member{&group, shrink, expand, shrinks, expands, h};
+            shrinks += shrink.count;
+            expands += expand.count;
+        }
+        if (members_ == nullptr) return;
+        pack_step_ = std::max(PACK_FLOATS / x_.M / PACK_STEP, int64_t{1}) * PACK_STEP;
+        pack_.prepare(ceil_div(x_.K, pack_step_), team_, ranges);
+        shrink_.prepare(shrinks, team_, ranges + team_);
+        expand_.prepare(gated() ? members_[0].expand.count : expands, team_, ranges + 2 * team_);
+    }
+
+    bool gated() const { return activation_ >= 0; }
+
+    void join() {
+        const int self = joined_.fetch_add(1, std::memory_order_relaxed);
+        if (self >= team_) return;
+        pack_.work(self, [this](int64_t chunk) {
+            kernel_.pack(x_, chunk * pack_step_, std::min((chunk + 1) * pack_step_, x_.K), packed_x_);
+        });
+        shrink_.work(self, [this](int64_t chunk) { shrink(chunk); });
+        expand_.work(self, [this](int64_t chunk) { expand(chunk); });
+    }
+
+    void shrink(int64_t chunk) {
+        const Member &member = find(chunk, &Member::shrink_begin);
+        const grasp_factors &group = *member.factors;
+        chunk -= member.shrink_begin;
+        const int64_t first = member.shrink.first(chunk), rows = member.shrink.size(chunk);
+        alignas(64) float tile[TILE_FLOATS], buffer[TILE_FLOATS / MAX_ROWS];
+        kernel_.multiply({group.Vh, group.Vh_stride, x_.K}, first, rows, packed_x_, x_.M, tile);
+        if (const float *s = to_floats(group.s, group.s_dtype, first, rows, buffer)) {
+            kernel_.adjust(tile, x_.M, rows, s, nullptr);
+        }
+        kernel_.put_packed(tile, x_.M, first, rows, group.R, member.h);
+    }
+
+    void expand(int64_t chunk) {
+        const Member &member = find(chunk, &Member::expand_begin);
+        const grasp_factors &group = *member.factors;
+        chunk -= member.expand_begin;
+        const int64_t first = member.expand.first(chunk), rows = member.expand.size(chunk);
+        alignas(64) float tile[TILE_FLOATS];
+        multiply_h(member, first, rows, tile);
+        if (gated()) {
+            alignas(64) float up[TILE_FLOATS];
+            multiply_h(members_[1], first, rows, up);
+            kernel_.gate(tile, up, x_.M, rows, static_cast<grasp_activation>(activation_));
+        }
+        char *y = static_cast<char *>(group.y) + (first_row_ * group.y_stride + first) * element_size(x_.dtype);
+        kernel_.put_output(tile, x_.M, rows, y, group.y_stride);
+    }
+
+    void multiply_h(const Member &member, int64_t first, int64_t rows, float *tile) {
+        const grasp_factors &group = *member.factors;
+        float buffer[TILE_FLOATS / MAX_ROWS];
+        kernel_.multiply({group.U, group.U_stride, group.R}, first, rows, member.h, x_.M, tile);
+        if (const float *bias = to_floats(group.bias, x_.dtype, first, rows, buffer)) {
+            kernel_.adjust(tile, x_.M, rows, nullptr, bias);
+        }
+    }
+
+    const Member &find(int64_t chunk, int64_t Member::*begin) const {
+        int64_t i = gated() && begin == &Member::expand_begin ? 0 : count_ - 1;
+        while (members_[i].*begin > chunk) --i;
+        return members_[i];
+    }
+
+    const grasp_input x_;
+    const int64_t first_row_;
+    const Kernel &kernel_;
+    const int team_;
+    const int32_t activation_;  // or -1
+    Member *members_ = nullptr;
+    int64_t count_ = 0, pack_step_ = 0;
+    char *packed_x_ = nullptr;
+    Phase pack_, shrink_, expand_;
+    std::atomic<int> joined_{0};
+};
+
+bool is_dtype(int32_t dtype) { return dtype == GRASP_F32 || dtype == GRASP_F16 || dtype == GRASP_BF16; }
+
+bool is_good(const grasp_input &x) {
+    return x.M >= 0 && x.K >= 1 && is_dtype(x.dtype) && (x.M == 0 || x.data) && (x.M <= 1 || x.stride >= 0);
+}
+
+bool is_good(const grasp_factors &group, const grasp_input &x, bool has_output) {
+    return group.U && group.Vh && group.N >= 1 && group.R >= 1 && (group.R == 1 || group.Vh_stride >= x.K) &&
+           (group.N == 1 || group.U_stride >= group.R) &&
+           (!group.s || group.s_dtype == GRASP_F32 || group.s_dtype == x.dtype) &&
+           (!has_output || x.M == 0 || (group.y && (x.M == 1 || group.y_stride >= group.N)));
+}
+
+bool is_good(const grasp_cpu_options &options) {
+    return options.threads >= 1 && options.isa >= GRASP_ISA_AUTO && options.isa <= GRASP_ISA_AMX;
+}
+
+int64_t weight_bytes(const grasp_input &x, const grasp_factors *groups, int64_t count) {
+    int64_t elements = 0;
+    for (int64_t i = 0; i < count; ++i) elements += groups[i].R * (x.K + groups[i].N);
+    return elements * element_size(x.dtype);
+}
+
+grasp_status run(const grasp_input &x, const grasp_factors *groups, int64_t count, int32_t activation,
+                 const grasp_cpu_options &options) {
+    if (!supports(options.isa)) return GRASP_UNSUPPORTED;
+    const bool serial = options.parallel == nullptr || weight_bytes(x, groups, count) < SERIAL_BYTES;
+    for (int64_t m = 0; m < x.M; m += MAX_ROWS) {
+        grasp_input slice = x;
+        slice.data = static_cast<const char *>(x.data) + m * x.stride * element_size(x.dtype);
+        slice.M = std::min(MAX_ROWS, x.M - m);
+        const Kernel *kernel = find_kernel(options.isa, static_cast<grasp_dtype>(x.dtype), slice.M);
+        Job job(slice, m, *kernel, serial ? 1 : options.threads, activation);
+        if (!job.prepare(groups, count)) return GRASP_OUT_OF_MEMORY;
+        job.run(options.parallel);
+    }
+    return GRASP_OK;
+}
+
+}  // namespace
+}  // namespace grasp
+
+int grasp_cpu_supports(int32_t isa) { return grasp::supports(isa); }
+
+grasp_status grasp_cpu_lowrank_linear(const grasp_input *x, const grasp_factors *groups, int64_t count,
+                                      const grasp_cpu_options *options) {
+    using namespace grasp;
+    if (!x || !groups || count < 1 || !options || !is_good(*x) || !is_good(*options)) return GRASP_BAD_ARGUMENT;
+    for (int64_t i = 0; i < count; ++i) {
+        if (!is_good(groups[i], *x, true)) return GRASP_BAD_ARGUMENT;
+    }
+    return run(*x, groups, count, -1, *options);
+}
+
+grasp_status grasp_cpu_lowrank_glu(const grasp_input *x, const grasp_factors *gate, const grasp_factors *up,
+                                   int32_t activation, const grasp_cpu_options *options) {
+    using namespace grasp;
+    if (!x || !gate || !up || !options || !is_good(*x) || !is_good(*options)) return GRASP_BAD_ARGUMENT;
+    if (activation < GRASP_SILU || activation > GRASP_RELU || gate->N != up->N) return GRASP_BAD_ARGUMENT;
+    if (!is_good(*gate, *x, true) || !is_good(*up, *x, false)) return GRASP_BAD_ARGUMENT;
+    const grasp_factors both[] = {*gate, *up};
+    return run(*x, both, 2, activation, *options);
+}

@@ -1,0 +1,80 @@
+"""CPU: the compiled kernels of csrc/cpu, ``((x @ Vh.mT) * s) @ U.mT + bias`` for few rows, and the gated linear unit.
+
+They run on PyTorch's own OpenMP threads, ``torch.get_num_threads()`` of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grasp_kernels.extension import DTYPES, in_place, pointers
+from grasp_kernels.reference import Factors
+
+# grasp_isa in csrc/lowrank.h
+INSTRUCTION_SETS = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4, "amx": 5}
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # grasp_activation
+_UNGATED = -1
+
+
+def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None) -> Tensor:
+    """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). The arguments and result of ``reference.lowrank_linear``."""
+    y = x.new_empty(x.shape[0], U.shape[0])
+    group, kept = pointers((U, s, Vh, bias), y)
+    _run(x, (group,), _UNGATED, 0, kept)
+    return y
+
+
+def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
+    """Several low-rank linears of one input in one parallel region; x is (M, K)."""
+    return run(x, factors)
+
+
+def lowrank_glu(x: Tensor, gate: Factors, up: Factors, activation: str) -> Tensor:
+    """``act(gate(x)) * up(x)`` in one parallel region; x is (M, K)."""
+    return run(x, (gate, up), activation)[0]
+
+
+def run(
+    x: Tensor, factors: Sequence[Factors], activation: str | None = None, *, instruction_set: str = "auto"
+) -> list[Tensor]:
+    """Run a call with the kernels of a given instruction set.
+
+    Args:
+        x: (M, K); fp32, fp16 or bf16 on the CPU.
+        factors: of x's dtype; s may be fp32. What the kernels cannot read in place is copied first.
+        activation: with one, ``factors`` are the gate and the up projection, and there is one output.
+        instruction_set: one of ``INSTRUCTION_SETS``; ``"auto"`` is the best for the call.
+
+    Raises:
+        RuntimeError: if this processor or this build lacks the instruction set.
+    """
+    outputs = [x.new_empty(x.shape[0], group[0].shape[0]) for group in factors[: 1 if activation else None]]
+    targets = outputs if activation is None else outputs * 2
+    groups, *kept = zip(*map(pointers, factors, targets), strict=True)
+    code = _UNGATED if activation is None else _ACTIVATIONS[activation]
+    _run(x, groups, code, INSTRUCTION_SETS[instruction_set], kept)
+    return outputs
+
+
+def _run(x: Tensor, groups: tuple[tuple[int, ...], ...], activation: int, instruction_set: int, _kept: object) -> None:
+    """Call the module; whoever holds copies of factors hands them over too, that they outlive the call."""
+    x, stride = in_place(x)
+    M, K = x.shape
+    threads = torch.get_num_threads()
+    _module().run(x.data_ptr(), stride, M, K, DTYPES[x.dtype], groups, activation, threads, instruction_set)
+
+
+def supports(instruction_set: str) -> bool:
+    """Whether this build has an instruction set and this processor runs it."""
+    return bool(_module().supports(INSTRUCTION_SETS[instruction_set]))
+
+
+@functools.cache
+def _module() -> Any:
+    return importlib.import_module("grasp_kernels._cpu")

@@ -1,0 +1,67 @@
+"""The compiled modules: why one is missing, how tensors are handed to them, and where their C header is."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # U, s, Vh, bias: what ``Factors`` is
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # grasp_dtype in csrc/lowrank.h
+
+
+def module_missing(name: str, needs: str) -> str | None:
+    """Why a compiled module cannot be used, or ``None`` where it loads.
+
+    Args:
+        name: the module's full name.
+        needs: what its build takes, for the message.
+    """
+    if importlib.util.find_spec(name) is None:
+        return f"its module was not built; that takes {needs} when the package is installed"
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        return f"its module does not load: {error}"
+    return None
+
+
+def get_include() -> str:
+    """The folder of ``lowrank.h``, the C interface of the kernels; the library to link is in the folder ``lib``."""
+    package = Path(__file__).parent
+    installed = package / "include"
+    return str(installed if installed.is_dir() else package.parents[1] / "csrc")
+
+
+def in_place(matrix: Tensor) -> tuple[Tensor, int]:
+    """A matrix that the kernels can read, itself or else a copy, and the stride of its rows, in elements.
+
+    They want the elements of a row to be neighbours, and rows not to overlap.
+    """
+    if not matrix.is_contiguous():
+        row, element = matrix.stride()
+        if element == 1 and row >= matrix.shape[1]:
+            return matrix, row
+        matrix = matrix.contiguous()
+    return matrix, matrix.shape[1]
+
+
+def pointers(factors: Tensors, output: Tensor) -> tuple[tuple[int, ...], Tensors]:
+    """What a module takes for a group (see csrc/groups.h), and the tensors that it points to, to be kept that long."""
+    U, s, Vh, bias = factors
+    N, R = U.shape
+    U, U_stride = in_place(U)
+    Vh, Vh_stride = in_place(Vh)
+    s_data = bias_data = s_dtype = 0
+    if s is not None:
+        s = s.contiguous()
+        s_data, s_dtype = s.data_ptr(), DTYPES[s.dtype]
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_data = bias.data_ptr()
+    addresses = (U.data_ptr(), s_data, Vh.data_ptr(), bias_data, output.data_ptr())
+    return (*addresses, U_stride, Vh_stride, N, N, R, s_dtype), (U, s, Vh, bias)
