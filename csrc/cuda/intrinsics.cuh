@@ -102,7 +102,8 @@ template <class T> GRASP_DEVICE void store(T *to, T value) { *to = value; }
         : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]))
 
 // sums += left · right, [16, 16] by [16, 8], fragments as PTX lays them out for mma.m16n8k16.
-template <class T> GRASP_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]);
+template <class T>
+GRASP_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]);
 
 template <>
 GRASP_DEVICE void multiply_add<F16>(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {

@@ -169,7 +169,10 @@ template <class T, int ROWS, bool VECTOR> struct Expand {
     }
 
     static GRASP_DEVICE void store_four(float *to, const float (&values)[4]) {
-        *reinterpret_cast<Chunk *>(to) = {as_bits(values[0]), as_bits(values[1]), as_bits(values[2]), as_bits(values[3])};
+        Chunk chunk;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) chunk.words[e] = as_bits(values[e]);
+        *reinterpret_cast<Chunk *>(to) = chunk;
     }
 
     template <class Half> static GRASP_DEVICE void store_four(Half *to, const float (&values)[4]) {
@@ -229,7 +232,8 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) lowrank_expand_kernel(con
 
 // Announce, then fetch U while the others finish: fetched before, it would hold up the first phase.
 template <class T, int ROWS, bool VECTOR>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) lowrank_cooperative_kernel(const __grid_constant__ Problem problem) {
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    lowrank_cooperative_kernel(const __grid_constant__ Problem problem) {
     for (int task = block_index(); task < problem.rank_tiles * problem.splits; task += block_count()) {
         shrink<T, ROWS, VECTOR>(problem, task);
     }

@@ -83,7 +83,8 @@ grasp_status check(const grasp_factors &group, const grasp_input &x) {
         return fail(GRASP_BAD_ARGUMENT, "U, Vh and y must not be null, got %p, %p, %p", group.U, group.Vh, group.y);
     }
     if (group.U_stride < 0 || group.Vh_stride < 0 || (x.M > 1 && group.y_stride < group.N)) {
-        return fail(GRASP_BAD_ARGUMENT, "strides must not be negative, nor that of y below N; got U %lld, Vh %lld, y %lld",
+        return fail(GRASP_BAD_ARGUMENT,
+                    "strides must not be negative, nor that of y below N; got U %lld, Vh %lld, y %lld",
                     static_cast<long long>(group.U_stride), static_cast<long long>(group.Vh_stride),
                     static_cast<long long>(group.y_stride));
     }

@@ -1,7 +1,7 @@
 // A block's product of up to 16 rows with 8 · TILES rows of a weight, both along a row: left · weightᵀ.
 //
-// The summed dimension is dealt out to the warps, and in a warp to four lanes, 16 bytes each. A lane's 16 bytes are used
-// as they were loaded: the tensor core's order of the summed dimension is one permutation for both operands.
+// The summed dimension is dealt out to the warps, and in a warp to four lanes, 16 bytes each. A lane's 16 bytes are
+// used as they were loaded: the order in which a tensor core then sums is the same permutation for both operands.
 #pragma once
 
 #include "cuda/intrinsics.cuh"
@@ -184,7 +184,10 @@ template <class T, int ROWS, int TILES, int STEPS, bool VECTOR> struct Product {
         sync_block();  // an earlier product's sums may still be being read
         sums.put(all + warp() * ROWS * PITCH, PITCH, rows);
         sync_block();
-        for (int row = thread_index() / COLUMNS; row < rows; row += THREADS / COLUMNS) {
+#pragma unroll
+        for (int first_row = 0; first_row < ROWS; first_row += THREADS / COLUMNS) {
+            const int row = first_row + thread_index() / COLUMNS;
+            if (row >= rows) continue;
             float sum = 0;
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) sum += all[(w * ROWS + row) * PITCH + column()];

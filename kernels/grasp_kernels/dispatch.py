@@ -48,6 +48,36 @@ def _nothing(*_: object) -> None:
     return None
 
 
+CUDA_ROWS = 16  # GRASP_CUDA_MAX_ROWS in csrc/lowrank.h
+
+
+def _cuda_missing() -> str | None:
+    if importlib.util.find_spec("grasp_kernels._cuda") is None:
+        return "its module was not built: that takes nvcc when the package is installed, GRASP_BUILD_CUDA=1 demands it"
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "there is no CUDA GPU"
+    try:
+        importlib.import_module("grasp_kernels._cuda")
+    except ImportError as error:
+        return f"its module does not load: {error}"
+    return None
+
+
+def _cuda_refuses(call: Call) -> str | None:
+    if call.device.type != "cuda":
+        return f"it runs on CUDA tensors, not on {call.device.type}"
+    if call.dtype == torch.float64:
+        return "its kernels accumulate in float32"
+    if call.rows > CUDA_ROWS:
+        return f"it serves at most {CUDA_ROWS} rows"
+    return _card_refuses(call.device)
+
+
+def _card_refuses(device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"it needs compute capability 8.0 or later, this card has {major}.{minor}"
+
+
 def _triton_interprets() -> bool:
     return bool(importlib.import_module("grasp_kernels.triton.tiles").INTERPRETED.value)
 
@@ -67,8 +97,7 @@ def _triton_refuses(call: Call) -> str | None:
         return None
     if call.device.type != "cuda":
         return f"it runs on CUDA tensors, not on {call.device.type}"
-    major, minor = torch.cuda.get_device_capability(call.device)
-    return None if major >= 8 else f"it needs compute capability 8.0 or later, this card has {major}.{minor}"
+    return _card_refuses(call.device)
 
 
 def _triton_avoids(call: Call) -> str | None:
@@ -104,6 +133,10 @@ _CPU_FUNCTIONS = {
     "lowrank_glu": "grasp_kernels.cpu:lowrank_glu",
     "singular_value_grad": "grasp_kernels.routes:chunked",
 }
+_CUDA_FUNCTIONS = {
+    "lowrank_linear": "grasp_kernels.cuda:lowrank_linear",
+    "lowrank_linear_grouped": "grasp_kernels.cuda:lowrank_linear_grouped",
+}
 _TRITON_FUNCTIONS = {
     "lowrank_linear": "grasp_kernels.triton.lowrank_linear:lowrank_linear",
     "lowrank_linear_grouped": "grasp_kernels.triton.lowrank_linear:lowrank_linear_grouped",
@@ -112,6 +145,7 @@ _TRITON_FUNCTIONS = {
 }
 
 BACKENDS: tuple[Backend, ...] = (
+    Backend("cuda", _CUDA_FUNCTIONS, missing=_cuda_missing, refuses=_cuda_refuses, avoids=_nothing),
     Backend("triton", _TRITON_FUNCTIONS, missing=_triton_missing, refuses=_triton_refuses, avoids=_triton_avoids),
     Backend("cpu", _CPU_FUNCTIONS, missing=_cpu_missing, refuses=_cpu_refuses, avoids=_cpu_avoids),
     Backend("reference", {op: f"grasp_kernels.reference:{op}" for op in OPS}, _nothing, _nothing, _nothing),

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from grasp_kernels import cuda
+from tests.ops.cuda_emulator import STREAM, Emulator, build
+
+
+@pytest.fixture(scope="session")
+def built_emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    return Emulator(build(tmp_path_factory.mktemp("cuda_on_host")))
+
+
+@pytest.fixture
+def emulator(built_emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    """The emulated module in place of the real one; memory for h is NaN, exactly as long as asked for."""
+    def workspace(device: torch.device, size: int) -> tuple[int, Tensor]:
+        nans = torch.full((size // 4 + 4,), torch.nan)
+        start = -nans.data_ptr() % 16
+        return STREAM, nans.view(torch.uint8)[start : start + size]
+
+    monkeypatch.setattr(cuda, "_module", lambda: built_emulator)
+    monkeypatch.setattr(cuda, "_workspace", workspace)
+    monkeypatch.setattr(cuda, "counters", lambda *_: built_emulator.barrier)
+    for cached in (cuda._load, cuda._workspace_bytes):
+        cached.cache_clear()
+    built_emulator.configure()
+    built_emulator.barrier.zero_()
+    yield built_emulator
+    for cached in (cuda._load, cuda._workspace_bytes):
+        cached.cache_clear()

@@ -1,0 +1,50 @@
+"""Calls of the CUDA kernels, to be run emulated and on a card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from grasp_kernels import Factors
+from tests.definitions import dense_linear, linear
+from tests.numerics import assert_accurate
+from tests.ops.inputs import DTYPES, double, factors, normal, seeded
+from tests.pairwise import Case, pairwise
+
+CASES = pairwise(
+    rows=(16, 1, 9, 2, 8, 5, 3, 4),
+    K=(700, 1100, 128, 63, 16),
+    rank=(208, 5, 40, 300, 32, 1),
+    N=(63, 128, 40, 16),
+    dtype=DTYPES,
+    path=("dependent", "pair", "cooperative"),
+    layout=("contiguous", "sliced", "transposed"),
+    s=("own", "none", "fp32"),
+    bias=(True, False),
+    seed=(1, 0, 2),
+    processors=(3, 16, 1),
+)
+
+
+def inputs(case: Case, device: str = "cpu") -> tuple[Tensor, Factors]:
+    """x and the factors of a case."""
+    generator = seeded()
+    options = {"dtype": case["dtype"], "layout": case["layout"], "device": device}
+    x = normal((case["rows"], case["K"]), generator, **options)
+    group = factors(case["N"], case["K"], case["rank"], generator, s=case["s"] != "none", bias=case["bias"], **options)
+    return x, group if case["s"] != "own" else group._replace(s=group.s.to(case["dtype"]))
+
+
+def small() -> tuple[Tensor, list[Factors]]:
+    """A call that needs no thought."""
+    generator = seeded()
+    x = normal((1, 64), generator, dtype=torch.bfloat16)
+    return x, [factors(40, 64, 16, generator, s=False, bias=False, dtype=torch.bfloat16)]
+
+
+def check(outputs: Sequence[Tensor], x: Tensor, groups: Sequence[Factors]) -> None:
+    """Each output by the one tolerance rule."""
+    for y, group in zip(outputs, groups, strict=True):
+        assert_accurate("linear", x.dtype, y, linear(x, group), dense_linear(x.double(), double(group)))

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+import pytest
+import torch
+from torch import Tensor
+
+from grasp_kernels import BackendUnavailableError, Factors, cuda, dispatch, lowrank_linear
+from grasp_kernels.dispatch import BACKENDS, CUDA_ROWS, Call
+from tests.definitions import dense_linear
+from tests.numerics import assert_accurate
+from tests.ops.cuda_cases import CASES, check, inputs, small
+from tests.ops.cuda_emulator import COOPERATIVE, DEPENDENT, Emulator, kinds
+from tests.ops.inputs import DTYPES, double, factors, normal, seeded
+from tests.pairwise import Case, label
+
+# --- the kernels, emulated --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_kernels_match_float64(emulator: Emulator, case: Case) -> None:
+    x, group = inputs(case)
+    emulator.configure(processors=case["processors"], seed=case["seed"])
+    outputs = cuda.run(x, [group], path=case["path"])
+    expected = {"pair": 0, "dependent": DEPENDENT}
+    if case["path"] == "cooperative":
+        assert kinds(emulator.finish()) == [("cooperative", COOPERATIVE)]
+    else:
+        assert kinds(emulator.finish()) == [("shrink", 0), ("expand", expected[case["path"]])]
+    check(outputs, x, [group])
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", ["dependent", "cooperative"])
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "odd"])
+def test_a_group_of_unequal_members_takes_one_pass(
+    emulator: Emulator, dtype: torch.dtype, path: str, padded: bool
+) -> None:
+    generator = seeded()
+    x = normal((5, 640), generator, dtype=dtype)
+    ranks = (48, 16, 112) if padded else (50, 7, 101)
+    groups = [
+        factors(N, 640, rank, generator, s=N != 33, bias=N != 16, dtype=dtype)
+        for N, rank in zip((130, 33, 16), ranks, strict=True)
+    ]
+    outputs = cuda.run(x, groups, path=path)
+    assert len(emulator.finish()) == (1 if path == "cooperative" else 2)
+    check(outputs, x, groups)
+
+
+def test_a_group_of_more_than_eight_takes_several(emulator: Emulator) -> None:
+    generator = seeded()
+    x = normal((2, 64), generator, dtype=torch.bfloat16)
+    groups = [factors(8 + n, 64, 1 + n, generator, s=True, bias=True, dtype=torch.bfloat16) for n in range(11)]
+    outputs = cuda.run(x, groups)
+    assert kinds(emulator.finish()) == 2 * [("shrink", 0), ("expand", DEPENDENT)]
+    check(outputs, x, groups)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 16])
+def test_every_number_of_splits_gives_the_result(emulator: Emulator, dtype: torch.dtype, rows: int) -> None:
+    generator = seeded()
+    x = normal((rows, 512 * 8), generator, dtype=dtype)
+    group = factors(32, 512 * 8, 16, generator, s=True, bias=True, dtype=dtype)
+    blocks = set()
+    for splits in range(1, 10):
+        emulator.configure()
+        outputs = cuda.run(x, [group], splits=splits)
+        blocks.add(emulator.finish()[0].blocks)
+        check(outputs, x, [group])
+    assert blocks == {1, 2, 3, 4} | ({8} if rows == 1 else set()) | (
+        {6} if (rows, dtype) == (1, torch.float32) else set()
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_runs_agree_bit_for_bit_on_every_path_and_in_every_order(emulator: Emulator, dtype: torch.dtype) -> None:
+    generator = seeded()
+    x = normal((7, 2048), generator, dtype=dtype)
+    group = factors(96, 2048, 48, generator, s=True, bias=True, dtype=dtype)
+    results = []
+    for path in ("pair", "dependent", "cooperative"):
+        for seed in range(3):
+            emulator.configure(seed=seed)
+            results.append(cuda.run(x, [group], path=path)[0])
+            emulator.finish()
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_the_barrier_is_ready_for_the_next_launch_of_any_size(emulator: Emulator) -> None:
+    generator = seeded()
+    words = []
+    for N in (200, 16, 90, 200, 33):
+        emulator.configure(seed=N)
+        x = normal((3, 1024), generator, dtype=torch.bfloat16)
+        group = factors(N, 1024, 32, generator, s=False, bias=True, dtype=torch.bfloat16)
+        outputs = cuda.run(x, [group], path="cooperative")
+        emulator.finish()
+        check(outputs, x, [group])
+        words.append(emulator.barrier.item() & 0xFFFFFFFF)
+    assert words == [1 << 30, 2 << 30, 3 << 30, 0, 1 << 30]  # one bit flips, what is above it wraps, nothing below
+
+
+def test_a_cooperative_grid_never_exceeds_the_card(emulator: Emulator) -> None:
+    generator = seeded()
+    x = normal((1, 64), generator, dtype=torch.bfloat16)
+    group = factors(1000, 64, 16, generator, s=False, bias=False, dtype=torch.bfloat16)
+    emulator.configure(processors=2, occupancy=3)
+    outputs = cuda.run(x, [group], path="cooperative")
+    assert [launch.blocks for launch in emulator.finish()] == [6]
+    check(outputs, x, [group])
+
+
+def test_fp16_survives_an_h_times_s_that_it_cannot_hold(emulator: Emulator) -> None:
+    generator = seeded()
+    x = normal((2, 128), generator, dtype=torch.float16, scale=100.0)
+    group = factors(64, 128, 16, generator, s=True, bias=False, dtype=torch.float16)
+    group = group._replace(U=(group.U.float() * 1e-4).half(), s=group.s * 1e4)
+    (y,) = cuda.run(x, [group])
+    emulator.finish()
+    exact = dense_linear(x.double(), double(group))
+    assert (x.double() @ group.Vh.double().mT * group.s).abs().max() > torch.finfo(torch.float16).max
+    assert_accurate("linear", torch.float16, y, exact.half(), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinities_reach_the_outputs_they_belong_to_and_no_others(emulator: Emulator, dtype: torch.dtype) -> None:
+    x = torch.ones(2, 64, dtype=dtype)
+    x[1, 3] = torch.inf
+    group = Factors(torch.ones(8, 1, dtype=dtype), None, torch.ones(1, 64, dtype=dtype))
+    (y,) = cuda.run(x, [group])
+    emulator.finish()
+    assert y[0].tolist() == [64.0] * 8
+    assert y[1].tolist() == [torch.inf] * 8
+
+
+def test_without_rows_nothing_is_launched(emulator: Emulator) -> None:
+    group = factors(24, 64, 5, seeded(), s=True, bias=True, dtype=torch.float32)
+    (y,) = cuda.run(torch.empty(0, 64), [group])
+    assert y.shape == (0, 24)
+    assert emulator.finish() == []
+
+
+# --- the Python side --------------------------------------------------------------------------------------------------
+
+
+def test_calls_of_a_stream_share_memory_and_captured_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        index = 0
+
+    state = {"stream": 7, "capturing": False}
+    empty = torch.empty
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: state["stream"], raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(size, dtype=dtype))
+    monkeypatch.setattr(cuda, "_workspaces", {})
+
+    def take(size: int) -> Tensor:
+        stream, memory = cuda._workspace(Device(), size)  # type: ignore[arg-type]
+        assert stream == state["stream"]
+        assert memory.numel() >= size
+        return memory
+
+    first = take(100)
+    assert take(60) is first
+    larger = take(200)
+    assert take(100) is larger
+    state["stream"] = 8
+    assert take(100) is not larger
+    state.update(stream=7, capturing=True)
+    assert take(100) is not take(100)
+    state["capturing"] = False
+    assert take(100) is larger
+
+
+# --- the row of the table ---------------------------------------------------------------------------------------------
+
+ROW = next(row for row in BACKENDS if row.name == "cuda")
+
+
+def test_it_is_the_first_row_and_serves_the_linears() -> None:
+    assert BACKENDS[0] is ROW
+    assert set(ROW.functions) == {"lowrank_linear", "lowrank_linear_grouped"}
+
+
+def test_rows_it_serves_are_those_of_the_header(emulator: Emulator) -> None:
+    assert emulator.module.MAX_ROWS == CUDA_ROWS
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "rows", "reason"),
+    [
+        ("cpu", torch.bfloat16, 1, "it runs on CUDA tensors, not on cpu"),
+        ("cuda", torch.float64, 1, "its kernels accumulate in float32"),
+        ("cuda", torch.bfloat16, CUDA_ROWS + 1, "it serves at most 16 rows"),
+        ("cuda", torch.bfloat16, CUDA_ROWS, None),
+        ("cuda", torch.float16, 0, None),
+    ],
+)
+def test_what_it_refuses(
+    monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, rows: int, reason: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert ROW.refuses(Call("lowrank_linear", torch.device(device), dtype, rows, 4)) == reason
+
+
+def test_it_refuses_an_older_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    reason = ROW.refuses(Call("lowrank_linear", torch.device("cuda"), torch.float16, 1, 4))
+    assert reason == "it needs compute capability 8.0 or later, this card has 7.5"
+
+
+def test_what_a_machine_may_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise ImportError("undefined symbol")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "was not built" in str(ROW.missing())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert ROW.missing() == "there is no CUDA GPU"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ROW.missing() == "there is no CUDA GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib, "import_module", broken)
+    assert ROW.missing() == "its module does not load: undefined symbol"
+    monkeypatch.setattr(importlib, "import_module", lambda name: object())
+    assert ROW.missing() is None
+
+
+def test_named_where_it_is_missing_it_raises_with_the_reason() -> None:
+    if (reason := dispatch.backend_missing("cuda")) is None:
+        pytest.skip("this machine runs it")
+    x, (group,) = small()
+    with pytest.raises(BackendUnavailableError, match=f"backend 'cuda' cannot run .*: {reason}. Pass backend='auto'"):
+        lowrank_linear(x, *group, backend="cuda")

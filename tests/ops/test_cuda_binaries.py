@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+SOURCES = sorted((CSRC / "cuda").glob("kernels_*.cu"))
+ARCHITECTURES = (80, 90)
+KERNELS = 3 * (4 + 3 + 3)  # of each architecture: phases, and variants of each dtype
+THREADS, REGISTERS = 128, 1 << 16  # of a block, of a processor
+
+NAME = re.compile(r"lowrank_(shrink|expand|cooperative)_kernelI(f|NS_3F16E|NS_4BF16E)Li(\d+)ELb([01])E")
+REPORT = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'(.*?)Used (\d+) registers", re.DOTALL)
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+WEIGHTS = "LDG.E.EF.128"  # 16 bytes, evicted first
+HIDDEN = "LDG.E.128.STRONG.GPU"  # 16 bytes, past the first-level cache
+POLL = "LDG.E.STRONG.GPU"
+
+
+class Kernel(NamedTuple):
+    kind: str
+    dtype: str
+    rows: int
+    vector: bool
+
+    @classmethod
+    def parse(cls, mangled: str) -> Kernel:
+        match = NAME.search(mangled)
+        assert match, mangled
+        kind, dtype, rows, vector = match.groups()
+        return cls(kind, {"f": "f32", "NS_3F16E": "f16", "NS_4BF16E": "bf16"}[dtype], int(rows), vector == "1")
+
+
+class Usage(NamedTuple):
+    registers: int
+    spills: str  # the assembler's words
+
+
+class Compiled(NamedTuple):
+    usage: dict[tuple[int, Kernel], Usage]
+    fatbins: list[Path]
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    names = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home), "nvcc"]
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def find_cuobjdump() -> str | None:
+    """CUDA's, or the one that ships inside Triton."""
+    if (path := shutil.which("cuobjdump")) is not None:
+        return path
+    triton = pytest.importorskip("triton", reason="there is neither cuobjdump nor Triton, which has one")
+    return shutil.which(triton.knobs.nvidia.cuobjdump.path)
+
+
+def shipped_flags() -> list[str]:
+    """``CUDA_FLAGS`` of setup.py, without running it."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    (value,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CUDA_FLAGS"
+    )
+    return str(ast.literal_eval(value)).split()
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    if (nvcc := find_nvcc()) is None:
+        pytest.skip("there is no nvcc: neither in CUDACXX, CUDA_HOME, /usr/local/cuda nor on the path")
+    folder = tmp_path_factory.mktemp("cuda")
+
+    def compile_one(source: Path) -> tuple[str, Path]:
+        output = folder / f"{source.stem}.fatbin"
+        command = [nvcc, *shipped_flags(), "-Xptxas", "-v", f"-I{CSRC}", "-fatbin", str(source), "-o", str(output)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stderr, output
+
+    with ThreadPoolExecutor(len(SOURCES)) as pool:
+        results = list(pool.map(compile_one, SOURCES))
+    usage = {}
+    for report, _ in results:
+        for mangled, architecture, words, registers in REPORT.findall(report):
+            usage[int(architecture), Kernel.parse(mangled)] = Usage(int(registers), words)
+    return Compiled(usage, [path for _, path in results])
+
+
+@pytest.fixture(scope="module")
+def instructions(compiled: Compiled) -> dict[tuple[int, Kernel], list[str]]:
+    """Mnemonics of each kernel in program order."""
+    if (cuobjdump := find_cuobjdump()) is None:
+        pytest.skip("there is no cuobjdump")
+    found = {}
+    for path in compiled.fatbins:
+        for architecture in ARCHITECTURES:
+            listing = dump(cuobjdump, "-sass", "-arch", f"sm_{architecture}", str(path))
+            for function in listing.split("Function : ")[1:]:
+                found[architecture, Kernel.parse(function.partition("\n")[0])] = INSTRUCTION.findall(function)
+    return found
+
+
+def dump(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def select(
+    instructions: dict[tuple[int, Kernel], list[str]], wanted: Callable[[int, Kernel], bool]
+) -> list[tuple[Kernel, list[str]]]:
+    chosen = [(kernel, names) for (architecture, kernel), names in instructions.items() if wanted(architecture, kernel)]
+    assert chosen
+    return chosen
+
+
+def positions(names: list[str], mnemonic: str) -> list[int]:
+    return [place for place, name in enumerate(names) if name == mnemonic]
+
+
+def widths(names: list[str]) -> set[str]:
+    """The kinds of loads from global memory."""
+    return {name for name in names if name.startswith("LDG")}
+
+
+def test_every_kernel_compiles_for_every_architecture(compiled: Compiled) -> None:
+    assert len(compiled.usage) == KERNELS * len(ARCHITECTURES)
+    assert {architecture for architecture, _ in compiled.usage} == set(ARCHITECTURES)
+
+
+def test_nothing_is_spilled_or_kept_in_local_memory(compiled: Compiled) -> None:
+    none = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+    assert not [where for where, usage in compiled.usage.items() if none not in usage.spills]
+
+
+def test_registers_suffice_for_two_blocks_of_a_processor_and_mostly_three(compiled: Compiled) -> None:
+    def blocks(registers: int) -> int:
+        return REGISTERS // (-(-registers // 8) * 8 * THREADS)  # granted in eights
+
+    for (architecture, kernel), usage in compiled.usage.items():
+        few = kernel.vector and (kernel.rows == 8 or (kernel.rows < 8 and kernel.kind == "expand"))
+        assert blocks(usage.registers) >= (3 if few else 2), (architecture, kernel)
+
+
+def test_ptx_for_later_cards_is_there(compiled: Compiled, instructions: object) -> None:
+    cuobjdump = find_cuobjdump()
+    assert cuobjdump is not None
+    for path in compiled.fatbins:
+        ptx = dump(cuobjdump, "-ptx", str(path))
+        assert ".target sm_90" in ptx
+        assert "griddepcontrol.wait" in ptx
+
+
+def test_factors_are_read_by_16_bytes(instructions: dict[tuple[int, Kernel], list[str]]) -> None:
+    for kernel, names in select(instructions, lambda _, kernel: kernel.vector):
+        assert WEIGHTS in names
+        assert {name for name in widths(names) if ".EF" in name} == {WEIGHTS}
+        if kernel.kind == "shrink":
+            assert widths(names) == {WEIGHTS, "LDG.E.128"}, kernel  # Vh and x
+    for kernel, names in select(instructions, lambda _, kernel: not kernel.vector):
+        assert WEIGHTS not in names, kernel
+
+
+def test_products_of_16_bit_factors_are_the_tensor_cores(instructions: dict[tuple[int, Kernel], list[str]]) -> None:
+    cores = {"f16": "HMMA.16816.F32", "bf16": "HMMA.16816.F32.BF16", "f32": None}
+    for kernel, names in select(instructions, lambda *_: True):
+        used = {name for name in names if name.startswith("HMMA")}
+        assert used == ({cores[kernel.dtype]} - {None}), kernel
+
+
+def test_u_is_fetched_before_the_wait_and_h_after_it(instructions: dict[tuple[int, Kernel], list[str]]) -> None:
+    for kernel, names in select(instructions, lambda sm, kernel: sm == 90 and kernel.kind == "expand"):
+        (wait,) = positions(names, "ACQBULK")
+        assert min(positions(names, HIDDEN)) > wait, kernel
+        if kernel.vector:
+            assert len([place for place in positions(names, WEIGHTS) if place < wait]) == first_stage(kernel), kernel
+
+
+def test_the_shrink_lets_the_expand_start_at_once(instructions: dict[tuple[int, Kernel], list[str]]) -> None:
+    for kernel, names in select(instructions, lambda sm, kernel: sm == 90 and kernel.kind == "shrink"):
+        (start,) = positions(names, "PREEXIT")
+        assert start < min(place for place, name in enumerate(names) if name.startswith("LDG")), kernel
+
+
+def test_older_cards_get_no_dependent_launch(instructions: dict[tuple[int, Kernel], list[str]]) -> None:
+    for kernel, names in select(instructions, lambda sm, _: sm == 80):
+        assert not {"ACQBULK", "PREEXIT"} & set(names), kernel
+
+
+def test_the_barrier_is_arrival_then_u_then_wait_then_h(instructions: dict[tuple[int, Kernel], list[str]]) -> None:
+    for kernel, names in select(instructions, lambda _, kernel: kernel.kind == "cooperative"):
+        (arrival,) = (place for place, name in enumerate(names) if name.startswith("ATOM"))
+        (poll,) = positions(names, POLL)
+        assert any(name.startswith("STG") for name in names[:arrival]), kernel
+        assert "MEMBAR" in " ".join(names[arrival - 3 : arrival]), kernel  # release
+        assert arrival < poll < min(positions(names, HIDDEN)), kernel
+        if kernel.vector:
+            between = [place for place in positions(names, WEIGHTS) if arrival < place < poll]
+            assert len(between) == first_stage(kernel), kernel
+
+
+def first_stage(kernel: Kernel) -> int:
+    """Loads of U that a lane has in flight: tiles times steps."""
+    return 4 if kernel.dtype == "f32" and kernel.rows > 8 else 8
