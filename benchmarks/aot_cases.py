@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +14,7 @@ from benchmarks.sass import SHARED_LIMITS, Binary
 from grasp_kernels.reference import Factors
 from grasp_kernels.triton import lowrank_glu, lowrank_linear, singular_value_grad
 from grasp_kernels.triton.launch import Card, Launch
-from grasp_kernels.tuning import rule_of_thumb, serves
+from grasp_kernels.tuning import on_path, rule_of_thumb, serves
 
 # A card of each architecture: A100, H100, B200, RTX 5090.
 CARDS = {
@@ -172,10 +172,7 @@ def _linear_case(name: str, path: str, M: int, factors: Sequence[Factors], repre
     def launches(card: Card) -> Sequence[Launch]:
         x = _empty(M, factors[0].Vh.shape[1], dtype=factors[0].U.dtype)
         problem = lowrank_linear.problem_of(x, factors)
-        config = replace(rule_of_thumb("lowrank_linear", problem, card), path=path)
-        if path == "fused" and M > 2:
-            # A smaller tile than the pair's: the barrier keeps all of the first tile of U in registers.
-            config = replace(config, expand_block_n=16, expand_warps=8, stages=2 if M > 16 else 3)
+        config = on_path(rule_of_thumb("lowrank_linear", problem, card), path, problem)
         outputs = [_empty(M, group.U.shape[0], dtype=x.dtype) for group in factors]
         return lowrank_linear.plan(x, factors, outputs, config, card) if serves(config, problem) else []
 

@@ -18,7 +18,7 @@ from grasp_kernels.reference import Factors
 from grasp_kernels.triton.launch import card
 from grasp_kernels.triton.lowrank_glu import run as run_glu
 from grasp_kernels.triton.lowrank_linear import run as run_linear
-from grasp_kernels.tuning import CONFIGS, PATHS, Config, Problem, rule_of_thumb, save, serves
+from grasp_kernels.tuning import CONFIGS, PATHS, Config, Problem, on_path, rule_of_thumb, save, serves
 
 COLD_BYTES = 150 << 20  # of distinct factors in one measurement: more than any card's L2 cache holds
 MIN_CALLS = 20  # in one measurement
@@ -155,7 +155,7 @@ def _fastest(
 
     best: tuple[Config, float] | None = None
     for path in PATHS_OF[kernel]:
-        config = replace(start, path=path)
+        config = on_path(start, path, problem)
         if serves(config, problem):
             best = _descend(config, STEPS[path] if path != "gemms" or kernel == "lowrank_glu" else {}, time, best)
     assert best is not None

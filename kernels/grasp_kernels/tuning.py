@@ -174,6 +174,14 @@ def serves(config: Config, problem: Problem) -> bool:
     return config.path == "gemms" or problem.rows <= PAIR_ROWS
 
 
+def on_path(config: Config, path: str, problem: Problem) -> Config:
+    """``config`` made to take another path; a start value for measuring what that path can do."""
+    if path != "fused" or problem.rows <= 2:
+        return replace(config, path=path)
+    # A smaller tile than the pair's: the barrier keeps all of the first tile of U in registers.
+    return replace(config, path=path, expand_block_n=16, expand_warps=8, stages=2 if problem.rows > 16 else 3)
+
+
 def rule_of_thumb(kernel: str, problem: Problem, card: Card) -> Config:
     """Start values, estimated, not measured: enough programs for every processor, tiles that fit its registers."""
     rows, width, in_features, rank, dtype, groups = problem

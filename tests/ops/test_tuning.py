@@ -140,6 +140,24 @@ def test_the_rule_of_thumb_is_sound_at_any_size(kernel: str, dtype: str, capabil
                 assert config.splits * config.shrink_block_k < in_features + 2 * config.shrink_block_k
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 16, 64])
+def test_only_a_gemv_reads_h_in_several_partial_sums(rows: int) -> None:
+    config = rule_of_thumb("lowrank_linear", PROBLEM._replace(rows=rows), CARD)
+    assert config.splits > 1
+    assert config.reduce == (rows > 2)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_changing_the_path_keeps_what_splits_the_shrink(rows: int) -> None:
+    problem = PROBLEM._replace(rows=rows)
+    start = rule_of_thumb("lowrank_linear", problem, CARD)
+    for path in tuning.PATHS:
+        config = tuning.on_path(start, path, problem)
+        assert (config.path, config.splits, config.shrink_block_k) == (path, start.splits, start.shrink_block_k)
+    fused = tuning.on_path(start, "fused", problem)
+    assert (fused.expand_block_n < start.expand_block_n) == (rows > 2)
+
+
 def test_files_shipped_with_the_package_are_readable_and_current() -> None:
     folder = Path(tuning.__file__).parent / "configs"
     for path in folder.glob("*.json"):
