@@ -1,0 +1,208 @@
+"""What ``gpu_check`` times: ops, a whole layer, and everything that can run them, on operands as a model holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.timing import Rotation
+from benchmarks.workloads import OPS, Problem, Run, backends, make_problem, wrong
+from grasp_kernels import pack_factors, roofline
+from grasp_kernels.packing import stacked
+from grasp_kernels.roofline import Cost
+from grasp_kernels.shapes import Shape, format_shape
+from grasp_kernels.triton import lowrank_glu, lowrank_linear
+from grasp_kernels.triton.launch import card
+from grasp_kernels.tuning import PATHS, choose, on_path, serves
+
+LINEAR_OPS = ("lowrank_linear", "lowrank_linear_grouped")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Some calls that follow one another, each an op on an input of its own, at one number of rows."""
+
+    name: str
+    parts: tuple[tuple[str, Shape], ...]  # op and shape of each call
+    rows: int
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def label(self) -> str:
+        """Shapes as they are typed, one call after the other."""
+        return " ".join(format_shape(shape) for _, shape in self.parts)
+
+    def costs(self) -> list[Cost]:
+        """What the fused ops must move and compute."""
+        size = self.dtype.itemsize
+        return [cost for op, shape in self.parts for cost in OPS[op].cost(self.rows, shape, size)]
+
+    def dense_costs(self) -> list[Cost]:
+        """What the dense linears must."""
+        size, linears = self.dtype.itemsize, [linear for _, shape in self.parts for linear in shape]
+        return [cost for K, N, _ in linears for cost in roofline.dense_linear(self.rows, N, K, itemsize=size)]
+
+
+class Provider(NamedTuple):
+    """Something that runs a case's calls; ``run`` is asked for one op."""
+
+    run: Callable[[str], Run]
+    reads: str = "low-rank"  # or "dense": which operands
+    own: bool = True  # the package's, so held to the tests' tolerance; PyTorch's forms may round as they do
+
+    def calls(self, case: Case) -> Callable[[Sequence[Problem]], list[Tensor]]:
+        """The case's calls, all of them, on one problem for each."""
+        runs = [self.run(op) for op, _ in case.parts]
+        return lambda problems: [y for run, problem in zip(runs, problems, strict=True) for y in run(problem)]
+
+
+class Operands(NamedTuple):
+    """What a case's providers read: for each call of each rotation its problem."""
+
+    low_rank: list[list[Problem]]
+    dense: list[list[Problem]]
+
+    def rotation(self, reads: str) -> Rotation[list[Problem]]:
+        """A rotation of its own for a provider."""
+        return Rotation(self.dense if reads == "dense" else self.low_rank)
+
+
+def make_operands(case: Case, device: torch.device, rotate_bytes: int) -> Operands:
+    """Random operands, packed, in as many copies as make up ``rotate_bytes``: none is read from a cache."""
+    first = [make_problem(op, shape, case.rows, case.dtype, device) for op, shape in case.parts]
+    factors = sum(tensor.nbytes for problem in first for group in problem.groups for tensor in (group.U, group.Vh))
+    weights = sum(weight.nbytes for problem in first for weight in problem.weights)
+    low_rank = [[_packed(problem) for problem in first] for _ in range(-(-rotate_bytes // factors) or 1)]
+    if not weights:
+        return Operands(low_rank, low_rank)
+    dense = [
+        [problem._replace(weights=[weight.clone() for weight in problem.weights]) for problem in low_rank[0]]
+        for _ in range(-(-rotate_bytes // weights) or 1)
+    ]
+    return Operands(low_rank, dense)
+
+
+def _packed(problem: Problem) -> Problem:
+    """Copies of the factors as a model holds them; equal U lie one behind the other, for the stacked form."""
+    groups = pack_factors(problem.groups)
+    if len({group.U.shape for group in groups}) == 1:
+        Us = torch.stack([group.U for group in groups])
+        groups = [group._replace(U=U) for group, U in zip(groups, Us, strict=True)]
+    return problem._replace(groups=groups)
+
+
+def providers(case: Case, device: torch.device) -> tuple[dict[str, Provider], dict[str, str]]:
+    """All that can run a case, and why the rest cannot: backends, paths of the Triton kernels, PyTorch's own forms."""
+    found, reasons = _backends(case, device)
+    found |= {f"triton {path}": Provider(partial(_on_path, path)) for path in _paths(case, device)}
+    found["unfused"] = Provider(lambda op: OPS[op].unfused, own=False)
+    if any(len(shape) > 1 and len(set(shape)) == 1 for _, shape in case.parts):
+        found["stacked"] = Provider(_stacked, own=False)
+    found["dense"] = Provider(lambda op: OPS[op].dense, "dense", own=False)
+    return found, reasons
+
+
+def compiled(case: Case) -> Provider:
+    """The unfused form as ``torch.compile`` makes it, with everything it can try."""
+    torch._dynamo.reset()
+
+    def compile_one(op: str) -> Run:
+        return torch.compile(OPS[op].unfused, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
+
+    return Provider(compile_one, own=False)
+
+
+def complaint(case: Case, provider: Provider, operands: Operands) -> str | None:
+    """What is wrong with a provider's results at this very shape, or ``None``."""
+    with poisoned():
+        for (op, _), problem in zip(case.parts, operands.rotation(provider.reads).copies[0], strict=True):
+            if (found := wrong(op, problem, provider.run(op))) is not None:
+                return f"{op}: {found}"
+    return None
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill what ``torch.empty`` returns with NaN: memory may still hold another provider's right result."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _backends(case: Case, device: torch.device) -> tuple[dict[str, Provider], dict[str, str]]:
+    """Rows of the dispatch table that run every call; the reference is what ``unfused`` is."""
+    probe = Problem(torch.empty(case.rows, 1, dtype=case.dtype, device=device), [], [], torch.empty(0))
+    reasons: dict[str, str] = {}
+    able: list[set[str]] = []
+    for op, shape in case.parts:
+        runs, refused = backends(op, shape, probe)
+        able.append(set(runs))
+        reasons |= refused
+    names = set.intersection(*able) - {"reference"}
+
+    def by_name(name: str) -> Provider:
+        return Provider(lambda op: partial(OPS[op].run, name))
+
+    return {name: by_name(name) for name in sorted(names)}, reasons
+
+
+def _paths(case: Case, device: torch.device) -> list[str]:
+    """Paths worth forcing: those of the low-rank kernels, but no barrier where programs run one after the other."""
+    if any(op == "singular_value_grad" for op, _ in case.parts):
+        return []
+    if any(op == "lowrank_glu" for op, _ in case.parts) or device.type != "cuda":
+        return [path for path in PATHS if path != "fused"]
+    return list(PATHS)
+
+
+def _on_path(path: str, op: str) -> Run:
+    """Run an op's Triton kernel on a path; where it does not serve the problem, on the one the table chooses."""
+    kernel = "lowrank_glu" if op == "lowrank_glu" else "lowrank_linear"
+
+    def run(problem: Problem) -> list[Tensor]:
+        x, groups = problem.x, problem.groups
+        tuned = lowrank_linear.problem_of(x, groups)
+        config = choose(kernel, card(x.device), tuned)
+        if config.path != path and serves(forced := on_path(config, path, tuned), tuned):
+            config = forced
+        if op == "lowrank_glu":
+            return [lowrank_glu.run(x, groups[0], groups[1], "silu", config)]
+        return lowrank_linear.run(x, groups, config)
+
+    return run
+
+
+def _stacked(op: str) -> Run:
+    """Plain PyTorch with a group's Vh stacked and, for equal members, one batched expand: two launches per group."""
+
+    def linears(problem: Problem) -> Sequence[Tensor]:
+        groups: Any = problem.groups
+        whole = stacked([group.Vh for group in groups])
+        assert whole is not None
+        h = F.linear(problem.x, whole)
+        if len({group.U.shape for group in groups}) > 1:
+            parts = h.split([group.U.shape[1] for group in groups], dim=1)
+            return [F.linear(part, group.U) for part, group in zip(parts, groups, strict=True)]
+        N, R = groups[0].U.shape
+        U = groups[0].U.as_strided((len(groups), N, R), (N * R, R, 1))
+        return torch.bmm(h.view(-1, len(groups), R).transpose(0, 1), U.mT).unbind()
+
+    def run(problem: Problem) -> list[Tensor]:
+        if op == "singular_value_grad":
+            return OPS[op].unfused(problem)
+        if op == "lowrank_glu":
+            gate, up = linears(problem)
+            return [F.silu(gate) * up]
+        return list(linears(problem))
+
+    return run

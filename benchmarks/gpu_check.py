@@ -1,0 +1,201 @@
+"""All that must be known of the kernels on a GPU, in one run of minutes: tests, launch costs, times, targets.
+
+``PYTHONPATH=.:kernels python benchmarks/gpu_check.py`` on a checkout; it writes one JSON file. What the time does not
+suffice for is listed as not measured, the least important last.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from triton.runtime.errors import OutOfResources
+
+from benchmarks.conditions import ROOT, conditions, measure_card
+from benchmarks.gpu_cases import Case, Operands, Provider, compiled, complaint, make_operands, providers
+from benchmarks.gpu_report import NotMeasured, PytestRun, Report, Result, print_case, print_summary, targets
+from benchmarks.launch_costs import measure_launches
+from benchmarks.timing import Batch, batch, interleave
+from grasp_kernels import roofline, tuning
+from grasp_kernels.roofline import Card
+from grasp_kernels.shapes import parse_shape
+from grasp_kernels.triton.launch import card as card_of
+
+ROWS = (1, 16, 64, 4, 256, 2048, 8192)  # in order of importance
+LINEARS = ("4096x4096r204", "4096x11008r298", "4096x1024r81", "4096x14336r318")
+QKV, GATE_UP, DOWN = "+".join([LINEARS[0]] * 3), "+".join([LINEARS[1]] * 2), "11008x4096r298"
+GQA = "4096x4096r204+4096x1024r81+4096x1024r81"
+LAYER = (
+    ("lowrank_linear_grouped", QKV),
+    ("lowrank_linear", LINEARS[0]),
+    ("lowrank_linear_grouped", GATE_UP),
+    ("lowrank_linear", DOWN),
+)
+GRADIENTS = ("4096x4096r204", "4096x4096r512", "4096x4096r4096")
+GRADIENT_ROWS = (2048, 8192, 512)
+COMPILED_ROWS = (1, 16, 64)
+TESTS_SHARE = 0.4  # of the time, at most
+NO_ROOM = "the card has no room for its configuration"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run measures."""
+
+    cases: Sequence[Case]
+    compiled: Sequence[Case]  # also against torch.compile; after everything else
+    tests: Sequence[str]  # pytest's arguments; none: no tests
+    seconds: float  # after which nothing new is begun
+    rotate_bytes: int = 256 << 20  # more than any card's L2 cache
+    repetitions: int = 20
+    launches: int = 200  # in one graph, where a launch's own cost is measured
+
+
+def full_plan(seconds: float) -> Plan:
+    """The cases of the project's targets, the most telling first."""
+
+    def single(op: str, text: str, rows: int) -> Case:
+        return Case(op, ((op, parse_shape(text)),), rows)
+
+    layers = {rows: Case("layer", tuple((op, parse_shape(text)) for op, text in LAYER), rows) for rows in ROWS}
+    cases: list[Case] = []
+    for rows in ROWS:
+        cases.append(layers[rows])
+        cases += [single("lowrank_linear", text, rows) for text in LINEARS]
+        cases += [single("lowrank_linear_grouped", GQA, rows), single("lowrank_glu", GATE_UP, rows)]
+        if rows == COMPILED_ROWS[-1]:
+            cases += [single("singular_value_grad", text, T) for T in GRADIENT_ROWS for text in GRADIENTS]
+    pairs = [case for rows in COMPILED_ROWS for case in (layers[rows], single("lowrank_linear", LINEARS[0], rows))]
+    return Plan(cases, pairs, tests=("-m", "gpu", "tests"), seconds=seconds)
+
+
+def check(plan: Plan, device: torch.device, console: Console) -> Report:
+    """Carry out a plan."""
+    start = time.monotonic()
+    dtype = plan.cases[0].dtype
+    card = measure_card(device, dtype)
+    facts = card_of(device)
+    report = Report(
+        conditions(card, device), {kernel: tuning.status(kernel, facts) for kernel in sorted(tuning.SOURCES)}
+    )
+    if plan.tests:
+        report.tests = run_tests(plan.tests, TESTS_SHARE * plan.seconds)
+        console.print(f"tests: {report.tests.summary}")
+    report.launches = measure_launches(device, calls=plan.launches, repetitions=plan.repetitions)
+    console.print(report.launches)
+    for case, with_compiled in [*((case, False) for case in plan.cases), *((case, True) for case in plan.compiled)]:
+        if time.monotonic() - start > plan.seconds:
+            name = "torch.compile" if with_compiled else "*"
+            report.not_measured.append(NotMeasured(case.name, case.rows, name, "no time was left"))
+            continue
+        lines = list(measure(case, device, card, plan, with_compiled=with_compiled))
+        report.results += (results := [line for line in lines if isinstance(line, Result)])
+        report.not_measured += [line for line in lines if isinstance(line, NotMeasured)]
+        if results:
+            print_case(results, console)
+    report.targets = targets(report)
+    report.seconds = time.monotonic() - start
+    return report
+
+
+@torch.inference_mode()
+def measure(
+    case: Case, device: torch.device, card: Card, plan: Plan, *, with_compiled: bool
+) -> Iterator[Result | NotMeasured]:
+    """Check and time one case; with ``with_compiled``, ``torch.compile`` against the unfused form and the backends."""
+    found, reasons = providers(case, device)
+    if with_compiled:
+        found = {name: each for name, each in found.items() if not name.startswith("triton ") and name != "dense"}
+        found["torch.compile"] = compiled(case)
+    else:
+        for name, reason in reasons.items():
+            yield NotMeasured(case.name, case.rows, name, reason)
+    operands = make_operands(case, device, plan.rotate_bytes)
+    batches: dict[str, Batch] = {}
+    for name, provider in found.items():
+        prepared = _prepare(case, provider, operands, device)
+        if isinstance(prepared, str):
+            wrong = not prepared.startswith(NO_ROOM)
+            yield NotMeasured(case.name, case.rows, name, prepared, wrong)
+        else:
+            batches[name] = prepared
+    yield from _time(case, batches, card, plan.repetitions)
+
+
+def _prepare(case: Case, provider: Provider, operands: Operands, device: torch.device) -> Batch | str:
+    """A batch to be timed, or why it is not to be: a wrong kernel is not timed."""
+    try:
+        found = complaint(case, provider, operands) if provider.own else None
+        return found or batch(device, provider.calls(case), operands.rotation(provider.reads))
+    except OutOfResources as error:
+        return f"{NO_ROOM}: {error}"
+
+
+def _time(case: Case, batches: dict[str, Batch], card: Card, repetitions: int) -> Iterator[Result]:
+    samples = interleave(batches, repetitions)
+    flops = sum(cost.flops for cost in case.costs())
+    for name, sample in samples.items():
+        speedups = {
+            other: sample.speedup_over(samples[other]) if other in samples else None
+            for other in ("unfused", "stacked", "dense")
+        }
+        assert speedups["unfused"] is not None
+        costs = case.dense_costs() if name == "dense" and case.name != "singular_value_grad" else case.costs()
+        yield Result(
+            case=case.name,
+            shapes=case.label,
+            rows=case.rows,
+            dtype=str(case.dtype).removeprefix("torch."),
+            provider=name,
+            median_us=sample.median * 1e6,
+            spread=sample.spread,
+            floor_us=roofline.floor(card, *costs) * 1e6,
+            flops_share=flops / sample.median / card.flops,
+            speedup_over_unfused=speedups["unfused"],
+            speedup_over_stacked=speedups["stacked"],
+            speedup_over_dense=speedups["dense"],
+            calls=batches[name].calls,
+        )
+
+
+def run_tests(arguments: Sequence[str], seconds: float) -> PytestRun:
+    """Run pytest on the checkout, in a process of its own, for ``seconds`` at most."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return PytestRun(arguments, passed=False, summary=f"not done after {seconds:.0f} s")
+    lines = [
+        line for line in done.stdout.splitlines() if re.search(r"\d+ (passed|failed|skipped|error)|no tests", line)
+    ]
+    return PytestRun(arguments, done.returncode == 0, lines[-1] if lines else (done.stderr or done.stdout)[-500:])
+
+
+def main(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")] = Path("gpu_check.json"),
+    seconds: Annotated[float, typer.Option(min=1, help="After which nothing new is begun.")] = 420,
+    tests: Annotated[bool, typer.Option(help="Run the tests that need a GPU.")] = True,
+) -> None:
+    """Test and time all kernels on the GPU that is there."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("there is no CUDA GPU here; gpu_check measures one")
+    plan = full_plan(seconds) if tests else replace(full_plan(seconds), tests=())
+    console = Console(width=160)
+    report = check(plan, torch.device("cuda", 0), console)
+    output.write_text(json.dumps(report.as_dict(), indent=1))
+    print_summary(report, console)
+    raise typer.Exit(0 if report.sound() else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

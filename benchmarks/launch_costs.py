@@ -1,0 +1,108 @@
+"""What launching costs on a card: the gap between two kernels, the ramp of a full grid, a barrier across it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from benchmarks.timing import Batch, Rotation, batch, interleave
+from grasp_kernels.triton.launch import Card, card
+from grasp_kernels.triton.tiles import arrive, wait
+
+BLOCK = 1024  # fp32 that each program of the ramp reads
+CROSSINGS = 32  # of the barrier in one launch
+OPTIONS = {"enable_fp_fusion": True}  # Triton's default is about to change
+
+
+@dataclass(frozen=True)
+class LaunchCosts:
+    """Medians in µs, from launches in one CUDA graph; on a CPU the interpreter's own cost, which means nothing."""
+
+    gap_us: float  # between two empty kernels of one program, the second waiting for the first
+    dependent_gap_us: float | None  # the same under programmatic dependent launch; None before sm_90
+    ramp_us: float  # what a grid of one program per processor that reads a little takes on top of the gap
+    barrier_us: float  # of that grid
+    programs: int  # in that grid
+
+
+@triton.jit
+def _empty_kernel():
+    pass
+
+
+@triton.jit
+def _dependent_kernel():
+    gdc_launch_dependents()
+    gdc_wait()
+
+
+@triton.jit
+def _reading_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    pid = tl.program_id(0)
+    values = tl.load(x_ptr + pid * BLOCK + tl.arange(0, BLOCK))
+    tl.store(y_ptr + pid, tl.sum(values, axis=0))
+
+
+@triton.jit
+def _barrier_kernel(counter_ptr, CROSSINGS: tl.constexpr):
+    for _ in range(CROSSINGS):
+        ticket = arrive(counter_ptr)
+        wait(counter_ptr, ticket)
+
+
+def measure_launches(device: torch.device, *, calls: int = 200, repetitions: int = 20) -> LaunchCosts:
+    """Measure all of them, in turns.
+
+    Args:
+        device: the card; a CPU stands for Triton's interpreter, whose barrier can have one program only.
+        calls: launches in one graph.
+        repetitions: replays of each graph.
+    """
+    facts = card(device)
+    programs = facts.processors if device.type == "cuda" else 1
+    batches = {
+        name: batch(device, launch, Rotation([None]), calls)
+        for name, launch in _launches(device, facts, programs).items()
+    }
+    return _read(_medians(batches, repetitions), programs)
+
+
+def _launches(device: torch.device, facts: Card, programs: int) -> dict[str, Callable[[None], object]]:
+    x = torch.randn(programs, BLOCK, device=device)
+    y = x.new_empty(programs)
+    counter = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def barrier(crossings: int) -> Callable[[None], object]:
+        return lambda _: _barrier_kernel[(programs,)](
+            counter, CROSSINGS=crossings, launch_cooperative_grid=True, **OPTIONS
+        )
+
+    launches: dict[str, Callable[[None], object]] = {
+        "empty": lambda _: _empty_kernel[(1,)](**OPTIONS),
+        "reading": lambda _: _reading_kernel[(programs,)](x, y, BLOCK=BLOCK, **OPTIONS),
+        "one crossing": barrier(1),
+        "more crossings": barrier(1 + CROSSINGS),
+    }
+    if facts.dependent_launch:
+        launches["dependent"] = lambda _: _dependent_kernel[(1,)](launch_pdl=True, **OPTIONS)
+    return launches
+
+
+def _medians(batches: dict[str, Batch], repetitions: int) -> dict[str, float]:
+    return {name: sample.median * 1e6 for name, sample in interleave(batches, repetitions).items()}
+
+
+def _read(microseconds: dict[str, float], programs: int) -> LaunchCosts:
+    gap = microseconds["empty"]
+    return LaunchCosts(
+        gap_us=gap,
+        dependent_gap_us=microseconds.get("dependent"),
+        ramp_us=microseconds["reading"] - gap,
+        barrier_us=(microseconds["more crossings"] - microseconds["one crossing"]) / CROSSINGS,
+        programs=programs,
+    )
