@@ -19,12 +19,15 @@ void check(grasp_status status) {
 }
 
 // Keeps the interpreter's lock: the two launches of a pair share the stream's workspace and must not be parted.
-void run(uintptr_t data, int64_t stride, int64_t M, int64_t K, int32_t dtype, const py::tuple &groups,
-         uintptr_t stream, uintptr_t workspace, int64_t workspace_bytes, uintptr_t barrier, int32_t path,
-         int32_t splits) {
+void run(uintptr_t data, int64_t stride, int64_t M, int64_t K, int32_t dtype, const py::tuple &groups, uintptr_t stream,
+         uintptr_t workspace, int64_t workspace_bytes, uintptr_t barrier, int32_t path, int32_t splits) {
     const grasp_input x = {reinterpret_cast<const void *>(data), stride, M, K, dtype};
-    const grasp_cuda_options options = {reinterpret_cast<void *>(stream), reinterpret_cast<void *>(workspace),
-                                        workspace_bytes, reinterpret_cast<uint32_t *>(barrier), path, splits};
+    const grasp_cuda_options options = {reinterpret_cast<void *>(stream),
+                                        reinterpret_cast<void *>(workspace),
+                                        workspace_bytes,
+                                        reinterpret_cast<uint32_t *>(barrier),
+                                        path,
+                                        splits};
     const std::vector<grasp_factors> factors = grasp_bindings::to_groups(groups);
     check(grasp_cuda_lowrank_linear(&x, factors.data(), static_cast<int64_t>(factors.size()), &options));
 }

@@ -28,7 +28,8 @@ GRASP_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 GRASP_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
 
 // Memory of the block; TAG tells one buffer from another.
-template <int BYTES, int TAG> GRASP_DEVICE void *shared_memory() {
+template <int BYTES, int TAG>
+GRASP_DEVICE void *shared_memory() {
     __shared__ Chunk memory[BYTES / sizeof(Chunk)];
     return memory;
 }
@@ -49,17 +50,23 @@ GRASP_DEVICE float to_float(F16 value) {
 }
 
 // Rounded to the nearest, ties to even.
-template <class T> GRASP_DEVICE T round_to(float value);
+template <class T>
+GRASP_DEVICE T round_to(float value);
 
-template <> GRASP_DEVICE float round_to<float>(float value) { return value; }
+template <>
+GRASP_DEVICE float round_to<float>(float value) {
+    return value;
+}
 
-template <> GRASP_DEVICE F16 round_to<F16>(float value) {
+template <>
+GRASP_DEVICE F16 round_to<F16>(float value) {
     F16 result;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
     return result;
 }
 
-template <> GRASP_DEVICE BF16 round_to<BF16>(float value) {
+template <>
+GRASP_DEVICE BF16 round_to<BF16>(float value) {
     BF16 result;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
     return result;
@@ -89,16 +96,23 @@ GRASP_DEVICE Chunk load_hidden(const float *from) {
 
 GRASP_DEVICE Chunk load_chunk(const void *from) { return *static_cast<const Chunk *>(from); }
 
-template <class T> GRASP_DEVICE T load(const T *from) { return *from; }
+template <class T>
+GRASP_DEVICE T load(const T *from) {
+    return *from;
+}
 
-template <class T> GRASP_DEVICE void store(T *to, T value) { *to = value; }
+template <class T>
+GRASP_DEVICE void store(T *to, T value) {
+    *to = value;
+}
 
 // --- tensor cores ----------------------------------------------------------------------------------------------------
 
-#define GRASP_MMA(TYPE)                                                                                             \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 "                                              \
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                           \
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                                \
+#define GRASP_MMA(TYPE)                                                   \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE            \
+        ".f32 "                                                           \
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])      \
         : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]))
 
 // sums += left · right, [16, 16] by [16, 8], fragments as PTX lays them out for mma.m16n8k16.

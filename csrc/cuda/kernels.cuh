@@ -15,12 +15,16 @@ constexpr int MIN_BLOCKS = 2;                   // of a processor: so many are t
 constexpr int RANK_TILE = 16, WIDTH_TILE = 32;  // columns of h and of y that a block computes at once
 
 // Chunks of a weight's row that a lane loads at once; multiply-adds of many rows leave fewer registers for them.
-template <class T, int ROWS> constexpr int SHRINK_STEPS = sizeof(T) == 4 && ROWS > 8 ? 2 : 4;
-template <class T> constexpr int SPLIT_GRANULE = WARPS * SHRINK_STEPS<T, 1> * STEP<T>;  // elements of K: whole stages
-template <class T, int ROWS> constexpr int EXPAND_STEPS = SHRINK_STEPS<T, ROWS> / 2;
+template <class T, int ROWS>
+constexpr int SHRINK_STEPS = sizeof(T) == 4 && ROWS > 8 ? 2 : 4;
+template <class T>
+constexpr int SPLIT_GRANULE = WARPS * SHRINK_STEPS<T, 1> * STEP<T>;  // elements of K: whole stages
+template <class T, int ROWS>
+constexpr int EXPAND_STEPS = SHRINK_STEPS<T, ROWS> / 2;
 
 // Every block of the expand reads all partial sums, so that more rows have fewer of them.
-template <int ROWS> constexpr int MAX_SPLITS = ROWS > 8 ? 4 : 8;
+template <int ROWS>
+constexpr int MAX_SPLITS = ROWS > 8 ? 4 : 8;
 
 struct Member {
     const void *U, *Vh, *s, *bias;  // s and bias may be null
@@ -48,7 +52,8 @@ GRASP_DEVICE const Member &member_of(const Problem &problem, int32_t Member::*fi
     return problem.members[index];
 }
 
-template <class T> GRASP_DEVICE float scale(const Member &member, int column) {
+template <class T>
+GRASP_DEVICE float scale(const Member &member, int column) {
     if (column >= member.R) return 0;
     return member.s_is_float ? load(static_cast<const float *>(member.s) + column)
                              : to_float(load(static_cast<const T *>(member.s) + column));
@@ -56,7 +61,8 @@ template <class T> GRASP_DEVICE float scale(const Member &member, int column) {
 
 // --- shrink ----------------------------------------------------------------------------------------------------------
 
-template <class T, int ROWS, bool VECTOR> GRASP_DEVICE void shrink(const Problem &problem, int task) {
+template <class T, int ROWS, bool VECTOR>
+GRASP_DEVICE void shrink(const Problem &problem, int task) {
     using Tile = Product<T, ROWS, RANK_TILE / 8, SHRINK_STEPS<T, ROWS>, VECTOR>;
     const int tile = task % problem.rank_tiles, split = task / problem.rank_tiles;
     const Member &member = member_of(problem, &Member::rank_tile, tile);
@@ -81,7 +87,8 @@ template <class T, int ROWS, bool VECTOR> GRASP_DEVICE void shrink(const Problem
 
 // --- expand ----------------------------------------------------------------------------------------------------------
 
-template <class T, int ROWS, bool VECTOR> struct Expand {
+template <class T, int ROWS, bool VECTOR>
+struct Expand {
     using Tile = Product<T, ROWS, WIDTH_TILE / 8, EXPAND_STEPS<T, ROWS>, VECTOR>;
     static constexpr int PITCH = Tile::STAGE + STEP<T>;  // so that the rows of a fragment are on different banks
 
@@ -142,7 +149,8 @@ template <class T, int ROWS, bool VECTOR> struct Expand {
     }
 
     // 4 columns of a row of h, zeros where there are none.
-    template <int SPLITS> GRASP_DEVICE void load_partials(Chunk (&partials)[SPLITS], int row, int k) const {
+    template <int SPLITS>
+    GRASP_DEVICE void load_partials(Chunk (&partials)[SPLITS], int row, int k) const {
         const int64_t columns = int64_t{RANK_TILE} * problem.rank_tiles, stride = problem.M * columns;
         const bool exists = row < problem.M && k < (member.R + RANK_TILE - 1) / RANK_TILE * RANK_TILE;
         const int splits = exists ? problem.splits : 0;
@@ -154,7 +162,8 @@ template <class T, int ROWS, bool VECTOR> struct Expand {
         }
     }
 
-    template <int SPLITS> GRASP_DEVICE void put_four(T *to, const Chunk (&partials)[SPLITS], int k) const {
+    template <int SPLITS>
+    GRASP_DEVICE void put_four(T *to, const Chunk (&partials)[SPLITS], int k) const {
         float sums[4] = {};
 #pragma unroll
         for (int split = 0; split < SPLITS; ++split) {
@@ -175,7 +184,8 @@ template <class T, int ROWS, bool VECTOR> struct Expand {
         *reinterpret_cast<Chunk *>(to) = chunk;
     }
 
-    template <class Half> static GRASP_DEVICE void store_four(Half *to, const float (&values)[4]) {
+    template <class Half>
+    static GRASP_DEVICE void store_four(Half *to, const float (&values)[4]) {
         uint32_t *words = reinterpret_cast<uint32_t *>(to);
         words[0] = pack<Half>(values[0], values[1]);
         words[1] = pack<Half>(values[2], values[3]);

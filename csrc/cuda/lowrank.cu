@@ -37,14 +37,14 @@ grasp_status cuda_failure(const char *call, cudaError_t error) {
     return fail(GRASP_CUDA_ERROR, "%s: %s (%s)", call, cudaGetErrorString(error), cudaGetErrorName(error));
 }
 
-#define GRASP_TRY(EXPRESSION)                                                       \
-    do {                                                                            \
-        if (const grasp_status status = (EXPRESSION)) return status;                \
+#define GRASP_TRY(EXPRESSION)                                        \
+    do {                                                             \
+        if (const grasp_status status = (EXPRESSION)) return status; \
     } while (false)
 
-#define GRASP_TRY_CUDA(CALL, ...)                                                               \
-    do {                                                                                        \
-        if (const cudaError_t error = CALL(__VA_ARGS__)) return cuda_failure(#CALL, error);     \
+#define GRASP_TRY_CUDA(CALL, ...)                                                           \
+    do {                                                                                    \
+        if (const cudaError_t error = CALL(__VA_ARGS__)) return cuda_failure(#CALL, error); \
     } while (false)
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -127,9 +127,8 @@ Variants variants_of(int32_t dtype) {
 
 const Variant &choose(int32_t dtype, int64_t rows, bool aligned) {
     const Variants all = variants_of(dtype);
-    return *std::find_if(all.begin, all.end, [&](const Variant &variant) {
-        return variant.rows >= rows && (aligned || !variant.vector);
-    });
+    return *std::find_if(all.begin, all.end,
+                         [&](const Variant &variant) { return variant.rows >= rows && (aligned || !variant.vector); });
 }
 
 // Whether rows start at multiples of 16 bytes and consist of such.
@@ -171,10 +170,19 @@ Problem lay_out(const grasp_input &x, const grasp_factors *groups, int64_t count
     problem.count = static_cast<int32_t>(count);
     for (int64_t i = 0; i < count; ++i) {
         const grasp_factors &group = groups[i];
-        problem.members[i] = {group.U, group.Vh, group.s, group.bias, group.y,
-                              group.U_stride, group.Vh_stride, x.M > 1 ? group.y_stride : 0,
-                              static_cast<int32_t>(group.N), static_cast<int32_t>(group.R),
-                              problem.rank_tiles, problem.width_tiles, group.s_dtype == GRASP_F32};
+        problem.members[i] = {group.U,
+                              group.Vh,
+                              group.s,
+                              group.bias,
+                              group.y,
+                              group.U_stride,
+                              group.Vh_stride,
+                              x.M > 1 ? group.y_stride : 0,
+                              static_cast<int32_t>(group.N),
+                              static_cast<int32_t>(group.R),
+                              problem.rank_tiles,
+                              problem.width_tiles,
+                              group.s_dtype == GRASP_F32};
         problem.rank_tiles += static_cast<int32_t>(ceil_div(group.R, RANK_TILE));
         problem.width_tiles += static_cast<int32_t>(ceil_div(group.N, WIDTH_TILE));
     }
@@ -209,8 +217,8 @@ grasp_status launch(const char *what, const void *kernel, int64_t blocks, const 
 
 grasp_status launch_pair(const Variant &shrink, const Variant &expand, const Problem &problem, cudaStream_t stream,
                          bool dependent) {
-    GRASP_TRY(launch("launch of lowrank_shrink_kernel", shrink.shrink,
-                     int64_t{problem.rank_tiles} * problem.splits, problem, stream, cudaLaunchAttributeIgnore));
+    GRASP_TRY(launch("launch of lowrank_shrink_kernel", shrink.shrink, int64_t{problem.rank_tiles} * problem.splits,
+                     problem, stream, cudaLaunchAttributeIgnore));
     return launch("launch of lowrank_expand_kernel", expand.expand, problem.width_tiles, problem, stream,
                   dependent ? cudaLaunchAttributeProgrammaticStreamSerialization : cudaLaunchAttributeIgnore);
 }

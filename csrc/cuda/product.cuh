@@ -12,18 +12,22 @@ constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
 constexpr int MAX_ROWS = 16;
 
-template <class T> constexpr int CHUNK = 16 / sizeof(T);  // elements
-template <class T> constexpr int STEP = 4 * CHUNK<T>;     // elements of a row that a warp multiplies at once
+template <class T>
+constexpr int CHUNK = 16 / sizeof(T);  // elements
+template <class T>
+constexpr int STEP = 4 * CHUNK<T>;  // elements of a row that a warp multiplies at once
 
 GRASP_DEVICE int warp() { return thread_index() / 32; }
 GRASP_DEVICE int lane_row() { return thread_index() % 32 / 4; }
 GRASP_DEVICE int lane_place() { return thread_index() % 4; }
 
-template <class T> GRASP_DEVICE Pair unpack(uint32_t word) {
+template <class T>
+GRASP_DEVICE Pair unpack(uint32_t word) {
     return {to_float(T{static_cast<uint16_t>(word)}), to_float(T{static_cast<uint16_t>(word >> 16)})};
 }
 
-template <class T> GRASP_DEVICE uint32_t pack(float low, float high) {
+template <class T>
+GRASP_DEVICE uint32_t pack(float low, float high) {
     return round_to<T>(low).bits | static_cast<uint32_t>(round_to<T>(high).bits) << 16;
 }
 
@@ -37,7 +41,8 @@ GRASP_DEVICE Chunk gather(const float *from, int count) {
     return chunk;
 }
 
-template <class T> GRASP_DEVICE Chunk gather(const T *from, int count) {
+template <class T>
+GRASP_DEVICE Chunk gather(const T *from, int count) {
     Chunk chunk = {};
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
@@ -49,12 +54,14 @@ template <class T> GRASP_DEVICE Chunk gather(const T *from, int count) {
 // --- sums of a warp --------------------------------------------------------------------------------------------------
 
 // [ROWS, 8 · TILES] in tensor-core fragments, for 16-bit elements.
-template <class T, int ROWS, int TILES> struct Sums {
+template <class T, int ROWS, int TILES>
+struct Sums {
     static_assert(ROWS == 8 || ROWS == 16, "the rows of half a fragment, or a whole one");
     float values[TILES][4] = {};
 
     // Add the products of one step; left(row) is a lane's chunk of that row.
-    template <class Left> GRASP_DEVICE void add(const Left &left, const Chunk (&right)[TILES]) {
+    template <class Left>
+    GRASP_DEVICE void add(const Left &left, const Chunk (&right)[TILES]) {
         const Chunk top = left(lane_row()), bottom = ROWS == 16 ? left(lane_row() + 8) : Chunk{};
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
@@ -79,10 +86,12 @@ template <class T, int ROWS, int TILES> struct Sums {
 };
 
 // The same in multiply-adds, for floats: a lane has all rows of the columns of its own row of each tile.
-template <int ROWS, int TILES> struct Sums<float, ROWS, TILES> {
+template <int ROWS, int TILES>
+struct Sums<float, ROWS, TILES> {
     float values[TILES][ROWS] = {};
 
-    template <class Left> GRASP_DEVICE void add(const Left &left, const Chunk (&right)[TILES]) {
+    template <class Left>
+    GRASP_DEVICE void add(const Left &left, const Chunk (&right)[TILES]) {
 #pragma unroll
         for (int m = 0; m < ROWS; ++m) {
             const Chunk chunk = left(m);
@@ -112,7 +121,8 @@ template <int ROWS, int TILES> struct Sums<float, ROWS, TILES> {
 
 // --- the product of a block ------------------------------------------------------------------------------------------
 
-template <class T> struct Weight {
+template <class T>
+struct Weight {
     const T *data;
     int64_t stride;
     int rows, columns;
@@ -120,11 +130,12 @@ template <class T> struct Weight {
 
 // STEPS: what a warp has in flight at once, and once more while that is multiplied. VECTOR: rows and columns are such
 // that a chunk is aligned and either inside or outside; without, elements are loaded one by one.
-template <class T, int ROWS, int TILES, int STEPS, bool VECTOR> struct Product {
-    static constexpr int COLUMNS = 8 * TILES;                 // of the result: rows of the weight
-    static constexpr int STAGE = WARPS * STEPS * STEP<T>;     // elements of the summed dimension
-    static constexpr int PITCH = COLUMNS + 8;                 // so that the rows of a fragment are on different banks
-    static constexpr int SHARED = WARPS * ROWS * PITCH * 4;   // bytes
+template <class T, int ROWS, int TILES, int STEPS, bool VECTOR>
+struct Product {
+    static constexpr int COLUMNS = 8 * TILES;                // of the result: rows of the weight
+    static constexpr int STAGE = WARPS * STEPS * STEP<T>;    // elements of the summed dimension
+    static constexpr int PITCH = COLUMNS + 8;                // so that the rows of a fragment are on different banks
+    static constexpr int SHARED = WARPS * ROWS * PITCH * 4;  // bytes
     static_assert(THREADS % COLUMNS == 0, "a thread finishes one column");
 
     Weight<T> weight;
@@ -161,7 +172,8 @@ template <class T, int ROWS, int TILES, int STEPS, bool VECTOR> struct Product {
 
     // Multiply the stage that was fetched and fetch the next one. left(row, k) is 16 bytes of a row from element k on,
     // adjust(chunk, k) may change a weight's.
-    template <class Left, class Adjust> GRASP_DEVICE void multiply(int stage, const Left &left, const Adjust &adjust) {
+    template <class Left, class Adjust>
+    GRASP_DEVICE void multiply(int stage, const Left &left, const Adjust &adjust) {
         Chunk now[STEPS][TILES];
 #pragma unroll
         for (int j = 0; j < STEPS; ++j) {
@@ -179,7 +191,8 @@ template <class T, int ROWS, int TILES, int STEPS, bool VECTOR> struct Product {
     }
 
     // Add up the warps' sums, in their order, and hand each to finish(row, sum), for the thread's column.
-    template <class Finish> GRASP_DEVICE void finish(int rows, const Finish &finish) const {
+    template <class Finish>
+    GRASP_DEVICE void finish(int rows, const Finish &finish) const {
         float *all = static_cast<float *>(shared_memory<SHARED, 0>());
         sync_block();  // an earlier product's sums may still be being read
         sums.put(all + warp() * ROWS * PITCH, PITCH, rows);

@@ -14,8 +14,12 @@ struct Variant {
 // The last serves every call; of the others, those with fewer rows come first.
 extern const Variant variants_f32[4], variants_f16[3], variants_bf16[3];
 
-template <class T, int ROWS, bool VECTOR> Variant variant() {
-    return {ROWS, MAX_SPLITS<ROWS>, VECTOR, reinterpret_cast<const void *>(&lowrank_shrink_kernel<T, ROWS, VECTOR>),
+template <class T, int ROWS, bool VECTOR>
+Variant variant() {
+    return {ROWS,
+            MAX_SPLITS<ROWS>,
+            VECTOR,
+            reinterpret_cast<const void *>(&lowrank_shrink_kernel<T, ROWS, VECTOR>),
             reinterpret_cast<const void *>(&lowrank_expand_kernel<T, ROWS, VECTOR>),
             reinterpret_cast<const void *>(&lowrank_cooperative_kernel<T, ROWS, VECTOR>)};
 }

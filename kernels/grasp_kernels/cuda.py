@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.counters import counters, on_device
+from grasp_kernels.extension import DTYPES, Tensors, in_place, pointers
 from grasp_kernels.reference import Factors
 
 PATHS = {"auto": 0, "pair": 1, "dependent": 2, "cooperative": 3}  # grasp_cuda_path in csrc/lowrank.h
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # grasp_dtype
+_RANK = 9  # its place in what `pointers` gives
 
 _workspaces: dict[tuple[int, int], Tensor] = {}  # (device, stream) → bytes
 
 
 def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None) -> Tensor:
     """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). The arguments and result of ``reference.lowrank_linear``."""
-    return run(x, [Factors(U, s, Vh, bias)])[0]
+    return run(x, ((U, s, Vh, bias),))[0]
 
 
 def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
@@ -33,12 +34,12 @@ def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors]) -> list[Tensor
     return run(x, factors)
 
 
-def run(x: Tensor, factors: Sequence[Factors], *, path: str = "auto", splits: int = 0) -> list[Tensor]:
+def run(x: Tensor, factors: Sequence[Tensors], *, path: str = "auto", splits: int = 0) -> list[Tensor]:
     """Run a call with a given kernel.
 
     Args:
         x: (M, K), M at most 16; fp32, fp16 or bf16 on a CUDA device.
-        factors: of x's dtype, on its device; s may be fp32. Those without a unit inner stride are copied first.
+        factors: of x's dtype, on its device; s may be fp32. What the kernels cannot read in place is copied first.
         path: one of ``PATHS``; ``"auto"`` is the pair, dependent where the card can.
         splits: of K, each a partial sum of h; 0 makes as many as the card has room for.
 
@@ -47,18 +48,19 @@ def run(x: Tensor, factors: Sequence[Factors], *, path: str = "auto", splits: in
         RuntimeError: if the card cannot run the path, or a CUDA call fails; the message has CUDA's.
     """
     rows, K = x.shape
-    outputs = [x.new_empty(rows, group.U.shape[0]) for group in factors]
+    outputs = [x.new_empty(rows, group[0].shape[0]) for group in factors]
     if rows == 0:
         return outputs
-    x, factors = _unit_stride(x), [Factors(*map(_unit_stride, group)) for group in factors]
-    groups = tuple(map(_pointers, factors, outputs))
-    size = _workspace_bytes(rows, tuple(group.U.shape[1] for group in factors))
+    x, stride = in_place(x)
+    taken = [pointers(group, output) for group, output in zip(factors, outputs, strict=True)]
+    groups = tuple([group for group, _ in taken])  # `taken` keeps copies alive that they point to
+    size = _workspace_bytes(rows, tuple([group[_RANK] for group in groups]))
     with on_device(x.device):
         _load(x.device)
         stream, workspace = _workspace(x.device, size)
         barrier = counters(x.device, 1).data_ptr() if path == "cooperative" else 0
         where = (stream, workspace.data_ptr(), workspace.numel(), barrier)
-        _module().run(x.data_ptr(), x.stride(0), rows, K, _DTYPES[x.dtype], groups, *where, PATHS[path], splits)
+        _module().run(x.data_ptr(), stride, rows, K, DTYPES[x.dtype], groups, *where, PATHS[path], splits)
     return outputs
 
 
@@ -91,25 +93,3 @@ def _workspace(device: torch.device, size: int) -> tuple[int, Tensor]:
     if held is None or held.numel() < size:
         held = _workspaces[device.index, stream] = torch.empty(size, dtype=torch.uint8, device=device)
     return stream, held
-
-
-def _pointers(factors: Factors, output: Tensor) -> tuple[int, ...]:
-    """What the module takes for a group: see csrc/groups.h."""
-    U, s, Vh, bias = factors
-    return (
-        U.data_ptr(),
-        0 if s is None else s.data_ptr(),
-        Vh.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        output.data_ptr(),
-        U.stride(0),
-        Vh.stride(0),
-        output.stride(0),
-        *U.shape,
-        0 if s is None else _DTYPES[s.dtype],
-    )
-
-
-def _unit_stride(tensor: Tensor | None) -> Any:
-    """The tensor, or a contiguous copy where its last dimension has gaps."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()

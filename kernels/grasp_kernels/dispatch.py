@@ -52,15 +52,9 @@ CUDA_ROWS = 16  # GRASP_CUDA_MAX_ROWS in csrc/lowrank.h
 
 
 def _cuda_missing() -> str | None:
-    if importlib.util.find_spec("grasp_kernels._cuda") is None:
-        return "its module was not built: that takes nvcc when the package is installed, GRASP_BUILD_CUDA=1 demands it"
     if torch.version.cuda is None or not torch.cuda.is_available():
         return "there is no CUDA GPU"
-    try:
-        importlib.import_module("grasp_kernels._cuda")
-    except ImportError as error:
-        return f"its module does not load: {error}"
-    return None
+    return module_missing("grasp_kernels._cuda", "nvcc")
 
 
 def _cuda_refuses(call: Call) -> str | None:

@@ -17,10 +17,13 @@ def built_emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 
 @pytest.fixture
 def emulator(built_emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    """The emulated module in place of the real one; memory for h is NaN, exactly as long as asked for."""
+    """The emulated module in place of the real one; memory for h is NaN, and what is behind it must stay so."""
+    behind: list[Tensor] = []
+
     def workspace(device: torch.device, size: int) -> tuple[int, Tensor]:
-        nans = torch.full((size // 4 + 4,), torch.nan)
+        nans = torch.full((size // 4 + (1 << 16),), torch.nan)
         start = -nans.data_ptr() % 16
+        behind.append(nans[(start + size) // 4 :])
         return STREAM, nans.view(torch.uint8)[start : start + size]
 
     monkeypatch.setattr(cuda, "_module", lambda: built_emulator)
@@ -31,5 +34,6 @@ def emulator(built_emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Itera
     built_emulator.configure()
     built_emulator.barrier.zero_()
     yield built_emulator
+    assert all(rest.isnan().all() for rest in behind)
     for cached in (cuda._load, cuda._workspace_bytes):
         cached.cache_clear()

@@ -139,6 +139,35 @@ def test_infinities_reach_the_outputs_they_belong_to_and_no_others(emulator: Emu
     assert y[1].tolist() == [torch.inf] * 8
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", ["pair", "cooperative"])
+def test_aligned_rows_may_have_any_length(emulator: Emulator, dtype: torch.dtype, path: str) -> None:
+    generator = seeded()
+    x = normal((3, 64), generator, dtype=dtype)[:, :61]
+    group = factors(40, 64, 16, generator, s=True, bias=True, dtype=dtype)
+    group = Factors(group.U[:, :13], group.s[:13], group.Vh[:13, :61], group.bias)
+    outputs = cuda.run(x, [group], path=path)
+    emulator.finish()
+    check(outputs, x, [group])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shifted", ["x", "U", "Vh"])
+def test_a_matrix_may_start_anywhere(emulator: Emulator, dtype: torch.dtype, shifted: str) -> None:
+    def moved(name: str, tensor: Tensor) -> Tensor:
+        if name != shifted:
+            return tensor
+        return torch.cat([tensor.new_full((1,), torch.nan), tensor.flatten()])[1:].view(tensor.shape)
+
+    generator = seeded()
+    x = moved("x", normal((3, 64), generator, dtype=dtype))
+    group = factors(40, 64, 16, generator, s=True, bias=True, dtype=dtype)
+    group = group._replace(U=moved("U", group.U), Vh=moved("Vh", group.Vh))
+    outputs = cuda.run(x, [group])
+    emulator.finish()
+    check(outputs, x, [group])
+
+
 def test_without_rows_nothing_is_launched(emulator: Emulator) -> None:
     group = factors(24, 64, 5, seeded(), s=True, bias=True, dtype=torch.float32)
     (y,) = cuda.run(torch.empty(0, 64), [group])
@@ -219,15 +248,15 @@ def test_what_a_machine_may_lack(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> None:
         raise ImportError("undefined symbol")
 
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "was not built" in str(ROW.missing())
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.version, "cuda", None)
     assert ROW.missing() == "there is no CUDA GPU"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert ROW.missing() == "there is no CUDA GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert ROW.missing() == "its module was not built; that takes nvcc when the package is installed"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib, "import_module", broken)
     assert ROW.missing() == "its module does not load: undefined symbol"
     monkeypatch.setattr(importlib, "import_module", lambda name: object())

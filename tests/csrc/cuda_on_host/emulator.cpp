@@ -1,8 +1,9 @@
-// A CUDA device on the CPU, for kernels of csrc/cuda: threads are fibers, blocks run in waves, launches in stream order.
+// A CUDA device on the CPU, for kernels of csrc/cuda: threads are fibers, blocks run in waves, launches in order.
 //
-// It is unkind where CUDA may be: fibers run in the order of a seed, a kernel launched as a dependent runs as far as it
-// gets before the one it depends on begins, shared memory starts as NaN, device memory may be touched only where the
-// call's matrices are, and threads that wait for what cannot happen are a fault, not a hang.
+// It is unkind where CUDA may be: a warp runs as far as it gets before the next one does, in an order that a seed
+// gives; a kernel launched as a dependent runs as far as it gets before the one it depends on begins; shared memory
+// starts as NaN; device memory may be touched only where the call's matrices are; and threads that wait for what cannot
+// happen are a fault, not a hang.
 #include "emulator.h"
 
 #include <algorithm>
@@ -56,12 +57,15 @@ class Shared {
         for (Chunk &chunk : chunks_) chunk = NANS;
     }
     void *data() { return chunks_.data(); }
-    bool intact() const { return std::memcmp(&chunks_[bytes / sizeof(Chunk)], &NANS, sizeof NANS) == 0; }
+    bool intact() const {
+        return std::all_of(chunks_.end() - GUARD, chunks_.end(),
+                           [](const Chunk &chunk) { return std::memcmp(&chunk, &NANS, sizeof NANS) == 0; });
+    }
     const int tag;
     const size_t bytes;
 
   private:
-    static constexpr size_t GUARD = 16;
+    static constexpr int GUARD = 512;  // chunks
     static constexpr Chunk NANS = {{0x7fc07fc0, 0x7fc07fc0, 0x7fc07fc0, 0x7fc07fc0}};
     std::vector<Chunk> chunks_;
 };
@@ -166,22 +170,15 @@ class Wave {
                 fibers_.back()->thread = t;
             }
         }
-        order_ = order(static_cast<int>(fibers_.size()));
+        warps_ = order(static_cast<int>(fibers_.size()) / 32);
     }
 
     bool run() {
         grid = &grid_;
-        bool moved = true, waiting = true;
-        while (moved && waiting) {
-            moved = waiting = false;
-            for (const int place : order_) {
-                Fiber &next = *fibers_[place];
-                if (next.done) continue;
-                waiting = true;
-                if (next.awaited && *next.awaited == next.seen) continue;
-                next.awaited = nullptr;
-                resume(next);
-                moved = true;
+        for (bool moved = true; moved;) {
+            moved = false;
+            for (const int warp : warps_) {
+                while (advance(warp)) moved = true;
             }
         }
         grid = nullptr;
@@ -190,14 +187,28 @@ class Wave {
                 if (!shared->intact()) report("a store is outside of shared memory");
             }
         }
-        return !waiting;
+        return std::all_of(fibers_.begin(), fibers_.end(), [](const auto &fiber) { return fiber->done; });
     }
 
   private:
+    // Resume each lane of a warp that can go on; false where there is none.
+    bool advance(int warp) {
+        bool moved = false;
+        for (const int lane : lanes_) {
+            Fiber &next = *fibers_[32 * warp + lane];
+            if (next.done || (next.awaited && *next.awaited == next.seen)) continue;
+            next.awaited = nullptr;
+            resume(next);
+            moved = true;
+        }
+        return moved;
+    }
+
     Grid &grid_;
     std::vector<std::unique_ptr<Block>> blocks_;
     std::vector<std::unique_ptr<Fiber>> fibers_;
-    std::vector<int> order_;
+    const std::vector<int> lanes_ = order(32);
+    std::vector<int> warps_;
 };
 
 void run(Grid &whole, std::unique_ptr<Grid> before) {
@@ -277,7 +288,7 @@ bool may_touch(const void *at, size_t bytes, size_t alignment, bool writes) {
     for (const Region &region : grid->regions) {
         if ((region.writable || !writes) && is_inside(region, static_cast<const char *>(at), bytes)) return true;
     }
-    report(std::string(writes ? "a store" : "a load") + " of " + std::to_string(bytes) + " bytes is outside of the matrices");
+    report((writes ? "a store of " : "a load of ") + std::to_string(bytes) + " bytes is outside of the matrices");
     return false;
 }
 
@@ -310,7 +321,7 @@ bool emulator::may_write(const void *to, size_t bytes) { return may_touch(to, by
 const float *emulator::exchange(const float *values, int count) {
     Warp &warp = fiber->block->warps[fiber->thread / 32];
     const uint32_t crossing = warp.crossings;
-    float(&slots)[32][EXCHANGED] = warp.slots[crossing % 2];
+    float (&slots)[32][EXCHANGED] = warp.slots[crossing % 2];
     std::memcpy(slots[fiber->thread % 32], values, count * sizeof(float));
     if (++warp.arrived == 32) {
         warp.arrived = 0;
@@ -337,7 +348,7 @@ void emulator::wait_for_dependency() {
 }
 
 uint32_t emulator::add(uint32_t *word, uint32_t value) {
-    if (word != grid->problem.barrier || !grid->cooperative) report("an atomic outside of a cooperative launch's barrier");
+    if (word != grid->problem.barrier || !grid->cooperative) report("an atomic is not a cooperative launch's barrier");
     const uint32_t before = *word;
     *word += value;
     return before;
@@ -386,8 +397,9 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *ke
     if (blocks < 1 || found.kind < 0) return cudaErrorInvalidConfiguration;
     if (cooperative && blocks > settings.processors * settings.occupancy) return cudaErrorCooperativeLaunchTooLarge;
     launches.push_back({found.kind, blocks, attribute, config->stream});
-    std::unique_ptr<Grid> next(new Grid{reinterpret_cast<void (*)(Problem)>(const_cast<void *>(kernel)), problem, blocks,
-                                        threads, cooperative, dependent, regions_of(problem, found)});
+    const auto function = reinterpret_cast<void (*)(Problem)>(const_cast<void *>(kernel));
+    std::unique_ptr<Grid> next(
+        new Grid{function, problem, blocks, threads, cooperative, dependent, regions_of(problem, found)});
     if (dependent && pending) {
         run(*next, std::move(pending));
     } else {
@@ -398,8 +410,22 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *ke
 }
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
-const char *cudaGetErrorName(cudaError_t error) { return error == cudaErrorNoDevice ? "cudaErrorNoDevice" : "cudaError"; }
-const char *cudaGetErrorString(cudaError_t error) { return error == cudaErrorNoDevice ? "no device" : "an error"; }
+
+const char *cudaGetErrorName(cudaError_t error) {
+    switch (error) {
+        case cudaErrorNoDevice: return "cudaErrorNoDevice";
+        case cudaErrorCooperativeLaunchTooLarge: return "cudaErrorCooperativeLaunchTooLarge";
+        default: return "cudaErrorInvalidConfiguration";
+    }
+}
+
+const char *cudaGetErrorString(cudaError_t error) {
+    switch (error) {
+        case cudaErrorNoDevice: return "no device";
+        case cudaErrorCooperativeLaunchTooLarge: return "too many blocks";
+        default: return "a grid that cannot be";
+    }
+}
 
 // --- for the tests ---------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,10 @@ inline int thread_index() { return emulator::thread_index(); }
 inline int block_index() { return emulator::block_index(); }
 inline int block_count() { return emulator::block_count(); }
 
-template <int BYTES, int TAG> void *shared_memory() { return emulator::shared_memory(TAG, BYTES); }
+template <int BYTES, int TAG>
+void *shared_memory() {
+    return emulator::shared_memory(TAG, BYTES);
+}
 
 inline float as_float(uint32_t bits) {
     float value;
@@ -53,22 +56,29 @@ inline float to_float(BF16 value) { return as_float(static_cast<uint32_t>(value.
 
 inline float to_float(F16 value) {
     const int exponent = value.bits >> 10 & 31, fraction = value.bits & 1023;
-    float magnitude = std::ldexp(static_cast<float>(exponent ? fraction + 1024 : fraction), (exponent ? exponent : 1) - 25);
+    const float digits = static_cast<float>(exponent ? fraction + 1024 : fraction);
+    float magnitude = std::ldexp(digits, (exponent ? exponent : 1) - 25);
     if (exponent == 31) magnitude = fraction ? NAN : INFINITY;
     return value.bits >> 15 ? -magnitude : magnitude;
 }
 
-template <class T> T round_to(float value);
+template <class T>
+T round_to(float value);
 
-template <> inline float round_to<float>(float value) { return value; }
+template <>
+inline float round_to<float>(float value) {
+    return value;
+}
 
-template <> inline BF16 round_to<BF16>(float value) {
+template <>
+inline BF16 round_to<BF16>(float value) {
     if (std::isnan(value)) return {0x7fff};
     const uint32_t bits = as_bits(value);
     return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
-template <> inline F16 round_to<F16>(float value) {
+template <>
+inline F16 round_to<F16>(float value) {
     const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
     const float magnitude = std::fabs(value);
     if (std::isnan(value)) return {0x7fff};
@@ -78,7 +88,8 @@ template <> inline F16 round_to<F16>(float value) {
     return {static_cast<uint16_t>(sign | ((exponent + 14) * 1024 + digits))};
 }
 
-template <class T> T read(const void *from, size_t alignment) {
+template <class T>
+T read(const void *from, size_t alignment) {
     T value = {};
     if (emulator::may_read(from, sizeof(T), alignment)) std::memcpy(&value, from, sizeof(T));
     return value;
@@ -87,16 +98,21 @@ template <class T> T read(const void *from, size_t alignment) {
 inline Chunk load_weights(const void *from) { return read<Chunk>(from, 16); }
 inline Chunk load_hidden(const float *from) { return read<Chunk>(from, 16); }
 inline Chunk load_chunk(const void *from) { return read<Chunk>(from, 16); }
-template <class T> T load(const T *from) { return read<T>(from, sizeof(T)); }
+template <class T>
+T load(const T *from) {
+    return read<T>(from, sizeof(T));
+}
 
-template <class T> void store(T *to, T value) {
+template <class T>
+void store(T *to, T value) {
     if (emulator::may_write(to, sizeof(T))) std::memcpy(to, &value, sizeof(T));
 }
 
 // PTX, "Matrix Fragments for mma.m16n8k16": a lane's group is lane / 4, its place lane % 4. Of A it has rows group and
 // group + 8 and columns 2 · place, + 1, + 8 and + 9; of B those rows and column group; of C rows group and group + 8
 // and columns 2 · place and + 1.
-template <class T> void multiply_add(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+template <class T>
+void multiply_add(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
     float own[12];
     for (int i = 0; i < 6; ++i) {
         const uint32_t word = i < 4 ? left[i] : right[i - 4];
