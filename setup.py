@@ -30,7 +30,7 @@ HEADER = CSRC / "lowrank.h"
 ARCHIVE = "libgrasp_lowrank.a"  # the CPU kernels for other programs; shipped beside the modules, with the header
 
 COMPILE = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -Wall -Wextra"
-SANITIZE = "-std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra"
+SANITIZE = "-std=c++17 -O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra"
 # File in csrc/cpu → flags of its instruction set; on a processor other than x86-64 only portable.cpp is compiled.
 X86_FILES = {
     "avx2.cpp": "-mavx2 -mfma -mf16c",
@@ -166,10 +166,7 @@ class BuildWithNinja(build_ext):
         """Run ninja, then copy each module to where setuptools wants it."""
         if self.cxx is None:
             return
-        BUILD.mkdir(parents=True, exist_ok=True)
-        with (BUILD / "build.ninja").open("w") as output:
-            targets = NinjaFile(output, self.cxx, self.nvcc).write()
-        run_ninja(targets)
+        run_ninja(write_ninja_file(self.cxx, self.nvcc))
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             self.mkpath(str(target.parent / "lib"))
@@ -183,6 +180,28 @@ class BuildWithNinja(build_ext):
             package = Path(self.get_finalized_command("build_py").get_package_dir("grasp_kernels"))
             self.mkpath(str(package / "lib"))
             self.copy_file(str(BUILD / ARCHIVE), str(package / "lib" / ARCHIVE))
+
+
+class Sanitize(BuildWithNinja):
+    """Builds and runs the C++ tests of the CPU kernels under the address and undefined behaviour sanitizers."""
+
+    description = "run the C++ tests under the sanitizers"
+
+    def build_extensions(self) -> None:
+        """Run ninja, then the tests; nothing is installed."""
+        if self.cxx is None:
+            raise CompileError("the C++ tests need Linux and a C++ compiler, and found none")
+        write_ninja_file(self.cxx, nvcc=None)
+        run_ninja(["sanitize"])
+        if subprocess.run([str(BUILD / "sanitize")]).returncode != 0:
+            raise CompileError("the C++ tests failed; what they found is above")
+
+
+def write_ninja_file(compiler: str, nvcc: str | None) -> list[str]:
+    """Write build.ninja into ``BUILD``; gives the targets of a plain build."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "build.ninja").open("w") as output:
+        return NinjaFile(output, compiler, nvcc).write()
 
 
 def run_ninja(targets: Sequence[str]) -> None:
@@ -220,5 +239,5 @@ setup(
         Extension(name, sources=[], depends=sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.*")))
         for name in ("grasp_kernels._cpu", "grasp_kernels._cuda")
     ],
-    cmdclass={"build_ext": BuildWithNinja, "build_py": CopyHeader},
+    cmdclass={"build_ext": BuildWithNinja, "build_py": CopyHeader, "sanitize": Sanitize},
 )

@@ -85,10 +85,10 @@ GRASP_EXPORT grasp_status grasp_cpu_lowrank_glu(const grasp_input *x, const gras
 #define GRASP_CUDA_MAX_ROWS 16
 
 typedef enum {
-    GRASP_CUDA_AUTO = 0,        /* the pair: DEPENDENT where the card can, else PAIR */
-    GRASP_CUDA_PAIR = 1,        /* two launches, one after the other */
-    GRASP_CUDA_DEPENDENT = 2,   /* the second starts under the first's tail; compute capability 9.0 and later */
-    GRASP_CUDA_COOPERATIVE = 3  /* one launch with a barrier of the grid */
+    GRASP_CUDA_AUTO = 0,       /* the pair: DEPENDENT where the card can, else PAIR */
+    GRASP_CUDA_PAIR = 1,       /* two launches, one after the other */
+    GRASP_CUDA_DEPENDENT = 2,  /* the second starts under the first's tail; compute capability 9.0 and later */
+    GRASP_CUDA_COOPERATIVE = 3 /* one launch with a barrier of the grid */
 } grasp_cuda_path;
 
 typedef struct {
@@ -112,7 +112,7 @@ GRASP_EXPORT grasp_status grasp_cuda_load(void);
 GRASP_EXPORT grasp_status grasp_cuda_lowrank_linear(const grasp_input *x, const grasp_factors *groups, int64_t count,
                                                     const grasp_cuda_options *options);
 
-/* Why the calling thread's last call failed: what was got and what was expected, or which CUDA call gave which error. */
+/* Why the calling thread's last call failed: what was got and expected, or which CUDA call gave which error. */
 GRASP_EXPORT const char *grasp_cuda_message(void);
 
 #ifdef __cplusplus

@@ -7,18 +7,13 @@
 namespace grasp {
 namespace {
 
-inline VF broadcast(float value) { return VF{} + value; }
-
-inline VF clamp(VF x, float low, float high) {
-    const VF lowest = broadcast(low), highest = broadcast(high);
-    x = x < lowest ? lowest : x;  // NaN compares false and stays
-    return x > highest ? highest : x;
-}
-
-// e^x to 2 units in the last place, for x clamped to where the result is a normal float: 2^n · e^r with |r| ≤ ln(2)/2,
-// and e^r by its Taylor series to the 7th power.
+// e^x to 2 units in the last place: 2^n · e^r with |r| ≤ ln(2)/2, and e^r by its Taylor series to the 7th power.
+// Infinite past the largest float; below the smallest normal one, that.
 inline VF exponential(VF x) {
-    x = clamp(x, -87.0f, 88.0f);
+    const VF lowest = broadcast(-87.0f), highest = broadcast(88.72f);
+    const auto overflows = x > highest;
+    x = x < lowest ? lowest : x;  // NaN compares false and stays
+    x = overflows ? highest : x;
     const VF magic = broadcast(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer, in the low bits
     const VF shifted = x * 1.44269504f + magic;
     const VF n = shifted - magic;
@@ -31,7 +26,8 @@ inline VF exponential(VF x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    return bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
+    const VF power = bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
+    return overflows ? broadcast(__builtin_inff()) : power;
 }
 
 struct Silu {

@@ -17,7 +17,7 @@ struct Widen {
     using Loaded = VF;
     static constexpr int STEP = W;
     static Loaded load(const T *w) { return grasp::load(w); }
-    static VF multiply(VF acc, Loaded w, const float *x) { return acc + w * grasp::load(x); }
+    static VF multiply(VF acc, Loaded w, const float *x) { return multiply_add(w, grasp::load(x), acc); }
     static void pack(const T *x, float *packed) { store(packed, grasp::load(x)); }
     static void put(float *packed, int64_t index, float value) { packed[index] = value; }
 };
@@ -36,8 +36,8 @@ struct SplitPairs {
         return {bits_to_float(pairs << 16), bits_to_float(pairs & 0xffff0000)};
     }
     static VF multiply(VF acc, Loaded w, const float *x) {
-        acc += w.even * grasp::load(x);
-        return acc + w.odd * grasp::load(x + W);
+        acc = multiply_add(w.even, grasp::load(x), acc);
+        return multiply_add(w.odd, grasp::load(x + W), acc);
     }
     static void pack(const BF16 *x, float *packed) {
         const Loaded split = load(x);
@@ -117,7 +117,9 @@ struct Dot {
         };
         for (int64_t k = 0; k < whole; k += STEP) step(k, [](const Element *at) { return Policy::load(at); });
         if (whole < depth) step(whole, [&](const Element *at) { return load_part(at, depth - whole); });
+#pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
             for (int m = 0; m < M; ++m) sums[m * W + r] = acc[r][m];
         }
     }

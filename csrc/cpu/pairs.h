@@ -12,9 +12,7 @@ struct Pairs {
     static constexpr int PER_UNIT = 2, PADDING = 16;
 
     // n elements, two to a lane; lanes past the last are zero, and so is its upper half where n is odd.
-    static VF load(const BF16 *p, int64_t n) {
-        return n < 2 * W ? read_part<VF>(p, n * 2) : read<VF>(p);
-    }
+    static VF load(const BF16 *p, int64_t n) { return n < 2 * W ? read_part<VF>(p, n * 2) : read<VF>(p); }
 
     static VF multiply(VF acc, uint32_t w, VF x) {
         return (VF)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(w), (__m512bh)x);

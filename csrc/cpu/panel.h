@@ -19,7 +19,7 @@ struct Single {
     static constexpr int PER_UNIT = 1, PADDING = 1;
     // n ≤ W elements, as units in the lanes.
     static VF load(const T *p, int64_t n) { return n < W ? load_part(p, n) : grasp::load(p); }
-    static VF multiply(VF acc, float w, VF x) { return acc + w * x; }
+    static VF multiply(VF acc, float w, VF x) { return multiply_add(broadcast(w), x, acc); }
     // Element `index` of the rows of a panel.
     static void put(float *panel, int64_t index, VF value) { store(panel + index * W, value); }
 };
@@ -66,7 +66,8 @@ struct Panels {
         const int64_t lanes = panels_of(M) * W;
         for (int64_t r = 0; r < rows; ++r) {
             const VF factor = broadcast(scale ? scale[r] : 1.0f), term = broadcast(shift ? shift[r] : 0.0f);
-            for (int64_t at = r * lanes; at < (r + 1) * lanes; at += W) store(tile + at, load(tile + at) * factor + term);
+            for (int64_t at = r * lanes; at < (r + 1) * lanes; at += W)
+                store(tile + at, load(tile + at) * factor + term);
         }
     }
 
@@ -114,7 +115,7 @@ struct Panel : Panels<Policy, 2 * ACCUMULATORS> {
     using Element = typename Policy::Element;
     using Unit = typename Policy::Unit;
     static constexpr int PER_UNIT = Policy::PER_UNIT;
-    static constexpr int64_t BLOCK = 256, PITCH = BLOCK + 16;            // units of a weight row at a time
+    static constexpr int64_t BLOCK = 256, PITCH = BLOCK + 16;           // units of a weight row at a time
     static constexpr int64_t LINE = 64 / (PER_UNIT * sizeof(Element));  // units of a cache line
 
     // Some rows of the weight, widened: w[row][PITCH]. `next` is where the rows that come after them lie in memory, or
@@ -124,15 +125,19 @@ struct Panel : Panels<Policy, 2 * ACCUMULATORS> {
         const char *next;
         int64_t units, row_bytes;
 
-        Block skip(int64_t rows) const { return {w + rows * PITCH, next ? next + rows * row_bytes : next, units, row_bytes}; }
+        Block skip(int64_t rows) const {
+            return {w + rows * PITCH, next ? next + rows * row_bytes : next, units, row_bytes};
+        }
     };
 
     // tile[ROWS][VECTORS] += w[ROWS, units] · x[units, VECTORS]
     template <int ROWS, int VECTORS>
     static void multiply_block(const Block &block, const float *x, int64_t panel_floats, float *tile, int64_t lanes) {
         const char *next = block.next;
-        VF acc[ROWS][VECTORS];
+        VF acc[ROWS][VECTORS];  // in registers, which takes every loop over them to be unrolled
+#pragma GCC unroll 24
         for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
             for (int v = 0; v < VECTORS; ++v) acc[r][v] = load(tile + r * lanes + v * W);
         }
         for (int64_t line = 0; line < block.units; line += LINE) {
@@ -154,7 +159,9 @@ struct Panel : Panels<Policy, 2 * ACCUMULATORS> {
             }
             if (next) next += 64;
         }
+#pragma GCC unroll 24
         for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
             for (int v = 0; v < VECTORS; ++v) store(tile + r * lanes + v * W, acc[r][v]);
         }
     }

@@ -49,6 +49,8 @@ inline VU float_to_bits(VF value) {
 
 inline VU select(VU mask, VU yes, VU no) { return (yes & mask) | (no & ~mask); }
 
+inline VF broadcast(float value) { return value - VF{}; }  // not plus, which would lose the sign of zero
+
 template <class Vector>
 inline Vector read(const void *p) {
     Vector value;
@@ -59,6 +61,18 @@ inline Vector read(const void *p) {
 template <class Vector>
 inline void write(void *p, Vector value) {
     std::memcpy(p, &value, sizeof value);
+}
+
+// a · b + c. Left to itself, the compiler fuses the two in one loop and not in another, and the same row of a weight
+// would give another sum where the rows are dealt out otherwise.
+inline VF multiply_add(VF a, VF b, VF c) {
+#if defined(__AVX512F__)
+    return (VF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (VF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
 }
 
 // --- conversions: W elements to float and back, to nearest even ------------------------------------------------------

@@ -1,0 +1,252 @@
+// The CPU kernels against double precision, through the C interface: every instruction set, dtype and kind of call, odd
+// sizes, rows with gaps, memory that ends where the last element does. Built with the address and undefined behaviour
+// sanitizers; instructions that those do not see run into pages that cannot be read.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "lowrank.h"
+
+namespace {
+
+std::mt19937 generator(0);
+
+double element_value(const void *p, int dtype) {
+    if (dtype == GRASP_F32) {
+        float value;
+        std::memcpy(&value, p, 4);
+        return value;
+    }
+    uint16_t half;
+    std::memcpy(&half, p, 2);
+    if (dtype == GRASP_BF16) {
+        const uint32_t bits = static_cast<uint32_t>(half) << 16;
+        float value;
+        std::memcpy(&value, &bits, 4);
+        return value;
+    }
+    const int exponent = half >> 10 & 31, fraction = half & 1023;
+    const double magnitude = exponent == 0    ? std::ldexp(fraction, -24)
+                             : exponent == 31 ? (fraction ? NAN : INFINITY)
+                                              : std::ldexp(1024 + fraction, exponent - 25);
+    return half & 0x8000 ? -magnitude : magnitude;
+}
+
+// An element between 2^-exponent and half of that, of either sign.
+uint32_t random_bits(int dtype, int exponent) {
+    const uint32_t random = generator();
+    if (dtype == GRASP_F32) return (random & 0x807fffff) | (126 - exponent) << 23;
+    return dtype == GRASP_BF16 ? (random & 0x807f) | (126 - exponent) << 7 : (random & 0x83ff) | (14 - exponent) << 10;
+}
+
+// A matrix whose last element is followed by memory that cannot be read, and whose rows have NaN between them.
+class Matrix {
+  public:
+    Matrix(int64_t rows, int64_t columns, int64_t stride, int dtype, int exponent = 0)
+        : columns(columns), stride(stride), dtype(dtype), size_(dtype == GRASP_F32 ? 4 : 2) {
+        const int64_t page = sysconf(_SC_PAGESIZE), bytes = rows ? ((rows - 1) * stride + columns) * size_ : 0;
+        length_ = (bytes + page - 1) / page * page + page;
+        base_ = static_cast<char *>(mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+        if (base_ == MAP_FAILED || mprotect(base_ + length_ - page, page, PROT_NONE) != 0) std::abort();
+        data = base_ + length_ - page - bytes;
+        std::memset(data, 0xff, bytes);
+        for (int64_t row = 0; row < rows; ++row) {
+            for (int64_t column = 0; column < columns; ++column) {
+                const uint32_t bits = random_bits(dtype, exponent);
+                std::memcpy(data + (row * stride + column) * size_, &bits, size_);
+            }
+        }
+    }
+    Matrix(const Matrix &) = delete;
+    ~Matrix() { munmap(base_, length_); }
+
+    double operator()(int64_t row, int64_t column) const {
+        return element_value(data + (row * stride + column) * size_, dtype);
+    }
+
+    char *data;
+    const int64_t columns, stride;
+    const int dtype;
+
+  private:
+    const int64_t size_;
+    int64_t length_;
+    char *base_;
+};
+
+void run_on_threads(void (*body)(void *), void *context, unsigned threads, unsigned) {
+    std::vector<std::thread> others;
+    for (unsigned i = 1; i < threads; ++i) others.emplace_back(body, context);
+    body(context);
+    for (std::thread &other : others) other.join();
+}
+
+// Such that a sum of `terms` products stays near 1.
+int half_log(int64_t terms) { return static_cast<int>(std::log2(static_cast<double>(terms)) / 2); }
+
+struct Layer {
+    Matrix U, Vh, s, bias, y;
+    bool has_s, has_bias;
+
+    Layer(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int64_t gap, bool has_s, bool has_bias)
+        : U(N, R, R + gap, dtype, half_log(R)),
+          Vh(R, K, K + gap, dtype, half_log(K)),
+          s(1, R, R, has_bias ? GRASP_F32 : dtype),
+          bias(1, N, N, dtype),
+          y(M, N, N + gap, dtype),
+          has_s(has_s),
+          has_bias(has_bias) {}
+
+    grasp_factors factors() {
+        return {U.data,
+                Vh.data,
+                has_s ? s.data : nullptr,
+                has_bias ? bias.data : nullptr,
+                y.data,
+                U.stride,
+                Vh.stride,
+                y.stride,
+                bias.columns,
+                s.columns,
+                s.dtype};
+    }
+
+    std::vector<double> exact(const Matrix &x, int64_t M) const {
+        std::vector<double> result(M * bias.columns);
+        for (int64_t m = 0; m < M; ++m) {
+            std::vector<double> h(s.columns);
+            for (int64_t r = 0; r < s.columns; ++r) {
+                for (int64_t k = 0; k < x.columns; ++k) h[r] += x(m, k) * Vh(r, k);
+                if (has_s) h[r] *= s(0, r);
+            }
+            for (int64_t n = 0; n < bias.columns; ++n) {
+                double sum = has_bias ? bias(0, n) : 0;
+                for (int64_t r = 0; r < s.columns; ++r) sum += h[r] * U(n, r);
+                result[m * bias.columns + n] = sum;
+            }
+        }
+        return result;
+    }
+};
+
+constexpr double TOLERANCE[] = {2e-6, 1e-3, 8e-3};  // by grasp_dtype
+
+bool close(const Matrix &y, const std::vector<double> &exact, int64_t M, const char *what) {
+    double error = 0, norm = 0;
+    for (int64_t m = 0; m < M; ++m) {
+        for (int64_t n = 0; n < y.columns; ++n) {
+            const double expected = exact[m * y.columns + n], difference = y(m, n) - expected;
+            error += difference * difference;
+            norm += expected * expected;
+        }
+    }
+    const bool good = std::sqrt(error) <= TOLERANCE[y.dtype] * std::sqrt(norm);  // false for NaN
+    if (!good) std::printf("%s: error %g of %g\n", what, std::sqrt(error), std::sqrt(norm));
+    return good;
+}
+
+double silu(double x) { return x / (1 + std::exp(-x)); }
+double gelu(double x) { return 0.5 * x * std::erfc(-x / std::sqrt(2)); }
+double gelu_tanh(double x) { return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
+double relu(double x) { return x > 0 ? x : 0; }
+
+struct Shape {
+    int64_t M, N, K, R, gap;
+    int threads;
+};
+
+constexpr Shape SHAPES[] = {
+    {1, 16, 64, 8, 0, 1},   {1, 33, 127, 5, 3, 2},  {2, 7, 1, 1, 0, 1},       {3, 63, 31, 17, 1, 1},
+    {4, 70, 65, 33, 0, 2},  {5, 17, 300, 9, 2, 1},  {8, 40, 100, 50, 0, 2},   {9, 25, 33, 7, 1, 1},
+    {16, 80, 64, 32, 0, 1}, {33, 49, 70, 21, 5, 2}, {48, 20, 290, 3, 0, 1},   {64, 31, 96, 25, 0, 2},
+    {70, 9, 40, 4, 1, 1},   {0, 8, 8, 2, 0, 1},     {1, 200, 700, 210, 0, 3}, {17, 90, 300, 290, 0, 2},
+};
+
+bool check_linear(const Shape &shape, int isa, int dtype) {
+    Matrix x(shape.M, shape.K, shape.K + shape.gap, dtype);
+    Layer first(shape.M, shape.N, shape.K, shape.R, dtype, shape.gap, true, true);
+    Layer second(shape.M, shape.N + 3, shape.K, shape.R + 2, dtype, 0, shape.gap > 0, false);
+    const grasp_input input = {x.data, x.stride, shape.M, shape.K, dtype};
+    const grasp_factors groups[] = {first.factors(), second.factors()};
+    const grasp_cpu_options options = {isa, shape.threads, shape.threads > 1 ? run_on_threads : nullptr};
+    return grasp_cpu_lowrank_linear(&input, groups, 2, &options) == GRASP_OK &&
+           close(first.y, first.exact(x, shape.M), shape.M, "first") &&
+           close(second.y, second.exact(x, shape.M), shape.M, "second");
+}
+
+bool check_glu(const Shape &shape, int isa, int dtype, int activation) {
+    constexpr double (*FUNCTIONS[])(double) = {silu, gelu, gelu_tanh, relu};
+    Matrix x(shape.M, shape.K, shape.K, dtype);
+    Layer gate(shape.M, shape.N, shape.K, shape.R, dtype, shape.gap, true, true);
+    Layer up(shape.M, shape.N, shape.K, shape.R + 1, dtype, 0, false, false);
+    const grasp_input input = {x.data, x.stride, shape.M, shape.K, dtype};
+    const grasp_factors both[] = {gate.factors(), up.factors()};
+    const grasp_cpu_options options = {isa, shape.threads, shape.threads > 1 ? run_on_threads : nullptr};
+    if (grasp_cpu_lowrank_glu(&input, &both[0], &both[1], activation, &options) != GRASP_OK) return false;
+    std::vector<double> exact = gate.exact(x, shape.M);
+    const std::vector<double> factor = up.exact(x, shape.M);
+    for (size_t i = 0; i < exact.size(); ++i) exact[i] = FUNCTIONS[activation](exact[i]) * factor[i];
+    return close(gate.y, exact, shape.M, "gated");
+}
+
+bool check_refusals() {
+    Matrix x(1, 8, 8, GRASP_F32);
+    Layer layer(1, 4, 8, 2, GRASP_F32, 0, false, false);
+    const grasp_input input = {x.data, 8, 1, 8, GRASP_F32};
+    const grasp_factors group = layer.factors();
+    const grasp_cpu_options options = {GRASP_ISA_AUTO, 1, nullptr};
+    grasp_factors no_U = group, short_row = group, no_rank = group;
+    no_U.U = nullptr;
+    short_row.Vh_stride = 7;
+    no_rank.R = 0;
+    grasp_input bad_dtype = input, no_data = input;
+    bad_dtype.dtype = 3;
+    no_data.data = nullptr;
+    const grasp_cpu_options no_threads = {GRASP_ISA_AUTO, 0, nullptr}, no_isa = {GRASP_ISA_AMX + 1, 1, nullptr};
+    bool good = grasp_cpu_lowrank_linear(&input, &group, 1, &options) == GRASP_OK;
+    for (const grasp_factors *factors : {&no_U, &short_row, &no_rank}) {
+        good = good && grasp_cpu_lowrank_linear(&input, factors, 1, &options) == GRASP_BAD_ARGUMENT;
+    }
+    good = good && grasp_cpu_lowrank_linear(&bad_dtype, &group, 1, &options) == GRASP_BAD_ARGUMENT;
+    good = good && grasp_cpu_lowrank_linear(&no_data, &group, 1, &options) == GRASP_BAD_ARGUMENT;
+    good = good && grasp_cpu_lowrank_linear(&input, &group, 0, &options) == GRASP_BAD_ARGUMENT;
+    good = good && grasp_cpu_lowrank_linear(&input, &group, 1, &no_threads) == GRASP_BAD_ARGUMENT;
+    good = good && grasp_cpu_lowrank_linear(&input, &group, 1, &no_isa) == GRASP_BAD_ARGUMENT;
+    good = good && grasp_cpu_lowrank_glu(&input, &group, &group, 4, &options) == GRASP_BAD_ARGUMENT;
+    for (int isa = GRASP_ISA_AUTO; isa <= GRASP_ISA_AMX; ++isa) {
+        const grasp_cpu_options named = {isa, 1, nullptr};
+        const grasp_status expected = grasp_cpu_supports(isa) ? GRASP_OK : GRASP_UNSUPPORTED;
+        good = good && grasp_cpu_lowrank_linear(&input, &group, 1, &named) == expected;
+    }
+    return good;
+}
+
+}  // namespace
+
+int main() {
+    int failures = !check_refusals(), cases = 1;
+    for (int isa = GRASP_ISA_AUTO; isa <= GRASP_ISA_AMX; ++isa) {
+        if (!grasp_cpu_supports(isa)) continue;
+        for (int dtype = GRASP_F32; dtype <= GRASP_BF16; ++dtype) {
+            for (const Shape &shape : SHAPES) {
+                const int activation = cases % 4;
+                for (const bool good : {check_linear(shape, isa, dtype), check_glu(shape, isa, dtype, activation)}) {
+                    ++cases;
+                    if (good) continue;
+                    ++failures;
+                    std::printf("failed: isa %d, dtype %d, M %ld, N %ld, K %ld, R %ld\n", isa, dtype, long(shape.M),
+                                long(shape.N), long(shape.K), long(shape.R));
+                }
+            }
+        }
+    }
+    std::printf("%d cases, %d failures\n", cases, failures);
+    return failures != 0;
+}

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = (
+    "csrc",
+    "grasp",
+    "kernels",
+    "tests/csrc",
+    "setup.py",
+    "pyproject.toml",
+    "grasp_autoload.py",
+    "README.md",
+    "LICENSE",
+)
+USE = """
+import sys
+import torch
+import grasp_kernels
+from pathlib import Path
+assert grasp_kernels.explain("lowrank_linear", rows=1, rank=4)["cpu"] == "chosen"
+x, U, Vh = torch.randn(1, 8), torch.randn(6, 4), torch.randn(4, 8)
+torch.testing.assert_close(grasp_kernels.lowrank_linear(x, U, None, Vh, backend="cpu"), x @ Vh.T @ U.T)
+assert (Path(grasp_kernels.get_include()) / "lowrank.h").exists()
+assert (Path(grasp_kernels.__file__).parent / "lib" / "libgrasp_lowrank.a").exists()
+assert "grasp_kernels._cuda" not in sys.modules
+print(grasp_kernels.__file__)
+"""
+
+needs_compiler = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("c++") is None, reason="there is no C++ compiler for Linux"
+)
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The sources without anything built."""
+    unwanted = shutil.ignore_patterns("*.so", "*.a", "__pycache__")
+    for name in SOURCES:
+        source, target = ROOT / name, tmp_path / "checkout" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=unwanted)
+        else:
+            shutil.copy(source, target)
+    return tmp_path / "checkout"
+
+
+def run(*command: str | Path, cwd: Path, **variables: str) -> str:
+    """Run a command that must succeed, without the CUDA module unless ``variables`` say otherwise; gives its output."""
+    environment = {**os.environ, "GRASP_BUILD_CUDA": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1", **variables}
+    environment = {name: value for name, value in environment.items() if value}
+    result = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def pip(*arguments: str | Path, cwd: Path, **variables: str) -> str:
+    return run(sys.executable, "-m", "pip", *arguments, cwd=cwd, **variables)
+
+
+def isolated(code: str, packages: Path) -> str:
+    """Run Python code with the packages in a folder, and without what is installed as editable here; its output."""
+    paths = f"{packages}{os.pathsep}{sysconfig.get_path('purelib')}"
+    return run(sys.executable, "-S", "-c", code, cwd=packages, PYTHONPATH=paths)  # -S: no .pth files
+
+
+@needs_compiler
+def test_a_wheel_is_built_without_torch_and_brings_kernels_header_and_library(checkout: Path, tmp_path: Path) -> None:
+    pip("wheel", ".", "--no-deps", "--quiet", "--wheel-dir", tmp_path, cwd=checkout)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert f"grasp_kernels/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}" in names
+    assert {"grasp_kernels/include/lowrank.h", "grasp_kernels/lib/libgrasp_lowrank.a"} <= set(names)
+    assert not [name for name in names if "_cuda." in name or name.endswith((".cpp", ".cu"))]
+    target = tmp_path / "installed"
+    pip("install", "--no-deps", "--quiet", "--target", target, wheel, cwd=tmp_path)
+    assert str(target) in isolated(USE, target)
+
+
+@needs_compiler
+def test_an_editable_install_finds_the_kernels_and_rebuilds_only_what_changed(checkout: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
+    (site / "ours.pth").write_text(sysconfig.get_path("purelib"))
+    install = ("install", "--no-deps", "--no-build-isolation", "--ignore-installed", "--quiet")
+    run(python, "-m", "pip", *install, "--editable", ".", cwd=checkout)
+    assert str(checkout) in run(python, "-c", USE, cwd=tmp_path, PYTHONPATH="")
+
+    build = (python, "setup.py", "build_ext", "--inplace")
+    assert "no work to do" in run(*build, cwd=checkout)
+    (checkout / "csrc" / "cpu" / "isa.cpp").touch()
+    output = run(*build, cwd=checkout)
+    assert "isa.o" in output
+    assert "avx2.o -c" not in output
+    assert "[3/3]" in output  # the object, the library, the module
+
+
+def test_without_a_compiler_the_packages_install_all_the_same(checkout: Path, tmp_path: Path) -> None:
+    command = (sys.executable, "setup.py", "--quiet", "build", "--build-lib", tmp_path / "built")
+    output = run(*command, cwd=checkout, PATH=str(tmp_path / "empty"), CXX="")
+    assert "grasp_kernels._cpu is left out" in output
+    built = tmp_path / "built"
+    assert (built / "grasp_kernels" / "include" / "lowrank.h").exists()
+    assert not list(built.rglob("*.so"))
+    assert "C++ compiler" in isolated(
+        "from grasp_kernels import dispatch; print(dispatch.backend_missing('cpu'))", built
+    )
+
+
+def test_cuda_that_is_demanded_and_cannot_be_built_is_an_error(checkout: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    for choice, message in (("1", "needs nvcc"), ("yes", "must be 0, 1 or auto, got 'yes'")):
+        environment = {**os.environ, "PATH": str(tmp_path), "CUDACXX": "", "CUDA_HOME": "", "GRASP_BUILD_CUDA": choice}
+        result = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+        assert result.returncode != 0
+        assert message in result.stderr
+
+
+@needs_compiler
+def test_the_kernels_pass_the_sanitizers() -> None:
+    assert " 0 failures" in run(sys.executable, "setup.py", "--quiet", "sanitize", cwd=ROOT)
