@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 HOST = ROOT / "tests" / "csrc" / "cuda_on_host"
 CSRC = ROOT / "csrc"
-SOURCES = (*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "bindings_cuda.cpp", HOST / "emulator.cpp")
+SOURCES = (*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "bindings_cuda.cpp", *sorted(HOST.glob("*.cpp")))
 # The emulator switches threads by longjmp, which fortified glibc takes for an attack.
 FLAGS = "-std=c++17 -O1 -fPIC -fvisibility=hidden -Wno-unknown-pragmas -U_FORTIFY_SOURCE"
 KINDS = ("shrink", "expand", "cooperative")

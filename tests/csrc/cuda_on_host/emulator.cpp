@@ -6,43 +6,35 @@
 // happen are a fault, not a hang.
 #include "emulator.h"
 
+#include <ucontext.h>
+
 #include <algorithm>
-#include <cmath>
 #include <csetjmp>
 #include <cstring>
-#include <iterator>
 #include <memory>
 #include <numeric>
 #include <string>
 #include <vector>
 
-#include <ucontext.h>
+#include "grid.h"
 
-#include "cuda/variants.cuh"
-
+using emulator::Grid;
+using emulator::Region;
+using emulator::settings;
 using grasp_cuda::Chunk;
-using grasp_cuda::Member;
-using grasp_cuda::Problem;
-using grasp_cuda::Variant;
+
+emulator::Settings emulator::settings;
+std::string emulator::fault;
 
 namespace {
 
 constexpr size_t STACK = 64 << 10;
 
-struct Settings {
-    int capability = 90, processors = 3, occupancy = 2;
-    unsigned seed = 0;
-    std::string failing;  // name of the CUDA function that fails
-    int error = 0;
-} settings;
-
-std::string fault;  // the first one
-
 void report(const std::string &what) {
-    if (fault.empty()) fault = what;
+    if (emulator::fault.empty()) emulator::fault = what;
 }
 
-// --- grids -----------------------------------------------------------------------------------------------------------
+// --- blocks ----------------------------------------------------------------------------------------------------------
 
 struct Warp {
     uint32_t crossings = 0;
@@ -90,29 +82,7 @@ struct Fiber {
     uint32_t poll = 0;  // what its last poll gave
 };
 
-struct Region {
-    const char *begin;
-    int64_t rows, stride, width;  // bytes
-    bool writable;
-};
-
-struct Grid {
-    void (*kernel)(Problem);
-    Problem problem;
-    int blocks, threads;
-    bool cooperative, dependent;
-    std::vector<Region> regions;
-    uint32_t released = 0;  // what it depends on has ended
-};
-
-struct Launch {
-    int kind, blocks, attribute;  // kind: 0 shrink, 1 expand, 2 both
-    const void *stream;
-};
-
-std::vector<Launch> launches;
-std::unique_ptr<Grid> pending;  // launched, not yet run
-Grid *grid = nullptr;           // running
+Grid *grid = nullptr;  // running
 Fiber *fiber = nullptr;
 jmp_buf scheduler;
 
@@ -211,68 +181,6 @@ class Wave {
     std::vector<int> warps_;
 };
 
-void run(Grid &whole, std::unique_ptr<Grid> before) {
-    const int room = settings.processors * settings.occupancy;
-    for (int first = 0; first < whole.blocks; first += room) {
-        Wave wave(whole, first, std::min(first + room, whole.blocks));
-        bool ended = before ? wave.run() : false;
-        if (before) run(*before, nullptr);
-        before = nullptr;
-        whole.released = 1;
-        ended = ended || wave.run();
-        if (!ended) return report("threads wait for what does not happen");
-    }
-}
-
-void flush() {
-    if (pending) run(*pending, nullptr);
-    pending = nullptr;
-}
-
-// --- what a launch may touch -----------------------------------------------------------------------------------------
-
-struct Found {
-    int kind, element_size;
-};
-
-Found find(const void *kernel) {
-    const auto search = [&](const Variant *begin, const Variant *end) {
-        for (const Variant *variant = begin; variant != end; ++variant) {
-            const void *kernels[] = {variant->shrink, variant->expand, variant->cooperative};
-            for (int kind = 0; kind < 3; ++kind) {
-                if (kernels[kind] == kernel) return kind;
-            }
-        }
-        return -1;
-    };
-    using namespace grasp_cuda;
-    const int single = search(variants_f32, std::end(variants_f32));
-    if (single >= 0) return {single, 4};
-    const int half = search(variants_f16, std::end(variants_f16));
-    return {half >= 0 ? half : search(variants_bf16, std::end(variants_bf16)), 2};
-}
-
-std::vector<Region> regions_of(const Problem &problem, const Found &found) {
-    std::vector<Region> regions;
-    const auto add = [&](const void *begin, int64_t rows, int64_t stride, int64_t width, int64_t size, bool writable) {
-        if (begin) regions.push_back({static_cast<const char *>(begin), rows, stride * size, width * size, writable});
-    };
-    const int64_t size = found.element_size;
-    const bool shrinks = found.kind != 1, expands = found.kind != 0;
-    if (shrinks) add(problem.x, problem.M, problem.x_stride, problem.K, size, false);
-    add(problem.hidden, 1, 0, int64_t{problem.splits} * problem.M * 16 * problem.rank_tiles, 4, shrinks);
-    for (int i = 0; i < problem.count; ++i) {
-        const Member &member = problem.members[i];
-        if (shrinks) add(member.Vh, member.R, member.Vh_stride, problem.K, size, false);
-        if (!expands) continue;
-        add(member.U, member.N, member.U_stride, member.R, size, false);
-        add(member.s, 1, 0, member.R, member.s_is_float ? 4 : size, false);
-        add(member.bias, 1, 0, member.N, size, false);
-        add(member.y, problem.M, member.y_stride, member.N, size, true);
-    }
-    return regions;
-}
-
 bool is_inside(const Region &region, const char *at, int64_t bytes) {
     const int64_t offset = at - region.begin;
     if (offset < 0) return false;
@@ -292,11 +200,20 @@ bool may_touch(const void *at, size_t bytes, size_t alignment, bool writes) {
     return false;
 }
 
-cudaError_t fails(const char *function) {
-    return settings.failing == function ? static_cast<cudaError_t>(settings.error) : cudaSuccess;
-}
-
 }  // namespace
+
+void emulator::run(Grid &whole, std::unique_ptr<Grid> before) {
+    const int room = settings.processors * settings.occupancy;
+    for (int first = 0; first < whole.blocks; first += room) {
+        Wave wave(whole, first, std::min(first + room, whole.blocks));
+        bool ended = before ? wave.run() : false;
+        if (before) run(*before, nullptr);
+        before = nullptr;
+        whole.released = 1;
+        ended = ended || wave.run();
+        if (!ended) return report("threads wait for what does not happen");
+    }
+}
 
 // --- threads ---------------------------------------------------------------------------------------------------------
 
@@ -358,99 +275,4 @@ uint32_t emulator::poll(const uint32_t *word) {
     if (fiber->polled && fiber->poll == *word) yield_until(word, *word);
     fiber->polled = true;
     return fiber->poll = *word;
-}
-
-// --- the runtime -----------------------------------------------------------------------------------------------------
-
-cudaError_t cudaGetDevice(int *device) {
-    *device = 0;
-    return fails("cudaGetDevice");
-}
-
-cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
-    switch (attribute) {
-        case cudaDevAttrMultiProcessorCount: *value = settings.processors; break;
-        case cudaDevAttrComputeCapabilityMajor: *value = settings.capability / 10; break;
-        case cudaDevAttrComputeCapabilityMinor: *value = settings.capability % 10; break;
-    }
-    return fails("cudaDeviceGetAttribute");
-}
-
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, const void *kernel) {
-    return find(kernel).kind < 0 ? cudaErrorInvalidConfiguration : fails("cudaFuncGetAttributes");
-}
-
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const void *, int, size_t) {
-    *blocks = settings.occupancy;
-    return fails("cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-}
-
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *kernel, void **arguments) {
-    if (const cudaError_t error = fails("cudaLaunchKernelExC")) return error;
-    const Problem &problem = *static_cast<const Problem *>(arguments[0]);
-    const Found found = find(kernel);
-    const int attribute = config->numAttrs ? config->attrs[0].id : cudaLaunchAttributeIgnore;
-    const int blocks = static_cast<int>(config->gridDim.x), threads = static_cast<int>(config->blockDim.x);
-    const bool cooperative = attribute == cudaLaunchAttributeCooperative && config->attrs[0].val.cooperative;
-    const bool dependent = attribute == cudaLaunchAttributeProgrammaticStreamSerialization &&
-                           config->attrs[0].val.programmaticStreamSerializationAllowed;
-    if (blocks < 1 || found.kind < 0) return cudaErrorInvalidConfiguration;
-    if (cooperative && blocks > settings.processors * settings.occupancy) return cudaErrorCooperativeLaunchTooLarge;
-    launches.push_back({found.kind, blocks, attribute, config->stream});
-    const auto function = reinterpret_cast<void (*)(Problem)>(const_cast<void *>(kernel));
-    std::unique_ptr<Grid> next(
-        new Grid{function, problem, blocks, threads, cooperative, dependent, regions_of(problem, found)});
-    if (dependent && pending) {
-        run(*next, std::move(pending));
-    } else {
-        flush();
-        pending = std::move(next);
-    }
-    return cudaSuccess;
-}
-
-cudaError_t cudaGetLastError() { return cudaSuccess; }
-
-const char *cudaGetErrorName(cudaError_t error) {
-    switch (error) {
-        case cudaErrorNoDevice: return "cudaErrorNoDevice";
-        case cudaErrorCooperativeLaunchTooLarge: return "cudaErrorCooperativeLaunchTooLarge";
-        default: return "cudaErrorInvalidConfiguration";
-    }
-}
-
-const char *cudaGetErrorString(cudaError_t error) {
-    switch (error) {
-        case cudaErrorNoDevice: return "no device";
-        case cudaErrorCooperativeLaunchTooLarge: return "too many blocks";
-        default: return "a grid that cannot be";
-    }
-}
-
-// --- for the tests ---------------------------------------------------------------------------------------------------
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
-EXPORT void emulator_set(int capability, int processors, int occupancy, unsigned seed, const char *failing, int error) {
-    settings = {capability, processors, occupancy, seed, failing, error};
-    launches.clear();
-    fault.clear();
-    pending = nullptr;
-}
-
-// Run what was launched; gives the first fault, or an empty string.
-EXPORT const char *emulator_finish() {
-    flush();
-    return fault.c_str();
-}
-
-// Fill (kind, blocks, attribute, stream) of each launch since `emulator_set`; gives their number.
-EXPORT int emulator_launches(int64_t (*records)[4], int most) {
-    for (int i = 0; i < most && i < static_cast<int>(launches.size()); ++i) {
-        const Launch &launch = launches[i];
-        const int64_t record[] = {launch.kind, launch.blocks, launch.attribute,
-                                  static_cast<int64_t>(reinterpret_cast<uintptr_t>(launch.stream))};
-        std::memcpy(records[i], record, sizeof record);
-    }
-    return static_cast<int>(launches.size());
 }
