@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp_kernels.extension import DTYPES, in_place, pointers
+from grasp_kernels.extension import Tensors
 from grasp_kernels.reference import Factors
 
 # grasp_isa in csrc/lowrank.h
@@ -25,8 +25,7 @@ _UNGATED = -1
 def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None) -> Tensor:
     """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). The arguments and result of ``reference.lowrank_linear``."""
     y = x.new_empty(x.shape[0], U.shape[0])
-    group, kept = pointers((U, s, Vh, bias), y)
-    _run(x, (group,), _UNGATED, 0, kept)
+    _run(x, ((U, s, Vh, bias),), (y,), _UNGATED, 0)
     return y
 
 
@@ -55,19 +54,27 @@ def run(
         RuntimeError: if this processor or this build lacks the instruction set.
     """
     outputs = [x.new_empty(x.shape[0], group[0].shape[0]) for group in factors[: 1 if activation else None]]
-    targets = outputs if activation is None else outputs * 2
-    groups, *kept = zip(*map(pointers, factors, targets), strict=True)
     code = _UNGATED if activation is None else _ACTIVATIONS[activation]
-    _run(x, groups, code, INSTRUCTION_SETS[instruction_set], kept)
+    _run(x, tuple(factors), tuple(outputs), code, INSTRUCTION_SETS[instruction_set])
     return outputs
 
 
-def _run(x: Tensor, groups: tuple[tuple[int, ...], ...], activation: int, instruction_set: int, _kept: object) -> None:
-    """Call the module; whoever holds copies of factors hands them over too, that they outlive the call."""
-    x, stride = in_place(x)
-    M, K = x.shape
-    threads = torch.get_num_threads()
-    _module().run(x.data_ptr(), stride, M, K, DTYPES[x.dtype], groups, activation, threads, instruction_set)
+def _run(
+    x: Tensor, groups: tuple[Tensors, ...], outputs: tuple[Tensor, ...], activation: int, instruction_set: int
+) -> None:
+    arguments = (outputs, activation, torch.get_num_threads(), instruction_set)
+    if not _module().run(x, groups, *arguments):
+        _module().run(x.contiguous(), tuple(map(_contiguous, groups)), *arguments)
+
+
+def _contiguous(group: Tensors) -> Tensors:
+    U, s, Vh, bias = group
+    return (
+        U.contiguous(),
+        None if s is None else s.contiguous(),
+        Vh.contiguous(),
+        None if bias is None else bias.contiguous(),
+    )
 
 
 def supports(instruction_set: str) -> bool:

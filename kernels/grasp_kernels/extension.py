@@ -1,4 +1,4 @@
-"""The compiled modules: why one is missing, how tensors are handed to them, and where their C header is."""
+"""The compiled modules: why one is missing, how tensors are handed to the CUDA one, and where their C header is."""
 
 from __future__ import annotations
 
