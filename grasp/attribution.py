@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +38,8 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def sum_nll(logits: Tensor, batch: CalibrationBatch) -> Tensor:
-    """Summed negative log-likelihood of each token given those before it, in nats; masked tokens are no targets."""
-    labels = batch.input_ids[:, 1:].to(logits.device)
-    if batch.attention_mask is not None:
-        labels = labels.masked_fill(~batch.attention_mask[:, 1:].to(logits.device), -100)
+    """Summed negative log-likelihood of each token given those before it, in nats; padding counts nothing."""
+    labels = batch.input_ids[:, 1:].masked_fill(~batch.is_target, -100).to(logits.device)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits[:, :-1].to(dtype).flatten(0, 1), labels.flatten(), reduction="sum")
 
@@ -108,7 +106,7 @@ def singular_value_grads(
         progress: called after each batch.
 
     Returns:
-        For each target (groups,), in fp32 (fp64 for fp64).
+        For each target (groups,), in fp32 (fp64 for fp64); none for a target whose output does not reach the loss.
 
     Raises:
         NonFiniteError: if the loss or a gradient is NaN or infinite.
@@ -126,18 +124,20 @@ def singular_value_grads(
                     f"the loss of calibration batch {index} is {loss.item()}; expected a finite one. Load the model in "
                     "bfloat16 or float32, or drop that text."
                 )
-            outputs = [record[target].output for target in targets]
-            for target, grad_y in zip(targets, torch.autograd.grad(loss, outputs), strict=True):
-                sums[target].add(record[target].x.flatten(0, -2), grad_y.flatten(0, -2))
+            grads = torch.autograd.grad(loss, [call.output for call in record], allow_unused=True)
+            for call, grad_y in zip(record, grads, strict=True):
+                if grad_y is not None:
+                    sums[call.target].add(call.x.flatten(0, -2), grad_y.flatten(0, -2))
             progress(f"layer {first.layer} {first.block}", index + 1, len(batches))
-    grads = {target: total.result() / sum(batch.num_targets for batch in batches) for target, total in sums.items()}
-    for target, grad in grads.items():
+    count = sum(batch.num_targets for batch in batches)
+    result = {target: total.result() / count for target, total in sums.items() if total.calls}
+    for target, grad in result.items():
         if not torch.isfinite(grad).all():
             raise NonFiniteError(
                 f"the gradient in {target.name} is NaN or infinite; expected a finite one. "
                 "Load the model in bfloat16 or float32."
             )
-    return grads
+    return result
 
 
 class _FactoredSum:
@@ -146,8 +146,10 @@ class _FactoredSum:
     def __init__(self, svd: SVD) -> None:
         self._svd = svd
         self._sum = torch.zeros_like(svd.S)
+        self.calls = 0
 
     def add(self, x: Tensor, grad_y: Tensor) -> None:
+        self.calls += 1
         U, S, Vh = self._svd
         self._sum += singular_value_grad(x.to(S.dtype), grad_y.to(S.dtype), U, Vh).first
 
@@ -161,8 +163,10 @@ class _DenseSum:
     def __init__(self, svd: SVD) -> None:
         self._svd = svd
         self._weight_grad = svd.S.new_zeros(svd.U.shape[0], svd.Vh.shape[1])
+        self.calls = 0
 
     def add(self, x: Tensor, grad_y: Tensor) -> None:
+        self.calls += 1
         dtype = self._weight_grad.dtype
         accumulate_weight_grad_(self._weight_grad, x.to(dtype), grad_y.to(dtype))
 
@@ -177,22 +181,22 @@ def _sum_for(svd: SVD, tokens: int) -> _FactoredSum | _DenseSum:
     return _DenseSum(svd) if route == "dense" else _FactoredSum(svd)
 
 
-@dataclass
-class _Record:
+class _Call(NamedTuple):
+    target: Target
     x: Tensor
     output: Tensor
 
 
 @contextmanager
-def _recording(targets: Iterable[Target]) -> Iterator[dict[Target, _Record]]:
-    """Note what enters and leaves each target, and start the graph at the first of them."""
-    record: dict[Target, _Record] = {}
+def _recording(targets: Iterable[Target]) -> Iterator[list[_Call]]:
+    """Note what enters and leaves each target, call by call, and start the graph at the first of them."""
+    record: list[_Call] = []
 
     def note(target: Target) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            record[target] = _Record(args[0].detach(), output)
+            record.append(_Call(target, args[0].detach(), output))
             return output
 
         return hook

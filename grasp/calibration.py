@@ -65,10 +65,16 @@ class CalibrationBatch(NamedTuple):
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are predicted from those before them: all but the first position's, and no padding."""
+        """Tokens that are predicted from those before them."""
+        return int(self.is_target.sum())
+
+    @property
+    def is_target(self) -> Tensor:
+        """(B, L - 1) bool: whether the token after each position is predicted; neither of the two may be padding."""
         if self.attention_mask is None:
-            return self.input_ids[:, 1:].numel()
-        return int(self.attention_mask[:, 1:].sum())
+            return torch.ones_like(self.input_ids[:, 1:], dtype=torch.bool)
+        mask = self.attention_mask.bool()
+        return mask[:, 1:] & mask[:, :-1]
 
 
 def as_batches(batches: Iterable[CalibrationBatch | Tensor]) -> list[CalibrationBatch]:
@@ -78,6 +84,13 @@ def as_batches(batches: Iterable[CalibrationBatch | Tensor]) -> list[Calibration
         CalibrationError: if there are none, or none has a token to predict.
     """
     result = [batch if isinstance(batch, CalibrationBatch) else CalibrationBatch(batch) for batch in batches]
+    for batch in result:
+        ids = batch.input_ids
+        if ids.dim() != 2 or ids.dtype != torch.int64:
+            raise CalibrationError(f"a batch must be (B, L) int64 token ids, got {tuple(ids.shape)} {ids.dtype}")
+        if batch.attention_mask is not None and batch.attention_mask.shape != ids.shape:
+            got = tuple(batch.attention_mask.shape)
+            raise CalibrationError(f"attention_mask must have the shape of the ids, {tuple(ids.shape)}, got {got}")
     if not any(batch.num_targets for batch in result):
         raise CalibrationError(
             f"{len(result)} calibration batches hold no token to predict; expected sequences of at least 2 tokens"

@@ -7,13 +7,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from importlib.metadata import version
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp.architecture import BLOCKS, Target, decoder, layer_targets, replace_module_
 from grasp.attribution import METRICS, capture_prefix, singular_value_grads
 from grasp.calibration import CalibrationBatch, as_batches, batches_digest
-from grasp.checkpoint import mark_compressed
+from grasp.checkpoint import GraspHfQuantizer, mark_compressed
 from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, UnsupportedModelError
 from grasp.evaluate import max_positions
@@ -32,6 +33,8 @@ from grasp.selection import (
 )
 
 
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
 def compress_(
     model: PreTrainedModel,
     batches: Sequence[CalibrationBatch | Tensor],
@@ -91,6 +94,9 @@ def compress_(
                 grads = singular_value_grads(model, batches, svds, prefix, progress=progress)
                 clock.lap("attribution")
                 for target in members:
+                    if target not in grads:
+                        done.append(ModuleReport(target.name, layer, "", "its output does not reach the loss"))
+                        continue
                     importance = METRICS[config.metric](svds[target].S, grads[target])
                     done.append(_replace_(model, target, svds[target], importance, config, ranks[target]))
             del prefix.hidden[layer]
@@ -136,6 +142,11 @@ def _eligible(model: PreTrainedModel) -> tuple[dict[int, list[Target]], dict[int
     """For each layer, the linears that low-rank factors can make smaller, and the modules that are left."""
     targets: dict[int, list[Target]] = {}
     left: dict[int, list[ModuleReport]] = {}
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, GraspHfQuantizer):
+        raise UnsupportedModelError(
+            f"the model is quantised ({type(quantizer).__name__}); expected a dense one. Load it unquantised."
+        )
     for layer in range(len(decoder(model).layers)):
         found, reasons = layer_targets(model, layer)
         targets[layer] = [target for target in found if break_even_rank(_shape(target)) >= 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -55,41 +56,85 @@ class InputGroup:
 
     def __init__(self, members: Sequence[LowRankLinear]) -> None:
         self.members = list(members)
-        self._waiting: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}  # thread → input, member → output
+        self._indices = {id(member): index for index, member in enumerate(self.members)}
+        self._waiting: dict[int, _Waiting] = {}  # thread → outputs that were computed and not yet asked for
         self._packed: tuple[object, list[Factors]] | None = None
 
     def output(self, member: LowRankLinear, x: Tensor) -> Tensor:
         """The output of ``member`` for ``x``: (..., in_features) → (..., out_features)."""
-        if len(self.members) == 1 or any(other.U.is_meta for other in self.members):  # on meta: offloaded
-            return lowrank_linear(x, *self._factors(x, [member])[0])
-        thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
-        if member is self.members[0]:
-            first, *rest = lowrank_linear_grouped(x, self._factors(x, self.members))
-            self._waiting[thread] = (x, dict(enumerate(rest, start=1)))
-            return first
-        given, outputs = self._waiting.get(thread, (None, {}))
-        index = next(i for i, other in enumerate(self.members) if other is member)
-        if given is not x or index not in outputs:
+        if len(self.members) == 1:
+            return lowrank_linear(x, *self._packed_for(x, [member.factors])[0])
+        index = self._indices.get(id(member))
+        if index is None:  # a replica of a member
             return lowrank_linear(x, *member.factors)
-        output = outputs.pop(index)
-        if not outputs:
-            del self._waiting[thread]
-        return output
+        thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
+        if index == 0:
+            return self._first_of_all(x, thread)
+        waiting, own = self._waiting.pop(thread, None), member.factors
+        if waiting is None or waiting.x is not x or index not in waiting.outputs:
+            return lowrank_linear(x, *own)
+        output, stamp = waiting.outputs.pop(index)
+        if waiting.outputs:
+            self._waiting[thread] = waiting
+        return output if stamp == _stamp(x, own) else lowrank_linear(x, *own)
 
-    def _factors(self, x: Tensor, members: Sequence[LowRankLinear]) -> list[Factors]:
-        """The members' factors; where a GPU kernel reads them and no gradient is taken, packed once for all calls."""
-        factors = [member.factors for member in members]
+    def _first_of_all(self, x: Tensor, thread: int) -> Tensor:
+        """The first member's output; the others' are kept."""
+        factors = [member.factors for member in self.members]
+        if any(group.U.device != x.device for group in factors):  # an offloaded member comes at its own turn
+            return lowrank_linear(x, *factors[0])
+        outputs = lowrank_linear_grouped(x, self._packed_for(x, factors))
+        rest = zip(outputs[1:], factors[1:], strict=True)
+        kept = {index: (output, _stamp(x, group)) for index, (output, group) in enumerate(rest, start=1)}
+        self._waiting[thread] = _Waiting(x, kept)
+        return outputs[0]
+
+    def _packed_for(self, x: Tensor, factors: list[Factors]) -> list[Factors]:
+        """The members' factors; where a GPU kernel reads them and no gradient is taken, packed once for all calls.
+
+        A write that PyTorch does not see, through ``.data`` or under ``inference_mode``, needs ``repack``.
+        """
         if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return factors
         tensors = [tensor for group in factors for tensor in group if tensor is not None]
-        stamp = [(t.data_ptr(), t.dtype, None if t.is_inference() else t._version) for t in tensors]
-        if self._packed is None or self._packed[0] != stamp:
-            self._packed = (stamp, pack_factors(factors))
-        return self._packed[1]
+        stamp = [(t.data_ptr(), tuple(t.shape), t.dtype, _version(t)) for t in tensors]
+        packed = self._packed
+        if packed is None or packed[0] != stamp:
+            packed = self._packed = (stamp, pack_factors(factors))
+        return packed[1]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies start without outputs in flight and without packed factors."""
-        return {"members": self.members, "_waiting": {}, "_packed": None}
+    def repack(self) -> None:
+        """Forget the packed factors: the next call packs the members' parameters again."""
+        self._packed = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InputGroup:
+        """A copy's members are the copies, without outputs in flight and without packed factors."""
+        group = InputGroup([])
+        memo[id(self)] = group
+        group.__init__([copy.deepcopy(member, memo) for member in self.members])  # type: ignore[misc]
+        return group
+
+    def __reduce__(self) -> tuple[type[InputGroup], tuple[list[LowRankLinear]]]:
+        return InputGroup, (self.members,)
+
+
+class _Waiting(NamedTuple):
+    x: Tensor
+    outputs: dict[int, tuple[Tensor, object]]  # by member, with the stamp under which it was computed
+
+
+def _stamp(x: Tensor, factors: Factors) -> object:
+    """What must not change between the call of a group's first member and that of another."""
+    if torch.compiler.is_compiling():
+        return None  # a graph's inputs do not change while it runs
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.is_grad_enabled(), autocast, _version(x), [_version(t) for t in factors if t is not None]
+
+
+def _version(tensor: Tensor) -> int:
+    """Changes with every write to a tensor that PyTorch sees; writes to inference tensors it does not see."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 # Names of sibling linears that families give one input, the first called first.
@@ -125,7 +170,8 @@ def group_linears_(model: nn.Module, enabled: bool = True) -> list[tuple[str, ..
 
 
 class LowRankLinear(nn.Module):
-    """A linear layer of rank R: ``y = (x @ Vh.mT) @ U.mT + bias``, the singular values folded into both factors.
+    """A linear layer of rank R: ``y = (x @ Vh.mT) @ U.mT + bias``, the singular values folded into both factors
+    (in fp16 into U alone).
 
     Parameters are U (N, R), Vh (R, K) and bias (N,) or ``None``; they share one dtype.
     """
@@ -189,6 +235,8 @@ class LowRankLinear(nn.Module):
         U, S, Vh = decompose(weight) if svd is None else svd
         indices = indices.to(S.device)
         root = S[indices].sqrt()
+        # fp16 overflows at 65504, and x @ Vh.mT is stored in it: there U takes the whole singular value.
+        left, right = (S[indices], torch.ones_like(root)) if weight.dtype == torch.float16 else (root, root)
         module = cls(
             weight.shape[1],
             weight.shape[0],
@@ -198,8 +246,8 @@ class LowRankLinear(nn.Module):
             dtype=weight.dtype,
         )
         with torch.no_grad():
-            module.U.copy_(U[:, indices] * root)
-            module.Vh.copy_(root[:, None] * Vh[indices])
+            module.U.copy_(U[:, indices] * left)
+            module.Vh.copy_(right[:, None] * Vh[indices])
             if module.bias is not None:
                 module.bias.copy_(linear.bias)
         module.train(linear.training)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.architecture import backbone, batch_inputs, decoder, evaluating, hidden_input, hidden_output
-from grasp.calibration import CalibrationBatch
+from grasp.calibration import CalibrationBatch, as_batches
 from grasp.errors import NonFiniteError
 from grasp.progress import Progress, silent
 
@@ -23,7 +23,7 @@ def cosine_distance(before: Tensor, after: Tensor) -> Tensor:
 
 @torch.no_grad()
 def block_influence(
-    model: PreTrainedModel, batches: Sequence[CalibrationBatch], *, progress: Progress = silent
+    model: PreTrainedModel, batches: Sequence[CalibrationBatch | Tensor], *, progress: Progress = silent
 ) -> list[float]:
     """Block Influence of each decoder layer: ``mean_t(1 − cos(h_in[t], h_out[t]))`` over the calibration tokens.
 
@@ -41,6 +41,7 @@ def block_influence(
     Raises:
         NonFiniteError: if a hidden state is NaN or infinite.
     """
+    batches = as_batches(batches)
     layers = decoder(model).layers
     totals = torch.zeros(len(layers), dtype=torch.float64)
     tokens = 0

@@ -272,3 +272,39 @@ def test_matrices_that_factors_cannot_shrink_are_left_with_the_reason() -> None:
     layer.mlp.down_proj = nn.Linear(48, 32, bias=False)
     report = compress_(model, tiny_batches(1), GraspConfig(layers=(1,), retain_ratio=0.4))
     assert [module.reason for module in report.left] == ["too small: rank 1 does not shrink (1, 32)"]
+
+
+def test_linears_that_do_not_reach_the_loss_are_left_with_the_reason() -> None:
+    model = tiny_model("llama")
+    decoder(model).layers[1].mlp.unused_proj = nn.Linear(32, 48, bias=False)
+    report = compress_(model, tiny_batches(1), GraspConfig(layers=(1,), retain_ratio=0.4))
+    assert [(m.name, m.reason) for m in report.left] == [
+        ("model.layers.1.mlp.unused_proj", "its output does not reach the loss")
+    ]
+    assert len(report.compressed) == 7
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_works_where_gradients_are_off(mode: Any) -> None:
+    model = tiny_model("llama")
+    expected = compress_(tiny_model("llama"), tiny_batches(1), GraspConfig(num_layers=1, retain_ratio=0.3)).modules
+    batches = tiny_batches(1)
+    with mode():
+        report = compress_(model, batches, GraspConfig(num_layers=1, retain_ratio=0.3))
+    assert report.modules == expected
+
+
+def test_a_model_quantised_by_another_method_is_refused_before_anything_is_done() -> None:
+    model = tiny_model("llama")
+    model.hf_quantizer = object()
+    with pytest.raises(UnsupportedModelError, match=r"quantised \(object\); expected a dense one"):
+        compress_(model, tiny_batches(1), GraspConfig(layers=(0,)))
+    assert not any(isinstance(module, LowRankLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "batch", [torch.ones(8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int32), torch.ones(2, 8)]
+)
+def test_what_is_no_batch_of_tokens_is_refused(batch: torch.Tensor) -> None:
+    with pytest.raises(CalibrationError, match=r"must be \(B, L\) int64 token ids"):
+        compress_(tiny_model("llama"), [batch])

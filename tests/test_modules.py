@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from grasp import modules
 from grasp.errors import NonFiniteError
 from grasp.modules import LowRankLinear, decompose, dense_weight, group_linears_
-from grasp_kernels import Factors, lowrank_linear_grouped
+from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped
 
 
 def conv1d(out_features: int, in_features: int) -> Conv1D:
@@ -223,20 +223,68 @@ def test_groups_compile_to_one_graph_with_one_op(grouped_calls: list[int]) -> No
 def test_factors_are_packed_once_for_a_gpu_and_again_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
     attention = Attention()
     group_linears_(attention)
-    members, group = attention.q_proj.group.members, attention.q_proj.group
+    group = attention.q_proj.group
 
     class OnGpu:
         is_cuda = True
 
     with torch.no_grad():
-        packed = group._factors(OnGpu(), members)  # type: ignore[arg-type]
+        packed = group._packed_for(OnGpu(), [m.factors for m in group.members])  # type: ignore[arg-type]
         assert [f.U.shape[1] for f in packed] == [16, 16, 16]
-        assert group._factors(OnGpu(), members) is packed  # type: ignore[arg-type]
+        assert group._packed_for(OnGpu(), [m.factors for m in group.members]) is packed  # type: ignore[arg-type]
         attention.k_proj.U.mul_(2)
-        again = group._factors(OnGpu(), members)  # type: ignore[arg-type]
+        again = group._packed_for(OnGpu(), [m.factors for m in group.members])  # type: ignore[arg-type]
     assert again is not packed
     assert torch.equal(again[1].U[:, :3], attention.k_proj.U)
     assert set(attention.state_dict()) == {"q_proj.U", "q_proj.Vh", "q_proj.bias", "k_proj.U", "k_proj.Vh"} | {
         "v_proj.U",
         "v_proj.Vh",
     }
+
+
+def first_then(change: Callable[[Attention, Tensor], None]) -> tuple[Attention, Tensor]:
+    attention, x = Attention(), torch.randn(3, 24)
+    group_linears_(attention)
+    with torch.no_grad():
+        attention.q_proj(x)
+        change(attention, x)
+    return attention, x
+
+
+CHANGES: dict[str, Callable[[Attention, Tensor], None]] = {
+    "input": lambda _, x: x.mul_(3),
+    "weights": lambda attention, _: attention.k_proj.U.mul_(2),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_what_changed_meanwhile_is_computed_again(changed: str) -> None:
+    attention, x = first_then(CHANGES[changed])
+    with torch.no_grad():
+        assert torch.equal(attention.k_proj(x), lowrank_linear(x, *attention.k_proj.factors))
+
+
+def test_a_gradient_or_autocast_that_came_or_went_meanwhile_counts() -> None:
+    attention, x = first_then(lambda *_: None)
+    assert attention.k_proj(x).requires_grad
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attention.q_proj(x)
+    assert attention.k_proj(x).dtype == torch.float32
+
+
+def test_a_replica_computes_its_own() -> None:
+    attention, x = Attention(), torch.randn(3, 24)
+    group_linears_(attention)
+    replica = copy.copy(attention.k_proj)
+    assert torch.equal(replica(x), attention.k_proj(x))
+
+
+def test_fp16_factors_do_not_overflow_where_the_dense_linear_does_not() -> None:
+    dense = nn.Linear(64, 4096, bias=False)
+    with torch.no_grad():
+        dense.weight.copy_(torch.full((4096, 64), 10.0))
+    dense = dense.half()
+    x = torch.full((1, 64), 60.0, dtype=torch.float16)
+    assert torch.isfinite(dense(x)).all()
+    low_rank = LowRankLinear.from_dense(dense, torch.arange(1))
+    torch.testing.assert_close(low_rank(x), dense(x), rtol=1e-2, atol=0)
