@@ -27,20 +27,14 @@ void configure(int64_t weight_rows) {
 struct Amx : Panels<Pairs, 64> {
     static constexpr int64_t ROWS = 16, DEPTH = 32, AHEAD = 4;  // a tile; tiles to fetch ahead
 
-    // PANELS sums += weight[16, 32] · panel[32, 16] for each panel. With one panel or two, even and odd steps have sums
-    // of their own, for an instruction takes three times as long as passes between two that are independent.
+    // PANELS sums += weight[16, 32] · panel[32, 16] for each panel. With one panel, even and odd steps have sums of
+    // their own, for an instruction takes three times as long as passes between two that are independent.
     template <int PANELS, bool ODD>
     static void step(const void *w, int64_t w_bytes, const float *x, int64_t panel_floats) {
         if constexpr (PANELS == 1 && ODD) {
             _tile_loadd(6, w, w_bytes);
             _tile_loadd(7, x, 64);
             _tile_dpbf16ps(1, 6, 7);
-        } else if constexpr (PANELS == 2 && ODD) {
-            _tile_loadd(6, w, w_bytes);
-            _tile_loadd(5, x, 64);
-            _tile_dpbf16ps(2, 6, 5);
-            _tile_loadd(7, x + panel_floats, 64);
-            _tile_dpbf16ps(3, 6, 7);
         } else {
             _tile_loadd(4, w, w_bytes);
             _tile_loadd(5, x, 64);
@@ -59,6 +53,8 @@ struct Amx : Panels<Pairs, 64> {
             }
         }
     }
+
+    static const BF16 *element(const char *p) { return reinterpret_cast<const BF16 *>(p); }
 
     // When tile t of some rows is multiplied: the tile AHEAD of it, which may be of the rows that follow.
     static void fetch_ahead(const char *w, int64_t w_bytes, int64_t rows, int64_t t, int64_t tiles) {
@@ -86,10 +82,9 @@ struct Amx : Panels<Pairs, 64> {
         }
         if (whole * DEPTH < depth) {
             fetch_ahead(w, w_bytes, rows, whole, tiles);
-            BF16 rest[ROWS][DEPTH] = {};
-            for (int64_t r = 0; r < rows; ++r) {
-                std::memcpy(rest[r], w + r * w_bytes + whole * 64, (depth - whole * DEPTH) * sizeof(BF16));
-            }
+            VF rest[ROWS];
+            for (int64_t r = 0; r < rows; ++r)
+                rest[r] = Pairs::load(element(w + r * w_bytes) + whole * DEPTH, depth % DEPTH);
             fence(rest);
             step<PANELS, false>(rest, 64, x + whole * 256, stride);
         }
@@ -99,25 +94,18 @@ struct Amx : Panels<Pairs, 64> {
     template <int PANELS>
     static void put_sums(float *tile, int64_t rows) {
         constexpr int64_t LANES = PANELS * W;
-        float odd[ROWS * LANES];
         _tile_stored(0, tile, LANES * 4);
-        if constexpr (PANELS > 2) {
-            _tile_stored(1, tile + W, LANES * 4);
-            _tile_stored(2, tile + 2 * W, LANES * 4);
-            if constexpr (PANELS > 3) _tile_stored(3, tile + 3 * W, LANES * 4);
-            fence(tile);
-        } else {
-            if constexpr (PANELS == 1) {
-                _tile_stored(1, odd, LANES * 4);
-            } else {
-                _tile_stored(1, tile + W, LANES * 4);
-                _tile_stored(2, odd, LANES * 4);
-                _tile_stored(3, odd + W, LANES * 4);
-            }
+        if constexpr (PANELS == 1) {
+            float odd[ROWS * LANES];
+            _tile_stored(1, odd, LANES * 4);
             fence(tile);
             fence(odd);
             for (int64_t i = 0; i < rows * LANES; i += W) store(tile + i, load(tile + i) + load(odd + i));
         }
+        if constexpr (PANELS > 1) _tile_stored(1, tile + W, LANES * 4);
+        if constexpr (PANELS > 2) _tile_stored(2, tile + 2 * W, LANES * 4);
+        if constexpr (PANELS > 3) _tile_stored(3, tile + 3 * W, LANES * 4);
+        fence(tile);
     }
 
     static void multiply(const Weight &weight, int64_t first, int64_t rows, const void *packed, int64_t M,
