@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -149,6 +150,19 @@ def singular_value_grad(
     unit = "none" if second_moment is None else second_moment
     if unit not in SECOND_MOMENTS or second_moment == "none":
         raise ValueError(f"second_moment must be None, 'token' or 'sample', got {second_moment!r}")
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        # Autocast gives x and grad_y different dtypes. A statistic loses nothing: the widest serves all.
+        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in (x, grad_y, U, Vh)))
+        x, grad_y, U, Vh = (tensor.to(dtype) for tensor in (x, grad_y, U, Vh))
+        with torch.autocast(x.device.type, enabled=False):
+            return singular_value_grad(
+                *(x, grad_y, U, Vh),
+                cu_seqlens=cu_seqlens,
+                per_sample=per_sample,
+                second_moment=second_moment,
+                mask=mask,
+                backend=backend,
+            )
     check_singular_value_grad(x, grad_y, U, Vh, cu_seqlens, mask)
     if cu_seqlens is None and (per_sample or unit == "sample"):
         length = x.shape[-2] if x.dim() > 1 else 1
@@ -175,6 +189,10 @@ def _is_plain(*tensors: Tensor | None) -> bool:
     It is not where a gradient is to be recorded, nor where a tensor subclass, a mode, a transform or a tracer must find
     the opaque op.
     """
+    if forward_ad._current_level >= 0:
+        for tensor in tensors:
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError("the low-rank ops have no forward-mode derivative; use reverse mode")
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_function_stack()

@@ -328,3 +328,16 @@ def test_what_is_absent_is_as_neutral_as_its_identity(name: str) -> None:
     identity = {"s": torch.ones(R), "bias": torch.zeros(N, dtype=torch.float64)}[name]
     absent, present = gate._replace(**{name: None}), gate._replace(**{name: identity})
     torch.testing.assert_close(lowrank_linear(x, *absent), lowrank_linear(x, *present), rtol=0, atol=1e-12)
+
+
+def test_forward_mode_is_refused_rather_than_wrong() -> None:
+    x, U, Vh = torch.randn(3, 5), torch.randn(4, 2), torch.randn(2, 5)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: lowrank_linear(x, U, None, Vh), (x,), (torch.ones_like(x),))
+
+
+def test_the_gradient_of_singular_values_takes_the_mixed_dtypes_of_autocast() -> None:
+    x, grad_y, U, Vh = torch.randn(3, 5), torch.randn(3, 4), torch.randn(4, 2), torch.randn(2, 5)
+    expected = singular_value_grad(x, grad_y.bfloat16().float(), U, Vh).first
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(singular_value_grad(x, grad_y.bfloat16(), U, Vh).first, expected)
