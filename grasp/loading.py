@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -35,8 +41,21 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_TIMEOUT_S = 10.0
 # The hub's client lets its HTTP library's errors through, and that library's name depends on the version.
 _HUB_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
-# What transformers lets through of a file that is cut short, of another kind, or of an unknown family.
-_GGUF_ERRORS = (OSError, ValueError, LookupError, RuntimeError, struct.error)
+# What the libraries let through of files that are cut short, of another kind, or have values that make no sense.
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    ImportError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    SafetensorError,
+    StrictDataclassError,
+    struct.error,
+)
+_NO_MEMORY = ("can't allocate memory", "not enough memory")  # what PyTorch's CPU allocators say
 
 
 def load_model(
@@ -55,9 +74,9 @@ def load_model(
 
     Raises:
         ModelNotFoundError: if there is no such file or folder, or the hub does not have it or cannot be reached.
-        MissingPackageError: if the file needs a package that is not installed.
+        MissingPackageError: if a GGUF file or the built-in model needs a package that is not installed.
         UnsupportedModelError: if it is no causal language model, or needs code of its own.
-        CheckpointError: if the files lack weights of the model, or do not fit its configuration.
+        CheckpointError: if the files lack weights of the model, do not fit its configuration, or are pickles.
         ValueError: if ``dtype`` or ``device`` is not one there is.
     """
     if dtype != "auto" and dtype not in DTYPES:
@@ -104,6 +123,13 @@ def packaged_file(package: str, path: str, requirement: str) -> Path:
     )
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the machine, has too little memory."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    )
+
+
 def _device(device: torch.device | str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,8 +137,13 @@ def _device(device: torch.device | str | None) -> torch.device:
         place = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device must be a name such as cpu, cuda or cuda:1; got {str(device)!r}") from error
-    if place.type == "cuda" and not (place.index or 0) < torch.cuda.device_count():
-        raise ValueError(f"device {place} asked for, but PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    accelerator = torch.accelerator.current_accelerator()
+    usable = accelerator is not None and accelerator.type == place.type
+    count = torch.accelerator.device_count() if usable else 0
+    if place.type != "cpu" and (place.index or 0) >= count:
+        raise ValueError(
+            f"device {place} asked for, but PyTorch sees {count} {place.type} devices; cpu is always there"
+        )
     return place
 
 
@@ -164,23 +195,33 @@ def _find(name: str) -> None:
 def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except GraspError:
+        raise
+    except _LOAD_ERRORS as error:
         raise UnsupportedModelError(f"the configuration of {name} cannot be used: {_first_line(error)}") from error
     _require_causal_lm(name, config)
+    _require_safetensors(name)
     register()  # for compressed checkpoints, where grasp is on the path but not installed
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, trust_remote_code=False
+            name,
+            config=config,
+            dtype=DTYPES.get(dtype, "auto"),
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except GraspError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except _LOAD_ERRORS as error:
+        if out_of_memory(error):
+            raise
         raise CheckpointError(f"the weights of {name} cannot be loaded: {_first_line(error)}") from error
     model, info = loaded
     _require_all_weights(name, info["missing_keys"])
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except _LOAD_ERRORS as error:
         raise ModelNotFoundError(
             f"{name} has no tokenizer that can be loaded ({_first_line(error)}); save one there with "
             "tokenizer.save_pretrained"
@@ -210,7 +251,9 @@ def _load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedToken
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except GraspError:
         raise
-    except _GGUF_ERRORS as error:
+    except _LOAD_ERRORS as error:
+        if out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{path} cannot be loaded: {_first_line(error)}. Either it is no whole GGUF file, or transformers does not "
             "read this family from GGUF; give the folder or hub name of the original model."
@@ -237,6 +280,16 @@ def _require_causal_lm(name: str, config: PreTrainedConfig) -> None:
         )
 
 
+def _require_safetensors(name: str) -> None:
+    """Refuse a folder whose weights are pickled only: reading a pickle can run any code."""
+    folder = Path(name).expanduser()
+    if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{name} has weights in .bin files only, which can run code when they are read; expected .safetensors. "
+            "Convert them to safetensors: load the model with transformers where you trust it, and save_pretrained it"
+        )
+
+
 def _require_all_weights(name: str, missing: set[str] | list[str]) -> None:
     """transformers fills in random weights for missing ones and only warns."""
     if missing:
@@ -247,4 +300,5 @@ def _require_all_weights(name: str, missing: set[str] | list[str]) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {line}" if isinstance(error, LookupError) or not line else line

@@ -74,6 +74,9 @@ def test_the_device_is_the_gpu_where_there_is_one(folder: Path) -> None:
         ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16; got 'int8'"),
         ({"device": "gpu"}, "device must be a name such as cpu, cuda or cuda:1; got 'gpu'"),
         ({"device": "cuda:99"}, "device cuda:99 asked for, but PyTorch sees"),
+        ({"device": "meta"}, "device meta asked for, but PyTorch sees 0 meta devices"),
+        ({"device": "xpu:99"}, "device xpu:99 asked for, but PyTorch sees"),
+        ({"device": "mps:99"}, "device mps:99 asked for, but PyTorch sees"),
     ],
 )
 def test_impossible_options_are_refused_before_anything_is_loaded(options: dict[str, str], message: str) -> None:
@@ -164,6 +167,11 @@ def edit_config(folder: Path, **values: object) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **values}))
 
 
+def rank_tied_head(folder: Path) -> None:
+    tiny_model("llama", torch.bfloat16, tie_word_embeddings=True).save_pretrained(folder)
+    edit_config(folder, quantization_config={"quant_method": "grasp", "format_version": 1, "ranks": {"lm_head": 4}})
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], type[GraspError], str]] = {
     "a tensor is missing": (
         drop_tensor,
@@ -206,6 +214,39 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GraspError], str]] = {
         lambda folder: LlamaModel(tiny_model("llama").config).save_pretrained(folder),
         CheckpointError,
         r"lacks 1 tensors of the model, lm_head\.weight",
+    ),
+    **{
+        f"{key} is {value!r}": (
+            lambda folder, key=key, value=value: edit_config(folder, **{key: value}),  # type: ignore[misc]
+            GraspError,
+            "(configuration|weights) of .* cannot be",
+        )
+        for key, value in [
+            ("quantization_config", {"quant_method": "bitsandbytes", "load_in_8bit": True}),
+            ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+            ("quantization_config", "grasp"),
+            ("hidden_act", "no-such-act"),
+            ("rope_parameters", {"rope_type": "no-such-rope", "rope_theta": 1e4}),
+            ("hidden_size", "abc"),
+            ("num_attention_heads", 5),
+            ("num_attention_heads", 0),
+            ("dtype", "floaty"),
+        ]
+    },
+    "the tokenizer is empty": (
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        ModelNotFoundError,
+        "no tokenizer that can be loaded",
+    ),
+    "the weights are pickled": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        CheckpointError,
+        r"weights in \.bin files only.* Convert them to safetensors",
+    ),
+    "a rank for the tied head": (
+        rank_tied_head,
+        CheckpointError,
+        "weights of .* cannot be loaded|ranks name lm_head",
     ),
     "no tokenizer": (
         lambda folder: [file.unlink() for file in folder.glob("token*")],
