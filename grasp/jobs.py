@@ -18,9 +18,9 @@ from grasp.calibration import HUB_TEXTS, CalibrationBatch, bos_for, read_text, t
 from grasp.checkpoint import check_directory, model_card, read_license, require_space, save_checkpoint
 from grasp.compress import compress_
 from grasp.config import GraspConfig
-from grasp.errors import GraspError
+from grasp.errors import CalibrationError, GraspError, NonFiniteError
 from grasp.evaluate import PerplexityResult, perplexity
-from grasp.loading import BUILTIN, load_model
+from grasp.loading import BUILTIN, load_model, out_of_memory
 from grasp.progress import Progress, silent
 from grasp.report import FILE_NAME, CompressionReport, Size, model_size
 
@@ -105,14 +105,17 @@ def compress(
 
     Raises:
         GraspError, ValueError: as ``load_model``, ``token_batches``, ``compress_`` and ``save_checkpoint`` do.
+        CalibrationError: if the tokenizer gives tokens that the model does not have.
         OutOfMemoryError: if the device's memory does not suffice.
     """
     target = check_directory(output)
     text = read_text(samples.source)
-    model, tokenizer = load_quietly(name, dtype=dtype, device=device, progress=progress)
-    batches = draw(tokenizer, text, samples)
-    require_space(target, model.get_memory_footprint())
     with _within_memory(samples.batch_size, samples.seq_len):
+        model, tokenizer = load_quietly(name, dtype=dtype, device=device, progress=progress)
+        batches = draw(tokenizer, text, samples)
+        for batch in batches:
+            _require_known(model, batch.input_ids)
+        require_space(target, model.get_memory_footprint())
         report = compress_(model, batches, config, progress=progress)
     write_checkpoint(model, tokenizer, target, name, samples, report, progress=progress)
     return Compression(name, str(target), samples, report)
@@ -180,14 +183,17 @@ def evaluate(
 
     Raises:
         GraspError, ValueError: as ``read_text``, ``load_model`` and ``perplexity`` do.
+        CalibrationError: if the tokenizer gives tokens that the model does not have.
         OutOfMemoryError: if the device's memory does not suffice.
     """
     text = read_text(source, split="evaluation")
-    model, tokenizer = load_quietly(name, dtype=dtype, device=device, progress=progress)
     with _within_memory(batch_size, window):
+        model, tokenizer = load_quietly(name, dtype=dtype, device=device, progress=progress)
+        tokens = tokenize(tokenizer, text)
+        _require_known(model, tokens)
         result = perplexity(
             model,
-            tokenize(tokenizer, text),
+            tokens,
             window=window,
             stride=stride,
             batch_size=batch_size,
@@ -197,11 +203,29 @@ def evaluate(
     return Evaluation(name, source, window, stride, result, model_size(model, decoder(model).layers))
 
 
+def _require_known(model: PreTrainedModel, token_ids: torch.Tensor) -> None:
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    if token_ids.numel() and (highest := int(token_ids.max())) >= vocabulary:
+        raise CalibrationError(
+            f"the tokenizer gives the token {highest}, but the model has {vocabulary} tokens: the tokenizer does not "
+            "belong to the model. Save the model's own tokenizer with it"
+        )
+
+
 @contextmanager
 def _within_memory(batch_size: int, length: int) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except GraspError:
+        raise
+    except torch.linalg.LinAlgError as error:
+        raise NonFiniteError(
+            f"a singular value decomposition failed ({' '.join(str(error).split())}); the weights may be damaged. "
+            "Check them, or try --dtype float32 or --device cpu"
+        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise OutOfMemoryError(
             f"the device has too little memory for batches of {batch_size} x {length} tokens; take a smaller batch, "
             "shorter sequences or windows, --dtype bfloat16, or --device cpu"

@@ -8,7 +8,9 @@ import torch
 
 from grasp import jobs
 from grasp.config import GraspConfig
+from grasp.errors import CalibrationError, GraspError
 from tests.command_line import save_tiny_model
+from tests.tiny_models import tiny_model
 
 
 @pytest.fixture
@@ -37,6 +39,49 @@ def test_too_little_memory_is_an_error_with_a_remedy(
     monkeypatch.setattr(jobs, "perplexity", no_memory)
     with pytest.raises(jobs.OutOfMemoryError, match="batches of 1 x 64 tokens; take a smaller batch"):
         jobs.evaluate(str(model), samples.source, window=64)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), jobs.OutOfMemoryError, "too little"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"), jobs.OutOfMemoryError, "too little"),
+        (MemoryError(), jobs.OutOfMemoryError, "too little memory"),
+        (
+            torch.linalg.LinAlgError("linalg.svd: failed\nto converge"),
+            GraspError,
+            r"\(linalg\.svd: failed to converge\)",
+        ),
+        (RuntimeError("a defect"), RuntimeError, "a defect"),
+    ],
+)
+@pytest.mark.parametrize("step", ["load_model", "compress_"])
+def test_errors_of_memory_and_decompositions_are_said_in_one_line_and_others_are_not_hidden(
+    step: str,
+    error: Exception,
+    expected: type[Exception],
+    message: str,
+    model: Path,
+    samples: jobs.Samples,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(jobs, step, fail)
+    with pytest.raises(expected, match=message) as caught:
+        jobs.compress(str(model), tmp_path / "out", GraspConfig(num_layers=1), samples)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_of_another_model_is_refused(model: Path, samples: jobs.Samples, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(model)
+    message = "the tokenizer gives the token .* but the model has 97 tokens: the tokenizer does not belong"
+    with pytest.raises(CalibrationError, match=message):
+        jobs.compress(str(model), tmp_path / "out", GraspConfig(num_layers=1), samples)
+    with pytest.raises(CalibrationError, match=message):
+        jobs.evaluate(str(model), samples.source)
 
 
 def test_the_model_card_says_how_it_was_made_but_not_from_which_file(
