@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 
 BAD_INPUT = 2  # exit code
+_MOST_LAYERS = 10_000  # far beyond any model; ranges are written out
 # What the libraries would say on stderr, set before they are imported; a user's own settings stand.
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -72,6 +73,8 @@ def parse_layers(text: str) -> tuple[int, ...]:
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise ValueError(f"layers must be numbers and ranges such as 3,12-17, got {text!r}")
+        if int(match[2] or match[1]) >= _MOST_LAYERS:
+            raise ValueError(f"layers must be below {_MOST_LAYERS}, got {text!r}")
         layers += range(int(match[1]), int(match[2] or match[1]) + 1)
     return tuple(layers)
 

@@ -119,6 +119,12 @@ def test_other_layers_are_refused(text: str) -> None:
         cli.parse_layers(text)
 
 
+@pytest.mark.parametrize("text", ["0-99999999999", "10000", "1,9999-10000"])
+def test_numbers_beyond_any_model_are_refused_before_ranges_are_written_out(text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"layers must be below 10000, got {text!r}")):
+        cli.parse_layers(text)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
