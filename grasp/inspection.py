@@ -109,7 +109,7 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
     """
     directory = Path(directory)
     config = _read_config(directory)
-    ranks = _ranks(config)
+    ranks = _ranks(config, directory / "config.json")
     tensors = _read_headers(directory)
     parts: dict[str, list[StoredTensor]] = defaultdict(list)
     for name, tensor in tensors.items():
@@ -152,9 +152,16 @@ def _read_config(directory: Path) -> Mapping[str, Any]:
     return config
 
 
-def _ranks(config: Mapping[str, Any]) -> dict[str, int]:
+def _ranks(config: Mapping[str, Any], path: Path) -> dict[str, int]:
     quantization = config.get("quantization_config") or {}
-    return dict(quantization.get("ranks", {})) if quantization.get("quant_method") == "grasp" else {}
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{path}: quantization_config must be a JSON object, got {quantization!r}")
+    if quantization.get("quant_method") != "grasp":
+        return {}
+    ranks = quantization.get("ranks", {})
+    if not isinstance(ranks, dict) or not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
+        raise CheckpointError(f"{path}: ranks must map module names to ranks from 0 up, got {ranks!r}")
+    return ranks
 
 
 def _read_headers(directory: Path) -> dict[str, StoredTensor]:

@@ -110,7 +110,9 @@ class CompressionReport:
                 values[key] = Size(**values[key])
             for key in ("block_influence", "redundant_layers"):
                 values[key] = tuple(values[key])
-            return cls(**values)
+            report = cls(**values)
+            _require_sound(report)
+            return report
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"not a compression report ({error}); expected the report.json that grasp wrote"
@@ -126,7 +128,29 @@ class CompressionReport:
         path = Path(directory) / FILE_NAME
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist; expected a folder that `grasp compress` wrote")
-        return cls.from_json(path.read_text(encoding="utf-8"))
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (CheckpointError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+
+def _require_sound(report: CompressionReport) -> None:
+    """Raise unless sizes and influences are numbers, and each redundant layer has an influence.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    for size in (report.before, report.after):
+        for name, value in vars(size).items():
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name} must be an integer from 0 up, got {value!r}")
+    if not report.before.parameters or not report.before.decoder_parameters:
+        raise ValueError("the model before has no parameters")
+    if not all(type(value) in (int, float) for value in report.block_influence):
+        raise ValueError(f"block_influence must be numbers, got {list(report.block_influence)}")
+    layers = {*report.redundant_layers, *(module.layer for module in report.modules)}
+    if not all(type(layer) is int and 0 <= layer < len(report.block_influence) for layer in layers):
+        raise ValueError(f"block_influence has {len(report.block_influence)} layers, others are named: {layers}")
 
 
 def model_size(model: nn.Module, layers: nn.ModuleList) -> Size:

@@ -82,6 +82,26 @@ def cut(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 
 
+def set_config(**values: object) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+    return damage
+
+
+def set_ranks(ranks: object) -> Callable[[Path], object]:
+    return set_config(quantization_config={"quant_method": "grasp", "ranks": ranks})
+
+
+def set_report(**values: object) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        report = json.loads((folder / "report.json").read_text())
+        (folder / "report.json").write_text(json.dumps({**report, **values}))
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -92,13 +112,25 @@ def cut(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("[]"), "holds a list; expected a JSON object"),
         (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no .safetensors file"),
-        (lambda folder: (folder / "report.json").write_text("{}"), "not a compression report"),
+        (lambda folder: (folder / "report.json").write_text("{}"), r"report\.json: not a compression report"),
+        (lambda folder: (folder / "report.json").write_bytes(b"\xff{"), r"report\.json: .*utf-8"),
+        (set_config(quantization_config="grasp"), r"config\.json: quantization_config must be a JSON object, got 'gra"),
+        (set_config(quantization_config=[1]), r"config\.json: quantization_config must be a JSON object, got \[1\]"),
+        (set_ranks(None), r"config\.json: ranks must map module names .*got None"),
+        (set_ranks(["a"]), r"config\.json: ranks must map .*got \['a'\]"),
+        (set_ranks({"a": "1"}), r"config\.json: ranks must map .*got \{'a': '1'\}"),
+        (set_report(block_influence=[]), r"report\.json: .*block_influence has 0 layers"),
+        (set_report(block_influence="abc"), r"report\.json: .*block_influence must be numbers"),
+        (set_report(after={"parameters": "x", "bytes": 1, "decoder_parameters": 1}), r"report\.json: .*got 'x'"),
+        (set_report(before={"parameters": 0, "bytes": 0, "decoder_parameters": 0}), r"report\.json: .*no parameters"),
     ],
 )
 def test_a_damaged_folder_is_refused_with_the_damage(
     damage: Callable[[Path], object], words: str, tmp_path: Path
 ) -> None:
-    compressed(tmp_path)
+    report = compressed(tmp_path)
+    (tmp_path / "report.json").write_text(report.to_json())
+    assert inspect_checkpoint(tmp_path).report == report
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=words):
         inspect_checkpoint(tmp_path)
