@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter("model.layers", "model.final_layernorm"),  # Phi
     Adapter("model.decoder.layers", "model.decoder.final_layer_norm"),  # OPT
     Adapter("model.language_model.layers", "model.language_model.norm"),  # text part of image-text models
-    Adapter("transformer.h", "transformer.ln_f"),  # GPT-2, GPT-J, Falcon, BLOOM
+    Adapter("transformer.h", "transformer.ln_f"),  # GPT-2, GPT-J, BLOOM
     Adapter("transformer.blocks", "transformer.norm_f"),  # MPT
     Adapter("gpt_neox.layers", "gpt_neox.final_layer_norm"),  # GPT-NeoX, Pythia
 )
@@ -40,10 +41,10 @@ BLOCKS = ("mlp", "attention")  # in the order in which GRASP compresses a layer
 
 
 class Decoder(NamedTuple):
-    """The decoder layers of a model, their path, and the norm after the last one."""
+    """The decoder layers of a model, their path, and the norm after the last one where there is one."""
 
     layers: nn.ModuleList
-    norm: nn.Module
+    norm: nn.Module | None  # models that normalise after each block, as OPT-350M does, have none
     path: str
 
 
@@ -64,7 +65,7 @@ def decoder(model: nn.Module) -> Decoder:
     """
     for adapter in ADAPTERS:
         try:
-            layers, norm = model.get_submodule(adapter.layers), model.get_submodule(adapter.norm)
+            layers, norm = model.get_submodule(adapter.layers), attrgetter(adapter.norm)(model)
         except AttributeError:
             continue
         if isinstance(layers, nn.ModuleList) and len(layers) > 0:

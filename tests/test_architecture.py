@@ -13,6 +13,8 @@ from grasp.architecture import (
     passing_through,
     replace_module_,
 )
+from grasp.compress import compress_
+from grasp.config import GraspConfig
 from grasp.errors import UnsupportedModelError
 from grasp.modules import LowRankLinear
 from tests.tiny_models import DENSE_FAMILIES, FAMILIES, tiny_batches, tiny_model
@@ -53,6 +55,14 @@ def test_every_linear_of_a_layer_is_found_in_its_block(family: str) -> None:
     for block, names in LINEARS[family].items():
         assert {t.name for t in targets if t.block == block} == {f"{found.path}.1.{name}" for name in names}
     assert all(model.get_submodule(target.name) is target.module and target.layer == 1 for target in targets)
+
+
+def test_a_model_without_a_final_norm_is_compressed() -> None:
+    model = tiny_model("opt", do_layer_norm_before=False)
+    assert decoder(model).norm is None
+    report = compress_(model, tiny_batches(), GraspConfig(layers=(1,), retain_ratio=0.5))
+    assert {module.name.split(".")[-1] for module in report.compressed} >= {"q_proj", "out_proj", "fc1", "fc2"}
+    assert torch.isfinite(model(tiny_batches()[0]).logits).all()
 
 
 def test_experts_are_left_and_named_while_attention_is_compressed() -> None:

@@ -15,7 +15,9 @@ from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 def naive_block_influence(model: torch.nn.Module, tokens: torch.Tensor) -> list[float]:
     """From the library's own hidden states; the last of them is after the final norm, so the last layer is redone."""
     before_norm: list[torch.Tensor] = []
-    handle = decoder(model).norm.register_forward_pre_hook(lambda _, args: before_norm.append(args[0]))
+    norm = decoder(model).norm
+    assert norm is not None
+    handle = norm.register_forward_pre_hook(lambda _, args: before_norm.append(args[0]))
     with torch.no_grad():
         states = list(model(tokens, output_hidden_states=True).hidden_states)
     handle.remove()
