@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,7 +45,8 @@ class GraspConfig:
 
     def __post_init__(self) -> None:
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(sorted(self.layers)))
+            object.__setattr__(self, "layers", _sorted_layers(self.layers))
+        object.__setattr__(self, "num_layers", _plain(self.num_layers))
         self._check_exclusive("layers", "num_layers", "compression_ratio")
         if self.threshold_ratio is not None and self.layers is None and self.num_layers is None:
             raise ValueError("threshold_ratio needs layers or num_layers: it does not fix a compression ratio")
@@ -57,7 +59,7 @@ class GraspConfig:
         _check_ratio("compression_ratio", self.compression_ratio, low_open=False, high_open=True)
         _check_ratio("retain_ratio", self.retain_ratio, low_open=True, high_open=False)
         _check_ratio("threshold_ratio", self.threshold_ratio, low_open=True, high_open=False)
-        if self.metric not in METRICS:
+        if not isinstance(self.metric, str) or self.metric not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
 
     @classmethod
@@ -81,9 +83,6 @@ class GraspConfig:
         names = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(names)):
             raise ValueError(f"unknown configuration keys {', '.join(unknown)}; expected some of {', '.join(names)}")
-        values = dict(values)
-        if values.get("layers") is not None:
-            values["layers"] = tuple(values["layers"])
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,6 +98,21 @@ class GraspConfig:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _plain(value: Any) -> Any:
+    """An integer of another library as Python's own; anything else as it is."""
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value
+
+
+def _sorted_layers(layers: Iterable[Any]) -> tuple[int, ...]:
+    try:
+        return tuple(sorted(_plain(layer) for layer in layers))
+    except TypeError as error:
+        raise ValueError(f"layers must be distinct integers from 0 up, got {layers!r}") from error
 
 
 def _check_ratio(name: str, value: float | None, *, low_open: bool, high_open: bool) -> None:

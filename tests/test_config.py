@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from grasp.config import GraspConfig
@@ -31,6 +32,11 @@ def test_is_frozen() -> None:
         ({"num_layers": 1, "compression_ratio": 0.2}, "num_layers and compression_ratio exclude"),
         ({"layers": (1, 1)}, r"distinct integers.*\[1, 1\]"),
         ({"layers": (-1,)}, r"from 0 up, got \[-1\]"),
+        ({"layers": 5}, "layers must be distinct integers from 0 up, got 5"),
+        ({"layers": (1, "a")}, r"distinct integers from 0 up, got \(1, 'a'\)"),
+        ({"layers": "12"}, "distinct integers"),
+        ({"layers": (True,)}, r"distinct integers.*got \[True\]"),
+        ({"metric": ["taylor"]}, r"metric must be one of taylor, gradient, got \['taylor'\]"),
         ({"num_layers": -3}, "num_layers must be an integer from 0 up, got -3"),
         ({"num_layers": 2.0}, "got 2.0"),
         ({"num_layers": True}, "got True"),
@@ -48,6 +54,18 @@ def test_is_frozen() -> None:
 def test_bad_values_are_refused_with_what_was_expected(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GraspConfig(**values)  # type: ignore[arg-type]
+
+
+def test_layers_that_are_no_sequence_are_refused_in_dictionaries_too() -> None:
+    with pytest.raises(ValueError, match="layers must be distinct integers from 0 up, got 5"):
+        GraspConfig.from_dict({"layers": 5})
+
+
+def test_integers_of_numpy_are_taken_as_integers() -> None:
+    config = GraspConfig(layers=tuple(np.array([3, 1])))
+    assert config == GraspConfig(layers=(1, 3))
+    assert json.loads(json.dumps(config.to_dict()))["layers"] == [1, 3]
+    assert json.dumps(GraspConfig(num_layers=np.int32(2)).to_dict()["num_layers"]) == "2"  # type: ignore[arg-type]
 
 
 def test_unknown_preset_and_key_are_refused() -> None:
