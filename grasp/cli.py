@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from grasp import __version__
-from grasp.errors import GraspError
+from grasp.errors import GraspError, NonFiniteError
 
 app = typer.Typer(
     name="grasp",
@@ -201,6 +201,11 @@ def evaluate(
         console.print_json(result.to_dict())
     else:
         tables.show_evaluation(result)
+    if result.result.nonfinite:
+        raise NonFiniteError(
+            f"{result.result.nonfinite} of {result.result.tokens} tokens have a loss that is NaN or infinite, so the "
+            "perplexity is no number; try --dtype float32, or check the model"
+        )
 
 
 @app.command()

@@ -32,6 +32,8 @@ class PerplexityResult:
         tokens: how many tokens were scored.
         windows: how many windows the text was cut into.
         nonfinite: how many tokens have a NaN or infinite loss; they are counted, never dropped.
+        window: positions that the model saw at once, BOS included.
+        stride: new tokens per window.
     """
 
     perplexity: float
@@ -39,6 +41,8 @@ class PerplexityResult:
     tokens: int
     windows: int
     nonfinite: int
+    window: int
+    stride: int
 
 
 class Window(NamedTuple):
@@ -75,9 +79,9 @@ def perplexity(
 
     Raises:
         CalibrationError: if the text is too short to score a token.
-        ValueError: if ``window``, ``stride`` or ``batch_size`` is impossible.
+        ValueError: if ``window``, ``stride`` or ``batch_size`` is impossible, or the tokens are no row of integers.
     """
-    tokens = torch.as_tensor(token_ids, dtype=torch.int64).flatten().cpu()
+    tokens = _row(token_ids)
     prefix = tokens.new_tensor([] if bos_token_id is None else [bos_token_id])
     window = min(window, max_positions(model) or window)
     room = window - len(prefix)
@@ -104,7 +108,7 @@ def perplexity(
             done += len(batch)
             progress("perplexity", done, len(windows))
     nll = total / scored
-    return PerplexityResult(nll.exp().item(), nll.item(), scored, len(windows), nonfinite)
+    return PerplexityResult(nll.exp().item(), nll.item(), scored, len(windows), nonfinite, window, stride)
 
 
 def cut_windows(length: int, room: int, stride: int, *, first_needs_context: bool) -> list[Window]:
@@ -132,6 +136,16 @@ def max_positions(model: PreTrainedModel) -> int | None:
     """How many positions the model was made for; ``None`` where its configuration sets no limit."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _row(token_ids: Tensor | Sequence[int]) -> Tensor:
+    """Token ids as int64 (T,) on the CPU."""
+    tokens = torch.as_tensor(token_ids)
+    if tokens.numel() and (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool):
+        raise ValueError(f"token ids must be integers, got {tokens.dtype}")
+    if tokens.ndim not in (1, 2) or (tokens.ndim == 2 and len(tokens) != 1):
+        raise ValueError(f"token ids must be one text of the shape (T,) or (1, T), got {tuple(tokens.shape)}")
+    return tokens.flatten().to("cpu", torch.int64)
 
 
 def _equal_batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:

@@ -67,8 +67,6 @@ class Evaluation:
 
     model: str
     text: str
-    window: int
-    stride: int | None
     result: PerplexityResult
     size: Size
 
@@ -200,7 +198,7 @@ def evaluate(
             bos_token_id=bos_for(tokenizer),
             progress=progress,
         )
-    return Evaluation(name, source, window, stride, result, model_size(model, decoder(model).layers))
+    return Evaluation(name, source, result, model_size(model, decoder(model).layers))
 
 
 def _require_known(model: PreTrainedModel, token_ids: torch.Tensor) -> None:
@@ -218,7 +216,7 @@ def _within_memory(batch_size: int, length: int) -> Iterator[None]:
         yield
     except GraspError:
         raise
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise NonFiniteError(
             f"a singular value decomposition failed ({' '.join(str(error).split())}); the weights may be damaged. "
             "Check them, or try --dtype float32 or --device cpu"

@@ -41,22 +41,17 @@ def show_compression(result: Compression) -> None:
 def show_evaluation(result: Evaluation) -> None:
     """Perplexity and size."""
     measured = result.result
-    overlap = "no overlap" if result.stride is None else f"{result.stride} new in each"
+    windows = f"{measured.windows} windows of {measured.window}, {measured.stride} new in each"
     print_facts(
         [
             ("model", result.model),
-            (
-                "text",
-                f"{result.text}: {measured.tokens} tokens in {measured.windows} windows of {result.window}, {overlap}",
-            ),
+            ("text", f"{result.text}: {measured.tokens} tokens in {windows}"),
             ("perplexity", f"{measured.perplexity:.3f}"),
             ("nll", f"{measured.nll:.5f} nats per token"),
             ("parameters", count(result.size.parameters)),
             ("bytes", size(result.size.bytes)),
         ]
     )
-    if measured.nonfinite:
-        print_text(f"{measured.nonfinite} of {measured.tokens} tokens have a loss that is NaN or infinite.")
 
 
 def show_inspection(found: Inspection) -> None:

@@ -123,6 +123,26 @@ def test_the_window_is_no_longer_than_the_model_has_positions() -> None:
     model = tiny_model("opt", max_position_embeddings=16)  # learned positions: one more would be an index error
     result = perplexity(model, text(40), window=1024)
     assert (result.windows, result.tokens) == (3, 37)
+    assert (result.window, result.stride) == (16, 16)
+    with_bos = perplexity(model, text(40), window=1024, bos_token_id=BOS)
+    assert (with_bos.window, with_bos.stride) == (16, 15)
+    assert perplexity(model, text(40), window=1024, stride=5).stride == 5
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(2, 8, dtype=torch.int64), r"shape \(T,\) or \(1, T\), got \(2, 8\)"),
+        (torch.zeros(1, 1, 8, dtype=torch.int64), r"got \(1, 1, 8\)"),
+        (torch.tensor(5), r"got \(\)"),
+        (torch.zeros(8), "token ids must be integers, got torch.float32"),
+        ([1.0, 2.5], "token ids must be integers, got torch.float32"),
+        ([True, False], "token ids must be integers, got torch.bool"),
+    ],
+)
+def test_what_is_no_row_of_integers_is_refused(tokens: Tensor | list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        perplexity(tiny_model("llama"), tokens)
 
 
 @pytest.mark.parametrize(("value", "perplexity_is"), [(float("nan"), math.isnan), (float("-inf"), math.isinf)])
