@@ -152,7 +152,7 @@ def result_table(results: Sequence[Result]) -> Table:
         title_justify="left",
     )
     table.add_column("provider", min_width=10)
-    for heading in ("MB", "prefill/s", "spread", "× dense", "decode/s", "spread", "× dense"):
+    for heading in ("MB", "prefill/s", "IQR", "× dense", "decode/s", "IQR", "× dense"):
         table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
@@ -257,7 +257,7 @@ def main(
     console.print(result_table(results))
     for name, reason in left_out.items():
         console.print(f"Not measured: {name}: {reason}", highlight=False)
-    console.print(NOTE)
+    console.print(f"Medians in tokens per second; IQR is the distance between the quartiles of the times. {NOTE}")
     if output is not None:
         with output.open("a") as file:
             file.writelines(json.dumps(asdict(result)) + "\n" for result in results)
