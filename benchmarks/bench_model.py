@@ -40,7 +40,7 @@ from grasp.selection import break_even_rank, rank_for_retain_ratio
 DENSE, REMOVED, COMPRESSED, UNFUSED = "dense", "removed", "compressed", "unfused"
 CHECKED_TOKENS = 16
 # Relative difference of the logits, norm-wise, between fused and unfused factors that rounding may make.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 NOTE = "Factors by plain SVD: speed is measured here, quality is not."
 
 
