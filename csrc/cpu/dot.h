@@ -82,14 +82,14 @@ struct Dot {
 
     // How far ahead of element k of some rows to fetch memory, in elements. Several rows are read at once, from several
     // pages, which streams faster than one row after the other; the processor's own prefetching ends at every page. The
-    // distances are the best measured: 512 bytes in long rows, then the beginnings of the rows that follow; with short
+    // distances are the best measured: 768 bytes in long rows, then the beginnings of the rows that follow; with short
     // rows, whole groups of rows, at least 3 KB.
     struct Ahead {
         int64_t depth, distance, next_rows;
         bool is_long;
 
         Ahead(const Weight &weight, int rows) : depth(weight.depth) {
-            constexpr int64_t LONG = 2048 / sizeof(Element), FAR = 3072 / sizeof(Element), NEAR = 512 / sizeof(Element);
+            constexpr int64_t LONG = 2048 / sizeof(Element), FAR = 3072 / sizeof(Element), NEAR = 768 / sizeof(Element);
             const int64_t group = rows * weight.stride;
             is_long = depth > LONG;
             distance = is_long ? NEAR : (FAR + group - 1) / group * group;
