@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 from importlib.util import find_spec
@@ -283,11 +284,25 @@ def _require_causal_lm(name: str, config: PreTrainedConfig) -> None:
 def _require_safetensors(name: str) -> None:
     """Refuse a folder whose weights are pickled only: reading a pickle can run any code."""
     folder = Path(name).expanduser()
-    if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+    pickles_only = folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
+    if pickles_only or not all(file.endswith(".safetensors") for file in _shards(folder)):
         raise CheckpointError(
-            f"{name} has weights in .bin files only, which can run code when they are read; expected .safetensors. "
+            f"{name} has weights in pickled files such as .bin, which can run code when read; expected .safetensors. "
             "Convert them to safetensors: load the model with transformers where you trust it, and save_pretrained it"
         )
+
+
+def _shards(folder: Path) -> set[str]:
+    """The files that the index of a sharded model names; none where there is no index."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return set()
+    try:
+        return {str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is no index of weights ({_first_line(error)}); expected a weight_map"
+        ) from error
 
 
 def _require_all_weights(name: str, missing: set[str] | list[str]) -> None:

@@ -172,6 +172,11 @@ def rank_tied_head(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "grasp", "format_version": 1, "ranks": {"lm_head": 4}})
 
 
+def write_index(folder: Path, text: str) -> None:
+    (folder / "model.safetensors").rename(folder / "w.bin")
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], type[GraspError], str]] = {
     "a tensor is missing": (
         drop_tensor,
@@ -241,7 +246,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GraspError], str]] = {
     "the weights are pickled": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
         CheckpointError,
-        r"weights in \.bin files only.* Convert them to safetensors",
+        r"weights in pickled files such as \.bin.* Convert them to safetensors",
+    ),
+    "the index names a pickle": (
+        lambda folder: write_index(folder, '{"weight_map": {"lm_head.weight": "w.bin"}}'),
+        CheckpointError,
+        r"weights in pickled files such as \.bin",
+    ),
+    "the index is none": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
+        CheckpointError,
+        "is no index of weights",
     ),
     "a rank for the tied head": (
         rank_tied_head,
