@@ -81,8 +81,11 @@ def chunked(
     first, squares = x.new_zeros(2, len(bounds) - 1, rank, dtype=dtype)  # squares of tokens
     for tokens in _blocks(x.shape[0], BLOCK_TOKENS):
         pieces = _pieces(bounds, tokens)
+        d_rows, x_rows = grad_y[tokens], x[tokens]
+        if not x.is_cuda:  # widened once for all ranks; on CUDA the matmul widens
+            d_rows, x_rows = d_rows.to(dtype), x_rows.to(dtype)
         for ranks in _blocks(rank, BLOCK_RANKS):
-            token = _matmul(grad_y[tokens], U[:, ranks], dtype).mul_(_matmul(x[tokens], Vh[ranks].mT, dtype))
+            token = _matmul(d_rows, U[:, ranks], dtype).mul_(_matmul(x_rows, Vh[ranks].mT, dtype))
             if mask is not None:
                 token.masked_fill_(~mask[tokens, None], 0)
             for sample, rows in pieces:
@@ -135,7 +138,7 @@ def _pieces(bounds: Sequence[int], tokens: slice) -> list[tuple[int, slice]]:
 
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a @ b`` accumulated and returned in ``dtype``; CUDA does so without a copy of 16-bit operands."""
-    if a.dtype == dtype:
+    if a.dtype == b.dtype == dtype:
         return a @ b
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=dtype)
