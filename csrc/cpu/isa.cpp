@@ -1,5 +1,8 @@
 #include "isa.h"
 
+#include <algorithm>
+#include <initializer_list>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -10,30 +13,45 @@ namespace grasp {
 namespace {
 
 #if defined(__x86_64__)
-bool bit(unsigned word, int index) { return word >> index & 1; }
-
-// AMX: the processor has it, and Linux grants this process its registers (arch_prctl ARCH_REQ_XCOMP_PERM).
-bool has_amx() {
+struct Registers {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !bit(d, 22) || !bit(d, 24)) return false;
+};
+
+Registers cpuid(unsigned leaf, unsigned subleaf) {
+    Registers r;
+    __get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d);  // leaves zeros where there is no such leaf
+    return r;
+}
+
+bool bits(unsigned word, std::initializer_list<int> wanted) {
+    return std::all_of(wanted.begin(), wanted.end(), [word](int index) { return word >> index & 1; });
+}
+
+// Whether the operating system keeps these parts of the registers across a switch of threads.
+bool system_keeps(std::initializer_list<int> parts) {
+    if (!bits(cpuid(1, 0).c, {27})) return false;  // OSXSAVE
+    unsigned low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return bits(low, parts);
+}
+
+// Linux grants a process the tiles' registers when it asks (arch_prctl ARCH_REQ_XCOMP_PERM).
+bool system_grants_tiles() {
     constexpr long REQUEST = 0x1023, TILE_DATA = 18;
     return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }
 
-// The set itself, not those that it includes.
+// The set itself, not those that it includes. Names of bits: Intel's manual, under CPUID.
 bool has(int32_t isa) {
-    __builtin_cpu_init();
-    unsigned a = 0, b = 0, c = 0, d = 0;
     switch (isa) {
         case GRASP_ISA_PORTABLE: return true;
-        case GRASP_ISA_AVX2:
-            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
-                   bit(c, 29);  // F16C
-        case GRASP_ISA_AVX512:
-            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-        case GRASP_ISA_AVX512_BF16: return __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5);
-        case GRASP_ISA_AMX: return has_amx();
+        case GRASP_ISA_AVX2:  // and FMA, F16C
+            return system_keeps({1, 2}) && bits(cpuid(1, 0).c, {12, 28, 29}) && bits(cpuid(7, 0).b, {5});
+        case GRASP_ISA_AVX512:  // F, DQ, BW, VL
+            return system_keeps({1, 2, 5, 6, 7}) && bits(cpuid(7, 0).b, {16, 17, 30, 31});
+        case GRASP_ISA_AVX512_BF16: return bits(cpuid(7, 1).a, {5});
+        case GRASP_ISA_AMX:  // BF16, TILE
+            return bits(cpuid(7, 0).d, {22, 24}) && system_keeps({17, 18}) && system_grants_tiles();
         default: return false;
     }
 }
