@@ -78,7 +78,8 @@ def chunked(
     ragged = cu_seqlens is not None and (per_sample or second_moment == "sample")
     bounds = cu_seqlens.tolist() if ragged and cu_seqlens is not None else [0, x.shape[0]]
     rank = U.shape[1]
-    first, squares = x.new_zeros(2, len(bounds) - 1, rank, dtype=dtype)  # squares of tokens
+    # Two tensors, not halves of one: an op's outputs may not share memory.
+    first, squares = (x.new_zeros(len(bounds) - 1, rank, dtype=dtype) for _ in range(2))  # squares of tokens
     for tokens in _blocks(x.shape[0], BLOCK_TOKENS):
         pieces = _pieces(bounds, tokens)
         d_rows, x_rows = grad_y[tokens], x[tokens]

@@ -104,3 +104,9 @@ def test_a_gradient_accumulated_over_calls_is_the_reference(dtype: torch.dtype) 
     exact, _ = reference.singular_value_grad(*(t.double() for t in (x, grad_y, U, Vh)), *options)
     plain, _ = reference.singular_value_grad(x, grad_y, U, Vh, *options)
     assert_accurate("singular_value_grad", dtype, routes.contract_weight_grad(weight_grad, U, Vh), plain, exact)
+
+
+def test_results_of_the_chunked_route_share_no_memory() -> None:
+    x, grad_y, U, Vh = torch.randn(4, 5), torch.randn(4, 3), torch.randn(3, 2), torch.randn(2, 5)
+    first, second = routes.chunked(x, grad_y, U, Vh, torch.tensor([0, 1, 4]), True, "token", None)
+    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
