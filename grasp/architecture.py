@@ -192,6 +192,29 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+@contextmanager
+def casting(model: nn.Module, dtype: str | None) -> Iterator[None]:
+    """Run a model in another dtype, ``"bfloat16"`` say; its own weights are put back, bit for bit. ``None``: as it is.
+
+    Raises:
+        UnsupportedModelError: if weights are offloaded.
+    """
+    if dtype is None:
+        yield
+        return
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UnsupportedModelError("sweep_dtype needs all weights in memory, some are offloaded; load in that dtype")
+    wanted = getattr(torch, dtype)
+    saved = {p: p.data for p in model.parameters() if p.is_floating_point() and p.dtype != wanted}
+    try:
+        for parameter, data in saved.items():
+            parameter.data = data.to(wanted)
+        yield
+    finally:
+        for parameter, data in saved.items():
+            parameter.data = data
+
+
 def batch_inputs(model: nn.Module, batch: CalibrationBatch) -> dict[str, Tensor]:
     """Keyword arguments of a forward pass over a batch, on the device where the model takes its tokens."""
     device = first_device(model)

@@ -113,6 +113,13 @@ def compress(
     metric: Annotated[
         str | None, typer.Option(help="Importance of a singular group: taylor or gradient. Paper: taylor.")
     ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="sequential (paper), per-layer (twice as fast), or single-sweep (all on the dense model)."),
+    ] = None,
+    sweep_dtype: Annotated[
+        str | None, typer.Option(help="Run the calibration sweeps in bfloat16. Default: as the model is.")
+    ] = None,
     calibration: Annotated[
         str, typer.Option(metavar="FILE|NAME", help="A text file, wikitext2, c4, or builtin.")
     ] = "builtin",
@@ -150,6 +157,8 @@ def compress(
         "retain_ratio": retain_ratio,
         "threshold_ratio": threshold_ratio,
         "metric": metric,
+        "schedule": schedule,
+        "sweep_dtype": sweep_dtype,
     }
     config = GraspConfig.preset(preset, **{name: value for name, value in choices.items() if value is not None})
     samples = jobs.Samples(calibration, num_samples, seq_len, batch_size, seed)

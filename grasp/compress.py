@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.architecture import BLOCKS, Target, decoder, layer_targets, replace_module_
-from grasp.attribution import METRICS, capture_prefix, singular_value_grads
+from grasp.architecture import Target, decoder, layer_targets, replace_module_
+from grasp.attribution import METRICS, gather_gradients, plan_sweeps
 from grasp.calibration import CalibrationBatch, as_batches, batches_digest
 from grasp.checkpoint import GraspHfQuantizer, mark_compressed
 from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, UnsupportedModelError
 from grasp.evaluate import max_positions
-from grasp.modules import SVD, LowRankLinear, decompose, dense_weight, group_linears_
+from grasp.modules import SVD, LowRankLinear, dense_weight, group_linears_
 from grasp.progress import Progress, silent
 from grasp.redundancy import block_influence
 from grasp.report import CompressionReport, ModuleReport, model_size
@@ -31,6 +31,7 @@ from grasp.selection import (
     solve_compression_ratio,
     uniform_budget,
 )
+from grasp.sweep import capture_prefix
 
 
 @torch.inference_mode(mode=False)
@@ -45,7 +46,8 @@ def compress_(
     """Compress a causal language model in place (arXiv 2501.00339).
 
     The redundant layers are found by block influence. From the deepest up, first the MLP and then the attention of each
-    is replaced: the gradients in its singular values are taken over all batches on the model as it is by then. If this
+    is replaced: the gradients in its singular values are taken over all batches on the model as it is by then. Other
+    values of ``schedule`` replace more at once. If this
     is interrupted, the model is left whole and usable, with the blocks replaced so far. New low-rank linears that share
     an input are computed together; ``grasp.modules.group_linears_(model, False)`` takes them apart.
 
@@ -80,26 +82,23 @@ def compress_(
     redundant = tuple(budget.ranks)
 
     done: list[ModuleReport] = []
+    ranks = {t: rank for layer in redundant for t, rank in zip(targets[layer], budget.ranks[layer], strict=True)}
+    sweeps = plan_sweeps(ranks, config.schedule)
     try:
-        prefix = capture_prefix(model, batches, redundant, progress=progress)
+        entries = {min(target.layer for target in members) for members in sweeps}
+        prefix = capture_prefix(model, batches, entries, dtype=config.sweep_dtype, progress=progress)
         clock.lap("prefix")
-        for layer in reversed(redundant):
-            ranks = dict(zip(targets[layer], budget.ranks[layer], strict=True))
-            for block in BLOCKS:
-                members = [target for target in targets[layer] if target.block == block]
-                if not members:
+        for members in sweeps:
+            sums = gather_gradients(model, batches, members, prefix, dtype=config.sweep_dtype, progress=progress)
+            clock.lap("attribution")
+            for target in members:
+                if target not in sums:
+                    done.append(ModuleReport(target.name, target.layer, "", "its output does not reach the loss"))
                     continue
-                svds = {target: decompose(dense_weight(target.module), target.name) for target in members}
-                clock.lap("svd")
-                grads = singular_value_grads(model, batches, svds, prefix, progress=progress)
-                clock.lap("attribution")
-                for target in members:
-                    if target not in grads:
-                        done.append(ModuleReport(target.name, layer, "", "its output does not reach the loss"))
-                        continue
-                    importance = METRICS[config.metric](svds[target].S, grads[target])
-                    done.append(_replace_(model, target, svds[target], importance, config, ranks[target]))
-            del prefix.hidden[layer]
+                svd, grad = sums.pop(target).result()
+                importance = METRICS[config.metric](svd.S, grad)
+                done.append(_replace_(model, target, svd, importance, config, ranks[target]))
+            clock.lap("svd and selection")
     finally:
         group_linears_(model)
         mark_compressed(model)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from grasp.attribution import METRICS
+from grasp.attribution import METRICS, SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class GraspConfig:
         threshold_ratio: instead of ``retain_ratio``, keep the fewest groups whose importance adds up to this fraction,
             never more than the break-even rank, above which a matrix would grow.
         metric: importance of a singular group: ``"taylor"`` |σ·∂L/∂σ| or ``"gradient"`` |∂L/∂σ|.
+        schedule: which linears share a sweep over the calibration set. ``"sequential"``, the paper's, replaces block by
+            block, each seeing those before; ``"per-layer"`` layer by layer, in half the time; ``"single-sweep"`` takes
+            all gradients on the dense model, in one sweep.
+        sweep_dtype: run the sweeps, not the decomposition, in this dtype: ``"bfloat16"``, or ``None``, the model's own.
+            Sums are in fp32.
 
     Raises:
         ValueError: if a value is out of range, or options exclude each other.
@@ -39,6 +44,8 @@ class GraspConfig:
     retain_ratio: float = 0.1
     threshold_ratio: float | None = None
     metric: str = "taylor"
+    schedule: str = "sequential"
+    sweep_dtype: str | None = None
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
     DEFAULT_COMPRESSION_RATIO: ClassVar[float] = 0.2
@@ -59,8 +66,11 @@ class GraspConfig:
         _check_ratio("compression_ratio", self.compression_ratio, low_open=False, high_open=True)
         _check_ratio("retain_ratio", self.retain_ratio, low_open=True, high_open=False)
         _check_ratio("threshold_ratio", self.threshold_ratio, low_open=True, high_open=False)
-        if not isinstance(self.metric, str) or self.metric not in METRICS:
-            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
+        for name, value, known in (("metric", self.metric, METRICS), ("schedule", self.schedule, SCHEDULES)):
+            if not isinstance(value, str) or value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if self.sweep_dtype not in (None, "bfloat16", "float32"):
+            raise ValueError(f"sweep_dtype must be bfloat16, float32 or None, got {self.sweep_dtype!r}")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GraspConfig:

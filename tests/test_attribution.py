@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 
 from grasp import attribution
 from grasp.architecture import Target, decoder, layer_targets
-from grasp.attribution import capture_prefix, singular_value_grads, sum_nll
+from grasp.attribution import gather_gradients, plan_sweeps
 from grasp.calibration import CalibrationBatch
 from grasp.errors import NonFiniteError
-from grasp.modules import SVD, decompose, dense_weight
+from grasp.modules import decompose, dense_weight
+from grasp.sweep import capture_prefix
 from tests import naive_grasp
 from tests.naive_grasp import mean_nll
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
@@ -20,19 +21,18 @@ from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 LAYER = 1
 
 
-def decomposed(targets: list[Target], block: str) -> dict[Target, SVD]:
-    return {target: decompose(dense_weight(target.module)) for target in targets if target.block == block}
-
-
-def grads_in_singular_values(
-    model: PreTrainedModel, batches: list[CalibrationBatch], targets: list[Target]
+def gradients(
+    model: PreTrainedModel, batches: list[CalibrationBatch], targets: list[Target], dtype: str | None = None
 ) -> dict[str, Tensor]:
-    prefix = capture_prefix(model, batches, [LAYER])
-    result: dict[str, Tensor] = {}
-    for block in {target.block for target in targets}:
-        grads = singular_value_grads(model, batches, decomposed(targets, block), prefix)
-        result |= {target.name: grad for target, grad in grads.items()}
-    return result
+    """∂L/∂σ of the mean loss, the targets in one sweep."""
+    prefix = capture_prefix(model, batches, {min(target.layer for target in targets)}, dtype=dtype)
+    sums = gather_gradients(model, batches, targets, prefix, dtype=dtype)
+    count = sum(batch.num_targets for batch in batches)
+    return {target.name: total.result()[1] / count for target, total in sums.items()}
+
+
+def of_block(targets: list[Target], block: str) -> list[Target]:
+    return [target for target in targets if target.block == block]
 
 
 @pytest.mark.parametrize("route", ["dense", "fused"])
@@ -43,7 +43,7 @@ def test_equals_autograd_through_svd_layers_in_the_graph(
     monkeypatch.setattr(attribution, "choose_route", lambda *_, **__: route)
     model, tokens = tiny_model(family, torch.float64), tiny_batches(3)
     targets, _ = layer_targets(model, LAYER)
-    grads = grads_in_singular_values(model, [CalibrationBatch(t) for t in tokens], targets)
+    grads = gradients(model, [CalibrationBatch(t) for t in tokens], targets)
     expected = naive_grasp.singular_value_grads(model, tokens, [target.name for target in targets])
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
@@ -55,7 +55,7 @@ def test_importance_is_the_change_of_the_loss_when_a_singular_value_changes(fami
     model, tokens = tiny_model(family, torch.float64), tiny_batches(2)
     batches = [CalibrationBatch(t) for t in tokens]
     targets, _ = layer_targets(model, LAYER)
-    grads = grads_in_singular_values(model, batches, targets)
+    grads = gradients(model, batches, targets)
     for target in targets:
         svd = decompose(dense_weight(target.module))
         norm = grads[target.name].norm()
@@ -80,8 +80,8 @@ def mean_nll_with(model: PreTrainedModel, tokens: list[Tensor], target: Target, 
 def test_fp32_agrees_with_fp64(family: str) -> None:
     exact, tokens = tiny_model(family, torch.float64), [CalibrationBatch(t) for t in tiny_batches(2)]
     single = copy.deepcopy(exact).float()
-    expected = grads_in_singular_values(exact, tokens, layer_targets(exact, LAYER)[0])
-    for name, grad in grads_in_singular_values(single, tokens, layer_targets(single, LAYER)[0]).items():
+    expected = gradients(exact, tokens, layer_targets(exact, LAYER)[0])
+    for name, grad in gradients(single, tokens, layer_targets(single, LAYER)[0]).items():
         assert grad.dtype == torch.float32
         # Singular vectors of close singular values turn with rounding: compare where the order is settled.
         assert (grad - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
@@ -91,9 +91,7 @@ def test_bf16_models_get_fp32_statistics() -> None:
     model = tiny_model("llama", torch.bfloat16)
     targets, _ = layer_targets(model, LAYER)
     batches = [CalibrationBatch(t) for t in tiny_batches(1)]
-    prefix = capture_prefix(model, batches, [LAYER])
-    grads = singular_value_grads(model, batches, decomposed(targets, "mlp"), prefix)
-    assert {grad.dtype for grad in grads.values()} == {torch.float32}
+    assert {grad.dtype for grad in gradients(model, batches, targets).values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -104,22 +102,15 @@ def test_padding_counts_nothing(side: str) -> None:
     padded = torch.cat([padding, tokens] if side == "left" else [tokens, padding], dim=1)
     mask = (position >= 4 if side == "left" else position < 8).expand(2, 12)
     targets, _ = layer_targets(model, LAYER)
-    alone = grads_in_singular_values(model, [CalibrationBatch(tokens)], targets)
-    for name, grad in grads_in_singular_values(model, [CalibrationBatch(padded, mask)], targets).items():
+    alone = gradients(model, [CalibrationBatch(tokens)], targets)
+    for name, grad in gradients(model, [CalibrationBatch(padded, mask)], targets).items():
         assert (grad - alone[name]).norm() <= 1e-6 * alone[name].norm()  # rotary angles are fp32
-
-
-def test_the_loss_is_of_the_next_token() -> None:
-    model, tokens = tiny_model("llama", torch.float64), tiny_batches(1)[0]
-    with torch.no_grad():
-        output = model(tokens, labels=tokens)
-    assert sum_nll(output.logits, CalibrationBatch(tokens)).item() == pytest.approx(output.loss.item() * 2 * 11)
 
 
 def test_only_the_targets_get_gradients_and_the_model_is_left_as_it_was() -> None:
     model, batches = tiny_model("qwen2"), [CalibrationBatch(tiny_batches(1)[0])]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    grads_in_singular_values(model, batches, layer_targets(model, LAYER)[0])
+    gradients(model, batches, layer_targets(model, LAYER)[0])
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -133,7 +124,7 @@ def test_layers_below_the_current_one_are_not_run_again() -> None:
     runs: list[int] = []
     for index, layer in enumerate(decoder(model).layers):
         layer.self_attn.register_forward_hook(lambda *_, index=index: runs.append(index))
-    singular_value_grads(model, batches, decomposed(targets, "mlp"), prefix)
+    gather_gradients(model, batches, of_block(targets, "mlp"), prefix)
     assert runs == [1, 2]
 
 
@@ -143,7 +134,7 @@ def test_a_non_finite_loss_is_reported_with_its_batch() -> None:
     prefix = capture_prefix(model, batches, [LAYER])
     prefix.hidden[LAYER][1].fill_(float("inf"))
     with pytest.raises(NonFiniteError, match="calibration batch 1 is nan"):
-        singular_value_grads(model, batches, decomposed(targets, "mlp"), prefix)
+        gather_gradients(model, batches, of_block(targets, "mlp"), prefix)
 
 
 def test_every_call_of_a_linear_counts() -> None:
@@ -152,7 +143,7 @@ def test_every_call_of_a_linear_counts() -> None:
     layer.mlp = Twice(32)
     targets = [target for target in layer_targets(model, LAYER)[0] if target.block == "mlp"]
     tokens = tiny_batches(2)
-    grads = grads_in_singular_values(model, [CalibrationBatch(t) for t in tokens], targets)
+    grads = gradients(model, [CalibrationBatch(t) for t in tokens], targets)
     expected = naive_grasp.singular_value_grads(model, tokens, [target.name for target in targets])
     for name, grad in grads.items():
         assert (grad - expected[name]).norm() <= 1e-6 * expected[name].norm()
@@ -165,3 +156,41 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.linear(x).tanh())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_one_sweep_gives_every_layer_the_gradients_of_the_dense_model(family: str) -> None:
+    model, tokens = tiny_model(family, torch.float64), tiny_batches(2)
+    batches = [CalibrationBatch(t) for t in tokens]
+    targets = [target for layer in (0, 2) for target in layer_targets(model, layer)[0]]
+    together = gradients(model, batches, targets)
+    for layer in (0, 2):
+        for name, grad in gradients(model, batches, [t for t in targets if t.layer == layer]).items():
+            assert (grad - together[name]).norm() <= 1e-12 * grad.norm(), name
+
+
+def test_sweeps_in_bfloat16_leave_the_weights_bit_for_bit_and_come_close() -> None:
+    model, batches = tiny_model("llama"), [CalibrationBatch(t) for t in tiny_batches(4)]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    targets, _ = layer_targets(model, LAYER)
+    expected, got = gradients(model, batches, targets), gradients(model, batches, targets, "bfloat16")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for name, grad in got.items():
+        assert grad.dtype == torch.float32
+        assert 0 < (grad - expected[name]).norm() <= 0.1 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("sequential", [[(2, "mlp")], [(2, "attention")], [(0, "mlp")], [(0, "attention")]]),
+        ("per-layer", [[(2, "attention"), (2, "mlp")], [(0, "attention"), (0, "mlp")]]),
+        ("single-sweep", [[(0, "attention"), (0, "mlp"), (2, "attention"), (2, "mlp")]]),
+    ],
+)
+def test_a_schedule_says_which_blocks_share_a_sweep(schedule: str, expected: list[list[tuple[int, str]]]) -> None:
+    model = tiny_model("llama")
+    targets = [target for layer in (0, 2) for target in layer_targets(model, layer)[0]]
+    sweeps = plan_sweeps(targets, schedule)
+    assert [sorted({(target.layer, target.block) for target in members}) for members in sweeps] == expected
+    assert sorted(target.name for members in sweeps for target in members) == sorted(t.name for t in targets)

@@ -20,16 +20,24 @@ from tests.naive_grasp import naive_grasp
 from tests.tiny_models import DENSE_FAMILIES, tiny_batches, tiny_model
 
 
+# Which blocks share a sweep, in order: the paper's order, written out.
+SWEEPS: dict[str, list[list[tuple[int, str]]]] = {
+    "sequential": [[(2, "mlp")], [(2, "attention")], [(0, "mlp")], [(0, "attention")]],
+    "per-layer": [[(2, "mlp"), (2, "attention")], [(0, "mlp"), (0, "attention")]],
+    "single-sweep": [[(2, "mlp"), (2, "attention"), (0, "mlp"), (0, "attention")]],
+}
+
+
+@pytest.mark.parametrize("schedule", SWEEPS)
 @pytest.mark.parametrize("family", DENSE_FAMILIES)
-def test_selects_what_an_independent_implementation_selects(family: str) -> None:
+def test_selects_what_an_independent_implementation_selects(family: str, schedule: str) -> None:
     model, batches = tiny_model(family, torch.float64), tiny_batches(2)
     naive = copy.deepcopy(model)
     blocks = [
-        [target.name for target in layer_targets(model, layer)[0] if target.block == block]
-        for layer in (2, 0)  # deepest first
-        for block in ("mlp", "attention")
+        [target.name for layer in (2, 0) for target in layer_targets(model, layer)[0] if target[1:3] in members]
+        for members in SWEEPS[schedule]
     ]
-    report = compress_(model, batches, GraspConfig(layers=(0, 2), retain_ratio=0.4))
+    report = compress_(model, batches, GraspConfig(layers=(0, 2), retain_ratio=0.4, schedule=schedule))
     expected = naive_grasp(naive, batches, blocks, 0.4)
     assert {module.name: list(module.indices) for module in report.compressed} == expected
     tokens = tiny_batches(1, seed=5)[0]

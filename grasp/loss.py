@@ -1,0 +1,111 @@
+"""The loss at the end of a model, some tokens at a time: the logits of all tokens are never held at once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from grasp.architecture import first_device
+from grasp.calibration import CalibrationBatch
+from grasp.errors import UnsupportedModelError
+
+LOGITS_BYTES = 2**27  # of fp32 logits held at once; their gradient and the softmax take as much again each
+
+
+class Body:
+    """What the layers of a model returned: everything that its head needs."""
+
+    output: Any = None
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden states that enter the head, (B, L, H)."""
+        if self.output is None:
+            raise UnsupportedModelError("the model does not call what its get_decoder() names; expected a causal LM")
+        hidden: Tensor = self.output[0]
+        return hidden
+
+
+@contextmanager
+def without_head(model: PreTrainedModel) -> Iterator[Body]:
+    """Keep what the backbone returns, and show the head one token of it, whose logits mean nothing."""
+    body = Body()
+
+    def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        body.output = output
+        return _with_hidden(output, output[0][:1, :1])
+
+    handle = model.get_decoder().register_forward_hook(keep)
+    try:
+        yield body
+    finally:
+        handle.remove()
+
+
+def loss_and_grad(model: PreTrainedModel, body: Body, batch: CalibrationBatch) -> tuple[float, Tensor]:
+    """Summed negative log-likelihood of each token given those before it, and its gradient in the hidden states.
+
+    The model's own head is applied, with whatever it does to the logits. Padding counts nothing.
+
+    Args:
+        model: the model that ``body`` came from.
+        body: see ``without_head``, whose context has ended.
+        batch: the tokens it was given.
+
+    Returns:
+        The loss in nats, and the gradient, (B, L, H) in the dtype of the hidden states.
+    """
+    hidden = body.hidden.detach()
+    chosen = F.pad(batch.is_target, (0, 1)).to(hidden.device)
+    source, grad = hidden[chosen], torch.zeros_like(hidden)
+    labels = batch.input_ids[:, 1:][batch.is_target].to(hidden.device)
+    grads = torch.empty_like(source)
+    loss = 0.0
+    step = max(1, LOGITS_BYTES // (4 * _vocabulary(model)))
+    for start in range(0, len(source), step):
+        rows = slice(start, start + step)
+        part = source[rows].requires_grad_()
+        with torch.enable_grad(), _backbone_returning(model, _with_hidden(body.output, part[None])):
+            logits = model(input_ids=labels[None, rows].to(first_device(model)), use_cache=False).logits[0]
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            nll = F.cross_entropy(logits.to(dtype), labels[rows].to(logits.device), reduction="sum")
+        (grads[rows],) = torch.autograd.grad(nll, [part])
+        loss += nll.item()
+    grad[chosen] = grads
+    return loss, grad
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    size: int = model.config.get_text_config(decoder=True).vocab_size
+    return size
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    """A backbone's output with other hidden states."""
+    if not isinstance(output, ModelOutput):
+        return (hidden, *output[1:])
+    changed = copy.copy(output)
+    changed[next(iter(changed.keys()))] = hidden
+    return changed
+
+
+@contextmanager
+def _backbone_returning(model: PreTrainedModel, output: Any) -> Iterator[None]:
+    body = model.get_decoder()
+    saved = body.__dict__.get("forward")
+    body.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        if saved is None:
+            del body.forward
+        else:
+            body.forward = saved
