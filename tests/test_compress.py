@@ -19,7 +19,6 @@ from grasp.selection import break_even_rank, parameters_removed
 from tests.naive_grasp import naive_grasp
 from tests.tiny_models import DENSE_FAMILIES, tiny_batches, tiny_model
 
-
 # Which blocks share a sweep, in order: the paper's order, written out.
 SWEEPS: dict[str, list[list[tuple[int, str]]]] = {
     "sequential": [[(2, "mlp")], [(2, "attention")], [(0, "mlp")], [(0, "attention")]],
