@@ -15,6 +15,7 @@ from grasp.calibration import CalibrationBatch
 from grasp.errors import NonFiniteError
 from grasp.modules import SVD, decompose, dense_weight
 from grasp.progress import Progress, silent
+from grasp.resume import NoState
 from grasp.sweep import Call, Prefix, sweep
 from grasp_kernels import singular_value_grad
 from grasp_kernels.routes import accumulate_weight_grad_, choose_route, contract_weight_grad
@@ -95,6 +96,7 @@ def gather_gradients(
     *,
     dtype: str | None = None,
     progress: Progress = silent,
+    state: NoState | None = None,
 ) -> dict[Target, FactoredSum | DenseSum]:
     """Sum what the gradient of the negative log-likelihood in each target's singular values needs, in one sweep.
 
@@ -105,6 +107,7 @@ def gather_gradients(
         prefix: see ``capture_prefix``.
         dtype: run the model in it, see ``sweep``.
         progress: called after each batch.
+        state: where the sums so far are kept, and taken up from.
 
     Returns:
         A sum for each target, in fp32 (fp64 for fp64); none for a target whose output does not reach the loss.
@@ -114,12 +117,19 @@ def gather_gradients(
     """
     tokens = sum(batch.num_tokens for batch in batches)
     sums = {target: gradient_sum(target, tokens) for target in targets}
+    state = NoState() if state is None else state
     step = sweep_name(targets)
+
+    def after(done: int) -> None:
+        state.keep_sums(sums, done, len(batches))
+        progress(step, done, len(batches))
+
     sweep(
         *(model, batches, targets, prefix),
         lambda call: sums[call.target].add(call),
         dtype=dtype,
-        after=lambda done: progress(step, done, len(batches)),
+        start=state.restore_sums(sums, len(batches)),
+        after=after,
     )
     for target, total in sums.items():
         if not torch.isfinite(total.tensor).all():

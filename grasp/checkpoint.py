@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import uuid
@@ -27,6 +28,7 @@ __all__ = [
     "model_card",
     "read_license",
     "register",
+    "remove_abandoned",
     "require_space",
     "save_checkpoint",
 ]
@@ -135,6 +137,12 @@ def require_space(target: Path, needed: int) -> None:
             f"writing {target} needs {(needed + _SPARE_BYTES) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room "
             "or give a folder on another disk"
         )
+
+
+def remove_abandoned(target: Path) -> None:
+    """Remove the half-written folders that a killed ``save_checkpoint`` left beside ``target``."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.????????.partial"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

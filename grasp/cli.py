@@ -133,6 +133,8 @@ def compress(
 ) -> None:
     """Compress MODEL and save it as a checkpoint that transformers loads.
 
+    If this is killed, the same command goes on from where it was: until the end that is kept in OUTPUT.partial.
+
     [bold]Examples[/bold]
 
     [dim]Remove a fifth of the parameters, as in the paper:[/dim]
@@ -163,7 +165,9 @@ def compress(
     config = GraspConfig.preset(preset, **{name: value for name, value in choices.items() if value is not None})
     samples = jobs.Samples(calibration, num_samples, seq_len, batch_size, seed)
     with console.step_bars() as progress:
-        result = jobs.compress(model, output, config, samples, dtype=dtype, device=device, progress=progress)
+        result = jobs.compress(
+            *(model, output, config, samples), dtype=dtype, device=device, progress=progress, notify=progress.note
+        )
     if as_json:
         console.print_json(result.to_dict())
     else:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
 from collections.abc import Sequence
 from importlib.metadata import version
 
@@ -19,9 +17,10 @@ from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, UnsupportedModelError
 from grasp.evaluate import max_positions
 from grasp.modules import SVD, LowRankLinear, dense_weight, group_linears_
-from grasp.progress import Progress, silent
+from grasp.progress import Clock, Progress, silent
 from grasp.redundancy import block_influence
 from grasp.report import CompressionReport, ModuleReport, model_size
+from grasp.resume import NoState
 from grasp.selection import (
     Budget,
     break_even_rank,
@@ -42,6 +41,7 @@ def compress_(
     config: GraspConfig | None = None,
     *,
     progress: Progress = silent,
+    state: NoState | None = None,
 ) -> CompressionReport:
     """Compress a causal language model in place (arXiv 2501.00339).
 
@@ -56,6 +56,7 @@ def compress_(
         batches: calibration token batches: ``CalibrationBatch`` or int64 (B, L) tensors.
         config: what to compress and how; ``GraspConfig()`` where it is ``None``.
         progress: called as ``progress(step, done, total)`` throughout.
+        state: a ``grasp.resume.RunState`` that keeps what is done, so that the same call continues after a kill.
 
     Returns:
         What was done to every module of the redundant layers, what was left and why, sizes before and after.
@@ -66,39 +67,50 @@ def compress_(
             has positions.
         NonFiniteError: if weights, hidden states, the loss or gradients are NaN or infinite.
         UnsupportedModelError: if the decoder layers cannot be found or hold nothing to compress.
+        ResumeError: if ``state`` was begun with another request, is damaged, or cannot be written.
     """
+    state = NoState() if state is None else state
     config = GraspConfig() if config is None else config
     batches = as_batches(batches)
     _require_positions(model, batches)
-    clock = _Clock()
+    clock = Clock()
     layers = decoder(model).layers
     before = model_size(model, layers)
     _check_layers(config, len(layers))
     targets, left = _eligible(model)
 
-    scores = block_influence(model, batches, progress=progress)
-    clock.lap("block_influence")
+    state.begin(model, batches, config, clock)
+    clock.enter("block_influence")
+    scores = state.scores
+    if scores is None:
+        scores = block_influence(model, batches, progress=progress)
+        state.keep_scores(scores)
     budget = _choose_budget(config, scores, targets, before.parameters)
     redundant = tuple(budget.ranks)
 
-    done: list[ModuleReport] = []
     ranks = {t: rank for layer in redundant for t, rank in zip(targets[layer], budget.ranks[layer], strict=True)}
     sweeps = plan_sweeps(ranks, config.schedule)
     try:
+        clock.enter("prefix")
+        kept = state.restore_(model, sweeps)
+        done = list(kept.values())
+        sweeps = [rest for members in sweeps if (rest := [target for target in members if target not in kept])]
         entries = {min(target.layer for target in members) for members in sweeps}
         prefix = capture_prefix(model, batches, entries, dtype=config.sweep_dtype, progress=progress)
-        clock.lap("prefix")
         for members in sweeps:
-            sums = gather_gradients(model, batches, members, prefix, dtype=config.sweep_dtype, progress=progress)
-            clock.lap("attribution")
+            clock.enter("attribution")
+            sums = gather_gradients(
+                *(model, batches, members, prefix), dtype=config.sweep_dtype, progress=progress, state=state
+            )
+            clock.enter("svd and selection")
             for target in members:
-                if target not in sums:
+                if target in sums:
+                    svd, grad = sums.pop(target).result()
+                    importance = METRICS[config.metric](svd.S, grad)
+                    done.append(_replace_(model, target, svd, importance, config, ranks[target]))
+                else:
                     done.append(ModuleReport(target.name, target.layer, "", "its output does not reach the loss"))
-                    continue
-                svd, grad = sums.pop(target).result()
-                importance = METRICS[config.metric](svd.S, grad)
-                done.append(_replace_(model, target, svd, importance, config, ranks[target]))
-            clock.lap("svd and selection")
+                state.keep_module(model, done[-1])
     finally:
         group_linears_(model)
         mark_compressed(model)
@@ -116,7 +128,7 @@ def compress_(
             "tokens": sum(batch.num_tokens for batch in batches),
             "sha256": batches_digest(batches),
         },
-        seconds=dict(clock.seconds),
+        seconds=clock.seconds,
         versions={name: version(name) for name in ("torch", "transformers")},
     )
 
@@ -209,16 +221,3 @@ def _report(target: Target, module: LowRankLinear, indices: Tensor, importance: 
 def _shape(target: Target) -> tuple[int, int]:
     n, k = dense_weight(target.module).shape
     return n, k
-
-
-class _Clock:
-    """Seconds spent in each step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._last = time.perf_counter()
-
-    def lap(self, step: str) -> None:
-        now = time.perf_counter()
-        self.seconds[step] += now - self._last
-        self._last = now

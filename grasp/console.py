@@ -45,6 +45,10 @@ class StepBars:
             self.close()
             self._console.print(f"{step:<{_STEP_WIDTH}} {seconds:7.1f} s", highlight=False)
 
+    def note(self, text: str) -> None:
+        """Show one line."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def close(self) -> None:
         """Take the bar away."""
         if self._bars is not None:

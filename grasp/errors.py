@@ -27,3 +27,11 @@ class ModelNotFoundError(GraspError, ValueError):
 
 class MissingPackageError(GraspError, ImportError):
     """An optional package is not installed; the message has the command that installs it."""
+
+
+class ResumeError(GraspError, ValueError):
+    """An unfinished run cannot be continued: it was another request, its folder is damaged, in use or not writable."""
+
+
+class DistributedError(GraspError, RuntimeError):
+    """One of the processes that compress a model together has failed, is gone, or was given something else."""

@@ -15,14 +15,15 @@ from transformers.utils import logging as transformers_logging
 
 from grasp.architecture import decoder
 from grasp.calibration import HUB_TEXTS, CalibrationBatch, bos_for, read_text, token_batches, tokenize
-from grasp.checkpoint import check_directory, model_card, read_license, require_space, save_checkpoint
+from grasp.checkpoint import check_directory, model_card, read_license, remove_abandoned, require_space, save_checkpoint
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, GraspError, NonFiniteError
 from grasp.evaluate import PerplexityResult, perplexity
 from grasp.loading import BUILTIN, load_model, out_of_memory
-from grasp.progress import Progress, silent
+from grasp.progress import Notify, Progress, silent, unheard
 from grasp.report import FILE_NAME, CompressionReport, Size, model_size
+from grasp.resume import RunState
 
 _BUILTIN_LICENSE = {"license": "apache-2.0"}
 
@@ -98,24 +99,31 @@ def compress(
     dtype: str = "auto",
     device: str | None = None,
     progress: Progress = silent,
+    notify: Notify = unheard,
 ) -> Compression:
     """Compress a model into a new checkpoint folder. What can be wrong with the request is found before the long work.
+
+    What is done is kept beside it, in ``OUTPUT.partial``, until the checkpoint is written: after a kill the same
+    request goes on from there. ``notify`` is told so.
 
     Raises:
         GraspError, ValueError: as ``load_model``, ``token_batches``, ``compress_`` and ``save_checkpoint`` do.
         CalibrationError: if the tokenizer gives tokens that the model does not have.
         OutOfMemoryError: if the device's memory does not suffice.
+        ResumeError: if ``OUTPUT.partial`` belongs to another request, or cannot be used.
     """
     target = check_directory(output)
     text = read_text(samples.source)
-    with _within_memory(samples.batch_size, samples.seq_len):
-        model, tokenizer = load_quietly(name, dtype=dtype, device=device, progress=progress)
-        batches = draw(tokenizer, text, samples)
-        for batch in batches:
-            _require_known(model, batch.input_ids)
-        require_space(target, model.get_memory_footprint())
-        report = compress_(model, batches, config, progress=progress)
-    write_checkpoint(model, tokenizer, target, name, samples, report, progress=progress)
+    with RunState(target.with_name(f"{target.name}.partial"), notify=notify) as state:
+        remove_abandoned(target)
+        with _within_memory(samples.batch_size, samples.seq_len):
+            model, tokenizer = load_quietly(name, dtype=dtype, device=device, progress=progress)
+            batches = draw(tokenizer, text, samples)
+            for batch in batches:
+                _require_known(model, batch.input_ids)
+            require_space(target, model.get_memory_footprint())
+            report = compress_(model, batches, config, progress=progress, state=state)
+        write_checkpoint(model, tokenizer, target, name, samples, report, progress=progress)
     return Compression(name, str(target), samples, report)
 
 

@@ -1,11 +1,46 @@
-"""How long steps report what they have done: a callback, silent unless the caller gives one."""
+"""How long steps report what they have done and how long they took."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 
+Notify = Callable[[str], None]  # takes one line of text
 Progress = Callable[[str, int, int], None]  # (step, done, total)
 
 
 def silent(step: str, done: int, total: int) -> None:
     """Report nothing."""
+
+
+def unheard(text: str) -> None:
+    """Tell nobody."""
+
+
+class Clock:
+    """Seconds spent in each step; one step runs at a time."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._step: str | None = None
+        self._since = time.perf_counter()
+
+    def enter(self, step: str) -> None:
+        """End the running step and go on to another, or the same."""
+        now = time.perf_counter()
+        if self._step is not None:
+            self._seconds[self._step] += now - self._since
+        self._step, self._since = step, now
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Count time that was measured elsewhere."""
+        for step, value in seconds.items():
+            self._seconds[step] += value
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By step, the running one included."""
+        if self._step is not None:
+            self.enter(self._step)
+        return dict(self._seconds)

@@ -1,0 +1,88 @@
+"""What tells one compression from another: versions, settings, the model's weights, the calibration tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grasp import __version__
+from grasp.architecture import first_device
+from grasp.calibration import CalibrationBatch
+
+if TYPE_CHECKING:  # it imports this module
+    from grasp.config import GraspConfig
+
+_VOLATILE = ("_name_or_path", "transformers_version")  # in a model's configuration, without effect on what it computes
+
+
+def request_identity(
+    model: PreTrainedModel, batches: Sequence[CalibrationBatch], config: GraspConfig
+) -> dict[str, Any]:
+    """Everything that the result of ``compress_`` depends on, as JSON can hold it; weights and tokens as SHA-256.
+
+    Hashing the weights takes of the order of a second per GB.
+    """
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
+    return {
+        "grasp": __version__,
+        **{f"version of {name}": version(name) for name in ("torch", "transformers")},
+        **config.to_dict(),
+        "model": type(model).__name__,
+        "model dtype": str(model.dtype).removeprefix("torch."),
+        "device": first_device(model).type,
+        "model configuration": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(),
+        "model weights": tensors_digest(_parameters(model)),
+        "calibration batches": len(batches),
+        "calibration sequences": sum(len(batch.input_ids) for batch in batches),
+        "calibration tokens": tensors_digest(_tokens(batches)),
+    }
+
+
+def differences(got: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """``"retain_ratio is 0.3, expected 0.2; ..."``; empty where two identities are the same."""
+    names = dict.fromkeys((*expected, *got))
+    return "; ".join(
+        f"{name} is {_short(got.get(name))}, expected {_short(expected.get(name))}"
+        for name in names
+        if got.get(name) != expected.get(name)
+    )
+
+
+def tensors_digest(tensors: Iterator[tuple[str, Tensor]]) -> str:
+    """SHA-256 of named tensors: names, shapes, dtypes and bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if tensor.numel():
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Each distinct parameter with its data: an offloaded one is fetched for the time being."""
+    seen: set[Tensor] = set()
+    for path, module in model.named_modules():
+        own = {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter not in seen}
+        seen.update(own.values())
+        with align_module_device(module):
+            for name in own:
+                yield f"{path}.{name}", module.get_parameter(name)
+
+
+def _tokens(batches: Sequence[CalibrationBatch]) -> Iterator[tuple[str, Tensor]]:
+    for batch in batches:
+        yield "ids", batch.input_ids
+        if batch.attention_mask is not None:
+            yield "mask", batch.attention_mask
+
+
+def _short(value: Any) -> str:
+    return f"{value[:8]}..." if isinstance(value, str) and len(value) == 64 else str(value)
