@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from grasp.errors import CheckpointError
+from grasp.errors import CheckpointError, UnsupportedModelError
 from grasp.modules import DenseLinear, LowRankLinear, group_linears_
 
 if TYPE_CHECKING:  # transformers imports this module before it has defined its models
@@ -226,6 +226,21 @@ def _method(config: PreTrainedConfig) -> str | None:
     """The quantisation method in a model's configuration, which ``from_config`` leaves as it is in the file."""
     method = getattr(config, "quantization_config", None) or {}
     return method.get("quant_method") if isinstance(method, dict) else method.quant_method
+
+
+def ranks_in(config: PreTrainedConfig) -> dict[str, int]:
+    """The ranks that a model's configuration has: the paths of its low-rank layers; none for a dense model.
+
+    Raises:
+        UnsupportedModelError: if the model is quantised by another method.
+        CheckpointError: if the ranks make no sense.
+    """
+    marked = getattr(config, "quantization_config", None)
+    if not marked:
+        return {}
+    if (method := _method(config)) != METHOD:
+        raise UnsupportedModelError(f"the model is quantised ({method}); expected a dense one. Load it unquantised.")
+    return (GraspQuantizationConfig.from_dict(marked) if isinstance(marked, dict) else marked).ranks
 
 
 def _lowrank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:

@@ -60,7 +60,7 @@ def capture_prefix(
     if not layers or not batches:
         return Prefix({layer: [] for layer in layers}, returns_tuple=False)
     modules = decoder(model).layers
-    prefix = Prefix({layer: [] for layer in layers}, _returns_tuple(model, batches[0]))
+    prefix = Prefix({layer: [] for layer in layers}, returns_tuple(model, batches[0]))
 
     def keep(layer: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -120,7 +120,7 @@ def sweep(
             with (
                 entering_with(modules[first], prefix.hidden[first][index]),
                 without_head(model) as body,
-                _showing(targets, batch, visit),
+                showing(targets, batch, visit),
             ):
                 model(**batch_inputs(model, batch), use_cache=False)
             loss, grad = loss_and_grad(model, body, batch)
@@ -135,7 +135,7 @@ def sweep(
 
 
 @contextmanager
-def _showing(targets: Collection[Target], batch: CalibrationBatch, visit: Callable[[Call], None]) -> Iterator[None]:
+def showing(targets: Collection[Target], batch: CalibrationBatch, visit: Callable[[Call], None]) -> Iterator[None]:
     """Start the graph at the first target, and hand over each call when the backward pass reaches it."""
     rows = _Rows(batch)
 
@@ -188,7 +188,7 @@ class _Rows:
 
 
 @torch.no_grad()
-def _returns_tuple(model: PreTrainedModel, batch: CalibrationBatch) -> bool:
+def returns_tuple(model: PreTrainedModel, batch: CalibrationBatch) -> bool:
     """Whether decoder layers of this family return a tuple: asked of the first one, with two tokens."""
     layer = decoder(model).layers[0]
     answers: list[bool] = []
