@@ -72,8 +72,7 @@ class DenseSum:
     def add(self, call: Call) -> None:
         """Count one call's tokens."""
         self.calls += 1
-        dtype = self.tensor.dtype
-        accumulate_weight_grad_(self.tensor, call.x.to(dtype), call.grad_y.to(dtype))
+        accumulate_weight_grad_(self.tensor, call.x, call.grad_y)
 
     def result(self) -> tuple[SVD, Tensor]:
         """The decomposition, and the sum for each of its groups, (groups,)."""

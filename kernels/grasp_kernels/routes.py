@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from grasp_kernels.products import add_product_, exact_bf16, widen
 from grasp_kernels.reference import accumulation_dtype
 
 Route = Literal["fused", "chunked", "dense"]
@@ -110,8 +111,10 @@ def accumulate_weight_grad_(weight_grad: Tensor, x: Tensor, grad_y: Tensor, mask
     """
     if mask is not None:
         x, grad_y = x[mask], grad_y[mask]
-    for rows in _blocks(weight_grad.shape[0], BLOCK_ROWS):
-        weight_grad[rows] += _matmul(grad_y[:, rows].mT, x, weight_grad.dtype)
+    with exact_bf16(x, grad_y):
+        x, grad_y = widen(x, weight_grad.dtype), widen(grad_y, weight_grad.dtype)
+        for rows in _blocks(weight_grad.shape[0], BLOCK_ROWS):
+            add_product_(weight_grad[rows], grad_y[:, rows].mT, x)
     return weight_grad
 
 

@@ -1,0 +1,79 @@
+"""Products over many tokens, summed in fp32 (fp64 for fp64): ``total += a.mT @ b`` and the symmetric ``x.mT @ x``."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+# Columns of a symmetric sum at a time: what lies below each diagonal block of so many is not computed. On a CPU smaller
+# ones make slower matmuls and larger ones more work; a GPU needs larger matmuls to fill.
+PANEL = {"cpu": 256, "cuda": 1024}
+
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def exact_bf16(*tensors: Tensor) -> Iterator[None]:
+    """Let matmuls of these tensors, widened to fp32, run on a CPU's bf16 units where it has them.
+
+    oneDNN is allowed to round fp32 operands to bf16; those that came from bf16 stay as they are, their products are
+    exact in fp32, and so are the sums kept: nothing is lost. Without effect unless all tensors are bf16 on a CPU. The
+    permission holds for the whole process meanwhile, so one thread has it at a time.
+    """
+    if not all(tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in tensors):
+        yield
+        return
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    with _LOCK:
+        before = settings.fp32_precision
+        settings.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            settings.fp32_precision = before
+
+
+def widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` as an operand of a product summed in ``dtype``: CUDA takes 16-bit ones into fp32 without a copy."""
+    if tensor.is_cuda and dtype == torch.float32 and tensor.element_size() == 2:
+        return tensor
+    return tensor.to(dtype)
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``total += a @ b`` in the dtype of ``total``; the operands come from ``widen``."""
+    if a.dtype == total.dtype:
+        return total.addmm_(a, b)
+    return total.add_(torch.mm(a, b, out_dtype=total.dtype))
+
+
+def accumulate_gram_(gram: Tensor, x: Tensor) -> Tensor:
+    """``gram += x.mT @ x`` on and above the diagonal, in about half the FLOPs; ``mirror_`` does the rest, once.
+
+    Args:
+        gram: (K, K) in fp32 (fp64 for fp64), changed in place and returned. What is below the diagonal means nothing.
+        x: (T, K).
+    """
+    with exact_bf16(x):
+        x = widen(x, gram.dtype)
+        for start, stop in _panels(gram):
+            add_product_(gram[start:stop, start:], x[:, start:stop].mT, x[:, start:])
+    return gram
+
+
+def mirror_(gram: Tensor) -> Tensor:
+    """Copy what is above the diagonal to below it: (K, K), changed in place and returned."""
+    for start, stop in _panels(gram):
+        block = gram[start:stop, start:stop]
+        block.copy_(block.triu() + block.triu(1).mT)
+        gram[stop:, start:stop] = gram[start:stop, stop:].mT
+    return gram
+
+
+def _panels(gram: Tensor) -> Iterator[tuple[int, int]]:
+    size = PANEL["cpu" if gram.device.type == "cpu" else "cuda"]
+    return ((start, min(start + size, len(gram))) for start in range(0, len(gram), size))
