@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -96,9 +97,9 @@ def layer_targets(model: nn.Module, layer: int) -> tuple[list[Target], dict[str,
         if prefix + path in left:
             continue
         block = "attention" if "attn" in path or "attention" in path else "mlp"
-        if type(module) not in (nn.Linear, Conv1D):
+        if (kind := _kind(module)) not in (nn.Linear, Conv1D):
             if isinstance(module, (nn.Linear, LowRankLinear)):
-                left[prefix + path] = f"is a {type(module).__name__}, not a dense nn.Linear"
+                left[prefix + path] = f"is a {kind.__name__}, not a dense nn.Linear"
         elif any(path.startswith(expert_block) for expert_block in expert_blocks):
             left[prefix + path] = "belongs to a mixture-of-experts block"
         elif len(names := owners[id(module.weight)]) > 1:
@@ -107,6 +108,11 @@ def layer_targets(model: nn.Module, layer: int) -> tuple[list[Target], dict[str,
         else:
             targets.append(Target(prefix + path, layer, block, module))
     return targets, left
+
+
+def _kind(module: nn.Module) -> type:
+    """The class of a module, before FSDP gave it another of its own."""
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def _weight_owners(model: nn.Module) -> dict[int, list[str]]:

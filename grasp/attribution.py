@@ -12,13 +12,15 @@ from transformers import PreTrainedModel
 
 from grasp.architecture import BLOCKS, Target
 from grasp.calibration import CalibrationBatch
+from grasp.distributed import ALONE, Processes
 from grasp.errors import NonFiniteError
-from grasp.modules import SVD, decompose, dense_weight
+from grasp.modules import SVD, decompose, dense_shape, dense_weight
 from grasp.progress import Progress, silent
 from grasp.resume import NoState
+from grasp.selection import Shape
 from grasp.sweep import Call, Prefix, sweep
 from grasp_kernels import singular_value_grad
-from grasp_kernels.routes import accumulate_weight_grad_, choose_route, contract_weight_grad
+from grasp_kernels.routes import Route, accumulate_weight_grad_, choose_route, contract_weight_grad
 
 # Importance of a singular group from its singular value and ∂L/∂σ, both (groups,). METHOD: the sum over the calibration
 # set keeps its sign; the absolute value is taken once, at the end.
@@ -64,9 +66,9 @@ class DenseSum:
     """``diag(Uᵀ (Σ dᵀ x) Vhᵀ)``: the weight's gradient G, as large as the weight, contracted once."""
 
     def __init__(self, target: Target) -> None:
-        self._target = target
-        weight = dense_weight(target.module)
-        self.tensor = weight.new_zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+        self._name, self._weight = target.name, dense_weight(target.module)
+        dtype = torch.promote_types(self._weight.dtype, torch.float32)
+        self.tensor = torch.zeros_like(self._weight, dtype=dtype, memory_format=torch.contiguous_format)
         self.calls = 0
 
     def add(self, call: Call) -> None:
@@ -76,15 +78,25 @@ class DenseSum:
 
     def result(self) -> tuple[SVD, Tensor]:
         """The decomposition, and the sum for each of its groups, (groups,)."""
-        svd = decompose(dense_weight(self._target.module), self._target.name)
+        svd = decompose(self._weight, self._name)
         return svd, contract_weight_grad(self.tensor, svd.U, svd.Vh)
 
 
-def gradient_sum(target: Target, tokens: int) -> FactoredSum | DenseSum:
-    """The form that costs less for so many calibration tokens (``grasp_kernels.routes``)."""
-    n, k = dense_weight(target.module).shape
-    route = choose_route(tokens, n, k, min(n, k), plain_sum=True, spare_bytes=4 * n * k, fused=True)
-    return DenseSum(target) if route == "dense" else FactoredSum(target)
+def gradient_sum(target: Target, tokens: int, *, shared: bool = False) -> FactoredSum | DenseSum:
+    """The form that costs less for so many calibration tokens (``grasp_kernels.routes``).
+
+    Processes that share the tokens take the weight's gradient: sums in two decompositions, each computed apart, may not
+    be added up where singular values are close.
+    """
+    if shared:
+        return DenseSum(target)
+    return DenseSum(target) if gradient_route(dense_shape(target.module), tokens) == "dense" else FactoredSum(target)
+
+
+def gradient_route(shape: Shape, tokens: int) -> Route:
+    """How the gradient in all singular values of an (N, K) matrix is best summed over so many tokens."""
+    n, k = shape
+    return choose_route(tokens, n, k, min(n, k), plain_sum=True, spare_bytes=4 * n * k, fused=True)
 
 
 def gather_gradients(
@@ -96,47 +108,60 @@ def gather_gradients(
     dtype: str | None = None,
     progress: Progress = silent,
     state: NoState | None = None,
+    processes: Processes = ALONE,
 ) -> dict[Target, FactoredSum | DenseSum]:
     """Sum what the gradient of the negative log-likelihood in each target's singular values needs, in one sweep.
 
     Args:
         model: the model as it is by now; nothing of it is changed.
-        batches: those that ``prefix`` was made from.
+        batches: those that ``prefix`` was made from, this process's part of them.
         targets: linears of one or more layers.
         prefix: see ``capture_prefix``.
         dtype: run the model in it, see ``sweep``.
         progress: called after each batch.
         state: where the sums so far are kept, and taken up from.
+        processes: those whose sums are added up.
 
     Returns:
         A sum for each target, in fp32 (fp64 for fp64); none for a target whose output does not reach the loss.
 
     Raises:
         NonFiniteError: if weights, the loss or a gradient are NaN or infinite.
+        DistributedError: if another process fails.
     """
     tokens = sum(batch.num_tokens for batch in batches)
-    sums = {target: gradient_sum(target, tokens) for target in targets}
+    sums = {target: gradient_sum(target, tokens, shared=processes.size > 1) for target in targets}
     state = NoState() if state is None else state
     step = sweep_name(targets)
+    with processes.together():
+        start = state.restore_sums(sums, len(batches))
+    if processes.sharded and not processes.agree_on(start):  # a forward pass takes them all
+        start = 0
+        for total in sums.values():
+            total.tensor.zero_()
+            total.calls = 0
 
     def after(done: int) -> None:
         state.keep_sums(sums, done, len(batches))
         progress(step, done, len(batches))
 
-    sweep(
-        *(model, batches, targets, prefix),
-        lambda call: sums[call.target].add(call),
-        dtype=dtype,
-        start=state.restore_sums(sums, len(batches)),
-        after=after,
-    )
+    with processes.together():
+        sweep(
+            *(model, batches, targets, prefix),
+            lambda call: sums[call.target].add(call),
+            dtype=dtype,
+            start=start,
+            after=after,
+        )
+    calls = torch.tensor([total.calls for total in sums.values()])
+    processes.sum_([*(total.tensor for total in sums.values()), calls])
     for target, total in sums.items():
         if not torch.isfinite(total.tensor).all():
             raise NonFiniteError(
                 f"the gradient in {target.name} is NaN or infinite; expected a finite one. "
                 "Load the model in bfloat16 or float32."
             )
-    return {target: total for target, total in sums.items() if total.calls}
+    return {target: total for (target, total), count in zip(sums.items(), calls.tolist(), strict=True) if count}
 
 
 def sweep_name(targets: Collection[Target]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp.architecture import Target, decoder, layer_targets, replace_module_
-from grasp.attribution import METRICS, gather_gradients, plan_sweeps
+from grasp.attribution import METRICS, DenseSum, FactoredSum, gather_gradients, plan_sweeps
 from grasp.calibration import CalibrationBatch, as_batches, batches_digest
 from grasp.checkpoint import GraspHfQuantizer, mark_compressed
 from grasp.config import GraspConfig
+from grasp.distributed import ALONE, Processes
 from grasp.errors import CalibrationError, UnsupportedModelError
 from grasp.evaluate import max_positions
-from grasp.modules import SVD, LowRankLinear, dense_weight, group_linears_
+from grasp.modules import SVD, LowRankLinear, dense_shape, group_linears_
 from grasp.progress import Clock, Progress, silent
 from grasp.redundancy import block_influence
 from grasp.report import CompressionReport, ModuleReport, model_size
@@ -42,6 +44,7 @@ def compress_(
     *,
     progress: Progress = silent,
     state: NoState | None = None,
+    processes: Processes = ALONE,
 ) -> CompressionReport:
     """Compress a causal language model in place (arXiv 2501.00339).
 
@@ -57,6 +60,7 @@ def compress_(
         config: what to compress and how; ``GraspConfig()`` where it is ``None``.
         progress: called as ``progress(step, done, total)`` throughout.
         state: a ``grasp.resume.RunState`` that keeps what is done, so that the same call continues after a kill.
+        processes: those that do this together, all given the same; they share the batches, and all get the result.
 
     Returns:
         What was done to every module of the redundant layers, what was left and why, sizes before and after.
@@ -68,48 +72,53 @@ def compress_(
         NonFiniteError: if weights, hidden states, the loss or gradients are NaN or infinite.
         UnsupportedModelError: if the decoder layers cannot be found or hold nothing to compress.
         ResumeError: if ``state`` was begun with another request, is damaged, or cannot be written.
+        DistributedError: if another process fails, is gone, or was given something else.
     """
     state = NoState() if state is None else state
     config = GraspConfig() if config is None else config
     batches = as_batches(batches)
-    _require_positions(model, batches)
+    require_positions(model, batches)
     clock = Clock()
     layers = decoder(model).layers
     before = model_size(model, layers)
-    _check_layers(config, len(layers))
-    targets, left = _eligible(model)
+    check_layers(config, len(layers))
+    targets, left = eligible_targets(model)
 
-    state.begin(model, batches, config, clock)
+    processes.require_same("the request", f"{config} {before} {batches_digest(batches)}")
+    with processes.together():
+        state.begin(model, batches, config, clock)
     clock.enter("block_influence")
     scores = state.scores
     if scores is None:
-        scores = block_influence(model, batches, progress=progress)
+        scores = block_influence(model, batches, progress=progress, processes=processes)
         state.keep_scores(scores)
-    budget = _choose_budget(config, scores, targets, before.parameters)
+    budget = choose_budget(config, scores, targets, before.parameters)
     redundant = tuple(budget.ranks)
 
     ranks = {t: rank for layer in redundant for t, rank in zip(targets[layer], budget.ranks[layer], strict=True)}
     sweeps = plan_sweeps(ranks, config.schedule)
     try:
         clock.enter("prefix")
-        kept = state.restore_(model, sweeps)
+        with processes.together():
+            kept = state.restore_(model, sweeps)
         done = list(kept.values())
         sweeps = [rest for members in sweeps if (rest := [target for target in members if target not in kept])]
         entries = {min(target.layer for target in members) for members in sweeps}
-        prefix = capture_prefix(model, batches, entries, dtype=config.sweep_dtype, progress=progress)
+        own = processes.share(batches)
+        with processes.together():
+            prefix = capture_prefix(model, own, entries, dtype=config.sweep_dtype, progress=progress)
         for members in sweeps:
             clock.enter("attribution")
             sums = gather_gradients(
-                *(model, batches, members, prefix), dtype=config.sweep_dtype, progress=progress, state=state
+                *(model, own, members, prefix),
+                dtype=config.sweep_dtype,
+                progress=progress,
+                state=state,
+                processes=processes,
             )
             clock.enter("svd and selection")
-            for target in members:
-                if target in sums:
-                    svd, grad = sums.pop(target).result()
-                    importance = METRICS[config.metric](svd.S, grad)
-                    done.append(_replace_(model, target, svd, importance, config, ranks[target]))
-                else:
-                    done.append(ModuleReport(target.name, target.layer, "", "its output does not reach the loss"))
+            for target, choice in processes.divide(members, partial(_choose, sums=sums, ranks=ranks, config=config)):
+                done.append(_replace_(model, target, choice))
                 state.keep_module(model, done[-1])
     finally:
         group_linears_(model)
@@ -133,7 +142,7 @@ def compress_(
     )
 
 
-def _check_layers(config: GraspConfig, depth: int) -> None:
+def check_layers(config: GraspConfig, depth: int) -> None:
     """Refuse, before anything long is done, layers that the model does not have."""
     if config.layers and config.layers[-1] >= depth:
         raise ValueError(f"the model has decoder layers 0..{depth - 1}, got layers={list(config.layers)}")
@@ -141,7 +150,8 @@ def _check_layers(config: GraspConfig, depth: int) -> None:
         raise ValueError(f"the model has {depth} decoder layers, got num_layers={config.num_layers}")
 
 
-def _require_positions(model: PreTrainedModel, batches: Sequence[CalibrationBatch]) -> None:
+def require_positions(model: PreTrainedModel, batches: Sequence[CalibrationBatch]) -> None:
+    """Refuse sequences that are longer than what the model was made for."""
     limit, longest = max_positions(model), max(batch.input_ids.shape[1] for batch in batches)
     if limit is not None and longest > limit:
         raise CalibrationError(
@@ -149,7 +159,7 @@ def _require_positions(model: PreTrainedModel, batches: Sequence[CalibrationBatc
         )
 
 
-def _eligible(model: PreTrainedModel) -> tuple[dict[int, list[Target]], dict[int, list[ModuleReport]]]:
+def eligible_targets(model: PreTrainedModel) -> tuple[dict[int, list[Target]], dict[int, list[ModuleReport]]]:
     """For each layer, the linears that low-rank factors can make smaller, and the modules that are left."""
     targets: dict[int, list[Target]] = {}
     left: dict[int, list[ModuleReport]] = {}
@@ -160,8 +170,11 @@ def _eligible(model: PreTrainedModel) -> tuple[dict[int, list[Target]], dict[int
         )
     for layer in range(len(decoder(model).layers)):
         found, reasons = layer_targets(model, layer)
-        targets[layer] = [target for target in found if break_even_rank(_shape(target)) >= 1]
-        small = {t.name: f"too small: rank 1 does not shrink {_shape(t)}" for t in found if t not in targets[layer]}
+        shapes = {target.name: dense_shape(target.module) for target in found}
+        targets[layer] = [target for target in found if break_even_rank(shapes[target.name]) >= 1]
+        small = {
+            t.name: f"too small: rank 1 does not shrink {shapes[t.name]}" for t in found if t not in targets[layer]
+        }
         left[layer] = [ModuleReport(name, layer, "", reason) for name, reason in (reasons | small).items()]
     if not any(targets.values()):
         raise UnsupportedModelError(
@@ -171,11 +184,11 @@ def _eligible(model: PreTrainedModel) -> tuple[dict[int, list[Target]], dict[int
     return targets, left
 
 
-def _choose_budget(
+def choose_budget(
     config: GraspConfig, scores: Sequence[float], targets: dict[int, list[Target]], total_parameters: int
 ) -> Budget:
     """Which layers are redundant, and the rank of each of their matrices."""
-    shapes = {layer: [_shape(target) for target in found] for layer, found in targets.items()}
+    shapes = {layer: [dense_shape(target.module) for target in found] for layer, found in targets.items()}
     if config.layers is not None:
         return uniform_budget(shapes, config.layers, config.retain_ratio)
     if config.num_layers is not None:
@@ -185,20 +198,34 @@ def _choose_budget(
     return solve_compression_ratio(shapes, order, total_parameters, ratio, config.retain_ratio)
 
 
-def _replace_(
-    model: PreTrainedModel, target: Target, svd: SVD, importance: Tensor, config: GraspConfig, rank: int
-) -> ModuleReport:
-    """Select the groups of one linear and put its low-rank form in its place."""
+def _choose(
+    target: Target, sums: dict[Target, FactoredSum | DenseSum], ranks: Mapping[Target, int], config: GraspConfig
+) -> dict[str, Tensor]:
+    """The singular groups of one linear that are kept, and the importance of all; nothing where it has no gradient."""
+    if target not in sums:
+        return {}
+    svd, grad = sums.pop(target).result()
+    importance = METRICS[config.metric](svd.S, grad)
+    rank = ranks[target]
     if config.threshold_ratio is not None:
-        rank = rank_for_threshold(importance, config.threshold_ratio, _shape(target))
+        rank = rank_for_threshold(importance, config.threshold_ratio, dense_shape(target.module))
     indices = retained_indices(importance, rank)
-    module = LowRankLinear.from_dense(target.module, indices, svd)
+    kept = SVD(svd.U[:, indices], svd.S[indices], svd.Vh[indices])
+    return {"indices": indices, "importance": importance, **kept._asdict()}
+
+
+def _replace_(model: PreTrainedModel, target: Target, choice: Mapping[str, Tensor]) -> ModuleReport:
+    """Put the low-rank form of one linear in its place."""
+    if not choice:
+        return ModuleReport(target.name, target.layer, "", "its output does not reach the loss")
+    kept = SVD(choice["U"], choice["S"], choice["Vh"])
+    module = LowRankLinear.from_dense(target.module, torch.arange(len(kept.S)), kept)
     replace_module_(model, target.name, module)
-    return _report(target, module, indices, importance)
+    return _report(target, module, choice["indices"], choice["importance"])
 
 
 def _report(target: Target, module: LowRankLinear, indices: Tensor, importance: Tensor) -> ModuleReport:
-    n, k = _shape(target)
+    n, k = dense_shape(target.module)
     before, after = list(target.module.parameters()), list(module.parameters())
     total = float(importance.double().sum())
     return ModuleReport(
@@ -216,8 +243,3 @@ def _report(target: Target, module: LowRankLinear, indices: Tensor, importance: 
         importance_kept=float(importance[indices].double().sum()) / total if total > 0 else 1.0,
         indices=tuple(indices.tolist()),
     )
-
-
-def _shape(target: Target) -> tuple[int, int]:
-    n, k = dense_weight(target.module).shape
-    return n, k

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import NonFiniteError
@@ -26,9 +27,20 @@ class SVD(NamedTuple):
 
 
 def dense_weight(linear: DenseLinear) -> Tensor:
-    """The weight as (N, K), out_features first: GPT-2's ``Conv1D`` stores its transpose."""
-    weight = linear.weight.detach()
+    """The weight as (N, K), out_features first: GPT-2's ``Conv1D`` stores its transpose. If sharded, it is gathered."""
+    weight = gathered(linear.weight.detach())
     return weight.mT if isinstance(linear, Conv1D) else weight
+
+
+def dense_shape(linear: DenseLinear) -> tuple[int, int]:
+    """(N, K) of a weight, sharded or not."""
+    n, k = linear.weight.shape
+    return (k, n) if isinstance(linear, Conv1D) else (n, k)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP has spread over processes, all of which must ask; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def decompose(weight: Tensor, name: str = "weight") -> SVD:
@@ -227,29 +239,23 @@ class LowRankLinear(nn.Module):
             ValueError: if ``indices`` is empty, out of range or has duplicates.
             NonFiniteError: if the weight has NaN or infinite entries.
         """
-        weight = dense_weight(linear)
-        groups = min(weight.shape)
+        n, k = dense_shape(linear)
+        groups = min(n, k)
         picked = indices.tolist()
         if not picked or min(picked) < 0 or max(picked) >= groups or len(set(picked)) < len(picked):
             raise ValueError(f"indices must be distinct, at least one, each in 0..{groups - 1}; got {picked}")
-        U, S, Vh = decompose(weight) if svd is None else svd
+        U, S, Vh = decompose(dense_weight(linear)) if svd is None else svd
         indices = indices.to(S.device)
         root = S[indices].sqrt()
         # fp16 overflows at 65504, and x @ Vh.mT is stored in it: there U takes the whole singular value.
-        left, right = (S[indices], torch.ones_like(root)) if weight.dtype == torch.float16 else (root, root)
-        module = cls(
-            weight.shape[1],
-            weight.shape[0],
-            len(picked),
-            bias=linear.bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        dtype, device = linear.weight.dtype, linear.weight.device
+        left, right = (S[indices], torch.ones_like(root)) if dtype == torch.float16 else (root, root)
+        module = cls(k, n, len(picked), bias=linear.bias is not None, device=device, dtype=dtype)
         with torch.no_grad():
             module.U.copy_(U[:, indices] * left)
             module.Vh.copy_(right[:, None] * Vh[indices])
             if module.bias is not None:
-                module.bias.copy_(linear.bias)
+                module.bias.copy_(gathered(linear.bias))
         module.train(linear.training)
         return module
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from grasp.architecture import backbone, batch_inputs, decoder, evaluating, hidden_input, hidden_output
 from grasp.calibration import CalibrationBatch, as_batches
+from grasp.distributed import ALONE, Processes
 from grasp.errors import NonFiniteError
 from grasp.progress import Progress, silent
 
@@ -23,7 +24,11 @@ def cosine_distance(before: Tensor, after: Tensor) -> Tensor:
 
 @torch.no_grad()
 def block_influence(
-    model: PreTrainedModel, batches: Sequence[CalibrationBatch | Tensor], *, progress: Progress = silent
+    model: PreTrainedModel,
+    batches: Sequence[CalibrationBatch | Tensor],
+    *,
+    progress: Progress = silent,
+    processes: Processes = ALONE,
 ) -> list[float]:
     """Block Influence of each decoder layer: ``mean_t(1 − cos(h_in[t], h_out[t]))`` over the calibration tokens.
 
@@ -34,39 +39,42 @@ def block_influence(
         model: a decoder-only causal language model.
         batches: token batches.
         progress: called after each batch.
+        processes: those that share the batches, all of which are given all of them.
 
     Returns:
         One score per layer, in [0, 2]; the smaller, the more redundant.
 
     Raises:
         NonFiniteError: if a hidden state is NaN or infinite.
+        DistributedError: if another process fails.
     """
     batches = as_batches(batches)
+    own = processes.share(batches)
+    tokens = sum(batch.num_tokens for batch in batches)
     layers = decoder(model).layers
     totals = torch.zeros(len(layers), dtype=torch.float64)
-    tokens = 0
     mask: Tensor | None = None
 
     def measure(index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             distance = cosine_distance(hidden_input(args, kwargs), hidden_output(output)).double()
             if mask is not None:
-                distance = distance[mask.to(distance.device)]
+                distance = distance[mask.bool().to(distance.device)]
             totals[index] += distance.sum().cpu()
 
         return hook
 
     handles = [layer.register_forward_hook(measure(i), with_kwargs=True) for i, layer in enumerate(layers)]
     try:
-        with evaluating(model):
-            for done, batch in enumerate(batches, start=1):
+        with processes.together(), evaluating(model):
+            for done, batch in enumerate(own, start=1):
                 mask = batch.attention_mask
-                tokens += batch.input_ids.numel() if mask is None else int(mask.sum())
                 backbone(model)(**batch_inputs(model, batch), use_cache=False)
-                progress("block influence", done, len(batches))
+                progress("block influence", done, len(own))
     finally:
         for handle in handles:
             handle.remove()
+    processes.sum_([totals])
     if not torch.isfinite(totals).all():
         bad = (~torch.isfinite(totals)).nonzero().flatten().tolist()
         raise NonFiniteError(
