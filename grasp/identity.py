@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ def differences(got: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     )
 
 
-def tensors_digest(tensors: Iterator[tuple[str, Tensor]]) -> str:
+def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 of named tensors: names, shapes, dtypes and bytes, in hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in tensors:

@@ -102,7 +102,8 @@ class RunState(NoState):
         self._identity: dict[str, Any] | None = None
         self._clock = Clock()
         self._kept = False  # whether the folder has anything worth keeping
-        self._found: dict[str, dict[str, Any]] = {}  # file name → its notes, as they were at the start
+        self._continued = False  # whether an earlier process has done something
+        self._found: dict[str, dict[str, Any]] = {}  # file name → its notes, as that process left them
         self._sweeps: Sequence[Sequence[Target]] = ()
         self._written = self._cost = 0.0  # when sums were last written, and the seconds it took
         self._made: list[Path] = []  # folders that were not there before
@@ -168,6 +169,7 @@ class RunState(NoState):
         self.scores = kept["scores"]
         files = sorted(self.folder.glob("*.safetensors"))
         self._found = {file.name: self._read(file, only_notes=True)[1] for file in files}
+        self._continued = self.scores is not None or bool(files)
         times = [kept["seconds"], *(notes["seconds"] for notes in self._found.values())]
         clock.add(max(times, key=lambda seconds: sum(seconds.values())))
 
@@ -193,7 +195,7 @@ class RunState(NoState):
             if tensors:
                 replace_module_(model, target.name, _low_rank(target, tensors))
             done[target] = ModuleReport(**{**notes["report"], "indices": tuple(notes["report"]["indices"])})
-        if self._kept and not self._rank:
+        if self._continued and not self._rank:
             finished = sum(all(target in done for target in members) for members in sweeps)
             self._notify(f"continuing: {finished} of {len(sweeps)} sweeps done")
         return done
@@ -259,7 +261,7 @@ class RunState(NoState):
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        notes = {**notes, "seconds": self._clock.seconds, "sha256": tensors_digest(iter(plain.items()))}
+        notes = {**notes, "seconds": self._clock.seconds, "sha256": tensors_digest(sorted(plain.items()))}
         with _replacing(path) as temporary:
             save_file(plain, temporary, {"grasp": json.dumps(notes)})
         self._kept = True
@@ -271,7 +273,7 @@ class RunState(NoState):
                 tensors = {} if only_notes else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(path, str(error)) from error
-        if not only_notes and tensors_digest(iter(tensors.items())) != notes["sha256"]:
+        if not only_notes and tensors_digest(sorted(tensors.items())) != notes["sha256"]:
             raise self._damaged(path, "its checksum is wrong")
         return tensors, notes
 

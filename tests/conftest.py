@@ -11,6 +11,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=3, help="how many processes are killed at random points")
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill what ``torch.empty`` returns with NaN, so that an output that is not wholly written shows."""
