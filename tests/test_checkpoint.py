@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from grasp.checkpoint import check_directory, save_checkpoint
+from grasp.checkpoint import check_directory, remove_abandoned, save_checkpoint
 from grasp.errors import CheckpointError
 from grasp.modules import LowRankLinear
 from tests.tiny_models import tiny_model
@@ -188,3 +188,12 @@ def test_an_ordinary_model_is_saved_as_one(tmp_path: Path) -> None:
     folder = save_checkpoint(tiny_model("llama"), tmp_path / "out")
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config
+
+
+def test_half_written_folders_of_a_killed_save_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    keep = {"out[1]", "out[1].partial", ".out[1].partial", ".out1.12345678.partial", ".out[1].12345678.old"}
+    for name in (*keep, ".out[1].12345678.partial", ".out[1].abcdef09.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    remove_abandoned(tmp_path / "out[1]")
+    assert {path.name for path in tmp_path.iterdir()} == keep
