@@ -17,7 +17,7 @@ from grasp.architecture import first_device
 from grasp.calibration import CalibrationBatch
 from grasp.errors import UnsupportedModelError
 
-LOGITS_BYTES = 2**27  # of fp32 logits held at once; their gradient and the softmax take as much again each
+LOGITS_BYTES = 2**25  # of fp32 logits held at once; their gradient takes as much again. More is slower: caches, pages
 
 
 class Body:
@@ -74,13 +74,32 @@ def loss_and_grad(model: PreTrainedModel, body: Body, batch: CalibrationBatch) -
         rows = slice(start, start + step)
         part = source[rows].requires_grad_()
         with torch.enable_grad(), _backbone_returning(model, _with_hidden(body.output, part[None])):
-            logits = model(input_ids=labels[None, rows].to(first_device(model)), use_cache=False).logits[0]
-            dtype = torch.promote_types(logits.dtype, torch.float32)
-            nll = F.cross_entropy(logits.to(dtype), labels[rows].to(logits.device), reduction="sum")
-        (grads[rows],) = torch.autograd.grad(nll, [part])
-        loss += nll.item()
+            logits = model(input_ids=labels[None, rows].to(first_device(model)), use_cache=False).logits
+        nll, grad_logits = nll_and_grad(logits.detach()[0], labels[rows].to(logits.device))
+        (grads[rows],) = torch.autograd.grad([logits], [part], [grad_logits[None]])
+        loss += nll
     grad[chosen] = grads
     return loss, grad
+
+
+def nll_and_grad(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    """``-Σ_t log softmax(logits)[t, labels[t]]`` and its gradient, ``softmax(logits) - onehot(labels)``.
+
+    Autograd would give the same and hold two more tensors as large as the logits.
+
+    Args:
+        logits: (T, vocab).
+        labels: (T,) int64.
+
+    Returns:
+        The sum, taken in fp32 (fp64 for fp64), and the gradient, (T, vocab) in the dtype of ``logits``.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_probabilities = logits.log_softmax(-1, dtype=dtype)
+    nll = -log_probabilities.gather(1, labels[:, None]).sum().item()
+    grad = log_probabilities.exp_()
+    grad[torch.arange(len(labels), device=labels.device), labels] -= 1
+    return nll, grad.to(logits.dtype)
 
 
 def _vocabulary(model: PreTrainedModel) -> int:

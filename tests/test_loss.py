@@ -7,7 +7,7 @@ from torch import Tensor
 from grasp import loss
 from grasp.architecture import batch_inputs
 from grasp.calibration import CalibrationBatch
-from grasp.loss import loss_and_grad, without_head
+from grasp.loss import loss_and_grad, nll_and_grad, without_head
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_batches, tiny_model
 
 
@@ -67,3 +67,19 @@ def test_nothing_is_left_on_the_model() -> None:
     assert torch.equal(model(tokens).logits, before)
     assert "forward" not in model.get_decoder().__dict__
     assert not model.get_decoder()._forward_hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_gradient_by_hand_is_that_of_autograd(dtype: torch.dtype) -> None:
+    logits = torch.randn(5, 11, generator=torch.Generator().manual_seed(0)).mul(4).to(dtype)
+    labels = torch.tensor([0, 10, 3, 3, 7])
+    wide = logits.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    expected = torch.nn.functional.cross_entropy(wide, labels, reduction="sum")
+    expected.backward()
+    before = logits.clone()
+    nll, grad = nll_and_grad(logits, labels)
+    assert torch.equal(logits, before)
+    assert nll == pytest.approx(expected.item(), rel=1e-6)
+    assert grad.dtype == dtype
+    assert wide.grad is not None
+    torch.testing.assert_close(grad, wide.grad.to(dtype))

@@ -1,0 +1,93 @@
+"""GRASP written down from its formulas, without any short cut: what the package's attribution is measured against.
+
+SVD layers in the graph of which only s wants a gradient, each dense weight rebuilt on every forward pass, the whole
+model run for every sweep, one sequence at a time. Source: arXiv 2501.00339, with the loss of the next token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+class SVDLinear(nn.Module):
+    """``F.linear(x, U diag(s) Vh, bias)`` with only s (groups,) trainable; the weight is rebuilt on every call."""
+
+    def __init__(self, linear: nn.Linear | Conv1D) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        weight = weight.mT if isinstance(linear, Conv1D) else weight
+        self.U, s, self.Vh = torch.linalg.svd(weight, full_matrices=False)
+        self.s = nn.Parameter(s)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) → (..., N)."""
+        return F.linear(x, (self.U * self.s) @ self.Vh, self.bias)
+
+    @property
+    def importance(self) -> Tensor:
+        """``|s · Σ ∂L/∂s|``, (groups,); 0 where nothing reached s."""
+        s = self.s.detach()
+        return torch.zeros_like(s) if self.s.grad is None else (s * self.s.grad).abs()
+
+    def rank(self, retain_ratio: float) -> int:
+        """The rank at which ``retain_ratio`` of the weight's parameters are kept."""
+        n, k = len(self.U), self.Vh.shape[1]
+        return max(1, int(n * k * retain_ratio / (n + k)))
+
+    def truncated(self, indices: Tensor) -> nn.Sequential:
+        """Two linears that hold the groups ``indices``, the root of s folded into each."""
+        root = self.s.detach()[indices].sqrt()
+        down = nn.Linear(self.Vh.shape[1], len(indices), bias=False, device="meta")
+        up = nn.Linear(len(indices), len(self.U), bias=self.bias is not None, device="meta")
+        down.weight = nn.Parameter(root[:, None] * self.Vh[indices], requires_grad=False)
+        up.weight = nn.Parameter(self.U[:, indices] * root, requires_grad=False)
+        if self.bias is not None:
+            up.bias = self.bias
+        return nn.Sequential(down, up)
+
+
+def insert_svd_(model: PreTrainedModel, names: Sequence[str]) -> dict[str, SVDLinear]:
+    """Freeze the model, and put SVD layers in the place of the named linears."""
+    model.requires_grad_(False)
+    layers = {name: SVDLinear(model.get_submodule(name)) for name in names}  # type: ignore[arg-type]
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    return layers
+
+
+def mean_nll(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each next token in (B, L), in nats and in the dtype of the logits."""
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def accumulate(model: PreTrainedModel, sequences: Sequence[Tensor]) -> None:
+    """Add the gradient of the mean loss over ``sequences``, (B, L) each, to what wants one."""
+    for tokens in sequences:
+        (mean_nll(model, tokens) / len(sequences)).backward()
+
+
+def naive_grasp_(
+    model: PreTrainedModel, sequences: Sequence[Tensor], sweeps: Sequence[Sequence[str]], retain_ratio: float
+) -> dict[str, list[int]]:
+    """Compress a model in place; the linears named in one element of ``sweeps`` share a sweep over ``sequences``.
+
+    Returns:
+        The singular groups that were kept of each linear, ascending.
+    """
+    kept: dict[str, list[int]] = {}
+    for names in sweeps:
+        layers = insert_svd_(model, names)
+        accumulate(model, sequences)
+        for name, layer in layers.items():
+            indices = layer.importance.topk(layer.rank(retain_ratio)).indices.sort().values
+            model.set_submodule(name, layer.truncated(indices))
+            kept[name] = indices.tolist()
+    return kept
