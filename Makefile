@@ -8,7 +8,7 @@ BUILT := $(VENV)/.built
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(CSRC) $(wildcard tests/csrc/*.cpp tests/csrc/*/*.* tests/csrc/*/*/*.* examples/*.cpp)
 
-.PHONY: help venv build demo test sanitize check aot test-matrix lint format clean
+.PHONY: help venv build demo test stress sanitize check aot test-matrix lint format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -36,6 +36,9 @@ demo: $(BUILT) ## compress SmolLM2-135M and print what it cost and gained
 
 test: $(BUILT) ## the whole test suite
 	$(BIN)/python -m pytest
+
+stress: $(BUILT) ## kill 50 processes at random points, and compare what their runs end with; 10 minutes
+	$(BIN)/python -m pytest tests/test_resume_kill.py --kills 50
 
 sanitize: $(STAMP) ## the C++ tests under the address and undefined behaviour sanitizers
 	$(BIN)/python setup.py --quiet sanitize

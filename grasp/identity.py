@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from grasp import __version__
 from grasp.architecture import first_device
 from grasp.calibration import CalibrationBatch
+from grasp.modules import gathered
 
 if TYPE_CHECKING:  # it imports this module
     from grasp.config import GraspConfig
@@ -62,19 +63,19 @@ def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         if tensor.numel():
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Each distinct parameter with its data: an offloaded one is fetched for the time being."""
+    """Each distinct parameter with its data: one that is offloaded or sharded is fetched for the time being."""
     seen: set[Tensor] = set()
     for path, module in model.named_modules():
         own = {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter not in seen}
         seen.update(own.values())
         with align_module_device(module):
             for name in own:
-                yield f"{path}.{name}", module.get_parameter(name)
+                yield f"{path}.{name}", gathered(module.get_parameter(name).detach())
 
 
 def _tokens(batches: Sequence[CalibrationBatch]) -> Iterator[tuple[str, Tensor]]:

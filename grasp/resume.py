@@ -78,7 +78,8 @@ class RunState(NoState):
     A context manager. While it is open, no other process may use the folder. When its block ends well the folder is
     removed, so save the compressed model inside the block; when it ends in an exception, or the process is killed at
     whatever instant, the folder stays, and the same call goes on from there. It then gives the same indices and
-    weights, bit for bit, on the same machine with the same number of threads.
+    weights, bit for bit, on the same machine with the same number of threads. A run that fails before its first sweep
+    has anything to keep leaves nothing.
 
     The time of the report counts what the earlier processes kept, not what was lost with them. At the start the model's
     weights are hashed (SHA-256, of the order of a second per GB) to tell it from another.
@@ -101,7 +102,7 @@ class RunState(NoState):
         self._sums = self.folder / f"sums-{rank}-of-{processes}.safetensors"
         self._identity: dict[str, Any] | None = None
         self._clock = Clock()
-        self._kept = False  # whether the folder has anything worth keeping
+        self._kept = False  # whether the folder has more than block influence, or had something before
         self._continued = False  # whether an earlier process has done something
         self._found: dict[str, dict[str, Any]] = {}  # file name → its notes, as that process left them
         self._sweeps: Sequence[Sequence[Target]] = ()
@@ -135,7 +136,8 @@ class RunState(NoState):
     ) -> None:
         if self._rank:
             return
-        if not self._kept or (kind is None and self._identity is not None):
+        had_scores = self.scores is not None and not isinstance(error, Exception)
+        if (kind is None and self._identity is not None) or not (self._kept or had_scores):
             self._clear()
         elif kind is KeyboardInterrupt:
             self._notify(f"the same command continues this run; it is kept in {self.folder}")
@@ -177,7 +179,6 @@ class RunState(NoState):
         """Keep the block influence of all layers."""
         self.scores = list(scores)
         self._write_state()
-        self._kept = True
 
     def restore_(self, model: PreTrainedModel, sweeps: Sequence[Sequence[Target]]) -> dict[Target, ModuleReport]:
         """Put the low-rank linears that were kept into the model; the report of each, in the order of ``sweeps``.

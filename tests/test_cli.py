@@ -311,7 +311,7 @@ def test_a_process_with_bad_input_writes_one_line(model: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_with_130_and_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_with_130_and_leaves_what_the_same_command_continues(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "long.txt"
     text.write_text(TEXT * 100)
     options = ["-o", tmp_path / "new" / "out", "--calibration", text, "--num-samples", 2000, "--seq-len", 32]
@@ -333,8 +333,10 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing_behind(model: Path, tmp_path: P
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert out == ""
-    assert err.splitlines()[-1] == "interrupted"
-    assert files(tmp_path) == {"long.txt"}
+    kept = tmp_path / "new" / "out.partial"
+    assert err.splitlines()[-2:] == [f"the same command continues this run; it is kept in {kept}", "interrupted"]
+    assert "state.json" in files(kept)
+    assert not (tmp_path / "new" / "out").exists()
 
 
 RELOAD = """

@@ -86,6 +86,15 @@ def test_a_step_that_ends_early_gives_way_to_the_next() -> None:
     progress.close()
 
 
+def test_a_note_is_one_line_whatever_its_length_and_characters() -> None:
+    for terminal in (False, True):
+        progress, stream = bars(terminal=terminal)
+        progress("prefix", 1, 4)
+        progress.note("[0, 2] of " + "/somewhere" * 20)
+        progress.close()
+        assert "[0, 2] of " + "/somewhere" * 20 + "\n" in stream.getvalue()
+
+
 def test_ctrl_c_is_said_and_handed_on(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted() -> None:
         with step_bars() as progress:

@@ -202,6 +202,12 @@ def test_a_run_that_kept_nothing_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_fails_before_its_first_sweep_leaves_nothing(folder: Path) -> None:
+    with pytest.raises(ValueError, match="the largest possible ratio is"):
+        run(folder, GraspConfig(compression_ratio=0.9))
+    assert not folder.exists()
+
+
 def test_a_state_stays_when_the_next_run_fails_before_it_is_used(folder: Path) -> None:
     stopped(folder, "prefix", 1)
     before = {path.name for path in folder.iterdir()}
