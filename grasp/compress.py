@@ -84,7 +84,8 @@ def compress_(
     check_layers(config, len(layers))
     targets, left = eligible_targets(model)
 
-    processes.require_same("the request", f"{config} {before} {batches_digest(batches)}")
+    tokens = [batch.num_tokens for batch in batches]
+    processes.require_same("the request", f"{config} {before} {tokens} {batches_digest(batches)}")
     with processes.together():
         state.begin(model, batches, config, clock)
     clock.enter("block_influence")
@@ -134,7 +135,7 @@ def compress_(
         after=model_size(model, layers),
         calibration={
             "sequences": sum(len(batch.input_ids) for batch in batches),
-            "tokens": sum(batch.num_tokens for batch in batches),
+            "tokens": sum(tokens),
             "sha256": batches_digest(batches),
         },
         seconds=clock.seconds,

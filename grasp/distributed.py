@@ -83,17 +83,17 @@ class Processes:
             for source, item in enumerate(turn):
                 yield item, self._from(source, own)
 
-    def agree_on(self, number: int) -> bool:
-        """Whether all processes have the same number.
+    def least(self, number: int) -> int:
+        """The smallest of the processes' numbers.
 
         Raises:
             DistributedError: if a process is gone.
         """
-        extremes = torch.tensor([number, -number])
+        result = torch.tensor(number)
         if self.size > 1:
             with self._connected():
-                dist.all_reduce(extremes, dist.ReduceOp.MAX)
-        return int(extremes[0]) == -int(extremes[1])
+                dist.all_reduce(result, dist.ReduceOp.MIN)
+        return int(result)
 
     def together(self) -> ExitStack:
         """A context: what fails in it in one process fails in all.
@@ -117,9 +117,7 @@ class Processes:
         expected = self._broadcast(0, value.encode()).decode()
         with self.together():
             if value != expected:
-                raise DistributedError(
-                    f"{what} of process {self.rank} differs from that of process 0; give all the same"
-                )
+                raise DistributedError(f"{what} differs from that of process 0; give all processes the same")
 
     def _settle(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -173,9 +171,8 @@ class Processes:
 
     def _lost(self, error: Exception) -> DistributedError:
         return DistributedError(
-            f"process {self.rank} of {self.size} has lost the others: one has ended, or is more than "
-            f"{TIMEOUT.total_seconds() / 60:.0f} minutes behind. Its own last words say why; start all of them again "
-            f"({_one_line(error)[:200]})"
+            f"process {self.rank} of {self.size} has lost the others: one of them has ended, or is more than {TIMEOUT} h "
+            f"behind. Its own last words say why; start all of them again ({_one_line(error)[:200]})"
         )
 
 

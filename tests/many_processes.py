@@ -1,0 +1,87 @@
+"""Run a function in several processes that are connected by gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from grasp.distributed import Processes, joined
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["grasp.compress", "grasp.sharding", "tests.tiny_models", __name__])
+_PATIENCE = 120.0  # seconds until a process counts as one that hangs
+
+
+@dataclass
+class Outcome:
+    """How a process ended: what the function returned or raised; neither where the process was killed."""
+
+    value: Any = None
+    error: Exception | None = None
+    exit_code: int | None = None
+
+
+def run(work: Callable[..., Any], *arguments: Any, size: int = 2, sharded: bool = False) -> list[Outcome]:
+    """Call ``work(processes, *arguments)`` in ``size`` processes of one thread; ``work`` is a module's function.
+
+    Returns:
+        What became of each, in order.
+
+    Raises:
+        TimeoutError: if one is still running after two minutes; all are then ended.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(size):
+        mine, theirs = _CONTEXT.Pipe(duplex=False)
+        process = _CONTEXT.Process(target=_child, args=(theirs, rank, size, port, sharded, work, arguments))
+        process.start()
+        theirs.close()
+        children.append((process, mine))
+    deadline = time.monotonic() + _PATIENCE
+    outcomes = [_outcome(pipe, deadline) for _, pipe in children]
+    for outcome, (process, _) in zip(outcomes, children, strict=True):
+        process.join(max(0.0, deadline - time.monotonic()))
+        outcome.exit_code = process.exitcode
+    hanging = [rank for rank, (process, _) in enumerate(children) if process.is_alive()]
+    for process, _ in children:
+        process.kill()
+        process.join()
+    if hanging:
+        raise TimeoutError(f"processes {hanging} of {size} hang")
+    return outcomes
+
+
+def _outcome(pipe: Connection, deadline: float) -> Outcome:
+    if not pipe.poll(max(0.0, deadline - time.monotonic())):
+        return Outcome()
+    try:
+        outcome: Outcome = pickle.loads(pipe.recv_bytes())
+    except EOFError:
+        return Outcome()
+    return outcome
+
+
+def _child(
+    pipe: Connection, rank: int, size: int, port: int, sharded: bool, work: Callable[..., Any], arguments: Any
+) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
+    try:
+        with joined(torch.device("cpu"), sharded=sharded) as processes:
+            assert processes == Processes(rank, size, sharded)
+            outcome = Outcome(work(processes, *arguments))
+    except Exception as error:  # noqa: BLE001  # whatever it is, the test looks at it
+        outcome = Outcome(error=error)
+    pipe.send_bytes(pickle.dumps(outcome))  # a tensor sent as it is would need this process until it is read
