@@ -155,6 +155,7 @@ def showing(targets: Collection[Target], batch: CalibrationBatch, visit: Callabl
     finally:
         for handle in handles:
             handle.remove()
+        rows.forget()
 
 
 class _Rows:
@@ -178,6 +179,10 @@ class _Rows:
                 "told from text. Give sequences of one length, without attention_mask"
             )
         return rows[self._mask.to(rows.device)]
+
+    def forget(self) -> None:
+        """Let the inputs go: their graph leads to the hooks that hold this, a circle that nothing would free."""
+        self._inputs.clear()
 
     def of_input(self, x: Tensor) -> Tensor:
         """The same tensor for the same input; the key stays valid because the input is kept with it."""
