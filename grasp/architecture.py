@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -203,13 +204,15 @@ def casting(model: nn.Module, dtype: str | None) -> Iterator[None]:
     """Run a model in another dtype, ``"bfloat16"`` say; its own weights are put back, bit for bit. ``None``: as it is.
 
     Raises:
-        UnsupportedModelError: if weights are offloaded.
+        UnsupportedModelError: if weights are offloaded or sharded.
     """
     if dtype is None:
         yield
         return
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise UnsupportedModelError("sweep_dtype needs all weights in memory, some are offloaded; load in that dtype")
+    if any(parameter.is_meta or isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            "sweep_dtype needs all weights in memory, some are offloaded or sharded; load the model in that dtype"
+        )
     wanted = getattr(torch, dtype)
     saved = {p: p.data for p in model.parameters() if p.is_floating_point() and p.dtype != wanted}
     try:
