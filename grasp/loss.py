@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from grasp.architecture import first_device
+from grasp.architecture import batch_inputs, evaluating, first_device
 from grasp.calibration import CalibrationBatch
 from grasp.errors import UnsupportedModelError
 
@@ -78,8 +78,21 @@ def loss_and_grad(model: PreTrainedModel, body: Body, batch: CalibrationBatch) -
         nll, grad_logits = nll_and_grad(logits.detach()[0], labels[rows].to(logits.device))
         (grads[rows],) = torch.autograd.grad([logits], [part], [grad_logits[None]])
         loss += nll
+        del logits, grad_logits  # before the next ones are made
     grad[chosen] = grads
     return loss, grad
+
+
+@torch.no_grad()
+def sum_nll(model: PreTrainedModel, batches: Iterable[CalibrationBatch]) -> float:
+    """Summed negative log-likelihood of all tokens that follow others, in nats; padding counts nothing."""
+    total = 0.0
+    with evaluating(model):
+        for batch in batches:
+            with without_head(model) as body:
+                model(**batch_inputs(model, batch), use_cache=False)
+            total += loss_and_grad(model, body, batch)[0]
+    return total
 
 
 def nll_and_grad(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
