@@ -41,6 +41,7 @@ def request_identity(
         "device": first_device(model).type,
         "model configuration": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(),
         "model weights": tensors_digest(_parameters(model)),
+        "batch size": len(batches[0].input_ids),
         "calibration batches": len(batches),
         "calibration sequences": sum(len(batch.input_ids) for batch in batches),
         "calibration tokens": tensors_digest(_tokens(batches)),

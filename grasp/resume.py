@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -34,7 +35,8 @@ if TYPE_CHECKING:  # it imports this module
 FORMAT = 1  # of the folder
 INTERVAL = 30.0  # seconds: the sums of a running sweep are not written more often than this,
 SHARE = 0.05  # nor so often that writing takes more than this fraction of the time
-_OWN_FILES = re.compile(r"(lock|state\.json|(module|sums)-.+\.safetensors)(\.tmp)?")
+_UNFINISHED = "unfinished"  # the folder in which files are written, by safetensors under names of its own
+_OWN_FILES = re.compile(rf"lock|state\.json|(module|sums)-.+\.safetensors|{_UNFINISHED}")
 
 
 class Sum(Protocol):
@@ -122,6 +124,8 @@ class RunState(NoState):
                     "its files; move that folder away, or give another output"
                 )
             self._lock.acquire(timeout=0)
+            shutil.rmtree(self.folder / _UNFINISHED, ignore_errors=True)
+            (self.folder / _UNFINISHED).mkdir(exist_ok=True)
         except Timeout as error:
             raise ResumeError(f"{self.folder} is in use by another process; wait for it, or end it") from error
         except (OSError, NotImplementedError) as error:
@@ -145,6 +149,12 @@ class RunState(NoState):
         for folder in self._made:
             with suppress(OSError):  # not empty
                 folder.rmdir()
+
+    @property
+    def batch_size(self) -> int | None:
+        """Sequences in a batch of the run that is to be continued; ``None`` where there is none."""
+        path = self.folder / "state.json"
+        return self._read_state(path)["identity"].get("batch size") if path.exists() else None
 
     def begin(
         self, model: PreTrainedModel, batches: Sequence[CalibrationBatch], config: GraspConfig, clock: Clock
@@ -290,7 +300,9 @@ class RunState(NoState):
 
     def _clear(self) -> None:
         for path in list(self.folder.iterdir()):
-            if _OWN_FILES.fullmatch(path.name):
+            if path.name == _UNFINISHED:
+                shutil.rmtree(path, ignore_errors=True)
+            elif _OWN_FILES.fullmatch(path.name):
                 path.unlink(missing_ok=True)
         with suppress(OSError):
             self.folder.rmdir()
@@ -308,7 +320,7 @@ def _low_rank(target: Target, tensors: Mapping[str, Tensor]) -> LowRankLinear:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A file to write, which takes the place of ``path`` in one step once it is on the disk."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.parent / _UNFINISHED / path.name
     try:
         yield temporary
         with temporary.open("rb+") as file:

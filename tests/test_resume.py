@@ -85,7 +85,6 @@ def assert_same(got: Run, expected: Run) -> None:
         assert torch.equal(tensor, expected[1][name]), name
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
     ("family", "options"),
     [
@@ -96,7 +95,7 @@ def assert_same(got: Run, expected: Run) -> None:
 )
 @pytest.mark.usefixtures("every_batch")
 def test_a_run_stopped_at_any_write_ends_as_if_it_had_not_been(
-    family: str, options: dict[str, Any], when: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, options: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = GraspConfig(layers=(0, 2), retain_ratio=0.4 if "threshold_ratio" not in options else 0.1, **options)
     expected = run(None, config, family=family)
@@ -104,11 +103,9 @@ def test_a_run_stopped_at_any_write_ends_as_if_it_had_not_been(
 
     def counted(source: Any, target: Any) -> None:
         left[0] -= 1
-        if left[0] == 0 and when == "before":
-            raise Killed
-        replace(source, target)
         if left[0] == 0:
             raise Killed
+        replace(source, target)
 
     monkeypatch.setattr(os, "replace", counted)
     writes = 0
@@ -259,10 +256,10 @@ def test_the_time_of_earlier_processes_counts(folder: Path) -> None:
 )
 def test_another_request_is_refused_with_the_reason(folder: Path, changed: dict[str, Any], reason: str) -> None:
     stopped(folder, "layer 0 mlp", 1)
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     with pytest.raises(ResumeError, match=f"another request: .*{reason}.*delete that folder to start anew"):
         run(folder, **changed)
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     run(folder)
 
 
@@ -383,7 +380,7 @@ def test_a_failed_write_leaves_what_was_kept(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(resume, "save_file", full)
     with pytest.raises(ResumeError, match=r"up_proj\S* failed: .*No space left.*make room, and give the same command"):
         run(folder)
-    assert not list(folder.glob("*.tmp"))
+    assert not list((folder / "unfinished").iterdir())
     monkeypatch.setattr(resume, "save_file", save)
     heard: list[str] = []
     assert_same(run(folder, notify=heard.append), run(None))
@@ -403,6 +400,26 @@ def test_nothing_that_is_read_can_run_code(folder: Path) -> None:
     stopped(folder, "layer 0 mlp", 1)
     assert {path.suffix for path in folder.iterdir()} == {"", ".json", ".safetensors"}
     assert (folder / "lock").read_bytes() == b""
+    assert not list((folder / "unfinished").iterdir())
+
+
+def test_what_a_killed_process_was_writing_is_removed(folder: Path) -> None:
+    stopped(folder, "layer 0 mlp", 1)
+    (folder / "unfinished" / ".tmpA1b2C3").write_bytes(b"half")
+    with RunState(folder):
+        assert not list((folder / "unfinished").iterdir())
+    stopped(folder, "layer 0 mlp", 1)
+    (folder / "unfinished" / ".tmpA1b2C3").write_bytes(b"half")
+    assert_same(run(folder), run(None))
+    assert not folder.exists()
+
+
+def test_the_batch_size_of_the_run_to_be_continued_is_known_before(folder: Path) -> None:
+    with RunState(folder) as state:
+        assert state.batch_size is None
+    stopped(folder, "layer 0 mlp", 1)
+    with RunState(folder) as state:
+        assert state.batch_size == 2
 
 
 def test_ranks_keep_their_own_sums_and_only_the_first_the_rest(folder: Path) -> None:
@@ -410,5 +427,5 @@ def test_ranks_keep_their_own_sums_and_only_the_first_the_rest(folder: Path) -> 
     with RunState(folder, processes=2) as first, RunState(folder, rank=1, processes=2) as second:
         with pytest.raises(Killed):
             compress_(model, batches, CONFIG, state=second, progress=stop_at("layer 2 attention", 1))
-        assert sorted(path.name for path in folder.iterdir()) == ["lock", "sums-1-of-2.safetensors"]
+        assert sorted(path.name for path in folder.iterdir()) == ["lock", "sums-1-of-2.safetensors", "unfinished"]
         first._kept = True
