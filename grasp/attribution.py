@@ -22,13 +22,6 @@ from grasp.sweep import Call, Prefix, sweep
 from grasp_kernels import singular_value_grad
 from grasp_kernels.routes import Route, accumulate_weight_grad_, choose_route, contract_weight_grad
 
-# Importance of a singular group from its singular value and ∂L/∂σ, both (groups,). METHOD: the sum over the calibration
-# set keeps its sign; the absolute value is taken once, at the end.
-METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "taylor": lambda singular_values, grad: (singular_values * grad).abs(),
-    "gradient": lambda singular_values, grad: grad.abs(),
-}
-
 # Linears with the same key get their gradients in one sweep over the calibration set; the smallest key goes first.
 SCHEDULES: dict[str, Callable[[Target], Any]] = {
     "sequential": lambda target: (-target.layer, BLOCKS.index(target.block)),  # the paper: each sees all those before

@@ -11,18 +11,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp.architecture import Target, decoder, layer_targets, replace_module_
-from grasp.attribution import METRICS, DenseSum, FactoredSum, gather_gradients, plan_sweeps
+from grasp.attribution import plan_sweeps
 from grasp.calibration import CalibrationBatch, as_batches, batches_digest
 from grasp.checkpoint import GraspHfQuantizer, mark_compressed
 from grasp.config import GraspConfig
 from grasp.distributed import ALONE, Processes
 from grasp.errors import CalibrationError, UnsupportedModelError
 from grasp.evaluate import max_positions
+from grasp.loss import sum_nll
 from grasp.modules import SVD, LowRankLinear, dense_shape, group_linears_
+from grasp.planning import LEFT, Choice, ceilings, choose_plans, hold_out, within_budget
 from grasp.progress import Clock, Progress, silent
 from grasp.redundancy import block_influence
+from grasp.refit import refit_
 from grasp.report import CompressionReport, ModuleReport, model_size
 from grasp.resume import NoState
+from grasp.scoring import Scores, gather_scores
 from grasp.selection import (
     Budget,
     break_even_rank,
@@ -94,10 +98,10 @@ def compress_(
         scores = block_influence(model, batches, progress=progress, processes=processes)
         state.keep_scores(scores)
     budget = choose_budget(config, scores, targets, before.parameters)
-    redundant = tuple(budget.ranks)
-
-    ranks = {t: rank for layer in redundant for t, rank in zip(targets[layer], budget.ranks[layer], strict=True)}
-    sweeps = plan_sweeps(ranks, config.schedule)
+    plans = choose_plans(config, budget, targets, before.parameters)
+    sweeps = plan_sweeps(ceilings(config, plans), config.schedule)
+    calibration, held_out = hold_out(batches) if config.scope == "auto" else (batches, [])
+    scope, losses = next(iter(plans)), dict[str, float]()
     try:
         clock.enter("prefix")
         with processes.together():
@@ -105,31 +109,48 @@ def compress_(
         done = list(kept.values())
         sweeps = [rest for members in sweeps if (rest := [target for target in members if target not in kept])]
         entries = {min(target.layer for target in members) for members in sweeps}
-        own = processes.share(batches)
+        own = processes.share(calibration)
         with processes.together():
             prefix = capture_prefix(model, own, entries, dtype=config.sweep_dtype, progress=progress)
         for members in sweeps:
             clock.enter("attribution")
-            sums = gather_gradients(
+            scored = gather_scores(
                 *(model, own, members, prefix),
+                basis=config.basis,
+                metric=config.metric,
                 dtype=config.sweep_dtype,
                 progress=progress,
                 state=state,
                 processes=processes,
             )
             clock.enter("svd and selection")
-            for target, choice in processes.divide(members, partial(_choose, sums=sums, ranks=ranks, config=config)):
+            choose = partial(choose_groups, scores=scored, ranks=ceilings(config, plans), config=config)
+            choices = processes.divide(members, choose)
+            if config.decides_together:
+                found = list(choices)
+                candidates = {name: within_budget(found, plan, config) for name, plan in plans.items()}
+                losses = held_out_losses(model, candidates, held_out, processes) if held_out else {}
+                scope = min(losses, key=losses.__getitem__, default=scope)
+                choices = iter(candidates[scope])
+            for target, choice in choices:
                 done.append(_replace_(model, target, choice))
-                state.keep_module(model, done[-1])
+                if not config.decides_together:
+                    state.keep_module(model, done[-1])
+        if config.refit:
+            clock.enter("refit")
+            refit_(model, calibration, ceilings(config, plans), progress=progress)
     finally:
         group_linears_(model)
         mark_compressed(model)
+    redundant = plans[scope].layers
     done += [report for layer in redundant for report in left[layer]]
     return CompressionReport(
         config=config.to_dict(),
         block_influence=tuple(scores),
         redundant_layers=redundant,
-        retain_ratio=budget.retain_ratio if config.threshold_ratio is None else None,
+        retain_ratio=plans[scope].retain_ratio if config.threshold_ratio is None else None,
+        scope=scope,
+        held_out_loss=losses,
         modules=tuple(done),
         before=before,
         after=model_size(model, layers),
@@ -199,15 +220,12 @@ def choose_budget(
     return solve_compression_ratio(shapes, order, total_parameters, ratio, config.retain_ratio)
 
 
-def _choose(
-    target: Target, sums: dict[Target, FactoredSum | DenseSum], ranks: Mapping[Target, int], config: GraspConfig
-) -> dict[str, Tensor]:
+def choose_groups(target: Target, scores: Scores, ranks: Mapping[Target, int], config: GraspConfig) -> Choice:
     """The singular groups of one linear that are kept, and the importance of all; nothing where it has no gradient."""
-    if target not in sums:
-        return {}
-    svd, grad = sums.pop(target).result()
-    importance = METRICS[config.metric](svd.S, grad)
-    rank = ranks[target]
+    if target not in scores:
+        return {"no loss": torch.ones(())}
+    svd, importance = scores[target]()
+    rank = min(ranks[target], len(svd.S))
     if config.threshold_ratio is not None:
         rank = rank_for_threshold(importance, config.threshold_ratio, dense_shape(target.module))
     indices = retained_indices(importance, rank)
@@ -215,10 +233,33 @@ def _choose(
     return {"indices": indices, "importance": importance, **kept._asdict()}
 
 
-def _replace_(model: PreTrainedModel, target: Target, choice: Mapping[str, Tensor]) -> ModuleReport:
+def held_out_losses(
+    model: PreTrainedModel,
+    candidates: Mapping[str, Sequence[tuple[Target, Choice]]],
+    held_out: Sequence[CalibrationBatch],
+    processes: Processes,
+) -> dict[str, float]:
+    """The mean loss of each candidate on the held-out batches, in nats per token; the model is left as it was."""
+    own = processes.share(held_out)
+    sums = torch.zeros(len(candidates), dtype=torch.float64)
+    for index, choices in enumerate(candidates.values()):
+        try:
+            for target, choice in choices:
+                _replace_(model, target, choice)
+            with processes.together():
+                sums[index] = sum_nll(model, own)
+        finally:
+            for target, _ in choices:
+                replace_module_(model, target.name, target.module)
+    processes.sum_([sums])
+    tokens = sum(batch.num_targets for batch in held_out)
+    return dict(zip(candidates, (sums / tokens).tolist(), strict=True))
+
+
+def _replace_(model: PreTrainedModel, target: Target, choice: Choice) -> ModuleReport:
     """Put the low-rank form of one linear in its place."""
-    if not choice:
-        return ModuleReport(target.name, target.layer, "", "its output does not reach the loss")
+    for why in choice.keys() & LEFT.keys():
+        return ModuleReport(target.name, target.layer, "", LEFT[why])
     kept = SVD(choice["U"], choice["S"], choice["Vh"])
     module = LowRankLinear.from_dense(target.module, torch.arange(len(kept.S)), kept)
     replace_module_(model, target.name, module)

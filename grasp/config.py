@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from grasp.attribution import METRICS, SCHEDULES
+from grasp.attribution import SCHEDULES
+from grasp.basis import BASES
+from grasp.scoring import METRICS, in_units_of_loss
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,17 @@ class GraspConfig:
         retain_ratio: fraction of each matrix's parameters to keep, in (0, 1]; R = int(N·K·retain_ratio / (N + K)).
         threshold_ratio: instead of ``retain_ratio``, keep the fewest groups whose importance adds up to this fraction,
             never more than the break-even rank, above which a matrix would grow.
-        metric: importance of a singular group: ``"taylor"`` |σ·∂L/∂σ| or ``"gradient"`` |∂L/∂σ|.
+        basis: what is decomposed: ``"plain"`` the weight; ``"whitened"`` the weight as its inputs see it, so that
+            outputs change least; ``"kfac"`` as inputs and output gradients see it, so that the loss changes least.
+        metric: importance of a singular group: ``"taylor"`` |σ·∂L/∂σ|, ``"gradient"`` |∂L/∂σ|, ``"magnitude"`` σ², or
+            ``"fisher"`` σ²·Σ(∂L/∂σ)², token by token.
+        allocation: ``"uniform"`` keeps the same fraction of every matrix; ``"global"`` spends the same parameters where
+            they lower the predicted loss most, a matrix may also stay dense. The metric must then be in units of loss:
+            ``"taylor"``, ``"fisher"``, or ``"magnitude"`` in the kfac basis.
+        scope: which layers may be compressed: the ``"redundant"`` ones, all of the ``"model"``, or ``"auto"``: which of the
+            two does better on the last eighth of the calibration batches, held out for that.
+        refit: at the end fit the left factors, by least squares, to the dense model's outputs given the inputs that the
+            compressed layers produce.
         schedule: which linears share a sweep over the calibration set. ``"sequential"``, the paper's, replaces block by
             block, each seeing those before; ``"per-layer"`` layer by layer, in half the time; ``"single-sweep"`` takes
             all gradients on the dense model, in one sweep.
@@ -43,7 +55,11 @@ class GraspConfig:
     compression_ratio: float | None = None
     retain_ratio: float = 0.1
     threshold_ratio: float | None = None
+    basis: str = "plain"
     metric: str = "taylor"
+    allocation: str = "uniform"
+    scope: str = "redundant"
+    refit: bool = False
     schedule: str = "sequential"
     sweep_dtype: str | None = None
 
@@ -66,9 +82,11 @@ class GraspConfig:
         _check_ratio("compression_ratio", self.compression_ratio, low_open=False, high_open=True)
         _check_ratio("retain_ratio", self.retain_ratio, low_open=True, high_open=False)
         _check_ratio("threshold_ratio", self.threshold_ratio, low_open=True, high_open=False)
-        for name, value, known in (("metric", self.metric, METRICS), ("schedule", self.schedule, SCHEDULES)):
+        for name, known in _NAMES.items():
+            value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        self._check_decided_together()
         if self.sweep_dtype not in (None, "bfloat16", "float32"):
             raise ValueError(f"sweep_dtype must be bfloat16, float32 or None, got {self.sweep_dtype!r}")
 
@@ -100,10 +118,38 @@ class GraspConfig:
         values = dataclasses.asdict(self)
         return {**values, "layers": None if self.layers is None else list(self.layers)}
 
+    @property
+    def decides_together(self) -> bool:
+        """Whether no rank can be chosen before all matrices are scored."""
+        return self.allocation == "global" or self.scope == "auto"
+
+    def _check_decided_together(self) -> None:
+        if self.allocation == "global" and not in_units_of_loss(self.basis, self.metric):
+            raise ValueError(
+                f"a global budget compares scores of different matrices, and metric={self.metric!r} in the "
+                f"{self.basis} basis is not in units of loss; take fisher or taylor, or magnitude in the kfac basis"
+            )
+        if self.allocation == "global" and self.threshold_ratio is not None:
+            raise ValueError("threshold_ratio sets ranks matrix by matrix; it excludes allocation='global'")
+        if self.decides_together and self.schedule != "single-sweep":
+            raise ValueError(
+                "allocation='global' and scope='auto' score all matrices on the dense model; they need "
+                f"schedule='single-sweep', got {self.schedule!r}"
+            )
+
     def _check_exclusive(self, *names: str) -> None:
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other; give one of {', '.join(names)}")
+
+
+_NAMES: dict[str, Collection[str]] = {
+    "basis": BASES,
+    "metric": METRICS,
+    "allocation": ("uniform", "global"),
+    "scope": ("redundant", "model", "auto"),
+    "schedule": SCHEDULES,
+}
 
 
 def _is_int(value: object) -> bool:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from grasp.architecture import BLOCKS, Target
 from grasp.attribution import sweep_name
 from grasp.calibration import CalibrationBatch
+from grasp.distributed import ALONE, Processes
 from grasp.errors import NonFiniteError, UnsupportedModelError
 from grasp.modules import SHARED_INPUTS, SVD, dense_weight
 from grasp.progress import Progress, silent
@@ -84,6 +85,13 @@ class CovarianceSums:
                 )
         self._given.clear()
 
+    def share(self, processes: Processes) -> None:
+        """Add up the sums of all processes."""
+        inputs = {id(gram): gram for gram in self._inputs.values()}
+        tokens = torch.tensor(list(self._tokens.values()), dtype=torch.int64)
+        processes.sum_([*inputs.values(), *self._outputs.values(), tokens])
+        self._tokens = Counter(dict(zip(self._tokens, tokens.tolist(), strict=True)))
+
     def result(self) -> dict[Target, Covariance]:
         """The sums of each linear that was called. Nothing may be added afterwards.
 
@@ -137,6 +145,12 @@ class MomentSum:
             self._second += self._samples.square().sum(0)
             self._samples = None
 
+    def share(self, processes: Processes) -> None:
+        """Add up the sums of all processes."""
+        calls = torch.tensor(self.calls)
+        processes.sum_([self._first, self._second, calls])
+        self.calls = int(calls)
+
     def result(self) -> SingularValueGrad:
         """The moments, (R,) each."""
         return SingularValueGrad(self._first, None if self._unit is None else self._second)
@@ -152,6 +166,7 @@ def gather_covariances(
     outputs: bool = True,
     dtype: str | None = None,
     progress: Progress = silent,
+    processes: Processes = ALONE,
 ) -> dict[Target, Covariance]:
     """Sum x xᵀ of each distinct input and d dᵀ of each linear, in one sweep; ``split_by_memory`` makes several.
 
@@ -164,6 +179,7 @@ def gather_covariances(
         outputs: gather B.
         dtype: run the model in it, see ``sweep``.
         progress: called after each batch.
+        processes: those whose sums are added up.
 
     Returns:
         Symmetric sums in fp32 (fp64 for fp64), on the device of the linear; none for a target whose output does not
@@ -180,7 +196,9 @@ def gather_covariances(
         sums.end_batch()
         progress(step, done, len(batches))
 
-    sweep(model, batches, targets, prefix, sums.add, dtype=dtype, after=after)
+    with processes.together():
+        sweep(model, batches, targets, prefix, sums.add, dtype=dtype, after=after)
+    sums.share(processes)
     return sums.result()
 
 
@@ -193,6 +211,7 @@ def basis_moments(
     second: Literal["token", "sample"] | None = None,
     dtype: str | None = None,
     progress: Progress = silent,
+    processes: Processes = ALONE,
 ) -> dict[Target, SingularValueGrad]:
     """Moments of the gradient in the singular values of any decomposition, ``Σ (uₖᵀ d)(xᵀ vₖ)``, in one sweep.
 
@@ -204,6 +223,7 @@ def basis_moments(
         second: also sum the squared gradient of each ``"token"`` or each ``"sample"``, which is one sequence.
         dtype: run the model in it, see ``sweep``.
         progress: called after each batch.
+        processes: those whose sums are added up.
 
     Returns:
         ``first`` and ``second`` (``None`` unless asked for), (R,) in the dtype of the decomposition; none for a target
@@ -220,7 +240,10 @@ def basis_moments(
             each.end_batch()
         progress(step, done, len(batches))
 
-    sweep(model, batches, sums, prefix, lambda call: sums[call.target].add(call), dtype=dtype, after=after)
+    with processes.together():
+        sweep(model, batches, sums, prefix, lambda call: sums[call.target].add(call), dtype=dtype, after=after)
+    for total in sums.values():
+        total.share(processes)
     moments = {target: each.result() for target, each in sums.items() if each.calls}
     for target, each in moments.items():
         _require_finite(target, "gradient", *each)

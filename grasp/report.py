@@ -58,6 +58,8 @@ class CompressionReport:
     after: Size
     calibration: Mapping[str, int | str]  # sequences, tokens, sha256 of the token ids
     seconds: Mapping[str, float] = field(default_factory=dict)
+    scope: str = "redundant"  # which layers could be compressed
+    held_out_loss: Mapping[str, float] = field(default_factory=dict)  # scope → nats per token, where it was decided so
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -137,7 +137,7 @@ def sweep(
 @contextmanager
 def showing(targets: Collection[Target], batch: CalibrationBatch, visit: Callable[[Call], None]) -> Iterator[None]:
     """Start the graph at the first target, and hand over each call when the backward pass reaches it."""
-    rows = _Rows(batch)
+    rows = Rows(batch)
 
     def note(target: Target) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def showing(targets: Collection[Target], batch: CalibrationBatch, visit: Callabl
         rows.forget()
 
 
-class _Rows:
+class Rows:
     """(B, L, features) → (T, features) without padding; an input that several linears take is made one tensor."""
 
     def __init__(self, batch: CalibrationBatch) -> None:
@@ -170,6 +170,7 @@ class _Rows:
         self._inputs: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of(self, tensor: Tensor) -> Tensor:
+        """The tokens one after the other, without padding."""
         rows = tensor.detach().flatten(0, -2)
         if self._mask is None:
             return rows

@@ -36,7 +36,20 @@ def test_is_frozen() -> None:
         ({"layers": (1, "a")}, r"distinct integers from 0 up, got \(1, 'a'\)"),
         ({"layers": "12"}, "distinct integers"),
         ({"layers": (True,)}, r"distinct integers.*got \[True\]"),
-        ({"metric": ["taylor"]}, r"metric must be one of taylor, gradient, got \['taylor'\]"),
+        ({"metric": ["taylor"]}, r"metric must be one of taylor, gradient, magnitude, fisher, got \['taylor'\]"),
+        ({"basis": "fourier"}, "basis must be one of plain, whitened, kfac, got 'fourier'"),
+        ({"scope": "some"}, "scope must be one of redundant, model, auto"),
+        ({"allocation": "global", "schedule": "single-sweep", "metric": "gradient"}, "not in units of loss"),
+        (
+            {"allocation": "global", "schedule": "single-sweep", "metric": "magnitude", "basis": "whitened"},
+            "'magnitude' in the whitened basis is not in units of loss",
+        ),
+        ({"allocation": "global"}, "need schedule='single-sweep', got 'sequential'"),
+        ({"scope": "auto", "schedule": "per-layer"}, "need schedule='single-sweep', got 'per-layer'"),
+        (
+            {"allocation": "global", "schedule": "single-sweep", "threshold_ratio": 0.5, "num_layers": 1},
+            "threshold_ratio sets ranks matrix by matrix",
+        ),
         ({"num_layers": -3}, "num_layers must be an integer from 0 up, got -3"),
         ({"num_layers": 2.0}, "got 2.0"),
         ({"num_layers": True}, "got True"),
@@ -48,7 +61,7 @@ def test_is_frozen() -> None:
         ({"threshold_ratio": 0.5}, "threshold_ratio needs layers or num_layers"),
         ({"threshold_ratio": 0.5, "compression_ratio": 0.2}, "threshold_ratio needs"),
         ({"threshold_ratio": 2, "num_layers": 1}, r"threshold_ratio must be in \(0, 1\], got 2"),
-        ({"metric": "tailor"}, "metric must be one of taylor, gradient, got 'tailor'"),
+        ({"metric": "tailor"}, "metric must be one of taylor, gradient, magnitude, fisher, got 'tailor'"),
     ],
 )
 def test_bad_values_are_refused_with_what_was_expected(values: dict[str, object], message: str) -> None:

@@ -1,0 +1,155 @@
+"""Singular groups and their importance, in whichever basis and by whichever metric: the sweeps that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp.architecture import Target
+from grasp.attribution import DenseSum, FactoredSum, gather_gradients
+from grasp.basis import BASES, DAMPING, Roots, decompose_in, roots
+from grasp.calibration import CalibrationBatch
+from grasp.covariance import Covariance, basis_moments, gather_covariances
+from grasp.distributed import ALONE, Processes
+from grasp.modules import SVD, dense_weight
+from grasp.progress import Progress, silent
+from grasp.resume import NoState
+from grasp.sweep import Prefix
+
+
+class Metric(NamedTuple):
+    """Importance of a singular group from its singular value and the moments of ∂L/∂σ, (groups,) each."""
+
+    score: Callable[[Tensor, Tensor, Tensor], Tensor]  # of σ, Σ ∂L/∂σ, and Σ (∂L/∂σ)² token by token
+    moment: Literal["none", "first", "second"]  # the highest it needs
+
+
+# METHOD: first-order sums keep their sign over the calibration set; the absolute value is taken once, at the end.
+METRICS: dict[str, Metric] = {
+    "taylor": Metric(lambda values, first, second: (values * first).abs(), "first"),
+    "gradient": Metric(lambda values, first, second: first.abs(), "first"),
+    "magnitude": Metric(lambda values, first, second: values.square(), "none"),
+    "fisher": Metric(lambda values, first, second: values.square() * second, "second"),
+}
+
+
+def in_units_of_loss(basis: str, metric: str) -> bool:
+    """Whether the scores of different matrices may be compared: only what estimates a change of the loss may."""
+    return metric in ("taylor", "fisher") or (basis, metric) == ("kfac", "magnitude")
+
+
+class Scored(NamedTuple):
+    """The groups of one linear, ``weight = U diag(S) Vh``, with their importance, (groups,)."""
+
+    svd: SVD
+    importance: Tensor
+
+
+Scores = Mapping[Target, Callable[[], Scored]]  # decompositions are large: each is made when it is asked for
+
+
+def gather_scores(
+    model: PreTrainedModel,
+    batches: Sequence[CalibrationBatch],
+    targets: Collection[Target],
+    prefix: Prefix,
+    *,
+    basis: str,
+    metric: str,
+    dtype: str | None = None,
+    progress: Progress = silent,
+    state: NoState | None = None,
+    processes: Processes = ALONE,
+) -> Scores:
+    """Score the singular groups of linears on the model as it is by now: one sweep, or two.
+
+    A first sweep gathers the covariances that the basis needs, or for the plain basis and a first-order metric the
+    gradients at once; a second one the moments in that basis, where the metric needs some.
+
+    Args:
+        model: nothing of it is changed.
+        batches: those that ``prefix`` was made from, this process's part of them.
+        targets: linears of one or more layers.
+        prefix: see ``capture_prefix``.
+        basis: a name from ``BASES``.
+        metric: a name from ``METRICS``.
+        dtype: run the model in it, see ``sweep``.
+        progress: called after each batch.
+        state: where the sums of a plain first-order sweep are kept, and taken up from.
+        processes: those whose sums are added up.
+
+    Returns:
+        For each target what decomposes and scores it; none for a target whose output does not reach the loss.
+
+    Raises:
+        NonFiniteError: if weights, the loss or a statistic are NaN or infinite.
+        DistributedError: if another process fails.
+    """
+    form, how = BASES[basis], METRICS[metric]
+    if not form.inputs and how.moment == "first":
+        sums = gather_gradients(
+            *(model, batches, targets, prefix), dtype=dtype, progress=progress, state=state, processes=processes
+        )
+        return {target: partial(_by_gradient, total, how) for target, total in sums.items()}
+    decompositions: Mapping[Target, Callable[[], SVD]]
+    if form.inputs:
+        covariances = gather_covariances(
+            *(model, batches, targets, prefix),
+            outputs=form.outputs,
+            dtype=dtype,
+            progress=progress,
+            processes=processes,
+        )
+        decompositions = _decompositions(covariances)
+    else:
+        decompositions = {target: partial(_decompose, target, None, None) for target in targets}
+    if how.moment == "none":
+        return {target: partial(_by_magnitude, make, how) for target, make in decompositions.items()}
+    svds = {target: make() for target, make in decompositions.items()}
+    second: Literal["token"] | None = "token" if how.moment == "second" else None
+    moments = basis_moments(
+        *(model, batches, svds, prefix), second=second, dtype=dtype, progress=progress, processes=processes
+    )
+    return {
+        target: partial(_by_moments, svds[target], *(moment.first, moment.second), how)
+        for target, moment in moments.items()
+    }
+
+
+def _by_gradient(total: DenseSum | FactoredSum, metric: Metric) -> Scored:
+    svd, grad = total.result()
+    return Scored(svd, metric.score(svd.S, grad, grad))
+
+
+def _by_magnitude(make: Callable[[], SVD], metric: Metric) -> Scored:
+    svd = make()
+    return Scored(svd, metric.score(svd.S, svd.S, svd.S))
+
+
+def _by_moments(svd: SVD, first: Tensor, second: Tensor | None, metric: Metric) -> Scored:
+    return Scored(svd, metric.score(svd.S, first, first if second is None else second))
+
+
+def _decompositions(covariances: Mapping[Target, Covariance]) -> Mapping[Target, Callable[[], SVD]]:
+    """The roots of an input's covariance are taken once for all linears that share it, if they come one by one."""
+    latest: list[tuple[Tensor, Roots]] = []
+
+    def inputs(covariance: Covariance) -> Roots:
+        assert covariance.A is not None
+        if not latest or latest[0][0] is not covariance.A:
+            latest[:] = [(covariance.A, roots(covariance.A / covariance.tokens, damping=DAMPING))]
+        return latest[0][1]
+
+    def make(target: Target, covariance: Covariance) -> SVD:
+        outputs = None if covariance.B is None else roots(covariance.B / covariance.tokens, damping=DAMPING)
+        return _decompose(target, inputs(covariance), outputs)
+
+    return {target: partial(make, target, covariance) for target, covariance in covariances.items()}
+
+
+def _decompose(target: Target, inputs: Roots | None, outputs: Roots | None) -> SVD:
+    return decompose_in(dense_weight(target.module), inputs, outputs, target.name)
