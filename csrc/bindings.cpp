@@ -1,84 +1,47 @@
-// grasp_kernels._cpu: tensors in, status out. Dtypes and shapes were checked on the Python side.
+// grasp_kernels._cpu: tensors in, status or tensors out.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
+#include <exception>
 #include <vector>
 
-#include "dlpack.h"
+#include "direct.h"
 #include "lowrank.h"
+#include "views.h"
 
 namespace py = pybind11;
 
 namespace {
 
+using namespace grasp_bindings;
+
 // PyTorch's own OpenMP runtime, if its threads can be borrowed: a second set of threads beside those, which spin for
 // milliseconds after each of PyTorch's parallel regions, would have to compete with them for the same cores.
 grasp_parallel find_parallel() { return reinterpret_cast<grasp_parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel")); }
 
-const dlpack::ExchangeApi &find_api(PyObject *tensor) {
-    const py::object capsule = py::type::of(tensor).attr(dlpack::ATTRIBUTE);
-    const void *api = PyCapsule_GetPointer(capsule.ptr(), dlpack::CAPSULE);
-    if (api == nullptr) throw py::error_already_set();
-    const auto *found = static_cast<const dlpack::ExchangeApi *>(api);
-    if (found->version.major != 1 || found->from_object == nullptr) throw std::runtime_error("expected DLPack 1");
-    return *found;
-}
-
-struct View {
-    char *data = nullptr;
-    int64_t rows = 1, columns = 0, stride = 0;
-    int32_t dtype = GRASP_F32;
-};
+// --- run: any call, with any instruction set; dtypes and shapes were checked on the Python side
+// -----------------------
 
 // What a kernel cannot read in place: the caller copies it.
 struct NotInPlace {};
 
-int32_t to_dtype(dlpack::DataType dtype) {
-    if (dtype.code == dlpack::BFLOAT && dtype.bits == 16) return GRASP_BF16;
-    if (dtype.code == dlpack::FLOAT && dtype.bits == 16) return GRASP_F16;
-    if (dtype.code == dlpack::FLOAT && dtype.bits == 32) return GRASP_F32;
-    throw py::type_error("a tensor must be float32, float16 or bfloat16");
-}
-
 // A vector or a matrix. The elements of a row must be neighbours; rows must not overlap, unless `may_overlap`.
 View view(PyObject *object, bool may_overlap = false) {
-    static const dlpack::ExchangeApi &api = find_api(object);
-    dlpack::Tensor tensor;
-    if (api.from_object(object, &tensor) != 0) throw py::error_already_set();
-    if (tensor.device.type != dlpack::CPU || tensor.ndim < 1 || tensor.ndim > 2) {
+    View result;
+    if (!read(object, result)) throw py::error_already_set();
+    if (!result.on_cpu || result.dimensions < 1 || result.dimensions > 2) {
         throw py::type_error("a tensor must be a vector or a matrix on the CPU");
     }
-    const int last = tensor.ndim - 1;
-    View result;
-    result.data = static_cast<char *>(tensor.data) + tensor.byte_offset;
-    result.columns = tensor.shape[last];
-    result.dtype = to_dtype(tensor.dtype);
-    if (result.columns > 1 && tensor.strides[last] != 1) throw NotInPlace();
-    if (last == 1) {
-        result.rows = tensor.shape[0];
-        result.stride = tensor.strides[0];
-        if (!may_overlap && result.rows > 1 && result.stride < result.columns) throw NotInPlace();
-    }
+    if (result.dtype == NO_DTYPE) throw py::type_error("a tensor must be float32, float16 or bfloat16");
+    if (!result.is_matrix || (!may_overlap && result.overlaps())) throw NotInPlace();
     return result;
 }
 
 View optional_view(PyObject *object) { return object == Py_None ? View() : view(object); }
 
-// (U, s, Vh, bias)
-grasp_factors to_factors(const py::handle &item, const View &y) {
-    PyObject *group = item.ptr();
-    if (!PyTuple_Check(group) || PyTuple_GET_SIZE(group) != 4) throw py::type_error("a group is a tuple of 4");
-    const View U = view(PyTuple_GET_ITEM(group, 0)), Vh = view(PyTuple_GET_ITEM(group, 2));
-    const View s = optional_view(PyTuple_GET_ITEM(group, 1)), bias = optional_view(PyTuple_GET_ITEM(group, 3));
-    return {U.data, Vh.data, s.data, bias.data, y.data, U.stride, Vh.stride, y.stride, U.rows, U.columns, s.dtype};
-}
-
-void check(grasp_status status) {
-    if (status == GRASP_OK) return;
-    if (status == GRASP_OUT_OF_MEMORY) throw std::bad_alloc();
-    if (status == GRASP_UNSUPPORTED) throw std::runtime_error("this processor or this build lacks the instruction set");
-    throw py::value_error("a size, stride, pointer or code is not valid; see csrc/lowrank.h");
+Direct::Group to_group(PyObject *item) {
+    if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 4) throw py::type_error("a group is a tuple of 4");
+    return &PyTuple_GET_ITEM(item, 0);
 }
 
 // With an activation (a grasp_activation; else negative) the groups are the gate and the up projection of one output.
@@ -96,8 +59,9 @@ bool run(const py::handle &x_tensor, const py::tuple &groups, const py::tuple &o
         const View x = view(x_tensor.ptr(), true);
         input = {x.data, x.stride, x.rows, x.columns, x.dtype};
         for (size_t i = 0; i < factors.size(); ++i) {
-            factors[i] =
-                to_factors(PyTuple_GET_ITEM(groups.ptr(), i), view(PyTuple_GET_ITEM(outputs.ptr(), gated ? 0 : i)));
+            const Direct::Group group = to_group(PyTuple_GET_ITEM(groups.ptr(), i));
+            factors[i] = to_factors(view(group[0]), optional_view(group[1]), view(group[2]), optional_view(group[3]),
+                                    view(PyTuple_GET_ITEM(outputs.ptr(), gated ? 0 : i)));
         }
     } catch (NotInPlace) {
         return false;
@@ -114,6 +78,76 @@ bool run(const py::handle &x_tensor, const py::tuple &groups, const py::tuple &o
     return true;
 }
 
+// --- the ops, without a detour; None where a call is declined
+// ---------------------------------------------------------
+
+const Direct *direct = nullptr;  // never freed, for it holds Python objects and could outlive the interpreter
+
+void set_up(const py::object &types, const py::object &quiet, const py::object &forward_ad, const py::object &is_neg,
+            const py::object &is_grad_enabled, const py::object &get_num_threads, const py::tuple &auto_rows) {
+    Surroundings around = {types, quiet, forward_ad, is_neg, is_grad_enabled, get_num_threads, {}};
+    for (size_t i = 0; i < around.auto_rows.size(); ++i) around.auto_rows[i] = auto_rows[i].cast<int64_t>();
+    direct = new Direct(std::move(around), find_parallel());
+}
+
+// Python's calling convention without pybind11's, which reads more memory.
+template <class Function>
+PyObject *guarded(Function &&function) {
+    try {
+        return function();
+    } catch (py::error_already_set &error) {
+        error.restore();
+    } catch (const std::bad_alloc &) {
+        PyErr_NoMemory();
+    } catch (const std::exception &error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+}
+
+// (x, U, s, Vh, bias, backend) → tensor
+PyObject *lowrank_linear(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
+    return guarded([&]() -> PyObject * {
+        const Direct::Group group = arguments + 1;
+        py::object output;
+        if (!direct || count != 6 || !direct->run(arguments[0], &group, 1, arguments[5], &output)) Py_RETURN_NONE;
+        return output.release().ptr();
+    });
+}
+
+// (x, a list or tuple of groups, backend) → tuple of tensors
+PyObject *lowrank_linear_grouped(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
+    return guarded([&]() -> PyObject * {
+        if (!direct || count != 3) Py_RETURN_NONE;
+        PyObject *items = arguments[1];
+        if (!PyList_Check(items) && !PyTuple_Check(items)) Py_RETURN_NONE;
+        const Py_ssize_t size = PySequence_Fast_GET_SIZE(items);
+        if (size > Direct::MOST_GROUPS) Py_RETURN_NONE;
+        Direct::Group groups[Direct::MOST_GROUPS];
+        for (Py_ssize_t i = 0; i < size; ++i) {
+            PyObject *item = PySequence_Fast_GET_ITEM(items, i);
+            if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 4) Py_RETURN_NONE;
+            groups[i] = &PyTuple_GET_ITEM(item, 0);
+        }
+        py::object outputs[Direct::MOST_GROUPS];
+        if (!direct->run(arguments[0], groups, size, arguments[2], outputs)) Py_RETURN_NONE;
+        py::tuple result(size);
+        for (Py_ssize_t i = 0; i < size; ++i) PyTuple_SET_ITEM(result.ptr(), i, outputs[i].release().ptr());
+        return result.release().ptr();
+    });
+}
+
+// Their calling convention is another than that of the type, by which they are all stored.
+PyCFunction stored(PyObject *(*function)(PyObject *, PyObject *const *, Py_ssize_t)) {
+    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef METHODS[] = {
+    {"lowrank_linear", stored(lowrank_linear), METH_FASTCALL, nullptr},
+    {"lowrank_linear_grouped", stored(lowrank_linear_grouped), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -121,4 +155,6 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("run", &run);
     module.def("supports", &grasp_cpu_supports);
     module.def("has_threads", [] { return find_parallel() != nullptr; });
+    module.def("set_up", &set_up);
+    if (PyModule_AddFunctions(module.ptr(), METHODS) != 0) throw py::error_already_set();
 }

@@ -11,6 +11,7 @@ struct NativePairs {
     using Loaded = VF;
     static constexpr int STEP = 2 * W;
     static Loaded load(const BF16 *w) { return read<VF>(w); }
+    static Loaded load_part(const BF16 *w, int64_t n) { return read_part<VF>(w, n * sizeof(BF16)); }
     static VF multiply(VF acc, Loaded w, const BF16 *x) {
         return (VF)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)read<VF>(x));
     }

@@ -17,6 +17,7 @@ struct Widen {
     using Loaded = VF;
     static constexpr int STEP = W;
     static Loaded load(const T *w) { return grasp::load(w); }
+    static Loaded load_part(const T *w, int64_t n) { return grasp::load_part(w, n); }
     static VF multiply(VF acc, Loaded w, const float *x) { return multiply_add(w, grasp::load(x), acc); }
     static void pack(const T *x, float *packed) { store(packed, grasp::load(x)); }
     static void put(float *packed, int64_t index, float value) { packed[index] = value; }
@@ -31,10 +32,9 @@ struct SplitPairs {
         VF even, odd;
     };
     static constexpr int STEP = 2 * W;
-    static Loaded load(const BF16 *w) {
-        const VU pairs = read<VU>(w);
-        return {bits_to_float(pairs << 16), bits_to_float(pairs & 0xffff0000)};
-    }
+    static Loaded split(VU pairs) { return {bits_to_float(pairs << 16), bits_to_float(pairs & 0xffff0000)}; }
+    static Loaded load(const BF16 *w) { return split(read<VU>(w)); }
+    static Loaded load_part(const BF16 *w, int64_t n) { return split(read_part<VU>(w, n * sizeof(BF16))); }
     static VF multiply(VF acc, Loaded w, const float *x) {
         acc = multiply_add(w.even, grasp::load(x), acc);
         return multiply_add(w.odd, grasp::load(x + W), acc);
@@ -59,13 +59,6 @@ struct Dot {
 
     static int64_t packed_bytes(int64_t M, int64_t depth) { return M * round_up(depth, STEP) * sizeof(Packed); }
 
-    static Loaded load_part(const Element *w, int64_t n) {
-        typedef char Step __attribute__((vector_size(STEP * sizeof(Element))));
-        Element buffer[STEP];
-        write(buffer, read_part<Step>(w, n * sizeof(Element)));
-        return Policy::load(buffer);
-    }
-
     static void pack(const grasp_input &x, int64_t begin, int64_t end, void *packed) {
         const int64_t stride = round_up(x.K, STEP), whole = end - (end - begin) % STEP;
         for (int64_t m = 0; m < x.M; ++m) {
@@ -80,72 +73,79 @@ struct Dot {
         }
     }
 
-    // How far ahead of element k of some rows to fetch memory, in elements. Several rows are read at once, from several
-    // pages, which streams faster than one row after the other; the processor's own prefetching ends at every page. The
-    // distances are the best measured: 768 bytes in long rows, then the beginnings of the rows that follow; with short
-    // rows, whole groups of rows, at least 3 KB.
-    struct Ahead {
-        int64_t depth, distance, next_rows;
-        bool is_long;
+    // Some rows of the weight that are read at once, `pitch` rows apart, and how far ahead to fetch memory.
+    struct Rows {
+        const Element *first;
+        int64_t stride, pitch, depth;
+        int64_t distance;    // elements
+        int64_t left, skip;  // so many elements after `first`, what is read next is `skip` elements farther on
 
-        Ahead(const Weight &weight, int rows) : depth(weight.depth) {
-            constexpr int64_t LONG = 2048 / sizeof(Element), FAR = 3072 / sizeof(Element), NEAR = 768 / sizeof(Element);
-            const int64_t group = rows * weight.stride;
-            is_long = depth > LONG;
-            distance = is_long ? NEAR : (FAR + group - 1) / group * group;
-            next_rows = distance + group - depth;
-        }
-
-        int64_t operator()(int64_t k) const { return is_long && k + distance >= depth ? next_rows : distance; }
+        int64_t ahead(int64_t k) const { return k + distance < left ? distance : distance + skip; }
     };
 
-    // Products of ROWS rows of the weight with M rows of packed x, lane by lane: sums[m * W + row].
+    // In which order a chunk is read. Rows far enough apart are in different pages, and that streams faster than one
+    // after the other, for the processor's own prefetching ends at every page; so the chunk is read in parts side by
+    // side, if they are longer than a page. The distances are the best measured.
+    template <int ROWS>
+    struct Order {
+        static constexpr int64_t PAGE = 4096 / sizeof(Element), NEAR = 512 / sizeof(Element),
+                                 FAR = 3072 / sizeof(Element);
+        const Element *first;
+        int64_t stride, depth, part;  // rows
+        bool side_by_side;
+
+        Order(const Element *first, const Weight &weight, int64_t count)
+            : first(first), stride(count > 1 ? weight.stride : weight.depth), depth(weight.depth), part(count / ROWS) {
+            side_by_side = part * stride >= PAGE;
+        }
+
+        int64_t row(int64_t i) const { return side_by_side ? i : i * ROWS; }
+
+        Rows rows(int64_t i) const {
+            const Element *at = first + row(i) * stride;
+            if (side_by_side) return {at, stride, part, depth, NEAR, (part - i) * stride, (ROWS - 1) * part * stride};
+            const int64_t group = ROWS * stride;
+            return {at, stride, 1, depth, (FAR + group - 1) / group * group, INT64_MAX, 0};
+        }
+    };
+
+    // Products of ROWS rows of the weight with M rows of packed x, lane by lane: sums[m * CHUNK + row * pitch].
     template <int ROWS, int M>
-    static void multiply_rows(const Element *w, int64_t w_stride, const Ahead &ahead, const Packed *x, VF *sums) {
-        const int64_t depth = ahead.depth, x_stride = round_up(depth, STEP), whole = depth - depth % STEP;
+    static void multiply_rows(const Rows &rows, const Packed *x, VF *sums) {
+        const int64_t depth = rows.depth, x_stride = round_up(depth, STEP), whole = depth - depth % STEP;
         VF acc[ROWS][M] = {};
         const auto step = [&](int64_t k, auto load_step) {
-            const int64_t next = ahead(k);
+            const int64_t ahead = rows.ahead(k);
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) {
-                const Element *at = w + r * w_stride + k;
-                __builtin_prefetch(at + next, 0, 2);
+                const Element *at = rows.first + r * rows.pitch * rows.stride + k;
+                __builtin_prefetch(at + ahead, 0, 2);
                 const Loaded loaded = load_step(at);
 #pragma GCC unroll 8
                 for (int m = 0; m < M; ++m) acc[r][m] = Policy::multiply(acc[r][m], loaded, x + m * x_stride + k);
             }
         };
         for (int64_t k = 0; k < whole; k += STEP) step(k, [](const Element *at) { return Policy::load(at); });
-        if (whole < depth) step(whole, [&](const Element *at) { return load_part(at, depth - whole); });
+        if (whole < depth) step(whole, [&](const Element *at) { return Policy::load_part(at, depth - whole); });
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) sums[m * W + r] = acc[r][m];
+            for (int m = 0; m < M; ++m) sums[m * CHUNK + r * rows.pitch] = acc[r][m];
         }
     }
 
     template <int M>
-    static void multiply_all(const Weight &weight, int64_t first, int64_t rows, const Packed *x, float *tile) {
+    static void multiply_all(const Weight &weight, int64_t first, int64_t count, const Packed *x, float *tile) {
         constexpr int ROWS = M <= W / 4 ? 4 : 2;  // as many sums as registers hold
         const Element *w = static_cast<const Element *>(weight.data) + first * weight.stride;
-        const Ahead ahead(weight, ROWS);
-        for (int64_t group = 0; group < rows; group += W) {
-            VF sums[M * W];
-            const int64_t count = rows - group < W ? rows - group : W;
-            for (int64_t r = 0; r < count;) {
-                const Element *at = w + (group + r) * weight.stride;
-                if (r + ROWS <= count) {
-                    multiply_rows<ROWS, M>(at, weight.stride, ahead, x, sums + r);
-                    r += ROWS;
-                } else {
-                    multiply_rows<1, M>(at, weight.stride, ahead, x, sums + r);
-                    ++r;
-                }
-            }
-            for (int m = 0; m < M; ++m) {
-                for (int64_t rest = count; rest < W; ++rest) sums[m * W + rest] = VF{};
-                store(tile + m * CHUNK + group, reduce(sums + m * W));
-            }
+        const Order<ROWS> order(w, weight, count);
+        VF sums[M * CHUNK];
+        for (int64_t i = 0; i < order.part; ++i) multiply_rows<ROWS, M>(order.rows(i), x, sums + order.row(i));
+        const Order<1> rest(w, weight, count);
+        for (int64_t r = order.part * ROWS; r < count; ++r) multiply_rows<1, M>(rest.rows(r), x, sums + r);
+        for (int m = 0; m < M; ++m) {
+            for (int64_t r = count; r % W; ++r) sums[m * CHUNK + r] = VF{};
+            for (int64_t r = 0; r < count; r += W) store(tile + m * CHUNK + r, reduce(sums + m * CHUNK + r));
         }
     }
 

@@ -12,7 +12,8 @@
 namespace grasp {
 namespace {
 
-constexpr int64_t CHUNK_BYTES = 64 << 10;    // of a weight, or one block of rows if that is more
+constexpr int64_t CHUNK_BYTES = 32 << 10;    // of a weight, or one block of rows if that is more
+constexpr int64_t ROW_STEP = 4;              // kernels take weight rows in fours
 constexpr int64_t SERIAL_BYTES = 256 << 10;  // of all weights: below, the threads' start costs more than they save
 constexpr int64_t PACK_FLOATS = 16 << 10;    // of x in a chunk
 
@@ -57,7 +58,7 @@ struct Chunks {
     Chunks(const Kernel &kernel, int64_t rows, int64_t row_bytes, int members) : rows(rows) {
         const int64_t most = std::min(std::max(CHUNK_BYTES / row_bytes, kernel.block), kernel.chunk);
         const int64_t even = ceil_div(ceil_div(rows, most), members) * members;  // one as many as the other
-        per_chunk = ceil_div(rows, even);
+        per_chunk = std::min(ceil_div(ceil_div(rows, even), ROW_STEP) * ROW_STEP, kernel.chunk);
         count = ceil_div(rows, per_chunk);
     }
 
@@ -144,7 +145,9 @@ class Job {
         Range *ranges = reinterpret_cast<Range *>(layout.take(3 * team_ * sizeof(Range)));
         members_ = reinterpret_cast<Member *>(layout.take(count * sizeof(Member)));
         count_ = count;
-        packed_x_ = layout.take(kernel_.packed_bytes(x_.M, x_.K));
+        pack_step_ = std::max(PACK_FLOATS / x_.M / PACK_STEP, int64_t{1}) * PACK_STEP;
+        packed_bytes_ = aligned(kernel_.packed_bytes(x_.M, x_.K));
+        packed_x_ = layout.take(packed_bytes_ * (shares_x() ? 1 : team_));
         int64_t shrinks = 0, expands = 0;
         for (int64_t i = 0; i < count; ++i) {
             const grasp_factors &group = groups[i];
@@ -155,31 +158,44 @@ class Job {
             expands += expand.count;
         }
         if (members_ == nullptr) return;
-        pack_step_ = std::max(PACK_FLOATS / x_.M / PACK_STEP, int64_t{1}) * PACK_STEP;
         pack_.prepare(ceil_div(x_.K, pack_step_), team_, ranges);
         shrink_.prepare(shrinks, team_, ranges + team_);
         expand_.prepare(gated() ? members_[0].expand.count : expands, team_, ranges + 2 * team_);
     }
+
+    // A small x is packed by each thread for itself: waiting for another, and fetching from its cache, takes longer.
+    bool shares_x() const { return x_.K > pack_step_; }
 
     bool gated() const { return activation_ >= 0; }
 
     void join() {
         const int self = joined_.fetch_add(1, std::memory_order_relaxed);
         if (self >= team_) return;
-        pack_.work(self, [this](int64_t chunk) {
-            kernel_.pack(x_, chunk * pack_step_, std::min((chunk + 1) * pack_step_, x_.K), packed_x_);
-        });
-        shrink_.work(self, [this](int64_t chunk) { shrink(chunk); });
+        const char *packed_x = pack(self);
+        shrink_.work(self, [=](int64_t chunk) { shrink(chunk, packed_x); });
         expand_.work(self, [this](int64_t chunk) { expand(chunk); });
     }
 
-    void shrink(int64_t chunk) {
+    // x, packed, for this thread.
+    const char *pack(int self) {
+        if (!shares_x()) {
+            char *own = packed_x_ + self * packed_bytes_;
+            kernel_.pack(x_, 0, x_.K, own);
+            return own;
+        }
+        pack_.work(self, [this](int64_t chunk) {
+            kernel_.pack(x_, chunk * pack_step_, std::min((chunk + 1) * pack_step_, x_.K), packed_x_);
+        });
+        return packed_x_;
+    }
+
+    void shrink(int64_t chunk, const char *packed_x) {
         const Member &member = find(chunk, &Member::shrink_begin);
         const grasp_factors &group = *member.factors;
         chunk -= member.shrink_begin;
         const int64_t first = member.shrink.first(chunk), rows = member.shrink.size(chunk);
         alignas(64) float tile[TILE_FLOATS], buffer[TILE_FLOATS / MAX_ROWS];
-        kernel_.multiply({group.Vh, group.Vh_stride, x_.K}, first, rows, packed_x_, x_.M, tile);
+        kernel_.multiply({group.Vh, group.Vh_stride, x_.K}, first, rows, packed_x, x_.M, tile);
         if (const float *s = to_floats(group.s, group.s_dtype, first, rows, buffer)) {
             kernel_.adjust(tile, x_.M, rows, s, nullptr);
         }
@@ -223,7 +239,7 @@ class Job {
     const int team_;
     const int32_t activation_;  // or -1
     Member *members_ = nullptr;
-    int64_t count_ = 0, pack_step_ = 0;
+    int64_t count_ = 0, pack_step_ = 0, packed_bytes_ = 0;
     char *packed_x_ = nullptr;
     Phase pack_, shrink_, expand_;
     std::atomic<int> joined_{0};

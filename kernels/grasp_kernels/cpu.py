@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from grasp_kernels.extension import Tensors
+from grasp_kernels.extension import DTYPES, Tensors
 from grasp_kernels.reference import Factors
 
 # grasp_isa in csrc/lowrank.h
@@ -75,6 +76,27 @@ def _contiguous(group: Tensors) -> Tensors:
         Vh.contiguous(),
         None if bias is None else bias.contiguous(),
     )
+
+
+def direct(
+    types: tuple[type[Tensor], ...], watchers: tuple[Callable[[], object], ...], auto_rows: Mapping[torch.dtype, int]
+) -> Any:
+    """The compiled ops ``lowrank_linear`` and ``lowrank_linear_grouped``, as the public ones, ``backend`` included.
+
+    They answer ``None``, and have done nothing, to a call that the kernels cannot run as it stands, or that something
+    else than the kernel has a say in: it must go the long way. Anywhere in the process the last call's settings count.
+
+    Args:
+        types: of the tensors to take, exactly.
+        watchers: functions that answer what is true where a mode, a transform or a tracer must see the call.
+        auto_rows: most rows of x for ``"auto"``, by dtype.
+    """
+    module = _module()
+    rows = tuple(auto_rows[dtype] for dtype in DTYPES)
+    module.set_up(
+        *(types, watchers, vars(forward_ad), Tensor.is_neg, torch.is_grad_enabled, torch.get_num_threads, rows)
+    )
+    return module
 
 
 def supports(instruction_set: str) -> bool:

@@ -10,13 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
-from grasp_kernels import gradients
+from grasp_kernels import cpu, gradients
 from grasp_kernels.checks import check_bounds, check_factors, check_singular_value_grad
-from grasp_kernels.dispatch import select
+from grasp_kernels.dispatch import CPU_ROWS, backend_missing, select
 from grasp_kernels.reference import ACTIVATIONS, Factors, accumulation_dtype
 
 _PLAIN_TYPES = (Tensor, nn.Parameter)
+# Each answers None or 0 where no mode, transform or tracer must find the opaque op.
+_WATCHERS: tuple[Callable[[], object], ...] = (
+    torch._C._len_torch_function_stack,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._functorch.peek_interpreter_stack,
+    torch._C._get_tracing_state,
+)
 SECOND_MOMENTS = ("none", "token", "sample")
 
 
@@ -47,6 +55,8 @@ def lowrank_linear(
         ValueError: if shapes, dtypes or devices do not agree; the message has both.
         BackendUnavailableError: if a named backend cannot run this call; the message has its reason.
     """
+    if not is_dynamo_compiling() and (y := _direct_linear(x, U, s, Vh, bias, backend)) is not None:
+        return y
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x, ((U, s, Vh, bias),) = _autocast(x, (Factors(U, s, Vh, bias),))
     check_factors(x, U, s, Vh, bias)
@@ -69,6 +79,8 @@ def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors], *, backend: st
         ValueError: if ``factors`` is empty, or shapes, dtypes or devices do not agree.
         BackendUnavailableError: if a named backend cannot run this call.
     """
+    if not is_dynamo_compiling() and (outputs := _direct_grouped(x, factors, backend)) is not None:
+        return outputs
     if not factors:
         raise ValueError("lowrank_linear_grouped needs at least one Factors(U, s, Vh, bias), got none")
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
@@ -193,14 +205,7 @@ def _is_plain(*tensors: Tensor | None) -> bool:
         for tensor in tensors:
             if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
                 raise NotImplementedError("the low-rank ops have no forward-mode derivative; use reverse mode")
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_function_stack()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    ):
+    if torch.compiler.is_compiling() or any(watcher() for watcher in _WATCHERS) or forward_ad._current_level >= 0:
         return False
     recording = torch.is_grad_enabled()
     for tensor in tensors:
@@ -212,6 +217,18 @@ def _is_plain(*tensors: Tensor | None) -> bool:
         ):
             return False
     return True
+
+
+def _decline(*_: object) -> None:
+    """There are no compiled ops on this machine."""
+
+
+# On a CPU decode is as fast as memory, and so are calls from Python: the usual ones are not even looked at here.
+_direct_linear: Callable[..., Tensor | None] = _decline
+_direct_grouped: Callable[..., tuple[Tensor, ...] | None] = _decline
+if backend_missing("cpu") is None:
+    _direct = cpu.direct(_PLAIN_TYPES, (*_WATCHERS, torch._C._is_any_autocast_enabled), CPU_ROWS)
+    _direct_linear, _direct_grouped = _direct.lowrank_linear, _direct.lowrank_linear_grouped
 
 
 # --- the opaque ops ---------------------------------------------------------------------------------------------------

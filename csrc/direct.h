@@ -1,0 +1,153 @@
+// Ops from Python without a detour: a call that the kernels can run as it stands, and in which nothing else in PyTorch
+// has a say, runs at once. Any other is declined and goes the long way, in ops.py, by which results and errors are
+// defined.
+//
+// Weights that stream through a cache leave nothing of Python in it: what counts is how little memory a call touches,
+// more than how many instructions it takes.
+#pragma once
+
+#include <array>
+#include <new>
+#include <stdexcept>
+
+#include "views.h"
+
+namespace grasp_bindings {
+
+inline void check(grasp_status status) {
+    if (status == GRASP_OK) return;
+    if (status == GRASP_OUT_OF_MEMORY) throw std::bad_alloc();
+    if (status == GRASP_UNSUPPORTED) throw std::runtime_error("this processor or this build lacks the instruction set");
+    throw pybind11::value_error("a size, stride, pointer or code is not valid; see csrc/lowrank.h");
+}
+
+inline bool is_text(PyObject *object, const char *text) {
+    return PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, text) == 0;
+}
+
+// What PyTorch is asked; given once, by cpu.py.
+struct Surroundings {
+    pybind11::tuple types;      // of tensors without a behaviour of their own
+    pybind11::tuple quiet;      // functions without arguments: a true answer means that a mode or a tracer watches
+    pybind11::dict forward_ad;  // the globals of torch.autograd.forward_ad
+    pybind11::object is_neg, is_grad_enabled, get_num_threads;
+    std::array<int64_t, 3> auto_rows;  // most rows for "auto", by grasp_dtype
+};
+
+class Direct {
+  public:
+    static constexpr Py_ssize_t MOST_GROUPS = 8;
+
+    using Group = PyObject *const *;  // U, s, Vh, bias
+
+    Direct(Surroundings around, grasp_parallel parallel) : around_(std::move(around)), parallel_(parallel) {}
+
+    // One output for each group, new references. False, and no output, where the call is declined.
+    bool run(PyObject *x, const Group *groups, Py_ssize_t count, PyObject *backend, pybind11::object *outputs) const {
+        grasp_factors factors[MOST_GROUPS];
+        View x_view;
+        if (count < 1 || count > MOST_GROUPS || !is_quiet()) return decline();
+        const bool recording = !is_no(PyObject_CallNoArgs(around_.is_grad_enabled.ptr()));
+        if (!read_plain(x, recording, x_view) || !serves(backend, x_view)) return decline();
+        for (Py_ssize_t i = 0; i < count; ++i) {
+            if (!read_group(groups[i], x_view, recording, factors[i])) return decline();
+        }
+        for (Py_ssize_t i = 0; i < count; ++i) {
+            outputs[i] = pybind11::reinterpret_steal<pybind11::object>(make_output(x, x_view, factors[i]));
+            if (!outputs[i]) throw pybind11::error_already_set();
+        }
+        check(compute({x_view.data, x_view.stride, x_view.rows, x_view.columns, x_view.dtype}, factors, count));
+        return true;
+    }
+
+  private:
+    static bool decline() {
+        PyErr_Clear();
+        return false;
+    }
+
+    static bool is_no(PyObject *answer) {
+        const bool no = answer && (answer == Py_None || PyObject_IsTrue(answer) == 0);
+        Py_XDECREF(answer);
+        return no;
+    }
+
+    bool is_quiet() const {
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(around_.quiet.ptr()); ++i) {
+            if (!is_no(PyObject_CallNoArgs(PyTuple_GET_ITEM(around_.quiet.ptr(), i)))) return false;
+        }
+        static PyObject *const name = PyUnicode_InternFromString("_current_level");
+        PyObject *level = PyDict_GetItem(around_.forward_ad.ptr(), name);
+        return level && PyLong_AsLong(level) < 0;
+    }
+
+    bool read_plain(PyObject *tensor, bool recording, View &view) const {
+        PyObject *type = reinterpret_cast<PyObject *>(Py_TYPE(tensor));
+        if (PySequence_Contains(around_.types.ptr(), type) != 1) return false;
+        if (!is_no(PyObject_CallOneArg(around_.is_neg.ptr(), tensor))) return false;
+        static PyObject *const name = PyUnicode_InternFromString("requires_grad");
+        if (recording && !is_no(PyObject_GetAttr(tensor, name))) return false;
+        return read(tensor, view) && view.on_cpu && view.is_matrix;
+    }
+
+    bool read_vector(PyObject *tensor, int64_t size, bool recording, View &view) const {
+        return tensor == Py_None ||
+               (read_plain(tensor, recording, view) && view.dimensions == 1 && view.columns == size);
+    }
+
+    // Whether the factors agree with x and can be read where they lie.
+    bool read_group(Group group, const View &x, bool recording, grasp_factors &factors) const {
+        View U, s, Vh, bias;
+        if (!read_plain(group[0], recording, U) || !read_plain(group[2], recording, Vh)) return false;
+        if (!read_vector(group[1], U.columns, recording, s) || !read_vector(group[3], U.rows, recording, bias)) {
+            return false;
+        }
+        factors = to_factors(U, s, Vh, bias, View());
+        return U.dimensions == 2 && Vh.dimensions == 2 && U.columns == Vh.rows && Vh.columns == x.columns &&
+               U.rows > 0 && U.columns > 0 && x.columns > 0 && !U.overlaps() && !Vh.overlaps() && U.dtype == x.dtype &&
+               Vh.dtype == x.dtype && (!s.data || s.dtype == GRASP_F32 || s.dtype == x.dtype) &&
+               (!bias.data || bias.dtype == x.dtype);
+    }
+
+    // By the rows of the dispatch table: "auto" comes to this backend for few rows.
+    bool serves(PyObject *backend, const View &x) const {
+        if (x.dtype == NO_DTYPE || x.dimensions < 1 || x.dimensions > MOST_DIMENSIONS) return false;
+        return is_text(backend, "auto") ? x.rows <= around_.auto_rows[x.dtype] : is_text(backend, "cpu");
+    }
+
+    // Uninitialised, of the leading dimensions of x and the width of U; null with a Python exception set.
+    PyObject *make_output(PyObject *x, const View &x_view, grasp_factors &factors) const {
+        static PyObject *const name = PyUnicode_InternFromString("new_empty");
+        pybind11::object sizes[MOST_DIMENSIONS];
+        PyObject *arguments[1 + MOST_DIMENSIONS] = {x};
+        const int last = x_view.dimensions - 1;
+        for (int i = 0; i <= last; ++i) {
+            sizes[i] = pybind11::int_(i < last ? x_view.shape[i] : factors.N);
+            arguments[1 + i] = sizes[i].ptr();
+        }
+        PyObject *output = PyObject_VectorcallMethod(name, arguments, 2 + last, nullptr);
+        View view;
+        if (output && !read(output, view)) Py_CLEAR(output);
+        factors.y = view.data;
+        factors.y_stride = factors.N;
+        return output;
+    }
+
+    grasp_status compute(const grasp_input &x, const grasp_factors *factors, int64_t count) const {
+        const pybind11::object answer =
+            pybind11::reinterpret_steal<pybind11::object>(PyObject_CallNoArgs(around_.get_num_threads.ptr()));
+        const grasp_cpu_options options = {GRASP_ISA_AUTO, static_cast<int32_t>(PyLong_AsLong(answer.ptr())),
+                                           parallel_};
+        PyThreadState *state = PyEval_SaveThread();
+        const grasp_status status = grasp_cpu_lowrank_linear(&x, factors, count, &options);
+        PyEval_RestoreThread(state);
+        return status;
+    }
+
+    static constexpr int MOST_DIMENSIONS = 8;
+
+    const Surroundings around_;
+    const grasp_parallel parallel_;
+};
+
+}  // namespace grasp_bindings

@@ -1,0 +1,69 @@
+// Python tensors as the kernels see them.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+#include "dlpack.h"
+#include "lowrank.h"
+
+namespace grasp_bindings {
+
+constexpr int32_t NO_DTYPE = -1;
+
+// A tensor as a matrix: its leading dimensions are one, that of the rows.
+struct View {
+    char *data = nullptr;
+    int64_t rows = 1, columns = 0, stride = 0;
+    int32_t dtype = GRASP_F32, dimensions = 0;
+    const int64_t *shape = nullptr;
+    bool on_cpu = true, is_matrix = true;  // else its rows have no common stride, or their elements are no neighbours
+
+    bool overlaps() const { return rows > 1 && stride < columns; }
+};
+
+inline const dlpack::ExchangeApi &find_api(PyObject *tensor) {
+    const pybind11::object capsule = pybind11::type::of(tensor).attr(dlpack::ATTRIBUTE);
+    const void *api = PyCapsule_GetPointer(capsule.ptr(), dlpack::CAPSULE);
+    if (api == nullptr) throw pybind11::error_already_set();
+    const auto *found = static_cast<const dlpack::ExchangeApi *>(api);
+    if (found->version.major != 1 || found->from_object == nullptr) throw std::runtime_error("expected DLPack 1");
+    return *found;
+}
+
+inline int32_t to_dtype(dlpack::DataType dtype) {
+    if (dtype.code == dlpack::BFLOAT && dtype.bits == 16) return GRASP_BF16;
+    if (dtype.code == dlpack::FLOAT && dtype.bits == 16) return GRASP_F16;
+    if (dtype.code == dlpack::FLOAT && dtype.bits == 32) return GRASP_F32;
+    return NO_DTYPE;
+}
+
+// False, with a Python exception set, where the tensor has no memory to be read.
+inline bool read(PyObject *object, View &view) {
+    static const dlpack::ExchangeApi &api = find_api(object);
+    dlpack::Tensor tensor;
+    if (api.from_object(object, &tensor) != 0) return false;
+    const int last = tensor.ndim - 1;
+    view.data = static_cast<char *>(tensor.data) + tensor.byte_offset;
+    view.dtype = to_dtype(tensor.dtype);
+    view.dimensions = tensor.ndim;
+    view.shape = tensor.shape;
+    view.on_cpu = tensor.device.type == dlpack::CPU;
+    if (last < 0) return true;
+    view.columns = tensor.shape[last];
+    view.is_matrix = view.columns <= 1 || tensor.strides[last] == 1;
+    for (int i = last - 1; i >= 0; --i) {
+        if (tensor.shape[i] == 1) continue;
+        if (view.rows == 1) view.stride = tensor.strides[i];
+        view.is_matrix = view.is_matrix && tensor.strides[i] == view.stride * view.rows;
+        view.rows *= tensor.shape[i];
+    }
+    return true;
+}
+
+inline grasp_factors to_factors(const View &U, const View &s, const View &Vh, const View &bias, const View &y) {
+    return {U.data, Vh.data, s.data, bias.data, y.data, U.stride, Vh.stride, y.stride, U.rows, U.columns, s.dtype};
+}
+
+}  // namespace grasp_bindings
