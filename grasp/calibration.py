@@ -199,6 +199,17 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
+def require_sizes(*, num_samples: int, seq_len: int, batch_size: int) -> None:
+    """Refuse what makes no batch with a token to predict.
+
+    Raises:
+        ValueError: if a number is too small.
+    """
+    for name, value, least in (("num_samples", num_samples, 1), ("seq_len", seq_len, 2), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def token_batches(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
@@ -220,9 +231,7 @@ def token_batches(
         CalibrationError: if the text has too few tokens.
         ValueError: if a number is too small.
     """
-    for name, value, least in (("num_samples", num_samples, 1), ("seq_len", seq_len, 2), ("batch_size", batch_size, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    require_sizes(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size)
     bos = bos_for(tokenizer)
     length = seq_len - (bos is not None)
     tokens = tokenize(tokenizer, text)

@@ -35,3 +35,7 @@ class ResumeError(GraspError, ValueError):
 
 class DistributedError(GraspError, RuntimeError):
     """One of the processes that compress a model together has failed, is gone, or was given something else."""
+
+
+class OutOfMemoryError(GraspError, MemoryError):
+    """The device has too little memory for the job."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -80,9 +82,8 @@ def load_model(
         CheckpointError: if the files lack weights of the model, do not fit its configuration, or are pickles.
         ValueError: if ``dtype`` or ``device`` is not one there is.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(['auto', *DTYPES])}; got {dtype!r}")
-    place = _device(device)
+    _require_dtype(dtype)
+    place = find_device(device)
     if name == BUILTIN:
         model, tokenizer = _load_gguf(builtin_model_path(), dtype)
         model.config._name_or_path = BUILTIN_NAME
@@ -92,6 +93,23 @@ def load_model(
         _find(name)
         model, tokenizer = _load_pretrained(name, dtype)
     return nn.Module.to(model, place), tokenizer
+
+
+def load_config(name: str, *, dtype: str = "auto") -> tuple[PreTrainedConfig, torch.dtype]:
+    """The configuration of a model, and the dtype that ``load_model`` would give its weights, which are not read.
+
+    The arguments and errors are those of ``load_model``.
+    """
+    _require_dtype(dtype)
+    if name == BUILTIN:
+        config, stored = _gguf_config(builtin_model_path()), torch.float32
+    elif name.lower().endswith(".gguf"):
+        config, stored = _gguf_config(_existing_file(name)), torch.float32
+    else:
+        _find(name)
+        config = _pretrained_config(name)
+        stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return config, DTYPES.get(dtype, stored)
 
 
 def builtin_model_path() -> Path:
@@ -131,7 +149,17 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def _require_dtype(dtype: str) -> None:
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(['auto', *DTYPES])}; got {dtype!r}")
+
+
+def find_device(device: torch.device | str | None) -> torch.device:
+    """A device by its name, ``None`` being CUDA where there is a GPU, else the CPU.
+
+    Raises:
+        ValueError: if it is no name of a device, or there is no such device.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -193,14 +221,19 @@ def _find(name: str) -> None:
         ) from error
 
 
-def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _pretrained_config(name: str) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except GraspError:
         raise
     except _LOAD_ERRORS as error:
         raise UnsupportedModelError(f"the configuration of {name} cannot be used: {_first_line(error)}") from error
     _require_causal_lm(name, config)
+    return config
+
+
+def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    config = _pretrained_config(name)
     _require_safetensors(name)
     register()  # for compressed checkpoints, where grasp is on the path but not installed
     try:
@@ -230,26 +263,42 @@ def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrained
     return model, tokenizer
 
 
-def _load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _gguf_config(path: Path) -> PreTrainedConfig:
     if find_spec("gguf") is None:
         raise MissingPackageError(f"reading {path.name} needs the package gguf; install it with: pip install gguf")
-    where: dict[str, Any] = {
-        "pretrained_model_name_or_path": str(path.parent),
-        "gguf_file": path.name,
-        "trust_remote_code": False,
-    }
-    try:
-        config = AutoConfig.from_pretrained(**where)
+    with _reading_gguf(path):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(**_gguf_source(path))
         _require_causal_lm(str(path), config)
+    return config
+
+
+def _load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    config = _gguf_config(path)
+    with _reading_gguf(path):
         # Without ``dequantize`` the model would count as quantised, and refuse to be saved or trained.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **where,
+            **_gguf_source(path),
             config=config,
             dtype=DTYPES.get(dtype, torch.float32),
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**_gguf_source(path))
+    model, info = loaded
+    _require_all_weights(str(path), info["missing_keys"])
+    model.config._name_or_path = str(path)
+    _set_special_tokens(tokenizer, config)
+    return model, tokenizer
+
+
+def _gguf_source(path: Path) -> dict[str, Any]:
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "trust_remote_code": False}
+
+
+@contextmanager
+def _reading_gguf(path: Path) -> Iterator[None]:
+    try:
+        yield
     except GraspError:
         raise
     except _LOAD_ERRORS as error:
@@ -259,11 +308,6 @@ def _load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedToken
             f"{path} cannot be loaded: {_first_line(error)}. Either it is no whole GGUF file, or transformers does not "
             "read this family from GGUF; give the folder or hub name of the original model."
         ) from error
-    model, info = loaded
-    _require_all_weights(str(path), info["missing_keys"])
-    model.config._name_or_path = str(path)
-    _set_special_tokens(tokenizer, config)
-    return model, tokenizer
 
 
 def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
