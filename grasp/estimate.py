@@ -72,12 +72,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """One sweep over the calibration set: its linears, and how many layers it runs each way."""
+    """One sweep over the calibration set: its linears, and how many layers it runs, forward and backward."""
 
     name: str
     linears: int
-    forward_layers: int
-    backward_layers: int
+    layers: int
     flops: int  # forward and backward; not those of the statistics
 
 
@@ -286,7 +285,7 @@ class _Planner:
         body = self._all(sum(cost.forward + cost.backward for cost in costs))
         predicted = self._job.num_samples * (self._job.seq_len - 1)
         head = 2 * 2 * predicted * self._vocabulary * self._width
-        plan = SweepPlan(sweep_name(targets), len(targets), len(costs), len(costs), body + head)
+        plan = SweepPlan(sweep_name(targets), len(targets), len(costs), body + head)
         saved = self._tracer.base_bytes + sum(cost.saved for cost in costs) + self._states_bytes()
         backward = max(cost.transient for cost in costs) + self._widened_bytes(targets) + self._states_bytes()
         return plan, (saved, backward)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from grasp.console import count, layer_ranges, print_facts, print_table, print_text, share, size
@@ -10,7 +12,8 @@ from grasp.inspection import Inspection, LowRankModule, short_name
 
 if TYPE_CHECKING:
     from grasp.demo import Demo
-    from grasp.jobs import Compression, Evaluation
+    from grasp.estimate import Memory
+    from grasp.jobs import Compression, Evaluation, Plan
 
 # The order in which a token meets the linears of a Llama layer; those of other names follow, by name.
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -36,6 +39,49 @@ def show_compression(result: Compression) -> None:
     )
     for reason, names in _by_reason(report.left).items():
         print_text(f"left: {len(names)} modules such as {names[0]}: {reason}")
+
+
+def show_plan(plan: Plan) -> None:
+    """What a compression would take: a table of sweeps, FLOPs and bytes by what they are for, time."""
+    made, memory = plan.estimate, plan.estimate.memory
+    guess = ", assumed: block influence will tell" if made.assumed else ""
+    bounds = f", {made.fewest:.2e} to {made.most:.2e} whichever they are" if made.assumed else ""
+    print_facts(
+        [
+            ("model", f"{plan.model}, {plan.dtype} on {plan.device}, {size(made.model_bytes)}"),
+            ("layers", (layer_ranges(made.layers) or "none") + guess),
+            ("batches", f"{made.batch_size} x {plan.samples.seq_len} tokens, {plan.samples.num_samples} sequences"),
+            ("FLOPs", f"{made.flops.total:.2e}{bounds}"),
+            ("time", f"about {_duration(plan.seconds)} at {plan.rates.sweeps:.1e} FLOP/s, measured just now"),
+            ("memory", f"{size(memory.peak)} above the model's; {size(plan.free_bytes)} are free"),
+        ]
+    )
+    print_table(
+        ("sweep", "linears", "layers", "FLOPs"),
+        [(sweep.name, str(sweep.linears), str(sweep.layers), f"{sweep.flops:.2e}") for sweep in made.sweeps],
+    )
+    print_table(
+        ("FLOPs for", "", "memory for", ""),
+        [
+            (*(("", "") if work is None else (work[0].replace("_", " "), f"{work[1]:.2e}")), name, size(value))
+            for work, (name, value) in zip_longest(vars(made.flops).items(), _memory_facts(memory))
+        ],
+    )
+
+
+def _memory_facts(memory: Memory) -> list[tuple[str, int]]:
+    return [
+        (field.name.replace("_", " "), getattr(memory, field.name))
+        for field in fields(memory)
+        if field.name != "offloads_hidden_states"
+    ]
+
+
+def _duration(seconds: float) -> str:
+    for limit, unit, factor in ((120, "s", 1), (7200, "min", 60)):
+        if seconds < limit:
+            return f"{seconds / factor:.1f} {unit}"
+    return f"{seconds / 3600:.1f} h"
 
 
 def show_evaluation(result: Evaluation) -> None:
