@@ -291,7 +291,7 @@ class RunState(NoState):
     def _read_state(self, path: Path) -> dict[str, Any]:
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
-            return {name: kept[name] for name in ("identity", "scores", "seconds")}
+            return {"identity": dict(kept["identity"]), "scores": kept["scores"], "seconds": dict(kept["seconds"])}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(path, str(error)) from error
 

@@ -304,7 +304,12 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
+def other_json(path: Path) -> None:
+    path.write_text('{"identity": 1}')
+
+
 DAMAGE = [
+    ("state.json", other_json),
     ("state.json", truncate),
     ("state.json", empty),
     ("module-model.layers.2.mlp.up_proj.safetensors", truncate),

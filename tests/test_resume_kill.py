@@ -56,17 +56,22 @@ class Command:
         config = GraspConfig(layers=(0, 1, 2), retain_ratio=0.4, schedule=schedule)
         jobs.compress(str(self.place / "model"), self.place / output, config, samples)
 
-    def killed(self, output: str, delay: float) -> None:
-        """Kill a process ``delay`` seconds after its first write, unless it has ended by then."""
+    def killed(self, output: str, modules: int, delay: float) -> None:
+        """Kill a process ``delay`` seconds after it has kept so many linears, unless it has ended by then."""
         process = self.start(output, often=True)
-        self.first_write(process, output)
+        while process.poll() is None and (not self.has_begun(output) or self.kept(output) < modules):
+            time.sleep(0.001)
         time.sleep(delay)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.communicate(timeout=60)
 
-    def first_write(self, process: subprocess.Popen[str], output: str) -> float:
-        """When a process has begun to keep its run."""
-        return when((self.partial(output) / "state.json").exists, process)
+    def has_begun(self, output: str) -> bool:
+        """Whether anything was kept."""
+        return (self.partial(output) / "state.json").exists()
+
+    def kept(self, output: str) -> int:
+        """How many linears are kept."""
+        return len(list(self.partial(output).glob("module*.safetensors")))
 
     def partial(self, output: str) -> Path:
         return self.place / f"{output}.partial"
@@ -79,7 +84,7 @@ class Command:
 
 
 def when(event: Callable[[], bool], process: subprocess.Popen[str]) -> float:
-    """Wait for an event in the life of a process; the time."""
+    """Wait for an event in the life of a process, which must come; the time."""
     while not event():
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
@@ -95,17 +100,19 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
 def test_a_process_killed_at_a_random_point_is_continued_to_the_same_end(
     command: Command, request: pytest.FixtureRequest
 ) -> None:
-    """The points are spread evenly from the first write to the end of a process that nobody disturbs."""
+    """The points are spread over the 6 sweeps, whose 21 linears are kept one by one, and over the saving."""
     process = command.start("whole", often=True)
-    begin = command.first_write(process, "whole")
+    begin = when(lambda: command.has_begun("whole"), process)
     duration = when(lambda: not command.partial("whole").exists(), process) - begin
     process.communicate(timeout=60)
     assert process.returncode == 0
+    assert len(command.modules("whole")) == 21
 
     kills, points, continued = request.config.getoption("kills"), random.Random(0), 0
     for number in range(kills):
         output = f"killed-{number}"
-        command.killed(output, duration * points.uniform(number, number + 1) / kills)
+        modules = int(22 * points.uniform(number, number + 1) / kills)
+        command.killed(output, modules, points.uniform(0, duration / 6))
         if not (command.place / output).exists():
             process = command.start(output, often=True)
             _, err = process.communicate(timeout=300)
@@ -122,7 +129,7 @@ def test_a_process_killed_at_a_random_point_is_continued_to_the_same_end(
 def test_the_plain_command_is_continued_or_refused_with_the_reason(command: Command) -> None:
     options = ("--schedule", "per-layer")
     process = command.start("plain", *options, often=False)
-    when(lambda: len(list(command.partial("plain").glob("module*.safetensors"))) >= 7, process)
+    when(lambda: command.kept("plain") >= 7, process)
     os.kill(process.pid, signal.SIGSTOP)
     with pytest.raises(ResumeError, match="is in use by another process; wait for it, or end it"):
         command.here("plain", "per-layer")
