@@ -18,6 +18,8 @@ from grasp.scoring import METRICS, in_units_of_loss
 class GraspConfig:
     """How ``compress_`` chooses layers, ranks and singular groups. ``GraspConfig()`` is the ``"paper"`` preset.
 
+    ``GraspConfig.preset("best")`` is what loses the least perplexity so far (``benchmarks/study.py``).
+
     Which layers: exactly one of ``layers``, ``num_layers`` and ``compression_ratio``, or none of them, which means the
     paper's main setting, a ``compression_ratio`` of 0.2.
 
@@ -36,8 +38,8 @@ class GraspConfig:
         allocation: ``"uniform"`` keeps the same fraction of every matrix; ``"global"`` spends the same parameters where
             they lower the predicted loss most, a matrix may also stay dense. The metric must then be in units of loss:
             ``"taylor"``, ``"fisher"``, or ``"magnitude"`` in the kfac basis.
-        scope: which layers may be compressed: the ``"redundant"`` ones, all of the ``"model"``, or ``"auto"``: which of the
-            two does better on the last eighth of the calibration batches, held out for that.
+        scope: which layers may be compressed: the ``"redundant"`` ones, all of the ``"model"``, or ``"auto"``, which of
+            the two does better on the last eighth of the calibration batches, held out for that.
         refit: at the end fit the left factors, by least squares, to the dense model's outputs given the inputs that the
             compressed layers produce.
         schedule: which linears share a sweep over the calibration set. ``"sequential"``, the paper's, replaces block by
@@ -63,7 +65,17 @@ class GraspConfig:
     schedule: str = "sequential"
     sweep_dtype: str | None = None
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {},
+        "best": {
+            "basis": "kfac",
+            "metric": "magnitude",
+            "allocation": "global",
+            "scope": "auto",
+            "refit": True,
+            "schedule": "single-sweep",
+        },
+    }
     DEFAULT_COMPRESSION_RATIO: ClassVar[float] = 0.2
 
     def __post_init__(self) -> None:

@@ -82,7 +82,7 @@ def test_integers_of_numpy_are_taken_as_integers() -> None:
 
 
 def test_unknown_preset_and_key_are_refused() -> None:
-    with pytest.raises(ValueError, match="preset must be one of paper, got 'papers'"):
+    with pytest.raises(ValueError, match="preset must be one of paper, best, got 'papers'"):
         GraspConfig.preset("papers")
     with pytest.raises(ValueError, match="unknown configuration keys ratio; expected some of layers"):
         GraspConfig.preset("paper", ratio=0.1)

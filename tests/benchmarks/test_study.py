@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from benchmarks import conditions, study
+from benchmarks.study import METHODS, main, missing
+from tests.command_line import save_tiny_model
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conditions that cost nothing to measure."""
+    monkeypatch.setattr(conditions, "READ_BYTES", 1 << 16)
+    monkeypatch.setattr(conditions, "MATMUL_SIZE", {"cpu": 16, "cuda": 16})
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_tiny_model(tmp_path / "model")
+
+
+def run(model: Path, output: Path, *arguments: str) -> Result:
+    text = model.parent / "text.txt"
+    text.write_text("".join(f"line {n} of a text\n" for n in range(300)), encoding="utf-8")
+    app = typer.Typer()
+    app.command()(main)
+    sizes = ["--num-samples", "4", "--seq-len", "32", "--window", "32", "--windows", "4", "--batch-size", "1"]
+    sources = ["--calibration", str(text), "--text", str(text)]
+    return CliRunner().invoke(app, ["-o", str(output), "--model", str(model), *sizes, *sources, *arguments])
+
+
+def cells(output: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_method_gives_a_cell_with_its_size_and_its_excess(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "study.jsonl"
+    result = run(model, output, "--ratios", "0.3", "--seeds", "1")
+    assert result.exit_code == 0, result.output
+    found = {str(cell["method"]): cell for cell in cells(output)}
+    assert found.keys() == {"dense", *METHODS}
+    assert found["dense"]["removed"] == found["dense"]["excess"] == 0
+    for method in METHODS:
+        least = 0.27  # tiny matrices: a whole rank is much
+        assert least <= float(str(found[method]["removed"])) <= (0.34 if method == "layers removed" else 0.31), method
+        assert found[method]["excess"] != 0
+    assert str(tmp_path) not in json.dumps([cell["setting"] | {"model": ""} for cell in found.values()])  # type: ignore[operator]
+
+
+def test_a_study_is_continued_cell_by_cell(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "study.jsonl"
+    options = ("--methods", "GRASP", "--methods", "plain SVD", "--ratios", "0.3")
+    assert run(model, output, *options, "--seeds", "1").exit_code == 0
+    before = output.read_text(encoding="utf-8")
+    ran: list[tuple[str, int]] = []
+    original = study.run_cell
+
+    def counted(method: str, ratio: float, seed: int, *rest: Any) -> study.Cell:
+        ran.append((method, seed))
+        return original(method, ratio, seed, *rest)
+
+    monkeypatch.setattr(study, "run_cell", counted)
+    result = run(model, output, *options, "--seeds", "2")
+    assert result.exit_code == 0, result.output
+    assert ran == [("GRASP", 1), ("plain SVD", 1)]
+    assert output.read_text(encoding="utf-8").startswith(before)
+    assert " ± " in result.output
+
+
+def test_a_file_of_another_study_is_refused_and_left_as_it_is(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "study.jsonl"
+    options = ("--methods", "plain SVD", "--ratios", "0.3", "--seeds", "1")
+    assert run(model, output, *options).exit_code == 0
+    before = output.read_text(encoding="utf-8")
+    result = run(model, output, *options, "--windows", "2")
+    assert result.exit_code == 2
+    assert "give another file" in " ".join(result.output.split())
+    assert output.read_text(encoding="utf-8") == before
+
+
+def test_a_damaged_line_is_named(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "study.jsonl"
+    output.write_text('{"method": "GRASP"}\n', encoding="utf-8")
+    result = run(model, output)
+    assert result.exit_code == 2
+    assert "line 1: no cell of a study" in " ".join(result.output.split())
+
+
+def test_an_unknown_method_is_refused_before_anything_runs(model: Path, tmp_path: Path) -> None:
+    result = run(model, tmp_path / "study.jsonl", "--methods", "magic")
+    assert result.exit_code == 2
+    assert not (tmp_path / "study.jsonl").exists()
+
+
+def test_seeds_come_one_after_the_other() -> None:
+    order = list(missing({}, ["a", "b"], [0.1, 0.2], 2))
+    assert order[:4] == [("a", 0.1, 0), ("b", 0.1, 0), ("a", 0.2, 0), ("b", 0.2, 0)]
+    assert len(order) == 8
