@@ -14,10 +14,12 @@ from grasp import covariance
 from grasp.architecture import Target, decoder, layer_targets, replace_module_
 from grasp.calibration import CalibrationBatch
 from grasp.covariance import Covariance, basis_moments, covariance_bytes, gather_covariances, split_by_memory
+from grasp.distributed import ALONE, Processes
 from grasp.errors import NonFiniteError, UnsupportedModelError
 from grasp.modules import SVD, dense_weight
 from grasp.sweep import Call, capture_prefix
 from grasp_kernels.products import accumulate_gram_
+from tests.many_processes import run
 from tests.tiny_models import DENSE_FAMILIES, tiny_batches, tiny_model
 
 LAYER = 1
@@ -328,3 +330,24 @@ def test_split_sweeps_give_the_sums_of_one_sweep() -> None:
         assert tokens == together[name].tokens
         assert_close(A, together[name].A, 1e-12)
         assert_close(B, together[name].B, 1e-12)
+
+
+def gather_all(processes: Processes, count: int) -> dict[str, list[Tensor]]:
+    model, batches = tiny_model("llama", torch.float64), [CalibrationBatch(batch) for batch in tiny_batches(count)]
+    targets, own = targets_of(model, LAYER), processes.share(batches)
+    prefix = capture_prefix(model, own, {LAYER})
+    found = gather_covariances(model, own, targets, prefix, processes=processes)
+    bases = {target: random_basis(target, 5) for target in targets}
+    moments = basis_moments(model, own, bases, prefix, second="sample", processes=processes)
+    counts = {target: torch.tensor(float(each.tokens)) for target, each in found.items()}
+    return {target.name: [*found[target][:2], counts[target], *moments[target]] for target in targets}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_two_processes_add_up_to_one(count: int) -> None:
+    expected = gather_all(ALONE, count)
+    for outcome in run(gather_all, count):
+        assert outcome.value.keys() == expected.keys()
+        for name, sums in outcome.value.items():
+            for got, alone in zip(sums, expected[name], strict=True):
+                assert_close(got, alone)
