@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import NonFiniteError
+from grasp.offload import execution_device, fetched
 from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped, pack_factors
 
 DenseLinear = nn.Linear | Conv1D
@@ -27,13 +28,16 @@ class SVD(NamedTuple):
 
 
 def dense_weight(linear: DenseLinear) -> Tensor:
-    """The weight as (N, K), out_features first: GPT-2's ``Conv1D`` stores its transpose. If sharded, it is gathered."""
-    weight = gathered(linear.weight.detach())
+    """The weight as (N, K), out_features first: GPT-2's ``Conv1D`` stores its transpose.
+
+    If it is sharded, it is gathered; if offloaded, fetched.
+    """
+    weight = gathered(fetched(linear, "weight"))
     return weight.mT if isinstance(linear, Conv1D) else weight
 
 
 def dense_shape(linear: DenseLinear) -> tuple[int, int]:
-    """(N, K) of a weight, sharded or not."""
+    """(N, K) of a weight, wherever it is."""
     n, k = linear.weight.shape
     return (k, n) if isinstance(linear, Conv1D) else (n, k)
 
@@ -63,7 +67,8 @@ class InputGroup:
     """Low-rank linears that are given the same input: when the first is called, one op computes all of them.
 
     The others take their outputs when they are called with that very tensor; called with another, each computes its
-    own. It holds no parameters, so ``state_dict`` knows nothing of it. Threads do not see each other's outputs.
+    own. It holds no parameters, so ``state_dict`` knows nothing of it. Threads do not see each other's outputs. Without
+    gradients it stands aside on a CPU, for there calls one by one are faster.
     """
 
     def __init__(self, members: Sequence[LowRankLinear]) -> None:
@@ -147,6 +152,11 @@ def _stamp(x: Tensor, factors: Factors) -> object:
 def _version(tensor: Tensor) -> int:
     """Changes with every write to a tensor that PyTorch sees; writes to inference tensors it does not see."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def _one_by_one(x: Tensor) -> bool:
+    """Whether one op for a whole group would save less than it costs to hand out its outputs, as on a CPU."""
+    return x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 # Names of sibling linears that families give one input, the first called first.
@@ -248,19 +258,22 @@ class LowRankLinear(nn.Module):
         indices = indices.to(S.device)
         root = S[indices].sqrt()
         # fp16 overflows at 65504, and x @ Vh.mT is stored in it: there U takes the whole singular value.
-        dtype, device = linear.weight.dtype, linear.weight.device
+        dtype, device = linear.weight.dtype, execution_device(linear)
         left, right = (S[indices], torch.ones_like(root)) if dtype == torch.float16 else (root, root)
         module = cls(k, n, len(picked), bias=linear.bias is not None, device=device, dtype=dtype)
         with torch.no_grad():
             module.U.copy_(U[:, indices] * left)
             module.Vh.copy_(right[:, None] * Vh[indices])
             if module.bias is not None:
-                module.bias.copy_(gathered(linear.bias))
+                module.bias.copy_(gathered(fetched(linear, "bias")))
         module.train(linear.training)
         return module
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
+        own = self._parameters  # as attributes they cost a microsecond more
+        if len(own) == 3 and _one_by_one(x):  # with a parametrization there are fewer
+            return lowrank_linear(x, own["U"], None, own["Vh"], own["bias"])  # type: ignore[arg-type]
         return self.group.output(self, x)
 
     @property

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from grasp import modules
@@ -150,6 +151,12 @@ def grouped_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+@pytest.fixture
+def always_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr(modules, "_one_by_one", lambda x: False)
+
+
 def test_linears_that_share_an_input_are_computed_by_one_op(grouped_calls: list[int]) -> None:
     attention, x = Attention(), torch.randn(2, 3, 24)
     expected, names = attention(x), set(attention.state_dict())
@@ -201,6 +208,32 @@ def test_a_copy_has_groups_of_its_own(grouped_calls: list[int]) -> None:
     assert grouped_calls == [3, 3]
 
 
+def test_on_a_cpu_without_gradients_each_computes_its_own(grouped_calls: list[int]) -> None:
+    attention, x = Attention(), torch.randn(2, 3, 24)
+    group_linears_(attention)
+    expected = attention(x)
+    assert grouped_calls == [3]
+    with torch.no_grad():
+        assert torch.equal(attention(x), expected)
+    with torch.inference_mode():
+        assert torch.equal(attention(x), expected)
+    assert grouped_calls == [3]
+
+
+def test_a_parametrized_factor_is_the_one_used() -> None:
+    linear, x = LowRankLinear(24, 16, 5, bias=False), torch.randn(3, 24)
+
+    class Doubled(nn.Module):
+        def forward(self, U: Tensor) -> Tensor:
+            return 2 * U
+
+    with torch.no_grad():
+        expected = 2 * linear(x)
+        parametrize.register_parametrization(linear, "U", Doubled())
+        torch.testing.assert_close(linear(x), expected)
+
+
+@pytest.mark.usefixtures("always_grouped")
 def test_threads_do_not_see_each_other() -> None:
     attention = Attention()
     group_linears_(attention)
@@ -257,6 +290,7 @@ CHANGES: dict[str, Callable[[Attention, Tensor], None]] = {
 }
 
 
+@pytest.mark.usefixtures("always_grouped")
 @pytest.mark.parametrize("changed", CHANGES)
 def test_what_changed_meanwhile_is_computed_again(changed: str) -> None:
     attention, x = first_then(CHANGES[changed])
@@ -264,6 +298,7 @@ def test_what_changed_meanwhile_is_computed_again(changed: str) -> None:
         assert torch.equal(attention.k_proj(x), lowrank_linear(x, *attention.k_proj.factors))
 
 
+@pytest.mark.usefixtures("always_grouped")
 def test_a_gradient_or_autocast_that_came_or_went_meanwhile_counts() -> None:
     attention, x = first_then(lambda *_: None)
     assert attention.k_proj(x).requires_grad
