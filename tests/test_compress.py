@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.naive import naive_grasp_
 from grasp.architecture import decoder, layer_targets
 from grasp.calibration import CalibrationBatch
 from grasp.compress import compress_
@@ -16,7 +17,6 @@ from grasp.errors import CalibrationError, CheckpointError, NonFiniteError, Unsu
 from grasp.modules import LowRankLinear
 from grasp.report import CompressionReport
 from grasp.selection import break_even_rank, parameters_removed
-from tests.naive_grasp import naive_grasp
 from tests.tiny_models import DENSE_FAMILIES, tiny_batches, tiny_model
 
 # Which blocks share a sweep, in order: the paper's order, written out.
@@ -37,7 +37,7 @@ def test_selects_what_an_independent_implementation_selects(family: str, schedul
         for members in SWEEPS[schedule]
     ]
     report = compress_(model, batches, GraspConfig(layers=(0, 2), retain_ratio=0.4, schedule=schedule))
-    expected = naive_grasp(naive, batches, blocks, 0.4)
+    expected = naive_grasp_(naive, batches, blocks, 0.4)
     assert {module.name: list(module.indices) for module in report.compressed} == expected
     tokens = tiny_batches(1, seed=5)[0]
     with torch.no_grad():

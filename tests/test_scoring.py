@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.naive import mean_nll
 from grasp.architecture import Target, layer_targets
 from grasp.basis import BASES, DAMPING
 from grasp.calibration import CalibrationBatch
 from grasp.modules import dense_weight
 from grasp.scoring import METRICS, Scored, gather_scores, in_units_of_loss
 from grasp.sweep import capture_prefix
-from tests.naive_grasp import mean_nll
 from tests.tiny_models import tiny_batches, tiny_model
 
 LAYER = 1
