@@ -5,13 +5,15 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from grasp_kernels import roofline
+from grasp_kernels import cpu, roofline
+from grasp_kernels.dispatch import backend_missing
 from grasp_kernels.roofline import Card
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +36,7 @@ class Conditions:
     commit: str | None
     dirty: bool | None  # tracked files differ from the commit
     started: str  # UTC
+    instruction_sets: Sequence[str] | None = None  # of a CPU, those of grasp_kernels.cpu that it has
 
 
 def conditions(card: Card, device: torch.device) -> Conditions:
@@ -49,6 +52,7 @@ def conditions(card: Card, device: torch.device) -> Conditions:
         commit=_git("rev-parse", "HEAD"),
         dirty=None if (changes := _git("status", "--porcelain", "--untracked-files=no")) is None else bool(changes),
         started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        instruction_sets=_instruction_sets() if device.type == "cpu" else None,
     )
 
 
@@ -90,6 +94,12 @@ def _best(device: torch.device, call: object) -> float:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times[1:])
+
+
+def _instruction_sets() -> tuple[str, ...]:
+    if backend_missing("cpu") is not None:
+        return ()
+    return tuple(name for name in cpu.INSTRUCTION_SETS if name != "auto" and cpu.supports(name))
 
 
 def _version(package: str) -> str | None:

@@ -13,6 +13,7 @@ from benchmarks import bench_ops, conditions, timing
 from benchmarks.bench_ops import Case, floor_seconds, main
 from benchmarks.workloads import OPS
 from grasp_kernels import roofline
+from grasp_kernels.dispatch import backend_missing
 from grasp_kernels.shapes import parse_shape
 
 SHAPE = ("--shape", "48x32r5", "--rows", "3", "--dtype", "float32", "--device", "cpu", "--repetitions", "2")
@@ -113,3 +114,5 @@ def test_conditions_know_the_commit_of_a_checkout() -> None:
     if now.commit is not None:
         assert len(now.commit) == 40
     assert conditions.device_name(device)
+    assert now.instruction_sets is not None
+    assert ("portable" in now.instruction_sets) == (backend_missing("cpu") is None)
