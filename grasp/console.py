@@ -74,9 +74,12 @@ class StepBars:
 
 
 @contextmanager
-def step_bars() -> Iterator[StepBars]:
-    """Bars while the block runs; however it ends they are taken away, and Ctrl-C is said to have ended it."""
-    console = Console(stderr=True)
+def step_bars(*, quiet: bool = False) -> Iterator[StepBars]:
+    """Bars while the block runs; however it ends they are taken away, and Ctrl-C is said to have ended it.
+
+    ``quiet`` shows nothing of all that.
+    """
+    console = Console(stderr=True, quiet=quiet)
     bars = StepBars(console)
     try:
         yield bars

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
@@ -14,32 +14,36 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from grasp.architecture import decoder
+from grasp.batch_size import fitting_batch_size, free_bytes, largest_batch_size
 from grasp.calibration import HUB_TEXTS, CalibrationBatch, bos_for, read_text, token_batches, tokenize
 from grasp.checkpoint import check_directory, model_card, read_license, remove_abandoned, require_space, save_checkpoint
 from grasp.compress import compress_
 from grasp.config import GraspConfig
-from grasp.errors import CalibrationError, GraspError, NonFiniteError
+from grasp.distributed import ALONE, Processes
+from grasp.errors import CalibrationError, GraspError, NonFiniteError, OutOfMemoryError
+from grasp.estimate import Estimate, Job, estimate
 from grasp.evaluate import PerplexityResult, perplexity
-from grasp.loading import BUILTIN, load_model, out_of_memory
+from grasp.loading import BUILTIN, find_device, load_config, load_model, out_of_memory
 from grasp.progress import Notify, Progress, silent, unheard
+from grasp.rates import Rates, measure_rates
 from grasp.report import FILE_NAME, CompressionReport, Size, model_size
 from grasp.resume import RunState
+from grasp.sharding import collect_, shard_
 
 _BUILTIN_LICENSE = {"license": "apache-2.0"}
 
 
-class OutOfMemoryError(GraspError, MemoryError):
-    """The device has too little memory for the job."""
-
-
 @dataclass(frozen=True)
 class Samples:
-    """Which calibration sequences: a text source as ``read_text`` takes it, how many, how long, in which batches."""
+    """Which calibration sequences: a text source as ``read_text`` takes it, how many, how long, in which batches.
+
+    With ``batch_size="auto"`` these are as large as the device has room for, see ``grasp.batch_size``.
+    """
 
     source: str = BUILTIN
     num_samples: int = 128
     seq_len: int = 512
-    batch_size: int = 1
+    batch_size: int | Literal["auto"] = 1
     seed: int = 0
 
 
@@ -100,35 +104,122 @@ def compress(
     device: str | None = None,
     progress: Progress = silent,
     notify: Notify = unheard,
+    processes: Processes = ALONE,
 ) -> Compression:
     """Compress a model into a new checkpoint folder. What can be wrong with the request is found before the long work.
 
     What is done is kept beside it, in ``OUTPUT.partial``, until the checkpoint is written: after a kill the same
-    request goes on from there. ``notify`` is told so.
+    request goes on from there. ``notify`` is told so. Of several ``processes`` the first writes; where they shard the
+    model, each loads it on the CPU and keeps its part.
 
     Raises:
         GraspError, ValueError: as ``load_model``, ``token_batches``, ``compress_`` and ``save_checkpoint`` do.
         CalibrationError: if the tokenizer gives tokens that the model does not have.
         OutOfMemoryError: if the device's memory does not suffice.
         ResumeError: if ``OUTPUT.partial`` belongs to another request, or cannot be used.
+        DistributedError: if another process fails or is gone.
     """
     target = check_directory(output)
     text = read_text(samples.source)
-    with RunState(target.with_name(f"{target.name}.partial"), notify=notify) as state:
-        remove_abandoned(target)
+    kept = target.with_name(f"{target.name}.partial")
+    with RunState(kept, notify=notify, rank=processes.rank, processes=processes.size) as state:
+        if processes.first:
+            remove_abandoned(target)
         with _within_memory(samples.batch_size, samples.seq_len):
-            model, tokenizer = load_quietly(name, dtype=dtype, device=device, progress=progress)
+            place = "cpu" if processes.sharded else device
+            model, tokenizer = load_quietly(name, dtype=dtype, device=place, progress=progress)
+            if processes.sharded:
+                shard_(model, find_device(device), processes)
+            samples = _with_batch_size(model, config, samples, state.batch_size, notify, processes)
             batches = draw(tokenizer, text, samples)
             for batch in batches:
                 _require_known(model, batch.input_ids)
             require_space(target, model.get_memory_footprint())
-            report = compress_(model, batches, config, progress=progress, state=state)
-        write_checkpoint(model, tokenizer, target, name, samples, report, progress=progress)
+            report = compress_(model, batches, config, progress=progress, state=state, processes=processes)
+        if processes.sharded:
+            collect_(model, processes)
+        if processes.first:
+            write_checkpoint(model, tokenizer, target, name, samples, report, progress=progress)
     return Compression(name, str(target), samples, report)
 
 
+def _with_batch_size(
+    model: PreTrainedModel,
+    config: GraspConfig,
+    samples: Samples,
+    kept: int | None,
+    notify: Notify,
+    processes: Processes,
+) -> Samples:
+    """The same samples with a number as batch size: that of the run that is continued, or the largest that fits."""
+    if samples.batch_size != "auto":
+        return samples
+    size = kept or fitting_batch_size(model, config, num_samples=samples.num_samples, seq_len=samples.seq_len)
+    size = processes.least(size)
+    notify(f"batch size {size}")
+    return replace(samples, batch_size=size)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a compression would do and take.
+
+    Attributes:
+        model: its name.
+        samples: with a number as batch size.
+        device: where it would run.
+        dtype: of the model's weights.
+        estimate: sweeps, FLOPs and memory.
+        rates: measured on the device, in FLOPs per second.
+        seconds: FLOPs over rates; about the time without loading and saving.
+        free_bytes: what the device has left now, the model not being loaded.
+    """
+
+    model: str
+    samples: Samples
+    device: str
+    dtype: str
+    estimate: Estimate
+    rates: Rates
+    seconds: float
+    free_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return {**asdict(self), "estimate": self.estimate.to_dict()}
+
+
+def plan(name: str, config: GraspConfig, samples: Samples, *, dtype: str = "auto", device: str | None = None) -> Plan:
+    """Estimate what ``compress`` would take, without reading the model's weights.
+
+    Raises:
+        GraspError, ValueError: as ``load_config``, ``estimate`` and ``find_device`` do.
+    """
+    place = find_device(device)
+    model_config, weights_dtype = load_config(name, dtype=dtype)
+    job = Job(model_config, config, weights_dtype, place, samples.num_samples, samples.seq_len)
+    free = free_bytes(place)
+    if samples.batch_size == "auto":
+        made = largest_batch_size(job, free, loaded=False)
+    else:
+        made = estimate(job, samples.batch_size)
+    tokens = made.batch_size * samples.seq_len
+    rates = measure_rates(made.largest_matrix, tokens, dtype=job.sweep_dtype, device=place)
+    return Plan(
+        model=name,
+        samples=replace(samples, batch_size=made.batch_size),
+        device=str(place),
+        dtype=str(weights_dtype).removeprefix("torch."),
+        estimate=made,
+        rates=rates,
+        seconds=made.seconds(rates),
+        free_bytes=free,
+    )
+
+
 def draw(tokenizer: PreTrainedTokenizerBase, text: str, samples: Samples) -> list[CalibrationBatch]:
-    """The token batches that ``samples`` asks for."""
+    """The token batches that ``samples``, with a number as batch size, asks for."""
+    assert samples.batch_size != "auto"
     return token_batches(
         tokenizer,
         text,
@@ -219,7 +310,7 @@ def _require_known(model: PreTrainedModel, token_ids: torch.Tensor) -> None:
 
 
 @contextmanager
-def _within_memory(batch_size: int, length: int) -> Iterator[None]:
+def _within_memory(batch_size: int | str, length: int) -> Iterator[None]:
     try:
         yield
     except GraspError:
@@ -240,11 +331,15 @@ def _within_memory(batch_size: int, length: int) -> Iterator[None]:
 
 def _how(samples: Samples, report: CompressionReport) -> str:
     source = samples.source if samples.source in (BUILTIN, *HUB_TEXTS) else "a text file"
-    chosen = "as asked for" if report.config["layers"] is not None else "those with the lowest block influence"
+    config = report.config
+    chosen = "as asked for" if config["layers"] is not None else "those with the lowest block influence"
+    if report.scope == "model":
+        chosen = "all of them"
+    spent = "one budget over all matrices" if config["allocation"] == "global" else "the same share of each matrix"
     return (
         "## How it was made\n\n"
         f"Layers {', '.join(map(str, report.redundant_layers)) or 'none'}: {chosen}. Calibrated on "
         f"{samples.num_samples} sequences of {samples.seq_len} tokens of {source} (seed {samples.seed}). "
-        "In each matrix the singular groups of the highest importance were kept "
-        f"(metric `{report.config['metric']}`). `{FILE_NAME}` has the whole account."
+        f"The singular groups of the highest importance were kept, {spent} (basis `{config['basis']}`, metric "
+        f"`{config['metric']}`). `{FILE_NAME}` has the whole account."
     )

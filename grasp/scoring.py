@@ -106,7 +106,8 @@ def gather_scores(
         )
         decompositions = _decompositions(covariances)
     else:
-        decompositions = {target: partial(_decompose, target, None, None) for target in targets}
+        weights = {target: dense_weight(target.module) for target in targets}
+        decompositions = {t: partial(decompose_in, weight, None, None, t.name) for t, weight in weights.items()}
     if how.moment == "none":
         return {target: partial(_by_magnitude, make, how) for target, make in decompositions.items()}
     svds = {target: make() for target, make in decompositions.items()}
@@ -144,12 +145,10 @@ def _decompositions(covariances: Mapping[Target, Covariance]) -> Mapping[Target,
             latest[:] = [(covariance.A, roots(covariance.A / covariance.tokens, damping=DAMPING))]
         return latest[0][1]
 
-    def make(target: Target, covariance: Covariance) -> SVD:
+    def make(name: str, weight: Tensor, covariance: Covariance) -> SVD:
         outputs = None if covariance.B is None else roots(covariance.B / covariance.tokens, damping=DAMPING)
-        return _decompose(target, inputs(covariance), outputs)
+        return decompose_in(weight, inputs(covariance), outputs, name)
 
-    return {target: partial(make, target, covariance) for target, covariance in covariances.items()}
-
-
-def _decompose(target: Target, inputs: Roots | None, outputs: Roots | None) -> SVD:
-    return decompose_in(dense_weight(target.module), inputs, outputs, target.name)
+    # All processes ask for all weights here, which sharded ones need; each makes some of the decompositions only.
+    weights = {target: dense_weight(target.module) for target in covariances}
+    return {t: partial(make, t.name, weights[t], covariance) for t, covariance in covariances.items()}

@@ -31,10 +31,11 @@ def environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
 
-def grasp(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run ``grasp`` in a process of its own."""
+def grasp(*arguments: object, cwd: Path, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run ``grasp`` in a process of its own, or under torchrun in several."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
-        [sys.executable, "-m", "grasp", *map(str, arguments)],
+        [sys.executable, *(torchrun if processes > 1 else []), "-m", "grasp", *map(str, arguments)],
         cwd=cwd,
         env=environment(),
         capture_output=True,

@@ -20,18 +20,20 @@ from grasp.report import CompressionReport
 from grasp.resume import RunState
 from grasp.sharding import collect_, shard_
 from tests.many_processes import run
-from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
+from tests.tiny_models import tiny_batches, tiny_model
 
 CONFIG = GraspConfig(layers=(0, 2), retain_ratio=0.4)
 CPU = torch.device("cpu")
 
 
-def compress(processes: Processes, family: str, schedule: str) -> tuple[CompressionReport, dict[str, Tensor]]:
+def compress(
+    processes: Processes, family: str, settings: dict[str, str]
+) -> tuple[CompressionReport, dict[str, Tensor]]:
     """Three batches, which two processes cannot share evenly."""
     model = tiny_model(family, torch.float64)
     if processes.sharded:
         shard_(model, CPU, processes)
-    config = GraspConfig.from_dict({**CONFIG.to_dict(), "schedule": schedule})
+    config = GraspConfig.from_dict({**CONFIG.to_dict(), **settings})
     report = compress_(model, tiny_batches(3), config, processes=processes)
     if processes.sharded:
         collect_(model, processes)
@@ -39,11 +41,21 @@ def compress(processes: Processes, family: str, schedule: str) -> tuple[Compress
 
 
 @pytest.mark.parametrize(
-    ("family", "schedule"), [*((family, "sequential") for family in FAMILIES), ("llama", "single-sweep")]
+    ("family", "settings"),
+    [
+        ("llama", {"schedule": "sequential"}),
+        ("llama", {"schedule": "single-sweep"}),
+        ("llama", {"basis": "kfac", "allocation": "global", "metric": "magnitude", "schedule": "single-sweep"}),
+        ("llama", {"basis": "whitened", "metric": "fisher"}),
+        ("gpt2", {"schedule": "per-layer"}),  # Conv1D, positions that are learnt
+        ("qwen2", {"schedule": "per-layer"}),  # biases
+        ("gemma3", {"schedule": "per-layer"}),  # tied embeddings, windows
+        ("mixtral", {"schedule": "per-layer"}),  # experts
+    ],
 )
-def test_a_model_sharded_over_two_processes_is_compressed_as_a_whole_one(family: str, schedule: str) -> None:
-    alone, expected = compress(ALONE, family, schedule)
-    (report, state), (second, rest) = (outcome.value for outcome in run(compress, family, schedule, sharded=True))
+def test_a_model_sharded_over_two_processes_is_compressed_as_a_whole_one(family: str, settings: dict[str, str]) -> None:
+    alone, expected = compress(ALONE, family, settings)
+    (report, state), (second, rest) = (outcome.value for outcome in run(compress, family, settings, sharded=True))
     assert [module.indices for module in report.modules] == [module.indices for module in alone.modules]
     assert report.modules == second.modules
     assert (report.before, report.after) == (alone.before, alone.after)

@@ -1,0 +1,185 @@
+"""Time a compression in one process and in several of one thread each, beside what the machine's own threads gain.
+
+The gain of as many threads over one is measured in a matrix product as large as the model's own, before and after: no
+division of work over the same cores can be expected to gain more. Nothing is reported unless all choose the same
+singular groups.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+# Run as a file, only its own folder is on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.conditions import Conditions, conditions, measure_card
+from grasp.attribution import SCHEDULES
+from grasp.calibration import builtin_text, token_batches
+from grasp.compress import compress_
+from grasp.config import GraspConfig
+from grasp.distributed import ALONE, joined
+from grasp.jobs import load_quietly
+from grasp.loading import BUILTIN
+from grasp.report import CompressionReport
+
+CPU = torch.device("cpu")
+GEMM = (2048, 576, 1536)  # tokens, features in and out: the MLP of SmolLM2-135M
+GEMM_SECONDS = 2.0
+ATTRIBUTION = ("prefix", "attribution")  # steps of a report whose time is compared
+
+
+@dataclass(frozen=True)
+class Job:
+    """A compression; a sequence at a time."""
+
+    model: str
+    schedule: str
+    layers: int
+    retain_ratio: float
+    sequences: int
+    seq_len: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number of processes, one line of the output."""
+
+    job: Job
+    processes: int
+    seconds: Mapping[str, float]  # by step, of the first process, which waits for the others
+    attribution: float  # seconds of that without block influence and decompositions
+    attribution_speedup: float
+    total_speedup: float
+    thread_speedup: float  # of the matrix product
+    share_of_thread_speedup: float  # that the attribution reached
+    conditions: Conditions
+
+
+def worker(job: Job) -> CompressionReport:
+    """Compress in this process, one of those that ``run`` started."""
+    torch.set_num_threads(1)
+    model, tokenizer = load_quietly(job.model, device="cpu")
+    batches = token_batches(tokenizer, builtin_text("calibration"), num_samples=job.sequences, seq_len=job.seq_len)
+    config = GraspConfig(num_layers=job.layers, retain_ratio=job.retain_ratio, schedule=job.schedule)
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        return compress_(model, batches, config, processes=ALONE)
+    with joined(CPU) as processes:
+        return compress_(model, batches, config, processes=processes)
+
+
+def run(job: Job, processes: int) -> CompressionReport:
+    """Compress in so many new processes of one thread; the report of the first."""
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id="grasp",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="spawn",
+    )
+    report: CompressionReport = elastic_launch(launch, worker)(job)[0]
+    return report
+
+
+def gemm_seconds(threads: int) -> float:
+    """Shortest time of a matrix product with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    tokens, inputs, outputs = GEMM
+    x, weight = torch.randn(tokens, inputs), torch.randn(inputs, outputs)
+    best, end = float("inf"), time.perf_counter() + GEMM_SECONDS
+    while (start := time.perf_counter()) < end:
+        x @ weight
+        best = min(best, time.perf_counter() - start)
+    torch.set_num_threads(before)
+    return best
+
+
+def measure(job: Job, counts: Sequence[int]) -> list[Result]:
+    """Run the job with each number of processes, the first of which is one.
+
+    Raises:
+        RuntimeError: if they do not choose the same singular groups.
+    """
+    gemms = {count: [gemm_seconds(count)] for count in counts}
+    reports = {count: run(job, count) for count in counts}
+    for count in counts:
+        gemms[count].append(gemm_seconds(count))
+    now = conditions(measure_card(CPU, torch.float32), CPU)
+    chosen = {count: [module.indices for module in report.modules] for count, report in reports.items()}
+    if any(indices != chosen[counts[0]] for indices in chosen.values()):
+        raise RuntimeError(f"{list(counts)} processes chose different singular groups")
+    attribution = {count: sum(report.seconds[step] for step in ATTRIBUTION) for count, report in reports.items()}
+    total = {count: sum(report.seconds.values()) for count, report in reports.items()}
+    results = []
+    for count in counts:
+        speedup = attribution[counts[0]] / attribution[count]
+        threads = min(gemms[counts[0]]) / min(gemms[count])
+        results.append(
+            Result(
+                job,
+                count,
+                dict(reports[count].seconds),
+                attribution=attribution[count],
+                attribution_speedup=speedup,
+                total_speedup=total[counts[0]] / total[count],
+                thread_speedup=threads,
+                share_of_thread_speedup=speedup / threads,
+                conditions=now,
+            )
+        )
+    return results
+
+
+def result_table(results: Sequence[Result]) -> Table:
+    """A column for each number of processes."""
+    table = Table("", *(f"{result.processes} of one thread" for result in results))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for step in results[0].seconds:
+        table.add_row(step, *(f"{result.seconds[step]:.1f} s" for result in results))
+    table.add_row(" + ".join(ATTRIBUTION), *(f"{result.attribution:.1f} s" for result in results))
+    table.add_row("times as fast", *(f"{result.attribution_speedup:.2f}" for result in results))
+    table.add_row("as many threads, matrix product", *(f"{result.thread_speedup:.2f}" for result in results))
+    table.add_row("share", *(f"{result.share_of_thread_speedup:.0%}" for result in results))
+    return table
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="A name as `grasp compress` takes it.")] = BUILTIN,
+    schedule: Annotated[str, typer.Option(help=", ".join(SCHEDULES))] = "single-sweep",
+    layers: Annotated[int, typer.Option(min=1, help="How many, the most redundant ones.")] = 6,
+    retain_ratio: Annotated[float, typer.Option()] = 0.3,
+    sequences: Annotated[int, typer.Option(min=1)] = 24,
+    seq_len: Annotated[int, typer.Option(min=2)] = 512,
+    processes: Annotated[int, typer.Option(min=2, help="Beside one.")] = 2,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON lines are appended to this file.")] = None,
+) -> None:
+    """Time a compression in one process of one thread and in several.
+
+    Example: python benchmarks/bench_processes.py --sequences 24 -o processes.jsonl
+    """
+    results = measure(Job(model, schedule, layers, retain_ratio, sequences, seq_len), (1, processes))
+    Console().print(result_table(results))
+    if output is not None:
+        with output.open("a") as file:
+            file.writelines(json.dumps(asdict(result)) + "\n" for result in results)
+
+
+if __name__ == "__main__":
+    typer.run(main)
