@@ -188,15 +188,20 @@ def entering_with(layer: nn.Module, hidden: Tensor) -> Iterator[None]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and frozen parameters, both restored afterwards; modules replaced meanwhile keep what they have."""
     training = {module: module.training for module in model.modules()}
-    frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    frozen = [
+        (module, name, parameter, parameter.requires_grad)
+        for module in training
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
     model.eval().requires_grad_(False)
     try:
         yield
     finally:
         for module, mode in training.items():
             module.training = mode
-        for parameter, requires_grad in frozen.items():
+        for module, name, parameter, requires_grad in frozen:
             parameter.requires_grad_(requires_grad)
+            module.get_parameter(name).requires_grad_(requires_grad)  # another one, if it is offloaded
 
 
 @contextmanager
@@ -211,7 +216,8 @@ def casting(model: nn.Module, dtype: str | None) -> Iterator[None]:
         return
     if any(parameter.is_meta or isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise UnsupportedModelError(
-            "sweep_dtype needs all weights in memory, some are offloaded or sharded; load the model in that dtype"
+            f"sweep_dtype={dtype!r} needs all weights in memory, but some are offloaded or sharded; load the model in "
+            f"that dtype, as from_pretrained(..., dtype={dtype!r}) does, and leave sweep_dtype out"
         )
     wanted = getattr(torch, dtype)
     saved = {p: p.data for p in model.parameters() if p.is_floating_point() and p.dtype != wanted}

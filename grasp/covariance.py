@@ -16,7 +16,7 @@ from grasp.attribution import sweep_name
 from grasp.calibration import CalibrationBatch
 from grasp.distributed import ALONE, Processes
 from grasp.errors import NonFiniteError, UnsupportedModelError
-from grasp.modules import SHARED_INPUTS, SVD, dense_weight
+from grasp.modules import SHARED_INPUTS, SVD, dense_shape
 from grasp.progress import Progress, silent
 from grasp.sweep import Call, Prefix, sweep
 from grasp_kernels import SingularValueGrad, singular_value_grad
@@ -256,8 +256,8 @@ def covariance_bytes(targets: Collection[Target], *, inputs: bool = True, output
     Linears that by their names share an input (``SHARED_INPUTS``) count one A; if others do, this is an upper bound.
     """
     distinct = {_input_name(target): target for target in targets}.values()
-    taken = sum(_item_bytes(target) * dense_weight(target.module).shape[1] ** 2 for target in distinct if inputs)
-    return taken + sum(_item_bytes(target) * dense_weight(target.module).shape[0] ** 2 for target in targets if outputs)
+    taken = sum(_item_bytes(target) * dense_shape(target.module)[1] ** 2 for target in distinct if inputs)
+    return taken + sum(_item_bytes(target) * dense_shape(target.module)[0] ** 2 for target in targets if outputs)
 
 
 def split_by_memory(

@@ -154,7 +154,7 @@ def _equal_batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[
             yield batch
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference mode would leave its mark on weights that accelerate fetches
 def _losses(model: PreTrainedModel, rows: Tensor, scored_from: Sequence[int]) -> Tensor:
     """Losses in nats of the tokens of each row from the given position on: (B, L) → 1-D fp32, on the CPU."""
     logits = model(input_ids=rows.to(first_device(model)), use_cache=False).logits

@@ -22,6 +22,7 @@ from grasp.architecture import (
 )
 from grasp.calibration import CalibrationBatch
 from grasp.modules import LowRankLinear, dense_weight
+from grasp.offload import execution_device
 from grasp.progress import Progress, silent
 from grasp.sweep import Rows, capture_prefix
 
@@ -162,7 +163,8 @@ class _Layer:
         target = next(iter(group))
         dtype = torch.promote_types(target.module.weight.dtype, torch.float32)
         width = members[target].in_features
-        cross, inputs = (target.module.weight.new_zeros(width, width, dtype=dtype) for _ in range(2))
+        device = execution_device(target.module)
+        cross, inputs = (torch.zeros(width, width, device=device, dtype=dtype) for _ in range(2))
         for index in range(len(self._batches)):
             _put(self._model, members, dense=True)
             x = self._inputs(index, dense[index], {target: target.module})[target].to(dtype)

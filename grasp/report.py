@@ -156,8 +156,13 @@ def _require_sound(report: CompressionReport) -> None:
 
 
 def model_size(model: nn.Module, layers: nn.ModuleList) -> Size:
-    """Parameters and bytes of a model, each distinct parameter counted once."""
-    parameters = list(model.parameters())  # distinct ones: torch leaves out repeats
+    """Parameters and bytes of a model, each distinct parameter counted once, also where it is offloaded."""
+    tied = getattr(model, "all_tied_weights_keys", {})  # offloading makes two parameters without data of one
+    parameters = [
+        p
+        for name, p in model.named_parameters()  # distinct ones: torch leaves out repeats
+        if not (p.is_meta and name in tied)
+    ]
     return Size(
         parameters=sum(p.numel() for p in parameters),
         bytes=sum(p.numel() * p.element_size() for p in parameters),

@@ -26,6 +26,7 @@ from grasp.checkpoint import require_space
 from grasp.errors import ResumeError
 from grasp.identity import differences, request_identity, tensors_digest
 from grasp.modules import LowRankLinear
+from grasp.offload import execution_device
 from grasp.progress import Clock, Notify, unheard
 from grasp.report import ModuleReport
 
@@ -311,8 +312,8 @@ class RunState(NoState):
 def _low_rank(target: Target, tensors: Mapping[str, Tensor]) -> LowRankLinear:
     """The low-rank linear whose parameters are ``tensors``, for the place of a dense one."""
     (n, rank), k = tensors["U"].shape, tensors["Vh"].shape[1]
-    weight = target.module.weight
-    module = LowRankLinear(k, n, rank, bias="bias" in tensors, device=weight.device, dtype=weight.dtype)
+    device, dtype = execution_device(target.module), target.module.weight.dtype
+    module = LowRankLinear(k, n, rank, bias="bias" in tensors, device=device, dtype=dtype)
     module.load_state_dict(dict(tensors))
     return module.train(target.module.training)
 

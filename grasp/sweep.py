@@ -27,6 +27,7 @@ from grasp.architecture import (
 from grasp.calibration import CalibrationBatch
 from grasp.errors import NonFiniteError, UnsupportedModelError
 from grasp.loss import loss_and_grad, without_head
+from grasp.offload import fetching_again
 from grasp.progress import Progress, silent
 
 
@@ -115,7 +116,12 @@ def sweep(
     modules = decoder(model).layers
     first = min(target.layer for target in targets)
     below = list(modules)[:first]
-    with evaluating(model), casting(model, dtype), passing_through(below, prefix.returns_tuple):
+    with (
+        evaluating(model),
+        casting(model, dtype),
+        fetching_again(model),
+        passing_through(below, prefix.returns_tuple),
+    ):
         for index, batch in enumerate(batches[start:], start):
             with (
                 entering_with(modules[first], prefix.hidden[first][index]),

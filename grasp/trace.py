@@ -63,7 +63,7 @@ class LiveBytes(TorchDispatchMode):
         given = {leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
                 storage = leaf.untyped_storage()
                 if storage not in given and storage not in self._known:
                     self._known.add(storage)
