@@ -25,7 +25,9 @@ CPU_TOKENS = {8: 512, 4: 1024, 2: 2048}
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def fitting_batch_size(model: PreTrainedModel, config: GraspConfig, *, num_samples: int, seq_len: int) -> int:
+def fitting_batch_size(
+    model: PreTrainedModel, config: GraspConfig, *, num_samples: int, seq_len: int, trial: bool = True
+) -> int:
     """The largest batch size for ``compress_`` that the model's device has room for by now.
 
     It comes from an estimate. On a GPU that is put to the test with one batch, and lowered where memory does not
@@ -36,6 +38,7 @@ def fitting_batch_size(model: PreTrainedModel, config: GraspConfig, *, num_sampl
         config: likewise.
         num_samples: calibration sequences.
         seq_len: tokens in each.
+        trial: make the test. Not where processes share the weights: each would try another size, and wait for others.
 
     Raises:
         OutOfMemoryError: if the device has no room for one sequence.
@@ -44,7 +47,7 @@ def fitting_batch_size(model: PreTrainedModel, config: GraspConfig, *, num_sampl
     device = first_device(model)
     job = Job(model.config, config, model.dtype, device, num_samples, seq_len)
     plan = largest_batch_size(job, free_bytes(device))
-    if device.type == "cpu":
+    if device.type == "cpu" or not trial:
         return plan.batch_size
     return executable_batch_size(plan.batch_size, lambda size: try_batch(model, config, plan, seq_len, size))
 

@@ -171,8 +171,8 @@ class Processes:
 
     def _lost(self, error: Exception) -> DistributedError:
         return DistributedError(
-            f"process {self.rank} of {self.size} has lost the others: one of them has ended, or is more than {TIMEOUT} h "
-            f"behind. Its own last words say why; start all of them again ({_one_line(error)[:200]})"
+            f"process {self.rank} of {self.size} has lost the others: one of them has ended, or is more than {TIMEOUT} "
+            f"h behind. Its own last words say why; start all of them again ({_one_line(error)[:200]})"
         )
 
 

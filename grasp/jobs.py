@@ -154,7 +154,8 @@ def _with_batch_size(
     """The same samples with a number as batch size: that of the run that is continued, or the largest that fits."""
     if samples.batch_size != "auto":
         return samples
-    size = kept or fitting_batch_size(model, config, num_samples=samples.num_samples, seq_len=samples.seq_len)
+    sizes = {"num_samples": samples.num_samples, "seq_len": samples.seq_len}
+    size = kept or fitting_batch_size(model, config, **sizes, trial=not processes.sharded)
     size = processes.least(size)
     notify(f"batch size {size}")
     return replace(samples, batch_size=size)

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import grasp
 from grasp import checkpoint, cli
+from grasp.cli import arguments, root
 from tests import command_line
 from tests.command_line import ROOT, save_tiny_model
 
@@ -44,7 +45,7 @@ def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
     """Run the console script's function in this process; what it changes in the libraries is put back."""
     verbosity, hub = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name, value in cli._QUIET.items():
+    for name, value in root.QUIET.items():
         monkeypatch.setenv(name, value)
 
     def run(*arguments: object) -> Outcome:
@@ -110,19 +111,19 @@ def test_every_public_name_of_the_package_exists() -> None:
     ("text", "layers"), [("3", (3,)), ("3,12-15, 17", (3, 12, 13, 14, 15, 17)), ("2-2", (2,)), ("5,1", (5, 1))]
 )
 def test_layers_are_numbers_and_ranges(text: str, layers: tuple[int, ...]) -> None:
-    assert cli.parse_layers(text) == layers
+    assert arguments.parse_layers(text) == layers
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-", "5-3", "-1", "1,,2", "1.5"])
 def test_other_layers_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"such as 3,12-17, got {text!r}")):
-        cli.parse_layers(text)
+        arguments.parse_layers(text)
 
 
 @pytest.mark.parametrize("text", ["0-99999999999", "10000", "1,9999-10000"])
 def test_numbers_beyond_any_model_are_refused_before_ranges_are_written_out(text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"layers must be below 10000, got {text!r}")):
-        cli.parse_layers(text)
+        arguments.parse_layers(text)
 
 
 @pytest.mark.parametrize(
@@ -385,3 +386,52 @@ def test_a_real_model_is_compressed_evaluated_inspected_and_loaded_by_plain_tran
     assert len(generated) > len("'The capital of France is'") + 5
     assert int(layers) == 14
     assert int(parameters) == report["after"]["parameters"]
+
+
+def test_a_dry_run_says_what_it_would_take_and_reads_no_weights(main: RunMain, model: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((model / "config.json").read_bytes())
+    asked = (
+        "compress",
+        bare,
+        "-o",
+        tmp_path / "out",
+        "--layers",
+        "0,2",
+        "--num-samples",
+        4,
+        "--seq-len",
+        64,
+        "--dry-run",
+    )
+    outcome = main(*asked)
+    assert outcome.code == 0
+    for words in ("layer 2 mlp", "layer 0 attention", "FLOPs", "about", "above the model's", "hidden states"):
+        assert words in outcome.out
+    outcome = main(*asked, "--batch-size", "auto", "--schedule", "single-sweep", "--json")
+    document = json.loads(outcome.out)
+    assert document["samples"]["batch_size"] == document["estimate"]["batch_size"] == 4
+    assert [sweep["layers"] for sweep in document["estimate"]["sweeps"]] == [3]
+    assert document["seconds"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare"]
+
+
+def test_a_dry_run_says_which_layers_are_a_guess(main: RunMain, model: Path, tmp_path: Path) -> None:
+    outcome = main("compress", model, "-o", tmp_path / "out", "--num-layers", 1, "--seq-len", 64, "--dry-run")
+    assert re.search(r"layers +1, assumed: block influence will tell", outcome.out)
+    assert "whichever they are" in outcome.out
+
+
+def test_the_batch_size_can_be_found(main: RunMain, model: Path, text: Path, tmp_path: Path) -> None:
+    asked = ("compress", model, "-o", tmp_path / "out", "--layers", 2, "--num-samples", 4, "--seq-len", 32)
+    outcome = main(*asked, "--calibration", text, "--batch-size", "auto", "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.out)["samples"]["batch_size"] == 4
+    assert "batch size 4" in outcome.err
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
+def test_a_batch_size_that_is_none_is_refused(value: str, main: RunMain, model: Path, tmp_path: Path) -> None:
+    outcome = main("compress", model, "-o", tmp_path / "out", "--batch-size", value)
+    assert (outcome.code, outcome.err) == (2, f"error: batch size must be a positive number or auto; got {value!r}\n")

@@ -1,0 +1,57 @@
+"""Arguments that several commands take, and the texts that stand for numbers."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+import typer
+
+_MOST_LAYERS = 10_000  # far beyond any model; ranges are written out
+
+_MODEL = "A folder, a GGUF file, a name on the Hugging Face hub, or [bold]builtin[/bold] (SmolLM2-135M)."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: CUDA where there is a GPU.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """``"3,12-17"`` → (3, 12, 13, 14, 15, 16, 17).
+
+    Raises:
+        ValueError: if the text is anything else.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"layers must be numbers and ranges such as 3,12-17, got {text!r}")
+        if int(match[2] or match[1]) >= _MOST_LAYERS:
+            raise ValueError(f"layers must be below {_MOST_LAYERS}, got {text!r}")
+        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(layers)
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """``"1,4,16"`` → (1, 4, 16).
+
+    Raises:
+        ValueError: if the text is anything else, or has a 0.
+    """
+    if not re.fullmatch(r"\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*)*", text):
+        raise ValueError(f"rows must be positive numbers such as 1,4,16; got {text!r}")
+    return tuple(map(int, text.split(",")))
+
+
+def parse_batch_size(text: str) -> int | Literal["auto"]:
+    """``"4"`` → 4; ``"auto"`` stays.
+
+    Raises:
+        ValueError: if the text is anything else.
+    """
+    if text == "auto":
+        return "auto"
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise ValueError(f"batch size must be a positive number or auto; got {text!r}")
+    return int(text)

@@ -1,0 +1,174 @@
+"""``grasp compress``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from grasp.cli.arguments import Device, Dtype, Json, Model, parse_batch_size, parse_layers
+from grasp.cli.root import app
+
+if TYPE_CHECKING:
+    from grasp.distributed import Processes
+
+
+@app.command()
+def compress(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the checkpoint; new or empty.", show_default=False)
+    ],
+    preset: Annotated[
+        str, typer.Option(help="Where the settings start: paper (arXiv 2501.00339), or best: the least perplexity.")
+    ] = "paper",
+    compression_ratio: Annotated[
+        float | None, typer.Option(help="Fraction of the whole model's parameters to remove. Paper: 0.2.")
+    ] = None,
+    num_layers: Annotated[
+        int | None, typer.Option(help="Instead: compress this many layers, the most redundant ones.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Instead: compress these layers, such as 3,12-17.")] = None,
+    retain_ratio: Annotated[
+        float | None, typer.Option(help="Fraction of each matrix's parameters to keep. Paper: 0.1.")
+    ] = None,
+    threshold_ratio: Annotated[
+        float | None, typer.Option(help="Instead: keep the fewest singular groups with this share of the importance.")
+    ] = None,
+    basis: Annotated[
+        str | None, typer.Option(help="What is decomposed: plain (paper), whitened or kfac; see GraspConfig.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Importance of a singular group: taylor (paper), gradient, magnitude or fisher.")
+    ] = None,
+    allocation: Annotated[
+        str | None, typer.Option(help="uniform: the same share of every matrix (paper); global: where it helps most.")
+    ] = None,
+    scope: Annotated[
+        str | None, typer.Option(help="redundant: those layers (paper); model: all; auto: what does better held out.")
+    ] = None,
+    refit: Annotated[
+        bool | None, typer.Option("--refit/--no-refit", help="Fit the left factors to the dense outputs at the end.")
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="sequential (paper), per-layer (twice as fast), or single-sweep (all on the dense model)."),
+    ] = None,
+    sweep_dtype: Annotated[
+        str | None, typer.Option(help="Run the calibration sweeps in bfloat16. Default: as the model is.")
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(metavar="FILE|NAME", help="A text file, wikitext2, c4, or builtin.")
+    ] = "builtin",
+    num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
+    batch_size: Annotated[
+        str, typer.Option(metavar="INTEGER|auto", help="Sequences in one forward pass; auto: the most that fit.")
+    ] = "1",
+    device: Device = None,
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(help="Which sequences are drawn.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what this would take: sweeps, FLOPs, time, memory.")
+    ] = False,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Under torchrun: spread the weights over the processes (FSDP2).")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress MODEL and save it as a checkpoint that transformers loads.
+
+    If this is killed, the same command goes on from where it was: until the end that is kept in OUTPUT.partial.
+
+    [bold]Examples[/bold]
+
+    [dim]Remove a fifth of the parameters, as in the paper:[/dim]
+
+    $ grasp compress meta-llama/Llama-3.1-8B-Instruct -o small --num-samples 512 --calibration wikitext2
+
+    [dim]A quick try, offline:[/dim]
+
+    $ grasp compress builtin -o small --num-layers 2 --num-samples 8
+
+    [dim]Layers of your choice, your own text:[/dim]
+
+    $ grasp compress ./my-model -o small --layers 3,12-17 --retain-ratio 0.3 --calibration corpus.txt
+
+    [dim]The least perplexity that is known how to reach without training:[/dim]
+
+    $ grasp compress builtin -o small --preset best --compression-ratio 0.1 --num-samples 24
+
+    [dim]What that would take, in time and memory, without reading the weights:[/dim]
+
+    $ grasp compress ./my-model -o small --layers 3,12-17 --retain-ratio 0.3 --batch-size auto --dry-run
+
+    [dim]In two processes, which share the calibration sequences:[/dim]
+
+    $ torchrun --nproc-per-node 2 -m grasp compress builtin -o small --num-layers 2 --num-samples 8
+    """
+    from grasp import console, jobs, tables
+    from grasp.config import GraspConfig
+
+    choices = {
+        "layers": None if layers is None else parse_layers(layers),
+        "num_layers": num_layers,
+        "compression_ratio": compression_ratio,
+        "retain_ratio": retain_ratio,
+        "threshold_ratio": threshold_ratio,
+        "basis": basis,
+        "metric": metric,
+        "allocation": allocation,
+        "scope": scope,
+        "refit": refit,
+        "schedule": schedule,
+        "sweep_dtype": sweep_dtype,
+    }
+    config = GraspConfig.preset(preset, **{name: value for name, value in choices.items() if value is not None})
+    samples = jobs.Samples(calibration, num_samples, seq_len, parse_batch_size(batch_size), seed)
+    if dry_run:
+        plan = jobs.plan(model, config, samples, dtype=dtype, device=device)
+        if as_json:
+            console.print_json(plan.to_dict())
+        else:
+            tables.show_plan(plan)
+        return
+    with _processes(device, shard) as (processes, place), console.step_bars(quiet=not processes.first) as progress:
+        result = jobs.compress(
+            *(model, output, config, samples),
+            dtype=dtype,
+            device=place,
+            progress=progress,
+            notify=progress.note,
+            processes=processes,
+        )
+    if not processes.first:
+        return
+    if as_json:
+        console.print_json(result.to_dict())
+    else:
+        tables.show_compression(result)
+
+
+@contextmanager
+def _processes(device: str | None, shard: bool) -> Iterator[tuple[Processes, str | None]]:
+    """This process among those that torchrun has started, which the environment tells, and the device that it takes."""
+    from grasp.distributed import ALONE, joined
+    from grasp.loading import find_device
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if shard:
+            raise ValueError(
+                "--shard spreads a model over several processes, but this is one; start it as "
+                "torchrun --nproc-per-node N -m grasp compress ... --shard"
+            )
+        yield ALONE, device
+        return
+    place = find_device(device)
+    if place.type != "cpu" and str(place) == place.type:  # without a number
+        place = find_device(f"{place.type}:{os.environ['LOCAL_RANK']}")
+    with joined(place, sharded=shard) as processes:
+        yield processes, str(place)

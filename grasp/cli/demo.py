@@ -1,0 +1,35 @@
+"""``grasp demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grasp.cli.arguments import Json
+from grasp.cli.root import app
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the result; an earlier demo there is replaced.")
+    ] = Path("demo"),
+    as_json: Json = False,
+) -> None:
+    """Compress SmolLM2-135M and compare: dense, layers removed, GRASP, plain SVD. Minutes, offline.
+
+    [bold]Example[/bold]
+
+    $ grasp demo
+    """
+    from grasp import console, tables
+    from grasp.demo import run_demo
+
+    with console.step_bars() as progress:
+        result = run_demo(output, progress=progress)
+    if as_json:
+        console.print_json(result.to_dict())
+    else:
+        tables.show_demo(result)

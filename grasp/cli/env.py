@@ -1,0 +1,23 @@
+"""``grasp env``."""
+
+from __future__ import annotations
+
+from grasp.cli.arguments import Json
+from grasp.cli.root import app
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Show versions, processors, and which kernel backends can run here and why others cannot.
+
+    [bold]Example[/bold]
+
+    $ grasp env --json
+    """
+    from grasp import console, environment, tables
+
+    facts = environment.environment()
+    if as_json:
+        console.print_json(facts)
+    else:
+        tables.show_environment(facts)

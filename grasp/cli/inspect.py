@@ -1,0 +1,31 @@
+"""``grasp inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grasp.cli.arguments import Json
+from grasp.cli.root import app
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Show the layers and ranks of a checkpoint and where its bytes go, without loading it.
+
+    [bold]Example[/bold]
+
+    $ grasp inspect small
+    """
+    from grasp import console, inspection, tables
+
+    result = inspection.inspect_checkpoint(directory)
+    if as_json:
+        console.print_json(result.to_dict())
+    else:
+        tables.show_inspection(result)

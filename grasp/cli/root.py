@@ -1,0 +1,54 @@
+"""The application that the commands belong to, and how it starts and ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from grasp import __version__
+from grasp.errors import GraspError
+
+app = typer.Typer(
+    name="grasp",
+    help="Make a causal language model smaller by replacing redundant layers with low-rank ones.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+BAD_INPUT = 2  # exit code
+# What the libraries would say on stderr, set before they are imported; a user's own settings stand.
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def main() -> None:
+    """Run the command line; what the user can put right ends in one line on stderr and exit code 2."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # linears that return a view: all of GPT-2's
+    try:
+        app()
+    except (GraspError, ValueError, OSError) as error:
+        if "--traceback" in sys.argv:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"grasp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")] = False,
+) -> None:
+    """Options that stand before the command; both are acted upon elsewhere."""
