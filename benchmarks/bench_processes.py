@@ -26,8 +26,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.conditions import Conditions, conditions, measure_card
 from grasp.attribution import SCHEDULES
+from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.calibration import builtin_text, token_batches
 from grasp.compress import compress_
 from grasp.config import GraspConfig

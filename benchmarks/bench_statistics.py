@@ -27,10 +27,10 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_model import parse_layers
-from benchmarks.conditions import Conditions, conditions, measure_card
-from benchmarks.timing import Sample
 from grasp.architecture import Target, decoder, first_device, layer_targets
+from grasp.bench.conditions import Conditions, conditions, measure_card
+from grasp.bench.model import parse_layers
+from grasp.bench.timing import Sample
 from grasp.calibration import CalibrationBatch
 from grasp.config import GraspConfig
 from grasp.covariance import basis_moments, covariance_bytes, gather_covariances

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import Rotation
-from benchmarks.workloads import OPS, Problem, Run, backends, make_problem, wrong
+from grasp.bench.timing import Rotation
+from grasp.bench.workloads import OPS, Problem, Run, backends, make_problem, wrong
 from grasp_kernels import pack_factors, roofline
 from grasp_kernels.packing import stacked
 from grasp_kernels.roofline import Cost

@@ -21,11 +21,11 @@ import typer
 from rich.console import Console
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.conditions import ROOT, conditions, measure_card
 from benchmarks.gpu_cases import Case, Operands, Provider, compiled, complaint, make_operands, providers
 from benchmarks.gpu_report import NotMeasured, PytestRun, Report, Result, print_case, print_summary, targets
 from benchmarks.launch_costs import measure_launches
-from benchmarks.timing import Batch, batch, interleave
+from grasp.bench.conditions import ROOT, conditions, measure_card
+from grasp.bench.timing import Batch, batch, interleave
 from grasp_kernels import roofline, tuning
 from grasp_kernels.roofline import Card
 from grasp_kernels.shapes import parse_shape

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.conditions import Conditions
 from benchmarks.launch_costs import LaunchCosts
+from grasp.bench.conditions import Conditions
 from grasp_kernels.dispatch import BACKENDS
 
 

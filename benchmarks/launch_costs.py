@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from benchmarks.timing import Batch, Rotation, batch, interleave
+from grasp.bench.timing import Batch, Rotation, batch, interleave
 from grasp_kernels.triton.launch import Card, card
 from grasp_kernels.triton.tiles import arrive, wait
 

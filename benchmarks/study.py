@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.conditions import Conditions, conditions, measure_card
 from grasp.architecture import decoder, first_device
+from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.calibration import CalibrationBatch, bos_for, read_text, token_batches, tokenize
 from grasp.compress import compress_
 from grasp.config import GraspConfig

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.timing import batch
-from benchmarks.workloads import OPS, backends, make_problem, rotations, wrong
+from grasp.bench.timing import batch
+from grasp.bench.workloads import OPS, backends, make_problem, rotations, wrong
 from grasp_kernels.dispatch import BACKENDS
 from grasp_kernels.shapes import format_shape, parse_shape
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from benchmarks.naive import accumulate, insert_svd_, mean_nll
 from grasp import attribution
 from grasp.architecture import Target, decoder, layer_targets
 from grasp.attribution import gather_gradients, plan_sweeps
+from grasp.bench.naive import accumulate, insert_svd_, mean_nll
 from grasp.calibration import CalibrationBatch
 from grasp.errors import NonFiniteError
 from grasp.modules import decompose, dense_weight

@@ -135,7 +135,7 @@ def test_numbers_beyond_any_model_are_refused_before_ranges_are_written_out(text
         (["--layers", "1-9"], ["decoder layers 0..2, got layers=[1, 2, 3"]),
         (["--num-layers", "4"], ["3 decoder layers, got num_layers=4"]),
         (["--compression-ratio", "0.9"], ["the largest possible ratio is"]),
-        (["--preset", "papre"], ["preset must be one of paper, got 'papre'"]),
+        (["--preset", "papre"], ["preset must be one of paper, best, got 'papre'"]),
         (["--metric", "magnitude"], ["metric must be one of taylor, gradient, got 'magnitude'"]),
         (["--num-samples", "1000"], ["the text has 1520 tokens; 1000 samples of 32 need 32000"]),
         (["--seq-len", "1"], ["seq_len must be at least 2, got 1"]),

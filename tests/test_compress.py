@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.naive import naive_grasp_
 from grasp.architecture import decoder, layer_targets
+from grasp.bench.naive import naive_grasp_
 from grasp.calibration import CalibrationBatch
 from grasp.compress import compress_
 from grasp.config import GraspConfig

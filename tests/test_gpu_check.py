@@ -17,12 +17,13 @@ pytest.importorskip("triton")
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import gpu_cases, gpu_check, timing
+from benchmarks import gpu_cases, gpu_check
 from benchmarks.gpu_cases import Case, Provider, complaint, make_operands, providers
 from benchmarks.gpu_check import Plan, check, full_plan, run_tests
 from benchmarks.gpu_report import NotMeasured, PytestRun, Report, Result, chosen, dense_wins, print_summary, targets
 from benchmarks.launch_costs import LaunchCosts, _read, measure_launches
-from benchmarks.workloads import OPS, Problem
+from grasp.bench import timing
+from grasp.bench.workloads import OPS, Problem
 from grasp_kernels.shapes import parse_shape
 from grasp_kernels.triton.launch import card
 

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.naive import mean_nll
 from grasp.architecture import Target, layer_targets
 from grasp.basis import BASES, DAMPING
+from grasp.bench.naive import mean_nll
 from grasp.calibration import CalibrationBatch
 from grasp.modules import dense_weight
 from grasp.scoring import METRICS, Scored, gather_scores, in_units_of_loss

@@ -8,8 +8,9 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from benchmarks import conditions, study
+from benchmarks import study
 from benchmarks.study import METHODS, main, missing
+from grasp.bench import conditions
 from tests.command_line import save_tiny_model
 
 

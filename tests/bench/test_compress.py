@@ -10,9 +10,10 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
-from benchmarks import bench_compress, conditions
-from benchmarks.bench_compress import main
 from grasp.attribution import DenseSum, FactoredSum
+from grasp.bench import compress as bench_compress
+from grasp.bench import conditions
+from grasp.bench.compress import main
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 

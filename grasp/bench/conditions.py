@@ -16,7 +16,7 @@ from grasp_kernels import cpu, roofline
 from grasp_kernels.dispatch import backend_missing
 from grasp_kernels.roofline import Card
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 READ_BYTES = 1 << 30  # of the buffer whose reading gives the bandwidth
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 REPETITIONS = 5

@@ -10,8 +10,9 @@ import typer
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from benchmarks import bench_model, conditions
-from benchmarks.bench_model import Unfused, difference, main, providers
+from grasp.bench import conditions
+from grasp.bench import model as bench_model
+from grasp.bench.model import Unfused, difference, main, providers
 from grasp.modules import LowRankLinear
 from tests.tiny_models import tiny_model
 

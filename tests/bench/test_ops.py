@@ -9,9 +9,10 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
-from benchmarks import bench_ops, conditions, timing
-from benchmarks.bench_ops import Case, floor_seconds, main
-from benchmarks.workloads import OPS
+from grasp.bench import conditions, timing
+from grasp.bench import ops as bench_ops
+from grasp.bench.ops import Case, floor_seconds, main
+from grasp.bench.workloads import OPS
 from grasp_kernels import roofline
 from grasp_kernels.dispatch import backend_missing
 from grasp_kernels.shapes import parse_shape

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.race import Laps, compare, race
 from grasp.architecture import layer_targets
 from grasp.attribution import plan_sweeps
+from grasp.bench.race import Laps, compare, race
 from grasp.calibration import CalibrationBatch
 from grasp.modules import LowRankLinear
 from grasp.trace import FLOP_FORMULAS

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.workloads import (
+from grasp.bench.workloads import (
     OPS,
     backends,
     make_problem,

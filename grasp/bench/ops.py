@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,13 +20,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-# Run as a file, only its own folder is on the path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.conditions import Conditions, conditions, measure_card
-from benchmarks.timing import batch, interleave
-from benchmarks.workloads import (
+from grasp.bench.conditions import Conditions, conditions, measure_card
+from grasp.bench.timing import batch, interleave
+from grasp.bench.workloads import (
     OPS,
     backends,
     make_problem,
@@ -231,7 +226,7 @@ def main(
 ) -> None:
     """Time every op on every backend against one dense linear and two unfused ones.
 
-    Example: python benchmarks/bench_ops.py --op lowrank_linear --shape 4096x4096r204 --rows 1 --threads 1 -o ops.jsonl
+    Example: python -m grasp.bench.ops --op lowrank_linear --shape 4096x4096r204 --rows 1 --threads 1 -o ops.jsonl
     """
     where = _device(device)
     ops = _known(op or list(OPS), list(OPS), "op")

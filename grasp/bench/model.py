@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,13 +21,9 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
-# Run as a file, only its own folder is on the path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.conditions import Conditions, conditions, measure_card
-from benchmarks.timing import Sample
 from grasp.architecture import decoder, first_device, layer_targets, replace_module_
+from grasp.bench.conditions import Conditions, conditions, measure_card
+from grasp.bench.timing import Sample
 from grasp.errors import GraspError, UnsupportedModelError
 from grasp.evaluate import GenerationTime, time_generation
 from grasp.loading import BUILTIN, DTYPES, load_model
@@ -206,7 +201,7 @@ def main(
 ) -> None:
     """Time a model with low-rank layers against itself dense, with the layers deleted, and with unfused factors.
 
-    Example: python benchmarks/bench_model.py builtin --num-layers 6 --threads 1 -o model.jsonl
+    Example: python -m grasp.bench.model builtin --num-layers 6 --threads 1 -o model.jsonl
     """
     if threads is not None:
         torch.set_num_threads(threads)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import Rotation
+from grasp.bench.timing import Rotation
 from grasp_kernels import Factors, lowrank_glu, lowrank_linear, lowrank_linear_grouped, roofline, singular_value_grad
 from grasp_kernels.dispatch import BACKENDS, Call, objection
 from grasp_kernels.roofline import Cost

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,16 +21,12 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# Run as a file, only its own folder is on the path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.bench_model import parse_layers
-from benchmarks.conditions import Conditions, conditions, measure_card
-from benchmarks.memory import peak_bytes_above_now
-from benchmarks.race import Race, WrongSelectionError, race
 from grasp.architecture import Target, decoder, first_device
 from grasp.attribution import SCHEDULES, gather_gradients, plan_sweeps
+from grasp.bench.conditions import Conditions, conditions, measure_card
+from grasp.bench.memory import peak_bytes_above_now
+from grasp.bench.model import parse_layers
+from grasp.bench.race import Race, WrongSelectionError, race
 from grasp.calibration import CalibrationBatch, bos_for, builtin_text, token_batches, tokenize
 from grasp.compress import compress_, eligible_targets
 from grasp.config import GraspConfig
@@ -255,7 +250,7 @@ def main(
 ) -> None:
     """Time the package's attribution against a naive one: the paper's schedule first, then those asked for.
 
-    Example: python -m benchmarks.bench_compress --layers 22,23,24,25,26,27 -o compress.jsonl
+    Example: python -m grasp.bench.compress --layers 22,23,24,25,26,27 -o compress.jsonl
     """
     torch.set_num_threads(threads)
     console = Console()

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import timing
-from benchmarks.timing import CpuBatch, CudaBatch, Rotation, Sample, batch, interleave
+from grasp.bench import timing
+from grasp.bench.timing import CpuBatch, CudaBatch, Rotation, Sample, batch, interleave
 
 CPU = torch.device("cpu")
 

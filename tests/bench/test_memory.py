@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks.memory import peak_bytes_above_now
+from grasp.bench.memory import peak_bytes_above_now
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own count")

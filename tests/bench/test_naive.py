@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.naive import SVDLinear, accumulate, insert_svd_, mean_nll, naive_grasp_
 from grasp.architecture import layer_targets
+from grasp.bench.naive import SVDLinear, accumulate, insert_svd_, mean_nll, naive_grasp_
 from tests.tiny_models import tiny_batches, tiny_model
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from benchmarks.naive import SVDLinear, accumulate, insert_svd_
 from grasp.architecture import Target, replace_module_
 from grasp.attribution import DenseSum, FactoredSum, gather_gradients
+from grasp.bench.naive import SVDLinear, accumulate, insert_svd_
 from grasp.calibration import CalibrationBatch
 from grasp.errors import GraspError
 from grasp.modules import SVD, LowRankLinear
