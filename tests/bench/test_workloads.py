@@ -85,7 +85,7 @@ def test_without_rotation_there_is_one_copy() -> None:
 
 def test_backends_that_cannot_run_give_their_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     absent = dispatch.Backend("absent", {}, lambda: "not built", lambda _: None, lambda _: None)
-    monkeypatch.setattr("benchmarks.workloads.BACKENDS", (absent, dispatch.BACKENDS[-1]))
+    monkeypatch.setattr("grasp.bench.workloads.BACKENDS", (absent, dispatch.BACKENDS[-1]))
     problem = make_problem("lowrank_linear", GROUP[:1], 2, torch.float32, CPU)
     runs, reasons = backends("lowrank_linear", GROUP[:1], problem)
     assert list(runs) == ["reference"]
