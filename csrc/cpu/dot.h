@@ -85,10 +85,10 @@ struct Dot {
 
     // In which order a chunk is read. Rows far enough apart are in different pages, and that streams faster than one
     // after the other, for the processor's own prefetching ends at every page; so the chunk is read in parts side by
-    // side, if they are longer than a page. The distances are the best measured.
+    // side, if they are longer than a page. The distances, into the first-level cache, are the best measured.
     template <int ROWS>
     struct Order {
-        static constexpr int64_t PAGE = 4096 / sizeof(Element), NEAR = 512 / sizeof(Element),
+        static constexpr int64_t PAGE = 4096 / sizeof(Element), NEAR = 1536 / sizeof(Element),
                                  FAR = 3072 / sizeof(Element);
         const Element *first;
         int64_t stride, depth, part;  // rows
@@ -119,7 +119,7 @@ struct Dot {
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) {
                 const Element *at = rows.first + r * rows.pitch * rows.stride + k;
-                __builtin_prefetch(at + ahead, 0, 2);
+                __builtin_prefetch(at + ahead, 0, 3);
                 const Loaded loaded = load_step(at);
 #pragma GCC unroll 8
                 for (int m = 0; m < M; ++m) acc[r][m] = Policy::multiply(acc[r][m], loaded, x + m * x_stride + k);

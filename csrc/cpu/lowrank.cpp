@@ -12,7 +12,7 @@
 namespace grasp {
 namespace {
 
-constexpr int64_t CHUNK_BYTES = 32 << 10;    // of a weight, or one block of rows if that is more
+constexpr int64_t CHUNK_BYTES = 256 << 10;   // of a weight, or one block of rows if that is more
 constexpr int64_t ROW_STEP = 4;              // kernels take weight rows in fours
 constexpr int64_t SERIAL_BYTES = 256 << 10;  // of all weights: below, the threads' start costs more than they save
 constexpr int64_t PACK_FLOATS = 16 << 10;    // of x in a chunk
