@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from grasp.bench.conditions import Conditions
-from grasp.bench.results import CompressResult, ModelResult, NotMeasured, OpResult
-from grasp.console import layer_ranges, print_table, print_text, size
+from grasp.bench.results import CompressResult, ModelResult, NotMeasured, OpResult, Percentiles
+from grasp.console import count, layer_ranges, print_table, print_text, size
 from grasp_kernels.roofline import Card
 
 
@@ -40,18 +40,18 @@ def show_ops(results: Sequence[OpResult]) -> None:
 
 
 def show_model(results: Sequence[ModelResult]) -> None:
-    """The providers of one model at one batch size: latencies, then sizes and speed."""
+    """The providers of one model at one batch size: prompt, decoding, sizes; tables of 80 columns."""
     first = results[0]
     print_table(
-        ("ms: p50 p95 p99", "prefill", "floor", "first token", "per token", "floor"),
+        ("ms: p50 p95 p99", "prefill", "floor", "share", "first token", "× dense"),
         [
             (
                 each.provider,
-                _percentiles(each.prefill_ms.p50, each.prefill_ms.p95, each.prefill_ms.p99),
-                _floor(each.prefill_floor_ms, each.prefill_share_of_floor),
-                _percentiles(each.first_token_ms.p50, each.first_token_ms.p95, each.first_token_ms.p99),
-                _percentiles(each.inter_token_ms.p50, each.inter_token_ms.p95, each.inter_token_ms.p99),
-                _floor(each.inter_token_floor_ms, each.inter_token_share_of_floor),
+                _milliseconds(each.prefill_ms),
+                _or_blank(each.prefill_floor_ms, ".1f"),
+                _or_blank(each.prefill_share_of_floor, ".0%"),
+                _milliseconds(each.first_token_ms),
+                f"{each.prefill_speedup_over_dense:.2f}",
             )
             for each in results
         ],
@@ -59,16 +59,26 @@ def show_model(results: Sequence[ModelResult]) -> None:
         f"{first.retain_ratio:.0%}, batch {first.batch_size}, {first.prompt_tokens} + {first.new_tokens} tokens",
     )
     print_table(
-        ("", "decode/s", "IQR", "× dense", "prefill/s", "IQR", "× dense", "weights", "KV cache", "peak", "perplexity"),
+        ("ms: p50 p95 p99", "per token", "floor", "share", "tokens/s", "IQR", "× dense"),
         [
             (
                 each.provider,
+                _milliseconds(each.inter_token_ms),
+                _or_blank(each.inter_token_floor_ms, ".1f"),
+                _or_blank(each.inter_token_share_of_floor, ".0%"),
                 f"{each.decode_tokens_per_s:.1f}",
                 f"{each.decode_spread:.0%}",
                 f"{each.decode_speedup_over_dense:.2f}",
-                f"{each.prefill_tokens_per_s:.0f}",
-                f"{each.prefill_spread:.0%}",
-                f"{each.prefill_speedup_over_dense:.2f}",
+            )
+            for each in results
+        ],
+    )
+    print_table(
+        ("", "parameters", "weights", "KV cache", "peak", "perplexity"),
+        [
+            (
+                each.provider,
+                count(each.parameters),
                 size(each.weight_bytes),
                 size(each.kv_cache_bytes),
                 "?" if each.peak_memory_bytes is None else size(each.peak_memory_bytes),
@@ -170,12 +180,8 @@ def _agreement(result: CompressResult) -> str:
     return f"{result.swaps} of {result.groups} groups chosen differently{where}"
 
 
-def _percentiles(*values: float) -> str:
-    return " ".join(f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in values)
-
-
-def _floor(floor: float | None, share: float | None) -> str:
-    return "" if floor is None or share is None else f"{floor:.1f}, {share:.0%}"
+def _milliseconds(values: Percentiles) -> str:
+    return " ".join(f"{each:.1f}" if each < 100 else f"{each:.0f}" for each in (values.p50, values.p95, values.p99))
 
 
 def _or_blank(value: float | None, how: str) -> str:

@@ -54,7 +54,7 @@ def test_every_provider_is_timed_at_every_batch_size(run: RunBench, tmp_path: Pa
     assert timed["dense", 1].decode_speedup_over_dense == timed["dense", 3].prefill_speedup_over_dense == 1
     sizes = {name: timed[name, 1].weight_bytes for name in names}
     assert sizes["removed"] < sizes["compressed"] == sizes["unfused"] < sizes["dense"]
-    for words in ("decode/s", "per token", "Perplexity on", "the perplexity is not"):
+    for words in ("tokens/s", "per token", "Perplexity on", "the perplexity is not"):
         assert words in outcome.text
     left_out = {each.provider for each in records if isinstance(each, NotMeasured)}
     assert left_out.isdisjoint(names)
