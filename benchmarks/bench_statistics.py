@@ -29,9 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grasp.architecture import Target, decoder, first_device, layer_targets
 from grasp.bench.conditions import Conditions, conditions, measure_card
-from grasp.bench.model import parse_layers
+from grasp.bench.providers import pick_layers
 from grasp.bench.timing import Sample
 from grasp.calibration import CalibrationBatch
+from grasp.cli.arguments import parse_layers
 from grasp.config import GraspConfig
 from grasp.covariance import basis_moments, covariance_bytes, gather_covariances
 from grasp.errors import GraspError
@@ -170,7 +171,7 @@ def main(
     console = Console()
     try:
         loaded, _ = load_model(model, dtype=dtype)
-        chosen = parse_layers(layers, num_layers, len(decoder(loaded).layers))
+        chosen = pick_layers(None if layers is None else parse_layers(layers), num_layers, len(decoder(loaded).layers))
         GraspConfig(sweep_dtype=sweep_dtype)  # knows which there are
     except (GraspError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error

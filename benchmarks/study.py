@@ -7,13 +7,11 @@ A cell that the output already has is not run again, so a study that was interru
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grasp.architecture import decoder, first_device
 from grasp.bench.conditions import Conditions, conditions, measure_card
+from grasp.bench.results import StudyResult as Cell
+from grasp.bench.results import StudySetting as Setting
+from grasp.bench.results import append_results, read_results
 from grasp.calibration import CalibrationBatch, bos_for, read_text, token_batches, tokenize
 from grasp.compress import compress_
 from grasp.config import GraspConfig
@@ -79,36 +80,6 @@ METHODS: dict[str, Method] = {
 }
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What the cells of one study share."""
-
-    model: str
-    calibration: str
-    text: str
-    num_samples: int
-    seq_len: int
-    batch_size: int
-    window: int
-    windows: int | None  # of the text that are evaluated; ``None`` for all
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method at one ratio with one seed, one line of the output."""
-
-    method: str
-    ratio: float  # of the decoder's parameters, that was asked for
-    seed: int
-    setting: Setting
-    removed: float  # fraction of the decoder's parameters that is gone
-    parameters: int  # of the whole model
-    perplexity: float
-    excess: float  # nats per token over the dense model
-    seconds: float  # to compress
-    conditions: Conditions
-
-
 def run_cell(method: str, ratio: float, seed: int, setting: Setting, dense: float, now: Conditions) -> Cell:
     """Load the model, compress it and measure it; ``ratio`` 0 measures the dense model against ``dense``."""
     model, tokenizer = load_model(setting.model, dtype="float32")
@@ -154,15 +125,10 @@ def read_cells(path: Path, setting: Setting) -> dict[tuple[str, float, int], Cel
         GraspError: if the file has cells of another study, or is damaged.
     """
     cells: dict[tuple[str, float, int], Cell] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), start=1):
-        try:
-            values = json.loads(line)
-            found = Setting(**values["setting"])
-            cell = Cell(**{**values, "setting": found, "conditions": Conditions(**values["conditions"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise GraspError(
-                f"{path}, line {number}: not a cell of a study ({error}); repair or move the file"
-            ) from error
+    for cell in read_results(path) if path.exists() else ():
+        if not isinstance(cell, Cell):
+            raise GraspError(f"{path} has a result of kind {cell.kind}, expected a study; give another file")
+        found = cell.setting
         if found != setting:
             raise GraspError(f"{path} has a study with {found}, asked for is {setting}; give another file")
         cells[cell.method, cell.ratio, cell.seed] = cell
@@ -248,8 +214,7 @@ def _keep(cells: dict[tuple[str, float, int], Cell], output: Path, cell: Cell, s
     """Add a cell to the file, as one line in one write."""
     cell = dataclasses.replace(cell, setting=setting)
     cells[cell.method, cell.ratio, cell.seed] = cell
-    with output.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(cell)) + "\n")
+    append_results(output, [cell])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby, islice, pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -171,10 +171,24 @@ def _losses(model: PreTrainedModel, rows: Tensor, scored_from: Sequence[int]) ->
 
 @dataclass(frozen=True)
 class GenerationTime:
-    """Seconds that one prompt and the tokens generated after it took."""
+    """Seconds that one prompt and the tokens generated after it took, and what its KV cache held at the end.
+
+    Attributes:
+        prefill_s: the forward pass of the prompt.
+        first_token_s: from the prompt on the host to its first token there.
+        steps_s: from each token on the host to the next one.
+        kv_cache_bytes: keys and values of all layers and sequences.
+    """
 
     prefill_s: float
-    decode_s: float
+    first_token_s: float
+    steps_s: tuple[float, ...]
+    kv_cache_bytes: int
+
+    @property
+    def decode_s(self) -> float:
+        """All steps after the first token."""
+        return sum(self.steps_s)
 
 
 @dataclass(frozen=True)
@@ -234,11 +248,47 @@ def time_generation(
 ) -> GenerationTime:
     """Time one prompt, and ``new_tokens`` greedy steps with a KV cache after it; an end-of-text token ends nothing.
 
-    The prompt is the same random tokens for every model of one vocabulary. Call it once, unused, to warm up.
+    The prompt is the same random tokens for every model of one vocabulary. Every token is fetched to the host, as
+    whoever streams them does. Call it once, unused, to warm up.
 
     Raises:
         ValueError: if a number is smaller than 1, or the model has not enough positions.
     """
+    prompt = _prompt(model, prompt_tokens, new_tokens, batch_size)
+    device = first_device(model)
+    with evaluating(model):
+        begin = _now(device)
+        cache, options = _caching(model)
+        token = prompt.to(device)
+        start = _now(device)
+        logits = model(input_ids=token, **options).logits
+        prefill = _now(device) - start
+        token = logits[:, -1:].argmax(-1)
+        token.tolist()
+        arrived = [time.perf_counter()]
+        for _ in range(new_tokens):
+            token = model(input_ids=token, **options).logits[:, -1:].argmax(-1)
+            token.tolist()
+            arrived.append(time.perf_counter())
+    steps = tuple(after - before for before, after in pairwise(arrived))
+    return GenerationTime(prefill, arrived[0] - begin, steps, _cache_bytes(cache))
+
+
+@torch.inference_mode()
+def first_logits(model: PreTrainedModel, *, prompt_tokens: int, batch_size: int = 1) -> Tensor:
+    """Logits after the prompt of ``time_generation``, and after one more token, the same for every model: (2, B, V).
+
+    Raises:
+        ValueError: as ``time_generation``.
+    """
+    prompt = _prompt(model, prompt_tokens, 1, batch_size).to(first_device(model))
+    _, options = _caching(model)
+    with evaluating(model):
+        return torch.stack([model(input_ids=ids, **options).logits[:, -1] for ids in (prompt, prompt[:, :1])])
+
+
+def _prompt(model: PreTrainedModel, prompt_tokens: int, new_tokens: int, batch_size: int) -> Tensor:
+    """Random tokens, (B, L), on the CPU."""
     for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -247,23 +297,23 @@ def time_generation(
         raise ValueError(
             f"{prompt_tokens} prompt tokens and {new_tokens} new ones are more than the model's {limit} positions"
         )
-    device = first_device(model)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    prompt = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    return torch.randint(vocabulary, (batch_size, prompt_tokens), generator=torch.Generator().manual_seed(0))
+
+
+def _caching(model: PreTrainedModel) -> tuple[DynamicCache, dict[str, Any]]:
+    """An empty KV cache, which is filled in place, and how the model is told of it."""
     accepted = inspect.signature(model.forward).parameters
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # filled in place
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     options: dict[str, Any] = {"use_cache": True, "cache" if "cache" in accepted else "past_key_values": cache}
     if "logits_to_keep" in accepted:
         options["logits_to_keep"] = 1  # as ``generate`` does
-    with evaluating(model):
-        token = prompt.to(device)
-        start = _now(device)
-        seconds = []
-        for steps in (1, new_tokens):
-            for _ in range(steps):
-                token = model(input_ids=token, **options).logits[:, -1:].argmax(-1)
-            seconds.append(_now(device) - start)
-    return GenerationTime(prefill_s=seconds[0], decode_s=seconds[1] - seconds[0])
+    return cache, options
+
+
+def _cache_bytes(cache: DynamicCache) -> int:
+    tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 def _now(device: torch.device) -> float:

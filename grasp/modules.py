@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from grasp.errors import NonFiniteError
 from grasp.offload import execution_device, fetched
 from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped, pack_factors
+from grasp_kernels.dispatch import BACKENDS
 
 DenseLinear = nn.Linear | Conv1D
 
@@ -80,27 +81,27 @@ class InputGroup:
     def output(self, member: LowRankLinear, x: Tensor) -> Tensor:
         """The output of ``member`` for ``x``: (..., in_features) → (..., out_features)."""
         if len(self.members) == 1:
-            return lowrank_linear(x, *self._packed_for(x, [member.factors])[0])
+            return lowrank_linear(x, *self._packed_for(x, [member.factors])[0], backend=member.backend)
         index = self._indices.get(id(member))
         if index is None:  # a replica of a member
-            return lowrank_linear(x, *member.factors)
+            return lowrank_linear(x, *member.factors, backend=member.backend)
         thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
         if index == 0:
             return self._first_of_all(x, thread)
         waiting, own = self._waiting.pop(thread, None), member.factors
         if waiting is None or waiting.x is not x or index not in waiting.outputs:
-            return lowrank_linear(x, *own)
+            return lowrank_linear(x, *own, backend=member.backend)
         output, stamp = waiting.outputs.pop(index)
         if waiting.outputs:
             self._waiting[thread] = waiting
-        return output if stamp == _stamp(x, own) else lowrank_linear(x, *own)
+        return output if stamp == _stamp(x, own) else lowrank_linear(x, *own, backend=member.backend)
 
     def _first_of_all(self, x: Tensor, thread: int) -> Tensor:
         """The first member's output; the others' are kept."""
-        factors = [member.factors for member in self.members]
+        factors, backend = [member.factors for member in self.members], self.members[0].backend
         if any(group.U.device != x.device for group in factors):  # an offloaded member comes at its own turn
-            return lowrank_linear(x, *factors[0])
-        outputs = lowrank_linear_grouped(x, self._packed_for(x, factors))
+            return lowrank_linear(x, *factors[0], backend=backend)
+        outputs = lowrank_linear_grouped(x, self._packed_for(x, factors), backend=backend)
         rest = zip(outputs[1:], factors[1:], strict=True)
         kept = {index: (output, _stamp(x, group)) for index, (output, group) in enumerate(rest, start=1)}
         self._waiting[thread] = _Waiting(x, kept)
@@ -191,6 +192,19 @@ def group_linears_(model: nn.Module, enabled: bool = True) -> list[tuple[str, ..
     return groups
 
 
+def set_backend_(model: nn.Module, backend: str) -> None:
+    """Let all low-rank linears of a model run on one backend; calls that it does not run raise. ``"auto"`` undoes it.
+
+    Raises:
+        ValueError: if there is no such backend.
+    """
+    if backend not in (known := ["auto", *(row.name for row in BACKENDS)]):
+        raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(known)}")
+    for module in model.modules():
+        if isinstance(module, LowRankLinear):
+            module.backend = backend
+
+
 class LowRankLinear(nn.Module):
     """A linear layer of rank R: ``y = (x @ Vh.mT) @ U.mT + bias``, the singular values folded into both factors
     (in fp16 into U alone).
@@ -201,6 +215,7 @@ class LowRankLinear(nn.Module):
     U: nn.Parameter
     Vh: nn.Parameter
     bias: nn.Parameter | None
+    backend = "auto"  # of the ops; see ``set_backend_``
 
     def __init__(
         self,
@@ -273,7 +288,7 @@ class LowRankLinear(nn.Module):
         """(..., in_features) → (..., out_features)."""
         own = self._parameters  # as attributes they cost a microsecond more
         if len(own) == 3 and _one_by_one(x):  # with a parametrization there are fewer
-            return lowrank_linear(x, own["U"], None, own["Vh"], own["bias"])  # type: ignore[arg-type]
+            return lowrank_linear(x, own["U"], None, own["Vh"], own["bias"], backend=self.backend)  # type: ignore[arg-type]
         return self.group.output(self, x)
 
     @property

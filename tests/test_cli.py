@@ -86,6 +86,15 @@ def test_help_names_every_command_and_shows_examples() -> None:
         assert f"$ grasp {command}" in shown.output
 
 
+@pytest.mark.parametrize("command", ["ops", "model", "compress", "tune"])
+def test_help_of_the_benchmarks_shows_examples(command: str) -> None:
+    runner = CliRunner()
+    assert re.search(rf"│ {command} ", runner.invoke(cli.app, ["bench", "--help"]).output)
+    shown = runner.invoke(cli.app, ["bench", command, "--help"])
+    assert shown.exit_code == 0
+    assert f"$ grasp bench {command}" in shown.output
+
+
 def test_version_is_the_one_of_the_distribution() -> None:
     result = CliRunner().invoke(cli.app, ["--version"])
     declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)

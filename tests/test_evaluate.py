@@ -242,7 +242,7 @@ def test_throughput_leaves_the_warm_up_out_and_reports_progress() -> None:
 
 
 def test_speed_is_that_of_the_median_times_over_the_whole_batch() -> None:
-    times = [GenerationTime(1.0, 9.0), GenerationTime(2.0, 4.0), GenerationTime(60.0, 3.0)]
+    times = [GenerationTime(p, p, (d - 1, 1.0), 0) for p, d in ((1.0, 9.0), (2.0, 4.0), (60.0, 3.0))]
     result = summarize(times, prompt_tokens=100, new_tokens=8, batch_size=3)
     assert result.prefill_tokens_per_s == 150.0
     assert result.decode_tokens_per_s == 6.0

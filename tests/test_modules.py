@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from grasp import modules
 from grasp.errors import NonFiniteError
-from grasp.modules import LowRankLinear, decompose, dense_weight, group_linears_
+from grasp.modules import LowRankLinear, decompose, dense_weight, group_linears_, set_backend_
 from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped
 
 
@@ -143,9 +143,9 @@ class Attention(nn.Module):
 def grouped_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
 
-    def counted(x: Tensor, factors: Sequence[Factors]) -> tuple[Tensor, ...]:
+    def counted(x: Tensor, factors: Sequence[Factors], *, backend: str) -> tuple[Tensor, ...]:
         calls.append(len(factors))
-        return lowrank_linear_grouped(x, factors)
+        return lowrank_linear_grouped(x, factors, backend=backend)
 
     monkeypatch.setattr(modules, "lowrank_linear_grouped", counted)
     return calls
@@ -323,3 +323,28 @@ def test_fp16_factors_do_not_overflow_where_the_dense_linear_does_not() -> None:
     assert torch.isfinite(dense(x)).all()
     low_rank = LowRankLinear.from_dense(dense, torch.arange(1))
     torch.testing.assert_close(low_rank(x), dense(x), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_model_can_be_set_to_one_backend(monkeypatch: pytest.MonkeyPatch, grouped: bool) -> None:
+    asked: list[str] = []
+
+    def lowrank(x: Tensor, *factors: object, backend: str) -> Tensor:
+        asked.append(backend)
+        return lowrank_linear(x, *factors, backend=backend)  # type: ignore[arg-type]
+
+    def several(x: Tensor, factors: Sequence[Factors], *, backend: str) -> tuple[Tensor, ...]:
+        asked.append(backend)
+        return lowrank_linear_grouped(x, factors, backend=backend)
+
+    monkeypatch.setattr(modules, "lowrank_linear", lowrank)
+    monkeypatch.setattr(modules, "lowrank_linear_grouped", several)
+    attention, x = Attention(), torch.randn(2, 3, 24)
+    group_linears_(attention, grouped)
+    for backend, calls in (("reference", 1 if grouped else 3), ("auto", 1 if grouped else 3)):
+        set_backend_(attention, backend)
+        attention(x)
+        assert asked == [backend] * calls
+        asked.clear()
+    with pytest.raises(ValueError, match="unknown backend 'warp'; expected one of auto, cuda"):
+        set_backend_(attention, "warp")

@@ -1,4 +1,4 @@
-"""Time the attribution of GRASP against a naive one that follows the formulas (``benchmarks.naive``).
+"""Time the attribution of GRASP against a naive one that follows the formulas (``grasp.bench.naive``).
 
 Block influence and decompositions are left out on both sides. A sweep is timed on its first batches, both sides in turn
 on models in the same state; where those are not the whole set, its time is extrapolated, and marked as that. Nothing is
@@ -8,16 +8,10 @@ reported unless both sides choose the same singular groups.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Annotated
+from dataclasses import dataclass, replace
 
 import torch
-import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,15 +19,17 @@ from grasp.architecture import Target, decoder, first_device
 from grasp.attribution import SCHEDULES, gather_gradients, plan_sweeps
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.memory import peak_bytes_above_now
-from grasp.bench.model import parse_layers
-from grasp.bench.race import Race, WrongSelectionError, race
+from grasp.bench.providers import pick_layers
+from grasp.bench.race import Race, race
+from grasp.bench.results import CompressResult
 from grasp.calibration import CalibrationBatch, bos_for, builtin_text, token_batches, tokenize
 from grasp.compress import compress_, eligible_targets
 from grasp.config import GraspConfig
-from grasp.errors import GraspError
 from grasp.estimate import Estimate, Job, estimate
 from grasp.evaluate import perplexity
-from grasp.loading import BUILTIN, load_model
+from grasp.jobs import load_quietly
+from grasp.loading import BUILTIN
+from grasp.progress import Progress, silent
 from grasp.redundancy import block_influence
 from grasp.selection import redundant_layers
 from grasp.sweep import capture_prefix
@@ -44,39 +40,36 @@ MEMORY_BATCHES = 2
 
 
 @dataclass(frozen=True)
-class Result:
-    """One schedule, one line of the output. Seconds are of the attribution of all sequences."""
+class Request:
+    """What is to be measured.
 
-    model: str
-    layers: tuple[int, ...]
-    retain_ratio: float
-    schedule: str
-    sweep_dtype: str | None  # of the package's sweeps; the naive ones are fp32
-    batch_size: int  # of the package's sweeps; the naive ones take a sequence at a time
-    sequences: int
-    seq_len: int
-    timed_sequences: int  # of each sweep
-    extrapolated: bool  # from those to all sequences
-    seconds: float
-    seconds_prefix: float  # of that, the hidden states that are kept
-    seconds_contraction: float  # of that, gradients in the weights with the factors
-    spread: float  # slowest less fastest batch over the median, the worst sweep
-    naive_seconds: float  # of the same schedule
-    naive_spread: float
-    yardstick_seconds: float  # naive, of the paper's schedule
-    naive_svd_seconds: float  # left out above
-    speedup: float  # over the yardstick
-    speedup_same_schedule: float
-    predicted_speedup: float  # over the yardstick, by FLOPs
-    share_of_predicted: float | None  # where both sides run in one dtype, and a sequence at a time
-    groups: int  # singular groups kept
-    swaps: int  # of those, chosen differently
-    largest_gap: float  # in importance, of those, relative to that of the last group kept
-    memory_bytes: int | None  # above the loaded model, of two batches, without decompositions
-    memory_estimate: int  # of the same
-    perplexity: float | None  # compressed with this schedule and sweep_dtype, all sequences; only with a sweep_dtype
-    perplexity_fp32: float | None  # the same with sweeps in the model's dtype
-    conditions: Conditions
+    Attributes:
+        model: as ``load_model`` takes it; run in fp32.
+        layers: to compress; ``None`` for the ``num_layers`` with the least influence.
+        num_layers: how many.
+        retain_ratio: parameters kept of each matrix.
+        schedules: after the paper's, which all are compared with; all of them if empty.
+        sweep_dtype: of the package's sweeps; ``None`` for the model's own.
+        batch_size: sequences at a time in the package's sweeps.
+        num_samples: calibration sequences.
+        seq_len: tokens in each.
+        timed_batches: of each sweep, the first of which warms up; ``None`` for the whole set, nothing extrapolated.
+        device: as ``load_model`` takes it.
+        threads: of the CPU; ``None`` for PyTorch's choice.
+    """
+
+    model: str = BUILTIN
+    layers: tuple[int, ...] | None = None
+    num_layers: int = 6
+    retain_ratio: float = 0.3
+    schedules: Sequence[str] = ()
+    sweep_dtype: str | None = None
+    batch_size: int = 1
+    num_samples: int = 24
+    seq_len: int = 512
+    timed_batches: int | None = 4
+    device: str | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +113,7 @@ class Setting:
             gather_gradients(self.model, batches, sweeps[-1], prefix, dtype=dtype)
 
         expected = replace(part.estimate().memory, svd=0, factors=0).peak
-        return peak_bytes_above_now(call), expected
+        return peak_bytes_above_now(call, first_device(self.model)), expected
 
     def race(self) -> Race:
         """Both sides on copies of the model."""
@@ -152,7 +145,7 @@ def to_result(
     *,
     memory: tuple[int | None, int],
     perplexities: tuple[float | None, float | None],
-) -> Result:
+) -> CompressResult:
     """One line of the output; ``yardstick`` was run a sequence at a time."""
     count, length = setting.sequences.shape
     config, batches = setting.config, len(setting.batches)
@@ -161,7 +154,7 @@ def to_result(
     predicted = yardstick.naive_flops * count / flops
     seconds, naive_seconds = run.grasp_seconds(batches), run.naive.total(batches)
     yardstick_seconds = yardstick.naive.total(count)
-    return Result(
+    return CompressResult(
         model=name,
         layers=config.layers or (),
         retain_ratio=config.retain_ratio,
@@ -197,33 +190,6 @@ def to_result(
     )
 
 
-def result_table(results: Sequence[Result]) -> Table:
-    """All schedules of one model."""
-    first = results[0]
-    table = Table(
-        title=f"{first.model}, layers {', '.join(map(str, first.layers))} at {first.retain_ratio:.0%}, "
-        f"{first.sequences} × {first.seq_len} tokens",
-        title_justify="left",
-    )
-    table.add_column("schedule", no_wrap=True)
-    for heading in ("sweeps", "batch", "s", "naive s", "× naive", "by FLOPs", "reached", "MB"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for each in results:
-        mark = "~" if each.extrapolated else ""
-        table.add_row(
-            each.schedule,
-            each.sweep_dtype or "fp32",
-            str(each.batch_size),
-            f"{mark}{each.seconds:.1f}",
-            f"{mark}{each.yardstick_seconds:.1f}",
-            f"{each.speedup:.2f}",
-            f"{each.predicted_speedup:.2f}",
-            "" if each.share_of_predicted is None else f"{each.share_of_predicted:.0%}",
-            "?" if each.memory_bytes is None else f"{each.memory_bytes / 1e6:.0f}",
-        )
-    return table
-
-
 def _settings(base: Setting, schedules: Sequence[str]) -> list[Setting]:
     """What is asked for, after the yardstick."""
     first = replace(base, config=replace(base.config, schedule=YARDSTICK, sweep_dtype=None), batch_size=1)
@@ -231,78 +197,62 @@ def _settings(base: Setting, schedules: Sequence[str]) -> list[Setting]:
     return [first, *(setting for setting in asked if (setting.config, setting.batch_size) != (first.config, 1))]
 
 
-def main(
-    model: Annotated[str, typer.Argument(help="Hub name, folder, GGUF file, or builtin.")] = BUILTIN,
-    num_layers: Annotated[int, typer.Option(min=1, help="Compress so many, those with the least influence.")] = 6,
-    layers: Annotated[str | None, typer.Option(help="These instead, as 3,4,5.")] = None,
-    retain_ratio: Annotated[float, typer.Option(min=1e-6, max=1, help="Parameters kept of each matrix.")] = 0.3,
-    schedule: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SCHEDULES)}; else all.")] = None,
-    sweep_dtype: Annotated[str | None, typer.Option(help="bfloat16, or the model's own if left out.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time in the package's sweeps.")] = 1,
-    num_samples: Annotated[int, typer.Option(min=2, help="Calibration sequences.")] = 24,
-    seq_len: Annotated[int, typer.Option(min=2)] = 512,
-    timed_batches: Annotated[int, typer.Option(min=2, help="Of each sweep; the first warms up.")] = 4,
-    full: Annotated[
-        bool, typer.Option("--full", help="Time the whole calibration set; nothing is extrapolated.")
-    ] = False,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON lines are appended to this file.")] = None,
-) -> None:
+def run(request: Request, *, progress: Progress = silent) -> list[CompressResult]:
     """Time the package's attribution against a naive one: the paper's schedule first, then those asked for.
 
-    Example: python -m grasp.bench.compress --layers 22,23,24,25,26,27 -o compress.jsonl
+    Raises:
+        WrongSelectionError: if the two choose other singular groups than rounding explains; nothing is reported.
+        GraspError, ValueError: as ``load_model``, ``token_batches``, ``pick_layers`` and ``GraspConfig`` do.
     """
-    torch.set_num_threads(threads)
-    console = Console()
+    timed = request.timed_batches
+    if request.batch_size < 1 or (timed is not None and timed < 2):
+        raise ValueError(f"at least 1 sequence at a time and 2 timed batches are needed, got {request}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.threads or before)
     try:
-        loaded, tokenizer = load_model(model, dtype="float32")
-        drawn = token_batches(
-            tokenizer, builtin_text("calibration"), num_samples=num_samples, seq_len=seq_len, batch_size=num_samples
-        )
-        if layers is None:
-            scores = block_influence(loaded, drawn[0].input_ids.split(1))
-            chosen = sorted(redundant_layers(scores, num_layers))
-        else:
-            chosen = parse_layers(layers, num_layers, len(decoder(loaded).layers))
-        config = GraspConfig(layers=tuple(chosen), retain_ratio=retain_ratio, sweep_dtype=sweep_dtype)
-        base = Setting(loaded, drawn[0].input_ids, config, batch_size, None if full else timed_batches)
-        settings = _settings(base, schedule or list(SCHEDULES))
-        estimates = [setting.estimate() for setting in settings]
-    except (GraspError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+        return _run(request, progress)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(request: Request, progress: Progress) -> list[CompressResult]:
+    loaded, tokenizer = load_quietly(request.model, dtype="float32", device=request.device, progress=progress)
+    count, length = request.num_samples, request.seq_len
+    text = builtin_text("calibration")
+    drawn = token_batches(tokenizer, text, num_samples=count, seq_len=length, batch_size=count)[0].input_ids
+    config = GraspConfig(
+        layers=_layers(loaded, drawn, request, progress),
+        retain_ratio=request.retain_ratio,
+        sweep_dtype=request.sweep_dtype,
+    )
+    base = Setting(loaded, drawn, config, request.batch_size, request.timed_batches)
+    settings = _settings(base, request.schedules or list(SCHEDULES))
+    estimates = [setting.estimate() for setting in settings]
     now = conditions(measure_card(device := first_device(loaded), loaded.dtype), device)
     memory = [setting.memory() for setting in settings]
-    try:
-        runs = [setting.race() for setting in settings]
-    except WrongSelectionError as error:
-        console.print(f"WRONG: {error}; nothing is reported", highlight=False)
-        raise typer.Exit(1) from error
-    held_out = tokenize(tokenizer, builtin_text("evaluation"))[: HELD_OUT_WINDOWS * seq_len]
+    runs: list[Race] = []
+    for setting in settings:
+        progress(step := f"timing {setting.config.schedule}", 0, 1)
+        runs.append(setting.race())
+        progress(step, 1, 1)
+    held_out = tokenize(tokenizer, builtin_text("evaluation"))[: HELD_OUT_WINDOWS * length]
     results = []
-    for setting, estimated, run, peak in zip(settings, estimates, runs, memory, strict=True):
+    for setting, estimated, race_run, peak in zip(settings, estimates, runs, memory, strict=True):
         perplexities: tuple[float | None, float | None] = (None, None)
         if setting.config.sweep_dtype is not None:
             fp32 = replace(setting, config=replace(setting.config, sweep_dtype=None))
             bos = bos_for(tokenizer)
             perplexities = setting.perplexity(held_out, bos), fp32.perplexity(held_out, bos)
-        results.append(to_result(model, setting, estimated, run, runs[0], now, memory=peak, perplexities=perplexities))
-    console.print(f"{now.device}, threads: {now.threads}. Block influence and decompositions are left out.")
-    console.print(result_table(results))
-    for each in results:
-        console.print(f"{each.schedule}: {_agreement(each)}", highlight=False)
-    if not full:
-        console.print(f"~ extrapolated from the medians of {timed_batches - 1} batches of each sweep")
-    if output is not None:
-        with output.open("a") as file:
-            file.writelines(json.dumps(asdict(each)) + "\n" for each in results)
+        results.append(
+            to_result(
+                *(request.model, setting, estimated, race_run, runs[0], now), memory=peak, perplexities=perplexities
+            )
+        )
+    return results
 
 
-def _agreement(result: Result) -> str:
-    if result.perplexity is not None:
-        return f"perplexity {result.perplexity:.2f}, with sweeps in fp32 {result.perplexity_fp32:.2f}"
-    where = f", importance apart by {result.largest_gap:.0e} of the last group kept" if result.swaps else ""
-    return f"{result.swaps} of {result.groups} groups chosen differently{where}"
-
-
-if __name__ == "__main__":
-    typer.run(main)
+def _layers(model: PreTrainedModel, sequences: Tensor, request: Request, progress: Progress) -> tuple[int, ...]:
+    if request.layers is not None:
+        return tuple(pick_layers(request.layers, 0, len(decoder(model).layers)))
+    scores = block_influence(model, sequences.split(1), progress=progress)
+    return tuple(sorted(redundant_layers(scores, request.num_layers)))

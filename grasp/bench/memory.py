@@ -1,4 +1,4 @@
-"""Memory of this process as the kernel counts it. Linux only; elsewhere nothing is known."""
+"""Memory that a call takes: of a GPU as PyTorch counts it, of this process as Linux does; elsewhere it is not known."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_bytes_above_now(call: Callable[[], object]) -> int | None:
-    """The most bytes that this process held during a call, less what it holds before; ``None`` where unknown.
+def peak_bytes_above_now(call: Callable[[], object], device: torch.device | None = None) -> int | None:
+    """The most bytes held during a call, less what is held before; ``None`` where unknown.
 
-    Memory that was freed before is given back first, so that the call does not get it for nothing.
+    Those of PyTorch's tensors on a CUDA ``device``; else of this process, where memory that was freed before is given
+    back first, so that the call does not get it for nothing.
     """
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - held
     if not _CLEAR.exists():
+        call()
         return None
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
     if trim is not None:

@@ -1,262 +1,337 @@
-"""Time a whole model with low-rank layers against itself dense, with the layers deleted, and with unfused factors.
+"""Time a whole model: dense, with layers removed, and low-rank with each backend and unfused.
 
-Speed is what is measured, quality is not: the factors are those of plain SVD at GRASP's ranks, whose shapes are all
-that a time depends on. Nothing is timed unless the fused and the unfused model agree.
+The low-rank layers are a compressed checkpoint's, or by plain SVD at GRASP's ranks: speed depends on shapes alone.
+A low-rank model is timed only where its logits are those of the reference backend, at the very batch and prompt.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from statistics import quantiles
 
 import torch
-import typer
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
-from grasp.architecture import decoder, first_device, layer_targets, replace_module_
+from grasp.architecture import decoder, first_device
 from grasp.bench.conditions import Conditions, conditions, measure_card
+from grasp.bench.memory import peak_bytes_above_now
+from grasp.bench.providers import (
+    COMPRESSED,
+    DENSE,
+    REMOVED,
+    Provider,
+    low_rank_layers,
+    objections,
+    pick_layers,
+    providers,
+    truncate_,
+)
+from grasp.bench.results import ModelResult, NotMeasured, Percentiles
 from grasp.bench.timing import Sample
-from grasp.errors import GraspError, UnsupportedModelError
-from grasp.evaluate import GenerationTime, time_generation
-from grasp.loading import BUILTIN, DTYPES, load_model
-from grasp.modules import LowRankLinear, dense_weight, group_linears_
-from grasp.removal import remove_layers_
+from grasp.calibration import bos_for, read_text, tokenize
+from grasp.evaluate import GenerationTime, PerplexityResult, first_logits, perplexity, time_generation
+from grasp.jobs import load_quietly
+from grasp.loading import BUILTIN
+from grasp.modules import LowRankLinear
+from grasp.progress import Progress, silent
 from grasp.report import model_size
-from grasp.selection import break_even_rank, rank_for_retain_ratio
+from grasp_kernels.roofline import Card
 
-DENSE, REMOVED, COMPRESSED, UNFUSED = "dense", "removed", "compressed", "unfused"
-CHECKED_TOKENS = 16
-# Relative difference of the logits, norm-wise, between fused and unfused factors that rounding may make.
+REFERENCE = "reference"
+# Relative difference of the logits, norm-wise, between two ways to compute low-rank layers that rounding may make.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-NOTE = "Factors by plain SVD: speed is measured here, quality is not."
+PLAIN_SVD = "plain SVD"
+NOTE = "Factors by plain SVD: the speed is that of GRASP at these ranks, the perplexity is not."
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
-class Result:
-    """One model's speed, one line of the output. One sequence at a time, greedy, with a KV cache."""
+class Request:
+    """What is to be measured.
 
-    model: str
-    provider: str
-    dtype: str
-    layers: tuple[int, ...]  # that are low-rank or removed in the other models than the dense one
-    retain_ratio: float
-    prompt_tokens: int
-    new_tokens: int
-    repeats: int
-    parameters: int
-    weight_bytes: int
-    prefill_tokens_per_s: float  # median
-    prefill_spread: float  # distance between the quartiles of the times, fraction of their median
-    prefill_speedup_over_dense: float  # repetition by repetition, median
-    decode_tokens_per_s: float
-    decode_spread: float
-    decode_speedup_over_dense: float
-    logits_difference: float  # norm-wise and relative, between the fused and the unfused model
-    note: str
-    conditions: Conditions
-
-
-class Unfused(nn.Sequential):
-    """A low-rank linear as two of PyTorch's: what one has without the ops."""
-
-    def __init__(self, module: LowRankLinear) -> None:
-        down = nn.Linear(module.in_features, module.rank, bias=False, device="meta")
-        up = nn.Linear(module.rank, module.out_features, bias=module.bias is not None, device="meta")
-        down.weight, up.weight, up.bias = module.Vh, module.U, module.bias  # type: ignore[assignment]
-        super().__init__(down, up)
-
-
-@torch.no_grad()
-def truncate_(model: PreTrainedModel, layers: Sequence[int], retain_ratio: float) -> None:
-    """Replace the linears of ``layers`` by their largest singular groups, of the ranks that GRASP would give them.
-
-    Raises:
-        UnsupportedModelError: if there is nothing to replace.
+    Attributes:
+        model: the dense one, as ``load_model`` takes it.
+        checkpoint: the same compressed, as ``load_model`` takes it; ``None`` for plain SVD, of the layers below.
+        layers: that become low-rank; ``None`` for ``num_layers`` in the middle.
+        num_layers: how many.
+        retain_ratio: parameters kept of each of their matrices.
+        batch_sizes: sequences at a time.
+        prompt_tokens: of each sequence.
+        new_tokens: decoding steps.
+        repeats: times that every model gets its turn.
+        backends: of the dispatch table, to run all low-rank layers on; all that can if empty.
+        text: what the perplexity is of, as ``read_text`` takes it.
+        window: tokens that a model sees at once there.
+        windows: how many of them; 0 for no perplexity.
+        dtype: as ``load_model`` takes it.
+        device: likewise.
+        threads: of the CPU; ``None`` for PyTorch's choice.
     """
-    targets = [target for layer in layers for target in layer_targets(model, layer)[0]]
-    shapes = {target.name: (shape[0], shape[1]) for target in targets if (shape := dense_weight(target.module).shape)}
-    targets = [target for target in targets if break_even_rank(shapes[target.name]) >= 1]
-    if not targets:
-        raise UnsupportedModelError(f"layers {list(layers)} hold no linear that low-rank factors make smaller")
-    for target in track(targets, "truncating", console=Console(stderr=True)):
-        groups = torch.arange(rank_for_retain_ratio(shapes[target.name], retain_ratio))
-        replace_module_(model, target.name, LowRankLinear.from_dense(target.module, groups))
-    group_linears_(model)
+
+    model: str = BUILTIN
+    checkpoint: str | None = None
+    layers: tuple[int, ...] | None = None
+    num_layers: int = 6
+    retain_ratio: float = 0.1
+    batch_sizes: Sequence[int] = (1, 4, 16)
+    prompt_tokens: int = 128
+    new_tokens: int = 16
+    repeats: int = 5
+    backends: Sequence[str] = ()
+    text: str = BUILTIN
+    window: int = 512
+    windows: int = 16
+    dtype: str = "auto"
+    device: str | None = None
+    threads: int | None = None
 
 
-def unfuse_(model: nn.Module) -> None:
-    """Replace every low-rank linear by two linears of PyTorch with the same parameters."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LowRankLinear):
-            replace_module_(model, name, Unfused(module))
-
-
-@torch.inference_mode()
-def difference(model: PreTrainedModel, other: PreTrainedModel) -> float:
-    """How far the logits of two models are apart on a short random prompt, norm-wise, relative to the second's."""
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    prompt = torch.randint(vocabulary, (1, CHECKED_TOKENS), generator=torch.Generator().manual_seed(0))
-    got, expected = (each(input_ids=prompt.to(first_device(each))).logits.double() for each in (model, other))
-    return float(torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected))
-
-
-def providers(
-    dense: PreTrainedModel, layers: Sequence[int], retain_ratio: float
-) -> tuple[dict[str, PreTrainedModel], dict[str, str]]:
-    """The models to time, sharing no weights, and those that cannot be, with the reason."""
-    compressed, removed = copy.deepcopy(dense), copy.deepcopy(dense)
-    truncate_(compressed, layers, retain_ratio)
-    unfused = copy.deepcopy(compressed)
-    unfuse_(unfused)
-    models = {DENSE: dense, REMOVED: removed, COMPRESSED: compressed, UNFUSED: unfused}
-    try:
-        remove_layers_(removed, layers)
-    except (UnsupportedModelError, ValueError) as error:
-        del models[REMOVED]
-        return models, {REMOVED: str(error)}
-    return models, {}
+def difference(got: Tensor, expected: Tensor) -> float:
+    """How far logits (steps, B, V) are apart, norm-wise and relative to the second's; that of the worst step."""
+    apart = torch.linalg.vector_norm((got.double() - expected.double()).flatten(1), dim=1)
+    return float((apart / torch.linalg.vector_norm(expected.double().flatten(1), dim=1)).max())
 
 
 def take_turns(
-    models: Mapping[str, PreTrainedModel], *, prompt_tokens: int, new_tokens: int, repeats: int
-) -> dict[str, list[GenerationTime]]:
-    """Time all models in turn, each repetition starting with another; the first repetition warms up and is left out."""
+    models: Mapping[str, Provider], request: Request, batch_size: int, progress: Progress = silent
+) -> dict[str, tuple[list[GenerationTime], int | None]]:
+    """Times of each, in turn, each repetition starting with another, and the memory of the one that warms up."""
     names = list(models)
+    peaks: dict[str, int | None] = {}
     times: dict[str, list[GenerationTime]] = {name: [] for name in names}
-    for repetition in track(range(repeats + 1), "timing", console=Console(stderr=True)):
+    sizes = {"prompt_tokens": request.prompt_tokens, "new_tokens": request.new_tokens, "batch_size": batch_size}
+    step = f"timing batch {batch_size}"
+    progress(step, 0, 1)  # not at every turn: a bar that moves takes time from what is timed
+    for repetition in range(request.repeats + 1):
         first = repetition % len(names)
         for name in (*names[first:], *names[:first]):
-            times[name].append(time_generation(models[name], prompt_tokens=prompt_tokens, new_tokens=new_tokens))
-    return {name: each[1:] for name, each in times.items()}
+            generate = partial(time_generation, models[name].prepared(), **sizes)
+            if repetition:
+                times[name].append(generate())
+            else:
+                peaks[name] = peak_bytes_above_now(generate, first_device(models[name].model))
+    progress(step, 1, 1)
+    return {name: (each, peaks[name]) for name, each in times.items()}
 
 
-def result_table(results: Sequence[Result]) -> Table:
-    """The providers of one model."""
-    first = results[0]
-    table = Table(
-        title=f"{first.model}, {first.dtype}, layers {', '.join(map(str, first.layers))} at {first.retain_ratio:.0%}, "
-        f"{first.prompt_tokens} + {first.new_tokens} tokens",
-        title_justify="left",
+def floors(
+    model: PreTrainedModel, card: Card, batch_size: int, prompt_tokens: int, cache_bytes: int
+) -> tuple[float, ...]:
+    """Seconds that prefill and a decoding step take at least: matrix products and what they read, no attention.
+
+    Empty where a token does not go through all of the model: with experts.
+
+    Args:
+        cache_bytes: of the KV cache that a step reads.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if any(getattr(config, name, None) for name in _EXPERTS):
+        return ()
+    kinds = (nn.Linear, Conv1D, LowRankLinear)
+    read = list(chain.from_iterable(m.parameters(recurse=False) for m in model.modules() if isinstance(m, kinds)))
+    head = model.get_output_embeddings()
+    parameters, size = sum(p.numel() for p in read), sum(p.numel() * p.element_size() for p in read)
+    once = sum(p.numel() for p in head.parameters()) if isinstance(head, nn.Module) else 0
+    prefill = 2 * batch_size * ((parameters - once) * prompt_tokens + once)
+    return (
+        max(size / card.bandwidth, prefill / card.flops),
+        max((size + cache_bytes) / card.bandwidth, 2 * batch_size * parameters / card.flops),
     )
-    table.add_column("provider", min_width=10)
-    for heading in ("MB", "prefill/s", "IQR", "× dense", "decode/s", "IQR", "× dense"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for result in results:
-        table.add_row(
-            result.provider,
-            f"{result.weight_bytes / 1e6:.1f}",
-            f"{result.prefill_tokens_per_s:.1f}",
-            f"{result.prefill_spread:.0%}",
-            f"{result.prefill_speedup_over_dense:.2f}",
-            f"{result.decode_tokens_per_s:.1f}",
-            f"{result.decode_spread:.0%}",
-            f"{result.decode_speedup_over_dense:.2f}",
-        )
-    return table
 
 
-def parse_layers(text: str | None, num_layers: int, depth: int) -> list[int]:
-    """The layers asked for, ``"3,4,5"``, or the ``num_layers`` in the middle of ``depth``.
+def percentiles(seconds: Sequence[float]) -> Percentiles:
+    """In milliseconds."""
+    cuts = quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else [*seconds] * 99
+    return Percentiles(*(1e3 * cuts[percent - 1] for percent in (50, 95, 99)))
+
+
+def run(request: Request, *, progress: Progress = silent) -> Iterator[list[ModelResult | NotMeasured]]:
+    """Measure one batch size after the other.
 
     Raises:
-        typer.BadParameter: if the model has no such layers.
+        GraspError, ValueError: as ``load_model``, ``read_text``, ``pick_layers``, ``low_rank_layers``, ``truncate_``,
+            ``perplexity`` and ``time_generation`` do.
     """
-    if text is None:
-        if num_layers > depth:
-            raise typer.BadParameter(f"the model has {depth} decoder layers, got --num-layers {num_layers}")
-        first = (depth - num_layers) // 2
-        return list(range(first, first + num_layers))
+    for name, value in (("repeats", request.repeats), ("windows", request.windows + 1)):
+        if value < 1:
+            raise ValueError(f"{name} is too small: {request}")
+    text = read_text(request.text, split="evaluation") if request.windows else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.threads or before)
     try:
-        layers = sorted({int(part) for part in text.split(",")})
-    except ValueError as error:
-        raise typer.BadParameter(f"--layers takes indices joined by commas, got {text!r}") from error
-    if layers[0] < 0 or layers[-1] >= depth:
-        raise typer.BadParameter(f"the model has decoder layers 0..{depth - 1}, got --layers {text}")
-    return layers
+        yield from _run(request, text, progress)
+    finally:
+        torch.set_num_threads(before)
 
 
-def _samples(times: Sequence[GenerationTime]) -> tuple[Sample, Sample]:
-    return Sample(tuple(t.prefill_s for t in times)), Sample(tuple(t.decode_s for t in times))
-
-
-def main(
-    model: Annotated[str, typer.Argument(help="Hub name, folder, GGUF file, or builtin.")] = BUILTIN,
-    num_layers: Annotated[int, typer.Option(min=1, help="How many layers in the middle are low-rank.")] = 6,
-    layers: Annotated[str | None, typer.Option(help="These instead, as 3,4,5.")] = None,
-    retain_ratio: Annotated[float, typer.Option(min=1e-6, max=1, help="Parameters kept of each matrix.")] = 0.1,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    new_tokens: Annotated[int, typer.Option(min=1)] = 16,
-    repeats: Annotated[int, typer.Option(min=1, help="Times that every model gets its turn.")] = 5,
-    dtype: Annotated[str, typer.Option(help=f"auto, or one of {', '.join(DTYPES)}.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if left out.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON lines are appended to this file.")] = None,
-) -> None:
-    """Time a model with low-rank layers against itself dense, with the layers deleted, and with unfused factors.
-
-    Example: python -m grasp.bench.model builtin --num-layers 6 --threads 1 -o model.jsonl
-    """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    console = Console()
-    try:
-        dense, _ = load_model(model, dtype=dtype)
-        chosen = parse_layers(layers, num_layers, len(decoder(dense).layers))
-        models, left_out = providers(dense, chosen, retain_ratio)
-    except (GraspError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
-    apart = difference(models[COMPRESSED], models[UNFUSED])
-    if not apart <= TOLERANCE[dense.dtype]:
-        console.print(f"WRONG: the logits of {COMPRESSED} and {UNFUSED} differ by {apart:.1e}, nothing was timed")
-        raise typer.Exit(1)
+def _run(request: Request, text: str | None, progress: Progress) -> Iterator[list[ModelResult | NotMeasured]]:
+    dense, tokenizer = load_quietly(request.model, dtype=request.dtype, device=request.device, progress=progress)
+    compressed, layers, ratio = _compressed(dense, request, progress)
+    found, left_out = providers(dense, compressed, layers, request.backends)
+    quality = {} if text is None else _perplexities(found, tokenizer, text, request, progress)
     device = first_device(dense)
-    now = conditions(measure_card(device, dense.dtype), device)
-    try:
-        times = take_turns(models, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    dense_prefill, dense_decode = _samples(times[DENSE])
-    results = []
-    for name, each in models.items():
-        size, (prefill, decode) = model_size(each, decoder(each).layers), _samples(times[name])
-        result = Result(
-            model,
-            name,
-            str(dense.dtype).removeprefix("torch."),
-            tuple(chosen),
-            retain_ratio,
-            prompt_tokens,
-            new_tokens,
-            repeats,
+    card = measure_card(device, dense.dtype)
+    bench = _Bench(request, card, conditions(card, device), tuple(layers), ratio, quality)
+    for batch_size in request.batch_sizes:
+        records = bench.measure(found, batch_size, progress)
+        yield [*(bench.left_out(name, batch_size, reason) for name, reason in left_out.items()), *records]
+
+
+def _compressed(
+    dense: PreTrainedModel, request: Request, progress: Progress
+) -> tuple[PreTrainedModel, list[int], float]:
+    """The low-rank model, its low-rank layers, and the share of their parameters that they keep."""
+    if request.checkpoint is None:
+        chosen = pick_layers(request.layers, request.num_layers, len(decoder(dense).layers))
+        compressed = copy.deepcopy(dense)
+        truncate_(compressed, chosen, request.retain_ratio, progress=progress)
+        return compressed, *low_rank_layers(dense, compressed, request.model)
+    dtype = str(dense.dtype).removeprefix("torch.")
+    compressed, _ = load_quietly(request.checkpoint, dtype=dtype, device=request.device, progress=progress)
+    return compressed, *low_rank_layers(dense, compressed, request.checkpoint)
+
+
+def _perplexities(
+    models: Mapping[str, Provider], tokenizer: PreTrainedTokenizerBase, text: str, request: Request, progress: Progress
+) -> dict[str, PerplexityResult]:
+    """Of each set of weights once: backends and the unfused form compute the same function."""
+    bos = bos_for(tokenizer)
+    tokens = tokenize(tokenizer, text)[: request.windows * (request.window - (bos is not None))]
+    measured: dict[str, PerplexityResult] = {}
+    for name in (DENSE, REMOVED, COMPRESSED):
+        if name in models:
+            measured[name] = perplexity(
+                *(models[name].prepared(), tokens),
+                window=request.window,
+                bos_token_id=bos,
+                progress=partial(_named, progress, name),
+            )
+    return {name: measured[name if name in measured else COMPRESSED] for name in models}
+
+
+def _named(progress: Progress, name: str, step: str, done: int, total: int) -> None:
+    progress(f"{step} {name}", done, total)
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What all batch sizes share."""
+
+    request: Request
+    card: Card
+    now: Conditions
+    layers: tuple[int, ...]
+    retain_ratio: float
+    quality: Mapping[str, PerplexityResult]
+
+    def left_out(self, provider: str, batch_size: int, reason: str, *, wrong: bool = False) -> NotMeasured:
+        return NotMeasured("model", provider, reason, wrong, model=self.request.model, batch_size=batch_size)
+
+    def measure(
+        self, models: Mapping[str, Provider], batch_size: int, progress: Progress
+    ) -> list[ModelResult | NotMeasured]:
+        """Check all models at a batch size, then time those that are right."""
+        records: list[ModelResult | NotMeasured] = []
+        rows = (batch_size * self.request.prompt_tokens, batch_size)
+        able: dict[str, Provider] = {}
+        for name, provider in models.items():
+            if (reason := objections(provider, rows)) is not None:
+                records.append(self.left_out(name, batch_size, reason))
+            else:
+                able[name] = provider
+        apart = self._differences(able, batch_size, progress)
+        tolerance = TOLERANCE[able[DENSE].model.dtype]
+        for name, value in apart.items():
+            if not value <= tolerance:
+                del able[name]
+                reason = f"logits differ from the reference backend's by {value:.1e}, at most {tolerance:.0e} allowed"
+                records.append(self.left_out(name, batch_size, reason, wrong=True))
+        for name, result in self.quality.items():
+            if name in able and not math.isfinite(result.perplexity):
+                reason = f"perplexity: {result.nonfinite} of {result.tokens} tokens have a loss that is not finite"
+                records.append(self.left_out(name, batch_size, reason))
+        turns = take_turns(able, self.request, batch_size, progress)
+        dense = [Sample(tuple(seconds)) for seconds in _phases(turns[DENSE][0])]
+        for name, (times, peak) in turns.items():
+            records.append(self._result(name, able[name], batch_size, times, peak, dense, apart.get(name)))
+        return records
+
+    def _differences(self, models: Mapping[str, Provider], batch_size: int, progress: Progress) -> dict[str, float]:
+        """Of the logits of every low-rank model from those of the same weights on the reference backend."""
+        sizes = {"prompt_tokens": self.request.prompt_tokens, "batch_size": batch_size}
+        low_rank = [name for name in models if name not in (DENSE, REMOVED)]
+        expected = first_logits(Provider(models[COMPRESSED].model, REFERENCE).prepared(), **sizes)
+        found = {}
+        for done, name in enumerate(low_rank, start=1):
+            found[name] = difference(first_logits(models[name].prepared(), **sizes), expected)
+            progress(f"checking batch {batch_size}", done, len(low_rank))
+        return found
+
+    def _result(
+        self,
+        name: str,
+        provider: Provider,
+        batch_size: int,
+        times: Sequence[GenerationTime],
+        peak: int | None,
+        dense: Sequence[Sample],
+        apart: float | None,
+    ) -> ModelResult:
+        request, model = self.request, provider.model
+        size, cache = model_size(model, decoder(model).layers), times[-1].kv_cache_bytes
+        prefill, decode = (Sample(tuple(seconds)) for seconds in _phases(times))
+        steps = percentiles([step for each in times for step in each.steps_s])
+        share = request.prompt_tokens / (request.prompt_tokens + request.new_tokens)
+        least = floors(model, self.card, batch_size, request.prompt_tokens, int(cache * share))
+        limits: Sequence[float | None] = [1e3 * seconds for seconds in least] or [None, None]
+        first, whole = percentiles([each.first_token_s for each in times]), percentiles(prefill.seconds)
+        quality = self.quality.get(name)
+        finite = quality is not None and math.isfinite(quality.perplexity)
+        return ModelResult(
+            model=request.model,
+            provider=name,
+            backend=provider.backend,
+            factors=PLAIN_SVD if request.checkpoint is None else Path(request.checkpoint).name,
+            dtype=str(model.dtype).removeprefix("torch."),
+            layers=self.layers,
+            retain_ratio=self.retain_ratio,
+            batch_size=batch_size,
+            prompt_tokens=request.prompt_tokens,
+            new_tokens=request.new_tokens,
+            repeats=request.repeats,
             parameters=size.parameters,
             weight_bytes=size.bytes,
-            prefill_tokens_per_s=prompt_tokens / prefill.median,
+            kv_cache_bytes=cache,
+            peak_memory_bytes=peak,
+            prefill_ms=whole,
+            first_token_ms=first,
+            inter_token_ms=steps,
+            prefill_floor_ms=limits[0],
+            inter_token_floor_ms=limits[1],
+            prefill_share_of_floor=None if limits[0] is None else limits[0] / whole.p50,
+            inter_token_share_of_floor=None if limits[1] is None else limits[1] / steps.p50,
+            prefill_tokens_per_s=batch_size * request.prompt_tokens / prefill.median,
             prefill_spread=prefill.spread,
-            prefill_speedup_over_dense=prefill.speedup_over(dense_prefill),
-            decode_tokens_per_s=new_tokens / decode.median,
+            prefill_speedup_over_dense=prefill.speedup_over(dense[0]),
+            decode_tokens_per_s=batch_size * request.new_tokens / decode.median,
             decode_spread=decode.spread,
-            decode_speedup_over_dense=decode.speedup_over(dense_decode),
+            decode_speedup_over_dense=decode.speedup_over(dense[1]),
             logits_difference=apart,
-            note=NOTE,
-            conditions=now,
+            perplexity=quality.perplexity if quality is not None and finite else None,
+            perplexity_text=None if quality is None else Path(request.text).name,
+            perplexity_tokens=None if quality is None else quality.tokens,
+            note=NOTE if request.checkpoint is None else "",
+            conditions=self.now,
         )
-        results.append(result)
-    console.print(f"{now.device}, threads: {now.threads}, logits of fused and unfused factors differ by {apart:.0e}")
-    console.print(result_table(results))
-    for name, reason in left_out.items():
-        console.print(f"Not measured: {name}: {reason}", highlight=False)
-    console.print(f"Medians in tokens per second; IQR is the distance between the quartiles of the times. {NOTE}")
-    if output is not None:
-        with output.open("a") as file:
-            file.writelines(json.dumps(asdict(result)) + "\n" for result in results)
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def _phases(times: Sequence[GenerationTime]) -> tuple[list[float], list[float]]:
+    return [each.prefill_s for each in times], [each.decode_s for each in times]

@@ -1,43 +1,35 @@
-"""Time every op on every backend against one dense linear and against two unfused ones.
+"""Time every op on every backend against a dense linear, two unfused ones, and those compiled by PyTorch.
 
-A backend is timed only where its result at that very shape is right, by the tolerance rule of the tests. Weights rotate
-through more memory than a cache holds, providers take turns, and the floor is what the bytes and FLOPs cost at the
-bandwidth and speed that were measured in the same run.
+A provider is timed only where its result at that very shape is right, by the tolerance rule of the tests. Weights
+rotate through more memory than a cache holds, providers take turns, and the floor is what the bytes and FLOPs cost at
+the bandwidth and speed that were measured in the same run.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-import typer
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
-from grasp.bench.conditions import Conditions, conditions, measure_card
+from grasp.bench.conditions import conditions, measure_card
+from grasp.bench.results import NotMeasured, OpResult
+from grasp.bench.shapes import model_calls
 from grasp.bench.timing import batch, interleave
-from grasp.bench.workloads import (
-    OPS,
-    backends,
-    make_problem,
-    rotations,
-    wrong,
-)
+from grasp.bench.workloads import OPS, Problem, Run, backends, compiled, make_problem, rotations, wrong
+from grasp.loading import DTYPES, find_device
+from grasp.progress import Progress, silent
 from grasp_kernels import roofline
 from grasp_kernels.dispatch import BACKENDS
 from grasp_kernels.roofline import Card
 from grasp_kernels.shapes import Shape, format_shape, parse_shape
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Llama-2-7B's q/k/v/o and gate/up, SmolLM2-135M's gate/up, with a tenth of the parameters kept.
 DEFAULT_SHAPES = ("4096x4096r204", "4096x11008r298", "576x1536r41")
-BASELINES = ("unfused", "dense")
+UNFUSED, COMPILED, DENSE = "unfused", "compiled", "dense"
+RETAIN_RATIO = 0.1  # the paper's
 
 
 class Case(NamedTuple):
@@ -47,46 +39,123 @@ class Case(NamedTuple):
     shape: Shape
     rows: int
     dtype: torch.dtype
+    model: str | None = None  # whose shape it is
 
 
 @dataclass(frozen=True)
-class Result:
-    """One provider's time in one case, one line of the output."""
+class Request:
+    """What is to be measured; where names are left out, all of them.
 
-    op: str
-    provider: str
-    shape: str  # KxNrR of each linear
-    rows: int
-    dtype: str
-    median_us: float
-    spread: float  # distance between the quartiles, fraction of the median
-    floor_us: float | None  # of this provider; launches excluded
-    share_of_floor: float | None  # floor over median
-    speedup_over_unfused: float
-    speedup_over_dense: float
-    repetitions: int
-    calls_per_repetition: int
-    rotated_copies: int
-    conditions: Conditions
+    Attributes:
+        ops: names of ops.
+        shapes: as ``grasp_kernels.shapes.parse_shape`` reads them.
+        model: take the shapes of this one, see ``grasp.bench.shapes.model_calls``.
+        retain_ratio: that sets the ranks of the model's shapes.
+        rows: tokens per call.
+        dtypes: of inputs and factors.
+        backends: of the dispatch table.
+        compiled: whether to time what ``torch.compile`` makes of the unfused form.
+        device: ``None`` for CUDA where there is a GPU, else the CPU.
+        threads: of the CPU, each in turn; ``None`` for PyTorch's choice.
+        rotate_bytes: of distinct weights that calls go through.
+        repetitions: times that every provider gets its turn.
+    """
+
+    ops: Sequence[str] = ()
+    shapes: Sequence[str] = ()
+    model: str | None = None
+    retain_ratio: float | None = None
+    rows: Sequence[int] = (1, 16)
+    dtypes: Sequence[str] = ("float32", "bfloat16")
+    backends: Sequence[str] = ()
+    compiled: bool = True
+    device: str | None = None
+    threads: Sequence[int] | None = None
+    rotate_bytes: int = 1 << 30
+    repetitions: int = 20
 
 
-@dataclass(frozen=True)
-class NotMeasured:
-    """What was left out, and why; also a line of the output."""
+class Round(NamedTuple):
+    """What one case gave, or what was found before the first."""
 
-    op: str
-    provider: str
-    shape: str
-    rows: int
-    dtype: str
-    not_measured: str
-    wrong: bool  # the backend ran, and its result was not right
+    records: list[OpResult | NotMeasured]
+    cards: dict[str, Card]  # by dtype, that the floors are of
+    threads: int | None  # of a CPU
+
+
+def run(request: Request, *, progress: Progress = silent) -> Iterator[Round]:
+    """Measure case by case. What is wrong with the request is found before the first.
+
+    Raises:
+        ValueError: if a name, shape, number or device is none there is.
+        GraspError: as ``model_calls`` does.
+    """
+    for names, known, what in (
+        (request.ops, OPS, "op"),
+        (request.backends, [row.name for row in BACKENDS], "backend"),
+        (request.dtypes, DTYPES, "dtype"),
+    ):
+        _require_known(names, list(known), what)
+    for name, numbers in (("rows", request.rows), ("threads", request.threads or (1,))):
+        if min(numbers) < 1:
+            raise ValueError(f"{name} must be at least 1, got {min(numbers)}")
+    if request.repetitions < 1 or request.rotate_bytes < 0:
+        raise ValueError(
+            f"repetitions must be at least 1 and rotated bytes not negative, got {request.repetitions} and "
+            f"{request.rotate_bytes}"
+        )
+    device, todo = find_device(request.device), list(cases(request))
+    return _rounds(request, device, todo, progress)
+
+
+def _rounds(
+    request: Request, device: torch.device, todo: Sequence[Case | NotMeasured], progress: Progress
+) -> Iterator[Round]:
+    measurable = [case for case in todo if isinstance(case, Case)]
+    before = torch.get_num_threads()
+    counts: Sequence[int | None] = (request.threads or [before]) if device.type == "cpu" else [None]
+    yield Round([case for case in todo if isinstance(case, NotMeasured)], {}, None)
+    try:
+        for count in counts:
+            torch.set_num_threads(count or before)
+            cards = {name: measure_card(device, DTYPES[name]) for name in request.dtypes}
+            for case in measurable:
+                step = f"{case.op} {format_shape(case.shape)}, M = {case.rows}, {_name(case.dtype)}"
+                progress(step, 0, 1)  # a bar that moves would take time from what is timed
+                records = list(measure(case, device, cards[_name(case.dtype)], request))
+                progress(step, 1, 1)
+                yield Round(records, cards, count)
+    finally:
+        torch.set_num_threads(before)
+
+
+def cases(request: Request) -> Iterator[Case | NotMeasured]:
+    """Every op at every shape, number of rows and dtype."""
+    wanted = request.ops or list(OPS)
+    if request.model is not None:
+        if request.shapes:
+            raise ValueError("shapes are either given or a model's, got both; leave one out")
+        ratio = RETAIN_RATIO if request.retain_ratio is None else request.retain_ratio
+        found: list[tuple[str, str, Shape | None]] = [
+            (op, format_shape(shape), shape) for op, shape in model_calls(request.model, ratio) if op in wanted
+        ]
+    elif request.retain_ratio is not None:
+        raise ValueError("retain_ratio sets the ranks of a model's shapes; shapes that are given have their own")
+    else:
+        texts = request.shapes or DEFAULT_SHAPES
+        found = [(op, text, OPS[op].fit(parse_shape(text))) for op, text in itertools.product(wanted, texts)]
+    for (op, text, shape), rows, dtype in itertools.product(found, request.rows, request.dtypes):
+        if shape is None:
+            labels: dict[str, Any] = {"op": op, "shape": text, "rows": rows, "dtype": dtype}
+            yield NotMeasured("ops", "*", "the op takes no such shape", model=request.model, **labels)
+        else:
+            yield Case(op, shape, rows, DTYPES[dtype], request.model)
 
 
 def floor_seconds(case: Case, provider: str, card: Card) -> float | None:
     """What ``provider`` takes at least on ``card``; ``None`` for the dense gradient, whose cost no one would pay."""
     op, itemsize = OPS[case.op], case.dtype.itemsize
-    if provider != "dense":
+    if provider != DENSE:
         return roofline.floor(card, *op.cost(case.rows, case.shape, itemsize))
     if case.op == "singular_value_grad":
         return None
@@ -95,166 +164,70 @@ def floor_seconds(case: Case, provider: str, card: Card) -> float | None:
 
 
 @torch.inference_mode()
-def measure(
-    case: Case, device: torch.device, card: Card, *, only: Sequence[str], rotate_bytes: int, repetitions: int
-) -> Iterator[Result | NotMeasured]:
-    """Check and time one case: its backends, or ``only`` those, and the baselines."""
+def measure(case: Case, device: torch.device, card: Card, request: Request) -> Iterator[OpResult | NotMeasured]:
+    """Check and time one case: its backends and the baselines."""
     problem = make_problem(case.op, case.shape, case.rows, case.dtype, device)
-    runs, reasons = backends(case.op, case.shape, problem)
-    labels = (format_shape(case.shape), case.rows, _name(case.dtype))
-    for name, reason in reasons.items():
-        if not only or name in only:
-            yield NotMeasured(case.op, name, *labels, not_measured=reason, wrong=False)
-    checked = {name: run for name, run in runs.items() if not only or name in only}
-    for name, complaint in [(name, wrong(case.op, problem, run)) for name, run in checked.items()]:
-        if complaint is not None:
-            del checked[name]
-            yield NotMeasured(case.op, name, *labels, not_measured=complaint, wrong=True)
-
-    timed = {**checked, "unfused": OPS[case.op].unfused, "dense": OPS[case.op].dense}
-    rotation = rotations(case.op, problem, rotate_bytes)
-    sources = {name: rotation["dense" if name == "dense" else "low-rank"] for name in timed}
-    batches = {name: batch(device, run, sources[name]) for name, run in timed.items()}
-    samples = interleave(batches, repetitions)
+    labels: dict[str, Any] = {
+        "op": case.op,
+        "shape": format_shape(case.shape),
+        "rows": case.rows,
+        "dtype": _name(case.dtype),
+        "model": case.model,
+    }
+    timed, left_out = _providers(case, problem, request)
+    for name, (reason, is_wrong) in left_out.items():
+        yield NotMeasured("ops", name, reason, is_wrong, **labels)
+    rotation = rotations(case.op, problem, request.rotate_bytes)
+    sources = {name: rotation["dense" if name == DENSE else "low-rank"] for name in timed}
+    batches = {name: batch(device, call, sources[name]) for name, call in timed.items()}
+    samples = interleave(batches, request.repetitions)
     now = conditions(card, device)
     for name, sample in samples.items():
         floor = floor_seconds(case, name, card)
-        yield Result(
-            case.op,
-            name,
-            *labels,
+        yield OpResult(
+            provider=name,
+            **labels,
             median_us=sample.median * 1e6,
             spread=sample.spread,
             floor_us=None if floor is None else floor * 1e6,
             share_of_floor=None if floor is None else floor / sample.median,
-            speedup_over_unfused=sample.speedup_over(samples["unfused"]),
-            speedup_over_dense=sample.speedup_over(samples["dense"]),
-            repetitions=repetitions,
+            speedup_over_unfused=sample.speedup_over(samples[UNFUSED]),
+            speedup_over_dense=sample.speedup_over(samples[DENSE]),
+            repetitions=request.repetitions,
             calls_per_repetition=batches[name].calls,
             rotated_copies=len(sources[name].copies),
             conditions=now,
         )
 
 
-def cases(
-    ops: Sequence[str], shapes: Sequence[str], rows: Sequence[int], dtypes: Sequence[str]
-) -> Iterator[Case | NotMeasured]:
-    """Every op at every shape, number of rows and dtype."""
-    for op, text, M, dtype in itertools.product(ops, shapes, rows, dtypes):
-        shape = OPS[op].fit(parse_shape(text))
-        if shape is None:
-            yield NotMeasured(op, "*", text, M, dtype, not_measured="the op takes no such shape", wrong=False)
+def _providers(case: Case, problem: Problem, request: Request) -> tuple[dict[str, Run], dict[str, tuple[str, bool]]]:
+    """What is to be timed, and what is not: the reason, and whether it is a wrong result."""
+    runs, reasons = backends(case.op, case.shape, problem)
+    asked = {name for name in (*runs, *reasons) if not request.backends or name in request.backends}
+    left_out = {name: (reason, False) for name, reason in reasons.items() if name in asked}
+    candidates = {name: run for name, run in runs.items() if name in asked}
+    if request.compiled:
+        try:
+            candidates[COMPILED] = compiled(case.op, problem)
+        except RuntimeError as error:  # all that PyTorch's compilers raise
+            left_out[COMPILED] = f"torch.compile: {' '.join(str(error).split())[:200]}", False
+    else:
+        left_out[COMPILED] = "left out on request", False
+    timed: dict[str, Run] = {}
+    for name, candidate in candidates.items():
+        complaint = wrong(case.op, problem, candidate, own=name != COMPILED)
+        if complaint is None:
+            timed[name] = candidate
         else:
-            yield Case(op, shape, M, DTYPES[dtype])
+            left_out[name] = complaint, True
+    return {**timed, UNFUSED: OPS[case.op].unfused, DENSE: OPS[case.op].dense}, left_out
 
 
-def result_table(results: Sequence[Result]) -> Table:
-    """The providers of one case."""
-    first = results[0]
-    table = Table(title=f"{first.op} {first.shape}, M = {first.rows}, {first.dtype}", title_justify="left")
-    table.add_column("provider", min_width=10)
-    for heading in ("median µs", "spread", "floor µs", "of floor", "× unfused", "× dense"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for result in results:
-        table.add_row(
-            result.provider,
-            f"{result.median_us:.1f}",
-            f"{result.spread:.0%}",
-            "" if result.floor_us is None else f"{result.floor_us:.1f}",
-            "" if result.share_of_floor is None else f"{result.share_of_floor:.0%}",
-            f"{result.speedup_over_unfused:.2f}",
-            f"{result.speedup_over_dense:.2f}",
-        )
-    return table
-
-
-def left_out_lines(left_out: Sequence[NotMeasured]) -> Iterator[str]:
-    """What was not measured, each reason once."""
-    by_reason: dict[tuple[bool, str, str, str], list[NotMeasured]] = {}
-    for line in left_out:
-        by_reason.setdefault((line.wrong, line.provider, line.op, line.not_measured), []).append(line)
-    for (is_wrong, provider, op, reason), lines in by_reason.items():
-        places = "; ".join(dict.fromkeys(f"{line.shape}, M = {line.rows}, {line.dtype}" for line in lines))
-        yield f"{'WRONG' if is_wrong else 'Not measured'}: {provider} {op} at {places}: {reason}"
-
-
-def _known(names: Sequence[str], known: Sequence[str], what: str) -> Sequence[str]:
+def _require_known(names: Sequence[str], known: Sequence[str], what: str) -> None:
     for name in names:
         if name not in known:
-            raise typer.BadParameter(f"unknown {what} {name!r}; expected one of {', '.join(known)}")
-    return names
-
-
-def _append(output: Path | None, lines: Sequence[Result | NotMeasured]) -> None:
-    if output is not None:
-        with output.open("a") as file:
-            file.writelines(json.dumps(asdict(line)) + "\n" for line in lines)
+            raise ValueError(f"unknown {what} {name!r}; expected one of {', '.join(known)}")
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _header(card: Card, dtype: str, device: torch.device, threads: int) -> str:
-    where = f"{card.name}, threads: {threads}" if device.type == "cpu" else card.name
-    return f"{where}: reads {card.bandwidth / 1e9:.1f} GB/s, multiplies {card.flops / 1e9:.0f} GFLOP/s in {dtype}"
-
-
-def _device(name: str) -> torch.device:
-    if name not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"unknown device {name!r}; expected cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("there is no CUDA GPU here; use --device cpu")
-    return torch.device(name)
-
-
-def main(
-    op: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(OPS)}; all of them if left out.")] = None,
-    shape: Annotated[
-        list[str] | None, typer.Option(help="KxNrR of a linear; several that share their input joined by '+'.")
-    ] = None,
-    rows: Annotated[list[int] | None, typer.Option(min=1, help="Tokens; 1 and 16 if left out.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(DTYPES)}; float32 and bfloat16.")] = None,
-    backend: Annotated[list[str] | None, typer.Option(help="Only these of the dispatch table.")] = None,
-    threads: Annotated[list[int] | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if left out.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
-    rotate_mb: Annotated[
-        int, typer.Option(min=0, help="MB of distinct weights that calls rotate through; more than any cache holds.")
-    ] = 1024,
-    repetitions: Annotated[int, typer.Option(min=1, help="Times that every provider gets its turn.")] = 20,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON lines are appended to this file.")] = None,
-) -> None:
-    """Time every op on every backend against one dense linear and two unfused ones.
-
-    Example: python -m grasp.bench.ops --op lowrank_linear --shape 4096x4096r204 --rows 1 --threads 1 -o ops.jsonl
-    """
-    where = _device(device)
-    ops = _known(op or list(OPS), list(OPS), "op")
-    only = _known(backend or [], [row.name for row in BACKENDS], "backend")
-    dtypes = _known(dtype or ["float32", "bfloat16"], list(DTYPES), "dtype")
-    try:
-        todo = list(cases(ops, shape or DEFAULT_SHAPES, rows or [1, 16], dtypes))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    measurable = [case for case in todo if isinstance(case, Case)]
-    left_out = [case for case in todo if isinstance(case, NotMeasured)]
-    _append(output, left_out)
-    console = Console()
-    for count in (threads or [torch.get_num_threads()]) if where.type == "cpu" else [1]:
-        torch.set_num_threads(count)
-        cards = {name: measure_card(where, DTYPES[name]) for name in dtypes}
-        for name, card in cards.items():
-            console.print(_header(card, name, where, count), highlight=False)
-        for case in track(measurable, "timing", console=Console(stderr=True)):
-            card = cards[_name(case.dtype)]
-            lines = list(measure(case, where, card, only=only, rotate_bytes=rotate_mb << 20, repetitions=repetitions))
-            left_out += [line for line in lines if isinstance(line, NotMeasured)]
-            console.print(result_table([line for line in lines if isinstance(line, Result)]))
-            _append(output, lines)
-    for text in left_out_lines(left_out):
-        console.print(text, highlight=False)
-    raise typer.Exit(int(any(line.wrong for line in left_out)))
-
-
-if __name__ == "__main__":
-    typer.run(main)

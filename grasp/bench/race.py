@@ -1,4 +1,4 @@
-"""GRASP's attribution by the package and by the formulas (``benchmarks.naive``), in turn, on models in one state."""
+"""GRASP's attribution by the package and by the formulas (``grasp.bench.naive``), in turn, on models in one state."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor
 from grasp.bench.timing import Rotation
 from grasp_kernels import Factors, lowrank_glu, lowrank_linear, lowrank_linear_grouped, roofline, singular_value_grad
 from grasp_kernels.dispatch import BACKENDS, Call, objection
+from grasp_kernels.numerics import inaccuracy
 from grasp_kernels.roofline import Cost
 from grasp_kernels.shapes import Shape
-from tests.numerics import inaccuracy
 
 
 class Problem(NamedTuple):
@@ -187,12 +188,41 @@ def backends(op: str, shape: Shape, problem: Problem) -> tuple[dict[str, Run], d
     return runs, reasons
 
 
+def compiled(op: str, problem: Problem) -> Run:
+    """The unfused form as ``torch.compile`` makes it; what it compiles is flat, so that few guards are asked per call.
+
+    Raises:
+        RuntimeError: if it cannot be compiled here: there is no C++ compiler, say.
+    """
+    unfused = OPS[op].unfused
+
+    def flat(x: Tensor, grad_y: Tensor, *factors: Tensor) -> list[Tensor]:
+        groups = [Factors(U, None, Vh, None) for U, Vh in zip(factors[::2], factors[1::2], strict=True)]
+        return unfused(Problem(x, groups, [], grad_y))
+
+    torch._dynamo.reset()  # or the shapes before would count against its limit of recompilations
+    mode = "max-autotune-no-cudagraphs" if problem.x.is_cuda else None
+    function = torch.compile(flat, fullgraph=True, dynamic=False, mode=mode)
+
+    def run(problem: Problem) -> list[Tensor]:
+        factors = chain.from_iterable((group.U, group.Vh) for group in problem.groups)
+        outputs: list[Tensor] = function(problem.x, problem.grad_y, *factors)
+        return outputs
+
+    run(problem)
+    return run
+
+
 @torch.inference_mode()
-def wrong(op: str, problem: Problem, run: Run) -> str | None:
-    """What is wrong with a backend's result at this very shape, by the rule of the tests, or ``None``."""
+def wrong(op: str, problem: Problem, run: Run, *, own: bool = True) -> str | None:
+    """What is wrong with a provider's result at this very shape, by the rule of the tests, or ``None``.
+
+    Of the package's ``own`` gradients the rule expects what PyTorch reaches in fp32; others may round as PyTorch does.
+    """
     unfused, kind, dtype = OPS[op].unfused, OPS[op].kind, problem.x.dtype
     slim = problem._replace(weights=[])
     exact = unfused(slim.map(Tensor.double))
-    plain = unfused(slim.map(lambda tensor: tensor.to(_wide(tensor))) if kind == "singular_value_grad" else slim)
+    wide = own and kind == "singular_value_grad"
+    plain = unfused(slim.map(lambda tensor: tensor.to(_wide(tensor))) if wide else slim)
     parts = zip(run(problem), plain, exact, strict=True)
     return next((complaint for part in parts if (complaint := inaccuracy(kind, dtype, *part))), None)

@@ -1,103 +1,188 @@
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 from torch import nn
-from typer.testing import CliRunner, Result
 
-from grasp.bench import conditions
 from grasp.bench import model as bench_model
-from grasp.bench.model import Unfused, difference, main, providers
-from grasp.modules import LowRankLinear
+from grasp.bench import providers as bench_providers
+from grasp.bench.model import difference, floors, percentiles
+from grasp.bench.providers import Unfused, truncate_
+from grasp.bench.results import ModelResult, NotMeasured, Percentiles, read_results
+from grasp.calibration import bos_for
+from grasp.evaluate import perplexity
+from grasp.loading import load_model
+from grasp.quantizer import mark_compressed
+from grasp_kernels import roofline
+from grasp_kernels.dispatch import available_backends
 from tests.tiny_models import tiny_model
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A tiny model, and conditions that cost nothing to measure."""
-    monkeypatch.setattr(bench_model, "load_model", lambda name, dtype: (tiny_model("llama"), None))
-    monkeypatch.setattr(conditions, "READ_BYTES", 1 << 16)
-    monkeypatch.setattr(conditions, "MATMUL_SIZE", {"cpu": 16, "cuda": 16})
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+RunBench = Callable[..., tuple[int, str, str]]
+SIZES = ("--prompt-tokens", "8", "--new-tokens", "3", "--repeats", "2", "--device", "cpu", "--threads", "1")
+TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once more. " * 3
 
 
-def run(*arguments: str) -> Result:
-    app = typer.Typer()
-    app.command()(main)
-    sizes = ("--retain-ratio", "0.4", "--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "2", "--threads", "1")
-    return CliRunner().invoke(app, ["tiny", *sizes, *arguments])
+@pytest.fixture
+def run(bench: RunBench, tiny: Path, tmp_path: Path) -> RunBench:
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = ("--retain-ratio", "0.4", "--text", tmp_path / "text.txt", "--window", "32", "--windows", "2")
+    return lambda *arguments: bench("model", tiny, *SIZES, *options, *arguments)
 
 
-def test_every_provider_is_timed_and_written(tmp_path: Path) -> None:
-    output = tmp_path / "model.jsonl"
-    result = run("--num-layers", "1", "-o", str(output))
-    assert result.exit_code == 0, result.output
-    lines = {line["provider"]: line for line in map(json.loads, output.read_text().splitlines())}
-    assert list(lines) == ["dense", "removed", "compressed", "unfused"]
-    for line in lines.values():
-        assert line["layers"] == [1]
-        assert line["prefill_tokens_per_s"] > 0
-        assert line["decode_tokens_per_s"] > 0
-        assert line["conditions"]["threads"] == 1
-        assert "quality is not" in line["note"]
-    assert lines["dense"]["decode_speedup_over_dense"] == lines["dense"]["prefill_speedup_over_dense"] == 1
-    sizes = {name: line["weight_bytes"] for name, line in lines.items()}
+def test_every_provider_is_timed_at_every_batch_size(run: RunBench, tmp_path: Path) -> None:
+    outcome = run("--num-layers", "1", "--batch-size", "1,3", "-o", tmp_path / "model.jsonl")
+    assert outcome.code == 0, outcome.err
+    records = read_results(tmp_path / "model.jsonl")
+    timed = {(each.provider, each.batch_size): each for each in records if isinstance(each, ModelResult)}
+    names = ["dense", "removed", "compressed", *(f"compressed/{name}" for name in available_backends()), "unfused"]
+    assert list(timed) == [(name, batch) for batch in (1, 3) for name in names]
+    for (name, batch), each in timed.items():
+        assert each.layers == (1,)
+        assert each.prefill_tokens_per_s > 0
+        assert each.decode_tokens_per_s > 0
+        assert each.prefill_ms.p50 < each.first_token_ms.p50
+        assert each.inter_token_ms.p50 <= each.inter_token_ms.p95 <= each.inter_token_ms.p99
+        assert each.conditions.threads == 1
+        assert each.note
+        layers = 2 if name == "removed" else 3
+        assert each.kv_cache_bytes == batch * (8 + 3) * layers * 2 * 16 * 4  # keys and values of two heads of 8, fp32
+        assert (each.logits_difference is None) == (name in ("dense", "removed"))
+    assert timed["dense", 1].decode_speedup_over_dense == timed["dense", 3].prefill_speedup_over_dense == 1
+    sizes = {name: timed[name, 1].weight_bytes for name in names}
     assert sizes["removed"] < sizes["compressed"] == sizes["unfused"] < sizes["dense"]
-    assert "quality is not" in " ".join(result.output.split())
-    assert result.output.count("× dense") == 2  # nothing of the table is cut off
+    for words in ("tokens/s", "per token", "Perplexity on", "the perplexity is not"):
+        assert words in outcome.text
+    left_out = {each.provider for each in records if isinstance(each, NotMeasured)}
+    assert left_out.isdisjoint(names)
+    assert all(f"Not measured: {name} at batch 1, 3: " in outcome.text for name in left_out)
 
 
-def test_fused_and_unfused_models_agree_and_share_no_weights() -> None:
-    models, left_out = providers(tiny_model("opt"), [0, 2], 0.4)
-    assert left_out == {}
-    assert 0 <= difference(models["compressed"], models["unfused"]) < 1e-5
-    assert difference(models["compressed"], models["dense"]) > 1e-2
-    kinds = {
-        name: {type(m) for m in model.modules() if isinstance(m, (LowRankLinear, Unfused))}
-        for name, model in models.items()
-    }
-    assert kinds == {"dense": set(), "removed": set(), "compressed": {LowRankLinear}, "unfused": {Unfused}}
-    pointers = [{p.data_ptr() for p in model.parameters()} for model in models.values()]
-    assert len(set.union(*pointers)) == sum(map(len, pointers))
+def test_perplexity_is_that_of_the_weights(run: RunBench, tiny: Path, tmp_path: Path) -> None:
+    assert run("--layers", "1", "--batch-size", "1", "-o", tmp_path / "model.jsonl").code == 0
+    found = {each.provider: each for each in read_results(tmp_path / "model.jsonl") if isinstance(each, ModelResult)}
+    model, tokenizer = load_model(str(tiny))
+    tokens = tokenizer(TEXT, add_special_tokens=False).input_ids
+    bos = bos_for(tokenizer)
+    exact = perplexity(model, tokens[: 2 * (32 - (bos is not None))], window=32, bos_token_id=bos)
+    assert found["dense"].perplexity == pytest.approx(exact.perplexity, rel=1e-5)
+    assert (found["dense"].perplexity_text, found["dense"].perplexity_tokens) == ("text.txt", exact.tokens)
+    values = {name: each.perplexity for name, each in found.items()}
+    assert values["compressed"] == values["compressed/reference"] == values["unfused"] != values["dense"]
+    assert values["removed"] not in (values["dense"], values["compressed"])
 
 
-def test_what_cannot_be_removed_is_left_out_with_the_reason() -> None:
-    models, left_out = providers(tiny_model("llama"), [0, 1, 2], 0.4)
-    assert "removed" not in models
-    assert list(left_out) == ["removed"]
+def test_a_compressed_checkpoint_is_measured_as_it_is(run: RunBench, tiny: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(str(tiny))
+    truncate_(model, [0, 2], 0.5)
+    mark_compressed(model)
+    model.save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    outcome = run("--compressed", tmp_path / "small", "--batch-size", "1", "-o", tmp_path / "model.jsonl")
+    assert outcome.code == 0, outcome.err
+    found = [each for each in read_results(tmp_path / "model.jsonl") if isinstance(each, ModelResult)]
+    assert {(each.layers, each.factors, each.note) for each in found} == {((0, 2), "small", "")}
+    assert found[0].retain_ratio == pytest.approx(0.5, abs=0.05)
+    assert found[2].parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_wrong_logits_are_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_perplexity_can_be_left_out(run: RunBench, tmp_path: Path) -> None:
+    outcome = run(
+        "--layers", "1", "--batch-size", "1", "--windows", "0", "--text", "absent", "-o", tmp_path / "m.jsonl"
+    )
+    assert outcome.code == 0, outcome.err
+    assert {each.perplexity for each in read_results(tmp_path / "m.jsonl") if isinstance(each, ModelResult)} == {None}
+
+
+def test_a_provider_with_wrong_logits_is_not_timed(
+    run: RunBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def spoil(model: nn.Module) -> None:
         original(model)
         unfused = next(module for module in model.modules() if isinstance(module, Unfused))
-        unfused[1].weight.data.neg_()
+        unfused[1].weight = nn.Parameter(-unfused[1].weight)
 
-    original = bench_model.unfuse_
-    monkeypatch.setattr(bench_model, "unfuse_", spoil)
-    result = run("--num-layers", "1", "-o", str(tmp_path / "model.jsonl"))
-    assert result.exit_code == 1
-    assert "nothing was timed" in " ".join(result.output.split())
-    assert not (tmp_path / "model.jsonl").exists()
+    original = bench_providers.unfuse_
+    monkeypatch.setattr(bench_providers, "unfuse_", spoil)
+    outcome = run("--num-layers", "1", "--batch-size", "1", "-o", tmp_path / "model.jsonl")
+    assert outcome.code == 1
+    assert re.search(
+        r"WRONG: unfused at batch 1: logits differ from the reference backend's by \S+, at most", outcome.text
+    )
+    records = read_results(tmp_path / "model.jsonl")
+    assert [each.provider for each in records if isinstance(each, NotMeasured) and each.wrong] == ["unfused"]
+    assert "unfused" not in {each.provider for each in records if isinstance(each, ModelResult)}
+
+
+def test_a_perplexity_that_is_no_number_is_said(run: RunBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*arguments: object, **options: object) -> object:
+        result = perplexity(*arguments, **options)  # type: ignore[arg-type]
+        return bench_model.PerplexityResult(float("nan"), float("nan"), result.tokens, 2, 5, 32, 32)
+
+    monkeypatch.setattr(bench_model, "perplexity", broken)
+    outcome = run("--num-layers", "1", "--batch-size", "1", "-o", tmp_path / "model.jsonl")
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"Not measured: dense at batch 1: perplexity: 5 of \d+ tokens have a loss", outcome.text)
+    assert {each.perplexity for each in read_results(tmp_path / "model.jsonl") if isinstance(each, ModelResult)} == {
+        None
+    }
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--num-layers", "4"), "the model has 3 decoder layers, got --num-layers 4"),
-        (("--layers", "1,3"), "the model has decoder layers 0..2, got --layers 1,3"),
-        (("--layers", "one"), "--layers takes indices joined by commas, got 'one'"),
+        (("--num-layers", "4"), "the model has 3 decoder layers, got num_layers=4"),
+        (("--layers", "1,3"), "the model has decoder layers 0..2, got layers [1, 3]"),
+        (("--layers", "one"), "layers must be numbers and ranges such as 3,12-17, got 'one'"),
+        (("--num-layers", "1", "--retain-ratio", "0"), "retain_ratio must be above 0 and at most 1, got 0.0"),
         (("--num-layers", "1", "--new-tokens", "500"), "more than the model's 128 positions"),
+        (("--num-layers", "1", "--backend", "warp"), "unknown backend 'warp'"),
+        (("--batch-size", "0"), "positive numbers such as 1,4,16"),
+        (("--compressed", "absent"), "no folder absent"),
+        (("--text", "absent.txt"), "absent.txt"),
     ],
 )
-def test_bad_arguments_are_one_clear_message(arguments: tuple[str, ...], message: str) -> None:
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert message in " ".join(result.output.replace("│", " ").split())
+def test_bad_arguments_are_one_clear_line(run: RunBench, arguments: tuple[str, ...], message: str) -> None:
+    outcome = run(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.splitlines()[-1].startswith("error: ")
+    assert message in outcome.err
+
+
+def test_the_dense_model_is_no_compressed_checkpoint(run: RunBench, tiny: Path) -> None:
+    outcome = run("--compressed", tiny)
+    assert outcome.code == 2
+    assert "has no low-rank layers; expected a folder that grasp compress has written" in outcome.err
+
+
+def test_logits_differ_as_much_as_the_worst_step() -> None:
+    expected = torch.ones(2, 3, 4)
+    got = expected.clone()
+    got[1, 0, 0] += 1
+    assert difference(got, expected) == pytest.approx(12**-0.5)
+    assert difference(expected, expected) == 0
+
+
+def test_percentiles_are_interpolated_milliseconds() -> None:
+    assert percentiles([0.001 * value for value in range(101)]) == Percentiles(
+        pytest.approx(50), pytest.approx(95), pytest.approx(99)
+    )
+    assert percentiles([0.002]) == Percentiles(2, 2, 2)
+
+
+def test_floors_are_what_the_linears_read_and_compute() -> None:
+    model = tiny_model("llama")
+    slow_memory = roofline.measured("a card", flops=1e30, bandwidth=1e6)
+    slow_multiplier = roofline.measured("a card", flops=1e6, bandwidth=1e30)
+    body = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
+    head = 97 * 32
+    assert floors(model, slow_memory, 2, 8, 1000) == pytest.approx(
+        [(body + head) * 4 / 1e6, ((body + head) * 4 + 1000) / 1e6]
+    )
+    assert floors(model, slow_multiplier, 2, 8, 1000) == pytest.approx(
+        [2 * 2 * (8 * body + head) / 1e6, 2 * 2 * (body + head) / 1e6]
+    )
+    assert floors(tiny_model("mixtral"), slow_memory, 1, 8, 0) == ()

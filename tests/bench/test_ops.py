@@ -1,86 +1,108 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner, Result
 
-from grasp.bench import conditions, timing
+from grasp.bench import conditions
 from grasp.bench import ops as bench_ops
-from grasp.bench.ops import Case, floor_seconds, main
+from grasp.bench.ops import Case, Request, cases, floor_seconds
+from grasp.bench.results import NotMeasured, OpResult, read_results
 from grasp.bench.workloads import OPS
 from grasp_kernels import roofline
 from grasp_kernels.dispatch import backend_missing
 from grasp_kernels.shapes import parse_shape
 
-SHAPE = ("--shape", "48x32r5", "--rows", "3", "--dtype", "float32", "--device", "cpu", "--repetitions", "2")
+RunBench = Callable[..., tuple[int, str, str]]
+SHAPE = ("--shape", "48x32r5", "--rows", "3", "--dtype", "float32", "--device", "cpu")
+QUICK = ("--repetitions", "2", "--rotate-mb", "0", "--no-compiled")
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Measure as little as makes a time."""
-    monkeypatch.setattr(timing, "WARM_UP", 1e-4)
-    monkeypatch.setattr(timing, "CPU_BATCH", 1e-4)
-    monkeypatch.setattr(conditions, "READ_BYTES", 1 << 16)
-    monkeypatch.setattr(conditions, "MATMUL_SIZE", {"cpu": 16, "cuda": 16})
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture
+def ops(bench: RunBench) -> RunBench:
+    return lambda *arguments: bench("ops", *SHAPE, *QUICK, *arguments)
 
 
-def run(*arguments: str) -> Result:
-    app = typer.Typer()
-    app.command()(main)
-    return CliRunner().invoke(app, [*SHAPE, "--rotate-mb", "0", *arguments])
-
-
-def lines(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_every_op_is_timed_beside_its_baselines_and_its_floor(tmp_path: Path) -> None:
-    result = run("--backend", "reference", "--threads", "1", "-o", str(tmp_path / "ops.jsonl"))
-    assert result.exit_code == 0, result.output
-    written = lines(tmp_path / "ops.jsonl")
-    assert [(line["op"], line["provider"]) for line in written] == [
+def test_every_op_is_timed_beside_its_baselines_and_its_floor(ops: RunBench, tmp_path: Path) -> None:
+    outcome = ops("--backend", "reference", "--threads", "1", "-o", tmp_path / "ops.jsonl")
+    assert outcome.code == 0, outcome.err
+    records = read_results(tmp_path / "ops.jsonl")
+    timed = [each for each in records if isinstance(each, OpResult)]
+    assert [(each.op, each.provider) for each in timed] == [
         (op, provider) for op in OPS for provider in ("reference", "unfused", "dense")
     ]
-    for line in written:
-        assert line["median_us"] > 0  # type: ignore[operator]
-        assert line["speedup_over_unfused" if line["provider"] == "unfused" else "speedup_over_dense"]
-        assert line["conditions"]["threads"] == 1  # type: ignore[index]
-        assert line["conditions"]["torch"] == torch.__version__  # type: ignore[index]
-    assert {line["provider"] for line in written if line["floor_us"] is None} == {"dense"}
+    for each in timed:
+        assert each.median_us > 0
+        assert each.conditions.threads == 1
+        assert each.conditions.torch == torch.__version__
+        assert each.speedup_over_dense > 0
+        assert each.provider != "unfused" or each.speedup_over_unfused == 1
+    assert {each.provider for each in timed if each.floor_us is None} == {"dense"}
     for op in OPS:
-        assert op in result.output
+        assert op in outcome.out
+    left_out = [each for each in records if isinstance(each, NotMeasured)]
+    assert {(each.provider, each.not_measured) for each in left_out} == {("compiled", "left out on request")}
+    assert "Not measured: compiled lowrank_linear at 48x32r5, M = 3, float32: left out on request" in outcome.text
 
 
-def test_results_are_added_to_a_file(tmp_path: Path) -> None:
+def test_results_are_added_to_a_file(ops: RunBench, tmp_path: Path) -> None:
     for _ in range(2):
-        run("--op", "lowrank_linear", "--backend", "reference", "-o", str(tmp_path / "ops.jsonl"))
-    assert len(lines(tmp_path / "ops.jsonl")) == 6
+        ops("--op", "lowrank_linear", "--backend", "reference", "-o", tmp_path / "ops.jsonl")
+    assert len(read_results(tmp_path / "ops.jsonl")) == 2 * 4
 
 
-def test_a_wrong_backend_is_not_timed_and_fails_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(bench_ops, "wrong", lambda op, problem, run: "off by one")
-    result = run("--op", "lowrank_linear", "--backend", "reference", "-o", str(tmp_path / "ops.jsonl"))
-    assert result.exit_code == 1
-    assert "WRONG: reference lowrank_linear at 48x32r5, M = 3, float32: off by one" in " ".join(result.output.split())
-    first, *others = lines(tmp_path / "ops.jsonl")
-    assert (first["provider"], first["wrong"]) == ("reference", True)
-    assert {line["provider"] for line in others} == {"unfused", "dense"}
+def test_a_document_has_all_that_the_file_has(ops: RunBench, tmp_path: Path, lines: Callable) -> None:
+    outcome = ops("--op", "lowrank_linear", "--backend", "reference", "--json", "-o", tmp_path / "ops.jsonl")
+    assert json.loads(outcome.out) == {"results": lines(tmp_path / "ops.jsonl")}
 
 
-def test_what_is_not_measured_is_said(tmp_path: Path) -> None:
-    result = run("--op", "lowrank_linear", "--shape", "48x32r5+48x16r3", "--backend", "reference")
-    assert result.exit_code == 0
-    assert "Not measured: * lowrank_linear at 48x32r5+48x16r3, M = 3, float32: the op takes" in " ".join(
-        result.output.split()
-    )
+def test_a_file_of_something_else_is_refused_before_anything_is_measured(ops: RunBench, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("hello\n")
+    outcome = ops("-o", tmp_path / "notes")
+    assert outcome.code == 2
+    assert "notes, line 1: not JSON" in outcome.err
+    assert outcome.out == ""
+    assert (tmp_path / "notes").read_text() == "hello\n"
+
+
+def test_a_wrong_provider_is_not_timed_and_fails_the_run(
+    ops: RunBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench_ops, "wrong", lambda op, problem, run, own: "off by one")
+    outcome = ops("--op", "lowrank_linear", "--backend", "reference", "-o", tmp_path / "ops.jsonl")
+    assert outcome.code == 1
+    assert "WRONG: reference lowrank_linear at 48x32r5, M = 3, float32: off by one" in outcome.text
+    records = read_results(tmp_path / "ops.jsonl")
+    assert [each.provider for each in records if isinstance(each, NotMeasured) and each.wrong] == ["reference"]
+    assert [each.provider for each in records if isinstance(each, OpResult)] == ["unfused", "dense"]
+
+
+def test_what_is_not_measured_is_said(ops: RunBench) -> None:
+    outcome = ops("--op", "lowrank_linear", "--shape", "48x32r5+48x16r3", "--backend", "reference")
+    assert outcome.code == 0
+    assert "Not measured: * lowrank_linear at 48x32r5+48x16r3, M = 3, float32: the op takes" in outcome.text
+
+
+def test_a_compiler_that_is_not_there_is_said(bench: RunBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(op: str, problem: object) -> None:
+        raise RuntimeError("No working C++\ncompiler found")
+
+    monkeypatch.setattr(bench_ops, "compiled", fail)
+    outcome = bench("ops", *SHAPE, *QUICK[:-1], "--op", "lowrank_linear", "-o", tmp_path / "ops.jsonl")
+    assert outcome.code == 0
+    reasons = {each.provider: each.not_measured for each in read_results(tmp_path / "ops.jsonl") if each.kind != "op"}  # type: ignore[union-attr]
+    assert reasons["compiled"] == "torch.compile: No working C++ compiler found"
+
+
+@pytest.mark.slow
+def test_the_compiled_form_is_timed(bench: RunBench, tmp_path: Path) -> None:
+    outcome = bench("ops", *SHAPE, *QUICK[:-1], "--op", "lowrank_linear", "-o", tmp_path / "ops.jsonl")
+    assert outcome.code == 0, outcome.err
+    providers = [each.provider for each in read_results(tmp_path / "ops.jsonl") if isinstance(each, OpResult)]
+    assert "compiled" in providers
 
 
 @pytest.mark.parametrize(
@@ -90,13 +112,24 @@ def test_what_is_not_measured_is_said(tmp_path: Path) -> None:
         (("--dtype", "int8"), "unknown dtype 'int8'; expected one of float32"),
         (("--backend", "warp"), "unknown backend 'warp'; expected one of"),
         (("--shape", "48"), "shape '48' is not KxNrR"),
-        (("--device", "tpu"), "unknown device 'tpu'; expected cpu or cuda"),
+        (("--device", "tpu"), "device must be a name such as cpu"),
+        (("--rows", "0"), "rows must be positive numbers"),
+        (("--model", "llama-2-7b"), "shapes are either given or a model's, got both"),
+        (("--retain-ratio", "0.1"), "retain_ratio sets the ranks of a model's shapes"),
+        (("-o", "/absent/ops.jsonl"), "there is no folder /absent"),
     ],
 )
-def test_bad_arguments_are_one_clear_message(arguments: tuple[str, str], message: str) -> None:
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert message in " ".join(result.output.replace("│", " ").split())
+def test_bad_arguments_are_one_clear_line(ops: RunBench, arguments: tuple[str, str], message: str) -> None:
+    outcome = ops(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("error: ")
+    assert message in outcome.err
+
+
+def test_a_models_calls_are_cases_of_the_ops_that_get_them() -> None:
+    request = Request(ops=("lowrank_glu",), model="smollm2-135m", rows=(1, 4), dtypes=("bfloat16",))
+    glu = parse_shape("576x1536r41+576x1536r41")
+    assert list(cases(request)) == [Case("lowrank_glu", glu, rows, torch.bfloat16, "smollm2-135m") for rows in (1, 4)]
 
 
 def test_floors_are_of_what_a_provider_reads() -> None:

@@ -1,0 +1,159 @@
+"""The models that ``grasp bench model`` compares: dense, with layers removed, low-rank on each backend, unfused."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from grasp.architecture import decoder, layer_targets, replace_module_
+from grasp.errors import CheckpointError, UnsupportedModelError
+from grasp.modules import LowRankLinear, dense_shape, group_linears_, set_backend_
+from grasp.progress import Progress, silent
+from grasp.removal import remove_layers_
+from grasp.selection import break_even_rank, rank_for_retain_ratio
+from grasp_kernels.dispatch import BACKENDS, Call, objection
+
+DENSE, REMOVED, COMPRESSED, UNFUSED = "dense", "removed", "compressed", "unfused"
+
+
+class Provider(NamedTuple):
+    """A model, and the backend of its low-rank linears where it has any."""
+
+    model: PreTrainedModel
+    backend: str | None = None
+
+    def prepared(self) -> PreTrainedModel:
+        """The model, with its low-rank linears set to the backend."""
+        if self.backend is not None:
+            set_backend_(self.model, self.backend)
+        return self.model
+
+
+class Unfused(nn.Sequential):
+    """A low-rank linear as two of PyTorch's: what one has without the ops."""
+
+    def __init__(self, module: LowRankLinear) -> None:
+        down = nn.Linear(module.in_features, module.rank, bias=False, device="meta")
+        up = nn.Linear(module.rank, module.out_features, bias=module.bias is not None, device="meta")
+        down.weight, up.weight, up.bias = module.Vh, module.U, module.bias  # type: ignore[assignment]
+        super().__init__(down, up)
+
+
+def pick_layers(layers: Sequence[int] | None, num_layers: int, depth: int) -> list[int]:
+    """The layers asked for, or the ``num_layers`` in the middle of ``depth``; ascending.
+
+    Raises:
+        ValueError: if the model has no such layers.
+    """
+    if layers is None:
+        if not 1 <= num_layers <= depth:
+            raise ValueError(f"the model has {depth} decoder layers, got num_layers={num_layers}")
+        first = (depth - num_layers) // 2
+        return list(range(first, first + num_layers))
+    if not layers or min(layers) < 0 or max(layers) >= depth:
+        raise ValueError(f"the model has decoder layers 0..{depth - 1}, got layers {list(layers)}")
+    return sorted(set(layers))
+
+
+@torch.no_grad()
+def truncate_(
+    model: PreTrainedModel, layers: Sequence[int], retain_ratio: float, *, progress: Progress = silent
+) -> None:
+    """Replace the linears of ``layers`` by their largest singular groups, of the ranks that GRASP would give them.
+
+    Raises:
+        ValueError: if ``retain_ratio`` is impossible.
+        UnsupportedModelError: if there is nothing to replace.
+    """
+    if not 0 < retain_ratio <= 1:
+        raise ValueError(f"retain_ratio must be above 0 and at most 1, got {retain_ratio}")
+    targets = [target for layer in layers for target in layer_targets(model, layer)[0]]
+    targets = [target for target in targets if break_even_rank(dense_shape(target.module)) >= 1]
+    if not targets:
+        raise UnsupportedModelError(f"layers {list(layers)} hold no linear that low-rank factors make smaller")
+    for done, target in enumerate(targets, start=1):
+        groups = torch.arange(rank_for_retain_ratio(dense_shape(target.module), retain_ratio))
+        replace_module_(model, target.name, LowRankLinear.from_dense(target.module, groups))
+        progress("truncating", done, len(targets))
+    group_linears_(model)
+
+
+def unfuse_(model: nn.Module) -> None:
+    """Replace every low-rank linear by two linears of PyTorch with the same parameters."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LowRankLinear):
+            replace_module_(model, name, Unfused(module))
+
+
+def low_rank_layers(dense: PreTrainedModel, compressed: PreTrainedModel, name: str) -> tuple[list[int], float]:
+    """Which layers of ``compressed`` are low-rank, and the share of the parameters of the matrices that they keep.
+
+    Raises:
+        CheckpointError: if it has no such layers, or is not made of ``dense``; ``name`` is its name.
+    """
+    layers, kept, whole = [], 0, 0
+    originals = dict(dense.named_modules())
+    for index, layer in enumerate(decoder(compressed).layers):
+        found = {path: module for path, module in layer.named_modules() if isinstance(module, LowRankLinear)}
+        for path, module in found.items():
+            full = f"{decoder(compressed).path}.{index}.{path}"
+            original, shape = originals.get(full), (module.out_features, module.in_features)
+            if not isinstance(original, (nn.Linear, Conv1D)) or dense_shape(original) != shape:
+                raise CheckpointError(
+                    f"{name} has a low-rank layer {full} of the shape {shape}, the dense model none such; "
+                    "give the model that it was compressed from"
+                )
+            kept += module.rank * sum(shape)
+            whole += math.prod(shape)
+        layers += [index] if found else []
+    if not layers:
+        raise CheckpointError(f"{name} has no low-rank layers; expected a folder that grasp compress has written")
+    ours, theirs = (model.get_input_embeddings().get_parameter("weight").float() for model in (dense, compressed))
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3):
+        raise CheckpointError(f"{name} has other embeddings than the dense model; give the one it was compressed from")
+    return layers, kept / whole
+
+
+def providers(
+    dense: PreTrainedModel, compressed: PreTrainedModel, layers: Sequence[int], backends: Sequence[str] = ()
+) -> tuple[dict[str, Provider], dict[str, str]]:
+    """What to time, and what cannot be, with the reason. Those that differ in backend alone share their weights.
+
+    Raises:
+        ValueError: if there is no such backend.
+    """
+    known = [row.name for row in BACKENDS]
+    if unknown := [name for name in backends if name not in known]:
+        raise ValueError(f"unknown backend {unknown[0]!r}; expected one of {', '.join(known)}")
+    found = {DENSE: Provider(dense)}
+    left_out: dict[str, str] = {}
+    try:
+        remove_layers_(removed := copy.deepcopy(dense), layers)
+        found[REMOVED] = Provider(removed)
+    except (UnsupportedModelError, ValueError) as error:
+        left_out[REMOVED] = str(error)
+    unfused = copy.deepcopy(compressed)
+    unfuse_(unfused)
+    found[COMPRESSED] = Provider(compressed, "auto")
+    found |= {f"{COMPRESSED}/{name}": Provider(compressed, name) for name in backends or known}
+    return {**found, UNFUSED: Provider(unfused)}, left_out
+
+
+def objections(provider: Provider, rows: Sequence[int]) -> str | None:
+    """Why a named backend cannot run all low-rank linears of its model at so many rows, or ``None``."""
+    row = next((row for row in BACKENDS if row.name == provider.backend), None)
+    if row is None:
+        return None
+    modules = [module for module in provider.model.modules() if isinstance(module, LowRankLinear)]
+    device, dtype, rank = modules[0].U.device, modules[0].U.dtype, max(module.rank for module in modules)
+    calls = [
+        Call(op, device, dtype, count, rank) for op in ("lowrank_linear", "lowrank_linear_grouped") for count in rows
+    ]
+    return next((reason for call in calls if (reason := objection(row, call)) is not None), None)

@@ -1,0 +1,103 @@
+"""The linears of a model as shapes for the ops: of well-known models by their names, of others by their configuration.
+
+No weights are read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+
+from grasp.architecture import decoder, layer_targets
+from grasp.errors import GraspError, UnsupportedModelError
+from grasp.loading import load_config
+from grasp.modules import SHARED_INPUTS, dense_shape
+from grasp.selection import break_even_rank, rank_for_retain_ratio
+from grasp_kernels.shapes import Linear, Shape
+
+
+class Widths(NamedTuple):
+    """What sets the shapes of a model whose layers are built as Llama's; from its published configuration."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+
+
+WELL_KNOWN: dict[str, Widths] = {
+    "llama-2-7b": Widths(4096, 11008, 32, 32, 128),
+    "llama-2-13b": Widths(5120, 13824, 40, 40, 128),
+    "llama-3.1-8b": Widths(4096, 14336, 32, 8, 128),
+    "llama-3.2-1b": Widths(2048, 8192, 32, 8, 64),
+    "mistral-7b": Widths(4096, 14336, 32, 8, 128),
+    "qwen2.5-7b": Widths(3584, 18944, 28, 4, 128),
+    "qwen3-8b": Widths(4096, 12288, 32, 8, 128),
+    "smollm2-135m": Widths(576, 1536, 9, 3, 64),
+    "gemma-3-270m": Widths(640, 2048, 4, 1, 256),
+}
+_GATED = frozenset(("gate_proj", "up_proj"))
+
+
+def model_calls(name: str, retain_ratio: float) -> list[tuple[str, Shape]]:
+    """The calls that the ops get in a decoder layer of a model: op and shape, equal ones once.
+
+    Every linear by itself, and as ``singular_value_grad``'s; those that share their input as a group; gate and up as a
+    gated unit. The layer is the first that has any; ranks keep ``retain_ratio`` of each matrix's parameters.
+
+    Args:
+        name: one of ``WELL_KNOWN``, or as ``grasp.loading.load_config`` takes it.
+        retain_ratio: in (0, 1].
+
+    Raises:
+        ValueError: if ``retain_ratio`` is impossible.
+        GraspError: if there is no such model; the message names the well-known ones.
+        UnsupportedModelError: if its layers hold no linear that low-rank factors make smaller.
+    """
+    if not 0 < retain_ratio <= 1:
+        raise ValueError(f"retain_ratio must be above 0 and at most 1, got {retain_ratio}")
+    linears = _linears(_config(name), retain_ratio)
+    if not linears:
+        raise UnsupportedModelError(f"the layers of {name} hold no linear that low-rank factors make smaller")
+    singles: list[Shape] = [(linear,) for linear in linears.values()]
+    calls = [(op, shape) for op in ("lowrank_linear", "singular_value_grad") for shape in singles]
+    parents = dict.fromkeys(path.rpartition(".")[0] for path in linears)
+    for parent in parents:
+        for names in SHARED_INPUTS:
+            group = [linears[path] for each in names if (path := f"{parent}.{each}") in linears]
+            if len(group) < 2:
+                continue
+            calls.append(("lowrank_linear_grouped", tuple(group)))
+            if _GATED.issuperset(names) and len({linear.N for linear in group}) == 1:
+                calls.append(("lowrank_glu", tuple(group)))
+    return list(dict.fromkeys(calls))
+
+
+def _config(name: str) -> PreTrainedConfig:
+    if name in WELL_KNOWN and not Path(name).exists():
+        return LlamaConfig(**WELL_KNOWN[name]._asdict(), num_hidden_layers=1, vocab_size=8)
+    try:
+        return load_config(name)[0]
+    except GraspError as error:
+        raise type(error)(f"{error} Or take the shapes of {', '.join(WELL_KNOWN)}.") from error
+
+
+def _linears(config: PreTrainedConfig, retain_ratio: float) -> dict[str, Linear]:
+    """Path → shape, of the first layer that has any to replace."""
+    config.__dict__.pop("quantization_config", None)  # a compressed model's dense shapes
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    for layer in range(len(decoder(model).layers)):
+        shapes = {target.name: dense_shape(target.module) for target in layer_targets(model, layer)[0]}
+        found = {
+            name: Linear(k, n, rank_for_retain_ratio((n, k), retain_ratio))
+            for name, (n, k) in shapes.items()
+            if break_even_rank((n, k)) >= 1
+        }
+        if found:
+            return found
+    return {}

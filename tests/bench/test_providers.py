@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from grasp.bench.providers import (
+    Unfused,
+    low_rank_layers,
+    objections,
+    pick_layers,
+    providers,
+    truncate_,
+)
+from grasp.errors import CheckpointError
+from grasp.modules import LowRankLinear
+from grasp_kernels import dispatch
+from tests.tiny_models import tiny_model
+
+
+def compressed(family: str, layers: list[int]) -> nn.Module:
+    model = tiny_model(family)
+    truncate_(model, layers, 0.4)
+    return model
+
+
+def test_models_of_other_weights_share_none_and_those_of_other_backends_share_all() -> None:
+    found, left_out = providers(tiny_model("opt"), compressed("opt", [0, 2]), [0, 2])
+    assert left_out == {}
+    assert list(found) == [
+        "dense",
+        "removed",
+        "compressed",
+        *(f"compressed/{b.name}" for b in dispatch.BACKENDS),
+        "unfused",
+    ]
+    kinds = {
+        name: {type(m) for m in model.modules() if isinstance(m, (LowRankLinear, Unfused))}
+        for name, (model, _) in found.items()
+    }
+    assert kinds["dense"] == kinds["removed"] == set()
+    assert (kinds["compressed"], kinds["unfused"]) == ({LowRankLinear}, {Unfused})
+    pointers = [
+        {p.data_ptr() for p in found[name].model.parameters()} for name in ("dense", "removed", "compressed", "unfused")
+    ]
+    assert len(set.union(*pointers)) == sum(map(len, pointers))
+    assert {id(p.model) for name, p in found.items() if name.startswith("compressed")} == {
+        id(found["compressed"].model)
+    }
+
+
+def test_a_prepared_model_runs_on_its_backend_alone() -> None:
+    found, _ = providers(tiny_model("llama"), compressed("llama", [1]), [1], ["reference"])
+    for name, backend in (("compressed/reference", "reference"), ("compressed", "auto")):
+        model = found[name].prepared()
+        assert {module.backend for module in model.modules() if isinstance(module, LowRankLinear)} == {backend}
+
+
+def test_what_cannot_be_removed_is_left_out_with_the_reason() -> None:
+    found, left_out = providers(tiny_model("llama"), compressed("llama", [0, 1, 2]), [0, 1, 2])
+    assert "removed" not in found
+    assert left_out == {"removed": "cannot remove all 3 decoder layers; leave at least one"}
+
+
+def test_a_backend_that_serves_fewer_rows_than_the_prompt_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = dispatch.Backend(
+        "few",
+        dict.fromkeys(dispatch.OPS, ""),
+        lambda: None,
+        lambda call: "it serves at most 4 rows" if call.rows > 4 else None,
+        lambda call: None,
+    )
+    monkeypatch.setattr(dispatch, "BACKENDS", (few, *dispatch.BACKENDS))
+    for module in ("grasp.bench.providers", "grasp.modules"):
+        monkeypatch.setattr(f"{module}.BACKENDS", dispatch.BACKENDS)
+    found, _ = providers(tiny_model("llama"), compressed("llama", [1]), [1])
+    assert objections(found["compressed/few"], (8, 1)) == "it serves at most 4 rows"
+    assert objections(found["compressed/few"], (4, 1)) is None
+    for name in ("dense", "compressed", "compressed/reference", "unfused"):
+        assert objections(found[name], (8, 1)) is None
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown backend 'warp'; expected one of"):
+        providers(tiny_model("llama"), compressed("llama", [1]), [1], ["warp"])
+
+
+def test_the_layers_of_a_compressed_model_are_found() -> None:
+    layers, ratio = low_rank_layers(tiny_model("gpt2"), compressed("gpt2", [0, 2]), "small")  # type: ignore[arg-type]
+    assert layers == [0, 2]
+    assert ratio == pytest.approx(0.4, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("dense", "low_rank", "message"),
+    [
+        (tiny_model("llama"), tiny_model("llama"), "small has no low-rank layers"),
+        (
+            tiny_model("llama", intermediate_size=64),
+            compressed("llama", [1]),
+            "shape (48, 32), the dense model none such",
+        ),
+        (tiny_model("llama", num_hidden_layers=1), compressed("llama", [1]), "the dense model none such"),
+        (tiny_model("llama", seed=1), compressed("llama", [1]), "small has other embeddings than the dense model"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(dense: nn.Module, low_rank: nn.Module, message: str) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        low_rank_layers(dense, low_rank, "small")  # type: ignore[arg-type]
+    assert message in str(raised.value)
+
+
+def test_layers_are_those_asked_for_or_those_in_the_middle() -> None:
+    assert pick_layers(None, 2, 5) == [1, 2]
+    assert pick_layers((3, 1, 3), 2, 5) == [1, 3]
+    with pytest.raises(ValueError, match="the model has 5 decoder layers, got num_layers=6"):
+        pick_layers(None, 6, 5)
+    for layers in ((), (5,)):
+        with pytest.raises(ValueError, match=r"the model has decoder layers 0..4, got layers"):
+            pick_layers(layers, 2, 5)
+
+
+def test_unfused_linears_compute_what_the_low_rank_ones_do() -> None:
+    layer = LowRankLinear(12, 8, 3)
+    x = torch.randn(2, 5, 12)
+    torch.testing.assert_close(Unfused(layer)(x), layer(x))
