@@ -119,8 +119,8 @@ def _rounds(
         for count in counts:
             torch.set_num_threads(count or before)
             cards = {name: measure_card(device, DTYPES[name]) for name in request.dtypes}
-            for case in measurable:
-                step = f"{case.op} {format_shape(case.shape)}, M = {case.rows}, {_name(case.dtype)}"
+            for number, case in enumerate(measurable, start=1):
+                step = f"case {number} of {len(measurable)}: {case.op}"
                 progress(step, 0, 1)  # a bar that moves would take time from what is timed
                 records = list(measure(case, device, cards[_name(case.dtype)], request))
                 progress(step, 1, 1)
