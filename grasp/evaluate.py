@@ -254,7 +254,7 @@ def time_generation(
     Raises:
         ValueError: if a number is smaller than 1, or the model has not enough positions.
     """
-    prompt = _prompt(model, prompt_tokens, new_tokens, batch_size)
+    prompt = random_prompt(model, prompt_tokens, new_tokens, batch_size)
     device = first_device(model)
     with evaluating(model):
         begin = _now(device)
@@ -281,14 +281,18 @@ def first_logits(model: PreTrainedModel, *, prompt_tokens: int, batch_size: int 
     Raises:
         ValueError: as ``time_generation``.
     """
-    prompt = _prompt(model, prompt_tokens, 1, batch_size).to(first_device(model))
+    prompt = random_prompt(model, prompt_tokens, 1, batch_size).to(first_device(model))
     _, options = _caching(model)
     with evaluating(model):
         return torch.stack([model(input_ids=ids, **options).logits[:, -1] for ids in (prompt, prompt[:, :1])])
 
 
-def _prompt(model: PreTrainedModel, prompt_tokens: int, new_tokens: int, batch_size: int) -> Tensor:
-    """Random tokens, (B, L), on the CPU."""
+def random_prompt(model: PreTrainedModel, prompt_tokens: int, new_tokens: int, batch_size: int) -> Tensor:
+    """The prompt of ``time_generation``, (B, L) on the CPU.
+
+    Raises:
+        ValueError: as ``time_generation``.
+    """
     for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

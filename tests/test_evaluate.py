@@ -15,6 +15,7 @@ from grasp.evaluate import (
     PerplexityResult,
     Window,
     cut_windows,
+    first_logits,
     perplexity,
     summarize,
     throughput,
@@ -222,8 +223,19 @@ def test_throughput_decodes_every_step_from_one_token_and_the_cache() -> None:
     model.generation_config.eos_token_id = list(range(97))  # whatever comes would end a text
     time = time_generation(model, prompt_tokens=10, new_tokens=4, batch_size=2)
     assert calls == [(2, 10, 32)] + 4 * [(2, 1, 32)]
-    assert time.prefill_s > 0
-    assert time.decode_s > 0
+    assert 0 < time.prefill_s < time.first_token_s
+    assert len(time.steps_s) == 4
+    assert time.decode_s == sum(time.steps_s) > 0
+    assert time.kv_cache_bytes == 2 * 14 * 3 * 2 * 32 * 4  # sequences, tokens, layers, keys and values, features, fp32
+
+
+def test_first_logits_are_those_of_the_whole_text_at_once() -> None:
+    model = tiny_model("llama")
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(97, (2, 10), generator=generator)
+    with torch.no_grad():
+        expected = model(torch.cat([prompt, prompt[:, :1]], dim=1)).logits[:, -2:].transpose(0, 1)
+    torch.testing.assert_close(first_logits(model, prompt_tokens=10, batch_size=2), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_throughput_leaves_the_warm_up_out_and_reports_progress() -> None:

@@ -32,12 +32,20 @@ from grasp.bench.providers import (
     objections,
     pick_layers,
     providers,
+    require_backends,
     truncate_,
 )
 from grasp.bench.results import ModelResult, NotMeasured, Percentiles
 from grasp.bench.timing import Sample
 from grasp.calibration import bos_for, read_text, tokenize
-from grasp.evaluate import GenerationTime, PerplexityResult, first_logits, perplexity, time_generation
+from grasp.evaluate import (
+    GenerationTime,
+    PerplexityResult,
+    first_logits,
+    perplexity,
+    random_prompt,
+    time_generation,
+)
 from grasp.jobs import load_quietly
 from grasp.loading import BUILTIN
 from grasp.modules import LowRankLinear
@@ -160,9 +168,9 @@ def run(request: Request, *, progress: Progress = silent) -> Iterator[list[Model
         GraspError, ValueError: as ``load_model``, ``read_text``, ``pick_layers``, ``low_rank_layers``, ``truncate_``,
             ``perplexity`` and ``time_generation`` do.
     """
-    for name, value in (("repeats", request.repeats), ("windows", request.windows + 1)):
-        if value < 1:
-            raise ValueError(f"{name} is too small: {request}")
+    require_backends(request.backends)
+    if request.repeats < 1 or request.windows < 0:
+        raise ValueError(f"at least 1 repeat and 0 windows are needed, got {request.repeats} and {request.windows}")
     text = read_text(request.text, split="evaluation") if request.windows else None
     before = torch.get_num_threads()
     torch.set_num_threads(request.threads or before)
@@ -174,6 +182,8 @@ def run(request: Request, *, progress: Progress = silent) -> Iterator[list[Model
 
 def _run(request: Request, text: str | None, progress: Progress) -> Iterator[list[ModelResult | NotMeasured]]:
     dense, tokenizer = load_quietly(request.model, dtype=request.dtype, device=request.device, progress=progress)
+    for batch_size in request.batch_sizes:
+        random_prompt(dense, request.prompt_tokens, request.new_tokens, batch_size)  # raises where it is impossible
     compressed, layers, ratio = _compressed(dense, request, progress)
     found, left_out = providers(dense, compressed, layers, request.backends)
     quality = {} if text is None else _perplexities(found, tokenizer, text, request, progress)

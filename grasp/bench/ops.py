@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from grasp.bench.conditions import conditions, measure_card
+from grasp.bench.providers import require_backends
 from grasp.bench.results import NotMeasured, OpResult
 from grasp.bench.shapes import model_calls
 from grasp.bench.timing import batch, interleave
@@ -22,7 +23,6 @@ from grasp.bench.workloads import OPS, Problem, Run, backends, compiled, make_pr
 from grasp.loading import DTYPES, find_device
 from grasp.progress import Progress, silent
 from grasp_kernels import roofline
-from grasp_kernels.dispatch import BACKENDS
 from grasp_kernels.roofline import Card
 from grasp_kernels.shapes import Shape, format_shape, parse_shape
 
@@ -90,12 +90,9 @@ def run(request: Request, *, progress: Progress = silent) -> Iterator[Round]:
         ValueError: if a name, shape, number or device is none there is.
         GraspError: as ``model_calls`` does.
     """
-    for names, known, what in (
-        (request.ops, OPS, "op"),
-        (request.backends, [row.name for row in BACKENDS], "backend"),
-        (request.dtypes, DTYPES, "dtype"),
-    ):
+    for names, known, what in ((request.ops, OPS, "op"), (request.dtypes, DTYPES, "dtype")):
         _require_known(names, list(known), what)
+    require_backends(request.backends)
     for name, numbers in (("rows", request.rows), ("threads", request.threads or (1,))):
         if min(numbers) < 1:
             raise ValueError(f"{name} must be at least 1, got {min(numbers)}")
@@ -119,8 +116,8 @@ def _rounds(
         for count in counts:
             torch.set_num_threads(count or before)
             cards = {name: measure_card(device, DTYPES[name]) for name in request.dtypes}
-            for case in measurable:
-                step = f"{case.op} {format_shape(case.shape)}, M = {case.rows}, {_name(case.dtype)}"
+            for number, case in enumerate(measurable, start=1):
+                step = f"case {number} of {len(measurable)}: {case.op}"
                 progress(step, 0, 1)  # a bar that moves would take time from what is timed
                 records = list(measure(case, device, cards[_name(case.dtype)], request))
                 progress(step, 1, 1)

@@ -121,17 +121,21 @@ def low_rank_layers(dense: PreTrainedModel, compressed: PreTrainedModel, name: s
     return layers, kept / whole
 
 
-def providers(
-    dense: PreTrainedModel, compressed: PreTrainedModel, layers: Sequence[int], backends: Sequence[str] = ()
-) -> tuple[dict[str, Provider], dict[str, str]]:
-    """What to time, and what cannot be, with the reason. Those that differ in backend alone share their weights.
+def require_backends(names: Sequence[str]) -> None:
+    """Raise unless all are rows of the dispatch table.
 
     Raises:
         ValueError: if there is no such backend.
     """
     known = [row.name for row in BACKENDS]
-    if unknown := [name for name in backends if name not in known]:
+    if unknown := [name for name in names if name not in known]:
         raise ValueError(f"unknown backend {unknown[0]!r}; expected one of {', '.join(known)}")
+
+
+def providers(
+    dense: PreTrainedModel, compressed: PreTrainedModel, layers: Sequence[int], backends: Sequence[str] = ()
+) -> tuple[dict[str, Provider], dict[str, str]]:
+    """What to time, and what cannot be, with the reason. Those that differ in backend alone share their weights."""
     found = {DENSE: Provider(dense)}
     left_out: dict[str, str] = {}
     try:
@@ -142,7 +146,7 @@ def providers(
     unfused = copy.deepcopy(compressed)
     unfuse_(unfused)
     found[COMPRESSED] = Provider(compressed, "auto")
-    found |= {f"{COMPRESSED}/{name}": Provider(compressed, name) for name in backends or known}
+    found |= {f"{COMPRESSED}/{name}": Provider(compressed, name) for name in backends or [row.name for row in BACKENDS]}
     return {**found, UNFUSED: Provider(unfused)}, left_out
 
 

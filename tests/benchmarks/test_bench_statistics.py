@@ -77,7 +77,7 @@ def spoil(gram: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--num-layers", "4"), "the model has 3 decoder layers, got --num-layers 4"),
+        (("--num-layers", "4"), "the model has 3 decoder layers, got num_layers=4"),
         (("--layers", "1", "--sweep-dtype", "float8"), "sweep_dtype must be bfloat16, float32 or None, got 'float8'"),
     ],
 )
