@@ -88,7 +88,9 @@ def read_instructions(path: str | Path) -> list[Instruction]:
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise TrainingDataError(f"the instructions {path} cannot be read ({error}); give a JSONL file in UTF-8") from error
+        raise TrainingDataError(
+            f"the instructions {path} cannot be read ({error}); give a JSONL file in UTF-8"
+        ) from error
     found = [_instruction(line, f"line {number} of {path}") for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise TrainingDataError(f"{path} has no instructions; expected one JSON object a line")
@@ -117,7 +119,8 @@ def instruction_sequences(
             result.append(TrainingSequence(ids, counts))
     if not result:
         raise TrainingDataError(
-            f"all {len(instructions)} instructions fill {seq_len} tokens before their answers begin; take a longer seq_len"
+            f"all {len(instructions)} instructions fill {seq_len} tokens before their answers begin; take a longer "
+            "seq_len"
         )
     return result
 
@@ -154,7 +157,8 @@ def _instruction(line: str, place: str) -> Instruction:
     request, material, answer = (values.get(name, "") for name in ("instruction", "input", "output"))
     if not all(isinstance(text, str) for text in (request, material, answer)) or not request or not answer:
         raise TrainingDataError(
-            f"{place} must be an object with the texts instruction and output, and perhaps input; got {line.strip()[:80]}"
+            f"{place} must be an object with the texts instruction and output, and perhaps input; got "
+            f"{line.strip()[:80]}"
         )
     return Instruction(request, material, answer)
 
