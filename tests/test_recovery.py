@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -332,3 +333,23 @@ def test_the_default_state_keeps_nothing() -> None:
     state.keep(lambda: pytest.fail("asked for a snapshot"), last=True)
     assert state.restored() is None
     assert recovery.PATIENCE < recovery.EVALUATIONS
+
+
+@pytest.fixture
+def mixed_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What ``accelerate launch --mixed_precision bf16`` says to the process that it starts."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("mixed_precision")
+def test_the_mixed_precision_of_accelerate_is_heeded() -> None:
+    model, seen = compressed(), set[tuple[bool, torch.dtype]]()
+    layer = model.get_submodule("model.layers.1.mlp.up_proj")
+    layer.register_forward_hook(lambda module, args, y: seen.add((torch.is_grad_enabled(), y.dtype)))
+    report = recover_(model, TRAIN, HELD_OUT, CONFIG)
+    assert seen == {(True, torch.bfloat16), (False, torch.float32)}  # training, and the loss of what will be saved
+    assert layer.U.dtype == torch.float32
+    assert report.loss_after < report.loss_before - 0.03
