@@ -136,7 +136,13 @@ def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def learning_rate_at(step: int, steps: int, peak: float) -> float:
-    """``p·(i + 1)/w`` in step i of the first ``w = ⌈n/20⌉``, then ``p·(1 + cos(π(i - w)/(n - w)))/2``: n steps."""
+    """``p·(i + 1)/w`` in step i of the first ``w = ⌈n/20⌉``, then ``p·(1 + cos(π(i - w)/(n - w)))/2``.
+
+    Args:
+        step: i, 0 being the first.
+        steps: n, all there are.
+        peak: p.
+    """
     warm = math.ceil(WARM_UP * steps)
     if step < warm:
         return peak * (step + 1) / warm
