@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from grasp.architecture import batch_inputs, evaluating, first_device
 from grasp.distributed import ALONE, Processes
 from grasp.errors import NonFiniteError, UnsupportedModelError
+from grasp.evaluate import max_positions
 from grasp.identity import model_identity
 from grasp.loss import loss_and_grad, sum_nll, without_head
 from grasp.modules import LowRankLinear
@@ -99,7 +100,7 @@ def recover_(
 
     Raises:
         UnsupportedModelError: if the model has no low-rank linears, or they are offloaded.
-        ValueError: if the model is fp16, or there are no sequences.
+        ValueError: if the model is fp16, there are no sequences, or one is longer than the model has positions.
         NonFiniteError: if a loss or gradient is NaN or infinite.
         ResumeError, DistributedError: as ``state`` and ``processes`` do.
     """
@@ -377,6 +378,9 @@ def _require_trainable(
         raise ValueError("gradients overflow in float16; load the model in bfloat16 or float32")
     if not sequences or not held_out:
         raise ValueError(f"got {len(sequences)} sequences and {len(held_out)} held out; expected at least one of each")
+    limit, longest = max_positions(model), max(len(item.input_ids) for item in (*sequences, *held_out))
+    if limit is not None and longest > limit:
+        raise ValueError(f"sequences have {longest} tokens, the model has {limit} positions; take a shorter seq_len")
 
 
 def _begin(run: _Run, state: NoRecoveryState, clock: Clock) -> None:

@@ -224,6 +224,8 @@ def test_what_cannot_be_trained_is_refused() -> None:
         recover_(compressed(dtype=torch.float16), TRAIN, HELD_OUT)
     with pytest.raises(ValueError, match="got 10 sequences and 0 held out"):
         recover_(compressed(), TRAIN, [])
+    with pytest.raises(ValueError, match="sequences have 129 tokens, the model has 128 positions; take a shorter"):
+        recover_(compressed(), TRAIN, noise(1, 129))
 
 
 def test_a_training_that_explodes_is_ended() -> None:
