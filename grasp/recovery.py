@@ -32,8 +32,6 @@ WARM_UP = 0.05  # fraction of the steps
 MAX_GRAD_NORM = 1.0
 EVALUATIONS = 10  # of the held-out loss, after the first
 PATIENCE = 3  # so many in a row that are no better than the best end the training
-MICRO_BATCH = {"cpu": 1}  # sequences in one pass, by device; elsewhere
-MICRO_BATCH_ELSEWHERE = 4
 _WIDE = (torch.float32, torch.float64)
 
 
@@ -45,7 +43,7 @@ class RecoveryConfig:
         learning_rate: at its highest. Paper: 3e-4.
         tokens: how many to train on, repeats counted; ``None`` for every sequence once.
         batch_size: sequences per step of the optimizer, over all processes.
-        micro_batch_size: sequences in one pass, whose gradients are added up; ``None`` for 1 on a CPU, else 4.
+        micro_batch_size: sequences in one pass, whose gradients are added up; memory limits it.
         seed: the order of the sequences.
 
     Raises:
@@ -55,7 +53,7 @@ class RecoveryConfig:
     learning_rate: float = 3e-4
     tokens: int | None = None
     batch_size: int = 16
-    micro_batch_size: int | None = None
+    micro_batch_size: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -202,9 +200,6 @@ class _Run:
         self.model, self.factors, self.config = model, factors, config
         self.sequences, self.held_out = sequences, held_out
         self.accelerator, self.processes = accelerator, processes
-        self.micro_batch_size = config.micro_batch_size or MICRO_BATCH.get(
-            first_device(model).type, MICRO_BATCH_ELSEWHERE
-        )
         self.steps = planned_steps(sequences, config)
         self.masters = Masters(factors)
         self.optimizer = torch.optim.AdamW(list(self.masters.values.values()), lr=config.learning_rate, fused=True)
@@ -232,9 +227,8 @@ class _Run:
 
     def identity(self) -> dict[str, Any]:
         """Everything that the result depends on."""
-        settings = {**dataclasses.asdict(self.config), "micro_batch_size": self.micro_batch_size}
         return {
-            **model_identity(self.model, settings),
+            **model_identity(self.model, dataclasses.asdict(self.config)),
             "mixed precision": self.accelerator.mixed_precision,
             **self.data,
         }
@@ -260,10 +254,8 @@ class _Run:
         whole = [self.sequences[index] for index in islice(self.order, self.config.batch_size)]
         targets = sum(int(item.counts.sum()) for item in whole)
         own = whole[self.processes.rank :: self.processes.size]
-        loss = sum(
-            self._pass(own[start : start + self.micro_batch_size], targets)
-            for start in range(0, len(own), self.micro_batch_size)
-        )
+        size = self.config.micro_batch_size
+        loss = sum(self._pass(own[start : start + size], targets) for start in range(0, len(own), size))
         masters = list(self.masters.values.values())
         for master in masters:
             if master.grad is None:  # nothing of the batch came here, or it does not reach the loss
@@ -356,7 +348,7 @@ class _Run:
     def report(self, clock: Clock) -> RecoveryReport:
         """What was done."""
         return RecoveryReport(
-            config={**dataclasses.asdict(self.config), "micro_batch_size": self.micro_batch_size},
+            config=dataclasses.asdict(self.config),
             factors=len(self.factors) // 2,
             trained_parameters=sum(factor.numel() for factor in self.factors.values()),
             steps=self.steps,

@@ -100,7 +100,7 @@ def recover(
     with RecoveryState(kept, notify=notify, rank=processes.rank, processes=processes.size) as state:
         if processes.first:
             remove_abandoned(target)
-        with within_memory(config.micro_batch_size or "a few", data.seq_len):
+        with within_memory(config.micro_batch_size, data.seq_len):
             model, tokenizer = load_quietly(str(directory), dtype=dtype, device=device, progress=progress)
             trainable_factors(model)  # before the long work of reading the text
             sequences, held_out = hold_out(data.sequences(tokenizer, config.tokens, notify))

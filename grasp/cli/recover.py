@@ -37,9 +37,7 @@ def recover(
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence; longer instructions are cut off.")] = 512,
     learning_rate: Annotated[float, typer.Option(help="At its highest. Paper: 3e-4.")] = 3e-4,
     batch_size: Annotated[int, typer.Option(help="Sequences per step, over all processes.")] = 16,
-    micro_batch_size: Annotated[
-        int | None, typer.Option(help="Sequences in one pass, which memory limits. Default: 1 on a CPU, else 4.")
-    ] = None,
+    micro_batch_size: Annotated[int, typer.Option(help="Sequences in one pass; memory limits them.")] = 4,
     device: Device = None,
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="The order of the sequences.")] = 0,
