@@ -40,7 +40,7 @@ class RecoveryConfig:
     """How ``recover_`` trains: AdamW, the learning rate rising for a twentieth of the steps, then falling as a cosine.
 
     Args:
-        learning_rate: at its highest. Paper: 3e-4.
+        learning_rate: at its highest. The paper takes 3e-4, for models of 7B parameters.
         tokens: how many to train on, repeats counted; ``None`` for every sequence once.
         batch_size: sequences per step of the optimizer, over all processes.
         micro_batch_size: sequences in one pass, whose gradients are added up; memory limits it.
@@ -50,7 +50,7 @@ class RecoveryConfig:
         ValueError: if a value is out of range.
     """
 
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     tokens: int | None = None
     batch_size: int = 16
     micro_batch_size: int = 4
