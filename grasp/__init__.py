@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from grasp.config import GraspConfig
     from grasp.evaluate import perplexity
     from grasp.modules import LowRankLinear
+    from grasp.recovery import RecoveryConfig, recover_
+    from grasp.recovery_report import RecoveryReport
     from grasp.redundancy import block_influence
     from grasp.removal import remove_layers_
     from grasp.report import CompressionReport
@@ -18,9 +20,12 @@ __all__ = [
     "CompressionReport",
     "GraspConfig",
     "LowRankLinear",
+    "RecoveryConfig",
+    "RecoveryReport",
     "block_influence",
     "compress_",
     "perplexity",
+    "recover_",
     "remove_layers_",
 ]
 
@@ -30,9 +35,12 @@ _HOMES = {
     "CompressionReport": "grasp.report",
     "GraspConfig": "grasp.config",
     "LowRankLinear": "grasp.modules",
+    "RecoveryConfig": "grasp.recovery",
+    "RecoveryReport": "grasp.recovery_report",
     "block_influence": "grasp.redundancy",
     "compress_": "grasp.compress",
     "perplexity": "grasp.evaluate",
+    "recover_": "grasp.recovery",
     "remove_layers_": "grasp.removal",
 }
 

@@ -18,7 +18,7 @@ from grasp.errors import UnsupportedModelError
 from grasp.modules import DenseLinear, LowRankLinear
 
 if TYPE_CHECKING:
-    from grasp.calibration import CalibrationBatch
+    from grasp.calibration import Tokens
 
 
 class Adapter(NamedTuple):
@@ -230,7 +230,7 @@ def casting(model: nn.Module, dtype: str | None) -> Iterator[None]:
             parameter.data = data
 
 
-def batch_inputs(model: nn.Module, batch: CalibrationBatch) -> dict[str, Tensor]:
+def batch_inputs(model: nn.Module, batch: Tokens) -> dict[str, Tensor]:
     """Keyword arguments of a forward pass over a batch, on the device where the model takes its tokens."""
     device = first_device(model)
     inputs = {"input_ids": batch.input_ids.to(device)}

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +50,25 @@ BUILTIN_REQUIREMENT = "exllamav3==1.6.5"
 BUILTIN_FILE = "conversion/standard_cal_data/wiki.utf8"
 # Runs of this many documents go to one split: related articles follow each other in the built-in text.
 _BUILTIN_RUN = 25
+
+
+class Tokens(Protocol):
+    """A batch of sequences, and which of their tokens the loss counts."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """(B, L) int64."""
+        ...
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """(B, L) bool, False at padding; ``None`` where the model need not know of any."""
+        ...
+
+    @property
+    def is_target(self) -> Tensor:
+        """(B, L - 1) bool: whether the token after each position counts."""
+        ...
 
 
 class CalibrationBatch(NamedTuple):

@@ -13,6 +13,10 @@ class CalibrationError(GraspError, ValueError):
     """The calibration text is missing or too short."""
 
 
+class TrainingDataError(GraspError, ValueError):
+    """The data to fine-tune on cannot be read, or are too few."""
+
+
 class UnsupportedModelError(GraspError, TypeError):
     """The model's decoder layers cannot be found, or hold nothing that can be compressed."""
 

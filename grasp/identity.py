@@ -31,20 +31,29 @@ def request_identity(
 
     Hashing the weights takes of the order of a second per GB.
     """
-    settings = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
     return {
-        "grasp": __version__,
-        **{f"version of {name}": version(name) for name in ("torch", "transformers")},
-        **config.to_dict(),
-        "model": type(model).__name__,
-        "model dtype": str(model.dtype).removeprefix("torch."),
-        "device": first_device(model).type,
-        "model configuration": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(),
-        "model weights": tensors_digest(_parameters(model)),
+        **model_identity(model, config.to_dict()),
         "batch size": len(batches[0].input_ids),
         "calibration batches": len(batches),
         "calibration sequences": sum(len(batch.input_ids) for batch in batches),
         "calibration tokens": tensors_digest(_tokens(batches)),
+    }
+
+
+def model_identity(model: PreTrainedModel, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions, the settings of what is done to a model, the model and where it is, its weights as SHA-256."""
+    configuration = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
+    return {
+        "grasp": __version__,
+        **{f"version of {name}": version(name) for name in ("torch", "transformers")},
+        **settings,
+        "model": type(model).__name__,
+        "model dtype": str(model.dtype).removeprefix("torch."),
+        "device": first_device(model).type,
+        "model configuration": hashlib.sha256(
+            json.dumps(configuration, sort_keys=True, default=str).encode()
+        ).hexdigest(),
+        "model weights": tensors_digest(_parameters(model)),
     }
 
 

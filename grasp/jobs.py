@@ -125,7 +125,7 @@ def compress(
     with RunState(kept, notify=notify, rank=processes.rank, processes=processes.size) as state:
         if processes.first:
             remove_abandoned(target)
-        with _within_memory(samples.batch_size, samples.seq_len):
+        with within_memory(samples.batch_size, samples.seq_len):
             place = "cpu" if processes.sharded else device
             model, tokenizer = load_quietly(name, dtype=dtype, device=place, progress=progress)
             if processes.sharded:
@@ -133,7 +133,7 @@ def compress(
             samples = _with_batch_size(model, config, samples, state.batch_size, notify, processes)
             batches = draw(tokenizer, text, samples)
             for batch in batches:
-                _require_known(model, batch.input_ids)
+                require_known(model, batch.input_ids)
             require_space(target, model.get_memory_footprint())
             report = compress_(model, batches, config, progress=progress, state=state, processes=processes)
         if processes.sharded:
@@ -285,10 +285,10 @@ def evaluate(
         OutOfMemoryError: if the device's memory does not suffice.
     """
     text = read_text(source, split="evaluation")
-    with _within_memory(batch_size, window):
+    with within_memory(batch_size, window):
         model, tokenizer = load_quietly(name, dtype=dtype, device=device, progress=progress)
         tokens = tokenize(tokenizer, text)
-        _require_known(model, tokens)
+        require_known(model, tokens)
         result = perplexity(
             model,
             tokens,
@@ -301,7 +301,12 @@ def evaluate(
     return Evaluation(name, source, result, model_size(model, decoder(model).layers))
 
 
-def _require_known(model: PreTrainedModel, token_ids: torch.Tensor) -> None:
+def require_known(model: PreTrainedModel, token_ids: torch.Tensor) -> None:
+    """Check that a model has the tokens that a tokenizer gave.
+
+    Raises:
+        CalibrationError: if it does not.
+    """
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     if token_ids.numel() and (highest := int(token_ids.max())) >= vocabulary:
         raise CalibrationError(
@@ -311,7 +316,12 @@ def _require_known(model: PreTrainedModel, token_ids: torch.Tensor) -> None:
 
 
 @contextmanager
-def _within_memory(batch_size: int | str, length: int) -> Iterator[None]:
+def within_memory(batch_size: int | str, length: int) -> Iterator[None]:
+    """Say of the work in the block what to do where it fails for want of memory, or of finite weights.
+
+    Raises:
+        OutOfMemoryError, NonFiniteError: with the remedy.
+    """
     try:
         yield
     except GraspError:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from grasp.architecture import batch_inputs, evaluating, first_device
-from grasp.calibration import CalibrationBatch
+from grasp.calibration import Tokens
 from grasp.errors import UnsupportedModelError
 
 LOGITS_BYTES = 2**25  # of fp32 logits held at once; their gradient takes as much again. More is slower: caches, pages
@@ -50,7 +50,7 @@ def without_head(model: PreTrainedModel) -> Iterator[Body]:
         handle.remove()
 
 
-def loss_and_grad(model: PreTrainedModel, body: Body, batch: CalibrationBatch) -> tuple[float, Tensor]:
+def loss_and_grad(model: PreTrainedModel, body: Body, batch: Tokens) -> tuple[float, Tensor]:
     """Summed negative log-likelihood of each token given those before it, and its gradient in the hidden states.
 
     The model's own head is applied, with whatever it does to the logits. Padding counts nothing.
@@ -84,7 +84,7 @@ def loss_and_grad(model: PreTrainedModel, body: Body, batch: CalibrationBatch) -
 
 
 @torch.no_grad()
-def sum_nll(model: PreTrainedModel, batches: Iterable[CalibrationBatch]) -> float:
+def sum_nll(model: PreTrainedModel, batches: Iterable[Tokens]) -> float:
     """Summed negative log-likelihood of all tokens that follow others, in nats; padding counts nothing."""
     total = 0.0
     with evaluating(model):

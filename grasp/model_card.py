@@ -95,6 +95,12 @@ def model_card(
     return card + (f"\n{details.strip()}\n" if details else "")
 
 
+def with_section(card: str, title: str, text: str) -> str:
+    """A card that ends with a section, in the place of what it has of that title and after."""
+    head = card.partition(f"\n## {title}\n")[0].rstrip()
+    return f"{head}\n\n## {title}\n\n{text.strip()}\n"
+
+
 def is_hub_name(name: str) -> bool:
     """Whether this can only be a repository on the Hugging Face hub: ``owner/name``, and no path that is here."""
     return bool(_HUB_NAME.fullmatch(name)) and not name.lower().endswith(".gguf") and not Path(name).exists()

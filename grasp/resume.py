@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import re
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp.architecture import Target, replace_module_
 from grasp.calibration import CalibrationBatch
 from grasp.checkpoint import require_space
-from grasp.errors import ResumeError
-from grasp.identity import differences, request_identity, tensors_digest
+from grasp.identity import request_identity
+from grasp.kept import KeptFolder
 from grasp.modules import LowRankLinear
 from grasp.offload import execution_device
 from grasp.progress import Clock, Notify, unheard
@@ -34,10 +25,6 @@ if TYPE_CHECKING:  # it imports this module
     from grasp.config import GraspConfig
 
 FORMAT = 1  # of the folder
-INTERVAL = 30.0  # seconds: the sums of a running sweep are not written more often than this,
-SHARE = 0.05  # nor so often that writing takes more than this fraction of the time
-_UNFINISHED = "unfinished"  # the folder in which files are written, by safetensors under names of its own
-_OWN_FILES = re.compile(rf"lock|state\.json|(module|sums)-.+\.safetensors|{_UNFINISHED}")
 
 
 class Sum(Protocol):
@@ -75,7 +62,7 @@ class NoState:
         """Keep the sums of a sweep now and then, and at its end, when they hold ``done`` of ``batches`` batches."""
 
 
-class RunState(NoState):
+class RunState(KeptFolder, NoState):
     """A folder that holds what a run of ``compress_`` has done: give it as ``state``.
 
     A context manager. While it is open, no other process may use the folder. When its block ends well the folder is
@@ -98,64 +85,23 @@ class RunState(NoState):
             if it belongs to another request (another model, text or configuration), is damaged, or cannot be written.
     """
 
+    OWN_FILES = r"(module|sums)-.+\.safetensors"
+
     def __init__(self, folder: str | Path, *, notify: Notify = unheard, rank: int = 0, processes: int = 1) -> None:
-        self.folder = Path(folder).expanduser().resolve()
-        self._notify, self._rank, self._processes = notify, rank, processes
-        self._lock = FileLock(self.folder / "lock")
+        super().__init__(folder, notify=notify, rank=rank, processes=processes)
         self._sums = self.folder / f"sums-{rank}-of-{processes}.safetensors"
-        self._identity: dict[str, Any] | None = None
-        self._clock = Clock()
-        self._kept = False  # whether the folder has more than block influence, or had something before
         self._continued = False  # whether an earlier process has done something
         self._found: dict[str, dict[str, Any]] = {}  # file name → its notes, as that process left them
         self._sweeps: Sequence[Sequence[Target]] = ()
-        self._written = self._cost = 0.0  # when sums were last written, and the seconds it took
-        self._made: list[Path] = []  # folders that were not there before
 
-    def __enter__(self) -> RunState:
-        if self._rank:
-            return self
-        self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            foreign = sorted(path.name for path in self.folder.iterdir() if not _OWN_FILES.fullmatch(path.name))
-            if foreign:
-                raise ResumeError(
-                    f"{self.folder} is where an unfinished run is kept, but it holds {foreign[0]}, which is none of "
-                    "its files; move that folder away, or give another output"
-                )
-            self._lock.acquire(timeout=0)
-            shutil.rmtree(self.folder / _UNFINISHED, ignore_errors=True)
-            (self.folder / _UNFINISHED).mkdir(exist_ok=True)
-        except Timeout as error:
-            raise ResumeError(f"{self.folder} is in use by another process; wait for it, or end it") from error
-        except (OSError, NotImplementedError) as error:
-            raise ResumeError(
-                f"{self.folder} cannot be used to keep the run: {error}. Give an output that can be written to"
-            ) from error
-        self._kept = (self.folder / "state.json").exists()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._rank:
-            return
-        had_scores = self.scores is not None and not isinstance(error, Exception)
-        if (kind is None and self._identity is not None) or not (self._kept or had_scores):
-            self._clear()
-        elif kind is KeyboardInterrupt:
-            self._notify(f"the same command continues this run; it is kept in {self.folder}")
-        self._lock.release()
-        for folder in self._made:
-            with suppress(OSError):  # not empty
-                folder.rmdir()
+    def _worth_keeping(self, error: BaseException | None) -> bool:
+        return self._kept or (self.scores is not None and not isinstance(error, Exception))
 
     @property
     def batch_size(self) -> int | None:
         """Sequences in a batch of the run that is to be continued; ``None`` where there is none."""
         path = self.folder / "state.json"
-        return self._read_state(path)["identity"].get("batch size") if path.exists() else None
+        return self._read_state()["identity"].get("batch size") if path.exists() else None
 
     def begin(
         self, model: PreTrainedModel, batches: Sequence[CalibrationBatch], config: GraspConfig, clock: Clock
@@ -173,12 +119,8 @@ class RunState(NoState):
         if not path.exists():
             self._write_state()
             return
-        kept = self._read_state(path)
-        if changed := differences(self._identity, kept["identity"]):
-            raise ResumeError(
-                f"{self.folder} holds an unfinished run of another request: {changed}. Give the request that it was "
-                "begun with to continue it, or delete that folder to start anew"
-            )
+        kept = self._read_state()
+        self._require_same(kept["identity"])
         self.scores = kept["scores"]
         files = sorted(self.folder.glob("*.safetensors"))
         self._found = {file.name: self._read(file, only_notes=True)[1] for file in files}
@@ -253,60 +195,26 @@ class RunState(NoState):
         Raises:
             ResumeError: if they cannot be written.
         """
-        start = time.monotonic()
-        if done < batches and start - self._written < max(INTERVAL, self._cost / SHARE):
+        if done < batches and not self._is_due():
             return
         calls = {target.name: total.calls for target, total in sums.items()}
         tensors = {target.name: total.tensor for target, total in sums.items()}
-        self._write(self._sums, tensors, {"done": done, "calls": calls})
-        self._written = time.monotonic()
-        self._cost = self._written - start
+        with self._counted():
+            self._write(self._sums, tensors, {"done": done, "calls": calls})
 
     def _module_path(self, name: str) -> Path:
         return self.folder / f"module-{name}.safetensors"
 
     def _write_state(self) -> None:
         if self._rank == 0:
-            kept = {"identity": self._identity, "scores": self.scores, "seconds": self._clock.seconds}
-            with _replacing(self.folder / "state.json") as temporary:
-                temporary.write_text(json.dumps(kept, indent=2), encoding="utf-8")
+            self._write_json({"identity": self._identity, "scores": self.scores, "seconds": self._clock.seconds})
 
-    def _write(self, path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        notes = {**notes, "seconds": self._clock.seconds, "sha256": tensors_digest(sorted(plain.items()))}
-        with _replacing(path) as temporary:
-            save_file(plain, temporary, {"grasp": json.dumps(notes)})
-        self._kept = True
-
-    def _read(self, path: Path, *, only_notes: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _read_state(self) -> dict[str, Any]:
+        kept = self._read_json()
         try:
-            with safe_open(path, "pt") as file:
-                notes = json.loads(file.metadata()["grasp"])
-                tensors = {} if only_notes else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(path, str(error)) from error
-        if not only_notes and tensors_digest(sorted(tensors.items())) != notes["sha256"]:
-            raise self._damaged(path, "its checksum is wrong")
-        return tensors, notes
-
-    def _read_state(self, path: Path) -> dict[str, Any]:
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
             return {"identity": dict(kept["identity"]), "scores": kept["scores"], "seconds": dict(kept["seconds"])}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(path, str(error)) from error
-
-    def _damaged(self, path: Path, why: str) -> ResumeError:
-        return ResumeError(f"{path} is damaged ({why}); delete the folder {self.folder} to start anew")
-
-    def _clear(self) -> None:
-        for path in list(self.folder.iterdir()):
-            if path.name == _UNFINISHED:
-                shutil.rmtree(path, ignore_errors=True)
-            elif _OWN_FILES.fullmatch(path.name):
-                path.unlink(missing_ok=True)
-        with suppress(OSError):
-            self.folder.rmdir()
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged(self.folder / "state.json", str(error)) from error
 
 
 def _low_rank(target: Target, tensors: Mapping[str, Tensor]) -> LowRankLinear:
@@ -316,21 +224,3 @@ def _low_rank(target: Target, tensors: Mapping[str, Tensor]) -> LowRankLinear:
     module = LowRankLinear(k, n, rank, bias="bias" in tensors, device=device, dtype=dtype)
     module.load_state_dict(dict(tensors))
     return module.train(target.module.training)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of ``path`` in one step once it is on the disk."""
-    temporary = path.parent / _UNFINISHED / path.name
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise ResumeError(
-            f"writing {path} failed: {error}. What was kept before is whole: make room, and give the same command to "
-            "continue"
-        ) from error

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from grasp.demo import Demo
     from grasp.estimate import Memory
     from grasp.jobs import Compression, Evaluation, Plan
+    from grasp.recovery_job import Recovery
 
 # The order in which a token meets the linears of a Llama layer; those of other names follow, by name.
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -96,6 +97,24 @@ def show_evaluation(result: Evaluation) -> None:
             ("nll", f"{measured.nll:.5f} nats per token"),
             ("parameters", count(result.size.parameters)),
             ("bytes", size(result.size.bytes)),
+        ]
+    )
+
+
+def show_recovery(result: Recovery) -> None:
+    """The held-out loss before and after, what was trained on, and where the checkpoint is."""
+    report = result.report
+    early = "" if report.steps_done == report.steps else f" of {report.steps}: it got no better"
+    print_facts(
+        [
+            ("factors", f"{count(report.trained_parameters)} parameters of {report.factors} low-rank linears"),
+            ("trained on", f"{count(report.tokens)} tokens in {report.steps_done} steps{early}"),
+            (
+                "held-out loss",
+                f"{report.loss_before:.4f} -> {report.loss_after:.4f} nats per token, after step {report.best_step}",
+            ),
+            ("time", f"{sum(report.seconds.values()):.1f} s"),
+            ("checkpoint", result.output),
         ]
     )
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from grasp import resume
+from grasp import kept
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.errors import CheckpointError, ResumeError
@@ -39,8 +39,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the sums of a sweep after every batch."""
-    monkeypatch.setattr(resume, "INTERVAL", 0.0)
-    monkeypatch.setattr(resume, "SHARE", float("inf"))
+    monkeypatch.setattr(kept, "INTERVAL", 0.0)
+    monkeypatch.setattr(kept, "SHARE", float("inf"))
 
 
 def run(
@@ -154,7 +154,7 @@ def test_sums_are_not_kept_more_often_than_the_interval(folder: Path) -> None:
 
 def test_writing_is_held_to_its_share_of_the_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(kept.time, "monotonic", lambda: now[0])
     with RunState(folder) as state:
         monkeypatch.setattr(state, "_write", lambda *_: now.__setitem__(0, now[0] + 10))
         written = []
@@ -381,12 +381,12 @@ def test_a_failed_write_leaves_what_was_kept(folder: Path, monkeypatch: pytest.M
             raise OSError(28, "No space left on device")
         save(tensors, path, notes)
 
-    save = resume.save_file
-    monkeypatch.setattr(resume, "save_file", full)
+    save = kept.save_file
+    monkeypatch.setattr(kept, "save_file", full)
     with pytest.raises(ResumeError, match=r"up_proj\S* failed: .*No space left.*make room, and give the same command"):
         run(folder)
     assert not list((folder / "unfinished").iterdir())
-    monkeypatch.setattr(resume, "save_file", save)
+    monkeypatch.setattr(kept, "save_file", save)
     heard: list[str] = []
     assert_same(run(folder, notify=heard.append), run(None))
     assert heard == ["continuing: 0 of 4 sweeps done"]

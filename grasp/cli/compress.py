@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from grasp.cli.arguments import Device, Dtype, Json, Model, parse_batch_size, parse_layers
+from grasp.cli.processes import started_together
 from grasp.cli.root import app
-
-if TYPE_CHECKING:
-    from grasp.distributed import Processes
 
 
 @app.command()
@@ -136,7 +131,10 @@ def compress(
         else:
             tables.show_plan(plan)
         return
-    with _processes(device, shard) as (processes, place), console.step_bars(quiet=not processes.first) as progress:
+    with (
+        started_together(device, shard=shard) as (processes, place),
+        console.step_bars(quiet=not processes.first) as progress,
+    ):
         result = jobs.compress(
             *(model, output, config, samples),
             dtype=dtype,
@@ -151,24 +149,3 @@ def compress(
         console.print_json(result.to_dict())
     else:
         tables.show_compression(result)
-
-
-@contextmanager
-def _processes(device: str | None, shard: bool) -> Iterator[tuple[Processes, str | None]]:
-    """This process among those that torchrun has started, which the environment tells, and the device that it takes."""
-    from grasp.distributed import ALONE, joined
-    from grasp.loading import find_device
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        if shard:
-            raise ValueError(
-                "--shard spreads a model over several processes, but this is one; start it as "
-                "torchrun --nproc-per-node N -m grasp compress ... --shard"
-            )
-        yield ALONE, device
-        return
-    place = find_device(device)
-    if place.type != "cpu" and str(place) == place.type:  # without a number
-        place = find_device(f"{place.type}:{os.environ['LOCAL_RANK']}")
-    with joined(place, sharded=shard) as processes:
-        yield processes, str(place)

@@ -1,0 +1,37 @@
+"""The processes that torchrun, or ``accelerate launch``, has started with this one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from grasp.distributed import Processes
+
+
+@contextmanager
+def started_together(device: str | None, *, shard: bool = False) -> Iterator[tuple[Processes, str | None]]:
+    """This process among those started with it, which the environment tells, and the device that it takes.
+
+    Raises:
+        ValueError: if the device is none, or ``shard`` is asked of one process.
+        DistributedError: if the others cannot be reached.
+    """
+    from grasp.distributed import ALONE, joined
+    from grasp.loading import find_device
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if shard:
+            raise ValueError(
+                "--shard spreads a model over several processes, but this is one; start it as "
+                "torchrun --nproc-per-node N -m grasp compress ... --shard"
+            )
+        yield ALONE, device
+        return
+    place = find_device(device)
+    if place.type != "cpu" and str(place) == place.type:  # without a number
+        place = find_device(f"{place.type}:{os.environ['LOCAL_RANK']}")
+    with joined(place, sharded=shard) as processes:
+        yield processes, str(place)

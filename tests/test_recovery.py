@@ -1,0 +1,357 @@
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grasp import kept, recovery
+from grasp.compress import compress_
+from grasp.config import GraspConfig
+from grasp.distributed import Processes
+from grasp.errors import NonFiniteError, ResumeError, UnsupportedModelError
+from grasp.modules import LowRankLinear
+from grasp.recovery import Masters, RecoveryConfig, learning_rate_at, planned_steps, recover_, trainable_factors
+from grasp.recovery_report import RecoveryReport
+from grasp.recovery_state import NoRecoveryState, RecoveryState
+from grasp.training_data import TrainingSequence, collate
+from tests import many_processes
+from tests.tiny_models import VOCABULARY, tiny_batches, tiny_model
+
+CONFIG = RecoveryConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=2, tokens=4 * 12 * 20)
+
+
+class Killed(BaseException):
+    """Stands for kill -9 where no process is to be started."""
+
+
+@cache
+def _compressed(family: str, dtype: torch.dtype) -> PreTrainedModel:
+    model = tiny_model(family, dtype)
+    compress_(model, tiny_batches(2), GraspConfig(layers=(1, 2), retain_ratio=0.4, schedule="single-sweep"))
+    return model
+
+
+def compressed(family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return copy.deepcopy(_compressed(family, dtype))
+
+
+def learnable(count: int, length: int = 12, *, seed: int = 0) -> list[TrainingSequence]:
+    """Sequences in which each token is followed by the next number."""
+    starts = torch.randint(3, VOCABULARY - length, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [TrainingSequence(torch.arange(start, start + length), torch.arange(length) > 0) for start in starts]
+
+
+def noise(count: int, length: int = 12, *, seed: int = 0) -> list[TrainingSequence]:
+    """Sequences from which nothing can be learnt."""
+    rows = tiny_batches(1, count, length, seed=seed)[0]
+    return [TrainingSequence(row, torch.arange(length) > 0) for row in rows]
+
+
+TRAIN, HELD_OUT = learnable(10), learnable(3, seed=1)
+
+
+def recovered(
+    dtype: torch.dtype = torch.float32, config: RecoveryConfig = CONFIG, **options: Any
+) -> tuple[RecoveryReport, dict[str, Tensor]]:
+    model = compressed(dtype=dtype)
+    report = recover_(model, TRAIN, HELD_OUT, config, **options)
+    return report, model.state_dict()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_the_loss_falls_and_only_the_factors_change(family: str) -> None:
+    model = compressed(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = recover_(model, TRAIN, HELD_OUT, CONFIG)
+    assert report.loss_after < report.loss_before - 0.03
+    factors = trainable_factors(model)
+    assert report.trained_parameters == sum(factor.numel() for factor in factors.values())
+    assert report.factors == sum(isinstance(module, LowRankLinear) for module in model.modules()) > 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name not in factors), name
+
+
+def test_modes_and_frozen_parameters_are_put_back_and_no_gradients_left() -> None:
+    model = compressed().train()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    recover_(model, TRAIN, HELD_OUT, CONFIG)
+    assert all(module.training for module in model.modules())
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["model.embed_tokens.weight"]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_one_step_is_adamw_on_the_loss_of_the_whole_batch() -> None:
+    """The sequences have unequal numbers of tokens that count, and come in two passes."""
+    sequences = [TRAIN[0], TrainingSequence(TRAIN[1].input_ids, torch.arange(12) > 8), TRAIN[2]]
+    config = RecoveryConfig(learning_rate=1e-3, batch_size=3, micro_batch_size=2)
+    model, expected = compressed(), compressed()
+    recover_(model, sequences, HELD_OUT, config)
+
+    factors = list(trainable_factors(expected).values())
+    batch = collate(sequences)
+    logits = expected(batch.input_ids).logits[:, :-1][batch.is_target]
+    loss = nn.functional.cross_entropy(logits, batch.input_ids[:, 1:][batch.is_target])
+    optimizer = torch.optim.AdamW(factors, lr=1e-3)
+    loss.backward()
+    nn.utils.clip_grad_norm_(factors, 1.0)
+    optimizer.step()
+    for got, factor in zip(trainable_factors(model).values(), factors, strict=True):
+        torch.testing.assert_close(got, factor, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW) -> None:
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(torch.cat([grad.flatten() for grad in grads]).norm().item())
+        step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    monkeypatch.setattr(recovery, "MAX_GRAD_NORM", 0.1)
+    recovered()
+    assert norms == pytest.approx([0.1] * 20, rel=1e-4)
+
+
+def test_steps_that_bf16_cannot_tell_apart_add_up() -> None:
+    """A step of 1e-5 is below half a unit in the last place of nearly all factors: rounded at once, it is lost."""
+    factors, plain = (trainable_factors(compressed(dtype=torch.bfloat16)) for _ in range(2))
+    start = {name: factor.detach().clone() for name, factor in factors.items()}
+    masters = Masters(factors)
+    optimizers = [
+        torch.optim.AdamW(list(values), lr=1e-5, weight_decay=0.0)
+        for values in (masters.values.values(), plain.values())
+    ]
+    for _ in range(100):
+        for half in range(2):  # of the batch
+            for factor in factors.values():
+                factor.grad = torch.full_like(factor, 1.0 + half)
+            masters.take_gradients_()
+        for factor in plain.values():
+            factor.grad = torch.full_like(factor, 3.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert all(torch.all(master.grad == 3.0) for master in masters.values.values())
+        optimizers[0].zero_grad()
+        masters.write_back_()
+    for name, factor in factors.items():
+        moved = start[name].float() - 100 * 1e-5
+        assert torch.all((factor.float() - moved).abs() <= moved.abs() * 2**-8 + 1e-6)
+    lost = torch.cat([(factor == start[name]).flatten() for name, factor in plain.items()])
+    assert lost.float().mean() > 0.9
+
+
+def test_the_best_factors_are_kept_and_training_ends_when_it_no_longer_helps() -> None:
+    heard: list[str] = []
+    config = RecoveryConfig(learning_rate=0.05, batch_size=4, tokens=4 * 12 * 100)
+    model = compressed()
+    before = {name: factor.detach().clone() for name, factor in trainable_factors(model).items()}
+    report = recover_(model, noise(4), noise(4, seed=9), config, notify=heard.append)
+    assert report.steps == 100
+    assert report.steps_done == report.best_step + 30 < 100
+    assert min(point.held_out_loss for point in report.curve) == report.loss_after
+    assert heard[-1] == "the held-out loss was no better 3 times in a row: training ends"
+    if report.best_step == 0:
+        for name, factor in trainable_factors(model).items():
+            assert torch.equal(factor, before[name])
+
+
+def test_the_curve_and_what_is_said_of_it() -> None:
+    heard: list[str] = []
+    bars: list[tuple[str, int, int]] = []
+    report, _ = recovered(notify=heard.append, progress=lambda *bar: bars.append(bar))
+    assert [point.step for point in report.curve] == list(range(0, 21, 2))
+    assert [point.tokens for point in report.curve] == [48 * step for step in range(0, 21, 2)]
+    assert report.curve[0].training_loss is None
+    assert all(point.training_loss is not None for point in report.curve[1:])
+    assert heard[0] == f"step 0 of 20: held-out loss {report.loss_before:.4f}"
+    assert heard[1].startswith(f"step 2 of 20: held-out loss {report.curve[1].held_out_loss:.4f}, training loss ")
+    assert bars == [("recovery", step, 20) for step in range(1, 21)]
+    document = report.to_dict()
+    assert document["steps_done"] == 20
+    assert document["data"]["training tokens"] == 120
+    assert set(document["seconds"]) == {"identity", "held-out loss", "training"}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 30, 100])
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_almost_nothing(steps: int) -> None:
+    rates = [learning_rate_at(step, steps, 2.0) for step in range(steps)]
+    warm = math.ceil(steps / 20)
+    assert rates[:warm] == pytest.approx([2.0 * (i + 1) / warm for i in range(warm)])
+    assert rates[warm:] == sorted(rates[warm:], reverse=True)
+    assert max(rates) == 2.0
+    assert min(rates) > 0
+    if steps == 100:
+        assert rates[-1] < 0.01
+
+
+def test_the_number_of_steps_follows_from_the_tokens() -> None:
+    sequences = learnable(10)
+    assert planned_steps(sequences, RecoveryConfig(batch_size=4)) == 2  # 2.5, to the even
+    assert planned_steps(sequences, RecoveryConfig(batch_size=4, tokens=1200)) == 25
+    assert planned_steps(sequences, RecoveryConfig(batch_size=100)) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate must be a positive number, got 0.0"),
+        ({"learning_rate": math.inf}, "learning_rate must be a positive number"),
+        ({"tokens": 0}, "tokens must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"micro_batch_size": -1}, "micro_batch_size must be at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RecoveryConfig(**values)
+
+
+def test_what_cannot_be_trained_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="has no low-rank linears to train"):
+        recover_(tiny_model("llama"), TRAIN, HELD_OUT)
+    with pytest.raises(ValueError, match="gradients overflow in float16; load the model in bfloat16 or float32"):
+        recover_(compressed(dtype=torch.float16), TRAIN, HELD_OUT)
+    with pytest.raises(ValueError, match="got 10 sequences and 0 held out"):
+        recover_(compressed(), TRAIN, [])
+    with pytest.raises(ValueError, match="sequences have 129 tokens, the model has 128 positions; take a shorter"):
+        recover_(compressed(), TRAIN, noise(1, 129))
+
+
+def test_a_training_that_explodes_is_ended() -> None:
+    with pytest.raises(NonFiniteError, match=r"take a lower learning_rate|after \d+ steps"):
+        recovered(config=RecoveryConfig(learning_rate=1e30, batch_size=4, tokens=960))
+
+
+@pytest.fixture
+def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "INTERVAL", 0.0)
+    monkeypatch.setattr(kept, "SHARE", math.inf)
+
+
+def stop_after(count: int) -> Callable[[str, int, int], None]:
+    def progress(step: str, done: int, total: int) -> None:
+        if done == count:
+            raise Killed
+
+    return progress
+
+
+def in_folder(folder: Path, *, seed: int = 0, **options: Any) -> tuple[RecoveryReport, dict[str, Tensor]]:
+    heard = options.setdefault("notify", lambda text: None)
+    config = RecoveryConfig(1e-2, CONFIG.tokens, 4, 2, seed)
+    with RecoveryState(folder, notify=heard) as state:
+        return recovered(state=state, config=config, **options)
+
+
+@pytest.mark.usefixtures("every_step")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_training_that_is_continued_ends_with_the_same_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = tmp_path / "out.partial"
+    expected, weights = recovered(dtype)
+    for count in (4, 9, 20):  # after a point of the curve, between two, at the end
+        with pytest.raises(Killed):
+            in_folder(folder, dtype=dtype, progress=stop_after(count))
+    heard: list[str] = []
+    report, again = in_folder(folder, dtype=dtype, notify=heard.append)
+    assert heard[0] == "continuing after 19 of 20 steps"
+    assert report.curve == expected.curve
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in again.items())
+    assert report.seconds["training"] > 0
+    assert not folder.exists()
+
+
+@pytest.mark.usefixtures("every_step")
+def test_ctrl_c_leaves_a_state_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.test_recovery.Killed", KeyboardInterrupt)
+    heard: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        in_folder(tmp_path / "out.partial", progress=stop_after(3), notify=heard.append)
+    assert heard[-1] == f"the same command continues this run; it is kept in {tmp_path / 'out.partial'}"
+    assert in_folder(tmp_path / "out.partial")[0].steps_done == 20
+
+
+@pytest.mark.usefixtures("every_step")
+def test_another_request_or_a_damaged_state_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "out.partial"
+    with pytest.raises(Killed):
+        in_folder(folder, progress=stop_after(3))
+    with pytest.raises(ResumeError, match=r"another request: seed is 1, expected 0\. Give the request that it was"):
+        in_folder(folder, seed=1)
+    with pytest.raises(ResumeError, match="another request: model dtype is bfloat16, expected float32"):
+        in_folder(folder, dtype=torch.bfloat16)
+    path = folder / "training.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ResumeError, match="its checksum is wrong"):
+        in_folder(folder)
+
+
+def test_nothing_is_written_more_often_than_the_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    write = RecoveryState._write
+    monkeypatch.setattr(
+        RecoveryState,
+        "_write",
+        lambda self, path, tensors, notes: (written.append(notes["step"]), write(self, path, tensors, notes)),
+    )
+    in_folder(tmp_path / "out.partial")
+    assert written == [1, 20]  # the first, as nothing was written before, and the last
+
+
+def in_process(processes: Processes) -> tuple[RecoveryReport, dict[str, Tensor]]:
+    return recovered(processes=processes)
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_batch_end_as_one_does() -> None:
+    alone, weights = recovered()
+    outcomes = many_processes.run(in_process)
+    for outcome in outcomes:
+        assert outcome.error is None, outcome.error
+        report, theirs = outcome.value
+        assert [p.held_out_loss for p in report.curve] == pytest.approx(
+            [p.held_out_loss for p in alone.curve], abs=1e-3
+        )
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(tensor, weights[name], rtol=1e-2, atol=1e-3)
+            assert torch.equal(tensor, outcomes[0].value[1][name])
+
+
+def test_the_default_state_keeps_nothing() -> None:
+    state = NoRecoveryState()
+    state.keep(lambda: pytest.fail("asked for a snapshot"), last=True)
+    assert state.restored() is None
+    assert recovery.PATIENCE < recovery.EVALUATIONS
+
+
+@pytest.fixture
+def mixed_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What ``accelerate launch --mixed_precision bf16`` says to the process that it starts."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("mixed_precision")
+def test_the_mixed_precision_of_accelerate_is_heeded() -> None:
+    model, seen = compressed(), set[tuple[bool, torch.dtype]]()
+    layer = model.get_submodule("model.layers.1.mlp.up_proj")
+    layer.register_forward_hook(lambda module, args, y: seen.add((torch.is_grad_enabled(), y.dtype)))
+    report = recover_(model, TRAIN, HELD_OUT, CONFIG)
+    assert seen == {(True, torch.bfloat16), (False, torch.float32)}  # training, and the loss of what will be saved
+    assert layer.U.dtype == torch.float32
+    assert report.loss_after < report.loss_before - 0.03
