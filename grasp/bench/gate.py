@@ -246,12 +246,11 @@ def parse(document: Any) -> Document:
     Raises:
         ValueError, TypeError, KeyError or AttributeError: if it is not one.
     """
-    entries = {}
-    for benchmark in document["benchmarks"]:
-        if (info := benchmark["extra_info"].get(KEY)) is not None:
-            entries[str(benchmark["fullname"])] = Entry(
-                str(info["label"]), str(info["against"]), _times(info["seconds"]), _times(info["yardstick_seconds"])
-            )
+    entries = {
+        str(benchmark["fullname"]): _entry(info)
+        for benchmark in document["benchmarks"]
+        if (info := benchmark["extra_info"].get(KEY)) is not None
+    }
     machine = document["machine_info"][KEY]
     where = Where(str(machine["kind"]), str(machine["device"]), int(machine["threads"]))
     if where.kind not in MEASURES:
@@ -260,12 +259,12 @@ def parse(document: Any) -> Document:
     return Document(where, entries, f"{document['datetime']}, commit {commit}, torch {machine['torch']}")
 
 
-def _times(values: Any) -> tuple[float, ...]:
-    times = tuple(float(value) for value in values)
-    if not all(0 < time < math.inf for time in times):
-        raise ValueError("it has times that are not positive numbers")
-    median_interval(times)
-    return times
+def _entry(info: Any) -> Entry:
+    ours, theirs = (tuple(float(value) for value in info[name]) for name in ("seconds", "yardstick_seconds"))
+    if len(ours) != len(theirs) or not all(0 < time < math.inf for time in ours + theirs):
+        raise ValueError("it has times that are not positive numbers, or not as many of the yardstick")
+    median_interval(ours)
+    return Entry(str(info["label"]), str(info["against"]), ours, theirs)
 
 
 def device_folder(storage: Path, where: Where) -> Path:
@@ -304,3 +303,10 @@ def smaller_is_better(document: Document) -> list[dict[str, Any]]:
             }
         )
     return results
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,11 +1,9 @@
-"""A call timed in turns with a yardstick, so that what slows the machine slows both; medians by rounds."""
+"""A call timed in turns with a yardstick, so that what slows the machine slows both; what they take, round by round."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from statistics import median
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -16,13 +14,12 @@ Operands = TypeVar("Operands")
 TURN = 0.001  # seconds of a CPU that one turn aims at: less than the scheduler lets a process run at a stretch
 ROUNDS = 20
 ROUND = 0.06  # seconds that one round aims at
-TURNS = (3, 31)  # in a round; odd, so that the median is one of them
-PROBES = 5  # turns whose median sets their length
+TURNS = (3, 31)  # in a round
+PROBES = 20  # calls, or turns, of which the fastest sets how long turns and rounds are, whatever else the machine does
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Seconds of one call, one element per round: the median of its turns. A turn that was interrupted drops out."""
+class Pair(NamedTuple):
+    """Seconds of one call, one element per round: the lower quartile of its turns, for an interruption only adds."""
 
     candidate: tuple[float, ...]
     yardstick: tuple[float, ...]
@@ -35,7 +32,7 @@ class Pairing:
         self._batches = {"candidate": candidate, "yardstick": yardstick}
         self._times: dict[str, list[float]] = {name: [] for name in self._batches}
         both = sum(_probe(each) * each.calls for each in self._batches.values())
-        self.turns = max(TURNS[0], min(TURNS[1], round(ROUND / both))) // 2 * 2 + 1
+        self.turns = max(TURNS[0], min(TURNS[1], round(ROUND / both)))
 
     def candidate(self) -> None:
         """Let the candidate take its turn."""
@@ -59,16 +56,18 @@ class Pairing:
         return Pair(*(self._rounds(self._times[name]) for name in ("candidate", "yardstick")))
 
     def _rounds(self, times: list[float]) -> tuple[float, ...]:
-        return tuple(median(times[start : start + self.turns]) for start in range(0, len(times), self.turns))
+        rounds = (sorted(times[start : start + self.turns]) for start in range(0, len(times), self.turns))
+        return tuple(turns[len(turns) // 4] for turns in rounds)
 
 
 def turn(device: torch.device, function: Callable[[Operands], object], rotation: Rotation[Operands]) -> Batch:
     """Calls that make up one turn, warmed up."""
-    timed = batch(device, function, rotation)
-    if device.type == "cpu":
-        timed.calls = max(1, round(TURN / _probe(timed)))
+    if device.type != "cpu":
+        return batch(device, function, rotation)
+    timed = batch(device, function, rotation, calls=1)
+    timed.calls = max(1, round(TURN / _probe(timed)))
     return timed
 
 
 def _probe(timed: Batch) -> float:
-    return median(timed.seconds() for _ in range(PROBES))
+    return min(timed.seconds() for _ in range(PROBES))

@@ -177,7 +177,8 @@ def _compare(session: pytest.Session) -> None:
     selected = {item.nodeid for item in session.items}
     baseline = stash[BASELINE]
     known = {name: entry for name, entry in baseline.entries.items() if name in selected}
-    now = Document(_where(session.config), stash.setdefault(ENTRIES, {}))
+    entries = stash.setdefault(ENTRIES, {})
+    now = Document(_where(session.config), entries)
     try:
         result = gates.compare(replace(baseline, entries=known), now, session.config.option.gate_threshold)
     except BaselineError as error:
