@@ -65,7 +65,12 @@ class Gate:
                 make every call read memory; a single one is found in the cache.
             label: how reports call it; the test's name if left out.
             against: how reports call the yardstick. A baseline with another one is refused.
+
+        Raises:
+            ValueError: if there are no operands.
         """
+        if not operands:
+            raise ValueError("expected operands to call candidate and yardstick with, got none")
         if not self._benchmark.enabled:
             yardstick(operands[0])
             self._benchmark(candidate, operands[0])
@@ -185,6 +190,8 @@ def _compare(session: pytest.Session) -> None:
         stash[REPORT].append(f"error: {error}")
         session.exitstatus = UNUSABLE
         return
+    if others := len(baseline.entries) - len(known):
+        stash[REPORT].append(f"{others} entries of the baseline are of tests that were not asked for")
     stash[REPORT] += result.lines()
     if result.failed:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -90,6 +90,10 @@ def test_a_foreign_project_guards_its_kernels(tmp_path: Path) -> None:
     assert "threads: 1), this run on" in output
     assert files(tmp_path) == {name: text}
 
+    code, output = run_pytest(tmp_path, "--gate=compare", "test_speed.py::test_kernel[1]")
+    assert code == 0, output
+    assert "1 entries of the baseline are of tests that were not asked for" in output
+
     (tmp_path / name).write_text(text[:-9])
     code, output = run_pytest(tmp_path, "--gate=compare")
     assert code == 2, output
