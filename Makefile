@@ -8,7 +8,8 @@ BUILT := $(VENV)/.built
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(CSRC) $(wildcard tests/csrc/*.cpp tests/csrc/*/*.* tests/csrc/*/*/*.* examples/*.cpp)
 
-.PHONY: help venv build demo test stress sanitize check aot test-matrix lint format clean
+.PHONY: help venv build demo test stress sanitize check aot test-matrix bench-save bench-compare bench-selftest lint
+.PHONY: format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -56,6 +57,19 @@ aot: $(STAMP) ## compile every kernel configuration for sm_80, 90, 100 and 120, 
 
 test-matrix: ## tests/ops with each pair of torch 2.11, 2.13 and Triton 3.6, 3.9; downloads them
 	PYTHON=$(PYTHON) tests/matrix.sh
+
+# One process, one thread; docs/regression-gate.md. make itself ends with 2 whatever a recipe ends with: for an exit code
+# of 1 that means a regression and nothing else, run the command.
+GATE := $(BIN)/python -m pytest benchmarks/test_ops.py -k test_backend --benchmark-columns=median,iqr,rounds
+
+bench-save: $(BUILT) ## time every kernel, and keep the result as this device's baseline; 5 minutes
+	$(GATE) --gate=save
+
+bench-compare: $(BUILT) ## time every kernel again, and fail where one is slower than in the baseline; 5 minutes
+	$(GATE) --gate=compare
+
+bench-selftest: $(BUILT) ## slow kernels down on purpose, and count what bench-compare catches; 5 minutes
+	$(BIN)/python -m benchmarks.gate_selftest
 
 format: $(STAMP) ## rewrite files in the house format
 	$(BIN)/ruff check --fix

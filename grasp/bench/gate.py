@@ -1,0 +1,312 @@
+"""Whether a kernel has become slower: two recorded pytest-benchmark documents compared, ratio by ratio.
+
+What is judged is the ratio of a call's time to that of a yardstick timed in turns with it, a median over rounds; on a
+GPU also the time itself. A regression is what no accident of the rounds explains: from the slow end of the baseline's
+confidence interval to the fast end of the new one, the change is still beyond the threshold.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from grasp.errors import GraspError
+
+THRESHOLD = 0.15  # between no change and a kernel that takes 30 % longer, halfway on a logarithmic scale
+CONFIDENCE = 0.99  # of the interval about a median
+KEY = "gate"  # of our part of pytest-benchmark's machine_info and extra_info
+# What is judged on a kind of device: on a CPU shared with others a time means nothing, but a ratio does.
+MEASURES = {"cpu": ("ratio",), "cuda": ("ratio", "time")}
+
+
+class BaselineError(GraspError, ValueError):
+    """There is no baseline, it is damaged, or it was not measured as what is compared with it."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """What two documents must agree on to be compared."""
+
+    kind: str  # cpu or cuda
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One gated call."""
+
+    label: str  # for people: op, shape, rows, dtype, provider
+    against: str  # name of the yardstick
+    seconds: tuple[float, ...]  # of one call, per round
+    yardstick_seconds: tuple[float, ...]
+
+    def values(self, measure: str) -> tuple[float, ...]:
+        """What ``MEASURES`` names, round by round."""
+        if measure == "time":
+            return self.seconds
+        return tuple(ours / theirs for ours, theirs in zip(self.seconds, self.yardstick_seconds, strict=True))
+
+
+@dataclass(frozen=True)
+class Document:
+    """A recorded run: its entries, by pytest's node id."""
+
+    where: Where
+    entries: Mapping[str, Entry]
+    recorded: str = ""  # date, commit and versions, for people
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median and where it may lie."""
+
+    low: float
+    median: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one measure of one entry differs from its baseline, as a fraction of it."""
+
+    label: str
+    against: str
+    measure: str
+    before: float
+    now: float
+    change: float
+    least: float  # with the baseline at its slowest and the new time at its fastest
+    most: float
+    threshold: float
+
+    @property
+    def verdict(self) -> str:
+        """``regression``, ``unclear`` (beyond the threshold, but so is the noise), ``faster`` or ``same``."""
+        if self.least > self.threshold:
+            return "regression"
+        if self.change > self.threshold:
+            return "unclear"
+        return "faster" if self.most < 1 / (1 + self.threshold) - 1 else "same"
+
+    def line(self) -> str:
+        """One readable line."""
+        what, show = (
+            ("time", _microseconds) if self.measure == "time" else (f"time over {self.against}", "{:.3f}".format)
+        )
+        return (
+            f"{self.verdict}: {self.label}: {what} was {show(self.before)}, is {show(self.now)}: {self.change:+.0%} "
+            f"({self.least:+.0%} to {self.most:+.0%}), threshold {self.threshold:+.0%}"
+        )
+
+    @property
+    def settled(self) -> bool:
+        """Whether the threshold is outside of what the change may be; if not, more rounds may tell."""
+        return not self.least <= self.threshold <= self.most
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All of two documents."""
+
+    changes: Sequence[Change]
+    lost: Sequence[str] = ()  # labels that only the baseline has
+    new: Sequence[str] = ()  # labels that the baseline lacks
+
+    @property
+    def failed(self) -> bool:
+        """Whether something is slower, or no longer measured."""
+        return bool(self.lost) or any(change.verdict == "regression" for change in self.changes)
+
+    def lines(self) -> Iterator[str]:
+        """What is not as it was, the worst first, and a tally."""
+        order = ("regression", "unclear", "faster")
+        noted = [change for change in self.changes if change.verdict in order]
+        for change in sorted(noted, key=lambda change: (order.index(change.verdict), -change.change)):
+            yield change.line()
+        yield from (f"lost: {label}: it has a baseline, and was not measured now" for label in self.lost)
+        yield from (f"new: {label}: it has no baseline yet" for label in self.new)
+        counts = {verdict: sum(change.verdict == verdict for change in self.changes) for verdict in (*order, "same")}
+        tally = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        yield f"{len(self.changes)} compared: {tally}; {len(self.lost)} lost, {len(self.new)} new"
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.2f} µs"
+
+
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Confidence interval of a median between two order statistics, for values of any distribution.
+
+    With n values the k-th from either end bound the median with probability ``1 - 2 P(Binomial(n, 1/2) < k)``; k is the
+    largest for which that is at least ``confidence`` (H. A. David, Order Statistics, section 7.1).
+
+    Raises:
+        ValueError: if there are too few values for any k.
+    """
+    n, ordered = len(values), sorted(values)
+    k, tail = 0, 0.0
+    while (tail := tail + math.comb(n, k) / 2**n) <= (1 - confidence) / 2:
+        k += 1
+    if not k:
+        raise ValueError(f"{n} values are too few for a {confidence:.0%} interval of their median; take more rounds")
+    return Interval(ordered[k - 1], median(ordered), ordered[n - k])
+
+
+def compare_entries(before: Entry, now: Entry, kind: str, threshold: float = THRESHOLD) -> Iterator[Change]:
+    """The change of each measure of a kind of device."""
+    for measure in MEASURES[kind]:
+        old, new = (median_interval(entry.values(measure)) for entry in (before, now))
+        yield Change(
+            now.label,
+            now.against,
+            measure,
+            before=old.median,
+            now=new.median,
+            change=new.median / old.median - 1,
+            least=new.low / old.high - 1,
+            most=new.high / old.low - 1,
+            threshold=threshold,
+        )
+
+
+def compare(baseline: Document, now: Document, threshold: float = THRESHOLD) -> Comparison:
+    """Compare what two documents have in common.
+
+    Raises:
+        BaselineError: if they are of different devices or numbers of threads, or have nothing in common.
+    """
+    check_where(baseline.where, now.where)
+    common = [name for name in now.entries if name in baseline.entries]
+    if not common:
+        raise BaselineError(
+            f"nothing to compare: the baseline has {len(baseline.entries)} entries, this run {len(now.entries)}, and "
+            "none of one name; record a new baseline"
+        )
+    changes: list[Change] = []
+    for name in common:
+        before, after = baseline.entries[name], now.entries[name]
+        if before.against != after.against:
+            raise BaselineError(
+                f"{after.label}: measured against {after.against}, in the baseline against {before.against}; "
+                "record a new baseline"
+            )
+        changes += compare_entries(before, after, now.where.kind, threshold)
+    return Comparison(
+        changes,
+        lost=[entry.label for name, entry in baseline.entries.items() if name not in now.entries],
+        new=[entry.label for name, entry in now.entries.items() if name not in baseline.entries],
+    )
+
+
+def check_where(baseline: Where, now: Where) -> None:
+    """Refuse a baseline that was measured elsewhere.
+
+    Raises:
+        BaselineError: if device or number of threads differ.
+    """
+    if baseline != now:
+        raise BaselineError(
+            f"the baseline was measured on {_describe(baseline)}, this run on {_describe(now)}; "
+            "times of different devices or threads cannot be compared: record a baseline here"
+        )
+
+
+def _describe(where: Where) -> str:
+    return f"{where.device!r} ({where.kind}, threads: {where.threads})"
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> Document:
+    """Read a document of pytest-benchmark that the plugin has recorded.
+
+    Raises:
+        BaselineError: if the file is not there, is damaged, or has nothing of ours in it.
+    """
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise BaselineError(f"there is no file {path}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise BaselineError(f"{path} is damaged, or not recorded with --gate: {reason}; move it away") from error
+
+
+def parse(document: Any) -> Document:
+    """A document of pytest-benchmark, checked. Benchmarks that are not gated are left out.
+
+    Raises:
+        ValueError, TypeError, KeyError or AttributeError: if it is not one.
+    """
+    entries = {
+        str(benchmark["fullname"]): _entry(info)
+        for benchmark in document["benchmarks"]
+        if (info := benchmark["extra_info"].get(KEY)) is not None
+    }
+    machine = document["machine_info"][KEY]
+    where = Where(str(machine["kind"]), str(machine["device"]), int(machine["threads"]))
+    if where.kind not in MEASURES:
+        raise ValueError(f"unknown kind of device {where.kind!r}, expected one of {', '.join(MEASURES)}")
+    commit = str(document["commit_info"].get("id"))[:12]
+    return Document(where, entries, f"{document['datetime']}, commit {commit}, torch {machine['torch']}")
+
+
+def _entry(info: Any) -> Entry:
+    ours, theirs = (tuple(float(value) for value in info[name]) for name in ("seconds", "yardstick_seconds"))
+    if len(ours) != len(theirs) or not all(0 < time < math.inf for time in ours + theirs):
+        raise ValueError("it has times that are not positive numbers, or not as many of the yardstick")
+    median_interval(ours)
+    return Entry(str(info["label"]), str(info["against"]), ours, theirs)
+
+
+def device_folder(storage: Path, where: Where) -> Path:
+    """Where the baselines of a device lie."""
+    return storage / (re.sub(r"[^a-z0-9]+", "-", where.device.lower()).strip("-") or "unknown")
+
+
+def latest(folder: Path, machine: str) -> Path:
+    """The last document that pytest-benchmark has saved in a device's folder, for a ``machine`` (OS and Python).
+
+    Raises:
+        BaselineError: if there is none.
+    """
+    saved = sorted((folder / machine).glob("[0-9]*_*.json"), key=lambda path: int(path.name.split("_")[0]))
+    if not saved:
+        others = sorted(str(path.relative_to(folder.parent).parent) for path in folder.parent.glob("*/*/[0-9]*_*.json"))
+        found = f"there are some for {', '.join(dict.fromkeys(others))}" if others else "there are none at all"
+        raise BaselineError(
+            f"no baseline in {folder / machine}, {found}; record one with --gate=save (make bench-save)"
+        )
+    return saved[-1]
+
+
+def smaller_is_better(document: Document) -> list[dict[str, Any]]:
+    """The ratios in the form that github-action-benchmark reads as ``customSmallerIsBetter``."""
+    results = []
+    for entry in document.entries.values():
+        interval = median_interval(entry.values("ratio"))
+        results.append(
+            {
+                "name": entry.label,
+                "unit": f"× {entry.against}",
+                "value": interval.median,
+                "range": f"{interval.low:.4g} to {interval.high:.4g}",
+                "extra": f"{_microseconds(median(entry.seconds))} on {_describe(document.where)}",
+            }
+        )
+    return results
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from grasp.bench import gate
+from grasp.bench.gate import BaselineError, Change, Document, Entry, Where
+from grasp.cli import app
+
+DATA = Path(__file__).parent / "data"
+HERE = Where("cpu", "AMD EPYC", 1)
+STEADY = (1.0, 0.99, 1.01) * 7
+
+
+def entry(
+    ratio: float, *, spread: Sequence[float] = STEADY, yardstick: float = 1e-4, against: str = "unfused"
+) -> Entry:
+    return Entry("op 8x8r2 M=1 float32 cpu", against, tuple(ratio * yardstick * s for s in spread), (yardstick,) * 21)
+
+
+def change(before: Entry, now: Entry, kind: str = "cpu", **threshold: float) -> Change:
+    return next(gate.compare_entries(before, now, kind, **threshold))
+
+
+def document(entries: dict[str, Entry], where: Where = HERE) -> dict[str, Any]:
+    """As pytest-benchmark writes it."""
+    benchmarks = [{"fullname": name, "extra_info": {"gate": vars(each)}} for name, each in entries.items()]
+    return {
+        "datetime": "2026-01-31T12:00:00+00:00",
+        "commit_info": {"id": "0123456789abcdef"},
+        "machine_info": {"gate": {**vars(where), "torch": "2.11.0"}},
+        "benchmarks": [*benchmarks, {"fullname": "not gated", "extra_info": {}}],
+    }
+
+
+def saved(path: Path, value: object) -> Path:
+    path.write_text(json.dumps(value))
+    return path
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_of_a_median_lies_between_two_order_statistics() -> None:
+    values = list(range(1, 21))
+    # P(Binomial(20, 1/2) <= 3) = 0.0013, and of <= 4 it is 0.0059: the fourth from either end.
+    assert gate.median_interval(values) == (gate.Interval(4, 10.5, 17))
+    assert gate.median_interval(values, confidence=0.95) == gate.Interval(6, 10.5, 15)
+    assert gate.median_interval(range(1, 9)) == gate.Interval(1, 4.5, 8)
+
+
+def test_the_interval_has_the_median_as_often_as_it_says_for_a_skewed_distribution() -> None:
+    generator = random.Random(0)
+    samples = [[generator.lognormvariate(0, 2) for _ in range(20)] for _ in range(3000)]
+    covered = sum(found.low <= 1 <= found.high for found in map(gate.median_interval, samples)) / len(samples)
+    assert 0.99 <= covered < 1
+
+
+def test_too_few_values_have_no_interval() -> None:
+    with pytest.raises(ValueError, match="7 values are too few"):
+        gate.median_interval(range(7))
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.3, "regression"), (1.1, "same"), (1.0, "same"), (0.7, "faster")])
+def test_a_steady_change_is_judged_by_the_threshold(factor: float, verdict: str) -> None:
+    found = change(entry(0.5), entry(0.5 * factor))
+    assert (found.verdict, found.settled) == (verdict, True)
+    assert found.change == pytest.approx(factor - 1)
+
+
+def test_a_change_beyond_the_threshold_that_noise_may_explain_is_unclear() -> None:
+    found = change(entry(0.5), entry(0.5 * 1.2, spread=(0.8, 1.0, 1.2) * 7))
+    assert (found.verdict, found.settled) == ("unclear", False)
+    assert found.least < 0.15 < found.change < found.most
+
+
+def test_a_slow_machine_is_no_regression_on_a_cpu() -> None:
+    found = list(gate.compare_entries(entry(0.5), entry(0.5, yardstick=5e-4), "cpu"))
+    assert [(each.measure, each.verdict) for each in found] == [("ratio", "same")]
+
+
+def test_on_a_gpu_the_time_counts_as_well() -> None:
+    found = list(gate.compare_entries(entry(0.5), entry(0.5, yardstick=1.4e-4), "cuda"))
+    assert [(each.measure, each.verdict) for each in found] == [("ratio", "same"), ("time", "regression")]
+    assert "time was 50.00 µs, is 70.00 µs: +40%" in found[1].line()
+
+
+def test_a_line_names_the_call_both_ratios_and_the_threshold() -> None:
+    line = change(entry(0.5), entry(0.65), threshold=0.2).line()
+    assert line.startswith("regression: op 8x8r2 M=1 float32 cpu: time over unfused was 0.500, is 0.650: +30% (+")
+    assert line.endswith("threshold +20%")
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_longer_measured_fails_and_what_is_new_does_not() -> None:
+    both, one = {"a": entry(1), "b": entry(1)}, {"a": entry(1)}
+    lost = gate.compare(Document(HERE, both), Document(HERE, one))
+    assert lost.failed
+    assert any(line.startswith("lost: ") for line in lost.lines())
+    new = gate.compare(Document(HERE, one), Document(HERE, both))
+    assert not new.failed
+    assert any(line.startswith("new: ") for line in new.lines())
+
+
+def test_the_worst_comes_first_and_a_tally_last() -> None:
+    before = {name: entry(1) for name in "abcd"}
+    now = {"a": entry(1), "b": entry(1.3), "c": entry(1.5), "d": entry(0.5)}
+    *lines, tally = gate.compare(Document(HERE, before), Document(HERE, now)).lines()
+    assert [line.split(":")[0] for line in lines] == ["regression", "regression", "faster"]
+    assert [re.search(r"is [\d.]+: (\S+)", line)[1] for line in lines] == ["+50%", "+30%", "-50%"]  # type: ignore[index]
+    assert tally == "4 compared: 2 regression, 0 unclear, 1 faster, 1 same; 0 lost, 0 new"
+
+
+@pytest.mark.parametrize(
+    ("now", "complaint"),
+    [
+        (Document(Where("cpu", "Intel Xeon", 1), {"a": entry(1)}), "'AMD EPYC'.*'Intel Xeon'"),
+        (Document(Where("cpu", "AMD EPYC", 2), {"a": entry(1)}), "threads: 1.*threads: 2"),
+        (Document(HERE, {"a": entry(1, against="dense")}), "against dense, in the baseline against unfused"),
+        (Document(HERE, {"b": entry(1)}), "nothing to compare"),
+    ],
+    ids=["device", "threads", "yardstick", "names"],
+)
+def test_what_cannot_be_compared_is_refused(now: Document, complaint: str) -> None:
+    with pytest.raises(BaselineError, match=complaint):
+        gate.compare(Document(HERE, {"a": entry(1)}), now)
+
+
+def test_a_document_is_read_as_it_was_recorded(tmp_path: Path) -> None:
+    found = gate.read(saved(tmp_path / "0001_baseline.json", document({"a": entry(0.5)})))
+    assert (found.where, dict(found.entries)) == (HERE, {"a": entry(0.5)})
+    assert found.recorded == "2026-01-31T12:00:00+00:00, commit 0123456789ab, torch 2.11.0"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        json.dumps(document({"a": entry(0.5)}))[:-40],
+        "[]",
+        "{}",
+        json.dumps({**document({}), "machine_info": {}}),
+        json.dumps(document({}, Where("tpu", "x", 1))),
+        json.dumps(document({"a": entry(-0.5)})),
+        json.dumps(document({"a": entry(float("nan"))})),
+        json.dumps(document({"a": Entry("a", "b", (1.0,) * 3, (1.0,) * 3)})),
+        json.dumps(document({"a": Entry("a", "b", (1.0,) * 9, (1.0,) * 8)})),
+    ],
+    ids=["empty", "cut", "list", "nothing", "plain", "device", "negative", "nan", "few", "uneven"],
+)
+def test_a_damaged_document_is_refused_and_left(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "0001_baseline.json"
+    path.write_text(text)
+    with pytest.raises(
+        BaselineError, match=r"0001_baseline\.json is damaged, or not recorded with --gate: .+; move it"
+    ):
+        gate.read(path)
+    assert path.read_text() == text
+
+
+def test_the_last_baseline_is_that_of_the_highest_number(tmp_path: Path) -> None:
+    folder = gate.device_folder(tmp_path, HERE)
+    assert folder.name == "amd-epyc"
+    (folder / "Linux").mkdir(parents=True)
+    for name in ("9999_baseline.json", "10000_baseline.json", "0002_baseline.json"):
+        saved(folder / "Linux" / name, {})
+    assert gate.latest(folder, "Linux").name == "10000_baseline.json"
+    with pytest.raises(BaselineError, match=r"no baseline in .*intel/Linux, there are some for amd-epyc/Linux; .*save"):
+        gate.latest(tmp_path / "intel", "Linux")
+    with pytest.raises(BaselineError, match="there are none at all"):
+        gate.latest(tmp_path / "elsewhere" / "intel", "Linux")
+
+
+def test_ratios_are_exported_with_the_fields_that_github_action_benchmark_takes() -> None:
+    (found,) = gate.smaller_is_better(Document(HERE, {"a": entry(0.5)}))
+    # Its README: name, unit and value are required; range and extra are texts.
+    assert {name: type(value) for name, value in found.items()} == {
+        "name": str,
+        "unit": str,
+        "value": float,
+        "range": str,
+        "extra": str,
+    }
+    assert (found["name"], found["unit"], found["value"]) == ("op 8x8r2 M=1 float32 cpu", "× unfused", 0.5)
+    assert found["extra"] == "50.00 µs on 'AMD EPYC' (cpu, threads: 1)"
+
+
+# --- the command line, on documents that were recorded by this plugin -------------------------------------------------
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["bench", "gate", *map(str, arguments)])
+    return result.exit_code, result.output or str(result.exception)
+
+
+def test_recorded_runs_that_are_alike_pass() -> None:
+    code, output = run("compare", DATA / "baseline.json", DATA / "unchanged.json")
+    assert code == 0, output
+    assert output == "2 compared: 0 regression, 0 unclear, 0 faster, 2 same; 0 lost, 0 new\n"
+
+
+def test_a_recorded_slowdown_is_named_and_nothing_else() -> None:
+    code, output = run("compare", DATA / "baseline.json", DATA / "slowed.json")
+    regression, tally = output.splitlines()
+    assert code == 1
+    assert regression.startswith("regression: lowrank_glu ")
+    assert tally.startswith("2 compared: 1 regression, 0 unclear, 0 faster, 1 same")
+
+
+def test_a_higher_threshold_lets_the_recorded_slowdown_pass() -> None:
+    code, output = run("compare", DATA / "baseline.json", DATA / "slowed.json", "--threshold", "0.6")
+    assert code == 0, output
+
+
+def test_an_export_of_a_recorded_run_is_a_list_of_its_ratios(tmp_path: Path) -> None:
+    path = tmp_path / "ratios.json"
+    assert run("export", DATA / "baseline.json", "-o", path)[0] == 0
+    labels = [entry.label for entry in gate.read(DATA / "baseline.json").entries.values()]
+    assert [row["name"] for row in json.loads(path.read_text())] == labels
+    assert [each.name for each in tmp_path.iterdir()] == ["ratios.json"]
+
+
+def test_an_export_of_a_damaged_document_overwrites_nothing(tmp_path: Path) -> None:
+    path = saved(tmp_path / "ratios.json", "kept")
+    code, output = run("export", saved(tmp_path / "damaged.json", {}), "-o", path)
+    assert code != 0
+    assert "damaged.json is damaged" in output
+    assert json.loads(path.read_text()) == "kept"

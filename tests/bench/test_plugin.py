@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grasp.bench import gate
+from tests.command_line import environment
+
+pytest_plugins = ["pytester"]
+
+# A project of somebody else. Its calls take no time but move the clock that the gate reads: verdicts are certain.
+CONFTEST = """
+pytest_plugins = ["grasp.bench.plugin"]
+"""
+TEST = """
+import types
+import pytest
+from grasp.bench import timing
+
+now = 0.0
+timing.time = types.SimpleNamespace(perf_counter=lambda: now)
+
+def takes(seconds):
+    def call(operand):
+        global now
+        now += seconds
+        assert operand in ("first", "second")
+    return call
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_kernel(gate, size):
+    assert gate.device.type == "cpu"
+    kernel = takes(SECONDS[size])
+    gate(kernel, takes(200e-6), ["first", "second"], label=f"kernel of size {size}", against="plain")
+"""
+
+
+def write_project(folder: Path, seconds: dict[int, float]) -> None:
+    (folder / "conftest.py").write_text(CONFTEST)
+    (folder / "test_speed.py").write_text(TEST + f"\nSECONDS = {seconds}\n")
+
+
+def run_pytest(folder: Path, *options: str) -> tuple[int, str]:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--gate-device=cpu", *options]
+    run = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+    return run.returncode, run.stdout + run.stderr
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.json")}
+
+
+@pytest.mark.slow
+def test_a_foreign_project_guards_its_kernels(tmp_path: Path) -> None:
+    write_project(tmp_path, {1: 100e-6, 2: 100e-6})
+    code, output = run_pytest(tmp_path, "--gate=compare")
+    assert code == 2, output
+    assert "no baseline in" in output
+    assert "record one with --gate=save" in output
+    assert not (tmp_path / ".benchmarks").exists()
+
+    code, output = run_pytest(tmp_path, "--gate=save")
+    assert code == 0, output
+    ((name, text),) = files(tmp_path).items()
+    device = gate.read(tmp_path / name).where
+    folder = gate.device_folder(Path(".benchmarks"), device)
+    assert name.startswith(f"{folder}/")
+    assert name.endswith("0001_baseline.json")
+    extra = json.loads(text)["benchmarks"][0]["extra_info"]
+    assert extra["calls_per_round"] == 10  # 1 ms of calls of 100 µs
+    assert extra["gate"]["seconds"] == pytest.approx([100e-6] * 20)
+    assert extra["gate"]["yardstick_seconds"] == pytest.approx([200e-6] * 20)
+
+    code, output = run_pytest(tmp_path, "--gate=compare")
+    assert code == 0, output
+    assert "2 compared: 0 regression, 0 unclear, 0 faster, 2 same; 0 lost, 0 new" in output
+
+    write_project(tmp_path, {1: 100e-6, 2: 130e-6})
+    code, output = run_pytest(tmp_path, "--gate=compare")
+    assert code == 1, output
+    assert "regression: kernel of size 2: time over plain was 0.500, is 0.650: +30% (+30% to +30%)" in output
+    assert "regression: kernel of size 1" not in output
+
+    code, output = run_pytest(tmp_path, "--gate=compare", "--gate-threads=2")
+    assert code == 2, output
+    assert "threads: 1), this run on" in output
+    assert files(tmp_path) == {name: text}
+
+    code, output = run_pytest(tmp_path, "--gate=compare", "test_speed.py::test_kernel[1]")
+    assert code == 0, output
+    assert "1 entries of the baseline are of tests that were not asked for" in output
+
+    (tmp_path / name).write_text(text[:-9])
+    code, output = run_pytest(tmp_path, "--gate=compare")
+    assert code == 2, output
+    assert "0001_baseline.json is damaged" in output
+    assert files(tmp_path) == {name: text[:-9]}
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """A project whose kernel cannot be timed in a hurry: what is run here ends before, or is not timed."""
+    pytester.makeconftest('pytest_plugins = ["grasp.bench.plugin"]')
+    pytester.makepyfile(
+        "def test_kernel(gate):\n    calls = []\n    gate(calls.append, calls.append, [1, 2])\n"
+        "    assert calls == [1, 1]\n"
+    )
+    return pytester
+
+
+def test_without_timing_both_calls_are_made_once(project: pytest.Pytester) -> None:
+    result = project.runpytest_inprocess("--benchmark-disable")
+    result.assert_outcomes(passed=1)
+
+
+def test_a_failed_run_becomes_no_baseline(project: pytest.Pytester) -> None:
+    project.makepyfile(test_wrong="def test_wrong(gate):\n    assert 1 == 2\n")
+    result = project.runpytest_inprocess("--gate=save", "--gate-device=cpu", "test_wrong.py")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["no baseline was saved: a test failed"])
+    assert not files(project.path)
+
+
+def test_a_run_that_timed_nothing_becomes_no_baseline(project: pytest.Pytester) -> None:
+    project.makepyfile(test_plain="def test_plain():\n    pass\n")
+    result = project.runpytest_inprocess("--gate=save", "--gate-device=cpu", "test_plain.py")
+    assert result.ret == 2
+    result.stdout.fnmatch_lines(["no baseline was saved: nothing was timed"])
+    assert not files(project.path)
+
+
+def test_baselines_are_files(project: pytest.Pytester) -> None:
+    result = project.runpytest_inprocess("--gate=save", "--benchmark-storage=elasticsearch+http://host/index")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "--gate keeps its baselines in files" in result.stderr.str()
