@@ -39,3 +39,7 @@ class DistributedError(GraspError, RuntimeError):
 
 class OutOfMemoryError(GraspError, MemoryError):
     """The device has too little memory for the job."""
+
+
+class ResultsError(GraspError, ValueError):
+    """A file of benchmark results cannot be read, is damaged, or is of another schema."""
