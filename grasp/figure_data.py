@@ -111,7 +111,7 @@ def by_latency(records: Sequence[Record]) -> dict[Setting, list[Quality]]:
         assert result.perplexity is not None
         setting = Setting(
             f"{result.model}, {_text(result)}, batch {result.batch_size}",
-            f"{result.dtype}; prompt of {result.prompt_tokens} tokens; {state(result.conditions)}",
+            f"Prompt of {result.prompt_tokens} tokens; {result.dtype}; {state(result.conditions)}",
         )
         label = _provider(result)
         found[setting][label] = Quality(label, result.inter_token_ms.p50, *[result.perplexity] * 3)
@@ -124,7 +124,7 @@ def latencies(records: Sequence[Record]) -> dict[Setting, list[Latency]]:
     for result in _models(records):
         setting = Setting(
             f"{result.model}, prompt of {result.prompt_tokens} tokens",
-            f"{result.dtype}; {len(result.layers)} layers; factors: {result.factors}; {state(result.conditions)}",
+            f"{len(result.layers)} layers changed; factors: {result.factors}; {result.dtype}; {state(result.conditions)}",
         )
         label = _provider(result)
         found[setting][label, result.batch_size] = Latency(
@@ -177,7 +177,7 @@ def _studies(records: Iterable[Record]) -> Mapping[Setting, list[StudyResult]]:
     for study, same in _grouped(cells, lambda cell: cell.setting).items():
         windows = "all windows" if study.windows is None else f"{study.windows} windows"
         title = f"{study.model}, {windows} of {study.window} tokens of {study.text}"
-        calibrated = f"calibrated on {study.num_samples} sequences of {study.seq_len} tokens of {study.calibration}"
+        calibrated = f"Calibrated on {study.num_samples} sequences of {study.seq_len} tokens of {study.calibration}"
         found[Setting(title, f"{calibrated}; float32; {state(same[-1].conditions)}")] = same
     return found
 

@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from grasp.errors import MissingPackageError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Theme = Literal["light", "dark"]
 Draw = Callable[[], "Figure"]
 
+THEMES: tuple[Theme, ...] = ("light", "dark")
 PAGES: dict[Theme, str] = {"light": "#ffffff", "dark": "#0d1117"}
 INKS: dict[Theme, str] = {"light": "#1f2328", "dark": "#e6edf3"}  # of text and axes
 # Of Okabe and Ito's palette those with a contrast of at least 3 to both pages, and a grey; markers tell them apart too.
@@ -49,9 +50,10 @@ def themed(theme: Theme) -> Iterator[None]:
 
     ink = INKS[theme]
     colours = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
-    settings = {
+    settings: Any = {  # matplotlib types the names as literals, which this dict's cannot be seen to be
         **dict.fromkeys((*colours, "grid.color", "legend.labelcolor"), ink),
         "axes.facecolor": "none",
+        "axes.axisbelow": True,
         "axes.grid": True,
         "axes.labelsize": 11,
         "axes.spines.right": False,
@@ -60,6 +62,7 @@ def themed(theme: Theme) -> Iterator[None]:
         "figure.constrained_layout.use": True,
         "figure.facecolor": PAGES[theme],
         "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],  # matplotlib brings it
         "font.size": 11,
         "grid.alpha": 0.15,
         "legend.fontsize": 10,

@@ -29,6 +29,8 @@ _HATCHES = {"layers removed": "//", "unfused": ".."}
 
 def block_influence(report: CompressionReport) -> Figure:
     """The block influence of every decoder layer, those that were compressed marked."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _figure(3.0)
     scores = np.array(report.block_influence, dtype=float)
     chosen = np.isin(np.arange(len(scores)), report.redundant_layers)
@@ -45,7 +47,7 @@ def block_influence(report: CompressionReport) -> Figure:
         _plain_numbers(axes.yaxis)
     axes.set_xlabel("decoder layer")
     axes.set_ylabel("block influence")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="x", visible=False)
     _legend(figure, axes)
     return figure
@@ -86,7 +88,15 @@ def _spectrum(axes: Axes, module: ModuleReport) -> None:
     kept, edges = np.histogram(module.indices, bins=bins, range=(0, groups))
     there, _ = np.histogram(np.arange(groups), bins=bins, range=(0, groups))
     share = axes.get_xaxis_transform()  # y from 0 to 1 over the height
-    axes.stairs(kept / there, edges, fill=True, color=VERMILLION, alpha=0.45, transform=share, label="share kept")
+    axes.stairs(
+        kept / there,
+        edges,
+        fill=True,
+        color=VERMILLION,
+        alpha=0.45,
+        transform=share,
+        label="share kept (all: full height)",
+    )
     axes.plot(spectrum_indices(groups), values, color=BLUE, linewidth=2, label="singular value")
     axes.set_yscale("log")
     _plain_numbers(axes.yaxis)
@@ -94,27 +104,44 @@ def _spectrum(axes: Axes, module: ModuleReport) -> None:
     axes.set_title(f"{short_name(module.name)}: {module.rank} of {groups}", loc="left")
 
 
-def quality(points: Sequence[Quality], xlabel: str, *, scale: float = 1.0) -> Figure:
-    """Perplexity against size or latency, both the lower the better, with the Pareto front drawn.
+def perplexity_by_size(points: Sequence[Quality]) -> Figure:
+    """Perplexity against parameters, the lower the better in both, with the Pareto front drawn."""
+    return _quality([point._replace(x=point.x / 1e6) for point in points], "parameters, M")
 
-    Args:
-        points: at least one.
-        xlabel: of the horizontal axis, unit included.
-        scale: the horizontal values are divided by it.
-    """
+
+def perplexity_by_latency(points: Sequence[Quality]) -> Figure:
+    """Perplexity against the median time from token to token, the lower the better, with the Pareto front drawn."""
+    return _quality(points, "ms from token to token, median")
+
+
+def _quality(points: Sequence[Quality], xlabel: str) -> Figure:
     labels = list(dict.fromkeys(point.label for point in points))
     figure, axes = _figure(3.2 + 0.2 * -(-len(labels) // 2))
     front = pareto_front(points)
-    xs = [point.x / scale for point in front]
-    axes.step(xs, [point.perplexity for point in front], "--", where="post", color=GREY, label="Pareto front", zorder=1)
+    axes.step(
+        [point.x for point in front],
+        [point.perplexity for point in front],
+        "--",
+        where="post",
+        color=GREY,
+        label="Pareto front",
+        zorder=1,
+    )
     for label, (colour, marker) in zip(labels, _looks(), strict=False):
         own = [point for point in points if point.label == label]
         middle = np.array([point.perplexity for point in own])
-        ends = np.array(
-            [[point.perplexity - point.low for point in own], [point.high - point.perplexity for point in own]]
+        ends = [[point.perplexity - point.low for point in own], [point.high - point.perplexity for point in own]]
+        spread = ends if np.any(ends) else None
+        axes.errorbar(
+            [point.x for point in own],
+            middle,
+            yerr=spread,
+            fmt=marker,
+            color=colour,
+            markersize=6,
+            capsize=2,
+            label=label,
         )
-        xs = [point.x / scale for point in own]
-        axes.errorbar(xs, middle, yerr=ends, fmt=marker, color=colour, markersize=6, capsize=2, label=label)
     axes.set_yscale("log")
     _plain_numbers(axes.yaxis)
     axes.set_xlabel(xlabel)
@@ -133,12 +160,15 @@ def latency_bars(bars: Sequence[Latency]) -> Figure:
     grid = figure.subplots(len(batches), 2, squeeze=False, sharey=True)
     for batch, row in zip(batches, grid, strict=True):
         own = {bar.label: bar for bar in bars if bar.batch_size == batch}
-        for axes, name, title in zip(row, ("first_token", "inter_token"), ("first token", "each further"), strict=True):
+        row[0].set_ylabel(f"batch {batch}")
+        for axes, name, title in zip(
+            row, ("first_token", "inter_token"), ("first token", "each further token"), strict=True
+        ):
             for y, label in enumerate(labels):
                 if label in own:
                     _bar(axes, y, label, getattr(own[label], name).p50, getattr(own[label], name).p95)
-            axes.set_title(f"{title}, batch {batch}", loc="left")
-            axes.set_xlim(0, 1.45 * max(getattr(bar, name).p95 for bar in own.values()))
+            axes.set_title(title, loc="left")
+            axes.set_xlim(0, 1.6 * max(getattr(bar, name).p95 for bar in own.values()))
             axes.set_yticks(range(len(labels)), labels)
             axes.tick_params(axis="y", length=0)
             axes.grid(axis="y", visible=False)
@@ -152,7 +182,8 @@ def _bar(axes: Axes, y: int, label: str, median: float, p95: float) -> None:
     colour = _BAR_COLOURS.get(label, BLUE)
     axes.barh(y, median, height=0.65, color=colour, hatch=_HATCHES.get(label), edgecolor="none")
     axes.plot([median, p95], [y, y], color=_ink(), linewidth=1.2)
-    axes.annotate(f"{median:.3g}", (p95, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=10)
+    text = f"{median:.0f}" if median >= 100 else f"{median:.3g}"
+    axes.annotate(text, (p95, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=10)
 
 
 def roofline(roof: Roof) -> Figure:

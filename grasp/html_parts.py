@@ -33,14 +33,14 @@ def table(caption: str, columns: Sequence[Column], rows: Sequence[Any]) -> str:
     )
     body = "".join("<tr>" + "".join(_cell(column, column.value(row)) for column in columns) + "</tr>" for row in rows)
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table class="sortable">'
-        f"<caption>{escape(caption)}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<h3>{escape(caption)}</h3><div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}">'
+        f'<table class="sortable"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
 
-def figure(svg: str, caption: str) -> str:
-    """An ``<svg>`` that is trusted, with its caption."""
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+def figure(svg: str, title: str, caption: str) -> str:
+    """An ``<svg>`` that is trusted, with its title and caption."""
+    return f"<figure>{svg}<figcaption><strong>{escape(title)}</strong><br>{escape(caption)}</figcaption></figure>"
 
 
 def section(name: str, heading: str, *parts: str) -> str:

@@ -49,6 +49,12 @@ def command(report: CompressionReport, output: str) -> list[str] | None:
     return [*start, "compress", str(request["model"]), "-o", output, *options]
 
 
+def by_option(words: list[str]) -> list[list[str]]:
+    """The words of a command, line by line: what it starts with, then each of its ``--`` options with its value."""
+    starts = [index for index, word in enumerate(words) if word.startswith("--") and index > words.index("compress")]
+    return [words[i:j] for i, j in zip([0, *starts], [*starts, len(words)], strict=True)]
+
+
 def _options(names: Mapping[str, str], values: Mapping[str, Any]) -> Iterator[str]:
     for name, option in names.items():
         value = values.get(name)
