@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from grasp.errors import ResultsError
 from grasp_kernels import roofline
 from grasp_kernels.shapes import parse_shape
 
@@ -124,7 +125,8 @@ def latencies(records: Sequence[Record]) -> dict[Setting, list[Latency]]:
     for result in _models(records):
         setting = Setting(
             f"{result.model}, prompt of {result.prompt_tokens} tokens",
-            f"{len(result.layers)} layers changed; factors: {result.factors}; {result.dtype}; {state(result.conditions)}",
+            f"{len(result.layers)} layers changed; factors: {result.factors}; {result.dtype}; "
+            f"{state(result.conditions)}",
         )
         label = _provider(result)
         found[setting][label, result.batch_size] = Latency(
@@ -151,6 +153,11 @@ def _speed(line: OpResult) -> Speed | None:
     """What a line reached; nothing for a provider that does other work than it must, which has no floor either."""
     from grasp.bench.workloads import OPS
 
+    if line.op not in OPS or line.dtype not in _ITEM_BYTES:
+        known = f"one of {', '.join(OPS)} in {', '.join(_ITEM_BYTES)}"
+        raise ResultsError(f"results of the op {line.op!r} in {line.dtype}; expected {known}")
+    if not line.median_us > 0:
+        raise ResultsError(f"{line.op} took {line.median_us} µs; expected a time above 0")
     if line.floor_us is None:
         return None
     shape, itemsize = parse_shape(line.shape), _ITEM_BYTES[line.dtype]

@@ -21,7 +21,7 @@ THEMES: tuple[Theme, ...] = ("light", "dark")
 PAGES: dict[Theme, str] = {"light": "#ffffff", "dark": "#0d1117"}
 INKS: dict[Theme, str] = {"light": "#1f2328", "dark": "#e6edf3"}  # of text and axes
 # Of Okabe and Ito's palette those with a contrast of at least 3 to both pages, and a grey; markers tell them apart too.
-BLUE, VERMILLION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7F8790"
+BLUE, VERMILLION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#68707A"
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, GREY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 WIDTH = 5.0  # inches; a phone shows it at three quarters of its size

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BINS = 48  # of the singular groups of a module, at most
+_LABEL_WIDTH = 26  # characters, of which two columns fit
 _SMALLEST = 1e-7  # singular values below this share of the largest are rounding in fp32
 _BAR_COLOURS = {"dense": GREY, "layers removed": PURPLE, "unfused": VERMILLION}
 _HATCHES = {"layers removed": "//", "unfused": ".."}
@@ -225,7 +227,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=2)
+    figure.legend(handles, [fill(label, _LABEL_WIDTH) for label in labels], loc="outside lower left", ncols=2)
 
 
 def _looks() -> Iterator[tuple[str, str]]:

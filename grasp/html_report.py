@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from grasp import reproduce
 from grasp.console import count, layer_ranges, share, size
-from grasp.errors import GraspError
+from grasp.errors import GraspError, ResultsError
 from grasp.figure_style import require_matplotlib, to_svg
 from grasp.html_parts import (
     Column,
@@ -228,6 +228,10 @@ def _read(paths: Iterable[Path], report: CompressionReport, name: str) -> Iterat
 
         records = read_results(path)
         require_same_model(records, report.request.get("model"), name, report.before.parameters, path)
+        try:
+            of_results(records)
+        except ValueError as error:  # values that a benchmark does not write
+            raise ResultsError(f"{path}: {error}") from error
         yield from records
 
 
