@@ -95,7 +95,7 @@ def _spectrum(axes: Axes, module: ModuleReport) -> None:
         edges,
         fill=True,
         color=VERMILLION,
-        alpha=0.45,
+        alpha=0.7,
         transform=share,
         label="share kept (all: full height)",
     )

@@ -102,7 +102,7 @@ def render(report: CompressionReport, name: str, records: Sequence[Record] = ())
         "layers": _layers(report),
         "modules": _modules(report),
         "spectra": _spectra(report),
-        "results": _results(records),
+        "results": _results(records, str(report.request.get("model", "MODEL")), name),
         "again": _again(report, name),
     }
     what = (
@@ -110,7 +110,7 @@ def render(report: CompressionReport, name: str, records: Sequence[Record] = ())
     )
     head = f"<h1>{escape(name)}</h1>{paragraph(what)}{_key_numbers(report)}<nav>{links}</nav>"
     content = head + "".join(section(key, heading, bodies[key]) for key, heading in _SECTIONS.items())
-    style, script = (files("grasp").joinpath("page", file).read_text("utf-8") for file in ("style.css", "sort.js"))
+    style, script = (files("grasp").joinpath(f"html_report.{kind}").read_text("utf-8") for kind in ("css", "js"))
     return page(f"{name}: {model}, compressed", content, generator=GENERATOR, style=style, script=script)
 
 
@@ -187,11 +187,12 @@ def _spectra(report: CompressionReport) -> str:
     )
 
 
-def _results(records: Sequence[Record]) -> str:
+def _results(records: Sequence[Record], model: str, name: str) -> str:
     drawn = "".join(map(_shown, of_results(records)))
     parts = [f'<div class="figures">{drawn}</div>' if drawn else ""]
     for kind, (what, how) in HOW.items():
-        again = f"{how}\ngrasp report DIR --results {kind}.jsonl"
+        first = how.format(model=shlex.quote(model), folder=shlex.quote(name))
+        again = f"{first}\ngrasp report {shlex.quote(name)} --results {kind}.jsonl"
         parts.append(result_table(kind, records) or not_measured(what, again))
     parts.append(result_table("not_measured", records))
     return "".join(parts)

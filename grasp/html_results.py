@@ -39,12 +39,12 @@ TITLES = {
     "compress": "The compression itself",
     "not_measured": "Not measured, and why",
 }
-# Kind of record → what it is about, and the command that writes such records to KIND.jsonl.
+# Kind of record → what it is about, and the command that writes such records of a model and a folder to KIND.jsonl.
 HOW = {
-    "model": ("speed and memory of the whole model", "grasp bench model MODEL -o model.jsonl"),
-    "study": ("perplexity of other methods and sizes", "python benchmarks/study.py -o study.jsonl --model MODEL"),
+    "model": ("speed and memory of the whole model", "grasp bench model {model} --compressed {folder} -o model.jsonl"),
+    "study": ("perplexity of other methods and sizes", "python benchmarks/study.py -o study.jsonl --model {model}"),
     "op": ("speed of the ops", "grasp bench ops -o op.jsonl"),
-    "compress": ("speed of the compression", "grasp bench compress MODEL -o compress.jsonl"),
+    "compress": ("speed of the compression", "grasp bench compress {model} -o compress.jsonl"),
 }
 
 COLUMNS: dict[str, tuple[Column, ...]] = {
@@ -130,7 +130,7 @@ def result_table(kind: str, records: Sequence[Record]) -> str:
     lines = [record for record in records if record.kind == kind]
     if not lines:
         return ""
-    conditions = dict.fromkeys(state(line.conditions) for line in lines if line.kind != "not_measured")
+    conditions = dict.fromkeys(state(found) for line in lines if (found := getattr(line, "conditions", None)))
     measured = paragraph(f"Measured on: {' · '.join(conditions)}.") if conditions else ""
     return table(TITLES[kind], COLUMNS[kind], lines) + measured
 

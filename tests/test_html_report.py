@@ -138,8 +138,8 @@ def test_what_is_missing_is_called_not_measured_with_the_way_to_it(report: Compr
     what, command = HOW[kind]
     assert text.shown.count("Not measured:") == 1
     assert f"Not measured: {what}" in text.shown
-    assert command in text.shown
-    assert f"--results {kind}.jsonl" in text.shown
+    assert command.format(model="tiny", folder="small") in text.shown
+    assert f"grasp report small --results {kind}.jsonl" in text.shown
 
 
 def test_a_report_from_python_or_of_an_older_version_has_a_page_too(report: CompressionReport) -> None:
