@@ -140,7 +140,7 @@ def _what(report: CompressionReport) -> str:
         ("kept of each matrix", "" if report.retain_ratio is None else share(report.retain_ratio)),
         ("scope", report.scope),
         ("held-out loss", ", ".join(f"{scope} {loss:.4f}" for scope, loss in report.held_out_loss.items())),
-        ("calibration text", str(request.get("source", ""))),
+        ("calibration text", str(request.get("calibration", ""))),
         ("calibration", f"{calibration.get('sequences')} sequences, {calibration.get('tokens')} tokens"),
         ("time", f"{sum(report.seconds.values()):.1f} s: {seconds}" if seconds else ""),
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),

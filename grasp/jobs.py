@@ -155,16 +155,20 @@ def with_request(
     device: str | None = None,
     processes: Processes = ALONE,
 ) -> CompressionReport:
-    """The report with what was asked for, so that it can be asked for again; files without the folders they lie in."""
-    public = {BUILTIN, *HUB_TEXTS}
+    """The report with what was asked for, so that it can be asked for again; files without the folders they lie in.
+
+    Names are those of options of ``grasp compress``, but for the model, the processes and the version of grasp.
+    """
+    drawn = asdict(samples)
+    source = drawn.pop("source")
     request = {
-        **asdict(samples),
-        "source": samples.source if samples.source in public else Path(samples.source).name,
         "model": name if is_hub_name(name) else Path(name).name,
+        "calibration": source if source in (BUILTIN, *HUB_TEXTS) else Path(source).name,
+        **drawn,
         "dtype": dtype,
         "device": device,
+        "shard": processes.sharded,
         "processes": processes.size,
-        "sharded": processes.sharded,
         "grasp": __version__,
     }
     return replace(report, request=request)

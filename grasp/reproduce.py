@@ -7,31 +7,8 @@ from typing import Any
 
 from grasp.report import CompressionReport
 
-# What a report calls it → what ``grasp compress`` calls it.
-_CONFIG = {
-    "layers": "--layers",
-    "num_layers": "--num-layers",
-    "compression_ratio": "--compression-ratio",
-    "retain_ratio": "--retain-ratio",
-    "threshold_ratio": "--threshold-ratio",
-    "basis": "--basis",
-    "metric": "--metric",
-    "allocation": "--allocation",
-    "scope": "--scope",
-    "refit": "--refit",
-    "schedule": "--schedule",
-    "sweep_dtype": "--sweep-dtype",
-}
-_REQUEST = {
-    "source": "--calibration",
-    "num_samples": "--num-samples",
-    "seq_len": "--seq-len",
-    "batch_size": "--batch-size",
-    "seed": "--seed",
-    "dtype": "--dtype",
-    "device": "--device",
-    "sharded": "--shard",
-}
+# What a request has beside options.
+_NOT_OPTIONS = ("model", "processes", "grasp")
 
 
 def command(report: CompressionReport, output: str) -> list[str] | None:
@@ -45,7 +22,8 @@ def command(report: CompressionReport, output: str) -> list[str] | None:
         return None
     processes = int(request.get("processes", 1))
     start = ["grasp"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes), "-m", "grasp"]
-    options = [*_options(_CONFIG, report.config), *_options(_REQUEST, request)]
+    asked = {name: value for name, value in request.items() if name not in _NOT_OPTIONS}
+    options = _options({**report.config, **asked})
     return [*start, "compress", str(request["model"]), "-o", output, *options]
 
 
@@ -55,12 +33,13 @@ def by_option(words: list[str]) -> list[list[str]]:
     return [words[i:j] for i, j in zip([0, *starts], [*starts, len(words)], strict=True)]
 
 
-def _options(names: Mapping[str, str], values: Mapping[str, Any]) -> Iterator[str]:
-    for name, option in names.items():
-        value = values.get(name)
+def _options(values: Mapping[str, Any]) -> Iterator[str]:
+    """``retain_ratio`` is ``--retain-ratio``; what is false or ``None`` is left out."""
+    for name, value in values.items():
+        option = f"--{name.replace('_', '-')}"
         if value is True:
             yield option
-        elif isinstance(value, list):
+        elif isinstance(value, (list, tuple)):
             yield from (option, ",".join(map(str, value)))
         elif value is not None and value is not False:
             yield from (option, str(value))

@@ -153,7 +153,7 @@ def test_a_report_from_python_or_of_an_older_version_has_a_page_too(report: Comp
 def test_nothing_that_is_given_becomes_markup(report: CompressionReport) -> None:
     bad = "<script>alert('x')</script>\"&"
     modules = tuple(replace(m, name=f"a.{m.layer}.{bad}", block=bad) for m in report.modules)
-    request = {**report.request, "model": bad, "source": bad, "grasp": bad}
+    request = {**report.request, "model": bad, "calibration": bad, "grasp": bad}
     config = {**report.config, "basis": bad}
     changed = replace(report, modules=modules, request=request, config=config, versions={bad: bad}, scope=bad)
     records = [

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from grasp import jobs, reproduce
+from grasp.cli import app
+from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.report import CompressionReport
 from tests.command_line import grasp, save_tiny_model
@@ -64,6 +69,18 @@ def test_names_on_the_hub_are_told_whole() -> None:
     assert words[2] == "meta-llama/Llama-3.1-8B"
 
 
+def test_every_setting_is_an_option_of_the_command() -> None:
+    settings = dict.fromkeys(GraspConfig().to_dict(), "x")
+    report = jobs.with_request(replace(a_report(), config=settings), "m", jobs.Samples(), device="cpu")
+    words = reproduce.command(replace(report, request={**report.request, "shard": True}), "out")
+    assert words is not None
+    group: Any = get_command(app)
+    known = {option for parameter in group.commands["compress"].params for option in parameter.opts}
+    given = [word for word in words if word.startswith("--")]
+    assert len(given) > len(settings)
+    assert set(given) <= known
+
+
 def test_each_option_has_a_line_with_its_value() -> None:
     words = ["torchrun", "--nproc-per-node", "2", "-m", "grasp", "compress", "m", "-o", "o", "--refit", "--seed", "0"]
     assert reproduce.by_option(words) == [words[:9], ["--refit"], ["--seed", "0"]]
@@ -74,6 +91,4 @@ def test_a_report_from_python_has_no_command() -> None:
 
 
 def a_report() -> CompressionReport:
-    from grasp.compress import compress_
-
     return compress_(tiny_model("llama"), tiny_batches(1), GraspConfig(num_layers=1))
