@@ -105,9 +105,7 @@ def render(report: CompressionReport, name: str, records: Sequence[Record] = ())
         "results": _results(records, str(report.request.get("model", "MODEL")), name),
         "again": _again(report, name),
     }
-    what = (
-        f"{model[:1].upper()}{model[1:]}, compressed by GRASP: low-rank where layers are redundant (arXiv 2501.00339)."
-    )
+    what = f"Made from {model} by GRASP: low-rank where layers are redundant (arXiv 2501.00339)."
     head = f"<h1>{escape(name)}</h1>{paragraph(what)}{_key_numbers(report)}<nav>{links}</nav>"
     content = head + "".join(section(key, heading, bodies[key]) for key, heading in _SECTIONS.items())
     style, script = (files("grasp").joinpath(f"html_report.{kind}").read_text("utf-8") for kind in ("css", "js"))

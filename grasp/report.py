@@ -166,11 +166,29 @@ def _require_sound(report: CompressionReport) -> None:
                 raise ValueError(f"{name} must be an integer from 0 up, got {value!r}")
     if not report.before.parameters or not report.before.decoder_parameters:
         raise ValueError("the model before has no parameters")
+    for name in ("config", "calibration", "seconds", "held_out_loss", "versions", "request"):
+        if not isinstance(getattr(report, name), Mapping):
+            raise ValueError(f"{name} must be an object, got {getattr(report, name)!r}")
+    for module in report.compressed:
+        _require_sound_module(module)
     if not all(type(value) in (int, float) for value in report.block_influence):
         raise ValueError(f"block_influence must be numbers, got {list(report.block_influence)}")
     layers = {*report.redundant_layers, *(module.layer for module in report.modules)}
     if not all(type(layer) is int and 0 <= layer < len(report.block_influence) for layer in layers):
         raise ValueError(f"block_influence has {len(report.block_influence)} layers, others are named: {layers}")
+
+
+def _require_sound_module(module: ModuleReport) -> None:
+    sizes = (module.out_features, module.in_features, module.parameters_before, module.parameters_after)
+    if not all(type(value) is int and value > 0 for value in sizes):
+        raise ValueError(f"sizes of {module.name!r} must be integers from 1 up, got {sizes}")
+    groups = min(module.out_features, module.in_features)
+    if not all(type(index) is int and 0 <= index < groups for index in module.indices):
+        raise ValueError(f"indices of {module.name!r} must be of its {groups} singular groups")
+    if not all(type(value) in (int, float) for value in module.spectrum):
+        raise ValueError(f"spectrum of {module.name!r} must be numbers")
+    if module.spectrum and len(module.spectrum) != len(spectrum_indices(groups)):
+        raise ValueError(f"spectrum of {module.name!r} has {len(module.spectrum)} values, not those of {groups} groups")
 
 
 def model_size(model: nn.Module, layers: nn.ModuleList) -> Size:

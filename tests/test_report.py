@@ -9,6 +9,7 @@ import torch
 
 from grasp.compress import compress_
 from grasp.config import GraspConfig
+from grasp.errors import CheckpointError
 from grasp.modules import dense_weight
 from grasp.report import CompressionReport, spectrum_indices
 from tests.tiny_models import tiny_batches, tiny_model
@@ -58,6 +59,29 @@ def test_lists_of_numbers_take_one_line_and_words_stay_as_they_are(report: Compr
     line = next(line for line in text.splitlines() if '"spectrum"' in line)
     assert json.loads("{" + line.strip().rstrip(",") + "}") == {"spectrum": list(module.spectrum)}
     assert len(text.splitlines()) < 20 * len(report.modules) + 80
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"out_features": 0}, "sizes of .* must be integers from 1 up"),
+        ({"parameters_before": "7"}, "sizes of .* must be integers from 1 up"),
+        ({"indices": [99]}, "indices of .* must be of its 32 singular groups"),
+        ({"spectrum": ["a"]}, "spectrum of .* must be numbers"),
+        ({"spectrum": [1.0]}, "spectrum of .* has 1 values, not those of 32 groups"),
+    ],
+)
+def test_damaged_modules_are_refused(report: CompressionReport, values: dict[str, object], words: str) -> None:
+    damaged = report.to_dict()
+    damaged["modules"][0].update(values)
+    with pytest.raises(CheckpointError, match=words):
+        CompressionReport.from_json(json.dumps(damaged))
+
+
+@pytest.mark.parametrize("name", ["config", "calibration", "seconds", "versions", "request"])
+def test_lists_in_the_place_of_objects_are_refused(report: CompressionReport, name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{name} must be an object"):
+        CompressionReport.from_json(json.dumps({**report.to_dict(), name: [1]}))
 
 
 def test_reports_of_earlier_versions_are_read(report: CompressionReport) -> None:
