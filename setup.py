@@ -233,7 +233,7 @@ setup(
     packages=["grasp", "grasp.bench", "grasp.cli", "grasp_kernels", "grasp_kernels.triton"],
     package_dir={"grasp_kernels": "kernels/grasp_kernels"},
     py_modules=["grasp_autoload"],
-    package_data={"grasp": ["py.typed"], "grasp_kernels": ["py.typed", "configs/*.json"]},
+    package_data={"grasp": ["py.typed", "html_report.*"], "grasp_kernels": ["py.typed", "configs/*.json"]},
     # ninja compiles them; setuptools only needs to know what belongs into a source distribution.
     ext_modules=[
         Extension(name, sources=[], depends=sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.*")))

@@ -24,7 +24,7 @@ from grasp.planning import LEFT, Choice, ceilings, choose_plans, hold_out, withi
 from grasp.progress import Clock, Progress, silent
 from grasp.redundancy import block_influence
 from grasp.refit import refit_
-from grasp.report import CompressionReport, ModuleReport, model_size
+from grasp.report import CompressionReport, ModuleReport, model_size, spectrum_indices
 from grasp.resume import NoState
 from grasp.scoring import Scores, gather_scores
 from grasp.selection import (
@@ -230,7 +230,8 @@ def choose_groups(target: Target, scores: Scores, ranks: Mapping[Target, int], c
         rank = rank_for_threshold(importance, config.threshold_ratio, dense_shape(target.module))
     indices = retained_indices(importance, rank)
     kept = SVD(svd.U[:, indices], svd.S[indices], svd.Vh[indices])
-    return {"indices": indices, "importance": importance, **kept._asdict()}
+    spectrum = svd.S[spectrum_indices(len(svd.S))]
+    return {"indices": indices, "importance": importance, "spectrum": spectrum, **kept._asdict()}
 
 
 def held_out_losses(
@@ -263,10 +264,11 @@ def _replace_(model: PreTrainedModel, target: Target, choice: Choice) -> ModuleR
     kept = SVD(choice["U"], choice["S"], choice["Vh"])
     module = LowRankLinear.from_dense(target.module, torch.arange(len(kept.S)), kept)
     replace_module_(model, target.name, module)
-    return _report(target, module, choice["indices"], choice["importance"])
+    return _report(target, module, choice)
 
 
-def _report(target: Target, module: LowRankLinear, indices: Tensor, importance: Tensor) -> ModuleReport:
+def _report(target: Target, module: LowRankLinear, choice: Choice) -> ModuleReport:
+    indices, importance = choice["indices"], choice["importance"]
     n, k = dense_shape(target.module)
     before, after = list(target.module.parameters()), list(module.parameters())
     total = float(importance.double().sum())
@@ -284,4 +286,5 @@ def _report(target: Target, module: LowRankLinear, indices: Tensor, importance: 
         bytes_after=sum(p.numel() * p.element_size() for p in after),
         importance_kept=float(importance[indices].double().sum()) / total if total > 0 else 1.0,
         indices=tuple(indices.tolist()),
+        spectrum=tuple(float(f"{value:.4g}") for value in choice["spectrum"].tolist()),
     )

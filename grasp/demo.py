@@ -106,6 +106,7 @@ def run_demo(output: str | Path, sizes: DemoSizes | None = None, *, progress: Pr
         GraspConfig(num_layers=sizes.num_layers, retain_ratio=sizes.retain_ratio),
         progress=progress,
     )
+    report = jobs.with_request(report, BUILTIN, samples)
     removed = copy.deepcopy(dense)
     remove_layers_(removed, report.redundant_layers)
     truncated = copy.deepcopy(dense)

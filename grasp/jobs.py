@@ -13,6 +13,7 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from grasp import __version__
 from grasp.architecture import decoder
 from grasp.batch_size import fitting_batch_size, free_bytes, largest_batch_size
 from grasp.calibration import HUB_TEXTS, CalibrationBatch, bos_for, read_text, token_batches, tokenize
@@ -24,6 +25,7 @@ from grasp.errors import CalibrationError, GraspError, NonFiniteError, OutOfMemo
 from grasp.estimate import Estimate, Job, estimate
 from grasp.evaluate import PerplexityResult, perplexity
 from grasp.loading import BUILTIN, find_device, load_config, load_model, out_of_memory
+from grasp.model_card import is_hub_name
 from grasp.progress import Notify, Progress, silent, unheard
 from grasp.rates import Rates, measure_rates
 from grasp.report import FILE_NAME, CompressionReport, Size, model_size
@@ -136,11 +138,40 @@ def compress(
                 require_known(model, batch.input_ids)
             require_space(target, model.get_memory_footprint())
             report = compress_(model, batches, config, progress=progress, state=state, processes=processes)
+            report = with_request(report, name, samples, dtype=dtype, device=device, processes=processes)
         if processes.sharded:
             collect_(model, processes)
         if processes.first:
             write_checkpoint(model, tokenizer, target, name, samples, report, progress=progress)
     return Compression(name, str(target), samples, report)
+
+
+def with_request(
+    report: CompressionReport,
+    name: str,
+    samples: Samples,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    processes: Processes = ALONE,
+) -> CompressionReport:
+    """The report with what was asked for, so that it can be asked for again; files without the folders they lie in.
+
+    Names are those of options of ``grasp compress``, but for the model, the processes and the version of grasp.
+    """
+    drawn = asdict(samples)
+    source = drawn.pop("source")
+    request = {
+        "model": name if is_hub_name(name) else Path(name).name,
+        "calibration": source if source in (BUILTIN, *HUB_TEXTS) else Path(source).name,
+        **drawn,
+        "dtype": dtype,
+        "device": device,
+        "shard": processes.sharded,
+        "processes": processes.size,
+        "grasp": __version__,
+    }
+    return replace(report, request=request)
 
 
 def _with_batch_size(

@@ -20,7 +20,7 @@ from grasp.selection import Budget, break_even_rank, parameters_removed, retaine
 
 HELD_OUT = 8  # one batch in so many decides between scopes
 
-Choice = Mapping[str, Tensor]  # indices, importance, U, S and Vh of the groups kept; or why none: see ``LEFT``
+Choice = Mapping[str, Tensor]  # indices, importance, spectrum; U, S and Vh of the groups kept; or why none: ``LEFT``
 LEFT = {
     "no loss": "its output does not reach the loss",
     "dense": "stays dense: the budget does more elsewhere",
@@ -107,6 +107,6 @@ def _cut(choice: Choice, rank: int) -> Choice:
     best = retained_indices(choice["importance"][choice["indices"]], rank)
     return {
         "indices": choice["indices"][best],
-        "importance": choice["importance"],
+        **{name: choice[name] for name in ("importance", "spectrum")},
         **{"U": choice["U"][:, best], "S": choice["S"][best], "Vh": choice["Vh"][best]},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ if TYPE_CHECKING:  # reports are read where no model is: torch takes seconds to 
     from torch import nn
 
 FILE_NAME = "report.json"
+_SPECTRUM_VALUES = 256  # singular values of a module that are kept at most
+_NUMBERS = re.compile(r"\[\n\s+([^\[\]{}\"]+?)\n\s+\]")  # strings of JSON hold no newline: this is a list of numbers
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,12 @@ class ModuleReport:
     bytes_after: int = 0
     importance_kept: float = 0.0  # share of the summed importance that the kept groups hold
     indices: tuple[int, ...] = ()  # the kept singular groups, 0 being the largest singular value
+    spectrum: tuple[float, ...] = ()  # four digits of the singular values at ``spectrum_indices``, before selection
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModuleReport:
+        """The inverse of ``dataclasses.asdict``, of what JSON makes of it as well."""
+        return cls(**{**values, **{key: tuple(values.get(key, ())) for key in ("indices", "spectrum")}})
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class CompressionReport:
     scope: str = "redundant"  # which layers could be compressed
     held_out_loss: Mapping[str, float] = field(default_factory=dict)  # scope → nats per token, where it was decided so
     versions: Mapping[str, str] = field(default_factory=dict)
+    request: Mapping[str, Any] = field(default_factory=dict)  # what ``grasp compress`` was asked for; none from Python
 
     @property
     def compression_ratio(self) -> float:
@@ -91,8 +101,8 @@ class CompressionReport:
         }
 
     def to_json(self) -> str:
-        """``to_dict`` as text."""
-        return json.dumps(self.to_dict(), indent=2)
+        """``to_dict`` as text, each list of numbers on one line."""
+        return _NUMBERS.sub(lambda m: f"[{' '.join(m[1].split())}]", json.dumps(self.to_dict(), indent=2))
 
     @classmethod
     def from_json(cls, text: str) -> CompressionReport:
@@ -105,9 +115,7 @@ class CompressionReport:
             values = json.loads(text)
             names = {f.name for f in dataclasses.fields(cls)}
             values = {key: value for key, value in values.items() if key in names}
-            values["modules"] = tuple(
-                ModuleReport(**{**module, "indices": tuple(module["indices"])}) for module in values["modules"]
-            )
+            values["modules"] = tuple(map(ModuleReport.from_dict, values["modules"]))
             for key in ("before", "after"):
                 values[key] = Size(**values[key])
             for key in ("block_influence", "redundant_layers"):
@@ -136,6 +144,16 @@ class CompressionReport:
             raise CheckpointError(f"{path}: {error}") from error
 
 
+def spectrum_indices(groups: int) -> list[int]:
+    """At which of ``groups`` singular values a spectrum is kept, ascending: all, or half evenly and half dense at 0."""
+    if groups <= _SPECTRUM_VALUES:
+        return list(range(groups))
+    steps = _SPECTRUM_VALUES // 2
+    even = (round(i * (groups - 1) / (steps - 1)) for i in range(steps))
+    dense = (round(groups ** (i / steps)) - 1 for i in range(steps))
+    return sorted({*even, *dense})
+
+
 def _require_sound(report: CompressionReport) -> None:
     """Raise unless sizes and influences are numbers, and each redundant layer has an influence.
 
@@ -148,11 +166,29 @@ def _require_sound(report: CompressionReport) -> None:
                 raise ValueError(f"{name} must be an integer from 0 up, got {value!r}")
     if not report.before.parameters or not report.before.decoder_parameters:
         raise ValueError("the model before has no parameters")
+    for name in ("config", "calibration", "seconds", "held_out_loss", "versions", "request"):
+        if not isinstance(getattr(report, name), Mapping):
+            raise ValueError(f"{name} must be an object, got {getattr(report, name)!r}")
+    for module in report.compressed:
+        _require_sound_module(module)
     if not all(type(value) in (int, float) for value in report.block_influence):
         raise ValueError(f"block_influence must be numbers, got {list(report.block_influence)}")
     layers = {*report.redundant_layers, *(module.layer for module in report.modules)}
     if not all(type(layer) is int and 0 <= layer < len(report.block_influence) for layer in layers):
         raise ValueError(f"block_influence has {len(report.block_influence)} layers, others are named: {layers}")
+
+
+def _require_sound_module(module: ModuleReport) -> None:
+    sizes = (module.out_features, module.in_features, module.parameters_before, module.parameters_after)
+    if not all(type(value) is int and value > 0 for value in sizes):
+        raise ValueError(f"sizes of {module.name!r} must be integers from 1 up, got {sizes}")
+    groups = min(module.out_features, module.in_features)
+    if not all(type(index) is int and 0 <= index < groups for index in module.indices):
+        raise ValueError(f"indices of {module.name!r} must be of its {groups} singular groups")
+    if not all(type(value) in (int, float) for value in module.spectrum):
+        raise ValueError(f"spectrum of {module.name!r} must be numbers")
+    if module.spectrum and len(module.spectrum) != len(spectrum_indices(groups)):
+        raise ValueError(f"spectrum of {module.name!r} has {len(module.spectrum)} values, not those of {groups} groups")
 
 
 def model_size(model: nn.Module, layers: nn.ModuleList) -> Size:

@@ -148,7 +148,7 @@ class RunState(KeptFolder, NoState):
             tensors, notes = self._read(path)
             if tensors:
                 replace_module_(model, target.name, _low_rank(target, tensors))
-            done[target] = ModuleReport(**{**notes["report"], "indices": tuple(notes["report"]["indices"])})
+            done[target] = ModuleReport.from_dict(notes["report"])
         if self._continued and not self._rank:
             finished = sum(all(target in done for target in members) for members in sweeps)
             self._notify(f"continuing: {finished} of {len(sweeps)} sweeps done")
