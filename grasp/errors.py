@@ -39,3 +39,7 @@ class DistributedError(GraspError, RuntimeError):
 
 class OutOfMemoryError(GraspError, MemoryError):
     """The device has too little memory for the job."""
+
+
+class CostTableError(GraspError, ValueError):
+    """A table of decode costs cannot be read, or is not for this model."""

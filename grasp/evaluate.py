@@ -257,16 +257,16 @@ def time_generation(
         options["logits_to_keep"] = 1  # as ``generate`` does
     with evaluating(model):
         token = prompt.to(device)
-        start = _now(device)
+        start = now(device)
         seconds = []
         for steps in (1, new_tokens):
             for _ in range(steps):
                 token = model(input_ids=token, **options).logits[:, -1:].argmax(-1)
-            seconds.append(_now(device) - start)
+            seconds.append(now(device) - start)
     return GenerationTime(prefill_s=seconds[0], decode_s=seconds[1] - seconds[0])
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Seconds, once the device has done all that it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

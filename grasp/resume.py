@@ -28,12 +28,13 @@ from grasp.identity import differences, request_identity, tensors_digest
 from grasp.modules import LowRankLinear
 from grasp.offload import execution_device
 from grasp.progress import Clock, Notify, unheard
+from grasp.redundancy import Redundancy
 from grasp.report import ModuleReport
 
 if TYPE_CHECKING:  # it imports this module
     from grasp.config import GraspConfig
 
-FORMAT = 1  # of the folder
+FORMAT = 2  # of the folder
 INTERVAL = 30.0  # seconds: the sums of a running sweep are not written more often than this,
 SHARE = 0.05  # nor so often that writing takes more than this fraction of the time
 _UNFINISHED = "unfinished"  # the folder in which files are written, by safetensors under names of its own
@@ -50,15 +51,15 @@ class Sum(Protocol):
 class NoState:
     """The state of a run that keeps nothing; what it does is what ``RunState`` is asked for."""
 
-    scores: list[float] | None = None  # block influence, where an earlier process measured it
+    redundancy: Redundancy | None = None  # where an earlier process measured it
 
     def begin(
         self, model: PreTrainedModel, batches: Sequence[CalibrationBatch], config: GraspConfig, clock: Clock
     ) -> None:
         """Take up what was kept; ``clock`` goes on from the time that it took."""
 
-    def keep_scores(self, scores: Sequence[float]) -> None:
-        """Keep the block influence of all layers."""
+    def keep_redundancy(self, redundancy: Redundancy) -> None:
+        """Keep the scores of all layers."""
 
     def restore_(self, model: PreTrainedModel, sweeps: Sequence[Sequence[Target]]) -> dict[Target, ModuleReport]:
         """Put the low-rank linears that were kept into the model; the report of each, in the order of ``sweeps``."""
@@ -141,7 +142,7 @@ class RunState(NoState):
     ) -> None:
         if self._rank:
             return
-        had_scores = self.scores is not None and not isinstance(error, Exception)
+        had_scores = self.redundancy is not None and not isinstance(error, Exception)
         if (kind is None and self._identity is not None) or not (self._kept or had_scores):
             self._clear()
         elif kind is KeyboardInterrupt:
@@ -179,16 +180,16 @@ class RunState(NoState):
                 f"{self.folder} holds an unfinished run of another request: {changed}. Give the request that it was "
                 "begun with to continue it, or delete that folder to start anew"
             )
-        self.scores = kept["scores"]
+        self.redundancy = None if kept["redundancy"] is None else Redundancy(**kept["redundancy"])
         files = sorted(self.folder.glob("*.safetensors"))
         self._found = {file.name: self._read(file, only_notes=True)[1] for file in files}
-        self._continued = self.scores is not None or bool(files)
+        self._continued = self.redundancy is not None or bool(files)
         times = [kept["seconds"], *(notes["seconds"] for notes in self._found.values())]
         clock.add(max(times, key=lambda seconds: sum(seconds.values())))
 
-    def keep_scores(self, scores: Sequence[float]) -> None:
-        """Keep the block influence of all layers."""
-        self.scores = list(scores)
+    def keep_redundancy(self, redundancy: Redundancy) -> None:
+        """Keep the scores of all layers."""
+        self.redundancy = redundancy
         self._write_state()
 
     def restore_(self, model: PreTrainedModel, sweeps: Sequence[Sequence[Target]]) -> dict[Target, ModuleReport]:
@@ -267,7 +268,8 @@ class RunState(NoState):
 
     def _write_state(self) -> None:
         if self._rank == 0:
-            kept = {"identity": self._identity, "scores": self.scores, "seconds": self._clock.seconds}
+            scores = None if self.redundancy is None else self.redundancy._asdict()
+            kept = {"identity": self._identity, "redundancy": scores, "seconds": self._clock.seconds}
             with _replacing(self.folder / "state.json") as temporary:
                 temporary.write_text(json.dumps(kept, indent=2), encoding="utf-8")
 
@@ -292,7 +294,11 @@ class RunState(NoState):
     def _read_state(self, path: Path) -> dict[str, Any]:
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
-            return {"identity": dict(kept["identity"]), "scores": kept["scores"], "seconds": dict(kept["seconds"])}
+            return {
+                "identity": dict(kept["identity"]),
+                "redundancy": kept["redundancy"],
+                "seconds": dict(kept["seconds"]),
+            }
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(path, str(error)) from error
 
