@@ -114,6 +114,8 @@ class GraspConfig:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if not isinstance(self.remove_layers, bool):
+            raise ValueError(f"remove_layers must be True or False, got {self.remove_layers!r}")
         self._check_redundancy()
         self._check_decided_together()
         if self.sweep_dtype not in (None, "bfloat16", "float32"):

@@ -207,8 +207,8 @@ def choose_plans(
 def choose_budget(config: GraspConfig, units: Units, total_parameters: int, prices: Prices) -> Budget:
     """Which units are redundant, and the rank of each of their matrices.
 
-    A latency has no uniform ranks that reach it: there they are those of ``retain_ratio``, and say which units are as
-    many as it takes.
+    Where bytes or a latency are spent globally, the ranks are those of ``retain_ratio``, and tell how many units it
+    takes.
     """
     shapes = {unit: [dense_shape(target.module) for target in linears] for unit, linears in units.members.items()}
     if config.layers is not None:
@@ -227,11 +227,11 @@ def choose_budget(config: GraspConfig, units: Units, total_parameters: int, pric
     saving = ratio * total_parameters if prices.saving is None else prices.saving
     sets = (units.most_redundant(count) for count in range(len(shapes) + 1))
     chosen = next((each for each in sets if saved(each) >= saving), units.most_redundant(len(shapes)))
-    if config.target_latency is not None:
+    if prices.saving is not None and config.allocation == "global":
         return uniform_budget(shapes, chosen, config.retain_ratio)
     if config.target_bytes is not None:
         sizes = {target.module.weight.element_size() for target in linears_of(list(shapes))}
-        if len(sizes) > 1 and config.allocation == "uniform":
+        if len(sizes) > 1:
             raise ValueError(
                 f"linears have {sorted(sizes)} bytes per weight; target_bytes then needs allocation='global'"
             )

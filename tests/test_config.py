@@ -56,6 +56,8 @@ def test_is_frozen() -> None:
         ({**_GLOBAL, "target_latency": 0.0}, r"target_latency must be in \(0, 1\], got 0.0"),
         ({**_GLOBAL, "target_latency": 1.5}, "got 1.5"),
         ({**_GLOBAL, "target_latency": "12ms"}, "got '12ms'"),
+        ({"remove_layers": True}, "remove_layers weighs layers against ranks; it needs allocation='global'"),
+        ({**_GLOBAL, "remove_layers": 1}, "remove_layers must be True or False, got 1"),
         ({"target_latency": 0.5}, "target_latency is reached by ranks .* it needs allocation='global'"),
         ({**_GLOBAL, "target_latency": 0.5, "threshold_ratio": 0.5}, "threshold_ratio needs layers or num_layers"),
         ({"allocation": "global", "schedule": "single-sweep", "metric": "gradient"}, "not in units of loss"),

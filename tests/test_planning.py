@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grasp.architecture import decoder, layer_targets
 from grasp.calibration import CalibrationBatch
@@ -121,7 +122,9 @@ def predicted(costs: CostTable, model: PreTrainedModel, report: CompressionRepor
     ranks = {module.name: module.rank for module in report.compressed}
     layers = range(len(decoder(model).layers))
     targets = [target for layer in layers for target in layer_targets(tiny_model("llama"), layer)[0]]
-    return costs.predict(((dense_shape(t.module), ranks.get(t.name)) for t in targets), len(layers))
+    total = costs.predict(((dense_shape(t.module), ranks.get(t.name)) for t in targets), len(layers))
+    assert report.decode_seconds["after"] == pytest.approx(total)
+    return total
 
 
 @pytest.mark.parametrize("scope", ["redundant", "model", "auto"])
@@ -235,3 +238,53 @@ def test_the_costs_of_a_card_will_do() -> None:
     costs = from_roofline(CARDS["H100"], shapes_of(model), dtype="float32", itemsize=4, rest_bytes=0)
     with pytest.raises(ValueError, match=r"target_latency=0.900 cannot be reached"):  # tiny linears are all launches
         compress_(model, tiny_batches(1), GraspConfig(target_latency=0.9, **BEST), costs=costs)
+
+
+def remove(share: float, **options: Any) -> tuple[PreTrainedModel, CompressionReport]:
+    model = tiny_model("llama", num_hidden_layers=5)
+    with torch.no_grad():  # two layers that do next to nothing
+        for layer in (1, 3):
+            decoder(model).layers[layer].self_attn.o_proj.weight.mul_(1e-2)
+            decoder(model).layers[layer].mlp.down_proj.weight.mul_(1e-2)
+    config = GraspConfig(compression_ratio=share, remove_layers=True, scope="model", **BEST, **options)
+    return model, compress_(model, tiny_batches(8), config)
+
+
+def test_layers_go_where_that_loses_less_and_the_rest_reloads_in_plain_transformers(tmp_path: Path) -> None:
+    model, report = remove(0.45, refit=True)
+    assert report.removed_layers == (1, 3)
+    assert len(decoder(model).layers) == model.config.num_hidden_layers == 3
+    assert {module.layer for module in report.compressed} <= {0, 2, 4}
+    assert {m.layer for m in report.left if m.reason == "its layer is removed"} == {1, 3}
+    assert report.held_out_loss["model without 1, 3"] == min(report.held_out_loss.values())
+    assert report.compression_ratio == pytest.approx(0.45, abs=0.02)
+    assert CompressionReport.from_json(report.to_json()) == report
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert any(isinstance(module, LowRankLinear) for module in again.modules())
+    batch = tiny_batches(1)[0]
+    with torch.no_grad():
+        output = again(batch, use_cache=True)
+        torch.testing.assert_close(output.logits, model(batch).logits)
+    assert len(output.past_key_values.layers) == 3
+
+
+def test_no_layer_goes_where_all_matter() -> None:
+    model = tiny_model("llama")
+    config = GraspConfig(compression_ratio=0.1, remove_layers=True, scope="model", **BEST)
+    report = compress_(model, tiny_batches(8), config)
+    assert report.removed_layers == ()
+    assert len(decoder(model).layers) == 3
+    assert report.held_out_loss["model"] == min(report.held_out_loss.values())
+
+
+def test_where_no_ranks_suffice_layers_go() -> None:
+    model = tiny_model("llama")
+    costs = dataclasses.replace(costs_of(model), layer=10_000.0)  # linears are a tenth of that
+    config = GraspConfig(target_latency=0.6, scope="model", **BEST)
+    with pytest.raises(ValueError, match=r"target_latency=0.600 cannot be reached: rank 1 .* gives target_latency=0.9"):
+        compress_(model, tiny_batches(8), config, costs=costs)
+    report = compress_(model, tiny_batches(8), dataclasses.replace(config, remove_layers=True), costs=costs)
+    assert len(report.removed_layers) == 2
+    assert len(decoder(model).layers) == 1
+    assert report.decode_seconds["after"] <= 0.6 * report.decode_seconds["dense"]

@@ -69,6 +69,10 @@ def compress(
     scope: Annotated[
         str | None, typer.Option(help="redundant: those layers (paper); model: all; auto: what does better held out.")
     ] = None,
+    remove_layers: Annotated[
+        bool | None,
+        typer.Option("--remove-layers/--keep-layers", help="Also remove whole layers where that loses less."),
+    ] = None,
     refit: Annotated[
         bool | None, typer.Option("--refit/--no-refit", help="Fit the left factors to the dense outputs at the end.")
     ] = None,
@@ -149,6 +153,7 @@ def compress(
         "allocation": allocation,
         "redundancy": redundancy,
         "scope": scope,
+        "remove_layers": remove_layers,
         "refit": refit,
         "schedule": schedule,
         "sweep_dtype": sweep_dtype,
