@@ -259,7 +259,7 @@ def hold_out(batches: Sequence[CalibrationBatch]) -> tuple[Sequence[CalibrationB
     """The batches for the statistics, and the last eighth, at least one, to decide by."""
     if len(batches) < 2:
         raise CalibrationError(
-            "scope='auto' holds some calibration batches out; give at least 2, or a smaller batch size"
+            "scope='auto' and remove_layers hold some calibration batches out; give at least 2, or a smaller batch size"
         )
     count = max(1, len(batches) // HELD_OUT)
     return batches[:-count], batches[-count:]
@@ -328,6 +328,7 @@ def _allocated(
     ]
     uniform = math.fsum(prices.saved(target, plan.ranks[target]) for target in chosen)
     budget = math.fsum(map(prices.layer, members)) - (uniform if prices.saving is None else prices.saving)
+    budget *= 1 + 1e-12  # seconds add up to a little more or less than the same seconds in another order
     ranks: dict[Target, int] = {}
     removed = []
     for (layer, found), kept, picked in zip(members.items(), layers, allocate_layers(layers, budget), strict=True):
