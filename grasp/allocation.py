@@ -53,59 +53,113 @@ def rank_choices(
     )
 
 
+class Layer(NamedTuple):
+    """The matrices of one decoder layer, and what it means to take the whole layer away."""
+
+    matrices: Sequence[Choices]
+    rest: float = 0.0  # cost of what else is in the layer, which goes with it
+    removal: float | None = None  # loss where the layer is removed; ``None`` if it must stay
+
+
 def allocate(matrices: Sequence[Choices], budget: float, *, grid: int = GRID) -> list[int]:
-    """Pick one choice per matrix, with the least total loss among those whose total cost is within the budget.
+    """``allocate_layers`` for matrices of which none can go: the index of each one's choice."""
+    picked = allocate_layers([Layer([choices]) for choices in matrices], budget, grid=grid)
+    return [choice for layer in picked if layer is not None for choice in layer]
+
+
+def allocate_layers(layers: Sequence[Layer], budget: float, *, grid: int = GRID) -> list[list[int] | None]:
+    """Pick one choice per matrix, or remove the layer, with the least total loss among what costs the budget at most.
 
     A multiple-choice knapsack, solved twice: by dynamic programming over the cost in ``grid`` steps, which is exact
-    where all costs are whole steps, as for few matrices; and by going up from the cheapest choices, always by the
-    change that lowers the loss most per cost, which comes within one such change of the optimum and suits many
-    matrices. What either leaves of the budget is spent in the second way.
+    where all costs are whole steps, as for few matrices; and, in the layers that this leaves, by going up from the
+    cheapest choices, always by the change that lowers the loss most per cost, which comes within one such change of the
+    optimum and suits many matrices. What either leaves of the budget is spent in the second way.
 
     Args:
-        matrices: the choices of each.
+        layers: the choices of each matrix, layer by layer.
         budget: largest total cost.
         grid: steps the budget is divided into.
 
     Returns:
-        For each matrix the index of its choice.
+        For each layer the index of each matrix's choice, or ``None`` where the layer is removed.
 
     Raises:
         ValueError: if even the cheapest choices cost more than the budget; the message has both.
     """
-    cheapest = sum(min(choices.costs) for choices in matrices)
+    cheapest = math.fsum(_least(layer) for layer in layers)
     if cheapest > budget:
         raise ValueError(f"the budget is {budget:.6g}, but the cheapest choices cost {cheapest:.6g} together")
-    if not matrices:
-        return []
+    exact = _dynamic_program(layers, budget - cheapest, grid)
+    kept = [(layer, picked) for layer, picked in zip(layers, exact, strict=True) if picked is not None]
+    matrices = [choices for layer, _ in kept for choices in layer.matrices]
+    left = budget - math.fsum(layer.rest for layer, _ in kept)
     starts = (
-        _dynamic_program(matrices, budget, cheapest, grid),
+        [choice for _, picked in kept for choice in picked],
         [choices.costs.index(min(choices.costs)) for choices in matrices],
     )
-    solutions = [_spend(matrices, budget, picked) for picked in starts]
-    return min(solutions, key=lambda picked: _loss(matrices, picked))
+    solutions = [_spend(matrices, left, start) for start in starts]
+    best = min(solutions, key=lambda picked: _loss(matrices, picked))
+    choices_left = iter(best)
+    return [None if picked is None else [next(choices_left) for _ in picked] for picked in exact]
 
 
-def _dynamic_program(matrices: Sequence[Choices], budget: float, cheapest: float, grid: int) -> list[int]:
+def _least(layer: Layer) -> float:
+    """The least that a layer can cost."""
+    return 0.0 if layer.removal is not None else _floor(layer)
+
+
+def _floor(layer: Layer) -> float:
+    """The least that a layer costs if it stays."""
+    return math.fsum([layer.rest, *(min(choices.costs) for choices in layer.matrices)])
+
+
+def _dynamic_program(layers: Sequence[Layer], room: float, grid: int) -> list[list[int] | None]:
     """Exact for costs above the cheapest, rounded up to steps: so that the cheapest choices always fit."""
-    step, steps = _steps(matrices, budget - cheapest, grid)
-    best = np.zeros(steps + 1)  # least loss of the matrices so far, for each number of steps spent at most
-    decisions = np.empty((len(matrices), steps + 1), dtype=np.int32)
-    extras = []
-    for i, choices in enumerate(matrices):
-        extra = _in_steps(np.asarray(choices.costs) - min(choices.costs), step, steps + 1)
-        extras.append(extra)
-        total = np.full(steps + 1, np.inf)
-        for j in np.flatnonzero(extra <= steps):
-            candidate = best[: steps + 1 - extra[j]] + choices.losses[j]
-            better = candidate < total[extra[j] :]
-            total[extra[j] :][better] = candidate[better]
-            decisions[i, extra[j] :][better] = j
-        best = total
-    picked, left = [0] * len(matrices), steps
-    for i in reversed(range(len(matrices))):
-        picked[i] = int(decisions[i, left])
-        left -= int(extras[i][picked[i]])
-    return picked
+    step, steps = _steps(layers, room, grid)
+    best = np.zeros(steps + 1)  # least loss of the layers so far, for each number of steps spent at most
+    trail = []
+    for layer in layers:
+        offset = int(_in_steps(np.asarray([_floor(layer) - _least(layer)]), step, steps + 1)[0])
+        staying = _shifted(best, offset)
+        passed = []
+        for choices in layer.matrices:
+            extra = _in_steps(np.asarray(choices.costs) - min(choices.costs), step, steps + 1)
+            staying, decisions = _add_matrix(staying, choices, extra)
+            passed.append((extra, decisions))
+        going = np.full(steps + 1, np.inf) if layer.removal is None else best + layer.removal
+        gone = going < staying
+        best = np.where(gone, going, staying)
+        trail.append((offset, passed, gone))
+    picked: list[list[int] | None] = []
+    left = steps
+    for offset, passed, gone in reversed(trail):
+        if gone[left]:
+            picked.append(None)
+            continue
+        chosen = []
+        for extra, decisions in reversed(passed):
+            chosen.append(int(decisions[left]))
+            left -= int(extra[chosen[-1]])
+        left -= offset
+        picked.append(chosen[::-1])
+    return picked[::-1]
+
+
+def _add_matrix(best: Array, choices: Choices, extra: npt.NDArray[np.int64]) -> tuple[Array, npt.NDArray[np.int32]]:
+    """The least loss with one matrix more, for each number of steps, and the choice that gives it."""
+    total = np.full(len(best), np.inf)
+    decisions = np.zeros(len(best), dtype=np.int32)
+    for j in np.flatnonzero(extra < len(best)):
+        candidate = best[: len(best) - extra[j]] + choices.losses[j]
+        better = candidate < total[extra[j] :]
+        total[extra[j] :][better] = candidate[better]
+        decisions[extra[j] :][better] = j
+    return total, decisions
+
+
+def _shifted(best: Array, by: int) -> Array:
+    """``best`` for ``by`` steps more; infinite where there are not as many."""
+    return np.concatenate([np.full(min(by, len(best)), np.inf), best[: max(len(best) - by, 0)]])
 
 
 def _cost(matrices: Sequence[Choices], picked: Sequence[int]) -> float:
@@ -116,9 +170,10 @@ def _loss(matrices: Sequence[Choices], picked: Sequence[int]) -> float:
     return math.fsum(choices.losses[j] for choices, j in zip(matrices, picked, strict=True))
 
 
-def _steps(matrices: Sequence[Choices], room: float, grid: int) -> tuple[float, int]:
+def _steps(layers: Sequence[Layer], room: float, grid: int) -> tuple[float, int]:
     """Size and number of steps: the greatest common divisor of whole costs, where the budget has few enough of it."""
-    costs = [cost - min(choices.costs) for choices in matrices for cost in choices.costs]
+    costs = [cost - min(choices.costs) for layer in layers for choices in layer.matrices for cost in choices.costs]
+    costs += [_floor(layer) - _least(layer) for layer in layers]
     if all(float(cost).is_integer() for cost in costs):
         divisor = math.gcd(*(int(cost) for cost in costs))
         if divisor and room / divisor <= grid:

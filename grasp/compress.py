@@ -18,24 +18,31 @@ from grasp.config import GraspConfig
 from grasp.distributed import ALONE, Processes
 from grasp.errors import CalibrationError, UnsupportedModelError
 from grasp.evaluate import max_positions
+from grasp.latency import CostTable
 from grasp.loss import sum_nll
 from grasp.modules import SVD, LowRankLinear, dense_shape, group_linears_
-from grasp.planning import LEFT, Choice, ceilings, choose_plans, hold_out, within_budget
+from grasp.planning import (
+    LEFT,
+    Candidate,
+    Choice,
+    Plan,
+    candidates,
+    ceilings,
+    choose_plans,
+    cut,
+    find_prices,
+    hold_out,
+    nats_per_score,
+    predicted_seconds,
+)
 from grasp.progress import Clock, Progress, silent
-from grasp.redundancy import block_influence
+from grasp.redundancy import measure_redundancy
 from grasp.refit import refit_
+from grasp.removal import removable_layers, removal_losses, remove_layers_, skipping
 from grasp.report import CompressionReport, ModuleReport, model_size, spectrum_indices
 from grasp.resume import NoState
 from grasp.scoring import Scores, gather_scores
-from grasp.selection import (
-    Budget,
-    break_even_rank,
-    rank_for_threshold,
-    redundant_layers,
-    retained_indices,
-    solve_compression_ratio,
-    uniform_budget,
-)
+from grasp.selection import break_even_rank, rank_for_threshold, retained_indices
 from grasp.sweep import capture_prefix
 
 
@@ -46,6 +53,7 @@ def compress_(
     batches: Sequence[CalibrationBatch | Tensor],
     config: GraspConfig | None = None,
     *,
+    costs: CostTable | None = None,
     progress: Progress = silent,
     state: NoState | None = None,
     processes: Processes = ALONE,
@@ -62,6 +70,7 @@ def compress_(
         model: a decoder-only model of the transformers library, in any floating-point dtype.
         batches: calibration token batches: ``CalibrationBatch`` or int64 (B, L) tensors.
         config: what to compress and how; ``GraspConfig()`` where it is ``None``.
+        costs: of decoding, see ``grasp.latency``; ``target_latency`` needs them.
         progress: called as ``progress(step, done, total)`` throughout.
         state: a ``grasp.resume.RunState`` that keeps what is done, so that the same call continues after a kill.
         processes: those that do this together, all given the same; they share the batches, and all get the result.
@@ -70,7 +79,8 @@ def compress_(
         What was done to every module of the redundant layers, what was left and why, sizes before and after.
 
     Raises:
-        ValueError: if the configuration asks for layers or a ratio that the model does not have.
+        ValueError: if the configuration asks for layers, a ratio or a target that the model does not have.
+        CostTableError: if ``costs`` are another model's.
         CalibrationError: if there are no batches, they hold no token to predict, or a sequence is longer than the model
             has positions.
         NonFiniteError: if weights, hidden states, the loss or gradients are NaN or infinite.
@@ -87,21 +97,24 @@ def compress_(
     before = model_size(model, layers)
     check_layers(config, len(layers))
     targets, left = eligible_targets(model)
+    prices = find_prices(config, model, targets, costs)
+    removable = removable_layers(model) if config.remove_layers else []
+    if removable and processes.sharded:
+        raise ValueError("remove_layers needs whole layers, but the model is sharded; leave one of the two out")
 
     tokens = [batch.num_tokens for batch in batches]
     processes.require_same("the request", f"{config} {before} {tokens} {batches_digest(batches)}")
     with processes.together():
         state.begin(model, batches, config, clock)
     clock.enter("block_influence")
-    scores = state.scores
-    if scores is None:
-        scores = block_influence(model, batches, progress=progress, processes=processes)
-        state.keep_scores(scores)
-    budget = choose_budget(config, scores, targets, before.parameters)
-    plans = choose_plans(config, budget, targets, before.parameters)
+    redundancy = state.redundancy
+    if redundancy is None:
+        redundancy = measure_redundancy(model, batches, progress=progress, processes=processes)
+        state.keep_redundancy(redundancy)
+    plans = choose_plans(config, redundancy, targets, before.parameters, prices)
     sweeps = plan_sweeps(ceilings(config, plans), config.schedule)
-    calibration, held_out = hold_out(batches) if config.scope == "auto" else (batches, [])
-    scope, losses = next(iter(plans)), dict[str, float]()
+    calibration, held_out = hold_out(batches) if config.holds_out else (batches, [])
+    scope, removed, losses = next(iter(plans)), tuple[int, ...](), dict[str, float]()
     try:
         clock.enter("prefix")
         with processes.together():
@@ -128,17 +141,24 @@ def compress_(
             choices = processes.divide(members, choose)
             if config.decides_together:
                 found = list(choices)
-                candidates = {name: within_budget(found, plan, config) for name, plan in plans.items()}
-                losses = held_out_losses(model, candidates, held_out, processes) if held_out else {}
-                scope = min(losses, key=losses.__getitem__, default=scope)
-                choices = iter(candidates[scope])
+                removal = {}
+                if removable:
+                    removal = removal_losses(model, removable, held_out, progress=progress, processes=processes)
+                    del removal[max(removal, key=removal.__getitem__)]  # one layer stays
+                nats = nats_per_score(config, sum(batch.num_tokens for batch in calibration))
+                ways = candidates(found, plans, config, prices, removal, nats)
+                if held_out:
+                    losses = held_out_losses(model, found, plans, ways, held_out, processes)
+                best = ways[min(losses, key=losses.__getitem__, default=next(iter(ways)))]
+                scope, removed, choices = best.scope, best.removed, cut(found, plans[best.scope], best)
             for target, choice in choices:
                 done.append(_replace_(model, target, choice))
                 if not config.decides_together:
                     state.keep_module(model, done[-1])
         if config.refit:
             clock.enter("refit")
-            refit_(model, calibration, ceilings(config, plans), progress=progress)
+            refit_(model, calibration, ceilings(config, plans), removed=removed, progress=progress)
+        remove_layers_(model, removed)
     finally:
         group_linears_(model)
         mark_compressed(model)
@@ -146,8 +166,9 @@ def compress_(
     done += [report for layer in redundant for report in left[layer]]
     return CompressionReport(
         config=config.to_dict(),
-        block_influence=tuple(scores),
+        block_influence=tuple(redundancy.layers),
         redundant_layers=redundant,
+        removed_layers=removed,
         retain_ratio=plans[scope].retain_ratio if config.threshold_ratio is None else None,
         scope=scope,
         held_out_loss=losses,
@@ -161,6 +182,8 @@ def compress_(
         },
         seconds=clock.seconds,
         versions={name: version(name) for name in ("torch", "transformers")},
+        decode_seconds={} if costs is None else predicted_seconds(costs, targets, done, removed),
+        costs=None if costs is None else costs.device,
     )
 
 
@@ -206,20 +229,6 @@ def eligible_targets(model: PreTrainedModel) -> tuple[dict[int, list[Target]], d
     return targets, left
 
 
-def choose_budget(
-    config: GraspConfig, scores: Sequence[float], targets: dict[int, list[Target]], total_parameters: int
-) -> Budget:
-    """Which layers are redundant, and the rank of each of their matrices."""
-    shapes = {layer: [dense_shape(target.module) for target in found] for layer, found in targets.items()}
-    if config.layers is not None:
-        return uniform_budget(shapes, config.layers, config.retain_ratio)
-    if config.num_layers is not None:
-        return uniform_budget(shapes, redundant_layers(scores, config.num_layers), config.retain_ratio)
-    ratio = config.DEFAULT_COMPRESSION_RATIO if config.compression_ratio is None else config.compression_ratio
-    order = redundant_layers(scores, len(scores))
-    return solve_compression_ratio(shapes, order, total_parameters, ratio, config.retain_ratio)
-
-
 def choose_groups(target: Target, scores: Scores, ranks: Mapping[Target, int], config: GraspConfig) -> Choice:
     """The singular groups of one linear that are kept, and the importance of all; nothing where it has no gradient."""
     if target not in scores:
@@ -236,25 +245,27 @@ def choose_groups(target: Target, scores: Scores, ranks: Mapping[Target, int], c
 
 def held_out_losses(
     model: PreTrainedModel,
-    candidates: Mapping[str, Sequence[tuple[Target, Choice]]],
+    found: Sequence[tuple[Target, Choice]],
+    plans: Mapping[str, Plan],
+    ways: Mapping[str, Candidate],
     held_out: Sequence[CalibrationBatch],
     processes: Processes,
 ) -> dict[str, float]:
     """The mean loss of each candidate on the held-out batches, in nats per token; the model is left as it was."""
     own = processes.share(held_out)
-    sums = torch.zeros(len(candidates), dtype=torch.float64)
-    for index, choices in enumerate(candidates.values()):
+    sums = torch.zeros(len(ways), dtype=torch.float64)
+    for index, way in enumerate(ways.values()):
         try:
-            for target, choice in choices:
+            for target, choice in cut(found, plans[way.scope], way):
                 _replace_(model, target, choice)
-            with processes.together():
+            with processes.together(), skipping(model, way.removed, held_out[0]):
                 sums[index] = sum_nll(model, own)
         finally:
-            for target, _ in choices:
+            for target, _ in found:
                 replace_module_(model, target.name, target.module)
     processes.sum_([sums])
     tokens = sum(batch.num_targets for batch in held_out)
-    return dict(zip(candidates, (sums / tokens).tolist(), strict=True))
+    return dict(zip(ways, (sums / tokens).tolist(), strict=True))
 
 
 def _replace_(model: PreTrainedModel, target: Target, choice: Choice) -> ModuleReport:

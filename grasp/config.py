@@ -20,14 +20,17 @@ class GraspConfig:
 
     ``GraspConfig.preset("best")`` is what loses the least perplexity so far (``benchmarks/study.py``).
 
-    Which layers: exactly one of ``layers``, ``num_layers`` and ``compression_ratio``, or none of them, which means the
-    paper's main setting, a ``compression_ratio`` of 0.2.
+    Which layers: exactly one of ``layers``, ``num_layers``, ``compression_ratio``, ``target_bytes`` and
+    ``target_latency``, or none of them, which means the paper's main setting, a ``compression_ratio`` of 0.2.
 
     Args:
         layers: decoder layers to compress, 0 being the first.
         num_layers: compress this many layers, those with the lowest block influence.
         compression_ratio: fraction of the whole model's parameters to remove, embeddings counted. ``retain_ratio`` then
             sets the number of layers, and is re-solved so that the fraction is met.
+        target_bytes: instead, what all weights may take after, in bytes; ``retain_ratio`` is used as above.
+        target_latency: instead, the time that decoding a token may take, one sequence at a time, as a fraction of the
+            dense model's; both as ``compress_`` predicts them from its ``costs``. It needs a global ``allocation``.
         retain_ratio: fraction of each matrix's parameters to keep, in (0, 1]; R = int(N·K·retain_ratio / (N + K)).
         threshold_ratio: instead of ``retain_ratio``, keep the fewest groups whose importance adds up to this fraction,
             never more than the break-even rank, above which a matrix would grow.
@@ -35,9 +38,14 @@ class GraspConfig:
             outputs change least; ``"kfac"`` as inputs and output gradients see it, so that the loss changes least.
         metric: importance of a singular group: ``"taylor"`` |σ·∂L/∂σ|, ``"gradient"`` |∂L/∂σ|, ``"magnitude"`` σ², or
             ``"fisher"`` σ²·Σ(∂L/∂σ)², token by token.
-        allocation: ``"uniform"`` keeps the same fraction of every matrix; ``"global"`` spends the same parameters where
-            they lower the predicted loss most, a matrix may also stay dense. The metric must then be in units of loss:
-            ``"taylor"``, ``"fisher"``, or ``"magnitude"`` in the kfac basis.
+        allocation: ``"uniform"`` keeps the same fraction of every matrix; ``"global"`` spends the same parameters
+            (bytes, time) where they lower the predicted loss most, a matrix may also stay dense. The metric must then
+            be in units of loss: ``"taylor"``, ``"fisher"``, or ``"magnitude"`` in the kfac basis.
+        redundancy: what is redundant: layers of least ``"block_influence"``; attention and MLP each by itself, by
+            ``"sub_block_influence"``; or the run of layers with the least ``"angular_distance"`` between its ends.
+        remove_layers: also remove whole layers where that is predicted to lose less, their part of the KV cache
+            included. The last eighth of the calibration batches is held out for that: to measure what each layer's
+            removal loses, and which result does best. It needs a global ``allocation``.
         scope: which layers may be compressed: the ``"redundant"`` ones, all of the ``"model"``, or ``"auto"``, which of
             the two does better on the last eighth of the calibration batches, held out for that.
         refit: at the end fit the left factors, by least squares, to the dense model's outputs given the inputs that the
@@ -55,11 +63,15 @@ class GraspConfig:
     layers: tuple[int, ...] | None = None
     num_layers: int | None = None
     compression_ratio: float | None = None
+    target_bytes: int | None = None
+    target_latency: float | None = None
     retain_ratio: float = 0.1
     threshold_ratio: float | None = None
     basis: str = "plain"
     metric: str = "taylor"
     allocation: str = "uniform"
+    redundancy: str = "block_influence"
+    remove_layers: bool = False
     scope: str = "redundant"
     refit: bool = False
     schedule: str = "sequential"
@@ -82,7 +94,8 @@ class GraspConfig:
         if self.layers is not None:
             object.__setattr__(self, "layers", _sorted_layers(self.layers))
         object.__setattr__(self, "num_layers", _plain(self.num_layers))
-        self._check_exclusive("layers", "num_layers", "compression_ratio")
+        object.__setattr__(self, "target_bytes", _plain(self.target_bytes))
+        self._check_exclusive("layers", "num_layers", "compression_ratio", "target_bytes", "target_latency")
         if self.threshold_ratio is not None and self.layers is None and self.num_layers is None:
             raise ValueError("threshold_ratio needs layers or num_layers: it does not fix a compression ratio")
         if self.layers is not None and (
@@ -92,12 +105,18 @@ class GraspConfig:
         if self.num_layers is not None and not (_is_int(self.num_layers) and self.num_layers >= 0):
             raise ValueError(f"num_layers must be an integer from 0 up, got {self.num_layers!r}")
         _check_ratio("compression_ratio", self.compression_ratio, low_open=False, high_open=True)
+        if self.target_bytes is not None and not (_is_int(self.target_bytes) and self.target_bytes > 0):
+            raise ValueError(f"target_bytes must be a positive number of bytes, got {self.target_bytes!r}")
+        _check_ratio("target_latency", self.target_latency, low_open=True, high_open=False)
         _check_ratio("retain_ratio", self.retain_ratio, low_open=True, high_open=False)
         _check_ratio("threshold_ratio", self.threshold_ratio, low_open=True, high_open=False)
         for name, known in _NAMES.items():
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if not isinstance(self.remove_layers, bool):
+            raise ValueError(f"remove_layers must be True or False, got {self.remove_layers!r}")
+        self._check_redundancy()
         self._check_decided_together()
         if self.sweep_dtype not in (None, "bfloat16", "float32"):
             raise ValueError(f"sweep_dtype must be bfloat16, float32 or None, got {self.sweep_dtype!r}")
@@ -135,6 +154,11 @@ class GraspConfig:
         """Whether no rank can be chosen before all matrices are scored."""
         return self.allocation == "global" or self.scope == "auto"
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether several results are compared on calibration batches that are held out for it."""
+        return self.scope == "auto" or self.remove_layers
+
     def _check_decided_together(self) -> None:
         if self.allocation == "global" and not in_units_of_loss(self.basis, self.metric):
             raise ValueError(
@@ -143,11 +167,21 @@ class GraspConfig:
             )
         if self.allocation == "global" and self.threshold_ratio is not None:
             raise ValueError("threshold_ratio sets ranks matrix by matrix; it excludes allocation='global'")
+        if self.target_latency is not None and self.allocation != "global":
+            raise ValueError("target_latency is reached by ranks of different matrices; it needs allocation='global'")
+        if self.remove_layers and self.allocation != "global":
+            raise ValueError("remove_layers weighs layers against ranks; it needs allocation='global'")
         if self.decides_together and self.schedule != "single-sweep":
             raise ValueError(
                 "allocation='global' and scope='auto' score all matrices on the dense model; they need "
                 f"schedule='single-sweep', got {self.schedule!r}"
             )
+
+    def _check_redundancy(self) -> None:
+        if self.redundancy != "block_influence" and self.layers is not None:
+            raise ValueError(f"layers are given, so nothing is chosen by redundancy={self.redundancy!r}; leave one out")
+        if self.redundancy == "sub_block_influence" and self.num_layers is not None:
+            raise ValueError("sub_block_influence chooses halves of layers; give a ratio or target, not num_layers")
 
     def _check_exclusive(self, *names: str) -> None:
         given = [name for name in names if getattr(self, name) is not None]
@@ -159,6 +193,7 @@ _NAMES: dict[str, Collection[str]] = {
     "basis": BASES,
     "metric": METRICS,
     "allocation": ("uniform", "global"),
+    "redundancy": ("block_influence", "sub_block_influence", "angular_distance"),
     "scope": ("redundant", "model", "auto"),
     "schedule": SCHEDULES,
 }

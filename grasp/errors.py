@@ -47,3 +47,7 @@ class OutOfMemoryError(GraspError, MemoryError):
 
 class ResultsError(GraspError, ValueError):
     """A file of benchmark results cannot be read, is damaged, or is of another schema."""
+
+
+class CostTableError(GraspError, ValueError):
+    """A table of decode costs cannot be read, or is not for this model."""

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from transformers import PreTrainedConfig
 from grasp.architecture import Target, decoder
 from grasp.attribution import gradient_route, plan_sweeps, sweep_name
 from grasp.calibration import require_sizes
-from grasp.compress import check_layers, choose_budget, eligible_targets, require_positions
+from grasp.compress import check_layers, eligible_targets, require_positions
 from grasp.config import GraspConfig
 from grasp.loss import LOGITS_BYTES
 from grasp.modules import dense_shape
+from grasp.planning import ceilings, choose_plans, find_prices
 from grasp.rates import Rates, svd_flops
+from grasp.redundancy import Redundancy
 from grasp.report import model_size
 from grasp.selection import Shape, break_even_rank
 from grasp.trace import LayerCost, Tracer
@@ -198,6 +201,10 @@ class _Planner:
         check_layers(job.config, len(self._layers))
         self._targets = eligible_targets(tracer.model)[0]
         self._total = model_size(tracer.model, self._layers)
+        config = replace(job.config, target_latency=None)
+        self._prices = find_prices(config, tracer.model, self._targets)
+        if config != job.config:  # which layers a latency takes, no one knows without costs: all of them, at most
+            self._prices = replace(self._prices, saving=math.inf)
         self._vocabulary, self._width = tracer.model.get_output_embeddings().weight.shape
 
     @property
@@ -212,12 +219,9 @@ class _Planner:
         scores = [0.0] * len(order)
         for place, layer in enumerate(order):
             scores[layer] = float(place)
-        budget = choose_budget(self._job.config, scores, self._targets, self._total.parameters)
-        ranks = {
-            target: self._rank(target, rank)
-            for layer, values in budget.ranks.items()
-            for target, rank in zip(self._targets[layer], values, strict=True)
-        }
+        config, redundancy = self._job.config, assumed_redundancy(scores)
+        considered = choose_plans(config, redundancy, self._targets, self._total.parameters, self._prices)
+        ranks = {target: self._rank(target, rank) for target, rank in ceilings(config, considered).items()}
         members = plan_sweeps(ranks, self._job.config.schedule)
         replaced: dict[int, dict[str, int]] = defaultdict(dict)
         plans, bytes_of_a_batch = [], [self._forward_bytes()]
@@ -231,7 +235,7 @@ class _Planner:
         forward = self._forward_flops
         return Estimate(
             batch_size=self._batch_size,
-            layers=tuple(budget.ranks),
+            layers=tuple(sorted({layer for each in considered.values() for layer in each.layers})),
             assumed=False,
             sweeps=tuple(plans),
             flops=Flops(
@@ -322,6 +326,13 @@ class _Planner:
             weights_copy=0 if job.dtype == job.sweep_dtype else self._total.parameters * self._itemsize,
             offloads_hidden_states=job.device.type != "cpu",
         )
+
+
+def assumed_redundancy(scores: Sequence[float]) -> Redundancy:
+    """Layers with these scores, their halves and runs with what these add up to."""
+    sums = [0.0, *accumulate(scores)]
+    halves = [score / 2 for score in scores]
+    return Redundancy(list(scores), halves, halves, [[abs(end - start) for end in sums] for start in sums])
 
 
 def _shapes(targets: Sequence[Target]) -> list[Shape]:

@@ -257,12 +257,12 @@ def time_generation(
     prompt = random_prompt(model, prompt_tokens, new_tokens, batch_size)
     device = first_device(model)
     with evaluating(model):
-        begin = _now(device)
+        begin = now(device)
         cache, options = _caching(model)
         token = prompt.to(device)
-        start = _now(device)
+        start = now(device)
         logits = model(input_ids=token, **options).logits
-        prefill = _now(device) - start
+        prefill = now(device) - start
         token = logits[:, -1:].argmax(-1)
         token.tolist()
         arrived = [time.perf_counter()]
@@ -320,7 +320,7 @@ def _cache_bytes(cache: DynamicCache) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Seconds, once the device has done all that it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

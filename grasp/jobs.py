@@ -16,6 +16,8 @@ from transformers.utils import logging as transformers_logging
 from grasp import __version__
 from grasp.architecture import decoder
 from grasp.batch_size import fitting_batch_size, free_bytes, largest_batch_size
+from grasp.bench.costs import costs_for
+from grasp.bench.costs import measure_costs as costs_of
 from grasp.calibration import HUB_TEXTS, CalibrationBatch, bos_for, read_text, token_batches, tokenize
 from grasp.checkpoint import check_directory, model_card, read_license, remove_abandoned, require_space, save_checkpoint
 from grasp.compress import compress_
@@ -24,6 +26,7 @@ from grasp.distributed import ALONE, Processes
 from grasp.errors import CalibrationError, GraspError, NonFiniteError, OutOfMemoryError
 from grasp.estimate import Estimate, Job, estimate
 from grasp.evaluate import PerplexityResult, perplexity
+from grasp.latency import CostTable
 from grasp.loading import BUILTIN, find_device, load_config, load_model, out_of_memory
 from grasp.model_card import is_hub_name
 from grasp.progress import Notify, Progress, silent, unheard
@@ -102,6 +105,7 @@ def compress(
     config: GraspConfig,
     samples: Samples,
     *,
+    costs: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
     progress: Progress = silent,
@@ -112,17 +116,20 @@ def compress(
 
     What is done is kept beside it, in ``OUTPUT.partial``, until the checkpoint is written: after a kill the same
     request goes on from there. ``notify`` is told so. Of several ``processes`` the first writes; where they shard the
-    model, each loads it on the CPU and keeps its part.
+    model, each loads it on the CPU and keeps its part. For a target in latency, ``costs`` is a file that
+    ``grasp bench costs`` wrote, a card of ``grasp_kernels.roofline``, or ``None`` to measure now.
 
     Raises:
         GraspError, ValueError: as ``load_model``, ``token_batches``, ``compress_`` and ``save_checkpoint`` do.
         CalibrationError: if the tokenizer gives tokens that the model does not have.
         OutOfMemoryError: if the device's memory does not suffice.
+        CostTableError: if ``costs`` cannot be read, or are another model's.
         ResumeError: if ``OUTPUT.partial`` belongs to another request, or cannot be used.
         DistributedError: if another process fails or is gone.
     """
     target = check_directory(output)
     text = read_text(samples.source)
+    _check_costs(config, costs, processes)
     kept = target.with_name(f"{target.name}.partial")
     with RunState(kept, notify=notify, rank=processes.rank, processes=processes.size) as state:
         if processes.first:
@@ -137,7 +144,8 @@ def compress(
             for batch in batches:
                 require_known(model, batch.input_ids)
             require_space(target, model.get_memory_footprint())
-            report = compress_(model, batches, config, progress=progress, state=state, processes=processes)
+            table = None if config.target_latency is None else costs_for(model, costs, progress=progress)
+            report = compress_(model, batches, config, costs=table, progress=progress, state=state, processes=processes)
             report = with_request(report, name, samples, dtype=dtype, device=device, processes=processes)
         if processes.sharded:
             collect_(model, processes)
@@ -172,6 +180,30 @@ def with_request(
         "grasp": __version__,
     }
     return replace(report, request=request)
+
+
+def _check_costs(config: GraspConfig, costs: str | None, processes: Processes) -> None:
+    if costs is not None and config.target_latency is None:
+        raise ValueError(f"costs={costs!r} are for a target_latency; give one, or leave them out")
+    if costs is None and config.target_latency is not None and processes.size > 1:
+        raise ValueError(
+            "several processes would measure different costs; give them a file that grasp bench costs wrote, or a card"
+        )
+
+
+def measure_costs(
+    name: str, output: Path, *, dtype: str = "auto", device: str | None = None, progress: Progress = silent
+) -> CostTable:
+    """Time a model's linears on this machine, and write the table to a file.
+
+    Raises:
+        GraspError: as ``load_model`` does.
+        CostTableError: if the file cannot be written.
+    """
+    model, _ = load_quietly(name, dtype=dtype, device=device, progress=progress)
+    table = costs_of(model, progress=progress)
+    table.save(output)
+    return table
 
 
 def _with_batch_size(

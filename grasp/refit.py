@@ -52,6 +52,7 @@ def refit_(
     batches: Sequence[CalibrationBatch],
     targets: Iterable[Target],
     *,
+    removed: Collection[int] = (),
     progress: Progress = silent,
 ) -> None:
     """Fit U of every replaced linear, in the order in which the model calls them, to what the dense model computes.
@@ -63,6 +64,7 @@ def refit_(
         model: with the low-rank linears in place; only their ``U`` changes.
         batches: calibration batches.
         targets: the dense linears; those in whose places no low-rank ones stand are passed over.
+        removed: layers that the compressed model is going to do without, still dense here.
         progress: called after each layer.
     """
     present = {target: model.get_submodule(target.name) for target in targets}
@@ -70,9 +72,10 @@ def refit_(
     if not replaced:
         return
     layers = sorted({target.layer for target in replaced})
+    span = range(min([layers[0], *removed]), layers[-1] + 1)
     try:
         with evaluating(model):
-            _refit_layers(model, batches, replaced, range(layers[0], layers[-1] + 1), progress)
+            _refit_layers(model, batches, replaced, span, removed, progress)
     finally:
         _put(model, replaced, dense=False)
 
@@ -82,6 +85,7 @@ def _refit_layers(
     batches: Sequence[CalibrationBatch],
     replaced: Mapping[Target, LowRankLinear],
     layers: range,
+    removed: Collection[int],
     progress: Progress,
 ) -> None:
     prefix = capture_prefix(model, batches, {layers.start}, progress=progress)
@@ -98,7 +102,7 @@ def _refit_layers(
             _put(model, members, dense=True)
             dense = run.outputs(dense)
             _put(model, members, dense=False)
-            low = run.outputs(low)
+            low = low if layer in removed else run.outputs(low)
         progress("refit", layer - layers.start + 1, len(layers))
 
 

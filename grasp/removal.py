@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from grasp.architecture import decoder
+from grasp.architecture import decoder, passing_through
+from grasp.calibration import CalibrationBatch
+from grasp.distributed import ALONE, Processes
 from grasp.errors import UnsupportedModelError
+from grasp.loss import sum_nll
+from grasp.progress import Progress, silent
 from grasp.quantizer import mark_compressed
+from grasp.sweep import returns_tuple
 
 # What the attention of a family calls its own position, which is where it finds its part of the KV cache.
 _INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
@@ -42,11 +48,7 @@ def remove_layers_(model: PreTrainedModel, layers: Sequence[int]) -> None:
     if not layers:
         return
     kept = [i for i in range(depth) if i not in set(layers)]
-    changes = _config_changes(model.config.get_text_config(decoder=True), kept, depth)
-    changed = copy.deepcopy(model.config)
-    _apply(changed.get_text_config(decoder=True), changes)
-    _require_same_layers(type(model), model.config, changed, kept)
-
+    changes = _changed_config(model, kept)
     _apply(model.config.get_text_config(decoder=True), changes)
     for i in sorted(layers, reverse=True):
         del found.layers[i]
@@ -58,6 +60,68 @@ def remove_layers_(model: PreTrainedModel, layers: Sequence[int]) -> None:
     mark_compressed(model)  # a compressed model's configuration names its low-rank layers by their paths
 
 
+def removable_layers(model: PreTrainedModel) -> list[int]:
+    """The layers each of which ``remove_layers_`` could delete.
+
+    Raises:
+        UnsupportedModelError: if there is none; the message has the reason of the last.
+    """
+    depth = len(decoder(model).layers)
+    found: list[int] = []
+    why: UnsupportedModelError | None = None
+    for layer in range(depth):
+        kept = [i for i in range(depth) if i != layer]
+        try:
+            _changed_config(model, kept)
+        except UnsupportedModelError as error:
+            why = error
+        else:
+            found.append(layer)
+    if not found and why is not None:
+        raise why
+    return found
+
+
+@torch.no_grad()
+def removal_losses(
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    batches: Sequence[CalibrationBatch],
+    *,
+    progress: Progress = silent,
+    processes: Processes = ALONE,
+) -> dict[int, float]:
+    """What deleting each of some layers alone adds to the loss, in nats per token; the model is left as it is.
+
+    Args:
+        model: a decoder-only causal language model.
+        layers: indices into the decoder layers.
+        batches: what the loss is taken on, given to all processes.
+        progress: called after each layer.
+        processes: those that share the batches.
+    """
+    own = processes.share(batches)
+    sums = torch.zeros(len(layers) + 1, dtype=torch.float64)
+    for index, removed in enumerate([[], *([layer] for layer in layers)]):
+        with processes.together(), skipping(model, removed, batches[0]):
+            sums[index] = sum_nll(model, own)
+        progress("removal of layers", index, len(layers))
+    processes.sum_([sums])
+    losses = ((sums[1:] - sums[0]) / sum(batch.num_targets for batch in batches)).tolist()
+    return dict(zip(layers, losses, strict=True))
+
+
+@contextmanager
+def skipping(model: PreTrainedModel, layers: Sequence[int], batch: CalibrationBatch) -> Iterator[None]:
+    """Let decoder layers do nothing; ``batch`` is any, to see what they return."""
+    if not layers:
+        yield
+        return
+    modules = decoder(model).layers
+    with passing_through([modules[layer] for layer in layers], returns_tuple(model, batch)):
+        yield
+
+
 def _check(layers: Sequence[int], depth: int) -> None:
     if outside := [i for i in layers if not 0 <= i < depth]:
         raise ValueError(f"the model has decoder layers 0..{depth - 1}; cannot remove {outside}")
@@ -65,6 +129,19 @@ def _check(layers: Sequence[int], depth: int) -> None:
         raise ValueError(f"each layer can be removed once; got {sorted(layers)}")
     if len(layers) == depth:
         raise ValueError(f"cannot remove all {depth} decoder layers; leave at least one")
+
+
+def _changed_config(model: PreTrainedModel, kept: Sequence[int]) -> dict[str, Any]:
+    """What the configuration becomes when only the layers ``kept`` stay.
+
+    Raises:
+        UnsupportedModelError: if a model made from it had other layers than those.
+    """
+    changes = _config_changes(model.config.get_text_config(decoder=True), kept, len(decoder(model).layers))
+    changed = copy.deepcopy(model.config)
+    _apply(changed.get_text_config(decoder=True), changes)
+    _require_same_layers(type(model), model.config, changed, kept)
+    return changes
 
 
 def _config_changes(config: PreTrainedConfig, kept: Sequence[int], depth: int) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class CompressionReport:
 
     config: Mapping[str, Any]
     block_influence: tuple[float, ...]
-    redundant_layers: tuple[int, ...]  # ascending
+    redundant_layers: tuple[int, ...]  # those that could be compressed, ascending
     retain_ratio: float | None  # as used; ``None`` with a threshold
     modules: tuple[ModuleReport, ...]
     before: Size
@@ -68,9 +68,12 @@ class CompressionReport:
     calibration: Mapping[str, int | str]  # sequences, tokens, sha256 of the token ids
     seconds: Mapping[str, float] = field(default_factory=dict)
     scope: str = "redundant"  # which layers could be compressed
-    held_out_loss: Mapping[str, float] = field(default_factory=dict)  # scope → nats per token, where it was decided so
+    removed_layers: tuple[int, ...] = ()  # ascending; this report counts layers as they were before
+    held_out_loss: Mapping[str, float] = field(default_factory=dict)  # candidate → nats per token, where it decided
     versions: Mapping[str, str] = field(default_factory=dict)
     request: Mapping[str, Any] = field(default_factory=dict)  # what ``grasp compress`` was asked for; none from Python
+    decode_seconds: Mapping[str, float] = field(default_factory=dict)  # per token, dense and after, as predicted
+    costs: str | None = None  # the device whose costs those are; ``None`` where no latency was asked for
 
     @property
     def compression_ratio(self) -> float:
@@ -120,6 +123,7 @@ class CompressionReport:
                 values[key] = Size(**values[key])
             for key in ("block_influence", "redundant_layers"):
                 values[key] = tuple(values[key])
+            values["removed_layers"] = tuple(values.get("removed_layers", ()))  # reports before 0.3 have none
             report = cls(**values)
             _require_sound(report)
             return report
@@ -173,7 +177,7 @@ def _require_sound(report: CompressionReport) -> None:
         _require_sound_module(module)
     if not all(type(value) in (int, float) for value in report.block_influence):
         raise ValueError(f"block_influence must be numbers, got {list(report.block_influence)}")
-    layers = {*report.redundant_layers, *(module.layer for module in report.modules)}
+    layers = {*report.redundant_layers, *report.removed_layers, *(module.layer for module in report.modules)}
     if not all(type(layer) is int and 0 <= layer < len(report.block_influence) for layer in layers):
         raise ValueError(f"block_influence has {len(report.block_influence)} layers, others are named: {layers}")
 

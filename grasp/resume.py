@@ -19,12 +19,13 @@ from grasp.kept import KeptFolder
 from grasp.modules import LowRankLinear
 from grasp.offload import execution_device
 from grasp.progress import Clock, Notify, unheard
+from grasp.redundancy import Redundancy
 from grasp.report import ModuleReport
 
 if TYPE_CHECKING:  # it imports this module
     from grasp.config import GraspConfig
 
-FORMAT = 1  # of the folder
+FORMAT = 2  # of the folder
 
 
 class Sum(Protocol):
@@ -37,15 +38,15 @@ class Sum(Protocol):
 class NoState:
     """The state of a run that keeps nothing; what it does is what ``RunState`` is asked for."""
 
-    scores: list[float] | None = None  # block influence, where an earlier process measured it
+    redundancy: Redundancy | None = None  # where an earlier process measured it
 
     def begin(
         self, model: PreTrainedModel, batches: Sequence[CalibrationBatch], config: GraspConfig, clock: Clock
     ) -> None:
         """Take up what was kept; ``clock`` goes on from the time that it took."""
 
-    def keep_scores(self, scores: Sequence[float]) -> None:
-        """Keep the block influence of all layers."""
+    def keep_redundancy(self, redundancy: Redundancy) -> None:
+        """Keep the scores of all layers."""
 
     def restore_(self, model: PreTrainedModel, sweeps: Sequence[Sequence[Target]]) -> dict[Target, ModuleReport]:
         """Put the low-rank linears that were kept into the model; the report of each, in the order of ``sweeps``."""
@@ -95,7 +96,7 @@ class RunState(KeptFolder, NoState):
         self._sweeps: Sequence[Sequence[Target]] = ()
 
     def _worth_keeping(self, error: BaseException | None) -> bool:
-        return self._kept or (self.scores is not None and not isinstance(error, Exception))
+        return self._kept or (self.redundancy is not None and not isinstance(error, Exception))
 
     @property
     def batch_size(self) -> int | None:
@@ -121,16 +122,16 @@ class RunState(KeptFolder, NoState):
             return
         kept = self._read_state()
         self._require_same(kept["identity"])
-        self.scores = kept["scores"]
+        self.redundancy = None if kept["redundancy"] is None else Redundancy(**kept["redundancy"])
         files = sorted(self.folder.glob("*.safetensors"))
         self._found = {file.name: self._read(file, only_notes=True)[1] for file in files}
-        self._continued = self.scores is not None or bool(files)
+        self._continued = self.redundancy is not None or bool(files)
         times = [kept["seconds"], *(notes["seconds"] for notes in self._found.values())]
         clock.add(max(times, key=lambda seconds: sum(seconds.values())))
 
-    def keep_scores(self, scores: Sequence[float]) -> None:
-        """Keep the block influence of all layers."""
-        self.scores = list(scores)
+    def keep_redundancy(self, redundancy: Redundancy) -> None:
+        """Keep the scores of all layers."""
+        self.redundancy = redundancy
         self._write_state()
 
     def restore_(self, model: PreTrainedModel, sweeps: Sequence[Sequence[Target]]) -> dict[Target, ModuleReport]:
@@ -207,12 +208,17 @@ class RunState(KeptFolder, NoState):
 
     def _write_state(self) -> None:
         if self._rank == 0:
-            self._write_json({"identity": self._identity, "scores": self.scores, "seconds": self._clock.seconds})
+            scores = None if self.redundancy is None else self.redundancy._asdict()
+            self._write_json({"identity": self._identity, "redundancy": scores, "seconds": self._clock.seconds})
 
     def _read_state(self) -> dict[str, Any]:
         kept = self._read_json()
         try:
-            return {"identity": dict(kept["identity"]), "scores": kept["scores"], "seconds": dict(kept["seconds"])}
+            return {
+                "identity": dict(kept["identity"]),
+                "redundancy": kept["redundancy"],
+                "seconds": dict(kept["seconds"]),
+            }
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(self.folder / "state.json", str(error)) from error
 

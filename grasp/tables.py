@@ -11,10 +11,14 @@ from grasp.console import count, layer_ranges, print_facts, print_table, print_t
 from grasp.inspection import Inspection, LowRankModule, short_name
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from grasp.demo import Demo
     from grasp.estimate import Memory
     from grasp.jobs import Compression, Evaluation, Plan
+    from grasp.latency import CostTable
     from grasp.recovery_job import Recovery
+    from grasp.report import CompressionReport
 
 # The order in which a token meets the linears of a Llama layer; those of other names follow, by name.
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -26,6 +30,7 @@ def show_compression(result: Compression) -> None:
     print_facts(
         [
             ("layers", layer_ranges(report.redundant_layers) or "none"),
+            *([("removed", f"layers {layer_ranges(report.removed_layers)}")] if report.removed_layers else []),
             ("linears", f"{len(report.compressed)} replaced, {len(report.left)} left"),
             (
                 "parameters",
@@ -33,7 +38,8 @@ def show_compression(result: Compression) -> None:
                 f"{share(report.compression_ratio)} removed, {share(report.decoder_compression_ratio)} of the layers'",
             ),
             ("bytes", f"{size(report.before.bytes)} -> {size(report.after.bytes)}"),
-            ("kept", "all matrices of a layer alike" if report.retain_ratio is None else _kept(report.retain_ratio)),
+            ("kept", _kept(report)),
+            *_latency_facts(report),
             ("time", f"{sum(report.seconds.values()):.1f} s"),
             ("checkpoint", result.output),
         ]
@@ -161,6 +167,27 @@ def print_rank_table(found: Inspection) -> None:
     print_table(columns + (["BI"] if found.report else []), rows, title="Ranks")
 
 
+def show_costs(table: CostTable, output: Path) -> None:
+    """Microseconds per token of each linear, and of what is beside them."""
+    print_facts(
+        [
+            ("device", table.device if table.threads is None else f"{table.device}, threads: {table.threads}"),
+            ("dtype", table.dtype),
+            ("per layer", f"{table.layer * 1e6:.0f} us beside its linears"),
+            ("the rest", f"{table.rest * 1e6:.0f} us"),
+            ("written", str(output)),
+        ]
+    )
+    print_table(
+        ("outputs x inputs", "dense us", "rank: us"),
+        [
+            (f"{n} x {k}", f"{each.dense * 1e6:.1f}", ", ".join(f"{rank}: {1e6 * s:.1f}" for rank, s in pairs))
+            for (n, k), each in table.linears.items()
+            if (pairs := list(zip(each.ranks, each.seconds, strict=True)))
+        ],
+    )
+
+
 def show_environment(facts: Mapping[str, Any]) -> None:
     """Versions and processors, then the backends in the order in which they are asked."""
     cpu = facts["cpu"]
@@ -204,8 +231,22 @@ def show_demo(result: Demo) -> None:
     )
 
 
-def _kept(retain_ratio: float) -> str:
-    return f"{share(retain_ratio)} of the parameters of each matrix"
+def _kept(report: CompressionReport) -> str:
+    if report.config["allocation"] == "global":
+        return "of each matrix what lowers the loss most"
+    if report.retain_ratio is None:
+        return "all matrices of a layer alike"
+    return f"{share(report.retain_ratio)} of the parameters of each matrix"
+
+
+def _latency_facts(report: CompressionReport) -> list[tuple[str, str]]:
+    if report.costs is None:
+        return []
+    dense, after = (report.decode_seconds[key] for key in ("dense", "after"))
+    text = (
+        f"{dense * 1e3:.2f} -> {after * 1e3:.2f} ms per token, {share(after / dense)}, as predicted for {report.costs}"
+    )
+    return [("decoding", text)]
 
 
 def _by_reason(left: Sequence[Any]) -> dict[str, list[str]]:
@@ -220,7 +261,11 @@ def _column_order(name: str) -> tuple[int, str]:
 
 
 def _report_columns(found: Inspection, layer: int) -> list[str]:
-    return [] if found.report is None else [f"{found.report.block_influence[layer]:.3f}"]
+    if found.report is None:
+        return []
+    scores, removed = found.report.block_influence, found.report.removed_layers
+    kept = [score for index, score in enumerate(scores) if index not in removed]
+    return [f"{kept[layer]:.3f}"]
 
 
 def _gpu(gpu: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grasp.allocation import DENSE, Choices, allocate, rank_choices
+from grasp.allocation import DENSE, Choices, Layer, allocate, allocate_layers, rank_choices
 
 
 def brute_force(matrices: list[Choices], budget: float) -> float:
@@ -18,6 +18,18 @@ def brute_force(matrices: list[Choices], budget: float) -> float:
         sum(m.losses[j] for m, j in zip(matrices, picked, strict=True))
         for picked in itertools.product(*(range(len(m.costs)) for m in matrices))
         if sum(m.costs[j] for m, j in zip(matrices, picked, strict=True)) <= budget + 1e-12
+    )
+
+
+def brute_force_layers(layers: list[Layer], budget: float) -> float:
+    """The least loss within the budget, over all sets of layers that may go."""
+    return min(
+        math.fsum(layer.removal or 0 for layer in gone)
+        + brute_force([m for layer in kept for m in layer.matrices], budget - sum(layer.rest for layer in kept))
+        for going in itertools.product(*((False, layer.removal is not None) for layer in layers))
+        if (gone := [layer for layer, goes in zip(layers, going, strict=True) if goes]) is not None
+        and (kept := [layer for layer, goes in zip(layers, going, strict=True) if not goes]) is not None
+        and sum(layer.rest + sum(min(m.costs) for m in layer.matrices) for layer in kept) <= budget
     )
 
 
@@ -51,6 +63,51 @@ def test_costs_that_are_no_whole_numbers_lose_next_to_nothing_to_rounding(seed: 
     loss = sum(m.losses[j] for m, j in zip(matrices, picked, strict=True))
     assert sum(m.costs[j] for m, j in zip(matrices, picked, strict=True)) <= budget
     assert loss <= brute_force(matrices, budget * (1 - 4 / 20_000)) * (1 + 1e-9)
+
+
+def losses_and_costs(layers: list[Layer], picked: list[list[int] | None]) -> tuple[float, float]:
+    loss = cost = 0.0
+    for layer, chosen in zip(layers, picked, strict=True):
+        if chosen is None:
+            assert layer.removal is not None
+            loss += layer.removal
+            continue
+        cost += layer.rest + sum(m.costs[j] for m, j in zip(layer.matrices, chosen, strict=True))
+        loss += sum(m.losses[j] for m, j in zip(layer.matrices, chosen, strict=True))
+    return loss, cost
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), share=st.floats(0, 1), whole=st.booleans())
+def test_layers_go_where_trying_everything_lets_them_go(seed: int, share: float, whole: bool) -> None:
+    rng = random.Random(seed)
+    layers = [
+        Layer(
+            [random_choices(rng, rng.randint(2, 3), whole=whole) for _ in range(2)],
+            rest=rng.randint(0, 5),
+            removal=rng.choice([None, rng.expovariate(1)]),
+        )
+        for _ in range(3)
+    ]
+    least = [layer.rest + sum(min(m.costs) for m in layer.matrices) for layer in layers if layer.removal is None]
+    most = sum(layer.rest + sum(max(m.costs) for m in layer.matrices) for layer in layers)
+    budget = sum(least) + share * (most - sum(least))
+    budget = math.ceil(budget) if whole else budget
+    loss, cost = losses_and_costs(layers, picked := allocate_layers(layers, budget))
+    assert cost <= budget + 1e-9
+    rounding = 0.0 if whole else 10 / 20_000 * (budget - sum(least))  # a step for each of 9 costs
+    assert loss <= brute_force_layers(layers, budget - rounding) + 1e-9
+    assert all(chosen is not None or layer.removal is not None for layer, chosen in zip(layers, picked, strict=True))
+
+
+def test_a_layer_goes_where_what_is_beside_its_matrices_is_dear() -> None:
+    matrices = [rank_choices([2.0, 1.0], [0.0, 2.0, 4.0], 3.0, least=1)] * 2  # rank 1: cost 2, loss 1; dense: 3, 0
+    cheap, dear = Layer(matrices, rest=0.0, removal=5.0), Layer(matrices, rest=4.0, removal=5.0)
+    assert allocate_layers([cheap, dear], 16.0) == [[1, 1], [1, 1]]
+    assert allocate_layers([cheap, dear], 8.0) == [[1, 1], None]
+    assert allocate_layers([cheap, dear], 0.0) == [None, None]
+    with pytest.raises(ValueError, match="budget is 3, but the cheapest choices cost 4"):
+        allocate_layers([cheap._replace(removal=None), dear], 3.0)
 
 
 def test_a_matrix_that_matters_more_than_its_share_stays_dense() -> None:

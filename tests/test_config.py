@@ -8,6 +8,8 @@ import pytest
 
 from grasp.config import GraspConfig
 
+_GLOBAL = {"basis": "kfac", "metric": "magnitude", "allocation": "global", "schedule": "single-sweep"}
+
 
 def test_default_is_the_paper_preset() -> None:
     assert GraspConfig() == GraspConfig.preset("paper")
@@ -17,7 +19,9 @@ def test_default_is_the_paper_preset() -> None:
 def test_json_round_trip() -> None:
     config = GraspConfig(layers=(5, 2), retain_ratio=0.3, metric="gradient")
     assert config.layers == (2, 5)
-    assert GraspConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    others = GraspConfig(target_bytes=10**9), GraspConfig.preset("best", target_latency=0.8)
+    for each in (config, *others):
+        assert GraspConfig.from_dict(json.loads(json.dumps(each.to_dict()))) == each
 
 
 def test_is_frozen() -> None:
@@ -39,6 +43,23 @@ def test_is_frozen() -> None:
         ({"metric": ["taylor"]}, r"metric must be one of taylor, gradient, magnitude, fisher, got \['taylor'\]"),
         ({"basis": "fourier"}, "basis must be one of plain, whitened, kfac, got 'fourier'"),
         ({"scope": "some"}, "scope must be one of redundant, model, auto"),
+        ({"redundancy": "cosine"}, "redundancy must be one of block_influence, sub_block_influence, angular_distance"),
+        ({"redundancy": "angular_distance", "layers": (1,)}, "layers are given, so nothing is chosen by redundancy"),
+        ({"redundancy": "sub_block_influence", "num_layers": 1}, "halves of layers; give a ratio or target"),
+        ({"target_bytes": 0}, "target_bytes must be a positive number of bytes, got 0"),
+        ({"target_bytes": 1e9}, "positive number of bytes, got 1000000000.0"),
+        ({"target_bytes": True}, "positive number of bytes, got True"),
+        ({"target_bytes": 10, "compression_ratio": 0.1}, "compression_ratio and target_bytes exclude each other"),
+        ({"target_bytes": 10, "num_layers": 1}, "num_layers and target_bytes exclude each other"),
+        ({**_GLOBAL, "target_latency": 0.5, "target_bytes": 10}, "target_bytes and target_latency exclude each other"),
+        ({**_GLOBAL, "target_latency": 0.5, "layers": (1,)}, "layers and target_latency exclude each other"),
+        ({**_GLOBAL, "target_latency": 0.0}, r"target_latency must be in \(0, 1\], got 0.0"),
+        ({**_GLOBAL, "target_latency": 1.5}, "got 1.5"),
+        ({**_GLOBAL, "target_latency": "12ms"}, "got '12ms'"),
+        ({"remove_layers": True}, "remove_layers weighs layers against ranks; it needs allocation='global'"),
+        ({**_GLOBAL, "remove_layers": 1}, "remove_layers must be True or False, got 1"),
+        ({"target_latency": 0.5}, "target_latency is reached by ranks .* it needs allocation='global'"),
+        ({**_GLOBAL, "target_latency": 0.5, "threshold_ratio": 0.5}, "threshold_ratio needs layers or num_layers"),
         ({"allocation": "global", "schedule": "single-sweep", "metric": "gradient"}, "not in units of loss"),
         (
             {"allocation": "global", "schedule": "single-sweep", "metric": "magnitude", "basis": "whitened"},

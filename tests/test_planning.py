@@ -1,19 +1,26 @@
 from __future__ import annotations
 
+import dataclasses
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from grasp.architecture import layer_targets
+from grasp.architecture import decoder, layer_targets
 from grasp.calibration import CalibrationBatch
 from grasp.compress import compress_
 from grasp.config import GraspConfig
-from grasp.errors import CalibrationError
+from grasp.errors import CalibrationError, CostTableError, UnsupportedModelError
+from grasp.latency import CostTable, LinearSeconds, from_roofline
 from grasp.loss import sum_nll
-from grasp.modules import LowRankLinear
-from grasp.planning import hold_out
+from grasp.modules import LowRankLinear, dense_shape
+from grasp.planning import REDUNDANCIES, find_prices, hold_out
+from grasp.redundancy import measure_redundancy
 from grasp.report import CompressionReport
+from grasp_kernels.roofline import CARDS
 from tests.tiny_models import tiny_batches, tiny_model
 
 BEST: dict[str, Any] = {"basis": "kfac", "metric": "magnitude", "allocation": "global", "schedule": "single-sweep"}
@@ -93,3 +100,191 @@ def test_an_eighth_is_held_out_and_at_least_one_batch() -> None:
     assert [len(part) for part in hold_out(batches[:2])] == [1, 1]
     with pytest.raises(CalibrationError, match="give at least 2"):
         hold_out(batches[:1])
+
+
+def shapes_of(model: PreTrainedModel) -> list[tuple[int, int]]:
+    layers = range(len(decoder(model).layers))
+    return [dense_shape(target.module) for layer in layers for target in layer_targets(model, layer)[0]]
+
+
+def costs_of(model: PreTrainedModel, *, call: float = 0.0, dear: tuple[int, int] | None = None) -> CostTable:
+    """Seconds as a tenth of the parameters, and of each call; linears of one shape may be ten times as dear."""
+
+    def linear(n: int, k: int) -> LinearSeconds:
+        unit = 1.0 if (n, k) == dear else 0.1
+        top = n * k // (n + k)
+        return LinearSeconds(unit * n * k + call, (0, top), (call, call + unit * top * (n + k)))
+
+    return CostTable("any", "measured", "float32", {shape: linear(*shape) for shape in shapes_of(model)}, 0.0, 100.0)
+
+
+def predicted(costs: CostTable, model: PreTrainedModel, report: CompressionReport) -> float:
+    ranks = {module.name: module.rank for module in report.compressed}
+    layers = range(len(decoder(model).layers))
+    targets = [target for layer in layers for target in layer_targets(tiny_model("llama"), layer)[0]]
+    total = costs.predict(((dense_shape(t.module), ranks.get(t.name)) for t in targets), len(layers))
+    assert report.decode_seconds["after"] == pytest.approx(total)
+    return total
+
+
+@pytest.mark.parametrize("scope", ["redundant", "model", "auto"])
+def test_a_latency_is_met_and_all_of_it_is_used(scope: str) -> None:
+    model = tiny_model("llama")
+    costs = costs_of(model)
+    dense = costs.predict(((shape, None) for shape in shapes_of(model)), 3)
+    report = compress_(model, tiny_batches(8), GraspConfig(target_latency=0.8, scope=scope, **BEST), costs=costs)
+    used = predicted(costs, model, report)
+    assert 0.8 * dense - 0.1 * (32 + 48) * 16 < used <= 0.8 * dense + 1e-6
+
+
+def test_latency_is_spent_where_it_is_cheap() -> None:
+    """Linears that take ten times as long per parameter lose more."""
+    ranks = {}
+    for dear in (None, (48, 32)):
+        model = tiny_model("llama")
+        costs = costs_of(model, dear=dear)
+        config = GraspConfig(target_latency=0.7, scope="model", **BEST)
+        report = compress_(model, tiny_batches(4), config, costs=costs)
+        kept = [(m.name, m.parameters_after / m.parameters_before) for m in report.compressed]
+        ranks[dear] = sum(1 - share for name, share in kept if "gate" in name or "up" in name)
+    assert ranks[48, 32] > ranks[None]
+
+
+def test_a_linear_that_low_rank_makes_no_faster_stays_dense() -> None:
+    model = tiny_model("llama")
+    costs = costs_of(model)
+    slow = {shape: LinearSeconds(1.0, (1,), (2.0,)) for shape in [(16, 32)]}  # keys and values
+    costs = dataclasses.replace(costs, linears={**costs.linears, **slow})
+    report = compress_(model, tiny_batches(2), GraspConfig(target_latency=0.6, scope="model", **BEST), costs=costs)
+    assert not [module.name for module in report.compressed if module.out_features == 16]
+
+
+@pytest.mark.parametrize("config", [{}, {"allocation": "uniform"}, {"scope": "model"}])
+def test_bytes_are_met_whatever_the_dtype(config: dict[str, Any]) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model("llama", dtype)
+        size = sum(p.nbytes for p in model.parameters())
+        report = compress_(model, tiny_batches(2), GraspConfig(target_bytes=int(0.75 * size), **{**BEST, **config}))
+        step = 80 * 16 * dtype.itemsize
+        assert 0.75 * size - step < report.after.bytes <= 0.75 * size + (step if config.get("allocation") else 0)
+
+
+def test_a_target_that_is_already_met_changes_nothing() -> None:
+    model = tiny_model("llama")
+    report = compress_(model, tiny_batches(2), GraspConfig(target_bytes=10**9, **BEST))
+    assert not report.compressed
+    assert report.after == report.before
+    costs = costs_of(model)
+    config = GraspConfig(target_latency=1.0, scope="model", **BEST)
+    assert not compress_(tiny_model("llama"), tiny_batches(2), config, costs=costs).compressed
+
+
+def test_targets_out_of_reach_say_what_is_within_it() -> None:
+    model = tiny_model("llama")
+    targets = {layer: layer_targets(model, layer)[0] for layer in range(3)}
+    with pytest.raises(ValueError, match=r"target_bytes=1000 cannot be reached: rank 1 .* gives (\d+)") as caught:
+        find_prices(GraspConfig(target_bytes=1000), model, targets)
+    least = int(str(caught.value).rpartition(" ")[2])
+    report = compress_(model, tiny_batches(1), GraspConfig(target_bytes=least, scope="model", **BEST))
+    assert report.after.bytes == least
+    with pytest.raises(ValueError, match=r"target_latency=0.010 cannot be reached: .* gives 0\.\d+"):
+        find_prices(GraspConfig(target_latency=0.01, **BEST), model, targets, costs_of(model))
+
+
+def test_a_latency_needs_costs_of_this_model() -> None:
+    model = tiny_model("llama")
+    config = GraspConfig(target_latency=0.8, **BEST)
+    with pytest.raises(ValueError, match="target_latency needs costs"):
+        compress_(model, tiny_batches(1), config)
+    with pytest.raises(CostTableError, match="are for bfloat16 weights, the model has float32"):
+        compress_(model, tiny_batches(1), config, costs=dataclasses.replace(costs_of(model), dtype="bfloat16"))
+    with pytest.raises(CostTableError, match="no linear of 32 inputs and 16 outputs"):
+        compress_(model, tiny_batches(1), config, costs=costs_of(tiny_model("gpt2")))
+
+
+def test_only_the_more_redundant_halves_of_layers_are_compressed() -> None:
+    model, batches = tiny_model("llama"), tiny_batches(2)
+    with torch.no_grad():
+        decoder(model).layers[0].self_attn.o_proj.weight.mul_(1e-3)
+        decoder(model).layers[2].mlp.down_proj.weight.mul_(1e-3)
+    report = compress_(model, batches, GraspConfig(compression_ratio=0.2, redundancy="sub_block_influence"))
+    assert {(module.layer, module.block) for module in report.compressed} == {(0, "attention"), (2, "mlp")}
+    assert report.redundant_layers == (0, 2)
+    assert report.compression_ratio == pytest.approx(0.2, abs=0.01)
+
+
+def test_halves_that_cannot_be_told_apart_are_refused() -> None:
+    found = measure_redundancy(tiny_model("llama"), tiny_batches(1))._replace(attention=[math.nan] * 3)
+    targets = {layer: layer_targets(tiny_model("llama"), layer)[0] for layer in range(3)}
+    with pytest.raises(UnsupportedModelError, match="take redundancy='block_influence'"):
+        REDUNDANCIES["sub_block_influence"](found, targets)
+
+
+def test_a_run_of_layers_is_compressed_where_it_changes_least() -> None:
+    model, batches = tiny_model("llama"), tiny_batches(2)
+    with torch.no_grad():
+        for layer in (1, 2):
+            decoder(model).layers[layer].self_attn.o_proj.weight.mul_(1e-3)
+            decoder(model).layers[layer].mlp.down_proj.weight.mul_(1e-3)
+    report = compress_(model, batches, GraspConfig(num_layers=2, redundancy="angular_distance"))
+    assert report.redundant_layers == (1, 2)
+    report = compress_(tiny_model("llama"), batches, GraspConfig(compression_ratio=0.3, redundancy="angular_distance"))
+    first, *rest = report.redundant_layers
+    assert list(rest) == list(range(first + 1, first + 1 + len(rest)))
+
+
+def test_the_costs_of_a_card_will_do() -> None:
+    model = tiny_model("llama")
+    costs = from_roofline(CARDS["H100"], shapes_of(model), dtype="float32", itemsize=4, rest_bytes=0)
+    with pytest.raises(ValueError, match=r"target_latency=0.900 cannot be reached"):  # tiny linears are all launches
+        compress_(model, tiny_batches(1), GraspConfig(target_latency=0.9, **BEST), costs=costs)
+
+
+def remove(share: float, **options: Any) -> tuple[PreTrainedModel, CompressionReport]:
+    model = tiny_model("llama", num_hidden_layers=5)
+    with torch.no_grad():  # two layers that do next to nothing
+        for layer in (1, 3):
+            decoder(model).layers[layer].self_attn.o_proj.weight.mul_(1e-2)
+            decoder(model).layers[layer].mlp.down_proj.weight.mul_(1e-2)
+    config = GraspConfig(compression_ratio=share, remove_layers=True, scope="model", **BEST, **options)
+    return model, compress_(model, tiny_batches(8), config)
+
+
+def test_layers_go_where_that_loses_less_and_the_rest_reloads_in_plain_transformers(tmp_path: Path) -> None:
+    model, report = remove(0.45, refit=True)
+    assert report.removed_layers == (1, 3)
+    assert len(decoder(model).layers) == model.config.num_hidden_layers == 3
+    assert {module.layer for module in report.compressed} <= {0, 2, 4}
+    assert {m.layer for m in report.left if m.reason == "its layer is removed"} == {1, 3}
+    assert report.held_out_loss["model without 1, 3"] == min(report.held_out_loss.values())
+    assert report.compression_ratio == pytest.approx(0.45, abs=0.02)
+    assert CompressionReport.from_json(report.to_json()) == report
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert any(isinstance(module, LowRankLinear) for module in again.modules())
+    batch = tiny_batches(1)[0]
+    with torch.no_grad():
+        output = again(batch, use_cache=True)
+        torch.testing.assert_close(output.logits, model(batch).logits)
+    assert len(output.past_key_values.layers) == 3
+
+
+def test_no_layer_goes_where_all_matter() -> None:
+    model = tiny_model("llama")
+    config = GraspConfig(compression_ratio=0.1, remove_layers=True, scope="model", **BEST)
+    report = compress_(model, tiny_batches(8), config)
+    assert report.removed_layers == ()
+    assert len(decoder(model).layers) == 3
+    assert report.held_out_loss["model"] == min(report.held_out_loss.values())
+
+
+def test_where_no_ranks_suffice_layers_go() -> None:
+    model = tiny_model("llama")
+    costs = dataclasses.replace(costs_of(model), layer=10_000.0)  # linears are a tenth of that
+    config = GraspConfig(target_latency=0.6, scope="model", **BEST)
+    with pytest.raises(ValueError, match=r"target_latency=0.600 cannot be reached: rank 1 .* gives target_latency=0.9"):
+        compress_(model, tiny_batches(8), config, costs=costs)
+    report = compress_(model, tiny_batches(8), dataclasses.replace(config, remove_layers=True), costs=costs)
+    assert len(report.removed_layers) == 2
+    assert len(decoder(model).layers) == 1
+    assert report.decode_seconds["after"] <= 0.6 * report.decode_seconds["dense"]

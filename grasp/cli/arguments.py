@@ -55,3 +55,16 @@ def parse_batch_size(text: str) -> int | Literal["auto"]:
     if not re.fullmatch(r"[1-9]\d*", text):
         raise ValueError(f"batch size must be a positive number or auto; got {text!r}")
     return int(text)
+
+
+def parse_bytes(text: str) -> int:
+    """``"200MB"`` → 200000000; ``"1.5GiB"`` → 1610612736; a number alone is of bytes.
+
+    Raises:
+        ValueError: if the text is anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B|B)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"bytes must be a number such as 200MB, 1.5GB or 2GiB; got {text!r}")
+    prefix, base = (match[2] or "").upper(), 1024 if match[3] else 1000
+    return round(float(match[1]) * base ** " KMGT".index(prefix or " "))

@@ -1,0 +1,40 @@
+"""``grasp bench costs``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grasp.cli.arguments import Device, Dtype, Json, Model
+from grasp.cli.bench import bench
+
+
+@bench.command()
+def costs(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="JSON file for grasp compress --costs.", show_default=False)
+    ],
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time the linears of MODEL on this machine, dense and low-rank, as they are when one token is decoded.
+
+    With the table, [bold]grasp compress --target-latency[/bold] spends time where it lowers the loss most, also on
+    another machine, to compress for this one. Let nothing else run meanwhile.
+
+    [bold]Example[/bold]
+
+    $ grasp bench costs builtin -o costs.json
+    """
+    from grasp import console, jobs, tables
+
+    with console.step_bars() as progress:
+        table = jobs.measure_costs(model, output, dtype=dtype, device=device, progress=progress)
+    if as_json:
+        console.print_json(table.to_dict())
+    else:
+        tables.show_costs(table, output)

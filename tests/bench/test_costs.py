@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from grasp.architecture import decoder, layer_targets
+from grasp.bench import costs, timing
+from grasp.bench.costs import costs_for, linear_shapes, measure_costs, measured_ranks
+from grasp.errors import CostTableError
+from grasp.latency import CostTable
+from grasp.modules import dense_shape
+from grasp.selection import break_even_rank
+from tests.tiny_models import tiny_model
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "WARM_UP", 0.001)
+    monkeypatch.setattr(timing, "CPU_BATCH", 0.0005)
+    monkeypatch.setattr(costs, "ROTATE_BYTES", 1 << 16)
+    monkeypatch.setattr(costs, "DECODES", 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_every_linear_of_the_model_is_timed_and_the_parts_add_up_to_its_decoding(family: str) -> None:
+    model = tiny_model(family, torch.bfloat16)
+    table = measure_costs(model)
+    shapes = [dense_shape(target.module) for layer in range(3) for target in layer_targets(model, layer)[0]]
+    assert set(table.linears) == set(shapes)
+    assert (table.dtype, table.source, table.threads) == ("bfloat16", "measured", torch.get_num_threads())
+    times = [table.rest, *(time for each in table.linears.values() for time in (each.dense, *each.seconds))]
+    assert all(0 < time < 1 for time in times)
+    assert table.predict([(shape, None) for shape in shapes], 3) >= table.rest
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in decoder(model).layers)
+
+
+def test_ranks_are_multiples_of_the_kernels_up_to_the_break_even() -> None:
+    assert measured_ranks((4096, 4096)) == (16, 496, 1008, 1520, 2032)
+    assert measured_ranks((192, 576)) == (16, 32, 64, 96, 128)
+    for shape in [(192, 576), (32, 32), (16, 32), (2, 3)]:
+        ranks = measured_ranks(shape)
+        assert list(ranks) == sorted(set(ranks))
+        assert ranks[0] >= 1
+        assert ranks[-1] <= break_even_rank(shape)
+        assert all(rank % 16 == 0 for rank in ranks if rank > 16)
+
+
+def test_costs_come_from_a_file_a_card_or_this_machine(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    measured = costs_for(model, None)
+    measured.save(tmp_path / "costs.json")
+    assert costs_for(model, str(tmp_path / "costs.json")) == measured
+    card = costs_for(model, "A100")
+    assert (card.device, card.source, card.dtype) == ("A100", "roofline", "float32")
+    assert set(card.linears) == set(linear_shapes(model))
+    head = model.get_output_embeddings().weight.nbytes
+    assert card.rest == pytest.approx(head / 2.039e12 + 2e-6)
+    with pytest.raises(CostTableError, match=r"costs must be a file .* or a card \(A100.*got 'costs\.json'"):
+        costs_for(model, "costs.json")
+
+
+def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
+    CostTable.save(measure_costs(tiny_model("llama")), tmp_path / "costs.json")
+    with pytest.raises(CostTableError, match="no linear of"):
+        costs_for(tiny_model("gpt2"), str(tmp_path / "costs.json"))
+    with pytest.raises(CostTableError, match="the model has bfloat16"):
+        costs_for(tiny_model("llama", torch.bfloat16), str(tmp_path / "costs.json"))
