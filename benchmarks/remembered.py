@@ -67,10 +67,10 @@ class Remembered:
         """As ``gather_scores``, for the whole model. The weights of ``model`` must be the dense ones."""
         key = (basis, metric, len(batches))
         if key not in self._shared:
-            start = time.perf_counter()
+            start = time.process_time()
             everything = [target for found in eligible_targets(model)[0].values() for target in found]
             scores, before = self._gather(model, everything, batches, basis, metric)
-            self._shared[key] = scores, before + time.perf_counter() - start
+            self._shared[key] = scores, before + time.process_time() - start
             self.seconds += before
         else:
             self.seconds += self._shared[key][1]
@@ -79,8 +79,8 @@ class Remembered:
 
     def _once(self, key: tuple[str, str, int, str], make: Callable[[], Scored]) -> Scored:
         if key not in self._scored:
-            start = time.perf_counter()
-            self._scored[key] = make(), time.perf_counter() - start
+            start = time.process_time()
+            self._scored[key] = make(), time.process_time() - start
             return self._scored[key][0]
         scored, seconds = self._scored[key]
         self.seconds += seconds
@@ -113,7 +113,7 @@ class Remembered:
         path = self._folder / f"covariances-{part}.safetensors"
         earlier = path.exists()
         if not earlier:
-            start = time.perf_counter()
+            start = time.process_time()
             batches = self._parts[part]
             prefix = capture_prefix(model, batches, {min(t.layer for t in targets)}, dtype=self._dtype)
             _save(path, gather_covariances(model, batches, targets, prefix, dtype=self._dtype), start)
@@ -126,13 +126,13 @@ class Remembered:
         path = self._folder / "taylor.safetensors"
         earlier = path.exists()
         if not earlier:
-            start = time.perf_counter()
+            start = time.process_time()
             prefix = capture_prefix(model, batches, {min(t.layer for t in targets)}, dtype=self._dtype)
             scores = gather_scores(model, batches, targets, prefix, basis="plain", metric="taylor", dtype=self._dtype)
             found = {target.name: make().importance for target, make in scores.items()}
-            _write(path, found, {"seconds": time.perf_counter() - start})
+            _write(path, found, {"seconds": time.process_time() - start})
         with safe_open(path, framework="pt") as file:
-            importance = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+            importance = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             seconds = json.loads(file.metadata()["study"])["seconds"]
         return {
             t: partial(_with_importance, t, importance[t.name]) for t in targets if t.name in importance
@@ -171,7 +171,7 @@ def _save(path: Path, covariances: Mapping[Target, Covariance], start: float) ->
         owner = owners.setdefault(id(A), target.name)
         tensors |= {f"A {owner}": A, f"B {target.name}": B}
         notes["inputs"][target.name], notes["tokens"][target.name] = owner, tokens
-    _write(path, tensors, notes | {"seconds": time.perf_counter() - start})
+    _write(path, tensors, notes | {"seconds": time.process_time() - start})
 
 
 def _load(path: Path, targets: Sequence[Target], outputs: bool) -> tuple[dict[Target, Covariance], float]:

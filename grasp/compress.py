@@ -140,7 +140,7 @@ def compress_(
                     state.keep_module(model, done[-1])
         if config.refit:
             clock.enter("refit")
-            refit_(model, calibration, ceilings(config, plans), progress=progress)
+            refit_(model, calibration, ceilings(config, plans), dtype=config.sweep_dtype, progress=progress)
     finally:
         group_linears_(model)
         mark_compressed(model)
