@@ -114,7 +114,8 @@ def replace_block_(model: PreTrainedModel, streams: Streams, count: int) -> tupl
     added = streams.added[first - 1].double()
     before = streams.hidden[first].double() - added
     T = linear_map(added, streams.hidden[first + count].double() - before)
-    linear.module.weight.copy_(T @ linear.module.weight.double())
+    weight = dense_weight(linear.module)  # a view, also of GPT-2's, which are stored the other way round
+    weight.copy_(T @ weight.double())
     if linear.module.bias is not None:
         linear.module.bias.copy_(T @ linear.module.bias.double())
     gone = tuple(range(first, first + count))
@@ -128,7 +129,7 @@ def require_added(model: PreTrainedModel, batch: CalibrationBatch) -> None:
     of that linear's output is a map of the layer's.
     """
     linear, outputs = last_linear(model, 0).module, list[Tensor]()
-    shift = torch.zeros(linear.weight.shape[0])
+    shift = torch.zeros(dense_weight(linear).shape[0])
     keep = decoder(model).layers[0].register_forward_hook(lambda *call: outputs.append(hidden_output(call[2])))
     move = linear.register_forward_hook(lambda _, args, output: output + shift.to(output.dtype))
     probe = CalibrationBatch(batch.input_ids[:1, :8], None)
