@@ -82,8 +82,8 @@ class CalibrationSet:
         """Block influence of each layer."""
         if not self._influence.exists():
             with casting(self.dense, self.dtype):
-                scores = block_influence(self.dense, self.batches)
-            self._influence.write_text(json.dumps(scores), encoding="utf-8")
+                measured = block_influence(self.dense, self.batches)
+            self._influence.write_text(json.dumps(measured), encoding="utf-8")
         scores: list[float] = json.loads(self._influence.read_text(encoding="utf-8"))
         return scores
 
