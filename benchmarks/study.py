@@ -1,17 +1,24 @@
 """Which way of compressing a model costs the least perplexity: methods × ratios × seeds, cell by cell.
 
-Each cell compresses the model anew with a calibration set of its own seed and measures the perplexity of held-out text.
-A cell that the output already has is not run again, so a study that was interrupted goes on where it was.
+Each cell compresses the dense model with the calibration set of a seed and measures the perplexity of held-out text.
+What the calibration tokens say is gathered once for all cells of a seed, see ``remembered``. A cell that the output
+already has is not run again, so a study that was interrupted goes on where it was.
+
+The output has one JSON object a line, the fields of ``Cell``; the first line is the dense model, method ``dense``.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import hashlib
+import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,12 +32,14 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from grasp.architecture import decoder, first_device
+from benchmarks.linear_replacement import Streams, capture_streams, replace_block_, require_added
+from benchmarks.remembered import Remembered
+from grasp.architecture import casting, decoder, first_device
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.results import StudyResult as Cell
 from grasp.bench.results import StudySetting as Setting
 from grasp.bench.results import append_results, read_results
-from grasp.calibration import CalibrationBatch, bos_for, read_text, token_batches, tokenize
+from grasp.calibration import CalibrationBatch, batches_digest, bos_for, read_text, token_batches, tokenize
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.errors import GraspError
@@ -38,84 +47,187 @@ from grasp.evaluate import perplexity
 from grasp.loading import BUILTIN, load_model
 from grasp.redundancy import block_influence
 from grasp.removal import remove_layers_
-from grasp.report import model_size
+from grasp.report import CompressionReport, model_size
+from grasp.resume import NoState
 from grasp.selection import redundant_layers
-
-Method = Callable[[PreTrainedModel, list[CalibrationBatch], float], None]  # changes a model; the ratio is of the whole
 
 _GLOBAL: dict[str, Any] = {"allocation": "global", "schedule": "single-sweep"}
 _SINGLE: dict[str, Any] = {"schedule": "single-sweep"}
 
 
+class Known(NoState):
+    """Block influence that was measured before."""
+
+    def __init__(self, scores: list[float]) -> None:
+        self.scores = scores
+
+
+class CalibrationSet:
+    """One seed's sequences, and what is known of the dense model from them.
+
+    Args:
+        dense: the model.
+        batches: of this seed.
+        folder: where statistics are kept.
+        dtype: in which the model is run over the calibration tokens; ``None`` for its own.
+    """
+
+    def __init__(
+        self, dense: PreTrainedModel, batches: list[CalibrationBatch], folder: Path, dtype: str | None
+    ) -> None:
+        self.dense, self.batches, self.dtype = dense, batches, dtype
+        self.remembered = Remembered(folder, batches, dtype)
+        self._influence = folder / "block_influence.json"
+        self._streams: Streams | None = None
+
+    @property
+    def influence(self) -> list[float]:
+        """Block influence of each layer."""
+        if not self._influence.exists():
+            with casting(self.dense, self.dtype):
+                measured = block_influence(self.dense, self.batches)
+            self._influence.write_text(json.dumps(measured), encoding="utf-8")
+        scores: list[float] = json.loads(self._influence.read_text(encoding="utf-8"))
+        return scores
+
+    @property
+    def streams(self) -> Streams:
+        """Hidden states of the dense model."""
+        if self._streams is None:
+            require_added(self.dense, self.batches[0])
+            self._streams = capture_streams(self.dense, self.batches, self.dtype)
+        return self._streams
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method did to a model."""
+
+    removed_layers: tuple[int, ...] = ()
+    ranks: dict[str, int] = dataclasses.field(default_factory=dict)  # by module
+    scope: str | None = None
+
+
+Method = Callable[[PreTrainedModel, CalibrationSet, float], Outcome]  # changes a model; the ratio is of the whole
+
+
 def compressed(**options: Any) -> Method:
     """``compress_`` with a configuration."""
 
-    def run(model: PreTrainedModel, batches: list[CalibrationBatch], ratio: float) -> None:
-        compress_(model, batches, GraspConfig(compression_ratio=ratio, **options))
+    def run(model: PreTrainedModel, known: CalibrationSet, ratio: float) -> Outcome:
+        config = GraspConfig(compression_ratio=ratio, sweep_dtype=known.dtype, **options)
+        report: CompressionReport = compress_(
+            model, known.batches, config, state=Known(known.influence), gather=known.remembered
+        )
+        return Outcome(ranks={m.name: m.rank for m in report.modules if not m.reason}, scope=report.scope)
 
     return run
 
 
-def layers_removed(model: PreTrainedModel, batches: list[CalibrationBatch], ratio: float) -> None:
+def layers_removed(model: PreTrainedModel, known: CalibrationSet, ratio: float) -> Outcome:
     """Delete the most redundant layers, the fewest that remove at least so much."""
     layers = decoder(model).layers
-    order = redundant_layers(block_influence(model, batches), len(layers))
+    order = redundant_layers(known.influence, len(layers))
+    gone = order[: _count(model, order, ratio)]
+    remove_layers_(model, gone)
+    return Outcome(removed_layers=gone)
+
+
+def linear_replacement(model: PreTrainedModel, known: CalibrationSet, ratio: float) -> Outcome:
+    """Delete the contiguous block that turns the hidden states least, and fit a linear map in its stead."""
+    order = redundant_layers(known.influence, len(decoder(model).layers))
+    return Outcome(removed_layers=replace_block_(model, known.streams, _count(model, order, ratio)))
+
+
+def _count(model: PreTrainedModel, order: Sequence[int], ratio: float) -> int:
+    """How many layers must go to remove a ratio of the whole model."""
+    layers = decoder(model).layers
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     wanted = ratio * model_size(model, layers).parameters
-    count = next(n for n in range(len(order) + 1) if sum(sizes[i] for i in order[:n]) >= wanted - 0.5)
-    remove_layers_(model, order[:count])
+    return next(n for n in range(len(order) + 1) if sum(sizes[i] for i in order[:n]) >= 0.99 * wanted)
 
 
 METHODS: dict[str, Method] = {
     "layers removed": layers_removed,
-    "GRASP": compressed(),
-    "GRASP, one sweep": compressed(**_SINGLE),
+    "linear replacement": linear_replacement,
     "plain SVD": compressed(metric="magnitude", **_SINGLE),
+    "GRASP, one sweep": compressed(**_SINGLE),
     "uniform whitened": compressed(basis="whitened", metric="magnitude", scope="model", **_SINGLE),
     "uniform kfac": compressed(basis="kfac", metric="magnitude", scope="model", **_SINGLE),
     "global kfac, redundant": compressed(basis="kfac", metric="magnitude", scope="redundant", **_GLOBAL),
     "global kfac, model": compressed(basis="kfac", metric="magnitude", scope="model", **_GLOBAL),
+    "global kfac, redundant, refit": compressed(
+        basis="kfac", metric="magnitude", scope="redundant", refit=True, **_GLOBAL
+    ),
     "global kfac, model, refit": compressed(basis="kfac", metric="magnitude", scope="model", refit=True, **_GLOBAL),
     "best": compressed(**GraspConfig.PRESETS["best"]),
 }
 
 
-def run_cell(method: str, ratio: float, seed: int, setting: Setting, dense: float, now: Conditions) -> Cell:
-    """Load the model, compress it and measure it; ``ratio`` 0 measures the dense model against ``dense``."""
-    model, tokenizer = load_model(setting.model, dtype="float32")
-    layers = decoder(model).layers
-    before = model_size(model, layers)
-    text = read_text(setting.calibration)
-    batches = token_batches(
-        tokenizer,
-        text,
-        num_samples=setting.num_samples,
-        seq_len=setting.seq_len,
-        batch_size=setting.batch_size,
-        seed=seed,
-    )
-    start = time.perf_counter()
-    if ratio:
-        METHODS[method](model, batches, ratio * before.decoder_parameters / before.parameters)
-    seconds = time.perf_counter() - start
-    tokens = tokenize(tokenizer, read_text(setting.text, split="evaluation"))
-    bos = bos_for(tokenizer)
-    if setting.windows is not None:
-        tokens = tokens[: setting.windows * (setting.window - (bos is not None))]
-    measured = perplexity(model, tokens, window=setting.window, bos_token_id=bos).perplexity
-    after = model_size(model, decoder(model).layers)
-    return Cell(
-        method=method,
-        ratio=ratio,
-        seed=seed,
-        setting=setting,
-        removed=1 - after.decoder_parameters / before.decoder_parameters,
-        parameters=after.parameters,
-        perplexity=measured,
-        excess=math.log(measured / dense) if dense else 0.0,
-        seconds=seconds,
-        conditions=now,
-    )
+class Bench:
+    """The dense model, and the text that its compressed forms are measured on."""
+
+    def __init__(self, setting: Setting, memory: Path) -> None:
+        self.model, self._tokenizer = load_model(setting.model, dtype="float32")
+        self.setting, self._memory = setting, memory
+        self.size = model_size(self.model, decoder(self.model).layers)
+        self._bos = bos_for(self._tokenizer)
+        self._known: dict[int, CalibrationSet] = {}
+        tokens = tokenize(self._tokenizer, read_text(setting.text, split="evaluation"))
+        count = None if setting.windows is None else setting.windows * (setting.window - (self._bos is not None))
+        self._tokens = tokens[:count]
+
+    @property
+    def dtype(self) -> str | None:
+        """What to run the model in, where that is not its own."""
+        return None if self.setting.dtype == "float32" else self.setting.dtype
+
+    def calibration_set(self, seed: int) -> CalibrationSet:
+        """That of one seed; only the latest is kept in memory."""
+        if seed not in self._known:
+            batches = token_batches(
+                self._tokenizer,
+                read_text(self.setting.calibration),
+                num_samples=self.setting.num_samples,
+                seq_len=self.setting.seq_len,
+                batch_size=self.setting.batch_size,
+                seed=seed,
+            )
+            what = asdict(self.setting) | {"seed": seed, "digest": batches_digest(batches)}
+            names = ("model", "calibration", "num_samples", "seq_len", "batch_size", "dtype", "seed", "digest")
+            name = hashlib.sha256(json.dumps([what[key] for key in names]).encode()).hexdigest()[:16]
+            self._known = {seed: CalibrationSet(self.model, batches, self._memory / name, self.dtype)}
+        return self._known[seed]
+
+    def cell(self, method: str, ratio: float, seed: int, dense: float, now: Conditions) -> Cell:
+        """Compress a copy of the model and measure it; ``ratio`` 0 measures the dense one."""
+        model, outcome, seconds = copy.deepcopy(self.model), Outcome(), 0.0
+        if ratio:
+            known = self.calibration_set(seed)
+            known.remembered.reset()
+            start = time.process_time()
+            outcome = METHODS[method](model, known, ratio * self.size.decoder_parameters / self.size.parameters)
+            seconds = time.process_time() - start + known.remembered.seconds
+        with casting(model, self.dtype):
+            measured = perplexity(
+                model, self._tokens, window=self.setting.window, batch_size=4, bos_token_id=self._bos
+            ).perplexity
+        after = model_size(model, decoder(model).layers)
+        return Cell(
+            method=method,
+            ratio=ratio,
+            seed=seed,
+            setting=self.setting,
+            removed=1 - after.decoder_parameters / self.size.decoder_parameters,
+            parameters=after.parameters,
+            perplexity=measured,
+            excess=math.log(measured / dense) if dense else 0.0,
+            cpu_seconds=seconds,
+            removed_layers=tuple(sorted(outcome.removed_layers)),
+            ranks=outcome.ranks,
+            scope=outcome.scope,
+            conditions=now,
+        )
 
 
 def read_cells(path: Path, setting: Setting) -> dict[tuple[str, float, int], Cell]:
@@ -139,12 +251,12 @@ def table(cells: Mapping[tuple[str, float, int], Cell]) -> Table:
     """Mean excess over the seeds, with their spread, for each method and ratio; what was not run is left blank."""
     ratios = sorted({ratio for _, ratio, _ in cells if ratio})
     result = Table(
-        "method", *(f"{ratio:.0%} removed" for ratio in ratios), "seconds", title="nats per token over dense"
+        "method", *(f"{ratio:.1%} removed" for ratio in ratios), "CPU seconds", title="nats per token over dense"
     )
     for method in METHODS:
         row = [[cell for (m, r, _), cell in cells.items() if (m, r) == (method, ratio)] for ratio in ratios]
         if any(row):
-            seconds = [cell.seconds for found in row for cell in found]
+            seconds = [cell.cpu_seconds for found in row for cell in found]
             result.add_row(method, *map(_excess, row), f"{statistics.median(seconds):.0f}")
     return result
 
@@ -155,15 +267,15 @@ def _excess(cells: list[Cell]) -> str:
     values = [cell.excess for cell in cells]
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     removed = statistics.mean(cell.removed for cell in cells)
-    note = "" if abs(removed - cells[0].ratio) < 0.005 else f" ({removed:.0%})"
+    note = "" if abs(removed - cells[0].ratio) < 0.005 else f" ({removed:.1%})"
     return f"{statistics.mean(values):.3f}{spread}{note}"
 
 
 def missing(
-    cells: Mapping[tuple[str, float, int], Cell], methods: list[str], ratios: list[float], seeds: int
+    cells: Mapping[tuple[str, float, int], Cell], methods: list[str], ratios: list[float], seeds: list[int]
 ) -> Iterator[tuple[str, float, int]]:
     """What is still to be run, seed by seed, so that a first picture comes early."""
-    for seed in range(seeds):
+    for seed in seeds:
         for ratio in ratios:
             yield from ((method, ratio, seed) for method in methods if (method, ratio, seed) not in cells)
 
@@ -173,7 +285,7 @@ def main(
     model: Annotated[str, typer.Option(help="As `grasp compress` takes it.")] = BUILTIN,
     methods: Annotated[list[str] | None, typer.Option(help="Default: all.")] = None,
     ratios: Annotated[list[float] | None, typer.Option(help="Of the decoder. Default: 0.1, 0.2, 0.3.")] = None,
-    seeds: Annotated[int, typer.Option(help="Calibration sets.")] = 3,
+    seeds: Annotated[list[int] | None, typer.Option(help="Calibration sets. Default: 0, 1, 2.")] = None,
     calibration: Annotated[str, typer.Option(help="A text file, wikitext2, c4 or builtin.")] = BUILTIN,
     text: Annotated[str, typer.Option(help="What the perplexity is of; a text file is read whole.")] = BUILTIN,
     num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 24,
@@ -181,24 +293,30 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.")] = 2,
     window: Annotated[int, typer.Option(help="Tokens of the text that the model sees at once.")] = 512,
     windows: Annotated[int | None, typer.Option(help="How many of them. Default: the whole text.")] = None,
+    dtype: Annotated[str, typer.Option(help="Run the model in bfloat16 or float32.")] = "float32",
+    memory: Annotated[Path, typer.Option(help="Folder for statistics, gigabytes.")] = Path("study-memory"),
 ) -> None:
     """Run the cells of a study that are missing, and print the table."""
     console = Console(stderr=True)
     wanted = methods or list(METHODS)
     if unknown := sorted(set(wanted) - set(METHODS)):
         raise typer.BadParameter(f"unknown methods {', '.join(unknown)}; expected some of {', '.join(METHODS)}")
-    setting = Setting(model, _name(calibration), _name(text), num_samples, seq_len, batch_size, window, windows)
-    sources = dataclasses.replace(setting, calibration=calibration, text=text)
+    setting = Setting(
+        *(_name(model), _name(calibration), _name(text), num_samples, seq_len, batch_size, window, windows, dtype)
+    )
+    sources = dataclasses.replace(setting, model=model, calibration=calibration, text=text)
     try:
         cells = read_cells(output, setting)
-        device = first_device(load_model(model, dtype="float32")[0])
+        bench = Bench(sources, memory)
+        device = first_device(bench.model)
         now = conditions(measure_card(device, torch.float32), device)
         if ("dense", 0.0, 0) not in cells:
-            _keep(cells, output, run_cell("dense", 0.0, 0, sources, 0.0, now), setting)
+            _keep(cells, output, bench.cell("dense", 0.0, 0, 0.0, now), setting)
         dense = cells["dense", 0.0, 0].perplexity
-        for method, ratio, seed in missing(cells, wanted, ratios or [0.1, 0.2, 0.3], seeds):
-            console.print(f"{method}, {ratio:.0%}, seed {seed}")
-            _keep(cells, output, run_cell(method, ratio, seed, sources, dense, now), setting)
+        for method, ratio, seed in missing(cells, wanted, ratios or [0.1, 0.2, 0.3], seeds or [0, 1, 2]):
+            cell = bench.cell(method, ratio, seed, dense, now)
+            _keep(cells, output, cell, setting)
+            console.print(f"{method}, {ratio:.1%}, seed {seed}: {cell.excess:.3f} nats", soft_wrap=True)
     except GraspError as error:
         console.print(f"error: {error}", soft_wrap=True)
         raise typer.Exit(2) from error

@@ -36,16 +36,18 @@ BASES: dict[str, Basis] = {
 
 
 class Roots(NamedTuple):
-    """The symmetric square root of a damped covariance, and its inverse, fp64."""
+    """A square root of a damped covariance, ``root @ root.mT``, and the inverse of that root; fp64."""
 
     root: Tensor
     inverse: Tensor
 
 
 def roots(covariance: Tensor, *, damping: float = DAMPING) -> Roots:
-    """``(C + damping · mean(diag C) · 1)^±½`` by an eigen-decomposition in fp64.
+    """A root of ``C + damping · mean(diag C) · 1``: its Cholesky factor, in fp64.
 
-    A covariance of too few tokens has eigenvalues of 0, or below by rounding: those count as 0 before the damping.
+    Any root makes the same cut, and this one takes a small part of the time of the symmetric one. A covariance of too
+    few tokens has eigenvalues of 0, or below by rounding. Where the damping does not make up for the rounding, so that
+    there is no Cholesky factor, the eigenvalues are taken, and those below 0 count as 0.
 
     Args:
         covariance: symmetric, (D, D).
@@ -61,9 +63,14 @@ def roots(covariance: Tensor, *, damping: float = DAMPING) -> Roots:
     floor = damping * exact.diagonal().mean()
     if not floor > 0:
         raise ValueError("a covariance is 0: this linear is given no tokens, or its output does not reach the loss")
-    values, vectors = torch.linalg.eigh((exact + exact.mT) / 2)
-    root = (values.clamp_min(0) + floor).sqrt()
-    return Roots((vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT)
+    exact = (exact + exact.mT) / 2
+    one = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
+    root, failed = torch.linalg.cholesky_ex(exact + floor * one)
+    if not failed:
+        return Roots(root, torch.linalg.solve_triangular(root, one, upper=False))
+    values, vectors = torch.linalg.eigh(exact)
+    scale = (values.clamp_min(0) + floor).sqrt()
+    return Roots(vectors * scale, (vectors / scale).mT)
 
 
 def decompose_in(weight: Tensor, inputs: Roots | None, outputs: Roots | None, name: str = "weight") -> SVD:
@@ -77,22 +84,39 @@ def decompose_in(weight: Tensor, inputs: Roots | None, outputs: Roots | None, na
 
     Returns:
         In fp32 (fp64 for fp64). U and Vh are not orthogonal unless both roots are ``None``; S descends. Cutting after
-        R groups is optimal in ``‖B^½ (W − Ŵ) A^½‖``, which then is the root of the sum of the dropped S².
+        R groups is optimal in ``‖B^½ (W − Ŵ) A^½‖``, which then is the root of the sum of the dropped S². A row of Vh,
+        or a column of U, may be 0 where S is.
 
     Raises:
         NonFiniteError: if the weight has NaN or infinite entries.
     """
     if inputs is None and outputs is None:
         return decompose(weight, name)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if not torch.isfinite(weight).all():
+        raise NonFiniteError(f"{name} has non-finite entries; expected none. Load the model in a wider dtype")
     seen = weight.double()
     if inputs is not None:
         seen = seen @ inputs.root
     if outputs is not None:
-        seen = outputs.root @ seen
-    U, S, Vh = decompose(seen.to(dtype), name)
+        seen = outputs.root.mT @ seen
+    U, S, Vh = _by_eigenvectors(seen)
     if inputs is not None:
-        Vh = (Vh.double() @ inputs.inverse).to(dtype)
+        Vh = Vh @ inputs.inverse
     if outputs is not None:
-        U = (outputs.inverse @ U.double()).to(dtype)
-    return SVD(U, S, Vh)
+        U = outputs.inverse.mT @ U
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return SVD(U.to(dtype), S.to(dtype), Vh.to(dtype))
+
+
+def _by_eigenvectors(matrix: Tensor) -> SVD:
+    """The singular groups of an fp64 matrix: right to 1e-8 of the largest value, where an SVD in fp32 is to 1e-7.
+
+    It takes a fraction of the time: the eigenvectors V of ``Mᵀ M`` are one side, ``M V`` the other; or M's transpose.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        U, S, Vh = _by_eigenvectors(matrix.mT)
+        return SVD(Vh.mT, S, U.mT)
+    vectors = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors.flip(1)
+    scaled = matrix @ vectors  # U diag(S)
+    S, order = torch.linalg.vector_norm(scaled, dim=0).sort(descending=True)
+    return SVD(scaled[:, order] / S.clamp_min(torch.finfo(S.dtype).tiny), S, vectors[:, order].mT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 
@@ -57,6 +57,7 @@ def compress_(
     progress: Progress = silent,
     state: NoState | None = None,
     processes: Processes = ALONE,
+    gather: Callable[..., Scores] = gather_scores,
 ) -> CompressionReport:
     """Compress a causal language model in place (arXiv 2501.00339).
 
@@ -74,6 +75,7 @@ def compress_(
         progress: called as ``progress(step, done, total)`` throughout.
         state: a ``grasp.resume.RunState`` that keeps what is done, so that the same call continues after a kill.
         processes: those that do this together, all given the same; they share the batches, and all get the result.
+        gather: called as ``gather_scores`` is; a study gives one that remembers what an earlier call gathered.
 
     Returns:
         What was done to every module of the redundant layers, what was left and why, sizes before and after.
@@ -127,7 +129,7 @@ def compress_(
             prefix = capture_prefix(model, own, entries, dtype=config.sweep_dtype, progress=progress)
         for members in sweeps:
             clock.enter("attribution")
-            scored = gather_scores(
+            scored = gather(
                 *(model, own, members, prefix),
                 basis=config.basis,
                 metric=config.metric,
@@ -157,7 +159,12 @@ def compress_(
                     state.keep_module(model, done[-1])
         if config.refit:
             clock.enter("refit")
-            refit_(model, calibration, ceilings(config, plans), removed=removed, progress=progress)
+            refit_(
+                *(model, calibration, ceilings(config, plans)),
+                removed=removed,
+                dtype=config.sweep_dtype,
+                progress=progress,
+            )
         remove_layers_(model, removed)
     finally:
         group_linears_(model)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from grasp.architecture import (
     Target,
     backbone,
     batch_inputs,
+    casting,
     decoder,
     entering_with,
     evaluating,
@@ -25,6 +27,8 @@ from grasp.modules import LowRankLinear, dense_weight
 from grasp.offload import execution_device
 from grasp.progress import Progress, silent
 from grasp.sweep import Rows, capture_prefix
+from grasp_kernels.products import add_product_, exact_bf16, widen
+from grasp_kernels.reference import accumulation_dtype
 
 RIDGE = 1e-3  # of the mean diagonal of the projected inputs' covariance: how strongly U is held where it is
 
@@ -53,18 +57,21 @@ def refit_(
     targets: Iterable[Target],
     *,
     removed: Collection[int] = (),
+    dtype: str | None = None,
     progress: Progress = silent,
 ) -> None:
     """Fit U of every replaced linear, in the order in which the model calls them, to what the dense model computes.
 
     Two streams of hidden states go through the layers, one with the dense linears and one with the low-rank ones as
-    they are by then, so that each linear makes up for what those before it have changed.
+    they are by then, so that each linear makes up for what those before it have changed. For all batches, the inputs
+    of one layer's dense linears are kept on the CPU.
 
     Args:
         model: with the low-rank linears in place; only their ``U`` changes.
         batches: calibration batches.
         targets: the dense linears; those in whose places no low-rank ones stand are passed over.
         removed: layers that the compressed model is going to do without, still dense here.
+        dtype: run both streams in it, see ``casting``; sums and solutions are in the model's own, fp32 at least.
         progress: called after each layer.
     """
     present = {target: model.get_submodule(target.name) for target in targets}
@@ -73,11 +80,32 @@ def refit_(
         return
     layers = sorted({target.layer for target in replaced})
     span = range(min([layers[0], *removed]), layers[-1] + 1)
+    exact = {} if dtype is None else {target: _exact(target, module) for target, module in replaced.items()}
+    fitted: dict[Target, Tensor] = {}
     try:
-        with evaluating(model):
-            _refit_layers(model, batches, replaced, span, removed, progress)
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(model))
+            stack.enter_context(casting(model, dtype))
+            _put(model, replaced, dense=True)
+            stack.enter_context(casting(model, dtype))
+            _put(model, replaced, dense=False)
+            _refit_layers(model, batches, replaced, span, removed, exact, fitted, progress)
     finally:
         _put(model, replaced, dense=False)
+        for target, U in fitted.items():  # ``casting`` has put back what was there before
+            replaced[target].U.copy_(U)
+
+
+class _Exact(NamedTuple):
+    """A linear and its factors in the model's own dtype."""
+
+    U: Tensor
+    Vh: Tensor
+    weight: Tensor
+
+
+def _exact(target: Target, module: LowRankLinear) -> _Exact:
+    return _Exact(module.U.detach(), module.Vh.detach(), dense_weight(target.module).detach())
 
 
 def _refit_layers(
@@ -86,6 +114,8 @@ def _refit_layers(
     replaced: Mapping[Target, LowRankLinear],
     layers: range,
     removed: Collection[int],
+    exact: Mapping[Target, _Exact],
+    fitted: dict[Target, Tensor],
     progress: Progress,
 ) -> None:
     prefix = capture_prefix(model, batches, {layers.start}, progress=progress)
@@ -93,15 +123,16 @@ def _refit_layers(
     for layer in layers:
         run = _Layer(model, layer, batches, prefix.returns_tuple)
         members = {target: module for target, module in replaced.items() if target.layer == layer}
-        for group in run.groups(members, dense[0]):
-            cross, inputs = run.covariances(group, members, dense, low)
+        _put(model, members, dense=True)
+        wanted, dense = run.inputs_and_outputs(dense, {target: target.module for target in members})
+        _put(model, members, dense=False)
+        for group in run.groups(members, low[0]):
+            cross, inputs = run.covariances(group, members, wanted, low)
             for target in group:
-                U, Vh = members[target].U, members[target].Vh
-                U.copy_(least_squares(U, Vh, dense_weight(target.module), cross, inputs))
+                factors = exact.get(target) or _exact(target, members[target])
+                fitted[target] = least_squares(factors.U, factors.Vh, factors.weight, cross, inputs)
+                members[target].U.copy_(fitted[target])
         if layer + 1 in layers:
-            _put(model, members, dense=True)
-            dense = run.outputs(dense)
-            _put(model, members, dense=False)
             low = low if layer in removed else run.outputs(low)
         progress("refit", layer - layers.start + 1, len(layers))
 
@@ -130,7 +161,19 @@ class _Layer:
         """What the layer makes of the hidden states of every batch, on the CPU."""
         return [self._run(index, states).cpu() for index, states in enumerate(hidden)]
 
-    def _inputs(self, index: int, hidden: Tensor, modules: Mapping[Target, nn.Module]) -> dict[Target, Tensor]:
+    def inputs_and_outputs(
+        self, hidden: Sequence[Tensor], modules: Mapping[Target, nn.Module]
+    ) -> tuple[list[dict[Target, Tensor]], list[Tensor]]:
+        """For every batch what enters each linear, and what the layer returns, on the CPU."""
+        inputs, outputs = list[dict[Target, Tensor]](), list[Tensor]()
+        for index, states in enumerate(hidden):
+            with self._noting(index, modules) as found:
+                outputs.append(self._run(index, states).cpu())
+            inputs.append({target: x.cpu() for target, x in found.items()})
+        return inputs, outputs
+
+    @contextmanager
+    def _noting(self, index: int, modules: Mapping[Target, nn.Module]) -> Iterator[dict[Target, Tensor]]:
         """What enters each linear, padding left out, in the order of the calls."""
         rows, found = Rows(self._batches[index]), dict[Target, Tensor]()
 
@@ -142,10 +185,14 @@ class _Layer:
 
         handles = [module.register_forward_pre_hook(note(target)) for target, module in modules.items()]
         try:
-            self._run(index, hidden)
+            yield found
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _inputs(self, index: int, hidden: Tensor, modules: Mapping[Target, nn.Module]) -> dict[Target, Tensor]:
+        with self._noting(index, modules) as found:
+            self._run(index, hidden)
         return found
 
     def groups(self, members: Mapping[Target, LowRankLinear], hidden: Tensor) -> list[list[Target]]:
@@ -160,22 +207,24 @@ class _Layer:
         self,
         group: Collection[Target],
         members: Mapping[Target, LowRankLinear],
-        dense: Sequence[Tensor],
+        wanted: Sequence[Mapping[Target, Tensor]],
         low: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """``Σ x x̂ᵀ`` and ``Σ x̂ x̂ᵀ`` of the input that a group shares, in fp32 (fp64 for fp64)."""
         target = next(iter(group))
-        dtype = torch.promote_types(target.module.weight.dtype, torch.float32)
         width = members[target].in_features
         device = execution_device(target.module)
-        cross, inputs = (torch.zeros(width, width, device=device, dtype=dtype) for _ in range(2))
+        cross, inputs = (
+            torch.zeros(width, width, device=device, dtype=accumulation_dtype(target.module.weight.dtype))
+            for _ in range(2)
+        )
         for index in range(len(self._batches)):
-            _put(self._model, members, dense=True)
-            x = self._inputs(index, dense[index], {target: target.module})[target].to(dtype)
-            _put(self._model, members, dense=False)
-            seen = self._inputs(index, low[index], {target: members[target]})[target].to(dtype)
-            cross += x.mT @ seen
-            inputs += seen.mT @ seen
+            seen = self._inputs(index, low[index], {target: members[target]})[target].to(device)
+            x = wanted[index][target].to(device)
+            with exact_bf16(x, seen):
+                x, seen = widen(x, cross.dtype), widen(seen, cross.dtype)
+                add_product_(cross, x.mT, seen)
+                add_product_(inputs, seen.mT, seen)
         return cross, inputs
 
 

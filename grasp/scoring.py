@@ -104,7 +104,7 @@ def gather_scores(
             progress=progress,
             processes=processes,
         )
-        decompositions = _decompositions(covariances)
+        decompositions = decompositions_by(covariances)
     else:
         weights = {target: dense_weight(target.module) for target in targets}
         decompositions = {t: partial(decompose_in, weight, None, None, t.name) for t, weight in weights.items()}
@@ -135,8 +135,11 @@ def _by_moments(svd: SVD, first: Tensor, second: Tensor | None, metric: Metric) 
     return Scored(svd, metric.score(svd.S, first, first if second is None else second))
 
 
-def _decompositions(covariances: Mapping[Target, Covariance]) -> Mapping[Target, Callable[[], SVD]]:
-    """The roots of an input's covariance are taken once for all linears that share it, if they come one by one."""
+def decompositions_by(covariances: Mapping[Target, Covariance]) -> Mapping[Target, Callable[[], SVD]]:
+    """What decomposes each linear as its covariances see it: ``whitened`` where they have no B, ``kfac`` where they do.
+
+    The root of an input's covariance is taken once for all linears that share it, if they come one by one.
+    """
     latest: list[tuple[Tensor, Roots]] = []
 
     def inputs(covariance: Covariance) -> Roots:

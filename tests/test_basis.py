@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grasp.basis import DAMPING, decompose_in, roots
+from grasp.basis import DAMPING, Roots, decompose_in, roots
 from grasp.errors import NonFiniteError
 
 N, K, T = 12, 9, 200
@@ -35,8 +35,40 @@ def test_roots_square_to_the_damped_covariance_and_its_inverse() -> None:
     covariance = second_moment(tokens(K))
     damped = covariance + DAMPING * covariance.diagonal().mean() * torch.eye(K, dtype=torch.float64)
     root, inverse = roots(covariance)
-    torch.testing.assert_close(root @ root, damped)
-    torch.testing.assert_close(inverse @ damped @ inverse, torch.eye(K, dtype=torch.float64), rtol=0, atol=1e-8)
+    torch.testing.assert_close(root @ root.mT, damped)
+    torch.testing.assert_close(inverse @ damped @ inverse.mT, torch.eye(K, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+def test_a_covariance_that_rounding_made_indefinite_counts_its_negative_eigenvalues_as_0() -> None:
+    vectors, _ = torch.linalg.qr(tokens(K, K))
+    values = torch.linspace(0, 8, K, dtype=torch.float64)
+    values[0] = -0.1  # far below the damping
+    covariance = vectors * values @ vectors.mT
+    floor = DAMPING * covariance.diagonal().mean()
+    root, inverse = roots(covariance)
+    torch.testing.assert_close(root @ root.mT, vectors * (values.clamp_min(0) + floor) @ vectors.mT)
+    torch.testing.assert_close(inverse @ root, torch.eye(K, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(N, K), (K, N), (1, K), (K, 1)])
+def test_groups_are_those_of_a_singular_value_decomposition(shape: tuple[int, int]) -> None:
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    one = torch.eye(shape[1], dtype=torch.float64)
+    U, S, Vh = decompose_in(W, Roots(one, one), None)
+    torch.testing.assert_close(S, torch.linalg.svdvals(W))
+    for factor in (U.mT @ U, Vh @ Vh.mT):
+        torch.testing.assert_close(factor, torch.eye(len(S), dtype=torch.float64))
+
+
+def test_groups_of_a_matrix_without_full_rank_are_finite_and_give_it_back() -> None:
+    W = weight()
+    W[:, 3] = W[:, 4]
+    W[5] = 0
+    for matrix in (W, W.mT, torch.zeros(3, 4, dtype=torch.float64)):
+        one = torch.eye(matrix.shape[1], dtype=torch.float64)
+        svd = decompose_in(matrix, Roots(one, one), None)
+        assert all(torch.isfinite(factor).all() for factor in svd)
+        torch.testing.assert_close(cut(svd, len(svd.S)), matrix, rtol=0, atol=1e-7)
 
 
 def test_all_groups_give_the_weight_back_in_every_basis() -> None:
@@ -61,7 +93,7 @@ def test_the_kfac_cut_is_optimal_and_its_dropped_values_say_what_it_costs(rank: 
     svd = decompose_in(W, A, B)
 
     def cost(approximation: Tensor) -> float:
-        return (B.root @ (W - approximation) @ A.root).norm().item()
+        return (B.root.mT @ (W - approximation) @ A.root).norm().item()
 
     best = cost(cut(svd, rank))
     assert best == pytest.approx(svd.S[rank:].norm().item(), rel=1e-9)

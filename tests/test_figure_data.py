@@ -10,7 +10,7 @@ from grasp.bench.results import Percentiles, StudySetting
 from grasp.figure_data import Quality, by_latency, by_size, latencies, pareto_front, roofs
 from tests.bench.records import CONDITIONS, record
 
-STUDY = StudySetting("builtin", "wikitext2", "builtin", 24, 512, 2, 512, 16)
+STUDY = StudySetting("builtin", "wikitext2", "builtin", 24, 512, 2, 512, 16, "float32")
 
 
 def model(provider: str, **values: Any) -> Any:

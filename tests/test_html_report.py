@@ -57,7 +57,7 @@ def grasp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 def measured(report: CompressionReport) -> list[Record]:
     """Records of every kind, of the model that was compressed."""
-    setting = StudySetting("tiny", "a", "b", 1, 2, 3, 4, None)
+    setting = StudySetting("tiny", "a", "b", 1, 2, 3, 4, None, "float32")
     size = {"parameters": report.before.parameters}
     shape = {"op": "lowrank_linear", "shape": "4x6r2", "dtype": "float32"}
     return [
@@ -219,7 +219,7 @@ BAD_RESULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "has results of hub/other, but small was made from tiny",
     ),
     "another study": (
-        lines(record("study", setting=StudySetting("other", "a", "b", 1, 2, 3, 4, None))),
+        lines(record("study", setting=StudySetting("other", "a", "b", 1, 2, 3, 4, None, "float32"))),
         "has results of other, but small was made from tiny",
     ),
     "another size": (

@@ -107,3 +107,18 @@ def test_directions_that_no_input_has_stay_as_they_are() -> None:
     got = least_squares(U, Vh, W, x.mT @ x, x.mT @ x)
     torch.testing.assert_close(got[:, 2], U[:, 2])
     assert not torch.allclose(got[:, :2], U[:, :2])
+
+
+def test_streams_in_bfloat16_give_nearly_the_same_factors_in_the_models_own_dtype() -> None:
+    solved = []
+    for dtype in (None, "bfloat16"):
+        model, dense, targets = halved("llama", (0, 1))
+        refit_(model, [CalibrationBatch(t) for t in tiny_batches(40)], targets, dtype=dtype)
+        factors = [model.get_submodule(target.name).U.detach() for target in targets]
+        assert all(U.dtype == torch.float64 for U in factors)
+        for target in targets:  # neither the linears that were replaced nor what was not replaced has been rounded
+            assert torch.equal(target.module.weight, dense.get_submodule(target.name).weight)
+        assert torch.equal(model.get_input_embeddings().weight, dense.get_input_embeddings().weight)
+        solved.append(torch.cat([U.flatten() for U in factors]))
+    exact, rounded = solved
+    assert 0 < (rounded - exact).norm() < 0.03 * exact.norm()

@@ -141,6 +141,7 @@ class StudySetting:
     batch_size: int
     window: int
     windows: int | None  # of the text that are evaluated; ``None`` for all
+    dtype: str  # in which the model is run over both texts; compressed weights are fp32 until then
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,10 @@ class StudyResult:
     parameters: int  # of the whole model
     perplexity: float
     excess: float  # nats per token over the dense model
-    seconds: float  # to compress
+    cpu_seconds: float  # of all threads, to compress, statistics included: what else the machine does counts nothing
+    removed_layers: tuple[int, ...]
+    ranks: Mapping[str, int]  # of the linears that are low-rank
+    scope: str | None
     conditions: Conditions
 
 

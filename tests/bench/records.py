@@ -24,8 +24,9 @@ CONDITIONS = Conditions(
 _PLAIN: dict[str, Any] = {"str": "a", "int": 3, "float": 0.5, "bool": True, "Conditions": CONDITIONS}
 _OWN: dict[str, Any] = {
     "tuple[int, ...]": (1, 2),
+    "Mapping[str, int]": {"a": 1},
     "Percentiles": Percentiles(1.0, 2.0, 3.0),
-    "StudySetting": StudySetting("a", "b", "c", 1, 2, 3, 4, None),
+    "StudySetting": StudySetting("a", "b", "c", 1, 2, 3, 4, None, "float32"),
 }
 
 
