@@ -45,7 +45,7 @@ from grasp.config import GraspConfig
 from grasp.errors import GraspError
 from grasp.evaluate import perplexity
 from grasp.loading import BUILTIN, load_model
-from grasp.redundancy import block_influence
+from grasp.redundancy import Redundancy, measure_redundancy
 from grasp.removal import remove_layers_
 from grasp.report import CompressionReport, model_size
 from grasp.resume import NoState
@@ -56,10 +56,10 @@ _SINGLE: dict[str, Any] = {"schedule": "single-sweep"}
 
 
 class Known(NoState):
-    """Block influence that was measured before."""
+    """Redundancy that was measured before."""
 
-    def __init__(self, scores: list[float]) -> None:
-        self.scores = scores
+    def __init__(self, redundancy: Redundancy) -> None:
+        self.redundancy = redundancy
 
 
 class CalibrationSet:
@@ -77,18 +77,17 @@ class CalibrationSet:
     ) -> None:
         self.dense, self.batches, self.dtype = dense, batches, dtype
         self.remembered = Remembered(folder, batches, dtype)
-        self._influence = folder / "block_influence.json"
+        self._redundancy = folder / "redundancy.json"
         self._streams: Streams | None = None
 
     @property
-    def influence(self) -> list[float]:
-        """Block influence of each layer."""
-        if not self._influence.exists():
+    def redundancy(self) -> Redundancy:
+        """All scores of the layers."""
+        if not self._redundancy.exists():
             with casting(self.dense, self.dtype):
-                measured = block_influence(self.dense, self.batches)
-            self._influence.write_text(json.dumps(measured), encoding="utf-8")
-        scores: list[float] = json.loads(self._influence.read_text(encoding="utf-8"))
-        return scores
+                measured = measure_redundancy(self.dense, self.batches)
+            self._redundancy.write_text(json.dumps(measured._asdict()), encoding="utf-8")
+        return Redundancy(**json.loads(self._redundancy.read_text(encoding="utf-8")))
 
     @property
     def streams(self) -> Streams:
@@ -117,7 +116,7 @@ def compressed(**options: Any) -> Method:
     def run(model: PreTrainedModel, known: CalibrationSet, ratio: float) -> Outcome:
         config = GraspConfig(compression_ratio=ratio, sweep_dtype=known.dtype, **options)
         report: CompressionReport = compress_(
-            model, known.batches, config, state=Known(known.influence), gather=known.remembered
+            model, known.batches, config, state=Known(known.redundancy), gather=known.remembered
         )
         return Outcome(ranks={m.name: m.rank for m in report.modules if not m.reason}, scope=report.scope)
 
@@ -127,7 +126,7 @@ def compressed(**options: Any) -> Method:
 def layers_removed(model: PreTrainedModel, known: CalibrationSet, ratio: float) -> Outcome:
     """Delete the most redundant layers, the fewest that remove at least so much."""
     layers = decoder(model).layers
-    order = redundant_layers(known.influence, len(layers))
+    order = redundant_layers(known.redundancy.layers, len(layers))
     gone = order[: _count(model, order, ratio)]
     remove_layers_(model, gone)
     return Outcome(removed_layers=gone)
@@ -135,7 +134,7 @@ def layers_removed(model: PreTrainedModel, known: CalibrationSet, ratio: float) 
 
 def linear_replacement(model: PreTrainedModel, known: CalibrationSet, ratio: float) -> Outcome:
     """Delete the contiguous block that turns the hidden states least, and fit a linear map in its stead."""
-    order = redundant_layers(known.influence, len(decoder(model).layers))
+    order = redundant_layers(known.redundancy.layers, len(decoder(model).layers))
     return Outcome(removed_layers=replace_block_(model, known.streams, _count(model, order, ratio)))
 
 

@@ -269,6 +269,8 @@ def _typed(expected: Any, value: Any, name: str) -> Any:
         return _typed(next(each for each in arguments if each is not type(None)), value, name)
     if origin in (tuple, Sequence) and isinstance(value, list):
         return tuple(_typed(arguments[0], item, f"{name}[{index}]") for index, item in enumerate(value))
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _typed(arguments[1], item, f"{name}[{key}]") for key, item in value.items()}
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(expected, type) and isinstance(value, expected) and (expected is bool or not isinstance(value, bool)):
