@@ -13,7 +13,6 @@ from benchmarks.study import METHODS, main, missing
 from grasp.bench import conditions
 from tests.command_line import save_tiny_model
 
-
 WHOLE_LAYERS = ("layers removed", "linear replacement")
 
 
