@@ -34,7 +34,7 @@ def run(model: Path, output: Path, *arguments: str) -> Result:
     app = typer.Typer()
     app.command()(main)
     sizes = ["--num-samples", "4", "--seq-len", "32", "--window", "32", "--windows", "4", "--batch-size", "1"]
-    sources = ["--calibration", str(text), "--text", str(text)]
+    sources = ["--calibration", str(text), "--text", str(text), "--memory", str(output.parent / "memory")]
     return CliRunner().invoke(app, ["-o", str(output), "--model", str(model), *sizes, *sources, *arguments])
 
 
