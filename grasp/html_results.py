@@ -82,7 +82,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         _column("parameters", "parameters", count),
         _column("perplexity", "perplexity", _significant),
         _column("nats over dense", "excess", _fixed(3)),
-        _column("seconds", "seconds", _fixed(0)),
+        _column("CPU seconds", "cpu_seconds", _fixed(0)),
     ),
     "op": (
         _column("op", "op"),

@@ -145,7 +145,7 @@ def test_numbers_beyond_any_model_are_refused_before_ranges_are_written_out(text
         (["--num-layers", "4"], ["3 decoder layers, got num_layers=4"]),
         (["--compression-ratio", "0.9"], ["the largest possible ratio is"]),
         (["--preset", "papre"], ["preset must be one of paper, best, got 'papre'"]),
-        (["--metric", "magnitude"], ["metric must be one of taylor, gradient, got 'magnitude'"]),
+        (["--metric", "size"], ["metric must be one of taylor, gradient, magnitude, fisher, got 'size'"]),
         (["--num-samples", "1000"], ["the text has 1520 tokens; 1000 samples of 32 need 32000"]),
         (["--seq-len", "1"], ["seq_len must be at least 2, got 1"]),
         (["--calibration", "no-such.txt"], ["no text file no-such.txt; expected a path or one of wikitext2"]),

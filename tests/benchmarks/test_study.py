@@ -58,20 +58,20 @@ def test_every_method_gives_a_cell_with_its_size_and_its_excess(model: Path, tmp
 
 def test_a_study_is_continued_cell_by_cell(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "study.jsonl"
-    options = ("--methods", "GRASP", "--methods", "plain SVD", "--ratios", "0.3")
-    assert run(model, output, *options, "--seeds", "1").exit_code == 0
+    options = ("--methods", "GRASP, one sweep", "--methods", "plain SVD", "--ratios", "0.3", "--seeds", "0")
+    assert run(model, output, *options).exit_code == 0
     before = output.read_text(encoding="utf-8")
     ran: list[tuple[str, int]] = []
-    original = study.run_cell
+    original = study.Bench.cell
 
-    def counted(method: str, ratio: float, seed: int, *rest: Any) -> study.Cell:
+    def counted(self: study.Bench, method: str, ratio: float, seed: int, *rest: Any) -> study.Cell:
         ran.append((method, seed))
-        return original(method, ratio, seed, *rest)
+        return original(self, method, ratio, seed, *rest)
 
-    monkeypatch.setattr(study, "run_cell", counted)
-    result = run(model, output, *options, "--seeds", "2")
+    monkeypatch.setattr(study.Bench, "cell", counted)
+    result = run(model, output, *options, "--seeds", "1")
     assert result.exit_code == 0, result.output
-    assert ran == [("GRASP", 1), ("plain SVD", 1)]
+    assert ran == [("GRASP, one sweep", 1), ("plain SVD", 1)]
     assert output.read_text(encoding="utf-8").startswith(before)
     assert " ± " in result.output
 
@@ -102,6 +102,6 @@ def test_an_unknown_method_is_refused_before_anything_runs(model: Path, tmp_path
 
 
 def test_seeds_come_one_after_the_other() -> None:
-    order = list(missing({}, ["a", "b"], [0.1, 0.2], 2))
+    order = list(missing({}, ["a", "b"], [0.1, 0.2], [0, 1]))
     assert order[:4] == [("a", 0.1, 0), ("b", 0.1, 0), ("a", 0.2, 0), ("b", 0.2, 0)]
     assert len(order) == 8
