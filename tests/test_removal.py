@@ -82,7 +82,9 @@ def assert_whole(model: PreTrainedModel, folder: Path) -> None:
     reloaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     assert reloaded.config.num_hidden_layers == len(decoder(model).layers)
-    torch.testing.assert_close(logits(reloaded), logits(model), rtol=0, atol=0)
+    torch.testing.assert_close(reloaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    # Equal weights at other addresses: on some processors matrix products round otherwise then, Mixtral's for one.
+    torch.testing.assert_close(logits(reloaded), logits(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
