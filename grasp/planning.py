@@ -34,7 +34,9 @@ from grasp.selection import (
 from grasp_kernels.packing import RANK_MULTIPLE
 
 HELD_OUT = 8  # one batch in so many decides between candidates
-SCALES = (1.0, 2.0, 4.0, 1e6)  # of the loss that removing a layer adds; at the last it goes where nothing else will do
+# Of the measured loss that removing a layer adds, against the predicted one of ranks, which is often too low; at the
+# last a layer goes where nothing else will do. See docs/latency.md.
+SCALES = (0.5, 1.0, 2.0, 1e6)
 
 Choice = Mapping[str, Tensor]  # indices, importance, spectrum; U, S and Vh of the groups kept; or why none: ``LEFT``
 LEFT = {
@@ -288,8 +290,8 @@ def candidates(
 ) -> dict[str, Candidate]:
     """For each plan the ways to keep to its budget, by name: one, or where layers may go several.
 
-    How measured losses of layers compare with predicted ones of ranks, and how those of several layers add up, is not
-    known: so the former are taken ``SCALES`` times. Only measuring the results can tell which is best.
+    Losses of layers are measured, those of ranks predicted, by how much too low is not known: so the former are taken
+    ``SCALES`` times. Only measuring the results can tell which is best.
 
     Args:
         choices: the groups of each linear that can be kept, with the importance of all.

@@ -196,3 +196,12 @@ def test_memory_of_a_real_model_is_kept_within_the_estimate(
     assert ran.returncode == 0, ran.stderr
     measured, expected = json.loads(ran.stdout.splitlines()[-1])
     assert measured <= expected <= 2.5 * measured
+
+
+@pytest.mark.parametrize("target", [{"target_latency": 0.5}, {"compression_ratio": 0.1, "scope": "model"}])
+def test_all_layers_are_counted_where_the_target_or_the_scope_may_take_them_all(target: dict[str, Any]) -> None:
+    everything: dict[str, Any] = {"basis": "kfac", "metric": "magnitude", "allocation": "global"}
+    config = GraspConfig(**everything, schedule="single-sweep", **target)
+    made = estimate(job(tiny_model("llama").config, config))
+    assert made.layers == (0, 1, 2)
+    assert [sweep.linears for sweep in made.sweeps] == [21]
