@@ -155,11 +155,8 @@ METHODS: dict[str, Method] = {
     "uniform kfac": compressed(basis="kfac", metric="magnitude", scope="model", **_SINGLE),
     "global kfac, redundant": compressed(basis="kfac", metric="magnitude", scope="redundant", **_GLOBAL),
     "global kfac, model": compressed(basis="kfac", metric="magnitude", scope="model", **_GLOBAL),
-    "global kfac, redundant, refit": compressed(
-        basis="kfac", metric="magnitude", scope="redundant", refit=True, **_GLOBAL
-    ),
     "global kfac, model, refit": compressed(basis="kfac", metric="magnitude", scope="model", refit=True, **_GLOBAL),
-    "best": compressed(**GraspConfig.PRESETS["best"]),
+    "global kfac, auto, refit": compressed(basis="kfac", metric="magnitude", scope="auto", refit=True, **_GLOBAL),
 }
 
 

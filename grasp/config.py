@@ -165,8 +165,10 @@ class GraspConfig:
                 f"a global budget compares scores of different matrices, and metric={self.metric!r} in the "
                 f"{self.basis} basis is not in units of loss; take fisher or taylor, or magnitude in the kfac basis"
             )
-        if self.allocation == "global" and self.threshold_ratio is not None:
-            raise ValueError("threshold_ratio sets ranks matrix by matrix; it excludes allocation='global'")
+        if self.decides_together and self.threshold_ratio is not None:
+            raise ValueError(
+                "threshold_ratio sets ranks matrix by matrix; it excludes allocation='global' and scope='auto'"
+            )
         if self.target_latency is not None and self.allocation != "global":
             raise ValueError("target_latency is reached by ranks of different matrices; it needs allocation='global'")
         if self.remove_layers and self.allocation != "global":

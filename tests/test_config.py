@@ -71,6 +71,10 @@ def test_is_frozen() -> None:
             {"allocation": "global", "schedule": "single-sweep", "threshold_ratio": 0.5, "num_layers": 1},
             "threshold_ratio sets ranks matrix by matrix",
         ),
+        (
+            {"scope": "auto", "schedule": "single-sweep", "threshold_ratio": 0.5, "num_layers": 1},
+            "it excludes allocation='global' and scope='auto'",
+        ),
         ({"num_layers": -3}, "num_layers must be an integer from 0 up, got -3"),
         ({"num_layers": 2.0}, "got 2.0"),
         ({"num_layers": True}, "got True"),
