@@ -165,6 +165,23 @@ class StudyResult:
 
 
 @dataclass(frozen=True)
+class StudyLatency:
+    """How fast the model of a study's cell decodes one sequence, ``benchmarks/study_latency.py``."""
+
+    kind: ClassVar[str] = "study_latency"
+    model: str
+    method: str
+    ratio: float  # of the decoder's parameters; 0 is the dense model
+    seed: int
+    dtype: str
+    new_tokens: int  # decoding steps of each turn
+    inter_token_ms: Percentiles
+    spread: float  # distance between the quartiles of the turns, fraction of the median
+    of_dense: float  # time over the dense model's, turn by turn, median
+    conditions: Conditions
+
+
+@dataclass(frozen=True)
 class NotMeasured:
     """What a benchmark left out, and why. What does not apply is ``None``."""
 
@@ -181,9 +198,9 @@ class NotMeasured:
     batch_size: int | None = None
 
 
-Record = OpResult | ModelResult | CompressResult | StudyResult | NotMeasured
+Record = OpResult | ModelResult | CompressResult | StudyResult | StudyLatency | NotMeasured
 KINDS: dict[str, type[Record]] = {
-    record.kind: record for record in (OpResult, ModelResult, CompressResult, StudyResult, NotMeasured)
+    record.kind: record for record in (OpResult, ModelResult, CompressResult, StudyResult, StudyLatency, NotMeasured)
 }
 
 

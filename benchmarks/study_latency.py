@@ -1,0 +1,169 @@
+"""How fast the models of a study decode, one sequence at a time: all cells of a ratio and a seed in turn.
+
+Time depends on shapes alone, so a cell's model is made again from its ranks and removed layers, with factors that are
+random. Before any is timed, each low-rank linear of each model is compared with the product of its factors.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+# Run as a file, only its own folder is on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from grasp.architecture import first_device, layer_targets, replace_module_
+from grasp.bench.conditions import Conditions, conditions, measure_card
+from grasp.bench.model import percentiles
+from grasp.bench.results import StudyLatency, StudyResult, append_results, check_output, read_results
+from grasp.bench.timing import Sample
+from grasp.errors import GraspError, ResultsError
+from grasp.evaluate import GenerationTime, time_generation
+from grasp.loading import BUILTIN, load_model
+from grasp.modules import LowRankLinear, dense_shape, group_linears_
+from grasp.removal import remove_layers_
+
+DENSE = "dense"
+TOLERANCE = 0.02  # relative and norm-wise; bf16 rounds the product of the input with Vh, and the result
+
+
+@torch.no_grad()
+def rebuild_(model: PreTrainedModel, cell: StudyResult) -> None:
+    """Give a dense model the shapes that a cell's has.
+
+    Raises:
+        ResultsError: if the model has no such linear or layer.
+    """
+    linears = {target.name: target.module for layer in _layers(model) for target in layer_targets(model, layer)[0]}
+    if unknown := sorted(set(cell.ranks) - set(linears)):
+        raise ResultsError(f"the model has no {unknown[0]}, which {cell.method} made low-rank; give the study's model")
+    for name, rank in cell.ranks.items():
+        n, k = dense_shape(linears[name])
+        weight, bias = linears[name].weight, linears[name].bias is not None
+        replace_module_(model, name, LowRankLinear(k, n, rank, bias, device=weight.device, dtype=weight.dtype))
+    group_linears_(model)
+    remove_layers_(model, cell.removed_layers)
+
+
+def _layers(model: PreTrainedModel) -> range:
+    return range(model.config.get_text_config(decoder=True).num_hidden_layers)
+
+
+@torch.inference_mode()
+def require_right(model: PreTrainedModel, method: str) -> None:
+    """Raise unless every low-rank linear computes the product of its factors, for one token.
+
+    Raises:
+        ResultsError: with the linear and how far it is off.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            x = torch.randn(1, 1, module.in_features).to(module.U)
+            expected = x.double() @ module.Vh.double().mT @ module.U.double().mT
+            if module.bias is not None:
+                expected += module.bias.double()
+            off = float((module(x).double() - expected).norm() / expected.norm())
+            if not off <= TOLERANCE:
+                raise ResultsError(f"{name} of {method} is off by {off:.1e}, at most {TOLERANCE:.0e} is allowed")
+
+
+def take_turns(
+    models: Mapping[str, PreTrainedModel], repeats: int, prompt_tokens: int, new_tokens: int
+) -> dict[str, list[GenerationTime]]:
+    """Times of each model, in turn, each turn starting with another; one turn before warms up."""
+    names, times = list(models), {name: list[GenerationTime]() for name in models}
+    for turn in range(repeats + 1):
+        for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
+            took = time_generation(models[name], prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+            if turn:
+                times[name].append(took)
+    return times
+
+
+def measured(
+    cells: Sequence[StudyResult],
+    times: Mapping[str, list[GenerationTime]],
+    dtype: str,
+    new_tokens: int,
+    now: Conditions,
+) -> Iterator[StudyLatency]:
+    """The results of one ratio, the dense model's first."""
+    dense = Sample(tuple(each.decode_s for each in times[DENSE]))
+    first = dataclasses.replace(cells[0], method=DENSE, ratio=0.0)
+    for cell in (first, *cells):
+        decode = Sample(tuple(each.decode_s for each in times[cell.method]))
+        yield StudyLatency(
+            model=cell.setting.model,
+            method=cell.method,
+            ratio=cell.ratio,
+            seed=cell.seed,
+            dtype=dtype,
+            new_tokens=new_tokens,
+            inter_token_ms=percentiles([step for each in times[cell.method] for step in each.steps_s]),
+            spread=decode.spread,
+            of_dense=1 / decode.speedup_over(dense),
+            conditions=now,
+        )
+
+
+def table(results: Sequence[StudyLatency]) -> Table:
+    """One row per model."""
+    shown = Table("method", "removed", "ms per token", "of dense", "spread")
+    for each in results:
+        numbers = (f"{each.inter_token_ms.p50:.2f}", f"{each.of_dense:.3f}", f"{each.spread:.1%}")
+        shown.add_row(each.method, f"{each.ratio:.1%}", *numbers)
+    return shown
+
+
+def main(
+    study: Annotated[Path, typer.Argument(help="Its JSON lines.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON lines, added to what is there.")],
+    model: Annotated[str, typer.Option(help="The study's model.")] = BUILTIN,
+    ratios: Annotated[list[float] | None, typer.Option(help="Of the study. Default: all.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the study.")] = 0,
+    dtype: Annotated[str, typer.Option(help="In which the models decode.")] = "bfloat16",
+    prompt_tokens: Annotated[int, typer.Option(help="Before the first token.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Decoded after it.")] = 24,
+    repeats: Annotated[int, typer.Option(help="Turns of each model.")] = 9,
+    threads: Annotated[int | None, typer.Option(help="Default: PyTorch's.")] = None,
+) -> None:
+    """Time the models of a study."""
+    console = Console(stderr=True)
+    try:
+        check_output(output)
+        cells = [cell for cell in read_results(study) if isinstance(cell, StudyResult) and cell.seed == seed]
+        if threads is not None:
+            torch.set_num_threads(threads)
+        dense, _ = load_model(model, dtype=dtype)
+        now = conditions(measure_card(first_device(dense), dense.dtype), first_device(dense))
+        for ratio in ratios or sorted({cell.ratio for cell in cells if cell.ratio}):
+            chosen = [cell for cell in cells if cell.ratio == ratio]
+            if not chosen:
+                raise ResultsError(f"{study} has no cell of ratio {ratio} and seed {seed}")
+            models = {DENSE: dense}
+            for cell in chosen:
+                models[cell.method] = copy.deepcopy(dense)
+                rebuild_(models[cell.method], cell)
+                require_right(models[cell.method], cell.method)
+            times = take_turns(models, repeats, prompt_tokens, new_tokens)
+            results = list(measured(chosen, times, dtype, new_tokens, now))
+            append_results(output, results)
+            Console().print(table(results))
+    except GraspError as error:
+        console.print(f"error: {error}", soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner, Result
+
+from benchmarks import study_latency
+from benchmarks.study_latency import main, rebuild_, require_right
+from grasp.bench import conditions
+from grasp.bench.results import StudyLatency, append_results, read_results
+from grasp.errors import ResultsError
+from grasp.modules import LowRankLinear
+from tests.bench.records import record
+from tests.command_line import save_tiny_model
+from tests.tiny_models import tiny_model
+
+LOW = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conditions that cost nothing to measure."""
+    monkeypatch.setattr(conditions, "READ_BYTES", 1 << 16)
+    monkeypatch.setattr(conditions, "MATMUL_SIZE", {"cpu": 16, "cuda": 16})
+
+
+def cell(method: str, **values: Any) -> Any:
+    empty: dict[str, Any] = {"ranks": {}, "removed_layers": (), "ratio": 0.2, "seed": 0}
+    return record("study", method=method, **{**empty, **values})
+
+
+def run(model: Path, output: Path, *cells: Any, arguments: tuple[str, ...] = ()) -> Result:
+    append_results(output.parent / "study.jsonl", cells)
+    app = typer.Typer()
+    app.command()(main)
+    sizes = ["--prompt-tokens", "3", "--new-tokens", "2", "--repeats", "2"]
+    words = [str(output.parent / "study.jsonl"), "-o", str(output), "--model", str(model), *sizes, *arguments]
+    return CliRunner().invoke(app, words)
+
+
+def test_the_models_of_a_ratio_are_timed_with_the_dense_one(tmp_path: Path) -> None:
+    model, output = save_tiny_model(tmp_path / "model"), tmp_path / "latency.jsonl"
+    cells = [
+        cell("low", ranks={LOW: 3}),
+        cell("gone", removed_layers=(1,)),
+        cell("other", seed=1),
+        cell("dense", ratio=0.0),
+    ]
+    result = run(model, output, *cells)
+    assert result.exit_code == 0, result.output
+    found = [each for each in read_results(output) if isinstance(each, StudyLatency)]
+    assert [(each.method, each.ratio) for each in found] == [("dense", 0.0), ("low", 0.2), ("gone", 0.2)]
+    assert found[0].of_dense == 1
+    assert all(each.inter_token_ms.p50 > 0 and each.of_dense > 0 for each in found)
+
+
+def test_a_rebuilt_model_has_the_cells_shapes() -> None:
+    model = tiny_model("llama")
+    depth = len(model.model.layers)
+    rebuild_(model, cell("both", ranks={LOW: 3}, removed_layers=(0,)))
+    assert len(model.model.layers) == depth - 1
+    module = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert isinstance(module, LowRankLinear)
+    assert module.rank == 3
+    require_right(model, "both")
+
+
+def test_a_model_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    rebuild_(model, cell("low", ranks={LOW: 3}))
+    monkeypatch.setattr(LowRankLinear, "forward", lambda self, x: torch.ones(*x.shape[:-1], self.out_features))
+    with pytest.raises(ResultsError, match=f"{LOW} of low is off by"):
+        require_right(model, "low")
+
+
+def test_another_model_than_the_studys_is_refused(tmp_path: Path) -> None:
+    model, output = save_tiny_model(tmp_path / "model"), tmp_path / "latency.jsonl"
+    result = run(model, output, cell("low", ranks={"model.layers.99.up": 3}))
+    assert result.exit_code == 2
+    assert "has no model.layers.99.up" in " ".join(result.output.split())
+    assert not output.exists()
+
+
+def test_a_ratio_that_was_not_studied_is_refused(tmp_path: Path) -> None:
+    model, output = save_tiny_model(tmp_path / "model"), tmp_path / "latency.jsonl"
+    result = run(model, output, cell("low"), arguments=("--ratios", "0.5"))
+    assert result.exit_code == 2
+    assert "no cell of ratio 0.5" in " ".join(result.output.split())
+    assert study_latency.DENSE not in result.output
