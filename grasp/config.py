@@ -83,7 +83,7 @@ class GraspConfig:
             "basis": "kfac",
             "metric": "magnitude",
             "allocation": "global",
-            "scope": "auto",
+            "scope": "model",
             "refit": True,
             "schedule": "single-sweep",
         },
@@ -125,12 +125,15 @@ class GraspConfig:
     def preset(cls, name: str, **overrides: Any) -> GraspConfig:
         """A named configuration with some fields changed.
 
+        Where layers, or their number, are given, they are the scope, unless another one is given as well.
+
         Raises:
             ValueError: if there is no such preset or field, or a value is out of range.
         """
         if name not in cls.PRESETS:
             raise ValueError(f"preset must be one of {', '.join(cls.PRESETS)}, got {name!r}")
-        return cls.from_dict({**cls.PRESETS[name], **overrides})
+        named = {"scope": "redundant"} if {"layers", "num_layers"} & set(overrides) else {}
+        return cls.from_dict({**cls.PRESETS[name], **named, **overrides})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GraspConfig:

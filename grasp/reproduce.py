@@ -23,7 +23,7 @@ def command(report: CompressionReport, output: str) -> list[str] | None:
     processes = int(request.get("processes", 1))
     start = ["grasp"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes), "-m", "grasp"]
     asked = {name: value for name, value in request.items() if name not in _NOT_OPTIONS}
-    options = _options({**report.config, **asked})
+    options = _options({"preset": "paper", **report.config, **asked})  # in which all that is left out is off
     return [*start, "compress", str(request["model"]), "-o", output, *options]
 
 

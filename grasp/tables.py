@@ -227,7 +227,7 @@ def show_demo(result: Demo) -> None:
     for finding in result.findings:
         print_text(f"- {finding}")
     print_text(
-        f"\n{result.output} has the GRASP checkpoint, report.json and demo.json; took {conditions['seconds']:.0f} s."
+        f"\n{result.output} has the best checkpoint, report.json and demo.json; took {conditions['seconds']:.0f} s."
     )
 
 

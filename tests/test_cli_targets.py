@@ -56,7 +56,7 @@ def test_bytes_are_a_target_with_a_unit(main: RunMain, model: Path, text: Path, 
     ("arguments", "message"),
     [
         (("--target-bytes", "many"), "bytes must be a number such as 200MB"),
-        (("--target-latency", 0.5), "it needs allocation='global'"),
+        (("--target-latency", 0.5, "--preset", "paper"), "it needs allocation='global'"),
         (
             ("--target-latency", 0.5, *GLOBAL, "--costs", "H9000"),
             "costs must be a file that grasp bench costs wrote, or a",

@@ -111,3 +111,9 @@ def test_unknown_preset_and_key_are_refused() -> None:
         GraspConfig.preset("papers")
     with pytest.raises(ValueError, match="unknown configuration keys ratio; expected some of layers"):
         GraspConfig.preset("paper", ratio=0.1)
+
+
+def test_the_best_preset_compresses_the_layers_that_are_named() -> None:
+    assert GraspConfig.preset("best", compression_ratio=0.1).scope == "model"
+    assert GraspConfig.preset("best", num_layers=2).scope == "redundant"
+    assert GraspConfig.preset("best", layers=(1,), scope="auto").scope == "auto"

@@ -19,8 +19,8 @@ def compress(
         Path, typer.Option("--output", "-o", help="Folder for the checkpoint; new or empty.", show_default=False)
     ],
     preset: Annotated[
-        str, typer.Option(help="Where the settings start: paper (arXiv 2501.00339), or best: the least perplexity.")
-    ] = "paper",
+        str, typer.Option(help="Where the settings start: best, the least perplexity; or paper (arXiv 2501.00339).")
+    ] = "best",
     compression_ratio: Annotated[
         float | None, typer.Option(help="Fraction of the whole model's parameters to remove. Paper: 0.2.")
     ] = None,
@@ -103,26 +103,22 @@ def compress(
 
     [bold]Examples[/bold]
 
-    [dim]Remove a fifth of the parameters, as in the paper:[/dim]
+    [dim]Remove a tenth of the parameters; a quick try, offline:[/dim]
 
-    $ grasp compress meta-llama/Llama-3.1-8B-Instruct -o small --num-samples 512 --calibration wikitext2
+    $ grasp compress builtin -o small --compression-ratio 0.1 --num-samples 24
 
-    [dim]A quick try, offline:[/dim]
+    [dim]Remove a fifth, as in the paper:[/dim]
 
-    $ grasp compress builtin -o small --num-layers 2 --num-samples 8
+    $ grasp compress meta-llama/Llama-3.1-8B-Instruct -o small --preset paper --num-samples 512 --calibration wikitext2
 
     [dim]Layers of your choice, your own text:[/dim]
 
     $ grasp compress ./my-model -o small --layers 3,12-17 --retain-ratio 0.3 --calibration corpus.txt
 
-    [dim]The least perplexity that is known how to reach without training:[/dim]
-
-    $ grasp compress builtin -o small --preset best --compression-ratio 0.1 --num-samples 24
-
     [dim]Decoding in 80 % of the time on this machine, or on an H100:[/dim]
 
-    $ grasp compress builtin -o fast --preset best --target-latency 0.8 --num-samples 24
-    $ grasp compress ./my-model -o fast --preset best --target-latency 0.8 --costs H100
+    $ grasp compress builtin -o fast --target-latency 0.8 --num-samples 24
+    $ grasp compress ./my-model -o fast --target-latency 0.8 --costs H100
 
     [dim]What that would take, in time and memory, without reading the weights:[/dim]
 

@@ -18,7 +18,7 @@ def demo(
     ] = Path("demo"),
     as_json: Json = False,
 ) -> None:
-    """Compress SmolLM2-135M and compare: dense, layers removed, GRASP, plain SVD. Minutes, offline.
+    """Compress SmolLM2-135M and compare: dense, best, layers removed, GRASP, plain SVD. Minutes, offline.
 
     [bold]Example[/bold]
 
