@@ -51,3 +51,7 @@ class ResultsError(GraspError, ValueError):
 
 class CostTableError(GraspError, ValueError):
     """A table of decode costs cannot be read, or is not for this model."""
+
+
+class TaskError(GraspError, ValueError):
+    """A task of lm-eval is not known, or its documents are missing, unreadable or out of reach."""

