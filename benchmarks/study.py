@@ -50,6 +50,7 @@ from grasp.removal import remove_layers_
 from grasp.report import CompressionReport, model_size
 from grasp.resume import NoState
 from grasp.selection import redundant_layers
+from grasp.tasks import evaluate_tasks
 
 _GLOBAL: dict[str, Any] = {"allocation": "global", "schedule": "single-sweep"}
 _SINGLE: dict[str, Any] = {"schedule": "single-sweep"}
@@ -163,9 +164,9 @@ METHODS: dict[str, Method] = {
 class Bench:
     """The dense model, and the text that its compressed forms are measured on."""
 
-    def __init__(self, setting: Setting, memory: Path) -> None:
+    def __init__(self, setting: Setting, memory: Path, documents: str | None) -> None:
         self.model, self._tokenizer = load_model(setting.model, dtype="float32")
-        self.setting, self._memory = setting, memory
+        self.setting, self._memory, self._documents = setting, memory, documents
         self.size = model_size(self.model, decoder(self.model).layers)
         self._bos = bos_for(self._tokenizer)
         self._known: dict[int, CalibrationSet] = {}
@@ -208,6 +209,7 @@ class Bench:
             measured = perplexity(
                 model, self._tokens, window=self.setting.window, batch_size=4, bos_token_id=self._bos
             ).perplexity
+            accuracy = self._accuracy(model)
         after = model_size(model, decoder(model).layers)
         return Cell(
             method=method,
@@ -223,7 +225,16 @@ class Bench:
             ranks=outcome.ranks,
             scope=outcome.scope,
             conditions=now,
+            accuracy=accuracy,
         )
+
+    def _accuracy(self, model: PreTrainedModel) -> dict[str, float]:
+        if not self.setting.tasks:
+            return {}
+        found = evaluate_tasks(
+            model, self._tokenizer, self.setting.tasks, self._documents, self.setting.limit, batch_size=8
+        )
+        return {task: float(found["results"][task]["acc,none"]) for task in self.setting.tasks}
 
 
 def read_cells(path: Path, setting: Setting) -> dict[tuple[str, float, int], Cell]:
@@ -254,6 +265,18 @@ def table(cells: Mapping[tuple[str, float, int], Cell]) -> Table:
         if any(row):
             seconds = [cell.cpu_seconds for found in row for cell in found]
             result.add_row(method, *map(_excess, row), f"{statistics.median(seconds):.0f}")
+    return result
+
+
+def accuracies(cells: Mapping[tuple[str, float, int], Cell]) -> Table:
+    """Mean accuracy over the seeds of each task, for each method and ratio."""
+    tasks = next(iter(cells.values())).setting.tasks
+    result = Table("method", "removed", *tasks, title="accuracy")
+    for method in ("dense", *METHODS):
+        for ratio in sorted({ratio for name, ratio, _ in cells if name == method}):
+            found = [cell for (name, r, _), cell in cells.items() if (name, r) == (method, ratio)]
+            means = (statistics.mean(cell.accuracy[task] for cell in found) for task in tasks)
+            result.add_row(method, f"{found[0].removed:.1%}", *(f"{mean:.3f}" for mean in means))
     return result
 
 
@@ -290,6 +313,9 @@ def main(
     window: Annotated[int, typer.Option(help="Tokens of the text that the model sees at once.")] = 512,
     windows: Annotated[int | None, typer.Option(help="How many of them. Default: the whole text.")] = None,
     dtype: Annotated[str, typer.Option(help="Run the model in bfloat16 or float32.")] = "float32",
+    tasks: Annotated[list[str] | None, typer.Option(help="Of lm-eval, measured as well.")] = None,
+    tasks_from: Annotated[str | None, typer.Option(help="As `grasp evaluate` takes it. Default: the hub.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task. Default: all.")] = None,
     memory: Annotated[Path, typer.Option(help="Folder for statistics, gigabytes.")] = Path("study-memory"),
 ) -> None:
     """Run the cells of a study that are missing, and print the table."""
@@ -298,12 +324,14 @@ def main(
     if unknown := sorted(set(wanted) - set(METHODS)):
         raise typer.BadParameter(f"unknown methods {', '.join(unknown)}; expected some of {', '.join(METHODS)}")
     setting = Setting(
-        *(_name(model), _name(calibration), _name(text), num_samples, seq_len, batch_size, window, windows, dtype)
+        *(_name(model), _name(calibration), _name(text), num_samples, seq_len, batch_size, window, windows, dtype),
+        tasks=tuple(tasks or ()),
+        limit=limit,
     )
     sources = dataclasses.replace(setting, model=model, calibration=calibration, text=text)
     try:
         cells = read_cells(output, setting)
-        bench = Bench(sources, memory)
+        bench = Bench(sources, memory, tasks_from)
         device = first_device(bench.model)
         now = conditions(measure_card(device, torch.float32), device)
         if ("dense", 0.0, 0) not in cells:
@@ -317,6 +345,8 @@ def main(
         console.print(f"error: {error}", soft_wrap=True)
         raise typer.Exit(2) from error
     Console().print(table(cells))
+    if tasks:
+        Console().print(accuracies(cells))
 
 
 def _name(source: str) -> str:

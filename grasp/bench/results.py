@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 from grasp.bench.conditions import Conditions
 from grasp.errors import ResultsError
 
-SCHEMA_VERSION = 1  # of all kinds; it grows when a field is added, removed or given another meaning
+SCHEMA_VERSION = 1  # of all kinds; it grows when a field is removed, given another meaning, or added with no default
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,8 @@ class StudySetting:
     window: int
     windows: int | None  # of the text that are evaluated; ``None`` for all
     dtype: str  # in which the model is run over both texts; compressed weights are fp32 until then
+    tasks: tuple[str, ...] = ()  # of lm-eval
+    limit: int | None = None  # documents of each; ``None`` for all
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ class StudyResult:
     ranks: Mapping[str, int]  # of the linears that are low-rank
     scope: str | None
     conditions: Conditions
+    accuracy: Mapping[str, float] = field(default_factory=dict)  # lm-eval's ``acc`` of each task
 
 
 @dataclass(frozen=True)
@@ -299,10 +302,10 @@ def _typed(expected: Any, value: Any, name: str) -> Any:
 def _dataclass(expected: type, value: Any, name: str) -> Any:
     if not isinstance(value, Mapping):
         raise _MismatchError(f"{name} is {value!r}, which is no object")
-    known = {field.name: field for field in fields(expected)}
+    known = {each.name: each for each in fields(expected)}
     if unknown := sorted(set(value) - set(known)):
         raise _MismatchError(f"{name} has no field {unknown[0]!r}")
-    required = {key for key, field in known.items() if field.default is MISSING}
+    required = {key for key, each in known.items() if each.default is MISSING and each.default_factory is MISSING}
     if missing := sorted(required - set(value)):
         raise _MismatchError(f"{name} lacks the field {missing[0]!r}")
     types_of = _hints(expected)

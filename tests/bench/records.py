@@ -23,6 +23,7 @@ CONDITIONS = Conditions(
 )
 _PLAIN: dict[str, Any] = {"str": "a", "int": 3, "float": 0.5, "bool": True, "Conditions": CONDITIONS}
 _OWN: dict[str, Any] = {
+    "Mapping[str, float]": {"a": 0.5},
     "tuple[int, ...]": (1, 2),
     "Mapping[str, int]": {"a": 1},
     "Percentiles": Percentiles(1.0, 2.0, 3.0),

@@ -76,6 +76,19 @@ def test_a_study_is_continued_cell_by_cell(model: Path, tmp_path: Path, monkeypa
     assert " ± " in result.output
 
 
+def test_tasks_are_measured_where_they_are_asked_for(model: Path, tmp_path: Path) -> None:
+    question = {"query": "Question: is it?\nAnswer:", "choices": ["yes", "no it is not"], "gold": 0}
+    (tmp_path / "piqa.jsonl").write_text(f"{json.dumps(question)}\n" * 3, encoding="utf-8")
+    output = tmp_path / "study.jsonl"
+    options = ("--methods", "plain SVD", "--ratios", "0.3", "--seeds", "0")
+    tasks = ("--tasks", "piqa", "--tasks-from", str(tmp_path), "--limit", "2")
+    result = run(model, output, *options, *tasks)
+    assert result.exit_code == 0, result.output
+    assert [cell["accuracy"] for cell in cells(output)] in ([{"piqa": a}, {"piqa": b}] for a in (0, 1) for b in (0, 1))
+    assert "accuracy" in result.output
+    assert run(model, output, *options).exit_code == 2  # one without tasks is another study
+
+
 def test_a_file_of_another_study_is_refused_and_left_as_it_is(model: Path, tmp_path: Path) -> None:
     output = tmp_path / "study.jsonl"
     options = ("--methods", "plain SVD", "--ratios", "0.3", "--seeds", "1")
