@@ -14,21 +14,26 @@ from transformers import PreTrainedConfig
 
 from grasp.architecture import Target, decoder
 from grasp.attribution import gradient_route, plan_sweeps, sweep_name
+from grasp.basis import BASES
 from grasp.calibration import require_sizes
 from grasp.compress import check_layers, eligible_targets, require_positions
 from grasp.config import GraspConfig
+from grasp.covariance import covariance_bytes
 from grasp.loss import LOGITS_BYTES
 from grasp.modules import dense_shape
 from grasp.planning import ceilings, choose_plans, find_prices
 from grasp.rates import Rates, svd_flops
 from grasp.redundancy import Redundancy
 from grasp.report import model_size
+from grasp.scoring import METRICS
 from grasp.selection import Shape, break_even_rank
 from grasp.trace import LayerCost, Tracer
 from grasp_kernels.routes import BLOCK_ROWS, dense_flops, factored_flops
 
 # Workspaces of libraries, and what glibc keeps of a heap that shrinks: up to 64 MiB (M_TRIM_THRESHOLD at its largest).
 LIBRARY_BYTES = 2**26
+# Of a layer, for each batch: dense, low-rank, and up to each of its inputs once more.
+REFIT_PASSES = 3.5
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,9 @@ class Flops:
     block_influence: int = 0
     prefix: int = 0  # up to the redundant layers, once
     sweeps: int = 0  # forward and backward in activations, the head included
-    statistics: int = 0  # gradients in the singular values
+    statistics: int = 0  # gradients in the singular values, covariances
     svd: int = 0
+    refit: int = 0
 
     @property
     def total(self) -> int:
@@ -117,7 +123,7 @@ class Estimate:
 
     def seconds(self, rates: Rates) -> float:
         """Time at the given rates. All but matrix products and decompositions is left out."""
-        passes = self.flops.block_influence + self.flops.prefix + self.flops.sweeps
+        passes = self.flops.block_influence + self.flops.prefix + self.flops.sweeps + self.flops.refit
         return passes / rates.sweeps + self.flops.statistics / rates.statistics + self.flops.svd / rates.svd
 
     def to_dict(self) -> dict[str, Any]:
@@ -198,6 +204,8 @@ class _Planner:
         self._tokens = self._batch_size * job.seq_len  # of a batch
         self._itemsize = job.sweep_dtype.itemsize
         self._layers = decoder(tracer.model).layers
+        self._wide = max(4, job.dtype.itemsize)  # bytes of a number in a sum
+        self._form, self._moment = BASES[job.config.basis], METRICS[job.config.metric].moment
         check_layers(job.config, len(self._layers))
         self._targets = eligible_targets(tracer.model)[0]
         self._total = model_size(tracer.model, self._layers)
@@ -241,9 +249,10 @@ class _Planner:
             flops=Flops(
                 block_influence=sum(map(forward, range(len(self._layers)))),
                 prefix=sum(map(forward, range(max(entries, default=0)))),
-                sweeps=sum(plan.flops for plan in plans),
-                statistics=sum(statistics_flops(dense_shape(t.module), self._all_tokens) for t in ranks),
+                sweeps=self._times_swept * sum(plan.flops for plan in plans),
+                statistics=self._statistics_flops(list(ranks)),
                 svd=sum(svd_flops(dense_shape(t.module)) for t in ranks),
+                refit=self._refit_flops(list(ranks)) if config.refit else 0,
             ),
             fewest=0,
             most=0,
@@ -255,6 +264,29 @@ class _Planner:
     @property
     def _all_tokens(self) -> int:
         return self._job.num_samples * self._job.seq_len
+
+    @property
+    def _times_swept(self) -> int:
+        """How often the calibration set is swept for the same linears: for covariances, and for moments."""
+        return self._form.inputs + (self._moment != "none")
+
+    def _statistics_flops(self, targets: Sequence[Target]) -> int:
+        tokens, moments = self._all_tokens, 0
+        if self._moment != "none":
+            moments = sum(statistics_flops(shape, tokens) for shape in _shapes(targets))
+        covariances = covariance_bytes(targets, outputs=self._form.outputs) if self._form.inputs else 0
+        return moments + tokens * covariances // self._wide  # half of each is computed, and mirrored
+
+    def _refit_flops(self, targets: Sequence[Target]) -> int:
+        layers = range(min(target.layer for target in targets), max(target.layer for target in targets) + 1)
+        products = 2 * 2 * self._all_tokens * covariance_bytes(targets, outputs=False) // self._wide
+        return int(REFIT_PASSES * sum(map(self._forward_flops, layers))) + products
+
+    def _statistics_bytes(self, targets: Sequence[Target]) -> int:
+        """The sums of the linears of one sweep."""
+        if self._form.inputs:
+            return covariance_bytes(targets, outputs=self._form.outputs)
+        return self._wide * _statistics_numbers(_shapes(targets), self._all_tokens)
 
     def _rank(self, target: Target, rank: int) -> int:
         return rank if self._job.config.threshold_ratio is None else break_even_rank(dense_shape(target.module))
@@ -311,17 +343,17 @@ class _Planner:
         bytes_of_a_batch: Sequence[tuple[int, int]],
         entries: int,
     ) -> Memory:
-        job, wide, all_tokens = self._job, max(4, self._job.dtype.itemsize), self._all_tokens
+        job, all_tokens = self._job, self._all_tokens
         factors = sum(rank * (n + k) for (n, k), rank in zip(_shapes(list(ranks)), ranks.values(), strict=True))
         activations, temporaries = max(bytes_of_a_batch, key=sum)
         logits = self._logits_bytes() + 3 * self._states_bytes() if members else 0
         return Memory(
-            statistics=max((wide * _statistics_numbers(_shapes(t), all_tokens) for t in members), default=0),
+            statistics=max(map(self._statistics_bytes, members), default=0),
             activations=activations,
             temporaries=temporaries,
             logits=logits,
             hidden_states=entries * all_tokens * self._width * self._itemsize,
-            svd=max((wide * _svd_numbers(shape) for shape in _shapes(list(ranks))), default=0),
+            svd=max((self._wide * _svd_numbers(shape) for shape in _shapes(list(ranks))), default=0),
             factors=factors * job.dtype.itemsize,
             weights_copy=0 if job.dtype == job.sweep_dtype else self._total.parameters * self._itemsize,
             offloads_hidden_states=job.device.type != "cpu",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -137,6 +137,10 @@ def _refit_layers(
         progress("refit", layer - layers.start + 1, len(layers))
 
 
+class _ReachedError(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
 class _Layer:
     """One decoder layer, run by itself on kept hidden states."""
 
@@ -190,15 +194,27 @@ class _Layer:
             for handle in handles:
                 handle.remove()
 
-    def _inputs(self, index: int, hidden: Tensor, modules: Mapping[Target, nn.Module]) -> dict[Target, Tensor]:
-        with self._noting(index, modules) as found:
-            self._run(index, hidden)
-        return found
+    def _input(self, index: int, hidden: Tensor, module: nn.Module) -> Tensor:
+        """What enters one linear, padding left out; the layer is run up to there."""
+        found: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found.append(Rows(self._batches[index]).of(args[0]))
+            raise _ReachedError
+
+        handle = module.register_forward_pre_hook(stop)
+        try:
+            with suppress(_ReachedError):
+                self._run(index, hidden)
+        finally:
+            handle.remove()
+        return found[0]
 
     def groups(self, members: Mapping[Target, LowRankLinear], hidden: Tensor) -> list[list[Target]]:
         """Linears that are given one input, in the order of the calls."""
         groups: dict[int, list[Target]] = {}
-        found = self._inputs(0, hidden, members)
+        with self._noting(0, members) as found:
+            self._run(0, hidden)
         for target, x in found.items():
             groups.setdefault(id(x), []).append(target)
         return list(groups.values())
@@ -219,7 +235,7 @@ class _Layer:
             for _ in range(2)
         )
         for index in range(len(self._batches)):
-            seen = self._inputs(index, low[index], {target: members[target]})[target].to(device)
+            seen = self._input(index, low[index], members[target]).to(device)
             x = wanted[index][target].to(device)
             with exact_bf16(x, seen):
                 x, seen = widen(x, cross.dtype), widen(seen, cross.dtype)

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +12,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from grasp.compress import compress_
+from grasp.compress import compress_, eligible_targets
 from grasp.config import GraspConfig
+from grasp.covariance import covariance_bytes
 from grasp.errors import CalibrationError, UnsupportedModelError
 from grasp.estimate import Job, estimate
 from grasp.rates import Rates
 from grasp.trace import FLOP_FORMULAS
+from grasp_kernels import products
 from tests import command_line
 from tests.tiny_models import tiny_batches, tiny_model
 
@@ -54,6 +57,32 @@ def test_flops_are_those_that_are_counted_while_compressing(
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         compress_(model, tiny_batches(batches, 2, 64), config)
     assert flops.total - flops.svd == pytest.approx(counter.get_total_flops(), rel=0.005)
+
+
+@pytest.mark.parametrize(("metric", "sweeps"), [("magnitude", 1), ("fisher", 2)])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_bases_that_see_the_tokens_take_covariances_and_perhaps_another_sweep(
+    family: str, metric: str, sweeps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "PANEL", {"cpu": 8})  # these matrices are smaller than a panel
+    model = tiny_model(family)
+    options = {**GraspConfig.PRESETS["best"], "metric": metric, "refit": False}
+    config = GraspConfig(**options, compression_ratio=0.1)
+    made = estimate(job(model.config, config, num_samples=16), 2)
+    targets = [target for found in eligible_targets(model)[0].values() for target in found]
+    assert made.memory.statistics == covariance_bytes(targets)
+    assert made.flops.sweeps == sweeps * sum(plan.flops for plan in made.sweeps)
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        compress_(model, tiny_batches(8, 2, 64), config)
+    assert made.flops.total - made.flops.svd == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_refit_runs_the_layers_a_few_times_more() -> None:
+    config = GraspConfig.preset("best", compression_ratio=0.1)
+    made = estimate(job(tiny_model("llama").config, config))
+    without = estimate(job(tiny_model("llama").config, replace(config, refit=False)))
+    assert made.flops.total - made.flops.refit == without.flops.total
+    assert 3 * made.flops.block_influence < made.flops.refit < 6 * made.flops.block_influence
 
 
 @pytest.mark.parametrize(
@@ -181,6 +210,7 @@ print(json.dumps([1024 * (kilobytes("VmHWM") - before), expected]))
     [
         ({"layers": [27, 28], "retain_ratio": 0.3}, (2, 512, 1)),
         ({"layers": [20], "schedule": "single-sweep", "sweep_dtype": "bfloat16"}, (2, 256, 2)),
+        ({**GraspConfig.PRESETS["best"], "layers": [24, 25, 26, 27, 28, 29], "scope": "redundant"}, (2, 512, 1)),
     ],
 )
 def test_memory_of_a_real_model_is_kept_within_the_estimate(
