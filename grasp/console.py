@@ -92,8 +92,13 @@ def step_bars(*, quiet: bool = False) -> Iterator[StepBars]:
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout; a number that is not finite becomes null, for JSON has no NaN."""
-    sys.stdout.write(json.dumps(_finite(document), indent=2, allow_nan=False) + "\n")
+    """One JSON document on stdout."""
+    sys.stdout.write(json_text(document))
+
+
+def json_text(document: Any) -> str:
+    """One JSON document; a number that is not finite becomes null, for JSON has no NaN."""
+    return json.dumps(_finite(document), indent=2, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -55,3 +55,7 @@ class CostTableError(GraspError, ValueError):
 
 class TaskError(GraspError, ValueError):
     """A task of lm-eval is not known, or its documents are missing, unreadable or out of reach."""
+
+
+class HubError(GraspError, RuntimeError):
+    """The hub refuses an upload, or cannot be reached."""

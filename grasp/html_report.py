@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +12,7 @@ from grasp import reproduce
 from grasp.console import count, layer_ranges, share, size
 from grasp.errors import GraspError, ResultsError
 from grasp.figure_style import require_matplotlib, to_svg
+from grasp.files import write_whole
 from grasp.html_parts import (
     Column,
     command,
@@ -84,7 +83,7 @@ def write_report(directory: Path, output: Path, results: Sequence[Path] = ()) ->
     name = directory.resolve().name
     records = list(_read(results, report, name))
     _require_replaceable(output)
-    _write_whole(output, render(report, name, records))
+    write_whole(output, render(report, name, records))
 
 
 def render(report: CompressionReport, name: str, records: Sequence[Record] = ()) -> str:
@@ -241,15 +240,3 @@ def _require_replaceable(output: Path) -> None:
             raise GraspError(f"{output} exists and is no page of `{GENERATOR}`; give another name")
     elif not output.resolve().parent.is_dir():
         raise GraspError(f"the page cannot be written: there is no folder {output.resolve().parent}; make it first")
-
-
-def _write_whole(output: Path, text: str) -> None:
-    """Write beside ``output``, then take its place: it is complete, or as it was."""
-    temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, output)
-    except OSError as error:
-        raise GraspError(f"writing {output} failed, nothing was changed: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

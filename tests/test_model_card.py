@@ -5,10 +5,11 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -17,7 +18,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from grasp import model_card as module
 from grasp.checkpoint import save_checkpoint
-from grasp.model_card import is_hub_name, model_card, read_license
+from grasp.errors import CheckpointError
+from grasp.model_card import (
+    folder_card,
+    is_hub_name,
+    model_card,
+    read_card,
+    read_license,
+    with_results,
+    without_results,
+)
 from grasp.modules import LowRankLinear
 from tests.tiny_models import tiny_model
 
@@ -113,6 +123,73 @@ def test_licence_is_read_from_the_hub_where_it_can_be_reached(tmp_path: Path, mo
     assert read_license("owner/model") == {"license": "mit"}
     assert read_license("owner/other") == {}
     assert asked == [("owner/model", "README.md"), ("owner/other", "README.md")]
+
+
+PERPLEXITY = {"perplexity": 24.25, "tokens": 4092, "window": 512}
+
+
+def document(parameters: int, *, text: str | None = None, acc: float | None = None) -> dict[str, Any]:
+    """What ``grasp evaluate --json`` prints, as far as a card reads it."""
+    own = {"model": "/home/someone/small", "text": text, "result": PERPLEXITY if text else None}
+    own["size"] = {"parameters": parameters}
+    if acc is None:
+        return own
+    scores = {"name": "piqa", "acc,none": acc, "acc_stderr,none": 0.01, "sample_len": 500}
+    return {"results": {"piqa": scores}, "n-samples": {"piqa": {"effective": 500}}, "n-shot": {"piqa": 0}, "grasp": own}
+
+
+def test_results_are_shown_and_are_the_hubs_model_index(model: PreTrainedModel) -> None:
+    card = model_card(model, base_model="owner/Name-1.5B", license={"license": "mit"}, details="## How\n\nSo.")
+    documents = [
+        document(100, text="/home/someone/text.txt"),
+        document(100, acc=0.625),
+        document(120, text="builtin"),
+        document(7, acc=0.99),
+    ]
+    shown = with_results(card, documents, parameters=100, before=120)
+    data = ModelCard(shown).data
+    assert isinstance(data, ModelCardData)
+    assert data.eval_results is not None
+    assert [(r.dataset_type, r.metric_type, r.metric_value) for r in data.eval_results] == [
+        ("a text", "perplexity", 24.25),
+        ("piqa", "acc", 0.625),
+    ]
+    assert data.model_name == "Name-1.5B, compressed"
+    assert (data.base_model, data.license) == ("owner/Name-1.5B", "mit")
+    assert "| before compression | 4,092 tokens of builtin, windows of 512 | perplexity | 24.250 |\n" in shown
+    assert "| this model | 4,092 tokens of a text, windows of 512 | perplexity | 24.250 |\n" in shown
+    assert "| this model | `piqa` of lm-eval, 500 documents, 0 shots | acc | 0.6250 ± 0.0100 |\n" in shown
+    assert "0.99" not in shown
+    assert "someone" not in shown
+    assert "## How\n\nSo." in shown
+
+
+def test_results_take_the_place_of_earlier_ones_and_can_be_taken_out(model: PreTrainedModel) -> None:
+    card = model_card(model, base_model=None)
+    once = with_results(card, [document(100, acc=0.5)], parameters=100)
+    twice = with_results(once, [document(100, acc=0.75)], parameters=100)
+    assert "0.5000" not in twice
+    assert twice.count("## Evaluation") == 1
+    assert without_results(twice) == card
+    assert without_results("no card at all") == "no card at all"
+
+
+def test_a_number_that_is_not_finite_is_not_shown(model: PreTrainedModel) -> None:
+    broken = document(100, text="builtin")
+    broken["result"] = {**PERPLEXITY, "perplexity": None}
+    card = model_card(model, base_model=None)
+    assert with_results(card, [broken], parameters=100) == card
+
+
+def test_the_card_of_a_folder_says_what_that_of_the_model_says(model: PreTrainedModel, tmp_path: Path) -> None:
+    save_checkpoint(model, tmp_path / "out")
+    assert folder_card(tmp_path / "out", base_model="a/b") == model_card(model, base_model="a/b")
+
+
+@pytest.mark.parametrize("card", ["# No front matter\n", "---\ntags: [a\n---\n# Broken\n", "---\njust text\n---\n"])
+def test_front_matter_that_the_hub_could_not_read_is_refused(card: str) -> None:
+    with pytest.raises(CheckpointError, match="front matter"):
+        read_card(card)
 
 
 @pytest.mark.slow

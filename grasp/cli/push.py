@@ -1,0 +1,40 @@
+"""``grasp push``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grasp.cli.arguments import Json
+from grasp.cli.root import app
+
+
+@app.command()
+def push(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A compressed checkpoint folder.", show_default=False)
+    ],
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a compressed checkpoint to the Hugging Face hub; log in with `hf auth login` first, or set HF_TOKEN.
+
+    The repository is made where it is not there. A folder that is not complete, or has pickled files, is refused. If
+    this fails on the way, the same command continues: what the hub has already is not sent again.
+
+    [bold]Example[/bold]
+
+    $ grasp push small my-name/SmolLM2-135M-small --private
+    """
+    from grasp import console
+    from grasp.push import push as upload
+
+    with console.step_bars() as progress:
+        address = upload(directory, repo_id, private=private, progress=progress)
+    if as_json:
+        console.print_json({"repository": address})
+    else:
+        print(address)
