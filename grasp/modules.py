@@ -216,6 +216,7 @@ class LowRankLinear(nn.Module):
     Vh: nn.Parameter
     bias: nn.Parameter | None
     backend = "auto"  # of the ops; see ``set_backend_``
+    _hf_quantized_needs_local_tp = True  # transformers' tensor parallelism: give the op this process's part, no DTensor
 
     def __init__(
         self,

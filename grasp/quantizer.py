@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from grasp.errors import CheckpointError, UnsupportedModelError
 from grasp.modules import DenseLinear, LowRankLinear, group_linears_
+from grasp.tensor_parallel import connect_, is_split, keep_factors_whole_
 
 if TYPE_CHECKING:  # transformers imports this module before it has defined its models
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -108,12 +109,6 @@ class GraspHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        distributed = getattr(model.config, "distributed_config", None)
-        if distributed is not None and (distributed.tp_size or 1) > 1:
-            raise CheckpointError(
-                f"tensor parallelism over {distributed.tp_size} devices was asked for, which grasp checkpoints do not "
-                'support yet; load with device_map="auto" to spread the layers over devices'
-            )
         shapes = _header(checkpoint_files or ())
         self._tensor_names = frozenset(shapes)
         paths = {path for path, _ in model.named_modules()}
@@ -121,6 +116,7 @@ class GraspHfQuantizer(HfQuantizer):
             path = _resolve(model, name, paths)
             model.set_submodule(path, _empty_layer(name, model.get_submodule(path), rank))
         _check_shapes(model, shapes)
+        keep_factors_whole_(model.tp_plan, [path for path, _ in _lowrank_layers(model)])
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -139,10 +135,12 @@ class GraspHfQuantizer(HfQuantizer):
                 "expected U, Vh and any bias of every module in ranks. It was not saved or copied completely: save it "
                 "again."
             )
-        for _, layer in _lowrank_layers(model):
+        for path, layer in _lowrank_layers(model):
             layer.__dict__.pop("weight", None)
+            connect_(path, layer)
         mark_compressed(model)
-        group_linears_(model)
+        split = any(is_split(layer) for _, layer in _lowrank_layers(model))
+        group_linears_(model, enabled=not split)  # transformers gives a layer its own part only, for its own call only
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -167,8 +165,9 @@ class GraspHfQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         originals = dict(_dense_skeleton(model).named_modules())
         for name, layer in list(_lowrank_layers(model)):
-            if layer.U.is_meta:
-                raise CheckpointError(f"{name} is offloaded; load the model without offloading to dequantize it")
+            if layer.U.is_meta or is_split(layer):
+                place = "offloaded" if layer.U.is_meta else "split over processes"
+                raise CheckpointError(f"{name} is {place}; load the model on one device to dequantize it")
             dense = originals.get(name)
             if not isinstance(dense, (nn.Linear, Conv1D)):
                 raise CheckpointError(

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.distributed import DistributedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from grasp.architecture import layer_targets
@@ -335,13 +334,6 @@ def test_a_dense_checkpoint_cannot_be_compressed_while_loading(tmp_path: Path) -
     tiny_model("llama").save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"not compressed; .*compress_"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=GraspQuantizationConfig(ranks={UP: 2}))
-
-
-def test_tensor_parallelism_is_refused(saved: Path) -> None:
-    config = AutoConfig.from_pretrained(saved)
-    config.distributed_config = DistributedConfig(tp_size=2)
-    with pytest.raises(CheckpointError, match="tensor parallelism over 2 devices"):
-        AutoModelForCausalLM.from_pretrained(saved, config=config)
 
 
 def test_a_model_quantised_by_another_method_cannot_be_marked() -> None:

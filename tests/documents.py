@@ -1,0 +1,53 @@
+"""What the tests of documents share: the code blocks of a markdown text, and ways to run or check them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import typer.main
+
+from grasp import cli
+from tests.command_line import ROOT, environment
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced blocks of one language, in order."""
+    fences = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [code for found, code in fences if found == language]
+
+
+def commands(text: str) -> list[str]:
+    """The commands of all ``sh`` blocks, without comments; a backslash continues a line."""
+    code = "\n".join(blocks(text, "sh")).replace("\\\n", " ")
+    return [line for line in (line.split("#")[0].strip() for line in code.splitlines()) if line]
+
+
+def run_python(code: str, folder: Path) -> str:
+    """Run code in a process of its own; its stdout."""
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment(), capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, f"{code}\n{run.stderr}"
+    return run.stdout
+
+
+def check_command(line: str) -> None:
+    """Check that a ``make`` or ``grasp`` command, also under torchrun, exists and takes its options and values."""
+    program, *arguments = shlex.split(line)
+    if program == "torchrun":
+        program, *arguments = arguments[arguments.index("-m") + 1 :]
+    if program == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert arguments
+        assert set(arguments) <= set(targets)
+    else:
+        assert program == "grasp"
+        command = typer.main.get_command(cli.app)
+        name, subcommand, rest = command.resolve_command(
+            command.make_context("grasp", ["--help"], resilient_parsing=True), arguments
+        )
+        subcommand.make_context(name, rest)  # raises at an option or a value that the command does not take

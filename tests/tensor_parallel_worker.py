@@ -1,0 +1,47 @@
+"""What each process of ``tests/test_tensor_parallel.py`` does: load a checkpoint split, compute, save it again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+
+def whole(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def main(checkpoint: Path, output: Path, plan: Any) -> None:
+    """``output`` gets logits and gradients, the shapes of this process's parts, and the checkpoint saved again."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, distributed_config=DistributedConfig(tp_plan=plan))
+    tokens = torch.arange(3, 27).reshape(2, 12)
+    with torch.no_grad():
+        results = {"logits": model(tokens).logits}
+    for _ in range(2):  # the second adds to the gradients of the first
+        model(tokens, labels=tokens).loss.backward()
+    results |= {f"grad {name}": whole(parameter.grad) for name, parameter in model.named_parameters()}
+    try:
+        model.dequantize()
+    except ValueError as error:
+        refusal = str(error)
+    shapes = {name: list(getattr(p, "_local_tensor", p).shape) for name, p in model.named_parameters()}
+    rank = dist.get_rank()
+    output.mkdir(exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in results.items()}, output / f"{rank}.safetensors")
+    (output / f"{rank}.json").write_text(json.dumps({"shapes": shapes, "dequantize": refusal}))
+    model.save_pretrained(output / "again")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

@@ -1,0 +1,114 @@
+"""A whole compressed model through torch.compile, torch.export and AOTInductor."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from transformers import PreTrainedModel
+
+from grasp.architecture import layer_targets
+from grasp.modules import LowRankLinear, group_linears_
+from tests.command_line import environment
+from tests.test_quantizer import compressed_model
+from tests.tiny_models import VOCABULARY, tiny_model
+
+SHAPES = ((2, 12), (3, 7), (1, 20))
+# Loads argv[1], computes the logits of the tokens in argv[2], leaves them in argv[3].
+LOAD = """
+import sys
+import grasp_kernels
+import torch
+program = torch.export.load(sys.argv[1]).module()
+torch.save([program(tokens) for tokens in torch.load(sys.argv[2])], sys.argv[3])
+assert "transformers" not in sys.modules and "grasp" not in sys.modules
+"""
+
+
+class Logits(nn.Module):
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens, use_cache=False).logits
+
+
+def inputs(device: str = "cpu") -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randint(3, VOCABULARY, shape, device=device) for shape in SHAPES]
+
+
+def exported(model: nn.Module) -> ExportedProgram:
+    with torch.no_grad():
+        return torch.export.export(model, (inputs()[0],), dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},))
+
+
+def low_rank_ops(graph: torch.fx.Graph) -> list[str]:
+    return [str(node.target) for node in graph.nodes if "grasp" in str(node.target)]
+
+
+@torch.no_grad()
+def test_a_model_compiles_to_one_graph_for_all_shapes() -> None:
+    model, graphs = compressed_model("qwen2"), []
+
+    def keep(module: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(low_rank_ops(module.graph))
+        return module
+
+    torch._dynamo.reset()
+    compiled = torch.compile(Logits(model), fullgraph=True, dynamic=True, backend=keep)
+    for tokens in inputs():
+        torch.testing.assert_close(compiled(tokens), Logits(model)(tokens), rtol=1e-4, atol=1e-4)
+    assert len(graphs) <= 2  # a batch of one is a graph of its own
+    for ops in graphs:
+        assert sorted(ops) == 4 * ["grasp.lowrank_linear.default"] + 4 * ["grasp.lowrank_linear_grouped.default"]
+
+
+def test_an_exported_program_gives_the_same_logits_in_a_process_without_transformers(tmp_path: Path) -> None:
+    model = Logits(compressed_model("qwen2"))
+    program = exported(model)
+    assert len(low_rank_ops(program.graph)) == 8
+    torch.export.save(program, tmp_path / "model.pt2")
+    torch.save(inputs(), tmp_path / "tokens.pt")
+    files = [tmp_path / name for name in ("model.pt2", "tokens.pt", "logits.pt")]
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD, *map(str, files)], env=environment(), capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr
+    with torch.no_grad():
+        for found, tokens in zip(torch.load(files[2]), inputs(), strict=True):
+            torch.testing.assert_close(found, model(tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_program_compiled_ahead_of_time_gives_the_same_logits(tmp_path: Path) -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    for rank, target in enumerate(layer_targets(model, 0)[0], start=3):
+        model.set_submodule(target.name, LowRankLinear.from_dense(target.module, torch.arange(rank)))
+    group_linears_(model, enabled=False)  # see docs/serving.md
+    program = exported(Logits(model))
+    assert low_rank_ops(program.graph) == 7 * ["grasp.lowrank_linear.default"]
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    compiled = torch._inductor.aoti_load_package(package)
+    for tokens in inputs():
+        torch.testing.assert_close(compiled(tokens), Logits(model)(tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA GPU")
+@torch.inference_mode()
+def test_cuda_graphs_replay_a_compiled_model() -> None:
+    model = Logits(compressed_model("qwen2").to("cuda"))
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    tokens = inputs("cuda")[0]
+    for shift in range(4):  # warm-up, capture, two replays with other tokens
+        shifted = (tokens + shift) % VOCABULARY
+        expected = model(shifted).clone()
+        torch.testing.assert_close(compiled(shifted).clone(), expected, rtol=1e-3, atol=1e-3)

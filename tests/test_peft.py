@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from grasp.modules import LowRankLinear
+from grasp.peft import LowRankLora, lowrank_targets
+from tests.test_quantizer import compressed_model, logits, ranks
+from tests.tiny_models import tiny_batches
+
+TARGETS = ["q_proj", "k_proj", "up_proj", "down_proj"]  # of all three layers, the first of which is dense
+pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # peft's, of every custom module
+
+
+def lora(rank: int = 2) -> LoraConfig:
+    return lowrank_targets(LoraConfig(r=rank, lora_alpha=3, target_modules=TARGETS, task_type="CAUSAL_LM"))
+
+
+def with_adapter(model: PreTrainedModel, rank: int = 2, seed: int = 0) -> PeftModel:
+    """An adapter that changes the outputs: peft begins with ``B = 0``."""
+    adapted = get_peft_model(model, lora(rank))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    return adapted
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_an_adapter_begins_as_nothing_and_adds_its_product_to_low_rank_and_dense_linears() -> None:
+    expected = logits(compressed_model("qwen2"))
+    assert torch.equal(logits(get_peft_model(compressed_model("qwen2"), lora())), expected)
+    adapted = with_adapter(compressed_model("qwen2"))
+    dense = compressed_model("qwen2").dequantize()
+    for path, _ in dense.named_modules():
+        if path.endswith(tuple(TARGETS)):
+            linear, layer = dense.get_submodule(path), adapted.base_model.model.get_submodule(path)
+            linear.weight.data += layer.get_delta_weight("default")
+            low_rank = isinstance(layer.base_layer, LowRankLinear)
+            assert (".0." in path) != low_rank == isinstance(layer, LowRankLora)
+    assert (logits(adapted) - expected).abs().max() > 0.1
+    close(logits(adapted), logits(dense))
+
+
+def test_only_the_adapter_trains_and_the_loss_falls() -> None:
+    model = compressed_model("qwen2")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapted = get_peft_model(model, lora())
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in trained)
+    assert sum("layers.1" in name or "layers.2" in name for name in trained) == 2 * 2 * len(TARGETS)
+    optimizer, tokens, losses = torch.optim.AdamW(trained.values(), lr=1e-2), tiny_batches(1)[0], []
+    for _ in range(8):
+        loss = adapted(tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    after = adapted.unload().state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_saved_adapter_loads_onto_the_checkpoint_and_weighs_only_itself(tmp_path: Path) -> None:
+    compressed_model("qwen2").save_pretrained(tmp_path / "small")
+    adapted = with_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "small"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json"}
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["peft_type"] == "LORA"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    config = lowrank_targets(LoraConfig.from_pretrained(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(model, tmp_path / "adapter", config=config)
+    assert torch.equal(logits(loaded), logits(adapted))
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded), logits(compressed_model("qwen2")))
+
+
+def test_merging_appends_to_the_factors_and_unmerging_takes_it_off(tmp_path: Path) -> None:
+    model = compressed_model("qwen2")
+    plain, before = logits(model), ranks(model)
+    adapted = with_adapter(model)
+    expected = logits(adapted)
+    adapted.merge_adapter()
+    close(logits(adapted), expected)
+    adapted.unmerge_adapter()
+    close(logits(adapted), expected)
+    assert ranks(adapted.base_model.model) == {
+        f"{name}.base_layer" if name.endswith(tuple(TARGETS)) else name: rank for name, rank in before.items()
+    }
+    with adapted.disable_adapter():
+        close(logits(adapted), plain)
+    merged = adapted.merge_and_unload(safe_merge=True)
+    grown = {name: rank + 2 * name.endswith(tuple(TARGETS)) for name, rank in before.items()}
+    assert ranks(merged) == grown
+    close(logits(merged), expected)
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert ranks(loaded) == grown
+    assert torch.equal(logits(loaded), logits(merged))
+    close(logits(loaded.dequantize()), expected)
+
+
+def test_merging_above_what_a_shape_can_have_or_what_is_not_finite_is_refused() -> None:
+    adapted = with_adapter(compressed_model("qwen2"), rank=30)
+    with pytest.raises(
+        ValueError, match=r"rank 30 would give .* rank \d+ the rank \d+, above the (16|32) .*dequantize"
+    ):
+        adapted.merge_and_unload()
+    adapted = with_adapter(compressed_model("qwen2"))
+    adapted.base_model.model.get_submodule("model.layers.1.mlp.up_proj").lora_A["default"].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="adapter default has NaN or infinite entries"):
+        adapted.merge_and_unload(safe_merge=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "plain LoRA, got init_lora_weights='pissa'"),
+        ({"lora_bias": True}, "lora_bias=True; expected"),
+        ({"use_dora": True}, "unsupported variant"),
+    ],
+)
+def test_what_needs_the_dense_weight_is_refused(options: dict[str, object], message: str) -> None:
+    config = lowrank_targets(LoraConfig(target_modules=["up_proj"], layers_to_transform=[1], **options))
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(compressed_model("qwen2"), config)
+
+
+def test_targets_that_leave_low_rank_linears_out_in_silence_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"all-linear.*would leave the low-rank linears out; name them"):
+        lowrank_targets(LoraConfig(target_modules="all-linear"))
