@@ -91,6 +91,12 @@ def read_documents(folder: Path, task: str) -> Documents:
     rows = _read_jsonl(place) if place.is_file() else _read_arrow(place)
     if not rows:
         raise TaskError(f"{place} holds no documents; expected at least one")
+    for number, row in enumerate(rows, 1):
+        if row.keys() != rows[0].keys():
+            raise TaskError(
+                f"document {number} of {place} has the columns {', '.join(row)}; expected those of the first: "
+                f"{', '.join(rows[0])}"
+            )
     return Documents([_with_own_columns(task, row) for row in rows], split, place)
 
 

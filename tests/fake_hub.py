@@ -27,7 +27,6 @@ class FakeHub:
         uploads: sha256 of each large file that was sent, in order.
         repositories: name → visibility.
         refuse_commits: how many commits are answered with an error of the server.
-        cut_uploads: how many large files' connections are cut.
     """
 
     address: str = ""
@@ -36,7 +35,6 @@ class FakeHub:
     uploads: list[str] = field(default_factory=list)
     repositories: dict[str, str] = field(default_factory=dict)
     refuse_commits: int = 0
-    cut_uploads: int = 0
 
 
 @contextmanager
@@ -89,14 +87,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"error": f"no route {path}"}, 404)
 
     def do_GET(self) -> None:
+        name = "/".join(self.path.partition("?")[0].split("/")[3:5])  # /api/models/owner/name
+        if name not in self.state.repositories:
+            self._answer({"error": "Repository not found"}, 404)
+            return
         self._answer({"id": "", "modelId": "", "sha": "0" * 40, "siblings": [], "tags": [], "private": False})
 
     def do_PUT(self) -> None:
-        if self.state.cut_uploads:
-            self.state.cut_uploads -= 1
-            self.close_connection = True
-            self.connection.close()
-            return
         content = self.rfile.read(int(self.headers["Content-Length"]))
         name = hashlib.sha256(content).hexdigest()
         assert self.path == f"/blob/{name}"
@@ -138,7 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.state.files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 self.state.files[value["path"]] = self.state.blobs[value["oid"]]
-        address = f"{self.state.address}/commit/{'0' * 40}"
+        repository = "/".join(self.path.split("/")[3:5])
+        address = f"{self.state.address}/{repository}/commit/{'0' * 40}"
         self._answer({"success": True, "commitUrl": address, "commitOid": "0" * 40, "hookOutput": ""})
 
     def _answer(self, document: dict[str, Any], status: int = 200) -> None:

@@ -62,6 +62,7 @@ def test_a_line_separator_within_a_text_ends_no_document(tmp_path: Path) -> None
     [
         ("", "holds no documents"),
         ('{"goal": 1}\n{"goal"', r"line 2: expected a JSON object, got no JSON"),
+        ('{"goal": 1}\n{"sol1": 2}\n', "document 2 of .* has the columns sol1; expected those of the first: goal"),
         ("[1]\n", "line 1: expected a JSON object, got list"),
         ('{"query": "q", "choices": ["a"], "gold": 0}\n', "a document of piqa cannot be understood"),
     ],
