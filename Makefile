@@ -55,7 +55,7 @@ check: lint test ## what CI runs
 aot: $(STAMP) ## compile every kernel configuration for sm_80, 90, 100 and 120, without a GPU; 3 minutes
 	PYTHONPATH=kernels:. $(BIN)/python -m benchmarks.aot
 
-test-matrix: ## tests/ops with each pair of torch 2.11, 2.13 and Triton 3.6, 3.9; downloads them
+test-matrix: ## tests with each pair of torch 2.11, 2.13 and Triton 3.6, 3.9, and with transformers 5.17; downloads them
 	PYTHON=$(PYTHON) tests/matrix.sh
 
 # One process, one thread; docs/regression-gate.md. make itself ends with 2 whatever a recipe ends with: for an exit code

@@ -74,7 +74,8 @@ class LowRankLora(Linear):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora_A:
                 continue
-            layer, A, B = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
+            layer = self.base_layer
+            A, B = (self.get_parameter(f"{matrix}.{name}.weight") for matrix in ("lora_A", "lora_B"))
             rank, limit = layer.rank + self.r[name], min(layer.in_features, layer.out_features)
             if rank > limit:
                 raise ValueError(
