@@ -74,7 +74,7 @@ def run_engine(
     """Greedy tokens for each prompt, ``None`` if the engine failed, and what it printed."""
     arguments = {
         **{"dtype": "float32", "max_model_len": 128, "max_num_seqs": 8, "skip_tokenizer_init": True},
-        **{"enable_lora": adapter is not None, "enforce_eager": True, **engine},
+        **{"enable_lora": adapter is not None, "enforce_eager": True, "kv_cache_memory_bytes": 2**26, **engine},
     }
     request, output = scratch / "request.json", scratch / "output.json"
     output.unlink(missing_ok=True)
