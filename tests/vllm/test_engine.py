@@ -67,7 +67,7 @@ def test_a_lora_adapter_works_on_top_of_low_rank_linears(tmp_path: Path) -> None
     assert engine_tokens(folder, tmp_path, adapter=adapter, max_lora_rank=rank) == adapted
 
 
-# --- checkpoints that are wrong; test_method.py has the other cases -----------------------------------------------------
+# --- checkpoints that are wrong; test_method.py has other cases -------------------------------------------------------
 
 OUTPUT = "model.layers.0.self_attn.o_proj"
 
