@@ -94,7 +94,7 @@ class Result:
 
 
 class Server:
-    """vLLM's OpenAI server in a group of processes of its own, stopped unless it is asked something."""
+    """vLLM's OpenAI server in a group of processes of its own; once it is up, it is stopped between questions."""
 
     def __init__(self, folder: Path, dtype: str, log: Path) -> None:
         self.folder = folder
@@ -112,11 +112,18 @@ class Server:
                 stderr=file,
                 start_new_session=True,
             )
+        self._log = log
+
+    def wait(self) -> None:
+        """Wait until it answers, then stop it.
+
+        Raises:
+            RuntimeError: if it ends instead, or takes too long; with the end of its log.
+        """
         deadline = time.monotonic() + START_SECONDS
         while not self._healthy():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                self.close()
-                raise RuntimeError(f"the server of {folder} did not come up: {log.read_text()[-2000:]}")
+                raise RuntimeError(f"the server of {self.folder} did not come up: {self._log.read_text()[-2000:]}")
             time.sleep(0.5)
         self._signal(signal.SIGSTOP)
 
@@ -266,6 +273,8 @@ def started(folders: Mapping[str, Path], dtype: str, scratch: Path) -> Iterator[
     try:
         for name, folder in folders.items():
             servers[name] = Server(folder, dtype, scratch / f"{name}.log")
+        for server in servers.values():
+            server.wait()
         yield servers
     finally:
         for server in servers.values():
@@ -278,7 +287,7 @@ def main(
     clients: Annotated[list[int], typer.Option(min=1, help="At once; can be repeated.")] = [1, 16],  # noqa: B006
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(min=1)] = 32,
-    repeats: Annotated[int, typer.Option(min=2)] = 7,
+    repeats: Annotated[int, typer.Option(min=2)] = 5,
     dtype: Annotated[str, typer.Option()] = "bfloat16",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON lines are appended to this file.")] = None,
 ) -> None:
