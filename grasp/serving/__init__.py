@@ -1,0 +1,1 @@
+"""Compressed checkpoints in serving stacks that load models in ways of their own."""

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grasp.errors import CheckpointError, UnsupportedModelError
+from grasp.serving.shards import (
+    WHOLE,
+    Part,
+    Piece,
+    check_shape,
+    linear_names,
+    merged_parts,
+    output_pieces,
+    own_columns,
+    own_rows,
+    part_index,
+)
+
+PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+QKV = tuple(Part(name, None, (2,), (WHOLE,)) for name in ("q", "k", "v"))
+
+
+def test_a_merged_module_stands_for_its_linears_in_order_and_any_other_for_itself() -> None:
+    assert linear_names("layers.0.qkv_proj", PACKED) == ("layers.0.q_proj", "layers.0.k_proj", "layers.0.v_proj")
+    assert linear_names("layers.0.o_proj", PACKED) == ("layers.0.o_proj",)
+    assert linear_names("qkv_proj", PACKED) == ("q_proj", "k_proj", "v_proj")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_processes_rows_and_columns_are_the_whole_tensor(processes: int) -> None:
+    tensor = torch.arange(8 * 4).view(8, 4)
+    rows, columns = [], []
+    for rank in range(processes):
+        (piece,) = output_pieces(1, rank, processes)
+        rows.append(own_rows(tensor, Part("o", None, (8 // processes,), (piece,))))
+        columns.append(own_columns(tensor, 4 // processes, piece))
+    assert torch.cat(rows).equal(tensor)
+    assert torch.cat(columns, dim=1).equal(tensor)
+
+
+def test_processes_that_outnumber_the_heads_of_keys_and_values_share_them() -> None:
+    """Four processes, eight heads of queries, two of keys and values: each of the latter serves two processes."""
+    heads = torch.arange(2)[:, None]
+    taken = []
+    for rank in range(4):
+        query, key, value = output_pieces(3, rank, 4, kv_replicas=2)
+        assert query == Piece(rank, 4)
+        assert key == value
+        taken.append(own_rows(heads, Part("k", 5, (1,), (key,))).item())
+    assert taken == [0, 0, 1, 1]
+
+
+def test_of_a_linear_that_is_merged_in_the_checkpoint_each_process_takes_rows_of_every_output() -> None:
+    """q has rows 0 to 7, k 8 to 11 and v 12 to 15; the second of two processes has the second half of each."""
+    (part,) = merged_parts(["qkv"], {"qkv": 3}, [4, 2, 2], output_pieces(3, 1, 2))
+    assert part.rank == 3
+    assert (part.rows, part.checkpoint_rows) == (8, 16)
+    assert own_rows(torch.arange(16)[:, None], part).flatten().tolist() == [4, 5, 6, 7, 10, 11, 14, 15]
+
+
+def test_the_parts_of_a_merged_module_have_their_own_ranks_and_some_none() -> None:
+    parts = merged_parts(["q", "k", "v"], {"q": 9, "v": 2}, [8, 4, 4], [WHOLE] * 3)
+    assert [part.rank for part in parts] == [9, None, 2]
+    assert [part.rows for part in parts] == [8, 4, 4]
+
+
+def test_linears_and_outputs_that_do_not_match_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"2 linears.*3 outputs.*dequantize"):
+        merged_parts(["a", "b"], {"a": 1}, [4, 2, 2], [WHOLE] * 3)
+
+
+@pytest.mark.parametrize(("shard", "index"), [("q", 0), ("k", 1), ("v", 2), (0, 0), (2, 2)])
+def test_shards_are_known_by_name_and_by_number(shard: object, index: int) -> None:
+    assert part_index(shard, QKV) == index
+
+
+def test_without_a_shard_the_only_part_is_meant() -> None:
+    assert part_index(None, QKV[:1]) == 0
+
+
+@pytest.mark.parametrize("shard", [None, "index_q", 3, -1, (0, 1), True])
+def test_a_shard_that_is_none_of_the_parts_is_refused(shard: object) -> None:
+    with pytest.raises(UnsupportedModelError, match="q, k, v; expected one of them"):
+        part_index(shard, QKV)
+
+
+def test_a_tensor_of_another_shape_is_refused_with_both() -> None:
+    check_shape("q.U", torch.empty(4, 2), (4, 2))
+    with pytest.raises(CheckpointError, match=r"q\.U has the shape \(4, 2\), config\.json calls for \(4, 3\)"):
+        check_shape("q.U", torch.empty(4, 2), (4, 3))

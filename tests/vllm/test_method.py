@@ -1,0 +1,219 @@
+"""The plugin's linears without an engine: what each process loads and computes, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grasp.errors import CheckpointError, UnsupportedModelError
+
+pytest.importorskip("vllm")
+
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization import get_quantization_config
+
+from grasp.serving.vllm import GraspLinearMethod, GraspVllmConfig, register
+
+HIDDEN, HEAD = 24, 8
+WIDTHS = {"q": 4 * HEAD, "k": 2 * HEAD, "v": 2 * HEAD}  # four heads of queries, two of keys and values
+PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+
+
+def linear(kind: type[LinearBase], rank: int = 0, processes: int = 1, kv_replicas: int = 1) -> LinearBase:
+    """A linear of vLLM in process ``rank``, without the parts for which vLLM must have started its processes."""
+    layer = object.__new__(kind)
+    nn.Module.__init__(layer)
+    layer.tp_rank, layer.tp_size, layer.num_kv_head_replicas = rank, processes, kv_replicas
+    return layer
+
+
+def method_for(layer: LinearBase, path: str, ranks: dict[str, int], inputs: int, outputs: list[int]) -> Any:
+    """The method that the plugin gives to a linear, with weights made."""
+    config = GraspVllmConfig(ranks)
+    config.packed_modules_mapping = PACKED
+    method = config.get_quant_method(layer, path)
+    assert isinstance(method, GraspLinearMethod)
+    method.create_weights(layer, inputs, outputs, HIDDEN, sum(outputs), torch.float32)
+    return method
+
+
+def load(layer: LinearBase, name: str, tensor: Tensor, shard: object = None) -> None:
+    parameter = getattr(layer, name)
+    parameter.weight_loader(parameter, tensor, *([] if shard is None else [shard]))
+
+
+def tensors(rows: int, columns: int, rank: int) -> dict[str, Tensor]:
+    return {"U": torch.randn(rows, rank), "Vh": torch.randn(rank, columns)}
+
+
+@pytest.mark.parametrize(("processes", "kv_replicas"), [(1, 1), (2, 1), (4, 2)])
+def test_every_process_computes_its_heads_of_low_rank_and_dense_parts_with_biases(
+    processes: int, kv_replicas: int
+) -> None:
+    ranks = {"q": 9, "k": 3}  # v is dense
+    held = {name: tensors(WIDTHS[name], HIDDEN, rank) for name, rank in ranks.items()}
+    held["v"] = {"weight": torch.randn(WIDTHS["v"], HIDDEN)}
+    x = torch.randn(5, HIDDEN)
+    whole = {name: x @ (t["weight"] if "weight" in t else t["U"] @ t["Vh"]).mT for name, t in held.items()}
+    for process in range(processes):
+        layer = linear(QKVParallelLinear, process, processes, kv_replicas)
+        outputs = [WIDTHS["q"] // processes, *[WIDTHS["k"] * kv_replicas // processes] * 2]
+        method = method_for(layer, "m.qkv_proj", {f"m.{n}_proj": r for n, r in ranks.items()}, HIDDEN, outputs)
+        for part, own in held.items():
+            for name, tensor in own.items():
+                load(layer, name, tensor, part)
+        method.process_weights_after_loading(layer)
+        bias = torch.randn(sum(outputs))
+        starts = [process * outputs[0], *[process // kv_replicas * outputs[1]] * 2]
+        pieces = zip(whole.values(), starts, outputs, strict=True)
+        expected = torch.cat([y[:, start : start + width] for y, start, width in pieces], dim=1)
+        torch.testing.assert_close(method.apply(layer, x, bias), expected + bias, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(method.apply(layer, x[None]), expected[None], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_the_sum_over_processes_of_a_row_parallel_linear_is_the_whole(processes: int) -> None:
+    own, x = tensors(10, HIDDEN, 4), torch.randn(5, HIDDEN)
+    width, total = HIDDEN // processes, torch.zeros(5, 10)
+    for process in range(processes):
+        layer = linear(RowParallelLinear, process, processes)
+        method = method_for(layer, "m.o_proj", {"m.o_proj": 4}, width, [10])
+        for name, tensor in own.items():
+            load(layer, name, tensor)
+        total += method.apply(layer, x[:, process * width : (process + 1) * width])
+    torch.testing.assert_close(total, x @ (own["U"] @ own["Vh"]).mT, rtol=1e-4, atol=1e-4)
+
+
+def test_a_replicated_linear_is_whole_in_every_process() -> None:
+    layer, own = linear(ReplicatedLinear, 1, 2), tensors(10, HIDDEN, 4)
+    method = method_for(layer, "m.router", {"m.router": 4}, HIDDEN, [10])
+    for name, tensor in own.items():
+        load(layer, name, tensor)
+    x = torch.randn(5, HIDDEN)
+    torch.testing.assert_close(method.apply(layer, x), x @ (own["U"] @ own["Vh"]).mT, rtol=1e-4, atol=1e-4)
+
+
+def test_a_linear_compiles_whole_and_calls_one_op_for_all_low_rank_parts() -> None:
+    layer = linear(QKVParallelLinear)
+    method = method_for(layer, "m.qkv_proj", {"m.q_proj": 9, "m.v_proj": 3}, HIDDEN, list(WIDTHS.values()))
+    load(layer, "weight", torch.randn(WIDTHS["k"], HIDDEN), "k")
+    for part, rank in (("q", 9), ("v", 3)):
+        for name, tensor in tensors(WIDTHS[part], HIDDEN, rank).items():
+            load(layer, name, tensor, part)
+    calls: list[str] = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        calls.extend(str(node.target) for node in graph.graph.nodes if "grasp" in str(node.target))
+        return graph.forward
+
+    x = torch.randn(5, HIDDEN)
+    with torch.inference_mode():
+        compiled = torch.compile(lambda x: method.apply(layer, x), backend=count, fullgraph=True)(x)
+        torch.testing.assert_close(compiled, method.apply(layer, x))
+    assert calls == ["grasp.lowrank_linear_grouped.default"]
+
+
+def test_registering_twice_is_registering_once() -> None:
+    register()
+    register()
+    assert get_quantization_config("grasp") is GraspVllmConfig
+
+
+def test_a_linear_without_ranks_stays_dense_and_what_is_no_linear_is_left_to_vllm() -> None:
+    config = GraspVllmConfig({"m.o_proj": 4, "m.experts.0.w1": 2})
+    assert isinstance(config.get_quant_method(linear(RowParallelLinear), "m.down_proj"), UnquantizedLinearMethod)
+    assert config.get_quant_method(nn.Module(), "m") is None
+
+
+@pytest.mark.parametrize("path", ["lm_head", "m.experts"])
+def test_a_rank_for_something_else_than_a_linear_is_refused(path: str) -> None:
+    config = GraspVllmConfig({"lm_head": 4, "m.experts.0.w1": 2})
+    with pytest.raises(UnsupportedModelError, match=f"has a rank for {path}.*Embedding.*linear layers only"):
+        config.get_quant_method(nn.Embedding(2, 2), path)
+
+
+def test_a_configuration_of_the_future_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="format_version 2, this version of grasp reads 1"):
+        GraspVllmConfig.from_config({"quant_method": "grasp", "format_version": 2, "ranks": {}})
+
+
+def test_the_dtypes_are_those_of_the_ops() -> None:
+    assert set(GraspVllmConfig({}).get_supported_act_dtypes()) == {torch.bfloat16, torch.float16, torch.float32}
+
+
+# --- checkpoints that are wrong ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def merged() -> tuple[LinearBase, Any]:
+    """q of rank 9, a dense k, v of rank 3; nothing is loaded."""
+    layer = linear(ColumnParallelLinear)
+    return layer, method_for(layer, "m.qkv_proj", {"m.q_proj": 9, "m.v_proj": 3}, HIDDEN, list(WIDTHS.values()))
+
+
+WRONG = {
+    "another rank": ("U", (32, 8), "q", r"m\.q_proj\.U has the shape \(32, 8\), config\.json calls for \(32, 9\)"),
+    "another width": ("Vh", (9, 23), "q", r"m\.q_proj\.Vh has the shape \(9, 23\), config\.json calls for \(9, 24\)"),
+    "a dense weight": ("weight", (32, 24), "q", r"dense m\.q_proj\.weight, but config\.json the rank 9 for it"),
+    "a factor": ("U", (16, 3), "k", r"has the factor m\.k_proj\.U, but config\.json has no rank for it"),
+    "another dense width": ("weight", (16, 23), "k", r"m\.k_proj\.weight has the shape \(16, 23\)"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_tensor_that_the_ranks_do_not_call_for_is_refused(wrong: str, merged: tuple[LinearBase, Any]) -> None:
+    name, shape, shard, reason = WRONG[wrong]
+    with pytest.raises(CheckpointError, match=reason):
+        load(merged[0], name, torch.randn(shape), shard)
+
+
+def test_a_shard_that_is_none_is_refused(merged: tuple[LinearBase, Any]) -> None:
+    with pytest.raises(UnsupportedModelError, match="shard 'index_q'"):
+        load(merged[0], "U", torch.randn(16, 3), "index_q")
+
+
+@pytest.mark.parametrize("missing", ["q.U", "q.Vh", "k.weight", "v.U"])
+def test_what_was_not_loaded_is_named(missing: str, merged: tuple[LinearBase, Any]) -> None:
+    layer, method = merged
+    held = {"q": tensors(32, HIDDEN, 9), "k": {"weight": torch.randn(16, HIDDEN)}, "v": tensors(16, HIDDEN, 3)}
+    for part, own in held.items():
+        for name, tensor in own.items():
+            if f"{part}.{name}" != missing:
+                load(layer, name, tensor, part)
+    part, _, name = missing.partition(".")
+    with pytest.raises(CheckpointError, match=rf"m\.{part}_proj\.{name} is not in the checkpoint"):
+        method.process_weights_after_loading(layer)
+
+
+def test_a_number_that_is_none_is_refused() -> None:
+    layer = linear(RowParallelLinear)
+    method = method_for(layer, "m.o_proj", {"m.o_proj": 4}, HIDDEN, [10])
+    load(layer, "U", torch.full((10, 4), torch.inf))
+    load(layer, "Vh", torch.randn(4, HIDDEN))
+    with pytest.raises(CheckpointError, match=r"m\.o_proj\.U is not in the checkpoint, or has NaN or infinite entries"):
+        method.process_weights_after_loading(layer)
+
+
+def test_ranks_in_memory_are_padded_on_a_gpu_and_zero_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grasp.serving.vllm.current_platform.is_cuda_alike", lambda: True)
+    layer, own = linear(RowParallelLinear), tensors(10, HIDDEN, 4)
+    method = method_for(layer, "m.o_proj", {"m.o_proj": 4}, HIDDEN, [10])
+    for name, tensor in own.items():
+        load(layer, name, tensor)
+    method.process_weights_after_loading(layer)
+    assert layer.Vh.shape == (16, HIDDEN)
+    assert not layer.Vh[4:].any()
+    x = torch.randn(5, HIDDEN)
+    torch.testing.assert_close(method.apply(layer, x), F.linear(x, own["U"] @ own["Vh"]), rtol=1e-4, atol=1e-4)
