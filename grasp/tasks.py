@@ -261,7 +261,12 @@ def _watched(model: PreTrainedModel, progress: Progress) -> Any:
     class WatchedHFLM(HFLM):
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             self._done, self._total = 0, len(requests)
-            answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+            try:
+                answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm or progress is not silent)
+            except AssertionError as error:  # how lm-eval refuses what does not fit
+                raise TaskError(
+                    f"a document has an answer of no token, or of more than the model's {self.max_length} positions"
+                ) from error
             progress("tasks", self._total, self._total)
             return answers
 
