@@ -188,6 +188,8 @@ def _load(tasks: Sequence[str], source: str | Path | None, scratch: Path) -> tup
     from jinja2 import UndefinedError
     from lm_eval.tasks import TaskManager
 
+    unreachable: tuple[type[Exception], ...] = (DatasetsError, *_HUB_ERRORS)
+    unfit: tuple[type[Exception], ...] = (UndefinedError, LookupError, ValueError, TypeError, AttributeError)
     files: dict[str, Path] = {}
     if source is not None:
         folder = find_source(source)
@@ -198,13 +200,13 @@ def _load(tasks: Sequence[str], source: str | Path | None, scratch: Path) -> tup
     manager = TaskManager(include_defaults=source is None and not all(map(_is_single, tasks)))
     try:
         loaded: dict[str, Any] = manager.load(list(tasks) if manager.all_tasks else specs)
-    except (UndefinedError, LookupError, ValueError, TypeError, AttributeError, DatasetsError, *_HUB_ERRORS) as error:
+    except (*unreachable, *unfit) as error:
         if files:
             columns = {task: ", ".join(json.loads(_first_row(scratch, task))) for task in tasks}
             raise TaskError(
                 f"lm-eval's definition does not fit the documents ({_first_line(error)}); their columns: {columns}"
             ) from error
-        if isinstance(error, (DatasetsError, *_HUB_ERRORS)):
+        if isinstance(error, unreachable):
             raise TaskError(
                 f"the documents of {', '.join(tasks)} cannot be fetched ({_first_line(error)}). Connect to the "
                 f"network, or give documents that are here: a folder, or {PACKAGE!r} (--tasks-from)"
@@ -261,7 +263,12 @@ def _watched(model: PreTrainedModel, progress: Progress) -> Any:
     class WatchedHFLM(HFLM):
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             self._done, self._total = 0, len(requests)
-            answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+            try:
+                answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm or progress is not silent)
+            except AssertionError as error:  # how lm-eval refuses what does not fit
+                raise TaskError(
+                    f"a document has an answer of no token, or of more than the model's {self.max_length} positions"
+                ) from error
             progress("tasks", self._total, self._total)
             return answers
 

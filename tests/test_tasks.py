@@ -136,6 +136,13 @@ def test_a_task_with_solved_examples_is_refused_without_documents_for_them(
         evaluate_tasks(model, byte_tokenizer(), ["gsm8k"], tmp_path)
 
 
+def test_an_answer_longer_than_the_model_can_read_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    row = {"goal": "Count.", "sol1": "one " * 100, "sol2": "two", "label": 0}
+    (tmp_path / "piqa.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(TaskError, match="more than the model's 128 positions"):
+        evaluate_tasks(model, byte_tokenizer(), ["piqa"], tmp_path)
+
+
 def test_tokens_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
     write_jsonl(tmp_path, "piqa")
     with pytest.raises(TaskError, match=r"the tokenizer gives the token .* but the model has 60 tokens"):
@@ -211,6 +218,7 @@ def test_the_command_gives_the_real_model_the_scores_that_plain_log_likelihoods_
     run = grasp("evaluate", "builtin", *options, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "fatal" not in run.stderr
+    assert "Running loglikelihood" not in run.stderr
     assert "Traceback" not in run.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     model, tokenizer = load_model("builtin")
