@@ -158,6 +158,8 @@ METHODS: dict[str, Method] = {
     "global kfac, model": compressed(basis="kfac", metric="magnitude", scope="model", **_GLOBAL),
     "global kfac, model, refit": compressed(basis="kfac", metric="magnitude", scope="model", refit=True, **_GLOBAL),
     "global kfac, auto, refit": compressed(basis="kfac", metric="magnitude", scope="auto", refit=True, **_GLOBAL),
+    "progressive kfac, model": compressed(**GraspConfig.PRESETS["best"] | {"refit": False}),
+    "best": compressed(**GraspConfig.PRESETS["best"]),
 }
 
 

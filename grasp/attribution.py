@@ -27,6 +27,7 @@ SCHEDULES: dict[str, Callable[[Target], Any]] = {
     "sequential": lambda target: (-target.layer, BLOCKS.index(target.block)),  # the paper: each sees all those before
     "per-layer": lambda target: -target.layer,
     "single-sweep": lambda target: 0,  # all on the dense model
+    "progressive": lambda target: 0,  # likewise, and once more on the model with a part of the budget spent
 }
 
 

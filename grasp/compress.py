@@ -20,7 +20,7 @@ from grasp.errors import CalibrationError, UnsupportedModelError
 from grasp.evaluate import max_positions
 from grasp.latency import CostTable
 from grasp.loss import sum_nll
-from grasp.modules import SVD, LowRankLinear, dense_shape, group_linears_
+from grasp.modules import SVD, LowRankLinear, dense_shape, group_linears_, standing_in
 from grasp.planning import (
     LEFT,
     Candidate,
@@ -33,6 +33,7 @@ from grasp.planning import (
     find_prices,
     hold_out,
     nats_per_score,
+    partway,
     predicted_seconds,
 )
 from grasp.progress import Clock, Progress, silent
@@ -75,7 +76,8 @@ def compress_(
         progress: called as ``progress(step, done, total)`` throughout.
         state: a ``grasp.resume.RunState`` that keeps what is done, so that the same call continues after a kill.
         processes: those that do this together, all given the same; they share the batches, and all get the result.
-        gather: called as ``gather_scores`` is; a study gives one that remembers what an earlier call gathered.
+        gather: called as ``gather_scores`` is, on the dense model; a study gives one that remembers what an earlier
+            call gathered.
 
     Returns:
         What was done to every module of the redundant layers, what was left and why, sizes before and after.
@@ -139,8 +141,22 @@ def compress_(
                 processes=processes,
             )
             clock.enter("svd and selection")
-            choose = partial(choose_groups, scores=scored, ranks=ceilings(config, plans), config=config)
-            choices = processes.divide(members, choose)
+            choose = partial(choose_groups, ranks=ceilings(config, plans), config=config)
+            choices = processes.divide(members, partial(choose, scores=scored))
+            if config.schedule == "progressive":
+                first = [(target.module, kept) for target, kept in partway(list(choices), plans[scope], prices).items()]
+                clock.enter("attribution")
+                scored = gather_scores(
+                    *(model, own, members, prefix),
+                    basis=config.basis,
+                    metric=config.metric,
+                    dtype=config.sweep_dtype,
+                    progress=progress,
+                    processes=processes,
+                    running=partial(standing_in, first),
+                )
+                clock.enter("svd and selection")
+                choices = processes.divide(members, partial(choose, scores=scored))
             if config.decides_together:
                 found = list(choices)
                 removal = {}

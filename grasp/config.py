@@ -52,7 +52,8 @@ class GraspConfig:
             compressed layers produce.
         schedule: which linears share a sweep over the calibration set. ``"sequential"``, the paper's, replaces block by
             block, each seeing those before; ``"per-layer"`` layer by layer, in half the time; ``"single-sweep"`` takes
-            all gradients on the dense model, in one sweep.
+            all gradients on the dense model, in one sweep; ``"progressive"`` repeats that on the model with a part of
+            the budget spent, which a global ``allocation`` in a basis that sees inputs can do.
         sweep_dtype: run the sweeps, not the decomposition, in this dtype: ``"bfloat16"``, or ``None``, the model's own.
             Sums are in fp32.
 
@@ -85,7 +86,7 @@ class GraspConfig:
             "allocation": "global",
             "scope": "model",
             "refit": True,
-            "schedule": "single-sweep",
+            "schedule": "progressive",
         },
     }
     DEFAULT_COMPRESSION_RATIO: ClassVar[float] = 0.2
@@ -176,11 +177,18 @@ class GraspConfig:
             raise ValueError("target_latency is reached by ranks of different matrices; it needs allocation='global'")
         if self.remove_layers and self.allocation != "global":
             raise ValueError("remove_layers weighs layers against ranks; it needs allocation='global'")
-        if self.decides_together and self.schedule != "single-sweep":
+        if self.decides_together and self.schedule not in ("single-sweep", "progressive"):
             raise ValueError(
                 "allocation='global' and scope='auto' score all matrices on the dense model; they need "
                 f"schedule='single-sweep', got {self.schedule!r}"
             )
+        if self.schedule == "progressive" and not (self.allocation == "global" and BASES[self.basis].inputs):
+            raise ValueError(
+                "schedule='progressive' needs allocation='global' and a basis that sees inputs, got "
+                f"{self.allocation!r} and {self.basis!r}; take schedule='single-sweep'"
+            )
+        if self.schedule == "progressive" and self.scope == "auto":
+            raise ValueError("schedule='progressive' follows one scope; with scope='auto' take schedule='single-sweep'")
 
     def _check_redundancy(self) -> None:
         if self.redundancy != "block_influence" and self.layers is not None:

@@ -64,7 +64,7 @@ class Memory:
     hidden_states: int  # those that enter the redundant layers, kept for all batches in CPU memory
     svd: int  # temporaries of one decomposition
     factors: int  # of the low-rank linears, while the dense ones are still there
-    weights_copy: int  # the model in ``sweep_dtype``
+    weights_copy: int  # the model in ``sweep_dtype``, and weights that others stand in for
     offloads_hidden_states: bool  # the model is elsewhere than in CPU memory
 
     @property
@@ -250,8 +250,8 @@ class _Planner:
                 block_influence=sum(map(forward, range(len(self._layers)))),
                 prefix=sum(map(forward, range(max(entries, default=0)))),
                 sweeps=self._times_swept * sum(plan.flops for plan in plans),
-                statistics=self._statistics_flops(list(ranks)),
-                svd=sum(svd_flops(dense_shape(t.module)) for t in ranks),
+                statistics=self._rounds * self._statistics_flops(list(ranks)),
+                svd=self._rounds * sum(svd_flops(dense_shape(t.module)) for t in ranks),
                 refit=self._refit_flops(list(ranks)) if config.refit else 0,
             ),
             fewest=0,
@@ -266,9 +266,14 @@ class _Planner:
         return self._job.num_samples * self._job.seq_len
 
     @property
+    def _rounds(self) -> int:
+        """How often everything is scored."""
+        return 2 if self._job.config.schedule == "progressive" else 1
+
+    @property
     def _times_swept(self) -> int:
         """How often the calibration set is swept for the same linears: for covariances, and for moments."""
-        return self._form.inputs + (self._moment != "none")
+        return self._rounds * (self._form.inputs + (self._moment != "none"))
 
     def _statistics_flops(self, targets: Sequence[Target]) -> int:
         tokens, moments = self._all_tokens, 0
@@ -347,6 +352,9 @@ class _Planner:
         factors = sum(rank * (n + k) for (n, k), rank in zip(_shapes(list(ranks)), ranks.values(), strict=True))
         activations, temporaries = max(bytes_of_a_batch, key=sum)
         logits = self._logits_bytes() + 3 * self._states_bytes() if members else 0
+        copied = 0 if job.dtype == job.sweep_dtype else self._total.parameters * self._itemsize
+        if self._rounds > 1:  # products of factors stand in for weights
+            copied += job.dtype.itemsize * sum(map(math.prod, _shapes(list(ranks))))
         return Memory(
             statistics=max(map(self._statistics_bytes, members), default=0),
             activations=activations,
@@ -355,7 +363,7 @@ class _Planner:
             hidden_states=entries * all_tokens * self._width * self._itemsize,
             svd=max((self._wide * _svd_numbers(shape) for shape in _shapes(list(ranks))), default=0),
             factors=factors * job.dtype.itemsize,
-            weights_copy=0 if job.dtype == job.sweep_dtype else self._total.parameters * self._itemsize,
+            weights_copy=copied,
             offloads_hidden_states=job.device.type != "cpu",
         )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from grasp.errors import NonFiniteError
+from grasp.errors import NonFiniteError, UnsupportedModelError
 from grasp.offload import execution_device, fetched
 from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped, pack_factors
 from grasp_kernels.dispatch import BACKENDS
@@ -62,6 +63,31 @@ def decompose(weight: Tensor, name: str = "weight") -> SVD:
             "or repair the checkpoint."
         )
     return SVD(*torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False))
+
+
+@contextmanager
+def standing_in(factors: Iterable[tuple[DenseLinear, SVD]]) -> Iterator[None]:
+    """Let dense linears compute what low-rank ones would; their own weights are put back, bit for bit.
+
+    Raises:
+        UnsupportedModelError: if a weight is offloaded or sharded.
+    """
+    saved: dict[Tensor, Tensor] = {}
+    try:
+        for linear, (U, S, Vh) in factors:
+            weight = linear.weight
+            if weight.is_meta or isinstance(weight, DTensor):
+                raise UnsupportedModelError(
+                    "schedule='progressive' needs all weights in memory, but some are offloaded or sharded; take "
+                    "schedule='single-sweep'"
+                )
+            product = (U * S) @ Vh
+            saved[weight] = weight.data
+            weight.data = (product.mT if isinstance(linear, Conv1D) else product).to(weight.data).contiguous()
+        yield
+    finally:
+        for weight, data in saved.items():
+            weight.data = data
 
 
 class InputGroup:

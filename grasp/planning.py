@@ -18,7 +18,7 @@ from grasp.calibration import CalibrationBatch
 from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, UnsupportedModelError
 from grasp.latency import CostTable
-from grasp.modules import dense_shape
+from grasp.modules import SVD, dense_shape
 from grasp.redundancy import Redundancy, least_changing_run
 from grasp.report import ModuleReport, model_size
 from grasp.selection import (
@@ -33,6 +33,8 @@ from grasp.selection import (
 )
 from grasp_kernels.packing import RANK_MULTIPLE
 
+# Of the budget's saving: how much a progressive schedule spends before it takes statistics anew. See docs/study.md.
+FIRST_SHARE = 0.6
 HELD_OUT = 8  # one batch in so many decides between candidates
 # Of the measured loss that removing a layer adds, against the predicted one of ranks, which is often too low; at the
 # last a layer goes where nothing else will do. See docs/latency.md.
@@ -314,8 +316,21 @@ def candidates(
     return found
 
 
+def partway(choices: Sequence[tuple[Target, Choice]], plan: Plan, prices: Prices) -> dict[Target, SVD]:
+    """The groups that are kept where ``FIRST_SHARE`` of the saving is spent globally, of what does not stay dense."""
+    chosen = {target: choice for target, choice in choices if target in plan.ranks and "indices" in choice}
+    ranks = _allocated("", chosen, plan, prices, {}, FIRST_SHARE).ranks
+    cuts = {target: _cut(chosen[target], rank) for target, rank in ranks.items() if rank != DENSE}
+    return {target: SVD(kept["U"], kept["S"], kept["Vh"]) for target, kept in cuts.items()}
+
+
 def _allocated(
-    scope: str, chosen: Mapping[Target, Choice], plan: Plan, prices: Prices, removal: Mapping[int, float]
+    scope: str,
+    chosen: Mapping[Target, Choice],
+    plan: Plan,
+    prices: Prices,
+    removal: Mapping[int, float],
+    share: float = 1.0,
 ) -> Candidate:
     """Where the budget lowers the loss most."""
     members = {layer: [target for target in chosen if target.layer == layer] for layer in plan.layers}
@@ -329,7 +344,8 @@ def _allocated(
         for layer, found in members.items()
     ]
     uniform = math.fsum(prices.saved(target, plan.ranks[target]) for target in chosen)
-    budget = math.fsum(map(prices.layer, members)) - (uniform if prices.saving is None else prices.saving)
+    saving = uniform if prices.saving is None else prices.saving
+    budget = math.fsum(map(prices.layer, members)) - share * saving
     budget *= 1 + 1e-12  # seconds add up to a little more or less than the same seconds in another order
     ranks: dict[Target, int] = {}
     removed = []

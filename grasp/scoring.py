@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -64,6 +65,7 @@ def gather_scores(
     progress: Progress = silent,
     state: NoState | None = None,
     processes: Processes = ALONE,
+    running: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Scores:
     """Score the singular groups of linears on the model as it is by now: one sweep, or two.
 
@@ -81,6 +83,8 @@ def gather_scores(
         progress: called after each batch.
         state: where the sums of a plain first-order sweep are kept, and taken up from.
         processes: those whose sums are added up.
+        running: gives a context in which the model is swept, where that is to be another one than the weights that are
+            decomposed; not with the plain basis.
 
     Returns:
         For each target what decomposes and scores it; none for a target whose output does not reach the loss.
@@ -97,13 +101,14 @@ def gather_scores(
         return {target: partial(_by_gradient, total, how) for target, total in sums.items()}
     decompositions: Mapping[Target, Callable[[], SVD]]
     if form.inputs:
-        covariances = gather_covariances(
-            *(model, batches, targets, prefix),
-            outputs=form.outputs,
-            dtype=dtype,
-            progress=progress,
-            processes=processes,
-        )
+        with running():
+            covariances = gather_covariances(
+                *(model, batches, targets, prefix),
+                outputs=form.outputs,
+                dtype=dtype,
+                progress=progress,
+                processes=processes,
+            )
         decompositions = decompositions_by(covariances)
     else:
         weights = {target: dense_weight(target.module) for target in targets}
@@ -112,9 +117,10 @@ def gather_scores(
         return {target: partial(_by_magnitude, make, how) for target, make in decompositions.items()}
     svds = {target: make() for target, make in decompositions.items()}
     second: Literal["token"] | None = "token" if how.moment == "second" else None
-    moments = basis_moments(
-        *(model, batches, svds, prefix), second=second, dtype=dtype, progress=progress, processes=processes
-    )
+    with running():
+        moments = basis_moments(
+            *(model, batches, svds, prefix), second=second, dtype=dtype, progress=progress, processes=processes
+        )
     return {
         target: partial(_by_moments, svds[target], *(moment.first, moment.second), how)
         for target, moment in moments.items()

@@ -75,6 +75,20 @@ def test_is_frozen() -> None:
             {"scope": "auto", "schedule": "single-sweep", "threshold_ratio": 0.5, "num_layers": 1},
             "it excludes allocation='global' and scope='auto'",
         ),
+        (
+            {"schedule": "progressive"},
+            "needs allocation='global' and a basis that sees inputs, got 'uniform' and 'plain'",
+        ),
+        (
+            {
+                "schedule": "progressive",
+                "basis": "kfac",
+                "metric": "magnitude",
+                "allocation": "global",
+                "scope": "auto",
+            },
+            "schedule='progressive' follows one scope",
+        ),
         ({"num_layers": -3}, "num_layers must be an integer from 0 up, got -3"),
         ({"num_layers": 2.0}, "got 2.0"),
         ({"num_layers": True}, "got True"),

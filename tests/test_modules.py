@@ -11,8 +11,17 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from grasp import modules
-from grasp.errors import NonFiniteError
-from grasp.modules import LowRankLinear, decompose, dense_weight, group_linears_, set_backend_
+from grasp.errors import NonFiniteError, UnsupportedModelError
+from grasp.modules import (
+    SVD,
+    DenseLinear,
+    LowRankLinear,
+    decompose,
+    dense_weight,
+    group_linears_,
+    set_backend_,
+    standing_in,
+)
 from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped
 
 
@@ -348,3 +357,25 @@ def test_a_model_can_be_set_to_one_backend(monkeypatch: pytest.MonkeyPatch, grou
         asked.clear()
     with pytest.raises(ValueError, match="unknown backend 'warp'; expected one of auto, cuda"):
         set_backend_(attention, "warp")
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(5, 7), lambda: Conv1D(7, 5)])
+def test_a_dense_linear_computes_what_its_low_rank_form_would_and_is_put_back(make: Callable[[], DenseLinear]) -> None:
+    linear, x = make(), torch.randn(3, 5)
+    before, y = linear.weight.detach().clone(), linear(x)
+    U, S, Vh = decompose(dense_weight(linear).detach())
+    kept = SVD(U[:, :2], S[:2], Vh[:2])
+    with standing_in([(linear, kept)]):
+        torch.testing.assert_close(linear(x), LowRankLinear.from_dense(linear, torch.arange(2), kept)(x))
+        assert not torch.allclose(linear(x), y)
+    assert torch.equal(linear.weight, before)
+    with pytest.raises(KeyError), standing_in([(linear, kept)]):
+        raise KeyError
+    assert torch.equal(linear.weight, before)
+
+
+def test_nothing_stands_in_for_a_weight_that_is_elsewhere() -> None:
+    linear = nn.Linear(5, 7, device="meta")
+    kept = SVD(torch.ones(7, 1), torch.ones(1), torch.ones(1, 5))
+    with pytest.raises(UnsupportedModelError, match="take schedule='single-sweep'"), standing_in([(linear, kept)]):
+        pass

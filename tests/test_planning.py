@@ -3,21 +3,26 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from grasp import planning, scoring
 from grasp.architecture import decoder, layer_targets
 from grasp.calibration import CalibrationBatch
 from grasp.compress import compress_
 from grasp.config import GraspConfig
+from grasp.covariance import gather_covariances
 from grasp.errors import CalibrationError, CostTableError, UnsupportedModelError
 from grasp.latency import CostTable, LinearSeconds, from_roofline
 from grasp.loss import sum_nll
-from grasp.modules import LowRankLinear, dense_shape
+from grasp.modules import LowRankLinear, dense_shape, dense_weight
 from grasp.planning import REDUNDANCIES, Plan, candidates, find_prices, hold_out
 from grasp.redundancy import measure_redundancy
 from grasp.report import CompressionReport
@@ -86,6 +91,37 @@ def test_refit_changes_left_factors_alone() -> None:
             other = refitted.get_submodule(name)
             assert torch.equal(module.Vh, other.Vh)
             assert not torch.equal(module.U, other.U)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_progressive_schedule_takes_statistics_again_with_a_part_of_the_budget_spent(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    def gather(model: PreTrainedModel, *rest: Any, **options: Any) -> Any:
+        seen.append({target.name: dense_weight(target.module).detach().clone() for target in rest[1]})
+        return gather_covariances(model, *rest, **options)
+
+    monkeypatch.setattr(scoring, "gather_covariances", gather)
+    model, dense = tiny_model(family), tiny_model(family)
+    config = GraspConfig(compression_ratio=0.2, **{**BEST, "schedule": "progressive"}, scope="model")
+    report = compress_(model, tiny_batches(4), config)
+    assert report.compression_ratio == pytest.approx(0.2, abs=0.01)
+    once = compress_(tiny_model(family), tiny_batches(4), replace(config, schedule="single-sweep"))
+    assert [module.rank for module in once.modules] != [module.rank for module in report.modules]
+
+    first, second = seen[0], seen[1]
+    assert all(torch.equal(weight, dense_weight(dense.get_submodule(name))) for name, weight in first.items())
+    saved = 0
+    for name, weight in second.items():
+        if not torch.equal(weight, first[name]):
+            rank = int(torch.linalg.matrix_rank(weight.double(), rtol=1e-5))
+            saved += weight.numel() - rank * sum(weight.shape)
+    assert saved == pytest.approx(planning.FIRST_SHARE * 0.2 * report.before.parameters, rel=0.1)
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            assert torch.equal(module.weight, dense.get_submodule(name).weight)
 
 
 @pytest.mark.parametrize("basis", ["whitened", "kfac"])

@@ -73,7 +73,10 @@ def compress(
     ] = None,
     schedule: Annotated[
         str | None,
-        typer.Option(help="sequential (paper), per-layer (twice as fast), or single-sweep (all on the dense model)."),
+        typer.Option(
+            help="sequential (paper), per-layer (twice as fast), single-sweep (all on the dense model), or progressive "
+            "(twice, the second time with a part of the budget spent)."
+        ),
     ] = None,
     sweep_dtype: Annotated[
         str | None, typer.Option(help="Run the calibration sweeps in bfloat16. Default: as the model is.")
