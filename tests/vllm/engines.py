@@ -56,10 +56,9 @@ def save_compressed(
     return save_checkpoint(model, folder, overwrite=True)
 
 
-def vllm_environment(cache: Path) -> dict[str, str]:
-    """For processes with vLLM: a small KV cache, compiled graphs kept in ``cache``, NUMA nodes of one core each."""
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_SIM_MULTI_NUMA": "1", "VLLM_CACHE_ROOT": str(cache)}
-    return {**environment(), **settings}
+def vllm_environment() -> dict[str, str]:
+    """For processes with vLLM: a small KV cache, and NUMA nodes of one core each."""
+    return {**environment(), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_SIM_MULTI_NUMA": "1"}
 
 
 def run_engine(
@@ -83,7 +82,7 @@ def run_engine(
     done = subprocess.run(
         [sys.executable, "-m", "tests.vllm.generate", str(request), str(output)],
         cwd=ROOT,
-        env={**vllm_environment(scratch / "cache"), **(variables or {})},
+        env={**vllm_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(variables or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -47,15 +47,15 @@ def command(beginning: str) -> str:
     return line
 
 
-def environment(folder: Path) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """The commands find `grasp` and `python` where a user's activated environment has them."""
-    variables = vllm_environment(folder / "cache")
+    variables = vllm_environment()
     return {**variables, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"}
 
 
 def shell(line: str, folder: Path) -> str:
     done = subprocess.run(
-        line, shell=True, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=TIMEOUT
+        line, shell=True, cwd=folder, env=environment(), capture_output=True, text=True, timeout=TIMEOUT
     )
     assert done.returncode == 0, done.stderr[-6000:]
     return done.stdout
@@ -80,7 +80,7 @@ def port(folder: Path) -> Iterator[int]:
         server = subprocess.Popen(
             ["bash", "-c", f"exec env {line}"],
             cwd=folder,
-            env=environment(folder),
+            env=environment(),
             stdout=log,
             stderr=log,
             start_new_session=True,
