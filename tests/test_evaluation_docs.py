@@ -1,4 +1,4 @@
-"""The commands and the Python of docs/serving-tasks.md."""
+"""The commands and the Python of docs/evaluation.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from grasp.task_sources import ARROW_FOLDERS, PACKAGE_REQUIREMENT
 from tests.command_line import ROOT, environment, grasp
 from tests.task_documents import write_jsonl
 
-PAGE = (ROOT / "docs/serving-tasks.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
 FENCES = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in FENCES if language == "python"]
 COMMANDS = [line for language, code in FENCES if language == "sh" for line in code.splitlines()]
