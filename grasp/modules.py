@@ -231,6 +231,19 @@ def set_backend_(model: nn.Module, backend: str) -> None:
             module.backend = backend
 
 
+def _balanced(svd: SVD, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """U and Vh with the singular values in them, each group's column as long as its row, in whichever basis they are.
+
+    But fp16 overflows at 65504, and x @ Vh.mT is stored in it: there the rows are of length 1.
+    """
+    tiny = torch.finfo(svd.S.dtype).tiny
+    columns = torch.linalg.vector_norm(svd.U, dim=0).clamp_min(tiny)
+    rows = torch.linalg.vector_norm(svd.Vh, dim=1).clamp_min(tiny)
+    length = svd.S * columns * rows
+    right = torch.ones_like(length) if dtype == torch.float16 else length.sqrt()
+    return svd.U * (length / right / columns), svd.Vh * (right / rows)[:, None]
+
+
 class LowRankLinear(nn.Module):
     """A linear layer of rank R: ``y = (x @ Vh.mT) @ U.mT + bias``, the singular values folded into both factors
     (in fp16 into U alone).
@@ -298,14 +311,12 @@ class LowRankLinear(nn.Module):
             raise ValueError(f"indices must be distinct, at least one, each in 0..{groups - 1}; got {picked}")
         U, S, Vh = decompose(dense_weight(linear)) if svd is None else svd
         indices = indices.to(S.device)
-        root = S[indices].sqrt()
-        # fp16 overflows at 65504, and x @ Vh.mT is stored in it: there U takes the whole singular value.
         dtype, device = linear.weight.dtype, execution_device(linear)
-        left, right = (S[indices], torch.ones_like(root)) if dtype == torch.float16 else (root, root)
         module = cls(k, n, len(picked), bias=linear.bias is not None, device=device, dtype=dtype)
         with torch.no_grad():
-            module.U.copy_(U[:, indices] * left)
-            module.Vh.copy_(right[:, None] * Vh[indices])
+            left, right = _balanced(SVD(U[:, indices], S[indices], Vh[indices]), dtype)
+            module.U.copy_(left)
+            module.Vh.copy_(right)
             if module.bias is not None:
                 module.bias.copy_(gathered(fetched(linear, "bias")))
         module.train(linear.training)

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from grasp import modules
+from grasp.basis import decompose_in, roots
 from grasp.errors import NonFiniteError, UnsupportedModelError
 from grasp.modules import (
     SVD,
@@ -379,3 +380,19 @@ def test_nothing_stands_in_for_a_weight_that_is_elsewhere() -> None:
     kept = SVD(torch.ones(7, 1), torch.ones(1), torch.ones(1, 5))
     with pytest.raises(UnsupportedModelError, match="take schedule='single-sweep'"), standing_in([(linear, kept)]):
         pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_each_group_has_a_column_as_long_as_its_row_in_every_basis(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 16).to(dtype)
+    left, right = (
+        torch.rand(16) * 100 + 1,
+        torch.rand(24) / 100 + 1e-3,
+    )  # as where gradients are small, and inputs large
+    inputs, outputs = roots(torch.diag(right.square())), roots(torch.diag(left.square()))
+    svd = decompose_in(linear.weight.detach().float(), inputs, outputs)
+    module = LowRankLinear.from_dense(linear, torch.arange(16), svd)
+    torch.testing.assert_close(module.dense_weight(), linear.weight.float(), rtol=2e-3, atol=2e-4)
+    columns, rows = module.U.detach().float().norm(dim=0), module.Vh.detach().float().norm(dim=1)
+    torch.testing.assert_close(rows, torch.ones(16) if dtype == torch.float16 else columns, rtol=2e-3, atol=1e-3)
