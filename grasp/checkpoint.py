@@ -84,7 +84,7 @@ def save_checkpoint(
         model: compressed or not.
         directory: new or empty; its parents are made.
         tokenizer: saved beside the model.
-        card: text of README.md, see ``model_card``.
+        card: text of README.md, see ``model_card``; ``None`` for the one that ``save_pretrained`` writes.
         extra_files: file name → text.
         overwrite: replace a checkpoint that is there.
 
@@ -97,11 +97,11 @@ def save_checkpoint(
     """
     target = check_directory(directory, overwrite=overwrite)
     texts = dict(extra_files or {})
-    if card is not None:
-        texts["README.md"] = card
     mark_compressed(model)
     require_space(target, model.get_memory_footprint() + sum(len(text.encode()) for text in texts.values()))
     with _written_whole(target) as folder:
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
+from torch import distributed
 from yaml import YAMLError
 
 from grasp.errors import CheckpointError
+from grasp.files import write_whole
 from grasp.inspection import inspect_checkpoint
 from grasp.modules import LowRankLinear
 from grasp.tasks import score_rows
@@ -105,6 +110,39 @@ def folder_card(
         m.name: _Layer(m.rank, m.in_features, m.out_features, m.parameters, m.dense_parameters) for m in found.modules
     }
     return _render(found.model_type, layers, found.parameters, base_model, license or {}, "")
+
+
+@functools.cache
+def write_cards_on_save() -> None:
+    """Make ``save_pretrained`` of every compressed model write a card into folders that have none. Idempotent.
+
+    transformers has no hook that is told the folder, so the method is wrapped, in the class: on the model itself it
+    would be a cycle that keeps its memory after ``del model``.
+    """
+    from transformers import PreTrainedModel
+
+    from grasp.quantizer import GraspHfQuantizer
+
+    save = PreTrainedModel.save_pretrained
+
+    @functools.wraps(save)
+    def save_pretrained(
+        self: PreTrainedModel,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        save(self, save_directory, is_main_process, *args, **kwargs)
+        quantizer = getattr(self, "hf_quantizer", None)
+        card = Path(save_directory) / "README.md"
+        first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+        if isinstance(quantizer, GraspHfQuantizer) and is_main_process and first and not card.exists():
+            base_model = None if quantizer.pre_quantized else self.name_or_path or None
+            with suppress(CheckpointError):  # adapters alone, or weights in another format
+                write_whole(card, folder_card(card.parent, base_model=base_model))
+
+    PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
 def _render(

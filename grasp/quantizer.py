@@ -197,6 +197,8 @@ def mark_compressed(model: PreTrainedModel) -> None:
     Raises:
         CheckpointError: if the model is quantised by another method, whose mark it cannot share.
     """
+    from grasp.model_card import write_cards_on_save
+
     ranks = {name: layer.rank for name, layer in _lowrank_layers(model)}
     quantizer = getattr(model, "hf_quantizer", None)
     if not ranks:
@@ -209,8 +211,9 @@ def mark_compressed(model: PreTrainedModel) -> None:
             "Load the model unquantised."
         )
     config = GraspQuantizationConfig(ranks=ranks)
+    loaded = quantizer is not None and quantizer.pre_quantized
     marks = {
-        "hf_quantizer": GraspHfQuantizer(config),
+        "hf_quantizer": GraspHfQuantizer(config, pre_quantized=loaded),
         "quantization_method": METHOD,
         # The parameters are ordinary ones. transformers refuses .float(), .half() and training where this is true.
         "is_quantized": False,
@@ -218,6 +221,7 @@ def mark_compressed(model: PreTrainedModel) -> None:
     for name, value in marks.items():
         setattr(model, name, value)
     model.config.quantization_config = config
+    write_cards_on_save()
     model.config._is_quantized = True  # some attention modules read this before they ask for `q_proj.weight`
 
 

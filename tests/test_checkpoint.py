@@ -28,6 +28,9 @@ def model() -> PreTrainedModel:
     return model
 
 
+WRITTEN = ["out", "out/README.md", "out/config.json", "out/generation_config.json", "out/model.safetensors"]
+
+
 def everything_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
@@ -63,7 +66,7 @@ def test_an_empty_folder_is_filled(model: PreTrainedModel, tmp_path: Path) -> No
     target = tmp_path / "out"
     target.mkdir()
     save_checkpoint(model, target)
-    assert everything_in(tmp_path) == ["out", "out/config.json", "out/generation_config.json", "out/model.safetensors"]
+    assert everything_in(tmp_path) == WRITTEN
 
 
 def test_a_folder_that_is_not_empty_is_refused_before_any_work(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -78,7 +81,7 @@ def test_a_checkpoint_is_replaced_where_asked_and_anything_else_is_not(model: Pr
     target = tmp_path / "out"
     save_checkpoint(model, target, extra_files={"old.txt": ""})
     save_checkpoint(model, target, overwrite=True)
-    assert everything_in(tmp_path) == ["out", "out/config.json", "out/generation_config.json", "out/model.safetensors"]
+    assert everything_in(tmp_path) == WRITTEN
     (target / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no config\.json, so it is no checkpoint"):
         save_checkpoint(model, target, overwrite=True)

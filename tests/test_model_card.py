@@ -14,10 +14,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from grasp import model_card as module
-from grasp.checkpoint import save_checkpoint
+from grasp.checkpoint import mark_compressed, save_checkpoint
 from grasp.errors import CheckpointError
 from grasp.model_card import (
     folder_card,
@@ -47,6 +47,34 @@ def model() -> PreTrainedModel:
     for name, rank in (("model.layers.1.mlp.up_proj", 4), ("model.layers.1.self_attn.q_proj", 8)):
         model.set_submodule(name, LowRankLinear.from_dense(model.get_submodule(name), torch.arange(rank)))
     return model
+
+
+def test_save_pretrained_writes_a_card(model: PreTrainedModel, tmp_path: Path) -> None:
+    model.name_or_path = "owner/Name"
+    mark_compressed(model)
+    model.save_pretrained(tmp_path / "small")
+    card = ModelCard.load(tmp_path / "small/README.md")
+    assert card.data.to_dict() == ModelCard(model_card(model, base_model="owner/Name")).data.to_dict()
+    assert "`mlp.up_proj` 4 of 32" in card.content
+
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    again.save_pretrained(tmp_path / "again")  # what it was made from is not known by now
+    assert "base_model" not in ModelCard.load(tmp_path / "again/README.md").data.to_dict()
+
+
+def test_save_pretrained_leaves_a_card_that_is_there(model: PreTrainedModel, tmp_path: Path) -> None:
+    mark_compressed(model)
+    (tmp_path / "README.md").write_text("# Mine\n")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+
+
+def test_save_pretrained_writes_no_card_where_none_belongs(model: PreTrainedModel, tmp_path: Path) -> None:
+    mark_compressed(model)
+    model.save_pretrained(tmp_path / "process", is_main_process=False)
+    model.dequantize()
+    model.save_pretrained(tmp_path / "dense")
+    assert not list(tmp_path.rglob("README.md"))
 
 
 def test_front_matter_is_what_the_hub_reads(model: PreTrainedModel) -> None:
