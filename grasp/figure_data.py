@@ -185,7 +185,7 @@ def _studies(records: Iterable[Record]) -> Mapping[Setting, list[StudyResult]]:
         windows = "all windows" if study.windows is None else f"{study.windows} windows"
         title = f"{study.model}, {windows} of {study.window} tokens of {study.text}"
         calibrated = f"Calibrated on {study.num_samples} sequences of {study.seq_len} tokens of {study.calibration}"
-        found[Setting(title, f"{calibrated}; float32; {state(same[-1].conditions)}")] = same
+        found[Setting(title, f"{calibrated}; {study.dtype}; {state(same[-1].conditions)}")] = same
     return found
 
 

@@ -75,7 +75,8 @@ class Evaluation:
     """What a model is worth on a text, on tasks, or on both, and what it weighs.
 
     Attributes:
-        text: where ``result`` is from.
+        model: its name; of a path the last part.
+        text: where ``result`` is from, likewise.
         scores: lm-eval's results, see ``evaluate_tasks``.
     """
 
@@ -177,8 +178,8 @@ def with_request(
     drawn = asdict(samples)
     source = drawn.pop("source")
     request = {
-        "model": name if is_hub_name(name) else Path(name).name,
-        "calibration": source if source in (BUILTIN, *HUB_TEXTS) else Path(source).name,
+        "model": _model_name(name),
+        "calibration": _text_name(source),
         **drawn,
         "dtype": dtype,
         "device": device,
@@ -377,7 +378,17 @@ def evaluate(
             scores = evaluate_tasks(
                 *(model, tokenizer, tasks.names, tasks.source, tasks.limit), batch_size=batch_size, progress=progress
             )
-    return Evaluation(name, source, result, model_size(model, decoder(model).layers), scores)
+    text = None if source is None else _text_name(source)
+    return Evaluation(_model_name(name), text, result, model_size(model, decoder(model).layers), scores)
+
+
+def _model_name(name: str) -> str:
+    """A model's name as others may read it: a folder or file without the folders it lies in."""
+    return name if is_hub_name(name) else Path(name).name
+
+
+def _text_name(source: str) -> str:
+    return source if source in (BUILTIN, *HUB_TEXTS) else Path(source).name
 
 
 def require_known(model: PreTrainedModel, token_ids: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 from collections import defaultdict
@@ -27,7 +28,8 @@ if TYPE_CHECKING:  # transformers imports this module before it has defined its 
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LAYER = re.compile(r"(?P<layer>.*?\.\d+)\.(?P<module>.+)")
-_EVALUATION = "Evaluation"
+_MARK = "<!-- Written by save_pretrained, and again by the next one; without this line it is left alone. -->"
+_EVALUATION = "Evaluation by grasp"
 _EVALUATION_HEAD = "| model | on | metric | value |\n| --- | --- | --- | ---: |"
 _SECTION = re.compile(rf"^## {_EVALUATION}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 _NAMED_TEXTS = ("builtin", "wikitext2", "c4")  # other texts are files, whose paths are nobody's business
@@ -114,7 +116,7 @@ def folder_card(
 
 @functools.cache
 def write_cards_on_save() -> None:
-    """Make ``save_pretrained`` of every compressed model write a card into folders that have none. Idempotent.
+    """Make ``save_pretrained`` of every compressed model write a card, but over no other's. Idempotent.
 
     transformers has no hook that is told the folder, so the method is wrapped, in the class: on the model itself it
     would be a cycle that keeps its memory after ``del model``.
@@ -137,10 +139,13 @@ def write_cards_on_save() -> None:
         quantizer = getattr(self, "hf_quantizer", None)
         card = Path(save_directory) / "README.md"
         first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
-        if isinstance(quantizer, GraspHfQuantizer) and is_main_process and first and not card.exists():
-            base_model = None if quantizer.pre_quantized else self.name_or_path or None
-            with suppress(CheckpointError):  # adapters alone, or weights in another format
-                write_whole(card, folder_card(card.parent, base_model=base_model))
+        if not (isinstance(quantizer, GraspHfQuantizer) and is_main_process and first):
+            return
+        if card.exists() and _MARK not in card.read_text(encoding="utf-8", errors="replace"):
+            return
+        base_model = None if quantizer.pre_quantized else self.name_or_path or None
+        with suppress(CheckpointError):  # adapters alone, or weights in another format
+            write_whole(card, f"{folder_card(card.parent, base_model=base_model)}\n{_MARK}\n")
 
     PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
@@ -304,6 +309,8 @@ def _scores(document: Mapping[str, Any]) -> list[_Score]:
         value = measured["perplexity"]
         scores.append(_Score(on, "perplexity", value, f"{value:.3f}", text))
     for task, documents, shots, metric, value, error in score_rows(document):
+        if not math.isfinite(float(value)):
+            continue
         on = f"`{task}` of lm-eval, {documents} documents, {shots} shots"
         shown = value if error == "-" else f"{value} ± {error}"
         scores.append(_Score(on, metric, float(value), shown, task))

@@ -44,7 +44,7 @@ def push(directory: str | Path, repo_id: str, *, private: bool = False, progress
     Args:
         directory: what ``grasp compress`` or ``save_pretrained`` wrote; see ``require_complete``.
         repo_id: ``owner/name``.
-        private: make a new repository private; one that is there stays as it is.
+        private: make a new repository private; one that is there must be.
         progress: called before and after the upload.
 
     Returns:
@@ -52,7 +52,8 @@ def push(directory: str | Path, repo_id: str, *, private: bool = False, progress
 
     Raises:
         CheckpointError: as ``require_complete`` does.
-        HubError: if there is no token, the hub refuses, or cannot be reached.
+        HubError: if there is no token, the hub refuses, or cannot be reached; if the repository is there and public,
+            but ``private`` was asked for.
     """
     folder = Path(directory).expanduser()
     found = require_complete(folder)
@@ -64,6 +65,12 @@ def push(directory: str | Path, repo_id: str, *, private: bool = False, progress
     progress("upload", 0, 1)
     with _explained(repo_id, token):
         address = api.create_repo(repo_id, private=True if private else None, exist_ok=True)
+        public = private and not api.model_info(address.repo_id).private
+    if public:
+        raise HubError(
+            f"{repo_id} is there and public; nothing was uploaded. Make it private there, or give another name"
+        )
+    with _explained(repo_id, token):
         api.upload_folder(
             repo_id=address.repo_id,
             folder_path=folder,

@@ -11,33 +11,43 @@ from grasp.console import json_text
 from grasp.errors import ResultsError
 from grasp.files import write_whole
 from grasp.inspection import inspect_checkpoint
-from grasp.model_card import with_results
+from grasp.model_card import read_card, with_results
 
 if TYPE_CHECKING:
     from grasp.jobs import Evaluation
 
 
 def require_replaceable(output: Path) -> None:
-    """Check that results can be written to a file before anything is measured.
+    """Check that results can be written to a file, and into a card, before anything is measured.
 
     Raises:
         ResultsError: if its folder is not there, or it is something else than earlier results.
+        CheckpointError: if the card that is to show them cannot be read.
     """
     if not output.resolve().parent.is_dir():
         raise ResultsError(f"no folder {output.resolve().parent} to write {output.name} to; make it first")
     if output.exists() and read_results(output) is None:
         raise ResultsError(f"{output} exists and holds no results of `grasp evaluate`; give another name")
+    if _has_our_card(output.parent):
+        read_card((output.parent / "README.md").read_text(encoding="utf-8"))
 
 
 def write(result: Evaluation, output: Path) -> None:
-    """Write results whole or not at all; the card of a checkpoint that they are written into shows them from then on.
+    """Write results whole or not at all; the card of a compressed checkpoint that they lie in shows them from then on.
 
     Raises:
         GraspError: if something cannot be written.
     """
     write_whole(output, json_text(result.to_dict()))
-    if (output.parent / "README.md").is_file() and (output.parent / "config.json").is_file():
+    if _has_our_card(output.parent):
         update_card(output.parent)
+
+
+def _has_our_card(folder: Path) -> bool:
+    """Whether a folder is a compressed checkpoint with a card; that of a dense model is its authors'."""
+    if not ((folder / "README.md").is_file() and (folder / "config.json").is_file()):
+        return False
+    return bool(inspect_checkpoint(folder).modules)
 
 
 def update_card(folder: Path) -> None:

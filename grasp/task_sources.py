@@ -164,17 +164,24 @@ def _with_own_columns(task: str, row: Row) -> Row:
 
 def _piqa(row: Mapping[str, Any]) -> Row:
     first, second = row["choices"]
-    return {"goal": _question(row), "sol1": first, "sol2": second, "label": row["gold"]}
+    return {"goal": _question(row), "sol1": first, "sol2": second, "label": _gold(row)}
 
 
 def _arc(row: Mapping[str, Any]) -> Row:
     letters = [chr(ord("A") + index) for index in range(len(row["choices"]))]
     choices = {"text": row["choices"], "label": letters}
-    return {"question": _question(row), "choices": choices, "answerKey": letters[row["gold"]]}
+    return {"question": _question(row), "choices": choices, "answerKey": letters[_gold(row)]}
 
 
 def _boolq(row: Mapping[str, Any]) -> Row:
     return {**row, "label": int(row["answer"])}
+
+
+def _gold(row: Mapping[str, Any]) -> int:
+    """Which choice is right; below 0, as where labels are withheld, it would be another one."""
+    if not 0 <= row["gold"] < len(row["choices"]):
+        raise ValueError(f"gold is {row['gold']} of {len(row['choices'])} choices")
+    return int(row["gold"])
 
 
 def _question(row: Mapping[str, Any]) -> str:

@@ -233,9 +233,13 @@ def _redirected(task: str, folder: Path, scratch: Path, files: dict[str, Path]) 
     Everything lies in ``scratch``, the data library's cache as well: it would not notice that files have changed.
     """
     documents = read_documents(folder, task)
-    files[task] = documents.file
+    files[task] = documents.file.relative_to(folder)
     rows = scratch / f"{task}.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in documents.rows), encoding="utf-8")
+    try:
+        text = "".join(json.dumps(row) + "\n" for row in documents.rows)
+    except TypeError as error:
+        raise TaskError(f"{documents.file} has a column that is no text, number or list of them ({error})") from error
+    rows.write_text(text, encoding="utf-8")
     definition = {
         "include": str(definitions()[task]),
         "task": task,
@@ -261,16 +265,27 @@ def _watched(model: PreTrainedModel, progress: Progress) -> Any:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
 
     class WatchedHFLM(HFLM):
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+        # Of answers, and of windows where a task is about whole texts; none where it generates.
+        _done = _total = 0
+
+        def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any) -> Any:
             self._done, self._total = 0, len(requests)
             try:
-                answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm or progress is not silent)
+                answers = super()._loglikelihood_tokens(requests, disable_tqdm or progress is not silent, **kwargs)
             except AssertionError as error:  # how lm-eval refuses what does not fit
                 raise TaskError(
                     f"a document has an answer of no token, or of more than the model's {self.max_length} positions"
                 ) from error
             progress("tasks", self._total, self._total)
             return answers
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            try:
+                return super().generate_until(requests, disable_tqdm=disable_tqdm)
+            except AssertionError as error:
+                raise TaskError(
+                    f"a task lets the model write more tokens than its {self.max_length} positions"
+                ) from error
 
         def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
             if (highest := int(inps.max())) >= vocabulary:
@@ -306,9 +321,10 @@ def _quiet() -> Iterator[None]:
 
 def _conditions(model: PreTrainedModel, limit: int | None, batch_size: int) -> dict[str, Any]:
     """What lm-eval keeps under ``config``, as far as it applies here."""
+    name = str(model.config._name_or_path)
     return {
         "model": "hf",
-        "model_args": {"pretrained": str(model.config._name_or_path)},
+        "model_args": {"pretrained": Path(name).name if Path(name).exists() else name},
         "model_num_parameters": model.num_parameters(),
         "model_dtype": str(model.dtype),
         "batch_size": batch_size,
@@ -319,11 +335,16 @@ def _conditions(model: PreTrainedModel, limit: int | None, batch_size: int) -> d
 
 
 def _name_source(config: dict[str, Any], file: Path | None) -> None:
-    """Say of a task's configuration where its documents are from, in the place of files that are gone."""
+    """Say in a task's configuration which documents were taken, in the place of files that are gone.
+
+    Results are published: of paths on this machine only the last part is kept.
+    """
     if file is not None:
         config["dataset_path"] = str(file)
         config.pop("dataset_kwargs")
-        config["metadata"]["config_source"] = str(definitions()[config["task"]])
+    if source := config.get("metadata", {}).get("config_source"):
+        place = definitions().get(config["task"], Path(source))
+        config["metadata"]["config_source"] = place.name
 
 
 def _plain(value: Any) -> Any:

@@ -91,7 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in self.state.repositories:
             self._answer({"error": "Repository not found"}, 404)
             return
-        self._answer({"id": "", "modelId": "", "sha": "0" * 40, "siblings": [], "tags": [], "private": False})
+        private = self.state.repositories[name] == "private"
+        self._answer({"id": "", "modelId": "", "sha": "0" * 40, "siblings": [], "tags": [], "private": private})
 
     def do_PUT(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))

@@ -10,7 +10,7 @@ from grasp.bench.results import Percentiles, StudySetting
 from grasp.figure_data import Quality, by_latency, by_size, latencies, pareto_front, roofs
 from tests.bench.records import CONDITIONS, record
 
-STUDY = StudySetting("builtin", "wikitext2", "builtin", 24, 512, 2, 512, 16, "float32")
+STUDY = StudySetting("builtin", "wikitext2", "builtin", 24, 512, 2, 512, 16, "bfloat16")
 
 
 def model(provider: str, **values: Any) -> Any:
@@ -59,6 +59,7 @@ def test_perplexities_of_different_texts_do_not_share_a_figure() -> None:
         "builtin, 16 windows of 512 tokens of builtin",
         "builtin, all windows of 512 tokens of builtin",
     ]
+    assert all("512 tokens of wikitext2; bfloat16; " in setting.conditions for setting in list(found)[:2])
 
 
 def test_the_weights_that_several_backends_share_are_one_point_of_size() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -69,12 +70,32 @@ def test_save_pretrained_leaves_a_card_that_is_there(model: PreTrainedModel, tmp
     assert (tmp_path / "README.md").read_text() == "# Mine\n"
 
 
-def test_save_pretrained_writes_no_card_where_none_belongs(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_save_pretrained_writes_no_card_where_none_belongs(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mark_compressed(model)
-    model.save_pretrained(tmp_path / "process", is_main_process=False)
+    card = tmp_path / "README.md"
+    model.save_pretrained(tmp_path)
+    card.unlink()
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert not card.exists()
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    model.save_pretrained(tmp_path)
+    assert not card.exists()
+    monkeypatch.undo()
     model.dequantize()
-    model.save_pretrained(tmp_path / "dense")
-    assert not list(tmp_path.rglob("README.md"))
+    model.save_pretrained(tmp_path)
+    assert not card.exists()
+
+
+def test_a_card_that_save_pretrained_wrote_follows_the_model(model: PreTrainedModel, tmp_path: Path) -> None:
+    mark_compressed(model)
+    model.save_pretrained(tmp_path)
+    layer = model.get_submodule("model.layers.1.mlp.gate_proj")
+    model.set_submodule("model.layers.1.mlp.gate_proj", LowRankLinear.from_dense(layer, torch.arange(7)))
+    model.save_pretrained(tmp_path)
+    assert "`mlp.gate_proj` 7 of 32" in (tmp_path / "README.md").read_text()
 
 
 def test_front_matter_is_what_the_hub_reads(model: PreTrainedModel) -> None:
@@ -197,7 +218,7 @@ def test_results_take_the_place_of_earlier_ones_and_can_be_taken_out(model: PreT
     once = with_results(card, [document(100, acc=0.5)], parameters=100)
     twice = with_results(once, [document(100, acc=0.75)], parameters=100)
     assert "0.5000" not in twice
-    assert twice.count("## Evaluation") == 1
+    assert twice.count("## Evaluation by grasp") == 1
     assert without_results(twice) == card
     assert without_results("no card at all") == "no card at all"
 
@@ -207,6 +228,8 @@ def test_a_number_that_is_not_finite_is_not_shown(model: PreTrainedModel) -> Non
     broken["result"] = {**PERPLEXITY, "perplexity": None}
     card = model_card(model, base_model=None)
     assert with_results(card, [broken], parameters=100) == card
+    tasks = {"results": {"piqa": {"acc,none": math.nan}}, "n-samples": {}, "n-shot": {}, "grasp": broken}
+    assert with_results(card, [tasks], parameters=100) == card
 
 
 def test_the_card_of_a_folder_says_what_that_of_the_model_says(model: PreTrainedModel, tmp_path: Path) -> None:

@@ -147,6 +147,20 @@ def test_what_the_hub_refuses_is_said_with_the_remedy(
     assert not hub.files
 
 
+def test_a_repository_that_is_public_is_not_taken_for_a_private_one(
+    folder: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.repositories = {"someone/public": "public", "someone/private": "private"}
+    with pytest.raises(HubError, match="is there and public; nothing was uploaded"):
+        upload(folder, "someone/public", private=True)
+    assert not hub.files
+    upload(folder, "someone/private", private=True)
+    assert hub.files
+
+
 def break_index(folder: Path) -> None:
     next(folder.glob("model-00001-*.safetensors")).unlink()
 

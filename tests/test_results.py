@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from grasp import jobs
 from grasp.checkpoint import save_checkpoint
-from grasp.errors import ResultsError
+from grasp.errors import CheckpointError, ResultsError
 from grasp.model_card import model_card
 from grasp.modules import LowRankLinear
 from grasp.results import read_results, require_replaceable, write
@@ -53,6 +53,22 @@ def test_results_in_the_models_folder_are_in_its_card_beside_those_before_compre
     assert saved["grasp"]["result"]["perplexity"] == both.result.perplexity
     assert read_results(folder / "results.json") == saved
     assert read_results(folder / "config.json") is None
+
+
+def test_the_card_of_a_dense_model_is_left_to_its_authors(tmp_path: Path) -> None:
+    dense = save_tiny_model(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(TEXT)
+    (dense / "README.md").write_text("# Theirs\n\n## Evaluation\n\nGood.\n")
+    require_replaceable(dense / "results.json")
+    write(jobs.evaluate(str(dense), str(tmp_path / "text.txt"), window=64), dense / "results.json")
+    assert (dense / "README.md").read_text() == "# Theirs\n\n## Evaluation\n\nGood.\n"
+    assert str(tmp_path) not in (dense / "results.json").read_text()  # results are published
+
+
+def test_a_card_that_cannot_show_results_is_said_before_anything_is_measured(folder: Path) -> None:
+    (folder / "README.md").write_text("# Mine\n")
+    with pytest.raises(CheckpointError, match="no front matter"):
+        require_replaceable(folder / "results.json")
 
 
 def test_a_file_of_another_kind_is_not_replaced(folder: Path, tmp_path: Path) -> None:

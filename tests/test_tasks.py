@@ -89,7 +89,8 @@ def test_scores_are_lm_evals_own_and_those_of_plain_log_likelihoods(model: PreTr
     assert results["versions"] == {"piqa": 1.0, "hellaswag": 1.0, "winogrande": 1.0}
     assert results["n-shot"] == {"piqa": 0, "hellaswag": 0, "winogrande": 0}
     assert results["n-samples"]["piqa"] == {"original": 6, "effective": 6}
-    assert results["configs"]["piqa"]["dataset_path"] == str(tmp_path / "piqa.jsonl")
+    assert results["configs"]["piqa"]["dataset_path"] == "piqa.jsonl"
+    assert str(tmp_path) not in json.dumps(results)  # results are published
     assert results["config"]["model_num_parameters"] == model.num_parameters()
     assert json.loads(json.dumps(results)) == results
     answers = 6 * 2 + 2 * 4 + 2 * 2
@@ -141,6 +142,29 @@ def test_an_answer_longer_than_the_model_can_read_is_refused(model: PreTrainedMo
     (tmp_path / "piqa.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(TaskError, match="more than the model's 128 positions"):
         evaluate_tasks(model, byte_tokenizer(), ["piqa"], tmp_path)
+
+
+def test_a_task_of_whole_texts_has_a_perplexity(model: PreTrainedModel, tmp_path: Path) -> None:
+    (tmp_path / "wikitext.jsonl").write_text(json.dumps({"page": "A man walks home. He is tired. " * 12}) + "\n")
+    results = evaluate_tasks(model, byte_tokenizer(), ["wikitext"], tmp_path)
+    assert results["results"]["wikitext"]["byte_perplexity,none"] > 1
+
+
+def test_a_task_that_lets_the_model_write_more_than_it_can_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    row = {"question": "Who?", "answer": {"value": "he", "aliases": ["he"]}}
+    (tmp_path / "triviaqa.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(TaskError, match="write more tokens than its 128 positions"):
+        evaluate_tasks(model, byte_tokenizer(), ["triviaqa"], tmp_path)
+
+
+@pytest.mark.parametrize("task", ["piqa", "arc_easy"])
+def test_a_label_that_is_withheld_is_not_taken_for_the_last_answer(
+    model: PreTrainedModel, tmp_path: Path, task: str
+) -> None:
+    row = {"query": "Question: Which?\n", "choices": ["this", "that"], "gold": -1}
+    (tmp_path / f"{task}.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(TaskError, match="gold is -1 of 2 choices"):
+        evaluate_tasks(model, byte_tokenizer(), [task], tmp_path)
 
 
 def test_tokens_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:

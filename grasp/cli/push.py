@@ -17,7 +17,9 @@ def push(
         Path, typer.Argument(metavar="DIR", help="A compressed checkpoint folder.", show_default=False)
     ],
     repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository.", show_default=False)],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private; refuse a public one.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Upload a compressed checkpoint to the Hugging Face hub; log in with `hf auth login` first, or set HF_TOKEN.
