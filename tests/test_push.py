@@ -91,7 +91,7 @@ def test_a_folder_arrives_whole_without_what_is_unfinished_or_hidden_and_again_o
 
     sent = list(hub.uploads)
     (folder / "README.md").write_text("---\ntags: [mine]\n---\n# Mine\n")
-    again = push(folder, "someone/small", endpoint=hub.address)
+    again = push(folder, "someone/small", "--private", endpoint=hub.address)
     assert again.returncode == 0, again.stderr
     assert hub.uploads == sent
     assert hub.files["README.md"] == b"---\ntags: [mine]\n---\n# Mine\n"
@@ -153,12 +153,10 @@ def test_a_repository_that_is_public_is_not_taken_for_a_private_one(
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    hub.repositories = {"someone/public": "public", "someone/private": "private"}
+    hub.repositories = {"someone/public": "public"}
     with pytest.raises(HubError, match="is there and public; nothing was uploaded"):
         upload(folder, "someone/public", private=True)
     assert not hub.files
-    upload(folder, "someone/private", private=True)
-    assert hub.files
 
 
 def break_index(folder: Path) -> None:
