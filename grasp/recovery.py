@@ -50,7 +50,7 @@ class RecoveryConfig:
         ValueError: if a value is out of range.
     """
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     tokens: int | None = None
     batch_size: int = 16
     micro_batch_size: int = 4

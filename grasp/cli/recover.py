@@ -35,7 +35,7 @@ def recover(
         int | None, typer.Option(help="How many tokens to train on, repeats counted. Default: each once.")
     ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence; longer instructions are cut off.")] = 512,
-    learning_rate: Annotated[float, typer.Option(help="At its highest. Paper, for 7B: 3e-4.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="At its highest. Paper, for 7B: 3e-4.")] = 5e-4,
     batch_size: Annotated[int, typer.Option(help="Sequences per step, over all processes.")] = 16,
     micro_batch_size: Annotated[int, typer.Option(help="Sequences in one pass; memory limits them.")] = 4,
     device: Device = None,
