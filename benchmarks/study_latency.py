@@ -56,6 +56,18 @@ def rebuild_(model: PreTrainedModel, cell: StudyResult) -> None:
     remove_layers_(model, cell.removed_layers)
 
 
+def require_of_model(cells: Sequence[StudyResult], study: Path, model: str, seed: int) -> None:
+    """Raise unless there are cells, of the model that is to be timed.
+
+    Raises:
+        ResultsError: with what there is.
+    """
+    if not any(cell.ratio for cell in cells):
+        raise ResultsError(f"{study} has no compressed model of seed {seed}")
+    if (studied := cells[0].setting.model) != Path(model).name:
+        raise ResultsError(f"{study} is about {studied}, got --model {model}; give the study's model")
+
+
 def _layers(model: PreTrainedModel) -> range:
     return range(model.config.get_text_config(decoder=True).num_hidden_layers)
 
@@ -143,6 +155,7 @@ def main(
     try:
         check_output(output)
         cells = [cell for cell in read_results(study) if isinstance(cell, StudyResult) and cell.seed == seed]
+        require_of_model(cells, study, model, seed)
         if threads is not None:
             torch.set_num_threads(threads)
         dense, _ = load_model(model, dtype=dtype)

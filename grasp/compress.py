@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from grasp.architecture import Target, decoder, layer_targets, replace_module_
@@ -105,6 +106,8 @@ def compress_(
     removable = removable_layers(model) if config.remove_layers else []
     if removable and processes.sharded:
         raise ValueError("remove_layers needs whole layers, but the model is sharded; leave one of the two out")
+    if config.schedule == "progressive":
+        require_in_memory(target for found in targets.values() for target in found)
 
     tokens = [batch.num_tokens for batch in batches]
     processes.require_same("the request", f"{config} {before} {tokens} {batches_digest(batches)}")
@@ -143,6 +146,7 @@ def compress_(
             clock.enter("svd and selection")
             choose = partial(choose_groups, ranks=ceilings(config, plans), config=config)
             choices = processes.divide(members, partial(choose, scores=scored))
+            del scored  # and with it, once the choices are made, what they rest on
             if config.schedule == "progressive":
                 first = [(target.module, kept) for target, kept in partway(list(choices), plans[scope], prices).items()]
                 clock.enter("attribution")
@@ -157,6 +161,7 @@ def compress_(
                 )
                 clock.enter("svd and selection")
                 choices = processes.divide(members, partial(choose, scores=scored))
+                del scored, first
             if config.decides_together:
                 found = list(choices)
                 removal = {}
@@ -175,12 +180,13 @@ def compress_(
                     state.keep_module(model, done[-1])
         if config.refit:
             clock.enter("refit")
-            refit_(
-                *(model, calibration, ceilings(config, plans)),
-                removed=removed,
-                dtype=config.sweep_dtype,
-                progress=progress,
-            )
+            with processes.together():
+                refit_(
+                    *(model, calibration, ceilings(config, plans)),
+                    removed=removed,
+                    dtype=config.sweep_dtype,
+                    progress=progress,
+                )
         remove_layers_(model, removed)
     finally:
         group_linears_(model)
@@ -216,6 +222,15 @@ def check_layers(config: GraspConfig, depth: int) -> None:
         raise ValueError(f"the model has decoder layers 0..{depth - 1}, got layers={list(config.layers)}")
     if config.num_layers is not None and config.num_layers > depth:
         raise ValueError(f"the model has {depth} decoder layers, got num_layers={config.num_layers}")
+
+
+def require_in_memory(targets: Iterable[Target]) -> None:
+    """Refuse weights that nothing can stand in for, before anything long is done."""
+    if any(target.module.weight.is_meta or isinstance(target.module.weight, DTensor) for target in targets):
+        raise UnsupportedModelError(
+            "schedule='progressive', which the preset 'best' has, needs all weights in memory, but some are offloaded "
+            "or sharded; take schedule='single-sweep'"
+        )
 
 
 def require_positions(model: PreTrainedModel, batches: Sequence[CalibrationBatch]) -> None:

@@ -129,12 +129,22 @@ class GraspConfig:
         Where layers, or their number, are given, they are the scope, unless another one is given as well.
 
         Raises:
-            ValueError: if there is no such preset or field, or a value is out of range.
+            ValueError: if there is no such preset or field, a value is out of range, or one does not go with the
+                preset's.
         """
         if name not in cls.PRESETS:
             raise ValueError(f"preset must be one of {', '.join(cls.PRESETS)}, got {name!r}")
-        named = {"scope": "redundant"} if {"layers", "num_layers"} & set(overrides) else {}
-        return cls.from_dict({**cls.PRESETS[name], **named, **overrides})
+        named = any(overrides.get(field) is not None for field in ("layers", "num_layers"))
+        kept = {field: value for field, value in cls.PRESETS[name].items() if field not in overrides}
+        if named and "scope" in kept:
+            kept["scope"] = "redundant"
+        try:
+            return cls.from_dict({**kept, **overrides})
+        except ValueError as error:
+            if not any(field in str(error) for field in kept):
+                raise
+            has = ", ".join(f"{field}={value!r}" for field, value in kept.items())
+            raise ValueError(f"{error} (the preset {name!r} has {has}; the preset 'paper' has none of these)") from None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GraspConfig:
@@ -171,7 +181,8 @@ class GraspConfig:
             )
         if self.decides_together and self.threshold_ratio is not None:
             raise ValueError(
-                "threshold_ratio sets ranks matrix by matrix; it excludes allocation='global' and scope='auto'"
+                "threshold_ratio sets ranks matrix by matrix; it excludes allocation='global' and scope='auto'; leave "
+                "it out, or take allocation='uniform' with scope='redundant' and schedule='single-sweep'"
             )
         if self.target_latency is not None and self.allocation != "global":
             raise ValueError("target_latency is reached by ranks of different matrices; it needs allocation='global'")
@@ -179,20 +190,31 @@ class GraspConfig:
             raise ValueError("remove_layers weighs layers against ranks; it needs allocation='global'")
         if self.decides_together and self.schedule not in ("single-sweep", "progressive"):
             raise ValueError(
-                "allocation='global' and scope='auto' score all matrices on the dense model; they need "
-                f"schedule='single-sweep', got {self.schedule!r}"
+                "allocation='global' and scope='auto' choose no rank before all matrices are scored; take "
+                f"schedule='single-sweep' or 'progressive', got {self.schedule!r}"
             )
-        if self.schedule == "progressive" and not (self.allocation == "global" and BASES[self.basis].inputs):
-            raise ValueError(
-                "schedule='progressive' needs allocation='global' and a basis that sees inputs, got "
-                f"{self.allocation!r} and {self.basis!r}; take schedule='single-sweep'"
-            )
-        if self.schedule == "progressive" and self.scope == "auto":
-            raise ValueError("schedule='progressive' follows one scope; with scope='auto' take schedule='single-sweep'")
+        if self.schedule == "progressive":
+            self._check_progressive()
+
+    def _check_progressive(self) -> None:
+        problems = {
+            f"spends a global budget, got allocation={self.allocation!r}": self.allocation != "global",
+            f"needs a basis that sees inputs, got basis={self.basis!r}": not BASES[self.basis].inputs,
+            "follows one scope, got scope='auto'": self.scope == "auto",
+            "spends its first part on ranks alone, got remove_layers=True": self.remove_layers,
+        }
+        for problem, found in problems.items():
+            if found:
+                raise ValueError(f"schedule='progressive' {problem}; take schedule='single-sweep'")
 
     def _check_redundancy(self) -> None:
         if self.redundancy != "block_influence" and self.layers is not None:
             raise ValueError(f"layers are given, so nothing is chosen by redundancy={self.redundancy!r}; leave one out")
+        if self.redundancy != "block_influence" and self.scope == "model":
+            raise ValueError(
+                f"scope='model' compresses all layers, so nothing is chosen by redundancy={self.redundancy!r}; take "
+                "scope='redundant', or leave it out"
+            )
         if self.redundancy == "sub_block_influence" and self.num_layers is not None:
             raise ValueError("sub_block_influence chooses halves of layers; give a ratio or target, not num_layers")
 

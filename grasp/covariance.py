@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Literal, NamedTuple
 
@@ -255,8 +255,8 @@ def covariance_bytes(targets: Collection[Target], *, inputs: bool = True, output
 
     Linears that by their names share an input (``SHARED_INPUTS``) count one A; if others do, this is an upper bound.
     """
-    distinct = {_input_name(target): target for target in targets}.values()
-    taken = sum(_item_bytes(target) * dense_shape(target.module)[1] ** 2 for target in distinct if inputs)
+    distinct = distinct_inputs(targets) if inputs else []
+    taken = sum(_item_bytes(target) * dense_shape(target.module)[1] ** 2 for target in distinct)
     return taken + sum(_item_bytes(target) * dense_shape(target.module)[0] ** 2 for target in targets if outputs)
 
 
@@ -302,6 +302,11 @@ def _zeros(rows: Tensor) -> Tensor:
 
 def _item_bytes(target: Target) -> int:
     return accumulation_dtype(target.module.weight.dtype).itemsize
+
+
+def distinct_inputs(targets: Iterable[Target]) -> list[Target]:
+    """One linear of each group that by its names shares an input."""
+    return list({_input_name(target): target for target in targets}.values())
 
 
 def _input_name(target: Target) -> str:

@@ -18,7 +18,7 @@ from grasp.basis import BASES
 from grasp.calibration import require_sizes
 from grasp.compress import check_layers, eligible_targets, require_positions
 from grasp.config import GraspConfig
-from grasp.covariance import covariance_bytes
+from grasp.covariance import covariance_bytes, distinct_inputs
 from grasp.loss import LOGITS_BYTES
 from grasp.modules import dense_shape
 from grasp.planning import ceilings, choose_plans, find_prices
@@ -65,6 +65,7 @@ class Memory:
     svd: int  # temporaries of one decomposition
     factors: int  # of the low-rank linears, while the dense ones are still there
     weights_copy: int  # the model in ``sweep_dtype``, and weights that others stand in for
+    refit: int  # hidden states and the inputs of one layer, kept for all batches in CPU memory when sweeps are over
     offloads_hidden_states: bool  # the model is elsewhere than in CPU memory
 
     @property
@@ -76,7 +77,8 @@ class Memory:
         passing = 2 * max(self.temporaries, self.logits) + LIBRARY_BYTES
         sweeping = self.activations + passing + self.weights_copy
         kept = self.factors + (0 if self.offloads_hidden_states else self.hidden_states)
-        return kept + self.statistics + max(sweeping, self.svd)
+        refitting = 0 if self.offloads_hidden_states else self.refit
+        return kept + max(self.statistics + max(sweeping, self.svd), refitting + passing)
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ class _Planner:
                 sweeps=self._times_swept * sum(plan.flops for plan in plans),
                 statistics=self._rounds * self._statistics_flops(list(ranks)),
                 svd=self._rounds * sum(svd_flops(dense_shape(t.module)) for t in ranks),
-                refit=self._refit_flops(list(ranks)) if config.refit else 0,
+                refit=self._refit_flops(list(ranks)) if config.refit and ranks else 0,
             ),
             fewest=0,
             most=0,
@@ -286,6 +288,13 @@ class _Planner:
         layers = range(min(target.layer for target in targets), max(target.layer for target in targets) + 1)
         products = 2 * 2 * self._all_tokens * covariance_bytes(targets, outputs=False) // self._wide
         return int(REFIT_PASSES * sum(map(self._forward_flops, layers))) + products
+
+    def _refit_bytes(self, targets: Sequence[Target]) -> int:
+        """Three times the hidden states, and what enters the linears of one layer."""
+        inputs: dict[int, int] = defaultdict(int)
+        for target in distinct_inputs(targets):
+            inputs[target.layer] += dense_shape(target.module)[1]
+        return self._all_tokens * self._itemsize * (3 * self._width + max(inputs.values(), default=0))
 
     def _statistics_bytes(self, targets: Sequence[Target]) -> int:
         """The sums of the linears of one sweep."""
@@ -362,8 +371,10 @@ class _Planner:
             logits=logits,
             hidden_states=entries * all_tokens * self._width * self._itemsize,
             svd=max((self._wide * _svd_numbers(shape) for shape in _shapes(list(ranks))), default=0),
-            factors=factors * job.dtype.itemsize,
+            # What a global budget chooses from is not rounded, and was chosen twice where it is progressive.
+            factors=factors * (self._rounds * self._wide if job.config.decides_together else job.dtype.itemsize),
             weights_copy=copied,
+            refit=self._refit_bytes(list(ranks)) if job.config.refit else 0,
             offloads_hidden_states=job.device.type != "cpu",
         )
 

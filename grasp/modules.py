@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from grasp.errors import NonFiniteError, UnsupportedModelError
+from grasp.errors import NonFiniteError
 from grasp.offload import execution_device, fetched
 from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped, pack_factors
 from grasp_kernels.dispatch import BACKENDS
@@ -67,20 +67,11 @@ def decompose(weight: Tensor, name: str = "weight") -> SVD:
 
 @contextmanager
 def standing_in(factors: Iterable[tuple[DenseLinear, SVD]]) -> Iterator[None]:
-    """Let dense linears compute what low-rank ones would; their own weights are put back, bit for bit.
-
-    Raises:
-        UnsupportedModelError: if a weight is offloaded or sharded.
-    """
+    """Let dense linears, their weights in memory, compute what low-rank ones would; these are put back bit for bit."""
     saved: dict[Tensor, Tensor] = {}
     try:
         for linear, (U, S, Vh) in factors:
             weight = linear.weight
-            if weight.is_meta or isinstance(weight, DTensor):
-                raise UnsupportedModelError(
-                    "schedule='progressive' needs all weights in memory, but some are offloaded or sharded; take "
-                    "schedule='single-sweep'"
-                )
             product = (U * S) @ Vh
             saved[weight] = weight.data
             weight.data = (product.mT if isinstance(linear, Conv1D) else product).to(weight.data).contiguous()

@@ -173,7 +173,8 @@ class _Layer:
         for index, states in enumerate(hidden):
             with self._noting(index, modules) as found:
                 outputs.append(self._run(index, states).cpu())
-            inputs.append({target: x.cpu() for target, x in found.items()})
+            kept = {id(x): x.cpu() for x in found.values()}  # linears that share an input share its copy
+            inputs.append({target: kept[id(x)] for target, x in found.items()})
         return inputs, outputs
 
     @contextmanager

@@ -8,6 +8,7 @@ import pytest
 
 from grasp.config import GraspConfig
 
+_BEST = GraspConfig.PRESETS["best"]
 _GLOBAL = {"basis": "kfac", "metric": "magnitude", "allocation": "global", "schedule": "single-sweep"}
 
 
@@ -65,8 +66,8 @@ def test_is_frozen() -> None:
             {"allocation": "global", "schedule": "single-sweep", "metric": "magnitude", "basis": "whitened"},
             "'magnitude' in the whitened basis is not in units of loss",
         ),
-        ({"allocation": "global"}, "need schedule='single-sweep', got 'sequential'"),
-        ({"scope": "auto", "schedule": "per-layer"}, "need schedule='single-sweep', got 'per-layer'"),
+        ({"allocation": "global"}, "take schedule='single-sweep' or 'progressive', got 'sequential'"),
+        ({"scope": "auto", "schedule": "per-layer"}, "take schedule='single-sweep' or 'progressive', got 'per-layer'"),
         (
             {"allocation": "global", "schedule": "single-sweep", "threshold_ratio": 0.5, "num_layers": 1},
             "threshold_ratio sets ranks matrix by matrix",
@@ -75,8 +76,14 @@ def test_is_frozen() -> None:
             {"scope": "auto", "schedule": "single-sweep", "threshold_ratio": 0.5, "num_layers": 1},
             "it excludes allocation='global' and scope='auto'",
         ),
-        ({"schedule": "progressive"}, "a basis that sees inputs, got 'uniform' and 'plain'"),
-        ({**GraspConfig.PRESETS["best"], "scope": "auto"}, "schedule='progressive' follows one scope"),
+        ({"schedule": "progressive"}, "'progressive' spends a global budget, got allocation='uniform'"),
+        (
+            {**_GLOBAL, "basis": "plain", "metric": "taylor", "schedule": "progressive"},
+            "'progressive' needs a basis that sees inputs, got basis='plain'",
+        ),
+        ({**_BEST, "remove_layers": True}, "on ranks alone, got remove_layers=True; take schedule='single-sweep'"),
+        ({**_BEST, "redundancy": "angular_distance"}, "nothing is chosen by redundancy='angular_distance'"),
+        ({**_BEST, "scope": "auto"}, "schedule='progressive' follows one scope"),
         ({"num_layers": -3}, "num_layers must be an integer from 0 up, got -3"),
         ({"num_layers": 2.0}, "got 2.0"),
         ({"num_layers": True}, "got True"),
@@ -118,4 +125,14 @@ def test_unknown_preset_and_key_are_refused() -> None:
 def test_the_best_preset_compresses_the_layers_that_are_named() -> None:
     assert GraspConfig.preset("best", compression_ratio=0.1).scope == "model"
     assert GraspConfig.preset("best", num_layers=2).scope == "redundant"
+    assert GraspConfig.preset("best", layers=None, num_layers=None, compression_ratio=0.1).scope == "model"
     assert GraspConfig.preset("best", layers=(1,), scope="model").scope == "model"
+
+
+def test_what_does_not_go_with_a_preset_is_said_with_what_the_preset_has() -> None:
+    with pytest.raises(
+        ValueError, match=r"take schedule='single-sweep' \(the preset 'best' has .*basis='kfac'.*'paper'"
+    ):
+        GraspConfig.preset("best", remove_layers=True)
+    with pytest.raises(ValueError, match=r"got 2\.0$"):  # which has nothing to do with it
+        GraspConfig.preset("best", retain_ratio=2.0)

@@ -103,8 +103,9 @@ def test_layers_that_are_not_known_yet_are_assumed_in_the_middle_and_bounded() -
     assert (found.most, found.memory) == (dearest.flops.total, dearest.memory)
 
 
-def test_nothing_to_compress_takes_a_forward_pass() -> None:
-    found = estimate(job(tiny_model("llama").config, GraspConfig(num_layers=0)))
+@pytest.mark.parametrize("config", [GraspConfig(num_layers=0), GraspConfig.preset("best", num_layers=0)])
+def test_nothing_to_compress_takes_a_forward_pass(config: GraspConfig) -> None:
+    found = estimate(job(tiny_model("llama").config, config))
     assert found.sweeps == ()
     assert found.flops.total == found.flops.block_influence > 0
     assert found.memory.peak > 0
@@ -130,6 +131,14 @@ def test_bytes_follow_the_method() -> None:
     narrow = estimate(job(EIGHT_B, GraspConfig(layers=(1, 2), sweep_dtype="bfloat16"), seq_len=512)).memory
     assert narrow.weights_copy == 2 * 8_030_261_248
     assert not one.offloads_hidden_states
+
+
+def test_refit_keeps_the_inputs_of_a_layer_and_a_global_budget_what_it_chooses_from() -> None:
+    config = GraspConfig.preset("best", compression_ratio=0.1)
+    memory = estimate(job(EIGHT_B, config, torch.bfloat16, num_samples=64, seq_len=512)).memory
+    assert memory.refit == 2 * 64 * 512 * (3 * 4096 + 3 * 4096 + 14336)  # of qkv, o, gate and up, and of down
+    weights = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    assert memory.factors == pytest.approx(2 * 32 * 4 * weights, rel=0.01)  # up to where they are as large, twice
 
 
 def test_low_rank_layers_of_a_compressed_model_are_known() -> None:

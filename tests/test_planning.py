@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from grasp import planning, scoring
+from grasp import compress, planning, scoring
 from grasp.architecture import decoder, layer_targets
 from grasp.calibration import CalibrationBatch
 from grasp.compress import compress_
 from grasp.config import GraspConfig
-from grasp.covariance import gather_covariances
 from grasp.errors import CalibrationError, CostTableError, UnsupportedModelError
 from grasp.latency import CostTable, LinearSeconds, from_roofline
 from grasp.loss import sum_nll
@@ -93,25 +94,36 @@ def test_refit_changes_left_factors_alone() -> None:
             assert not torch.equal(module.U, other.U)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "basis", "metric"),
+    [("llama", "kfac", "magnitude"), ("gpt2", "kfac", "magnitude"), ("llama", "whitened", "fisher")],
+)
 def test_a_progressive_schedule_takes_statistics_again_with_a_part_of_the_budget_spent(
-    family: str, monkeypatch: pytest.MonkeyPatch
+    family: str, basis: str, metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, Tensor]] = []
+    seen_by_moments: list[dict[str, Tensor]] = []
 
-    def gather(model: PreTrainedModel, *rest: Any, **options: Any) -> Any:
-        seen.append({target.name: dense_weight(target.module).detach().clone() for target in rest[1]})
-        return gather_covariances(model, *rest, **options)
+    def watched(gather: Callable[..., Any], into: list[dict[str, Tensor]]) -> Callable[..., Any]:
+        def run(model: PreTrainedModel, *rest: Any, **options: Any) -> Any:
+            into.append({target.name: dense_weight(target.module).detach().clone() for target in rest[1]})
+            return gather(model, *rest, **options)
 
-    monkeypatch.setattr(scoring, "gather_covariances", gather)
+        return run
+
+    monkeypatch.setattr(scoring, "gather_covariances", watched(scoring.gather_covariances, seen))
+    monkeypatch.setattr(scoring, "basis_moments", watched(scoring.basis_moments, seen_by_moments))
     model, dense = tiny_model(family), tiny_model(family)
-    config = GraspConfig(compression_ratio=0.2, **{**BEST, "schedule": "progressive"}, scope="model")
+    settings = {**BEST, "basis": basis, "metric": metric, "schedule": "progressive"}
+    config = GraspConfig(compression_ratio=0.2, **settings, scope="model")
     report = compress_(model, tiny_batches(4), config)
     assert report.compression_ratio == pytest.approx(0.2, abs=0.01)
     once = compress_(tiny_model(family), tiny_batches(4), replace(config, schedule="single-sweep"))
     assert [module.rank for module in once.modules] != [module.rank for module in report.modules]
 
     first, second = seen[0], seen[1]
+    for name, weight in (seen_by_moments[1] if metric == "fisher" else {}).items():
+        assert torch.equal(weight, second[name])
     assert all(torch.equal(weight, dense_weight(dense.get_submodule(name))) for name, weight in first.items())
     saved = 0
     for name, weight in second.items():
@@ -122,6 +134,25 @@ def test_a_progressive_schedule_takes_statistics_again_with_a_part_of_the_budget
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
             assert torch.equal(module.weight, dense.get_submodule(name).weight)
+
+
+def test_sums_are_gone_before_new_ones_are_gathered_and_before_refit(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums: list[weakref.ref[Tensor]] = []
+
+    def forgotten(then: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            assert all(each() is None for each in sums)
+            result = then(*arguments, **options)
+            found = result.values() if isinstance(result, dict) else ()
+            sums.extend(weakref.ref(each) for covariance in found for each in (covariance.A, covariance.B))
+            return result
+
+        return run
+
+    monkeypatch.setattr(scoring, "gather_covariances", forgotten(scoring.gather_covariances))
+    monkeypatch.setattr(compress, "refit_", forgotten(compress.refit_))
+    compress_(tiny_model("llama"), tiny_batches(4), GraspConfig.preset("best", compression_ratio=0.2))
+    assert sums
 
 
 @pytest.mark.parametrize("basis", ["whitened", "kfac"])

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def compress(
-    processes: Processes, family: str, settings: dict[str, str]
+    processes: Processes, family: str, settings: dict[str, Any]
 ) -> tuple[CompressionReport, dict[str, Tensor]]:
     """Three batches, which two processes cannot share evenly."""
     model = tiny_model(family, torch.float64)
@@ -46,6 +46,16 @@ def compress(
         ("llama", {"schedule": "sequential"}),
         ("llama", {"schedule": "single-sweep"}),
         ("llama", {"basis": "kfac", "allocation": "global", "metric": "magnitude", "schedule": "single-sweep"}),
+        (
+            "llama",
+            {
+                "basis": "kfac",
+                "allocation": "global",
+                "metric": "magnitude",
+                "schedule": "single-sweep",
+                "refit": True,
+            },
+        ),
         ("llama", {"basis": "whitened", "metric": "fisher"}),
         ("gpt2", {"schedule": "per-layer"}),  # Conv1D, positions that are learnt
         ("qwen2", {"schedule": "per-layer"}),  # biases
@@ -53,7 +63,7 @@ def compress(
         ("mixtral", {"schedule": "per-layer"}),  # experts
     ],
 )
-def test_a_model_sharded_over_two_processes_is_compressed_as_a_whole_one(family: str, settings: dict[str, str]) -> None:
+def test_a_model_sharded_over_two_processes_is_compressed_as_a_whole_one(family: str, settings: dict[str, Any]) -> None:
     alone, expected = compress(ALONE, family, settings)
     (report, state), (second, rest) = (outcome.value for outcome in run(compress, family, settings, sharded=True))
     assert [module.indices for module in report.modules] == [module.indices for module in alone.modules]

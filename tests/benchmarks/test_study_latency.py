@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 from benchmarks import study_latency
 from benchmarks.study_latency import main, rebuild_, require_right
 from grasp.bench import conditions
-from grasp.bench.results import StudyLatency, append_results, read_results
+from grasp.bench.results import StudyLatency, StudySetting, append_results, read_results
 from grasp.errors import ResultsError
 from grasp.modules import LowRankLinear
 from tests.bench.records import record
@@ -29,7 +29,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cell(method: str, **values: Any) -> Any:
-    empty: dict[str, Any] = {"ranks": {}, "removed_layers": (), "ratio": 0.2, "seed": 0}
+    setting = StudySetting("model", "b", "c", 1, 2, 3, 4, None, "float32")
+    empty: dict[str, Any] = {"ranks": {}, "removed_layers": (), "ratio": 0.2, "seed": 0, "setting": setting}
     return record("study", method=method, **{**empty, **values})
 
 
@@ -83,6 +84,16 @@ def test_another_model_than_the_studys_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "has no model.layers.99.up" in " ".join(result.output.split())
     assert not output.exists()
+
+
+def test_a_model_of_another_name_and_a_seed_without_cells_are_refused(tmp_path: Path) -> None:
+    other = save_tiny_model(tmp_path / "other")
+    result = run(other, tmp_path / "latency.jsonl", cell("low"))
+    assert result.exit_code == 2
+    assert "is about model, got --model" in " ".join(result.output.split())
+    result = run(other, tmp_path / "latency.jsonl", arguments=("--seed", "7"))
+    assert result.exit_code == 2
+    assert "has no compressed model of seed 7" in " ".join(result.output.split())
 
 
 def test_a_ratio_that_was_not_studied_is_refused(tmp_path: Path) -> None:
