@@ -141,10 +141,10 @@ class GraspConfig:
         try:
             return cls.from_dict({**kept, **overrides})
         except ValueError as error:
-            if not any(field in str(error) for field in kept):
+            has = ", ".join(f"{field}={value!r}" for field, value in kept.items() if field in str(error))
+            if not has:
                 raise
-            has = ", ".join(f"{field}={value!r}" for field, value in kept.items())
-            raise ValueError(f"{error} (the preset {name!r} has {has}; the preset 'paper' has none of these)") from None
+            raise ValueError(f"{error} (the preset {name!r} has {has}; 'paper' has not)") from None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GraspConfig:

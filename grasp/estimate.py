@@ -374,7 +374,7 @@ class _Planner:
             # What a global budget chooses from is not rounded, and was chosen twice where it is progressive.
             factors=factors * (self._rounds * self._wide if job.config.decides_together else job.dtype.itemsize),
             weights_copy=copied,
-            refit=self._refit_bytes(list(ranks)) if job.config.refit else 0,
+            refit=self._refit_bytes(list(ranks)) if job.config.refit and ranks else 0,
             offloads_hidden_states=job.device.type != "cpu",
         )
 
