@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,12 @@ def test_the_sums_of_two_processes_are_those_of_one_and_the_same_in_both(family:
 
 
 def compress(processes: Processes, family: str) -> list[tuple[CompressionReport, dict[str, Tensor]]]:
-    """Every schedule with batches for one process and a half, and a threshold, whose ranks are found on the way."""
+    """Every schedule, and a threshold, whose ranks are found on the way; batches for one process and a half."""
     results = []
-    for settings in [*({"schedule": name} for name in SCHEDULES), {"threshold_ratio": 0.6}]:
+    configs = [replace(CONFIG, schedule=name) for name in SCHEDULES if name != "progressive"]
+    configs += [GraspConfig.preset("best", layers=CONFIG.layers), replace(CONFIG, threshold_ratio=0.6)]
+    for config in configs:
         model = tiny_model(family, torch.float64)
-        config = GraspConfig.from_dict({**CONFIG.to_dict(), **settings})
         results.append((compress_(model, calibration("3"), config, processes=processes), model.state_dict()))
     return results
 

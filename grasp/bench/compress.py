@@ -34,6 +34,7 @@ from grasp.redundancy import block_influence
 from grasp.selection import redundant_layers
 from grasp.sweep import capture_prefix
 
+_TIMED = [name for name in SCHEDULES if name != "progressive"]  # which only a global budget can follow
 YARDSTICK = "sequential"  # the schedule of the paper, whose naive run all speed-ups are over
 HELD_OUT_WINDOWS = 16
 MEMORY_BATCHES = 2
@@ -48,7 +49,7 @@ class Request:
         layers: to compress; ``None`` for the ``num_layers`` with the least influence.
         num_layers: how many.
         retain_ratio: parameters kept of each matrix.
-        schedules: after the paper's, which all are compared with; all of them if empty.
+        schedules: after the paper's, which all are compared with; all that GRASP can follow if empty.
         sweep_dtype: of the package's sweeps; ``None`` for the model's own.
         batch_size: sequences at a time in the package's sweeps.
         num_samples: calibration sequences.
@@ -226,7 +227,7 @@ def _run(request: Request, progress: Progress) -> list[CompressResult]:
         sweep_dtype=request.sweep_dtype,
     )
     base = Setting(loaded, drawn, config, request.batch_size, request.timed_batches)
-    settings = _settings(base, request.schedules or list(SCHEDULES))
+    settings = _settings(base, request.schedules or _TIMED)
     estimates = [setting.estimate() for setting in settings]
     now = conditions(measure_card(device := first_device(loaded), loaded.dtype), device)
     memory = [setting.memory() for setting in settings]
