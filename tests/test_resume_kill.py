@@ -40,7 +40,8 @@ class Command:
 
     def start(self, output: str, *options: object, often: bool) -> subprocess.Popen[str]:
         arguments: list[object] = ["compress", "model", "-o", output, "--calibration", "text.txt", "--json"]
-        arguments += ["--layers", "0-2", "--retain-ratio", 0.4, "--num-samples", 40, "--seq-len", 64, *options]
+        arguments += ["--layers", "0-2", "--retain-ratio", 0.4, "--num-samples", 40, "--seq-len", 64]
+        arguments += ["--preset", "paper", *options]
         return subprocess.Popen(
             [sys.executable, *(("-c", OFTEN) if often else ("-m", "grasp")), *map(str, arguments)],
             cwd=self.place,

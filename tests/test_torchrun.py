@@ -20,7 +20,7 @@ def compress(model: Path, folder: Path, *options: object, processes: int = 1) ->
     text.write_text(TEXT)
     done = grasp(
         *("compress", model, "--calibration", text, "--num-samples", 3, "--seq-len", 24, "--num-layers", 2),
-        *("--retain-ratio", 0.4, "--dtype", "float32", *options),
+        *("--retain-ratio", 0.4, "--dtype", "float32", "--preset", "paper", *options),
         cwd=folder,
         processes=processes,
     )
