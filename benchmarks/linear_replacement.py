@@ -1,4 +1,4 @@
-"""A baseline: a contiguous block of layers gives way to one linear map, merged into the linear before it.
+"""A baseline: a contiguous block of layers gives way to one linear map of what the layer before it adds last.
 
 Own implementation of the idea of ReplaceMe (arXiv 2505.02819): the map is fitted by least squares on hidden states.
 """
@@ -23,6 +23,7 @@ from grasp.architecture import (
     hidden_input,
     hidden_output,
     layer_targets,
+    replace_module_,
 )
 from grasp.calibration import CalibrationBatch
 from grasp.errors import UnsupportedModelError
@@ -30,6 +31,7 @@ from grasp.modules import dense_weight
 from grasp.redundancy import cosine_distance
 from grasp.removal import remove_layers_
 
+NAME = "linear replacement"  # in the cells of a study
 RIDGE = 1e-3  # of the mean diagonal of Σ y yᵀ: how strongly the map is held at the identity
 
 
@@ -37,25 +39,65 @@ class Streams(NamedTuple):
     """What the layers of the dense model make of the calibration tokens, (T, H) each."""
 
     hidden: list[Tensor]  # what enters each layer, and what leaves the last
-    added: list[Tensor]  # what each layer's last MLP linear returns
+    added: list[Tensor]  # what each layer adds to them last
 
 
-def last_linear(model: PreTrainedModel, layer: int) -> Target:
-    """The linear whose output an MLP adds to the hidden states.
+class LastAdded(NamedTuple):
+    """Where a layer gets what it adds to the hidden states last: an MLP's output, or that of a norm after it."""
+
+    module: str  # path in the model
+    linear: Target | None  # the linear that returns the same, if any
+
+
+@torch.no_grad()
+def last_added(model: PreTrainedModel, layer: int) -> LastAdded:
+    """Found by running eight tokens.
 
     Raises:
-        UnsupportedModelError: if something else, such as a norm, comes between it and the hidden states.
+        UnsupportedModelError: if the layer does not return what its last child does, plus something.
     """
-    width = model.config.get_text_config(decoder=True).hidden_size
-    found = [t for t in layer_targets(model, layer)[0] if t.block == "mlp" and dense_weight(t.module).shape[0] == width]
-    if not found:
-        raise UnsupportedModelError(f"layer {layer} has no dense MLP linear that returns hidden states")
-    return found[-1]
+    block, outputs = decoder(model).layers[layer], dict[nn.Module, Any]()  # by module, in the order of their returns
+    probe = batch_inputs(model, CalibrationBatch(torch.arange(8)[None], None))
+
+    def run() -> Tensor:
+        outputs.clear()
+        with evaluating(model):
+            backbone(model)(**probe, use_cache=False)
+        return hidden_output(outputs[block])
+
+    notes = [m.register_forward_hook(lambda m, _, output: outputs.update({m: output})) for m in block.modules()]
+    try:
+        before = run()
+        child = [module for module in outputs if module in set(block.children())][-1]
+        added = outputs[child]
+        same = [
+            target
+            for target in layer_targets(model, layer)[0]
+            if target.module in outputs and torch.equal(outputs[target.module], added)
+        ]
+        shift = torch.zeros_like(before[0, 0])
+        shift[0] = before.abs().max()
+        notes.append(child.register_forward_hook(lambda _, args, output: output + shift))
+        moved = run() - before
+    finally:
+        for note in notes:
+            note.remove()
+    name = f"{decoder(model).path}.{layer}.{next(name for name, m in block.named_children() if m is child)}"
+    if not torch.allclose(moved, shift.expand_as(moved), atol=1e-3 * float(shift[0])):
+        raise UnsupportedModelError(
+            f"the layers of {type(model).__name__} do not add what {name} returns to their hidden states, so that no "
+            "linear map of it can stand for layers; leave this method out"
+        )
+    return LastAdded(name, same[-1] if same else None)
 
 
 @torch.no_grad()
 def capture_streams(model: PreTrainedModel, batches: Sequence[CalibrationBatch], dtype: str | None = None) -> Streams:
-    """One forward pass of the calibration tokens, which have no padding."""
+    """One forward pass of the calibration tokens, which have no padding.
+
+    Raises:
+        UnsupportedModelError: see ``last_added``.
+    """
     layers = decoder(model).layers
     hidden: list[list[Tensor]] = [[] for _ in range(len(layers) + 1)]
     added: list[list[Tensor]] = [[] for _ in layers]
@@ -68,12 +110,12 @@ def capture_streams(model: PreTrainedModel, batches: Sequence[CalibrationBatch],
 
         return hook
 
-    def note_linear(index: int) -> Any:
+    def note_added(index: int) -> Any:
         return lambda _, args, output: added[index].append(output.flatten(0, -2).clone())
 
+    last = [model.get_submodule(last_added(model, i).module) for i in range(len(layers))]
     handles = [layer.register_forward_hook(note_layer(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    linears = [last_linear(model, i).module for i in range(len(layers))]
-    handles += [linear.register_forward_hook(note_linear(i)) for i, linear in enumerate(linears)]
+    handles += [module.register_forward_hook(note_added(i)) for i, module in enumerate(last)]
     try:
         with evaluating(model), casting(model, dtype):
             for batch in batches:
@@ -104,45 +146,33 @@ def choose_block(hidden: Sequence[Tensor], count: int) -> int:
 
 
 @torch.no_grad()
-def replace_block_(model: PreTrainedModel, streams: Streams, count: int) -> tuple[int, ...]:
-    """Remove the block of ``count`` layers and let the MLP before it make up for them; the layers that are gone.
-
-    With r the hidden states that this MLP adds its output y to, the map sends y to the block's output less r.
-    """
-    first = choose_block(streams.hidden, count)
-    linear = last_linear(model, first - 1)
-    added = streams.added[first - 1].double()
-    before = streams.hidden[first].double() - added
-    T = linear_map(added, streams.hidden[first + count].double() - before)
-    weight = dense_weight(linear.module)  # a view, also of GPT-2's, which are stored the other way round
+def apply_map_(model: PreTrainedModel, layer: int, T: Tensor) -> None:
+    """Put a map, (H, H) fp64, on what a layer adds last: into the linear that returns it, else as a linear of its own."""
+    last = last_added(model, layer)
+    if last.linear is None:
+        module = model.get_submodule(last.module)
+        like = next(module.parameters())
+        map_ = nn.Linear(len(T), len(T), bias=False, device=like.device, dtype=like.dtype)
+        map_.weight.copy_(T)
+        replace_module_(model, last.module, nn.Sequential(module, map_))
+        return
+    linear = last.linear.module
+    weight = dense_weight(linear)  # a view, also of GPT-2's, which are stored the other way round
     weight.copy_(T @ weight.double())
-    if linear.module.bias is not None:
-        linear.module.bias.copy_(T @ linear.module.bias.double())
-    gone = tuple(range(first, first + count))
-    remove_layers_(model, gone)
-    return gone
+    if linear.bias is not None:
+        linear.bias.copy_(T @ linear.bias.double())
 
 
 @torch.no_grad()
-def require_added(model: PreTrainedModel, batch: CalibrationBatch) -> None:
-    """Raise unless a layer's output is what its last MLP linear returns, plus something: with a norm between, no map
-    of that linear's output is a map of the layer's.
+def replace_block_(model: PreTrainedModel, streams: Streams, count: int) -> tuple[int, ...]:
+    """Remove the block of ``count`` layers and let the layer before it make up for them; the layers that are gone.
+
+    With r the hidden states that this layer adds y to last, the map sends y to the block's output less r.
     """
-    linear, outputs = last_linear(model, 0).module, list[Tensor]()
-    shift = torch.zeros(dense_weight(linear).shape[0])
-    keep = decoder(model).layers[0].register_forward_hook(lambda *call: outputs.append(hidden_output(call[2])))
-    move = linear.register_forward_hook(lambda _, args, output: output + shift.to(output.dtype))
-    probe = CalibrationBatch(batch.input_ids[:1, :8], None)
-    try:
-        with evaluating(model):
-            backbone(model)(**batch_inputs(model, probe), use_cache=False)
-            shift[0] = float(outputs[0].abs().max())
-            backbone(model)(**batch_inputs(model, probe), use_cache=False)
-    finally:
-        keep.remove()
-        move.remove()
-    if not torch.allclose(outputs[1] - outputs[0], shift.expand_as(outputs[0]), atol=1e-3 * float(shift[0])):
-        raise UnsupportedModelError(
-            f"something comes between the MLPs of {type(model).__name__} and its hidden states, so that no linear map "
-            "can be merged into them; leave this method out"
-        )
+    first = choose_block(streams.hidden, count)
+    added = streams.added[first - 1].double()
+    before = streams.hidden[first].double() - added
+    apply_map_(model, first - 1, linear_map(added, streams.hidden[first + count].double() - before))
+    gone = tuple(range(first, first + count))
+    remove_layers_(model, gone)
+    return gone

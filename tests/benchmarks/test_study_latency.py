@@ -70,6 +70,15 @@ def test_a_rebuilt_model_has_the_cells_shapes() -> None:
     require_right(model, "both")
 
 
+@pytest.mark.parametrize(("family", "maps"), [("llama", 0), ("gemma3", 1)])
+def test_a_linear_replacement_has_its_map_where_it_cannot_be_merged(family: str, maps: int) -> None:
+    model = tiny_model(family)
+    of_layers = sum(p.numel() for layer in model.model.layers[:1] for p in layer.parameters())
+    rebuild_(model, cell("linear replacement", removed_layers=(1, 2)))
+    left = sum(p.numel() for layer in model.model.layers for p in layer.parameters())
+    assert left - of_layers == maps * model.config.hidden_size**2
+
+
 def test_a_model_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     rebuild_(model, cell("low", ranks={LOW: 3}))

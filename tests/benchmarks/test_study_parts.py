@@ -6,8 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
-from benchmarks.linear_replacement import capture_streams, choose_block, linear_map, replace_block_, require_added
+from benchmarks.linear_replacement import (
+    apply_map_,
+    capture_streams,
+    choose_block,
+    last_added,
+    linear_map,
+    replace_block_,
+)
 from benchmarks.remembered import Remembered
 from grasp.architecture import decoder
 from grasp.calibration import CalibrationBatch
@@ -65,22 +73,62 @@ def test_the_map_is_the_least_squares_solution() -> None:
     torch.testing.assert_close(linear_map(y, y), torch.eye(6, dtype=torch.float64))
 
 
-def test_a_block_that_is_linear_in_the_mlp_before_it_is_replaced_without_loss() -> None:
-    model = tiny_model("llama", torch.float64)
-    layers = decoder(model).layers
-    with torch.no_grad():  # layers 1 and 2 then add nothing
-        for layer in list(layers)[1:]:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
+def bypass_(model: PreTrainedModel, skipped: range) -> None:
+    """Let layers add nothing."""
+    for layer in skipped:
+        block = decoder(model).layers[layer]
+        for module in (block.self_attn, block.mlp):
+            module.register_forward_hook(
+                lambda _, args, output: (
+                    (torch.zeros_like(output[0]), *output[1:])
+                    if isinstance(output, tuple)
+                    else torch.zeros_like(output)
+                )
+            )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_block_that_adds_nothing_is_replaced_without_loss(family: str) -> None:
+    model = tiny_model(family, torch.float64)
+    depth = len(decoder(model).layers)
+    bypass_(model, range(1, depth))
     tokens = batches(2)
     before = model(tokens[0].input_ids).logits
-    gone = replace_block_(model, capture_streams(model, tokens), 2)
-    assert gone == (1, 2)
+    gone = replace_block_(model, capture_streams(model, tokens), depth - 1)
+    assert gone == tuple(range(1, depth))
     assert len(decoder(model).layers) == 1
     torch.testing.assert_close(model(tokens[0].input_ids).logits, before, rtol=0, atol=1e-6)
 
 
-def test_families_with_a_norm_after_their_mlps_are_refused() -> None:
-    require_added(tiny_model("llama"), batches(1)[0])
-    with pytest.raises(UnsupportedModelError, match="comes between"):
-        require_added(tiny_model("gemma3"), batches(1)[0])
+@pytest.mark.parametrize(
+    ("family", "merged", "module"),
+    [
+        ("llama", True, "mlp"),
+        ("gpt2", True, "mlp"),
+        ("opt", True, "fc2"),
+        ("gemma3", False, "post_feedforward_layernorm"),
+    ],
+)
+def test_a_map_multiplies_what_a_layer_adds_last(family: str, merged: bool, module: str) -> None:
+    model = tiny_model(family, torch.float64)
+    last = last_added(model, 1)
+    assert last.module == f"{decoder(model).path}.1.{module}"
+    assert (last.linear is not None) == merged
+    outputs: list[Tensor] = []
+    tokens = batches(1)[0].input_ids
+    for _ in range(2):
+        handle = model.get_submodule(last.module).register_forward_hook(lambda _, args, output: outputs.append(output))
+        model(tokens)
+        handle.remove()
+        if len(outputs) == 1:
+            T = torch.randn(outputs[0].shape[-1], outputs[0].shape[-1], dtype=torch.float64)
+            apply_map_(model, 1, T)
+    torch.testing.assert_close(outputs[1], outputs[0] @ T.mT)
+
+
+def test_layers_that_scale_what_they_add_are_refused() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = GraniteConfig(vocab_size=97, num_key_value_heads=2, residual_multiplier=0.5, **sizes)
+    model = GraniteForCausalLM(config)
+    with pytest.raises(UnsupportedModelError, match="leave this method out"):
+        last_added(model, 0)
