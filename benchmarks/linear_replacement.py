@@ -147,7 +147,7 @@ def choose_block(hidden: Sequence[Tensor], count: int) -> int:
 
 @torch.no_grad()
 def apply_map_(model: PreTrainedModel, layer: int, T: Tensor) -> None:
-    """Put a map, (H, H) fp64, on what a layer adds last: into the linear that returns it, else as a linear of its own."""
+    """Put a map, (H, H) fp64, on what a layer adds last: into the linear that returns it, or as one of its own."""
     last = last_added(model, layer)
     if last.linear is None:
         module = model.get_submodule(last.module)

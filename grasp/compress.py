@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,9 +66,9 @@ def compress_(
 
     The redundant layers are found by block influence. From the deepest up, first the MLP and then the attention of each
     is replaced: the gradients in its singular values are taken over all batches on the model as it is by then. Other
-    values of ``schedule`` replace more at once. If this
-    is interrupted, the model is left whole and usable, with the blocks replaced so far. New low-rank linears that share
-    an input are computed together; ``grasp.modules.group_linears_(model, False)`` takes them apart.
+    values of ``schedule`` replace more at once. If this is interrupted, the model is left whole and usable, with the
+    blocks replaced so far. New low-rank linears that share an input are computed together;
+    ``grasp.modules.group_linears_(model, False)`` takes them apart.
 
     Args:
         model: a decoder-only model of the transformers library, in any floating-point dtype.
@@ -132,17 +133,16 @@ def compress_(
         own = processes.share(calibration)
         with processes.together():
             prefix = capture_prefix(model, own, entries, dtype=config.sweep_dtype, progress=progress)
+        options: dict[str, Any] = {
+            "basis": config.basis,
+            "metric": config.metric,
+            "dtype": config.sweep_dtype,
+            "progress": progress,
+            "processes": processes,
+        }
         for members in sweeps:
             clock.enter("attribution")
-            scored = gather(
-                *(model, own, members, prefix),
-                basis=config.basis,
-                metric=config.metric,
-                dtype=config.sweep_dtype,
-                progress=progress,
-                state=state,
-                processes=processes,
-            )
+            scored = gather(model, own, members, prefix, state=state, **options)
             clock.enter("svd and selection")
             choose = partial(choose_groups, ranks=ceilings(config, plans), config=config)
             choices = processes.divide(members, partial(choose, scores=scored))
@@ -150,15 +150,7 @@ def compress_(
             if config.schedule == "progressive":
                 first = [(target.module, kept) for target, kept in partway(list(choices), plans[scope], prices).items()]
                 clock.enter("attribution")
-                scored = gather_scores(
-                    *(model, own, members, prefix),
-                    basis=config.basis,
-                    metric=config.metric,
-                    dtype=config.sweep_dtype,
-                    progress=progress,
-                    processes=processes,
-                    running=partial(standing_in, first),
-                )
+                scored = gather_scores(model, own, members, prefix, running=partial(standing_in, first), **options)
                 clock.enter("svd and selection")
                 choices = processes.divide(members, partial(choose, scores=scored))
                 del scored, first
