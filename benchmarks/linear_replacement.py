@@ -31,7 +31,7 @@ from grasp.modules import dense_weight
 from grasp.redundancy import cosine_distance
 from grasp.removal import remove_layers_
 
-NAME = "linear replacement"  # in the cells of a study
+LINEAR_REPLACEMENT = "linear replacement"  # in the cells of a study
 RIDGE = 1e-3  # of the mean diagonal of Σ y yᵀ: how strongly the map is held at the identity
 
 

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.linear_replacement import NAME, Streams, capture_streams, replace_block_
+from benchmarks.linear_replacement import LINEAR_REPLACEMENT, Streams, capture_streams, replace_block_
 from benchmarks.remembered import Remembered
 from grasp.architecture import casting, decoder, first_device
 from grasp.bench.conditions import Conditions, conditions, measure_card
@@ -148,7 +148,7 @@ def _count(model: PreTrainedModel, order: Sequence[int], ratio: float) -> int:
 
 METHODS: dict[str, Method] = {
     "layers removed": layers_removed,
-    NAME: linear_replacement,
+    LINEAR_REPLACEMENT: linear_replacement,
     "plain SVD": compressed(metric="magnitude", **_SINGLE),
     "GRASP, one sweep": compressed(**_SINGLE),
     "uniform whitened": compressed(basis="whitened", metric="magnitude", scope="model", **_SINGLE),

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import linear_replacement
+from benchmarks.linear_replacement import LINEAR_REPLACEMENT, apply_map_
 from grasp.architecture import first_device, layer_targets, replace_module_
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.model import percentiles
@@ -54,9 +54,9 @@ def rebuild_(model: PreTrainedModel, cell: StudyResult) -> None:
         weight, bias = linears[name].weight, linears[name].bias is not None
         replace_module_(model, name, LowRankLinear(k, n, rank, bias, device=weight.device, dtype=weight.dtype))
     group_linears_(model)
-    if cell.method == linear_replacement.NAME:  # its map is a linear more where it cannot be merged
+    if cell.method == LINEAR_REPLACEMENT:  # its map is a linear more where it cannot be merged
         width = model.config.get_text_config(decoder=True).hidden_size
-        linear_replacement.apply_map_(model, min(cell.removed_layers) - 1, torch.eye(width, dtype=torch.float64))
+        apply_map_(model, min(cell.removed_layers) - 1, torch.eye(width, dtype=torch.float64))
     remove_layers_(model, cell.removed_layers)
 
 
