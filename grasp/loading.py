@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,7 @@ _LOAD_ERRORS = (
     StrictDataclassError,
     struct.error,
 )
+_GGUF_LOCK = threading.Lock()
 _NO_MEMORY = ("can't allocate memory", "not enough memory")  # what PyTorch's CPU allocators say
 
 
@@ -265,17 +268,19 @@ def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrained
 
 
 def _gguf_config(path: Path) -> PreTrainedConfig:
-    if find_spec("gguf") is None:
-        raise MissingPackageError(f"reading {path.name} needs the package gguf; install it with: pip install gguf")
     with _reading_gguf(path):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(**_gguf_source(path))
-        _require_causal_lm(str(path), config)
+        return _read_gguf_config(path)
+
+
+def _read_gguf_config(path: Path) -> PreTrainedConfig:
+    config: PreTrainedConfig = AutoConfig.from_pretrained(**_gguf_source(path))
+    _require_causal_lm(str(path), config)
     return config
 
 
 def _load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    config = _gguf_config(path)
     with _reading_gguf(path):
+        config = _read_gguf_config(path)
         # Without ``dequantize`` the model would count as quantised, and refuse to be saved or trained.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **_gguf_source(path),
@@ -298,8 +303,11 @@ def _gguf_source(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _reading_gguf(path: Path) -> Iterator[None]:
+    if find_spec("gguf") is None:
+        raise MissingPackageError(f"reading {path.name} needs the package gguf; install it with: pip install gguf")
     try:
-        yield
+        with _parsing_once():
+            yield
     except GraspError:
         raise
     except _LOAD_ERRORS as error:
@@ -309,6 +317,27 @@ def _reading_gguf(path: Path) -> Iterator[None]:
             f"{path} cannot be loaded: {_first_line(error)}. Either it is no whole GGUF file, or transformers does not "
             "read this family from GGUF; give the folder or hub name of the original model."
         ) from error
+
+
+@contextmanager
+def _parsing_once() -> Iterator[None]:
+    """Have one GGUF file parsed once, and its table of names made once.
+
+    transformers parses it for the configuration, the weights and the tokenizer anew, and makes the table for each
+    module: most of the time that loading takes.
+    """
+    import gguf
+
+    names = ("GGUFReader", "get_tensor_name_map")
+    with _GGUF_LOCK:
+        originals = {name: getattr(gguf, name) for name in names}
+        try:
+            for name, original in originals.items():
+                setattr(gguf, name, cache(original))
+            yield
+        finally:
+            for name, original in originals.items():
+                setattr(gguf, name, original)
 
 
 def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:

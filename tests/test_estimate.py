@@ -217,9 +217,10 @@ print(json.dumps([1024 * (kilobytes("VmHWM") - before), expected]))
 @pytest.mark.parametrize(
     ("settings", "sizes"),
     [
-        ({"layers": [27, 28], "retain_ratio": 0.3}, (2, 512, 1)),
-        ({"layers": [20], "schedule": "single-sweep", "sweep_dtype": "bfloat16"}, (2, 256, 2)),
-        ({**GraspConfig.PRESETS["best"], "layers": [24, 25, 26, 27, 28, 29], "scope": "redundant"}, (2, 512, 1)),
+        ({"layers": [28], "retain_ratio": 0.3}, (2, 512, 1)),
+        # Without AVX-512 a processor multiplies bf16 ten times slower than fp32: few tokens.
+        ({"layers": [20], "schedule": "single-sweep", "sweep_dtype": "bfloat16"}, (2, 64, 2)),
+        ({**GraspConfig.PRESETS["best"], "layers": [28, 29], "scope": "redundant"}, (2, 512, 1)),
     ],
 )
 def test_memory_of_a_real_model_is_kept_within_the_estimate(

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -352,6 +353,24 @@ def test_a_gguf_file_gives_its_weights_in_the_dtype_asked_for(
             assert torch.equal(tensor, original.get_parameter(name).to(expected))
     model(tiny_batches(1)[0], labels=tiny_batches(1)[0]).loss.backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+def test_a_gguf_file_is_parsed_once_by_each_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = []
+
+    def parse(path: str) -> Any:
+        parsed.append(path)
+        return reader(path)
+
+    reader, path = gguf.GGUFReader, tmp_path / "tiny.gguf"
+    monkeypatch.setattr(gguf, "GGUFReader", parse)
+    for seed in (0, 1):  # the second is another model under the same name
+        original = tiny_model("llama", vocab_size=len(byte_tokenizer()) + 2, seed=seed)
+        write_gguf(path, original)
+        model, _ = load_model(str(path), device="cpu")
+        assert torch.equal(model.lm_head.weight, original.lm_head.weight)
+        assert parsed == [str(path)] * (seed + 1)
+        assert gguf.GGUFReader is parse
 
 
 def test_gguf_files_that_lack_something_are_refused(tmp_path: Path) -> None:
