@@ -35,15 +35,8 @@ BASES: dict[str, Basis] = {
 }
 
 
-class Roots(NamedTuple):
-    """A square root of a damped covariance, ``root @ root.mT``, and the inverse of that root; fp64."""
-
-    root: Tensor
-    inverse: Tensor
-
-
-def roots(covariance: Tensor, *, damping: float = DAMPING) -> Roots:
-    """A root of ``C + damping · mean(diag C) · 1``: its Cholesky factor, in fp64.
+def root(covariance: Tensor, *, damping: float = DAMPING) -> Tensor:
+    """The Cholesky factor of ``C + damping · mean(diag C) · 1``: L, (D, D), fp64, lower triangular, ``L Lᵀ``.
 
     Any root makes the same cut, and this one takes a small part of the time of the symmetric one. A covariance of too
     few tokens has eigenvalues of 0, or below by rounding. Where the damping does not make up for the rounding, so that
@@ -63,28 +56,27 @@ def roots(covariance: Tensor, *, damping: float = DAMPING) -> Roots:
     floor = damping * exact.diagonal().mean()
     if not floor > 0:
         raise ValueError("a covariance is 0: this linear is given no tokens, or its output does not reach the loss")
-    exact = (exact + exact.mT) / 2
-    one = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
-    root, failed = torch.linalg.cholesky_ex(exact + floor * one)
+    damped = (exact + exact.mT) / 2
+    damped.diagonal().add_(floor)
+    factor, failed = torch.linalg.cholesky_ex(damped)
     if not failed:
-        return Roots(root, torch.linalg.solve_triangular(root, one, upper=False))
-    values, vectors = torch.linalg.eigh(exact)
-    scale = (values.clamp_min(0) + floor).sqrt()
-    return Roots(vectors * scale, (vectors / scale).mT)
+        return factor
+    values, vectors = torch.linalg.eigh(damped)
+    return torch.linalg.qr((vectors * values.clamp_min(floor).sqrt()).mT).R.mT
 
 
-def decompose_in(weight: Tensor, inputs: Roots | None, outputs: Roots | None, name: str = "weight") -> SVD:
+def decompose_in(weight: Tensor, inputs: Tensor | None, outputs: Tensor | None, name: str = "weight") -> SVD:
     """Decompose an (N, K) weight as its inputs and outputs see it: ``weight = U diag(S) Vh``.
 
     Args:
         weight: (N, K).
-        inputs: roots of A, (K, K), or ``None`` to take the inputs as white.
-        outputs: roots of B, (N, N), or ``None`` to take all outputs as equally important.
+        inputs: ``root`` of A, (K, K), or ``None`` to take the inputs as white.
+        outputs: ``root`` of B, (N, N), or ``None`` to take all outputs as equally important.
         name: of the weight, for messages.
 
     Returns:
-        In fp32 (fp64 for fp64). U and Vh are not orthogonal unless both roots are ``None``; S descends. Cutting after
-        R groups is optimal in ``‖B^½ (W − Ŵ) A^½‖``, which then is the root of the sum of the dropped S². A row of Vh,
+        In fp32 (fp64 for fp64). U and Vh are not orthogonal unless both are ``None``; S descends. Cutting after R
+        groups is optimal in ``‖B^½ (W − Ŵ) A^½‖``, which then is the root of the sum of the dropped S². A row of Vh,
         or a column of U, may be 0 where S is.
 
     Raises:
@@ -96,14 +88,14 @@ def decompose_in(weight: Tensor, inputs: Roots | None, outputs: Roots | None, na
         raise NonFiniteError(f"{name} has non-finite entries; expected none. Load the model in a wider dtype")
     seen = weight.double()
     if inputs is not None:
-        seen = seen @ inputs.root
+        seen = seen @ inputs
     if outputs is not None:
-        seen = outputs.root.mT @ seen
+        seen = outputs.mT @ seen
     U, S, Vh = _by_eigenvectors(seen)
     if inputs is not None:
-        Vh = Vh @ inputs.inverse
+        Vh = torch.linalg.solve_triangular(inputs, Vh, upper=False, left=False)
     if outputs is not None:
-        U = outputs.inverse.mT @ U
+        U = torch.linalg.solve_triangular(outputs.mT, U, upper=True)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return SVD(U.to(dtype), S.to(dtype), Vh.to(dtype))
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from grasp.architecture import Target
 from grasp.attribution import DenseSum, FactoredSum, gather_gradients
-from grasp.basis import BASES, DAMPING, Roots, decompose_in, roots
+from grasp.basis import BASES, DAMPING, decompose_in, root
 from grasp.calibration import CalibrationBatch
 from grasp.covariance import Covariance, basis_moments, gather_covariances
 from grasp.distributed import ALONE, Processes
@@ -146,16 +146,16 @@ def decompositions_by(covariances: Mapping[Target, Covariance]) -> Mapping[Targe
 
     The root of an input's covariance is taken once for all linears that share it, if they come one by one.
     """
-    latest: list[tuple[Tensor, Roots]] = []
+    latest: list[tuple[Tensor, Tensor]] = []
 
-    def inputs(covariance: Covariance) -> Roots:
+    def inputs(covariance: Covariance) -> Tensor:
         assert covariance.A is not None
         if not latest or latest[0][0] is not covariance.A:
-            latest[:] = [(covariance.A, roots(covariance.A / covariance.tokens, damping=DAMPING))]
+            latest[:] = [(covariance.A, root(covariance.A / covariance.tokens, damping=DAMPING))]
         return latest[0][1]
 
     def make(name: str, weight: Tensor, covariance: Covariance) -> SVD:
-        outputs = None if covariance.B is None else roots(covariance.B / covariance.tokens, damping=DAMPING)
+        outputs = None if covariance.B is None else root(covariance.B / covariance.tokens, damping=DAMPING)
         return decompose_in(weight, inputs(covariance), outputs, name)
 
     # All processes ask for all weights here, which sharded ones need; each makes some of the decompositions only.

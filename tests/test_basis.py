@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grasp.basis import DAMPING, Roots, decompose_in, roots
+from grasp.basis import DAMPING, decompose_in, root
 from grasp.errors import NonFiniteError
 
 N, K, T = 12, 9, 200
@@ -31,12 +31,12 @@ def cut(svd: tuple[Tensor, Tensor, Tensor], rank: int) -> Tensor:
     return (U[:, :rank] * S[:rank]) @ Vh[:rank]
 
 
-def test_roots_square_to_the_damped_covariance_and_its_inverse() -> None:
+def test_a_root_is_the_cholesky_factor_of_the_damped_covariance() -> None:
     covariance = second_moment(tokens(K))
     damped = covariance + DAMPING * covariance.diagonal().mean() * torch.eye(K, dtype=torch.float64)
-    root, inverse = roots(covariance)
-    torch.testing.assert_close(root @ root.mT, damped)
-    torch.testing.assert_close(inverse @ damped @ inverse.mT, torch.eye(K, dtype=torch.float64), rtol=0, atol=1e-8)
+    factor = root(covariance)
+    torch.testing.assert_close(factor @ factor.mT, damped)
+    assert torch.equal(factor, factor.tril())
 
 
 def test_a_covariance_that_rounding_made_indefinite_counts_its_negative_eigenvalues_as_0() -> None:
@@ -45,16 +45,18 @@ def test_a_covariance_that_rounding_made_indefinite_counts_its_negative_eigenval
     values[0] = -0.1  # far below the damping
     covariance = vectors * values @ vectors.mT
     floor = DAMPING * covariance.diagonal().mean()
-    root, inverse = roots(covariance)
-    torch.testing.assert_close(root @ root.mT, vectors * (values.clamp_min(0) + floor) @ vectors.mT)
-    torch.testing.assert_close(inverse @ root, torch.eye(K, dtype=torch.float64), rtol=0, atol=1e-9)
+    factor = root(covariance)
+    torch.testing.assert_close(factor @ factor.mT, vectors * (values.clamp_min(0) + floor) @ vectors.mT)
+    assert torch.equal(factor, factor.tril())
+    W = weight()
+    torch.testing.assert_close(cut(decompose_in(W, factor, None), K), W)
 
 
 @pytest.mark.parametrize("shape", [(N, K), (K, N), (1, K), (K, 1)])
 def test_groups_are_those_of_a_singular_value_decomposition(shape: tuple[int, int]) -> None:
     W = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     one = torch.eye(shape[1], dtype=torch.float64)
-    U, S, Vh = decompose_in(W, Roots(one, one), None)
+    U, S, Vh = decompose_in(W, one, None)
     torch.testing.assert_close(S, torch.linalg.svdvals(W))
     for factor in (U.mT @ U, Vh @ Vh.mT):
         torch.testing.assert_close(factor, torch.eye(len(S), dtype=torch.float64))
@@ -66,13 +68,13 @@ def test_groups_of_a_matrix_without_full_rank_are_finite_and_give_it_back() -> N
     W[5] = 0
     for matrix in (W, W.mT, torch.zeros(3, 4, dtype=torch.float64)):
         one = torch.eye(matrix.shape[1], dtype=torch.float64)
-        svd = decompose_in(matrix, Roots(one, one), None)
+        svd = decompose_in(matrix, one, None)
         assert all(torch.isfinite(factor).all() for factor in svd)
         torch.testing.assert_close(cut(svd, len(svd.S)), matrix, rtol=0, atol=1e-7)
 
 
 def test_all_groups_give_the_weight_back_in_every_basis() -> None:
-    W, A, B = weight(), roots(second_moment(tokens(K))), roots(second_moment(tokens(N, seed=1)))
+    W, A, B = weight(), root(second_moment(tokens(K))), root(second_moment(tokens(N, seed=1)))
     for inputs, outputs in [(None, None), (A, None), (None, B), (A, B)]:
         torch.testing.assert_close(cut(decompose_in(W, inputs, outputs), K), W, rtol=0, atol=1e-9)
 
@@ -80,7 +82,7 @@ def test_all_groups_give_the_weight_back_in_every_basis() -> None:
 @pytest.mark.parametrize("rank", [1, 4, 8])
 def test_the_whitened_cut_changes_the_outputs_least(rank: int) -> None:
     W, x = weight(), tokens(K)
-    got = cut(decompose_in(W, roots(second_moment(x), damping=1e-12), None), rank)
+    got = cut(decompose_in(W, root(second_moment(x), damping=1e-12), None), rank)
     outputs = x @ W.mT
     _, _, directions = torch.linalg.svd(outputs, full_matrices=False)  # Eckart-Young, on the outputs themselves
     best = outputs @ directions[:rank].mT @ directions[:rank]
@@ -89,11 +91,11 @@ def test_the_whitened_cut_changes_the_outputs_least(rank: int) -> None:
 
 @pytest.mark.parametrize("rank", [1, 4, 8])
 def test_the_kfac_cut_is_optimal_and_its_dropped_values_say_what_it_costs(rank: int) -> None:
-    W, A, B = weight(), roots(second_moment(tokens(K))), roots(second_moment(tokens(N, seed=1)))
+    W, A, B = weight(), root(second_moment(tokens(K))), root(second_moment(tokens(N, seed=1)))
     svd = decompose_in(W, A, B)
 
     def cost(approximation: Tensor) -> float:
-        return (B.root.mT @ (W - approximation) @ A.root).norm().item()
+        return (B.mT @ (W - approximation) @ A).norm().item()
 
     best = cost(cut(svd, rank))
     assert best == pytest.approx(svd.S[rank:].norm().item(), rel=1e-9)
@@ -112,7 +114,7 @@ def test_fewer_tokens_than_features_and_dead_features_are_damped_not_amplified()
     x = tokens(K, count=3)
     x[:, 0] = 0
     W = weight().float()
-    svd = decompose_in(W, roots(second_moment(x).float()), None)
+    svd = decompose_in(W, root(second_moment(x).float()), None)
     assert all(torch.isfinite(factor).all() for factor in svd)
     torch.testing.assert_close(cut(svd, K), W, rtol=0, atol=1e-3)
     error = x.float() @ (cut(svd, 3) - W).mT  # three tokens: three groups reproduce their outputs
@@ -121,7 +123,7 @@ def test_fewer_tokens_than_features_and_dead_features_are_damped_not_amplified()
 
 def test_fp32_covariances_of_a_wide_range_agree_with_fp64() -> None:
     W, A = weight(), second_moment(tokens(K))
-    exact, single = (cut(decompose_in(W.to(d), roots(A.to(d)), None), 4) for d in (torch.float64, torch.float32))
+    exact, single = (cut(decompose_in(W.to(d), root(A.to(d)), None), 4) for d in (torch.float64, torch.float32))
     assert single.dtype == torch.float32
     x = tokens(K, seed=9)
     assert (x @ (single.double() - exact).mT).norm() <= 1e-3 * (x @ (W - exact).mT).norm()
@@ -129,6 +131,6 @@ def test_fp32_covariances_of_a_wide_range_agree_with_fp64() -> None:
 
 def test_a_covariance_of_nothing_and_one_that_is_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="covariance is 0"):
-        roots(torch.zeros(3, 3))
+        root(torch.zeros(3, 3))
     with pytest.raises(NonFiniteError, match="NaN or infinite"):
-        roots(torch.full((3, 3), float("nan")))
+        root(torch.full((3, 3), float("nan")))
