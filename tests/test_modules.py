@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from grasp import modules
-from grasp.basis import decompose_in, roots
+from grasp.basis import decompose_in, root
 from grasp.errors import NonFiniteError
 from grasp.modules import (
     SVD,
@@ -382,7 +382,7 @@ def test_each_group_has_a_column_as_long_as_its_row_in_every_basis(dtype: torch.
         torch.rand(16) * 100 + 1,
         torch.rand(24) / 100 + 1e-3,
     )  # as where gradients are small, and inputs large
-    inputs, outputs = roots(torch.diag(right.square())), roots(torch.diag(left.square()))
+    inputs, outputs = root(torch.diag(right.square())), root(torch.diag(left.square()))
     svd = decompose_in(linear.weight.detach().float(), inputs, outputs)
     module = LowRankLinear.from_dense(linear, torch.arange(16), svd)
     torch.testing.assert_close(module.dense_weight(), linear.weight.float(), rtol=2e-3, atol=2e-4)
