@@ -154,7 +154,9 @@ def test_where_something_watches_a_call_is_declined(name: str) -> None:
     assert direct(x, *group) is not None
 
 
-@pytest.mark.parametrize("transform", [torch.func.functionalize, torch.func.vmap, torch.func.grad], ids=str)
+@pytest.mark.parametrize(
+    "transform", [torch.func.functionalize, torch.func.vmap, torch.func.grad], ids=lambda transform: transform.__name__
+)
 def test_transforms_are_declined(transform: Callable[..., Callable[..., Tensor]]) -> None:
     answers = []
 
