@@ -25,9 +25,13 @@ def save_tiny_model(folder: Path, *, nan: bool = False) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """For subprocesses: the checkout is importable, the hub is not asked, and Triton kernels are not interpreted."""
+    """For subprocesses: the checkout is importable, the hub is not asked, and Triton kernels are not interpreted.
+
+    Nor does a pytest among them take itself for a worker of pytest-xdist, in which pytest-benchmark times nothing.
+    """
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    left_out = ("TRITON_INTERPRET", "PYTEST_XDIST_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     return {**kept, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
 

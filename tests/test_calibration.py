@@ -110,6 +110,7 @@ def test_tokens_are_those_of_the_text_without_special_ones_and_without_a_warning
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="transformers")  # other tests quieten it
     tokenizer = byte_tokenizer(adds_bos=True)
     text = "The model takes 64 tokens; this is longer. " * 10
     tokens = tokenize(tokenizer, text)
