@@ -36,11 +36,12 @@ BASES: dict[str, Basis] = {
 
 
 def root(covariance: Tensor, *, damping: float = DAMPING) -> Tensor:
-    """The Cholesky factor of ``C + damping · mean(diag C) · 1``: L, (D, D), fp64, lower triangular, ``L Lᵀ``.
+    """A root L of ``C + damping · mean(diag C) · 1 = L Lᵀ``: its Cholesky factor, (D, D), fp64, lower triangular.
 
     Any root makes the same cut, and this one takes a small part of the time of the symmetric one. A covariance of too
     few tokens has eigenvalues of 0, or below by rounding. Where the damping does not make up for the rounding, so that
-    there is no Cholesky factor, the eigenvalues are taken, and those below 0 count as 0.
+    there is no Cholesky factor, the eigenvalues are taken, and those below 0 count as 0; a diagonal entry of L may be
+    negative then.
 
     Args:
         covariance: symmetric, (D, D).
