@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -43,7 +43,7 @@ from grasp.redundancy import measure_redundancy
 from grasp.refit import refit_
 from grasp.removal import removable_layers, removal_losses, remove_layers_, skipping
 from grasp.report import CompressionReport, ModuleReport, model_size, spectrum_indices
-from grasp.resume import NoState
+from grasp.resume import Decision, NoState
 from grasp.scoring import Scores, gather_scores
 from grasp.selection import break_even_rank, rank_for_threshold, retained_indices
 from grasp.sweep import capture_prefix
@@ -122,38 +122,41 @@ def compress_(
     plans = choose_plans(config, redundancy, targets, before.parameters, prices)
     sweeps = plan_sweeps(ceilings(config, plans), config.schedule)
     calibration, held_out = hold_out(batches) if config.holds_out else (batches, [])
-    scope, removed, losses = next(iter(plans)), tuple[int, ...](), dict[str, float]()
+    scope, removed, losses = state.decision or Decision(next(iter(plans)), (), {})
     try:
         clock.enter("prefix")
         with processes.together():
             kept = state.restore_(model, sweeps)
         done = list(kept.values())
         sweeps = [rest for members in sweeps if (rest := [target for target in members if target not in kept])]
+        sweeps = [] if state.decision else sweeps
         entries = {min(target.layer for target in members) for members in sweeps}
         own = processes.share(calibration)
         with processes.together():
             prefix = capture_prefix(model, own, entries, dtype=config.sweep_dtype, progress=progress)
-        options: dict[str, Any] = {
-            "basis": config.basis,
-            "metric": config.metric,
-            "dtype": config.sweep_dtype,
-            "progress": progress,
-            "processes": processes,
-        }
-        for members in sweeps:
+
+        def choose(
+            gather: Callable[..., Scores], members: Sequence[Target], **how: Any
+        ) -> Iterator[tuple[Target, Choice]]:
             clock.enter("attribution")
-            scored = gather(model, own, members, prefix, state=state, **options)
+            how |= {"basis": config.basis, "metric": config.metric, "dtype": config.sweep_dtype}
+            scores = gather(model, own, members, prefix, progress=progress, processes=processes, **how)
             clock.enter("svd and selection")
-            choose = partial(choose_groups, ranks=ceilings(config, plans), config=config)
-            choices = processes.divide(members, partial(choose, scores=scored))
-            del scored  # and with it, once the choices are made, what they rest on
+            ranks = ceilings(config, plans)
+            return processes.divide(members, partial(choose_groups, scores=scores, ranks=ranks, config=config))
+
+        for members in sweeps:
             if config.schedule == "progressive":
-                first = [(target.module, kept) for target, kept in partway(list(choices), plans[scope], prices).items()]
-                clock.enter("attribution")
-                scored = gather_scores(model, own, members, prefix, running=partial(standing_in, first), **options)
-                clock.enter("svd and selection")
-                choices = processes.divide(members, partial(choose, scores=scored))
-                del scored, first
+                with processes.together():
+                    first = state.restore_cut(members)
+                if first is None:
+                    first = partway(list(choose(gather, members, state=state)), plans[scope], prices)
+                    state.keep_cut(first)
+                standing = [(target.module, svd) for target, svd in first.items()]
+                choices = choose(gather_scores, members, running=partial(standing_in, standing))
+                del first, standing
+            else:
+                choices = choose(gather, members, state=state)
             if config.decides_together:
                 found = list(choices)
                 removal = {}
@@ -168,8 +171,9 @@ def compress_(
                 scope, removed, choices = best.scope, best.removed, cut(found, plans[best.scope], best)
             for target, choice in choices:
                 done.append(_replace_(model, target, choice))
-                if not config.decides_together:
-                    state.keep_module(model, done[-1])
+                state.keep_module(model, done[-1])
+            if config.decides_together:
+                state.keep_decision(Decision(scope, removed, losses))
         if config.refit:
             clock.enter("refit")
             with processes.together():

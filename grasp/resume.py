@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,7 +16,7 @@ from grasp.calibration import CalibrationBatch
 from grasp.checkpoint import require_space
 from grasp.identity import request_identity
 from grasp.kept import KeptFolder
-from grasp.modules import LowRankLinear
+from grasp.modules import SVD, LowRankLinear
 from grasp.offload import execution_device
 from grasp.progress import Clock, Notify, unheard
 from grasp.redundancy import Redundancy
@@ -25,7 +25,7 @@ from grasp.report import ModuleReport
 if TYPE_CHECKING:  # it imports this module
     from grasp.config import GraspConfig
 
-FORMAT = 2  # of the folder
+FORMAT = 3  # of the folder
 
 
 class Sum(Protocol):
@@ -35,10 +35,19 @@ class Sum(Protocol):
     calls: int
 
 
+class Decision(NamedTuple):
+    """What was decided for all linears together."""
+
+    scope: str
+    removed: tuple[int, ...]  # layers
+    losses: dict[str, float]  # on the held-out batches, by candidate
+
+
 class NoState:
     """The state of a run that keeps nothing; what it does is what ``RunState`` is asked for."""
 
     redundancy: Redundancy | None = None  # where an earlier process measured it
+    decision: Decision | None = None  # where an earlier process came to one
 
     def begin(
         self, model: PreTrainedModel, batches: Sequence[CalibrationBatch], config: GraspConfig, clock: Clock
@@ -54,6 +63,16 @@ class NoState:
 
     def keep_module(self, model: PreTrainedModel, report: ModuleReport) -> None:
         """Keep what has become of one target, with its low-rank linear if it was replaced."""
+
+    def keep_decision(self, decision: Decision) -> None:
+        """Keep that all targets have become what was decided together: those kept before count from here on."""
+
+    def restore_cut(self, members: Sequence[Target]) -> dict[Target, SVD] | None:
+        """The groups of a progressive schedule's first cut, where an earlier process made it."""
+        return None
+
+    def keep_cut(self, cut: Mapping[Target, SVD]) -> None:
+        """Keep the groups of a progressive schedule's first cut."""
 
     def restore_sums(self, sums: Mapping[Target, Sum], batches: int) -> int:
         """Set the sums of a sweep to what was kept of it; the number of its batches that they hold."""
@@ -86,11 +105,12 @@ class RunState(KeptFolder, NoState):
             if it belongs to another request (another model, text or configuration), is damaged, or cannot be written.
     """
 
-    OWN_FILES = r"(module|sums)-.+\.safetensors"
+    OWN_FILES = r"((module|sums)-.+|cut)\.safetensors"
 
     def __init__(self, folder: str | Path, *, notify: Notify = unheard, rank: int = 0, processes: int = 1) -> None:
         super().__init__(folder, notify=notify, rank=rank, processes=processes)
         self._sums = self.folder / f"sums-{rank}-of-{processes}.safetensors"
+        self._cut = self.folder / "cut.safetensors"
         self._continued = False  # whether an earlier process has done something
         self._found: dict[str, dict[str, Any]] = {}  # file name → its notes, as that process left them
         self._sweeps: Sequence[Sequence[Target]] = ()
@@ -113,7 +133,7 @@ class RunState(KeptFolder, NoState):
             ResumeError: if it does not, or is damaged.
         """
         clock.enter("identity")
-        self._clock = clock
+        self._clock, self._config = clock, config
         request = request_identity(model, batches, config)
         self._identity = {"format": FORMAT, "processes": self._processes, **request}
         path = self.folder / "state.json"
@@ -123,6 +143,9 @@ class RunState(KeptFolder, NoState):
         kept = self._read_state()
         self._require_same(kept["identity"])
         self.redundancy = None if kept["redundancy"] is None else Redundancy(**kept["redundancy"])
+        if kept["decision"] is not None:
+            scope, removed, losses = kept["decision"]
+            self.decision = Decision(scope, tuple(removed), losses)
         files = sorted(self.folder.glob("*.safetensors"))
         self._found = {file.name: self._read(file, only_notes=True)[1] for file in files}
         self._continued = self.redundancy is not None or bool(files)
@@ -142,17 +165,20 @@ class RunState(KeptFolder, NoState):
         """
         self._sweeps = sweeps
         done: dict[Target, ModuleReport] = {}
+        counts = self.decision is not None or not self._config.decides_together
         for target in (target for members in sweeps for target in members):
             path = self._module_path(target.name)
-            if path.name not in self._found:
+            if path.name not in self._found or not counts:
                 continue
             tensors, notes = self._read(path)
             if tensors:
                 replace_module_(model, target.name, _low_rank(target, tensors))
             done[target] = ModuleReport.from_dict(notes["report"])
         if self._continued and not self._rank:
-            finished = sum(all(target in done for target in members) for members in sweeps)
-            self._notify(f"continuing: {finished} of {len(sweeps)} sweeps done")
+            finished = [self.decision is not None or all(t in done for t in members) for members in sweeps]
+            if self._config.schedule == "progressive":  # its only sweep is of the model as the first cut left it
+                finished.append(self._cut.name in self._found)
+            self._notify(f"continuing: {sum(finished)} of {len(finished)} sweeps done")
         return done
 
     def keep_module(self, model: PreTrainedModel, report: ModuleReport) -> None:
@@ -164,6 +190,43 @@ class RunState(KeptFolder, NoState):
         if self._rank == 0:
             tensors = {} if report.reason else dict(model.get_submodule(report.name).named_parameters())
             self._write(self._module_path(report.name), tensors, {"report": dataclasses.asdict(report)})
+
+    def keep_decision(self, decision: Decision) -> None:
+        """Keep that all targets have become what was decided together: those kept before count from here on.
+
+        Raises:
+            ResumeError: if it cannot be written.
+        """
+        self.decision = decision
+        self._write_state()
+
+    def restore_cut(self, members: Sequence[Target]) -> dict[Target, SVD] | None:
+        """The groups of a progressive schedule's first cut, where an earlier process made it.
+
+        Raises:
+            ResumeError: if they are damaged.
+            CheckpointError: if there is too little space to keep them.
+        """
+        if self._cut.name not in self._found:
+            require_space(self._cut, sum(4 * target.module.weight.numel() for target in members))  # fp32, at most
+            return None
+        tensors, _ = self._read(self._cut)
+        cut = {}
+        for target in members:
+            if f"{target.name}.S" in tensors:
+                device = target.module.weight.device
+                cut[target] = SVD(*(tensors[f"{target.name}.{name}"].to(device) for name in SVD._fields))
+        return cut
+
+    def keep_cut(self, cut: Mapping[Target, SVD]) -> None:
+        """Keep the groups of a progressive schedule's first cut.
+
+        Raises:
+            ResumeError: if they cannot be written.
+        """
+        if self._rank == 0:
+            tensors = {f"{t.name}.{name}": each for t, svd in cut.items() for name, each in svd._asdict().items()}
+            self._write(self._cut, tensors, {})
 
     def restore_sums(self, sums: Mapping[Target, Sum], batches: int) -> int:
         """Set the sums of a sweep to what was kept of it; the number of its batches that they hold.
@@ -209,7 +272,8 @@ class RunState(KeptFolder, NoState):
     def _write_state(self) -> None:
         if self._rank == 0:
             scores = None if self.redundancy is None else self.redundancy._asdict()
-            self._write_json({"identity": self._identity, "redundancy": scores, "seconds": self._clock.seconds})
+            kept = {"identity": self._identity, "redundancy": scores, "decision": self.decision}
+            self._write_json(kept | {"seconds": self._clock.seconds})
 
     def _read_state(self) -> dict[str, Any]:
         kept = self._read_json()
@@ -217,6 +281,7 @@ class RunState(KeptFolder, NoState):
             return {
                 "identity": dict(kept["identity"]),
                 "redundancy": kept["redundancy"],
+                "decision": kept.get("decision"),  # which those before format 3 do not have
                 "seconds": dict(kept["seconds"]),
             }
         except (ValueError, KeyError, TypeError) as error:

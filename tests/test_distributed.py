@@ -246,28 +246,39 @@ def test_a_process_that_hangs_is_given_up_after_the_timeout() -> None:
     assert "more than 0:00:03 h behind" in str(first.error)
 
 
-def compress_in_two_attempts(processes: Processes, folder: Path, attempt: int) -> list[Any]:
-    """The first attempt is killed in its third sweep."""
+def compress_in_two_attempts(
+    processes: Processes, folder: Path, attempt: int, config: GraspConfig, last: int
+) -> list[Any]:
+    """The first attempt is killed in one of its sweeps."""
     model = tiny_model("llama", torch.float64)
     sweeps: list[str] = []
 
-    def die_in_the_third(step: str, done: int, total: int) -> None:
-        if step.startswith("layer") and done == 1:
+    def die_in_the_last(step: str, done: int, total: int) -> None:
+        if step.startswith(("layer", "covariances")) and done == 1:
             sweeps.append(step)
-        if attempt == 1 and len(sweeps) == 3 and processes.rank == 1:
+        if attempt == 1 and len(sweeps) == last and processes.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with RunState(folder, rank=processes.rank, processes=processes.size) as state:
-        report = compress_(model, calibration("3"), CONFIG, progress=die_in_the_third, state=state, processes=processes)
+        batches = calibration("3")
+        report = compress_(model, batches, config, progress=die_in_the_last, state=state, processes=processes)
     return [sweeps, [module.indices for module in report.modules]]
 
 
-def test_a_run_of_two_processes_continues_after_one_was_killed(tmp_path: Path) -> None:
-    assert_lost(*run(compress_in_two_attempts, tmp_path / "kept", 1))
-    expected = [
-        module.indices for module in compress_(tiny_model("llama", torch.float64), calibration("3"), CONFIG).modules
-    ]
-    survivor, killed = run(compress_in_two_attempts, tmp_path / "kept", 2)
-    assert survivor.value == [["layer 0 attention"], expected]  # it had done its part of the sweep before
-    assert killed.value == [["layer 0 mlp", "layer 0 attention"], expected]
+@pytest.mark.parametrize(
+    ("config", "last", "again"),
+    [
+        (CONFIG, 3, [["layer 0 attention"], ["layer 0 mlp", "layer 0 attention"]]),  # the first had done its part
+        (GraspConfig.preset("best", compression_ratio=0.1), 2, [["covariances, 3 layers"], ["covariances, 3 layers"]]),
+    ],
+    ids=["paper", "best"],
+)
+def test_a_run_of_two_processes_continues_after_one_was_killed(
+    config: GraspConfig, last: int, again: list[list[str]], tmp_path: Path
+) -> None:
+    assert_lost(*run(compress_in_two_attempts, tmp_path / "kept", 1, config, last))
+    alone = compress_(tiny_model("llama", torch.float64), calibration("3"), config)
+    expected = [module.indices for module in alone.modules]
+    results = run(compress_in_two_attempts, tmp_path / "kept", 2, config, last)
+    assert [result.value for result in results] == [[sweeps, expected] for sweeps in again]
     assert not (tmp_path / "kept").exists()
