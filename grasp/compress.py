@@ -129,7 +129,8 @@ def compress_(
             kept = state.restore_(model, sweeps)
         done = list(kept.values())
         sweeps = [rest for members in sweeps if (rest := [target for target in members if target not in kept])]
-        sweeps = [] if state.decision else sweeps
+        if state.decision:
+            sweeps = []  # those not kept were left out
         entries = {min(target.layer for target in members) for members in sweeps}
         own = processes.share(calibration)
         with processes.together():
