@@ -113,7 +113,7 @@ def compress_(
     tokens = [batch.num_tokens for batch in batches]
     processes.require_same("the request", f"{config} {before} {tokens} {batches_digest(batches)}")
     with processes.together():
-        state.begin(model, batches, config, clock)
+        state.begin(model, batches, config, costs, clock)
     clock.enter("block_influence")
     redundancy = state.redundancy
     if redundancy is None:
@@ -172,9 +172,10 @@ def compress_(
                 scope, removed, choices = best.scope, best.removed, cut(found, plans[best.scope], best)
             for target, choice in choices:
                 done.append(_replace_(model, target, choice))
-                state.keep_module(model, done[-1])
+                if not config.decides_together:
+                    state.keep_module(model, done[-1])
             if config.decides_together:
-                state.keep_decision(Decision(scope, removed, losses))
+                state.keep_decision(model, Decision(scope, removed, losses), done)
         if config.refit:
             clock.enter("refit")
             with processes.together():

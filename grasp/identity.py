@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from grasp import __version__
 from grasp.architecture import first_device
 from grasp.calibration import CalibrationBatch
+from grasp.latency import CostTable
 from grasp.modules import gathered
 
 if TYPE_CHECKING:  # it imports this module
@@ -25,9 +26,9 @@ _VOLATILE = ("_name_or_path", "transformers_version")  # in a model's configurat
 
 
 def request_identity(
-    model: PreTrainedModel, batches: Sequence[CalibrationBatch], config: GraspConfig
+    model: PreTrainedModel, batches: Sequence[CalibrationBatch], config: GraspConfig, costs: CostTable | None = None
 ) -> dict[str, Any]:
-    """Everything that the result of ``compress_`` depends on, as JSON can hold it; weights and tokens as SHA-256.
+    """Everything that the result of ``compress_`` depends on, as JSON can hold it; what is large as SHA-256.
 
     Hashing the weights takes of the order of a second per GB.
     """
@@ -37,6 +38,7 @@ def request_identity(
         "calibration batches": len(batches),
         "calibration sequences": sum(len(batch.input_ids) for batch in batches),
         "calibration tokens": tensors_digest(_tokens(batches)),
+        "costs": None if costs is None else hashlib.sha256(json.dumps(costs.to_dict()).encode()).hexdigest(),
     }
 
 

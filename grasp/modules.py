@@ -70,8 +70,9 @@ def standing_in(factors: Iterable[tuple[DenseLinear, SVD]]) -> Iterator[None]:
     """Let dense linears, their weights in memory, compute what low-rank ones would; these are put back bit for bit."""
     saved: dict[Tensor, Tensor] = {}
     try:
-        for linear, (U, S, Vh) in factors:
+        for linear, svd in factors:
             weight = linear.weight
+            U, S, Vh = (each.to(weight.device) for each in svd)
             product = (U * S) @ Vh
             saved[weight] = weight.data
             weight.data = (product.mT if isinstance(linear, Conv1D) else product).to(weight.data).contiguous()

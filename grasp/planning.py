@@ -321,7 +321,7 @@ def partway(choices: Sequence[tuple[Target, Choice]], plan: Plan, prices: Prices
     chosen = {target: choice for target, choice in choices if target in plan.ranks and "indices" in choice}
     ranks = _allocated("", chosen, plan, prices, {}, FIRST_SHARE).ranks
     cuts = {target: _cut(chosen[target], rank) for target, rank in ranks.items() if rank != DENSE}
-    return {target: SVD(*(kept[name].contiguous() for name in SVD._fields)) for target, kept in cuts.items()}
+    return {target: SVD(kept["U"], kept["S"], kept["Vh"]) for target, kept in cuts.items()}
 
 
 def _allocated(

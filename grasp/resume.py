@@ -16,6 +16,7 @@ from grasp.calibration import CalibrationBatch
 from grasp.checkpoint import require_space
 from grasp.identity import request_identity
 from grasp.kept import KeptFolder
+from grasp.latency import CostTable
 from grasp.modules import SVD, LowRankLinear
 from grasp.offload import execution_device
 from grasp.progress import Clock, Notify, unheard
@@ -50,7 +51,12 @@ class NoState:
     decision: Decision | None = None  # where an earlier process came to one
 
     def begin(
-        self, model: PreTrainedModel, batches: Sequence[CalibrationBatch], config: GraspConfig, clock: Clock
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[CalibrationBatch],
+        config: GraspConfig,
+        costs: CostTable | None,
+        clock: Clock,
     ) -> None:
         """Take up what was kept; ``clock`` goes on from the time that it took."""
 
@@ -64,8 +70,8 @@ class NoState:
     def keep_module(self, model: PreTrainedModel, report: ModuleReport) -> None:
         """Keep what has become of one target, with its low-rank linear if it was replaced."""
 
-    def keep_decision(self, decision: Decision) -> None:
-        """Keep that all targets have become what was decided together: those kept before count from here on."""
+    def keep_decision(self, model: PreTrainedModel, decision: Decision, reports: Sequence[ModuleReport]) -> None:
+        """Keep what has become of all targets together."""
 
     def restore_cut(self, members: Sequence[Target]) -> dict[Target, SVD] | None:
         """The groups of a progressive schedule's first cut, where an earlier process made it."""
@@ -105,12 +111,13 @@ class RunState(KeptFolder, NoState):
             if it belongs to another request (another model, text or configuration), is damaged, or cannot be written.
     """
 
-    OWN_FILES = r"((module|sums)-.+|cut)\.safetensors"
+    OWN_FILES = r"((module|sums)-.+|cut)\.safetensors|costs\.json"
 
     def __init__(self, folder: str | Path, *, notify: Notify = unheard, rank: int = 0, processes: int = 1) -> None:
         super().__init__(folder, notify=notify, rank=rank, processes=processes)
         self._sums = self.folder / f"sums-{rank}-of-{processes}.safetensors"
         self._cut = self.folder / "cut.safetensors"
+        self._costs = self.folder / "costs.json"
         self._continued = False  # whether an earlier process has done something
         self._found: dict[str, dict[str, Any]] = {}  # file name → its notes, as that process left them
         self._sweeps: Sequence[Sequence[Target]] = ()
@@ -124,8 +131,22 @@ class RunState(KeptFolder, NoState):
         path = self.folder / "state.json"
         return self._read_state()["identity"].get("batch size") if path.exists() else None
 
+    @property
+    def costs(self) -> CostTable | None:
+        """The costs of decoding that the run to be continued was given; ``None`` where there are none.
+
+        Raises:
+            CostTableError: if they are damaged.
+        """
+        return CostTable.load(self._costs) if self._costs.exists() else None
+
     def begin(
-        self, model: PreTrainedModel, batches: Sequence[CalibrationBatch], config: GraspConfig, clock: Clock
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[CalibrationBatch],
+        config: GraspConfig,
+        costs: CostTable | None,
+        clock: Clock,
     ) -> None:
         """Check that the folder belongs to this request, or make it so; the clock goes on from the time kept there.
 
@@ -134,10 +155,13 @@ class RunState(KeptFolder, NoState):
         """
         clock.enter("identity")
         self._clock, self._config = clock, config
-        request = request_identity(model, batches, config)
+        request = request_identity(model, batches, config, costs)
         self._identity = {"format": FORMAT, "processes": self._processes, **request}
         path = self.folder / "state.json"
         if not path.exists():
+            if costs is not None and self._rank == 0:
+                with self._replacing(self._costs) as temporary:
+                    costs.save(temporary)
             self._write_state()
             return
         kept = self._read_state()
@@ -147,6 +171,8 @@ class RunState(KeptFolder, NoState):
             scope, removed, losses = kept["decision"]
             self.decision = Decision(scope, tuple(removed), losses)
         files = sorted(self.folder.glob("*.safetensors"))
+        if config.decides_together and self.decision is None:
+            files = [file for file in files if not file.name.startswith("module-")]
         self._found = {file.name: self._read(file, only_notes=True)[1] for file in files}
         self._continued = self.redundancy is not None or bool(files)
         times = [kept["seconds"], *(notes["seconds"] for notes in self._found.values())]
@@ -165,10 +191,9 @@ class RunState(KeptFolder, NoState):
         """
         self._sweeps = sweeps
         done: dict[Target, ModuleReport] = {}
-        counts = self.decision is not None or not self._config.decides_together
         for target in (target for members in sweeps for target in members):
             path = self._module_path(target.name)
-            if path.name not in self._found or not counts:
+            if path.name not in self._found:
                 continue
             tensors, notes = self._read(path)
             if tensors:
@@ -176,8 +201,8 @@ class RunState(KeptFolder, NoState):
             done[target] = ModuleReport.from_dict(notes["report"])
         if self._continued and not self._rank:
             finished = [self.decision is not None or all(t in done for t in members) for members in sweeps]
-            if self._config.schedule == "progressive":  # its only sweep is of the model as the first cut left it
-                finished.append(self._cut.name in self._found)
+            if self._config.schedule == "progressive":  # the sweep that its first cut rests on comes before
+                finished.append(self.decision is not None or self._cut.name in self._found)
             self._notify(f"continuing: {sum(finished)} of {len(finished)} sweeps done")
         return done
 
@@ -191,14 +216,21 @@ class RunState(KeptFolder, NoState):
             tensors = {} if report.reason else dict(model.get_submodule(report.name).named_parameters())
             self._write(self._module_path(report.name), tensors, {"report": dataclasses.asdict(report)})
 
-    def keep_decision(self, decision: Decision) -> None:
-        """Keep that all targets have become what was decided together: those kept before count from here on.
+    def keep_decision(self, model: PreTrainedModel, decision: Decision, reports: Sequence[ModuleReport]) -> None:
+        """Keep what has become of all targets together: a part of it does not count.
 
         Raises:
             ResumeError: if it cannot be written.
         """
+        if self._rank == 0:
+            for path in self.folder.glob("module-*"):  # of an earlier process, killed before all were kept
+                path.unlink()
+        for report in reports:
+            self.keep_module(model, report)
         self.decision = decision
         self._write_state()
+        if self._rank == 0:
+            self._cut.unlink(missing_ok=True)
 
     def restore_cut(self, members: Sequence[Target]) -> dict[Target, SVD] | None:
         """The groups of a progressive schedule's first cut, where an earlier process made it.
@@ -208,15 +240,14 @@ class RunState(KeptFolder, NoState):
             CheckpointError: if there is too little space to keep them.
         """
         if self._cut.name not in self._found:
-            require_space(self._cut, sum(4 * target.module.weight.numel() for target in members))  # fp32, at most
+            weights = [target.module.weight for target in members]
+            # At most: the cut in fp32 (fp64 for fp64), and what is decided in the model's own dtype.
+            require_space(self._cut, sum(w.numel() * (max(4, w.element_size()) + w.element_size()) for w in weights))
             return None
         tensors, _ = self._read(self._cut)
-        cut = {}
-        for target in members:
-            if f"{target.name}.S" in tensors:
-                device = target.module.weight.device
-                cut[target] = SVD(*(tensors[f"{target.name}.{name}"].to(device) for name in SVD._fields))
-        return cut
+        found = (target for target in members if f"{target.name}.S" in tensors)
+        # Copies, since what is read lies in the file as it comes, and products may depend on that in the last bit.
+        return {t: SVD(*(tensors[f"{t.name}.{name}"].clone() for name in SVD._fields)) for t in found}
 
     def keep_cut(self, cut: Mapping[Target, SVD]) -> None:
         """Keep the groups of a progressive schedule's first cut.

@@ -22,6 +22,7 @@ from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.distributed import ALONE, Processes
 from grasp.errors import DistributedError, NonFiniteError
+from grasp.identity import tensors_digest
 from grasp.redundancy import block_influence
 from grasp.report import CompressionReport
 from grasp.resume import RunState
@@ -262,7 +263,7 @@ def compress_in_two_attempts(
     with RunState(folder, rank=processes.rank, processes=processes.size) as state:
         batches = calibration("3")
         report = compress_(model, batches, config, progress=die_in_the_last, state=state, processes=processes)
-    return [sweeps, [module.indices for module in report.modules]]
+    return [sweeps, [module.indices for module in report.modules], tensors_digest(model.state_dict().items())]
 
 
 @pytest.mark.parametrize(
@@ -279,6 +280,7 @@ def test_a_run_of_two_processes_continues_after_one_was_killed(
     assert_lost(*run(compress_in_two_attempts, tmp_path / "kept", 1, config, last))
     alone = compress_(tiny_model("llama", torch.float64), calibration("3"), config)
     expected = [module.indices for module in alone.modules]
+    weights = run(compress_in_two_attempts, tmp_path / "whole", 2, config, last)[0].value[2]
     results = run(compress_in_two_attempts, tmp_path / "kept", 2, config, last)
-    assert [result.value for result in results] == [[sweeps, expected] for sweeps in again]
+    assert [result.value for result in results] == [[sweeps, expected, weights] for sweeps in again]
     assert not (tmp_path / "kept").exists()

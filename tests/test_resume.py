@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,25 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from grasp import kept
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.errors import CheckpointError, ResumeError
-from grasp.report import CompressionReport
 from grasp.resume import RunState
+from tests import interrupted
+from tests.interrupted import BATCHES, CONFIG, Killed, assert_same, run, stop_at, stopped, stopped_at_every_write
 from tests.tiny_models import tiny_batches, tiny_model
-
-CONFIG = GraspConfig(layers=(0, 2), retain_ratio=0.4)
-BATCHES = 3
-REPORTED = ("modules", "block_influence", "redundant_layers", "removed_layers", "scope", "held_out_loss")
-REPORTED += ("retain_ratio", "calibration", "before", "after")
-Run = tuple[CompressionReport, dict[str, Tensor]]
-
-
-class Killed(BaseException):
-    """Stands for kill -9 where no process is to be started."""
 
 
 @pytest.fixture
@@ -43,74 +31,6 @@ def every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the sums of a sweep after every batch."""
     monkeypatch.setattr(kept, "INTERVAL", 0.0)
     monkeypatch.setattr(kept, "SHARE", float("inf"))
-
-
-def run(
-    folder: Path | None,
-    config: GraspConfig = CONFIG,
-    *,
-    family: str = "llama",
-    dtype: torch.dtype = torch.float32,
-    notify: Callable[[str], None] = lambda text: None,
-    progress: Callable[[str, int, int], None] = lambda step, done, total: None,
-    **model: Any,
-) -> Run:
-    """Compress a tiny model, keeping the run in ``folder``; its report and weights."""
-    compressed, batches = tiny_model(family, dtype, **model), tiny_batches(BATCHES)
-    if folder is None:
-        return compress_(compressed, batches, config, progress=progress), compressed.state_dict()
-    with RunState(folder, notify=notify) as state:
-        return compress_(compressed, batches, config, progress=progress, state=state), compressed.state_dict()
-
-
-def stop_at(step: str, count: int) -> Callable[[str, int, int], None]:
-    """End the run when it reports that ``count`` units of ``step`` are done."""
-
-    def progress(now: str, done: int, total: int) -> None:
-        if (now, done) == (step, count):
-            raise Killed
-
-    return progress
-
-
-def stopped(folder: Path, step: str, count: int, config: GraspConfig = CONFIG, **options: Any) -> None:
-    with pytest.raises(Killed):
-        run(folder, config, progress=stop_at(step, count), **options)
-    assert (folder / "state.json").exists()
-
-
-def assert_same(got: Run, expected: Run) -> None:
-    for name in REPORTED:
-        assert getattr(got[0], name) == getattr(expected[0], name)
-    assert got[1].keys() == expected[1].keys()
-    for name, tensor in got[1].items():
-        assert torch.equal(tensor, expected[1][name]), name
-
-
-def stopped_at_every_write(
-    config: GraspConfig, family: str, folder: Path, expected: Run, monkeypatch: pytest.MonkeyPatch
-) -> int:
-    """Stop a run at its first write, then at its second, and so on, each to be continued; how many writes it has."""
-    replace, left, writes = os.replace, [0], 0
-
-    def counted(source: Any, target: Any) -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", counted)
-        while True:
-            writes += 1
-            left[0] = writes
-            try:
-                assert_same(run(folder, config, family=family), expected)
-                return writes - 1
-            except Killed:
-                left[0] = 0
-            assert_same(run(folder, config, family=family), expected)
-            assert not folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -130,59 +50,6 @@ def test_a_run_stopped_at_any_write_ends_as_if_it_had_not_been(
     writes = stopped_at_every_write(config, family, folder, expected, monkeypatch)
     sweeps = {"sequential": 4, "per-layer": 2, "single-sweep": 1}[config.schedule]
     assert writes == 2 + sweeps * BATCHES + len(expected[0].modules)
-
-
-@pytest.mark.parametrize(
-    ("family", "options", "more"),  # writes of sums, or of a first cut
-    [
-        ("gpt2", {"allocation": "global", "metric": "fisher", "basis": "kfac", "refit": True}, 0),
-        ("llama", {"allocation": "global", "metric": "taylor", "scope": "auto"}, BATCHES - 1),  # the rest is held out
-        ("llama", {"allocation": "global", "basis": "kfac", "metric": "magnitude", "remove_layers": True}, 0),
-        ("llama", {"allocation": "global", "basis": "kfac", "metric": "magnitude", "schedule": "progressive"}, 1),
-    ],
-)
-@pytest.mark.usefixtures("every_batch")
-def test_what_is_decided_together_counts_once_all_of_it_is_kept(
-    family: str, options: dict[str, Any], more: int, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = GraspConfig(**{"num_layers": 1, "retain_ratio": 0.4, "schedule": "single-sweep", **options})
-    expected = run(None, config, family=family)
-    writes = stopped_at_every_write(config, family, folder, expected, monkeypatch)
-    assert writes == 3 + more + len(expected[0].modules)
-
-
-@pytest.mark.parametrize(
-    ("step", "time", "continued"),
-    [
-        ("covariances, 3 layers", 1, "continuing: 0 of 2 sweeps done"),
-        ("covariances, 3 layers", 2, "continuing: 1 of 2 sweeps done"),
-        ("refit", 1, "continuing: 2 of 2 sweeps done"),
-    ],
-)
-def test_best_goes_on_from_its_first_cut_and_from_its_decision(
-    step: str, time: int, continued: str, folder: Path
-) -> None:
-    config, steps, heard = GraspConfig.preset("best", compression_ratio=0.1), list[tuple[str, int]](), list[str]()
-
-    def note(now: str, done: int, total: int) -> None:
-        if now != "prefix":
-            steps.append((now, done))
-
-    def stop(now: str, done: int, total: int) -> None:
-        note(now, done, total)
-        if steps.count((step, 1)) == time:
-            raise Killed
-
-    expected = run(None, config, progress=note)
-    whole = steps.copy()
-    steps.clear()
-    with pytest.raises(Killed):
-        run(folder, config, progress=stop)
-    begun = [place for place, now in enumerate(steps) if now == (step, 1)][-1]
-    steps.clear()
-    assert_same(run(folder, config, progress=note, notify=heard.append), expected)
-    assert heard == [continued]
-    assert steps == whole[begun:]
 
 
 @pytest.mark.usefixtures("every_batch")
@@ -283,7 +150,7 @@ def test_linears_that_do_not_reach_the_loss_are_kept_as_such(folder: Path, monke
         return model
 
     original = tiny_model
-    monkeypatch.setattr(sys.modules[__name__], "tiny_model", lambda *args, **options: cut(original(*args, **options)))
+    monkeypatch.setattr(interrupted, "tiny_model", lambda *args, **options: cut(original(*args, **options)))
     expected = run(None)
     assert sum("does not reach" in module.reason for module in expected[0].modules) == 3
     stopped(folder, "layer 0 mlp", 1)

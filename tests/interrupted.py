@@ -1,0 +1,100 @@
+"""Compressions of tiny models that are stopped somewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from grasp.compress import compress_
+from grasp.config import GraspConfig
+from grasp.latency import CostTable
+from grasp.report import CompressionReport
+from grasp.resume import RunState
+from tests.tiny_models import tiny_batches, tiny_model
+
+CONFIG = GraspConfig(layers=(0, 2), retain_ratio=0.4)
+BATCHES = 3
+REPORTED = ("modules", "block_influence", "redundant_layers", "removed_layers", "scope", "held_out_loss")
+REPORTED += ("retain_ratio", "calibration", "before", "after")
+Run = tuple[CompressionReport, dict[str, Tensor]]
+
+
+class Killed(BaseException):
+    """Stands for kill -9 where no process is to be started."""
+
+
+def run(
+    folder: Path | None,
+    config: GraspConfig = CONFIG,
+    *,
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    notify: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str, int, int], None] = lambda step, done, total: None,
+    costs: CostTable | None = None,
+    **model: Any,
+) -> Run:
+    """Compress a tiny model, keeping the run in ``folder``; its report and weights."""
+    compressed, batches = tiny_model(family, dtype, **model), tiny_batches(BATCHES)
+    if folder is None:
+        report = compress_(compressed, batches, config, costs=costs, progress=progress)
+        return report, compressed.state_dict()
+    with RunState(folder, notify=notify) as state:
+        report = compress_(compressed, batches, config, costs=costs, progress=progress, state=state)
+        return report, compressed.state_dict()
+
+
+def stop_at(step: str, count: int) -> Callable[[str, int, int], None]:
+    """End the run when it reports that ``count`` units of ``step`` are done."""
+
+    def progress(now: str, done: int, total: int) -> None:
+        if (now, done) == (step, count):
+            raise Killed
+
+    return progress
+
+
+def stopped(folder: Path, step: str, count: int, config: GraspConfig = CONFIG, **options: Any) -> None:
+    with pytest.raises(Killed):
+        run(folder, config, progress=stop_at(step, count), **options)
+    assert (folder / "state.json").exists()
+
+
+def assert_same(got: Run, expected: Run) -> None:
+    for name in REPORTED:
+        assert getattr(got[0], name) == getattr(expected[0], name)
+    assert got[1].keys() == expected[1].keys()
+    for name, tensor in got[1].items():
+        assert torch.equal(tensor, expected[1][name]), name
+
+
+def stopped_at_every_write(
+    config: GraspConfig, family: str, folder: Path, expected: Run, monkeypatch: pytest.MonkeyPatch
+) -> int:
+    """Stop a run at its first write, then at its second, and so on, each to be continued; how many writes it has."""
+    replace, left, writes = os.replace, [0], 0
+
+    def counted(source: Any, target: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", counted)
+        while True:
+            writes += 1
+            left[0] = writes
+            try:
+                assert_same(run(folder, config, family=family), expected)
+                return writes - 1
+            except Killed:
+                left[0] = 0
+            assert_same(run(folder, config, family=family), expected)
+            assert not folder.exists()
