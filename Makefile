@@ -94,5 +94,5 @@ format: $(STAMP) ## rewrite files in the house format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) $(VLLM) build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VLLM) .venv-matrix build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	rm -rf kernels/grasp_kernels/*.so kernels/grasp_kernels/lib

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.linear_replacement import LINEAR_REPLACEMENT, apply_map_
 from grasp.architecture import first_device, layer_targets, replace_module_
 from grasp.bench.conditions import Conditions, conditions, measure_card
+from grasp.bench.costs import require_product
 from grasp.bench.model import percentiles
 from grasp.bench.results import StudyLatency, StudyResult, append_results, check_output, read_results
 from grasp.bench.timing import Sample
@@ -36,7 +37,6 @@ from grasp.modules import LowRankLinear, dense_shape, group_linears_
 from grasp.removal import remove_layers_
 
 DENSE = "dense"
-TOLERANCE = 0.02  # relative and norm-wise; bf16 rounds the product of the input with Vh, and the result
 
 
 @torch.no_grad()
@@ -76,22 +76,11 @@ def _layers(model: PreTrainedModel) -> range:
     return range(model.config.get_text_config(decoder=True).num_hidden_layers)
 
 
-@torch.inference_mode()
 def require_right(model: PreTrainedModel, method: str) -> None:
-    """Raise unless every low-rank linear computes the product of its factors, for one token.
-
-    Raises:
-        ResultsError: with the linear and how far it is off.
-    """
+    """Raise a ``ResultsError`` unless every low-rank linear computes the product of its factors, for one token."""
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
-            x = torch.randn(1, 1, module.in_features).to(module.U)
-            expected = x.double() @ module.Vh.double().mT @ module.U.double().mT
-            if module.bias is not None:
-                expected += module.bias.double()
-            off = float((module(x).double() - expected).norm() / expected.norm())
-            if not off <= TOLERANCE:
-                raise ResultsError(f"{name} of {method} is off by {off:.1e}, at most {TOLERANCE:.0e} is allowed")
+            require_product(module, f"{name} of {method}")
 
 
 def take_turns(

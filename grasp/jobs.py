@@ -156,7 +156,7 @@ def compress(
             if config.target_latency is not None:  # what was measured for a run to be continued stands
                 table = (state.costs if costs is None else None) or costs_for(model, costs, progress=progress)
             report = compress_(model, batches, config, costs=table, progress=progress, state=state, processes=processes)
-            report = with_request(report, name, samples, dtype=dtype, device=device, processes=processes)
+            report = with_request(report, name, samples, costs=costs, dtype=dtype, device=device, processes=processes)
         if processes.sharded:
             collect_(model, processes)
         if processes.first:
@@ -169,6 +169,7 @@ def with_request(
     name: str,
     samples: Samples,
     *,
+    costs: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
     processes: Processes = ALONE,
@@ -183,6 +184,7 @@ def with_request(
         "model": _model_name(name),
         "calibration": _text_name(source),
         **drawn,
+        "costs": None if costs is None else Path(costs).name,
         "dtype": dtype,
         "device": device,
         "shard": processes.sharded,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer.main
 
-from grasp import cli
+from grasp import calibration, cli, loading
 from tests.command_line import ROOT, environment
 
 
@@ -35,8 +35,18 @@ def run_python(code: str, folder: Path) -> str:
     return run.stdout
 
 
+def check_packages(requirements: list[str]) -> None:
+    """Check that what pip is told to install is this project with extras that it has, or what loading asks for."""
+    for requirement in requirements:
+        if extras := re.fullmatch(r"\.\[([a-z,-]+)\]", requirement):
+            project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+            assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras[1].split(","))
+        else:
+            assert requirement in (loading.BUILTIN_REQUIREMENT, calibration.BUILTIN_REQUIREMENT)
+
+
 def check_command(line: str) -> None:
-    """Check that a ``make`` or ``grasp`` command, also under torchrun, exists and takes its options and values."""
+    """Check that a ``make``, ``pip install`` or ``grasp`` command, also under torchrun, exists and takes what it is given."""
     program, *arguments = shlex.split(line)
     if program == "torchrun":
         program, *arguments = arguments[arguments.index("-m") + 1 :]
@@ -44,6 +54,8 @@ def check_command(line: str) -> None:
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert arguments
         assert set(arguments) <= set(targets)
+    elif program == "pip":
+        check_packages([argument for argument in arguments[1:] if not argument.startswith("-")])
     else:
         assert program == "grasp"
         command = typer.main.get_command(cli.app)

@@ -53,12 +53,14 @@ def test_the_command_makes_the_same_again(config: GraspConfig, processes: int, t
 
 def test_paths_on_this_machine_are_not_told(tmp_path: Path) -> None:
     report = jobs.with_request(
-        a_report(), str(tmp_path / "models" / "mine"), jobs.Samples(str(tmp_path / "corpus.txt"))
+        *(a_report(), str(tmp_path / "models" / "mine"), jobs.Samples(str(tmp_path / "corpus.txt"))),
+        costs=str(tmp_path / "costs.json"),
     )
     words = reproduce.command(report, "out")
     assert words is not None
     assert words[:5] == ["grasp", "compress", "mine", "-o", "out"]
     assert words[words.index("--calibration") + 1] == "corpus.txt"
+    assert words[words.index("--costs") + 1] == "costs.json"
     assert str(tmp_path) not in report.to_json()
 
 

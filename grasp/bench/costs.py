@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from grasp.architecture import decoder, first_device, layer_targets
 from grasp.bench.conditions import device_name
 from grasp.bench.timing import Rotation, batch, interleave
+from grasp.errors import ResultsError
 from grasp.evaluate import now, time_generation
 from grasp.latency import CostTable, LinearSeconds, find_card, from_roofline
 from grasp.modules import LowRankLinear, dense_shape
@@ -26,6 +27,7 @@ from grasp_kernels.packing import RANK_MULTIPLE
 ROTATE_BYTES = 64 << 20  # of distinct weights that calls go through: in a model others have been read in between
 POINTS = 4  # ranks that are timed up to the break-even one, beside the lowest
 REPETITIONS = 9
+TOLERANCE = 0.02  # relative and norm-wise; bf16 rounds the product of the input with Vh, and the result
 PROMPT_TOKENS, NEW_TOKENS, DECODES = 32, 16, 5
 
 
@@ -93,6 +95,22 @@ def measure_costs(model: PreTrainedModel, *, progress: Progress = silent) -> Cos
     )
 
 
+@torch.inference_mode()
+def require_product(linear: LowRankLinear, name: str) -> None:
+    """Raise unless a low-rank linear computes the product of its factors, for one token.
+
+    Raises:
+        ResultsError: with how far it is off.
+    """
+    x = torch.randn(1, 1, linear.in_features).to(linear.U)
+    expected = x.double() @ linear.Vh.double().mT @ linear.U.double().mT
+    if linear.bias is not None:
+        expected += linear.bias.double()
+    off = float((linear(x).double() - expected).norm() / expected.norm())
+    if not off <= TOLERANCE:
+        raise ResultsError(f"{name} is off by {off:.1e}, at most {TOLERANCE:.0e} is allowed")
+
+
 def _time_linear(shape: Shape, device: torch.device, dtype: torch.dtype) -> LinearSeconds:
     n, k = shape
     x = torch.randn(1, 1, k, device=device).to(dtype)
@@ -104,9 +122,10 @@ def _time_linear(shape: Shape, device: torch.device, dtype: torch.dtype) -> Line
     ranks = measured_ranks(shape)
     for rank in ranks:
 
-        def low(rank: int = rank) -> nn.Module:
+        def low(rank: int = rank) -> LowRankLinear:
             return LowRankLinear(k, n, rank, bias=False, device=device, dtype=dtype)
 
+        require_product(low(), f"the low-rank linear {k}x{n}r{rank}")
         batches[str(rank)] = batch(device, lambda module: module(x), _rotation(low, rank * (n + k) * dtype.itemsize))
     times = {name: sample.median for name, sample in interleave(batches, REPETITIONS).items()}
     return LinearSeconds(times["dense"], ranks, tuple(times[str(rank)] for rank in ranks))

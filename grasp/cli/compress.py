@@ -43,7 +43,8 @@ def compress(
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Instead: compress these layers, such as 3,12-17.")] = None,
     retain_ratio: Annotated[
-        float | None, typer.Option(help="Fraction of each matrix's parameters to keep. Paper: 0.1.")
+        float | None,
+        typer.Option(help="Fraction of each matrix's parameters to keep; with a global budget, of all in LAYERS."),
     ] = None,
     threshold_ratio: Annotated[
         float | None, typer.Option(help="Instead: keep the fewest singular groups with this share of the importance.")

@@ -8,9 +8,9 @@ import torch
 from grasp.architecture import decoder, layer_targets
 from grasp.bench import costs, timing
 from grasp.bench.costs import costs_for, linear_shapes, measure_costs, measured_ranks
-from grasp.errors import CostTableError
+from grasp.errors import CostTableError, ResultsError
 from grasp.latency import CostTable
-from grasp.modules import dense_shape
+from grasp.modules import LowRankLinear, dense_shape
 from grasp.selection import break_even_rank
 from tests.tiny_models import tiny_model
 
@@ -45,6 +45,16 @@ def test_ranks_are_multiples_of_the_kernels_up_to_the_break_even() -> None:
         assert ranks[0] >= 1
         assert ranks[-1] <= break_even_rank(shape)
         assert all(rank % 16 == 0 for rank in ranks if rank > 16)
+
+
+def test_a_linear_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        LowRankLinear, "forward", lambda self, x: torch.nn.functional.linear(x, self.U @ self.Vh) * 1.05
+    )
+    with pytest.raises(
+        ResultsError, match=r"the low-rank linear 32x16r\d+ is off by 5\.0e-02, at most 2e-02 is allowed"
+    ):
+        measure_costs(tiny_model("llama"))
 
 
 def test_costs_come_from_a_file_a_card_or_this_machine(tmp_path: Path) -> None:
