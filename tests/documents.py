@@ -46,7 +46,7 @@ def check_packages(requirements: list[str]) -> None:
 
 
 def check_command(line: str) -> None:
-    """Check that a ``make``, ``pip install`` or ``grasp`` command, also under torchrun, exists and takes what it is given."""
+    """Check that a ``make``, ``pip install`` or ``grasp`` command exists and takes what it is given."""
     program, *arguments = shlex.split(line)
     if program == "torchrun":
         program, *arguments = arguments[arguments.index("-m") + 1 :]
