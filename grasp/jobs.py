@@ -153,8 +153,9 @@ def compress(
                 require_known(model, batch.input_ids)
             require_space(target, model.get_memory_footprint())
             table = None
-            if config.target_latency is not None:  # what was measured for a run to be continued stands
-                table = (state.costs if costs is None else None) or costs_for(model, costs, progress=progress)
+            if config.target_latency is not None:
+                measured = state.costs if costs is None else None  # when the run that is continued began
+                table = measured or costs_for(model, costs, progress=progress)
             report = compress_(model, batches, config, costs=table, progress=progress, state=state, processes=processes)
             report = with_request(report, name, samples, costs=costs, dtype=dtype, device=device, processes=processes)
         if processes.sharded:
