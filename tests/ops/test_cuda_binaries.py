@@ -80,11 +80,11 @@ def shipped_flags() -> list[str]:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     if (nvcc := find_nvcc()) is None:
         pytest.skip("there is no nvcc: neither in CUDACXX, CUDA_HOME, /usr/local/cuda nor on the path")
-    folder = tmp_path_factory.mktemp("cuda")
+    folder, flags = tmp_path_factory.mktemp("cuda"), shipped_flags()  # CPython 3.11 cannot parse in several threads
 
     def compile_one(source: Path) -> tuple[str, Path]:
         output = folder / f"{source.stem}.fatbin"
-        command = [nvcc, *shipped_flags(), "-Xptxas", "-v", f"-I{CSRC}", "-fatbin", str(source), "-o", str(output)]
+        command = [nvcc, *flags, "-Xptxas", "-v", f"-I{CSRC}", "-fatbin", str(source), "-o", str(output)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stderr, output
