@@ -83,7 +83,8 @@ def last_added(model: PreTrainedModel, layer: int) -> LastAdded:
         for note in notes:
             note.remove()
     name = f"{decoder(model).path}.{layer}.{next(name for name, m in block.named_children() if m is child)}"
-    if not torch.allclose(moved, shift.expand_as(moved), atol=1e-3 * float(shift[0])):
+    rounding = max(1e-3, 4 * torch.finfo(moved.dtype).eps)  # of sums that are up to twice the shift
+    if not torch.allclose(moved, shift.expand_as(moved), atol=rounding * float(shift[0])):
         raise UnsupportedModelError(
             f"the layers of {type(model).__name__} do not add what {name} returns to their hidden states, so that no "
             "linear map of it can stand for layers; leave this method out"
