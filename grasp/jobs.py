@@ -152,10 +152,7 @@ def compress(
             for batch in batches:
                 require_known(model, batch.input_ids)
             require_space(target, model.get_memory_footprint())
-            table = None
-            if config.target_latency is not None:
-                measured = state.costs if costs is None else None  # when the run that is continued began
-                table = measured or costs_for(model, costs, progress=progress)
+            table = None if config.target_latency is None else costs_for(model, costs, state.costs, progress=progress)
             report = compress_(model, batches, config, costs=table, progress=progress, state=state, processes=processes)
             report = with_request(report, name, samples, costs=costs, dtype=dtype, device=device, processes=processes)
         if processes.sharded:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from grasp import compress, jobs, kept
+from grasp.bench import costs as bench_costs
 from grasp.config import GraspConfig
 from grasp.errors import CheckpointError, ResumeError
 from grasp.latency import CostTable, LinearSeconds
@@ -200,7 +201,7 @@ def test_costs_that_were_measured_stand(tmp_path: Path, monkeypatch: pytest.Monk
     samples = jobs.Samples(str(tmp_path / "text.txt"), num_samples=4, seq_len=32, batch_size=2)
     config = dataclasses.replace(BEST, compression_ratio=None, target_latency=0.8)
     measured = iter([costs(), costs(call=500.0), costs()])
-    monkeypatch.setattr(jobs, "costs_for", lambda *args, **options: next(measured))
+    monkeypatch.setattr(bench_costs, "measure_costs", lambda *args, **options: next(measured))
 
     def compressed(output: str, progress: Progress = silent) -> bytes:
         jobs.compress(str(tmp_path / "model"), tmp_path / output, config, samples, progress=progress)

@@ -31,14 +31,16 @@ TOLERANCE = 0.02  # relative and norm-wise; bf16 rounds the product of the input
 PROMPT_TOKENS, NEW_TOKENS, DECODES = 32, 16, 5
 
 
-def costs_for(model: PreTrainedModel, source: str | None, *, progress: Progress = silent) -> CostTable:
-    """The costs that ``source`` names: a file, a card, or ``None`` for this machine, measured now.
+def costs_for(
+    model: PreTrainedModel, source: str | None, measured: CostTable | None = None, *, progress: Progress = silent
+) -> CostTable:
+    """The costs that ``source`` names: a file, a card, or ``None`` for this machine, measured now if not before.
 
     Raises:
         CostTableError: if it is neither a file nor a card, or the table is for another model or dtype.
     """
     if source is None:
-        return measure_costs(model, progress=progress)
+        return measured or measure_costs(model, progress=progress)
     shapes, path = linear_shapes(model), Path(source)
     dtype = str(model.dtype).removeprefix("torch.")
     if path.is_file():
