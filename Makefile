@@ -56,16 +56,17 @@ test-vllm: $(VLLM_STAMP) ## tests/vllm with a real vLLM on the CPU, which it dow
 	$(VLLM)/bin/python -m pytest tests/vllm
 
 stress: $(BUILT) ## kill 50 processes at random points, and compare what their runs end with; 10 minutes
-	$(BIN)/python -m pytest tests/test_resume_kill.py --kills 50
+	$(BIN)/python -m pytest tests/checkpoint/test_run_state_kill.py --kills 50
 
 sanitize: $(STAMP) ## the C++ tests under the address and undefined behaviour sanitizers
 	$(BIN)/python setup.py --quiet sanitize
 
-lint: $(STAMP) ## ruff, format checks, mypy
+lint: $(STAMP) ## ruff, format checks, mypy, the import contract
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
+	PYTHONPATH=.:kernels $(BIN)/lint-imports --no-logo
 
 check: lint test ## what CI runs
 

@@ -18,7 +18,7 @@ _LOADER = "transformers.modeling_utils"  # needs the tables, and no model is loa
 
 
 def install() -> None:
-    """Have ``grasp.checkpoint`` register its format as soon as transformers can take it. Idempotent, never raises."""
+    """Have ``grasp.model.hf_quantizer`` register its format when transformers can take it. Idempotent, never raises."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     tables = sys.modules.get(_TABLES)
@@ -31,16 +31,16 @@ def install() -> None:
 
 
 def _register() -> None:
-    """Import ``grasp.checkpoint``, which registers itself; a failure is logged, never raised."""
+    """Import ``grasp.model.hf_quantizer``, which registers itself; a failure is logged, never raised."""
     try:
         # Where this import is what led here, it has no such name yet, and registers itself at its own end.
-        register = getattr(import_module("grasp.checkpoint"), "register", None)
+        register = getattr(import_module("grasp.model.hf_quantizer"), "register", None)
         if register is not None:
             register()
     except Exception as error:  # noqa: BLE001 - whatever is wrong with grasp, other users of transformers must go on
         logging.getLogger("grasp").warning(
-            "grasp checkpoints cannot be loaded in this process, all others can: importing grasp.checkpoint raised "
-            "%s: %s. Upgrade or reinstall grasp-llm; TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns this off.",
+            "grasp checkpoints cannot be loaded in this process, all others can: importing grasp.model.hf_quantizer "
+            "raised %s: %s. Upgrade or reinstall grasp-llm; TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns this off.",
             type(error).__name__,
             error,
         )

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
@@ -230,10 +230,10 @@ class CopyHeader(build_py):
 
 
 setup(
-    packages=["grasp", "grasp.bench", "grasp.cli", "grasp.serving", "grasp_kernels", "grasp_kernels.triton"],
+    packages=[*find_packages(include=["grasp*"]), "grasp_kernels", "grasp_kernels.triton"],
     package_dir={"grasp_kernels": "kernels/grasp_kernels"},
     py_modules=["grasp_autoload"],
-    package_data={"grasp": ["py.typed", "html_report.*"], "grasp_kernels": ["py.typed", "configs/*.json"]},
+    package_data={"grasp": ["py.typed", "reporting/page.*"], "grasp_kernels": ["py.typed", "configs/*.json"]},
     # ninja compiles them; setuptools only needs to know what belongs into a source distribution.
     ext_modules=[
         Extension(name, sources=[], depends=sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.*")))

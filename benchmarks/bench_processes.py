@@ -26,15 +26,15 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from grasp.attribution import SCHEDULES
 from grasp.bench.conditions import Conditions, conditions, measure_card
+from grasp.builtin import BUILTIN
 from grasp.calibration import builtin_text, token_batches
+from grasp.checkpoint.compression_report import CompressionReport
 from grasp.compress import compress_
 from grasp.config import GraspConfig
-from grasp.distributed import ALONE, joined
-from grasp.jobs import load_quietly
-from grasp.loading import BUILTIN
-from grasp.report import CompressionReport
+from grasp.loading import load_quietly
+from grasp.method.schedules import SCHEDULES
+from grasp.statistics.processes import ALONE, joined
 
 CPU = torch.device("cpu")
 GEMM = (2048, 576, 1536)  # tokens, features in and out: the MLP of SmolLM2-135M

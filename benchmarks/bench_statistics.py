@@ -27,18 +27,22 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from grasp.architecture import Target, decoder, first_device, layer_targets
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.providers import pick_layers
 from grasp.bench.timing import Sample
-from grasp.calibration import CalibrationBatch
+from grasp.builtin import BUILTIN
 from grasp.cli.arguments import parse_layers
 from grasp.config import GraspConfig
-from grasp.covariance import basis_moments, covariance_bytes, gather_covariances
 from grasp.errors import GraspError
-from grasp.loading import BUILTIN, DTYPES, load_model
-from grasp.modules import SVD, dense_weight
-from grasp.sweep import Call, Prefix, capture_prefix, sweep
+from grasp.loading import DTYPES, load_model
+from grasp.method.svd import SVD
+from grasp.model.batch import CalibrationBatch
+from grasp.model.dense import dense_weight
+from grasp.model.running import first_device
+from grasp.model.targets import Target, decoder, layer_targets
+from grasp.statistics.covariance import covariance_bytes, gather_covariances
+from grasp.statistics.moments import basis_moments
+from grasp.statistics.sweep import Call, Prefix, capture_prefix, sweep
 
 BARE, COVARIANCES, MOMENTS = "bare sweep", "covariances", "moments"
 CHECKED_TOKENS = 48

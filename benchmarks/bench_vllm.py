@@ -40,9 +40,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.results import Percentiles
 from grasp.bench.timing import Sample
+from grasp.builtin import BUILTIN
 from grasp.calibration import builtin_text, tokenize
-from grasp.jobs import load_quietly
-from grasp.loading import BUILTIN
+from grasp.loading import load_quietly
 
 DENSE = "dense"
 FLOOR = 1e-3  # nats: of the mean error of log-probabilities, that rounding in fp32 may make

@@ -13,23 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grasp.architecture import (
-    Target,
-    backbone,
-    batch_inputs,
-    casting,
-    decoder,
-    evaluating,
-    hidden_input,
-    hidden_output,
-    layer_targets,
-    replace_module_,
-)
-from grasp.calibration import CalibrationBatch
 from grasp.errors import UnsupportedModelError
-from grasp.modules import dense_weight
-from grasp.redundancy import cosine_distance
-from grasp.removal import remove_layers_
+from grasp.method.distances import cosine_distance
+from grasp.model.batch import CalibrationBatch
+from grasp.model.dense import dense_weight
+from grasp.model.layer_removal import remove_layers_
+from grasp.model.running import backbone, batch_inputs, casting, evaluating, hidden_input, hidden_output
+from grasp.model.targets import Target, decoder, layer_targets, replace_module_
 
 LINEAR_REPLACEMENT = "linear replacement"  # in the cells of a study
 RIDGE = 1e-3  # of the mean diagonal of Σ y yᵀ: how strongly the map is held at the identity

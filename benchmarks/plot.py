@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 
 from grasp.bench.results import Record, read_results
+from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
 from grasp.errors import GraspError
-from grasp.figure_style import THEMES, require_matplotlib, standalone, to_png, to_svg
-from grasp.pictures import Picture, of_layers, of_results, of_spectra
-from grasp.report import FILE_NAME, CompressionReport
+from grasp.reporting.catalog import Picture, of_layers, of_results, of_spectra
+from grasp.reporting.figure_style import THEMES, require_matplotlib, standalone, to_png, to_svg
 
 PLOTS = Path(__file__).with_name("plots")
 

@@ -15,15 +15,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.architecture import Target
-from grasp.basis import BASES
-from grasp.calibration import CalibrationBatch
-from grasp.compress import eligible_targets
-from grasp.covariance import Covariance, gather_covariances
-from grasp.modules import SVD, decompose, dense_weight
-from grasp.planning import hold_out
-from grasp.scoring import METRICS, Scored, Scores, decompositions_by, gather_scores
-from grasp.sweep import capture_prefix
+from grasp.compression.candidates import hold_out
+from grasp.compression.eligible import eligible_targets
+from grasp.method.basis import BASES
+from grasp.method.metrics import METRICS
+from grasp.method.svd import SVD, decompose
+from grasp.model.batch import CalibrationBatch
+from grasp.model.dense import dense_weight
+from grasp.model.targets import Target
+from grasp.statistics.covariance import Covariance, gather_covariances
+from grasp.statistics.scores import Scored, Scores, decompositions_by, gather_scores
+from grasp.statistics.sweep import capture_prefix
 
 
 class Remembered:

@@ -34,23 +34,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.linear_replacement import LINEAR_REPLACEMENT, Streams, capture_streams, replace_block_
 from benchmarks.remembered import Remembered
-from grasp.architecture import casting, decoder, first_device
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.results import StudyResult as Cell
 from grasp.bench.results import StudySetting as Setting
 from grasp.bench.results import append_results, read_results
-from grasp.calibration import CalibrationBatch, batches_digest, bos_for, read_text, token_batches, tokenize
+from grasp.builtin import BUILTIN
+from grasp.calibration import bos_for, read_text, token_batches, tokenize
+from grasp.checkpoint.compression_report import CompressionReport
+from grasp.checkpoint.run_state import NoState
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.errors import GraspError
-from grasp.evaluate import perplexity
-from grasp.loading import BUILTIN, load_model
-from grasp.redundancy import Redundancy, measure_redundancy
-from grasp.removal import remove_layers_
-from grasp.report import CompressionReport, model_size
-from grasp.resume import NoState
-from grasp.selection import redundant_layers
-from grasp.tasks import evaluate_tasks
+from grasp.evaluation.lm_eval import evaluate_tasks
+from grasp.evaluation.perplexity import perplexity
+from grasp.loading import load_model
+from grasp.method.ranks import redundant_layers
+from grasp.model.batch import CalibrationBatch, batches_digest
+from grasp.model.layer_removal import remove_layers_
+from grasp.model.running import casting, first_device
+from grasp.model.size import model_size
+from grasp.model.targets import decoder
+from grasp.statistics.redundancy import Redundancy, measure_redundancy
 
 _GLOBAL: dict[str, Any] = {"allocation": "global", "schedule": "single-sweep"}
 _SINGLE: dict[str, Any] = {"schedule": "single-sweep"}

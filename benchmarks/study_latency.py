@@ -24,17 +24,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.linear_replacement import LINEAR_REPLACEMENT, apply_map_
-from grasp.architecture import first_device, layer_targets, replace_module_
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.costs import require_product
 from grasp.bench.model import percentiles
 from grasp.bench.results import StudyLatency, StudyResult, append_results, check_output, read_results
 from grasp.bench.timing import Sample
+from grasp.builtin import BUILTIN
 from grasp.errors import GraspError, ResultsError
-from grasp.evaluate import GenerationTime, time_generation
-from grasp.loading import BUILTIN, load_model
-from grasp.modules import LowRankLinear, dense_shape, group_linears_
-from grasp.removal import remove_layers_
+from grasp.evaluation.generation import GenerationTime, time_generation
+from grasp.loading import load_model
+from grasp.model.dense import dense_shape
+from grasp.model.layer_removal import remove_layers_
+from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model.running import first_device
+from grasp.model.targets import layer_targets, replace_module_
 
 DENSE = "dense"
 

@@ -3,18 +3,18 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from grasp.version import __version__
+
 if TYPE_CHECKING:
+    from grasp.checkpoint.compression_report import CompressionReport
+    from grasp.checkpoint.recovery_report import RecoveryReport
     from grasp.compress import compress_
     from grasp.config import GraspConfig
-    from grasp.evaluate import perplexity
-    from grasp.modules import LowRankLinear
+    from grasp.evaluation.perplexity import perplexity
+    from grasp.model.layer_removal import remove_layers_
+    from grasp.model.lowrank_linear import LowRankLinear
     from grasp.recovery import RecoveryConfig, recover_
-    from grasp.recovery_report import RecoveryReport
-    from grasp.redundancy import block_influence
-    from grasp.removal import remove_layers_
-    from grasp.report import CompressionReport
-
-__version__ = "0.1.0"
+    from grasp.statistics.redundancy import block_influence
 
 __all__ = [
     "CompressionReport",
@@ -22,6 +22,7 @@ __all__ = [
     "LowRankLinear",
     "RecoveryConfig",
     "RecoveryReport",
+    "__version__",
     "block_influence",
     "compress_",
     "perplexity",
@@ -32,16 +33,16 @@ __all__ = [
 # Where each public name lives. They are imported on first use, so that `import grasp` costs nothing: torch and
 # transformers take seconds.
 _HOMES = {
-    "CompressionReport": "grasp.report",
+    "CompressionReport": "grasp.checkpoint.compression_report",
     "GraspConfig": "grasp.config",
-    "LowRankLinear": "grasp.modules",
+    "LowRankLinear": "grasp.model.lowrank_linear",
     "RecoveryConfig": "grasp.recovery",
-    "RecoveryReport": "grasp.recovery_report",
-    "block_influence": "grasp.redundancy",
+    "RecoveryReport": "grasp.checkpoint.recovery_report",
+    "block_influence": "grasp.statistics.redundancy",
     "compress_": "grasp.compress",
-    "perplexity": "grasp.evaluate",
+    "perplexity": "grasp.evaluation.perplexity",
     "recover_": "grasp.recovery",
-    "remove_layers_": "grasp.removal",
+    "remove_layers_": "grasp.model.layer_removal",
 }
 
 
@@ -52,4 +53,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return __all__

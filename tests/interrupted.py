@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from grasp.checkpoint.compression_report import CompressionReport
+from grasp.checkpoint.run_state import RunState
 from grasp.compress import compress_
 from grasp.config import GraspConfig
-from grasp.latency import CostTable
-from grasp.report import CompressionReport
-from grasp.resume import RunState
+from grasp.method.cost_table import CostTable
 from tests.tiny_models import tiny_batches, tiny_model
 
 CONFIG = GraspConfig(layers=(0, 2), retain_ratio=0.4)

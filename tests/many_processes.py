@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from grasp.distributed import Processes, joined
+from grasp.statistics.processes import Processes, joined
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["grasp.compress", "grasp.sharding", "tests.tiny_models", __name__])
+_CONTEXT.set_forkserver_preload(["grasp.compress", "grasp.statistics.sharding", "tests.tiny_models", __name__])
 _PATIENCE = 120.0  # seconds until a process counts as one that hangs
 
 

@@ -22,8 +22,8 @@ for pair in "$@"; do
         GRASP_BUILD_CUDA=0 "$venv/bin/python" -m pip install --quiet --editable . "transformers==${pair#*:}.*" \
             pytest pytest-benchmark
         echo "== transformers ${pair#*:}"
-        "$venv/bin/python" -m pytest -q tests/test_quantizer.py tests/test_checkpoint.py tests/test_grasp_autoload.py \
-            tests/test_tensor_parallel.py || failed="$failed $pair"
+        "$venv/bin/python" -m pytest -q tests/model/test_hf_quantizer.py tests/checkpoint/test_saving.py tests/test_grasp_autoload.py \
+            tests/model/test_tensor_parallel.py || failed="$failed $pair"
         continue
     fi
     torch=${pair%:*} triton=${pair#*:}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow
 
-from grasp.task_sources import ARROW_FOLDERS
+from grasp.evaluation.task_documents import ARROW_FOLDERS
 
 
 def _science(question: str, right: str, *wrong: str, key: str = "question") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What each process of ``tests/test_tensor_parallel.py`` does: load a checkpoint split, compute, save it again."""
+"""A process of ``tests/model/test_tensor_parallel.py``: load a checkpoint split, compute, save it again."""
 
 from __future__ import annotations
 

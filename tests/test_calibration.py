@@ -11,17 +11,9 @@ import pytest
 import torch
 
 from grasp import calibration, loading
-from grasp.calibration import (
-    CalibrationBatch,
-    as_batches,
-    batches_digest,
-    bos_for,
-    builtin_text,
-    read_text,
-    token_batches,
-    tokenize,
-)
+from grasp.calibration import bos_for, builtin_text, read_text, token_batches, tokenize
 from grasp.errors import CalibrationError, MissingPackageError
+from grasp.model.batch import CalibrationBatch, as_batches, batches_digest
 from tests.tiny_tokenizers import BOS, byte_tokenizer
 
 # Every token occurs once, so that its value says where it comes from.

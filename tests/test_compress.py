@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from grasp.architecture import decoder, layer_targets
-from grasp.bench.naive import naive_grasp_
-from grasp.calibration import CalibrationBatch
+from grasp.checkpoint.compression_report import CompressionReport
 from grasp.compress import compress_
+from grasp.compression.naive import naive_grasp_
 from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, CheckpointError, NonFiniteError, UnsupportedModelError
-from grasp.modules import LowRankLinear
-from grasp.report import CompressionReport
-from grasp.selection import break_even_rank, parameters_removed
+from grasp.method.ranks import break_even_rank, parameters_removed
+from grasp.model.batch import CalibrationBatch
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.targets import decoder, layer_targets
 from tests.tiny_models import DENSE_FAMILIES, tiny_batches, tiny_model
 
 # Which blocks share a sweep, in order: the paper's order, written out.

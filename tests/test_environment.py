@@ -27,8 +27,12 @@ def test_all_of_it_is_json_and_a_missing_package_is_none(monkeypatch: pytest.Mon
     ("autoload", "installed", "status"),
     [
         ("1", True, "available"),
-        ("0", True, "off: TORCH_DEVICE_BACKEND_AUTOLOAD=0; `import grasp.checkpoint` before loading"),
-        ("1", False, "off: grasp is not installed here, only importable; `import grasp.checkpoint` before loading"),
+        ("0", True, "off: TORCH_DEVICE_BACKEND_AUTOLOAD=0; `import grasp.model.hf_quantizer` before loading"),
+        (
+            "1",
+            False,
+            "off: grasp is not installed here, only importable; `import grasp.model.hf_quantizer` before loading",
+        ),
     ],
 )
 def test_it_says_whether_plain_transformers_finds_the_format(

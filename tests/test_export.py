@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
-from grasp.architecture import layer_targets
-from grasp.modules import LowRankLinear, group_linears_
+from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model.targets import layer_targets
 from tests.command_line import environment
-from tests.test_quantizer import compressed_model
+from tests.model.test_hf_quantizer import compressed_model
 from tests.tiny_models import VOCABULARY, tiny_model
 
 SHAPES = ((2, 12), (3, 7), (1, 20))

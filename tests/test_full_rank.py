@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 
-from grasp.architecture import decoder, layer_targets, replace_module_
-from grasp.modules import LowRankLinear, dense_weight, group_linears_
+from grasp.model.dense import dense_weight
+from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model.targets import decoder, layer_targets, replace_module_
 from tests.tiny_models import DENSE_FAMILIES, tiny_batches, tiny_model
 
 

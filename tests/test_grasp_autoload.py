@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 import grasp_autoload
-from grasp.modules import LowRankLinear
+from grasp.model.lowrank_linear import LowRankLinear
 from tests.tiny_models import tiny_batches, tiny_model
 
 INSTALLED = any(point.value == "grasp_autoload:install" for point in entry_points(group="torch.backends"))
@@ -54,7 +54,7 @@ def model() -> PreTrainedModel:
 @pytest.fixture
 def files(model: PreTrainedModel, tmp_path: Path) -> tuple[Path, Path, Path]:
     """A saved checkpoint, where the outcome of loading goes, and a saved batch of tokens."""
-    import_module("grasp.checkpoint").save_checkpoint(model, tmp_path / "model")
+    import_module("grasp.checkpoint.saving").save_checkpoint(model, tmp_path / "model")
     torch.save(tiny_batches(1)[0], tmp_path / "tokens.pt")
     return tmp_path / "model", tmp_path / "outcome.pt", tmp_path / "tokens.pt"
 
@@ -123,16 +123,16 @@ def test_a_broken_grasp_does_not_break_transformers(tmp_path: Path) -> None:
     code = "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained('dense')"
     result = python(f"import os, sys; os.chdir({str(tmp_path)!r}); sys.path.insert(0, ''); {code}")
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("importing grasp.checkpoint raised OSError: library is gone") == 1
+    assert result.stderr.count("importing grasp.model.hf_quantizer raised OSError: library is gone") == 1
 
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
     """Modules that stand in for transformers' and grasp's own: what happened, in order, is in the list."""
     events: list[str] = []
-    checkpoint = ModuleType("grasp.checkpoint")
+    checkpoint = ModuleType("grasp.model.hf_quantizer")
     checkpoint.register = lambda: events.append("registered")  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "grasp.checkpoint", checkpoint)
+    monkeypatch.setitem(sys.modules, "grasp.model.hf_quantizer", checkpoint)
     (tmp_path / "stand_in_tables.py").write_text("events.append('tables')\ndef get_hf_quantizer(): ...\n")
     (tmp_path / "stand_in_loader.py").write_text("events.append('loader')\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -190,7 +190,7 @@ def test_a_failure_to_register_is_logged_and_not_raised(
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr(sys.modules["grasp.checkpoint"], "register", fail)
+    monkeypatch.setattr(sys.modules["grasp.model.hf_quantizer"], "register", fail)
     grasp_autoload.install()
     with caplog.at_level(logging.WARNING, logger="grasp"):
         import_module("stand_in_tables")
@@ -201,7 +201,7 @@ def test_a_failure_to_register_is_logged_and_not_raised(
 def test_being_led_to_by_the_import_of_grasp_itself_is_no_failure(
     watched: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.delattr(sys.modules["grasp.checkpoint"], "register")
+    monkeypatch.delattr(sys.modules["grasp.model.hf_quantizer"], "register")
     grasp_autoload.install()
     import_module("stand_in_tables")
     assert watched == ["tables"]

@@ -10,11 +10,11 @@ from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, Reposit
 from transformers import BertConfig, LlamaForSequenceClassification, LlamaModel, T5Config
 
 from grasp import loading
-from grasp.architecture import replace_module_
 from grasp.errors import CheckpointError, GraspError, ModelNotFoundError, UnsupportedModelError
 from grasp.loading import load_model
-from grasp.modules import LowRankLinear
-from grasp.quantizer import mark_compressed
+from grasp.model.hf_quantizer import mark_compressed
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.targets import replace_module_
 from tests.tiny_models import tiny_batches, tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 

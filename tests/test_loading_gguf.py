@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from grasp import loading
 from grasp.calibration import bos_for, builtin_text, tokenize
 from grasp.errors import CheckpointError, MissingPackageError
-from grasp.evaluate import perplexity
+from grasp.evaluation.perplexity import perplexity
 from grasp.loading import load_model
 from tests.tiny_models import tiny_batches, tiny_model
 from tests.tiny_tokenizers import byte_tokenizer

@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from grasp.modules import LowRankLinear
+from grasp.model.lowrank_linear import LowRankLinear
 from grasp.peft import LowRankLora, lowrank_targets
-from tests.test_quantizer import compressed_model, logits, ranks
+from tests.model.test_hf_quantizer import compressed_model, logits, ranks
 from tests.tiny_models import tiny_batches
 
 TARGETS = ["q_proj", "k_proj", "up_proj", "down_proj"]  # of all three layers, the first of which is dense

@@ -13,15 +13,16 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grasp import kept, recovery
+from grasp import recovery
+from grasp.checkpoint import run_folder as kept
+from grasp.checkpoint.recovery_report import RecoveryReport
+from grasp.checkpoint.recovery_state import NoRecoveryState, RecoveryState
 from grasp.compress import compress_
 from grasp.config import GraspConfig
-from grasp.distributed import Processes
 from grasp.errors import NonFiniteError, ResumeError, UnsupportedModelError
-from grasp.modules import LowRankLinear
+from grasp.model.lowrank_linear import LowRankLinear
 from grasp.recovery import Masters, RecoveryConfig, learning_rate_at, planned_steps, recover_, trainable_factors
-from grasp.recovery_report import RecoveryReport
-from grasp.recovery_state import NoRecoveryState, RecoveryState
+from grasp.statistics.processes import Processes
 from grasp.training_data import TrainingSequence, collate
 from tests import many_processes
 from tests.tiny_models import VOCABULARY, tiny_batches, tiny_model

@@ -1,4 +1,4 @@
-"""Time the attribution of GRASP against a naive one that follows the formulas (``grasp.bench.naive``).
+"""Time the attribution of GRASP against a naive one that follows the formulas (``grasp.compression.naive``).
 
 Block influence and decompositions are left out on both sides. A sweep is timed on its first batches, both sides in turn
 on models in the same state; where those are not the whole set, its time is extrapolated, and marked as that. Nothing is
@@ -15,24 +15,28 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.architecture import Target, decoder, first_device
-from grasp.attribution import SCHEDULES, gather_gradients, plan_sweeps
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.memory import peak_bytes_above_now
 from grasp.bench.providers import pick_layers
 from grasp.bench.race import Race, race
 from grasp.bench.results import CompressResult
-from grasp.calibration import CalibrationBatch, bos_for, builtin_text, token_batches, tokenize
-from grasp.compress import compress_, eligible_targets
+from grasp.builtin import BUILTIN
+from grasp.calibration import bos_for, builtin_text, token_batches, tokenize
+from grasp.compress import compress_
+from grasp.compression.eligible import eligible_targets
+from grasp.compression.estimate import Estimate, Job, estimate
 from grasp.config import GraspConfig
-from grasp.estimate import Estimate, Job, estimate
-from grasp.evaluate import perplexity
-from grasp.jobs import load_quietly
-from grasp.loading import BUILTIN
+from grasp.evaluation.perplexity import perplexity
+from grasp.loading import load_quietly
+from grasp.method.ranks import redundant_layers
+from grasp.method.schedules import SCHEDULES, plan_sweeps
+from grasp.model.batch import CalibrationBatch
+from grasp.model.running import first_device
+from grasp.model.targets import Target, decoder
 from grasp.progress import Progress, silent
-from grasp.redundancy import block_influence
-from grasp.selection import redundant_layers
-from grasp.sweep import capture_prefix
+from grasp.statistics.gradients import gather_gradients
+from grasp.statistics.redundancy import block_influence
+from grasp.statistics.sweep import capture_prefix
 
 _TIMED = [name for name in SCHEDULES if name != "progressive"]  # which only a global budget can follow
 YARDSTICK = "sequential"  # the schedule of the paper, whose naive run all speed-ups are over

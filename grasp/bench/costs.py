@@ -13,15 +13,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from grasp.architecture import decoder, first_device, layer_targets
 from grasp.bench.conditions import device_name
 from grasp.bench.timing import Rotation, batch, interleave
 from grasp.errors import ResultsError
-from grasp.evaluate import now, time_generation
-from grasp.latency import CostTable, LinearSeconds, find_card, from_roofline
-from grasp.modules import LowRankLinear, dense_shape
+from grasp.evaluation.generation import now, time_generation
+from grasp.method.cost_table import CostTable, LinearSeconds, find_card, from_roofline
+from grasp.method.ranks import Shape, break_even_rank
+from grasp.model.dense import dense_shape
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.running import first_device
+from grasp.model.targets import decoder, layer_targets
 from grasp.progress import Progress, silent
-from grasp.selection import Shape, break_even_rank
 from grasp_kernels.packing import RANK_MULTIPLE
 
 ROTATE_BYTES = 64 << 20  # of distinct weights that calls go through: in a model others have been read in between

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from grasp.architecture import decoder, first_device
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.memory import peak_bytes_above_now
 from grasp.bench.providers import (
@@ -37,20 +36,16 @@ from grasp.bench.providers import (
 )
 from grasp.bench.results import ModelResult, NotMeasured, Percentiles
 from grasp.bench.timing import Sample
+from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_text, tokenize
-from grasp.evaluate import (
-    GenerationTime,
-    PerplexityResult,
-    first_logits,
-    perplexity,
-    random_prompt,
-    time_generation,
-)
-from grasp.jobs import load_quietly
-from grasp.loading import BUILTIN
-from grasp.modules import LowRankLinear
+from grasp.evaluation.generation import GenerationTime, first_logits, random_prompt, time_generation
+from grasp.evaluation.perplexity import PerplexityResult, perplexity
+from grasp.loading import load_quietly
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.running import first_device
+from grasp.model.size import model_size
+from grasp.model.targets import decoder
 from grasp.progress import Progress, silent
-from grasp.report import model_size
 from grasp_kernels.roofline import Card
 
 REFERENCE = "reference"

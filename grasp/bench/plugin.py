@@ -18,8 +18,9 @@ import pytest
 from grasp.bench import gate as gates
 from grasp.bench.gate import BaselineError, Document, Entry, Where
 
-if TYPE_CHECKING:  # torch is imported when something is to be timed
+if TYPE_CHECKING:
     import torch
+
 
 Operands = TypeVar("Operands")
 

@@ -12,12 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from grasp.architecture import decoder, layer_targets, replace_module_
 from grasp.errors import CheckpointError, UnsupportedModelError
-from grasp.modules import LowRankLinear, dense_shape, group_linears_, set_backend_
+from grasp.method.ranks import break_even_rank, rank_for_retain_ratio
+from grasp.model.dense import dense_shape
+from grasp.model.layer_removal import remove_layers_
+from grasp.model.lowrank_linear import LowRankLinear, group_linears_, set_backend_
+from grasp.model.targets import decoder, layer_targets, replace_module_
 from grasp.progress import Progress, silent
-from grasp.removal import remove_layers_
-from grasp.selection import break_even_rank, rank_for_retain_ratio
 from grasp_kernels.dispatch import BACKENDS, Call, objection
 
 DENSE, REMOVED, COMPRESSED, UNFUSED = "dense", "removed", "compressed", "unfused"

@@ -1,4 +1,4 @@
-"""GRASP's attribution by the package and by the formulas (``grasp.bench.naive``), in turn, on models in one state."""
+"""GRASP's attribution by the package and by the formulas, in turn, on models in one state."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from grasp.architecture import Target, replace_module_
-from grasp.attribution import DenseSum, FactoredSum, gather_gradients
-from grasp.bench.naive import SVDLinear, accumulate, insert_svd_
-from grasp.calibration import CalibrationBatch
+from grasp.compression.layer_cost import FLOP_FORMULAS
+from grasp.compression.naive import SVDLinear, accumulate, insert_svd_
 from grasp.errors import GraspError
-from grasp.modules import SVD, LowRankLinear
-from grasp.selection import retained_indices
-from grasp.sweep import capture_prefix
-from grasp.trace import FLOP_FORMULAS
+from grasp.method.ranks import retained_indices
+from grasp.method.svd import SVD
+from grasp.model.batch import CalibrationBatch
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.targets import Target, replace_module_
+from grasp.statistics.gradients import DenseSum, FactoredSum, gather_gradients
+from grasp.statistics.sweep import capture_prefix
 from grasp_kernels.routes import contract_weight_grad
 
 # How far apart the importance of two singular groups may be that the two sides choose differently between, relative to

@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
-from grasp.architecture import decoder, layer_targets
 from grasp.errors import GraspError, UnsupportedModelError
 from grasp.loading import load_config
-from grasp.modules import SHARED_INPUTS, dense_shape
-from grasp.selection import break_even_rank, rank_for_retain_ratio
+from grasp.method.ranks import break_even_rank, rank_for_retain_ratio
+from grasp.model.dense import dense_shape
+from grasp.model.families import SHARED_INPUTS
+from grasp.model.targets import decoder, layer_targets
 from grasp_kernels.shapes import Linear, Shape
 
 

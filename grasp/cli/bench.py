@@ -14,6 +14,7 @@ from grasp.cli.root import app
 if TYPE_CHECKING:
     from grasp.bench.results import Record
 
+
 bench = typer.Typer(help="Measure the kernels on this machine.", no_args_is_help=True, rich_markup_mode="rich")
 app.add_typer(bench, name="bench")
 
@@ -69,8 +70,9 @@ def ops(
 
     $ grasp bench ops --op lowrank_linear --shape 4096x4096r204 --rows 1,16 --threads 1 --no-compiled
     """
-    from grasp import console
-    from grasp.bench import ops, results, tables
+    from grasp.bench import ops, results
+    from grasp.cli import bench_tables as tables
+    from grasp.cli import console
 
     request = ops.Request(
         ops=op or (),
@@ -142,9 +144,10 @@ def model(
 
     $ grasp bench model builtin --compressed small --batch-size 1 --threads 2
     """
-    from grasp import console
     from grasp.bench import model as model_bench
-    from grasp.bench import results, tables
+    from grasp.bench import results
+    from grasp.cli import bench_tables as tables
+    from grasp.cli import console
 
     request = model_bench.Request(
         model=model,
@@ -205,10 +208,11 @@ def compress(
 
     $ grasp bench compress builtin --layers 22-27 --threads 2 -o compress.jsonl
     """
-    from grasp import console
     from grasp.bench import compress as compress_bench
-    from grasp.bench import results, tables
+    from grasp.bench import results
     from grasp.bench.race import WrongSelectionError
+    from grasp.cli import bench_tables as tables
+    from grasp.cli import console
 
     request = compress_bench.Request(
         model=model,
@@ -239,8 +243,9 @@ def compress(
 
 def _finish(records: Sequence[Record], as_json: bool) -> None:
     """Print all as one document, or only what was left out; wrong results end the command."""
-    from grasp import console
-    from grasp.bench import results, tables
+    from grasp.bench import results
+    from grasp.cli import bench_tables as tables
+    from grasp.cli import console
 
     left_out = [each for each in records if isinstance(each, results.NotMeasured)]
     if as_json:
@@ -274,7 +279,8 @@ def tune(
 
     $ grasp bench tune 4096x11008r298+4096x11008r298 --rows 1,4,16
     """
-    from grasp import console, tuning
+    from grasp.bench import tuning
+    from grasp.cli import console
 
     with console.step_bars() as progress:
         files = tuning.tune(shapes or tuning.SHAPES, parse_counts(rows), dtype=dtype, output=output, progress=progress)

@@ -30,10 +30,11 @@ def costs(
 
     $ grasp bench costs builtin -o costs.json
     """
-    from grasp import console, jobs, tables
+    from grasp.cli import console, tables
+    from grasp.workflows.compress import measure_costs
 
     with console.step_bars() as progress:
-        table = jobs.measure_costs(model, output, dtype=dtype, device=device, progress=progress)
+        table = measure_costs(model, output, dtype=dtype, device=device, progress=progress)
     if as_json:
         console.print_json(table.to_dict())
     else:

@@ -132,8 +132,11 @@ def compress(
 
     $ torchrun --nproc-per-node 2 -m grasp compress builtin -o small --num-layers 2 --num-samples 8
     """
-    from grasp import console, jobs, tables
+    from grasp.cli import console, tables
     from grasp.config import GraspConfig
+    from grasp.workflows.compress import compress as compress_to_folder
+    from grasp.workflows.dry_run import plan as plan_compression
+    from grasp.workflows.samples import Samples
 
     choices = {
         "layers": None if layers is None else parse_layers(layers),
@@ -154,9 +157,9 @@ def compress(
         "sweep_dtype": sweep_dtype,
     }
     config = GraspConfig.preset(preset, **{name: value for name, value in choices.items() if value is not None})
-    samples = jobs.Samples(calibration, num_samples, seq_len, parse_batch_size(batch_size), seed)
+    samples = Samples(calibration, num_samples, seq_len, parse_batch_size(batch_size), seed)
     if dry_run:
-        plan = jobs.plan(model, config, samples, dtype=dtype, device=device)
+        plan = plan_compression(model, config, samples, dtype=dtype, device=device)
         if as_json:
             console.print_json(plan.to_dict())
         else:
@@ -166,7 +169,7 @@ def compress(
         started_together(device, shard=shard) as (processes, place),
         console.step_bars(quiet=not processes.first) as progress,
     ):
-        result = jobs.compress(
+        result = compress_to_folder(
             *(model, output, config, samples),
             costs=costs,
             dtype=dtype,

@@ -24,8 +24,8 @@ def demo(
 
     $ grasp demo
     """
-    from grasp import console, tables
-    from grasp.demo import run_demo
+    from grasp.cli import console, tables
+    from grasp.workflows.demo import run_demo
 
     with console.step_bars() as progress:
         result = run_demo(output, progress=progress)

@@ -14,7 +14,8 @@ def env(as_json: Json = False) -> None:
 
     $ grasp env --json
     """
-    from grasp import console, environment, tables
+    from grasp import environment
+    from grasp.cli import console, tables
 
     facts = environment.environment()
     if as_json:

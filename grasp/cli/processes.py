@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from grasp.distributed import Processes
+    from grasp.statistics.processes import Processes
 
 
 @contextmanager
@@ -19,8 +19,8 @@ def started_together(device: str | None, *, shard: bool = False) -> Iterator[tup
         ValueError: if the device is none, or ``shard`` is asked of one process.
         DistributedError: if the others cannot be reached.
     """
-    from grasp.distributed import ALONE, joined
     from grasp.loading import find_device
+    from grasp.statistics.processes import ALONE, joined
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         if shard:

@@ -31,8 +31,8 @@ def push(
 
     $ grasp push small my-name/SmolLM2-135M-small --private
     """
-    from grasp import console
-    from grasp.push import push as upload
+    from grasp.checkpoint.push import push as upload
+    from grasp.cli import console
 
     with console.step_bars() as progress:
         address = upload(directory, repo_id, private=private, progress=progress)

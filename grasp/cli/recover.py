@@ -65,8 +65,9 @@ def recover(
 
     $ torchrun --nproc-per-node 2 -m grasp recover small -o recovered
     """
-    from grasp import console, recovery_job, tables
+    from grasp.cli import console, tables
     from grasp.recovery import RecoveryConfig
+    from grasp.workflows import recover as recovery_job
 
     config = RecoveryConfig(learning_rate, tokens, batch_size, micro_batch_size, seed)
     data = recovery_job.Data(text, instructions, seq_len)

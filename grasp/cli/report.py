@@ -34,8 +34,8 @@ def report(
 
     $ grasp report small --results model.jsonl --results ops.jsonl
     """
-    from grasp import console
-    from grasp.html_report import write_report
+    from grasp.cli import console
+    from grasp.reporting.page import write_report
 
     write_report(directory, output, results or [])
     if as_json:

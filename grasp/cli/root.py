@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from grasp import __version__
 from grasp.errors import GraspError
+from grasp.version import __version__
 
 app = typer.Typer(
     name="grasp",

@@ -26,7 +26,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from grasp.errors import CheckpointError, UnsupportedModelError
-from grasp.quantizer import METHOD, GraspQuantizationConfig
+from grasp.model.hf_quantizer import METHOD, GraspQuantizationConfig
 from grasp.serving.shards import (
     WHOLE,
     Part,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from grasp.attribution import DenseSum, FactoredSum
 from grasp.bench.results import CompressResult, read_results
+from grasp.statistics.gradients import DenseSum, FactoredSum
 
 RunBench = Callable[..., tuple[int, str, str]]
 SIZES = ("--retain-ratio", "0.4", "--num-samples", "4", "--seq-len", "16", "--timed-batches", "2", "--threads", "1")

@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from grasp.architecture import decoder, layer_targets
 from grasp.bench import costs, timing
 from grasp.bench.costs import costs_for, linear_shapes, measure_costs, measured_ranks
 from grasp.errors import CostTableError, ResultsError
-from grasp.latency import CostTable
-from grasp.modules import LowRankLinear, dense_shape
-from grasp.selection import break_even_rank
+from grasp.method.cost_table import CostTable
+from grasp.method.ranks import break_even_rank
+from grasp.model.dense import dense_shape
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.targets import decoder, layer_targets
 from tests.tiny_models import tiny_model
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from grasp.bench import gate
 from grasp.bench.gate import BaselineError, Change, Document, Entry, Where
-from grasp.cli import app
+from grasp.cli.root import app
 
 DATA = Path(__file__).parent / "data"
 HERE = Where("cpu", "AMD EPYC", 1)

@@ -14,9 +14,9 @@ from grasp.bench.model import difference, floors, percentiles
 from grasp.bench.providers import Unfused, truncate_
 from grasp.bench.results import ModelResult, NotMeasured, Percentiles, read_results
 from grasp.calibration import bos_for
-from grasp.evaluate import perplexity
+from grasp.evaluation.perplexity import perplexity
 from grasp.loading import load_model
-from grasp.quantizer import mark_compressed
+from grasp.model.hf_quantizer import mark_compressed
 from grasp_kernels import roofline
 from grasp_kernels.dispatch import available_backends
 from tests.tiny_models import tiny_model

@@ -14,7 +14,7 @@ from grasp.bench.providers import (
     truncate_,
 )
 from grasp.errors import CheckpointError
-from grasp.modules import LowRankLinear
+from grasp.model.lowrank_linear import LowRankLinear
 from grasp_kernels import dispatch
 from tests.tiny_models import tiny_model
 
@@ -72,7 +72,7 @@ def test_a_backend_that_serves_fewer_rows_than_the_prompt_says_so(monkeypatch: p
         lambda call: None,
     )
     monkeypatch.setattr(dispatch, "BACKENDS", (few, *dispatch.BACKENDS))
-    for module in ("grasp.bench.providers", "grasp.modules"):
+    for module in ("grasp.bench.providers", "grasp.model.lowrank_linear"):
         monkeypatch.setattr(f"{module}.BACKENDS", dispatch.BACKENDS)
     found, _ = providers(tiny_model("llama"), compressed("llama", [1]), [1])
     assert objections(found["compressed/few"], (8, 1)) == "it serves at most 4 rows"

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from grasp.architecture import layer_targets
-from grasp.attribution import plan_sweeps
 from grasp.bench.race import Laps, compare, race
-from grasp.calibration import CalibrationBatch
-from grasp.modules import LowRankLinear
-from grasp.trace import FLOP_FORMULAS
+from grasp.compression.layer_cost import FLOP_FORMULAS
+from grasp.method.schedules import plan_sweeps
+from grasp.model.batch import CalibrationBatch
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.targets import layer_targets
 from tests.tiny_models import tiny_batches, tiny_model
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from grasp.bench.shapes import WELL_KNOWN, model_calls
+from grasp.builtin import BUILTIN
 from grasp.errors import ModelNotFoundError
-from grasp.loading import BUILTIN
 from grasp_kernels.shapes import format_shape
 from tests.tiny_models import tiny_model
 

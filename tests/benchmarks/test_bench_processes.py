@@ -7,9 +7,9 @@ import pytest
 
 from benchmarks import bench_processes
 from benchmarks.bench_processes import Job, measure, result_table
+from grasp.checkpoint.compression_report import CompressionReport
 from grasp.compress import compress_
 from grasp.config import GraspConfig
-from grasp.report import CompressionReport
 from tests.tiny_models import tiny_batches, tiny_model
 
 JOB = Job("tiny", "sequential", layers=1, retain_ratio=0.4, sequences=2, seq_len=12)

@@ -12,10 +12,10 @@ from typer.testing import CliRunner, Result
 
 from benchmarks import bench_statistics
 from benchmarks.bench_statistics import difference, main, random_factors
-from grasp import covariance
-from grasp.architecture import layer_targets
 from grasp.bench import conditions
-from grasp.covariance import covariance_bytes
+from grasp.model.targets import layer_targets
+from grasp.statistics import covariance
+from grasp.statistics.covariance import covariance_bytes
 from grasp_kernels.products import accumulate_gram_
 from tests.tiny_models import tiny_model
 

@@ -13,7 +13,7 @@ from benchmarks.study_latency import main, rebuild_, require_right
 from grasp.bench import conditions
 from grasp.bench.results import StudyLatency, StudySetting, append_results, read_results
 from grasp.errors import ResultsError
-from grasp.modules import LowRankLinear
+from grasp.model.lowrank_linear import LowRankLinear
 from tests.bench.records import record
 from tests.command_line import save_tiny_model
 from tests.tiny_models import tiny_model

@@ -18,11 +18,11 @@ from benchmarks.linear_replacement import (
     replace_block_,
 )
 from benchmarks.remembered import Remembered
-from grasp.architecture import decoder
-from grasp.calibration import CalibrationBatch
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.errors import UnsupportedModelError
+from grasp.model.batch import CalibrationBatch
+from grasp.model.targets import decoder
 from tests.tiny_models import tiny_batches, tiny_model
 
 CONFIGS = [

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from grasp.checkpoint import save_checkpoint
-from grasp.modules import LowRankLinear
+from grasp.checkpoint.saving import save_checkpoint
+from grasp.model.lowrank_linear import LowRankLinear
 from tests.command_line import ROOT, environment
 from tests.tiny_models import tiny_model
 

@@ -1,0 +1,1 @@
+"""The disk: checkpoints, reports, and the run folder of an unfinished run."""

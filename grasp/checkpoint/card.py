@@ -1,0 +1,290 @@
+"""The README.md of a checkpoint folder: where the model comes from, how to use it, what was compressed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+from yaml import YAMLError
+
+from grasp.checkpoint.inspection import inspect_checkpoint
+from grasp.errors import CheckpointError
+from grasp.formatting import score_rows
+from grasp.model.lowrank_linear import LowRankLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_LAYER = re.compile(r"(?P<layer>.*?\.\d+)\.(?P<module>.+)")
+_EVALUATION = "Evaluation by grasp"
+_EVALUATION_HEAD = "| model | on | metric | value |\n| --- | --- | --- | ---: |"
+_SECTION = re.compile(rf"^## {_EVALUATION}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+_NAMED_TEXTS = ("builtin", "wikitext2", "c4")  # other texts are files, whose paths are nobody's business
+_LICENSE_KEYS = ("license", "license_name", "license_link")
+# The hub's client lets its HTTP library's errors through, and that library's name depends on the version.
+_HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
+
+_TEMPLATE = """\
+---
+{front_matter}
+---
+
+# {title}
+
+{origin}, made smaller with [GRASP](https://arxiv.org/abs/2501.00339): {count} linear layers were replaced by low-rank \
+ones, which takes {removed:.1%} of the parameters out of the model ({before:,} before, {after:,} now).
+
+## Use
+
+Install `grasp-llm` beside transformers; it needs no import.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder, or the name of this repository on the Hub
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+tokens = model.generate(**tokenizer("The first thing", return_tensors="pt"), max_new_tokens=20)
+print(tokenizer.decode(tokens[0]))
+```
+
+`model.dequantize()` turns it into a model of plain dense layers.
+
+## What was compressed
+
+Per linear layer the rank, and the largest one it could have; parameters as a share of the dense layers'.
+
+| layer | rank of full rank | parameters kept |
+| --- | --- | ---: |
+{rows}
+"""
+
+
+class _Layer(NamedTuple):
+    """A low-rank layer as the card's table has it; parameters with the bias."""
+
+    rank: int
+    in_features: int
+    out_features: int
+    parameters: int
+    dense_parameters: int
+
+
+def model_card(
+    model: PreTrainedModel, *, base_model: str | None, license: Mapping[str, str] | None = None, details: str = ""
+) -> str:
+    """The text of a model card, front matter included.
+
+    Args:
+        model: compressed.
+        base_model: what was compressed; named in the front matter only where it is a name on the hub (``owner/name``).
+        license: front matter keys ``license``, ``license_name``, ``license_link``, as ``read_license`` finds them.
+        details: Markdown to end the card with, such as how it was made and what it costs in perplexity.
+    """
+    layers = {name: _layer(module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return _render(model.config.model_type, layers, parameters, base_model, license or {}, details)
+
+
+def folder_card(
+    directory: str | Path, *, base_model: str | None = None, license: Mapping[str, str] | None = None
+) -> str:
+    """The card of a checkpoint folder, from its files' headers; the arguments are those of ``model_card``.
+
+    Raises:
+        CheckpointError: as ``inspect_checkpoint`` does.
+    """
+    found = inspect_checkpoint(directory)
+    layers = {
+        m.name: _Layer(m.rank, m.in_features, m.out_features, m.parameters, m.dense_parameters) for m in found.modules
+    }
+    return _render(found.model_type, layers, found.parameters, base_model, license or {}, "")
+
+
+def _render(
+    model_type: str,
+    layers: Mapping[str, _Layer],
+    parameters: int,
+    base_model: str | None,
+    license: Mapping[str, str],
+    details: str,
+) -> str:
+    on_hub = base_model is not None and is_hub_name(base_model)
+    front_matter: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["grasp", "low-rank"],
+        **({"base_model": base_model, "base_model_relation": "quantized"} if on_hub else {}),
+        **{key: value for key, value in license.items() if key in _LICENSE_KEYS},
+    }
+    before = parameters + sum(layer.dense_parameters - layer.parameters for layer in layers.values())
+    name = _display_name(base_model) or f"a {model_type} model"
+    card = _TEMPLATE.format(
+        front_matter=ModelCardData(**front_matter).to_yaml(),
+        title=f"{name[0].upper()}{name[1:]}, compressed",
+        origin=f"[{base_model}](https://huggingface.co/{base_model})" if on_hub else f"{name[0].upper()}{name[1:]}",
+        count=len(layers),
+        removed=1 - parameters / before,
+        before=before,
+        after=parameters,
+        rows="\n".join(_rows(layers)),
+    )
+    return card + (f"\n{details.strip()}\n" if details else "")
+
+
+def with_results(
+    card: str, documents: Sequence[Mapping[str, Any]] = (), *, parameters: int = 0, before: int = 0
+) -> str:
+    """A card with what ``grasp evaluate`` measured, as a table and as the hub's ``model-index``, in place of earlier.
+
+    Args:
+        card: with front matter.
+        documents: as ``grasp evaluate --json`` prints them; none takes earlier results out.
+        parameters: of the card's model.
+        before: parameters that it had before it was compressed. Results of models of other sizes are left out.
+
+    Raises:
+        CheckpointError: if the front matter cannot be read.
+    """
+    read = read_card(card)
+    own, dense = (
+        sorted({score for document in documents if _size(document) == wanted for score in _scores(document)})
+        for wanted in (parameters, before)
+    )
+    data = cast(ModelCardData, read.data)
+    data.model_name = _title(read.text) if own else None
+    data.eval_results = [_eval_result(score) for score in own] or None
+    parts = [f"---\n{data.to_yaml()}\n---", _SECTION.sub("", read.text).strip()]
+    if own or dense:
+        rows = [
+            f"| {label} | {score.on} | {score.metric} | {score.shown} |"
+            for label, score in (
+                *(("before compression", score) for score in dense),
+                *(("this model", score) for score in own),
+            )
+        ]
+        parts += [f"## {_EVALUATION}", "\n".join([_EVALUATION_HEAD, *rows])]
+    return "\n\n".join(parts) + "\n"
+
+
+def without_results(card: str) -> str:
+    """A card as it was before ``with_results``; one that shows none is left alone, whatever it is."""
+    return with_results(card) if f"\n## {_EVALUATION}\n" in card else card
+
+
+def read_card(card: str) -> ModelCard:
+    """A card, its front matter parsed as the hub's client does.
+
+    Raises:
+        CheckpointError: if there is none, or it cannot be read.
+    """
+    try:
+        read = ModelCard(card)
+        _ = read.data.to_yaml()
+    except (ValueError, TypeError, YAMLError) as error:
+        raise CheckpointError(
+            f"the front matter of README.md cannot be read: {' '.join(str(error).split())}"
+        ) from error
+    if not card.startswith("---"):
+        raise CheckpointError("README.md has no front matter, the lines between --- that the hub reads; remove it")
+    return read
+
+
+def with_section(card: str, title: str, text: str) -> str:
+    """A card that ends with a section, in the place of what it has of that title and after."""
+    head = card.partition(f"\n## {title}\n")[0].rstrip()
+    return f"{head}\n\n## {title}\n\n{text.strip()}\n"
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether this can only be a repository on the Hugging Face hub: ``owner/name``, and no path that is here."""
+    return bool(_HUB_NAME.fullmatch(name)) and not name.lower().endswith(".gguf") and not Path(name).exists()
+
+
+def read_license(source: str) -> dict[str, str]:
+    """The licence keys in the card of a folder or a hub repository; empty where it has none or is out of reach."""
+    try:
+        path = hf_hub_download(source, "README.md") if is_hub_name(source) else Path(source) / "README.md"
+        data = ModelCard.load(path).data.to_dict()
+    except _HUB_ERRORS:
+        return {}
+    return {key: str(data[key]) for key in _LICENSE_KEYS if data.get(key)}
+
+
+def _display_name(base_model: str | None) -> str:
+    """The last part of a hub name or path."""
+    return Path(base_model).name.removesuffix(".gguf") if base_model else ""
+
+
+def _rows(layers: Mapping[str, _Layer]) -> list[str]:
+    groups: dict[str, dict[str, _Layer]] = defaultdict(dict)
+    for path, layer in layers.items():
+        match = _LAYER.fullmatch(path)
+        groups[match["layer"] if match else "model"][match["module"] if match else path] = layer
+    return [
+        f"| `{place}` | "
+        + ", ".join(f"`{name}` {m.rank} of {min(m.in_features, m.out_features)}" for name, m in group.items())
+        + f" | {sum(m.parameters for m in group.values()) / sum(m.dense_parameters for m in group.values()):.1%} |"
+        for place, group in groups.items()
+    ]
+
+
+def _layer(layer: LowRankLinear) -> _Layer:
+    bias = 0 if layer.bias is None else layer.out_features
+    parameters = sum(parameter.numel() for parameter in layer.parameters())
+    dense = layer.in_features * layer.out_features + bias
+    return _Layer(layer.rank, layer.in_features, layer.out_features, parameters, dense)
+
+
+class _Score(NamedTuple):
+    """One number of an evaluation; ``on`` says on what, in words, and ``data`` names that for the hub."""
+
+    on: str
+    metric: str
+    value: float
+    shown: str
+    data: str
+
+
+def _size(document: Mapping[str, Any]) -> int:
+    return int(document.get("grasp", document)["size"]["parameters"])
+
+
+def _scores(document: Mapping[str, Any]) -> list[_Score]:
+    """The finite numbers of what ``grasp evaluate`` wrote."""
+    own = document.get("grasp", document)
+    scores = []
+    if (measured := own["result"]) is not None and measured["perplexity"] is not None:
+        text = own["text"] if own["text"] in _NAMED_TEXTS else "a text"
+        on = f"{measured['tokens']:,} tokens of {text}, windows of {measured['window']}"
+        value = measured["perplexity"]
+        scores.append(_Score(on, "perplexity", value, f"{value:.3f}", text))
+    for task, documents, shots, metric, value, error in score_rows(document):
+        if not math.isfinite(float(value)):
+            continue
+        on = f"`{task}` of lm-eval, {documents} documents, {shots} shots"
+        shown = value if error == "-" else f"{value} ± {error}"
+        scores.append(_Score(on, metric, float(value), shown, task))
+    return scores
+
+
+def _eval_result(score: _Score) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=score.data,
+        dataset_name=score.on.replace("`", ""),
+        metric_type=score.metric,
+        metric_value=score.value,
+    )
+
+
+def _title(text: str) -> str:
+    return next((line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")), "compressed model")

@@ -1,0 +1,184 @@
+"""What a compression did to every module: the report that ``compress_`` returns and checkpoints carry."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grasp.errors import CheckpointError
+from grasp.model.size import Size
+
+FILE_NAME = "report.json"
+_SPECTRUM_VALUES = 256  # singular values of a module that are kept at most
+_NUMBERS = re.compile(r"\[\n\s+([^\[\]{}\"]+?)\n\s+\]")  # strings of JSON hold no newline: this is a list of numbers
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One linear of a redundant layer: what it was and became, or why it was left; sizes in parameters and bytes."""
+
+    name: str
+    layer: int
+    block: str  # "attention" or "mlp"; "" where the module is left
+    reason: str  # why it was left; "" where it was compressed
+    out_features: int = 0
+    in_features: int = 0
+    rank: int = 0
+    parameters_before: int = 0
+    parameters_after: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    importance_kept: float = 0.0  # share of the summed importance that the kept groups hold
+    indices: tuple[int, ...] = ()  # the kept singular groups, 0 being the largest singular value
+    spectrum: tuple[float, ...] = ()  # four digits of the singular values at ``spectrum_indices``, before selection
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModuleReport:
+        """The inverse of ``dataclasses.asdict``, of what JSON makes of it as well."""
+        return cls(**{**values, **{key: tuple(values.get(key, ())) for key in ("indices", "spectrum")}})
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What ``compress_`` did; ratios are of the whole model, or of its decoder layers where the name says so."""
+
+    config: Mapping[str, Any]
+    block_influence: tuple[float, ...]
+    redundant_layers: tuple[int, ...]  # those that could be compressed, ascending
+    retain_ratio: float | None  # as used; ``None`` with a threshold
+    modules: tuple[ModuleReport, ...]
+    before: Size
+    after: Size
+    calibration: Mapping[str, int | str]  # sequences, tokens, sha256 of the token ids
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    scope: str = "redundant"  # which layers could be compressed
+    removed_layers: tuple[int, ...] = ()  # ascending; this report counts layers as they were before
+    held_out_loss: Mapping[str, float] = field(default_factory=dict)  # candidate → nats per token, where it decided
+    versions: Mapping[str, str] = field(default_factory=dict)
+    request: Mapping[str, Any] = field(default_factory=dict)  # what ``grasp compress`` was asked for; none from Python
+    decode_seconds: Mapping[str, float] = field(default_factory=dict)  # per token, dense and after, as predicted
+    costs: str | None = None  # the device whose costs those are; ``None`` where no latency was asked for
+
+    @property
+    def compression_ratio(self) -> float:
+        """Fraction of the whole model's parameters that was removed."""
+        return 1 - self.after.parameters / self.before.parameters
+
+    @property
+    def decoder_compression_ratio(self) -> float:
+        """Fraction of the decoder layers' parameters that was removed."""
+        return 1 - self.after.decoder_parameters / self.before.decoder_parameters
+
+    @property
+    def compressed(self) -> tuple[ModuleReport, ...]:
+        """The modules that were replaced."""
+        return tuple(module for module in self.modules if not module.reason)
+
+    @property
+    def left(self) -> tuple[ModuleReport, ...]:
+        """The modules of redundant layers that were not replaced; each has its reason."""
+        return tuple(module for module in self.modules if module.reason)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, the two ratios included, as JSON can hold it."""
+        return {
+            "compression_ratio": self.compression_ratio,
+            "decoder_compression_ratio": self.decoder_compression_ratio,
+            **json.loads(json.dumps(dataclasses.asdict(self))),
+        }
+
+    def to_json(self) -> str:
+        """``to_dict`` as text, each list of numbers on one line."""
+        return _NUMBERS.sub(lambda m: f"[{' '.join(m[1].split())}]", json.dumps(self.to_dict(), indent=2))
+
+    @classmethod
+    def from_json(cls, text: str) -> CompressionReport:
+        """The inverse of ``to_json``.
+
+        Raises:
+            CheckpointError: if the text is not a report.
+        """
+        try:
+            values = json.loads(text)
+            names = {f.name for f in dataclasses.fields(cls)}
+            values = {key: value for key, value in values.items() if key in names}
+            values["modules"] = tuple(map(ModuleReport.from_dict, values["modules"]))
+            for key in ("before", "after"):
+                values[key] = Size(**values[key])
+            for key in ("block_influence", "redundant_layers"):
+                values[key] = tuple(values[key])
+            values["removed_layers"] = tuple(values.get("removed_layers", ()))  # reports before 0.3 have none
+            report = cls(**values)
+            _require_sound(report)
+            return report
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"not a compression report ({error}); expected the report.json that grasp wrote"
+            ) from error
+
+    @classmethod
+    def load(cls, directory: str | Path) -> CompressionReport:
+        """Read the report of a checkpoint folder.
+
+        Raises:
+            CheckpointError: if there is none, or it cannot be read.
+        """
+        path = Path(directory) / FILE_NAME
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist; expected a folder that `grasp compress` wrote")
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (CheckpointError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+
+def spectrum_indices(groups: int) -> list[int]:
+    """At which of ``groups`` singular values a spectrum is kept, ascending: all, or half evenly and half dense at 0."""
+    if groups <= _SPECTRUM_VALUES:
+        return list(range(groups))
+    steps = _SPECTRUM_VALUES // 2
+    even = (round(i * (groups - 1) / (steps - 1)) for i in range(steps))
+    dense = (round(groups ** (i / steps)) - 1 for i in range(steps))
+    return sorted({*even, *dense})
+
+
+def _require_sound(report: CompressionReport) -> None:
+    """Raise unless sizes and influences are numbers, and each redundant layer has an influence.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    for size in (report.before, report.after):
+        for name, value in vars(size).items():
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name} must be an integer from 0 up, got {value!r}")
+    if not report.before.parameters or not report.before.decoder_parameters:
+        raise ValueError("the model before has no parameters")
+    for name in ("config", "calibration", "seconds", "held_out_loss", "versions", "request"):
+        if not isinstance(getattr(report, name), Mapping):
+            raise ValueError(f"{name} must be an object, got {getattr(report, name)!r}")
+    for module in report.compressed:
+        _require_sound_module(module)
+    if not all(type(value) in (int, float) for value in report.block_influence):
+        raise ValueError(f"block_influence must be numbers, got {list(report.block_influence)}")
+    layers = {*report.redundant_layers, *report.removed_layers, *(module.layer for module in report.modules)}
+    if not all(type(layer) is int and 0 <= layer < len(report.block_influence) for layer in layers):
+        raise ValueError(f"block_influence has {len(report.block_influence)} layers, others are named: {layers}")
+
+
+def _require_sound_module(module: ModuleReport) -> None:
+    sizes = (module.out_features, module.in_features, module.parameters_before, module.parameters_after)
+    if not all(type(value) is int and value > 0 for value in sizes):
+        raise ValueError(f"sizes of {module.name!r} must be integers from 1 up, got {sizes}")
+    groups = min(module.out_features, module.in_features)
+    if not all(type(index) is int and 0 <= index < groups for index in module.indices):
+        raise ValueError(f"indices of {module.name!r} must be of its {groups} singular groups")
+    if not all(type(value) in (int, float) for value in module.spectrum):
+        raise ValueError(f"spectrum of {module.name!r} must be numbers")
+    if module.spectrum and len(module.spectrum) != len(spectrum_indices(groups)):
+        raise ValueError(f"spectrum of {module.name!r} has {len(module.spectrum)} values, not those of {groups} groups")

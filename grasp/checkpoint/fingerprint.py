@@ -1,0 +1,78 @@
+"""What tells one compression from another: versions, settings, the model's weights, the calibration tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grasp.files import tensors_digest
+from grasp.method.cost_table import CostTable
+from grasp.model.batch import CalibrationBatch
+from grasp.model.dense import gathered
+from grasp.model.running import first_device
+from grasp.version import __version__
+
+if TYPE_CHECKING:
+    from grasp.config import GraspConfig
+
+
+_VOLATILE = ("_name_or_path", "transformers_version")  # in a model's configuration, without effect on what it computes
+
+
+def request_identity(
+    model: PreTrainedModel, batches: Sequence[CalibrationBatch], config: GraspConfig, costs: CostTable | None = None
+) -> dict[str, Any]:
+    """Everything that the result of ``compress_`` depends on, as JSON can hold it; what is large as SHA-256.
+
+    Hashing the weights takes of the order of a second per GB.
+    """
+    return {
+        **model_identity(model, config.to_dict()),
+        "batch size": len(batches[0].input_ids),
+        "calibration batches": len(batches),
+        "calibration sequences": sum(len(batch.input_ids) for batch in batches),
+        "calibration tokens": tensors_digest(_tokens(batches)),
+        "costs": None if costs is None else hashlib.sha256(json.dumps(costs.to_dict()).encode()).hexdigest(),
+    }
+
+
+def model_identity(model: PreTrainedModel, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions, the settings of what is done to a model, the model and where it is, its weights as SHA-256."""
+    configuration = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
+    return {
+        "grasp": __version__,
+        **{f"version of {name}": version(name) for name in ("torch", "transformers")},
+        **settings,
+        "model": type(model).__name__,
+        "model dtype": str(model.dtype).removeprefix("torch."),
+        "device": first_device(model).type,
+        "model configuration": hashlib.sha256(
+            json.dumps(configuration, sort_keys=True, default=str).encode()
+        ).hexdigest(),
+        "model weights": tensors_digest(_parameters(model)),
+    }
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Each distinct parameter with its data: one that is offloaded or sharded is fetched for the time being."""
+    seen: set[Tensor] = set()
+    for path, module in model.named_modules():
+        own = {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter not in seen}
+        seen.update(own.values())
+        with align_module_device(module):
+            for name in own:
+                yield f"{path}.{name}", gathered(module.get_parameter(name).detach())
+
+
+def _tokens(batches: Sequence[CalibrationBatch]) -> Iterator[tuple[str, Tensor]]:
+    for batch in batches:
+        yield "ids", batch.input_ids
+        if batch.attention_mask is not None:
+            yield "mask", batch.attention_mask

@@ -1,0 +1,220 @@
+"""What a checkpoint folder holds, read from its configuration, its safetensors headers and its report: no weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
+from grasp.errors import CheckpointError
+
+_LAYER = re.compile(r"\.(\d+)\.(.+)$")  # model.layers.3.mlp.up_proj → 3, mlp.up_proj
+_NORM = re.compile(r"norm|(^|\.)ln_")
+_EMBEDDING = re.compile(r"embed|wte|wpe")
+_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+
+
+class StoredTensor(NamedTuple):
+    """One tensor of a checkpoint as its file's header has it."""
+
+    shape: tuple[int, ...]
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class LowRankModule:
+    """A low-rank linear of a checkpoint; sizes in parameters and bytes, bias included."""
+
+    name: str
+    layer: int
+    rank: int
+    out_features: int
+    in_features: int
+    parameters: int
+    dense_parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the model that the bytes go to."""
+
+    name: str
+    tensors: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What ``inspect_checkpoint`` found; ``report`` is ``None`` where the folder has none."""
+
+    directory: str
+    model_type: str
+    num_layers: int
+    parts: tuple[Part, ...]  # largest first
+    modules: tuple[LowRankModule, ...]  # in the order of the layers
+    report: CompressionReport | None
+
+    @property
+    def parameters(self) -> int:
+        """Logical parameters stored; a tied weight is stored once."""
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters the model would have with the low-rank linears dense."""
+        return self.parameters + sum(module.dense_parameters - module.parameters for module in self.modules)
+
+    @property
+    def compression_ratio(self) -> float:
+        """Fraction of the dense model's parameters that is gone."""
+        return 1 - self.parameters / self.dense_parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return {
+            "directory": self.directory,
+            "model_type": self.model_type,
+            "num_layers": self.num_layers,
+            "parameters": self.parameters,
+            "dense_parameters": self.dense_parameters,
+            "compression_ratio": self.compression_ratio,
+            "bytes": self.bytes,
+            "parts": [asdict(part) for part in self.parts],
+            "modules": [asdict(module) for module in self.modules],
+            "report": None if self.report is None else self.report.to_dict(),
+        }
+
+
+def inspect_checkpoint(directory: str | Path) -> Inspection:
+    """Read what a checkpoint folder holds; also one that was not compressed.
+
+    Raises:
+        CheckpointError: if the folder, its configuration or its tensors cannot be read, or do not fit together.
+    """
+    directory = Path(directory)
+    config = _read_config(directory)
+    ranks = _ranks(config, directory / "config.json")
+    tensors = _read_headers(directory)
+    parts: dict[str, list[StoredTensor]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        parts[_part(name, ranks)].append(tensor)
+    return Inspection(
+        directory=str(directory),
+        model_type=str(config.get("model_type", "unknown")),
+        num_layers=len({match[1] for name in tensors if (match := _LAYER.search(name))}),
+        parts=tuple(
+            sorted(
+                (
+                    Part(name, len(found), sum(t.parameters for t in found), sum(t.bytes for t in found))
+                    for name, found in parts.items()
+                ),
+                key=lambda part: -part.bytes,
+            )
+        ),
+        modules=tuple(
+            sorted((_module(name, rank, tensors) for name, rank in ranks.items()), key=lambda module: module.layer)
+        ),
+        report=CompressionReport.load(directory) if (directory / FILE_NAME).is_file() else None,
+    )
+
+
+def short_name(module: str) -> str:
+    """A module's name within its layer, the last part of its path: ``"q_proj"``."""
+    return module.rpartition(".")[2]
+
+
+def _read_config(directory: Path) -> Mapping[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; expected a folder that `grasp compress` wrote")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); expected the one that transformers wrote") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a {type(config).__name__}; expected a JSON object")
+    return config
+
+
+def _ranks(config: Mapping[str, Any], path: Path) -> dict[str, int]:
+    quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{path}: quantization_config must be a JSON object, got {quantization!r}")
+    if quantization.get("quant_method") != "grasp":
+        return {}
+    ranks = quantization.get("ranks", {})
+    if not isinstance(ranks, dict) or not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
+        raise CheckpointError(f"{path}: ranks must map module names to ranks from 0 up, got {ranks!r}")
+    return ranks
+
+
+def _read_headers(directory: Path) -> dict[str, StoredTensor]:
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{directory} has no .safetensors file; expected a folder that `grasp compress` wrote")
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="np") as handle:
+                for name in handle.keys():  # noqa: SIM118 - a safetensors handle, no mapping
+                    piece = handle.get_slice(name)
+                    shape = tuple(piece.get_shape())
+                    parameters = math.prod(shape)
+                    tensors[name] = StoredTensor(shape, parameters, parameters * _ITEM_BYTES[piece.get_dtype()])
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} cannot be read ({error}); expected a complete safetensors file") from error
+        except KeyError as error:
+            raise CheckpointError(
+                f"{file} has tensors of the type {error}; expected one of {', '.join(_ITEM_BYTES)}"
+            ) from error
+    return tensors
+
+
+def _module(name: str, rank: int, tensors: Mapping[str, StoredTensor]) -> LowRankModule:
+    U, Vh, bias = (tensors.get(f"{name}.{suffix}") for suffix in ("U", "Vh", "bias"))
+    if U is None or Vh is None:
+        raise CheckpointError(f"config.json gives {name} rank {rank}, but the files lack {name}.U or {name}.Vh")
+    if U.shape[1:] != (rank,) or Vh.shape[:1] != (rank,):
+        raise CheckpointError(
+            f"config.json gives {name} rank {rank}, but its tensors are U {U.shape} and Vh {Vh.shape}; "
+            "expected U (N, rank) and Vh (rank, K)"
+        )
+    layer = _LAYER.search(name)
+    extra = 0 if bias is None else bias.parameters
+    return LowRankModule(
+        name=name,
+        layer=int(layer[1]) if layer else 0,
+        rank=rank,
+        out_features=U.shape[0],
+        in_features=Vh.shape[1],
+        parameters=U.parameters + Vh.parameters + extra,
+        dense_parameters=U.shape[0] * Vh.shape[1] + extra,
+        bytes=U.bytes + Vh.bytes + (0 if bias is None else bias.bytes),
+    )
+
+
+def _part(tensor: str, ranks: Mapping[str, int]) -> str:
+    module = tensor.rpartition(".")[0]
+    found = _LAYER.search(tensor)
+    if found is None:
+        return "embeddings" if _EMBEDDING.search(tensor) else "norms" if _NORM.search(tensor) else "head and other"
+    if _NORM.search(found[2]):
+        return "norms"
+    block = "attention" if "attn" in found[2] or "attention" in found[2] else "mlp"
+    return f"{block}, low-rank" if module in ranks else f"{block}, dense"

@@ -1,0 +1,127 @@
+"""What the command line shows: progress with time left on stderr, results as tables or JSON on stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from grasp.formatting import json_text
+
+_STEP_WIDTH = 28  # characters
+
+
+class StepBars:
+    """A bar on stderr for the running step; a finished one becomes a line with its time. It is a ``Progress`` callback.
+
+    A step that is announced with ``done == 0`` gets no bar until it moves: a library's own bars may fill the time.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: Progress | None = None
+        self._task = TaskID(0)
+        self._step = ""
+        self._since = time.perf_counter()
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` units of ``step`` are done."""
+        if self._step not in ("", step):
+            self.close()
+        self._step = step
+        if done == 0:
+            if self._console.is_interactive:
+                self._console.print(f"{step} ...", end="\r", highlight=False)
+        elif done < total:
+            self._show(done, total)
+        else:
+            seconds = time.perf_counter() - self._since
+            self.close()
+            self._console.print(f"{step:<{_STEP_WIDTH}} {seconds:7.1f} s", highlight=False)
+
+    def note(self, text: str) -> None:
+        """Show one line."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bars is not None:
+            self._bars.stop()
+        self._bars, self._step, self._since = None, "", time.perf_counter()
+
+    def _show(self, done: int, total: int) -> None:
+        if not self._console.is_interactive:
+            return
+        if self._bars is None:
+            self._bars = Progress(
+                TextColumn(f"{{task.description:<{_STEP_WIDTH}}}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+                console=self._console,
+                transient=True,
+            )
+            self._task = self._bars.add_task(self._step, total=total)
+            self._bars.start()
+        self._bars.update(self._task, completed=done, total=total)
+
+
+@contextmanager
+def step_bars(*, quiet: bool = False) -> Iterator[StepBars]:
+    """Bars while the block runs; however it ends they are taken away, and Ctrl-C is said to have ended it.
+
+    ``quiet`` shows nothing of all that.
+    """
+    console = Console(stderr=True, quiet=quiet)
+    bars = StepBars(console)
+    try:
+        yield bars
+    except KeyboardInterrupt:
+        bars.close()
+        console.print("interrupted")
+        raise
+    finally:
+        bars.close()
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json_text(document))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
+    """A table on stdout: the first column left-aligned, the others right-aligned."""
+    print_text()
+    if title:
+        Console().print(f"[bold]{title}[/bold]", highlight=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=index > 0)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def print_facts(facts: Sequence[tuple[str, str]], *, title: str | None = None) -> None:
+    """Names and values, one a line, on stdout."""
+    if title:
+        Console().print(f"\n[bold]{title}[/bold]")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def print_text(text: str = "") -> None:
+    """Plain lines on stdout, wrapped at the terminal's width."""
+    Console().print(text, highlight=False, markup=False)

@@ -1,0 +1,286 @@
+"""The results of the jobs as tables and lines on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+from grasp.checkpoint.inspection import Inspection, LowRankModule, short_name
+from grasp.cli.console import print_facts, print_table, print_text
+from grasp.formatting import count, layer_ranges, score_rows, share, size
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from grasp.checkpoint.compression_report import CompressionReport
+    from grasp.compression.estimate import Memory
+    from grasp.method.cost_table import CostTable
+    from grasp.workflows.compress import Compression
+    from grasp.workflows.demo import Demo
+    from grasp.workflows.dry_run import Plan
+    from grasp.workflows.evaluate import Evaluation
+    from grasp.workflows.recover import Recovery
+
+
+# The order in which a token meets the linears of a Llama layer; those of other names follow, by name.
+_COLUMNS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def show_compression(result: Compression) -> None:
+    """Sizes before and after, what was left and why, and where the checkpoint is."""
+    report = result.report
+    print_facts(
+        [
+            ("layers", layer_ranges(report.redundant_layers) or "none"),
+            *([("removed", f"layers {layer_ranges(report.removed_layers)}")] if report.removed_layers else []),
+            ("linears", f"{len(report.compressed)} replaced, {len(report.left)} left"),
+            (
+                "parameters",
+                f"{count(report.before.parameters)} -> {count(report.after.parameters)}: "
+                f"{share(report.compression_ratio)} removed, {share(report.decoder_compression_ratio)} of the layers'",
+            ),
+            ("bytes", f"{size(report.before.bytes)} -> {size(report.after.bytes)}"),
+            ("kept", _kept(report)),
+            *_latency_facts(report),
+            ("time", f"{sum(report.seconds.values()):.1f} s"),
+            ("checkpoint", result.output),
+        ]
+    )
+    for reason, names in _by_reason(report.left).items():
+        print_text(f"left: {len(names)} modules such as {names[0]}: {reason}")
+
+
+def show_plan(plan: Plan) -> None:
+    """What a compression would take: a table of sweeps, FLOPs and bytes by what they are for, time."""
+    made, memory = plan.estimate, plan.estimate.memory
+    guess = ", assumed: block influence will tell" if made.assumed else ""
+    bounds = f", {made.fewest:.2e} to {made.most:.2e} whichever they are" if made.assumed else ""
+    print_facts(
+        [
+            ("model", f"{plan.model}, {plan.dtype} on {plan.device}, {size(made.model_bytes)}"),
+            ("layers", (layer_ranges(made.layers) or "none") + guess),
+            ("batches", f"{made.batch_size} x {plan.samples.seq_len} tokens, {plan.samples.num_samples} sequences"),
+            ("FLOPs", f"{made.flops.total:.2e}{bounds}"),
+            ("time", f"about {_duration(plan.seconds)} at {plan.rates.sweeps:.1e} FLOP/s, measured just now"),
+            ("memory", f"{size(memory.peak)} above the model's; {size(plan.free_bytes)} are free"),
+        ]
+    )
+    print_table(
+        ("sweep", "linears", "layers", "FLOPs"),
+        [(sweep.name, str(sweep.linears), str(sweep.layers), f"{sweep.flops:.2e}") for sweep in made.sweeps],
+    )
+    print_table(
+        ("FLOPs for", "", "memory for", ""),
+        [
+            (*(("", "") if work is None else (work[0].replace("_", " "), f"{work[1]:.2e}")), name, size(value))
+            for work, (name, value) in zip_longest(vars(made.flops).items(), _memory_facts(memory))
+        ],
+    )
+
+
+def _memory_facts(memory: Memory) -> list[tuple[str, int]]:
+    return [
+        (field.name.replace("_", " "), getattr(memory, field.name))
+        for field in fields(memory)
+        if field.name != "offloads_hidden_states"
+    ]
+
+
+def _duration(seconds: float) -> str:
+    for limit, unit, factor in ((120, "s", 1), (7200, "min", 60)):
+        if seconds < limit:
+            return f"{seconds / factor:.1f} {unit}"
+    return f"{seconds / 3600:.1f} h"
+
+
+def show_evaluation(result: Evaluation) -> None:
+    """Perplexity and size, then the scores of tasks."""
+    print_facts(
+        [
+            ("model", result.model),
+            *_perplexity_facts(result),
+            ("parameters", count(result.size.parameters)),
+            ("bytes", size(result.size.bytes)),
+        ]
+    )
+    if result.scores is not None:
+        columns = ("task", "documents", "shots", "metric", "value", "stderr")
+        print_table(columns, score_rows(result.scores), title="Tasks, by lm-eval")
+
+
+def _perplexity_facts(result: Evaluation) -> list[tuple[str, str]]:
+    if (measured := result.result) is None:
+        return []
+    windows = f"{measured.windows} windows of {measured.window}, {measured.stride} new in each"
+    return [
+        ("text", f"{result.text}: {measured.tokens} tokens in {windows}"),
+        ("perplexity", f"{measured.perplexity:.3f}"),
+        ("nll", f"{measured.nll:.5f} nats per token"),
+    ]
+
+
+def show_recovery(result: Recovery) -> None:
+    """The held-out loss before and after, what was trained on, and where the checkpoint is."""
+    report = result.report
+    early = "" if report.steps_done == report.steps else f" of {report.steps}: it got no better"
+    print_facts(
+        [
+            ("factors", f"{count(report.trained_parameters)} parameters of {report.factors} low-rank linears"),
+            ("trained on", f"{count(report.tokens)} tokens in {report.steps_done} steps{early}"),
+            (
+                "held-out loss",
+                f"{report.loss_before:.4f} -> {report.loss_after:.4f} nats per token, after step {report.best_step}",
+            ),
+            ("time", f"{sum(report.seconds.values()):.1f} s"),
+            ("checkpoint", result.output),
+        ]
+    )
+
+
+def show_inspection(found: Inspection) -> None:
+    """Where the bytes go, and the ranks of each compressed layer."""
+    print_facts(
+        [
+            ("checkpoint", found.directory),
+            ("model", f"{found.model_type}, {found.num_layers} layers"),
+            (
+                "parameters",
+                f"{count(found.parameters)}: {share(found.compression_ratio)} of "
+                f"{count(found.dense_parameters)} removed",
+            ),
+            ("bytes", size(found.bytes)),
+        ]
+    )
+    print_table(
+        ("part", "tensors", "parameters", "bytes", "share"),
+        [
+            (part.name, str(part.tensors), count(part.parameters), size(part.bytes), share(part.bytes / found.bytes))
+            for part in found.parts
+        ],
+    )
+    if not found.modules:
+        print_text("No low-rank layers: this checkpoint is dense.")
+        return
+    print_rank_table(found)
+
+
+def print_rank_table(found: Inspection) -> None:
+    """One line per compressed layer: the rank of each linear, and the share of parameters that is left."""
+    layers: dict[int, dict[str, LowRankModule]] = {}
+    for module in found.modules:
+        layers.setdefault(module.layer, {})[short_name(module.name)] = module
+    names = sorted({name for modules in layers.values() for name in modules}, key=_column_order)
+    rows = []
+    for layer, modules in layers.items():
+        kept = sum(m.parameters for m in modules.values()) / sum(m.dense_parameters for m in modules.values())
+        ranks = [str(modules[name].rank) if name in modules else "-" for name in names]
+        rows.append([str(layer), *ranks, share(kept), *_report_columns(found, layer)])
+    columns = ["layer", *(name.removesuffix("_proj") for name in names), "kept"]
+    print_table(columns + (["BI"] if found.report else []), rows, title="Ranks")
+
+
+def show_costs(table: CostTable, output: Path) -> None:
+    """Microseconds per token of each linear, and of what is beside them."""
+    print_facts(
+        [
+            ("device", table.device if table.threads is None else f"{table.device}, threads: {table.threads}"),
+            ("dtype", table.dtype),
+            ("per layer", f"{table.layer * 1e6:.0f} us beside its linears"),
+            ("the rest", f"{table.rest * 1e6:.0f} us"),
+            ("written", str(output)),
+        ]
+    )
+    print_table(
+        ("outputs x inputs", "dense us", "rank: us"),
+        [
+            (f"{n} x {k}", f"{each.dense * 1e6:.1f}", ", ".join(f"{rank}: {1e6 * s:.1f}" for rank, s in pairs))
+            for (n, k), each in table.linears.items()
+            if (pairs := list(zip(each.ranks, each.seconds, strict=True)))
+        ],
+    )
+
+
+def show_environment(facts: Mapping[str, Any]) -> None:
+    """Versions and processors, then the backends in the order in which they are asked."""
+    cpu = facts["cpu"]
+    print_facts(
+        [
+            *((name, version or "not installed") for name, version in facts["versions"].items()),
+            ("platform", facts["platform"]),
+            ("cpu", f"{cpu['logical_cores']} logical cores, {cpu['torch_threads']} torch threads, {cpu['capability']}"),
+            *((f"gpu {index}", _gpu(gpu)) for index, gpu in enumerate(facts["gpus"])),
+            *([] if facts["gpus"] else [("gpu", "none")]),
+            ("plain reload", facts["transformers_reload"]),
+        ]
+    )
+    print_facts(list(facts["backends"].items()), title="Backends, in the order in which they are asked")
+
+
+def show_demo(result: Demo) -> None:
+    """The table, and who wins where."""
+    conditions = result.conditions
+    print_table(
+        ("", "parameters", "bytes", "perplexity", "prefill\ntokens/s", "decode\ntokens/s"),
+        [
+            (
+                row.name,
+                count(row.parameters),
+                size(row.bytes),
+                f"{row.perplexity:.2f}",
+                f"{row.prefill_tokens_per_s:.0f}",
+                f"{row.decode_tokens_per_s:.1f}",
+            )
+            for row in result.rows
+        ],
+        title=f"{conditions['model']}, {conditions['dtype']} on {conditions['device']}, layers "
+        f"{layer_ranges(conditions['layers'])}",
+    )
+    print_text()
+    for finding in result.findings:
+        print_text(f"- {finding}")
+    print_text(
+        f"\n{result.output} has the best checkpoint, report.json and demo.json; took {conditions['seconds']:.0f} s."
+    )
+
+
+def _kept(report: CompressionReport) -> str:
+    if report.config["allocation"] == "global":
+        return "of each matrix what lowers the loss most"
+    if report.retain_ratio is None:
+        return "all matrices of a layer alike"
+    return f"{share(report.retain_ratio)} of the parameters of each matrix"
+
+
+def _latency_facts(report: CompressionReport) -> list[tuple[str, str]]:
+    if report.costs is None:
+        return []
+    dense, after = (report.decode_seconds[key] for key in ("dense", "after"))
+    text = (
+        f"{dense * 1e3:.2f} -> {after * 1e3:.2f} ms per token, {share(after / dense)}, as predicted for {report.costs}"
+    )
+    return [("decoding", text)]
+
+
+def _by_reason(left: Sequence[Any]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for module in left:
+        reasons.setdefault(module.reason, []).append(module.name)
+    return reasons
+
+
+def _column_order(name: str) -> tuple[int, str]:
+    return (_COLUMNS.index(name) if name in _COLUMNS else len(_COLUMNS)), name
+
+
+def _report_columns(found: Inspection, layer: int) -> list[str]:
+    if found.report is None:
+        return []
+    scores, removed = found.report.block_influence, found.report.removed_layers
+    kept = [score for index, score in enumerate(scores) if index not in removed]
+    return [f"{kept[layer]:.3f}"]
+
+
+def _gpu(gpu: Mapping[str, Any]) -> str:
+    return f"{gpu['name']}, compute capability {gpu['compute_capability']}, {size(gpu['memory_bytes'])}"

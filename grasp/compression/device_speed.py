@@ -1,0 +1,68 @@
+"""How fast a device is at what a compression does most: measured, never assumed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from grasp.method.ranks import Shape
+
+PROBE_SECONDS = 0.2  # for each rate
+_LARGEST_SVD = 512  # of the matrix that is decomposed in the probe; a larger one would take seconds
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOPs per second."""
+
+    sweeps: float  # of matrix products in the dtype of the sweeps
+    statistics: float  # of matrix products in the dtype of the sums
+    svd: float  # of decompositions in the dtype of the sums
+
+
+def measure_rates(shape: Shape, tokens: int, *, dtype: torch.dtype, device: torch.device) -> Rates:
+    """Time matrix products and a decomposition on a device, for about half a second.
+
+    Args:
+        shape: (N, K) of a typical matrix.
+        tokens: in a forward pass.
+        dtype: of the sweeps; sums are in fp32, or fp64 for fp64.
+        device: where to measure.
+    """
+    n, k = shape
+    wide = torch.promote_types(dtype, torch.float32)
+    x, weight = torch.randn(tokens, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
+    x_wide, grad = x.to(wide), torch.randn(tokens, n, device=device, dtype=wide)
+    matrix = torch.randn(min(n, _LARGEST_SVD), min(k, _LARGEST_SVD), device=device, dtype=wide)
+    product = 2 * tokens * n * k
+    return Rates(
+        sweeps=product / _seconds(lambda: x @ weight.mT, device),
+        statistics=product / _seconds(lambda: grad.mT @ x_wide, device),
+        svd=svd_flops((matrix.shape[0], matrix.shape[1])) / _seconds(lambda: torch.linalg.svd(matrix), device),
+    )
+
+
+def svd_flops(shape: Shape) -> int:
+    """FLOPs of a thin SVD, ``6 m n² + 20 n³`` for m ≥ n. Source: Golub and Van Loan, Matrix Computations, 8.6."""
+    n, m = sorted(shape)
+    return 6 * m * n**2 + 20 * n**3
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The time of one call: the mean over ``PROBE_SECONDS``, after one that does not count."""
+    work()
+    start, calls = _now(device), 0
+    while (elapsed := _now(device) - start) < PROBE_SECONDS or not calls:
+        work()
+        calls += 1
+    return elapsed / calls
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()

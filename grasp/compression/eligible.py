@@ -1,0 +1,68 @@
+"""Which linears of a model can be compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from grasp.checkpoint.compression_report import ModuleReport
+from grasp.config import GraspConfig
+from grasp.errors import CalibrationError, UnsupportedModelError
+from grasp.method.ranks import break_even_rank
+from grasp.model.batch import CalibrationBatch
+from grasp.model.dense import dense_shape
+from grasp.model.hf_quantizer import GraspHfQuantizer
+from grasp.model.targets import Target, decoder, layer_targets, max_positions
+
+
+def check_layers(config: GraspConfig, depth: int) -> None:
+    """Refuse, before anything long is done, layers that the model does not have."""
+    if config.layers and config.layers[-1] >= depth:
+        raise ValueError(f"the model has decoder layers 0..{depth - 1}, got layers={list(config.layers)}")
+    if config.num_layers is not None and config.num_layers > depth:
+        raise ValueError(f"the model has {depth} decoder layers, got num_layers={config.num_layers}")
+
+
+def require_in_memory(targets: Iterable[Target]) -> None:
+    """Refuse weights that nothing can stand in for, before anything long is done."""
+    if any(target.module.weight.is_meta or isinstance(target.module.weight, DTensor) for target in targets):
+        raise UnsupportedModelError(
+            "schedule='progressive', which the preset 'best' has, needs all weights in memory, but some are offloaded "
+            "or sharded; take schedule='single-sweep'"
+        )
+
+
+def require_positions(model: PreTrainedModel, batches: Sequence[CalibrationBatch]) -> None:
+    """Refuse sequences that are longer than what the model was made for."""
+    limit, longest = max_positions(model), max(batch.input_ids.shape[1] for batch in batches)
+    if limit is not None and longest > limit:
+        raise CalibrationError(
+            f"calibration sequences have {longest} tokens, the model has {limit} positions; take shorter sequences"
+        )
+
+
+def eligible_targets(model: PreTrainedModel) -> tuple[dict[int, list[Target]], dict[int, list[ModuleReport]]]:
+    """For each layer, the linears that low-rank factors can make smaller, and the modules that are left."""
+    targets: dict[int, list[Target]] = {}
+    left: dict[int, list[ModuleReport]] = {}
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, GraspHfQuantizer):
+        raise UnsupportedModelError(
+            f"the model is quantised ({type(quantizer).__name__}); expected a dense one. Load it unquantised."
+        )
+    for layer in range(len(decoder(model).layers)):
+        found, reasons = layer_targets(model, layer)
+        shapes = {target.name: dense_shape(target.module) for target in found}
+        targets[layer] = [target for target in found if break_even_rank(shapes[target.name]) >= 1]
+        small = {
+            t.name: f"too small: rank 1 does not shrink {shapes[t.name]}" for t in found if t not in targets[layer]
+        }
+        left[layer] = [ModuleReport(name, layer, "", reason) for name, reason in (reasons | small).items()]
+    if not any(targets.values()):
+        raise UnsupportedModelError(
+            f"no decoder layer of {type(model).__name__} has a dense nn.Linear or Conv1D to compress; expected some. "
+            "A model that is quantised must be loaded unquantised."
+        )
+    return targets, left

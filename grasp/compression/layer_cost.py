@@ -1,0 +1,228 @@
+"""What a decoder layer costs: it is run on tensors that have shapes and no data, and what it does is counted."""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from grasp.errors import UnsupportedModelError
+from grasp.model.batch import CalibrationBatch
+from grasp.model.dense import DenseLinear, dense_shape
+from grasp.model.hf_quantizer import ranks_in
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.running import backbone, batch_inputs, hidden_input, hidden_output, passing_through, returns_tuple
+from grasp.model.targets import Target, decoder, replace_module_
+from grasp.statistics.sweep import showing
+
+_aten = torch.ops.aten
+
+
+def _lowrank_flops(x: Sequence[int], U: Sequence[int], s: Any, Vh: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x[:-1]) * U[1] * (U[0] + Vh[1])
+
+
+# Shapes → FLOPs of the ops that PyTorch's counter does not know.
+FLOP_FORMULAS = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(grad, q, k, v)
+    ),
+    _aten._grouped_mm: lambda x, weights, *_, **__: 2 * math.prod(x) * weights[-1],  # tokens sorted by expert
+    torch.ops.grasp.lowrank_linear: _lowrank_flops,
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors made while it is active that are still alive, and the most there were at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                storage = leaf.untyped_storage()
+                if storage not in given and storage not in self._known:
+                    self._known.add(storage)
+                    self._grow(storage.nbytes())
+                    weakref.finalize(storage, self._grow, -storage.nbytes())
+        return result
+
+    def _grow(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class LayerCost(NamedTuple):
+    """What one call of a layer takes, for one batch."""
+
+    forward: int  # FLOPs
+    backward: int  # FLOPs, in activations alone
+    saved: int  # bytes that live from the forward pass until the backward pass, the output among them
+    transient: int  # the most bytes beyond those, at any time
+
+
+Graph = Literal["none", "starts", "enters"]  # a forward pass alone; the graph starts in the layer; it comes from below
+
+
+class Tracer:
+    """The layers of one model, for batches of one shape.
+
+    Attributes:
+        model: without data.
+        batch: tokens without data.
+        base_bytes: what surrounds the layers of one batch: embeddings, masks, positions.
+
+    Args:
+        config: the model's.
+        dtype: of its weights.
+        device: where it is to run; nothing is allocated there.
+        batch_size: sequences in a batch.
+        seq_len: tokens in each.
+
+    Raises:
+        UnsupportedModelError: here or in ``layer``, if the model does something that depends on its tensors' data.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device, batch_size: int, seq_len: int
+    ) -> None:
+        self._mode = FakeTensorMode()
+        with _traceable(config), self._mode, torch.device(device):
+            self.model = _skeleton(config, dtype)
+            self.batch = CalibrationBatch(torch.zeros(batch_size, seq_len, dtype=torch.int64))
+            self._arguments, self.base_bytes = _arguments(self.model, self.batch)
+        self._path = decoder(self.model).path
+        self._known: dict[Any, LayerCost] = {}
+
+    def layer(
+        self, index: int, graph: Graph, *, visited: Collection[Target] = (), ranks: Mapping[str, int] | None = None
+    ) -> LayerCost:
+        """The cost of one layer; layers that are alike are run once.
+
+        Args:
+            index: which layer.
+            graph: what of it takes part in a backward pass.
+            visited: its linears that are shown their inputs and the gradients of their outputs, see ``sweep``.
+            ranks: its linears that are low-rank by now, by their names.
+        """
+        ranks = {} if ranks is None else ranks
+        layer, prefix = decoder(self.model).layers[index], f"{self._path}.{index}."
+        args, kwargs = self._arguments[index]
+        key = (
+            graph,
+            frozenset(target.name.removeprefix(prefix) for target in visited),
+            frozenset((name.removeprefix(prefix), rank) for name, rank in ranks.items()),
+            _likeness(layer, args, kwargs),
+        )
+        if key not in self._known:
+            with _traceable(self.model.config), self._mode, _lowrank(self.model, ranks):
+                modules = dict(self.model.named_modules())
+                shown = [target._replace(module=modules[target.name]) for target in visited]
+                self._known[key] = _layer_cost(layer, args, kwargs, graph, shown, self.batch)
+        return self._known[key]
+
+
+def _layer_cost(
+    layer: nn.Module, args: Any, kwargs: Any, graph: Graph, visited: Collection[Target], batch: CalibrationBatch
+) -> LayerCost:
+    hidden = torch.empty_like(hidden_input(args, kwargs)).requires_grad_(graph == "enters")
+    args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+    flops = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
+    with torch.set_grad_enabled(graph != "none"), LiveBytes() as live, flops:
+        with showing(visited, batch, lambda call: None):
+            output = hidden_output(layer(*args, **kwargs))
+        forward, saved = flops.get_total_flops(), live.now
+        if output.requires_grad:
+            torch.autograd.backward(output, torch.empty_like(output))
+    return LayerCost(forward, flops.get_total_flops() - forward, saved, live.peak - saved)
+
+
+def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that ``config`` describes, its low-rank layers included, frozen, on the default device."""
+    ranks = ranks_in(config)
+    config = copy.deepcopy(config)
+    config.__dict__.pop("quantization_config", None)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=dtype, attn_implementation=config._attn_implementation
+    )
+    for name, rank in ranks.items():
+        replace_module_(model, name, _lowrank_like(model.get_submodule(name), rank))
+    model.eval().requires_grad_(False)
+    return model
+
+
+def _lowrank_like(dense: nn.Module, rank: int) -> LowRankLinear:
+    assert isinstance(dense, DenseLinear)
+    n, k = dense_shape(dense)
+    weight = dense.weight
+    module = LowRankLinear(k, n, rank, bias=dense.bias is not None, device=weight.device, dtype=weight.dtype)
+    return module.eval().requires_grad_(False)
+
+
+@contextmanager
+def _lowrank(model: PreTrainedModel, ranks: Mapping[str, int]) -> Iterator[None]:
+    """Put low-rank linears in the place of some, for the time being."""
+    with ExitStack() as stack:
+        for name, rank in ranks.items():
+            dense = model.get_submodule(name)
+            stack.callback(replace_module_, model, name, dense)
+            replace_module_(model, name, _lowrank_like(dense, rank))
+        yield
+
+
+def _arguments(model: PreTrainedModel, batch: CalibrationBatch) -> tuple[list[tuple[Any, Any]], int]:
+    """What each decoder layer is called with, and the bytes that this takes."""
+    arguments: list[tuple[Any, Any]] = []
+
+    def note(_: nn.Module, args: Any, kwargs: Any) -> None:
+        arguments.append((args, kwargs))
+
+    layers = list(decoder(model).layers)
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
+        stack.enter_context(passing_through(layers, returns_tuple(model, batch)))
+        arguments.clear()  # of the question what layers return
+        stack.enter_context(torch.no_grad())
+        live = stack.enter_context(LiveBytes())
+        backbone(model)(**batch_inputs(model, batch), use_cache=False)
+    return arguments, live.peak
+
+
+def _likeness(layer: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Equal for layers that cost the same: modules, shapes of their parameters and of what they are called with."""
+    modules = tuple(
+        (path, type(module).__name__, tuple(tuple(p.shape) for p in module.parameters(recurse=False)))
+        for path, module in layer.named_modules()
+    )
+    given = tuple(tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+    return modules, given
+
+
+@contextmanager
+def _traceable(config: PreTrainedConfig) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"what a {config.model_type} model costs cannot be estimated: "
+            f"{next(iter(str(error).splitlines()), type(error).__name__)}. Give a number as batch size and go without "
+            "a dry run, or try another dtype"
+        ) from error

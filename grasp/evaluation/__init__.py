@@ -1,0 +1,1 @@
+"""The quality of a model: perplexity, tasks, generation."""

@@ -1,0 +1,73 @@
+"""Numbers, sizes and ranges as text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def json_text(document: Any) -> str:
+    """One JSON document; a number that is not finite becomes null, for JSON has no NaN."""
+    return json.dumps(_finite(document), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value
+
+
+def count(value: float) -> str:
+    """A number of parameters or tokens: ``"134.5 M"``."""
+    return _scaled(value, ("", " K", " M", " B", " T"))
+
+
+def size(value: float) -> str:
+    """A number of bytes, decimal units: ``"538.1 MB"``."""
+    return _scaled(value, (" B", " KB", " MB", " GB", " TB"))
+
+
+def share(value: float) -> str:
+    """A fraction in per cent: ``"15.8 %"``."""
+    return f"{100 * value:.1f} %"
+
+
+def layer_ranges(layers: Sequence[int]) -> str:
+    """Ascending numbers, runs of three or more drawn together: ``"3, 12-15, 17"``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(str(layer) for layer in run) for run in runs)
+
+
+def _scaled(value: float, units: Sequence[str]) -> str:
+    for unit in units[:-1]:
+        if abs(value) < 999.95 or unit == units[-1]:
+            break
+        value /= 1000
+    else:
+        unit = units[-1]
+    return f"{value:.0f}{unit}" if unit in units[:1] else f"{value:.1f}{unit}"
+
+
+def score_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of a table: task, documents, shots, metric, value, standard error; none where no tasks were run."""
+    rows: list[tuple[str, ...]] = []
+    for task, values in results.get("results", {}).items():
+        counted = results["n-samples"].get(task, {}).get("effective", "")
+        for key, value in values.items():
+            metric, _, kind = key.partition(",")
+            if not isinstance(value, float) or metric.endswith("_stderr"):
+                continue
+            error = values.get(f"{metric}_stderr,{kind}")
+            shown = f"{error:.4f}" if isinstance(error, float) else "-"
+            rows.append((task, str(counted), str(results["n-shot"].get(task, "")), metric, f"{value:.4f}", shown))
+    return rows

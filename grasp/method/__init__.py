@@ -1,0 +1,1 @@
+"""Matrices and numbers: decompositions, ranks, budgets. Nothing here knows transformers."""

@@ -1,0 +1,216 @@
+"""Seconds that the parts of a model take to decode one token: by shape and rank, measured or from a card's rates."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grasp.errors import CostTableError
+from grasp.method.ranks import Shape, break_even_rank
+from grasp_kernels import roofline
+
+FORMAT_VERSION = 1
+_FIELDS = ("device", "source", "dtype", "layer", "rest", "threads", "versions")
+# Seconds from one kernel to the next inside a CUDA graph, which a card's rates do not include; 1 to 4 us are usual.
+LAUNCH = 2e-6
+
+
+@dataclass(frozen=True)
+class LinearSeconds:
+    """One call of a linear on one token: dense, and low-rank at some ranks."""
+
+    dense: float
+    ranks: tuple[int, ...]  # ascending
+    seconds: tuple[float, ...]  # of each of the ranks
+
+    def at(self, rank: int) -> float:
+        """Seconds at any rank: on the line between its neighbours in the table, beyond the ends as at the end."""
+        i = bisect_left(self.ranks, rank)
+        if i == 0 or i == len(self.ranks):
+            return self.seconds[min(i, len(self.ranks) - 1)]
+        share = (rank - self.ranks[i - 1]) / (self.ranks[i] - self.ranks[i - 1])
+        return (1 - share) * self.seconds[i - 1] + share * self.seconds[i]
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """What decoding one token costs, one sequence at a time: linears by (N, K) and rank, and what is beside them.
+
+    A model is predicted to take ``rest + Σ_layers (layer + Σ_linears seconds)`` per token.
+
+    Args:
+        device: the processor's own name, or a card's.
+        source: ``"measured"`` or ``"roofline"``.
+        dtype: of the weights, such as ``"bfloat16"``.
+        linears: by (out_features, in_features).
+        layer: seconds of a decoder layer beside its linears: attention, norms, the host's work.
+        rest: seconds outside the decoder layers: embedding, head.
+        threads: of a CPU.
+        versions: of what was measured with.
+    """
+
+    device: str
+    source: str
+    dtype: str
+    linears: Mapping[Shape, LinearSeconds]
+    layer: float
+    rest: float
+    threads: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def linear(self, shape: Shape, rank: int | None = None) -> float:
+        """Seconds of one linear of ``shape`` (N, K), low-rank or, where ``rank`` is ``None``, dense.
+
+        Raises:
+            CostTableError: if the table has no such shape.
+        """
+        if shape not in self.linears:
+            known = ", ".join(f"{n}x{k}" for n, k in sorted(self.linears))
+            raise CostTableError(
+                f"the costs of {self.device} have no linear of {shape[1]} inputs and {shape[0]} outputs, only {known} "
+                "(outputs x inputs); they are another model's. Measure this one: grasp bench costs MODEL -o costs.json"
+            )
+        found = self.linears[shape]
+        return found.dense if rank is None else found.at(rank)
+
+    def predict(self, linears: Iterable[tuple[Shape, int | None]], layers: int) -> float:
+        """Seconds per token of a model with these linears, each a shape and a rank or ``None``, and so many layers."""
+        return self.rest + layers * self.layer + math.fsum(self.linear(shape, rank) for shape, rank in linears)
+
+    def require(self, shapes: Collection[Shape], dtype: str) -> None:
+        """Check that the table is for a model with linears of these shapes, in this dtype.
+
+        Raises:
+            CostTableError: if it is not.
+        """
+        if dtype != self.dtype:
+            raise CostTableError(
+                f"the costs of {self.device} are for {self.dtype} weights, the model has {dtype} ones; measure them in "
+                f"that dtype, or load the model in {self.dtype}"
+            )
+        for shape in shapes:
+            self.linear(shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        rows = [
+            {"out_features": n, "in_features": k, "dense": each.dense, "ranks": each.ranks, "seconds": each.seconds}
+            for (n, k), each in self.linears.items()
+        ]
+        return {**{name: getattr(self, name) for name in _FIELDS}, "linears": rows}
+
+    def save(self, path: Path) -> None:
+        """Write the table as JSON, whole or not at all.
+
+        Raises:
+            CostTableError: if it cannot be written.
+        """
+        text = json.dumps({"format_version": FORMAT_VERSION, **self.to_dict()}, indent=2)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
+            raise CostTableError(f"{path} cannot be written: {error}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> CostTable:
+        """Read what ``save`` wrote.
+
+        Raises:
+            CostTableError: if there is no such file, it is none of ours, or a time in it is not a positive number.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.pop("format_version") != FORMAT_VERSION:
+                raise ValueError(f"its format_version is not {FORMAT_VERSION}")
+            values["linears"] = dict(_row(row) for row in values["linears"])
+            table = cls(**values)
+            _require_times(table)
+            return table
+        except OSError as error:
+            raise CostTableError(f"{path} cannot be read: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CostTableError(
+                f"{path} is not a table of costs ({error}); make one with grasp bench costs MODEL -o {path.name}"
+            ) from error
+
+
+def from_roofline(
+    card: roofline.Card,
+    shapes: Collection[Shape],
+    *,
+    dtype: str,
+    itemsize: int,
+    rest_bytes: int,
+    layer_launches: int = 2,
+) -> CostTable:
+    """What a card's rates say: weights read once at its bandwidth, and ``LAUNCH`` for every kernel.
+
+    Args:
+        card: see ``grasp_kernels.roofline.CARDS``.
+        shapes: (N, K) of the model's linears.
+        dtype: of the weights.
+        itemsize: bytes of a weight.
+        rest_bytes: weights read outside the decoder layers for one token: those of the head.
+        layer_launches: kernels of a layer beside its linears; attention and norms, fused as far as servers do.
+    """
+
+    def seconds(*launches: roofline.Cost) -> float:
+        return roofline.floor(card, *launches) + LAUNCH * len(launches)
+
+    def linear(n: int, k: int) -> LinearSeconds:
+        ranks = tuple(sorted({1, max(1, break_even_rank((n, k)))}))  # a straight line between them
+        low = tuple(seconds(*roofline.lowrank_linear(1, n, k, rank, itemsize=itemsize)) for rank in ranks)
+        return LinearSeconds(seconds(*roofline.dense_linear(1, n, k, itemsize=itemsize)), ranks, low)
+
+    return CostTable(
+        device=card.name,
+        source="roofline",
+        dtype=dtype,
+        linears={shape: linear(*shape) for shape in sorted(set(shapes))},
+        layer=layer_launches * LAUNCH,
+        rest=rest_bytes / card.bandwidth + LAUNCH,
+    )
+
+
+def find_card(name: str) -> roofline.Card:
+    """A card by its name, upper or lower case.
+
+    Raises:
+        CostTableError: if there is none; the message has all names.
+    """
+    cards = {each.lower(): card for each, card in roofline.CARDS.items()}
+    if name.lower() not in cards:
+        raise CostTableError(
+            f"costs must be a file that grasp bench costs wrote, or a card ({', '.join(roofline.CARDS)}), got {name!r}"
+        )
+    return cards[name.lower()]
+
+
+def _row(row: Mapping[str, Any]) -> tuple[Shape, LinearSeconds]:
+    ranks, seconds = tuple(row["ranks"]), tuple(row["seconds"])
+    if not ranks or len(ranks) != len(seconds) or list(ranks) != sorted(set(ranks)):
+        raise ValueError(f"ranks must ascend, each with its seconds, got {ranks} and {seconds}")
+    if not all(type(size) is int and size > 0 for size in (row["out_features"], row["in_features"], *ranks)):
+        raise ValueError(f"sizes and ranks must be positive integers, got {dict(row)}")
+    return (row["out_features"], row["in_features"]), LinearSeconds(row["dense"], ranks, seconds)
+
+
+def _require_times(table: CostTable) -> None:
+    times = [time for each in table.linears.values() for time in (each.dense, *each.seconds)]
+    for time, least in (*((time, 1e-12) for time in times), (table.layer, 0.0), (table.rest, 0.0)):
+        if type(time) not in (int, float) or not math.isfinite(time) or time < least:
+            raise ValueError(f"times must be positive numbers of seconds, got {time!r}")
+    if not times:
+        raise ValueError("it has no linears")

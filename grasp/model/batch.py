@@ -1,0 +1,85 @@
+"""Batches of token ids, as the sweeps and the loss take them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from grasp.errors import CalibrationError
+
+
+class Tokens(Protocol):
+    """A batch of sequences, and which of their tokens the loss counts."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """(B, L) int64."""
+        ...
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """(B, L) bool, False at padding; ``None`` where the model need not know of any."""
+        ...
+
+    @property
+    def is_target(self) -> Tensor:
+        """(B, L - 1) bool: whether the token after each position counts."""
+        ...
+
+
+class CalibrationBatch(NamedTuple):
+    """Token ids (B, L) int64, and a bool mask (B, L) that is False at padding; ``None`` where there is none."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are no padding."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are predicted from those before them."""
+        return int(self.is_target.sum())
+
+    @property
+    def is_target(self) -> Tensor:
+        """(B, L - 1) bool: whether the token after each position is predicted; neither of the two may be padding."""
+        if self.attention_mask is None:
+            return torch.ones_like(self.input_ids[:, 1:], dtype=torch.bool)
+        mask = self.attention_mask.bool()
+        return mask[:, 1:] & mask[:, :-1]
+
+
+def as_batches(batches: Iterable[CalibrationBatch | Tensor]) -> list[CalibrationBatch]:
+    """Accept plain (B, L) token tensors beside batches.
+
+    Raises:
+        CalibrationError: if there are none, or none has a token to predict.
+    """
+    result = [batch if isinstance(batch, CalibrationBatch) else CalibrationBatch(batch) for batch in batches]
+    for batch in result:
+        ids = batch.input_ids
+        if ids.dim() != 2 or ids.dtype != torch.int64:
+            raise CalibrationError(f"a batch must be (B, L) int64 token ids, got {tuple(ids.shape)} {ids.dtype}")
+        if batch.attention_mask is not None and batch.attention_mask.shape != ids.shape:
+            got = tuple(batch.attention_mask.shape)
+            raise CalibrationError(f"attention_mask must have the shape of the ids, {tuple(ids.shape)}, got {got}")
+    if not any(batch.num_targets for batch in result):
+        raise CalibrationError(
+            f"{len(result)} calibration batches hold no token to predict; expected sequences of at least 2 tokens"
+        )
+    return result
+
+
+def batches_digest(batches: Sequence[CalibrationBatch]) -> str:
+    """SHA-256 of all token ids, in hexadecimal."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(batch.input_ids.cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,344 @@
+"""The checkpoint format as transformers sees it: a quantisation method whose configuration carries the ranks.
+
+Importing this module registers the format. Where grasp is installed, ``grasp_autoload`` sees to that.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from grasp.errors import CheckpointError, UnsupportedModelError
+from grasp.model.dense import DenseLinear
+from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model.tensor_parallel import connect_, is_split, keep_factors_whole_
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+METHOD = "grasp"
+FORMAT_VERSION = 1
+
+
+@dataclass(repr=False)
+class GraspQuantizationConfig(QuantizationConfigMixin):
+    """What ``config.json`` says of a compressed model: ``ranks`` maps a module's path to its R.
+
+    Raises:
+        CheckpointError: if ``format_version`` is one that this version of grasp cannot read, or a rank is none.
+    """
+
+    quant_method: str = METHOD  # type: ignore[assignment]  # the base class's enum has only the built-in methods
+    format_version: int = FORMAT_VERSION
+    ranks: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"checkpoint has format_version {self.format_version!r}, this version of grasp reads {FORMAT_VERSION}; "
+                "upgrade grasp-llm"
+            )
+        if not isinstance(self.ranks, dict):
+            raise CheckpointError(f"ranks must map module names to ranks, got {self.ranks!r}; save the model again")
+        for name, rank in self.ranks.items():
+            if type(rank) is not int or rank < 1:
+                raise CheckpointError(f"rank of {name} must be a positive integer, got {rank!r}; save the model again")
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> GraspQuantizationConfig:
+        """Read the ``quantization_config`` of a ``config.json``; the further arguments are the base class's.
+
+        Raises:
+            CheckpointError: as the constructor does, and if there are keys that this version does not know.
+        """
+        version = config_dict.get("format_version")
+        unknown = config_dict.keys() - {f.name for f in fields(cls)}
+        if version == FORMAT_VERSION and unknown:
+            raise CheckpointError(f"quantization_config has unknown keys {sorted(unknown)}; upgrade grasp-llm")
+        known = {key: value for key, value in config_dict.items() if key not in unknown}
+        return super().from_dict({"format_version": None, **known}, return_unused_kwargs, **kwargs)
+
+
+class GraspHfQuantizer(HfQuantizer):
+    """Builds the low-rank layers of a checkpoint while transformers loads it; nothing is quantised or calibrated."""
+
+    quantization_config: GraspQuantizationConfig
+
+    def __init__(self, quantization_config: GraspQuantizationConfig, pre_quantized: bool = True) -> None:
+        super().__init__(quantization_config, pre_quantized=pre_quantized)
+        self._tensor_names: frozenset[str] = frozenset()  # in the files, while they are being loaded
+
+    def is_serializable(self) -> bool:
+        """The factors are ordinary parameters: any such model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The factors are trained like any parameter."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """As above; transformers' Trainer wants this one for training without adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The op is registered for ``torch.compile``."""
+        return True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse a dense checkpoint: transformers asks for the arguments, none of which matters here."""
+        if not self.pre_quantized:
+            raise CheckpointError(
+                "a GraspQuantizationConfig was given for a checkpoint that is not compressed; load it without, then "
+                "call grasp.compress_"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        shapes = _header(checkpoint_files or ())
+        self._tensor_names = frozenset(shapes)
+        paths = {path for path, _ in model.named_modules()}
+        for name, rank in self.quantization_config.ranks.items():
+            path = _resolve(model, name, paths)
+            model.set_submodule(path, _empty_layer(name, model.get_submodule(path), rank))
+        _check_shapes(model, shapes)
+        keep_factors_whole_(model.tp_plan, [path for path, _ in _lowrank_layers(model)])
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        names, self._tensor_names = self._tensor_names, frozenset()
+        missing = [
+            f"{path}.{name}"
+            for path, module in _lowrank_layers(model)
+            for name, parameter in module.named_parameters()
+            # transformers flags what it has read; what it leaves on the meta device it has put on disk.
+            if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False))
+            and not any(spelling in names for spelling in _spellings(model, f"{path}.{name}"))
+        ]
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint lacks {len(missing)} tensors that its ranks call for, {missing[0]} among them; "
+                "expected U, Vh and any bias of every module in ranks. It was not saved or copied completely: save it "
+                "again."
+            )
+        for path, layer in _lowrank_layers(model):
+            layer.__dict__.pop("weight", None)
+            connect_(path, layer)
+        mark_compressed(model)
+        split = any(is_split(layer) for _, layer in _lowrank_layers(model))
+        group_linears_(model, enabled=not split)  # transformers gives a layer its own part only, for its own call only
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Called by ``save_pretrained`` first: the ranks written are those the layers have by now."""
+        mark_compressed(model)
+        return None, {}
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Turn every low-rank layer into the dense one that the architecture has; called as ``model.dequantize()``.
+
+        Args:
+            model: changed in place.
+            dtype: for the whole model; ``None`` leaves each layer its own.
+
+        Raises:
+            CheckpointError: if weights are on disk, or the configuration no longer describes the model.
+        """
+        model = self._dequantize(model)
+        self.remove_quantization_config(model)
+        return model if dtype is None else nn.Module.to(model, dtype)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        originals = dict(_dense_skeleton(model).named_modules())
+        for name, layer in list(_lowrank_layers(model)):
+            if layer.U.is_meta or is_split(layer):
+                place = "offloaded" if layer.U.is_meta else "split over processes"
+                raise CheckpointError(f"{name} is {place}; load the model on one device to dequantize it")
+            dense = originals.get(name)
+            if not isinstance(dense, (nn.Linear, Conv1D)):
+                raise CheckpointError(
+                    f"{name} is no linear layer in the model that config describes, so what it was is not known; make "
+                    "model.config fit the model, num_hidden_layers above all"
+                )
+            model.set_submodule(name, _dense_layer(dense, layer))
+        return model
+
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """Take every mark of compression off the model."""
+        super().remove_quantization_config(model)
+        model.config.__dict__.pop("_is_quantized", None)
+
+
+def register() -> None:
+    """Enter the format into transformers' tables. Idempotent."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, GraspQuantizationConfig)
+    AUTO_QUANTIZER_MAPPING.setdefault(METHOD, GraspHfQuantizer)
+
+
+def mark_compressed(model: PreTrainedModel) -> None:
+    """Make ``model.save_pretrained`` write a checkpoint that loads again, with the low-rank layers there are by now.
+
+    With none left, the model is an ordinary one again and is marked as such.
+
+    Raises:
+        CheckpointError: if the model is quantised by another method, whose mark it cannot share.
+    """
+    ranks = {name: layer.rank for name, layer in _lowrank_layers(model)}
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not ranks:
+        if isinstance(quantizer, GraspHfQuantizer) or _method(model.config) == METHOD:
+            GraspHfQuantizer(GraspQuantizationConfig()).remove_quantization_config(model)
+        return
+    if quantizer is not None and not isinstance(quantizer, GraspHfQuantizer):
+        raise CheckpointError(
+            f"the model is quantised ({type(quantizer).__name__}); a checkpoint cannot be that and compressed as well. "
+            "Load the model unquantised."
+        )
+    config = GraspQuantizationConfig(ranks=ranks)
+    loaded = quantizer is not None and quantizer.pre_quantized
+    marks = {
+        "hf_quantizer": GraspHfQuantizer(config, pre_quantized=loaded),
+        "quantization_method": METHOD,
+        # The parameters are ordinary ones. transformers refuses .float(), .half() and training where this is true.
+        "is_quantized": False,
+    }
+    for name, value in marks.items():
+        setattr(model, name, value)
+    model.config.quantization_config = config
+    model.config._is_quantized = True  # some attention modules read this before they ask for `q_proj.weight`
+
+
+def _method(config: PreTrainedConfig) -> str | None:
+    """The quantisation method in a model's configuration, which ``from_config`` leaves as it is in the file."""
+    method = getattr(config, "quantization_config", None) or {}
+    return method.get("quant_method") if isinstance(method, dict) else method.quant_method
+
+
+def ranks_in(config: PreTrainedConfig) -> dict[str, int]:
+    """The ranks that a model's configuration has: the paths of its low-rank layers; none for a dense model.
+
+    Raises:
+        UnsupportedModelError: if the model is quantised by another method.
+        CheckpointError: if the ranks make no sense.
+    """
+    marked = getattr(config, "quantization_config", None)
+    if not marked:
+        return {}
+    if (method := _method(config)) != METHOD:
+        raise UnsupportedModelError(f"the model is quantised ({method}); expected a dense one. Load it unquantised.")
+    return (GraspQuantizationConfig.from_dict(marked) if isinstance(marked, dict) else marked).ranks
+
+
+def _lowrank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LowRankLinear))
+
+
+def _spellings(model: PreTrainedModel, name: str) -> tuple[str, ...]:
+    """A name as it may be in the files: a causal model's have the base model's prefix, a base model's have not."""
+    prefix = f"{model.base_model_prefix}."
+    return name, prefix + name, name.removeprefix(prefix)
+
+
+def _resolve(model: PreTrainedModel, name: str, paths: set[str]) -> str:
+    """Which of the model's ``paths`` is the module that the checkpoint calls ``name``."""
+    for spelling in _spellings(model, name):
+        if spelling in paths:
+            return spelling
+    raise CheckpointError(
+        f"ranks name the module {name}, which {type(model).__name__} does not have; the configuration does not "
+        "belong to this kind of model, or was edited"
+    )
+
+
+def _empty_layer(name: str, dense: nn.Module, rank: int) -> LowRankLinear:
+    """A low-rank layer without data, to take the place of ``dense``."""
+    if not isinstance(dense, (nn.Linear, Conv1D)):
+        raise CheckpointError(f"ranks name {name}, a {type(dense).__name__}; expected a linear layer. Save it again.")
+    in_features, out_features = dense.weight.shape if isinstance(dense, Conv1D) else dense.weight.shape[::-1]
+    if rank > min(in_features, out_features):
+        raise CheckpointError(
+            f"rank {rank} of {name} is above the {min(in_features, out_features)} that a layer of {in_features} inputs "
+            f"and {out_features} outputs can have; the configuration was edited: save the model again"
+        )
+    layer = LowRankLinear(
+        in_features, out_features, rank, bias=dense.bias is not None, device="meta", dtype=dense.weight.dtype
+    )
+    # While loading, GPT-2's initialisation reaches for the `weight` of linears it knows by name: it gets one without
+    # data, no parameter, that counts as initialised.
+    placeholder = dense.weight.detach()
+    placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
+    layer.__dict__["weight"] = placeholder
+    return layer
+
+
+def _dense_layer(dense: DenseLinear, layer: LowRankLinear) -> DenseLinear:
+    """``dense``, a layer without data, with the weight that ``layer`` stands for."""
+    dense = dense.to(layer.U.dtype).to_empty(device=layer.U.device).train(layer.training)
+    weight = layer.dense_weight()
+    with torch.no_grad():
+        dense.weight.copy_(weight.mT if isinstance(dense, Conv1D) else weight)
+        if layer.bias is not None:
+            dense.bias.copy_(layer.bias)
+    return dense.requires_grad_(layer.U.requires_grad)
+
+
+def _dense_skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as its architecture makes it, without data."""
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        return type(model)(config)
+
+
+def _header(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the tensors in safetensors files; other kinds of file are passed over."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                names = tensors.keys()
+                shapes.update({name: tuple(tensors.get_slice(name).get_shape()) for name in names})
+    return shapes
+
+
+def _check_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse files whose factors do not have the shapes that the ranks call for, before anything is loaded."""
+    expected = {
+        f"{path}.{name}": tuple(parameter.shape)
+        for path, layer in _lowrank_layers(model)
+        for name, parameter in layer.named_parameters()
+    }
+    for name, shape in expected.items():
+        found = next((shapes[spelling] for spelling in _spellings(model, name) if spelling in shapes), shape)
+        if found != shape:
+            raise CheckpointError(
+                f"{name} has the shape {found}, the ranks in config.json call for {shape}; the two do not belong "
+                "together: save the model again"
+            )
+    dense = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    for name in shapes:
+        path, _, tensor = name.rpartition(".")
+        if tensor in ("U", "Vh") and any(spelling in dense for spelling in _spellings(model, path)):
+            raise CheckpointError(
+                f"the checkpoint has the factor {name}, but config.json has no rank for {path}; the two do not belong "
+                "together: save the model again"
+            )
+
+
+register()

@@ -1,0 +1,152 @@
+"""Run a part of a model: skip layers, enter in the middle, cast for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from grasp.errors import UnsupportedModelError
+from grasp.model.batch import CalibrationBatch
+from grasp.model.targets import decoder
+
+if TYPE_CHECKING:
+    from grasp.model.batch import Tokens
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The model without its head: what turns tokens into hidden states."""
+    return model.base_model
+
+
+def hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among the arguments of a decoder layer, (B, L, H)."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def hidden_output(output: Any) -> Tensor:
+    """The hidden states that a decoder layer returned, (B, L, H): itself, or the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def passing_through(layers: Sequence[nn.Module], returns_tuple: bool) -> Iterator[None]:
+    """Make decoder layers return their input unchanged: all that surrounds them (masks, positions) still happens."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = hidden_input(args, kwargs)
+        return (hidden,) if returns_tuple else hidden
+
+    saved = [layer.__dict__.get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = forward
+        yield
+    finally:
+        for layer, original in zip(layers, saved, strict=True):
+            if original is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.forward = original
+
+
+@contextmanager
+def entering_with(layer: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """Make a decoder layer take ``hidden`` instead of what it is given."""
+
+    def substitute(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        given = hidden_input(args, kwargs)
+        value = hidden.to(given.device)
+        if args:
+            return (value, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": value}
+
+    handle = layer.register_forward_pre_hook(substitute, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and frozen parameters, both restored afterwards; modules replaced meanwhile keep what they have."""
+    training = {module: module.training for module in model.modules()}
+    frozen = [
+        (module, name, parameter, parameter.requires_grad)
+        for module in training
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for module, name, parameter, requires_grad in frozen:
+            parameter.requires_grad_(requires_grad)
+            module.get_parameter(name).requires_grad_(requires_grad)  # another one, if it is offloaded
+
+
+@contextmanager
+def casting(model: nn.Module, dtype: str | None) -> Iterator[None]:
+    """Run a model in another dtype, ``"bfloat16"`` say; its own weights are put back, bit for bit. ``None``: as it is.
+
+    Raises:
+        UnsupportedModelError: if weights are offloaded or sharded.
+    """
+    if dtype is None:
+        yield
+        return
+    if any(parameter.is_meta or isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            f"sweep_dtype={dtype!r} needs all weights in memory, but some are offloaded or sharded; load the model in "
+            f"that dtype, as from_pretrained(..., dtype={dtype!r}) does, and leave sweep_dtype out"
+        )
+    wanted = getattr(torch, dtype)
+    saved = {p: p.data for p in model.parameters() if p.is_floating_point() and p.dtype != wanted}
+    try:
+        for parameter, data in saved.items():
+            parameter.data = data.to(wanted)
+        yield
+    finally:
+        for parameter, data in saved.items():
+            parameter.data = data
+
+
+def batch_inputs(model: nn.Module, batch: Tokens) -> dict[str, Tensor]:
+    """Keyword arguments of a forward pass over a batch, on the device where the model takes its tokens."""
+    device = first_device(model)
+    inputs = {"input_ids": batch.input_ids.to(device)}
+    if batch.attention_mask is not None:
+        inputs["attention_mask"] = batch.attention_mask.to(device, torch.int64)
+    return inputs
+
+
+def first_device(model: nn.Module) -> torch.device:
+    """Where token ids go: the device of the first parameter that holds data."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+@torch.no_grad()
+def returns_tuple(model: PreTrainedModel, batch: CalibrationBatch) -> bool:
+    """Whether decoder layers of this family return a tuple: asked of the first one, with two tokens."""
+    layer = decoder(model).layers[0]
+    answers: list[bool] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        answers.append(isinstance(output, tuple))
+
+    handle = layer.register_forward_hook(note)
+    probe = CalibrationBatch(batch.input_ids[:1, :2], None)
+    try:
+        with evaluating(model):
+            backbone(model)(**batch_inputs(model, probe), use_cache=False)
+    finally:
+        handle.remove()
+    return answers[0]

@@ -1,0 +1,256 @@
+"""The figures: from the report of a compression, or from measured results, to matplotlib's ``Figure``. Pure functions.
+
+Draw them inside ``grasp.reporting.figure_style.themed``, which its ``to_svg`` and ``to_png`` do.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from textwrap import fill
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from grasp.checkpoint.compression_report import CompressionReport, ModuleReport, spectrum_indices
+from grasp.checkpoint.inspection import short_name
+from grasp.reporting.figure_data import Latency, Quality, Roof, pareto_front
+from grasp.reporting.figure_style import BLUE, COLOURS, GREY, MARKERS, PURPLE, VERMILLION, WIDTH
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+
+_BINS = 48  # of the singular groups of a module, at most
+_LABEL_WIDTH = 26  # characters, of which two columns fit
+_SMALLEST = 1e-7  # singular values below this share of the largest are rounding in fp32
+_BAR_COLOURS = {"dense": GREY, "layers removed": PURPLE, "unfused": VERMILLION}
+_HATCHES = {"layers removed": "//", "unfused": ".."}
+
+
+def block_influence(report: CompressionReport) -> Figure:
+    """The block influence of every decoder layer, those that were compressed marked."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(3.0)
+    scores = np.array(report.block_influence, dtype=float)
+    chosen = np.isin(np.arange(len(scores)), report.redundant_layers)
+    if len(scores) and scores.min() > 0:
+        axes.set_yscale("log")
+    low = scores.min() / 1.3 if axes.get_yscale() == "log" else min(0.0, scores.min())
+    for mask, colour, marker, label in ((~chosen, GREY, "o", "left dense"), (chosen, VERMILLION, "s", "compressed")):
+        layers = np.flatnonzero(mask)
+        if len(layers):
+            axes.vlines(layers, low, scores[layers], colors=colour, linewidth=1.5)
+            axes.plot(layers, scores[layers], marker, color=colour, markersize=5, label=label)
+    axes.set_ylim(bottom=low)
+    if axes.get_yscale() == "log":
+        _plain_numbers(axes.yaxis)
+    axes.set_xlabel("decoder layer")
+    axes.set_ylabel("block influence")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="x", visible=False)
+    _legend(figure, axes)
+    return figure
+
+
+def spectra(report: CompressionReport, layer: int) -> Figure:
+    """The singular values of each compressed linear of a layer, and which share of them was kept where.
+
+    Raises:
+        ValueError: if the report has no spectrum of that layer.
+    """
+    modules = [module for module in report.compressed if module.layer == layer and module.spectrum]
+    if not modules:
+        raise ValueError(f"the report has no spectrum of layer {layer}; compress again, with this version of grasp")
+    from matplotlib.figure import Figure
+
+    rows = -(-len(modules) // 2)
+    figure = Figure(figsize=(WIDTH, 0.7 + 1.6 * rows))
+    panels = figure.subplots(rows, 2, squeeze=False).flatten()
+    for axes, module in itertools.zip_longest(panels, modules):
+        if module is None:
+            axes.set_axis_off()
+        else:
+            _spectrum(axes, module)
+    figure.supxlabel("singular group, the largest value first", fontsize=11)
+    figure.supylabel("singular value", fontsize=11)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=2)
+    return figure
+
+
+def _spectrum(axes: Axes, module: ModuleReport) -> None:
+    """One linear: its singular values as a line, and below it, filled to its share of the height, what was kept."""
+    groups = min(module.out_features, module.in_features)
+    values = np.array(module.spectrum, dtype=float)
+    values = np.where(values > _SMALLEST * values.max(initial=0.0), values, np.nan)
+    bins = min(groups, _BINS)
+    kept, edges = np.histogram(module.indices, bins=bins, range=(0, groups))
+    there, _ = np.histogram(np.arange(groups), bins=bins, range=(0, groups))
+    share = axes.get_xaxis_transform()  # y from 0 to 1 over the height
+    axes.stairs(
+        kept / there,
+        edges,
+        fill=True,
+        color=VERMILLION,
+        alpha=0.7,
+        transform=share,
+        label="share kept (all: full height)",
+    )
+    axes.plot(spectrum_indices(groups), values, color=BLUE, linewidth=2, label="singular value")
+    axes.set_yscale("log")
+    _plain_numbers(axes.yaxis)
+    axes.set_xlim(0, groups)
+    axes.set_title(f"{short_name(module.name)}: {module.rank} of {groups}", loc="left")
+
+
+def perplexity_by_size(points: Sequence[Quality]) -> Figure:
+    """Perplexity against parameters, the lower the better in both, with the Pareto front drawn."""
+    return _quality([point._replace(x=point.x / 1e6) for point in points], "parameters, M")
+
+
+def perplexity_by_latency(points: Sequence[Quality]) -> Figure:
+    """Perplexity against the median time from token to token, the lower the better, with the Pareto front drawn."""
+    return _quality(points, "ms from token to token, median")
+
+
+def _quality(points: Sequence[Quality], xlabel: str) -> Figure:
+    labels = list(dict.fromkeys(point.label for point in points))
+    figure, axes = _figure(3.2 + 0.2 * -(-len(labels) // 2))
+    front = pareto_front(points)
+    axes.step(
+        [point.x for point in front],
+        [point.perplexity for point in front],
+        "--",
+        where="post",
+        color=GREY,
+        label="Pareto front",
+        zorder=1,
+    )
+    for label, (colour, marker) in zip(labels, _looks(), strict=False):
+        own = [point for point in points if point.label == label]
+        middle = np.array([point.perplexity for point in own])
+        ends = [[point.perplexity - point.low for point in own], [point.high - point.perplexity for point in own]]
+        spread = ends if np.any(ends) else None
+        axes.errorbar(
+            [point.x for point in own],
+            middle,
+            yerr=spread,
+            fmt=marker,
+            color=colour,
+            markersize=6,
+            capsize=2,
+            label=label,
+        )
+    axes.set_yscale("log")
+    _plain_numbers(axes.yaxis)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel("perplexity")
+    _legend(figure, axes)
+    return figure
+
+
+def latency_bars(bars: Sequence[Latency]) -> Figure:
+    """Median time to the first token and from token to token, whiskers to the 95th percentile, for each batch size."""
+    from matplotlib.figure import Figure
+
+    batches = sorted({bar.batch_size for bar in bars})
+    labels = list(dict.fromkeys(bar.label for bar in bars))
+    figure = Figure(figsize=(WIDTH, 0.5 + len(batches) * (0.7 + 0.32 * len(labels))))
+    grid = figure.subplots(len(batches), 2, squeeze=False, sharey=True)
+    for batch, row in zip(batches, grid, strict=True):
+        own = {bar.label: bar for bar in bars if bar.batch_size == batch}
+        row[0].set_ylabel(f"batch {batch}")
+        for axes, name, title in zip(
+            row, ("first_token", "inter_token"), ("first token", "each further token"), strict=True
+        ):
+            for y, label in enumerate(labels):
+                if label in own:
+                    _bar(axes, y, label, getattr(own[label], name).p50, getattr(own[label], name).p95)
+            axes.set_title(title, loc="left")
+            axes.set_xlim(0, 1.6 * max(getattr(bar, name).p95 for bar in own.values()))
+            axes.set_yticks(range(len(labels)), labels)
+            axes.tick_params(axis="y", length=0)
+            axes.grid(axis="y", visible=False)
+    grid[0, 0].invert_yaxis()
+    for axes in grid[-1]:
+        axes.set_xlabel("ms")
+    return figure
+
+
+def _bar(axes: Axes, y: int, label: str, median: float, p95: float) -> None:
+    colour = _BAR_COLOURS.get(label, BLUE)
+    axes.barh(y, median, height=0.65, color=colour, hatch=_HATCHES.get(label), edgecolor="none")
+    axes.plot([median, p95], [y, y], color=_ink(), linewidth=1.2)
+    text = f"{median:.0f}" if median >= 100 else f"{median:.3g}"
+    axes.annotate(text, (p95, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=10)
+
+
+def roofline(roof: Roof) -> Figure:
+    """What was reached against FLOPs per byte, below what the device was measured to do."""
+    figure, axes = _figure(3.4)
+    xs = [speed.intensity for speed in roof.speeds]
+    ridge = roof.flops / roof.bandwidth
+    ends = np.array([min(*xs, ridge) / 2, ridge, max(*xs, ridge) * 2])
+    axes.plot(
+        ends, np.minimum(ends * roof.bandwidth, roof.flops) / 1e9, color=_ink(), linewidth=1.5, label="measured limit"
+    )
+    labels = dict.fromkeys(speed.label for speed in roof.speeds)
+    for label, (colour, marker) in zip(labels, _looks(), strict=False):
+        own = [speed for speed in roof.speeds if speed.label == label]
+        axes.plot(
+            [speed.intensity for speed in own],
+            [speed.flops / 1e9 for speed in own],
+            marker,
+            color=colour,
+            markersize=6,
+            label=label,
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    _plain_numbers(axes.xaxis)
+    _plain_numbers(axes.yaxis)
+    axes.set_xlabel("FLOPs per byte that must be moved")
+    axes.set_ylabel("GFLOP/s")
+    _legend(figure, axes)
+    return figure
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height))
+    return figure, figure.subplots()
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, [fill(label, _LABEL_WIDTH) for label in labels], loc="outside lower left", ncols=2)
+
+
+def _looks() -> Iterator[tuple[str, str]]:
+    """Colours and markers, no pair twice before all are used: the numbers of both have no common factor."""
+    return zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
+
+
+def _ink() -> str:
+    import matplotlib as mpl
+
+    return str(mpl.rcParams["text.color"])
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """Ticks of a logarithmic axis at round numbers, few over many decades, and written without powers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    decades = float(np.log10(high / low))
+    if decades < 0.7:
+        axis.set_major_locator(MaxNLocator(4))
+    else:
+        axis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0), numticks=5))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,0 +1,1 @@
+"""From tokens to sums, and from sums to scores."""

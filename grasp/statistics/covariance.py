@@ -1,0 +1,226 @@
+"""What the tokens look like to each linear: covariances of its inputs and output gradients, moments in any basis."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp.errors import NonFiniteError, UnsupportedModelError
+from grasp.method.schedules import BLOCKS
+from grasp.model.batch import CalibrationBatch
+from grasp.model.dense import dense_shape
+from grasp.model.families import SHARED_INPUTS
+from grasp.model.targets import Target
+from grasp.progress import Progress, silent
+from grasp.statistics.processes import ALONE, Processes
+from grasp.statistics.sweep import Call, Prefix, sweep, sweep_name
+from grasp_kernels.products import accumulate_gram_, mirror_
+from grasp_kernels.reference import accumulation_dtype
+
+
+class Covariance(NamedTuple):
+    """Sums over the tokens that a linear saw, padding left out; divided by ``tokens`` they are the method's A and B."""
+
+    A: Tensor | None  # Σ x xᵀ, (K, K): one tensor for all linears that are given the same input
+    B: Tensor | None  # Σ d dᵀ, (N, N), d being the gradient of the summed negative log-likelihood
+    tokens: int
+
+
+class CovarianceSums:
+    """Σ x xᵀ and Σ d dᵀ of many linears; an input that several are given is counted once.
+
+    Args:
+        inputs: gather Σ x xᵀ.
+        outputs: gather Σ d dᵀ.
+    """
+
+    def __init__(self, *, inputs: bool = True, outputs: bool = True) -> None:
+        self._wants_inputs, self._wants_outputs = inputs, outputs
+        self._inputs: dict[Target, Tensor] = {}
+        self._outputs: dict[Target, Tensor] = {}
+        self._tokens: Counter[Target] = Counter()
+        self._given: defaultdict[Target, list[Tensor]] = defaultdict(list)  # inputs of this batch
+
+    def add(self, call: Call) -> None:
+        """Count one call's tokens; its input waits for the end of the batch."""
+        target, x, grad_y = call.target, call.x, call.grad_y
+        self._tokens[target] += len(x)
+        if self._wants_inputs:
+            self._given[target].append(x)
+        if self._wants_outputs:
+            if target not in self._outputs:
+                self._outputs[target] = _zeros(grad_y)
+            accumulate_gram_(self._outputs[target], grad_y)
+
+    def end_batch(self) -> None:
+        """Count the batch's inputs. Linears that were given the same ones in their first batch share the sum.
+
+        Raises:
+            UnsupportedModelError: if they are given others later.
+        """
+        given = {target: [id(x) for x in inputs] for target, inputs in self._given.items()}
+        new: dict[tuple[int, ...], Tensor] = {}
+        for target in [target for target in given if target not in self._inputs]:
+            key = tuple(given[target])
+            if key not in new:
+                new[key] = _zeros(self._given[target][0])
+            self._inputs[target] = new[key]
+        counted: dict[int, list[int]] = {}
+        for target, gram in self._inputs.items():
+            ids = given.get(target, [])
+            if id(gram) not in counted:
+                counted[id(gram)] = ids
+                for x in self._given[target]:
+                    accumulate_gram_(gram, x)
+            elif counted[id(gram)] != ids:
+                raise UnsupportedModelError(
+                    f"{target.name} shared its inputs with another linear in one batch and not in a later one; "
+                    "expected a model that computes every batch in the same way"
+                )
+        self._given.clear()
+
+    def share(self, processes: Processes) -> None:
+        """Add up the sums of all processes."""
+        inputs = {id(gram): gram for gram in self._inputs.values()}
+        tokens = torch.tensor(list(self._tokens.values()), dtype=torch.int64)
+        processes.sum_([*inputs.values(), *self._outputs.values(), tokens])
+        self._tokens = Counter(dict(zip(self._tokens, tokens.tolist(), strict=True)))
+
+    def result(self) -> dict[Target, Covariance]:
+        """The sums of each linear that was called. Nothing may be added afterwards.
+
+        Raises:
+            NonFiniteError: if a sum is NaN or infinite.
+        """
+        for gram in {id(gram): gram for gram in (*self._inputs.values(), *self._outputs.values())}.values():
+            mirror_(gram)
+        found = {t: Covariance(self._inputs.get(t), self._outputs.get(t), n) for t, n in self._tokens.items()}
+        for target, covariance in found.items():
+            _require_finite(target, "covariance", covariance.A, covariance.B)
+        return found
+
+
+def gather_covariances(
+    model: PreTrainedModel,
+    batches: Sequence[CalibrationBatch],
+    targets: Collection[Target],
+    prefix: Prefix,
+    *,
+    inputs: bool = True,
+    outputs: bool = True,
+    dtype: str | None = None,
+    progress: Progress = silent,
+    processes: Processes = ALONE,
+) -> dict[Target, Covariance]:
+    """Sum x xᵀ of each distinct input and d dᵀ of each linear, in one sweep; ``split_by_memory`` makes several.
+
+    Args:
+        model: the model as it is by now; nothing of it is changed.
+        batches: those that ``prefix`` was made from.
+        targets: linears of one or more layers.
+        prefix: see ``capture_prefix``.
+        inputs: gather A.
+        outputs: gather B.
+        dtype: run the model in it, see ``sweep``.
+        progress: called after each batch.
+        processes: those whose sums are added up.
+
+    Returns:
+        Symmetric sums in fp32 (fp64 for fp64), on the device of the linear; none for a target whose output does not
+        reach the loss.
+
+    Raises:
+        NonFiniteError: if the loss or a sum is NaN or infinite.
+        UnsupportedModelError: if linears share inputs in one batch and not in another.
+    """
+    sums = CovarianceSums(inputs=inputs, outputs=outputs)
+    step = f"covariances, {sweep_name(targets)}"
+
+    def after(done: int) -> None:
+        sums.end_batch()
+        progress(step, done, len(batches))
+
+    with processes.together():
+        sweep(model, batches, targets, prefix, sums.add, dtype=dtype, after=after)
+    sums.share(processes)
+    return sums.result()
+
+
+def covariance_bytes(targets: Collection[Target], *, inputs: bool = True, outputs: bool = True) -> int:
+    """Memory that the sums of ``gather_covariances`` take, in bytes.
+
+    Linears that by their names share an input (``SHARED_INPUTS``) count one A; if others do, this is an upper bound.
+    """
+    distinct = distinct_inputs(targets) if inputs else []
+    taken = sum(_item_bytes(target) * dense_shape(target.module)[1] ** 2 for target in distinct)
+    return taken + sum(_item_bytes(target) * dense_shape(target.module)[0] ** 2 for target in targets if outputs)
+
+
+def split_by_memory(
+    targets: Collection[Target], budget: int, *, inputs: bool = True, outputs: bool = True
+) -> list[list[Target]]:
+    """Groups of linears whose covariances fit in memory, each a sweep of its own; the deepest layers come first.
+
+    Attention and MLP of a layer stay whole, since their linears share inputs.
+
+    Args:
+        targets: linears of one or more layers.
+        budget: bytes that the sums of one group may take.
+        inputs: A will be gathered.
+        outputs: B will be gathered.
+
+    Raises:
+        ValueError: if the sums of one block alone take more than the budget.
+    """
+
+    def place(target: Target) -> tuple[int, int]:
+        return -target.layer, BLOCKS.index(target.block)
+
+    groups: list[list[Target]] = []
+    for _, members in groupby(sorted(targets, key=place), key=place):
+        block = list(members)
+        needed = covariance_bytes(block, inputs=inputs, outputs=outputs)
+        if needed > budget:
+            raise ValueError(
+                f"the covariances of layer {block[0].layer}'s {block[0].block} take {needed} bytes, the budget is "
+                f"{budget}; give at least that much, or compress fewer of its linears"
+            )
+        if groups and covariance_bytes(groups[-1] + block, inputs=inputs, outputs=outputs) <= budget:
+            groups[-1] += block
+        else:
+            groups.append(block)
+    return groups
+
+
+def _zeros(rows: Tensor) -> Tensor:
+    return rows.new_zeros(rows.shape[1], rows.shape[1], dtype=accumulation_dtype(rows.dtype))
+
+
+def _item_bytes(target: Target) -> int:
+    return accumulation_dtype(target.module.weight.dtype).itemsize
+
+
+def distinct_inputs(targets: Iterable[Target]) -> list[Target]:
+    """One linear of each group that by its names shares an input."""
+    return list({_input_name(target): target for target in targets}.values())
+
+
+def _input_name(target: Target) -> str:
+    """The same for linears that families give one input."""
+    parent, _, child = target.name.rpartition(".")
+    row = next((names for names in SHARED_INPUTS if child in names), (child,))
+    return f"{parent}.{row[0]}"
+
+
+def _require_finite(target: Target, what: str, *sums: Tensor | None) -> None:
+    if not all(torch.isfinite(each).all() for each in sums if each is not None):
+        raise NonFiniteError(
+            f"the {what} of {target.name} is NaN or infinite; expected a finite one. Load the model in bfloat16 or "
+            "float32."
+        )

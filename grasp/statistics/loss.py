@@ -1,0 +1,143 @@
+"""The loss at the end of a model, some tokens at a time: the logits of all tokens are never held at once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from grasp.errors import UnsupportedModelError
+from grasp.model.batch import Tokens
+from grasp.model.running import batch_inputs, evaluating, first_device
+
+LOGITS_BYTES = 2**25  # of fp32 logits held at once; their gradient takes as much again. More is slower: caches, pages
+
+
+class Body:
+    """What the layers of a model returned: everything that its head needs."""
+
+    output: Any = None
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden states that enter the head, (B, L, H)."""
+        if self.output is None:
+            raise UnsupportedModelError("the model does not call what its get_decoder() names; expected a causal LM")
+        hidden: Tensor = self.output[0]
+        return hidden
+
+
+@contextmanager
+def without_head(model: PreTrainedModel) -> Iterator[Body]:
+    """Keep what the backbone returns, and show the head one token of it, whose logits mean nothing."""
+    body = Body()
+
+    def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        body.output = output
+        return _with_hidden(output, output[0][:1, :1])
+
+    handle = model.get_decoder().register_forward_hook(keep)
+    try:
+        yield body
+    finally:
+        handle.remove()
+
+
+def loss_and_grad(model: PreTrainedModel, body: Body, batch: Tokens) -> tuple[float, Tensor]:
+    """Summed negative log-likelihood of each token given those before it, and its gradient in the hidden states.
+
+    The model's own head is applied, with whatever it does to the logits. Padding counts nothing.
+
+    Args:
+        model: the model that ``body`` came from.
+        body: see ``without_head``, whose context has ended.
+        batch: the tokens it was given.
+
+    Returns:
+        The loss in nats, and the gradient, (B, L, H) in the dtype of the hidden states.
+    """
+    hidden = body.hidden.detach()
+    chosen = F.pad(batch.is_target, (0, 1)).to(hidden.device)
+    source, grad = hidden[chosen], torch.zeros_like(hidden)
+    labels = batch.input_ids[:, 1:][batch.is_target].to(hidden.device)
+    grads = torch.empty_like(source)
+    loss = 0.0
+    step = max(1, LOGITS_BYTES // (4 * _vocabulary(model)))
+    for start in range(0, len(source), step):
+        rows = slice(start, start + step)
+        part = source[rows].requires_grad_()
+        with torch.enable_grad(), _backbone_returning(model, _with_hidden(body.output, part[None])):
+            logits = model(input_ids=labels[None, rows].to(first_device(model)), use_cache=False).logits
+        nll, grad_logits = nll_and_grad(logits.detach()[0], labels[rows].to(logits.device))
+        (grads[rows],) = torch.autograd.grad([logits], [part], [grad_logits[None]])
+        loss += nll
+        del logits, grad_logits  # before the next ones are made
+    grad[chosen] = grads
+    return loss, grad
+
+
+@torch.no_grad()
+def sum_nll(model: PreTrainedModel, batches: Iterable[Tokens]) -> float:
+    """Summed negative log-likelihood of all tokens that follow others, in nats; padding counts nothing."""
+    total = 0.0
+    with evaluating(model):
+        for batch in batches:
+            with without_head(model) as body:
+                model(**batch_inputs(model, batch), use_cache=False)
+            total += loss_and_grad(model, body, batch)[0]
+    return total
+
+
+def nll_and_grad(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    """``-Σ_t log softmax(logits)[t, labels[t]]`` and its gradient, ``softmax(logits) - onehot(labels)``.
+
+    Autograd would give the same and hold two more tensors as large as the logits.
+
+    Args:
+        logits: (T, vocab).
+        labels: (T,) int64.
+
+    Returns:
+        The sum, taken in fp32 (fp64 for fp64), and the gradient, (T, vocab) in the dtype of ``logits``.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_probabilities = logits.log_softmax(-1, dtype=dtype)
+    nll = -log_probabilities.gather(1, labels[:, None]).sum().item()
+    grad = log_probabilities.exp_()
+    grad[torch.arange(len(labels), device=labels.device), labels] -= 1
+    return nll, grad.to(logits.dtype)
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    size: int = model.config.get_text_config(decoder=True).vocab_size
+    return size
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    """A backbone's output with other hidden states."""
+    if not isinstance(output, ModelOutput):
+        return (hidden, *output[1:])
+    changed = copy.copy(output)
+    changed[next(iter(changed.keys()))] = hidden
+    return changed
+
+
+@contextmanager
+def _backbone_returning(model: PreTrainedModel, output: Any) -> Iterator[None]:
+    body = model.get_decoder()
+    saved = body.__dict__.get("forward")
+    body.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        if saved is None:
+            del body.forward
+        else:
+            body.forward = saved

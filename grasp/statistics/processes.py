@@ -1,0 +1,228 @@
+"""Many processes: each takes a part of the calibration set, statistics are added up, decompositions divided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import TypeVar
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grasp.errors import DistributedError
+from grasp.model.batch import CalibrationBatch
+
+Item = TypeVar("Item")
+
+TIMEOUT = timedelta(minutes=30)  # the longest a process waits for the others, whose part may take longer than its own
+BUCKET_BYTES = 2**28  # statistics added up in one message; what is larger goes in several
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that compress one model together, each given the same model, batches and configuration.
+
+    The default process group of ``torch.distributed`` connects them. ``ALONE`` is a single process, which no method
+    here makes wait or send anything.
+    """
+
+    rank: int = 0
+    size: int = 1
+    sharded: bool = False  # the weights are spread over the processes, see ``grasp.statistics.sharding``
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
+        """This process's part of the batches; batches that count nothing make all parts equally long."""
+        own = list(batches[self.rank :: self.size])
+        missing = -(-len(batches) // self.size) - len(own)
+        return own + [_blank(batches[0])] * missing
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Add up tensors over the processes, in place, in their own dtype; bit for bit the same in all.
+
+        Raises:
+            DistributedError: if a process is gone.
+        """
+        if self.size == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            with self._connected():
+                dist.all_reduce(flat)
+            for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def divide(
+        self, items: Sequence[Item], work: Callable[[Item], Mapping[str, Tensor]]
+    ) -> Iterator[tuple[Item, Mapping[str, Tensor]]]:
+        """Do the work for each item in one of the processes, and give its result, bit for bit, to all.
+
+        Args:
+            items: the same everywhere.
+            work: item → named tensors.
+
+        Returns:
+            The items in their order, each with its result; what another process made comes on the CPU.
+
+        Raises:
+            DistributedError: if the work fails in another process, or a process is gone.
+        """
+        for start in range(0, len(items), self.size):
+            turn = items[start : start + self.size]
+            with self.together():
+                own = work(turn[self.rank]) if self.rank < len(turn) else {}
+            for source, item in enumerate(turn):
+                yield item, self._from(source, own)
+
+    def least(self, number: int) -> int:
+        """The smallest of the processes' numbers.
+
+        Raises:
+            DistributedError: if a process is gone.
+        """
+        result = torch.tensor(number)
+        if self.size > 1:
+            with self._connected():
+                dist.all_reduce(result, dist.ReduceOp.MIN)
+        return int(result)
+
+    def together(self) -> ExitStack:
+        """A context: what fails in it in one process fails in all.
+
+        The process in which it failed raises that error, the others a ``DistributedError`` with its message. Where the
+        model is sharded, the one leaves the process group instead, since the others may be waiting for its weights.
+        """
+        stack = ExitStack()
+        if self.size > 1:
+            stack.push(self._settle)
+        return stack
+
+    def require_same(self, what: str, value: str) -> None:
+        """Check that all processes were given the same.
+
+        Raises:
+            DistributedError: if a process has something else than the first.
+        """
+        if self.size == 1:
+            return
+        expected = self._broadcast(0, value.encode()).decode()
+        with self.together():
+            if value != expected:
+                raise DistributedError(f"{what} differs from that of process 0; give all processes the same")
+
+    def _settle(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Tell the others whether this process has failed, and hear whether they have."""
+        if error is not None and not isinstance(error, Exception):
+            return  # it was interrupted: its end is told by the connection
+        if self.sharded:
+            if error is not None:
+                self._leave(error)
+            return
+        failed = torch.zeros(self.size, dtype=torch.int64)
+        failed[self.rank] = error is not None
+        with self._connected():
+            dist.all_reduce(failed)
+        if failed.any():
+            source = int(failed.argmax())
+            reason = self._broadcast(source, _one_line(error).encode()).decode()
+            if error is None:
+                raise DistributedError(f"process {source} of {self.size} failed: {reason}")
+
+    def _leave(self, error: Exception) -> None:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise self._lost(error) from error
+        dist.destroy_process_group()
+
+    def _from(self, source: int, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if self.size == 1:
+            return tensors
+        own = source == self.rank
+        data = self._broadcast(source, safetensors.torch.save(dict(tensors)) if own else b"")
+        return tensors if own else safetensors.torch.load(data)
+
+    def _broadcast(self, source: int, data: bytes) -> bytes:
+        """The ``data`` of the process ``source``."""
+        length = torch.tensor([len(data)])
+        with self._connected():
+            dist.broadcast(length, source)
+            buffer = torch.zeros(int(length), dtype=torch.uint8)
+            if source == self.rank:
+                buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else buffer
+            dist.broadcast(buffer, source)
+        return buffer.numpy().tobytes()
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> DistributedError:
+        return DistributedError(
+            f"process {self.rank} of {self.size} has lost the others: one of them has ended, or is more than {TIMEOUT} "
+            f"h behind. Its own last words say why; start all of them again ({_one_line(error)[:200]})"
+        )
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def joined(device: torch.device, *, sharded: bool = False) -> Iterator[Processes]:
+    """Connect to the processes that were started with this one, by ``torchrun`` say, until the block ends.
+
+    Args:
+        device: where this process computes.
+        sharded: whether the model is going to be, see ``grasp.statistics.sharding``.
+
+    Raises:
+        DistributedError: if they cannot be reached.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise DistributedError(
+            f"the other processes cannot be reached ({_one_line(error)}); start them with torchrun"
+        ) from error
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), sharded)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _blank(like: CalibrationBatch) -> CalibrationBatch:
+    """A batch of two tokens, both of them padding."""
+    ids = like.input_ids[:1, :2]
+    return CalibrationBatch(ids, torch.zeros_like(ids, dtype=torch.bool))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype on one device, in order, up to ``BUCKET_BYTES`` at a time or a single one."""
+    kinds = {(tensor.dtype, tensor.device): None for tensor in tensors}
+    for kind in kinds:
+        bucket: list[Tensor] = []
+        for tensor in (tensor for tensor in tensors if (tensor.dtype, tensor.device) == kind):
+            if bucket and sum(member.nbytes for member in bucket) + tensor.nbytes > BUCKET_BYTES:
+                yield bucket
+                bucket = []
+            bucket.append(tensor)
+        yield bucket
+
+
+def _one_line(error: BaseException | None) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,3 @@
+"""The version of grasp."""
+
+__version__ = "0.1.0"

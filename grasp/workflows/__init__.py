@@ -1,0 +1,1 @@
+"""From a model name and a text to a folder or a number."""

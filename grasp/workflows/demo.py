@@ -1,0 +1,255 @@
+"""The demonstration: a model compressed, beside itself dense, with layers deleted, by GRASP and by plain SVD."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from grasp.builtin import BUILTIN
+from grasp.calibration import bos_for, builtin_text, tokenize
+from grasp.checkpoint.compression_report import CompressionReport
+from grasp.checkpoint.saving import check_directory
+from grasp.compress import compress_
+from grasp.config import GraspConfig
+from grasp.environment import environment
+from grasp.evaluation.generation import summarize, time_generation
+from grasp.evaluation.perplexity import perplexity
+from grasp.loading import load_quietly
+from grasp.model.layer_removal import remove_layers_
+from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model.size import model_size
+from grasp.model.targets import decoder, layer_targets, replace_module_
+from grasp.progress import Progress, silent
+from grasp.workflows.compress import with_request, write_checkpoint
+from grasp.workflows.samples import Samples, draw
+
+DEMO_FILE = "demo.json"
+_MADE_BY = "grasp demo"
+_LEAST_NOISE = 0.03  # relative difference between medians of a few repeats that never counts
+
+DENSE, BEST, REMOVED, GRASP, PLAIN_SVD = "dense", "best", "layers removed", "GRASP", "plain SVD"
+
+
+@dataclass(frozen=True)
+class DemoSizes:
+    """How much the demonstration does; the default takes a few minutes on two CPU cores."""
+
+    num_samples: int = 8
+    seq_len: int = 512
+    num_layers: int = 6
+    retain_ratio: float = 0.1
+    seed: int = 0
+    windows: int = 16  # of held-out text, for perplexity
+    window: int = 512  # tokens
+    prompt_tokens: int = 512
+    new_tokens: int = 32
+    repeats: int = 7
+
+
+class Row(NamedTuple):
+    """One line of the table; speeds are medians in tokens per second, one sequence at a time."""
+
+    name: str
+    parameters: int
+    bytes: int
+    perplexity: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The table, what it says, under which conditions it was measured, and what was compressed."""
+
+    output: str
+    rows: tuple[Row, ...]
+    findings: tuple[str, ...]
+    conditions: Mapping[str, Any]
+    report: CompressionReport
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table and its conditions, as JSON can hold it; the report has a file of its own."""
+        return {
+            "made_by": _MADE_BY,
+            "output": self.output,
+            "rows": [row._asdict() for row in self.rows],
+            "findings": list(self.findings),
+            "conditions": dict(self.conditions),
+        }
+
+
+def run_demo(output: str | Path, sizes: DemoSizes | None = None, *, progress: Progress = silent) -> Demo:
+    """Compress the built-in model, compare it with its alternatives, and write checkpoint, report and table.
+
+    An earlier result of this function in ``output`` is replaced in one step.
+
+    Raises:
+        CheckpointError: if ``output`` holds anything else, or cannot be written to.
+        MissingPackageError: if the built-in model or text is not installed.
+    """
+    sizes = DemoSizes() if sizes is None else sizes
+    start = time.perf_counter()
+    again = _is_earlier_result(Path(output))
+    target = check_directory(output, overwrite=again)
+    samples = Samples(BUILTIN, sizes.num_samples, sizes.seq_len, seed=sizes.seed)
+    text = builtin_text("calibration")
+    dense, tokenizer = load_quietly(BUILTIN, progress=progress)
+
+    batches = draw(tokenizer, text, samples)
+    grasp = copy.deepcopy(dense)
+    published = compress_(
+        grasp, batches, GraspConfig(num_layers=sizes.num_layers, retain_ratio=sizes.retain_ratio), progress=progress
+    )
+    best = copy.deepcopy(dense)
+    config = GraspConfig.preset("best", compression_ratio=published.compression_ratio)
+    report = with_request(compress_(best, batches, config, progress=progress), BUILTIN, samples)
+    removed = copy.deepcopy(dense)
+    remove_layers_(removed, published.redundant_layers)
+    truncated = copy.deepcopy(dense)
+    keep_largest_groups_(truncated, published)
+
+    models = {DENSE: dense, BEST: best, REMOVED: removed, GRASP: grasp, PLAIN_SVD: truncated}
+    rows = _measure(models, tokenizer, sizes, progress)
+    conditions = {
+        "model": str(dense.config._name_or_path),
+        "dtype": str(dense.dtype).removeprefix("torch."),
+        "device": str(dense.device),
+        "text": "builtin: calibration and evaluation split have no document in common",
+        "sizes": asdict(sizes),
+        "layers": list(published.redundant_layers),
+        "seconds": round(time.perf_counter() - start, 1),
+        "environment": environment(),
+    }
+    demo = Demo(str(target), rows, findings(rows), conditions, report)
+    write_checkpoint(
+        best,
+        tokenizer,
+        target,
+        BUILTIN,
+        samples,
+        report,
+        extra_files={DEMO_FILE: json.dumps(demo.to_dict(), indent=2)},
+        overwrite=again,
+        progress=progress,
+    )
+    return demo
+
+
+@torch.no_grad()
+def keep_largest_groups_(model: PreTrainedModel, report: CompressionReport) -> None:
+    """Plain SVD: compress the modules that ``report`` names to the same ranks, by the largest singular values."""
+    linears = {t.name: t.module for layer in report.redundant_layers for t in layer_targets(model, layer)[0]}
+    for module in report.compressed:
+        low_rank = LowRankLinear.from_dense(linears[module.name], torch.arange(module.rank))
+        replace_module_(model, module.name, low_rank)
+    group_linears_(model)
+
+
+def findings(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Who wins where, in sentences, from the numbers alone."""
+    by_name = {row.name: row for row in rows}
+    return (
+        _perplexity_finding(by_name),
+        _size_finding(by_name),
+        _speed_finding("Prefill", by_name, lambda row: row.prefill_tokens_per_s),
+        _speed_finding("Decode", by_name, lambda row: row.decode_tokens_per_s),
+    )
+
+
+def _perplexity_finding(rows: Mapping[str, Row]) -> str:
+    grasp, removed, plain = (rows[name].perplexity for name in (GRASP, REMOVED, PLAIN_SVD))
+    ordered = sorted((row for row in rows.values() if row.name != DENSE), key=lambda row: row.perplexity)
+    ranking = ", ".join(f"{row.name} {row.perplexity:.1f}" for row in ordered)
+    text = f"Perplexity (dense {rows[DENSE].perplexity:.1f}), best first: {ranking}."
+    if removed < grasp:
+        text += (
+            " GRASP as published loses to simply deleting the layers here, although it keeps more parameters; "
+            "this is usual on models this small."
+        )
+    else:
+        text += " GRASP as published beats deleting the layers here."
+    return (
+        text + f" Choosing groups by gradient is {'better' if grasp < plain else 'no better'} than by singular value."
+    )
+
+
+def _size_finding(rows: Mapping[str, Row]) -> str:
+    dense = rows[DENSE].parameters
+    gone = {name: 1 - rows[name].parameters / dense for name in (REMOVED, GRASP)}
+    return (
+        f"Size: deleting removes {gone[REMOVED]:.1%} of the parameters, the others {gone[GRASP]:.1%}; "
+        "deleting also spares the KV cache of the layers, which low-rank layers keep."
+    )
+
+
+def _speed_finding(phase: str, rows: Mapping[str, Row], speed: Callable[[Row], float]) -> str:
+    """GRASP and plain SVD run matrices of the same shapes: the difference between them is noise of the measurement."""
+    dense, best = speed(rows[DENSE]), max(map(speed, rows.values()))
+    parts = ", ".join(f"{name} {speed(rows[name]) / dense:.2f}x" for name in (BEST, REMOVED, GRASP, PLAIN_SVD))
+    slower, faster = sorted((speed(rows[GRASP]), speed(rows[PLAIN_SVD])))
+    noise = max(faster / slower - 1, _LEAST_NOISE)
+    leaders = [row.name for row in rows.values() if speed(row) * (1 + noise) >= best]
+    if len(leaders) == 1:
+        verdict = f"{leaders[0]} is fastest"
+    else:
+        verdict = f"{', '.join(leaders[:-1])} and {leaders[-1]} are too close to call"
+    return (
+        f"{phase} speed against dense: {parts}. GRASP and plain SVD have the same shapes, so differences up to "
+        f"{noise:.0%} are taken for noise: {verdict}."
+    )
+
+
+def _is_earlier_result(output: Path) -> bool:
+    try:
+        written = json.loads((output / DEMO_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(written, dict) and written.get("made_by") == _MADE_BY
+
+
+def _measure(
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    sizes: DemoSizes,
+    progress: Progress,
+) -> tuple[Row, ...]:
+    held_out = tokenize(tokenizer, builtin_text("evaluation"))[: sizes.windows * sizes.window]
+
+    def named(prefix: str) -> Progress:
+        return lambda step, done, total: progress(f"{step} {prefix}", done, total)
+
+    values = {
+        name: perplexity(
+            model, held_out, window=sizes.window, bos_token_id=bos_for(tokenizer), progress=named(name)
+        ).perplexity
+        for name, model in models.items()
+    }
+    times: dict[str, list[Any]] = {name: [] for name in models}
+    total = (sizes.repeats + 1) * len(models)
+    for repeat in range(sizes.repeats + 1):  # the models take turns, so that a slow minute slows all of them
+        for index, (name, model) in enumerate(models.items(), start=1):
+            times[name].append(time_generation(model, prompt_tokens=sizes.prompt_tokens, new_tokens=sizes.new_tokens))
+            progress("speed", repeat * len(models) + index, total)
+    rows = []
+    for name, model in models.items():
+        size = model_size(model, decoder(model).layers)
+        speed = summarize(times[name][1:], prompt_tokens=sizes.prompt_tokens, new_tokens=sizes.new_tokens)
+        rows.append(
+            Row(
+                name,
+                size.parameters,
+                size.bytes,
+                values[name],
+                speed.prefill_tokens_per_s,
+                speed.decode_tokens_per_s,
+            )
+        )
+    return tuple(rows)

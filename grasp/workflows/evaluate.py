@@ -1,0 +1,84 @@
+"""From a model name and a text to its perplexity, task scores and size."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from grasp.calibration import bos_for, read_text, tokenize
+from grasp.evaluation.lm_eval import TaskRequest, evaluate_tasks
+from grasp.evaluation.perplexity import PerplexityResult, perplexity
+from grasp.loading import load_quietly
+from grasp.model.size import Size, model_size
+from grasp.model.targets import decoder
+from grasp.progress import Progress, silent
+from grasp.workflows.guards import require_known, within_memory
+from grasp.workflows.samples import _model_name, _text_name
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model is worth on a text, on tasks, or on both, and what it weighs.
+
+    Attributes:
+        model: its name; of a path the last part.
+        text: where ``result`` is from, likewise.
+        scores: lm-eval's results, see ``evaluate_tasks``.
+    """
+
+    model: str
+    text: str | None
+    result: PerplexityResult | None
+    size: Size
+    scores: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it: with tasks lm-eval's own form, and what is ours under ``"grasp"``."""
+        own = asdict(self)
+        scores = own.pop("scores")
+        return own if scores is None else {**scores, "grasp": own}
+
+
+def evaluate(
+    name: str,
+    source: str | None,
+    *,
+    tasks: TaskRequest | None = None,
+    window: int = 1024,
+    stride: int | None = None,
+    batch_size: int = 1,
+    dtype: str = "auto",
+    device: str | None = None,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Size of a model, its perplexity on the text ``source`` unless that is ``None``, and its scores on ``tasks``.
+
+    Raises:
+        GraspError, ValueError: as ``read_text``, ``load_model``, ``perplexity`` and ``evaluate_tasks`` do.
+        CalibrationError: if the tokenizer gives tokens that the model does not have.
+        OutOfMemoryError: if the device's memory does not suffice.
+    """
+    text = None if source is None else read_text(source, split="evaluation")
+    if tasks is not None:
+        tasks.check(batch_size)
+    result = scores = None
+    with within_memory(batch_size, window):
+        model, tokenizer = load_quietly(name, dtype=dtype, device=device, progress=progress)
+        if text is not None:
+            tokens = tokenize(tokenizer, text)
+            require_known(model, tokens)
+            result = perplexity(
+                model,
+                tokens,
+                window=window,
+                stride=stride,
+                batch_size=batch_size,
+                bos_token_id=bos_for(tokenizer),
+                progress=progress,
+            )
+        if tasks is not None:
+            scores = evaluate_tasks(
+                *(model, tokenizer, tasks.names, tasks.source, tasks.limit), batch_size=batch_size, progress=progress
+            )
+    text = None if source is None else _text_name(source)
+    return Evaluation(_model_name(name), text, result, model_size(model, decoder(model).layers), scores)

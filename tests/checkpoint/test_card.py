@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import LocalEntryNotFoundError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from grasp.checkpoint import card as module
+from grasp.checkpoint.card import (
+    folder_card,
+    is_hub_name,
+    model_card,
+    read_card,
+    read_license,
+    with_results,
+    without_results,
+)
+from grasp.checkpoint.saving import save_checkpoint
+from grasp.errors import CheckpointError
+from grasp.model.lowrank_linear import LowRankLinear
+from tests.tiny_models import tiny_model
+
+
+def installed() -> bool:
+    try:
+        distribution("grasp-llm")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    """Two linears of layer 1 low-rank: 48 x 32 and, with a bias, 32 x 32."""
+    model = tiny_model("qwen2")
+    for name, rank in (("model.layers.1.mlp.up_proj", 4), ("model.layers.1.self_attn.q_proj", 8)):
+        model.set_submodule(name, LowRankLinear.from_dense(model.get_submodule(name), torch.arange(rank)))
+    return model
+
+
+def test_front_matter_is_what_the_hub_reads(model: PreTrainedModel) -> None:
+    card = ModelCard(model_card(model, base_model="owner/Name-1.5B", license={"license": "apache-2.0"}))
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["grasp", "low-rank"],
+        "base_model": "owner/Name-1.5B",
+        "base_model_relation": "quantized",
+        "license": "apache-2.0",
+    }
+    assert card.text.strip().startswith("# Name-1.5B, compressed\n\n[owner/Name-1.5B](https://huggingface.co/owner/")
+
+
+@pytest.mark.parametrize(
+    ("base_model", "title"),
+    [
+        (None, "A qwen2 model"),
+        ("builtin", "Builtin"),
+        (".", "A qwen2 model"),
+        ("/home/someone/models/my-model", "My-model"),
+        ("models/tiny.Q4_1.gguf", "Tiny.Q4_1"),
+    ],
+)
+def test_a_base_model_that_is_not_on_the_hub_is_no_link(
+    model: PreTrainedModel, base_model: str | None, title: str
+) -> None:
+    text = model_card(model, base_model=base_model)
+    data = ModelCard(text).data.to_dict()
+    assert "base_model" not in data
+    assert "base_model_relation" not in data
+    assert f"# {title}, compressed\n\n{title}, made smaller" in text
+    assert "someone" not in text
+
+
+def test_a_path_that_exists_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_name("owner/model")
+    (tmp_path / "owner/model").mkdir(parents=True)
+    assert not is_hub_name("owner/model")
+
+
+def test_table_says_what_was_compressed_and_what_that_took_out(model: PreTrainedModel) -> None:
+    text = model_card(model, base_model=None, details="## Quality\n\nPerplexity 10 → 12.")
+    before = sum(p.numel() for p in tiny_model("qwen2").parameters())
+    after = sum(p.numel() for p in model.parameters())
+    assert f"takes {1 - after / before:.1%} of the parameters out of the model ({before:,} before" in text
+    assert f", {after:,} now)" in text
+    kept = (4 * (48 + 32) + 8 * (32 + 32) + 32) / (48 * 32 + 32 * 32 + 32)
+    assert f"| `model.layers.1` | `self_attn.q_proj` 8 of 32, `mlp.up_proj` 4 of 32 | {kept:.1%} |\n" in text
+    assert text.endswith("## Quality\n\nPerplexity 10 → 12.\n")
+
+
+def test_licence_is_read_from_a_folder(tmp_path: Path) -> None:
+    assert read_license(str(tmp_path)) == {}
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: mine\ntags: [a]\n---\n# A\n")
+    assert read_license(str(tmp_path)) == {"license": "other", "license_name": "mine"}
+    (tmp_path / "README.md").write_text("no front matter")
+    assert read_license(str(tmp_path)) == {}
+
+
+def test_licence_is_read_from_the_hub_where_it_can_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    asked: list[tuple[str, str]] = []
+
+    def download(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        if repository == "owner/model":
+            return str(tmp_path / file)
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(module, "hf_hub_download", download)
+    assert read_license("owner/model") == {"license": "mit"}
+    assert read_license("owner/other") == {}
+    assert asked == [("owner/model", "README.md"), ("owner/other", "README.md")]
+
+
+PERPLEXITY = {"perplexity": 24.25, "tokens": 4092, "window": 512}
+
+
+def document(parameters: int, *, text: str | None = None, acc: float | None = None) -> dict[str, Any]:
+    """What ``grasp evaluate --json`` prints, as far as a card reads it."""
+    own = {"model": "/home/someone/small", "text": text, "result": PERPLEXITY if text else None}
+    own["size"] = {"parameters": parameters}
+    if acc is None:
+        return own
+    scores = {"name": "piqa", "acc,none": acc, "acc_stderr,none": 0.01, "sample_len": 500}
+    return {"results": {"piqa": scores}, "n-samples": {"piqa": {"effective": 500}}, "n-shot": {"piqa": 0}, "grasp": own}
+
+
+def test_results_are_shown_and_are_the_hubs_model_index(model: PreTrainedModel) -> None:
+    card = model_card(model, base_model="owner/Name-1.5B", license={"license": "mit"}, details="## How\n\nSo.")
+    documents = [
+        document(100, text="/home/someone/text.txt"),
+        document(100, acc=0.625),
+        document(120, text="builtin"),
+        document(7, acc=0.99),
+    ]
+    shown = with_results(card, documents, parameters=100, before=120)
+    data = ModelCard(shown).data
+    assert isinstance(data, ModelCardData)
+    assert data.eval_results is not None
+    assert [(r.dataset_type, r.metric_type, r.metric_value) for r in data.eval_results] == [
+        ("a text", "perplexity", 24.25),
+        ("piqa", "acc", 0.625),
+    ]
+    assert data.model_name == "Name-1.5B, compressed"
+    assert (data.base_model, data.license) == ("owner/Name-1.5B", "mit")
+    assert "| before compression | 4,092 tokens of builtin, windows of 512 | perplexity | 24.250 |\n" in shown
+    assert "| this model | 4,092 tokens of a text, windows of 512 | perplexity | 24.250 |\n" in shown
+    assert "| this model | `piqa` of lm-eval, 500 documents, 0 shots | acc | 0.6250 ± 0.0100 |\n" in shown
+    assert "0.99" not in shown
+    assert "someone" not in shown
+    assert "## How\n\nSo." in shown
+
+
+def test_results_take_the_place_of_earlier_ones_and_can_be_taken_out(model: PreTrainedModel) -> None:
+    card = model_card(model, base_model=None)
+    once = with_results(card, [document(100, acc=0.5)], parameters=100)
+    twice = with_results(once, [document(100, acc=0.75)], parameters=100)
+    assert "0.5000" not in twice
+    assert twice.count("## Evaluation by grasp") == 1
+    assert without_results(twice) == card
+    assert without_results("no card at all") == "no card at all"
+
+
+def test_a_number_that_is_not_finite_is_not_shown(model: PreTrainedModel) -> None:
+    broken = document(100, text="builtin")
+    broken["result"] = {**PERPLEXITY, "perplexity": None}
+    card = model_card(model, base_model=None)
+    assert with_results(card, [broken], parameters=100) == card
+    tasks = {"results": {"piqa": {"acc,none": math.nan}}, "n-samples": {}, "n-shot": {}, "grasp": broken}
+    assert with_results(card, [tasks], parameters=100) == card
+
+
+def test_the_card_of_a_folder_says_what_that_of_the_model_says(model: PreTrainedModel, tmp_path: Path) -> None:
+    save_checkpoint(model, tmp_path / "out")
+    cards = folder_card(tmp_path / "out", base_model="a/b"), model_card(model, base_model="a/b")
+    assert len({tuple(sorted(re.split(r" *[\n,|] *", card))) for card in cards}) == 1  # modules in any order
+
+
+@pytest.mark.parametrize("card", ["# No front matter\n", "---\ntags: [a\n---\n# Broken\n", "---\njust text\n---\n"])
+def test_front_matter_that_the_hub_could_not_read_is_refused(card: str) -> None:
+    with pytest.raises(CheckpointError, match="front matter"):
+        read_card(card)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not installed(), reason="grasp-llm is not installed in this environment")
+def test_the_usage_snippet_runs_in_the_folder(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    name = "model.layers.1.mlp.up_proj"
+    model.set_submodule(name, LowRankLinear.from_dense(model.get_submodule(name), torch.arange(4)))
+    vocabulary = {word: number for number, word in enumerate(["?", "The", "first", "thing"])}
+    words = Tokenizer(WordLevel(vocabulary | {f"w{number}": number for number in range(4, 97)}, unk_token="?"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    folder = save_checkpoint(
+        model, tmp_path / "out", tokenizer=tokenizer, card=model_card(model, base_model="owner/model")
+    )
+    snippet = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert snippet is not None
+    result = subprocess.run([sys.executable, "-c", snippet[1]], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("The first thing")

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from grasp.checkpoint.inspection import inspect_checkpoint
+from grasp.compress import compress_
+from grasp.config import GraspConfig
+from grasp.errors import CheckpointError
+from tests.tiny_models import tiny_batches, tiny_model
+
+FAMILIES = ["llama", "gpt2", "gemma3", "phi3", "opt"]
+
+
+def compressed(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
+    model = tiny_model(family, dtype)
+    report = compress_(model, tiny_batches(1), GraspConfig(num_layers=1, retain_ratio=0.4))
+    model.save_pretrained(folder)
+    return report
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_and_ranks_are_those_of_the_report(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    report = compressed(tmp_path, family, dtype)
+    found = inspect_checkpoint(tmp_path)
+    assert found.parameters == report.after.parameters
+    assert found.bytes == report.after.bytes
+    assert found.dense_parameters == report.before.parameters
+    assert found.num_layers == 3
+    assert {m.name: (m.layer, m.rank, m.parameters, m.bytes) for m in found.modules} == {
+        m.name: (m.layer, m.rank, m.parameters_after, m.bytes_after) for m in report.compressed
+    }
+    assert sum(part.bytes for part in found.parts) == found.bytes
+    parts = {part.name: part for part in found.parts}
+    assert {"embeddings", "attention, dense", "attention, low-rank", "mlp, dense", "mlp, low-rank", "norms"} <= set(
+        parts
+    )
+    low_rank = parts["attention, low-rank"].parameters + parts["mlp, low-rank"].parameters
+    assert low_rank == sum(m.parameters_after for m in report.compressed)
+    assert ("head and other" in parts) == (family in ("llama", "phi3", "gpt2", "opt"))
+    assert found.report is None
+
+
+def test_a_dense_folder_has_no_low_rank_parts(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    found = inspect_checkpoint(tmp_path)
+    assert found.modules == ()
+    assert found.compression_ratio == 0
+    assert not any("low-rank" in part.name for part in found.parts)
+
+
+def test_shards_are_read_as_one(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert inspect_checkpoint(tmp_path).parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def edit_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    ranks = config["quantization_config"]["ranks"]
+    ranks[next(iter(ranks))] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def drop_factor(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if not name.endswith("q_proj.Vh")}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def set_config(**values: object) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+    return damage
+
+
+def set_ranks(ranks: object) -> Callable[[Path], object]:
+    return set_config(quantization_config={"quant_method": "grasp", "ranks": ranks})
+
+
+def set_report(**values: object) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        report = json.loads((folder / "report.json").read_text())
+        (folder / "report.json").write_text(json.dumps({**report, **values}))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (edit_config, r"config.json gives .* rank \d+, but its tensors are U"),
+        (drop_factor, r"but the files lack .*q_proj.U or .*q_proj.Vh"),
+        (cut, "model.safetensors cannot be read .* expected a complete safetensors file"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "holds a list; expected a JSON object"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no .safetensors file"),
+        (lambda folder: (folder / "report.json").write_text("{}"), r"report\.json: not a compression report"),
+        (lambda folder: (folder / "report.json").write_bytes(b"\xff{"), r"report\.json: .*utf-8"),
+        (set_config(quantization_config="grasp"), r"config\.json: quantization_config must be a JSON object, got 'gra"),
+        (set_config(quantization_config=[1]), r"config\.json: quantization_config must be a JSON object, got \[1\]"),
+        (set_ranks(None), r"config\.json: ranks must map module names .*got None"),
+        (set_ranks(["a"]), r"config\.json: ranks must map .*got \['a'\]"),
+        (set_ranks({"a": "1"}), r"config\.json: ranks must map .*got \{'a': '1'\}"),
+        (set_report(block_influence=[]), r"report\.json: .*block_influence has 0 layers"),
+        (set_report(block_influence="abc"), r"report\.json: .*block_influence must be numbers"),
+        (set_report(after={"parameters": "x", "bytes": 1, "decoder_parameters": 1}), r"report\.json: .*got 'x'"),
+        (set_report(before={"parameters": 0, "bytes": 0, "decoder_parameters": 0}), r"report\.json: .*no parameters"),
+    ],
+)
+def test_a_damaged_folder_is_refused_with_the_damage(
+    damage: Callable[[Path], object], words: str, tmp_path: Path
+) -> None:
+    report = compressed(tmp_path)
+    (tmp_path / "report.json").write_text(report.to_json())
+    assert inspect_checkpoint(tmp_path).report == report
+    damage(tmp_path)
+    with pytest.raises(CheckpointError, match=words):
+        inspect_checkpoint(tmp_path)

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+
+from grasp.checkpoint.push import push as upload
+from grasp.checkpoint.push import require_complete
+from grasp.errors import CheckpointError, HubError
+from grasp.model.hf_quantizer import mark_compressed
+from grasp.model.lowrank_linear import LowRankLinear
+from tests.command_line import environment, save_tiny_model
+from tests.fake_hub import TOKEN, FakeHub, fake_hub
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import byte_tokenizer
+
+SECRET = TOKEN.removeprefix("hf_")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``save_pretrained`` writes in Python, in two shards, without the model card: no report."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    tokenizer = byte_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    name = "model.layers.1.mlp.up_proj"
+    model.set_submodule(name, LowRankLinear.from_dense(model.get_submodule(name), torch.arange(4)))
+    mark_compressed(model)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "small"))
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with fake_hub() as started:
+        yield started
+
+
+def push(folder: Path, *arguments: str, endpoint: str, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
+    home = folder.parent / "home"
+    home.mkdir(exist_ok=True)
+    variables = {name: value for name, value in environment().items() if not name.startswith("HF_")}
+    variables |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    if token is not None:
+        variables["HF_TOKEN"] = token
+    run = subprocess.run(
+        [sys.executable, "-m", "grasp", "push", str(folder), *arguments],
+        cwd=folder.parent,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert SECRET not in run.stdout + run.stderr
+    for file in folder.parent.rglob("*"):
+        assert not file.is_file() or SECRET.encode() not in file.read_bytes()
+    return run
+
+
+@pytest.mark.slow
+def test_a_folder_arrives_whole_without_what_is_unfinished_or_hidden_and_again_only_what_is_new(
+    folder: Path, hub: FakeHub
+) -> None:
+    for name in ("notes.partial", ".env", "old.partial/weights.safetensors", "sub/.hidden"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("not for others")
+    expected = {path.name for path in folder.iterdir() if path.is_file() and path.name not in ("notes.partial", ".env")}
+    assert sum(name.endswith(".safetensors") for name in expected) > 1
+    run = push(folder, "someone/small", "--private", "--json", endpoint=hub.address)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == {"repository": f"{hub.address}/someone/small"}
+    assert hub.repositories == {"someone/small": "private"}
+    assert hub.files.keys() == expected | {"README.md"}
+    assert all(hub.files[name] == (folder / name).read_bytes() for name in hub.files)
+    assert ModelCard(hub.files["README.md"].decode()).data.library_name == "transformers"
+
+    sent = list(hub.uploads)
+    (folder / "README.md").write_text("---\ntags: [mine]\n---\n# Mine\n")
+    again = push(folder, "someone/small", "--private", endpoint=hub.address)
+    assert again.returncode == 0, again.stderr
+    assert hub.uploads == sent
+    assert hub.files["README.md"] == b"---\ntags: [mine]\n---\n# Mine\n"
+    assert hub.repositories == {"someone/small": "private"}
+
+
+@pytest.mark.slow
+def test_after_a_failure_the_same_command_sends_only_what_is_missing(folder: Path, hub: FakeHub) -> None:
+    hub.refuse_commits = 1
+    failed = push(folder, "someone/small", endpoint=hub.address)
+    assert failed.returncode == 2
+    assert "run the same command again" in failed.stderr.splitlines()[-1]
+    assert "Traceback" not in failed.stderr
+    sent = list(hub.uploads)
+    assert sent
+    assert not hub.files
+    again = push(folder, "someone/small", endpoint=hub.address)
+    assert again.returncode == 0, again.stderr
+    assert hub.uploads == sent
+    assert {"config.json", "README.md"} <= hub.files.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "reachable", "words"),
+    [
+        ("someone/small", None, True, ["no token for the hub", "hf auth login", "HF_TOKEN"]),
+        ("someone/small", f"{TOKEN}Wrong", True, ["401", "the token is not valid"]),
+        ("somebody-else/small", TOKEN, True, ["403", "write access"]),
+        ("no name/at all", TOKEN, True, ["no name of a repository", "owner/name"]),
+        ("someone/small", TOKEN, False, ["failed", "run the same command again"]),
+    ],
+)
+def test_what_the_hub_refuses_is_said_with_the_remedy(
+    name: str,
+    token: str | None,
+    reachable: bool,
+    words: list[str],
+    folder: Path,
+    hub: FakeHub,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address if reachable else "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(HubError) as refused:
+        upload(folder, name)
+    assert SECRET not in str(refused.value)
+    for word in words:
+        assert word in str(refused.value)
+    assert not hub.files
+
+
+def test_a_repository_that_is_public_is_not_taken_for_a_private_one(
+    folder: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.repositories = {"someone/public": "public"}
+    with pytest.raises(HubError, match="is there and public; nothing was uploaded"):
+        upload(folder, "someone/public", private=True)
+    assert not hub.files
+
+
+def break_index(folder: Path) -> None:
+    next(folder.glob("model-00001-*.safetensors")).unlink()
+
+
+def cut_weights(folder: Path) -> None:
+    file = next(folder.glob("model-00001-*.safetensors"))
+    os.truncate(file, file.stat().st_size - 100)
+
+
+def drop_tokenizer(folder: Path) -> None:
+    for file in folder.glob("*token*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
+        (break_index, "lacks 1 of|the files lack"),
+        (cut_weights, "cannot be read"),
+        (drop_tokenizer, "has no tokenizer"),
+        (lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x"), "may be a pickle"),
+        (lambda folder: (folder / "Optimizer.PT").write_bytes(b"x"), "may be a pickle"),
+        (lambda folder: shutil.rmtree(folder), "no folder"),
+    ],
+)
+def test_a_folder_that_is_no_whole_checkpoint_is_refused(
+    damage: Callable[[Path], object], words: str, folder: Path
+) -> None:
+    assert require_complete(folder).modules
+    damage(folder)
+    with pytest.raises(CheckpointError, match=words):
+        require_complete(folder)
+
+
+def test_a_dense_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not compressed"):
+        require_complete(save_tiny_model(tmp_path / "dense"))

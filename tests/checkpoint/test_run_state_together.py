@@ -1,0 +1,227 @@
+"""Runs that decide on all linears together, stopped and continued."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grasp import compress
+from grasp.bench import costs as bench_costs
+from grasp.checkpoint import run_folder as kept
+from grasp.checkpoint.run_state import RunState
+from grasp.config import GraspConfig
+from grasp.errors import CheckpointError, ResumeError
+from grasp.method.cost_table import CostTable, LinearSeconds
+from grasp.progress import Progress, silent
+from grasp.workflows.compress import compress
+from grasp.workflows.samples import Samples
+from tests.command_line import save_tiny_model
+from tests.interrupted import BATCHES, Killed, Run, assert_same, run, stop_at, stopped, stopped_at_every_write
+
+BEST = GraspConfig.preset("best", compression_ratio=0.1)
+KFAC: dict[str, Any] = {"basis": "kfac", "metric": "magnitude", "allocation": "global", "schedule": "single-sweep"}
+SWEEP = "covariances, 3 layers"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "out.partial"
+
+
+def replaced(found: Run) -> int:
+    """How many linears are low-rank."""
+    return sum(not module.reason for module in found[0].modules)
+
+
+def costs(call: float = 0.0) -> CostTable:
+    """A table of the tiny Llama in which a linear costs its weights, and each of a low-rank one's two a call."""
+    shapes = [(32, 32), (16, 32), (48, 32), (32, 48)]
+    linears = {(n, k): LinearSeconds(n * k, (1, 64), (n + k + call, 64 * (n + k) + call)) for n, k in shapes}
+    return CostTable("any", "measured", "float32", linears, 0.0, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "sums"),
+    [
+        ("gpt2", {**KFAC, "refit": True}, 0),
+        ("llama", {"allocation": "global", "metric": "taylor", "schedule": "single-sweep"}, BATCHES),
+        ("llama", {**KFAC, "schedule": "progressive"}, 1),  # the first cut
+    ],
+)
+def test_a_run_stopped_at_any_write_ends_as_if_it_had_not_been(
+    family: str, options: dict[str, Any], sums: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "INTERVAL", 0.0)
+    monkeypatch.setattr(kept, "SHARE", float("inf"))
+    config = GraspConfig(num_layers=1, retain_ratio=0.4, **options)
+    expected = run(None, config, family=family)
+    assert replaced(expected)
+    writes = stopped_at_every_write(config, family, folder, expected, monkeypatch)
+    assert writes == 3 + sums + len(expected[0].modules)
+
+
+@pytest.mark.parametrize(
+    ("config", "step", "time", "continued"),
+    [
+        (BEST, SWEEP, 1, "0 of 2"),
+        (BEST, SWEEP, 2, "1 of 2"),
+        (BEST, "refit", 1, "2 of 2"),
+        (GraspConfig(num_layers=1, scope="auto", refit=True, **KFAC), "refit", 1, "1 of 1"),
+    ],
+)
+def test_what_was_done_is_not_done_again(
+    config: GraspConfig, step: str, time: int, continued: str, folder: Path
+) -> None:
+    steps, heard = list[tuple[str, int]](), list[str]()
+
+    def note(now: str, done: int, total: int) -> None:
+        if now != "prefix":
+            steps.append((now, done))
+
+    def stop(now: str, done: int, total: int) -> None:
+        note(now, done, total)
+        if steps.count((step, 1)) == time:
+            raise Killed
+
+    expected = run(None, config, progress=note)
+    whole = steps.copy()
+    steps.clear()
+    with pytest.raises(Killed):
+        run(folder, config, progress=stop)
+    begun = [place for place, now in enumerate(steps) if now == (step, 1)][-1]
+    steps.clear()
+    assert_same(run(folder, config, progress=note, notify=heard.append), expected)
+    assert heard == [f"continuing: {continued} sweeps done"]
+    assert steps == whole[begun:]
+    assert replaced(expected)
+
+
+def prefer(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one scope win on the held-out text."""
+    monkeypatch.setattr(
+        compress, "held_out_losses", lambda *args: {name: float(not name.startswith(scope)) for name in args[3]}
+    )
+
+
+def test_the_scope_that_won_is_not_left_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = GraspConfig(num_layers=1, scope="auto", refit=True, **KFAC)
+    prefer("redundant", monkeypatch)
+    expected = run(None, config)
+    assert expected[0].scope == "redundant"
+    stopped(folder, "refit", 1, config)
+    prefer("model", monkeypatch)
+    assert_same(run(folder, config), expected)
+
+
+def test_a_decision_that_was_not_kept_whole_does_not_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = GraspConfig(num_layers=1, scope="auto", refit=True, **KFAC)
+    keep = RunState.keep_module
+
+    def keep_ten(state: RunState, *args: Any) -> None:
+        keep(state, *args)
+        if len(list(folder.glob("module-*"))) == 10:
+            raise Killed
+
+    prefer("model", monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "keep_module", keep_ten)
+        with pytest.raises(Killed):
+            run(folder, config)
+    prefer("redundant", monkeypatch)
+    stopped(folder, "refit", 1, config)
+    assert 0 < len(list(folder.glob("module-*"))) < 10
+    found = run(folder, config)
+    assert_same(found, run(None, config))
+    assert found[0].scope == "redundant"
+
+
+def stopped_after_the_first_cut(folder: Path) -> Path:
+    """Stop ``best`` in its second sweep; the file of its first cut."""
+    steps: list[str] = []
+
+    def stop(step: str, done: int, total: int) -> None:
+        steps.append(step)
+        if steps.count(SWEEP) == BATCHES + 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(folder, BEST, progress=stop)
+    return folder / "cut.safetensors"
+
+
+def test_the_first_cut_is_kept_until_the_decision(folder: Path) -> None:
+    assert stopped_after_the_first_cut(folder).exists()
+    stopped(folder, "refit", 1, BEST)
+    assert not (folder / "cut.safetensors").exists()
+
+
+def test_a_damaged_cut_is_refused(folder: Path) -> None:
+    cut = stopped_after_the_first_cut(folder)
+    data = bytearray(cut.read_bytes())
+    data[-3] ^= 16
+    cut.write_bytes(data)
+    with pytest.raises(ResumeError, match=r"cut\.safetensors is damaged \(its checksum is wrong\); delete the folder"):
+        run(folder, BEST)
+
+
+def test_a_first_cut_that_would_not_fit_the_disk_is_not_begun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(folder.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    steps: list[str] = []
+    with pytest.raises(CheckpointError, match=r"cut\.safetensors needs .* GB, 0\.00 GB are free; make room"):
+        run(folder, BEST, progress=lambda step, done, total: steps.append(step))
+    assert SWEEP not in steps
+
+
+def test_a_folder_of_an_earlier_format_is_refused_with_the_reason(folder: Path) -> None:
+    stopped(folder, SWEEP, 1, BEST)
+    path = folder / "state.json"
+    state = json.loads(path.read_text())
+    state["identity"]["format"] = 2
+    del state["decision"], state["identity"]["costs"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(ResumeError, match="another request: format is 3, expected 2"):
+        run(folder, BEST)
+
+
+def test_other_costs_are_refused(folder: Path) -> None:
+    config = dataclasses.replace(BEST, compression_ratio=None, target_latency=0.8)
+    expected = run(None, config, costs=costs())
+    stopped(folder, "refit", 1, config, costs=costs())
+    with pytest.raises(ResumeError, match=r"another request: costs is \w{8}\.\.\., expected \w{8}\.\.\.\. Give"):
+        run(folder, config, costs=costs(call=500.0))
+    assert_same(run(folder, config, costs=costs()), expected)
+
+
+def test_costs_that_were_measured_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    samples = Samples(str(tmp_path / "text.txt"), num_samples=4, seq_len=32, batch_size=2)
+    config = dataclasses.replace(BEST, compression_ratio=None, target_latency=0.8)
+    measured = iter([costs(), costs(call=500.0), costs()])
+    monkeypatch.setattr(bench_costs, "measure_costs", lambda *args, **options: next(measured))
+
+    def compressed(output: str, progress: Progress = silent) -> bytes:
+        compress(str(tmp_path / "model"), tmp_path / output, config, samples, progress=progress)
+        return (tmp_path / output / "model.safetensors").read_bytes()
+
+    with pytest.raises(Killed):
+        compressed("out", stop_at("refit", 1))
+    continued = compressed("out")
+    assert next(measured) == costs(call=500.0)  # nobody asked for it
+    assert continued == compressed("whole")
+
+
+def test_removed_layers_and_low_rank_linears_come_back_together(folder: Path) -> None:
+    config = GraspConfig(target_latency=0.3, remove_layers=True, scope="model", refit=True, **KFAC)
+    table = dataclasses.replace(costs(), layer=2000.0)
+    expected = run(None, config, costs=table)
+    assert expected[0].removed_layers
+    assert replaced(expected)
+    stopped(folder, "refit", 1, config, costs=table)
+    assert_same(run(folder, config, costs=table), expected)

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from grasp.checkpoint.saving import check_directory, remove_abandoned, save_checkpoint
+from grasp.errors import CheckpointError
+from grasp.model.lowrank_linear import LowRankLinear
+from tests.tiny_models import tiny_model
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    """One layer low-rank, and not marked as compressed."""
+    model = tiny_model("llama")
+    model.set_submodule(UP, LowRankLinear.from_dense(model.get_submodule(UP), torch.arange(4)))
+    return model
+
+
+WRITTEN = ["out", "out/README.md", "out/config.json", "out/generation_config.json", "out/model.safetensors"]
+
+
+def everything_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_writes_model_tokenizer_card_and_extra_files(model: PreTrainedModel, tmp_path: Path) -> None:
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    folder = save_checkpoint(
+        model, tmp_path / "new/out", tokenizer=tokenizer, card="# Überschrift\n", extra_files={"report.json": "{}"}
+    )
+    assert folder == (tmp_path / "new/out").resolve()
+    assert everything_in(tmp_path / "new") == [
+        "out",
+        "out/README.md",
+        "out/config.json",
+        "out/generation_config.json",
+        "out/model.safetensors",
+        "out/report.json",
+        "out/tokenizer.json",
+        "out/tokenizer_config.json",
+    ]
+    assert (folder / "README.md").read_text(encoding="utf-8") == "# Überschrift\n"
+    assert AutoTokenizer.from_pretrained(folder)("b").input_ids == [1]
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert isinstance(loaded.get_submodule(UP), LowRankLinear)
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+    assert folder.stat().st_mode == tmp_path.joinpath("new").stat().st_mode  # as readable as any new folder
+
+
+def test_an_empty_folder_is_filled(model: PreTrainedModel, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    save_checkpoint(model, target)
+    assert everything_in(tmp_path) == WRITTEN
+
+
+def test_a_folder_that_is_not_empty_is_refused_before_any_work(model: PreTrainedModel, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"not empty, it holds 1 entries, notes\.txt among them; give a new"):
+        save_checkpoint(model, tmp_path)
+    assert everything_in(tmp_path) == ["notes.txt"]
+    assert not hasattr(model, "hf_quantizer")
+
+
+def test_a_checkpoint_is_replaced_where_asked_and_anything_else_is_not(model: PreTrainedModel, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    save_checkpoint(model, target, extra_files={"old.txt": ""})
+    save_checkpoint(model, target, overwrite=True)
+    assert everything_in(tmp_path) == WRITTEN
+    (target / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json, so it is no checkpoint"):
+        save_checkpoint(model, target, overwrite=True)
+
+
+def test_a_file_a_mount_point_and_the_current_directory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        check_directory(tmp_path / "file")
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", "/proc"):
+        with pytest.raises(CheckpointError, match="current directory or a mount point"):
+            check_directory(folder)
+
+
+def test_a_parent_that_is_not_writable_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(CheckpointError, match=f"{tmp_path} is not writable"):
+        check_directory(tmp_path / "new/out")
+
+
+def test_checking_creates_nothing(tmp_path: Path) -> None:
+    assert check_directory(tmp_path / "a/b") == (tmp_path / "a/b").resolve()
+    assert everything_in(tmp_path) == []
+
+
+def test_too_little_space_is_refused_before_anything_is_written(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    needed = model.get_memory_footprint() + 32 * 2**20
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(CheckpointError, match=r"needs 0\.03 GB, 0\.03 GB are free; make room"):
+        save_checkpoint(model, tmp_path / "new/out")
+    assert everything_in(tmp_path) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    save_checkpoint(model, tmp_path / "new/out")
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(28, "No space left on device"), CheckpointError),
+        (SafetensorError("No space left on device"), CheckpointError),
+        (RuntimeError("of another kind"), RuntimeError),
+    ],
+)
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failure_in_the_middle_leaves_what_was_there(
+    model: PreTrainedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    raised: type[BaseException],
+    existing: bool,
+) -> None:
+    target = tmp_path / "new/out"
+    if existing:
+        save_checkpoint(model, target)
+    before = everything_in(tmp_path)
+    save = model.save_pretrained
+
+    def save_and_fail(folder: Path) -> NoReturn:
+        save(folder)
+        raise error
+
+    monkeypatch.setattr(model, "save_pretrained", save_and_fail)
+    with pytest.raises(raised) as caught:
+        save_checkpoint(model, target, overwrite=True)
+    if raised is CheckpointError:
+        assert "nothing was left behind" in str(caught.value)
+        assert "No space left on device" in str(caught.value)
+    assert everything_in(tmp_path) == before
+
+
+def test_a_failure_at_the_very_end_puts_the_old_checkpoint_back(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = save_checkpoint(model, tmp_path / "out", extra_files={"old.txt": "kept"})
+    before = everything_in(tmp_path)
+    rename = Path.rename
+
+    def fail_for_new(self: Path, to: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError("interrupted")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fail_for_new)
+    with pytest.raises(CheckpointError, match="interrupted"):
+        save_checkpoint(model, target, overwrite=True)
+    assert everything_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "../up.txt", "sub/report.json", ""])
+def test_extra_files_cannot_leave_the_folder_or_replace_the_models(
+    model: PreTrainedModel, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(ValueError, match="must be a plain name"):
+        save_checkpoint(model, tmp_path / "out", extra_files={name: "x"})
+    assert everything_in(tmp_path) == []
+
+
+def test_an_ordinary_model_is_saved_as_one(tmp_path: Path) -> None:
+    folder = save_checkpoint(tiny_model("llama"), tmp_path / "out")
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config
+
+
+def test_half_written_folders_of_a_killed_save_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    keep = {"out[1]", "out[1].partial", ".out[1].partial", ".out1.12345678.partial", ".out[1].12345678.old"}
+    for name in (*keep, ".out[1].12345678.partial", ".out[1].abcdef09.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    remove_abandoned(tmp_path / "out[1]")
+    assert {path.name for path in tmp_path.iterdir()} == keep

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from grasp.cli.console import StepBars, print_facts, print_json, print_table, step_bars
+from grasp.formatting import count, layer_ranges, share, size
+
+
+@pytest.mark.parametrize(
+    ("layers", "text"),
+    [((), ""), ((3,), "3"), ((3, 4), "3, 4"), ((3, 12, 13, 14, 15, 17), "3, 12-15, 17"), ((0, 1, 2), "0-2")],
+)
+def test_layers_are_drawn_together(layers: tuple[int, ...], text: str) -> None:
+    assert layer_ranges(layers) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (999, "999"), (1000, "1.0 K"), (134_515_008, "134.5 M"), (999_960, "1.0 M"), (8.03e9, "8.0 B")],
+)
+def test_counts_have_one_decimal_and_a_unit(value: float, text: str) -> None:
+    assert count(value) == text
+
+
+def test_sizes_are_decimal_bytes_and_shares_are_per_cent() -> None:
+    assert size(538_060_032) == "538.1 MB"
+    assert size(12) == "12 B"
+    assert size(3.2e15) == "3200.0 TB"
+    assert share(0.1579) == "15.8 %"
+
+
+def test_json_has_null_for_what_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": [float("nan"), 1.5, (float("inf"),)], "b": True, "c": None, "d": "nan"})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5, [None]], "b": True, "c": None, "d": "nan"}
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_keep_numbers_on_one_line(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_table(("", "parameters", "bytes"), [("layers removed", "113.3 M", "453.1 MB")], title="Sizes")
+    print_facts([("checkpoint", "/somewhere/" + "deep/" * 40)])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["layers", "removed", "113.3", "M", "453.1", "MB"] for line in lines)
+    assert max(map(len, lines)) <= width
+
+
+def bars(*, terminal: bool) -> tuple[StepBars, io.StringIO]:
+    stream = io.StringIO()
+    return StepBars(Console(file=stream, force_terminal=terminal, force_interactive=terminal, width=80)), stream
+
+
+def test_without_a_terminal_each_finished_step_is_one_line() -> None:
+    progress, stream = bars(terminal=False)
+    for step, total in (("loading", 1), ("layer 3 mlp", 2), ("layer 3 attention", 2)):
+        for done in range(total + 1):
+            progress(step, done, total)
+    steps = [line.rsplit(maxsplit=2)[0].strip() for line in stream.getvalue().splitlines()]
+    assert steps == ["loading", "layer 3 mlp", "layer 3 attention"]
+
+
+def test_on_a_terminal_a_running_step_has_a_bar_that_goes_away() -> None:
+    progress, stream = bars(terminal=True)
+    progress("layer 3 mlp", 1, 4)
+    assert progress._bars is not None
+    progress._bars.refresh()
+    assert "1/4" in stream.getvalue()
+    assert "left" in stream.getvalue()
+    progress("layer 3 mlp", 4, 4)
+    assert progress._bars is None
+    assert stream.getvalue().rstrip().endswith(" s")
+
+
+def test_a_step_that_ends_early_gives_way_to_the_next() -> None:
+    progress, _ = bars(terminal=True)
+    progress("prefix", 1, 4)
+    first = progress._bars
+    progress("layer 3 mlp", 1, 4)
+    assert first is not None
+    assert first.live.is_started is False
+    assert progress._bars is not first
+    progress.close()
+
+
+def test_a_note_is_one_line_whatever_its_length_and_characters() -> None:
+    for terminal in (False, True):
+        progress, stream = bars(terminal=terminal)
+        progress("prefix", 1, 4)
+        progress.note("[0, 2] of " + "/somewhere" * 20)
+        progress.close()
+        assert "[0, 2] of " + "/somewhere" * 20 + "\n" in stream.getvalue()
+
+
+def test_ctrl_c_is_said_and_handed_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        with step_bars() as progress:
+            progress("prefix", 1, 4)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert capsys.readouterr().err == "interrupted\n"

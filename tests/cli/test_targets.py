@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from grasp.bench import costs as bench_costs
+from grasp.bench import timing
+from grasp.cli.arguments import parse_bytes
+from tests.cli.test_cli import RunMain, main, model, text
+
+__all__ = ["main", "model", "text"]  # fixtures
+
+
+GLOBAL = ("--basis", "kfac", "--metric", "magnitude", "--allocation", "global", "--schedule", "single-sweep")
+FEW = ("--num-samples", 2, "--seq-len", 32)
+
+
+def test_costs_are_measured_and_a_latency_is_met_by_them(
+    main: RunMain, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "WARM_UP", 0.001)
+    monkeypatch.setattr(bench_costs, "ROTATE_BYTES", 1 << 16)
+    costs, out = tmp_path / "costs.json", tmp_path / "out"
+    measured = main("bench", "costs", model, "-o", costs)
+    assert measured.code == 0, measured.err
+    assert "64 x 32" not in measured.out
+    assert "48 x 32" in measured.out
+    table = json.loads(costs.read_text())
+    for linear in table["linears"]:  # on a model this small everything is overhead: pretend that it is not
+        size = linear["out_features"] + linear["in_features"]
+        linear["dense"] = 1e-6 * linear["out_features"] * linear["in_features"]
+        linear["seconds"] = [1e-6 * size * rank for rank in linear["ranks"]]
+    costs.write_text(json.dumps({**table, "layer": 0.0, "rest": 0.0}))
+    options = ("--target-latency", 0.7, "--costs", costs, "--calibration", text, *FEW, *GLOBAL)
+    done = main("compress", model, "-o", out, *options)
+    assert done.code == 0, done.err
+    assert "ms per token, 70.0 %, as predicted for" in re.sub(r"\s+", " ", done.out) or "69." in done.out
+    report = json.loads((out / "report.json").read_text())
+    assert report["decode_seconds"]["after"] <= 0.7 * report["decode_seconds"]["dense"]
+    assert report["config"]["target_latency"] == 0.7
+
+
+def test_bytes_are_a_target_with_a_unit(main: RunMain, model: Path, text: Path, tmp_path: Path) -> None:
+    size = (model / "model.safetensors").stat().st_size
+    target = f"{0.9 * size / 1e3:.1f}kB"
+    done = main("compress", model, "-o", tmp_path / "out", "--target-bytes", target, "--calibration", text, *FEW)
+    assert done.code == 0, done.err
+    after = json.loads((tmp_path / "out" / "report.json").read_text())["after"]["bytes"]
+    assert after == pytest.approx(0.9 * size, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--target-bytes", "many"), "bytes must be a number such as 200MB"),
+        (("--target-latency", 0.5, "--preset", "paper"), "it needs allocation='global'"),
+        (
+            ("--target-latency", 0.5, *GLOBAL, "--costs", "H9000"),
+            "costs must be a file that grasp bench costs wrote, or a",
+        ),
+        (("--costs", "H100"), "costs='H100' are for a target_latency"),
+        (("--target-latency", 0.5, "--num-layers", 1, *GLOBAL), "num_layers and target_latency exclude each other"),
+        (("--target-bytes", "1kB"), "target_bytes=1000 cannot be reached: rank 1 in every eligible matrix gives"),
+    ],
+)
+def test_targets_that_make_no_sense_are_refused(
+    main: RunMain, model: Path, text: Path, tmp_path: Path, arguments: tuple[object, ...], message: str
+) -> None:
+    outcome = main("compress", model, "-o", tmp_path / "out", "--calibration", text, *FEW, *arguments)
+    assert outcome.code == 2
+    assert message in " ".join(outcome.err.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("12", 12), ("200MB", 200_000_000), ("1.5 GiB", 3 << 29), ("7kb", 7000), ("8B", 8)]
+)
+def test_bytes_have_decimal_or_binary_units(text: str, number: int) -> None:
+    assert parse_bytes(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-1", "1 M", "2e9", "1XB"])
+def test_bytes_without_a_number_or_with_another_unit_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="bytes must be a number such as"):
+        parse_bytes(text)

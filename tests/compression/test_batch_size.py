@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from grasp.compression import batch_size
+from grasp.compression.batch_size import (
+    CPU_TOKENS,
+    executable_batch_size,
+    fitting_batch_size,
+    free_bytes,
+    largest_batch_size,
+    try_batch,
+)
+from grasp.compression.estimate import Job, estimate
+from grasp.config import GraspConfig
+from grasp.errors import OutOfMemoryError
+from tests.tiny_models import tiny_model
+
+CPU = torch.device("cpu")
+PLENTY = 2**50
+SMALL = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=97)
+
+
+def job(num_samples: int = 16, seq_len: int = 256, config: GraspConfig | None = None) -> Job:
+    return Job(SMALL, config or GraspConfig(layers=(1,)), torch.float32, CPU, num_samples, seq_len)
+
+
+def out_of_memory() -> torch.OutOfMemoryError:
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_the_largest_power_of_two_that_fits_is_taken() -> None:
+    wanted = estimate(job(), 4)
+    assert largest_batch_size(job(), wanted.memory.peak - 1).batch_size == 2
+    assert largest_batch_size(job(), wanted.memory.peak).batch_size == 4
+    both = wanted.memory.peak + wanted.model_bytes
+    assert largest_batch_size(job(), both - 1, loaded=False).batch_size == 2
+    assert largest_batch_size(job(), 0).batch_size == 1
+
+
+def test_there_are_no_more_sequences_in_a_batch_than_samples_nor_more_tokens_than_pay() -> None:
+    assert largest_batch_size(job(num_samples=3), PLENTY).batch_size == 2
+    assert largest_batch_size(job(), PLENTY).batch_size * 256 == CPU_TOKENS[4]
+    narrow = GraspConfig(layers=(1,), sweep_dtype="bfloat16")
+    assert largest_batch_size(job(config=narrow), PLENTY).batch_size * 256 == CPU_TOKENS[2]
+    assert largest_batch_size(job(num_samples=4, seq_len=2048), PLENTY).batch_size == 1
+
+
+def test_a_batch_size_is_lowered_until_it_runs() -> None:
+    tried: list[int] = []
+
+    def trial(size: int) -> None:
+        tried.append(size)
+        if size > 5:
+            raise out_of_memory()
+
+    found = executable_batch_size(16, trial)
+    assert found == tried[-1] <= 5
+    assert tried[0] == 16
+    assert tried == sorted(tried, reverse=True)
+
+
+def test_no_room_for_one_sequence_is_an_error_with_a_remedy() -> None:
+    def trial(size: int) -> None:
+        raise out_of_memory()
+
+    with pytest.raises(OutOfMemoryError, match="too little memory for a batch of one sequence; take shorter"):
+        executable_batch_size(2, trial)
+
+
+def test_other_errors_of_a_trial_are_not_hidden() -> None:
+    def trial(size: int) -> None:
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        executable_batch_size(2, trial)
+
+
+@pytest.mark.parametrize("config", [GraspConfig(layers=(1,)), GraspConfig(num_layers=1, schedule="single-sweep")])
+def test_a_trial_leaves_the_model_as_it_was(config: GraspConfig) -> None:
+    model = tiny_model("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    names = [name for name, _ in model.named_modules()]
+    shapes: list[torch.Size] = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    plan = estimate(Job(model.config, config, model.dtype, CPU, 4, 16), 2)
+    try_batch(model, config, plan, 16, 2)
+    assert torch.Size([2, 16]) in shapes
+    assert [name for name, _ in model.named_modules()] == names
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_a_batch_size_for_a_model_comes_from_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = tiny_model("llama"), GraspConfig(layers=(1,))
+    needs = estimate(Job(model.config, config, model.dtype, CPU, 8, 128), 2).memory.peak
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: needs)
+    assert fitting_batch_size(model, config, num_samples=8, seq_len=128) == 2
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_size, "_CGROUP", tmp_path)
+    unlimited = free_bytes(CPU)
+    assert unlimited > 0
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("3000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 700\n")
+    assert free_bytes(CPU) == 2700
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(CPU) > 2700

@@ -1,0 +1,380 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from grasp import compress
+from grasp.checkpoint.compression_report import CompressionReport
+from grasp.compress import compress_
+from grasp.compression import budget as planning
+from grasp.compression.budget import REDUNDANCIES, Plan, find_prices
+from grasp.compression.candidates import candidates, hold_out
+from grasp.config import GraspConfig
+from grasp.errors import CalibrationError, CostTableError, UnsupportedModelError
+from grasp.method.cost_table import CostTable, LinearSeconds, from_roofline
+from grasp.method.ranks import break_even_rank
+from grasp.model.batch import CalibrationBatch
+from grasp.model.dense import dense_shape, dense_weight
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.targets import decoder, layer_targets
+from grasp.statistics import scores as scoring
+from grasp.statistics.loss import sum_nll
+from grasp.statistics.redundancy import measure_redundancy
+from grasp_kernels.roofline import CARDS
+from tests.tiny_models import tiny_batches, tiny_model
+
+BEST: dict[str, Any] = {"basis": "kfac", "metric": "magnitude", "allocation": "global", "schedule": "single-sweep"}
+
+
+def removed(report: CompressionReport) -> int:
+    return report.before.parameters - report.after.parameters
+
+
+@pytest.mark.parametrize("scope", ["redundant", "model"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_a_global_budget_removes_what_the_uniform_one_removes(family: str, scope: str) -> None:
+    batches = tiny_batches(2)
+    uniform = compress_(tiny_model(family), batches, GraspConfig(layers=(0, 2), retain_ratio=0.4))
+    model = tiny_model(family)
+    report = compress_(model, batches, GraspConfig(layers=(0, 2), retain_ratio=0.4, scope=scope, **BEST))
+    largest_step = max(sum(target.module.weight.shape) for target in layer_targets(tiny_model(family), 0)[0])
+    assert removed(uniform) <= removed(report) < removed(uniform) + largest_step
+    layers = {module.layer for module in report.compressed}
+    assert layers <= ({0, 2} if scope == "redundant" else {0, 1, 2})
+    assert all(module.reason == "stays dense: the budget does more elsewhere" for module in report.left)
+    with torch.no_grad():
+        assert torch.isfinite(model(batches[0]).logits).all()
+
+
+def test_a_matrix_on_which_the_loss_depends_most_stays_dense() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for target in layer_targets(model, 1)[0]:
+            target.module.weight.mul_(20 if target.name.endswith("down_proj") else 0.05)
+    report = compress_(model, tiny_batches(4), GraspConfig(layers=(1,), retain_ratio=0.6, **BEST))
+    assert "model.layers.1.mlp.down_proj" in {module.name for module in report.left}
+
+
+def test_auto_takes_the_scope_with_the_lower_loss_on_what_was_held_out() -> None:
+    batches, losses = tiny_batches(8), {}
+    for scope in ("redundant", "model"):
+        model = tiny_model("llama")
+        compress_(model, batches[:-1], GraspConfig(layers=(0, 2), retain_ratio=0.4, scope=scope, **BEST))
+        losses[scope] = sum_nll(model, [CalibrationBatch(batches[-1])]) / batches[-1][:, 1:].numel()
+    report = compress_(tiny_model("llama"), batches, GraspConfig(layers=(0, 2), retain_ratio=0.4, scope="auto", **BEST))
+    assert report.held_out_loss == pytest.approx(losses, rel=1e-4)
+    assert report.scope == min(losses, key=losses.__getitem__)
+
+
+def test_the_whole_model_uniformly() -> None:
+    model = tiny_model("llama")
+    report = compress_(model, tiny_batches(1), GraspConfig(compression_ratio=0.3, scope="model"))
+    assert report.compression_ratio == pytest.approx(0.3, abs=0.01)
+    assert {module.layer for module in report.compressed} == {0, 1, 2}
+    shares = {module.parameters_after / module.parameters_before for module in report.compressed}
+    assert max(shares) - min(shares) < 0.12  # whole ranks of small matrices
+
+
+def test_refit_changes_left_factors_alone() -> None:
+    plain, refitted = tiny_model("llama"), tiny_model("llama")
+    for model, refit in ((plain, False), (refitted, True)):
+        compress_(model, tiny_batches(4), GraspConfig(layers=(0, 2), retain_ratio=0.4, refit=refit, **BEST))
+    for name, module in plain.named_modules():
+        if isinstance(module, LowRankLinear):
+            other = refitted.get_submodule(name)
+            assert torch.equal(module.Vh, other.Vh)
+            assert not torch.equal(module.U, other.U)
+
+
+@pytest.mark.parametrize(
+    ("family", "basis", "metric"),
+    [("llama", "kfac", "magnitude"), ("gpt2", "kfac", "magnitude"), ("llama", "whitened", "fisher")],
+)
+def test_a_progressive_schedule_takes_statistics_again_with_a_part_of_the_budget_spent(
+    family: str, basis: str, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Tensor]] = []
+    seen_by_moments: list[dict[str, Tensor]] = []
+
+    def watched(gather: Callable[..., Any], into: list[dict[str, Tensor]]) -> Callable[..., Any]:
+        def run(model: PreTrainedModel, *rest: Any, **options: Any) -> Any:
+            into.append({target.name: dense_weight(target.module).detach().clone() for target in rest[1]})
+            return gather(model, *rest, **options)
+
+        return run
+
+    monkeypatch.setattr(scoring, "gather_covariances", watched(scoring.gather_covariances, seen))
+    monkeypatch.setattr(scoring, "basis_moments", watched(scoring.basis_moments, seen_by_moments))
+    model, dense = tiny_model(family), tiny_model(family)
+    settings = {**BEST, "basis": basis, "metric": metric, "schedule": "progressive"}
+    config = GraspConfig(compression_ratio=0.2, **settings, scope="model")
+    report = compress_(model, tiny_batches(4), config)
+    assert report.compression_ratio == pytest.approx(0.2, abs=0.01)
+    once = compress_(tiny_model(family), tiny_batches(4), replace(config, schedule="single-sweep"))
+    assert [module.rank for module in once.modules] != [module.rank for module in report.modules]
+
+    first, second = seen[0], seen[1]
+    for name, weight in (seen_by_moments[1] if metric == "fisher" else {}).items():
+        assert torch.equal(weight, second[name])
+    assert all(torch.equal(weight, dense_weight(dense.get_submodule(name))) for name, weight in first.items())
+    saved = 0
+    for name, weight in second.items():
+        if not torch.equal(weight, first[name]):
+            rank = int(torch.linalg.matrix_rank(weight.double(), rtol=1e-5))
+            saved += weight.numel() - rank * sum(weight.shape)
+    assert saved == pytest.approx(planning.FIRST_SHARE * 0.2 * report.before.parameters, rel=0.1)
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            assert torch.equal(module.weight, dense.get_submodule(name).weight)
+
+
+def test_sums_are_gone_before_new_ones_are_gathered_and_before_refit(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums: list[weakref.ref[Tensor]] = []
+
+    def forgotten(then: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            assert all(each() is None for each in sums)
+            result = then(*arguments, **options)
+            found = result.values() if isinstance(result, dict) else ()
+            sums.extend(weakref.ref(each) for covariance in found for each in (covariance.A, covariance.B))
+            return result
+
+        return run
+
+    monkeypatch.setattr(scoring, "gather_covariances", forgotten(scoring.gather_covariances))
+    monkeypatch.setattr(compress, "refit_", forgotten(compress.refit_))
+    compress_(tiny_model("llama"), tiny_batches(4), GraspConfig.preset("best", compression_ratio=0.2))
+    assert sums
+
+
+@pytest.mark.parametrize("basis", ["whitened", "kfac"])
+@pytest.mark.parametrize("schedule", ["sequential", "per-layer", "single-sweep"])
+def test_every_schedule_works_in_every_basis(basis: str, schedule: str) -> None:
+    config = GraspConfig(layers=(0, 2), retain_ratio=0.4, basis=basis, metric="fisher", schedule=schedule)
+    report = compress_(tiny_model("llama"), tiny_batches(2), config)
+    assert len(report.compressed) == 14
+
+
+def test_an_eighth_is_held_out_and_at_least_one_batch() -> None:
+    batches = [CalibrationBatch(t) for t in tiny_batches(17)]
+    assert [len(part) for part in hold_out(batches)] == [15, 2]
+    assert [len(part) for part in hold_out(batches[:2])] == [1, 1]
+    with pytest.raises(CalibrationError, match="give at least 2"):
+        hold_out(batches[:1])
+
+
+def shapes_of(model: PreTrainedModel) -> list[tuple[int, int]]:
+    layers = range(len(decoder(model).layers))
+    return [dense_shape(target.module) for layer in layers for target in layer_targets(model, layer)[0]]
+
+
+def costs_of(model: PreTrainedModel, *, call: float = 0.0, dear: tuple[int, int] | None = None) -> CostTable:
+    """Seconds as a tenth of the parameters, and of each call; linears of one shape may be ten times as dear."""
+
+    def linear(n: int, k: int) -> LinearSeconds:
+        unit = 1.0 if (n, k) == dear else 0.1
+        top = n * k // (n + k)
+        return LinearSeconds(unit * n * k + call, (0, top), (call, call + unit * top * (n + k)))
+
+    return CostTable("any", "measured", "float32", {shape: linear(*shape) for shape in shapes_of(model)}, 0.0, 100.0)
+
+
+def predicted(costs: CostTable, model: PreTrainedModel, report: CompressionReport) -> float:
+    ranks = {module.name: module.rank for module in report.compressed}
+    layers = range(len(decoder(model).layers))
+    targets = [target for layer in layers for target in layer_targets(tiny_model("llama"), layer)[0]]
+    total = costs.predict(((dense_shape(t.module), ranks.get(t.name)) for t in targets), len(layers))
+    assert report.decode_seconds["after"] == pytest.approx(total)
+    return total
+
+
+@pytest.mark.parametrize("scope", ["redundant", "model", "auto"])
+def test_a_latency_is_met_and_all_of_it_is_used(scope: str) -> None:
+    model = tiny_model("llama")
+    costs = costs_of(model)
+    dense = costs.predict(((shape, None) for shape in shapes_of(model)), 3)
+    report = compress_(model, tiny_batches(8), GraspConfig(target_latency=0.8, scope=scope, **BEST), costs=costs)
+    used = predicted(costs, model, report)
+    assert 0.8 * dense - 0.1 * (32 + 48) * 16 < used <= 0.8 * dense + 1e-6
+
+
+def test_latency_is_spent_where_it_is_cheap() -> None:
+    """Where gate and up take ten times as long per parameter, the budget comes from them, and others keep more."""
+    lost = {}
+    for dear in (None, (48, 32)):
+        model = tiny_model("llama")
+        config = GraspConfig(target_latency=0.7, scope="model", **BEST)
+        report = compress_(model, tiny_batches(4), config, costs=costs_of(model, dear=dear))
+        others = [m for m in report.compressed if "gate" not in m.name and "up" not in m.name]
+        lost[dear] = sum(1 - m.parameters_after / m.parameters_before for m in others)
+    assert lost[48, 32] < lost[None]
+
+
+def test_a_linear_that_low_rank_makes_no_faster_stays_dense() -> None:
+    model = tiny_model("llama")
+    costs = costs_of(model)
+    slow = {shape: LinearSeconds(1.0, (1,), (2.0,)) for shape in [(16, 32)]}  # keys and values
+    costs = dataclasses.replace(costs, linears={**costs.linears, **slow})
+    report = compress_(model, tiny_batches(2), GraspConfig(target_latency=0.6, scope="model", **BEST), costs=costs)
+    assert not [module.name for module in report.compressed if module.out_features == 16]
+
+
+@pytest.mark.parametrize("config", [{}, {"allocation": "uniform"}, {"scope": "model"}])
+def test_bytes_are_met_whatever_the_dtype(config: dict[str, Any]) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model("llama", dtype)
+        size = sum(p.nbytes for p in model.parameters())
+        report = compress_(model, tiny_batches(2), GraspConfig(target_bytes=int(0.75 * size), **{**BEST, **config}))
+        step = 80 * 16 * dtype.itemsize
+        assert 0.75 * size - step < report.after.bytes <= 0.75 * size + (step if config.get("allocation") else 0)
+
+
+def test_a_target_that_is_already_met_changes_nothing() -> None:
+    model = tiny_model("llama")
+    report = compress_(model, tiny_batches(2), GraspConfig(target_bytes=10**9, **BEST))
+    assert not report.compressed
+    assert report.after == report.before
+    costs = costs_of(model)
+    config = GraspConfig(target_latency=1.0, scope="model", **BEST)
+    assert not compress_(tiny_model("llama"), tiny_batches(2), config, costs=costs).compressed
+
+
+def test_targets_out_of_reach_say_what_is_within_it() -> None:
+    model = tiny_model("llama")
+    costs = costs_of(model)
+    targets = {layer: layer_targets(model, layer)[0] for layer in range(3)}
+    with pytest.raises(
+        ValueError, match=r"target_bytes=1000 cannot be reached: rank 1 .* gives target_bytes=\d+$"
+    ) as caught:
+        find_prices(GraspConfig(target_bytes=1000), model, targets)
+    least = int(str(caught.value).rpartition("=")[2])
+    report = compress_(model, tiny_batches(1), GraspConfig(target_bytes=least, scope="model", **BEST))
+    assert report.after.bytes == least
+    with pytest.raises(ValueError, match=r"target_latency=0.010 cannot be reached: .* gives target_latency=0\.\d+$"):
+        find_prices(GraspConfig(target_latency=0.01, **BEST), model, targets, costs)
+
+
+def test_a_latency_needs_costs_of_this_model() -> None:
+    model = tiny_model("llama")
+    config = GraspConfig(target_latency=0.8, **BEST)
+    with pytest.raises(ValueError, match="target_latency needs costs"):
+        compress_(model, tiny_batches(1), config)
+    with pytest.raises(CostTableError, match="are for bfloat16 weights, the model has float32"):
+        compress_(model, tiny_batches(1), config, costs=dataclasses.replace(costs_of(model), dtype="bfloat16"))
+    with pytest.raises(CostTableError, match=r"no linear of .* they are another model's"):
+        compress_(model, tiny_batches(1), config, costs=costs_of(tiny_model("gpt2")))
+
+
+def test_only_the_more_redundant_halves_of_layers_are_compressed() -> None:
+    model, batches = tiny_model("llama"), tiny_batches(2)
+    with torch.no_grad():
+        decoder(model).layers[0].self_attn.o_proj.weight.mul_(1e-3)
+        decoder(model).layers[2].mlp.down_proj.weight.mul_(1e-3)
+    report = compress_(model, batches, GraspConfig(compression_ratio=0.2, redundancy="sub_block_influence"))
+    assert {(module.layer, module.block) for module in report.compressed} == {(0, "attention"), (2, "mlp")}
+    assert report.redundant_layers == (0, 2)
+    assert report.compression_ratio == pytest.approx(0.2, abs=0.01)
+
+
+def test_halves_that_cannot_be_told_apart_are_refused() -> None:
+    found = measure_redundancy(tiny_model("llama"), tiny_batches(1))._replace(attention=[math.nan] * 3)
+    targets = {layer: layer_targets(tiny_model("llama"), layer)[0] for layer in range(3)}
+    with pytest.raises(UnsupportedModelError, match="take redundancy='block_influence'"):
+        REDUNDANCIES["sub_block_influence"](found, targets)
+
+
+def test_a_run_of_layers_is_compressed_where_it_changes_least() -> None:
+    model, batches = tiny_model("llama"), tiny_batches(2)
+    with torch.no_grad():
+        for layer in (1, 2):
+            decoder(model).layers[layer].self_attn.o_proj.weight.mul_(1e-3)
+            decoder(model).layers[layer].mlp.down_proj.weight.mul_(1e-3)
+    report = compress_(model, batches, GraspConfig(num_layers=2, redundancy="angular_distance"))
+    assert report.redundant_layers == (1, 2)
+    report = compress_(tiny_model("llama"), batches, GraspConfig(compression_ratio=0.3, redundancy="angular_distance"))
+    first, *rest = report.redundant_layers
+    assert list(rest) == list(range(first + 1, first + 1 + len(rest)))
+
+
+def test_the_costs_of_a_card_will_do() -> None:
+    model = tiny_model("llama")
+    costs = from_roofline(CARDS["H100"], shapes_of(model), dtype="float32", itemsize=4, rest_bytes=0)
+    with pytest.raises(ValueError, match=r"target_latency=0.900 cannot be reached"):  # tiny linears are all launches
+        compress_(model, tiny_batches(1), GraspConfig(target_latency=0.9, **BEST), costs=costs)
+
+
+def remove(share: float, **options: Any) -> tuple[PreTrainedModel, CompressionReport]:
+    model = tiny_model("llama", num_hidden_layers=5)
+    with torch.no_grad():  # two layers that do next to nothing
+        for layer in (1, 3):
+            decoder(model).layers[layer].self_attn.o_proj.weight.mul_(1e-2)
+            decoder(model).layers[layer].mlp.down_proj.weight.mul_(1e-2)
+    config = GraspConfig(compression_ratio=share, remove_layers=True, scope="model", **BEST, **options)
+    return model, compress_(model, tiny_batches(8), config)
+
+
+def test_layers_go_where_that_loses_less_and_the_rest_reloads_in_plain_transformers(tmp_path: Path) -> None:
+    model, report = remove(0.45, refit=True)
+    assert report.removed_layers
+    assert set(report.removed_layers) <= {1, 3}
+    left = 5 - len(report.removed_layers)
+    assert len(decoder(model).layers) == model.config.num_hidden_layers == left
+    assert not {module.layer for module in report.compressed} & set(report.removed_layers)
+    assert {m.layer for m in report.left if m.reason == "its layer is removed"} == set(report.removed_layers)
+    name = f"model without {', '.join(map(str, report.removed_layers))}"
+    assert report.held_out_loss[name] == min(report.held_out_loss.values())
+    assert report.compression_ratio == pytest.approx(0.45, abs=0.02)
+    assert CompressionReport.from_json(report.to_json()) == report
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert any(isinstance(module, LowRankLinear) for module in again.modules())
+    batch = tiny_batches(1)[0]
+    with torch.no_grad():
+        output = again(batch, use_cache=True)
+        torch.testing.assert_close(output.logits, model(batch).logits)
+    assert len(output.past_key_values.layers) == left
+
+
+def test_layers_go_by_what_their_removal_loses() -> None:
+    model = tiny_model("llama")
+    targets = {layer: layer_targets(model, layer)[0] for layer in range(3)}
+    config = GraspConfig(compression_ratio=0.3, remove_layers=True, scope="model", **BEST)
+    prices = find_prices(config, model, targets)
+    found = [
+        (target, {"indices": torch.arange(rank), "importance": torch.ones(min(dense_shape(target.module)))})
+        for target in itertools.chain(*targets.values())
+        if (rank := break_even_rank(dense_shape(target.module)))
+    ]
+    plan = Plan(0.5, (0, 1, 2), {target: len(choice["indices"]) // 2 for target, choice in found})
+
+    def names(removal: dict[int, float]) -> list[str]:
+        return list(candidates(found, {"model": plan}, config, prices, removal, nats=0.5))
+
+    assert names({0: 1e9, 1: 1e9}) == ["model"]
+    assert names({0: 1e9, 1: 1e-9}) == ["model without 1"]  # even at a million times as much
+    assert names({0: 1e9, 1: 10.0}) == ["model without 1", "model"]
+    assert names({}) == ["model"]
+
+
+def test_where_no_ranks_suffice_layers_go() -> None:
+    model = tiny_model("llama")
+    costs = dataclasses.replace(costs_of(model), layer=10_000.0)  # linears are a tenth of that
+    config = GraspConfig(target_latency=0.6, scope="model", **BEST)
+    with pytest.raises(ValueError, match=r"target_latency=0.600 cannot be reached: rank 1 .* gives target_latency=0.9"):
+        compress_(model, tiny_batches(8), config, costs=costs)
+    report = compress_(model, tiny_batches(8), dataclasses.replace(config, remove_layers=True), costs=costs)
+    assert len(report.removed_layers) == 2
+    assert len(decoder(model).layers) == 1
+    assert report.decode_seconds["after"] <= 0.6 * report.decode_seconds["dense"]

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from grasp.errors import CostTableError
+from grasp.method.cost_table import LAUNCH, CostTable, LinearSeconds, find_card, from_roofline
+from grasp.method.ranks import break_even_rank
+
+SMALL, WIDE = (64, 32), (96, 64)
+TABLE = CostTable(
+    device="a processor",
+    source="measured",
+    dtype="bfloat16",
+    linears={SMALL: LinearSeconds(8e-6, (16, 32), (2e-6, 4e-6)), WIDE: LinearSeconds(9e-6, (16,), (3e-6,))},
+    layer=5e-6,
+    rest=1e-3,
+    threads=2,
+    versions={"torch": "2.0"},
+)
+
+
+@pytest.mark.parametrize(
+    ("rank", "seconds"), [(1, 2e-6), (16, 2e-6), (20, 2.5e-6), (24, 3e-6), (32, 4e-6), (40, 4e-6), (None, 8e-6)]
+)
+def test_ranks_lie_on_the_line_between_those_measured_and_beyond_them_cost_the_same(
+    rank: int | None, seconds: float
+) -> None:
+    assert TABLE.linear(SMALL, rank) == pytest.approx(seconds)
+
+
+def test_a_model_takes_what_its_linears_its_layers_and_the_rest_take() -> None:
+    assert TABLE.predict([(SMALL, None), (SMALL, 16), (WIDE, 16)], layers=3) == pytest.approx(
+        1e-3 + 3 * 5e-6 + 8e-6 + 2e-6 + 3e-6
+    )
+
+
+def test_round_trip_through_a_file_of_which_nothing_else_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "costs.json"
+    TABLE.save(path)
+    assert CostTable.load(path) == TABLE
+    assert [each.name for each in path.parent.iterdir()] == ["costs.json"]
+
+
+def test_a_file_that_cannot_be_written_or_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CostTableError, match=r"file/costs\.json cannot be written"):
+        TABLE.save(tmp_path / "file" / "costs.json")
+    with pytest.raises(CostTableError, match=r"absent\.json cannot be read"):
+        CostTable.load(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "its format_version is not 1"),
+        ({"dtype": None}, "missing 1 required positional argument: 'dtype'"),
+        ({"linears": []}, "it has no linears"),
+        ({"layer": -1e-6}, "times must be positive numbers of seconds, got -1e-06"),
+        ({"rest": "1"}, "times must be positive numbers of seconds, got '1'"),
+        ({"linears": [{"out_features": 4, "in_features": 4, "dense": 0.0, "ranks": [1], "seconds": [1.0]}]}, "got 0.0"),
+        ({"linears": [{"out_features": 4, "in_features": 4, "dense": 1.0, "ranks": [], "seconds": []}]}, "must ascend"),
+        (
+            {"linears": [{"out_features": 4, "in_features": 4, "dense": 1.0, "ranks": [2, 1], "seconds": [1.0, 1.0]}]},
+            "ranks must ascend",
+        ),
+        (
+            {"linears": [{"out_features": 0, "in_features": 4, "dense": 1.0, "ranks": [1], "seconds": [1.0]}]},
+            "sizes and ranks must be positive integers",
+        ),
+        ({"linears": [{"out_features": 4}]}, "'ranks'"),
+    ],
+)
+def test_a_damaged_file_is_refused_with_what_is_wrong(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    path = tmp_path / "costs.json"
+    TABLE.save(path)
+    values = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None or key != "dtype"}))
+    with pytest.raises(CostTableError, match=re.escape(message)) as caught:
+        CostTable.load(path)
+    assert "grasp bench costs MODEL -o costs.json" in str(caught.value)
+
+
+def test_a_file_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "costs.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(CostTableError, match="is not a table of costs"):
+        CostTable.load(tmp_path / "costs.json")
+
+
+def test_another_models_costs_are_refused() -> None:
+    TABLE.require({SMALL, WIDE}, "bfloat16")
+    with pytest.raises(CostTableError, match="of 16 inputs and 64 outputs, only 64x32, 96x64"):
+        TABLE.require({SMALL, (64, 16)}, "bfloat16")
+    with pytest.raises(CostTableError, match="for bfloat16 weights, the model has float32 ones"):
+        TABLE.require({SMALL}, "float32")
+
+
+def test_a_cards_costs_are_its_bytes_at_its_bandwidth_and_one_launch_for_each_linear() -> None:
+    card = find_card("h100")
+    table = from_roofline(card, [(4096, 4096)], dtype="bfloat16", itemsize=2, rest_bytes=10**9)
+    activations = 2 * 2 * 4096
+    for rank in (1, 100, 1000, break_even_rank((4096, 4096))):
+        moved = 2 * rank * 2 * 4096 + activations
+        assert table.linear((4096, 4096), rank) == pytest.approx(moved / card.bandwidth + LAUNCH)
+    assert table.linear((4096, 4096)) == pytest.approx((2 * 4096**2 + activations) / card.bandwidth + LAUNCH)
+    assert table.rest == pytest.approx(10**9 / card.bandwidth + LAUNCH)
+
+
+def test_an_unknown_card_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(CostTableError, match=r"a card \(A100, H100, .*, got 'H9000'"):
+        find_card("H9000")
+
+
+def test_a_table_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TABLE.layer = 0.0  # type: ignore[misc]

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grasp.method.ranks import (
+    Budget,
+    break_even_rank,
+    parameters_removed,
+    rank_for_retain_ratio,
+    rank_for_threshold,
+    redundant_layers,
+    retained_indices,
+    solve_compression_ratio,
+)
+
+sizes = st.integers(1, 300)
+shapes = st.tuples(sizes, sizes)
+
+
+def test_ranks_of_the_paper() -> None:
+    assert rank_for_retain_ratio((4096, 4096), 0.1) == 204
+    assert rank_for_retain_ratio((11008, 4096), 0.1) == 298
+
+
+@given(shapes, st.floats(0.001, 1))
+def test_a_retained_matrix_never_grows_above_its_share(shape: tuple[int, int], ratio: float) -> None:
+    n, k = shape
+    rank = rank_for_retain_ratio(shape, ratio)
+    assert rank >= 1
+    assert rank == 1 or rank * (n + k) <= ratio * n * k
+
+
+@given(shapes)
+def test_break_even_is_the_last_rank_that_saves(shape: tuple[int, int]) -> None:
+    rank = break_even_rank(shape)
+    assert rank == 0 or parameters_removed(shape, rank) > 0
+    assert parameters_removed(shape, rank + 1) <= 0
+
+
+def test_most_important_groups_are_kept_in_order_and_ties_go_to_the_larger_singular_value() -> None:
+    importance = torch.tensor([1.0, 5.0, 3.0, 3.0, 0.0])
+    assert retained_indices(importance, 1).tolist() == [1]
+    assert retained_indices(importance, 2).tolist() == [1, 2]
+    assert retained_indices(importance, 3).tolist() == [1, 2, 3]
+    assert retained_indices(torch.zeros(64), 3).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("rank", [0, 6])
+def test_impossible_ranks_are_refused(rank: int) -> None:
+    with pytest.raises(ValueError, match=f"between 1 and the 5 singular groups, got {rank}"):
+        retained_indices(torch.ones(5), rank)
+
+
+def test_threshold_takes_the_fewest_groups_that_reach_the_share() -> None:
+    importance = torch.tensor([1.0, 4.0, 3.0, 2.0])  # 4, 7, 9, 10 of 10
+    wide = (1000, 1000)
+    assert [rank_for_threshold(importance, share, wide) for share in (0.1, 0.4, 0.41, 0.7, 0.9, 1.0)] == [
+        1,
+        1,
+        2,
+        2,
+        3,
+        4,
+    ]
+
+
+def test_threshold_is_capped_at_break_even() -> None:
+    assert rank_for_threshold(torch.ones(10), 1.0, (10, 10)) == break_even_rank((10, 10)) == 4
+
+
+def test_redundant_layers_are_the_least_influential_and_ties_go_to_the_shallower() -> None:
+    assert redundant_layers([0.3, 0.1, 0.2, 0.1], 3) == (1, 3, 2)
+    with pytest.raises(ValueError, match="4 decoder layers, got num_layers=5"):
+        redundant_layers([0.3, 0.1, 0.2, 0.1], 5)
+
+
+def test_no_compression_takes_no_layer() -> None:
+    assert solve_compression_ratio({0: [(64, 64)]}, [0], 8192, 0.0, 0.1) == Budget(0.1, {})
+
+
+@given(st.integers(2, 8), st.floats(0.01, 0.6), st.floats(0.05, 0.9))
+def test_the_ratio_is_met_with_the_fewest_layers(count: int, target: float, retain: float) -> None:
+    layer = [(512, 512), (256, 512), (1024, 512)]
+    shapes = dict.fromkeys(range(count), layer)
+    dense = sum(n * k for n, k in layer)
+    total = count * dense + 100_000
+    order = list(range(count))[::-1]
+    per_layer_at_retain = sum(parameters_removed(s, rank_for_retain_ratio(s, retain)) for s in layer)
+    budget = solve_compression_ratio(shapes, order, total, target, retain)
+    removed = sum(
+        parameters_removed(shape, rank)
+        for ranks in budget.ranks.values()
+        for shape, rank in zip(layer, ranks, strict=True)
+    )
+    assert abs(removed - target * total) <= max(n + k for n, k in layer)
+    fewest = next((n for n in range(1, count + 1) if n * per_layer_at_retain >= target * total), count)
+    assert list(budget.ranks) == sorted(order[:fewest])
+    for ranks in budget.ranks.values():
+        for shape, rank in zip(layer, ranks, strict=True):
+            assert rank - rank_for_retain_ratio(shape, budget.retain_ratio) in (0, 1)
+
+
+def test_an_unreachable_ratio_says_what_is_reachable() -> None:
+    with pytest.raises(ValueError, match=r"compression_ratio=0.9 asks for .* the largest possible ratio is 0\.4844"):
+        solve_compression_ratio({0: [(64, 64)]}, [0], 8192, 0.9, 0.1)

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from grasp.errors import UnsupportedModelError
+from grasp.model.hf_quantizer import mark_compressed
+from grasp.model.layer_removal import remove_layers_
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.running import passing_through
+from grasp.model.targets import decoder, replace_module_
+from tests.tiny_models import FAMILIES, VOCABULARY, tiny_batches, tiny_model
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "bos_token_id": 1,
+    "eos_token_id": [2, 3, 4, 5],  # as many as there are layers
+    "pad_token_id": 0,
+}
+EXPERTS: dict[str, Any] = {**SIZES, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+SCALED_BY_INDEX: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "scale_attn_by_inverse_layer_idx": True,
+}
+
+
+def random_model(name: str, **values: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**values)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def tokens() -> Tensor:
+    return tiny_batches(1, batch_size=2, length=11)[0]
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    return model(tokens()).logits
+
+
+@torch.no_grad()
+def skipping(model: PreTrainedModel, layers: list[int]) -> Tensor:
+    """What the model computes with its layers there, but handing on what they are given."""
+    with passing_through([decoder(model).layers[i] for i in layers], returns_tuple=False):
+        return logits(model)
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, new_tokens: int = 14) -> Tensor:
+    """The definition of greedy decoding: every token from a forward pass over all before it."""
+    sequence = tokens()
+    for _ in range(new_tokens):
+        sequence = torch.cat([sequence, model(sequence, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return sequence
+
+
+def generated(model: PreTrainedModel, new_tokens: int = 14) -> Tensor:
+    return model.generate(
+        tokens(), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, use_cache=True, pad_token_id=0
+    )
+
+
+def assert_whole(model: PreTrainedModel, folder: Path) -> None:
+    """It decodes with a KV cache as it does without, and plain transformers saves and loads it."""
+    model.generation_config.eos_token_id = None
+    assert torch.equal(generated(model), greedy(model))
+    model.save_pretrained(folder)
+    reloaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    assert reloaded.config.num_hidden_layers == len(decoder(model).layers)
+    torch.testing.assert_close(reloaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    # Equal weights at other addresses: on some processors matrix products round otherwise then, Mixtral's for one.
+    torch.testing.assert_close(logits(reloaded), logits(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers", [[1], [2, 0]])
+def test_what_is_left_is_a_whole_model_that_skips_those_layers(family: str, layers: list[int], tmp_path: Path) -> None:
+    model = tiny_model(family)
+    expected = skipping(model, layers)
+    assert not torch.allclose(expected, logits(model), atol=1e-2)
+    remove_layers_(model, layers)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+    assert_whole(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("SmolLM3", {**SIZES, "no_rope_layers": [1, 0, 1, 0]}),
+        ("Gemma2", {**SIZES, "head_dim": 8, "sliding_window": 4}),
+        ("Qwen2Moe", {**EXPERTS, "mlp_only_layers": [2], "shared_expert_intermediate_size": 16}),
+        ("GPTNeo", {"vocab_size": 97, "hidden_size": 32, "num_layers": 4, "num_heads": 4, "window_size": 4}),
+        ("Bloom", {"vocab_size": 97, "hidden_size": 32, "n_layer": 4, "n_head": 4}),
+        ("Falcon", {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}),
+        ("Phi", SIZES),
+    ],
+)
+def test_configuration_lists_follow_the_layers(name: str, values: dict[str, Any], tmp_path: Path) -> None:
+    extra = {"attention_types": [[["global", "local"], 2]]} if name == "GPTNeo" else {}
+    model = random_model(name, **values, **extra)
+    end_tokens = model.config.eos_token_id
+    remove_layers_(model, [1])
+    assert model.config.eos_token_id == end_tokens
+    assert_whole(model, tmp_path)
+
+
+def test_sliding_layers_stay_sliding() -> None:
+    model = tiny_model("gemma3")
+    remove_layers_(model, [0])
+    assert model.config.layer_types == ["sliding_attention", "full_attention"]
+    assert [layer.self_attn.is_sliding for layer in decoder(model).layers] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "layer"),
+    [("GPT2", SCALED_BY_INDEX, 0), ("Qwen3Moe", {**EXPERTS, "decoder_sparse_step": 2}, 1)],
+    ids=["scores scaled by the index", "experts in every other layer"],
+)
+def test_layers_that_depend_on_their_position_are_refused(name: str, values: dict[str, Any], layer: int) -> None:
+    model = random_model(name, **values)
+    before, config = logits(model), model.config.to_dict()
+    with pytest.raises(UnsupportedModelError, match=r"layer \d of \w+ cannot become layer \d: its \S+ is"):
+        remove_layers_(model, [layer])
+    assert torch.equal(logits(model), before)
+    assert model.config.to_dict() == config
+
+
+def test_layers_that_depend_on_their_position_can_go_from_the_end(tmp_path: Path) -> None:
+    model = random_model("GPT2", **SCALED_BY_INDEX)
+    remove_layers_(model, [2])
+    assert_whole(model, tmp_path)
+
+
+def test_a_compressed_model_stays_one(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    for layer in (1, 2):
+        name = f"model.layers.{layer}.mlp.up_proj"
+        replace_module_(model, name, LowRankLinear.from_dense(model.get_submodule(name), torch.arange(2 + layer)))
+    mark_compressed(model)
+    expected = skipping(model, [1])
+    remove_layers_(model, [1])
+    assert model.config.quantization_config.ranks == {"model.layers.1.mlp.up_proj": 4}
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+    assert_whole(model, tmp_path)
+
+
+def test_nothing_to_remove_changes_nothing() -> None:
+    model = tiny_model("llama")
+    before, config = logits(model), model.config.to_dict()
+    remove_layers_(model, [])
+    assert torch.equal(logits(model), before)
+    assert model.config.to_dict() == config
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([3], r"layers 0\.\.2; cannot remove \[3\]"),
+        ([0, -1], r"layers 0\.\.2; cannot remove \[-1\]"),
+        ([1, 1], r"once; got \[1, 1\]"),
+        ([0, 1, 2], "all 3 decoder layers"),
+    ],
+)
+def test_impossible_layers_are_refused_and_change_nothing(layers: list[int], message: str) -> None:
+    model = tiny_model("llama")
+    before = logits(model)
+    with pytest.raises(ValueError, match=message):
+        remove_layers_(model, layers)
+    assert torch.equal(logits(model), before)

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload, dispatch_model
+from accelerate.utils import offload_state_dict
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from grasp.checkpoint.run_state import RunState
+from grasp.checkpoint.saving import save_checkpoint
+from grasp.compress import compress_
+from grasp.compression.layer_cost import LiveBytes
+from grasp.config import GraspConfig
+from grasp.errors import UnsupportedModelError
+from grasp.evaluation.perplexity import perplexity
+from grasp.model.batch import as_batches
+from grasp.model.dense import dense_weight
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.offload import execution_device, fetched
+from grasp.model.targets import decoder, layer_targets
+from grasp.statistics.redundancy import block_influence
+from grasp.statistics.sweep import Call, capture_prefix, sweep
+from tests.tiny_models import tiny_batches, tiny_model
+
+FAMILIES = ["llama", "gpt2", "gemma3"]  # gemma3 ties its head to its embeddings
+
+
+def on_disk(family: str, folder: Path, **overrides: int) -> PreTrainedModel:
+    """All weights in files, fetched when they are needed."""
+    model = tiny_model(family, **overrides)
+    offload_state_dict(folder / "weights", model.state_dict())
+    return dispatch_model(model, {"": "disk"}, main_device="cpu", offload_dir=str(folder / "weights"))
+
+
+def in_cpu_memory(family: str, folder: Path) -> PreTrainedModel:
+    model = tiny_model(family)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    return model
+
+
+def by_device_map(family: str, folder: Path) -> PreTrainedModel:
+    """As ``from_pretrained`` does it: the last layer on disk, the rest in memory."""
+    dense = tiny_model(family)
+    dense.save_pretrained(folder / "dense")
+    last = f"{decoder(dense).path}.2"
+    places = {name: "cpu" for name, module in dense.named_modules() if not list(module.children()) and name}
+    places = {name: place for name, place in places.items() if not name.startswith(f"{last}.")}
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "dense", device_map={**places, last: "disk"}, offload_folder=str(folder / "offload")
+    )
+
+
+Maker = Callable[[str, Path], PreTrainedModel]
+MAKERS = [on_disk, in_cpu_memory, by_device_map]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("schedule", ["sequential", "single-sweep"])
+def test_an_offloaded_model_is_compressed_as_one_in_memory(
+    family: str, make: Maker, schedule: str, tmp_path: Path
+) -> None:
+    config = GraspConfig(layers=(1, 2), retain_ratio=0.3, schedule=schedule)
+    batches = tiny_batches()
+    model, expected = make(family, tmp_path), tiny_model(family)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    assert block_influence(model, batches) == block_influence(expected, batches)
+    report, wanted = compress_(model, batches, config), compress_(expected, batches, config)
+    assert [m.indices for m in report.modules] == [m.indices for m in wanted.modules]
+    assert (report.before, report.after) == (wanted.before, wanted.after)
+    tokens = torch.cat([batch.flatten() for batch in batches])
+    assert perplexity(model, tokens, window=16).nll == perplexity(expected, tokens, window=16).nll
+
+
+@pytest.mark.parametrize("make", [on_disk, by_device_map])  # cpu_offload leaves no sign by which transformers knows it
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_offloaded_and_compressed_model_is_saved_whole(family: str, make: Maker, tmp_path: Path) -> None:
+    batches = tiny_batches()
+    model = make(family, tmp_path)
+    compress_(model, batches, GraspConfig(layers=(2,), retain_ratio=0.3))
+    save_checkpoint(model, tmp_path / "small")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert not any(parameter.is_meta for parameter in loaded.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(batches[0]).logits, model(batches[0]).logits, rtol=0, atol=0)
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]["ranks"]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_hooks_and_parameters_are_as_they_were_after_a_sweep(make: Maker, tmp_path: Path) -> None:
+    model, batches = make("llama", tmp_path), as_batches(tiny_batches())
+    forwards = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
+    places = {name: parameter.device for name, parameter in model.named_parameters()}
+    prefix = capture_prefix(model, batches, [1])
+    sweep(model, batches, layer_targets(model, 1)[0], prefix, lambda call: None)
+    assert {name: module.__dict__.get("forward") for name, module in model.named_modules()} == forwards
+    assert {name: parameter.device for name, parameter in model.named_parameters()} == places
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    assert hooks
+    assert not any(vars(hook).keys() & {"pre_forward", "post_forward"} for hook in hooks)
+
+
+def test_fetched_weights_are_not_held_for_the_backward_pass(tmp_path: Path) -> None:
+    wide = {"hidden_size": 256, "intermediate_size": 512}  # weights far larger than the activations of four tokens
+    batches = as_batches(tiny_batches(1, 1, 4))
+    grads: list[list[torch.Tensor]] = [[], []]
+
+    def peak(model: PreTrainedModel, kept: list[torch.Tensor]) -> int:
+        prefix = capture_prefix(model, batches, [0])
+
+        def visit(call: Call) -> None:
+            kept.append(call.grad_y)
+
+        with LiveBytes() as live:
+            sweep(model, batches, layer_targets(model, 0)[0], prefix, visit)
+        return live.peak
+
+    offloaded, whole = on_disk("llama", tmp_path, **wide), tiny_model("llama", **wide)
+    largest = max(p.nbytes for p in whole.parameters())
+    assert peak(offloaded, grads[0]) - peak(whole, grads[1]) < 3 * largest < sum(p.nbytes for p in whole.parameters())
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
+
+
+def test_a_run_of_an_offloaded_model_is_continued(tmp_path: Path) -> None:
+    config, batches = GraspConfig(layers=(1, 2), retain_ratio=0.3), tiny_batches()
+
+    class Killed(BaseException):
+        pass
+
+    def kill(step: str, done: int, total: int) -> None:
+        if step == "layer 1 mlp":
+            raise Killed
+
+    with pytest.raises(Killed), RunState(tmp_path / "run") as state:
+        compress_(on_disk("llama", tmp_path), batches, config, progress=kill, state=state)
+    with RunState(tmp_path / "run") as state:
+        report = compress_(on_disk("llama", tmp_path), batches, config, state=state)
+    wanted = compress_(tiny_model("llama"), batches, config)
+    assert [m.indices for m in report.modules] == [m.indices for m in wanted.modules]
+
+
+def test_a_weight_is_fetched_to_where_its_module_runs(tmp_path: Path) -> None:
+    model, expected = on_disk("gpt2", tmp_path), tiny_model("gpt2")
+    module, wanted = (m.get_submodule("transformer.h.0.mlp.c_fc") for m in (model, expected))
+    assert module.weight.is_meta
+    torch.testing.assert_close(dense_weight(module), dense_weight(wanted), rtol=0, atol=0)
+    torch.testing.assert_close(fetched(module, "bias"), wanted.bias.detach(), rtol=0, atol=0)
+    assert module.weight.is_meta  # and put away again
+    assert execution_device(module) == torch.device("cpu")
+    low = LowRankLinear.from_dense(module, torch.arange(3))
+    assert {parameter.device.type for parameter in low.parameters()} == {"cpu"}
+
+
+def test_a_weight_without_data_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"weight of a Linear is on the meta device.*from_pretrained"):
+        dense_weight(nn.Linear(2, 3, device="meta"))
+
+
+def test_sweeps_in_another_dtype_are_refused_for_offloaded_weights(tmp_path: Path) -> None:
+    config = GraspConfig(layers=(1,), sweep_dtype="bfloat16")
+    with pytest.raises(UnsupportedModelError, match=r"some are offloaded.*from_pretrained\(\.\.\., dtype='bfloat16'\)"):
+        compress_(on_disk("llama", tmp_path), tiny_batches(), config)
+
+
+def test_the_best_preset_is_refused_for_offloaded_weights_before_anything_is_run(tmp_path: Path) -> None:
+    steps: list[str] = []
+    config = GraspConfig.preset("best", compression_ratio=0.2)
+    with pytest.raises(UnsupportedModelError, match=r"offloaded or sharded; take schedule='single-sweep'"):
+        compress_(on_disk("llama", tmp_path), tiny_batches(), config, progress=lambda step, *_: steps.append(step))
+    assert not steps

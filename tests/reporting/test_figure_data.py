@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from grasp.bench.results import Percentiles, StudySetting
+from grasp.reporting.figure_data import Quality, by_latency, by_size, latencies, pareto_front, roofs
+from tests.bench.records import CONDITIONS, record
+
+STUDY = StudySetting("builtin", "wikitext2", "builtin", 24, 512, 2, 512, 16, "bfloat16")
+
+
+def model(provider: str, **values: Any) -> Any:
+    plain = {"model": "builtin", "factors": "small", "dtype": "float32", "batch_size": 1, "perplexity_text": "builtin"}
+    return record("model", **{**plain, "provider": provider, **values})
+
+
+def op(provider: str, **values: Any) -> Any:
+    plain = {"op": "lowrank_linear", "shape": "4x6r2", "rows": 1, "dtype": "float32", "median_us": 2.0, "floor_us": 1.0}
+    return record("op", **{**plain, "provider": provider, **values})
+
+
+def only(found: dict[Any, Any]) -> Any:
+    (value,) = found.values()
+    return value
+
+
+def point(x: float, perplexity: float) -> Quality:
+    return Quality("a", x, perplexity, perplexity, perplexity)
+
+
+def test_the_front_is_what_no_point_beats() -> None:
+    numbers = random.Random(0)
+    for _ in range(50):
+        points = [point(numbers.randrange(6), numbers.randrange(6)) for _ in range(8)]
+        places = {(p.x, p.perplexity) for p in points}
+        expected = {(x, y) for x, y in places if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in places)}
+        front = pareto_front(points)
+        assert [(p.x, p.perplexity) for p in front] == sorted(expected)
+
+
+def test_seeds_of_a_study_are_one_point_with_their_range() -> None:
+    cells = [
+        record("study", method="GRASP", ratio=0.2, seed=seed, setting=STUDY, parameters=100, perplexity=value)
+        for seed, value in enumerate((20.0, 26.0, 23.0))
+    ]
+    assert only(by_size(cells)) == [Quality("GRASP", 100, 23.0, 20.0, 26.0)]
+
+
+def test_perplexities_of_different_texts_do_not_share_a_figure() -> None:
+    cell = record("study", setting=STUDY)
+    other = record("study", setting=replace(STUDY, windows=None))
+    found = by_size([cell, other, model("dense"), model("dense", perplexity_tokens=9)])
+    assert len(found) == 4
+    assert [setting.title for setting in found][:2] == [
+        "builtin, 16 windows of 512 tokens of builtin",
+        "builtin, all windows of 512 tokens of builtin",
+    ]
+    assert all("512 tokens of wikitext2; bfloat16; " in setting.conditions for setting in list(found)[:2])
+
+
+def test_the_weights_that_several_backends_share_are_one_point_of_size() -> None:
+    lines = [model(name) for name in ("dense", "compressed/cpu", "compressed/reference", "unfused", "removed")]
+    lines.append(model("compressed", factors="plain SVD"))
+    lines.append(model("compressed", factors="other"))
+    labels = [p.label for p in only(by_size(lines))]
+    assert labels == ["dense", "GRASP small", "layers removed", "plain SVD", "GRASP other"]
+
+
+def test_against_latency_stands_only_what_has_a_perplexity() -> None:
+    lines = [model("dense", inter_token_ms=Percentiles(7, 8, 9)), model("removed", perplexity=None)]
+    assert only(by_latency(lines)) == [Quality("dense", 7, 0.5, 0.5, 0.5)]
+
+
+def test_the_last_measurement_of_a_provider_counts() -> None:
+    first, again = (model("compressed/cpu", first_token_ms=Percentiles(ms, ms, ms)) for ms in (1.0, 2.0))
+    (bar,) = only(latencies([first, again]))
+    assert (bar.label, bar.first_token.p50) == ("GRASP, cpu", 2.0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"dtype": "bfloat16"}, {"prompt_tokens": 9}, {"conditions": replace(CONDITIONS, threads=1)}, {"factors": "other"}],
+)
+def test_latencies_of_different_conditions_do_not_share_a_figure(values: dict[str, Any]) -> None:
+    assert len(latencies([model("dense"), model("dense", **values)])) == 2
+
+
+def test_batch_sizes_share_a_figure_of_latencies() -> None:
+    bars = only(latencies([model("dense", batch_size=1), model("dense", batch_size=4)]))
+    assert [bar.batch_size for bar in bars] == [1, 4]
+
+
+def test_a_speed_is_the_flops_that_must_be_done_over_the_time() -> None:
+    roof = only(roofs([op("cpu"), op("dense"), op("unfused", median_us=4.0)]))
+    assert (roof.flops, roof.bandwidth) == (CONDITIONS.flops, CONDITIONS.read_bandwidth)
+    # K = 4, N = 6, R = 2, one row: 2·R·(N + K) = 40 FLOPs over (R·(N + K) + N + K)·4 = 120 bytes; dense 48 over 136.
+    assert [(s.label, s.intensity, s.flops) for s in roof.speeds] == [
+        ("cpu", pytest.approx(40 / 120), pytest.approx(20e6)),
+        ("dense", pytest.approx(48 / 136), pytest.approx(24e6)),
+        ("unfused", pytest.approx(40 / 120), pytest.approx(10e6)),
+    ]
+
+
+def test_what_has_no_floor_has_no_place_below_the_roof() -> None:
+    assert roofs([op("dense", op="singular_value_grad", floor_us=None)]) == {}
+
+
+def test_each_op_dtype_and_device_has_a_roof() -> None:
+    lines = [op("cpu"), op("cpu", dtype="bfloat16"), op("cpu", op="singular_value_grad")]
+    lines.append(op("cpu", conditions=replace(CONDITIONS, threads=1)))
+    assert len(roofs(lines)) == 4

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from grasp.checkpoint.compression_report import CompressionReport
+from grasp.cli.root import app
+from grasp.compress import compress_
+from grasp.config import GraspConfig
+from grasp.reporting import rerun_command as reproduce
+from grasp.workflows.compress import compress, with_request
+from grasp.workflows.samples import Samples
+from tests.command_line import grasp, save_tiny_model
+from tests.tiny_models import tiny_batches, tiny_model
+
+TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once more. " * 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "processes"),
+    [
+        (GraspConfig(layers=(0, 2), retain_ratio=0.35, metric="gradient"), 1),
+        (GraspConfig.preset("best", compression_ratio=0.1), 2),
+    ],
+)
+def test_the_command_makes_the_same_again(config: GraspConfig, processes: int, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "tiny model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    samples = Samples(str(tmp_path / "text.txt"), 4, 24, 2, seed=3)
+    options = ["--num-samples", 4, "--seq-len", 24, "--batch-size", 2, "--seed", 3, "--calibration", "text.txt"]
+    if processes == 1:
+        compress(str(tmp_path / "tiny model"), tmp_path / "first", config, samples, dtype="float32")
+    else:
+        best = ["--preset", "best", "--compression-ratio", 0.1]
+        run = grasp("compress", "tiny model", "-o", "first", *options, *best, cwd=tmp_path, processes=2)
+        assert run.returncode == 0, run.stderr
+    first = CompressionReport.load(tmp_path / "first")
+    words = reproduce.command(first, "again")
+    assert words is not None
+    assert (words[0] == "torchrun") == (processes == 2)
+    arguments = words[words.index("compress") :]
+    run = grasp(*arguments, cwd=tmp_path, processes=processes)
+    assert run.returncode == 0, run.stderr
+    again = CompressionReport.load(tmp_path / "again")
+    assert again.request == first.request
+    assert again.calibration == first.calibration
+    assert again.config == first.config
+    assert again.modules == first.modules
+
+
+def test_paths_on_this_machine_are_not_told(tmp_path: Path) -> None:
+    report = with_request(
+        *(a_report(), str(tmp_path / "models" / "mine"), Samples(str(tmp_path / "corpus.txt"))),
+        costs=str(tmp_path / "costs.json"),
+    )
+    words = reproduce.command(report, "out")
+    assert words is not None
+    assert words[:5] == ["grasp", "compress", "mine", "-o", "out"]
+    assert words[words.index("--calibration") + 1] == "corpus.txt"
+    assert words[words.index("--costs") + 1] == "costs.json"
+    assert str(tmp_path) not in report.to_json()
+
+
+def test_names_on_the_hub_are_told_whole() -> None:
+    report = with_request(a_report(), "meta-llama/Llama-3.1-8B", Samples("wikitext2"))
+    words = reproduce.command(report, "out")
+    assert words is not None
+    assert words[2] == "meta-llama/Llama-3.1-8B"
+
+
+def test_every_setting_is_an_option_of_the_command() -> None:
+    settings = dict.fromkeys(GraspConfig().to_dict(), "x")
+    report = with_request(replace(a_report(), config=settings), "m", Samples(), device="cpu")
+    words = reproduce.command(replace(report, request={**report.request, "shard": True}), "out")
+    assert words is not None
+    group: Any = get_command(app)
+    known = {option for parameter in group.commands["compress"].params for option in parameter.opts}
+    given = [word for word in words if word.startswith("--")]
+    assert len(given) > len(settings)
+    assert set(given) <= known
+
+
+def test_each_option_has_a_line_with_its_value() -> None:
+    words = ["torchrun", "--nproc-per-node", "2", "-m", "grasp", "compress", "m", "-o", "o", "--refit", "--seed", "0"]
+    assert reproduce.by_option(words) == [words[:9], ["--refit"], ["--seed", "0"]]
+
+
+def test_a_report_from_python_has_no_command() -> None:
+    assert reproduce.command(a_report(), "out") is None
+
+
+def a_report() -> CompressionReport:
+    return compress_(tiny_model("llama"), tiny_batches(1), GraspConfig(num_layers=1))

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from grasp.checkpoint.compression_report import CompressionReport
+from grasp.checkpoint.run_state import RunState
+from grasp.compress import compress_
+from grasp.config import GraspConfig
+from grasp.errors import DistributedError, NonFiniteError, UnsupportedModelError
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.targets import decoder, layer_targets
+from grasp.statistics.processes import ALONE, Processes
+from grasp.statistics.sharding import collect_, shard_
+from tests.many_processes import run
+from tests.tiny_models import tiny_batches, tiny_model
+
+CONFIG = GraspConfig(layers=(0, 2), retain_ratio=0.4)
+CPU = torch.device("cpu")
+
+
+def compress(
+    processes: Processes, family: str, settings: dict[str, Any]
+) -> tuple[CompressionReport, dict[str, Tensor]]:
+    """Three batches, which two processes cannot share evenly."""
+    model = tiny_model(family, torch.float64)
+    if processes.sharded:
+        shard_(model, CPU, processes)
+    config = GraspConfig.from_dict({**CONFIG.to_dict(), **settings})
+    report = compress_(model, tiny_batches(3), config, processes=processes)
+    if processes.sharded:
+        collect_(model, processes)
+    return report, {name: value.detach() for name, value in model.state_dict().items() if not value.is_meta}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"schedule": "sequential"}),
+        ("llama", {"schedule": "single-sweep"}),
+        ("llama", {"basis": "kfac", "allocation": "global", "metric": "magnitude", "schedule": "single-sweep"}),
+        (
+            "llama",
+            {
+                "basis": "kfac",
+                "allocation": "global",
+                "metric": "magnitude",
+                "schedule": "single-sweep",
+                "refit": True,
+            },
+        ),
+        ("llama", {"basis": "whitened", "metric": "fisher"}),
+        ("gpt2", {"schedule": "per-layer"}),  # Conv1D, positions that are learnt
+        ("qwen2", {"schedule": "per-layer"}),  # biases
+        ("gemma3", {"schedule": "per-layer"}),  # tied embeddings, windows
+        ("mixtral", {"schedule": "per-layer"}),  # experts
+    ],
+)
+def test_a_model_sharded_over_two_processes_is_compressed_as_a_whole_one(family: str, settings: dict[str, Any]) -> None:
+    alone, expected = compress(ALONE, family, settings)
+    (report, state), (second, rest) = (outcome.value for outcome in run(compress, family, settings, sharded=True))
+    assert [module.indices for module in report.modules] == [module.indices for module in alone.modules]
+    assert report.modules == second.modules
+    assert (report.before, report.after) == (alone.before, alone.after)
+    assert report.block_influence == pytest.approx(alone.block_influence, rel=1e-9)
+    assert state.keys() == expected.keys()
+    assert rest.keys() < state.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12)
+
+
+def measure(processes: Processes) -> tuple[list[tuple[int, int]], list[str], list[str]]:
+    """Each target's parameters here and in all; which modules are sharded after a compression, and which low-rank."""
+    model = tiny_model("mixtral")
+    shard_(model, CPU, processes)
+    weights = [target.module.weight for layer in range(3) for target in layer_targets(model, layer)[0]]
+    sizes = [(weight.to_local().numel(), weight.numel()) for weight in weights]
+    compress_(model, tiny_batches(3), CONFIG, processes=processes)
+    modules = dict(model.named_modules())
+    sharded = [name for name, m in modules.items() if any(isinstance(p, DTensor) for p in m.parameters(recurse=False))]
+    return sizes, sharded, [name for name, module in modules.items() if isinstance(module, LowRankLinear)]
+
+
+def test_each_process_holds_half_of_the_linears_and_experts_and_whole_low_rank_linears() -> None:
+    for outcome in run(measure, sharded=True):
+        sizes, sharded, low_rank = outcome.value
+        assert len(sizes) == 12
+        assert all(2 * here == whole for here, whole in sizes)
+        kept = [f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"]
+        assert sorted(sharded) == sorted([*kept, *(f"model.layers.{layer}.mlp.experts" for layer in range(3))])
+        assert len(low_rank) == 8
+
+
+def compress_with_a_bad_sweep(processes: Processes) -> None:
+    """In one process the last layer returns NaN, though not while block influence is measured."""
+    model = tiny_model("llama")
+    shard_(model, CPU, processes)
+    runs: list[int] = []
+
+    def spoil(_: Any, args: Any, output: Tensor) -> Tensor:
+        runs.append(1)
+        return output * float("nan") if len(runs) > 4 and processes.rank == 1 else output
+
+    decoder(model).layers[-1].register_forward_hook(spoil)
+    compress_(model, tiny_batches(3), CONFIG, processes=processes)
+
+
+def test_an_error_in_one_process_ends_the_others_that_wait_for_its_weights() -> None:
+    first, second = run(compress_with_a_bad_sweep, sharded=True)
+    assert isinstance(second.error, NonFiniteError)
+    assert isinstance(first.error, DistributedError)
+    assert "process 0 of 2 has lost the others" in str(first.error)
+
+
+def compress_in_two_attempts(processes: Processes, folder: Path, attempt: int) -> list[Any]:
+    """The first attempt is killed in its third sweep."""
+    model = tiny_model("llama", torch.float64)
+    shard_(model, CPU, processes)
+    sweeps: list[str] = []
+
+    def die_in_the_third(step: str, done: int, total: int) -> None:
+        if step.startswith("layer") and done == 1:
+            sweeps.append(step)
+        if attempt == 1 and len(sweeps) == 3 and processes.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with RunState(folder, rank=processes.rank, processes=processes.size) as state:
+        report = compress_(model, tiny_batches(3), CONFIG, progress=die_in_the_third, state=state, processes=processes)
+    return [sweeps, [module.indices for module in report.modules]]
+
+
+def test_a_sharded_run_continues_after_a_process_was_killed(tmp_path: Path) -> None:
+    first, second = run(compress_in_two_attempts, tmp_path / "kept", 1, sharded=True)
+    assert second.exit_code == -signal.SIGKILL
+    assert isinstance(first.error, DistributedError)
+    report = compress_(tiny_model("llama", torch.float64), tiny_batches(3), CONFIG)
+    expected = [module.indices for module in report.modules]
+    for outcome in run(compress_in_two_attempts, tmp_path / "kept", 2, sharded=True):
+        assert outcome.value == [["layer 0 mlp", "layer 0 attention"], expected]
+
+
+def compress_in_bfloat16(processes: Processes) -> None:
+    model = tiny_model("llama")
+    shard_(model, CPU, processes)
+    config = GraspConfig.from_dict({**CONFIG.to_dict(), "sweep_dtype": "bfloat16"})
+    compress_(model, tiny_batches(2), config, processes=processes)
+
+
+def test_sweeps_in_another_dtype_are_refused() -> None:
+    for outcome in run(compress_in_bfloat16, sharded=True):
+        assert isinstance(outcome.error, UnsupportedModelError)
+        assert "load the model in that dtype" in str(outcome.error)

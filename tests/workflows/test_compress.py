@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+from grasp.config import GraspConfig
+from grasp.errors import CalibrationError, GraspError
+from grasp.workflows import compress as jobs
+from grasp.workflows.compress import compress
+from grasp.workflows.evaluate import evaluate
+from grasp.workflows.samples import Samples
+from tests.command_line import save_tiny_model
+from tests.tiny_models import tiny_model
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_tiny_model(tmp_path / "tiny")
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Samples:
+    text = tmp_path / "text.txt"
+    text.write_text("All work and no play makes Jack a dull boy. " * 30)
+    return Samples(str(text), num_samples=2, seq_len=32, batch_size=2, seed=3)
+
+
+def no_memory(*_: Any, **__: Any) -> NoReturn:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_too_little_memory_is_an_error_with_a_remedy(
+    model: Path, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "compress_", no_memory)
+    with pytest.raises(jobs.OutOfMemoryError, match="batches of 2 x 32 tokens; take a smaller batch"):
+        compress(str(model), tmp_path / "out", GraspConfig(num_layers=1), samples)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(jobs, "perplexity", no_memory)
+    with pytest.raises(jobs.OutOfMemoryError, match="batches of 1 x 64 tokens; take a smaller batch"):
+        evaluate(str(model), samples.source, window=64)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), jobs.OutOfMemoryError, "too little"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"), jobs.OutOfMemoryError, "too little"),
+        (MemoryError(), jobs.OutOfMemoryError, "too little memory"),
+        (
+            torch.linalg.LinAlgError("linalg.svd: failed\nto converge"),
+            GraspError,
+            r"\(linalg\.svd: failed to converge\)",
+        ),
+        (RuntimeError("a defect"), RuntimeError, "a defect"),
+    ],
+)
+@pytest.mark.parametrize("step", ["load_model", "compress_"])
+def test_errors_of_memory_and_decompositions_are_said_in_one_line_and_others_are_not_hidden(
+    step: str,
+    error: Exception,
+    expected: type[Exception],
+    message: str,
+    model: Path,
+    samples: Samples,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(jobs, step, fail)
+    with pytest.raises(expected, match=message) as caught:
+        compress(str(model), tmp_path / "out", GraspConfig(num_layers=1), samples)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_of_another_model_is_refused(model: Path, samples: Samples, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(model)
+    message = "the tokenizer gives the token .* but the model has 97 tokens: the tokenizer does not belong"
+    with pytest.raises(CalibrationError, match=message):
+        compress(str(model), tmp_path / "out", GraspConfig(num_layers=1), samples)
+    with pytest.raises(CalibrationError, match=message):
+        evaluate(str(model), samples.source)
+
+
+def test_the_model_card_says_how_it_was_made_but_not_from_which_file(
+    model: Path, samples: Samples, tmp_path: Path
+) -> None:
+    done = compress(str(model), tmp_path / "out", GraspConfig(layers=(1,), retain_ratio=0.4), samples)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Layers 1: as asked for. Calibrated on 2 sequences of 32 tokens of a text file (seed 3)." in card
+    assert str(tmp_path) not in card
+    assert done.report.calibration["sequences"] == 2
+
+
+def test_the_seed_chooses_the_sequences(model: Path, samples: Samples, tmp_path: Path) -> None:
+    digests = []
+    for number, seed in enumerate((3, 3, 4)):
+        again = Samples(samples.source, num_samples=2, seq_len=32, seed=seed)
+        done = compress(str(model), tmp_path / f"out{number}", GraspConfig(layers=(), retain_ratio=0.4), again)
+        digests.append(done.report.calibration["sha256"])
+    assert digests[0] == digests[1] != digests[2]

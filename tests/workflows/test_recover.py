@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+from grasp import cli
+from grasp.config import GraspConfig
+from grasp.errors import CheckpointError, ResumeError, TrainingDataError, UnsupportedModelError
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.recovery import RecoveryConfig
+from grasp.workflows import recover as recovery_job
+from grasp.workflows.compress import compress
+from grasp.workflows.samples import Samples
+from tests import command_line
+
+TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once more. " * 40
+OPTIONS = ("--seq-len", 32, "--batch-size", 8, "--learning-rate", 0.01, "--tokens", 8000)
+# What `python -m grasp` does, but the state is kept after every step.
+OFTEN = """
+import runpy
+from grasp import kept
+kept.INTERVAL, kept.SHARE = 0.0, float("inf")
+runpy.run_module("grasp", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dense model, a compressed one, and data."""
+    place = tmp_path_factory.mktemp("place")
+    command_line.save_tiny_model(place / "model")
+    (place / "text.txt").write_text(TEXT)
+    lines = [{"instruction": f"Say {word}.", "input": "", "output": word} for word in ("one", "two", "three")]
+    (place / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = GraspConfig(layers=(1, 2), retain_ratio=0.4, schedule="single-sweep")
+    compress(str(place / "model"), place / "small", config, Samples(str(place / "text.txt"), 4, 32))
+    return place
+
+
+def recover(place: Path, output: Path, *options: object) -> Result:
+    arguments = ("recover", place / "small", "-o", output, "--text", place / "text.txt", *OPTIONS, *options)
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def test_a_recovered_checkpoint_is_the_compressed_one_with_other_factors(place: Path, tmp_path: Path) -> None:
+    result = recover(place, tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.exception
+    document = json.loads(result.stdout)["report"]
+    assert document["loss_after"] < document["loss_before"] - 0.2
+    names = {path.name for path in (place / "small").iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"recovery.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert json.loads((tmp_path / "out" / "recovery.json").read_text()) == document
+    for name in names - {"model.safetensors", "README.md"}:
+        assert (tmp_path / "out" / name).read_bytes() == (place / "small" / name).read_bytes(), name
+
+    before, after = (load_file(folder / "model.safetensors") for folder in (place / "small", tmp_path / "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith((".U", ".Vh"))}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert sum(isinstance(module, LowRankLinear) for module in loaded.modules()) == document["factors"] == 14
+
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith((place / "small" / "README.md").read_text().rstrip())
+    assert f"were trained on {document['tokens']:,} tokens of a text file" in card
+    again = recovery_job.recover(
+        tmp_path / "out",
+        tmp_path / "twice",
+        RecoveryConfig(tokens=256),
+        recovery_job.Data(str(place / "text.txt"), None, 32),
+    )
+    twice = (tmp_path / "twice" / "README.md").read_text()
+    assert twice.count("## Recovery") == 1
+    assert f"{again.report.tokens:,} tokens" in twice
+
+
+def test_what_was_done_is_shown(place: Path, tmp_path: Path) -> None:
+    result = recover(place, tmp_path / "out", "--instructions", place / "some.jsonl", "--seq-len", 128, "--tokens", 500)
+    assert result.exit_code == 0, result.exception
+    for words in ("parameters of 14 low-rank linears", "held-out loss", "nats per token, after step"):
+        assert words in result.stdout
+    assert "a file of instructions, of which only the answers counted" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "kind", "words"),
+    [
+        ("model", {}, UnsupportedModelError, "has no low-rank linears to train"),
+        ("nothing", {}, CheckpointError, "no folder .*nothing; expected a checkpoint that `grasp compress` wrote"),
+        ("small", {"instructions": Path("nothing")}, TrainingDataError, "the instructions nothing cannot be read"),
+        ("small", {"seq_len": 4000}, TrainingDataError, "the data make 1 sequences; expected at least 2"),
+    ],
+)
+def test_what_cannot_be_recovered_is_refused_and_leaves_nothing(
+    place: Path, tmp_path: Path, source: str, options: dict, kind: type[Exception], words: str
+) -> None:
+    data = recovery_job.Data(**{"text": str(place / "text.txt"), **options})
+    with pytest.raises(kind, match=words):
+        recovery_job.recover(place / source, tmp_path / "out", RecoveryConfig(), data)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_continued_to_the_same_weights_or_refused(place: Path, tmp_path: Path) -> None:
+    arguments = ["recover", "small", "-o", tmp_path / "out", "--text", "text.txt", *OPTIONS, "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", OFTEN, *map(str, arguments)],
+        cwd=place,
+        env=command_line.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    kept = tmp_path / "out.partial" / "training.safetensors"
+    while not kept.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    time.sleep(0.1)
+    process.kill()
+    process.communicate(timeout=60)
+    assert not (tmp_path / "out").exists()
+
+    data = recovery_job.Data(str(place / "text.txt"), None, 32)
+    with pytest.raises(ResumeError, match=r"another request: batch_size is 4, expected 8\. Give the request"):
+        recovery_job.recover(place / "small", tmp_path / "out", RecoveryConfig(0.01, 8000, 4), data)
+    continued = command_line.grasp(*arguments, cwd=place)
+    assert continued.returncode == 0, continued.stderr
+    assert "continuing after " in continued.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+    whole = command_line.grasp(
+        *(tmp_path / "whole" if item == tmp_path / "out" else item for item in arguments), cwd=place
+    )
+    assert whole.returncode == 0, whole.stderr
+    curves = [json.loads(run.stdout)["report"]["curve"] for run in (continued, whole)]
+    assert curves[0] == curves[1]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_starts_write_one_checkpoint_like_that_of_one(place: Path, tmp_path: Path) -> None:
+    losses = {}
+    for processes in (1, 2):
+        run = command_line.grasp(
+            *("recover", "small", "-o", tmp_path / str(processes), "--text", "text.txt", *OPTIONS, "--json"),
+            cwd=place,
+            processes=processes,
+        )
+        assert run.returncode == 0, run.stderr
+        assert run.stderr.count("step 0 of ") == 1  # one process speaks
+        losses[processes] = json.loads(run.stdout)["report"]["loss_after"]
+    assert losses[2] == pytest.approx(losses[1], abs=1e-3)
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
