@@ -37,7 +37,7 @@ from grasp.model.layer_removal import removable_layers, remove_layers_
 from grasp.model.lowrank_linear import group_linears_
 from grasp.model.size import model_size
 from grasp.model.targets import Target, decoder
-from grasp.progress import Clock, Progress, silent
+from grasp.progress import Clock, Progress, no_progress
 from grasp.statistics.layer_losses import removal_losses
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.redundancy import measure_redundancy
@@ -53,7 +53,7 @@ def compress_(
     config: GraspConfig | None = None,
     *,
     costs: CostTable | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     state: NoState | None = None,
     processes: Processes = ALONE,
     gather: Callable[..., Scores] = gather_scores,

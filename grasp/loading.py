@@ -40,11 +40,11 @@ from transformers.utils import logging as transformers_logging
 from grasp.builtin import BUILTIN, BUILTIN_NAME, builtin_model_path
 from grasp.errors import CheckpointError, GraspError, MissingPackageError, ModelNotFoundError, UnsupportedModelError
 from grasp.model.hf_quantizer import register
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 
 
 def load_quietly(
-    name: str, *, dtype: str = "auto", device: str | None = None, progress: Progress = silent
+    name: str, *, dtype: str = "auto", device: str | None = None, progress: Progress = no_progress
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """``load_model`` without the libraries' chatter; bars of downloads stay."""
     transformers_logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""How long steps report what they have done and how long they took."""
+"""How long steps report their progress and their duration."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Notify = Callable[[str], None]  # takes one line of text
 Progress = Callable[[str, int, int], None]  # (step, done, total)
 
 
-def silent(step: str, done: int, total: int) -> None:
+def no_progress(step: str, done: int, total: int) -> None:
     """Report nothing."""
 
 
-def unheard(text: str) -> None:
-    """Tell nobody."""
+def no_notify(text: str) -> None:
+    """Drop the text."""
 
 
 class Clock:
@@ -27,20 +27,20 @@ class Clock:
         self._since = time.perf_counter()
 
     def enter(self, step: str) -> None:
-        """End the running step and go on to another, or the same."""
+        """End the running step and start ``step``, which may be the same one."""
         now = time.perf_counter()
         if self._step is not None:
             self._seconds[self._step] += now - self._since
         self._step, self._since = step, now
 
     def add(self, seconds: Mapping[str, float]) -> None:
-        """Count time that was measured elsewhere."""
+        """Add times measured elsewhere."""
         for step, value in seconds.items():
             self._seconds[step] += value
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By step, the running one included."""
+        """Seconds by step, the running step included."""
         if self._step is not None:
             self.enter(self._step)
         return dict(self._seconds)

@@ -23,7 +23,7 @@ from grasp.errors import NonFiniteError, UnsupportedModelError
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import batch_inputs, evaluating, first_device
 from grasp.model.targets import max_positions
-from grasp.progress import Clock, Notify, Progress, silent, unheard
+from grasp.progress import Clock, Notify, Progress, no_notify, no_progress
 from grasp.statistics.loss import loss_and_grad, sum_nll, without_head
 from grasp.statistics.processes import ALONE, Processes
 from grasp.training_data import TrainingSequence, collate, digest, shuffled
@@ -70,8 +70,8 @@ def recover_(
     held_out: Sequence[TrainingSequence],
     config: RecoveryConfig | None = None,
     *,
-    progress: Progress = silent,
-    notify: Notify = unheard,
+    progress: Progress = no_progress,
+    notify: Notify = no_notify,
     state: NoRecoveryState | None = None,
     processes: Processes = ALONE,
 ) -> RecoveryReport:

@@ -33,7 +33,7 @@ from grasp.method.schedules import SCHEDULES, plan_sweeps
 from grasp.model.batch import CalibrationBatch
 from grasp.model.running import first_device
 from grasp.model.targets import Target, decoder
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 from grasp.statistics.gradients import gather_gradients
 from grasp.statistics.redundancy import block_influence
 from grasp.statistics.sweep import capture_prefix
@@ -202,7 +202,7 @@ def _settings(base: Setting, schedules: Sequence[str]) -> list[Setting]:
     return [first, *(setting for setting in asked if (setting.config, setting.batch_size) != (first.config, 1))]
 
 
-def run(request: Request, *, progress: Progress = silent) -> list[CompressResult]:
+def run(request: Request, *, progress: Progress = no_progress) -> list[CompressResult]:
     """Time the package's attribution against a naive one: the paper's schedule first, then those asked for.
 
     Raises:

@@ -23,7 +23,7 @@ from grasp.model.dense import dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import first_device
 from grasp.model.targets import decoder, layer_targets
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 from grasp_kernels.packing import RANK_MULTIPLE
 
 ROTATE_BYTES = 64 << 20  # of distinct weights that calls go through: in a model others have been read in between
@@ -34,7 +34,7 @@ PROMPT_TOKENS, NEW_TOKENS, DECODES = 32, 16, 5
 
 
 def costs_for(
-    model: PreTrainedModel, source: str | None, measured: CostTable | None = None, *, progress: Progress = silent
+    model: PreTrainedModel, source: str | None, measured: CostTable | None = None, *, progress: Progress = no_progress
 ) -> CostTable:
     """The costs that ``source`` names: a file, a card, or ``None`` for this machine, measured now if not before.
 
@@ -71,7 +71,7 @@ def measured_ranks(shape: Shape) -> tuple[int, ...]:
 
 
 @torch.inference_mode()
-def measure_costs(model: PreTrainedModel, *, progress: Progress = silent) -> CostTable:
+def measure_costs(model: PreTrainedModel, *, progress: Progress = no_progress) -> CostTable:
     """Time linears of the model's shapes, dtype and device on one token, and the model's own decoding.
 
     A linear's calls go through copies of it in turn, so that no weights are in a cache; its ranks and the dense one are

@@ -45,7 +45,7 @@ from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import first_device
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 from grasp_kernels.roofline import Card
 
 REFERENCE = "reference"
@@ -104,7 +104,7 @@ def difference(got: Tensor, expected: Tensor) -> float:
 
 
 def take_turns(
-    models: Mapping[str, Provider], request: Request, batch_size: int, progress: Progress = silent
+    models: Mapping[str, Provider], request: Request, batch_size: int, progress: Progress = no_progress
 ) -> dict[str, tuple[list[GenerationTime], int | None]]:
     """Times of each, in turn, each repetition starting with another, and the memory of the one that warms up."""
     names = list(models)
@@ -156,7 +156,7 @@ def percentiles(seconds: Sequence[float]) -> Percentiles:
     return Percentiles(*(1e3 * cuts[percent - 1] for percent in (50, 95, 99)))
 
 
-def run(request: Request, *, progress: Progress = silent) -> Iterator[list[ModelResult | NotMeasured]]:
+def run(request: Request, *, progress: Progress = no_progress) -> Iterator[list[ModelResult | NotMeasured]]:
     """Measure one batch size after the other.
 
     Raises:

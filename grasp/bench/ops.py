@@ -21,7 +21,7 @@ from grasp.bench.shapes import model_calls
 from grasp.bench.timing import batch, interleave
 from grasp.bench.workloads import OPS, Problem, Run, backends, compiled, make_problem, rotations, wrong
 from grasp.loading import DTYPES, find_device
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 from grasp_kernels import roofline
 from grasp_kernels.roofline import Card
 from grasp_kernels.shapes import Shape, format_shape, parse_shape
@@ -83,7 +83,7 @@ class Round(NamedTuple):
     threads: int | None  # of a CPU
 
 
-def run(request: Request, *, progress: Progress = silent) -> Iterator[Round]:
+def run(request: Request, *, progress: Progress = no_progress) -> Iterator[Round]:
     """Measure case by case. What is wrong with the request is found before the first.
 
     Raises:

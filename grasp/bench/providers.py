@@ -18,7 +18,7 @@ from grasp.model.dense import dense_shape
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear, group_linears_, set_backend_
 from grasp.model.targets import decoder, layer_targets, replace_module_
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 from grasp_kernels.dispatch import BACKENDS, Call, objection
 
 DENSE, REMOVED, COMPRESSED, UNFUSED = "dense", "removed", "compressed", "unfused"
@@ -65,7 +65,7 @@ def pick_layers(layers: Sequence[int] | None, num_layers: int, depth: int) -> li
 
 @torch.no_grad()
 def truncate_(
-    model: PreTrainedModel, layers: Sequence[int], retain_ratio: float, *, progress: Progress = silent
+    model: PreTrainedModel, layers: Sequence[int], retain_ratio: float, *, progress: Progress = no_progress
 ) -> None:
     """Replace the linears of ``layers`` by their largest singular groups, of the ranks that GRASP would give them.
 

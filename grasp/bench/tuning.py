@@ -10,7 +10,7 @@ import torch
 
 from grasp.errors import GraspError
 from grasp.loading import DTYPES
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 from grasp_kernels.shapes import Shape, format_shape, parse_shape
 
 # Llama-2-7B at retain_ratio 0.1: q/k/v, o, gate/up, down.
@@ -28,7 +28,7 @@ def tune(
     *,
     dtype: str = "bfloat16",
     output: Path | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> list[Path]:
     """Measure launch configurations on this GPU and write one file per kernel, in place of an earlier one.
 

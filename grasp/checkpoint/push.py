@@ -16,7 +16,7 @@ from grasp.checkpoint.card import folder_card, read_card, read_license
 from grasp.checkpoint.inspection import Inspection, inspect_checkpoint
 from grasp.errors import CheckpointError, HubError
 from grasp.files import write_whole
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 
 # Reading any of these can run code, and whoever loads the repository might.
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.dill")
@@ -35,7 +35,7 @@ _REMEDIES = {
 _HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, RuntimeError, ValueError)
 
 
-def push(directory: str | Path, repo_id: str, *, private: bool = False, progress: Progress = silent) -> str:
+def push(directory: str | Path, repo_id: str, *, private: bool = False, progress: Progress = no_progress) -> str:
     """Upload a checkpoint folder into a model repository, which is made where it is not there, in one commit.
 
     A folder without a model card gets one first. After a failure the same call continues: files whose content the hub

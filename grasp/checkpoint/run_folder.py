@@ -20,7 +20,7 @@ from torch import Tensor
 
 from grasp.errors import ResumeError
 from grasp.files import differences, tensors_digest
-from grasp.progress import Clock, Notify, unheard
+from grasp.progress import Clock, Notify, no_notify
 
 Folder = TypeVar("Folder", bound="KeptFolder")
 
@@ -48,7 +48,7 @@ class KeptFolder:
 
     OWN_FILES: ClassVar[str]  # pattern of the names of the safetensors files
 
-    def __init__(self, folder: str | Path, *, notify: Notify = unheard, rank: int = 0, processes: int = 1) -> None:
+    def __init__(self, folder: str | Path, *, notify: Notify = no_notify, rank: int = 0, processes: int = 1) -> None:
         self.folder = Path(folder).expanduser().resolve()
         self._notify, self._rank, self._processes = notify, rank, processes
         self._lock = FileLock(self.folder / "lock")

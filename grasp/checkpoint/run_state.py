@@ -21,7 +21,7 @@ from grasp.model.batch import CalibrationBatch
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.offload import execution_device
 from grasp.model.targets import Target, replace_module_
-from grasp.progress import Clock, Notify, unheard
+from grasp.progress import Clock, Notify, no_notify
 from grasp.statistics.partial_sums import PartialSums, Sum
 from grasp.statistics.redundancy import Redundancy
 
@@ -102,7 +102,7 @@ class RunState(KeptFolder, NoState):
 
     OWN_FILES = r"((module|sums)-.+|cut)\.safetensors|costs\.json"
 
-    def __init__(self, folder: str | Path, *, notify: Notify = unheard, rank: int = 0, processes: int = 1) -> None:
+    def __init__(self, folder: str | Path, *, notify: Notify = no_notify, rank: int = 0, processes: int = 1) -> None:
         super().__init__(folder, notify=notify, rank=rank, processes=processes)
         self._sums = self.folder / f"sums-{rank}-of-{processes}.safetensors"
         self._cut = self.folder / "cut.safetensors"

@@ -25,7 +25,7 @@ from grasp.model.running import (
     passing_through,
 )
 from grasp.model.targets import Target, decoder, replace_module_
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 from grasp.statistics.sweep import Rows, capture_prefix
 from grasp_kernels.products import add_product_, exact_bf16, widen
 from grasp_kernels.reference import accumulation_dtype
@@ -39,7 +39,7 @@ def refit_(
     *,
     removed: Collection[int] = (),
     dtype: str | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> None:
     """Fit U of every replaced linear, in the order in which the model calls them, to what the dense model computes.
 

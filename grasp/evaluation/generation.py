@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from grasp.model.running import evaluating, first_device
 from grasp.model.targets import max_positions
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def throughput(
     new_tokens: int = 64,
     batch_size: int = 1,
     repeats: int = 5,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Throughput:
     """Measure prefill and decode speed: one warm-up, then the median of ``repeats``.
 

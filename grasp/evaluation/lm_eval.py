@@ -22,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from grasp.errors import MissingPackageError, TaskError
 from grasp.evaluation.task_documents import PACKAGE, find_source, read_documents, require_documents
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 from grasp.version import __version__
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def evaluate_tasks(
     limit: int | None = None,
     *,
     batch_size: int = 1,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Measure a model on tasks of lm-eval, through its ``HFLM``, without a chat template.
 
@@ -257,7 +257,7 @@ def _watched(model: PreTrainedModel, progress: Progress) -> Any:
         def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any) -> Any:
             self._done, self._total = 0, len(requests)
             try:
-                answers = super()._loglikelihood_tokens(requests, disable_tqdm or progress is not silent, **kwargs)
+                answers = super()._loglikelihood_tokens(requests, disable_tqdm or progress is not no_progress, **kwargs)
             except AssertionError as error:  # how lm-eval refuses what does not fit
                 raise TaskError(
                     f"a document has an answer of no token, or of more than the model's {self.max_length} positions"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from grasp.errors import CalibrationError
 from grasp.model.running import evaluating, first_device
 from grasp.model.targets import max_positions
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 
 _LOSS_ROWS = 256  # logits are taken to fp32 for this many positions at a time
 
@@ -58,7 +58,7 @@ def perplexity(
     stride: int | None = None,
     batch_size: int = 1,
     bos_token_id: int | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> PerplexityResult:
     """Token-weighted perplexity of a causal language model on a text.
 

@@ -17,7 +17,7 @@ from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_shape
 from grasp.model.families import SHARED_INPUTS
 from grasp.model.targets import Target
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sweep import Call, Prefix, sweep, sweep_name
 from grasp_kernels.products import accumulate_gram_, mirror_
@@ -115,7 +115,7 @@ def gather_covariances(
     inputs: bool = True,
     outputs: bool = True,
     dtype: str | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     processes: Processes = ALONE,
 ) -> dict[Target, Covariance]:
     """Sum x xᵀ of each distinct input and d dᵀ of each linear, in one sweep; ``split_by_memory`` makes several.

@@ -14,7 +14,7 @@ from grasp.method.svd import SVD, decompose
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_shape, dense_weight
 from grasp.model.targets import Target
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 from grasp.statistics.partial_sums import PartialSums
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sweep import Call, Prefix, sweep, sweep_name
@@ -85,7 +85,7 @@ def gather_gradients(
     prefix: Prefix,
     *,
     dtype: str | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     state: PartialSums | None = None,
     processes: Processes = ALONE,
 ) -> dict[Target, FactoredSum | DenseSum]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from grasp.model.batch import CalibrationBatch
 from grasp.model.layer_removal import skipping
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 from grasp.statistics.loss import sum_nll
 from grasp.statistics.processes import ALONE, Processes
 
@@ -20,7 +20,7 @@ def removal_losses(
     layers: Sequence[int],
     batches: Sequence[CalibrationBatch],
     *,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     processes: Processes = ALONE,
 ) -> dict[int, float]:
     """What deleting each of some layers alone adds to the loss, in nats per token; the model is left as it is.

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from grasp.method.svd import SVD
 from grasp.model.batch import CalibrationBatch
 from grasp.model.targets import Target
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 from grasp.statistics.covariance import _require_finite
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sweep import Call, Prefix, sweep, sweep_name
@@ -77,7 +77,7 @@ def basis_moments(
     *,
     second: Literal["token", "sample"] | None = None,
     dtype: str | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     processes: Processes = ALONE,
 ) -> dict[Target, SingularValueGrad]:
     """Moments of the gradient in the singular values of any decomposition, ``Σ (uₖᵀ d)(xᵀ vₖ)``, in one sweep.

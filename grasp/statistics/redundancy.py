@@ -17,7 +17,7 @@ from grasp.method.distances import angular_distance, cosine_distance
 from grasp.model.batch import CalibrationBatch, as_batches
 from grasp.model.running import backbone, batch_inputs, evaluating, hidden_input, hidden_output
 from grasp.model.targets import decoder, layer_targets
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 from grasp.statistics.processes import ALONE, Processes
 
 
@@ -42,7 +42,7 @@ def block_influence(
     model: PreTrainedModel,
     batches: Sequence[CalibrationBatch | Tensor],
     *,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     processes: Processes = ALONE,
 ) -> list[float]:
     """Block Influence of each decoder layer: ``mean_t(1 − cos(h_in[t], h_out[t]))`` over the calibration tokens.
@@ -60,7 +60,7 @@ def measure_redundancy(
     model: PreTrainedModel,
     batches: Sequence[CalibrationBatch | Tensor],
     *,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     processes: Processes = ALONE,
 ) -> Redundancy:
     """All redundancy scores, from one forward pass over the calibration tokens.

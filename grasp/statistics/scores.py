@@ -16,7 +16,7 @@ from grasp.method.svd import SVD
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
 from grasp.model.targets import Target
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 from grasp.statistics.covariance import Covariance, gather_covariances
 from grasp.statistics.gradients import DenseSum, FactoredSum, gather_gradients
 from grasp.statistics.moments import basis_moments
@@ -44,7 +44,7 @@ def gather_scores(
     basis: str,
     metric: str,
     dtype: str | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     state: PartialSums | None = None,
     processes: Processes = ALONE,
     running: Callable[[], AbstractContextManager[object]] = nullcontext,

@@ -27,7 +27,7 @@ from grasp.model.running import (
     returns_tuple,
 )
 from grasp.model.targets import Target, decoder
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 from grasp.statistics.loss import loss_and_grad, without_head
 
 
@@ -62,7 +62,7 @@ def capture_prefix(
     layers: Collection[int],
     *,
     dtype: str | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Prefix:
     """Keep, for each of ``layers``, the hidden states that enter it, in CPU memory; ``dtype`` is as in ``sweep``."""
     if not layers or not batches:

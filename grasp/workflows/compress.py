@@ -22,7 +22,7 @@ from grasp.compression.batch_size import fitting_batch_size
 from grasp.config import GraspConfig
 from grasp.loading import find_device, load_quietly
 from grasp.method.cost_table import CostTable
-from grasp.progress import Notify, Progress, silent, unheard
+from grasp.progress import Notify, Progress, no_notify, no_progress
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sharding import collect_, shard_
 from grasp.version import __version__
@@ -58,8 +58,8 @@ def compress(
     costs: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
-    progress: Progress = silent,
-    notify: Notify = unheard,
+    progress: Progress = no_progress,
+    notify: Notify = no_notify,
     processes: Processes = ALONE,
 ) -> Compression:
     """Compress a model into a new checkpoint folder. What can be wrong with the request is found before the long work.
@@ -144,7 +144,7 @@ def _check_costs(config: GraspConfig, costs: str | None, processes: Processes) -
 
 
 def measure_costs(
-    name: str, output: Path, *, dtype: str = "auto", device: str | None = None, progress: Progress = silent
+    name: str, output: Path, *, dtype: str = "auto", device: str | None = None, progress: Progress = no_progress
 ) -> CostTable:
     """Time a model's linears on this machine, and write the table to a file.
 
@@ -186,7 +186,7 @@ def write_checkpoint(
     *,
     extra_files: Mapping[str, str] | None = None,
     overwrite: bool = False,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> None:
     """Save a compressed model with its report and model card.
 

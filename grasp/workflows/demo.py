@@ -27,7 +27,7 @@ from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear, group_linears_
 from grasp.model.size import model_size
 from grasp.model.targets import decoder, layer_targets, replace_module_
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 from grasp.workflows.compress import with_request, write_checkpoint
 from grasp.workflows.samples import Samples, draw
 
@@ -86,7 +86,7 @@ class Demo:
         }
 
 
-def run_demo(output: str | Path, sizes: DemoSizes | None = None, *, progress: Progress = silent) -> Demo:
+def run_demo(output: str | Path, sizes: DemoSizes | None = None, *, progress: Progress = no_progress) -> Demo:
     """Compress the built-in model, compare it with its alternatives, and write checkpoint, report and table.
 
     An earlier result of this function in ``output`` is replaced in one step.

@@ -11,7 +11,7 @@ from grasp.evaluation.perplexity import PerplexityResult, perplexity
 from grasp.loading import load_quietly
 from grasp.model.size import Size, model_size
 from grasp.model.targets import decoder
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 from grasp.workflows.guards import require_known, within_memory
 from grasp.workflows.samples import _model_name, _text_name
 
@@ -49,7 +49,7 @@ def evaluate(
     batch_size: int = 1,
     dtype: str = "auto",
     device: str | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """Size of a model, its perplexity on the text ``source`` unless that is ``None``, and its scores on ``tasks``.
 

@@ -16,7 +16,7 @@ from grasp.checkpoint.recovery_state import RecoveryState
 from grasp.checkpoint.saving import check_directory, remove_abandoned, require_space, save_checkpoint
 from grasp.errors import CheckpointError
 from grasp.loading import load_quietly
-from grasp.progress import Notify, Progress, silent, unheard
+from grasp.progress import Notify, Progress, no_notify, no_progress
 from grasp.recovery import RecoveryConfig, recover_, trainable_factors
 from grasp.statistics.processes import ALONE, Processes
 from grasp.training_data import TrainingSequence, hold_out, instruction_sequences, pack_text, read_instructions
@@ -35,7 +35,7 @@ class Data:
     seq_len: int = 512
 
     def sequences(
-        self, tokenizer: PreTrainedTokenizerBase, tokens: int | None, notify: Notify = unheard
+        self, tokenizer: PreTrainedTokenizerBase, tokens: int | None, notify: Notify = no_notify
     ) -> list[TrainingSequence]:
         """All there are; of a text without end enough for ``tokens``.
 
@@ -78,8 +78,8 @@ def recover(
     *,
     dtype: str = "auto",
     device: str | None = None,
-    progress: Progress = silent,
-    notify: Notify = unheard,
+    progress: Progress = no_progress,
+    notify: Notify = no_notify,
     processes: Processes = ALONE,
 ) -> Recovery:
     """Train the factors of a compressed checkpoint, and write the result into a new folder.

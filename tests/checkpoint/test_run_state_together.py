@@ -17,7 +17,7 @@ from grasp.checkpoint.run_state import RunState
 from grasp.config import GraspConfig
 from grasp.errors import CheckpointError, ResumeError
 from grasp.method.cost_table import CostTable, LinearSeconds
-from grasp.progress import Progress, silent
+from grasp.progress import Progress, no_progress
 from grasp.workflows.compress import compress
 from grasp.workflows.samples import Samples
 from tests.command_line import save_tiny_model
@@ -206,7 +206,7 @@ def test_costs_that_were_measured_stand(tmp_path: Path, monkeypatch: pytest.Monk
     measured = iter([costs(), costs(call=500.0), costs()])
     monkeypatch.setattr(bench_costs, "measure_costs", lambda *args, **options: next(measured))
 
-    def compressed(output: str, progress: Progress = silent) -> bytes:
+    def compressed(output: str, progress: Progress = no_progress) -> bytes:
         compress(str(tmp_path / "model"), tmp_path / output, config, samples, progress=progress)
         return (tmp_path / output / "model.safetensors").read_bytes()
 
