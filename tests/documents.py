@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer.main
 
-from grasp import calibration, cli, loading
+from grasp import builtin, calibration, cli
 from tests.command_line import ROOT, environment
 
 
@@ -42,7 +42,7 @@ def check_packages(requirements: list[str]) -> None:
             project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
             assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras[1].split(","))
         else:
-            assert requirement in (loading.BUILTIN_REQUIREMENT, calibration.BUILTIN_REQUIREMENT)
+            assert requirement in (builtin.BUILTIN_REQUIREMENT, calibration.BUILTIN_REQUIREMENT)
 
 
 def check_command(line: str) -> None:
