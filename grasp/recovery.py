@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grasp.checkpoint.fingerprint import model_identity
+from grasp.checkpoint.fingerprint import model_fingerprint
 from grasp.checkpoint.recovery_report import Point, RecoveryReport
 from grasp.checkpoint.recovery_state import NoRecoveryState, Snapshot
 from grasp.errors import NonFiniteError, UnsupportedModelError
@@ -225,10 +225,10 @@ class _Run:
         worse = len([point for point in self.curve if point.step > self.best_step])
         return self.step == self.steps or worse >= PATIENCE
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Everything that the result depends on."""
         return {
-            **model_identity(self.model, dataclasses.asdict(self.config)),
+            **model_fingerprint(self.model, dataclasses.asdict(self.config)),
             "mixed precision": self.accelerator.mixed_precision,
             **self.data,
         }
@@ -380,7 +380,7 @@ def _begin(run: _Run, state: NoRecoveryState, clock: Clock) -> None:
     clock.enter("identity")
     with run.processes.together():
         if run.processes.first:
-            state.begin(run.identity(), clock)
+            state.begin(run.fingerprint(), clock)
     with run.processes.together():  # nothing is written before all have read
         if found := state.restored():
             run.restore_(found)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp import recovery
-from grasp.checkpoint import run_folder as kept
+from grasp.checkpoint import run_folder
 from grasp.checkpoint.recovery_report import RecoveryReport
 from grasp.checkpoint.recovery_state import NoRecoveryState, RecoveryState
 from grasp.compress import compress_
@@ -236,8 +236,8 @@ def test_a_training_that_explodes_is_ended() -> None:
 
 @pytest.fixture
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "INTERVAL", 0.0)
-    monkeypatch.setattr(kept, "SHARE", math.inf)
+    monkeypatch.setattr(run_folder, "INTERVAL", 0.0)
+    monkeypatch.setattr(run_folder, "WRITE_FRACTION", math.inf)
 
 
 def stop_after(count: int) -> Callable[[str, int, int], None]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _VOLATILE = ("_name_or_path", "transformers_version")  # in a model's configuration, without effect on what it computes
 
 
-def request_identity(
+def request_fingerprint(
     model: PreTrainedModel, batches: Sequence[CalibrationBatch], config: GraspConfig, costs: CostTable | None = None
 ) -> dict[str, Any]:
     """Everything that the result of ``compress_`` depends on, as JSON can hold it; what is large as SHA-256.
@@ -34,7 +34,7 @@ def request_identity(
     Hashing the weights takes of the order of a second per GB.
     """
     return {
-        **model_identity(model, config.to_dict()),
+        **model_fingerprint(model, config.to_dict()),
         "batch size": len(batches[0].input_ids),
         "calibration batches": len(batches),
         "calibration sequences": sum(len(batch.input_ids) for batch in batches),
@@ -43,7 +43,7 @@ def request_identity(
     }
 
 
-def model_identity(model: PreTrainedModel, settings: Mapping[str, Any]) -> dict[str, Any]:
+def model_fingerprint(model: PreTrainedModel, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Versions, the settings of what is done to a model, the model and where it is, its weights as SHA-256."""
     configuration = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
     return {

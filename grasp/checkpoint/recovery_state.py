@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from grasp.checkpoint.run_folder import KeptFolder
+from grasp.checkpoint.run_folder import RunFolder
 from grasp.checkpoint.saving import require_space
 from grasp.progress import Clock
 
@@ -25,8 +25,8 @@ class Snapshot(NamedTuple):
 class NoRecoveryState:
     """The state of a recovery that keeps nothing; what it does is what ``RecoveryState`` is asked for."""
 
-    def begin(self, identity: Mapping[str, Any], clock: Clock) -> None:
-        """Take up what was kept of the request with this identity; ``clock`` goes on from the time that it took."""
+    def begin(self, fingerprint: Mapping[str, Any], clock: Clock) -> None:
+        """Take up what was kept of the request with this fingerprint; ``clock`` goes on from the time that it took."""
 
     def restored(self) -> Snapshot | None:
         """What was kept, if anything."""
@@ -36,7 +36,7 @@ class NoRecoveryState:
         """Keep a snapshot now and then, and the last one."""
 
 
-class RecoveryState(KeptFolder, NoRecoveryState):
+class RecoveryState(RunFolder, NoRecoveryState):
     """A folder that holds what a run of ``recover_`` has done: give it as ``state``.
 
     A context manager. While it is open, no other process may use the folder. When its block ends well the folder is
@@ -52,22 +52,22 @@ class RecoveryState(KeptFolder, NoRecoveryState):
             it belongs to another request (another model, data or configuration), is damaged, or cannot be written.
     """
 
-    OWN_FILES = r"training\.safetensors"
+    FILES = r"training\.safetensors"
 
     @property
     def _training(self) -> Path:
         return self.folder / "training.safetensors"
 
-    def begin(self, identity: Mapping[str, Any], clock: Clock) -> None:
+    def begin(self, fingerprint: Mapping[str, Any], clock: Clock) -> None:
         """Check that the folder belongs to this request, or make it so; the clock goes on from the time kept there.
 
         Raises:
             ResumeError: if it does not, or is damaged.
         """
         self._clock = clock
-        self._identity = {"format": FORMAT, "processes": self._processes, **identity}
+        self._fingerprint = {"format": FORMAT, "processes": self._processes, **fingerprint}
         if not (self.folder / "state.json").exists():
-            self._write_json({"identity": self._identity})
+            self._write_json({"identity": self._fingerprint})
             return
         self._require_same(self._read_json()["identity"])
         if self._training.exists():
@@ -90,9 +90,9 @@ class RecoveryState(KeptFolder, NoRecoveryState):
             ResumeError: if it cannot be written.
             CheckpointError: if there is too little space.
         """
-        if self._rank or not (last or self._is_due()):
+        if self._rank or not (last or self._write_is_due()):
             return
-        with self._counted():
+        with self._timed_write():
             tensors, notes = snapshot()
             require_space(self._training, sum(tensor.nbytes for tensor in tensors.values()))
             self._write(self._training, tensors, notes)

@@ -22,14 +22,14 @@ from grasp.errors import ResumeError
 from grasp.files import differences, tensors_digest
 from grasp.progress import Clock, Notify, no_notify
 
-Folder = TypeVar("Folder", bound="KeptFolder")
+Folder = TypeVar("Folder", bound="RunFolder")
 
 INTERVAL = 30.0  # seconds: what grows step by step is not written more often than this,
-SHARE = 0.05  # nor so often that writing takes more than this fraction of the time
+WRITE_FRACTION = 0.05  # nor so often that writing takes more than this fraction of the time
 _UNFINISHED = "unfinished"  # the folder in which files are written, by safetensors under names of its own
 
 
-class KeptFolder:
+class RunFolder:
     """What the folders of all kinds of runs have in common; a context manager.
 
     While it is open, no other process may use the folder. When its block ends well the folder is removed; when it ends
@@ -46,15 +46,15 @@ class KeptFolder:
         ResumeError: on entering, if the folder is in use, is something else, or cannot be written.
     """
 
-    OWN_FILES: ClassVar[str]  # pattern of the names of the safetensors files
+    FILES: ClassVar[str]  # pattern of the names of the safetensors files
 
     def __init__(self, folder: str | Path, *, notify: Notify = no_notify, rank: int = 0, processes: int = 1) -> None:
         self.folder = Path(folder).expanduser().resolve()
         self._notify, self._rank, self._processes = notify, rank, processes
         self._lock = FileLock(self.folder / "lock")
-        self._identity: dict[str, Any] | None = None
+        self._fingerprint: dict[str, Any] | None = None
         self._clock = Clock()
-        self._kept = False  # whether the folder has more than can be had again in no time, or had something before
+        self._has_progress = False  # an earlier run left something, or this one wrote more than it can redo at once
         self._written = self._cost = 0.0  # when what grows was last written, and the seconds it took
         self._made: list[Path] = []  # folders that were not there before
 
@@ -64,7 +64,7 @@ class KeptFolder:
         self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            foreign = sorted(path.name for path in self.folder.iterdir() if not self._is_own(path))
+            foreign = sorted(path.name for path in self.folder.iterdir() if not self._belongs(path))
             if foreign:
                 raise ResumeError(
                     f"{self.folder} is where an unfinished run is kept, but it holds {foreign[0]}, which is none of "
@@ -79,7 +79,7 @@ class KeptFolder:
             raise ResumeError(
                 f"{self.folder} cannot be used to keep the run: {error}. Give an output that can be written to"
             ) from error
-        self._kept = (self.folder / "state.json").exists()
+        self._has_progress = (self.folder / "state.json").exists()
         return self
 
     def __exit__(
@@ -87,7 +87,7 @@ class KeptFolder:
     ) -> None:
         if self._rank:
             return
-        if (kind is None and self._identity is not None) or not self._worth_keeping(error):
+        if (kind is None and self._fingerprint is not None) or not self._is_worth_keeping(error):
             self._clear()
         elif kind is KeyboardInterrupt:
             self._notify(f"the same command continues this run; it is kept in {self.folder}")
@@ -96,12 +96,12 @@ class KeptFolder:
             with suppress(OSError):  # not empty
                 folder.rmdir()
 
-    def _worth_keeping(self, error: BaseException | None) -> bool:
+    def _is_worth_keeping(self, error: BaseException | None) -> bool:
         """Whether a run that did not end well leaves anything."""
-        return self._kept
+        return self._has_progress
 
-    def _is_own(self, path: Path) -> bool:
-        return re.fullmatch(rf"lock|state\.json|{self.OWN_FILES}|{_UNFINISHED}", path.name) is not None
+    def _belongs(self, path: Path) -> bool:
+        return re.fullmatch(rf"lock|state\.json|{self.FILES}|{_UNFINISHED}", path.name) is not None
 
     def _require_same(self, kept: Mapping[str, Any]) -> None:
         """Check that the folder belongs to this request, whose identity is ``_identity``.
@@ -109,19 +109,19 @@ class KeptFolder:
         Raises:
             ResumeError: with what is different.
         """
-        assert self._identity is not None
-        if changed := differences(self._identity, kept):
+        assert self._fingerprint is not None
+        if changed := differences(self._fingerprint, kept):
             raise ResumeError(
                 f"{self.folder} holds an unfinished run of another request: {changed}. Give the request that it was "
                 "begun with to continue it, or delete that folder to start anew"
             )
 
-    def _is_due(self) -> bool:
+    def _write_is_due(self) -> bool:
         """Whether what grows may be written again."""
-        return time.monotonic() - self._written >= max(INTERVAL, self._cost / SHARE)
+        return time.monotonic() - self._written >= max(INTERVAL, self._cost / WRITE_FRACTION)
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _timed_write(self) -> Iterator[None]:
         """Take note of what writing costs."""
         start = time.monotonic()
         yield
@@ -144,7 +144,7 @@ class KeptFolder:
         notes = {**notes, "seconds": self._clock.seconds, "sha256": tensors_digest(sorted(plain.items()))}
         with self._replacing(path) as temporary:
             save_file(plain, temporary, {"grasp": json.dumps(notes)})
-        self._kept = True
+        self._has_progress = True
 
     def _read(self, path: Path, *, only_notes: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
         try:
@@ -164,7 +164,7 @@ class KeptFolder:
         for path in list(self.folder.iterdir()):
             if path.name == _UNFINISHED:
                 shutil.rmtree(path, ignore_errors=True)
-            elif self._is_own(path):
+            elif self._belongs(path):
                 path.unlink(missing_ok=True)
         with suppress(OSError):
             self.folder.rmdir()

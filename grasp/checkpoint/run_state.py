@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp.checkpoint.compression_report import ModuleReport
-from grasp.checkpoint.fingerprint import request_identity
-from grasp.checkpoint.run_folder import KeptFolder
+from grasp.checkpoint.fingerprint import request_fingerprint
+from grasp.checkpoint.run_folder import RunFolder
 from grasp.checkpoint.saving import require_space
 from grasp.method.cost_table import CostTable
 from grasp.method.svd import SVD
@@ -77,7 +77,7 @@ class NoState(PartialSums):
         """Keep the groups of a progressive schedule's first cut."""
 
 
-class RunState(KeptFolder, NoState):
+class RunState(RunFolder, NoState):
     """A folder that holds what a run of ``compress_`` has done: give it as ``state``.
 
     A context manager. While it is open, no other process may use the folder. When its block ends well the folder is
@@ -100,7 +100,7 @@ class RunState(KeptFolder, NoState):
             if it belongs to another request (another model, text or configuration), is damaged, or cannot be written.
     """
 
-    OWN_FILES = r"((module|sums)-.+|cut)\.safetensors|costs\.json"
+    FILES = r"((module|sums)-.+|cut)\.safetensors|costs\.json"
 
     def __init__(self, folder: str | Path, *, notify: Notify = no_notify, rank: int = 0, processes: int = 1) -> None:
         super().__init__(folder, notify=notify, rank=rank, processes=processes)
@@ -111,8 +111,8 @@ class RunState(KeptFolder, NoState):
         self._found: dict[str, dict[str, Any]] = {}  # file name → its notes, as that process left them
         self._sweeps: Sequence[Sequence[Target]] = ()
 
-    def _worth_keeping(self, error: BaseException | None) -> bool:
-        return self._kept or (self.redundancy is not None and not isinstance(error, Exception))
+    def _is_worth_keeping(self, error: BaseException | None) -> bool:
+        return self._has_progress or (self.redundancy is not None and not isinstance(error, Exception))
 
     @property
     def batch_size(self) -> int | None:
@@ -144,8 +144,8 @@ class RunState(KeptFolder, NoState):
         """
         clock.enter("identity")
         self._clock, self._config = clock, config
-        request = request_identity(model, batches, config, costs)
-        self._identity = {"format": FORMAT, "processes": self._processes, **request}
+        request = request_fingerprint(model, batches, config, costs)
+        self._fingerprint = {"format": FORMAT, "processes": self._processes, **request}
         path = self.folder / "state.json"
         if not path.exists():
             if costs is not None and self._rank == 0:
@@ -279,11 +279,11 @@ class RunState(KeptFolder, NoState):
         Raises:
             ResumeError: if they cannot be written.
         """
-        if done < batches and not self._is_due():
+        if done < batches and not self._write_is_due():
             return
         calls = {target.name: total.calls for target, total in sums.items()}
         tensors = {target.name: total.tensor for target, total in sums.items()}
-        with self._counted():
+        with self._timed_write():
             self._write(self._sums, tensors, {"done": done, "calls": calls})
 
     def _module_path(self, name: str) -> Path:
@@ -292,7 +292,7 @@ class RunState(KeptFolder, NoState):
     def _write_state(self) -> None:
         if self._rank == 0:
             scores = None if self.redundancy is None else self.redundancy._asdict()
-            kept = {"identity": self._identity, "redundancy": scores, "decision": self.decision}
+            kept = {"identity": self._fingerprint, "redundancy": scores, "decision": self.decision}
             self._write_json(kept | {"seconds": self._clock.seconds})
 
     def _read_state(self) -> dict[str, Any]:

@@ -8,37 +8,37 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor
 
-from grasp.checkpoint.fingerprint import request_identity
+from grasp.checkpoint.fingerprint import request_fingerprint
 from grasp.config import GraspConfig
 from grasp.files import differences, tensors_digest
 from grasp.model.batch import CalibrationBatch
 from tests.tiny_models import tiny_batches, tiny_model
 
 
-def identity(model: Any = None, tokens: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Any]:
+def fingerprint(model: Any = None, tokens: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Any]:
     batch = CalibrationBatch(tiny_batches(1)[0] if tokens is None else tokens, mask)
-    return request_identity(tiny_model("llama") if model is None else model, [batch], GraspConfig(num_layers=1))
+    return request_fingerprint(tiny_model("llama") if model is None else model, [batch], GraspConfig(num_layers=1))
 
 
-def test_the_same_request_has_the_same_identity_wherever_the_model_was_loaded_from(tmp_path: Path) -> None:
+def test_the_same_request_has_the_same_fingerprint_wherever_the_model_was_loaded_from(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert again.config._name_or_path != model.config._name_or_path
-    assert differences(identity(again), identity(model)) == ""
+    assert differences(fingerprint(again), fingerprint(model)) == ""
 
 
 def test_one_changed_weight_is_another_model() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-6
-    assert differences(identity(model), identity()).startswith("model weights is ")
+    assert differences(fingerprint(model), fingerprint()).startswith("model weights is ")
 
 
-def test_an_offloaded_model_has_the_identity_of_the_model() -> None:
+def test_an_offloaded_model_has_the_fingerprint_of_the_model() -> None:
     model = cpu_offload(tiny_model("llama"), torch.device("cpu"))
     assert model.model.layers[0].mlp.up_proj.weight.is_meta
-    assert identity(model)["model weights"] == identity()["model weights"]
+    assert fingerprint(model)["model weights"] == fingerprint()["model weights"]
     assert model.model.layers[0].mlp.up_proj.weight.is_meta
 
 
@@ -52,7 +52,7 @@ def test_an_offloaded_model_has_the_identity_of_the_model() -> None:
     ],
 )
 def test_other_tokens_shapes_or_masks_are_another_text(changed: dict[str, Tensor]) -> None:
-    assert identity(**changed)["calibration tokens"] != identity()["calibration tokens"]
+    assert fingerprint(**changed)["calibration tokens"] != fingerprint()["calibration tokens"]
 
 
 def test_differences_name_values_and_shorten_digests() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from grasp.checkpoint import run_folder as kept
+from grasp.checkpoint import run_folder
 from grasp.checkpoint.run_state import RunState
 from grasp.compress import compress_
 from grasp.config import GraspConfig
@@ -29,8 +29,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the sums of a sweep after every batch."""
-    monkeypatch.setattr(kept, "INTERVAL", 0.0)
-    monkeypatch.setattr(kept, "SHARE", float("inf"))
+    monkeypatch.setattr(run_folder, "INTERVAL", 0.0)
+    monkeypatch.setattr(run_folder, "WRITE_FRACTION", float("inf"))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_sums_are_not_kept_more_often_than_the_interval(folder: Path) -> None:
 
 def test_writing_is_held_to_its_share_of_the_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(kept.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now[0])
     with RunState(folder) as state:
         monkeypatch.setattr(state, "_write", lambda *_: now.__setitem__(0, now[0] + 10))
         written = []
@@ -309,12 +309,12 @@ def test_a_failed_write_leaves_what_was_kept(folder: Path, monkeypatch: pytest.M
             raise OSError(28, "No space left on device")
         save(tensors, path, notes)
 
-    save = kept.save_file
-    monkeypatch.setattr(kept, "save_file", full)
+    save = run_folder.save_file
+    monkeypatch.setattr(run_folder, "save_file", full)
     with pytest.raises(ResumeError, match=r"up_proj\S* failed: .*No space left.*make room, and give the same command"):
         run(folder)
     assert not list((folder / "unfinished").iterdir())
-    monkeypatch.setattr(kept, "save_file", save)
+    monkeypatch.setattr(run_folder, "save_file", save)
     heard: list[str] = []
     assert_same(run(folder, notify=heard.append), run(None))
     assert heard == ["continuing: 0 of 4 sweeps done"]
@@ -361,4 +361,4 @@ def test_ranks_keep_their_own_sums_and_only_the_first_the_rest(folder: Path) -> 
         with pytest.raises(Killed):
             compress_(model, batches, CONFIG, state=second, progress=stop_at("layer 2 attention", 1))
         assert sorted(path.name for path in folder.iterdir()) == ["lock", "sums-1-of-2.safetensors", "unfinished"]
-        first._kept = True
+        first._has_progress = True

@@ -25,8 +25,8 @@ TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once mo
 # What `python -m grasp` does, but the sums of a sweep are kept after every batch rather than twice a minute.
 OFTEN = """
 import runpy
-from grasp import kept
-kept.INTERVAL, kept.SHARE = 0.0, float("inf")
+from grasp.checkpoint import run_folder
+run_folder.INTERVAL, run_folder.WRITE_FRACTION = 0.0, float("inf")
 runpy.run_module("grasp", run_name="__main__")
 """
 

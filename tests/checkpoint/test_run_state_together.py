@@ -12,7 +12,7 @@ import pytest
 
 from grasp import compress
 from grasp.bench import costs as bench_costs
-from grasp.checkpoint import run_folder as kept
+from grasp.checkpoint import run_folder
 from grasp.checkpoint.run_state import RunState
 from grasp.config import GraspConfig
 from grasp.errors import CheckpointError, ResumeError
@@ -56,8 +56,8 @@ def costs(call: float = 0.0) -> CostTable:
 def test_a_run_stopped_at_any_write_ends_as_if_it_had_not_been(
     family: str, options: dict[str, Any], sums: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept, "INTERVAL", 0.0)
-    monkeypatch.setattr(kept, "SHARE", float("inf"))
+    monkeypatch.setattr(run_folder, "INTERVAL", 0.0)
+    monkeypatch.setattr(run_folder, "WRITE_FRACTION", float("inf"))
     config = GraspConfig(num_layers=1, retain_ratio=0.4, **options)
     expected = run(None, config, family=family)
     assert replaced(expected)

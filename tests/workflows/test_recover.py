@@ -27,8 +27,8 @@ OPTIONS = ("--seq-len", 32, "--batch-size", 8, "--learning-rate", 0.01, "--token
 # What `python -m grasp` does, but the state is kept after every step.
 OFTEN = """
 import runpy
-from grasp import kept
-kept.INTERVAL, kept.SHARE = 0.0, float("inf")
+from grasp.checkpoint import run_folder
+run_folder.INTERVAL, run_folder.WRITE_FRACTION = 0.0, float("inf")
 runpy.run_module("grasp", run_name="__main__")
 """
 
