@@ -99,7 +99,7 @@ def difference(model: PreTrainedModel, factors: Mapping[Target, SVD], dtype: str
 
     sweep(model, batches, factors, prefix, visit, dtype=dtype)
     covariances = gather_covariances(model, batches, factors, prefix, dtype=dtype)
-    moments = basis_moments(model, batches, factors, prefix, second="token", dtype=dtype)
+    moments = basis_moments(model, batches, factors, prefix, second=True, dtype=dtype)
     return max(
         float(torch.linalg.vector_norm(got.double() - expected) / torch.linalg.vector_norm(expected))
         for target, sums in exact.items()
@@ -119,7 +119,7 @@ def providers(
     return {
         BARE: lambda: sweep(model, batches, factors, prefix, lambda call: None, dtype=dtype),
         COVARIANCES: lambda: gather_covariances(model, batches, factors, prefix, dtype=dtype),
-        MOMENTS: lambda: basis_moments(model, batches, factors, prefix, second="token", dtype=dtype),
+        MOMENTS: lambda: basis_moments(model, batches, factors, prefix, second=True, dtype=dtype),
     }
 
 

@@ -109,7 +109,7 @@ def compress_(
 
     tokens = [batch.num_tokens for batch in batches]
     processes.require_same("the request", f"{config} {before} {tokens} {batches_digest(batches)}")
-    with processes.together():
+    with processes.fail_together():
         state.begin(model, batches, config, costs, clock)
     clock.enter("block_influence")
     redundancy = state.redundancy
@@ -122,15 +122,15 @@ def compress_(
     scope, removed, losses = state.decision or Decision(next(iter(plans)), (), {})
     try:
         clock.enter("prefix")
-        with processes.together():
+        with processes.fail_together():
             kept = state.restore_(model, sweeps)
         done = list(kept.values())
         sweeps = [rest for members in sweeps if (rest := [target for target in members if target not in kept])]
         if state.decision:
             sweeps = []  # those not kept were left out
         entries = {min(target.layer for target in members) for members in sweeps}
-        own = processes.share(calibration)
-        with processes.together():
+        own = processes.local_batches(calibration)
+        with processes.fail_together():
             prefix = capture_prefix(model, own, entries, dtype=config.sweep_dtype, progress=progress)
 
         def choose(
@@ -141,11 +141,11 @@ def compress_(
             scores = gather(model, own, members, prefix, progress=progress, processes=processes, **how)
             clock.enter("svd and selection")
             ranks = ceilings(config, plans)
-            return processes.divide(members, partial(choose_groups, scores=scores, ranks=ranks, config=config))
+            return processes.map_divided(members, partial(choose_groups, scores=scores, ranks=ranks, config=config))
 
         for members in sweeps:
             if config.schedule == "progressive":
-                with processes.together():
+                with processes.fail_together():
                     first = state.restore_cut(members)
                 if first is None:
                     first = partway(list(choose(gather, members, state=state)), plans[scope], prices)
@@ -175,7 +175,7 @@ def compress_(
                 state.keep_decision(model, Decision(scope, removed, losses), done)
         if config.refit:
             clock.enter("refit")
-            with processes.together():
+            with processes.fail_together():
                 refit_(
                     *(model, calibration, ceilings(config, plans)),
                     removed=removed,

@@ -378,10 +378,10 @@ def _require_trainable(
 def _begin(run: _Run, state: NoRecoveryState, clock: Clock) -> None:
     """Go on from what was kept. The first process looks whose it is, before the others read it."""
     clock.enter("identity")
-    with run.processes.together():
+    with run.processes.fail_together():
         if run.processes.first:
             state.begin(run.fingerprint(), clock)
-    with run.processes.together():  # nothing is written before all have read
+    with run.processes.fail_together():  # nothing is written before all have read
         if found := state.restored():
             run.restore_(found)
 

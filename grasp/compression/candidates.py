@@ -50,13 +50,13 @@ def held_out_losses(
     processes: Processes,
 ) -> dict[str, float]:
     """The mean loss of each candidate on the held-out batches, in nats per token; the model is left as it was."""
-    own = processes.share(held_out)
+    own = processes.local_batches(held_out)
     sums = torch.zeros(len(ways), dtype=torch.float64)
     for index, way in enumerate(ways.values()):
         try:
             for target, choice in cut(found, plans[way.scope], way):
                 _replace_(model, target, choice)
-            with processes.together(), skipping(model, way.removed, held_out[0]):
+            with processes.fail_together(), skipping(model, way.removed, held_out[0]):
                 sums[index] = sum_nll(model, own)
         finally:
             for target, _ in found:

@@ -61,12 +61,6 @@ class Layer(NamedTuple):
     removal: float | None = None  # loss where the layer is removed; ``None`` if it must stay
 
 
-def allocate(matrices: Sequence[Choices], budget: float, *, grid: int = GRID) -> list[int]:
-    """``allocate_layers`` for matrices of which none can go: the index of each one's choice."""
-    picked = allocate_layers([Layer([choices]) for choices in matrices], budget, grid=grid)
-    return [choice for layer in picked if layer is not None for choice in layer]
-
-
 def allocate_layers(layers: Sequence[Layer], budget: float, *, grid: int = GRID) -> list[list[int] | None]:
     """Pick one choice per matrix, or remove the layer, with the least total loss among what costs the budget at most.
 

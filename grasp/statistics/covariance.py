@@ -85,7 +85,7 @@ class CovarianceSums:
                 )
         self._given.clear()
 
-    def share(self, processes: Processes) -> None:
+    def all_reduce(self, processes: Processes) -> None:
         """Add up the sums of all processes."""
         inputs = {id(gram): gram for gram in self._inputs.values()}
         tokens = torch.tensor(list(self._tokens.values()), dtype=torch.int64)
@@ -102,7 +102,7 @@ class CovarianceSums:
             mirror_(gram)
         found = {t: Covariance(self._inputs.get(t), self._outputs.get(t), n) for t, n in self._tokens.items()}
         for target, covariance in found.items():
-            _require_finite(target, "covariance", covariance.A, covariance.B)
+            require_finite(target, "covariance", covariance.A, covariance.B)
         return found
 
 
@@ -146,9 +146,9 @@ def gather_covariances(
         sums.end_batch()
         progress(step, done, len(batches))
 
-    with processes.together():
+    with processes.fail_together():
         sweep(model, batches, targets, prefix, sums.add, dtype=dtype, after=after)
-    sums.share(processes)
+    sums.all_reduce(processes)
     return sums.result()
 
 
@@ -218,9 +218,10 @@ def _input_name(target: Target) -> str:
     return f"{parent}.{row[0]}"
 
 
-def _require_finite(target: Target, what: str, *sums: Tensor | None) -> None:
-    if not all(torch.isfinite(each).all() for each in sums if each is not None):
+def require_finite(target: Target, statistic: str, *sums: Tensor | None) -> None:
+    """Raise ``NonFiniteError`` if a sum of a target's statistic is NaN or infinite."""
+    if not all(torch.isfinite(total).all() for total in sums if total is not None):
         raise NonFiniteError(
-            f"the {what} of {target.name} is NaN or infinite; expected a finite one. Load the model in bfloat16 or "
-            "float32."
+            f"the {statistic} of {target.name} is NaN or infinite; expected a finite one. Load the model in "
+            "bfloat16 or float32."
         )

@@ -112,7 +112,7 @@ def gather_gradients(
     sums = {target: gradient_sum(target, tokens, shared=processes.size > 1) for target in targets}
     state = PartialSums() if state is None else state
     step = sweep_name(targets)
-    with processes.together():
+    with processes.fail_together():
         start = state.restore_sums(sums, len(batches))
     if processes.sharded and processes.least(start) + processes.least(-start) != 0:  # a forward pass takes them all
         start = 0
@@ -124,7 +124,7 @@ def gather_gradients(
         state.keep_sums(sums, done, len(batches))
         progress(step, done, len(batches))
 
-    with processes.together():
+    with processes.fail_together():
         sweep(
             *(model, batches, targets, prefix),
             lambda call: sums[call.target].add(call),

@@ -32,10 +32,10 @@ def removal_losses(
         progress: called after each layer.
         processes: those that share the batches.
     """
-    own = processes.share(batches)
+    own = processes.local_batches(batches)
     sums = torch.zeros(len(layers) + 1, dtype=torch.float64)
     for index, removed in enumerate([[], *([layer] for layer in layers)]):
-        with processes.together(), skipping(model, removed, batches[0]):
+        with processes.fail_together(), skipping(model, removed, batches[0]):
             sums[index] = sum_nll(model, own)
         progress("removal of layers", index, len(layers))
     processes.sum_([sums])

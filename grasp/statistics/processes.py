@@ -40,7 +40,7 @@ class Processes:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
 
-    def share(self, batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
+    def local_batches(self, batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
         """This process's part of the batches; batches that count nothing make all parts equally long."""
         own = list(batches[self.rank :: self.size])
         missing = -(-len(batches) // self.size) - len(own)
@@ -61,7 +61,7 @@ class Processes:
             for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
-    def divide(
+    def map_divided(
         self, items: Sequence[Item], work: Callable[[Item], Mapping[str, Tensor]]
     ) -> Iterator[tuple[Item, Mapping[str, Tensor]]]:
         """Do the work for each item in one of the processes, and give its result, bit for bit, to all.
@@ -78,7 +78,7 @@ class Processes:
         """
         for start in range(0, len(items), self.size):
             turn = items[start : start + self.size]
-            with self.together():
+            with self.fail_together():
                 own = work(turn[self.rank]) if self.rank < len(turn) else {}
             for source, item in enumerate(turn):
                 yield item, self._from(source, own)
@@ -95,7 +95,7 @@ class Processes:
                 dist.all_reduce(result, dist.ReduceOp.MIN)
         return int(result)
 
-    def together(self) -> ExitStack:
+    def fail_together(self) -> ExitStack:
         """A context: what fails in it in one process fails in all.
 
         The process in which it failed raises that error, the others a ``DistributedError`` with its message. Where the
@@ -115,7 +115,7 @@ class Processes:
         if self.size == 1:
             return
         expected = self._broadcast(0, value.encode()).decode()
-        with self.together():
+        with self.fail_together():
             if value != expected:
                 raise DistributedError(f"{what} differs from that of process 0; give all processes the same")
 

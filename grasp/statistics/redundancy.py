@@ -79,13 +79,13 @@ def measure_redundancy(
         DistributedError: if another process fails.
     """
     batches = as_batches(batches)
-    own = processes.share(batches)
+    own = processes.local_batches(batches)
     sums = _Sums(len(decoder(model).layers))
     with ExitStack() as stack:
         for index, layer in enumerate(decoder(model).layers):
             for handle in _watch(layer, _attention_of(model, index), partial(sums.add, index)):
                 stack.callback(handle.remove)
-        with processes.together(), evaluating(model):
+        with processes.fail_together(), evaluating(model):
             for done, batch in enumerate(own, start=1):
                 sums.mask = batch.attention_mask
                 backbone(model)(**batch_inputs(model, batch), use_cache=False)

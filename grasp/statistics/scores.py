@@ -1,18 +1,18 @@
-"""Singular groups and their importance, in whichever basis and by whichever metric: the sweeps that takes."""
+"""Singular groups and their importance, in any basis and by any metric, from one or two sweeps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.method.basis import BASES, DAMPING, decompose_in, root
+from grasp.method.basis import BASES
 from grasp.method.metrics import METRICS, Metric
-from grasp.method.svd import SVD
+from grasp.method.svd import SVD, cholesky_factor, decompose, decompose_in
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
 from grasp.model.targets import Target
@@ -32,7 +32,8 @@ class Scored(NamedTuple):
     importance: Tensor
 
 
-Scores = Mapping[Target, Callable[[], Scored]]  # decompositions are large: each is made when it is asked for
+Decompositions = Mapping[Target, Callable[[], SVD]]
+Scores = Mapping[Target, Callable[[], Scored]]  # called one at a time: all decompositions together are large
 
 
 def gather_scores(
@@ -49,64 +50,98 @@ def gather_scores(
     processes: Processes = ALONE,
     running: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Scores:
-    """Score the singular groups of linears on the model as it is by now: one sweep, or two.
+    """Score the singular groups of linears on the model in its present state, in one sweep or two.
 
-    A first sweep gathers the covariances that the basis needs, or for the plain basis and a first-order metric the
-    gradients at once; a second one the moments in that basis, where the metric needs some.
+    The first sweep gathers the covariances that the basis needs. The second one gathers the moments in that basis, if
+    the metric needs them. In the plain basis, a first-order metric takes one sweep for the gradients.
 
     Args:
-        model: nothing of it is changed.
-        batches: those that ``prefix`` was made from, this process's part of them.
+        model: it is not changed.
+        batches: the ones that ``prefix`` was made from, the local batches of this process.
         targets: linears of one or more layers.
         prefix: see ``capture_prefix``.
         basis: a name from ``BASES``.
         metric: a name from ``METRICS``.
-        dtype: run the model in it, see ``sweep``.
+        dtype: run the model in this dtype, see ``sweep``.
         progress: called after each batch.
-        state: where the sums of a plain first-order sweep are kept, and taken up from.
-        processes: those whose sums are added up.
-        running: gives a context in which the model is swept, where that is to be another one than the weights that are
-            decomposed; not with the plain basis.
+        state: where the sums of a plain first-order sweep are stored and resumed from.
+        processes: the processes whose sums are added up.
+        running: makes a context in which the sweeps run, if the model swept is not the one whose weights are
+            decomposed. The plain basis does not support it.
 
     Returns:
-        For each target what decomposes and scores it; none for a target whose output does not reach the loss.
+        For each target a function that decomposes and scores it. A target whose output does not reach the loss is left
+        out.
 
     Raises:
         NonFiniteError: if weights, the loss or a statistic are NaN or infinite.
         DistributedError: if another process fails.
     """
-    form, how = BASES[basis], METRICS[metric]
-    if not form.inputs and how.moment == "first":
+    row = METRICS[metric]
+    if not BASES[basis].inputs and row.moment == "first":
         sums = gather_gradients(
             *(model, batches, targets, prefix), dtype=dtype, progress=progress, state=state, processes=processes
         )
-        return {target: partial(_by_gradient, total, how) for target, total in sums.items()}
-    decompositions: Mapping[Target, Callable[[], SVD]]
-    if form.inputs:
-        with running():
-            covariances = gather_covariances(
-                *(model, batches, targets, prefix),
-                outputs=form.outputs,
-                dtype=dtype,
-                progress=progress,
-                processes=processes,
-            )
-        decompositions = decompositions_by(covariances)
-    else:
-        weights = {target: dense_weight(target.module) for target in targets}
-        decompositions = {t: partial(decompose_in, weight, None, None, t.name) for t, weight in weights.items()}
-    if how.moment == "none":
-        return {target: partial(_by_magnitude, make, how) for target, make in decompositions.items()}
+        return {target: partial(_by_gradient, total, row) for target, total in sums.items()}
+    decompositions = gather_decompositions(
+        *(model, batches, targets, prefix),
+        basis=basis,
+        dtype=dtype,
+        progress=progress,
+        processes=processes,
+        running=running,
+    )
+    if row.moment == "none":
+        return score_by_magnitude(decompositions)
     svds = {target: make() for target, make in decompositions.items()}
-    second: Literal["token"] | None = "token" if how.moment == "second" else None
     with running():
         moments = basis_moments(
-            *(model, batches, svds, prefix), second=second, dtype=dtype, progress=progress, processes=processes
+            *(model, batches, svds, prefix),
+            second=row.moment == "second",
+            dtype=dtype,
+            progress=progress,
+            processes=processes,
         )
-    return {
-        target: partial(_by_moments, svds[target], *(moment.first, moment.second), how)
-        for target, moment in moments.items()
-    }
+    return {target: partial(_by_moments, svds[target], *moment, row) for target, moment in moments.items()}
+
+
+def gather_decompositions(
+    model: PreTrainedModel,
+    batches: Sequence[CalibrationBatch],
+    targets: Collection[Target],
+    prefix: Prefix,
+    *,
+    basis: str,
+    dtype: str | None = None,
+    progress: Progress = no_progress,
+    processes: Processes = ALONE,
+    running: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Decompositions:
+    """For each target a function that decomposes its weight in a basis; one sweep if the basis needs covariances.
+
+    Arguments and errors are the ones of ``gather_scores``.
+    """
+    if not BASES[basis].inputs:
+        return {target: partial(decompose, dense_weight(target.module), target.name) for target in targets}
+    with running():
+        covariances = gather_covariances(
+            *(model, batches, targets, prefix),
+            outputs=BASES[basis].outputs,
+            dtype=dtype,
+            progress=progress,
+            processes=processes,
+        )
+    return decompositions_by(covariances)
+
+
+def score_by_magnitude(decompositions: Decompositions) -> Scores:
+    """Score groups by ``METRICS["magnitude"]``, which needs the singular values alone."""
+
+    def score(make: Callable[[], SVD]) -> Scored:
+        svd = make()
+        return Scored(svd, METRICS["magnitude"].score(svd.S, svd.S, svd.S))
+
+    return {target: partial(score, make) for target, make in decompositions.items()}
 
 
 def _by_gradient(total: DenseSum | FactoredSum, metric: Metric) -> Scored:
@@ -114,32 +149,27 @@ def _by_gradient(total: DenseSum | FactoredSum, metric: Metric) -> Scored:
     return Scored(svd, metric.score(svd.S, grad, grad))
 
 
-def _by_magnitude(make: Callable[[], SVD], metric: Metric) -> Scored:
-    svd = make()
-    return Scored(svd, metric.score(svd.S, svd.S, svd.S))
-
-
 def _by_moments(svd: SVD, first: Tensor, second: Tensor | None, metric: Metric) -> Scored:
     return Scored(svd, metric.score(svd.S, first, first if second is None else second))
 
 
-def decompositions_by(covariances: Mapping[Target, Covariance]) -> Mapping[Target, Callable[[], SVD]]:
-    """What decomposes each linear as its covariances see it: ``whitened`` where they have no B, ``kfac`` where they do.
+def decompositions_by(covariances: Mapping[Target, Covariance]) -> Decompositions:
+    """For each linear a function that decomposes it by its covariances: ``whitened`` without B, ``kfac`` with B.
 
-    The root of an input's covariance is taken once for all linears that share it, if they come one by one.
+    The Cholesky factor of an input covariance is computed once for consecutive linears that share it.
     """
     latest: list[tuple[Tensor, Tensor]] = []
 
-    def inputs(covariance: Covariance) -> Tensor:
+    def input_factor(covariance: Covariance) -> Tensor:
         assert covariance.A is not None
         if not latest or latest[0][0] is not covariance.A:
-            latest[:] = [(covariance.A, root(covariance.A / covariance.tokens, damping=DAMPING))]
+            latest[:] = [(covariance.A, cholesky_factor(covariance.A / covariance.tokens))]
         return latest[0][1]
 
     def make(name: str, weight: Tensor, covariance: Covariance) -> SVD:
-        outputs = None if covariance.B is None else root(covariance.B / covariance.tokens, damping=DAMPING)
-        return decompose_in(weight, inputs(covariance), outputs, name)
+        outputs = None if covariance.B is None else cholesky_factor(covariance.B / covariance.tokens)
+        return decompose_in(weight, input_factor(covariance), outputs, name)
 
-    # All processes ask for all weights here, which sharded ones need; each makes some of the decompositions only.
+    # A sharded weight is gathered by all processes at once, so all weights are fetched here, not in ``make``.
     weights = {target: dense_weight(target.module) for target in covariances}
     return {t: partial(make, t.name, weights[t], covariance) for t, covariance in covariances.items()}

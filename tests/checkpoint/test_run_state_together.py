@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from grasp import compress
 from grasp.bench import costs as bench_costs
 from grasp.checkpoint import run_folder
 from grasp.checkpoint.run_state import RunState

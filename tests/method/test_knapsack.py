@@ -3,13 +3,20 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grasp.method.knapsack import DENSE, Choices, Layer, allocate, allocate_layers, rank_choices
+from grasp.method.knapsack import DENSE, Choices, Layer, allocate_layers, rank_choices
+
+
+def allocate(matrices: Sequence[Choices], budget: float) -> list[int]:
+    """``allocate_layers`` for matrices of which none can go: the index of each one's choice."""
+    picked = allocate_layers([Layer([choices]) for choices in matrices], budget)
+    return [choice for layer in picked if layer is not None for choice in layer]
 
 
 def brute_force(matrices: list[Choices], budget: float) -> float:

@@ -11,8 +11,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import NonFiniteError
-from grasp.method.basis import decompose_in, root
-from grasp.method.svd import SVD, decompose
+from grasp.method.svd import SVD, cholesky_factor, decompose, decompose_in
 from grasp.model import lowrank_linear as modules
 from grasp.model.dense import DenseLinear, dense_weight, standing_in
 from grasp.model.lowrank_linear import LowRankLinear, group_linears_, set_backend_
@@ -375,7 +374,7 @@ def test_each_group_has_a_column_as_long_as_its_row_in_every_basis(dtype: torch.
         torch.rand(16) * 100 + 1,
         torch.rand(24) / 100 + 1e-3,
     )  # as where gradients are small, and inputs large
-    inputs, outputs = root(torch.diag(right.square())), root(torch.diag(left.square()))
+    inputs, outputs = cholesky_factor(torch.diag(right.square())), cholesky_factor(torch.diag(left.square()))
     svd = decompose_in(linear.weight.detach().float(), inputs, outputs)
     module = LowRankLinear.from_dense(linear, torch.arange(16), svd)
     torch.testing.assert_close(module.dense_weight(), linear.weight.float(), rtol=2e-3, atol=2e-4)

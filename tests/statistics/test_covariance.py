@@ -243,9 +243,9 @@ def random_basis(target: Target, rank: int) -> SVD:
     return SVD(U, torch.ones(rank, dtype=torch.float64), Vh)
 
 
-@pytest.mark.parametrize("second", [None, "token", "sample"])
+@pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize("twice", [False, True])
-def test_moments_in_any_basis_are_those_of_each_unit(second: str | None, twice: bool) -> None:
+def test_moments_in_any_basis_are_those_of_each_unit(second: bool, twice: bool) -> None:
     model, targets = model_calling_twice() if twice else (tiny_model("qwen2", torch.float64), None)
     targets = targets or targets_of(model, LAYER)
     batch, mask = tiny_batches(1, batch_size=3)[0], torch.ones(3, 12, dtype=torch.bool)
@@ -253,25 +253,22 @@ def test_moments_in_any_basis_are_those_of_each_unit(second: str | None, twice: 
     batches = [CalibrationBatch(tiny_batches(1)[0]), CalibrationBatch(batch, mask)]
     bases = {target: random_basis(target, 5) for target in targets}
     prefix = capture_prefix(model, batches, {LAYER})
-    got = basis_moments(model, batches, bases, prefix, second=second)  # type: ignore[arg-type]
+    got = basis_moments(model, batches, bases, prefix, second=second)
     seen = [naive(model, each.input_ids, each.attention_mask, [t.name for t in targets]) for each in batches]
     assert got.keys() == bases.keys()
     for target, (first, squares) in got.items():
         U, _, Vh = bases[target]
-        samples, tokens = [], []
+        tokens: list[Tensor] = []
         for calls, each in zip(seen, batches, strict=True):
             per_call = []  # (B, L, R) each
             for x, d in calls[target.name]:
                 token = torch.einsum("blk,rk->blr", x, Vh) * torch.einsum("bln,nr->blr", d, U)
                 per_call.append(token if each.attention_mask is None else token * each.attention_mask[..., None])
             tokens += [token.flatten(0, 1) for token in per_call]
-            samples.append(sum(token.sum(1) for token in per_call))
-        assert_close(first, torch.cat(samples).sum(0), 1e-6)
-        if second is None:
-            assert squares is None
-        else:
-            unit = torch.cat(samples if second == "sample" else tokens)
-            assert_close(squares, unit.square().sum(0), 1e-6)
+        assert_close(first, torch.cat(tokens).sum(0), 1e-6)
+        assert (squares is None) == (not second)
+        if squares is not None:
+            assert_close(squares, torch.cat(tokens).square().sum(0), 1e-6)
 
 
 def test_moments_that_overflow_are_reported_with_their_linear() -> None:
@@ -281,7 +278,7 @@ def test_moments_that_overflow_are_reported_with_their_linear() -> None:
     batches = [CalibrationBatch(batch) for batch in tiny_batches(1)]
     prefix = capture_prefix(model, batches, {LAYER})
     with pytest.raises(NonFiniteError, match=r"gradient of model\.layers\.1\.self_attn\.q_proj"):
-        basis_moments(model, batches, {target: SVD(U * 1e30, S, Vh)}, prefix, second="token")
+        basis_moments(model, batches, {target: SVD(U * 1e30, S, Vh)}, prefix, second=True)
 
 
 def test_the_bytes_of_covariances_are_those_of_the_distinct_tensors() -> None:
@@ -336,11 +333,11 @@ def test_split_sweeps_give_the_sums_of_one_sweep() -> None:
 
 def gather_all(processes: Processes, count: int) -> dict[str, list[Tensor]]:
     model, batches = tiny_model("llama", torch.float64), [CalibrationBatch(batch) for batch in tiny_batches(count)]
-    targets, own = targets_of(model, LAYER), processes.share(batches)
+    targets, own = targets_of(model, LAYER), processes.local_batches(batches)
     prefix = capture_prefix(model, own, {LAYER})
     found = gather_covariances(model, own, targets, prefix, processes=processes)
     bases = {target: random_basis(target, 5) for target in targets}
-    moments = basis_moments(model, own, bases, prefix, second="sample", processes=processes)
+    moments = basis_moments(model, own, bases, prefix, second=True, processes=processes)
     counts = {target: torch.tensor(float(each.tokens)) for target, each in found.items()}
     return {target.name: [*found[target][:2], counts[target], *moments[target]] for target in targets}
 

@@ -47,7 +47,7 @@ def sums(
     model: PreTrainedModel, batches: Sequence[CalibrationBatch], processes: Processes = ALONE
 ) -> dict[str, Tensor]:
     """∂L/∂σ of all linears of one layer, summed over the batches."""
-    targets, own = layer_targets(model, 1)[0], processes.share(batches)
+    targets, own = layer_targets(model, 1)[0], processes.local_batches(batches)
     prefix = capture_prefix(model, own, [1])
     gathered = gather_gradients(model, own, targets, prefix, processes=processes)
     return {target.name: total.result()[1] for target, total in gathered.items()}
@@ -98,7 +98,7 @@ def test_two_processes_choose_what_one_chooses_and_end_with_the_same_model(famil
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_every_batch_goes_to_one_process_and_all_take_as_many_steps(count: int) -> None:
     batches = calibration(str(count))
-    shares = [Processes(rank, 3).share(batches) for rank in range(3)]
+    shares = [Processes(rank, 3).local_batches(batches) for rank in range(3)]
     assert {len(share) for share in shares} == {-(-count // 3)}
     real = [batch for share in shares for batch in share if batch.num_tokens]
     assert sorted(map(id, real)) == sorted(map(id, batches))
@@ -107,7 +107,7 @@ def test_every_batch_goes_to_one_process_and_all_take_as_many_steps(count: int) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_batches_that_fill_up_a_share_count_nothing(family: str) -> None:
     model, batches = tiny_model(family, torch.float64), calibration("1")
-    filled = [*batches, *Processes(1, 2).share(batches)]
+    filled = [*batches, *Processes(1, 2).local_batches(batches)]
     assert len(filled) == 2
     expected = sums(model, batches)
     for name, total in sums(model, filled).items():
@@ -137,7 +137,7 @@ def divide(processes: Processes, fail: bool) -> list[tuple[int, dict[str, list[f
             raise ValueError("three is too much")
         return {"square": torch.tensor([item**2.0]), "by": torch.tensor([processes.rank])} if item else {}
 
-    results = processes.divide(range(5), square)
+    results = processes.map_divided(range(5), square)
     return [(item, {name: tensor.tolist() for name, tensor in found.items()}) for item, found in results]
 
 

@@ -6,8 +6,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp.compression.naive import mean_nll
-from grasp.method.basis import BASES, DAMPING
+from grasp.method.basis import BASES
 from grasp.method.metrics import METRICS, in_units_of_loss
+from grasp.method.svd import DAMPING
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
 from grasp.model.targets import Target, layer_targets

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from grasp.errors import NonFiniteError
-from grasp.method.basis import DAMPING, decompose_in, root
+from grasp.method.svd import DAMPING, cholesky_factor, decompose_in
 
 N, K, T = 12, 9, 200
 
@@ -34,7 +34,7 @@ def cut(svd: tuple[Tensor, Tensor, Tensor], rank: int) -> Tensor:
 def test_a_root_is_the_cholesky_factor_of_the_damped_covariance() -> None:
     covariance = second_moment(tokens(K))
     damped = covariance + DAMPING * covariance.diagonal().mean() * torch.eye(K, dtype=torch.float64)
-    factor = root(covariance)
+    factor = cholesky_factor(covariance)
     torch.testing.assert_close(factor @ factor.mT, damped)
     assert torch.equal(factor, factor.tril())
 
@@ -45,7 +45,7 @@ def test_a_covariance_that_rounding_made_indefinite_counts_its_negative_eigenval
     values[0] = -0.1  # far below the damping
     covariance = vectors * values @ vectors.mT
     floor = DAMPING * covariance.diagonal().mean()
-    factor = root(covariance)
+    factor = cholesky_factor(covariance)
     torch.testing.assert_close(factor @ factor.mT, vectors * (values.clamp_min(0) + floor) @ vectors.mT)
     assert torch.equal(factor, factor.tril())
     W = weight()
@@ -74,7 +74,7 @@ def test_groups_of_a_matrix_without_full_rank_are_finite_and_give_it_back() -> N
 
 
 def test_all_groups_give_the_weight_back_in_every_basis() -> None:
-    W, A, B = weight(), root(second_moment(tokens(K))), root(second_moment(tokens(N, seed=1)))
+    W, A, B = weight(), cholesky_factor(second_moment(tokens(K))), cholesky_factor(second_moment(tokens(N, seed=1)))
     for inputs, outputs in [(None, None), (A, None), (None, B), (A, B)]:
         torch.testing.assert_close(cut(decompose_in(W, inputs, outputs), K), W, rtol=0, atol=1e-9)
 
@@ -82,7 +82,7 @@ def test_all_groups_give_the_weight_back_in_every_basis() -> None:
 @pytest.mark.parametrize("rank", [1, 4, 8])
 def test_the_whitened_cut_changes_the_outputs_least(rank: int) -> None:
     W, x = weight(), tokens(K)
-    got = cut(decompose_in(W, root(second_moment(x), damping=1e-12), None), rank)
+    got = cut(decompose_in(W, cholesky_factor(second_moment(x), damping=1e-12), None), rank)
     outputs = x @ W.mT
     _, _, directions = torch.linalg.svd(outputs, full_matrices=False)  # Eckart-Young, on the outputs themselves
     best = outputs @ directions[:rank].mT @ directions[:rank]
@@ -91,7 +91,7 @@ def test_the_whitened_cut_changes_the_outputs_least(rank: int) -> None:
 
 @pytest.mark.parametrize("rank", [1, 4, 8])
 def test_the_kfac_cut_is_optimal_and_its_dropped_values_say_what_it_costs(rank: int) -> None:
-    W, A, B = weight(), root(second_moment(tokens(K))), root(second_moment(tokens(N, seed=1)))
+    W, A, B = weight(), cholesky_factor(second_moment(tokens(K))), cholesky_factor(second_moment(tokens(N, seed=1)))
     svd = decompose_in(W, A, B)
 
     def cost(approximation: Tensor) -> float:
@@ -114,7 +114,7 @@ def test_fewer_tokens_than_features_and_dead_features_are_damped_not_amplified()
     x = tokens(K, count=3)
     x[:, 0] = 0
     W = weight().float()
-    svd = decompose_in(W, root(second_moment(x).float()), None)
+    svd = decompose_in(W, cholesky_factor(second_moment(x).float()), None)
     assert all(torch.isfinite(factor).all() for factor in svd)
     torch.testing.assert_close(cut(svd, K), W, rtol=0, atol=1e-3)
     error = x.float() @ (cut(svd, 3) - W).mT  # three tokens: three groups reproduce their outputs
@@ -123,7 +123,10 @@ def test_fewer_tokens_than_features_and_dead_features_are_damped_not_amplified()
 
 def test_fp32_covariances_of_a_wide_range_agree_with_fp64() -> None:
     W, A = weight(), second_moment(tokens(K))
-    exact, single = (cut(decompose_in(W.to(d), root(A.to(d)), None), 4) for d in (torch.float64, torch.float32))
+    exact, single = (
+        cut(decompose_in(W.to(dtype), cholesky_factor(A.to(dtype)), None), 4)
+        for dtype in (torch.float64, torch.float32)
+    )
     assert single.dtype == torch.float32
     x = tokens(K, seed=9)
     assert (x @ (single.double() - exact).mT).norm() <= 1e-3 * (x @ (W - exact).mT).norm()
@@ -131,6 +134,6 @@ def test_fp32_covariances_of_a_wide_range_agree_with_fp64() -> None:
 
 def test_a_covariance_of_nothing_and_one_that_is_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="covariance is 0"):
-        root(torch.zeros(3, 3))
+        cholesky_factor(torch.zeros(3, 3))
     with pytest.raises(NonFiniteError, match="NaN or infinite"):
-        root(torch.full((3, 3), float("nan")))
+        cholesky_factor(torch.full((3, 3), float("nan")))
