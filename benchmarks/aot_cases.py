@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.sass import SHARED_LIMITS, Binary
+from grasp_kernels.launch_configs import on_path, rule_of_thumb, serves
 from grasp_kernels.reference import Factors
 from grasp_kernels.triton import lowrank_glu, lowrank_linear, singular_value_grad
-from grasp_kernels.triton.launch import Card, Launch
-from grasp_kernels.tuning import on_path, rule_of_thumb, serves
+from grasp_kernels.triton.launch import Gpu, Launch
 
 # A card of each architecture: A100, H100, B200, RTX 5090.
 CARDS = {
-    architecture: Card(f"sm_{architecture}", processors, architecture)
+    architecture: Gpu(f"sm_{architecture}", processors, architecture)
     for architecture, processors in ((80, 108), (90, 132), (100, 148), (120, 170))
 }
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -32,7 +32,7 @@ class Case:
     """A call whose launches are compiled; ``representative`` ones are in the test suite, all are in ``make aot``."""
 
     name: str
-    launches: Callable[[Card], Sequence[Launch]]
+    launches: Callable[[Gpu], Sequence[Launch]]
     representative: bool = False
 
 
@@ -129,7 +129,7 @@ def _grad_case(
     column_major: bool = False,
     representative: bool = False,
 ) -> Case:
-    def launches(_: Card) -> Sequence[Launch]:
+    def launches(_: Gpu) -> Sequence[Launch]:
         return _grad_launches(tile, dtype, plain, R, column_major)
 
     return Case(f"singular_value_grad, {name}", launches, representative)
@@ -169,12 +169,12 @@ def _lowrank_linear_cases(path: str, rows: Sequence[int]) -> Iterator[Case]:
 
 
 def _linear_case(name: str, path: str, M: int, factors: Sequence[Factors], representative: bool = False) -> Case:
-    def launches(card: Card) -> Sequence[Launch]:
+    def launches(gpu: Gpu) -> Sequence[Launch]:
         x = _empty(M, factors[0].Vh.shape[1], dtype=factors[0].U.dtype)
-        problem = lowrank_linear.problem_of(x, factors)
-        config = on_path(rule_of_thumb("lowrank_linear", problem, card), path, problem)
+        key = lowrank_linear.launch_key(x, factors)
+        config = on_path(rule_of_thumb("lowrank_linear", key, gpu), path, key)
         outputs = [_empty(M, group.U.shape[0], dtype=x.dtype) for group in factors]
-        return lowrank_linear.plan(x, factors, outputs, config, card) if serves(config, problem) else []
+        return lowrank_linear.plan(x, factors, outputs, config, gpu) if serves(config, key) else []
 
     return Case(f"lowrank_linear, {name}", launches, representative)
 
@@ -191,15 +191,15 @@ def _lowrank_glu_cases() -> Iterator[Case]:
 
 
 def _glu_case(M: int, activation: str, dtype: torch.dtype, *, representative: bool = False) -> Case:
-    def launches(card: Card) -> Sequence[Launch]:
+    def launches(gpu: Gpu) -> Sequence[Launch]:
         N, K, R = SHAPES[1]
         x, output = _empty(M, K, dtype=dtype), _empty(M, N, dtype=dtype)
         gate, up = _factors(N, K, R, dtype), _factors(N, K, R - 16, dtype)
-        config = rule_of_thumb("lowrank_glu", lowrank_linear.problem_of(x, [gate, up]), card)
+        config = rule_of_thumb("lowrank_glu", lowrank_linear.launch_key(x, [gate, up]), gpu)
         if config.path == "gemms":
             hidden = [_empty(1, M, group.U.shape[1], dtype=dtype) for group in (gate, up)]
             return [lowrank_glu.expand_launch(gate, up, hidden, output, activation, config, dependent=False)]
-        return lowrank_glu.plan(x, gate, up, activation, output, config, card)
+        return lowrank_glu.plan(x, gate, up, activation, output, config, gpu)
 
     return Case(f"lowrank_glu, {M} rows, {activation}, {_short(dtype)}", launches, representative)
 

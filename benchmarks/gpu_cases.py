@@ -15,12 +15,12 @@ from torch import Tensor
 from grasp.bench.timing import Rotation
 from grasp.bench.workloads import OPS, Problem, Run, backends, make_problem, wrong
 from grasp_kernels import pack_factors, roofline
+from grasp_kernels.launch_configs import PATHS, choose, on_path, serves
 from grasp_kernels.packing import stacked
 from grasp_kernels.roofline import Cost
-from grasp_kernels.shapes import Shape, format_shape
+from grasp_kernels.shapes import GroupShape, format_shape
 from grasp_kernels.triton import lowrank_glu, lowrank_linear
-from grasp_kernels.triton.launch import card
-from grasp_kernels.tuning import PATHS, choose, on_path, serves
+from grasp_kernels.triton.launch import gpu_of
 
 LINEAR_OPS = ("lowrank_linear", "lowrank_linear_grouped")
 
@@ -30,7 +30,7 @@ class Case:
     """Some calls that follow one another, each an op on an input of its own, at one number of rows."""
 
     name: str
-    parts: tuple[tuple[str, Shape], ...]  # op and shape of each call
+    parts: tuple[tuple[str, GroupShape], ...]  # op and shape of each call
     rows: int
     dtype: torch.dtype = torch.bfloat16
 
@@ -171,9 +171,9 @@ def _on_path(path: str, op: str) -> Run:
 
     def run(problem: Problem) -> list[Tensor]:
         x, groups = problem.x, problem.groups
-        tuned = lowrank_linear.problem_of(x, groups)
-        config = choose(kernel, card(x.device), tuned)
-        if config.path != path and serves(forced := on_path(config, path, tuned), tuned):
+        key = lowrank_linear.launch_key(x, groups)
+        config = choose(kernel, gpu_of(x.device), key)
+        if config.path != path and serves(forced := on_path(config, path, key), key):
             config = forced
         if op == "lowrank_glu":
             return [lowrank_glu.run(x, groups[0], groups[1], "silu", config)]

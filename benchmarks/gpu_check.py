@@ -26,10 +26,10 @@ from benchmarks.gpu_report import NotMeasured, PytestRun, Report, Result, print_
 from benchmarks.launch_costs import measure_launches
 from grasp.bench.conditions import ROOT, conditions, measure_card
 from grasp.bench.timing import Batch, batch, interleave
-from grasp_kernels import roofline, tuning
+from grasp_kernels import launch_configs, roofline
 from grasp_kernels.roofline import Card
 from grasp_kernels.shapes import parse_shape
-from grasp_kernels.triton.launch import card as card_of
+from grasp_kernels.triton.launch import gpu_of
 
 ROWS = (1, 16, 64, 4, 256, 2048, 8192)  # in order of importance
 LINEARS = ("4096x4096r204", "4096x11008r298", "4096x1024r81", "4096x14336r318")
@@ -84,9 +84,10 @@ def check(plan: Plan, device: torch.device, console: Console) -> Report:
     start = time.monotonic()
     dtype = plan.cases[0].dtype
     card = measure_card(device, dtype)
-    facts = card_of(device)
+    gpu = gpu_of(device)
     report = Report(
-        conditions(card, device), {kernel: tuning.status(kernel, facts) for kernel in sorted(tuning.SOURCES)}
+        conditions(card, device),
+        {kernel: launch_configs.status(kernel, gpu) for kernel in sorted(launch_configs.SOURCES)},
     )
     if plan.tests:
         report.tests = run_tests(plan.tests, TESTS_SHARE * plan.seconds)

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from grasp.bench.timing import Batch, Rotation, batch, interleave
-from grasp_kernels.triton.launch import Card, card
+from grasp_kernels.triton.launch import Gpu, gpu_of
 from grasp_kernels.triton.tiles import arrive, wait
 
 BLOCK = 1024  # fp32 that each program of the ramp reads
@@ -63,16 +63,16 @@ def measure_launches(device: torch.device, *, calls: int = 200, repetitions: int
         calls: launches in one graph.
         repetitions: replays of each graph.
     """
-    facts = card(device)
-    programs = facts.processors if device.type == "cuda" else 1
+    gpu = gpu_of(device)
+    programs = gpu.processors if device.type == "cuda" else 1
     batches = {
         name: batch(device, launch, Rotation([None]), calls)
-        for name, launch in _launches(device, facts, programs).items()
+        for name, launch in _launches(device, gpu, programs).items()
     }
     return _read(_medians(batches, repetitions), programs)
 
 
-def _launches(device: torch.device, facts: Card, programs: int) -> dict[str, Callable[[None], object]]:
+def _launches(device: torch.device, gpu: Gpu, programs: int) -> dict[str, Callable[[None], object]]:
     x = torch.randn(programs, BLOCK, device=device)
     y = x.new_empty(programs)
     counter = torch.zeros(1, dtype=torch.int32, device=device)
@@ -88,7 +88,7 @@ def _launches(device: torch.device, facts: Card, programs: int) -> dict[str, Cal
         "one crossing": barrier(1),
         "more crossings": barrier(1 + CROSSINGS),
     }
-    if facts.dependent_launch:
+    if gpu.dependent_launch:
         launches["dependent"] = lambda _: _dependent_kernel[(1,)](launch_pdl=True, **OPTIONS)
     return launches
 

@@ -24,7 +24,7 @@ from grasp.loading import DTYPES, find_device
 from grasp.progress import Progress, no_progress
 from grasp_kernels import roofline
 from grasp_kernels.roofline import Card
-from grasp_kernels.shapes import Shape, format_shape, parse_shape
+from grasp_kernels.shapes import GroupShape, format_shape, parse_shape
 
 # Llama-2-7B's q/k/v/o and gate/up, SmolLM2-135M's gate/up, with a tenth of the parameters kept.
 DEFAULT_SHAPES = ("4096x4096r204", "4096x11008r298", "576x1536r41")
@@ -36,7 +36,7 @@ class Case(NamedTuple):
     """One op at one shape; what its providers are compared at."""
 
     op: str
-    shape: Shape
+    shape: GroupShape
     rows: int
     dtype: torch.dtype
     model: str | None = None  # whose shape it is
@@ -133,7 +133,7 @@ def cases(request: Request) -> Iterator[Case | NotMeasured]:
         if request.shapes:
             raise ValueError("shapes are either given or a model's, got both; leave one out")
         ratio = RETAIN_RATIO if request.retain_ratio is None else request.retain_ratio
-        found: list[tuple[str, str, Shape | None]] = [
+        found: list[tuple[str, str, GroupShape | None]] = [
             (op, format_shape(shape), shape) for op, shape in model_calls(request.model, ratio) if op in wanted
         ]
     elif request.retain_ratio is not None:

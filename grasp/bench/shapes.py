@@ -17,7 +17,7 @@ from grasp.method.ranks import break_even_rank, rank_for_retain_ratio
 from grasp.model.dense import dense_shape
 from grasp.model.families import SHARED_INPUTS
 from grasp.model.targets import decoder, layer_targets
-from grasp_kernels.shapes import Linear, Shape
+from grasp_kernels.shapes import GroupShape, LinearShape
 
 
 class Widths(NamedTuple):
@@ -44,7 +44,7 @@ WELL_KNOWN: dict[str, Widths] = {
 _GATED = frozenset(("gate_proj", "up_proj"))
 
 
-def model_calls(name: str, retain_ratio: float) -> list[tuple[str, Shape]]:
+def model_calls(name: str, retain_ratio: float) -> list[tuple[str, GroupShape]]:
     """The calls that the ops get in a decoder layer of a model: op and shape, equal ones once.
 
     Every linear by itself, and as ``singular_value_grad``'s; those that share their input as a group; gate and up as a
@@ -64,7 +64,7 @@ def model_calls(name: str, retain_ratio: float) -> list[tuple[str, Shape]]:
     linears = _linears(_config(name), retain_ratio)
     if not linears:
         raise UnsupportedModelError(f"the layers of {name} hold no linear that low-rank factors make smaller")
-    singles: list[Shape] = [(linear,) for linear in linears.values()]
+    singles: list[GroupShape] = [(linear,) for linear in linears.values()]
     calls = [(op, shape) for op in ("lowrank_linear", "singular_value_grad") for shape in singles]
     parents = dict.fromkeys(path.rpartition(".")[0] for path in linears)
     for parent in parents:
@@ -87,7 +87,7 @@ def _config(name: str) -> PreTrainedConfig:
         raise type(error)(f"{error} Or take the shapes of {', '.join(WELL_KNOWN)}.") from error
 
 
-def _linears(config: PreTrainedConfig, retain_ratio: float) -> dict[str, Linear]:
+def _linears(config: PreTrainedConfig, retain_ratio: float) -> dict[str, LinearShape]:
     """Path → shape, of the first layer that has any to replace."""
     config.__dict__.pop("quantization_config", None)  # a compressed model's dense shapes
     with torch.device("meta"):
@@ -95,7 +95,7 @@ def _linears(config: PreTrainedConfig, retain_ratio: float) -> dict[str, Linear]
     for layer in range(len(decoder(model).layers)):
         shapes = {target.name: dense_shape(target.module) for target in layer_targets(model, layer)[0]}
         found = {
-            name: Linear(k, n, rank_for_retain_ratio((n, k), retain_ratio))
+            name: LinearShape(k, n, rank_for_retain_ratio((n, k), retain_ratio))
             for name, (n, k) in shapes.items()
             if break_even_rank((n, k)) >= 1
         }

@@ -11,7 +11,7 @@ import torch
 from grasp.errors import GraspError
 from grasp.loading import DTYPES
 from grasp.progress import Progress, no_progress
-from grasp_kernels.shapes import Shape, format_shape, parse_shape
+from grasp_kernels.shapes import GroupShape, format_shape, parse_shape
 
 # Llama-2-7B at retain_ratio 0.1: q/k/v, o, gate/up, down.
 SHAPES = (
@@ -50,7 +50,7 @@ def tune(
     if not torch.cuda.is_available():
         raise GraspError("tuning measures kernels on a CUDA GPU, and PyTorch sees none here; run it where there is one")
     autotune = import_module("grasp_kernels.autotune")  # imports Triton
-    calls: dict[str, list[Shape]] = {"lowrank_linear": parsed, "lowrank_glu": [s for s in parsed if _is_gated(s)]}
+    calls: dict[str, list[GroupShape]] = {"lowrank_linear": parsed, "lowrank_glu": [s for s in parsed if _is_gated(s)]}
     files: list[Path] = []
     wanted = {kernel: of_kernel for kernel, of_kernel in calls.items() if of_kernel}
     for done, (kernel, of_kernel) in enumerate(wanted.items(), start=1):
@@ -64,5 +64,5 @@ def tune(
     return files
 
 
-def _is_gated(shape: Shape) -> bool:
+def _is_gated(shape: GroupShape) -> bool:
     return len(shape) == 2 and shape[0].N == shape[1].N

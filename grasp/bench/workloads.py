@@ -18,7 +18,7 @@ from grasp_kernels import Factors, lowrank_glu, lowrank_linear, lowrank_linear_g
 from grasp_kernels.dispatch import BACKENDS, Call, objection
 from grasp_kernels.numerics import inaccuracy
 from grasp_kernels.roofline import Cost
-from grasp_kernels.shapes import Shape
+from grasp_kernels.shapes import GroupShape
 
 
 class Problem(NamedTuple):
@@ -56,11 +56,11 @@ class Op:
     run: Callable[[str, Problem], list[Tensor]]  # by a backend
     unfused: Run
     dense: Run
-    cost: Callable[[int, Shape, int], Sequence[Cost]]  # of rows, shape and bytes per element
+    cost: Callable[[int, GroupShape, int], Sequence[Cost]]  # of rows, shape and bytes per element
     alone: int = 1  # how often a single linear is repeated
     one_width: bool = False  # its linears share N
 
-    def fit(self, shape: Shape) -> Shape | None:
+    def fit(self, shape: GroupShape) -> GroupShape | None:
         """``shape``, a single linear repeated as often as the op needs; ``None`` where the op has no such shape."""
         if len(shape) == 1:
             return shape * self.alone
@@ -137,7 +137,7 @@ OPS: dict[str, Op] = {
 }
 
 
-def make_problem(op: str, shape: Shape, rows: int, dtype: torch.dtype, device: torch.device) -> Problem:
+def make_problem(op: str, shape: GroupShape, rows: int, dtype: torch.dtype, device: torch.device) -> Problem:
     """Gaussian operands under which outputs have about unit variance; never zeros, which processors multiply faster."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -174,7 +174,7 @@ def _copies(problem: Problem, rotate_bytes: int) -> list[Problem]:
     return [problem, *(problem.map(Tensor.clone) for _ in range(1, rotate_bytes // size))]
 
 
-def backends(op: str, shape: Shape, problem: Problem) -> tuple[dict[str, Run], dict[str, str]]:
+def backends(op: str, shape: GroupShape, problem: Problem) -> tuple[dict[str, Run], dict[str, str]]:
     """The backends that run this call, and the reasons of those that do not."""
     runs: dict[str, Run] = {}
     reasons: dict[str, str] = {}

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from grasp_kernels.launch_configs import CONFIGS, PATHS, Config, LaunchKey, on_path, rule_of_thumb, save, serves
 from grasp_kernels.packing import pack_factors
 from grasp_kernels.reference import Factors
-from grasp_kernels.triton.launch import card
+from grasp_kernels.triton.launch import gpu_of
 from grasp_kernels.triton.lowrank_glu import run as run_glu
 from grasp_kernels.triton.lowrank_linear import run as run_linear
-from grasp_kernels.tuning import CONFIGS, PATHS, Config, Problem, on_path, rule_of_thumb, save, serves
 
 COLD_BYTES = 150 << 20  # of distinct factors in one measurement: more than any card's L2 cache holds
 MIN_CALLS = 20  # in one measurement
@@ -108,7 +108,7 @@ def tune(
         kernel: ``"lowrank_linear"``, also for grouped calls, or ``"lowrank_glu"``, whose workloads have two members.
         workloads: what to tune for.
         device: the card.
-        directory: where the file goes; the package looks for it in ``tuning.CONFIGS``.
+        directory: where the file goes; the package looks for it in ``launch_configs.CONFIGS``.
         measure: µs per call of some calls that do the same on different data.
 
     Returns:
@@ -123,26 +123,26 @@ def tune(
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("tuning launches and times kernels; run it before the capture of a CUDA graph, not within")
     device = torch.device(device)
-    measured: dict[Problem, tuple[Config, float]] = {}
+    measured: dict[LaunchKey, tuple[Config, float]] = {}
     for workload in workloads:
-        problem = problem_of(workload)
-        measured[problem] = _fastest(kernel, workload, problem, device, measure)
-    return save(kernel, card(device).name, measured, directory)
+        key = workload_key(workload)
+        measured[key] = _fastest(kernel, workload, key, device, measure)
+    return save(kernel, gpu_of(device).name, measured, directory)
 
 
-def problem_of(workload: Workload) -> Problem:
+def workload_key(workload: Workload) -> LaunchKey:
     """The key under which a workload's configuration is kept."""
     width, rank = (sum(column) for column in zip(*workload.members, strict=True))
-    return Problem.of(workload.rows, width, workload.in_features, rank, workload.dtype, len(workload.members))
+    return LaunchKey.of(workload.rows, width, workload.in_features, rank, workload.dtype, len(workload.members))
 
 
 def _fastest(
-    kernel: str, workload: Workload, problem: Problem, device: torch.device, measure: Measure
+    kernel: str, workload: Workload, key: LaunchKey, device: torch.device, measure: Measure
 ) -> tuple[Config, float]:
     """Descend one field at a time on each path, and take the best path."""
     run = _RUN[kernel]
     inputs = list(_inputs(workload, device))
-    start = rule_of_thumb(kernel, problem, card(device))
+    start = rule_of_thumb(kernel, key, gpu_of(device))
     expected = run(*inputs[0], replace(start, path="gemms"))
 
     def time(config: Config) -> float | None:
@@ -155,8 +155,8 @@ def _fastest(
 
     best: tuple[Config, float] | None = None
     for path in PATHS_OF[kernel]:
-        config = on_path(start, path, problem)
-        if serves(config, problem):
+        config = on_path(start, path, key)
+        if serves(config, key):
             best = _descend(config, STEPS[path] if path != "gemms" or kernel == "lowrank_glu" else {}, time, best)
     assert best is not None
     return best

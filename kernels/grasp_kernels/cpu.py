@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from grasp_kernels.extension import DTYPES, Tensors
+from grasp_kernels.extension import DTYPE_CODES, Tensors
 from grasp_kernels.reference import Factors
 
 # grasp_isa in csrc/lowrank.h
@@ -92,7 +92,7 @@ def direct(
         auto_rows: most rows of x for ``"auto"``, by dtype.
     """
     module = _module()
-    rows = tuple(auto_rows[dtype] for dtype in DTYPES)
+    rows = tuple(auto_rows[dtype] for dtype in DTYPE_CODES)
     module.set_up(
         *(types, watchers, vars(forward_ad), Tensor.is_neg, torch.is_grad_enabled, torch.get_num_threads, rows)
     )

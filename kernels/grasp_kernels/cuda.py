@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.counters import counters, on_device
-from grasp_kernels.extension import DTYPES, Tensors, in_place, pointers
+from grasp_kernels.extension import DTYPE_CODES, Tensors, in_place, pointers
 from grasp_kernels.reference import Factors
 
-PATHS = {"auto": 0, "pair": 1, "dependent": 2, "cooperative": 3}  # grasp_cuda_path in csrc/lowrank.h
+PATH_CODES = {"auto": 0, "pair": 1, "dependent": 2, "cooperative": 3}  # grasp_cuda_path in csrc/lowrank.h
 _RANK = 9  # its place in what `pointers` gives
 
 _workspaces: dict[tuple[int, int], Tensor] = {}  # (device, stream) → bytes
@@ -40,7 +40,7 @@ def run(x: Tensor, factors: Sequence[Tensors], *, path: str = "auto", splits: in
     Args:
         x: (M, K), M at most 16; fp32, fp16 or bf16 on a CUDA device.
         factors: of x's dtype, on its device; s may be fp32. What the kernels cannot read in place is copied first.
-        path: one of ``PATHS``; ``"auto"`` is the pair, dependent where the card can.
+        path: one of ``PATH_CODES``; ``"auto"`` is the pair, dependent where the card can.
         splits: of K, each a partial sum of h; 0 makes as many as the card has room for.
 
     Raises:
@@ -56,11 +56,11 @@ def run(x: Tensor, factors: Sequence[Tensors], *, path: str = "auto", splits: in
     groups = tuple([group for group, _ in taken])  # `taken` keeps copies alive that they point to
     size = _workspace_bytes(rows, tuple([group[_RANK] for group in groups]))
     with on_device(x.device):
-        _load(x.device)
+        _load_kernels(x.device)
         stream, workspace = _workspace(x.device, size)
         barrier = counters(x.device, 1).data_ptr() if path == "cooperative" else 0
         where = (stream, workspace.data_ptr(), workspace.numel(), barrier)
-        _module().run(x.data_ptr(), stride, rows, K, DTYPES[x.dtype], groups, *where, PATHS[path], splits)
+        _module().run(x.data_ptr(), stride, rows, K, DTYPE_CODES[x.dtype], groups, *where, PATH_CODES[path], splits)
     return outputs
 
 
@@ -70,7 +70,7 @@ def _module() -> Any:
 
 
 @functools.cache
-def _load(device: torch.device) -> None:
+def _load_kernels(device: torch.device) -> None:
     """Load the kernels: a capture could otherwise meet one that has never run."""
     _module().load()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # U, s, Vh, bias: what ``Factors`` is
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # grasp_dtype in csrc/lowrank.h
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # grasp_dtype in csrc/lowrank.h
 
 
 def module_missing(name: str, needs: str) -> str | None:
@@ -59,7 +59,7 @@ def pointers(factors: Tensors, output: Tensor) -> tuple[tuple[int, ...], Tensors
     s_data = bias_data = s_dtype = 0
     if s is not None:
         s = s.contiguous()
-        s_data, s_dtype = s.data_ptr(), DTYPES[s.dtype]
+        s_data, s_dtype = s.data_ptr(), DTYPE_CODES[s.dtype]
     if bias is not None:
         bias = bias.contiguous()
         bias_data = bias.data_ptr()

@@ -25,7 +25,7 @@ from benchmarks.launch_costs import LaunchCosts, _read, measure_launches
 from grasp.bench import timing
 from grasp.bench.workloads import OPS, Problem
 from grasp_kernels.shapes import parse_shape
-from grasp_kernels.triton.launch import card
+from grasp_kernels.triton.launch import gpu_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SILENT = Console(quiet=True)
@@ -155,7 +155,7 @@ def test_launch_costs_are_measured() -> None:
     costs = measure_launches(DEVICE, calls=2, repetitions=2)
     assert costs.gap_us > 0
     assert costs.programs == (1 if DEVICE.type == "cpu" else costs.programs)
-    assert (costs.dependent_gap_us is None) == (not card(DEVICE).dependent_launch)
+    assert (costs.dependent_gap_us is None) == (not gpu_of(DEVICE).dependent_launch)
 
 
 def test_a_barrier_is_what_more_crossings_take_longer() -> None:

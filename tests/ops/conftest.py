@@ -29,11 +29,11 @@ def emulator(built_emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(cuda, "_module", lambda: built_emulator)
     monkeypatch.setattr(cuda, "_workspace", workspace)
     monkeypatch.setattr(cuda, "counters", lambda *_: built_emulator.barrier)
-    for cached in (cuda._load, cuda._workspace_bytes):
+    for cached in (cuda._load_kernels, cuda._workspace_bytes):
         cached.cache_clear()
     built_emulator.configure()
     built_emulator.barrier.zero_()
     yield built_emulator
     assert all(rest.isnan().all() for rest in behind)
-    for cached in (cuda._load, cuda._workspace_bytes):
+    for cached in (cuda._load_kernels, cuda._workspace_bytes):
         cached.cache_clear()

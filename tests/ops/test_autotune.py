@@ -14,10 +14,10 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from grasp_kernels import autotune, tuning
-from grasp_kernels.autotune import Workload, problem_of, tune
-from grasp_kernels.triton.launch import card
-from grasp_kernels.tuning import Config
+from grasp_kernels import autotune, launch_configs
+from grasp_kernels.autotune import Workload, tune, workload_key
+from grasp_kernels.launch_configs import Config
+from grasp_kernels.triton.launch import gpu_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WORKLOAD = Workload(rows=4, in_features=64, members=((32, 8), (16, 5)), dtype=torch.float32)
@@ -28,8 +28,8 @@ FEW = {"pair": {"splits": (1, 2), "stages": (2, 4)}, "fused": {}, "gemms": {"sta
 def _few_candidates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(autotune, "STEPS", FEW)
     yield
-    tuning.load.cache_clear()
-    tuning._choose.cache_clear()
+    launch_configs.load.cache_clear()
+    launch_configs._choose.cache_clear()
 
 
 def config_of(calls: Sequence[Callable[[], Any]]) -> Config:
@@ -44,14 +44,14 @@ def by_config(cost: Callable[[Config], float]) -> autotune.Measure:
 
 def tuned(kernel: str, directory: Path, measure: autotune.Measure) -> Config:
     tune(kernel, [WORKLOAD if kernel == "lowrank_linear" else GLU], device=DEVICE, directory=directory, measure=measure)
-    (config,) = tuning.load(kernel, card(DEVICE).name, directory).entries.values()
+    (config,) = launch_configs.load(kernel, gpu_of(DEVICE).name, directory).entries.values()
     return config
 
 
 GLU = WORKLOAD._replace(members=((32, 8), (32, 5)))
 
 
-@pytest.mark.parametrize("path", tuning.PATHS[::2])
+@pytest.mark.parametrize("path", launch_configs.PATHS[::2])
 def test_the_fastest_path_is_kept(tmp_path: Path, path: str) -> None:
     config = tuned("lowrank_linear", tmp_path, by_config(lambda config: 1.0 if config.path == path else 2.0))
     assert config.path == path
@@ -67,7 +67,7 @@ def test_each_field_takes_its_fastest_value(tmp_path: Path) -> None:
 
 def test_a_difference_within_the_noise_changes_nothing(tmp_path: Path) -> None:
     costs = itertools.count(1000, -1)  # each measurement 0.1 % faster than the last
-    start = tuning.rule_of_thumb("lowrank_linear", problem_of(WORKLOAD), card(DEVICE))
+    start = launch_configs.rule_of_thumb("lowrank_linear", workload_key(WORKLOAD), gpu_of(DEVICE))
     config = tuned("lowrank_linear", tmp_path, lambda _: float(next(costs)))
     assert replace(config, path=start.path) == start
 
@@ -118,9 +118,9 @@ def test_unknown_kernels_and_no_workloads_are_refused() -> None:
 
 
 def test_steps_name_fields_of_a_configuration() -> None:
-    start = tuning.rule_of_thumb("lowrank_linear", problem_of(WORKLOAD), card(DEVICE))
+    start = launch_configs.rule_of_thumb("lowrank_linear", workload_key(WORKLOAD), gpu_of(DEVICE))
     for path, steps in FULL_STEPS.items():
-        assert path in tuning.PATHS
+        assert path in launch_configs.PATHS
         for field, values in steps.items():
             for value in values:
                 assert type(getattr(replace(start, **{field: value}), field)) is type(getattr(start, field))

@@ -58,7 +58,7 @@ def test_pointers_keep_the_copies_that_they_point_to() -> None:
     assert kept_bias is None
     assert kept_Vh is Vh
     assert group[:5] == (kept_U.data_ptr(), kept_s.data_ptr(), Vh.data_ptr(), 0, y.data_ptr())
-    assert group[5:] == (3, 4, 5, 5, 3, extension.DTYPES[torch.float32])
+    assert group[5:] == (3, 4, 5, 5, 3, extension.DTYPE_CODES[torch.float32])
     assert torch.equal(kept_U, U)
     assert torch.equal(kept_s, s)
 

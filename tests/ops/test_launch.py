@@ -10,19 +10,19 @@ import torch
 
 pytest.importorskip("triton")
 
-from grasp_kernels.triton.launch import Card, card
+from grasp_kernels.triton.launch import Gpu, gpu_of
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
 def test_dependent_launch_begins_with_sm_90() -> None:
-    cards = [Card("any", 100, capability) for capability in (80, 89, 90, 100, 120)]
+    cards = [Gpu("any", 100, capability) for capability in (80, 89, 90, 100, 120)]
     assert [card.dependent_launch for card in cards] == [False, False, True, True, True]
 
 
 def test_the_interpreter_is_a_card_without_dependent_launch() -> None:
-    assert not card(CPU).dependent_launch
+    assert not gpu_of(CPU).dependent_launch
 
 
 BIND = """
@@ -45,19 +45,19 @@ driver.set_active(H100())
 from dataclasses import replace
 from grasp_kernels import Factors, pack_factors
 from grasp_kernels.triton import lowrank_glu, lowrank_linear
-from grasp_kernels.triton.launch import Card
-from grasp_kernels.tuning import rule_of_thumb
+from grasp_kernels.triton.launch import Gpu
+from grasp_kernels.launch_configs import rule_of_thumb
 
-facts = Card("H100", 132, 90)
+gpu = Gpu("H100", 132, 90)
 bf16 = torch.bfloat16
 x = torch.empty(4, 512, dtype=bf16)
 group = [Factors(torch.empty(256, R, dtype=bf16), s, torch.empty(R, 512, dtype=bf16), None)
          for R, s in ((20, None), (1, torch.empty(1)))]
 outputs = [torch.empty(4, 256, dtype=bf16) for _ in group]
-config = rule_of_thumb("lowrank_linear", lowrank_linear.problem_of(x, group), facts)
-launches = lowrank_linear.plan(x, group, outputs, config, facts)
-launches += lowrank_linear.plan(x, pack_factors(group), outputs, replace(config, path="fused", reduce=True), facts)
-launches += lowrank_glu.plan(x, *group, "gelu", outputs[0], config, facts)
+config = rule_of_thumb("lowrank_linear", lowrank_linear.launch_key(x, group), gpu)
+launches = lowrank_linear.plan(x, group, outputs, config, gpu)
+launches += lowrank_linear.plan(x, pack_factors(group), outputs, replace(config, path="fused", reduce=True), gpu)
+launches += lowrank_glu.plan(x, *group, "gelu", outputs[0], config, gpu)
 for launch in launches:
     compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
     metadata = compiled.metadata

@@ -12,11 +12,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from grasp_kernels import Factors, pack_factors
+from grasp_kernels.launch_configs import Config
 from grasp_kernels.reference import ACTIVATIONS
 from grasp_kernels.triton import lowrank_glu as glu
 from grasp_kernels.triton import lowrank_linear as linear
-from grasp_kernels.triton.launch import Card, card
-from grasp_kernels.tuning import Config
+from grasp_kernels.triton.launch import Gpu, gpu_of
 from tests import definitions
 from tests.numerics import FLOORS, assert_accurate, relative_error
 from tests.ops.inputs import double, factors, normal, seeded
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-H100, A100 = Card("NVIDIA H100 80GB HBM3", 132, 90), Card("NVIDIA A100-SXM4-80GB", 108, 80)
+H100, A100 = Gpu("NVIDIA H100 80GB HBM3", 132, 90), Gpu("NVIDIA A100-SXM4-80GB", 108, 80)
 PAIR = Config(
     path="pair",
     block_m=32,
@@ -125,7 +125,7 @@ def fused(
     hidden = linear.new_hidden(x, members, config)
     for phase in phases:
         launch = linear.fused_launch(
-            x, members, outputs, hidden, config, card(x.device), programs=programs, phase=phase
+            x, members, outputs, hidden, config, gpu_of(x.device), programs=programs, phase=phase
         )
         launch._replace(arguments={**launch.arguments, "counter_ptr": counter}).run()
     return outputs
@@ -221,15 +221,15 @@ def test_gated_unit_matches_float64(case: Case) -> None:
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 
-def pair_plan(facts: Card) -> list[linear.Launch]:
+def pair_plan(gpu: Gpu) -> list[linear.Launch]:
     x = torch.empty(4, K, dtype=torch.bfloat16)
     members = group(seeded(), torch.bfloat16, 3, s=True, bias=True)
-    return linear.plan(x, members, [x.new_empty(4, N) for N, _ in SHAPES], PAIR, facts)
+    return linear.plan(x, members, [x.new_empty(4, N) for N, _ in SHAPES], PAIR, gpu)
 
 
 def test_a_group_is_two_launches_of_which_the_second_starts_early_on_sm_90() -> None:
-    for facts, dependent in ((H100, True), (A100, False)):
-        shrink, expand = pair_plan(facts)
+    for gpu, dependent in ((H100, True), (A100, False)):
+        shrink, expand = pair_plan(gpu)
         assert shrink.arguments["DEPENDENT"] is dependent
         assert expand.arguments["DEPENDENT"] is dependent
         assert "launch_pdl" not in shrink.options

@@ -1,4 +1,4 @@
-"""What the Triton launchers share: a launch as a value, and facts of the card."""
+"""What the Triton launchers share: a launch as a value, and gpu of the card."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def run_all(launches: Iterable[Launch], device: torch.device) -> None:
             launch.run()
 
 
-class Card(NamedTuple):
-    """What a plan depends on besides the problem."""
+class Gpu(NamedTuple):
+    """What a plan depends on besides the key."""
 
     name: str
     processors: int  # streaming multiprocessors
@@ -51,9 +51,9 @@ class Card(NamedTuple):
 
 
 @functools.cache
-def card(device: torch.device) -> Card:
+def gpu_of(device: torch.device) -> Gpu:
     """The card behind a device, or Triton's interpreter."""
     if device.type != "cuda" or INTERPRETED.value:
-        return Card("interpreter", processors=8, capability=0)
+        return Gpu("interpreter", processors=8, capability=0)
     properties = torch.cuda.get_device_properties(device)
-    return Card(properties.name, properties.multi_processor_count, 10 * properties.major + properties.minor)
+    return Gpu(properties.name, properties.multi_processor_count, 10 * properties.major + properties.minor)

@@ -11,23 +11,23 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
+from grasp_kernels.launch_configs import Config, choose
 from grasp_kernels.packing import RANK_MULTIPLE
 from grasp_kernels.reference import ACTIVATIONS, Factors
-from grasp_kernels.triton.launch import Card, Launch, card, run_all
+from grasp_kernels.triton.launch import Gpu, Launch, gpu_of, run_all
 from grasp_kernels.triton.lowrank_linear import (
     expand_gemm,
     expand_options,
     hidden_gemm,
+    launch_key,
     max_rank,
     new_hidden,
-    problem_of,
     row_block,
     row_major,
     shrink_launch,
     unit_stride,
 )
 from grasp_kernels.triton.tiles import expand_tile, load_bias, load_factor, store_rows
-from grasp_kernels.tuning import Config, choose
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def _lowrank_glu_expand_kernel(
 
 def lowrank_glu(x: Tensor, gate: Factors, up: Factors, activation: str) -> Tensor:
     """``act(gate(x)) * up(x)``; x is (M, K). The arguments and result of ``reference.lowrank_glu``."""
-    return run(x, gate, up, activation, choose("lowrank_glu", card(x.device), problem_of(x, [gate, up])))
+    return run(x, gate, up, activation, choose("lowrank_glu", gpu_of(x.device), launch_key(x, [gate, up])))
 
 
 def run(x: Tensor, gate: Factors, up: Factors, activation: str, config: Config) -> Tensor:
@@ -124,13 +124,13 @@ def run(x: Tensor, gate: Factors, up: Factors, activation: str, config: Config) 
         hidden = [h.unsqueeze(0) for h in hidden_gemm(x, Vhs)]
         launches = [expand_launch(gate, up, hidden, output, activation, config, dependent=False)]
     else:
-        launches = plan(x, gate, up, activation, output, config, card(x.device))
+        launches = plan(x, gate, up, activation, output, config, gpu_of(x.device))
     run_all(launches, x.device)
     return output
 
 
 def plan(
-    x: Tensor, gate: Factors, up: Factors, activation: str, output: Tensor, config: Config, facts: Card
+    x: Tensor, gate: Factors, up: Factors, activation: str, output: Tensor, config: Config, gpu: Gpu
 ) -> list[Launch]:
     """The two launches of a call on a card, in order; ``output`` is a contiguous (M, N)."""
     x, gate, up = unit_stride(x), row_major(gate), row_major(up)
@@ -138,8 +138,8 @@ def plan(
     column = triton.cdiv(gate.U.shape[1], RANK_MULTIPLE) * RANK_MULTIPLE
     halves = [hidden[:, :, :column], hidden[:, :, column:]]
     return [
-        shrink_launch(x, [gate.Vh, up.Vh], hidden, config, facts),
-        expand_launch(gate, up, halves, output, activation, config, dependent=facts.dependent_launch),
+        shrink_launch(x, [gate.Vh, up.Vh], hidden, config, gpu),
+        expand_launch(gate, up, halves, output, activation, config, dependent=gpu.dependent_launch),
     ]
 
 

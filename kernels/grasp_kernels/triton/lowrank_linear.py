@@ -18,11 +18,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from grasp_kernels.counters import counters
+from grasp_kernels.launch_configs import FUSED_RANK, FUSED_ROWS, Config, LaunchKey, choose
 from grasp_kernels.packing import RANK_MULTIPLE, stacked
 from grasp_kernels.reference import Factors
-from grasp_kernels.triton.launch import Card, Launch, card, run_all
+from grasp_kernels.triton.launch import Gpu, Launch, gpu_of, run_all
 from grasp_kernels.triton.tiles import arrive, expand, first_u, shrink, wait
-from grasp_kernels.tuning import FUSED_RANK, FUSED_ROWS, Config, Problem, choose
 
 BOTH_PHASES, SHRINK_ONLY, EXPAND_ONLY = 0, 1, 2  # of the fused kernel; the last two serve its tests
 _SHRINK_ONLY, _EXPAND_ONLY = tl.constexpr(SHRINK_ONLY), tl.constexpr(EXPAND_ONLY)
@@ -157,13 +157,13 @@ def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Ten
 
 def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
     """Several low-rank linears of one input; x is (M, K). One launch for all shrinks and one for all expands."""
-    return run(x, factors, choose("lowrank_linear", card(x.device), problem_of(x, factors)))
+    return run(x, factors, choose("lowrank_linear", gpu_of(x.device), launch_key(x, factors)))
 
 
-def problem_of(x: Tensor, factors: Sequence[Factors]) -> Problem:
+def launch_key(x: Tensor, factors: Sequence[Factors]) -> LaunchKey:
     """What a call's configuration is chosen by."""
     width, rank = sum(group.U.shape[0] for group in factors), sum(group.U.shape[1] for group in factors)
-    return Problem.of(x.shape[0], width, x.shape[1], rank, x.dtype, len(factors))
+    return LaunchKey.of(x.shape[0], width, x.shape[1], rank, x.dtype, len(factors))
 
 
 def run(x: Tensor, factors: Sequence[Factors], config: Config) -> list[Tensor]:
@@ -172,11 +172,11 @@ def run(x: Tensor, factors: Sequence[Factors], config: Config) -> list[Tensor]:
         return gemms(x, factors)
     outputs = [x.new_empty(x.shape[0], group.U.shape[0]) for group in factors]
     if any(output.numel() for output in outputs):
-        run_all(plan(x, factors, outputs, config, card(x.device)), x.device)
+        run_all(plan(x, factors, outputs, config, gpu_of(x.device)), x.device)
     return outputs
 
 
-def plan(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor], config: Config, facts: Card) -> list[Launch]:
+def plan(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor], config: Config, gpu: Gpu) -> list[Launch]:
     """The launches of a call on a card, in order: one for ``fused``, where rows and ranks allow it, else two.
 
     ``outputs`` are contiguous (M, N_i). Factors without a unit inner stride are copied first.
@@ -184,10 +184,10 @@ def plan(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor], confi
     x, factors = unit_stride(x), [row_major(group) for group in factors]
     hidden = new_hidden(x, factors, config)
     if config.path == "fused" and x.shape[0] <= FUSED_ROWS and max_rank(factors) <= FUSED_RANK:
-        return [fused_launch(x, factors, outputs, hidden, config, facts)]
+        return [fused_launch(x, factors, outputs, hidden, config, gpu)]
     return [
-        shrink_launch(x, [group.Vh for group in factors], hidden, config, facts),
-        expand_launch(factors, outputs, hidden, config, facts),
+        shrink_launch(x, [group.Vh for group in factors], hidden, config, gpu),
+        expand_launch(factors, outputs, hidden, config, gpu),
     ]
 
 
@@ -222,7 +222,7 @@ def new_hidden(x: Tensor, factors: Sequence[Factors], config: Config) -> Tensor:
     return x.new_empty((config.splits, x.shape[0], columns), dtype=torch.float32)
 
 
-def shrink_launch(x: Tensor, Vhs: Sequence[Tensor], hidden: Tensor, config: Config, facts: Card) -> Launch:
+def shrink_launch(x: Tensor, Vhs: Sequence[Tensor], hidden: Tensor, config: Config, gpu: Gpu) -> Launch:
     """Fill ``hidden`` with the partial sums of ``x @ Vh.mT``, one split of K each."""
     whole = stacked(Vhs) if all(Vh.shape[0] % RANK_MULTIPLE == 0 for Vh in Vhs) else None
     Vhs = Vhs if whole is None else [whole]
@@ -235,14 +235,14 @@ def shrink_launch(x: Tensor, Vhs: Sequence[Tensor], hidden: Tensor, config: Conf
             **_shrink_arguments(x, Vhs, hidden, config),
             "counter_ptr": counters(x.device, 1 + tiles * row_tiles) if config.reduce else hidden,
             "BLOCK_R": config.shrink_block_r,
-            "DEPENDENT": facts.dependent_launch,
+            "DEPENDENT": gpu.dependent_launch,
         },
         {"num_warps": config.shrink_warps, "num_stages": config.stages, "enable_fp_fusion": True},
     )
 
 
 def expand_launch(
-    factors: Sequence[Factors], outputs: Sequence[Tensor], hidden: Tensor, config: Config, facts: Card
+    factors: Sequence[Factors], outputs: Sequence[Tensor], hidden: Tensor, config: Config, gpu: Gpu
 ) -> Launch:
     """Compute the outputs from ``hidden``. Where the card can, it starts early, fetches U, and waits for the shrink."""
     tiles = _tiles((output.shape[1] for output in outputs), config.expand_block_n)
@@ -257,9 +257,9 @@ def expand_launch(
             "BLOCK_R": config.expand_block_r,
             "SPLITS": 1 if config.reduce else config.splits,
             "LOOPED": max_rank(factors) > config.expand_block_r,
-            "DEPENDENT": facts.dependent_launch,
+            "DEPENDENT": gpu.dependent_launch,
         },
-        expand_options(config, facts.dependent_launch),
+        expand_options(config, gpu.dependent_launch),
     )
 
 
@@ -275,7 +275,7 @@ def fused_launch(
     outputs: Sequence[Tensor],
     hidden: Tensor,
     config: Config,
-    facts: Card,
+    gpu: Gpu,
     *,
     programs: int | None = None,
     phase: int = BOTH_PHASES,
@@ -284,7 +284,7 @@ def fused_launch(
     rank_tiles = _tiles((group.U.shape[1] for group in factors), config.shrink_block_r)
     width_tiles = _tiles((output.shape[1] for output in outputs), config.expand_block_n)
     if programs is None:
-        programs = min(facts.processors, max(rank_tiles * config.splits, width_tiles))
+        programs = min(gpu.processors, max(rank_tiles * config.splits, width_tiles))
     return Launch(
         _lowrank_fused_kernel,
         (programs,),

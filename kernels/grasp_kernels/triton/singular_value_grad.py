@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grasp_kernels.triton.launch import Launch, card, run_all
+from grasp_kernels.triton.launch import Launch, gpu_of, run_all
 from grasp_kernels.triton.tiles import dot
 
 ALIGNMENT = 16  # elements: what Triton must know of a stride to load 16 bytes at once
@@ -265,7 +265,7 @@ def singular_value_grad(
     The arguments and results of ``reference.singular_value_grad``; fp32, fp16 or bf16, accumulated in fp32. Works in
     (T / 128 + B, R) fp32 of memory, and in a copy of a factor that ``loadable`` finds wanting.
     """
-    tile = choose_tile(x.shape[0], U.shape[1], x.dtype, card(x.device).processors)
+    tile = choose_tile(x.shape[0], U.shape[1], x.dtype, gpu_of(x.device).processors)
     return run(x, grad_y, U, Vh, cu_seqlens, per_sample, second_moment, mask, tile)
 
 

@@ -10,78 +10,78 @@ import torch
 
 pytest.importorskip("triton")
 
-from grasp_kernels import tuning
-from grasp_kernels.triton.launch import Card
-from grasp_kernels.tuning import Config, Problem, distance, load, rule_of_thumb, save, serves
+from grasp_kernels import launch_configs
+from grasp_kernels.launch_configs import Config, LaunchKey, distance, load, rule_of_thumb, save, serves
+from grasp_kernels.triton.launch import Gpu
 
-CARD = Card("Test Card/80GB", 132, 90)
-PROBLEM = Problem(rows=4, width=4096, in_features=4096, rank=208, dtype="bfloat16", groups=1)
-CONFIG = replace(rule_of_thumb("lowrank_linear", PROBLEM, CARD), path="fused", splits=7)
+CARD = Gpu("Test Card/80GB", 132, 90)
+KEY = LaunchKey(rows=4, width=4096, in_features=4096, rank=208, dtype="bfloat16", groups=1)
+CONFIG = replace(rule_of_thumb("lowrank_linear", KEY, CARD), path="fused", splits=7)
 
 
 @pytest.fixture(autouse=True)
 def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder in place of the package's, and no answers kept from one test to the next."""
-    monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
+    monkeypatch.setattr(launch_configs, "CONFIGS", tmp_path)
     yield tmp_path
-    tuning.load.cache_clear()
-    tuning._choose.cache_clear()
+    launch_configs.load.cache_clear()
+    launch_configs._choose.cache_clear()
 
 
-def choose(problem: Problem) -> Config:
-    return tuning.choose("lowrank_linear", CARD, problem)
+def choose(key: LaunchKey) -> Config:
+    return launch_configs.choose("lowrank_linear", CARD, key)
 
 
 def test_a_card_never_measured_gets_the_rule_of_thumb_and_says_so() -> None:
-    assert choose(PROBLEM) == rule_of_thumb("lowrank_linear", PROBLEM, CARD)
-    assert "no configurations measured on Test Card/80GB" in tuning.status("lowrank_linear", CARD)
+    assert choose(KEY) == rule_of_thumb("lowrank_linear", KEY, CARD)
+    assert "no configurations measured on Test Card/80GB" in launch_configs.status("lowrank_linear", CARD)
 
 
 def test_what_is_saved_is_chosen(configs: Path) -> None:
-    choose(PROBLEM)  # an answer that saving has to drop
-    path = save("lowrank_linear", CARD.name, {PROBLEM: (CONFIG, 3.21)}, configs)
+    choose(KEY)  # an answer that saving has to drop
+    path = save("lowrank_linear", CARD.name, {KEY: (CONFIG, 3.21)}, configs)
     assert path == configs / "lowrank_linear.Test_Card_80GB.json"
-    assert choose(PROBLEM) == CONFIG
-    assert tuning.status("lowrank_linear", CARD) == "1 configurations measured on Test Card/80GB"
+    assert choose(KEY) == CONFIG
+    assert launch_configs.status("lowrank_linear", CARD) == "1 configurations measured on Test Card/80GB"
     entry = json.loads(path.read_text())["entries"][0]
     assert entry["microseconds"] == 3.21
 
 
 def test_a_kernels_configurations_serve_no_other_kernel(configs: Path) -> None:
-    save("lowrank_linear", CARD.name, {PROBLEM: (CONFIG, 1.0)}, configs)
-    assert tuning.choose("lowrank_glu", CARD, PROBLEM) == rule_of_thumb("lowrank_glu", PROBLEM, CARD)
+    save("lowrank_linear", CARD.name, {KEY: (CONFIG, 1.0)}, configs)
+    assert launch_configs.choose("lowrank_glu", CARD, KEY) == rule_of_thumb("lowrank_glu", KEY, CARD)
 
 
 @pytest.mark.parametrize("stamp", ["triton", "source"])
 def test_a_file_with_another_stamp_is_ignored_and_says_so(configs: Path, stamp: str) -> None:
-    path = save("lowrank_linear", CARD.name, {PROBLEM: (CONFIG, 1.0)}, configs)
+    path = save("lowrank_linear", CARD.name, {KEY: (CONFIG, 1.0)}, configs)
     path.write_text(json.dumps(json.loads(path.read_text()) | {stamp: "0.0"}))
-    assert choose(PROBLEM) == rule_of_thumb("lowrank_linear", PROBLEM, CARD)
-    status = tuning.status("lowrank_linear", CARD)
+    assert choose(KEY) == rule_of_thumb("lowrank_linear", KEY, CARD)
+    status = launch_configs.status("lowrank_linear", CARD)
     assert f"ignored: measured with {stamp} 0.0" in status
     assert "grasp bench tune" in status
 
 
 def test_the_source_stamp_follows_every_file_of_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stamps = {tuning.source_stamp(kernel) for kernel in tuning.SOURCES}
-    assert len(stamps) == len(tuning.SOURCES)
+    stamps = {launch_configs.source_stamp(kernel) for kernel in launch_configs.SOURCES}
+    assert len(stamps) == len(launch_configs.SOURCES)
     copy = tmp_path / "tiles.py"
-    original = Path(tuning.__file__).parent / tuning.SOURCES["lowrank_linear"][-1]
-    files = (*tuning.SOURCES["lowrank_linear"][:-1], str(copy))
-    monkeypatch.setitem(tuning.SOURCES, "lowrank_linear", files)
+    original = Path(launch_configs.__file__).parent / launch_configs.SOURCES["lowrank_linear"][-1]
+    files = (*launch_configs.SOURCES["lowrank_linear"][:-1], str(copy))
+    monkeypatch.setitem(launch_configs.SOURCES, "lowrank_linear", files)
     copy.write_bytes(original.read_bytes())
-    assert tuning.source_stamp("lowrank_linear") in stamps
+    assert launch_configs.source_stamp("lowrank_linear") in stamps
     copy.write_bytes(original.read_bytes() + b"\n")
-    assert tuning.source_stamp("lowrank_linear") not in stamps
+    assert launch_configs.source_stamp("lowrank_linear") not in stamps
 
 
 def test_the_nearest_problem_lends_its_configuration(configs: Path) -> None:
     near, far = replace(CONFIG, splits=2), replace(CONFIG, splits=3)
-    measured = {PROBLEM: (near, 1.0), PROBLEM._replace(rows=16): (far, 1.0)}
+    measured = {KEY: (near, 1.0), KEY._replace(rows=16): (far, 1.0)}
     save("lowrank_linear", CARD.name, measured, configs)
-    assert choose(PROBLEM._replace(rank=204, width=5000)) == near
-    assert choose(PROBLEM._replace(rows=16, rank=120)) == far
-    assert choose(PROBLEM._replace(rows=32)) == far
+    assert choose(KEY._replace(rank=204, width=5000)) == near
+    assert choose(KEY._replace(rows=16, rank=120)) == far
+    assert choose(KEY._replace(rows=32)) == far
 
 
 @pytest.mark.parametrize(
@@ -96,45 +96,45 @@ def test_the_nearest_problem_lends_its_configuration(configs: Path) -> None:
     ],
 )
 def test_a_problem_too_far_from_any_measured_gets_the_rule_of_thumb(configs: Path, change: dict[str, object]) -> None:
-    save("lowrank_linear", CARD.name, {PROBLEM: (CONFIG, 1.0)}, configs)
-    problem = PROBLEM._replace(**change)  # type: ignore[arg-type]
-    assert choose(problem) == rule_of_thumb("lowrank_linear", problem, CARD)
+    save("lowrank_linear", CARD.name, {KEY: (CONFIG, 1.0)}, configs)
+    key = KEY._replace(**change)  # type: ignore[arg-type]
+    assert choose(key) == rule_of_thumb("lowrank_linear", key, CARD)
 
 
 def test_a_configuration_that_cannot_serve_is_not_lent(configs: Path) -> None:
-    save("lowrank_linear", CARD.name, {PROBLEM._replace(rows=64): (CONFIG, 1.0)}, configs)
-    assert choose(PROBLEM._replace(rows=64)).path == "fused"
-    assert choose(PROBLEM._replace(rows=128)).path == "gemms"
-    assert serves(replace(CONFIG, path="pair"), PROBLEM._replace(rows=512))
-    assert not serves(replace(CONFIG, path="pair"), PROBLEM._replace(rows=1024))
-    assert not serves(CONFIG, PROBLEM._replace(dtype="float32"))
+    save("lowrank_linear", CARD.name, {KEY._replace(rows=64): (CONFIG, 1.0)}, configs)
+    assert choose(KEY._replace(rows=64)).path == "fused"
+    assert choose(KEY._replace(rows=128)).path == "gemms"
+    assert serves(replace(CONFIG, path="pair"), KEY._replace(rows=512))
+    assert not serves(replace(CONFIG, path="pair"), KEY._replace(rows=1024))
+    assert not serves(CONFIG, KEY._replace(dtype="float32"))
 
 
 def test_distance_is_zero_only_at_home_and_weighs_rows_most() -> None:
-    assert distance(PROBLEM, PROBLEM) == 0
-    assert distance(PROBLEM, PROBLEM._replace(rows=8)) > distance(PROBLEM, PROBLEM._replace(width=8192)) > 0
+    assert distance(KEY, KEY) == 0
+    assert distance(KEY, KEY._replace(rows=8)) > distance(KEY, KEY._replace(width=8192)) > 0
 
 
 def test_rows_are_rounded_up_to_a_power_of_two() -> None:
-    rounded = [Problem.of(rows, 8, 8, 8, torch.float16, 1).rows for rows in (0, 1, 2, 3, 33, 64)]
+    rounded = [LaunchKey.of(rows, 8, 8, 8, torch.float16, 1).rows for rows in (0, 1, 2, 3, 33, 64)]
     assert rounded == [1, 1, 2, 4, 64, 64]
-    assert Problem.of(1, 8, 8, 8, torch.float16, 1).dtype == "float16"
+    assert LaunchKey.of(1, 8, 8, 8, torch.float16, 1).dtype == "float16"
 
 
-@pytest.mark.parametrize("kernel", tuning.SOURCES)
+@pytest.mark.parametrize("kernel", launch_configs.SOURCES)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_the_rule_of_thumb_is_sound_at_any_size(kernel: str, dtype: str, capability: int) -> None:
-    card = Card("any", 132, capability)
+    card = Gpu("any", 132, capability)
     for rows in (1, 2, 4, 16, 64, 128, 512, 1024, 8192):
         for width, in_features, rank in ((16, 16, 1), (1024, 4096, 81), (28672, 4096, 318), (4096, 14336, 4096)):
             for groups in (1, 2, 3):
-                problem = Problem(rows, width, in_features, rank, dtype, groups)
-                config = rule_of_thumb(kernel, problem, card)
+                key = LaunchKey(rows, width, in_features, rank, dtype, groups)
+                config = rule_of_thumb(kernel, key, card)
                 blocks = (config.block_m, config.shrink_block_r, config.shrink_block_k)
                 blocks += (config.expand_block_n, config.expand_block_r)
                 assert all(block & (block - 1) == 0 and block >= 8 for block in blocks), config
-                assert serves(config, problem)
+                assert serves(config, key)
                 assert config.path == ("pair" if rows <= (16 if dtype == "float32" else 64) else "gemms")
                 assert 1 <= config.splits <= 16
                 assert config.splits * config.shrink_block_k < in_features + 2 * config.shrink_block_k
@@ -142,27 +142,27 @@ def test_the_rule_of_thumb_is_sound_at_any_size(kernel: str, dtype: str, capabil
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 16, 64])
 def test_only_a_gemv_reads_h_in_several_partial_sums(rows: int) -> None:
-    config = rule_of_thumb("lowrank_linear", PROBLEM._replace(rows=rows), CARD)
+    config = rule_of_thumb("lowrank_linear", KEY._replace(rows=rows), CARD)
     assert config.splits > 1
     assert config.reduce == (rows > 2)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 64])
 def test_changing_the_path_keeps_what_splits_the_shrink(rows: int) -> None:
-    problem = PROBLEM._replace(rows=rows)
-    start = rule_of_thumb("lowrank_linear", problem, CARD)
-    for path in tuning.PATHS:
-        config = tuning.on_path(start, path, problem)
+    key = KEY._replace(rows=rows)
+    start = rule_of_thumb("lowrank_linear", key, CARD)
+    for path in launch_configs.PATHS:
+        config = launch_configs.on_path(start, path, key)
         assert (config.path, config.splits, config.shrink_block_k) == (path, start.splits, start.shrink_block_k)
-    fused = tuning.on_path(start, "fused", problem)
+    fused = launch_configs.on_path(start, "fused", key)
     assert (fused.expand_block_n < start.expand_block_n) == (rows > 2)
 
 
 def test_files_shipped_with_the_package_are_readable_and_current() -> None:
-    folder = Path(tuning.__file__).parent / "configs"
+    folder = Path(launch_configs.__file__).parent / "configs"
     for path in folder.glob("*.json"):
         content = json.loads(path.read_text())
-        assert path == tuning.config_path(content["kernel"], content["card"], folder)
+        assert path == launch_configs.config_path(content["kernel"], content["card"], folder)
         assert load(content["kernel"], content["card"], folder).entries, load(
             content["kernel"], content["card"], folder
         ).status

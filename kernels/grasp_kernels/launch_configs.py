@@ -1,4 +1,4 @@
-"""Which launch configuration serves a problem: measured ones, one JSON file per card and kernel, else a rule of thumb.
+"""Which launch configuration serves a key: measured ones, one JSON file per card and kernel, else a rule of thumb.
 
 A file is used only with the Triton version and the kernel source it was measured with; ``status`` says why one is not.
 """
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from grasp_kernels.triton.launch import Card
+from grasp_kernels.triton.launch import Gpu
 
 CONFIGS = Path(__file__).parent / "configs"
 SOURCES = {
@@ -28,11 +28,11 @@ PAIR_ROWS, FUSED_ROWS, FUSED_RANK = 512, 64, 256  # the most that a path serves;
 REREAD_BYTES = 8 << 20  # of partial sums through the L2 cache: more, and one program adds them up for all (E)
 UNTUNED_PAIR_ROWS = 64  # above, matrix products until a card has measured otherwise
 FULL_PRECISION_PAIR_ROWS = 16
-MAX_DOUBLINGS = 2.0  # in any one dimension, between a problem and the measured one whose configuration it borrows
+MAX_DOUBLINGS = 2.0  # in any one dimension, between a key and the measured one whose configuration it borrows
 
 
-class Problem(NamedTuple):
-    """What a configuration is chosen by. A grouped call is one problem: widths and ranks are summed."""
+class LaunchKey(NamedTuple):
+    """What a configuration is chosen by. A grouped call is one key: widths and ranks are summed."""
 
     rows: int  # M, rounded up to a power of two
     width: int  # N
@@ -42,15 +42,15 @@ class Problem(NamedTuple):
     groups: int  # members of the group
 
     @classmethod
-    def of(cls, rows: int, width: int, in_features: int, rank: int, dtype: torch.dtype, groups: int) -> Problem:
-        """The problem of a call."""
+    def of(cls, rows: int, width: int, in_features: int, rank: int, dtype: torch.dtype, groups: int) -> LaunchKey:
+        """The key of a call."""
         name = str(dtype).removeprefix("torch.")
         return cls(_power_of_two(rows), width, in_features, rank, name, groups)
 
 
 @dataclass(frozen=True)
 class Config:
-    """How a problem is launched. Blocks are elements of a program's tile; the others count warps, stages, splits."""
+    """How a key is launched. Blocks are elements of a program's tile; the others count warps, stages, splits."""
 
     path: str  # one of PATHS
     block_m: int  # of both phases, where there are as many rows
@@ -83,16 +83,16 @@ MATRIX_PRODUCTS = Config(  # the blocks serve the dual expand that follows them 
 class Table(NamedTuple):
     """The measured configurations of a card and kernel, and what became of their file."""
 
-    entries: dict[Problem, Config]
+    entries: dict[LaunchKey, Config]
     status: str
 
 
-def choose(kernel: str, card: Card, problem: Problem) -> Config:
-    """The configuration measured for the nearest problem on this card, or else the rule of thumb's."""
-    return _choose(kernel, card, problem, CONFIGS)
+def choose(kernel: str, card: Gpu, key: LaunchKey) -> Config:
+    """The configuration measured for the nearest key on this card, or else the rule of thumb's."""
+    return _choose(kernel, card, key, CONFIGS)
 
 
-def status(kernel: str, card: Card) -> str:
+def status(kernel: str, card: Gpu) -> str:
     """How many measured configurations are in use for a card, or why none is."""
     return load(kernel, card.name, CONFIGS).status
 
@@ -122,15 +122,17 @@ def load(kernel: str, card_name: str, directory: Path) -> Table:
                 f"{path.name} is ignored: measured with {what} {content[what]}, this is {expected}; "
                 "run `grasp bench tune` again",
             )
-    entries = {Problem(**entry["problem"]): Config(**entry["config"]) for entry in content["entries"]}
+    entries = {LaunchKey(**entry["problem"]): Config(**entry["config"]) for entry in content["entries"]}
     return Table(entries, f"{len(entries)} configurations measured on {card_name}")
 
 
-def save(kernel: str, card_name: str, measured: dict[Problem, tuple[Config, float]], directory: Path = CONFIGS) -> Path:
-    """Write a card's file; ``measured`` has each problem's configuration and its time in µs."""
+def save(
+    kernel: str, card_name: str, measured: dict[LaunchKey, tuple[Config, float]], directory: Path = CONFIGS
+) -> Path:
+    """Write a card's file; ``measured`` has each key's configuration and its time in µs."""
     entries: list[dict[str, Any]] = [
-        {"problem": problem._asdict(), "config": asdict(config), "microseconds": round(microseconds, 3)}
-        for problem, (config, microseconds) in sorted(measured.items())
+        {"problem": key._asdict(), "config": asdict(config), "microseconds": round(microseconds, 3)}
+        for key, (config, microseconds) in sorted(measured.items())
     ]
     path = config_path(kernel, card_name, directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -146,45 +148,45 @@ def stamps(kernel: str) -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(kernel: str, card: Card, problem: Problem, directory: Path) -> Config:
+def _choose(kernel: str, card: Gpu, key: LaunchKey, directory: Path) -> Config:
     entries = load(kernel, card.name, directory).entries
-    usable = [(distance(problem, other), other) for other, config in entries.items() if serves(config, problem)]
-    doublings, nearest = min(usable, default=(math.inf, problem))
-    return entries[nearest] if doublings < math.inf else rule_of_thumb(kernel, problem, card)
+    usable = [(distance(key, other), other) for other, config in entries.items() if serves(config, key)]
+    doublings, nearest = min(usable, default=(math.inf, key))
+    return entries[nearest] if doublings < math.inf else rule_of_thumb(kernel, key, card)
 
 
-def distance(problem: Problem, other: Problem) -> float:
+def distance(key: LaunchKey, other: LaunchKey) -> float:
     """Doublings between two problems, infinite where a configuration is not to be borrowed.
 
     Rows count most: their number decides which kernel wins, far more than a weight's shape does.
     """
-    if (problem.dtype, problem.groups) != (other.dtype, other.groups):
+    if (key.dtype, key.groups) != (other.dtype, other.groups):
         return math.inf
-    doublings = [abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(problem[:4], other[:4], strict=True)]
-    if max(doublings) > MAX_DOUBLINGS or (problem.rows <= 2) != (other.rows <= 2):
+    doublings = [abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(key[:4], other[:4], strict=True)]
+    if max(doublings) > MAX_DOUBLINGS or (key.rows <= 2) != (other.rows <= 2):
         return math.inf
     return 4 * doublings[0] + sum(doublings[1:])
 
 
-def serves(config: Config, problem: Problem) -> bool:
-    """Whether a configuration's path can run a problem at all."""
+def serves(config: Config, key: LaunchKey) -> bool:
+    """Whether a configuration's path can run a key at all."""
     if config.path == "fused":
-        small = problem.rows <= FUSED_ROWS and problem.rank <= FUSED_RANK * problem.groups
-        return small and (problem.rows <= 2 or problem.dtype != "float32")
-    return config.path == "gemms" or problem.rows <= PAIR_ROWS
+        small = key.rows <= FUSED_ROWS and key.rank <= FUSED_RANK * key.groups
+        return small and (key.rows <= 2 or key.dtype != "float32")
+    return config.path == "gemms" or key.rows <= PAIR_ROWS
 
 
-def on_path(config: Config, path: str, problem: Problem) -> Config:
+def on_path(config: Config, path: str, key: LaunchKey) -> Config:
     """``config`` made to take another path; a start value for measuring what that path can do."""
-    if path != "fused" or problem.rows <= 2:
+    if path != "fused" or key.rows <= 2:
         return replace(config, path=path)
     # A smaller tile than the pair's: the barrier keeps all of the first tile of U in registers.
-    return replace(config, path=path, expand_block_n=16, expand_warps=8, stages=2 if problem.rows > 16 else 3)
+    return replace(config, path=path, expand_block_n=16, expand_warps=8, stages=2 if key.rows > 16 else 3)
 
 
-def rule_of_thumb(kernel: str, problem: Problem, card: Card) -> Config:
+def rule_of_thumb(kernel: str, key: LaunchKey, card: Gpu) -> Config:
     """Start values, estimated, not measured: enough programs for every processor, tiles that fit its registers."""
-    rows, width, in_features, rank, dtype, groups = problem
+    rows, width, in_features, rank, dtype, groups = key
     full_precision = dtype == "float32"  # scalar arithmetic, whatever the rows
     if rows > (FULL_PRECISION_PAIR_ROWS if full_precision else UNTUNED_PAIR_ROWS):
         return replace(MATRIX_PRODUCTS, expand_block_n=128 if card.warpgroup_dots else 64)
