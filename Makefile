@@ -71,14 +71,14 @@ lint: $(STAMP) ## ruff, format checks, mypy, the import contract
 check: lint test ## what CI runs
 
 aot: $(STAMP) ## compile every kernel configuration for sm_80, 90, 100 and 120, without a GPU; 3 minutes
-	PYTHONPATH=kernels:. $(BIN)/python -m benchmarks.aot
+	$(BIN)/python -m benchmarks.gpu.aot
 
 test-matrix: ## tests with each pair of torch 2.11, 2.13 and Triton 3.6, 3.9, and with transformers 5.17; downloads them
 	PYTHON=$(PYTHON) tests/matrix.sh
 
 # One process, one thread; docs/regression-gate.md. make itself ends with 2 whatever a recipe ends with: for an exit code
 # of 1 that means a regression and nothing else, run the command.
-GATE := $(BIN)/python -m pytest benchmarks/test_ops.py -k test_backend --benchmark-columns=median,iqr,rounds
+GATE := $(BIN)/python -m pytest benchmarks/gate/test_ops.py -k test_backend --benchmark-columns=median,iqr,rounds
 
 bench-save: $(BUILT) ## time every kernel, and keep the result as this device's baseline; 5 minutes
 	$(GATE) --gate=save
@@ -87,7 +87,7 @@ bench-compare: $(BUILT) ## time every kernel again, and fail where one is slower
 	$(GATE) --gate=compare
 
 bench-selftest: $(BUILT) ## slow kernels down on purpose, and count what bench-compare catches; 5 minutes
-	$(BIN)/python -m benchmarks.gate_selftest
+	$(BIN)/python -m benchmarks.gate.selftest
 
 format: $(STAMP) ## rewrite files in the house format
 	$(BIN)/ruff check --fix

@@ -18,7 +18,7 @@ from grasp.method.schedules import SCHEDULES
 class GraspConfig:
     """How ``compress_`` chooses layers, ranks and singular groups. ``GraspConfig()`` is the ``"paper"`` preset.
 
-    ``GraspConfig.preset("best")`` is what loses the least perplexity so far (``benchmarks/study.py``).
+    ``GraspConfig.preset("best")`` is what loses the least perplexity so far (``benchmarks/study/quality.py``).
 
     Which layers: exactly one of ``layers``, ``num_layers``, ``compression_ratio``, ``target_bytes`` and
     ``target_latency``, or none of them, which means the paper's main setting, a ``compression_ratio`` of 0.2.

@@ -148,7 +148,7 @@ class StudySetting:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """One method at one ratio with one seed, a cell of ``benchmarks/study.py``."""
+    """One method at one ratio with one seed, a cell of ``benchmarks/study/quality.py``."""
 
     kind: ClassVar[str] = "study"
     method: str
@@ -169,7 +169,7 @@ class StudyResult:
 
 @dataclass(frozen=True)
 class StudyLatency:
-    """How fast the model of a study's cell decodes one sequence, ``benchmarks/study_latency.py``."""
+    """How fast the model of a study's cell decodes one sequence, ``benchmarks/study/latency.py``."""
 
     kind: ClassVar[str] = "study_latency"
     model: str

@@ -42,7 +42,10 @@ TITLES = {
 # Kind of record → what it is about, and the command that writes such records of a model and a folder to KIND.jsonl.
 HOW = {
     "model": ("speed and memory of the whole model", "grasp bench model {model} --compressed {folder} -o model.jsonl"),
-    "study": ("perplexity of other methods and sizes", "python benchmarks/study.py -o study.jsonl --model {model}"),
+    "study": (
+        "perplexity of other methods and sizes",
+        "python -m benchmarks.study.quality -o study.jsonl --model {model}",
+    ),
     "op": ("speed of the ops", "grasp bench ops -o op.jsonl"),
     "compress": ("speed of the compression", "grasp bench compress {model} -o compress.jsonl"),
 }

@@ -8,8 +8,8 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from benchmarks import study
-from benchmarks.study import METHODS, main, missing
+from benchmarks.study import quality
+from benchmarks.study.quality import METHODS, main, missing
 from grasp.bench import conditions
 from tests.command_line import save_tiny_model
 
@@ -62,13 +62,13 @@ def test_a_study_is_continued_cell_by_cell(model: Path, tmp_path: Path, monkeypa
     assert run(model, output, *options).exit_code == 0
     before = output.read_text(encoding="utf-8")
     ran: list[tuple[str, int]] = []
-    original = study.Bench.cell
+    original = quality.Bench.cell
 
-    def counted(self: study.Bench, method: str, ratio: float, seed: int, *rest: Any) -> study.Cell:
+    def counted(self: quality.Bench, method: str, ratio: float, seed: int, *rest: Any) -> quality.Cell:
         ran.append((method, seed))
         return original(self, method, ratio, seed, *rest)
 
-    monkeypatch.setattr(study.Bench, "cell", counted)
+    monkeypatch.setattr(quality.Bench, "cell", counted)
     result = run(model, output, *options, "--seeds", "1")
     assert result.exit_code == 0, result.output
     assert ran == [("GRASP, one sweep", 1), ("plain SVD", 1)]

@@ -1,4 +1,4 @@
-"""What ``gpu_check`` times: ops, a whole layer, and everything that can run them, on operands as a model holds them."""
+"""What ``gpu.check`` times: ops, a whole layer, and everything that can run them, on operands as a model holds them."""
 
 from __future__ import annotations
 

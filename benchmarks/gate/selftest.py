@@ -1,6 +1,6 @@
 """Whether the gate works on this machine: it must catch a kernel that takes 30 % longer, and pass what is unchanged.
 
-``python -m benchmarks.gate_selftest`` records a baseline, then runs the benchmarks in new processes, in turns as they
+``python -m benchmarks.gate.selftest`` records a baseline, then runs the benchmarks in new processes, in turns as they
 are and with one op slowed down, and counts how often the gate's verdict is right: all is well, or that op and no other.
 On the CPU, also where there is a GPU: what is planted keeps the host busy.
 """
@@ -21,7 +21,7 @@ import typer
 from grasp.bench.plugin import UNUSABLE
 from grasp_kernels.dispatch import explain
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # What is timed: op → rows, dtype, shape. Small and large, fp32 and bf16.
 SELECTION = {
     "lowrank_linear": (1, "bfloat16", "4096x4096r204"),
@@ -52,13 +52,13 @@ def test_ids() -> list[str]:
     ids = []
     for op, (rows, dtype, shape) in SELECTION.items():
         backend = next(name for name, answer in explain(op, rows=rows, rank=1).items() if answer == "chosen")
-        ids.append(f"benchmarks/test_ops.py::test_backend[{shape}-{op}-{rows}-{dtype}-{backend}]")
+        ids.append(f"benchmarks/gate/test_ops.py::test_backend[{shape}-{op}-{rows}-{dtype}-{backend}]")
     return ids
 
 
 def run_benchmarks(mode: str, storage: Path, slow_op: str | None = None) -> Trial:
     """Run the selection in a new process."""
-    slowdown = ["-p", "benchmarks.gate_slowdown", "--slow-op", slow_op] if slow_op else []
+    slowdown = ["-p", "benchmarks.gate.slowdown", "--slow-op", slow_op] if slow_op else []
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *slowdown, *test_ids()]
     options = [f"--gate={mode}", "--gate-device=cpu", f"--benchmark-storage={storage}"]
     run = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)

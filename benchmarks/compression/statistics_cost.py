@@ -7,7 +7,6 @@ batch are those that plain matmuls give in fp64.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +21,6 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
-
-# Run as a file, only its own folder is on the path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.providers import pick_layers
@@ -168,7 +163,7 @@ def main(
 ) -> None:
     """Time a sweep that gathers covariances, and one that gathers moments, against one that gathers nothing.
 
-    Example: python benchmarks/bench_statistics.py builtin --num-layers 6 --threads 2 -o statistics.jsonl
+    Example: python -m benchmarks.compression.statistics_cost builtin --num-layers 6 --threads 2 -o statistics.jsonl
     """
     if threads is not None:
         torch.set_num_threads(threads)

@@ -10,8 +10,8 @@ import typer
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from benchmarks import bench_statistics
-from benchmarks.bench_statistics import difference, main, random_factors
+from benchmarks.compression import statistics_cost
+from benchmarks.compression.statistics_cost import difference, main, random_factors
 from grasp.bench import conditions
 from grasp.model.targets import layer_targets
 from grasp.statistics import covariance
@@ -23,7 +23,7 @@ from tests.tiny_models import tiny_model
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A tiny model, and conditions that cost nothing to measure."""
-    monkeypatch.setattr(bench_statistics, "load_model", lambda name, dtype: (tiny_model("llama"), None))
+    monkeypatch.setattr(statistics_cost, "load_model", lambda name, dtype: (tiny_model("llama"), None))
     monkeypatch.setattr(conditions, "READ_BYTES", 1 << 16)
     monkeypatch.setattr(conditions, "MATMUL_SIZE", {"cpu": 16, "cuda": 16})
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""A pytest plugin that slows one op of the benchmarks down, for the test of the gate (``benchmarks.gate_selftest``)."""
+"""A pytest plugin that slows one op of the benchmarks down, for the test of the gate (``benchmarks.gate.selftest``)."""
 
 from __future__ import annotations
 

@@ -33,10 +33,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-# Run as a file, only its own folder is on the path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.results import Percentiles
 from grasp.bench.timing import Sample
@@ -293,7 +289,7 @@ def main(
 ) -> None:
     """Time vLLM on a dense model and on compressed ones.
 
-    Example: .venv-vllm/bin/python benchmarks/bench_vllm.py small -o vllm.jsonl
+    Example: .venv-vllm/bin/python -m benchmarks.serving.vllm_server small -o vllm.jsonl
     """
     names = [folder.name for folder in compressed]
     if len({DENSE, *names}) <= len(names):

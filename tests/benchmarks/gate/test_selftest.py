@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from benchmarks import gate_selftest
-from benchmarks.gate_selftest import ROOT, Trial
-from benchmarks.gate_slowdown import SLOWDOWN, slowed
+from benchmarks.gate import selftest
+from benchmarks.gate.selftest import ROOT, Trial
+from benchmarks.gate.slowdown import SLOWDOWN, slowed
 from grasp.bench.workloads import Problem
 from tests.command_line import environment
 
@@ -52,7 +52,7 @@ def test_a_trial_is_right_if_it_names_the_slow_op_and_no_other(
 
 @pytest.mark.slow
 def test_the_selection_is_of_benchmarks_that_exist() -> None:
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--benchmark-enable", *gate_selftest.test_ids()]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--benchmark-enable", *selftest.test_ids()]
     run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert f"{len(gate_selftest.SELECTION)} tests collected" in run.stdout
+    assert f"{len(selftest.SELECTION)} tests collected" in run.stdout

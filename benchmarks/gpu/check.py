@@ -1,6 +1,6 @@
 """All that must be known of the kernels on a GPU, in one run of minutes: tests, launch costs, times, targets.
 
-``PYTHONPATH=.:kernels python benchmarks/gpu_check.py`` on a checkout; it writes one JSON file. What the time does not
+``PYTHONPATH=kernels python -m benchmarks.gpu.check`` on a checkout; it writes one JSON file. What the time does not
 suffice for is listed as not measured, the least important last.
 """
 
@@ -21,9 +21,9 @@ import typer
 from rich.console import Console
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.gpu_cases import Case, Operands, Provider, compiled, complaint, make_operands, providers
-from benchmarks.gpu_report import NotMeasured, PytestRun, Report, Result, print_case, print_summary, targets
-from benchmarks.launch_costs import measure_launches
+from benchmarks.gpu.cases import Case, Operands, Provider, compiled, complaint, make_operands, providers
+from benchmarks.gpu.launch_costs import measure_launches
+from benchmarks.gpu.report import NotMeasured, PytestRun, Report, Result, print_case, print_summary, targets
 from grasp.bench.conditions import ROOT, conditions, measure_card
 from grasp.bench.timing import Batch, batch, interleave
 from grasp_kernels import launch_configs, roofline
@@ -183,13 +183,13 @@ def run_tests(arguments: Sequence[str], seconds: float) -> PytestRun:
 
 
 def main(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")] = Path("gpu_check.json"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")] = Path("gpu-check.json"),
     seconds: Annotated[float, typer.Option(min=1, help="After which nothing new is begun.")] = 420,
     tests: Annotated[bool, typer.Option(help="Run the tests that need a GPU.")] = True,
 ) -> None:
     """Test and time all kernels on the GPU that is there."""
     if not torch.cuda.is_available():
-        raise typer.BadParameter("there is no CUDA GPU here; gpu_check measures one")
+        raise typer.BadParameter("there is no CUDA GPU here; this check measures one")
     plan = full_plan(seconds) if tests else replace(full_plan(seconds), tests=())
     console = Console(width=160)
     report = check(plan, torch.device("cuda", 0), console)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -19,11 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-# Run as a file, only its own folder is on the path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.linear_replacement import LINEAR_REPLACEMENT, apply_map_
+from benchmarks.study.linear_replacement import LINEAR_REPLACEMENT, apply_map_
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.costs import require_product
 from grasp.bench.model import percentiles

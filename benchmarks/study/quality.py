@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,12 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-# Run as a file, only its own folder is on the path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.linear_replacement import LINEAR_REPLACEMENT, Streams, capture_streams, replace_block_
-from benchmarks.remembered import Remembered
+from benchmarks.study.cached_statistics import Remembered
+from benchmarks.study.linear_replacement import LINEAR_REPLACEMENT, Streams, capture_streams, replace_block_
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.results import StudyResult as Cell
 from grasp.bench.results import StudySetting as Setting

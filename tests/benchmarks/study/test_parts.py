@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from benchmarks import linear_replacement
-from benchmarks.linear_replacement import (
+from benchmarks.study import linear_replacement
+from benchmarks.study.cached_statistics import Remembered
+from benchmarks.study.linear_replacement import (
     apply_map_,
     capture_streams,
     choose_block,
@@ -17,7 +18,6 @@ from benchmarks.linear_replacement import (
     linear_map,
     replace_block_,
 )
-from benchmarks.remembered import Remembered
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.errors import UnsupportedModelError

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.sass import SHARED_LIMITS, Binary
+from benchmarks.gpu.sass import SHARED_LIMITS, Binary
 from grasp_kernels.launch_configs import on_path, rule_of_thumb, serves
 from grasp_kernels.reference import Factors
 from grasp_kernels.triton import lowrank_glu, lowrank_linear, singular_value_grad

@@ -8,8 +8,8 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
-from benchmarks import study_latency
-from benchmarks.study_latency import main, rebuild_, require_right
+from benchmarks.study import latency as study_latency
+from benchmarks.study.latency import main, rebuild_, require_right
 from grasp.bench import conditions
 from grasp.bench.results import StudyLatency, StudySetting, append_results, read_results
 from grasp.errors import ResultsError

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-sass = pytest.importorskip("benchmarks.sass", reason="Triton is not importable")
+sass = pytest.importorskip("benchmarks.gpu.sass", reason="Triton is not importable")
 
 LISTING = """
 	code for sm_90

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,10 +20,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-# Run as a file, only its own folder is on the path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.builtin import BUILTIN
@@ -172,7 +167,7 @@ def main(
 ) -> None:
     """Time a compression in one process of one thread and in several.
 
-    Example: python benchmarks/bench_processes.py --sequences 24 -o processes.jsonl
+    Example: python -m benchmarks.compression.process_scaling --sequences 24 -o processes.jsonl
     """
     results = measure(Job(model, schedule, layers, retain_ratio, sequences, seq_len), (1, processes))
     Console().print(result_table(results))

@@ -12,10 +12,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.aot_cases import CARDS, Case, barrier_complaints, cases, complaints
-from benchmarks.sass import ARCHITECTURES, SHARED_LIMITS, Binary
+from benchmarks.gpu.aot_cases import CARDS, Case, barrier_complaints, cases, complaints
+from benchmarks.gpu.sass import ARCHITECTURES, SHARED_LIMITS, Binary
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 Rows = list[dict[str, Any]]
 
 
@@ -25,7 +25,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     output = tmp_path_factory.mktemp("aot") / "aot.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "benchmarks.aot", "--representative", "--output", str(output)]
+    command = [sys.executable, "-m", "benchmarks.gpu.aot", "--representative", "--output", str(output)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert output.exists(), done.stderr
     return json.loads(output.read_text())["rows"]

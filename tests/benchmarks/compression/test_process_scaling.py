@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from benchmarks import bench_processes
-from benchmarks.bench_processes import Job, measure, result_table
+from benchmarks.compression import process_scaling
+from benchmarks.compression.process_scaling import Job, measure, result_table
 from grasp.checkpoint.compression_report import CompressionReport
 from grasp.compress import compress_
 from grasp.config import GraspConfig
@@ -29,8 +29,8 @@ def reports(monkeypatch: pytest.MonkeyPatch, *, same: bool) -> None:
         }
         return dataclasses.replace(made[processes], seconds=seconds[processes])
 
-    monkeypatch.setattr(bench_processes, "run", run)
-    monkeypatch.setattr(bench_processes, "gemm_seconds", lambda threads: 1.0 / threads)
+    monkeypatch.setattr(process_scaling, "run", run)
+    monkeypatch.setattr(process_scaling, "gemm_seconds", lambda threads: 1.0 / threads)
 
 
 def test_the_gain_is_of_prefix_and_attribution_and_is_set_against_that_of_threads(

@@ -1,4 +1,4 @@
-"""What ``gpu_check`` found: lines of its JSON file, the targets, and how they are printed."""
+"""What ``gpu.check`` found: lines of its JSON file, the targets, and how they are printed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.launch_costs import LaunchCosts
+from benchmarks.gpu.launch_costs import LaunchCosts
 from grasp.bench.conditions import Conditions
 from grasp_kernels.dispatch import BACKENDS
 

@@ -1,7 +1,7 @@
-"""Compile the Triton kernels for cards that need not be there: registers, shared memory and instructions of each.
+"""Compile the Triton kernels for several architectures without a GPU, and check the binaries.
 
-``python -m benchmarks.aot`` compiles all configurations for all architectures, prints a table, writes it as JSON, and
-fails where a binary is not what it should be.
+``python -m benchmarks.gpu.aot`` compiles all configurations for all architectures. It prints registers, shared memory
+and instructions of each binary, writes them as JSON, and exits with 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.aot_cases import CARDS, LAUNCH_DEPENDENTS, TENSOR_CORES, WAIT, Case, cases, complaints
-from benchmarks.sass import ARCHITECTURES, Binary, compile_source, specialize
+from benchmarks.gpu.aot_cases import CARDS, LAUNCH_DEPENDENTS, TENSOR_CORES, WAIT, Case, cases, complaints
+from benchmarks.gpu.sass import ARCHITECTURES, Binary, compile_source, specialize
 from grasp_kernels.triton.launch import Launch
 
-RESULTS = Path(__file__).parent / "results" / "aot.json"
+RESULTS = Path(__file__).parents[1] / "results" / "aot.json"
 
 
 @dataclass(frozen=True)
