@@ -17,6 +17,7 @@ from grasp.errors import UnsupportedModelError
 from grasp.method.distances import cosine_distance
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
+from grasp.model.hooks import hooked
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.running import backbone, batch_inputs, casting, evaluating, hidden_input, hidden_output
 from grasp.model.targets import Target, decoder, layer_targets, replace_module_
@@ -55,8 +56,7 @@ def last_added(model: PreTrainedModel, layer: int) -> LastAdded:
             backbone(model)(**probe, use_cache=False)
         return hidden_output(outputs[block])
 
-    notes = [m.register_forward_hook(lambda m, _, output: outputs.update({m: output})) for m in block.modules()]
-    try:
+    with hooked(*block.modules(), after=lambda m, args, kwargs, output: outputs.update({m: output})):
         before = run()
         child = [module for module in outputs if module in set(block.children())][-1]
         added = outputs[child]
@@ -67,11 +67,8 @@ def last_added(model: PreTrainedModel, layer: int) -> LastAdded:
         ]
         shift = torch.zeros_like(before[0, 0])
         shift[0] = before.abs().max()
-        notes.append(child.register_forward_hook(lambda _, args, output: output + shift))
-        moved = run() - before
-    finally:
-        for note in notes:
-            note.remove()
+        with hooked(child, after=lambda _, args, kwargs, output: output + shift):
+            moved = run() - before
     name = f"{decoder(model).path}.{layer}.{next(name for name, m in block.named_children() if m is child)}"
     rounding = max(1e-3, 4 * torch.finfo(moved.dtype).eps)  # of sums that are up to twice the shift
     if not torch.allclose(moved, shift.expand_as(moved), atol=rounding * float(shift[0])):
@@ -93,27 +90,20 @@ def capture_streams(model: PreTrainedModel, batches: Sequence[CalibrationBatch],
     hidden: list[list[Tensor]] = [[] for _ in range(len(layers) + 1)]
     added: list[list[Tensor]] = [[] for _ in layers]
 
-    def note_layer(index: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            hidden[index].append(hidden_input(args, kwargs).flatten(0, -2).clone())
-            if index + 1 == len(layers):
-                hidden[-1].append(hidden_output(output).flatten(0, -2).clone())
+    indices = {layer: index for index, layer in enumerate(layers)}
+    last = {model.get_submodule(last_added(model, index).module): index for index in indices.values()}
 
-        return hook
+    def note_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        hidden[indices[layer]].append(hidden_input(args, kwargs).flatten(0, -2).clone())
+        if indices[layer] + 1 == len(layers):
+            hidden[-1].append(hidden_output(output).flatten(0, -2).clone())
 
-    def note_added(index: int) -> Any:
-        return lambda _, args, output: added[index].append(output.flatten(0, -2).clone())
+    def note_added(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        added[last[module]].append(output.flatten(0, -2).clone())
 
-    last = [model.get_submodule(last_added(model, i).module) for i in range(len(layers))]
-    handles = [layer.register_forward_hook(note_layer(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    handles += [module.register_forward_hook(note_added(i)) for i, module in enumerate(last)]
-    try:
-        with evaluating(model), casting(model, dtype):
-            for batch in batches:
-                backbone(model)(**batch_inputs(model, batch), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with evaluating(model), casting(model, dtype), hooked(*layers, after=note_layer), hooked(*last, after=note_added):
+        for batch in batches:
+            backbone(model)(**batch_inputs(model, batch), use_cache=False)
     return Streams([torch.cat(parts) for parts in hidden], [torch.cat(parts) for parts in added])
 
 

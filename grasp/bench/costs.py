@@ -20,6 +20,7 @@ from grasp.evaluation.generation import now, time_generation
 from grasp.method.cost_table import CostTable, LinearSeconds, find_card, from_roofline
 from grasp.method.ranks import Shape, break_even_rank
 from grasp.model.dense import dense_shape
+from grasp.model.hooks import hooked
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import first_device
 from grasp.model.targets import decoder, layer_targets
@@ -157,10 +158,9 @@ def _timed(layers: Collection[nn.Module], device: torch.device) -> Iterator[list
     """The seconds of each call of any of the layers, in their order."""
     seconds: list[float] = []
     starts: list[float] = []
-    handles = [layer.register_forward_pre_hook(lambda *_: starts.append(now(device))) for layer in layers]
-    handles += [layer.register_forward_hook(lambda *_: seconds.append(now(device) - starts.pop())) for layer in layers]
-    try:
+    with hooked(
+        *layers,
+        before=lambda *_: starts.append(now(device)),
+        after=lambda *_: seconds.append(now(device) - starts.pop()),
+    ):
         yield seconds
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -21,6 +21,7 @@ from grasp.errors import UnsupportedModelError
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import DenseLinear, dense_shape
 from grasp.model.hf_quantizer import ranks_in
+from grasp.model.hooks import hooked
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import backbone, batch_inputs, hidden_input, hidden_output, passing_through, returns_tuple
 from grasp.model.targets import Target, decoder, replace_module_
@@ -195,13 +196,12 @@ def _arguments(model: PreTrainedModel, batch: CalibrationBatch) -> tuple[list[tu
         arguments.append((args, kwargs))
 
     layers = list(decoder(model).layers)
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
-        stack.enter_context(passing_through(layers, returns_tuple(model, batch)))
-        arguments.clear()  # of the question what layers return
-        stack.enter_context(torch.no_grad())
-        live = stack.enter_context(LiveBytes())
+    with (
+        passing_through(layers, returns_tuple(model, batch)),
+        hooked(*layers, before=note),
+        torch.no_grad(),
+        LiveBytes() as live,
+    ):
         backbone(model)(**batch_inputs(model, batch), use_cache=False)
     return arguments, live.peak
 

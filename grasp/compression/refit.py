@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from grasp.method.least_squares import least_squares
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
+from grasp.model.hooks import hooked
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.offload import execution_device
 from grasp.model.running import (
@@ -134,12 +135,12 @@ class _Layer:
 
     def _run(self, index: int, hidden: Tensor) -> Tensor:
         kept: list[Tensor] = []
-        handle = self._module.register_forward_hook(lambda *call: kept.append(hidden_output(call[2])))
-        try:
-            with passing_through(self._others, self._returns_tuple), entering_with(self._module, hidden):
-                backbone(self._model)(**batch_inputs(self._model, self._batches[index]), use_cache=False)
-        finally:
-            handle.remove()
+        with (
+            hooked(self._module, after=lambda *call: kept.append(hidden_output(call[3]))),
+            passing_through(self._others, self._returns_tuple),
+            entering_with(self._module, hidden),
+        ):
+            backbone(self._model)(**batch_inputs(self._model, self._batches[index]), use_cache=False)
         return kept[0]
 
     def outputs(self, hidden: Sequence[Tensor]) -> list[Tensor]:
@@ -163,33 +164,24 @@ class _Layer:
         """What enters each linear, padding left out, in the order of the calls."""
         rows, found = Rows(self._batches[index]), dict[Target, Tensor]()
 
-        def note(target: Target) -> Any:
-            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                found.setdefault(target, rows.of_input(args[0]))
+        targets = {module: target for target, module in modules.items()}
 
-            return hook
+        def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            found.setdefault(targets[module], rows.of_input(args[0]))
 
-        handles = [module.register_forward_pre_hook(note(target)) for target, module in modules.items()]
-        try:
+        with hooked(*targets, before=note):
             yield found
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _input(self, index: int, hidden: Tensor, module: nn.Module) -> Tensor:
         """What enters one linear, padding left out; the layer is run up to there."""
         found: list[Tensor] = []
 
-        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def stop(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             found.append(Rows(self._batches[index]).of(args[0]))
             raise _ReachedError
 
-        handle = module.register_forward_pre_hook(stop)
-        try:
-            with suppress(_ReachedError):
-                self._run(index, hidden)
-        finally:
-            handle.remove()
+        with suppress(_ReachedError), hooked(module, before=stop):
+            self._run(index, hidden)
         return found[0]
 
     def groups(self, members: Mapping[Target, LowRankLinear], hidden: Tensor) -> list[list[Target]]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from grasp.errors import UnsupportedModelError
 from grasp.model.batch import CalibrationBatch
+from grasp.model.hooks import forwarding, hooked
 from grasp.model.targets import decoder
 
 if TYPE_CHECKING:
@@ -42,17 +43,8 @@ def passing_through(layers: Sequence[nn.Module], returns_tuple: bool) -> Iterato
         hidden = hidden_input(args, kwargs)
         return (hidden,) if returns_tuple else hidden
 
-    saved = [layer.__dict__.get("forward") for layer in layers]
-    try:
-        for layer in layers:
-            layer.forward = forward
+    with forwarding(layers, forward):
         yield
-    finally:
-        for layer, original in zip(layers, saved, strict=True):
-            if original is None:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.forward = original
 
 
 @contextmanager
@@ -66,11 +58,8 @@ def entering_with(layer: nn.Module, hidden: Tensor) -> Iterator[None]:
             return (value, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": value}
 
-    handle = layer.register_forward_pre_hook(substitute, with_kwargs=True)
-    try:
+    with hooked(layer, before=substitute):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -139,14 +128,10 @@ def returns_tuple(model: PreTrainedModel, batch: CalibrationBatch) -> bool:
     layer = decoder(model).layers[0]
     answers: list[bool] = []
 
-    def note(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         answers.append(isinstance(output, tuple))
 
-    handle = layer.register_forward_hook(note)
     probe = CalibrationBatch(batch.input_ids[:1, :2], None)
-    try:
-        with evaluating(model):
-            backbone(model)(**batch_inputs(model, probe), use_cache=False)
-    finally:
-        handle.remove()
+    with hooked(layer, after=note), evaluating(model):
+        backbone(model)(**batch_inputs(model, probe), use_cache=False)
     return answers[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers.utils.generic import ModelOutput
 
 from grasp.errors import UnsupportedModelError
 from grasp.model.batch import Tokens
+from grasp.model.hooks import forwarding, hooked
 from grasp.model.running import batch_inputs, evaluating, first_device
 
 LOGITS_BYTES = 2**25  # of fp32 logits held at once; their gradient takes as much again. More is slower: caches, pages
@@ -39,15 +40,12 @@ def without_head(model: PreTrainedModel) -> Iterator[Body]:
     """Keep what the backbone returns, and show the head one token of it, whose logits mean nothing."""
     body = Body()
 
-    def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         body.output = output
         return _with_hidden(output, output[0][:1, :1])
 
-    handle = model.get_decoder().register_forward_hook(keep)
-    try:
+    with hooked(model.get_decoder(), after=keep):
         yield body
-    finally:
-        handle.remove()
 
 
 def loss_and_grad(model: PreTrainedModel, body: Body, batch: Tokens) -> tuple[float, Tensor]:
@@ -129,15 +127,5 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
     return changed
 
 
-@contextmanager
-def _backbone_returning(model: PreTrainedModel, output: Any) -> Iterator[None]:
-    body = model.get_decoder()
-    saved = body.__dict__.get("forward")
-    body.forward = lambda *_, **__: output
-    try:
-        yield
-    finally:
-        if saved is None:
-            del body.forward
-        else:
-            body.forward = saved
+def _backbone_returning(model: PreTrainedModel, output: Any) -> AbstractContextManager[None]:
+    return forwarding([model.get_decoder()], lambda *_, **__: output)

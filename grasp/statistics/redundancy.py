@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from grasp.errors import NonFiniteError
 from grasp.method.distances import angular_distance, cosine_distance
 from grasp.model.batch import CalibrationBatch, as_batches
+from grasp.model.hooks import hooked
 from grasp.model.running import backbone, batch_inputs, evaluating, hidden_input, hidden_output
 from grasp.model.targets import decoder, layer_targets
 from grasp.progress import Progress, no_progress
@@ -83,8 +84,7 @@ def measure_redundancy(
     sums = _Sums(len(decoder(model).layers))
     with ExitStack() as stack:
         for index, layer in enumerate(decoder(model).layers):
-            for handle in _watch(layer, _attention_of(model, index), partial(sums.add, index)):
-                stack.callback(handle.remove)
+            stack.enter_context(_watched(layer, _attention_of(model, index), partial(sums.add, index)))
         with processes.fail_together(), evaluating(model):
             for done, batch in enumerate(own, start=1):
                 sums.mask = batch.attention_mask
@@ -146,9 +146,10 @@ def _attention_of(model: PreTrainedModel, layer: int) -> nn.Module | None:
     return None if not names else model.get_submodule(path + names[0].removeprefix(path).split(".")[0])
 
 
-def _watch(
+@contextmanager
+def _watched(
     layer: nn.Module, attention: nn.Module | None, tell: Callable[[Tensor, Tensor | None, Tensor], None]
-) -> list[torch.utils.hooks.RemovableHandle]:
+) -> Iterator[None]:
     """Call ``tell`` with what enters a decoder layer, what its attention makes of that, and what leaves the layer.
 
     The second is what enters the first child called after the attention that is given something else than its output.
@@ -175,16 +176,14 @@ def _watch(
         tell(seen["before"], seen.get("middle"), hidden_output(output))
         seen.clear()
 
-    handles = [
-        layer.register_forward_pre_hook(enter, with_kwargs=True),
-        layer.register_forward_hook(leave, with_kwargs=True),
-    ]
-    if attention is not None:
-        handles.append(attention.register_forward_hook(attended, with_kwargs=True))
-    for child in layer.children():
-        if child is not attention:
-            handles.append(child.register_forward_pre_hook(next_child, with_kwargs=True))
-    return handles
+    attentions = [] if attention is None else [attention]
+    others = [child for child in layer.children() if child is not attention]
+    with (
+        hooked(layer, before=enter, after=leave),
+        hooked(*attentions, after=attended),
+        hooked(*others, before=next_child),
+    ):
+        yield
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

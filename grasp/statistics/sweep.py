@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from grasp.errors import NonFiniteError, UnsupportedModelError
 from grasp.model.batch import CalibrationBatch
+from grasp.model.hooks import hooked
 from grasp.model.offload import fetching_again
 from grasp.model.running import (
     backbone,
@@ -70,19 +71,17 @@ def capture_prefix(
     modules = decoder(model).layers
     prefix = Prefix({layer: [] for layer in layers}, returns_tuple(model, batches[0]))
 
-    def keep(layer: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            prefix.hidden[layer].append(hidden_input(args, kwargs).detach().to("cpu", copy=True))
+    indices = {modules[layer]: layer for layer in layers}
 
-        return hook
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        prefix.hidden[indices[module]].append(hidden_input(args, kwargs).detach().to("cpu", copy=True))
 
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        stack.enter_context(casting(model, dtype))
-        for layer in layers:
-            handle = modules[layer].register_forward_pre_hook(keep(layer), with_kwargs=True)
-            stack.callback(handle.remove)
-        stack.enter_context(passing_through(list(modules)[max(layers) :], prefix.returns_tuple))
+    with (
+        evaluating(model),
+        casting(model, dtype),
+        hooked(*indices, before=keep),
+        passing_through(list(modules)[max(layers) :], prefix.returns_tuple),
+    ):
         for done, batch in enumerate(batches, start=1):
             backbone(model)(**batch_inputs(model, batch), use_cache=False)
             progress("prefix", done, len(batches))
@@ -152,22 +151,19 @@ def showing(targets: Collection[Target], batch: CalibrationBatch, visit: Callabl
     """Start the graph at the first target, and hand over each call when the backward pass reaches it."""
     rows = Rows(batch)
 
-    def note(target: Target) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = rows.of_input(args[0])
-            if not output.requires_grad:
-                output = output.detach().requires_grad_()
-            output.register_hook(lambda grad_y: visit(Call(target, x, rows.of(grad_y), rows.cu_seqlens)))
-            return output
+    by_module: dict[nn.Module, Target] = {target.module: target for target in targets}
 
-        return hook
+    def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        target, x = by_module[module], rows.of_input(args[0])
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+        output.register_hook(lambda grad_y: visit(Call(target, x, rows.of(grad_y), rows.cu_seqlens)))
+        return output
 
-    handles = [target.module.register_forward_hook(note(target)) for target in targets]
     try:
-        yield
+        with hooked(*by_module, after=note):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         rows.forget()
 
 
