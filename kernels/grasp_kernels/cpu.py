@@ -78,17 +78,14 @@ def _contiguous(group: Tensors) -> Tensors:
     )
 
 
-def direct(
+def open_direct_path(
     types: tuple[type[Tensor], ...], watchers: tuple[Callable[[], object], ...], auto_rows: Mapping[torch.dtype, int]
-) -> Any:
-    """The compiled ops ``lowrank_linear`` and ``lowrank_linear_grouped``, as the public ones, ``backend`` included.
-
-    They answer ``None``, and have done nothing, to a call that the kernels cannot run as it stands, or that something
-    else than the kernel has a say in: it must go the long way. Anywhere in the process the last call's settings count.
+) -> dict[str, Callable[..., Any]]:
+    """The compiled ops of csrc/direct.h, by name; ``dispatch.open_direct_path`` says how they behave.
 
     Args:
-        types: of the tensors to take, exactly.
-        watchers: functions that answer what is true where a mode, a transform or a tracer must see the call.
+        types: the exact types of tensors that they accept.
+        watchers: functions without arguments; a true answer means that a mode, a transform or a tracer is active.
         auto_rows: most rows of x for ``"auto"``, by dtype.
     """
     module = _module()
@@ -96,7 +93,7 @@ def direct(
     module.set_up(
         *(types, watchers, vars(forward_ad), Tensor.is_neg, torch.is_grad_enabled, torch.get_num_threads, rows)
     )
-    return module
+    return {"lowrank_linear": module.lowrank_linear, "lowrank_linear_grouped": module.lowrank_linear_grouped}
 
 
 def supports(instruction_set: str) -> bool:

@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why the others do not: one table, first row without an objection."""
+"""The dispatch table: which backend runs a call, by which path, and why the others do not."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from grasp_kernels.extension import module_missing
 
@@ -17,11 +18,11 @@ OPS = ("lowrank_linear", "lowrank_linear_grouped", "lowrank_glu", "singular_valu
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend that was asked for by name cannot run this call; the message has its reason."""
+    """The backend that was named cannot run this call; the message has its reason."""
 
 
 class Call(NamedTuple):
-    """What a row of the table may look at."""
+    """The properties of a call that a row of the table decides by."""
 
     op: str
     device: torch.device
@@ -30,18 +31,30 @@ class Call(NamedTuple):
     rank: int  # the largest of the group
 
 
+class DirectPath(NamedTuple):
+    """Compiled ops of a backend that run a small call without PyTorch's dispatcher, which takes 3 to 6 µs."""
+
+    opener: str  # "module:function", called by ``open_direct_path``
+    ops: tuple[str, ...]
+    rows: Mapping[torch.dtype, int]  # most rows of x for "auto": the mapping by which the backend's row avoids a call
+    groups: int  # most factors in one call
+    dimensions: int  # most of x
+
+
 @dataclass(frozen=True)
 class Backend:
-    """One row: where the functions are, what the machine lacks (asked once), what a call may not be.
+    """One row of the table. Each function returns a reason, or ``None`` if it has none.
 
-    ``avoids`` is what a backend can run, but runs only for whoever names it: ``"auto"`` passes it by.
+    ``missing`` is called once: does this machine lack something? ``refuses``: can the backend not run the call?
+    ``avoids``: should ``"auto"`` pass over a call that the backend can run? A named backend ignores ``avoids``.
     """
 
     name: str
     functions: Mapping[str, str]  # op → "module:function"
     missing: Callable[[], str | None]
-    refuses: Callable[[Call], str | None]  # a pure function: its answer to a call is kept
-    avoids: Callable[[Call], str | None]  # likewise
+    refuses: Callable[[Call], str | None]  # a pure function: its answers are cached
+    avoids: Callable[[Call], str | None]  # a pure function: its answers are cached
+    direct: DirectPath | None = None
 
 
 def _nothing(*_: object) -> None:
@@ -98,14 +111,14 @@ def _triton_avoids(call: Call) -> str | None:
     return "interpreted kernels run only when named" if _triton_interprets() else None
 
 
-# Rows of x up to which the CPU kernels were measured to be no slower than PyTorch's matrix products, with AVX-512.
+# Most rows of x for which the CPU kernels are not slower than PyTorch's matrix products, measured with AVX-512.
 CPU_ROWS = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 64}
 
 
 def _cpu_missing() -> str | None:
     reason = module_missing("grasp_kernels._cpu", "Linux and a C++ compiler")
     if reason is None and not importlib.import_module("grasp_kernels._cpu").has_threads():
-        return "PyTorch's OpenMP runtime does not lend its threads: it has no GOMP_parallel"
+        return "PyTorch's OpenMP runtime has no GOMP_parallel, through which the kernels use its threads"
     return reason
 
 
@@ -127,6 +140,13 @@ _CPU_FUNCTIONS = {
     "lowrank_glu": "grasp_kernels.cpu:lowrank_glu",
     "singular_value_grad": "grasp_kernels.routes:chunked",
 }
+_CPU_DIRECT = DirectPath(
+    opener="grasp_kernels.cpu:open_direct_path",
+    ops=("lowrank_linear", "lowrank_linear_grouped"),
+    rows=CPU_ROWS,
+    groups=8,  # MOST_GROUPS in csrc/direct.h
+    dimensions=8,  # MOST_DIMENSIONS there
+)
 _CUDA_FUNCTIONS = {
     "lowrank_linear": "grasp_kernels.cuda:lowrank_linear",
     "lowrank_linear_grouped": "grasp_kernels.cuda:lowrank_linear_grouped",
@@ -141,24 +161,36 @@ _TRITON_FUNCTIONS = {
 BACKENDS: tuple[Backend, ...] = (
     Backend("cuda", _CUDA_FUNCTIONS, missing=_cuda_missing, refuses=_cuda_refuses, avoids=_nothing),
     Backend("triton", _TRITON_FUNCTIONS, missing=_triton_missing, refuses=_triton_refuses, avoids=_triton_avoids),
-    Backend("cpu", _CPU_FUNCTIONS, missing=_cpu_missing, refuses=_cpu_refuses, avoids=_cpu_avoids),
+    Backend("cpu", _CPU_FUNCTIONS, missing=_cpu_missing, refuses=_cpu_refuses, avoids=_cpu_avoids, direct=_CPU_DIRECT),
     Backend("reference", {op: f"grasp_kernels.reference:{op}" for op in OPS}, _nothing, _nothing, _nothing),
 )
 
 
 @functools.cache
 def backend_missing(name: str) -> str | None:
-    """Why this machine cannot run a backend at all, or ``None`` where it can."""
+    """The reason why this machine cannot run a backend at all, or ``None`` if it can."""
     return _row(name).missing()
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names of the backends that this machine can run, in the order in which ``"auto"`` tries them."""
+    """Names of the backends that this machine can run, in the order in which ``"auto"`` tries them.
+
+    Example:
+        >>> from grasp_kernels import available_backends
+        >>> available_backends()[-1]  # plain PyTorch runs everywhere
+        'reference'
+    """
     return tuple(row.name for row in BACKENDS if backend_missing(row.name) is None)
 
 
 def objection(row: Backend, call: Call, *, named: bool = True) -> str | None:
-    """Why ``row`` does not run ``call``, for who names it or for ``"auto"``; ``None`` where it does."""
+    """The reason why ``row`` does not run ``call``, or ``None`` if it does.
+
+    Args:
+        row: a row of the table.
+        call: the call.
+        named: the caller names this backend; ``False``: ``"auto"`` asks, so the row may also avoid the call.
+    """
     if call.op not in row.functions:
         return f"has no {call.op}"
     return backend_missing(row.name) or row.refuses(call) or (None if named else row.avoids(call))
@@ -166,23 +198,39 @@ def objection(row: Backend, call: Call, *, named: bool = True) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def select(backend: str, op: str, device: torch.device, dtype: torch.dtype, rows: int, rank: int) -> Callable[..., Any]:
-    """The function that runs a call; answers are kept, for every call asks. The arguments are those of ``Call``.
+    """The function that runs a call; answers are cached, because every call asks. See ``Call`` for the arguments.
 
     Raises:
-        ValueError: if ``backend`` is no row of the table.
+        ValueError: if ``backend`` is not a row of the table.
         BackendUnavailableError: if a named backend objects.
     """
     call = Call(op, device, dtype, rows, rank)
-    if backend == "auto":
-        row = next(row for row in BACKENDS if objection(row, call, named=False) is None)
-    else:
-        row = _row(backend)
-        if (reason := objection(row, call)) is not None:
-            raise BackendUnavailableError(
-                f"backend {backend!r} cannot run {_describe(call)}: {reason}. "
-                "Pass backend='auto' to let the table choose."
-            )
+    row = _chosen(call) if backend == "auto" else _row(backend)
+    if backend != "auto" and (reason := objection(row, call)) is not None:
+        raise BackendUnavailableError(
+            f"backend {backend!r} cannot run {_describe(call)}: {reason}. Pass backend='auto' to let the table choose."
+        )
     return _load(row.functions[call.op])
+
+
+def open_direct_path(
+    types: tuple[type[Tensor], ...], watchers: tuple[Callable[[], object], ...]
+) -> dict[str, Callable[..., Any]]:
+    """Hand the table's limits to the compiled direct path, and return its ops; empty if this machine has none.
+
+    An op takes the arguments of the public op, in order. It returns ``None``, and does nothing, for a call that must
+    take the registered op. The limits hold for the whole process until the next call of this function.
+
+    Args:
+        types: the exact types of tensors that the direct path accepts.
+        watchers: functions without arguments; a true answer means that a mode, a transform or a tracer is active.
+    """
+    ops: dict[str, Callable[..., Any]] = {}
+    for row in BACKENDS:
+        if row.direct is not None and backend_missing(row.name) is None:
+            functions = _load(row.direct.opener)(types, watchers, row.direct.rows)
+            ops |= {op: functions[op] for op in row.direct.ops}
+    return ops
 
 
 def explain(
@@ -192,29 +240,63 @@ def explain(
     rank: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    groups: int = 1,
 ) -> dict[str, str]:
-    """Say for each backend why it does not run a call, or that it is ``"chosen"``; later ones are ``"not reached"``.
+    """Say which backend ``"auto"`` gives a call to, by which path the call gets there, and why not otherwise.
 
     Args:
-        op: an op's name, such as ``"lowrank_linear"``.
+        op: the name of an op, such as ``"lowrank_linear"``.
         rows: tokens in the call.
         rank: the largest rank of the group.
         dtype: dtype of the input.
         device: device of the input.
+        groups: number of factors that share the input.
+
+    Returns:
+        For each backend ``"chosen"``, ``"not reached"`` or the reason why it does not run the call. ``"path"`` starts
+        with ``"direct"`` if a compiled op runs the call without PyTorch's dispatcher, else with ``"registered op"``.
 
     Raises:
-        ValueError: if ``op`` is no op.
+        ValueError: if ``op`` is not an op.
+
+    Example:
+        >>> from grasp_kernels import explain
+        >>> answers = explain("lowrank_linear", rows=4096, rank=8)
+        >>> answers["cpu"], answers["reference"], answers["path"]
+        (..., 'chosen', 'registered op: reference has no direct path')
     """
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}; the ops are {', '.join(OPS)}")
     call = Call(op, torch.device(device), dtype, rows, rank)
     answers: dict[str, str] = {}
-    chosen = False
+    chosen: Backend | None = None
     for row in BACKENDS:
         reason = objection(row, call, named=False)
         answers[row.name] = reason or ("not reached" if chosen else "chosen")
-        chosen = chosen or reason is None
+        chosen = chosen or (row if reason is None else None)
+    if chosen is not None:
+        answers["path"] = _explain_path(chosen, op, groups)
     return answers
+
+
+def _chosen(call: Call) -> Backend:
+    """The row that ``"auto"`` takes."""
+    return next(row for row in BACKENDS if objection(row, call, named=False) is None)
+
+
+def _explain_path(row: Backend, op: str, groups: int) -> str:
+    """The path of a call that ``"auto"`` gives to ``row``: its rows are few enough, or the row would avoid the call."""
+    if row.direct is None:
+        return f"registered op: {row.name} has no direct path"
+    if op not in row.direct.ops:
+        return f"registered op: the direct path of {row.name} has no {op}"
+    if groups > row.direct.groups:
+        return f"registered op: the direct path takes at most {row.direct.groups} groups, not {groups}"
+    return (
+        "direct: compiled, without PyTorch's dispatcher, unless a gradient is recorded, autocast, a mode, a transform "
+        "or a tracer is active, the kernel cannot read a tensor in place, or x has more than "
+        f"{row.direct.dimensions} dimensions"
+    )
 
 
 def _row(name: str) -> Backend:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from grasp_kernels import cpu, gradients
+from grasp_kernels import gradients
 from grasp_kernels.checks import check_bounds, check_factors, check_singular_value_grad
-from grasp_kernels.dispatch import CPU_ROWS, backend_missing, select
+from grasp_kernels.dispatch import open_direct_path, select
 from grasp_kernels.reference import ACTIVATIONS, Factors, accumulation_dtype
 
 _PLAIN_TYPES = (Tensor, nn.Parameter)
@@ -220,15 +220,13 @@ def _is_plain(*tensors: Tensor | None) -> bool:
 
 
 def _decline(*_: object) -> None:
-    """There are no compiled ops on this machine."""
+    """Stands for the direct path of an op that has none."""
 
 
-# On a CPU decode is as fast as memory, and so are calls from Python: the usual ones are not even looked at here.
-_direct_linear: Callable[..., Tensor | None] = _decline
-_direct_grouped: Callable[..., tuple[Tensor, ...] | None] = _decline
-if backend_missing("cpu") is None:
-    _direct = cpu.direct(_PLAIN_TYPES, (*_WATCHERS, torch._C._is_any_autocast_enabled), CPU_ROWS)
-    _direct_linear, _direct_grouped = _direct.lowrank_linear, _direct.lowrank_linear_grouped
+# The table decides which calls take the direct path. A call that does returns before any check in this file.
+_DIRECT = open_direct_path(_PLAIN_TYPES, (*_WATCHERS, torch._C._is_any_autocast_enabled))
+_direct_linear: Callable[..., Tensor | None] = _DIRECT.get("lowrank_linear", _decline)
+_direct_grouped: Callable[..., tuple[Tensor, ...] | None] = _DIRECT.get("lowrank_linear_grouped", _decline)
 
 
 # --- the opaque ops ---------------------------------------------------------------------------------------------------

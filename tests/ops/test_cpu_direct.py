@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grasp_kernels import Factors, cpu, lowrank_linear, lowrank_linear_grouped, ops
+from grasp_kernels import (
+    Factors,
+    cpu,
+    dispatch,
+    explain,
+    lowrank_glu,
+    lowrank_linear,
+    lowrank_linear_grouped,
+    ops,
+    singular_value_grad,
+)
 from grasp_kernels.dispatch import CPU_ROWS, backend_missing
 from tests.ops.inputs import DTYPES, factors, normal, seeded
 
@@ -22,6 +32,7 @@ if (reason := backend_missing("cpu")) is not None:
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 K, N, R = 40, 24, 6
+DIRECT = next(row.direct for row in dispatch.BACKENDS if row.direct is not None)
 
 
 def operands(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (1, K)) -> tuple[Tensor, Factors]:
@@ -30,14 +41,14 @@ def operands(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (1, K)
 
 
 def direct(x: Tensor, *group: Tensor | None, backend: object = "auto") -> Tensor | None:
-    """The short way alone."""
+    """The direct path alone."""
     return ops._direct_linear(x, *group, backend)
 
 
 @pytest.fixture
-def no_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_registered_op(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
-        raise AssertionError("the long way was gone")
+        raise AssertionError("the call left the direct path")
 
     monkeypatch.setattr(ops, "check_factors", fail)
 
@@ -45,10 +56,10 @@ def no_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
 SHAPES = ((1, K), (K,), (1, 1, K), (2, 3, K), (2, 1, 3, 1, K), (7, K))
 
 
-@pytest.mark.usefixtures("no_long_way")
+@pytest.mark.usefixtures("no_registered_op")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_short_way_gives_what_the_kernel_gives(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_the_direct_path_gives_what_the_kernel_gives(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, group = operands(dtype, shape)
     for U, s, Vh, bias in (group, group._replace(s=None), group._replace(bias=None)):
         for singular in (s, None if s is None else s.to(dtype)):
@@ -59,8 +70,8 @@ def test_the_short_way_gives_what_the_kernel_gives(shape: tuple[int, ...], dtype
             assert torch.equal(y, expected.view_as(y))
 
 
-@pytest.mark.usefixtures("no_long_way")
-def test_a_group_goes_the_short_way_together() -> None:
+@pytest.mark.usefixtures("no_registered_op")
+def test_a_group_takes_the_direct_path_together() -> None:
     generator = seeded()
     x = normal((2, 1, K), generator, dtype=torch.bfloat16)
     groups = [
@@ -73,7 +84,7 @@ def test_a_group_goes_the_short_way_together() -> None:
             assert torch.equal(y, lowrank_linear(x, *group))
 
 
-@pytest.mark.usefixtures("no_long_way")
+@pytest.mark.usefixtures("no_registered_op")
 def test_strides_that_a_kernel_reads_in_place() -> None:
     x, group = operands(shape=(2, 3, K))
     wide = torch.full((2, 3, 2 * K), torch.nan)
@@ -133,7 +144,7 @@ UNUSUAL: dict[str, Callable[..., tuple[Any, ...]]] = {
     "no ranks": lambda x, U, s, Vh, bias: (x, U[:, :0], s[:0], Vh[:0], bias),
     "no U": lambda x, U, *rest: (x, None, *rest),
     "no tensor": lambda x, *group: (x.tolist(), *group),
-    "too many dimensions": lambda x, *group: (x[(None,) * 8], *group),
+    "too many dimensions": lambda x, *group: (x[(None,) * (DIRECT.dimensions - 1)], *group),
 }
 
 
@@ -182,15 +193,88 @@ def test_gradients_count_only_where_they_are_recorded() -> None:
         assert y.is_inference() == (off is torch.inference_mode)
 
 
+@pytest.fixture
+def selections(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modules whose functions the table selects; a call on the direct path adds none."""
+    modules: list[str] = []
+
+    def select(*arguments: Any) -> Callable[..., Any]:
+        function = dispatch.select(*arguments)
+        modules.append(function.__module__)
+        return function
+
+    monkeypatch.setattr(ops, "select", select)
+    return modules
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[torch.dtype, int]], None]]:
+    """Changes the table's most rows by dtype; the table hands them over as it does at import."""
+
+    def change(rows: dict[torch.dtype, int]) -> None:
+        for dtype, most in rows.items():
+            monkeypatch.setitem(dispatch.CPU_ROWS, dtype, most)
+        open_again()
+
+    def open_again() -> None:
+        dispatch.select.cache_clear()
+        dispatch.open_direct_path(ops._PLAIN_TYPES, (*ops._WATCHERS, torch._C._is_any_autocast_enabled))
+
+    yield change
+    monkeypatch.undo()
+    open_again()
+
+
+def run(op: str, rows: int, dtype: torch.dtype, groups: int) -> None:
+    x, group = operands(dtype, (rows, K))
+    if op == "lowrank_linear":
+        lowrank_linear(x, *group)
+    elif op == "lowrank_linear_grouped":
+        lowrank_linear_grouped(x, [group] * groups)
+    elif op == "lowrank_glu":
+        lowrank_glu(x, group, group)
+    else:
+        singular_value_grad(x, x.new_ones(rows, N), group.U, group.Vh)
+
+
+def check_explanation(selections: list[str], op: str, rows: int, dtype: torch.dtype, groups: int = 1) -> None:
+    """A call runs on the path and the backend that ``explain`` names."""
+    answers = explain(op, rows=rows, rank=R, dtype=dtype, groups=groups)
+    selections.clear()
+    run(op, rows, dtype, groups)
+    chosen = next(row for row in dispatch.BACKENDS if answers[row.name] == "chosen")
+    on_the_way = [] if answers["path"].startswith("direct") else [chosen.functions[op].partition(":")[0]]
+    assert selections == on_the_way, answers
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_explain_agrees_with_what_runs_on_both_sides_of_the_limits(selections: list[str], dtype: torch.dtype) -> None:
+    most = CPU_ROWS.get(dtype, 32)
+    for rows in (0, 1, most, most + 1):
+        for op in dispatch.OPS:
+            check_explanation(selections, op, rows, dtype)
+        for groups in (DIRECT.groups, DIRECT.groups + 1):
+            check_explanation(selections, "lowrank_linear_grouped", rows, dtype, groups)
+
+
+def test_a_limit_changed_in_the_table_changes_the_selection_and_the_direct_path(
+    selections: list[str], limits: Callable[[dict[torch.dtype, int]], None]
+) -> None:
+    before = CPU_ROWS[torch.float32]
+    for most in (2, before + 3):
+        limits({torch.float32: most})
+        for rows in (most, most + 1):
+            check_explanation(selections, "lowrank_linear", rows, torch.float32)
+            assert bool(selections) == (rows > most)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_it_serves_the_rows_that_the_table_gives_it(dtype: torch.dtype) -> None:
-    few, group = operands(dtype, (CPU_ROWS[dtype], K))
-    many = few.new_zeros(CPU_ROWS[dtype] + 1, K)
-    assert direct(few, *group) is not None
+def test_a_named_backend_takes_the_direct_path_with_any_rows(dtype: torch.dtype) -> None:
+    many, group = operands(dtype, (CPU_ROWS[dtype] + 1, K))
     assert direct(many, *group) is None
     assert direct(many, *group, backend="cpu") is not None
     for other in ("reference", "triton", "Auto", "", None, 0):
-        assert direct(few, *group, backend=other) is None
+        assert direct(many[:1], *group, backend=other) is None
 
 
 def test_malformed_calls_are_declined() -> None:
@@ -205,10 +289,16 @@ def test_malformed_calls_are_declined() -> None:
     assert sys.exc_info() == (None, None, None)
 
 
-def test_more_groups_than_the_short_way_takes_go_the_long_one() -> None:
+def test_more_groups_than_the_direct_path_takes_give_the_same_outputs() -> None:
     x, group = operands()
-    outputs = lowrank_linear_grouped(x, [group] * 9)
+    outputs = lowrank_linear_grouped(x, [group] * (DIRECT.groups + 1))
     assert all(torch.equal(y, lowrank_linear(x, *group)) for y in outputs)
+
+
+def test_x_may_have_as_many_dimensions_as_the_table_says() -> None:
+    x, group = operands()
+    assert direct(x[(None,) * (DIRECT.dimensions - 2)], *group) is not None
+    assert f"more than {DIRECT.dimensions} dimensions" in explain("lowrank_linear", rows=1, rank=R)["path"]
 
 
 @pytest.fixture
@@ -219,7 +309,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("two_threads", "no_long_way")
+@pytest.mark.usefixtures("two_threads", "no_registered_op")
 def test_concurrent_callers_do_not_disturb_each_other() -> None:
     generator = seeded()
     x = normal((1, 600), generator, dtype=torch.bfloat16)

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from grasp_kernels import BackendUnavailableError, available_backends, dispatch, explain, lowrank_linear
-from grasp_kernels.dispatch import BACKENDS, OPS, Backend, Call
+from grasp_kernels.dispatch import BACKENDS, OPS, Backend, Call, DirectPath
 
 CALL = ("lowrank_linear", torch.device("cpu"), torch.float32, 4, 2)
 asked: list[str] = []
@@ -121,7 +122,24 @@ def test_explain_says_which_row_runs_and_why_the_others_do_not(table: pytest.Mon
         "picky": "too many rows",
         "slow": "chosen",
         "last": "not reached",
+        "path": "registered op: slow has no direct path",
     }
+
+
+def test_explain_says_why_a_call_does_not_take_the_direct_path(table: pytest.MonkeyPatch) -> None:
+    path = DirectPath("builtins:dict", ops=("lowrank_linear_grouped",), rows={}, groups=2, dimensions=3)
+    use(table, replace(row("fast"), direct=path))
+    answers = [explain("lowrank_linear_grouped", rows=4, rank=2, groups=groups)["path"] for groups in (2, 3)]
+    answers.append(explain("lowrank_glu", rows=4, rank=2)["path"])
+    assert [answer.partition(":")[0] for answer in answers] == ["direct", "registered op", "registered op"]
+    assert "at most 2 groups, not 3" in answers[1]
+    assert "of fast has no lowrank_glu" in answers[2]
+
+
+def test_only_a_row_that_can_run_opens_its_direct_path(table: pytest.MonkeyPatch) -> None:
+    path = DirectPath("builtins:dict", ops=(), rows={}, groups=1, dimensions=1)  # its opener would fail
+    use(table, replace(row("absent", missing="not built"), direct=path), row("slow"))
+    assert dispatch.open_direct_path((), ()) == {}
 
 
 def test_explain_agrees_with_auto() -> None:
@@ -135,7 +153,8 @@ def test_what_a_row_avoids_runs_only_for_who_names_it(table: pytest.MonkeyPatch)
     use(table, row("shy", avoids="slower than it looks"), row("slow"))
     assert dispatch.select("auto", *CALL) is len
     assert dispatch.select("shy", *CALL) is max
-    assert explain("lowrank_linear", rows=4, rank=2) == {"shy": "slower than it looks", "slow": "chosen"}
+    answers = explain("lowrank_linear", rows=4, rank=2)
+    assert (answers["shy"], answers["slow"]) == ("slower than it looks", "chosen")
 
 
 def test_auto_never_picks_the_interpreter_or_a_gpus_kernels_for_the_cpu() -> None:
