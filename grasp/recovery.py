@@ -378,11 +378,11 @@ def _require_trainable(
 def _begin(run: _Run, state: NoRecoveryState, clock: Clock) -> None:
     """Go on from what was kept. The first process looks whose it is, before the others read it."""
     clock.enter("identity")
-    with run.processes.fail_together():
+    with run.processes.together():
         if run.processes.first:
             state.begin(run.fingerprint(), clock)
-    with run.processes.fail_together():  # nothing is written before all have read
-        if found := state.restored():
+    with run.processes.together():  # nothing is written before all have read
+        if found := state.load():
             run.restore_(found)
 
 
@@ -400,9 +400,9 @@ def _train(run: _Run, state: NoRecoveryState, clock: Clock, progress: Progress, 
         clock.enter("training")
         run.take_step_()
         progress("recovery", run.step, run.steps)
-        state.keep(run.snapshot)
+        state.save(run.snapshot)
     if run.step:
-        state.keep(run.snapshot, last=True)
+        state.save(run.snapshot, last=True)
     if run.step < run.steps:
         notify(f"the held-out loss was no better {PATIENCE} times in a row: training ends")
         progress("recovery", run.steps, run.steps)

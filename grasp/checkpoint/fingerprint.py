@@ -1,4 +1,4 @@
-"""What tells one compression from another: versions, settings, the model's weights, the calibration tokens."""
+"""The fingerprint of a run: versions, configuration, model weights and data, as JSON with SHA-256 digests."""
 
 from __future__ import annotations
 
@@ -23,16 +23,13 @@ if TYPE_CHECKING:
     from grasp.config import GraspConfig
 
 
-_VOLATILE = ("_name_or_path", "transformers_version")  # in a model's configuration, without effect on what it computes
+_VOLATILE = ("_name_or_path", "transformers_version")  # keys of a model configuration that no result depends on
 
 
 def request_fingerprint(
     model: PreTrainedModel, batches: Sequence[CalibrationBatch], config: GraspConfig, costs: CostTable | None = None
 ) -> dict[str, Any]:
-    """Everything that the result of ``compress_`` depends on, as JSON can hold it; what is large as SHA-256.
-
-    Hashing the weights takes of the order of a second per GB.
-    """
+    """Everything that the result of ``compress_`` depends on. Hashing the weights takes about a second per GB."""
     return {
         **model_fingerprint(model, config.to_dict()),
         "batch size": len(batches[0].input_ids),
@@ -44,7 +41,7 @@ def request_fingerprint(
 
 
 def model_fingerprint(model: PreTrainedModel, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Versions, the settings of what is done to a model, the model and where it is, its weights as SHA-256."""
+    """Versions, ``settings``, and the model: class, dtype, device type, configuration and weights."""
     configuration = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
     return {
         "grasp": __version__,
@@ -61,13 +58,13 @@ def model_fingerprint(model: PreTrainedModel, settings: Mapping[str, Any]) -> di
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Each distinct parameter with its data: one that is offloaded or sharded is fetched for the time being."""
+    """The data of each distinct parameter. Offloaded and sharded parameters are loaded one module at a time."""
     seen: set[Tensor] = set()
     for path, module in model.named_modules():
-        own = {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter not in seen}
-        seen.update(own.values())
+        unseen = {name: value for name, value in module.named_parameters(recurse=False) if value not in seen}
+        seen.update(unseen.values())
         with align_module_device(module):
-            for name in own:
+            for name in unseen:
                 yield f"{path}.{name}", gathered(module.get_parameter(name).detach())
 
 

@@ -1,4 +1,4 @@
-"""What a recovery has done so far, kept in a folder: the same request after a kill goes on from there."""
+"""The run folder of ``recover_``: an interrupted training resumes from it."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from grasp.checkpoint.run_folder import RunFolder
 from grasp.checkpoint.saving import require_space
 from grasp.progress import Clock
 
-FORMAT = 1  # of the folder
+FORMAT = 1  # version of the run folder
 
 
 class Snapshot(NamedTuple):
-    """A training between two steps: its tensors, and what else there is to know, as JSON can hold it."""
+    """The state of a training between two steps: tensors, and the rest as JSON."""
 
     tensors: Mapping[str, Tensor]
     notes: Mapping[str, Any]
 
 
 class NoRecoveryState:
-    """The state of a recovery that keeps nothing; what it does is what ``RecoveryState`` is asked for."""
+    """The interface of ``RecoveryState``; it stores nothing."""
 
     def begin(self, fingerprint: Mapping[str, Any], clock: Clock) -> None:
-        """Take up what was kept of the request with this fingerprint; ``clock`` goes on from the time that it took."""
+        """Open the run with this fingerprint, and add the time that it has taken so far to ``clock``."""
 
-    def restored(self) -> Snapshot | None:
-        """What was kept, if anything."""
+    def load(self) -> Snapshot | None:
+        """The stored snapshot, or ``None``."""
         return None
 
-    def keep(self, snapshot: Callable[[], Snapshot], *, last: bool = False) -> None:
-        """Keep a snapshot now and then, and the last one."""
+    def save(self, snapshot: Callable[[], Snapshot], *, last: bool = False) -> None:
+        """Store a snapshot if enough time has passed since the last one, or if it is the ``last``."""
 
 
 class RecoveryState(RunFolder, NoRecoveryState):
-    """A folder that holds what a run of ``recover_`` has done: give it as ``state``.
+    """The run folder of ``recover_``, passed as ``state``; a context manager.
 
-    A context manager. While it is open, no other process may use the folder. When its block ends well the folder is
-    removed, so save the model inside the block; when it ends in an exception, or the process is killed at whatever
-    instant, the folder stays, and the same call goes on from there, at most half a minute back, or 20 times as long as
-    writing takes. It then ends with the same weights, bit for bit, on the same machine with the same number of threads.
+    The folder is locked while it is open. It is removed when the ``with`` block ends normally, so save the model inside
+    the block. It stays after an exception or a kill, and the same call then resumes. A resumed run repeats at most the
+    last 30 s, or 20 times the duration of one write if that is longer. It ends with the same weights, bit for bit, on
+    the same machine with the same number of threads.
 
-    It holds factors and the optimizer's two moments in fp32, and the best factors so far: for an fp32 model 16 bytes
-    per trained parameter. Of several processes the first writes, and all read.
+    The folder stores the factors and the two moments of the optimizer in fp32, and the best factors so far: 16 bytes
+    per trained parameter of an fp32 model. Rank 0 writes; all processes read.
 
     Raises:
-        ResumeError: on entering, if the folder is in use, is something else, or cannot be written; from ``recover_`` if
-            it belongs to another request (another model, data or configuration), is damaged, or cannot be written.
+        ResumeError: on entering, as for ``RunFolder``; from ``recover_``, if the folder belongs to a run with another
+            model, data or configuration, is damaged, or is not writable.
     """
 
     FILES = r"training\.safetensors"
@@ -59,10 +59,10 @@ class RecoveryState(RunFolder, NoRecoveryState):
         return self.folder / "training.safetensors"
 
     def begin(self, fingerprint: Mapping[str, Any], clock: Clock) -> None:
-        """Check that the folder belongs to this request, or make it so; the clock goes on from the time kept there.
+        """Write the fingerprint into a new folder; compare it with the stored one, and continue the clock, otherwise.
 
         Raises:
-            ResumeError: if it does not, or is damaged.
+            ResumeError: if the fingerprints differ, or the folder is damaged.
         """
         self._clock = clock
         self._fingerprint = {"format": FORMAT, "processes": self._processes, **fingerprint}
@@ -73,22 +73,22 @@ class RecoveryState(RunFolder, NoRecoveryState):
         if self._training.exists():
             _, notes = self._read(self._training, only_notes=True)
             clock.add(notes["seconds"])
-            self._notify(f"continuing after {notes['step']} of {notes['steps']} steps")
+            self._notify(f"resuming after {notes['step']} of {notes['steps']} steps")
 
-    def restored(self) -> Snapshot | None:
-        """What was kept, if anything.
+    def load(self) -> Snapshot | None:
+        """The stored snapshot, or ``None``.
 
         Raises:
             ResumeError: if it is damaged.
         """
         return Snapshot(*self._read(self._training)) if self._training.exists() else None
 
-    def keep(self, snapshot: Callable[[], Snapshot], *, last: bool = False) -> None:
-        """Keep a snapshot now and then, and the last one.
+    def save(self, snapshot: Callable[[], Snapshot], *, last: bool = False) -> None:
+        """Store a snapshot if a write is due, or if it is the ``last``.
 
         Raises:
-            ResumeError: if it cannot be written.
-            CheckpointError: if there is too little space.
+            ResumeError: if writing fails.
+            CheckpointError: if there is too little disk space.
         """
         if self._rank or not (last or self._write_is_due()):
             return

@@ -1,4 +1,4 @@
-"""A folder in which a run keeps what it has done; it is whole at whatever instant the process is killed."""
+"""A folder that stores the progress of a run. It stays valid if the process is killed at any instant."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from grasp.progress import Clock, Notify, no_notify
 
 Folder = TypeVar("Folder", bound="RunFolder")
 
-INTERVAL = 30.0  # seconds: what grows step by step is not written more often than this,
-WRITE_FRACTION = 0.05  # nor so often that writing takes more than this fraction of the time
-_UNFINISHED = "unfinished"  # the folder in which files are written, by safetensors under names of its own
+INTERVAL = 30.0  # seconds, at least, between two writes of data that grows step by step
+WRITE_FRACTION = 0.05  # of the run time, at most, is spent on these writes
+_UNFINISHED = "unfinished"  # subfolder for files that are being written; safetensors also writes temporary files there
 
 
 class RunFolder:
-    """What the folders of all kinds of runs have in common; a context manager.
+    """The base class of run folders; a context manager.
 
-    While it is open, no other process may use the folder. When its block ends well the folder is removed; when it ends
-    in an exception, or the process is killed, the folder stays. It holds ``state.json``, which says whose it is, and
-    safetensors files with their notes and a checksum in the header.
+    The folder is locked while it is open. It is removed when the ``with`` block ends normally. It stays after an
+    exception or a kill. It contains ``state.json`` with the fingerprint of the run, and safetensors files with notes
+    and a checksum in their headers.
 
     Args:
-        folder: new, or as an earlier run left it.
-        notify: called with one line where a run is continued or interrupted.
-        rank: which of the processes that share the work this is.
-        processes: how many share the work; all see the same folder.
+        folder: a new folder, or the folder of an unfinished run.
+        notify: called with one line of text when a run resumes or is interrupted.
+        rank: rank of this process.
+        processes: number of processes that share the work. All use the same folder; rank 0 writes.
 
     Raises:
-        ResumeError: on entering, if the folder is in use, is something else, or cannot be written.
+        ResumeError: on entering, if another process uses the folder, it contains other files, or it is not writable.
     """
 
-    FILES: ClassVar[str]  # pattern of the names of the safetensors files
+    FILES: ClassVar[str]  # regular expression for the names of the files besides state.json
 
     def __init__(self, folder: str | Path, *, notify: Notify = no_notify, rank: int = 0, processes: int = 1) -> None:
         self.folder = Path(folder).expanduser().resolve()
@@ -54,30 +54,30 @@ class RunFolder:
         self._lock = FileLock(self.folder / "lock")
         self._fingerprint: dict[str, Any] | None = None
         self._clock = Clock()
-        self._has_progress = False  # an earlier run left something, or this one wrote more than it can redo at once
-        self._written = self._cost = 0.0  # when what grows was last written, and the seconds it took
-        self._made: list[Path] = []  # folders that were not there before
+        self._has_progress = False  # whether the folder holds work worth resuming
+        self._last_write = self._write_seconds = 0.0  # time and duration of the last write of growing data
+        self._created: list[Path] = []  # folders that did not exist before
 
     def __enter__(self: Folder) -> Folder:
         if self._rank:
             return self
-        self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        self._created = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             foreign = sorted(path.name for path in self.folder.iterdir() if not self._belongs(path))
             if foreign:
                 raise ResumeError(
-                    f"{self.folder} is where an unfinished run is kept, but it holds {foreign[0]}, which is none of "
-                    "its files; move that folder away, or give another output"
+                    f"{self.folder} is reserved for an unfinished run, but it contains {foreign[0]}, which no run "
+                    "writes; move that folder, or choose another output"
                 )
             self._lock.acquire(timeout=0)
             shutil.rmtree(self.folder / _UNFINISHED, ignore_errors=True)
             (self.folder / _UNFINISHED).mkdir(exist_ok=True)
         except Timeout as error:
-            raise ResumeError(f"{self.folder} is in use by another process; wait for it, or end it") from error
+            raise ResumeError(f"{self.folder} is in use by another process; wait for that process or stop it") from error
         except (OSError, NotImplementedError) as error:
             raise ResumeError(
-                f"{self.folder} cannot be used to keep the run: {error}. Give an output that can be written to"
+                f"{self.folder} cannot store the run: {error}. Choose an output in a writable folder"
             ) from error
         self._has_progress = (self.folder / "state.json").exists()
         return self
@@ -90,47 +90,47 @@ class RunFolder:
         if (kind is None and self._fingerprint is not None) or not self._is_worth_keeping(error):
             self._clear()
         elif kind is KeyboardInterrupt:
-            self._notify(f"the same command continues this run; it is kept in {self.folder}")
+            self._notify(f"run the same command again to resume; progress is stored in {self.folder}")
         self._lock.release()
-        for folder in self._made:
+        for folder in self._created:
             with suppress(OSError):  # not empty
                 folder.rmdir()
 
     def _is_worth_keeping(self, error: BaseException | None) -> bool:
-        """Whether a run that did not end well leaves anything."""
+        """Whether the folder stays after a failed or interrupted run."""
         return self._has_progress
 
     def _belongs(self, path: Path) -> bool:
         return re.fullmatch(rf"lock|state\.json|{self.FILES}|{_UNFINISHED}", path.name) is not None
 
-    def _require_same(self, kept: Mapping[str, Any]) -> None:
-        """Check that the folder belongs to this request, whose identity is ``_identity``.
+    def _require_same(self, stored: Mapping[str, Any]) -> None:
+        """Compare the stored fingerprint with ``_fingerprint``, the one of this run.
 
         Raises:
-            ResumeError: with what is different.
+            ResumeError: if they differ; the message has the differences.
         """
         assert self._fingerprint is not None
-        if changed := differences(self._fingerprint, kept):
+        if changed := differences(self._fingerprint, stored):
             raise ResumeError(
-                f"{self.folder} holds an unfinished run of another request: {changed}. Give the request that it was "
-                "begun with to continue it, or delete that folder to start anew"
+                f"{self.folder} contains an unfinished run with other inputs: {changed}. Repeat the original command "
+                "to resume that run, or delete the folder to start again"
             )
 
     def _write_is_due(self) -> bool:
-        """Whether what grows may be written again."""
-        return time.monotonic() - self._written >= max(INTERVAL, self._cost / WRITE_FRACTION)
+        """Whether growing data may be written again."""
+        return time.monotonic() - self._last_write >= max(INTERVAL, self._write_seconds / WRITE_FRACTION)
 
     @contextmanager
     def _timed_write(self) -> Iterator[None]:
-        """Take note of what writing costs."""
+        """Measure a write of growing data."""
         start = time.monotonic()
         yield
-        self._written = time.monotonic()
-        self._cost = self._written - start
+        self._last_write = time.monotonic()
+        self._write_seconds = self._last_write - start
 
-    def _write_json(self, kept: Mapping[str, Any]) -> None:
+    def _write_json(self, state: Mapping[str, Any]) -> None:
         with self._replacing(self.folder / "state.json") as temporary:
-            temporary.write_text(json.dumps(kept, indent=2), encoding="utf-8")
+            temporary.write_text(json.dumps(state, indent=2), encoding="utf-8")
 
     def _read_json(self) -> dict[str, Any]:
         path = self.folder / "state.json"
@@ -140,10 +140,10 @@ class RunFolder:
             raise self._damaged(path, str(error)) from error
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        notes = {**notes, "seconds": self._clock.seconds, "sha256": tensors_digest(sorted(plain.items()))}
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        notes = {**notes, "seconds": self._clock.seconds, "sha256": tensors_digest(sorted(on_cpu.items()))}
         with self._replacing(path) as temporary:
-            save_file(plain, temporary, {"grasp": json.dumps(notes)})
+            save_file(on_cpu, temporary, {"grasp": json.dumps(notes)})
         self._has_progress = True
 
     def _read(self, path: Path, *, only_notes: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -157,8 +157,8 @@ class RunFolder:
             raise self._damaged(path, "its checksum is wrong")
         return tensors, notes
 
-    def _damaged(self, path: Path, why: str) -> ResumeError:
-        return ResumeError(f"{path} is damaged ({why}); delete the folder {self.folder} to start anew")
+    def _damaged(self, path: Path, reason: str) -> ResumeError:
+        return ResumeError(f"{path} is damaged ({reason}); delete the folder {self.folder} to start again")
 
     def _clear(self) -> None:
         for path in list(self.folder.iterdir()):
@@ -171,7 +171,7 @@ class RunFolder:
 
     @contextmanager
     def _replacing(self, path: Path) -> Iterator[Path]:
-        """A file to write, which takes the place of ``path`` in one step once it is on the disk."""
+        """Yield a temporary file, then flush it to the disk and rename it to ``path``."""
         temporary = path.parent / _UNFINISHED / path.name
         try:
             yield temporary
@@ -182,6 +182,6 @@ class RunFolder:
             with suppress(OSError):
                 temporary.unlink()
             raise ResumeError(
-                f"writing {path} failed: {error}. What was kept before is whole: make room, and give the same command "
-                "to continue"
+                f"writing {path} failed: {error}. The progress stored before is valid: free disk space and run the "
+                "same command again"
             ) from error

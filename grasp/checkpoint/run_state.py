@@ -256,7 +256,7 @@ class RunState(RunFolder, NoState):
             CheckpointError: if there is too little space to keep them.
         """
         require_space(self._sums, sum(total.tensor.nbytes for total in sums.values()))
-        self._written = time.monotonic()
+        self._last_write = time.monotonic()
         calls = self._found.get(self._sums.name, {}).get("calls", {})
         done = 0
         if all(target.name in calls for target in sums):

@@ -133,11 +133,11 @@ def test_the_plain_command_is_continued_or_refused_with_the_reason(command: Comm
     process = command.start("plain", *options, often=False)
     when(lambda: command.kept("plain") >= 7, process)
     os.kill(process.pid, signal.SIGSTOP)
-    with pytest.raises(ResumeError, match="is in use by another process; wait for it, or end it"):
+    with pytest.raises(ResumeError, match="is in use by another process"):
         command.here("plain", "per-layer")
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
-    with pytest.raises(ResumeError, match=r"another request: schedule is sequential, expected per-layer\. Give the"):
+    with pytest.raises(ResumeError, match="schedule is sequential, expected per-layer"):
         command.here("plain", "sequential")
 
     again = command.start("plain", *options, often=False)

@@ -164,7 +164,7 @@ def test_a_damaged_cut_is_refused(folder: Path) -> None:
     data = bytearray(cut.read_bytes())
     data[-3] ^= 16
     cut.write_bytes(data)
-    with pytest.raises(ResumeError, match=r"cut\.safetensors is damaged \(its checksum is wrong\); delete the folder"):
+    with pytest.raises(ResumeError, match=r"cut\.safetensors is damaged \(its checksum is wrong\)"):
         run(folder, BEST)
 
 
@@ -184,7 +184,7 @@ def test_a_folder_of_an_earlier_format_is_refused_with_the_reason(folder: Path) 
     state["identity"]["format"] = 2
     del state["decision"], state["identity"]["costs"]
     path.write_text(json.dumps(state))
-    with pytest.raises(ResumeError, match="another request: format is 3, expected 2"):
+    with pytest.raises(ResumeError, match="format is 3, expected 2"):
         run(folder, BEST)
 
 
@@ -192,7 +192,7 @@ def test_other_costs_are_refused(folder: Path) -> None:
     config = dataclasses.replace(BEST, compression_ratio=None, target_latency=0.8)
     expected = run(None, config, costs=costs())
     stopped(folder, "refit", 1, config, costs=costs())
-    with pytest.raises(ResumeError, match=r"another request: costs is \w{8}\.\.\., expected \w{8}\.\.\.\. Give"):
+    with pytest.raises(ResumeError, match=r"costs is \w{8}\.\.\., expected \w{8}\.\.\."):
         run(folder, config, costs=costs(call=500.0))
     assert_same(run(folder, config, costs=costs()), expected)
 
