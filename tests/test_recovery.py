@@ -161,7 +161,7 @@ def test_the_best_factors_are_kept_and_training_ends_when_it_no_longer_helps() -
     assert report.steps == 100
     assert report.steps_done == report.best_step + 30 < 100
     assert min(point.held_out_loss for point in report.curve) == report.loss_after
-    assert heard[-1] == "the held-out loss was no better 3 times in a row: training ends"
+    assert "3 times in a row" in heard[-1]
     if report.best_step == 0:
         for name, factor in trainable_factors(model).items():
             assert torch.equal(factor, before[name])
@@ -225,12 +225,12 @@ def test_what_cannot_be_trained_is_refused() -> None:
         recover_(compressed(dtype=torch.float16), TRAIN, HELD_OUT)
     with pytest.raises(ValueError, match="got 10 sequences and 0 held out"):
         recover_(compressed(), TRAIN, [])
-    with pytest.raises(ValueError, match="sequences have 129 tokens, the model has 128 positions; take a shorter"):
+    with pytest.raises(ValueError, match="129 tokens, the model has 128 positions"):
         recover_(compressed(), TRAIN, noise(1, 129))
 
 
 def test_a_training_that_explodes_is_ended() -> None:
-    with pytest.raises(NonFiniteError, match=r"take a lower learning_rate|after \d+ steps"):
+    with pytest.raises(NonFiniteError, match=r"learning_rate|after \d+ steps"):
         recovered(config=RecoveryConfig(learning_rate=1e30, batch_size=4, tokens=960))
 
 
@@ -265,7 +265,7 @@ def test_a_training_that_is_continued_ends_with_the_same_weights(tmp_path: Path,
             in_folder(folder, dtype=dtype, progress=stop_after(count))
     heard: list[str] = []
     report, again = in_folder(folder, dtype=dtype, notify=heard.append)
-    assert heard[0] == "continuing after 19 of 20 steps"
+    assert "after 19 of 20 steps" in heard[0]
     assert report.curve == expected.curve
     assert weights.keys() == again.keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in again.items())
@@ -333,8 +333,8 @@ def test_processes_that_share_a_batch_end_as_one_does() -> None:
 
 def test_the_default_state_keeps_nothing() -> None:
     state = NoRecoveryState()
-    state.keep(lambda: pytest.fail("asked for a snapshot"), last=True)
-    assert state.restored() is None
+    state.save(lambda: pytest.fail("asked for a snapshot"), last=True)
+    assert state.load() is None
     assert recovery.PATIENCE < recovery.EVALUATIONS
 
 

@@ -345,7 +345,8 @@ def test_ctrl_c_ends_with_130_and_leaves_what_the_same_command_continues(model: 
     assert out == ""
     kept = tmp_path / "new" / "out.partial"
     note, last = err.splitlines()[-2:]
-    assert "again to resume" in note and note.endswith(str(kept))
+    assert "again to resume" in note
+    assert note.endswith(str(kept))
     assert last == "interrupted"
     assert "state.json" in files(kept)
     assert not (tmp_path / "new" / "out").exists()

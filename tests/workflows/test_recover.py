@@ -134,7 +134,7 @@ def test_a_killed_process_is_continued_to_the_same_weights_or_refused(place: Pat
         recovery_job.recover(place / "small", tmp_path / "out", RecoveryConfig(0.01, 8000, 4), data)
     continued = command_line.grasp(*arguments, cwd=place)
     assert continued.returncode == 0, continued.stderr
-    assert "continuing after " in continued.stderr
+    assert "resuming after " in continued.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
     whole = command_line.grasp(
