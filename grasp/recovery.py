@@ -176,10 +176,10 @@ def _require_trainable(
 def _resume_(training: _Training, state: NoRecoveryState, clock: Clock) -> None:
     """Load the stored progress in all processes, once rank 0 has compared the fingerprints."""
     clock.enter("identity")
-    with training.processes.together():
+    with training.processes.fail_together():
         if training.processes.first:
             state.begin(training.fingerprint(), clock)
-    with training.processes.together():  # rank 0 writes only after all processes have read
+    with training.processes.fail_together():  # rank 0 writes only after all processes have read
         if snapshot := state.load():
             training.restore_(snapshot)
 

@@ -74,9 +74,7 @@ class RunFolder:
             shutil.rmtree(self.folder / _UNFINISHED, ignore_errors=True)
             (self.folder / _UNFINISHED).mkdir(exist_ok=True)
         except Timeout as error:
-            raise ResumeError(
-                f"{self.folder} is in use by another process; wait for it or stop it"
-            ) from error
+            raise ResumeError(f"{self.folder} is in use by another process; wait for it or stop it") from error
         except (OSError, NotImplementedError) as error:
             raise ResumeError(
                 f"{self.folder} cannot store the run: {error}. Choose an output in a writable folder"
