@@ -9,7 +9,7 @@ CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(CSRC) $(wildcard tests/csrc/*.cpp tests/csrc/*/*.* tests/csrc/*/*/*.* examples/*.cpp)
 
 .PHONY: help venv build demo test test-vllm stress sanitize check aot test-matrix bench-save bench-compare bench-selftest lint
-.PHONY: format clean
+.PHONY: format docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -93,6 +93,16 @@ format: $(STAMP) ## rewrite files in the house format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+DOCS_STAMP := $(VENV)/.docs
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --group docs
+	touch $@
+
+# -W turns warnings into errors, -n reports references that lead nowhere; both are shown to the end.
+docs: $(DOCS_STAMP) $(BUILT) ## build the documentation site into build/docs/index.html
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs build/docs
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) $(VLLM) .venv-matrix build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -92,7 +92,7 @@ def test_a_program_compiled_ahead_of_time_gives_the_same_logits(tmp_path: Path) 
     model = tiny_model("llama", num_hidden_layers=1)
     for rank, target in enumerate(layer_targets(model, 0)[0], start=3):
         model.set_submodule(target.name, LowRankLinear.from_dense(target.module, torch.arange(rank)))
-    group_linears_(model, enabled=False)  # see docs/serving.md
+    group_linears_(model, enabled=False)  # see docs/serve/compile-and-export.md
     program = exported(Logits(model))
     assert low_rank_ops(program.graph) == 7 * ["grasp.lowrank_linear.default"]
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))

@@ -1,4 +1,4 @@
-"""The commands of docs/vllm.md, as they stand there, and a server under load."""
+"""The commands of docs/serve/vllm.md, as they stand there, and a server under load."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.vllm.engines import TIMEOUT, greedy, load, vllm_environment
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
 
-DOCUMENT = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
+DOCUMENT = (ROOT / "docs" / "serve" / "vllm.md").read_text(encoding="utf-8")
 FENCES = re.findall(r"^```(\w+)\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
 LINES = [line for language, code in FENCES if language == "sh" for line in code.splitlines()]
 (PYTHON,) = [code for language, code in FENCES if language == "python"]

@@ -1,0 +1,71 @@
+"""Links, commands and Python of every document, the site's pages and README alike."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import environment
+from tests.documents import (
+    PAGES,
+    blocks,
+    broken_links,
+    check_command,
+    check_mention,
+    commands,
+    mentions,
+    read,
+    run_python,
+)
+
+# Pages whose Python runs here, block by block in one folder, each in a process of its own.
+RUN_IN_ORDER = ["README.md", "docs/getting-started.md", "docs/kernels.md", "docs/resume-and-distributed.md"]
+# Pages whose Python another test runs, because it needs a checkpoint, a server or another environment.
+RUN_ELSEWHERE = {
+    "docs/evaluate.md": "tests/docs/test_evaluation.py",
+    "docs/publish.md": "tests/docs/test_evaluation.py",
+    "docs/regression-gate.md": "below",
+    "docs/serve/compile-and-export.md": "tests/serving/test_transformers_serve.py",
+    "docs/serve/training.md": "tests/serving/test_transformers_serve.py",
+    "docs/serve/transformers.md": "tests/serving/test_transformers_serve.py",
+    "docs/serve/transformers-serve.md": "tests/serving/test_transformers_serve.py",
+    "docs/serve/vllm.md": "tests/vllm/test_commands.py",
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file_and_a_heading(page: str) -> None:
+    assert list(broken_links(page)) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_shown_exists(page: str) -> None:
+    for line in commands(read(page)):
+        check_command(line)
+    for code in mentions(read(page)):
+        check_mention(code)
+
+
+def test_the_python_of_every_page_is_run_by_a_test() -> None:
+    assert {page for page in PAGES if blocks(read(page), "python")} == {*RUN_IN_ORDER, *RUN_ELSEWHERE}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN_IN_ORDER)
+def test_the_python_of_a_page_runs_in_order(page: str, tmp_path: Path) -> None:
+    for code in blocks(read(page), "python"):
+        assert run_python(code, tmp_path).strip()
+
+
+@pytest.mark.slow
+def test_the_project_on_the_page_about_the_gate_runs(tmp_path: Path) -> None:
+    conftest, test = blocks(read("docs/regression-gate.md"), "python")
+    (tmp_path / "conftest.py").write_text(conftest)
+    (tmp_path / "test_speed.py").write_text(test)
+    command = [sys.executable, "-m", "pytest", "-q", "--benchmark-disable", "test_speed.py"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "1 passed" in run.stdout
