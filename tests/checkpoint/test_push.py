@@ -27,7 +27,7 @@ SECRET = TOKEN.removeprefix("hf_")
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``save_pretrained`` writes in Python, in two shards, without the model card: no report."""
+    """A checkpoint of ``save_pretrained`` in two shards, without model card and report."""
     folder = tmp_path_factory.mktemp("models") / "small"
     tokenizer = byte_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer))
@@ -36,7 +36,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mark_compressed(model)
     model.save_pretrained(folder, max_shard_size="60KB")
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").unlink()
     return folder
 
 

@@ -28,7 +28,7 @@ def model() -> PreTrainedModel:
     return model
 
 
-WRITTEN = ["out", "out/README.md", "out/config.json", "out/generation_config.json", "out/model.safetensors"]
+WRITTEN = ["out", "out/config.json", "out/generation_config.json", "out/model.safetensors"]
 
 
 def everything_in(folder: Path) -> list[str]:
