@@ -12,6 +12,7 @@ import typer
 from grasp.bench.results import Record, read_results
 from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
 from grasp.errors import GraspError
+from grasp.files import write_whole
 from grasp.reporting.catalog import Picture, of_layers, of_results, of_spectra
 from grasp.reporting.figure_style import THEMES, require_matplotlib, standalone, to_png, to_svg
 
@@ -41,9 +42,7 @@ def write(picture: Picture, folder: Path) -> list[Path]:
     files = {f"{picture.name}.svg": svg.encode()}
     files |= {f"{picture.name}-{theme}.png": to_png(picture.draw, theme) for theme in THEMES}
     for name, content in files.items():
-        temporary = folder / f".{name}.partial"
-        temporary.write_bytes(content)
-        temporary.replace(folder / name)
+        write_whole(folder / name, content)
     return [folder / name for name in files]
 
 

@@ -1,22 +1,25 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and digests of their tensors."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
+import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from grasp.errors import GraspError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def differences(got: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """``"retain_ratio is 0.3, expected 0.2; ..."``; empty where two identities are the same."""
+    """Name the values that differ: ``"retain_ratio is 0.3, expected 0.2; ..."``; empty if none does."""
     names = dict.fromkeys((*expected, *got))
     return "; ".join(
         f"{name} is {_short(got.get(name))}, expected {_short(expected.get(name))}"
@@ -25,8 +28,14 @@ def differences(got: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     )
 
 
+def _short(value: Any) -> str:
+    return f"{value[:8]}..." if isinstance(value, str) and len(value) == 64 else str(value)
+
+
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of named tensors: names, shapes, dtypes and bytes, in hexadecimal."""
+    """SHA-256 of named tensors (names, shapes, dtypes and bytes), in hexadecimal."""
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -35,21 +44,64 @@ def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def _short(value: Any) -> str:
-    return f"{value[:8]}..." if isinstance(value, str) and len(value) == 64 else str(value)
-
-
-def write_whole(output: Path, text: str) -> None:
-    """Write beside ``output``, then take its place: it is complete, or as it was.
+def write_whole(target: Path, content: str | bytes) -> None:
+    """Write a file in one step: it is complete, or as it was.
 
     Raises:
         GraspError: if it cannot be written.
     """
-    temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, output)
+        with replacing(target) as temporary:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        raise GraspError(f"writing {output} failed, nothing was changed: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise GraspError(f"writing {target} failed, nothing was changed: {error}") from error
+
+
+@contextmanager
+def replacing(target: Path, *, scratch: Path | None = None) -> Iterator[Path]:
+    """Yield a path for a new file or folder, which replaces ``target`` in one step when the block succeeds.
+
+    Missing parents of ``target`` are made. If the block raises, everything is as it was before. After a kill, only the
+    temporary remains: see ``remove_abandoned``.
+
+    Args:
+        target: the file or folder to replace; it may be missing.
+        scratch: an existing folder on the same disk for the temporary; ``None`` for the folder of ``target``.
+    """
+    missing = [parent for parent in target.parents if not parent.exists()]
+    temporary = (scratch or target.parent) / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+    replaced = temporary.with_suffix(".old")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if temporary.is_file():
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        elif target.exists():  # a folder cannot be renamed to one that is not empty
+            target.rename(replaced)
+        os.replace(temporary, target)
+    except BaseException:
+        if replaced.exists():
+            shutil.rmtree(replaced) if target.exists() else replaced.rename(target)
+        _remove(temporary)
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def remove_abandoned(target: Path) -> None:
+    """Remove the temporaries that a killed process left beside ``target``."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.????????.partial"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it exists and can be removed."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()

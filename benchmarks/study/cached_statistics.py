@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 
 from grasp.compression.candidates import hold_out
 from grasp.compression.eligible import eligible_targets
+from grasp.files import replacing
 from grasp.method.basis import BASES
 from grasp.method.metrics import METRICS
 from grasp.method.svd import SVD, decompose
@@ -192,6 +192,7 @@ def _load(path: Path, targets: Sequence[Target], outputs: bool) -> tuple[dict[Ta
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-    unfinished = path.with_suffix(".unfinished")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, {"study": json.dumps(notes)})
-    os.replace(unfinished, path)
+    with replacing(path) as temporary:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"study": json.dumps(notes)}
+        )

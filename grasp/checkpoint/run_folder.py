@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import time
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grasp.errors import ResumeError
-from grasp.files import differences, tensors_digest
+from grasp.files import differences, replacing, tensors_digest
 from grasp.progress import Clock, Notify, no_notify
 
 Folder = TypeVar("Folder", bound="RunFolder")
@@ -172,15 +171,10 @@ class RunFolder:
     @contextmanager
     def _replacing(self, path: Path) -> Iterator[Path]:
         """Yield a temporary file, then flush it to the disk and rename it to ``path``."""
-        temporary = path.parent / _UNFINISHED / path.name
         try:
-            yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            with replacing(path, scratch=path.parent / _UNFINISHED) as temporary:
+                yield temporary
         except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                temporary.unlink()
             raise ResumeError(
                 f"writing {path} failed: {error}. The progress stored before is valid: free disk space and run the "
                 "same command again"

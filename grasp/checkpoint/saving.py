@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from grasp.errors import CheckpointError
+from grasp.files import replacing
 from grasp.model.hf_quantizer import mark_compressed
 
 if TYPE_CHECKING:
@@ -24,33 +22,34 @@ _SPARE_BYTES = 32 * 2**20  # room for tokenizer, configuration and file headers
 
 
 def check_directory(directory: str | Path, *, overwrite: bool = False) -> Path:
-    """The absolute path of a folder that a checkpoint can be written to; nothing is created.
+    """Return the absolute path of a folder that a checkpoint can be written to; nothing is created.
 
     Raises:
-        CheckpointError: if it is a file, or a folder that is not empty, unless ``overwrite`` and it is a checkpoint.
+        CheckpointError: if it is a file; a folder that is not empty, unless ``overwrite`` and it is a checkpoint; the
+            current directory or a mount point; or in a folder that is not writable.
     """
     target = Path(directory).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"output folder {directory} is a file; give a new or an empty folder")
     if target == Path.cwd() or target.is_mount():
         raise CheckpointError(
-            f"output folder {directory} is the current directory or a mount point, which cannot be put in place in one "
-            "step; give a folder in it"
+            f"output folder {directory} is the current directory or a mount point, which cannot be replaced in one "
+            "step; give a folder inside it"
         )
-    parent = _nearest(target.parent)
+    parent = _existing(target.parent)
     if not os.access(parent, os.W_OK):
         raise CheckpointError(
-            f"output folder {directory} cannot be made: {parent} is not writable; give another folder"
+            f"output folder {directory} cannot be created: {parent} is not writable; give another folder"
         )
-    held = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
-    if held and not overwrite:
+    names = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+    if names and not overwrite:
         raise CheckpointError(
-            f"output folder {directory} is not empty, it holds {len(held)} entries, {held[0]} among them; give a new "
-            "or an empty folder"
+            f"output folder {directory} is not empty: it holds {len(names)} entries, such as {names[0]}; give a new or "
+            "an empty folder"
         )
-    if held and "config.json" not in held:
+    if names and "config.json" not in names:
         raise CheckpointError(
-            f"output folder {directory} would be overwritten, but has no config.json, so it is no checkpoint; give "
+            f"output folder {directory} has no config.json, so it is no checkpoint and is not overwritten; give "
             "another folder"
         )
     return target
@@ -65,98 +64,74 @@ def save_checkpoint(
     extra_files: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a checkpoint folder in one step: it is complete or, if this fails or is interrupted, not there.
+    """Write a checkpoint folder in one step: if this fails or is interrupted, nothing changes.
 
     Args:
         model: compressed or not.
-        directory: new or empty; its parents are made.
+        directory: new or empty; missing parents are created.
         tokenizer: saved beside the model.
         card: text of README.md, see ``model_card``; ``None`` writes none.
         extra_files: file name → text.
-        overwrite: replace a checkpoint that is there.
+        overwrite: replace an existing checkpoint.
 
     Returns:
         The absolute path of the folder.
 
     Raises:
-        CheckpointError: as ``check_directory`` does; if there is too little space, or the files cannot be written.
-        ValueError: if the name of an extra file has a folder in it, or is one of the checkpoint's own.
+        CheckpointError: as ``check_directory``; or if there is too little space, or the files cannot be written.
+        ValueError: if the name of an extra file contains a folder, or the checkpoint has a file of that name.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, vocab_size=8))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sorted(path.name for path in save_checkpoint(model, f"{folder}/small").iterdir())
+        ['config.json', 'generation_config.json', 'model.safetensors']
     """
     target = check_directory(directory, overwrite=overwrite)
-    texts = dict(extra_files or {})
+    texts = {**({} if card is None else {"README.md": card}), **(extra_files or {})}
     mark_compressed(model)
     require_space(target, model.get_memory_footprint() + sum(len(text.encode()) for text in texts.values()))
-    with _written_whole(target) as folder:
-        if card is not None:
-            (folder / "README.md").write_text(card, encoding="utf-8")
-        model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        for name, text in texts.items():
-            if Path(name).name != name or (folder / name).exists():
-                raise ValueError(f"extra file {name!r} must be a plain name, and none of the checkpoint's own files")
-            (folder / name).write_text(text, encoding="utf-8")
-        _share_as_configured(folder)
+    try:
+        with replacing(target) as folder:
+            folder.mkdir()
+            model.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            for name, text in texts.items():
+                if Path(name).name != name or (folder / name).exists():
+                    raise ValueError(f"extra file {name!r} must be a plain name that no file of the checkpoint has")
+                (folder / name).write_text(text, encoding="utf-8")
+            _copy_mode_of_config(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"writing {target} failed, nothing was left behind: {error}. Free some space, or give a writable folder."
+        ) from error
     return target
 
 
-def _share_as_configured(folder: Path) -> None:
-    """Let whoever may read the configuration read the weights: safetensors writes them for their owner alone."""
+def _copy_mode_of_config(folder: Path) -> None:
+    """Let everybody who may read the configuration read the weights: safetensors lets only their owner read them."""
     mode = (folder / "config.json").stat().st_mode
     for weights in folder.glob("*.safetensors"):
         weights.chmod(mode)
 
 
-def _nearest(folder: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
-    return next(place for place in (folder, *folder.parents) if place.exists())
+def _existing(folder: Path) -> Path:
+    """The folder, or its nearest parent that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def require_space(target: Path, needed: int) -> None:
-    """Check that the disk of a folder, which need not exist yet, has ``needed`` bytes and some to spare.
+    """Check that the disk of ``target``, which may be missing, has ``needed`` free bytes and a reserve.
 
     Raises:
-        CheckpointError: if it does not.
+        CheckpointError: if it has not.
     """
-    free = shutil.disk_usage(_nearest(target)).free
+    free = shutil.disk_usage(_existing(target)).free
     if free < needed + _SPARE_BYTES:
         raise CheckpointError(
-            f"writing {target} needs {(needed + _SPARE_BYTES) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room "
-            "or give a folder on another disk"
+            f"writing {target} needs {(needed + _SPARE_BYTES) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; free some "
+            "space, or give a folder on another disk"
         )
-
-
-def remove_abandoned(target: Path) -> None:
-    """Remove the half-written folders that a killed ``save_checkpoint`` left beside ``target``."""
-    for folder in target.parent.glob(f".{glob.escape(target.name)}.????????.partial"):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _written_whole(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target`` that takes its place at the end of a block that succeeds, and else vanishes."""
-    made = [folder for folder in target.parents if not folder.exists()]
-    mark = uuid.uuid4().hex[:8]
-    folder = target.with_name(f".{target.name}.{mark}.partial")
-    replaced = target.with_name(f".{target.name}.{mark}.old")
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        if target.exists():
-            target.rename(replaced)
-        folder.rename(target)
-    except BaseException as error:
-        if replaced.exists():
-            shutil.rmtree(replaced) if target.exists() else replaced.rename(target)
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):
-                parent.rmdir()
-        if isinstance(error, (OSError, SafetensorError)):
-            raise CheckpointError(
-                f"writing {target} failed, nothing was left behind: {error}. Make room, or give a folder that can be "
-                "written to."
-            ) from error
-        raise
-    if replaced.exists():
-        shutil.rmtree(replaced)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from grasp.errors import CostTableError
+from grasp.files import replacing
 from grasp.method.ranks import Shape, break_even_rank
 from grasp_kernels import roofline
 
@@ -113,14 +112,10 @@ class CostTable:
             CostTableError: if it cannot be written.
         """
         text = json.dumps({"format_version": FORMAT_VERSION, **self.to_dict()}, indent=2)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
             raise CostTableError(f"{path} cannot be written: {error}") from error
 
     @classmethod

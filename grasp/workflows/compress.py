@@ -16,10 +16,11 @@ from grasp.calibration import HUB_TEXTS, read_text
 from grasp.checkpoint.card import model_card, read_license
 from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
 from grasp.checkpoint.run_state import RunState
-from grasp.checkpoint.saving import check_directory, remove_abandoned, require_space, save_checkpoint
+from grasp.checkpoint.saving import check_directory, require_space, save_checkpoint
 from grasp.compress import compress_
 from grasp.compression.batch_size import fitting_batch_size
 from grasp.config import GraspConfig
+from grasp.files import remove_abandoned
 from grasp.loading import find_device, load_quietly
 from grasp.method.cost_table import CostTable
 from grasp.progress import Notify, Progress, no_notify, no_progress

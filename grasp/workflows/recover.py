@@ -13,8 +13,9 @@ from grasp.checkpoint import compression_report, recovery_report
 from grasp.checkpoint.card import model_card, with_section, without_results
 from grasp.checkpoint.recovery_report import RecoveryReport
 from grasp.checkpoint.recovery_state import RecoveryState
-from grasp.checkpoint.saving import check_directory, remove_abandoned, require_space, save_checkpoint
+from grasp.checkpoint.saving import check_directory, require_space, save_checkpoint
 from grasp.errors import CheckpointError
+from grasp.files import remove_abandoned
 from grasp.loading import load_quietly
 from grasp.progress import Notify, Progress, no_notify, no_progress
 from grasp.recovery import RecoveryConfig, recover_, trainable_factors

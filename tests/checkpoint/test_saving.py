@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from grasp.checkpoint.saving import check_directory, remove_abandoned, save_checkpoint
+from grasp.checkpoint.saving import check_directory, save_checkpoint
 from grasp.errors import CheckpointError
 from grasp.model.lowrank_linear import LowRankLinear
 from tests.tiny_models import tiny_model
@@ -71,7 +71,7 @@ def test_an_empty_folder_is_filled(model: PreTrainedModel, tmp_path: Path) -> No
 
 def test_a_folder_that_is_not_empty_is_refused_before_any_work(model: PreTrainedModel, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"not empty, it holds 1 entries, notes\.txt among them; give a new"):
+    with pytest.raises(CheckpointError, match=r"is not empty.* 1 .*notes\.txt"):
         save_checkpoint(model, tmp_path)
     assert everything_in(tmp_path) == ["notes.txt"]
     assert not hasattr(model, "hf_quantizer")
@@ -83,7 +83,7 @@ def test_a_checkpoint_is_replaced_where_asked_and_anything_else_is_not(model: Pr
     save_checkpoint(model, target, overwrite=True)
     assert everything_in(tmp_path) == WRITTEN
     (target / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no config\.json, so it is no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
         save_checkpoint(model, target, overwrite=True)
 
 
@@ -116,7 +116,7 @@ def test_too_little_space_is_refused_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)
     needed = model.get_memory_footprint() + 32 * 2**20
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
-    with pytest.raises(CheckpointError, match=r"needs 0\.03 GB, 0\.03 GB are free; make room"):
+    with pytest.raises(CheckpointError, match=r"needs 0\.03 GB, 0\.03 GB are free"):
         save_checkpoint(model, tmp_path / "new/out")
     assert everything_in(tmp_path) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
@@ -165,14 +165,11 @@ def test_a_failure_at_the_very_end_puts_the_old_checkpoint_back(
 ) -> None:
     target = save_checkpoint(model, tmp_path / "out", extra_files={"old.txt": "kept"})
     before = everything_in(tmp_path)
-    rename = Path.rename
 
-    def fail_for_new(self: Path, to: Path) -> Path:
-        if self.name.endswith(".partial"):
-            raise OSError("interrupted")
-        return rename(self, to)
+    def fail(source: Path, target: Path) -> NoReturn:
+        raise OSError("interrupted")
 
-    monkeypatch.setattr(Path, "rename", fail_for_new)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(CheckpointError, match="interrupted"):
         save_checkpoint(model, target, overwrite=True)
     assert everything_in(tmp_path) == before
@@ -191,12 +188,3 @@ def test_an_ordinary_model_is_saved_as_one(tmp_path: Path) -> None:
     folder = save_checkpoint(tiny_model("llama"), tmp_path / "out")
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config
-
-
-def test_half_written_folders_of_a_killed_save_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    keep = {"out[1]", "out[1].partial", ".out[1].partial", ".out1.12345678.partial", ".out[1].12345678.old"}
-    for name in (*keep, ".out[1].12345678.partial", ".out[1].abcdef09.partial"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(b"half")
-    remove_abandoned(tmp_path / "out[1]")
-    assert {path.name for path in tmp_path.iterdir()} == keep
