@@ -21,9 +21,9 @@ import typer
 from rich.console import Console
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.gpu.cases import Case, Operands, Provider, compiled, complaint, make_operands, providers
+from benchmarks.gpu.check_cases import Case, Operands, Provider, compiled, complaint, make_operands, providers
+from benchmarks.gpu.check_report import NotMeasured, PytestRun, Report, Result, print_case, print_summary, targets
 from benchmarks.gpu.launch_costs import measure_launches
-from benchmarks.gpu.report import NotMeasured, PytestRun, Report, Result, print_case, print_summary, targets
 from grasp.bench.conditions import ROOT, conditions, measure_card
 from grasp.bench.timing import Batch, batch, interleave
 from grasp_kernels import launch_configs, roofline

@@ -1,8 +1,8 @@
-"""Time every op on every backend against a dense linear, two unfused ones, and those compiled by PyTorch.
+"""Time every op on every backend against a dense linear, two plain linears, and these compiled by PyTorch.
 
-A provider is timed only where its result at that very shape is right, by the tolerance rule of the tests. Weights
-rotate through more memory than a cache holds, providers take turns, and the floor is what the bytes and FLOPs cost at
-the bandwidth and speed that were measured in the same run.
+A provider is timed only if its result at that shape passes the tolerance rule of the tests. Weights rotate through more
+memory than a cache holds, and providers take turns. The floor is the time that the bytes and FLOPs of a call take at
+the bandwidth and speed measured in the same run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from grasp.bench.conditions import conditions, measure_card
 from grasp.bench.providers import require_backends
 from grasp.bench.results import NotMeasured, OpResult
-from grasp.bench.shapes import model_calls
+from grasp.bench.shapes import ATTENTION, MLP, SMALL_MLP, model_calls
 from grasp.bench.timing import batch, interleave
 from grasp.bench.workloads import OPS, Problem, Run, backends, compiled, make_problem, rotations, wrong
 from grasp.loading import DTYPES, find_device
@@ -26,39 +26,38 @@ from grasp_kernels import roofline
 from grasp_kernels.roofline import Card
 from grasp_kernels.shapes import GroupShape, format_shape, parse_shape
 
-# Llama-2-7B's q/k/v/o and gate/up, SmolLM2-135M's gate/up, with a tenth of the parameters kept.
-DEFAULT_SHAPES = ("4096x4096r204", "4096x11008r298", "576x1536r41")
+DEFAULT_SHAPES = (ATTENTION, MLP, SMALL_MLP)
 UNFUSED, COMPILED, DENSE = "unfused", "compiled", "dense"
 RETAIN_RATIO = 0.1  # the paper's
 
 
-class Case(NamedTuple):
-    """One op at one shape; what its providers are compared at."""
+class OpCase(NamedTuple):
+    """One op at one shape, number of rows and dtype, where its providers are compared."""
 
     op: str
     shape: GroupShape
     rows: int
     dtype: torch.dtype
-    model: str | None = None  # whose shape it is
+    model: str | None = None  # that the shape was taken from
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is to be measured; where names are left out, all of them.
+class OpsRequest:
+    """Settings of one run.
 
     Attributes:
-        ops: names of ops.
-        shapes: as ``grasp_kernels.shapes.parse_shape`` reads them.
-        model: take the shapes of this one, see ``grasp.bench.shapes.model_calls``.
-        retain_ratio: that sets the ranks of the model's shapes.
+        ops: names of ops; all if empty.
+        shapes: as ``grasp_kernels.shapes.parse_shape`` reads them; ``DEFAULT_SHAPES`` if empty.
+        model: take the shapes of this model instead, see ``grasp.bench.shapes.model_calls``.
+        retain_ratio: sets the ranks of the model's shapes; ``None`` for ``RETAIN_RATIO``.
         rows: tokens per call.
         dtypes: of inputs and factors.
-        backends: of the dispatch table.
-        compiled: whether to time what ``torch.compile`` makes of the unfused form.
-        device: ``None`` for CUDA where there is a GPU, else the CPU.
-        threads: of the CPU, each in turn; ``None`` for PyTorch's choice.
-        rotate_bytes: of distinct weights that calls go through.
-        repetitions: times that every provider gets its turn.
+        backends: names in the dispatch table; all if empty.
+        compiled: whether to time the unfused form compiled by ``torch.compile``.
+        device: ``None`` for CUDA if there is a GPU, else the CPU.
+        threads: numbers of CPU threads to run with; ``None`` for PyTorch's choice.
+        rotate_bytes: bytes of distinct weights that calls rotate through.
+        repetitions: turns of every provider.
     """
 
     ops: Sequence[str] = ()
@@ -76,18 +75,18 @@ class Request:
 
 
 class Round(NamedTuple):
-    """What one case gave, or what was found before the first."""
+    """Records of one case; the first round has the shapes that an op does not take."""
 
     records: list[OpResult | NotMeasured]
-    cards: dict[str, Card]  # by dtype, that the floors are of
+    cards: dict[str, Card]  # by dtype; the floors are computed from them
     threads: int | None  # of a CPU
 
 
-def run(request: Request, *, progress: Progress = no_progress) -> Iterator[Round]:
-    """Measure case by case. What is wrong with the request is found before the first.
+def run(request: OpsRequest, *, progress: Progress = no_progress) -> Iterator[Round]:
+    """Check the request, then measure case by case.
 
     Raises:
-        ValueError: if a name, shape, number or device is none there is.
+        ValueError: if a name, shape, number or device is unknown or out of range.
         GraspError: as ``model_calls`` does.
     """
     for names, known, what in ((request.ops, OPS, "op"), (request.dtypes, DTYPES, "dtype")):
@@ -98,7 +97,7 @@ def run(request: Request, *, progress: Progress = no_progress) -> Iterator[Round
             raise ValueError(f"{name} must be at least 1, got {min(numbers)}")
     if request.repetitions < 1 or request.rotate_bytes < 0:
         raise ValueError(
-            f"repetitions must be at least 1 and rotated bytes not negative, got {request.repetitions} and "
+            f"repetitions must be at least 1 and rotated bytes at least 0, got {request.repetitions} and "
             f"{request.rotate_bytes}"
         )
     device, todo = find_device(request.device), list(cases(request))
@@ -106,9 +105,9 @@ def run(request: Request, *, progress: Progress = no_progress) -> Iterator[Round
 
 
 def _rounds(
-    request: Request, device: torch.device, todo: Sequence[Case | NotMeasured], progress: Progress
+    request: OpsRequest, device: torch.device, todo: Sequence[OpCase | NotMeasured], progress: Progress
 ) -> Iterator[Round]:
-    measurable = [case for case in todo if isinstance(case, Case)]
+    measurable = [case for case in todo if isinstance(case, OpCase)]
     before = torch.get_num_threads()
     counts: Sequence[int | None] = (request.threads or [before]) if device.type == "cpu" else [None]
     yield Round([case for case in todo if isinstance(case, NotMeasured)], {}, None)
@@ -118,7 +117,7 @@ def _rounds(
             cards = {name: measure_card(device, DTYPES[name]) for name in request.dtypes}
             for number, case in enumerate(measurable, start=1):
                 step = f"case {number} of {len(measurable)}: {case.op}"
-                progress(step, 0, 1)  # a bar that moves would take time from what is timed
+                progress(step, 0, 1)  # a moving bar would slow down the timed calls
                 records = list(measure(case, device, cards[_name(case.dtype)], request))
                 progress(step, 1, 1)
                 yield Round(records, cards, count)
@@ -126,31 +125,31 @@ def _rounds(
         torch.set_num_threads(before)
 
 
-def cases(request: Request) -> Iterator[Case | NotMeasured]:
+def cases(request: OpsRequest) -> Iterator[OpCase | NotMeasured]:
     """Every op at every shape, number of rows and dtype."""
     wanted = request.ops or list(OPS)
     if request.model is not None:
         if request.shapes:
-            raise ValueError("shapes are either given or a model's, got both; leave one out")
+            raise ValueError("got both shapes and a model to take shapes from; leave one out")
         ratio = RETAIN_RATIO if request.retain_ratio is None else request.retain_ratio
-        found: list[tuple[str, str, GroupShape | None]] = [
+        calls: list[tuple[str, str, GroupShape | None]] = [
             (op, format_shape(shape), shape) for op, shape in model_calls(request.model, ratio) if op in wanted
         ]
     elif request.retain_ratio is not None:
-        raise ValueError("retain_ratio sets the ranks of a model's shapes; shapes that are given have their own")
+        raise ValueError("retain_ratio sets the ranks of a model's shapes; given shapes already have ranks")
     else:
         texts = request.shapes or DEFAULT_SHAPES
-        found = [(op, text, OPS[op].fit(parse_shape(text))) for op, text in itertools.product(wanted, texts)]
-    for (op, text, shape), rows, dtype in itertools.product(found, request.rows, request.dtypes):
+        calls = [(op, text, OPS[op].fit(parse_shape(text))) for op, text in itertools.product(wanted, texts)]
+    for (op, text, shape), rows, dtype in itertools.product(calls, request.rows, request.dtypes):
         if shape is None:
             labels: dict[str, Any] = {"op": op, "shape": text, "rows": rows, "dtype": dtype}
-            yield NotMeasured("ops", "*", "the op takes no such shape", model=request.model, **labels)
+            yield NotMeasured("ops", "*", "the op does not take this shape", model=request.model, **labels)
         else:
-            yield Case(op, shape, rows, DTYPES[dtype], request.model)
+            yield OpCase(op, shape, rows, DTYPES[dtype], request.model)
 
 
-def floor_seconds(case: Case, provider: str, card: Card) -> float | None:
-    """What ``provider`` takes at least on ``card``; ``None`` for the dense gradient, whose cost no one would pay."""
+def floor_seconds(case: OpCase, provider: str, card: Card) -> float | None:
+    """Least seconds of ``provider`` on ``card``; ``None`` for the dense gradient, which nobody would use."""
     op, itemsize = OPS[case.op], case.dtype.itemsize
     if provider != DENSE:
         return roofline.floor(card, *op.cost(case.rows, case.shape, itemsize))
@@ -161,7 +160,7 @@ def floor_seconds(case: Case, provider: str, card: Card) -> float | None:
 
 
 @torch.inference_mode()
-def measure(case: Case, device: torch.device, card: Card, request: Request) -> Iterator[OpResult | NotMeasured]:
+def measure(case: OpCase, device: torch.device, card: Card, request: OpsRequest) -> Iterator[OpResult | NotMeasured]:
     """Check and time one case: its backends and the baselines."""
     problem = make_problem(case.op, case.shape, case.rows, case.dtype, device)
     labels: dict[str, Any] = {
@@ -197,16 +196,18 @@ def measure(case: Case, device: torch.device, card: Card, request: Request) -> I
         )
 
 
-def _providers(case: Case, problem: Problem, request: Request) -> tuple[dict[str, Run], dict[str, tuple[str, bool]]]:
-    """What is to be timed, and what is not: the reason, and whether it is a wrong result."""
+def _providers(
+    case: OpCase, problem: Problem, request: OpsRequest
+) -> tuple[dict[str, Run], dict[str, tuple[str, bool]]]:
+    """Providers to time; and for the others the reason, and whether it is a wrong result."""
     runs, reasons = backends(case.op, case.shape, problem)
-    asked = {name for name in (*runs, *reasons) if not request.backends or name in request.backends}
-    left_out = {name: (reason, False) for name, reason in reasons.items() if name in asked}
-    candidates = {name: run for name, run in runs.items() if name in asked}
+    requested = {name for name in (*runs, *reasons) if not request.backends or name in request.backends}
+    left_out = {name: (reason, False) for name, reason in reasons.items() if name in requested}
+    candidates = {name: run for name, run in runs.items() if name in requested}
     if request.compiled:
         try:
             candidates[COMPILED] = compiled(case.op, problem)
-        except RuntimeError as error:  # all that PyTorch's compilers raise
+        except RuntimeError as error:  # the base class of what PyTorch's compilers raise
             left_out[COMPILED] = f"torch.compile: {' '.join(str(error).split())[:200]}", False
     else:
         left_out[COMPILED] = "left out on request", False

@@ -1,7 +1,4 @@
-"""The linears of a model as shapes for the ops: of well-known models by their names, of others by their configuration.
-
-No weights are read.
-"""
+"""The shapes that benchmarks time: of a few linears, and of any model, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -19,9 +16,16 @@ from grasp.model.families import SHARED_INPUTS
 from grasp.model.targets import decoder, layer_targets
 from grasp_kernels.shapes import GroupShape, LinearShape
 
+# Linears that every benchmark of the ops takes its shapes from, with a tenth of the parameters, the paper's ratio.
+# Llama-2-7B: q, k, v and o; gate or up; down. Llama-3.1-8B: k or v; gate or up. SmolLM2-135M: gate or up.
+ATTENTION, MLP, DOWN = "4096x4096r204", "4096x11008r298", "11008x4096r298"
+GROUPED_QUERY, WIDE_MLP, SMALL_MLP = "4096x1024r81", "4096x14336r318", "576x1536r41"
+QKV, GATE_UP = "+".join([ATTENTION] * 3), "+".join([MLP] * 2)
+GROUPED_QUERY_QKV = "+".join([ATTENTION, GROUPED_QUERY, GROUPED_QUERY])
+
 
 class Widths(NamedTuple):
-    """What sets the shapes of a model whose layers are built as Llama's; from its published configuration."""
+    """Widths of a model whose layers are built as Llama's; from its published configuration."""
 
     hidden_size: int
     intermediate_size: int
@@ -45,31 +49,31 @@ _GATED = frozenset(("gate_proj", "up_proj"))
 
 
 def model_calls(name: str, retain_ratio: float) -> list[tuple[str, GroupShape]]:
-    """The calls that the ops get in a decoder layer of a model: op and shape, equal ones once.
+    """The distinct calls of the ops in one decoder layer of a model: op and shape.
 
-    Every linear by itself, and as ``singular_value_grad``'s; those that share their input as a group; gate and up as a
-    gated unit. The layer is the first that has any; ranks keep ``retain_ratio`` of each matrix's parameters.
+    ``lowrank_linear`` and ``singular_value_grad`` take every linear, ``lowrank_linear_grouped`` the linears that share
+    an input, ``lowrank_glu`` gate and up. The layer is the first one with a linear to replace.
 
     Args:
         name: one of ``WELL_KNOWN``, or as ``grasp.loading.load_config`` takes it.
-        retain_ratio: in (0, 1].
+        retain_ratio: fraction of each matrix's parameters that its factors have, in (0, 1]; it sets the ranks.
 
     Raises:
-        ValueError: if ``retain_ratio`` is impossible.
-        GraspError: if there is no such model; the message names the well-known ones.
-        UnsupportedModelError: if its layers hold no linear that low-rank factors make smaller.
+        ValueError: if ``retain_ratio`` is out of range.
+        GraspError: if the model is not found; the message lists ``WELL_KNOWN``.
+        UnsupportedModelError: if low-rank factors make no linear of its layers smaller.
     """
     if not 0 < retain_ratio <= 1:
         raise ValueError(f"retain_ratio must be above 0 and at most 1, got {retain_ratio}")
     linears = _linears(_config(name), retain_ratio)
     if not linears:
-        raise UnsupportedModelError(f"the layers of {name} hold no linear that low-rank factors make smaller")
+        raise UnsupportedModelError(f"low-rank factors make no linear of the layers of {name} smaller")
     singles: list[GroupShape] = [(linear,) for linear in linears.values()]
     calls = [(op, shape) for op in ("lowrank_linear", "singular_value_grad") for shape in singles]
     parents = dict.fromkeys(path.rpartition(".")[0] for path in linears)
     for parent in parents:
         for names in SHARED_INPUTS:
-            group = [linears[path] for each in names if (path := f"{parent}.{each}") in linears]
+            group = [linears[path] for child in names if (path := f"{parent}.{child}") in linears]
             if len(group) < 2:
                 continue
             calls.append(("lowrank_linear_grouped", tuple(group)))
@@ -84,21 +88,21 @@ def _config(name: str) -> PreTrainedConfig:
     try:
         return load_config(name)[0]
     except GraspError as error:
-        raise type(error)(f"{error} Or take the shapes of {', '.join(WELL_KNOWN)}.") from error
+        raise type(error)(f"{error} Known shapes: {', '.join(WELL_KNOWN)}.") from error
 
 
 def _linears(config: PreTrainedConfig, retain_ratio: float) -> dict[str, LinearShape]:
-    """Path → shape, of the first layer that has any to replace."""
-    config.__dict__.pop("quantization_config", None)  # a compressed model's dense shapes
+    """Shapes by path, of the first layer with a linear to replace."""
+    config.__dict__.pop("quantization_config", None)  # the shapes of a compressed model are those of its dense model
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     for layer in range(len(decoder(model).layers)):
         shapes = {target.name: dense_shape(target.module) for target in layer_targets(model, layer)[0]}
-        found = {
+        linears = {
             name: LinearShape(k, n, rank_for_retain_ratio((n, k), retain_ratio))
             for name, (n, k) in shapes.items()
             if break_even_rank((n, k)) >= 1
         }
-        if found:
-            return found
+        if linears:
+            return linears
     return {}

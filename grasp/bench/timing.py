@@ -1,10 +1,10 @@
-"""How long a call takes, on a CPU or on a GPU: batches that rotate through memory, interleaved, medians and spread."""
+"""The timing loop of every benchmark: batches of calls that rotate through memory, timed in turns."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Generic, Protocol, TypeVar
@@ -12,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 Operands = TypeVar("Operands")
+Name = TypeVar("Name")
 
 WARM_UP = 0.2  # seconds
 CPU_BATCH = 0.02  # seconds that one batch aims at
@@ -19,9 +20,9 @@ CUDA_BATCH = 20  # calls in a graph, at least
 
 
 class Rotation(Generic[Operands]):
-    """Operands that differ in the memory they lie in.
+    """Copies of the same operands in different memory, handed out in a cycle.
 
-    Whoever times with them takes the next ones: what another has just read, and a cache may hold, comes last.
+    Batches that share a rotation never read the copies that the batch before has just read, and a cache may hold.
     """
 
     def __init__(self, copies: Sequence[Operands]) -> None:
@@ -34,15 +35,12 @@ class Rotation(Generic[Operands]):
 
 
 class Batch(Protocol):
-    """Some calls that are timed together."""
+    """Calls that are timed together."""
 
     calls: int
 
-    def run(self) -> None:
-        """Make the calls and wait for them."""
-
     def seconds(self) -> float:
-        """Make the calls; the time of one of them."""
+        """Make the calls; the seconds of one call."""
 
 
 class CpuBatch:
@@ -55,33 +53,29 @@ class CpuBatch:
         self.calls = 1
         start, done = time.perf_counter(), 0
         while (elapsed := time.perf_counter() - start) < WARM_UP:
-            self.run()
+            self.seconds()
             done += 1
         self.calls = calls or max(1, min(len(rotation.copies), round(CPU_BATCH * done / elapsed)))
 
-    def run(self) -> None:
-        """Make the calls."""
-        self.seconds()
-
     def seconds(self) -> float:
-        """Make the calls; the time of one of them."""
-        operands = self._rotation.take(self.calls)
+        """Make the calls; the seconds of one call."""
+        copies = self._rotation.take(self.calls)
         function = self._function
         start = time.perf_counter()
-        for each in operands:
-            function(each)
+        for operands in copies:
+            function(operands)
         return (time.perf_counter() - start) / self.calls
 
 
 class CudaBatch:
-    """Calls captured into one CUDA graph, so that launching them costs the host nothing."""
+    """Calls captured into one CUDA graph, so that the host spends no time on launches."""
 
     def __init__(
         self, function: Callable[[Operands], object], rotation: Rotation[Operands], calls: int | None = None
     ) -> None:
         self.calls = calls or max(len(rotation.copies), CUDA_BATCH)
         stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):  # what compiles or allocates once does so before the capture
+        with torch.cuda.stream(stream):  # compilations and first allocations must happen before the capture
             for operands in rotation.take(3):
                 function(operands)
         stream.synchronize()
@@ -92,15 +86,10 @@ class CudaBatch:
         self._start, self._stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start = time.perf_counter()
         while time.perf_counter() - start < WARM_UP:
-            self.run()
-
-    def run(self) -> None:
-        """Replay the graph and wait for it."""
-        self._graph.replay()
-        torch.cuda.synchronize()
+            self.seconds()
 
     def seconds(self) -> float:
-        """Replay the graph; the time of one of its calls, by the GPU's clock."""
+        """Replay the graph; the seconds of one call, by the GPU's clock."""
         self._start.record()
         self._graph.replay()
         self._stop.record()
@@ -114,13 +103,13 @@ def batch(
     rotation: Rotation[Operands],
     calls: int | None = None,
 ) -> Batch:
-    """A batch of calls of ``function``, warmed up; as many as suit the device where ``calls`` is left out."""
+    """A warmed-up batch of calls of ``function``; the number of calls suits the device if ``calls`` is ``None``."""
     return (CudaBatch if device.type == "cuda" else CpuBatch)(function, rotation, calls)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Times of one call, in seconds, one per repetition."""
+    """Seconds of one call, one per repetition."""
 
     seconds: tuple[float, ...]
 
@@ -138,16 +127,21 @@ class Sample:
         return (high - low) / self.median
 
     def speedup_over(self, other: Sample) -> float:
-        """How many times faster than ``other``, repetition by repetition, so that a slow spell cancels; the median."""
+        """Median over repetitions of the other time over this one: a slow moment of the machine cancels."""
         return median(theirs / ours for ours, theirs in zip(self.seconds, other.seconds, strict=True))
 
 
-def interleave(batches: Mapping[str, Batch], repetitions: int) -> dict[str, Sample]:
-    """Time all batches in turn, over and over, each time starting with another one."""
-    names = list(batches)
-    times: dict[str, list[float]] = {name: [] for name in names}
+def turns(names: Sequence[Name], repetitions: int) -> Iterator[tuple[int, Name]]:
+    """Repetition and name of every turn: all names in each repetition, each repetition starting with the next one."""
     for repetition in range(repetitions):
         first = repetition % len(names)
         for name in (*names[first:], *names[:first]):
-            times[name].append(batches[name].seconds())
+            yield repetition, name
+
+
+def interleave(batches: Mapping[str, Batch], repetitions: int) -> dict[str, Sample]:
+    """Time all batches in turns."""
+    times: dict[str, list[float]] = {name: [] for name in batches}
+    for _, name in turns(list(batches), repetitions):
+        times[name].append(batches[name].seconds())
     return {name: Sample(tuple(seconds)) for name, seconds in times.items()}

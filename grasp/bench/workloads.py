@@ -1,4 +1,4 @@
-"""The ops to be timed, at a shape: their inputs, what runs them, and what the exact result is."""
+"""The ops that benchmarks time: operands, backends, plain PyTorch forms, and the check of a result."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from grasp_kernels.shapes import GroupShape
 
 
 class Problem(NamedTuple):
-    """Operands of one call. ``weights`` are the (N, K) matrices of the dense baseline, one per linear."""
+    """Operands of one call."""
 
     x: Tensor  # (M, K)
     groups: list[Factors]
-    weights: list[Tensor]
+    weights: list[Tensor]  # (N, K) of the dense baseline, one per linear
     grad_y: Tensor  # (M, N) for the singular-value gradient, else empty
 
     def tensors(self) -> list[Tensor]:
-        """All of them."""
+        """All operands."""
         return [
             self.x,
             *(tensor for group in self.groups for tensor in (group.U, group.Vh)),
@@ -49,21 +49,21 @@ Run = Callable[[Problem], list[Tensor]]
 
 @dataclass(frozen=True)
 class Op:
-    """One op: what it is compared with, and what it costs."""
+    """One op, the plain PyTorch forms that it is compared with, and its cost."""
 
-    kind: str  # of tolerance
-    linears: range  # how many it takes
-    run: Callable[[str, Problem], list[Tensor]]  # by a backend
+    kind: str  # key of the tolerance
+    linears: range  # numbers of linears that the op takes
+    run: Callable[[str, Problem], list[Tensor]]  # of a backend's name and operands
     unfused: Run
     dense: Run
     cost: Callable[[int, GroupShape, int], Sequence[Cost]]  # of rows, shape and bytes per element
-    alone: int = 1  # how often a single linear is repeated
-    one_width: bool = False  # its linears share N
+    repeat: int = 1  # times that a single linear is repeated to make a group
+    one_width: bool = False  # all linears must have the same N
 
     def fit(self, shape: GroupShape) -> GroupShape | None:
-        """``shape``, a single linear repeated as often as the op needs; ``None`` where the op has no such shape."""
+        """``shape``, with a single linear repeated ``repeat`` times; ``None`` if the op does not take it."""
         if len(shape) == 1:
-            return shape * self.alone
+            return shape * self.repeat
         if self.one_width and len({linear.N for linear in shape}) > 1:
             return None
         return shape if len(shape) in self.linears else None
@@ -75,14 +75,14 @@ def _twice(problem: Problem, group: int = 0) -> Tensor:
 
 
 def _unfused_grad(problem: Problem) -> list[Tensor]:
-    """Two matmuls, a product and a sum, with both (M, R) operands in memory."""
+    """Two matmuls, a product and a sum; both (M, R) operands are written to memory."""
     U, _, Vh, _ = problem.groups[0]
     products = (problem.grad_y @ U).to(_wide(problem.x)) * (problem.x @ Vh.mT)
     return [products.sum(0)]
 
 
 def _dense_grad(problem: Problem) -> list[Tensor]:
-    """The diagonal of ``U.mT @ G @ Vh.mT``, by way of the weight's gradient G."""
+    """The diagonal of ``U.mT @ G @ Vh.mT``, computed from the weight's gradient G."""
     U, _, Vh, _ = problem.groups[0]
     gradient = problem.grad_y.mT @ problem.x
     return [((U.mT @ gradient).to(_wide(problem.x)) * Vh).sum(1)]
@@ -110,7 +110,7 @@ OPS: dict[str, Op] = {
         cost=lambda M, shape, size: roofline.lowrank_linear_grouped(
             M, shape[0].K, [(linear.N, linear.R) for linear in shape], itemsize=size
         ),
-        alone=3,  # q, k and v
+        repeat=3,  # q, k and v
     ),
     "lowrank_glu": Op(
         "linear",
@@ -121,7 +121,7 @@ OPS: dict[str, Op] = {
         cost=lambda M, shape, size: roofline.lowrank_glu(
             M, shape[0].N, shape[0].K, shape[0].R, shape[1].R, itemsize=size
         ),
-        alone=2,
+        repeat=2,
         one_width=True,
     ),
     "singular_value_grad": Op(
@@ -138,7 +138,7 @@ OPS: dict[str, Op] = {
 
 
 def make_problem(op: str, shape: GroupShape, rows: int, dtype: torch.dtype, device: torch.device) -> Problem:
-    """Gaussian operands under which outputs have about unit variance; never zeros, which processors multiply faster."""
+    """Gaussian operands that give outputs of about unit variance; not zeros, which processors multiply faster."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
@@ -153,9 +153,9 @@ def make_problem(op: str, shape: GroupShape, rows: int, dtype: torch.dtype, devi
 
 
 def rotations(op: str, problem: Problem, rotate_bytes: int) -> dict[str, Rotation[Problem]]:
-    """Copies of what ``"dense"`` and ``"low-rank"`` providers read, of ``rotate_bytes`` in all each, but at least one.
+    """Copies of the operands of ``"dense"`` and of ``"low-rank"`` providers, ``rotate_bytes`` each, at least one copy.
 
-    The input of a linear is in every copy the same tensor: in a model the layer before has just written it.
+    All copies share the input of a linear: in a model the layer before has just written it.
     """
     if op == "singular_value_grad":
         shared = Rotation(_copies(problem, rotate_bytes))
@@ -175,7 +175,7 @@ def _copies(problem: Problem, rotate_bytes: int) -> list[Problem]:
 
 
 def backends(op: str, shape: GroupShape, problem: Problem) -> tuple[dict[str, Run], dict[str, str]]:
-    """The backends that run this call, and the reasons of those that do not."""
+    """The backends that run this call; the others with their reasons."""
     runs: dict[str, Run] = {}
     reasons: dict[str, str] = {}
     call = Call(op, problem.x.device, problem.x.dtype, problem.x.shape[0], max(linear.R for linear in shape))
@@ -189,10 +189,10 @@ def backends(op: str, shape: GroupShape, problem: Problem) -> tuple[dict[str, Ru
 
 
 def compiled(op: str, problem: Problem) -> Run:
-    """The unfused form as ``torch.compile`` makes it; what it compiles is flat, so that few guards are asked per call.
+    """The unfused form compiled by ``torch.compile``, with flat arguments, so that a call checks few guards.
 
     Raises:
-        RuntimeError: if it cannot be compiled here: there is no C++ compiler, say.
+        RuntimeError: if it cannot be compiled here, for example because there is no C++ compiler.
     """
     unfused = OPS[op].unfused
 
@@ -200,7 +200,7 @@ def compiled(op: str, problem: Problem) -> Run:
         groups = [Factors(U, None, Vh, None) for U, Vh in zip(factors[::2], factors[1::2], strict=True)]
         return unfused(Problem(x, groups, [], grad_y))
 
-    torch._dynamo.reset()  # or the shapes before would count against its limit of recompilations
+    torch._dynamo.reset()  # earlier shapes would count towards the limit of recompilations
     mode = "max-autotune-no-cudagraphs" if problem.x.is_cuda else None
     function = torch.compile(flat, fullgraph=True, dynamic=False, mode=mode)
 
@@ -215,9 +215,14 @@ def compiled(op: str, problem: Problem) -> Run:
 
 @torch.inference_mode()
 def wrong(op: str, problem: Problem, run: Run, *, own: bool = True) -> str | None:
-    """What is wrong with a provider's result at this very shape, by the rule of the tests, or ``None``.
+    """The error of a provider's result at this shape by the tolerance rule of the tests, or ``None``.
 
-    Of the package's ``own`` gradients the rule expects what PyTorch reaches in fp32; others may round as PyTorch does.
+    Args:
+        op: key of ``OPS``.
+        problem: the operands.
+        run: the provider.
+        own: whether the provider belongs to the package. Its gradients must be as accurate as PyTorch's in fp32; those
+            of other providers as accurate as PyTorch's in the dtype of the operands.
     """
     unfused, kind, dtype = OPS[op].unfused, OPS[op].kind, problem.x.dtype
     slim = problem._replace(weights=[])

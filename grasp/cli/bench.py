@@ -74,7 +74,7 @@ def ops(
     from grasp.cli import bench_tables as tables
     from grasp.cli import console
 
-    request = ops.Request(
+    request = ops.OpsRequest(
         ops=op or (),
         shapes=shape or (),
         model=model,

@@ -17,9 +17,6 @@ class Clock:
         self.calls = 2
         self._name, self._times, self._order = name, itertools.cycle(times), order
 
-    def run(self) -> None:
-        self.seconds()
-
     def seconds(self) -> float:
         self._order.append(self._name)
         return next(self._times)

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from grasp.bench.shapes import WELL_KNOWN, model_calls
+from grasp.bench.shapes import (
+    DOWN,
+    GATE_UP,
+    GROUPED_QUERY_QKV,
+    QKV,
+    SMALL_MLP,
+    WELL_KNOWN,
+    WIDE_MLP,
+    model_calls,
+)
 from grasp.builtin import BUILTIN
 from grasp.errors import ModelNotFoundError
 from grasp_kernels.shapes import format_shape
@@ -26,6 +35,18 @@ def test_a_well_known_model_gives_the_calls_of_its_layer() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama-2-7b", {QKV, GATE_UP, DOWN}),
+        ("llama-3.1-8b", {GROUPED_QUERY_QKV, WIDE_MLP}),
+        ("smollm2-135m", {SMALL_MLP}),
+    ],
+)
+def test_the_named_shapes_are_of_well_known_models(name: str, expected: set[str]) -> None:
+    assert expected <= {shape for _, shape in calls(name)}
+
+
 def test_the_table_says_of_the_builtin_model_what_its_configuration_says() -> None:
     assert calls("smollm2-135m", 0.3) == calls(BUILTIN, 0.3)
 
@@ -45,7 +66,7 @@ def test_other_families_have_what_their_layers_have(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_there_is_answered_with_those_that_are_known() -> None:
-    with pytest.raises(ModelNotFoundError, match=r"Or take the shapes of llama-2-7b, .*gemma-3-270m"):
+    with pytest.raises(ModelNotFoundError, match=r"llama-2-7b, .*gemma-3-270m"):
         model_calls("./absent", 0.1)
 
 

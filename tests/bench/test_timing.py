@@ -22,9 +22,6 @@ class Clock:
     def __init__(self, name: str, times: list[float], order: list[str]) -> None:
         self._name, self._times, self._order = name, iter(times), order
 
-    def run(self) -> None:
-        """Nothing is to be waited for."""
-
     def seconds(self) -> float:
         """The next of the given times."""
         self._order.append(self._name)
@@ -43,7 +40,7 @@ def test_providers_of_one_rotation_never_meet_on_the_operands_just_read() -> Non
     batches = [CpuBatch(seen.append, rotation, calls=10) for _ in range(2)]
     seen.clear()
     for each in batches:
-        each.run()
+        each.seconds()
     assert len(seen) == len(set(seen)) == 20
 
 
@@ -67,7 +64,7 @@ def test_a_cuda_batch_replays_all_its_calls() -> None:
     timed = batch(torch.device("cuda"), total.add_, Rotation([torch.ones(1, device="cuda")]), calls=25)
     torch.cuda.synchronize()
     total.zero_()
-    timed.run()
+    timed.seconds()
     assert isinstance(timed, CudaBatch)
     assert total.item() == 25
     assert timed.seconds() > 0

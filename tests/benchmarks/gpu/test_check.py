@@ -17,12 +17,21 @@ pytest.importorskip("triton")
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.gpu import cases as gpu_cases
-from benchmarks.gpu import check as check_module
-from benchmarks.gpu.cases import Case, Provider, complaint, make_operands, providers
+from benchmarks.gpu import check as gpu_check
+from benchmarks.gpu import check_cases
 from benchmarks.gpu.check import Plan, check, full_plan, run_tests
+from benchmarks.gpu.check_cases import Case, Provider, complaint, make_operands, providers
+from benchmarks.gpu.check_report import (
+    NotMeasured,
+    PytestRun,
+    Report,
+    Result,
+    chosen,
+    dense_wins,
+    print_summary,
+    targets,
+)
 from benchmarks.gpu.launch_costs import LaunchCosts, _read, measure_launches
-from benchmarks.gpu.report import NotMeasured, PytestRun, Report, Result, chosen, dense_wins, print_summary, targets
 from grasp.bench import timing
 from grasp.bench.workloads import OPS, Problem
 from grasp_kernels.shapes import parse_shape
@@ -55,9 +64,7 @@ def report() -> Report:
     patch = pytest.MonkeyPatch()
     patch.setattr(timing, "WARM_UP", 0.0)
     patch.setattr(timing, "CPU_BATCH", 0.0)
-    patch.setattr(
-        check_module, "measure_card", lambda *_: check_module.roofline.measured("tiny", flops=1e12, bandwidth=1e9)
-    )
+    patch.setattr(gpu_check, "measure_card", lambda *_: gpu_check.roofline.measured("tiny", flops=1e12, bandwidth=1e9))
     try:
         return check(PLAN, DEVICE, SILENT)
     finally:
@@ -102,9 +109,7 @@ def test_a_report_is_json(report: Report, tmp_path: Path) -> None:
 
 def test_nothing_new_is_begun_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "WARM_UP", 0.0)
-    monkeypatch.setattr(
-        check_module, "measure_card", lambda *_: check_module.roofline.measured("tiny", flops=1, bandwidth=1)
-    )
+    monkeypatch.setattr(gpu_check, "measure_card", lambda *_: gpu_check.roofline.measured("tiny", flops=1, bandwidth=1))
     late = check(replace(PLAN, seconds=0.0, compiled=[LAYER]), DEVICE, SILENT)
     assert late.results == []
     assert [(line.case, line.provider) for line in late.not_measured] == [
@@ -128,9 +133,9 @@ def test_a_wrong_provider_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "WARM_UP", 0.0)
     found, _ = providers(tiny("lowrank_linear"), DEVICE)
     broken = {"triton": Provider(lambda _: wrong_run), "unfused": found["unfused"]}
-    monkeypatch.setattr(check_module, "providers", lambda *_: (broken, {}))
-    card = check_module.roofline.measured("tiny", flops=1, bandwidth=1)
-    lines = list(check_module.measure(tiny("lowrank_linear"), DEVICE, card, PLAN, with_compiled=False))
+    monkeypatch.setattr(gpu_check, "providers", lambda *_: (broken, {}))
+    card = gpu_check.roofline.measured("tiny", flops=1, bandwidth=1)
+    lines = list(gpu_check.measure(tiny("lowrank_linear"), DEVICE, card, PLAN, with_compiled=False))
     assert [line.provider for line in lines if isinstance(line, Result)] == ["unfused"]
     (left,) = [line for line in lines if isinstance(line, NotMeasured)]
     assert (left.provider, left.wrong) == ("triton", True)
@@ -269,7 +274,7 @@ def test_the_full_plan_has_all_rows_of_the_targets() -> None:
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     app = typer.Typer()
-    app.command()(check_module.main)
+    app.command()(gpu_check.main)
     done = CliRunner().invoke(app, [])
     assert done.exit_code == 2
     assert "no CUDA GPU" in done.output
@@ -280,7 +285,7 @@ def test_the_stacked_form_is_two_launches_per_group_of_equals(monkeypatch: pytes
     (problem, _), *_ = make_operands(case, DEVICE, 0).low_rank
     calls: list[str] = []
     for name in ("linear", "bmm"):
-        owner = gpu_cases.F if name == "linear" else torch
+        owner = check_cases.F if name == "linear" else torch
         function = getattr(owner, name)
 
         def counted(*arguments: Any, name: str = name, function: Any = function) -> Any:
@@ -288,5 +293,5 @@ def test_the_stacked_form_is_two_launches_per_group_of_equals(monkeypatch: pytes
             return function(*arguments)
 
         monkeypatch.setattr(owner, name, counted)
-    gpu_cases._stacked("lowrank_linear_grouped")(problem)
+    check_cases._stacked("lowrank_linear_grouped")(problem)
     assert calls == ["linear", "bmm"]
