@@ -1,8 +1,8 @@
-"""Whether the gate works on this machine: it must catch a kernel that takes 30 % longer, and pass what is unchanged.
+"""Test the gate on this machine: it must catch a kernel that takes 30 % longer, and pass unchanged kernels.
 
-``python -m benchmarks.gate.selftest`` records a baseline, then runs the benchmarks in new processes, in turns as they
-are and with one op slowed down, and counts how often the gate's verdict is right: all is well, or that op and no other.
-On the CPU, also where there is a GPU: what is planted keeps the host busy.
+``python -m benchmarks.gate.selftest`` records a baseline. Then it runs the benchmarks in new processes, in turns
+unchanged and with one op slowed down, and counts the runs in which the gate names exactly the slowed op. It uses the
+CPU even if there is a GPU, because the planted slowdown keeps the host busy.
 """
 
 from __future__ import annotations
@@ -19,36 +19,37 @@ from typing import Annotated
 import typer
 
 from grasp.bench.plugin import UNUSABLE
+from grasp.bench.workloads import ATTENTION, SMALL_MLP
 from grasp_kernels.dispatch import explain
 
 ROOT = Path(__file__).resolve().parents[2]
-# What is timed: op → rows, dtype, shape. Small and large, fp32 and bf16.
+# Rows, dtype and shape by op: small and large, fp32 and bf16.
 SELECTION = {
-    "lowrank_linear": (1, "bfloat16", "4096x4096r204"),
-    "lowrank_linear_grouped": (16, "float32", "576x1536r41"),
-    "lowrank_glu": (1, "float32", "576x1536r41"),
-    "singular_value_grad": (16, "float32", "576x1536r41"),
+    "lowrank_linear": (1, "bfloat16", ATTENTION),
+    "lowrank_linear_grouped": (16, "float32", SMALL_MLP),
+    "lowrank_glu": (1, "float32", SMALL_MLP),
+    "singular_value_grad": (16, "float32", SMALL_MLP),
 }
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of the benchmarks and what the gate said."""
+    """One run of the benchmarks and the gate's verdict."""
 
     slow_op: str | None
     code: int
-    regressions: Sequence[str]  # the ops that it named
+    regressions: Sequence[str]  # ops in the gate's lines
     output: str
 
     @property
     def right(self) -> bool:
-        """Whether it named what was slowed down and nothing else, in its exit code as well."""
+        """Whether lines and exit code name the slowed op and no other."""
         expected = [] if self.slow_op is None else [self.slow_op]
         return self.code == len(expected) and list(self.regressions) == expected
 
 
 def test_ids() -> list[str]:
-    """The selection, each op by the backend that a CPU would choose."""
+    """Test ids of the selection, each op on the backend that a CPU would choose."""
     ids = []
     for op, (rows, dtype, shape) in SELECTION.items():
         backend = next(name for name, answer in explain(op, rows=rows, rank=1).items() if answer == "chosen")
@@ -67,7 +68,7 @@ def run_benchmarks(mode: str, storage: Path, slow_op: str | None = None) -> Tria
 
 
 def main(trials: Annotated[int, typer.Option(min=1, help="Of each kind.")] = 10) -> None:
-    """Plant slowdowns and count what the gate catches and passes."""
+    """Plant slowdowns; count how many the gate catches, and how many unchanged runs it passes."""
     ops, start = list(SELECTION), time.monotonic()
     results: list[Trial] = []
     with tempfile.TemporaryDirectory() as folder:

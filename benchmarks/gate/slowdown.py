@@ -1,4 +1,4 @@
-"""A pytest plugin that slows one op of the benchmarks down, for the test of the gate (``benchmarks.gate.selftest``)."""
+"""A pytest plugin that slows one op of the benchmarks down, for ``benchmarks.gate.selftest``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from grasp.bench.workloads import OPS, Problem
 
-SLOWDOWN = 0.3  # of the time that the op itself has just taken
+SLOWDOWN = 0.3  # fraction of the op's own time
 
 
 def slowed(run: Callable[[str, Problem], list[Tensor]]) -> Callable[[str, Problem], list[Tensor]]:
-    """``run``, which then keeps its thread busy for ``SLOWDOWN`` of the time it took."""
+    """``run``, followed by a busy loop that takes ``SLOWDOWN`` of its time."""
 
     def busy(backend: str, problem: Problem) -> list[Tensor]:
         start = time.perf_counter()
@@ -31,10 +31,10 @@ def slowed(run: Callable[[str, Problem], list[Tensor]]) -> Callable[[str, Proble
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option."""
-    parser.addoption("--slow-op", choices=tuple(OPS), required=True, help="The op that becomes slower.")
+    parser.addoption("--slow-op", choices=tuple(OPS), required=True, help="The op to slow down.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Put the slow one in its place."""
+    """Replace the op by its slow form."""
     name = config.option.slow_op
     OPS[name] = replace(OPS[name], run=slowed(OPS[name].run))

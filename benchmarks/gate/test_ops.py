@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from grasp.bench.plugin import Gate
-from grasp.bench.shapes import ATTENTION, SMALL_MLP
-from grasp.bench.workloads import OPS, Problem, backends, make_problem, rotations, wrong
+from grasp.bench.workloads import ATTENTION, OPS, SMALL_MLP, Problem, backends, make_problem, rotations, wrong
 from grasp_kernels.dispatch import BACKENDS
 from grasp_kernels.shapes import format_shape, parse_shape
 

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu.aot_cases import CARDS, LAUNCH_DEPENDENTS, TENSOR_CORES, WAIT, Case, cases, complaints
+from benchmarks.gpu.aot_cases import CARDS, LAUNCH_DEPENDENTS, TENSOR_CORES, WAIT, AotCase, cases, complaints
 from benchmarks.gpu.sass import ARCHITECTURES, Binary, compile_source, specialize
 from grasp_kernels.triton.launch import Launch
 
@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "aot.json"
 
 
 @dataclass(frozen=True)
-class Row:
+class BinaryRow:
     """One binary."""
 
     kernel: str
@@ -33,7 +33,7 @@ class Row:
     architecture: int  # compute capability times 10
     registers: int  # per thread
     shared: int  # bytes per program
-    stack: int  # bytes per thread; not 0 means spills
+    stack: int  # bytes per thread; registers were spilled if not 0
     instructions: int
     tensor_core: dict[str, int]  # instructions by mnemonic
     loads: dict[str, int]  # global loads by bytes per thread
@@ -41,8 +41,8 @@ class Row:
     complaints: list[str]
 
 
-def compile_case(case: Case, architectures: Sequence[int], seen: set[str]) -> list[Row]:
-    """Compile a case's launches; binaries that ``seen`` already has, from another case, are left out."""
+def compile_case(case: AotCase, architectures: Sequence[int], seen: set[str]) -> list[BinaryRow]:
+    """Compile a case's launches, without the binaries of earlier cases, which are in ``seen``."""
     rows = []
     for architecture in architectures:
         for launch in case.launches(CARDS[architecture]):
@@ -53,8 +53,8 @@ def compile_case(case: Case, architectures: Sequence[int], seen: set[str]) -> li
     return rows
 
 
-def _row(case: Case, launch: Launch, binary: Binary) -> Row:
-    return Row(
+def _row(case: AotCase, launch: Launch, binary: Binary) -> BinaryRow:
+    return BinaryRow(
         kernel=launch.kernel.__name__,
         case=case.name,
         architecture=binary.architecture,
@@ -69,8 +69,8 @@ def _row(case: Case, launch: Launch, binary: Binary) -> Row:
     )
 
 
-def print_table(rows: Sequence[Row], console: Console) -> None:
-    """One line per binary, complaints last."""
+def print_table(rows: Sequence[BinaryRow], console: Console) -> None:
+    """Print one line per binary."""
     table = Table("kernel", "case", "sm", "registers", "shared", "instructions", "tensor core", "loads", "complaints")
     for row in rows:
         tensor_core = ", ".join(f"{count} {name}" for name, count in row.tensor_core.items())
@@ -81,16 +81,18 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
 
 
 def main(
-    representative: Annotated[bool, typer.Option(help="One configuration per kernel instead of all.")] = False,
-    architecture: Annotated[list[int] | None, typer.Option(help="Compute capability times 10.")] = None,
-    only: Annotated[str, typer.Option(help="Cases whose name contains this.")] = "",
+    representative: Annotated[bool, typer.Option(help="Compile one configuration per kernel instead of all.")] = False,
+    architecture: Annotated[
+        list[int] | None, typer.Option(help="Compute capability times 10, such as 90. Default: all.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Compile only cases whose name contains this text.")] = "",
     output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS,
 ) -> None:
     """Compile the Triton kernels ahead of time and check their binaries."""
     if triton.knobs.runtime.interpret:
-        raise typer.BadParameter("TRITON_INTERPRET is set, so that nothing compiles; unset it")
+        raise typer.BadParameter("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
     console = Console(width=200)
-    rows: list[Row] = []
+    rows: list[BinaryRow] = []
     seen: set[str] = set()
     for case in cases():
         if only in case.name and (case.representative or not representative):
@@ -98,7 +100,7 @@ def main(
     output.write_text(json.dumps({"triton": triton.__version__, "rows": [asdict(row) for row in rows]}, indent=1))
     print_table(rows, console)
     wrong = sum(bool(row.complaints) for row in rows)
-    console.print(f"{len(rows)} binaries, {wrong} not as they should be; written to {output}")
+    console.print(f"{len(rows)} binaries, {wrong} with complaints; written to {output}")
     raise typer.Exit(code=1 if wrong else 0)
 
 

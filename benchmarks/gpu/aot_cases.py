@@ -1,4 +1,4 @@
-"""Which launches are compiled ahead of time, and what their binaries must and must not have."""
+"""Launches that are compiled ahead of time, and the checks of their binaries."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ SPIN, INVALIDATE = "LDG.E.STRONG.GPU", "CCTL.IVALL"  # together: ld.acquire.gpu 
 
 
 @dataclass(frozen=True)
-class Case:
-    """A call whose launches are compiled; ``representative`` ones are in the test suite, all are in ``make aot``."""
+class AotCase:
+    """A call whose launches are compiled: by ``make aot``, and by the test suite if ``representative``."""
 
     name: str
     launches: Callable[[Gpu], Sequence[Launch]]
     representative: bool = False
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[AotCase]:
     """All configurations."""
     yield from _singular_value_grad_cases()
     yield from _lowrank_linear_cases("pair", (1, 2, 4, 16, 64, 256))
@@ -45,38 +45,38 @@ def cases() -> Iterator[Case]:
 
 
 def complaints(launch: Launch, binary: Binary) -> list[str]:
-    """What a binary has that it must not, or lacks."""
+    """Everything wrong with a binary."""
     arguments, architecture = launch.arguments, binary.architecture
-    found = []
+    errors = []
     if spilled := binary.stack + binary.local + binary.count("LDL") + binary.count("STL"):
-        found.append(f"spills registers ({spilled} bytes and instructions)")
+        errors.append(f"spills registers ({spilled} bytes and instructions)")
     if binary.shared > SHARED_LIMITS[architecture]:
-        found.append(f"{binary.shared} bytes of shared memory, the card has {SHARED_LIMITS[architecture]}")
+        errors.append(f"{binary.shared} bytes of shared memory, the card has {SHARED_LIMITS[architecture]}")
     loads = binary.loads()
     if _reads_factors(launch) and not loads[16]:
-        found.append("no 16-byte loads of the factors")
+        errors.append("no 16-byte loads of the factors")
     if loads[2] and not arguments.get("BIASES"):
-        found.append(f"{loads[2]} loads of 2 bytes")
+        errors.append(f"{loads[2]} loads of 2 bytes")
     if _has_dot(launch) and not any(map(binary.count, TENSOR_CORES)):
-        found.append("a 16-bit dot without tensor cores")
+        errors.append("a 16-bit dot without tensor cores")
     if launch.kernel.__name__ == "_singular_value_grad_kernel" and _has_dot(launch):
-        found += ["no HGMMA"] if architecture == 90 and not binary.count("HGMMA") else []
+        errors += ["no HGMMA"] if architecture == 90 and not binary.count("HGMMA") else []
     dependent = bool(arguments.get("DEPENDENT"))
     if dependent != bool(binary.count(WAIT) + binary.count(LAUNCH_DEPENDENTS)):
-        found.append("programmatic dependent launch " + ("is missing" if dependent else "where there is none"))
+        errors.append("programmatic dependent launch " + ("is missing" if dependent else "where there is none"))
     if launch.options.get("launch_cooperative_grid"):
-        found += barrier_complaints(binary)
-    return found
+        errors += barrier_complaints(binary)
+    return errors
 
 
 def barrier_complaints(binary: Binary) -> list[str]:
-    """Whether the grid's barrier is in order: arrive (an atomic), then fetch U, then spin (acquiring loads)."""
+    """Errors in the grid's barrier, which must arrive (an atomic), fetch U, then spin (acquiring loads)."""
     memory = [name for name in binary.instructions if name.startswith(("LDG", "ATOM", INVALIDATE))]
-    # An acquiring load is one after which the first-level cache is given up.
+    # An acquiring load is followed by an invalidation of the first-level cache.
     spins = [place for place, pair in enumerate(pairwise(memory)) if pair[0] == SPIN and pair[1].startswith(INVALIDATE)]
     arrivals = [place for place, name in enumerate(memory) if name.startswith("ATOM") and spins and place < spins[0]]
     if not arrivals:
-        return [f"expected a barrier, an atomic and then an acquiring {SPIN}; found none"]
+        return [f"expected a barrier (an atomic, then an acquiring {SPIN}), found none"]
     between = memory[arrivals[-1] : spins[0]]
     return [] if any(".EF" in name for name in between) else ["U is not fetched between arrival and wait"]
 
@@ -86,7 +86,7 @@ def _reads_factors(launch: Launch) -> bool:
 
 
 def _has_dot(launch: Launch) -> bool:
-    """Whether the launch multiplies 16-bit matrices; tiles of one or two rows are scalar arithmetic."""
+    """Whether the launch multiplies 16-bit matrices on tensor cores; tiles of one or two rows use scalar arithmetic."""
     arguments = launch.arguments
     tensor = next(value for value in _flat(arguments.values()) if isinstance(value, Tensor) and value.dim() == 2)
     return _reads_factors(launch) and arguments.get("BLOCK_M", 16) >= 16 and tensor.dtype != FP32
@@ -109,7 +109,7 @@ def _factors(N: int, K: int, R: int, dtype: torch.dtype, *, scaled: bool = False
 # --- singular_value_grad ----------------------------------------------------------------------------------------------
 
 
-def _singular_value_grad_cases() -> Iterator[Case]:
+def _singular_value_grad_cases() -> Iterator[AotCase]:
     large, small, full = singular_value_grad.LARGE, singular_value_grad.SMALL, singular_value_grad.FULL_PRECISION
     yield _grad_case("samples, token squares, mask", large, representative=True)
     yield _grad_case("samples, token squares, mask, small tile", small)
@@ -128,11 +128,11 @@ def _grad_case(
     R: int = 512,
     column_major: bool = False,
     representative: bool = False,
-) -> Case:
+) -> AotCase:
     def launches(_: Gpu) -> Sequence[Launch]:
         return _grad_launches(tile, dtype, plain, R, column_major)
 
-    return Case(f"singular_value_grad, {name}", launches, representative)
+    return AotCase(f"singular_value_grad, {name}", launches, representative)
 
 
 def _grad_launches(
@@ -156,7 +156,7 @@ SHAPES = ((4096, 4096, 208), (11008, 4096, 304), (1024, 4096, 96), (4096, 14336,
 QKV = ((4096, 208), (1024, 96), (1024, 96))  # N, R
 
 
-def _lowrank_linear_cases(path: str, rows: Sequence[int]) -> Iterator[Case]:
+def _lowrank_linear_cases(path: str, rows: Sequence[int]) -> Iterator[AotCase]:
     for M in rows:
         for N, K, R in SHAPES:
             first = (16, *SHAPES[0]) == (M, N, K, R)
@@ -168,7 +168,7 @@ def _lowrank_linear_cases(path: str, rows: Sequence[int]) -> Iterator[Case]:
             yield _linear_case(f"{path}, {M} rows, {_short(dtype)}, s and bias", path, M, group)
 
 
-def _linear_case(name: str, path: str, M: int, factors: Sequence[Factors], representative: bool = False) -> Case:
+def _linear_case(name: str, path: str, M: int, factors: Sequence[Factors], representative: bool = False) -> AotCase:
     def launches(gpu: Gpu) -> Sequence[Launch]:
         x = _empty(M, factors[0].Vh.shape[1], dtype=factors[0].U.dtype)
         key = lowrank_linear.launch_key(x, factors)
@@ -176,13 +176,13 @@ def _linear_case(name: str, path: str, M: int, factors: Sequence[Factors], repre
         outputs = [_empty(M, group.U.shape[0], dtype=x.dtype) for group in factors]
         return lowrank_linear.plan(x, factors, outputs, config, gpu) if serves(config, key) else []
 
-    return Case(f"lowrank_linear, {name}", launches, representative)
+    return AotCase(f"lowrank_linear, {name}", launches, representative)
 
 
 # --- lowrank_glu ------------------------------------------------------------------------------------------------------
 
 
-def _lowrank_glu_cases() -> Iterator[Case]:
+def _lowrank_glu_cases() -> Iterator[AotCase]:
     for M in (1, 2, 16, 64, 2048):
         for activation in ("silu", "gelu", "gelu_tanh", "relu") if M in (1, 16) else ("silu",):
             yield _glu_case(M, activation, BF16, representative=(M, activation) == (16, "silu"))
@@ -190,7 +190,7 @@ def _lowrank_glu_cases() -> Iterator[Case]:
         yield _glu_case(16, "silu", dtype)
 
 
-def _glu_case(M: int, activation: str, dtype: torch.dtype, *, representative: bool = False) -> Case:
+def _glu_case(M: int, activation: str, dtype: torch.dtype, *, representative: bool = False) -> AotCase:
     def launches(gpu: Gpu) -> Sequence[Launch]:
         N, K, R = SHAPES[1]
         x, output = _empty(M, K, dtype=dtype), _empty(M, N, dtype=dtype)
@@ -201,7 +201,7 @@ def _glu_case(M: int, activation: str, dtype: torch.dtype, *, representative: bo
             return [lowrank_glu.expand_launch(gate, up, hidden, output, activation, config, dependent=False)]
         return lowrank_glu.plan(x, gate, up, activation, output, config, gpu)
 
-    return Case(f"lowrank_glu, {M} rows, {activation}, {_short(dtype)}", launches, representative)
+    return AotCase(f"lowrank_glu, {M} rows, {activation}, {_short(dtype)}", launches, representative)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""What ``gpu.check`` times: ops, a whole layer, and everything that can run them, on operands as a model holds them."""
+"""The cases of ``benchmarks.gpu.check``: ops and a whole layer, their operands, and all providers that can run them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,10 @@ from grasp_kernels.shapes import GroupShape, format_shape
 from grasp_kernels.triton import lowrank_glu, lowrank_linear
 from grasp_kernels.triton.launch import gpu_of
 
-LINEAR_OPS = ("lowrank_linear", "lowrank_linear_grouped")
-
 
 @dataclass(frozen=True)
-class Case:
-    """Some calls that follow one another, each an op on an input of its own, at one number of rows."""
+class GpuCase:
+    """Calls made one after the other, each an op on its own input, at one number of rows."""
 
     name: str
     parts: tuple[tuple[str, GroupShape], ...]  # op and shape of each call
@@ -36,46 +34,46 @@ class Case:
 
     @property
     def label(self) -> str:
-        """Shapes as they are typed, one call after the other."""
+        """Shapes of all calls, as text."""
         return " ".join(format_shape(shape) for _, shape in self.parts)
 
     def costs(self) -> list[Cost]:
-        """What the fused ops must move and compute."""
+        """Bytes and FLOPs of the fused ops."""
         size = self.dtype.itemsize
         return [cost for op, shape in self.parts for cost in OPS[op].cost(self.rows, shape, size)]
 
     def dense_costs(self) -> list[Cost]:
-        """What the dense linears must."""
+        """Bytes and FLOPs of the dense linears."""
         size, linears = self.dtype.itemsize, [linear for _, shape in self.parts for linear in shape]
         return [cost for K, N, _ in linears for cost in roofline.dense_linear(self.rows, N, K, itemsize=size)]
 
 
-class Provider(NamedTuple):
-    """Something that runs a case's calls; ``run`` is asked for one op."""
+class CaseProvider(NamedTuple):
+    """One implementation of a case's calls."""
 
-    run: Callable[[str], Run]
-    reads: str = "low-rank"  # or "dense": which operands
-    own: bool = True  # the package's, so held to the tests' tolerance; PyTorch's forms may round as they do
+    run: Callable[[str], Run]  # of an op's name
+    reads: str = "low-rank"  # operands: "low-rank" or "dense"
+    own: bool = True  # belongs to the package, so its results must be within the tests' tolerance
 
-    def calls(self, case: Case) -> Callable[[Sequence[Problem]], list[Tensor]]:
-        """The case's calls, all of them, on one problem for each."""
+    def calls(self, case: GpuCase) -> Callable[[Sequence[Problem]], list[Tensor]]:
+        """All calls of the case, on one problem each."""
         runs = [self.run(op) for op, _ in case.parts]
         return lambda problems: [y for run, problem in zip(runs, problems, strict=True) for y in run(problem)]
 
 
 class Operands(NamedTuple):
-    """What a case's providers read: for each call of each rotation its problem."""
+    """Operands of a case's providers: in each copy, one problem per call."""
 
     low_rank: list[list[Problem]]
     dense: list[list[Problem]]
 
     def rotation(self, reads: str) -> Rotation[list[Problem]]:
-        """A rotation of its own for a provider."""
+        """A new rotation for one provider."""
         return Rotation(self.dense if reads == "dense" else self.low_rank)
 
 
-def make_operands(case: Case, device: torch.device, rotate_bytes: int) -> Operands:
-    """Random operands, packed, in as many copies as make up ``rotate_bytes``: none is read from a cache."""
+def make_operands(case: GpuCase, device: torch.device, rotate_bytes: int) -> Operands:
+    """Random operands, packed, in as many copies as fill ``rotate_bytes``, so that no call reads them from a cache."""
     first = [make_problem(op, shape, case.rows, case.dtype, device) for op, shape in case.parts]
     factors = sum(tensor.nbytes for problem in first for group in problem.groups for tensor in (group.U, group.Vh))
     weights = sum(weight.nbytes for problem in first for weight in problem.weights)
@@ -90,7 +88,7 @@ def make_operands(case: Case, device: torch.device, rotate_bytes: int) -> Operan
 
 
 def _packed(problem: Problem) -> Problem:
-    """Copies of the factors as a model holds them; equal U lie one behind the other, for the stacked form."""
+    """Factors packed as in a model; equal U are slices of one tensor, which the stacked form needs."""
     groups = pack_factors(problem.groups)
     if len({group.U.shape for group in groups}) == 1:
         Us = torch.stack([group.U for group in groups])
@@ -98,39 +96,39 @@ def _packed(problem: Problem) -> Problem:
     return problem._replace(groups=groups)
 
 
-def providers(case: Case, device: torch.device) -> tuple[dict[str, Provider], dict[str, str]]:
-    """All that can run a case, and why the rest cannot: backends, paths of the Triton kernels, PyTorch's own forms."""
-    found, reasons = _backends(case, device)
-    found |= {f"triton {path}": Provider(partial(_on_path, path)) for path in _paths(case, device)}
-    found["unfused"] = Provider(lambda op: OPS[op].unfused, own=False)
+def providers(case: GpuCase, device: torch.device) -> tuple[dict[str, CaseProvider], dict[str, str]]:
+    """Backends, paths of the Triton kernels and PyTorch forms that can run a case; the other backends with reasons."""
+    able, reasons = _backends(case, device)
+    able |= {f"triton {path}": CaseProvider(partial(_on_path, path)) for path in _paths(case, device)}
+    able["unfused"] = CaseProvider(lambda op: OPS[op].unfused, own=False)
     if any(len(shape) > 1 and len(set(shape)) == 1 for _, shape in case.parts):
-        found["stacked"] = Provider(_stacked, own=False)
-    found["dense"] = Provider(lambda op: OPS[op].dense, "dense", own=False)
-    return found, reasons
+        able["stacked"] = CaseProvider(_stacked, own=False)
+    able["dense"] = CaseProvider(lambda op: OPS[op].dense, "dense", own=False)
+    return able, reasons
 
 
-def compiled(case: Case) -> Provider:
-    """The unfused form as ``torch.compile`` makes it, with everything it can try."""
+def compiled(case: GpuCase) -> CaseProvider:
+    """The unfused form compiled by ``torch.compile`` with its most thorough tuning."""
     torch._dynamo.reset()
 
     def compile_one(op: str) -> Run:
         return torch.compile(OPS[op].unfused, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
 
-    return Provider(compile_one, own=False)
+    return CaseProvider(compile_one, own=False)
 
 
-def complaint(case: Case, provider: Provider, operands: Operands) -> str | None:
-    """What is wrong with a provider's results at this very shape, or ``None``."""
+def complaint(case: GpuCase, provider: CaseProvider, operands: Operands) -> str | None:
+    """The error of a provider's results at this shape, or ``None``."""
     with poisoned():
         for (op, _), problem in zip(case.parts, operands.rotation(provider.reads).copies[0], strict=True):
-            if (found := wrong(op, problem, provider.run(op))) is not None:
-                return f"{op}: {found}"
+            if (error := wrong(op, problem, provider.run(op))) is not None:
+                return f"{op}: {error}"
     return None
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill what ``torch.empty`` returns with NaN: memory may still hold another provider's right result."""
+    """Fill the result of ``torch.empty`` with NaN: that memory may hold the right result of another provider."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -139,8 +137,8 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _backends(case: Case, device: torch.device) -> tuple[dict[str, Provider], dict[str, str]]:
-    """Rows of the dispatch table that run every call; the reference is what ``unfused`` is."""
+def _backends(case: GpuCase, device: torch.device) -> tuple[dict[str, CaseProvider], dict[str, str]]:
+    """Rows of the dispatch table that run every call, without the reference, which equals ``unfused``."""
     probe = Problem(torch.empty(case.rows, 1, dtype=case.dtype, device=device), [], [], torch.empty(0))
     reasons: dict[str, str] = {}
     able: list[set[str]] = []
@@ -150,14 +148,14 @@ def _backends(case: Case, device: torch.device) -> tuple[dict[str, Provider], di
         reasons |= refused
     names = set.intersection(*able) - {"reference"}
 
-    def by_name(name: str) -> Provider:
-        return Provider(lambda op: partial(OPS[op].run, name))
+    def by_name(name: str) -> CaseProvider:
+        return CaseProvider(lambda op: partial(OPS[op].run, name))
 
     return {name: by_name(name) for name in sorted(names)}, reasons
 
 
-def _paths(case: Case, device: torch.device) -> list[str]:
-    """Paths worth forcing: those of the low-rank kernels, but no barrier where programs run one after the other."""
+def _paths(case: GpuCase, device: torch.device) -> list[str]:
+    """Paths to force: all paths of the low-rank kernels; no barrier if programs run one after the other."""
     if any(op == "singular_value_grad" for op, _ in case.parts):
         return []
     if any(op == "lowrank_glu" for op, _ in case.parts) or device.type != "cuda":
@@ -166,7 +164,7 @@ def _paths(case: Case, device: torch.device) -> list[str]:
 
 
 def _on_path(path: str, op: str) -> Run:
-    """Run an op's Triton kernel on a path; where it does not serve the problem, on the one the table chooses."""
+    """Run an op's Triton kernel on a path, or on the chosen path if this one does not serve the call."""
     kernel = "lowrank_glu" if op == "lowrank_glu" else "lowrank_linear"
 
     def run(problem: Problem) -> list[Tensor]:
@@ -183,7 +181,7 @@ def _on_path(path: str, op: str) -> Run:
 
 
 def _stacked(op: str) -> Run:
-    """Plain PyTorch with a group's Vh stacked and, for equal members, one batched expand: two launches per group."""
+    """Plain PyTorch with Vh stacked into one matmul, and a batched matmul for U if all have the same shape."""
 
     def linears(problem: Problem) -> Sequence[Tensor]:
         groups: Any = problem.groups

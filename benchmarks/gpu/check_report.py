@@ -1,4 +1,4 @@
-"""What ``gpu.check`` found: lines of its JSON file, the targets, and how they are printed."""
+"""The report of ``benchmarks.gpu.check``: its JSON file, the targets, the printed summary."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from grasp_kernels.dispatch import BACKENDS
 
 
 @dataclass(frozen=True)
-class Result:
+class ProviderTime:
     """One provider's time in one case."""
 
     case: str
-    shapes: str  # KxNrR of each linear, logical ranks
+    shapes: str  # KxNrR of each linear, ranks before padding
     rows: int
     dtype: str
     provider: str
     median_us: float
     spread: float  # distance between the quartiles, fraction of the median
-    floor_us: float  # at the bandwidth and FLOP/s measured in this run; launches excluded
-    flops_share: float  # of the FLOP/s measured in this run
+    floor_us: float  # least time at the bandwidth and FLOP/s measured in this run, without launches
+    flops_share: float  # fraction of the FLOP/s measured in this run
     speedup_over_unfused: float
     speedup_over_stacked: float | None
     speedup_over_dense: float | None
@@ -34,19 +34,19 @@ class Result:
 
 
 @dataclass(frozen=True)
-class NotMeasured:
-    """What was left out, and why."""
+class LeftOut:
+    """A provider that was not timed, and the reason."""
 
     case: str
     rows: int
     provider: str
     reason: str
-    wrong: bool = False  # it ran, and its result was not right
+    wrong: bool = False  # it ran and its result was wrong
 
 
 @dataclass(frozen=True)
 class PytestRun:
-    """What pytest said."""
+    """The outcome of pytest."""
 
     arguments: Sequence[str]
     passed: bool
@@ -54,8 +54,8 @@ class PytestRun:
 
 
 @dataclass(frozen=True)
-class Target:
-    """A goal, and the worst case measured against it; ``None`` where none was."""
+class SpeedTarget:
+    """A target with its worst measured case; ``None`` if no case was measured."""
 
     name: str
     wanted: float
@@ -64,59 +64,59 @@ class Target:
 
     @property
     def met(self) -> bool | None:
-        """Whether it is reached."""
+        """Whether the target is reached."""
         return None if self.got is None else self.got >= self.wanted
 
 
 @dataclass
 class Report:
-    """All of a run, as it is written."""
+    """All results of a run."""
 
     conditions: Conditions
-    configurations: dict[str, str]  # of the card: how many are measured, or why none is in use
+    configurations: dict[str, str]  # by kernel: number of configurations measured for this GPU, or why none is used
     seconds: float = 0.0
     tests: PytestRun | None = None
     launches: LaunchCosts | None = None
-    results: list[Result] = field(default_factory=list)
-    not_measured: list[NotMeasured] = field(default_factory=list)
-    targets: list[Target] = field(default_factory=list)
+    results: list[ProviderTime] = field(default_factory=list)
+    not_measured: list[LeftOut] = field(default_factory=list)
+    targets: list[SpeedTarget] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """What is written: all of it, and whether each target is met."""
+        """The JSON document."""
         return asdict(self) | {"targets": [asdict(target) | {"met": target.met} for target in self.targets]}
 
     def sound(self) -> bool:
-        """Whether nothing failed: a target that is missed is a finding, not a failure."""
+        """Whether tests passed and no result was wrong; a missed target is not a failure."""
         return (self.tests is None or self.tests.passed) and not any(line.wrong for line in self.not_measured)
 
 
-def chosen(report: Report) -> list[Result]:
-    """For each case the backend that comes first in the dispatch table: what ``"auto"`` runs."""
+def chosen(report: Report) -> list[ProviderTime]:
+    """The result of each case's first backend in the dispatch table, which ``"auto"`` runs."""
     order = [row.name for row in BACKENDS]
-    own = sorted(
-        (each for each in report.results if each.provider in order), key=lambda each: order.index(each.provider)
-    )
-    first: dict[tuple[str, str, int], Result] = {}
-    for result in own:
+    own = [result for result in report.results if result.provider in order]
+    first: dict[tuple[str, str, int], ProviderTime] = {}
+    for result in sorted(own, key=lambda result: order.index(result.provider)):
         first.setdefault((result.case, result.shapes, result.rows), result)
     return list(first.values())
 
 
-def targets(report: Report) -> list[Target]:
-    """What was aimed at on an H100, each with the worst case measured."""
-    own = chosen(report)
-    linear = [result for result in own if result.case == "lowrank_linear"]
-    layer = [result for result in own if result.case == "layer"]
-    long = [result for result in own if result.case == "singular_value_grad" and result.rows >= 2048]
+def targets(report: Report) -> list[SpeedTarget]:
+    """The targets for an H100, each with its worst measured case."""
+    results = chosen(report)
+    linear = [result for result in results if result.case == "lowrank_linear"]
+    layer = [result for result in results if result.case == "layer"]
+    long = [result for result in results if result.case == "singular_value_grad" and result.rows >= 2048]
     full = [result for result in long if result.shapes.endswith("r4096")]
     low = [result for result in long if result not in full]
 
-    def worst(name: str, wanted: float, results: Sequence[Result], value: str = "speedup_over_unfused") -> Target:
-        found = [(number, result) for result in results if (number := getattr(result, value)) is not None]
-        if not found:
-            return Target(name, wanted, None, None)
-        number, result = min(found, key=lambda pair: pair[0])
-        return Target(name, wanted, number, f"{result.shapes}, {result.rows} rows")
+    def worst(
+        name: str, wanted: float, results: Sequence[ProviderTime], value: str = "speedup_over_unfused"
+    ) -> SpeedTarget:
+        numbers = [(number, result) for result in results if (number := getattr(result, value)) is not None]
+        if not numbers:
+            return SpeedTarget(name, wanted, None, None)
+        number, result = min(numbers, key=lambda pair: pair[0])
+        return SpeedTarget(name, wanted, number, f"{result.shapes}, {result.rows} rows")
 
     return [
         worst("one linear, M <= 16, over two matmuls", 1.4, [result for result in linear if result.rows <= 16]),
@@ -128,14 +128,14 @@ def targets(report: Report) -> list[Target]:
     ]
 
 
-def dense_wins(report: Report) -> list[Result]:
-    """Where the package's own choice is slower than the dense linears."""
+def dense_wins(report: Report) -> list[ProviderTime]:
+    """Results of ``chosen`` that are slower than the dense linears."""
     return [
         result for result in chosen(report) if result.speedup_over_dense is not None and result.speedup_over_dense < 1
     ]
 
 
-def print_case(results: Sequence[Result], console: Console) -> None:
+def print_case(results: Sequence[ProviderTime], console: Console) -> None:
     """One line per provider of a case."""
     first = results[0]
     table = Table(title=f"{first.case} {first.shapes}, M = {first.rows}", title_justify="left")
@@ -149,7 +149,7 @@ def print_case(results: Sequence[Result], console: Console) -> None:
 
 
 def print_summary(report: Report, console: Console) -> None:
-    """What failed, what was left out, where dense linears are faster, and the targets."""
+    """Print failures, what was not measured, where dense linears are faster, and the targets."""
     for line in report.not_measured:
         word = "WRONG" if line.wrong else "not measured"
         console.print(f"{word}: {line.provider} {line.case}, M = {line.rows}: {line.reason}", highlight=False)

@@ -1,4 +1,4 @@
-"""What launching costs on a card: the gap between two kernels, the ramp of a full grid, a barrier across it."""
+"""Costs of launches on a GPU: the gap between two kernels, the ramp of a full grid, a barrier across the grid."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from grasp.bench.timing import Batch, Rotation, batch, interleave
 from grasp_kernels.triton.launch import Gpu, gpu_of
 from grasp_kernels.triton.tiles import arrive, wait
 
-BLOCK = 1024  # fp32 that each program of the ramp reads
-CROSSINGS = 32  # of the barrier in one launch
+BLOCK = 1024  # fp32 values that each program of the ramp reads
+CROSSINGS = 32  # barriers in one launch
 OPTIONS = {"enable_fp_fusion": True}  # Triton's default is about to change
 
 
 @dataclass(frozen=True)
 class LaunchCosts:
-    """Medians in µs, from launches in one CUDA graph; on a CPU the interpreter's own cost, which means nothing."""
+    """Medians in µs of launches in one CUDA graph; on a CPU they are costs of the interpreter, which mean nothing."""
 
-    gap_us: float  # between two empty kernels of one program, the second waiting for the first
-    dependent_gap_us: float | None  # the same under programmatic dependent launch; None before sm_90
-    ramp_us: float  # what a grid of one program per processor that reads a little takes on top of the gap
-    barrier_us: float  # of that grid
-    programs: int  # in that grid
+    gap_us: float  # between two empty kernels of one program; the second waits for the first
+    dependent_gap_us: float | None  # gap with programmatic dependent launch; None before sm_90
+    ramp_us: float  # time above the gap of a grid with one program per processor that reads ``BLOCK`` values
+    barrier_us: float  # one barrier of this grid
+    programs: int  # of this grid
 
 
 @triton.jit
@@ -56,10 +56,10 @@ def _barrier_kernel(counter_ptr, CROSSINGS: tl.constexpr):
 
 
 def measure_launches(device: torch.device, *, calls: int = 200, repetitions: int = 20) -> LaunchCosts:
-    """Measure all of them, in turns.
+    """Measure all launch costs in turns.
 
     Args:
-        device: the card; a CPU stands for Triton's interpreter, whose barrier can have one program only.
+        device: the GPU, or a CPU with Triton's interpreter, whose barrier works with one program only.
         calls: launches in one graph.
         repetitions: replays of each graph.
     """

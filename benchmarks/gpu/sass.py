@@ -1,4 +1,4 @@
-"""Compile a Triton launch for a card that need not be there, and read registers, memory and instructions off it."""
+"""Compile a Triton launch without a GPU; read registers, memory and instructions of the binary."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 ARCHITECTURES = (80, 90, 100, 120)  # compute capability times 10
-SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes a program may have
+SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # most bytes of a program
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 _GLOBAL_LOAD = re.compile(r"(?:LDG|LDGSTS)\b")
-# Bytes per thread by suffix of a load's mnemonic; without one it is 4.
+# Bytes per thread by suffix of a load's mnemonic; 4 without a suffix.
 _WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
 @dataclass(frozen=True)
 class Binary:
-    """What the assembler made of a launch."""
+    """The assembled binary of a launch."""
 
     architecture: int
     registers: int  # per thread
@@ -37,26 +37,22 @@ class Binary:
     instructions: tuple[str, ...]  # mnemonics in program order
 
     def count(self, prefix: str) -> int:
-        """How many instructions have mnemonics that begin with ``prefix``."""
+        """Number of instructions whose mnemonic starts with ``prefix``."""
         return sum(name.startswith(prefix) for name in self.instructions)
 
-    def positions(self, prefix: str) -> list[int]:
-        """Where, in program order, the instructions are whose mnemonics begin with ``prefix``."""
-        return [place for place, name in enumerate(self.instructions) if name.startswith(prefix)]
-
     def loads(self) -> Counter[int]:
-        """How many loads from global memory there are of each width in bytes per thread."""
+        """Number of loads from global memory by width, in bytes per thread."""
         return Counter(load_width(name) for name in self.instructions if _GLOBAL_LOAD.match(name))
 
 
 def load_width(mnemonic: str) -> int:
-    """Bytes per thread that a load such as ``LDG.E.EF.128`` moves."""
+    """Bytes per thread of a load such as ``LDG.E.EF.128``."""
     return next((_WIDTHS[part] for part in reversed(mnemonic.split(".")) if part in _WIDTHS), 4)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A launch as Triton would specialize it on a card: what decides the binary, and no more."""
+    """A launch as Triton specializes it for a GPU: exactly the facts that decide the binary."""
 
     source: ASTSource
     target: GPUTarget
@@ -69,7 +65,7 @@ class Source:
 
 
 def specialize(architecture: int, kernel: Any, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> Source:
-    """Turn a launch's arguments into types, constants and divisibilities, with Triton's own binder.
+    """Reduce a launch's arguments to types, constants and divisibilities, with Triton's own binder.
 
     Args:
         architecture: compute capability times 10.
@@ -86,7 +82,7 @@ def specialize(architecture: int, kernel: Any, arguments: Mapping[str, Any], opt
 
 
 def compile_source(source: Source) -> Binary:
-    """Compile, and read the binary's facts."""
+    """Compile, and read the binary."""
     compiled = triton.compile(source.source, target=source.target, options=source.options.__dict__)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -96,15 +92,15 @@ def compile_source(source: Source) -> Binary:
 
 
 def read(architecture: int, resources: str, sass: str, shared: int) -> Binary:
-    """Read a binary's facts off the two reports of ``cuobjdump``; ``shared`` is what the launch asks for, in bytes."""
+    """Read a binary from the two reports of ``cuobjdump``; ``shared`` is the launch's shared memory in bytes."""
     usage = _RESOURCES.search(resources)
     if usage is None:
-        raise ValueError(f"expected cuobjdump's REG, STACK, SHARED and LOCAL, got {resources!r}")
+        raise ValueError(f"expected REG, STACK, SHARED and LOCAL from cuobjdump, got {resources!r}")
     registers, stack, local = map(int, usage.groups())
     return Binary(architecture, registers, stack, local, shared, tuple(_INSTRUCTION.findall(sass)))
 
 
 def _cuobjdump(report: str, path: str) -> str:
-    """The disassembler that ships inside Triton's wheel."""
+    """Run the disassembler in Triton's wheel."""
     command = [triton.knobs.nvidia.cuobjdump.path, report, path]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -17,9 +17,21 @@ import torch
 from grasp.bench.conditions import conditions, measure_card
 from grasp.bench.providers import require_backends
 from grasp.bench.results import NotMeasured, OpResult
-from grasp.bench.shapes import ATTENTION, MLP, SMALL_MLP, model_calls
+from grasp.bench.shapes import model_calls
 from grasp.bench.timing import batch, interleave
-from grasp.bench.workloads import OPS, Problem, Run, backends, compiled, make_problem, rotations, wrong
+from grasp.bench.workloads import (
+    ATTENTION,
+    MLP,
+    OPS,
+    SMALL_MLP,
+    Problem,
+    Run,
+    backends,
+    compiled,
+    make_problem,
+    rotations,
+    wrong,
+)
 from grasp.loading import DTYPES, find_device
 from grasp.progress import Progress, no_progress
 from grasp_kernels import roofline

@@ -16,13 +16,6 @@ from grasp.model.families import SHARED_INPUTS
 from grasp.model.targets import decoder, layer_targets
 from grasp_kernels.shapes import GroupShape, LinearShape
 
-# Linears that every benchmark of the ops takes its shapes from, with a tenth of the parameters, the paper's ratio.
-# Llama-2-7B: q, k, v and o; gate or up; down. Llama-3.1-8B: k or v; gate or up. SmolLM2-135M: gate or up.
-ATTENTION, MLP, DOWN = "4096x4096r204", "4096x11008r298", "11008x4096r298"
-GROUPED_QUERY, WIDE_MLP, SMALL_MLP = "4096x1024r81", "4096x14336r318", "576x1536r41"
-QKV, GATE_UP = "+".join([ATTENTION] * 3), "+".join([MLP] * 2)
-GROUPED_QUERY_QKV = "+".join([ATTENTION, GROUPED_QUERY, GROUPED_QUERY])
-
 
 class Widths(NamedTuple):
     """Widths of a model whose layers are built as Llama's; from its published configuration."""

@@ -1,4 +1,4 @@
-"""Tunes the Triton kernels' launch configurations for the linears of a model."""
+"""Find the fastest launch configurations of the Triton kernels for the linears of a model."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from pathlib import Path
 
 import torch
 
+from grasp.bench.workloads import ATTENTION, DOWN, GATE_UP, QKV
 from grasp.errors import GraspError
 from grasp.loading import DTYPES
 from grasp.progress import Progress, no_progress
 from grasp_kernels.shapes import GroupShape, format_shape, parse_shape
 
-# Llama-2-7B at retain_ratio 0.1: q/k/v, o, gate/up, down.
-SHAPES = (
-    "4096x4096r204+4096x4096r204+4096x4096r204",
-    "4096x4096r204",
-    "4096x11008r298+4096x11008r298",
-    "11008x4096r298",
-)
+SHAPES = (QKV, ATTENTION, GATE_UP, DOWN)  # all linears of Llama-2-7B
 
 
 def tune(
@@ -30,37 +25,37 @@ def tune(
     output: Path | None = None,
     progress: Progress = no_progress,
 ) -> list[Path]:
-    """Measure launch configurations on this GPU and write one file per kernel, in place of an earlier one.
+    """Measure launch configurations on this GPU and write one file per kernel, replacing an earlier file.
 
     Args:
-        shapes: as ``grasp_kernels.shapes.parse_shape`` reads them. Pairs of one width are tuned as gated linear units
-            as well.
+        shapes: as ``grasp_kernels.shapes.parse_shape`` reads them. Pairs with the same N are also tuned as gated
+            linear units.
         rows: tokens per call.
         dtype: of inputs and factors.
-        output: folder of the files; ``None`` for the installed package, where they are found again.
+        output: folder of the files; ``None`` for the installed package, which reads them.
         progress: called after each file.
 
     Raises:
-        ValueError: if a shape or ``dtype`` is none.
+        ValueError: if a shape cannot be parsed or ``dtype`` is unknown.
         GraspError: if there is no CUDA GPU.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     parsed = [parse_shape(shape) for shape in shapes]
     if not torch.cuda.is_available():
-        raise GraspError("tuning measures kernels on a CUDA GPU, and PyTorch sees none here; run it where there is one")
+        raise GraspError("tuning needs a CUDA GPU, and PyTorch finds none; run it on a machine with one")
     autotune = import_module("grasp_kernels.autotune")  # imports Triton
-    calls: dict[str, list[GroupShape]] = {"lowrank_linear": parsed, "lowrank_glu": [s for s in parsed if _is_gated(s)]}
+    gated = [shape for shape in parsed if _is_gated(shape)]
+    shapes_of = {"lowrank_linear": parsed} | ({"lowrank_glu": gated} if gated else {})
     files: list[Path] = []
-    wanted = {kernel: of_kernel for kernel, of_kernel in calls.items() if of_kernel}
-    for done, (kernel, of_kernel) in enumerate(wanted.items(), start=1):
+    for done, (kernel, group_shapes) in enumerate(shapes_of.items(), start=1):
         workloads = [
             autotune.Workload(count, shape[0].K, tuple((linear.N, linear.R) for linear in shape), DTYPES[dtype])
-            for shape in of_kernel
+            for shape in group_shapes
             for count in rows
         ]
         files.append(autotune.tune(kernel, workloads, directory=output or autotune.CONFIGS))
-        progress(f"tuning {kernel} for {', '.join(map(format_shape, of_kernel))}", done, len(wanted))
+        progress(f"tuning {kernel} for {', '.join(map(format_shape, group_shapes))}", done, len(shapes_of))
     return files
 
 

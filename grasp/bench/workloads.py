@@ -20,6 +20,13 @@ from grasp_kernels.numerics import inaccuracy
 from grasp_kernels.roofline import Cost
 from grasp_kernels.shapes import GroupShape
 
+# The shapes of all benchmarks of the ops, with a tenth of the parameters, the paper's ratio.
+# Llama-2-7B: q, k, v and o; gate or up; down. Llama-3.1-8B: k or v; gate or up. SmolLM2-135M: gate or up.
+ATTENTION, MLP, DOWN = "4096x4096r204", "4096x11008r298", "11008x4096r298"
+GROUPED_QUERY, WIDE_MLP, SMALL_MLP = "4096x1024r81", "4096x14336r318", "576x1536r41"
+QKV, GATE_UP = "+".join([ATTENTION] * 3), "+".join([MLP] * 2)
+GROUPED_QUERY_QKV = "+".join([ATTENTION, GROUPED_QUERY, GROUPED_QUERY])
+
 
 class Problem(NamedTuple):
     """Operands of one call."""

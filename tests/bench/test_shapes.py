@@ -4,16 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from grasp.bench.shapes import (
-    DOWN,
-    GATE_UP,
-    GROUPED_QUERY_QKV,
-    QKV,
-    SMALL_MLP,
-    WELL_KNOWN,
-    WIDE_MLP,
-    model_calls,
-)
+from grasp.bench.shapes import WELL_KNOWN, model_calls
+from grasp.bench.workloads import DOWN, GATE_UP, GROUPED_QUERY_QKV, QKV, SMALL_MLP, WIDE_MLP
 from grasp.builtin import BUILTIN
 from grasp.errors import ModelNotFoundError
 from grasp_kernels.shapes import format_shape

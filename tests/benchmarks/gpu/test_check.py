@@ -19,13 +19,13 @@ from typer.testing import CliRunner
 
 from benchmarks.gpu import check as gpu_check
 from benchmarks.gpu import check_cases
-from benchmarks.gpu.check import Plan, check, full_plan, run_tests
-from benchmarks.gpu.check_cases import Case, Provider, complaint, make_operands, providers
+from benchmarks.gpu.check import CheckPlan, check, full_plan, run_tests
+from benchmarks.gpu.check_cases import CaseProvider, GpuCase, complaint, make_operands, providers
 from benchmarks.gpu.check_report import (
-    NotMeasured,
+    LeftOut,
+    ProviderTime,
     PytestRun,
     Report,
-    Result,
     chosen,
     dense_wins,
     print_summary,
@@ -47,16 +47,16 @@ TINY = {
 }
 
 
-def tiny(op: str, rows: int = 3, dtype: torch.dtype = torch.bfloat16) -> Case:
-    return Case(op, ((op, parse_shape(TINY[op])),), rows, dtype)
+def tiny(op: str, rows: int = 3, dtype: torch.dtype = torch.bfloat16) -> GpuCase:
+    return GpuCase(op, ((op, parse_shape(TINY[op])),), rows, dtype)
 
 
-LAYER = Case(
+LAYER = GpuCase(
     "layer",
     (("lowrank_linear_grouped", parse_shape("32x32r5+32x32r5")), ("lowrank_linear", parse_shape("32x48r4"))),
     2,
 )
-PLAN = Plan([LAYER, *map(tiny, TINY)], [], (), seconds=600, rotate_bytes=0, repetitions=2, launches=2)
+PLAN = CheckPlan([LAYER, *map(tiny, TINY)], [], (), seconds=600, rotate_bytes=0, repetitions=2, launches=2)
 
 
 @pytest.fixture(scope="module")
@@ -132,19 +132,19 @@ def test_a_wrong_provider_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(timing, "WARM_UP", 0.0)
     found, _ = providers(tiny("lowrank_linear"), DEVICE)
-    broken = {"triton": Provider(lambda _: wrong_run), "unfused": found["unfused"]}
+    broken = {"triton": CaseProvider(lambda _: wrong_run), "unfused": found["unfused"]}
     monkeypatch.setattr(gpu_check, "providers", lambda *_: (broken, {}))
     card = gpu_check.roofline.measured("tiny", flops=1, bandwidth=1)
     lines = list(gpu_check.measure(tiny("lowrank_linear"), DEVICE, card, PLAN, with_compiled=False))
-    assert [line.provider for line in lines if isinstance(line, Result)] == ["unfused"]
-    (left,) = [line for line in lines if isinstance(line, NotMeasured)]
+    assert [line.provider for line in lines if isinstance(line, ProviderTime)] == ["unfused"]
+    (left,) = [line for line in lines if isinstance(line, LeftOut)]
     assert (left.provider, left.wrong) == ("triton", True)
     assert "relative error" in left.reason
 
 
 def test_an_output_that_is_not_written_is_wrong() -> None:
     case = tiny("lowrank_linear")
-    unwritten = Provider(lambda _: lambda problem: [problem.x.new_empty(3, 32)])
+    unwritten = CaseProvider(lambda _: lambda problem: [problem.x.new_empty(3, 32)])
     found = complaint(case, unwritten, make_operands(case, DEVICE, 0))
     assert found is not None
     assert "inf" in found
@@ -173,8 +173,8 @@ def test_a_barrier_is_what_more_crossings_take_longer() -> None:
     assert _read(medians, 132) == LaunchCosts(1.5, None, 0.75, 1.25, 132)
 
 
-def result(case: str, shapes: str, rows: int, provider: str = "triton", **changes: Any) -> Result:
-    base = Result(
+def result(case: str, shapes: str, rows: int, provider: str = "triton", **changes: Any) -> ProviderTime:
+    base = ProviderTime(
         case=case,
         shapes=shapes,
         rows=rows,
@@ -225,7 +225,7 @@ def test_what_counts_is_the_backend_that_auto_would_run(report: Report) -> None:
 
 
 def test_a_wrong_kernel_or_a_failed_test_is_a_failure_but_a_missed_target_is_not(report: Report) -> None:
-    assert not replace(report, not_measured=[NotMeasured("layer", 1, "triton", "off", wrong=True)]).sound()
+    assert not replace(report, not_measured=[LeftOut("layer", 1, "triton", "off", wrong=True)]).sound()
     assert not replace(report, tests=PytestRun((), passed=False, summary="1 failed")).sound()
     assert replace(report, results=[result("layer", "q", 1, speedup_over_unfused=0.1)]).sound()
 
@@ -233,7 +233,7 @@ def test_a_wrong_kernel_or_a_failed_test_is_a_failure_but_a_missed_target_is_not
 def test_the_summary_names_what_failed_what_is_missing_and_what_dense_wins(report: Report) -> None:
     console = Console(record=True, width=200, file=StringIO())
     lines = [result("lowrank_linear", "4096x1024r81", 1, speedup_over_dense=0.8)]
-    left = [NotMeasured("layer", 1, "triton", "off by 2", wrong=True), NotMeasured("layer", 4, "*", "no time was left")]
+    left = [LeftOut("layer", 1, "triton", "off by 2", wrong=True), LeftOut("layer", 4, "*", "no time left")]
     changed = replace(report, results=lines, not_measured=left)
     changed.targets = targets(changed)
     print_summary(changed, console)
