@@ -42,7 +42,7 @@ def test_linears_of_unequal_width_are_no_gated_unit(
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(GraspError, match="on a CUDA GPU, and PyTorch sees none"):
+    with pytest.raises(GraspError, match="CUDA GPU"):
         tuning.tune(tuning.SHAPES, [1])
 
 
