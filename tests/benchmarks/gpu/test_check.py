@@ -239,7 +239,7 @@ def test_the_summary_names_what_failed_what_is_missing_and_what_dense_wins(repor
     print_summary(changed, console)
     text = console.export_text()
     assert "WRONG: triton layer, M = 1: off by 2" in text
-    assert "not measured: * layer, M = 4: no time was left" in text
+    assert "not measured: * layer, M = 4: no time left" in text
     assert "dense is faster: lowrank_linear 4096x1024r81, M = 1: low-rank at 0.80 of it" in text
     assert "met: one linear, M <= 16, over two matmuls: 1.50 at 4096x1024r81, 1 rows, wanted 1.4" in text
 
