@@ -1,4 +1,4 @@
-"""Text and instructions → the sequences that a compressed model is fine-tuned on."""
+"""Text or instructions → the sequences that ``recover_`` trains on."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from grasp.calibration import bos_for, tokenize
 from grasp.errors import TrainingDataError
 from grasp.files import tensors_digest
 
-HELD_OUT_SHARE = 0.05  # of the sequences, but
-HELD_OUT_MOST = 32  # no more than this
+HELD_OUT_FRACTION = 0.05  # of the sequences
+MAX_HELD_OUT = 32  # sequences
 
-_REQUEST = "Carry out the instruction.\n\n### Instruction:\n{instruction}\n\n"
-_MATERIAL = "### Input:\n{input}\n\n"
+_PROMPT = "Carry out the instruction.\n\n### Instruction:\n{instruction}\n\n"
+_INPUT = "### Input:\n{input}\n\n"
 _ANSWER = "### Response:\n"
 
 
 class TrainingSequence(NamedTuple):
-    """Token ids (L,) int64, and a bool mask (L,) of those that the loss counts, never the first."""
+    """Token ids (L,) int64, and a bool mask (L,) of the tokens that the loss counts; it is false for the first."""
 
     input_ids: Tensor
     counts: Tensor
 
 
 class TrainingBatch(NamedTuple):
-    """Token ids (B, L) int64, and a bool mask (B, L - 1): whether the token after each position counts.
+    """Token ids (B, L) int64, and a bool mask (B, L - 1): whether the loss counts the token after each position.
 
-    Shorter sequences are filled up at their end, which no token before it sees: the model needs no mask.
+    Shorter sequences are padded at the end. Attention is causal, so no attention mask is needed.
     """
 
     input_ids: Tensor
@@ -43,7 +43,7 @@ class TrainingBatch(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """A request, what it is about where that is apart, and the answer to learn."""
+    """A row in the Alpaca format: an instruction, its optional input (else empty), and the answer."""
 
     instruction: str
     input: str
@@ -51,7 +51,7 @@ class Instruction(NamedTuple):
 
 
 def collate(sequences: Sequence[TrainingSequence]) -> TrainingBatch:
-    """Sequences as one batch as long as the longest."""
+    """Pad sequences to the length of the longest one, and stack them."""
     length = max(len(sequence.input_ids) for sequence in sequences)
     ids = torch.zeros(len(sequences), length, dtype=torch.int64)
     counts = torch.zeros(len(sequences), length, dtype=torch.bool)
@@ -67,7 +67,9 @@ def digest(sequences: Iterable[TrainingSequence]) -> str:
 
 
 def pack_text(tokenizer: PreTrainedTokenizerBase, text: str, seq_len: int) -> list[TrainingSequence]:
-    """Cut a text into sequences of ``seq_len`` tokens, the last one shorter; each starts with a BOS if texts do.
+    """Split a text into sequences of ``seq_len`` tokens; each starts with a BOS token if the tokenizer adds one.
+
+    The last sequence may be shorter.
 
     Raises:
         ValueError: if ``seq_len`` is too small.
@@ -80,10 +82,10 @@ def pack_text(tokenizer: PreTrainedTokenizerBase, text: str, seq_len: int) -> li
 
 
 def read_instructions(path: str | Path) -> list[Instruction]:
-    """Read a file of one JSON object a line, with ``instruction``, ``output`` and perhaps ``input``: Alpaca's form.
+    """Read a JSONL file in the Alpaca format: objects with ``instruction``, ``output`` and optionally ``input``.
 
     Raises:
-        TrainingDataError: if there is no such file, or a line is none of these; the message has its number.
+        TrainingDataError: if the file cannot be read, or a line has another format; the message has its number.
     """
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
@@ -91,22 +93,22 @@ def read_instructions(path: str | Path) -> list[Instruction]:
         raise TrainingDataError(
             f"the instructions {path} cannot be read ({error}); give a JSONL file in UTF-8"
         ) from error
-    found = [_instruction(line, f"line {number} of {path}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise TrainingDataError(f"{path} has no instructions; expected one JSON object a line")
-    return found
+    rows = [_instruction(line, f"line {number} of {path}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise TrainingDataError(f"{path} has no instructions; expected one JSON object per line")
+    return rows
 
 
 def instruction_sequences(
     tokenizer: PreTrainedTokenizerBase, instructions: Sequence[Instruction], seq_len: int
 ) -> list[TrainingSequence]:
-    """A sequence for each instruction, in which only the tokens of the answer count.
+    """One sequence per instruction; the loss counts only the tokens of the answer.
 
-    The tokenizer's chat template says how they are put; without one, headings do. What is longer than ``seq_len`` is
-    cut off at the end; where nothing of the answer is left, the sequence is left out.
+    Prompts use the chat template of the tokenizer, or the Alpaca headings if it has none. Sequences are truncated to
+    ``seq_len`` tokens. A sequence without any token of its answer is skipped.
 
     Raises:
-        TrainingDataError: if no sequence is left.
+        TrainingDataError: if all sequences are skipped.
         ValueError: if ``seq_len`` is too small.
     """
     _require_length(seq_len)
@@ -119,32 +121,32 @@ def instruction_sequences(
             result.append(TrainingSequence(ids, counts))
     if not result:
         raise TrainingDataError(
-            f"all {len(instructions)} instructions fill {seq_len} tokens before their answers begin; take a longer "
-            "seq_len"
+            f"the prompts of all {len(instructions)} instructions fill {seq_len} tokens and leave no room for answers; "
+            "use a longer seq_len"
         )
     return result
 
 
 def hold_out(sequences: Sequence[TrainingSequence]) -> tuple[list[TrainingSequence], list[TrainingSequence]]:
-    """The sequences to train on, and the last few, which decide when to stop: a twentieth of all, at most 32.
+    """Split off the last 5 % of the sequences, at most 32: training sequences, then held-out sequences.
 
     Raises:
-        TrainingDataError: if there are too few for both.
+        TrainingDataError: if there are fewer than two sequences.
     """
-    count = min(HELD_OUT_MOST, max(1, int(HELD_OUT_SHARE * len(sequences))))
+    count = min(MAX_HELD_OUT, max(1, int(HELD_OUT_FRACTION * len(sequences))))
     if len(sequences) <= count:
         raise TrainingDataError(
-            f"the data make {len(sequences)} sequences; expected at least 2, one to train on and one held out. Give "
+            f"the data have {len(sequences)} sequences; expected at least 2, one for training and one held out. Use "
             "more data or a shorter seq_len"
         )
     return list(sequences[:-count]), list(sequences[-count:])
 
 
 def shuffled(count: int, seed: int) -> Iterator[int]:
-    """The numbers below ``count`` in random order, again and again, each time in another."""
-    for again in range(2**62):
+    """Endless indices below ``count``, in a new random order in every epoch."""
+    for epoch in range(2**62):
         order = list(range(count))
-        random.Random(f"{seed} {again}").shuffle(order)
+        random.Random(f"{seed} {epoch}").shuffle(order)
         yield from order
 
 
@@ -152,36 +154,36 @@ def _instruction(line: str, place: str) -> Instruction:
     try:
         values = json.loads(line)
     except ValueError as error:
-        raise TrainingDataError(f"{place} is no JSON ({error}); expected one object a line") from error
+        raise TrainingDataError(f"{place} is not JSON ({error}); expected one object per line") from error
     values = values if isinstance(values, dict) else {}
-    request, material, answer = (values.get(name, "") for name in ("instruction", "input", "output"))
-    if not all(isinstance(text, str) for text in (request, material, answer)) or not request or not answer:
+    prompt, context, answer = (values.get(name, "") for name in ("instruction", "input", "output"))
+    if not all(isinstance(text, str) for text in (prompt, context, answer)) or not prompt or not answer:
         raise TrainingDataError(
-            f"{place} must be an object with the texts instruction and output, and perhaps input; got "
+            f"{place} must be an object with the strings instruction, output and optionally input; got "
             f"{line.strip()[:80]}"
         )
-    return Instruction(request, material, answer)
+    return Instruction(prompt, context, answer)
 
 
 def _parts(tokenizer: PreTrainedTokenizerBase, instruction: Instruction) -> tuple[Tensor, Tensor]:
-    """The tokens of what the model is given, and of what it is to answer, the end of its turn included."""
-    request, material, answer = instruction
+    """The tokens of the prompt, and those of the answer with its end-of-turn token."""
+    prompt, context, answer = instruction
     if tokenizer.chat_template is None:
         bos = bos_for(tokenizer)
         prefix = torch.tensor([] if bos is None else [bos], dtype=torch.int64)
-        head = _REQUEST.format(instruction=request) + (_MATERIAL.format(input=material) if material else "") + _ANSWER
+        head = _PROMPT.format(instruction=prompt) + (_INPUT.format(input=context) if context else "") + _ANSWER
         tail = answer + (tokenizer.eos_token or "")
         return torch.cat([prefix, tokenize(tokenizer, head)]), tokenize(tokenizer, tail)
     turns = [
-        {"role": "user", "content": f"{request}\n\n{material}" if material else request},
+        {"role": "user", "content": f"{prompt}\n\n{context}" if context else prompt},
         {"role": "assistant", "content": answer},
     ]
     head = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
     whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
     if not whole.startswith(head):
         raise TrainingDataError(
-            "the tokenizer's chat template puts a request in another way when its answer follows, so the answer cannot "
-            "be told from it; remove the template (tokenizer.chat_template = None) or give plain text"
+            "the chat template of the tokenizer changes a prompt when an answer follows, so the answer cannot be "
+            "separated; remove the template (tokenizer.chat_template = None) or use plain text"
         )
     return tokenize(tokenizer, head), tokenize(tokenizer, whole[len(head) :])
 

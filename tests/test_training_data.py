@@ -78,14 +78,14 @@ def test_an_answer_that_is_cut_off_is_left_out_and_one_that_is_cut_short_is_not(
     instructions = [Instruction("x" * 100, "", "answer"), Instruction("x", "", "answer")]
     (item,) = instruction_sequences(tokenizer, instructions, 20)
     assert tokenizer.decode(item.input_ids[item.counts]) == "an"
-    with pytest.raises(TrainingDataError, match="all 1 instructions fill 20 tokens before their answers begin"):
+    with pytest.raises(TrainingDataError, match="all 1 instructions fill 20 tokens"):
         instruction_sequences(tokenizer, instructions[:1], 20)
 
 
 def test_a_template_that_rewrites_the_request_is_refused() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(TrainingDataError, match="puts a request in another way when its answer follows"):
+    with pytest.raises(TrainingDataError, match="chat template"):
         instruction_sequences(tokenizer, [Instruction("a", "", "b")], 20)
 
 
@@ -99,8 +99,8 @@ def test_instructions_are_read_line_by_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "line 2 of .* is no JSON"),
-        ("[1]", "line 2 of .* must be an object with the texts instruction and output"),
+        ("{", "line 2 of .* is not JSON"),
+        ("[1]", "line 2 of .* must be an object"),
         ('{"instruction": "a"}', "line 2 of .* must be an object"),
         ('{"instruction": "a", "output": 3}', "got {"),
     ],
@@ -130,7 +130,7 @@ def test_the_last_sequences_are_held_out(count: int, held: int) -> None:
 
 
 def test_a_single_sequence_cannot_be_held_out_and_trained_on() -> None:
-    with pytest.raises(TrainingDataError, match="the data make 1 sequences; expected at least 2"):
+    with pytest.raises(TrainingDataError, match="1 sequences; expected at least 2"):
         hold_out(numbered(1))
 
 

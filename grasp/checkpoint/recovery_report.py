@@ -1,4 +1,4 @@
-"""What a recovery did: the report that ``recover_`` returns and checkpoints carry."""
+"""The report of ``recover_``, which recovered checkpoints contain as ``recovery.json``."""
 
 from __future__ import annotations
 
@@ -13,50 +13,68 @@ FILE_NAME = "recovery.json"
 
 @dataclass(frozen=True)
 class Point:
-    """Where a training was: optimizer steps and tokens done, and losses in nats per token."""
+    """An evaluation of the held-out loss: optimizer steps and tokens so far, and losses in nats per token."""
 
     step: int
     tokens: int
     held_out_loss: float
-    training_loss: float | None  # mean since the point before; ``None`` at the start
+    training_loss: float | None  # mean since the previous evaluation; ``None`` before training
 
 
 @dataclass(frozen=True)
 class RecoveryReport:
-    """What ``recover_`` did; losses in nats per token."""
+    """What ``recover_`` has done; losses in nats per token.
+
+    Attributes:
+        config: the ``RecoveryConfig``.
+        factors: number of low-rank linears that were trained.
+        trained_parameters: number of parameters in their factors.
+        steps: planned optimizer steps.
+        curve: the evaluations of the held-out loss, the first one before training.
+        best_step: the step with the lowest held-out loss, whose factors the model has; 0 if training did not help.
+        data: sequences, tokens and SHA-256 of the training and the held-out sequences.
+        seconds: time per step of the work.
+        versions: versions of the libraries.
+
+    Example:
+        >>> curve = (Point(0, 0, 3.5, None), Point(10, 5120, 3.1, 3.3), Point(20, 10240, 3.2, 2.9))
+        >>> report = RecoveryReport({}, 7, 4096, steps=30, curve=curve, best_step=10, data={})
+        >>> report.loss_before, report.loss_after, report.steps_done
+        (3.5, 3.1, 20)
+    """
 
     config: Mapping[str, Any]
-    factors: int  # how many low-rank linears were trained
+    factors: int
     trained_parameters: int
-    steps: int  # that were planned
-    curve: tuple[Point, ...]  # in the order of the steps, the first before any
-    best_step: int  # whose factors were kept; 0 where training did not help
-    data: Mapping[str, int | str]  # sequences and tokens in one pass, to train on and held out, and their sha256
+    steps: int
+    curve: tuple[Point, ...]
+    best_step: int
+    data: Mapping[str, int | str]
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def loss_before(self) -> float:
-        """On the held-out sequences."""
+        """Held-out loss before training."""
         return self.curve[0].held_out_loss
 
     @property
     def loss_after(self) -> float:
-        """On the held-out sequences, of the factors that were kept."""
+        """Held-out loss of the factors that the model has now."""
         return next(point.held_out_loss for point in self.curve if point.step == self.best_step)
 
     @property
     def steps_done(self) -> int:
-        """Fewer than planned where the held-out loss rose for too long."""
+        """Optimizer steps; fewer than planned if training stopped early."""
         return self.curve[-1].step
 
     @property
     def tokens(self) -> int:
-        """How many tokens were trained on, repeats counted."""
+        """Training tokens, repetitions included."""
         return self.curve[-1].tokens
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
+        """The report as a JSON object."""
         return {
             "loss_before": self.loss_before,
             "loss_after": self.loss_after,
@@ -66,5 +84,5 @@ class RecoveryReport:
         }
 
     def to_json(self) -> str:
-        """``to_dict`` as text."""
+        """The report as JSON text."""
         return json.dumps(self.to_dict(), indent=2)

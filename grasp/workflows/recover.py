@@ -1,4 +1,4 @@
-"""The job behind ``grasp recover``: from a compressed checkpoint and data to a checkpoint that is nearer to dense."""
+"""``grasp recover``: a compressed checkpoint and training data → a checkpoint with trained factors."""
 
 from __future__ import annotations
 
@@ -23,13 +23,19 @@ from grasp.statistics.processes import ALONE, Processes
 from grasp.training_data import TrainingSequence, hold_out, instruction_sequences, pack_text, read_instructions
 from grasp.workflows.guards import require_known, within_memory
 
-_CHARACTERS = 8_000_000  # the least that is fetched of a text without end, and
-_CHARACTERS_PER_TOKEN = 6  # more than there are on average in the languages of those texts
+_CHARACTERS = 8_000_000  # read at least this much of a streamed text,
+_CHARACTERS_PER_TOKEN = 6  # and this much per token: an upper bound of the mean for these texts
 
 
 @dataclass(frozen=True)
-class Data:
-    """What to train on: a text source as ``read_text`` takes it, or a file of instructions; tokens in a sequence."""
+class TrainingData:
+    """The source of the training sequences.
+
+    Args:
+        text: as for ``read_text``.
+        instructions: a file for ``read_instructions``, used instead of ``text``.
+        seq_len: tokens per sequence.
+    """
 
     text: str = BUILTIN
     instructions: Path | None = None
@@ -38,7 +44,7 @@ class Data:
     def sequences(
         self, tokenizer: PreTrainedTokenizerBase, tokens: int | None, notify: Notify = no_notify
     ) -> list[TrainingSequence]:
-        """All there are; of a text without end enough for ``tokens``.
+        """All sequences of the source; for a streamed text, enough of them for ``tokens`` tokens.
 
         Raises:
             GraspError, ValueError: as ``read_text`` and the functions of ``grasp.training_data`` do.
@@ -48,26 +54,28 @@ class Data:
             return pack_text(tokenizer, read_text(self.text, characters=characters), self.seq_len)
         instructions = read_instructions(self.instructions)
         sequences = instruction_sequences(tokenizer, instructions, self.seq_len)
-        if left := len(instructions) - len(sequences):
-            notify(f"{left} of {len(instructions)} instructions left out: {self.seq_len} tokens end before the answer")
+        if skipped := len(instructions) - len(sequences):
+            notify(
+                f"{skipped} of {len(instructions)} instructions skipped: no room for an answer in {self.seq_len} tokens"
+            )
         return sequences
 
     def __str__(self) -> str:
         if self.instructions is not None:
-            return "a file of instructions, of which only the answers counted"
+            return "a file of instructions, with the loss on the answers"
         return self.text if self.text in (BUILTIN, *HUB_TEXTS) else "a text file"
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """A checkpoint that was written, and how."""
+    """The written checkpoint and its report."""
 
     model: str
     output: str
     report: RecoveryReport
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
+        """The result as a JSON object."""
         return {"model": self.model, "output": self.output, "report": self.report.to_dict()}
 
 
@@ -75,7 +83,7 @@ def recover(
     directory: Path,
     output: Path,
     config: RecoveryConfig,
-    data: Data,
+    data: TrainingData,
     *,
     dtype: str = "auto",
     device: str | None = None,
@@ -85,31 +93,31 @@ def recover(
 ) -> Recovery:
     """Train the factors of a compressed checkpoint, and write the result into a new folder.
 
-    What is done is kept beside it, in ``OUTPUT.partial``, until the checkpoint is written: after a kill the same
-    request goes on from there. ``notify`` is told so. Of several ``processes`` the first writes.
+    The run folder ``OUTPUT.partial`` stores the progress until the checkpoint is written; the same call resumes from
+    it. Rank 0 writes.
 
     Raises:
-        GraspError, ValueError: as ``load_model``, ``Data.sequences``, ``recover_`` and ``save_checkpoint`` do.
-        CheckpointError: if ``directory`` is no folder.
-        OutOfMemoryError: if the device's memory does not suffice.
-        ResumeError: if ``OUTPUT.partial`` belongs to another request, or cannot be used.
-        DistributedError: if another process fails or is gone.
+        GraspError, ValueError: as ``load_model``, ``TrainingData.sequences``, ``recover_`` and ``save_checkpoint`` do.
+        CheckpointError: if ``directory`` is not a folder.
+        OutOfMemoryError: if the device has too little memory.
+        ResumeError: if ``OUTPUT.partial`` belongs to another run, or is not usable.
+        DistributedError: if another process fails.
     """
     if not directory.is_dir():
-        raise CheckpointError(f"no folder {directory}; expected a checkpoint that `grasp compress` wrote")
+        raise CheckpointError(f"no folder {directory}; expected a checkpoint that `grasp compress` has written")
     target = check_directory(output)
-    kept = target.with_name(f"{target.name}.partial")
-    with RecoveryState(kept, notify=notify, rank=processes.rank, processes=processes.size) as state:
+    run_folder = target.with_name(f"{target.name}.partial")
+    with RecoveryState(run_folder, notify=notify, rank=processes.rank, processes=processes.size) as state:
         if processes.first:
             remove_abandoned(target)
         with within_memory(config.micro_batch_size, data.seq_len):
             model, tokenizer = load_quietly(str(directory), dtype=dtype, device=device, progress=progress)
-            trainable_factors(model)  # before the long work of reading the text
+            trainable_factors(model)  # raises before the text is read, which takes long
             sequences, held_out = hold_out(data.sequences(tokenizer, config.tokens, notify))
             for sequence in (*sequences, *held_out):
                 require_known(model, sequence.input_ids)
             require_space(target, model.get_memory_footprint())
-            made = recover_(
+            report = recover_(
                 *(model, sequences, held_out, config),
                 progress=progress,
                 notify=notify,
@@ -117,8 +125,8 @@ def recover(
                 processes=processes,
             )
         if processes.first:
-            _write(model, tokenizer, directory, target, data, made, progress)
-    return Recovery(str(directory), str(target), made)
+            _write(model, tokenizer, directory, target, data, report, progress)
+    return Recovery(str(directory), str(target), report)
 
 
 def _write(
@@ -126,8 +134,8 @@ def _write(
     tokenizer: PreTrainedTokenizerBase,
     source: Path,
     target: Path,
-    data: Data,
-    made: RecoveryReport,
+    data: TrainingData,
+    report: RecoveryReport,
     progress: Progress,
 ) -> None:
     progress("saving", 0, 1)
@@ -138,17 +146,17 @@ def _write(
         model,
         target,
         tokenizer=tokenizer,
-        card=with_section(without_results(card), "Recovery", _how(data, made)),
-        extra_files={**texts, recovery_report.FILE_NAME: made.to_json()},
+        card=with_section(without_results(card), "Recovery", _card_section(data, report)),
+        extra_files={**texts, recovery_report.FILE_NAME: report.to_json()},
     )
     progress("saving", 1, 1)
 
 
-def _how(data: Data, made: RecoveryReport) -> str:
+def _card_section(data: TrainingData, report: RecoveryReport) -> str:
     return (
-        f"After compression the factors of the low-rank layers, {made.trained_parameters:,} parameters, were trained "
-        f"on {made.tokens:,} tokens of {data} (sequences of {data.seq_len}, {made.config['batch_size']} per step, "
-        f"AdamW, learning rate {made.config['learning_rate']:g}); all other weights are as they were. The loss on "
-        f"held-out sequences of the same data went from {made.loss_before:.4f} to {made.loss_after:.4f} nats per "
-        f"token. `{recovery_report.FILE_NAME}` has the whole account."
+        f"After compression, the low-rank factors ({report.trained_parameters:,} parameters) were trained "
+        f"on {report.tokens:,} tokens of {data} (sequences of {data.seq_len} tokens, {report.config['batch_size']} per "
+        f"step, AdamW, learning rate {report.config['learning_rate']:g}). All other weights are unchanged. The loss on "
+        f"held-out sequences of the same data went from {report.loss_before:.4f} to {report.loss_after:.4f} nats per "
+        f"token. `{recovery_report.FILE_NAME}` has the full report."
     )
