@@ -25,7 +25,7 @@ from grasp.model.hooks import hooked
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import backbone, batch_inputs, hidden_input, hidden_output, passing_through, returns_tuple
 from grasp.model.targets import Target, decoder, replace_module_
-from grasp.statistics.sweep import showing
+from grasp.statistics.sweep import visiting
 
 _aten = torch.ops.aten
 
@@ -147,7 +147,7 @@ def _layer_cost(
     args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
     flops = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
     with torch.set_grad_enabled(graph != "none"), LiveBytes() as live, flops:
-        with showing(visited, batch, lambda call: None):
+        with visiting(visited, batch, lambda call: None):
             output = hidden_output(layer(*args, **kwargs))
         forward, saved = flops.get_total_flops(), live.now
         if output.requires_grad:

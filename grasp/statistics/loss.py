@@ -1,10 +1,10 @@
-"""The loss at the end of a model, some tokens at a time: the logits of all tokens are never held at once."""
+"""The loss of a model and its gradient, computed for a slice of the tokens at a time to bound the logits."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,26 +18,26 @@ from grasp.model.batch import Tokens
 from grasp.model.hooks import forwarding, hooked
 from grasp.model.running import batch_inputs, evaluating, first_device
 
-LOGITS_BYTES = 2**25  # of fp32 logits held at once; their gradient takes as much again. More is slower: caches, pages
+LOGITS_BYTES = 2**25  # of fp32 logits per slice, and as many for their gradient; larger slices are slower
 
 
 class Body:
-    """What the layers of a model returned: everything that its head needs."""
+    """The output of the backbone of a model, which its head needs."""
 
     output: Any = None
 
     @property
     def hidden(self) -> Tensor:
-        """The hidden states that enter the head, (B, L, H)."""
+        """The hidden states at the input of the head, (B, L, H)."""
         if self.output is None:
-            raise UnsupportedModelError("the model does not call what its get_decoder() names; expected a causal LM")
+            raise UnsupportedModelError("the model does not call its get_decoder(); expected a causal language model")
         hidden: Tensor = self.output[0]
         return hidden
 
 
 @contextmanager
 def without_head(model: PreTrainedModel) -> Iterator[Body]:
-    """Keep what the backbone returns, and show the head one token of it, whose logits mean nothing."""
+    """Store the output of the backbone, and pass only one token of it to the head; ignore its logits."""
     body = Body()
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -49,14 +49,14 @@ def without_head(model: PreTrainedModel) -> Iterator[Body]:
 
 
 def loss_and_grad(model: PreTrainedModel, body: Body, batch: Tokens) -> tuple[float, Tensor]:
-    """Summed negative log-likelihood of each token given those before it, and its gradient in the hidden states.
+    """The summed negative log-likelihood of a batch, and its gradient in the hidden states at the input of the head.
 
-    The model's own head is applied, with whatever it does to the logits. Padding counts nothing.
+    The head of the model is applied with all that it does to the logits. Padding is not counted.
 
     Args:
-        model: the model that ``body`` came from.
-        body: see ``without_head``, whose context has ended.
-        batch: the tokens it was given.
+        model: the model that ``body`` comes from.
+        body: from ``without_head``, after its context has ended.
+        batch: the tokens of the forward pass.
 
     Returns:
         The loss in nats, and the gradient, (B, L, H) in the dtype of the hidden states.
@@ -71,19 +71,20 @@ def loss_and_grad(model: PreTrainedModel, body: Body, batch: Tokens) -> tuple[fl
     for start in range(0, len(source), step):
         rows = slice(start, start + step)
         part = source[rows].requires_grad_()
-        with torch.enable_grad(), _backbone_returning(model, _with_hidden(body.output, part[None])):
+        output = _with_hidden(body.output, part[None])
+        with torch.enable_grad(), forwarding([model.get_decoder()], lambda *_, output=output, **__: output):
             logits = model(input_ids=labels[None, rows].to(first_device(model)), use_cache=False).logits
         nll, grad_logits = nll_and_grad(logits.detach()[0], labels[rows].to(logits.device))
         (grads[rows],) = torch.autograd.grad([logits], [part], [grad_logits[None]])
         loss += nll
-        del logits, grad_logits  # before the next ones are made
+        del logits, grad_logits  # free them before the next slice
     grad[chosen] = grads
     return loss, grad
 
 
 @torch.no_grad()
 def sum_nll(model: PreTrainedModel, batches: Iterable[Tokens]) -> float:
-    """Summed negative log-likelihood of all tokens that follow others, in nats; padding counts nothing."""
+    """The summed negative log-likelihood of all tokens but the first of each sequence, in nats, without padding."""
     total = 0.0
     with evaluating(model):
         for batch in batches:
@@ -96,14 +97,14 @@ def sum_nll(model: PreTrainedModel, batches: Iterable[Tokens]) -> float:
 def nll_and_grad(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
     """``-Σ_t log softmax(logits)[t, labels[t]]`` and its gradient, ``softmax(logits) - onehot(labels)``.
 
-    Autograd would give the same and hold two more tensors as large as the logits.
+    Autograd gives the same result, but needs two more tensors of the size of the logits.
 
     Args:
         logits: (T, vocab).
         labels: (T,) int64.
 
     Returns:
-        The sum, taken in fp32 (fp64 for fp64), and the gradient, (T, vocab) in the dtype of ``logits``.
+        The sum, computed in fp32 (fp64 for fp64), and the gradient, (T, vocab) in the dtype of ``logits``.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_probabilities = logits.log_softmax(-1, dtype=dtype)
@@ -119,13 +120,9 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _with_hidden(output: Any, hidden: Tensor) -> Any:
-    """A backbone's output with other hidden states."""
+    """The output of a backbone with other hidden states."""
     if not isinstance(output, ModelOutput):
         return (hidden, *output[1:])
     changed = copy.copy(output)
     changed[next(iter(changed.keys()))] = hidden
     return changed
-
-
-def _backbone_returning(model: PreTrainedModel, output: Any) -> AbstractContextManager[None]:
-    return forwarding([model.get_decoder()], lambda *_, **__: output)

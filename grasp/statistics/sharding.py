@@ -1,4 +1,4 @@
-"""Models too large for one device: their weights are spread over the processes, by PyTorch's FSDP2."""
+"""Sharding of models that are too large for one device, with FSDP2 of PyTorch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from grasp.statistics.processes import Processes
 
 
 def shard_(model: nn.Module, device: torch.device, processes: Processes) -> None:
-    """Spread the large weights of the decoder layers over the processes, evenly, and move the rest to ``device``.
+    """Shard the large weights of the decoder layers over the processes, and move all other weights to ``device``.
 
-    Each linear that can be replaced, and each set of experts, gathers its weight when it is called and lets it go
-    again. Embeddings, norms and head stay whole in each process, and so do low-rank linears that replace others.
+    The linears that can be compressed and the sets of experts are sharded. Each gathers its weight when it is called,
+    and frees it afterwards. Embeddings, norms, the head and later low-rank linears are whole in each process.
 
     Args:
-        model: whole and alike in all processes, on the CPU where it does not fit on a device.
-        device: where this process computes.
-        processes: with ``sharded`` set.
+        model: the whole model, equal in all processes; on the CPU if it does not fit on a device.
+        device: the device of this process.
+        processes: processes with ``sharded`` set.
     """
     mesh = init_device_mesh(device.type, (processes.size,))
     for module in _units(model):
@@ -33,7 +33,7 @@ def shard_(model: nn.Module, device: torch.device, processes: Processes) -> None
 
 
 def collect_(model: nn.Module, processes: Processes) -> None:
-    """Put whole weights, on the CPU, into the first process, and none into the others: to be saved, not to be run."""
+    """Gather the whole weights on the CPU of rank 0 for saving; other ranks get meta tensors. The model cannot run."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):
@@ -43,7 +43,7 @@ def collect_(model: nn.Module, processes: Processes) -> None:
 
 
 def _units(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that are sharded each for itself; a decoder layer calls each once, whatever the tokens are."""
+    """The modules to shard individually. A decoder layer calls each exactly once, for any tokens."""
     for index, layer in enumerate(decoder(model).layers):
         yield from (target.module for target in layer_targets(model, index)[0])
         for path, module in layer.named_modules():

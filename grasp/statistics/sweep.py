@@ -1,4 +1,4 @@
-"""One pass of the calibration tokens through part of a model: what enters each linear, what gradient comes back."""
+"""A sweep: a forward and a backward pass over the calibration tokens, with the inputs and gradients of linears."""
 
 from __future__ import annotations
 
@@ -33,27 +33,30 @@ from grasp.statistics.loss import loss_and_grad, without_head
 
 
 def sweep_name(targets: Collection[Target]) -> str:
-    """What to call a sweep: its layer or layers, and its block where there is one."""
+    """``"layer 3 mlp"`` or ``"12 layers"``: the layers of a sweep, and its block if there is only one."""
     layers, blocks = sorted({target.layer for target in targets}), sorted({target.block for target in targets})
-    where = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers"
-    return f"{where} {blocks[0]}" if len(blocks) == 1 else where
+    name = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers"
+    return f"{name} {blocks[0]}" if len(blocks) == 1 else name
 
 
 class Call(NamedTuple):
-    """One call of a target, its tokens one after the other, padding left out. Linears given one input share ``x``."""
+    """One call of a target, with the tokens of a batch concatenated and without padding.
+
+    Linears with the same input share ``x``.
+    """
 
     target: Target
     x: Tensor  # (T, K)
     grad_y: Tensor  # (T, N), of the summed negative log-likelihood
-    cu_seqlens: Tensor  # (B + 1,) int64, where each sequence starts among the tokens
+    cu_seqlens: Tensor  # (B + 1,) int64, the start of each sequence among the tokens, and the end of the last
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the untouched layers below each redundant layer produce: computed once, since GRASP goes deepest first."""
+    """Hidden states at the input of some layers. GRASP compresses the deepest layers first, so these stay valid."""
 
-    hidden: dict[int, list[Tensor]]  # layer → for each batch what enters it, (B, L, H)
-    returns_tuple: bool  # what this family's decoder layers return
+    hidden: dict[int, list[Tensor]]  # layer → its input for each batch, (B, L, H)
+    returns_tuple: bool  # whether decoder layers of this family return a tuple
 
 
 @torch.no_grad()
@@ -65,21 +68,20 @@ def capture_prefix(
     dtype: str | None = None,
     progress: Progress = no_progress,
 ) -> Prefix:
-    """Keep, for each of ``layers``, the hidden states that enter it, in CPU memory; ``dtype`` is as in ``sweep``."""
+    """Store the hidden states at the input of each of ``layers`` in CPU memory; ``dtype`` is as for ``sweep``."""
     if not layers or not batches:
         return Prefix({layer: [] for layer in layers}, returns_tuple=False)
     modules = decoder(model).layers
     prefix = Prefix({layer: [] for layer in layers}, returns_tuple(model, batches[0]))
-
     indices = {modules[layer]: layer for layer in layers}
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def store(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         prefix.hidden[indices[module]].append(hidden_input(args, kwargs).detach().to("cpu", copy=True))
 
     with (
         evaluating(model),
         casting(model, dtype),
-        hooked(*indices, before=keep),
+        hooked(*indices, before=store),
         passing_through(list(modules)[max(layers) :], prefix.returns_tuple),
     ):
         for done, batch in enumerate(batches, start=1):
@@ -99,47 +101,46 @@ def sweep(
     start: int = 0,
     after: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Run every batch forward and backward, and show ``visit`` each call of each target.
+    """Run a forward and a backward pass over every batch, and call ``visit`` for each call of each target.
 
-    The forward pass enters the lowest target's layer with what ``prefix`` kept, the backward pass stops at the first
-    target, no weight gets a gradient, and the logits are made some tokens at a time. Calls come in the order of the
-    backward pass; those of a target whose output does not reach the loss do not come.
+    The forward pass starts at the lowest layer with a target, from the hidden states in ``prefix``. The backward pass
+    stops at the first target. No weight gets a gradient. Logits are computed for a slice of the tokens at a time.
+    ``visit`` is called in the order of the backward pass, and not for targets that do not affect the loss.
 
     Args:
-        model: the model as it is by now; nothing of it is changed.
-        batches: those that ``prefix`` was made from.
+        model: the model in its present state; it is not changed.
+        batches: the batches that ``prefix`` was computed from.
         targets: linears of one or more layers.
-        prefix: see ``capture_prefix``; it must have the lowest of those layers.
-        visit: called during the backward pass; what it does to the tensors it is given is its own affair.
-        dtype: ``"bfloat16"`` to run the model in it, ``None`` as it is.
-        start: how many batches to pass over.
+        prefix: from ``capture_prefix``, with the lowest of these layers.
+        visit: called during the backward pass with detached tensors; it may modify them in place.
+        dtype: ``"bfloat16"`` to run the model in it; ``None`` for the dtype of the model.
+        start: number of batches to skip.
         after: called after each batch with the number of batches done.
 
     Raises:
         NonFiniteError: if the loss is NaN or infinite.
-        UnsupportedModelError: if there is padding and a target does not see every token.
+        UnsupportedModelError: if a batch has padding and a target does not process every token.
     """
     modules = decoder(model).layers
     first = min(target.layer for target in targets)
-    below = list(modules)[:first]
     with (
         evaluating(model),
         casting(model, dtype),
         fetching_again(model),
-        passing_through(below, prefix.returns_tuple),
+        passing_through(list(modules)[:first], prefix.returns_tuple),
     ):
         for index, batch in enumerate(batches[start:], start):
             with (
                 entering_with(modules[first], prefix.hidden[first][index]),
                 without_head(model) as body,
-                showing(targets, batch, visit),
+                visiting(targets, batch, visit),
             ):
                 model(**batch_inputs(model, batch), use_cache=False)
             loss, grad = loss_and_grad(model, body, batch)
             if not math.isfinite(loss):
                 raise NonFiniteError(
-                    f"the loss of calibration batch {index} is {loss}; expected a finite one. Load the model in "
-                    "bfloat16 or float32, or drop that text."
+                    f"the loss of calibration batch {index} is {loss}; expected a finite number. Load the model in "
+                    "bfloat16 or float32, or remove the text of this batch."
                 )
             if body.hidden.requires_grad:
                 torch.autograd.backward(body.hidden, grad)
@@ -147,13 +148,12 @@ def sweep(
 
 
 @contextmanager
-def showing(targets: Collection[Target], batch: CalibrationBatch, visit: Callable[[Call], None]) -> Iterator[None]:
-    """Start the graph at the first target, and hand over each call when the backward pass reaches it."""
+def visiting(targets: Collection[Target], batch: CalibrationBatch, visit: Callable[[Call], None]) -> Iterator[None]:
+    """Start the autograd graph at the first target, and call ``visit`` when the backward pass reaches a target."""
     rows = Rows(batch)
-
     by_module: dict[nn.Module, Target] = {target.module: target for target in targets}
 
-    def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def register(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         target, x = by_module[module], rows.of_input(args[0])
         if not output.requires_grad:
             output = output.detach().requires_grad_()
@@ -161,14 +161,14 @@ def showing(targets: Collection[Target], batch: CalibrationBatch, visit: Callabl
         return output
 
     try:
-        with hooked(*by_module, after=note):
+        with hooked(*by_module, after=register):
             yield
     finally:
         rows.forget()
 
 
 class Rows:
-    """(B, L, features) → (T, features) without padding; an input that several linears take is made one tensor."""
+    """(B, L, features) → (T, features) without padding. An input that several linears share gives one tensor."""
 
     def __init__(self, batch: CalibrationBatch) -> None:
         mask = batch.attention_mask
@@ -179,24 +179,23 @@ class Rows:
         self._inputs: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The tokens one after the other, without padding."""
+        """The concatenated tokens, without padding."""
         rows = tensor.detach().flatten(0, -2)
         if self._mask is None:
             return rows
         if len(rows) != len(self._mask):
             raise UnsupportedModelError(
-                f"a linear sees {len(rows)} of the {len(self._mask)} tokens of a padded batch: padding cannot be "
-                "told from text. Give sequences of one length, without attention_mask"
+                f"a linear processes {len(rows)} of the {len(self._mask)} tokens of a padded batch, so its padding is "
+                "not known. Use sequences of one length without an attention_mask"
             )
         return rows[self._mask.to(rows.device)]
 
     def forget(self) -> None:
-        """Let the inputs go: their graph leads to the hooks that hold this, a circle that nothing would free."""
+        """Release the inputs. Their graph refers to hooks that refer to this object: a reference cycle."""
         self._inputs.clear()
 
     def of_input(self, x: Tensor) -> Tensor:
-        """The same tensor for the same input; the key stays valid because the input is kept with it."""
-        known = self._inputs.get(id(x))
-        if known is None:
-            known = self._inputs[id(x)] = (x, self.of(x))
-        return known[1]
+        """The same tensor for the same input. The stored reference to the input keeps its ``id`` valid."""
+        if id(x) not in self._inputs:
+            self._inputs[id(x)] = (x, self.of(x))
+        return self._inputs[id(x)][1]
