@@ -1,4 +1,4 @@
-"""The largest number of sequences in a forward pass that a device has room for."""
+"""The largest batch size that fits into the memory of a device."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from grasp.model.running import first_device
 from grasp.model.targets import decoder
 from grasp.statistics.sweep import capture_prefix, sweep
 
-# Tokens in a forward pass on a CPU, by the bytes of a number: more were measured to be no faster, and 8192 to be slower
-# (SmolLM2-135M, two cores): caches and fresh memory pages do not keep up with activations that large.
+# Most tokens per forward pass on a CPU, by bytes per number. More tokens were not faster, and 8192 were slower
+# (SmolLM2-135M, two cores), because of cache misses and page faults.
 CPU_TOKENS = {8: 512, 4: 1024, 2: 2048}
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -29,20 +29,21 @@ _CGROUP = Path("/sys/fs/cgroup")
 def fitting_batch_size(
     model: PreTrainedModel, config: GraspConfig, *, num_samples: int, seq_len: int, trial: bool = True
 ) -> int:
-    """The largest batch size for ``compress_`` that the model's device has room for by now.
+    """The largest batch size for ``compress_`` that fits into the free memory of the device of the model.
 
-    It comes from an estimate. On a GPU that is put to the test with one batch, and lowered where memory does not
-    suffice; on a CPU no error would tell, so the estimate stands.
+    The batch size comes from an estimate. On a GPU it is tested with one batch, and reduced if memory runs out. A CPU
+    does not report an error, so the estimate is used as it is.
 
     Args:
-        model: as it will be given to ``compress_``.
-        config: likewise.
+        model: the model for ``compress_``.
+        config: its configuration.
         num_samples: calibration sequences.
-        seq_len: tokens in each.
-        trial: make the test. Not where processes share the weights: each would try another size, and wait for others.
+        seq_len: tokens per sequence.
+        trial: test the estimate on a GPU. Set it to false if the weights are sharded: the processes would test
+            different sizes and wait for each other.
 
     Raises:
-        OutOfMemoryError: if the device has no room for one sequence.
+        OutOfMemoryError: if one sequence does not fit.
         ValueError, CalibrationError, UnsupportedModelError: as ``estimate`` does.
     """
     device = first_device(model)
@@ -54,14 +55,14 @@ def fitting_batch_size(
 
 
 def largest_batch_size(job: Job, free: int, *, loaded: bool = True) -> Estimate:
-    """The estimate with the largest power of two that fits into ``free`` bytes, or with 1 if none does.
+    """The estimate with the largest power of two as batch size that fits into ``free`` bytes; at least 1.
 
-    On a CPU it has no more than ``CPU_TOKENS`` tokens, or one sequence. Errors are those of ``estimate``.
+    A batch on a CPU has at most ``CPU_TOKENS`` tokens, or one sequence. Errors are those of ``estimate``.
 
     Args:
-        job: what to estimate.
-        free: bytes that the device has left.
-        loaded: whether the model has already taken its part.
+        job: the compression.
+        free: free bytes of the device.
+        loaded: whether the model is already in memory.
     """
     most = job.num_samples
     if job.device.type == "cpu":
@@ -76,28 +77,28 @@ def largest_batch_size(job: Job, free: int, *, loaded: bool = True) -> Estimate:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a device has left: for a CPU what the system, or the container, can give without swapping."""
+    """Free memory of a device; for a CPU, the memory that the system and the container have without swapping."""
     if device.type == "cpu":
         return min([psutil.virtual_memory().available, *_cgroup_free()])
     return int(torch.accelerator.get_memory_info(device)[0])
 
 
 def _cgroup_free() -> list[int]:
-    """What a container's control group has left, its file cache counted as free; empty where there is no limit."""
+    """Free bytes of the control group of a container, its file cache included; empty if there is no limit."""
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         used = int((_CGROUP / "memory.current").read_text())
-        facts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
     except OSError:
         return []
-    return [] if limit == "max" else [int(limit) - used + int(facts.get("inactive_file", 0))]
+    return [] if limit == "max" else [int(limit) - used + int(statistics.get("inactive_file", 0))]
 
 
 def executable_batch_size(largest: int, trial: Callable[[int], None]) -> int:
-    """The largest batch size, from ``largest`` down, with which ``trial`` does not run out of memory.
+    """The largest batch size, from ``largest`` down, for which ``trial`` does not run out of memory.
 
     Raises:
-        OutOfMemoryError: if it does so even with 1.
+        OutOfMemoryError: if ``trial`` runs out of memory with 1.
     """
 
     def attempt(batch_size: int) -> int:
@@ -107,28 +108,28 @@ def executable_batch_size(largest: int, trial: Callable[[int], None]) -> int:
             if batch_size > 1:
                 raise
             raise OutOfMemoryError(
-                "the device has too little memory for a batch of one sequence; take shorter sequences, "
+                "the device has too little memory for a batch of one sequence; use shorter sequences, "
                 "--dtype bfloat16, or --device cpu"
             ) from error
         return batch_size
 
-    found: int = find_executable_batch_size(attempt, starting_batch_size=largest)()
-    return found
+    batch_size: int = find_executable_batch_size(attempt, starting_batch_size=largest)()
+    return batch_size
 
 
 def try_batch(model: PreTrainedModel, config: GraspConfig, plan: Estimate, seq_len: int, batch_size: int) -> None:
-    """Run one batch through the dearest sweep that there can be, with room taken for what it sums up; nothing is kept.
+    """Run one batch through the sweep that needs the most memory, with the memory of its sums allocated.
 
     Raises:
-        torch.OutOfMemoryError: if the device's memory does not suffice.
+        torch.OutOfMemoryError: if the device has too little memory.
     """
     device = first_device(model)
     targets, _ = eligible_targets(model)
     lowest = min(config.layers) if config.layers else 0
     members = [target for layer in range(lowest, len(decoder(model).layers)) for target in targets[layer]]
     batch = CalibrationBatch(torch.zeros(batch_size, seq_len, dtype=torch.int64))
-    dearest = plan_sweeps(members, config.schedule)[-1]
+    largest = plan_sweeps(members, config.schedule)[-1]
     sums = torch.empty(plan.memory.statistics, dtype=torch.uint8, device=device)
-    prefix = capture_prefix(model, [batch], [min(target.layer for target in dearest)], dtype=config.sweep_dtype)
-    sweep(model, [batch], dearest, prefix, lambda call: None, dtype=config.sweep_dtype)
+    prefix = capture_prefix(model, [batch], [min(target.layer for target in largest)], dtype=config.sweep_dtype)
+    sweep(model, [batch], largest, prefix, lambda call: None, dtype=config.sweep_dtype)
     del sums

@@ -1,4 +1,4 @@
-"""How fast a device is at what a compression does most: measured, never assumed."""
+"""Measure how fast a device runs the main operations of a compression."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import torch
 
 from grasp.method.ranks import Shape
 
-PROBE_SECONDS = 0.2  # for each rate
-_LARGEST_SVD = 512  # of the matrix that is decomposed in the probe; a larger one would take seconds
+PROBE_SECONDS = 0.2  # per rate
+_LARGEST_SVD = 512  # rows and columns of the decomposed matrix, at most; larger ones take seconds
 
 
 @dataclass(frozen=True)
 class Rates:
     """FLOPs per second."""
 
-    sweeps: float  # of matrix products in the dtype of the sweeps
-    statistics: float  # of matrix products in the dtype of the sums
-    svd: float  # of decompositions in the dtype of the sums
+    sweeps: float  # matrix products in the dtype of the sweeps
+    statistics: float  # matrix products in the dtype of the sums
+    svd: float  # decompositions in the dtype of the sums
 
 
 def measure_rates(shape: Shape, tokens: int, *, dtype: torch.dtype, device: torch.device) -> Rates:
-    """Time matrix products and a decomposition on a device, for about half a second.
+    """Measure matrix products and a decomposition on a device, in about half a second.
 
     Args:
         shape: (N, K) of a typical matrix.
-        tokens: in a forward pass.
-        dtype: of the sweeps; sums are in fp32, or fp64 for fp64.
-        device: where to measure.
+        tokens: tokens per forward pass.
+        dtype: dtype of the sweeps; sums are in fp32 (fp64 for fp64).
+        device: the device to measure.
     """
     n, k = shape
     wide = torch.promote_types(dtype, torch.float32)
@@ -52,7 +52,7 @@ def svd_flops(shape: Shape) -> int:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The time of one call: the mean over ``PROBE_SECONDS``, after one that does not count."""
+    """Mean time of a call over ``PROBE_SECONDS``, after one warm-up call."""
     work()
     start, calls = _now(device), 0
     while (elapsed := _now(device) - start) < PROBE_SECONDS or not calls:
@@ -62,7 +62,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, once the device has done all that it was given."""
+    """The time in seconds, after the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
