@@ -302,7 +302,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Pat
         run(tmp_path / "file" / "out.partial")
 
 
-def test_a_failed_write_leaves_what_was_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_stored_progress(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(tensors: Any, path: Path, notes: Any) -> None:
         if "layers.2.mlp.up_proj" in path.name:
             path.write_bytes(b"half")

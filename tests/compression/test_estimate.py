@@ -193,7 +193,7 @@ MEASURE = """
 import json, re, sys, torch
 from grasp import GraspConfig, compress_
 from grasp.calibration import builtin_text, token_batches
-from grasp.estimate import Job, estimate
+from grasp.compression.estimate import Job, estimate
 from grasp.loading import load_model
 
 def kilobytes(name):
