@@ -17,7 +17,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,20 +35,22 @@ from grasp.bench.results import StudySetting as Setting
 from grasp.bench.results import append_results, read_results
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_text, token_batches, tokenize
-from grasp.checkpoint.compression_report import CompressionReport
 from grasp.checkpoint.run_state import NoState
-from grasp.compress import compress_
+from grasp.compress import carry_out_
+from grasp.compression.run import start_run
 from grasp.config import GraspConfig
 from grasp.errors import GraspError
 from grasp.evaluation.lm_eval import evaluate_tasks
 from grasp.evaluation.perplexity import perplexity
 from grasp.loading import load_model
 from grasp.method.ranks import redundant_layers
-from grasp.model.batch import CalibrationBatch, batches_digest
+from grasp.model.batch import CalibrationBatch, as_batches, batches_digest
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.running import casting, first_device
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
+from grasp.progress import no_progress
+from grasp.statistics.processes import ALONE
 from grasp.statistics.redundancy import Redundancy, measure_redundancy
 
 _GLOBAL: dict[str, Any] = {"allocation": "global", "schedule": "single-sweep"}
@@ -114,9 +116,9 @@ def compressed(**options: Any) -> Method:
 
     def run(model: PreTrainedModel, known: CalibrationSet, ratio: float) -> Outcome:
         config = GraspConfig(compression_ratio=ratio, sweep_dtype=known.dtype, **options)
-        report: CompressionReport = compress_(
-            model, known.batches, config, state=Known(known.redundancy), gather=known.remembered
-        )
+        state = Known(known.redundancy)
+        run = start_run(model, as_batches(known.batches), config, None, no_progress, state, ALONE)
+        report = carry_out_(replace(run, gather=known.remembered))
         return Outcome(ranks={m.name: m.rank for m in report.modules if not m.reason}, scope=report.scope)
 
     return run

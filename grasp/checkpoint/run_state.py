@@ -29,15 +29,14 @@ if TYPE_CHECKING:
     from grasp.config import GraspConfig
 
 
-FORMAT = 3  # of the folder
+FORMAT = 4  # of the folder
 
 
 class Decision(NamedTuple):
     """What was decided for all linears together."""
 
-    scope: str
     removed: tuple[int, ...]  # layers
-    losses: dict[str, float]  # on the held-out batches, by candidate
+    losses: Mapping[str, float]  # by candidate, on the held-out batches
 
 
 class NoState(PartialSums):
@@ -157,8 +156,8 @@ class RunState(RunFolder, NoState):
         self._require_same(kept["identity"])
         self.redundancy = None if kept["redundancy"] is None else Redundancy(**kept["redundancy"])
         if kept["decision"] is not None:
-            scope, removed, losses = kept["decision"]
-            self.decision = Decision(scope, tuple(removed), losses)
+            removed, losses = kept["decision"]
+            self.decision = Decision(tuple(removed), losses)
         files = sorted(self.folder.glob("*.safetensors"))
         if config.decides_together and self.decision is None:
             files = [file for file in files if not file.name.startswith("module-")]

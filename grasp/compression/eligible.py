@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -16,9 +16,15 @@ from grasp.model.dense import dense_shape
 from grasp.model.hf_quantizer import GraspHfQuantizer
 from grasp.model.targets import Target, decoder, layer_targets, max_positions
 
+ModulesLeft = Mapping[int, Sequence[ModuleReport]]  # layer → modules that cannot be compressed, with the reason
+
 
 def check_layers(config: GraspConfig, depth: int) -> None:
-    """Refuse, before anything long is done, layers that the model does not have."""
+    """Refuse layers that the model does not have.
+
+    Raises:
+        ValueError: if a configuration names one, or more than there are.
+    """
     if config.layers and config.layers[-1] >= depth:
         raise ValueError(f"the model has decoder layers 0..{depth - 1}, got layers={list(config.layers)}")
     if config.num_layers is not None and config.num_layers > depth:
@@ -26,16 +32,24 @@ def check_layers(config: GraspConfig, depth: int) -> None:
 
 
 def require_in_memory(targets: Iterable[Target]) -> None:
-    """Refuse weights that nothing can stand in for, before anything long is done."""
+    """Refuse offloaded and sharded weights, which a progressive schedule cannot replace for a while.
+
+    Raises:
+        UnsupportedModelError: if a weight is not in the memory of this process.
+    """
     if any(target.module.weight.is_meta or isinstance(target.module.weight, DTensor) for target in targets):
         raise UnsupportedModelError(
-            "schedule='progressive', which the preset 'best' has, needs all weights in memory, but some are offloaded "
-            "or sharded; take schedule='single-sweep'"
+            "schedule='progressive', the schedule of GraspConfig.best, needs all weights in memory, but some are "
+            "offloaded or sharded; take schedule='single-sweep'"
         )
 
 
 def require_positions(model: PreTrainedModel, batches: Sequence[CalibrationBatch]) -> None:
-    """Refuse sequences that are longer than what the model was made for."""
+    """Refuse sequences that are longer than the model's context.
+
+    Raises:
+        CalibrationError: if one is.
+    """
     limit, longest = max_positions(model), max(batch.input_ids.shape[1] for batch in batches)
     if limit is not None and longest > limit:
         raise CalibrationError(
@@ -44,20 +58,24 @@ def require_positions(model: PreTrainedModel, batches: Sequence[CalibrationBatch
 
 
 def eligible_targets(model: PreTrainedModel) -> tuple[dict[int, list[Target]], dict[int, list[ModuleReport]]]:
-    """For each layer, the linears that low-rank factors can make smaller, and the modules that are left."""
-    targets: dict[int, list[Target]] = {}
-    left: dict[int, list[ModuleReport]] = {}
+    """For each layer, the linears that low-rank factors can make smaller, and the other modules with the reason.
+
+    Raises:
+        UnsupportedModelError: if the model is quantised, or no layer has a linear that can be made smaller.
+    """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not isinstance(quantizer, GraspHfQuantizer):
         raise UnsupportedModelError(
             f"the model is quantised ({type(quantizer).__name__}); expected a dense one. Load it unquantised."
         )
+    targets: dict[int, list[Target]] = {}
+    left: dict[int, list[ModuleReport]] = {}
     for layer in range(len(decoder(model).layers)):
-        found, reasons = layer_targets(model, layer)
-        shapes = {target.name: dense_shape(target.module) for target in found}
-        targets[layer] = [target for target in found if break_even_rank(shapes[target.name]) >= 1]
+        linears, reasons = layer_targets(model, layer)
+        shapes = {target.name: dense_shape(target.module) for target in linears}
+        targets[layer] = [target for target in linears if break_even_rank(shapes[target.name]) >= 1]
         small = {
-            t.name: f"too small: rank 1 does not shrink {shapes[t.name]}" for t in found if t not in targets[layer]
+            t.name: f"too small: rank 1 does not shrink {shapes[t.name]}" for t in linears if t not in targets[layer]
         }
         left[layer] = [ModuleReport(name, layer, "", reason) for name, reason in (reasons | small).items()]
     if not any(targets.values()):

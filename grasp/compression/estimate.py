@@ -6,14 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from grasp.calibration import require_sizes
-from grasp.compression.budget import ceilings, choose_plans, find_prices
+from grasp.compression.budget import ceilings, choose_plan, find_prices
 from grasp.compression.device_speed import Rates, svd_flops
 from grasp.compression.eligible import check_layers, eligible_targets, require_positions
 from grasp.compression.layer_cost import LayerCost, Tracer
@@ -28,7 +27,6 @@ from grasp.model.targets import Target, decoder
 from grasp.statistics.covariance import covariance_bytes, distinct_inputs
 from grasp.statistics.gradients import gradient_route
 from grasp.statistics.loss import LOGITS_BYTES
-from grasp.statistics.redundancy import Redundancy
 from grasp.statistics.sweep import sweep_name
 from grasp_kernels.routes import BLOCK_ROWS, dense_flops, factored_flops
 
@@ -231,9 +229,9 @@ class _Planner:
         scores = [0.0] * len(order)
         for place, layer in enumerate(order):
             scores[layer] = float(place)
-        config, redundancy = self._job.config, assumed_redundancy(scores)
-        considered = choose_plans(config, redundancy, self._targets, self._total.parameters, self._prices)
-        ranks = {target: self._rank(target, rank) for target, rank in ceilings(config, considered).items()}
+        config = self._job.config
+        chosen = choose_plan(config, scores, self._targets, self._total.parameters, self._prices)
+        ranks = {target: self._rank(target, rank) for target, rank in ceilings(config, chosen).items()}
         members = plan_sweeps(ranks, self._job.config.schedule)
         replaced: dict[int, dict[str, int]] = defaultdict(dict)
         plans, bytes_of_a_batch = [], [self._forward_bytes()]
@@ -247,7 +245,7 @@ class _Planner:
         forward = self._forward_flops
         return Estimate(
             batch_size=self._batch_size,
-            layers=tuple(sorted({layer for each in considered.values() for layer in each.layers})),
+            layers=chosen.layers,
             assumed=False,
             sweeps=tuple(plans),
             flops=Flops(
@@ -379,13 +377,6 @@ class _Planner:
             refit=self._refit_bytes(list(ranks)) if job.config.refit and ranks else 0,
             offloads_hidden_states=job.device.type != "cpu",
         )
-
-
-def assumed_redundancy(scores: Sequence[float]) -> Redundancy:
-    """Layers with these scores, their halves and runs with what these add up to."""
-    sums = [0.0, *accumulate(scores)]
-    halves = [score / 2 for score in scores]
-    return Redundancy(list(scores), halves, halves, [[abs(end - start) for end in sums] for start in sums])
 
 
 def _shapes(targets: Sequence[Target]) -> list[Shape]:

@@ -36,7 +36,7 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def standing_in(factors: Iterable[tuple[DenseLinear, SVD]]) -> Iterator[None]:
+def temporary_low_rank(factors: Iterable[tuple[DenseLinear, SVD]]) -> Iterator[None]:
     """Let dense linears, their weights in memory, compute what low-rank ones would; these are put back bit for bit."""
     saved: dict[Tensor, Tensor] = {}
     try:

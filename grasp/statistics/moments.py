@@ -40,7 +40,7 @@ class MomentSum:
             call.x.to(S.dtype), call.grad_y.to(S.dtype), U, Vh, second_moment=second_moment
         )
         self._first += first
-        if self._second is not None:
+        if self._second is not None and second is not None:
             self._second += second
 
     def all_reduce(self, processes: Processes) -> None:

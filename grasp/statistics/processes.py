@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import safetensors.torch
 import torch
@@ -17,7 +17,26 @@ from torch import Tensor
 from grasp.errors import DistributedError
 from grasp.model.batch import CalibrationBatch
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
+
 Item = TypeVar("Item")
+
+
+class Transportable(Protocol):
+    """A result that one process sends to the others."""
+
+    def to_tensors(self) -> Mapping[str, Tensor]:
+        """All of it, as named tensors."""
+        ...
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The inverse of ``to_tensors``."""
+        ...
+
+
+Result = TypeVar("Result", bound=Transportable)
 
 TIMEOUT = timedelta(minutes=30)  # the longest a process waits for the others, whose part may take longer than its own
 BUCKET_BYTES = 2**28  # statistics added up in one message; what is larger goes in several
@@ -62,26 +81,29 @@ class Processes:
                 tensor.copy_(part.view_as(tensor))
 
     def map_divided(
-        self, items: Sequence[Item], work: Callable[[Item], Mapping[str, Tensor]]
-    ) -> Iterator[tuple[Item, Mapping[str, Tensor]]]:
+        self, items: Sequence[Item], work: Callable[[Item], Result], result_type: type[Result]
+    ) -> Iterator[tuple[Item, Result]]:
         """Do the work for each item in one of the processes, and give its result, bit for bit, to all.
 
         Args:
-            items: the same everywhere.
-            work: item → named tensors.
+            items: the same in all processes.
+            work: item → result.
+            result_type: the class of the results.
 
         Returns:
-            The items in their order, each with its result; what another process made comes on the CPU.
+            The items in their order, each with its result. A result from another process is on the CPU.
 
         Raises:
             DistributedError: if the work fails in another process, or a process is gone.
         """
         for start in range(0, len(items), self.size):
             turn = items[start : start + self.size]
+            result = None
             with self.fail_together():
-                own = work(turn[self.rank]) if self.rank < len(turn) else {}
+                if self.rank < len(turn):
+                    result = work(turn[self.rank])
             for source, item in enumerate(turn):
-                yield item, self._from(source, own)
+                yield item, self._from(source, result, result_type)
 
     def least(self, number: int) -> int:
         """The smallest of the processes' numbers.
@@ -144,12 +166,15 @@ class Processes:
             raise self._lost(error) from error
         dist.destroy_process_group()
 
-    def _from(self, source: int, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if self.size == 1:
-            return tensors
-        own = source == self.rank
-        data = self._broadcast(source, safetensors.torch.save(dict(tensors)) if own else b"")
-        return tensors if own else safetensors.torch.load(data)
+    def _from(self, source: int, result: Result | None, result_type: type[Result]) -> Result:
+        """The ``result`` of the process ``source``."""
+        if source == self.rank:
+            assert result is not None
+            if self.size > 1:
+                tensors = {name: tensor.contiguous() for name, tensor in result.to_tensors().items()}
+                self._broadcast(source, safetensors.torch.save(tensors))
+            return result
+        return result_type.from_tensors(safetensors.torch.load(self._broadcast(source, b"")))
 
     def _broadcast(self, source: int, data: bytes) -> bytes:
         """The ``data`` of the process ``source``."""

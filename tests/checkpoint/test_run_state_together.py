@@ -70,7 +70,7 @@ def test_a_run_stopped_at_any_write_ends_as_if_it_had_not_been(
         (BEST, SWEEP, 1, "0 of 2"),
         (BEST, SWEEP, 2, "1 of 2"),
         (BEST, "refit", 1, "2 of 2"),
-        (GraspConfig(num_layers=1, scope="auto", refit=True, **KFAC), "refit", 1, "1 of 1"),
+        (GraspConfig(num_layers=1, scope="model", refit=True, **KFAC), "refit", 1, "1 of 1"),
     ],
 )
 def test_what_was_done_is_not_done_again(
@@ -100,25 +100,8 @@ def test_what_was_done_is_not_done_again(
     assert replaced(expected)
 
 
-def prefer(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let one scope win on the held-out text."""
-    monkeypatch.setattr(
-        compress, "held_out_losses", lambda *args: {name: float(not name.startswith(scope)) for name in args[3]}
-    )
-
-
-def test_the_scope_that_won_is_not_left_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = GraspConfig(num_layers=1, scope="auto", refit=True, **KFAC)
-    prefer("redundant", monkeypatch)
-    expected = run(None, config)
-    assert expected[0].scope == "redundant"
-    stopped(folder, "refit", 1, config)
-    prefer("model", monkeypatch)
-    assert_same(run(folder, config), expected)
-
-
 def test_a_decision_that_was_not_kept_whole_does_not_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = GraspConfig(num_layers=1, scope="auto", refit=True, **KFAC)
+    config = GraspConfig(num_layers=1, scope="model", refit=True, **KFAC)
     keep = RunState.keep_module
 
     def keep_ten(state: RunState, *args: Any) -> None:
@@ -126,17 +109,14 @@ def test_a_decision_that_was_not_kept_whole_does_not_count(folder: Path, monkeyp
         if len(list(folder.glob("module-*"))) == 10:
             raise Killed
 
-    prefer("model", monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(RunState, "keep_module", keep_ten)
         with pytest.raises(Killed):
             run(folder, config)
-    prefer("redundant", monkeypatch)
-    stopped(folder, "refit", 1, config)
-    assert 0 < len(list(folder.glob("module-*"))) < 10
-    found = run(folder, config)
-    assert_same(found, run(None, config))
-    assert found[0].scope == "redundant"
+    assert len(list(folder.glob("module-*"))) == 10
+    resumed: list[str] = []
+    assert_same(run(folder, config, progress=lambda step, done, total: resumed.append(step)), run(None, config))
+    assert SWEEP in resumed
 
 
 def stopped_after_the_first_cut(folder: Path) -> Path:
@@ -184,7 +164,7 @@ def test_a_folder_of_an_earlier_format_is_refused_with_the_reason(folder: Path) 
     state["identity"]["format"] = 2
     del state["decision"], state["identity"]["costs"]
     path.write_text(json.dumps(state))
-    with pytest.raises(ResumeError, match="format is 3, expected 2"):
+    with pytest.raises(ResumeError, match="format is 4, expected 2"):
         run(folder, BEST)
 
 

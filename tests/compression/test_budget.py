@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,11 +17,11 @@ from transformers.pytorch_utils import Conv1D
 from grasp import compress
 from grasp.checkpoint.compression_report import CompressionReport
 from grasp.compress import compress_
-from grasp.compression import budget as planning
-from grasp.compression.budget import REDUNDANCIES, Plan, find_prices
-from grasp.compression.candidates import candidates, hold_out
+from grasp.compression.budget import Plan, find_prices
+from grasp.compression.candidates import FIRST_SHARE, candidates, hold_out
+from grasp.compression.selection import Selection
 from grasp.config import GraspConfig
-from grasp.errors import CalibrationError, CostTableError, UnsupportedModelError
+from grasp.errors import CalibrationError, CostTableError
 from grasp.method.cost_table import CostTable, LinearSeconds, from_roofline
 from grasp.method.ranks import break_even_rank
 from grasp.model.batch import CalibrationBatch
@@ -30,8 +29,6 @@ from grasp.model.dense import dense_shape, dense_weight
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import decoder, layer_targets
 from grasp.statistics import scores as scoring
-from grasp.statistics.loss import sum_nll
-from grasp.statistics.redundancy import measure_redundancy
 from grasp_kernels.roofline import CARDS
 from tests.tiny_models import tiny_batches, tiny_model
 
@@ -65,17 +62,6 @@ def test_a_matrix_on_which_the_loss_depends_most_stays_dense() -> None:
             target.module.weight.mul_(20 if target.name.endswith("down_proj") else 0.05)
     report = compress_(model, tiny_batches(4), GraspConfig(layers=(1,), retain_ratio=0.6, **BEST))
     assert "model.layers.1.mlp.down_proj" in {module.name for module in report.left}
-
-
-def test_auto_takes_the_scope_with_the_lower_loss_on_what_was_held_out() -> None:
-    batches, losses = tiny_batches(8), {}
-    for scope in ("redundant", "model"):
-        model = tiny_model("llama")
-        compress_(model, batches[:-1], GraspConfig(layers=(0, 2), retain_ratio=0.4, scope=scope, **BEST))
-        losses[scope] = sum_nll(model, [CalibrationBatch(batches[-1])]) / batches[-1][:, 1:].numel()
-    report = compress_(tiny_model("llama"), batches, GraspConfig(layers=(0, 2), retain_ratio=0.4, scope="auto", **BEST))
-    assert report.held_out_loss == pytest.approx(losses, rel=1e-4)
-    assert report.scope == min(losses, key=losses.__getitem__)
 
 
 def test_the_whole_model_uniformly() -> None:
@@ -134,7 +120,7 @@ def test_a_progressive_schedule_takes_statistics_again_with_a_part_of_the_budget
         if not torch.equal(weight, first[name]):
             rank = int(torch.linalg.matrix_rank(weight.double(), rtol=1e-5))
             saved += weight.numel() - rank * sum(weight.shape)
-    assert saved == pytest.approx(planning.FIRST_SHARE * 0.2 * report.before.parameters, rel=0.1)
+    assert saved == pytest.approx(FIRST_SHARE * 0.2 * report.before.parameters, rel=0.1)
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
             assert torch.equal(module.weight, dense.get_submodule(name).weight)
@@ -200,7 +186,7 @@ def predicted(costs: CostTable, model: PreTrainedModel, report: CompressionRepor
     return total
 
 
-@pytest.mark.parametrize("scope", ["redundant", "model", "auto"])
+@pytest.mark.parametrize("scope", ["redundant", "model"])
 def test_a_latency_is_met_and_all_of_it_is_used(scope: str) -> None:
     model = tiny_model("llama")
     costs = costs_of(model)
@@ -277,37 +263,6 @@ def test_a_latency_needs_costs_of_this_model() -> None:
         compress_(model, tiny_batches(1), config, costs=costs_of(tiny_model("gpt2")))
 
 
-def test_only_the_more_redundant_halves_of_layers_are_compressed() -> None:
-    model, batches = tiny_model("llama"), tiny_batches(2)
-    with torch.no_grad():
-        decoder(model).layers[0].self_attn.o_proj.weight.mul_(1e-3)
-        decoder(model).layers[2].mlp.down_proj.weight.mul_(1e-3)
-    report = compress_(model, batches, GraspConfig(compression_ratio=0.2, redundancy="sub_block_influence"))
-    assert {(module.layer, module.block) for module in report.compressed} == {(0, "attention"), (2, "mlp")}
-    assert report.redundant_layers == (0, 2)
-    assert report.compression_ratio == pytest.approx(0.2, abs=0.01)
-
-
-def test_halves_that_cannot_be_told_apart_are_refused() -> None:
-    found = measure_redundancy(tiny_model("llama"), tiny_batches(1))._replace(attention=[math.nan] * 3)
-    targets = {layer: layer_targets(tiny_model("llama"), layer)[0] for layer in range(3)}
-    with pytest.raises(UnsupportedModelError, match="take redundancy='block_influence'"):
-        REDUNDANCIES["sub_block_influence"](found, targets)
-
-
-def test_a_run_of_layers_is_compressed_where_it_changes_least() -> None:
-    model, batches = tiny_model("llama"), tiny_batches(2)
-    with torch.no_grad():
-        for layer in (1, 2):
-            decoder(model).layers[layer].self_attn.o_proj.weight.mul_(1e-3)
-            decoder(model).layers[layer].mlp.down_proj.weight.mul_(1e-3)
-    report = compress_(model, batches, GraspConfig(num_layers=2, redundancy="angular_distance"))
-    assert report.redundant_layers == (1, 2)
-    report = compress_(tiny_model("llama"), batches, GraspConfig(compression_ratio=0.3, redundancy="angular_distance"))
-    first, *rest = report.redundant_layers
-    assert list(rest) == list(range(first + 1, first + 1 + len(rest)))
-
-
 def test_the_costs_of_a_card_will_do() -> None:
     model = tiny_model("llama")
     costs = from_roofline(CARDS["H100"], shapes_of(model), dtype="float32", itemsize=4, rest_bytes=0)
@@ -351,16 +306,16 @@ def test_layers_go_by_what_their_removal_loses() -> None:
     model = tiny_model("llama")
     targets = {layer: layer_targets(model, layer)[0] for layer in range(3)}
     config = GraspConfig(compression_ratio=0.3, remove_layers=True, scope="model", **BEST)
-    prices = find_prices(config, model, targets)
-    found = [
-        (target, {"indices": torch.arange(rank), "importance": torch.ones(min(dense_shape(target.module)))})
+    prices, empty = find_prices(config, model, targets), torch.empty(0)
+    selections = {
+        target: Selection(empty, empty, empty, torch.arange(rank), torch.ones(min(dense_shape(target.module))), empty)
         for target in itertools.chain(*targets.values())
         if (rank := break_even_rank(dense_shape(target.module)))
-    ]
-    plan = Plan(0.5, (0, 1, 2), {target: len(choice["indices"]) // 2 for target, choice in found})
+    }
+    plan = Plan(0.5, (0, 1, 2), {target: len(selection.indices) // 2 for target, selection in selections.items()})
 
     def names(removal: dict[int, float]) -> list[str]:
-        return list(candidates(found, {"model": plan}, config, prices, removal, nats=0.5))
+        return list(candidates(selections, plan, "model", prices, removal, nats=0.5))
 
     assert names({0: 1e9, 1: 1e9}) == ["model"]
     assert names({0: 1e9, 1: 1e-9}) == ["model without 1"]  # even at a million times as much

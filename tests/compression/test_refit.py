@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grasp.compression import refit
 from grasp.compression.refit import refit_
+from grasp.method import least_squares as solver
 from grasp.method.least_squares import least_squares
 from grasp.model.batch import CalibrationBatch
 from grasp.model.lowrank_linear import LowRankLinear
@@ -40,7 +40,7 @@ def inputs_of(model: torch.nn.Module, name: str, tokens: list[Tensor]) -> Tensor
 def test_each_left_factor_is_the_least_squares_solution_for_what_the_refitted_model_feeds_it(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refit, "RIDGE", 1e-12)
+    monkeypatch.setattr(solver, "RIDGE", 1e-12)
     model, dense, targets = halved(family, (0, 2))
     tokens = tiny_batches(4)
     refit_(model, [CalibrationBatch(t) for t in tokens], targets)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from grasp.errors import NonFiniteError
 from grasp.method.svd import SVD, cholesky_factor, decompose, decompose_in
 from grasp.model import lowrank_linear as modules
-from grasp.model.dense import DenseLinear, dense_weight, standing_in
+from grasp.model.dense import DenseLinear, dense_weight, temporary_low_rank
 from grasp.model.lowrank_linear import LowRankLinear, group_linears_, set_backend_
 from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped
 
@@ -357,11 +357,11 @@ def test_a_dense_linear_computes_what_its_low_rank_form_would_and_is_put_back(ma
     before, y = linear.weight.detach().clone(), linear(x)
     U, S, Vh = decompose(dense_weight(linear).detach())
     kept = SVD(U[:, :2], S[:2], Vh[:2])
-    with standing_in([(linear, kept)]):
+    with temporary_low_rank([(linear, kept)]):
         torch.testing.assert_close(linear(x), LowRankLinear.from_dense(linear, torch.arange(2), kept)(x))
         assert not torch.allclose(linear(x), y)
     assert torch.equal(linear.weight, before)
-    with pytest.raises(KeyError), standing_in([(linear, kept)]):
+    with pytest.raises(KeyError), temporary_low_rank([(linear, kept)]):
         raise KeyError
     assert torch.equal(linear.weight, before)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -131,13 +131,22 @@ def test_tensors_of_any_size_and_dtype_are_added_up() -> None:
         torch.testing.assert_close(outcome.value, expected, rtol=0, atol=0)
 
 
+class Tensors(dict[str, Tensor]):
+    def to_tensors(self) -> dict[str, Tensor]:
+        return self
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Tensors:
+        return cls(tensors)
+
+
 def divide(processes: Processes, fail: bool) -> list[tuple[int, dict[str, list[float]]]]:
-    def square(item: int) -> dict[str, Tensor]:
+    def square(item: int) -> Tensors:
         if fail and item == 3:
             raise ValueError("three is too much")
-        return {"square": torch.tensor([item**2.0]), "by": torch.tensor([processes.rank])} if item else {}
+        return Tensors(square=torch.tensor([item**2.0]), by=torch.tensor([processes.rank])) if item else Tensors()
 
-    results = processes.map_divided(range(5), square)
+    results = processes.map_divided(range(5), square, Tensors)
     return [(item, {name: tensor.tolist() for name, tensor in found.items()}) for item, found in results]
 
 

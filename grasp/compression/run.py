@@ -1,0 +1,131 @@
+"""One call of ``compress_``: its request, checked, and everything that its steps share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from grasp.checkpoint.run_state import NoState
+from grasp.compression.budget import Plan, Prices, Targets, choose_plan, find_prices
+from grasp.compression.candidates import hold_out
+from grasp.compression.eligible import (
+    ModulesLeft,
+    check_layers,
+    eligible_targets,
+    require_in_memory,
+    require_positions,
+)
+from grasp.config import GraspConfig
+from grasp.method.cost_table import CostTable
+from grasp.model.batch import CalibrationBatch, batches_digest
+from grasp.model.layer_removal import removable_layers
+from grasp.model.size import Size, model_size
+from grasp.model.targets import decoder
+from grasp.progress import Clock, Progress
+from grasp.statistics.processes import Processes
+from grasp.statistics.redundancy import Redundancy, measure_redundancy
+from grasp.statistics.scores import Scores, gather_scores
+
+
+@dataclass(frozen=True)
+class Run:
+    """The request of a compression, checked against the model, and what its steps share.
+
+    Attributes:
+        model: changed in place.
+        batches: all calibration batches.
+        calibration: the ones that statistics are gathered from.
+        held_out: the ones that decide between candidates; none unless layers may be removed.
+        config: the configuration.
+        costs: of decoding, for a target latency.
+        targets: the linears that can be compressed, by layer.
+        left: the modules that cannot be compressed, by layer, each with its reason.
+        prices: the unit of the budget.
+        removable: the layers that may be removed.
+        before: the size of the model before.
+        clock: counts the time of each step.
+        progress: called as ``progress(step, done, total)``.
+        state: the run folder, or nothing.
+        processes: the processes that share the work.
+        gather: ``gather_scores``, or what a study puts in its place to reuse statistics.
+    """
+
+    model: PreTrainedModel
+    batches: Sequence[CalibrationBatch]
+    calibration: Sequence[CalibrationBatch]
+    held_out: Sequence[CalibrationBatch]
+    config: GraspConfig
+    costs: CostTable | None
+    targets: Targets
+    left: ModulesLeft
+    prices: Prices
+    removable: Sequence[int]
+    before: Size
+    clock: Clock
+    progress: Progress
+    state: NoState
+    processes: Processes
+    gather: Callable[..., Scores] = gather_scores
+
+
+def start_run(
+    model: PreTrainedModel,
+    batches: Sequence[CalibrationBatch],
+    config: GraspConfig,
+    costs: CostTable | None,
+    progress: Progress,
+    state: NoState,
+    processes: Processes,
+) -> Run:
+    """Check a request before anything long is done, and open or resume its run folder; errors as ``compress_``."""
+    clock = Clock()
+    require_positions(model, batches)
+    layers = decoder(model).layers
+    before = model_size(model, layers)
+    check_layers(config, len(layers))
+    targets, left = eligible_targets(model)
+    prices = find_prices(config, model, targets, costs)
+    removable = removable_layers(model) if config.remove_layers else []
+    if removable and processes.sharded:
+        raise ValueError("remove_layers needs whole layers, but the model is sharded; leave one of the two out")
+    if config.schedule == "progressive":
+        require_in_memory(target for linears in targets.values() for target in linears)
+    calibration, held_out = hold_out(batches) if config.remove_layers else (batches, [])
+    tokens = [batch.num_tokens for batch in batches]
+    processes.require_same("the request", f"{config} {before} {tokens} {batches_digest(batches)}")
+    with processes.fail_together():
+        state.begin(model, batches, config, costs, clock)
+    return Run(
+        model=model,
+        batches=batches,
+        calibration=calibration,
+        held_out=held_out,
+        config=config,
+        costs=costs,
+        targets=targets,
+        left=left,
+        prices=prices,
+        removable=removable,
+        before=before,
+        clock=clock,
+        progress=progress,
+        state=state,
+        processes=processes,
+    )
+
+
+def find_redundancy(run: Run) -> Redundancy:
+    """The block influence of every layer: measured, or as an interrupted run measured it."""
+    run.clock.enter("block_influence")
+    redundancy = run.state.redundancy
+    if redundancy is None:
+        redundancy = measure_redundancy(run.model, run.batches, progress=run.progress, processes=run.processes)
+        run.state.keep_redundancy(redundancy)
+    return redundancy
+
+
+def make_plan(run: Run, redundancy: Redundancy) -> Plan:
+    """The linears that may be compressed, and the parameters that they may keep together."""
+    return choose_plan(run.config, redundancy.layers, run.targets, run.before.parameters, run.prices)
