@@ -95,7 +95,7 @@ def test_importing_torch_imports_neither_grasp_nor_transformers() -> None:
 
 @pytest.mark.slow
 @needs_install
-def test_with_autoloading_off_transformers_warns_and_importing_grasp_checkpoint_helps(
+def test_with_autoloading_off_transformers_warns_and_importing_the_format_helps(
     files: tuple[Path, Path, Path],
 ) -> None:
     off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
@@ -104,7 +104,7 @@ import sys
 from transformers import AutoModelForCausalLM
 dense = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(type(dense.model.layers[1].mlp.up_proj).__name__)
-import grasp.checkpoint
+import grasp.model.hf_quantizer
 print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[1].mlp.up_proj).__name__)
 """
     result = python(code, files[0], **off)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from grasp.errors import GraspError, UnsupportedModelError
 from grasp.loading import load_config
 from grasp.method.ranks import break_even_rank, rank_for_retain_ratio
 from grasp.model.dense import dense_shape
-from grasp.model.families import SHARED_INPUTS
+from grasp.model.families import family_of
+from grasp.model.skeleton import skeleton
 from grasp.model.targets import decoder, layer_targets
 from grasp_kernels.shapes import GroupShape, LinearShape
 
@@ -38,7 +38,6 @@ WELL_KNOWN: dict[str, Widths] = {
     "smollm2-135m": Widths(576, 1536, 9, 3, 64),
     "gemma-3-270m": Widths(640, 2048, 4, 1, 256),
 }
-_GATED = frozenset(("gate_proj", "up_proj"))
 
 
 def model_calls(name: str, retain_ratio: float) -> list[tuple[str, GroupShape]]:
@@ -65,12 +64,13 @@ def model_calls(name: str, retain_ratio: float) -> list[tuple[str, GroupShape]]:
     calls = [(op, shape) for op in ("lowrank_linear", "singular_value_grad") for shape in singles]
     parents = dict.fromkeys(path.rpartition(".")[0] for path in linears)
     for parent in parents:
-        for names in SHARED_INPUTS:
+        family = family_of(parent)
+        for names in family.shared_inputs:
             group = [linears[path] for child in names if (path := f"{parent}.{child}") in linears]
             if len(group) < 2:
                 continue
             calls.append(("lowrank_linear_grouped", tuple(group)))
-            if _GATED.issuperset(names) and len({linear.N for linear in group}) == 1:
+            if names == family.gate_up and len({linear.N for linear in group}) == 1:
                 calls.append(("lowrank_glu", tuple(group)))
     return list(dict.fromkeys(calls))
 
@@ -86,9 +86,7 @@ def _config(name: str) -> PreTrainedConfig:
 
 def _linears(config: PreTrainedConfig, retain_ratio: float) -> dict[str, LinearShape]:
     """Shapes by path, of the first layer with a linear to replace."""
-    config.__dict__.pop("quantization_config", None)  # the shapes of a compressed model are those of its dense model
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = skeleton(config, AutoModelForCausalLM.from_config)
     for layer in range(len(decoder(model).layers)):
         shapes = {target.name: dense_shape(target.module) for target in layer_targets(model, layer)[0]}
         linears = {

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
 from grasp.errors import CheckpointError
+from grasp.model.families import family_of
 
 _LAYER = re.compile(r"\.(\d+)\.(.+)$")  # model.layers.3.mlp.up_proj → 3, mlp.up_proj
 _NORM = re.compile(r"norm|(^|\.)ln_")
@@ -216,5 +217,5 @@ def _part(tensor: str, ranks: Mapping[str, int]) -> str:
         return "embeddings" if _EMBEDDING.search(tensor) else "norms" if _NORM.search(tensor) else "head and other"
     if _NORM.search(found[2]):
         return "norms"
-    block = "attention" if "attn" in found[2] or "attention" in found[2] else "mlp"
+    block = family_of(tensor).block(found[2])
     return f"{block}, low-rank" if module in ranks else f"{block}, dense"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from grasp.errors import UnsupportedModelError
 from grasp.model.batch import CalibrationBatch
-from grasp.model.dense import DenseLinear, dense_shape
+from grasp.model.dense import DenseLinear
 from grasp.model.hf_quantizer import ranks_in
 from grasp.model.hooks import hooked
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import backbone, batch_inputs, hidden_input, hidden_output, passing_through, returns_tuple
+from grasp.model.skeleton import skeleton
 from grasp.model.targets import Target, decoder, replace_module_
 from grasp.statistics.sweep import visiting
 
@@ -106,7 +107,7 @@ class Tracer:
     ) -> None:
         self._mode = FakeTensorMode()
         with _traceable(config), self._mode, torch.device(device):
-            self.model = _skeleton(config, dtype)
+            self.model = _lowrank_skeleton(config, dtype, device)
             self.batch = CalibrationBatch(torch.zeros(batch_size, seq_len, dtype=torch.int64))
             self._arguments, self.base_bytes = _arguments(self.model, self.batch)
         self._path = decoder(self.model).path
@@ -155,15 +156,11 @@ def _layer_cost(
     return LayerCost(forward, flops.get_total_flops() - forward, saved, live.peak - saved)
 
 
-def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that ``config`` describes, its low-rank layers included, frozen, on the default device."""
-    ranks = ranks_in(config)
-    config = copy.deepcopy(config)
-    config.__dict__.pop("quantization_config", None)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation=config._attn_implementation
-    )
-    for name, rank in ranks.items():
+def _lowrank_skeleton(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model that ``config`` describes, its low-rank layers included, frozen."""
+    build = partial(AutoModelForCausalLM.from_config, dtype=dtype, attn_implementation=config._attn_implementation)
+    model = skeleton(config, build, device)
+    for name, rank in ranks_in(config).items():
         replace_module_(model, name, _lowrank_like(model.get_submodule(name), rank))
     model.eval().requires_grad_(False)
     return model
@@ -171,10 +168,7 @@ def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 def _lowrank_like(dense: nn.Module, rank: int) -> LowRankLinear:
     assert isinstance(dense, DenseLinear)
-    n, k = dense_shape(dense)
-    weight = dense.weight
-    module = LowRankLinear(k, n, rank, bias=dense.bias is not None, device=weight.device, dtype=weight.dtype)
-    return module.eval().requires_grad_(False)
+    return LowRankLinear.like(dense, rank).requires_grad_(False)
 
 
 @contextmanager

@@ -1,31 +1,53 @@
-"""What differs between model families: where their decoder layers are, which linears share an input."""
+"""The table of model families: where decoder layers are, and the names of the modules in them."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 
-class Adapter(NamedTuple):
-    """Where a family keeps its decoder layers and its final norm: attribute paths from the model."""
+class Family(NamedTuple):
+    """Everything that the package needs to know about a family of models; the defaults are the usual names.
+
+    Attributes:
+        layers: path of the decoder layers, from the model.
+        norms: paths that the norm after the last layer may have, from the model.
+        attention: a linear belongs to the attention of its layer if its path in the layer contains one of these.
+        qkv: sibling linears of the attention that take one input, the first to be called first.
+        gate_up: sibling linears of a gated MLP that take one input, the first to be called first.
+        index_names: attributes of a layer's modules that hold the index of the layer.
+        index_lists: lists in the configuration that hold indices of layers.
+    """
 
     layers: str
-    norm: str
+    norms: tuple[str, ...]
+    attention: tuple[str, ...] = ("attn", "attention")
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    index_names: tuple[str, ...] = ("layer_idx", "layer_id", "layer_number")
+    index_lists: tuple[str, ...] = ("mlp_only_layers", "moe_layers")
+
+    @property
+    def shared_inputs(self) -> tuple[tuple[str, ...], ...]:
+        """Names of sibling linears that take one input."""
+        return self.qkv, self.gate_up
+
+    def block(self, path: str) -> str:
+        """The part of a layer that a linear belongs to, ``"attention"`` or ``"mlp"``; ``path`` starts in the layer."""
+        return "attention" if any(name in path for name in self.attention) else "mlp"
 
 
-# The first row whose two paths exist describes the model. The families named are examples.
-ADAPTERS: tuple[Adapter, ...] = (
-    Adapter("model.layers", "model.norm"),  # Llama, Mistral, Mixtral, Qwen2, Qwen3, Gemma, Phi-3, OLMo
-    Adapter("model.layers", "model.final_layernorm"),  # Phi
-    Adapter("model.decoder.layers", "model.decoder.final_layer_norm"),  # OPT
-    Adapter("model.language_model.layers", "model.language_model.norm"),  # text part of image-text models
-    Adapter("transformer.h", "transformer.ln_f"),  # GPT-2, GPT-J, BLOOM
-    Adapter("transformer.blocks", "transformer.norm_f"),  # MPT
-    Adapter("gpt_neox.layers", "gpt_neox.final_layer_norm"),  # GPT-NeoX, Pythia
-)
+# The first row whose paths exist describes a model. The families named are examples.
+FAMILIES: list[Family] = [
+    Family("model.layers", ("model.norm", "model.final_layernorm")),  # Llama, Mistral, Mixtral, Qwen, Gemma, Phi, OLMo
+    Family("model.decoder.layers", ("model.decoder.final_layer_norm",)),  # OPT
+    Family("model.language_model.layers", ("model.language_model.norm",)),  # the text part of image-text models
+    Family("transformer.h", ("transformer.ln_f",)),  # GPT-2, GPT-J, BLOOM
+    Family("transformer.blocks", ("transformer.norm_f",)),  # MPT
+    Family("gpt_neox.layers", ("gpt_neox.final_layer_norm",)),  # GPT-NeoX, Pythia
+]
+_USUAL_NAMES = Family("", ())
 
 
-# Names of sibling linears that families give one input, the first called first.
-SHARED_INPUTS: tuple[tuple[str, ...], ...] = (
-    ("q_proj", "k_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, OPT
-    ("gate_proj", "up_proj"),  # their gated MLPs
-)
+def family_of(path: str) -> Family:
+    """The family of a model in which a module or tensor has this path; a row of usual names if no row fits."""
+    return next((family for family in FAMILIES if f".{family.layers}." in f".{path}."), _USUAL_NAMES)

@@ -5,7 +5,6 @@ Importing this module registers the format. Where grasp is installed, ``grasp_au
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from grasp.errors import CheckpointError, UnsupportedModelError
-from grasp.model.dense import DenseLinear
+from grasp.model.dense import DenseLinear, dense_shape
 from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model.skeleton import skeleton
 from grasp.model.tensor_parallel import connect_, is_split, keep_factors_whole_
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class GraspHfQuantizer(HfQuantizer):
         return model if dtype is None else nn.Module.to(model, dtype)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        originals = dict(_dense_skeleton(model).named_modules())
+        originals = dict(skeleton(model.config, type(model)).named_modules())
         for name, layer in list(_lowrank_layers(model)):
             if layer.U.is_meta or is_split(layer):
                 place = "offloaded" if layer.U.is_meta else "split over processes"
@@ -270,17 +270,14 @@ def _empty_layer(name: str, dense: nn.Module, rank: int) -> LowRankLinear:
     """A low-rank layer without data, to take the place of ``dense``."""
     if not isinstance(dense, (nn.Linear, Conv1D)):
         raise CheckpointError(f"ranks name {name}, a {type(dense).__name__}; expected a linear layer. Save it again.")
-    in_features, out_features = dense.weight.shape if isinstance(dense, Conv1D) else dense.weight.shape[::-1]
-    if rank > min(in_features, out_features):
+    if rank > (limit := min(dense_shape(dense))):
         raise CheckpointError(
-            f"rank {rank} of {name} is above the {min(in_features, out_features)} that a layer of {in_features} inputs "
-            f"and {out_features} outputs can have; the configuration was edited: save the model again"
+            f"rank {rank} of {name} is above {limit}, the highest rank of a weight of shape {dense_shape(dense)}; the "
+            "configuration was edited: save the model again"
         )
-    layer = LowRankLinear(
-        in_features, out_features, rank, bias=dense.bias is not None, device="meta", dtype=dense.weight.dtype
-    )
-    # While loading, GPT-2's initialisation reaches for the `weight` of linears it knows by name: it gets one without
-    # data, no parameter, that counts as initialised.
+    layer = LowRankLinear.like(dense, rank, device="meta")
+    # While a model loads, GPT-2's initialisation reads `weight` of linears that it knows by name. This one has no data,
+    # is not a parameter, and counts as initialised.
     placeholder = dense.weight.detach()
     placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
     layer.__dict__["weight"] = placeholder
@@ -296,14 +293,6 @@ def _dense_layer(dense: DenseLinear, layer: LowRankLinear) -> DenseLinear:
         if layer.bias is not None:
             dense.bias.copy_(layer.bias)
     return dense.requires_grad_(layer.U.requires_grad)
-
-
-def _dense_skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as its architecture makes it, without data."""
-    config = copy.deepcopy(model.config)
-    config.__dict__.pop("quantization_config", None)
-    with torch.device("meta"):
-        return type(model)(config)
 
 
 def _header(files: Sequence[str]) -> dict[str, tuple[int, ...]]:

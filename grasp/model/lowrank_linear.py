@@ -1,4 +1,4 @@
-"""The low-rank linear layer, and how a dense weight becomes one."""
+"""The low-rank linear layer, and groups of such layers that one op computes."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import Tensor, nn
 
 from grasp.method.svd import SVD, decompose
 from grasp.model.dense import DenseLinear, dense_shape, dense_weight, gathered
-from grasp.model.families import SHARED_INPUTS
+from grasp.model.families import family_of
 from grasp.model.offload import execution_device, fetched
 from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped, pack_factors
 from grasp_kernels.dispatch import BACKENDS
 
 
 class InputGroup:
-    """Low-rank linears that are given the same input: when the first is called, one op computes all of them.
+    """Low-rank linears that take the same input: the call of the first one computes all of them with one op.
 
-    The others take their outputs when they are called with that very tensor; called with another, each computes its
-    own. It holds no parameters, so ``state_dict`` knows nothing of it. Threads do not see each other's outputs. Without
-    gradients it stands aside on a CPU, for there calls one by one are faster.
+    The other members return the stored outputs if they are called with the same tensor object; otherwise each member
+    computes its own output. The group has no parameters and does not appear in ``state_dict``. Each thread has its own
+    stored outputs. The group is not used on a CPU without gradients, where separate calls are faster.
     """
 
     def __init__(self, members: Sequence[LowRankLinear]) -> None:
         self.members = list(members)
         self._indices = {id(member): index for index, member in enumerate(self.members)}
-        self._waiting: dict[int, _Waiting] = {}  # thread → outputs that were computed and not yet asked for
+        self._pending: dict[int, _PendingOutputs] = {}  # by thread
         self._packed: tuple[object, list[Factors]] | None = None
 
     def output(self, member: LowRankLinear, x: Tensor) -> Tensor:
@@ -41,30 +41,30 @@ class InputGroup:
             return lowrank_linear(x, *member.factors, backend=member.backend)
         thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
         if index == 0:
-            return self._first_of_all(x, thread)
-        waiting, own = self._waiting.pop(thread, None), member.factors
-        if waiting is None or waiting.x is not x or index not in waiting.outputs:
-            return lowrank_linear(x, *own, backend=member.backend)
-        output, stamp = waiting.outputs.pop(index)
-        if waiting.outputs:
-            self._waiting[thread] = waiting
-        return output if stamp == _stamp(x, own) else lowrank_linear(x, *own, backend=member.backend)
+            return self._compute_all(x, thread)
+        pending, factors = self._pending.pop(thread, None), member.factors
+        if pending is None or pending.x is not x or index not in pending.outputs:
+            return lowrank_linear(x, *factors, backend=member.backend)
+        output, stamp = pending.outputs.pop(index)
+        if pending.outputs:
+            self._pending[thread] = pending
+        return output if stamp == _stamp(x, factors) else lowrank_linear(x, *factors, backend=member.backend)
 
-    def _first_of_all(self, x: Tensor, thread: int) -> Tensor:
-        """The first member's output; the others' are kept."""
+    def _compute_all(self, x: Tensor, thread: int) -> Tensor:
+        """Compute all members, store the outputs of the others, and return that of the first."""
         factors, backend = [member.factors for member in self.members], self.members[0].backend
-        if any(group.U.device != x.device for group in factors):  # an offloaded member comes at its own turn
+        if any(group.U.device != x.device for group in factors):  # an offloaded member is fetched for its own call only
             return lowrank_linear(x, *factors[0], backend=backend)
         outputs = lowrank_linear_grouped(x, self._packed_for(x, factors), backend=backend)
-        rest = zip(outputs[1:], factors[1:], strict=True)
-        kept = {index: (output, _stamp(x, group)) for index, (output, group) in enumerate(rest, start=1)}
-        self._waiting[thread] = _Waiting(x, kept)
+        others = zip(outputs[1:], factors[1:], strict=True)
+        pending = {index: (output, _stamp(x, group)) for index, (output, group) in enumerate(others, start=1)}
+        self._pending[thread] = _PendingOutputs(x, pending)
         return outputs[0]
 
     def _packed_for(self, x: Tensor, factors: list[Factors]) -> list[Factors]:
-        """The members' factors; where a GPU kernel reads them and no gradient is taken, packed once for all calls.
+        """The members' factors, packed once for all calls if a GPU kernel reads them and no gradient is taken.
 
-        A write that PyTorch does not see, through ``.data`` or under ``inference_mode``, needs ``repack``.
+        PyTorch does not count writes through ``.data`` or under ``inference_mode``. Call ``group_linears_`` after one.
         """
         if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return factors
@@ -75,12 +75,8 @@ class InputGroup:
             packed = self._packed = (stamp, pack_factors(factors))
         return packed[1]
 
-    def repack(self) -> None:
-        """Forget the packed factors: the next call packs the members' parameters again."""
-        self._packed = None
-
     def __deepcopy__(self, memo: dict[int, Any]) -> InputGroup:
-        """A copy's members are the copies, without outputs in flight and without packed factors."""
+        """A group of the copied members, without stored outputs and packed factors."""
         group = InputGroup([])
         memo[id(self)] = group
         group.__init__([copy.deepcopy(member, memo) for member in self.members])  # type: ignore[misc]
@@ -90,48 +86,56 @@ class InputGroup:
         return InputGroup, (self.members,)
 
 
-class _Waiting(NamedTuple):
+class _PendingOutputs(NamedTuple):
+    """Outputs for ``x`` that were computed and not yet returned."""
+
     x: Tensor
-    outputs: dict[int, tuple[Tensor, object]]  # by member, with the stamp under which it was computed
+    outputs: dict[int, tuple[Tensor, object]]  # index of the member → its output and the stamp of the computation
 
 
 def _stamp(x: Tensor, factors: Factors) -> object:
-    """What must not change between the call of a group's first member and that of another."""
+    """Equal in two calls of members of a group if an output computed in the first is valid in the second."""
     if torch.compiler.is_compiling():
-        return None  # a graph's inputs do not change while it runs
+        return None  # the inputs of a graph do not change while it runs
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return torch.is_grad_enabled(), autocast, _version(x), [_version(t) for t in factors if t is not None]
 
 
 def _version(tensor: Tensor) -> int:
-    """Changes with every write to a tensor that PyTorch sees; writes to inference tensors it does not see."""
+    """A number that changes with every write that PyTorch counts; it does not count writes to inference tensors."""
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _one_by_one(x: Tensor) -> bool:
-    """Whether one op for a whole group would save less than it costs to hand out its outputs, as on a CPU."""
+def _faster_alone(x: Tensor) -> bool:
+    """Whether separate calls are faster than one op for a group: on a CPU without gradients."""
     return x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def group_linears_(model: nn.Module, enabled: bool = True) -> list[tuple[str, ...]]:
-    """Let low-rank linears that share an input be computed by one op; results and ``state_dict`` do not change.
+    """Group low-rank linears that share an input, so that one op computes them; results and ``state_dict`` stay.
 
     Args:
-        model: any module; its low-rank linears are regrouped from scratch.
-        enabled: ``False`` takes all groups apart.
+        model: any module; existing groups of its low-rank linears are discarded.
+        enabled: ``False`` only discards the groups.
 
     Returns:
         The groups, as the paths of their members.
+
+    Example:
+        >>> names = ("gate_proj", "up_proj", "down_proj")
+        >>> mlp = nn.ModuleDict({name: LowRankLinear(8, 8, 2) for name in names})
+        >>> group_linears_(mlp)
+        [('gate_proj', 'up_proj')]
     """
     groups: list[tuple[str, ...]] = []
     for path, parent in list(model.named_modules()):
         children = {name: child for name, child in parent.named_children() if isinstance(child, LowRankLinear)}
         for child in children.values():
             child.group = InputGroup([child])
-        for names in SHARED_INPUTS:
+        for names in family_of(path).shared_inputs if enabled and children else ():
             members = {name: children[name] for name in names if name in children}
-            if enabled and len(members) > 1:
+            if len(members) > 1:
                 group = InputGroup(list(members.values()))
                 for member in members.values():
                     member.group = group
@@ -140,10 +144,20 @@ def group_linears_(model: nn.Module, enabled: bool = True) -> list[tuple[str, ..
 
 
 def set_backend_(model: nn.Module, backend: str) -> None:
-    """Let all low-rank linears of a model run on one backend; calls that it does not run raise. ``"auto"`` undoes it.
+    """Run all low-rank linears of a model on one backend; a call that the backend does not support raises.
+
+    Args:
+        model: any module.
+        backend: ``"auto"``, the initial value, selects the first backend that supports a call.
 
     Raises:
         ValueError: if there is no such backend.
+
+    Example:
+        >>> layer = LowRankLinear(8, 8, 2)
+        >>> set_backend_(layer, "reference")
+        >>> layer.backend
+        'reference'
     """
     if backend not in (known := ["auto", *(row.name for row in BACKENDS)]):
         raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(known)}")
@@ -153,9 +167,9 @@ def set_backend_(model: nn.Module, backend: str) -> None:
 
 
 def _balanced(svd: SVD, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """U and Vh with the singular values in them, each group's column as long as its row, in whichever basis they are.
+    """U and Vh with the singular values folded in: each column of U gets the norm of the same row of Vh.
 
-    But fp16 overflows at 65504, and x @ Vh.mT is stored in it: there the rows are of length 1.
+    In fp16 the rows of Vh have norm 1, because ``x @ Vh.mT`` is stored in fp16 and overflows at 65504.
     """
     tiny = torch.finfo(svd.S.dtype).tiny
     columns = torch.linalg.vector_norm(svd.U, dim=0).clamp_min(tiny)
@@ -166,17 +180,36 @@ def _balanced(svd: SVD, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class LowRankLinear(nn.Module):
-    """A linear layer of rank R: ``y = (x @ Vh.mT) @ U.mT + bias``, the singular values folded into both factors
-    (in fp16 into U alone).
+    """A linear layer of rank R: ``y = (x @ Vh.mT) @ U.mT + bias``.
 
-    Parameters are U (N, R), Vh (R, K) and bias (N,) or ``None``; they share one dtype.
+    The parameters are U (N, R), Vh (R, K) and bias (N,) or ``None``, of one dtype. The singular values are folded into
+    both factors, in fp16 into U alone.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        rank: R, at most ``min(N, K)``.
+        bias: ``False`` for a layer without bias.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: if ``rank`` is impossible.
+
+    Example:
+        >>> dense = nn.Linear(16, 8)
+        >>> layer = LowRankLinear.from_dense(dense, torch.arange(3))  # the three largest singular values
+        >>> layer(torch.randn(2, 16)).shape
+        torch.Size([2, 8])
+        >>> layer
+        LowRankLinear(in_features=16, out_features=8, rank=3, bias=True, parameters=56.2% of dense)
     """
 
     U: nn.Parameter
     Vh: nn.Parameter
     bias: nn.Parameter | None
-    backend = "auto"  # of the ops; see ``set_backend_``
-    _hf_quantized_needs_local_tp = True  # transformers' tensor parallelism: give the op this process's part, no DTensor
+    backend = "auto"  # see ``set_backend_``
+    _hf_quantized_needs_local_tp = True  # transformers' tensor parallelism passes the local part to the op, no DTensor
 
     def __init__(
         self,
@@ -206,20 +239,28 @@ class LowRankLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Random factors, such that ``U @ Vh`` has the variance of a freshly made ``nn.Linear``."""
+        """Draw random factors such that ``U @ Vh`` has the variance of the weight of a new ``nn.Linear``."""
         nn.init.normal_(self.U, std=self.rank**-0.5)
         nn.init.normal_(self.Vh, std=(3 * self.in_features) ** -0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     @classmethod
+    def like(cls, linear: DenseLinear, rank: int, *, device: torch.device | str | None = None) -> LowRankLinear:
+        """A random low-rank linear with the shape, bias, dtype and mode of a dense one, on its device by default."""
+        n, k = dense_shape(linear)
+        device, dtype = linear.weight.device if device is None else device, linear.weight.dtype
+        layer = cls(k, n, rank, bias=linear.bias is not None, device=device, dtype=dtype)
+        return layer.train(linear.training)
+
+    @classmethod
     def from_dense(cls, linear: DenseLinear, indices: Tensor, svd: SVD | None = None) -> LowRankLinear:
-        """Keep the singular groups ``indices`` of a dense linear.
+        """Make a low-rank linear from some singular groups of a dense linear.
 
         Args:
             linear: an ``nn.Linear`` or GPT-2's ``Conv1D``.
-            indices: (R,) int64, which groups are kept, 0 being the one with the largest singular value.
-            svd: the weight's decomposition where the caller has it; otherwise computed here.
+            indices: (R,) int64, the retained groups; 0 has the largest singular value.
+            svd: the decomposition of the weight; ``None`` computes it.
 
         Raises:
             ValueError: if ``indices`` is empty, out of range or has duplicates.
@@ -227,42 +268,40 @@ class LowRankLinear(nn.Module):
         """
         n, k = dense_shape(linear)
         groups = min(n, k)
-        picked = indices.tolist()
-        if not picked or min(picked) < 0 or max(picked) >= groups or len(set(picked)) < len(picked):
-            raise ValueError(f"indices must be distinct, at least one, each in 0..{groups - 1}; got {picked}")
+        retained = indices.tolist()
+        if not retained or min(retained) < 0 or max(retained) >= groups or len(set(retained)) < len(retained):
+            raise ValueError(f"indices must be one or more distinct integers in 0..{groups - 1}; got {retained}")
         U, S, Vh = decompose(dense_weight(linear)) if svd is None else svd
         indices = indices.to(S.device)
-        dtype, device = linear.weight.dtype, execution_device(linear)
-        module = cls(k, n, len(picked), bias=linear.bias is not None, device=device, dtype=dtype)
+        layer = cls.like(linear, len(retained), device=execution_device(linear))
         with torch.no_grad():
-            left, right = _balanced(SVD(U[:, indices], S[indices], Vh[indices]), dtype)
-            module.U.copy_(left)
-            module.Vh.copy_(right)
-            if module.bias is not None:
-                module.bias.copy_(gathered(fetched(linear, "bias")))
-        module.train(linear.training)
-        return module
+            left, right = _balanced(SVD(U[:, indices], S[indices], Vh[indices]), linear.weight.dtype)
+            layer.U.copy_(left)
+            layer.Vh.copy_(right)
+            if layer.bias is not None:
+                layer.bias.copy_(gathered(fetched(linear, "bias")))
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
-        own = self._parameters  # as attributes they cost a microsecond more
-        if len(own) == 3 and _one_by_one(x):  # with a parametrization there are fewer
-            return lowrank_linear(x, own["U"], None, own["Vh"], own["bias"], backend=self.backend)  # type: ignore[arg-type]
+        tensors = self._parameters  # reading the attributes takes a microsecond more
+        if len(tensors) == 3 and _faster_alone(x):  # a parametrization leaves fewer
+            return lowrank_linear(x, tensors["U"], None, tensors["Vh"], tensors["bias"], backend=self.backend)  # type: ignore[arg-type]
         return self.group.output(self, x)
 
     @property
     def factors(self) -> Factors:
-        """The parameters as the ops take them."""
+        """The arguments of the ops."""
         return Factors(self.U, None, self.Vh, self.bias)
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
-        """The weight this layer stands for, (out_features, in_features) in fp32 (fp64 for fp64)."""
+        """The product ``U @ Vh``, (out_features, in_features) in fp32 (fp64 for fp64)."""
         dtype = torch.promote_types(self.U.dtype, torch.float32)
         return self.U.to(dtype) @ self.Vh.to(dtype)
 
     def extra_repr(self) -> str:
-        """Shape, rank, and the share of the dense weight's parameters that is left."""
+        """Shape, rank, and the parameters as a percentage of the dense weight's."""
         dense = self.in_features * self.out_features
         share = self.rank * (self.in_features + self.out_features) / dense
         return (

@@ -15,7 +15,7 @@ from grasp.errors import NonFiniteError, UnsupportedModelError
 from grasp.method.schedules import BLOCKS
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_shape
-from grasp.model.families import SHARED_INPUTS
+from grasp.model.families import family_of
 from grasp.model.targets import Target
 from grasp.progress import Progress, no_progress
 from grasp.statistics.processes import ALONE, Processes
@@ -155,7 +155,8 @@ def gather_covariances(
 def covariance_bytes(targets: Collection[Target], *, inputs: bool = True, outputs: bool = True) -> int:
     """Memory that the sums of ``gather_covariances`` take, in bytes.
 
-    Linears that by their names share an input (``SHARED_INPUTS``) count one A; if others do, this is an upper bound.
+    Linears that share an input by their names (``Family.shared_inputs``) count one A. If other linears share an input,
+    the result is an upper bound.
     """
     distinct = distinct_inputs(targets) if inputs else []
     taken = sum(_item_bytes(target) * dense_shape(target.module)[1] ** 2 for target in distinct)
@@ -214,7 +215,7 @@ def distinct_inputs(targets: Iterable[Target]) -> list[Target]:
 def _input_name(target: Target) -> str:
     """The same for linears that families give one input."""
     parent, _, child = target.name.rpartition(".")
-    row = next((names for names in SHARED_INPUTS if child in names), (child,))
+    row = next((names for names in family_of(target.name).shared_inputs if child in names), (child,))
     return f"{parent}.{row[0]}"
 
 

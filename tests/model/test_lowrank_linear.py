@@ -58,7 +58,7 @@ def test_factors_share_the_singular_values_evenly() -> None:
 
 @pytest.mark.parametrize("indices", [[], [0, 0], [16], [-1]])
 def test_impossible_indices_are_refused(indices: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"distinct, at least one, each in 0\.\.15"):
+    with pytest.raises(ValueError, match=r"distinct .* 0\.\.15"):
         LowRankLinear.from_dense(nn.Linear(24, 16), torch.tensor(indices, dtype=torch.int64))
 
 
@@ -155,7 +155,7 @@ def grouped_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def always_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU."""
-    monkeypatch.setattr(modules, "_one_by_one", lambda x: False)
+    monkeypatch.setattr(modules, "_faster_alone", lambda x: False)
 
 
 def test_linears_that_share_an_input_are_computed_by_one_op(grouped_calls: list[int]) -> None:
@@ -166,7 +166,7 @@ def test_linears_that_share_an_input_are_computed_by_one_op(grouped_calls: list[
     assert torch.equal(attention(x), expected)
     assert grouped_calls == [3]
     assert set(attention.state_dict()) == names
-    assert attention.q_proj.group._waiting == {}
+    assert attention.q_proj.group._pending == {}
 
 
 def test_groups_can_be_taken_apart(grouped_calls: list[int]) -> None:

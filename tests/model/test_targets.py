@@ -88,7 +88,7 @@ def test_low_rank_linears_and_foreign_subclasses_are_left() -> None:
 
 
 def test_a_model_without_decoder_layers_is_refused_with_the_remedy() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"Linear has no decoder layers .*ADAPTERS"):
+    with pytest.raises(UnsupportedModelError, match=r"Linear has no decoder layers .*FAMILIES"):
         decoder(nn.Linear(2, 2))
 
 
