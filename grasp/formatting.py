@@ -1,10 +1,28 @@
-"""Numbers, sizes and ranges as text."""
+"""Numbers, sizes, ranges and table cells as text."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+
+class Column(NamedTuple):
+    """A column of a table, for the terminal and for a page."""
+
+    heading: str
+    value: str | Callable[[Any], Any]  # a path of attributes, or a function of the row
+    text: Callable[[Any], str] = str  # of a value that is not None
+
+    def value_of(self, row: Any) -> Any:
+        """The value of this column in a row; ``None`` for a blank cell."""
+        return attrgetter(self.value)(row) if isinstance(self.value, str) else self.value(row)
+
+    def text_of(self, row: Any) -> str:
+        """The text of this column in a row; empty for a blank cell."""
+        value = self.value_of(row)
+        return "" if value is None else self.text(value)
 
 
 def json_text(document: Any) -> str:

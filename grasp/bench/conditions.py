@@ -46,6 +46,18 @@ class Conditions:
     started: str  # UTC
     instruction_sets: Sequence[str] | None = None  # of a CPU, those of grasp_kernels.cpu that it has
 
+    @property
+    def processor(self) -> str:
+        """``"Xeon, 2 threads"``."""
+        threads = "" if self.threads is None else f", {self.threads} thread{'s' if self.threads > 1 else ''}"
+        return self.device + threads
+
+    def __str__(self) -> str:
+        """Processor, version of torch, commit and day."""
+        commit = f"commit {self.commit[:10]}" if self.commit else "no commit"
+        changes = " with changes" if self.dirty else ""
+        return f"{self.processor}; torch {self.torch}; {commit}{changes}; {self.started[:10]}"
+
 
 def conditions(card: Card, device: torch.device) -> Conditions:
     """The conditions of now, with ``card`` as it was measured."""

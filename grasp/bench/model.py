@@ -34,7 +34,7 @@ from grasp.bench.providers import (
     require_backends,
     truncate_,
 )
-from grasp.bench.results import ModelResult, NotMeasured, Percentiles
+from grasp.bench.records import ModelResult, NotMeasured, Percentiles
 from grasp.bench.timing import Sample
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_text, tokenize

@@ -16,7 +16,7 @@ import torch
 
 from grasp.bench.conditions import conditions, measure_card
 from grasp.bench.providers import require_backends
-from grasp.bench.results import NotMeasured, OpResult
+from grasp.bench.records import NotMeasured, OpResult
 from grasp.bench.shapes import model_calls
 from grasp.bench.timing import batch, interleave
 from grasp.bench.workloads import (

@@ -12,7 +12,7 @@ from grasp.cli.arguments import Device, Dtype, Json, parse_counts, parse_layers
 from grasp.cli.root import app
 
 if TYPE_CHECKING:
-    from grasp.bench.results import Record
+    from grasp.bench.schema import Record
 
 
 bench = typer.Typer(help="Measure the kernels on this machine.", no_args_is_help=True, rich_markup_mode="rich")
@@ -71,8 +71,7 @@ def ops(
     $ grasp bench ops --op lowrank_linear --shape 4096x4096r204 --rows 1,16 --threads 1 --no-compiled
     """
     from grasp.bench import ops, results
-    from grasp.cli import bench_tables as tables
-    from grasp.cli import console
+    from grasp.cli import bench_tables, console
 
     request = ops.OpsRequest(
         ops=op or (),
@@ -98,10 +97,9 @@ def ops(
             if as_json:
                 continue
             if cards != shown:
-                tables.show_cards(cards, count)
+                bench_tables.show_cards(cards, count)
                 shown = dict(cards)
-            if timed := [each for each in records if isinstance(each, results.OpResult)]:
-                tables.show_ops(timed)
+            bench_tables.show_results(records)
     _finish(found, as_json)
 
 
@@ -146,8 +144,7 @@ def model(
     """
     from grasp.bench import model as model_bench
     from grasp.bench import results
-    from grasp.cli import bench_tables as tables
-    from grasp.cli import console
+    from grasp.cli import bench_tables, console
 
     request = model_bench.Request(
         model=model,
@@ -174,9 +171,7 @@ def model(
             results.append_results(output, records)
             found += records
             if not as_json:
-                tables.show_model([each for each in records if isinstance(each, results.ModelResult)])
-    if not as_json:
-        tables.show_model_notes([each for each in found if isinstance(each, results.ModelResult)])
+                bench_tables.show_results(records)
     _finish(found, as_json)
 
 
@@ -211,8 +206,7 @@ def compress(
     from grasp.bench import compress as compress_bench
     from grasp.bench import results
     from grasp.bench.race import WrongSelectionError
-    from grasp.cli import bench_tables as tables
-    from grasp.cli import console
+    from grasp.cli import bench_tables, console
 
     request = compress_bench.Request(
         model=model,
@@ -237,22 +231,21 @@ def compress(
             raise typer.Exit(WRONG) from error
     results.append_results(output, found)
     if not as_json:
-        tables.show_compress(found)
+        bench_tables.show_results(found)
     _finish(found, as_json)
 
 
 def _finish(records: Sequence[Record], as_json: bool) -> None:
-    """Print all as one document, or only what was left out; wrong results end the command."""
-    from grasp.bench import results
-    from grasp.cli import bench_tables as tables
-    from grasp.cli import console
+    """Print one JSON document, or the notes and what was left out. A wrong result makes the exit code 1."""
+    from grasp.bench.records import NotMeasured
+    from grasp.cli import bench_tables, console
 
-    left_out = [each for each in records if isinstance(each, results.NotMeasured)]
     if as_json:
-        console.print_json({"results": [results.to_dict(each) for each in records]})
+        console.print_json({"results": [record.to_dict() for record in records]})
     else:
-        tables.show_left_out(left_out)
-    if any(each.wrong for each in left_out):
+        bench_tables.show_notes(records)
+        bench_tables.show_left_out(records)
+    if any(isinstance(record, NotMeasured) and record.wrong for record in records):
         raise typer.Exit(WRONG)
 
 

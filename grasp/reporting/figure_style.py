@@ -1,4 +1,4 @@
-"""How figures look, and how they become SVG and PNG that are readable on light and on dark pages."""
+"""The style of figures, and their export to SVG and PNG that are readable on light and on dark pages."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Draw = Callable[[], "Figure"]
 
 THEMES: tuple[Theme, ...] = ("light", "dark")
 PAGES: dict[Theme, str] = {"light": "#ffffff", "dark": "#0d1117"}
-INKS: dict[Theme, str] = {"light": "#1f2328", "dark": "#e6edf3"}  # of text and axes
-# Of Okabe and Ito's palette those with a contrast of at least 3 to both pages, and a grey; markers tell them apart too.
+INKS: dict[Theme, str] = {"light": "#1f2328", "dark": "#e6edf3"}  # colour of text and axes
+# The colours of Okabe and Ito's palette with a contrast of at least 3 to both pages, and a grey. Markers differ too.
 BLUE, VERMILLION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#68707A"
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, GREY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 WIDTH = 5.0  # inches; a phone shows it at three quarters of its size
 _DPI = 200
-_SALT = "grasp"  # of the names inside an SVG, which would be random otherwise
+_SALT = "grasp"  # makes the names inside an SVG reproducible
 
 
 def require_matplotlib() -> None:
-    """Raise where there is none.
+    """Check that matplotlib is installed.
 
     Raises:
         MissingPackageError: with the command that installs it.
@@ -46,12 +46,12 @@ def require_matplotlib() -> None:
 
 @contextmanager
 def themed(theme: Theme) -> Iterator[None]:
-    """Matplotlib draws and writes in the inks of ``theme`` inside the block."""
+    """Inside the block matplotlib uses the colours of ``theme``."""
     import matplotlib as mpl
 
     ink = INKS[theme]
     colours = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
-    settings: Any = {  # matplotlib types the names as literals, which this dict's cannot be seen to be
+    settings: Any = {  # matplotlib types these keys as literals
         **dict.fromkeys((*colours, "grid.color", "legend.labelcolor"), ink),
         "axes.facecolor": "none",
         "axes.axisbelow": True,
@@ -63,7 +63,7 @@ def themed(theme: Theme) -> Iterator[None]:
         "figure.constrained_layout.use": True,
         "figure.facecolor": PAGES[theme],
         "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans"],  # matplotlib brings it
+        "font.sans-serif": ["DejaVu Sans"],  # part of matplotlib
         "font.size": 11,
         "grid.alpha": 0.15,
         "legend.fontsize": 10,
@@ -71,7 +71,7 @@ def themed(theme: Theme) -> Iterator[None]:
         "savefig.facecolor": "auto",
         "svg.fonttype": "none",
         "svg.hashsalt": _SALT,
-        "text.parse_math": False,  # a $ in a name is no formula
+        "text.parse_math": False,  # a $ in a name does not start a formula
         "xtick.labelsize": 10,
         "ytick.labelsize": 10,
     }
@@ -88,12 +88,12 @@ def to_png(draw: Draw, theme: Theme) -> bytes:
 
 
 def to_svg(draw: Draw, *, name: str, title: str) -> str:
-    """A figure as an ``<svg>`` element without background, its ink being the text colour of the page around it.
+    """A figure as an ``<svg>`` element without background. Its ink is the text colour of the surrounding page.
 
     Args:
         draw: makes the figure.
-        name: begins all names inside, so that several figures can stand on one page.
-        title: what those hear who cannot see it.
+        name: prefix of all names inside, so that one page can have several figures.
+        title: read aloud by screen readers.
     """
     with themed("light"):
         buffer = io.StringIO()
@@ -109,7 +109,7 @@ def to_svg(draw: Draw, *, name: str, title: str) -> str:
 
 
 def standalone(svg: str) -> str:
-    """An ``<svg>`` of ``to_svg`` as a file of its own, whose ink follows the reader's choice of light or dark."""
+    """An ``<svg>`` of ``to_svg`` as a file. Its ink follows the reader's choice of light or dark."""
     rule = f"svg{{color:{INKS['light']}}}@media (prefers-color-scheme:dark){{svg{{color:{INKS['dark']}}}}}"
     head, rest = svg.split(">", 1)
     return f'<?xml version="1.0" encoding="utf-8"?>\n{head}><style>{rule}</style>{rest}\n'

@@ -1,6 +1,6 @@
-"""The figures: from the report of a compression, or from measured results, to matplotlib's ``Figure``. Pure functions.
+"""The figures of a compression report and of benchmark results, as matplotlib's ``Figure``. Pure functions.
 
-Draw them inside ``grasp.reporting.figure_style.themed``, which its ``to_svg`` and ``to_png`` do.
+Call them inside ``grasp.reporting.figure_style.themed``, as its ``to_svg`` and ``to_png`` do.
 """
 
 from __future__ import annotations
@@ -23,24 +23,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_BINS = 48  # of the singular groups of a module, at most
-_LABEL_WIDTH = 26  # characters, of which two columns fit
-_SMALLEST = 1e-7  # singular values below this share of the largest are rounding in fp32
+_BINS = 48  # most bins of the singular groups of a module
+_LABEL_WIDTH = 26  # characters; two columns of labels fit
+_SMALLEST = 1e-7  # smaller singular values, as a share of the largest, are rounding errors of fp32
 _BAR_COLOURS = {"dense": GREY, "layers removed": PURPLE, "unfused": VERMILLION}
 _HATCHES = {"layers removed": "//", "unfused": ".."}
 
 
 def block_influence(report: CompressionReport) -> Figure:
-    """The block influence of every decoder layer, those that were compressed marked."""
+    """The block influence of every decoder layer; the compressed layers are marked."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _figure(3.0)
     scores = np.array(report.block_influence, dtype=float)
-    chosen = np.isin(np.arange(len(scores)), report.redundant_layers)
+    compressed = np.isin(np.arange(len(scores)), report.redundant_layers)
     if len(scores) and scores.min() > 0:
         axes.set_yscale("log")
     low = scores.min() / 1.3 if axes.get_yscale() == "log" else min(0.0, scores.min())
-    for mask, colour, marker, label in ((~chosen, GREY, "o", "left dense"), (chosen, VERMILLION, "s", "compressed")):
+    for mask, colour, marker, label in (
+        (~compressed, GREY, "o", "left dense"),
+        (compressed, VERMILLION, "s", "compressed"),
+    ):
         layers = np.flatnonzero(mask)
         if len(layers):
             axes.vlines(layers, low, scores[layers], colors=colour, linewidth=1.5)
@@ -57,14 +60,14 @@ def block_influence(report: CompressionReport) -> Figure:
 
 
 def spectra(report: CompressionReport, layer: int) -> Figure:
-    """The singular values of each compressed linear of a layer, and which share of them was kept where.
+    """The singular values of each compressed linear of a layer, and the share of groups that was kept along them.
 
     Raises:
         ValueError: if the report has no spectrum of that layer.
     """
     modules = [module for module in report.compressed if module.layer == layer and module.spectrum]
     if not modules:
-        raise ValueError(f"the report has no spectrum of layer {layer}; compress again, with this version of grasp")
+        raise ValueError(f"the report has no spectrum of layer {layer}; compress again with this version of grasp")
     from matplotlib.figure import Figure
 
     rows = -(-len(modules) // 2)
@@ -83,21 +86,20 @@ def spectra(report: CompressionReport, layer: int) -> Figure:
 
 
 def _spectrum(axes: Axes, module: ModuleReport) -> None:
-    """One linear: its singular values as a line, and below it, filled to its share of the height, what was kept."""
+    """One linear: its singular values as a line, the share of groups that was kept as a filled area."""
     groups = min(module.out_features, module.in_features)
     values = np.array(module.spectrum, dtype=float)
     values = np.where(values > _SMALLEST * values.max(initial=0.0), values, np.nan)
     bins = min(groups, _BINS)
     kept, edges = np.histogram(module.indices, bins=bins, range=(0, groups))
-    there, _ = np.histogram(np.arange(groups), bins=bins, range=(0, groups))
-    share = axes.get_xaxis_transform()  # y from 0 to 1 over the height
+    total, _ = np.histogram(np.arange(groups), bins=bins, range=(0, groups))
     axes.stairs(
-        kept / there,
+        kept / total,
         edges,
         fill=True,
         color=VERMILLION,
         alpha=0.7,
-        transform=share,
+        transform=axes.get_xaxis_transform(),  # y from 0 to 1 over the height
         label="share kept (all: full height)",
     )
     axes.plot(spectrum_indices(groups), values, color=BLUE, linewidth=2, label="singular value")
@@ -108,13 +110,13 @@ def _spectrum(axes: Axes, module: ModuleReport) -> None:
 
 
 def perplexity_by_size(points: Sequence[Quality]) -> Figure:
-    """Perplexity against parameters, the lower the better in both, with the Pareto front drawn."""
+    """Perplexity against parameters, with the Pareto front. Lower is better for both."""
     return _quality([point._replace(x=point.x / 1e6) for point in points], "parameters, M")
 
 
 def perplexity_by_latency(points: Sequence[Quality]) -> Figure:
-    """Perplexity against the median time from token to token, the lower the better, with the Pareto front drawn."""
-    return _quality(points, "ms from token to token, median")
+    """Perplexity against the median time per token, with the Pareto front. Lower is better for both."""
+    return _quality(points, "ms per token, median")
 
 
 def _quality(points: Sequence[Quality], xlabel: str) -> Figure:
@@ -131,14 +133,12 @@ def _quality(points: Sequence[Quality], xlabel: str) -> Figure:
         zorder=1,
     )
     for label, (colour, marker) in zip(labels, _looks(), strict=False):
-        own = [point for point in points if point.label == label]
-        middle = np.array([point.perplexity for point in own])
-        ends = [[point.perplexity - point.low for point in own], [point.high - point.perplexity for point in own]]
-        spread = ends if np.any(ends) else None
+        same = [point for point in points if point.label == label]
+        ends = [[point.perplexity - point.low for point in same], [point.high - point.perplexity for point in same]]
         axes.errorbar(
-            [point.x for point in own],
-            middle,
-            yerr=spread,
+            [point.x for point in same],
+            [point.perplexity for point in same],
+            yerr=ends if np.any(ends) else None,
             fmt=marker,
             color=colour,
             markersize=6,
@@ -154,7 +154,7 @@ def _quality(points: Sequence[Quality], xlabel: str) -> Figure:
 
 
 def latency_bars(bars: Sequence[Latency]) -> Figure:
-    """Median time to the first token and from token to token, whiskers to the 95th percentile, for each batch size."""
+    """Median time of the first and of further tokens, with whiskers to the 95th percentile, for each batch size."""
     from matplotlib.figure import Figure
 
     batches = sorted({bar.batch_size for bar in bars})
@@ -162,16 +162,16 @@ def latency_bars(bars: Sequence[Latency]) -> Figure:
     figure = Figure(figsize=(WIDTH, 0.5 + len(batches) * (0.7 + 0.32 * len(labels))))
     grid = figure.subplots(len(batches), 2, squeeze=False, sharey=True)
     for batch, row in zip(batches, grid, strict=True):
-        own = {bar.label: bar for bar in bars if bar.batch_size == batch}
+        of_batch = {bar.label: bar for bar in bars if bar.batch_size == batch}
         row[0].set_ylabel(f"batch {batch}")
         for axes, name, title in zip(
-            row, ("first_token", "inter_token"), ("first token", "each further token"), strict=True
+            row, ("first_token", "inter_token"), ("first token", "further tokens"), strict=True
         ):
             for y, label in enumerate(labels):
-                if label in own:
-                    _bar(axes, y, label, getattr(own[label], name).p50, getattr(own[label], name).p95)
+                if label in of_batch:
+                    _bar(axes, y, label, getattr(of_batch[label], name).p50, getattr(of_batch[label], name).p95)
             axes.set_title(title, loc="left")
-            axes.set_xlim(0, 1.6 * max(getattr(bar, name).p95 for bar in own.values()))
+            axes.set_xlim(0, 1.6 * max(getattr(bar, name).p95 for bar in of_batch.values()))
             axes.set_yticks(range(len(labels)), labels)
             axes.tick_params(axis="y", length=0)
             axes.grid(axis="y", visible=False)
@@ -190,7 +190,7 @@ def _bar(axes: Axes, y: int, label: str, median: float, p95: float) -> None:
 
 
 def roofline(roof: Roof) -> Figure:
-    """What was reached against FLOPs per byte, below what the device was measured to do."""
+    """FLOP/s against FLOPs per byte, below the measured limits of the device."""
     figure, axes = _figure(3.4)
     xs = [speed.intensity for speed in roof.speeds]
     ridge = roof.flops / roof.bandwidth
@@ -200,10 +200,10 @@ def roofline(roof: Roof) -> Figure:
     )
     labels = dict.fromkeys(speed.label for speed in roof.speeds)
     for label, (colour, marker) in zip(labels, _looks(), strict=False):
-        own = [speed for speed in roof.speeds if speed.label == label]
+        same = [speed for speed in roof.speeds if speed.label == label]
         axes.plot(
-            [speed.intensity for speed in own],
-            [speed.flops / 1e9 for speed in own],
+            [speed.intensity for speed in same],
+            [speed.flops / 1e9 for speed in same],
             marker,
             color=colour,
             markersize=6,
@@ -232,7 +232,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _looks() -> Iterator[tuple[str, str]]:
-    """Colours and markers, no pair twice before all are used: the numbers of both have no common factor."""
+    """Pairs of colour and marker. Their numbers have no common factor, so no pair repeats before all are used."""
     return zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
 
 
@@ -243,7 +243,7 @@ def _ink() -> str:
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """Ticks of a logarithmic axis at round numbers, few over many decades, and written without powers."""
+    """Place the ticks of a logarithmic axis at a few round numbers, and write these without powers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = axis.get_view_interval()

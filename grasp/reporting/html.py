@@ -1,22 +1,16 @@
-"""Pieces of an HTML page; whatever is given as text is escaped. Pure functions."""
+"""Pieces of an HTML page; text is escaped. Pure functions."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, SupportsFloat
 
-
-class Column(NamedTuple):
-    """A column of a table: what it shows of a row, and how it writes a number; words are written as they are."""
-
-    heading: str
-    value: Callable[[Any], Any]
-    number: Callable[[Any], str] | None = None
+from grasp.formatting import Column
 
 
 def escape(text: object) -> str:
-    """Text as HTML, fit for attributes too."""
+    """Text as HTML, also for attributes."""
     return html.escape(str(text))
 
 
@@ -26,12 +20,12 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def table(caption: str, columns: Sequence[Column], rows: Sequence[Any]) -> str:
-    """A table that sorts by the heading that is chosen; what is ``None`` is left blank."""
+    """A table that sorts by the heading that is clicked; ``None`` is a blank cell."""
     heads = "".join(
-        f'<th scope="col"{_number_class(column)}><button type="button">{escape(column.heading)}</button></th>'
+        f'<th scope="col"{_number_class(column, rows)}><button type="button">{escape(column.heading)}</button></th>'
         for column in columns
     )
-    body = "".join("<tr>" + "".join(_cell(column, column.value(row)) for column in columns) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(_cell(column, row) for column in columns) + "</tr>" for row in rows)
     return (
         f'<h3>{escape(caption)}</h3><div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}">'
         f'<table class="sortable"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -39,12 +33,12 @@ def table(caption: str, columns: Sequence[Column], rows: Sequence[Any]) -> str:
 
 
 def figure(svg: str, title: str, caption: str) -> str:
-    """An ``<svg>`` that is trusted, with its title and caption."""
+    """An ``<svg>``, which is not escaped, with its title and caption."""
     return f"<figure>{svg}<figcaption><strong>{escape(title)}</strong><br>{escape(caption)}</figcaption></figure>"
 
 
 def section(name: str, heading: str, *parts: str) -> str:
-    """A part of the page, with a name that links can point to."""
+    """A part of the page; links point to its name."""
     return f'<section id="{escape(name)}"><h2>{escape(heading)}</h2>{"".join(parts)}</section>'
 
 
@@ -54,24 +48,24 @@ def paragraph(text: str) -> str:
 
 
 def command(text: str) -> str:
-    """What is typed into a terminal."""
+    """A command line."""
     return f'<pre tabindex="0"><code>{escape(text)}</code></pre>'
 
 
 def details(summary: str, content: str, *, is_open: bool = False) -> str:
-    """What is shown when it is asked for."""
+    """Content that opens when its summary is clicked."""
     return f"<details{' open' if is_open else ''}><summary>{escape(summary)}</summary>{content}</details>"
 
 
-def not_measured(what: str, how: str) -> str:
-    """That there are no data, and what makes them."""
-    return f'<p class="missing"><strong>Not measured:</strong> {escape(what)}. To have it here:</p>{command(how)}'
+def not_measured(subject: str, remedy: str) -> str:
+    """A note that data are missing, and the command that adds them."""
+    return f'<p class="missing"><strong>Not measured:</strong> {escape(subject)}. To add it:</p>{command(remedy)}'
 
 
 def page(title: str, content: str, *, generator: str, style: str, script: str) -> str:
-    """A whole document that loads nothing: its policy allows only what stands in it.
+    """A whole document that loads nothing: its policy allows only its own style and script.
 
-    ``style`` and ``script`` are our own and stand as they are.
+    ``style`` and ``script`` are our own and are not escaped.
     """
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'"
     return (
@@ -85,13 +79,12 @@ def page(title: str, content: str, *, generator: str, style: str, script: str) -
     )
 
 
-def _number_class(column: Column) -> str:
-    return ' class="number"' if column.number else ""
+def _number_class(column: Column, rows: Sequence[Any]) -> str:
+    return ' class="number"' if any(isinstance(column.value_of(row), SupportsFloat) for row in rows) else ""
 
 
-def _cell(column: Column, value: Any) -> str:
-    if value is None:
-        return "<td></td>"
-    if column.number is None:
-        return f"<td>{escape(value)}</td>"
-    return f'<td class="number" data-value="{escape(value)}">{escape(column.number(value))}</td>'
+def _cell(column: Column, row: Any) -> str:
+    value = column.value_of(row)
+    if isinstance(value, SupportsFloat):
+        return f'<td class="number" data-value="{float(value)}">{escape(column.text_of(row))}</td>'
+    return f"<td>{escape(column.text_of(row))}</td>"

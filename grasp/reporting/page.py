@@ -1,22 +1,20 @@
-"""``grasp report``: one self-contained page about a compressed checkpoint and what was measured of it."""
+"""``grasp report``: one self-contained page about a compressed checkpoint and its benchmark results."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from grasp.bench.results import read_results
+from grasp.bench.schema import Record
 from grasp.checkpoint.compression_report import CompressionReport, ModuleReport
 from grasp.errors import GraspError, ResultsError
 from grasp.files import write_whole
-from grasp.formatting import count, layer_ranges, share, size
-from grasp.reporting import rerun_command as reproduce
-from grasp.reporting.catalog import Picture, of_layers, of_results, of_spectra
+from grasp.formatting import Column, count, layer_ranges, share, size
 from grasp.reporting.figure_style import require_matplotlib, to_svg
 from grasp.reporting.html import (
-    Column,
     command,
     details,
     escape,
@@ -28,40 +26,36 @@ from grasp.reporting.html import (
     section,
     table,
 )
-from grasp.reporting.result_tables import HOW, require_same_model, result_table
-
-if TYPE_CHECKING:
-    from grasp.bench.results import Record
-
+from grasp.reporting.pictures import Picture, of_layers, of_results, of_spectra
+from grasp.reporting.rerun_command import by_option, rerun_command
+from grasp.reporting.result_tables import require_same_model, result_tables
 
 GENERATOR = "grasp report"
-_SECTIONS = {
-    "what": "What was done",
-    "layers": "Which layers",
-    "modules": "Ranks and sizes",
-    "spectra": "Singular values",
-    "results": "What was measured",
-    "again": "How to make it again",
-}
-_MODULES = (
-    Column("layer", lambda m: m.layer, str),
-    Column("module", lambda m: _within_layer(m)),
-    Column("block", lambda m: m.block),
-    Column("out", lambda m: m.out_features, str),
-    Column("in", lambda m: m.in_features, str),
-    Column("rank", lambda m: m.rank, str),
-    Column("full rank", lambda m: min(m.out_features, m.in_features), str),
-    Column("parameters before", lambda m: m.parameters_before, count),
-    Column("after", lambda m: m.parameters_after, count),
-    Column("bytes before", lambda m: m.bytes_before, size),
-    Column("after", lambda m: m.bytes_after, size),
-    Column("kept", lambda m: m.parameters_after / m.parameters_before, share),
-    Column("importance kept", lambda m: m.importance_kept, share),
+
+
+def _within_layer(module: ModuleReport) -> str:
+    return module.name.partition(f".{module.layer}.")[2] or module.name
+
+
+_COMPRESSED = (
+    Column("layer", "layer"),
+    Column("module", _within_layer),
+    Column("block", "block"),
+    Column("out", "out_features"),
+    Column("in", "in_features"),
+    Column("rank", "rank"),
+    Column("full rank", lambda module: min(module.out_features, module.in_features)),
+    Column("parameters before", "parameters_before", count),
+    Column("after", "parameters_after", count),
+    Column("bytes before", "bytes_before", size),
+    Column("after", "bytes_after", size),
+    Column("parameters kept", lambda module: module.parameters_after / module.parameters_before, share),
+    Column("importance kept", "importance_kept", share),
 )
 _LEFT = (
-    Column("layer", lambda m: m.layer, str),
-    Column("module", lambda m: _within_layer(m)),
-    Column("why it was left", lambda m: m.reason),
+    Column("layer", "layer"),
+    Column("module", _within_layer),
+    Column("reason", "reason"),
 )
 
 
@@ -69,50 +63,51 @@ def write_report(directory: Path, output: Path, results: Sequence[Path] = ()) ->
     """Write the page of a checkpoint folder in one step; an earlier page of this function is replaced.
 
     Args:
-        directory: with the ``report.json`` that ``grasp compress`` wrote.
+        directory: folder with the ``report.json`` that ``grasp compress`` wrote.
         output: the page.
-        results: files of JSON lines that the benchmarks or the study wrote.
+        results: files of JSON lines that ``grasp bench`` wrote.
 
     Raises:
         CheckpointError: if there is no report, or it cannot be read.
         ResultsError: if results cannot be read, or are of another model.
         MissingPackageError: if matplotlib is not installed.
-        GraspError: if the page would take the place of anything else, or cannot be written.
+        GraspError: if ``output`` exists and is not such a page, or cannot be written.
     """
     require_matplotlib()
     report = CompressionReport.load(directory)
-    name = directory.resolve().name
-    records = list(_read(results, report, name))
+    folder = directory.resolve().name
+    records = [record for path in results for record in _read(path, report, folder)]
     _require_replaceable(output)
-    write_whole(output, render(report, name, records))
+    write_whole(output, render(report, folder, records))
 
 
-def render(report: CompressionReport, name: str, records: Sequence[Record] = ()) -> str:
+def render(report: CompressionReport, folder: str, records: Sequence[Record] = ()) -> str:
     """The page as text.
 
     Args:
         report: of the compression.
-        name: of the checkpoint folder.
-        records: what was measured; of the same model.
+        folder: name of the checkpoint folder.
+        records: benchmark results of the same model.
     """
     model = str(report.request.get("model", "a model"))
-    links = "".join(f'<a href="#{key}">{escape(heading)}</a>' for key, heading in _SECTIONS.items())
-    bodies = {
-        "what": _what(report),
-        "layers": _layers(report),
-        "modules": _modules(report),
-        "spectra": _spectra(report),
-        "results": _results(records, str(report.request.get("model", "MODEL")), name),
-        "again": _again(report, name),
+    sections = {
+        "Compression": _compression(report),
+        "Block influence": _block_influence(report),
+        "Ranks and sizes": _modules(report),
+        "Singular values": _spectra(report),
+        "Benchmarks": _benchmarks(records, str(report.request.get("model", "MODEL")), folder),
+        "How to repeat it": _rerun(report, folder),
     }
-    what = f"Made from {model} by GRASP: low-rank where layers are redundant (arXiv 2501.00339)."
-    head = f"<h1>{escape(name)}</h1>{paragraph(what)}{_key_numbers(report)}<nav>{links}</nav>"
-    content = head + "".join(section(key, heading, bodies[key]) for key, heading in _SECTIONS.items())
+    names = {heading: heading.lower().replace(" ", "-") for heading in sections}
+    links = "".join(f'<a href="#{names[heading]}">{escape(heading)}</a>' for heading in sections)
+    subtitle = paragraph(f"Compressed by GRASP from {model}: redundant layers are low-rank (arXiv 2501.00339).")
+    head = f"<h1>{escape(folder)}</h1>{subtitle}{_key_numbers(report)}<nav>{links}</nav>"
+    content = head + "".join(section(names[heading], heading, body) for heading, body in sections.items())
     style, script = (files("grasp").joinpath(f"reporting/page.{kind}").read_text("utf-8") for kind in ("css", "js"))
-    return page(f"{name}: {model}, compressed", content, generator=GENERATOR, style=style, script=script)
+    return page(f"{folder}: {model}, compressed", content, generator=GENERATOR, style=style, script=script)
 
 
-def _shown(picture: Picture) -> str:
+def _svg_figure(picture: Picture) -> str:
     return figure(to_svg(picture.draw, name=picture.name, title=picture.title), picture.title, picture.caption)
 
 
@@ -124,16 +119,16 @@ def _key_numbers(report: CompressionReport) -> str:
         (f"{size(before.bytes)} → {size(after.bytes)}", "weights"),
         (f"{len(report.redundant_layers)} of {len(report.block_influence)}", "decoder layers low-rank"),
     )
-    boxes = (f"<div><strong>{escape(number)}</strong>{escape(what)}</div>" for number, what in numbers)
+    boxes = (f"<div><strong>{escape(number)}</strong>{escape(unit)}</div>" for number, unit in numbers)
     return f'<div class="key">{"".join(boxes)}</div>'
 
 
-def _what(report: CompressionReport) -> str:
+def _compression(report: CompressionReport) -> str:
     calibration, request = report.calibration, report.request
     seconds = ", ".join(f"{step.replace('_', ' ')} {value:.1f} s" for step, value in report.seconds.items())
     known = [
         ("layers", layer_ranges(report.redundant_layers) or "none"),
-        ("linears", f"{len(report.compressed)} replaced, {len(report.left)} left"),
+        ("linears", f"{len(report.compressed)} low-rank, {len(report.left)} left dense"),
         ("removed of the decoder layers", share(report.decoder_compression_ratio)),
         ("kept of each matrix", "" if report.retain_ratio is None else share(report.retain_ratio)),
         ("scope", report.scope),
@@ -143,33 +138,29 @@ def _what(report: CompressionReport) -> str:
         ("time", f"{sum(report.seconds.values()):.1f} s: {seconds}" if seconds else ""),
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     ]
-    settings = [(key, _word(value)) for key, value in report.config.items() if value is not None]
+    settings = [(key, _setting(value)) for key, value in report.config.items() if value is not None]
     return facts(pair for pair in known if pair[1]) + "<h3>Configuration</h3>" + facts(settings)
 
 
-def _within_layer(module: ModuleReport) -> str:
-    return module.name.partition(f".{module.layer}.")[2] or module.name
-
-
-def _word(value: object) -> str:
+def _setting(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _layers(report: CompressionReport) -> str:
+def _block_influence(report: CompressionReport) -> str:
     text = paragraph(
-        "Block influence is 1 less the cosine between a layer's input and its output, over the calibration tokens: "
-        "what changes its input least is the most redundant."
+        "Block influence is 1 minus the cosine between the input and the output of a layer, averaged over the "
+        "calibration tokens. The layer with the lowest value changes its input least and is the most redundant."
     )
-    return text + _shown(of_layers(report))
+    return text + _svg_figure(of_layers(report))
 
 
 def _modules(report: CompressionReport) -> str:
-    parts = [table("Linears that were made low-rank", _MODULES, report.compressed)] if report.compressed else []
+    tables = [table("Low-rank linears", _COMPRESSED, report.compressed)] if report.compressed else []
     if report.left:
-        parts.append(table("Modules of these layers that were left as they were", _LEFT, report.left))
-    return "".join(parts) or paragraph("No layer was compressed.")
+        tables.append(table("Modules of these layers that were left dense", _LEFT, report.left))
+    return "".join(tables) or paragraph("No layer was compressed.")
 
 
 def _spectra(report: CompressionReport) -> str:
@@ -177,67 +168,53 @@ def _spectra(report: CompressionReport) -> str:
     if not pictures:
         return not_measured("the report has no singular values", "grasp compress MODEL -o NEW_FOLDER")
     text = paragraph(
-        "The singular values of each matrix as it was, in the basis it was decomposed in, and how many of the groups "
-        "were kept along them. Plain SVD would keep the left end whole."
+        "The line is the singular values of each matrix before the compression, in the basis of its decomposition. "
+        "The filled area is the share of groups that were kept. Plain SVD would keep all groups at the left end."
     )
+    first = pictures[0][0]
     return text + "".join(
-        details(f"Layer {layer}", _shown(picture), is_open=picture is pictures[0][1]) for layer, picture in pictures
+        details(f"Layer {layer}", _svg_figure(picture), is_open=layer == first) for layer, picture in pictures
     )
 
 
-def _results(records: Sequence[Record], model: str, name: str) -> str:
-    drawn = "".join(map(_shown, of_results(records)))
-    parts = [f'<div class="figures">{drawn}</div>' if drawn else ""]
-    for kind, (what, how) in HOW.items():
-        first = how.format(model=shlex.quote(model), folder=shlex.quote(name))
-        again = f"{first}\ngrasp report {shlex.quote(name)} --results {kind}.jsonl"
-        parts.append(result_table(kind, records) or not_measured(what, again))
-    parts.append(result_table("not_measured", records))
-    return "".join(parts)
+def _benchmarks(records: Sequence[Record], model: str, folder: str) -> str:
+    svg_figures = "".join(map(_svg_figure, of_results(records)))
+    figure_grid = f'<div class="figures">{svg_figures}</div>' if svg_figures else ""
+    return figure_grid + "".join(result_tables(records, model, folder))
 
 
-def _again(report: CompressionReport, name: str) -> str:
-    words = reproduce.command(report, name)
+def _rerun(report: CompressionReport, folder: str) -> str:
+    words = rerun_command(report, folder)
     digest = paragraph(f"SHA-256 of the calibration tokens: {report.calibration.get('sha256')}")
     if words is None:
-        return (
-            paragraph(
-                "This was compressed from Python, where the model and the text have no name that the report could "
-                "know. The configuration:"
-            )
-            + command(f"GraspConfig.from_dict({dict(report.config)})")
-            + digest
+        text = paragraph(
+            "This checkpoint was compressed from Python. The report does not know the names of the model and of the "
+            "text. The configuration:"
         )
-    made = f"With grasp {report.request.get('grasp')}"
+        return text + command(f"GraspConfig.from_dict({dict(report.config)})") + digest
     versions = "".join(f", {name} {version}" for name, version in report.versions.items())
-    return (
-        command(" \\\n  ".join(shlex.join(part) for part in reproduce.by_option(words)))
-        + paragraph(
-            f"{made}{versions}. Files and folders are named without the folders they lie in. The same tokens were "
-            "drawn if report.json then has the same SHA-256."
-        )
-        + digest
+    text = paragraph(
+        f"Run with grasp {report.request.get('grasp')}{versions}. Files and folders are named without the folders that "
+        "they lie in. If the new report.json has the same SHA-256, the same tokens were drawn."
     )
+    return command(" \\\n  ".join(shlex.join(part) for part in by_option(words))) + text + digest
 
 
-def _read(paths: Iterable[Path], report: CompressionReport, name: str) -> Iterator[Record]:
-    """The records of all files, each checked to be of the model that was compressed."""
-    for path in paths:
-        from grasp.bench.results import read_results
-
-        records = read_results(path)
-        require_same_model(records, report.request.get("model"), name, report.before.parameters, path)
-        try:
-            of_results(records)
-        except ValueError as error:  # values that a benchmark does not write
-            raise ResultsError(f"{path}: {error}") from error
-        yield from records
+def _read(path: Path, report: CompressionReport, folder: str) -> list[Record]:
+    """The records of a file, which must be of the model that was compressed."""
+    records = read_results(path)
+    require_same_model(records, report.request.get("model"), folder, report.before.parameters, path)
+    try:
+        of_results(records)
+    except ValueError as error:  # values that a benchmark does not write
+        raise ResultsError(f"{path}: {error}") from error
+    return records
 
 
 def _require_replaceable(output: Path) -> None:
     if output.exists():
         start = output.read_bytes()[:1000] if output.is_file() else b""
         if f'name="generator" content="{GENERATOR}"'.encode() not in start:
-            raise GraspError(f"{output} exists and is no page of `{GENERATOR}`; give another name")
+            raise GraspError(f"{output} exists and is not a page of `{GENERATOR}`; give another name")
     elif not output.resolve().parent.is_dir():
         raise GraspError(f"the page cannot be written: there is no folder {output.resolve().parent}; make it first")

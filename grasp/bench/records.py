@@ -1,0 +1,413 @@
+"""The records of the benchmarks: one class each, which is the schema of its JSON lines and describes its table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from grasp.bench.conditions import Conditions
+from grasp.bench.schema import Record
+from grasp.formatting import Column, count, layer_ranges, share, size
+
+_fixed, _ratio, _significant = "{:.1f}".format, "{:.2f}".format, "{:.4g}".format
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """Percentiles of the times of one thing, interpolated. With fewer than 100 times p99 is a guess.
+
+    ``float()`` gives the median, ``str()`` all three.
+
+    Attributes:
+        p50: median.
+        p95: 95th percentile.
+        p99: 99th percentile.
+    """
+
+    p50: float
+    p95: float
+    p99: float
+
+    def __float__(self) -> float:
+        return self.p50
+
+    def __str__(self) -> str:
+        return " ".join(f"{ms:.1f}" if ms < 100 else f"{ms:.0f}" for ms in (self.p50, self.p95, self.p99))
+
+
+@dataclass(frozen=True)
+class OpResult(Record):
+    """The time of one provider in one case of ``grasp bench ops``.
+
+    Attributes:
+        op: ``lowrank_linear``, ``lowrank_linear_grouped``, ``lowrank_glu`` or ``singular_value_grad``.
+        provider: a backend, ``unfused``, ``compiled`` or ``dense``.
+        shape: K inputs, N outputs and rank R of each linear as ``KxNrR``. ``+`` joins linears that share an input.
+        rows: tokens per call, M.
+        dtype: of inputs and factors: ``float32``, ``bfloat16`` or ``float16``.
+        median_us: median time of a call, µs.
+        spread: distance between the quartiles of the times over their median.
+        floor_us: least time of a call, µs: its bytes or FLOPs at the measured speeds, without the launch. Providers
+            other than ``dense`` have the floor of the fused op. ``None`` for the dense gradient.
+        share_of_floor: ``floor_us`` over ``median_us``. 1 is as fast as this machine can be.
+        speedup_over_unfused: time of ``unfused`` over the time of this provider: the median over the repetitions.
+        speedup_over_dense: the same over ``dense``.
+        repetitions: number of turns of every provider.
+        calls_per_repetition: number of calls that are timed together.
+        rotated_copies: number of distinct sets of weights that the calls use in turn.
+        conditions: when and where.
+        model: the model that has this shape; ``None`` if the shape was given.
+    """
+
+    op: str
+    provider: str
+    shape: str
+    rows: int
+    dtype: str
+    median_us: float
+    spread: float
+    floor_us: float | None
+    share_of_floor: float | None
+    speedup_over_unfused: float
+    speedup_over_dense: float
+    repetitions: int
+    calls_per_repetition: int
+    rotated_copies: int
+    conditions: Conditions
+    model: str | None = None
+
+    kind: ClassVar[str] = "op"
+    title: ClassVar[str] = "Ops"
+    case: ClassVar[tuple[Column, ...]] = (
+        Column("op", "op"),
+        Column("shape", "shape"),
+        Column("rows", "rows"),
+        Column("dtype", "dtype"),
+    )
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("provider", "provider"),
+        Column("median µs", "median_us", _significant),
+        Column("spread", "spread", share),
+        Column("floor µs", "floor_us", _significant),
+        Column("of floor", "share_of_floor", share),
+        Column("× unfused", "speedup_over_unfused", _ratio),
+        Column("× dense", "speedup_over_dense", _ratio),
+    )
+    legend: ClassVar[str] = (
+        "The floor is the time of the call's bytes or FLOPs at the speeds measured in this run; of floor is the share "
+        "of it that was reached. × is a speed-up. Spread is the distance between the quartiles over the median."
+    )
+    figures: ClassVar[tuple[str, ...]] = ("grasp.reporting.pictures:rooflines",)
+    missing: ClassVar[str] = "speed of the ops"
+    command: ClassVar[str] = "grasp bench ops -o op.jsonl"
+
+    @property
+    def measured_model(self) -> None:
+        """``None``: an op is of no model, also if it has the shape of a model's layer."""
+
+
+@dataclass(frozen=True)
+class ModelResult(Record):
+    """One provider of one model at one batch size in ``grasp bench model``: greedy decoding with a KV cache.
+
+    Attributes:
+        model: name as it was given.
+        provider: ``dense``, ``removed``, ``compressed`` (the model as users get it), ``compressed/BACKEND`` or
+            ``unfused``.
+        backend: backend of all low-rank linears. ``auto`` chooses for each call. ``None`` without low-rank linears.
+        factors: ``plain SVD``, or the name of the compressed checkpoint.
+        dtype: of the weights.
+        layers: layers that are low-rank, or that ``removed`` lacks.
+        retain_ratio: parameters of the factors over the parameters of the matrices that they replace.
+        batch_size: sequences at a time.
+        prompt_tokens: tokens of each prompt.
+        new_tokens: decoding steps after the first token.
+        repeats: number of turns of every provider, after one turn that warms up.
+        parameters: number of parameters of the whole model; tied parameters count once.
+        weight_bytes: bytes of these parameters.
+        kv_cache_bytes: bytes of keys and values of all layers and sequences after the last step.
+        peak_memory_bytes: most bytes held above the loaded weights during one generation, with its KV cache. ``None``
+            if the system does not report it.
+        prefill_ms: forward pass of the prompt, ms.
+        first_token_ms: from the prompt to its first token, both on the host, ms.
+        inter_token_ms: from one token on the host to the next, over all turns, ms.
+        prefill_floor_ms: least time of the matrix products, ms: their bytes or FLOPs at the measured speeds, without
+            attention. ``None`` for a mixture of experts.
+        inter_token_floor_ms: the same for a decoding step, with the bytes of the KV cache.
+        prefill_share_of_floor: floor over p50.
+        inter_token_share_of_floor: floor over p50.
+        prefill_tokens_per_s: tokens of the whole batch over the median prefill time.
+        prefill_spread: distance between the quartiles of the times over their median.
+        prefill_speedup_over_dense: time of ``dense`` over the time of this provider: the median over the turns.
+        decode_tokens_per_s: tokens of the whole batch over the median time of all steps.
+        decode_spread: like ``prefill_spread``.
+        decode_speedup_over_dense: like ``prefill_speedup_over_dense``.
+        logits_difference: norm-wise relative difference of the logits from those of the same weights on the
+            ``reference`` backend; the larger one of the prompt and one step. ``None`` for ``dense`` and ``removed``.
+        perplexity: perplexity of the weights on backend ``auto``. ``None`` if it was not measured or is not finite.
+        perplexity_text: name of the text of the perplexity.
+        perplexity_tokens: number of tokens that were scored.
+        note: a remark that readers need, or an empty string.
+        conditions: when and where.
+    """
+
+    model: str
+    provider: str
+    backend: str | None
+    factors: str
+    dtype: str
+    layers: tuple[int, ...]
+    retain_ratio: float
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    parameters: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    peak_memory_bytes: int | None
+    prefill_ms: Percentiles
+    first_token_ms: Percentiles
+    inter_token_ms: Percentiles
+    prefill_floor_ms: float | None
+    inter_token_floor_ms: float | None
+    prefill_share_of_floor: float | None
+    inter_token_share_of_floor: float | None
+    prefill_tokens_per_s: float
+    prefill_spread: float
+    prefill_speedup_over_dense: float
+    decode_tokens_per_s: float
+    decode_spread: float
+    decode_speedup_over_dense: float
+    logits_difference: float | None
+    perplexity: float | None
+    perplexity_text: str | None
+    perplexity_tokens: int | None
+    note: str
+    conditions: Conditions
+
+    kind: ClassVar[str] = "model"
+    title: ClassVar[str] = "The whole model"
+    case: ClassVar[tuple[Column, ...]] = (
+        Column("model", "model"),
+        Column("dtype", "dtype"),
+        Column("layers", "layers", layer_ranges),
+        Column("factors", "factors"),
+        Column("parameters kept", "retain_ratio", share),
+        Column("batch", "batch_size"),
+        Column("prompt tokens", "prompt_tokens"),
+        Column("new tokens", "new_tokens"),
+    )
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("provider", "provider"),
+        Column("prefill ms", "prefill_ms"),
+        Column("floor ms", "prefill_floor_ms", _fixed),
+        Column("of floor", "prefill_share_of_floor", share),
+        Column("first token ms", "first_token_ms"),
+        Column("× dense", "prefill_speedup_over_dense", _ratio),
+        Column("ms per token", "inter_token_ms"),
+        Column("floor ms", "inter_token_floor_ms", _fixed),
+        Column("of floor", "inter_token_share_of_floor", share),
+        Column("tokens/s", "decode_tokens_per_s", _fixed),
+        Column("spread", "decode_spread", share),
+        Column("× dense", "decode_speedup_over_dense", _ratio),
+        Column("parameters", "parameters", count),
+        Column("weights", "weight_bytes", size),
+        Column("KV cache", "kv_cache_bytes", size),
+        Column("peak", "peak_memory_bytes", size),
+        Column("perplexity", "perplexity", _significant),
+        Column("logits off", "logits_difference", "{:.0e}".format),
+    )
+    legend: ClassVar[str] = (
+        "Milliseconds are p50, p95 and p99. The floor is the time of the weights' bytes or FLOPs at the measured speeds; "
+        "of floor is the share of it that was reached. × dense is the speed-up of the prefill, then of "
+        "decoding. Spread is the distance between the quartiles over the median. Peak is above the loaded weights. "
+        "Logits off is the relative difference from the reference backend."
+    )
+    figures: ClassVar[tuple[str, ...]] = (
+        "grasp.reporting.pictures:perplexity_by_size",
+        "grasp.reporting.pictures:perplexity_by_latency",
+        "grasp.reporting.pictures:latency_bars",
+    )
+    missing: ClassVar[str] = "speed and memory of the whole model"
+    command: ClassVar[str] = "grasp bench model {model} --compressed {folder} -o model.jsonl"
+
+    @property
+    def dense_parameters(self) -> int | None:
+        """Number of parameters of the dense model, if this is its result."""
+        return self.parameters if self.provider == "dense" else None
+
+    def notes(self) -> Iterator[str]:
+        """Conditions, the text of the perplexity, and the note."""
+        yield from super().notes()
+        if self.perplexity_text is not None:
+            yield f"Perplexity on {self.perplexity_tokens} held-out tokens of {self.perplexity_text}."
+        if self.note:
+            yield self.note
+
+
+@dataclass(frozen=True)
+class CompressResult(Record):
+    """One schedule of ``grasp bench compress``. Seconds are those of the attribution of all sequences.
+
+    Attributes:
+        model: name as it was given.
+        layers: layers that are compressed.
+        retain_ratio: share of the parameters of each matrix that is kept.
+        schedule: ``sequential``, ``per-layer`` or ``single-sweep``.
+        sweep_dtype: dtype of the package's sweeps. ``None`` for the model's own, fp32. Naive sweeps are fp32.
+        batch_size: sequences at a time in the package's sweeps. Naive sweeps take one sequence at a time.
+        sequences: number of calibration sequences.
+        seq_len: tokens in each.
+        timed_sequences: number of sequences of each sweep that are timed.
+        extrapolated: whether seconds are extrapolated from the timed sequences to all.
+        seconds: time of the package for all sequences, s.
+        seconds_prefix: part of ``seconds`` for the stored hidden states, s.
+        seconds_contraction: part of ``seconds`` for the products of weight gradients and factors, s.
+        spread: slowest minus fastest batch over the median batch, for the worst sweep.
+        naive_seconds: time of the naive implementation with the same schedule, s.
+        naive_spread: like ``spread``.
+        yardstick_seconds: time of the naive implementation with the paper's schedule (``sequential``), s.
+        naive_svd_seconds: time of the naive decompositions, which the other seconds leave out, s.
+        speedup: ``yardstick_seconds`` over ``seconds``.
+        speedup_same_schedule: ``naive_seconds`` over ``seconds``.
+        predicted_speedup: ``speedup`` as predicted by FLOPs.
+        share_of_predicted: ``speedup`` over ``predicted_speedup``. ``None`` if the two sides differ in dtype or batch
+            size.
+        groups: number of singular groups that are kept.
+        swaps: number of these that the two sides choose differently.
+        largest_gap: largest difference in importance between swapped groups, over the importance of the last group
+            that is kept.
+        memory_bytes: bytes held above the loaded model for two batches, without decompositions. ``None`` if the
+            system does not report it.
+        memory_estimate: estimate of ``memory_bytes``.
+        perplexity: perplexity of the model compressed with this schedule and ``sweep_dtype``. ``None`` without one.
+        perplexity_fp32: the same with sweeps in the model's dtype.
+        conditions: when and where.
+    """
+
+    model: str
+    layers: tuple[int, ...]
+    retain_ratio: float
+    schedule: str
+    sweep_dtype: str | None
+    batch_size: int
+    sequences: int
+    seq_len: int
+    timed_sequences: int
+    extrapolated: bool
+    seconds: float
+    seconds_prefix: float
+    seconds_contraction: float
+    spread: float
+    naive_seconds: float
+    naive_spread: float
+    yardstick_seconds: float
+    naive_svd_seconds: float
+    speedup: float
+    speedup_same_schedule: float
+    predicted_speedup: float
+    share_of_predicted: float | None
+    groups: int
+    swaps: int
+    largest_gap: float
+    memory_bytes: int | None
+    memory_estimate: int
+    perplexity: float | None
+    perplexity_fp32: float | None
+    conditions: Conditions
+
+    kind: ClassVar[str] = "compress"
+    title: ClassVar[str] = "The compression itself"
+    case: ClassVar[tuple[Column, ...]] = (
+        Column("model", "model"),
+        Column("layers", "layers", layer_ranges),
+        Column("parameters kept", "retain_ratio", share),
+        Column("sequences", "sequences"),
+        Column("tokens in each", "seq_len"),
+    )
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("schedule", "schedule"),
+        Column("sweeps in", lambda result: result.sweep_dtype or "fp32"),
+        Column("batch", "batch_size"),
+        Column("timed", "timed_sequences"),
+        Column("seconds", "seconds", _significant),
+        Column("spread", "spread", share),
+        Column("naive s", "yardstick_seconds", _significant),
+        Column("× naive", "speedup", _ratio),
+        Column("by FLOPs", "predicted_speedup", _ratio),
+        Column("reached", "share_of_predicted", share),
+        Column("× same schedule", "speedup_same_schedule", _ratio),
+        Column("memory", "memory_bytes", size),
+        Column("groups", "groups"),
+        Column("swapped", "swaps"),
+        Column("largest gap", "largest_gap", "{:.0e}".format),
+        Column("perplexity", "perplexity", _ratio),
+        Column("in fp32", "perplexity_fp32", _ratio),
+    )
+    legend: ClassVar[str] = (
+        "Naive is the naive implementation with the paper's schedule; same schedule is the naive implementation with "
+        "the schedule of the row. By FLOPs is the predicted speed-up, reached the share of it. Memory is above the "
+        "loaded model. Swapped is the number of singular groups that the two sides choose differently. Not measured: "
+        "block influence and decompositions, which both sides need alike."
+    )
+    missing: ClassVar[str] = "speed of the compression"
+    command: ClassVar[str] = "grasp bench compress {model} -o compress.jsonl"
+
+    def notes(self) -> Iterator[str]:
+        """Conditions, and whether seconds are extrapolated."""
+        yield from super().notes()
+        if self.extrapolated:
+            yield f"Seconds are extrapolated from {self.timed_sequences} sequences of each sweep; the first warms up."
+
+
+@dataclass(frozen=True)
+class NotMeasured(Record):
+    """A case that a benchmark left out, and the reason. Fields that do not apply are ``None``.
+
+    Attributes:
+        benchmark: ``ops`` or ``model``.
+        provider: as in the other results; ``*`` for all.
+        not_measured: the reason.
+        wrong: whether the provider ran and gave a wrong result.
+        op: of ``ops``.
+        shape: of ``ops``.
+        rows: of ``ops``.
+        dtype: of ``ops``.
+        model: name of the model, or of the model that has the shape.
+        batch_size: of ``model``.
+    """
+
+    benchmark: str
+    provider: str
+    not_measured: str
+    wrong: bool = False
+    op: str | None = None
+    shape: str | None = None
+    rows: int | None = None
+    dtype: str | None = None
+    model: str | None = None
+    batch_size: int | None = None
+
+    kind: ClassVar[str] = "not_measured"
+    title: ClassVar[str] = "Left out, and why"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("benchmark", "benchmark"),
+        Column("provider", "provider"),
+        Column("op", "op"),
+        Column("shape", "shape"),
+        Column("rows", "rows"),
+        Column("dtype", "dtype"),
+        Column("batch", "batch_size"),
+        Column("result", lambda line: "wrong" if line.wrong else "none"),
+        Column("reason", "not_measured"),
+    )
+
+    @property
+    def measured_model(self) -> str | None:
+        """Name of the model; ``None`` for an op, which is of no model."""
+        return self.model if self.op is None else None
+
+
+RECORDS: tuple[type[Record], ...] = (ModelResult, OpResult, CompressResult, NotMeasured)

@@ -1,0 +1,142 @@
+"""The base class of benchmark results, and how a line of JSON becomes one."""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+
+from grasp.formatting import Column
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of a result file.
+
+    A subclass is a frozen dataclass. Its fields are the line. Its class variables say how results are shown, in the
+    terminal and on the page of ``grasp report``.
+
+    Attributes:
+        kind: name of the class in a file.
+        schema_version: revision of the fields. It grows when a field is removed, changes its meaning, or is added
+            without a default.
+        title: heading of the table.
+        case: columns that say what was measured. In the terminal they are the title of a table.
+        columns: columns of the result. The first names the row.
+        legend: text below the table.
+        figures: functions as ``"module:function"``, imported when a figure is drawn. Each takes the results of this
+            class and returns a list of ``grasp.reporting.pictures.Picture``.
+        missing: what a page without such results lacks. Empty if it lacks nothing.
+        command: command line that measures it. ``{model}`` and ``{folder}`` stand for the model before and after.
+    """
+
+    kind: ClassVar[str]
+    schema_version: ClassVar[int] = 1
+    title: ClassVar[str]
+    case: ClassVar[tuple[Column, ...]] = ()
+    columns: ClassVar[tuple[Column, ...]]
+    legend: ClassVar[str] = ""
+    figures: ClassVar[tuple[str, ...]] = ()
+    missing: ClassVar[str] = ""
+    command: ClassVar[str] = ""
+
+    @property
+    def measured_model(self) -> str | None:
+        """Name of the model that was measured; ``None`` if the result is of no model."""
+        return getattr(self, "model", None)
+
+    @property
+    def dense_parameters(self) -> int | None:
+        """Number of parameters of the dense model, if the result is of the dense model."""
+        return None
+
+    def notes(self) -> Iterator[str]:
+        """Sentences below the table; a sentence that several results have is shown once."""
+        if (conditions := getattr(self, "conditions", None)) is not None:
+            yield f"Measured on: {conditions}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """The line as an object: ``kind`` and ``schema_version`` before the fields."""
+        return {"kind": self.kind, "schema_version": self.schema_version, **asdict(self)}
+
+
+def notes(records: Iterable[Record]) -> list[str]:
+    """The text below a table of records: legends, then notes, each once."""
+    rows = list(records)
+    return list(
+        dict.fromkeys([*(row.legend for row in rows if row.legend), *(note for row in rows for note in row.notes())])
+    )
+
+
+class LineError(ValueError):
+    """A line of JSON is not a record of the expected classes."""
+
+
+def parse(line: str, classes: Sequence[type[Record]]) -> Record:
+    """A line of JSON as a record.
+
+    Raises:
+        LineError: if the line is not a record of one of ``classes``.
+    """
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise LineError(f"not JSON ({error}); repair or remove the line") from error
+    kinds = {record_class.kind: record_class for record_class in classes}
+    if not isinstance(values, dict):
+        raise LineError(f"got a JSON {type(values).__name__}; expected an object of kind {', '.join(kinds)}")
+    kind, version = values.pop("kind", None), values.pop("schema_version", None)
+    if kind not in kinds:
+        raise LineError(
+            f"got kind {kind!r}; expected kind {', '.join(kinds)}. The program that wrote the line reads it; in "
+            "Python, pass its record class to read_results"
+        )
+    if version != (expected := kinds[kind].schema_version):
+        raise LineError(
+            f"got schema_version {version!r} of kind {kind!r}; expected {expected}. Measure again, or read the file "
+            "with the version of grasp that wrote it"
+        )
+    record: Record = _typed(kinds[kind], values, kind)
+    return record
+
+
+def _typed(expected: Any, value: Any, name: str) -> Any:
+    """A JSON value as a type of the schema: a dataclass, tuple, mapping, union or plain value."""
+    origin, arguments = get_origin(expected), get_args(expected)
+    if is_dataclass(expected) and isinstance(expected, type):
+        return _dataclass(expected, value, name)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _typed(next(option for option in arguments if option is not type(None)), value, name)
+    if origin in (tuple, Sequence) and isinstance(value, list):
+        return tuple(_typed(arguments[0], item, f"{name}[{index}]") for index, item in enumerate(value))
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _typed(arguments[1], item, f"{name}[{key}]") for key, item in value.items()}
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(expected, type) and isinstance(value, expected) and (expected is bool or not isinstance(value, bool)):
+        return value
+    type_name = expected.__name__ if isinstance(expected, type) and origin is None else str(expected)
+    raise LineError(f"{name} is {value!r}; expected {type_name}")
+
+
+def _dataclass(expected: type, value: Any, name: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise LineError(f"{name} is {value!r}; expected an object")
+    known = {field.name: field for field in fields(expected)}
+    if unknown := sorted(set(value) - set(known)):
+        raise LineError(f"{name} has the unknown field {unknown[0]!r}; expected {', '.join(known)}")
+    required = {key for key, field in known.items() if field.default is MISSING and field.default_factory is MISSING}
+    if missing := sorted(required - set(value)):
+        raise LineError(f"{name} lacks the field {missing[0]!r}")
+    field_types = _field_types(expected)
+    return expected(**{key: _typed(field_types[key], item, f"{name}.{key}") for key, item in value.items()})
+
+
+@cache
+def _field_types(expected: type) -> dict[str, Any]:
+    return get_type_hints(expected)
