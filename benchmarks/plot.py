@@ -1,4 +1,4 @@
-"""Draw every figure that result files have the data for: files in, SVG and PNG out, and nothing else."""
+"""Draw every figure that compressed folders and result files have the data for, as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from typing import Annotated
 
 import typer
 
-from grasp.bench.results import Record, read_results
+from benchmarks.study.records import STUDY_RECORDS
+from grasp.bench.results import read_results
+from grasp.bench.schema import Record
 from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
 from grasp.errors import GraspError
 from grasp.files import write_whole
-from grasp.reporting.catalog import Picture, of_layers, of_results, of_spectra
 from grasp.reporting.figure_style import THEMES, require_matplotlib, standalone, to_png, to_svg
+from grasp.reporting.pictures import Picture, of_layers, of_results, of_spectra
 
 PLOTS = Path(__file__).with_name("plots")
 
 
 def pictures(paths: Sequence[Path]) -> Iterator[Picture]:
-    """The figures of compressed folders, of their ``report.json``, and of files of JSON lines.
+    """The figures of compressed folders or their ``report.json``, and of files of JSON lines.
 
     Raises:
-        GraspError: if one cannot be read.
+        GraspError: if a file cannot be read.
     """
     records: list[Record] = []
     for path in paths:
@@ -32,12 +34,12 @@ def pictures(paths: Sequence[Path]) -> Iterator[Picture]:
             yield of_layers(report)
             yield from (picture for _, picture in of_spectra(report))
         else:
-            records += read_results(path)
+            records += read_results(path, STUDY_RECORDS)
     yield from of_results(records)
 
 
 def write(picture: Picture, folder: Path) -> list[Path]:
-    """One SVG that follows the reader's choice of light or dark, and a PNG for each; the files."""
+    """Write one SVG, which follows the reader's choice of light or dark, and a PNG for each theme."""
     svg = standalone(to_svg(picture.draw, name=picture.name, title=picture.title))
     files = {f"{picture.name}.svg": svg.encode()}
     files |= {f"{picture.name}-{theme}.png": to_png(picture.draw, theme) for theme in THEMES}
@@ -54,13 +56,13 @@ def main(
 ) -> None:
     """Draw the figures of results.
 
-    Example: python benchmarks/plot.py small model.jsonl ops.jsonl
+    Example: python -m benchmarks.plot small model.jsonl ops.jsonl
     """
     try:
         require_matplotlib()
-        found = list(pictures(results))
+        drawable = list(pictures(results))
         output.mkdir(parents=True, exist_ok=True)
-        for picture in found:
+        for picture in drawable:
             print(f"{picture.title}. {picture.caption}", *write(picture, output), sep="\n  ")
     except (GraspError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor
 
 from grasp.bench.conditions import Conditions, conditions, measure_card
-from grasp.bench.results import Percentiles
+from grasp.bench.records import Percentiles
 from grasp.bench.timing import Sample
 from grasp.builtin import BUILTIN
 from grasp.calibration import builtin_text, tokenize

@@ -19,10 +19,11 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from benchmarks.study.linear_replacement import LINEAR_REPLACEMENT, apply_map_
+from benchmarks.study.records import STUDY_RECORDS, StudyLatency, StudyResult
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.costs import require_product
 from grasp.bench.model import percentiles
-from grasp.bench.results import StudyLatency, StudyResult, append_results, check_output, read_results
+from grasp.bench.results import append_results, check_output, read_results
 from grasp.bench.timing import Sample
 from grasp.builtin import BUILTIN
 from grasp.errors import GraspError, ResultsError
@@ -144,8 +145,10 @@ def main(
     """Time the models of a study."""
     console = Console(stderr=True)
     try:
-        check_output(output)
-        cells = [cell for cell in read_results(study) if isinstance(cell, StudyResult) and cell.seed == seed]
+        check_output(output, STUDY_RECORDS)
+        cells = [
+            cell for cell in read_results(study, STUDY_RECORDS) if isinstance(cell, StudyResult) and cell.seed == seed
+        ]
         require_of_model(cells, study, model, seed)
         if threads is not None:
             torch.set_num_threads(threads)

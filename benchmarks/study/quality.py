@@ -29,9 +29,10 @@ from transformers import PreTrainedModel
 
 from benchmarks.study.cached_statistics import Remembered
 from benchmarks.study.linear_replacement import LINEAR_REPLACEMENT, Streams, capture_streams, replace_block_
+from benchmarks.study.records import STUDY_RECORDS
+from benchmarks.study.records import StudyResult as Cell
+from benchmarks.study.records import StudySetting as Setting
 from grasp.bench.conditions import Conditions, conditions, measure_card
-from grasp.bench.results import StudyResult as Cell
-from grasp.bench.results import StudySetting as Setting
 from grasp.bench.results import append_results, read_results
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_text, token_batches, tokenize
@@ -246,7 +247,7 @@ def read_cells(path: Path, setting: Setting) -> dict[tuple[str, float, int], Cel
         GraspError: if the file has cells of another study, or is damaged.
     """
     cells: dict[tuple[str, float, int], Cell] = {}
-    for cell in read_results(path) if path.exists() else ():
+    for cell in read_results(path, STUDY_RECORDS) if path.exists() else ():
         if not isinstance(cell, Cell):
             raise GraspError(f"{path} has a result of kind {cell.kind}, expected a study; give another file")
         found = cell.setting

@@ -23,6 +23,10 @@ class Percentiles:
         p50: median.
         p95: 95th percentile.
         p99: 99th percentile.
+
+    Example:
+        >>> str(Percentiles(9.12, 9.5, 120.3))
+        '9.1 9.5 120'
     """
 
     p50: float
@@ -58,6 +62,10 @@ class OpResult(Record):
         rotated_copies: number of distinct sets of weights that the calls use in turn.
         conditions: when and where.
         model: the model that has this shape; ``None`` if the shape was given.
+
+    Example:
+        >>> [column.heading for column in OpResult.case]
+        ['op', 'shape', 'rows', 'dtype']
     """
 
     op: str
@@ -150,6 +158,10 @@ class ModelResult(Record):
         perplexity_tokens: number of tokens that were scored.
         note: a remark that readers need, or an empty string.
         conditions: when and where.
+
+    Example:
+        >>> [column.heading for column in ModelResult.columns[:3]]
+        ['provider', 'prefill ms', 'floor ms']
     """
 
     model: str
@@ -220,8 +232,8 @@ class ModelResult(Record):
         Column("logits off", "logits_difference", "{:.0e}".format),
     )
     legend: ClassVar[str] = (
-        "Milliseconds are p50, p95 and p99. The floor is the time of the weights' bytes or FLOPs at the measured speeds; "
-        "of floor is the share of it that was reached. × dense is the speed-up of the prefill, then of "
+        "Milliseconds are p50, p95 and p99. The floor is the time of the weights' bytes or FLOPs at the measured "
+        "speeds; of floor is the share of it that was reached. × dense is the speed-up of the prefill, then of "
         "decoding. Spread is the distance between the quartiles over the median. Peak is above the loaded weights. "
         "Logits off is the relative difference from the reference backend."
     )
@@ -285,6 +297,10 @@ class CompressResult(Record):
         perplexity: perplexity of the model compressed with this schedule and ``sweep_dtype``. ``None`` without one.
         perplexity_fp32: the same with sweeps in the model's dtype.
         conditions: when and where.
+
+    Example:
+        >>> CompressResult.command.format(model="builtin")
+        'grasp bench compress builtin -o compress.jsonl'
     """
 
     model: str
@@ -349,8 +365,8 @@ class CompressResult(Record):
     legend: ClassVar[str] = (
         "Naive is the naive implementation with the paper's schedule; same schedule is the naive implementation with "
         "the schedule of the row. By FLOPs is the predicted speed-up, reached the share of it. Memory is above the "
-        "loaded model. Swapped is the number of singular groups that the two sides choose differently. Not measured: "
-        "block influence and decompositions, which both sides need alike."
+        "loaded model. Swapped is the number of singular groups that the two sides choose differently. Block influence "
+        "and decompositions are not measured: both sides need them alike."
     )
     missing: ClassVar[str] = "speed of the compression"
     command: ClassVar[str] = "grasp bench compress {model} -o compress.jsonl"
@@ -377,6 +393,10 @@ class NotMeasured(Record):
         dtype: of ``ops``.
         model: name of the model, or of the model that has the shape.
         batch_size: of ``model``.
+
+    Example:
+        >>> NotMeasured("ops", "cuda", "no CUDA device").to_dict()["kind"]
+        'not_measured'
     """
 
     benchmark: str

@@ -61,7 +61,7 @@ def of_results(records: Sequence[Record]) -> list[Picture]:
     """
     pictures: list[Picture] = []
     names: Counter[str] = Counter()
-    for record_class in dict.fromkeys(map(type, records)):
+    for record_class in dict.fromkeys(type(record) for record in records):
         of_class = [record for record in records if type(record) is record_class]
         for function in record_class.figures:
             for picture in resolve_name(function)(of_class):

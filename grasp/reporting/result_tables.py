@@ -20,7 +20,7 @@ def result_tables(records: Sequence[Record], model: str, folder: str) -> Iterato
         model: name of the model before.
         folder: name of the checkpoint folder.
     """
-    for record_class in dict.fromkeys([*RECORDS, *map(type, records)]):
+    for record_class in dict.fromkeys([*RECORDS, *(type(record) for record in records)]):
         of_class = [record for record in records if type(record) is record_class]
         if of_class:
             yield result_table(of_class)

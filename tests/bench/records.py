@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
+from benchmarks.study.records import StudySetting
 from grasp.bench.conditions import Conditions
-from grasp.bench.results import KINDS, Percentiles, Record, StudySetting
+from grasp.bench.records import Percentiles
+from grasp.bench.schema import Record
+
+RecordT = TypeVar("RecordT", bound=Record)
 
 CONDITIONS = Conditions(
     device="a processor",
@@ -21,17 +25,21 @@ CONDITIONS = Conditions(
     started="2026-01-01T00:00:00Z",
     instruction_sets=("portable",),
 )
-_PLAIN: dict[str, Any] = {"str": "a", "int": 3, "float": 0.5, "bool": True, "Conditions": CONDITIONS}
-_OWN: dict[str, Any] = {
+_VALUES: dict[str, Any] = {
+    "str": "a",
+    "int": 3,
+    "float": 0.5,
+    "bool": True,
+    "Conditions": CONDITIONS,
     "Mapping[str, float]": {"a": 0.5},
-    "tuple[int, ...]": (1, 2),
     "Mapping[str, int]": {"a": 1},
+    "tuple[int, ...]": (1, 2),
     "Percentiles": Percentiles(1.0, 2.0, 3.0),
     "StudySetting": StudySetting("a", "b", "c", 1, 2, 3, 4, None, "float32"),
 }
 
 
-def record(kind: str, **values: Any) -> Record:
-    """A record of a kind with all of its fields filled, some of them as given."""
-    filled = {field.name: {**_PLAIN, **_OWN}[str(field.type).removesuffix(" | None")] for field in fields(KINDS[kind])}
-    return KINDS[kind](**{**filled, **values})
+def record(record_class: type[RecordT], **values: Any) -> RecordT:
+    """A record with all fields filled, some of them as given."""
+    filled = {field.name: _VALUES[str(field.type).removesuffix(" | None")] for field in fields(record_class)}
+    return record_class(**{**filled, **values})

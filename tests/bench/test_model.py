@@ -12,7 +12,8 @@ from grasp.bench import model as bench_model
 from grasp.bench import providers as bench_providers
 from grasp.bench.model import difference, floors, percentiles
 from grasp.bench.providers import Unfused, truncate_
-from grasp.bench.results import ModelResult, NotMeasured, Percentiles, read_results
+from grasp.bench.records import ModelResult, NotMeasured, Percentiles
+from grasp.bench.results import read_results
 from grasp.calibration import bos_for
 from grasp.evaluation.perplexity import perplexity
 from grasp.loading import load_model

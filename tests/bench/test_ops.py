@@ -10,7 +10,8 @@ import torch
 from grasp.bench import conditions
 from grasp.bench import ops as bench_ops
 from grasp.bench.ops import OpCase, OpsRequest, cases, floor_seconds
-from grasp.bench.results import NotMeasured, OpResult, read_results
+from grasp.bench.records import NotMeasured, OpResult
+from grasp.bench.results import read_results
 from grasp.bench.workloads import OPS
 from grasp_kernels import roofline
 from grasp_kernels.dispatch import backend_missing

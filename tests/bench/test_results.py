@@ -7,47 +7,49 @@ from pathlib import Path
 
 import pytest
 
-from grasp.bench.conditions import Conditions
-from grasp.bench.results import (
-    KINDS,
-    SCHEMA_VERSION,
-    ModelResult,
-    Percentiles,
-    StudySetting,
-    append_results,
-    check_output,
-    read_results,
-    to_dict,
-)
+from benchmarks.study.records import STUDY_RECORDS, StudySetting
+from grasp.bench.records import RECORDS, ModelResult, OpResult, Percentiles
+from grasp.bench.results import append_results, check_output, read_results
+from grasp.bench.schema import Record
 from grasp.errors import ResultsError
 from tests.bench.records import record
 from tests.command_line import ROOT
 
-SCHEMA = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "benchmarks" / "results"
+WITHOUT_SCHEMA = {f"{name}-cpu-amd-epyc.jsonl" for name in ("processes", "statistics", "vllm")}
 
 
-def line(kind: str, /, **changes: object) -> str:
-    return json.dumps({**to_dict(record(kind)), **changes})
+def line(record_class: type[Record], /, **changes: object) -> str:
+    return json.dumps({**record(record_class).to_dict(), **changes})
 
 
 def test_what_was_written_is_read_back_typed(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    written = [record(kind) for kind in KINDS]
+    written = [record(record_class) for record_class in RECORDS]
     append_results(path, written[:2])
     append_results(path, written[2:])
     append_results(path, [])
     assert read_results(path) == written
-    assert [type(each) for each in read_results(path)] == list(KINDS.values())
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.name)
+def test_published_results_are_read(path: Path) -> None:
+    if path.name in WITHOUT_SCHEMA:
+        with pytest.raises(ResultsError, match="line 1: got kind None"):
+            read_results(path)
+    else:
+        assert len(read_results(path, STUDY_RECORDS)) == len(path.read_text(encoding="utf-8").splitlines())
 
 
 def test_a_line_names_its_kind_and_its_schema_first() -> None:
-    for kind in KINDS:
-        assert list(to_dict(record(kind)).items())[:2] == [("kind", kind), ("schema_version", SCHEMA_VERSION)]
+    for record_class in RECORDS:
+        start = list(record(record_class).to_dict().items())[:2]
+        assert start == [("kind", record_class.kind), ("schema_version", record_class.schema_version)]
 
 
 def test_none_survives_where_the_schema_has_it(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    result = record("model", perplexity=None, backend=None)
+    result = record(ModelResult, perplexity=None, backend=None)
     append_results(path, [result])
     (read,) = read_results(path)
     assert isinstance(read, ModelResult)
@@ -57,30 +59,30 @@ def test_none_survives_where_the_schema_has_it(tmp_path: Path) -> None:
 
 def test_an_integer_is_read_as_the_float_that_the_schema_has(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    path.write_text(line("op", median_us=7) + "\n\n")
-    assert type(read_results(path)[0].median_us) is float  # type: ignore[union-attr]
+    path.write_text(line(OpResult, median_us=7) + "\n\n")
+    assert type(read_results(path)[0].median_us) is float  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('{"kind": "op", "schema', "line 2: not JSON"),
-        ("[1]", "line 2: no benchmark result, got a JSON list; expected an object of kind op, model"),
-        ('{"op": "lowrank_linear"}', "line 2: no benchmark result, got kind None"),
-        (line("op", kind="speed"), "line 2: no benchmark result, got kind 'speed'"),
-        (line("op", schema_version=99), "line 2: results of schema_version 99; this version of grasp reads 1"),
-        (line("op", median_us="fast"), "line 2: op.median_us is 'fast', which is no float"),
-        (line("op", rows=True), "line 2: op.rows is True, which is no int"),
-        (line("op", rows=None), "line 2: op.rows is None, which is no int"),
-        (line("op", colour=3), "line 2: op has no field 'colour'"),
-        (line("model", layers=[1, "two"]), r"line 2: model.layers\[1\] is 'two', which is no int"),
-        (line("model", prefill_ms={"p50": 1}), "line 2: model.prefill_ms lacks the field 'p95'"),
-        (line("study", setting=3), "line 2: study.setting is 3, which is no object"),
+        ("[1]", "line 2: got a JSON list; expected an object of kind model, op"),
+        ('{"op": "lowrank_linear"}', "line 2: got kind None"),
+        (line(OpResult, kind="speed"), "line 2: got kind 'speed'; expected kind model, op"),
+        (line(OpResult, schema_version=99), "line 2: got schema_version 99 of kind 'op'; expected 1"),
+        (line(OpResult, median_us="fast"), "line 2: op.median_us is 'fast'; expected float"),
+        (line(OpResult, rows=True), "line 2: op.rows is True; expected int"),
+        (line(OpResult, rows=None), "line 2: op.rows is None; expected int"),
+        (line(OpResult, colour=3), "line 2: op has the unknown field 'colour'"),
+        (line(ModelResult, layers=[1, "two"]), r"line 2: model.layers\[1\] is 'two'; expected int"),
+        (line(ModelResult, prefill_ms={"p50": 1}), "line 2: model.prefill_ms lacks the field 'p95'"),
+        (line(ModelResult, prefill_ms=3), "line 2: model.prefill_ms is 3; expected an object"),
     ],
 )
 def test_a_damaged_line_is_named_with_its_file_and_number(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    path.write_text(line("op") + "\n" + text + "\n")
+    path.write_text(line(OpResult) + "\n" + text + "\n")
     with pytest.raises(ResultsError, match=re.escape(str(path)) + ", " + message):
         read_results(path)
 
@@ -94,7 +96,7 @@ def test_a_file_that_is_not_text_or_not_there_is_named(tmp_path: Path) -> None:
 
 def test_a_number_that_json_does_not_have_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        append_results(tmp_path / "results.jsonl", [record("op"), record("op", median_us=float("nan"))])
+        append_results(tmp_path / "results.jsonl", [record(OpResult), record(OpResult, median_us=float("nan"))])
     assert not (tmp_path / "results.jsonl").exists()
 
 
@@ -111,10 +113,10 @@ def test_nothing_is_added_to_a_file_of_something_else(tmp_path: Path) -> None:
     assert not (tmp_path / "new.jsonl").exists()
 
 
-def test_every_field_is_documented() -> None:
-    for described in (*KINDS.values(), Conditions, Percentiles, StudySetting):
-        assert is_dataclass(described)
-        name = getattr(described, "kind", described.__name__.lower())
-        section = re.split(rf"^### `{name}`", SCHEMA, flags=re.MULTILINE)[1].split("\n### ")[0].split("\n## ")[0]
-        documented = re.findall(r"^\| `(\w+)`", section, re.MULTILINE)
-        assert documented == [field.name for field in fields(described)], name
+@pytest.mark.parametrize(
+    "described", [*RECORDS, *STUDY_RECORDS, Percentiles, StudySetting], ids=lambda described: described.__name__
+)
+def test_every_field_is_documented_where_it_is_defined(described: type) -> None:
+    assert is_dataclass(described)
+    attributes = (described.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    assert re.findall(r"^ {8}(\w+): \S", attributes, re.MULTILINE) == [field.name for field in fields(described)]

@@ -7,6 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import plot
+from benchmarks.study.records import StudyResult
+from grasp.bench.records import ModelResult
 from grasp.bench.results import append_results
 from grasp.compress import compress_
 from grasp.config import GraspConfig
@@ -20,7 +22,7 @@ def inputs(tmp_path: Path) -> list[str]:
     report = compress_(tiny_model("llama"), tiny_batches(1), GraspConfig(layers=(1,), retain_ratio=0.4))
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "report.json").write_text(report.to_json())
-    append_results(tmp_path / "results.jsonl", [record("model", provider="dense"), record("study")])
+    append_results(tmp_path / "results.jsonl", [record(ModelResult, provider="dense"), record(StudyResult)])
     return [str(tmp_path / "small"), str(tmp_path / "results.jsonl")]
 
 

@@ -6,25 +6,23 @@ from typing import Any
 
 import pytest
 
-from grasp.bench.results import Percentiles, StudySetting
+from grasp.bench.records import ModelResult, OpResult, Percentiles
 from grasp.reporting.figure_data import Quality, by_latency, by_size, latencies, pareto_front, roofs
 from tests.bench.records import CONDITIONS, record
-
-STUDY = StudySetting("builtin", "wikitext2", "builtin", 24, 512, 2, 512, 16, "bfloat16")
 
 
 def model(provider: str, **values: Any) -> Any:
     plain = {"model": "builtin", "factors": "small", "dtype": "float32", "batch_size": 1, "perplexity_text": "builtin"}
-    return record("model", **{**plain, "provider": provider, **values})
+    return record(ModelResult, **{**plain, "provider": provider, **values})
 
 
 def op(provider: str, **values: Any) -> Any:
     plain = {"op": "lowrank_linear", "shape": "4x6r2", "rows": 1, "dtype": "float32", "median_us": 2.0, "floor_us": 1.0}
-    return record("op", **{**plain, "provider": provider, **values})
+    return record(OpResult, **{**plain, "provider": provider, **values})
 
 
-def only(found: dict[Any, Any]) -> Any:
-    (value,) = found.values()
+def only(data: dict[Any, Any]) -> Any:
+    (value,) = data.values()
     return value
 
 
@@ -42,24 +40,8 @@ def test_the_front_is_what_no_point_beats() -> None:
         assert [(p.x, p.perplexity) for p in front] == sorted(expected)
 
 
-def test_seeds_of_a_study_are_one_point_with_their_range() -> None:
-    cells = [
-        record("study", method="GRASP", ratio=0.2, seed=seed, setting=STUDY, parameters=100, perplexity=value)
-        for seed, value in enumerate((20.0, 26.0, 23.0))
-    ]
-    assert only(by_size(cells)) == [Quality("GRASP", 100, 23.0, 20.0, 26.0)]
-
-
 def test_perplexities_of_different_texts_do_not_share_a_figure() -> None:
-    cell = record("study", setting=STUDY)
-    other = record("study", setting=replace(STUDY, windows=None))
-    found = by_size([cell, other, model("dense"), model("dense", perplexity_tokens=9)])
-    assert len(found) == 4
-    assert [setting.title for setting in found][:2] == [
-        "builtin, 16 windows of 512 tokens of builtin",
-        "builtin, all windows of 512 tokens of builtin",
-    ]
-    assert all("512 tokens of wikitext2; bfloat16; " in setting.conditions for setting in list(found)[:2])
+    assert len(by_size([model("dense"), model("dense", perplexity_tokens=9)])) == 2
 
 
 def test_the_weights_that_several_backends_share_are_one_point_of_size() -> None:

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from grasp import cli
-from grasp.bench.results import Record, StudySetting, append_results
+from grasp.bench.records import RECORDS, CompressResult, ModelResult, NotMeasured, OpResult
+from grasp.bench.results import append_results
+from grasp.bench.schema import Record
 from grasp.checkpoint.compression_report import CompressionReport
 from grasp.config import GraspConfig
 from grasp.reporting.page import render, write_report
-from grasp.reporting.result_tables import COLUMNS, HOW, TITLES
 from grasp.workflows.compress import compress
 from grasp.workflows.samples import Samples
 from tests.bench.records import record
@@ -59,15 +60,13 @@ def grasp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 def measured(report: CompressionReport) -> list[Record]:
     """Records of every kind, of the model that was compressed."""
-    setting = StudySetting("tiny", "a", "b", 1, 2, 3, 4, None, "float32")
     size = {"parameters": report.before.parameters}
     shape = {"op": "lowrank_linear", "shape": "4x6r2", "dtype": "float32"}
     return [
-        *(record("model", model="tiny", provider=name, **size) for name in ("dense", "removed", "compressed/cpu")),
-        *(record("study", method=name, setting=setting, **size) for name in ("dense", "GRASP")),
-        *(record("op", provider=name, median_us=ms, **shape) for name, ms in (("cpu", 9.5), ("dense", 100.0))),
-        record("compress", model="tiny"),
-        record("not_measured", benchmark="ops", provider="cuda", not_measured="no <GPU> here", model=None),
+        *(record(ModelResult, model="tiny", provider=name, **size) for name in ("dense", "removed", "compressed/cpu")),
+        *(record(OpResult, provider=name, median_us=ms, **shape) for name, ms in (("cpu", 9.5), ("dense", 100.0))),
+        record(CompressResult, model="tiny"),
+        record(NotMeasured, benchmark="ops", provider="cuda", not_measured="no <GPU> here", model=None),
     ]
 
 
@@ -122,26 +121,26 @@ def test_modules_that_were_left_have_their_reason(report: CompressionReport) -> 
 def test_all_records_are_in_tables_and_none_is_called_missing(report: CompressionReport) -> None:
     records = measured(report)
     text = Text(render(report, "small", records))
-    for kind, columns in COLUMNS.items():
-        width = len(columns)
-        assert TITLES[kind] in text.shown
-        lines = [line for line in records if line.kind == kind]
-        first = columns[0]
-        named = [row for row in text.rows if len(row) == width and row[0] in {str(first.value(line)) for line in lines}]
-        assert len(named) == len(lines), kind
+    for record_class in RECORDS:
+        columns = (*record_class.case, *record_class.columns)
+        assert record_class.title in text.shown
+        rows = [[column.text_of(line) for column in columns] for line in records if isinstance(line, record_class)]
+        assert rows
+        assert all(row in text.rows for row in rows), record_class
     assert "Not measured:" not in text.shown
     assert "no <GPU> here" in text.shown
 
 
-@pytest.mark.parametrize("kind", HOW)
-def test_what_is_missing_is_called_not_measured_with_the_way_to_it(report: CompressionReport, kind: str) -> None:
-    records = [line for line in measured(report) if line.kind != kind]
+@pytest.mark.parametrize("record_class", [record_class for record_class in RECORDS if record_class.missing])
+def test_missing_results_are_named_with_the_command_that_measures_them(
+    report: CompressionReport, record_class: type[Record]
+) -> None:
+    records = [line for line in measured(report) if not isinstance(line, record_class)]
     text = Text(render(report, "small", records))
-    what, command = HOW[kind]
     assert text.shown.count("Not measured:") == 1
-    assert f"Not measured: {what}" in text.shown
-    assert command.format(model="tiny", folder="small") in text.shown
-    assert f"grasp report small --results {kind}.jsonl" in text.shown
+    assert f"Not measured: {record_class.missing}" in text.shown
+    assert record_class.command.format(model="tiny", folder="small") in text.shown
+    assert f"grasp report small --results {record_class.kind}.jsonl" in text.shown
 
 
 def test_a_report_from_python_or_of_an_older_version_has_a_page_too(report: CompressionReport) -> None:
@@ -159,7 +158,7 @@ def test_nothing_that_is_given_becomes_markup(report: CompressionReport) -> None
     config = {**report.config, "basis": bad}
     changed = replace(report, modules=modules, request=request, config=config, versions={bad: bad}, scope=bad)
     records = [
-        replace(line, **{name: bad for name in ("provider", "method", "schedule") if hasattr(line, name)})
+        replace(line, **{name: bad for name in ("provider", "schedule") if hasattr(line, name)})
         for line in measured(report)
     ]
     page = render(changed, bad, records)
@@ -206,29 +205,26 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
 BAD_RESULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "No such file"),
     "corrupt": (lambda path: path.write_text('{"kind": "op"\n'), "line 1: not JSON"),
-    "unknown": (lambda path: path.write_text('{"a": 1}\n'), "no benchmark result, got kind None"),
+    "unknown": (lambda path: path.write_text('{"a": 1}\n'), "got kind None"),
     "unknown op": (
-        lines(record("op", op="a", shape="4x6r2", dtype="float32")),
+        lines(record(OpResult, op="a", shape="4x6r2", dtype="float32")),
         "the op 'a' in float32; expected one of",
     ),
-    "unknown shape": (lines(record("op", op="lowrank_linear", dtype="float32")), "shape 'a' is not KxNrR"),
+    "unknown shape": (lines(record(OpResult, op="lowrank_linear", dtype="float32")), "shape 'a' is not KxNrR"),
     "no time": (
-        lines(record("op", op="lowrank_linear", shape="4x6r2", dtype="float32", median_us=0.0)),
+        lines(record(OpResult, op="lowrank_linear", shape="4x6r2", dtype="float32", median_us=0.0)),
         "lowrank_linear took 0.0 µs; expected a time above 0",
     ),
     "another model": (
-        lines(record("model", model="hub/other")),
+        lines(record(ModelResult, model="hub/other")),
         "has results of hub/other, but small was made from tiny",
     ),
-    "another study": (
-        lines(record("study", setting=StudySetting("other", "a", "b", 1, 2, 3, 4, None, "float32"))),
-        "has results of other, but small was made from tiny",
-    ),
+    "another kind": (lambda path: path.write_text('{"kind": "study"}\n'), "got kind 'study'; expected kind model, op"),
     "another size": (
-        lines(record("model", model="tiny", provider="dense", parameters=7)),
+        lines(record(ModelResult, model="tiny", provider="dense", parameters=7)),
         "with 7 parameters, but small",
     ),
-    "another model left out": (lines(record("not_measured", model="other")), "has results of other"),
+    "another model left out": (lines(record(NotMeasured, model="other", op=None)), "has results of other"),
 }
 
 
@@ -270,7 +266,7 @@ def test_what_is_no_page_of_this_command_is_never_replaced(
     for target in (notes, tmp_path, folder / "report.json"):
         code, _, err = grasp("report", folder, "-o", target)
         assert code == 2
-        assert "exists and is no page of `grasp report`" in err
+        assert "exists and is not a page of `grasp report`" in err
     assert notes.read_text() == "<p>mine"
     assert json.loads((folder / "report.json").read_text())
 
@@ -287,16 +283,16 @@ def test_a_folder_that_is_missing_is_not_made(
 def test_results_of_the_checkpoint_itself_are_its_own(report: CompressionReport) -> None:
     from grasp.reporting.result_tables import require_same_model
 
-    own = record("model", model="/a/small", provider="dense", parameters=report.after.parameters)
+    own = record(ModelResult, model="/a/small", provider="dense", parameters=report.after.parameters)
     require_same_model([own], "tiny", "small", report.before.parameters, "x")
 
 
 def test_without_names_sizes_tell_models_apart() -> None:
     from grasp.reporting.result_tables import require_same_model
 
-    require_same_model([record("model", model="a", provider="dense", parameters=5)], None, "small", 5, "x")
+    require_same_model([record(ModelResult, model="a", provider="dense", parameters=5)], None, "small", 5, "x")
     with pytest.raises(ValueError, match="x has results of a with 5 parameters"):
-        require_same_model([record("model", model="a", provider="dense", parameters=5)], None, "small", 6, "x")
+        require_same_model([record(ModelResult, model="a", provider="dense", parameters=5)], None, "small", 6, "x")
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +333,7 @@ def test_a_browser_shows_all_figures_and_has_nothing_to_complain_of(
     assert tab.run("innerWidth") == width
     tab.run("document.querySelectorAll('details').forEach(each => { each.open = true; })")
     boxes = tab.run(BOXES)
-    assert len(boxes) == 8  # layers, two spectra, sizes on two texts, perplexity by latency, latency, a roofline
+    assert len(boxes) == 7  # layers, two spectra, perplexity by size and by latency, latency, a roofline
     for box in boxes:
         assert box["left"] >= 0
         assert box["right"] <= width
@@ -363,10 +359,9 @@ def test_the_ink_of_figures_is_that_of_the_page(tab: Tab, page: Path) -> None:
 @pytest.mark.slow
 def test_a_table_sorts_by_the_keyboard(tab: Tab, page: Path, report: CompressionReport) -> None:
     tab.open(page, width=DESKTOP)
-    heading = "[...document.querySelectorAll('#modules th')].find(each => each.textContent === 'rank')"
-    cells = (
-        f"[...document.querySelectorAll('#modules tbody tr')].map(row => row.cells[{heading}.cellIndex].textContent)"
-    )
+    heading = "[...document.querySelectorAll('#ranks-and-sizes th')].find(each => each.textContent === 'rank')"
+    rows = "[...document.querySelectorAll('#ranks-and-sizes tbody tr')]"
+    cells = f"{rows}.map(row => row.cells[{heading}.cellIndex].textContent)"
     ranks = [module.rank for module in report.compressed]
     assert list(map(int, tab.run(cells))) == ranks
     assert len(set(ranks)) > 1
@@ -380,14 +375,14 @@ def test_a_table_sorts_by_the_keyboard(tab: Tab, page: Path, report: Compression
 @pytest.mark.slow
 def test_numbers_sort_as_numbers_and_blanks_come_last(tab: Tab, report: CompressionReport, tmp_path: Path) -> None:
     lines = [
-        record("op", provider=name, floor_us=floor, op="lowrank_linear", shape="4x6r2", dtype="float32")
+        record(OpResult, provider=name, floor_us=floor, op="lowrank_linear", shape="4x6r2", dtype="float32")
         for name, floor in (("x", 9.0), ("y", None), ("z", 1e4))
     ]
     path = tmp_path / "page.html"
     path.write_text(render(report, "small", lines), encoding="utf-8")
     tab.open(path, width=DESKTOP)
-    heading = "[...document.querySelectorAll('#results th')].find(each => each.textContent === 'floor µs')"
-    order = "[...document.querySelectorAll('#results tbody tr')].map(row => row.cells[1].textContent).join('')"
+    heading = "[...document.querySelectorAll('#benchmarks th')].find(each => each.textContent === 'floor µs')"
+    order = "[...document.querySelectorAll('#benchmarks tbody tr')].map(row => row.cells[4].textContent).join('')"
     for expected in ("xzy", "zxy"):
         tab.run(f"{heading}.querySelector('button').click()")
         assert tab.run(order) == expected

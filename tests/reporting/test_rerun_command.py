@@ -11,7 +11,7 @@ from grasp.checkpoint.compression_report import CompressionReport
 from grasp.cli.root import app
 from grasp.compress import compress_
 from grasp.config import GraspConfig
-from grasp.reporting import rerun_command as reproduce
+from grasp.reporting.rerun_command import by_option, rerun_command
 from grasp.workflows.compress import compress, with_request
 from grasp.workflows.samples import Samples
 from tests.command_line import grasp, save_tiny_model
@@ -40,7 +40,7 @@ def test_the_command_makes_the_same_again(config: GraspConfig, processes: int, t
         run = grasp("compress", "tiny model", "-o", "first", *options, *best, cwd=tmp_path, processes=2)
         assert run.returncode == 0, run.stderr
     first = CompressionReport.load(tmp_path / "first")
-    words = reproduce.command(first, "again")
+    words = rerun_command(first, "again")
     assert words is not None
     assert (words[0] == "torchrun") == (processes == 2)
     arguments = words[words.index("compress") :]
@@ -58,7 +58,7 @@ def test_paths_on_this_machine_are_not_told(tmp_path: Path) -> None:
         *(a_report(), str(tmp_path / "models" / "mine"), Samples(str(tmp_path / "corpus.txt"))),
         costs=str(tmp_path / "costs.json"),
     )
-    words = reproduce.command(report, "out")
+    words = rerun_command(report, "out")
     assert words is not None
     assert words[:5] == ["grasp", "compress", "mine", "-o", "out"]
     assert words[words.index("--calibration") + 1] == "corpus.txt"
@@ -68,7 +68,7 @@ def test_paths_on_this_machine_are_not_told(tmp_path: Path) -> None:
 
 def test_names_on_the_hub_are_told_whole() -> None:
     report = with_request(a_report(), "meta-llama/Llama-3.1-8B", Samples("wikitext2"))
-    words = reproduce.command(report, "out")
+    words = rerun_command(report, "out")
     assert words is not None
     assert words[2] == "meta-llama/Llama-3.1-8B"
 
@@ -76,7 +76,7 @@ def test_names_on_the_hub_are_told_whole() -> None:
 def test_every_setting_is_an_option_of_the_command() -> None:
     settings = dict.fromkeys(GraspConfig().to_dict(), "x")
     report = with_request(replace(a_report(), config=settings), "m", Samples(), device="cpu")
-    words = reproduce.command(replace(report, request={**report.request, "shard": True}), "out")
+    words = rerun_command(replace(report, request={**report.request, "shard": True}), "out")
     assert words is not None
     group: Any = get_command(app)
     known = {option for parameter in group.commands["compress"].params for option in parameter.opts}
@@ -87,11 +87,11 @@ def test_every_setting_is_an_option_of_the_command() -> None:
 
 def test_each_option_has_a_line_with_its_value() -> None:
     words = ["torchrun", "--nproc-per-node", "2", "-m", "grasp", "compress", "m", "-o", "o", "--refit", "--seed", "0"]
-    assert reproduce.by_option(words) == [words[:9], ["--refit"], ["--seed", "0"]]
+    assert by_option(words) == [words[:9], ["--refit"], ["--seed", "0"]]
 
 
 def test_a_report_from_python_has_no_command() -> None:
-    assert reproduce.command(a_report(), "out") is None
+    assert rerun_command(a_report(), "out") is None
 
 
 def a_report() -> CompressionReport:

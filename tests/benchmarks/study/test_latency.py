@@ -10,8 +10,9 @@ from typer.testing import CliRunner, Result
 
 from benchmarks.study import latency as study_latency
 from benchmarks.study.latency import main, rebuild_, require_right
+from benchmarks.study.records import STUDY_RECORDS, StudyLatency, StudyResult, StudySetting
 from grasp.bench import conditions
-from grasp.bench.results import StudyLatency, StudySetting, append_results, read_results
+from grasp.bench.results import append_results, read_results
 from grasp.errors import ResultsError
 from grasp.model.lowrank_linear import LowRankLinear
 from tests.bench.records import record
@@ -31,7 +32,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def cell(method: str, **values: Any) -> Any:
     setting = StudySetting("model", "b", "c", 1, 2, 3, 4, None, "float32")
     empty: dict[str, Any] = {"ranks": {}, "removed_layers": (), "ratio": 0.2, "seed": 0, "setting": setting}
-    return record("study", method=method, **{**empty, **values})
+    return record(StudyResult, method=method, **{**empty, **values})
 
 
 def run(model: Path, output: Path, *cells: Any, arguments: tuple[str, ...] = ()) -> Result:
@@ -53,7 +54,7 @@ def test_the_models_of_a_ratio_are_timed_with_the_dense_one(tmp_path: Path) -> N
     ]
     result = run(model, output, *cells)
     assert result.exit_code == 0, result.output
-    found = [each for each in read_results(output) if isinstance(each, StudyLatency)]
+    found = [each for each in read_results(output, STUDY_RECORDS) if isinstance(each, StudyLatency)]
     assert [(each.method, each.ratio) for each in found] == [("dense", 0.0), ("low", 0.2), ("gone", 0.2)]
     assert found[0].of_dense == 1
     assert all(each.inter_token_ms.p50 > 0 and each.of_dense > 0 for each in found)

@@ -1,0 +1,180 @@
+"""The records of the study, and the figure of its perplexities."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from grasp.bench.conditions import Conditions
+from grasp.bench.records import Percentiles
+from grasp.bench.schema import Record
+from grasp.formatting import Column, count, share
+
+if TYPE_CHECKING:
+    from grasp.reporting.pictures import Picture
+
+
+@dataclass(frozen=True)
+class StudySetting:
+    """The setting that the cells of one study share.
+
+    Attributes:
+        model: name as it was given.
+        calibration: text of the calibration sequences.
+        text: text of the perplexity.
+        num_samples: number of calibration sequences.
+        seq_len: tokens in each.
+        batch_size: sequences in one forward pass.
+        window: number of tokens that the model sees at once.
+        windows: number of windows that are evaluated; ``None`` for the whole text.
+        dtype: dtype of the model during calibration and evaluation. Compressed weights are fp32 until then.
+        tasks: tasks of lm-eval.
+        limit: number of documents of each task; ``None`` for all.
+    """
+
+    model: str
+    calibration: str
+    text: str
+    num_samples: int
+    seq_len: int
+    batch_size: int
+    window: int
+    windows: int | None
+    dtype: str
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class StudyResult(Record):
+    """A cell of ``benchmarks.study.quality``: one method at one ratio with one seed.
+
+    Attributes:
+        method: a row of ``METHODS``, or ``dense``.
+        ratio: share of the decoder's parameters that should be removed; 0 is the dense model.
+        seed: seed of the calibration set.
+        setting: the setting of the study.
+        removed: share of the decoder's parameters that was removed.
+        parameters: number of parameters of the whole model.
+        perplexity: perplexity of the text.
+        excess: nats per token over the dense model.
+        cpu_seconds: CPU time of the compression over all threads, with its statistics, s. Other processes do not add
+            to it.
+        removed_layers: layers that were removed whole.
+        ranks: rank of each low-rank linear.
+        scope: layers that could be compressed; ``None`` if the method has no scope.
+        conditions: when and where.
+        accuracy: lm-eval's ``acc`` of each task, without normalisation.
+    """
+
+    method: str
+    ratio: float
+    seed: int
+    setting: StudySetting
+    removed: float
+    parameters: int
+    perplexity: float
+    excess: float
+    cpu_seconds: float
+    removed_layers: tuple[int, ...]
+    ranks: Mapping[str, int]
+    scope: str | None
+    conditions: Conditions
+    accuracy: Mapping[str, float] = field(default_factory=dict)
+
+    kind: ClassVar[str] = "study"
+    title: ClassVar[str] = "Methods and sizes"
+    case: ClassVar[tuple[Column, ...]] = (
+        Column("model", "setting.model"),
+        Column("calibration", "setting.calibration"),
+        Column("text", "setting.text"),
+    )
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("method", "method"),
+        Column("ratio", "ratio", share),
+        Column("removed", "removed", share),
+        Column("seed", "seed"),
+        Column("parameters", "parameters", count),
+        Column("perplexity", "perplexity", "{:.4g}".format),
+        Column("nats over dense", "excess", "{:.3f}".format),
+        Column("CPU seconds", "cpu_seconds", "{:.0f}".format),
+    )
+    figures: ClassVar[tuple[str, ...]] = ("benchmarks.study.records:perplexity_by_size",)
+
+    @property
+    def measured_model(self) -> str:
+        """Name of the studied model."""
+        return self.setting.model
+
+    @property
+    def dense_parameters(self) -> int | None:
+        """Number of parameters of the dense model, if this is its cell."""
+        return self.parameters if self.method == "dense" else None
+
+
+@dataclass(frozen=True)
+class StudyLatency(Record):
+    """Decoding speed of the model of a study's cell, built from its ranks with random factors.
+
+    Attributes:
+        model: the model of the study.
+        method: a row of ``METHODS``, or ``dense``.
+        ratio: share of the decoder's parameters that should be removed; 0 is the dense model.
+        seed: seed of the study's cell.
+        dtype: dtype of the model.
+        new_tokens: decoding steps of each turn.
+        inter_token_ms: from one token on the host to the next, over all turns, ms.
+        spread: distance between the quartiles of the turns' decoding times over their median.
+        of_dense: time over the time of the dense model, turn by turn; the median.
+        conditions: when and where.
+    """
+
+    model: str
+    method: str
+    ratio: float
+    seed: int
+    dtype: str
+    new_tokens: int
+    inter_token_ms: Percentiles
+    spread: float
+    of_dense: float
+    conditions: Conditions
+
+    kind: ClassVar[str] = "study_latency"
+    title: ClassVar[str] = "Decoding speed of methods and sizes"
+    case: ClassVar[tuple[Column, ...]] = (Column("model", "model"), Column("dtype", "dtype"))
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("method", "method"),
+        Column("removed", "ratio", share),
+        Column("seed", "seed"),
+        Column("ms per token", "inter_token_ms"),
+        Column("of dense", "of_dense", "{:.3f}".format),
+        Column("spread", "spread", share),
+    )
+
+
+STUDY_RECORDS: tuple[type[Record], ...] = (StudyResult, StudyLatency)
+
+
+def perplexity_by_size(cells: Sequence[StudyResult]) -> list[Picture]:
+    """Perplexity against parameters, one figure for each setting; the seeds of a method and ratio are one point."""
+    from grasp.reporting import figures
+    from grasp.reporting.figure_data import Comparison, Quality, grouped
+    from grasp.reporting.pictures import of_comparisons
+
+    data: dict[Comparison, list[Quality]] = {}
+    for setting, of_setting in grouped(cells, lambda cell: cell.setting).items():
+        windows = "all windows" if setting.windows is None else f"{setting.windows} windows"
+        calibration = f"{setting.num_samples} sequences of {setting.seq_len} tokens of {setting.calibration}"
+        comparison = Comparison(
+            f"{setting.model}, {windows} of {setting.window} tokens of {setting.text}",
+            f"Calibrated on {calibration}; {setting.dtype}; {of_setting[-1].conditions}",
+        )
+        points = data[comparison] = []
+        for (method, _), seeds in grouped(of_setting, lambda cell: (cell.method, cell.ratio)).items():
+            values = [cell.perplexity for cell in seeds]
+            size = statistics.mean(cell.parameters for cell in seeds)
+            points.append(Quality(method, size, statistics.mean(values), min(values), max(values)))
+    return of_comparisons("size", "Perplexity by size", data, figures.perplexity_by_size)
