@@ -216,14 +216,14 @@ class ModelResult(Record):
         Column("prefill ms", "prefill_ms"),
         Column("floor ms", "prefill_floor_ms", _fixed),
         Column("of floor", "prefill_share_of_floor", share),
+        Column("prefill × dense", "prefill_speedup_over_dense", _ratio),
         Column("first token ms", "first_token_ms"),
-        Column("× dense", "prefill_speedup_over_dense", _ratio),
         Column("ms per token", "inter_token_ms"),
         Column("floor ms", "inter_token_floor_ms", _fixed),
         Column("of floor", "inter_token_share_of_floor", share),
-        Column("tokens/s", "decode_tokens_per_s", _fixed),
+        Column("decode tokens/s", "decode_tokens_per_s", _fixed),
         Column("spread", "decode_spread", share),
-        Column("× dense", "decode_speedup_over_dense", _ratio),
+        Column("decode × dense", "decode_speedup_over_dense", _ratio),
         Column("parameters", "parameters", count),
         Column("weights", "weight_bytes", size),
         Column("KV cache", "kv_cache_bytes", size),
@@ -233,9 +233,9 @@ class ModelResult(Record):
     )
     legend: ClassVar[str] = (
         "Milliseconds are p50, p95 and p99. The floor is the time of the weights' bytes or FLOPs at the measured "
-        "speeds; of floor is the share of it that was reached. × dense is the speed-up of the prefill, then of "
-        "decoding. Spread is the distance between the quartiles over the median. Peak is above the loaded weights. "
-        "Logits off is the relative difference from the reference backend."
+        "speeds; of floor is the share of it that was reached. × dense is a speed-up. Spread is the distance between "
+        "the quartiles over the median. Peak is above the loaded weights. Logits off is the relative difference from "
+        "the reference backend."
     )
     figures: ClassVar[tuple[str, ...]] = (
         "grasp.reporting.pictures:perplexity_by_size",

@@ -27,8 +27,8 @@ def show_results(records: Iterable[Record]) -> None:
     """Print a table for each class of records and each of its cases. ``show_left_out`` prints those left out."""
     measured = [record for record in records if not isinstance(record, NotMeasured)]
     for (record_class, title), rows in _grouped(measured, lambda record: (type(record), _case(record))).items():
-        table = [[column.text_of(row) for column in record_class.columns] for row in rows]
-        _print_wide_table([column.heading for column in record_class.columns], table, title)
+        columns = ([column.heading, *map(column.text_of, rows)] for column in record_class.columns)
+        _print_wide_table([column for column in columns if any(column[1:])], title)
 
 
 def show_notes(records: Iterable[Record]) -> None:
@@ -50,19 +50,22 @@ def _case(record: Record) -> str:
     return ", ".join(f"{column.heading} {text}" for column in record.case if (text := column.text_of(record)))
 
 
-def _print_wide_table(headings: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
-    """A table; columns that the terminal is too narrow for follow below, with the first column repeated."""
-    widths = [max(map(len, column)) + _GAP for column in zip(headings, *rows, strict=True)]
-    for part in _parts(widths, Console().width):
-        print_table([headings[i] for i in part], [[row[i] for i in part] for row in rows], title=title)
+def _print_wide_table(columns: Sequence[Sequence[str]], title: str) -> None:
+    """A table of columns that start with their heading.
+
+    Columns that do not fit into the terminal follow in a further table, with the first column repeated.
+    """
+    for part in _parts([max(map(len, column)) + _GAP for column in columns], Console().width):
+        headings, *rows = zip(*(columns[index] for index in part), strict=True)
+        print_table(headings, rows, title=title)
         title = ""
 
 
 def _parts(widths: Sequence[int], available: int) -> Iterator[list[int]]:
-    """The columns of each part of a table: the first column and as many others as fit, at least one."""
+    """The columns of each table: the first column and as many others as fit, at least one."""
     part = [0]
     for index in range(1, len(widths)):
-        if len(part) > 1 and sum(widths[i] for i in part) + widths[index] - _GAP > available:
+        if len(part) > 1 and sum(widths[i] for i in [*part, index]) - _GAP > available:
             yield part
             part = [0]
         part.append(index)
