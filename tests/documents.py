@@ -61,7 +61,7 @@ def _prose(text: str) -> str:
 
 def links(text: str) -> list[str]:
     """The targets of markdown links and images, but not addresses."""
-    targets = re.findall(r"\]\(([^)\s]+)\)", _prose(text))
+    targets = re.findall(r"""(?:\]\(|src=")([^)"\s]+)[)"]""", _prose(text))
     return [target for target in targets if not re.match(r"[a-z]+:", target)]
 
 

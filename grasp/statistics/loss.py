@@ -71,9 +71,10 @@ def loss_and_grad(model: PreTrainedModel, body: Body, batch: Tokens) -> tuple[fl
     for start in range(0, len(source), step):
         rows = slice(start, start + step)
         part = source[rows].requires_grad_()
-        output = _with_hidden(body.output, part[None])
-        with torch.enable_grad(), forwarding([model.get_decoder()], lambda *_, output=output, **__: output):
-            logits = model(input_ids=labels[None, rows].to(first_device(model)), use_cache=False).logits
+        with torch.enable_grad():
+            output = _with_hidden(body.output, part[None])
+            with forwarding([model.get_decoder()], lambda *_, output=output, **__: output):
+                logits = model(input_ids=labels[None, rows].to(first_device(model)), use_cache=False).logits
         nll, grad_logits = nll_and_grad(logits.detach()[0], labels[rows].to(logits.device))
         (grads[rows],) = torch.autograd.grad([logits], [part], [grad_logits[None]])
         loss += nll

@@ -1,0 +1,72 @@
+"""Every script of examples/ runs; the C++ program is a test of tests/ops/test_extension.py."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import ROOT, environment
+
+pytestmark = pytest.mark.slow
+
+EXAMPLES = ROOT / "examples"
+
+
+def run(folder: Path, *command: object) -> str:
+    """The stdout of Python with these arguments; it must end well."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_script_is_run_here() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    assert all(f'"{script.name}"' in source for script in EXAMPLES.glob("*.py"))
+
+
+def test_compress(tmp_path: Path) -> None:
+    options = ["--layers", 1, "--samples", 2, "--tokens", 64]
+    printed = run(tmp_path, EXAMPLES / "compress.py", "builtin", tmp_path / "small", *options)
+    assert "of the parameters removed" in printed
+    assert (tmp_path / "small" / "model.safetensors").is_file()
+
+
+def test_kernels_alone(tmp_path: Path) -> None:
+    printed = run(tmp_path, EXAMPLES / "kernels_alone.py")
+    assert "chosen" in printed
+    assert "grasp." not in (EXAMPLES / "kernels_alone.py").read_text(encoding="utf-8")
+
+
+def test_embed_in_your_model(tmp_path: Path) -> None:
+    printed = run(tmp_path, EXAMPLES / "embed_in_your_model.py")
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in printed.splitlines() if "loss " in line]
+    dense, truncated, tuned = losses
+    assert dense < truncated
+    assert tuned < truncated
+
+
+def test_guard_a_kernel_in_ci(tmp_path: Path) -> None:
+    command = [
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "grasp.bench.plugin",
+        EXAMPLES / "guard_a_kernel_in_ci.py",
+        "--rootdir",
+        tmp_path,
+    ]
+    storage = f"--benchmark-storage={tmp_path / 'baselines'}"
+    assert "2 passed" in run(tmp_path, *command, "--gate=save", storage)
+    # So wide a threshold cannot be passed by noise: the test is of the example, not of the gate.
+    assert "2 passed" in run(tmp_path, *command, "--gate=compare", "--gate-threshold=20", storage)
