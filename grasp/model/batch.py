@@ -1,4 +1,4 @@
-"""Batches of token ids, as the sweeps and the loss take them."""
+"""Batches of token ids for sweeps and losses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grasp.errors import CalibrationError
 
 
 class Tokens(Protocol):
-    """A batch of sequences, and which of their tokens the loss counts."""
+    """A batch of sequences with a mask of the tokens that the loss counts."""
 
     @property
     def input_ids(self) -> Tensor:
@@ -22,7 +22,7 @@ class Tokens(Protocol):
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """(B, L) bool, False at padding; ``None`` where the model need not know of any."""
+        """(B, L) bool, False at padding; ``None`` if the model gets no mask."""
         ...
 
     @property
@@ -32,24 +32,24 @@ class Tokens(Protocol):
 
 
 class CalibrationBatch(NamedTuple):
-    """Token ids (B, L) int64, and a bool mask (B, L) that is False at padding; ``None`` where there is none."""
+    """Token ids (B, L) int64, and a bool mask (B, L) that is False at padding; ``None`` means no padding."""
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are no padding."""
+        """Tokens without padding."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are predicted from those before them."""
+        """Tokens that the model predicts."""
         return int(self.is_target.sum())
 
     @property
     def is_target(self) -> Tensor:
-        """(B, L - 1) bool: whether the token after each position is predicted; neither of the two may be padding."""
+        """(B, L - 1) bool: True if neither the token at a position nor the next one is padding."""
         if self.attention_mask is None:
             return torch.ones_like(self.input_ids[:, 1:], dtype=torch.bool)
         mask = self.attention_mask.bool()
@@ -57,10 +57,10 @@ class CalibrationBatch(NamedTuple):
 
 
 def as_batches(batches: Iterable[CalibrationBatch | Tensor]) -> list[CalibrationBatch]:
-    """Accept plain (B, L) token tensors beside batches.
+    """Convert (B, L) token tensors to batches, and check them.
 
     Raises:
-        CalibrationError: if there are none, or none has a token to predict.
+        CalibrationError: if a shape or dtype is wrong, or no batch has a token to predict.
     """
     result = [batch if isinstance(batch, CalibrationBatch) else CalibrationBatch(batch) for batch in batches]
     for batch in result:
@@ -72,7 +72,7 @@ def as_batches(batches: Iterable[CalibrationBatch | Tensor]) -> list[Calibration
             raise CalibrationError(f"attention_mask must have the shape of the ids, {tuple(ids.shape)}, got {got}")
     if not any(batch.num_targets for batch in result):
         raise CalibrationError(
-            f"{len(result)} calibration batches hold no token to predict; expected sequences of at least 2 tokens"
+            f"{len(result)} calibration batches have no token to predict; expected sequences of at least 2 tokens"
         )
     return result
 

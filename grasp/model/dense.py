@@ -1,4 +1,4 @@
-"""The weight of a dense linear, wherever it is stored and whichever way round."""
+"""The weight of a dense linear as (N, K), also if it is transposed, sharded or offloaded."""
 
 from __future__ import annotations
 
@@ -16,33 +16,36 @@ DenseLinear = nn.Linear | Conv1D
 
 
 def dense_weight(linear: DenseLinear) -> Tensor:
-    """The weight as (N, K), out_features first: GPT-2's ``Conv1D`` stores its transpose.
+    """The weight as (N, K), out_features first; GPT-2's ``Conv1D`` stores the transpose.
 
-    If it is sharded, it is gathered; if offloaded, fetched.
+    A sharded weight is gathered, an offloaded one fetched.
     """
     weight = gathered(fetched(linear, "weight"))
     return weight.mT if isinstance(linear, Conv1D) else weight
 
 
 def dense_shape(linear: DenseLinear) -> tuple[int, int]:
-    """(N, K) of a weight, wherever it is."""
+    """(N, K) of the weight; the weight is not read."""
     n, k = linear.weight.shape
     return (k, n) if isinstance(linear, Conv1D) else (n, k)
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that FSDP has spread over processes, all of which must ask; any other as it is."""
+    """The full tensor if FSDP has sharded it, in which case all processes must call this; otherwise the same tensor."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
 def temporary_low_rank(factors: Iterable[tuple[DenseLinear, SVD]]) -> Iterator[None]:
-    """Let dense linears, their weights in memory, compute what low-rank ones would; these are put back bit for bit."""
+    """Replace weights of dense linears, which must be in memory, by ``(U * S) @ Vh`` until the block ends.
+
+    The weights are then restored bit for bit.
+    """
     saved: dict[Tensor, Tensor] = {}
     try:
         for linear, svd in factors:
             weight = linear.weight
-            U, S, Vh = (each.to(weight.device) for each in svd)
+            U, S, Vh = (tensor.to(weight.device) for tensor in svd)
             product = (U * S) @ Vh
             saved[weight] = weight.data
             weight.data = (product.mT if isinstance(linear, Conv1D) else product).to(weight.data).contiguous()

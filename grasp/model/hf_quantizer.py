@@ -1,6 +1,7 @@
-"""The checkpoint format as transformers sees it: a quantisation method whose configuration carries the ranks.
+"""The checkpoint format for transformers: a quantisation method whose configuration has the ranks.
 
-Importing this module registers the format. Where grasp is installed, ``grasp_autoload`` sees to that.
+Importing this module registers the format. ``grasp_autoload`` imports it while ``import transformers`` runs, so its own
+imports must stay light.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ FORMAT_VERSION = 1
 
 @dataclass(repr=False)
 class GraspQuantizationConfig(QuantizationConfigMixin):
-    """What ``config.json`` says of a compressed model: ``ranks`` maps a module's path to its R.
+    """The ``quantization_config`` in ``config.json`` of a compressed model: ``ranks`` maps paths of modules to their R.
 
     Raises:
-        CheckpointError: if ``format_version`` is one that this version of grasp cannot read, or a rank is none.
+        CheckpointError: if this version of grasp cannot read ``format_version``, or a rank is not a positive integer.
     """
 
     quant_method: str = METHOD  # type: ignore[assignment]  # the base class's enum has only the built-in methods
@@ -59,10 +60,10 @@ class GraspQuantizationConfig(QuantizationConfigMixin):
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> GraspQuantizationConfig:
-        """Read the ``quantization_config`` of a ``config.json``; the further arguments are the base class's.
+        """Read the ``quantization_config`` of a ``config.json``; the other arguments go to the base class.
 
         Raises:
-            CheckpointError: as the constructor does, and if there are keys that this version does not know.
+            CheckpointError: as the constructor does, and if there are unknown keys.
         """
         version = config_dict.get("format_version")
         unknown = config_dict.keys() - {f.name for f in fields(cls)}
@@ -73,26 +74,26 @@ class GraspQuantizationConfig(QuantizationConfigMixin):
 
 
 class GraspHfQuantizer(HfQuantizer):
-    """Builds the low-rank layers of a checkpoint while transformers loads it; nothing is quantised or calibrated."""
+    """Builds the low-rank layers of a checkpoint while transformers loads it; it does not quantise anything."""
 
     quantization_config: GraspQuantizationConfig
 
     def __init__(self, quantization_config: GraspQuantizationConfig, pre_quantized: bool = True) -> None:
         super().__init__(quantization_config, pre_quantized=pre_quantized)
-        self._tensor_names: frozenset[str] = frozenset()  # in the files, while they are being loaded
+        self._tensor_names: frozenset[str] = frozenset()  # in the files, while they are loaded
 
     def is_serializable(self) -> bool:
-        """The factors are ordinary parameters: any such model can be saved."""
+        """Every compressed model can be saved, since the factors are ordinary parameters."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """The factors are trained like any parameter."""
+        """The factors can be trained like any parameter."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """As above; transformers' Trainer wants this one for training without adapters."""
+        """The factors can be trained; transformers' Trainer reads this for training without adapters."""
         return True
 
     @property
@@ -101,11 +102,11 @@ class GraspHfQuantizer(HfQuantizer):
         return True
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse a dense checkpoint: transformers asks for the arguments, none of which matters here."""
+        """Raise if the checkpoint is dense; the arguments are those of the base class and are not used."""
         if not self.pre_quantized:
             raise CheckpointError(
-                "a GraspQuantizationConfig was given for a checkpoint that is not compressed; load it without, then "
-                "call grasp.compress_"
+                "a GraspQuantizationConfig was given for a checkpoint that is not compressed; load the checkpoint "
+                "without it, then call grasp.compress_"
             )
 
     def _process_model_before_weight_loading(
@@ -127,14 +128,14 @@ class GraspHfQuantizer(HfQuantizer):
             f"{path}.{name}"
             for path, module in _lowrank_layers(model)
             for name, parameter in module.named_parameters()
-            # transformers flags what it has read; what it leaves on the meta device it has put on disk.
+            # transformers sets the flag on parameters that it has read, and leaves offloaded ones on the meta device.
             if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False))
             and not any(spelling in names for spelling in _spellings(model, f"{path}.{name}"))
         ]
         if missing:
             raise CheckpointError(
-                f"the checkpoint lacks {len(missing)} tensors that its ranks call for, {missing[0]} among them; "
-                "expected U, Vh and any bias of every module in ranks. It was not saved or copied completely: save it "
+                f"the checkpoint lacks {len(missing)} tensors that its ranks require, for example {missing[0]}; "
+                "expected U, Vh and any bias of every module in ranks. The checkpoint is incomplete: save or copy it "
                 "again."
             )
         for path, layer in _lowrank_layers(model):
@@ -142,23 +143,23 @@ class GraspHfQuantizer(HfQuantizer):
             connect_(path, layer)
         mark_compressed(model)
         split = any(is_split(layer) for _, layer in _lowrank_layers(model))
-        group_linears_(model, enabled=not split)  # transformers gives a layer its own part only, for its own call only
+        group_linears_(model, enabled=not split)  # a layer has its local parts only during its own call
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Called by ``save_pretrained`` first: the ranks written are those the layers have by now."""
+        """Update the ranks in the configuration; ``save_pretrained`` calls this first."""
         mark_compressed(model)
         return None, {}
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Turn every low-rank layer into the dense one that the architecture has; called as ``model.dequantize()``.
+        """Replace every low-rank layer by a dense layer of the architecture; called as ``model.dequantize()``.
 
         Args:
             model: changed in place.
-            dtype: for the whole model; ``None`` leaves each layer its own.
+            dtype: of the whole model; ``None`` keeps the dtype of each layer.
 
         Raises:
-            CheckpointError: if weights are on disk, or the configuration no longer describes the model.
+            CheckpointError: if weights are offloaded or split, or the configuration does not describe the model.
         """
         model = self._dequantize(model)
         self.remove_quantization_config(model)
@@ -173,31 +174,31 @@ class GraspHfQuantizer(HfQuantizer):
             dense = originals.get(name)
             if not isinstance(dense, (nn.Linear, Conv1D)):
                 raise CheckpointError(
-                    f"{name} is no linear layer in the model that config describes, so what it was is not known; make "
-                    "model.config fit the model, num_hidden_layers above all"
+                    f"{name} is not a linear layer in the model that model.config describes; make model.config fit "
+                    "the model, num_hidden_layers in particular"
                 )
             model.set_submodule(name, _dense_layer(dense, layer))
         return model
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
-        """Take every mark of compression off the model."""
+        """Remove every mark of compression from the model."""
         super().remove_quantization_config(model)
         model.config.__dict__.pop("_is_quantized", None)
 
 
 def register() -> None:
-    """Enter the format into transformers' tables. Idempotent."""
+    """Add the format to transformers' tables. Idempotent."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, GraspQuantizationConfig)
     AUTO_QUANTIZER_MAPPING.setdefault(METHOD, GraspHfQuantizer)
 
 
 def mark_compressed(model: PreTrainedModel) -> None:
-    """Make ``model.save_pretrained`` write a checkpoint that loads again, with the low-rank layers there are by now.
+    """Write the current ranks into ``model.config``, so that ``model.save_pretrained`` writes a checkpoint that loads.
 
-    With none left, the model is an ordinary one again and is marked as such.
+    A model without low-rank layers loses every mark of compression.
 
     Raises:
-        CheckpointError: if the model is quantised by another method, whose mark it cannot share.
+        CheckpointError: if the model is quantised by another method.
     """
     ranks = {name: layer.rank for name, layer in _lowrank_layers(model)}
     quantizer = getattr(model, "hf_quantizer", None)
@@ -207,42 +208,43 @@ def mark_compressed(model: PreTrainedModel) -> None:
         return
     if quantizer is not None and not isinstance(quantizer, GraspHfQuantizer):
         raise CheckpointError(
-            f"the model is quantised ({type(quantizer).__name__}); a checkpoint cannot be that and compressed as well. "
-            "Load the model unquantised."
+            f"the model is quantised ({type(quantizer).__name__}); expected an unquantised model. Load it unquantised."
         )
     config = GraspQuantizationConfig(ranks=ranks)
     loaded = quantizer is not None and quantizer.pre_quantized
     marks = {
         "hf_quantizer": GraspHfQuantizer(config, pre_quantized=loaded),
         "quantization_method": METHOD,
-        # The parameters are ordinary ones. transformers refuses .float(), .half() and training where this is true.
+        # The parameters are ordinary ones. transformers refuses .float(), .half() and training if this is true.
         "is_quantized": False,
     }
     for name, value in marks.items():
         setattr(model, name, value)
     model.config.quantization_config = config
-    model.config._is_quantized = True  # some attention modules read this before they ask for `q_proj.weight`
+    model.config._is_quantized = True  # some attention modules check this before they read `q_proj.weight`
 
 
 def _method(config: PreTrainedConfig) -> str | None:
-    """The quantisation method in a model's configuration, which ``from_config`` leaves as it is in the file."""
+    """The quantisation method in a model's configuration; the configuration may have a plain dictionary of it."""
     method = getattr(config, "quantization_config", None) or {}
     return method.get("quant_method") if isinstance(method, dict) else method.quant_method
 
 
 def ranks_in(config: PreTrainedConfig) -> dict[str, int]:
-    """The ranks that a model's configuration has: the paths of its low-rank layers; none for a dense model.
+    """The ranks in a model's configuration, by the paths of the low-rank layers; empty for a dense model.
 
     Raises:
         UnsupportedModelError: if the model is quantised by another method.
-        CheckpointError: if the ranks make no sense.
+        CheckpointError: if a rank is not a positive integer.
     """
-    marked = getattr(config, "quantization_config", None)
-    if not marked:
+    quantization = getattr(config, "quantization_config", None)
+    if not quantization:
         return {}
     if (method := _method(config)) != METHOD:
         raise UnsupportedModelError(f"the model is quantised ({method}); expected a dense one. Load it unquantised.")
-    return (GraspQuantizationConfig.from_dict(marked) if isinstance(marked, dict) else marked).ranks
+    if isinstance(quantization, dict):
+        quantization = GraspQuantizationConfig.from_dict(quantization)
+    return quantization.ranks
 
 
 def _lowrank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
@@ -250,24 +252,24 @@ def _lowrank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
 
 
 def _spellings(model: PreTrainedModel, name: str) -> tuple[str, ...]:
-    """A name as it may be in the files: a causal model's have the base model's prefix, a base model's have not."""
+    """The names that a tensor may have in the files: with and without the prefix of the base model."""
     prefix = f"{model.base_model_prefix}."
     return name, prefix + name, name.removeprefix(prefix)
 
 
 def _resolve(model: PreTrainedModel, name: str, paths: set[str]) -> str:
-    """Which of the model's ``paths`` is the module that the checkpoint calls ``name``."""
+    """The path, one of ``paths``, of the module that the checkpoint calls ``name``."""
     for spelling in _spellings(model, name):
         if spelling in paths:
             return spelling
     raise CheckpointError(
-        f"ranks name the module {name}, which {type(model).__name__} does not have; the configuration does not "
-        "belong to this kind of model, or was edited"
+        f"ranks name the module {name}, which {type(model).__name__} does not have; the configuration was edited or "
+        "belongs to another kind of model"
     )
 
 
 def _empty_layer(name: str, dense: nn.Module, rank: int) -> LowRankLinear:
-    """A low-rank layer without data, to take the place of ``dense``."""
+    """A low-rank layer without data that replaces ``dense``."""
     if not isinstance(dense, (nn.Linear, Conv1D)):
         raise CheckpointError(f"ranks name {name}, a {type(dense).__name__}; expected a linear layer. Save it again.")
     if rank > (limit := min(dense_shape(dense))):
@@ -285,7 +287,7 @@ def _empty_layer(name: str, dense: nn.Module, rank: int) -> LowRankLinear:
 
 
 def _dense_layer(dense: DenseLinear, layer: LowRankLinear) -> DenseLinear:
-    """``dense``, a layer without data, with the weight that ``layer`` stands for."""
+    """``dense``, a layer without data, with the weight ``U @ Vh`` of ``layer``."""
     dense = dense.to(layer.U.dtype).to_empty(device=layer.U.device).train(layer.training)
     weight = layer.dense_weight()
     with torch.no_grad():
@@ -296,7 +298,7 @@ def _dense_layer(dense: DenseLinear, layer: LowRankLinear) -> DenseLinear:
 
 
 def _header(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Name → shape of the tensors in safetensors files; other kinds of file are passed over."""
+    """The shapes of the tensors in safetensors files, by name; other files are skipped."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         if str(file).endswith(".safetensors"):
@@ -307,26 +309,24 @@ def _header(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
 
 
 def _check_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse files whose factors do not have the shapes that the ranks call for, before anything is loaded."""
+    """Raise ``CheckpointError`` if a factor in the files does not have the shape that its rank requires."""
     expected = {
         f"{path}.{name}": tuple(parameter.shape)
         for path, layer in _lowrank_layers(model)
         for name, parameter in layer.named_parameters()
     }
     for name, shape in expected.items():
-        found = next((shapes[spelling] for spelling in _spellings(model, name) if spelling in shapes), shape)
-        if found != shape:
+        stored = next((shapes[spelling] for spelling in _spellings(model, name) if spelling in shapes), shape)
+        if stored != shape:
             raise CheckpointError(
-                f"{name} has the shape {found}, the ranks in config.json call for {shape}; the two do not belong "
-                "together: save the model again"
+                f"{name} has the shape {stored}, the ranks in config.json require {shape}; save the model again"
             )
     dense = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     for name in shapes:
         path, _, tensor = name.rpartition(".")
         if tensor in ("U", "Vh") and any(spelling in dense for spelling in _spellings(model, path)):
             raise CheckpointError(
-                f"the checkpoint has the factor {name}, but config.json has no rank for {path}; the two do not belong "
-                "together: save the model again"
+                f"the checkpoint has the factor {name}, but config.json has no rank for {path}; save the model again"
             )
 
 

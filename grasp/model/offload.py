@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps on the CPU or on disk, and fetches when a module runs (``device_map="auto"``)."""
+"""Weights that accelerate stores on the CPU or on disk and fetches when a module runs (``device_map="auto"``)."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from grasp.errors import UnsupportedModelError
 
 
 def fetched(module: nn.Module, name: str) -> Tensor:
-    """A parameter of a module, detached; one that is offloaded is fetched to where the module runs.
+    """A parameter of a module, detached; an offloaded one is fetched to the device where the module runs.
 
     Raises:
-        UnsupportedModelError: if it has no data, and no hook of accelerate knows where they are.
+        UnsupportedModelError: if it is on the meta device and accelerate did not offload it.
     """
     with align_module_device(module):
         tensor = module.get_parameter(name).detach()
     if tensor.is_meta:
         raise UnsupportedModelError(
-            f"the {name} of a {type(module).__name__} is on the meta device, and nothing says where its data are; "
+            f"the {name} of a {type(module).__name__} is on the meta device, and accelerate has no data for it; "
             "load the model with from_pretrained, or dispatch it with accelerate"
         )
     return tensor
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module with a ``weight`` runs, wherever that is kept."""
+    """The device where a module with a ``weight`` runs, also if the weight is offloaded."""
     if has_offloaded_params(module):
         return torch.device(_hook(module).execution_device)
     return module.get_parameter("weight").device
@@ -41,7 +41,7 @@ def _hook(module: nn.Module) -> Any:
 
 
 class _Stored(NamedTuple):
-    """How to get a fetched weight, or a view of it, again."""
+    """A reference to an offloaded weight, or to a view of it, that can be fetched again."""
 
     hook: Any  # accelerate's AlignDevicesHook
     name: str
@@ -55,16 +55,15 @@ class _Stored(NamedTuple):
 
 @contextmanager
 def fetching_again(model: nn.Module) -> Iterator[None]:
-    """Let no graph hold weights that were fetched: the backward pass fetches them again, one by one.
+    """Keep fetched weights out of autograd graphs: the backward pass fetches each one again.
 
-    Without this a forward pass with gradients would keep all weights that accelerate offloads, on the device on which
-    there is no room for them.
+    Otherwise the graph of a forward pass holds all offloaded weights on a device that has no room for them.
     """
     offloaded = [module for module in model.modules() if has_offloaded_params(module)]
     if not offloaded:
         yield
         return
-    present: dict[int, tuple[Any, str, int]] = {}  # address → what is fetched there, and its bytes
+    present: dict[int, tuple[Any, str, int]] = {}  # address of a fetched weight → its hook, name and bytes
 
     def watch(module: nn.Module) -> ExitStack:
         hook, undo = _hook(module), ExitStack()
@@ -87,10 +86,10 @@ def fetching_again(model: nn.Module) -> Iterator[None]:
         return undo
 
     def pack(tensor: Tensor) -> Tensor | _Stored:
-        found = present.get(tensor.untyped_storage().data_ptr())
-        if found is None or found[2] != tensor.untyped_storage().nbytes():
+        hook, name, nbytes = present.get(tensor.untyped_storage().data_ptr(), (None, "", -1))
+        if nbytes != tensor.untyped_storage().nbytes():
             return tensor
-        return _Stored(*found[:2], tensor.dtype, (tensor.shape, tensor.stride(), tensor.storage_offset()))
+        return _Stored(hook, name, tensor.dtype, (tensor.shape, tensor.stride(), tensor.storage_offset()))
 
     def unpack(packed: Tensor | _Stored) -> Tensor:
         return packed.fetch() if isinstance(packed, _Stored) else packed

@@ -1,4 +1,4 @@
-"""Run a part of a model: skip layers, enter in the middle, cast for a while."""
+"""Run parts of a model: skip layers, start at a layer, run in another dtype."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """The model without its head: what turns tokens into hidden states."""
+    """The model without its head: it maps tokens to hidden states."""
     return model.base_model
 
 
@@ -31,13 +31,13 @@ def hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def hidden_output(output: Any) -> Tensor:
-    """The hidden states that a decoder layer returned, (B, L, H): itself, or the first of a tuple."""
+    """The hidden states that a decoder layer returned, (B, L, H): the output, or its first item if it is a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
 def passing_through(layers: Sequence[nn.Module], returns_tuple: bool) -> Iterator[None]:
-    """Make decoder layers return their input unchanged: all that surrounds them (masks, positions) still happens."""
+    """Make decoder layers return their input until the block ends; the model still computes masks and positions."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = hidden_input(args, kwargs)
@@ -49,11 +49,10 @@ def passing_through(layers: Sequence[nn.Module], returns_tuple: bool) -> Iterato
 
 @contextmanager
 def entering_with(layer: nn.Module, hidden: Tensor) -> Iterator[None]:
-    """Make a decoder layer take ``hidden`` instead of what it is given."""
+    """Pass ``hidden`` to a decoder layer in place of its hidden states until the block ends."""
 
     def substitute(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        given = hidden_input(args, kwargs)
-        value = hidden.to(given.device)
+        value = hidden.to(hidden_input(args, kwargs).device)
         if args:
             return (value, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": value}
@@ -64,7 +63,7 @@ def entering_with(layer: nn.Module, hidden: Tensor) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and frozen parameters, both restored afterwards; modules replaced meanwhile keep what they have."""
+    """Set eval mode and freeze all parameters until the block ends; a module inserted meanwhile keeps its own state."""
     training = {module: module.training for module in model.modules()}
     frozen = [
         (module, name, parameter, parameter.requires_grad)
@@ -79,12 +78,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for module, name, parameter, requires_grad in frozen:
             parameter.requires_grad_(requires_grad)
-            module.get_parameter(name).requires_grad_(requires_grad)  # another one, if it is offloaded
+            module.get_parameter(name).requires_grad_(requires_grad)  # offloading may have replaced it
 
 
 @contextmanager
 def casting(model: nn.Module, dtype: str | None) -> Iterator[None]:
-    """Run a model in another dtype, ``"bfloat16"`` say; its own weights are put back, bit for bit. ``None``: as it is.
+    """Cast a model to another dtype until the block ends, then restore its weights bit for bit.
+
+    Args:
+        model: changed in place.
+        dtype: such as ``"bfloat16"``; ``None`` does not cast.
 
     Raises:
         UnsupportedModelError: if weights are offloaded or sharded.
@@ -94,14 +97,14 @@ def casting(model: nn.Module, dtype: str | None) -> Iterator[None]:
         return
     if any(parameter.is_meta or isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise UnsupportedModelError(
-            f"sweep_dtype={dtype!r} needs all weights in memory, but some are offloaded or sharded; load the model in "
-            f"that dtype, as from_pretrained(..., dtype={dtype!r}) does, and leave sweep_dtype out"
+            f"sweep_dtype={dtype!r} needs all weights in memory, but some are offloaded or sharded; leave sweep_dtype "
+            f"out and load the model with from_pretrained(..., dtype={dtype!r})"
         )
-    wanted = getattr(torch, dtype)
-    saved = {p: p.data for p in model.parameters() if p.is_floating_point() and p.dtype != wanted}
+    target = getattr(torch, dtype)
+    saved = {p: p.data for p in model.parameters() if p.is_floating_point() and p.dtype != target}
     try:
         for parameter, data in saved.items():
-            parameter.data = data.to(wanted)
+            parameter.data = data.to(target)
         yield
     finally:
         for parameter, data in saved.items():
@@ -109,7 +112,7 @@ def casting(model: nn.Module, dtype: str | None) -> Iterator[None]:
 
 
 def batch_inputs(model: nn.Module, batch: Tokens) -> dict[str, Tensor]:
-    """Keyword arguments of a forward pass over a batch, on the device where the model takes its tokens."""
+    """Keyword arguments of a forward pass over a batch, on the device of the model's first parameter."""
     device = first_device(model)
     inputs = {"input_ids": batch.input_ids.to(device)}
     if batch.attention_mask is not None:
@@ -118,20 +121,19 @@ def batch_inputs(model: nn.Module, batch: Tokens) -> dict[str, Tensor]:
 
 
 def first_device(model: nn.Module) -> torch.device:
-    """Where token ids go: the device of the first parameter that holds data."""
+    """The device of the first parameter that holds data, which is where token ids go."""
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
 @torch.no_grad()
 def returns_tuple(model: PreTrainedModel, batch: CalibrationBatch) -> bool:
-    """Whether decoder layers of this family return a tuple: asked of the first one, with two tokens."""
-    layer = decoder(model).layers[0]
+    """Whether the decoder layers return a tuple; two tokens are run through the model to see it."""
     answers: list[bool] = []
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         answers.append(isinstance(output, tuple))
 
     probe = CalibrationBatch(batch.input_ids[:1, :2], None)
-    with hooked(layer, after=note), evaluating(model):
+    with hooked(decoder(model).layers[0], after=note), evaluating(model):
         backbone(model)(**batch_inputs(model, probe), use_cache=False)
     return answers[0]

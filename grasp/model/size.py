@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Size:
-    """Logical parameters and bytes, a tied weight counted once."""
+    """Logical parameters and bytes; a tied weight counts once."""
 
     parameters: int
     bytes: int
@@ -19,11 +19,16 @@ class Size:
 
 
 def model_size(model: nn.Module, layers: nn.ModuleList) -> Size:
-    """Parameters and bytes of a model, each distinct parameter counted once, also where it is offloaded."""
-    tied = getattr(model, "all_tied_weights_keys", {})  # offloading makes two parameters without data of one
+    """Count the parameters and bytes of a model; a shared parameter counts once, also if it is offloaded.
+
+    Args:
+        model: dense or compressed.
+        layers: its decoder layers.
+    """
+    tied = getattr(model, "all_tied_weights_keys", {})  # offloading splits a tied parameter into two on the meta device
     parameters = [
         p
-        for name, p in model.named_parameters()  # distinct ones: torch leaves out repeats
+        for name, p in model.named_parameters()  # torch omits duplicates
         if not (p.is_meta and name in tied)
     ]
     return Size(

@@ -1,7 +1,7 @@
-"""How a compressed model is split over processes by transformers: each low-rank layer as its dense one would be.
+"""Tensor parallelism of transformers for low-rank layers: each is split like the dense layer that it replaces.
 
-Split by columns, ``y = [U₁; U₂] (Vh x)``: a process has some rows of U and the whole of Vh. Split by rows,
-``y = U (Vh₁ x₁) + U (Vh₂ x₂)``: it has some columns of Vh and the whole of U. Either way ``Vh x`` keeps its R entries.
+A column-wise split computes ``y = [U₁; U₂] (Vh x)``: a process has some rows of U and the whole Vh. A row-wise split
+computes ``y = U (Vh₁ x₁) + U (Vh₂ x₂)``: a process has some columns of Vh and the whole U. The rank is never split.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from grasp.errors import CheckpointError
 from grasp.model.lowrank_linear import LowRankLinear
 
-# transformers' style of splitting a linear → the factor that each process has whole
+# transformers' style of splitting a linear → the factor that every process has whole
 WHOLE_FACTORS = {
     "colwise": "Vh",
     "colwise_rep": "Vh",
@@ -27,16 +27,16 @@ WHOLE_FACTORS = {
     "rowwise_rep": "U",
     "rowwise_split_input": "U",
 }
-# As the style of a parameter it leaves it whole, in every version of transformers from 5.17 on.
+# The style of a parameter that is not split, in transformers 5.17 and later.
 _WHOLE = "replicated_with_grad_allreduce"
 
 
 def keep_factors_whole_(plan: MutableMapping[str, str], paths: Iterable[str]) -> None:
-    """Add to a plan, a mapping of modules and parameters to styles, the factors that its styles must not split.
+    """Add the factors that must not be split to a plan.
 
     Args:
-        plan: of the model; a ``*`` in its names is any layer's number.
-        paths: of the low-rank layers.
+        plan: the model's mapping from modules and parameters to styles; ``*`` in a name means any layer index.
+        paths: paths of the low-rank layers.
     """
     for module in {re.sub(r"\.\d+(?=\.|$)", ".*", path) for path in paths}:
         if (style := plan.get(module)) in WHOLE_FACTORS:
@@ -44,23 +44,23 @@ def keep_factors_whole_(plan: MutableMapping[str, str], paths: Iterable[str]) ->
 
 
 def is_split(layer: LowRankLinear) -> bool:
-    """Whether a process has only a part of this layer."""
+    """Whether each process has only a part of this layer."""
     return isinstance(layer.U, DTensor) or isinstance(layer.Vh, DTensor)
 
 
 def connect_(name: str, layer: LowRankLinear) -> None:
-    """Make a split layer add up the gradient of the factor that is whole, of which each process has a part.
+    """Make a split layer all-reduce the gradient of its whole factor, since each process computes a part of it.
 
     Raises:
-        CheckpointError: if a plan of the user's own has split it in another way.
+        CheckpointError: if the parts of the two factors do not fit, which a custom plan can cause.
     """
     U, Vh = layer.U, layer.Vh
     left, right = (factor.to_local() if isinstance(factor, DTensor) else factor for factor in (U, Vh))
     if left.shape[1] != right.shape[0]:
         raise CheckpointError(
-            f"the plan for tensor parallelism leaves each process {tuple(left.shape)} of {name}.U and "
-            f"{tuple(right.shape)} of {name}.Vh, which have no rank in common; load with tp_plan='auto', or give "
-            f"{name}.Vh (where {name} is split by columns) or {name}.U (by rows) the style {_WHOLE!r}"
+            f"the tensor-parallel plan gives each process {tuple(left.shape)} of {name}.U and {tuple(right.shape)} of "
+            f"{name}.Vh; expected equal ranks. Load with tp_plan='auto', or give {name}.Vh (column-wise split) or "
+            f"{name}.U (row-wise split) the style {_WHOLE!r}"
         )
     for split, whole in ((U, Vh), (Vh, U)):
         if isinstance(split, DTensor) and whole.requires_grad:
@@ -68,7 +68,7 @@ def connect_(name: str, layer: LowRankLinear) -> None:
 
 
 def _sum_over(split: DTensor) -> Callable[[Tensor], Tensor]:
-    """A hook that sums a gradient over the processes that share ``split``."""
+    """A hook that sums a gradient over the processes that hold parts of ``split``."""
     mesh = split.device_mesh
     group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
 

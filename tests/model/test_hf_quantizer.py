@@ -303,7 +303,7 @@ def test_configurations_it_cannot_read_are_refused(saved: Path, values: dict[str
 @pytest.mark.parametrize("module", [UP, "model.layers.2.self_attn.q_proj"])
 def test_a_rank_that_does_not_match_the_tensors_is_refused(saved: Path, module: str, ignore: bool) -> None:
     edit_config(saved, lambda config: config["ranks"].update({module: 2}))
-    with pytest.raises(CheckpointError, match=rf"{module}.* has the shape .*call for .*save the model again"):
+    with pytest.raises(CheckpointError, match=rf"{module}.* has the shape .*require "):
         AutoModelForCausalLM.from_pretrained(saved, ignore_mismatched_sizes=ignore)
 
 
@@ -326,7 +326,7 @@ def test_a_checkpoint_without_a_factor_is_refused(saved: Path, tensor: str) -> N
     tensors = load_file(saved / "model.safetensors")
     del tensors[tensor]
     save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"lacks 1 tensors .*{tensor} among them"):
+    with pytest.raises(CheckpointError, match=rf"lacks 1 tensors .*{tensor}"):
         AutoModelForCausalLM.from_pretrained(saved)
 
 
