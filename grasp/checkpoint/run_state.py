@@ -1,4 +1,4 @@
-"""What a compression has done so far, kept in a folder: the same request after a kill goes on from there."""
+"""The run folder of ``compress_``: an interrupted compression resumes from it."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
     from grasp.config import GraspConfig
 
 
-FORMAT = 4  # of the folder
+FORMAT = 4  # version of the run folder
 
 
 class Decision(NamedTuple):
-    """What was decided for all linears together."""
+    """The decision about all linears of a global budget."""
 
-    removed: tuple[int, ...]  # layers
-    losses: Mapping[str, float]  # by candidate, on the held-out batches
+    removed: tuple[int, ...]  # the layers to remove, ascending
+    losses: Mapping[str, float]  # candidate → its loss on the held-out batches, in nats per token
 
 
 class NoState(PartialSums):
-    """The state of a run that keeps nothing; what it does is what ``RunState`` is asked for."""
+    """The interface of ``RunState``; it stores nothing."""
 
-    redundancy: Redundancy | None = None  # where an earlier process measured it
-    decision: Decision | None = None  # where an earlier process came to one
+    redundancy: Redundancy | None = None  # as an interrupted run measured it
+    decision: Decision | None = None  # of an interrupted run
 
     def begin(
         self,
@@ -53,50 +53,54 @@ class NoState(PartialSums):
         costs: CostTable | None,
         clock: Clock,
     ) -> None:
-        """Take up what was kept; ``clock`` goes on from the time that it took."""
+        """Open the run, and add the time that it has taken so far to ``clock``."""
 
-    def keep_redundancy(self, redundancy: Redundancy) -> None:
-        """Keep the scores of all layers."""
+    def store_redundancy(self, redundancy: Redundancy) -> None:
+        """Store the scores of all layers."""
 
     def restore_(self, model: PreTrainedModel, sweeps: Sequence[Sequence[Target]]) -> dict[Target, ModuleReport]:
-        """Put the low-rank linears that were kept into the model; the report of each, in the order of ``sweeps``."""
+        """Put the stored low-rank linears into the model; their reports, in the order of ``sweeps``."""
         return {}
 
-    def keep_module(self, model: PreTrainedModel, report: ModuleReport) -> None:
-        """Keep what has become of one target, with its low-rank linear if it was replaced."""
+    def store_module(self, model: PreTrainedModel, report: ModuleReport) -> None:
+        """Store the report of one linear, and its low-rank form if it was replaced."""
 
-    def keep_decision(self, model: PreTrainedModel, decision: Decision, reports: Sequence[ModuleReport]) -> None:
-        """Keep what has become of all targets together."""
+    def store_decision(self, model: PreTrainedModel, decision: Decision, reports: Sequence[ModuleReport]) -> None:
+        """Store the reports of all linears of a global budget together."""
 
     def restore_cut(self, members: Sequence[Target]) -> dict[Target, SVD] | None:
-        """The groups of a progressive schedule's first cut, where an earlier process made it."""
+        """The stored groups of the first cut of a progressive schedule, or ``None``."""
         return None
 
-    def keep_cut(self, cut: Mapping[Target, SVD]) -> None:
-        """Keep the groups of a progressive schedule's first cut."""
+    def store_cut(self, cut: Mapping[Target, SVD]) -> None:
+        """Store the groups of the first cut of a progressive schedule."""
 
 
 class RunState(RunFolder, NoState):
-    """A folder that holds what a run of ``compress_`` has done: give it as ``state``.
+    """The run folder of ``compress_``, passed as ``state``; a context manager.
 
-    A context manager. While it is open, no other process may use the folder. When its block ends well the folder is
-    removed, so save the compressed model inside the block; when it ends in an exception, or the process is killed at
-    whatever instant, the folder stays, and the same call goes on from there. It then gives the same indices and
-    weights, bit for bit, on the same machine with the same number of threads. A run that fails before its first sweep
-    has anything to keep leaves nothing.
+    The folder is locked while it is open. It is removed when the ``with`` block ends normally, so save the compressed
+    model inside the block. It stays after an exception or a kill, and the same call then resumes. It ends with the same
+    indices and weights, bit for bit, on the same machine with the same number of threads. A run that fails before its
+    first sweep has stored anything leaves no folder.
 
-    The time of the report counts what the earlier processes kept, not what was lost with them. At the start the model's
-    weights are hashed (SHA-256, of the order of a second per GB) to tell it from another.
+    The times in the report count the stored work of earlier processes, but not the work that was lost with them. At the
+    start the weights of the model are hashed (SHA-256, about a second per GB).
 
     Args:
-        folder: new, or as an earlier run left it.
-        notify: called with one line where a run is continued or interrupted.
-        rank: which of the processes that share the work this is. The first writes all but the sums of the others.
-        processes: how many share the work; all see the same folder.
+        folder: a new folder, or the folder of an interrupted run.
+        notify: called with one line of text when a run resumes or is interrupted.
+        rank: rank of this process. Rank 0 writes everything but the sums of the other processes.
+        processes: number of processes that share the work. All use the same folder.
 
     Raises:
-        ResumeError: on entering, if the folder is in use, is something else, or cannot be written; from ``compress_``
-            if it belongs to another request (another model, text or configuration), is damaged, or cannot be written.
+        ResumeError: on entering, if another process uses the folder, it contains other files, or it is not writable;
+            from ``compress_``, if the folder belongs to a run with another model, text or configuration, or is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as scratch, RunState(f"{scratch}/out.partial") as state:
+        ...     pass  # report = compress_(model, batches, config, state=state); model.save_pretrained(...)
     """
 
     FILES = r"((module|sums)-.+|cut)\.safetensors|costs\.json"
@@ -106,8 +110,8 @@ class RunState(RunFolder, NoState):
         self._sums = self.folder / f"sums-{rank}-of-{processes}.safetensors"
         self._cut = self.folder / "cut.safetensors"
         self._costs = self.folder / "costs.json"
-        self._continued = False  # whether an earlier process has done something
-        self._found: dict[str, dict[str, Any]] = {}  # file name → its notes, as that process left them
+        self._continued = False  # whether an earlier process has stored work
+        self._notes: dict[str, dict[str, Any]] = {}  # name of a stored file → its notes
         self._sweeps: Sequence[Sequence[Target]] = ()
 
     def _is_worth_keeping(self, error: BaseException | None) -> bool:
@@ -115,13 +119,13 @@ class RunState(RunFolder, NoState):
 
     @property
     def batch_size(self) -> int | None:
-        """Sequences in a batch of the run that is to be continued; ``None`` where there is none."""
+        """The number of sequences in a batch of the interrupted run; ``None`` if there is none."""
         path = self.folder / "state.json"
         return self._read_state()["identity"].get("batch size") if path.exists() else None
 
     @property
     def costs(self) -> CostTable | None:
-        """The costs of decoding that the run to be continued was given; ``None`` where there are none.
+        """The costs of decoding of the interrupted run; ``None`` if there are none.
 
         Raises:
             CostTableError: if they are damaged.
@@ -136,10 +140,10 @@ class RunState(RunFolder, NoState):
         costs: CostTable | None,
         clock: Clock,
     ) -> None:
-        """Check that the folder belongs to this request, or make it so; the clock goes on from the time kept there.
+        """Open the run: write the fingerprint of a new one, or check that the stored one is the same.
 
         Raises:
-            ResumeError: if it does not, or is damaged.
+            ResumeError: if it is another one, or the folder is damaged.
         """
         clock.enter("identity")
         self._clock, self._config = clock, config
@@ -152,50 +156,57 @@ class RunState(RunFolder, NoState):
                     costs.save(temporary)
             self._write_state()
             return
-        kept = self._read_state()
-        self._require_same(kept["identity"])
-        self.redundancy = None if kept["redundancy"] is None else Redundancy(**kept["redundancy"])
-        if kept["decision"] is not None:
-            removed, losses = kept["decision"]
+        stored = self._read_state()
+        self._require_same(stored["identity"])
+        self.redundancy = None if stored["redundancy"] is None else Redundancy(**stored["redundancy"])
+        if stored["decision"] is not None:
+            removed, losses = stored["decision"]
             self.decision = Decision(tuple(removed), losses)
         files = sorted(self.folder.glob("*.safetensors"))
         if config.decides_together and self.decision is None:
             files = [file for file in files if not file.name.startswith("module-")]
-        self._found = {file.name: self._read(file, only_notes=True)[1] for file in files}
+        self._notes = {file.name: self._read(file, only_notes=True)[1] for file in files}
         self._continued = self.redundancy is not None or bool(files)
-        times = [kept["seconds"], *(notes["seconds"] for notes in self._found.values())]
+        times = [stored["seconds"], *(notes["seconds"] for notes in self._notes.values())]
         clock.add(max(times, key=lambda seconds: sum(seconds.values())))
 
-    def keep_redundancy(self, redundancy: Redundancy) -> None:
-        """Keep the scores of all layers."""
+    def store_redundancy(self, redundancy: Redundancy) -> None:
+        """Store the scores of all layers.
+
+        Raises:
+            ResumeError: if they cannot be written.
+        """
         self.redundancy = redundancy
         self._write_state()
 
     def restore_(self, model: PreTrainedModel, sweeps: Sequence[Sequence[Target]]) -> dict[Target, ModuleReport]:
-        """Put the low-rank linears that were kept into the model; the report of each, in the order of ``sweeps``.
+        """Put the stored low-rank linears into the model.
+
+        Returns:
+            The report of each stored linear, replaced or not, in the order of ``sweeps``.
 
         Raises:
-            ResumeError: if one is damaged.
+            ResumeError: if a file is damaged.
         """
         self._sweeps = sweeps
-        done: dict[Target, ModuleReport] = {}
-        for target in (target for members in sweeps for target in members):
+        reports: dict[Target, ModuleReport] = {}
+        for target in (target for sweep in sweeps for target in sweep):
             path = self._module_path(target.name)
-            if path.name not in self._found:
+            if path.name not in self._notes:
                 continue
             tensors, notes = self._read(path)
             if tensors:
                 replace_module_(model, target.name, _low_rank(target, tensors))
-            done[target] = ModuleReport.from_dict(notes["report"])
+            reports[target] = ModuleReport.from_dict(notes["report"])
         if self._continued and not self._rank:
-            finished = [self.decision is not None or all(t in done for t in members) for members in sweeps]
-            if self._config.schedule == "progressive":  # the sweep that its first cut rests on comes before
-                finished.append(self.decision is not None or self._cut.name in self._found)
+            finished = [self.decision is not None or all(target in reports for target in sweep) for sweep in sweeps]
+            if self._config.schedule == "progressive":  # the first cut has a sweep of its own
+                finished.append(self.decision is not None or self._cut.name in self._notes)
             self._notify(f"continuing: {sum(finished)} of {len(finished)} sweeps done")
-        return done
+        return reports
 
-    def keep_module(self, model: PreTrainedModel, report: ModuleReport) -> None:
-        """Keep what has become of one target, with its low-rank linear if it was replaced.
+    def store_module(self, model: PreTrainedModel, report: ModuleReport) -> None:
+        """Store the report of one linear, and its low-rank form if it was replaced.
 
         Raises:
             ResumeError: if it cannot be written.
@@ -204,59 +215,59 @@ class RunState(RunFolder, NoState):
             tensors = {} if report.reason else dict(model.get_submodule(report.name).named_parameters())
             self._write(self._module_path(report.name), tensors, {"report": dataclasses.asdict(report)})
 
-    def keep_decision(self, model: PreTrainedModel, decision: Decision, reports: Sequence[ModuleReport]) -> None:
-        """Keep what has become of all targets together: a part of it does not count.
+    def store_decision(self, model: PreTrainedModel, decision: Decision, reports: Sequence[ModuleReport]) -> None:
+        """Store the reports of all linears of a global budget. Part of them, after a kill, counts as none.
 
         Raises:
             ResumeError: if it cannot be written.
         """
         if self._rank == 0:
-            for path in self.folder.glob("module-*"):  # of an earlier process, killed before all were kept
+            for path in self.folder.glob("module-*"):  # of a process that was killed before it had stored all
                 path.unlink()
         for report in reports:
-            self.keep_module(model, report)
+            self.store_module(model, report)
         self.decision = decision
         self._write_state()
         if self._rank == 0:
             self._cut.unlink(missing_ok=True)
 
     def restore_cut(self, members: Sequence[Target]) -> dict[Target, SVD] | None:
-        """The groups of a progressive schedule's first cut, where an earlier process made it.
+        """The stored groups of the first cut of a progressive schedule, or ``None``.
 
         Raises:
             ResumeError: if they are damaged.
-            CheckpointError: if there is too little space to keep them.
+            CheckpointError: if there is too little space to store them.
         """
-        if self._cut.name not in self._found:
+        if self._cut.name not in self._notes:
             weights = [target.module.weight for target in members]
-            # At most: the cut in fp32 (fp64 for fp64), and what is decided in the model's own dtype.
+            # At most: the cut in fp32 (fp64 for fp64), and the decided factors in the dtype of the model.
             require_space(self._cut, sum(w.numel() * (max(4, w.element_size()) + w.element_size()) for w in weights))
             return None
         tensors, _ = self._read(self._cut)
-        found = (target for target in members if f"{target.name}.S" in tensors)
-        # Copies, since what is read lies in the file as it comes, and products may depend on that in the last bit.
-        return {t: SVD(*(tensors[f"{t.name}.{name}"].clone() for name in SVD._fields)) for t in found}
+        cut = (target for target in members if f"{target.name}.S" in tensors)
+        # Copies: the alignment of a tensor in the file may change the last bit of its products.
+        return {t: SVD(*(tensors[f"{t.name}.{name}"].clone() for name in SVD._fields)) for t in cut}
 
-    def keep_cut(self, cut: Mapping[Target, SVD]) -> None:
-        """Keep the groups of a progressive schedule's first cut.
+    def store_cut(self, cut: Mapping[Target, SVD]) -> None:
+        """Store the groups of the first cut of a progressive schedule.
 
         Raises:
             ResumeError: if they cannot be written.
         """
         if self._rank == 0:
-            tensors = {f"{t.name}.{name}": each for t, svd in cut.items() for name, each in svd._asdict().items()}
+            tensors = {f"{t.name}.{name}": tensor for t, svd in cut.items() for name, tensor in svd._asdict().items()}
             self._write(self._cut, tensors, {})
 
     def restore_sums(self, sums: Mapping[Target, Sum], batches: int) -> int:
-        """Set the sums of a sweep to what was kept of it; the number of its batches that they hold.
+        """Set the sums of a sweep to the stored ones; the number of batches that they hold.
 
         Raises:
             ResumeError: if they are damaged.
-            CheckpointError: if there is too little space to keep them.
+            CheckpointError: if there is too little space to store them.
         """
         require_space(self._sums, sum(total.tensor.nbytes for total in sums.values()))
         self._last_write = time.monotonic()
-        calls = self._found.get(self._sums.name, {}).get("calls", {})
+        calls = self._notes.get(self._sums.name, {}).get("calls", {})
         done = 0
         if all(target.name in calls for target in sums):
             tensors, notes = self._read(self._sums)
@@ -267,13 +278,13 @@ class RunState(RunFolder, NoState):
                     raise self._damaged(self._sums, f"{target.name} does not fit")
                 total.tensor.copy_(tensor)
                 total.calls = calls[target.name]
-        members = next(members for members in self._sweeps if any(target in sums for target in members))
-        if len(sums) < len(members) and done < batches:  # the others' replacements would change these
-            raise self._damaged(self._sums, "it lacks the sums of a sweep that was complete")
+        members = next(sweep for sweep in self._sweeps if any(target in sums for target in sweep))
+        if len(sums) < len(members) and done < batches:  # the linears that were replaced would change these sums
+            raise self._damaged(self._sums, "it lacks the sums of a complete sweep")
         return done
 
-    def keep_sums(self, sums: Mapping[Target, Sum], done: int, batches: int) -> None:
-        """Keep the sums of a sweep now and then, and at its end, when they hold ``done`` of ``batches`` batches.
+    def store_sums(self, sums: Mapping[Target, Sum], done: int, batches: int) -> None:
+        """Store the sums of a sweep, which hold ``done`` of ``batches`` batches: twice a minute, and at its end.
 
         Raises:
             ResumeError: if they cannot be written.
@@ -291,24 +302,24 @@ class RunState(RunFolder, NoState):
     def _write_state(self) -> None:
         if self._rank == 0:
             scores = None if self.redundancy is None else self.redundancy._asdict()
-            kept = {"identity": self._fingerprint, "redundancy": scores, "decision": self.decision}
-            self._write_json(kept | {"seconds": self._clock.seconds})
+            state = {"identity": self._fingerprint, "redundancy": scores, "decision": self.decision}
+            self._write_json(state | {"seconds": self._clock.seconds})
 
     def _read_state(self) -> dict[str, Any]:
-        kept = self._read_json()
+        state = self._read_json()
         try:
             return {
-                "identity": dict(kept["identity"]),
-                "redundancy": kept["redundancy"],
-                "decision": kept.get("decision"),  # which those before format 3 do not have
-                "seconds": dict(kept["seconds"]),
+                "identity": dict(state["identity"]),
+                "redundancy": state["redundancy"],
+                "decision": state.get("decision"),
+                "seconds": dict(state["seconds"]),
             }
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(self.folder / "state.json", str(error)) from error
 
 
 def _low_rank(target: Target, tensors: Mapping[str, Tensor]) -> LowRankLinear:
-    """The low-rank linear whose parameters are ``tensors``, for the place of a dense one."""
+    """The low-rank linear with the parameters ``tensors``, to take the place of a dense one."""
     (n, rank), k = tensors["U"].shape, tensors["Vh"].shape[1]
     device, dtype = execution_device(target.module), target.module.weight.dtype
     module = LowRankLinear(k, n, rank, bias="bias" in tensors, device=device, dtype=dtype)

@@ -52,7 +52,7 @@ def decide_in_order_(run: Run, plan: Plan, work: Work) -> Decision:
     for members in work.sweeps:
         for target, selection in _select(run, plan, work, members, run.gather, state=run.state):
             work.reports.append(replace_(run.model, target, selection))
-            run.state.keep_module(run.model, work.reports[-1])
+            run.state.store_module(run.model, work.reports[-1])
     return Decision((), {})
 
 
@@ -66,7 +66,7 @@ def decide_globally_(run: Run, plan: Plan, work: Work) -> Decision:
         for target, selection in truncate(selections, candidate).items():
             work.reports.append(replace_(run.model, target, selection))
         decision = Decision(candidate.removed, losses)
-        run.state.keep_decision(run.model, decision, work.reports)
+        run.state.store_decision(run.model, decision, work.reports)
     return decision
 
 
@@ -81,7 +81,7 @@ def _select_progressively(run: Run, plan: Plan, work: Work, members: Sequence[Ta
         cut = run.state.restore_cut(members)
     if cut is None:
         cut = first_cut(_select_at_once(run, plan, work, members), plan, run.prices)
-        run.state.keep_cut(cut)
+        run.state.store_cut(cut)
     running = partial(temporary_low_rank, [(target.module, svd) for target, svd in cut.items()])
     return dict(_select(run, plan, work, members, gather_scores, running=running))
 

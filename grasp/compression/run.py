@@ -122,7 +122,7 @@ def find_redundancy(run: Run) -> Redundancy:
     redundancy = run.state.redundancy
     if redundancy is None:
         redundancy = measure_redundancy(run.model, run.batches, progress=run.progress, processes=run.processes)
-        run.state.keep_redundancy(redundancy)
+        run.state.store_redundancy(redundancy)
     return redundancy
 
 

@@ -1,4 +1,4 @@
-"""One budget over many matrices: which rank each gets, or whether it stays dense. Pure functions."""
+"""One budget over many matrices: the rank of each, or whether it stays dense. Pure functions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Array = npt.NDArray[np.float64]
 
 
 class Choices(NamedTuple):
-    """What may be done to one matrix: parallel arrays, in any order, one entry each."""
+    """The choices for one matrix: parallel arrays in any order, one entry for each choice."""
 
-    ranks: tuple[int, ...]  # DENSE for leaving it as it is
+    ranks: tuple[int, ...]  # DENSE to leave the matrix as it is
     costs: tuple[float, ...]  # parameters, bytes, or seconds
-    losses: tuple[float, ...]  # predicted increase of the loss, of one unit in all matrices
+    losses: tuple[float, ...]  # predicted increase of the loss, in the same unit for all matrices
 
 
 DENSE = -1
@@ -29,14 +29,14 @@ DENSE = -1
 def rank_choices(
     scores: Sequence[float], costs: Sequence[float], dense_cost: float, *, multiple: int = 1, least: int = 1
 ) -> Choices:
-    """The ranks worth considering for a matrix whose groups are kept from the highest score down, and dense.
+    """The ranks to consider for a matrix that retains its groups of highest score, and dense.
 
     Args:
         scores: of the groups, in units of loss, in any order.
         costs: of rank 0, 1, …, one more than there are scores.
-        dense_cost: of the matrix as it is; ranks that cost as much or more are left out.
+        dense_cost: of the dense matrix; ranks that cost as much or more are left out.
         multiple: consider multiples of this rank only, such as the kernels' 16, and ranks below the first.
-        least: smallest rank to consider; 0 lets the matrix vanish.
+        least: smallest rank to consider; at 0 the matrix can vanish.
 
     Returns:
         The losses are the sums of the dropped scores; 0 for dense.
@@ -54,20 +54,21 @@ def rank_choices(
 
 
 class Layer(NamedTuple):
-    """The matrices of one decoder layer, and what it means to take the whole layer away."""
+    """The matrices of one decoder layer, and the cost and the loss of removing the layer."""
 
     matrices: Sequence[Choices]
-    rest: float = 0.0  # cost of what else is in the layer, which goes with it
-    removal: float | None = None  # loss where the layer is removed; ``None`` if it must stay
+    rest: float = 0.0  # cost of the rest of the layer, which is removed with it
+    removal: float | None = None  # loss if the layer is removed; ``None`` if it must stay
 
 
 def allocate_layers(layers: Sequence[Layer], budget: float, *, grid: int = GRID) -> list[list[int] | None]:
     """Pick one choice per matrix, or remove the layer, with the least total loss among what costs the budget at most.
 
-    A multiple-choice knapsack, solved twice: by dynamic programming over the cost in ``grid`` steps, which is exact
-    where all costs are whole steps, as for few matrices; and, in the layers that this leaves, by going up from the
-    cheapest choices, always by the change that lowers the loss most per cost, which comes within one such change of the
-    optimum and suits many matrices. What either leaves of the budget is spent in the second way.
+    A multiple-choice knapsack, solved in two ways; the better solution is returned. Dynamic programming over the cost
+    in ``grid`` steps is exact if all costs are whole steps, as with few matrices. The greedy solution starts at the
+    cheapest choices, in the layers that dynamic programming leaves, and makes the change that lowers the loss most per
+    cost, again and again. It is within one such change of the optimum, and suits many matrices. Both spend the rest of
+    the budget greedily.
 
     Args:
         layers: the choices of each matrix, layer by layer.
@@ -98,17 +99,17 @@ def allocate_layers(layers: Sequence[Layer], budget: float, *, grid: int = GRID)
 
 
 def _least(layer: Layer) -> float:
-    """The least that a layer can cost."""
+    """The lowest cost of a layer."""
     return 0.0 if layer.removal is not None else _floor(layer)
 
 
 def _floor(layer: Layer) -> float:
-    """The least that a layer costs if it stays."""
+    """The lowest cost of a layer that stays."""
     return math.fsum([layer.rest, *(min(choices.costs) for choices in layer.matrices)])
 
 
 def _dynamic_program(layers: Sequence[Layer], room: float, grid: int) -> list[list[int] | None]:
-    """Exact for costs above the cheapest, rounded up to steps: so that the cheapest choices always fit."""
+    """Exact for costs above the cheapest, rounded up to steps; so the cheapest choices always fit."""
     step, steps = _steps(layers, room, grid)
     best = np.zeros(steps + 1)  # least loss of the layers so far, for each number of steps spent at most
     trail = []
@@ -140,7 +141,7 @@ def _dynamic_program(layers: Sequence[Layer], room: float, grid: int) -> list[li
 
 
 def _add_matrix(best: Array, choices: Choices, extra: npt.NDArray[np.int64]) -> tuple[Array, npt.NDArray[np.int32]]:
-    """The least loss with one matrix more, for each number of steps, and the choice that gives it."""
+    """The least loss with one more matrix, for each number of steps, and the choice that gives it."""
     total = np.full(len(best), np.inf)
     decisions = np.zeros(len(best), dtype=np.int32)
     for j in np.flatnonzero(extra < len(best)):
@@ -152,7 +153,7 @@ def _add_matrix(best: Array, choices: Choices, extra: npt.NDArray[np.int64]) -> 
 
 
 def _shifted(best: Array, by: int) -> Array:
-    """``best`` for ``by`` steps more; infinite where there are not as many."""
+    """``best`` with ``by`` more steps; infinite if there are not as many."""
     return np.concatenate([np.full(min(by, len(best)), np.inf), best[: max(len(best) - by, 0)]])
 
 
@@ -165,7 +166,7 @@ def _loss(matrices: Sequence[Choices], picked: Sequence[int]) -> float:
 
 
 def _steps(layers: Sequence[Layer], room: float, grid: int) -> tuple[float, int]:
-    """Size and number of steps: the greatest common divisor of whole costs, where the budget has few enough of it."""
+    """Size and number of steps. The size is the greatest common divisor of whole costs, if that makes few steps."""
     costs = [cost - min(choices.costs) for layer in layers for choices in layer.matrices for cost in choices.costs]
     costs += [_floor(layer) - _least(layer) for layer in layers]
     if all(float(cost).is_integer() for cost in costs):
@@ -183,7 +184,7 @@ def _in_steps(extra: Array, step: float, most: int) -> npt.NDArray[np.int64]:
 
 
 def _spend(matrices: Sequence[Choices], budget: float, picked: Sequence[int]) -> list[int]:
-    """The affordable change of one choice that lowers the loss most per cost, again and again, until there is none."""
+    """Make the affordable change of one choice that lowers the loss most per cost, until there is none."""
     chosen = list(picked)
     costs = [np.asarray(choices.costs) for choices in matrices]
     losses = [np.asarray(choices.losses) for choices in matrices]

@@ -1,11 +1,11 @@
-"""Regularised least squares."""
+"""Regularised least squares. A pure function."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-RIDGE = 1e-3  # of the mean diagonal of the projected inputs' covariance: how strongly U is held where it is
+RIDGE = 1e-3  # of the mean diagonal of the projected inputs' covariance: how strongly U is held at its value
 
 
 def least_squares(U: Tensor, Vh: Tensor, weight: Tensor, cross: Tensor, inputs: Tensor) -> Tensor:

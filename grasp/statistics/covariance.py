@@ -1,4 +1,4 @@
-"""What the tokens look like to each linear: covariances of its inputs and output gradients, moments in any basis."""
+"""Covariances of the inputs and of the output gradients of linears, over the calibration tokens."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from grasp_kernels.reference import accumulation_dtype
 
 
 class Covariance(NamedTuple):
-    """Sums over the tokens that a linear saw, padding left out; divided by ``tokens`` they are the method's A and B."""
+    """Sums over the tokens of a linear, without padding. Divided by ``tokens`` they are A and B of the method."""
 
-    A: Tensor | None  # Σ x xᵀ, (K, K): one tensor for all linears that are given the same input
-    B: Tensor | None  # Σ d dᵀ, (N, N), d being the gradient of the summed negative log-likelihood
+    A: Tensor | None  # Σ x xᵀ, (K, K): one tensor for all linears that share an input
+    B: Tensor | None  # Σ d dᵀ, (N, N); d is the gradient of the summed negative log-likelihood
     tokens: int
 
 
 class CovarianceSums:
-    """Σ x xᵀ and Σ d dᵀ of many linears; an input that several are given is counted once.
+    """Σ x xᵀ and Σ d dᵀ of many linears. An input that several linears share is counted once.
 
     Args:
         inputs: gather Σ x xᵀ.
@@ -41,49 +41,49 @@ class CovarianceSums:
     """
 
     def __init__(self, *, inputs: bool = True, outputs: bool = True) -> None:
-        self._wants_inputs, self._wants_outputs = inputs, outputs
+        self._sums_inputs, self._sums_outputs = inputs, outputs
         self._inputs: dict[Target, Tensor] = {}
         self._outputs: dict[Target, Tensor] = {}
         self._tokens: Counter[Target] = Counter()
-        self._given: defaultdict[Target, list[Tensor]] = defaultdict(list)  # inputs of this batch
+        self._batch_inputs: defaultdict[Target, list[Tensor]] = defaultdict(list)
 
     def add(self, call: Call) -> None:
-        """Count one call's tokens; its input waits for the end of the batch."""
+        """Count the tokens of one call. Its input is counted at the end of the batch."""
         target, x, grad_y = call.target, call.x, call.grad_y
         self._tokens[target] += len(x)
-        if self._wants_inputs:
-            self._given[target].append(x)
-        if self._wants_outputs:
+        if self._sums_inputs:
+            self._batch_inputs[target].append(x)
+        if self._sums_outputs:
             if target not in self._outputs:
                 self._outputs[target] = _zeros(grad_y)
             accumulate_gram_(self._outputs[target], grad_y)
 
     def end_batch(self) -> None:
-        """Count the batch's inputs. Linears that were given the same ones in their first batch share the sum.
+        """Count the inputs of the batch. Linears with the same inputs in their first batch share one sum.
 
         Raises:
-            UnsupportedModelError: if they are given others later.
+            UnsupportedModelError: if they have different inputs in a later batch.
         """
-        given = {target: [id(x) for x in inputs] for target, inputs in self._given.items()}
+        input_ids = {target: [id(x) for x in inputs] for target, inputs in self._batch_inputs.items()}
         new: dict[tuple[int, ...], Tensor] = {}
-        for target in [target for target in given if target not in self._inputs]:
-            key = tuple(given[target])
+        for target in [target for target in input_ids if target not in self._inputs]:
+            key = tuple(input_ids[target])
             if key not in new:
-                new[key] = _zeros(self._given[target][0])
+                new[key] = _zeros(self._batch_inputs[target][0])
             self._inputs[target] = new[key]
         counted: dict[int, list[int]] = {}
         for target, gram in self._inputs.items():
-            ids = given.get(target, [])
+            ids = input_ids.get(target, [])
             if id(gram) not in counted:
                 counted[id(gram)] = ids
-                for x in self._given[target]:
+                for x in self._batch_inputs[target]:
                     accumulate_gram_(gram, x)
             elif counted[id(gram)] != ids:
                 raise UnsupportedModelError(
                     f"{target.name} shared its inputs with another linear in one batch and not in a later one; "
                     "expected a model that computes every batch in the same way"
                 )
-        self._given.clear()
+        self._batch_inputs.clear()
 
     def all_reduce(self, processes: Processes) -> None:
         """Add up the sums of all processes."""
@@ -100,10 +100,10 @@ class CovarianceSums:
         """
         for gram in {id(gram): gram for gram in (*self._inputs.values(), *self._outputs.values())}.values():
             mirror_(gram)
-        found = {t: Covariance(self._inputs.get(t), self._outputs.get(t), n) for t, n in self._tokens.items()}
-        for target, covariance in found.items():
+        covariances = {t: Covariance(self._inputs.get(t), self._outputs.get(t), n) for t, n in self._tokens.items()}
+        for target, covariance in covariances.items():
             require_finite(target, "covariance", covariance.A, covariance.B)
-        return found
+        return covariances
 
 
 def gather_covariances(
@@ -118,22 +118,22 @@ def gather_covariances(
     progress: Progress = no_progress,
     processes: Processes = ALONE,
 ) -> dict[Target, Covariance]:
-    """Sum x xᵀ of each distinct input and d dᵀ of each linear, in one sweep; ``split_by_memory`` makes several.
+    """Sum x xᵀ of each distinct input and d dᵀ of each linear, in one sweep; ``split_by_memory`` plans several.
 
     Args:
-        model: the model as it is by now; nothing of it is changed.
-        batches: those that ``prefix`` was made from.
+        model: the model in its present state; it is not changed.
+        batches: the ones that ``prefix`` was made from.
         targets: linears of one or more layers.
         prefix: see ``capture_prefix``.
         inputs: gather A.
         outputs: gather B.
-        dtype: run the model in it, see ``sweep``.
+        dtype: run the model in this dtype, see ``sweep``.
         progress: called after each batch.
-        processes: those whose sums are added up.
+        processes: the processes whose sums are added up.
 
     Returns:
-        Symmetric sums in fp32 (fp64 for fp64), on the device of the linear; none for a target whose output does not
-        reach the loss.
+        Symmetric sums in fp32 (fp64 for fp64), on the device of the linear. A target whose output does not reach the
+        loss is left out.
 
     Raises:
         NonFiniteError: if the loss or a sum is NaN or infinite.
@@ -153,7 +153,7 @@ def gather_covariances(
 
 
 def covariance_bytes(targets: Collection[Target], *, inputs: bool = True, outputs: bool = True) -> int:
-    """Memory that the sums of ``gather_covariances`` take, in bytes.
+    """The memory for the sums of ``gather_covariances``, in bytes.
 
     Linears that share an input by their names (``Family.shared_inputs``) count one A. If other linears share an input,
     the result is an upper bound.
@@ -166,15 +166,15 @@ def covariance_bytes(targets: Collection[Target], *, inputs: bool = True, output
 def split_by_memory(
     targets: Collection[Target], budget: int, *, inputs: bool = True, outputs: bool = True
 ) -> list[list[Target]]:
-    """Groups of linears whose covariances fit in memory, each a sweep of its own; the deepest layers come first.
+    """Groups of linears whose covariances fit in memory; each takes one sweep. The deepest layers come first.
 
-    Attention and MLP of a layer stay whole, since their linears share inputs.
+    The linears of one block stay in one group, since they share inputs.
 
     Args:
         targets: linears of one or more layers.
         budget: bytes that the sums of one group may take.
-        inputs: A will be gathered.
-        outputs: B will be gathered.
+        inputs: count A.
+        outputs: count B.
 
     Raises:
         ValueError: if the sums of one block alone take more than the budget.
@@ -208,12 +208,12 @@ def _item_bytes(target: Target) -> int:
 
 
 def distinct_inputs(targets: Iterable[Target]) -> list[Target]:
-    """One linear of each group that by its names shares an input."""
+    """One linear of each group that shares an input by the names of its members."""
     return list({_input_name(target): target for target in targets}.values())
 
 
 def _input_name(target: Target) -> str:
-    """The same for linears that families give one input."""
+    """A name that is the same for all linears that share an input."""
     parent, _, child = target.name.rpartition(".")
     row = next((names for names in family_of(target.name).shared_inputs if child in names), (child,))
     return f"{parent}.{row[0]}"

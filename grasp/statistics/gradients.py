@@ -1,20 +1,20 @@
-"""How much each singular group matters to the loss: calibration statistics → importance."""
+"""The gradient of the loss in the singular values of linears, summed over the calibration tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.errors import NonFiniteError
 from grasp.method.ranks import Shape
 from grasp.method.svd import SVD, decompose
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_shape, dense_weight
 from grasp.model.targets import Target
 from grasp.progress import Progress, no_progress
+from grasp.statistics.covariance import require_finite
 from grasp.statistics.partial_sums import PartialSums
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sweep import Call, Prefix, sweep, sweep_name
@@ -23,7 +23,7 @@ from grasp_kernels.routes import Route, accumulate_weight_grad_, choose_route, c
 
 
 class FactoredSum:
-    """``Σ colsum((d U) ⊙ (x Vhᵀ))``, call by call; cheap for few tokens, and needs the decomposition beforehand."""
+    """``Σ colsum((d U) ⊙ (x Vhᵀ))``, call by call: cheap for few tokens. The weight is decomposed first."""
 
     def __init__(self, target: Target) -> None:
         self._svd = decompose(dense_weight(target.module), target.name)
@@ -31,18 +31,18 @@ class FactoredSum:
         self.calls = 0
 
     def add(self, call: Call) -> None:
-        """Count one call's tokens."""
+        """Count the tokens of one call."""
         self.calls += 1
         U, S, Vh = self._svd
         self.tensor += singular_value_grad(call.x.to(S.dtype), call.grad_y.to(S.dtype), U, Vh).first
 
     def result(self) -> tuple[SVD, Tensor]:
-        """The decomposition, and the sum for each of its groups, (groups,)."""
+        """The decomposition of the weight, and the sum for each of its groups, (groups,)."""
         return self._svd, self.tensor
 
 
 class DenseSum:
-    """``diag(Uᵀ (Σ dᵀ x) Vhᵀ)``: the weight's gradient G, as large as the weight, contracted once."""
+    """``diag(Uᵀ (Σ dᵀ x) Vhᵀ)``: the gradient of the weight is summed, then contracted once."""
 
     def __init__(self, target: Target) -> None:
         self._name, self._weight = target.name, dense_weight(target.module)
@@ -51,21 +51,21 @@ class DenseSum:
         self.calls = 0
 
     def add(self, call: Call) -> None:
-        """Count one call's tokens."""
+        """Count the tokens of one call."""
         self.calls += 1
         accumulate_weight_grad_(self.tensor, call.x, call.grad_y)
 
     def result(self) -> tuple[SVD, Tensor]:
-        """The decomposition, and the sum for each of its groups, (groups,)."""
+        """The decomposition of the weight, and the sum for each of its groups, (groups,)."""
         svd = decompose(self._weight, self._name)
         return svd, contract_weight_grad(self.tensor, svd.U, svd.Vh)
 
 
 def gradient_sum(target: Target, tokens: int, *, shared: bool = False) -> FactoredSum | DenseSum:
-    """The form that costs less for so many calibration tokens (``grasp_kernels.routes``).
+    """The form that costs less for a number of calibration tokens (``grasp_kernels.routes``).
 
-    Processes that share the tokens take the weight's gradient: sums in two decompositions, each computed apart, may not
-    be added up where singular values are close.
+    Processes that share the tokens use ``DenseSum``. Each process would decompose for itself, and the groups of two
+    decompositions can differ where singular values are close, so their sums cannot be added up.
     """
     if shared:
         return DenseSum(target)
@@ -73,7 +73,7 @@ def gradient_sum(target: Target, tokens: int, *, shared: bool = False) -> Factor
 
 
 def gradient_route(shape: Shape, tokens: int) -> Route:
-    """How the gradient in all singular values of an (N, K) matrix is best summed over so many tokens."""
+    """The cheaper way to sum the gradient in all singular values of an (N, K) matrix over a number of tokens."""
     n, k = shape
     return choose_route(tokens, n, k, min(n, k), plain_sum=True, spare_bytes=4 * n * k, fused=True)
 
@@ -89,20 +89,20 @@ def gather_gradients(
     state: PartialSums | None = None,
     processes: Processes = ALONE,
 ) -> dict[Target, FactoredSum | DenseSum]:
-    """Sum what the gradient of the negative log-likelihood in each target's singular values needs, in one sweep.
+    """Sum the gradient of the negative log-likelihood in the singular values of each target, in one sweep.
 
     Args:
-        model: the model as it is by now; nothing of it is changed.
-        batches: those that ``prefix`` was made from, this process's part of them.
+        model: the model in its present state; it is not changed.
+        batches: the ones that ``prefix`` was made from, the local batches of this process.
         targets: linears of one or more layers.
         prefix: see ``capture_prefix``.
-        dtype: run the model in it, see ``sweep``.
+        dtype: run the model in this dtype, see ``sweep``.
         progress: called after each batch.
-        state: where the sums so far are kept, and taken up from.
-        processes: those whose sums are added up.
+        state: where the sums are stored and resumed from.
+        processes: the processes whose sums are added up.
 
     Returns:
-        A sum for each target, in fp32 (fp64 for fp64); none for a target whose output does not reach the loss.
+        A sum for each target, in fp32 (fp64 for fp64). A target whose output does not reach the loss is left out.
 
     Raises:
         NonFiniteError: if weights, the loss or a gradient are NaN or infinite.
@@ -112,16 +112,10 @@ def gather_gradients(
     sums = {target: gradient_sum(target, tokens, shared=processes.size > 1) for target in targets}
     state = PartialSums() if state is None else state
     step = sweep_name(targets)
-    with processes.fail_together():
-        start = state.restore_sums(sums, len(batches))
-    if processes.sharded and processes.least(start) + processes.least(-start) != 0:  # a forward pass takes them all
-        start = 0
-        for total in sums.values():
-            total.tensor.zero_()
-            total.calls = 0
+    start = _restore(state, sums, len(batches), processes)
 
     def after(done: int) -> None:
-        state.keep_sums(sums, done, len(batches))
+        state.store_sums(sums, done, len(batches))
         progress(step, done, len(batches))
 
     with processes.fail_together():
@@ -135,9 +129,22 @@ def gather_gradients(
     calls = torch.tensor([total.calls for total in sums.values()])
     processes.sum_([*(total.tensor for total in sums.values()), calls])
     for target, total in sums.items():
-        if not torch.isfinite(total.tensor).all():
-            raise NonFiniteError(
-                f"the gradient in {target.name} is NaN or infinite; expected a finite one. "
-                "Load the model in bfloat16 or float32."
-            )
+        require_finite(target, "gradient", total.tensor)
     return {target: total for (target, total), count in zip(sums.items(), calls.tolist(), strict=True) if count}
+
+
+def _restore(
+    state: PartialSums, sums: Mapping[Target, FactoredSum | DenseSum], batches: int, processes: Processes
+) -> int:
+    """Resume the stored sums; the number of batches that they hold.
+
+    If the model is sharded, all processes run every forward pass together, so they start at the same batch.
+    """
+    with processes.fail_together():
+        start = state.restore_sums(sums, batches)
+    if not processes.sharded or processes.least(start) == -processes.least(-start):
+        return start
+    for total in sums.values():
+        total.tensor.zero_()
+        total.calls = 0
+    return 0

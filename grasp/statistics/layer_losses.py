@@ -1,4 +1,4 @@
-"""What the removal of each layer adds to the loss."""
+"""The loss that the removal of each layer adds."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def removal_losses(
     progress: Progress = no_progress,
     processes: Processes = ALONE,
 ) -> dict[int, float]:
-    """What deleting each of some layers alone adds to the loss, in nats per token; the model is left as it is.
+    """The loss that removing each of some layers alone adds, in nats per token. The model is not changed.
 
     Args:
         model: a decoder-only causal language model.
         layers: indices into the decoder layers.
-        batches: what the loss is taken on, given to all processes.
+        batches: the loss is measured on them; the same in all processes.
         progress: called after each layer.
-        processes: those that share the batches.
+        processes: the processes that share the batches.
     """
-    own = processes.local_batches(batches)
+    local_batches = processes.local_batches(batches)
     sums = torch.zeros(len(layers) + 1, dtype=torch.float64)
     for index, removed in enumerate([[], *([layer] for layer in layers)]):
         with processes.fail_together(), skipping(model, removed, batches[0]):
-            sums[index] = sum_nll(model, own)
+            sums[index] = sum_nll(model, local_batches)
         progress("removal of layers", index, len(layers))
     processes.sum_([sums])
     losses = ((sums[1:] - sums[0]) / sum(batch.num_targets for batch in batches)).tolist()

@@ -1,4 +1,4 @@
-"""Sums over calibration batches that can be stored half done."""
+"""Sums over calibration batches that can be stored before a sweep ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grasp.model.targets import Target
 
 
 class Sum(Protocol):
-    """A statistic that grows call by call."""
+    """A statistic that grows with every call of its linear."""
 
     tensor: Tensor
     calls: int
@@ -21,8 +21,8 @@ class PartialSums:
     """Stores nothing, so every sweep starts at its first batch. ``grasp.checkpoint.run_state`` stores the sums."""
 
     def restore_sums(self, sums: Mapping[Target, Sum], batches: int) -> int:
-        """Set the sums of a sweep to the stored ones; the number of its batches that they hold."""
+        """Set the sums of a sweep to the stored ones; the number of batches that they hold."""
         return 0
 
-    def keep_sums(self, sums: Mapping[Target, Sum], done: int, batches: int) -> None:
-        """Store the sums of a sweep now and then, and at its end, when they hold ``done`` of ``batches`` batches."""
+    def store_sums(self, sums: Mapping[Target, Sum], done: int, batches: int) -> None:
+        """Store the sums of a sweep, which hold ``done`` of ``batches`` batches: twice a minute, and at its end."""

@@ -1,4 +1,4 @@
-"""Many processes: each takes a part of the calibration set, statistics are added up, decompositions divided."""
+"""Several processes compress one model: they share the batches, add up their sums, and divide the decompositions."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class Transportable(Protocol):
 
 Result = TypeVar("Result", bound=Transportable)
 
-TIMEOUT = timedelta(minutes=30)  # the longest a process waits for the others, whose part may take longer than its own
-BUCKET_BYTES = 2**28  # statistics added up in one message; what is larger goes in several
+TIMEOUT = timedelta(minutes=30)  # for which a process waits for the others
+BUCKET_BYTES = 2**28  # statistics are added up in messages of this size
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that compress one model together, each given the same model, batches and configuration.
+    """This process among the ones that compress one model; all have the same model, batches and configuration.
 
-    The default process group of ``torch.distributed`` connects them. ``ALONE`` is a single process, which no method
-    here makes wait or send anything.
+    The default process group of ``torch.distributed`` connects them. ``ALONE`` is a single process; its methods
+    communicate nothing.
     """
 
     rank: int = 0
@@ -56,17 +56,17 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this process writes the files and shows the progress."""
         return self.rank == 0
 
     def local_batches(self, batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
-        """This process's part of the batches; batches that count nothing make all parts equally long."""
-        own = list(batches[self.rank :: self.size])
-        missing = -(-len(batches) // self.size) - len(own)
-        return own + [_blank(batches[0])] * missing
+        """The batches of this process. All processes get the same number: batches of padding fill up the last ones."""
+        local = list(batches[self.rank :: self.size])
+        missing = -(-len(batches) // self.size) - len(local)
+        return local + [_blank(batches[0])] * missing
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Add up tensors over the processes, in place, in their own dtype; bit for bit the same in all.
+        """Add up tensors over the processes, in place, in their own dtype. All get the same bits.
 
         Raises:
             DistributedError: if a process is gone.
@@ -118,10 +118,10 @@ class Processes:
         return int(result)
 
     def fail_together(self) -> ExitStack:
-        """A context: what fails in it in one process fails in all.
+        """A context in which an error of one process ends all.
 
-        The process in which it failed raises that error, the others a ``DistributedError`` with its message. Where the
-        model is sharded, the one leaves the process group instead, since the others may be waiting for its weights.
+        The process that failed raises its error, the others raise a ``DistributedError`` with its message. If the model
+        is sharded, the process leaves the process group instead, since the others may be waiting for its weights.
         """
         stack = ExitStack()
         if self.size > 1:
@@ -129,10 +129,10 @@ class Processes:
         return stack
 
     def require_same(self, what: str, value: str) -> None:
-        """Check that all processes were given the same.
+        """Check that a value is the same in all processes.
 
         Raises:
-            DistributedError: if a process has something else than the first.
+            DistributedError: if a process has another value than the first.
         """
         if self.size == 1:
             return
@@ -144,9 +144,9 @@ class Processes:
     def _settle(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Tell the others whether this process has failed, and hear whether they have."""
+        """Exchange with the others which process has failed."""
         if error is not None and not isinstance(error, Exception):
-            return  # it was interrupted: its end is told by the connection
+            return  # an interrupt; the others see the closed connection
         if self.sharded:
             if error is not None:
                 self._leave(error)
@@ -197,7 +197,7 @@ class Processes:
     def _lost(self, error: Exception) -> DistributedError:
         return DistributedError(
             f"process {self.rank} of {self.size} has lost the others: one of them has ended, or is more than {TIMEOUT} "
-            f"h behind. Its own last words say why; start all of them again ({_one_line(error)[:200]})"
+            f"h behind. Its own message has the reason; start all of them again ({_one_line(error)[:200]})"
         )
 
 
@@ -206,11 +206,11 @@ ALONE = Processes()
 
 @contextmanager
 def joined(device: torch.device, *, sharded: bool = False) -> Iterator[Processes]:
-    """Connect to the processes that were started with this one, by ``torchrun`` say, until the block ends.
+    """Connect to the processes that ``torchrun`` started with this one, until the block ends.
 
     Args:
-        device: where this process computes.
-        sharded: whether the model is going to be, see ``grasp.statistics.sharding``.
+        device: of this process.
+        sharded: whether the model will be sharded, see ``grasp.statistics.sharding``.
 
     Raises:
         DistributedError: if they cannot be reached.
@@ -231,13 +231,13 @@ def joined(device: torch.device, *, sharded: bool = False) -> Iterator[Processes
 
 
 def _blank(like: CalibrationBatch) -> CalibrationBatch:
-    """A batch of two tokens, both of them padding."""
+    """A batch of two padding tokens."""
     ids = like.input_ids[:1, :2]
     return CalibrationBatch(ids, torch.zeros_like(ids, dtype=torch.bool))
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one dtype on one device, in order, up to ``BUCKET_BYTES`` at a time or a single one."""
+    """Groups of tensors of one dtype on one device, in order, of at most ``BUCKET_BYTES`` or a single tensor."""
     kinds = {(tensor.dtype, tensor.device): None for tensor in tensors}
     for kind in kinds:
         bucket: list[Tensor] = []

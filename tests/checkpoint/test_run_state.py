@@ -89,7 +89,7 @@ def test_writing_is_held_to_its_share_of_the_time(folder: Path, monkeypatch: pyt
         for second in range(0, 1000, 5):
             now[0] = max(now[0], second)
             before = now[0]
-            state.keep_sums({}, 1, 2)
+            state.store_sums({}, 1, 2)
             if now[0] > before:
                 written.append(before)
         assert written == [30, 240, 450, 660, 870]
@@ -271,11 +271,11 @@ def test_sums_that_are_gone_are_summed_again_unless_part_of_them_was_used(
         if len(list(folder.glob("module*"))) == 2:
             raise Killed
 
-    original = RunState.keep_module
-    monkeypatch.setattr(RunState, "keep_module", keep_two)
+    original = RunState.store_module
+    monkeypatch.setattr(RunState, "store_module", keep_two)
     with pytest.raises(Killed):
         run(folder)
-    monkeypatch.setattr(RunState, "keep_module", original)
+    monkeypatch.setattr(RunState, "store_module", original)
     (folder / "sums-0-of-1.safetensors").unlink()
     with pytest.raises(ResumeError, match="lacks the sums of a sweep that was complete"):
         run(folder)

@@ -102,7 +102,7 @@ def test_what_was_done_is_not_done_again(
 
 def test_a_decision_that_was_not_kept_whole_does_not_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = GraspConfig(num_layers=1, scope="model", refit=True, **KFAC)
-    keep = RunState.keep_module
+    keep = RunState.store_module
 
     def keep_ten(state: RunState, *args: Any) -> None:
         keep(state, *args)
@@ -110,7 +110,7 @@ def test_a_decision_that_was_not_kept_whole_does_not_count(folder: Path, monkeyp
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunState, "keep_module", keep_ten)
+        patch.setattr(RunState, "store_module", keep_ten)
         with pytest.raises(Killed):
             run(folder, config)
     assert len(list(folder.glob("module-*"))) == 10

@@ -82,6 +82,12 @@ def compress(processes: Processes, family: str) -> list[tuple[CompressionReport,
     return results
 
 
+def dense(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Factors by their product: the sign of a singular group depends on rounding."""
+    products = {name: U @ state[f"{name[:-2]}.Vh"] for name, U in state.items() if name.endswith(".U")}
+    return products | {name: value for name, value in state.items() if not name.endswith((".U", ".Vh"))}
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_two_processes_choose_what_one_chooses_and_end_with_the_same_model(family: str) -> None:
     outcomes = run(compress, family)
@@ -90,9 +96,8 @@ def test_two_processes_choose_what_one_chooses_and_end_with_the_same_model(famil
         assert first[0].modules == second[0].modules
         assert (first[0].after, first[0].calibration) == (alone[0].after, alone[0].calibration)
         assert first[1].keys() == second[1].keys() == alone[1].keys()
-        for name, value in first[1].items():
-            torch.testing.assert_close(value, alone[1][name], rtol=1e-9, atol=1e-12)
-            assert torch.equal(value, second[1][name])
+        assert all(torch.equal(value, second[1][name]) for name, value in first[1].items())
+        torch.testing.assert_close(dense(first[1]), dense(alone[1]), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
