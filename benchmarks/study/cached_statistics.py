@@ -1,4 +1,4 @@
-"""Statistics of one calibration set, gathered once and kept on disk: many ways of compressing a model rest on them."""
+"""Statistics of one calibration set, gathered once and cached on disk for many compressions of one model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.compression.candidates import hold_out
 from grasp.compression.eligible import eligible_targets
 from grasp.files import replacing
 from grasp.method.basis import BASES
@@ -28,31 +27,29 @@ from grasp.statistics.scores import Scored, Scores, decompositions_by, gather_sc
 from grasp.statistics.sweep import capture_prefix
 
 
-class Remembered:
-    """Stands in for ``gather_scores`` where it is asked for all linears of the dense model at once.
+class CachedStatistics:
+    """Replaces ``gather_scores`` for the linears of the dense model.
 
-    Covariances and first-order sums are kept in a folder, decompositions in memory. The covariances of the sequences
-    that ``scope="auto"`` holds out are kept apart, so that one sweep serves with and without them.
+    Covariances and first-order sums are cached in a folder, decompositions in memory.
 
     Attributes:
-        seconds: what those statistics took, asked for since ``reset``, that were there already.
+        seconds: CPU seconds that the statistics used since ``reset`` took when they were gathered.
 
     Args:
-        folder: made where there is none; it must belong to one model, text, seed and dtype.
-        batches: all of the calibration set.
+        folder: created if missing; one folder per model, text, seed and dtype.
+        batches: the whole calibration set.
         dtype: see ``sweep``.
     """
 
     def __init__(self, folder: Path, batches: Sequence[CalibrationBatch], dtype: str | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._dtype, self._all = folder, dtype, len(batches)
-        self._parts = dict(zip(("kept", "held-out"), hold_out(batches), strict=True))
-        self._scored: dict[tuple[str, str, int, str], tuple[Scored, float]] = {}
-        self._shared: dict[tuple[str, str, int], tuple[Scores, float]] = {}
+        self._folder, self._batches, self._dtype = folder, batches, dtype
+        self._scored: dict[tuple[str, str, str], tuple[Scored, float]] = {}
+        self._scores: dict[tuple[str, str], tuple[Scores, float]] = {}
         self.seconds = 0.0
 
     def reset(self) -> None:
-        """Begin to count seconds anew."""
+        """Set ``seconds`` to 0."""
         self.seconds = 0.0
 
     def __call__(
@@ -66,101 +63,79 @@ class Remembered:
         metric: str,
         **_: Any,
     ) -> Scores:
-        """As ``gather_scores``, for the whole model. The weights of ``model`` must be the dense ones."""
-        key = (basis, metric, len(batches))
-        if key not in self._shared:
+        """``gather_scores`` of the dense model; the weights of ``model`` must be the dense ones."""
+        if len(batches) != len(self._batches):
+            raise ValueError(f"expected all {len(self._batches)} batches of the calibration set, got {len(batches)}")
+        key = (basis, metric)
+        if key not in self._scores:
             start = time.process_time()
-            everything = [target for found in eligible_targets(model)[0].values() for target in found]
-            scores, before = self._gather(model, everything, batches, basis, metric)
-            self._shared[key] = scores, before + time.process_time() - start
-            self.seconds += before
+            linears = [target for layer in eligible_targets(model)[0].values() for target in layer]
+            scores, earlier = self._gather(model, linears, basis, metric)
+            self._scores[key] = scores, earlier + time.process_time() - start
+            self.seconds += earlier
         else:
-            self.seconds += self._shared[key][1]
-        by_name = {target.name: make for target, make in self._shared[key][0].items()}
-        return {t: partial(self._once, (*key, t.name), by_name[t.name]) for t in targets if t.name in by_name}
+            self.seconds += self._scores[key][1]
+        by_name = {target.name: score for target, score in self._scores[key][0].items()}
+        return {t: partial(self._cached, (*key, t.name), by_name[t.name]) for t in targets if t.name in by_name}
 
-    def _once(self, key: tuple[str, str, int, str], make: Callable[[], Scored]) -> Scored:
+    def _cached(self, key: tuple[str, str, str], score: Callable[[], Scored]) -> Scored:
         if key not in self._scored:
             start = time.process_time()
-            self._scored[key] = make(), time.process_time() - start
+            self._scored[key] = score(), time.process_time() - start
             return self._scored[key][0]
         scored, seconds = self._scored[key]
         self.seconds += seconds
         return scored
 
     def _gather(
-        self,
-        model: PreTrainedModel,
-        targets: Sequence[Target],
-        batches: Sequence[CalibrationBatch],
-        basis: str,
-        metric: str,
+        self, model: PreTrainedModel, targets: Sequence[Target], basis: str, metric: str
     ) -> tuple[Scores, float]:
-        """The scores, and what those of their statistics took that an earlier run gathered."""
+        """The scores, and the seconds that an earlier run took to gather their statistics."""
         if (basis, metric) == ("plain", "magnitude"):
             return {t: partial(_by_magnitude, partial(decompose, dense_weight(t.module))) for t in targets}, 0.0
         if (basis, metric) == ("plain", "taylor"):
-            return self._first_order(model, targets, batches)
+            return self._first_order(model, targets)
         if metric != "magnitude":
-            raise ValueError(f"the study remembers no scores of the basis {basis} and the metric {metric}")
-        parts = list(self._parts) if len(batches) == self._all else ["kept"]
-        found = [self._covariances(model, targets, part, BASES[basis].outputs) for part in parts]
-        sums = _total([covariances for covariances, _ in found])
-        makes = decompositions_by(sums)
-        return {t: partial(_by_magnitude, make) for t, make in makes.items()}, sum(took for _, took in found)
+            raise ValueError(f"the study has no cached scores of the basis {basis!r} and the metric {metric!r}")
+        covariances, earlier = self._covariances(model, targets, outputs=BASES[basis].outputs)
+        return {t: partial(_by_magnitude, svd) for t, svd in decompositions_by(covariances).items()}, earlier
 
     def _covariances(
-        self, model: PreTrainedModel, targets: Sequence[Target], part: str, outputs: bool
+        self, model: PreTrainedModel, targets: Sequence[Target], *, outputs: bool
     ) -> tuple[dict[Target, Covariance], float]:
-        path = self._folder / f"covariances-{part}.safetensors"
-        earlier = path.exists()
-        if not earlier:
+        path = self._folder / "covariances.safetensors"
+        is_cached = path.exists()
+        if not is_cached:
             start = time.process_time()
-            batches = self._parts[part]
-            prefix = capture_prefix(model, batches, {min(t.layer for t in targets)}, dtype=self._dtype)
-            _save(path, gather_covariances(model, batches, targets, prefix, dtype=self._dtype), start)
-        covariances, seconds = _load(path, targets, outputs)
-        return covariances, seconds if earlier else 0.0
+            prefix = capture_prefix(model, self._batches, {min(t.layer for t in targets)}, dtype=self._dtype)
+            _save(path, gather_covariances(model, self._batches, targets, prefix, dtype=self._dtype), start)
+        covariances, seconds = _load(path, targets, outputs=outputs)
+        return covariances, seconds if is_cached else 0.0
 
-    def _first_order(
-        self, model: PreTrainedModel, targets: Sequence[Target], batches: Sequence[CalibrationBatch]
-    ) -> tuple[Scores, float]:
+    def _first_order(self, model: PreTrainedModel, targets: Sequence[Target]) -> tuple[Scores, float]:
         path = self._folder / "taylor.safetensors"
-        earlier = path.exists()
-        if not earlier:
+        is_cached = path.exists()
+        if not is_cached:
             start = time.process_time()
-            prefix = capture_prefix(model, batches, {min(t.layer for t in targets)}, dtype=self._dtype)
-            scores = gather_scores(model, batches, targets, prefix, basis="plain", metric="taylor", dtype=self._dtype)
-            found = {target.name: make().importance for target, make in scores.items()}
-            _write(path, found, {"seconds": time.process_time() - start})
+            prefix = capture_prefix(model, self._batches, {min(t.layer for t in targets)}, dtype=self._dtype)
+            options = {"basis": "plain", "metric": "taylor", "dtype": self._dtype}
+            scores = gather_scores(model, self._batches, targets, prefix, **options)
+            importance = {target.name: score().importance for target, score in scores.items()}
+            _write(path, importance, {"seconds": time.process_time() - start})
         with safe_open(path, framework="pt") as file:
             importance = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             seconds = json.loads(file.metadata()["study"])["seconds"]
-        return {
-            t: partial(_with_importance, t, importance[t.name]) for t in targets if t.name in importance
-        }, seconds if earlier else 0.0
+        scores = {t: partial(_with_importance, t, importance[t.name]) for t in targets if t.name in importance}
+        return scores, seconds if is_cached else 0.0
 
 
-def _by_magnitude(make: Callable[[], SVD]) -> Scored:
-    svd = make()
+def _by_magnitude(decomposition: Callable[[], SVD]) -> Scored:
+    svd = decomposition()
     return Scored(svd, METRICS["magnitude"].score(svd.S, svd.S, svd.S))
 
 
 def _with_importance(target: Target, importance: Tensor) -> Scored:
     return Scored(decompose(dense_weight(target.module), target.name), importance)
-
-
-def _total(parts: Sequence[Mapping[Target, Covariance]]) -> dict[Target, Covariance]:
-    """Sums over all parts; what several linears share stays one tensor."""
-    inputs: dict[int, Tensor] = {}
-    result: dict[Target, Covariance] = {}
-    for target, first in parts[0].items():
-        each = [part[target] for part in parts]
-        if first.A is not None and id(first.A) not in inputs:
-            inputs[id(first.A)] = sum((c.A for c in each[1:] if c.A is not None), first.A)
-        B = None if first.B is None else sum((c.B for c in each[1:] if c.B is not None), first.B)
-        result[target] = Covariance(inputs.get(id(first.A)), B, sum(c.tokens for c in each))
-    return result
 
 
 def _save(path: Path, covariances: Mapping[Target, Covariance], start: float) -> None:
@@ -176,7 +151,7 @@ def _save(path: Path, covariances: Mapping[Target, Covariance], start: float) ->
     _write(path, tensors, notes | {"seconds": time.process_time() - start})
 
 
-def _load(path: Path, targets: Sequence[Target], outputs: bool) -> tuple[dict[Target, Covariance], float]:
+def _load(path: Path, targets: Sequence[Target], *, outputs: bool) -> tuple[dict[Target, Covariance], float]:
     with safe_open(path, framework="pt") as file:
         notes = json.loads(file.metadata()["study"])
         inputs = {owner: file.get_tensor(f"A {owner}") for owner in set(notes["inputs"].values())}

@@ -1,7 +1,8 @@
-"""How fast the models of a study decode, one sequence at a time: all cells of a ratio and a seed in turn.
+"""Decoding latency of the models of a study: all cells of a ratio and a seed in turns, one sequence at a time.
 
-Time depends on shapes alone, so a cell's model is made again from its ranks and removed layers, with factors that are
-random. Before any is timed, each low-rank linear of each model is compared with the product of its factors.
+Latency depends on shapes alone. ``python -m benchmarks.study.latency`` therefore rebuilds each cell's model from its
+ranks and removed layers, with random factors. Before it times the models, it compares every low-rank linear with the
+product of its factors.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.costs import require_product
 from grasp.bench.model import percentiles
 from grasp.bench.results import append_results, check_output, read_results
-from grasp.bench.timing import Sample
+from grasp.bench.timing import Sample, turns
 from grasp.builtin import BUILTIN
 from grasp.errors import GraspError, ResultsError
 from grasp.evaluation.generation import GenerationTime, time_generation
@@ -40,10 +41,10 @@ DENSE = "dense"
 
 @torch.no_grad()
 def rebuild_(model: PreTrainedModel, cell: StudyResult) -> None:
-    """Give a dense model the shapes that a cell's has.
+    """Give a dense model the shapes of a cell's model.
 
     Raises:
-        ResultsError: if the model has no such linear or layer.
+        ResultsError: if the model lacks a linear or layer of the cell.
     """
     linears = {target.name: target.module for layer in _layers(model) for target in layer_targets(model, layer)[0]}
     if unknown := sorted(set(cell.ranks) - set(linears)):
@@ -53,22 +54,22 @@ def rebuild_(model: PreTrainedModel, cell: StudyResult) -> None:
         weight, bias = linears[name].weight, linears[name].bias is not None
         replace_module_(model, name, LowRankLinear(k, n, rank, bias, device=weight.device, dtype=weight.dtype))
     group_linears_(model)
-    if cell.method == LINEAR_REPLACEMENT:  # its map is a linear more where it cannot be merged
+    if cell.method == LINEAR_REPLACEMENT:  # its map is one more linear if it cannot be merged
         width = model.config.get_text_config(decoder=True).hidden_size
         apply_map_(model, min(cell.removed_layers) - 1, torch.eye(width, dtype=torch.float64))
     remove_layers_(model, cell.removed_layers)
 
 
 def require_of_model(cells: Sequence[StudyResult], study: Path, model: str, seed: int) -> None:
-    """Raise unless there are cells, of the model that is to be timed.
+    """Check that there are cells, and that they belong to the model.
 
     Raises:
-        ResultsError: with what there is.
+        ResultsError: if not.
     """
     if not any(cell.ratio for cell in cells):
         raise ResultsError(f"{study} has no compressed model of seed {seed}")
     if (studied := cells[0].setting.model) != Path(model).name:
-        raise ResultsError(f"{study} is about {studied}, got --model {model}; give the study's model")
+        raise ResultsError(f"{study} is a study of {studied}, got --model {model}; give the study's model")
 
 
 def _layers(model: PreTrainedModel) -> range:
@@ -76,37 +77,35 @@ def _layers(model: PreTrainedModel) -> range:
 
 
 def require_right(model: PreTrainedModel, method: str) -> None:
-    """Raise a ``ResultsError`` unless every low-rank linear computes the product of its factors, for one token."""
+    """Raise a ``ResultsError`` if a low-rank linear does not compute the product of its factors, for one token."""
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
             require_product(module, f"{name} of {method}")
 
 
-def take_turns(
+def time_models(
     models: Mapping[str, PreTrainedModel], repeats: int, prompt_tokens: int, new_tokens: int
 ) -> dict[str, list[GenerationTime]]:
-    """Times of each model, in turn, each turn starting with another; one turn before warms up."""
-    names, times = list(models), {name: list[GenerationTime]() for name in models}
-    for turn in range(repeats + 1):
-        for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
-            took = time_generation(models[name], prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-            if turn:
-                times[name].append(took)
+    """Generation times of all models in turns; the first repetition warms up and is left out."""
+    times = {name: list[GenerationTime]() for name in models}
+    for repetition, name in turns(list(models), repeats + 1):
+        generation = time_generation(models[name], prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        if repetition:
+            times[name].append(generation)
     return times
 
 
-def measured(
+def latencies(
     cells: Sequence[StudyResult],
     times: Mapping[str, list[GenerationTime]],
     dtype: str,
     new_tokens: int,
     now: Conditions,
 ) -> Iterator[StudyLatency]:
-    """The results of one ratio, the dense model's first."""
-    dense = Sample(tuple(each.decode_s for each in times[DENSE]))
-    first = dataclasses.replace(cells[0], method=DENSE, ratio=0.0)
-    for cell in (first, *cells):
-        decode = Sample(tuple(each.decode_s for each in times[cell.method]))
+    """The results of one ratio, the dense model first."""
+    decode = {name: Sample(tuple(time.decode_s for time in generations)) for name, generations in times.items()}
+    for cell in (dataclasses.replace(cells[0], method=DENSE, ratio=0.0), *cells):
+        sample = decode[cell.method]
         yield StudyLatency(
             model=cell.setting.model,
             method=cell.method,
@@ -114,33 +113,33 @@ def measured(
             seed=cell.seed,
             dtype=dtype,
             new_tokens=new_tokens,
-            inter_token_ms=percentiles([step for each in times[cell.method] for step in each.steps_s]),
-            spread=decode.spread,
-            of_dense=1 / decode.speedup_over(dense),
+            inter_token_ms=percentiles([step for time in times[cell.method] for step in time.steps_s]),
+            spread=sample.spread,
+            of_dense=1 / sample.speedup_over(decode[DENSE]),
             conditions=now,
         )
 
 
 def table(results: Sequence[StudyLatency]) -> Table:
     """One row per model."""
-    shown = Table("method", "removed", "ms per token", "of dense", "spread")
-    for each in results:
-        numbers = (f"{each.inter_token_ms.p50:.2f}", f"{each.of_dense:.3f}", f"{each.spread:.1%}")
-        shown.add_row(each.method, f"{each.ratio:.1%}", *numbers)
-    return shown
+    rows = Table("method", "removed", "ms per token", "of dense", "spread")
+    for result in results:
+        numbers = (f"{result.inter_token_ms.p50:.2f}", f"{result.of_dense:.3f}", f"{result.spread:.1%}")
+        rows.add_row(result.method, f"{result.ratio:.1%}", *numbers)
+    return rows
 
 
 def main(
-    study: Annotated[Path, typer.Argument(help="Its JSON lines.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSON lines, added to what is there.")],
+    study: Annotated[Path, typer.Argument(help="The JSON lines of a study.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON lines are appended to this file.")],
     model: Annotated[str, typer.Option(help="The study's model.")] = BUILTIN,
-    ratios: Annotated[list[float] | None, typer.Option(help="Of the study. Default: all.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the study.")] = 0,
-    dtype: Annotated[str, typer.Option(help="In which the models decode.")] = "bfloat16",
-    prompt_tokens: Annotated[int, typer.Option(help="Before the first token.")] = 32,
-    new_tokens: Annotated[int, typer.Option(help="Decoded after it.")] = 24,
-    repeats: Annotated[int, typer.Option(help="Turns of each model.")] = 9,
-    threads: Annotated[int | None, typer.Option(help="Default: PyTorch's.")] = None,
+    ratios: Annotated[list[float] | None, typer.Option(help="Ratios of the study. Default: all.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the study.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Dtype of the models.")] = "bfloat16",
+    prompt_tokens: Annotated[int, typer.Option(help="Prompt length.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Decoding steps.")] = 24,
+    repeats: Annotated[int, typer.Option(help="Turns per model.")] = 9,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: PyTorch's choice.")] = None,
 ) -> None:
     """Time the models of a study."""
     console = Console(stderr=True)
@@ -163,8 +162,8 @@ def main(
                 models[cell.method] = copy.deepcopy(dense)
                 rebuild_(models[cell.method], cell)
                 require_right(models[cell.method], cell.method)
-            times = take_turns(models, repeats, prompt_tokens, new_tokens)
-            results = list(measured(chosen, times, dtype, new_tokens, now))
+            times = time_models(models, repeats, prompt_tokens, new_tokens)
+            results = list(latencies(chosen, times, dtype, new_tokens, now))
             append_results(output, results)
             Console().print(table(results))
     except GraspError as error:

@@ -1,6 +1,7 @@
-"""A baseline: a contiguous block of layers gives way to one linear map of what the layer before it adds last.
+"""A baseline: one linear map replaces a contiguous block of layers.
 
-Own implementation of the idea of ReplaceMe (arXiv 2505.02819): the map is fitted by least squares on hidden states.
+The map acts on the last output that the layer before the block adds to the hidden states, and is fitted by least
+squares on hidden states. This is our own implementation of the idea of ReplaceMe (arXiv 2505.02819).
 """
 
 from __future__ import annotations
@@ -22,32 +23,35 @@ from grasp.model.layer_removal import remove_layers_
 from grasp.model.running import backbone, batch_inputs, casting, evaluating, hidden_input, hidden_output
 from grasp.model.targets import Target, decoder, layer_targets, replace_module_
 
-LINEAR_REPLACEMENT = "linear replacement"  # in the cells of a study
-RIDGE = 1e-3  # of the mean diagonal of Σ y yᵀ: how strongly the map is held at the identity
+LINEAR_REPLACEMENT = "linear replacement"  # the method's name in the cells of a study
+RIDGE = 1e-3  # fraction of the mean diagonal of Σ y yᵀ; pulls the map towards the identity
 
 
 class Streams(NamedTuple):
-    """What the layers of the dense model make of the calibration tokens, (T, H) each."""
+    """Hidden states of the dense model on the calibration tokens, (T, H) each."""
 
-    hidden: list[Tensor]  # what enters each layer, and what leaves the last
-    added: list[Tensor]  # what each layer adds to them last
+    hidden: list[Tensor]  # inputs of all layers, and the output of the last layer
+    added: list[Tensor]  # the last summand that each layer adds to them
 
 
 class LastAdded(NamedTuple):
-    """Where a layer gets what it adds to the hidden states last: an MLP's output, or that of a norm after it."""
+    """The module whose output a layer adds to the hidden states last: an MLP, or a norm after it."""
 
     module: str  # path in the model
-    linear: Target | None  # the linear that returns the same, if any
+    linear: Target | None  # the linear with the same output, if any
 
 
 @torch.no_grad()
 def last_added(model: PreTrainedModel, layer: int) -> LastAdded:
-    """Found by running eight tokens.
+    """Find the module by running eight tokens.
 
     Raises:
-        UnsupportedModelError: if the layer does not return what its last child does, plus something.
+        UnsupportedModelError: if the layer's output is not a sum with the output of its last child.
     """
-    block, outputs = decoder(model).layers[layer], dict[nn.Module, Any]()  # by module, in the order of their returns
+    block, outputs = (
+        decoder(model).layers[layer],
+        dict[nn.Module, Any](),
+    )  # by module, in the order of their returns
     probe = batch_inputs(model, CalibrationBatch(torch.arange(8)[None], None))
 
     def run() -> Tensor:
@@ -70,18 +74,18 @@ def last_added(model: PreTrainedModel, layer: int) -> LastAdded:
         with hooked(child, after=lambda _, args, kwargs, output: output + shift):
             moved = run() - before
     name = f"{decoder(model).path}.{layer}.{next(name for name, m in block.named_children() if m is child)}"
-    rounding = max(1e-3, 4 * torch.finfo(moved.dtype).eps)  # of sums that are up to twice the shift
+    rounding = max(1e-3, 4 * torch.finfo(moved.dtype).eps)  # error of sums that are up to twice the shift
     if not torch.allclose(moved, shift.expand_as(moved), atol=rounding * float(shift[0])):
         raise UnsupportedModelError(
-            f"the layers of {type(model).__name__} do not add what {name} returns to their hidden states, so that no "
-            "linear map of it can stand for layers; leave this method out"
+            f"the layers of {type(model).__name__} do not add the output of {name} to their hidden states, so no "
+            "linear map of it can replace layers; leave this method out"
         )
     return LastAdded(name, same[-1] if same else None)
 
 
 @torch.no_grad()
 def capture_streams(model: PreTrainedModel, batches: Sequence[CalibrationBatch], dtype: str | None = None) -> Streams:
-    """One forward pass of the calibration tokens, which have no padding.
+    """Capture hidden states in one forward pass of the calibration tokens, which must have no padding.
 
     Raises:
         UnsupportedModelError: see ``last_added``.
@@ -117,7 +121,7 @@ def linear_map(added: Tensor, wanted: Tensor) -> Tensor:
 
 
 def choose_block(hidden: Sequence[Tensor], count: int) -> int:
-    """The first of ``count`` consecutive layers that turn the hidden states least, by mean angle; never layer 0."""
+    """First of the ``count`` layers that turn the hidden states by the least mean angle; never layer 0."""
 
     def angle(first: int) -> float:
         cosine = 1 - cosine_distance(hidden[first], hidden[first + count])
@@ -128,7 +132,7 @@ def choose_block(hidden: Sequence[Tensor], count: int) -> int:
 
 @torch.no_grad()
 def apply_map_(model: PreTrainedModel, layer: int, T: Tensor) -> None:
-    """Put a map, (H, H) fp64, on what a layer adds last: into the linear that returns it, or as one of its own."""
+    """Apply a map, (H, H) fp64, to the last summand of a layer: merged into its linear, or as a new linear."""
     last = last_added(model, layer)
     if last.linear is None:
         module = model.get_submodule(last.module)
@@ -138,7 +142,7 @@ def apply_map_(model: PreTrainedModel, layer: int, T: Tensor) -> None:
         replace_module_(model, last.module, nn.Sequential(module, map_))
         return
     linear = last.linear.module
-    weight = dense_weight(linear)  # a view, also of GPT-2's, which are stored the other way round
+    weight = dense_weight(linear)  # a view; a transposed one for GPT-2
     weight.copy_(T @ weight.double())
     if linear.bias is not None:
         linear.bias.copy_(T @ linear.bias.double())
@@ -146,14 +150,14 @@ def apply_map_(model: PreTrainedModel, layer: int, T: Tensor) -> None:
 
 @torch.no_grad()
 def replace_block_(model: PreTrainedModel, streams: Streams, count: int) -> tuple[int, ...]:
-    """Remove the block of ``count`` layers and let the layer before it make up for them; the layers that are gone.
+    """Replace the block of ``count`` layers by a map in the layer before it; returns the removed layers.
 
-    With r the hidden states that this layer adds y to last, the map sends y to the block's output less r.
+    That layer returns r + y, where y is its last summand. The map sends y to the block's output minus r.
     """
     first = choose_block(streams.hidden, count)
     added = streams.added[first - 1].double()
     before = streams.hidden[first].double() - added
     apply_map_(model, first - 1, linear_map(added, streams.hidden[first + count].double() - before))
-    gone = tuple(range(first, first + count))
-    remove_layers_(model, gone)
-    return gone
+    removed = tuple(range(first, first + count))
+    remove_layers_(model, removed)
+    return removed

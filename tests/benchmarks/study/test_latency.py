@@ -100,7 +100,7 @@ def test_a_model_of_another_name_and_a_seed_without_cells_are_refused(tmp_path: 
     other = save_tiny_model(tmp_path / "other")
     result = run(other, tmp_path / "latency.jsonl", cell("low"))
     assert result.exit_code == 2
-    assert "is about model, got --model" in " ".join(result.output.split())
+    assert "is a study of model, got --model" in " ".join(result.output.split())
     result = run(other, tmp_path / "latency.jsonl", arguments=("--seed", "7"))
     assert result.exit_code == 2
     assert "has no compressed model of seed 7" in " ".join(result.output.split())

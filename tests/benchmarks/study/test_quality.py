@@ -34,7 +34,7 @@ def run(model: Path, output: Path, *arguments: str) -> Result:
     app = typer.Typer()
     app.command()(main)
     sizes = ["--num-samples", "4", "--seq-len", "32", "--window", "32", "--windows", "4", "--batch-size", "1"]
-    sources = ["--calibration", str(text), "--text", str(text), "--memory", str(output.parent / "memory")]
+    sources = ["--calibration", str(text), "--text", str(text), "--cache", str(output.parent / "cache")]
     return CliRunner().invoke(app, ["-o", str(output), "--model", str(model), *sizes, *sources, *arguments])
 
 
@@ -62,13 +62,13 @@ def test_a_study_is_continued_cell_by_cell(model: Path, tmp_path: Path, monkeypa
     assert run(model, output, *options).exit_code == 0
     before = output.read_text(encoding="utf-8")
     ran: list[tuple[str, int]] = []
-    original = quality.Bench.cell
+    original = quality.Study.cell
 
-    def counted(self: quality.Bench, method: str, ratio: float, seed: int, *rest: Any) -> quality.Cell:
+    def counted(self: quality.Study, method: str, ratio: float, seed: int, *rest: Any) -> quality.Cell:
         ran.append((method, seed))
         return original(self, method, ratio, seed, *rest)
 
-    monkeypatch.setattr(quality.Bench, "cell", counted)
+    monkeypatch.setattr(quality.Study, "cell", counted)
     result = run(model, output, *options, "--seeds", "1")
     assert result.exit_code == 0, result.output
     assert ran == [("GRASP, one sweep", 1), ("plain SVD", 1)]

@@ -1,15 +1,11 @@
 from __future__ import annotations
 
-import copy
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from benchmarks.study import linear_replacement
-from benchmarks.study.cached_statistics import Remembered
 from benchmarks.study.linear_replacement import (
     apply_map_,
     capture_streams,
@@ -18,39 +14,14 @@ from benchmarks.study.linear_replacement import (
     linear_map,
     replace_block_,
 )
-from grasp.compress import compress_
-from grasp.config import GraspConfig
 from grasp.errors import UnsupportedModelError
 from grasp.model.batch import CalibrationBatch
 from grasp.model.targets import decoder
 from tests.tiny_models import tiny_batches, tiny_model
 
-CONFIGS = [
-    {"metric": "taylor"},
-    {"metric": "magnitude"},
-    {"basis": "whitened", "metric": "magnitude", "scope": "model"},
-    {"basis": "kfac", "metric": "magnitude", "scope": "auto", "allocation": "global"},
-]
 
-
-def batches(count: int = 4) -> list[CalibrationBatch]:
+def batches(count: int) -> list[CalibrationBatch]:
     return [CalibrationBatch(tokens) for tokens in tiny_batches(count)]
-
-
-@pytest.mark.parametrize("options", CONFIGS, ids=lambda options: f"{options.get('basis', 'plain')} {options['metric']}")
-def test_remembered_statistics_compress_as_fresh_ones_do_also_once_they_come_from_the_disk(
-    options: dict, tmp_path: Path
-) -> None:
-    dense, known = tiny_model("llama", torch.float64), batches()
-    config = GraspConfig(compression_ratio=0.2, schedule="single-sweep", **options)
-    fresh = copy.deepcopy(dense)
-    compress_(fresh, known, config)
-    first, second = (Remembered(tmp_path / "memory", known, None) for _ in range(2))
-    for remembered in (first, first, second):
-        model = copy.deepcopy(dense)
-        compress_(model, known, config, gather=remembered)
-        torch.testing.assert_close(model(known[0].input_ids).logits, fresh(known[0].input_ids).logits)
-    assert first.seconds > 0
 
 
 def residual_stream(first: Tensor, turns: list[float]) -> list[Tensor]:

@@ -1,0 +1,137 @@
+"""The compression methods of the study, one row of ``METHODS`` each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from benchmarks.study.cached_statistics import CachedStatistics
+from benchmarks.study.linear_replacement import LINEAR_REPLACEMENT, Streams, capture_streams, replace_block_
+from grasp.checkpoint.run_state import NoState
+from grasp.compress import carry_out_
+from grasp.compression.run import start_run
+from grasp.config import GraspConfig
+from grasp.method.ranks import redundant_layers
+from grasp.model.batch import CalibrationBatch, as_batches
+from grasp.model.layer_removal import remove_layers_
+from grasp.model.running import casting
+from grasp.model.size import model_size
+from grasp.model.targets import decoder
+from grasp.progress import no_progress
+from grasp.statistics.processes import ALONE
+from grasp.statistics.redundancy import Redundancy, measure_redundancy
+
+_GLOBAL: dict[str, Any] = {"allocation": "global", "schedule": "single-sweep"}
+_SINGLE: dict[str, Any] = {"schedule": "single-sweep"}
+
+
+class KnownRedundancy(NoState):
+    """The state of a run whose redundancy was measured before."""
+
+    def __init__(self, redundancy: Redundancy) -> None:
+        self.redundancy = redundancy
+
+
+class CalibrationSet:
+    """The calibration sequences of one seed, with the statistics of the dense model on them.
+
+    Args:
+        dense: the model.
+        batches: the sequences of this seed.
+        folder: cache of the statistics.
+        dtype: the model runs over the calibration tokens in this dtype; ``None`` for its own.
+    """
+
+    def __init__(
+        self, dense: PreTrainedModel, batches: list[CalibrationBatch], folder: Path, dtype: str | None
+    ) -> None:
+        self.dense, self.batches, self.dtype = dense, batches, dtype
+        self.statistics = CachedStatistics(folder, batches, dtype)
+        self._redundancy = folder / "redundancy.json"
+        self._streams: Streams | None = None
+
+    @property
+    def redundancy(self) -> Redundancy:
+        """Redundancy of the layers."""
+        if not self._redundancy.exists():
+            with casting(self.dense, self.dtype):
+                measured = measure_redundancy(self.dense, self.batches)
+            self._redundancy.write_text(json.dumps(measured._asdict()), encoding="utf-8")
+        return Redundancy(**json.loads(self._redundancy.read_text(encoding="utf-8")))
+
+    @property
+    def streams(self) -> Streams:
+        """Hidden states of the dense model, which linear replacement needs."""
+        if self._streams is None:
+            self._streams = capture_streams(self.dense, self.batches, self.dtype)
+        return self._streams
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The changes that a method made to a model."""
+
+    removed_layers: tuple[int, ...] = ()
+    ranks: dict[str, int] = field(default_factory=dict)  # by module
+    scope: str | None = None
+
+
+Method = Callable[
+    [PreTrainedModel, CalibrationSet, float], Outcome
+]  # of a model, which it changes, the calibration set and the ratio of the whole model
+
+
+def compressed(**options: Any) -> Method:
+    """A method that compresses with a configuration, as ``compress_`` does, from cached statistics."""
+
+    def compress(model: PreTrainedModel, calibration: CalibrationSet, ratio: float) -> Outcome:
+        config = GraspConfig(compression_ratio=ratio, sweep_dtype=calibration.dtype, **options)
+        state = KnownRedundancy(calibration.redundancy)
+        run = start_run(model, as_batches(calibration.batches), config, None, no_progress, state, ALONE)
+        report = carry_out_(replace(run, gather=calibration.statistics))
+        return Outcome(ranks={m.name: m.rank for m in report.modules if not m.reason}, scope=report.scope)
+
+    return compress
+
+
+def layers_removed(model: PreTrainedModel, calibration: CalibrationSet, ratio: float) -> Outcome:
+    """Delete the fewest most redundant layers that remove at least ``ratio``."""
+    layers = decoder(model).layers
+    order = redundant_layers(calibration.redundancy.layers, len(layers))
+    removed = order[: _count(model, order, ratio)]
+    remove_layers_(model, removed)
+    return Outcome(removed_layers=removed)
+
+
+def linear_replacement(model: PreTrainedModel, calibration: CalibrationSet, ratio: float) -> Outcome:
+    """Replace the contiguous block that turns the hidden states least by a fitted linear map."""
+    order = redundant_layers(calibration.redundancy.layers, len(decoder(model).layers))
+    return Outcome(removed_layers=replace_block_(model, calibration.streams, _count(model, order, ratio)))
+
+
+def _count(model: PreTrainedModel, order: Sequence[int], ratio: float) -> int:
+    """The number of layers to remove for a ratio of the whole model."""
+    layers = decoder(model).layers
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    least = 0.99 * ratio * model_size(model, layers).parameters
+    return next(n for n in range(len(order) + 1) if sum(sizes[i] for i in order[:n]) >= least)
+
+
+METHODS: dict[str, Method] = {
+    "layers removed": layers_removed,
+    LINEAR_REPLACEMENT: linear_replacement,
+    "plain SVD": compressed(metric="magnitude", **_SINGLE),
+    "GRASP, one sweep": compressed(**_SINGLE),
+    "uniform whitened": compressed(basis="whitened", metric="magnitude", scope="model", **_SINGLE),
+    "uniform kfac": compressed(basis="kfac", metric="magnitude", scope="model", **_SINGLE),
+    "global kfac, redundant": compressed(basis="kfac", metric="magnitude", scope="redundant", **_GLOBAL),
+    "global kfac, model": compressed(basis="kfac", metric="magnitude", scope="model", **_GLOBAL),
+    "global kfac, model, refit": compressed(basis="kfac", metric="magnitude", scope="model", refit=True, **_GLOBAL),
+    "progressive kfac, model": compressed(**GraspConfig.PRESETS["best"] | {"refit": False}),
+    "best": compressed(**GraspConfig.PRESETS["best"]),
+}
