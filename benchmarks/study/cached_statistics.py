@@ -118,9 +118,10 @@ class CachedStatistics:
         if not is_cached:
             start = time.process_time()
             prefix = capture_prefix(model, self._batches, {min(t.layer for t in targets)}, dtype=self._dtype)
-            options = {"basis": "plain", "metric": "taylor", "dtype": self._dtype}
-            scores = gather_scores(model, self._batches, targets, prefix, **options)
-            importance = {target.name: score().importance for target, score in scores.items()}
+            gathered = gather_scores(
+                model, self._batches, targets, prefix, basis="plain", metric="taylor", dtype=self._dtype
+            )
+            importance = {target.name: score().importance for target, score in gathered.items()}
             _write(path, importance, {"seconds": time.process_time() - start})
         with safe_open(path, framework="pt") as file:
             importance = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
