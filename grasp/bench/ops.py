@@ -32,6 +32,7 @@ from grasp.bench.workloads import (
     rotations,
     wrong,
 )
+from grasp.formatting import one_line
 from grasp.loading import DTYPES, find_device
 from grasp.progress import Progress, no_progress
 from grasp_kernels import roofline
@@ -220,7 +221,7 @@ def _providers(
         try:
             candidates[COMPILED] = compiled(case.op, problem)
         except RuntimeError as error:  # the base class of what PyTorch's compilers raise
-            left_out[COMPILED] = f"torch.compile: {' '.join(str(error).split())[:200]}", False
+            left_out[COMPILED] = f"torch.compile: {one_line(error)}", False
     else:
         left_out[COMPILED] = "left out on request", False
     timed: dict[str, Run] = {}

@@ -1,4 +1,4 @@
-"""The README.md of a checkpoint folder: where the model comes from, how to use it, what was compressed."""
+"""Writes and reads the README.md of a checkpoint folder: its origin, its use, its low-rank layers, its results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.errors import CheckpointError
-from grasp.formatting import score_rows
+from grasp.formatting import one_line, score_rows
 from grasp.model.lowrank_linear import LowRankLinear
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ _LAYER = re.compile(r"(?P<layer>.*?\.\d+)\.(?P<module>.+)")
 _EVALUATION = "Evaluation by grasp"
 _EVALUATION_HEAD = "| model | on | metric | value |\n| --- | --- | --- | ---: |"
 _SECTION = re.compile(rf"^## {_EVALUATION}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-_NAMED_TEXTS = ("builtin", "wikitext2", "c4")  # other texts are files, whose paths are nobody's business
+_NAMED_TEXTS = ("builtin", "wikitext2", "c4")  # other texts are files, whose paths are private
 _LICENSE_KEYS = ("license", "license_name", "license_link")
-# The hub's client lets its HTTP library's errors through, and that library's name depends on the version.
+# The hub's client passes on the errors of its HTTP library, which differs between versions.
 _HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
 
 _TEMPLATE = """\
@@ -39,12 +39,12 @@ _TEMPLATE = """\
 
 # {title}
 
-{origin}, made smaller with [GRASP](https://arxiv.org/abs/2501.00339): {count} linear layers were replaced by low-rank \
-ones, which takes {removed:.1%} of the parameters out of the model ({before:,} before, {after:,} now).
+{origin}, compressed with [GRASP](https://arxiv.org/abs/2501.00339): {count} linear layers were replaced by low-rank \
+layers, which removes {removed:.1%} of the model's parameters ({before:,} before, {after:,} now).
 
 ## Use
 
-Install `grasp-llm` beside transformers; it needs no import.
+Install `grasp-llm` beside transformers. It needs no import.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,11 +56,11 @@ tokens = model.generate(**tokenizer("The first thing", return_tensors="pt"), max
 print(tokenizer.decode(tokens[0]))
 ```
 
-`model.dequantize()` turns it into a model of plain dense layers.
+`model.dequantize()` converts the low-rank layers into dense ones.
 
 ## What was compressed
 
-Per linear layer the rank, and the largest one it could have; parameters as a share of the dense layers'.
+Each linear layer with its rank and its full rank; parameters relative to the dense layers.
 
 | layer | rank of full rank | parameters kept |
 | --- | --- | ---: |
@@ -69,7 +69,7 @@ Per linear layer the rank, and the largest one it could have; parameters as a sh
 
 
 class _Layer(NamedTuple):
-    """A low-rank layer as the card's table has it; parameters with the bias."""
+    """A low-rank layer in the table of a card; parameters include the bias."""
 
     rank: int
     in_features: int
@@ -81,13 +81,19 @@ class _Layer(NamedTuple):
 def model_card(
     model: PreTrainedModel, *, base_model: str | None, license: Mapping[str, str] | None = None, details: str = ""
 ) -> str:
-    """The text of a model card, front matter included.
+    """Return the text of a model card, front matter included.
 
     Args:
         model: compressed.
-        base_model: what was compressed; named in the front matter only where it is a name on the hub (``owner/name``).
-        license: front matter keys ``license``, ``license_name``, ``license_link``, as ``read_license`` finds them.
-        details: Markdown to end the card with, such as how it was made and what it costs in perplexity.
+        base_model: the model before compression; the front matter names it only if it is on the hub (``owner/name``).
+        license: front matter keys ``license``, ``license_name``, ``license_link``, as ``read_license`` returns them.
+        details: Markdown at the end of the card.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=12, n_layer=1))
+        >>> print(model_card(model, base_model="openai-community/gpt2").splitlines()[1])
+        base_model: openai-community/gpt2
     """
     layers = {name: _layer(module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -97,16 +103,16 @@ def model_card(
 def folder_card(
     directory: str | Path, *, base_model: str | None = None, license: Mapping[str, str] | None = None
 ) -> str:
-    """The card of a checkpoint folder, from its files' headers; the arguments are those of ``model_card``.
+    """Return the card of a checkpoint folder, from the headers of its files. Arguments: see ``model_card``.
 
     Raises:
-        CheckpointError: as ``inspect_checkpoint`` does.
+        CheckpointError: as ``inspect_checkpoint``.
     """
-    found = inspect_checkpoint(directory)
+    folder = inspect_checkpoint(directory)
     layers = {
-        m.name: _Layer(m.rank, m.in_features, m.out_features, m.parameters, m.dense_parameters) for m in found.modules
+        m.name: _Layer(m.rank, m.in_features, m.out_features, m.parameters, m.dense_parameters) for m in folder.modules
     }
-    return _render(found.model_type, layers, found.parameters, base_model, license or {}, "")
+    return _render(folder.model_type, layers, folder.parameters, base_model, license or {}, "")
 
 
 def _render(
@@ -143,32 +149,34 @@ def _render(
 def with_results(
     card: str, documents: Sequence[Mapping[str, Any]] = (), *, parameters: int = 0, before: int = 0
 ) -> str:
-    """A card with what ``grasp evaluate`` measured, as a table and as the hub's ``model-index``, in place of earlier.
+    """Return a card with results of ``grasp evaluate``, as a table and as the hub's ``model-index``.
+
+    They replace earlier results.
 
     Args:
-        card: with front matter.
-        documents: as ``grasp evaluate --json`` prints them; none takes earlier results out.
-        parameters: of the card's model.
-        before: parameters that it had before it was compressed. Results of models of other sizes are left out.
+        card: text with front matter.
+        documents: output of ``grasp evaluate --json``; without any, earlier results are removed.
+        parameters: parameters of the card's model.
+        before: parameters of the model before compression. Results of models of other sizes are ignored.
 
     Raises:
         CheckpointError: if the front matter cannot be read.
     """
     read = read_card(card)
-    own, dense = (
+    compressed, dense = (
         sorted({score for document in documents if _size(document) == wanted for score in _scores(document)})
         for wanted in (parameters, before)
     )
     data = cast(ModelCardData, read.data)
-    data.model_name = _title(read.text) if own else None
-    data.eval_results = [_eval_result(score) for score in own] or None
+    data.model_name = _title(read.text) if compressed else None
+    data.eval_results = [_eval_result(score) for score in compressed] or None
     parts = [f"---\n{data.to_yaml()}\n---", _SECTION.sub("", read.text).strip()]
-    if own or dense:
+    if compressed or dense:
         rows = [
-            f"| {label} | {score.on} | {score.metric} | {score.shown} |"
+            f"| {label} | {score.on} | {score.metric} | {score.text} |"
             for label, score in (
                 *(("before compression", score) for score in dense),
-                *(("this model", score) for score in own),
+                *(("this model", score) for score in compressed),
             )
         ]
         parts += [f"## {_EVALUATION}", "\n".join([_EVALUATION_HEAD, *rows])]
@@ -176,41 +184,41 @@ def with_results(
 
 
 def without_results(card: str) -> str:
-    """A card as it was before ``with_results``; one that shows none is left alone, whatever it is."""
+    """Return a card without results. A card that has none is returned as it is, even if it cannot be read."""
     return with_results(card) if f"\n## {_EVALUATION}\n" in card else card
 
 
 def read_card(card: str) -> ModelCard:
-    """A card, its front matter parsed as the hub's client does.
+    """Parse a card and its front matter with the hub's client.
 
     Raises:
-        CheckpointError: if there is none, or it cannot be read.
+        CheckpointError: if the front matter is missing or cannot be read.
     """
     try:
         read = ModelCard(card)
         _ = read.data.to_yaml()
     except (ValueError, TypeError, YAMLError) as error:
-        raise CheckpointError(
-            f"the front matter of README.md cannot be read: {' '.join(str(error).split())}"
-        ) from error
+        raise CheckpointError(f"the front matter of README.md cannot be read: {one_line(error)}") from error
     if not card.startswith("---"):
-        raise CheckpointError("README.md has no front matter, the lines between --- that the hub reads; remove it")
+        raise CheckpointError(
+            "README.md has no front matter (the lines between --- that the hub reads); delete the file"
+        )
     return read
 
 
 def with_section(card: str, title: str, text: str) -> str:
-    """A card that ends with a section, in the place of what it has of that title and after."""
+    """Return a card that ends with this section. It replaces the section of that title and all text after it."""
     head = card.partition(f"\n## {title}\n")[0].rstrip()
     return f"{head}\n\n## {title}\n\n{text.strip()}\n"
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether this can only be a repository on the Hugging Face hub: ``owner/name``, and no path that is here."""
+    """Whether a name is that of a hub repository: ``owner/name``, and not an existing path."""
     return bool(_HUB_NAME.fullmatch(name)) and not name.lower().endswith(".gguf") and not Path(name).exists()
 
 
 def read_license(source: str) -> dict[str, str]:
-    """The licence keys in the card of a folder or a hub repository; empty where it has none or is out of reach."""
+    """Return the licence keys of the card of a folder or hub repository; none if it has none or is unreachable."""
     try:
         path = hf_hub_download(source, "README.md") if is_hub_name(source) else Path(source) / "README.md"
         data = ModelCard.load(path).data.to_dict()
@@ -220,7 +228,7 @@ def read_license(source: str) -> dict[str, str]:
 
 
 def _display_name(base_model: str | None) -> str:
-    """The last part of a hub name or path."""
+    """Return the last part of a hub name or path."""
     return Path(base_model).name.removesuffix(".gguf") if base_model else ""
 
 
@@ -245,12 +253,12 @@ def _layer(layer: LowRankLinear) -> _Layer:
 
 
 class _Score(NamedTuple):
-    """One number of an evaluation; ``on`` says on what, in words, and ``data`` names that for the hub."""
+    """A number of an evaluation; ``on`` describes the data in words, ``data`` is its name for the hub."""
 
     on: str
     metric: str
     value: float
-    shown: str
+    text: str
     data: str
 
 
@@ -259,11 +267,11 @@ def _size(document: Mapping[str, Any]) -> int:
 
 
 def _scores(document: Mapping[str, Any]) -> list[_Score]:
-    """The finite numbers of what ``grasp evaluate`` wrote."""
-    own = document.get("grasp", document)
+    """Return the finite numbers of a result of ``grasp evaluate``."""
+    evaluation = document.get("grasp", document)
     scores = []
-    if (measured := own["result"]) is not None and measured["perplexity"] is not None:
-        text = own["text"] if own["text"] in _NAMED_TEXTS else "a text"
+    if (measured := evaluation["result"]) is not None and measured["perplexity"] is not None:
+        text = evaluation["text"] if evaluation["text"] in _NAMED_TEXTS else "a text"
         on = f"{measured['tokens']:,} tokens of {text}, windows of {measured['window']}"
         value = measured["perplexity"]
         scores.append(_Score(on, "perplexity", value, f"{value:.3f}", text))
@@ -271,8 +279,8 @@ def _scores(document: Mapping[str, Any]) -> list[_Score]:
         if not math.isfinite(float(value)):
             continue
         on = f"`{task}` of lm-eval, {documents} documents, {shots} shots"
-        shown = value if error == "-" else f"{value} ± {error}"
-        scores.append(_Score(on, metric, float(value), shown, task))
+        text = value if error == "-" else f"{value} ± {error}"
+        scores.append(_Score(on, metric, float(value), text, task))
     return scores
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, read from its configuration, its safetensors headers and its report: no weights."""
+"""The contents of a checkpoint folder, read from configuration, safetensors headers and report, without weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8"
 
 
 class StoredTensor(NamedTuple):
-    """One tensor of a checkpoint as its file's header has it."""
+    """A tensor as described by the header of its file."""
 
     shape: tuple[int, ...]
     parameters: int
@@ -33,7 +33,7 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class LowRankModule:
-    """A low-rank linear of a checkpoint; sizes in parameters and bytes, bias included."""
+    """A low-rank linear of a checkpoint; parameters and bytes include the bias."""
 
     name: str
     layer: int
@@ -47,7 +47,7 @@ class LowRankModule:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the model that the bytes go to."""
+    """A part of the model, such as the dense MLP linears, and its size."""
 
     name: str
     tensors: int
@@ -57,7 +57,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``inspect_checkpoint`` found; ``report`` is ``None`` where the folder has none."""
+    """The result of ``inspect_checkpoint``; ``report`` is ``None`` if the folder has none."""
 
     directory: str
     model_type: str
@@ -68,7 +68,7 @@ class Inspection:
 
     @property
     def parameters(self) -> int:
-        """Logical parameters stored; a tied weight is stored once."""
+        """Logical parameters; a tied weight counts once."""
         return sum(part.parameters for part in self.parts)
 
     @property
@@ -78,16 +78,16 @@ class Inspection:
 
     @property
     def dense_parameters(self) -> int:
-        """Parameters the model would have with the low-rank linears dense."""
+        """Parameters of the model if its low-rank linears were dense."""
         return self.parameters + sum(module.dense_parameters - module.parameters for module in self.modules)
 
     @property
     def compression_ratio(self) -> float:
-        """Fraction of the dense model's parameters that is gone."""
+        """Fraction of the dense model's parameters that was removed."""
         return 1 - self.parameters / self.dense_parameters
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
+        """All fields and sizes as JSON values."""
         return {
             "directory": self.directory,
             "model_type": self.model_type,
@@ -103,10 +103,19 @@ class Inspection:
 
 
 def inspect_checkpoint(directory: str | Path) -> Inspection:
-    """Read what a checkpoint folder holds; also one that was not compressed.
+    """Read the contents of a checkpoint folder, compressed or not.
 
     Raises:
-        CheckpointError: if the folder, its configuration or its tensors cannot be read, or do not fit together.
+        CheckpointError: if configuration, tensors or report cannot be read, or do not match.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=12, n_layer=1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     inspect_checkpoint(folder).parameters
+        617280
     """
     directory = Path(directory)
     config = _read_config(directory)
@@ -122,8 +131,8 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
         parts=tuple(
             sorted(
                 (
-                    Part(name, len(found), sum(t.parameters for t in found), sum(t.bytes for t in found))
-                    for name, found in parts.items()
+                    Part(name, len(stored), sum(t.parameters for t in stored), sum(t.bytes for t in stored))
+                    for name, stored in parts.items()
                 ),
                 key=lambda part: -part.bytes,
             )
@@ -136,7 +145,7 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
 
 
 def short_name(module: str) -> str:
-    """A module's name within its layer, the last part of its path: ``"q_proj"``."""
+    """The last part of a module's path: ``"q_proj"``."""
     return module.rpartition(".")[2]
 
 
@@ -147,7 +156,7 @@ def _read_config(directory: Path) -> Mapping[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); expected the one that transformers wrote") from error
+        raise CheckpointError(f"{path} is not JSON ({error}); expected the file that transformers wrote") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a {type(config).__name__}; expected a JSON object")
     return config
@@ -161,7 +170,7 @@ def _ranks(config: Mapping[str, Any], path: Path) -> dict[str, int]:
         return {}
     ranks = quantization.get("ranks", {})
     if not isinstance(ranks, dict) or not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
-        raise CheckpointError(f"{path}: ranks must map module names to ranks from 0 up, got {ranks!r}")
+        raise CheckpointError(f"{path}: ranks must map module names to integers of at least 0, got {ranks!r}")
     return ranks
 
 
@@ -173,7 +182,7 @@ def _read_headers(directory: Path) -> dict[str, StoredTensor]:
     for file in files:
         try:
             with safe_open(file, framework="np") as handle:
-                for name in handle.keys():  # noqa: SIM118 - a safetensors handle, no mapping
+                for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
                     piece = handle.get_slice(name)
                     shape = tuple(piece.get_shape())
                     parameters = math.prod(shape)
@@ -182,7 +191,7 @@ def _read_headers(directory: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{file} cannot be read ({error}); expected a complete safetensors file") from error
         except KeyError as error:
             raise CheckpointError(
-                f"{file} has tensors of the type {error}; expected one of {', '.join(_ITEM_BYTES)}"
+                f"{file} has tensors of dtype {error}; expected one of {', '.join(_ITEM_BYTES)}"
             ) from error
     return tensors
 
@@ -190,7 +199,9 @@ def _read_headers(directory: Path) -> dict[str, StoredTensor]:
 def _module(name: str, rank: int, tensors: Mapping[str, StoredTensor]) -> LowRankModule:
     U, Vh, bias = (tensors.get(f"{name}.{suffix}") for suffix in ("U", "Vh", "bias"))
     if U is None or Vh is None:
-        raise CheckpointError(f"config.json gives {name} rank {rank}, but the files lack {name}.U or {name}.Vh")
+        raise CheckpointError(
+            f"config.json gives {name} rank {rank}, but {name}.U or {name}.Vh is missing in the files"
+        )
     if U.shape[1:] != (rank,) or Vh.shape[:1] != (rank,):
         raise CheckpointError(
             f"config.json gives {name} rank {rank}, but its tensors are U {U.shape} and Vh {Vh.shape}; "
@@ -212,10 +223,10 @@ def _module(name: str, rank: int, tensors: Mapping[str, StoredTensor]) -> LowRan
 
 def _part(tensor: str, ranks: Mapping[str, int]) -> str:
     module = tensor.rpartition(".")[0]
-    found = _LAYER.search(tensor)
-    if found is None:
+    match = _LAYER.search(tensor)
+    if match is None:
         return "embeddings" if _EMBEDDING.search(tensor) else "norms" if _NORM.search(tensor) else "head and other"
-    if _NORM.search(found[2]):
+    if _NORM.search(match[2]):
         return "norms"
-    block = family_of(tensor).block(found[2])
+    block = family_of(tensor).block(match[2])
     return f"{block}, low-rank" if module in ranks else f"{block}, dense"

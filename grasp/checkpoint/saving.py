@@ -83,9 +83,8 @@ def save_checkpoint(
 
     Example:
         >>> import tempfile
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 8}
-        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=12, n_layer=1))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     sorted(path.name for path in save_checkpoint(model, f"{folder}/small").iterdir())
         ['config.json', 'generation_config.json', 'model.safetensors']

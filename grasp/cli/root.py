@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from grasp.errors import GraspError
+from grasp.formatting import one_line
 from grasp.version import __version__
 
 app = typer.Typer(
@@ -36,7 +37,7 @@ def main() -> None:
     except (GraspError, ValueError, OSError) as error:
         if "--traceback" in sys.argv:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error, None)}", file=sys.stderr)
         sys.exit(BAD_INPUT)
 
 

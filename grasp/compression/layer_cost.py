@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from grasp.errors import UnsupportedModelError
+from grasp.formatting import one_line
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import DenseLinear
 from grasp.model.hf_quantizer import ranks_in
@@ -217,6 +218,6 @@ def _traceable(config: PreTrainedConfig) -> Iterator[None]:
     except RuntimeError as error:
         raise UnsupportedModelError(
             f"what a {config.model_type} model costs cannot be estimated: "
-            f"{next(iter(str(error).splitlines()), type(error).__name__)}. Give a number as batch size and go without "
+            f"{one_line(error)}. Give a number as batch size and go without "
             "a dry run, or try another dtype"
         ) from error

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grasp.errors import DistributedError
+from grasp.formatting import one_line
 from grasp.model.batch import CalibrationBatch
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ class Processes:
             dist.all_reduce(failed)
         if failed.any():
             source = int(failed.argmax())
-            reason = self._broadcast(source, _one_line(error).encode()).decode()
+            reason = self._broadcast(source, (one_line(error, None) if error else "").encode()).decode()
             if error is None:
                 raise DistributedError(f"process {source} of {self.size} failed: {reason}")
 
@@ -197,7 +198,7 @@ class Processes:
     def _lost(self, error: Exception) -> DistributedError:
         return DistributedError(
             f"process {self.rank} of {self.size} has lost the others: one of them has ended, or is more than {TIMEOUT} "
-            f"h behind. Its own message has the reason; start all of them again ({_one_line(error)[:200]})"
+            f"h behind. Its own message has the reason; start all of them again ({one_line(error)})"
         )
 
 
@@ -221,7 +222,7 @@ def joined(device: torch.device, *, sharded: bool = False) -> Iterator[Processes
         dist.init_process_group(timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise DistributedError(
-            f"the other processes cannot be reached ({_one_line(error)}); start them with torchrun"
+            f"the other processes cannot be reached ({one_line(error)}); start them with torchrun"
         ) from error
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), sharded)
@@ -247,7 +248,3 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
                 bucket = []
             bucket.append(tensor)
         yield bucket
-
-
-def _one_line(error: BaseException | None) -> str:
-    return " ".join(str(error).split())

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from grasp.errors import CalibrationError, GraspError, NonFiniteError, OutOfMemoryError
+from grasp.formatting import one_line
 from grasp.loading import out_of_memory
 
 
@@ -39,7 +40,7 @@ def within_memory(batch_size: int | str, length: int) -> Iterator[None]:
         raise
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise NonFiniteError(
-            f"a singular value decomposition failed ({' '.join(str(error).split())}); the weights may be damaged. "
+            f"a singular value decomposition failed ({one_line(error)}); the weights may be damaged. "
             "Check them, or try --dtype float32 or --device cpu"
         ) from error
     except (RuntimeError, MemoryError) as error:

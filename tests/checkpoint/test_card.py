@@ -80,7 +80,7 @@ def test_a_base_model_that_is_not_on_the_hub_is_no_link(
     data = ModelCard(text).data.to_dict()
     assert "base_model" not in data
     assert "base_model_relation" not in data
-    assert f"# {title}, compressed\n\n{title}, made smaller" in text
+    assert f"# {title}, compressed\n\n{title}, compressed with" in text
     assert "someone" not in text
 
 
@@ -95,7 +95,7 @@ def test_table_says_what_was_compressed_and_what_that_took_out(model: PreTrained
     text = model_card(model, base_model=None, details="## Quality\n\nPerplexity 10 → 12.")
     before = sum(p.numel() for p in tiny_model("qwen2").parameters())
     after = sum(p.numel() for p in model.parameters())
-    assert f"takes {1 - after / before:.1%} of the parameters out of the model ({before:,} before" in text
+    assert f"removes {1 - after / before:.1%} of the model's parameters ({before:,} before" in text
     assert f", {after:,} now)" in text
     kept = (4 * (48 + 32) + 8 * (32 + 32) + 32) / (48 * 32 + 32 * 32 + 32)
     assert f"| `model.layers.1` | `self_attn.q_proj` 8 of 32, `mlp.up_proj` 4 of 32 | {kept:.1%} |\n" in text

@@ -106,7 +106,7 @@ def set_report(**values: object) -> Callable[[Path], object]:
     ("damage", "words"),
     [
         (edit_config, r"config.json gives .* rank \d+, but its tensors are U"),
-        (drop_factor, r"but the files lack .*q_proj.U or .*q_proj.Vh"),
+        (drop_factor, r"q_proj.U or .*q_proj.Vh is missing"),
         (cut, "model.safetensors cannot be read .* expected a complete safetensors file"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), "holds a list; expected a JSON object"),

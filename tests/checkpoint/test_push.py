@@ -119,7 +119,7 @@ def test_after_a_failure_the_same_command_sends_only_what_is_missing(folder: Pat
         ("someone/small", None, True, ["no token for the hub", "hf auth login", "HF_TOKEN"]),
         ("someone/small", f"{TOKEN}Wrong", True, ["401", "the token is not valid"]),
         ("somebody-else/small", TOKEN, True, ["403", "write access"]),
-        ("no name/at all", TOKEN, True, ["no name of a repository", "owner/name"]),
+        ("no name/at all", TOKEN, True, ["no name/at all", "owner/name"]),
         ("someone/small", TOKEN, False, ["failed", "run the same command again"]),
     ],
 )
@@ -153,7 +153,7 @@ def test_a_repository_that_is_public_is_not_taken_for_a_private_one(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.repositories = {"someone/public": "public"}
-    with pytest.raises(HubError, match="is there and public; nothing was uploaded"):
+    with pytest.raises(HubError, match=r"someone/public.* public"):
         upload(folder, "someone/public", private=True)
     assert not hub.files
 
@@ -176,7 +176,7 @@ def drop_tokenizer(folder: Path) -> None:
     ("damage", "words"),
     [
         (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
-        (break_index, "lacks 1 of|the files lack"),
+        (break_index, "lacks 1 of|is missing"),
         (cut_weights, "cannot be read"),
         (drop_tokenizer, "has no tokenizer"),
         (lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x"), "may be a pickle"),
