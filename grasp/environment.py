@@ -1,4 +1,4 @@
-"""What this machine has: versions, processors, and which backends of the dispatch table can run."""
+"""Facts of this machine: versions, processors, and which backends of the dispatch table can run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "hu
 
 
 def environment() -> dict[str, Any]:
-    """Versions, CPU, GPUs, backends with the reason why an absent one is absent, and how checkpoints get loaded."""
+    """Versions, CPU, GPUs, backends with the reason why one is missing, and whether transformers loads checkpoints."""
     return {
         "versions": {"grasp": __version__, "python": platform.python_version(), **_versions()},
         "platform": platform.platform(),
@@ -32,13 +32,13 @@ def environment() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
+    versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def _gpu(index: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Measure launch configurations on the present card and keep the fastest: what ``grasp bench tune`` runs."""
+"""Measure launch configurations on this machine's GPU and save the fastest; ``grasp bench tune`` runs this."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from grasp_kernels.triton.launch import gpu_of
 from grasp_kernels.triton.lowrank_glu import run as run_glu
 from grasp_kernels.triton.lowrank_linear import run as run_linear
 
-COLD_BYTES = 150 << 20  # of distinct factors in one measurement: more than any card's L2 cache holds
+COLD_BYTES = 150 << 20  # of distinct factors in one measurement: more than the L2 cache of any GPU
 MIN_CALLS = 20  # in one measurement
 WARM_UP_MS, REPLAYS = 200, 25
-GAIN = 0.99  # of the time so far: what a change must stay below, lest noise choose
+GAIN = 0.99  # a change must take less than this fraction of the best time, so that noise does not decide
 AGREEMENT = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # norm-wise, with matrix products
 
-# What is tried, one field after the other, each from the best so far.
+# Candidate values, one field after the other; each field starts from the best configuration so far.
 STEPS: dict[str, dict[str, tuple[Any, ...]]] = {
     "pair": {
         "splits": (1, 2, 4, 8, 16),
@@ -63,7 +63,7 @@ Measure = Callable[[Sequence[Callable[[], Any]]], float]
 
 
 class Workload(NamedTuple):
-    """A call to tune for: M rows of K features, and (N, R) of each member."""
+    """A call to tune for: M rows of K features, and (N, R) of each member of the group."""
 
     rows: int
     in_features: int
@@ -72,7 +72,7 @@ class Workload(NamedTuple):
 
 
 def measure_graph(calls: Sequence[Callable[[], Any]]) -> float:
-    """Median µs per call in one CUDA graph of them all; the calls' factors together should exceed the L2 cache."""
+    """Median µs per call in one CUDA graph of all calls; their factors together should exceed the L2 cache."""
     for call in calls[:2]:
         call()
     graph = torch.cuda.CUDAGraph()
@@ -102,26 +102,26 @@ def tune(
     directory: Path = CONFIGS,
     measure: Measure = measure_graph,
 ) -> Path:
-    """Find the fastest configuration for each workload and write the card's file, which replaces an earlier one.
+    """Find the fastest configuration for each workload, and write the GPU's file in place of an earlier one.
 
     Args:
         kernel: ``"lowrank_linear"``, also for grouped calls, or ``"lowrank_glu"``, whose workloads have two members.
-        workloads: what to tune for.
-        device: the card.
-        directory: where the file goes; the package looks for it in ``launch_configs.CONFIGS``.
-        measure: µs per call of some calls that do the same on different data.
+        workloads: the calls to tune for.
+        device: the GPU.
+        directory: folder of the file; the package reads it from ``launch_configs.CONFIGS``.
+        measure: µs per call of several calls that do the same on different data.
 
     Returns:
         The file's path.
 
     Raises:
-        ValueError: if ``kernel`` is unknown, or nothing was asked for.
+        ValueError: if ``kernel`` is unknown, or there are no workloads.
         RuntimeError: inside the capture of a CUDA graph, or if a configuration gives a wrong result.
     """
     if kernel not in PATHS_OF or not workloads:
         raise ValueError(f"expected a kernel of {', '.join(PATHS_OF)} and workloads, got {kernel!r}, {len(workloads)}")
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("tuning launches and times kernels; run it before the capture of a CUDA graph, not within")
+        raise RuntimeError("tuning launches and times kernels; run it before the capture of a CUDA graph, not inside")
     device = torch.device(device)
     measured: dict[LaunchKey, tuple[Config, float]] = {}
     for workload in workloads:
@@ -131,7 +131,7 @@ def tune(
 
 
 def workload_key(workload: Workload) -> LaunchKey:
-    """The key under which a workload's configuration is kept."""
+    """The key of a workload's configuration."""
     width, rank = (sum(column) for column in zip(*workload.members, strict=True))
     return LaunchKey.of(workload.rows, width, workload.in_features, rank, workload.dtype, len(workload.members))
 
@@ -139,14 +139,14 @@ def workload_key(workload: Workload) -> LaunchKey:
 def _fastest(
     kernel: str, workload: Workload, key: LaunchKey, device: torch.device, measure: Measure
 ) -> tuple[Config, float]:
-    """Descend one field at a time on each path, and take the best path."""
+    """Optimize one field at a time on each path, and return the best configuration of all paths."""
     run = _RUN[kernel]
     inputs = list(_inputs(workload, device))
     start = rule_of_thumb(kernel, key, gpu_of(device))
     expected = run(*inputs[0], replace(start, path="gemms"))
 
     def time(config: Config) -> float | None:
-        """µs per call; ``None`` where the card has no room for the configuration."""
+        """µs per call; ``None`` if the configuration needs more registers or shared memory than the GPU has."""
         try:
             _check(run(*inputs[0], config), expected, config)
         except OutOfResources:
@@ -168,7 +168,7 @@ def _descend(
     time: Callable[[Config], float | None],
     best: tuple[Config, float] | None,
 ) -> tuple[Config, float] | None:
-    """The better of ``best`` and what ``config`` becomes when each field in turn takes its fastest value."""
+    """The faster of ``best`` and ``config`` after each field in turn was set to its fastest value."""
     fastest = time(config)
     for field, values in steps.items():
         for value in values:
@@ -182,7 +182,7 @@ def _descend(
 
 
 def _inputs(workload: Workload, device: torch.device) -> Iterator[tuple[Tensor, list[Factors]]]:
-    """One x and its packed factors per call, so many that each call finds its factors outside the L2 cache."""
+    """x and packed factors of each call; so many calls that no factors are in the L2 cache when a call starts."""
     rows, K, members, dtype = workload
     size = sum(R * (N + K) for N, R in members) * dtype.itemsize
     calls = max(MIN_CALLS, -(-COLD_BYTES // size)) if device.type == "cuda" else 1
@@ -199,9 +199,9 @@ def _inputs(workload: Workload, device: torch.device) -> Iterator[tuple[Tensor, 
 
 
 def _check(got: Sequence[Tensor], expected: Sequence[Tensor], config: Config) -> None:
-    """A wrong kernel is not timed."""
-    for y, right in zip(got, expected, strict=True):
-        error = float((y.double() - right.double()).norm() / right.double().norm())
+    """Refuse to time a wrong kernel."""
+    for y, expected_y in zip(got, expected, strict=True):
+        error = float((y.double() - expected_y.double()).norm() / expected_y.double().norm())
         if not error <= AGREEMENT[y.dtype]:
             raise RuntimeError(f"{config} is off by {error:.1e}, expected at most {AGREEMENT[y.dtype]:.0e}")
 

@@ -1,4 +1,4 @@
-"""What the public ops require of their arguments: checked once, at the door; every message has both sides."""
+"""The checks of the public ops' arguments, done once; every message says what was got and what was expected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_factors(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None = None) -> None:
-    """Check that the factors apply to ``x``: first whether all is well, which costs 1 µs, and only then what is not.
+    """Check that the factors apply to ``x``. A valid call passes one test of 1 µs; the others find what is wrong.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not agree.
@@ -26,7 +26,7 @@ def check_factors(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tens
 def check_singular_value_grad(
     x: Tensor, grad_y: Tensor, U: Tensor, Vh: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None
 ) -> None:
-    """Check the arguments of ``singular_value_grad``, except for the values of ``cu_seqlens``.
+    """Check the arguments of ``singular_value_grad`` but not the values of ``cu_seqlens``.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not agree.
@@ -50,7 +50,7 @@ def check_singular_value_grad(
 
 
 def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
-    """Check the values, which only the running op may read; not while a CUDA graph is captured, for that would sync.
+    """Check the values of ``cu_seqlens``; not while a CUDA graph is captured, because that would synchronize.
 
     Raises:
         ValueError: if they do not rise from 0 to ``tokens``.

@@ -1,6 +1,6 @@
 """CPU: the compiled kernels of csrc/cpu, ``((x @ Vh.mT) * s) @ U.mT + bias`` for few rows, and the gated linear unit.
 
-They run on PyTorch's own OpenMP threads, ``torch.get_num_threads()`` of them.
+They run on PyTorch's own OpenMP threads; ``torch.get_num_threads()`` is their number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _UNGATED = -1
 
 
 def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None) -> Tensor:
-    """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). The arguments and result of ``reference.lowrank_linear``."""
+    """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). Arguments and result as in ``reference.lowrank_linear``."""
     y = x.new_empty(x.shape[0], U.shape[0])
     _run(x, ((U, s, Vh, bias),), (y,), _UNGATED, 0)
     return y
@@ -47,9 +47,9 @@ def run(
 
     Args:
         x: (M, K); fp32, fp16 or bf16 on the CPU.
-        factors: of x's dtype; s may be fp32. What the kernels cannot read in place is copied first.
-        activation: with one, ``factors`` are the gate and the up projection, and there is one output.
-        instruction_set: one of ``INSTRUCTION_SETS``; ``"auto"`` is the best for the call.
+        factors: dtype of x; s may be fp32. Tensors that the kernels cannot read in place are copied first.
+        activation: if given, ``factors`` are the gate and the up projection, and there is one output.
+        instruction_set: one of ``INSTRUCTION_SETS``; ``"auto"`` is the best one for the call.
 
     Raises:
         RuntimeError: if this processor or this build lacks the instruction set.

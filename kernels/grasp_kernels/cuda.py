@@ -1,7 +1,7 @@
 """CUDA: the compiled decode kernels of csrc/cuda, ``((x @ Vh.mT) * s) @ U.mT + bias`` for up to 16 rows.
 
-``pair`` is two launches, shrink and expand, ``dependent`` the same with the second starting under the first's tail,
-``cooperative`` one launch with a grid barrier between the two phases.
+``pair`` is two launches, shrink and expand. ``dependent`` is the same, but the second starts before the first ends.
+``cooperative`` is one launch with a grid barrier between the two phases.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from grasp_kernels.extension import DTYPE_CODES, Tensors, in_place, pointers
 from grasp_kernels.reference import Factors
 
 PATH_CODES = {"auto": 0, "pair": 1, "dependent": 2, "cooperative": 3}  # grasp_cuda_path in csrc/lowrank.h
-_RANK = 9  # its place in what `pointers` gives
+_RANK = 9  # the index of R in the tuple of `pointers`
 
 _workspaces: dict[tuple[int, int], Tensor] = {}  # (device, stream) → bytes
 
 
 def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None) -> Tensor:
-    """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). The arguments and result of ``reference.lowrank_linear``."""
+    """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). Arguments and result as in ``reference.lowrank_linear``."""
     return run(x, ((U, s, Vh, bias),))[0]
 
 
 def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
-    """Several low-rank linears of one input; x is (M, K). One pair of launches for up to 8 of them."""
+    """Several low-rank linears of one input; x is (M, K). One pair of launches runs up to 8 of them."""
     return run(x, factors)
 
 
@@ -39,21 +39,21 @@ def run(x: Tensor, factors: Sequence[Tensors], *, path: str = "auto", splits: in
 
     Args:
         x: (M, K), M at most 16; fp32, fp16 or bf16 on a CUDA device.
-        factors: of x's dtype, on its device; s may be fp32. What the kernels cannot read in place is copied first.
-        path: one of ``PATH_CODES``; ``"auto"`` is the pair, dependent where the card can.
-        splits: of K, each a partial sum of h; 0 makes as many as the card has room for.
+        factors: dtype and device of x; s may be fp32. Tensors that the kernels cannot read in place are copied first.
+        path: one of ``PATH_CODES``; ``"auto"`` is the pair, dependent if the GPU can.
+        splits: of K, one partial sum of h each; 0 makes as many as the GPU has room for.
 
     Raises:
-        ValueError: if the launcher does not take the arguments.
-        RuntimeError: if the card cannot run the path, or a CUDA call fails; the message has CUDA's.
+        ValueError: if the launcher refuses the arguments.
+        RuntimeError: if the GPU cannot run the path, or a CUDA call fails; the message has CUDA's reason.
     """
     rows, K = x.shape
     outputs = [x.new_empty(rows, group[0].shape[0]) for group in factors]
     if rows == 0:
         return outputs
     x, stride = in_place(x)
-    taken = [pointers(group, output) for group, output in zip(factors, outputs, strict=True)]
-    groups = tuple([group for group, _ in taken])  # `taken` keeps copies alive that they point to
+    pointed = [pointers(group, output) for group, output in zip(factors, outputs, strict=True)]
+    groups = tuple([group for group, _ in pointed])  # `pointed` keeps the copies alive that they point to
     size = _workspace_bytes(rows, tuple([group[_RANK] for group in groups]))
     with on_device(x.device):
         _load_kernels(x.device)
@@ -71,7 +71,7 @@ def _module() -> Any:
 
 @functools.cache
 def _load_kernels(device: torch.device) -> None:
-    """Load the kernels: a capture could otherwise meet one that has never run."""
+    """Load the kernels: otherwise a capture could need one that has never run."""
     _module().load()
 
 
@@ -81,15 +81,15 @@ def _workspace_bytes(rows: int, ranks: tuple[int, ...]) -> int:
 
 
 def _workspace(device: torch.device, size: int) -> tuple[int, Tensor]:
-    """The current stream, and memory for h that no call on another stream is given.
+    """The current stream, and memory for h that only calls on this stream use.
 
-    Calls on one stream follow one another and share theirs. A graph may be replayed beside that stream: what it
-    captures gets memory of the graph's own.
+    Calls on one stream run one after the other and share their memory. A graph may be replayed beside that stream, so
+    a captured call gets memory that belongs to the graph.
     """
     stream: int = torch._C._cuda_getCurrentRawStream(device.index)
     if torch.cuda.is_current_stream_capturing():
         return stream, torch.empty(size, dtype=torch.uint8, device=device)
-    held = _workspaces.get((device.index, stream))
-    if held is None or held.numel() < size:
-        held = _workspaces[device.index, stream] = torch.empty(size, dtype=torch.uint8, device=device)
-    return stream, held
+    workspace = _workspaces.get((device.index, stream))
+    if workspace is None or workspace.numel() < size:
+        workspace = _workspaces[device.index, stream] = torch.empty(size, dtype=torch.uint8, device=device)
+    return stream, workspace

@@ -18,7 +18,15 @@ OPS = ("lowrank_linear", "lowrank_linear_grouped", "lowrank_glu", "singular_valu
 
 
 class BackendUnavailableError(RuntimeError):
-    """The backend that was named cannot run this call; the message has its reason."""
+    """The backend that was named cannot run this call; the message has its reason.
+
+    Example:
+        >>> import torch
+        >>> from grasp_kernels import lowrank_linear
+        >>> lowrank_linear(torch.ones(1, 8), torch.ones(4, 2), None, torch.ones(2, 8), backend="cuda")
+        Traceback (most recent call last):
+        grasp_kernels.dispatch.BackendUnavailableError: backend 'cuda' cannot run lowrank_linear on cpu ...
+    """
 
 
 class Call(NamedTuple):

@@ -1,4 +1,4 @@
-"""The compiled modules: why one is missing, how tensors are handed to the CUDA one, and where their C header is."""
+"""The compiled modules: why one is missing, how the CUDA module gets its tensors, and where the C header is."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # U, s, Vh, bias: what ``Factors`` is
+Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # U, s, Vh, bias, as in ``Factors``
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # grasp_dtype in csrc/lowrank.h
 
 
 def module_missing(name: str, needs: str) -> str | None:
-    """Why a compiled module cannot be used, or ``None`` where it loads.
+    """The reason why a compiled module cannot be used, or ``None`` if it loads.
 
     Args:
         name: the module's full name.
-        needs: what its build takes, for the message.
+        needs: the requirements of its build, for the message.
     """
     if importlib.util.find_spec(name) is None:
-        return f"its module was not built; that takes {needs} when the package is installed"
+        return f"its module was not built; the build needs {needs} when the package is installed"
     try:
         importlib.import_module(name)
     except ImportError as error:
@@ -31,16 +31,23 @@ def module_missing(name: str, needs: str) -> str | None:
 
 
 def get_include() -> str:
-    """The folder of ``lowrank.h``, the C interface of the kernels; the library to link is in the folder ``lib``."""
+    """The folder of ``lowrank.h``, the C interface of the kernels. The library to link is in the package's ``lib``.
+
+    Example:
+        >>> import os
+        >>> from grasp_kernels import get_include
+        >>> "lowrank.h" in os.listdir(get_include())
+        True
+    """
     package = Path(__file__).parent
     installed = package / "include"
     return str(installed if installed.is_dir() else package.parents[1] / "csrc")
 
 
 def in_place(matrix: Tensor) -> tuple[Tensor, int]:
-    """A matrix that the kernels can read, itself or else a copy, and the stride of its rows, in elements.
+    """The matrix, copied if the kernels cannot read it in place, and the stride of its rows in elements.
 
-    They want the elements of a row to be neighbours, and rows not to overlap.
+    They need rows that are contiguous and do not overlap.
     """
     if not matrix.is_contiguous():
         row, element = matrix.stride()
@@ -51,7 +58,7 @@ def in_place(matrix: Tensor) -> tuple[Tensor, int]:
 
 
 def pointers(factors: Tensors, output: Tensor) -> tuple[tuple[int, ...], Tensors]:
-    """What a module takes for a group (see csrc/groups.h), and the tensors that it points to, to be kept that long."""
+    """A group as the CUDA module takes it (see csrc/groups.h), and the tensors it points to, to be kept alive."""
     U, s, Vh, bias = factors
     N, R = U.shape
     U, U_stride = in_place(U)

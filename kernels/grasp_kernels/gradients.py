@@ -1,4 +1,4 @@
-"""Backward of each op, in terms of ordinary ops, so that it can be traced and differentiated again."""
+"""The backward of each op, made of ordinary ops, so that it can be traced and differentiated again."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from grasp_kernels.reference import ACTIVATIONS, Factors, accumulation_dtype, pr
 
 
 def regroup(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> list[Factors]:
-    """The list of factors again, from what the op ``grasp::lowrank_linear_grouped`` is given in its place.
+    """The list of factors, rebuilt from the arguments of the op ``grasp::lowrank_linear_grouped``.
 
     Args:
-        columns: the U, s, Vh and bias of all groups, absent ones left out.
-        present: which of the 4 each group has, 4 per group.
+        columns: the U, s, Vh and bias of all groups, without the absent ones.
+        present: 4 per group: which of U, s, Vh and bias it has.
     """
     remaining = [iter(column) for column in columns]
     groups = []
@@ -31,7 +31,7 @@ def regroup(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> lis
 def _factor_grads(
     needs: Sequence[bool], grad_y: Tensor, x: Tensor, factors: Factors
 ) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
-    """Gradients of one low-rank linear in x and in (U, s, Vh, bias); ``needs`` says for which of the five."""
+    """Gradients of one low-rank linear in x and in (U, s, Vh, bias); ``needs`` tells which of the five to compute."""
     U, s, Vh, bias = factors
     x, grad_y = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
     needs_x, needs_U, needs_s, needs_Vh, needs_bias = needs
@@ -53,7 +53,7 @@ def _factor_grads(
 
 
 def lowrank_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Keep what the backward of ``lowrank_linear`` reads."""
+    """Save the tensors that the backward of ``lowrank_linear`` needs."""
     ctx.save_for_backward(*inputs[:5])
 
 
@@ -65,7 +65,7 @@ def lowrank_linear_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ..
 
 
 def lowrank_linear_grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Keep what the backward of ``lowrank_linear_grouped`` reads."""
+    """Save the tensors that the backward of ``lowrank_linear_grouped`` needs."""
     x, *columns, present, _ = inputs
     ctx.counts = [len(column) for column in columns]
     ctx.present = present
@@ -92,7 +92,7 @@ def lowrank_linear_grouped_backward(ctx: Any, grad_ys: list[Tensor]) -> tuple[An
 
 
 def lowrank_glu_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Keep what the backward of ``lowrank_glu`` reads."""
+    """Save the tensors that the backward of ``lowrank_glu`` needs."""
     ctx.save_for_backward(*inputs[:9])
     ctx.activation = inputs[9]
 
@@ -112,7 +112,7 @@ def lowrank_glu_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def singular_value_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Keep what the backward of ``singular_value_grad`` reads."""
+    """Save the tensors that the backward of ``singular_value_grad`` needs."""
     x, grad_y, U, Vh, cu_seqlens, ctx.per_sample, ctx.unit, mask, _ = inputs
     ctx.save_for_backward(x, grad_y, U, Vh, cu_seqlens, mask)
 
@@ -123,7 +123,7 @@ def singular_value_grad_backward(ctx: Any, grad_first: Tensor, grad_second: Tens
     dtype = accumulation_dtype(x.dtype)
     flat_x, flat_d = x.reshape(-1, x.shape[-1]).to(dtype), grad_y.reshape(-1, grad_y.shape[-1]).to(dtype)
     d_U, x_V = flat_d @ U.to(dtype), flat_x @ Vh.to(dtype).mT  # [T, R]
-    sample = None  # [T]: the sample of each token
+    sample = None  # [T], the sample of each token
     if cu_seqlens is not None:
         starts = torch.arange(flat_x.shape[0], device=x.device, dtype=cu_seqlens.dtype)
         sample = torch.searchsorted(cu_seqlens[1:], starts, right=True)

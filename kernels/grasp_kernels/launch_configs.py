@@ -1,6 +1,6 @@
-"""Which launch configuration serves a key: measured ones, one JSON file per card and kernel, else a rule of thumb.
+"""The launch configuration of a call: measured ones, in one JSON file per GPU and kernel, else a rule of thumb.
 
-A file is used only with the Triton version and the kernel source it was measured with; ``status`` says why one is not.
+A file is used only with the Triton version and kernel source that it was measured with; ``status`` says why it is not.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ SOURCES = {
     "lowrank_glu": ("triton/lowrank_glu.py", "triton/lowrank_linear.py", "triton/tiles.py"),
 }
 PATHS = ("pair", "fused", "gemms")
-PAIR_ROWS, FUSED_ROWS, FUSED_RANK = 512, 64, 256  # the most that a path serves; of a higher rank, registers spill
-REREAD_BYTES = 8 << 20  # of partial sums through the L2 cache: more, and one program adds them up for all (E)
-UNTUNED_PAIR_ROWS = 64  # above, matrix products until a card has measured otherwise
+PAIR_ROWS, FUSED_ROWS, FUSED_RANK = 512, 64, 256  # most rows and rank of a path; above the rank, registers spill
+REREAD_BYTES = 8 << 20  # of partial sums through the L2 cache; above, one program adds them up for all; an estimate
+UNTUNED_PAIR_ROWS = 64  # above, matrix products, unless a measurement on the GPU says otherwise
 FULL_PRECISION_PAIR_ROWS = 16
-MAX_DOUBLINGS = 2.0  # in any one dimension, between a key and the measured one whose configuration it borrows
+MAX_DOUBLINGS = 2.0  # in any one dimension, between a key and the measured key whose configuration it uses
 
 
 class LaunchKey(NamedTuple):
-    """What a configuration is chosen by. A grouped call is one key: widths and ranks are summed."""
+    """The properties of a call that its configuration depends on. Widths and ranks of a grouped call are summed."""
 
     rows: int  # M, rounded up to a power of two
     width: int  # N
@@ -50,22 +50,22 @@ class LaunchKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Config:
-    """How a key is launched. Blocks are elements of a program's tile; the others count warps, stages, splits."""
+    """A launch configuration. Blocks are elements of a program's tile; the others count warps, stages, splits."""
 
     path: str  # one of PATHS
-    block_m: int  # of both phases, where there are as many rows
+    block_m: int  # in both phases; smaller if there are fewer rows
     shrink_block_r: int
     shrink_block_k: int
-    splits: int  # programs that share one tile of h
+    splits: int  # programs that compute partial sums of one tile of h
     shrink_warps: int
-    reduce: bool  # the last of them adds up the partial sums, instead of every reader
+    reduce: bool  # the last of these programs adds up the partial sums; otherwise every reader does
     expand_block_n: int
     expand_block_r: int
     expand_warps: int
     stages: int
 
 
-MATRIX_PRODUCTS = Config(  # the blocks serve the dual expand that follows them in a gated linear unit
+MATRIX_PRODUCTS = Config(  # the blocks are those of the dual expand that follows in a gated linear unit
     path="gemms",
     block_m=128,
     shrink_block_r=16,
@@ -81,45 +81,45 @@ MATRIX_PRODUCTS = Config(  # the blocks serve the dual expand that follows them 
 
 
 class Table(NamedTuple):
-    """The measured configurations of a card and kernel, and what became of their file."""
+    """The measured configurations of a GPU and kernel, and whether their file is used."""
 
     entries: dict[LaunchKey, Config]
     status: str
 
 
-def choose(kernel: str, card: Gpu, key: LaunchKey) -> Config:
-    """The configuration measured for the nearest key on this card, or else the rule of thumb's."""
-    return _choose(kernel, card, key, CONFIGS)
+def choose(kernel: str, gpu: Gpu, key: LaunchKey) -> Config:
+    """The configuration measured for the nearest key on this GPU, otherwise that of the rule of thumb."""
+    return _choose(kernel, gpu, key, CONFIGS)
 
 
-def status(kernel: str, card: Gpu) -> str:
-    """How many measured configurations are in use for a card, or why none is."""
-    return load(kernel, card.name, CONFIGS).status
+def status(kernel: str, gpu: Gpu) -> str:
+    """How many measured configurations are used for a GPU, or why none is."""
+    return load(kernel, gpu.name, CONFIGS).status
 
 
 def source_stamp(kernel: str) -> str:
-    """A hash of the files that a kernel is made of."""
+    """A hash of the source files of a kernel."""
     folder = Path(__file__).parent
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES[kernel])).hexdigest()[:16]
 
 
 def config_path(kernel: str, card_name: str, directory: Path = CONFIGS) -> Path:
-    """Where the measured configurations of a card and kernel are."""
+    """The file of the measured configurations of a GPU and kernel."""
     return directory / f"{kernel}.{card_name.replace(' ', '_').replace('/', '_')}.json"
 
 
 @functools.cache
 def load(kernel: str, card_name: str, directory: Path) -> Table:
-    """Read a card's file. A missing one, or one with another stamp, gives no entries and says so."""
+    """Read the file of a GPU. If it is missing or has another stamp, there are no entries, and the status says why."""
     path = config_path(kernel, card_name, directory)
     if not path.exists():
         return Table({}, f"no configurations measured on {card_name}; `grasp bench tune` measures them")
     content = json.loads(path.read_text())
-    for what, expected in stamps(kernel).items():
-        if content[what] != expected:
+    for stamp, expected in stamps(kernel).items():
+        if content[stamp] != expected:
             return Table(
                 {},
-                f"{path.name} is ignored: measured with {what} {content[what]}, this is {expected}; "
+                f"{path.name} is ignored: measured with {stamp} {content[stamp]}, expected {expected}; "
                 "run `grasp bench tune` again",
             )
     entries = {LaunchKey(**entry["problem"]): Config(**entry["config"]) for entry in content["entries"]}
@@ -129,7 +129,7 @@ def load(kernel: str, card_name: str, directory: Path) -> Table:
 def save(
     kernel: str, card_name: str, measured: dict[LaunchKey, tuple[Config, float]], directory: Path = CONFIGS
 ) -> Path:
-    """Write a card's file; ``measured`` has each key's configuration and its time in µs."""
+    """Write the file of a GPU; ``measured`` has the configuration and its time in µs for each key."""
     entries: list[dict[str, Any]] = [
         {"problem": key._asdict(), "config": asdict(config), "microseconds": round(microseconds, 3)}
         for key, (config, microseconds) in sorted(measured.items())
@@ -143,22 +143,22 @@ def save(
 
 
 def stamps(kernel: str) -> dict[str, str]:
-    """What a measurement is only valid with."""
+    """Versions that must equal those of the measurement, by their names in the file."""
     return {"triton": triton.__version__, "source": source_stamp(kernel)}
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(kernel: str, card: Gpu, key: LaunchKey, directory: Path) -> Config:
-    entries = load(kernel, card.name, directory).entries
+def _choose(kernel: str, gpu: Gpu, key: LaunchKey, directory: Path) -> Config:
+    entries = load(kernel, gpu.name, directory).entries
     usable = [(distance(key, other), other) for other, config in entries.items() if serves(config, key)]
     doublings, nearest = min(usable, default=(math.inf, key))
-    return entries[nearest] if doublings < math.inf else rule_of_thumb(kernel, key, card)
+    return entries[nearest] if doublings < math.inf else rule_of_thumb(kernel, key, gpu)
 
 
 def distance(key: LaunchKey, other: LaunchKey) -> float:
-    """Doublings between two problems, infinite where a configuration is not to be borrowed.
+    """Doublings between two keys; infinite if one must not use the configuration of the other.
 
-    Rows count most: their number decides which kernel wins, far more than a weight's shape does.
+    Rows count most: their number decides which kernel is fastest, far more than the shape of the weight.
     """
     if (key.dtype, key.groups) != (other.dtype, other.groups):
         return math.inf
@@ -169,7 +169,7 @@ def distance(key: LaunchKey, other: LaunchKey) -> float:
 
 
 def serves(config: Config, key: LaunchKey) -> bool:
-    """Whether a configuration's path can run a key at all."""
+    """Whether the path of a configuration can run the calls of a key."""
     if config.path == "fused":
         small = key.rows <= FUSED_ROWS and key.rank <= FUSED_RANK * key.groups
         return small and (key.rows <= 2 or key.dtype != "float32")
@@ -177,27 +177,27 @@ def serves(config: Config, key: LaunchKey) -> bool:
 
 
 def on_path(config: Config, path: str, key: LaunchKey) -> Config:
-    """``config`` made to take another path; a start value for measuring what that path can do."""
+    """``config`` on another path: the first candidate when that path is measured."""
     if path != "fused" or key.rows <= 2:
         return replace(config, path=path)
-    # A smaller tile than the pair's: the barrier keeps all of the first tile of U in registers.
+    # The tile is smaller than that of the pair, because the first tile of U stays in registers across the barrier.
     return replace(config, path=path, expand_block_n=16, expand_warps=8, stages=2 if key.rows > 16 else 3)
 
 
-def rule_of_thumb(kernel: str, key: LaunchKey, card: Gpu) -> Config:
-    """Start values, estimated, not measured: enough programs for every processor, tiles that fit its registers."""
+def rule_of_thumb(kernel: str, key: LaunchKey, gpu: Gpu) -> Config:
+    """An estimate, not measured: enough programs for every processor, tiles that fit its registers."""
     rows, width, in_features, rank, dtype, groups = key
-    full_precision = dtype == "float32"  # scalar arithmetic, whatever the rows
+    full_precision = dtype == "float32"  # scalar arithmetic for any number of rows
     if rows > (FULL_PRECISION_PAIR_ROWS if full_precision else UNTUNED_PAIR_ROWS):
-        return replace(MATRIX_PRODUCTS, expand_block_n=128 if card.warpgroup_dots else 64)
+        return replace(MATRIX_PRODUCTS, expand_block_n=128 if gpu.warpgroup_dots else 64)
     scalar = rows <= 2
     block_r = 16
     block_k = min(256 if scalar else 128, max(16, _power_of_two(in_features))) >> full_precision
     block_n = min(32, max(16, _power_of_two(width // groups)))
     rank_tiles = -(-rank // block_r) + groups - 1
-    splits = max(1, min(16, _power_of_two(-(-card.processors // rank_tiles)), in_features // (2 * block_k)))
+    splits = max(1, min(16, _power_of_two(-(-gpu.processors // rank_tiles)), in_features // (2 * block_k)))
     rereads = splits * rows * rank * 4 * (width // block_n)  # bytes of partial sums, if every reader adds them up
-    piece = 256 if scalar else 2048 // min(max(rows, 16), 32)  # of a rank at a time
+    piece = 256 if scalar else 2048 // min(max(rows, 16), 32)  # columns of U per step
     piece >>= (kernel == "lowrank_glu" and scalar) + (0 if not full_precision else 1 if scalar else 2)
     return Config(
         path="pair",
@@ -206,7 +206,7 @@ def rule_of_thumb(kernel: str, key: LaunchKey, card: Gpu) -> Config:
         shrink_block_k=block_k,
         splits=splits,
         shrink_warps=4,
-        # Summed over splits as it is read, a dot's operand takes more registers and shared memory than there are.
+        # A dot whose operand is summed over splits as it is read needs too many registers and too much shared memory.
         reduce=splits > 1 and (not scalar or rereads > REREAD_BYTES),
         expand_block_n=block_n,
         expand_block_r=min(piece, max(16, _power_of_two(-(-rank // groups)))),

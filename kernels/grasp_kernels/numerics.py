@@ -1,4 +1,4 @@
-"""The one tolerance rule: an error, norm-wise against float64, is at most twice plain PyTorch's plus a floor."""
+"""The tolerance rule: the norm-wise error against float64 is at most twice that of plain PyTorch plus a floor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-# (kind of op, dtype of its inputs) → relative error that is always allowed.
+# (kind of op, dtype of its inputs) → relative error that is always accepted.
 FLOORS: dict[tuple[str, torch.dtype], float] = {
     ("linear", torch.float64): 1e-14,
     ("linear", torch.float32): 2e-6,
@@ -25,7 +25,7 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 
     Args:
         got: any dtype.
-        exact: float64, the shape of ``got``. Where it is zero, any deviation is an infinite error.
+        exact: float64, the shape of ``got``. If all of it is zero, any deviation is an infinite error.
     """
     deviation = torch.linalg.vector_norm(got.double() - exact).item()
     if not math.isfinite(deviation):
@@ -37,14 +37,15 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 
 
 def inaccuracy(kind: str, dtype: torch.dtype, got: Tensor, plain: Tensor, exact: Tensor) -> str | None:
-    """What is wrong with a result by the rule, or ``None``. Its shape and dtype must be those of plain PyTorch's.
+    """How a result breaks the rule, or ``None`` if it does not. Its shape and dtype must be those of plain PyTorch.
 
     Args:
         kind: ``"linear"`` for outputs of linears and their gradients, or ``"singular_value_grad"``.
         dtype: dtype of the inputs.
         got: the result under test.
-        plain: PyTorch's from the same inputs, in the same dtype; fp32 throughout for ``"singular_value_grad"``.
-        exact: that of the same inputs in float64.
+        plain: the result of plain PyTorch from the same inputs in the same dtype; in fp32 for
+            ``"singular_value_grad"``.
+        exact: the result from the same inputs in float64.
     """
     if got.shape != exact.shape or got.dtype != plain.dtype:
         return f"got {got.dtype} {tuple(got.shape)}, expected {plain.dtype} {tuple(exact.shape)}"

@@ -1,4 +1,4 @@
-"""The public ops: validate, apply autocast, and call one opaque op that asks the dispatch table."""
+"""The public ops: check the arguments, apply autocast, and call a registered op, which asks the dispatch table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grasp_kernels.dispatch import open_direct_path, select
 from grasp_kernels.reference import ACTIVATIONS, Factors, accumulation_dtype
 
 _PLAIN_TYPES = (Tensor, nn.Parameter)
-# Each answers None or 0 where no mode, transform or tracer must find the opaque op.
+# Each returns a true value while a mode, a transform or a tracer is active, which must see the registered op.
 _WATCHERS: tuple[Callable[[], object], ...] = (
     torch._C._len_torch_function_stack,
     torch._C._len_torch_dispatch_stack,
@@ -29,7 +29,14 @@ SECOND_MOMENTS = ("none", "token", "sample")
 
 
 class SingularValueGrad(NamedTuple):
-    """The gradient of the loss in each singular value, and the sum of its squares over tokens or samples."""
+    """The gradient of the loss in each singular value, and the sum of its squares over tokens or samples.
+
+    Example:
+        >>> import torch
+        >>> from grasp_kernels import SingularValueGrad
+        >>> SingularValueGrad(first=torch.ones(3), second=None).first
+        tensor([1., 1., 1.])
+    """
 
     first: Tensor
     second: Tensor | None
@@ -43,7 +50,7 @@ def lowrank_linear(
     Args:
         x: input, (..., K). fp32, fp16, bf16 or fp64.
         U: left factor, (N, R), dtype of ``x``.
-        s: singular values, (R,), fp32 or the dtype of ``x``, or ``None`` where they are folded into the factors.
+        s: singular values, (R,), fp32 or the dtype of ``x``, or ``None`` if they are folded into the factors.
         Vh: right factor, (R, K), dtype of ``x``.
         bias: (N,), dtype of ``x``, or ``None``.
         backend: a name from ``available_backends()``, or ``"auto"`` for the first that accepts the call.
@@ -54,6 +61,14 @@ def lowrank_linear(
     Raises:
         ValueError: if shapes, dtypes or devices do not agree; the message has both.
         BackendUnavailableError: if a named backend cannot run this call; the message has its reason.
+
+    Example:
+        >>> import torch
+        >>> from grasp_kernels import lowrank_linear
+        >>> x, U, Vh = torch.randn(2, 64), torch.randn(32, 8), torch.randn(8, 64)
+        >>> y = lowrank_linear(x, U, None, Vh)
+        >>> torch.allclose(y, x @ (U @ Vh).mT, atol=1e-3)
+        True
     """
     if not is_dynamo_compiling() and (y := _direct_linear(x, U, s, Vh, bias, backend)) is not None:
         return y
@@ -65,7 +80,7 @@ def lowrank_linear(
 
 
 def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors], *, backend: str = "auto") -> tuple[Tensor, ...]:
-    """Apply several low-rank linears to one input, as q/k/v or gate/up do.
+    """Apply several low-rank linears to one input, such as q/k/v or gate/up.
 
     Args:
         x: input, (..., K). fp32, fp16, bf16 or fp64.
@@ -78,6 +93,13 @@ def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors], *, backend: st
     Raises:
         ValueError: if ``factors`` is empty, or shapes, dtypes or devices do not agree.
         BackendUnavailableError: if a named backend cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> from grasp_kernels import Factors, lowrank_linear_grouped
+        >>> q, k = (Factors(torch.randn(N, 8), None, torch.randn(8, 64)) for N in (64, 16))
+        >>> [tuple(y.shape) for y in lowrank_linear_grouped(torch.randn(2, 64), [q, k])]
+        [(2, 64), (2, 16)]
     """
     if not is_dynamo_compiling() and (outputs := _direct_grouped(x, factors, backend)) is not None:
         return outputs
@@ -99,8 +121,8 @@ def lowrank_glu(x: Tensor, gate: Factors, up: Factors, *, activation: str = "sil
 
     Args:
         x: input, (..., K). fp32, fp16, bf16 or fp64.
-        gate: factors of the linear under the activation, width N.
-        up: factors of the other linear, width N; its rank may differ.
+        gate: factors of the linear whose output goes through the activation, width N.
+        up: factors of the other linear, width N; the rank may differ.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
         backend: a name from ``available_backends()``, or ``"auto"``.
 
@@ -110,6 +132,13 @@ def lowrank_glu(x: Tensor, gate: Factors, up: Factors, *, activation: str = "sil
     Raises:
         ValueError: if the activation is unknown, the widths differ, or shapes, dtypes or devices do not agree.
         BackendUnavailableError: if a named backend cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> from grasp_kernels import Factors, lowrank_glu
+        >>> gate, up = (Factors(torch.randn(48, R), None, torch.randn(R, 64)) for R in (8, 16))
+        >>> lowrank_glu(torch.randn(2, 64), gate, up, activation="silu").shape
+        torch.Size([2, 48])
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
@@ -144,42 +173,53 @@ def singular_value_grad(
         grad_y: gradient of the loss in its output, (..., N), dtype of ``x``.
         U: left singular vectors, (N, R), dtype of ``x``.
         Vh: right singular vectors, (R, K), dtype of ``x``.
-        cu_seqlens: (B + 1,) int32 or int64, from 0 to T: where each sample starts among the T flattened tokens. Without
-            it the rows of the leading dimensions but the last are the samples; a 2-D ``x`` is one sample.
-        per_sample: keep one gradient per sample instead of their sum.
+        cu_seqlens: (B + 1,) int32 or int64, rising from 0 to T: the first of the T flattened tokens of each sample.
+            Without it each index of ``x.shape[:-2]`` is a sample; a 2-D ``x`` is one sample.
+        per_sample: return one gradient per sample instead of their sum.
         second_moment: also sum the squared gradient of each ``"token"`` or each ``"sample"``.
-        mask: bool, the leading dimensions of ``x``; tokens where it is False count nothing.
+        mask: bool, the leading dimensions of ``x``; tokens where it is False are ignored.
         backend: a name from ``available_backends()``, or ``"auto"``.
 
     Returns:
-        ``first`` and ``second`` (``None`` unless asked for), (R,) or with ``per_sample`` (B, R); fp32, or fp64
-        for fp64. With ``per_sample``, ``second`` sums the units within each sample.
+        ``first`` and ``second`` (``None`` without ``second_moment``), (R,) or with ``per_sample`` (B, R); fp32, or fp64
+        for fp64. With ``per_sample``, ``second`` is summed within each sample.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not agree, or ``cu_seqlens`` does not run from 0 to T in order.
+        ValueError: if shapes, dtypes or devices do not agree, or ``cu_seqlens`` does not rise from 0 to T.
         BackendUnavailableError: if a named backend cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> from grasp_kernels import singular_value_grad
+        >>> x, grad_y = torch.randn(10, 64), torch.randn(10, 32)
+        >>> singular_value_grad(x, grad_y, torch.randn(32, 8), torch.randn(8, 64)).first.shape
+        torch.Size([8])
     """
     unit = "none" if second_moment is None else second_moment
     if unit not in SECOND_MOMENTS or second_moment == "none":
         raise ValueError(f"second_moment must be None, 'token' or 'sample', got {second_moment!r}")
+    options = (cu_seqlens, per_sample, unit, mask, backend)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        # Autocast gives x and grad_y different dtypes. A statistic loses nothing: the widest serves all.
-        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in (x, grad_y, U, Vh)))
-        x, grad_y, U, Vh = (tensor.to(dtype) for tensor in (x, grad_y, U, Vh))
+        dtype = _widest_dtype(x, grad_y, U, Vh)
         with torch.autocast(x.device.type, enabled=False):
-            return singular_value_grad(
-                *(x, grad_y, U, Vh),
-                cu_seqlens=cu_seqlens,
-                per_sample=per_sample,
-                second_moment=second_moment,
-                mask=mask,
-                backend=backend,
-            )
+            return _run_singular_value_grad(x.to(dtype), grad_y.to(dtype), U.to(dtype), Vh.to(dtype), *options)
+    return _run_singular_value_grad(x, grad_y, U, Vh, *options)
+
+
+def _run_singular_value_grad(
+    x: Tensor,
+    grad_y: Tensor,
+    U: Tensor,
+    Vh: Tensor,
+    cu_seqlens: Tensor | None,
+    per_sample: bool,
+    unit: str,
+    mask: Tensor | None,
+    backend: str,
+) -> SingularValueGrad:
     check_singular_value_grad(x, grad_y, U, Vh, cu_seqlens, mask)
     if cu_seqlens is None and (per_sample or unit == "sample"):
-        length = x.shape[-2] if x.dim() > 1 else 1
-        samples = x.shape[:-2].numel()
-        cu_seqlens = torch.arange(samples + 1, device=x.device, dtype=torch.int64) * length
+        cu_seqlens = _equal_samples(x)
     plain = _is_plain(x, grad_y, U, Vh, cu_seqlens, mask)
     run = _singular_value_grad if plain else torch.ops.grasp.singular_value_grad.default
     first, second = run(x, grad_y, U, Vh, cu_seqlens, per_sample, unit, mask, backend)
@@ -187,7 +227,7 @@ def singular_value_grad(
 
 
 def _autocast(x: Tensor, factors: Sequence[Factors]) -> tuple[Tensor, Sequence[Factors]]:
-    """Cast as autocast would for a linear: an opaque op is outside its reach. Singular values stay as they are."""
+    """Cast as autocast does for a linear: it does not cast for a registered op. Singular values keep their dtype."""
     if x.dtype == torch.float64:
         return x, factors
     dtype = torch.get_autocast_dtype(x.device.type)
@@ -195,11 +235,21 @@ def _autocast(x: Tensor, factors: Sequence[Factors]) -> tuple[Tensor, Sequence[F
     return x.to(dtype), cast
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether only the kernel would see this call, so that the dispatcher and its 3 to 6 µs may be passed by.
+def _widest_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of a statistic under autocast, which gives x and grad_y different ones: nothing is rounded."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
-    It is not where a gradient is to be recorded, nor where a tensor subclass, a mode, a transform or a tracer must find
-    the opaque op.
+
+def _equal_samples(x: Tensor) -> Tensor:
+    """The ``cu_seqlens`` of an input without one: samples of equal length, (B + 1,) int64."""
+    length = x.shape[-2] if x.dim() > 1 else 1
+    return torch.arange(x.shape[:-2].numel() + 1, device=x.device, dtype=torch.int64) * length
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether the op's implementation can be called at once, without the 3 to 6 µs of PyTorch's dispatcher.
+
+    False if a gradient is recorded, or a tensor subclass, a mode, a transform or a tracer must see the registered op.
     """
     if forward_ad._current_level >= 0:
         for tensor in tensors:
@@ -229,14 +279,14 @@ _direct_linear: Callable[..., Tensor | None] = _DIRECT.get("lowrank_linear", _de
 _direct_grouped: Callable[..., tuple[Tensor, ...] | None] = _DIRECT.get("lowrank_linear_grouped", _decline)
 
 
-# --- the opaque ops ---------------------------------------------------------------------------------------------------
+# --- the registered ops -----------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("grasp", "DEF")
 _FACTORS = "Tensor {0}U, Tensor? {0}s, Tensor {0}Vh, Tensor? {0}bias"
 _SCHEMAS = {
     "lowrank_linear": f"(Tensor x, {_FACTORS.format('')}, str backend) -> Tensor",
     "lowrank_linear_grouped": (
-        # Autograd takes lists of tensors but not of optional ones: `present` says which of the 4 each group has.
+        # Autograd supports lists of tensors, but not of optional ones: `present` tells which of the 4 each group has.
         "(Tensor x, Tensor[] U, Tensor[] s, Tensor[] Vh, Tensor[] bias, bool[] present, str backend) -> Tensor[]"
     ),
     "lowrank_glu": (
@@ -259,7 +309,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _unrows(y: Tensor, x: Tensor) -> Tensor:
-    """(M, N) → (..., N), the leading dimensions being those of ``x``."""
+    """(M, N) → (..., N), with the leading dimensions of ``x``."""
     if x.dim() == 2:
         return y
     *leading, _ = x.shape

@@ -1,4 +1,4 @@
-"""Factors laid out as the kernels like to read them: ranks in multiples of 16, a group's Vh one behind the other."""
+"""Factors in the layout that the kernels read fastest: ranks in multiples of 16, the Vh of a group contiguous."""
 
 from __future__ import annotations
 
@@ -18,21 +18,28 @@ RANK_MULTIPLE = 16
 def pack_factors(factors: Sequence[Factors]) -> list[Factors]:
     """Copy a group's factors, each rank padded with zeros to a multiple of 16; every op gives the same result on both.
 
-    Meant to be done once, where a model is loaded, not per call: padded, a kernel reads U in pieces of 16 bytes instead
-    of 2. The Vh of the group are slices of one tensor, so that one matrix product serves all of them. A bias and an
-    absent s are handed on as they are. The copies take no part in autograd; when a factor changes, pack again.
+    Pack once, when a model is loaded, not in every call. A kernel then reads U in pieces of 16 bytes instead of 2. The
+    Vh of the group are slices of one tensor, so one matrix product computes all of them. A bias is not copied, and an
+    absent s stays absent. The copies do not record gradients. Pack again after a factor changes.
 
     Args:
         factors: U (N_i, R_i), s (R_i,) or ``None``, Vh (R_i, K), bias (N_i,) or ``None``, of one K, dtype and device.
 
     Raises:
         ValueError: if ``factors`` is empty, or the Vh differ in K, dtype or device.
+
+    Example:
+        >>> import torch
+        >>> from grasp_kernels import Factors, pack_factors
+        >>> (packed,) = pack_factors([Factors(torch.randn(32, 9), None, torch.randn(9, 64))])
+        >>> packed.U.shape, packed.Vh.shape
+        (torch.Size([32, 16]), torch.Size([16, 64]))
     """
     if not factors:
         raise ValueError("pack_factors needs at least one Factors(U, s, Vh, bias), got none")
     kinds = {(group.Vh.shape[1], group.Vh.dtype, group.Vh.device) for group in factors}
     if len(kinds) > 1:
-        raise ValueError(f"a group's Vh must agree in K, dtype and device, got {sorted(map(str, kinds))}")
+        raise ValueError(f"the Vh of a group must agree in K, dtype and device, got {sorted(map(str, kinds))}")
     ranks = [-(-group.U.shape[1] // RANK_MULTIPLE) * RANK_MULTIPLE for group in factors]
     first = factors[0].Vh
     Vhs = first.new_zeros(sum(ranks), first.shape[1]).split(ranks)
@@ -47,7 +54,7 @@ def pack_factors(factors: Sequence[Factors]) -> list[Factors]:
 
 
 def stacked(Vhs: Sequence[Tensor]) -> Tensor | None:
-    """The (sum of R_i, K) tensor of which a group's Vh are consecutive slices, or ``None`` where they are not."""
+    """The (sum of R_i, K) tensor whose consecutive slices are the Vh of a group, or ``None`` if there is none."""
     first = Vhs[0]
     if len(Vhs) == 1:
         return first

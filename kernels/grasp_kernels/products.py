@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# Columns of a symmetric sum at a time: what lies below each diagonal block of so many is not computed. On a CPU smaller
-# ones make slower matmuls and larger ones more work; a GPU needs larger matmuls to fill.
+# Columns of a symmetric sum per matmul; blocks below the diagonal are not computed. On a CPU, matmuls of smaller panels
+# are slower, and larger panels compute more of the lower half. A GPU needs larger matmuls.
 PANEL = {"cpu": 256, "cuda": 1024}
 
 _LOCK = threading.RLock()
@@ -18,11 +18,11 @@ _LOCK = threading.RLock()
 
 @contextmanager
 def exact_bf16(*tensors: Tensor) -> Iterator[None]:
-    """Let matmuls of these tensors, widened to fp32, run on a CPU's bf16 units where it has them.
+    """Let matmuls of these tensors, widened to fp32, use the bf16 units of a CPU that has them.
 
-    oneDNN is allowed to round fp32 operands to bf16; those that came from bf16 stay as they are, their products are
-    exact in fp32, and so are the sums kept: nothing is lost. Without effect unless all tensors are bf16 on a CPU. The
-    permission holds for the whole process meanwhile, so one thread has it at a time.
+    oneDNN may round fp32 operands to bf16 inside the block. Operands that came from bf16 do not change, their products
+    are exact in fp32, and the sums are fp32: nothing is lost. No-op unless all tensors are bf16 on a CPU. The setting
+    is global to the process, so one thread at a time is inside the block.
     """
     if not all(tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in tensors):
         yield
@@ -38,7 +38,7 @@ def exact_bf16(*tensors: Tensor) -> Iterator[None]:
 
 
 def widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` as an operand of a product summed in ``dtype``: CUDA takes 16-bit ones into fp32 without a copy."""
+    """``tensor`` as an operand of a product summed in ``dtype``; CUDA sums 16-bit operands in fp32 without a copy."""
     if tensor.is_cuda and dtype == torch.float32 and tensor.element_size() == 2:
         return tensor
     return tensor.to(dtype)
@@ -52,10 +52,10 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def accumulate_gram_(gram: Tensor, x: Tensor) -> Tensor:
-    """``gram += x.mT @ x`` on and above the diagonal, in about half the FLOPs; ``mirror_`` does the rest, once.
+    """``gram += x.mT @ x`` on and above the diagonal, in about half the FLOPs; ``mirror_`` fills the rest, once.
 
     Args:
-        gram: (K, K) in fp32 (fp64 for fp64), changed in place and returned. What is below the diagonal means nothing.
+        gram: (K, K) in fp32 (fp64 for fp64), changed in place and returned. Elements below the diagonal are undefined.
         x: (T, K).
     """
     with exact_bf16(x):
@@ -66,7 +66,7 @@ def accumulate_gram_(gram: Tensor, x: Tensor) -> Tensor:
 
 
 def mirror_(gram: Tensor) -> Tensor:
-    """Copy what is above the diagonal to below it: (K, K), changed in place and returned."""
+    """Copy the elements above the diagonal to below it: (K, K), changed in place and returned."""
     for start, stop in _panels(gram):
         block = gram[start:stop, start:stop]
         block.copy_(block.triu() + block.triu(1).mT)

@@ -1,4 +1,4 @@
-"""Each op in plain PyTorch: the definition that every other backend must match."""
+"""Each op in plain PyTorch. This is the definition: every other backend must match it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from torch import Tensor
 class Factors(NamedTuple):
     """A rank-R linear layer: ``weight = U @ diag(s) @ Vh``.
 
-    U is (N, R), s is (R,) or ``None`` where it is folded into the factors, Vh is (R, K), bias is (N,) or ``None``.
+    U is (N, R), s is (R,) or ``None`` if it is folded into the factors, Vh is (R, K), bias is (N,) or ``None``.
+
+    Example:
+        >>> import torch
+        >>> from grasp_kernels import Factors
+        >>> factors = Factors(U=torch.ones(32, 8), s=None, Vh=torch.ones(8, 64))
+        >>> (factors.U @ factors.Vh).shape
+        torch.Size([32, 64])
     """
 
     U: Tensor
@@ -30,7 +37,7 @@ class Activation(NamedTuple):
 
 
 def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """As PyTorch's own: its kernel has no derivative, so a gradient that is to be differentiated again is spelt out."""
+    """PyTorch's own backward, or its formula if the gradient is differentiated again: the kernel has no derivative."""
     if not torch.is_grad_enabled():
         return torch.ops.aten.silu_backward(grad, x)
     sigmoid = torch.sigmoid(x)
@@ -53,7 +60,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 where the inputs are fp64."""
+    """fp32, or fp64 for fp64 inputs."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -95,7 +102,7 @@ def singular_value_grad(
 ) -> tuple[Tensor, Tensor]:
     """``colsum((grad_y @ U) * (x @ Vh.mT))`` and the sum of squared unit gradients; x is (T, K), grad_y is (T, N).
 
-    The second result has no elements where ``second_moment`` is ``"none"``.
+    The second result is empty if ``second_moment`` is ``"none"``.
     """
     dtype = accumulation_dtype(x.dtype)
     token = (grad_y.to(dtype) @ U.to(dtype)) * (x.to(dtype) @ Vh.to(dtype).mT)  # [T, R]

@@ -1,4 +1,4 @@
-"""How fast a card could run each op: bytes, FLOPs and the floor they set, launches excluded."""
+"""The roofline of each op: bytes, FLOPs and the least time they take on a device, launches excluded."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Card:
-    """What limits an op on one device."""
+    """The peak rates of one device."""
 
     name: str
-    flops: float  # FLOP/s in the dtype of the floors: bf16 with fp32 accumulation, without sparsity
+    flops: float  # FLOP/s in the dtype in question; bf16 with fp32 accumulation, without sparsity, in CARDS
     bandwidth: float  # bytes/s of main memory
-    l2_bytes: int = 0  # last-level cache; 0 where it is not known
+    l2_bytes: int = 0  # last-level cache; 0 if unknown
     processors: int = 1  # streaming multiprocessors, or threads of a CPU
 
 
 def measured(name: str, *, flops: float, bandwidth: float, l2_bytes: int = 0, processors: int = 1) -> Card:
-    """A device by what was measured on it: a large matmul's FLOP/s and a large copy's bytes/s (reads plus writes).
+    """A device with measured rates: FLOP/s of a large matmul, bytes/s (reads plus writes) of a large copy.
 
     Raises:
         ValueError: if a rate is not positive.
@@ -30,7 +30,7 @@ def measured(name: str, *, flops: float, bandwidth: float, l2_bytes: int = 0, pr
 
 
 _MB = 1 << 20
-# Vendors' data sheets and architecture white papers: peaks, of which a good kernel sees 75 to 90 %.
+# Peaks from the vendors' data sheets and architecture white papers. A good kernel reaches 75 to 90 % of them.
 _DATASHEET = (
     Card("A100", 312e12, 2.039e12, 40 * _MB, 108),  # SXM, 80 GB
     Card("H100", 989e12, 3.35e12, 50 * _MB, 132),  # SXM5, 80 GB
@@ -39,20 +39,20 @@ _DATASHEET = (
     Card("RTX 4090", 165e12, 1.008e12, 72 * _MB, 128),
     Card("B200", 2250e12, 8.0e12, 126 * _MB, 148),  # HGX
 )
-# What a copy and a matmul reach in practice.
+# Rates that a copy and a matmul reach in practice.
 _MEASURED = (measured("H100 measured", flops=798e12, bandwidth=3.0e12, l2_bytes=50 * _MB, processors=132),)
 CARDS: dict[str, Card] = {card.name: card for card in (*_DATASHEET, *_MEASURED)}
 
 
 class Cost(NamedTuple):
-    """What one launch must move, each input read and each output written once, and compute."""
+    """Bytes and FLOPs of one launch that reads each input and writes each output once."""
 
     bytes: int
     flops: int
 
 
 def floor(card: Card, *launches: Cost) -> float:
-    """Seconds that ``launches``, one after the other, take at least: the longer of moving and computing, for each."""
+    """The least seconds of ``launches``, one after the other: for each, the longer of moving bytes and computing."""
     return sum(max(cost.bytes / card.bandwidth, cost.flops / card.flops) for cost in launches)
 
 
@@ -62,28 +62,28 @@ def dense_linear(M: int, N: int, K: int, *, itemsize: int = 2) -> tuple[Cost]:
 
 
 def unfused_linear(M: int, N: int, K: int, R: int, *, itemsize: int = 2) -> tuple[Cost, Cost]:
-    """A low-rank linear as two matmuls, with h in memory between them."""
+    """A low-rank linear as two matmuls, with ``h = x @ Vh.mT`` in memory between them."""
     return (*dense_linear(M, R, K, itemsize=itemsize), *dense_linear(M, N, R, itemsize=itemsize))
 
 
 def lowrank_linear(M: int, N: int, K: int, R: int, *, itemsize: int = 2) -> tuple[Cost]:
-    """``lowrank_linear`` in one launch, with h on chip."""
+    """``lowrank_linear`` in one launch; h stays on the chip."""
     return lowrank_linear_grouped(M, K, [(N, R)], itemsize=itemsize)
 
 
 def lowrank_linear_grouped(M: int, K: int, groups: Sequence[tuple[int, int]], *, itemsize: int = 2) -> tuple[Cost]:
-    """``lowrank_linear_grouped`` in one launch that reads x once; ``groups`` has each output's (N, R)."""
+    """``lowrank_linear_grouped`` in one launch that reads x once; ``groups`` has (N, R) of each output."""
     factors = sum(R * (N + K) for N, R in groups)
     outputs = sum(N for N, _ in groups)
     return (Cost((factors + M * (K + outputs)) * itemsize, 2 * M * factors),)
 
 
 def lowrank_glu(M: int, N: int, K: int, gate_rank: int, up_rank: int, *, itemsize: int = 2) -> tuple[Cost]:
-    """``lowrank_glu`` in one launch: neither h nor the two widths before the product reach memory."""
+    """``lowrank_glu`` in one launch: h and the two factors of the product stay on the chip."""
     factors = (gate_rank + up_rank) * (N + K)
     return (Cost((factors + M * (K + N)) * itemsize, 2 * M * factors),)
 
 
 def singular_value_grad(T: int, N: int, K: int, R: int, *, outputs: int = 1, itemsize: int = 2) -> tuple[Cost]:
-    """``singular_value_grad``, fused: T tokens; ``outputs`` rows of (R,) fp32, such as the samples' moments."""
+    """``singular_value_grad`` in one launch: T tokens, and ``outputs`` rows of (R,) fp32, such as one per sample."""
     return (Cost((T + R) * (N + K) * itemsize + outputs * R * 4, 2 * T * R * (N + K)),)

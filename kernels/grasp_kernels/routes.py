@@ -1,6 +1,6 @@
-"""Three routes to the singular-value gradient, and the one rule that chooses between them.
+"""Three routes to the singular-value gradient, and the rule that chooses one.
 
-``fused`` is the Triton kernel. ``chunked`` is two matmuls over a few ranks at a time, anywhere PyTorch runs. ``dense``
+``fused`` is the Triton kernel. ``chunked`` is two matmuls over a few ranks at a time, on any device. ``dense``
 accumulates the weight's gradient G over many calls and contracts it once.
 """
 
@@ -18,8 +18,8 @@ from grasp_kernels.reference import accumulation_dtype
 
 Route = Literal["fused", "chunked", "dense"]
 
-BLOCK_TOKENS, BLOCK_RANKS = 4096, 512  # of the chunked route: two temporaries of 8 MB
-BLOCK_ROWS = 1024  # of G at a time
+BLOCK_TOKENS, BLOCK_RANKS = 4096, 512  # in the chunked route, whose two temporaries are 8 MB each
+BLOCK_ROWS = 1024  # rows of G per matmul
 
 
 def factored_flops(tokens: int, out_features: int, in_features: int, rank: int) -> int:
@@ -42,16 +42,16 @@ def choose_route(
     spare_bytes: int,
     fused: bool,
 ) -> Route:
-    """The route with the fewest FLOPs among those that can serve.
+    """The route with the fewest FLOPs among those that are possible.
 
     Args:
         tokens: tokens over which the gradient is summed, in all calls together.
         out_features: m, rows of the weight.
         in_features: n, columns of the weight.
-        rank: r, singular groups asked for.
-        plain_sum: nothing is kept per sample and no second moment is asked for; G serves nothing else.
-        spare_bytes: memory that may be held for G, which takes ``4 m n`` bytes.
-        fused: whether a kernel for the fused route runs here; it does the work of ``chunked`` with less memory.
+        rank: r, number of singular groups.
+        plain_sum: only the sum over all tokens is needed, no samples and no second moment; G gives nothing else.
+        spare_bytes: memory available for G, which takes ``4 m n`` bytes.
+        fused: a kernel for the fused route runs here; it does the same work as ``chunked`` in less memory.
     """
     factored: Route = "fused" if fused else "chunked"
     if not plain_sum or spare_bytes < 4 * out_features * in_features:
@@ -72,19 +72,19 @@ def chunked(
 ) -> tuple[Tensor, Tensor]:
     """``colsum((grad_y @ U) * (x @ Vh.mT))`` and the sum of squared unit gradients; x is (T, K), grad_y is (T, N).
 
-    The arguments and results of ``reference.singular_value_grad``, on any device, in temporaries of ``BLOCK_TOKENS`` ×
-    ``BLOCK_RANKS``. Deterministic; reads ``cu_seqlens`` on the host.
+    The arguments and results are those of ``reference.singular_value_grad``. Runs on any device, with temporaries of
+    ``BLOCK_TOKENS`` × ``BLOCK_RANKS``. Deterministic; reads ``cu_seqlens`` on the host.
     """
     dtype = accumulation_dtype(x.dtype)
     ragged = cu_seqlens is not None and (per_sample or second_moment == "sample")
     bounds = cu_seqlens.tolist() if ragged and cu_seqlens is not None else [0, x.shape[0]]
     rank = U.shape[1]
-    # Two tensors, not halves of one: an op's outputs may not share memory.
+    # Two tensors, not two halves of one: the outputs of an op must not share memory.
     first, squares = (x.new_zeros(len(bounds) - 1, rank, dtype=dtype) for _ in range(2))  # squares of tokens
     for tokens in _blocks(x.shape[0], BLOCK_TOKENS):
         pieces = _pieces(bounds, tokens)
         d_rows, x_rows = grad_y[tokens], x[tokens]
-        if not x.is_cuda:  # widened once for all ranks; on CUDA the matmul widens
+        if not x.is_cuda:  # widen once for all ranks; on CUDA the matmul widens
             d_rows, x_rows = d_rows.to(dtype), x_rows.to(dtype)
         for ranks in _blocks(rank, BLOCK_RANKS):
             token = _matmul(d_rows, U[:, ranks], dtype).mul_(_matmul(x_rows, Vh[ranks].mT, dtype))
@@ -101,13 +101,13 @@ def chunked(
 
 
 def accumulate_weight_grad_(weight_grad: Tensor, x: Tensor, grad_y: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``G += grad_y.mT @ x``, the dense route's step: G is (N, K) in fp32 (fp64 for fp64), x is (T, K).
+    """``G += grad_y.mT @ x``, one step of the dense route: G is (N, K) in fp32 (fp64 for fp64), x is (T, K).
 
     Args:
         weight_grad: G, changed in place and returned.
         x: the linear's input, (T, K).
         grad_y: gradient of the loss in its output, (T, N), dtype of ``x``.
-        mask: (T,) bool; tokens where it is False count nothing.
+        mask: (T,) bool; tokens where it is False are ignored.
     """
     if mask is not None:
         x, grad_y = x[mask], grad_y[mask]
@@ -119,7 +119,7 @@ def accumulate_weight_grad_(weight_grad: Tensor, x: Tensor, grad_y: Tensor, mask
 
 
 def contract_weight_grad(weight_grad: Tensor, U: Tensor, Vh: Tensor) -> Tensor:
-    """``diag(U.mT @ G @ Vh.mT)``, (R,) in the dtype of G: the dense route's last step; G is (N, K)."""
+    """``diag(U.mT @ G @ Vh.mT)``, (R,) in the dtype of G: the last step of the dense route; G is (N, K)."""
     U, Vh = U.to(weight_grad.dtype), Vh.to(weight_grad.dtype)
     grad = weight_grad.new_empty(U.shape[1])
     for ranks in _blocks(U.shape[1], BLOCK_RANKS):
@@ -132,7 +132,7 @@ def _blocks(length: int, size: int) -> Iterator[slice]:
 
 
 def _pieces(bounds: Sequence[int], tokens: slice) -> list[tuple[int, slice]]:
-    """Which rows of a block of tokens belong to which sample."""
+    """(sample, its rows within a block of tokens) for each sample in the block."""
     return [
         (sample, slice(max(low, tokens.start) - tokens.start, min(high, tokens.stop) - tokens.start))
         for sample, (low, high) in enumerate(pairwise(bounds))
@@ -141,7 +141,7 @@ def _pieces(bounds: Sequence[int], tokens: slice) -> list[tuple[int, slice]]:
 
 
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a @ b`` accumulated and returned in ``dtype``; CUDA does so without a copy of 16-bit operands."""
+    """``a @ b`` accumulated and returned in ``dtype``; on CUDA without a copy of 16-bit operands."""
     if a.dtype == b.dtype == dtype:
         return a @ b
     if a.is_cuda:

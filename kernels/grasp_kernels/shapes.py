@@ -1,4 +1,4 @@
-"""How the shapes of low-rank linears are written where people type them."""
+"""The shapes of low-rank linears as text, for command lines and file names."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class LinearShape(NamedTuple):
     R: int
 
 
-GroupShape = tuple[LinearShape, ...]  # all of one K
+GroupShape = tuple[LinearShape, ...]  # linears that share their input, so all have one K
 
 
 def parse_shape(text: str) -> GroupShape:
-    """``"4096x11008r298"`` is K = 4096 to N = 11008 at rank 298; linears that share their input are joined by ``+``.
+    """Parse ``"4096x11008r298"``: K = 4096 to N = 11008 at rank 298; ``+`` joins linears that share their input.
 
     Raises:
-        ValueError: if that is not how it is written, a size is 0, or the inputs differ in width.
+        ValueError: if the text has another form, a size is 0, or the linears differ in K.
     """
     matches = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)r([1-9]\d*)", part) for part in text.split("+")]
     shape = tuple(LinearShape(*map(int, match.groups())) for match in matches if match)
@@ -31,5 +31,5 @@ def parse_shape(text: str) -> GroupShape:
 
 
 def format_shape(shape: GroupShape) -> str:
-    """Undo ``parse_shape``."""
+    """The text that ``parse_shape`` turns into ``shape``."""
     return "+".join(f"{K}x{N}r{R}" for K, N, R in shape)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -222,26 +223,29 @@ def test_rows_it_serves_are_those_of_the_header(emulator: Emulator) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "rows", "reason"),
+    ("device", "dtype", "rows", "named"),
     [
-        ("cpu", torch.bfloat16, 1, "it runs on CUDA tensors, not on cpu"),
-        ("cuda", torch.float64, 1, "its kernels accumulate in float32"),
-        ("cuda", torch.bfloat16, CUDA_ROWS + 1, "it serves at most 16 rows"),
+        ("cpu", torch.bfloat16, 1, "not on cpu"),
+        ("cuda", torch.float64, 1, "float32"),
+        ("cuda", torch.bfloat16, CUDA_ROWS + 1, "at most 16 rows"),
         ("cuda", torch.bfloat16, CUDA_ROWS, None),
         ("cuda", torch.float16, 0, None),
     ],
 )
-def test_what_it_refuses(
-    monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, rows: int, reason: str | None
+def test_calls_that_it_refuses(
+    monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, rows: int, named: str | None
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert ROW.refuses(Call("lowrank_linear", torch.device(device), dtype, rows, 4)) == reason
+    reason = ROW.refuses(Call("lowrank_linear", torch.device(device), dtype, rows, 4))
+    assert reason is None if named is None else reason is not None and named in reason
 
 
 def test_it_refuses_an_older_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     reason = ROW.refuses(Call("lowrank_linear", torch.device("cuda"), torch.float16, 1, 4))
-    assert reason == "it needs compute capability 8.0 or later, this card has 7.5"
+    assert reason is not None
+    assert "8.0" in reason
+    assert "7.5" in reason
 
 
 def test_what_a_machine_may_lack(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,16 +253,16 @@ def test_what_a_machine_may_lack(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ImportError("undefined symbol")
 
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert ROW.missing() == "there is no CUDA GPU"
+    assert "no CUDA GPU" in (ROW.missing() or "")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert ROW.missing() == "there is no CUDA GPU"
+    assert "no CUDA GPU" in (ROW.missing() or "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert ROW.missing() == "its module was not built; that takes nvcc when the package is installed"
+    assert "nvcc" in (ROW.missing() or "")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib, "import_module", broken)
-    assert ROW.missing() == "its module does not load: undefined symbol"
+    assert "undefined symbol" in (ROW.missing() or "")
     monkeypatch.setattr(importlib, "import_module", lambda name: object())
     assert ROW.missing() is None
 
@@ -267,5 +271,5 @@ def test_named_where_it_is_missing_it_raises_with_the_reason() -> None:
     if (reason := dispatch.backend_missing("cuda")) is None:
         pytest.skip("this machine runs it")
     x, (group,) = small()
-    with pytest.raises(BackendUnavailableError, match=f"backend 'cuda' cannot run .*: {reason}. Pass backend='auto'"):
+    with pytest.raises(BackendUnavailableError, match=f"backend 'cuda' .*{re.escape(reason)}"):
         lowrank_linear(x, *group, backend="cuda")

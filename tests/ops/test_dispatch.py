@@ -91,15 +91,14 @@ def test_a_named_backend_runs_or_raises_with_its_reason(
     table: pytest.MonkeyPatch, backend: Backend, reason: str
 ) -> None:
     use(table, backend, row("slow"))
-    call = "lowrank_linear on cpu in torch.float32 with 4 rows and rank 2"
-    with pytest.raises(BackendUnavailableError, match=f"'named' cannot run {call}: {reason}. Pass backend='auto'"):
+    with pytest.raises(BackendUnavailableError, match=f"'named' .*lowrank_linear .*4 rows and rank 2.*{reason}"):
         dispatch.select("named", *CALL)
 
 
 def test_an_unknown_backend_is_refused_with_the_names_there_are() -> None:
     x, U, Vh = torch.zeros(3, 8), torch.zeros(6, 2), torch.zeros(2, 8)
     names = ", ".join(row.name for row in BACKENDS)
-    with pytest.raises(ValueError, match=f"unknown backend 'warp'; expected 'auto' or one of {names}"):
+    with pytest.raises(ValueError, match=f"'warp'.*'auto'.*{names}"):
         lowrank_linear(x, U, None, Vh, backend="warp")
 
 
@@ -164,5 +163,5 @@ def test_auto_never_picks_the_interpreter_or_a_gpus_kernels_for_the_cpu() -> Non
 
 
 def test_explain_refuses_an_unknown_op() -> None:
-    with pytest.raises(ValueError, match=f"unknown op 'matmul'; the ops are {', '.join(OPS)}"):
+    with pytest.raises(ValueError, match=f"'matmul'.*{', '.join(OPS)}"):
         explain("matmul", rows=1, rank=1)

@@ -14,5 +14,5 @@ def test_shapes_are_read_and_written_the_same() -> None:
 
 @pytest.mark.parametrize("text", ["", "48x32", "48x32r0", "48x32r5+", "x48x32r5", "48x32r5+64x32r5", "48 x 32 r 5"])
 def test_other_shapes_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is not KxNrR, such as"):
+    with pytest.raises(ValueError, match="KxNrR"):
         parse_shape(text)

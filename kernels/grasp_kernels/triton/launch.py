@@ -1,4 +1,4 @@
-"""What the Triton launchers share: a launch as a value, and gpu of the card."""
+"""Shared by the Triton launchers: a launch as a value, and the properties of the GPU."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from grasp_kernels.triton.tiles import INTERPRETED
 
 
 class Launch(NamedTuple):
-    """One kernel launch: what a plan consists of, to be run, compiled ahead of time, or looked at."""
+    """One kernel launch of a plan. It can be run, compiled ahead of time, or inspected."""
 
     kernel: Any  # the triton.jit function
     grid: tuple[int, ...]
-    arguments: Mapping[str, Any]  # by parameter name, constexprs among them
+    arguments: Mapping[str, Any]  # by parameter name, constexprs included
     options: Mapping[str, Any]  # num_warps, num_stages, launch_pdl, ...
 
     def run(self) -> None:
@@ -26,14 +26,14 @@ class Launch(NamedTuple):
 
 
 def run_all(launches: Iterable[Launch], device: torch.device) -> None:
-    """Launch one after the other on the device's current stream, with nothing between them."""
+    """Launch all of them in order on the device's current stream, with nothing in between."""
     with on_device(device):
         for launch in launches:
             launch.run()
 
 
 class Gpu(NamedTuple):
-    """What a plan depends on besides the key."""
+    """The properties of a GPU that a plan depends on."""
 
     name: str
     processors: int  # streaming multiprocessors
@@ -41,18 +41,18 @@ class Gpu(NamedTuple):
 
     @property
     def dependent_launch(self) -> bool:
-        """Whether a kernel may start under the end of the one before it (programmatic dependent launch)."""
+        """Whether a kernel may start before the previous one ends (programmatic dependent launch)."""
         return self.capability >= 90
 
     @property
     def warpgroup_dots(self) -> bool:
-        """Whether a large dot keeps its operands or its sum out of the registers: sm_90 and the sm_100 family."""
+        """Whether large dots hold operands or sums outside the registers: sm_90 and the sm_100 family."""
         return 90 <= self.capability < 120
 
 
 @functools.cache
 def gpu_of(device: torch.device) -> Gpu:
-    """The card behind a device, or Triton's interpreter."""
+    """The GPU of a device, or a description of Triton's interpreter."""
     if device.type != "cuda" or INTERPRETED.value:
         return Gpu("interpreter", processors=8, capability=0)
     properties = torch.cuda.get_device_properties(device)

@@ -1,4 +1,4 @@
-"""Triton: ``act(gate(x)) * up(x)`` for two low-rank linears, the product taken in the registers of one dual expand."""
+"""Triton: ``act(gate(x)) * up(x)`` for two low-rank linears; one dual expand multiplies both in registers."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def _lowrank_glu_expand_kernel(
     BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr,
     SCALES: tl.constexpr,  # bit 0: gate has an s, bit 1: up has one
-    BIASES: tl.constexpr,  # likewise
-    LOADED: tl.constexpr,  # fetch the first tiles of U before h is waited for
+    BIASES: tl.constexpr,  # bit 0: gate has a bias, bit 1: up has one
+    LOADED: tl.constexpr,  # load the first tiles of U before waiting for h
     LOOPED: tl.constexpr,
     DEPENDENT: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -107,17 +107,17 @@ def _lowrank_glu_expand_kernel(
 
 
 def lowrank_glu(x: Tensor, gate: Factors, up: Factors, activation: str) -> Tensor:
-    """``act(gate(x)) * up(x)``; x is (M, K). The arguments and result of ``reference.lowrank_glu``."""
+    """``act(gate(x)) * up(x)``; x is (M, K). Arguments and result as in ``reference.lowrank_glu``."""
     return run(x, gate, up, activation, choose("lowrank_glu", gpu_of(x.device), launch_key(x, [gate, up])))
 
 
 def run(x: Tensor, gate: Factors, up: Factors, activation: str, config: Config) -> Tensor:
-    """Run a call with a given configuration: shrink by kernel (``pair``) or matrix product (``gemms``), dual expand."""
+    """Run a call with a given configuration: shrink by kernel (``pair``) or matrix product (``gemms``); dual expand."""
     Vhs = [gate.Vh, up.Vh]
     output = x.new_empty(x.shape[0], gate.U.shape[0])
     if output.numel() == 0:
         return output
-    if config.path == "gemms" and x.dtype == torch.float32:  # no dot for the tensor cores: leave it to the vendor
+    if config.path == "gemms" and x.dtype == torch.float32:  # no tensor cores: the vendor's products are faster
         gate_y, up_y = (expand_gemm(h, group) for h, group in zip(hidden_gemm(x, Vhs), (gate, up), strict=True))
         return ACTIVATIONS[activation].forward(gate_y).mul_(up_y)
     if config.path == "gemms":
@@ -132,7 +132,7 @@ def run(x: Tensor, gate: Factors, up: Factors, activation: str, config: Config) 
 def plan(
     x: Tensor, gate: Factors, up: Factors, activation: str, output: Tensor, config: Config, gpu: Gpu
 ) -> list[Launch]:
-    """The two launches of a call on a card, in order; ``output`` is a contiguous (M, N)."""
+    """The two launches of a call, in order; ``output`` is contiguous (M, N)."""
     x, gate, up = unit_stride(x), row_major(gate), row_major(up)
     hidden = new_hidden(x, [gate, up], config)
     column = triton.cdiv(gate.U.shape[1], RANK_MULTIPLE) * RANK_MULTIPLE
@@ -155,7 +155,7 @@ def expand_launch(
 ) -> Launch:
     """The dual expand: ``hidden`` is h of gate and of up, (splits, M, at least R), fp32 or the dtype of the output.
 
-    With ``dependent`` it starts under the launch before it, fetches U and waits.
+    With ``dependent`` it starts before the previous launch ends, loads U and waits.
     """
     rows, width = output.shape
     block_m = row_block(rows, config)
@@ -163,7 +163,7 @@ def expand_launch(
     for name, (U, s, _, bias), h in (("gate", gate, hidden[0]), ("up", up, hidden[1])):
         arguments |= {
             f"{name}_u_ptr": U,
-            f"{name}_s_ptr": U if s is None else s,  # U stands in and is not read
+            f"{name}_s_ptr": U if s is None else s,  # a placeholder that is not read
             f"{name}_bias_ptr": U if bias is None else bias,
             f"{name}_h_ptr": h,
             f"{name}_R": U.shape[1],

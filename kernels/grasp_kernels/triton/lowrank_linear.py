@@ -1,8 +1,8 @@
 """Triton: ``((x @ Vh.mT) * s) @ U.mT + bias`` for one or several factors that share x.
 
-``pair`` is two launches: shrink, h in partial sums over splits of K, then expand; on sm_90 and later the second starts
-under the first's tail. ``fused`` is one cooperative launch with a grid barrier between the two phases. ``gemms`` is the
-vendor's matrix products. Partial sums are added in the order of their splits, so two runs agree bit for bit.
+``pair`` is two launches: shrink computes h as partial sums over splits of K, then expand. On sm_90 and later, expand
+starts before shrink ends. ``fused`` is one cooperative launch with a grid barrier between the two phases. ``gemms`` is
+the vendor's matrix products. Partial sums are added in the order of their splits, so two runs agree bit for bit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from grasp_kernels.reference import Factors
 from grasp_kernels.triton.launch import Gpu, Launch, gpu_of, run_all
 from grasp_kernels.triton.tiles import arrive, expand, first_u, shrink, wait
 
-BOTH_PHASES, SHRINK_ONLY, EXPAND_ONLY = 0, 1, 2  # of the fused kernel; the last two serve its tests
+BOTH_PHASES, SHRINK_ONLY, EXPAND_ONLY = 0, 1, 2  # of the fused kernel; the last two are for its tests
 _SHRINK_ONLY, _EXPAND_ONLY = tl.constexpr(SHRINK_ONLY), tl.constexpr(EXPAND_ONLY)
 
 
@@ -132,7 +132,7 @@ def _lowrank_fused_kernel(
                 *(M, K, stride_xm, stride_hm, BLOCK_M, SHRINK_R, BLOCK_K, SPLITS, REDUCE),
             )
     if PHASE != _SHRINK_ONLY:
-        # Announce, then fetch U while the others finish: fetched before, it would hold up the first phase.
+        # Arrive first, then load U while other programs finish: an earlier load of U would delay the shrink.
         if PHASE != _EXPAND_ONLY:
             ticket = arrive(counter_ptr)
         u = first_u(u_ptrs, widths, ranks, u_strides, pid, BLOCK_N, BLOCK_R)
@@ -151,7 +151,7 @@ def _lowrank_fused_kernel(
 
 
 def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None) -> Tensor:
-    """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). The arguments and result of ``reference.lowrank_linear``."""
+    """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). Arguments and result as in ``reference.lowrank_linear``."""
     return lowrank_linear_grouped(x, [Factors(U, s, Vh, bias)])[0]
 
 
@@ -161,7 +161,7 @@ def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors]) -> list[Tensor
 
 
 def launch_key(x: Tensor, factors: Sequence[Factors]) -> LaunchKey:
-    """What a call's configuration is chosen by."""
+    """The key of a call's configuration."""
     width, rank = sum(group.U.shape[0] for group in factors), sum(group.U.shape[1] for group in factors)
     return LaunchKey.of(x.shape[0], width, x.shape[1], rank, x.dtype, len(factors))
 
@@ -177,7 +177,7 @@ def run(x: Tensor, factors: Sequence[Factors], config: Config) -> list[Tensor]:
 
 
 def plan(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor], config: Config, gpu: Gpu) -> list[Launch]:
-    """The launches of a call on a card, in order: one for ``fused``, where rows and ranks allow it, else two.
+    """The launches of a call, in order: one for ``fused``, if rows and ranks allow it, else two.
 
     ``outputs`` are contiguous (M, N_i). Factors without a unit inner stride are copied first.
     """
@@ -199,7 +199,7 @@ def gemms(x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
 
 
 def hidden_gemm(x: Tensor, Vhs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """``x @ Vh.mT`` for each member, (M, R_i) in the dtype of x; slices of one product where the Vh are stacked."""
+    """``x @ Vh.mT`` for each member, (M, R_i) in the dtype of x; slices of one product if the Vh are stacked."""
     whole = stacked(Vhs)
     if whole is None:
         return [F.linear(x, Vh) for Vh in Vhs]
@@ -207,7 +207,7 @@ def hidden_gemm(x: Tensor, Vhs: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def expand_gemm(h: Tensor, factors: Factors) -> Tensor:
-    """``(h * s) @ U.mT + bias``; in fp16 s scales U, for h could overflow."""
+    """``(h * s) @ U.mT + bias``; in fp16 s scales U, because h could overflow."""
     U, s, _, bias = factors
     if s is not None and h.dtype == torch.float16:
         U = (U.float() * s).to(U.dtype)
@@ -217,13 +217,13 @@ def expand_gemm(h: Tensor, factors: Factors) -> Tensor:
 
 
 def new_hidden(x: Tensor, factors: Sequence[Factors], config: Config) -> Tensor:
-    """Room for h: (splits, M, columns) in fp32. From PyTorch's allocator, whose memory belongs to a stream or graph."""
+    """Memory for h: (splits, M, columns) in fp32, from PyTorch's allocator, so it belongs to the stream or graph."""
     columns = sum(triton.cdiv(group.U.shape[1], RANK_MULTIPLE) * RANK_MULTIPLE for group in factors)
     return x.new_empty((config.splits, x.shape[0], columns), dtype=torch.float32)
 
 
 def shrink_launch(x: Tensor, Vhs: Sequence[Tensor], hidden: Tensor, config: Config, gpu: Gpu) -> Launch:
-    """Fill ``hidden`` with the partial sums of ``x @ Vh.mT``, one split of K each."""
+    """Fill ``hidden`` with the partial sums of ``x @ Vh.mT``, one per split of K."""
     whole = stacked(Vhs) if all(Vh.shape[0] % RANK_MULTIPLE == 0 for Vh in Vhs) else None
     Vhs = Vhs if whole is None else [whole]
     tiles = _tiles((Vh.shape[0] for Vh in Vhs), config.shrink_block_r)
@@ -244,7 +244,7 @@ def shrink_launch(x: Tensor, Vhs: Sequence[Tensor], hidden: Tensor, config: Conf
 def expand_launch(
     factors: Sequence[Factors], outputs: Sequence[Tensor], hidden: Tensor, config: Config, gpu: Gpu
 ) -> Launch:
-    """Compute the outputs from ``hidden``. Where the card can, it starts early, fetches U, and waits for the shrink."""
+    """Compute the outputs from ``hidden``. If the GPU can, it starts early, loads U, and waits for the shrink."""
     tiles = _tiles((output.shape[1] for output in outputs), config.expand_block_n)
     rows = hidden.shape[1]
     return Launch(
@@ -264,7 +264,7 @@ def expand_launch(
 
 
 def expand_options(config: Config, dependent: bool) -> dict[str, Any]:
-    """Launch options of an expand; ``dependent``: it may start under the launch before it."""
+    """Launch options of an expand; ``dependent``: it may start before the previous launch ends."""
     options = {"num_warps": config.expand_warps, "num_stages": config.stages, "enable_fp_fusion": True}
     return options | {"launch_pdl": True} if dependent else options
 
@@ -348,14 +348,15 @@ def _expand_arguments(
     }
 
 
-def optional(tensors: Sequence[Tensor | None], stand_in: Tensor) -> tuple[tuple[Tensor, ...], int]:
-    """A group's s or biases as kernel arguments of one type, and a bit mask of the members that have one.
+def optional(tensors: Sequence[Tensor | None], placeholder: Tensor) -> tuple[tuple[Tensor, ...], int]:
+    """The s or biases of a group as kernel arguments of one type, and a bit mask of the members that have one.
 
-    A member without one borrows another's, or a group without any the stand-in: the mask keeps it from being read.
+    A member without one gets that of another member, or the placeholder if no member has one. The kernel does not read
+    it, because of the mask.
     """
     present = [tensor for tensor in tensors if tensor is not None]
     if not present:
-        return (stand_in,), 0
+        return (placeholder,), 0
     if len({tensor.dtype for tensor in present}) > 1:
         tensors = [None if tensor is None else tensor.float() for tensor in tensors]
         present = [tensor for tensor in tensors if tensor is not None]
@@ -364,12 +365,12 @@ def optional(tensors: Sequence[Tensor | None], stand_in: Tensor) -> tuple[tuple[
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor, or a contiguous copy where its last dimension has gaps."""
+    """The tensor, or a contiguous copy if the stride of its last dimension is not 1."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def row_major(factors: Factors) -> Factors:
-    """The factors with unit inner strides, copied where they have others."""
+    """The factors with unit inner strides; tensors with other strides are copied."""
     U, s, Vh, bias = factors
     return Factors(
         unit_stride(U),
@@ -380,7 +381,7 @@ def row_major(factors: Factors) -> Factors:
 
 
 def row_block(rows: int, config: Config) -> int:
-    """Rows of a tile: one or two of them in scalar arithmetic, else as many as the smallest dot that holds them."""
+    """Rows of a tile: one or two for scalar arithmetic, else those of the smallest dot that holds all rows."""
     return max(1, rows) if rows <= 2 else min(config.block_m, max(16, triton.next_power_of_2(rows)))
 
 

@@ -1,14 +1,15 @@
 """Triton: ``colsum((grad_y @ U) * (x @ Vh.mT))``, summed or per sample, with second moments, in one pass.
 
-Each program holds both products of one tile of tokens and ranks in registers, multiplies them and sums over its tokens;
-neither the (T, R) products nor the (N, K) gradient of the weight reach memory. A second kernel adds the tiles' sums in
-a fixed order, so that two runs agree bit for bit.
+Each program computes both products for one tile of tokens and ranks in registers, multiplies them and sums over its
+tokens. Neither the (T, R) products nor the (N, K) weight gradient are written to memory. A second kernel adds the sums
+of the tiles in a fixed order, so two runs agree bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -18,30 +19,30 @@ from torch import Tensor
 from grasp_kernels.triton.launch import Launch, gpu_of, run_all
 from grasp_kernels.triton.tiles import dot
 
-ALIGNMENT = 16  # elements: what Triton must know of a stride to load 16 bytes at once
+ALIGNMENT = 16  # elements; a stride must be a known multiple of it for loads of 16 bytes
 REDUCE_TILES, REDUCE_RANKS = 16, 64
 SECOND = {"none": 0, "token": 1, "sample": 2}
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A launch configuration: tokens × ranks per program, the step along K and N, and how Triton schedules it."""
+    """A launch configuration: tokens and ranks per program, step along K and N, Triton's scheduling options."""
 
     block_t: int
     block_r: int
     block_k: int
     warps: int
     stages: int
-    group_t: int = 8  # token tiles that share the factors they read through the L2 cache
+    group_t: int = 8  # token tiles that read the same factors from the L2 cache
 
 
 LARGE = Tile(128, 128, 64, warps=8, stages=3)
-SMALL = Tile(64, 64, 64, warps=4, stages=4)  # of three stages, sm_120 spills
-FULL_PRECISION = Tile(64, 64, 32, warps=4, stages=3)  # fp32: no tensor cores, so registers decide
+SMALL = Tile(64, 64, 64, warps=4, stages=4)  # with three stages, sm_120 spills registers
+FULL_PRECISION = Tile(64, 64, 32, warps=4, stages=3)  # fp32 uses no tensor cores: registers are the limit
 
 
 def choose_tile(tokens: int, rank: int, dtype: torch.dtype, processors: int) -> Tile:
-    """The large tile where it gives each of the card's ``processors`` a program, else the small one."""
+    """The large tile if it gives every processor of the GPU a program, else the small tile."""
     if dtype == torch.float32:
         return FULL_PRECISION
     programs = triton.cdiv(tokens, LARGE.block_t) * triton.cdiv(rank, LARGE.block_r)
@@ -49,7 +50,7 @@ def choose_tile(tokens: int, rank: int, dtype: torch.dtype, processors: int) -> 
 
 
 def loadable(factor: Tensor) -> Tensor:
-    """``factor``, (R, length), or a copy of it where its layout keeps Triton from loading 16 bytes at once."""
+    """``factor``, (R, length), copied if its layout prevents loads of 16 bytes."""
     rank, length = factor.shape
     along_length = factor.stride(1) == 1 and factor.stride(0) % ALIGNMENT == 0
     along_rank = factor.stride(0) == 1 and factor.stride(1) % ALIGNMENT == 0 and rank % ALIGNMENT == 0
@@ -61,13 +62,13 @@ def loadable(factor: Tensor) -> Tensor:
 
 @triton.jit
 def _first_slot(start, sample, BLOCK_T: tl.constexpr):
-    """The first of a sample's rows in the tiles' sums: leaves room for all samples before it, without a scan."""
+    """The first slot of a sample in the sums of tiles. It leaves room for all earlier samples without a scan."""
     return start // BLOCK_T + sample
 
 
 @triton.jit
 def _sample_of_slot(cu_seqlens_ptr, slot, samples, BLOCK_T: tl.constexpr):
-    """The last sample whose first slot is not behind ``slot``: a binary search."""
+    """The last sample whose first slot is not after ``slot``, by binary search."""
     low = samples * 0
     high = samples
     while high - low > 1:
@@ -77,6 +78,28 @@ def _sample_of_slot(cu_seqlens_ptr, slot, samples, BLOCK_T: tl.constexpr):
         high = tl.where(behind, middle, high)
         low = tl.where(behind, low, middle)
     return low
+
+
+@triton.jit
+def _tokens_of_slot(cu_seqlens_ptr, slot, samples, BLOCK_T: tl.constexpr):
+    """The first token of a slot and the end of its sample. The slot is empty if the first is not before the end."""
+    sample = _sample_of_slot(cu_seqlens_ptr, slot, samples, BLOCK_T)
+    start = tl.load(cu_seqlens_ptr + sample).to(tl.int32)
+    end = tl.load(cu_seqlens_ptr + sample + 1).to(tl.int32)
+    return start + (slot - _first_slot(start, sample, BLOCK_T)) * BLOCK_T, end
+
+
+@triton.jit
+def _tile_of_program(R, BLOCK_R: tl.constexpr, GROUP_T: tl.constexpr):
+    """Slot and rank tile of this program. Neighbours share token tiles and factors, in groups that fit the L2 cache."""
+    pid = tl.program_id(0)
+    rank_tiles = tl.cdiv(R, BLOCK_R)
+    slots = tl.num_programs(0) // rank_tiles
+    group = pid // (GROUP_T * rank_tiles)
+    group_size = min(slots - group * GROUP_T, GROUP_T)
+    slot = group * GROUP_T + pid % group_size
+    rank_tile = (pid % (GROUP_T * rank_tiles)) // group_size
+    return slot, rank_tile
 
 
 @triton.jit
@@ -142,54 +165,26 @@ def _singular_value_grad_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_T: tl.constexpr,
 ):
-    # Neighbouring programs share token tiles and factors, in groups that fit the L2 cache.
-    pid = tl.program_id(0)
-    rank_tiles = tl.cdiv(R, BLOCK_R)
-    slots = tl.num_programs(0) // rank_tiles
-    group = pid // (GROUP_T * rank_tiles)
-    group_size = min(slots - group * GROUP_T, GROUP_T)
-    slot = group * GROUP_T + pid % group_size
-    rank_tile = (pid % (GROUP_T * rank_tiles)) // group_size
-
-    begin = slot * BLOCK_T
-    end = T
+    slot, rank_tile = _tile_of_program(R, BLOCK_R, GROUP_T)
+    begin, end = slot * BLOCK_T, T
     if RAGGED:
-        sample = _sample_of_slot(cu_seqlens_ptr, slot, samples, BLOCK_T)
-        start = tl.load(cu_seqlens_ptr + sample).to(tl.int32)
-        end = tl.load(cu_seqlens_ptr + sample + 1).to(tl.int32)
-        begin = start + (slot - _first_slot(start, sample, BLOCK_T)) * BLOCK_T
+        begin, end = _tokens_of_slot(cu_seqlens_ptr, slot, samples, BLOCK_T)
         if begin >= end:
             return
-
     offs_t = begin + tl.arange(0, BLOCK_T)
     inside = offs_t < end
     rows = tl.minimum(offs_t, T - 1).to(tl.int64)[:, None]
-    offs_r = rank_tile * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_r, offs_k = rank_tile * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
     rank_mask = (offs_r < R)[None, :]
     d_U = _project(
         grad_y_ptr + rows * stride_yt + offs_k[None, :] * stride_yn,
         U_ptr + offs_k[:, None] * stride_un + offs_r[None, :] * stride_ur,
-        N,
-        stride_yn,
-        stride_un,
-        rank_mask,
-        EVEN_N,
-        BLOCK_T,
-        BLOCK_R,
-        BLOCK_K,
+        *(N, stride_yn, stride_un, rank_mask, EVEN_N, BLOCK_T, BLOCK_R, BLOCK_K),
     )
     x_V = _project(
         x_ptr + rows * stride_xt + offs_k[None, :] * stride_xk,
         Vh_ptr + offs_k[:, None] * stride_vk + offs_r[None, :] * stride_vr,
-        K,
-        stride_xk,
-        stride_vk,
-        rank_mask,
-        EVEN_K,
-        BLOCK_T,
-        BLOCK_R,
-        BLOCK_K,
+        *(K, stride_xk, stride_vk, rank_mask, EVEN_K, BLOCK_T, BLOCK_R, BLOCK_K),
     )
     if MASKED:
         inside = inside & (tl.load(mask_ptr + offs_t, mask=inside, other=0) != 0)
@@ -262,8 +257,8 @@ def singular_value_grad(
 ) -> tuple[Tensor, Tensor]:
     """``colsum((grad_y @ U) * (x @ Vh.mT))`` and the sum of squared unit gradients; x is (T, K), grad_y is (T, N).
 
-    The arguments and results of ``reference.singular_value_grad``; fp32, fp16 or bf16, accumulated in fp32. Works in
-    (T / 128 + B, R) fp32 of memory, and in a copy of a factor that ``loadable`` finds wanting.
+    The arguments and results are those of ``reference.singular_value_grad``; fp32, fp16 or bf16, accumulated in fp32.
+    Allocates (T / 128 + B, R) in fp32, and copies of the factors that ``loadable`` copies.
     """
     tile = choose_tile(x.shape[0], U.shape[1], x.dtype, gpu_of(x.device).processors)
     return run(x, grad_y, U, Vh, cu_seqlens, per_sample, second_moment, mask, tile)
@@ -304,50 +299,29 @@ def plan(
     outputs: Sequence[Tensor],
     tile: Tile,
 ) -> list[Launch]:
-    """The launches of a call, in order: sums of tiles, unless there are no tokens, and their sum.
+    """The launches of a call, in order: the sums of tiles, unless there are no tokens, then the sum over tiles.
 
-    ``cu_seqlens`` keeps samples apart; ``outputs`` are (R,) or (B, R) fp32, the second empty where none is asked for.
+    ``cu_seqlens`` separates the samples. ``outputs`` are (R,) or (B, R) in fp32; the second is empty for the second
+    moment ``"none"``.
     """
-    (tokens, K), (N, R) = x.shape, U.shape
+    tokens, R = x.shape[0], U.shape[1]
     samples = 1 if cu_seqlens is None else len(cu_seqlens) - 1
     slots = triton.cdiv(tokens, tile.block_t) if cu_seqlens is None else tokens // tile.block_t + samples
     squares = second_moment == "token"
     tile_first = x.new_empty((slots, R), dtype=torch.float32)
     tile_second = x.new_empty((slots, R), dtype=torch.float32) if squares else None
-    U, Vh = loadable(U.mT).mT, loadable(Vh)
-    (stride_xt, stride_xk), (stride_yt, stride_yn) = x.stride(), grad_y.stride()
-    (stride_un, stride_ur), (stride_vr, stride_vk) = U.stride(), Vh.stride()
     shared = {"cu_seqlens_ptr": cu_seqlens, "T": tokens, "R": R, "samples": samples, "RAGGED": cu_seqlens is not None}
     products = Launch(
         _singular_value_grad_kernel,
         (slots * triton.cdiv(R, tile.block_r),),
         {
             **shared,
-            "x_ptr": x,
-            "grad_y_ptr": grad_y,
-            "U_ptr": U,
-            "Vh_ptr": Vh,
+            **_operands(x, grad_y, U, Vh, tile),
             "mask_ptr": None if mask is None else mask.view(torch.uint8),
             "first_ptr": tile_first,
             "second_ptr": tile_second,
-            "N": N,
-            "K": K,
-            "stride_xt": stride_xt,
-            "stride_xk": stride_xk,
-            "stride_yt": stride_yt,
-            "stride_yn": stride_yn,
-            "stride_un": stride_un,
-            "stride_ur": stride_ur,
-            "stride_vr": stride_vr,
-            "stride_vk": stride_vk,
             "MASKED": mask is not None,
             "TOKEN_SQUARES": squares,
-            "EVEN_N": N % tile.block_k == 0,
-            "EVEN_K": K % tile.block_k == 0,
-            "BLOCK_T": tile.block_t,
-            "BLOCK_R": tile.block_r,
-            "BLOCK_K": tile.block_k,
-            "GROUP_T": tile.group_t,
         },
         {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True},
     )
@@ -371,3 +345,33 @@ def plan(
         {"num_warps": 4, "enable_fp_fusion": True},
     )
     return [products, total] if tokens > 0 else [total]
+
+
+def _operands(x: Tensor, grad_y: Tensor, U: Tensor, Vh: Tensor, tile: Tile) -> dict[str, Any]:
+    """Kernel arguments: both products' operands, their strides, and the tile."""
+    K, N = x.shape[1], U.shape[0]
+    U, Vh = loadable(U.mT).mT, loadable(Vh)
+    (stride_xt, stride_xk), (stride_yt, stride_yn) = x.stride(), grad_y.stride()
+    (stride_un, stride_ur), (stride_vr, stride_vk) = U.stride(), Vh.stride()
+    return {
+        "x_ptr": x,
+        "grad_y_ptr": grad_y,
+        "U_ptr": U,
+        "Vh_ptr": Vh,
+        "N": N,
+        "K": K,
+        "stride_xt": stride_xt,
+        "stride_xk": stride_xk,
+        "stride_yt": stride_yt,
+        "stride_yn": stride_yn,
+        "stride_un": stride_un,
+        "stride_ur": stride_ur,
+        "stride_vr": stride_vr,
+        "stride_vk": stride_vk,
+        "EVEN_N": N % tile.block_k == 0,
+        "EVEN_K": K % tile.block_k == 0,
+        "BLOCK_T": tile.block_t,
+        "BLOCK_R": tile.block_r,
+        "BLOCK_K": tile.block_k,
+        "GROUP_T": tile.group_t,
+    }

@@ -1,8 +1,8 @@
 """Device functions of the low-rank kernels: one tile of ``x @ Vh.mT``, one tile of ``(h * s) @ U.mT``, a grid barrier.
 
 M rows of x, K in_features, R rank, N out_features; factors are row-major with a unit inner stride. Tiles of one or two
-rows are scalar multiply-adds reduced once at the end, tiles of 16 and more are tensor-core dots; both give fp32.
-A group's members come as tuples; a tile finds its member by its number.
+rows use scalar multiply-adds that are reduced once at the end; tiles of 16 and more use tensor-core dots. Both give
+fp32. The members of a group are passed as tuples; the number of a tile determines its member.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-RANK_ALIGNMENT = tl.constexpr(16)  # elements: a member's columns of h start at a multiple
+RANK_ALIGNMENT = tl.constexpr(16)  # elements; the columns of a member in h start at a multiple of it
 _FLIP = tl.constexpr(1 << 30)  # the bit of the barrier's word that each crossing flips
 
 
 @triton.jit
 def member(tile, sizes, BLOCK: tl.constexpr):
-    """Index of the member that a tile belongs to, and the tile's number within it."""
+    """The index of the member that a tile belongs to, and the tile's number within the member."""
     index = 0
     local = tile
     first = 0
@@ -50,7 +50,7 @@ def hidden_column(ranks, index):
 
 @triton.jit
 def load_factor(ptr, offs_row, offs_col, rows, columns, stride):
-    """A tile of U or Vh, zeros outside; read once, so first to leave the cache."""
+    """A tile of U or Vh, zeros outside. It is read once, so the cache evicts it first."""
     mask = (offs_row < rows)[:, None] & (offs_col < columns)[None, :]
     return tl.load(
         ptr + offs_row[:, None] * stride + offs_col[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
@@ -59,7 +59,7 @@ def load_factor(ptr, offs_row, offs_col, rows, columns, stride):
 
 @triton.jit
 def dot(a, b, acc):
-    """``a @ b + acc`` in fp32. The interpreter's 16-bit dot is wrong, so there the operands are fp32."""
+    """``a @ b + acc`` in fp32. The interpreter's 16-bit dot is wrong, so interpreted operands are fp32."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -68,7 +68,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
-    """``x``, fp32, rounded to nearest even: through its bits where the interpreter's cast to bf16 would truncate."""
+    """``x``, fp32, rounded to nearest even. The interpreter's cast to bf16 truncates, so there the bits are rounded."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
@@ -109,7 +109,7 @@ def shrink_tile(
         for k in range(start, stop, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
             vh = load_factor(vh_ptr, offs_r, offs_k, R, K, stride_vr).to(tl.float32)  # [BLOCK_R, BLOCK_K]
-            # x is read in the layout of Vh: from the nearest cache, with no exchange through shared memory.
+            # x is loaded in the layout of Vh, from the nearest cache: no exchange through shared memory.
             x_ptrs = tl.broadcast_to(x_ptr + offs_k[None, :], [BLOCK_R, BLOCK_K])
             mask = tl.broadcast_to((offs_k < K)[None, :], [BLOCK_R, BLOCK_K])
             acc0 += tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32) * vh
@@ -129,7 +129,7 @@ def shrink_tile(
 
 @triton.jit
 def sum_partials(h_ptrs, mask, stride_hs, SPLITS: tl.constexpr):
-    """The sum over splits, in their order, fp32. Read past the first-level cache: other programs wrote it."""
+    """The sum over splits, in their order, fp32. Bypasses the first-level cache, because other programs wrote h."""
     total = tl.load(h_ptrs, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
     for split in tl.static_range(1, SPLITS):
         total += tl.load(h_ptrs + split * stride_hs, mask=mask, other=0.0, cache_modifier=".cg")
@@ -138,7 +138,7 @@ def sum_partials(h_ptrs, mask, stride_hs, SPLITS: tl.constexpr):
 
 @triton.jit
 def load_scale(s_ptr, s_length, offs_r, SCALED: tl.constexpr):
-    """[BLOCK_R] of s in fp32, ones from ``s_length`` on: that is R, or 0 for a member without s."""
+    """[BLOCK_R] of s in fp32, ones from index ``s_length``: R, or 0 for a member without s."""
     scale = tl.full(offs_r.shape, 1.0, tl.float32)
     if SCALED:
         scale = tl.load(s_ptr + offs_r, mask=offs_r < s_length, other=1.0).to(tl.float32)
@@ -149,7 +149,7 @@ def load_scale(s_ptr, s_length, offs_r, SCALED: tl.constexpr):
 def expand_dot(
     acc, u, h_ptr, s_ptr, s_length, offs_m, offs_r, M, R, stride_hm, stride_hs, SPLITS, SCALED: tl.constexpr
 ):
-    """``acc + (h * s) @ u.mT``; h is rounded once, to the dtype of u. In fp16 s scales u instead: h could overflow."""
+    """``acc + (h * s) @ u.mT``; h is rounded once, to the dtype of u. In fp16 s scales u, because h could overflow."""
     h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm + offs_r[None, :]
     h = sum_partials(h_ptrs, (offs_m < M)[:, None] & (offs_r < R)[None, :], stride_hs, SPLITS)
     if SCALED:
@@ -172,7 +172,7 @@ def expand_row(
 
 @triton.jit
 def expand_tile(
-    u,  # [BLOCK_N, BLOCK_R], the first tile of U where LOADED
+    u,  # [BLOCK_N, BLOCK_R], the first tile of U if LOADED
     u_ptr,
     h_ptr,
     s_ptr,
@@ -191,9 +191,9 @@ def expand_tile(
     SPLITS: tl.constexpr,
     SCALED: tl.constexpr,
     LOADED: tl.constexpr,
-    LOOPED: tl.constexpr,  # the rank may exceed what is loaded
+    LOOPED: tl.constexpr,  # the rank may exceed the loaded tile
 ):
-    """[BLOCK_M, BLOCK_N] of ``(h * s) @ U.mT``, fp32, h being the sum of its splits."""
+    """[BLOCK_M, BLOCK_N] of ``(h * s) @ U.mT``, fp32; h is the sum of its splits."""
     offs_r = tl.arange(0, BLOCK_R)
     first = BLOCK_R if LOADED else 0
     if BLOCK_M < 16:
@@ -227,7 +227,7 @@ def expand_tile(
 
 @triton.jit
 def load_bias(bias_ptr, bias_length, offs_n, BIASED: tl.constexpr):
-    """[1, BLOCK_N] of the bias in fp32, zeros from ``bias_length`` on: that is N, or 0 for a member without a bias."""
+    """[1, BLOCK_N] of the bias in fp32, zeros from index ``bias_length``: N, or 0 for a member without a bias."""
     bias = tl.zeros(offs_n.shape, tl.float32)
     if BIASED:
         bias = tl.load(bias_ptr + offs_n, mask=offs_n < bias_length, other=0.0).to(tl.float32)
@@ -264,7 +264,7 @@ def shrink(
     SPLITS: tl.constexpr,
     REDUCE: tl.constexpr,
 ):
-    """Store one split of one tile of a group's h. With REDUCE, whoever comes last to a tile puts the sum in split 0."""
+    """Store one split of one tile of a group's h. With REDUCE, the last program of a tile stores the sum in split 0."""
     index, local = member(tile, ranks, BLOCK_R)
     R = pick(ranks, index)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -291,7 +291,7 @@ def shrink(
 
 @triton.jit
 def first_u(u_ptrs, widths, ranks, u_strides, tile, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The first tile of U that a tile of a group's outputs needs, [BLOCK_N, BLOCK_R]; zeros past the last tile."""
+    """The first tile of U for a tile of a group's outputs, [BLOCK_N, BLOCK_R]; zeros past the last tile."""
     index, local = member(tile, widths, BLOCK_N)
     offs_n = local * BLOCK_N + tl.arange(0, BLOCK_N)
     N = pick(widths, index)
@@ -342,10 +342,10 @@ def expand(
 
 @triton.jit
 def arrive(barrier_ptr):
-    """Announce at the grid's barrier that this program's stores are done; returns the ticket that ``wait`` needs.
+    """Tell the grid's barrier that this program's stores are done; returns the ticket that ``wait`` needs.
 
-    Ones and the first program's complement add up to one flip of a high bit, which leaves the low bits at 0: the next
-    crossing, in this launch or a later one, starts from there, in whichever sense.
+    Each program adds 1, and the first program adds the complement: the sum flips one high bit and leaves the low bits
+    at 0. The next crossing, in this launch or a later one, starts from there, whatever the high bit is.
     """
     tl.debug_barrier()
     arrival = tl.where(tl.program_id(0) == 0, 1 - tl.num_programs(0) + _FLIP, 1)
@@ -354,7 +354,7 @@ def arrive(barrier_ptr):
 
 @triton.jit
 def wait(barrier_ptr, ticket):
-    """Wait until every program of the grid has arrived; their stores can then be read."""
+    """Wait until every program of the grid has arrived. Their stores can be read afterwards."""
     word = tl.atomic_add(barrier_ptr, 0, sem="acquire", scope="gpu")
     while ((word ^ ticket) & _FLIP) == 0:
         word = tl.atomic_add(barrier_ptr, 0, sem="acquire", scope="gpu")
