@@ -1,7 +1,8 @@
-"""GRASP written down from its formulas, without any short cut: what the package's attribution is measured against.
+"""The definition of GRASP: its formulas in plain PyTorch, without any optimisation (arXiv 2501.00339).
 
-SVD layers in the graph of which only s wants a gradient, each dense weight rebuilt on every forward pass, the whole
-model run for every sweep, one sequence at a time. Source: arXiv 2501.00339, with the loss of the next token.
+The package is tested and timed against it. Every linear becomes an SVD layer in which only s has a gradient. The dense
+weight is rebuilt in every forward pass. Every sweep runs the whole model, one sequence at a time, with the loss of the
+next token.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 class SVDLinear(nn.Module):
-    """``F.linear(x, U diag(s) Vh, bias)`` with only s (groups,) trainable; the weight is rebuilt on every call."""
+    """``F.linear(x, U diag(s) Vh, bias)``; only s, (groups,), is trainable. The weight is rebuilt in every call."""
 
     def __init__(self, linear: nn.Linear | Conv1D) -> None:
         super().__init__()
@@ -32,17 +33,17 @@ class SVDLinear(nn.Module):
 
     @property
     def importance(self) -> Tensor:
-        """``|s · Σ ∂L/∂s|``, (groups,); 0 where nothing reached s."""
+        """``|s · Σ ∂L/∂s|``, (groups,); 0 if no gradient reached s."""
         s = self.s.detach()
         return torch.zeros_like(s) if self.s.grad is None else (s * self.s.grad).abs()
 
     def rank(self, retain_ratio: float) -> int:
-        """The rank at which ``retain_ratio`` of the weight's parameters are kept."""
+        """The rank that retains ``retain_ratio`` of the parameters of the weight."""
         n, k = len(self.U), self.Vh.shape[1]
         return max(1, int(n * k * retain_ratio / (n + k)))
 
     def truncated(self, indices: Tensor) -> nn.Sequential:
-        """Two linears that hold the groups ``indices``, the root of s folded into each."""
+        """Two linears with the groups ``indices``; the square root of s is folded into each."""
         root = self.s.detach()[indices].sqrt()
         down = nn.Linear(self.Vh.shape[1], len(indices), bias=False, device="meta")
         up = nn.Linear(len(indices), len(self.U), bias=self.bias is not None, device="meta")
@@ -54,7 +55,7 @@ class SVDLinear(nn.Module):
 
 
 def insert_svd_(model: PreTrainedModel, names: Sequence[str]) -> dict[str, SVDLinear]:
-    """Freeze the model, and put SVD layers in the place of the named linears."""
+    """Freeze the model, and replace the named linears by SVD layers."""
     model.requires_grad_(False)
     layers = {name: SVDLinear(model.get_submodule(name)) for name in names}  # type: ignore[arg-type]
     for name, layer in layers.items():
@@ -69,7 +70,7 @@ def mean_nll(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 def accumulate(model: PreTrainedModel, sequences: Sequence[Tensor]) -> None:
-    """Add the gradient of the mean loss over ``sequences``, (B, L) each, to what wants one."""
+    """Add the gradient of the mean loss over ``sequences``, (B, L) each, to all trainable parameters."""
     for tokens in sequences:
         (mean_nll(model, tokens) / len(sequences)).backward()
 
@@ -80,7 +81,7 @@ def naive_grasp_(
     """Compress a model in place; the linears named in one element of ``sweeps`` share a sweep over ``sequences``.
 
     Returns:
-        The singular groups that were kept of each linear, ascending.
+        For each linear the singular groups that it retains, ascending.
     """
     kept: dict[str, list[int]] = {}
     for names in sweeps:

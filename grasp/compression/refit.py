@@ -42,18 +42,19 @@ def refit_(
     dtype: str | None = None,
     progress: Progress = no_progress,
 ) -> None:
-    """Fit U of every replaced linear, in the order in which the model calls them, to what the dense model computes.
+    """Fit U of every low-rank linear to the outputs of the dense one, in the order of the calls.
 
-    Two streams of hidden states go through the layers, one with the dense linears and one with the low-rank ones as
-    they are by then, so that each linear makes up for what those before it have changed. For all batches, the inputs
-    of one layer's dense linears are kept on the CPU.
+    Two streams of hidden states go through the layers: one with the dense linears, one with the low-rank linears fitted
+    so far. So each linear compensates for the errors of the linears before it. The inputs of the dense linears of one
+    layer are stored on the CPU, for all batches.
 
     Args:
         model: with the low-rank linears in place; only their ``U`` changes.
         batches: calibration batches.
-        targets: the dense linears; those in whose places no low-rank ones stand are passed over.
-        removed: layers that the compressed model is going to do without, still dense here.
-        dtype: run both streams in it, see ``casting``; sums and solutions are in the model's own, fp32 at least.
+        targets: the dense linears. A target that no low-rank linear replaces is skipped.
+        removed: layers that will be removed; they are still dense here.
+        dtype: run both streams in this dtype, see ``casting``. Sums and solutions have the dtype of the model, at least
+            fp32.
         progress: called after each layer.
     """
     present = {target: model.get_submodule(target.name) for target in targets}
@@ -74,12 +75,12 @@ def refit_(
             _refit_layers(model, batches, replaced, span, removed, exact, fitted, progress)
     finally:
         _put(model, replaced, dense=False)
-        for target, U in fitted.items():  # ``casting`` has put back what was there before
+        for target, U in fitted.items():  # ``casting`` has restored the factors from before
             replaced[target].U.copy_(U)
 
 
 class _Exact(NamedTuple):
-    """A linear and its factors in the model's own dtype."""
+    """A linear and its factors in the dtype of the model."""
 
     U: Tensor
     Vh: Tensor
@@ -106,10 +107,10 @@ def _refit_layers(
         run = _Layer(model, layer, batches, prefix.returns_tuple)
         members = {target: module for target, module in replaced.items() if target.layer == layer}
         _put(model, members, dense=True)
-        wanted, dense = run.inputs_and_outputs(dense, {target: target.module for target in members})
+        dense_inputs, dense = run.inputs_and_outputs(dense, {target: target.module for target in members})
         _put(model, members, dense=False)
         for group in run.groups(members, low[0]):
-            cross, inputs = run.covariances(group, members, wanted, low)
+            cross, inputs = run.covariances(group, members, dense_inputs, low)
             for target in group:
                 factors = exact.get(target) or _exact(target, members[target])
                 fitted[target] = least_squares(factors.U, factors.Vh, factors.weight, cross, inputs)
@@ -120,11 +121,11 @@ def _refit_layers(
 
 
 class _ReachedError(Exception):
-    """Ends a forward pass whose rest is not needed."""
+    """Ends a forward pass early."""
 
 
 class _Layer:
-    """One decoder layer, run by itself on kept hidden states."""
+    """One decoder layer, run alone on stored hidden states."""
 
     def __init__(
         self, model: PreTrainedModel, layer: int, batches: Sequence[CalibrationBatch], returns_tuple: bool
@@ -134,62 +135,61 @@ class _Layer:
         self._module, self._others = modules[layer], modules[:layer] + modules[layer + 1 :]
 
     def _run(self, index: int, hidden: Tensor) -> Tensor:
-        kept: list[Tensor] = []
+        outputs: list[Tensor] = []
         with (
-            hooked(self._module, after=lambda *call: kept.append(hidden_output(call[3]))),
+            hooked(self._module, after=lambda *call: outputs.append(hidden_output(call[3]))),
             passing_through(self._others, self._returns_tuple),
             entering_with(self._module, hidden),
         ):
             backbone(self._model)(**batch_inputs(self._model, self._batches[index]), use_cache=False)
-        return kept[0]
+        return outputs[0]
 
     def outputs(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """What the layer makes of the hidden states of every batch, on the CPU."""
+        """The outputs of the layer for the hidden states of every batch, on the CPU."""
         return [self._run(index, states).cpu() for index, states in enumerate(hidden)]
 
     def inputs_and_outputs(
         self, hidden: Sequence[Tensor], modules: Mapping[Target, nn.Module]
     ) -> tuple[list[dict[Target, Tensor]], list[Tensor]]:
-        """For every batch what enters each linear, and what the layer returns, on the CPU."""
+        """For every batch the inputs of the linears, and the output of the layer, on the CPU."""
         inputs, outputs = list[dict[Target, Tensor]](), list[Tensor]()
         for index, states in enumerate(hidden):
-            with self._noting(index, modules) as found:
+            with self._recording(index, modules) as recorded:
                 outputs.append(self._run(index, states).cpu())
-            kept = {id(x): x.cpu() for x in found.values()}  # linears that share an input share its copy
-            inputs.append({target: kept[id(x)] for target, x in found.items()})
+            copies = {id(x): x.cpu() for x in recorded.values()}  # one copy of an input that several linears share
+            inputs.append({target: copies[id(x)] for target, x in recorded.items()})
         return inputs, outputs
 
     @contextmanager
-    def _noting(self, index: int, modules: Mapping[Target, nn.Module]) -> Iterator[dict[Target, Tensor]]:
-        """What enters each linear, padding left out, in the order of the calls."""
-        rows, found = Rows(self._batches[index]), dict[Target, Tensor]()
-
+    def _recording(self, index: int, modules: Mapping[Target, nn.Module]) -> Iterator[dict[Target, Tensor]]:
+        """Record the input of each linear, without padding, in the order of the calls."""
+        rows, recorded = Rows(self._batches[index]), dict[Target, Tensor]()
         targets = {module: target for target, module in modules.items()}
 
-        def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            found.setdefault(targets[module], rows.of_input(args[0]))
+        def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            recorded.setdefault(targets[module], rows.of_input(args[0]))
 
-        with hooked(*targets, before=note):
-            yield found
+        with hooked(*targets, before=record):
+            yield recorded
 
     def _input(self, index: int, hidden: Tensor, module: nn.Module) -> Tensor:
-        """What enters one linear, padding left out; the layer is run up to there."""
-        found: list[Tensor] = []
+        """The input of one linear, without padding; the rest of the layer does not run."""
+        inputs: list[Tensor] = []
 
         def stop(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            found.append(Rows(self._batches[index]).of(args[0]))
+            inputs.append(Rows(self._batches[index]).of(args[0]))
             raise _ReachedError
 
         with suppress(_ReachedError), hooked(module, before=stop):
             self._run(index, hidden)
-        return found[0]
+        return inputs[0]
 
     def groups(self, members: Mapping[Target, LowRankLinear], hidden: Tensor) -> list[list[Target]]:
-        """Linears that are given one input, in the order of the calls."""
+        """The linears that share an input, in the order of the calls."""
         groups: dict[int, list[Target]] = {}
-        with self._noting(0, members) as found:
+        with self._recording(0, members) as recorded:
             self._run(0, hidden)
-        for target, x in found.items():
+        for target, x in recorded.items():
             groups.setdefault(id(x), []).append(target)
         return list(groups.values())
 
@@ -197,7 +197,7 @@ class _Layer:
         self,
         group: Collection[Target],
         members: Mapping[Target, LowRankLinear],
-        wanted: Sequence[Mapping[Target, Tensor]],
+        dense_inputs: Sequence[Mapping[Target, Tensor]],
         low: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """``Σ x x̂ᵀ`` and ``Σ x̂ x̂ᵀ`` of the input that a group shares, in fp32 (fp64 for fp64)."""
@@ -210,7 +210,7 @@ class _Layer:
         )
         for index in range(len(self._batches)):
             seen = self._input(index, low[index], members[target]).to(device)
-            x = wanted[index][target].to(device)
+            x = dense_inputs[index][target].to(device)
             with exact_bf16(x, seen):
                 x, seen = widen(x, cross.dtype), widen(seen, cross.dtype)
                 add_product_(cross, x.mT, seen)

@@ -1,4 +1,4 @@
-"""Seconds that the parts of a model take to decode one token: by shape and rank, measured or from a card's rates."""
+"""The time to decode one token, part by part, by shape and rank: measured, or from the rates of a card."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from grasp_kernels import roofline
 
 FORMAT_VERSION = 1
 _FIELDS = ("device", "source", "dtype", "layer", "rest", "threads", "versions")
-# Seconds from one kernel to the next inside a CUDA graph, which a card's rates do not include; 1 to 4 us are usual.
+# Seconds from one kernel to the next inside a CUDA graph. The rates of a card do not include it; 1 to 4 us are usual.
 LAUNCH = 2e-6
 
 
 @dataclass(frozen=True)
 class LinearSeconds:
-    """One call of a linear on one token: dense, and low-rank at some ranks."""
+    """The time of one call of a linear on one token: dense, and low-rank at some ranks."""
 
     dense: float
     ranks: tuple[int, ...]  # ascending
     seconds: tuple[float, ...]  # of each of the ranks
 
     def at(self, rank: int) -> float:
-        """Seconds at any rank: on the line between its neighbours in the table, beyond the ends as at the end."""
+        """Seconds at any rank: interpolated linearly between the neighbours in the table, constant beyond its ends."""
         i = bisect_left(self.ranks, rank)
         if i == 0 or i == len(self.ranks):
             return self.seconds[min(i, len(self.ranks) - 1)]
@@ -40,19 +40,19 @@ class LinearSeconds:
 
 @dataclass(frozen=True)
 class CostTable:
-    """What decoding one token costs, one sequence at a time: linears by (N, K) and rank, and what is beside them.
+    """The costs of decoding one token, one sequence at a time: of the linears by (N, K) and rank, and of the rest.
 
-    A model is predicted to take ``rest + Σ_layers (layer + Σ_linears seconds)`` per token.
+    The predicted time of a model is ``rest + Σ_layers (layer + Σ_linears seconds)`` per token.
 
     Args:
-        device: the processor's own name, or a card's.
+        device: name of the processor or card.
         source: ``"measured"`` or ``"roofline"``.
         dtype: of the weights, such as ``"bfloat16"``.
         linears: by (out_features, in_features).
-        layer: seconds of a decoder layer beside its linears: attention, norms, the host's work.
+        layer: seconds of a decoder layer without its linears: attention, norms, host.
         rest: seconds outside the decoder layers: embedding, head.
-        threads: of a CPU.
-        versions: of what was measured with.
+        threads: on a CPU.
+        versions: of the packages that it was measured with.
     """
 
     device: str
@@ -65,7 +65,7 @@ class CostTable:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def linear(self, shape: Shape, rank: int | None = None) -> float:
-        """Seconds of one linear of ``shape`` (N, K), low-rank or, where ``rank`` is ``None``, dense.
+        """Seconds of one linear of ``shape`` (N, K), low-rank, or dense if ``rank`` is ``None``.
 
         Raises:
             CostTableError: if the table has no such shape.
@@ -74,17 +74,18 @@ class CostTable:
             known = ", ".join(f"{n}x{k}" for n, k in sorted(self.linears))
             raise CostTableError(
                 f"the costs of {self.device} have no linear of {shape[1]} inputs and {shape[0]} outputs, only {known} "
-                "(outputs x inputs); they are another model's. Measure this one: grasp bench costs MODEL -o costs.json"
+                "(outputs x inputs): they were measured for another model. Measure this one: grasp bench costs MODEL "
+                "-o costs.json"
             )
-        found = self.linears[shape]
-        return found.dense if rank is None else found.at(rank)
+        seconds = self.linears[shape]
+        return seconds.dense if rank is None else seconds.at(rank)
 
     def predict(self, linears: Iterable[tuple[Shape, int | None]], layers: int) -> float:
-        """Seconds per token of a model with these linears, each a shape and a rank or ``None``, and so many layers."""
+        """Seconds per token of a model with ``layers`` layers and these linears, each a shape and a rank or ``None``."""
         return self.rest + layers * self.layer + math.fsum(self.linear(shape, rank) for shape, rank in linears)
 
     def require(self, shapes: Collection[Shape], dtype: str) -> None:
-        """Check that the table is for a model with linears of these shapes, in this dtype.
+        """Check that the table covers linears of these shapes, in this dtype.
 
         Raises:
             CostTableError: if it is not.
@@ -98,15 +99,21 @@ class CostTable:
             self.linear(shape)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
+        """The table as JSON values."""
         rows = [
-            {"out_features": n, "in_features": k, "dense": each.dense, "ranks": each.ranks, "seconds": each.seconds}
-            for (n, k), each in self.linears.items()
+            {
+                "out_features": n,
+                "in_features": k,
+                "dense": linear.dense,
+                "ranks": linear.ranks,
+                "seconds": linear.seconds,
+            }
+            for (n, k), linear in self.linears.items()
         ]
         return {**{name: getattr(self, name) for name in _FIELDS}, "linears": rows}
 
     def save(self, path: Path) -> None:
-        """Write the table as JSON, whole or not at all.
+        """Write the table as JSON, atomically.
 
         Raises:
             CostTableError: if it cannot be written.
@@ -120,10 +127,10 @@ class CostTable:
 
     @classmethod
     def load(cls, path: Path) -> CostTable:
-        """Read what ``save`` wrote.
+        """Read a table that ``save`` wrote.
 
         Raises:
-            CostTableError: if there is no such file, it is none of ours, or a time in it is not a positive number.
+            CostTableError: if there is no such file, it is not a table, or a time in it is not a positive number.
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -150,15 +157,15 @@ def from_roofline(
     rest_bytes: int,
     layer_launches: int = 2,
 ) -> CostTable:
-    """What a card's rates say: weights read once at its bandwidth, and ``LAUNCH`` for every kernel.
+    """The costs by the rates of a card: weights are read once at its bandwidth, and every kernel takes ``LAUNCH``.
 
     Args:
         card: see ``grasp_kernels.roofline.CARDS``.
-        shapes: (N, K) of the model's linears.
+        shapes: (N, K) of the linears.
         dtype: of the weights.
         itemsize: bytes of a weight.
-        rest_bytes: weights read outside the decoder layers for one token: those of the head.
-        layer_launches: kernels of a layer beside its linears; attention and norms, fused as far as servers do.
+        rest_bytes: weights outside the decoder layers that are read for one token: the head.
+        layer_launches: kernels of a layer besides its linears: attention and norms, fused as servers fuse them.
     """
 
     def seconds(*launches: roofline.Cost) -> float:
@@ -185,7 +192,7 @@ def find_card(name: str) -> roofline.Card:
     Raises:
         CostTableError: if there is none; the message has all names.
     """
-    cards = {each.lower(): card for each, card in roofline.CARDS.items()}
+    cards = {known.lower(): card for known, card in roofline.CARDS.items()}
     if name.lower() not in cards:
         raise CostTableError(
             f"costs must be a file that grasp bench costs wrote, or a card ({', '.join(roofline.CARDS)}), got {name!r}"
@@ -203,7 +210,7 @@ def _row(row: Mapping[str, Any]) -> tuple[Shape, LinearSeconds]:
 
 
 def _require_times(table: CostTable) -> None:
-    times = [time for each in table.linears.values() for time in (each.dense, *each.seconds)]
+    times = [time for linear in table.linears.values() for time in (linear.dense, *linear.seconds)]
     for time, least in (*((time, 1e-12) for time in times), (table.layer, 0.0), (table.rest, 0.0)):
         if type(time) not in (int, float) or not math.isfinite(time) or time < least:
             raise ValueError(f"times must be positive numbers of seconds, got {time!r}")

@@ -1,4 +1,4 @@
-"""From importance to layers, ranks and indices: pure functions."""
+"""Layers, ranks and indices, from scores. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Shape = tuple[int, int]  # (N, K): out_features, in_features
 
 
 class Budget(NamedTuple):
-    """Which layers to compress and how far: for each, the rank of every matrix, in the order of its shapes."""
+    """The layers to compress, and for each the rank of every matrix, in the order of its shapes."""
 
     retain_ratio: float
     ranks: dict[int, tuple[int, ...]]  # layer → ranks, ascending layers
@@ -27,23 +27,23 @@ def rank_for_retain_ratio(shape: Shape, retain_ratio: float) -> int:
 
 
 def break_even_rank(shape: Shape) -> int:
-    """The largest rank at which the factors hold fewer parameters than the matrix; 0 where there is none."""
+    """The largest rank at which the factors have fewer parameters than the matrix; 0 if there is none."""
     n, k = shape
     return (n * k - 1) // (n + k)
 
 
 def parameters_removed(shape: Shape, rank: int) -> int:
-    """Parameters saved by rank ``rank``: ``N·K − R·(N + K)``; negative where the factors are larger."""
+    """The parameters that a rank saves, ``N·K − R·(N + K)``; negative if the factors are larger."""
     n, k = shape
     return n * k - rank * (n + k)
 
 
 def retained_indices(importance: Tensor, rank: int) -> Tensor:
-    """The ``rank`` most important singular groups, ascending; of equals, those with the larger singular value.
+    """The ``rank`` most important singular groups, ascending. Of equals, the larger singular value is retained.
 
     Args:
         importance: (groups,) non-negative, in the order of the singular values.
-        rank: how many to keep.
+        rank: number of groups to retain.
 
     Raises:
         ValueError: if there are fewer groups than ``rank``.
@@ -54,7 +54,7 @@ def retained_indices(importance: Tensor, rank: int) -> Tensor:
 
 
 def rank_for_threshold(importance: Tensor, threshold_ratio: float, shape: Shape) -> int:
-    """The fewest groups whose cumulative importance reaches a share of the total, at most the break-even rank."""
+    """The fewest groups whose importance adds up to a fraction of the total, at most the break-even rank."""
     ordered = importance.double().sort(descending=True).values
     cumulative = ordered.cumsum(0)
     reached = int((cumulative < threshold_ratio * cumulative[-1]).sum()) + 1
@@ -62,7 +62,7 @@ def rank_for_threshold(importance: Tensor, threshold_ratio: float, shape: Shape)
 
 
 def redundant_layers(scores: Sequence[float], count: int) -> tuple[int, ...]:
-    """The ``count`` layers with the smallest scores, most redundant first; of equals, the shallower first.
+    """The ``count`` layers with the smallest scores, most redundant first. Of equals, the shallower comes first.
 
     Raises:
         ValueError: if there are fewer layers than ``count``.
@@ -79,13 +79,13 @@ def solve_compression_ratio(
     compression_ratio: float,
     retain_ratio: float,
 ) -> Budget:
-    """How many of the most redundant layers to compress, and how far, to remove a fraction of the whole model.
+    """The most redundant layers to compress, and their ranks, to remove a fraction of the whole model.
 
-    The number of layers is the smallest that reaches the target at ``retain_ratio``; then the ratio is solved again,
-    so that the target is met as closely as whole ranks allow.
+    The number of layers is the smallest that reaches the target at ``retain_ratio``. Then the ratio is solved again to
+    meet the target as closely as whole ranks allow.
 
     Args:
-        shapes: for each layer the matrices that can be replaced.
+        shapes: for each layer the shapes of the matrices that can be replaced.
         order: layers, most redundant first.
         total_parameters: parameters of the whole model.
         compression_ratio: fraction of them to remove, in [0, 1).
@@ -118,7 +118,7 @@ def solve_compression_ratio(
     budget = uniform_budget(shapes, order[:count], low)
     excess = removed(count, low) - target
     ranks = {layer: list(values) for layer, values in budget.ranks.items()}
-    for layer, values in ranks.items():  # one more group where the next step of the ratio would add one, while it helps
+    for layer, values in ranks.items():  # add a group where the next step of the ratio would, if that helps
         for i, (n, k) in enumerate(shapes[layer]):
             if rank_for_retain_ratio((n, k), high) > values[i] and abs(excess - (n + k)) < abs(excess):
                 values[i] += 1
@@ -127,6 +127,6 @@ def solve_compression_ratio(
 
 
 def uniform_budget(shapes: Mapping[int, Sequence[Shape]], layers: Sequence[int], retain_ratio: float) -> Budget:
-    """The same fraction of every matrix of ``layers``."""
+    """Retain the same fraction of every matrix of ``layers``."""
     ranks = {layer: tuple(rank_for_retain_ratio(shape, retain_ratio) for shape in shapes[layer]) for layer in layers}
     return Budget(retain_ratio, dict(sorted(ranks.items())))

@@ -259,7 +259,7 @@ def test_a_latency_needs_costs_of_this_model() -> None:
         compress_(model, tiny_batches(1), config)
     with pytest.raises(CostTableError, match="are for bfloat16 weights, the model has float32"):
         compress_(model, tiny_batches(1), config, costs=dataclasses.replace(costs_of(model), dtype="bfloat16"))
-    with pytest.raises(CostTableError, match=r"no linear of .* they are another model's"):
+    with pytest.raises(CostTableError, match=r"no linear of "):
         compress_(model, tiny_batches(1), config, costs=costs_of(tiny_model("gpt2")))
 
 
