@@ -81,7 +81,7 @@ class CostTable:
         return seconds.dense if rank is None else seconds.at(rank)
 
     def predict(self, linears: Iterable[tuple[Shape, int | None]], layers: int) -> float:
-        """Seconds per token of a model with ``layers`` layers and these linears, each a shape and a rank or ``None``."""
+        """Seconds per token of a model with ``layers`` layers and these linears: each a shape, and a rank or ``None``."""
         return self.rest + layers * self.layer + math.fsum(self.linear(shape, rank) for shape, rank in linears)
 
     def require(self, shapes: Collection[Shape], dtype: str) -> None:
@@ -100,16 +100,7 @@ class CostTable:
 
     def to_dict(self) -> dict[str, Any]:
         """The table as JSON values."""
-        rows = [
-            {
-                "out_features": n,
-                "in_features": k,
-                "dense": linear.dense,
-                "ranks": linear.ranks,
-                "seconds": linear.seconds,
-            }
-            for (n, k), linear in self.linears.items()
-        ]
+        rows = [{"out_features": n, "in_features": k, **asdict(linear)} for (n, k), linear in self.linears.items()]
         return {**{name: getattr(self, name) for name in _FIELDS}, "linears": rows}
 
     def save(self, path: Path) -> None:
