@@ -6,7 +6,7 @@ import json
 import math
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class CostTable:
         return seconds.dense if rank is None else seconds.at(rank)
 
     def predict(self, linears: Iterable[tuple[Shape, int | None]], layers: int) -> float:
-        """Seconds per token of a model with ``layers`` layers and these linears: each a shape, and a rank or ``None``."""
+        """Seconds per token of a model with ``layers`` layers and linears of these shapes and ranks (or ``None``)."""
         return self.rest + layers * self.layer + math.fsum(self.linear(shape, rank) for shape, rank in linears)
 
     def require(self, shapes: Collection[Shape], dtype: str) -> None:
