@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 
@@ -64,6 +65,11 @@ def size(value: float) -> str:
 def share(value: float) -> str:
     """A fraction in per cent: ``"15.8 %"``."""
     return f"{100 * value:.1f} %"
+
+
+def model_name(name: str) -> str:
+    """The name of a model, without folders if it is an absolute path."""
+    return PurePath(name).name if PurePath(name).is_absolute() else name
 
 
 def layer_ranges(layers: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from grasp.bench.conditions import Conditions
 from grasp.bench.schema import Record
-from grasp.formatting import Column, count, layer_ranges, share, size
+from grasp.formatting import Column, count, layer_ranges, model_name, share, size
 
 _fixed, _ratio, _significant = "{:.1f}".format, "{:.2f}".format, "{:.4g}".format
 
@@ -202,7 +202,7 @@ class ModelResult(Record):
     kind: ClassVar[str] = "model"
     title: ClassVar[str] = "The whole model"
     case: ClassVar[tuple[Column, ...]] = (
-        Column("model", "model"),
+        Column("model", "model", model_name),
         Column("dtype", "dtype"),
         Column("layers", "layers", layer_ranges),
         Column("factors", "factors"),
@@ -337,7 +337,7 @@ class CompressResult(Record):
     kind: ClassVar[str] = "compress"
     title: ClassVar[str] = "The compression itself"
     case: ClassVar[tuple[Column, ...]] = (
-        Column("model", "model"),
+        Column("model", "model", model_name),
         Column("layers", "layers", layer_ranges),
         Column("parameters kept", "retain_ratio", share),
         Column("sequences", "sequences"),

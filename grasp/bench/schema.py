@@ -24,7 +24,7 @@ class Record:
         schema_version: revision of the fields. It grows when a field is removed, changes its meaning, or is added
             without a default.
         title: heading of the table.
-        case: columns that say what was measured. In the terminal they are the title of a table.
+        case: columns that say what was measured. Those that all rows of a table share are above it.
         columns: columns of the result. The first names the row.
         legend: text below the table.
         figures: functions as ``"module:function"``, imported when a figure is drawn. Each takes the results of this
@@ -63,12 +63,16 @@ class Record:
         return {"kind": self.kind, "schema_version": self.schema_version, **asdict(self)}
 
 
+def case_text(record: Record, columns: Iterable[Column]) -> str:
+    """Some of the ``case`` columns of a record as text: ``"op lowrank_linear; rows 1"``."""
+    return "; ".join(f"{column.heading} {text}" for column in columns if (text := column.text_of(record)))
+
+
 def notes(records: Iterable[Record]) -> list[str]:
     """The text below a table of records: legends, then notes, each once."""
     rows = list(records)
-    return list(
-        dict.fromkeys([*(row.legend for row in rows if row.legend), *(note for row in rows for note in row.notes())])
-    )
+    legends = [row.legend for row in rows if row.legend]
+    return list(dict.fromkeys([*legends, *(note for row in rows for note in row.notes())]))
 
 
 class LineError(ValueError):
@@ -91,8 +95,8 @@ def parse(line: str, classes: Sequence[type[Record]]) -> Record:
     kind, version = values.pop("kind", None), values.pop("schema_version", None)
     if kind not in kinds:
         raise LineError(
-            f"got kind {kind!r}; expected kind {', '.join(kinds)}. The program that wrote the line reads it; in "
-            "Python, pass its record class to read_results"
+            f"got kind {kind!r}; expected kind {', '.join(kinds)}. Read other kinds with the program that wrote them, "
+            "or pass their record classes to read_results"
         )
     if version != (expected := kinds[kind].schema_version):
         raise LineError(

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from grasp.bench.records import NotMeasured
-from grasp.bench.schema import Record, notes
+from grasp.bench.schema import Record, case_text, notes
 from grasp.cli.console import print_table, print_text
 from grasp_kernels.roofline import Card
 
@@ -26,7 +26,8 @@ def show_cards(cards: dict[str, Card], threads: int | None) -> None:
 def show_results(records: Iterable[Record]) -> None:
     """Print a table for each class of records and each of its cases. ``show_left_out`` prints those left out."""
     measured = [record for record in records if not isinstance(record, NotMeasured)]
-    for (record_class, title), rows in _grouped(measured, lambda record: (type(record), _case(record))).items():
+    cases = _grouped(measured, lambda record: (type(record), case_text(record, record.case)))
+    for (record_class, title), rows in cases.items():
         columns = ([column.heading, *map(column.text_of, rows)] for column in record_class.columns)
         _print_wide_table([column for column in columns if any(column[1:])], title)
 
@@ -44,10 +45,6 @@ def show_left_out(records: Iterable[Record]) -> None:
     for (wrong, provider, op, reason), lines in same_reason.items():
         subject = provider if op is None else f"{provider} {op}"
         print_text(f"{'WRONG' if wrong else 'Not measured'}: {subject} at {_places(lines)}: {reason}")
-
-
-def _case(record: Record) -> str:
-    return ", ".join(f"{column.heading} {text}" for column in record.case if (text := column.text_of(record)))
 
 
 def _print_wide_table(columns: Sequence[Sequence[str]], title: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from grasp.errors import ResultsError
+from grasp.formatting import model_name
 from grasp_kernels import roofline
 from grasp_kernels.shapes import parse_shape
 
@@ -78,7 +79,9 @@ def by_size(results: Iterable[ModelResult]) -> dict[Comparison, list[Quality]]:
     data: dict[Comparison, list[Quality]] = defaultdict(list)
     for result in results:
         if result.perplexity is not None and result.provider != "unfused":  # which has the weights of "compressed"
-            comparison = Comparison(f"{result.model}, {_text(result)}", f"{result.dtype}; {result.conditions}")
+            comparison = Comparison(
+                f"{model_name(result.model)}, {_text(result)}", f"{result.dtype}; {result.conditions}"
+            )
             point = Quality(_weights(result), result.parameters, *[result.perplexity] * 3)
             if point not in data[comparison]:
                 data[comparison].append(point)
@@ -91,7 +94,7 @@ def by_latency(results: Iterable[ModelResult]) -> dict[Comparison, list[Quality]
     for result in results:
         if result.perplexity is not None:
             comparison = Comparison(
-                f"{result.model}, {_text(result)}, batch {result.batch_size}",
+                f"{model_name(result.model)}, {_text(result)}, batch {result.batch_size}",
                 f"Prompt of {result.prompt_tokens} tokens; {result.dtype}; {result.conditions}",
             )
             label = _provider(result)
@@ -104,7 +107,7 @@ def latencies(results: Iterable[ModelResult]) -> dict[Comparison, list[Latency]]
     data: dict[Comparison, dict[tuple[str, int], Latency]] = defaultdict(dict)
     for result in results:
         comparison = Comparison(
-            f"{result.model}, prompt of {result.prompt_tokens} tokens",
+            f"{model_name(result.model)}, prompt of {result.prompt_tokens} tokens",
             f"{len(result.layers)} layers changed; factors: {result.factors}; {result.dtype}; {result.conditions}",
         )
         bar = Latency(_provider(result), result.batch_size, result.first_token_ms, result.inter_token_ms)

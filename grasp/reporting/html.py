@@ -19,15 +19,16 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
     return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in pairs) + "</dl>"
 
 
-def table(caption: str, columns: Sequence[Column], rows: Sequence[Any]) -> str:
-    """A table that sorts by the heading that is clicked; ``None`` is a blank cell."""
+def table(caption: str, columns: Sequence[Column], rows: Sequence[Any], text: str = "") -> str:
+    """A table that sorts by the heading that is clicked; ``None`` is a blank cell. ``text`` is HTML above it."""
     heads = "".join(
         f'<th scope="col"{_number_class(column, rows)}><button type="button">{escape(column.heading)}</button></th>'
         for column in columns
     )
     body = "".join("<tr>" + "".join(_cell(column, row) for column in columns) + "</tr>" for row in rows)
     return (
-        f'<h3>{escape(caption)}</h3><div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}">'
+        f"<h3>{escape(caption)}</h3>{text}"
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}">'
         f'<table class="sortable"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 

@@ -29,7 +29,7 @@ def test_columns_that_do_not_fit_follow_below_with_the_first_column_repeated(
 def test_cases_have_a_table_each_and_blank_columns_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     show_results([record(OpResult, rows=rows, floor_us=None) for rows in (1, 16, 1)])
     first, second = tables(capsys)
-    assert "rows 1, dtype a" in first
-    assert "rows 16, dtype a" in second
+    assert "rows 1; dtype a" in first
+    assert "rows 16; dtype a" in second
     assert len(first.splitlines()) == len(second.splitlines()) + 1
     assert "floor µs" not in first

@@ -73,9 +73,11 @@ def test_a_new_record_has_a_table_in_the_terminal(capsys: pytest.CaptureFixture[
 def test_a_new_record_has_a_table_and_its_figure_on_the_page() -> None:
     report = compress_(tiny_model("llama"), tiny_batches(1), GraspConfig(layers=(1,), retain_ratio=0.4))
     page = render(report, "small", RESULTS)
-    assert "<h3>Energy of a token</h3>" in page
-    assert '<td>a card</td><td>dense</td><td class="number" data-value="2.54">2.5 J</td>' in page
-    assert "<td>a card</td><td>compressed</td><td></td>" in page
+    varied = render(report, "small", [*RESULTS, EnergyResult("another card", "dense", 2.0)])
+    assert "<h3>Energy of a token</h3><p>All rows: device a card.</p>" in page
+    assert '<tr><td>dense</td><td class="number" data-value="2.54">2.5 J</td></tr>' in page
+    assert "<tr><td>compressed</td><td></td></tr>" in page
     assert "<p>Energy is read from the socket.</p><p>compressed has no meter.</p>" in page
     assert "<strong>Energy</strong><br>2 providers." in page
     assert 'aria-label="Energy"' in page
+    assert "<tr><td>another card</td><td>dense</td>" in varied
