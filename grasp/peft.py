@@ -1,4 +1,4 @@
-"""LoRA of the ``peft`` library on top of low-rank linears, which it refuses unless it is told of them."""
+"""LoRA of the ``peft`` library for low-rank linears."""
 
 from __future__ import annotations
 
@@ -12,24 +12,36 @@ from torch import nn
 
 from grasp.model.lowrank_linear import LowRankLinear
 
-_INITIALISATIONS = (True, False, "gaussian")  # the others decompose the base layer's dense weight
+_INITIALISATIONS = (True, False, "gaussian")  # other initialisations need the dense weight of the base layer
 
 
 def lowrank_targets(config: LoraConfig) -> LoraConfig:
-    """Let a LoRA configuration name low-rank linears among its targets, dense ones as ever; changed in place.
+    """Let the target modules of a LoRA configuration include low-rank linears beside dense ones.
 
-    peft does not save this: an adapter's configuration that was read from a file needs it again. Plain LoRA alone, with
-    random initialisation, is supported.
+    peft does not save this: call it again for a configuration that was read from a file. Only plain LoRA with random
+    initialisation is supported.
+
+    Args:
+        config: changed in place.
 
     Returns:
         ``config``.
 
     Raises:
-        ValueError: if its targets are "all-linear", by which peft means the dense ones.
+        ValueError: if the targets are "all-linear", which means only dense linears in peft.
+
+    Example:
+        >>> from torch import nn
+        >>> from peft import LoraConfig, inject_adapter_in_model
+        >>> from grasp import LowRankLinear
+        >>> model = nn.ModuleDict({"up_proj": LowRankLinear(8, 16, 4)})
+        >>> config = lowrank_targets(LoraConfig(r=2, target_modules=["up_proj"]))
+        >>> type(inject_adapter_in_model(config, model)["up_proj"]).__name__
+        'LowRankLora'
     """
     if config.target_modules == "all-linear":
         raise ValueError(
-            "target_modules='all-linear' would leave the low-rank linears out; name them, as in "
+            "target_modules='all-linear' does not include low-rank linears; name the modules, for example "
             '["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]'
         )
     config._register_custom_module({LowRankLinear: LowRankLora})
@@ -37,39 +49,39 @@ def lowrank_targets(config: LoraConfig) -> LoraConfig:
 
 
 class LowRankLora(Linear):
-    """``y = U Vh x + bias + α/r·B A x``; merged, ``U' = [U, α/r·B]`` and ``Vh' = [Vh; A]``, a low-rank linear still."""
+    """``y = U Vh x + bias + α/r·B A x``. Merging gives the low-rank linear ``U' = [U, α/r·B]``, ``Vh' = [Vh; A]``."""
 
     base_layer: LowRankLinear
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
-        """Plain LoRA: the variants that peft has, DoRA among them, need a dense weight."""
+        """Only plain LoRA: the other variants of peft, such as DoRA, need a dense weight."""
         return {(): None}
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter; peft calls this.
 
         Raises:
-            ValueError: if it is to be made from the base layer's dense weight, or has a bias of its own.
+            ValueError: if its initialisation needs the dense weight of the base layer, or it has a bias.
         """
         if config.init_lora_weights not in _INITIALISATIONS or config.lora_bias:
             raise ValueError(
-                f"a low-rank linear takes plain LoRA, got init_lora_weights={config.init_lora_weights!r} and "
-                f"lora_bias={config.lora_bias}; expected {_INITIALISATIONS} and no bias. Or call model.dequantize() "
-                "first"
+                f"a low-rank linear supports plain LoRA, got init_lora_weights={config.init_lora_weights!r} and "
+                f"lora_bias={config.lora_bias}; expected one of {_INITIALISATIONS} and no bias. Or call "
+                "model.dequantize() first"
             )
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Append adapters to the factors: the rank grows by theirs, the layer stays low-rank.
+        """Append adapters to the factors. The rank of the layer grows by their ranks.
 
         Args:
-            safe_merge: refuse an adapter with NaN or infinite entries.
-            adapter_names: ``None`` for the active ones.
+            safe_merge: check adapters for NaN and infinite entries.
+            adapter_names: ``None`` for the active adapters.
 
         Raises:
-            ValueError: if the rank would be above what a matrix of this shape can have; or as ``safe_merge`` says.
+            ValueError: if the rank exceeds the limit of the layer's shape, or ``safe_merge`` finds such an entry.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora_A:
@@ -79,8 +91,8 @@ class LowRankLora(Linear):
             rank, limit = layer.rank + self.r[name], min(layer.in_features, layer.out_features)
             if rank > limit:
                 raise ValueError(
-                    f"adapter {name} of rank {self.r[name]} would give a low-rank linear of rank {layer.rank} the rank "
-                    f"{rank}, above the {limit} of its shape; keep it apart, or dequantize the model before adding it"
+                    f"adapter {name} of rank {self.r[name]} and a linear of rank {layer.rank} give rank {rank}, "
+                    f"above {limit}, the limit of the shape; do not merge it, or dequantize the model before adding it"
                 )
             if safe_merge and not (torch.isfinite(A).all() and torch.isfinite(B).all()):
                 raise ValueError(f"adapter {name} has NaN or infinite entries; expected none. Train it again.")
@@ -90,7 +102,7 @@ class LowRankLora(Linear):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take the adapters off the factors again."""
+        """Remove the adapters from the factors."""
         while self.merged_adapters:
             layer, rank = self.base_layer, self.base_layer.rank - self.r[self.merged_adapters.pop()]
             _set_factors(layer, layer.U[:, :rank].clone(), layer.Vh[:rank].clone())

@@ -112,9 +112,7 @@ def test_merging_appends_to_the_factors_and_unmerging_takes_it_off(tmp_path: Pat
 
 def test_merging_above_what_a_shape_can_have_or_what_is_not_finite_is_refused() -> None:
     adapted = with_adapter(compressed_model("qwen2"), rank=30)
-    with pytest.raises(
-        ValueError, match=r"rank 30 would give .* rank \d+ the rank \d+, above the (16|32) .*dequantize"
-    ):
+    with pytest.raises(ValueError, match=r"rank 30 .* above (16|32), .*dequantize"):
         adapted.merge_and_unload()
     adapted = with_adapter(compressed_model("qwen2"))
     adapted.base_model.model.get_submodule("model.layers.1.mlp.up_proj").lora_A["default"].weight.data[0, 0] = torch.nan
@@ -137,5 +135,5 @@ def test_what_needs_the_dense_weight_is_refused(options: dict[str, object], mess
 
 
 def test_targets_that_leave_low_rank_linears_out_in_silence_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"all-linear.*would leave the low-rank linears out; name them"):
+    with pytest.raises(ValueError, match=r"all-linear.* name the modules"):
         lowrank_targets(LoraConfig(target_modules="all-linear"))

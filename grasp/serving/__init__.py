@@ -1,1 +1,1 @@
-"""Compressed checkpoints in serving stacks that load models in ways of their own."""
+"""Compressed checkpoints in serving stacks that do not load models with transformers."""

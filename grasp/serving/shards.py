@@ -1,4 +1,4 @@
-"""Which rows and columns of a checkpoint's linears one process of a tensor-parallel group holds."""
+"""The rows and columns of a checkpoint's linears that one process of a tensor-parallel group has."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from grasp.errors import CheckpointError, UnsupportedModelError
 
-_SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the parts of a merged qkv; those of others are numbers
+_SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the linears of a merged qkv; other shards have numbers
 
 
 class Piece(NamedTuple):
-    """Part ``number`` of a dimension that is cut into ``total`` equal ones."""
+    """Piece ``number`` of a dimension that is cut into ``total`` equal pieces."""
 
     number: int
     total: int
@@ -23,17 +23,24 @@ class Piece(NamedTuple):
 WHOLE = Piece(0, 1)
 
 
-class Part(NamedTuple):
-    """A linear of the checkpoint, as one process holds it inside a linear that serves one or several of them."""
+class LocalLinear(NamedTuple):
+    """The part of a linear of the checkpoint that one process has.
+
+    Attributes:
+        name: of the linear in the checkpoint.
+        rank: ``None`` if the linear is dense.
+        widths: local rows of each output; there are several if the checkpoint has q, k and v in one linear.
+        pieces: for each output, the piece of the checkpoint's rows that is local.
+    """
 
     name: str
-    rank: int | None  # of a low-rank one
-    widths: tuple[int, ...]  # rows that are held; several where the checkpoint itself has q, k and v in one
-    pieces: tuple[Piece, ...]  # for each width, which of the checkpoint's rows those are
+    rank: int | None
+    widths: tuple[int, ...]
+    pieces: tuple[Piece, ...]
 
     @property
     def rows(self) -> int:
-        """Rows that are held."""
+        """Local rows."""
         return sum(self.widths)
 
     @property
@@ -43,92 +50,92 @@ class Part(NamedTuple):
 
 
 def linear_names(path: str, packed: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """What the checkpoint calls the linears that a module of the serving stack stands for, in the module's order.
+    """The checkpoint's names of the linears in a module of the serving stack, in the order of the module.
 
     Args:
         path: of the module, such as ``model.layers.0.self_attn.qkv_proj``.
-        packed: the last name of a merged module → those of its linears.
+        packed: the last name of a merged module → the last names of its linears.
     """
-    parent, dot, name = path.rpartition(".")
-    return tuple(f"{parent}{dot}{each}" for each in packed.get(name, [name]))
+    parent, dot, module = path.rpartition(".")
+    return tuple(f"{parent}{dot}{name}" for name in packed.get(module, [module]))
 
 
 def output_pieces(count: int, rank: int, processes: int, kv_replicas: int = 1) -> tuple[Piece, ...]:
-    """The rows that a column-parallel linear of ``count`` outputs takes in process ``rank``, one piece per output.
+    """The rows of each output of a column-parallel linear that process ``rank`` has.
 
     Args:
-        count: outputs side by side, such as 3 of q, k and v.
-        rank: this process's number in the group.
-        processes: of the group.
-        kv_replicas: processes that share a head of keys and values, all but the first output being such; 1 where
-            there are at least as many heads as processes.
+        count: number of outputs, such as 3 for q, k and v.
+        rank: number of the process in the group.
+        processes: size of the group.
+        kv_replicas: number of processes that have the same heads of keys and values, which are all outputs but the
+            first; 1 if there are at least as many heads as processes.
     """
     shared = Piece(rank // kv_replicas, processes // kv_replicas)
     return (Piece(rank, processes), *[shared] * (count - 1))
 
 
-def merged_parts(
+def merged_linears(
     names: Sequence[str], ranks: Mapping[str, int], widths: Sequence[int], pieces: Sequence[Piece]
-) -> tuple[Part, ...]:
-    """The linears of a merged module: each has one output, or one linear has them all.
+) -> tuple[LocalLinear, ...]:
+    """The linears of a merged module: one per output, or one for all outputs.
 
     Args:
         names: of the linears in the checkpoint.
-        ranks: of those that are low-rank.
-        widths: rows that this process holds of each output.
-        pieces: which rows of the output those are.
+        ranks: of the low-rank linears.
+        widths: local rows of each output.
+        pieces: the piece of each output's rows that is local.
 
     Raises:
-        UnsupportedModelError: if outputs and linears are not as many.
+        UnsupportedModelError: if there are several linears and their number differs from that of the outputs.
     """
     if len(names) == 1:
-        return (Part(names[0], ranks.get(names[0]), tuple(widths), tuple(pieces)),)
+        return (LocalLinear(names[0], ranks.get(names[0]), tuple(widths), tuple(pieces)),)
     if len(names) != len(widths):
         raise UnsupportedModelError(
-            f"{', '.join(names)} are {len(names)} linears, the module that merges them has {len(widths)} outputs; "
-            "expected as many. This architecture cannot be served compressed: dequantize the model and save it dense."
+            f"{', '.join(names)} are {len(names)} linears, but the module that merges them has {len(widths)} outputs; "
+            "expected one linear per output. This architecture cannot be served compressed: dequantize the model and "
+            "save it dense."
         )
     triples = zip(names, widths, pieces, strict=True)
-    return tuple(Part(name, ranks.get(name), (width,), (piece,)) for name, width, piece in triples)
+    return tuple(LocalLinear(name, ranks.get(name), (width,), (piece,)) for name, width, piece in triples)
 
 
-def part_index(shard: object, parts: Sequence[Part]) -> int:
-    """The part that a shard's name or number means; ``None`` where there is but one.
+def linear_index(shard: object, linears: Sequence[LocalLinear]) -> int:
+    """The index of the linear that a shard's name or number selects; ``None`` selects the only linear.
 
     Raises:
-        UnsupportedModelError: if it means none.
+        UnsupportedModelError: if the shard selects no linear.
     """
-    index = 0 if shard is None and len(parts) == 1 else _SHARDS.get(shard, shard) if isinstance(shard, str) else shard
-    if type(index) is not int or not 0 <= index < len(parts):
+    index = 0 if shard is None and len(linears) == 1 else _SHARDS.get(shard, shard) if isinstance(shard, str) else shard
+    if type(index) is not int or not 0 <= index < len(linears):
         raise UnsupportedModelError(
-            f"a tensor is meant for shard {shard!r} of {', '.join(part.name for part in parts)}; expected one of them. "
+            f"a tensor is for shard {shard!r} of {', '.join(linear.name for linear in linears)}; expected one of them. "
             "This architecture cannot be served compressed: dequantize the model and save it dense."
         )
     return index
 
 
-def own_rows(tensor: Tensor, part: Part) -> Tensor:
-    """The rows of a (checkpoint_rows, ...) tensor that this process holds: (rows, ...)."""
-    taken, start = [], 0
-    for width, piece in zip(part.widths, part.pieces, strict=True):
-        taken.append(tensor.narrow(0, start + piece.number * width, width))
+def local_rows(tensor: Tensor, linear: LocalLinear) -> Tensor:
+    """The local rows of a (checkpoint_rows, ...) tensor: (rows, ...)."""
+    parts, start = [], 0
+    for width, piece in zip(linear.widths, linear.pieces, strict=True):
+        parts.append(tensor.narrow(0, start + piece.number * width, width))
         start += width * piece.total
-    return taken[0] if len(taken) == 1 else torch.cat(taken)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def own_columns(tensor: Tensor, width: int, piece: Piece) -> Tensor:
-    """The ``width`` columns of a (..., width * total) tensor that this process holds."""
+def local_columns(tensor: Tensor, width: int, piece: Piece) -> Tensor:
+    """The ``width`` local columns of a (..., width * total) tensor."""
     return tensor.narrow(-1, piece.number * width, width)
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    """Refuse a tensor of the checkpoint that is not what the architecture and the ranks call for.
+    """Check the shape of a tensor of the checkpoint.
 
     Raises:
-        CheckpointError: with both shapes.
+        CheckpointError: if it differs from ``expected``, which the architecture and the ranks require.
     """
     if tuple(tensor.shape) != expected:
         raise CheckpointError(
-            f"{name} has the shape {tuple(tensor.shape)}, config.json calls for {expected}; the two do not belong "
-            "together: save the model again"
+            f"{name} has the shape {tuple(tensor.shape)}, config.json requires {expected}; save the model again"
         )

@@ -1,8 +1,8 @@
-"""vLLM's side of the checkpoint format: vLLM calls ``register`` through the entry point ``vllm.general_plugins``.
+"""The checkpoint format for vLLM, which calls ``register`` through the entry point ``vllm.general_plugins``.
 
-Only vLLM imports this module. The linears that ``config.json`` has ranks for become low-rank ones, and where vLLM
-merges several, as it does q, k and v, one call of ``grasp::lowrank_linear_grouped`` computes those of them that are
-low-rank. The op is opaque to ``torch.compile`` and never waits for the GPU, so that CUDA graphs can record it.
+Only vLLM imports this module. A linear with a rank in ``config.json`` becomes a low-rank linear. vLLM merges some
+linears, such as q, k and v: one call of ``grasp::lowrank_linear_grouped`` computes all low-rank parts of a merged
+linear. The op is opaque to ``torch.compile`` and does not synchronise with the GPU, so CUDA graphs can record it.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from grasp.errors import CheckpointError, UnsupportedModelError
 from grasp.model.hf_quantizer import METHOD, GraspQuantizationConfig
 from grasp.serving.shards import (
     WHOLE,
-    Part,
+    LocalLinear,
     Piece,
     check_shape,
+    linear_index,
     linear_names,
-    merged_parts,
+    local_columns,
+    local_rows,
+    merged_linears,
     output_pieces,
-    own_columns,
-    own_rows,
-    part_index,
 )
 from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped
 from grasp_kernels.packing import RANK_MULTIPLE
 
 
 class GraspVllmConfig(QuantizationConfig):
-    """The ``quantization_config`` of a compressed checkpoint, as vLLM wants it: which linears are low-rank."""
+    """The ``quantization_config`` of a compressed checkpoint: the ranks of its low-rank linears."""
 
     def __init__(self, ranks: dict[str, int]) -> None:
         super().__init__()
@@ -55,25 +55,25 @@ class GraspVllmConfig(QuantizationConfig):
         return METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """What the ops take; vLLM refuses other dtypes."""
+        """The dtypes that the ops support; vLLM refuses others."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Every GPU: where no kernel runs, plain PyTorch does."""
+        """Any GPU: plain PyTorch runs where no kernel does."""
         return 0
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """No file beside ``config.json``."""
+        """No file other than ``config.json``."""
         return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> GraspVllmConfig:
-        """Read it.
+        """Read the ``quantization_config`` of a ``config.json``.
 
         Raises:
-            CheckpointError: if it is of another version, or the ranks make no sense.
+            CheckpointError: if its version is unknown, or a rank is not a positive integer.
         """
         return cls(dict(GraspQuantizationConfig.from_dict(dict(config)).ranks))
 
@@ -82,10 +82,10 @@ class GraspVllmConfig(QuantizationConfig):
         self.ranks = hf_to_vllm_mapper.apply_dict(self.ranks)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """How a module is loaded and run; called for linears, embeddings, attention and experts alike.
+        """The method that loads and runs a module; vLLM calls this for linears, embeddings, attention and experts.
 
         Raises:
-            UnsupportedModelError: if something else than a linear has a rank.
+            UnsupportedModelError: if a module that is not a linear has a rank.
         """
         if isinstance(layer, LinearBase):
             names = linear_names(prefix, self.packed_modules_mapping)
@@ -95,30 +95,31 @@ class GraspVllmConfig(QuantizationConfig):
             expert = name.removeprefix(f"{prefix}.")
             if name == prefix or (expert != name and expert[0].isdigit()):
                 raise UnsupportedModelError(
-                    f"config.json has a rank for {name}, which vLLM serves by {type(layer).__name__}; expected linear "
-                    "layers only. Compress without it, or serve this model with transformers."
+                    f"config.json has a rank for {name}, which vLLM serves with {type(layer).__name__}; expected ranks "
+                    "of linear layers only. Compress without it, or serve this model with transformers."
                 )
         return None
 
 
 class GraspLinearMethod(LinearMethodBase):
-    """A linear of vLLM of which some or all parts are low-rank: ``y_i = (x @ Vh_i.mT) @ U_i.mT + bias_i``.
+    """A linear of vLLM in which some or all parts are low-rank: ``y_i = (x @ Vh_i.mT) @ U_i.mT + bias_i``.
 
-    The parameters of the linear, on one process:
+    A process has these parameters of the linear:
 
-    * ``Vh`` (sum of R_i, K), those of all low-rank parts one behind the other, so that x meets them in one product;
+    * ``Vh`` (sum of R_i, K), of all low-rank parts in order, so that one product with x serves all of them;
     * ``U``, a vector of all U_i (N_i, R_i);
-    * ``weight`` (sum of N_i, K) of the dense parts, often empty; LoRA wants there to be one.
+    * ``weight`` (sum of N_i, K) of the dense parts, often empty; LoRA needs the attribute.
 
-    Column-parallel, a process has its rows of U and weight, and all of Vh; row-parallel, its columns of Vh and weight,
-    and all of U. On GPUs ranks are padded with zeros to a multiple of 16, as ``grasp_kernels.pack_factors`` does.
+    In a column-parallel linear a process has some rows of U and weight and the whole Vh; in a row-parallel linear some
+    columns of Vh and weight and the whole U. On GPUs ranks are padded with zeros to a multiple of 16, as in
+    ``grasp_kernels.pack_factors``.
     """
 
     def __init__(self, names: Sequence[str], ranks: Mapping[str, int]) -> None:
         self.names, self.ranks = names, ranks
-        self.parts: tuple[Part, ...] = ()
+        self.parts: tuple[LocalLinear, ...] = ()
         self.columns = WHOLE
-        self.sizes: tuple[tuple[int, int], ...] = ()  # of each part: rows, and rank in memory, 0 of a dense one
+        self.sizes: tuple[tuple[int, int], ...] = ()  # rows and rank in memory of each part; a dense part has rank 0
 
     def create_weights(
         self,
@@ -130,10 +131,10 @@ class GraspLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Give the linear its parameters; called once, by its constructor.
+        """Create the parameters of the linear; the constructor of the linear calls this once.
 
         Raises:
-            UnsupportedModelError: if the linear merges its parts in a way that is not known.
+            UnsupportedModelError: if the number of the linear's outputs does not fit its parts.
         """
         pieces = (WHOLE,) * len(output_partition_sizes)
         if isinstance(layer, ColumnParallelLinear):
@@ -141,11 +142,11 @@ class GraspLinearMethod(LinearMethodBase):
             pieces = output_pieces(len(output_partition_sizes), layer.tp_rank, layer.tp_size, replicas)
         elif isinstance(layer, RowParallelLinear):
             self.columns = Piece(layer.tp_rank, layer.tp_size)
-        self.parts = merged_parts(self.names, self.ranks, output_partition_sizes, pieces)
+        self.parts = merged_linears(self.names, self.ranks, output_partition_sizes, pieces)
         multiple = RANK_MULTIPLE if current_platform.is_cuda_alike() else 1
         self.sizes = tuple((part.rows, -(-(part.rank or 0) // multiple) * multiple) for part in self.parts)
         K = input_size_per_partition
-        # Some architectures reorder what they load, along the dimensions named here.
+        # Some architectures reorder loaded tensors along the dimensions named here.
         self._register(layer, "U", (sum(n * r for n, r in self.sizes),), params_dtype, self._load_U, output_dim=0)
         self._register(layer, "Vh", (sum(r for _, r in self.sizes), K), params_dtype, self._load_Vh, input_dim=1)
         dense_rows = sum(n for n, r in self.sizes if not r)
@@ -160,7 +161,7 @@ class GraspLinearMethod(LinearMethodBase):
         load: Callable[..., None],
         **dimensions: int,
     ) -> None:
-        """Add a parameter; it is NaN until it is loaded, so that what the checkpoint lacks is noticed."""
+        """Add a parameter filled with NaN, so that a tensor missing in the checkpoint is detected."""
         parameter = nn.Parameter(torch.full(shape, torch.nan, dtype=dtype), requires_grad=False)
         set_weight_attrs(parameter, {"weight_loader": load, **dimensions})
         layer.register_parameter(name, parameter)
@@ -169,7 +170,7 @@ class GraspLinearMethod(LinearMethodBase):
         index, part, rank = self._low_rank_part(shard_id, "U")
         check_shape(f"{part.name}.U", loaded_weight, (part.checkpoint_rows, rank))
         U = self._split_U(param.data)[index]
-        U[:, :rank].copy_(own_rows(loaded_weight, part))
+        U[:, :rank].copy_(local_rows(loaded_weight, part))
         U[:, rank:].zero_()
 
     def _load_Vh(self, param: nn.Parameter, loaded_weight: Tensor, shard_id: object = None) -> None:  # noqa: N802
@@ -177,46 +178,46 @@ class GraspLinearMethod(LinearMethodBase):
         width = param.shape[1]
         check_shape(f"{part.name}.Vh", loaded_weight, (rank, width * self.columns.total))
         Vh = self._split_Vh(param.data)[index]
-        Vh[:rank].copy_(own_columns(loaded_weight, width, self.columns))
+        Vh[:rank].copy_(local_columns(loaded_weight, width, self.columns))
         Vh[rank:].zero_()
 
     def _load_weight(self, param: nn.Parameter, loaded_weight: Tensor, shard_id: object = None) -> None:
-        index = part_index(shard_id, self.parts)
+        index = linear_index(shard_id, self.parts)
         part, width = self.parts[index], param.shape[1]
         if part.rank is not None:
             raise CheckpointError(
-                f"the checkpoint has a dense {part.name}.weight, but config.json the rank {part.rank} for it; the two "
-                "do not belong together: save the model again"
+                f"the checkpoint has a dense {part.name}.weight, but config.json the rank {part.rank} for it; save the "
+                "model again"
             )
         check_shape(f"{part.name}.weight", loaded_weight, (part.checkpoint_rows, width * self.columns.total))
-        own = own_columns(own_rows(loaded_weight, part), width, self.columns)
-        self._split_weight(param.data)[index].copy_(own)
+        local = local_columns(local_rows(loaded_weight, part), width, self.columns)
+        self._split_weight(param.data)[index].copy_(local)
 
-    def _low_rank_part(self, shard_id: object, tensor: str) -> tuple[int, Part, int]:
-        index = part_index(shard_id, self.parts)
+    def _low_rank_part(self, shard_id: object, tensor: str) -> tuple[int, LocalLinear, int]:
+        index = linear_index(shard_id, self.parts)
         part = self.parts[index]
         if part.rank is None:
             raise CheckpointError(
-                f"the checkpoint has the factor {part.name}.{tensor}, but config.json has no rank for it; the two do "
-                "not belong together: save the model again"
+                f"the checkpoint has the factor {part.name}.{tensor}, but config.json has no rank for it; save the "
+                "model again"
             )
         return index, part, part.rank
 
     def _split_U(self, U: Tensor) -> list[Tensor]:  # noqa: N802
-        """Of each part (rows, rank in memory), empty of a dense one."""
+        """The U of each part, (rows, rank in memory); empty if the part is dense."""
         pieces = U.split([rows * rank for rows, rank in self.sizes])
         return [piece.view(size) for piece, size in zip(pieces, self.sizes, strict=True)]
 
     def _split_Vh(self, Vh: Tensor) -> Sequence[Tensor]:  # noqa: N802
-        """Of each part (rank in memory, K), empty of a dense one."""
+        """The Vh of each part, (rank in memory, K); empty if the part is dense."""
         return Vh.split([rank for _, rank in self.sizes])
 
     def _split_weight(self, weight: Tensor) -> Sequence[Tensor]:
-        """Of each part (rows, K), empty of a low-rank one."""
+        """The weight of each part, (rows, K); empty if the part is low-rank."""
         return weight.split([0 if rank else rows for rows, rank in self.sizes])
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
-        """Check that everything was in the checkpoint; nothing is changed, so that vLLM can load it again.
+        """Check that all tensors were in the checkpoint; the parameters stay, so that vLLM can load them again.
 
         Raises:
             CheckpointError: if a tensor is missing, or has NaN or infinite entries.
@@ -227,7 +228,7 @@ class GraspLinearMethod(LinearMethodBase):
                 if not torch.isfinite(tensor).all():
                     raise CheckpointError(
                         f"{part.name}.{name} is not in the checkpoint, or has NaN or infinite entries; expected finite "
-                        "U and Vh of every module in ranks. It was not saved or copied completely: save it again."
+                        "U and Vh of every module in ranks. Save or copy the checkpoint again."
                     )
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -245,5 +246,5 @@ class GraspLinearMethod(LinearMethodBase):
 
 
 def register() -> None:
-    """Enter the format into vLLM's table of quantisation methods. Idempotent."""
+    """Add the format to vLLM's table of quantisation methods. Idempotent."""
     register_quantization_config(METHOD)(GraspVllmConfig)

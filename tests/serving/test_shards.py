@@ -6,19 +6,19 @@ import torch
 from grasp.errors import CheckpointError, UnsupportedModelError
 from grasp.serving.shards import (
     WHOLE,
-    Part,
+    LocalLinear,
     Piece,
     check_shape,
+    linear_index,
     linear_names,
-    merged_parts,
+    local_columns,
+    local_rows,
+    merged_linears,
     output_pieces,
-    own_columns,
-    own_rows,
-    part_index,
 )
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-QKV = tuple(Part(name, None, (2,), (WHOLE,)) for name in ("q", "k", "v"))
+QKV = tuple(LocalLinear(name, None, (2,), (WHOLE,)) for name in ("q", "k", "v"))
 
 
 def test_a_merged_module_stands_for_its_linears_in_order_and_any_other_for_itself() -> None:
@@ -33,8 +33,8 @@ def test_the_processes_rows_and_columns_are_the_whole_tensor(processes: int) -> 
     rows, columns = [], []
     for rank in range(processes):
         (piece,) = output_pieces(1, rank, processes)
-        rows.append(own_rows(tensor, Part("o", None, (8 // processes,), (piece,))))
-        columns.append(own_columns(tensor, 4 // processes, piece))
+        rows.append(local_rows(tensor, LocalLinear("o", None, (8 // processes,), (piece,))))
+        columns.append(local_columns(tensor, 4 // processes, piece))
     assert torch.cat(rows).equal(tensor)
     assert torch.cat(columns, dim=1).equal(tensor)
 
@@ -47,45 +47,45 @@ def test_processes_that_outnumber_the_heads_of_keys_and_values_share_them() -> N
         query, key, value = output_pieces(3, rank, 4, kv_replicas=2)
         assert query == Piece(rank, 4)
         assert key == value
-        taken.append(own_rows(heads, Part("k", 5, (1,), (key,))).item())
+        taken.append(local_rows(heads, LocalLinear("k", 5, (1,), (key,))).item())
     assert taken == [0, 0, 1, 1]
 
 
 def test_of_a_linear_that_is_merged_in_the_checkpoint_each_process_takes_rows_of_every_output() -> None:
     """q has rows 0 to 7, k 8 to 11 and v 12 to 15; the second of two processes has the second half of each."""
-    (part,) = merged_parts(["qkv"], {"qkv": 3}, [4, 2, 2], output_pieces(3, 1, 2))
+    (part,) = merged_linears(["qkv"], {"qkv": 3}, [4, 2, 2], output_pieces(3, 1, 2))
     assert part.rank == 3
     assert (part.rows, part.checkpoint_rows) == (8, 16)
-    assert own_rows(torch.arange(16)[:, None], part).flatten().tolist() == [4, 5, 6, 7, 10, 11, 14, 15]
+    assert local_rows(torch.arange(16)[:, None], part).flatten().tolist() == [4, 5, 6, 7, 10, 11, 14, 15]
 
 
 def test_the_parts_of_a_merged_module_have_their_own_ranks_and_some_none() -> None:
-    parts = merged_parts(["q", "k", "v"], {"q": 9, "v": 2}, [8, 4, 4], [WHOLE] * 3)
+    parts = merged_linears(["q", "k", "v"], {"q": 9, "v": 2}, [8, 4, 4], [WHOLE] * 3)
     assert [part.rank for part in parts] == [9, None, 2]
     assert [part.rows for part in parts] == [8, 4, 4]
 
 
 def test_linears_and_outputs_that_do_not_match_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"2 linears.*3 outputs.*dequantize"):
-        merged_parts(["a", "b"], {"a": 1}, [4, 2, 2], [WHOLE] * 3)
+        merged_linears(["a", "b"], {"a": 1}, [4, 2, 2], [WHOLE] * 3)
 
 
 @pytest.mark.parametrize(("shard", "index"), [("q", 0), ("k", 1), ("v", 2), (0, 0), (2, 2)])
 def test_shards_are_known_by_name_and_by_number(shard: object, index: int) -> None:
-    assert part_index(shard, QKV) == index
+    assert linear_index(shard, QKV) == index
 
 
 def test_without_a_shard_the_only_part_is_meant() -> None:
-    assert part_index(None, QKV[:1]) == 0
+    assert linear_index(None, QKV[:1]) == 0
 
 
 @pytest.mark.parametrize("shard", [None, "index_q", 3, -1, (0, 1), True])
 def test_a_shard_that_is_none_of_the_parts_is_refused(shard: object) -> None:
     with pytest.raises(UnsupportedModelError, match="q, k, v; expected one of them"):
-        part_index(shard, QKV)
+        linear_index(shard, QKV)
 
 
 def test_a_tensor_of_another_shape_is_refused_with_both() -> None:
     check_shape("q.U", torch.empty(4, 2), (4, 2))
-    with pytest.raises(CheckpointError, match=r"q\.U has the shape \(4, 2\), config\.json calls for \(4, 3\)"):
+    with pytest.raises(CheckpointError, match=r"q\.U has the shape \(4, 2\), config\.json requires \(4, 3\)"):
         check_shape("q.U", torch.empty(4, 2), (4, 3))

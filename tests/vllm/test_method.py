@@ -164,8 +164,8 @@ def merged() -> tuple[LinearBase, Any]:
 
 
 WRONG = {
-    "another rank": ("U", (32, 8), "q", r"m\.q_proj\.U has the shape \(32, 8\), config\.json calls for \(32, 9\)"),
-    "another width": ("Vh", (9, 23), "q", r"m\.q_proj\.Vh has the shape \(9, 23\), config\.json calls for \(9, 24\)"),
+    "another rank": ("U", (32, 8), "q", r"m\.q_proj\.U has the shape \(32, 8\), config\.json requires \(32, 9\)"),
+    "another width": ("Vh", (9, 23), "q", r"m\.q_proj\.Vh has the shape \(9, 23\), config\.json requires \(9, 24\)"),
     "a dense weight": ("weight", (32, 24), "q", r"dense m\.q_proj\.weight, but config\.json the rank 9 for it"),
     "a factor": ("U", (16, 3), "k", r"has the factor m\.k_proj\.U, but config\.json has no rank for it"),
     "another dense width": ("weight", (16, 23), "k", r"m\.k_proj\.weight has the shape \(16, 23\)"),
