@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs/_static/architecture.svg"
 
-WIDTH, MARGIN, BOX_HEIGHT, GAP, COLUMNS = 560, 12, 26, 8, 3
+WIDTH, MARGIN, BOX_HEIGHT, GAP, COLUMNS = 460, 12, 26, 8, 3
 # The figure follows the page's colour scheme.
 STYLE = """
 text { font: 13px ui-monospace, monospace; fill: #1f2328; text-anchor: middle; dominant-baseline: central }
@@ -46,7 +46,7 @@ def draw() -> str:
         for row, names in enumerate(rows):
             parts += _boxes("box", names, y + GAP + row * (BOX_HEIGHT + GAP))
         y += height + 6
-    parts.append(_text("note", WIDTH / 2, y + 12, "↓ imports go down only; any layer of grasp may use the kernels ↓"))
+    parts.append(_text("note", WIDTH / 2, y + 12, "↓ imports go down only; all layers may use the kernels ↓"))
     y += 26
     parts += _boxes("kernel", ["grasp_kernels: ops, dispatch, Triton"], y)
     parts += _boxes("kernel", ["csrc: C++ and CUDA on raw pointers"], y + BOX_HEIGHT + GAP)

@@ -28,6 +28,7 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
 # References must lead somewhere, except names of other libraries and types inside the package, which have no page.
 nitpick_ignore_regex = [
