@@ -14,7 +14,7 @@ from grasp.checkpoint.run_state import Decision, NoState
 from grasp.compression.budget import Plan, ceilings, predicted_seconds
 from grasp.compression.refit import refit_
 from grasp.compression.rounds import decide_globally_, decide_in_order_, prepare_
-from grasp.compression.run import Run, find_redundancy, make_plan, start_run
+from grasp.compression.run import Run, find_block_influence, make_plan, start_run
 from grasp.config import GraspConfig
 from grasp.method.cost_table import CostTable
 from grasp.model.batch import CalibrationBatch, as_batches, batches_digest
@@ -25,7 +25,6 @@ from grasp.model.size import model_size
 from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
 from grasp.statistics.processes import ALONE, Processes
-from grasp.statistics.redundancy import Redundancy
 
 
 def compress_(
@@ -87,8 +86,8 @@ def compress_(
 @torch.enable_grad()
 def carry_out_(run: Run) -> CompressionReport:
     """The method, step by step. ``compress_`` starts the run; a study may give one that reuses statistics."""
-    redundancy = find_redundancy(run)
-    plan = make_plan(run, redundancy)
+    scores = find_block_influence(run)
+    plan = make_plan(run, scores)
     decide_ = decide_globally_ if run.config.decides_together else decide_in_order_
     try:
         work = prepare_(run, plan)
@@ -99,7 +98,7 @@ def carry_out_(run: Run) -> CompressionReport:
     finally:
         group_linears_(run.model)
         mark_compressed(run.model)
-    return _report(run, redundancy, plan, decision, work.reports)
+    return _report(run, scores, plan, decision, work.reports)
 
 
 def _refit_(run: Run, plan: Plan, decision: Decision) -> None:
@@ -115,13 +114,13 @@ def _refit_(run: Run, plan: Plan, decision: Decision) -> None:
 
 
 def _report(
-    run: Run, redundancy: Redundancy, plan: Plan, decision: Decision, reports: Sequence[ModuleReport]
+    run: Run, scores: Sequence[float], plan: Plan, decision: Decision, reports: Sequence[ModuleReport]
 ) -> CompressionReport:
     ranks = {report.name: report.rank for report in reports if report.rank}
     left = [report for layer in plan.layers for report in run.left[layer]]
     return CompressionReport(
         config=run.config.to_dict(),
-        block_influence=tuple(redundancy.layers),
+        block_influence=tuple(scores),
         redundant_layers=plan.layers,
         removed_layers=decision.removed,
         retain_ratio=plan.retain_ratio if run.config.threshold_ratio is None else None,

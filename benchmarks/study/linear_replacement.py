@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.errors import UnsupportedModelError
-from grasp.method.distances import cosine_distance
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
 from grasp.model.hooks import hooked
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.running import backbone, batch_inputs, casting, evaluating, hidden_input, hidden_output
 from grasp.model.targets import Target, decoder, layer_targets, replace_module_
+from grasp.statistics.redundancy import cosine_distance
 
 LINEAR_REPLACEMENT = "linear replacement"  # the method's name in the cells of a study
 RIDGE = 1e-3  # fraction of the mean diagonal of Σ y yᵀ; pulls the map towards the identity

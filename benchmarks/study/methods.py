@@ -24,17 +24,17 @@ from grasp.model.size import model_size
 from grasp.model.targets import decoder
 from grasp.progress import no_progress
 from grasp.statistics.processes import ALONE
-from grasp.statistics.redundancy import Redundancy, measure_redundancy
+from grasp.statistics.redundancy import block_influence
 
 _GLOBAL: dict[str, Any] = {"allocation": "global", "schedule": "single-sweep"}
 _SINGLE: dict[str, Any] = {"schedule": "single-sweep"}
 
 
-class KnownRedundancy(NoState):
-    """The state of a run whose redundancy was measured before."""
+class KnownBlockInfluence(NoState):
+    """The state of a run whose block influence was measured before."""
 
-    def __init__(self, redundancy: Redundancy) -> None:
-        self.redundancy = redundancy
+    def __init__(self, scores: Sequence[float]) -> None:
+        self.block_influence = scores
 
 
 class CalibrationSet:
@@ -52,17 +52,17 @@ class CalibrationSet:
     ) -> None:
         self.dense, self.batches, self.dtype = dense, batches, dtype
         self.statistics = CachedStatistics(folder, batches, dtype)
-        self._redundancy = folder / "redundancy.json"
+        self._block_influence = folder / "block_influence.json"
         self._streams: Streams | None = None
 
     @property
-    def redundancy(self) -> Redundancy:
-        """Redundancy of the layers."""
-        if not self._redundancy.exists():
+    def block_influence(self) -> list[float]:
+        """Block influence of the layers, measured once."""
+        if not self._block_influence.exists():
             with casting(self.dense, self.dtype):
-                measured = measure_redundancy(self.dense, self.batches)
-            self._redundancy.write_text(json.dumps(measured._asdict()), encoding="utf-8")
-        return Redundancy(**json.loads(self._redundancy.read_text(encoding="utf-8")))
+                scores = block_influence(self.dense, self.batches)
+            self._block_influence.write_text(json.dumps(scores), encoding="utf-8")
+        return list(json.loads(self._block_influence.read_text(encoding="utf-8")))
 
     @property
     def streams(self) -> Streams:
@@ -91,7 +91,7 @@ def compressed(**options: Any) -> Method:
 
     def compress(model: PreTrainedModel, calibration: CalibrationSet, ratio: float) -> Outcome:
         config = GraspConfig(compression_ratio=ratio, sweep_dtype=calibration.dtype, **options)
-        state = KnownRedundancy(calibration.redundancy)
+        state = KnownBlockInfluence(calibration.block_influence)
         run = start_run(model, as_batches(calibration.batches), config, None, no_progress, state, ALONE)
         report = carry_out_(replace(run, gather=calibration.statistics))
         return Outcome(ranks={m.name: m.rank for m in report.modules if not m.reason}, scope=report.scope)
@@ -102,7 +102,7 @@ def compressed(**options: Any) -> Method:
 def layers_removed(model: PreTrainedModel, calibration: CalibrationSet, ratio: float) -> Outcome:
     """Delete the fewest most redundant layers that remove at least ``ratio``."""
     layers = decoder(model).layers
-    order = redundant_layers(calibration.redundancy.layers, len(layers))
+    order = redundant_layers(calibration.block_influence, len(layers))
     removed = order[: _count(model, order, ratio)]
     remove_layers_(model, removed)
     return Outcome(removed_layers=removed)
@@ -110,7 +110,7 @@ def layers_removed(model: PreTrainedModel, calibration: CalibrationSet, ratio: f
 
 def linear_replacement(model: PreTrainedModel, calibration: CalibrationSet, ratio: float) -> Outcome:
     """Replace the contiguous block that turns the hidden states least by a fitted linear map."""
-    order = redundant_layers(calibration.redundancy.layers, len(decoder(model).layers))
+    order = redundant_layers(calibration.block_influence, len(decoder(model).layers))
     return Outcome(removed_layers=replace_block_(model, calibration.streams, _count(model, order, ratio)))
 
 

@@ -23,7 +23,6 @@ from grasp.model.offload import execution_device
 from grasp.model.targets import Target, replace_module_
 from grasp.progress import Clock, Notify, no_notify
 from grasp.statistics.partial_sums import PartialSums, Sum
-from grasp.statistics.redundancy import Redundancy
 
 if TYPE_CHECKING:
     from grasp.config import GraspConfig
@@ -42,7 +41,7 @@ class Decision(NamedTuple):
 class NoState(PartialSums):
     """The interface of ``RunState``; it stores nothing."""
 
-    redundancy: Redundancy | None = None  # as an interrupted run measured it
+    block_influence: Sequence[float] | None = None  # of all layers, as an interrupted run measured it
     decision: Decision | None = None  # of an interrupted run
 
     def begin(
@@ -55,8 +54,8 @@ class NoState(PartialSums):
     ) -> None:
         """Open the run, and add the time that it has taken so far to ``clock``."""
 
-    def store_redundancy(self, redundancy: Redundancy) -> None:
-        """Store the scores of all layers."""
+    def store_block_influence(self, scores: Sequence[float]) -> None:
+        """Store the block influence of all layers."""
 
     def restore_(self, model: PreTrainedModel, sweeps: Sequence[Sequence[Target]]) -> dict[Target, ModuleReport]:
         """Put the stored low-rank linears into the model; their reports, in the order of ``sweeps``."""
@@ -115,7 +114,7 @@ class RunState(RunFolder, NoState):
         self._sweeps: Sequence[Sequence[Target]] = ()
 
     def _is_worth_keeping(self, error: BaseException | None) -> bool:
-        return self._has_progress or (self.redundancy is not None and not isinstance(error, Exception))
+        return self._has_progress or (self.block_influence is not None and not isinstance(error, Exception))
 
     @property
     def batch_size(self) -> int | None:
@@ -158,7 +157,7 @@ class RunState(RunFolder, NoState):
             return
         stored = self._read_state()
         self._require_same(stored["identity"])
-        self.redundancy = None if stored["redundancy"] is None else Redundancy(**stored["redundancy"])
+        self.block_influence = stored["block_influence"]
         if stored["decision"] is not None:
             removed, losses = stored["decision"]
             self.decision = Decision(tuple(removed), losses)
@@ -166,17 +165,17 @@ class RunState(RunFolder, NoState):
         if config.decides_together and self.decision is None:
             files = [file for file in files if not file.name.startswith("module-")]
         self._notes = {file.name: self._read(file, only_notes=True)[1] for file in files}
-        self._continued = self.redundancy is not None or bool(files)
+        self._continued = self.block_influence is not None or bool(files)
         times = [stored["seconds"], *(notes["seconds"] for notes in self._notes.values())]
         clock.add(max(times, key=lambda seconds: sum(seconds.values())))
 
-    def store_redundancy(self, redundancy: Redundancy) -> None:
-        """Store the scores of all layers.
+    def store_block_influence(self, scores: Sequence[float]) -> None:
+        """Store the block influence of all layers.
 
         Raises:
             ResumeError: if they cannot be written.
         """
-        self.redundancy = redundancy
+        self.block_influence = scores
         self._write_state()
 
     def restore_(self, model: PreTrainedModel, sweeps: Sequence[Sequence[Target]]) -> dict[Target, ModuleReport]:
@@ -301,8 +300,8 @@ class RunState(RunFolder, NoState):
 
     def _write_state(self) -> None:
         if self._rank == 0:
-            scores = None if self.redundancy is None else self.redundancy._asdict()
-            state = {"identity": self._fingerprint, "redundancy": scores, "decision": self.decision}
+            scores = self.block_influence
+            state = {"identity": self._fingerprint, "block_influence": scores, "decision": self.decision}
             self._write_json(state | {"seconds": self._clock.seconds})
 
     def _read_state(self) -> dict[str, Any]:
@@ -310,7 +309,7 @@ class RunState(RunFolder, NoState):
         try:
             return {
                 "identity": dict(state["identity"]),
-                "redundancy": state["redundancy"],
+                "block_influence": state.get("block_influence"),  # formats before 4 do not have it
                 "decision": state.get("decision"),
                 "seconds": dict(state["seconds"]),
             }

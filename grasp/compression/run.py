@@ -25,7 +25,7 @@ from grasp.model.size import Size, model_size
 from grasp.model.targets import decoder
 from grasp.progress import Clock, Progress
 from grasp.statistics.processes import Processes
-from grasp.statistics.redundancy import Redundancy, measure_redundancy
+from grasp.statistics.redundancy import block_influence
 from grasp.statistics.scores import Scores, gather_scores
 
 
@@ -116,16 +116,16 @@ def start_run(
     )
 
 
-def find_redundancy(run: Run) -> Redundancy:
+def find_block_influence(run: Run) -> Sequence[float]:
     """The block influence of every layer: measured, or as an interrupted run measured it."""
     run.clock.enter("block_influence")
-    redundancy = run.state.redundancy
-    if redundancy is None:
-        redundancy = measure_redundancy(run.model, run.batches, progress=run.progress, processes=run.processes)
-        run.state.store_redundancy(redundancy)
-    return redundancy
+    scores = run.state.block_influence
+    if scores is None:
+        scores = block_influence(run.model, run.batches, progress=run.progress, processes=run.processes)
+        run.state.store_block_influence(scores)
+    return scores
 
 
-def make_plan(run: Run, redundancy: Redundancy) -> Plan:
+def make_plan(run: Run, scores: Sequence[float]) -> Plan:
     """The linears that may be compressed, and the parameters that they may keep together."""
-    return choose_plan(run.config, redundancy.layers, run.targets, run.before.parameters, run.prices)
+    return choose_plan(run.config, scores, run.targets, run.before.parameters, run.prices)
