@@ -1,4 +1,4 @@
-// grasp_kernels._cpu: tensors in, status or tensors out.
+// grasp_kernels._cpu: takes tensors, returns a status or tensors.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
@@ -15,17 +15,16 @@ namespace {
 
 using namespace grasp_bindings;
 
-// PyTorch's own OpenMP runtime, if its threads can be borrowed: a second set of threads beside those, which spin for
-// milliseconds after each of PyTorch's parallel regions, would have to compete with them for the same cores.
+// The parallel function of PyTorch's own OpenMP runtime, or null. PyTorch's threads spin for milliseconds after each
+// parallel region, so threads of our own would compete with them for the same cores.
 grasp_parallel find_parallel() { return reinterpret_cast<grasp_parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel")); }
 
-// --- run: any call, with any instruction set; dtypes and shapes were checked on the Python side
-// -----------------------
+// --- run: any call, with any instruction set; Python has checked dtypes and shapes -----------------------------------
 
-// What a kernel cannot read in place: the caller copies it.
+// Thrown for a tensor that a kernel cannot read in place; the caller copies it.
 struct NotInPlace {};
 
-// A vector or a matrix. The elements of a row must be neighbours; rows must not overlap, unless `may_overlap`.
+// A vector or a matrix. Rows must be contiguous and must not overlap, unless `may_overlap`.
 View view(PyObject *object, bool may_overlap = false) {
     View result;
     if (!read(object, result)) throw py::error_already_set();
@@ -44,8 +43,8 @@ Direct::Group to_group(PyObject *item) {
     return &PyTuple_GET_ITEM(item, 0);
 }
 
-// With an activation (a grasp_activation; else negative) the groups are the gate and the up projection of one output.
-// False, and nothing done, where a tensor cannot be read in place.
+// With an activation (a grasp_activation; negative for none) the groups are the gate and the up projection of one
+// output. Returns false, and does nothing, if a tensor cannot be read in place.
 bool run(const py::handle &x_tensor, const py::tuple &groups, const py::tuple &outputs, int32_t activation,
          int32_t threads, int32_t isa) {
     static const grasp_parallel parallel = find_parallel();
@@ -78,10 +77,9 @@ bool run(const py::handle &x_tensor, const py::tuple &groups, const py::tuple &o
     return true;
 }
 
-// --- the ops, without a detour; None where a call is declined
-// ---------------------------------------------------------
+// --- the direct path; None for a call that is declined ---------------------------------------------------------------
 
-const Direct *direct = nullptr;  // never freed, for it holds Python objects and could outlive the interpreter
+const Direct *direct = nullptr;  // never freed: it holds Python objects and could outlive the interpreter
 
 void set_up(const py::object &types, const py::object &quiet, const py::object &forward_ad, const py::object &is_neg,
             const py::object &is_grad_enabled, const py::object &get_num_threads, const py::tuple &auto_rows) {
@@ -90,7 +88,7 @@ void set_up(const py::object &types, const py::object &quiet, const py::object &
     direct = new Direct(std::move(around), find_parallel());
 }
 
-// Python's calling convention without pybind11's, which reads more memory.
+// Calls the function in Python's own calling convention; pybind11's reads more memory.
 template <class Function>
 PyObject *guarded(Function &&function) {
     try {
@@ -137,7 +135,7 @@ PyObject *lowrank_linear_grouped(PyObject *, PyObject *const *arguments, Py_ssiz
     });
 }
 
-// Their calling convention is another than that of the type, by which they are all stored.
+// Casts to the one function type in which Python stores all calling conventions.
 PyCFunction stored(PyObject *(*function)(PyObject *, PyObject *const *, Py_ssize_t)) {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }

@@ -1,9 +1,9 @@
-// Ops from Python without a detour: a call that the kernels can run as it stands, and in which nothing else in PyTorch
-// has a say, runs at once. Any other is declined and goes the long way, in ops.py, by which results and errors are
-// defined.
+// The direct path from Python to the kernels. It runs a call at once if the kernels can read its tensors in place and
+// if no other part of PyTorch must see it. It declines every other call. ops.py then runs that call with the registered
+// op, which defines results and errors.
 //
-// Weights that stream through a cache leave nothing of Python in it: what counts is how little memory a call touches,
-// more than how many instructions it takes.
+// Weights that stream through a cache evict everything of Python from it. So it matters more that a call touches little
+// memory than that it takes few instructions.
 #pragma once
 
 #include <array>
@@ -25,24 +25,24 @@ inline bool is_text(PyObject *object, const char *text) {
     return PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, text) == 0;
 }
 
-// What PyTorch is asked; given once, by cpu.py.
+// PyTorch's functions, and the limits of the dispatch table; cpu.py hands them over once.
 struct Surroundings {
-    pybind11::tuple types;      // of tensors without a behaviour of their own
-    pybind11::tuple quiet;      // functions without arguments: a true answer means that a mode or a tracer watches
+    pybind11::tuple types;      // exact types of tensors without behaviour of their own
+    pybind11::tuple quiet;      // functions without arguments; a true result means that a mode or a tracer is active
     pybind11::dict forward_ad;  // the globals of torch.autograd.forward_ad
     pybind11::object is_neg, is_grad_enabled, get_num_threads;
-    std::array<int64_t, 3> auto_rows;  // most rows for "auto", by grasp_dtype
+    std::array<int64_t, 3> auto_rows;  // most rows of x for "auto", by grasp_dtype
 };
 
 class Direct {
   public:
-    static constexpr Py_ssize_t MOST_GROUPS = 8;
+    static constexpr Py_ssize_t MOST_GROUPS = 8;  // as in dispatch.py
 
     using Group = PyObject *const *;  // U, s, Vh, bias
 
     Direct(Surroundings around, grasp_parallel parallel) : around_(std::move(around)), parallel_(parallel) {}
 
-    // One output for each group, new references. False, and no output, where the call is declined.
+    // One output per group, as new references. False, without outputs, if the call is declined.
     bool run(PyObject *x, const Group *groups, Py_ssize_t count, PyObject *backend, pybind11::object *outputs) const {
         grasp_factors factors[MOST_GROUPS];
         View x_view;
@@ -95,7 +95,7 @@ class Direct {
                (read_plain(tensor, recording, view) && view.dimensions == 1 && view.columns == size);
     }
 
-    // Whether the factors agree with x and can be read where they lie.
+    // Whether the factors agree with x and can be read in place.
     bool read_group(Group group, const View &x, bool recording, grasp_factors &factors) const {
         View U, s, Vh, bias;
         if (!read_plain(group[0], recording, U) || !read_plain(group[2], recording, Vh)) return false;
@@ -109,13 +109,13 @@ class Direct {
                (!bias.data || bias.dtype == x.dtype);
     }
 
-    // By the rows of the dispatch table: "auto" comes to this backend for few rows.
+    // As the dispatch table decides: "auto" uses this backend for few rows.
     bool serves(PyObject *backend, const View &x) const {
         if (x.dtype == NO_DTYPE || x.dimensions < 1 || x.dimensions > MOST_DIMENSIONS) return false;
         return is_text(backend, "auto") ? x.rows <= around_.auto_rows[x.dtype] : is_text(backend, "cpu");
     }
 
-    // Uninitialised, of the leading dimensions of x and the width of U; null with a Python exception set.
+    // Not initialized; the leading dimensions of x and the width of U. Null, with a Python exception set, on failure.
     PyObject *make_output(PyObject *x, const View &x_view, grasp_factors &factors) const {
         static PyObject *const name = PyUnicode_InternFromString("new_empty");
         pybind11::object sizes[MOST_DIMENSIONS];
@@ -144,7 +144,7 @@ class Direct {
         return status;
     }
 
-    static constexpr int MOST_DIMENSIONS = 8;
+    static constexpr int MOST_DIMENSIONS = 8;  // as in dispatch.py
 
     const Surroundings around_;
     const grasp_parallel parallel_;

@@ -20,7 +20,7 @@ constexpr uint8_t FLOAT = 2, BFLOAT = 4;  // DataType::code
 constexpr const char *ATTRIBUTE = "__dlpack_c_exchange_api__";
 constexpr const char *CAPSULE = "dlpack_exchange_api";
 
-// A view: the framework's tensor owns everything, and must be left alone while it is used.
+// A view. The framework's tensor owns the memory and must stay alive and unchanged while the view is used.
 struct Tensor {
     void *data;
     Device device;
@@ -35,7 +35,7 @@ struct ExchangeApi {
         uint32_t major, minor;
     } version;
     void *previous;
-    void *allocate, *managed_from_object, *managed_to_object;  // of no use here
+    void *allocate, *managed_from_object, *managed_to_object;  // not used here
     int (*from_object)(void *object, Tensor *tensor);          // 0, or -1 with a Python exception set
     void *current_stream;
 };

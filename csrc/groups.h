@@ -1,4 +1,4 @@
-// A group of factors as Python hands it over: a tuple of integers, read without pybind11's casters, which cost more.
+// A group of factors from Python: a tuple of integers, read without pybind11's casters, which are slower.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,8 +1,8 @@
 /* Low-rank linear layers without a framework: y = ((x · Vhᵀ) ∘ s) · Uᵀ + bias, on raw pointers.
  *
- * Matrices are row-major. Strides are those of rows, in elements; the elements of a row lie next to each other. U, Vh,
- * bias, x and y have one dtype; sums are taken in float32. Nothing is read or written beyond what the shapes say, and
- * no pointer needs an alignment beyond its element's.
+ * Matrices are row-major. A stride is the distance of two rows, in elements; the elements of a row are contiguous. U,
+ * Vh, bias, x and y have one dtype; sums are in float32. Nothing outside the shapes is read or written, and no pointer
+ * needs more alignment than its element.
  */
 #ifndef GRASP_LOWRANK_H
 #define GRASP_LOWRANK_H
@@ -17,14 +17,14 @@ extern "C" {
 
 typedef enum { GRASP_F32 = 0, GRASP_F16 = 1, GRASP_BF16 = 2 } grasp_dtype;
 
-/* Of a gated linear unit. GELU is x·Φ(x); GELU_TANH its approximation by tanh. */
+/* The activation of a gated linear unit. GELU is x·Φ(x); GELU_TANH is its approximation by tanh. */
 typedef enum { GRASP_SILU = 0, GRASP_GELU = 1, GRASP_GELU_TANH = 2, GRASP_RELU = 3 } grasp_activation;
 
 typedef enum {
     GRASP_OK = 0,
-    GRASP_BAD_ARGUMENT = 1,  /* a null pointer, a size or stride that cannot be, an unknown dtype or activation */
-    GRASP_UNSUPPORTED = 2,   /* this processor, this card or this build lacks what was asked for */
-    GRASP_OUT_OF_MEMORY = 3, /* for the intermediate h */
+    GRASP_BAD_ARGUMENT = 1,  /* a null pointer, an invalid size or stride, an unknown dtype or activation */
+    GRASP_UNSUPPORTED = 2,   /* this processor, this card or this build does not support the call */
+    GRASP_OUT_OF_MEMORY = 3, /* no memory for the intermediate h */
     GRASP_CUDA_ERROR = 4     /* a CUDA call failed */
 } grasp_status;
 
@@ -38,7 +38,7 @@ typedef struct {
 typedef struct {
     const void *U;    /* [N, R] */
     const void *Vh;   /* [R, K] */
-    const void *s;    /* [R], or null where it is folded into the factors */
+    const void *s;    /* [R], or null if it is folded into the factors */
     const void *bias; /* [N], or null */
     void *y;          /* [M, N] */
     int64_t U_stride, Vh_stride, y_stride;
@@ -48,7 +48,7 @@ typedef struct {
 
 /* --- CPU ---------------------------------------------------------------------------------------------------------- */
 
-/* Each includes those before it. AUTO takes the best for the call; the others run or give GRASP_UNSUPPORTED. */
+/* Each set includes those before it. AUTO takes the best one for the call; others run or give GRASP_UNSUPPORTED. */
 typedef enum {
     GRASP_ISA_AUTO = 0,
     GRASP_ISA_PORTABLE = 1,
@@ -58,8 +58,8 @@ typedef enum {
     GRASP_ISA_AMX = 5          /* differs from AVX512_BF16 for bfloat16 only */
 } grasp_isa;
 
-/* Calls body(context) on up to `threads` threads at once, the caller's among them, and returns when all are done. It
- * may use fewer. The type is that of GNU OpenMP's GOMP_parallel, which can be passed as it is; flags are 0. */
+/* Calls body(context) on up to `threads` threads at once, including the caller, and returns when all are finished. It
+ * may use fewer. GNU OpenMP's GOMP_parallel has this type and can be passed; flags are 0. */
 typedef void (*grasp_parallel)(void (*body)(void *), void *context, unsigned threads, unsigned flags);
 
 typedef struct {
@@ -75,7 +75,7 @@ GRASP_EXPORT int grasp_cpu_supports(int32_t isa);
 GRASP_EXPORT grasp_status grasp_cpu_lowrank_linear(const grasp_input *x, const grasp_factors *groups, int64_t count,
                                                    const grasp_cpu_options *options);
 
-/* activation(gate) ∘ up, into the y of the gate. Both have one N; the y of `up` is not looked at. */
+/* activation(gate) ∘ up, written to the y of the gate. Both have the same N; the y of `up` is ignored. */
 GRASP_EXPORT grasp_status grasp_cpu_lowrank_glu(const grasp_input *x, const grasp_factors *gate,
                                                 const grasp_factors *up, int32_t activation,
                                                 const grasp_cpu_options *options);
@@ -85,22 +85,22 @@ GRASP_EXPORT grasp_status grasp_cpu_lowrank_glu(const grasp_input *x, const gras
 #define GRASP_CUDA_MAX_ROWS 16
 
 typedef enum {
-    GRASP_CUDA_AUTO = 0,       /* the pair: DEPENDENT where the card can, else PAIR */
+    GRASP_CUDA_AUTO = 0,       /* DEPENDENT if the card can, else PAIR */
     GRASP_CUDA_PAIR = 1,       /* two launches, one after the other */
-    GRASP_CUDA_DEPENDENT = 2,  /* the second starts under the first's tail; compute capability 9.0 and later */
-    GRASP_CUDA_COOPERATIVE = 3 /* one launch with a barrier of the grid */
+    GRASP_CUDA_DEPENDENT = 2,  /* the second launch starts before the first ends; compute capability 9.0 and later */
+    GRASP_CUDA_COOPERATIVE = 3 /* one launch with a grid barrier */
 } grasp_cuda_path;
 
 typedef struct {
     void *stream;            /* cudaStream_t of the current device; null: its default stream */
-    void *workspace;         /* device memory, 16-byte aligned, that no call running at the same time is given */
+    void *workspace;         /* device memory, 16-byte aligned, not shared with a call that runs at the same time */
     int64_t workspace_bytes; /* at least grasp_cuda_workspace_bytes of the call */
-    uint32_t *barrier;       /* COOPERATIVE only: device memory, 0 before its first use and from then on left alone */
-    int32_t path;            /* grasp_cuda_path */
-    int32_t splits;          /* of K, 0: as many as the card has room for; more than that are never made */
+    uint32_t *barrier; /* COOPERATIVE only: device memory, 0 before its first use, not written by others after it */
+    int32_t path;      /* grasp_cuda_path */
+    int32_t splits;    /* of K; 0, or more than the card has room for: as many as it has room for */
 } grasp_cuda_options;
 
-/* Bytes of workspace for x [M, K] and groups of these ranks, on any card. */
+/* Bytes of workspace that suffice for x [M, K] and groups of these ranks on any card. */
 GRASP_EXPORT int64_t grasp_cuda_workspace_bytes(int64_t M, const int64_t *ranks, int64_t count);
 
 /* Loads the kernels onto the current device, so that a CUDA graph can capture a call before any has run.
@@ -112,7 +112,7 @@ GRASP_EXPORT grasp_status grasp_cuda_load(void);
 GRASP_EXPORT grasp_status grasp_cuda_lowrank_linear(const grasp_input *x, const grasp_factors *groups, int64_t count,
                                                     const grasp_cuda_options *options);
 
-/* Why the calling thread's last call failed: what was got and expected, or which CUDA call gave which error. */
+/* The reason why the calling thread's last call failed: the bad and the expected argument, or the failed CUDA call. */
 GRASP_EXPORT const char *grasp_cuda_message(void);
 
 #ifdef __cplusplus

@@ -1,4 +1,4 @@
-// Python tensors as the kernels see them.
+// Python tensors in the form that the kernels take.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,13 +12,13 @@ namespace grasp_bindings {
 
 constexpr int32_t NO_DTYPE = -1;
 
-// A tensor as a matrix: its leading dimensions are one, that of the rows.
+// A tensor as a matrix: all leading dimensions together are its rows.
 struct View {
     char *data = nullptr;
     int64_t rows = 1, columns = 0, stride = 0;
     int32_t dtype = GRASP_F32, dimensions = 0;
     const int64_t *shape = nullptr;
-    bool on_cpu = true, is_matrix = true;  // else its rows have no common stride, or their elements are no neighbours
+    bool on_cpu = true, is_matrix = true;  // false: rows without a common stride, or not contiguous
 
     bool overlaps() const { return rows > 1 && stride < columns; }
 };
@@ -39,7 +39,7 @@ inline int32_t to_dtype(dlpack::DataType dtype) {
     return NO_DTYPE;
 }
 
-// False, with a Python exception set, where the tensor has no memory to be read.
+// False, with a Python exception set, if the tensor has no memory that can be read.
 inline bool read(PyObject *object, View &view) {
     static const dlpack::ExchangeApi &api = find_api(object);
     dlpack::Tensor tensor;

@@ -8,7 +8,7 @@ namespace grasp {
 namespace {
 
 // e^x to 2 units in the last place: 2^n · e^r with |r| ≤ ln(2)/2, and e^r by its Taylor series to the 7th power.
-// Infinite past the largest float; below the smallest normal one, that.
+// Infinite above the largest float, and at least the smallest normal float.
 inline VF exponential(VF x) {
     const VF lowest = broadcast(-87.0f), highest = broadcast(88.72f);
     const auto overflows = x > highest;

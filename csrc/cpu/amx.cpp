@@ -1,4 +1,4 @@
-// bfloat16 by AMX: a tile holds 16 rows of the weight, as they lie in memory, times 32 elements.
+// bfloat16 with AMX: a tile holds 32 elements of 16 rows of the weight, in the layout that they have in memory.
 #include "pairs.h"
 
 namespace grasp {
@@ -10,10 +10,10 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {};
 };
 
-// The tile instructions do not tell the compiler what memory they read and write.
+// The compiler does not know which memory the tile instructions read and write.
 inline void fence(void *p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
-// Tiles 0 to 3 are sums [weight row, lane], 4 and 6 parts of the weight, 5 and 7 parts of panels.
+// Tiles 0 to 3 hold sums [weight row, lane], tiles 4 and 6 parts of the weight, tiles 5 and 7 parts of panels.
 void configure(int64_t weight_rows) {
     TileConfig config;
     for (int tile = 0; tile < 8; ++tile) {
@@ -27,8 +27,8 @@ void configure(int64_t weight_rows) {
 struct Amx : Panels<Pairs, 64> {
     static constexpr int64_t ROWS = 16, DEPTH = 32, AHEAD = 4;  // a tile; tiles to fetch ahead
 
-    // PANELS sums += weight[16, 32] · panel[32, 16] for each panel. With one panel, even and odd steps have sums of
-    // their own, for an instruction takes three times as long as passes between two that are independent.
+    // PANELS sums += weight[16, 32] · panel[32, 16] for each panel. With one panel, even and odd steps have separate
+    // sums: a dependent instruction waits three times as long for its predecessor as an independent one.
     template <int PANELS, bool ODD>
     static void step(const void *w, int64_t w_bytes, const float *x, int64_t panel_floats) {
         if constexpr (PANELS == 1 && ODD) {
@@ -56,7 +56,7 @@ struct Amx : Panels<Pairs, 64> {
 
     static const BF16 *element(const char *p) { return reinterpret_cast<const BF16 *>(p); }
 
-    // When tile t of some rows is multiplied: the tile AHEAD of it, which may be of the rows that follow.
+    // Prefetches the tile that is AHEAD of tile t; it may belong to the following rows.
     static void fetch_ahead(const char *w, int64_t w_bytes, int64_t rows, int64_t t, int64_t tiles) {
         t += AHEAD < tiles ? AHEAD : tiles;
         const char *at = t < tiles ? w + t * 64 : w + rows * w_bytes + (t - tiles) * 64;

@@ -4,7 +4,7 @@
 namespace grasp {
 namespace {
 
-// As it lies in memory, by VDPBF16PS.
+// bfloat16 with VDPBF16PS, in the layout that it has in memory.
 struct NativePairs {
     using Element = BF16;
     using Packed = BF16;

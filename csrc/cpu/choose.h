@@ -1,4 +1,4 @@
-// The kernels that every instruction set has, for a number of rows of x.
+// The kernels that every instruction set has, chosen by the number of rows of x.
 #pragma once
 
 #include "dot.h"
@@ -7,7 +7,7 @@
 namespace grasp {
 namespace {
 
-// Where a panel is half empty, a dot product per row of x is faster.
+// If a panel is half empty, one dot product per row of x is faster.
 constexpr int64_t DOT_ROWS = W == 16 ? 8 : 4;
 
 template <class DotPolicy, class PanelPolicy>

@@ -1,4 +1,4 @@
-// Few rows of x (M ≤ 8): each row of the weight is read once, from one end to the other, and multiplied with all of x.
+// Few rows of x (M ≤ 8): each row of the weight is read once, from start to end, and multiplied with all rows of x.
 #pragma once
 
 #include "activation.h"
@@ -8,8 +8,8 @@
 namespace grasp {
 namespace {
 
-// How STEP elements of the weight and of packed x are multiplied: one type per dtype, and more where an instruction set
-// has better. `Packed` is the element of packed x, PACKED how many of them a step takes.
+// How STEP elements of the weight and of packed x are multiplied: one type per dtype, and more for instruction sets
+// with faster instructions. `Packed` is the element type of packed x, PACKED the number of elements in a step.
 template <class T>
 struct Widen {
     using Element = T;
@@ -23,8 +23,8 @@ struct Widen {
     static void put(float *packed, int64_t index, float value) { packed[index] = value; }
 };
 
-// bfloat16 is the upper half of a float: a vector of pairs is two vectors of floats by one operation each. The packed
-// step has its elements of even index first.
+// bfloat16 is the upper half of a float: one operation each turns a vector of pairs into two vectors of floats. A
+// packed step has its elements of even index first.
 struct SplitPairs {
     using Element = BF16;
     using Packed = float;
@@ -73,19 +73,19 @@ struct Dot {
         }
     }
 
-    // Some rows of the weight that are read at once, `pitch` rows apart, and how far ahead to fetch memory.
+    // Rows of the weight that are read together, `pitch` rows apart, and the distance of the prefetch.
     struct Rows {
         const Element *first;
         int64_t stride, pitch, depth;
         int64_t distance;    // elements
-        int64_t left, skip;  // so many elements after `first`, what is read next is `skip` elements farther on
+        int64_t left, skip;  // `left` elements after `first`, the next read is `skip` elements farther on
 
         int64_t ahead(int64_t k) const { return k + distance < left ? distance : distance + skip; }
     };
 
-    // In which order a chunk is read. Rows far enough apart are in different pages, and that streams faster than one
-    // after the other, for the processor's own prefetching ends at every page; so the chunk is read in parts side by
-    // side, if they are longer than a page. The distances, into the first-level cache, are the best measured.
+    // The order in which a chunk is read. The processor's own prefetching stops at the end of each page. So the chunk
+    // is divided into parts that are longer than a page, and rows of all parts are read together: that streams faster
+    // than row after row. The prefetch distances, into the first-level cache, are the best that were measured.
     template <int ROWS>
     struct Order {
         static constexpr int64_t PAGE = 4096 / sizeof(Element), NEAR = 1536 / sizeof(Element),
@@ -109,7 +109,7 @@ struct Dot {
         }
     };
 
-    // Products of ROWS rows of the weight with M rows of packed x, lane by lane: sums[m * CHUNK + row * pitch].
+    // Products of ROWS rows of the weight with M rows of packed x, per lane: sums[m * CHUNK + row * pitch].
     template <int ROWS, int M>
     static void multiply_rows(const Rows &rows, const Packed *x, VF *sums) {
         const int64_t depth = rows.depth, x_stride = round_up(depth, STEP), whole = depth - depth % STEP;
@@ -136,7 +136,7 @@ struct Dot {
 
     template <int M>
     static void multiply_all(const Weight &weight, int64_t first, int64_t count, const Packed *x, float *tile) {
-        constexpr int ROWS = M <= W / 4 ? 4 : 2;  // as many sums as registers hold
+        constexpr int ROWS = M <= W / 4 ? 4 : 2;  // as many sums as fit in registers
         const Element *w = static_cast<const Element *>(weight.data) + first * weight.stride;
         const Order<ROWS> order(w, weight, count);
         VF sums[M * CHUNK];

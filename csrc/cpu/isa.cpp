@@ -19,7 +19,7 @@ struct Registers {
 
 Registers cpuid(unsigned leaf, unsigned subleaf) {
     Registers r;
-    __get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d);  // leaves zeros where there is no such leaf
+    __get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d);  // zeros if there is no such leaf
     return r;
 }
 
@@ -27,7 +27,7 @@ bool bits(unsigned word, std::initializer_list<int> wanted) {
     return std::all_of(wanted.begin(), wanted.end(), [word](int index) { return word >> index & 1; });
 }
 
-// Whether the operating system keeps these parts of the registers across a switch of threads.
+// Whether the operating system saves these parts of the registers when it switches threads.
 bool system_keeps(std::initializer_list<int> parts) {
     if (!bits(cpuid(1, 0).c, {27})) return false;  // OSXSAVE
     unsigned low, high;
@@ -35,13 +35,13 @@ bool system_keeps(std::initializer_list<int> parts) {
     return bits(low, parts);
 }
 
-// Linux grants a process the tiles' registers when it asks (arch_prctl ARCH_REQ_XCOMP_PERM).
+// A process must request the tile registers from Linux (arch_prctl ARCH_REQ_XCOMP_PERM).
 bool system_grants_tiles() {
     constexpr long REQUEST = 0x1023, TILE_DATA = 18;
     return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }
 
-// The set itself, not those that it includes. Names of bits: Intel's manual, under CPUID.
+// Only the set itself, not the sets that it includes. Names of bits: Intel's manual, under CPUID.
 bool has(int32_t isa) {
     switch (isa) {
         case GRASP_ISA_PORTABLE: return true;
@@ -63,7 +63,7 @@ constexpr int64_t WIDENED_ROWS = 4;
 
 using Finder = const Kernel *(*)(grasp_dtype, int64_t);
 
-// What this build has, by grasp_isa.
+// The kernels of this build, by grasp_isa.
 constexpr Finder FINDERS[] = {
     nullptr,
     portable_kernel,
@@ -104,7 +104,8 @@ bool supports(int32_t isa) {
 
 const Kernel *find_kernel(int32_t isa, grasp_dtype dtype, int64_t M) {
     if (isa == GRASP_ISA_AUTO) {
-        // For few rows memory sets the pace, and widening bfloat16 is exact; the instructions made for it pay later.
+        // With few rows, memory bandwidth is the limit, and widening bfloat16 is exact; its special instructions help
+        // only with more rows.
         isa = dtype == GRASP_BF16 && M <= WIDENED_ROWS ? GRASP_ISA_AVX512 : GRASP_ISA_AMX;
         while (!supports(isa)) --isa;
     }

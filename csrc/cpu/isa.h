@@ -1,14 +1,14 @@
-// Which instruction sets this build has and this processor runs, and the kernels they offer.
+// The instruction sets that this build has and this processor runs, and their kernels.
 #pragma once
 
 #include "kernel.h"
 
 namespace grasp {
 
-// Whether an instruction set can be used; asked of the processor once.
+// Whether an instruction set can be used; the processor is asked once.
 bool supports(int32_t isa);
 
-// The kernel of an instruction set for M rows of x, by a lesser one where it has none of its own. AUTO takes the best.
+// The kernel of an instruction set for M rows of x, or that of a smaller set if it has none. AUTO takes the best.
 const Kernel *find_kernel(int32_t isa, grasp_dtype dtype, int64_t M);
 
 }  // namespace grasp

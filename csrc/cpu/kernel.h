@@ -1,4 +1,4 @@
-// What a file of one instruction set offers to lowrank.cpp, which knows threads, chunks and memory, but no vectors.
+// The interface between lowrank.cpp, which has threads, chunks and memory, and the vector code of an instruction set.
 #pragma once
 
 #include <cstdint>
@@ -7,11 +7,11 @@
 
 namespace grasp {
 
-constexpr int64_t MAX_ROWS = 64;  // of x, that a kernel takes at once
+constexpr int64_t MAX_ROWS = 64;  // of x in one call of a kernel
 
 constexpr int64_t TILE_FLOATS = 64 * MAX_ROWS;
 
-// A matrix [rows, depth] that streams from memory: Vh or U.
+// A matrix [rows, depth] that is streamed from memory: Vh or U.
 struct Weight {
     const void *data;
     int64_t stride, depth;  // elements
@@ -19,10 +19,10 @@ struct Weight {
 
 // out[M, rows] = in[M, depth] · weightᵀ for M ≤ MAX_ROWS, in steps.
 //
-// `in` is packed, in a layout of the kernel's own. The products of a chunk of the weight's rows, at most `chunk` of
-// them, go to a tile in float32, which stays in the first-level cache; its layout is the kernel's own too.
+// `in` is packed in a layout that only the kernel knows. The products of a chunk of at most `chunk` weight rows are
+// stored in a tile in float32, which stays in the first-level cache; only the kernel knows its layout too.
 struct Kernel {
-    int64_t block, chunk;  // weight rows that are worth multiplying at once, and that a tile holds
+    int64_t block, chunk;  // weight rows: to multiply at once for speed, and in a tile
 
     int64_t (*packed_bytes)(int64_t M, int64_t depth);
 
@@ -35,10 +35,10 @@ struct Kernel {
     // tile[m, row] = tile[m, row] * scale[row] + shift[row]; either may be null.
     void (*adjust)(float *tile, int64_t M, int64_t rows, const float *scale, const float *shift);
 
-    // tile → packed[:, first : first + rows], the input of another product of that depth.
+    // tile → packed[:, first : first + rows], the input of the next product.
     void (*put_packed)(const float *tile, int64_t M, int64_t first, int64_t rows, int64_t depth, void *packed);
 
-    // tile → y[:, first : first + rows]; y is that of the first row of x.
+    // tile → y[:, first : first + rows]; y points to the output of the first row of x.
     void (*put_output)(const float *tile, int64_t M, int64_t rows, void *y, int64_t y_stride);
 
     // tile `gate` = activation(gate) * up.
@@ -47,7 +47,7 @@ struct Kernel {
 
 constexpr int64_t PACK_STEP = 64;
 
-// The kernel for M rows of x, or null where this instruction set has none of its own; see choose() in lowrank.cpp.
+// The kernel for M rows of x, or null if this instruction set has none of its own; see choose() in lowrank.cpp.
 const Kernel *portable_kernel(grasp_dtype dtype, int64_t M);
 const Kernel *avx2_kernel(grasp_dtype dtype, int64_t M);
 const Kernel *avx512_kernel(grasp_dtype dtype, int64_t M);

@@ -12,9 +12,9 @@
 namespace grasp {
 namespace {
 
-constexpr int64_t CHUNK_BYTES = 256 << 10;   // of a weight, or one block of rows if that is more
-constexpr int64_t ROW_STEP = 4;              // kernels take weight rows in fours
-constexpr int64_t SERIAL_BYTES = 256 << 10;  // of all weights: below, the threads' start costs more than they save
+constexpr int64_t CHUNK_BYTES = 256 << 10;   // of a weight, or one block of rows if that is larger
+constexpr int64_t ROW_STEP = 4;              // kernels multiply four weight rows at once
+constexpr int64_t SERIAL_BYTES = 256 << 10;  // of all weights; below, starting threads costs more than they save
 constexpr int64_t PACK_FLOATS = 16 << 10;    // of x in a chunk
 
 int64_t element_size(int32_t dtype) { return dtype == GRASP_F32 ? 4 : 2; }
@@ -51,13 +51,13 @@ const float *to_floats(const void *data, int32_t dtype, int64_t first, int64_t c
     return buffer;
 }
 
-// How the rows of a weight are dealt out.
+// How the rows of a weight are divided into chunks.
 struct Chunks {
     int64_t rows, per_chunk, count;
 
     Chunks(const Kernel &kernel, int64_t rows, int64_t row_bytes, int members) : rows(rows) {
         const int64_t most = std::min(std::max(CHUNK_BYTES / row_bytes, kernel.block), kernel.chunk);
-        const int64_t even = ceil_div(ceil_div(rows, most), members) * members;  // one as many as the other
+        const int64_t even = ceil_div(ceil_div(rows, most), members) * members;  // the same number for each
         per_chunk = std::min(ceil_div(ceil_div(rows, even), ROW_STEP) * ROW_STEP, kernel.chunk);
         count = ceil_div(rows, per_chunk);
     }
@@ -66,7 +66,7 @@ struct Chunks {
     int64_t size(int64_t chunk) const { return std::min(per_chunk, rows - first(chunk)); }
 };
 
-// One group: where its chunks begin among those of all groups, and its h.
+// One group: its first chunks among the chunks of all groups, and its h.
 struct Member {
     const grasp_factors *factors;
     Chunks shrink, expand;
@@ -74,12 +74,12 @@ struct Member {
     char *h;
 };
 
-// Memory of a thread that calls, kept for its next call.
+// The memory of a calling thread, reused by its next call.
 class Arena {
   public:
     ~Arena() { std::free(data_); }
 
-    // At least `bytes`, aligned to a cache line; null where there is no memory.
+    // At least `bytes`, aligned to a cache line; null if there is no memory.
     char *get(int64_t bytes) {
         if (bytes > size_) {
             std::free(data_);
@@ -97,7 +97,7 @@ class Arena {
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// Where the parts of a call's memory are; with a null base it only counts bytes.
+// The layout of a call's memory; with a null base it only counts bytes.
 class Layout {
   public:
     explicit Layout(char *base) : base_(base) {}
@@ -115,11 +115,11 @@ class Layout {
 
 class Job {
   public:
-    // `first_row`: where in the outputs the rows of x begin.
+    // `first_row`: the row of the outputs that belongs to the first row of x.
     Job(const grasp_input &x, int64_t first_row, const Kernel &kernel, int members, int32_t activation)
         : x_(x), first_row_(first_row), kernel_(kernel), team_(members), activation_(activation) {}
 
-    // Lay out memory for `count` groups; false where there is none.
+    // Lay out memory for `count` groups; false if there is none.
     bool prepare(const grasp_factors *groups, int64_t count) {
         thread_local Arena arena;
         Layout size(nullptr);
@@ -163,7 +163,7 @@ class Job {
         expand_.prepare(gated() ? members_[0].expand.count : expands, team_, ranges + 2 * team_);
     }
 
-    // A small x is packed by each thread for itself: waiting for another, and fetching from its cache, takes longer.
+    // Every thread packs a small x for itself: waiting for another thread and reading from its cache takes longer.
     bool shares_x() const { return x_.K > pack_step_; }
 
     bool gated() const { return activation_ >= 0; }
@@ -176,7 +176,7 @@ class Job {
         expand_.work(self, [this](int64_t chunk) { expand(chunk); });
     }
 
-    // x, packed, for this thread.
+    // The packed x of this thread.
     const char *pack(int self) {
         if (!shares_x()) {
             char *own = packed_x_ + self * packed_bytes_;

@@ -1,4 +1,4 @@
-// bfloat16 in pairs, as AVX512-BF16 and AMX multiply them: a lane's two products are added to its float.
+// bfloat16 in pairs, for AVX512-BF16 and AMX: they add the two products of a lane to the float of the lane.
 #pragma once
 
 #include "panel.h"
@@ -11,14 +11,14 @@ struct Pairs {
     using Unit = uint32_t;
     static constexpr int PER_UNIT = 2, PADDING = 16;
 
-    // n elements, two to a lane; lanes past the last are zero, and so is its upper half where n is odd.
+    // n elements, two per lane. The lanes after the last are zero, and its upper half is zero if n is odd.
     static VF load(const BF16 *p, int64_t n) { return n < 2 * W ? read_part<VF>(p, n * 2) : read<VF>(p); }
 
     static VF multiply(VF acc, uint32_t w, VF x) {
         return (VF)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(w), (__m512bh)x);
     }
 
-    // Element `index` of the rows of a panel: one half of each of its lanes.
+    // Element `index` of the rows of a panel: one half of each lane.
     static void put(float *panel, int64_t index, VF value) {
         BF16 half[W];
         store(half, value);

@@ -1,5 +1,5 @@
-// More rows of x: panels of W rows, transposed, so that a lane is a row of x. Each element of the weight is multiplied
-// with a whole panel, and nothing has to be summed over lanes.
+// More rows of x: panels of W rows, transposed, so that each lane is a row of x. Each element of the weight is
+// multiplied with a whole panel, and no sum over lanes is needed.
 #pragma once
 
 #include "activation.h"
@@ -11,20 +11,21 @@ namespace {
 
 constexpr int64_t panels_of(int64_t M) { return (M + W - 1) / W; }
 
-// What is broadcast: one type per dtype, and more where an instruction set has better. A unit is PER_UNIT elements.
+// The units that are broadcast: one type per dtype, and more for instruction sets with faster instructions. A unit is
+// PER_UNIT elements.
 template <class T>
 struct Single {
     using Element = T;
     using Unit = float;
     static constexpr int PER_UNIT = 1, PADDING = 1;
-    // n ≤ W elements, as units in the lanes.
+    // n ≤ W elements as units, one per lane.
     static VF load(const T *p, int64_t n) { return n < W ? load_part(p, n) : grasp::load(p); }
     static VF multiply(VF acc, float w, VF x) { return multiply_add(broadcast(w), x, acc); }
     // Element `index` of the rows of a panel.
     static void put(float *panel, int64_t index, VF value) { store(panel + index * W, value); }
 };
 
-// What the kernels with panels share: how x, h and the tile lie, and how they come and go.
+// Shared by the kernels with panels: the layouts of x, h and the tile, and how they are packed and stored.
 //   packed: [panel][unit][W], 32 bits each, units padded with zeros to PADDING.   tile: [weight row][panel][W].
 template <class Policy, int64_t ROWS_OF_TILE>
 struct Panels {
@@ -107,7 +108,7 @@ struct Panels {
     }
 };
 
-constexpr int ACCUMULATORS = W == 16 ? 24 : 12;  // vectors of sums that the registers hold
+constexpr int ACCUMULATORS = W == 16 ? 24 : 12;  // vectors of sums that fit in registers
 
 template <class Policy>
 struct Panel : Panels<Policy, 2 * ACCUMULATORS> {
@@ -118,8 +119,7 @@ struct Panel : Panels<Policy, 2 * ACCUMULATORS> {
     static constexpr int64_t BLOCK = 256, PITCH = BLOCK + 16;           // units of a weight row at a time
     static constexpr int64_t LINE = 64 / (PER_UNIT * sizeof(Element));  // units of a cache line
 
-    // Some rows of the weight, widened: w[row][PITCH]. `next` is where the rows that come after them lie in memory, or
-    // null.
+    // Rows of the weight, widened: w[row][PITCH]. `next` is the address of the rows that follow, or null.
     struct Block {
         const Unit *w;
         const char *next;
@@ -134,7 +134,7 @@ struct Panel : Panels<Policy, 2 * ACCUMULATORS> {
     template <int ROWS, int VECTORS>
     static void multiply_block(const Block &block, const float *x, int64_t panel_floats, float *tile, int64_t lanes) {
         const char *next = block.next;
-        VF acc[ROWS][VECTORS];  // in registers, which takes every loop over them to be unrolled
+        VF acc[ROWS][VECTORS];  // in registers, if every loop over them is unrolled
 #pragma GCC unroll 24
         for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 2
@@ -143,7 +143,7 @@ struct Panel : Panels<Policy, 2 * ACCUMULATORS> {
         for (int64_t line = 0; line < block.units; line += LINE) {
             const int64_t end = block.units - line < LINE ? block.units : line + LINE;
             for (int64_t u = line; u < end; ++u) {
-                // Of each row a line, while the sums take LINE steps: one by one, for a burst would hold up the loads.
+                // One cache line of each row, spread over the LINE steps of the sums: a burst would delay the loads.
                 for (int64_t r = u - line; r < ROWS && next; r += LINE) {
                     __builtin_prefetch(next + r * block.row_bytes, 0, 2);
                 }
@@ -166,7 +166,7 @@ struct Panel : Panels<Policy, 2 * ACCUMULATORS> {
         }
     }
 
-    // By the smallest instance of at least `rows`, at most ROWS; block and tile have room for more.
+    // Uses the smallest instance with at least `rows`, at most ROWS; block and tile have room for more rows.
     template <int ROWS, int VECTORS>
     static void multiply_rows(int64_t rows, const Block &block, const float *x, int64_t panel_floats, float *tile,
                               int64_t lanes) {
@@ -179,7 +179,7 @@ struct Panel : Panels<Policy, 2 * ACCUMULATORS> {
         multiply_block<ROWS, VECTORS>(block, x, panel_floats, tile, lanes);
     }
 
-    // All panels, two by two.
+    // All panels, two at a time.
     static void multiply_panels(int64_t rows, Block block, const float *x, int64_t panel_floats, float *tile,
                                 int64_t panels) {
         for (int64_t panel = 0; panel < panels; panel += 2) {
@@ -225,7 +225,7 @@ struct Panel : Panels<Policy, 2 * ACCUMULATORS> {
         }
     }
 
-    // Units [begin : begin + count] of a row; elements past its end are zero.
+    // Units [begin : begin + count] of a row; elements after its end are zero.
     static void widen(const char *row, int64_t begin, int64_t count, int64_t depth, Unit *to) {
         const Element *w = reinterpret_cast<const Element *>(row) + begin * PER_UNIT;
         const int64_t elements = depth - begin * PER_UNIT;

@@ -8,17 +8,18 @@
 
 namespace grasp {
 
-// The next of a range of chunks; a cache line of its own.
+// The next chunk of a range, alone in a cache line.
 struct alignas(64) Range {
     std::atomic<int64_t> next;
     int64_t end;
 };
 
 // Work in `chunks` equal parts. Each member of the team has a range of consecutive chunks, so that it reads memory in
-// one direction, and helps the others when its own is done: a thread that comes late, or never, holds nobody up.
+// one direction. A member that has finished its range takes chunks of the others, so a late or missing thread delays
+// nobody.
 class Phase {
   public:
-    // `ranges` is storage for `members`.
+    // `ranges` is storage for `members` ranges.
     void prepare(int64_t chunks, int members, Range *ranges) {
         chunks_ = chunks;
         members_ = members;
@@ -29,7 +30,7 @@ class Phase {
         }
     }
 
-    // Does chunks until none is left to begin, then waits until all are done; what they wrote can be read after that.
+    // Runs chunks until none is left, then waits until all are finished. Their results can be read afterwards.
     template <class Function>
     void work(int member, Function &&do_chunk) {
         for (int i = 0; i < members_; ++i) {
@@ -44,7 +45,7 @@ class Phase {
             if (spins < SPINS) {
                 pause();
             } else {
-                std::this_thread::yield();  // the thread that is waited for may need this processor
+                std::this_thread::yield();  // the awaited thread may need this processor
             }
         }
     }

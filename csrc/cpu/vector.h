@@ -1,5 +1,5 @@
-// Vectors of W floats, in GCC's and Clang's vector extensions: each file of csrc/cpu compiles them for its own
-// instruction set. Everything is in an unnamed namespace, so that no two such files share a function.
+// Vectors of W floats in the vector extensions of GCC and Clang. Each file of csrc/cpu compiles them for its
+// instruction set. Everything is in an unnamed namespace, so that two such files never share a function.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ typedef float VF __attribute__((vector_size(4 * W)));
 typedef uint32_t VU __attribute__((vector_size(4 * W)));
 typedef uint16_t VH __attribute__((vector_size(2 * W)));
 
-// Elements as they lie in memory.
+// Elements in memory.
 struct F16 {
     uint16_t bits;
 };
@@ -51,7 +51,7 @@ inline VU float_to_bits(VF value) {
 
 inline VU select(VU mask, VU yes, VU no) { return (yes & mask) | (no & ~mask); }
 
-inline VF broadcast(float value) { return value - VF{}; }  // not plus, which would lose the sign of zero
+inline VF broadcast(float value) { return value - VF{}; }  // a sum would lose the sign of zero
 
 template <class Vector>
 inline Vector read(const void *p) {
@@ -65,8 +65,8 @@ inline void write(void *p, Vector value) {
     std::memcpy(p, &value, sizeof value);
 }
 
-// a · b + c. Left to itself, the compiler fuses the two in one loop and not in another, and the same row of a weight
-// would give another sum where the rows are dealt out otherwise.
+// a · b + c, always fused. The compiler would fuse it in one loop and not in another: the sum of a weight row would
+// then depend on how the rows are divided into chunks.
 inline VF multiply_add(VF a, VF b, VF c) {
 #if defined(__AVX512F__)
     return (VF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -105,7 +105,7 @@ inline void store(F16 *p, VF value) { write(p, _mm256_cvtps_ph((__m256)value, _M
 inline VF load(const F16 *p) {
     const VU half = __builtin_convertvector(read<VH>(p), VU);
     const VU exponent_shifted = (half & 0x7fff) << 13;
-    const VU scale = VU{} + 0x77800000;  // 2^112: the difference of the exponents' biases; right for subnormals too
+    const VU scale = VU{} + 0x77800000;  // 2^112: the difference of the exponents' biases; also correct for subnormals
     const VU magnitude = float_to_bits(bits_to_float(exponent_shifted) * bits_to_float(scale));
     const VU special = (VU)((half & 0x7c00) == 0x7c00) & 0x7f800000;  // infinities and NaN
     return bits_to_float(magnitude | special | (half & 0x8000) << 16);
@@ -114,7 +114,7 @@ inline VF load(const F16 *p) {
 inline void store(F16 *p, VF value) {
     const VU bits = float_to_bits(value), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
     const VU normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    // Below 2^-14, adding 0.5 lets the adder round to multiples of 2^-24, which end up in the low bits.
+    // Below 2^-14, adding 0.5 rounds to multiples of 2^-24, whose number is then in the low bits.
     const VF half = bits_to_float(VU{} + 0x3f000000);
     const VU subnormal = float_to_bits(bits_to_float(magnitude) + half) - 0x3f000000;
     const VU infinite = (VU)(magnitude > 0x7f800000) & 0x200;
@@ -124,7 +124,7 @@ inline void store(F16 *p, VF value) {
 }
 #endif
 
-// The first `bytes` bytes, fewer than a Vector has; the others are zero. This is at the end of every row.
+// The first `bytes` bytes, fewer than in a Vector; the others are zero. Used at the end of every row.
 template <class Vector>
 inline Vector read_part(const void *p, int64_t bytes) {
 #if defined(__AVX512BW__)
@@ -163,7 +163,7 @@ inline void store_part(T *p, VF value, int64_t n) {
 
 // --- shuffles --------------------------------------------------------------------------------------------------------
 
-// Lane i of the result is lane lane(i) of a and b one behind the other.
+// Lane i of the result is lane lane(i) of the concatenation of a and b.
 template <class Lane, int... I>
 inline VF shuffle(VF a, VF b, Lane lane, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
@@ -174,14 +174,14 @@ inline VF shuffle(VF a, VF b, Lane lane, std::integer_sequence<int, I...>) {
 #endif
 }
 
-// Lanes without bit D from a, those with it from b, each in its place.
+// Lanes whose index has not bit D come from a, the others from b, each from its own place.
 template <int D>
 inline VF own_lanes(VF a, VF b) {
     constexpr auto lane = [](int i) constexpr { return i & D ? W + i : i; };
     return shuffle(a, b, lane, std::make_integer_sequence<int, W>());
 }
 
-// Lanes without bit D from a, those with it from b, each taken from the lane that differs in that bit.
+// Lanes whose index has not bit D come from a, the others from b, each from the lane whose index differs in that bit.
 template <int D>
 inline VF other_lanes(VF a, VF b) {
     constexpr auto lane = [](int i) constexpr { return i & D ? W + i - D : i + D; };
@@ -200,7 +200,7 @@ inline VF sum_lanes(VF *v) {
     }
 }
 
-// Lane i of the result is the sum of the lanes of v[i]; v has W vectors and is used up.
+// Lane i of the result is the sum of the lanes of v[i]. v has W vectors and is overwritten.
 inline VF reduce(VF *v) { return sum_lanes(v); }
 
 // Transposes W × W in place.

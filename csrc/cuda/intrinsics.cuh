@@ -1,4 +1,4 @@
-// Everything that is not plain C++ in the kernels: elements, loads and stores, tensor cores, and what orders threads.
+// Everything in the kernels that is not plain C++: elements, loads and stores, tensor cores, synchronization.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ GRASP_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 GRASP_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 GRASP_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
 
-// Memory of the block; TAG tells one buffer from another.
+// Shared memory of the block; TAG distinguishes the buffers.
 template <int BYTES, int TAG>
 GRASP_DEVICE void *shared_memory() {
     __shared__ Chunk memory[BYTES / sizeof(Chunk)];
@@ -49,7 +49,7 @@ GRASP_DEVICE float to_float(F16 value) {
     return result;
 }
 
-// Rounded to the nearest, ties to even.
+// Rounded to nearest, ties to even.
 template <class T>
 GRASP_DEVICE T round_to(float value);
 
@@ -74,7 +74,8 @@ GRASP_DEVICE BF16 round_to<BF16>(float value) {
 
 // --- memory ----------------------------------------------------------------------------------------------------------
 
-// 16 bytes of a factor: read once, so first to leave the caches. Stays where it is written, before or after a wait.
+// 16 bytes of a factor. It is read once, so the caches evict it first. The compiler does not move the load across a
+// wait.
 GRASP_DEVICE Chunk load_weights(const void *from) {
     Chunk chunk;
     asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -84,7 +85,7 @@ GRASP_DEVICE Chunk load_weights(const void *from) {
     return chunk;
 }
 
-// 4 floats that another block wrote: past the first-level cache.
+// 4 floats that another block wrote; bypasses the first-level cache.
 GRASP_DEVICE Chunk load_hidden(const float *from) {
     Chunk chunk;
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -115,7 +116,7 @@ GRASP_DEVICE void store(T *to, T value) {
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])      \
         : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]))
 
-// sums += left · right, [16, 16] by [16, 8], fragments as PTX lays them out for mma.m16n8k16.
+// sums += left · right, [16, 16] by [16, 8], in the fragment layout of PTX's mma.m16n8k16.
 template <class T>
 GRASP_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]);
 
@@ -129,21 +130,21 @@ GRASP_DEVICE void multiply_add<BF16>(float (&sums)[4], const uint32_t (&left)[4]
     GRASP_MMA("bf16");
 }
 
-// --- order -----------------------------------------------------------------------------------------------------------
+// --- synchronization -------------------------------------------------------------------------------------------------
 
 GRASP_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 
 GRASP_DEVICE void sync_block() { __syncthreads(); }
 
-// The kernel launched after this one may start: its blocks fill in as this one's finish.
+// Lets the next kernel start: its blocks run as blocks of this kernel finish.
 GRASP_DEVICE void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// Until the kernel launched before this one has ended and its stores can be read. Without effect where this one was
-// not launched as its dependent: then it has ended already.
+// Waits until the previous kernel has ended and its stores can be read. No-op if this kernel was not launched as its
+// dependent: then the previous kernel has ended already.
 GRASP_DEVICE void wait_for_dependency() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -1,7 +1,7 @@
 // The kernels of a low-rank linear, or of a group of them with one x: shrink, expand, and both in one launch.
 //
-// shrink: h = x · Vhᵀ as partial sums over splits of K. expand: y = (h ∘ s) · Uᵀ + bias, h being the sum of its splits,
-// rounded once to the dtype of x. Both take the members of a group side by side, tile by tile.
+// shrink: h = x · Vhᵀ as partial sums over splits of K. expand: y = (h ∘ s) · Uᵀ + bias, where h is the sum of its
+// splits, rounded once to the dtype of x. Both divide the members of a group into tiles, numbered one after the other.
 #pragma once
 
 #include <type_traits>
@@ -11,10 +11,10 @@
 namespace grasp_cuda {
 
 constexpr int MAX_MEMBERS = 8;
-constexpr int MIN_BLOCKS = 2;                   // of a processor: so many are to find registers
-constexpr int RANK_TILE = 16, WIDTH_TILE = 32;  // columns of h and of y that a block computes at once
+constexpr int MIN_BLOCKS = 2;                   // per processor: the registers must suffice for as many
+constexpr int RANK_TILE = 16, WIDTH_TILE = 32;  // columns of h and of y per block
 
-// Chunks of a weight's row that a lane loads at once; multiply-adds of many rows leave fewer registers for them.
+// Chunks of a weight row that a lane loads at once; multiply-adds of many rows leave fewer registers for them.
 template <class T, int ROWS>
 constexpr int SHRINK_STEPS = sizeof(T) == 4 && ROWS > 8 ? 2 : 4;
 template <class T>
@@ -22,7 +22,7 @@ constexpr int SPLIT_GRANULE = WARPS * SHRINK_STEPS<T, 1> * STEP<T>;  // elements
 template <class T, int ROWS>
 constexpr int EXPAND_STEPS = SHRINK_STEPS<T, ROWS> / 2;
 
-// Every block of the expand reads all partial sums, so that more rows have fewer of them.
+// Every block of the expand reads all partial sums, so more rows get fewer splits.
 template <int ROWS>
 constexpr int MAX_SPLITS = ROWS > 8 ? 4 : 8;
 
@@ -31,14 +31,14 @@ struct Member {
     void *y;
     int64_t U_stride, Vh_stride, y_stride;  // elements
     int32_t N, R;
-    int32_t rank_tile, width_tile;  // its first ones among those of the group
+    int32_t rank_tile, width_tile;  // the member's first tiles among those of the group
     int32_t s_is_float;
 };
 
 struct Problem {
     const void *x;
     int64_t x_stride;
-    float *hidden;      // [splits, M, RANK_TILE · rank_tiles]; columns past a member's rank are 0
+    float *hidden;      // [splits, M, RANK_TILE · rank_tiles]; columns after a member's rank are 0
     uint32_t *barrier;  // of the kernel with both phases
     int32_t M, K;
     int32_t count, rank_tiles, width_tiles;  // members; tiles of all of them
@@ -81,7 +81,7 @@ GRASP_DEVICE void shrink(const Problem &problem, int task) {
 
     const int64_t columns = int64_t{RANK_TILE} * problem.rank_tiles;
     float *h = problem.hidden + split * problem.M * columns + tile * RANK_TILE + Tile::column();
-    const bool inside = first + Tile::column() < member.R;  // beyond, Inf in x has made NaN of the zeros
+    const bool inside = first + Tile::column() < member.R;  // outside, an Inf in x times zero gave NaN
     product.finish(problem.M, [&](int row, float sum) { store(h + row * columns, inside ? sum : 0); });
 }
 
@@ -90,7 +90,7 @@ GRASP_DEVICE void shrink(const Problem &problem, int task) {
 template <class T, int ROWS, bool VECTOR>
 struct Expand {
     using Tile = Product<T, ROWS, WIDTH_TILE / 8, EXPAND_STEPS<T, ROWS>, VECTOR>;
-    static constexpr int PITCH = Tile::STAGE + STEP<T>;  // so that the rows of a fragment are on different banks
+    static constexpr int PITCH = Tile::STAGE + STEP<T>;  // puts the rows of a fragment on different banks
 
     const Problem &problem;
     const Member &member;
@@ -99,7 +99,7 @@ struct Expand {
     float bias = 0;
     Tile product;
 
-    // Loads what does not depend on h: the first stage of U, and the bias.
+    // Loads the data that do not depend on h: the first stage of U, and the bias.
     GRASP_DEVICE Expand(const Problem &problem, int tile)
         : problem(problem),
           member(member_of(problem, &Member::width_tile, tile)),
@@ -113,7 +113,7 @@ struct Expand {
     GRASP_DEVICE void run() {
         T *hidden = static_cast<T *>(shared_memory<ROWS * PITCH * sizeof(T), 1>());
         for (int stage = 0; stage < member.R; stage += Tile::STAGE) {
-            if (stage > 0) sync_block();  // the stage before may still be being read
+            if (stage > 0) sync_block();  // the previous stage may still be in use
             put_hidden(hidden, stage);
             sync_block();
             const auto h = [&](int row, int k) {
@@ -128,10 +128,10 @@ struct Expand {
     }
 
   private:
-    // In fp16 s scales U, for h ∘ s could overflow.
+    // In fp16 s scales U, because h ∘ s could overflow.
     static constexpr bool SCALES_WEIGHTS = std::is_same<T, F16>::value;
 
-    // Sum a stage of h over its splits, scale and round it, zeros past the rank: [M, STAGE] in shared memory.
+    // Sums a stage of h over its splits, scales and rounds it: [M, STAGE] in shared memory, zeros after the rank.
     GRASP_DEVICE void put_hidden(T *hidden, int stage) const {
         constexpr int SPLITS = MAX_SPLITS<ROWS>, AT_ONCE = ROWS < 8 ? 1 : 16 / SPLITS, FOURS = Tile::STAGE / 4;
         for (int i = thread_index(); i < problem.M * FOURS; i += AT_ONCE * THREADS) {
@@ -148,7 +148,7 @@ struct Expand {
         }
     }
 
-    // 4 columns of a row of h, zeros where there are none.
+    // 4 columns of a row of h, zeros outside.
     template <int SPLITS>
     GRASP_DEVICE void load_partials(Chunk (&partials)[SPLITS], int row, int k) const {
         const int64_t columns = int64_t{RANK_TILE} * problem.rank_tiles, stride = problem.M * columns;
@@ -208,15 +208,16 @@ struct Expand {
 
 constexpr uint32_t FLIP = 1u << 30;
 
-// Announce that this block's stores are done. Ones and the first block's complement add up to FLIP: that bit
-// flips with the last arrival, and those below are 0 again for the next crossing, in this launch or a later one.
+// Tells the barrier that this block's stores are done. Each block adds 1, and the first block adds the complement to
+// FLIP: with the last arrival that bit flips, and the bits below it are 0 for the next crossing, in this launch or a
+// later one.
 GRASP_DEVICE uint32_t arrive(uint32_t *barrier) {
     sync_block();
     if (thread_index() != 0) return 0;
     return add_release(barrier, block_index() == 0 ? FLIP - static_cast<uint32_t>(block_count() - 1) : 1);
 }
 
-// Wait for all blocks, with what `arrive` gave; their stores can then be read.
+// Waits for all blocks, with the result of `arrive`. Their stores can be read afterwards.
 GRASP_DEVICE void wait(const uint32_t *barrier, uint32_t ticket) {
     if (thread_index() == 0) {
         while (((load_acquire(barrier) ^ ticket) & FLIP) == 0) {
@@ -240,7 +241,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) lowrank_expand_kernel(con
     expand.run();
 }
 
-// Announce, then fetch U while the others finish: fetched before, it would hold up the first phase.
+// Arrive first, then load U while other blocks finish: an earlier load of U would delay the shrink.
 template <class T, int ROWS, bool VECTOR>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     lowrank_cooperative_kernel(const __grid_constant__ Problem problem) {

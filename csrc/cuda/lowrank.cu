@@ -15,7 +15,7 @@ namespace {
 
 static_assert(MAX_ROWS == GRASP_CUDA_MAX_ROWS, "the header says how many rows the kernels serve");
 
-constexpr int64_t MAX_SIZE = int64_t{1} << 27;  // of K, N and R: a group's columns are then counted in 32 bits
+constexpr int64_t MAX_SIZE = int64_t{1} << 27;  // of K, N and R, so that 32 bits count the columns of a group
 constexpr int64_t MOST_SPLITS = MAX_SPLITS<1>, MOST_ROW_SPLITS = 8 * MAX_SPLITS<8>;  // the latter times rows
 constexpr int OLDEST = 80, DEPENDENT_LAUNCH = 90;                                    // compute capabilities, times 10
 
@@ -31,7 +31,7 @@ __attribute__((format(printf, 2, 3))) grasp_status fail(grasp_status status, con
     return status;
 }
 
-// Report an error of the runtime, and clear it: the next call is not to find it.
+// Reports an error of the runtime and clears it, so that the next call does not see it.
 grasp_status cuda_failure(const char *call, cudaError_t error) {
     cudaGetLastError();
     return fail(GRASP_CUDA_ERROR, "%s: %s (%s)", call, cudaGetErrorString(error), cudaGetErrorName(error));
@@ -51,14 +51,14 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t padded(int64_t rank) { return ceil_div(rank, RANK_TILE) * RANK_TILE; }
 
-// Of h, at the most splits that any variant makes.
+// Bytes of h for the largest number of splits of any variant.
 int64_t hidden_bytes(int64_t rows, int64_t columns) {
     return std::min(MOST_SPLITS * rows, MOST_ROW_SPLITS) * columns * 4;
 }
 
 int64_t element_size(int32_t dtype) { return dtype == GRASP_F32 ? 4 : 2; }
 
-// --- what a call must be ---------------------------------------------------------------------------------------------
+// --- the checks of a call --------------------------------------------------------------------------------------------
 
 grasp_status check(const grasp_input &x) {
     if (x.M < 0 || x.M > MAX_ROWS) {
@@ -111,7 +111,7 @@ grasp_status check(const grasp_cuda_options &options, int64_t workspace_bytes) {
     return GRASP_OK;
 }
 
-// --- which kernel ----------------------------------------------------------------------------------------------------
+// --- the choice of the kernel ----------------------------------------------------------------------------------------
 
 struct Variants {
     const Variant *begin, *end;
@@ -131,7 +131,7 @@ const Variant &choose(int32_t dtype, int64_t rows, bool aligned) {
                          [&](const Variant &variant) { return variant.rows >= rows && (aligned || !variant.vector); });
 }
 
-// Whether rows start at multiples of 16 bytes and consist of such.
+// Whether rows start at multiples of 16 bytes and their length is a multiple of 16 bytes.
 bool is_aligned(const void *data, int64_t rows, int64_t stride, int64_t columns, int32_t dtype) {
     const int64_t size = element_size(dtype);
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && columns * size % 16 == 0 &&
@@ -157,7 +157,7 @@ grasp_status read_card(Card &card) {
     return GRASP_OK;
 }
 
-// The members, their tiles, and the splits of K: so many that the tiles of h occupy the card once.
+// The members, their tiles, and the splits of K: as many as fill the card once with tiles of h.
 Problem lay_out(const grasp_input &x, const grasp_factors *groups, int64_t count, const grasp_cuda_options &options,
                 const Card &card, const Variant &expand) {
     Problem problem = {};
@@ -223,7 +223,7 @@ grasp_status launch_pair(const Variant &shrink, const Variant &expand, const Pro
                   dependent ? cudaLaunchAttributeProgrammaticStreamSerialization : cudaLaunchAttributeIgnore);
 }
 
-// As many blocks as can run at once: the barrier waits for all of them.
+// As many blocks as can run at once, because the barrier waits for all of them.
 grasp_status launch_cooperative(const Variant &variant, const Problem &problem, cudaStream_t stream, const Card &card) {
     int occupancy = 0;
     GRASP_TRY_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor, &occupancy, variant.cooperative, THREADS, 0);

@@ -1,7 +1,7 @@
-// A block's product of up to 16 rows with 8 · TILES rows of a weight, both along a row: left · weightᵀ.
+// The product of up to 16 rows with 8 · TILES rows of a weight in one block, both along a row: left · weightᵀ.
 //
-// The summed dimension is dealt out to the warps, and in a warp to four lanes, 16 bytes each. A lane's 16 bytes are
-// used as they were loaded: the order in which a tensor core then sums is the same permutation for both operands.
+// The summed dimension is divided among the warps, and in a warp among four lanes, 16 bytes each. A lane uses its 16
+// bytes as it loaded them: the tensor core then sums in an order that is the same permutation for both operands.
 #pragma once
 
 #include "cuda/intrinsics.cuh"
@@ -31,7 +31,7 @@ GRASP_DEVICE uint32_t pack(float low, float high) {
     return round_to<T>(low).bits | static_cast<uint32_t>(round_to<T>(high).bits) << 16;
 }
 
-// The first `count` elements from an address of any alignment; zeros after them.
+// The first `count` elements at an address of any alignment; zeros after them.
 GRASP_DEVICE Chunk gather(const float *from, int count) {
     Chunk chunk = {};
 #pragma unroll
@@ -74,7 +74,7 @@ struct Sums {
         }
     }
 
-    // Write them to [ROWS, pitch].
+    // Write the sums to [ROWS, pitch].
     GRASP_DEVICE void put(float *sums, int pitch, int /* rows */) const {
         float *at = sums + lane_row() * pitch + 2 * lane_place();
 #pragma unroll
@@ -85,7 +85,7 @@ struct Sums {
     }
 };
 
-// The same in multiply-adds, for floats: a lane has all rows of the columns of its own row of each tile.
+// The same in multiply-adds, for floats: a lane has all rows of the columns that belong to its row of each tile.
 template <int ROWS, int TILES>
 struct Sums<float, ROWS, TILES> {
     float values[TILES][ROWS] = {};
@@ -103,7 +103,7 @@ struct Sums<float, ROWS, TILES> {
         }
     }
 
-    // Only the first `rows`.
+    // Only the first `rows` rows.
     GRASP_DEVICE void put(float *sums, int pitch, int rows) const {
 #pragma unroll
         for (int m = 0; m < ROWS; ++m) {
@@ -128,8 +128,8 @@ struct Weight {
     int rows, columns;
 };
 
-// STEPS: what a warp has in flight at once, and once more while that is multiplied. VECTOR: rows and columns are such
-// that a chunk is aligned and either inside or outside; without, elements are loaded one by one.
+// STEPS: the steps that a warp loads at once, while it multiplies as many. VECTOR: every chunk is aligned and
+// completely inside or outside the matrix; without it, elements are loaded one by one.
 template <class T, int ROWS, int TILES, int STEPS, bool VECTOR>
 struct Product {
     static constexpr int COLUMNS = 8 * TILES;                // of the result: rows of the weight
@@ -145,15 +145,15 @@ struct Product {
 
     GRASP_DEVICE Product(const Weight<T> &weight, int first, int stop) : weight(weight), first(first), stop(stop) {}
 
-    // The lane's element of the summed dimension, in one step of a stage.
+    // The lane's first element of the summed dimension, in one step of a stage.
     static GRASP_DEVICE int place(int stage, int step) {
         return stage + (warp() * STEPS + step) * STEP<T> + lane_place() * CHUNK<T>;
     }
 
-    // The column that a thread finishes.
+    // The column whose sum a thread finishes.
     static GRASP_DEVICE int column() { return thread_index() % COLUMNS; }
 
-    // Load what the stage needs of the weight.
+    // Load the stage's part of the weight.
     GRASP_DEVICE void fetch(int stage) {
 #pragma unroll
         for (int t = 0; t < TILES; ++t) {
@@ -170,8 +170,8 @@ struct Product {
         }
     }
 
-    // Multiply the stage that was fetched and fetch the next one. left(row, k) is 16 bytes of a row from element k on,
-    // adjust(chunk, k) may change a weight's.
+    // Multiply the loaded stage and load the next one. left(row, k) returns 16 bytes of a row from element k on;
+    // adjust(chunk, k) may change those of the weight.
     template <class Left, class Adjust>
     GRASP_DEVICE void multiply(int stage, const Left &left, const Adjust &adjust) {
         Chunk now[STEPS][TILES];
@@ -190,11 +190,11 @@ struct Product {
         }
     }
 
-    // Add up the warps' sums, in their order, and hand each to finish(row, sum), for the thread's column.
+    // Add up the warps' sums in their order, and call finish(row, sum) for the thread's column.
     template <class Finish>
     GRASP_DEVICE void finish(int rows, const Finish &finish) const {
         float *all = static_cast<float *>(shared_memory<SHARED, 0>());
-        sync_block();  // an earlier product's sums may still be being read
+        sync_block();  // the sums of an earlier product may still be in use
         sums.put(all + warp() * ROWS * PITCH, PITCH, rows);
         sync_block();
 #pragma unroll

@@ -1,4 +1,4 @@
-// Which kernels there are, each for so many rows: a table per dtype, each compiled in a file of its own.
+// The kernels by number of rows: one table per dtype, each compiled in its own file.
 #pragma once
 
 #include "cuda/kernels.cuh"
@@ -6,12 +6,12 @@
 namespace grasp_cuda {
 
 struct Variant {
-    int32_t rows, splits;  // the most it serves
-    bool vector;           // what it asks of alignment: see Product
+    int32_t rows, splits;  // the most it can run
+    bool vector;           // whether it needs alignment: see Product
     const void *shrink, *expand, *cooperative;
 };
 
-// The last serves every call; of the others, those with fewer rows come first.
+// The last kernel can run every call; the others are in increasing order of rows.
 extern const Variant variants_f32[4], variants_f16[3], variants_bf16[3];
 
 template <class T, int ROWS, bool VECTOR>
