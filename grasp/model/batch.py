@@ -32,7 +32,13 @@ class Tokens(Protocol):
 
 
 class CalibrationBatch(NamedTuple):
-    """Token ids (B, L) int64, and a bool mask (B, L) that is False at padding; ``None`` means no padding."""
+    """Token ids (B, L) int64, and a bool mask (B, L) that is False at padding; ``None`` means no padding.
+
+    Example:
+        >>> batch = CalibrationBatch(torch.tensor([[5, 6, 7, 0]]), torch.tensor([[True, True, True, False]]))
+        >>> batch.num_tokens, batch.num_targets
+        (3, 2)
+    """
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
