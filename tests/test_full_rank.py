@@ -9,7 +9,7 @@ import torch
 
 from grasp.model.dense import dense_weight
 from grasp.model.lowrank_linear import LowRankLinear, group_linears_
-from grasp.model.targets import decoder, layer_targets, replace_module_
+from grasp.model.targets import decoder, layer_targets
 from tests.tiny_models import DENSE_FAMILIES, tiny_batches, tiny_model
 
 
@@ -23,7 +23,7 @@ def test_full_rank_factors_in_every_linear_reproduce_the_logits(family: str, gro
     for layer in range(len(decoder(model).layers)):
         for target in layer_targets(model, layer)[0]:
             groups = torch.arange(min(dense_weight(target.module).shape))
-            replace_module_(model, target.name, LowRankLinear.from_dense(target.module, groups))
+            model.set_submodule(target.name, LowRankLinear.from_dense(target.module, groups))
             replaced += 1
     group_linears_(model, grouped)
     assert replaced >= 4 * len(decoder(model).layers)

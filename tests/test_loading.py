@@ -14,7 +14,6 @@ from grasp.errors import CheckpointError, GraspError, ModelNotFoundError, Unsupp
 from grasp.loading import load_model
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.targets import replace_module_
 from tests.tiny_models import tiny_batches, tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 
@@ -42,7 +41,7 @@ def test_a_folder_gives_its_model_and_tokenizer(folder: Path, dtype: str, expect
 def test_a_compressed_checkpoint_is_loaded_compressed(folder: Path) -> None:
     model, tokens = tiny_model("llama"), tiny_batches(1)[0]
     name = "model.layers.1.mlp.up_proj"
-    replace_module_(model, name, LowRankLinear.from_dense(model.get_submodule(name), torch.arange(4)))
+    model.set_submodule(name, LowRankLinear.from_dense(model.get_submodule(name), torch.arange(4)))
     mark_compressed(model)
     model.save_pretrained(folder)
     loaded, _ = load_model(str(folder), device="cpu")

@@ -30,11 +30,10 @@ from grasp.builtin import BUILTIN
 from grasp.errors import GraspError, ResultsError
 from grasp.evaluation.generation import GenerationTime, time_generation
 from grasp.loading import load_model
-from grasp.model.dense import dense_shape
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear, group_linears_
 from grasp.model.running import first_device
-from grasp.model.targets import layer_targets, replace_module_
+from grasp.model.targets import layer_targets
 
 DENSE = "dense"
 
@@ -50,9 +49,7 @@ def rebuild_(model: PreTrainedModel, cell: StudyResult) -> None:
     if unknown := sorted(set(cell.ranks) - set(linears)):
         raise ResultsError(f"the model has no {unknown[0]}, which {cell.method} made low-rank; give the study's model")
     for name, rank in cell.ranks.items():
-        n, k = dense_shape(linears[name])
-        weight, bias = linears[name].weight, linears[name].bias is not None
-        replace_module_(model, name, LowRankLinear(k, n, rank, bias, device=weight.device, dtype=weight.dtype))
+        model.set_submodule(name, LowRankLinear.like(linears[name], rank))
     group_linears_(model)
     if cell.method == LINEAR_REPLACEMENT:  # its map is one more linear if it cannot be merged
         width = model.config.get_text_config(decoder=True).hidden_size

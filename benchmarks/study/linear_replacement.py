@@ -20,7 +20,7 @@ from grasp.model.dense import dense_weight
 from grasp.model.hooks import hooked
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.running import backbone, batch_inputs, casting, evaluating, hidden_input, hidden_output
-from grasp.model.targets import Target, decoder, layer_targets, replace_module_
+from grasp.model.targets import Target, decoder, layer_targets
 from grasp.statistics.redundancy import cosine_distance
 
 LINEAR_REPLACEMENT = "linear replacement"  # the method's name in the cells of a study
@@ -139,7 +139,7 @@ def apply_map_(model: PreTrainedModel, layer: int, T: Tensor) -> None:
         like = next(module.parameters())
         map_ = nn.Linear(len(T), len(T), bias=False, device=like.device, dtype=like.dtype)
         map_.weight.copy_(T)
-        replace_module_(model, last.module, nn.Sequential(module, map_))
+        model.set_submodule(last.module, nn.Sequential(module, map_))
         return
     linear = last.linear.module
     weight = dense_weight(linear)  # a view; a transposed one for GPT-2

@@ -17,7 +17,7 @@ from grasp.method.ranks import break_even_rank, rank_for_retain_ratio
 from grasp.model.dense import dense_shape
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear, group_linears_, set_backend_
-from grasp.model.targets import decoder, layer_targets, replace_module_
+from grasp.model.targets import decoder, layer_targets
 from grasp.progress import Progress, no_progress
 from grasp_kernels.dispatch import BACKENDS, Call, objection
 
@@ -81,7 +81,7 @@ def truncate_(
         raise UnsupportedModelError(f"layers {list(layers)} hold no linear that low-rank factors make smaller")
     for done, target in enumerate(targets, start=1):
         groups = torch.arange(rank_for_retain_ratio(dense_shape(target.module), retain_ratio))
-        replace_module_(model, target.name, LowRankLinear.from_dense(target.module, groups))
+        model.set_submodule(target.name, LowRankLinear.from_dense(target.module, groups))
         progress("truncating", done, len(targets))
     group_linears_(model)
 
@@ -90,7 +90,7 @@ def unfuse_(model: nn.Module) -> None:
     """Replace every low-rank linear by two linears of PyTorch with the same parameters."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LowRankLinear):
-            replace_module_(model, name, Unfused(module))
+            model.set_submodule(name, Unfused(module))
 
 
 def low_rank_layers(dense: PreTrainedModel, compressed: PreTrainedModel, name: str) -> tuple[list[int], float]:

@@ -20,7 +20,7 @@ from grasp.method.ranks import retained_indices
 from grasp.method.svd import SVD
 from grasp.model.batch import CalibrationBatch
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.targets import Target, replace_module_
+from grasp.model.targets import Target
 from grasp.statistics.gradients import DenseSum, FactoredSum, gather_gradients
 from grasp.statistics.sweep import capture_prefix
 from grasp_kernels.routes import contract_weight_grad
@@ -162,7 +162,7 @@ def _replace_(
     result.groups += len(kept)
     result.swaps += swaps.groups
     result.largest_gap = max(result.largest_gap, swaps.gap)
-    replace_module_(grasp, target.name, LowRankLinear.from_dense(target.module, kept, svd))
+    grasp.set_submodule(target.name, LowRankLinear.from_dense(target.module, kept, svd))
     naive.set_submodule(target.name, layer.truncated(kept))
 
 

@@ -20,7 +20,7 @@ from grasp.method.svd import SVD
 from grasp.model.batch import CalibrationBatch
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.offload import execution_device
-from grasp.model.targets import Target, replace_module_
+from grasp.model.targets import Target
 from grasp.progress import Clock, Notify, no_notify
 from grasp.statistics.partial_sums import PartialSums, Sum
 
@@ -195,7 +195,7 @@ class RunState(RunFolder, NoState):
                 continue
             tensors, notes = self._read(path)
             if tensors:
-                replace_module_(model, target.name, _low_rank(target, tensors))
+                model.set_submodule(target.name, _low_rank(target, tensors))
             reports[target] = ModuleReport.from_dict(notes["report"])
         if self._continued and not self._rank:
             finished = [self.decision is not None or all(target in reports for target in sweep) for sweep in sweeps]

@@ -16,7 +16,7 @@ from grasp.method.knapsack import DENSE, Choices, Layer, allocate_layers, rank_c
 from grasp.method.svd import SVD
 from grasp.model.batch import CalibrationBatch
 from grasp.model.layer_removal import skipping
-from grasp.model.targets import Target, replace_module_
+from grasp.model.targets import Target
 from grasp.statistics.loss import sum_nll
 from grasp.statistics.processes import Processes
 
@@ -114,7 +114,7 @@ def held_out_losses(
                 sums[index] = sum_nll(model, local_batches)
         finally:
             for target in selections:
-                replace_module_(model, target.name, target.module)
+                model.set_submodule(target.name, target.module)
     processes.sum_([sums])
     tokens = sum(batch.num_targets for batch in held_out)
     return dict(zip(candidates, (sums / tokens).tolist(), strict=True))

@@ -26,7 +26,7 @@ from grasp.model.hooks import hooked
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import backbone, batch_inputs, hidden_input, hidden_output, passing_through, returns_tuple
 from grasp.model.skeleton import skeleton
-from grasp.model.targets import Target, decoder, replace_module_
+from grasp.model.targets import Target, decoder
 from grasp.statistics.sweep import visiting
 
 _aten = torch.ops.aten
@@ -162,7 +162,7 @@ def _lowrank_skeleton(config: PreTrainedConfig, dtype: torch.dtype, device: torc
     build = partial(AutoModelForCausalLM.from_config, dtype=dtype, attn_implementation=config._attn_implementation)
     model = skeleton(config, build, device)
     for name, rank in ranks_in(config).items():
-        replace_module_(model, name, _lowrank_like(model.get_submodule(name), rank))
+        model.set_submodule(name, _lowrank_like(model.get_submodule(name), rank))
     model.eval().requires_grad_(False)
     return model
 
@@ -178,8 +178,8 @@ def _lowrank(model: PreTrainedModel, ranks: Mapping[str, int]) -> Iterator[None]
     with ExitStack() as stack:
         for name, rank in ranks.items():
             dense = model.get_submodule(name)
-            stack.callback(replace_module_, model, name, dense)
-            replace_module_(model, name, _lowrank_like(dense, rank))
+            stack.callback(model.set_submodule, name, dense)
+            model.set_submodule(name, _lowrank_like(dense, rank))
         yield
 
 

@@ -25,7 +25,7 @@ from grasp.model.running import (
     hidden_output,
     passing_through,
 )
-from grasp.model.targets import Target, decoder, replace_module_
+from grasp.model.targets import Target, decoder
 from grasp.progress import Progress, no_progress
 from grasp.statistics.sweep import Rows, capture_prefix
 from grasp_kernels.products import add_product_, exact_bf16, widen
@@ -220,4 +220,4 @@ class _Layer:
 
 def _put(model: PreTrainedModel, members: Mapping[Target, LowRankLinear], *, dense: bool) -> None:
     for target, module in members.items():
-        replace_module_(model, target.name, target.module if dense else module)
+        model.set_submodule(target.name, target.module if dense else module)

@@ -16,7 +16,7 @@ from grasp.method.ranks import rank_for_threshold, retained_indices
 from grasp.method.svd import SVD
 from grasp.model.dense import dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.targets import Target, replace_module_
+from grasp.model.targets import Target
 from grasp.statistics.scores import Scores
 
 NO_LOSS = "its output does not reach the loss"
@@ -90,7 +90,7 @@ def replace_(model: PreTrainedModel, target: Target, selection: Selection) -> Mo
     if selection.skipped is not None:
         return ModuleReport(target.name, target.layer, "", selection.skipped)
     module = LowRankLinear.from_dense(target.module, torch.arange(len(selection.S)), selection.svd)
-    replace_module_(model, target.name, module)
+    model.set_submodule(target.name, module)
     n, k = dense_shape(target.module)
     before, after = list(target.module.parameters()), list(module.parameters())
     total = float(selection.importance.double().sum())

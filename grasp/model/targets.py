@@ -104,9 +104,3 @@ def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
         if (weight := getattr(module, "weight", None)) is not None:
             owners.setdefault(id(weight), []).append(name)
     return owners
-
-
-def replace_module_(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` at the path ``name`` of ``model``."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -26,7 +26,7 @@ from grasp.loading import load_quietly
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear, group_linears_
 from grasp.model.size import model_size
-from grasp.model.targets import decoder, layer_targets, replace_module_
+from grasp.model.targets import decoder, layer_targets
 from grasp.progress import Progress, no_progress
 from grasp.workflows.compress import with_request, write_checkpoint
 from grasp.workflows.samples import Samples, draw
@@ -149,7 +149,7 @@ def keep_largest_groups_(model: PreTrainedModel, report: CompressionReport) -> N
     linears = {t.name: t.module for layer in report.redundant_layers for t in layer_targets(model, layer)[0]}
     for module in report.compressed:
         low_rank = LowRankLinear.from_dense(linears[module.name], torch.arange(module.rank))
-        replace_module_(model, module.name, low_rank)
+        model.set_submodule(module.name, low_rank)
     group_linears_(model)
 
 

@@ -11,7 +11,7 @@ from grasp.method import least_squares as solver
 from grasp.method.least_squares import least_squares
 from grasp.model.batch import CalibrationBatch
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.targets import decoder, layer_targets, replace_module_
+from grasp.model.targets import decoder, layer_targets
 from tests.tiny_models import tiny_batches, tiny_model
 
 
@@ -22,7 +22,7 @@ def halved(family: str, layers: tuple[int, ...]) -> tuple:
     targets = [target for layer in layers for target in layer_targets(model, layer)[0]]
     for target in targets:
         groups = min(target.module.weight.shape) // 2
-        replace_module_(model, target.name, LowRankLinear.from_dense(target.module, torch.arange(groups)))
+        model.set_submodule(target.name, LowRankLinear.from_dense(target.module, torch.arange(groups)))
     return model, dense, targets
 
 

@@ -13,7 +13,6 @@ from grasp.evaluation.generation import GenerationTime, first_logits, summarize,
 from grasp.evaluation.perplexity import PerplexityResult, Window, cut_windows, perplexity
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.targets import replace_module_
 from tests.tiny_models import tiny_batches, tiny_model
 
 BOS = 1
@@ -88,7 +87,7 @@ def test_long_windows_are_scored_in_pieces_without_a_seam() -> None:
 def test_works_on_compressed_models_and_on_models_without_some_layers() -> None:
     model, tokens = tiny_model("qwen2"), text(30)
     name = "model.layers.2.mlp.down_proj"
-    replace_module_(model, name, LowRankLinear.from_dense(model.get_submodule(name), torch.arange(5)))
+    model.set_submodule(name, LowRankLinear.from_dense(model.get_submodule(name), torch.arange(5)))
     remove_layers_(model, [1])
     assert_same(perplexity(model, tokens, window=9), naive_losses(model, tokens, 9, 9, None))
 

@@ -14,7 +14,7 @@ from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import passing_through
-from grasp.model.targets import decoder, replace_module_
+from grasp.model.targets import decoder
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_batches, tiny_model
 
 SIZES: dict[str, Any] = {
@@ -151,7 +151,7 @@ def test_a_compressed_model_stays_one(tmp_path: Path) -> None:
     model = tiny_model("llama")
     for layer in (1, 2):
         name = f"model.layers.{layer}.mlp.up_proj"
-        replace_module_(model, name, LowRankLinear.from_dense(model.get_submodule(name), torch.arange(2 + layer)))
+        model.set_submodule(name, LowRankLinear.from_dense(model.get_submodule(name), torch.arange(2 + layer)))
     mark_compressed(model)
     expected = skipping(model, [1])
     remove_layers_(model, [1])

@@ -9,7 +9,7 @@ from grasp.config import GraspConfig
 from grasp.errors import UnsupportedModelError
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import entering_with, evaluating, hidden_output, passing_through
-from grasp.model.targets import decoder, layer_targets, replace_module_
+from grasp.model.targets import decoder, layer_targets
 from tests.tiny_models import DENSE_FAMILIES, FAMILIES, tiny_batches, tiny_model
 
 LLAMA_LINEARS = {
@@ -78,8 +78,8 @@ def test_low_rank_linears_and_foreign_subclasses_are_left() -> None:
         pass
 
     model = tiny_model("llama")
-    replace_module_(model, "model.layers.0.mlp.up_proj", LowRankLinear(32, 48, 4, bias=False))
-    replace_module_(model, "model.layers.0.mlp.gate_proj", Quantized(32, 48, bias=False))
+    model.set_submodule("model.layers.0.mlp.up_proj", LowRankLinear(32, 48, 4, bias=False))
+    model.set_submodule("model.layers.0.mlp.gate_proj", Quantized(32, 48, bias=False))
     _, left = layer_targets(model, 0)
     assert left == {
         "model.layers.0.mlp.gate_proj": "is a Quantized, not a dense nn.Linear",

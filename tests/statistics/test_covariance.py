@@ -14,7 +14,7 @@ from grasp.errors import NonFiniteError, UnsupportedModelError
 from grasp.method.svd import SVD
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
-from grasp.model.targets import Target, decoder, layer_targets, replace_module_
+from grasp.model.targets import Target, decoder, layer_targets
 from grasp.statistics import covariance
 from grasp.statistics.covariance import Covariance, covariance_bytes, gather_covariances, split_by_memory
 from grasp.statistics.moments import basis_moments
@@ -183,7 +183,7 @@ def test_linears_that_stop_sharing_their_input_are_refused() -> None:
 def test_a_linear_that_does_not_reach_the_loss_has_no_entry() -> None:
     model = tiny_model("llama")
     unused = targets_of(model, LAYER)[0]
-    replace_module_(model, unused.name.rpartition(".")[0], Idle(decoder(model).layers[LAYER].self_attn))
+    model.set_submodule(unused.name.rpartition(".")[0], Idle(decoder(model).layers[LAYER].self_attn))
     targets = targets_of(model, LAYER)
     names = {target.name.rpartition(".")[2] for target in targets}
     got = {name.rpartition(".")[2] for name in gather(model, tiny_batches(1), targets)}
