@@ -1,4 +1,4 @@
-"""What the tests of ``grasp bench`` share: measurements that cost next to nothing, and a way to run a command."""
+"""Fixtures of the tests of ``grasp bench``: measurements that cost almost nothing, and the command line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Outcome(NamedTuple):
 
     @property
     def text(self) -> str:
-        """What was shown, whatever the width of the terminal."""
+        """The output, without the line breaks of the terminal."""
         return " ".join(self.out.split())
 
 
@@ -43,7 +43,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], quick: None) -> Iterator[RunBench]:
-    """Run ``grasp bench`` in this process; what it changes in the libraries is put back."""
+    """Run ``grasp bench`` in this process, and restore the settings of libraries that it changes."""
     verbosity, hub = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
     threads = torch.get_num_threads()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -73,5 +73,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def lines() -> Callable[[Path], list[dict[str, Any]]]:
-    """The objects of a file of JSON lines, as any reader sees them."""
+    """The objects of a file of JSON lines."""
     return lambda path: [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -39,6 +42,13 @@ def test_published_results_are_read(path: Path) -> None:
             read_results(path)
     else:
         assert len(read_results(path, STUDY_RECORDS)) == len(path.read_text(encoding="utf-8").splitlines())
+
+
+@pytest.mark.slow
+def test_results_are_read_without_matplotlib() -> None:
+    code = "import sys; sys.modules['matplotlib'] = None; from grasp.bench.results import read_results"
+    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True)
 
 
 def test_a_line_names_its_kind_and_its_schema_first() -> None:

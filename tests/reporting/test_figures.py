@@ -31,8 +31,8 @@ def report() -> CompressionReport:
 
 def line(figure: Figure, label: str, axes: int = 0) -> np.ndarray:
     """The places of the line of that name, (points, 2)."""
-    (found,) = [each for each in figure.axes[axes].lines if each.get_label() == label]
-    return np.array(found.get_xydata())
+    (drawn,) = [drawn for drawn in figure.axes[axes].lines if drawn.get_label() == label]
+    return np.array(drawn.get_xydata())
 
 
 def latency(label: str, batch_size: int, ms: float) -> Latency:
@@ -90,9 +90,9 @@ def test_the_front_is_drawn_and_seeds_have_their_range() -> None:
     ]
     figure = figures.perplexity_by_size(points)
     assert line(figure, "Pareto front").tolist() == [[2, 20], [4, 10]]
-    (good,) = [each for each in figure.axes[0].containers if each.get_label() == "good"]
+    (good,) = [bars for bars in figure.axes[0].containers if bars.get_label() == "good"]
     assert good.lines[2][0].get_segments()[0].tolist() == [[2, 18], [2, 30]]
-    (bad,) = [each for each in figure.axes[0].containers if each.get_label() == "bad"]
+    (bad,) = [bars for bars in figure.axes[0].containers if bars.get_label() == "bad"]
     assert not bad.has_yerr
 
 
@@ -101,7 +101,7 @@ def test_bars_are_medians_and_whiskers_end_at_the_95th_percentile() -> None:
     assert len(figure.axes) == 4
     widths = [[bar.get_width() for bar in axes.patches if isinstance(bar, Rectangle)] for axes in figure.axes]
     assert widths == [[20, 10], [2, 1], [30], [3]]
-    assert [each.get_xdata()[-1] for each in figure.axes[0].lines] == [24, 12]
+    assert [whisker.get_xdata()[-1] for whisker in figure.axes[0].lines] == [24, 12]
 
 
 def test_a_roofline_bends_where_flops_and_bytes_take_the_same_time() -> None:

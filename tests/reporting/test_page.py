@@ -284,16 +284,18 @@ def test_a_folder_that_is_missing_is_not_made(
 def test_results_of_the_checkpoint_itself_are_its_own(report: CompressionReport) -> None:
     from grasp.reporting.result_tables import require_same_model
 
-    own = record(ModelResult, model="/a/small", provider="dense", parameters=report.after.parameters)
-    require_same_model([own], "tiny", "small", report.before.parameters, "x")
+    result = record(ModelResult, model="/a/small", provider="dense", parameters=report.after.parameters)
+    require_same_model([result], "tiny", "small", report.before.parameters, Path("x"))
 
 
 def test_without_names_sizes_tell_models_apart() -> None:
     from grasp.reporting.result_tables import require_same_model
 
-    require_same_model([record(ModelResult, model="a", provider="dense", parameters=5)], None, "small", 5, "x")
+    require_same_model([record(ModelResult, model="a", provider="dense", parameters=5)], None, "small", 5, Path("x"))
     with pytest.raises(ValueError, match="x has results of a with 5 parameters"):
-        require_same_model([record(ModelResult, model="a", provider="dense", parameters=5)], None, "small", 6, "x")
+        require_same_model(
+            [record(ModelResult, model="a", provider="dense", parameters=5)], None, "small", 6, Path("x")
+        )
 
 
 @pytest.fixture(scope="module")
