@@ -61,11 +61,6 @@ def dense_linear(M: int, N: int, K: int, *, itemsize: int = 2) -> tuple[Cost]:
     return (Cost((N * K + M * (N + K)) * itemsize, 2 * M * N * K),)
 
 
-def unfused_linear(M: int, N: int, K: int, R: int, *, itemsize: int = 2) -> tuple[Cost, Cost]:
-    """A low-rank linear as two matmuls, with ``h = x @ Vh.mT`` in memory between them."""
-    return (*dense_linear(M, R, K, itemsize=itemsize), *dense_linear(M, N, R, itemsize=itemsize))
-
-
 def lowrank_linear(M: int, N: int, K: int, R: int, *, itemsize: int = 2) -> tuple[Cost]:
     """``lowrank_linear`` in one launch; h stays on the chip."""
     return lowrank_linear_grouped(M, K, [(N, R)], itemsize=itemsize)

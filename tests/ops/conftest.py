@@ -17,7 +17,7 @@ def built_emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 
 @pytest.fixture
 def emulator(built_emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    """The emulated module in place of the real one; memory for h is NaN, and what is behind it must stay so."""
+    """The emulated module in place of the real one. Memory for h is NaN, and memory after it must stay NaN."""
     behind: list[Tensor] = []
 
     def workspace(device: torch.device, size: int) -> tuple[int, Tensor]:

@@ -1,4 +1,4 @@
-"""Calls of the CUDA kernels, to be run emulated and on a card."""
+"""Calls of the CUDA kernels, for the emulator and for a card."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def inputs(case: Case, device: str = "cpu") -> tuple[Tensor, Factors]:
 
 
 def small() -> tuple[Tensor, list[Factors]]:
-    """A call that needs no thought."""
+    """A small call without special properties."""
     generator = seeded()
     x = normal((1, 64), generator, dtype=torch.bfloat16)
     return x, [factors(40, 64, 16, generator, s=False, bias=False, dtype=torch.bfloat16)]
 
 
 def check(outputs: Sequence[Tensor], x: Tensor, groups: Sequence[Factors]) -> None:
-    """Each output by the one tolerance rule."""
+    """Compare each output with float64 by the tolerance rule."""
     for y, group in zip(outputs, groups, strict=True):
         assert_accurate("linear", x.dtype, y, linear(x, group), dense_linear(x.double(), double(group)))

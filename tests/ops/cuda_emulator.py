@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the CPU, with an emulated device in CUDA's place: see tests/csrc/cuda_on_host."""
+"""Builds csrc/cuda for the CPU with an emulated CUDA device; see tests/csrc/cuda_on_host."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 HOST = ROOT / "tests" / "csrc" / "cuda_on_host"
 CSRC = ROOT / "csrc"
 SOURCES = (*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "bindings_cuda.cpp", *sorted(HOST.glob("*.cpp")))
-# The emulator switches threads by longjmp, which fortified glibc takes for an attack.
+# The emulator switches threads with longjmp, which fortified glibc reports as an attack.
 FLAGS = "-std=c++17 -O1 -fPIC -fvisibility=hidden -Wno-unknown-pragmas -U_FORTIFY_SOURCE"
 KINDS = ("shrink", "expand", "cooperative")
 DEPENDENT, COOPERATIVE = 6, 2  # cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeCooperative
@@ -53,7 +53,7 @@ class Emulator:
         self.configure()
 
     def run(self, *arguments: object) -> None:
-        """The module's ``run``, and then what it launched, while the tensors are still there."""
+        """The module's ``run``, followed by the launches, while the tensors are alive."""
         self.module.run(*arguments)
         self.library.emulator_finish()
 
@@ -67,7 +67,7 @@ class Emulator:
         failing: str = "",
         error: int = 0,
     ) -> None:
-        """Begin anew with a card.
+        """Reset the device to a card.
 
         Args:
             capability: compute capability times 10.
@@ -80,7 +80,7 @@ class Emulator:
         self.library.emulator_set(capability, processors, occupancy, seed, failing.encode(), error)
 
     def finish(self) -> list[Launch]:
-        """Run what was launched, fail with the first fault, and give the launches since ``configure``."""
+        """Run the launches, fail with the first fault, and return the launches since ``configure``."""
         fault = self.library.emulator_finish().decode()
         assert not fault, fault
         records = (ctypes.c_int64 * 4 * 64)()
@@ -89,7 +89,7 @@ class Emulator:
 
 
 def build(folder: Path) -> Path:
-    """Compile and link; skips the test where there is no compiler."""
+    """Compile and link; skips the test if there is no compiler."""
     names = (os.environ.get("CXX"), "c++", "g++", "clang++")
     compiler = next((path for name in names if name and (path := shutil.which(name))), None)
     if compiler is None:
@@ -109,7 +109,7 @@ def build(folder: Path) -> Path:
 
 
 def run(*command: str) -> None:
-    """Run a command; what it printed is the message if it fails."""
+    """Run a command; its output is the message if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from grasp_kernels import Factors
 from grasp_kernels.dispatch import BACKENDS, Call, objection
 
-# fp64 is not in the grid: most backends refuse it, and with it would go the pairs that only its cases cover.
+# fp64 is not in the grid: most backends refuse it, and would skip the pairs of values that only its cases cover.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LAYOUTS = ("sliced", "transposed", "contiguous")
-# The grid of every op. What comes first also fills the cases whose pairs are all covered already.
+# The grid of every op. The first value also fills cases whose pairs are already covered.
 GRID: dict[str, Sequence[object]] = {
     "rows": (33, 7, 1, 0),
     "N": (63, 128, 16),
@@ -30,7 +30,7 @@ DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 def require(backend: str, op: str, x: Tensor, rank: int) -> None:
-    """Skip the test where the backend does not run the call, with the reason its row gives."""
+    """Skip the test if the backend does not run the call, with the reason of its row."""
     row = next(row for row in BACKENDS if row.name == backend)
     reason = objection(row, Call(op, x.device, x.dtype, x.shape[:-1].numel(), rank))
     if reason is not None:
@@ -38,7 +38,7 @@ def require(backend: str, op: str, x: Tensor, rank: int) -> None:
 
 
 def seeded(seed: int = 0) -> torch.Generator:
-    """A generator for the CPU, where all inputs are drawn, so that they are the same on every device."""
+    """A CPU generator: all inputs are drawn on the CPU, so they are the same on every device."""
     return torch.Generator().manual_seed(seed)
 
 
@@ -80,7 +80,7 @@ def factors(
     device: str = "cpu",
     layout: str = "contiguous",
 ) -> Factors:
-    """Factors under which a Gaussian input gives outputs of about unit variance; s is fp32 between 0.5 and 1.5."""
+    """Factors that map a Gaussian input to outputs of about unit variance; s is fp32 between 0.5 and 1.5."""
     return Factors(
         normal((N, rank), generator, dtype=dtype, device=device, layout=layout, scale=rank**-0.5),
         (torch.rand(rank, generator=generator) + 0.5).to(device) if s else None,

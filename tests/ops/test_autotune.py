@@ -77,9 +77,7 @@ def test_a_gated_unit_is_tuned_too(tmp_path: Path) -> None:
     assert (config.path, config.stages) == ("pair", 2)
 
 
-def test_a_configuration_that_does_not_fit_the_card_is_passed_by(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_configuration_that_does_not_fit_the_card_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = autotune._RUN["lowrank_linear"]
 
     def small_card(x: Any, factors: Any, config: Config) -> Any:

@@ -14,12 +14,12 @@ meta = torch.device("meta")
 
 
 def linear(*, backend: str = "auto", **changes: Any) -> Any:
-    """``lowrank_linear`` of arguments that agree, but for ``changes``."""
+    """``lowrank_linear`` of arguments that agree, except for ``changes``."""
     return lowrank_linear(**{"x": x, "U": U, "s": s, "Vh": Vh, "bias": bias, **changes}, backend=backend)
 
 
 def gradient(**changes: Any) -> Any:
-    """``singular_value_grad`` of arguments that agree, but for ``changes``."""
+    """``singular_value_grad`` of arguments that agree, except for ``changes``."""
     return singular_value_grad(**{"x": x, "grad_y": grad_y, "U": U, "Vh": Vh, **changes})
 
 
@@ -77,7 +77,7 @@ def test_gradient_inputs_that_do_not_agree_are_refused(changes: dict[str, Any], 
         gradient(**changes)
 
 
-def test_what_agrees_is_accepted() -> None:
+def test_arguments_that_agree_are_accepted() -> None:
     linear()
     linear(s=None, bias=None)
     linear(x=x.half(), U=U.half(), Vh=Vh.half(), bias=bias.half())  # s in fp32

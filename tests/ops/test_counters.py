@@ -19,7 +19,7 @@ def test_captured_launches_never_share_counters(monkeypatch: pytest.MonkeyPatch)
     for number in (1, 2):
         module._captured(CPU, 0, 20).fill_(number)
     assert reserve.reshape(3, 32).tolist() == [[1] * 32, [2] * 32, [0] * 32]
-    outside = module._captured(CPU, 0, 40)  # more than is left
+    outside = module._captured(CPU, 0, 40)  # more than the reserve has
     assert outside.tolist() == [0] * 40
     assert module._captured(CPU, 0, 20).untyped_storage().data_ptr() == reserve.untyped_storage().data_ptr()
 

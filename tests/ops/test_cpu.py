@@ -20,7 +20,7 @@ if (reason := backend_missing("cpu")) is not None:
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 INSTRUCTION_SETS = [name for name in cpu.INSTRUCTION_SETS if cpu.supports(name)]
-# Either side of where each kernel hands over to the next, and of a vector's and a panel's end.
+# Both sides of the limits between kernels, and of the end of a vector and of a panel.
 CASES = pairwise(
     instruction_set=INSTRUCTION_SETS,
     dtype=DTYPES,
@@ -97,7 +97,7 @@ def test_activations_are_right_far_from_zero(instruction_set: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-def test_what_is_not_finite_stays_in_its_row_and_column(instruction_set: str, dtype: torch.dtype) -> None:
+def test_infinities_and_nans_affect_only_their_row_and_column(instruction_set: str, dtype: torch.dtype) -> None:
     generator = seeded()
     for rows in (3, 12):
         x = normal((rows, 45), generator, dtype=dtype)
@@ -112,7 +112,7 @@ def test_what_is_not_finite_stays_in_its_row_and_column(instruction_set: str, dt
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-def test_subnormal_elements_among_others_do_no_harm(instruction_set: str) -> None:
+def test_subnormal_elements_give_correct_results(instruction_set: str) -> None:
     generator = seeded()
     for rows in (1, 12):
         x = normal((rows, 200), generator, dtype=torch.bfloat16)
@@ -147,7 +147,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(rows: int, dtype: t
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_concurrent_callers_do_not_disturb_each_other() -> None:
+def test_concurrent_callers_get_correct_results() -> None:
     generator = seeded()
     calls = []
     for caller in range(6):
@@ -183,7 +183,7 @@ def test_other_python_threads_run_during_a_call() -> None:
     assert turns > 5
 
 
-def test_calls_leave_no_memory_behind() -> None:
+def test_calls_do_not_leak_memory() -> None:
     generator = seeded()
     x = normal((1, 64), generator, dtype=torch.bfloat16)
     group = factors(32, 64, 8, generator, s=True, bias=True, dtype=torch.bfloat16, layout="transposed")
@@ -209,7 +209,7 @@ def test_a_missing_instruction_set_is_an_error_and_not_a_fallback(monkeypatch: p
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_auto_hands_many_rows_to_pytorch_and_the_named_backend_still_runs(dtype: torch.dtype) -> None:
+def test_auto_uses_pytorch_for_many_rows_and_the_named_backend_still_runs(dtype: torch.dtype) -> None:
     few, many = CPU_ROWS[dtype], CPU_ROWS[dtype] + 1
     assert explain("lowrank_linear", rows=few, rank=8, dtype=dtype)["cpu"] == "chosen"
     answers = explain("lowrank_linear", rows=many, rank=8, dtype=dtype)

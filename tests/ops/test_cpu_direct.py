@@ -117,7 +117,7 @@ SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "forward mode": forward_ad.dual_level,
 }
-# What is done to (x, U, s, Vh, bias) that makes the call another's.
+# Changes of (x, U, s, Vh, bias) that make the direct path decline the call.
 UNUSUAL: dict[str, Callable[..., tuple[Any, ...]]] = {
     "float64": lambda *tensors: tuple(t.double() for t in tensors),
     "x of another dtype": lambda x, *group: (x.bfloat16(), *group),
@@ -149,7 +149,7 @@ UNUSUAL: dict[str, Callable[..., tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_what_is_unusual_is_declined(name: str) -> None:
+def test_unusual_arguments_are_declined(name: str) -> None:
     x, group = operands()
     assert direct(x, *group) is not None
     assert direct(*UNUSUAL[name](x, *group)) is None
@@ -158,7 +158,7 @@ def test_what_is_unusual_is_declined(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SURROUNDINGS)
-def test_where_something_watches_a_call_is_declined(name: str) -> None:
+def test_calls_under_a_mode_autocast_or_forward_mode_are_declined(name: str) -> None:
     x, group = operands()
     with SURROUNDINGS[name]():
         assert direct(x, *group) is None
@@ -180,7 +180,7 @@ def test_transforms_are_declined(transform: Callable[..., Callable[..., Tensor]]
     assert answers == [None, None]
 
 
-def test_gradients_count_only_where_they_are_recorded() -> None:
+def test_calls_that_record_gradients_are_declined() -> None:
     x, group = operands()
     parameters = [nn.Parameter(tensor) for tensor in group if tensor is not None]
     assert direct(x, *parameters) is None
@@ -310,7 +310,7 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("two_threads", "no_registered_op")
-def test_concurrent_callers_do_not_disturb_each_other() -> None:
+def test_concurrent_callers_get_correct_results() -> None:
     generator = seeded()
     x = normal((1, 600), generator, dtype=torch.bfloat16)
     group = factors(500, 600, 130, generator, s=True, bias=True, dtype=torch.bfloat16)
@@ -330,7 +330,7 @@ def test_concurrent_callers_do_not_disturb_each_other() -> None:
 
 
 @pytest.mark.parametrize("unusual", [False, True])
-def test_calls_leave_nothing_behind(unusual: bool) -> None:
+def test_calls_do_not_leak_memory_or_references(unusual: bool) -> None:
     x, group = operands()
     arguments = UNUSUAL["bias of another length"](x, *group) if unusual else (x, *group)
 
@@ -339,6 +339,6 @@ def test_calls_leave_nothing_behind(unusual: bool) -> None:
             direct(*arguments)
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-    before, counts = resident_bytes(1000), [sys.getrefcount(each) for each in arguments]
+    before, counts = resident_bytes(1000), [sys.getrefcount(argument) for argument in arguments]
     assert resident_bytes(100_000) - before < 2 << 20
-    assert [sys.getrefcount(each) for each in arguments] == counts
+    assert [sys.getrefcount(argument) for argument in arguments] == counts

@@ -104,7 +104,7 @@ def test_the_barrier_is_ready_for_the_next_launch_of_any_size(emulator: Emulator
         emulator.finish()
         check(outputs, x, [group])
         words.append(emulator.barrier.item() & 0xFFFFFFFF)
-    assert words == [1 << 30, 2 << 30, 3 << 30, 0, 1 << 30]  # one bit flips, what is above it wraps, nothing below
+    assert words == [1 << 30, 2 << 30, 3 << 30, 0, 1 << 30]  # one bit flips; the bits above it wrap, those below stay 0
 
 
 def test_a_cooperative_grid_never_exceeds_the_card(emulator: Emulator) -> None:
@@ -117,7 +117,7 @@ def test_a_cooperative_grid_never_exceeds_the_card(emulator: Emulator) -> None:
     check(outputs, x, [group])
 
 
-def test_fp16_survives_an_h_times_s_that_it_cannot_hold(emulator: Emulator) -> None:
+def test_h_times_s_beyond_the_range_of_fp16_does_not_overflow(emulator: Emulator) -> None:
     generator = seeded()
     x = normal((2, 128), generator, dtype=torch.float16, scale=100.0)
     group = factors(64, 128, 16, generator, s=True, bias=False, dtype=torch.float16)
@@ -130,7 +130,7 @@ def test_fp16_survives_an_h_times_s_that_it_cannot_hold(emulator: Emulator) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_infinities_reach_the_outputs_they_belong_to_and_no_others(emulator: Emulator, dtype: torch.dtype) -> None:
+def test_infinities_affect_only_their_own_outputs(emulator: Emulator, dtype: torch.dtype) -> None:
     x = torch.ones(2, 64, dtype=dtype)
     x[1, 3] = torch.inf
     group = Factors(torch.ones(8, 1, dtype=dtype), None, torch.ones(1, 64, dtype=dtype))
@@ -179,7 +179,7 @@ def test_without_rows_nothing_is_launched(emulator: Emulator) -> None:
 # --- the Python side --------------------------------------------------------------------------------------------------
 
 
-def test_calls_of_a_stream_share_memory_and_captured_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_on_a_stream_share_memory_and_captured_calls_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     class Device:
         index = 0
 
@@ -213,12 +213,12 @@ def test_calls_of_a_stream_share_memory_and_captured_ones_do_not(monkeypatch: py
 ROW = next(row for row in BACKENDS if row.name == "cuda")
 
 
-def test_it_is_the_first_row_and_serves_the_linears() -> None:
+def test_it_is_the_first_row_and_runs_the_linears() -> None:
     assert BACKENDS[0] is ROW
     assert set(ROW.functions) == {"lowrank_linear", "lowrank_linear_grouped"}
 
 
-def test_rows_it_serves_are_those_of_the_header(emulator: Emulator) -> None:
+def test_its_row_limit_is_that_of_the_header(emulator: Emulator) -> None:
     assert emulator.module.MAX_ROWS == CUDA_ROWS
 
 
@@ -248,7 +248,7 @@ def test_it_refuses_an_older_card(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "7.5" in reason
 
 
-def test_what_a_machine_may_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reasons_why_a_machine_cannot_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> None:
         raise ImportError("undefined symbol")
 
@@ -267,7 +267,7 @@ def test_what_a_machine_may_lack(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ROW.missing() is None
 
 
-def test_named_where_it_is_missing_it_raises_with_the_reason() -> None:
+def test_a_named_backend_that_is_missing_raises_with_the_reason() -> None:
     if (reason := dispatch.backend_missing("cuda")) is None:
         pytest.skip("this machine runs it")
     x, (group,) = small()

@@ -23,7 +23,7 @@ NAME = re.compile(r"lowrank_(shrink|expand|cooperative)_kernelI(f|NS_3F16E|NS_4B
 REPORT = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'(.*?)Used (\d+) registers", re.DOTALL)
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 WEIGHTS = "LDG.E.EF.128"  # 16 bytes, evicted first
-HIDDEN = "LDG.E.128.STRONG.GPU"  # 16 bytes, past the first-level cache
+HIDDEN = "LDG.E.128.STRONG.GPU"  # 16 bytes, bypassing the first-level cache
 POLL = "LDG.E.STRONG.GPU"
 
 
@@ -58,7 +58,7 @@ def find_nvcc() -> str | None:
 
 
 def find_cuobjdump() -> str | None:
-    """CUDA's, or the one that ships inside Triton."""
+    """The disassembler of CUDA, or the one inside Triton's wheel."""
     if (path := shutil.which("cuobjdump")) is not None:
         return path
     triton = pytest.importorskip("triton", reason="there is neither cuobjdump nor Triton, which has one")
@@ -138,7 +138,7 @@ def test_every_kernel_compiles_for_every_architecture(compiled: Compiled) -> Non
     assert {architecture for architecture, _ in compiled.usage} == set(ARCHITECTURES)
 
 
-def test_nothing_is_spilled_or_kept_in_local_memory(compiled: Compiled) -> None:
+def test_no_kernel_spills_or_uses_local_memory(compiled: Compiled) -> None:
     none = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
     assert not [where for where, usage in compiled.usage.items() if none not in usage.spills]
 
@@ -171,7 +171,7 @@ def test_factors_are_read_by_16_bytes(instructions: dict[tuple[int, Kernel], lis
         assert WEIGHTS not in names, kernel
 
 
-def test_products_of_16_bit_factors_are_the_tensor_cores(instructions: dict[tuple[int, Kernel], list[str]]) -> None:
+def test_products_of_16_bit_factors_use_tensor_cores(instructions: dict[tuple[int, Kernel], list[str]]) -> None:
     cores = {"f16": "HMMA.16816.F32", "bf16": "HMMA.16816.F32.BF16", "f32": None}
     for kernel, names in select(instructions, lambda *_: True):
         used = {name for name in names if name.startswith("HMMA")}

@@ -8,7 +8,7 @@ from tests.ops.cuda_emulator import DEPENDENT, STREAM, Emulator, kinds
 
 
 @pytest.mark.parametrize(("capability", "attribute"), [(80, 0), (89, 0), (90, DEPENDENT), (120, DEPENDENT)])
-def test_auto_is_the_pair_dependent_where_the_card_can(emulator: Emulator, capability: int, attribute: int) -> None:
+def test_auto_is_the_pair_and_dependent_if_the_card_can(emulator: Emulator, capability: int, attribute: int) -> None:
     emulator.configure(capability=capability)
     cuda.run(*small())
     launches = emulator.finish()
@@ -80,7 +80,7 @@ def test_an_error_of_cuda_is_an_exception_with_its_message(
     ],
     ids=str,
 )
-def test_the_module_refuses_what_cannot_be(emulator: Emulator, change: dict[str, object], message: str) -> None:
+def test_the_module_refuses_invalid_arguments(emulator: Emulator, change: dict[str, object], message: str) -> None:
     group = {"U": 16, "s": 0, "Vh": 16, "bias": 0, "y": 16, "U_stride": 16, "Vh_stride": 64, "y_stride": 40}
     group |= {"N": 40, "R": 16, "s_dtype": 0}
     call = {"data": 16, "stride": 64, "rows": 1, "K": 64, "dtype": 2, "groups": None}

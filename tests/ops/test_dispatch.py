@@ -21,7 +21,7 @@ def row(
     avoids: str | None = None,
     ops: tuple[str, ...] = OPS,
 ) -> Backend:
-    """A backend whose functions are Python's own: ``select`` only has to return them."""
+    """A backend with Python's built-in functions: ``select`` only returns them."""
 
     def ask() -> str | None:
         asked.append(name)
@@ -39,7 +39,7 @@ def clear_caches() -> None:
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Leaves to replace ``BACKENDS``; what was remembered about the replacement is forgotten."""
+    """Lets a test replace ``BACKENDS``, and clears the cached answers before and after."""
     clear_caches()
     yield monkeypatch
     monkeypatch.undo()
@@ -102,7 +102,7 @@ def test_an_unknown_backend_is_refused_with_the_names_there_are() -> None:
         lowrank_linear(x, U, None, Vh, backend="warp")
 
 
-def test_what_the_machine_lacks_is_asked_once(table: pytest.MonkeyPatch) -> None:
+def test_whether_a_backend_is_missing_is_asked_once(table: pytest.MonkeyPatch) -> None:
     use(table, row("absent", missing="not built"), row("slow"))
     for rows in range(5):
         dispatch.select("auto", *CALL[:3], rows, 2)
@@ -148,7 +148,7 @@ def test_explain_agrees_with_auto() -> None:
         assert dispatch.select("auto", op, *CALL[1:]) is dispatch.select(chosen, op, *CALL[1:])
 
 
-def test_what_a_row_avoids_runs_only_for_who_names_it(table: pytest.MonkeyPatch) -> None:
+def test_auto_passes_over_calls_that_a_row_avoids_and_a_named_row_runs_them(table: pytest.MonkeyPatch) -> None:
     use(table, row("shy", avoids="slower than it looks"), row("slow"))
     assert dispatch.select("auto", *CALL) is len
     assert dispatch.select("shy", *CALL) is max

@@ -14,16 +14,14 @@ from grasp_kernels.dispatch import backend_missing
 EXAMPLE = Path(__file__).parents[2] / "examples" / "lowrank_decode.cpp"
 
 
-def test_a_module_that_was_not_built_is_missing_for_want_of_what_it_takes() -> None:
+def test_a_module_that_was_not_built_names_the_requirements_of_its_build() -> None:
     reason = extension.module_missing("grasp_kernels._no_such_module", "a wizard")
     assert reason is not None
     assert "was not built" in reason
     assert "a wizard" in reason
 
 
-def test_a_module_that_does_not_load_is_missing_for_the_reason_it_gives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_module_that_does_not_load_gives_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "half_built.py").write_text("raise ImportError('no libwizard.so')")
     monkeypatch.syspath_prepend(str(tmp_path))
     reason = extension.module_missing("half_built", "a wizard")
@@ -37,7 +35,7 @@ def test_the_cpu_module_is_built_where_there_is_a_compiler() -> None:
     assert backend_missing("cpu") is None
 
 
-def test_what_the_kernels_cannot_read_in_place_is_copied() -> None:
+def test_matrices_that_the_kernels_cannot_read_in_place_are_copied() -> None:
     plain = torch.randn(4, 6)
     assert extension.in_place(plain) == (plain, 6)
     sliced = torch.randn(4, 9)[:, 2:8]

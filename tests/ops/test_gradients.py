@@ -106,7 +106,7 @@ def test_second_derivatives(case: Callable[[], tuple[Callable[..., Any], list[Te
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("keep", ["only", "all but"])
-def test_only_what_is_asked_for_gets_a_gradient(
+def test_only_tensors_that_require_a_gradient_get_one(
     case: Callable[[], tuple[Callable[..., Any], list[Tensor]]], keep: str
 ) -> None:
     run, inputs = case()
@@ -124,7 +124,7 @@ def test_only_what_is_asked_for_gets_a_gradient(
                 torch.testing.assert_close(tensor.grad, exact, rtol=0, atol=1e-12)
 
 
-def test_no_matmul_is_made_for_gradients_nobody_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_that_are_not_needed_cost_no_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     run, inputs = linear_case(s=True, bias=True)
     x, U, s, Vh, bias = (tensor.detach() for tensor in inputs)
     called: list[str] = []
@@ -141,7 +141,7 @@ def test_no_matmul_is_made_for_gradients_nobody_asked_for(monkeypatch: pytest.Mo
     assert any("sum" in name for name in called)
 
 
-def test_unused_outputs_of_a_group_do_not_hinder() -> None:
+def test_outputs_of_a_group_may_be_unused() -> None:
     run, inputs = grouped_case()
     grads = torch.autograd.grad(run(*inputs)[0].sum(), inputs, allow_unused=True)
     alone = lowrank_linear(*inputs[:4]).sum()

@@ -21,7 +21,7 @@ CONFIG = replace(rule_of_thumb("lowrank_linear", KEY, CARD), path="fused", split
 
 @pytest.fixture(autouse=True)
 def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder in place of the package's, and no answers kept from one test to the next."""
+    """An empty folder in place of the package's; clears the cached answers after the test."""
     monkeypatch.setattr(launch_configs, "CONFIGS", tmp_path)
     yield tmp_path
     launch_configs.load.cache_clear()
@@ -32,13 +32,13 @@ def choose(key: LaunchKey) -> Config:
     return launch_configs.choose("lowrank_linear", CARD, key)
 
 
-def test_a_card_never_measured_gets_the_rule_of_thumb_and_says_so() -> None:
+def test_a_card_without_measurements_gets_the_rule_of_thumb_and_the_status_says_so() -> None:
     assert choose(KEY) == rule_of_thumb("lowrank_linear", KEY, CARD)
     assert "no configurations measured on Test Card/80GB" in launch_configs.status("lowrank_linear", CARD)
 
 
-def test_what_is_saved_is_chosen(configs: Path) -> None:
-    choose(KEY)  # an answer that saving has to drop
+def test_saved_configurations_are_chosen(configs: Path) -> None:
+    choose(KEY)  # a cached answer that saving must drop
     path = save("lowrank_linear", CARD.name, {KEY: (CONFIG, 3.21)}, configs)
     assert path == configs / "lowrank_linear.Test_Card_80GB.json"
     assert choose(KEY) == CONFIG
@@ -47,13 +47,13 @@ def test_what_is_saved_is_chosen(configs: Path) -> None:
     assert entry["microseconds"] == 3.21
 
 
-def test_a_kernels_configurations_serve_no_other_kernel(configs: Path) -> None:
+def test_configurations_are_used_only_for_their_own_kernel(configs: Path) -> None:
     save("lowrank_linear", CARD.name, {KEY: (CONFIG, 1.0)}, configs)
     assert launch_configs.choose("lowrank_glu", CARD, KEY) == rule_of_thumb("lowrank_glu", KEY, CARD)
 
 
 @pytest.mark.parametrize("stamp", ["triton", "source"])
-def test_a_file_with_another_stamp_is_ignored_and_says_so(configs: Path, stamp: str) -> None:
+def test_a_file_with_another_stamp_is_ignored_and_the_status_says_so(configs: Path, stamp: str) -> None:
     path = save("lowrank_linear", CARD.name, {KEY: (CONFIG, 1.0)}, configs)
     path.write_text(json.dumps(json.loads(path.read_text()) | {stamp: "0.0"}))
     assert choose(KEY) == rule_of_thumb("lowrank_linear", KEY, CARD)
@@ -75,7 +75,7 @@ def test_the_source_stamp_follows_every_file_of_the_kernel(tmp_path: Path, monke
     assert launch_configs.source_stamp("lowrank_linear") not in stamps
 
 
-def test_the_nearest_problem_lends_its_configuration(configs: Path) -> None:
+def test_the_configuration_of_the_nearest_key_is_used(configs: Path) -> None:
     near, far = replace(CONFIG, splits=2), replace(CONFIG, splits=3)
     measured = {KEY: (near, 1.0), KEY._replace(rows=16): (far, 1.0)}
     save("lowrank_linear", CARD.name, measured, configs)
@@ -95,13 +95,13 @@ def test_the_nearest_problem_lends_its_configuration(configs: Path) -> None:
         {"rank": 16},
     ],
 )
-def test_a_problem_too_far_from_any_measured_gets_the_rule_of_thumb(configs: Path, change: dict[str, object]) -> None:
+def test_a_key_far_from_all_measured_keys_gets_the_rule_of_thumb(configs: Path, change: dict[str, object]) -> None:
     save("lowrank_linear", CARD.name, {KEY: (CONFIG, 1.0)}, configs)
     key = KEY._replace(**change)  # type: ignore[arg-type]
     assert choose(key) == rule_of_thumb("lowrank_linear", key, CARD)
 
 
-def test_a_configuration_that_cannot_serve_is_not_lent(configs: Path) -> None:
+def test_a_configuration_that_cannot_run_the_call_is_not_used(configs: Path) -> None:
     save("lowrank_linear", CARD.name, {KEY._replace(rows=64): (CONFIG, 1.0)}, configs)
     assert choose(KEY._replace(rows=64)).path == "fused"
     assert choose(KEY._replace(rows=128)).path == "gemms"
@@ -110,7 +110,7 @@ def test_a_configuration_that_cannot_serve_is_not_lent(configs: Path) -> None:
     assert not serves(CONFIG, KEY._replace(dtype="float32"))
 
 
-def test_distance_is_zero_only_at_home_and_weighs_rows_most() -> None:
+def test_distance_is_zero_for_equal_keys_and_weighs_rows_most() -> None:
     assert distance(KEY, KEY) == 0
     assert distance(KEY, KEY._replace(rows=8)) > distance(KEY, KEY._replace(width=8192)) > 0
 
@@ -124,7 +124,7 @@ def test_rows_are_rounded_up_to_a_power_of_two() -> None:
 @pytest.mark.parametrize("kernel", launch_configs.SOURCES)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
-def test_the_rule_of_thumb_is_sound_at_any_size(kernel: str, dtype: str, capability: int) -> None:
+def test_the_rule_of_thumb_is_valid_at_any_size(kernel: str, dtype: str, capability: int) -> None:
     card = Gpu("any", 132, capability)
     for rows in (1, 2, 4, 16, 64, 128, 512, 1024, 8192):
         for width, in_features, rank in ((16, 16, 1), (1024, 4096, 81), (28672, 4096, 318), (4096, 14336, 4096)):

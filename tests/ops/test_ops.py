@@ -52,7 +52,7 @@ def flat(result: Any) -> list[Tensor]:
 
 
 def assert_same(got: Any, expected: Any) -> None:
-    """Equal bit for bit: all of them end in the same backend."""
+    """Equal bit for bit, because the same backend runs all of them."""
     for a, b in zip(flat(got), flat(expected), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -88,7 +88,7 @@ def op_arguments(op: str, dtype: torch.dtype, requires_grad: bool) -> tuple[Any,
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op: str, requires_grad: bool) -> None:
-    # fp64: opcheck compares eager gradients with those of a compiled graph, which rounds elsewhere.
+    # fp64, because opcheck compares eager gradients with those of a compiled graph, which rounds at other places.
     torch.library.opcheck(getattr(torch.ops.grasp, op).default, op_arguments(op, torch.float64, requires_grad))
 
 
@@ -173,7 +173,7 @@ def module(f: Callable[[Tensor], Tensor]) -> nn.Module:
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("trace", TRACERS.values(), ids=TRACERS)
-def test_tracers_see_the_opaque_op(trace: Callable[..., Any], grad: bool) -> None:
+def test_tracers_see_the_registered_op(trace: Callable[..., Any], grad: bool) -> None:
     x, gate, _, _ = arguments()
     with torch.set_grad_enabled(grad):
         graph = trace(lambda x: lowrank_linear(x, *gate), x)
@@ -181,19 +181,19 @@ def test_tracers_see_the_opaque_op(trace: Callable[..., Any], grad: bool) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_torchscript_traces_see_the_opaque_op() -> None:
+def test_torchscript_traces_see_the_registered_op() -> None:
     x, gate, _, _ = arguments()
     assert "grasp::lowrank_linear" in str(torch.jit.trace(lambda x: lowrank_linear(x, *gate), x).graph)
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_dispatch_modes_see_the_opaque_op(op: str) -> None:
+def test_dispatch_modes_see_the_registered_op(op: str) -> None:
     with Seen() as seen, torch.inference_mode():
         CALLS[op](*arguments())
     assert f"grasp.{op}.default" in seen.names
 
 
-def test_function_modes_see_the_opaque_op() -> None:
+def test_function_modes_see_the_registered_op() -> None:
     called: list[str] = []
 
     class Mode(torch.overrides.TorchFunctionMode):
@@ -207,7 +207,7 @@ def test_function_modes_see_the_opaque_op() -> None:
     assert "grasp.lowrank_linear.default" in called
 
 
-def test_tensor_subclasses_see_the_opaque_op() -> None:
+def test_tensor_subclasses_see_the_registered_op() -> None:
     called: list[str] = []
 
     class Subclass(Tensor):
@@ -229,7 +229,7 @@ def test_vmap_is_a_loop_over_the_op() -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_nothing_but_the_kernel_runs_where_nobody_looks(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_calls_do_not_reach_the_dispatcher(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, gate, up, grad_y = arguments()
     expected = CALLS[op](x, gate, up, grad_y)
 
@@ -323,7 +323,7 @@ def test_samples_are_the_rows_of_the_leading_dimensions_but_the_last() -> None:
 
 
 @pytest.mark.parametrize("name", ["s", "bias"])
-def test_what_is_absent_is_as_neutral_as_its_identity(name: str) -> None:
+def test_an_absent_tensor_equals_its_neutral_element(name: str) -> None:
     x, gate, _, _ = arguments(torch.float64)
     identity = {"s": torch.ones(R), "bias": torch.zeros(N, dtype=torch.float64)}[name]
     absent, present = gate._replace(**{name: None}), gate._replace(**{name: identity})

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.parametrize("device", DEVICES),
     pytest.mark.parametrize("backend", BACKEND_NAMES),
 ]
-# q, k, v of grouped-query attention in small: unequal ranks and widths, not all with s or a bias.
+# A small q, k, v of grouped-query attention: unequal ranks and widths, not all with s or a bias.
 GROUPS = (
     {"N": 128, "rank": 32, "s": True, "bias": True},
     {"N": 16, "rank": 5, "s": False, "bias": True},
@@ -138,7 +138,7 @@ def test_runs_agree_bit_for_bit(backend: str, device: str) -> None:
     assert torch.equal(first, lowrank_linear(x, *group, backend=backend))
 
 
-def test_inputs_are_left_alone(backend: str, device: str) -> None:
+def test_inputs_are_not_modified(backend: str, device: str) -> None:
     generator = seeded()
     x = normal((2, 63), generator, dtype=torch.float32, device=device)
     require(backend, "lowrank_linear_grouped", x, 32)

@@ -104,12 +104,12 @@ def test_samples_that_straddle_tiles(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("second_moment", [None, "token", "sample"])
-def test_nothing_counts_where_all_is_masked(backend: str, device: str, second_moment: str | None) -> None:
+def test_a_mask_of_all_tokens_gives_zeros(backend: str, device: str, second_moment: str | None) -> None:
     tensors = inputs(7, 16, 24, 5, dtype=torch.float32, device=device)
     check(backend, tensors, second_moment=second_moment, mask=torch.zeros(7, dtype=torch.bool, device=device))
 
 
-def test_masked_tokens_may_hold_anything_finite_or_not(backend: str, device: str) -> None:
+def test_masked_tokens_may_be_infinite_or_nan(backend: str, device: str) -> None:
     x, grad_y, U, Vh = inputs(7, 16, 24, 5, dtype=torch.float32, device=device)
     require(backend, "singular_value_grad", x, 5)
     mask = torch.arange(7, device=device) != 3

@@ -41,7 +41,7 @@ def test_copies_are_contiguous_and_aligned(dtype: torch.dtype, layout: str) -> N
         assert packed.U.stride(0) * packed.U.element_size() % 16 == 0
 
 
-def test_every_op_gives_the_same_on_packed_factors() -> None:
+def test_every_op_gives_the_same_result_on_packed_factors() -> None:
     x = normal((7, K), seeded(1))
     given, packed = group(), pack_factors(group())
     for a, b in zip(lowrank_linear_grouped(x, given), lowrank_linear_grouped(x, packed), strict=True):
@@ -59,7 +59,7 @@ def test_packing_twice_changes_nothing() -> None:
         assert torch.equal(a.Vh, b.Vh)
 
 
-def test_packed_factors_do_not_follow_the_given_ones_nor_take_part_in_autograd() -> None:
+def test_packed_factors_are_detached_copies() -> None:
     given = [member._replace(U=member.U.requires_grad_(), Vh=member.Vh.requires_grad_()) for member in group()]
     packed = pack_factors(given)
     before = [member.U.clone() for member in packed]

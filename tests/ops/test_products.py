@@ -38,7 +38,7 @@ def test_a_gram_summed_over_calls_is_exactly_symmetric_and_as_precise_as_its_dty
 
 
 @pytest.mark.usefixtures("small_panels")
-def test_nothing_is_computed_below_the_diagonal_blocks_and_nothing_that_lay_there_is_kept() -> None:
+def test_elements_below_the_diagonal_blocks_are_neither_computed_nor_kept() -> None:
     x = tokens(50, 40, torch.float32)
     gram = torch.zeros(40, 40)
     below = torch.ones(40, 40, dtype=torch.bool).tril(-1)
@@ -69,7 +69,7 @@ def precision() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("precision")
-def test_only_bf16_tensors_lower_the_precision_of_fp32_matmuls_and_only_meanwhile() -> None:
+def test_only_bf16_tensors_lower_the_precision_of_fp32_matmuls_and_only_inside_the_block() -> None:
     settings = torch.backends.mkldnn.matmul
     settings.fp32_precision = "ieee"
     narrow, wide = torch.ones(1, dtype=torch.bfloat16), torch.ones(1)
@@ -84,7 +84,7 @@ def test_only_bf16_tensors_lower_the_precision_of_fp32_matmuls_and_only_meanwhil
 
 
 @pytest.mark.usefixtures("precision")
-def test_threads_take_turns_so_that_the_last_one_restores_what_the_first_found() -> None:
+def test_threads_take_turns_so_the_original_precision_is_restored() -> None:
     settings = torch.backends.mkldnn.matmul
     settings.fp32_precision = "ieee"
     inside, leave, entered_second = threading.Event(), threading.Event(), threading.Event()

@@ -55,7 +55,7 @@ def test_singular_values_scale_in_fp32(dtype: torch.dtype) -> None:
 
 
 def test_low_precision_gradients_add_up_in_fp32() -> None:
-    T = 4096  # their sum, 4096 · 1.0, is out of bf16's reach one by one: 256 + 1 = 256
+    T = 4096  # bf16 cannot add them one by one up to 4096: 256 + 1 = 256
     ones = torch.ones(T, 1, dtype=torch.bfloat16)
     first, second = reference.singular_value_grad(ones, ones, ones[:1], ones[:1], None, False, "token", None)
     assert (first.dtype, first.item(), second.item()) == (torch.float32, T, T)

@@ -14,7 +14,7 @@ ENOUGH = 1 << 62
 
 
 @given(tokens=SIZES, m=SIZES, n=SIZES, data=st.data())
-def test_the_rule_is_the_inequality_it_stands_for(tokens: int, m: int, n: int, data: st.DataObject) -> None:
+def test_the_rule_compares_the_flops_of_the_routes(tokens: int, m: int, n: int, data: st.DataObject) -> None:
     r = data.draw(st.integers(1, min(m, n)))
     factored_wins = r * (m + n) <= m * n or tokens * (r * (m + n) - m * n) <= m * n * r
     route = routes.choose_route(tokens, m, n, r, plain_sum=True, spare_bytes=ENOUGH, fused=True)
@@ -22,7 +22,7 @@ def test_the_rule_is_the_inequality_it_stands_for(tokens: int, m: int, n: int, d
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(4096, "fused"), (4097, "dense")])
-def test_at_full_rank_a_square_weight_turns_at_as_many_tokens(tokens: int, expected: str) -> None:
+def test_at_full_rank_a_square_weight_changes_route_at_as_many_tokens(tokens: int, expected: str) -> None:
     assert routes.choose_route(tokens, 4096, 4096, 4096, plain_sum=True, spare_bytes=ENOUGH, fused=True) == expected
 
 
@@ -35,7 +35,7 @@ def test_dense_needs_a_plain_sum_and_memory_for_it() -> None:
     assert choose(plain_sum=False, spare_bytes=ENOUGH) == "fused"
 
 
-def test_two_matmuls_stand_in_where_no_kernel_runs() -> None:
+def test_two_matmuls_replace_a_kernel_that_does_not_run() -> None:
     assert routes.choose_route(10, 64, 64, 4, plain_sum=True, spare_bytes=ENOUGH, fused=False) == "chunked"
     assert routes.choose_route(10**6, 64, 64, 64, plain_sum=True, spare_bytes=ENOUGH, fused=False) == "dense"
 

@@ -7,7 +7,7 @@ from grasp_kernels.shapes import LinearShape, format_shape, parse_shape
 GROUP = parse_shape("48x32r5+48x16r3")
 
 
-def test_shapes_are_read_and_written_the_same() -> None:
+def test_parsing_and_formatting_shapes_round_trip() -> None:
     assert (LinearShape(48, 32, 5), LinearShape(48, 16, 3)) == GROUP
     assert format_shape(GROUP) == "48x32r5+48x16r3"
 

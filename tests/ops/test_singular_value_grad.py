@@ -147,7 +147,7 @@ def test_other_factors_are_copied_to_aligned_rows(make: Callable[[], Tensor]) ->
     assert copy.data_ptr() % 16 == 0
 
 
-def test_the_large_tile_waits_until_it_fills_the_card() -> None:
+def test_the_large_tile_is_used_only_if_it_fills_the_card() -> None:
     assert kernel.choose_tile(8192, 512, torch.bfloat16, processors=132) is kernel.LARGE
     assert kernel.choose_tile(512, 512, torch.bfloat16, processors=132) is kernel.SMALL
     assert kernel.choose_tile(8192, 512, torch.float32, processors=132) is kernel.FULL_PRECISION

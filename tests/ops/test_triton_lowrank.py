@@ -1,4 +1,4 @@
-"""The Triton kernels of low-rank linears under configurations of every kind; the generic grid sees only the default."""
+"""The Triton kernels of low-rank linears in all kinds of configurations; the generic grid tests only the default."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PAIR = Config(
     expand_warps=4,
     stages=2,
 )
-K = 100  # four blocks, the last of them partly filled: of two splits one is shorter, of three one is empty
+K = 100  # four blocks, the last partly filled: one of two splits is shorter, one of three is empty
 SHAPES = ((40, 5), (32, 33), (7, 16))  # (N, R) of each member
 
 
@@ -65,7 +65,7 @@ def check(ys: Sequence[Tensor], x: Tensor, members: Sequence[Factors]) -> None:
         dtype=DTYPES,
         splits=(2, 1, 3),
         reduce=(False, True),
-        block_r=(64, 16),  # a rank in one piece, or in several
+        block_r=(64, 16),  # a rank in one step, or in several
         members=(3, 1),
         s=(True, False),
         bias=(True, False),
@@ -81,7 +81,7 @@ def test_pair_matches_float64(case: Case) -> None:
     check(linear.run(x, pack_factors(members) if case["packed"] else members, config), x, members)
 
 
-def test_who_adds_up_the_partial_sums_changes_no_bit() -> None:
+def test_the_program_that_adds_up_partial_sums_does_not_change_the_result() -> None:
     generator = seeded()
     for rows in (1, 40):
         x = normal((rows, K), generator, dtype=torch.bfloat16, device=DEVICE)
@@ -107,7 +107,7 @@ def test_singular_values_beyond_the_range_of_fp16_do_not_overflow(path: str, row
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_outputs_are_rounded_to_nearest(rows: int, dtype: torch.dtype) -> None:
-    """Products of two 16-bit numbers, exact in fp32: what is left is the rounding of the output."""
+    """Products of two 16-bit numbers are exact in fp32: only the output is rounded."""
     generator = seeded()
     x, U = (normal((size, 1), generator, dtype=dtype, device=DEVICE) for size in (rows, 64))
     (y,) = linear.run(x, [Factors(U, None, torch.ones_like(x[:1]))], PAIR)
@@ -152,7 +152,7 @@ def test_fused_is_the_pair_in_one_launch(programs: int, phases: tuple[int, ...],
     check(fused(x, members, config, programs, phases, counter), x, members)
 
 
-def test_the_barrier_and_the_counters_serve_launch_after_launch() -> None:
+def test_barrier_and_counters_are_ready_for_the_next_launch() -> None:
     generator = seeded()
     members = group(generator, torch.float32, 3, s=False, bias=True)
     config = replace(PAIR, path="fused", reduce=True)
@@ -163,7 +163,7 @@ def test_the_barrier_and_the_counters_serve_launch_after_launch() -> None:
         check(fused(x, members, config, 1, [linear.BOTH_PHASES], counter), x, members)
         assert not counter[1:].any()
         words.append(int(counter[0]) & 0xFFFFFFFF)
-    assert words == [1 << 30, 2 << 30, 3 << 30, 0, 1 << 30]  # one bit flips, what is above it wraps, nothing below
+    assert words == [1 << 30, 2 << 30, 3 << 30, 0, 1 << 30]  # one bit flips; the bits above it wrap, those below stay 0
 
 
 def test_a_pair_can_follow_a_fused_launch_on_the_same_counters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_a_pair_can_follow_a_fused_launch_on_the_same_counters(monkeypatch: pyte
     check(linear.run(x, members, replace(PAIR, reduce=True)), x, members)
 
 
-def test_fused_gives_way_to_the_pair_where_it_cannot_serve() -> None:
+def test_fused_falls_back_to_the_pair_for_calls_it_cannot_run() -> None:
     def launches(rows: int, rank: int) -> int:
         x = torch.empty(rows, K)
         member = Factors(torch.empty(16, rank), None, torch.empty(rank, K))
@@ -258,7 +258,7 @@ def test_a_packed_group_is_one_matrix_product_and_one_tensor_to_the_shrink() -> 
 
 
 @pytest.mark.parametrize(("rows", "widths"), [(0, (16, 8)), (3, (0, 8)), (3, (0, 0))])
-def test_nothing_to_compute_is_computed(rows: int, widths: tuple[int, int]) -> None:
+def test_empty_outputs_launch_nothing(rows: int, widths: tuple[int, int]) -> None:
     generator = seeded()
     x = normal((rows, K), generator, dtype=torch.float32, device=DEVICE)
     members = [factors(N, K, 4, generator, s=False, bias=True, dtype=torch.float32, device=DEVICE) for N in widths]
