@@ -100,9 +100,9 @@ $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --group docs
 	touch $@
 
-# -W turns warnings into errors, -n reports references that lead nowhere; both are shown to the end.
+# -W turns warnings into errors, -n reports references that lead nowhere, -E and -a write all pages anew.
 docs: $(DOCS_STAMP) $(BUILT) ## build the documentation site into build/docs/index.html
-	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs build/docs
+	$(BIN)/python -m sphinx -W --keep-going -n -q -E -a -b html docs build/docs
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) $(VLLM) .venv-matrix build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

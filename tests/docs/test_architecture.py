@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from pathlib import Path
 from types import ModuleType
 
 from tests.command_line import ROOT
-from tests.documents import read
+from tests.documents import read, sections
 
 PAGE = read("docs/architecture.md")
 
@@ -51,3 +52,12 @@ def test_every_file_named_exists() -> None:
 def test_every_table_named_exists() -> None:
     for table, path in re.findall(r"`([A-Z_]{4,})` in `([\w./]+\.py)`", PAGE):
         assert re.search(rf"^{table}\b", read(path), re.MULTILINE), f"{path} has no {table}"
+
+
+def test_every_function_and_class_on_the_paths_exists() -> None:
+    paths = "".join(text for heading, text in sections(PAGE).items() if heading.startswith("The path of"))
+    files = [*(ROOT / "grasp").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    defined = set(re.findall(r"^(?:def|class) (\w+)", "\n".join(map(Path.read_text, files)), re.MULTILINE))
+    named = set(re.findall(r"`(\w+)`", paths)) - {"best", "cpu", "s"}
+    assert len(named) > 10
+    assert named <= defined, sorted(named - defined)
