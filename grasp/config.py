@@ -1,11 +1,11 @@
-"""What to compress and how: one frozen, validated configuration."""
+"""The configuration of a compression: one frozen dataclass, checked when it is made."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,52 +13,64 @@ from grasp.method.basis import BASES
 from grasp.method.metrics import METRICS, in_units_of_loss
 from grasp.method.schedules import SCHEDULES
 
+TARGETS = ("layers", "num_layers", "compression_ratio", "target_bytes", "target_latency")
+_RETIRED = {"redundancy": "block_influence"}  # fields of earlier versions, with the one value that they may have
+
 
 @dataclass(frozen=True)
 class GraspConfig:
-    """How ``compress_`` chooses layers, ranks and singular groups. ``GraspConfig()`` is the ``"paper"`` preset.
+    """How ``compress_`` chooses layers, ranks and singular groups.
 
-    ``GraspConfig.preset("best")`` is what loses the least perplexity so far (``benchmarks/study/quality.py``).
+    Two constructors take only the options that mean something for their method: ``GraspConfig.paper`` is GRASP as
+    published (arXiv 2501.00339), ``GraspConfig.best`` loses the least perplexity of everything measured so far
+    (docs/study.md). The fields below are the full set, for studies that combine them freely; ``GraspConfig()`` equals
+    ``GraspConfig.paper()``.
 
-    Which layers: exactly one of ``layers``, ``num_layers``, ``compression_ratio``, ``target_bytes`` and
-    ``target_latency``, or none of them, which means the paper's main setting, a ``compression_ratio`` of 0.2.
+    At most one of ``layers``, ``num_layers``, ``compression_ratio``, ``target_bytes`` and ``target_latency`` is given.
+    Without any, ``compression_ratio`` is 0.2.
 
     Args:
-        layers: decoder layers to compress, 0 being the first.
+        layers: decoder layers to compress; the first is 0.
         num_layers: compress this many layers, those with the lowest block influence.
-        compression_ratio: fraction of the whole model's parameters to remove, embeddings counted. ``retain_ratio`` then
-            sets the number of layers, and is re-solved so that the fraction is met.
-        target_bytes: instead, what all weights may take after, in bytes; ``retain_ratio`` is used as above.
-        target_latency: instead, the time that decoding a token may take, one sequence at a time, as a fraction of the
-            dense model's; both as ``compress_`` predicts them from its ``costs``. It needs a global ``allocation``.
-        retain_ratio: fraction of each matrix's parameters to keep, in (0, 1]; R = int(N·K·retain_ratio / (N + K)).
-        threshold_ratio: instead of ``retain_ratio``, keep the fewest groups whose importance adds up to this fraction,
-            never more than the break-even rank, above which a matrix would grow.
-        basis: what is decomposed: ``"plain"`` the weight; ``"whitened"`` the weight as its inputs see it, so that
-            outputs change least; ``"kfac"`` as inputs and output gradients see it, so that the loss changes least.
+        compression_ratio: fraction of the whole model's parameters to remove; embeddings count. ``retain_ratio`` sets
+            the number of layers, and is solved again so that the fraction is met.
+        target_bytes: size of all weights after compression, in bytes. ``retain_ratio`` is used as above.
+        target_latency: time per decoded token at batch size 1, as a fraction of the dense model's. ``compress_``
+            predicts both times from its ``costs``. Needs ``allocation="global"``.
+        retain_ratio: fraction of each matrix's parameters to keep, in (0, 1]: R = int(N·K·retain_ratio / (N + K)).
+        threshold_ratio: replaces ``retain_ratio``: keep the fewest groups whose importance adds up to this fraction,
+            at most the break-even rank. Needs ``layers`` or ``num_layers``.
+        basis: the matrix that is decomposed. ``"plain"``: the weight. ``"whitened"``: the weight times a root of its
+            input covariance, which keeps outputs. ``"kfac"``: also times a root of its output-gradient covariance,
+            which keeps the loss.
         metric: importance of a singular group: ``"taylor"`` |σ·∂L/∂σ|, ``"gradient"`` |∂L/∂σ|, ``"magnitude"`` σ², or
-            ``"fisher"`` σ²·Σ(∂L/∂σ)², token by token.
-        allocation: ``"uniform"`` keeps the same fraction of every matrix; ``"global"`` spends the same parameters
-            (bytes, time) where they lower the predicted loss most, a matrix may also stay dense. The metric must then
-            be in units of loss: ``"taylor"``, ``"fisher"``, or ``"magnitude"`` in the kfac basis.
-        redundancy: what is redundant: layers of least ``"block_influence"``; attention and MLP each by itself, by
-            ``"sub_block_influence"``; or the run of layers with the least ``"angular_distance"`` between its ends.
-        remove_layers: also remove whole layers where that is predicted to lose less, their part of the KV cache
-            included. The last eighth of the calibration batches is held out for that: to measure what each layer's
-            removal loses, and which result does best. It needs a global ``allocation``.
-        scope: which layers may be compressed: the ``"redundant"`` ones, all of the ``"model"``, or ``"auto"``, which of
-            the two does better on the last eighth of the calibration batches, held out for that.
-        refit: at the end fit the left factors, by least squares, to the dense model's outputs given the inputs that the
-            compressed layers produce.
-        schedule: which linears share a sweep over the calibration set. ``"sequential"``, the paper's, replaces block by
-            block, each seeing those before; ``"per-layer"`` layer by layer, in half the time; ``"single-sweep"`` takes
-            all gradients on the dense model, in one sweep; ``"progressive"`` repeats that on the model with a part of
-            the budget spent, which a global ``allocation`` in a basis that sees inputs can do.
-        sweep_dtype: run the sweeps, not the decomposition, in this dtype: ``"bfloat16"``, or ``None``, the model's own.
-            Sums are in fp32.
+            ``"fisher"`` σ²·Σ(∂L/∂σ)² with one term per token. ``"gradient"`` needs the plain basis and uniform
+            allocation.
+        allocation: ``"uniform"`` keeps the same fraction of every matrix. ``"global"`` spends one budget where it
+            lowers the predicted loss most; a matrix may stay dense. It needs a metric in units of loss: ``"taylor"``,
+            ``"fisher"``, or ``"magnitude"`` in the kfac basis.
+        remove_layers: also remove whole layers, with their KV cache, where the predicted loss is lower. The last
+            eighth of the calibration batches is held out to decide. Needs ``allocation="global"``.
+        scope: layers that may be compressed: the ``"redundant"`` ones, or all of the ``"model"``.
+        refit: after the last replacement, fit the left factors by least squares to the dense model's outputs, given
+            the inputs that the compressed layers produce.
+        schedule: which linears share a sweep over the calibration set. ``"sequential"`` (paper) replaces block by
+            block, and each block sees those replaced before. ``"per-layer"`` replaces layer by layer, in half the
+            time. ``"single-sweep"`` takes all gradients on the dense model. ``"progressive"`` is two single sweeps,
+            the second on the model with a part of the budget spent; needs ``allocation="global"`` and a basis with
+            input covariances.
+        sweep_dtype: dtype of the sweeps, not of the decomposition: ``"bfloat16"``, ``"float32"``, or ``None`` for the
+            model's. Sums are in fp32.
 
     Raises:
-        ValueError: if a value is out of range, or options exclude each other.
+        ValueError: if values are out of range or exclude each other; the message has all problems with their remedies.
+
+    Example:
+        >>> config = GraspConfig.best(compression_ratio=0.1)
+        >>> config.basis, config.allocation, config.schedule
+        ('kfac', 'global', 'progressive')
+        >>> GraspConfig.from_dict(config.to_dict()) == config
+        True
     """
 
     layers: tuple[int, ...] | None = None
@@ -71,191 +83,293 @@ class GraspConfig:
     basis: str = "plain"
     metric: str = "taylor"
     allocation: str = "uniform"
-    redundancy: str = "block_influence"
     remove_layers: bool = False
     scope: str = "redundant"
     refit: bool = False
     schedule: str = "sequential"
     sweep_dtype: str | None = None
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {},
-        "best": {
-            "basis": "kfac",
-            "metric": "magnitude",
-            "allocation": "global",
-            "scope": "model",
-            "refit": True,
-            "schedule": "progressive",
-        },
-    }
     DEFAULT_COMPRESSION_RATIO: ClassVar[float] = 0.2
 
     def __post_init__(self) -> None:
-        if self.layers is not None:
-            object.__setattr__(self, "layers", _sorted_layers(self.layers))
-        object.__setattr__(self, "num_layers", _plain(self.num_layers))
-        object.__setattr__(self, "target_bytes", _plain(self.target_bytes))
-        self._check_exclusive("layers", "num_layers", "compression_ratio", "target_bytes", "target_latency")
-        if self.threshold_ratio is not None and self.layers is None and self.num_layers is None:
-            raise ValueError("threshold_ratio needs layers or num_layers: it does not fix a compression ratio")
-        if self.layers is not None and (
-            not all(_is_int(layer) and layer >= 0 for layer in self.layers) or len(set(self.layers)) < len(self.layers)
-        ):
-            raise ValueError(f"layers must be distinct integers from 0 up, got {list(self.layers)}")
-        if self.num_layers is not None and not (_is_int(self.num_layers) and self.num_layers >= 0):
-            raise ValueError(f"num_layers must be an integer from 0 up, got {self.num_layers!r}")
-        _check_ratio("compression_ratio", self.compression_ratio, low_open=False, high_open=True)
-        if self.target_bytes is not None and not (_is_int(self.target_bytes) and self.target_bytes > 0):
-            raise ValueError(f"target_bytes must be a positive number of bytes, got {self.target_bytes!r}")
-        _check_ratio("target_latency", self.target_latency, low_open=True, high_open=False)
-        _check_ratio("retain_ratio", self.retain_ratio, low_open=True, high_open=False)
-        _check_ratio("threshold_ratio", self.threshold_ratio, low_open=True, high_open=False)
-        for name, known in _NAMES.items():
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if not isinstance(self.remove_layers, bool):
-            raise ValueError(f"remove_layers must be True or False, got {self.remove_layers!r}")
-        self._check_redundancy()
-        self._check_decided_together()
-        if self.sweep_dtype not in (None, "bfloat16", "float32"):
-            raise ValueError(f"sweep_dtype must be bfloat16, float32 or None, got {self.sweep_dtype!r}")
+        object.__setattr__(self, "layers", _as_layers(self.layers))
+        object.__setattr__(self, "num_layers", _as_int(self.num_layers))
+        object.__setattr__(self, "target_bytes", _as_int(self.target_bytes))
+        bad_names = list(self._bad_names())
+        conflicts = [] if bad_names else self._conflicts_of_method()
+        _refuse([*bad_names, *self._bad_values(), *self._conflicts_of_targets(), *conflicts])
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> GraspConfig:
-        """A named configuration with some fields changed.
+    def paper(
+        cls,
+        *,
+        layers: tuple[int, ...] | None = None,
+        num_layers: int | None = None,
+        compression_ratio: float | None = None,
+        target_bytes: int | None = None,
+        retain_ratio: float | None = None,
+        threshold_ratio: float | None = None,
+        metric: str = "taylor",
+        schedule: str = "sequential",
+        sweep_dtype: str | None = None,
+    ) -> GraspConfig:
+        """Build the configuration of GRASP as published (arXiv 2501.00339), with its options.
 
-        Where layers, or their number, are given, they are the scope, unless another one is given as well.
+        The weight itself is decomposed, every matrix of the redundant layers keeps the same fraction, and the layers
+        with the lowest block influence are redundant.
+
+        Args:
+            layers: see ``GraspConfig``, as for all other arguments.
+            num_layers: layers to compress.
+            compression_ratio: fraction of parameters to remove; 0.2 without a target, as in the paper.
+            target_bytes: size of all weights after.
+            retain_ratio: fraction of each matrix to keep; 0.1, as in the paper.
+            threshold_ratio: share of the importance to keep; excludes ``retain_ratio``.
+            metric: ``"taylor"``, as in the paper, or ``"gradient"``.
+            schedule: ``"sequential"``, as in the paper, ``"per-layer"`` or ``"single-sweep"``.
+            sweep_dtype: dtype of the sweeps.
 
         Raises:
-            ValueError: if there is no such preset or field, a value is out of range, or one does not go with the
-                preset's.
+            ValueError: as ``GraspConfig`` does.
+
+        Example:
+            >>> GraspConfig.paper(num_layers=4, retain_ratio=0.2).schedule
+            'sequential'
         """
-        if name not in cls.PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(cls.PRESETS)}, got {name!r}")
-        named = any(overrides.get(field) is not None for field in ("layers", "num_layers"))
-        kept = {field: value for field, value in cls.PRESETS[name].items() if field not in overrides}
-        if named and "scope" in kept:
-            kept["scope"] = "redundant"
+        problems = []
+        if retain_ratio is not None and threshold_ratio is not None:
+            problems.append("retain_ratio and threshold_ratio exclude each other: give one")
+        return cls._preset(
+            "paper",
+            problems,
+            {"metric": ("taylor", "gradient"), "schedule": ("sequential", "per-layer", "single-sweep")},
+            layers=layers,
+            num_layers=num_layers,
+            compression_ratio=compression_ratio,
+            target_bytes=target_bytes,
+            retain_ratio=cls.retain_ratio if retain_ratio is None else retain_ratio,
+            threshold_ratio=threshold_ratio,
+            metric=metric,
+            schedule=schedule,
+            sweep_dtype=sweep_dtype,
+        )
+
+    @classmethod
+    def best(
+        cls,
+        *,
+        layers: tuple[int, ...] | None = None,
+        num_layers: int | None = None,
+        compression_ratio: float | None = None,
+        target_bytes: int | None = None,
+        target_latency: float | None = None,
+        retain_ratio: float | None = None,
+        remove_layers: bool = False,
+        refit: bool = True,
+        schedule: str | None = None,
+        sweep_dtype: str | None = None,
+    ) -> GraspConfig:
+        """Build the configuration that loses the least perplexity so far (docs/study.md), with its options.
+
+        Each weight is decomposed in the kfac basis, and one budget is spent over all matrices. All layers may be
+        compressed, unless ``layers`` or ``num_layers`` names them.
+
+        Args:
+            layers: see ``GraspConfig``, as for all other arguments.
+            num_layers: layers to compress.
+            compression_ratio: fraction of parameters to remove; 0.2 without a target.
+            target_bytes: size of all weights after.
+            target_latency: time per decoded token, as a fraction of the dense model's.
+            retain_ratio: fraction of the parameters of the named layers to keep; needs ``layers`` or ``num_layers``.
+            remove_layers: also remove whole layers.
+            refit: fit the left factors at the end.
+            schedule: ``"progressive"`` or ``"single-sweep"``; without one ``"single-sweep"`` where ``remove_layers``,
+                which needs it, ``"progressive"`` elsewhere.
+            sweep_dtype: dtype of the sweeps.
+
+        Raises:
+            ValueError: as ``GraspConfig`` does.
+
+        Example:
+            >>> GraspConfig.best(target_bytes=200_000_000, remove_layers=True).schedule
+            'single-sweep'
+        """
+        named = layers is not None or num_layers is not None
+        problems = []
+        if retain_ratio is not None and not named:
+            problems.append("retain_ratio needs layers or num_layers in best: elsewhere leave it out, or take paper")
+        return cls._preset(
+            "best",
+            problems,
+            {"schedule": ("progressive", "single-sweep")},
+            layers=layers,
+            num_layers=num_layers,
+            compression_ratio=compression_ratio,
+            target_bytes=target_bytes,
+            target_latency=target_latency,
+            retain_ratio=cls.retain_ratio if retain_ratio is None else retain_ratio,
+            basis="kfac",
+            metric="magnitude",
+            allocation="global",
+            remove_layers=remove_layers,
+            scope="redundant" if named else "model",
+            refit=refit,
+            schedule=("single-sweep" if remove_layers is True else "progressive") if schedule is None else schedule,
+            sweep_dtype=sweep_dtype,
+        )
+
+    @classmethod
+    def _preset(
+        cls, preset: str, problems: list[str], names: Mapping[str, Collection[str]], **values: Any
+    ) -> GraspConfig:
+        """Build a configuration; report the problems of a constructor together with those of its values."""
+        for name, known in names.items():
+            if values[name] not in known:
+                problems.append(f"{name} must be one of {', '.join(known)} in {preset}, got {values.pop(name)!r}")
         try:
-            return cls.from_dict({**kept, **overrides})
+            config = cls(**values)
         except ValueError as error:
-            has = ", ".join(f"{field}={value!r}" for field, value in kept.items() if field in str(error))
-            if not has:
-                raise
-            raise ValueError(f"{error} (the preset {name!r} has {has}; 'paper' has not)") from None
+            problems.append(str(error))
+        _refuse(problems)
+        return config
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GraspConfig:
-        """The inverse of ``to_dict``.
+        """Build a configuration from the result of ``to_dict``, also from that of an earlier version.
 
         Raises:
-            ValueError: if a key is no field, or a value is out of range.
+            ValueError: if a key is not a field, or as the constructor does.
         """
+        values = {key: value for key, value in values.items() if (key, value) not in _RETIRED.items()}
         names = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(names)):
             raise ValueError(f"unknown configuration keys {', '.join(unknown)}; expected some of {', '.join(names)}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them."""
+        """Return the fields as values that JSON can hold."""
         values = dataclasses.asdict(self)
         return {**values, "layers": None if self.layers is None else list(self.layers)}
 
     @property
     def decides_together(self) -> bool:
-        """Whether no rank can be chosen before all matrices are scored."""
-        return self.allocation == "global" or self.scope == "auto"
+        """Whether all matrices must be scored before any rank is chosen."""
+        return self.allocation == "global"
 
     @property
     def holds_out(self) -> bool:
-        """Whether several results are compared on calibration batches that are held out for it."""
-        return self.scope == "auto" or self.remove_layers
+        """Whether candidates are compared on held-out calibration batches."""
+        return self.remove_layers
 
-    def _check_decided_together(self) -> None:
-        if self.allocation == "global" and not in_units_of_loss(self.basis, self.metric):
-            raise ValueError(
-                f"a global budget compares scores of different matrices, and metric={self.metric!r} in the "
-                f"{self.basis} basis is not in units of loss; take fisher or taylor, or magnitude in the kfac basis"
-            )
-        if self.decides_together and self.threshold_ratio is not None:
-            raise ValueError(
-                "threshold_ratio sets ranks matrix by matrix; it excludes allocation='global' and scope='auto'; leave "
-                "it out, or take allocation='uniform' with scope='redundant' and schedule='single-sweep'"
-            )
-        if self.target_latency is not None and self.allocation != "global":
-            raise ValueError("target_latency is reached by ranks of different matrices; it needs allocation='global'")
-        if self.remove_layers and self.allocation != "global":
-            raise ValueError("remove_layers weighs layers against ranks; it needs allocation='global'")
-        if self.decides_together and self.schedule not in ("single-sweep", "progressive"):
-            raise ValueError(
-                "allocation='global' and scope='auto' choose no rank before all matrices are scored; take "
-                f"schedule='single-sweep' or 'progressive', got {self.schedule!r}"
-            )
-        if self.schedule == "progressive":
-            self._check_progressive()
+    def _bad_names(self) -> Iterator[str]:
+        for name, known in _NAMES.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                yield f"{name} must be one of {', '.join(known)}, got {value!r}"
 
-    def _check_progressive(self) -> None:
-        problems = {
-            f"spends a global budget, got allocation={self.allocation!r}": self.allocation != "global",
-            f"needs a basis that sees inputs, got basis={self.basis!r}": not BASES[self.basis].inputs,
-            "follows one scope, got scope='auto'": self.scope == "auto",
-            "spends its first part on ranks alone, got remove_layers=True": self.remove_layers,
-        }
-        for problem, found in problems.items():
-            if found:
-                raise ValueError(f"schedule='progressive' {problem}; take schedule='single-sweep'")
+    def _bad_values(self) -> Iterator[str]:
+        layers = self.layers
+        if layers is not None and not _distinct_from_0(layers):
+            got = list(layers) if isinstance(layers, tuple) else layers
+            yield f"layers must be distinct integers from 0 up, got {got!r}"
+        if self.num_layers is not None and not (_is_int(self.num_layers) and self.num_layers >= 0):
+            yield f"num_layers must be an integer from 0 up, got {self.num_layers!r}"
+        if self.target_bytes is not None and not (_is_int(self.target_bytes) and self.target_bytes > 0):
+            yield f"target_bytes must be a positive number of bytes, got {self.target_bytes!r}"
+        for name, (interval, is_inside) in _RATIOS.items():
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and is_inside(value)):
+                yield f"{name} must be in {interval}, got {value!r}"
+        for name in ("remove_layers", "refit"):
+            if not isinstance(value := getattr(self, name), bool):
+                yield f"{name} must be True or False, got {value!r}"
+        if self.sweep_dtype not in (None, "bfloat16", "float32"):
+            yield f"sweep_dtype must be bfloat16, float32 or None, got {self.sweep_dtype!r}"
 
-    def _check_redundancy(self) -> None:
-        if self.redundancy != "block_influence" and self.layers is not None:
-            raise ValueError(f"layers are given, so nothing is chosen by redundancy={self.redundancy!r}; leave one out")
-        if self.redundancy != "block_influence" and self.scope == "model":
-            raise ValueError(
-                f"scope='model' compresses all layers, so nothing is chosen by redundancy={self.redundancy!r}; take "
-                "scope='redundant', or leave it out"
-            )
-        if self.redundancy == "sub_block_influence" and self.num_layers is not None:
-            raise ValueError("sub_block_influence chooses halves of layers; give a ratio or target, not num_layers")
-
-    def _check_exclusive(self, *names: str) -> None:
-        given = [name for name in names if getattr(self, name) is not None]
+    def _conflicts_of_targets(self) -> Iterator[str]:
+        given = [name for name in TARGETS if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other; give one of {', '.join(names)}")
+            yield f"{' and '.join(given)} exclude each other: give one of {', '.join(TARGETS)}"
+        if self.threshold_ratio is not None and self.layers is None and self.num_layers is None:
+            yield "threshold_ratio needs layers or num_layers: it does not set a compression ratio"
 
+    def _conflicts_of_method(self) -> Iterator[str]:
+        """Yield the conflicts between options whose names are known."""
+        if self.metric == "gradient" and (self.basis, self.allocation) != ("plain", "uniform"):
+            yield "metric='gradient' needs basis='plain' and allocation='uniform': take metric='taylor' elsewhere"
+        if self.allocation == "global":
+            yield from self._conflicts_of_global()
+            return
+        for name in ("target_latency", "remove_layers"):
+            if getattr(self, name) not in (None, False):
+                yield f"{name} needs allocation='global', got {self.allocation!r}"
+        if self.schedule == "progressive":
+            yield f"schedule='progressive' needs allocation='global', got {self.allocation!r}: take 'single-sweep'"
+
+    def _conflicts_of_global(self) -> Iterator[str]:
+        if self.metric != "gradient" and not in_units_of_loss(self.basis, self.metric):
+            yield (
+                f"allocation='global' needs a metric in units of loss, and {self.metric!r} in the {self.basis} basis "
+                "is not: take 'fisher' or 'taylor', or 'magnitude' with basis='kfac'"
+            )
+        if self.threshold_ratio is not None:
+            yield "threshold_ratio sets ranks matrix by matrix: leave it out, or take allocation='uniform'"
+        if self.schedule in ("sequential", "per-layer"):
+            yield f"allocation='global' needs schedule='single-sweep' or 'progressive', got {self.schedule!r}"
+        if self.schedule == "progressive":
+            if not BASES[self.basis].inputs:
+                yield f"schedule='progressive' needs a basis that sees inputs, got {self.basis!r}: take 'kfac'"
+            if self.remove_layers:
+                yield "schedule='progressive' and remove_layers exclude each other: take schedule='single-sweep'"
+
+
+PRESETS: dict[str, Callable[..., GraspConfig]] = {"best": GraspConfig.best, "paper": GraspConfig.paper}
 
 _NAMES: dict[str, Collection[str]] = {
     "basis": BASES,
     "metric": METRICS,
     "allocation": ("uniform", "global"),
-    "redundancy": ("block_influence", "sub_block_influence", "angular_distance"),
-    "scope": ("redundant", "model", "auto"),
+    "scope": ("redundant", "model"),
     "schedule": SCHEDULES,
 }
+_RATIOS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "compression_ratio": ("[0, 1)", lambda value: 0 <= value < 1),
+    "target_latency": ("(0, 1]", lambda value: 0 < value <= 1),
+    "retain_ratio": ("(0, 1]", lambda value: 0 < value <= 1),
+    "threshold_ratio": ("(0, 1]", lambda value: 0 < value <= 1),
+}
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _plain(value: Any) -> Any:
-    """An integer of another library as Python's own; anything else as it is."""
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _distinct_from_0(layers: Any) -> bool:
+    if not isinstance(layers, tuple) or not all(_is_int(layer) and layer >= 0 for layer in layers):
+        return False
+    return len(set(layers)) == len(layers)
+
+
+def _as_int(value: Any) -> Any:
+    """Return an integer of another library as Python's, any other value unchanged."""
     try:
         return value if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return value
 
 
-def _sorted_layers(layers: Iterable[Any]) -> tuple[int, ...]:
+def _as_layers(layers: Any) -> Any:
+    """Return layers as a sorted tuple of Python's integers, a value that is no such collection unchanged."""
     try:
-        return tuple(sorted(_plain(layer) for layer in layers))
-    except TypeError as error:
-        raise ValueError(f"layers must be distinct integers from 0 up, got {layers!r}") from error
-
-
-def _check_ratio(name: str, value: float | None, *, low_open: bool, high_open: bool) -> None:
-    if value is None:
-        return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not 0 <= value <= 1 or (low_open and value == 0) or (high_open and value == 1):
-        raise ValueError(f"{name} must be in {'(' if low_open else '['}0, 1{')' if high_open else ']'}, got {value!r}")
+        return tuple(sorted(_as_int(layer) for layer in layers))
+    except TypeError:
+        return layers

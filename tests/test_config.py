@@ -13,14 +13,14 @@ _GLOBAL = {"basis": "kfac", "metric": "magnitude", "allocation": "global", "sche
 
 
 def test_default_is_the_paper_preset() -> None:
-    assert GraspConfig() == GraspConfig.preset("paper")
+    assert GraspConfig() == GraspConfig.paper()
     assert (GraspConfig().retain_ratio, GraspConfig().metric) == (0.1, "taylor")
 
 
 def test_json_round_trip() -> None:
     config = GraspConfig(layers=(5, 2), retain_ratio=0.3, metric="gradient")
     assert config.layers == (2, 5)
-    others = GraspConfig(target_bytes=10**9), GraspConfig.preset("best", target_latency=0.8)
+    others = GraspConfig(target_bytes=10**9), GraspConfig.best(target_latency=0.8)
     for each in (config, *others):
         assert GraspConfig.from_dict(json.loads(json.dumps(each.to_dict()))) == each
 
@@ -119,18 +119,18 @@ def test_unknown_preset_and_key_are_refused() -> None:
     with pytest.raises(ValueError, match="preset must be one of paper, best, got 'papers'"):
         GraspConfig.preset("papers")
     with pytest.raises(ValueError, match="unknown configuration keys ratio; expected some of layers"):
-        GraspConfig.preset("paper", ratio=0.1)
+        GraspConfig.paper(ratio=0.1)
 
 
 def test_the_best_preset_compresses_the_layers_that_are_named() -> None:
-    assert GraspConfig.preset("best", compression_ratio=0.1).scope == "model"
-    assert GraspConfig.preset("best", num_layers=2).scope == "redundant"
-    assert GraspConfig.preset("best", layers=None, num_layers=None, compression_ratio=0.1).scope == "model"
-    assert GraspConfig.preset("best", layers=(1,), scope="model").scope == "model"
+    assert GraspConfig.best(compression_ratio=0.1).scope == "model"
+    assert GraspConfig.best(num_layers=2).scope == "redundant"
+    assert GraspConfig.best(layers=None, num_layers=None, compression_ratio=0.1).scope == "model"
+    assert GraspConfig.best(layers=(1,), scope="model").scope == "model"
 
 
 def test_what_does_not_go_with_a_preset_is_said_with_what_the_preset_has() -> None:
     with pytest.raises(ValueError, match=r"\(the preset 'best' has schedule='progressive'; 'paper' has not\)$"):
-        GraspConfig.preset("best", remove_layers=True)
+        GraspConfig.best(remove_layers=True)
     with pytest.raises(ValueError, match=r"got 2\.0$"):  # which has nothing to do with it
-        GraspConfig.preset("best", retain_ratio=2.0)
+        GraspConfig.best(retain_ratio=2.0)

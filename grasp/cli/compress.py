@@ -49,21 +49,8 @@ def compress(
     threshold_ratio: Annotated[
         float | None, typer.Option(help="Instead: keep the fewest singular groups with this share of the importance.")
     ] = None,
-    basis: Annotated[
-        str | None, typer.Option(help="What is decomposed: plain (paper), whitened or kfac; see GraspConfig.")
-    ] = None,
     metric: Annotated[
         str | None, typer.Option(help="Importance of a singular group: taylor (paper), gradient, magnitude or fisher.")
-    ] = None,
-    allocation: Annotated[
-        str | None, typer.Option(help="uniform: the same share of every matrix (paper); global: where it helps most.")
-    ] = None,
-    redundancy: Annotated[
-        str | None,
-        typer.Option(help="What is redundant: block_influence (paper), sub_block_influence, angular_distance."),
-    ] = None,
-    scope: Annotated[
-        str | None, typer.Option(help="redundant: those layers (paper); model: all; auto: what does better held out.")
     ] = None,
     remove_layers: Annotated[
         bool | None,
@@ -146,11 +133,7 @@ def compress(
         "target_latency": target_latency,
         "retain_ratio": retain_ratio,
         "threshold_ratio": threshold_ratio,
-        "basis": basis,
         "metric": metric,
-        "allocation": allocation,
-        "redundancy": redundancy,
-        "scope": scope,
         "remove_layers": remove_layers,
         "refit": refit,
         "schedule": schedule,

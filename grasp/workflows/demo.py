@@ -109,7 +109,7 @@ def run_demo(output: str | Path, sizes: DemoSizes | None = None, *, progress: Pr
         grasp, batches, GraspConfig(num_layers=sizes.num_layers, retain_ratio=sizes.retain_ratio), progress=progress
     )
     best = copy.deepcopy(dense)
-    config = GraspConfig.preset("best", compression_ratio=published.compression_ratio)
+    config = GraspConfig.best(compression_ratio=published.compression_ratio)
     report = with_request(compress_(best, batches, config, progress=progress), BUILTIN, samples)
     removed = copy.deepcopy(dense)
     remove_layers_(removed, published.redundant_layers)

@@ -67,8 +67,7 @@ def test_bases_that_see_the_tokens_take_covariances_and_perhaps_another_sweep(
 ) -> None:
     monkeypatch.setattr(products, "PANEL", {"cpu": 8})  # these matrices are smaller than a panel
     model = tiny_model(family)
-    options = {**GraspConfig.PRESETS["best"], "metric": metric, "refit": False}
-    config = GraspConfig(**options, compression_ratio=0.1)
+    config = replace(GraspConfig.best(compression_ratio=0.1), metric=metric, refit=False)
     made = estimate(job(model.config, config, num_samples=16), 2)
     targets = [target for found in eligible_targets(model)[0].values() for target in found]
     assert made.memory.statistics == covariance_bytes(targets)
@@ -79,7 +78,7 @@ def test_bases_that_see_the_tokens_take_covariances_and_perhaps_another_sweep(
 
 
 def test_refit_runs_the_layers_a_few_times_more() -> None:
-    config = GraspConfig.preset("best", compression_ratio=0.1)
+    config = GraspConfig.best(compression_ratio=0.1)
     made = estimate(job(tiny_model("llama").config, config))
     without = estimate(job(tiny_model("llama").config, replace(config, refit=False)))
     assert made.flops.total - made.flops.refit == without.flops.total
@@ -104,7 +103,7 @@ def test_layers_that_are_not_known_yet_are_assumed_in_the_middle_and_bounded() -
     assert (found.most, found.memory) == (dearest.flops.total, dearest.memory)
 
 
-@pytest.mark.parametrize("config", [GraspConfig(num_layers=0), GraspConfig.preset("best", num_layers=0)])
+@pytest.mark.parametrize("config", [GraspConfig(num_layers=0), GraspConfig.best(num_layers=0)])
 def test_nothing_to_compress_takes_a_forward_pass(config: GraspConfig) -> None:
     found = estimate(job(tiny_model("llama").config, config))
     assert found.sweeps == ()
@@ -135,7 +134,7 @@ def test_bytes_follow_the_method() -> None:
 
 
 def test_refit_keeps_the_inputs_of_a_layer_and_a_global_budget_what_it_chooses_from() -> None:
-    config = GraspConfig.preset("best", compression_ratio=0.1)
+    config = GraspConfig.best(compression_ratio=0.1)
     memory = estimate(job(EIGHT_B, config, torch.bfloat16, num_samples=64, seq_len=512)).memory
     assert memory.refit == 2 * 64 * 512 * (3 * 4096 + 3 * 4096 + 14336)  # of qkv, o, gate and up, and of down
     weights = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
@@ -221,7 +220,7 @@ print(json.dumps([1024 * (kilobytes("VmHWM") - before), expected]))
         ({"layers": [28], "retain_ratio": 0.3}, (2, 512, 1)),
         # Without AVX-512 a processor multiplies bf16 ten times slower than fp32: few tokens.
         ({"layers": [20], "schedule": "single-sweep", "sweep_dtype": "bfloat16"}, (2, 64, 2)),
-        ({**GraspConfig.PRESETS["best"], "layers": [28, 29], "scope": "redundant"}, (2, 512, 1)),
+        (GraspConfig.best(layers=(28, 29)).to_dict(), (2, 512, 1)),
     ],
 )
 def test_memory_of_a_real_model_is_kept_within_the_estimate(

@@ -170,7 +170,7 @@ def test_sweeps_in_another_dtype_are_refused_for_offloaded_weights(tmp_path: Pat
 
 def test_the_best_preset_is_refused_for_offloaded_weights_before_anything_is_run(tmp_path: Path) -> None:
     steps: list[str] = []
-    config = GraspConfig.preset("best", compression_ratio=0.2)
+    config = GraspConfig.best(compression_ratio=0.2)
     with pytest.raises(UnsupportedModelError, match=r"offloaded or sharded; take schedule='single-sweep'"):
         compress_(on_disk("llama", tmp_path), tiny_batches(), config, progress=lambda step, *_: steps.append(step))
     assert not steps

@@ -25,7 +25,7 @@ TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once mo
     ("config", "processes"),
     [
         (GraspConfig(layers=(0, 2), retain_ratio=0.35, metric="gradient"), 1),
-        (GraspConfig.preset("best", compression_ratio=0.1), 2),
+        (GraspConfig.best(compression_ratio=0.1), 2),
     ],
 )
 def test_the_command_makes_the_same_again(config: GraspConfig, processes: int, tmp_path: Path) -> None:

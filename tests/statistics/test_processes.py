@@ -75,7 +75,7 @@ def compress(processes: Processes, family: str) -> list[tuple[CompressionReport,
     """Every schedule, and a threshold, whose ranks are found on the way; batches for one process and a half."""
     results = []
     configs = [replace(CONFIG, schedule=name) for name in SCHEDULES if name != "progressive"]
-    configs += [GraspConfig.preset("best", layers=CONFIG.layers), replace(CONFIG, threshold_ratio=0.6)]
+    configs += [GraspConfig.best(layers=CONFIG.layers), replace(CONFIG, threshold_ratio=0.6)]
     for config in configs:
         model = tiny_model(family, torch.float64)
         results.append((compress_(model, calibration("3"), config, processes=processes), model.state_dict()))
@@ -285,7 +285,7 @@ def compress_in_two_attempts(
     ("config", "last", "again"),
     [
         (CONFIG, 3, [["layer 0 attention"], ["layer 0 mlp", "layer 0 attention"]]),  # the first had done its part
-        (GraspConfig.preset("best", compression_ratio=0.1), 2, [["covariances, 3 layers"], ["covariances, 3 layers"]]),
+        (GraspConfig.best(compression_ratio=0.1), 2, [["covariances, 3 layers"], ["covariances, 3 layers"]]),
     ],
     ids=["paper", "best"],
 )
