@@ -28,6 +28,13 @@ from grasp.statistics.redundancy import block_influence
 
 _GLOBAL: dict[str, Any] = {"allocation": "global", "schedule": "single-sweep"}
 _SINGLE: dict[str, Any] = {"schedule": "single-sweep"}
+_PROGRESSIVE: dict[str, Any] = {
+    "basis": "kfac",
+    "metric": "magnitude",
+    "allocation": "global",
+    "scope": "model",
+    "schedule": "progressive",
+}
 
 
 class KnownBlockInfluence(NoState):
@@ -132,6 +139,6 @@ METHODS: dict[str, Method] = {
     "global kfac, redundant": compressed(basis="kfac", metric="magnitude", scope="redundant", **_GLOBAL),
     "global kfac, model": compressed(basis="kfac", metric="magnitude", scope="model", **_GLOBAL),
     "global kfac, model, refit": compressed(basis="kfac", metric="magnitude", scope="model", refit=True, **_GLOBAL),
-    "progressive kfac, model": compressed(**GraspConfig.PRESETS["best"] | {"refit": False}),
-    "best": compressed(**GraspConfig.PRESETS["best"]),
+    "progressive kfac, model": compressed(**_PROGRESSIVE),
+    "best": compressed(refit=True, **_PROGRESSIVE),
 }

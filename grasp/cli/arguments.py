@@ -11,8 +11,10 @@ _MOST_LAYERS = 10_000  # far beyond any model; ranges are written out
 
 _MODEL = "A folder, a GGUF file, a name on the Hugging Face hub, or [bold]builtin[/bold] (SmolLM2-135M)."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: CUDA where there is a GPU.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: CUDA where there is a GPU.", rich_help_panel="Run")
+]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.", rich_help_panel="Run")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from grasp.method.cost_table import CostTable
     from grasp.workflows.compress import Compression
     from grasp.workflows.demo import Demo
-    from grasp.workflows.dry_run import Plan
+    from grasp.workflows.dry_run import DryRun
     from grasp.workflows.evaluate import Evaluation
     from grasp.workflows.recover import Recovery
 
@@ -52,30 +52,34 @@ def show_compression(result: Compression) -> None:
         print_text(f"left: {len(names)} modules such as {names[0]}: {reason}")
 
 
-def show_plan(plan: Plan) -> None:
-    """What a compression would take: a table of sweeps, FLOPs and bytes by what they are for, time."""
-    made, memory = plan.estimate, plan.estimate.memory
-    guess = ", assumed: block influence will tell" if made.assumed else ""
-    bounds = f", {made.fewest:.2e} to {made.most:.2e} whichever they are" if made.assumed else ""
+def show_dry_run(result: DryRun) -> None:
+    """Show what a compression takes: time and memory, then FLOPs by sweep, FLOPs and bytes by purpose."""
+    cost, memory = result.estimate, result.estimate.memory
+    guess = ", assumed: block influence decides" if cost.assumed else ""
+    bounds = f"; {cost.fewest:.2e} to {cost.most:.2e} for other layers" if cost.assumed else ""
     print_facts(
         [
-            ("model", f"{plan.model}, {plan.dtype} on {plan.device}, {size(made.model_bytes)}"),
-            ("layers", (layer_ranges(made.layers) or "none") + guess),
-            ("batches", f"{made.batch_size} x {plan.samples.seq_len} tokens, {plan.samples.num_samples} sequences"),
-            ("FLOPs", f"{made.flops.total:.2e}{bounds}"),
-            ("time", f"about {_duration(plan.seconds)} at {plan.rates.sweeps:.1e} FLOP/s, measured just now"),
-            ("memory", f"{size(memory.peak)} above the model's; {size(plan.free_bytes)} are free"),
+            ("model", f"{result.model}, {result.dtype} on {result.device}, {size(cost.model_bytes)}"),
+            ("layers", (layer_ranges(cost.layers) or "none") + guess),
+            (
+                "batches",
+                f"{cost.batch_size} x {result.samples.seq_len} tokens, {result.samples.num_samples} sequences",
+            ),
+            ("FLOPs", f"{cost.flops.total:.2e}{bounds}"),
+            ("time", f"about {_duration(result.seconds)} at {result.rates.sweeps:.1e} FLOP/s, measured just now"),
+            ("memory", f"{size(memory.peak)} above the model's; {size(result.free_bytes)} are free"),
+            ("checkpoint", f"{result.output}, not written"),
         ]
     )
     print_table(
         ("sweep", "linears", "layers", "FLOPs"),
-        [(sweep.name, str(sweep.linears), str(sweep.layers), f"{sweep.flops:.2e}") for sweep in made.sweeps],
+        [(sweep.name, str(sweep.linears), str(sweep.layers), f"{sweep.flops:.2e}") for sweep in cost.sweeps],
     )
     print_table(
         ("FLOPs for", "", "memory for", ""),
         [
             (*(("", "") if work is None else (work[0].replace("_", " "), f"{work[1]:.2e}")), name, size(value))
-            for work, (name, value) in zip_longest(vars(made.flops).items(), _memory_facts(memory))
+            for work, (name, value) in zip_longest(vars(cost.flops).items(), _memory_facts(memory))
         ],
     )
 

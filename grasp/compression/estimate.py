@@ -185,12 +185,12 @@ def estimate(job: Job, batch_size: int = 1) -> Estimate:
     )
     require_positions(tracer.model, [tracer.batch])
     planner = _Planner(job, tracer)
-    known = job.config.layers is not None
-    plans = [planner.plan(order) for order in (planner.orders[:1] if known else planner.orders)]
+    orders = planner.orders if job.config.layers is None else planner.orders[:1]
+    plans = [planner.plan(order) for order in orders]
     totals = [plan.flops.total for plan in plans]
     return replace(
         plans[0],
-        assumed=not known,
+        assumed=len({plan.layers for plan in plans}) > 1,
         fewest=min(totals),
         most=max(totals),
         memory=max((plan.memory for plan in plans), key=lambda memory: memory.peak),

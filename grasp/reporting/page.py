@@ -188,8 +188,8 @@ def _rerun(report: CompressionReport, folder: str) -> str:
     digest = paragraph(f"SHA-256 of the calibration tokens: {report.calibration.get('sha256')}")
     if words is None:
         text = paragraph(
-            "This checkpoint was compressed from Python. The report does not know the names of the model and of the "
-            "text. The configuration:"
+            "No command repeats this: it was compressed from Python, or with settings that the command line does not "
+            "have. The configuration:"
         )
         return text + command(f"GraspConfig.from_dict({dict(report.config)})") + digest
     versions = "".join(f", {name} {version}" for name, version in report.versions.items())

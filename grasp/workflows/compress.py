@@ -80,7 +80,7 @@ def compress(
     """
     target = check_directory(output)
     text = read_text(samples.source)
-    _check_costs(config, costs, processes)
+    check_costs(config, costs, processes)
     kept = target.with_name(f"{target.name}.partial")
     with RunState(kept, notify=notify, rank=processes.rank, processes=processes.size) as state:
         if processes.first:
@@ -135,12 +135,17 @@ def with_request(
     return replace(report, request=request)
 
 
-def _check_costs(config: GraspConfig, costs: str | None, processes: Processes) -> None:
+def check_costs(config: GraspConfig, costs: str | None, processes: Processes = ALONE) -> None:
+    """Refuse costs without a latency, and a latency that several processes would measure costs for.
+
+    Raises:
+        ValueError: in either case.
+    """
     if costs is not None and config.target_latency is None:
-        raise ValueError(f"costs={costs!r} are for a target_latency; give one, or leave them out")
+        raise ValueError(f"costs={costs!r} needs target_latency, an option of the preset best; give both or none")
     if costs is None and config.target_latency is not None and processes.size > 1:
         raise ValueError(
-            "several processes would measure different costs; give them a file that grasp bench costs wrote, or a card"
+            "several processes would measure different costs; give costs, a file of grasp bench costs or a card"
         )
 
 

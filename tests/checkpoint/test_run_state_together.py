@@ -22,7 +22,7 @@ from grasp.workflows.samples import Samples
 from tests.command_line import save_tiny_model
 from tests.interrupted import BATCHES, Killed, Run, assert_same, run, stop_at, stopped, stopped_at_every_write
 
-BEST = GraspConfig.preset("best", compression_ratio=0.1)
+BEST = GraspConfig.best(compression_ratio=0.1)
 KFAC: dict[str, Any] = {"basis": "kfac", "metric": "magnitude", "allocation": "global", "schedule": "single-sweep"}
 SWEEP = "covariances, 3 layers"
 

@@ -14,7 +14,7 @@ from tests.cli.test_cli import RunMain, main, model, text
 __all__ = ["main", "model", "text"]  # fixtures
 
 
-GLOBAL = ("--basis", "kfac", "--metric", "magnitude", "--allocation", "global", "--schedule", "single-sweep")
+SINGLE = ("--schedule", "single-sweep")
 FEW = ("--num-samples", 2, "--seq-len", 32)
 
 
@@ -34,7 +34,7 @@ def test_costs_are_measured_and_a_latency_is_met_by_them(
         linear["dense"] = 1e-6 * linear["out_features"] * linear["in_features"]
         linear["seconds"] = [1e-6 * size * rank for rank in linear["ranks"]]
     costs.write_text(json.dumps({**table, "layer": 0.0, "rest": 0.0}))
-    options = ("--target-latency", 0.7, "--costs", costs, "--calibration", text, *FEW, *GLOBAL)
+    options = ("--target-latency", 0.7, "--costs", costs, "--calibration", text, *FEW, *SINGLE)
     done = main("compress", model, "-o", out, *options)
     assert done.code == 0, done.err
     assert "ms per token, 70.0 %, as predicted for" in re.sub(r"\s+", " ", done.out) or "69." in done.out
@@ -56,13 +56,13 @@ def test_bytes_are_a_target_with_a_unit(main: RunMain, model: Path, text: Path, 
     ("arguments", "message"),
     [
         (("--target-bytes", "many"), "bytes must be a number such as 200MB"),
-        (("--target-latency", 0.5, "--preset", "paper"), "it needs allocation='global'"),
+        (("--target-latency", 0.5, "--preset", "paper"), "--target-latency is an option of --preset best"),
         (
-            ("--target-latency", 0.5, *GLOBAL, "--costs", "H9000"),
+            ("--target-latency", 0.5, *SINGLE, "--costs", "H9000"),
             "costs must be a file that grasp bench costs wrote, or a",
         ),
-        (("--costs", "H100"), "costs='H100' are for a target_latency"),
-        (("--target-latency", 0.5, "--num-layers", 1, *GLOBAL), "num_layers and target_latency exclude each other"),
+        (("--costs", "H100"), "costs='H100' needs target_latency"),
+        (("--target-latency", 0.5, "--num-layers", 1, *SINGLE), "num_layers and target_latency exclude each other"),
         (("--target-bytes", "1kB"), "target_bytes=1000 cannot be reached: rank 1 in every eligible matrix gives"),
     ],
 )

@@ -141,7 +141,7 @@ def test_sums_are_gone_before_new_ones_are_gathered_and_before_refit(monkeypatch
 
     monkeypatch.setattr(scoring, "gather_covariances", forgotten(scoring.gather_covariances))
     monkeypatch.setattr(compress, "refit_", forgotten(compress.refit_))
-    compress_(tiny_model("llama"), tiny_batches(4), GraspConfig.preset("best", compression_ratio=0.2))
+    compress_(tiny_model("llama"), tiny_batches(4), GraspConfig.best(compression_ratio=0.2))
     assert sums
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import pytest
 from typer.main import get_command
 
 from grasp.checkpoint.compression_report import CompressionReport
+from grasp.cli.arguments import parse_bytes, parse_layers
 from grasp.cli.root import app
 from grasp.compress import compress_
-from grasp.config import GraspConfig
+from grasp.config import PRESETS, GraspConfig
 from grasp.reporting.rerun_command import by_option, rerun_command
 from grasp.workflows.compress import compress, with_request
 from grasp.workflows.samples import Samples
@@ -24,7 +26,7 @@ TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once mo
 @pytest.mark.parametrize(
     ("config", "processes"),
     [
-        (GraspConfig(layers=(0, 2), retain_ratio=0.35, metric="gradient"), 1),
+        (GraspConfig.paper(layers=(0, 2), retain_ratio=0.35, metric="gradient"), 1),
         (GraspConfig.best(compression_ratio=0.1), 2),
     ],
 )
@@ -73,16 +75,37 @@ def test_names_on_the_hub_are_told_whole() -> None:
     assert words[2] == "meta-llama/Llama-3.1-8B"
 
 
-def test_every_setting_is_an_option_of_the_command() -> None:
-    settings = dict.fromkeys(GraspConfig().to_dict(), "x")
+@pytest.mark.parametrize(
+    "config",
+    [
+        GraspConfig(),
+        GraspConfig.paper(num_layers=2, threshold_ratio=0.5, metric="gradient", schedule="per-layer"),
+        GraspConfig.best(),
+        GraspConfig.best(target_bytes=10**6, remove_layers=True, refit=False, sweep_dtype="bfloat16"),
+        GraspConfig.best(layers=(1,), retain_ratio=0.3),
+    ],
+)
+def test_the_options_of_the_command_make_the_configuration(config: GraspConfig) -> None:
+    settings = {**config.to_dict(), "redundancy": "block_influence"}  # as an earlier version wrote it
     report = with_request(replace(a_report(), config=settings), "m", Samples(), device="cpu")
     words = rerun_command(replace(report, request={**report.request, "shard": True}), "out")
     assert words is not None
     group: Any = get_command(app)
-    known = {option for parameter in group.commands["compress"].params for option in parameter.opts}
-    given = [word for word in words if word.startswith("--")]
-    assert len(given) > len(settings)
-    assert set(given) <= known
+    command = group.commands["compress"]
+    arguments = command.make_context("compress", words[words.index("compress") + 1 :]).params
+    assert arguments["shard"]
+    names = signature(PRESETS[arguments["preset"]]).parameters
+    options = {name: arguments[name] for name in names if arguments[name] is not None}
+    if "layers" in options:
+        options["layers"] = parse_layers(options["layers"])
+    if "target_bytes" in options:
+        options["target_bytes"] = parse_bytes(options["target_bytes"])
+    assert PRESETS[arguments["preset"]](**options) == config
+
+
+def test_a_configuration_that_no_preset_makes_has_no_command() -> None:
+    for config in (GraspConfig(basis="whitened").to_dict(), {**GraspConfig().to_dict(), "scope": "auto"}):
+        assert rerun_command(with_request(replace(a_report(), config=config), "m", Samples()), "out") is None
 
 
 def test_each_option_has_a_line_with_its_value() -> None:
