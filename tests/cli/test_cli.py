@@ -226,7 +226,7 @@ def test_the_window_shown_is_the_one_used(model: Path, text: Path, main: RunMain
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["evaluate", "no/such-model"], ["no folder no/such-model", "'builtin'"]),
+        (["evaluate", "no/such-model"], ["no/such-model", "'builtin'"]),
         (["evaluate", "MODEL", "--text", "TEXT", "--window", "1"], ["window must be at least 2 positions, got 1"]),
         (["inspect", "nowhere"], ["config.json does not exist"]),
     ],
@@ -323,7 +323,7 @@ def test_json_is_all_that_a_process_writes_to_stdout(model: Path, text: Path, tm
 @pytest.mark.slow
 def test_a_process_with_bad_input_writes_one_line(model: Path, tmp_path: Path) -> None:
     run = command_line.grasp("compress", "no/such-model", "-o", tmp_path / "out", cwd=tmp_path)
-    assert_refused(Outcome(run.returncode, run.stdout, run.stderr), "no folder no/such-model")
+    assert_refused(Outcome(run.returncode, run.stdout, run.stderr), "no/such-model")
     assert len(run.stderr.splitlines()) == 1
     assert files(tmp_path) == set()
 
