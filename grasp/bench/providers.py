@@ -19,7 +19,7 @@ from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear, group_linears_, set_backend_
 from grasp.model.targets import decoder, layer_targets
 from grasp.progress import Progress, no_progress
-from grasp_kernels.dispatch import BACKENDS, Call, objection
+from grasp_kernels.dispatch import BACKENDS, OpCall, objection
 
 DENSE, REMOVED, COMPRESSED, UNFUSED = "dense", "removed", "compressed", "unfused"
 
@@ -159,6 +159,6 @@ def objections(provider: Provider, rows: Sequence[int]) -> str | None:
     modules = [module for module in provider.model.modules() if isinstance(module, LowRankLinear)]
     device, dtype, rank = modules[0].U.device, modules[0].U.dtype, max(module.rank for module in modules)
     calls = [
-        Call(op, device, dtype, count, rank) for op in ("lowrank_linear", "lowrank_linear_grouped") for count in rows
+        OpCall(op, device, dtype, count, rank) for op in ("lowrank_linear", "lowrank_linear_grouped") for count in rows
     ]
     return next((reason for call in calls if (reason := objection(row, call)) is not None), None)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grasp.bench.timing import Rotation
 from grasp_kernels import Factors, lowrank_glu, lowrank_linear, lowrank_linear_grouped, roofline, singular_value_grad
-from grasp_kernels.dispatch import BACKENDS, Call, objection
+from grasp_kernels.dispatch import BACKENDS, OpCall, objection
 from grasp_kernels.numerics import inaccuracy
 from grasp_kernels.roofline import Cost
 from grasp_kernels.shapes import GroupShape
@@ -185,7 +185,7 @@ def backends(op: str, shape: GroupShape, problem: Problem) -> tuple[dict[str, Ru
     """The backends that run this call; the others with their reasons."""
     runs: dict[str, Run] = {}
     reasons: dict[str, str] = {}
-    call = Call(op, problem.x.device, problem.x.dtype, problem.x.shape[0], max(linear.R for linear in shape))
+    call = OpCall(op, problem.x.device, problem.x.dtype, problem.x.shape[0], max(linear.R for linear in shape))
     for row in BACKENDS:
         reason = objection(row, call)
         if reason is None:

@@ -29,7 +29,7 @@ class BackendUnavailableError(RuntimeError):
     """
 
 
-class Call(NamedTuple):
+class OpCall(NamedTuple):
     """The properties of a call that a row of the table decides by."""
 
     op: str
@@ -60,8 +60,8 @@ class Backend:
     name: str
     functions: Mapping[str, str]  # op → "module:function"
     missing: Callable[[], str | None]
-    refuses: Callable[[Call], str | None]  # a pure function: its answers are cached
-    avoids: Callable[[Call], str | None]  # a pure function: its answers are cached
+    refuses: Callable[[OpCall], str | None]  # a pure function: its answers are cached
+    avoids: Callable[[OpCall], str | None]  # a pure function: its answers are cached
     direct: DirectPath | None = None
 
 
@@ -78,7 +78,7 @@ def _cuda_missing() -> str | None:
     return module_missing("grasp_kernels._cuda", "nvcc")
 
 
-def _cuda_refuses(call: Call) -> str | None:
+def _cuda_refuses(call: OpCall) -> str | None:
     if call.device.type != "cuda":
         return f"it runs on CUDA tensors, not on {call.device.type}"
     if call.dtype == torch.float64:
@@ -105,7 +105,7 @@ def _triton_missing() -> str | None:
     return "there is no CUDA GPU (with TRITON_INTERPRET=1 set, Triton interprets its kernels on the CPU, for tests)"
 
 
-def _triton_refuses(call: Call) -> str | None:
+def _triton_refuses(call: OpCall) -> str | None:
     if call.dtype == torch.float64:
         return "its kernels accumulate in float32"
     if _triton_interprets() and call.device.type in ("cpu", "cuda"):
@@ -115,7 +115,7 @@ def _triton_refuses(call: Call) -> str | None:
     return _card_refuses(call.device)
 
 
-def _triton_avoids(call: Call) -> str | None:
+def _triton_avoids(call: OpCall) -> str | None:
     return "interpreted kernels run only when named" if _triton_interprets() else None
 
 
@@ -130,13 +130,13 @@ def _cpu_missing() -> str | None:
     return reason
 
 
-def _cpu_refuses(call: Call) -> str | None:
+def _cpu_refuses(call: OpCall) -> str | None:
     if call.device.type != "cpu":
         return f"it runs on CPU tensors, not on {call.device.type}"
     return "its kernels accumulate in float32" if call.dtype == torch.float64 else None
 
 
-def _cpu_avoids(call: Call) -> str | None:
+def _cpu_avoids(call: OpCall) -> str | None:
     if call.op == "singular_value_grad" or call.rows <= CPU_ROWS[call.dtype]:
         return None
     return f"beyond {CPU_ROWS[call.dtype]} rows PyTorch's matrix products are faster"
@@ -191,7 +191,7 @@ def available_backends() -> tuple[str, ...]:
     return tuple(row.name for row in BACKENDS if backend_missing(row.name) is None)
 
 
-def objection(row: Backend, call: Call, *, named: bool = True) -> str | None:
+def objection(row: Backend, call: OpCall, *, named: bool = True) -> str | None:
     """The reason why ``row`` does not run ``call``, or ``None`` if it does.
 
     Args:
@@ -206,13 +206,13 @@ def objection(row: Backend, call: Call, *, named: bool = True) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def select(backend: str, op: str, device: torch.device, dtype: torch.dtype, rows: int, rank: int) -> Callable[..., Any]:
-    """The function that runs a call; answers are cached, because every call asks. See ``Call`` for the arguments.
+    """The function that runs a call; answers are cached, because every call asks. See ``OpCall`` for the arguments.
 
     Raises:
         ValueError: if ``backend`` is not a row of the table.
         BackendUnavailableError: if a named backend objects.
     """
-    call = Call(op, device, dtype, rows, rank)
+    call = OpCall(op, device, dtype, rows, rank)
     row = _chosen(call) if backend == "auto" else _row(backend)
     if backend != "auto" and (reason := objection(row, call)) is not None:
         raise BackendUnavailableError(
@@ -275,7 +275,7 @@ def explain(
     """
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}; the ops are {', '.join(OPS)}")
-    call = Call(op, torch.device(device), dtype, rows, rank)
+    call = OpCall(op, torch.device(device), dtype, rows, rank)
     answers: dict[str, str] = {}
     chosen: Backend | None = None
     for row in BACKENDS:
@@ -287,7 +287,7 @@ def explain(
     return answers
 
 
-def _chosen(call: Call) -> Backend:
+def _chosen(call: OpCall) -> Backend:
     """The row that ``"auto"`` takes."""
     return next(row for row in BACKENDS if objection(row, call, named=False) is None)
 
@@ -320,5 +320,5 @@ def _load(path: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), function)
 
 
-def _describe(call: Call) -> str:
+def _describe(call: OpCall) -> str:
     return f"{call.op} on {call.device.type} in {call.dtype} with {call.rows} rows and rank {call.rank}"

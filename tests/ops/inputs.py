@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels import Factors
-from grasp_kernels.dispatch import BACKENDS, Call, objection
+from grasp_kernels.dispatch import BACKENDS, OpCall, objection
 
 # fp64 is not in the grid: most backends refuse it, and would skip the pairs of values that only its cases cover.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -32,7 +32,7 @@ DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 def require(backend: str, op: str, x: Tensor, rank: int) -> None:
     """Skip the test if the backend does not run the call, with the reason of its row."""
     row = next(row for row in BACKENDS if row.name == backend)
-    reason = objection(row, Call(op, x.device, x.dtype, x.shape[:-1].numel(), rank))
+    reason = objection(row, OpCall(op, x.device, x.dtype, x.shape[:-1].numel(), rank))
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
 

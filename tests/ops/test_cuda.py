@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels import BackendUnavailableError, Factors, cuda, dispatch, lowrank_linear
-from grasp_kernels.dispatch import BACKENDS, CUDA_ROWS, Call
+from grasp_kernels.dispatch import BACKENDS, CUDA_ROWS, OpCall
 from tests.definitions import dense_linear
 from tests.numerics import assert_accurate
 from tests.ops.cuda_cases import CASES, check, inputs, small
@@ -236,13 +236,13 @@ def test_calls_that_it_refuses(
     monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, rows: int, named: str | None
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    reason = ROW.refuses(Call("lowrank_linear", torch.device(device), dtype, rows, 4))
+    reason = ROW.refuses(OpCall("lowrank_linear", torch.device(device), dtype, rows, 4))
     assert reason is None if named is None else reason is not None and named in reason
 
 
 def test_it_refuses_an_older_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    reason = ROW.refuses(Call("lowrank_linear", torch.device("cuda"), torch.float16, 1, 4))
+    reason = ROW.refuses(OpCall("lowrank_linear", torch.device("cuda"), torch.float16, 1, 4))
     assert reason is not None
     assert "8.0" in reason
     assert "7.5" in reason

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels import cuda, dispatch
-from grasp_kernels.dispatch import BACKENDS, Call
+from grasp_kernels.dispatch import BACKENDS, OpCall
 from tests.ops.cuda_cases import CASES, check, inputs
 from tests.ops.inputs import DTYPES, factors, normal, seeded
 from tests.pairwise import Case, label
@@ -20,7 +20,7 @@ def card() -> torch.device:
     if (reason := dispatch.backend_missing("cuda")) is not None:
         pytest.skip(f"cuda: {reason}")
     device = torch.device("cuda", torch.cuda.current_device())
-    if (reason := ROW.refuses(Call("lowrank_linear", device, torch.bfloat16, 1, 1))) is not None:
+    if (reason := ROW.refuses(OpCall("lowrank_linear", device, torch.bfloat16, 1, 1))) is not None:
         pytest.skip(f"cuda: {reason}")
     return device
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from grasp_kernels import BackendUnavailableError, available_backends, dispatch, explain, lowrank_linear
-from grasp_kernels.dispatch import BACKENDS, OPS, Backend, Call, DirectPath
+from grasp_kernels.dispatch import BACKENDS, OPS, Backend, DirectPath, OpCall
 
 CALL = ("lowrank_linear", torch.device("cpu"), torch.float32, 4, 2)
 asked: list[str] = []
@@ -54,7 +54,7 @@ def test_the_reference_is_the_last_row_and_never_refuses() -> None:
     reference = BACKENDS[-1]
     assert reference.name == "reference"
     for op in OPS:
-        assert dispatch.objection(reference, Call(op, torch.device("cpu"), torch.float64, 10**9, 10**6)) is None
+        assert dispatch.objection(reference, OpCall(op, torch.device("cpu"), torch.float64, 10**9, 10**6)) is None
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
@@ -63,7 +63,7 @@ def test_every_row_names_functions_that_exist(backend: Backend) -> None:
         pytest.skip(f"{backend.name}: {reason}")
     assert set(backend.functions) <= set(OPS)
     for op in backend.functions:
-        if dispatch.objection(backend, Call(op, *CALL[1:])) is None:
+        if dispatch.objection(backend, OpCall(op, *CALL[1:])) is None:
             assert callable(dispatch.select(backend.name, op, *CALL[1:]))
 
 
