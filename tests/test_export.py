@@ -1,4 +1,4 @@
-"""A whole compressed model through torch.compile, torch.export and AOTInductor."""
+"""A compressed model in torch.compile, torch.export and AOTInductor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.model.test_hf_quantizer import compressed_model
 from tests.tiny_models import VOCABULARY, tiny_model
 
 SHAPES = ((2, 12), (3, 7), (1, 20))
-# Loads argv[1], computes the logits of the tokens in argv[2], leaves them in argv[3].
+# Loads argv[1], computes the logits of the tokens in argv[2], writes them to argv[3].
 LOAD = """
 import sys
 import grasp_kernels
@@ -65,7 +65,7 @@ def test_a_model_compiles_to_one_graph_for_all_shapes() -> None:
     compiled = torch.compile(Logits(model), fullgraph=True, dynamic=True, backend=keep)
     for tokens in inputs():
         torch.testing.assert_close(compiled(tokens), Logits(model)(tokens), rtol=1e-4, atol=1e-4)
-    assert len(graphs) <= 2  # a batch of one is a graph of its own
+    assert len(graphs) <= 2  # a batch of one has another graph
     for ops in graphs:
         assert sorted(ops) == 4 * ["grasp.lowrank_linear.default"] + 4 * ["grasp.lowrank_linear_grouped.default"]
 
@@ -82,8 +82,8 @@ def test_an_exported_program_gives_the_same_logits_in_a_process_without_transfor
     )
     assert run.returncode == 0, run.stderr
     with torch.no_grad():
-        for found, tokens in zip(torch.load(files[2]), inputs(), strict=True):
-            torch.testing.assert_close(found, model(tokens), rtol=1e-4, atol=1e-4)
+        for logits, tokens in zip(torch.load(files[2]), inputs(), strict=True):
+            torch.testing.assert_close(logits, model(tokens), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

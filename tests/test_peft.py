@@ -14,8 +14,10 @@ from grasp.peft import LowRankLora, lowrank_targets
 from tests.model.test_hf_quantizer import compressed_model, logits, ranks
 from tests.tiny_models import tiny_batches
 
-TARGETS = ["q_proj", "k_proj", "up_proj", "down_proj"]  # of all three layers, the first of which is dense
-pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # peft's, of every custom module
+TARGETS = ["q_proj", "k_proj", "up_proj", "down_proj"]  # in all three layers; the first layer is dense
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Unsupported layer type:UserWarning"
+)  # peft warns of every custom module
 
 
 def lora(rank: int = 2) -> LoraConfig:
@@ -23,7 +25,7 @@ def lora(rank: int = 2) -> LoraConfig:
 
 
 def with_adapter(model: PreTrainedModel, rank: int = 2, seed: int = 0) -> PeftModel:
-    """An adapter that changes the outputs: peft begins with ``B = 0``."""
+    """A model with an adapter that changes the outputs; peft initialises B to 0."""
     adapted = get_peft_model(model, lora(rank))
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -33,11 +35,11 @@ def with_adapter(model: PreTrainedModel, rank: int = 2, seed: int = 0) -> PeftMo
     return adapted
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_an_adapter_begins_as_nothing_and_adds_its_product_to_low_rank_and_dense_linears() -> None:
+def test_a_new_adapter_changes_nothing_and_a_trained_one_adds_its_product() -> None:
     expected = logits(compressed_model("qwen2"))
     assert torch.equal(logits(get_peft_model(compressed_model("qwen2"), lora())), expected)
     adapted = with_adapter(compressed_model("qwen2"))
@@ -71,7 +73,7 @@ def test_only_the_adapter_trains_and_the_loss_falls() -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_a_saved_adapter_loads_onto_the_checkpoint_and_weighs_only_itself(tmp_path: Path) -> None:
+def test_a_saved_adapter_has_only_its_tensors_and_loads_onto_the_checkpoint(tmp_path: Path) -> None:
     compressed_model("qwen2").save_pretrained(tmp_path / "small")
     adapted = with_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "small"))
     adapted.save_pretrained(tmp_path / "adapter")
@@ -85,7 +87,7 @@ def test_a_saved_adapter_loads_onto_the_checkpoint_and_weighs_only_itself(tmp_pa
         assert torch.equal(logits(loaded), logits(compressed_model("qwen2")))
 
 
-def test_merging_appends_to_the_factors_and_unmerging_takes_it_off(tmp_path: Path) -> None:
+def test_merging_appends_to_the_factors_and_unmerging_removes_the_adapter(tmp_path: Path) -> None:
     model = compressed_model("qwen2")
     plain, before = logits(model), ranks(model)
     adapted = with_adapter(model)
@@ -110,7 +112,7 @@ def test_merging_appends_to_the_factors_and_unmerging_takes_it_off(tmp_path: Pat
     close(logits(loaded.dequantize()), expected)
 
 
-def test_merging_above_what_a_shape_can_have_or_what_is_not_finite_is_refused() -> None:
+def test_merging_above_the_highest_rank_or_with_non_finite_entries_is_refused() -> None:
     adapted = with_adapter(compressed_model("qwen2"), rank=30)
     with pytest.raises(ValueError, match=r"rank 30 .* above (16|32), .*dequantize"):
         adapted.merge_and_unload()
@@ -128,12 +130,12 @@ def test_merging_above_what_a_shape_can_have_or_what_is_not_finite_is_refused() 
         ({"use_dora": True}, "unsupported variant"),
     ],
 )
-def test_what_needs_the_dense_weight_is_refused(options: dict[str, object], message: str) -> None:
+def test_options_that_need_the_dense_weight_are_refused(options: dict[str, object], message: str) -> None:
     config = lowrank_targets(LoraConfig(target_modules=["up_proj"], layers_to_transform=[1], **options))
     with pytest.raises(ValueError, match=message):
         get_peft_model(compressed_model("qwen2"), config)
 
 
-def test_targets_that_leave_low_rank_linears_out_in_silence_are_refused() -> None:
+def test_targets_that_exclude_low_rank_linears_are_refused() -> None:
     with pytest.raises(ValueError, match=r"all-linear.* name the modules"):
         lowrank_targets(LoraConfig(target_modules="all-linear"))

@@ -1,4 +1,4 @@
-"""transformers' own Trainer on a compressed checkpoint."""
+"""The Trainer of transformers on a compressed checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS = 12
 
 
 def train(model: PreTrainedModel, folder: Path) -> tuple[Trainer, list[float]]:
-    """Eight sequences, four to a step; the loss of each step."""
+    """Train on eight sequences, four per step, and return the losses of the steps."""
     rows = torch.cat(tiny_batches(4))
     arguments = TrainingArguments(
         str(folder),
@@ -36,7 +36,9 @@ def train(model: PreTrainedModel, folder: Path) -> tuple[Trainer, list[float]]:
 
 
 @pytest.mark.parametrize("factors_only", [True, False])
-def test_the_loss_falls_only_what_should_train_trains_and_the_result_loads(tmp_path: Path, factors_only: bool) -> None:
+def test_the_loss_falls_only_the_given_parameters_change_and_the_result_loads(
+    tmp_path: Path, factors_only: bool
+) -> None:
     compressed_model("qwen2").save_pretrained(tmp_path / "small")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     if factors_only:

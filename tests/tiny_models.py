@@ -22,7 +22,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", "MistralForCausalLM", {**_GQA, "sliding_window": 8}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _GQA),  # biases on q, k, v
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**_GQA, "head_dim": 8}),
-    "gemma3": (  # tied embeddings, sliding windows in all layers but the third
+    "gemma3": (  # tied embeddings; the first two layers have sliding windows
         "Gemma3TextConfig",
         "Gemma3ForCausalLM",
         {
@@ -63,7 +63,7 @@ DENSE_FAMILIES = [family for family in FAMILIES if family != "mixtral"]
 
 
 class ExactRMSNorm(nn.Module):
-    """An RMS norm in the dtype of its input: transformers' own goes through fp32 and would hide errors of 1e-7."""
+    """An RMS norm in the dtype of its input; the one of transformers computes in fp32, which hides errors of 1e-7."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, *, seed: int = 0
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, ExactRMSNorm(module))
     if family == "mixtral":
-        model.set_experts_implementation("eager")  # the grouped matrix product has no fp64
+        model.set_experts_implementation("eager")  # the grouped matrix product does not support fp64
     return model.to(dtype).eval()
 
 

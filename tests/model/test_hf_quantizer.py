@@ -29,9 +29,9 @@ UP = "model.layers.1.mlp.up_proj"
 
 
 def compressed_model(family: str = "llama", dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
-    """Layers 1 and 2 low-rank, each module with another rank."""
+    """A model with low-rank layers 1 and 2; the modules have different ranks."""
     model = tiny_model(family, **overrides)
-    if dtype != torch.float32:  # as a checkpoint of that dtype loads: rotary frequencies stay in fp32
+    if dtype != torch.float32:  # like a loaded checkpoint of that dtype: rotary frequencies stay in fp32
         model = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=dtype)
     for layer in (1, 2):
         for number, target in enumerate(layer_targets(model, layer)[0]):
@@ -148,7 +148,7 @@ def test_another_dtype_can_be_asked_for_while_loading_and_after(saved: Path) -> 
     assert_same_state(loaded.float().to(torch.bfloat16), loaded)
 
 
-def test_a_base_model_loads_without_the_head_and_saves_names_of_its_own(saved: Path, tmp_path: Path) -> None:
+def test_a_base_model_loads_without_the_head_and_saves_its_module_names(saved: Path, tmp_path: Path) -> None:
     base = AutoModel.from_pretrained(saved)
     assert_same_state(base, compressed_model("qwen2").model)
     base.save_pretrained(tmp_path / "base")
@@ -206,7 +206,7 @@ def test_every_parameter_of_a_loaded_model_gets_the_same_gradient(saved: Path) -
         torch.testing.assert_close(parameter.grad, other.grad)
 
 
-def test_ranks_are_written_as_they_are_when_saving(saved: Path, tmp_path: Path) -> None:
+def test_saving_writes_the_current_ranks(saved: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(saved)
     model.set_submodule(UP, LowRankLinear(32, 48, 2, bias=False))
     model.save_pretrained(tmp_path / "changed")
@@ -241,7 +241,7 @@ def test_marking_an_ordinary_model_leaves_no_mark() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dequantizing_gives_the_stock_architecture_with_the_weights_the_factors_stand_for(
+def test_dequantizing_gives_the_stock_architecture_with_the_products_of_the_factors(
     tmp_path: Path, family: str
 ) -> None:
     model, stock = compressed_model(family), tiny_model(family)
@@ -250,8 +250,8 @@ def test_dequantizing_gives_the_stock_architecture_with_the_weights_the_factors_
     model.dequantize()
     assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
     for name, weight in weights.items():
-        found = model.get_submodule(name).weight
-        assert torch.equal(found.mT if family == "gpt2" else found, weight)
+        dense = model.get_submodule(name).weight
+        assert torch.equal(dense.mT if family == "gpt2" else dense, weight)
     torch.testing.assert_close(logits(model), compressed_logits)
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
@@ -293,7 +293,7 @@ def test_configuration_survives_json() -> None:
         ({"format_version": 1, "ranks": {"a": True}}, "rank of a must be a positive integer, got True"),
     ],
 )
-def test_configurations_it_cannot_read_are_refused(saved: Path, values: dict[str, Any], message: str) -> None:
+def test_unreadable_configurations_are_refused(saved: Path, values: dict[str, Any], message: str) -> None:
     edit_config(saved, lambda config: (config.clear(), config.update(values, quant_method="grasp")))
     with pytest.raises(CheckpointError, match=message):
         AutoModelForCausalLM.from_pretrained(saved)

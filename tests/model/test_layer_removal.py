@@ -55,14 +55,14 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def skipping(model: PreTrainedModel, layers: list[int]) -> Tensor:
-    """What the model computes with its layers there, but handing on what they are given."""
+    """The logits of the model if these layers return their input."""
     with passing_through([decoder(model).layers[i] for i in layers], returns_tuple=False):
         return logits(model)
 
 
 @torch.no_grad()
 def greedy(model: PreTrainedModel, new_tokens: int = 14) -> Tensor:
-    """The definition of greedy decoding: every token from a forward pass over all before it."""
+    """Greedy decoding by definition: a forward pass over all previous tokens for every token."""
     sequence = tokens()
     for _ in range(new_tokens):
         sequence = torch.cat([sequence, model(sequence, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
@@ -76,7 +76,7 @@ def generated(model: PreTrainedModel, new_tokens: int = 14) -> Tensor:
 
 
 def assert_whole(model: PreTrainedModel, folder: Path) -> None:
-    """It decodes with a KV cache as it does without, and plain transformers saves and loads it."""
+    """It decodes the same tokens with and without a KV cache, and plain transformers saves and loads it."""
     model.generation_config.eos_token_id = None
     assert torch.equal(generated(model), greedy(model))
     model.save_pretrained(folder)
@@ -84,13 +84,13 @@ def assert_whole(model: PreTrainedModel, folder: Path) -> None:
     assert not any(info.values())
     assert reloaded.config.num_hidden_layers == len(decoder(model).layers)
     torch.testing.assert_close(reloaded.state_dict(), model.state_dict(), rtol=0, atol=0)
-    # Equal weights at other addresses: on some processors matrix products round otherwise then, Mixtral's for one.
+    # On some processors matrix products of equal weights at other addresses round differently, in Mixtral for example.
     torch.testing.assert_close(logits(reloaded), logits(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layers", [[1], [2, 0]])
-def test_what_is_left_is_a_whole_model_that_skips_those_layers(family: str, layers: list[int], tmp_path: Path) -> None:
+def test_the_result_is_a_complete_model_that_skips_those_layers(family: str, layers: list[int], tmp_path: Path) -> None:
     model = tiny_model(family)
     expected = skipping(model, layers)
     assert not torch.allclose(expected, logits(model), atol=1e-2)
@@ -141,7 +141,7 @@ def test_layers_that_depend_on_their_position_are_refused(name: str, values: dic
     assert model.config.to_dict() == config
 
 
-def test_layers_that_depend_on_their_position_can_go_from_the_end(tmp_path: Path) -> None:
+def test_layers_that_depend_on_their_position_can_be_removed_from_the_end(tmp_path: Path) -> None:
     model = random_model("GPT2", **SCALED_BY_INDEX)
     remove_layers_(model, [2])
     assert_whole(model, tmp_path)

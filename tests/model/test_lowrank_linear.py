@@ -40,12 +40,12 @@ def test_full_rank_is_the_dense_linear(kind: str) -> None:
     torch.testing.assert_close(low_rank.dense_weight(), dense_weight(dense), rtol=0, atol=1e-12)
 
 
-def test_kept_groups_are_those_asked_for() -> None:
+def test_the_given_groups_are_retained() -> None:
     dense = nn.Linear(24, 16).double()
     U, S, Vh = torch.linalg.svd(dense.weight.detach(), full_matrices=False)
-    kept = [0, 3, 15]
-    low_rank = LowRankLinear.from_dense(dense, torch.tensor(kept))
-    expected = sum(S[i] * torch.outer(U[:, i], Vh[i]) for i in kept)
+    retained = [0, 3, 15]
+    low_rank = LowRankLinear.from_dense(dense, torch.tensor(retained))
+    expected = sum(S[i] * torch.outer(U[:, i], Vh[i]) for i in retained)
     torch.testing.assert_close(low_rank.dense_weight(), expected, rtol=0, atol=1e-12)
 
 
@@ -121,7 +121,7 @@ def test_trains() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in low_rank.parameters())
 
 
-def test_repr_says_what_is_left() -> None:
+def test_repr_has_the_percentage_of_dense_parameters() -> None:
     assert repr(LowRankLinear(32, 32, 4, bias=False)) == (
         "LowRankLinear(in_features=32, out_features=32, rank=4, bias=False, parameters=25.0% of dense)"
     )
@@ -154,7 +154,7 @@ def grouped_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def always_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU."""
+    """Groups are used on the CPU too, as on a GPU."""
     monkeypatch.setattr(modules, "_faster_alone", lambda x: False)
 
 
@@ -178,7 +178,7 @@ def test_groups_can_be_taken_apart(grouped_calls: list[int]) -> None:
     assert grouped_calls == []
 
 
-def test_a_member_called_with_another_input_or_out_of_turn_computes_its_own() -> None:
+def test_a_member_called_with_another_input_or_out_of_order_computes_its_output() -> None:
     attention, x, other = Attention(), torch.randn(3, 24), torch.randn(3, 24)
     expected = [attention.q_proj(x), attention.k_proj(other), attention.v_proj(x), attention.v_proj(other)]
     group_linears_(attention)
@@ -200,7 +200,7 @@ def test_groups_train_and_see_new_weights() -> None:
     assert torch.equal(attention(x)[:, 16:24], torch.zeros(3, 8))
 
 
-def test_a_copy_has_groups_of_its_own(grouped_calls: list[int]) -> None:
+def test_a_copy_has_new_groups(grouped_calls: list[int]) -> None:
     attention, x = Attention(), torch.randn(3, 24)
     group_linears_(attention)
     twin = copy.deepcopy(attention)
@@ -209,7 +209,7 @@ def test_a_copy_has_groups_of_its_own(grouped_calls: list[int]) -> None:
     assert grouped_calls == [3, 3]
 
 
-def test_on_a_cpu_without_gradients_each_computes_its_own(grouped_calls: list[int]) -> None:
+def test_groups_are_not_used_on_a_cpu_without_gradients(grouped_calls: list[int]) -> None:
     attention, x = Attention(), torch.randn(2, 3, 24)
     group_linears_(attention)
     expected = attention(x)
@@ -235,7 +235,7 @@ def test_a_parametrized_factor_is_the_one_used() -> None:
 
 
 @pytest.mark.usefixtures("always_grouped")
-def test_threads_do_not_see_each_other() -> None:
+def test_threads_do_not_share_outputs() -> None:
     attention = Attention()
     group_linears_(attention)
     inputs = [torch.randn(3, 24) for _ in range(64)]
@@ -293,14 +293,14 @@ CHANGES: dict[str, Callable[[Attention, Tensor], None]] = {
 
 @pytest.mark.usefixtures("always_grouped")
 @pytest.mark.parametrize("changed", CHANGES)
-def test_what_changed_meanwhile_is_computed_again(changed: str) -> None:
+def test_an_output_is_computed_again_after_a_change(changed: str) -> None:
     attention, x = first_then(CHANGES[changed])
     with torch.no_grad():
         assert torch.equal(attention.k_proj(x), lowrank_linear(x, *attention.k_proj.factors))
 
 
 @pytest.mark.usefixtures("always_grouped")
-def test_a_gradient_or_autocast_that_came_or_went_meanwhile_counts() -> None:
+def test_an_output_is_computed_again_in_another_gradient_or_autocast_mode() -> None:
     attention, x = first_then(lambda *_: None)
     assert attention.k_proj(x).requires_grad
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -308,7 +308,7 @@ def test_a_gradient_or_autocast_that_came_or_went_meanwhile_counts() -> None:
     assert attention.k_proj(x).dtype == torch.float32
 
 
-def test_a_replica_computes_its_own() -> None:
+def test_a_replica_computes_its_output() -> None:
     attention, x = Attention(), torch.randn(3, 24)
     group_linears_(attention)
     replica = copy.copy(attention.k_proj)
@@ -352,28 +352,28 @@ def test_a_model_can_be_set_to_one_backend(monkeypatch: pytest.MonkeyPatch, grou
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(5, 7), lambda: Conv1D(7, 5)])
-def test_a_dense_linear_computes_what_its_low_rank_form_would_and_is_put_back(make: Callable[[], DenseLinear]) -> None:
+def test_a_dense_linear_is_temporarily_low_rank_and_then_restored(make: Callable[[], DenseLinear]) -> None:
     linear, x = make(), torch.randn(3, 5)
     before, y = linear.weight.detach().clone(), linear(x)
     U, S, Vh = decompose(dense_weight(linear).detach())
-    kept = SVD(U[:, :2], S[:2], Vh[:2])
-    with temporary_low_rank([(linear, kept)]):
-        torch.testing.assert_close(linear(x), LowRankLinear.from_dense(linear, torch.arange(2), kept)(x))
+    truncated = SVD(U[:, :2], S[:2], Vh[:2])
+    with temporary_low_rank([(linear, truncated)]):
+        torch.testing.assert_close(linear(x), LowRankLinear.from_dense(linear, torch.arange(2), truncated)(x))
         assert not torch.allclose(linear(x), y)
     assert torch.equal(linear.weight, before)
-    with pytest.raises(KeyError), temporary_low_rank([(linear, kept)]):
+    with pytest.raises(KeyError), temporary_low_rank([(linear, truncated)]):
         raise KeyError
     assert torch.equal(linear.weight, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_each_group_has_a_column_as_long_as_its_row_in_every_basis(dtype: torch.dtype) -> None:
+def test_columns_and_rows_have_equal_norms_in_every_basis(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(24, 16).to(dtype)
     left, right = (
         torch.rand(16) * 100 + 1,
         torch.rand(24) / 100 + 1e-3,
-    )  # as where gradients are small, and inputs large
+    )  # for example with small gradients and large inputs
     inputs, outputs = cholesky_factor(torch.diag(right.square())), cholesky_factor(torch.diag(left.square()))
     svd = decompose_in(linear.weight.detach().float(), inputs, outputs)
     module = LowRankLinear.from_dense(linear, torch.arange(16), svd)

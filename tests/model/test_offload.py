@@ -31,7 +31,7 @@ FAMILIES = ["llama", "gpt2", "gemma3"]  # gemma3 ties its head to its embeddings
 
 
 def on_disk(family: str, folder: Path, **overrides: int) -> PreTrainedModel:
-    """All weights in files, fetched when they are needed."""
+    """A model with all weights in files."""
     model = tiny_model(family, **overrides)
     offload_state_dict(folder / "weights", model.state_dict())
     return dispatch_model(model, {"": "disk"}, main_device="cpu", offload_dir=str(folder / "weights"))
@@ -44,7 +44,7 @@ def in_cpu_memory(family: str, folder: Path) -> PreTrainedModel:
 
 
 def by_device_map(family: str, folder: Path) -> PreTrainedModel:
-    """As ``from_pretrained`` does it: the last layer on disk, the rest in memory."""
+    """A model of ``from_pretrained`` with the last layer on disk and the rest in memory."""
     dense = tiny_model(family)
     dense.save_pretrained(folder / "dense")
     last = f"{decoder(dense).path}.2"
@@ -62,7 +62,7 @@ MAKERS = [on_disk, in_cpu_memory, by_device_map]
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("schedule", ["sequential", "single-sweep"])
-def test_an_offloaded_model_is_compressed_as_one_in_memory(
+def test_an_offloaded_model_is_compressed_like_one_in_memory(
     family: str, make: Maker, schedule: str, tmp_path: Path
 ) -> None:
     config = GraspConfig(layers=(1, 2), retain_ratio=0.3, schedule=schedule)
@@ -77,9 +77,9 @@ def test_an_offloaded_model_is_compressed_as_one_in_memory(
     assert perplexity(model, tokens, window=16).nll == perplexity(expected, tokens, window=16).nll
 
 
-@pytest.mark.parametrize("make", [on_disk, by_device_map])  # cpu_offload leaves no sign by which transformers knows it
+@pytest.mark.parametrize("make", [on_disk, by_device_map])  # transformers does not recognise cpu_offload
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_offloaded_and_compressed_model_is_saved_whole(family: str, make: Maker, tmp_path: Path) -> None:
+def test_an_offloaded_and_compressed_model_is_saved_completely(family: str, make: Maker, tmp_path: Path) -> None:
     batches = tiny_batches()
     model = make(family, tmp_path)
     compress_(model, batches, GraspConfig(layers=(2,), retain_ratio=0.3))
@@ -107,15 +107,15 @@ def test_hooks_and_parameters_are_as_they_were_after_a_sweep(make: Maker, tmp_pa
 
 
 def test_fetched_weights_are_not_held_for_the_backward_pass(tmp_path: Path) -> None:
-    wide = {"hidden_size": 256, "intermediate_size": 512}  # weights far larger than the activations of four tokens
+    wide = {"hidden_size": 256, "intermediate_size": 512}  # weights much larger than the activations of four tokens
     batches = as_batches(tiny_batches(1, 1, 4))
     grads: list[list[torch.Tensor]] = [[], []]
 
-    def peak(model: PreTrainedModel, kept: list[torch.Tensor]) -> int:
+    def peak(model: PreTrainedModel, gradients: list[torch.Tensor]) -> int:
         prefix = capture_prefix(model, batches, [0])
 
         def visit(call: Call) -> None:
-            kept.append(call.grad_y)
+            gradients.append(call.grad_y)
 
         with LiveBytes() as live:
             sweep(model, batches, layer_targets(model, 0)[0], prefix, visit)
@@ -127,7 +127,7 @@ def test_fetched_weights_are_not_held_for_the_backward_pass(tmp_path: Path) -> N
     torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
 
 
-def test_a_run_of_an_offloaded_model_is_continued(tmp_path: Path) -> None:
+def test_a_run_of_an_offloaded_model_is_resumed(tmp_path: Path) -> None:
     config, batches = GraspConfig(layers=(1, 2), retain_ratio=0.3), tiny_batches()
 
     class Killed(BaseException):
@@ -151,7 +151,7 @@ def test_a_weight_is_fetched_to_where_its_module_runs(tmp_path: Path) -> None:
     assert module.weight.is_meta
     torch.testing.assert_close(dense_weight(module), dense_weight(wanted), rtol=0, atol=0)
     torch.testing.assert_close(fetched(module, "bias"), wanted.bias.detach(), rtol=0, atol=0)
-    assert module.weight.is_meta  # and put away again
+    assert module.weight.is_meta  # and released again
     assert execution_device(module) == torch.device("cpu")
     low = LowRankLinear.from_dense(module, torch.arange(3))
     assert {parameter.device.type for parameter in low.parameters()} == {"cpu"}

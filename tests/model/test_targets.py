@@ -39,14 +39,14 @@ LINEARS = {
 
 
 @pytest.mark.parametrize("family", DENSE_FAMILIES)
-def test_every_linear_of_a_layer_is_found_in_its_block(family: str) -> None:
+def test_every_linear_of_a_layer_is_a_target_in_its_block(family: str) -> None:
     model = tiny_model(family)
-    found = decoder(model)
-    assert len(found.layers) == 3
+    layers, _, family_row = decoder(model)
+    assert len(layers) == 3
     targets, left = layer_targets(model, 1)
     assert left == {}
     for block, names in LINEARS[family].items():
-        assert {t.name for t in targets if t.block == block} == {f"{found.path}.1.{name}" for name in names}
+        assert {t.name for t in targets if t.block == block} == {f"{family_row.layers}.1.{name}" for name in names}
     assert all(model.get_submodule(target.name) is target.module and target.layer == 1 for target in targets)
 
 
@@ -93,21 +93,21 @@ def test_a_model_without_decoder_layers_is_refused_with_the_remedy() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_entering_a_layer_with_what_the_prefix_gave_it_changes_nothing(family: str) -> None:
+def test_entering_a_layer_with_the_output_of_the_prefix_changes_nothing(family: str) -> None:
     model, tokens = tiny_model(family), tiny_batches(1)[0]
     layers = decoder(model).layers
-    kept: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
     returned_tuple: list[bool] = []
 
     def note(_: nn.Module, args: tuple[torch.Tensor, ...], output: object) -> None:
-        kept.append(hidden_output(output))
+        outputs.append(hidden_output(output))
         returned_tuple.append(isinstance(output, tuple))
 
     handle = layers[1].register_forward_hook(note)
     with torch.no_grad():
         expected = model(tokens).logits
         handle.remove()
-        with passing_through(list(layers)[:2], returned_tuple[0]), entering_with(layers[2], kept[0]):
+        with passing_through(list(layers)[:2], returned_tuple[0]), entering_with(layers[2], outputs[0]):
             assert torch.equal(model(tokens).logits, expected)
         assert torch.equal(model(tokens).logits, expected)
 

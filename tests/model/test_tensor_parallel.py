@@ -20,13 +20,13 @@ from tests.command_line import ROOT, environment
 from tests.tiny_models import tiny_model
 
 DENSE = "model.layers.1.self_attn.k_proj"
-# path → this process's part of the parameters of a layer of rank R, N outputs, K inputs
+# path → the local parameters of a layer of rank R, N outputs, K inputs
 BY_COLUMNS = {"U": lambda n, k, r: [n // 2, r], "Vh": lambda n, k, r: [r, k], "bias": lambda n, k, r: [n // 2]}
 BY_ROWS = {"U": lambda n, k, r: [n, r], "Vh": lambda n, k, r: [r, k // 2], "bias": lambda n, k, r: [n]}
 
 
 def compressed_model() -> PreTrainedModel:
-    """Biases everywhere, ranks all different, odd ones among them; a dense layer, a dense k_proj, a low-rank head."""
+    """A model with biases, a dense layer, a dense k_proj, a low-rank head, and different ranks, some of them odd."""
     model = tiny_model("llama", attention_bias=True, mlp_bias=True, vocab_size=98)
     targets = [target for layer in (1, 2) for target in layer_targets(model, layer)[0] if target.name != DENSE]
     for rank, target in enumerate(targets, start=3):
@@ -37,7 +37,7 @@ def compressed_model() -> PreTrainedModel:
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does_and_save_the_same_checkpoint(tmp_path: Path) -> None:
+def test_two_processes_compute_the_same_and_save_the_same_checkpoint_as_one(tmp_path: Path) -> None:
     model = compressed_model()
     model.save_pretrained(tmp_path / "small")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -46,7 +46,7 @@ def test_two_processes_compute_what_one_does_and_save_the_same_checkpoint(tmp_pa
         [sys.executable, *torchrun, *map(str, worker)], env=environment(), capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stderr
-    assert "match nothing" not in run.stderr  # transformers', of rules that are of no use
+    assert "match nothing" not in run.stderr  # transformers warns of rules that match nothing
     tokens = torch.arange(3, 27).reshape(2, 12)
     expected = {"logits": model(tokens).logits.detach()}
     for _ in range(2):
@@ -54,10 +54,10 @@ def test_two_processes_compute_what_one_does_and_save_the_same_checkpoint(tmp_pa
     expected |= {f"grad {name}": parameter.grad for name, parameter in model.named_parameters()}
     lowrank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     for rank in range(2):
-        found = load_file(tmp_path / f"out/{rank}.safetensors")
-        assert found.keys() == expected.keys()
+        saved = load_file(tmp_path / f"out/{rank}.safetensors")
+        assert saved.keys() == expected.keys()
         for name, tensor in expected.items():
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-5 * float(tensor.abs().max()), msg=name)
+            torch.testing.assert_close(saved[name], tensor, rtol=0, atol=2e-5 * float(tensor.abs().max()), msg=name)
         seen = json.loads((tmp_path / f"out/{rank}.json").read_text())
         assert "is split over processes; load the model on one device" in seen["dequantize"]
         for path, layer in lowrank.items():
@@ -72,7 +72,7 @@ def test_two_processes_compute_what_one_does_and_save_the_same_checkpoint(tmp_pa
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
 
 
-def test_a_plan_keeps_the_factor_whole_that_its_style_does_not_split() -> None:
+def test_a_plan_does_not_split_the_factor_that_its_style_needs_whole() -> None:
     styles = {
         "layers.*.q_proj": "colwise",
         "layers.*.o_proj": "rowwise_split_input",
@@ -87,7 +87,7 @@ def test_a_plan_keeps_the_factor_whole_that_its_style_does_not_split() -> None:
     assert {name: plan[name] for name in before} == before
 
 
-def test_a_layer_that_a_plan_has_split_in_another_way_is_refused() -> None:
+def test_a_layer_whose_factors_are_split_inconsistently_is_refused() -> None:
     layer = LowRankLinear(8, 6, 4)
     connect_("q_proj", layer)
     assert not is_split(layer)

@@ -21,14 +21,14 @@ PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 QKV = tuple(LocalLinear(name, None, (2,), (WHOLE,)) for name in ("q", "k", "v"))
 
 
-def test_a_merged_module_stands_for_its_linears_in_order_and_any_other_for_itself() -> None:
+def test_a_merged_module_has_the_names_of_its_linears_in_order() -> None:
     assert linear_names("layers.0.qkv_proj", PACKED) == ("layers.0.q_proj", "layers.0.k_proj", "layers.0.v_proj")
     assert linear_names("layers.0.o_proj", PACKED) == ("layers.0.o_proj",)
     assert linear_names("qkv_proj", PACKED) == ("q_proj", "k_proj", "v_proj")
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_the_processes_rows_and_columns_are_the_whole_tensor(processes: int) -> None:
+def test_rows_and_columns_of_all_processes_make_the_tensor(processes: int) -> None:
     tensor = torch.arange(8 * 4).view(8, 4)
     rows, columns = [], []
     for rank in range(processes):
@@ -39,8 +39,8 @@ def test_the_processes_rows_and_columns_are_the_whole_tensor(processes: int) -> 
     assert torch.cat(columns, dim=1).equal(tensor)
 
 
-def test_processes_that_outnumber_the_heads_of_keys_and_values_share_them() -> None:
-    """Four processes, eight heads of queries, two of keys and values: each of the latter serves two processes."""
+def test_several_processes_share_a_head_of_keys_and_values() -> None:
+    """Four processes, eight heads of queries, two of keys and values: two processes share a head of keys and values."""
     heads = torch.arange(2)[:, None]
     taken = []
     for rank in range(4):
@@ -51,15 +51,15 @@ def test_processes_that_outnumber_the_heads_of_keys_and_values_share_them() -> N
     assert taken == [0, 0, 1, 1]
 
 
-def test_of_a_linear_that_is_merged_in_the_checkpoint_each_process_takes_rows_of_every_output() -> None:
-    """q has rows 0 to 7, k 8 to 11 and v 12 to 15; the second of two processes has the second half of each."""
+def test_a_process_has_rows_of_every_output_of_a_linear_that_is_merged_in_the_checkpoint() -> None:
+    """q has rows 0 to 7, k 8 to 11 and v 12 to 15; the second of two processes has the second half of each output."""
     (part,) = merged_linears(["qkv"], {"qkv": 3}, [4, 2, 2], output_pieces(3, 1, 2))
     assert part.rank == 3
     assert (part.rows, part.checkpoint_rows) == (8, 16)
     assert local_rows(torch.arange(16)[:, None], part).flatten().tolist() == [4, 5, 6, 7, 10, 11, 14, 15]
 
 
-def test_the_parts_of_a_merged_module_have_their_own_ranks_and_some_none() -> None:
+def test_some_linears_of_a_merged_module_have_ranks_and_others_are_dense() -> None:
     parts = merged_linears(["q", "k", "v"], {"q": 9, "v": 2}, [8, 4, 4], [WHOLE] * 3)
     assert [part.rank for part in parts] == [9, None, 2]
     assert [part.rows for part in parts] == [8, 4, 4]
@@ -71,21 +71,21 @@ def test_linears_and_outputs_that_do_not_match_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("shard", "index"), [("q", 0), ("k", 1), ("v", 2), (0, 0), (2, 2)])
-def test_shards_are_known_by_name_and_by_number(shard: object, index: int) -> None:
+def test_shards_are_selected_by_name_and_by_number(shard: object, index: int) -> None:
     assert linear_index(shard, QKV) == index
 
 
-def test_without_a_shard_the_only_part_is_meant() -> None:
+def test_no_shard_selects_the_only_linear() -> None:
     assert linear_index(None, QKV[:1]) == 0
 
 
 @pytest.mark.parametrize("shard", [None, "index_q", 3, -1, (0, 1), True])
-def test_a_shard_that_is_none_of_the_parts_is_refused(shard: object) -> None:
+def test_an_unknown_shard_is_refused(shard: object) -> None:
     with pytest.raises(UnsupportedModelError, match="q, k, v; expected one of them"):
         linear_index(shard, QKV)
 
 
-def test_a_tensor_of_another_shape_is_refused_with_both() -> None:
+def test_a_tensor_of_another_shape_is_refused_with_both_shapes() -> None:
     check_shape("q.U", torch.empty(4, 2), (4, 2))
     with pytest.raises(CheckpointError, match=r"q\.U has the shape \(4, 2\), config\.json requires \(4, 3\)"):
         check_shape("q.U", torch.empty(4, 2), (4, 3))

@@ -1,4 +1,4 @@
-"""The commands of docs/serve, run as they stand: on a tiny checkpoint, the server on the built-in model."""
+"""The commands of docs/serve, unchanged, on a tiny checkpoint; the server serves the built-in model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TOKENS = 12
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint ``small``: one layer, wholly low-rank, and a byte tokenizer."""
+    """A folder with a checkpoint ``small``: one low-rank layer and a byte tokenizer."""
     folder, tokenizer = tmp_path_factory.mktemp("tiny"), byte_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer), num_hidden_layers=1)
     for rank, target in enumerate(layer_targets(model, 0)[0], start=3):
@@ -52,7 +52,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def builtin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint ``small``: the built-in model, one of its layers by plain SVD, which is quick."""
+    """A folder with a checkpoint ``small``: the built-in model with one layer compressed by plain SVD."""
     folder = tmp_path_factory.mktemp("builtin")
     model, tokenizer = load_model("builtin", dtype="float32")
     for rank, target in enumerate(layer_targets(model, 14)[0], start=80):
@@ -99,7 +99,7 @@ def test_the_split_model_runs_in_two_processes(tiny: Path) -> None:
 
 @contextmanager
 def served(folder: Path, *options: str) -> Iterator[int]:
-    """A server as the document starts it, on a free port, which is given."""
+    """Start the server of the document on a free port, and yield the port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -120,7 +120,7 @@ def served(folder: Path, *options: str) -> Iterator[int]:
 
 
 def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    """Until a server answers; it fails with what the server printed."""
+    """Wait until a server answers; a failure has the output of the server."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and server.poll() is None:
         try:
@@ -132,7 +132,7 @@ def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def ask(port: int, **options: Any) -> list[str]:
-    """The lines of the answer to ``QUESTION``, decoded greedily."""
+    """The lines of the greedily decoded answer to ``QUESTION``."""
     body = {"model": "small", "messages": QUESTION, "max_tokens": TOKENS, "temperature": 0, **options}
     request = urllib.request.Request(
         f"http://localhost:{port}/v1/chat/completions",
@@ -144,7 +144,7 @@ def ask(port: int, **options: Any) -> list[str]:
 
 
 def streamed(lines: list[str]) -> list[str]:
-    """The pieces of text in server-sent events."""
+    """The texts of server-sent events."""
     events = [json.loads(line.removeprefix("data: ")) for line in lines if line != "data: [DONE]"]
     return [event["choices"][0]["delta"].get("content") or "" for event in events if event["choices"]]
 
