@@ -103,16 +103,6 @@ class StudyResult(Record):
     )
     figures: ClassVar[tuple[str, ...]] = ("benchmarks.study.records:perplexity_by_size",)
 
-    @property
-    def measured_model(self) -> str:
-        """Name of the studied model."""
-        return self.setting.model
-
-    @property
-    def dense_parameters(self) -> int | None:
-        """Number of parameters of the dense model, if this is its cell."""
-        return self.parameters if self.method == "dense" else None
-
 
 @dataclass(frozen=True)
 class StudyLatency(Record):

@@ -32,19 +32,33 @@ READERS: tuple[Callable[[Tensor], Tensor], ...] = (
 
 @dataclass(frozen=True)
 class Conditions:
-    """What must be known to read a time, or to repeat it."""
+    """The facts needed to interpret a time, and to measure it again.
+
+    Attributes:
+        device: name of the processor or GPU.
+        threads: number of threads of a CPU.
+        read_bandwidth: bytes/s of reading a large matrix, measured in this run.
+        flops: FLOP/s of a large matmul in the dtype of the results, measured in this run.
+        torch: version.
+        triton: version; ``None`` if it is not installed.
+        python: version.
+        commit: commit of the checkout; ``None`` outside a checkout.
+        dirty: whether tracked files differ from the commit.
+        started: time after the measurement of the speeds, UTC.
+        instruction_sets: instruction sets of ``grasp_kernels.cpu`` that a CPU supports.
+    """
 
     device: str
-    threads: int | None  # of a CPU
-    read_bandwidth: float  # bytes/s, measured in this run
-    flops: float  # FLOP/s of a large matmul in the dtype of the results, measured in this run
+    threads: int | None
+    read_bandwidth: float
+    flops: float
     torch: str
     triton: str | None
     python: str
     commit: str | None
-    dirty: bool | None  # tracked files differ from the commit
-    started: str  # UTC
-    instruction_sets: Sequence[str] | None = None  # of a CPU, those of grasp_kernels.cpu that it has
+    dirty: bool | None
+    started: str
+    instruction_sets: Sequence[str] | None = None
 
     @property
     def processor(self) -> str:

@@ -34,7 +34,7 @@ from grasp.bench.providers import (
     require_backends,
     truncate_,
 )
-from grasp.bench.records import ModelResult, NotMeasured, Percentiles
+from grasp.bench.records import PLAIN_SVD, ModelResult, NotMeasured, Percentiles
 from grasp.bench.timing import Sample
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_text, tokenize
@@ -51,7 +51,6 @@ from grasp_kernels.roofline import Card
 REFERENCE = "reference"
 # Relative difference of the logits, norm-wise, between two ways to compute low-rank layers that rounding may make.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-PLAIN_SVD = "plain SVD"
 NOTE = "Factors by plain SVD: the speed is that of GRASP at these ranks, the perplexity is not."
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 

@@ -10,6 +10,7 @@ from grasp.bench.conditions import Conditions
 from grasp.bench.schema import Record
 from grasp.formatting import Column, count, layer_ranges, model_name, share, size
 
+PLAIN_SVD = "plain SVD"  # factors of a model that was compressed only to time it
 _fixed, _ratio, _significant = "{:.1f}".format, "{:.2f}".format, "{:.4g}".format
 
 

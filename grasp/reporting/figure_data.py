@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from grasp.bench.records import PLAIN_SVD
 from grasp.errors import ResultsError
 from grasp.formatting import model_name
 from grasp_kernels import roofline
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
 
-PLAIN_SVD = "plain SVD"  # factors of a model that was compressed only to time it
 _PROVIDERS = {"removed": "layers removed", "compiled": "torch.compile"}  # those with another label than their name
 _ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.study.records import STUDY_RECORDS, StudySetting
+from grasp.bench.conditions import Conditions
 from grasp.bench.records import RECORDS, ModelResult, OpResult, Percentiles
 from grasp.bench.results import append_results, check_output, read_results
 from grasp.bench.schema import Record
@@ -124,7 +125,9 @@ def test_nothing_is_added_to_a_file_of_something_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "described", [*RECORDS, *STUDY_RECORDS, Percentiles, StudySetting], ids=lambda described: described.__name__
+    "described",
+    [*RECORDS, *STUDY_RECORDS, Conditions, Percentiles, StudySetting],
+    ids=lambda described: described.__name__,
 )
 def test_every_field_is_documented_where_it_is_defined(described: type) -> None:
     assert is_dataclass(described)

@@ -17,7 +17,9 @@ from grasp.bench.results import append_results
 from grasp.bench.schema import Record
 from grasp.checkpoint.compression_report import CompressionReport
 from grasp.config import GraspConfig
+from grasp.errors import ResultsError
 from grasp.reporting.page import render, write_report
+from grasp.reporting.result_tables import require_same_model
 from grasp.workflows.compress import compress
 from grasp.workflows.samples import Samples
 from tests.bench.records import record
@@ -282,20 +284,15 @@ def test_a_folder_that_is_missing_is_not_made(
 
 
 def test_results_of_the_checkpoint_itself_are_its_own(report: CompressionReport) -> None:
-    from grasp.reporting.result_tables import require_same_model
-
     result = record(ModelResult, model="/a/small", provider="dense", parameters=report.after.parameters)
     require_same_model([result], "tiny", "small", report.before.parameters, Path("x"))
 
 
 def test_without_names_sizes_tell_models_apart() -> None:
-    from grasp.reporting.result_tables import require_same_model
-
-    require_same_model([record(ModelResult, model="a", provider="dense", parameters=5)], None, "small", 5, Path("x"))
-    with pytest.raises(ValueError, match="x has results of a with 5 parameters"):
-        require_same_model(
-            [record(ModelResult, model="a", provider="dense", parameters=5)], None, "small", 6, Path("x")
-        )
+    result = record(ModelResult, model="a", provider="dense", parameters=5)
+    require_same_model([result], None, "small", 5, Path("x"))
+    with pytest.raises(ResultsError, match="x has results of a with 5 parameters"):
+        require_same_model([result], None, "small", 6, Path("x"))
 
 
 @pytest.fixture(scope="module")
