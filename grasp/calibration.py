@@ -1,4 +1,4 @@
-"""Text → token batches; a sample is one sequence of ``seq_len`` tokens."""
+"""Reads texts, tokenizes them and cuts them into batches of calibration samples."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grasp.builtin import packaged_file
+from grasp.builtin import BUILTIN, builtin_text_path
 from grasp.errors import CalibrationError, MissingPackageError
+from grasp.formatting import one_line
 from grasp.model.batch import CalibrationBatch
 
 Split = Literal["calibration", "evaluation"]
 
 
 class HubText(NamedTuple):
-    """A text data set of the hub: where it is, and the part that each of our splits reads.
+    """A text data set on the hub.
 
-    With ``files``, only the file named there is read, and only as far as needed.
+    Attributes:
+        path: repository of the data set.
+        config: its configuration.
+        parts: the data set's own split for each of our splits.
+        files: the only file to read for each of our splits, as far as needed; ``None`` reads the whole part.
     """
 
     path: str
@@ -45,25 +50,30 @@ HUB_TEXTS = {
         },
     ),
 }
-BUILTIN = "builtin"
-BUILTIN_REQUIREMENT = "exllamav3==1.6.5"
-BUILTIN_FILE = "conversion/standard_cal_data/wiki.utf8"
-# Runs of this many documents go to one split: related articles follow each other in the built-in text.
-_BUILTIN_RUN = 25
+NAMED_TEXTS = (*HUB_TEXTS, BUILTIN)
+# Groups of this many articles go to one split, because neighbours in the built-in text are related.
+_ARTICLE_GROUP = 25
 
 
 def read_text(source: str, *, split: Split = "calibration", characters: int = 8_000_000) -> str:
-    """The text of a source. The two splits of a named one have no document in common.
+    """Read the text of a source. The two splits of a named text share no document.
 
     Args:
         source: the path of a UTF-8 file; ``"wikitext2"`` (train or test) or ``"c4"`` (a shard of train or validation),
-            fetched from the hub with the package ``datasets``; or ``"builtin"``, Wikipedia articles.
-        split: what the text is for. A file is read whole for either.
-        characters: how much of ``"c4"`` is enough; no more than this, rounded up to a document, is fetched.
+            fetched from the hub with the package ``datasets``; or ``"builtin"``, see ``builtin_text``.
+        split: the use of the text. A file has no splits: it is always read whole.
+        characters: length of text to fetch of ``"c4"``, rounded up to a document.
 
     Raises:
-        CalibrationError: if there is no such file, it is not UTF-8 or empty, or the hub cannot be reached.
+        CalibrationError: if there is no such file, it is empty or not UTF-8, or the hub cannot be reached.
         MissingPackageError: if the source needs a package that is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        ...     print("a text", file=file, flush=True)
+        ...     read_text(file.name)
+        'a text\\n'
     """
     if source == BUILTIN:
         return builtin_text(split)
@@ -73,23 +83,27 @@ def read_text(source: str, *, split: Split = "calibration", characters: int = 8_
 
 
 def builtin_text(split: Split) -> str:
-    """Wikipedia articles: three quarters (calibration) or the last quarter (evaluation) of each 100.
+    """Return Wikipedia articles: the first 75 (calibration) or the last 25 (evaluation) of each 100.
 
-    The text is data of the package ``exllamav3`` (MIT), which is located and never imported.
+    The text is a data file of the package ``exllamav3`` (MIT). The package is not imported.
 
     Raises:
-        MissingPackageError: if that package is not installed.
+        MissingPackageError: if the package is not installed.
+
+    Example:
+        >>> builtin_text("calibration")[:44]
+        '2007 European Parliament election in Romania'
     """
-    text = packaged_file("exllamav3", BUILTIN_FILE, BUILTIN_REQUIREMENT).read_text(encoding="utf-8")
+    text = builtin_text_path().read_text(encoding="utf-8")
     articles = [article.strip() for article in re.split(r"^</?doc\b.*>$", text, flags=re.MULTILINE)]
     articles = [article for article in articles if article]
-    wanted = split == "evaluation"
-    return "\n\n".join(a for i, a in enumerate(articles) if (i // _BUILTIN_RUN % 4 == 3) == wanted)
+    evaluation = split == "evaluation"
+    return "\n\n".join(a for i, a in enumerate(articles) if (i // _ARTICLE_GROUP % 4 == 3) == evaluation)
 
 
 def _file_text(source: str) -> str:
     path = Path(source).expanduser()
-    names = ", ".join([*HUB_TEXTS, BUILTIN])
+    names = ", ".join(NAMED_TEXTS)
     if not path.is_file():
         raise CalibrationError(f"no text file {source}; expected a path or one of {names}")
     try:
@@ -107,7 +121,7 @@ def _hub_text(name: str, split: Split, characters: int) -> str:
     if find_spec("datasets") is None:
         raise MissingPackageError(
             f"the text {name} needs the package datasets; install it with: pip install datasets. "
-            f"{BUILTIN!r} or a text file need neither it nor the network."
+            f"{BUILTIN!r} and text files need neither the package nor the network."
         )
     documents: list[str] = []
     size = 0
@@ -119,8 +133,8 @@ def _hub_text(name: str, split: Split, characters: int) -> str:
                 break
     except (OSError, ValueError) as error:
         raise CalibrationError(
-            f"the text {name} cannot be fetched from the hub ({type(error).__name__}: {error}). "
-            f"Check the network, or give a text file or {BUILTIN!r}, which needs none."
+            f"the text {name} cannot be fetched from the hub ({one_line(error)}). "
+            f"Check the network, or use a text file or {BUILTIN!r}, which need none."
         ) from error
     return "\n\n".join(documents)
 
@@ -133,20 +147,28 @@ def _hub_rows(text: HubText, split: Split) -> Iterable[dict[str, Any]]:
 
 
 def bos_for(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the tokenizer puts at the start of a text unasked; ``None`` where it puts none."""
+    """Return the BOS token if the tokenizer puts it before a text by default, else ``None``."""
     bos = tokenizer.bos_token_id
     return bos if isinstance(bos, int) and tokenizer("a").input_ids[:1] == [bos] else None
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """All of a text as one int64 (T,) tensor, without any special token."""
-    # ``verbose=False``: no warning that the whole is longer than what the model takes at once.
+    """Return the tokens of a text, int64 (T,), without special tokens.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> letters = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1}, [])))
+        >>> tokenize(letters, "abba")
+        tensor([0, 1, 1, 0])
+    """
+    # ``verbose=False`` suppresses the warning that the text is longer than the model's positions.
     ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
     return torch.tensor(ids, dtype=torch.int64)
 
 
 def require_sizes(*, num_samples: int, seq_len: int, batch_size: int) -> None:
-    """Refuse what makes no batch with a token to predict.
+    """Check that the sizes give batches with at least one token to predict.
 
     Raises:
         ValueError: if a number is too small.
@@ -165,17 +187,25 @@ def token_batches(
     batch_size: int = 1,
     seed: int = 0,
 ) -> list[CalibrationBatch]:
-    """Draw ``num_samples`` sequences of ``seq_len`` contiguous tokens from a text, none overlapping another.
+    """Draw ``num_samples`` sequences of ``seq_len`` contiguous tokens from a text, without overlap.
 
-    Every placement is equally likely, and so is every order. Where the tokenizer starts a text with a BOS, so does each
-    sequence, within ``seq_len``.
+    All placements and orders are equally likely. If the tokenizer puts a BOS before a text, each sequence starts with
+    it; it counts towards ``seq_len``.
 
     Returns:
-        Batches of ``batch_size`` sequences, the last one possibly smaller; without mask, for there is no padding.
+        Batches of ``batch_size`` sequences without mask, since there is no padding; the last one may be smaller.
 
     Raises:
         CalibrationError: if the text has too few tokens.
         ValueError: if a number is too small.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> letters = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1}, [])))
+        >>> batches = token_batches(letters, "abbabaabbaba", num_samples=3, seq_len=4, batch_size=2)
+        >>> [tuple(batch.input_ids.shape) for batch in batches]
+        [(2, 4), (1, 4)]
     """
     require_sizes(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size)
     bos = bos_for(tokenizer)
@@ -186,7 +216,7 @@ def token_batches(
         fewer = f"at most {most} samples, " if (most := len(tokens) // length) else ""
         raise CalibrationError(
             f"the text has {len(tokens)} tokens; {num_samples} samples of {seq_len} need {num_samples * length}. "
-            f"Take {fewer}a shorter seq_len, or more text."
+            f"Use {fewer}a shorter seq_len, or more text."
         )
     rng = random.Random(seed)
     gaps = sorted(rng.sample(range(spare + num_samples), num_samples))

@@ -1,4 +1,4 @@
-"""Facts of this machine: versions, processors, and which backends of the dispatch table can run."""
+"""Describes this machine: versions, processors, and which backends of the dispatch table can run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "hu
 
 
 def environment() -> dict[str, Any]:
-    """Versions, CPU, GPUs, backends with the reason why one is missing, and whether transformers loads checkpoints."""
+    """Return versions, CPU, GPUs, each backend's availability, and whether transformers loads grasp checkpoints.
+
+    Example:
+        >>> environment()["backends"]["reference"]
+        'available'
+    """
     return {
         "versions": {"grasp": __version__, "python": platform.python_version(), **_versions()},
         "platform": platform.platform(),
@@ -51,9 +56,9 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def _reload_status() -> str:
-    """Whether transformers can load a grasp checkpoint in a process that does not import grasp."""
+    """Return ``"available"`` if a process that does not import grasp can load a grasp checkpoint, else the reason."""
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
         return "off: TORCH_DEVICE_BACKEND_AUTOLOAD=0; `import grasp.model.hf_quantizer` before loading"
     if not any(point.name == "grasp" for point in entry_points(group="torch.backends")):
-        return "off: grasp is not installed here, only importable; `import grasp.model.hf_quantizer` before loading"
+        return "off: grasp is importable but not installed; `import grasp.model.hf_quantizer` before loading"
     return "available"

@@ -1,8 +1,8 @@
-"""Exceptions of our own, for what a caller may want to tell apart."""
+"""Exceptions that a caller may want to handle separately."""
 
 
 class GraspError(Exception):
-    """Something the user can put right; the message has what was got, what was expected and the remedy."""
+    """An error that the user can correct; its message has the value, the expectation and the remedy."""
 
 
 class NonFiniteError(GraspError, ValueError):
@@ -14,47 +14,47 @@ class CalibrationError(GraspError, ValueError):
 
 
 class TrainingDataError(GraspError, ValueError):
-    """The data to fine-tune on cannot be read, or are too few."""
+    """The training data cannot be read, or there is too little."""
 
 
 class UnsupportedModelError(GraspError, TypeError):
-    """The model's decoder layers cannot be found, or hold nothing that can be compressed."""
+    """The model's decoder layers cannot be found, or have no linears that can be compressed."""
 
 
 class CheckpointError(GraspError, ValueError):
-    """A checkpoint folder does not hold what its configuration says."""
+    """A checkpoint folder cannot be read or written, or does not match its configuration."""
 
 
 class ModelNotFoundError(GraspError, ValueError):
-    """There is no model of that name, or the hub that may have it cannot be reached."""
+    """No model has this name, or the hub cannot be reached."""
 
 
 class MissingPackageError(GraspError, ImportError):
-    """An optional package is not installed; the message has the command that installs it."""
+    """An optional package is not installed; the message has the installing command."""
 
 
 class ResumeError(GraspError, ValueError):
-    """An unfinished run cannot be continued: it was another request, its folder is damaged, in use or not writable."""
+    """A run cannot be resumed: its folder belongs to another request, is damaged, in use or not writable."""
 
 
 class DistributedError(GraspError, RuntimeError):
-    """One of the processes that compress a model together has failed, is gone, or was given something else."""
+    """One of the processes of a compression has failed, has ended, or has other inputs."""
 
 
 class OutOfMemoryError(GraspError, MemoryError):
-    """The device has too little memory for the job."""
+    """The device has too little memory."""
 
 
 class ResultsError(GraspError, ValueError):
-    """A file of benchmark results cannot be read, is damaged, or is of another schema."""
+    """A file of results cannot be read, is damaged, or has another schema."""
 
 
 class CostTableError(GraspError, ValueError):
-    """A table of decode costs cannot be read, or is not for this model."""
+    """A cost table cannot be read or written, or does not cover this model."""
 
 
 class TaskError(GraspError, ValueError):
-    """A task of lm-eval is not known, or its documents are missing, unreadable or out of reach."""
+    """A task of lm-eval is unknown, or its documents are missing, unreadable or unreachable."""
 
 
 class HubError(GraspError, RuntimeError):

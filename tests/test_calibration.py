@@ -84,11 +84,9 @@ def test_the_whole_text_can_be_used_and_not_one_token_more() -> None:
     tokenizer = byte_tokenizer()
     samples = rows(token_batches(tokenizer, DISTINCT, num_samples=9, seq_len=10))
     assert sorted(token for sample in samples for token in sample) == sorted(tokenize(tokenizer, DISTINCT).tolist())
-    with pytest.raises(
-        CalibrationError, match=r"has 90 tokens; 10 samples of 10 need 100\. Take at most 9 samples, a sh"
-    ):
+    with pytest.raises(CalibrationError, match=r"90 tokens; 10 samples of 10 need 100\..* at most 9 samples, a sh"):
         token_batches(tokenizer, DISTINCT, num_samples=10, seq_len=10)
-    with pytest.raises(CalibrationError, match=r"has 90 tokens; 1 samples of 91 need 91\. Take a shorter seq_len"):
+    with pytest.raises(CalibrationError, match=r"90 tokens; 1 samples of 91 need 91\..* shorter seq_len"):
         token_batches(tokenizer, DISTINCT, num_samples=1, seq_len=91)
 
 
@@ -126,7 +124,7 @@ def test_plain_tensors_become_batches() -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
     plain, masked = as_batches([tokens, CalibrationBatch(tokens, mask)])
     assert (plain.num_tokens, masked.num_tokens) == (6, 3)
-    with pytest.raises(CalibrationError, match="1 calibration batches hold no token to predict"):
+    with pytest.raises(CalibrationError, match="1 calibration batches have no token"):
         as_batches([tokens[:, :1]])
 
 
@@ -143,9 +141,7 @@ def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
         read_text(str(tmp_path / "latin.txt"))
     with pytest.raises(CalibrationError, match="has no text"):
         read_text(str(tmp_path / "empty.txt"))
-    with pytest.raises(
-        CalibrationError, match="no text file wikitext; expected a path or one of wikitext2, c4, builtin"
-    ):
+    with pytest.raises(CalibrationError, match=r"wikitext;.* wikitext2, c4"):
         read_text("wikitext")
     with pytest.raises(CalibrationError, match="no text file"):
         read_text(str(tmp_path))
@@ -203,9 +199,7 @@ def test_c4_is_streamed_only_as_far_as_needed_and_never_the_same_shard_twice(hub
 
 def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", FakeHub(ConnectionError("Couldn't reach the Hub")))
-    with pytest.raises(
-        CalibrationError, match=r"c4 cannot be fetched .*Couldn't reach the Hub.*'builtin', which needs"
-    ):
+    with pytest.raises(CalibrationError, match=r"c4 cannot be fetched .*Couldn't reach the Hub.*'builtin'"):
         read_text("c4")
 
 

@@ -31,7 +31,7 @@ def test_all_of_it_is_json_and_a_missing_package_is_none(monkeypatch: pytest.Mon
         (
             "1",
             False,
-            "off: grasp is not installed here, only importable; `import grasp.model.hf_quantizer` before loading",
+            "off: grasp is importable but not installed; `import grasp.model.hf_quantizer` before loading",
         ),
     ],
 )

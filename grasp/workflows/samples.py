@@ -9,7 +9,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from grasp.builtin import BUILTIN
-from grasp.calibration import HUB_TEXTS, token_batches
+from grasp.calibration import NAMED_TEXTS, token_batches
 from grasp.checkpoint.card import is_hub_name
 from grasp.model.batch import CalibrationBatch
 
@@ -47,4 +47,4 @@ def _model_name(name: str) -> str:
 
 
 def _text_name(source: str) -> str:
-    return source if source in (BUILTIN, *HUB_TEXTS) else Path(source).name
+    return source if source in NAMED_TEXTS else Path(source).name

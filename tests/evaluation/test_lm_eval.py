@@ -126,7 +126,7 @@ def test_documents_that_do_not_fit_the_definition_are_refused_with_their_columns
     model: PreTrainedModel, tmp_path: Path
 ) -> None:
     (tmp_path / "piqa.jsonl").write_text('{"goal": "a", "answer": "b"}\n')
-    with pytest.raises(TaskError, match=r"does not fit the documents .*goal, answer"):
+    with pytest.raises(TaskError, match="goal, answer"):
         evaluate_tasks(model, byte_tokenizer(), ["piqa"], tmp_path)
 
 
@@ -134,14 +134,14 @@ def test_a_task_with_solved_examples_is_refused_without_documents_for_them(
     model: PreTrainedModel, tmp_path: Path
 ) -> None:
     (tmp_path / "gsm8k.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
-    with pytest.raises(TaskError, match=r"gsm8k shows the model \d+ solved examples"):
+    with pytest.raises(TaskError, match=r"gsm8k .* \d+ solved examples"):
         evaluate_tasks(model, byte_tokenizer(), ["gsm8k"], tmp_path)
 
 
 def test_an_answer_longer_than_the_model_can_read_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
     row = {"goal": "Count.", "sol1": "one " * 100, "sol2": "two", "label": 0}
     (tmp_path / "piqa.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(TaskError, match="more than the model's 128 positions"):
+    with pytest.raises(TaskError, match="128 positions"):
         evaluate_tasks(model, byte_tokenizer(), ["piqa"], tmp_path)
 
 
@@ -154,7 +154,7 @@ def test_a_task_of_whole_texts_has_a_perplexity(model: PreTrainedModel, tmp_path
 def test_a_task_that_lets_the_model_write_more_than_it_can_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
     row = {"question": "Who?", "answer": {"value": "he", "aliases": ["he"]}}
     (tmp_path / "triviaqa.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(TaskError, match="write more tokens than its 128 positions"):
+    with pytest.raises(TaskError, match="128 positions"):
         evaluate_tasks(model, byte_tokenizer(), ["triviaqa"], tmp_path)
 
 
@@ -170,7 +170,7 @@ def test_a_label_that_is_withheld_is_not_taken_for_the_last_answer(
 
 def test_tokens_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
     write_jsonl(tmp_path, "piqa")
-    with pytest.raises(TaskError, match=r"the tokenizer gives the token .* but the model has 60 tokens"):
+    with pytest.raises(TaskError, match="the model has 60 tokens"):
         evaluate_tasks(tiny_model("llama", vocab_size=60), byte_tokenizer(), ["piqa"], tmp_path)
 
 
@@ -190,10 +190,10 @@ def test_without_network_the_hub_is_said_to_be_out_of_reach_and_what_to_do(
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (TaskRequest(()), "no task is named"),
+        (TaskRequest(()), "got no task"),
         (TaskRequest(("piqa",), limit=0), "limit must be at least 1, got 0"),
-        (TaskRequest(("piqaa",), "."), r"no task 'piqaa'; near names: .*piqa"),
-        (TaskRequest(("mmlu",), "."), "mmlu is a group of tasks"),
+        (TaskRequest(("piqaa",), "."), r"no task 'piqaa'; .* piqa"),
+        (TaskRequest(("mmlu",), "."), "mmlu is a group"),
         (TaskRequest(("piqa",), "nowhere"), "no folder nowhere"),
         (TaskRequest(("piqa",), "."), "has no documents of piqa"),
     ],
@@ -209,16 +209,16 @@ def test_a_request_that_cannot_be_met_is_refused_before_a_model_is_loaded(
 def test_an_unknown_task_of_the_hub_may_be_a_tag(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_all_names", lambda: ["piqa", "ai2_arc"])
     TaskRequest(("ai2_arc",)).check()
-    with pytest.raises(TaskError, match=r"no task 'arc_eazy'; near names: arc_easy"):
+    with pytest.raises(TaskError, match=r"no task 'arc_eazy'; .* arc_easy"):
         TaskRequest(("ai2_arc", "arc_eazy")).check()
 
 
 def test_a_missing_or_old_package_is_said_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "version", lambda name: "3.6.0")
-    with pytest.raises(MissingPackageError, match=r"datasets 3\.6\.0 can run code .* pip install"):
+    with pytest.raises(MissingPackageError, match=r"datasets 3\.6\.0 .* pip install"):
         TaskRequest(("piqa",)).check()
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackageError, match=r"need the package lm-eval; install it with: pip install 'lm-eval"):
+    with pytest.raises(MissingPackageError, match=r"pip install 'lm-eval"):
         TaskRequest(("piqa",)).check()
 
 

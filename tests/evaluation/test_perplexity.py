@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.errors import CalibrationError
-from grasp.evaluation.generation import GenerationTime, first_logits, summarize, throughput, time_generation
 from grasp.evaluation.perplexity import PerplexityResult, Window, cut_windows, perplexity
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
@@ -204,62 +203,3 @@ def test_a_text_without_a_token_to_predict_is_refused(length: int, bos: int | No
 def test_impossible_windows_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         perplexity(tiny_model("llama"), text(30), **{"window": 8, **options})
-
-
-def test_throughput_decodes_every_step_from_one_token_and_the_cache() -> None:
-    model = tiny_model("gpt2")
-    calls: list[tuple[int, ...]] = []
-    model.transformer.h[0].register_forward_pre_hook(lambda _, args: calls.append(tuple(args[0].shape)))
-    model.generation_config.eos_token_id = list(range(97))  # whatever comes would end a text
-    time = time_generation(model, prompt_tokens=10, new_tokens=4, batch_size=2)
-    assert calls == [(2, 10, 32)] + 4 * [(2, 1, 32)]
-    assert 0 < time.prefill_s < time.first_token_s
-    assert len(time.steps_s) == 4
-    assert time.decode_s == sum(time.steps_s) > 0
-    assert time.kv_cache_bytes == 2 * 14 * 3 * 2 * 32 * 4  # sequences, tokens, layers, keys and values, features, fp32
-
-
-def test_first_logits_are_those_of_the_whole_text_at_once() -> None:
-    model = tiny_model("llama")
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(97, (2, 10), generator=generator)
-    with torch.no_grad():
-        expected = model(torch.cat([prompt, prompt[:, :1]], dim=1)).logits[:, -2:].transpose(0, 1)
-    torch.testing.assert_close(first_logits(model, prompt_tokens=10, batch_size=2), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_throughput_leaves_the_warm_up_out_and_reports_progress() -> None:
-    model = tiny_model("llama")
-    prompts: list[int] = []
-    model.model.register_forward_pre_hook(
-        lambda _, __, kwargs: prompts.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    steps: list[tuple[int, int]] = []
-    result = throughput(
-        model, prompt_tokens=12, new_tokens=2, repeats=3, progress=lambda _, done, total: steps.append((done, total))
-    )
-    assert prompts == 4 * [12, 1, 1]
-    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert (result.repeats, result.prompt_tokens, result.new_tokens, result.batch_size) == (3, 12, 2, 1)
-
-
-def test_speed_is_that_of_the_median_times_over_the_whole_batch() -> None:
-    times = [GenerationTime(p, p, (d - 1, 1.0), 0) for p, d in ((1.0, 9.0), (2.0, 4.0), (60.0, 3.0))]
-    result = summarize(times, prompt_tokens=100, new_tokens=8, batch_size=3)
-    assert result.prefill_tokens_per_s == 150.0
-    assert result.decode_tokens_per_s == 6.0
-    assert result.repeats == 3
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"prompt_tokens": 0}, "prompt_tokens must be at least 1, got 0"),
-        ({"new_tokens": 0}, "new_tokens must be at least 1, got 0"),
-        ({"repeats": 0}, "repeats must be at least 1, got 0"),
-        ({"prompt_tokens": 120, "new_tokens": 9}, "120 prompt tokens and 9 new ones are more than the model's 128"),
-    ],
-)
-def test_impossible_generation_is_refused(options: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        throughput(tiny_model("llama"), **{"prompt_tokens": 4, "new_tokens": 2, **options})
