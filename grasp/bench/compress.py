@@ -24,7 +24,7 @@ from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, builtin_text, token_batches, tokenize
 from grasp.compress import compress_
 from grasp.compression.eligible import eligible_targets
-from grasp.compression.estimate import Estimate, Job, estimate
+from grasp.compression.estimate import CompressionJob, Estimate, estimate
 from grasp.config import GraspConfig
 from grasp.evaluation.perplexity import perplexity
 from grasp.loading import load_quietly
@@ -101,7 +101,9 @@ class Setting:
         """What the package's own estimate says."""
         count, length = self.sequences.shape
         model = self.model
-        job = Job(model.config, self.config, model.dtype, first_device(model), num_samples=count, seq_len=length)
+        job = CompressionJob(
+            model.config, self.config, model.dtype, first_device(model), num_samples=count, seq_len=length
+        )
         return estimate(job, self.batch_size)
 
     def memory(self) -> tuple[int | None, int]:

@@ -11,7 +11,7 @@ from accelerate.utils import find_executable_batch_size
 from transformers import PreTrainedModel
 
 from grasp.compression.eligible import eligible_targets
-from grasp.compression.estimate import Estimate, Job, estimate
+from grasp.compression.estimate import CompressionJob, Estimate, estimate
 from grasp.config import GraspConfig
 from grasp.errors import OutOfMemoryError
 from grasp.method.schedules import plan_sweeps
@@ -47,14 +47,14 @@ def fitting_batch_size(
         ValueError, CalibrationError, UnsupportedModelError: as ``estimate`` does.
     """
     device = first_device(model)
-    job = Job(model.config, config, model.dtype, device, num_samples, seq_len)
+    job = CompressionJob(model.config, config, model.dtype, device, num_samples, seq_len)
     plan = largest_batch_size(job, free_bytes(device))
     if device.type == "cpu" or not trial:
         return plan.batch_size
     return executable_batch_size(plan.batch_size, lambda size: try_batch(model, config, plan, seq_len, size))
 
 
-def largest_batch_size(job: Job, free: int, *, loaded: bool = True) -> Estimate:
+def largest_batch_size(job: CompressionJob, free: int, *, loaded: bool = True) -> Estimate:
     """The estimate with the largest power of two as batch size that fits into ``free`` bytes; at least 1.
 
     A batch on a CPU has at most ``CPU_TOKENS`` tokens, or one sequence. Errors are those of ``estimate``.

@@ -1,4 +1,4 @@
-"""What a decoder layer costs: it is run on tensors that have shapes and no data, and what it does is counted."""
+"""The FLOPs and bytes of decoder layers, counted by running them on tensors without data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _lowrank_flops(x: Sequence[int], U: Sequence[int], s: Any, Vh: Sequence[int]
     return 2 * math.prod(x[:-1]) * U[1] * (U[0] + Vh[1])
 
 
-# Shapes → FLOPs of the ops that PyTorch's counter does not know.
+# Shapes → FLOPs of the ops that the counter of PyTorch does not support.
 FLOP_FORMULAS = {
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
@@ -48,12 +48,12 @@ FLOP_FORMULAS = {
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors made while it is active that are still alive, and the most there were at any time."""
+    """Bytes of the live tensors that were created while this mode was active, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self._storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
@@ -61,8 +61,8 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type != "meta":
                 storage = leaf.untyped_storage()
-                if storage not in given and storage not in self._known:
-                    self._known.add(storage)
+                if storage not in given and storage not in self._storages:
+                    self._storages.add(storage)
                     self._grow(storage.nbytes())
                     weakref.finalize(storage, self._grow, -storage.nbytes())
         return result
@@ -73,34 +73,34 @@ class LiveBytes(TorchDispatchMode):
 
 
 class LayerCost(NamedTuple):
-    """What one call of a layer takes, for one batch."""
+    """The cost of one call of a layer with one batch."""
 
     forward: int  # FLOPs
-    backward: int  # FLOPs, in activations alone
-    saved: int  # bytes that live from the forward pass until the backward pass, the output among them
-    transient: int  # the most bytes beyond those, at any time
+    backward: int  # FLOPs, in activations only
+    saved: int  # bytes that live from the forward to the backward pass, including the output
+    transient: int  # peak bytes in addition to ``saved``
 
 
-Graph = Literal["none", "starts", "enters"]  # a forward pass alone; the graph starts in the layer; it comes from below
+Graph = Literal["none", "starts", "enters"]  # no autograd graph; it starts in the layer; it comes from the layer below
 
 
 class Tracer:
     """The layers of one model, for batches of one shape.
 
     Attributes:
-        model: without data.
-        batch: tokens without data.
-        base_bytes: what surrounds the layers of one batch: embeddings, masks, positions.
+        model: a model without data.
+        batch: a batch of tokens without data.
+        base_bytes: bytes of one batch outside the layers: embeddings, masks, positions.
 
     Args:
-        config: the model's.
-        dtype: of its weights.
-        device: where it is to run; nothing is allocated there.
-        batch_size: sequences in a batch.
-        seq_len: tokens in each.
+        config: configuration of the model.
+        dtype: dtype of the weights.
+        device: the device to estimate for; nothing is allocated on it.
+        batch_size: sequences in the batch.
+        seq_len: tokens per sequence.
 
     Raises:
-        UnsupportedModelError: here or in ``layer``, if the model does something that depends on its tensors' data.
+        UnsupportedModelError: here or in ``layer``, if the operations of the model depend on the data of its tensors.
     """
 
     def __init__(
@@ -112,18 +112,18 @@ class Tracer:
             self.batch = CalibrationBatch(torch.zeros(batch_size, seq_len, dtype=torch.int64))
             self._arguments, self.base_bytes = _arguments(self.model, self.batch)
         self._path = decoder(self.model).path
-        self._known: dict[Any, LayerCost] = {}
+        self._costs: dict[Any, LayerCost] = {}
 
     def layer(
         self, index: int, graph: Graph, *, visited: Collection[Target] = (), ranks: Mapping[str, int] | None = None
     ) -> LayerCost:
-        """The cost of one layer; layers that are alike are run once.
+        """The cost of one layer. Layers of equal structure run once.
 
         Args:
-            index: which layer.
-            graph: what of it takes part in a backward pass.
-            visited: its linears that are shown their inputs and the gradients of their outputs, see ``sweep``.
-            ranks: its linears that are low-rank by now, by their names.
+            index: index of the layer.
+            graph: the part of the layer in the autograd graph.
+            visited: linears of the layer that a sweep visits.
+            ranks: ranks of the linears of the layer that are low-rank already, by name.
         """
         ranks = {} if ranks is None else ranks
         layer, prefix = decoder(self.model).layers[index], f"{self._path}.{index}."
@@ -132,14 +132,14 @@ class Tracer:
             graph,
             frozenset(target.name.removeprefix(prefix) for target in visited),
             frozenset((name.removeprefix(prefix), rank) for name, rank in ranks.items()),
-            _likeness(layer, args, kwargs),
+            _structure(layer, args, kwargs),
         )
-        if key not in self._known:
+        if key not in self._costs:
             with _traceable(self.model.config), self._mode, _lowrank(self.model, ranks):
                 modules = dict(self.model.named_modules())
-                shown = [target._replace(module=modules[target.name]) for target in visited]
-                self._known[key] = _layer_cost(layer, args, kwargs, graph, shown, self.batch)
-        return self._known[key]
+                targets = [target._replace(module=modules[target.name]) for target in visited]
+                self._costs[key] = _layer_cost(layer, args, kwargs, graph, targets, self.batch)
+        return self._costs[key]
 
 
 def _layer_cost(
@@ -158,7 +158,7 @@ def _layer_cost(
 
 
 def _lowrank_skeleton(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model that ``config`` describes, its low-rank layers included, frozen."""
+    """A frozen model without data, with the low-rank layers of ``config``."""
     build = partial(AutoModelForCausalLM.from_config, dtype=dtype, attn_implementation=config._attn_implementation)
     model = skeleton(config, build, device)
     for name, rank in ranks_in(config).items():
@@ -174,7 +174,7 @@ def _lowrank_like(dense: nn.Module, rank: int) -> LowRankLinear:
 
 @contextmanager
 def _lowrank(model: PreTrainedModel, ranks: Mapping[str, int]) -> Iterator[None]:
-    """Put low-rank linears in the place of some, for the time being."""
+    """Replace linears with low-rank ones until the block ends."""
     with ExitStack() as stack:
         for name, rank in ranks.items():
             dense = model.get_submodule(name)
@@ -184,7 +184,7 @@ def _lowrank(model: PreTrainedModel, ranks: Mapping[str, int]) -> Iterator[None]
 
 
 def _arguments(model: PreTrainedModel, batch: CalibrationBatch) -> tuple[list[tuple[Any, Any]], int]:
-    """What each decoder layer is called with, and the bytes that this takes."""
+    """The arguments of each decoder layer, and their bytes."""
     arguments: list[tuple[Any, Any]] = []
 
     def note(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -201,14 +201,14 @@ def _arguments(model: PreTrainedModel, batch: CalibrationBatch) -> tuple[list[tu
     return arguments, live.peak
 
 
-def _likeness(layer: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Equal for layers that cost the same: modules, shapes of their parameters and of what they are called with."""
+def _structure(layer: nn.Module, args: Any, kwargs: Any) -> Any:
+    """A key that is equal for layers of equal cost: modules, shapes of parameters and arguments."""
     modules = tuple(
         (path, type(module).__name__, tuple(tuple(p.shape) for p in module.parameters(recurse=False)))
         for path, module in layer.named_modules()
     )
-    given = tuple(tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-    return modules, given
+    arguments = tuple(tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+    return modules, arguments
 
 
 @contextmanager
@@ -217,7 +217,6 @@ def _traceable(config: PreTrainedConfig) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise UnsupportedModelError(
-            f"what a {config.model_type} model costs cannot be estimated: "
-            f"{one_line(error)}. Give a number as batch size and go without "
-            "a dry run, or try another dtype"
+            f"the cost of a {config.model_type} model cannot be estimated: {one_line(error)}. Use a number as batch "
+            "size and no dry run, or try another dtype"
         ) from error

@@ -12,7 +12,7 @@ from grasp.compression.batch_size import free_bytes, largest_batch_size
 from grasp.compression.budget import find_prices
 from grasp.compression.device_speed import Rates, measure_rates
 from grasp.compression.eligible import eligible_targets
-from grasp.compression.estimate import Estimate, Job, estimate
+from grasp.compression.estimate import CompressionJob, Estimate, estimate
 from grasp.compression.layer_cost import Tracer
 from grasp.config import GraspConfig
 from grasp.loading import find_device, load_config
@@ -71,7 +71,7 @@ def dry_run(
     check_costs(config, costs)
     place = find_device(device)
     model_config, weights_dtype = load_config(name, dtype=dtype)
-    job = Job(model_config, config, weights_dtype, place, samples.num_samples, samples.seq_len)
+    job = CompressionJob(model_config, config, weights_dtype, place, samples.num_samples, samples.seq_len)
     if costs is not None:
         _require_reachable(job, costs)
     free = free_bytes(place)
@@ -94,7 +94,7 @@ def dry_run(
     )
 
 
-def _require_reachable(job: Job, costs: str) -> None:
+def _require_reachable(job: CompressionJob, costs: str) -> None:
     """Raise unless ``costs`` belong to the model and the latency can be reached, as ``compress_`` does."""
     tracer = Tracer(job.model_config, dtype=job.dtype, device=job.device, batch_size=1, seq_len=job.seq_len)
     table = costs_for(tracer.model, costs)

@@ -15,7 +15,7 @@ from grasp.compression.batch_size import (
     largest_batch_size,
     try_batch,
 )
-from grasp.compression.estimate import Job, estimate
+from grasp.compression.estimate import CompressionJob, estimate
 from grasp.config import GraspConfig
 from grasp.errors import OutOfMemoryError
 from tests.tiny_models import tiny_model
@@ -25,8 +25,8 @@ PLENTY = 2**50
 SMALL = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=97)
 
 
-def job(num_samples: int = 16, seq_len: int = 256, config: GraspConfig | None = None) -> Job:
-    return Job(SMALL, config or GraspConfig(layers=(1,)), torch.float32, CPU, num_samples, seq_len)
+def job(num_samples: int = 16, seq_len: int = 256, config: GraspConfig | None = None) -> CompressionJob:
+    return CompressionJob(SMALL, config or GraspConfig(layers=(1,)), torch.float32, CPU, num_samples, seq_len)
 
 
 def out_of_memory() -> torch.OutOfMemoryError:
@@ -87,7 +87,7 @@ def test_a_trial_leaves_the_model_as_it_was(config: GraspConfig) -> None:
     names = [name for name, _ in model.named_modules()]
     shapes: list[torch.Size] = []
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
-    plan = estimate(Job(model.config, config, model.dtype, CPU, 4, 16), 2)
+    plan = estimate(CompressionJob(model.config, config, model.dtype, CPU, 4, 16), 2)
     try_batch(model, config, plan, 16, 2)
     assert torch.Size([2, 16]) in shapes
     assert [name for name, _ in model.named_modules()] == names
@@ -98,7 +98,7 @@ def test_a_trial_leaves_the_model_as_it_was(config: GraspConfig) -> None:
 
 def test_a_batch_size_for_a_model_comes_from_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = tiny_model("llama"), GraspConfig(layers=(1,))
-    needs = estimate(Job(model.config, config, model.dtype, CPU, 8, 128), 2).memory.peak
+    needs = estimate(CompressionJob(model.config, config, model.dtype, CPU, 8, 128), 2).memory.peak
     monkeypatch.setattr(batch_size, "free_bytes", lambda device: needs)
     assert fitting_batch_size(model, config, num_samples=8, seq_len=128) == 2
 

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from grasp.compress import compress_
 from grasp.compression.device_speed import Rates
 from grasp.compression.eligible import eligible_targets
-from grasp.compression.estimate import Job, estimate
+from grasp.compression.estimate import CompressionJob, estimate
 from grasp.compression.layer_cost import FLOP_FORMULAS
 from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, UnsupportedModelError
@@ -41,8 +41,8 @@ EIGHT_B = LlamaConfig(
 )
 
 
-def job(model_config: Any, config: GraspConfig, dtype: torch.dtype = torch.float32, **sizes: int) -> Job:
-    return Job(model_config, config, dtype, CPU, **{"num_samples": 4, "seq_len": 64, **sizes})
+def job(model_config: Any, config: GraspConfig, dtype: torch.dtype = torch.float32, **sizes: int) -> CompressionJob:
+    return CompressionJob(model_config, config, dtype, CPU, **{"num_samples": 4, "seq_len": 64, **sizes})
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "per-layer", "single-sweep"])
@@ -192,7 +192,7 @@ MEASURE = """
 import json, re, sys, torch
 from grasp import GraspConfig, compress_
 from grasp.calibration import builtin_text, token_batches
-from grasp.compression.estimate import Job, estimate
+from grasp.compression.estimate import CompressionJob, estimate
 from grasp.loading import load_model
 
 def kilobytes(name):
@@ -204,7 +204,8 @@ batches = token_batches(
     tokenizer, builtin_text("calibration")[:20_000], num_samples=samples, seq_len=length, batch_size=size
 )
 config = GraspConfig(**settings)
-expected = estimate(Job(model.config, config, model.dtype, torch.device("cpu"), samples, length), size).memory.peak
+job = CompressionJob(model.config, config, model.dtype, torch.device("cpu"), samples, length)
+expected = estimate(job, size).memory.peak
 before = kilobytes("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
 compress_(model, batches, config)
@@ -244,4 +245,5 @@ def test_all_layers_are_counted_where_the_target_or_the_scope_may_take_them_all(
     config = GraspConfig(**everything, schedule="single-sweep", **target)
     made = estimate(job(tiny_model("llama").config, config))
     assert made.layers == (0, 1, 2)
+    assert made.assumed == ("target_latency" in target)
     assert [sweep.linears for sweep in made.sweeps] == [21]
