@@ -1,8 +1,8 @@
-"""Time the attribution of GRASP against a naive one that follows the formulas (``grasp.compression.naive``).
+"""Time GRASP's attribution against its plain definition, ``grasp.compression.naive``.
 
-Block influence and decompositions are left out on both sides. A sweep is timed on its first batches, both sides in turn
-on models in the same state; where those are not the whole set, its time is extrapolated, and marked as that. Nothing is
-reported unless both sides choose the same singular groups.
+Block influence and decompositions are left out on both sides. The sides take turns on the first batches of a sweep, on
+models in the same state. If these are not the whole calibration set, the time is extrapolated and marked as such.
+Results are reported only if both sides choose the same singular groups.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ from grasp.statistics.gradients import gather_gradients
 from grasp.statistics.redundancy import block_influence
 from grasp.statistics.sweep import capture_prefix
 
-_TIMED = [name for name in SCHEDULES if name != "progressive"]  # which only a global budget can follow
-YARDSTICK = "sequential"  # the schedule of the paper, whose naive run all speed-ups are over
+_TIMED = [name for name in SCHEDULES if name != "progressive"]  # which needs a global budget
+YARDSTICK = "sequential"  # the paper's schedule; speed-ups are over its naive run
 HELD_OUT_WINDOWS = 16
 MEMORY_BATCHES = 2
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is to be measured.
+class CompressRequest:
+    """Settings of one run.
 
     Attributes:
-        model: as ``load_model`` takes it; run in fp32.
-        layers: to compress; ``None`` for the ``num_layers`` with the least influence.
-        num_layers: how many.
-        retain_ratio: parameters kept of each matrix.
-        schedules: after the paper's, which all are compared with; all that GRASP can follow if empty.
-        sweep_dtype: of the package's sweeps; ``None`` for the model's own.
-        batch_size: sequences at a time in the package's sweeps.
+        model: as for ``load_model``; run in fp32.
+        layers: layers to compress; ``None`` for the ``num_layers`` with the least influence.
+        num_layers: number of layers to compress.
+        retain_ratio: fraction of each matrix's parameters to keep.
+        schedules: schedules to time after the paper's; all without a global budget if empty.
+        sweep_dtype: dtype of the package's sweeps; ``None`` for the model's own.
+        batch_size: sequences per batch in the package's sweeps.
         num_samples: calibration sequences.
-        seq_len: tokens in each.
-        timed_batches: of each sweep, the first of which warms up; ``None`` for the whole set, nothing extrapolated.
-        device: as ``load_model`` takes it.
-        threads: of the CPU; ``None`` for PyTorch's choice.
+        seq_len: tokens per sequence.
+        timed_batches: batches to time in each sweep, the first of which warms up; ``None`` for the whole set.
+        device: as for ``load_model``.
+        threads: CPU threads; ``None`` for PyTorch's choice.
     """
 
     model: str = BUILTIN
@@ -78,14 +78,14 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What is run: the model as it was loaded, the calibration set, and how the package is configured."""
+class AttributionSetting:
+    """The loaded model, the calibration set, and the configuration of the package."""
 
     model: PreTrainedModel
     sequences: Tensor  # (sequences, seq_len)
     config: GraspConfig
     batch_size: int = 1
-    timed_batches: int | None = None  # None for all
+    timed_batches: int | None = None  # per sweep; None for all
 
     @property
     def batches(self) -> list[CalibrationBatch]:
@@ -94,11 +94,11 @@ class Setting:
 
     @property
     def sweeps(self) -> list[list[Target]]:
-        """Linears of ``model`` that share a sweep."""
+        """The linears of ``model`` by sweep."""
         return _sweeps(self.model, self.config)
 
     def estimate(self) -> Estimate:
-        """What the package's own estimate says."""
+        """The package's own estimate of the run."""
         count, length = self.sequences.shape
         model = self.model
         job = CompressionJob(
@@ -107,9 +107,9 @@ class Setting:
         return estimate(job, self.batch_size)
 
     def memory(self) -> tuple[int | None, int]:
-        """Bytes above the loaded model in the sweep that goes through the most layers: measured, and estimated.
+        """Measured and estimated bytes above the loaded model, in the sweep through the most layers.
 
-        For ``MEMORY_BATCHES``, whose hidden states count; decompositions are left out.
+        Of ``MEMORY_BATCHES`` batches with their hidden states, without decompositions.
         """
         part = replace(self, sequences=self.sequences[: MEMORY_BATCHES * self.batch_size])
         dtype, sweeps, batches = self.config.sweep_dtype, self.sweeps, part.batches
@@ -123,7 +123,7 @@ class Setting:
         return peak_bytes_above_now(call, first_device(self.model)), expected
 
     def race(self) -> Race:
-        """Both sides on copies of the model."""
+        """Race both sides on copies of the model."""
         grasp, naive = copy.deepcopy(self.model), copy.deepcopy(self.model)
         return race(
             *(grasp, naive, self.batches[: self.timed_batches], _sweeps(grasp, self.config), self.config.retain_ratio),
@@ -131,20 +131,20 @@ class Setting:
         )
 
     def perplexity(self, held_out: Tensor, bos_token_id: int | None) -> float:
-        """Of a copy that ``compress_`` has compressed with all sequences."""
+        """Perplexity of a copy compressed by ``compress_`` with all sequences."""
         model = copy.deepcopy(self.model)
         compress_(model, self.batches, self.config)
         return perplexity(model, held_out, window=self.sequences.shape[1], bos_token_id=bos_token_id).perplexity
 
 
 def _sweeps(model: PreTrainedModel, config: GraspConfig) -> list[list[Target]]:
-    found, _ = eligible_targets(model)
-    return plan_sweeps([target for layer in config.layers or () for target in found[layer]], config.schedule)
+    eligible, _ = eligible_targets(model)
+    return plan_sweeps([target for layer in config.layers or () for target in eligible[layer]], config.schedule)
 
 
 def to_result(
     name: str,
-    setting: Setting,
+    setting: AttributionSetting,
     estimated: Estimate,
     run: Race,
     yardstick: Race,
@@ -153,7 +153,7 @@ def to_result(
     memory: tuple[int | None, int],
     perplexities: tuple[float | None, float | None],
 ) -> CompressResult:
-    """One line of the output; ``yardstick`` was run a sequence at a time."""
+    """The record of one setting; ``yardstick`` ran with one sequence per batch."""
     count, length = setting.sequences.shape
     config, batches = setting.config, len(setting.batches)
     timed = len(run.grasp.sweeps[0]) * setting.batch_size
@@ -197,23 +197,25 @@ def to_result(
     )
 
 
-def _settings(base: Setting, schedules: Sequence[str]) -> list[Setting]:
-    """What is asked for, after the yardstick."""
+def _settings(base: AttributionSetting, schedules: Sequence[str]) -> list[AttributionSetting]:
+    """The yardstick's setting, then the requested ones."""
     first = replace(base, config=replace(base.config, schedule=YARDSTICK, sweep_dtype=None), batch_size=1)
-    asked = [replace(base, config=replace(base.config, schedule=schedule)) for schedule in schedules]
-    return [first, *(setting for setting in asked if (setting.config, setting.batch_size) != (first.config, 1))]
+    requested = [replace(base, config=replace(base.config, schedule=schedule)) for schedule in schedules]
+    return [first, *(setting for setting in requested if (setting.config, setting.batch_size) != (first.config, 1))]
 
 
-def run(request: Request, *, progress: Progress = no_progress) -> list[CompressResult]:
-    """Time the package's attribution against a naive one: the paper's schedule first, then those asked for.
+def run(request: CompressRequest, *, progress: Progress = no_progress) -> list[CompressResult]:
+    """Time the package's attribution against its plain definition: the paper's schedule first, then the requested ones.
 
     Raises:
-        WrongSelectionError: if the two choose other singular groups than rounding explains; nothing is reported.
-        GraspError, ValueError: as ``load_model``, ``token_batches``, ``pick_layers`` and ``GraspConfig`` do.
+        WrongSelectionError: if rounding does not explain a difference of the chosen singular groups.
+        GraspError, ValueError: from ``load_model``, ``token_batches``, ``pick_layers`` and ``GraspConfig``.
     """
     timed = request.timed_batches
     if request.batch_size < 1 or (timed is not None and timed < 2):
-        raise ValueError(f"at least 1 sequence at a time and 2 timed batches are needed, got {request}")
+        raise ValueError(
+            f"batch_size must be at least 1 and timed_batches at least 2, got {request.batch_size} and {timed}"
+        )
     before = torch.get_num_threads()
     torch.set_num_threads(request.threads or before)
     try:
@@ -222,7 +224,7 @@ def run(request: Request, *, progress: Progress = no_progress) -> list[CompressR
         torch.set_num_threads(before)
 
 
-def _run(request: Request, progress: Progress) -> list[CompressResult]:
+def _run(request: CompressRequest, progress: Progress) -> list[CompressResult]:
     loaded, tokenizer = load_quietly(request.model, dtype="float32", device=request.device, progress=progress)
     count, length = request.num_samples, request.seq_len
     text = builtin_text("calibration")
@@ -232,7 +234,7 @@ def _run(request: Request, progress: Progress) -> list[CompressResult]:
         retain_ratio=request.retain_ratio,
         sweep_dtype=request.sweep_dtype,
     )
-    base = Setting(loaded, drawn, config, request.batch_size, request.timed_batches)
+    base = AttributionSetting(loaded, drawn, config, request.batch_size, request.timed_batches)
     settings = _settings(base, request.schedules or _TIMED)
     estimates = [setting.estimate() for setting in settings]
     now = conditions(measure_card(device := first_device(loaded), loaded.dtype), device)
@@ -258,7 +260,7 @@ def _run(request: Request, progress: Progress) -> list[CompressResult]:
     return results
 
 
-def _layers(model: PreTrainedModel, sequences: Tensor, request: Request, progress: Progress) -> tuple[int, ...]:
+def _layers(model: PreTrainedModel, sequences: Tensor, request: CompressRequest, progress: Progress) -> tuple[int, ...]:
     if request.layers is not None:
         return tuple(pick_layers(request.layers, 0, len(decoder(model).layers)))
     scores = block_influence(model, sequences.split(1), progress=progress)

@@ -1,4 +1,4 @@
-"""The conditions of a measurement: the device and what it can do, versions, and the state of the code."""
+"""The conditions of a measurement: the device and its speed, versions, and the state of the code."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from grasp_kernels.dispatch import backend_missing
 from grasp_kernels.roofline import Card
 
 ROOT = Path(__file__).resolve().parents[2]
-READ_BYTES = 1 << 30  # of the buffer whose reading gives the bandwidth
+READ_BYTES = 1 << 30  # size of the buffer that is read to measure the bandwidth
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 REPETITIONS = 5
-# Calls that read a matrix once and write next to nothing. Which is fastest differs: on AMD processors the product runs
-# on one thread at half of what a sum reads.
+# Calls that read a matrix once and write almost nothing. The fastest one depends on the device: on AMD processors the
+# product runs on one thread and reads half as fast as a sum.
 READERS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda matrix: matrix @ matrix.new_ones(matrix.shape[1]),
     lambda matrix: matrix.sum(1),
@@ -74,7 +74,7 @@ class Conditions:
 
 
 def conditions(card: Card, device: torch.device) -> Conditions:
-    """The conditions of now, with ``card`` as it was measured."""
+    """The present conditions, with the measured speeds of ``card``."""
     return Conditions(
         device=card.name,
         threads=torch.get_num_threads() if device.type == "cpu" else None,
@@ -104,7 +104,7 @@ def device_name(device: torch.device) -> str:
 
 @torch.inference_mode()
 def measure_card(device: torch.device, dtype: torch.dtype) -> Card:
-    """What limits an op on this device now: the most bytes/s that any of ``READERS`` gets, FLOP/s of a large matmul."""
+    """The device's present limits: bytes/s of the fastest of ``READERS``, FLOP/s of a large matmul."""
     width = 4096
     matrix = torch.ones(READ_BYTES // (4 * width), width, device=device)
     size = MATMUL_SIZE[device.type]
@@ -117,7 +117,7 @@ def measure_card(device: torch.device, dtype: torch.dtype) -> Card:
 
 
 def _best(device: torch.device, call: object) -> float:
-    """Shortest time of a call, in seconds: what the device can do, whatever else it does."""
+    """Shortest of ``REPETITIONS`` times of a call, in seconds."""
     assert callable(call)
     times = []
     for _ in range(REPETITIONS + 1):  # the first warms up
@@ -143,7 +143,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git answers about this checkout, or ``None`` outside one."""
+    """Output of git in this checkout, or ``None`` outside one."""
     try:
         answer = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -17,7 +17,6 @@ from statistics import median
 from typing import Any
 
 from grasp.errors import GraspError
-from grasp.files import write_whole
 
 THRESHOLD = 0.15  # between no change and a kernel that takes 30 % longer, halfway on a logarithmic scale
 CONFIDENCE = 0.99  # of the interval about a median
@@ -304,8 +303,3 @@ def smaller_is_better(document: Document) -> list[dict[str, Any]]:
             }
         )
     return results
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Memory that a call takes: of a GPU as PyTorch counts it, of this process as Linux does; elsewhere it is not known."""
+"""Peak memory of a call: PyTorch's count on a GPU, Linux's count of this process on a CPU, unknown elsewhere."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_bytes_above_now(call: Callable[[], object], device: torch.device | None = None) -> int | None:
-    """The most bytes held during a call, less what is held before; ``None`` where unknown.
+    """Most bytes held during a call, minus the bytes held before; ``None`` if unknown.
 
-    Those of PyTorch's tensors on a CUDA ``device``; else of this process, where memory that was freed before is given
-    back first, so that the call does not get it for nothing.
+    On a CUDA ``device`` the bytes of PyTorch's tensors; else the bytes of this process. There, freed memory goes back
+    to the system first, so that the call's reuse of it is counted.
     """
     if device is not None and device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -39,4 +39,4 @@ def _status(field: str) -> int:
         name, _, value = line.partition(":")
         if name == field:
             return int(value.split()[0]) * 1024
-    raise RuntimeError(f"{_STATUS} has no {field}; expected a Linux kernel's")
+    raise RuntimeError(f"{_STATUS} has no {field}; expected a file of the Linux kernel")

@@ -1,7 +1,7 @@
-"""Time a whole model: dense, with layers removed, and low-rank with each backend and unfused.
+"""Time a whole model: dense, with layers removed, low-rank on each backend, and low-rank unfused.
 
-The low-rank layers are a compressed checkpoint's, or by plain SVD at GRASP's ranks: speed depends on shapes alone.
-A low-rank model is timed only where its logits are those of the reference backend, at the very batch and prompt.
+The low-rank layers come from a compressed checkpoint, or from plain SVD at GRASP's ranks: speed depends on shapes
+alone. A low-rank model is timed only if its logits for the same batch and prompt equal those of the reference backend.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from grasp.bench.providers import (
     COMPRESSED,
     DENSE,
     REMOVED,
-    Provider,
+    ModelProvider,
     low_rank_layers,
     objections,
     pick_layers,
@@ -35,7 +35,7 @@ from grasp.bench.providers import (
     truncate_,
 )
 from grasp.bench.records import PLAIN_SVD, ModelResult, NotMeasured, Percentiles
-from grasp.bench.timing import Sample
+from grasp.bench.timing import Sample, turns
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_text, tokenize
 from grasp.evaluation.generation import GenerationTime, first_logits, random_prompt, time_generation
@@ -49,33 +49,33 @@ from grasp.progress import Progress, no_progress
 from grasp_kernels.roofline import Card
 
 REFERENCE = "reference"
-# Relative difference of the logits, norm-wise, between two ways to compute low-rank layers that rounding may make.
+# Largest norm-wise relative difference of logits that rounding explains, between two backends of the same weights.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-NOTE = "Factors by plain SVD: the speed is that of GRASP at these ranks, the perplexity is not."
+NOTE = "Factors by plain SVD: GRASP at these ranks has the same speed, but not this perplexity."
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is to be measured.
+class ModelRequest:
+    """Settings of one run.
 
     Attributes:
-        model: the dense one, as ``load_model`` takes it.
-        checkpoint: the same compressed, as ``load_model`` takes it; ``None`` for plain SVD, of the layers below.
-        layers: that become low-rank; ``None`` for ``num_layers`` in the middle.
-        num_layers: how many.
-        retain_ratio: parameters kept of each of their matrices.
-        batch_sizes: sequences at a time.
-        prompt_tokens: of each sequence.
+        model: the dense model, as for ``load_model``.
+        checkpoint: the compressed model, as for ``load_model``; ``None`` for plain SVD of the layers below.
+        layers: layers to make low-rank; ``None`` for ``num_layers`` in the middle.
+        num_layers: number of low-rank layers.
+        retain_ratio: fraction of each matrix's parameters that its factors have.
+        batch_sizes: numbers of sequences per batch.
+        prompt_tokens: prompt length.
         new_tokens: decoding steps.
-        repeats: times that every model gets its turn.
-        backends: of the dispatch table, to run all low-rank layers on; all that can if empty.
-        text: what the perplexity is of, as ``read_text`` takes it.
-        window: tokens that a model sees at once there.
-        windows: how many of them; 0 for no perplexity.
-        dtype: as ``load_model`` takes it.
-        device: likewise.
-        threads: of the CPU; ``None`` for PyTorch's choice.
+        repeats: turns of every model.
+        backends: names in the dispatch table; all if empty.
+        text: text of the perplexity, as for ``read_text``.
+        window: tokens per window of the text.
+        windows: number of windows; 0 for no perplexity.
+        dtype: as for ``load_model``.
+        device: as for ``load_model``.
+        threads: CPU threads; ``None`` for PyTorch's choice.
     """
 
     model: str = BUILTIN
@@ -97,42 +97,43 @@ class Request:
 
 
 def difference(got: Tensor, expected: Tensor) -> float:
-    """How far logits (steps, B, V) are apart, norm-wise and relative to the second's; that of the worst step."""
+    """Norm-wise relative difference of logits (steps, B, V) in the worst step."""
     apart = torch.linalg.vector_norm((got.double() - expected.double()).flatten(1), dim=1)
     return float((apart / torch.linalg.vector_norm(expected.double().flatten(1), dim=1)).max())
 
 
-def take_turns(
-    models: Mapping[str, Provider], request: Request, batch_size: int, progress: Progress = no_progress
+def time_models(
+    models: Mapping[str, ModelProvider], request: ModelRequest, batch_size: int, progress: Progress = no_progress
 ) -> dict[str, tuple[list[GenerationTime], int | None]]:
-    """Times of each, in turn, each repetition starting with another, and the memory of the one that warms up."""
-    names = list(models)
+    """Generation times of all models in turns, and the peak memory of the first repetition, which warms up."""
     peaks: dict[str, int | None] = {}
-    times: dict[str, list[GenerationTime]] = {name: [] for name in names}
+    times: dict[str, list[GenerationTime]] = {name: [] for name in models}
     sizes = {"prompt_tokens": request.prompt_tokens, "new_tokens": request.new_tokens, "batch_size": batch_size}
     step = f"timing batch {batch_size}"
-    progress(step, 0, 1)  # not at every turn: a bar that moves takes time from what is timed
-    for repetition in range(request.repeats + 1):
-        first = repetition % len(names)
-        for name in (*names[first:], *names[:first]):
-            generate = partial(time_generation, models[name].prepared(), **sizes)
-            if repetition:
-                times[name].append(generate())
-            else:
-                peaks[name] = peak_bytes_above_now(generate, first_device(models[name].model))
+    progress(step, 0, 1)  # not at every turn: a moving bar would slow down the timed model
+    for repetition, name in turns(list(models), request.repeats + 1):
+        generate = partial(time_generation, models[name].prepared(), **sizes)
+        if repetition:
+            times[name].append(generate())
+        else:
+            peaks[name] = peak_bytes_above_now(generate, first_device(models[name].model))
     progress(step, 1, 1)
-    return {name: (each, peaks[name]) for name, each in times.items()}
+    return {name: (generations, peaks[name]) for name, generations in times.items()}
 
 
 def floors(
     model: PreTrainedModel, card: Card, batch_size: int, prompt_tokens: int, cache_bytes: int
 ) -> tuple[float, ...]:
-    """Seconds that prefill and a decoding step take at least: matrix products and what they read, no attention.
+    """Least seconds of the prefill and of a decoding step: matrix products and the bytes they read, without attention.
 
-    Empty where a token does not go through all of the model: with experts.
+    Empty for a mixture of experts, where a token does not use the whole model.
 
     Args:
-        cache_bytes: of the KV cache that a step reads.
+        model: the timed model.
+        card: measured speeds of the device.
+        batch_size: sequences per batch.
+        prompt_tokens: prompt length.
+        cache_bytes: bytes of the KV cache that a step reads.
     """
     config = model.config.get_text_config(decoder=True)
     if any(getattr(config, name, None) for name in _EXPERTS):
@@ -150,21 +151,23 @@ def floors(
 
 
 def percentiles(seconds: Sequence[float]) -> Percentiles:
-    """In milliseconds."""
+    """Percentiles in milliseconds, of seconds."""
     cuts = quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else [*seconds] * 99
     return Percentiles(*(1e3 * cuts[percent - 1] for percent in (50, 95, 99)))
 
 
-def run(request: Request, *, progress: Progress = no_progress) -> Iterator[list[ModelResult | NotMeasured]]:
-    """Measure one batch size after the other.
+def run(request: ModelRequest, *, progress: Progress = no_progress) -> Iterator[list[ModelResult | NotMeasured]]:
+    """Measure the batch sizes one after the other.
 
     Raises:
-        GraspError, ValueError: as ``load_model``, ``read_text``, ``pick_layers``, ``low_rank_layers``, ``truncate_``,
-            ``perplexity`` and ``time_generation`` do.
+        GraspError, ValueError: from ``load_model``, ``read_text``, ``pick_layers``, ``low_rank_layers``, ``truncate_``,
+            ``perplexity`` and ``time_generation``.
     """
     require_backends(request.backends)
     if request.repeats < 1 or request.windows < 0:
-        raise ValueError(f"at least 1 repeat and 0 windows are needed, got {request.repeats} and {request.windows}")
+        raise ValueError(
+            f"repeats must be at least 1 and windows at least 0, got {request.repeats} and {request.windows}"
+        )
     text = read_text(request.text, split="evaluation") if request.windows else None
     before = torch.get_num_threads()
     torch.set_num_threads(request.threads or before)
@@ -174,25 +177,25 @@ def run(request: Request, *, progress: Progress = no_progress) -> Iterator[list[
         torch.set_num_threads(before)
 
 
-def _run(request: Request, text: str | None, progress: Progress) -> Iterator[list[ModelResult | NotMeasured]]:
+def _run(request: ModelRequest, text: str | None, progress: Progress) -> Iterator[list[ModelResult | NotMeasured]]:
     dense, tokenizer = load_quietly(request.model, dtype=request.dtype, device=request.device, progress=progress)
     for batch_size in request.batch_sizes:
-        random_prompt(dense, request.prompt_tokens, request.new_tokens, batch_size)  # raises where it is impossible
+        random_prompt(dense, request.prompt_tokens, request.new_tokens, batch_size)  # raises if it is impossible
     compressed, layers, ratio = _compressed(dense, request, progress)
-    found, left_out = providers(dense, compressed, layers, request.backends)
-    quality = {} if text is None else _perplexities(found, tokenizer, text, request, progress)
+    models, left_out = providers(dense, compressed, layers, request.backends)
+    quality = {} if text is None else _perplexities(models, tokenizer, text, request, progress)
     device = first_device(dense)
     card = measure_card(device, dense.dtype)
     bench = _Bench(request, card, conditions(card, device), tuple(layers), ratio, quality)
     for batch_size in request.batch_sizes:
-        records = bench.measure(found, batch_size, progress)
+        records = bench.measure(models, batch_size, progress)
         yield [*(bench.left_out(name, batch_size, reason) for name, reason in left_out.items()), *records]
 
 
 def _compressed(
-    dense: PreTrainedModel, request: Request, progress: Progress
+    dense: PreTrainedModel, request: ModelRequest, progress: Progress
 ) -> tuple[PreTrainedModel, list[int], float]:
-    """The low-rank model, its low-rank layers, and the share of their parameters that they keep."""
+    """The low-rank model, its low-rank layers, and the fraction of their parameters that they keep."""
     if request.checkpoint is None:
         chosen = pick_layers(request.layers, request.num_layers, len(decoder(dense).layers))
         compressed = copy.deepcopy(dense)
@@ -204,9 +207,13 @@ def _compressed(
 
 
 def _perplexities(
-    models: Mapping[str, Provider], tokenizer: PreTrainedTokenizerBase, text: str, request: Request, progress: Progress
+    models: Mapping[str, ModelProvider],
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    request: ModelRequest,
+    progress: Progress,
 ) -> dict[str, PerplexityResult]:
-    """Of each set of weights once: backends and the unfused form compute the same function."""
+    """Perplexity by provider, measured once per set of weights: backends and the unfused form share it."""
     bos = bos_for(tokenizer)
     tokens = tokenize(tokenizer, text)[: request.windows * (request.window - (bos is not None))]
     measured: dict[str, PerplexityResult] = {}
@@ -227,9 +234,9 @@ def _named(progress: Progress, name: str, step: str, done: int, total: int) -> N
 
 @dataclass(frozen=True)
 class _Bench:
-    """What all batch sizes share."""
+    """The facts that all batch sizes share."""
 
-    request: Request
+    request: ModelRequest
     card: Card
     now: Conditions
     layers: tuple[int, ...]
@@ -240,12 +247,12 @@ class _Bench:
         return NotMeasured("model", provider, reason, wrong, model=self.request.model, batch_size=batch_size)
 
     def measure(
-        self, models: Mapping[str, Provider], batch_size: int, progress: Progress
+        self, models: Mapping[str, ModelProvider], batch_size: int, progress: Progress
     ) -> list[ModelResult | NotMeasured]:
-        """Check all models at a batch size, then time those that are right."""
+        """Check all models at a batch size, then time the ones with right logits."""
         records: list[ModelResult | NotMeasured] = []
         rows = (batch_size * self.request.prompt_tokens, batch_size)
-        able: dict[str, Provider] = {}
+        able: dict[str, ModelProvider] = {}
         for name, provider in models.items():
             if (reason := objections(provider, rows)) is not None:
                 records.append(self.left_out(name, batch_size, reason))
@@ -256,33 +263,35 @@ class _Bench:
         for name, value in apart.items():
             if not value <= tolerance:
                 del able[name]
-                reason = f"logits differ from the reference backend's by {value:.1e}, at most {tolerance:.0e} allowed"
+                reason = f"logits differ from the reference backend's by {value:.1e}, expected at most {tolerance:.0e}"
                 records.append(self.left_out(name, batch_size, reason, wrong=True))
         for name, result in self.quality.items():
             if name in able and not math.isfinite(result.perplexity):
-                reason = f"perplexity: {result.nonfinite} of {result.tokens} tokens have a loss that is not finite"
+                reason = f"perplexity: {result.nonfinite} of {result.tokens} tokens have a NaN or infinite loss"
                 records.append(self.left_out(name, batch_size, reason))
-        turns = take_turns(able, self.request, batch_size, progress)
-        dense = [Sample(tuple(seconds)) for seconds in _phases(turns[DENSE][0])]
-        for name, (times, peak) in turns.items():
+        timed = time_models(able, self.request, batch_size, progress)
+        dense = [Sample(tuple(seconds)) for seconds in _phases(timed[DENSE][0])]
+        for name, (times, peak) in timed.items():
             records.append(self._result(name, able[name], batch_size, times, peak, dense, apart.get(name)))
         return records
 
-    def _differences(self, models: Mapping[str, Provider], batch_size: int, progress: Progress) -> dict[str, float]:
-        """Of the logits of every low-rank model from those of the same weights on the reference backend."""
+    def _differences(
+        self, models: Mapping[str, ModelProvider], batch_size: int, progress: Progress
+    ) -> dict[str, float]:
+        """Difference of every low-rank model's logits from the reference backend's with the same weights."""
         sizes = {"prompt_tokens": self.request.prompt_tokens, "batch_size": batch_size}
         low_rank = [name for name in models if name not in (DENSE, REMOVED)]
-        expected = first_logits(Provider(models[COMPRESSED].model, REFERENCE).prepared(), **sizes)
-        found = {}
+        expected = first_logits(ModelProvider(models[COMPRESSED].model, REFERENCE).prepared(), **sizes)
+        differences = {}
         for done, name in enumerate(low_rank, start=1):
-            found[name] = difference(first_logits(models[name].prepared(), **sizes), expected)
+            differences[name] = difference(first_logits(models[name].prepared(), **sizes), expected)
             progress(f"checking batch {batch_size}", done, len(low_rank))
-        return found
+        return differences
 
     def _result(
         self,
         name: str,
-        provider: Provider,
+        provider: ModelProvider,
         batch_size: int,
         times: Sequence[GenerationTime],
         peak: int | None,
@@ -292,11 +301,11 @@ class _Bench:
         request, model = self.request, provider.model
         size, cache = model_size(model, decoder(model).layers), times[-1].kv_cache_bytes
         prefill, decode = (Sample(tuple(seconds)) for seconds in _phases(times))
-        steps = percentiles([step for each in times for step in each.steps_s])
+        steps = percentiles([step for time in times for step in time.steps_s])
         share = request.prompt_tokens / (request.prompt_tokens + request.new_tokens)
         least = floors(model, self.card, batch_size, request.prompt_tokens, int(cache * share))
         limits: Sequence[float | None] = [1e3 * seconds for seconds in least] or [None, None]
-        first, whole = percentiles([each.first_token_s for each in times]), percentiles(prefill.seconds)
+        first, whole = percentiles([time.first_token_s for time in times]), percentiles(prefill.seconds)
         quality = self.quality.get(name)
         finite = quality is not None and math.isfinite(quality.perplexity)
         return ModelResult(
@@ -338,4 +347,4 @@ class _Bench:
 
 
 def _phases(times: Sequence[GenerationTime]) -> tuple[list[float], list[float]]:
-    return [each.prefill_s for each in times], [each.decode_s for each in times]
+    return [time.prefill_s for time in times], [time.decode_s for time in times]

@@ -1,4 +1,4 @@
-"""A call timed in turns with a yardstick, so that what slows the machine slows both; what they take, round by round."""
+"""A call timed in turns with a yardstick, round by round: a slow moment of the machine slows both."""
 
 from __future__ import annotations
 
@@ -7,61 +7,60 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from grasp.bench.timing import Batch, Rotation, batch
+from grasp.bench.timing import Batch, Rotation, batch, interleave
 
 Operands = TypeVar("Operands")
 
-TURN = 0.001  # seconds of a CPU that one turn aims at: less than the scheduler lets a process run at a stretch
+TURN = 0.001  # seconds that one turn on a CPU aims at: shorter than a time slice of the scheduler
 ROUNDS = 20
 ROUND = 0.06  # seconds that one round aims at
-TURNS = (3, 31)  # in a round
-PROBES = 20  # calls, or turns, of which the fastest sets how long turns and rounds are, whatever else the machine does
+TURNS = (3, 31)  # fewest and most turns in a round
+PROBES = 20  # the fastest of so many calls or turns sets the length of turns and rounds
 
 
 class Pair(NamedTuple):
-    """Seconds of one call, one element per round: the lower quartile of its turns, for an interruption only adds."""
+    """Seconds of one call, one element per round: the lower quartile of its turns, since interruptions only add."""
 
     candidate: tuple[float, ...]
     yardstick: tuple[float, ...]
 
 
 class Pairing:
-    """A candidate and its yardstick, whose turns alternate; ``rounds`` of ``turns`` each are to be taken."""
+    """A candidate and its yardstick in turns; a round has ``turns`` turns of each."""
 
     def __init__(self, candidate: Batch, yardstick: Batch) -> None:
         self._batches = {"candidate": candidate, "yardstick": yardstick}
         self._times: dict[str, list[float]] = {name: [] for name in self._batches}
-        both = sum(_probe(each) * each.calls for each in self._batches.values())
+        both = sum(_probe(timed) * timed.calls for timed in self._batches.values())
         self.turns = max(TURNS[0], min(TURNS[1], round(ROUND / both)))
 
     def candidate(self) -> None:
-        """Let the candidate take its turn."""
+        """Time one turn of the candidate."""
         self._turn("candidate")
 
     def yardstick(self) -> None:
-        """Let the yardstick take its turn."""
+        """Time one turn of the yardstick."""
         self._turn("yardstick")
 
     def _turn(self, name: str) -> None:
         self._times[name].append(self._batches[name].seconds())
 
     def more(self) -> None:
-        """Take another ``ROUNDS`` rounds."""
-        for _ in range(ROUNDS * self.turns):
-            self.yardstick()
-            self.candidate()
+        """Time another ``ROUNDS`` rounds."""
+        for name, sample in interleave(self._batches, ROUNDS * self.turns).items():
+            self._times[name] += sample.seconds
 
     def result(self) -> Pair:
-        """What was timed until now."""
+        """The times so far."""
         return Pair(*(self._rounds(self._times[name]) for name in ("candidate", "yardstick")))
 
     def _rounds(self, times: list[float]) -> tuple[float, ...]:
         rounds = (sorted(times[start : start + self.turns]) for start in range(0, len(times), self.turns))
-        return tuple(turns[len(turns) // 4] for turns in rounds)
+        return tuple(seconds[len(seconds) // 4] for seconds in rounds)
 
 
 def turn(device: torch.device, function: Callable[[Operands], object], rotation: Rotation[Operands]) -> Batch:
-    """Calls that make up one turn, warmed up."""
+    """The warmed-up calls of one turn."""
     if device.type != "cpu":
         return batch(device, function, rotation)
     timed = batch(device, function, rotation, calls=1)

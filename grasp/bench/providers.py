@@ -1,4 +1,4 @@
-"""The models that ``grasp bench model`` compares: dense, with layers removed, low-rank on each backend, unfused."""
+"""The models that ``grasp bench model`` compares: dense, layers removed, low-rank on each backend, unfused."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from grasp_kernels.dispatch import BACKENDS, OpCall, objection
 DENSE, REMOVED, COMPRESSED, UNFUSED = "dense", "removed", "compressed", "unfused"
 
 
-class Provider(NamedTuple):
-    """A model, and the backend of its low-rank linears where it has any."""
+class ModelProvider(NamedTuple):
+    """A model, and the backend of its low-rank linears; ``None`` if it has none."""
 
     model: PreTrainedModel
     backend: str | None = None
@@ -38,7 +38,7 @@ class Provider(NamedTuple):
 
 
 class Unfused(nn.Sequential):
-    """A low-rank linear as two of PyTorch's: what one has without the ops."""
+    """A low-rank linear as two linears of PyTorch, without the ops."""
 
     def __init__(self, module: LowRankLinear) -> None:
         down = nn.Linear(module.in_features, module.rank, bias=False, device="meta")
@@ -48,10 +48,10 @@ class Unfused(nn.Sequential):
 
 
 def pick_layers(layers: Sequence[int] | None, num_layers: int, depth: int) -> list[int]:
-    """The layers asked for, or the ``num_layers`` in the middle of ``depth``; ascending.
+    """``layers`` in ascending order, or the ``num_layers`` in the middle of ``depth`` layers.
 
     Raises:
-        ValueError: if the model has no such layers.
+        ValueError: if the model lacks one of the layers.
     """
     if layers is None:
         if not 1 <= num_layers <= depth:
@@ -67,18 +67,18 @@ def pick_layers(layers: Sequence[int] | None, num_layers: int, depth: int) -> li
 def truncate_(
     model: PreTrainedModel, layers: Sequence[int], retain_ratio: float, *, progress: Progress = no_progress
 ) -> None:
-    """Replace the linears of ``layers`` by their largest singular groups, of the ranks that GRASP would give them.
+    """Replace the linears of ``layers`` by their largest singular groups, at GRASP's ranks.
 
     Raises:
-        ValueError: if ``retain_ratio`` is impossible.
-        UnsupportedModelError: if there is nothing to replace.
+        ValueError: if ``retain_ratio`` is out of range.
+        UnsupportedModelError: if low-rank factors make no linear smaller.
     """
     if not 0 < retain_ratio <= 1:
         raise ValueError(f"retain_ratio must be above 0 and at most 1, got {retain_ratio}")
     targets = [target for layer in layers for target in layer_targets(model, layer)[0]]
     targets = [target for target in targets if break_even_rank(dense_shape(target.module)) >= 1]
     if not targets:
-        raise UnsupportedModelError(f"layers {list(layers)} hold no linear that low-rank factors make smaller")
+        raise UnsupportedModelError(f"low-rank factors make no linear of the layers {list(layers)} smaller")
     for done, target in enumerate(targets, start=1):
         groups = torch.arange(rank_for_retain_ratio(dense_shape(target.module), retain_ratio))
         model.set_submodule(target.name, LowRankLinear.from_dense(target.module, groups))
@@ -94,39 +94,43 @@ def unfuse_(model: nn.Module) -> None:
 
 
 def low_rank_layers(dense: PreTrainedModel, compressed: PreTrainedModel, name: str) -> tuple[list[int], float]:
-    """Which layers of ``compressed`` are low-rank, and the share of the parameters of the matrices that they keep.
+    """The low-rank layers of ``compressed``, and the fraction of their matrices' parameters that the factors have.
 
     Raises:
-        CheckpointError: if it has no such layers, or is not made of ``dense``; ``name`` is its name.
+        CheckpointError: if there are none, or if ``compressed`` was not made from ``dense``; the message has ``name``.
     """
-    layers, kept, whole = [], 0, 0
+    layers, factor_parameters, dense_parameters = [], 0, 0
     originals = dict(dense.named_modules())
     for index, layer in enumerate(decoder(compressed).layers):
-        found = {path: module for path, module in layer.named_modules() if isinstance(module, LowRankLinear)}
-        for path, module in found.items():
+        linears = {path: module for path, module in layer.named_modules() if isinstance(module, LowRankLinear)}
+        for path, module in linears.items():
             full = f"{decoder(compressed).path}.{index}.{path}"
             original, shape = originals.get(full), (module.out_features, module.in_features)
             if not isinstance(original, (nn.Linear, Conv1D)) or dense_shape(original) != shape:
                 raise CheckpointError(
-                    f"{name} has a low-rank layer {full} of the shape {shape}, the dense model none such; "
+                    f"{name} has a low-rank linear {full} of shape {shape}, the dense model has no such linear; "
                     "give the model that it was compressed from"
                 )
-            kept += module.rank * sum(shape)
-            whole += math.prod(shape)
-        layers += [index] if found else []
+            factor_parameters += module.rank * sum(shape)
+            dense_parameters += math.prod(shape)
+        layers += [index] if linears else []
     if not layers:
-        raise CheckpointError(f"{name} has no low-rank layers; expected a folder that grasp compress has written")
-    ours, theirs = (model.get_input_embeddings().get_parameter("weight").float() for model in (dense, compressed))
-    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3):
-        raise CheckpointError(f"{name} has other embeddings than the dense model; give the one it was compressed from")
-    return layers, kept / whole
+        raise CheckpointError(f"{name} has no low-rank layers; expected a folder from grasp compress")
+    embeddings, expected = (
+        model.get_input_embeddings().get_parameter("weight").float() for model in (compressed, dense)
+    )
+    if embeddings.shape != expected.shape or not torch.allclose(expected, embeddings, rtol=1e-2, atol=1e-3):
+        raise CheckpointError(
+            f"{name} has other embeddings than the dense model; give the model that it was compressed from"
+        )
+    return layers, factor_parameters / dense_parameters
 
 
 def require_backends(names: Sequence[str]) -> None:
-    """Raise unless all are rows of the dispatch table.
+    """Check that all names are rows of the dispatch table.
 
     Raises:
-        ValueError: if there is no such backend.
+        ValueError: if one is not.
     """
     known = [row.name for row in BACKENDS]
     if unknown := [name for name in names if name not in known]:
@@ -135,24 +139,25 @@ def require_backends(names: Sequence[str]) -> None:
 
 def providers(
     dense: PreTrainedModel, compressed: PreTrainedModel, layers: Sequence[int], backends: Sequence[str] = ()
-) -> tuple[dict[str, Provider], dict[str, str]]:
-    """What to time, and what cannot be, with the reason. Those that differ in backend alone share their weights."""
-    found = {DENSE: Provider(dense)}
+) -> tuple[dict[str, ModelProvider], dict[str, str]]:
+    """The models to time, and the reasons of those that cannot be made. Backends share one set of weights."""
+    models = {DENSE: ModelProvider(dense)}
     left_out: dict[str, str] = {}
     try:
         remove_layers_(removed := copy.deepcopy(dense), layers)
-        found[REMOVED] = Provider(removed)
+        models[REMOVED] = ModelProvider(removed)
     except (UnsupportedModelError, ValueError) as error:
         left_out[REMOVED] = str(error)
     unfused = copy.deepcopy(compressed)
     unfuse_(unfused)
-    found[COMPRESSED] = Provider(compressed, "auto")
-    found |= {f"{COMPRESSED}/{name}": Provider(compressed, name) for name in backends or [row.name for row in BACKENDS]}
-    return {**found, UNFUSED: Provider(unfused)}, left_out
+    models[COMPRESSED] = ModelProvider(compressed, "auto")
+    names = backends or [row.name for row in BACKENDS]
+    models |= {f"{COMPRESSED}/{name}": ModelProvider(compressed, name) for name in names}
+    return {**models, UNFUSED: ModelProvider(unfused)}, left_out
 
 
-def objections(provider: Provider, rows: Sequence[int]) -> str | None:
-    """Why a named backend cannot run all low-rank linears of its model at so many rows, or ``None``."""
+def objections(provider: ModelProvider, rows: Sequence[int]) -> str | None:
+    """Why the provider's backend refuses a low-rank linear of its model at one of these ``rows``, or ``None``."""
     row = next((row for row in BACKENDS if row.name == provider.backend), None)
     if row is None:
         return None

@@ -1,4 +1,4 @@
-"""GRASP's attribution by the package and by the formulas, in turn, on models in one state."""
+"""GRASP's attribution by the package and by its plain definition, in turns, on models in the same state."""
 
 from __future__ import annotations
 
@@ -25,64 +25,64 @@ from grasp.statistics.gradients import DenseSum, FactoredSum, gather_gradients
 from grasp.statistics.sweep import capture_prefix
 from grasp_kernels.routes import contract_weight_grad
 
-# How far apart the importance of two singular groups may be that the two sides choose differently between, relative to
-# that of the last group kept: what fp32 sums may get wrong.
+# The two sides may choose differently between groups whose importance differs by this fraction of the importance of the
+# last retained group: rounding of fp32 sums.
 LARGEST_GAP = 1e-3
 
 
 class WrongSelectionError(GraspError):
-    """The two sides keep other singular groups than rounding explains."""
+    """Rounding does not explain a difference of the singular groups that the two sides retain."""
 
 
 class Swaps(NamedTuple):
-    """Singular groups that one side keeps and the other does not."""
+    """Singular groups that only one side retains."""
 
     groups: int
-    gap: float  # between the importance of those, relative to that of the last group kept
+    gap: float  # largest difference of their importance, as a fraction of that of the last retained group
 
 
 @dataclass
 class Laps:
-    """Seconds of one side: a list for each sweep, an element for each batch."""
+    """Seconds of one side: a list per sweep, an element per batch."""
 
     sweeps: list[list[float]] = field(default_factory=list)
 
     def total(self, batches: int) -> float:
-        """Of all sweeps over so many batches: the sum, or where fewer were run, what their medians add up to."""
+        """Seconds of all sweeps over so many batches; extrapolated from the median if fewer were timed."""
         return sum(sum(s) if len(s) == batches else median(s[1:]) * batches for s in self.sweeps)
 
     @property
     def spread(self) -> float:
-        """Distance between the slowest and the fastest batch, relative to the median; the worst of any sweep."""
+        """Distance between the slowest and the fastest batch, as a fraction of the median, in the worst sweep."""
         return max((max(s[1:]) - min(s[1:])) / median(s[1:]) for s in self.sweeps)
 
 
 @dataclass
 class Race:
-    """What was measured of one schedule. The first batch of each sweep warms up, unless the set is run whole."""
+    """The measurements of one schedule. The first batch of each sweep warms up, unless the whole set is timed."""
 
     prefix: Laps
     grasp: Laps
-    naive: Laps  # a batch at a time, as grasp; within it, a sequence at a time
-    contraction_seconds: float = 0.0  # of grasp's gradients with the factors, once for the whole set
+    naive: Laps  # batch by batch, as grasp; within a batch, sequence by sequence
+    contraction_seconds: float = 0.0  # grasp contracts gradients with the factors once for the whole set
     naive_svd_seconds: float = 0.0
-    naive_flops: int = 0  # of one sequence, counted while it ran, in all sweeps
-    groups: int = 0  # kept
-    swaps: int = 0  # of those, chosen differently
+    naive_flops: int = 0  # of one sequence in all sweeps, counted during the run
+    groups: int = 0  # retained groups
+    swaps: int = 0  # retained groups that the sides choose differently
     largest_gap: float = 0.0  # see ``Swaps``
 
     def grasp_seconds(self, batches: int) -> float:
-        """Attribution of the whole set by the package, without decompositions."""
+        """Seconds of the package's attribution of the whole set, without decompositions."""
         return self.prefix.total(batches) + self.grasp.total(batches) + self.contraction_seconds
 
 
-def compare(kept: Tensor, importance: Tensor) -> Swaps:
-    """How a selection differs from the most important groups; ``importance`` is (groups,)."""
-    expected = retained_indices(importance, len(kept))
-    lost = importance[expected[~torch.isin(expected, kept)]]
+def compare(retained: Tensor, importance: Tensor) -> Swaps:
+    """Difference between retained groups and the most important ones; ``importance`` is (groups,)."""
+    expected = retained_indices(importance, len(retained))
+    lost = importance[expected[~torch.isin(expected, retained)]]
     if not len(lost):
         return Swaps(0, 0.0)
-    gained = importance[kept[~torch.isin(kept, expected)]]
+    gained = importance[retained[~torch.isin(retained, expected)]]
     return Swaps(len(lost), float((lost.max() - gained.min()) / importance[expected].min()))
 
 
@@ -95,18 +95,18 @@ def race(
     *,
     dtype: str | None = None,
 ) -> Race:
-    """Run both sides through the same sweeps, batch by batch in turn; both models are compressed, to the same groups.
+    """Run both sides through the same sweeps, in turns batch by batch; compress both models to the same groups.
 
     Args:
         grasp: the package's model.
-        naive: a copy of it.
-        batches: calibration set, or some of it; all of one size, at least 2.
-        sweeps: the linears of ``grasp`` that share a sweep, in their order.
-        retain_ratio: parameters kept of each matrix.
-        dtype: in which the package's sweeps are run; the naive ones are run in the model's own.
+        naive: a copy of ``grasp``.
+        batches: calibration set or a part of it; at least 2 batches of one size.
+        sweeps: the linears of ``grasp``, sweep by sweep.
+        retain_ratio: fraction of each matrix's parameters to keep.
+        dtype: dtype of the package's sweeps; the naive ones run in the model's own.
 
     Raises:
-        WrongSelectionError: if the selections differ by more than ``LARGEST_GAP``. Not for another ``dtype``.
+        WrongSelectionError: if the selections differ by more than ``LARGEST_GAP`` and ``dtype`` is ``None``.
     """
     result = Race(Laps([[]]), Laps(), Laps())
     clock = _Clock()
@@ -122,24 +122,22 @@ def race(
         layers = insert_svd_(naive, [target.name for target in targets])
         result.naive_svd_seconds += clock.lap()
         result.naive_flops += _warm_up(naive, layers, batches[0].input_ids[:1])
-        ours: list[float] = []
-        theirs: list[float] = []
+        result.grasp.sweeps.append([])
+        result.naive.sweeps.append([])
 
-        def take_turn(_: str, done: int, total: int, ours: list[float] = ours, theirs: list[float] = theirs) -> None:
-            ours.append(clock.lap())
+        def take_turn(_: str, done: int, total: int) -> None:
+            result.grasp.sweeps[-1].append(clock.lap())
             accumulate(naive, batches[done - 1].input_ids.split(1))
-            theirs.append(clock.lap())
+            result.naive.sweeps[-1].append(clock.lap())
 
         clock.lap()
         sums = gather_gradients(grasp, batches, targets, prefix, dtype=dtype, progress=take_turn)
-        result.grasp.sweeps.append(ours)
-        result.naive.sweeps.append(theirs)
         for target in targets:
             _replace_(grasp, naive, target, sums[target], layers[target.name], retain_ratio, result)
             if dtype is None and result.largest_gap > LARGEST_GAP:
                 raise WrongSelectionError(
-                    f"{target.name}: groups were chosen whose importance differs by {result.largest_gap:.1e} of the "
-                    f"last one kept; expected at most {LARGEST_GAP:.0e}"
+                    f"{target.name}: groups chosen differently are {result.largest_gap:.1e} of the last retained "
+                    f"group's importance apart, expected at most {LARGEST_GAP:.0e}"
                 )
     return result
 
@@ -153,17 +151,17 @@ def _replace_(
     retain_ratio: float,
     result: Race,
 ) -> None:
-    """Compress one linear on both sides to the groups that the package chooses, and note how that differs."""
+    """Compress one linear on both sides to the package's groups, and note the difference of the selections."""
     svd, grad = total.result()
     if isinstance(total, DenseSum):
         result.contraction_seconds += _contraction(total, svd)
-    kept = retained_indices((svd.S * grad).abs(), layer.rank(retain_ratio))
-    swaps = compare(kept, layer.importance)
-    result.groups += len(kept)
+    retained = retained_indices((svd.S * grad).abs(), layer.rank(retain_ratio))
+    swaps = compare(retained, layer.importance)
+    result.groups += len(retained)
     result.swaps += swaps.groups
     result.largest_gap = max(result.largest_gap, swaps.gap)
-    grasp.set_submodule(target.name, LowRankLinear.from_dense(target.module, kept, svd))
-    naive.set_submodule(target.name, layer.truncated(kept))
+    grasp.set_submodule(target.name, LowRankLinear.from_dense(target.module, retained, svd))
+    naive.set_submodule(target.name, layer.truncated(retained))
 
 
 def _contraction(total: DenseSum, svd: SVD) -> float:
@@ -173,7 +171,7 @@ def _contraction(total: DenseSum, svd: SVD) -> float:
 
 
 def _warm_up(naive: PreTrainedModel, layers: dict[str, SVDLinear], tokens: Tensor) -> int:
-    """Run a sequence whose gradient does not count; its FLOPs."""
+    """Run a sequence, drop its gradient, and return its FLOPs."""
     with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
         accumulate(naive, [tokens])
     for layer in layers.values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,56 +13,99 @@ from grasp.cli.root import app
 
 if TYPE_CHECKING:
     from grasp.bench.schema import Record
+    from grasp.cli.console import StepBars
 
 
-bench = typer.Typer(help="Measure the kernels on this machine.", no_args_is_help=True, rich_markup_mode="rich")
+bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True, rich_markup_mode="rich")
 app.add_typer(bench, name="bench")
 
-WRONG = 1  # exit code: something ran, and its result was not right
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="JSON lines are added to this file; see docs/benchmarks.md.")
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")]
+WRONG = 1  # exit code: a provider ran, and its result was wrong
+Rounds = Callable[["StepBars"], Iterable[Sequence["Record"]]]
+
 BenchModel = Annotated[
     str, typer.Argument(metavar="[MODEL]", help="A folder, a GGUF file, a hub name, or [bold]builtin[/bold].")
 ]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Append JSON lines to this file; see docs/benchmarks.md.")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")]
+Layers = Annotated[str | None, typer.Option(help="Instead of --num-layers: these layers, such as 3,12-17.")]
+RetainRatio = Annotated[float, typer.Option(help="Fraction of each matrix's parameters to keep.")]
+
+OpNames = Annotated[list[str] | None, typer.Option(help="Time only this op; may be repeated.")]
+ShapesOfModel = Annotated[
+    str | None, typer.Option(help="Take the shapes of this model: llama-2-7b, llama-3.1-8b, ..., a folder or hub name.")
+]
+ModelRetainRatio = Annotated[
+    float | None, typer.Option(help="Fraction of each matrix's parameters that the model's shapes keep. Default: 0.1.")
+]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KxNrR[+...]", help="Instead of --model: a linear, or several that share an input."),
+]
+Rows = Annotated[str, typer.Option(help="Tokens per call.")]
+Dtypes = Annotated[list[str] | None, typer.Option(help="May be repeated. Default: float32 and bfloat16.")]
+Backends = Annotated[list[str] | None, typer.Option(help="Time only this backend; may be repeated.")]
+Compiled = Annotated[bool, typer.Option(help="Also time the unfused form compiled by torch.compile, seconds per case.")]
+ThreadCounts = Annotated[list[int] | None, typer.Option(min=1, help="CPU threads; may be repeated.")]
+RotateMb = Annotated[
+    int, typer.Option(min=0, help="MB of distinct weights that calls rotate through; more than a cache holds.")
+]
+Repetitions = Annotated[int, typer.Option(min=1, help="Turns of every provider.")]
+
+Compressed = Annotated[
+    str | None, typer.Option(metavar="FOLDER", help="MODEL compressed by grasp compress. Default: plain SVD.")
+]
+LowRankLayers = Annotated[int, typer.Option(min=1, help="Number of layers in the middle for plain SVD.")]
+BatchSizes = Annotated[str, typer.Option(help="Sequences per batch.")]
+PromptTokens = Annotated[int, typer.Option(min=1, help="Prompt length.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Decoding steps after the first token.")]
+Text = Annotated[
+    str, typer.Option(metavar="FILE|NAME", help="Text for the perplexity: a file, wikitext2, c4, or builtin.")
+]
+Window = Annotated[int, typer.Option(min=2, help="Tokens per window of the text.")]
+Windows = Annotated[int, typer.Option(min=0, help="Number of windows; 0 measures no perplexity.")]
+
+RedundantLayers = Annotated[int, typer.Option(min=1, help="Number of layers to compress, by least influence.")]
+Schedules = Annotated[
+    list[str] | None, typer.Option(help="sequential, per-layer or single-sweep; may be repeated. Default: all.")
+]
+SweepDtype = Annotated[str | None, typer.Option(help="bfloat16. Default: the model's dtype.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per batch in the package's sweeps.")]
+NumSamples = Annotated[int, typer.Option(min=2, help="Calibration sequences.")]
+SeqLen = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
+TimedBatches = Annotated[int, typer.Option(min=2, help="Batches to time in each sweep; the first warms up.")]
+Full = Annotated[bool, typer.Option("--full", help="Time the whole calibration set and extrapolate nothing.")]
+
+TuneShapes = Annotated[list[str] | None, typer.Argument(metavar="[KxNrR...]", help="Default: those of a 7B Llama.")]
+TuneDtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+TuneOutput = Annotated[Path | None, typer.Option("--output", "-o", help="Folder. Default: the installed package.")]
 
 
 @bench.command()
 def ops(
-    op: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Take the shapes of this model: llama-2-7b, llama-3.1-8b, ..., or as MODEL elsewhere."),
-    ] = None,
-    retain_ratio: Annotated[
-        float | None, typer.Option(help="Parameters that the model's factors keep of each matrix. Default: 0.1.")
-    ] = None,
-    shape: Annotated[
-        list[str] | None, typer.Option(metavar="KxNrR[+...]", help="Instead: a linear, or several that share an input.")
-    ] = None,
-    rows: Annotated[str, typer.Option(help="Tokens per call.")] = "1,16",
-    dtype: Annotated[list[str] | None, typer.Option(help="Default: float32 and bfloat16.")] = None,
-    backend: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
-    compiled: Annotated[
-        bool, typer.Option(help="Also time what torch.compile makes of the two calls; it costs seconds per case.")
-    ] = True,
+    op: OpNames = None,
+    model: ShapesOfModel = None,
+    retain_ratio: ModelRetainRatio = None,
+    shape: Shapes = None,
+    rows: Rows = "1,16",
+    dtype: Dtypes = None,
+    backend: Backends = None,
+    compiled: Compiled = True,
     device: Device = None,
-    threads: Annotated[list[int] | None, typer.Option(min=1, help="CPU threads; each in turn if repeated.")] = None,
-    rotate_mb: Annotated[
-        int, typer.Option(min=0, help="MB of distinct weights that calls go through; more than any cache holds.")
-    ] = 1024,
-    repetitions: Annotated[int, typer.Option(min=1, help="Times that every provider gets its turn.")] = 20,
+    threads: ThreadCounts = None,
+    rotate_mb: RotateMb = 1024,
+    repetitions: Repetitions = 20,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
     """Time every op on every backend against dense, unfused and compiled linears.
 
-    What gives wrong results is not timed, and makes the exit code 1.
+    A provider with a wrong result is not timed, and the exit code is 1.
 
     [bold]Examples[/bold]
 
-    [dim]The calls of a 7B Llama's layers, whose weights are not needed:[/dim]
+    [dim]The calls in a layer of a 7B Llama; its weights are not needed:[/dim]
 
     $ grasp bench ops --model llama-2-7b --dtype bfloat16 -o ops.jsonl
 
@@ -70,10 +113,10 @@ def ops(
 
     $ grasp bench ops --op lowrank_linear --shape 4096x4096r204 --rows 1,16 --threads 1 --no-compiled
     """
-    from grasp.bench import ops, results
-    from grasp.cli import bench_tables, console
+    from grasp.bench import ops as benchmark
+    from grasp.cli import bench_tables
 
-    request = ops.OpsRequest(
+    request = benchmark.OpsRequest(
         ops=op or (),
         shapes=shape or (),
         model=model,
@@ -87,50 +130,42 @@ def ops(
         rotate_bytes=rotate_mb << 20,
         repetitions=repetitions,
     )
-    results.check_output(output)
-    found: list[Record] = []
-    shown: dict[str, object] = {}
-    with console.step_bars() as progress:
-        for records, cards, count in ops.run(request, progress=progress):
-            results.append_results(output, records)
-            found += records
-            if as_json:
-                continue
-            if cards != shown:
+
+    def rounds(progress: StepBars) -> Iterator[Sequence[Record]]:
+        shown: dict[str, object] = {}
+        for records, cards, count in benchmark.run(request, progress=progress):
+            if cards != shown and not as_json:
                 bench_tables.show_cards(cards, count)
                 shown = dict(cards)
-            bench_tables.show_results(records)
-    _finish(found, as_json)
+            yield records
+
+    _measure(rounds, output, as_json)
 
 
 @bench.command()
 def model(
     model: BenchModel = "builtin",
-    compressed: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="MODEL as grasp compress has written it. Default: plain SVD.")
-    ] = None,
-    num_layers: Annotated[int, typer.Option(min=1, help="By plain SVD: this many layers, in the middle.")] = 6,
-    layers: Annotated[str | None, typer.Option(help="Instead: these layers, such as 3,12-17.")] = None,
-    retain_ratio: Annotated[float, typer.Option(help="Fraction of each matrix's parameters to keep.")] = 0.1,
-    batch_size: Annotated[str, typer.Option(help="Sequences at a time, each number in turn.")] = "1,4,16",
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each sequence.")] = 128,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Decoding steps after the first token.")] = 16,
-    repeats: Annotated[int, typer.Option(min=1, help="Times that every provider gets its turn.")] = 5,
-    backend: Annotated[list[str] | None, typer.Option(help="Only this one by itself; may be repeated.")] = None,
-    text: Annotated[
-        str, typer.Option(metavar="FILE|NAME", help="For perplexity: a text file, wikitext2, c4, or builtin.")
-    ] = "builtin",
-    window: Annotated[int, typer.Option(min=2, help="Tokens the model sees at once there.")] = 512,
-    windows: Annotated[int, typer.Option(min=0, help="How many of them; 0 leaves perplexity out.")] = 16,
+    compressed: Compressed = None,
+    num_layers: LowRankLayers = 6,
+    layers: Layers = None,
+    retain_ratio: RetainRatio = 0.1,
+    batch_size: BatchSizes = "1,4,16",
+    prompt_tokens: PromptTokens = 128,
+    new_tokens: NewTokens = 16,
+    repeats: Repetitions = 5,
+    backend: Backends = None,
+    text: Text = "builtin",
+    window: Window = 512,
+    windows: Windows = 16,
     device: Device = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
-    """Time MODEL dense, with layers removed, and low-rank with each backend and unfused.
+    """Time MODEL dense, with layers removed, and low-rank on each backend and unfused.
 
-    Low-rank models whose logits are not those of the reference backend are not timed, and make the exit code 1.
+    A low-rank model whose logits differ from those of the reference backend is not timed, and the exit code is 1.
 
     [bold]Examples[/bold]
 
@@ -138,15 +173,13 @@ def model(
 
     $ grasp bench model meta-llama/Llama-3.1-8B --num-layers 12 -o model.jsonl
 
-    [dim]Speed and perplexity of what was compressed, beside the model that it was made from:[/dim]
+    [dim]Speed and perplexity of a compressed model and of its dense model:[/dim]
 
     $ grasp bench model builtin --compressed small --batch-size 1 --threads 2
     """
-    from grasp.bench import model as model_bench
-    from grasp.bench import results
-    from grasp.cli import bench_tables, console
+    from grasp.bench import model as benchmark
 
-    request = model_bench.Request(
+    request = benchmark.ModelRequest(
         model=model,
         checkpoint=compressed,
         layers=None if layers is None else parse_layers(layers),
@@ -164,51 +197,39 @@ def model(
         device=device,
         threads=threads,
     )
-    results.check_output(output)
-    found: list[Record] = []
-    with console.step_bars() as progress:
-        for records in model_bench.run(request, progress=progress):
-            results.append_results(output, records)
-            found += records
-            if not as_json:
-                bench_tables.show_results(records)
-    _finish(found, as_json)
+    _measure(lambda progress: benchmark.run(request, progress=progress), output, as_json)
 
 
 @bench.command()
 def compress(
     model: BenchModel = "builtin",
-    num_layers: Annotated[int, typer.Option(min=1, help="Compress so many, those with the least influence.")] = 6,
-    layers: Annotated[str | None, typer.Option(help="Instead: these layers, such as 3,12-17.")] = None,
-    retain_ratio: Annotated[float, typer.Option(help="Fraction of each matrix's parameters to keep.")] = 0.3,
-    schedule: Annotated[
-        list[str] | None, typer.Option(help="sequential, per-layer or single-sweep; may be repeated. Default: all.")
-    ] = None,
-    sweep_dtype: Annotated[str | None, typer.Option(help="bfloat16. Default: as the model is.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time in the package's sweeps.")] = 1,
-    num_samples: Annotated[int, typer.Option(min=2, help="Calibration sequences.")] = 24,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in each.")] = 512,
-    timed_batches: Annotated[int, typer.Option(min=2, help="Of each sweep; the first warms up.")] = 4,
-    full: Annotated[bool, typer.Option("--full", help="Time the whole set; nothing is extrapolated.")] = False,
+    num_layers: RedundantLayers = 6,
+    layers: Layers = None,
+    retain_ratio: RetainRatio = 0.3,
+    schedule: Schedules = None,
+    sweep_dtype: SweepDtype = None,
+    batch_size: BatchSize = 1,
+    num_samples: NumSamples = 24,
+    seq_len: SeqLen = 512,
+    timed_batches: TimedBatches = 4,
+    full: Full = False,
     device: Device = None,
     threads: Threads = None,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
-    """Time the attribution of a compression against a naive one written from the paper's formulas.
+    """Time the attribution of a compression against its plain definition, written from the paper's formulas.
 
-    Where the two choose other singular groups than rounding explains, nothing is reported and the exit code is 1.
+    If rounding does not explain a difference of their singular groups, nothing is reported and the exit code is 1.
 
     [bold]Example[/bold]
 
     $ grasp bench compress builtin --layers 22-27 --threads 2 -o compress.jsonl
     """
-    from grasp.bench import compress as compress_bench
-    from grasp.bench import results
+    from grasp.bench import compress as benchmark
     from grasp.bench.race import WrongSelectionError
-    from grasp.cli import bench_tables, console
 
-    request = compress_bench.Request(
+    request = benchmark.CompressRequest(
         model=model,
         layers=None if layers is None else parse_layers(layers),
         num_layers=num_layers,
@@ -222,53 +243,32 @@ def compress(
         device=device,
         threads=threads,
     )
-    results.check_output(output)
-    with console.step_bars() as progress:
+
+    def rounds(progress: StepBars) -> Iterator[Sequence[Record]]:
         try:
-            found = compress_bench.run(request, progress=progress)
+            yield benchmark.run(request, progress=progress)
         except WrongSelectionError as error:
             progress.note(f"WRONG: {error}; nothing is reported")
             raise typer.Exit(WRONG) from error
-    results.append_results(output, found)
-    if not as_json:
-        bench_tables.show_results(found)
-    _finish(found, as_json)
 
-
-def _finish(records: Sequence[Record], as_json: bool) -> None:
-    """Print one JSON document, or the notes and what was left out. A wrong result makes the exit code 1."""
-    from grasp.bench.records import NotMeasured
-    from grasp.cli import bench_tables, console
-
-    if as_json:
-        console.print_json({"results": [record.to_dict() for record in records]})
-    else:
-        bench_tables.show_notes(records)
-        bench_tables.show_left_out(records)
-    if any(isinstance(record, NotMeasured) and record.wrong for record in records):
-        raise typer.Exit(WRONG)
+    _measure(rounds, output, as_json)
 
 
 @bench.command()
 def tune(
-    shapes: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KxNrR...]", help="Default: the linears of a 7B Llama at a tenth of their parameters."),
-    ] = None,
-    rows: Annotated[str, typer.Option(help="Tokens per call.")] = "1,2,4,16,32,64,128,256,512",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder. Default: the installed package.")
-    ] = None,
+    shapes: TuneShapes = None,
+    rows: Rows = "1,2,4,16,32,64,128,256,512",
+    dtype: TuneDtype = "bfloat16",
+    output: TuneOutput = None,
     as_json: Json = False,
 ) -> None:
-    """Find the fastest launch configurations of the Triton kernels on this GPU, and keep them for later calls.
+    """Find the fastest launch configurations of the Triton kernels on this GPU, and save them for later calls.
 
     [bold]Examples[/bold]
 
     $ grasp bench tune
 
-    [dim]Two linears that share their input, of 4096 features, to 11008 at rank 298:[/dim]
+    [dim]Two linears that share an input of 4096 features, with 11008 outputs and rank 298 each:[/dim]
 
     $ grasp bench tune 4096x11008r298+4096x11008r298 --rows 1,4,16
     """
@@ -282,3 +282,26 @@ def tune(
     else:
         for file in files:
             print(file)
+
+
+def _measure(rounds: Rounds, output: Path | None, as_json: bool) -> None:
+    """Save and print the records of all rounds. A wrong result makes the exit code 1."""
+    from grasp.bench.records import NotMeasured
+    from grasp.bench.results import append_results, check_output
+    from grasp.cli import bench_tables, console
+
+    check_output(output)
+    results: list[Record] = []
+    with console.step_bars() as progress:
+        for records in rounds(progress):
+            append_results(output, records)
+            results += records
+            if not as_json:
+                bench_tables.show_results(records)
+    if as_json:
+        console.print_json({"results": [record.to_dict() for record in results]})
+    else:
+        bench_tables.show_notes(results)
+        bench_tables.show_left_out(results)
+    if any(isinstance(record, NotMeasured) and record.wrong for record in results):
+        raise typer.Exit(WRONG)

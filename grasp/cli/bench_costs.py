@@ -21,10 +21,10 @@ def costs(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Time the linears of MODEL on this machine, dense and low-rank, as they are when one token is decoded.
+    """Time the linears of MODEL on this machine, dense and low-rank, for one decoded token.
 
-    With the table, [bold]grasp compress --target-latency[/bold] spends time where it lowers the loss most, also on
-    another machine, to compress for this one. Let nothing else run meanwhile.
+    [bold]grasp compress --target-latency[/bold] uses the table to spend decoding time where it lowers the loss most. It
+    may run on another machine than the one it compresses for. Run nothing else during the measurement.
 
     [bold]Example[/bold]
 

@@ -9,20 +9,24 @@ import typer
 
 from grasp.bench import gate as gates
 from grasp.cli.bench import bench
+from grasp.files import write_whole
+from grasp.formatting import json_text
 
-gate = typer.Typer(help="Work with what `pytest --gate` has recorded.", no_args_is_help=True, rich_markup_mode="rich")
+gate = typer.Typer(
+    help="Compare and export the results of `pytest --gate`.", no_args_is_help=True, rich_markup_mode="rich"
+)
 bench.add_typer(gate, name="gate")
 
 
 @gate.command()
 def compare(
-    baseline: Annotated[Path, typer.Argument(metavar="BASELINE", help="A document of pytest-benchmark.")],
-    now: Annotated[Path, typer.Argument(metavar="NOW", help="Another one, of the same device.")],
+    baseline: Annotated[Path, typer.Argument(metavar="BASELINE", help="A JSON file of pytest-benchmark.")],
+    now: Annotated[Path, typer.Argument(metavar="NOW", help="Another file, from the same device.")],
     threshold: Annotated[
         float, typer.Option(min=0, help="Slower by more than this fraction is a regression.")
     ] = gates.THRESHOLD,
 ) -> None:
-    """Compare two recorded runs; exit code 1 means a regression, 2 that they cannot be compared.
+    """Compare two recorded runs. Exit code 1: a regression; 2: the runs cannot be compared.
 
     [bold]Example[/bold]
 
@@ -36,13 +40,13 @@ def compare(
 
 @gate.command()
 def export(
-    document: Annotated[Path, typer.Argument(metavar="DOCUMENT", help="A document of pytest-benchmark.")],
+    document: Annotated[Path, typer.Argument(metavar="DOCUMENT", help="A JSON file of pytest-benchmark.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")],
 ) -> None:
-    """Write a recorded run's ratios as github-action-benchmark reads them, tool `customSmallerIsBetter`.
+    """Write the ratios of a recorded run for github-action-benchmark, tool `customSmallerIsBetter`.
 
     [bold]Example[/bold]
 
     $ grasp bench gate export baseline.json -o ratios.json
     """
-    gates.write_json(output, gates.smaller_is_better(gates.read(document)))
+    write_whole(output, json_text(gates.smaller_is_better(gates.read(document))))
