@@ -92,9 +92,9 @@ def difference(model: PreTrainedModel, factors: Mapping[Target, SVD], dtype: str
         token = (d @ U.double()) * (x @ Vh.double().mT)
         exact[call.target] += [x.mT @ x, d.mT @ d, token.sum(0), token.square().sum(0)]
 
-    sweep(model, batches, factors, prefix, visit, dtype=dtype)
-    covariances = gather_covariances(model, batches, factors, prefix, dtype=dtype)
-    moments = basis_moments(model, batches, factors, prefix, second=True, dtype=dtype)
+    sweep(prefix, factors, visit)
+    covariances = gather_covariances(prefix, factors)
+    moments = basis_moments(prefix, factors, second=True)
     return max(
         float(torch.linalg.vector_norm(got.double() - expected) / torch.linalg.vector_norm(expected))
         for target, sums in exact.items()
@@ -112,9 +112,9 @@ def providers(
 ) -> dict[str, Callable[[], object]]:
     """What to time: sweeps through the same layers."""
     return {
-        BARE: lambda: sweep(model, batches, factors, prefix, lambda call: None, dtype=dtype),
-        COVARIANCES: lambda: gather_covariances(model, batches, factors, prefix, dtype=dtype),
-        MOMENTS: lambda: basis_moments(model, batches, factors, prefix, second=True, dtype=dtype),
+        BARE: lambda: sweep(prefix, factors, lambda call: None),
+        COVARIANCES: lambda: gather_covariances(prefix, factors),
+        MOMENTS: lambda: basis_moments(prefix, factors, second=True),
     }
 
 

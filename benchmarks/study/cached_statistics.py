@@ -17,14 +17,13 @@ from transformers import PreTrainedModel
 from grasp.compression.eligible import eligible_targets
 from grasp.files import replacing
 from grasp.method.basis import BASES
-from grasp.method.metrics import METRICS
-from grasp.method.svd import SVD, decompose
+from grasp.method.svd import decompose
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
 from grasp.model.targets import Target
 from grasp.statistics.covariance import Covariance, gather_covariances
-from grasp.statistics.scores import Scored, Scores, decompositions_by, gather_scores
-from grasp.statistics.sweep import capture_prefix
+from grasp.statistics.scores import Scored, Scores, decompositions_by, gather_scores, score_by_magnitude
+from grasp.statistics.sweep import Prefix, capture_prefix
 
 
 class CachedStatistics:
@@ -54,18 +53,17 @@ class CachedStatistics:
 
     def __call__(
         self,
-        model: PreTrainedModel,
-        batches: Sequence[CalibrationBatch],
+        prefix: Prefix,
         targets: Sequence[Target],
-        prefix: Any,
         *,
         basis: str,
         metric: str,
         **_: Any,
     ) -> Scores:
-        """``gather_scores`` of the dense model; the weights of ``model`` must be the dense ones."""
-        if len(batches) != len(self._batches):
-            raise ValueError(f"expected all {len(self._batches)} batches of the calibration set, got {len(batches)}")
+        """``gather_scores`` of the dense model; the weights of the model of ``prefix`` must be the dense ones."""
+        model, batches = prefix.model, len(prefix.batches)
+        if batches != len(self._batches):
+            raise ValueError(f"expected all {len(self._batches)} batches of the calibration set, got {batches}")
         key = (basis, metric)
         if key not in self._scores:
             start = time.process_time()
@@ -92,13 +90,13 @@ class CachedStatistics:
     ) -> tuple[Scores, float]:
         """The scores, and the seconds that an earlier run took to gather their statistics."""
         if (basis, metric) == ("plain", "magnitude"):
-            return {t: partial(_by_magnitude, partial(decompose, dense_weight(t.module))) for t in targets}, 0.0
+            return score_by_magnitude({t: partial(decompose, dense_weight(t.module)) for t in targets}), 0.0
         if (basis, metric) == ("plain", "taylor"):
             return self._first_order(model, targets)
         if metric != "magnitude":
             raise ValueError(f"the study has no cached scores of the basis {basis!r} and the metric {metric!r}")
         covariances, earlier = self._covariances(model, targets, outputs=BASES[basis].outputs)
-        return {t: partial(_by_magnitude, svd) for t, svd in decompositions_by(covariances).items()}, earlier
+        return score_by_magnitude(decompositions_by(covariances)), earlier
 
     def _covariances(
         self, model: PreTrainedModel, targets: Sequence[Target], *, outputs: bool
@@ -108,7 +106,7 @@ class CachedStatistics:
         if not is_cached:
             start = time.process_time()
             prefix = capture_prefix(model, self._batches, {min(t.layer for t in targets)}, dtype=self._dtype)
-            _save(path, gather_covariances(model, self._batches, targets, prefix, dtype=self._dtype), start)
+            _save(path, gather_covariances(prefix, targets), start)
         covariances, seconds = _load(path, targets, outputs=outputs)
         return covariances, seconds if is_cached else 0.0
 
@@ -118,9 +116,7 @@ class CachedStatistics:
         if not is_cached:
             start = time.process_time()
             prefix = capture_prefix(model, self._batches, {min(t.layer for t in targets)}, dtype=self._dtype)
-            gathered = gather_scores(
-                model, self._batches, targets, prefix, basis="plain", metric="taylor", dtype=self._dtype
-            )
+            gathered = gather_scores(prefix, targets, basis="plain", metric="taylor")
             importance = {target.name: score().importance for target, score in gathered.items()}
             _write(path, importance, {"seconds": time.process_time() - start})
         with safe_open(path, framework="pt") as file:
@@ -128,11 +124,6 @@ class CachedStatistics:
             seconds = json.loads(file.metadata()["study"])["seconds"]
         scores = {t: partial(_with_importance, t, importance[t.name]) for t in targets if t.name in importance}
         return scores, seconds if is_cached else 0.0
-
-
-def _by_magnitude(decomposition: Callable[[], SVD]) -> Scored:
-    svd = decomposition()
-    return Scored(svd, METRICS["magnitude"].score(svd.S, svd.S, svd.S))
 
 
 def _with_importance(target: Target, importance: Tensor) -> Scored:

@@ -117,7 +117,7 @@ class AttributionSetting:
 
         def call() -> None:
             prefix = capture_prefix(self.model, batches, entries, dtype=dtype)
-            gather_gradients(self.model, batches, sweeps[-1], prefix, dtype=dtype)
+            gather_gradients(prefix, sweeps[-1])
 
         expected = replace(part.estimate().memory, svd=0, factors=0).peak
         return peak_bytes_above_now(call, first_device(self.model)), expected

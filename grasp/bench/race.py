@@ -131,7 +131,7 @@ def race(
             result.naive.sweeps[-1].append(clock.lap())
 
         clock.lap()
-        sums = gather_gradients(grasp, batches, targets, prefix, dtype=dtype, progress=take_turn)
+        sums = gather_gradients(prefix, targets, progress=take_turn)
         for target in targets:
             _replace_(grasp, naive, target, sums[target], layers[target.name], retain_ratio, result)
             if dtype is None and result.largest_gap > LARGEST_GAP:

@@ -131,5 +131,5 @@ def try_batch(model: PreTrainedModel, config: GraspConfig, plan: Estimate, seq_l
     largest = plan_sweeps(members, config.schedule)[-1]
     sums = torch.empty(plan.memory.statistics, dtype=torch.uint8, device=device)
     prefix = capture_prefix(model, [batch], [min(target.layer for target in largest)], dtype=config.sweep_dtype)
-    sweep(model, [batch], largest, prefix, lambda call: None, dtype=config.sweep_dtype)
+    sweep(prefix, largest, lambda call: None)
     del sums

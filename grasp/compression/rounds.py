@@ -14,7 +14,6 @@ from grasp.compression.run import Run
 from grasp.compression.selection import Selection, Selections, replace_, select_groups
 from grasp.method.metrics import nats_per_score
 from grasp.method.schedules import plan_sweeps
-from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import temporary_low_rank
 from grasp.model.targets import Target
 from grasp.statistics.layer_losses import removal_losses
@@ -23,12 +22,11 @@ from grasp.statistics.sweep import Prefix, capture_prefix
 
 
 class Work(NamedTuple):
-    """The part of a plan that is still to be done, and where its sweeps start."""
+    """The part of a plan that is still to be done."""
 
     reports: list[ModuleReport]  # of the linears that are done; grows
     sweeps: Sequence[Sequence[Target]]  # the linears to be done, by sweep
-    batches: Sequence[CalibrationBatch]  # the ones that this process sweeps
-    prefix: Prefix
+    prefix: Prefix  # where they start
 
 
 def prepare_(run: Run, plan: Plan) -> Work:
@@ -44,7 +42,7 @@ def prepare_(run: Run, plan: Plan) -> Work:
     batches = run.processes.local_batches(run.calibration)
     with run.processes.fail_together():
         prefix = capture_prefix(run.model, batches, entries, dtype=run.config.sweep_dtype, progress=run.progress)
-    return Work(list(restored.values()), sweeps, batches, prefix)
+    return Work(list(restored.values()), sweeps, prefix)
 
 
 def decide_in_order_(run: Run, plan: Plan, work: Work) -> Decision:
@@ -97,10 +95,9 @@ def _select(
     """Score the groups of some linears in one sweep or two, and retain the most important ones of each."""
     run.clock.enter("attribution")
     scores = gather(
-        *(run.model, work.batches, members, work.prefix),
+        *(work.prefix, members),
         basis=run.config.basis,
         metric=run.config.metric,
-        dtype=run.config.sweep_dtype,
         progress=run.progress,
         processes=run.processes,
         **options,

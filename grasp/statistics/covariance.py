@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from grasp.errors import NonFiniteError, UnsupportedModelError
 from grasp.method.schedules import BLOCKS
-from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_shape
 from grasp.model.families import family_of
 from grasp.model.targets import Target
@@ -107,27 +105,21 @@ class CovarianceSums:
 
 
 def gather_covariances(
-    model: PreTrainedModel,
-    batches: Sequence[CalibrationBatch],
-    targets: Collection[Target],
     prefix: Prefix,
+    targets: Collection[Target],
     *,
     inputs: bool = True,
     outputs: bool = True,
-    dtype: str | None = None,
     progress: Progress = no_progress,
     processes: Processes = ALONE,
 ) -> dict[Target, Covariance]:
     """Sum x xᵀ of each distinct input and d dᵀ of each linear, in one sweep; ``split_by_memory`` plans several.
 
     Args:
-        model: the model in its present state; it is not changed.
-        batches: the ones that ``prefix`` was made from.
+        prefix: see ``sweep``; with the local batches of this process.
         targets: linears of one or more layers.
-        prefix: see ``capture_prefix``.
         inputs: gather A.
         outputs: gather B.
-        dtype: run the model in this dtype, see ``sweep``.
         progress: called after each batch.
         processes: the processes whose sums are added up.
 
@@ -144,10 +136,10 @@ def gather_covariances(
 
     def after(done: int) -> None:
         sums.end_batch()
-        progress(step, done, len(batches))
+        progress(step, done, len(prefix.batches))
 
     with processes.fail_together():
-        sweep(model, batches, targets, prefix, sums.add, dtype=dtype, after=after)
+        sweep(prefix, targets, sums.add, after=after)
     sums.all_reduce(processes)
     return sums.result()
 

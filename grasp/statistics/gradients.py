@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from grasp.method.ranks import Shape
 from grasp.method.svd import SVD, decompose
-from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_shape, dense_weight
 from grasp.model.targets import Target
 from grasp.progress import Progress, no_progress
@@ -79,12 +77,9 @@ def gradient_route(shape: Shape, tokens: int) -> Route:
 
 
 def gather_gradients(
-    model: PreTrainedModel,
-    batches: Sequence[CalibrationBatch],
-    targets: Collection[Target],
     prefix: Prefix,
+    targets: Collection[Target],
     *,
-    dtype: str | None = None,
     progress: Progress = no_progress,
     state: PartialSums | None = None,
     processes: Processes = ALONE,
@@ -92,11 +87,8 @@ def gather_gradients(
     """Sum the gradient of the negative log-likelihood in the singular values of each target, in one sweep.
 
     Args:
-        model: the model in its present state; it is not changed.
-        batches: the ones that ``prefix`` was made from, the local batches of this process.
+        prefix: see ``sweep``; with the local batches of this process.
         targets: linears of one or more layers.
-        prefix: see ``capture_prefix``.
-        dtype: run the model in this dtype, see ``sweep``.
         progress: called after each batch.
         state: where the sums are stored and resumed from.
         processes: the processes whose sums are added up.
@@ -108,24 +100,18 @@ def gather_gradients(
         NonFiniteError: if weights, the loss or a gradient are NaN or infinite.
         DistributedError: if another process fails.
     """
-    tokens = sum(batch.num_tokens for batch in batches)
+    count, tokens = len(prefix.batches), sum(batch.num_tokens for batch in prefix.batches)
     sums = {target: gradient_sum(target, tokens, shared=processes.size > 1) for target in targets}
     state = PartialSums() if state is None else state
     step = sweep_name(targets)
-    start = _restore(state, sums, len(batches), processes)
+    start = _restore(state, sums, count, processes)
 
     def after(done: int) -> None:
-        state.store_sums(sums, done, len(batches))
-        progress(step, done, len(batches))
+        state.store_sums(sums, done, count)
+        progress(step, done, count)
 
     with processes.fail_together():
-        sweep(
-            *(model, batches, targets, prefix),
-            lambda call: sums[call.target].add(call),
-            dtype=dtype,
-            start=start,
-            after=after,
-        )
+        sweep(prefix, targets, lambda call: sums[call.target].add(call), start=start, after=after)
     calls = torch.tensor([total.calls for total in sums.values()])
     processes.sum_([*(total.tensor for total in sums.values()), calls])
     for target, total in sums.items():

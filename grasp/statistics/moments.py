@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
-from transformers import PreTrainedModel
 
 from grasp.method.svd import SVD
-from grasp.model.batch import CalibrationBatch
 from grasp.model.targets import Target
 from grasp.progress import Progress, no_progress
 from grasp.statistics.covariance import require_finite
@@ -55,25 +53,19 @@ class MomentSum:
 
 
 def basis_moments(
-    model: PreTrainedModel,
-    batches: Sequence[CalibrationBatch],
-    decompositions: Mapping[Target, SVD],
     prefix: Prefix,
+    decompositions: Mapping[Target, SVD],
     *,
     second: bool = False,
-    dtype: str | None = None,
     progress: Progress = no_progress,
     processes: Processes = ALONE,
 ) -> dict[Target, SingularValueGrad]:
     """Sum the gradients ``(uₖᵀ d)(xᵀ vₖ)`` in the singular values of any decomposition, in one sweep.
 
     Args:
-        model: the model in its present state; it is not changed.
-        batches: the ones that ``prefix`` was made from.
+        prefix: see ``sweep``; with the local batches of this process.
         decompositions: of the weight of each linear, in any basis: U (N, R) and Vh (R, K).
-        prefix: see ``capture_prefix``.
         second: also sum the squared gradient of each token.
-        dtype: run the model in this dtype, see ``sweep``.
         progress: called after each batch.
         processes: the processes whose sums are added up.
 
@@ -88,10 +80,8 @@ def basis_moments(
     step = f"moments, {sweep_name(decompositions)}"
     with processes.fail_together():
         sweep(
-            *(model, batches, sums, prefix),
-            lambda call: sums[call.target].add(call),
-            dtype=dtype,
-            after=lambda done: progress(step, done, len(batches)),
+            *(prefix, sums, lambda call: sums[call.target].add(call)),
+            after=lambda done: progress(step, done, len(prefix.batches)),
         )
     for total in sums.values():
         total.all_reduce(processes)

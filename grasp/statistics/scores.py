@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from grasp.method.basis import BASES
 from grasp.method.metrics import METRICS, Metric
 from grasp.method.svd import SVD, cholesky_factor, decompose, decompose_in
-from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
 from grasp.model.targets import Target
 from grasp.progress import Progress, no_progress
@@ -37,14 +35,11 @@ Scores = Mapping[Target, Callable[[], Scored]]  # called one at a time: all deco
 
 
 def gather_scores(
-    model: PreTrainedModel,
-    batches: Sequence[CalibrationBatch],
-    targets: Collection[Target],
     prefix: Prefix,
+    targets: Collection[Target],
     *,
     basis: str,
     metric: str,
-    dtype: str | None = None,
     progress: Progress = no_progress,
     state: PartialSums | None = None,
     processes: Processes = ALONE,
@@ -56,13 +51,10 @@ def gather_scores(
     the metric needs them. In the plain basis, a first-order metric takes one sweep for the gradients.
 
     Args:
-        model: it is not changed.
-        batches: the ones that ``prefix`` was made from, the local batches of this process.
+        prefix: see ``sweep``; with the local batches of this process.
         targets: linears of one or more layers.
-        prefix: see ``capture_prefix``.
         basis: a name from ``BASES``.
         metric: a name from ``METRICS``.
-        dtype: run the model in this dtype, see ``sweep``.
         progress: called after each batch.
         state: where the sums of a plain first-order sweep are stored and resumed from.
         processes: the processes whose sums are added up.
@@ -79,59 +71,23 @@ def gather_scores(
     """
     row = METRICS[metric]
     if not BASES[basis].inputs and row.moment == "first":
-        sums = gather_gradients(
-            *(model, batches, targets, prefix), dtype=dtype, progress=progress, state=state, processes=processes
-        )
+        sums = gather_gradients(prefix, targets, progress=progress, state=state, processes=processes)
         return {target: partial(_by_gradient, total, row) for target, total in sums.items()}
-    decompositions = gather_decompositions(
-        *(model, batches, targets, prefix),
-        basis=basis,
-        dtype=dtype,
-        progress=progress,
-        processes=processes,
-        running=running,
-    )
-    if row.moment == "none":
-        return score_by_magnitude(decompositions)
-    svds = {target: make() for target, make in decompositions.items()}
-    with running():
-        moments = basis_moments(
-            *(model, batches, svds, prefix),
-            second=row.moment == "second",
-            dtype=dtype,
-            progress=progress,
-            processes=processes,
-        )
-    return {target: partial(_by_moments, svds[target], *moment, row) for target, moment in moments.items()}
-
-
-def gather_decompositions(
-    model: PreTrainedModel,
-    batches: Sequence[CalibrationBatch],
-    targets: Collection[Target],
-    prefix: Prefix,
-    *,
-    basis: str,
-    dtype: str | None = None,
-    progress: Progress = no_progress,
-    processes: Processes = ALONE,
-    running: Callable[[], AbstractContextManager[object]] = nullcontext,
-) -> Decompositions:
-    """For each target a function that decomposes its weight in a basis; one sweep if the basis needs covariances.
-
-    Arguments and errors are the ones of ``gather_scores``.
-    """
+    makers: Decompositions
     if not BASES[basis].inputs:
-        return {target: partial(decompose, dense_weight(target.module), target.name) for target in targets}
+        makers = {target: partial(decompose, dense_weight(target.module), target.name) for target in targets}
+    else:
+        with running():
+            covariances = gather_covariances(
+                prefix, targets, outputs=BASES[basis].outputs, progress=progress, processes=processes
+            )
+        makers = decompositions_by(covariances)
+    if row.moment == "none":
+        return score_by_magnitude(makers)
+    svds = {target: make() for target, make in makers.items()}
     with running():
-        covariances = gather_covariances(
-            *(model, batches, targets, prefix),
-            outputs=BASES[basis].outputs,
-            dtype=dtype,
-            progress=progress,
-            processes=processes,
-        )
-    return decompositions_by(covariances)
+        moments = basis_moments(prefix, svds, second=row.moment == "second", progress=progress, processes=processes)
+    return {target: partial(_by_moments, svds[target], *moment, row) for target, moment in moments.items()}
 
 
 def score_by_magnitude(decompositions: Decompositions) -> Scores:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -48,15 +47,25 @@ class Call(NamedTuple):
     target: Target
     x: Tensor  # (T, K)
     grad_y: Tensor  # (T, N), of the summed negative log-likelihood
-    cu_seqlens: Tensor  # (B + 1,) int64, the start of each sequence among the tokens, and the end of the last
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Hidden states at the input of some layers. GRASP compresses the deepest layers first, so these stay valid."""
+    """The start of a sweep: the hidden states that enter some layers, computed once by the untouched layers below.
 
-    hidden: dict[int, list[Tensor]]  # layer → its input for each batch, (B, L, H)
-    returns_tuple: bool  # whether decoder layers of this family return a tuple
+    Attributes:
+        model: the model; sweeps run it in its present state.
+        batches: the calibration batches.
+        dtype: ``"bfloat16"`` if the model runs in it, ``None`` for the dtype of the model.
+        hidden: layer → for each batch the hidden states at its input, (B, L, H), in CPU memory.
+        returns_tuple: whether the decoder layers of this family return a tuple.
+    """
+
+    model: PreTrainedModel
+    batches: Sequence[CalibrationBatch]
+    dtype: str | None
+    hidden: dict[int, list[Tensor]]
+    returns_tuple: bool
 
 
 @torch.no_grad()
@@ -68,15 +77,16 @@ def capture_prefix(
     dtype: str | None = None,
     progress: Progress = no_progress,
 ) -> Prefix:
-    """Store the hidden states at the input of each of ``layers`` in CPU memory; ``dtype`` is as for ``sweep``."""
+    """Compute the hidden states at the input of each of ``layers``, for sweeps that start there."""
+    hidden: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     if not layers or not batches:
-        return Prefix({layer: [] for layer in layers}, returns_tuple=False)
+        return Prefix(model, batches, dtype, hidden, returns_tuple=False)
     modules = decoder(model).layers
-    prefix = Prefix({layer: [] for layer in layers}, returns_tuple(model, batches[0]))
+    prefix = Prefix(model, batches, dtype, hidden, returns_tuple(model, batches[0]))
     indices = {modules[layer]: layer for layer in layers}
 
     def store(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        prefix.hidden[indices[module]].append(hidden_input(args, kwargs).detach().to("cpu", copy=True))
+        hidden[indices[module]].append(hidden_input(args, kwargs).detach().to("cpu", copy=True))
 
     with (
         evaluating(model),
@@ -91,13 +101,10 @@ def capture_prefix(
 
 
 def sweep(
-    model: PreTrainedModel,
-    batches: Sequence[CalibrationBatch],
-    targets: Collection[Target],
     prefix: Prefix,
+    targets: Collection[Target],
     visit: Callable[[Call], None],
     *,
-    dtype: str | None = None,
     start: int = 0,
     after: Callable[[int], None] = lambda done: None,
 ) -> None:
@@ -108,12 +115,9 @@ def sweep(
     ``visit`` is called in the order of the backward pass, and not for targets that do not affect the loss.
 
     Args:
-        model: the model in its present state; it is not changed.
-        batches: the batches that ``prefix`` was computed from.
+        prefix: from ``capture_prefix``, with the lowest layer of the targets; its model is not changed.
         targets: linears of one or more layers.
-        prefix: from ``capture_prefix``, with the lowest of these layers.
         visit: called during the backward pass with detached tensors; it may modify them in place.
-        dtype: ``"bfloat16"`` to run the model in it; ``None`` for the dtype of the model.
         start: number of batches to skip.
         after: called after each batch with the number of batches done.
 
@@ -121,15 +125,16 @@ def sweep(
         NonFiniteError: if the loss is NaN or infinite.
         UnsupportedModelError: if a batch has padding and a target does not process every token.
     """
+    model = prefix.model
     modules = decoder(model).layers
     first = min(target.layer for target in targets)
     with (
         evaluating(model),
-        casting(model, dtype),
+        casting(model, prefix.dtype),
         fetching_again(model),
         passing_through(list(modules)[:first], prefix.returns_tuple),
     ):
-        for index, batch in enumerate(batches[start:], start):
+        for index, batch in enumerate(prefix.batches[start:], start):
             with (
                 entering_with(modules[first], prefix.hidden[first][index]),
                 without_head(model) as body,
@@ -157,7 +162,7 @@ def visiting(targets: Collection[Target], batch: CalibrationBatch, visit: Callab
         target, x = by_module[module], rows.of_input(args[0])
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        output.register_hook(lambda grad_y: visit(Call(target, x, rows.of(grad_y), rows.cu_seqlens)))
+        output.register_hook(lambda grad_y: visit(Call(target, x, rows.of(grad_y))))
         return output
 
     try:
@@ -172,9 +177,6 @@ class Rows:
 
     def __init__(self, batch: CalibrationBatch) -> None:
         mask = batch.attention_mask
-        shape = batch.input_ids.shape
-        counts = torch.full((shape[0],), shape[1]) if mask is None else mask.long().sum(1)
-        self.cu_seqlens = F.pad(counts.cumsum(0), (1, 0))
         self._mask = None if mask is None or mask.all() else mask.bool().flatten()
         self._inputs: dict[int, tuple[Tensor, Tensor]] = {}
 

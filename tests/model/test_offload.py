@@ -97,7 +97,7 @@ def test_hooks_and_parameters_are_as_they_were_after_a_sweep(make: Maker, tmp_pa
     forwards = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
     places = {name: parameter.device for name, parameter in model.named_parameters()}
     prefix = capture_prefix(model, batches, [1])
-    sweep(model, batches, layer_targets(model, 1)[0], prefix, lambda call: None)
+    sweep(prefix, layer_targets(model, 1)[0], lambda call: None)
     assert {name: module.__dict__.get("forward") for name, module in model.named_modules()} == forwards
     assert {name: parameter.device for name, parameter in model.named_parameters()} == places
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -118,7 +118,7 @@ def test_fetched_weights_are_not_held_for_the_backward_pass(tmp_path: Path) -> N
             gradients.append(call.grad_y)
 
         with LiveBytes() as live:
-            sweep(model, batches, layer_targets(model, 0)[0], prefix, visit)
+            sweep(prefix, layer_targets(model, 0)[0], visit)
         return live.peak
 
     offloaded, whole = on_disk("llama", tmp_path, **wide), tiny_model("llama", **wide)

@@ -36,7 +36,7 @@ def gather(
 ) -> dict[str, Covariance]:
     wrapped = [batch if isinstance(batch, CalibrationBatch) else CalibrationBatch(batch) for batch in batches]
     prefix = capture_prefix(model, wrapped, {min(target.layer for target in targets)})
-    found = gather_covariances(model, wrapped, targets, prefix, **options)  # type: ignore[arg-type]
+    found = gather_covariances(prefix, targets, **options)  # type: ignore[arg-type]
     return {target.name: each for target, each in found.items()}
 
 
@@ -170,12 +170,12 @@ def test_every_call_of_a_linear_counts(shares: str | None) -> None:
 def test_linears_that_stop_sharing_their_input_are_refused() -> None:
     sums = covariance.CovarianceSums(outputs=False)
     q, k, *_ = targets_of(tiny_model("llama"), LAYER)
-    shared, bounds = torch.ones(2, 32), torch.tensor([0, 2])
+    shared = torch.ones(2, 32)
     for target in (q, k):
-        sums.add(Call(target, shared, torch.ones(2, 1), bounds))
+        sums.add(Call(target, shared, torch.ones(2, 1)))
     sums.end_batch()
     for target in (q, k):
-        sums.add(Call(target, torch.ones(2, 32), torch.ones(2, 1), bounds))
+        sums.add(Call(target, torch.ones(2, 32), torch.ones(2, 1)))
     with pytest.raises(UnsupportedModelError, match="in one batch and not in a later one"):
         sums.end_batch()
 
@@ -215,7 +215,7 @@ def test_sums_are_fp32_and_close_to_fp64(dtype: str | None, tolerance: float) ->
 def gather_in(model: PreTrainedModel, batches: Sequence[Tensor], dtype: str | None) -> dict[str, Covariance]:
     wrapped, targets = [CalibrationBatch(batch) for batch in batches], targets_of(model, LAYER)
     prefix = capture_prefix(model, wrapped, {LAYER}, dtype=dtype)
-    found = gather_covariances(model, wrapped, targets, prefix, dtype=dtype)
+    found = gather_covariances(prefix, targets)
     return {target.name: each for target, each in found.items()}
 
 
@@ -230,7 +230,7 @@ def test_a_non_finite_sum_is_reported_with_its_linear() -> None:
     sums = covariance.CovarianceSums(inputs=False)
     target = targets_of(tiny_model("llama"), LAYER)[0]
     rows = torch.ones(2, 32)
-    sums.add(Call(target, rows, rows * 1e30, torch.tensor([0, 2])))
+    sums.add(Call(target, rows, rows * 1e30))
     with pytest.raises(NonFiniteError, match=r"covariance of model\.layers\.1\.self_attn\.q_proj"):
         sums.result()
 
@@ -253,7 +253,7 @@ def test_moments_in_any_basis_are_those_of_each_unit(second: bool, twice: bool) 
     batches = [CalibrationBatch(tiny_batches(1)[0]), CalibrationBatch(batch, mask)]
     bases = {target: random_basis(target, 5) for target in targets}
     prefix = capture_prefix(model, batches, {LAYER})
-    got = basis_moments(model, batches, bases, prefix, second=second)
+    got = basis_moments(prefix, bases, second=second)
     seen = [naive(model, each.input_ids, each.attention_mask, [t.name for t in targets]) for each in batches]
     assert got.keys() == bases.keys()
     for target, (first, squares) in got.items():
@@ -278,7 +278,7 @@ def test_moments_that_overflow_are_reported_with_their_linear() -> None:
     batches = [CalibrationBatch(batch) for batch in tiny_batches(1)]
     prefix = capture_prefix(model, batches, {LAYER})
     with pytest.raises(NonFiniteError, match=r"gradient of model\.layers\.1\.self_attn\.q_proj"):
-        basis_moments(model, batches, {target: SVD(U * 1e30, S, Vh)}, prefix, second=True)
+        basis_moments(prefix, {target: SVD(U * 1e30, S, Vh)}, second=True)
 
 
 def test_the_bytes_of_covariances_are_those_of_the_distinct_tensors() -> None:
@@ -335,9 +335,9 @@ def gather_all(processes: Processes, count: int) -> dict[str, list[Tensor]]:
     model, batches = tiny_model("llama", torch.float64), [CalibrationBatch(batch) for batch in tiny_batches(count)]
     targets, own = targets_of(model, LAYER), processes.local_batches(batches)
     prefix = capture_prefix(model, own, {LAYER})
-    found = gather_covariances(model, own, targets, prefix, processes=processes)
+    found = gather_covariances(prefix, targets, processes=processes)
     bases = {target: random_basis(target, 5) for target in targets}
-    moments = basis_moments(model, own, bases, prefix, second=True, processes=processes)
+    moments = basis_moments(prefix, bases, second=True, processes=processes)
     counts = {target: torch.tensor(float(each.tokens)) for target, each in found.items()}
     return {target.name: [*found[target][:2], counts[target], *moments[target]] for target in targets}
 

@@ -27,7 +27,7 @@ def gradients(
 ) -> dict[str, Tensor]:
     """∂L/∂σ of the mean loss, the targets in one sweep."""
     prefix = capture_prefix(model, batches, {min(target.layer for target in targets)}, dtype=dtype)
-    sums = gather_gradients(model, batches, targets, prefix, dtype=dtype)
+    sums = gather_gradients(prefix, targets)
     count = sum(batch.num_targets for batch in batches)
     return {target.name: total.result()[1] / count for target, total in sums.items()}
 
@@ -132,7 +132,7 @@ def test_layers_below_the_current_one_are_not_run_again() -> None:
     runs: list[int] = []
     for index, layer in enumerate(decoder(model).layers):
         layer.self_attn.register_forward_hook(lambda *_, index=index: runs.append(index))
-    gather_gradients(model, batches, of_block(targets, "mlp"), prefix)
+    gather_gradients(prefix, of_block(targets, "mlp"))
     assert runs == [1, 2]
 
 
@@ -142,7 +142,7 @@ def test_a_non_finite_loss_is_reported_with_its_batch() -> None:
     prefix = capture_prefix(model, batches, [LAYER])
     prefix.hidden[LAYER][1].fill_(float("inf"))
     with pytest.raises(NonFiniteError, match="calibration batch 1 is nan"):
-        gather_gradients(model, batches, of_block(targets, "mlp"), prefix)
+        gather_gradients(prefix, of_block(targets, "mlp"))
 
 
 def test_every_call_of_a_linear_counts() -> None:

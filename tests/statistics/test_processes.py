@@ -49,7 +49,7 @@ def sums(
     """∂L/∂σ of all linears of one layer, summed over the batches."""
     targets, own = layer_targets(model, 1)[0], processes.local_batches(batches)
     prefix = capture_prefix(model, own, [1])
-    gathered = gather_gradients(model, own, targets, prefix, processes=processes)
+    gathered = gather_gradients(prefix, targets, processes=processes)
     return {target.name: total.result()[1] for target, total in gathered.items()}
 
 

@@ -24,7 +24,7 @@ def scores(
 ) -> dict[str, Scored]:
     batches = [CalibrationBatch(t) for t in tokens]
     prefix = capture_prefix(model, batches, {LAYER})
-    found = gather_scores(model, batches, targets, prefix, basis=basis, metric=metric)
+    found = gather_scores(prefix, targets, basis=basis, metric=metric)
     return {target.name: make() for target, make in found.items()}
 
 

@@ -17,7 +17,7 @@ def test_nothing_of_a_batch_outlives_its_sweep(family: str) -> None:
     targets = layer_targets(model, 1)[0]
     prefix = capture_prefix(model, batches, [1])
     with LiveBytes() as live:
-        sweep(model, batches, targets, prefix, lambda call: None)
+        sweep(prefix, targets, lambda call: None)
         gc.collect()
         assert live.peak > 0
         assert live.now == 0
