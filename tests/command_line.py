@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).parents[1]
+TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once more. " * 20
+
+Outcome = namedtuple("Outcome", "code out err")  # of a command
+RunMain = Callable[..., Outcome]
 
 
 def save_tiny_model(folder: Path, *, nan: bool = False) -> Path:
@@ -46,3 +52,19 @@ def grasp(*arguments: object, cwd: Path, processes: int = 1) -> subprocess.Compl
         text=True,
         timeout=600,
     )
+
+
+def files(folder: Path) -> set[str]:
+    """The paths of everything in a folder, relative to it."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def assert_refused(outcome: Outcome, *words: str) -> None:
+    """Check that a command ended with exit code 2 and one line of error that has ``words``."""
+    lines = outcome.err.splitlines()
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert lines[-1].startswith("error: ")
+    assert not any(line.startswith((" ", "Traceback", "error")) for line in lines[:-1])
+    for word in words:
+        assert word in lines[-1]

@@ -8,11 +8,7 @@ import pytest
 
 from grasp.bench import costs as bench_costs
 from grasp.bench import timing
-from grasp.cli.arguments import parse_bytes
-from tests.cli.test_cli import RunMain, main, model, text
-
-__all__ = ["main", "model", "text"]  # fixtures
-
+from tests.command_line import RunMain
 
 SINGLE = ("--schedule", "single-sweep")
 FEW = ("--num-samples", 2, "--seq-len", 32)
@@ -73,16 +69,3 @@ def test_targets_that_make_no_sense_are_refused(
     assert outcome.code == 2
     assert message in " ".join(outcome.err.split())
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "number"), [("12", 12), ("200MB", 200_000_000), ("1.5 GiB", 3 << 29), ("7kb", 7000), ("8B", 8)]
-)
-def test_bytes_have_decimal_or_binary_units(text: str, number: int) -> None:
-    assert parse_bytes(text) == number
-
-
-@pytest.mark.parametrize("text", ["", "MB", "-1", "1 M", "2e9", "1XB"])
-def test_bytes_without_a_number_or_with_another_unit_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="bytes must be a number such as"):
-        parse_bytes(text)
