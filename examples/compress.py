@@ -34,7 +34,7 @@ def main() -> None:
     # GraspConfig.best(compression_ratio=0.1) loses far less, but needs minutes and memory.
     text = read_text(arguments.text, split="calibration")
     batches = token_batches(tokenizer, text, num_samples=arguments.samples, seq_len=arguments.tokens)
-    report = compress_(model, batches, GraspConfig(num_layers=arguments.layers, schedule="single-sweep"))
+    report = compress_(model, batches, GraspConfig.paper(num_layers=arguments.layers, schedule="single-sweep"))
     after = perplexity(model, held_out, window=arguments.tokens).perplexity
     print(f"layers {report.redundant_layers}, {report.compression_ratio:.1%} of the parameters removed")
     print(f"perplexity {before:.1f} before, {after:.1f} after")
