@@ -43,8 +43,8 @@ class GraspConfig:
         basis: the matrix that is decomposed. ``"plain"``: the weight. ``"whitened"``: the weight times a root of its
             input covariance, which keeps outputs. ``"kfac"``: also times a root of its output-gradient covariance,
             which keeps the loss.
-        metric: importance of a singular group: ``"taylor"`` ``|σ·∂L/∂σ|``, ``"gradient"`` ``|∂L/∂σ|``, ``"magnitude"`` σ², or
-            ``"fisher"`` σ²·Σ(∂L/∂σ)² with one term per token. ``"gradient"`` needs the plain basis and uniform
+        metric: importance of a singular group: ``"taylor"`` ``|σ·∂L/∂σ|``, ``"gradient"`` ``|∂L/∂σ|``, ``"magnitude"``
+            σ², or ``"fisher"`` σ²·Σ(∂L/∂σ)² with one term per token. ``"gradient"`` needs the plain basis and uniform
             allocation.
         allocation: ``"uniform"`` keeps the same fraction of every matrix. ``"global"`` spends one budget where it
             lowers the predicted loss most; a matrix may stay dense. It needs a metric in units of loss: ``"taylor"``,
