@@ -1,4 +1,4 @@
-"""A hub for tests: an HTTP server that speaks the few routes an upload takes, keeps what it gets, and can fail."""
+"""A hub for tests: an HTTP server with the routes of an upload, which stores the files and can fail."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ TOKEN = "hf_aTokenThatMustNeverBeShown"
 
 @dataclass
 class FakeHub:
-    """What the server has, and how it is to behave.
+    """The content of the server, and its behaviour.
 
     Attributes:
-        files: path in the repository → content, of the last commits.
+        files: path in the repository → content, after all commits.
         blobs: sha256 → content of large files, committed or not.
-        uploads: sha256 of each large file that was sent, in order.
+        uploads: sha256 of each uploaded large file, in order.
         repositories: name → visibility.
-        refuse_commits: how many commits are answered with an error of the server.
+        refuse_commits: number of commits that get a server error.
     """
 
     address: str = ""
@@ -39,7 +39,7 @@ class FakeHub:
 
 @contextmanager
 def fake_hub() -> Iterator[FakeHub]:
-    """A hub at ``.address`` while the block runs."""
+    """Run a hub at ``.address`` until the block ends."""
     hub = FakeHub()
 
     class Handler(_Handler):
@@ -102,28 +102,28 @@ class _Handler(BaseHTTPRequestHandler):
         self.state.uploads.append(name)
         self._answer({})
 
-    def _create(self, asked: dict[str, Any]) -> None:
-        name = f"{asked['organization']}/{asked['name']}"
-        if asked["organization"] == "somebody-else":
+    def _create(self, request: dict[str, Any]) -> None:
+        name = f"{request['organization']}/{request['name']}"
+        if request["organization"] == "somebody-else":
             self._answer({"error": "You don't have the rights to create a model under this namespace"}, 403)
             return
-        there = name in self.state.repositories
-        visibility = self.state.repositories.setdefault(name, asked.get("visibility", "public"))
+        exists = name in self.state.repositories
+        visibility = self.state.repositories.setdefault(name, request.get("visibility", "public"))
         assert visibility in ("public", "private")
-        self._answer({"url": f"{self.state.address}/{name}", "name": name}, 409 if there else 200)
+        self._answer({"url": f"{self.state.address}/{name}", "name": name}, 409 if exists else 200)
 
     @staticmethod
     def _mode(file: dict[str, Any]) -> dict[str, Any]:
         mode = "lfs" if file["path"].endswith(".safetensors") else "regular"
         return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
 
-    def _action(self, asked: dict[str, Any]) -> dict[str, Any]:
-        found = {"oid": asked["oid"], "size": asked["size"]}
-        if asked["oid"] in self.state.blobs:
-            return found
-        upload = {"href": f"{self.state.address}/blob/{asked['oid']}", "header": {}}
-        verify = {"href": f"{self.state.address}/verify/{asked['oid']}", "header": {}}
-        return {**found, "actions": {"upload": upload, "verify": verify}}
+    def _action(self, request: dict[str, Any]) -> dict[str, Any]:
+        entry = {"oid": request["oid"], "size": request["size"]}
+        if request["oid"] in self.state.blobs:
+            return entry
+        upload = {"href": f"{self.state.address}/blob/{request['oid']}", "header": {}}
+        verify = {"href": f"{self.state.address}/verify/{request['oid']}", "header": {}}
+        return {**entry, "actions": {"upload": upload, "verify": verify}}
 
     def _commit(self, lines: list[dict[str, Any]]) -> None:
         if self.state.refuse_commits:

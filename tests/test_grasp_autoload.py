@@ -34,11 +34,11 @@ with torch.no_grad():
 
 def python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh process away from the checkout, with no import path but the installed packages."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd="/",
-        env=kept | environment,
+        env=variables | environment,
         capture_output=True,
         text=True,
     )

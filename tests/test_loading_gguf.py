@@ -160,9 +160,9 @@ def test_a_gguf_model_is_saved_and_loaded_as_any_other(
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     words = AutoTokenizer.from_pretrained(tmp_path)
-    for each in (model, reloaded):
-        assert each.lm_head.weight is each.model.embed_tokens.weight
-        assert not getattr(each, "is_quantized", False)
+    for loaded in (model, reloaded):
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        assert not getattr(loaded, "is_quantized", False)
     assert reloaded.generation_config.to_dict() == model.generation_config.to_dict()
     assert reloaded.generation_config.eos_token_id == words.eos_token_id == tokenizer.eos_token_id
     text = "Numbers like 1234, accents (naïve) and\n\n  spaces."

@@ -62,7 +62,7 @@ print(tokenizer.decode(tokens[0]))
 
 Each linear layer with its rank and its full rank; parameters relative to the dense layers.
 
-| layer | rank of full rank | parameters kept |
+| layer | rank of full rank | parameters |
 | --- | --- | ---: |
 {rows}
 """
@@ -238,10 +238,10 @@ def _rows(layers: Mapping[str, _Layer]) -> list[str]:
         match = _LAYER.fullmatch(path)
         groups[match["layer"] if match else "model"][match["module"] if match else path] = layer
     return [
-        f"| `{place}` | "
+        f"| `{path}` | "
         + ", ".join(f"`{name}` {m.rank} of {min(m.in_features, m.out_features)}" for name, m in group.items())
         + f" | {sum(m.parameters for m in group.values()) / sum(m.dense_parameters for m in group.values()):.1%} |"
-        for place, group in groups.items()
+        for path, group in groups.items()
     ]
 
 

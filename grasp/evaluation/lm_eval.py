@@ -9,7 +9,7 @@ import logging
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -131,8 +131,7 @@ def evaluate_tasks(
         lm = _watched(model, progress)(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         results = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=False)
         add_tokenizer_info(results, lm)
-    for name, config in results["configs"].items():
-        _name_source(config, files.get(name))
+    _name_sources(results["configs"], files)
     results |= {
         "config": _conditions(model, limit, batch_size),
         "date": start,
@@ -141,8 +140,7 @@ def evaluate_tasks(
         "transformers_version": version("transformers"),
         "grasp_version": __version__,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(results, default=_plain))
-    return plain
+    return _as_json(results)
 
 
 def _require_lm_eval() -> None:
@@ -328,18 +326,21 @@ def _conditions(model: PreTrainedModel, limit: int | None, batch_size: int) -> d
     }
 
 
-def _name_source(config: dict[str, Any], file: Path | None) -> None:
-    """Replace temporary paths in a task's configuration by the names of its files.
-
-    Results are published, so they contain no paths of this machine.
-    """
-    if file is not None:
-        config["dataset_path"] = str(file)
-        config.pop("dataset_kwargs")
-    if source := config.get("metadata", {}).get("config_source"):
-        config["metadata"]["config_source"] = definitions().get(config["task"], Path(source)).name
+def _name_sources(configs: dict[str, dict[str, Any]], files: Mapping[str, Path]) -> None:
+    """Replace paths of this machine in the tasks' configurations by names of files: results are published."""
+    for task, config in configs.items():
+        if task in files:
+            config["dataset_path"] = str(files[task])
+            config.pop("dataset_kwargs")
+        if source := config.get("metadata", {}).get("config_source"):
+            config["metadata"]["config_source"] = definitions().get(config["task"], Path(source)).name
 
 
-def _plain(value: Any) -> Any:
+def _as_json(results: dict[str, Any]) -> dict[str, Any]:
     """Convert numbers of numpy to Python numbers, and other values that JSON does not have to text."""
-    return value.item() if hasattr(value, "item") else str(value)
+
+    def convert(value: Any) -> Any:
+        return value.item() if hasattr(value, "item") else str(value)
+
+    converted: dict[str, Any] = json.loads(json.dumps(results, default=convert))
+    return converted

@@ -90,13 +90,8 @@ def perplexity(
     prefix = tokens.new_tensor([] if bos_token_id is None else [bos_token_id])
     window = min(window, max_positions(model) or window)
     room = window - len(prefix)
-    if window < 2:
-        raise ValueError(f"window must be at least 2 positions, got {window}")
     stride = room if stride is None else stride
-    if not 1 <= stride <= room:
-        raise ValueError(f"stride must be between 1 and the {room} tokens of a window, or None; got {stride}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    _check_sizes(window, room, stride, batch_size)
     windows = cut_windows(len(tokens), room, stride, first_needs_context=bos_token_id is None)
     if len(tokens) < 2 or not windows:
         raise CalibrationError(f"the text has {len(tokens)} tokens; perplexity needs at least 2. Use a longer text.")
@@ -114,6 +109,15 @@ def perplexity(
             progress("perplexity", done, len(windows))
     nll = total / scored
     return PerplexityResult(nll.exp().item(), nll.item(), scored, len(windows), nonfinite, window, stride)
+
+
+def _check_sizes(window: int, room: int, stride: int, batch_size: int) -> None:
+    if window < 2:
+        raise ValueError(f"window must be at least 2 positions, got {window}")
+    if not 1 <= stride <= room:
+        raise ValueError(f"stride must be between 1 and the {room} tokens of a window, or None; got {stride}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
 def cut_windows(length: int, room: int, stride: int, *, first_needs_context: bool) -> list[Window]:

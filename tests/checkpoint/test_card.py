@@ -97,8 +97,8 @@ def test_table_says_what_was_compressed_and_what_that_took_out(model: PreTrained
     after = sum(p.numel() for p in model.parameters())
     assert f"removes {1 - after / before:.1%} of the model's parameters ({before:,} before" in text
     assert f", {after:,} now)" in text
-    kept = (4 * (48 + 32) + 8 * (32 + 32) + 32) / (48 * 32 + 32 * 32 + 32)
-    assert f"| `model.layers.1` | `self_attn.q_proj` 8 of 32, `mlp.up_proj` 4 of 32 | {kept:.1%} |\n" in text
+    share = (4 * (48 + 32) + 8 * (32 + 32) + 32) / (48 * 32 + 32 * 32 + 32)
+    assert f"| `model.layers.1` | `self_attn.q_proj` 8 of 32, `mlp.up_proj` 4 of 32 | {share:.1%} |\n" in text
     assert text.endswith("## Quality\n\nPerplexity 10 → 12.\n")
 
 
@@ -131,12 +131,17 @@ PERPLEXITY = {"perplexity": 24.25, "tokens": 4092, "window": 512}
 
 def document(parameters: int, *, text: str | None = None, acc: float | None = None) -> dict[str, Any]:
     """What ``grasp evaluate --json`` prints, as far as a card reads it."""
-    own = {"model": "/home/someone/small", "text": text, "result": PERPLEXITY if text else None}
-    own["size"] = {"parameters": parameters}
+    evaluation = {"model": "/home/someone/small", "text": text, "result": PERPLEXITY if text else None}
+    evaluation["size"] = {"parameters": parameters}
     if acc is None:
-        return own
+        return evaluation
     scores = {"name": "piqa", "acc,none": acc, "acc_stderr,none": 0.01, "sample_len": 500}
-    return {"results": {"piqa": scores}, "n-samples": {"piqa": {"effective": 500}}, "n-shot": {"piqa": 0}, "grasp": own}
+    return {
+        "results": {"piqa": scores},
+        "n-samples": {"piqa": {"effective": 500}},
+        "n-shot": {"piqa": 0},
+        "grasp": evaluation,
+    }
 
 
 def test_results_are_shown_and_are_the_hubs_model_index(model: PreTrainedModel) -> None:
