@@ -1,8 +1,8 @@
-"""Time a compression in one process and in several of one thread each, beside what the machine's own threads gain.
+"""Time a compression in one process and in several processes of one thread each.
 
-The gain of as many threads over one is measured in a matrix product as large as the model's own, before and after: no
-division of work over the same cores can be expected to gain more. Nothing is reported unless all choose the same
-singular groups.
+The speed-up is compared with that of as many threads in a matrix product of the model's size, timed before and after:
+no division of work over the same cores should gain more. Results are reported only if all runs choose the same singular
+groups.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from grasp.statistics.processes import ALONE, joined
 CPU = torch.device("cpu")
 GEMM = (2048, 576, 1536)  # tokens, features in and out: the MLP of SmolLM2-135M
 GEMM_SECONDS = 2.0
-ATTRIBUTION = ("prefix", "attribution")  # steps of a report whose time is compared
+ATTRIBUTION = ("prefix", "attribution")  # compared steps of a report
 
 
 @dataclass(frozen=True)
-class Job:
-    """A compression; a sequence at a time."""
+class ScalingJob:
+    """A compression with one sequence per batch."""
 
     model: str
     schedule: str
@@ -50,22 +50,22 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Result:
-    """One number of processes, one line of the output."""
+class ScalingResult:
+    """Times with one number of processes, one line of the output."""
 
-    job: Job
+    job: ScalingJob
     processes: int
-    seconds: Mapping[str, float]  # by step, of the first process, which waits for the others
-    attribution: float  # seconds of that without block influence and decompositions
+    seconds: Mapping[str, float]  # by step, of rank 0, which waits for the others
+    attribution: float  # seconds without block influence and decompositions
     attribution_speedup: float
     total_speedup: float
-    thread_speedup: float  # of the matrix product
-    share_of_thread_speedup: float  # that the attribution reached
+    thread_speedup: float  # of the matrix product with as many threads
+    share_of_thread_speedup: float  # attribution_speedup over thread_speedup
     conditions: Conditions
 
 
-def worker(job: Job) -> CompressionReport:
-    """Compress in this process, one of those that ``run`` started."""
+def worker(job: ScalingJob) -> CompressionReport:
+    """Compress in this process, which ``run`` has started."""
     torch.set_num_threads(1)
     model, tokenizer = load_quietly(job.model, device="cpu")
     batches = token_batches(tokenizer, builtin_text("calibration"), num_samples=job.sequences, seq_len=job.seq_len)
@@ -76,8 +76,8 @@ def worker(job: Job) -> CompressionReport:
         return compress_(model, batches, config, processes=processes)
 
 
-def run(job: Job, processes: int) -> CompressionReport:
-    """Compress in so many new processes of one thread; the report of the first."""
+def run(job: ScalingJob, processes: int) -> CompressionReport:
+    """Compress in new processes of one thread each; the report of rank 0."""
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -92,7 +92,7 @@ def run(job: Job, processes: int) -> CompressionReport:
 
 
 def gemm_seconds(threads: int) -> float:
-    """Shortest time of a matrix product with so many threads."""
+    """Shortest time of a matrix product with ``threads`` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     tokens, inputs, outputs = GEMM
@@ -105,11 +105,11 @@ def gemm_seconds(threads: int) -> float:
     return best
 
 
-def measure(job: Job, counts: Sequence[int]) -> list[Result]:
-    """Run the job with each number of processes, the first of which is one.
+def measure(job: ScalingJob, counts: Sequence[int]) -> list[ScalingResult]:
+    """Run the job with each number of processes; the first number must be 1.
 
     Raises:
-        RuntimeError: if they do not choose the same singular groups.
+        RuntimeError: if the runs choose different singular groups.
     """
     gemms = {count: [gemm_seconds(count)] for count in counts}
     reports = {count: run(job, count) for count in counts}
@@ -126,7 +126,7 @@ def measure(job: Job, counts: Sequence[int]) -> list[Result]:
         speedup = attribution[counts[0]] / attribution[count]
         threads = min(gemms[counts[0]]) / min(gemms[count])
         results.append(
-            Result(
+            ScalingResult(
                 job,
                 count,
                 dict(reports[count].seconds),
@@ -141,8 +141,8 @@ def measure(job: Job, counts: Sequence[int]) -> list[Result]:
     return results
 
 
-def result_table(results: Sequence[Result]) -> Table:
-    """A column for each number of processes."""
+def result_table(results: Sequence[ScalingResult]) -> Table:
+    """One column per number of processes."""
     table = Table("", *(f"{result.processes} of one thread" for result in results))
     for column in table.columns[1:]:
         column.justify = "right"
@@ -156,20 +156,20 @@ def result_table(results: Sequence[Result]) -> Table:
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="A name as `grasp compress` takes it.")] = BUILTIN,
+    model: Annotated[str, typer.Argument(help="A model as for `grasp compress`.")] = BUILTIN,
     schedule: Annotated[str, typer.Option(help=", ".join(SCHEDULES))] = "single-sweep",
-    layers: Annotated[int, typer.Option(min=1, help="How many, the most redundant ones.")] = 6,
+    layers: Annotated[int, typer.Option(min=1, help="Number of most redundant layers to compress.")] = 6,
     retain_ratio: Annotated[float, typer.Option()] = 0.3,
     sequences: Annotated[int, typer.Option(min=1)] = 24,
     seq_len: Annotated[int, typer.Option(min=2)] = 512,
-    processes: Annotated[int, typer.Option(min=2, help="Beside one.")] = 2,
+    processes: Annotated[int, typer.Option(min=2, help="Compared with one process.")] = 2,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON lines are appended to this file.")] = None,
 ) -> None:
     """Time a compression in one process of one thread and in several.
 
     Example: python -m benchmarks.compression.process_scaling --sequences 24 -o processes.jsonl
     """
-    results = measure(Job(model, schedule, layers, retain_ratio, sequences, seq_len), (1, processes))
+    results = measure(ScalingJob(model, schedule, layers, retain_ratio, sequences, seq_len), (1, processes))
     Console().print(result_table(results))
     if output is not None:
         with output.open("a") as file:

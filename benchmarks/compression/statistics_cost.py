@@ -1,7 +1,7 @@
-"""Time what statistics add to a sweep: covariances, and second moments at full rank, against a sweep that gathers none.
+"""Time sweeps that gather covariances, and second moments at full rank, against a sweep that gathers nothing.
 
-Tokens and factors are random: a time depends on their shapes alone. Nothing is timed unless the statistics of a short
-batch are those that plain matmuls give in fp64.
+Tokens and factors are random, since times depend on shapes alone. Statistics are timed only if those of a short batch
+equal the results of plain matmuls in fp64.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.providers import pick_layers
-from grasp.bench.timing import Sample
+from grasp.bench.timing import Sample, turns
 from grasp.builtin import BUILTIN
 from grasp.cli.arguments import parse_layers
 from grasp.config import GraspConfig
@@ -41,12 +41,22 @@ from grasp.statistics.sweep import Call, Prefix, capture_prefix, sweep
 
 BARE, COVARIANCES, MOMENTS = "bare sweep", "covariances", "moments"
 CHECKED_TOKENS = 48
-TOLERANCE = 1e-4  # norm-wise and relative, of fp32 sums over so few tokens
+TOLERANCE = 1e-4  # norm-wise and relative, for fp32 sums over so few tokens
+
+
+class Sizes(NamedTuple):
+    """Layers to sweep through, and numbers of tokens."""
+
+    layers: tuple[int, ...]
+    sequences: int
+    seq_len: int
+    batch_size: int
+    repeats: int
 
 
 @dataclass(frozen=True)
-class Result:
-    """One kind of statistics, one line of the output."""
+class StatisticsResult:
+    """Time of a sweep with one kind of statistics, one line of the output."""
 
     model: str
     provider: str
@@ -59,8 +69,8 @@ class Result:
     statistics_bytes: int
     seconds_per_sequence: float  # median
     spread: float  # distance between the quartiles of the times, fraction of their median
-    added: float  # time over that of the bare sweep, repetition by repetition, median, less 1
-    largest_difference: float  # from fp64, norm-wise and relative, of any linear's statistics on the short batch
+    added: float  # median ratio of the time to the bare sweep's, repetition by repetition, minus 1
+    largest_difference: float  # norm-wise relative error of any linear's statistics on the short batch
     conditions: Conditions
 
 
@@ -82,7 +92,7 @@ def random_factors(target: Target) -> SVD:
 
 
 def difference(model: PreTrainedModel, factors: Mapping[Target, SVD], dtype: str | None) -> float:
-    """The largest difference of any statistic of a short batch from plain matmuls in fp64, relative to their norm."""
+    """Largest norm-wise relative error of any statistic of a short batch, from plain matmuls in fp64."""
     batches = random_batches(model, 2, CHECKED_TOKENS // 2, 2)
     prefix = capture_prefix(model, batches, {min(target.layer for target in factors)}, dtype=dtype)
     exact: defaultdict[Target, list[Tensor]] = defaultdict(list)
@@ -110,7 +120,7 @@ def providers(
     prefix: Prefix,
     dtype: str | None,
 ) -> dict[str, Callable[[], object]]:
-    """What to time: sweeps through the same layers."""
+    """The sweeps to time, all through the same layers."""
     return {
         BARE: lambda: sweep(prefix, factors, lambda call: None),
         COVARIANCES: lambda: gather_covariances(prefix, factors),
@@ -118,21 +128,60 @@ def providers(
     }
 
 
-def take_turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Sample]:
-    """Time all calls in turn, each repetition starting with another; the first warms up and is left out."""
-    names = list(calls)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for repetition in track(range(repeats + 1), "timing", console=Console(stderr=True)):
-        first = repetition % len(names)
-        for name in (*names[first:], *names[:first]):
-            start = time.perf_counter()
-            calls[name]()
+def time_sweeps(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Sample]:
+    """Time all calls in turns; the first repetition warms up and is left out."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    schedule = list(turns(list(calls), repeats + 1))
+    for repetition, name in track(schedule, "timing", console=Console(stderr=True)):
+        start = time.perf_counter()
+        calls[name]()
+        if repetition:
             times[name].append(time.perf_counter() - start)
-    return {name: Sample(tuple(seconds[1:])) for name, seconds in times.items()}
+    return {name: Sample(tuple(seconds)) for name, seconds in times.items()}
 
 
-def result_table(results: Sequence[Result]) -> Table:
-    """The providers of one model."""
+def measure(
+    name: str,
+    model: PreTrainedModel,
+    factors: Mapping[Target, SVD],
+    sizes: Sizes,
+    sweep_dtype: str | None,
+    largest: float,
+) -> Iterator[StatisticsResult]:
+    """Time all sweeps.
+
+    Args:
+        name: the model's name in the results.
+        model: the loaded model.
+        factors: random factors of all targets.
+        sizes: layers and token counts.
+        sweep_dtype: ``None`` for the model's own.
+        largest: the error from ``difference``.
+    """
+    dtype = sweep_dtype or str(model.dtype).removeprefix("torch.")
+    now = conditions(measure_card(device := first_device(model), getattr(torch, dtype)), device)
+    batches = random_batches(model, sizes.sequences, sizes.seq_len, sizes.batch_size)
+    prefix = capture_prefix(model, batches, {sizes.layers[0]}, dtype=sweep_dtype)
+    samples = time_sweeps(providers(model, batches, factors, prefix, sweep_dtype), sizes.repeats)
+    statistics_bytes = {
+        BARE: 0,
+        COVARIANCES: covariance_bytes(factors),
+        MOMENTS: sum(2 * svd.S.nbytes + svd.U.nbytes + svd.Vh.nbytes for svd in factors.values()),
+    }
+    for provider, sample in samples.items():
+        yield StatisticsResult(
+            *(name, provider, dtype, *sizes),
+            statistics_bytes=statistics_bytes[provider],
+            seconds_per_sequence=sample.median / sizes.sequences,
+            spread=sample.spread,
+            added=1 / sample.speedup_over(samples[BARE]) - 1,
+            largest_difference=largest,
+            conditions=now,
+        )
+
+
+def result_table(results: Sequence[StatisticsResult]) -> Table:
+    """One row per provider."""
     first = results[0]
     table = Table(
         title=f"{first.model}, {first.dtype}, {len(first.layers)} layers\n"
@@ -142,23 +191,23 @@ def result_table(results: Sequence[Result]) -> Table:
     table.add_column("statistics")
     for heading in ("MB", "s/sequence", "IQR", "added"):
         table.add_column(heading, justify="right")
-    for each in results:
-        row = (f"{each.statistics_bytes / 1e6:.1f}", f"{each.seconds_per_sequence:.3f}", f"{each.spread:.0%}")
-        table.add_row(each.provider, *row, f"{each.added:.1%}")
+    for result in results:
+        row = (f"{result.statistics_bytes / 1e6:.1f}", f"{result.seconds_per_sequence:.3f}", f"{result.spread:.0%}")
+        table.add_row(result.provider, *row, f"{result.added:.1%}")
     return table
 
 
 def main(
     model: Annotated[str, typer.Argument(help="Hub name, folder, GGUF file, or builtin.")] = BUILTIN,
-    num_layers: Annotated[int, typer.Option(min=1, help="Gather in this many layers, those in the middle.")] = 6,
-    layers: Annotated[str | None, typer.Option(help="These instead, as 3,4,5.")] = None,
+    num_layers: Annotated[int, typer.Option(min=1, help="Number of layers in the middle.")] = 6,
+    layers: Annotated[str | None, typer.Option(help="Instead: these layers, such as 3,4,5.")] = None,
     sequences: Annotated[int, typer.Option(min=1)] = 4,
     seq_len: Annotated[int, typer.Option(min=2)] = 512,
     batch_size: Annotated[int, typer.Option(min=1)] = 4,
-    repeats: Annotated[int, typer.Option(min=1, help="Times that every sweep gets its turn.")] = 5,
-    dtype: Annotated[str, typer.Option(help=f"Of the model: auto, or one of {', '.join(DTYPES)}.")] = "float32",
-    sweep_dtype: Annotated[str | None, typer.Option(help="bfloat16, or the model's own if left out.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if left out.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of every sweep.")] = 5,
+    dtype: Annotated[str, typer.Option(help=f"Dtype of the model: auto, or one of {', '.join(DTYPES)}.")] = "float32",
+    sweep_dtype: Annotated[str | None, typer.Option(help="bfloat16. Default: the model's dtype.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON lines are appended to this file.")] = None,
 ) -> None:
     """Time a sweep that gathers covariances, and one that gathers moments, against one that gathers nothing.
@@ -171,41 +220,22 @@ def main(
     try:
         loaded, _ = load_model(model, dtype=dtype)
         chosen = pick_layers(None if layers is None else parse_layers(layers), num_layers, len(decoder(loaded).layers))
-        GraspConfig(sweep_dtype=sweep_dtype)  # knows which there are
+        GraspConfig(sweep_dtype=sweep_dtype)  # checks the name
     except (GraspError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     factors = {target: random_factors(target) for layer in chosen for target in layer_targets(loaded, layer)[0]}
-    apart = difference(loaded, factors, sweep_dtype)
-    if not apart <= TOLERANCE:
-        console.print(f"WRONG: a statistic differs from fp64 by {apart:.1e}, nothing was timed")
+    largest = difference(loaded, factors, sweep_dtype)
+    if not largest <= TOLERANCE:
+        console.print(f"WRONG: a statistic differs from fp64 by {largest:.1e}, nothing was timed")
         raise typer.Exit(1)
-    ran = sweep_dtype or str(loaded.dtype).removeprefix("torch.")
-    now = conditions(measure_card(device := first_device(loaded), getattr(torch, ran)), device)
-    batches = random_batches(loaded, sequences, seq_len, batch_size)
-    prefix = capture_prefix(loaded, batches, {chosen[0]}, dtype=sweep_dtype)
-    times = take_turns(providers(loaded, batches, factors, prefix, sweep_dtype), repeats)
-    taken = {
-        BARE: 0,
-        COVARIANCES: covariance_bytes(factors),
-        MOMENTS: sum(2 * svd.S.nbytes + svd.U.nbytes + svd.Vh.nbytes for svd in factors.values()),
-    }
-    results = [
-        Result(
-            *(model, name, ran, tuple(chosen), sequences, seq_len, batch_size, repeats),
-            statistics_bytes=taken[name],
-            seconds_per_sequence=sample.median / sequences,
-            spread=sample.spread,
-            added=1 / sample.speedup_over(times[BARE]) - 1,
-            largest_difference=apart,
-            conditions=now,
-        )
-        for name, sample in times.items()
-    ]
-    console.print(f"{now.device}, threads: {now.threads}, statistics differ from fp64 by at most {apart:.0e}")
+    sizes = Sizes(tuple(chosen), sequences, seq_len, batch_size, repeats)
+    results = list(measure(model, loaded, factors, sizes, sweep_dtype, largest))
+    now = results[0].conditions
+    console.print(f"{now.processor}, statistics differ from fp64 by at most {largest:.0e}")
     console.print(result_table(results))
     if output is not None:
         with output.open("a") as file:
-            file.writelines(json.dumps(asdict(each)) + "\n" for each in results)
+            file.writelines(json.dumps(asdict(result)) + "\n" for result in results)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ import json
 import pytest
 
 from benchmarks.compression import process_scaling
-from benchmarks.compression.process_scaling import Job, measure, result_table
+from benchmarks.compression.process_scaling import ScalingJob, measure, result_table
 from grasp.checkpoint.compression_report import CompressionReport
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from tests.tiny_models import tiny_batches, tiny_model
 
-JOB = Job("tiny", "sequential", layers=1, retain_ratio=0.4, sequences=2, seq_len=12)
+JOB = ScalingJob("tiny", "sequential", layers=1, retain_ratio=0.4, sequences=2, seq_len=12)
 
 
 def reports(monkeypatch: pytest.MonkeyPatch, *, same: bool) -> None:
@@ -22,7 +22,7 @@ def reports(monkeypatch: pytest.MonkeyPatch, *, same: bool) -> None:
     made = {1: compress_(model, tiny_batches(1), config)}
     made[2] = made[1] if same else compress_(other, tiny_batches(1), config)
 
-    def run(job: Job, processes: int) -> CompressionReport:
+    def run(job: ScalingJob, processes: int) -> CompressionReport:
         seconds = {
             1: {"block_influence": 4.0, "prefix": 2.0, "attribution": 8.0},
             2: {"block_influence": 0.0, "prefix": 1.0, "attribution": 5.0},
