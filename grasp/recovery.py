@@ -86,11 +86,9 @@ def recover_(
 
     The loss is the mean negative log-likelihood of the counted tokens of a batch. Dropout is off. The optimizer works
     on fp32 copies of bf16 factors, because its steps are smaller than the precision of bf16. The held-out loss is
-    evaluated before training and ten times during training, on the factors in the dtype of the model. Training stops
-    after three evaluations in a row without an improvement. The model gets the factors with the lowest held-out loss;
-    if training fails or is interrupted, it has the factors of the last step.
-
-    The passes run under autocast if ``accelerate launch --mixed_precision bf16`` is used.
+    evaluated before and ten times during training; training stops after three evaluations in a row without an
+    improvement. The model gets the factors with the lowest held-out loss, or those of the last step if training fails
+    or is interrupted. ``accelerate launch --mixed_precision bf16`` runs the passes under autocast.
 
     Args:
         model: a model that ``compress_`` has compressed, in fp32 or bf16.
@@ -106,8 +104,7 @@ def recover_(
         UnsupportedModelError: if the model has no low-rank linears, or they are offloaded.
         ValueError: if the model is fp16, there are no sequences, or one is longer than the model has positions.
         NonFiniteError: if a loss or gradient is NaN or infinite.
-        ResumeError: if ``state`` belongs to another run, is damaged, or is not writable.
-        DistributedError: if another process fails.
+        ResumeError, DistributedError: from ``state`` and ``processes``.
 
     Example:
         >>> from grasp import GraspConfig, compress_

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from grasp.cli.arguments import Device, Dtype, Json
+from grasp.cli.compress_options import Output
 from grasp.cli.processes import started_together
 from grasp.cli.root import app
+
+_data = partial(typer.Option, rich_help_panel="Data")
+_training = partial(typer.Option, rich_help_panel="Training")
 
 Directory = Annotated[
     Path, typer.Argument(metavar="DIR", help="Checkpoint that grasp compress has written.", show_default=False)
 ]
-Output = Annotated[
-    Path,
-    typer.Option("--output", "-o", help="Folder for the new checkpoint; must be new or empty.", show_default=False),
-]
-Text = Annotated[str, typer.Option(metavar="FILE|NAME", help="Training text: a text file, wikitext2, c4, or builtin.")]
+Text = Annotated[str, _data(metavar="FILE|NAME", help="Training text: a text file, wikitext2, c4, or builtin.")]
 Instructions = Annotated[
     Path | None,
-    typer.Option(
+    _data(
         metavar="FILE.jsonl",
         help="Train on instructions in the Alpaca format instead; the loss counts only the answers.",
         show_default=False,
     ),
 ]
-Tokens = Annotated[
-    int | None, typer.Option(help="Training tokens, repetitions included. Default: one pass over the text.")
-]
-SeqLen = Annotated[int, typer.Option(help="Tokens per sequence; longer instructions are truncated.")]
-LearningRate = Annotated[float, typer.Option(help="Peak learning rate. Paper, for 7B parameters: 3e-4.")]
-BatchSize = Annotated[int, typer.Option(help="Sequences per optimizer step, over all processes.")]
-MicroBatchSize = Annotated[int, typer.Option(help="Sequences per forward pass; memory limits it.")]
-Seed = Annotated[int, typer.Option(help="Seed of the order of the sequences.")]
+Tokens = Annotated[int | None, _data(help="Training tokens, repetitions included. Default: one pass over the data.")]
+SeqLen = Annotated[int, _data(help="Tokens per sequence; longer instructions are truncated.")]
+LearningRate = Annotated[float, _training(help="Peak learning rate. Paper, for 7B parameters: 3e-4.")]
+BatchSize = Annotated[int, _training(help="Sequences per optimizer step, over all processes.")]
+MicroBatchSize = Annotated[int, _training(help="Sequences per forward pass; memory limits it.")]
+Seed = Annotated[int, _training(help="Seed of the order of the sequences.")]
 
 
 @app.command()
@@ -48,16 +47,17 @@ def recover(
     learning_rate: LearningRate = 5e-4,
     batch_size: BatchSize = 16,
     micro_batch_size: MicroBatchSize = 4,
+    seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = "auto",
-    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Recover quality lost in compression: train only the low-rank factors of a checkpoint.
 
     5 % of the sequences (at most 32) are held out. Training stops when the held-out loss stops improving, and the
-    best factors are saved. If interrupted, run the same command again to resume; progress is stored in OUTPUT.partial
-    until the checkpoint is written.
+    best factors are saved.
+
+    If interrupted, run the same command again to resume. Progress is stored in OUTPUT.partial until the run finishes.
 
     [bold]Examples[/bold]
 
