@@ -179,13 +179,13 @@ def _parts(tokenizer: PreTrainedTokenizerBase, instruction: Instruction) -> tupl
         {"role": "assistant", "content": answer},
     ]
     head = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
-    whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    if not whole.startswith(head):
+    conversation = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    if not conversation.startswith(head):
         raise TrainingDataError(
             "the chat template of the tokenizer changes a prompt when an answer follows, so the answer cannot be "
             "separated; remove the template (tokenizer.chat_template = None) or use plain text"
         )
-    return tokenize(tokenizer, head), tokenize(tokenizer, whole[len(head) :])
+    return tokenize(tokenizer, head), tokenize(tokenizer, conversation[len(head) :])
 
 
 def _require_length(seq_len: int) -> None:

@@ -31,7 +31,7 @@ CONFIG = RecoveryConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=2, to
 
 
 class Killed(BaseException):
-    """Stands for kill -9 where no process is to be started."""
+    """Simulates kill -9 without another process."""
 
 
 @cache
@@ -81,7 +81,7 @@ def test_the_loss_falls_and_only_the_factors_change(family: str) -> None:
         assert torch.equal(tensor, before[name]) == (name not in factors), name
 
 
-def test_modes_and_frozen_parameters_are_put_back_and_no_gradients_left() -> None:
+def test_modes_and_frozen_parameters_are_restored_and_no_gradients_remain() -> None:
     model = compressed().train()
     model.model.embed_tokens.weight.requires_grad_(False)
     recover_(model, TRAIN, HELD_OUT, CONFIG)
@@ -124,7 +124,7 @@ def test_the_gradient_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert norms == pytest.approx([0.1] * 20, rel=1e-4)
 
 
-def test_steps_that_bf16_cannot_tell_apart_add_up() -> None:
+def test_steps_below_the_precision_of_bf16_add_up() -> None:
     """A step of 1e-5 is below half a unit in the last place of nearly all factors: rounded at once, it is lost."""
     factors, plain = (trainable_factors(compressed(dtype=torch.bfloat16)) for _ in range(2))
     start = {name: factor.detach().clone() for name, factor in factors.items()}
@@ -152,31 +152,31 @@ def test_steps_that_bf16_cannot_tell_apart_add_up() -> None:
     assert lost.float().mean() > 0.9
 
 
-def test_the_best_factors_are_kept_and_training_ends_when_it_no_longer_helps() -> None:
-    heard: list[str] = []
+def test_the_best_factors_are_used_and_training_stops_without_improvement() -> None:
+    notes: list[str] = []
     config = RecoveryConfig(learning_rate=0.05, batch_size=4, tokens=4 * 12 * 100)
     model = compressed()
     before = {name: factor.detach().clone() for name, factor in trainable_factors(model).items()}
-    report = recover_(model, noise(4), noise(4, seed=9), config, notify=heard.append)
+    report = recover_(model, noise(4), noise(4, seed=9), config, notify=notes.append)
     assert report.steps == 100
     assert report.steps_done == report.best_step + 30 < 100
     assert min(point.held_out_loss for point in report.curve) == report.loss_after
-    assert "3 times in a row" in heard[-1]
+    assert "3 times in a row" in notes[-1]
     if report.best_step == 0:
         for name, factor in trainable_factors(model).items():
             assert torch.equal(factor, before[name])
 
 
-def test_the_curve_and_what_is_said_of_it() -> None:
-    heard: list[str] = []
+def test_the_curve_and_its_notifications() -> None:
+    notes: list[str] = []
     bars: list[tuple[str, int, int]] = []
-    report, _ = recovered(notify=heard.append, progress=lambda *bar: bars.append(bar))
+    report, _ = recovered(notify=notes.append, progress=lambda *bar: bars.append(bar))
     assert [point.step for point in report.curve] == list(range(0, 21, 2))
     assert [point.tokens for point in report.curve] == [48 * step for step in range(0, 21, 2)]
     assert report.curve[0].training_loss is None
     assert all(point.training_loss is not None for point in report.curve[1:])
-    assert heard[0] == f"step 0 of 20: held-out loss {report.loss_before:.4f}"
-    assert heard[1].startswith(f"step 2 of 20: held-out loss {report.curve[1].held_out_loss:.4f}, training loss ")
+    assert notes[0] == f"step 0 of 20: held-out loss {report.loss_before:.4f}"
+    assert notes[1].startswith(f"step 2 of 20: held-out loss {report.curve[1].held_out_loss:.4f}, training loss ")
     assert bars == [("recovery", step, 20) for step in range(1, 21)]
     document = report.to_dict()
     assert document["steps_done"] == 20
@@ -185,7 +185,7 @@ def test_the_curve_and_what_is_said_of_it() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 30, 100])
-def test_the_learning_rate_rises_to_its_peak_and_falls_to_almost_nothing(steps: int) -> None:
+def test_the_learning_rate_warms_up_and_decays(steps: int) -> None:
     rates = [learning_rate_at(step, steps, 2.0) for step in range(steps)]
     warm = math.ceil(steps / 20)
     assert rates[:warm] == pytest.approx([2.0 * (i + 1) / warm for i in range(warm)])
@@ -218,7 +218,7 @@ def test_settings_out_of_range_are_refused(values: dict[str, Any], words: str) -
         RecoveryConfig(**values)
 
 
-def test_what_cannot_be_trained_is_refused() -> None:
+def test_models_and_data_that_cannot_be_trained_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="has no low-rank linears to train"):
         recover_(tiny_model("llama"), TRAIN, HELD_OUT)
     with pytest.raises(ValueError, match="gradients overflow in float16; load the model in bfloat16 or float32"):
@@ -229,7 +229,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
         recover_(compressed(), TRAIN, noise(1, 129))
 
 
-def test_a_training_that_explodes_is_ended() -> None:
+def test_a_diverging_training_raises() -> None:
     with pytest.raises(NonFiniteError, match=r"learning_rate|after \d+ steps"):
         recovered(config=RecoveryConfig(learning_rate=1e30, batch_size=4, tokens=960))
 
@@ -249,23 +249,23 @@ def stop_after(count: int) -> Callable[[str, int, int], None]:
 
 
 def in_folder(folder: Path, *, seed: int = 0, **options: Any) -> tuple[RecoveryReport, dict[str, Tensor]]:
-    heard = options.setdefault("notify", lambda text: None)
+    notify = options.setdefault("notify", lambda text: None)
     config = RecoveryConfig(1e-2, CONFIG.tokens, 4, 2, seed)
-    with RecoveryState(folder, notify=heard) as state:
+    with RecoveryState(folder, notify=notify) as state:
         return recovered(state=state, config=config, **options)
 
 
 @pytest.mark.usefixtures("every_step")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_training_that_is_continued_ends_with_the_same_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_resumed_training_ends_with_the_same_weights(tmp_path: Path, dtype: torch.dtype) -> None:
     folder = tmp_path / "out.partial"
     expected, weights = recovered(dtype)
     for count in (4, 9, 20):  # after a point of the curve, between two, at the end
         with pytest.raises(Killed):
             in_folder(folder, dtype=dtype, progress=stop_after(count))
-    heard: list[str] = []
-    report, again = in_folder(folder, dtype=dtype, notify=heard.append)
-    assert "after 19 of 20 steps" in heard[0]
+    notes: list[str] = []
+    report, again = in_folder(folder, dtype=dtype, notify=notes.append)
+    assert "after 19 of 20 steps" in notes[0]
     assert report.curve == expected.curve
     assert weights.keys() == again.keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in again.items())
@@ -274,17 +274,17 @@ def test_a_training_that_is_continued_ends_with_the_same_weights(tmp_path: Path,
 
 
 @pytest.mark.usefixtures("every_step")
-def test_ctrl_c_leaves_a_state_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_leaves_the_run_folder_and_notifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.test_recovery.Killed", KeyboardInterrupt)
-    heard: list[str] = []
+    notes: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        in_folder(tmp_path / "out.partial", progress=stop_after(3), notify=heard.append)
-    assert heard[-1].endswith(f"stored in {tmp_path / 'out.partial'}")
+        in_folder(tmp_path / "out.partial", progress=stop_after(3), notify=notes.append)
+    assert notes[-1].endswith(f"stored in {tmp_path / 'out.partial'}")
     assert in_folder(tmp_path / "out.partial")[0].steps_done == 20
 
 
 @pytest.mark.usefixtures("every_step")
-def test_another_request_or_a_damaged_state_is_refused(tmp_path: Path) -> None:
+def test_a_run_folder_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "out.partial"
     with pytest.raises(Killed):
         in_folder(folder, progress=stop_after(3))
@@ -300,7 +300,7 @@ def test_another_request_or_a_damaged_state_is_refused(tmp_path: Path) -> None:
         in_folder(folder)
 
 
-def test_nothing_is_written_more_often_than_the_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snapshots_are_written_at_most_once_per_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
     write = RecoveryState._write
     monkeypatch.setattr(
@@ -317,7 +317,7 @@ def in_process(processes: Processes) -> tuple[RecoveryReport, dict[str, Tensor]]
 
 
 @pytest.mark.slow
-def test_processes_that_share_a_batch_end_as_one_does() -> None:
+def test_processes_that_share_a_batch_give_the_result_of_one() -> None:
     alone, weights = recovered()
     outcomes = many_processes.run(in_process)
     for outcome in outcomes:
@@ -331,7 +331,7 @@ def test_processes_that_share_a_batch_end_as_one_does() -> None:
             assert torch.equal(tensor, outcomes[0].value[1][name])
 
 
-def test_the_default_state_keeps_nothing() -> None:
+def test_the_default_state_stores_nothing() -> None:
     state = NoRecoveryState()
     state.save(lambda: pytest.fail("asked for a snapshot"), last=True)
     assert state.load() is None
@@ -348,7 +348,7 @@ def mixed_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("mixed_precision")
-def test_the_mixed_precision_of_accelerate_is_heeded() -> None:
+def test_the_mixed_precision_of_accelerate_is_used() -> None:
     model, seen = compressed(), set[tuple[bool, torch.dtype]]()
     layer = model.get_submodule("model.layers.1.mlp.up_proj")
     layer.register_forward_hook(lambda module, args, y: seen.add((torch.is_grad_enabled(), y.dtype)))

@@ -32,7 +32,7 @@ def numbered(count: int) -> list[TrainingSequence]:
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_a_text_is_cut_without_losing_a_token(adds_bos: bool) -> None:
+def test_a_text_is_split_without_losing_a_token(adds_bos: bool) -> None:
     tokenizer = byte_tokenizer(adds_bos=adds_bos)
     text = "abcdefghijklm"
     sequences = pack_text(tokenizer, text, 5)
@@ -43,13 +43,13 @@ def test_a_text_is_cut_without_losing_a_token(adds_bos: bool) -> None:
     assert all(item.counts.tolist() == [False, *[True] * (len(item.counts) - 1)] for item in sequences)
 
 
-def test_a_last_token_that_follows_nothing_is_no_sequence() -> None:
+def test_a_single_last_token_is_not_a_sequence() -> None:
     assert [len(item.input_ids) for item in pack_text(byte_tokenizer(), "abcdef", 5)] == [5]
     with pytest.raises(ValueError, match="seq_len must be at least 2, got 1"):
         pack_text(byte_tokenizer(), "abc", 1)
 
 
-def test_a_batch_counts_no_padding() -> None:
+def test_padding_of_a_batch_is_not_counted() -> None:
     long = TrainingSequence(torch.arange(4), torch.tensor([False, False, True, True]))
     batch = collate([long, *numbered(1)])
     assert batch.input_ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 0]]
@@ -72,7 +72,7 @@ def test_only_the_tokens_of_the_answer_count(chat: bool, head: str | None, tail:
     assert "Input" not in tokenizer.decode(without_input.input_ids)
 
 
-def test_an_answer_that_is_cut_off_is_left_out_and_one_that_is_cut_short_is_not() -> None:
+def test_an_instruction_without_room_for_its_answer_is_skipped_and_a_truncated_answer_is_not() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHAT
     instructions = [Instruction("x" * 100, "", "answer"), Instruction("x", "", "answer")]
@@ -82,7 +82,7 @@ def test_an_answer_that_is_cut_off_is_left_out_and_one_that_is_cut_short_is_not(
         instruction_sequences(tokenizer, instructions[:1], 20)
 
 
-def test_a_template_that_rewrites_the_request_is_refused() -> None:
+def test_a_template_that_changes_the_prompt_is_refused() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(TrainingDataError, match="chat template"):
@@ -105,7 +105,7 @@ def test_instructions_are_read_line_by_line(tmp_path: Path) -> None:
         ('{"instruction": "a", "output": 3}', "got {"),
     ],
 )
-def test_a_line_that_is_no_instruction_is_named(tmp_path: Path, line: str, words: str) -> None:
+def test_a_line_in_another_format_is_named(tmp_path: Path, line: str, words: str) -> None:
     path = tmp_path / "some.jsonl"
     path.write_text('{"instruction": "a", "output": "b"}\n' + line)
     with pytest.raises(TrainingDataError, match=words):
@@ -134,7 +134,7 @@ def test_a_single_sequence_cannot_be_held_out_and_trained_on() -> None:
         hold_out(numbered(1))
 
 
-def test_each_pass_has_every_number_once_in_another_order() -> None:
+def test_each_epoch_has_every_index_once_in_a_new_order() -> None:
     drawn = list(islice(shuffled(20, 0), 60))
     passes = [drawn[:20], drawn[20:40], drawn[40:]]
     assert all(sorted(order) == list(range(20)) for order in passes)
@@ -142,7 +142,7 @@ def test_each_pass_has_every_number_once_in_another_order() -> None:
     assert drawn == list(islice(shuffled(20, 0), 60)) != list(islice(shuffled(20, 1), 60))
 
 
-def test_the_digest_knows_what_counts() -> None:
+def test_the_digest_depends_on_ids_and_masks() -> None:
     one, other = numbered(2), numbered(2)
     assert digest(one) == digest(other)
     other[1] = TrainingSequence(other[1].input_ids, torch.tensor([False, False]))

@@ -56,12 +56,12 @@ class LiveBytes(TorchDispatchMode):
         self._storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        inputs = {leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type != "meta":
                 storage = leaf.untyped_storage()
-                if storage not in given and storage not in self._storages:
+                if storage not in inputs and storage not in self._storages:
                     self._storages.add(storage)
                     self._grow(storage.nbytes())
                     weakref.finalize(storage, self._grow, -storage.nbytes())

@@ -42,7 +42,7 @@ def test_the_largest_power_of_two_that_fits_is_taken() -> None:
     assert largest_batch_size(job(), 0).batch_size == 1
 
 
-def test_there_are_no_more_sequences_in_a_batch_than_samples_nor_more_tokens_than_pay() -> None:
+def test_a_batch_is_limited_by_the_samples_and_by_the_tokens_for_a_cpu() -> None:
     assert largest_batch_size(job(num_samples=3), PLENTY).batch_size == 2
     assert largest_batch_size(job(), PLENTY).batch_size * 256 == CPU_TOKENS[4]
     narrow = GraspConfig(layers=(1,), sweep_dtype="bfloat16")
@@ -50,7 +50,7 @@ def test_there_are_no_more_sequences_in_a_batch_than_samples_nor_more_tokens_tha
     assert largest_batch_size(job(num_samples=4, seq_len=2048), PLENTY).batch_size == 1
 
 
-def test_a_batch_size_is_lowered_until_it_runs() -> None:
+def test_a_batch_size_is_reduced_until_it_runs() -> None:
     tried: list[int] = []
 
     def trial(size: int) -> None:
@@ -58,8 +58,8 @@ def test_a_batch_size_is_lowered_until_it_runs() -> None:
         if size > 5:
             raise out_of_memory()
 
-    found = executable_batch_size(16, trial)
-    assert found == tried[-1] <= 5
+    largest = executable_batch_size(16, trial)
+    assert largest == tried[-1] <= 5
     assert tried[0] == 16
     assert tried == sorted(tried, reverse=True)
 
@@ -96,14 +96,14 @@ def test_a_trial_leaves_the_model_as_it_was(config: GraspConfig) -> None:
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
 
-def test_a_batch_size_for_a_model_comes_from_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_size_for_a_model_comes_from_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = tiny_model("llama"), GraspConfig(layers=(1,))
     needs = estimate(CompressionJob(model.config, config, model.dtype, CPU, 8, 128), 2).memory.peak
     monkeypatch.setattr(batch_size, "free_bytes", lambda device: needs)
     assert fitting_batch_size(model, config, num_samples=8, seq_len=128) == 2
 
 
-def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_size, "_CGROUP", tmp_path)
     unlimited = free_bytes(CPU)
     assert unlimited > 0

@@ -49,7 +49,7 @@ def job(model_config: Any, config: GraspConfig, dtype: torch.dtype = torch.float
 @pytest.mark.parametrize(
     ("family", "attention", "batches"), [("llama", "sdpa", 2), ("llama", "eager", 8), ("gpt2", "sdpa", 8)]
 )
-def test_flops_are_those_that_are_counted_while_compressing(
+def test_flops_equal_the_counted_flops_of_a_compression(
     family: str, attention: str, batches: int, schedule: str
 ) -> None:
     model = tiny_model(family, attn_implementation=attention)
@@ -62,14 +62,14 @@ def test_flops_are_those_that_are_counted_while_compressing(
 
 @pytest.mark.parametrize(("metric", "sweeps"), [("magnitude", 2), ("fisher", 4)])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_bases_that_see_the_tokens_take_covariances_and_perhaps_another_sweep(
+def test_data_dependent_bases_add_covariances_and_a_metric_may_add_sweeps(
     family: str, metric: str, sweeps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "PANEL", {"cpu": 8})  # these matrices are smaller than a panel
     model = tiny_model(family)
     config = replace(GraspConfig.best(compression_ratio=0.1), metric=metric, refit=False)
     made = estimate(job(model.config, config, num_samples=16), 2)
-    targets = [target for found in eligible_targets(model)[0].values() for target in found]
+    targets = [target for linears in eligible_targets(model)[0].values() for target in linears]
     assert made.memory.statistics == covariance_bytes(targets)
     assert made.flops.sweeps == sweeps * sum(plan.flops for plan in made.sweeps)
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
@@ -77,7 +77,7 @@ def test_bases_that_see_the_tokens_take_covariances_and_perhaps_another_sweep(
     assert made.flops.total - made.flops.svd == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
-def test_refit_runs_the_layers_a_few_times_more() -> None:
+def test_refit_adds_a_few_forward_passes() -> None:
     config = GraspConfig.best(compression_ratio=0.1)
     made = estimate(job(tiny_model("llama").config, config))
     without = estimate(job(tiny_model("llama").config, replace(config, refit=False)))
@@ -89,34 +89,34 @@ def test_refit_runs_the_layers_a_few_times_more() -> None:
     ("schedule", "layers_run"), [("sequential", [1, 1, 3, 3]), ("per-layer", [1, 3]), ("single-sweep", [3])]
 )
 def test_a_sweep_runs_from_its_lowest_layer_up(schedule: str, layers_run: list[int]) -> None:
-    found = estimate(job(tiny_model("llama").config, GraspConfig(layers=(0, 2), schedule=schedule)))
-    assert [sweep.layers for sweep in found.sweeps] == layers_run
-    assert sum(sweep.linears for sweep in found.sweeps) == 14
-    assert (found.layers, found.assumed, found.fewest, found.most) == ((0, 2), False, *[found.flops.total] * 2)
+    result = estimate(job(tiny_model("llama").config, GraspConfig(layers=(0, 2), schedule=schedule)))
+    assert [sweep.layers for sweep in result.sweeps] == layers_run
+    assert sum(sweep.linears for sweep in result.sweeps) == 14
+    assert (result.layers, result.assumed, result.fewest, result.most) == ((0, 2), False, *[result.flops.total] * 2)
 
 
-def test_layers_that_are_not_known_yet_are_assumed_in_the_middle_and_bounded() -> None:
-    found = estimate(job(tiny_model("llama", num_hidden_layers=5).config, GraspConfig(num_layers=1)))
-    assert (found.layers, found.assumed) == ((2,), True)
-    assert found.fewest < found.flops.total < found.most
+def test_unknown_layers_are_assumed_in_the_middle_and_bounded() -> None:
+    result = estimate(job(tiny_model("llama", num_hidden_layers=5).config, GraspConfig(num_layers=1)))
+    assert (result.layers, result.assumed) == ((2,), True)
+    assert result.fewest < result.flops.total < result.most
     dearest = estimate(job(tiny_model("llama", num_hidden_layers=5).config, GraspConfig(layers=(0,))))
-    assert (found.most, found.memory) == (dearest.flops.total, dearest.memory)
+    assert (result.most, result.memory) == (dearest.flops.total, dearest.memory)
 
 
 @pytest.mark.parametrize("config", [GraspConfig(num_layers=0), GraspConfig.best(num_layers=0)])
 def test_nothing_to_compress_takes_a_forward_pass(config: GraspConfig) -> None:
-    found = estimate(job(tiny_model("llama").config, config))
-    assert found.sweeps == ()
-    assert found.flops.total == found.flops.block_influence > 0
-    assert found.memory.peak > 0
+    result = estimate(job(tiny_model("llama").config, config))
+    assert result.sweeps == ()
+    assert result.flops.total == result.flops.block_influence > 0
+    assert result.memory.peak > 0
 
 
 def test_a_model_larger_than_memory_is_estimated_by_its_configuration() -> None:
-    found = estimate(job(EIGHT_B, GraspConfig(), torch.bfloat16, num_samples=512, seq_len=512))
-    assert found.model_bytes == 2 * 8_030_261_248
+    result = estimate(job(EIGHT_B, GraspConfig(), torch.bfloat16, num_samples=512, seq_len=512))
+    assert result.model_bytes == 2 * 8_030_261_248
     plain = 2 * 6.98e9 * 512 * 512  # a multiply and an add for each weight of the layers and each token
-    assert found.flops.block_influence == pytest.approx(plain, rel=0.05)
-    assert found.largest_matrix == (14336, 4096)
+    assert result.flops.block_influence == pytest.approx(plain, rel=0.05)
+    assert result.largest_matrix == (14336, 4096)
 
 
 def test_bytes_follow_the_method() -> None:
@@ -133,7 +133,7 @@ def test_bytes_follow_the_method() -> None:
     assert not one.offloads_hidden_states
 
 
-def test_refit_keeps_the_inputs_of_a_layer_and_a_global_budget_what_it_chooses_from() -> None:
+def test_memory_has_the_inputs_of_refit_and_the_candidates_of_a_global_budget() -> None:
     config = GraspConfig.best(compression_ratio=0.1)
     memory = estimate(job(EIGHT_B, config, torch.bfloat16, num_samples=64, seq_len=512)).memory
     assert memory.refit == 2 * 64 * 512 * (3 * 4096 + 3 * 4096 + 14336)  # of qkv, o, gate and up, and of down
@@ -141,7 +141,7 @@ def test_refit_keeps_the_inputs_of_a_layer_and_a_global_budget_what_it_chooses_f
     assert memory.factors == pytest.approx(2 * 32 * 4 * weights, rel=0.01)  # up to where they are as large, twice
 
 
-def test_low_rank_layers_of_a_compressed_model_are_known() -> None:
+def test_low_rank_layers_of_a_compressed_model_are_counted() -> None:
     model = tiny_model("llama")
     before = estimate(job(model.config, GraspConfig(layers=(2,))))
     compress_(model, tiny_batches(), GraspConfig(layers=(0,), retain_ratio=0.3))
@@ -151,17 +151,17 @@ def test_low_rank_layers_of_a_compressed_model_are_known() -> None:
 
 
 def test_time_is_flops_over_rates() -> None:
-    found = estimate(job(tiny_model("llama").config, GraspConfig(layers=(2,))))
-    flops = found.flops
+    result = estimate(job(tiny_model("llama").config, GraspConfig(layers=(2,))))
+    flops = result.flops
     passes = flops.block_influence + flops.prefix + flops.sweeps
     expected = passes / 2e9 + flops.statistics / 4e9 + flops.svd / 1e9
-    assert found.seconds(Rates(sweeps=2e9, statistics=4e9, svd=1e9)) == pytest.approx(expected)
+    assert result.seconds(Rates(sweeps=2e9, statistics=4e9, svd=1e9)) == pytest.approx(expected)
 
 
 def test_the_estimate_fits_json() -> None:
-    found = estimate(job(tiny_model("llama").config, GraspConfig(layers=(2,))))
-    document = json.loads(json.dumps(found.to_dict()))
-    assert document["totals"] == {"flops": found.flops.total, "peak_bytes": found.memory.peak}
+    result = estimate(job(tiny_model("llama").config, GraspConfig(layers=(2,))))
+    document = json.loads(json.dumps(result.to_dict()))
+    assert document["totals"] == {"flops": result.flops.total, "peak_bytes": result.memory.peak}
     assert document["layers"] == [2]
 
 
@@ -174,7 +174,7 @@ def test_the_estimate_fits_json() -> None:
         (GraspConfig(compression_ratio=0.99), {}, ValueError, "largest possible ratio"),
     ],
 )
-def test_what_cannot_be_compressed_is_refused_as_compressing_would(
+def test_impossible_compressions_are_refused_as_by_compress(
     config: GraspConfig, sizes: dict[str, int], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -224,9 +224,7 @@ print(json.dumps([1024 * (kilobytes("VmHWM") - before), expected]))
         (GraspConfig.best(layers=(28, 29)).to_dict(), (2, 512, 1)),
     ],
 )
-def test_memory_of_a_real_model_is_kept_within_the_estimate(
-    settings: dict[str, Any], sizes: tuple[int, int, int]
-) -> None:
+def test_memory_of_a_real_model_is_within_the_estimate(settings: dict[str, Any], sizes: tuple[int, int, int]) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", MEASURE, json.dumps(settings), *map(str, sizes)],
         env=command_line.environment(),
@@ -240,7 +238,7 @@ def test_memory_of_a_real_model_is_kept_within_the_estimate(
 
 
 @pytest.mark.parametrize("target", [{"target_latency": 0.5}, {"compression_ratio": 0.1, "scope": "model"}])
-def test_all_layers_are_counted_where_the_target_or_the_scope_may_take_them_all(target: dict[str, Any]) -> None:
+def test_all_layers_are_counted_for_a_latency_and_for_the_whole_model(target: dict[str, Any]) -> None:
     everything: dict[str, Any] = {"basis": "kfac", "metric": "magnitude", "allocation": "global"}
     config = GraspConfig(**everything, schedule="single-sweep", **target)
     made = estimate(job(tiny_model("llama").config, config))

@@ -20,7 +20,7 @@ def tracer(family: str, dtype: torch.dtype = torch.float32, **settings: Any) -> 
     return Tracer(config, dtype=dtype, device=torch.device("cpu"), batch_size=2, seq_len=16)
 
 
-def test_bytes_live_from_when_a_tensor_is_made_until_nothing_holds_it() -> None:
+def test_bytes_live_from_the_creation_of_a_tensor_to_its_last_reference() -> None:
     x = torch.ones(10, 10, requires_grad=True)  # made outside: never counted
     with LiveBytes() as live:
         y = x * 2
@@ -36,7 +36,7 @@ def test_bytes_live_from_when_a_tensor_is_made_until_nothing_holds_it() -> None:
         assert (live.now, live.peak) == (0, 600)
 
 
-def test_a_layer_costs_what_its_matrices_and_its_attention_do() -> None:
+def test_a_layer_costs_its_matrices_and_its_attention() -> None:
     traced = tracer("llama")
     weights = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
     attention = 2 * 2 * 2 * 16 * 16 * 32  # two products of (16 x 16) and 32, a multiply and an add, two sequences
@@ -73,7 +73,7 @@ def test_every_family_is_run_without_data(family: str) -> None:
     assert all(parameter.device.type == "cpu" for parameter in traced.model.parameters())
 
 
-def test_experts_count_for_the_tokens_they_are_given() -> None:
+def test_experts_count_for_their_tokens() -> None:
     costs = []
     for count in (1, 2):
         config = MixtralConfig(**{**FAMILIES["mixtral"][2], "num_experts_per_tok": count})
@@ -82,7 +82,7 @@ def test_experts_count_for_the_tokens_they_are_given() -> None:
     assert costs[1] - costs[0] == 2 * TOKENS * 3 * 32 * 48
 
 
-def test_what_depends_on_data_is_refused_with_a_remedy() -> None:
+def test_operations_that_depend_on_data_are_refused_with_a_remedy() -> None:
     config = tiny_model("mixtral").config  # its experts are picked by a loop over those that have tokens
     with pytest.raises(UnsupportedModelError, match=r"mixtral.*cannot be estimated"):
         Tracer(config, dtype=torch.float32, device=torch.device("cpu"), batch_size=1, seq_len=8)

@@ -40,7 +40,7 @@ def test_the_loss_is_the_one_transformers_computes() -> None:
     assert in_parts(model, CalibrationBatch(tokens))[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_padding_and_a_batch_without_anything_to_predict_count_nothing() -> None:
+def test_padding_and_batches_without_targets_are_not_counted() -> None:
     model, tokens = tiny_model("llama", torch.float64), tiny_batches(1)[0]
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[0, 5:] = False
@@ -53,14 +53,14 @@ def test_padding_and_a_batch_without_anything_to_predict_count_nothing() -> None
     assert not grad.any()
 
 
-def test_the_heads_own_treatment_of_logits_is_part_of_the_loss() -> None:
+def test_the_operations_of_the_head_on_logits_are_part_of_the_loss() -> None:
     model, tokens = tiny_model("gemma3", torch.float64), tiny_batches(1)[0]
     plain = in_parts(model, CalibrationBatch(tokens))[0]
     model.config.final_logit_softcapping = 0.05
     assert in_parts(model, CalibrationBatch(tokens))[0] != pytest.approx(plain, rel=1e-4)
 
 
-def test_nothing_is_left_on_the_model() -> None:
+def test_the_model_is_unchanged() -> None:
     model, tokens = tiny_model("llama"), tiny_batches(1)[0]
     before = model(tokens).logits
     in_parts(model, CalibrationBatch(tokens))

@@ -34,7 +34,7 @@ def test_is_the_mean_cosine_distance_and_the_last_layer_is_measured_before_the_f
     assert scores == pytest.approx(expected, rel=1e-9)
 
 
-def test_padding_counts_nothing() -> None:
+def test_padding_is_not_counted() -> None:
     model = tiny_model("llama", torch.float64)
     tokens = tiny_batches(1, batch_size=1, length=8)[0]
     padded = torch.cat([tokens, torch.zeros(1, 4, dtype=torch.int64)], dim=1)
@@ -43,7 +43,7 @@ def test_padding_counts_nothing() -> None:
     assert block_influence(model, [CalibrationBatch(padded, mask)]) == pytest.approx(alone, rel=1e-12)
 
 
-def test_a_layer_that_changes_nothing_scores_zero() -> None:
+def test_a_layer_without_effect_scores_zero() -> None:
     model = tiny_model("llama", torch.float64)
     layer = decoder(model).layers[1]
     with torch.no_grad():

@@ -112,7 +112,7 @@ def compress_with_a_bad_sweep(processes: Processes) -> None:
     compress_(model, tiny_batches(3), CONFIG, processes=processes)
 
 
-def test_an_error_in_one_process_ends_the_others_that_wait_for_its_weights() -> None:
+def test_an_error_in_one_process_ends_the_waiting_processes() -> None:
     first, second = run(compress_with_a_bad_sweep, sharded=True)
     assert isinstance(second.error, NonFiniteError)
     assert isinstance(first.error, DistributedError)
@@ -136,7 +136,7 @@ def compress_in_two_attempts(processes: Processes, folder: Path, attempt: int) -
     return [sweeps, [module.indices for module in report.modules]]
 
 
-def test_a_sharded_run_continues_after_a_process_was_killed(tmp_path: Path) -> None:
+def test_a_sharded_run_resumes_after_a_kill(tmp_path: Path) -> None:
     first, second = run(compress_in_two_attempts, tmp_path / "kept", 1, sharded=True)
     assert second.exit_code == -signal.SIGKILL
     assert isinstance(first.error, DistributedError)

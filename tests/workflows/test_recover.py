@@ -83,7 +83,7 @@ def test_a_recovered_checkpoint_is_the_compressed_one_with_other_factors(place: 
     assert f"{again.report.tokens:,} tokens" in twice
 
 
-def test_what_was_done_is_shown(place: Path, tmp_path: Path) -> None:
+def test_the_result_is_shown(place: Path, tmp_path: Path) -> None:
     result = recover(place, tmp_path / "out", "--instructions", place / "some.jsonl", "--seq-len", 128, "--tokens", 500)
     assert result.exit_code == 0, result.exception
     for words in ("parameters of 14 low-rank linears", "held-out loss", "nats per token, after step"):
@@ -100,7 +100,7 @@ def test_what_was_done_is_shown(place: Path, tmp_path: Path) -> None:
         ("small", {"seq_len": 4000}, TrainingDataError, "the data have 1 sequences"),
     ],
 )
-def test_what_cannot_be_recovered_is_refused_and_leaves_nothing(
+def test_wrong_checkpoints_and_data_are_refused_and_nothing_is_written(
     place: Path, tmp_path: Path, source: str, options: dict, kind: type[Exception], words: str
 ) -> None:
     data = recovery_job.TrainingData(**{"text": str(place / "text.txt"), **options})
@@ -110,7 +110,7 @@ def test_what_cannot_be_recovered_is_refused_and_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_continued_to_the_same_weights_or_refused(place: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_weights_and_refuses_other_settings(place: Path, tmp_path: Path) -> None:
     arguments = ["recover", "small", "-o", tmp_path / "out", "--text", "text.txt", *OPTIONS, "--json"]
     process = subprocess.Popen(
         [sys.executable, "-c", OFTEN, *map(str, arguments)],
@@ -148,7 +148,7 @@ def test_a_killed_process_is_continued_to_the_same_weights_or_refused(place: Pat
 
 
 @pytest.mark.slow
-def test_processes_that_torchrun_starts_write_one_checkpoint_like_that_of_one(place: Path, tmp_path: Path) -> None:
+def test_two_processes_of_torchrun_write_one_checkpoint_like_that_of_one_process(place: Path, tmp_path: Path) -> None:
     losses = {}
     for processes in (1, 2):
         run = command_line.grasp(
