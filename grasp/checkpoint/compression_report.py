@@ -1,4 +1,4 @@
-"""What a compression did to every module: the report that ``compress_`` returns and checkpoints carry."""
+"""The report of a compression, module by module: ``compress_`` returns it, and checkpoints contain it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from grasp.errors import CheckpointError
 from grasp.model.size import Size
 
 FILE_NAME = "report.json"
-_SPECTRUM_VALUES = 256  # singular values of a module that are kept at most
-_NUMBERS = re.compile(r"\[\n\s+([^\[\]{}\"]+?)\n\s+\]")  # strings of JSON hold no newline: this is a list of numbers
+_SPECTRUM_VALUES = 256  # singular values stored of a module, at most
+_NUMBERS = re.compile(r"\[\n\s+([^\[\]{}\"]+?)\n\s+\]")  # a string in JSON has no newline, so this is a list of numbers
 
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One linear of a redundant layer: what it was and became, or why it was left; sizes in parameters and bytes."""
+    """One module of a redundant layer: its sizes before and after, or the reason why it was left."""
 
     name: str
     layer: int
-    block: str  # "attention" or "mlp"; "" where the module is left
-    reason: str  # why it was left; "" where it was compressed
+    block: str  # "attention" or "mlp"; "" if the module was left
+    reason: str  # why it was left; "" if it was compressed
     out_features: int = 0
     in_features: int = 0
     rank: int = 0
@@ -33,45 +33,55 @@ class ModuleReport:
     parameters_after: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
-    importance_kept: float = 0.0  # share of the summed importance that the kept groups hold
-    indices: tuple[int, ...] = ()  # the kept singular groups, 0 being the largest singular value
-    spectrum: tuple[float, ...] = ()  # four digits of the singular values at ``spectrum_indices``, before selection
+    importance_kept: float = 0.0  # fraction of the summed importance that the retained groups have
+    indices: tuple[int, ...] = ()  # the retained singular groups; 0 has the largest singular value
+    spectrum: tuple[float, ...] = ()  # the singular values at ``spectrum_indices``, to four digits
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModuleReport:
-        """The inverse of ``dataclasses.asdict``, of what JSON makes of it as well."""
+        """The inverse of ``dataclasses.asdict``; lists may stand for tuples, as in JSON."""
         return cls(**{**values, **{key: tuple(values.get(key, ())) for key in ("indices", "spectrum")}})
 
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What ``compress_`` did; ratios are of the whole model, or of its decoder layers where the name says so."""
+    """The report that ``compress_`` returns. Ratios are of the whole model unless the name says otherwise.
+
+    Example:
+        >>> from grasp.model.size import Size
+        >>> size = Size(parameters=100, bytes=400, decoder_parameters=80)
+        >>> report = CompressionReport({}, (0.5,), (), None, (), size, size, {})
+        >>> report.compression_ratio, CompressionReport.from_json(report.to_json()) == report
+        (0.0, True)
+    """
 
     config: Mapping[str, Any]
     block_influence: tuple[float, ...]
-    redundant_layers: tuple[int, ...]  # those that could be compressed, ascending
-    retain_ratio: float | None  # as used; ``None`` with a threshold
+    redundant_layers: tuple[int, ...]  # the layers that could be compressed, ascending
+    retain_ratio: float | None  # as applied; ``None`` with a threshold
     modules: tuple[ModuleReport, ...]
     before: Size
     after: Size
     calibration: Mapping[str, int | str]  # sequences, tokens, sha256 of the token ids
     seconds: Mapping[str, float] = field(default_factory=dict)
-    scope: str = "redundant"  # which layers could be compressed
-    removed_layers: tuple[int, ...] = ()  # ascending; this report counts layers as they were before
-    held_out_loss: Mapping[str, float] = field(default_factory=dict)  # candidate → nats per token, where it decided
+    scope: str = "redundant"  # the configuration's
+    removed_layers: tuple[int, ...] = ()  # ascending; the report numbers layers as before removal
+    held_out_loss: Mapping[str, float] = field(
+        default_factory=dict
+    )  # candidate → nats per token; empty if there was one candidate
     versions: Mapping[str, str] = field(default_factory=dict)
-    request: Mapping[str, Any] = field(default_factory=dict)  # what ``grasp compress`` was asked for; none from Python
-    decode_seconds: Mapping[str, float] = field(default_factory=dict)  # per token, dense and after, as predicted
-    costs: str | None = None  # the device whose costs those are; ``None`` where no latency was asked for
+    request: Mapping[str, Any] = field(default_factory=dict)  # the request of ``grasp compress``; empty from Python
+    decode_seconds: Mapping[str, float] = field(default_factory=dict)  # predicted time per token, dense and after
+    costs: str | None = None  # the device of these costs; ``None`` without a latency target
 
     @property
     def compression_ratio(self) -> float:
-        """Fraction of the whole model's parameters that was removed."""
+        """Fraction of the parameters of the whole model that was removed."""
         return 1 - self.after.parameters / self.before.parameters
 
     @property
     def decoder_compression_ratio(self) -> float:
-        """Fraction of the decoder layers' parameters that was removed."""
+        """Fraction of the parameters of the decoder layers that was removed."""
         return 1 - self.after.decoder_parameters / self.before.decoder_parameters
 
     @property
@@ -81,11 +91,11 @@ class CompressionReport:
 
     @property
     def left(self) -> tuple[ModuleReport, ...]:
-        """The modules of redundant layers that were not replaced; each has its reason."""
+        """The modules of redundant layers that were not replaced, each with its reason."""
         return tuple(module for module in self.modules if module.reason)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, the two ratios included, as JSON can hold it."""
+        """All fields and the two ratios, as JSON values."""
         return {
             "compression_ratio": self.compression_ratio,
             "decoder_compression_ratio": self.decoder_compression_ratio,
@@ -93,7 +103,7 @@ class CompressionReport:
         }
 
     def to_json(self) -> str:
-        """``to_dict`` as text, each list of numbers on one line."""
+        """``to_dict`` as text; a list of numbers takes one line."""
         return _NUMBERS.sub(lambda m: f"[{' '.join(m[1].split())}]", json.dumps(self.to_dict(), indent=2))
 
     @classmethod
@@ -138,7 +148,7 @@ class CompressionReport:
 
 
 def spectrum_indices(groups: int) -> list[int]:
-    """At which of ``groups`` singular values a spectrum is kept, ascending: all, or half evenly and half dense at 0."""
+    """The indices of the singular values that are stored, ascending: all, or half evenly spaced and half dense at 0."""
     if groups <= _SPECTRUM_VALUES:
         return list(range(groups))
     steps = _SPECTRUM_VALUES // 2
@@ -148,10 +158,10 @@ def spectrum_indices(groups: int) -> list[int]:
 
 
 def _require_sound(report: CompressionReport) -> None:
-    """Raise unless sizes and influences are numbers, and each redundant layer has an influence.
+    """Check that sizes and influences are numbers, and each redundant layer has an influence.
 
     Raises:
-        ValueError: with what is wrong.
+        ValueError: if not; the message has the value.
     """
     for size in (report.before, report.after):
         for name, value in vars(size).items():
