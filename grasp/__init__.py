@@ -30,8 +30,7 @@ __all__ = [
     "remove_layers_",
 ]
 
-# Where each public name lives. They are imported on first use, so that `import grasp` costs nothing: torch and
-# transformers take seconds.
+# The module of each public name. Names are imported at first use, because torch and transformers take seconds.
 _HOMES = {
     "CompressionReport": "grasp.checkpoint.compression_report",
     "GraspConfig": "grasp.config",

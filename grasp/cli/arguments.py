@@ -1,4 +1,4 @@
-"""Arguments that several commands take, and the texts that stand for numbers."""
+"""Arguments of several commands, and parsers of their values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-_MOST_LAYERS = 10_000  # far beyond any model; ranges are written out
+_MOST_LAYERS = 10_000  # more than any model has; a range is expanded in memory
 
 _MODEL = "A folder, a GGUF file, a name on the Hugging Face hub, or [bold]builtin[/bold] (SmolLM2-135M)."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
@@ -19,7 +19,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """``"3,12-17"`` → (3, 12, 13, 14, 15, 16, 17).
+    """Parse ``"3,12-17"`` as (3, 12, 13, 14, 15, 16, 17).
 
     Raises:
         ValueError: if the text is anything else.
@@ -36,10 +36,10 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def parse_counts(text: str) -> tuple[int, ...]:
-    """``"1,4,16"`` → (1, 4, 16).
+    """Parse ``"1,4,16"`` as (1, 4, 16).
 
     Raises:
-        ValueError: if the text is anything else, or has a 0.
+        ValueError: if the text is anything else, or contains a 0.
     """
     if not re.fullmatch(r"\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*)*", text):
         raise ValueError(f"rows must be positive numbers such as 1,4,16; got {text!r}")
@@ -47,7 +47,7 @@ def parse_counts(text: str) -> tuple[int, ...]:
 
 
 def parse_batch_size(text: str) -> int | Literal["auto"]:
-    """``"4"`` → 4; ``"auto"`` stays.
+    """Parse ``"4"`` as 4 and ``"auto"`` as itself.
 
     Raises:
         ValueError: if the text is anything else.
@@ -60,7 +60,7 @@ def parse_batch_size(text: str) -> int | Literal["auto"]:
 
 
 def parse_bytes(text: str) -> int:
-    """``"200MB"`` → 200000000; ``"1.5GiB"`` → 1610612736; a number alone is of bytes.
+    """Parse ``"200MB"`` as 200000000 and ``"1.5GiB"`` as 1610612736; a plain number is in bytes.
 
     Raises:
         ValueError: if the text is anything else.

@@ -30,11 +30,14 @@ def costs(
 
     $ grasp bench costs builtin -o costs.json
     """
+    from grasp.bench.costs import measure_costs
     from grasp.cli import console, tables
-    from grasp.workflows.compress import measure_costs
+    from grasp.loading import load_quietly
 
     with console.step_bars() as progress:
-        table = measure_costs(model, output, dtype=dtype, device=device, progress=progress)
+        loaded, _ = load_quietly(model, dtype=dtype, device=device, progress=progress)
+        table = measure_costs(loaded, progress=progress)
+        table.save(output)
     if as_json:
         console.print_json(table.to_dict())
     else:

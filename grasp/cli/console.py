@@ -1,4 +1,4 @@
-"""What the command line shows: progress with time left on stderr, results as tables or JSON on stdout."""
+"""Output of the command line: progress on stderr, tables or JSON on stdout."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _STEP_WIDTH = 28  # characters
 
 
 class StepBars:
-    """A bar on stderr for the running step; a finished one becomes a line with its time. It is a ``Progress`` callback.
+    """A ``Progress`` callback: a bar for the running step, and one line with its time for a finished step.
 
-    A step that is announced with ``done == 0`` gets no bar until it moves: a library's own bars may fill the time.
+    A step with ``done == 0`` has no bar yet, because a library may show its own.
     """
 
     def __init__(self, console: Console) -> None:
@@ -51,7 +51,7 @@ class StepBars:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bars is not None:
             self._bars.stop()
         self._bars, self._step, self._since = None, "", time.perf_counter()
@@ -76,10 +76,7 @@ class StepBars:
 
 @contextmanager
 def step_bars(*, quiet: bool = False) -> Iterator[StepBars]:
-    """Bars while the block runs; however it ends they are taken away, and Ctrl-C is said to have ended it.
-
-    ``quiet`` shows nothing of all that.
-    """
+    """Show bars on stderr while the block runs, and ``interrupted`` after Ctrl-C; with ``quiet``, show nothing."""
     console = Console(stderr=True, quiet=quiet)
     bars = StepBars(console)
     try:
@@ -93,12 +90,12 @@ def step_bars(*, quiet: bool = False) -> Iterator[StepBars]:
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout."""
+    """Print one JSON document."""
     sys.stdout.write(json_text(document))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
-    """A table on stdout: the first column left-aligned, the others right-aligned."""
+    """Print a table. The first column is left-aligned, the others are right-aligned."""
     print_text()
     if title:
         Console().print(f"[bold]{title}[/bold]", highlight=False)
@@ -111,7 +108,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title:
 
 
 def print_facts(facts: Sequence[tuple[str, str]], *, title: str | None = None) -> None:
-    """Names and values, one a line, on stdout."""
+    """Print names and values, one pair per line."""
     if title:
         Console().print(f"\n[bold]{title}[/bold]")
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -123,5 +120,5 @@ def print_facts(facts: Sequence[tuple[str, str]], *, title: str | None = None) -
 
 
 def print_text(text: str = "") -> None:
-    """Plain lines on stdout, wrapped at the terminal's width."""
+    """Print plain lines, wrapped at the terminal's width."""
     Console().print(text, highlight=False, markup=False)

@@ -14,11 +14,11 @@ from grasp.cli.root import app
 @app.command()
 def demo(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the result; an earlier demo there is replaced.")
+        Path, typer.Option("--output", "-o", help="Folder for the result; replaces an earlier demo.")
     ] = Path("demo"),
     as_json: Json = False,
 ) -> None:
-    """Compress SmolLM2-135M and compare: dense, best, layers removed, GRASP, plain SVD. Minutes, offline.
+    """Compress SmolLM2-135M and compare dense, best, layers removed, GRASP and plain SVD. Takes minutes, offline.
 
     [bold]Example[/bold]
 

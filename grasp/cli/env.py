@@ -8,7 +8,7 @@ from grasp.cli.root import app
 
 @app.command()
 def env(as_json: Json = False) -> None:
-    """Show versions, processors, and which kernel backends can run here and why others cannot.
+    """Show versions, processors and the kernel backends that can run here, with the reasons of those that cannot.
 
     [bold]Example[/bold]
 

@@ -16,7 +16,7 @@ def inspect(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)],
     as_json: Json = False,
 ) -> None:
-    """Show the layers and ranks of a checkpoint and where its bytes go, without loading it.
+    """Show the layers, ranks and bytes of a checkpoint without loading it.
 
     [bold]Example[/bold]
 

@@ -1,4 +1,4 @@
-"""The processes that torchrun, or ``accelerate launch``, has started with this one."""
+"""The processes that torchrun or ``accelerate launch`` started together."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def started_together(device: str | None, *, shard: bool = False) -> Iterator[tuple[Processes, str | None]]:
-    """This process among those started with it, which the environment tells, and the device that it takes.
+    """Join the processes started together, as the environment describes them; yield them and this one's device.
 
     Raises:
-        ValueError: if the device is none, or ``shard`` is asked of one process.
-        DistributedError: if the others cannot be reached.
+        ValueError: if the device is unknown, or one process is given ``shard``.
+        DistributedError: if another process cannot be reached.
     """
     from grasp.loading import find_device
     from grasp.statistics.processes import ALONE, joined
@@ -25,7 +25,7 @@ def started_together(device: str | None, *, shard: bool = False) -> Iterator[tup
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         if shard:
             raise ValueError(
-                "--shard spreads a model over several processes, but this is one; start it as "
+                "--shard spreads a model over several processes, but this is one; start "
                 "torchrun --nproc-per-node N -m grasp compress ... --shard"
             )
         yield ALONE, device

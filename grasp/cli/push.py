@@ -18,14 +18,14 @@ def push(
     ],
     repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository.", show_default=False)],
     private: Annotated[
-        bool, typer.Option("--private", help="Make a new repository private; refuse a public one.")
+        bool, typer.Option("--private", help="Create the repository as private; refuse an existing public one.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Upload a compressed checkpoint to the Hugging Face hub; log in with `hf auth login` first, or set HF_TOKEN.
+    """Upload a compressed checkpoint to the Hugging Face hub. Log in with `hf auth login` first, or set HF_TOKEN.
 
-    The repository is made where it is not there. A folder that is not complete, or has pickled files, is refused. If
-    this fails on the way, the same command continues: what the hub has already is not sent again.
+    A missing repository is created. A folder that is incomplete, or has pickled files, is refused. If the upload is
+    interrupted, run the same command again: files that the hub already has are not sent again.
 
     [bold]Example[/bold]
 

@@ -16,21 +16,21 @@ def report(
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="A compressed checkpoint folder.", show_default=False)
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page; an earlier one there is replaced.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file; an earlier page is replaced.")] = Path(
         "report.html"
     ),
     results: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="What benchmarks measured, JSON lines; can be repeated.")
+        list[Path] | None, typer.Option(metavar="FILE", help="Results of benchmarks, JSON lines; repeatable.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write one self-contained page about a compressed checkpoint: what was done, figures, tables, how to repeat it.
+    """Write one self-contained page about a compressed checkpoint: its report, figures, tables, and rerun command.
 
     [bold]Examples[/bold]
 
     $ grasp report small -o report.html
 
-    [dim]With what was measured:[/dim]
+    [dim]With results of benchmarks:[/dim]
 
     $ grasp report small --results model.jsonl --results ops.jsonl
     """

@@ -1,4 +1,4 @@
-"""The application that the commands belong to, and how it starts and ends."""
+"""The typer application, its entry point and its exit codes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ app = typer.Typer(
 )
 
 BAD_INPUT = 2  # exit code
-# What the libraries would say on stderr, set before they are imported; a user's own settings stand.
+# Environment variables that silence libraries on stderr. They are set before the libraries are imported; variables that
+# the user has set stay.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def main() -> None:
-    """Run the command line; what the user can put right ends in one line on stderr and exit code 2."""
+    """Run the command line. An error that the user can fix is one line on stderr and exit code 2."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore", FutureWarning)
@@ -41,8 +42,8 @@ def main() -> None:
         sys.exit(BAD_INPUT)
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         print(f"grasp {__version__}")
         raise typer.Exit
 
@@ -52,4 +53,4 @@ def options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")] = False,
 ) -> None:
-    """Options that stand before the command; both are acted upon elsewhere."""
+    """Options before the command. ``_version`` and ``main`` handle them."""

@@ -1,4 +1,4 @@
-"""The results of the jobs as tables and lines on stdout."""
+"""Results of the commands as tables and lines on stdout."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from grasp.workflows.recover import Recovery
 
 
-# The order in which a token meets the linears of a Llama layer; those of other names follow, by name.
+# The order in which a token passes the linears of a Llama layer. Linears with other names follow, sorted by name.
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def show_compression(result: Compression) -> None:
-    """Sizes before and after, what was left and why, and where the checkpoint is."""
+    """Show sizes before and after, the modules that were left and why, and the checkpoint folder."""
     report = result.report
     print_facts(
         [
@@ -39,10 +39,10 @@ def show_compression(result: Compression) -> None:
             (
                 "parameters",
                 f"{count(report.before.parameters)} -> {count(report.after.parameters)}: "
-                f"{share(report.compression_ratio)} removed, {share(report.decoder_compression_ratio)} of the layers'",
+                f"{share(report.compression_ratio)} removed, {share(report.decoder_compression_ratio)} of the decoder's",
             ),
             ("bytes", f"{size(report.before.bytes)} -> {size(report.after.bytes)}"),
-            ("kept", _kept(report)),
+            ("kept", _retained(report)),
             *_latency_facts(report),
             ("time", f"{sum(report.seconds.values()):.1f} s"),
             ("checkpoint", result.output),
@@ -100,7 +100,7 @@ def _duration(seconds: float) -> str:
 
 
 def show_evaluation(result: Evaluation) -> None:
-    """Perplexity and size, then the scores of tasks."""
+    """Show perplexity and size, then the scores of tasks."""
     print_facts(
         [
             ("model", result.model),
@@ -126,9 +126,9 @@ def _perplexity_facts(result: Evaluation) -> list[tuple[str, str]]:
 
 
 def show_recovery(result: Recovery) -> None:
-    """The held-out loss before and after, what was trained on, and where the checkpoint is."""
+    """Show the training, the held-out loss before and after, and the checkpoint folder."""
     report = result.report
-    early = "" if report.steps_done == report.steps else f" of {report.steps}: it got no better"
+    early = "" if report.steps_done == report.steps else f" of {report.steps}: the held-out loss stopped falling"
     print_facts(
         [
             ("factors", f"{count(report.trained_parameters)} parameters of {report.factors} low-rank linears"),
@@ -143,50 +143,56 @@ def show_recovery(result: Recovery) -> None:
     )
 
 
-def show_inspection(found: Inspection) -> None:
-    """Where the bytes go, and the ranks of each compressed layer."""
+def show_inspection(inspection: Inspection) -> None:
+    """Show bytes by part, and the ranks of each compressed layer."""
     print_facts(
         [
-            ("checkpoint", found.directory),
-            ("model", f"{found.model_type}, {found.num_layers} layers"),
+            ("checkpoint", inspection.directory),
+            ("model", f"{inspection.model_type}, {inspection.num_layers} layers"),
             (
                 "parameters",
-                f"{count(found.parameters)}: {share(found.compression_ratio)} of "
-                f"{count(found.dense_parameters)} removed",
+                f"{count(inspection.parameters)}: {share(inspection.compression_ratio)} of "
+                f"{count(inspection.dense_parameters)} removed",
             ),
-            ("bytes", size(found.bytes)),
+            ("bytes", size(inspection.bytes)),
         ]
     )
     print_table(
         ("part", "tensors", "parameters", "bytes", "share"),
         [
-            (part.name, str(part.tensors), count(part.parameters), size(part.bytes), share(part.bytes / found.bytes))
-            for part in found.parts
+            (
+                part.name,
+                str(part.tensors),
+                count(part.parameters),
+                size(part.bytes),
+                share(part.bytes / inspection.bytes),
+            )
+            for part in inspection.parts
         ],
     )
-    if not found.modules:
+    if not inspection.modules:
         print_text("No low-rank layers: this checkpoint is dense.")
         return
-    print_rank_table(found)
+    print_rank_table(inspection)
 
 
-def print_rank_table(found: Inspection) -> None:
-    """One line per compressed layer: the rank of each linear, and the share of parameters that is left."""
+def print_rank_table(inspection: Inspection) -> None:
+    """Show one row per compressed layer: the rank of each linear, and the share of parameters that is left."""
     layers: dict[int, dict[str, LowRankModule]] = {}
-    for module in found.modules:
+    for module in inspection.modules:
         layers.setdefault(module.layer, {})[short_name(module.name)] = module
     names = sorted({name for modules in layers.values() for name in modules}, key=_column_order)
     rows = []
     for layer, modules in layers.items():
         kept = sum(m.parameters for m in modules.values()) / sum(m.dense_parameters for m in modules.values())
         ranks = [str(modules[name].rank) if name in modules else "-" for name in names]
-        rows.append([str(layer), *ranks, share(kept), *_report_columns(found, layer)])
+        rows.append([str(layer), *ranks, share(kept), *_report_columns(inspection, layer)])
     columns = ["layer", *(name.removesuffix("_proj") for name in names), "kept"]
-    print_table(columns + (["BI"] if found.report else []), rows, title="Ranks")
+    print_table(columns + (["BI"] if inspection.report else []), rows, title="Ranks")
 
 
 def show_costs(table: CostTable, output: Path) -> None:
-    """Microseconds per token of each linear, and of what is beside them."""
+    """Show microseconds per token of each linear and of the rest of the model."""
     print_facts(
         [
             ("device", table.device if table.threads is None else f"{table.device}, threads: {table.threads}"),
@@ -207,7 +213,7 @@ def show_costs(table: CostTable, output: Path) -> None:
 
 
 def show_environment(facts: Mapping[str, Any]) -> None:
-    """Versions and processors, then the backends in the order in which they are asked."""
+    """Show versions and processors, then the backends in the order of the dispatch table."""
     cpu = facts["cpu"]
     print_facts(
         [
@@ -219,11 +225,11 @@ def show_environment(facts: Mapping[str, Any]) -> None:
             ("plain reload", facts["transformers_reload"]),
         ]
     )
-    print_facts(list(facts["backends"].items()), title="Backends, in the order in which they are asked")
+    print_facts(list(facts["backends"].items()), title="Backends, in the order in which they are tried")
 
 
 def show_demo(result: Demo) -> None:
-    """The table, and who wins where."""
+    """Show the table and the findings."""
     conditions = result.conditions
     print_table(
         ("", "parameters", "bytes", "perplexity", "prefill\ntokens/s", "decode\ntokens/s"),
@@ -249,11 +255,11 @@ def show_demo(result: Demo) -> None:
     )
 
 
-def _kept(report: CompressionReport) -> str:
+def _retained(report: CompressionReport) -> str:
     if report.config["allocation"] == "global":
-        return "of each matrix what lowers the loss most"
+        return "one budget over all matrices"
     if report.retain_ratio is None:
-        return "all matrices of a layer alike"
+        return "a share of the importance of each matrix"
     return f"{share(report.retain_ratio)} of the parameters of each matrix"
 
 
@@ -278,12 +284,12 @@ def _column_order(name: str) -> tuple[int, str]:
     return (_COLUMNS.index(name) if name in _COLUMNS else len(_COLUMNS)), name
 
 
-def _report_columns(found: Inspection, layer: int) -> list[str]:
-    if found.report is None:
+def _report_columns(inspection: Inspection, layer: int) -> list[str]:
+    if inspection.report is None:
         return []
-    scores, removed = found.report.block_influence, found.report.removed_layers
-    kept = [score for index, score in enumerate(scores) if index not in removed]
-    return [f"{kept[layer]:.3f}"]
+    scores, removed = inspection.report.block_influence, inspection.report.removed_layers
+    remaining = [score for index, score in enumerate(scores) if index not in removed]
+    return [f"{remaining[layer]:.3f}"]
 
 
 def _gpu(gpu: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The jobs behind the command line: from a model's name and a text to a checkpoint folder or a measurement."""
+"""From a model name and a text to a compressed checkpoint folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.bench.costs import costs_for
-from grasp.bench.costs import measure_costs as costs_of
 from grasp.builtin import BUILTIN, BUILTIN_LICENSE
 from grasp.calibration import NAMED_TEXTS, read_text
 from grasp.checkpoint.card import model_card, read_license
@@ -22,18 +21,24 @@ from grasp.compression.batch_size import fitting_batch_size
 from grasp.config import GraspConfig
 from grasp.files import remove_abandoned
 from grasp.loading import find_device, load_quietly
-from grasp.method.cost_table import CostTable
 from grasp.progress import Notify, Progress, no_notify, no_progress
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sharding import collect_, shard_
 from grasp.version import __version__
 from grasp.workflows.guards import require_known, within_memory
-from grasp.workflows.samples import Samples, _model_name, _text_name, draw
+from grasp.workflows.samples import Samples, draw, public_model_name, public_text_name
 
 
 @dataclass(frozen=True)
 class Compression:
-    """A checkpoint that was written, and how."""
+    """A checkpoint that was written, with its report.
+
+    Attributes:
+        model: the name that was given.
+        output: the checkpoint folder.
+        samples: the calibration sequences; their batch size is a number.
+        report: of ``compress_``, with the request.
+    """
 
     model: str
     output: str
@@ -41,7 +46,7 @@ class Compression:
     report: CompressionReport
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
+        """Return all fields as values that JSON can hold."""
         return {
             "model": self.model,
             "output": self.output,
@@ -63,26 +68,37 @@ def compress(
     notify: Notify = no_notify,
     processes: Processes = ALONE,
 ) -> Compression:
-    """Compress a model into a new checkpoint folder. What can be wrong with the request is found before the long work.
+    """Compress a model into a new checkpoint folder.
 
-    What is done is kept beside it, in ``OUTPUT.partial``, until the checkpoint is written: after a kill the same
-    request goes on from there. ``notify`` is told so. Of several ``processes`` the first writes; where they shard the
-    model, each loads it on the CPU and keeps its part. For a target in latency, ``costs`` is a file that
-    ``grasp bench costs`` wrote, a card of ``grasp_kernels.roofline``, or ``None`` to measure now.
+    The request is checked before the long work starts. Progress is stored in ``OUTPUT.partial`` until the checkpoint
+    is written, so that the same request resumes after an interruption.
+
+    Args:
+        name: of the model, as ``load_model`` takes it.
+        output: folder for the checkpoint; new or empty.
+        config: what to compress and how.
+        samples: the calibration sequences.
+        costs: for ``target_latency``: a file of ``grasp bench costs``, a card of ``grasp_kernels.roofline``, or
+            ``None`` to measure them now.
+        dtype: of the weights, as ``load_model`` takes it.
+        device: as ``load_model`` takes it. Processes that shard the model load it on the CPU, and each keeps its part.
+        progress: called as ``progress(step, done, total)``.
+        notify: called with one line when a run resumes or a batch size is chosen.
+        processes: processes that compress together; the first one writes.
 
     Raises:
         GraspError, ValueError: as ``load_model``, ``token_batches``, ``compress_`` and ``save_checkpoint`` do.
-        CalibrationError: if the tokenizer gives tokens that the model does not have.
-        OutOfMemoryError: if the device's memory does not suffice.
-        CostTableError: if ``costs`` cannot be read, or are another model's.
-        ResumeError: if ``OUTPUT.partial`` belongs to another request, or cannot be used.
-        DistributedError: if another process fails or is gone.
+        CalibrationError: if the tokenizer has tokens that the model does not have.
+        OutOfMemoryError: if the device has too little memory.
+        CostTableError: if ``costs`` cannot be read or belong to another model.
+        ResumeError: if ``OUTPUT.partial`` belongs to another request or is damaged.
+        DistributedError: if another process fails.
     """
     target = check_directory(output)
     text = read_text(samples.source)
     check_costs(config, costs, processes)
-    kept = target.with_name(f"{target.name}.partial")
-    with RunState(kept, notify=notify, rank=processes.rank, processes=processes.size) as state:
+    partial = target.with_name(f"{target.name}.partial")
+    with RunState(partial, notify=notify, rank=processes.rank, processes=processes.size) as state:
         if processes.first:
             remove_abandoned(target)
         with within_memory(samples.batch_size, samples.seq_len):
@@ -115,16 +131,16 @@ def with_request(
     device: str | None = None,
     processes: Processes = ALONE,
 ) -> CompressionReport:
-    """The report with what was asked for, so that it can be asked for again; files without the folders they lie in.
+    """Add the request to a report, so that it can be repeated; files are named without their folders.
 
-    Names are those of options of ``grasp compress``, but for the model, the processes and the version of grasp.
+    Keys are options of ``grasp compress``, except the model, the number of processes and the version of grasp.
     """
-    drawn = asdict(samples)
-    source = drawn.pop("source")
+    sizes = asdict(samples)
+    source = sizes.pop("source")
     request = {
-        "model": _model_name(name),
-        "calibration": _text_name(source),
-        **drawn,
+        "model": public_model_name(name),
+        "calibration": public_text_name(source),
+        **sizes,
         "costs": None if costs is None else Path(costs).name,
         "dtype": dtype,
         "device": device,
@@ -149,34 +165,19 @@ def check_costs(config: GraspConfig, costs: str | None, processes: Processes = A
         )
 
 
-def measure_costs(
-    name: str, output: Path, *, dtype: str = "auto", device: str | None = None, progress: Progress = no_progress
-) -> CostTable:
-    """Time a model's linears on this machine, and write the table to a file.
-
-    Raises:
-        GraspError: as ``load_model`` does.
-        CostTableError: if the file cannot be written.
-    """
-    model, _ = load_quietly(name, dtype=dtype, device=device, progress=progress)
-    table = costs_of(model, progress=progress)
-    table.save(output)
-    return table
-
-
 def _with_batch_size(
     model: PreTrainedModel,
     config: GraspConfig,
     samples: Samples,
-    kept: int | None,
+    resumed: int | None,
     notify: Notify,
     processes: Processes,
 ) -> Samples:
-    """The same samples with a number as batch size: that of the run that is continued, or the largest that fits."""
+    """Replace ``batch_size="auto"`` by the batch size of the resumed run, or by the largest that fits."""
     if samples.batch_size != "auto":
         return samples
     sizes = {"num_samples": samples.num_samples, "seq_len": samples.seq_len}
-    size = kept or fitting_batch_size(model, config, **sizes, trial=not processes.sharded)
+    size = resumed or fitting_batch_size(model, config, **sizes, trial=not processes.sharded)
     size = processes.least(size)
     notify(f"batch size {size}")
     return replace(samples, batch_size=size)
@@ -209,7 +210,7 @@ def write_checkpoint(
             model,
             base_model=base_model,
             license=BUILTIN_LICENSE if name == BUILTIN else read_license(base_model),
-            details=_how(samples, report),
+            details=_description(samples, report),
         ),
         extra_files={FILE_NAME: report.to_json(), **(extra_files or {})},
         overwrite=overwrite,
@@ -217,17 +218,18 @@ def write_checkpoint(
     progress("saving", 1, 1)
 
 
-def _how(samples: Samples, report: CompressionReport) -> str:
+def _description(samples: Samples, report: CompressionReport) -> str:
+    """Describe the compression for the model card."""
     source = samples.source if samples.source in NAMED_TEXTS else "a text file"
     config = report.config
-    chosen = "as asked for" if config["layers"] is not None else "those with the lowest block influence"
+    selected = "as requested" if config["layers"] is not None else "the ones with the lowest block influence"
     if report.scope == "model":
-        chosen = "all of them"
-    spent = "one budget over all matrices" if config["allocation"] == "global" else "the same share of each matrix"
+        selected = "all"
+    budget = "one budget over all matrices" if config["allocation"] == "global" else "the same share of each matrix"
     return (
         "## How it was made\n\n"
-        f"Layers {', '.join(map(str, report.redundant_layers)) or 'none'}: {chosen}. Calibrated on "
+        f"Compressed layers: {', '.join(map(str, report.redundant_layers)) or 'none'} ({selected}). Calibrated on "
         f"{samples.num_samples} sequences of {samples.seq_len} tokens of {source} (seed {samples.seed}). "
-        f"The singular groups of the highest importance were kept, {spent} (basis `{config['basis']}`, metric "
-        f"`{config['metric']}`). `{FILE_NAME}` has the whole account."
+        f"The most important singular groups were kept, {budget} (basis `{config['basis']}`, metric "
+        f"`{config['metric']}`). `{FILE_NAME}` has all details."
     )

@@ -1,4 +1,4 @@
-"""The demonstration: a model compressed, beside itself dense, with layers deleted, by GRASP and by plain SVD."""
+"""The demonstration: one model dense, compressed by best, by GRASP and by plain SVD, and with layers removed."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from grasp.workflows.samples import Samples, draw
 
 DEMO_FILE = "demo.json"
 _MADE_BY = "grasp demo"
-_LEAST_NOISE = 0.03  # relative difference between medians of a few repeats that never counts
+_LEAST_NOISE = 0.03  # smaller relative differences between medians of a few repeats are noise
 
 DENSE, BEST, REMOVED, GRASP, PLAIN_SVD = "dense", "best", "layers removed", "GRASP", "plain SVD"
 
 
 @dataclass(frozen=True)
 class DemoSizes:
-    """How much the demonstration does; the default takes a few minutes on two CPU cores."""
+    """The sizes of the demonstration; the defaults take a few minutes on two CPU cores."""
 
     num_samples: int = 8
     seq_len: int = 512
     num_layers: int = 6
     retain_ratio: float = 0.1
     seed: int = 0
-    windows: int = 16  # of held-out text, for perplexity
+    windows: int = 16  # of evaluation text, for perplexity
     window: int = 512  # tokens
     prompt_tokens: int = 512
     new_tokens: int = 32
@@ -55,7 +55,7 @@ class DemoSizes:
 
 
 class Row(NamedTuple):
-    """One line of the table; speeds are medians in tokens per second, one sequence at a time."""
+    """One row of the table. Speeds are medians in tokens per second at batch size 1."""
 
     name: str
     parameters: int
@@ -67,7 +67,15 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Demo:
-    """The table, what it says, under which conditions it was measured, and what was compressed."""
+    """The result of the demonstration.
+
+    Attributes:
+        output: the folder with the checkpoint of best.
+        rows: the table.
+        findings: sentences about the table.
+        conditions: model, device, text and sizes of the measurement.
+        report: of best.
+    """
 
     output: str
     rows: tuple[Row, ...]
@@ -76,7 +84,7 @@ class Demo:
     report: CompressionReport
 
     def to_dict(self) -> dict[str, Any]:
-        """The table and its conditions, as JSON can hold it; the report has a file of its own."""
+        """Return all but the report, which has its own file, as values that JSON can hold."""
         return {
             "made_by": _MADE_BY,
             "output": self.output,
@@ -87,27 +95,26 @@ class Demo:
 
 
 def run_demo(output: str | Path, sizes: DemoSizes | None = None, *, progress: Progress = no_progress) -> Demo:
-    """Compress the built-in model, compare it with its alternatives, and write checkpoint, report and table.
+    """Compress the built-in model, compare it with the alternatives, and write checkpoint, report and table.
 
-    An earlier result of this function in ``output`` is replaced in one step.
+    An earlier demonstration in ``output`` is replaced in one step.
 
     Raises:
-        CheckpointError: if ``output`` holds anything else, or cannot be written to.
+        CheckpointError: if ``output`` holds anything else, or cannot be written.
         MissingPackageError: if the built-in model or text is not installed.
     """
     sizes = DemoSizes() if sizes is None else sizes
     start = time.perf_counter()
-    again = _is_earlier_result(Path(output))
-    target = check_directory(output, overwrite=again)
+    overwrite = _is_demo(Path(output))
+    target = check_directory(output, overwrite=overwrite)
     samples = Samples(BUILTIN, sizes.num_samples, sizes.seq_len, seed=sizes.seed)
     text = builtin_text("calibration")
     dense, tokenizer = load_quietly(BUILTIN, progress=progress)
 
     batches = draw(tokenizer, text, samples)
     grasp = copy.deepcopy(dense)
-    published = compress_(
-        grasp, batches, GraspConfig(num_layers=sizes.num_layers, retain_ratio=sizes.retain_ratio), progress=progress
-    )
+    paper = GraspConfig.paper(num_layers=sizes.num_layers, retain_ratio=sizes.retain_ratio)
+    published = compress_(grasp, batches, paper, progress=progress)
     best = copy.deepcopy(dense)
     config = GraspConfig.best(compression_ratio=published.compression_ratio)
     report = with_request(compress_(best, batches, config, progress=progress), BUILTIN, samples)
@@ -137,7 +144,7 @@ def run_demo(output: str | Path, sizes: DemoSizes | None = None, *, progress: Pr
         samples,
         report,
         extra_files={DEMO_FILE: json.dumps(demo.to_dict(), indent=2)},
-        overwrite=again,
+        overwrite=overwrite,
         progress=progress,
     )
     return demo
@@ -145,7 +152,7 @@ def run_demo(output: str | Path, sizes: DemoSizes | None = None, *, progress: Pr
 
 @torch.no_grad()
 def keep_largest_groups_(model: PreTrainedModel, report: CompressionReport) -> None:
-    """Plain SVD: compress the modules that ``report`` names to the same ranks, by the largest singular values."""
+    """Compress the modules of ``report`` to the same ranks by plain SVD, which keeps the largest singular values."""
     linears = {t.name: t.module for layer in report.redundant_layers for t in layer_targets(model, layer)[0]}
     for module in report.compressed:
         low_rank = LowRankLinear.from_dense(linears[module.name], torch.arange(module.rank))
@@ -154,7 +161,7 @@ def keep_largest_groups_(model: PreTrainedModel, report: CompressionReport) -> N
 
 
 def findings(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Who wins where, in sentences, from the numbers alone."""
+    """Derive sentences from the numbers: which method wins, and where."""
     by_name = {row.name: row for row in rows}
     return (
         _perplexity_finding(by_name),
@@ -171,27 +178,27 @@ def _perplexity_finding(rows: Mapping[str, Row]) -> str:
     text = f"Perplexity (dense {rows[DENSE].perplexity:.1f}), best first: {ranking}."
     if removed < grasp:
         text += (
-            " GRASP as published loses to simply deleting the layers here, although it keeps more parameters; "
-            "this is usual on models this small."
+            " GRASP as published has a higher perplexity here than removing the layers, although it keeps more "
+            "parameters. This is usual for models this small."
         )
     else:
-        text += " GRASP as published beats deleting the layers here."
+        text += " GRASP as published has a lower perplexity here than removing the layers."
     return (
-        text + f" Choosing groups by gradient is {'better' if grasp < plain else 'no better'} than by singular value."
+        text + f" Choosing groups by gradient is {'better' if grasp < plain else 'not better'} than by singular value."
     )
 
 
 def _size_finding(rows: Mapping[str, Row]) -> str:
     dense = rows[DENSE].parameters
-    gone = {name: 1 - rows[name].parameters / dense for name in (REMOVED, GRASP)}
+    removed = {name: 1 - rows[name].parameters / dense for name in (REMOVED, GRASP)}
     return (
-        f"Size: deleting removes {gone[REMOVED]:.1%} of the parameters, the others {gone[GRASP]:.1%}; "
-        "deleting also spares the KV cache of the layers, which low-rank layers keep."
+        f"Size: removing layers saves {removed[REMOVED]:.1%} of the parameters, the others {removed[GRASP]:.1%}. "
+        "Removed layers also have no KV cache; low-rank layers keep theirs."
     )
 
 
 def _speed_finding(phase: str, rows: Mapping[str, Row], speed: Callable[[Row], float]) -> str:
-    """GRASP and plain SVD run matrices of the same shapes: the difference between them is noise of the measurement."""
+    """Compare speeds. GRASP and plain SVD have the same shapes, so the difference between them is noise."""
     dense, best = speed(rows[DENSE]), max(map(speed, rows.values()))
     parts = ", ".join(f"{name} {speed(rows[name]) / dense:.2f}x" for name in (BEST, REMOVED, GRASP, PLAIN_SVD))
     slower, faster = sorted((speed(rows[GRASP]), speed(rows[PLAIN_SVD])))
@@ -202,12 +209,13 @@ def _speed_finding(phase: str, rows: Mapping[str, Row], speed: Callable[[Row], f
     else:
         verdict = f"{', '.join(leaders[:-1])} and {leaders[-1]} are too close to call"
     return (
-        f"{phase} speed against dense: {parts}. GRASP and plain SVD have the same shapes, so differences up to "
-        f"{noise:.0%} are taken for noise: {verdict}."
+        f"{phase} speed relative to dense: {parts}. GRASP and plain SVD have the same shapes, so differences up to "
+        f"{noise:.0%} count as noise: {verdict}."
     )
 
 
-def _is_earlier_result(output: Path) -> bool:
+def _is_demo(output: Path) -> bool:
+    """Whether a folder holds an earlier demonstration."""
     try:
         written = json.loads((output / DEMO_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -223,8 +231,8 @@ def _measure(
 ) -> tuple[Row, ...]:
     held_out = tokenize(tokenizer, builtin_text("evaluation"))[: sizes.windows * sizes.window]
 
-    def named(prefix: str) -> Progress:
-        return lambda step, done, total: progress(f"{step} {prefix}", done, total)
+    def named(model: str) -> Progress:
+        return lambda step, done, total: progress(f"{step} {model}", done, total)
 
     values = {
         name: perplexity(
@@ -234,7 +242,7 @@ def _measure(
     }
     times: dict[str, list[Any]] = {name: [] for name in models}
     total = (sizes.repeats + 1) * len(models)
-    for repeat in range(sizes.repeats + 1):  # the models take turns, so that a slow minute slows all of them
+    for repeat in range(sizes.repeats + 1):  # models take turns, so that a slow minute slows all of them
         for index, (name, model) in enumerate(models.items(), start=1):
             times[name].append(time_generation(model, prompt_tokens=sizes.prompt_tokens, new_tokens=sizes.new_tokens))
             progress("speed", repeat * len(models) + index, total)

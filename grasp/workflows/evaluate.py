@@ -13,16 +13,18 @@ from grasp.model.size import Size, model_size
 from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
 from grasp.workflows.guards import require_known, within_memory
-from grasp.workflows.samples import _model_name, _text_name
+from grasp.workflows.samples import public_model_name, public_text_name
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model is worth on a text, on tasks, or on both, and what it weighs.
+    """The measured quality and size of a model.
 
     Attributes:
         model: its name; of a path the last part.
-        text: where ``result`` is from, likewise.
+        text: name of the text of ``result``; of a path the last part.
+        result: perplexity on the text.
+        size: parameters and bytes.
         scores: lm-eval's results, see ``evaluate_tasks``.
     """
 
@@ -33,10 +35,10 @@ class Evaluation:
     scores: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it: with tasks lm-eval's own form, and what is ours under ``"grasp"``."""
-        own = asdict(self)
-        scores = own.pop("scores")
-        return own if scores is None else {**scores, "grasp": own}
+        """Return all fields as values that JSON can hold; with tasks in lm-eval's format, under the key ``"grasp"``."""
+        values = asdict(self)
+        scores = values.pop("scores")
+        return values if scores is None else {**scores, "grasp": values}
 
 
 def evaluate(
@@ -51,12 +53,23 @@ def evaluate(
     device: str | None = None,
     progress: Progress = no_progress,
 ) -> Evaluation:
-    """Size of a model, its perplexity on the text ``source`` unless that is ``None``, and its scores on ``tasks``.
+    """Measure a model: its size, its perplexity on a text, its scores on tasks.
+
+    Args:
+        name: of the model, as ``load_model`` takes it.
+        source: text as ``read_text`` takes it; ``None`` for no perplexity.
+        tasks: the tasks; ``None`` for no scores.
+        window: see ``perplexity``.
+        stride: see ``perplexity``.
+        batch_size: windows, or answers of tasks, per forward pass.
+        dtype: see ``load_model``.
+        device: see ``load_model``.
+        progress: called as ``progress(step, done, total)``.
 
     Raises:
         GraspError, ValueError: as ``read_text``, ``load_model``, ``perplexity`` and ``evaluate_tasks`` do.
-        CalibrationError: if the tokenizer gives tokens that the model does not have.
-        OutOfMemoryError: if the device's memory does not suffice.
+        CalibrationError: if the tokenizer has tokens that the model does not have.
+        OutOfMemoryError: if the device has too little memory.
     """
     text = None if source is None else read_text(source, split="evaluation")
     if tasks is not None:
@@ -80,5 +93,5 @@ def evaluate(
             scores = evaluate_tasks(
                 *(model, tokenizer, tasks.names, tasks.source, tasks.limit), batch_size=batch_size, progress=progress
             )
-    text = None if source is None else _text_name(source)
-    return Evaluation(_model_name(name), text, result, model_size(model, decoder(model).layers), scores)
+    text = None if source is None else public_text_name(source)
+    return Evaluation(public_model_name(name), text, result, model_size(model, decoder(model).layers), scores)

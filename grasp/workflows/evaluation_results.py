@@ -1,4 +1,4 @@
-"""Files of what ``grasp evaluate`` measured: where they may be written, and which of them a model card shows."""
+"""Result files of ``grasp evaluate``, and the model cards that show them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def require_replaceable(output: Path) -> None:
-    """Check that results can be written to a file, and into a card, before anything is measured.
+    """Check, before anything is measured, that results can be written to a file and into its folder's model card.
 
     Raises:
-        ResultsError: if its folder is not there, or it is something else than earlier results.
-        CheckpointError: if the card that is to show them cannot be read.
+        ResultsError: if the folder does not exist, or the file is not an earlier result.
+        CheckpointError: if the model card cannot be read.
     """
     if not output.resolve().parent.is_dir():
-        raise ResultsError(f"no folder {output.resolve().parent} to write {output.name} to; make it first")
+        raise ResultsError(f"the folder {output.resolve().parent} of {output.name} does not exist; create it first")
     if output.exists() and read_results(output) is None:
         raise ResultsError(f"{output} exists and holds no results of `grasp evaluate`; give another name")
     if _has_our_card(output.parent):
@@ -33,10 +33,12 @@ def require_replaceable(output: Path) -> None:
 
 
 def write(result: Evaluation, output: Path) -> None:
-    """Write results whole or not at all; the card of a compressed checkpoint that they lie in shows them from then on.
+    """Write results to a file; in the folder of a compressed checkpoint, the model card shows them.
+
+    The file is complete or not written.
 
     Raises:
-        GraspError: if something cannot be written.
+        GraspError: if a file cannot be written.
     """
     write_whole(output, json_text(result.to_dict()))
     if _has_our_card(output.parent):
@@ -44,36 +46,36 @@ def write(result: Evaluation, output: Path) -> None:
 
 
 def _has_our_card(folder: Path) -> bool:
-    """Whether a folder is a compressed checkpoint with a card; that of a dense model is its authors'."""
+    """Whether a folder is a compressed checkpoint with a model card. Cards of dense models are not changed."""
     if not ((folder / "README.md").is_file() and (folder / "config.json").is_file()):
         return False
     return bool(inspect_checkpoint(folder).modules)
 
 
 def update_card(folder: Path) -> None:
-    """Show in the card of a checkpoint folder the results that lie there, and no others.
+    """Replace the results in the model card of a folder by those of the folder's result files.
 
     Raises:
-        CheckpointError: if the folder's model cannot be read.
+        CheckpointError: if the model cannot be read.
         GraspError: if the card cannot be read or written.
     """
     card = folder / "README.md"
-    found = inspect_checkpoint(folder)
+    inspection = inspect_checkpoint(folder)
     text = with_results(
         card.read_text(encoding="utf-8"),
         [results for path in sorted(folder.glob("*.json")) if (results := read_results(path)) is not None],
-        parameters=found.parameters,
-        before=found.report.before.parameters if found.report else found.dense_parameters,
+        parameters=inspection.parameters,
+        before=inspection.report.before.parameters if inspection.report else inspection.dense_parameters,
     )
     write_whole(card, text)
 
 
 def read_results(path: Path) -> dict[str, Any] | None:
-    """What ``grasp evaluate`` wrote into a file; ``None`` if it holds anything else."""
+    """Read a result file; ``None`` if the file is anything else."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    own = document.get("grasp", document) if isinstance(document, dict) else None
-    known = isinstance(own, Mapping) and own.keys() >= {"model", "text", "result", "size"}
-    return document if known else None
+    values = document.get("grasp", document) if isinstance(document, dict) else None
+    is_result = isinstance(values, Mapping) and values.keys() >= {"model", "text", "result", "size"}
+    return document if is_result else None

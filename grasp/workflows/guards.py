@@ -14,25 +14,26 @@ from grasp.loading import out_of_memory
 
 
 def require_known(model: PreTrainedModel, token_ids: torch.Tensor) -> None:
-    """Check that a model has the tokens that a tokenizer gave.
+    """Check that the vocabulary of a model has all token ids.
 
     Raises:
-        CalibrationError: if it does not.
+        CalibrationError: if it lacks one.
     """
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     if token_ids.numel() and (highest := int(token_ids.max())) >= vocabulary:
         raise CalibrationError(
-            f"the tokenizer gives the token {highest}, but the model has {vocabulary} tokens: the tokenizer does not "
-            "belong to the model. Save the model's own tokenizer with it"
+            f"the tokenizer gives the token {highest}, but the model has {vocabulary} tokens: the tokenizer belongs to "
+            "another model. Save the model's own tokenizer with it"
         )
 
 
 @contextmanager
 def within_memory(batch_size: int | str, length: int) -> Iterator[None]:
-    """Say of the work in the block what to do where it fails for want of memory, or of finite weights.
+    """Turn errors of memory and of decompositions in the block into errors with a remedy.
 
     Raises:
-        OutOfMemoryError, NonFiniteError: with the remedy.
+        OutOfMemoryError: if the device has too little memory.
+        NonFiniteError: if a decomposition fails.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which calibration sequences are drawn from a text."""
+"""The calibration sequences of a run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,15 @@ from grasp.model.batch import CalibrationBatch
 
 @dataclass(frozen=True)
 class Samples:
-    """Which calibration sequences: a text source as ``read_text`` takes it, how many, how long, in which batches.
+    """Which sequences are drawn from which text.
 
-    With ``batch_size="auto"`` these are as large as the device has room for, see ``grasp.compression.batch_size``.
+    Attributes:
+        source: a text as ``grasp.calibration.read_text`` takes it.
+        num_samples: number of sequences.
+        seq_len: tokens per sequence.
+        batch_size: sequences per forward pass; ``"auto"`` for the largest that fits
+            (``grasp.compression.batch_size``).
+        seed: selects the sequences.
     """
 
     source: str = BUILTIN
@@ -29,7 +35,7 @@ class Samples:
 
 
 def draw(tokenizer: PreTrainedTokenizerBase, text: str, samples: Samples) -> list[CalibrationBatch]:
-    """The token batches that ``samples``, with a number as batch size, asks for."""
+    """Draw the token batches; the batch size must be a number."""
     assert samples.batch_size != "auto"
     return token_batches(
         tokenizer,
@@ -41,10 +47,11 @@ def draw(tokenizer: PreTrainedTokenizerBase, text: str, samples: Samples) -> lis
     )
 
 
-def _model_name(name: str) -> str:
-    """A model's name as others may read it: a folder or file without the folders it lies in."""
+def public_model_name(name: str) -> str:
+    """Return a model's name for publication: a folder or file without its parent folders."""
     return name if is_hub_name(name) else Path(name).name
 
 
-def _text_name(source: str) -> str:
+def public_text_name(source: str) -> str:
+    """Return a text's name for publication: a file without its folder."""
     return source if source in NAMED_TEXTS else Path(source).name

@@ -79,7 +79,7 @@ def test_errors_of_memory_and_decompositions_are_said_in_one_line_and_others_are
 
 def test_a_tokenizer_of_another_model_is_refused(model: Path, samples: Samples, tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(model)
-    message = "the tokenizer gives the token .* but the model has 97 tokens: the tokenizer does not belong"
+    message = "the tokenizer gives the token .* but the model has 97 tokens"
     with pytest.raises(CalibrationError, match=message):
         compress(str(model), tmp_path / "out", GraspConfig(num_layers=1), samples)
     with pytest.raises(CalibrationError, match=message):
@@ -91,7 +91,7 @@ def test_the_model_card_says_how_it_was_made_but_not_from_which_file(
 ) -> None:
     done = compress(str(model), tmp_path / "out", GraspConfig(layers=(1,), retain_ratio=0.4), samples)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Layers 1: as asked for. Calibrated on 2 sequences of 32 tokens of a text file (seed 3)." in card
+    assert "layers: 1 (as requested). Calibrated on 2 sequences of 32 tokens of a text file (seed 3)." in card
     assert str(tmp_path) not in card
     assert done.report.calibration["sequences"] == 2
 
