@@ -39,7 +39,7 @@ def show_compression(result: Compression) -> None:
             (
                 "parameters",
                 f"{count(report.before.parameters)} -> {count(report.after.parameters)}: "
-                f"{share(report.compression_ratio)} removed, {share(report.decoder_compression_ratio)} of the decoder's",
+                f"{share(report.compression_ratio)} removed, {share(report.decoder_compression_ratio)} of the decoder",
             ),
             ("bytes", f"{size(report.before.bytes)} -> {size(report.after.bytes)}"),
             ("kept", _retained(report)),
@@ -157,6 +157,7 @@ def show_inspection(inspection: Inspection) -> None:
             ("bytes", size(inspection.bytes)),
         ]
     )
+    total = inspection.bytes
     print_table(
         ("part", "tensors", "parameters", "bytes", "share"),
         [
@@ -165,7 +166,7 @@ def show_inspection(inspection: Inspection) -> None:
                 str(part.tensors),
                 count(part.parameters),
                 size(part.bytes),
-                share(part.bytes / inspection.bytes),
+                share(part.bytes / total),
             )
             for part in inspection.parts
         ],

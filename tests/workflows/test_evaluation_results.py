@@ -75,5 +75,5 @@ def test_a_file_of_another_kind_is_not_replaced(folder: Path, tmp_path: Path) ->
     require_replaceable(tmp_path / "new.json")
     with pytest.raises(ResultsError, match="holds no results"):
         require_replaceable(folder / "config.json")
-    with pytest.raises(ResultsError, match="no folder"):
+    with pytest.raises(ResultsError, match="nowhere"):
         require_replaceable(tmp_path / "nowhere/new.json")
