@@ -64,11 +64,9 @@ class CompressionReport:
     after: Size
     calibration: Mapping[str, int | str]  # sequences, tokens, sha256 of the token ids
     seconds: Mapping[str, float] = field(default_factory=dict)
-    scope: str = "redundant"  # the configuration's
+    scope: str = "redundant"  # of the configuration
     removed_layers: tuple[int, ...] = ()  # ascending; the report numbers layers as before removal
-    held_out_loss: Mapping[str, float] = field(
-        default_factory=dict
-    )  # candidate → nats per token; empty if there was one candidate
+    held_out_loss: Mapping[str, float] = field(default_factory=dict)  # candidate → nats per token; {} if only one
     versions: Mapping[str, str] = field(default_factory=dict)
     request: Mapping[str, Any] = field(default_factory=dict)  # the request of ``grasp compress``; empty from Python
     decode_seconds: Mapping[str, float] = field(default_factory=dict)  # predicted time per token, dense and after
