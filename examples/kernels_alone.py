@@ -15,6 +15,8 @@ def main() -> None:
     """Run the example."""
     torch.manual_seed(0)
     dense = nn.Linear(512, 1024)
+    with torch.no_grad():  # a weight with a decaying spectrum, as trained ones have
+        dense.weight.copy_(torch.randn(1024, 64) @ torch.randn(64, 512) / 64 + 0.02 * torch.randn(1024, 512))
     x = torch.randn(4, 512)
 
     # A linear of rank R: y = x Vhᵀ diag(s) Uᵀ + b. It needs R (N + K) numbers where the dense one needs N K.
@@ -38,10 +40,10 @@ def main() -> None:
     packed, _ = pack_factors([factors, smaller])
     torch.testing.assert_close(lowrank_linear(x, *packed), y, rtol=1e-4, atol=1e-4)
 
-    # Which backend runs a call, and why the others do not.
+    # Which backend runs a call, why the others do not, and whether the call skips PyTorch's dispatcher.
     print(f"backends here: {', '.join(available_backends())}")
-    for backend, reason in explain("lowrank_linear", rows=len(x), rank=rank).items():
-        print(f"  {backend}: {reason}")
+    for name, answer in explain("lowrank_linear", rows=len(x), rank=rank).items():
+        print(f"  {name}: {answer}")
 
 
 if __name__ == "__main__":
