@@ -36,7 +36,13 @@ COLOURS = {"regression": "red", "lost": "red", "unclear": "yellow"}
 
 
 class Gate:
-    """The fixture: call it once in a test."""
+    """The fixture: call it once in a test.
+
+    Example:
+        >>> def test_speed(gate):
+        ...     copies = [torch.randn(16, 1024) for _ in range(64)]
+        ...     gate(torch.nn.functional.silu, lambda x: x * x.sigmoid(), copies, against="plain PyTorch")
+    """
 
     def __init__(self, benchmark: Any, config: pytest.Config, name: str) -> None:
         self._benchmark, self._config, self._name = benchmark, config, name

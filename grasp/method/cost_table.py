@@ -53,6 +53,12 @@ class CostTable:
         rest: seconds outside the decoder layers: embedding, head.
         threads: on a CPU.
         versions: of the packages that it was measured with.
+
+    Example:
+        >>> linear = LinearSeconds(dense=8e-6, ranks=(16, 64), seconds=(2e-6, 6e-6))
+        >>> table = CostTable("a card", "measured", "bfloat16", {(96, 64): linear}, layer=1e-6, rest=5e-6)
+        >>> f"{table.predict([((96, 64), None), ((96, 64), 40)], layers=2):.1e} s"
+        '1.9e-05 s'
     """
 
     device: str
@@ -157,6 +163,11 @@ def from_roofline(
         itemsize: bytes of a weight.
         rest_bytes: weights outside the decoder layers that are read for one token: the head.
         layer_launches: kernels of a layer besides its linears: attention and norms, fused as servers fuse them.
+
+    Example:
+        >>> table = from_roofline(find_card("H100"), [(4096, 4096)], dtype="bfloat16", itemsize=2, rest_bytes=0)
+        >>> table.linear((4096, 4096), rank=64) < table.linear((4096, 4096))
+        True
     """
 
     def seconds(*launches: roofline.Cost) -> float:

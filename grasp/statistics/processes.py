@@ -49,6 +49,14 @@ class Processes:
 
     The default process group of ``torch.distributed`` connects them. ``ALONE`` is a single process; its methods
     communicate nothing.
+
+    Example:
+        >>> second_of_two = Processes(rank=1, size=2)
+        >>> second_of_two.first
+        False
+        >>> batches = [CalibrationBatch(torch.full((1, 4), number)) for number in range(4)]
+        >>> [int(batch.input_ids[0, 0]) for batch in second_of_two.local_batches(batches)]
+        [1, 3]
     """
 
     rank: int = 0
@@ -215,6 +223,14 @@ def joined(device: torch.device, *, sharded: bool = False) -> Iterator[Processes
 
     Raises:
         DistributedError: if they cannot be reached.
+
+    Example:
+        >>> import os
+        >>> from unittest import mock
+        >>> torchrun = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+        >>> with mock.patch.dict(os.environ, torchrun), joined(torch.device("cpu")) as processes:
+        ...     processes.rank, processes.size
+        (0, 1)
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
