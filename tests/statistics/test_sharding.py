@@ -156,4 +156,4 @@ def compress_in_bfloat16(processes: Processes) -> None:
 def test_sweeps_in_another_dtype_are_refused() -> None:
     for outcome in run(compress_in_bfloat16, sharded=True):
         assert isinstance(outcome.error, UnsupportedModelError)
-        assert "load the model in that dtype" in str(outcome.error)
+        assert "sweep_dtype='bfloat16'" in str(outcome.error)
