@@ -235,7 +235,7 @@ def test_bad_requests_are_refused_and_change_nothing() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             compress_(model, tiny_batches(1), config)
-    with pytest.raises(CalibrationError, match="0 calibration batches hold no token"):
+    with pytest.raises(CalibrationError, match="0 calibration batches"):
         compress_(model, [])
     with pytest.raises(CalibrationError, match="at least 2 tokens"):
         compress_(model, [torch.ones(4, 1, dtype=torch.int64)])
