@@ -22,11 +22,12 @@ def main() -> None:
     # A linear of rank R: y = x Vhᵀ diag(s) Uᵀ + b. It needs R (N + K) numbers where the dense one needs N K.
     rank = 64
     U, s, Vh = torch.linalg.svd(dense.weight.detach(), full_matrices=False)
-    factors = Factors(U[:, :rank].contiguous(), s[:rank].contiguous(), Vh[:rank].contiguous(), dense.bias.detach())
+    left, values, right = U[:, :rank].contiguous(), s[:rank].contiguous(), Vh[:rank].contiguous()
+    factors = Factors(left, values, right, dense.bias.detach())
     y = lowrank_linear(x, *factors)
 
     # The op computes what two matrix products compute.
-    expected = (x @ factors.Vh.mT * factors.s) @ factors.U.mT + factors.bias
+    expected = (x @ right.mT * values) @ left.mT + dense.bias
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     error = (y - dense(x)).norm() / dense(x).norm()
     print(f"rank {rank}: {rank * (512 + 1024)} of {512 * 1024} parameters, relative error {error:.2f}")
