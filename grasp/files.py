@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and digests of their tensors."""
+"""Writes files and folders whole or not at all, and computes digests of tensors."""
 
 from __future__ import annotations
 
@@ -7,29 +7,15 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grasp.errors import GraspError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def differences(got: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """Name the values that differ: ``"retain_ratio is 0.3, expected 0.2; ..."``; empty if none does."""
-    names = dict.fromkeys((*expected, *got))
-    return "; ".join(
-        f"{name} is {_short(got.get(name))}, expected {_short(expected.get(name))}"
-        for name in names
-        if got.get(name) != expected.get(name)
-    )
-
-
-def _short(value: Any) -> str:
-    return f"{value[:8]}..." if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -57,6 +57,20 @@ def model_fingerprint(model: PreTrainedModel, settings: Mapping[str, Any]) -> di
     }
 
 
+def differences(got: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """Name the values that differ: ``"retain_ratio is 0.3, expected 0.2; ..."``; empty if none does."""
+    names = dict.fromkeys((*expected, *got))
+    return "; ".join(
+        f"{name} is {_short(got.get(name))}, expected {_short(expected.get(name))}"
+        for name in names
+        if got.get(name) != expected.get(name)
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value[:8]}..." if isinstance(value, str) and len(value) == 64 else str(value)
+
+
 def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The data of each distinct parameter. Offloaded and sharded parameters are loaded one module at a time."""
     seen: set[Tensor] = set()

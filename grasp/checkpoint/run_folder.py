@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from grasp.checkpoint.fingerprint import differences
 from grasp.errors import ResumeError
-from grasp.files import differences, replacing, tensors_digest
+from grasp.files import replacing, tensors_digest
 from grasp.progress import Clock, Notify, no_notify
 
 Folder = TypeVar("Folder", bound="RunFolder")

@@ -8,9 +8,9 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor
 
-from grasp.checkpoint.fingerprint import request_fingerprint
+from grasp.checkpoint.fingerprint import differences, request_fingerprint
 from grasp.config import GraspConfig
-from grasp.files import differences, tensors_digest
+from grasp.files import tensors_digest
 from grasp.model.batch import CalibrationBatch
 from tests.tiny_models import tiny_batches, tiny_model
 
