@@ -1,4 +1,4 @@
-"""The fixture ``gate`` and the option ``--gate`` for the benchmarks of this folder."""
+"""Loads the fixture ``gate`` and the option ``--gate`` for ``benchmarks/gate``."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Measurements of speed: every op, a whole model, a compression; each proves its results before it times them."""
+"""Benchmarks of speed: ops, whole models, compressions. Results are checked before they are timed."""

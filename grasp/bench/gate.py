@@ -1,8 +1,8 @@
-"""Whether a kernel has become slower: two recorded pytest-benchmark documents compared, ratio by ratio.
+"""Compare two recorded pytest-benchmark documents, to find kernels that have become slower.
 
-What is judged is the ratio of a call's time to that of a yardstick timed in turns with it, a median over rounds; on a
-GPU also the time itself. A regression is what no accident of the rounds explains: from the slow end of the baseline's
-confidence interval to the fast end of the new one, the change is still beyond the threshold.
+The gate judges the ratio of a call's time to the time of a yardstick, timed in turns with it: a median over rounds. On
+a GPU it also judges the time itself. A change is a regression if it exceeds the threshold even from the slow end of the
+baseline's confidence interval to the fast end of the new one.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any
 
 from grasp.errors import GraspError
 
-THRESHOLD = 0.15  # between no change and a kernel that takes 30 % longer, halfway on a logarithmic scale
-CONFIDENCE = 0.99  # of the interval about a median
-KEY = "gate"  # of our part of pytest-benchmark's machine_info and extra_info
-# What is judged on a kind of device: on a CPU shared with others a time means nothing, but a ratio does.
+THRESHOLD = 0.15  # on a logarithmic scale halfway between no change and 30 % more time
+CONFIDENCE = 0.99  # of a median's interval
+KEY = "gate"  # of the gate's part of pytest-benchmark's machine_info and extra_info
+# Judged measures by kind of device. On a shared CPU a time means nothing, but a ratio does.
 MEASURES = {"cpu": ("ratio",), "cuda": ("ratio", "time")}
 
 
 class BaselineError(GraspError, ValueError):
-    """There is no baseline, it is damaged, or it was not measured as what is compared with it."""
+    """The baseline is missing, damaged, or not comparable with this run."""
 
 
 @dataclass(frozen=True)
 class Where:
-    """What two documents must agree on to be compared."""
+    """Device and threads of a run; two runs are comparable if they are equal."""
 
     kind: str  # cpu or cuda
     device: str
@@ -42,13 +42,13 @@ class Where:
 class Entry:
     """One gated call."""
 
-    label: str  # for people: op, shape, rows, dtype, provider
+    label: str  # to print: op, shape, rows, dtype, provider
     against: str  # name of the yardstick
-    seconds: tuple[float, ...]  # of one call, per round
+    seconds: tuple[float, ...]  # of one call, one per round
     yardstick_seconds: tuple[float, ...]
 
     def values(self, measure: str) -> tuple[float, ...]:
-        """What ``MEASURES`` names, round by round."""
+        """Values of a measure from ``MEASURES``, one per round."""
         if measure == "time":
             return self.seconds
         return tuple(ours / theirs for ours, theirs in zip(self.seconds, self.yardstick_seconds, strict=True))
@@ -60,12 +60,12 @@ class Document:
 
     where: Where
     entries: Mapping[str, Entry]
-    recorded: str = ""  # date, commit and versions, for people
+    recorded: str = ""  # date, commit and versions, to print
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A median and where it may lie."""
+    """A median and its confidence interval."""
 
     low: float
     median: float
@@ -74,7 +74,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Change:
-    """How one measure of one entry differs from its baseline, as a fraction of it."""
+    """Change of one measure of one entry, as a fraction of the baseline."""
 
     label: str
     against: str
@@ -82,13 +82,13 @@ class Change:
     before: float
     now: float
     change: float
-    least: float  # with the baseline at its slowest and the new time at its fastest
-    most: float
+    least: float  # from the slow end of the baseline to the fast end of the new time
+    most: float  # from the fast end of the baseline to the slow end of the new time
     threshold: float
 
     @property
     def verdict(self) -> str:
-        """``regression``, ``unclear`` (beyond the threshold, but so is the noise), ``faster`` or ``same``."""
+        """``regression``, ``unclear`` (above the threshold, but not its whole interval), ``faster`` or ``same``."""
         if self.least > self.threshold:
             return "regression"
         if self.change > self.threshold:
@@ -96,7 +96,7 @@ class Change:
         return "faster" if self.most < 1 / (1 + self.threshold) - 1 else "same"
 
     def line(self) -> str:
-        """One readable line."""
+        """One line to print."""
         what, show = (
             ("time", _microseconds) if self.measure == "time" else (f"time over {self.against}", "{:.3f}".format)
         )
@@ -107,31 +107,31 @@ class Change:
 
     @property
     def settled(self) -> bool:
-        """Whether the threshold is outside of what the change may be; if not, more rounds may tell."""
+        """Whether the threshold is outside the interval of the change; if not, more rounds may settle it."""
         return not self.least <= self.threshold <= self.most
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of two documents."""
+    """Comparison of two documents."""
 
     changes: Sequence[Change]
-    lost: Sequence[str] = ()  # labels that only the baseline has
-    new: Sequence[str] = ()  # labels that the baseline lacks
+    lost: Sequence[str] = ()  # labels in the baseline only
+    new: Sequence[str] = ()  # labels not in the baseline
 
     @property
     def failed(self) -> bool:
-        """Whether something is slower, or no longer measured."""
+        """Whether an entry is slower, or no longer measured."""
         return bool(self.lost) or any(change.verdict == "regression" for change in self.changes)
 
     def lines(self) -> Iterator[str]:
-        """What is not as it was, the worst first, and a tally."""
+        """One line per difference, the worst first, and a tally."""
         order = ("regression", "unclear", "faster")
         noted = [change for change in self.changes if change.verdict in order]
         for change in sorted(noted, key=lambda change: (order.index(change.verdict), -change.change)):
             yield change.line()
-        yield from (f"lost: {label}: it has a baseline, and was not measured now" for label in self.lost)
-        yield from (f"new: {label}: it has no baseline yet" for label in self.new)
+        yield from (f"lost: {label}: in the baseline, not measured in this run" for label in self.lost)
+        yield from (f"new: {label}: measured in this run, not in the baseline" for label in self.new)
         counts = {verdict: sum(change.verdict == verdict for change in self.changes) for verdict in (*order, "same")}
         tally = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
         yield f"{len(self.changes)} compared: {tally}; {len(self.lost)} lost, {len(self.new)} new"
@@ -144,11 +144,11 @@ def _microseconds(seconds: float) -> str:
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Confidence interval of a median between two order statistics, for values of any distribution.
 
-    With n values the k-th from either end bound the median with probability ``1 - 2 P(Binomial(n, 1/2) < k)``; k is the
-    largest for which that is at least ``confidence`` (H. A. David, Order Statistics, section 7.1).
+    The k-th of n values from either end bound the median with probability ``1 - 2 P(Binomial(n, 1/2) < k)``. k is the
+    largest with a probability of at least ``confidence`` (H. A. David, Order Statistics, section 7.1).
 
     Raises:
-        ValueError: if there are too few values for any k.
+        ValueError: if there are too few values.
     """
     n, ordered = len(values), sorted(values)
     k, tail = 0, 0.0
@@ -160,7 +160,7 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
 
 
 def compare_entries(before: Entry, now: Entry, kind: str, threshold: float = THRESHOLD) -> Iterator[Change]:
-    """The change of each measure of a kind of device."""
+    """Changes of an entry in the measures of a kind of device."""
     for measure in MEASURES[kind]:
         old, new = (median_interval(entry.values(measure)) for entry in (before, now))
         yield Change(
@@ -177,17 +177,17 @@ def compare_entries(before: Entry, now: Entry, kind: str, threshold: float = THR
 
 
 def compare(baseline: Document, now: Document, threshold: float = THRESHOLD) -> Comparison:
-    """Compare what two documents have in common.
+    """Compare the common entries of two documents.
 
     Raises:
-        BaselineError: if they are of different devices or numbers of threads, or have nothing in common.
+        BaselineError: if devices, threads or yardsticks differ, or if there are no common entries.
     """
     check_where(baseline.where, now.where)
     common = [name for name in now.entries if name in baseline.entries]
     if not common:
         raise BaselineError(
-            f"nothing to compare: the baseline has {len(baseline.entries)} entries, this run {len(now.entries)}, and "
-            "none of one name; record a new baseline"
+            f"nothing to compare: no entry of this run ({len(now.entries)}) has the name of one of the baseline "
+            f"({len(baseline.entries)}); record a new baseline"
         )
     changes: list[Change] = []
     for name in common:
@@ -206,15 +206,14 @@ def compare(baseline: Document, now: Document, threshold: float = THRESHOLD) -> 
 
 
 def check_where(baseline: Where, now: Where) -> None:
-    """Refuse a baseline that was measured elsewhere.
+    """Check that the baseline was measured on this device with as many threads.
 
     Raises:
-        BaselineError: if device or number of threads differ.
+        BaselineError: if not.
     """
     if baseline != now:
         raise BaselineError(
-            f"the baseline was measured on {_describe(baseline)}, this run on {_describe(now)}; "
-            "times of different devices or threads cannot be compared: record a baseline here"
+            f"the baseline was measured on {_describe(baseline)}, this run on {_describe(now)}; record a baseline here"
         )
 
 
@@ -226,10 +225,10 @@ def _describe(where: Where) -> str:
 
 
 def read(path: Path) -> Document:
-    """Read a document of pytest-benchmark that the plugin has recorded.
+    """Read a document that the plugin has recorded with pytest-benchmark.
 
     Raises:
-        BaselineError: if the file is not there, is damaged, or has nothing of ours in it.
+        BaselineError: if the file is missing or damaged, or was not recorded with ``--gate``.
     """
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
@@ -241,10 +240,10 @@ def read(path: Path) -> Document:
 
 
 def parse(document: Any) -> Document:
-    """A document of pytest-benchmark, checked. Benchmarks that are not gated are left out.
+    """Parse a document of pytest-benchmark; benchmarks without the gate are left out.
 
     Raises:
-        ValueError, TypeError, KeyError or AttributeError: if it is not one.
+        ValueError, TypeError, KeyError or AttributeError: if a field is missing or wrong.
     """
     entries = {
         str(benchmark["fullname"]): _entry(info)
@@ -262,18 +261,18 @@ def parse(document: Any) -> Document:
 def _entry(info: Any) -> Entry:
     ours, theirs = (tuple(float(value) for value in info[name]) for name in ("seconds", "yardstick_seconds"))
     if len(ours) != len(theirs) or not all(0 < time < math.inf for time in ours + theirs):
-        raise ValueError("it has times that are not positive numbers, or not as many of the yardstick")
+        raise ValueError("times must be positive numbers, as many of the yardstick as of the call")
     median_interval(ours)
     return Entry(str(info["label"]), str(info["against"]), ours, theirs)
 
 
 def device_folder(storage: Path, where: Where) -> Path:
-    """Where the baselines of a device lie."""
+    """Folder of a device's baselines."""
     return storage / (re.sub(r"[^a-z0-9]+", "-", where.device.lower()).strip("-") or "unknown")
 
 
 def latest(folder: Path, machine: str) -> Path:
-    """The last document that pytest-benchmark has saved in a device's folder, for a ``machine`` (OS and Python).
+    """The last document of a ``machine`` (pytest-benchmark's name of OS and Python) in a device's folder.
 
     Raises:
         BaselineError: if there is none.
@@ -281,15 +280,15 @@ def latest(folder: Path, machine: str) -> Path:
     saved = sorted((folder / machine).glob("[0-9]*_*.json"), key=lambda path: int(path.name.split("_")[0]))
     if not saved:
         others = sorted(str(path.relative_to(folder.parent).parent) for path in folder.parent.glob("*/*/[0-9]*_*.json"))
-        found = f"there are some for {', '.join(dict.fromkeys(others))}" if others else "there are none at all"
+        existing = f"baselines exist for {', '.join(dict.fromkeys(others))}" if others else "no baselines exist"
         raise BaselineError(
-            f"no baseline in {folder / machine}, {found}; record one with --gate=save (make bench-save)"
+            f"no baseline in {folder / machine}; {existing}; record one with --gate=save (make bench-save)"
         )
     return saved[-1]
 
 
 def smaller_is_better(document: Document) -> list[dict[str, Any]]:
-    """The ratios in the form that github-action-benchmark reads as ``customSmallerIsBetter``."""
+    """The ratios for github-action-benchmark, tool ``customSmallerIsBetter``."""
     results = []
     for entry in document.entries.values():
         interval = median_interval(entry.values("ratio"))

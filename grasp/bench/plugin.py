@@ -1,8 +1,8 @@
-"""A pytest plugin that guards speed: ``pytest_plugins = ["grasp.bench.plugin"]`` in a ``conftest.py``, or ``-p``.
+"""A pytest plugin that guards the speed of kernels: ``pytest_plugins = ["grasp.bench.plugin"]`` in ``conftest.py``.
 
-It gives the fixture ``gate``, which times a call in turns with a yardstick and records both through pytest-benchmark,
-and the option ``--gate``: ``save`` keeps a baseline of this device, ``compare`` compares with the last one. Exit code 1
-means a regression or a failed test, 2 that there is nothing to compare with.
+The fixture ``gate`` times a call in turns with a yardstick, and records both with pytest-benchmark. ``--gate=save``
+saves a baseline of this device, ``--gate=compare`` compares with the last one. Exit code 1: a regression or a failed
+test; 2: no usable baseline.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 Operands = TypeVar("Operands")
 
 UNUSABLE = 2  # exit code
-EXTENSIONS = 3  # times that rounds are added while the threshold is within the noise
-SAVED = "baseline"  # in the name of a saved document
+EXTENSIONS = 3  # most times that rounds are added while the threshold is within the noise
+SAVED = "baseline"  # part of a saved document's name
 
 WHERE = pytest.StashKey[Where]()
 ENTRIES = pytest.StashKey[dict[str, Entry]]()
@@ -36,11 +36,12 @@ COLOURS = {"regression": "red", "lost": "red", "unclear": "yellow"}
 
 
 class Gate:
-    """The fixture: call it once in a test.
+    """The fixture ``gate``: call it once in a test.
 
     Example:
-        >>> def test_speed(gate):
-        ...     copies = [torch.randn(16, 1024) for _ in range(64)]
+        >>> import torch
+        >>> def test_silu(gate):
+        ...     copies = [torch.randn(16, 4096) for _ in range(64)]
         ...     gate(torch.nn.functional.silu, lambda x: x * x.sigmoid(), copies, against="plain PyTorch")
     """
 
@@ -49,7 +50,7 @@ class Gate:
 
     @property
     def device(self) -> torch.device:
-        """Where the calls have to run."""
+        """The device to run the calls on."""
         import torch
 
         return torch.device(_where(self._config).kind)
@@ -63,21 +64,21 @@ class Gate:
         label: str | None = None,
         against: str = "the yardstick",
     ) -> None:
-        """Time ``candidate(each)`` in turns with ``yardstick(each)``; with timing disabled, call both once.
+        """Time ``candidate`` in turns with ``yardstick``; with timing disabled, call both once.
 
         Args:
-            candidate: what is guarded.
-            yardstick: what takes about as long and strains the same parts of the machine, and does not change.
-            operands: calls take them in turns. Several that lie in different memory, more than a cache holds in all,
-                make every call read memory; a single one is found in the cache.
-            label: how reports call it; the test's name if left out.
-            against: how reports call the yardstick. A baseline with another one is refused.
+            candidate: the guarded call.
+            yardstick: a call that does not change, takes about as long, and uses the same parts of the machine.
+            operands: the calls get one of them each, in a cycle. Copies in different memory, together larger than the
+                caches, make every call read memory; a single one stays in a cache.
+            label: name in reports; ``None`` for the test's name.
+            against: name of the yardstick in reports. A baseline with another yardstick is refused.
 
         Raises:
             ValueError: if there are no operands.
         """
         if not operands:
-            raise ValueError("expected operands to call candidate and yardstick with, got none")
+            raise ValueError("expected at least one operand for candidate and yardstick, got none")
         if not self._benchmark.enabled:
             yardstick(operands[0])
             self._benchmark(candidate, operands[0])
@@ -100,7 +101,7 @@ class Gate:
         self._config.stash.setdefault(ENTRIES, {})[self._benchmark.fullname] = entry
 
     def _settled(self, entry: Entry) -> bool:
-        """Whether more rounds would tell nothing that is not known."""
+        """Whether more rounds are not needed for a verdict."""
         baseline = self._config.stash.get(BASELINE, None)
         before = baseline and baseline.entries.get(self._benchmark.fullname)
         if not before:
@@ -111,14 +112,14 @@ class Gate:
 
 @pytest.fixture
 def gate(benchmark: Any, request: pytest.FixtureRequest) -> Gate:
-    """Times a call in turns with a yardstick, see ``Gate.__call__``."""
+    """Time a call in turns with a yardstick, see ``Gate.__call__``."""
     return Gate(benchmark, request.config, request.node.name)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options."""
     group = parser.getgroup("gate", "guarding speed (grasp.bench.plugin)")
-    group.addoption("--gate", choices=("save", "compare"), help="Keep a baseline, or compare with the last one.")
+    group.addoption("--gate", choices=("save", "compare"), help="Save a baseline, or compare with the last one.")
     group.addoption(
         "--gate-threshold",
         type=float,
@@ -134,7 +135,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Find the baseline before anything is timed, and tell pytest-benchmark where its files are."""
+    """Read the baseline before any timing, and set the folder of pytest-benchmark's files."""
     option = config.option
     if option.gate is None:
         return
@@ -142,7 +143,9 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--gate needs pytest-benchmark; pip install pytest-benchmark")
     storage = str(option.benchmark_storage).removeprefix("file://")
     if "://" in storage:
-        raise pytest.UsageError(f"--gate keeps its baselines in files, got --benchmark-storage={storage}")
+        raise pytest.UsageError(
+            f"--gate saves baselines in files, expected a folder, got --benchmark-storage={storage}"
+        )
     folder = gates.device_folder(Path(storage), _where(config))
     option.benchmark_storage = f"file://{folder}"
     option.benchmark_enable = True
@@ -161,7 +164,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Add what pytest-benchmark does not look at, and times depend on."""
+    """Add facts that times depend on and pytest-benchmark does not record."""
     import torch
 
     machine_info[gates.KEY] = {**asdict(_where(config)), "torch": torch.__version__}
@@ -169,7 +172,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-benchmark saves
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[None]:
-    """Compare, or see to it that only a whole and correct run becomes a baseline."""
+    """Compare with the baseline, or save a baseline if all tests passed."""
     if session.config.option.gate and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         {"save": _check_save, "compare": _compare}[session.config.option.gate](session)
     return (yield)
@@ -198,7 +201,7 @@ def _compare(session: pytest.Session) -> None:
         session.exitstatus = UNUSABLE
         return
     if others := len(baseline.entries) - len(known):
-        stash[REPORT].append(f"{others} entries of the baseline are of tests that were not asked for")
+        stash[REPORT].append(f"{others} entries of the baseline belong to tests that were not selected")
     stash[REPORT] += result.lines()
     if result.failed:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -206,7 +209,7 @@ def _compare(session: pytest.Session) -> None:
 
 @pytest.hookimpl(trylast=True)  # below pytest-benchmark's tables
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print what the gate found, a line each."""
+    """Print the gate's lines."""
     if lines := config.stash.get(REPORT, None):
         terminalreporter.section("gate")
         for line in lines:
@@ -215,7 +218,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def _where(config: pytest.Config) -> Where:
-    """What the run is timed on."""
+    """Device and threads of this run."""
     if WHERE not in config.stash:
         import torch
 

@@ -177,9 +177,9 @@ def test_the_last_baseline_is_that_of_the_highest_number(tmp_path: Path) -> None
     for name in ("9999_baseline.json", "10000_baseline.json", "0002_baseline.json"):
         saved(folder / "Linux" / name, {})
     assert gate.latest(folder, "Linux").name == "10000_baseline.json"
-    with pytest.raises(BaselineError, match=r"no baseline in .*intel/Linux, there are some for amd-epyc/Linux; .*save"):
+    with pytest.raises(BaselineError, match=r"no baseline in .*intel/Linux; .* amd-epyc/Linux; .*save"):
         gate.latest(tmp_path / "intel", "Linux")
-    with pytest.raises(BaselineError, match="there are none at all"):
+    with pytest.raises(BaselineError, match="no baselines exist"):
         gate.latest(tmp_path / "elsewhere" / "intel", "Linux")
 
 

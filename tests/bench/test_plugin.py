@@ -92,7 +92,7 @@ def test_a_foreign_project_guards_its_kernels(tmp_path: Path) -> None:
 
     code, output = run_pytest(tmp_path, "--gate=compare", "test_speed.py::test_kernel[1]")
     assert code == 0, output
-    assert "1 entries of the baseline are of tests that were not asked for" in output
+    assert "1 entries of the baseline belong to tests that were not selected" in output
 
     (tmp_path / name).write_text(text[:-9])
     code, output = run_pytest(tmp_path, "--gate=compare")
@@ -136,4 +136,4 @@ def test_a_run_that_timed_nothing_becomes_no_baseline(project: pytest.Pytester) 
 def test_baselines_are_files(project: pytest.Pytester) -> None:
     result = project.runpytest_inprocess("--gate=save", "--benchmark-storage=elasticsearch+http://host/index")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    assert "--gate keeps its baselines in files" in result.stderr.str()
+    assert "--gate saves baselines in files" in result.stderr.str()
