@@ -13,7 +13,7 @@ from grasp.method.basis import BASES
 from grasp.method.metrics import METRICS, in_units_of_loss
 from grasp.method.schedules import SCHEDULES
 
-TARGETS = ("layers", "num_layers", "compression_ratio", "target_bytes", "target_latency")
+_TARGETS = ("layers", "num_layers", "compression_ratio", "target_bytes", "target_latency")
 _RETIRED = {"redundancy": "block_influence"}  # fields of earlier versions, with the one value that they may have
 
 
@@ -33,11 +33,12 @@ class GraspConfig:
         layers: decoder layers to compress; the first is 0.
         num_layers: compress this many layers, those with the lowest block influence.
         compression_ratio: fraction of the whole model's parameters to remove; embeddings count. ``retain_ratio`` sets
-            the number of layers, and is solved again so that the fraction is met.
+            the number of layers, and is then adjusted so that the fraction is met.
         target_bytes: size of all weights after compression, in bytes. ``retain_ratio`` is used as above.
         target_latency: time per decoded token at batch size 1, as a fraction of the dense model's. ``compress_``
             predicts both times from its ``costs``. Needs ``allocation="global"``.
         retain_ratio: fraction of each matrix's parameters to keep, in (0, 1]: R = int(N·K·retain_ratio / (N + K)).
+            With a global allocation, the fraction of all matrices of ``layers`` or ``num_layers`` together.
         threshold_ratio: replaces ``retain_ratio``: keep the fewest groups whose importance adds up to this fraction,
             at most the break-even rank. Needs ``layers`` or ``num_layers``.
         basis: the matrix that is decomposed. ``"plain"``: the weight. ``"whitened"``: the weight times a root of its
@@ -268,9 +269,9 @@ class GraspConfig:
             yield f"sweep_dtype must be bfloat16, float32 or None, got {self.sweep_dtype!r}"
 
     def _conflicts_of_targets(self) -> Iterator[str]:
-        given = [name for name in TARGETS if getattr(self, name) is not None]
+        given = [name for name in _TARGETS if getattr(self, name) is not None]
         if len(given) > 1:
-            yield f"{' and '.join(given)} exclude each other: give one of {', '.join(TARGETS)}"
+            yield f"{' and '.join(given)} exclude each other: give one of {', '.join(_TARGETS)}"
         if self.threshold_ratio is not None and self.layers is None and self.num_layers is None:
             yield "threshold_ratio needs layers or num_layers: it does not set a compression ratio"
 

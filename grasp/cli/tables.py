@@ -174,10 +174,10 @@ def show_inspection(inspection: Inspection) -> None:
     if not inspection.modules:
         print_text("No low-rank layers: this checkpoint is dense.")
         return
-    print_rank_table(inspection)
+    _print_rank_table(inspection)
 
 
-def print_rank_table(inspection: Inspection) -> None:
+def _print_rank_table(inspection: Inspection) -> None:
     """Show one row per compressed layer: the rank of each linear, and the share of parameters that is left."""
     layers: dict[int, dict[str, LowRankModule]] = {}
     for module in inspection.modules:

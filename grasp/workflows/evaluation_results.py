@@ -26,7 +26,7 @@ def require_replaceable(output: Path) -> None:
     """
     if not output.resolve().parent.is_dir():
         raise ResultsError(f"the folder {output.resolve().parent} of {output.name} does not exist; create it first")
-    if output.exists() and read_results(output) is None:
+    if output.exists() and read_evaluation(output) is None:
         raise ResultsError(f"{output} exists and holds no results of `grasp evaluate`; give another name")
     if _has_our_card(output.parent):
         read_card((output.parent / "README.md").read_text(encoding="utf-8"))
@@ -42,7 +42,7 @@ def write(result: Evaluation, output: Path) -> None:
     """
     write_whole(output, json_text(result.to_dict()))
     if _has_our_card(output.parent):
-        update_card(output.parent)
+        _update_card(output.parent)
 
 
 def _has_our_card(folder: Path) -> bool:
@@ -52,7 +52,7 @@ def _has_our_card(folder: Path) -> bool:
     return bool(inspect_checkpoint(folder).modules)
 
 
-def update_card(folder: Path) -> None:
+def _update_card(folder: Path) -> None:
     """Replace the results in the model card of a folder by those of the folder's result files.
 
     Raises:
@@ -63,14 +63,14 @@ def update_card(folder: Path) -> None:
     inspection = inspect_checkpoint(folder)
     text = with_results(
         card.read_text(encoding="utf-8"),
-        [results for path in sorted(folder.glob("*.json")) if (results := read_results(path)) is not None],
+        [results for path in sorted(folder.glob("*.json")) if (results := read_evaluation(path)) is not None],
         parameters=inspection.parameters,
         before=inspection.report.before.parameters if inspection.report else inspection.dense_parameters,
     )
     write_whole(card, text)
 
 
-def read_results(path: Path) -> dict[str, Any] | None:
+def read_evaluation(path: Path) -> dict[str, Any] | None:
     """Read a result file; ``None`` if the file is anything else."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

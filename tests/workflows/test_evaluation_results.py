@@ -13,7 +13,7 @@ from grasp.errors import CheckpointError, ResultsError
 from grasp.evaluation.lm_eval import TaskRequest
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.workflows.evaluate import evaluate
-from grasp.workflows.evaluation_results import read_results, require_replaceable, write
+from grasp.workflows.evaluation_results import read_evaluation, require_replaceable, write
 from tests.command_line import save_tiny_model
 from tests.task_documents import write_jsonl
 from tests.tiny_models import tiny_model
@@ -51,8 +51,8 @@ def test_results_in_the_models_folder_are_in_its_card_beside_those_before_compre
     saved = json.loads((folder / "results.json").read_text())
     assert saved["results"]["piqa"]["acc,none"] in (0, 0.5, 1)
     assert saved["grasp"]["result"]["perplexity"] == both.result.perplexity
-    assert read_results(folder / "results.json") == saved
-    assert read_results(folder / "config.json") is None
+    assert read_evaluation(folder / "results.json") == saved
+    assert read_evaluation(folder / "config.json") is None
 
 
 def test_the_card_of_a_dense_model_is_left_to_its_authors(tmp_path: Path) -> None:
