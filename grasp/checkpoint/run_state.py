@@ -201,7 +201,7 @@ class RunState(RunFolder, NoState):
             finished = [self.decision is not None or all(target in reports for target in sweep) for sweep in sweeps]
             if self._config.schedule == "progressive":  # the first cut has a sweep of its own
                 finished.append(self.decision is not None or self._cut.name in self._notes)
-            self._notify(f"continuing: {sum(finished)} of {len(finished)} sweeps done")
+            self._notify(f"resuming: {sum(finished)} of {len(finished)} sweeps done")
         return reports
 
     def store_module(self, model: PreTrainedModel, report: ModuleReport) -> None:

@@ -102,7 +102,7 @@ def test_a_continued_run_is_announced_and_a_new_one_is_not(folder: Path) -> None
         run(folder, notify=heard.append, progress=stop_at("layer 0 mlp", 1))
     assert heard == []
     run(folder, notify=heard.append)
-    assert heard == ["continuing: 2 of 4 sweeps done"]
+    assert heard == ["resuming: 2 of 4 sweeps done"]
 
 
 def test_an_interrupted_run_says_how_to_go_on(folder: Path) -> None:
@@ -317,7 +317,7 @@ def test_a_failed_write_leaves_the_stored_progress(folder: Path, monkeypatch: py
     monkeypatch.setattr(run_folder, "save_file", save)
     heard: list[str] = []
     assert_same(run(folder, notify=heard.append), run(None))
-    assert heard == ["continuing: 0 of 4 sweeps done"]
+    assert heard == ["resuming: 0 of 4 sweeps done"]
 
 
 def test_a_sweep_whose_sums_would_not_fit_the_disk_is_not_begun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def test_a_process_killed_at_a_random_point_is_continued_to_the_same_end(
             process = command.start(output, often=True)
             _, err = process.communicate(timeout=300)
             assert process.returncode == 0, err
-            continued += "continuing: " in err
+            continued += "resuming: " in err
             left = {path.name for path in command.place.iterdir() if output in path.name}
             assert left == {output}
         assert command.modules(output) == command.modules("whole")
@@ -143,6 +143,6 @@ def test_the_plain_command_is_continued_or_refused_with_the_reason(command: Comm
     again = command.start("plain", *options, often=False)
     out, err = again.communicate(timeout=60)
     assert again.returncode == 0
-    assert "continuing: 1 of 3 sweeps done" in err.splitlines()
+    assert "resuming: 1 of 3 sweeps done" in err.splitlines()
     assert json.loads(out)["report"]["modules"] == command.modules("plain")
     assert not command.partial("plain").exists()

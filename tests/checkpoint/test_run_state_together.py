@@ -95,7 +95,7 @@ def test_what_was_done_is_not_done_again(
     begun = [place for place, now in enumerate(steps) if now == (step, 1)][-1]
     steps.clear()
     assert_same(run(folder, config, progress=note, notify=heard.append), expected)
-    assert heard == [f"continuing: {continued} sweeps done"]
+    assert heard == [f"resuming: {continued} sweeps done"]
     assert steps == whole[begun:]
     assert replaced(expected)
 
