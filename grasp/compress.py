@@ -39,13 +39,10 @@ def compress_(
 ) -> CompressionReport:
     """Compress a causal language model in place (arXiv 2501.00339).
 
-    Block influence tells which layers are redundant. Their linears are replaced from the deepest layer up, in each
-    layer first the MLP, then the attention. The gradients in the singular values are taken on the model so far. Other
-    schedules replace more linears at once; with a global budget all are decided together. The plain definition of the
-    method is ``grasp/compression/naive.py``.
-
-    An interrupted call leaves the model usable, with the linears that were replaced so far. New low-rank linears that
-    share an input are computed together; ``grasp.model.lowrank_linear.group_linears_(model, False)`` separates them.
+    Block influence tells which layers are redundant. Their linears are replaced from the deepest layer up, first the
+    MLP, then the attention, with gradients taken on the model so far. Other schedules replace more linears at once; a
+    global budget decides all together. ``grasp/compression/naive.py`` is the plain definition of the method. An
+    interrupted call leaves the model usable, with the linears that were replaced so far.
 
     Args:
         model: a decoder-only model of the transformers library, in any floating-point dtype.
@@ -61,21 +58,17 @@ def compress_(
 
     Raises:
         ValueError: if the configuration asks for layers, a ratio or a target that the model does not have.
-        CostTableError: if ``costs`` were measured for another model.
         CalibrationError: if there are no batches, no token to predict, or a sequence longer than the model's context.
         NonFiniteError: if weights, hidden states, the loss or gradients are NaN or infinite.
         UnsupportedModelError: if the decoder layers cannot be found or have nothing to compress.
-        ResumeError: if ``state`` belongs to another request, is damaged, or cannot be written.
-        DistributedError: if another process fails, is gone, or was given other arguments.
+        CostTableError, ResumeError, DistributedError: as ``costs``, ``state`` and ``processes`` raise them.
 
     Example:
-        >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
-        ...     num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2))
-        >>> report = compress_(model, [torch.randint(64, (2, 16))], GraspConfig(num_layers=1, retain_ratio=0.3))
-        >>> len(report.redundant_layers), len(report.compressed)
-        (1, 7)
+        >>> llama = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=3)
+        >>> model, config = LlamaForCausalLM(llama), GraspConfig(num_layers=1, retain_ratio=0.3)
+        >>> len(compress_(model, [torch.arange(64)[None]], config).compressed)
+        7
     """
     state = NoState() if state is None else state
     config = GraspConfig() if config is None else config
