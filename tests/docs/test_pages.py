@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,15 @@ RUN_ELSEWHERE = {
     "docs/serve/transformers-serve.md": "tests/serving/test_transformers_serve.py",
     "docs/serve/vllm.md": "tests/vllm/test_commands.py",
 }
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    listed = {"docs/index.md"}
+    for page in PAGES:
+        for toctree in re.findall(r"^```\{toctree\}\n(.*?)^```", read(page), re.MULTILINE | re.DOTALL):
+            names = [line for line in toctree.splitlines() if line and not line.startswith(":")]
+            listed |= {str(Path(page).parent / f"{name}.md") for name in names}
+    assert listed == {page for page in PAGES if page.startswith("docs/")}
 
 
 @pytest.mark.parametrize("page", PAGES)
