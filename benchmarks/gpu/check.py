@@ -139,7 +139,7 @@ def measure(
 def _prepare(case: GpuCase, provider: CaseProvider, operands: Operands, device: torch.device) -> Batch | str:
     """A batch to be timed, or the reason why it is not: wrong results are not timed."""
     try:
-        error = complaint(case, provider, operands) if provider.own else None
+        error = complaint(case, provider, operands) if provider.of_package else None
         return error or batch(device, provider.calls(case), operands.rotation(provider.reads))
     except OutOfResources as shortage:
         return f"{NO_ROOM}: {shortage}"

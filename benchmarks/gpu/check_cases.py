@@ -53,7 +53,7 @@ class CaseProvider(NamedTuple):
 
     run: Callable[[str], Run]  # of an op's name
     reads: str = "low-rank"  # operands: "low-rank" or "dense"
-    own: bool = True  # belongs to the package, so its results must be within the tests' tolerance
+    of_package: bool = True  # belongs to the package, so its results must be within the tests' tolerance
 
     def calls(self, case: GpuCase) -> Callable[[Sequence[Problem]], list[Tensor]]:
         """All calls of the case, on one problem each."""
@@ -100,10 +100,10 @@ def providers(case: GpuCase, device: torch.device) -> tuple[dict[str, CaseProvid
     """Backends, paths of the Triton kernels and PyTorch forms that can run a case; the other backends with reasons."""
     able, reasons = _backends(case, device)
     able |= {f"triton {path}": CaseProvider(partial(_on_path, path)) for path in _paths(case, device)}
-    able["unfused"] = CaseProvider(lambda op: OPS[op].unfused, own=False)
+    able["unfused"] = CaseProvider(lambda op: OPS[op].unfused, of_package=False)
     if any(len(shape) > 1 and len(set(shape)) == 1 for _, shape in case.parts):
-        able["stacked"] = CaseProvider(_stacked, own=False)
-    able["dense"] = CaseProvider(lambda op: OPS[op].dense, "dense", own=False)
+        able["stacked"] = CaseProvider(_stacked, of_package=False)
+    able["dense"] = CaseProvider(lambda op: OPS[op].dense, "dense", of_package=False)
     return able, reasons
 
 
@@ -114,7 +114,7 @@ def compiled(case: GpuCase) -> CaseProvider:
     def compile_one(op: str) -> Run:
         return torch.compile(OPS[op].unfused, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
 
-    return CaseProvider(compile_one, own=False)
+    return CaseProvider(compile_one, of_package=False)
 
 
 def complaint(case: GpuCase, provider: CaseProvider, operands: Operands) -> str | None:

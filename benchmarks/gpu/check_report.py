@@ -93,9 +93,9 @@ class Report:
 def chosen(report: Report) -> list[ProviderTime]:
     """The result of each case's first backend in the dispatch table, which ``"auto"`` runs."""
     order = [row.name for row in BACKENDS]
-    own = [result for result in report.results if result.provider in order]
+    backends = [result for result in report.results if result.provider in order]
     first: dict[tuple[str, str, int], ProviderTime] = {}
-    for result in sorted(own, key=lambda result: order.index(result.provider)):
+    for result in sorted(backends, key=lambda result: order.index(result.provider)):
         first.setdefault((result.case, result.shapes, result.rows), result)
     return list(first.values())
 

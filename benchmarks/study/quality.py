@@ -31,7 +31,7 @@ from benchmarks.study.methods import METHODS, CalibrationSet, Outcome
 from benchmarks.study.records import STUDY_RECORDS
 from benchmarks.study.records import StudyResult as Cell
 from benchmarks.study.records import StudySetting as Setting
-from grasp.bench.conditions import Conditions, conditions, measure_card
+from grasp.bench.conditions import conditions, measure_card
 from grasp.bench.results import append_results, read_results
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_text, token_batches, tokenize
@@ -45,6 +45,7 @@ from grasp.model.size import model_size
 from grasp.model.targets import decoder
 
 Cells = dict[tuple[str, float, int], Cell]  # by method, ratio and seed
+DENSE = ("dense", 0.0, 0)  # key of the dense model
 
 
 class Study:
@@ -54,6 +55,7 @@ class Study:
         self.model, self._tokenizer = load_model(setting.model, dtype="float32")
         self.setting, self._cache, self._documents = setting, cache, documents
         self.size = model_size(self.model, decoder(self.model).layers)
+        self._conditions = conditions(measure_card(device := first_device(self.model), torch.float32), device)
         self._bos = bos_for(self._tokenizer)
         self._calibration: dict[int, CalibrationSet] = {}
         tokens = tokenize(self._tokenizer, read_text(setting.text, split="evaluation"))
@@ -82,10 +84,10 @@ class Study:
             self._calibration = {seed: CalibrationSet(self.model, batches, self._cache / fingerprint, self.dtype)}
         return self._calibration[seed]
 
-    def cell(self, method: str, ratio: float, seed: int, dense: float, now: Conditions) -> Cell:
-        """Compress a copy of the model and measure it; a ``ratio`` of 0 measures the dense model."""
+    def cell(self, method: str, ratio: float, seed: int, dense: Cell | None) -> Cell:
+        """Compress a copy of the model and measure it; without ``dense`` measure the dense model itself."""
         model, outcome, seconds = copy.deepcopy(self.model), Outcome(), 0.0
-        if ratio:
+        if dense:
             calibration = self.calibration_set(seed)
             calibration.statistics.reset()
             start = time.process_time()
@@ -101,16 +103,16 @@ class Study:
             method=method,
             ratio=ratio,
             seed=seed,
-            setting=self.setting,
+            setting=without_folders(self.setting),
             removed=1 - after.decoder_parameters / self.size.decoder_parameters,
             parameters=after.parameters,
             perplexity=measured,
-            excess=math.log(measured / dense) if dense else 0.0,
+            excess=math.log(measured / dense.perplexity) if dense else 0.0,
             cpu_seconds=seconds,
             removed_layers=tuple(sorted(outcome.removed_layers)),
             ranks=outcome.ranks,
             scope=outcome.scope,
-            conditions=now,
+            conditions=self._conditions,
             accuracy=accuracy,
         )
 
@@ -120,6 +122,12 @@ class Study:
         tasks, limit = self.setting.tasks, self.setting.limit
         results = evaluate_tasks(model, self._tokenizer, tasks, self._documents, limit, batch_size=8)["results"]
         return {task: float(results[task]["acc,none"]) for task in tasks}
+
+
+def without_folders(setting: Setting) -> Setting:
+    """The setting with the names of its files only."""
+    model, calibration, text = (Path(source).name for source in (setting.model, setting.calibration, setting.text))
+    return dataclasses.replace(setting, model=model, calibration=calibration, text=text)
 
 
 def read_cells(path: Path, setting: Setting) -> Cells:
@@ -212,46 +220,24 @@ def main(
     if unknown := sorted(set(wanted) - set(METHODS)):
         raise typer.BadParameter(f"unknown methods {', '.join(unknown)}; expected some of {', '.join(METHODS)}")
     setting = Setting(
-        *(
-            Path(model).name,
-            Path(calibration).name,
-            Path(text).name,
-            num_samples,
-            seq_len,
-            batch_size,
-            window,
-            windows,
-            dtype,
-        ),
+        *(model, calibration, text, num_samples, seq_len, batch_size, window, windows, dtype),
         tasks=tuple(tasks or ()),
         limit=limit,
     )
-    sources = dataclasses.replace(setting, model=model, calibration=calibration, text=text)
     try:
-        cells = read_cells(output, setting)
-        study = Study(sources, cache, tasks_from)
-        device = first_device(study.model)
-        now = conditions(measure_card(device, torch.float32), device)
-        if ("dense", 0.0, 0) not in cells:
-            _add(cells, output, study.cell("dense", 0.0, 0, 0.0, now), setting)
-        dense = cells["dense", 0.0, 0].perplexity
-        for method, ratio, seed in missing(cells, wanted, ratios or [0.1, 0.2, 0.3], seeds or [0, 1, 2]):
-            cell = study.cell(method, ratio, seed, dense, now)
-            _add(cells, output, cell, setting)
-            console.print(f"{method}, {ratio:.1%}, seed {seed}: {cell.excess:.3f} nats", soft_wrap=True)
+        cells = read_cells(output, without_folders(setting))
+        study = Study(setting, cache, tasks_from)
+        keys = list(missing(cells, wanted, ratios or [0.1, 0.2, 0.3], seeds or [0, 1, 2]))
+        for key in keys if DENSE in cells else [DENSE, *keys]:
+            cells[key] = cell = study.cell(*key, cells.get(DENSE))
+            append_results(output, [cell])
+            console.print(f"{cell.method}, {cell.ratio:.1%}, seed {cell.seed}: {cell.excess:.3f} nats", soft_wrap=True)
     except GraspError as error:
         console.print(f"error: {error}", soft_wrap=True)
         raise typer.Exit(2) from error
     Console().print(excess_table(cells))
     if tasks:
         Console().print(accuracy_table(cells))
-
-
-def _add(cells: Cells, output: Path, cell: Cell, setting: Setting) -> None:
-    """Add a cell, also to the file."""
-    cell = dataclasses.replace(cell, setting=setting)
-    cells[cell.method, cell.ratio, cell.seed] = cell
-    append_results(output, [cell])
 
 
 if __name__ == "__main__":

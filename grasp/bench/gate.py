@@ -112,8 +112,8 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Comparison of two documents."""
+class BaselineComparison:
+    """BaselineComparison of two documents."""
 
     changes: Sequence[Change]
     lost: Sequence[str] = ()  # labels in the baseline only
@@ -176,7 +176,7 @@ def compare_entries(before: Entry, now: Entry, kind: str, threshold: float = THR
         )
 
 
-def compare(baseline: Document, now: Document, threshold: float = THRESHOLD) -> Comparison:
+def compare(baseline: Document, now: Document, threshold: float = THRESHOLD) -> BaselineComparison:
     """Compare the common entries of two documents.
 
     Raises:
@@ -198,7 +198,7 @@ def compare(baseline: Document, now: Document, threshold: float = THRESHOLD) -> 
                 "record a new baseline"
             )
         changes += compare_entries(before, after, now.where.kind, threshold)
-    return Comparison(
+    return BaselineComparison(
         changes,
         lost=[entry.label for name, entry in baseline.entries.items() if name not in now.entries],
         new=[entry.label for name, entry in now.entries.items() if name not in baseline.entries],

@@ -226,7 +226,7 @@ def _providers(
         left_out[COMPILED] = "left out on request", False
     timed: dict[str, Run] = {}
     for name, candidate in candidates.items():
-        complaint = wrong(case.op, problem, candidate, own=name != COMPILED)
+        complaint = wrong(case.op, problem, candidate, of_package=name != COMPILED)
         if complaint is None:
             timed[name] = candidate
         else:

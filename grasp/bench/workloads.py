@@ -221,20 +221,20 @@ def compiled(op: str, problem: Problem) -> Run:
 
 
 @torch.inference_mode()
-def wrong(op: str, problem: Problem, run: Run, *, own: bool = True) -> str | None:
+def wrong(op: str, problem: Problem, run: Run, *, of_package: bool = True) -> str | None:
     """The error of a provider's result at this shape by the tolerance rule of the tests, or ``None``.
 
     Args:
         op: key of ``OPS``.
         problem: the operands.
         run: the provider.
-        own: whether the provider belongs to the package. Its gradients must be as accurate as PyTorch's in fp32; those
-            of other providers as accurate as PyTorch's in the dtype of the operands.
+        of_package: whether the provider belongs to the package. Its gradients must be as accurate as PyTorch's in
+            fp32; those of other providers as accurate as PyTorch's in the dtype of the operands.
     """
     unfused, kind, dtype = OPS[op].unfused, OPS[op].kind, problem.x.dtype
     slim = problem._replace(weights=[])
     exact = unfused(slim.map(Tensor.double))
-    wide = own and kind == "singular_value_grad"
+    wide = of_package and kind == "singular_value_grad"
     plain = unfused(slim.map(lambda tensor: tensor.to(_wide(tensor))) if wide else slim)
     parts = zip(run(problem), plain, exact, strict=True)
     return next((complaint for part in parts if (complaint := inaccuracy(kind, dtype, *part))), None)

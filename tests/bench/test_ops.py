@@ -72,7 +72,7 @@ def test_a_file_of_something_else_is_refused_before_anything_is_measured(ops: Ru
 def test_a_wrong_provider_is_not_timed_and_fails_the_run(
     ops: RunBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(bench_ops, "wrong", lambda op, problem, run, own: "off by one")
+    monkeypatch.setattr(bench_ops, "wrong", lambda op, problem, run, of_package: "off by one")
     outcome = ops("--op", "lowrank_linear", "--backend", "reference", "-o", tmp_path / "ops.jsonl")
     assert outcome.code == 1
     assert "WRONG: reference lowrank_linear at 48x32r5, M = 3, float32: off by one" in outcome.text

@@ -66,8 +66,8 @@ def test_pytorchs_own_gradient_may_round_as_pytorch_does() -> None:
     problem = make_problem("singular_value_grad", shape, 700, torch.bfloat16, CPU)
     unfused = OPS["singular_value_grad"].unfused
     assert wrong("singular_value_grad", problem, unfused) is not None
-    assert wrong("singular_value_grad", problem, unfused, own=False) is None
-    assert wrong("singular_value_grad", problem, lambda p: [1.05 * y for y in unfused(p)], own=False) is not None
+    assert wrong("singular_value_grad", problem, unfused, of_package=False) is None
+    assert wrong("singular_value_grad", problem, lambda p: [1.05 * y for y in unfused(p)], of_package=False) is not None
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def test_the_compiled_form_computes_what_the_unfused_one_does() -> None:
     problem = make_problem("lowrank_linear", GROUP[:1], 7, torch.float32, CPU)
     with torch.inference_mode():
         run = compiled("lowrank_linear", problem)
-    assert wrong("lowrank_linear", problem, run, own=False) is None
+    assert wrong("lowrank_linear", problem, run, of_package=False) is None
 
 
 @pytest.mark.parametrize("op", OPS)
