@@ -273,7 +273,7 @@ class GraspConfig:
         if len(given) > 1:
             yield f"{' and '.join(given)} exclude each other: give one of {', '.join(_TARGETS)}"
         if self.threshold_ratio is not None and self.layers is None and self.num_layers is None:
-            yield "threshold_ratio needs layers or num_layers: it does not set a compression ratio"
+            yield "threshold_ratio needs layers or num_layers, because it does not set a compression ratio: give one"
 
     def _conflicts_of_method(self) -> Iterator[str]:
         """Yield the conflicts between options whose names are known."""
@@ -284,7 +284,7 @@ class GraspConfig:
             return
         for name in ("target_latency", "remove_layers"):
             if getattr(self, name) not in (None, False):
-                yield f"{name} needs allocation='global', got {self.allocation!r}"
+                yield f"{name} needs allocation='global', got {self.allocation!r}: take GraspConfig.best"
         if self.schedule == "progressive":
             yield f"schedule='progressive' needs allocation='global', got {self.allocation!r}: take 'single-sweep'"
 
@@ -300,7 +300,7 @@ class GraspConfig:
             yield f"allocation='global' needs schedule='single-sweep' or 'progressive', got {self.schedule!r}"
         if self.schedule == "progressive":
             if not BASES[self.basis].inputs:
-                yield f"schedule='progressive' needs a basis that sees inputs, got {self.basis!r}: take 'kfac'"
+                yield f"schedule='progressive' needs a basis with input covariances, got {self.basis!r}: take 'kfac'"
             if self.remove_layers:
                 yield "schedule='progressive' and remove_layers exclude each other: take schedule='single-sweep'"
 
