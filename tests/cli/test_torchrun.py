@@ -52,4 +52,4 @@ def test_processes_that_torchrun_starts_write_one_checkpoint_the_same_as_one_pro
 def test_sharding_without_torchrun_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, ["compress", "any", "-o", str(tmp_path / "small"), "--shard"])
     assert isinstance(result.exception, ValueError)
-    assert "this is one; start it as torchrun --nproc-per-node N -m grasp compress" in str(result.exception)
+    assert "torchrun --nproc-per-node N -m grasp compress" in str(result.exception)
