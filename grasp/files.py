@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of named tensors (names, shapes, dtypes and bytes), in hexadecimal."""
+    """Return the SHA-256 of named tensors (names, shapes, dtypes and bytes), in hexadecimal."""
     import torch
 
     digest = hashlib.sha256()
@@ -47,7 +47,7 @@ def write_whole(target: Path, content: str | bytes) -> None:
 def replacing(target: Path, *, scratch: Path | None = None) -> Iterator[Path]:
     """Yield a path for a new file or folder, which replaces ``target`` in one step when the block succeeds.
 
-    Missing parents of ``target`` are made. If the block raises, everything is as it was before. After a kill, only the
+    Missing parents of ``target`` are created. If the block raises, nothing changes. If the process is killed, the
     temporary remains: see ``remove_abandoned``.
 
     Args:

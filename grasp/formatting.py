@@ -84,13 +84,12 @@ def layer_ranges(layers: Sequence[int]) -> str:
 
 
 def _scaled(value: float, units: Sequence[str]) -> str:
-    for unit in units[:-1]:
-        if abs(value) < 999.95 or unit == units[-1]:
+    unit = units[0]
+    for larger in units[1:]:
+        if abs(value) < 999.95:
             break
-        value /= 1000
-    else:
-        unit = units[-1]
-    return f"{value:.0f}{unit}" if unit in units[:1] else f"{value:.1f}{unit}"
+        value, unit = value / 1000, larger
+    return f"{value:.0f}{unit}" if unit == units[0] else f"{value:.1f}{unit}"
 
 
 def score_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -108,11 +108,12 @@ def folder_card(
     Raises:
         CheckpointError: as ``inspect_checkpoint``.
     """
-    folder = inspect_checkpoint(directory)
+    checkpoint = inspect_checkpoint(directory)
     layers = {
-        m.name: _Layer(m.rank, m.in_features, m.out_features, m.parameters, m.dense_parameters) for m in folder.modules
+        m.name: _Layer(m.rank, m.in_features, m.out_features, m.parameters, m.dense_parameters)
+        for m in checkpoint.modules
     }
-    return _render(folder.model_type, layers, folder.parameters, base_model, license or {}, "")
+    return _render(checkpoint.model_type, layers, checkpoint.parameters, base_model, license or {}, "")
 
 
 def _render(
