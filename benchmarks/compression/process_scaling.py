@@ -22,6 +22,7 @@ from rich.table import Table
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from grasp.bench.conditions import Conditions, conditions, measure_card
+from grasp.bench.timing import using_threads
 from grasp.builtin import BUILTIN
 from grasp.calibration import builtin_text, token_batches
 from grasp.checkpoint.compression_report import CompressionReport
@@ -93,15 +94,13 @@ def run(job: ScalingJob, processes: int) -> CompressionReport:
 
 def gemm_seconds(threads: int) -> float:
     """Shortest time of a matrix product with ``threads`` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     tokens, inputs, outputs = GEMM
     x, weight = torch.randn(tokens, inputs), torch.randn(inputs, outputs)
     best, end = float("inf"), time.perf_counter() + GEMM_SECONDS
-    while (start := time.perf_counter()) < end:
-        x @ weight
-        best = min(best, time.perf_counter() - start)
-    torch.set_num_threads(before)
+    with using_threads(threads):
+        while (start := time.perf_counter()) < end:
+            x @ weight
+            best = min(best, time.perf_counter() - start)
     return best
 
 

@@ -11,7 +11,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,6 +19,7 @@ from grasp.bench.memory import peak_bytes_above_now
 from grasp.bench.providers import pick_layers
 from grasp.bench.race import Race, race
 from grasp.bench.records import CompressResult
+from grasp.bench.timing import using_threads
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, builtin_text, token_batches, tokenize
 from grasp.compress import compress_
@@ -216,12 +216,8 @@ def run(request: CompressRequest, *, progress: Progress = no_progress) -> list[C
         raise ValueError(
             f"batch_size must be at least 1 and timed_batches at least 2, got {request.batch_size} and {timed}"
         )
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.threads or before)
-    try:
+    with using_threads(request.threads):
         return _run(request, progress)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _run(request: CompressRequest, progress: Progress) -> list[CompressResult]:

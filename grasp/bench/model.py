@@ -35,7 +35,7 @@ from grasp.bench.providers import (
     truncate_,
 )
 from grasp.bench.records import PLAIN_SVD, ModelResult, NotMeasured, Percentiles
-from grasp.bench.timing import Sample, turns
+from grasp.bench.timing import Sample, turns, using_threads
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_text, tokenize
 from grasp.evaluation.generation import GenerationTime, first_logits, random_prompt, time_generation
@@ -169,12 +169,8 @@ def run(request: ModelRequest, *, progress: Progress = no_progress) -> Iterator[
             f"repeats must be at least 1 and windows at least 0, got {request.repeats} and {request.windows}"
         )
     text = read_text(request.text, split="evaluation") if request.windows else None
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.threads or before)
-    try:
+    with using_threads(request.threads):
         yield from _run(request, text, progress)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _run(request: ModelRequest, text: str | None, progress: Progress) -> Iterator[list[ModelResult | NotMeasured]]:

@@ -18,7 +18,7 @@ from grasp.bench.conditions import conditions, measure_card
 from grasp.bench.providers import require_backends
 from grasp.bench.records import NotMeasured, OpResult
 from grasp.bench.shapes import model_calls
-from grasp.bench.timing import batch, interleave
+from grasp.bench.timing import batch, interleave, using_threads
 from grasp.bench.workloads import (
     ATTENTION,
     MLP,
@@ -121,12 +121,10 @@ def _rounds(
     request: OpsRequest, device: torch.device, todo: Sequence[OpCase | NotMeasured], progress: Progress
 ) -> Iterator[Round]:
     measurable = [case for case in todo if isinstance(case, OpCase)]
-    before = torch.get_num_threads()
-    counts: Sequence[int | None] = (request.threads or [before]) if device.type == "cpu" else [None]
+    counts: Sequence[int | None] = (request.threads or [torch.get_num_threads()]) if device.type == "cpu" else [None]
     yield Round([case for case in todo if isinstance(case, NotMeasured)], {}, None)
-    try:
-        for count in counts:
-            torch.set_num_threads(count or before)
+    for count in counts:
+        with using_threads(count):
             cards = {name: measure_card(device, DTYPES[name]) for name in request.dtypes}
             for number, case in enumerate(measurable, start=1):
                 step = f"case {number} of {len(measurable)}: {case.op}"
@@ -134,8 +132,6 @@ def _rounds(
                 records = list(measure(case, device, cards[_name(case.dtype)], request))
                 progress(step, 1, 1)
                 yield Round(records, cards, count)
-    finally:
-        torch.set_num_threads(before)
 
 
 def cases(request: OpsRequest) -> Iterator[OpCase | NotMeasured]:

@@ -8,7 +8,6 @@ test; 2: no usable baseline.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -84,11 +83,11 @@ class Gate:
             self._benchmark(candidate, operands[0])
             return
         from grasp.bench.pairs import ROUNDS, Pairing, turn
-        from grasp.bench.timing import Rotation
+        from grasp.bench.timing import Rotation, using_threads
 
         where = _where(self._config)
         rotation = Rotation(operands)
-        with _threads(where.threads):
+        with using_threads(where.threads):
             turns = turn(self.device, candidate, rotation)
             pairing = Pairing(turns, turn(self.device, yardstick, rotation))
             self._benchmark.pedantic(pairing.candidate, setup=pairing.yardstick, rounds=ROUNDS * pairing.turns)
@@ -227,15 +226,3 @@ def _where(config: pytest.Config) -> Where:
         kind = config.option.gate_device or ("cuda" if torch.cuda.is_available() else "cpu")
         config.stash[WHERE] = Where(kind, device_name(torch.device(kind)), config.option.gate_threads)
     return config.stash[WHERE]
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

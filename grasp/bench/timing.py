@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Generic, Protocol, TypeVar
@@ -129,6 +130,17 @@ class Sample:
     def speedup_over(self, other: Sample) -> float:
         """Median over repetitions of the other time over this one: a slow moment of the machine cancels."""
         return median(theirs / ours for ours, theirs in zip(self.seconds, other.seconds, strict=True))
+
+
+@contextmanager
+def using_threads(count: int | None) -> Iterator[None]:
+    """Let PyTorch use ``count`` CPU threads during the block; ``None`` changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def turns(names: Sequence[Name], repetitions: int) -> Iterator[tuple[int, Name]]:
