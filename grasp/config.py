@@ -13,7 +13,13 @@ from grasp.method.basis import BASES
 from grasp.method.metrics import METRICS, in_units_of_loss
 from grasp.method.schedules import SCHEDULES
 
-_TARGETS = ("layers", "num_layers", "compression_ratio", "target_bytes", "target_latency")
+TARGETS = (
+    "layers",
+    "num_layers",
+    "compression_ratio",
+    "target_bytes",
+    "target_latency",
+)  # fields of which at most one is given
 _RETIRED = {"redundancy": "block_influence"}  # fields of earlier versions, with the one value that they may have
 
 
@@ -269,9 +275,9 @@ class GraspConfig:
             yield f"sweep_dtype must be bfloat16, float32 or None, got {self.sweep_dtype!r}"
 
     def _conflicts_of_targets(self) -> Iterator[str]:
-        given = [name for name in _TARGETS if getattr(self, name) is not None]
+        given = [name for name in TARGETS if getattr(self, name) is not None]
         if len(given) > 1:
-            yield f"{' and '.join(given)} exclude each other: give one of {', '.join(_TARGETS)}"
+            yield f"{' and '.join(given)} exclude each other: give one of {', '.join(TARGETS)}"
         if self.threshold_ratio is not None and self.layers is None and self.num_layers is None:
             yield "threshold_ratio needs layers or num_layers, because it does not set a compression ratio: give one"
 
