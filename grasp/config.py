@@ -13,13 +13,8 @@ from grasp.method.basis import BASES
 from grasp.method.metrics import METRICS, in_units_of_loss
 from grasp.method.schedules import SCHEDULES
 
-TARGETS = (
-    "layers",
-    "num_layers",
-    "compression_ratio",
-    "target_bytes",
-    "target_latency",
-)  # fields of which at most one is given
+# Of these fields at most one is given.
+TARGETS = ("layers", "num_layers", "compression_ratio", "target_bytes", "target_latency")
 _RETIRED = {"redundancy": "block_influence"}  # fields of earlier versions, with the one value that they may have
 
 
