@@ -76,17 +76,17 @@ aot: $(STAMP) ## compile every kernel configuration for sm_80, 90, 100 and 120, 
 test-matrix: ## tests with each pair of torch 2.11, 2.13 and Triton 3.6, 3.9, and with transformers 5.17; downloads them
 	PYTHON=$(PYTHON) tests/matrix.sh
 
-# One process, one thread; docs/regression-gate.md. make itself ends with 2 whatever a recipe ends with: for an exit code
-# of 1 that means a regression and nothing else, run the command.
+# One process, one thread; see docs/regression-gate.md. make exits with 2 whenever a recipe fails. For an exit code of 1
+# that means a regression, run the command itself.
 GATE := $(BIN)/python -m pytest benchmarks/gate/test_ops.py --benchmark-columns=median,iqr,rounds
 
-bench-save: $(BUILT) ## time every kernel, and keep the result as this device's baseline; 5 minutes
+bench-save: $(BUILT) ## time every kernel, and save the result as this device's baseline; 5 minutes
 	$(GATE) --gate=save
 
-bench-compare: $(BUILT) ## time every kernel again, and fail where one is slower than in the baseline; 5 minutes
+bench-compare: $(BUILT) ## time every kernel again, and fail if one is slower than its baseline; 5 minutes
 	$(GATE) --gate=compare
 
-bench-selftest: $(BUILT) ## slow kernels down on purpose, and count what bench-compare catches; 5 minutes
+bench-selftest: $(BUILT) ## slow kernels down on purpose, and count how many bench-compare catches; 5 minutes
 	$(BIN)/python -m benchmarks.gate.selftest
 
 format: $(STAMP) ## rewrite files in the house format

@@ -20,29 +20,29 @@ def run(bench: RunBench, tiny: Path) -> RunBench:
 
 
 def rows(path: Path) -> list[CompressResult]:
-    found = read_results(path)
-    assert all(isinstance(each, CompressResult) for each in found)
-    return found  # type: ignore[return-value]
+    records = read_results(path)
+    assert all(isinstance(record, CompressResult) for record in records)
+    return records  # type: ignore[return-value]
 
 
 def test_every_schedule_is_measured_and_chooses_what_the_formulas_choose(run: RunBench, tmp_path: Path) -> None:
     output = tmp_path / "compress.jsonl"
     outcome = run("--num-layers", "2", "-o", output)
     assert outcome.code == 0, outcome.err
-    found = {each.schedule: each for each in rows(output)}
-    assert list(found) == ["sequential", "per-layer", "single-sweep"]
-    for each in found.values():
-        assert each.groups > 0
-        assert each.largest_gap <= 1e-3
-        assert each.extrapolated
-        assert each.timed_sequences == 2
-        assert 0 < each.seconds_prefix + each.seconds_contraction < each.seconds
-        assert each.speedup == pytest.approx(each.yardstick_seconds / each.seconds)
-        assert each.share_of_predicted == pytest.approx(each.speedup / each.predicted_speedup)
-        assert each.yardstick_seconds == found["sequential"].naive_seconds
-        assert each.conditions.threads == 1
-    assert 1 < found["sequential"].predicted_speedup < found["per-layer"].predicted_speedup
-    assert found["per-layer"].predicted_speedup < found["single-sweep"].predicted_speedup
+    by_schedule = {row.schedule: row for row in rows(output)}
+    assert list(by_schedule) == ["sequential", "per-layer", "single-sweep"]
+    for row in by_schedule.values():
+        assert row.groups > 0
+        assert row.largest_gap <= 1e-3
+        assert row.extrapolated
+        assert row.timed_sequences == 2
+        assert 0 < row.seconds_prefix + row.seconds_contraction < row.seconds
+        assert row.speedup == pytest.approx(row.yardstick_seconds / row.seconds)
+        assert row.share_of_predicted == pytest.approx(row.speedup / row.predicted_speedup)
+        assert row.yardstick_seconds == by_schedule["sequential"].naive_seconds
+        assert row.conditions.threads == 1
+    assert 1 < by_schedule["sequential"].predicted_speedup < by_schedule["per-layer"].predicted_speedup
+    assert by_schedule["per-layer"].predicted_speedup < by_schedule["single-sweep"].predicted_speedup
     assert "extrapolated" in outcome.out
     assert "decompositions are not measured" in outcome.text
 

@@ -31,7 +31,7 @@ def test_every_linear_of_the_model_is_timed_and_the_parts_add_up_to_its_decoding
     shapes = [dense_shape(target.module) for layer in range(3) for target in layer_targets(model, layer)[0]]
     assert set(table.linears) == set(shapes)
     assert (table.dtype, table.source, table.threads) == ("bfloat16", "measured", torch.get_num_threads())
-    times = [table.rest, *(time for each in table.linears.values() for time in (each.dense, *each.seconds))]
+    times = [table.rest, *(time for linear in table.linears.values() for time in (linear.dense, *linear.seconds))]
     assert all(0 < time < 1 for time in times)
     assert table.predict([(shape, None) for shape in shapes], 3) >= table.rest
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in decoder(model).layers)

@@ -31,7 +31,7 @@ def change(before: Entry, now: Entry, kind: str = "cpu", **threshold: float) -> 
 
 def document(entries: dict[str, Entry], where: Where = HERE) -> dict[str, Any]:
     """As pytest-benchmark writes it."""
-    benchmarks = [{"fullname": name, "extra_info": {"gate": vars(each)}} for name, each in entries.items()]
+    benchmarks = [{"fullname": name, "extra_info": {"gate": vars(entry)}} for name, entry in entries.items()]
     return {
         "datetime": "2026-01-31T12:00:00+00:00",
         "commit_info": {"id": "0123456789abcdef"},
@@ -59,7 +59,7 @@ def test_the_interval_of_a_median_lies_between_two_order_statistics() -> None:
 def test_the_interval_has_the_median_as_often_as_it_says_for_a_skewed_distribution() -> None:
     generator = random.Random(0)
     samples = [[generator.lognormvariate(0, 2) for _ in range(20)] for _ in range(3000)]
-    covered = sum(found.low <= 1 <= found.high for found in map(gate.median_interval, samples)) / len(samples)
+    covered = sum(interval.low <= 1 <= interval.high for interval in map(gate.median_interval, samples)) / len(samples)
     assert 0.99 <= covered < 1
 
 
@@ -73,26 +73,26 @@ def test_too_few_values_have_no_interval() -> None:
 
 @pytest.mark.parametrize(("factor", "verdict"), [(1.3, "regression"), (1.1, "same"), (1.0, "same"), (0.7, "faster")])
 def test_a_steady_change_is_judged_by_the_threshold(factor: float, verdict: str) -> None:
-    found = change(entry(0.5), entry(0.5 * factor))
-    assert (found.verdict, found.settled) == (verdict, True)
-    assert found.change == pytest.approx(factor - 1)
+    slowed = change(entry(0.5), entry(0.5 * factor))
+    assert (slowed.verdict, slowed.settled) == (verdict, True)
+    assert slowed.change == pytest.approx(factor - 1)
 
 
 def test_a_change_beyond_the_threshold_that_noise_may_explain_is_unclear() -> None:
-    found = change(entry(0.5), entry(0.5 * 1.2, spread=(0.8, 1.0, 1.2) * 7))
-    assert (found.verdict, found.settled) == ("unclear", False)
-    assert found.least < 0.15 < found.change < found.most
+    noisy = change(entry(0.5), entry(0.5 * 1.2, spread=(0.8, 1.0, 1.2) * 7))
+    assert (noisy.verdict, noisy.settled) == ("unclear", False)
+    assert noisy.least < 0.15 < noisy.change < noisy.most
 
 
 def test_a_slow_machine_is_no_regression_on_a_cpu() -> None:
-    found = list(gate.compare_entries(entry(0.5), entry(0.5, yardstick=5e-4), "cpu"))
-    assert [(each.measure, each.verdict) for each in found] == [("ratio", "same")]
+    changes = list(gate.compare_entries(entry(0.5), entry(0.5, yardstick=5e-4), "cpu"))
+    assert [(change.measure, change.verdict) for change in changes] == [("ratio", "same")]
 
 
 def test_on_a_gpu_the_time_counts_as_well() -> None:
-    found = list(gate.compare_entries(entry(0.5), entry(0.5, yardstick=1.4e-4), "cuda"))
-    assert [(each.measure, each.verdict) for each in found] == [("ratio", "same"), ("time", "regression")]
-    assert "time was 50.00 µs, is 70.00 µs: +40%" in found[1].line()
+    changes = list(gate.compare_entries(entry(0.5), entry(0.5, yardstick=1.4e-4), "cuda"))
+    assert [(change.measure, change.verdict) for change in changes] == [("ratio", "same"), ("time", "regression")]
+    assert "time was 50.00 µs, is 70.00 µs: +40%" in changes[1].line()
 
 
 def test_a_line_names_the_call_both_ratios_and_the_threshold() -> None:
@@ -139,9 +139,9 @@ def test_what_cannot_be_compared_is_refused(now: Document, complaint: str) -> No
 
 
 def test_a_document_is_read_as_it_was_recorded(tmp_path: Path) -> None:
-    found = gate.read(saved(tmp_path / "0001_baseline.json", document({"a": entry(0.5)})))
-    assert (found.where, dict(found.entries)) == (HERE, {"a": entry(0.5)})
-    assert found.recorded == "2026-01-31T12:00:00+00:00, commit 0123456789ab, torch 2.11.0"
+    recorded = gate.read(saved(tmp_path / "0001_baseline.json", document({"a": entry(0.5)})))
+    assert (recorded.where, dict(recorded.entries)) == (HERE, {"a": entry(0.5)})
+    assert recorded.recorded == "2026-01-31T12:00:00+00:00, commit 0123456789ab, torch 2.11.0"
 
 
 @pytest.mark.parametrize(
@@ -184,17 +184,17 @@ def test_the_last_baseline_is_that_of_the_highest_number(tmp_path: Path) -> None
 
 
 def test_ratios_are_exported_with_the_fields_that_github_action_benchmark_takes() -> None:
-    (found,) = gate.smaller_is_better(Document(HERE, {"a": entry(0.5)}))
+    (row,) = gate.smaller_is_better(Document(HERE, {"a": entry(0.5)}))
     # Its README: name, unit and value are required; range and extra are texts.
-    assert {name: type(value) for name, value in found.items()} == {
+    assert {name: type(value) for name, value in row.items()} == {
         "name": str,
         "unit": str,
         "value": float,
         "range": str,
         "extra": str,
     }
-    assert (found["name"], found["unit"], found["value"]) == ("op 8x8r2 M=1 float32 cpu", "× unfused", 0.5)
-    assert found["extra"] == "50.00 µs on 'AMD EPYC' (cpu, threads: 1)"
+    assert (row["name"], row["unit"], row["value"]) == ("op 8x8r2 M=1 float32 cpu", "× unfused", 0.5)
+    assert row["extra"] == "50.00 µs on 'AMD EPYC' (cpu, threads: 1)"
 
 
 # --- the command line, on documents that were recorded by this plugin -------------------------------------------------
@@ -229,7 +229,7 @@ def test_an_export_of_a_recorded_run_is_a_list_of_its_ratios(tmp_path: Path) -> 
     assert run("export", DATA / "baseline.json", "-o", path)[0] == 0
     labels = [entry.label for entry in gate.read(DATA / "baseline.json").entries.values()]
     assert [row["name"] for row in json.loads(path.read_text())] == labels
-    assert [each.name for each in tmp_path.iterdir()] == ["ratios.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["ratios.json"]
 
 
 def test_an_export_of_a_damaged_document_overwrites_nothing(tmp_path: Path) -> None:

@@ -38,40 +38,42 @@ def test_every_provider_is_timed_at_every_batch_size(run: RunBench, tmp_path: Pa
     outcome = run("--num-layers", "1", "--batch-size", "1,3", "-o", tmp_path / "model.jsonl")
     assert outcome.code == 0, outcome.err
     records = read_results(tmp_path / "model.jsonl")
-    timed = {(each.provider, each.batch_size): each for each in records if isinstance(each, ModelResult)}
+    timed = {(record.provider, record.batch_size): record for record in records if isinstance(record, ModelResult)}
     names = ["dense", "removed", "compressed", *(f"compressed/{name}" for name in available_backends()), "unfused"]
     assert list(timed) == [(name, batch) for batch in (1, 3) for name in names]
-    for (name, batch), each in timed.items():
-        assert each.layers == (1,)
-        assert each.prefill_tokens_per_s > 0
-        assert each.decode_tokens_per_s > 0
-        assert each.prefill_ms.p50 < each.first_token_ms.p50
-        assert each.inter_token_ms.p50 <= each.inter_token_ms.p95 <= each.inter_token_ms.p99
-        assert each.conditions.threads == 1
-        assert each.note
+    for (name, batch), record in timed.items():
+        assert record.layers == (1,)
+        assert record.prefill_tokens_per_s > 0
+        assert record.decode_tokens_per_s > 0
+        assert record.prefill_ms.p50 < record.first_token_ms.p50
+        assert record.inter_token_ms.p50 <= record.inter_token_ms.p95 <= record.inter_token_ms.p99
+        assert record.conditions.threads == 1
+        assert record.note
         layers = 2 if name == "removed" else 3
-        assert each.kv_cache_bytes == batch * (8 + 3) * layers * 2 * 16 * 4  # keys and values of two heads of 8, fp32
-        assert (each.logits_difference is None) == (name in ("dense", "removed"))
+        assert record.kv_cache_bytes == batch * (8 + 3) * layers * 2 * 16 * 4  # keys and values of two heads of 8, fp32
+        assert (record.logits_difference is None) == (name in ("dense", "removed"))
     assert timed["dense", 1].decode_speedup_over_dense == timed["dense", 3].prefill_speedup_over_dense == 1
     sizes = {name: timed[name, 1].weight_bytes for name in names}
     assert sizes["removed"] < sizes["compressed"] == sizes["unfused"] < sizes["dense"]
     for words in ("tokens/s", "per token", "Perplexity on", "plain SVD"):
         assert words in outcome.text
-    left_out = {each.provider for each in records if isinstance(each, NotMeasured)}
+    left_out = {record.provider for record in records if isinstance(record, NotMeasured)}
     assert left_out.isdisjoint(names)
     assert all(f"Not measured: {name} at batch 1, 3: " in outcome.text for name in left_out)
 
 
 def test_perplexity_is_that_of_the_weights(run: RunBench, tiny: Path, tmp_path: Path) -> None:
     assert run("--layers", "1", "--batch-size", "1", "-o", tmp_path / "model.jsonl").code == 0
-    found = {each.provider: each for each in read_results(tmp_path / "model.jsonl") if isinstance(each, ModelResult)}
+    measured = {
+        record.provider: record for record in read_results(tmp_path / "model.jsonl") if isinstance(record, ModelResult)
+    }
     model, tokenizer = load_model(str(tiny))
     tokens = tokenizer(TEXT, add_special_tokens=False).input_ids
     bos = bos_for(tokenizer)
     exact = perplexity(model, tokens[: 2 * (32 - (bos is not None))], window=32, bos_token_id=bos)
-    assert found["dense"].perplexity == pytest.approx(exact.perplexity, rel=1e-5)
-    assert (found["dense"].perplexity_text, found["dense"].perplexity_tokens) == ("text.txt", exact.tokens)
-    values = {name: each.perplexity for name, each in found.items()}
+    assert measured["dense"].perplexity == pytest.approx(exact.perplexity, rel=1e-5)
+    assert (measured["dense"].perplexity_text, measured["dense"].perplexity_tokens) == ("text.txt", exact.tokens)
+    values = {name: record.perplexity for name, record in measured.items()}
     assert values["compressed"] == values["compressed/reference"] == values["unfused"] != values["dense"]
     assert values["removed"] not in (values["dense"], values["compressed"])
 
@@ -84,10 +86,10 @@ def test_a_compressed_checkpoint_is_measured_as_it_is(run: RunBench, tiny: Path,
     tokenizer.save_pretrained(tmp_path / "small")
     outcome = run("--compressed", tmp_path / "small", "--batch-size", "1", "-o", tmp_path / "model.jsonl")
     assert outcome.code == 0, outcome.err
-    found = [each for each in read_results(tmp_path / "model.jsonl") if isinstance(each, ModelResult)]
-    assert {(each.layers, each.factors, each.note) for each in found} == {((0, 2), "small", "")}
-    assert found[0].retain_ratio == pytest.approx(0.5, abs=0.05)
-    assert found[2].parameters == sum(parameter.numel() for parameter in model.parameters())
+    measured = [record for record in read_results(tmp_path / "model.jsonl") if isinstance(record, ModelResult)]
+    assert {(record.layers, record.factors, record.note) for record in measured} == {((0, 2), "small", "")}
+    assert measured[0].retain_ratio == pytest.approx(0.5, abs=0.05)
+    assert measured[2].parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_perplexity_can_be_left_out(run: RunBench, tmp_path: Path) -> None:
@@ -95,7 +97,9 @@ def test_perplexity_can_be_left_out(run: RunBench, tmp_path: Path) -> None:
         "--layers", "1", "--batch-size", "1", "--windows", "0", "--text", "absent", "-o", tmp_path / "m.jsonl"
     )
     assert outcome.code == 0, outcome.err
-    assert {each.perplexity for each in read_results(tmp_path / "m.jsonl") if isinstance(each, ModelResult)} == {None}
+    assert {record.perplexity for record in read_results(tmp_path / "m.jsonl") if isinstance(record, ModelResult)} == {
+        None
+    }
 
 
 def test_a_provider_with_wrong_logits_is_not_timed(
@@ -112,8 +116,8 @@ def test_a_provider_with_wrong_logits_is_not_timed(
     assert outcome.code == 1
     assert "WRONG: unfused at batch 1: " in outcome.text
     records = read_results(tmp_path / "model.jsonl")
-    assert [each.provider for each in records if isinstance(each, NotMeasured) and each.wrong] == ["unfused"]
-    assert "unfused" not in {each.provider for each in records if isinstance(each, ModelResult)}
+    assert [record.provider for record in records if isinstance(record, NotMeasured) and record.wrong] == ["unfused"]
+    assert "unfused" not in {record.provider for record in records if isinstance(record, ModelResult)}
 
 
 def test_a_perplexity_that_is_no_number_is_said(run: RunBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -125,9 +129,9 @@ def test_a_perplexity_that_is_no_number_is_said(run: RunBench, monkeypatch: pyte
     outcome = run("--num-layers", "1", "--batch-size", "1", "-o", tmp_path / "model.jsonl")
     assert outcome.code == 0, outcome.err
     assert re.search(r"Not measured: dense at batch 1: perplexity: 5 of \d+ tokens", outcome.text)
-    assert {each.perplexity for each in read_results(tmp_path / "model.jsonl") if isinstance(each, ModelResult)} == {
-        None
-    }
+    assert {
+        record.perplexity for record in read_results(tmp_path / "model.jsonl") if isinstance(record, ModelResult)
+    } == {None}
 
 
 @pytest.mark.parametrize(

@@ -31,21 +31,21 @@ def test_every_op_is_timed_beside_its_baselines_and_its_floor(ops: RunBench, tmp
     outcome = ops("--backend", "reference", "--threads", "1", "-o", tmp_path / "ops.jsonl")
     assert outcome.code == 0, outcome.err
     records = read_results(tmp_path / "ops.jsonl")
-    timed = [each for each in records if isinstance(each, OpResult)]
-    assert [(each.op, each.provider) for each in timed] == [
+    timed = [record for record in records if isinstance(record, OpResult)]
+    assert [(record.op, record.provider) for record in timed] == [
         (op, provider) for op in OPS for provider in ("reference", "unfused", "dense")
     ]
-    for each in timed:
-        assert each.median_us > 0
-        assert each.conditions.threads == 1
-        assert each.conditions.torch == torch.__version__
-        assert each.speedup_over_dense > 0
-        assert each.provider != "unfused" or each.speedup_over_unfused == 1
-    assert {each.provider for each in timed if each.floor_us is None} == {"dense"}
+    for record in timed:
+        assert record.median_us > 0
+        assert record.conditions.threads == 1
+        assert record.conditions.torch == torch.__version__
+        assert record.speedup_over_dense > 0
+        assert record.provider != "unfused" or record.speedup_over_unfused == 1
+    assert {record.provider for record in timed if record.floor_us is None} == {"dense"}
     for op in OPS:
         assert op in outcome.out
-    left_out = [each for each in records if isinstance(each, NotMeasured)]
-    assert {(each.provider, each.not_measured) for each in left_out} == {("compiled", "left out on request")}
+    left_out = [record for record in records if isinstance(record, NotMeasured)]
+    assert {(record.provider, record.not_measured) for record in left_out} == {("compiled", "left out on request")}
     assert "Not measured: compiled lowrank_linear at 48x32r5, M = 3, float32: left out on request" in outcome.text
 
 
@@ -77,8 +77,8 @@ def test_a_wrong_provider_is_not_timed_and_fails_the_run(
     assert outcome.code == 1
     assert "WRONG: reference lowrank_linear at 48x32r5, M = 3, float32: off by one" in outcome.text
     records = read_results(tmp_path / "ops.jsonl")
-    assert [each.provider for each in records if isinstance(each, NotMeasured) and each.wrong] == ["reference"]
-    assert [each.provider for each in records if isinstance(each, OpResult)] == ["unfused", "dense"]
+    assert [record.provider for record in records if isinstance(record, NotMeasured) and record.wrong] == ["reference"]
+    assert [record.provider for record in records if isinstance(record, OpResult)] == ["unfused", "dense"]
 
 
 def test_what_is_not_measured_is_said(ops: RunBench) -> None:
@@ -94,7 +94,9 @@ def test_a_compiler_that_is_not_there_is_said(bench: RunBench, monkeypatch: pyte
     monkeypatch.setattr(bench_ops, "compiled", fail)
     outcome = bench("ops", *SHAPE, *QUICK[:-1], "--op", "lowrank_linear", "-o", tmp_path / "ops.jsonl")
     assert outcome.code == 0
-    reasons = {each.provider: each.not_measured for each in read_results(tmp_path / "ops.jsonl") if each.kind != "op"}  # type: ignore[union-attr]
+    reasons = {
+        record.provider: record.not_measured for record in read_results(tmp_path / "ops.jsonl") if record.kind != "op"
+    }  # type: ignore[union-attr]
     assert reasons["compiled"] == "torch.compile: No working C++ compiler found"
 
 
@@ -102,7 +104,7 @@ def test_a_compiler_that_is_not_there_is_said(bench: RunBench, monkeypatch: pyte
 def test_the_compiled_form_is_timed(bench: RunBench, tmp_path: Path) -> None:
     outcome = bench("ops", *SHAPE, *QUICK[:-1], "--op", "lowrank_linear", "-o", tmp_path / "ops.jsonl")
     assert outcome.code == 0, outcome.err
-    providers = [each.provider for each in read_results(tmp_path / "ops.jsonl") if isinstance(each, OpResult)]
+    providers = [record.provider for record in read_results(tmp_path / "ops.jsonl") if isinstance(record, OpResult)]
     assert "compiled" in providers
 
 

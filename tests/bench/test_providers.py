@@ -26,9 +26,9 @@ def compressed(family: str, layers: list[int]) -> nn.Module:
 
 
 def test_models_of_other_weights_share_none_and_those_of_other_backends_share_all() -> None:
-    found, left_out = providers(tiny_model("opt"), compressed("opt", [0, 2]), [0, 2])
+    models, left_out = providers(tiny_model("opt"), compressed("opt", [0, 2]), [0, 2])
     assert left_out == {}
-    assert list(found) == [
+    assert list(models) == [
         "dense",
         "removed",
         "compressed",
@@ -37,29 +37,30 @@ def test_models_of_other_weights_share_none_and_those_of_other_backends_share_al
     ]
     kinds = {
         name: {type(m) for m in model.modules() if isinstance(m, (LowRankLinear, Unfused))}
-        for name, (model, _) in found.items()
+        for name, (model, _) in models.items()
     }
     assert kinds["dense"] == kinds["removed"] == set()
     assert (kinds["compressed"], kinds["unfused"]) == ({LowRankLinear}, {Unfused})
     pointers = [
-        {p.data_ptr() for p in found[name].model.parameters()} for name in ("dense", "removed", "compressed", "unfused")
+        {p.data_ptr() for p in models[name].model.parameters()}
+        for name in ("dense", "removed", "compressed", "unfused")
     ]
     assert len(set.union(*pointers)) == sum(map(len, pointers))
-    assert {id(p.model) for name, p in found.items() if name.startswith("compressed")} == {
-        id(found["compressed"].model)
+    assert {id(p.model) for name, p in models.items() if name.startswith("compressed")} == {
+        id(models["compressed"].model)
     }
 
 
 def test_a_prepared_model_runs_on_its_backend_alone() -> None:
-    found, _ = providers(tiny_model("llama"), compressed("llama", [1]), [1], ["reference"])
+    models, _ = providers(tiny_model("llama"), compressed("llama", [1]), [1], ["reference"])
     for name, backend in (("compressed/reference", "reference"), ("compressed", "auto")):
-        model = found[name].prepared()
+        model = models[name].prepared()
         assert {module.backend for module in model.modules() if isinstance(module, LowRankLinear)} == {backend}
 
 
 def test_what_cannot_be_removed_is_left_out_with_the_reason() -> None:
-    found, left_out = providers(tiny_model("llama"), compressed("llama", [0, 1, 2]), [0, 1, 2])
-    assert "removed" not in found
+    models, left_out = providers(tiny_model("llama"), compressed("llama", [0, 1, 2]), [0, 1, 2])
+    assert "removed" not in models
     assert left_out == {"removed": "cannot remove all 3 decoder layers; leave at least one"}
 
 
@@ -74,11 +75,11 @@ def test_a_backend_that_serves_fewer_rows_than_the_prompt_says_so(monkeypatch: p
     monkeypatch.setattr(dispatch, "BACKENDS", (few, *dispatch.BACKENDS))
     for module in ("grasp.bench.providers", "grasp.model.lowrank_linear"):
         monkeypatch.setattr(f"{module}.BACKENDS", dispatch.BACKENDS)
-    found, _ = providers(tiny_model("llama"), compressed("llama", [1]), [1])
-    assert objections(found["compressed/few"], (8, 1)) == "it serves at most 4 rows"
-    assert objections(found["compressed/few"], (4, 1)) is None
+    models, _ = providers(tiny_model("llama"), compressed("llama", [1]), [1])
+    assert objections(models["compressed/few"], (8, 1)) == "it serves at most 4 rows"
+    assert objections(models["compressed/few"], (4, 1)) is None
     for name in ("dense", "compressed", "compressed/reference", "unfused"):
-        assert objections(found[name], (8, 1)) is None
+        assert objections(models[name], (8, 1)) is None
 
 
 def test_an_unknown_backend_is_refused() -> None:

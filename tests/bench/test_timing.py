@@ -39,8 +39,8 @@ def test_providers_of_one_rotation_never_meet_on_the_operands_just_read() -> Non
     seen: list[int] = []
     batches = [CpuBatch(seen.append, rotation, calls=10) for _ in range(2)]
     seen.clear()
-    for each in batches:
-        each.seconds()
+    for timed in batches:
+        timed.seconds()
     assert len(seen) == len(set(seen)) == 20
 
 

@@ -54,10 +54,10 @@ def test_the_models_of_a_ratio_are_timed_with_the_dense_one(tmp_path: Path) -> N
     ]
     result = run(model, output, *cells)
     assert result.exit_code == 0, result.output
-    found = [each for each in read_results(output, STUDY_RECORDS) if isinstance(each, StudyLatency)]
-    assert [(each.method, each.ratio) for each in found] == [("dense", 0.0), ("low", 0.2), ("gone", 0.2)]
-    assert found[0].of_dense == 1
-    assert all(each.inter_token_ms.p50 > 0 and each.of_dense > 0 for each in found)
+    latencies = [latency for latency in read_results(output, STUDY_RECORDS) if isinstance(latency, StudyLatency)]
+    assert [(latency.method, latency.ratio) for latency in latencies] == [("dense", 0.0), ("low", 0.2), ("gone", 0.2)]
+    assert latencies[0].of_dense == 1
+    assert all(latency.inter_token_ms.p50 > 0 and latency.of_dense > 0 for latency in latencies)
 
 
 def test_a_rebuilt_model_has_the_cells_shapes() -> None:

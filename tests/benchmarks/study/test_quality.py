@@ -46,14 +46,14 @@ def test_every_method_gives_a_cell_with_its_size_and_its_excess(model: Path, tmp
     output = tmp_path / "study.jsonl"
     result = run(model, output, "--ratios", "0.3", "--seeds", "1")
     assert result.exit_code == 0, result.output
-    found = {str(cell["method"]): cell for cell in cells(output)}
-    assert found.keys() == {"dense", *METHODS}
-    assert found["dense"]["removed"] == found["dense"]["excess"] == 0
+    by_method = {str(cell["method"]): cell for cell in cells(output)}
+    assert by_method.keys() == {"dense", *METHODS}
+    assert by_method["dense"]["removed"] == by_method["dense"]["excess"] == 0
     for method in METHODS:
         least = 0.27  # tiny matrices: a whole rank is much
-        assert least <= float(str(found[method]["removed"])) <= (0.34 if method in WHOLE_LAYERS else 0.31), method
-        assert found[method]["excess"] != 0
-    assert str(tmp_path) not in json.dumps([cell["setting"] | {"model": ""} for cell in found.values()])  # type: ignore[operator]
+        assert least <= float(str(by_method[method]["removed"])) <= (0.34 if method in WHOLE_LAYERS else 0.31), method
+        assert by_method[method]["excess"] != 0
+    assert str(tmp_path) not in json.dumps([cell["setting"] | {"model": ""} for cell in by_method.values()])  # type: ignore[operator]
 
 
 def test_a_study_is_continued_cell_by_cell(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
