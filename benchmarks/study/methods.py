@@ -88,9 +88,8 @@ class Outcome:
     scope: str | None = None
 
 
-Method = Callable[
-    [PreTrainedModel, CalibrationSet, float], Outcome
-]  # of a model, which it changes, the calibration set and the ratio of the whole model
+# Called with a model, which the method changes, the calibration set and the ratio of the whole model to remove.
+Method = Callable[[PreTrainedModel, CalibrationSet, float], Outcome]
 
 
 def compressed(**options: Any) -> Method:
