@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grasp.bench import timing
-from grasp.bench.timing import CpuBatch, CudaBatch, Rotation, Sample, batch, interleave
+from grasp.bench.timing import CpuBatch, CudaBatch, Rotation, Sample, batch, interleave, using_threads
 
 CPU = torch.device("cpu")
 
@@ -89,3 +89,10 @@ def test_a_slow_spell_of_the_machine_cancels_in_the_speedup() -> None:
     ours, theirs = Sample((1.0, 10.0, 1.0)), Sample((2.0, 20.0, 2.0))
     assert ours.speedup_over(theirs) == 2
     assert theirs.speedup_over(ours) == 0.5
+
+
+def test_the_number_of_threads_is_set_back() -> None:
+    before = torch.get_num_threads()
+    with using_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
