@@ -74,14 +74,13 @@ def compress(
     is written, so that the same request resumes after an interruption.
 
     Args:
-        name: of the model, as ``load_model`` takes it.
+        name: model, as ``load_model`` takes it; ``dtype`` and ``device`` likewise. Processes that shard the model load
+            it on the CPU, and each keeps its part.
         output: folder for the checkpoint; new or empty.
         config: what to compress and how.
         samples: the calibration sequences.
         costs: for ``target_latency``: a file of ``grasp bench costs``, a card of ``grasp_kernels.roofline``, or
             ``None`` to measure them now.
-        dtype: of the weights, as ``load_model`` takes it.
-        device: as ``load_model`` takes it. Processes that shard the model load it on the CPU, and each keeps its part.
         progress: called as ``progress(step, done, total)``.
         notify: called with one line when a run resumes or a batch size is chosen.
         processes: processes that compress together; the first one writes.
@@ -102,10 +101,7 @@ def compress(
         if processes.first:
             remove_abandoned(target)
         with within_memory(samples.batch_size, samples.seq_len):
-            place = "cpu" if processes.sharded else device
-            model, tokenizer = load_quietly(name, dtype=dtype, device=place, progress=progress)
-            if processes.sharded:
-                shard_(model, find_device(device), processes)
+            model, tokenizer = _load(name, dtype, device, progress, processes)
             samples = _with_batch_size(model, config, samples, state.batch_size, notify, processes)
             batches = draw(tokenizer, text, samples)
             for batch in batches:
@@ -119,6 +115,17 @@ def compress(
         if processes.first:
             write_checkpoint(model, tokenizer, target, name, samples, report, progress=progress)
     return Compression(name, str(target), samples, report)
+
+
+def _load(
+    name: str, dtype: str, device: str | None, progress: Progress, processes: Processes
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model, or this process's part of it."""
+    place = "cpu" if processes.sharded else device
+    model, tokenizer = load_quietly(name, dtype=dtype, device=place, progress=progress)
+    if processes.sharded:
+        shard_(model, find_device(device), processes)
+    return model, tokenizer
 
 
 def with_request(
