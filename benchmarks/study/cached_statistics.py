@@ -135,7 +135,6 @@ def _save(path: Path, covariances: Mapping[Target, Covariance], start: float) ->
     owners: dict[int, str] = {}
     notes: dict[str, Any] = {"inputs": {}, "tokens": {}}
     for target, (A, B, tokens) in covariances.items():
-        assert A is not None
         assert B is not None
         owner = owners.setdefault(id(A), target.name)
         tensors |= {f"A {owner}": A, f"B {target.name}": B}

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from grasp.errors import NonFiniteError, UnsupportedModelError
-from grasp.method.schedules import BLOCKS
 from grasp.model.dense import dense_shape
 from grasp.model.families import family_of
 from grasp.model.targets import Target
@@ -25,7 +23,7 @@ from grasp_kernels.reference import accumulation_dtype
 class Covariance(NamedTuple):
     """Sums over the tokens of a linear, without padding. Divided by ``tokens`` they are A and B of the method."""
 
-    A: Tensor | None  # Σ x xᵀ, (K, K): one tensor for all linears that share an input
+    A: Tensor  # Σ x xᵀ, (K, K): one tensor for all linears that share an input
     B: Tensor | None  # Σ d dᵀ, (N, N); d is the gradient of the summed negative log-likelihood
     tokens: int
 
@@ -34,12 +32,11 @@ class CovarianceSums:
     """Σ x xᵀ and Σ d dᵀ of many linears. An input that several linears share is counted once.
 
     Args:
-        inputs: gather Σ x xᵀ.
-        outputs: gather Σ d dᵀ.
+        outputs: gather Σ d dᵀ too.
     """
 
-    def __init__(self, *, inputs: bool = True, outputs: bool = True) -> None:
-        self._sums_inputs, self._sums_outputs = inputs, outputs
+    def __init__(self, *, outputs: bool = True) -> None:
+        self._sums_outputs = outputs
         self._inputs: dict[Target, Tensor] = {}
         self._outputs: dict[Target, Tensor] = {}
         self._tokens: Counter[Target] = Counter()
@@ -47,10 +44,9 @@ class CovarianceSums:
 
     def add(self, call: Call) -> None:
         """Count the tokens of one call. Its input is counted at the end of the batch."""
-        target, x, grad_y = call.target, call.x, call.grad_y
+        target, x, grad_y = call
         self._tokens[target] += len(x)
-        if self._sums_inputs:
-            self._batch_inputs[target].append(x)
+        self._batch_inputs[target].append(x)
         if self._sums_outputs:
             if target not in self._outputs:
                 self._outputs[target] = _zeros(grad_y)
@@ -98,7 +94,7 @@ class CovarianceSums:
         """
         for gram in {id(gram): gram for gram in (*self._inputs.values(), *self._outputs.values())}.values():
             mirror_(gram)
-        covariances = {t: Covariance(self._inputs.get(t), self._outputs.get(t), n) for t, n in self._tokens.items()}
+        covariances = {t: Covariance(self._inputs[t], self._outputs.get(t), n) for t, n in self._tokens.items()}
         for target, covariance in covariances.items():
             require_finite(target, "covariance", covariance.A, covariance.B)
         return covariances
@@ -108,18 +104,16 @@ def gather_covariances(
     prefix: Prefix,
     targets: Collection[Target],
     *,
-    inputs: bool = True,
     outputs: bool = True,
     progress: Progress = no_progress,
     processes: Processes = ALONE,
 ) -> dict[Target, Covariance]:
-    """Sum x xᵀ of each distinct input and d dᵀ of each linear, in one sweep; ``split_by_memory`` plans several.
+    """Sum x xᵀ of each distinct input and d dᵀ of each linear, in one sweep.
 
     Args:
         prefix: see ``sweep``; with the local batches of this process.
         targets: linears of one or more layers.
-        inputs: gather A.
-        outputs: gather B.
+        outputs: gather B too.
         progress: called after each batch.
         processes: the processes whose sums are added up.
 
@@ -131,7 +125,7 @@ def gather_covariances(
         NonFiniteError: if the loss or a sum is NaN or infinite.
         UnsupportedModelError: if linears share inputs in one batch and not in another.
     """
-    sums = CovarianceSums(inputs=inputs, outputs=outputs)
+    sums = CovarianceSums(outputs=outputs)
     step = f"covariances, {sweep_name(targets)}"
 
     def after(done: int) -> None:
@@ -144,51 +138,14 @@ def gather_covariances(
     return sums.result()
 
 
-def covariance_bytes(targets: Collection[Target], *, inputs: bool = True, outputs: bool = True) -> int:
+def covariance_bytes(targets: Collection[Target], *, outputs: bool = True) -> int:
     """The memory for the sums of ``gather_covariances``, in bytes.
 
     Linears that share an input by their names (``Family.shared_inputs``) count one A. If other linears share an input,
     the result is an upper bound.
     """
-    distinct = distinct_inputs(targets) if inputs else []
-    taken = sum(_item_bytes(target) * dense_shape(target.module)[1] ** 2 for target in distinct)
+    taken = sum(_item_bytes(target) * dense_shape(target.module)[1] ** 2 for target in distinct_inputs(targets))
     return taken + sum(_item_bytes(target) * dense_shape(target.module)[0] ** 2 for target in targets if outputs)
-
-
-def split_by_memory(
-    targets: Collection[Target], budget: int, *, inputs: bool = True, outputs: bool = True
-) -> list[list[Target]]:
-    """Groups of linears whose covariances fit in memory; each takes one sweep. The deepest layers come first.
-
-    The linears of one block stay in one group, since they share inputs.
-
-    Args:
-        targets: linears of one or more layers.
-        budget: bytes that the sums of one group may take.
-        inputs: count A.
-        outputs: count B.
-
-    Raises:
-        ValueError: if the sums of one block alone take more than the budget.
-    """
-
-    def place(target: Target) -> tuple[int, int]:
-        return -target.layer, BLOCKS.index(target.block)
-
-    groups: list[list[Target]] = []
-    for _, members in groupby(sorted(targets, key=place), key=place):
-        block = list(members)
-        needed = covariance_bytes(block, inputs=inputs, outputs=outputs)
-        if needed > budget:
-            raise ValueError(
-                f"the covariances of layer {block[0].layer}'s {block[0].block} take {needed} bytes, the budget is "
-                f"{budget}; give at least that much, or compress fewer of its linears"
-            )
-        if groups and covariance_bytes(groups[-1] + block, inputs=inputs, outputs=outputs) <= budget:
-            groups[-1] += block
-        else:
-            groups.append(block)
-    return groups
 
 
 def _zeros(rows: Tensor) -> Tensor:

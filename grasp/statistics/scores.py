@@ -117,7 +117,6 @@ def decompositions_by(covariances: Mapping[Target, Covariance]) -> Decomposition
     latest: list[tuple[Tensor, Tensor]] = []
 
     def input_factor(covariance: Covariance) -> Tensor:
-        assert covariance.A is not None
         if not latest or latest[0][0] is not covariance.A:
             latest[:] = [(covariance.A, cholesky_factor(covariance.A / covariance.tokens))]
         return latest[0][1]

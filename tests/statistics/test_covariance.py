@@ -16,7 +16,7 @@ from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
 from grasp.model.targets import Target, decoder, layer_targets
 from grasp.statistics import covariance
-from grasp.statistics.covariance import Covariance, covariance_bytes, gather_covariances, split_by_memory
+from grasp.statistics.covariance import Covariance, covariance_bytes, gather_covariances
 from grasp.statistics.moments import basis_moments
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sweep import Call, capture_prefix
@@ -113,9 +113,7 @@ def test_an_input_that_several_linears_share_is_gathered_once(monkeypatch: pytes
 
 def test_only_what_is_asked_for_is_gathered() -> None:
     model, batches = tiny_model("llama"), tiny_batches(1)
-    for inputs, outputs in ((True, False), (False, True)):
-        for A, B, _ in gather(model, batches, targets_of(model, LAYER), inputs=inputs, outputs=outputs).values():
-            assert (A is not None, B is not None) == (inputs, outputs)
+    assert all(B is None for _, B, _ in gather(model, batches, targets_of(model, LAYER), outputs=False).values())
 
 
 @pytest.mark.parametrize("side", ["left", "right", "ragged"])
@@ -227,10 +225,11 @@ def test_progress_and_hooks_end_with_the_sweep() -> None:
 
 
 def test_a_non_finite_sum_is_reported_with_its_linear() -> None:
-    sums = covariance.CovarianceSums(inputs=False)
+    sums = covariance.CovarianceSums()
     target = targets_of(tiny_model("llama"), LAYER)[0]
     rows = torch.ones(2, 32)
     sums.add(Call(target, rows, rows * 1e30))
+    sums.end_batch()
     with pytest.raises(NonFiniteError, match=r"covariance of model\.layers\.1\.self_attn\.q_proj"):
         sums.result()
 
@@ -285,50 +284,11 @@ def test_the_bytes_of_covariances_are_those_of_the_distinct_tensors() -> None:
     for family, dtype in (("llama", torch.float32), ("gpt2", torch.bfloat16), ("opt", torch.float64)):
         model = tiny_model(family, dtype)
         targets = targets_of(model, 0, 2)
-        for inputs, outputs in ((True, True), (True, False), (False, True)):
-            found = gather(model, tiny_batches(1), targets, inputs=inputs, outputs=outputs)
+        for outputs in (True, False):
+            found = gather(model, tiny_batches(1), targets, outputs=outputs)
             tensors = {id(sum_): sum_ for A, B, _ in found.values() for sum_ in (A, B) if sum_ is not None}
             taken = sum(sum_.numel() * sum_.element_size() for sum_ in tensors.values())
-            assert covariance_bytes(targets, inputs=inputs, outputs=outputs) == taken
-
-
-def test_sweeps_are_split_so_that_each_fits_and_blocks_stay_whole() -> None:
-    model = tiny_model("llama")
-    targets = targets_of(model, 0, 1, 2)
-    block = {name: [t for t in targets_of(model, 1) if t.block == name] for name in ("attention", "mlp")}
-    attention, mlp = covariance_bytes(block["attention"]), covariance_bytes(block["mlp"])
-    assert mlp > attention
-
-    def split(budget: int) -> list[list[tuple[int, str]]]:
-        groups = split_by_memory(targets, budget)
-        assert sorted(t.name for group in groups for t in group) == sorted(t.name for t in targets)
-        assert all(covariance_bytes(group) <= budget for group in groups)
-        return [
-            sorted({(t.layer, t.block) for t in group}, key=lambda place: (-place[0], place[1])) for group in groups
-        ]
-
-    layers = [[(layer, "attention"), (layer, "mlp")] for layer in (2, 1, 0)]
-    assert split(3 * (attention + mlp)) == [layers[0] + layers[1] + layers[2]]
-    assert split(2 * (attention + mlp)) == [layers[0] + layers[1], layers[2]]
-    assert split(attention + mlp) == layers
-    assert split(mlp) == [[place] for layer in layers for place in reversed(layer)]
-    with pytest.raises(ValueError, match=f"layer 2's mlp take {mlp} bytes, the budget is {mlp - 1}"):
-        split_by_memory(targets, mlp - 1)
-    assert len(split_by_memory(targets, covariance_bytes(block["mlp"], outputs=False), outputs=False)) > 1
-
-
-def test_split_sweeps_give_the_sums_of_one_sweep() -> None:
-    model, batches = tiny_model("llama", torch.float64), tiny_batches(2)
-    targets = targets_of(model, 0, 1)
-    groups = split_by_memory(targets, covariance_bytes([t for t in targets_of(model, 1) if t.block == "mlp"]))
-    assert len(groups) == 4
-    together = gather(model, batches, targets)
-    apart = {name: each for group in groups for name, each in gather(model, batches, group).items()}
-    assert apart.keys() == together.keys()
-    for name, (A, B, tokens) in apart.items():
-        assert tokens == together[name].tokens
-        assert_close(A, together[name].A, 1e-12)
-        assert_close(B, together[name].B, 1e-12)
+            assert covariance_bytes(targets, outputs=outputs) == taken
 
 
 def gather_all(processes: Processes, count: int) -> dict[str, list[Tensor]]:
