@@ -5,10 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import median
 from typing import Any
 
 import torch
@@ -39,32 +37,6 @@ class GenerationTime:
     def decode_s(self) -> float:
         """Time of all steps after the first token."""
         return sum(self.steps_s)
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """Median speed over repeats, in tokens per second over the whole batch."""
-
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    prompt_tokens: int
-    new_tokens: int
-    batch_size: int
-    repeats: int
-
-
-def summarize(
-    times: Sequence[GenerationTime], *, prompt_tokens: int, new_tokens: int, batch_size: int = 1
-) -> Throughput:
-    """Return the speeds at the median prefill time and the median decode time."""
-    return Throughput(
-        prefill_tokens_per_s=batch_size * prompt_tokens / median(t.prefill_s for t in times),
-        decode_tokens_per_s=batch_size * new_tokens / median(t.decode_s for t in times),
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        batch_size=batch_size,
-        repeats=len(times),
-    )
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from grasp.checkpoint.saving import check_directory
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.environment import environment
-from grasp.evaluation.generation import summarize, time_generation
+from grasp.evaluation.generation import GenerationTime, time_generation
 from grasp.evaluation.perplexity import perplexity
 from grasp.loading import load_quietly
 from grasp.model.layer_removal import remove_layers_
@@ -137,12 +138,7 @@ def run_demo(output: str | Path, sizes: DemoSizes | None = None, *, progress: Pr
     }
     demo = Demo(str(target), rows, findings(rows), conditions, report)
     write_checkpoint(
-        best,
-        tokenizer,
-        target,
-        BUILTIN,
-        samples,
-        report,
+        *(best, tokenizer, target, BUILTIN, samples, report),
         extra_files={DEMO_FILE: json.dumps(demo.to_dict(), indent=2)},
         overwrite=overwrite,
         progress=progress,
@@ -234,13 +230,11 @@ def _measure(
     def named(model: str) -> Progress:
         return lambda step, done, total: progress(f"{step} {model}", done, total)
 
+    options: dict[str, Any] = {"window": sizes.window, "bos_token_id": bos_for(tokenizer)}
     values = {
-        name: perplexity(
-            model, held_out, window=sizes.window, bos_token_id=bos_for(tokenizer), progress=named(name)
-        ).perplexity
-        for name, model in models.items()
+        name: perplexity(model, held_out, progress=named(name), **options).perplexity for name, model in models.items()
     }
-    times: dict[str, list[Any]] = {name: [] for name in models}
+    times: dict[str, list[GenerationTime]] = {name: [] for name in models}
     total = (sizes.repeats + 1) * len(models)
     for repeat in range(sizes.repeats + 1):  # models take turns, so that a slow minute slows all of them
         for index, (name, model) in enumerate(models.items(), start=1):
@@ -248,16 +242,8 @@ def _measure(
             progress("speed", repeat * len(models) + index, total)
     rows = []
     for name, model in models.items():
-        size = model_size(model, decoder(model).layers)
-        speed = summarize(times[name][1:], prompt_tokens=sizes.prompt_tokens, new_tokens=sizes.new_tokens)
-        rows.append(
-            Row(
-                name,
-                size.parameters,
-                size.bytes,
-                values[name],
-                speed.prefill_tokens_per_s,
-                speed.decode_tokens_per_s,
-            )
-        )
+        size, timed = model_size(model, decoder(model).layers), times[name][1:]  # the first repetition warms up
+        prefill = sizes.prompt_tokens / median(generation.prefill_s for generation in timed)
+        decode = sizes.new_tokens / median(generation.decode_s for generation in timed)
+        rows.append(Row(name, size.parameters, size.bytes, values[name], prefill, decode))
     return tuple(rows)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grasp.evaluation.generation import GenerationTime, first_logits, summarize, time_generation
+from grasp.evaluation.generation import first_logits, time_generation
 from tests.tiny_models import tiny_model
 
 
@@ -27,14 +27,6 @@ def test_first_logits_are_those_of_the_whole_text_at_once() -> None:
     with torch.no_grad():
         expected = model(torch.cat([prompt, prompt[:, :1]], dim=1)).logits[:, -2:].transpose(0, 1)
     torch.testing.assert_close(first_logits(model, prompt_tokens=10, batch_size=2), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_speed_is_that_of_the_median_times_over_the_whole_batch() -> None:
-    times = [GenerationTime(p, p, (d - 1, 1.0), 0) for p, d in ((1.0, 9.0), (2.0, 4.0), (60.0, 3.0))]
-    result = summarize(times, prompt_tokens=100, new_tokens=8, batch_size=3)
-    assert result.prefill_tokens_per_s == 150.0
-    assert result.decode_tokens_per_s == 6.0
-    assert result.repeats == 3
 
 
 @pytest.mark.parametrize(
