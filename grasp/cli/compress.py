@@ -94,12 +94,8 @@ def _run(
             processes=processes,
             **options,
         )
-    if not processes.first:
-        return
-    if as_json:
-        console.print_json(result.to_dict())
-    else:
-        tables.show_compression(result)
+    if processes.first:
+        console.print_result(result, tables.show_compression, as_json=as_json)
 
 
 def _estimate(
@@ -119,7 +115,4 @@ def _estimate(
     if shard:
         raise ValueError("--dry-run estimates one process that holds the whole model: leave out --shard")
     result = dry_run(model, output, config, samples, **options)
-    if as_json:
-        console.print_json(result.to_dict())
-    else:
-        tables.show_dry_run(result)
+    console.print_result(result, tables.show_dry_run, as_json=as_json)

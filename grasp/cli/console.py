@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,6 +92,14 @@ def step_bars(*, quiet: bool = False) -> Iterator[StepBars]:
 def print_json(document: Any) -> None:
     """Print one JSON document."""
     sys.stdout.write(json_text(document))
+
+
+def print_result(result: Any, show: Callable[[Any], None], *, as_json: bool) -> None:
+    """Print the ``to_dict`` of a result as JSON, or let ``show`` print it as tables."""
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        show(result)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:

@@ -29,7 +29,4 @@ def demo(
 
     with console.step_bars() as progress:
         result = run_demo(output, progress=progress)
-    if as_json:
-        console.print_json(result.to_dict())
-    else:
-        tables.show_demo(result)
+    console.print_result(result, tables.show_demo, as_json=as_json)

@@ -108,10 +108,7 @@ def evaluate(
         )
     if output is not None:
         results.write(result, output)
-    if as_json:
-        console.print_json(result.to_dict())
-    else:
-        tables.show_evaluation(result)
+    console.print_result(result, tables.show_evaluation, as_json=as_json)
     _require_finite(result)
 
 

@@ -26,7 +26,4 @@ def inspect(
     from grasp.cli import console, tables
 
     result = inspection.inspect_checkpoint(directory)
-    if as_json:
-        console.print_json(result.to_dict())
-    else:
-        tables.show_inspection(result)
+    console.print_result(result, tables.show_inspection, as_json=as_json)

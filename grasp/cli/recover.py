@@ -91,9 +91,5 @@ def recover(
             notify=progress.note,
             processes=processes,
         )
-    if not processes.first:
-        return
-    if as_json:
-        console.print_json(result.to_dict())
-    else:
-        tables.show_recovery(result)
+    if processes.first:
+        console.print_result(result, tables.show_recovery, as_json=as_json)
