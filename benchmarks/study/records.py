@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from grasp.bench.conditions import Conditions
 from grasp.bench.records import Percentiles
-from grasp.bench.schema import Record
+from grasp.bench.schema import Record, grouped
 from grasp.formatting import Column, count, share
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ STUDY_RECORDS: tuple[type[Record], ...] = (StudyResult, StudyLatency)
 def perplexity_by_size(cells: Sequence[StudyResult]) -> list[Picture]:
     """Perplexity against parameters, one figure for each setting; the seeds of a method and ratio are one point."""
     from grasp.reporting import figures
-    from grasp.reporting.figure_data import Comparison, Quality, grouped
+    from grasp.reporting.figure_data import Comparison, Quality
     from grasp.reporting.pictures import of_comparisons
 
     data: dict[Comparison, list[Quality]] = {}

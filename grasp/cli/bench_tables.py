@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
 
 from grasp.bench.records import NotMeasured
-from grasp.bench.schema import Record, case_text, notes
+from grasp.bench.schema import Record, case_text, grouped, notes
 from grasp.cli.console import print_table, print_text
 from grasp_kernels.roofline import Card
 
@@ -26,7 +25,7 @@ def show_cards(cards: dict[str, Card], threads: int | None) -> None:
 def show_results(records: Iterable[Record]) -> None:
     """Print a table for each class of records and each of its cases. ``show_left_out`` prints those left out."""
     measured = [record for record in records if not isinstance(record, NotMeasured)]
-    cases = _grouped(measured, lambda record: (type(record), case_text(record, record.case)))
+    cases = grouped(measured, lambda record: (type(record), case_text(record, record.case)))
     for (record_class, title), rows in cases.items():
         columns = ([column.heading, *map(column.text_of, rows)] for column in record_class.columns)
         _print_wide_table([column for column in columns if any(column[1:])], title)
@@ -41,7 +40,7 @@ def show_notes(records: Iterable[Record]) -> None:
 def show_left_out(records: Iterable[Record]) -> None:
     """Print one line for each reason why something was not measured, with all places that it applies to."""
     left_out = [record for record in records if isinstance(record, NotMeasured)]
-    same_reason = _grouped(left_out, lambda line: (line.wrong, line.provider, line.op, line.not_measured))
+    same_reason = grouped(left_out, lambda line: (line.wrong, line.provider, line.op, line.not_measured))
     for (wrong, provider, op, reason), lines in same_reason.items():
         subject = provider if op is None else f"{provider} {op}"
         print_text(f"{'WRONG' if wrong else 'Not measured'}: {subject} at {_places(lines)}: {reason}")
@@ -75,16 +74,9 @@ def _places(lines: Sequence[NotMeasured]) -> str:
         return f"batch {_distinct(line.batch_size for line in lines)}"
     return "; ".join(
         f"{shape}, M = {_distinct(line.rows for line in same)}, {_distinct(line.dtype for line in same)}"
-        for shape, same in _grouped(lines, lambda line: line.shape).items()
+        for shape, same in grouped(lines, lambda line: line.shape).items()
     )
 
 
 def _distinct(values: Iterable[object]) -> str:
     return ", ".join(dict.fromkeys(map(str, values)))
-
-
-def _grouped(records: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
-    groups: dict[Any, list[Any]] = {}
-    for record in records:
-        groups.setdefault(key(record), []).append(record)
-    return groups

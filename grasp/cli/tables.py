@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from grasp.checkpoint.inspection import Inspection, LowRankModule, short_name
+from grasp.bench.schema import grouped
+from grasp.checkpoint.inspection import Inspection, short_name
 from grasp.cli.console import print_facts, print_table, print_text
 from grasp.formatting import count, layer_ranges, score_rows, share, size
 
@@ -48,8 +49,8 @@ def show_compression(result: Compression) -> None:
             ("checkpoint", result.output),
         ]
     )
-    for reason, names in _by_reason(report.left).items():
-        print_text(f"left: {len(names)} modules such as {names[0]}: {reason}")
+    for reason, modules in grouped(report.left, lambda module: module.reason).items():
+        print_text(f"left: {len(modules)} modules such as {modules[0].name}: {reason}")
 
 
 def show_dry_run(result: DryRun) -> None:
@@ -161,13 +162,7 @@ def show_inspection(inspection: Inspection) -> None:
     print_table(
         ("part", "tensors", "parameters", "bytes", "share"),
         [
-            (
-                part.name,
-                str(part.tensors),
-                count(part.parameters),
-                size(part.bytes),
-                share(part.bytes / total),
-            )
+            (part.name, str(part.tensors), count(part.parameters), size(part.bytes), share(part.bytes / total))
             for part in inspection.parts
         ],
     )
@@ -179,14 +174,12 @@ def show_inspection(inspection: Inspection) -> None:
 
 def _print_rank_table(inspection: Inspection) -> None:
     """Show one row per compressed layer: the rank of each linear, and the share of parameters that is left."""
-    layers: dict[int, dict[str, LowRankModule]] = {}
-    for module in inspection.modules:
-        layers.setdefault(module.layer, {})[short_name(module.name)] = module
-    names = sorted({name for modules in layers.values() for name in modules}, key=_column_order)
+    names = sorted({short_name(module.name) for module in inspection.modules}, key=_column_order)
     rows = []
-    for layer, modules in layers.items():
-        kept = sum(m.parameters for m in modules.values()) / sum(m.dense_parameters for m in modules.values())
-        ranks = [str(modules[name].rank) if name in modules else "-" for name in names]
+    for layer, modules in grouped(inspection.modules, lambda module: module.layer).items():
+        kept = sum(module.parameters for module in modules) / sum(module.dense_parameters for module in modules)
+        # The two c_proj of a layer of GPT-2 share a column.
+        ranks = [", ".join(str(m.rank) for m in modules if short_name(m.name) == name) or "-" for name in names]
         rows.append([str(layer), *ranks, share(kept), *_report_columns(inspection, layer)])
     columns = ["layer", *(name.removesuffix("_proj") for name in names), "kept"]
     print_table(columns + (["BI"] if inspection.report else []), rows, title="Ranks")
@@ -272,13 +265,6 @@ def _latency_facts(report: CompressionReport) -> list[tuple[str, str]]:
         f"{dense * 1e3:.2f} -> {after * 1e3:.2f} ms per token, {share(after / dense)}, as predicted for {report.costs}"
     )
     return [("decoding", text)]
-
-
-def _by_reason(left: Sequence[Any]) -> dict[str, list[str]]:
-    reasons: dict[str, list[str]] = {}
-    for module in left:
-        reasons.setdefault(module.reason, []).append(module.name)
-    return reasons
 
 
 def _column_order(name: str) -> tuple[int, str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 from grasp.bench.records import PLAIN_SVD
+from grasp.bench.schema import grouped
 from grasp.errors import ResultsError
 from grasp.formatting import model_name
 from grasp_kernels import roofline
@@ -15,9 +16,6 @@ from grasp_kernels.shapes import parse_shape
 
 if TYPE_CHECKING:
     from grasp.bench.records import ModelResult, OpResult, Percentiles
-
-Item = TypeVar("Item")
-Key = TypeVar("Key", bound=Hashable)
 
 _PROVIDERS = {"removed": "layers removed", "compiled": "torch.compile"}  # those with another label than their name
 _ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -130,14 +128,6 @@ def roofs(results: Iterable[OpResult]) -> dict[Comparison, Roof]:
             bandwidth = statistics.median(line.conditions.read_bandwidth for line in same)
             data[comparison] = Roof(flops, bandwidth, speeds)
     return data
-
-
-def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
-    """The items of each key, in the order of the first of them."""
-    groups: dict[Key, list[Item]] = defaultdict(list)
-    for item in items:
-        groups[key(item)].append(item)
-    return dict(groups)
 
 
 def _speed(line: OpResult) -> Speed | None:

@@ -12,7 +12,7 @@ from functools import partial
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from grasp.bench.schema import Record
+from grasp.bench.schema import Record, grouped
 from grasp.checkpoint.compression_report import CompressionReport
 from grasp.formatting import layer_ranges, share
 from grasp.reporting import figure_data, figures
@@ -61,8 +61,7 @@ def of_results(records: Sequence[Record]) -> list[Picture]:
     """
     pictures: list[Picture] = []
     names: Counter[str] = Counter()
-    for record_class in dict.fromkeys(type(record) for record in records):
-        of_class = [record for record in records if type(record) is record_class]
+    for record_class, of_class in grouped(records, lambda record: type(record)).items():
         for function in record_class.figures:
             for picture in resolve_name(function)(of_class):
                 names[picture.name] += 1

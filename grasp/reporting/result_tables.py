@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 
 from grasp.bench.records import RECORDS
-from grasp.bench.schema import Record, case_text, notes
+from grasp.bench.schema import Record, case_text, grouped, notes
 from grasp.errors import ResultsError
 from grasp.formatting import Column
 from grasp.reporting.html import not_measured, paragraph, table
@@ -21,10 +21,10 @@ def result_tables(records: Sequence[Record], model: str, folder: str) -> Iterato
         model: name of the model before.
         folder: name of the checkpoint folder.
     """
-    for record_class in dict.fromkeys([*RECORDS, *(type(record) for record in records)]):
-        of_class = [record for record in records if type(record) is record_class]
-        if of_class:
-            yield result_table(of_class)
+    by_class = grouped(records, lambda record: type(record))
+    for record_class in dict.fromkeys([*RECORDS, *by_class]):
+        if record_class in by_class:
+            yield result_table(by_class[record_class])
         elif record_class.missing:
             command = record_class.command.format(model=shlex.quote(model), folder=shlex.quote(folder))
             report = f"grasp report {shlex.quote(folder)} --results {record_class.kind}.jsonl"
