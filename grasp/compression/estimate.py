@@ -25,7 +25,7 @@ from grasp.model.dense import dense_shape
 from grasp.model.size import model_size
 from grasp.model.targets import Target, decoder
 from grasp.statistics.covariance import covariance_bytes, distinct_inputs
-from grasp.statistics.gradients import gradient_route
+from grasp.statistics.gradients import dense_is_cheaper
 from grasp.statistics.loss import LOGITS_BYTES
 from grasp.statistics.sweep import sweep_name
 from grasp_kernels.routes import BLOCK_ROWS, dense_flops, factored_flops
@@ -373,8 +373,8 @@ def _statistics_flops(job: CompressionJob, targets: Sequence[Target]) -> int:
     basis, flops = BASES[job.config.basis], 0
     if job.has_moments:
         for n, k in _shapes(targets):
-            count = dense_flops if gradient_route((n, k), job.tokens) == "dense" else factored_flops
-            flops += count(job.tokens, n, k, min(n, k))
+            work = (job.tokens, n, k, min(n, k))
+            flops += min(dense_flops(*work), factored_flops(*work))
     covariances = covariance_bytes(targets, outputs=basis.outputs) if basis.inputs else 0
     return flops + job.tokens * covariances // job.sum_bytes
 
@@ -384,9 +384,7 @@ def _statistics_bytes(job: CompressionJob, targets: Sequence[Target]) -> int:
     basis = BASES[job.config.basis]
     if basis.inputs:
         return covariance_bytes(targets, outputs=basis.outputs)
-    numbers = (
-        n * k if gradient_route((n, k), job.tokens) == "dense" else min(n, k) * (n + k + 2) for n, k in _shapes(targets)
-    )
+    numbers = (n * k if dense_is_cheaper((n, k), job.tokens) else min(n, k) * (n + k + 2) for n, k in _shapes(targets))
     return job.sum_bytes * sum(numbers)
 
 

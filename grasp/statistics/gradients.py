@@ -17,7 +17,7 @@ from grasp.statistics.partial_sums import PartialSums
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sweep import Call, Prefix, sweep, sweep_name
 from grasp_kernels import singular_value_grad
-from grasp_kernels.routes import Route, accumulate_weight_grad_, choose_route, contract_weight_grad
+from grasp_kernels.routes import accumulate_weight_grad_, contract_weight_grad, dense_flops, factored_flops
 
 
 class FactoredSum:
@@ -65,15 +65,13 @@ def gradient_sum(target: Target, tokens: int, *, shared: bool = False) -> Factor
     Processes that share the tokens use ``DenseSum``. Each process would decompose for itself, and the groups of two
     decompositions can differ where singular values are close, so their sums cannot be added up.
     """
-    if shared:
-        return DenseSum(target)
-    return DenseSum(target) if gradient_route(dense_shape(target.module), tokens) == "dense" else FactoredSum(target)
+    return DenseSum(target) if shared or dense_is_cheaper(dense_shape(target.module), tokens) else FactoredSum(target)
 
 
-def gradient_route(shape: Shape, tokens: int) -> Route:
-    """The cheaper way to sum the gradient in all singular values of an (N, K) matrix over a number of tokens."""
-    n, k = shape
-    return choose_route(tokens, n, k, min(n, k), plain_sum=True, spare_bytes=4 * n * k, fused=True)
+def dense_is_cheaper(shape: Shape, tokens: int) -> bool:
+    """Whether ``DenseSum`` takes fewer FLOPs for all singular values of an (N, K) matrix and a number of tokens."""
+    work = (tokens, *shape, min(shape))
+    return dense_flops(*work) < factored_flops(*work)
 
 
 def gather_gradients(

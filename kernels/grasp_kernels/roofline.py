@@ -14,33 +14,30 @@ class Card:
     name: str
     flops: float  # FLOP/s in the dtype in question; bf16 with fp32 accumulation, without sparsity, in CARDS
     bandwidth: float  # bytes/s of main memory
-    l2_bytes: int = 0  # last-level cache; 0 if unknown
-    processors: int = 1  # streaming multiprocessors, or threads of a CPU
 
 
-def measured(name: str, *, flops: float, bandwidth: float, l2_bytes: int = 0, processors: int = 1) -> Card:
-    """A device with measured rates: FLOP/s of a large matmul, bytes/s (reads plus writes) of a large copy.
+def measured(name: str, *, flops: float, bandwidth: float) -> Card:
+    """A device with measured rates: FLOP/s of a large matmul, bytes/s of reading or copying a large tensor.
 
     Raises:
         ValueError: if a rate is not positive.
     """
     if flops <= 0 or bandwidth <= 0:
         raise ValueError(f"flops and bandwidth must be positive, got {flops} FLOP/s and {bandwidth} bytes/s")
-    return Card(name, flops, bandwidth, l2_bytes, processors)
+    return Card(name, flops, bandwidth)
 
 
-_MB = 1 << 20
 # Peaks from the vendors' data sheets and architecture white papers. A good kernel reaches 75 to 90 % of them.
 _DATASHEET = (
-    Card("A100", 312e12, 2.039e12, 40 * _MB, 108),  # SXM, 80 GB
-    Card("H100", 989e12, 3.35e12, 50 * _MB, 132),  # SXM5, 80 GB
-    Card("H200", 989e12, 4.8e12, 50 * _MB, 132),  # SXM
-    Card("L40S", 362e12, 0.864e12, 96 * _MB, 142),
-    Card("RTX 4090", 165e12, 1.008e12, 72 * _MB, 128),
-    Card("B200", 2250e12, 8.0e12, 126 * _MB, 148),  # HGX
+    Card("A100", 312e12, 2.039e12),  # SXM, 80 GB
+    Card("H100", 989e12, 3.35e12),  # SXM5, 80 GB
+    Card("H200", 989e12, 4.8e12),  # SXM
+    Card("L40S", 362e12, 0.864e12),
+    Card("RTX 4090", 165e12, 1.008e12),
+    Card("B200", 2250e12, 8.0e12),  # HGX
 )
 # Rates that a copy and a matmul reach in practice.
-_MEASURED = (measured("H100 measured", flops=798e12, bandwidth=3.0e12, l2_bytes=50 * _MB, processors=132),)
+_MEASURED = (measured("H100 measured", flops=798e12, bandwidth=3.0e12),)
 CARDS: dict[str, Card] = {card.name: card for card in (*_DATASHEET, *_MEASURED)}
 
 

@@ -1,14 +1,13 @@
-"""Three routes to the singular-value gradient, and the rule that chooses one.
+"""Two routes to the singular-value gradient without a kernel, and the FLOPs of all routes.
 
-``fused`` is the Triton kernel. ``chunked`` is two matmuls over a few ranks at a time, on any device. ``dense``
-accumulates the weight's gradient G over many calls and contracts it once.
+``chunked`` is two matmuls over a few ranks at a time, on any device. The dense route accumulates the gradient G of the
+weight over many calls and contracts it once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,48 +15,18 @@ from torch import Tensor
 from grasp_kernels.products import add_product_, exact_bf16, widen
 from grasp_kernels.reference import accumulation_dtype
 
-Route = Literal["fused", "chunked", "dense"]
-
 BLOCK_TOKENS, BLOCK_RANKS = 4096, 512  # in the chunked route, whose two temporaries are 8 MB each
 BLOCK_ROWS = 1024  # rows of G per matmul
 
 
 def factored_flops(tokens: int, out_features: int, in_features: int, rank: int) -> int:
-    """FLOPs of the fused and the chunked route: ``2 T r (m + n)``."""
+    """FLOPs of ``singular_value_grad`` by a kernel or by ``chunked``: ``2 T r (m + n)``."""
     return 2 * tokens * rank * (out_features + in_features)
 
 
 def dense_flops(tokens: int, out_features: int, in_features: int, rank: int) -> int:
     """FLOPs of the dense route, which contracts G once for all ``tokens``: ``2 m n (T + r)``."""
     return 2 * out_features * in_features * (tokens + rank)
-
-
-def choose_route(
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    rank: int,
-    *,
-    plain_sum: bool,
-    spare_bytes: int,
-    fused: bool,
-) -> Route:
-    """The route with the fewest FLOPs among those that are possible.
-
-    Args:
-        tokens: tokens over which the gradient is summed, in all calls together.
-        out_features: m, rows of the weight.
-        in_features: n, columns of the weight.
-        rank: r, number of singular groups.
-        plain_sum: only the sum over all tokens is needed, no samples and no second moment; G gives nothing else.
-        spare_bytes: memory available for G, which takes ``4 m n`` bytes.
-        fused: a kernel for the fused route runs here; it does the same work as ``chunked`` in less memory.
-    """
-    factored: Route = "fused" if fused else "chunked"
-    if not plain_sum or spare_bytes < 4 * out_features * in_features:
-        return factored
-    shape = (tokens, out_features, in_features, rank)
-    return "dense" if dense_flops(*shape) < factored_flops(*shape) else factored
 
 
 def chunked(
@@ -100,17 +69,14 @@ def chunked(
     return first, second if second_moment != "none" else x.new_empty(0, dtype=dtype)
 
 
-def accumulate_weight_grad_(weight_grad: Tensor, x: Tensor, grad_y: Tensor, mask: Tensor | None = None) -> Tensor:
+def accumulate_weight_grad_(weight_grad: Tensor, x: Tensor, grad_y: Tensor) -> Tensor:
     """``G += grad_y.mT @ x``, one step of the dense route: G is (N, K) in fp32 (fp64 for fp64), x is (T, K).
 
     Args:
         weight_grad: G, changed in place and returned.
         x: the linear's input, (T, K).
         grad_y: gradient of the loss in its output, (T, N), dtype of ``x``.
-        mask: (T,) bool; tokens where it is False are ignored.
     """
-    if mask is not None:
-        x, grad_y = x[mask], grad_y[mask]
     with exact_bf16(x, grad_y):
         x, grad_y = widen(x, weight_grad.dtype), widen(grad_y, weight_grad.dtype)
         for rows in _blocks(weight_grad.shape[0], BLOCK_ROWS):

@@ -71,7 +71,6 @@ def test_a_measured_card_is_below_its_data_sheet() -> None:
     sheet, seen = CARDS["H100"], CARDS["H100 measured"]
     assert seen.flops < sheet.flops
     assert seen.bandwidth < sheet.bandwidth
-    assert seen.processors == sheet.processors
 
 
 @pytest.mark.parametrize("name", CARDS)
@@ -80,5 +79,3 @@ def test_cards_are_in_plausible_units(name: str) -> None:
     assert 1e14 < card.flops < 1e16
     assert 5e11 < card.bandwidth < 1e13
     assert 100 < card.flops / card.bandwidth < 500  # FLOP per byte at which both bind
-    assert card.l2_bytes >= 40 << 20
-    assert card.processors > 100

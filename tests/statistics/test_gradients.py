@@ -43,12 +43,12 @@ def of_block(targets: list[Target], block: str) -> list[Target]:
     return [target for target in targets if target.block == block]
 
 
-@pytest.mark.parametrize("route", ["dense", "fused"])
+@pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_autograd_through_svd_layers_in_the_graph(
-    family: str, route: str, monkeypatch: pytest.MonkeyPatch
+    family: str, dense: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attribution, "choose_route", lambda *_, **__: route)
+    monkeypatch.setattr(attribution, "dense_is_cheaper", lambda shape, tokens: dense)
     model, tokens = tiny_model(family, torch.float64), tiny_batches(3)
     targets, _ = layer_targets(model, LAYER)
     grads = gradients(model, [CalibrationBatch(t) for t in tokens], targets)
@@ -56,6 +56,11 @@ def test_equals_autograd_through_svd_layers_in_the_graph(
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
         assert (grad - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize(("tokens", "dense"), [(4096, False), (4097, True)])
+def test_a_square_weight_is_summed_whole_above_as_many_tokens_as_it_has_rows(tokens: int, dense: bool) -> None:
+    assert attribution.dense_is_cheaper((4096, 4096), tokens) == dense
 
 
 @pytest.mark.parametrize("family", FAMILIES)
