@@ -95,11 +95,9 @@ def load_model(
     """
     _require_dtype(dtype)
     target = find_device(device)
-    if name == BUILTIN:
-        model, tokenizer = _load_gguf(builtin_model_path(), dtype)
-        model.config._name_or_path = BUILTIN_NAME
-    elif name.lower().endswith(".gguf"):
-        model, tokenizer = _load_gguf(_existing_file(name), dtype)
+    if path := _gguf_path(name):
+        model, tokenizer = _load_gguf(path, dtype)
+        model.config._name_or_path = BUILTIN_NAME if name == BUILTIN else str(path)
     else:
         _require_model(name)
         model, tokenizer = _load_pretrained(name, dtype)
@@ -126,14 +124,12 @@ def load_config(name: str, *, dtype: str = "auto") -> tuple[PreTrainedConfig, to
     Arguments and errors: see ``load_model``.
     """
     _require_dtype(dtype)
-    if name == BUILTIN:
-        config, stored = _gguf_config(builtin_model_path()), torch.float32
-    elif name.lower().endswith(".gguf"):
-        config, stored = _gguf_config(_existing_file(name)), torch.float32
-    else:
-        _require_model(name)
-        config = _pretrained_config(name)
-        stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    if path := _gguf_path(name):
+        with _reading_gguf(path):
+            return _gguf_config(path), DTYPES.get(dtype, torch.float32)
+    _require_model(name)
+    config = _pretrained_config(name)
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return config, DTYPES.get(dtype, stored)
 
 
@@ -167,13 +163,6 @@ def find_device(device: torch.device | str | None) -> torch.device:
     if target.type != "cpu" and (target.index or 0) >= count:
         raise ValueError(f"PyTorch has {count} {target.type} devices, got device {target}; cpu always exists")
     return target
-
-
-def _existing_file(name: str) -> Path:
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise ModelNotFoundError(f"no file {name}; expected the path of a GGUF file")
-    return path
 
 
 def _require_model(name: str) -> None:
@@ -258,12 +247,20 @@ def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrained
     return model, tokenizer
 
 
+def _gguf_path(name: str) -> Path | None:
+    """The GGUF file that a name stands for; ``None`` if it stands for a folder or a repository."""
+    if name == BUILTIN:
+        return builtin_model_path()
+    if not name.lower().endswith(".gguf"):
+        return None
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ModelNotFoundError(f"no file {name}; expected the path of a GGUF file")
+    return path
+
+
 def _gguf_config(path: Path) -> PreTrainedConfig:
-    with _reading_gguf(path):
-        return _read_gguf_config(path)
-
-
-def _read_gguf_config(path: Path) -> PreTrainedConfig:
+    """The configuration in a GGUF file; call it inside ``_reading_gguf``."""
     config: PreTrainedConfig = AutoConfig.from_pretrained(**_gguf_source(path))
     _require_causal_lm(str(path), config)
     return config
@@ -271,7 +268,7 @@ def _read_gguf_config(path: Path) -> PreTrainedConfig:
 
 def _load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with _reading_gguf(path):
-        config = _read_gguf_config(path)
+        config = _gguf_config(path)
         # Without ``dequantize`` the model would count as quantized: it could not be saved or trained.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **_gguf_source(path),
@@ -283,8 +280,9 @@ def _load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedToken
         tokenizer = AutoTokenizer.from_pretrained(**_gguf_source(path))
     model, info = loaded
     _require_all_weights(str(path), info["missing_keys"])
-    model.config._name_or_path = str(path)
-    _set_special_tokens(tokenizer, config)
+    for kind in ("bos_token", "eos_token", "pad_token"):  # transformers 5.17 sets those of another family
+        if isinstance(token := getattr(config, f"{kind}_id", None), int):
+            setattr(tokenizer, kind, tokenizer.convert_ids_to_tokens(token))
     return model, tokenizer
 
 
@@ -329,13 +327,6 @@ def _parsing_once() -> Iterator[None]:
         finally:
             for name, original in originals.items():
                 setattr(gguf, name, original)
-
-
-def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Set the special tokens of the GGUF file; transformers 5.17 sets those of another family."""
-    for kind in ("bos_token", "eos_token", "pad_token"):
-        if isinstance(token := getattr(config, f"{kind}_id", None), int):
-            setattr(tokenizer, kind, tokenizer.convert_ids_to_tokens(token))
 
 
 def _require_causal_lm(name: str, config: PreTrainedConfig) -> None:

@@ -37,7 +37,7 @@ from grasp.model.running import first_device
 from grasp.model.targets import Target, decoder, layer_targets
 from grasp.statistics.covariance import covariance_bytes, gather_covariances
 from grasp.statistics.moments import basis_moments
-from grasp.statistics.sweep import Call, Prefix, capture_prefix, sweep
+from grasp.statistics.sweep import Call, capture_prefix, sweep
 
 BARE, COVARIANCES, MOMENTS = "bare sweep", "covariances", "moments"
 CHECKED_TOKENS = 48
@@ -113,21 +113,6 @@ def difference(model: PreTrainedModel, factors: Mapping[Target, SVD], dtype: str
     )
 
 
-def providers(
-    model: PreTrainedModel,
-    batches: Sequence[CalibrationBatch],
-    factors: Mapping[Target, SVD],
-    prefix: Prefix,
-    dtype: str | None,
-) -> dict[str, Callable[[], object]]:
-    """The sweeps to time, all through the same layers."""
-    return {
-        BARE: lambda: sweep(prefix, factors, lambda call: None),
-        COVARIANCES: lambda: gather_covariances(prefix, factors),
-        MOMENTS: lambda: basis_moments(prefix, factors, second=True),
-    }
-
-
 def time_sweeps(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Sample]:
     """Time all calls in turns; the first repetition warms up and is left out."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -162,7 +147,12 @@ def measure(
     now = conditions(measure_card(device := first_device(model), getattr(torch, dtype)), device)
     batches = random_batches(model, sizes.sequences, sizes.seq_len, sizes.batch_size)
     prefix = capture_prefix(model, batches, {sizes.layers[0]}, dtype=sweep_dtype)
-    samples = time_sweeps(providers(model, batches, factors, prefix, sweep_dtype), sizes.repeats)
+    sweeps: dict[str, Callable[[], object]] = {
+        BARE: lambda: sweep(prefix, factors, lambda call: None),
+        COVARIANCES: lambda: gather_covariances(prefix, factors),
+        MOMENTS: lambda: basis_moments(prefix, factors, second=True),
+    }
+    samples = time_sweeps(sweeps, sizes.repeats)
     statistics_bytes = {
         BARE: 0,
         COVARIANCES: covariance_bytes(factors),

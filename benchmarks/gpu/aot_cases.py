@@ -130,24 +130,18 @@ def _grad_case(
     representative: bool = False,
 ) -> AotCase:
     def launches(_: Gpu) -> Sequence[Launch]:
-        return _grad_launches(tile, dtype, plain, R, column_major)
+        T, K, N, B = 8192, 4096, 11008, 16
+        U = _empty(R, N, dtype=dtype).mT if column_major else _empty(N, R, dtype=dtype)
+        return singular_value_grad.plan(
+            *(_empty(T, K, dtype=dtype), _empty(T, N, dtype=dtype), U, _empty(R, K, dtype=dtype)),
+            None if plain else _empty(B + 1, dtype=torch.int64),
+            "none" if plain else "token",
+            None if plain else _empty(T, dtype=torch.bool),
+            [_empty(R, dtype=FP32)] * 2 if plain else [_empty(B, R, dtype=FP32)] * 2,
+            tile,
+        )
 
     return AotCase(f"singular_value_grad, {name}", launches, representative)
-
-
-def _grad_launches(
-    tile: singular_value_grad.Tile, dtype: torch.dtype, plain: bool, R: int, column_major: bool
-) -> Sequence[Launch]:
-    T, K, N, B = 8192, 4096, 11008, 16
-    U = _empty(R, N, dtype=dtype).mT if column_major else _empty(N, R, dtype=dtype)
-    return singular_value_grad.plan(
-        *(_empty(T, K, dtype=dtype), _empty(T, N, dtype=dtype), U, _empty(R, K, dtype=dtype)),
-        None if plain else _empty(B + 1, dtype=torch.int64),
-        "none" if plain else "token",
-        None if plain else _empty(T, dtype=torch.bool),
-        [_empty(R, dtype=FP32)] * 2 if plain else [_empty(B, R, dtype=FP32)] * 2,
-        tile,
-    )
 
 
 # --- lowrank_linear ---------------------------------------------------------------------------------------------------

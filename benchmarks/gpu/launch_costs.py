@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from grasp.bench.timing import Batch, Rotation, batch, interleave
+from grasp.bench.timing import Rotation, batch, interleave
 from grasp_kernels.triton.launch import Gpu, gpu_of
 from grasp_kernels.triton.tiles import arrive, wait
 
@@ -69,7 +69,8 @@ def measure_launches(device: torch.device, *, calls: int = 200, repetitions: int
         name: batch(device, launch, Rotation([None]), calls)
         for name, launch in _launches(device, gpu, programs).items()
     }
-    return _read(_medians(batches, repetitions), programs)
+    samples = interleave(batches, repetitions)
+    return _read({name: sample.median * 1e6 for name, sample in samples.items()}, programs)
 
 
 def _launches(device: torch.device, gpu: Gpu, programs: int) -> dict[str, Callable[[None], object]]:
@@ -91,10 +92,6 @@ def _launches(device: torch.device, gpu: Gpu, programs: int) -> dict[str, Callab
     if gpu.dependent_launch:
         launches["dependent"] = lambda _: _dependent_kernel[(1,)](launch_pdl=True, **OPTIONS)
     return launches
-
-
-def _medians(batches: dict[str, Batch], repetitions: int) -> dict[str, float]:
-    return {name: sample.median * 1e6 for name, sample in interleave(batches, repetitions).items()}
 
 
 def _read(microseconds: dict[str, float], programs: int) -> LaunchCosts:

@@ -48,10 +48,8 @@ def last_added(model: PreTrainedModel, layer: int) -> LastAdded:
     Raises:
         UnsupportedModelError: if the layer's output is not a sum with the output of its last child.
     """
-    block, outputs = (
-        decoder(model).layers[layer],
-        dict[nn.Module, Any](),
-    )  # by module, in the order of their returns
+    block = decoder(model).layers[layer]
+    outputs: dict[nn.Module, Any] = {}  # by module, in the order of their returns
     probe = batch_inputs(model, CalibrationBatch(torch.arange(8)[None], None))
 
     def run() -> Tensor:

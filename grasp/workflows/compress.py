@@ -47,12 +47,7 @@ class Compression:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as values that JSON can hold."""
-        return {
-            "model": self.model,
-            "output": self.output,
-            "samples": asdict(self.samples),
-            "report": self.report.to_dict(),
-        }
+        return {**asdict(self), "report": self.report.to_dict()}
 
 
 def compress(
