@@ -14,6 +14,11 @@ def no_progress(step: str, done: int, total: int) -> None:
     """Report nothing."""
 
 
+def named(progress: Progress, name: str) -> Progress:
+    """A ``Progress`` whose steps have a name at their end."""
+    return lambda step, done, total: progress(f"{step} {name}", done, total)
+
+
 def no_notify(text: str) -> None:
     """Drop the text."""
 

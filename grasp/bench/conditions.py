@@ -116,9 +116,8 @@ def measure_card(device: torch.device, dtype: torch.dtype) -> Card:
     )
 
 
-def _best(device: torch.device, call: object) -> float:
+def _best(device: torch.device, call: Callable[[], object]) -> float:
     """Shortest of ``REPETITIONS`` times of a call, in seconds."""
-    assert callable(call)
     times = []
     for _ in range(REPETITIONS + 1):  # the first warms up
         start = time.perf_counter()

@@ -45,7 +45,7 @@ from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import first_device
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
-from grasp.progress import Progress, no_progress
+from grasp.progress import Progress, named, no_progress
 from grasp_kernels.roofline import Card
 
 REFERENCE = "reference"
@@ -219,13 +219,9 @@ def _perplexities(
                 *(models[name].prepared(), tokens),
                 window=request.window,
                 bos_token_id=bos,
-                progress=partial(_named, progress, name),
+                progress=named(progress, name),
             )
     return {name: measured[name if name in measured else COMPRESSED] for name in models}
-
-
-def _named(progress: Progress, name: str, step: str, done: int, total: int) -> None:
-    progress(f"{step} {name}", done, total)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -16,13 +16,6 @@ ROUNDS = 20
 ROUND = 0.06  # seconds that one round aims at
 TURNS = (3, 31)  # fewest and most turns in a round
 PROBES = 20  # the fastest of so many calls or turns sets the length of turns and rounds
-
-
-class Pair(NamedTuple):
-    """Seconds of one call, one element per round: the lower quartile of its turns, since interruptions only add."""
-
-    candidate: tuple[float, ...]
-    yardstick: tuple[float, ...]
 
 
 class Pairing:
@@ -51,11 +44,13 @@ class Pairing:
             self.yardstick()
             self.candidate()
 
-    def result(self) -> Pair:
-        """The times so far."""
-        return Pair(*(self._rounds(self._times[name]) for name in ("candidate", "yardstick")))
+    def result(self, name: str) -> tuple[float, ...]:
+        """Seconds of one call, one per round: the lower quartile of its turns, since interruptions only add.
 
-    def _rounds(self, times: list[float]) -> tuple[float, ...]:
+        Args:
+            name: ``"candidate"`` or ``"yardstick"``.
+        """
+        times = self._times[name]
         rounds = (sorted(times[start : start + self.turns]) for start in range(0, len(times), self.turns))
         return tuple(seconds[len(seconds) // 4] for seconds in rounds)
 

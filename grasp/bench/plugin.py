@@ -92,7 +92,7 @@ class Gate:
             pairing = Pairing(turns, turn(self.device, yardstick, rotation))
             self._benchmark.pedantic(pairing.candidate, setup=pairing.yardstick, rounds=ROUNDS * pairing.turns)
             for extension in range(EXTENSIONS + 1):
-                entry = Entry(label or self._name, against, *pairing.result())
+                entry = Entry(label or self._name, against, pairing.result("candidate"), pairing.result("yardstick"))
                 if extension == EXTENSIONS or self._settled(entry):
                     break
                 pairing.more()

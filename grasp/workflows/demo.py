@@ -28,7 +28,7 @@ from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear, group_linears_
 from grasp.model.size import model_size
 from grasp.model.targets import decoder, layer_targets
-from grasp.progress import Progress, no_progress
+from grasp.progress import Progress, named, no_progress
 from grasp.workflows.compress import with_request, write_checkpoint
 from grasp.workflows.samples import Samples, draw
 
@@ -227,12 +227,10 @@ def _measure(
 ) -> tuple[Row, ...]:
     held_out = tokenize(tokenizer, builtin_text("evaluation"))[: sizes.windows * sizes.window]
 
-    def named(model: str) -> Progress:
-        return lambda step, done, total: progress(f"{step} {model}", done, total)
-
     options: dict[str, Any] = {"window": sizes.window, "bos_token_id": bos_for(tokenizer)}
     values = {
-        name: perplexity(model, held_out, progress=named(name), **options).perplexity for name, model in models.items()
+        name: perplexity(model, held_out, progress=named(progress, name), **options).perplexity
+        for name, model in models.items()
     }
     times: dict[str, list[GenerationTime]] = {name: [] for name in models}
     total = (sizes.repeats + 1) * len(models)
