@@ -61,11 +61,11 @@ class Layer(NamedTuple):
     removal: float | None = None  # loss if the layer is removed; ``None`` if it must stay
 
 
-def allocate_layers(layers: Sequence[Layer], budget: float, *, grid: int = GRID) -> list[list[int] | None]:
+def allocate_layers(layers: Sequence[Layer], budget: float) -> list[list[int] | None]:
     """Pick one choice per matrix, or remove the layer, with the least total loss among what costs the budget at most.
 
     A multiple-choice knapsack, solved in two ways; the better solution is returned. Dynamic programming over the cost
-    in ``grid`` steps is exact if all costs are whole steps, as with few matrices. The greedy solution starts at the
+    in ``GRID`` steps is exact if all costs are whole steps, as with few matrices. The greedy solution starts at the
     cheapest choices, in the layers that dynamic programming leaves, and makes the change that lowers the loss most per
     cost, again and again. It is within one such change of the optimum, and suits many matrices. Both spend the rest of
     the budget greedily.
@@ -73,7 +73,6 @@ def allocate_layers(layers: Sequence[Layer], budget: float, *, grid: int = GRID)
     Args:
         layers: the choices of each matrix, layer by layer.
         budget: largest total cost.
-        grid: steps the budget is divided into.
 
     Returns:
         For each layer the index of each matrix's choice, or ``None`` where the layer is removed.
@@ -84,7 +83,7 @@ def allocate_layers(layers: Sequence[Layer], budget: float, *, grid: int = GRID)
     cheapest = math.fsum(_least(layer) for layer in layers)
     if cheapest > budget:
         raise ValueError(f"the budget is {budget:.6g}, but the cheapest choices cost {cheapest:.6g} together")
-    exact = _dynamic_program(layers, budget - cheapest, grid)
+    exact = _dynamic_program(layers, budget - cheapest)
     kept = [(layer, picked) for layer, picked in zip(layers, exact, strict=True) if picked is not None]
     matrices = [choices for layer, _ in kept for choices in layer.matrices]
     left = budget - math.fsum(layer.rest for layer, _ in kept)
@@ -108,9 +107,9 @@ def _floor(layer: Layer) -> float:
     return math.fsum([layer.rest, *(min(choices.costs) for choices in layer.matrices)])
 
 
-def _dynamic_program(layers: Sequence[Layer], room: float, grid: int) -> list[list[int] | None]:
+def _dynamic_program(layers: Sequence[Layer], room: float) -> list[list[int] | None]:
     """Exact for costs above the cheapest, rounded up to steps; so the cheapest choices always fit."""
-    step, steps = _steps(layers, room, grid)
+    step, steps = _steps(layers, room)
     best = np.zeros(steps + 1)  # least loss of the layers so far, for each number of steps spent at most
     trail = []
     for layer in layers:
@@ -165,15 +164,15 @@ def _loss(matrices: Sequence[Choices], picked: Sequence[int]) -> float:
     return math.fsum(choices.losses[j] for choices, j in zip(matrices, picked, strict=True))
 
 
-def _steps(layers: Sequence[Layer], room: float, grid: int) -> tuple[float, int]:
+def _steps(layers: Sequence[Layer], room: float) -> tuple[float, int]:
     """Size and number of steps. The size is the greatest common divisor of whole costs, if that makes few steps."""
     costs = [cost - min(choices.costs) for layer in layers for choices in layer.matrices for cost in choices.costs]
     costs += [_floor(layer) - _least(layer) for layer in layers]
     if all(float(cost).is_integer() for cost in costs):
         divisor = math.gcd(*(int(cost) for cost in costs))
-        if divisor and room / divisor <= grid:
+        if divisor and room / divisor <= GRID:
             return float(divisor), int(room // divisor)
-    return room / grid, grid if room > 0 else 0
+    return room / GRID, GRID if room > 0 else 0
 
 
 def _in_steps(extra: Array, step: float, most: int) -> npt.NDArray[np.int64]:
