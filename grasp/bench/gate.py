@@ -113,7 +113,7 @@ class Change:
 
 @dataclass(frozen=True)
 class BaselineComparison:
-    """BaselineComparison of two documents."""
+    """The result of comparing two documents."""
 
     changes: Sequence[Change]
     lost: Sequence[str] = ()  # labels in the baseline only
