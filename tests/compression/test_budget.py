@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from grasp.method.ranks import break_even_rank
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_shape, dense_weight
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.targets import decoder, layer_targets
+from grasp.model.targets import Target, decoder, layer_targets
 from grasp.statistics import scores as scoring
+from grasp.statistics.sweep import Prefix
 from grasp_kernels.roofline import CARDS
 from tests.tiny_models import tiny_batches, tiny_model
 
@@ -95,9 +96,9 @@ def test_a_progressive_schedule_takes_statistics_again_with_a_part_of_the_budget
     seen_by_moments: list[dict[str, Tensor]] = []
 
     def watched(gather: Callable[..., Any], into: list[dict[str, Tensor]]) -> Callable[..., Any]:
-        def run(model: PreTrainedModel, *rest: Any, **options: Any) -> Any:
-            into.append({target.name: dense_weight(target.module).detach().clone() for target in rest[1]})
-            return gather(model, *rest, **options)
+        def run(prefix: Prefix, targets: Collection[Target], **options: Any) -> Any:
+            into.append({target.name: dense_weight(target.module).detach().clone() for target in targets})
+            return gather(prefix, targets, **options)
 
         return run
 
