@@ -68,7 +68,7 @@ lint: $(STAMP) ## ruff, format checks, mypy, the import contract
 	$(BIN)/mypy
 	PYTHONPATH=.:kernels $(BIN)/lint-imports --no-logo
 
-check: lint test ## what CI runs
+check: lint docs test ## what CI runs
 
 aot: $(STAMP) ## compile every kernel configuration for sm_80, 90, 100 and 120, without a GPU; 3 minutes
 	$(BIN)/python -m benchmarks.gpu.aot

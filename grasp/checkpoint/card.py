@@ -68,7 +68,7 @@ Each linear layer with its rank and its full rank; parameters relative to the de
 """
 
 
-class _Layer(NamedTuple):
+class _CardLayer(NamedTuple):
     """A low-rank layer in the table of a card; parameters include the bias."""
 
     rank: int
@@ -110,7 +110,7 @@ def folder_card(
     """
     checkpoint = inspect_checkpoint(directory)
     layers = {
-        m.name: _Layer(m.rank, m.in_features, m.out_features, m.parameters, m.dense_parameters)
+        m.name: _CardLayer(m.rank, m.in_features, m.out_features, m.parameters, m.dense_parameters)
         for m in checkpoint.modules
     }
     return _render(checkpoint.model_type, layers, checkpoint.parameters, base_model, license or {}, "")
@@ -118,7 +118,7 @@ def folder_card(
 
 def _render(
     model_type: str,
-    layers: Mapping[str, _Layer],
+    layers: Mapping[str, _CardLayer],
     parameters: int,
     base_model: str | None,
     license: Mapping[str, str],
@@ -233,8 +233,8 @@ def _display_name(base_model: str | None) -> str:
     return Path(base_model).name.removesuffix(".gguf") if base_model else ""
 
 
-def _rows(layers: Mapping[str, _Layer]) -> list[str]:
-    groups: dict[str, dict[str, _Layer]] = defaultdict(dict)
+def _rows(layers: Mapping[str, _CardLayer]) -> list[str]:
+    groups: dict[str, dict[str, _CardLayer]] = defaultdict(dict)
     for path, layer in layers.items():
         match = _LAYER.fullmatch(path)
         groups[match["layer"] if match else "model"][match["module"] if match else path] = layer
@@ -246,11 +246,11 @@ def _rows(layers: Mapping[str, _Layer]) -> list[str]:
     ]
 
 
-def _layer(layer: LowRankLinear) -> _Layer:
+def _layer(layer: LowRankLinear) -> _CardLayer:
     bias = 0 if layer.bias is None else layer.out_features
     parameters = sum(parameter.numel() for parameter in layer.parameters())
     dense = layer.in_features * layer.out_features + bias
-    return _Layer(layer.rank, layer.in_features, layer.out_features, parameters, dense)
+    return _CardLayer(layer.rank, layer.in_features, layer.out_features, parameters, dense)
 
 
 class _Score(NamedTuple):
