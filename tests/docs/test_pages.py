@@ -23,9 +23,10 @@ from tests.documents import (
 )
 
 # Pages whose Python runs here, block by block in one folder, each in a process of its own.
-RUN_IN_ORDER = ["README.md", "docs/getting-started.md", "docs/kernels.md", "docs/resume-and-distributed.md"]
+RUN_IN_ORDER = ["docs/getting-started.md", "docs/kernels.md", "docs/resume-and-distributed.md"]
 # Pages whose Python another test runs, because it needs a checkpoint, a server or another environment.
 RUN_ELSEWHERE = {
+    "README.md": "docs/getting-started.md, which begins with it",
     "docs/evaluate.md": "tests/docs/test_evaluation.py",
     "docs/publish.md": "tests/docs/test_evaluation.py",
     "docs/regression-gate.md": "below",
@@ -61,6 +62,10 @@ def test_every_command_shown_exists(page: str) -> None:
 
 def test_the_python_of_every_page_is_run_by_a_test() -> None:
     assert {page for page in PAGES if blocks(read(page), "python")} == {*RUN_IN_ORDER, *RUN_ELSEWHERE}
+
+
+def test_the_python_of_the_readme_is_the_first_of_getting_started() -> None:
+    assert blocks(read("README.md"), "python") == blocks(read("docs/getting-started.md"), "python")[:1]
 
 
 @pytest.mark.slow
