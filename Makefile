@@ -8,7 +8,7 @@ BUILT := $(VENV)/.built
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(CSRC) $(wildcard tests/csrc/*.cpp tests/csrc/*/*.* tests/csrc/*/*/*.* examples/*.cpp)
 
-.PHONY: help venv build demo test test-vllm stress sanitize check aot test-matrix bench-save bench-compare bench-selftest lint
+.PHONY: help venv build demo test test-vllm stress fuzz sanitize check aot test-matrix bench-save bench-compare bench-selftest lint
 .PHONY: format docs clean
 
 help:
@@ -57,6 +57,9 @@ test-vllm: $(VLLM_STAMP) ## tests/vllm with a real vLLM on the CPU, which it dow
 
 stress: $(BUILT) ## kill 50 processes at random points, and compare what their runs end with; 10 minutes
 	$(BIN)/python -m pytest tests/checkpoint/test_run_state_kill.py --kills 50
+
+fuzz: $(BUILT) ## random ops, damaged checkpoints and run folders, random command lines; minutes
+	$(BIN)/python -m pytest tests/fuzz --fuzz -s -q
 
 sanitize: $(STAMP) ## the C++ tests under the address and undefined behaviour sanitizers
 	$(BIN)/python setup.py --quiet sanitize

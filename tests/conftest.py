@@ -13,6 +13,13 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=2, help="how many processes are killed at random points")
+    parser.addoption("--fuzz", action="store_true", help="run the full number of random cases of tests/fuzz: minutes")
+
+
+@pytest.fixture(scope="session")
+def fuzzing(request: pytest.FixtureRequest) -> bool:
+    """Whether tests/fuzz runs its full number of cases; in CI it runs a part of them."""
+    return bool(request.config.getoption("--fuzz"))
 
 
 @pytest.fixture
