@@ -19,7 +19,7 @@ using namespace grasp_bindings;
 // parallel region, so threads of our own would compete with them for the same cores.
 grasp_parallel find_parallel() { return reinterpret_cast<grasp_parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel")); }
 
-// --- run: any call, with any instruction set; Python has checked dtypes and shapes -----------------------------------
+// --- run: any call, with any instruction set -------------------------------------------------------------------------
 
 // Thrown for a tensor that a kernel cannot read in place; the caller copies it.
 struct NotInPlace {};
@@ -59,8 +59,12 @@ bool run(const py::handle &x_tensor, const py::tuple &groups, const py::tuple &o
         input = {x.data, x.stride, x.rows, x.columns, x.dtype};
         for (size_t i = 0; i < factors.size(); ++i) {
             const Direct::Group group = to_group(PyTuple_GET_ITEM(groups.ptr(), i));
-            factors[i] = to_factors(view(group[0]), optional_view(group[1]), view(group[2]), optional_view(group[3]),
-                                    view(PyTuple_GET_ITEM(outputs.ptr(), gated ? 0 : i)));
+            const View U = view(group[0]), s = optional_view(group[1]), Vh = view(group[2]);
+            const View bias = optional_view(group[3]), y = view(PyTuple_GET_ITEM(outputs.ptr(), gated ? 0 : i));
+            if (!agree(x, U, s, Vh, bias) || y.rows != x.rows || y.columns != U.rows || y.dtype != x.dtype) {
+                throw py::value_error("shapes or dtypes of x, the factors and the output do not agree");
+            }
+            factors[i] = to_factors(U, s, Vh, bias, y);
         }
     } catch (NotInPlace) {
         return false;

@@ -90,23 +90,17 @@ class Direct {
         return read(tensor, view) && view.on_cpu && view.is_matrix;
     }
 
-    bool read_vector(PyObject *tensor, int64_t size, bool recording, View &view) const {
-        return tensor == Py_None ||
-               (read_plain(tensor, recording, view) && view.dimensions == 1 && view.columns == size);
+    bool read_vector(PyObject *tensor, bool recording, View &view) const {
+        return tensor == Py_None || (read_plain(tensor, recording, view) && view.dimensions == 1);
     }
 
     // Whether the factors agree with x and can be read in place.
     bool read_group(Group group, const View &x, bool recording, grasp_factors &factors) const {
         View U, s, Vh, bias;
         if (!read_plain(group[0], recording, U) || !read_plain(group[2], recording, Vh)) return false;
-        if (!read_vector(group[1], U.columns, recording, s) || !read_vector(group[3], U.rows, recording, bias)) {
-            return false;
-        }
+        if (!read_vector(group[1], recording, s) || !read_vector(group[3], recording, bias)) return false;
         factors = to_factors(U, s, Vh, bias, View());
-        return U.dimensions == 2 && Vh.dimensions == 2 && U.columns == Vh.rows && Vh.columns == x.columns &&
-               U.rows > 0 && U.columns > 0 && x.columns > 0 && !U.overlaps() && !Vh.overlaps() && U.dtype == x.dtype &&
-               Vh.dtype == x.dtype && (!s.data || s.dtype == GRASP_F32 || s.dtype == x.dtype) &&
-               (!bias.data || bias.dtype == x.dtype);
+        return agree(x, U, s, Vh, bias) && !U.overlaps() && !Vh.overlaps();
     }
 
     // As the dispatch table decides: "auto" uses this backend for few rows.

@@ -62,6 +62,19 @@ inline bool read(PyObject *object, View &view) {
     return true;
 }
 
+// Absent, or `size` elements with memory.
+inline bool is_vector(const View &view, int64_t size) {
+    return view.dimensions == 0 || (view.dimensions == 1 && view.columns == size && view.data);
+}
+
+// Whether shapes and dtypes of the factors are those of a linear of x, so that a kernel stays inside the tensors.
+inline bool agree(const View &x, const View &U, const View &s, const View &Vh, const View &bias) {
+    return U.dimensions == 2 && Vh.dimensions == 2 && U.columns == Vh.rows && Vh.columns == x.columns && U.rows > 0 &&
+           U.columns > 0 && x.columns > 0 && is_vector(s, U.columns) && is_vector(bias, U.rows) &&
+           x.dtype != NO_DTYPE && U.dtype == x.dtype && Vh.dtype == x.dtype &&
+           (!s.data || s.dtype == GRASP_F32 || s.dtype == x.dtype) && (!bias.data || bias.dtype == x.dtype);
+}
+
 inline grasp_factors to_factors(const View &U, const View &s, const View &Vh, const View &bias, const View &y) {
     return {U.data, Vh.data, s.data, bias.data, y.data, U.stride, Vh.stride, y.stride, U.rows, U.columns, s.dtype};
 }

@@ -225,3 +225,23 @@ def test_float64_is_refused_by_name() -> None:
     group = factors(4, 8, 2, seeded(), s=False, bias=False)
     with pytest.raises(BackendUnavailableError, match="float32"):
         lowrank_linear(torch.ones(1, 8, dtype=torch.float64), *group, backend="cpu")
+
+
+def test_the_compiled_module_refuses_tensors_that_do_not_agree() -> None:
+    x, U, s, Vh, bias = torch.zeros(3, 8), torch.zeros(6, 2), torch.ones(2), torch.zeros(2, 8), torch.zeros(6)
+    calls = [
+        (x, (U, s[:1], Vh, bias), torch.zeros(3, 6)),
+        (x, (U, s[:0], Vh, bias), torch.zeros(3, 6)),
+        (x, (U, s.half(), Vh, bias), torch.zeros(3, 6)),
+        (x, (U, s, Vh, bias[:5]), torch.zeros(3, 6)),
+        (x, (U, s, Vh, bias[:0]), torch.zeros(3, 6)),
+        (x, (U.half(), s, Vh, bias), torch.zeros(3, 6)),
+        (x, (U, s, Vh[:1], bias), torch.zeros(3, 6)),
+        (x, (U, s, Vh[:, :7], bias), torch.zeros(3, 6)),
+        (x, (U, s, Vh, bias), torch.zeros(2, 6)),
+        (x, (U, s, Vh, bias), torch.zeros(3, 5)),
+        (x, (U, s, Vh, bias), torch.zeros(3, 6).half()),
+    ]
+    for x, group, y in calls:
+        with pytest.raises(ValueError, match="do not agree"):
+            cpu._module().run(x, (group,), (y,), cpu._UNGATED, 1, cpu.INSTRUCTION_SETS["auto"])
