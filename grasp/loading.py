@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 import threading
@@ -40,6 +39,7 @@ from transformers.utils import logging as transformers_logging
 from grasp.builtin import BUILTIN, BUILTIN_NAME, builtin_model_path
 from grasp.errors import CheckpointError, GraspError, MissingPackageError, ModelNotFoundError, UnsupportedModelError
 from grasp.formatting import one_line
+from grasp.model.checkpoint_format import read_headers, weight_files
 from grasp.model.hf_quantizer import register
 from grasp.progress import Progress, no_progress
 
@@ -213,12 +213,14 @@ def _pretrained_config(name: str) -> PreTrainedConfig:
     except _LOAD_ERRORS as error:
         raise UnsupportedModelError(f"the configuration of {name} cannot be used: {one_line(error)}") from error
     _require_causal_lm(name, config)
+    _require_own_files(name, config)
     return config
 
 
 def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config = _pretrained_config(name)
-    _require_safetensors(name)
+    if (folder := Path(name).expanduser()).is_dir():
+        _require_plausible(name, config, len(read_headers(weight_files(folder))))
     register()  # compressed checkpoints need it if grasp is importable but not installed
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -337,32 +339,30 @@ def _require_causal_lm(name: str, config: PreTrainedConfig) -> None:
         )
 
 
-def _require_safetensors(name: str) -> None:
-    """Refuse a folder that has only pickled weights: reading a pickle can run any code."""
-    folder = Path(name).expanduser()
-    pickles_only = folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
-    if pickles_only or not all(file.endswith(".safetensors") for file in indexed_files(folder)):
+def _require_own_files(name: str, config: PreTrainedConfig) -> None:
+    """Refuse a configuration that names kernels of the hub, which are code, or weights outside of the folder."""
+    weights = getattr(config, "transformers_weights", None)
+    for key in ("_attn_implementation", "_experts_implementation"):
+        if "/" in str(kernel := getattr(config, key, None)):
+            raise UnsupportedModelError(
+                f"the configuration of {name} asks for the kernel {kernel!r:.80}, which is code of the hub; expected none. "
+                f"Remove {key.removeprefix('_')} from config.json"
+            )
+    if weights is not None and (Path(str(weights)).name != weights or not weights.endswith(".safetensors")):
         raise CheckpointError(
-            f"{name} has pickled weights, such as .bin files, which can run code when read; expected .safetensors. "
-            "If you trust them, convert them: load the model with transformers and call save_pretrained"
+            f"the configuration of {name} has transformers_weights {weights!r:.80}; expected the name of a .safetensors "
+            "file in its folder"
         )
 
 
-def indexed_files(folder: Path) -> set[str]:
-    """Return the weight files in the index of a sharded model; none if there is no index.
-
-    Raises:
-        CheckpointError: if the index cannot be read.
-    """
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return set()
-    try:
-        return {str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+def _require_plausible(name: str, config: PreTrainedConfig, tensors: int) -> None:
+    """Refuse more layers than there are tensors: building them can take all memory."""
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > tensors:
         raise CheckpointError(
-            f"{index} cannot be read ({one_line(error)}); expected JSON with a weight_map. Save the model again"
-        ) from error
+            f"the configuration of {name} has {layers!s:.40} layers, but its files only {tensors} tensors; it was "
+            "edited, or belongs to another model"
+        )
 
 
 def _require_all_weights(name: str, missing: set[str] | list[str]) -> None:

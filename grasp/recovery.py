@@ -137,7 +137,7 @@ def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
     """The factors U and Vh of all low-rank linears, by path.
 
     Raises:
-        UnsupportedModelError: if there are none, or they are offloaded.
+        UnsupportedModelError: if there are none, they are offloaded, or have no floating-point dtype.
 
     Example:
         >>> from grasp import LowRankLinear
@@ -152,6 +152,10 @@ def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
         )
     if offloaded := [name for name, factor in factors.items() if factor.is_meta]:
         raise UnsupportedModelError(f"{offloaded[0]} is offloaded; load the model without offloading to train it")
+    if whole := [name for name, factor in factors.items() if not factor.is_floating_point()]:
+        raise UnsupportedModelError(
+            f"{whole[0]} has the dtype {factors[whole[0]].dtype}; expected factors of a floating-point dtype"
+        )
     return factors
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,17 +165,36 @@ def write_index(folder: Path, text: str) -> None:
     (folder / "model.safetensors.index.json").write_text(text)
 
 
+def link_shard(folder: Path) -> None:
+    (folder.parent / "elsewhere").mkdir()
+    shard = (folder / "model.safetensors").rename(folder.parent / "elsewhere/model-1.safetensors")
+    (folder / shard.name).symlink_to(shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": shard.name}}))
+
+
+def repeat_shard(folder: Path) -> None:
+    names = ["model-1.safetensors", "model-2.safetensors"]
+    shutil.copy(folder / "model.safetensors", folder / names[1])
+    (folder / "model.safetensors").rename(folder / names[0])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(zip("ab", names, strict=True))}))
+
+
+def pipe(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], type[GraspError], str]] = {
     "a tensor is missing": (
         drop_tensor,
         CheckpointError,
         r"lacks 1 tensors .*model\.layers\.1\.mlp\.up_proj\.weight",
     ),
-    "the file is cut short": (truncate_weights, CheckpointError, "weights of .* cannot be loaded"),
+    "the file is cut short": (truncate_weights, CheckpointError, r"model\.safetensors cannot be read"),
     "weights are missing": (
         lambda folder: (folder / "model.safetensors").unlink(),
         CheckpointError,
-        "weights of .* cannot be loaded",
+        "has no .safetensors file",
     ),
     "shapes differ": (lambda folder: edit_config(folder, hidden_size=64), CheckpointError, "weights of .* cannot"),
     "the configuration is no JSON": (
@@ -244,6 +265,37 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GraspError], str]] = {
         CheckpointError,
         "index.json cannot be read",
     ),
+    "the index leads to another folder": (
+        lambda folder: write_index(folder, '{"weight_map": {"lm_head.weight": "../other/model.safetensors"}}'),
+        CheckpointError,
+        r"index\.json names '\.\./other/model\.safetensors', which is not in its folder",
+    ),
+    "a shard is a link to another folder": (
+        link_shard,
+        CheckpointError,
+        r"index\.json names 'model-1\.safetensors', which is not in its folder",
+    ),
+    "two shards have the same tensor": (
+        repeat_shard,
+        CheckpointError,
+        "has the tensor .*, which another file has too",
+    ),
+    "there are more layers than tensors": (
+        lambda folder: edit_config(folder, num_hidden_layers=10**9),
+        CheckpointError,
+        "1000000000 layers, but its files only",
+    ),
+    "the configuration names a kernel": (
+        lambda folder: edit_config(folder, attn_implementation="somebody/attention"),
+        UnsupportedModelError,
+        "kernel 'somebody/attention', which is code",
+    ),
+    "the configuration names weights elsewhere": (
+        lambda folder: edit_config(folder, transformers_weights="../other/model.safetensors"),
+        CheckpointError,
+        r"transformers_weights '\.\./other/model\.safetensors'",
+    ),
+    "the weights are a pipe": (pipe, CheckpointError, "lacks 1 of 1"),
     "a rank for the tied head": (
         rank_tied_head,
         CheckpointError,
@@ -278,3 +330,17 @@ def test_encoders_are_no_causal_models(folder: Path) -> None:
     BertConfig(is_encoder_decoder=True).save_pretrained(folder)
     with pytest.raises(UnsupportedModelError, match="type 'bert'"):
         load_model(str(folder))
+
+
+def test_a_snapshot_in_the_hubs_cache_is_read_through_its_links(folder: Path) -> None:
+    snapshot, blobs = folder.parent / "models--a--b/snapshots/c0ffee", folder.parent / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    tokenizer_files = [file.name for file in folder.glob("token*")]
+    load_model(str(folder), device="cpu")[0].save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    for number, file in enumerate(folder.iterdir()):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    assert tokenizer_files
+    assert load_model(str(snapshot), device="cpu")[0].num_parameters()

@@ -11,24 +11,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
 from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
 from grasp.errors import CheckpointError
+from grasp.model.checkpoint_format import (
+    METHOD,
+    StoredTensor,
+    check_factor,
+    check_rank,
+    check_ranks,
+    read_headers,
+    weight_files,
+)
 from grasp.model.families import family_of
 
 _LAYER = re.compile(r"\.(\d+)\.(.+)$")  # model.layers.3.mlp.up_proj → 3, mlp.up_proj
 _NORM = re.compile(r"norm|(^|\.)ln_")
 _EMBEDDING = re.compile(r"embed|wte|wpe")
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "BOOL": 1}
-
-
-class StoredTensor(NamedTuple):
-    """A tensor as described by the header of its file."""
-
-    shape: tuple[int, ...]
-    parameters: int
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
     directory = Path(directory)
     config = _read_config(directory)
     ranks = _ranks(config, directory / "config.json")
-    tensors = _read_headers(directory)
+    tensors = read_headers(weight_files(directory))
     parts: dict[str, list[StoredTensor]] = defaultdict(list)
     for name, tensor in tensors.items():
         parts[_part(name, ranks)].append(tensor)
@@ -131,7 +130,7 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
         parts=tuple(
             sorted(
                 (
-                    Part(name, len(stored), sum(t.parameters for t in stored), sum(t.bytes for t in stored))
+                    Part(name, len(stored), sum(map(_parameters, stored)), sum(map(_bytes, stored)))
                     for name, stored in parts.items()
                 ),
                 key=lambda part: -part.bytes,
@@ -166,34 +165,24 @@ def _ranks(config: Mapping[str, Any], path: Path) -> dict[str, int]:
     quantization = config.get("quantization_config") or {}
     if not isinstance(quantization, dict):
         raise CheckpointError(f"{path}: quantization_config must be a JSON object, got {quantization!r}")
-    if quantization.get("quant_method") != "grasp":
+    if quantization.get("quant_method") != METHOD:
         return {}
     ranks = quantization.get("ranks", {})
-    if not isinstance(ranks, dict) or not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
-        raise CheckpointError(f"{path}: ranks must map module names to integers of at least 0, got {ranks!r}")
-    return ranks
+    try:
+        check_ranks(quantization.get("format_version"), ranks)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return dict(ranks)
 
 
-def _read_headers(directory: Path) -> dict[str, StoredTensor]:
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{directory} has no .safetensors file; expected a folder that `grasp compress` wrote")
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="np") as handle:
-                for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                    piece = handle.get_slice(name)
-                    shape = tuple(piece.get_shape())
-                    parameters = math.prod(shape)
-                    tensors[name] = StoredTensor(shape, parameters, parameters * _ITEM_BYTES[piece.get_dtype()])
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} cannot be read ({error}); expected a complete safetensors file") from error
-        except KeyError as error:
-            raise CheckpointError(
-                f"{file} has tensors of dtype {error}; expected one of {', '.join(_ITEM_BYTES)}"
-            ) from error
-    return tensors
+def _parameters(tensor: StoredTensor) -> int:
+    return math.prod(tensor.shape)
+
+
+def _bytes(tensor: StoredTensor) -> int:
+    if tensor.dtype not in _ITEM_BYTES:
+        raise CheckpointError(f"a tensor has the dtype {tensor.dtype}; expected one of {', '.join(_ITEM_BYTES)}")
+    return _parameters(tensor) * _ITEM_BYTES[tensor.dtype]
 
 
 def _module(name: str, rank: int, tensors: Mapping[str, StoredTensor]) -> LowRankModule:
@@ -202,22 +191,23 @@ def _module(name: str, rank: int, tensors: Mapping[str, StoredTensor]) -> LowRan
         raise CheckpointError(
             f"config.json gives {name} rank {rank}, but {name}.U or {name}.Vh is missing in the files"
         )
-    if U.shape[1:] != (rank,) or Vh.shape[:1] != (rank,):
-        raise CheckpointError(
-            f"config.json gives {name} rank {rank}, but its tensors are U {U.shape} and Vh {Vh.shape}; "
-            "expected U (N, rank) and Vh (rank, K)"
-        )
+    N, K = (*U.shape, 0)[0], (0, *Vh.shape)[-1]
+    check_factor(f"{name}.U", U, (N, rank))
+    check_factor(f"{name}.Vh", Vh, (rank, K))
+    check_rank(name, rank, (N, K))
+    extra = [bias] if bias is not None else []
+    for tensor in extra:
+        check_factor(f"{name}.bias", tensor, (N,))
     layer = _LAYER.search(name)
-    extra = 0 if bias is None else bias.parameters
     return LowRankModule(
         name=name,
         layer=int(layer[1]) if layer else 0,
         rank=rank,
-        out_features=U.shape[0],
-        in_features=Vh.shape[1],
-        parameters=U.parameters + Vh.parameters + extra,
-        dense_parameters=U.shape[0] * Vh.shape[1] + extra,
-        bytes=U.bytes + Vh.bytes + (0 if bias is None else bias.bytes),
+        out_features=N,
+        in_features=K,
+        parameters=sum(map(_parameters, (U, Vh, *extra))),
+        dense_parameters=N * K + sum(map(_parameters, extra)),
+        bytes=sum(map(_bytes, (U, Vh, *extra))),
     )
 
 

@@ -16,7 +16,6 @@ from grasp.checkpoint.inspection import Inspection, inspect_checkpoint
 from grasp.errors import CheckpointError, HubError
 from grasp.files import write_whole
 from grasp.formatting import one_line
-from grasp.loading import indexed_files
 from grasp.progress import Progress, no_progress
 
 # Reading any of these can run code on the machine of whoever loads the repository.
@@ -98,11 +97,6 @@ def require_complete(folder: Path) -> Inspection:
     if not checkpoint.modules:
         raise CheckpointError(
             f"{folder} is not compressed: its config.json has no ranks. Give a folder that `grasp compress` wrote"
-        )
-    shards = indexed_files(folder)
-    if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} of {len(shards)} shards, such as {missing[0]}; save the model again"
         )
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise CheckpointError(f"{folder} has no tokenizer; write one with tokenizer.save_pretrained")

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -19,6 +18,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from grasp.errors import CheckpointError, UnsupportedModelError
+from grasp.model.checkpoint_format import (
+    FORMAT_VERSION,
+    METHOD,
+    StoredTensor,
+    check_factor,
+    check_rank,
+    check_ranks,
+    read_headers,
+)
 from grasp.model.dense import DenseLinear, dense_shape
 from grasp.model.lowrank_linear import LowRankLinear, group_linears_
 from grasp.model.skeleton import skeleton
@@ -28,16 +36,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-METHOD = "grasp"
-FORMAT_VERSION = 1
-
-
 @dataclass(repr=False)
 class GraspQuantizationConfig(QuantizationConfigMixin):
     """The ``quantization_config`` in ``config.json`` of a compressed model: ``ranks`` maps paths of modules to their R.
 
     Raises:
-        CheckpointError: if this version of grasp cannot read ``format_version``, or a rank is not a positive integer.
+        CheckpointError: as ``check_ranks``.
     """
 
     quant_method: str = METHOD  # type: ignore[assignment]  # the base class's enum has only the built-in methods
@@ -45,16 +49,7 @@ class GraspQuantizationConfig(QuantizationConfigMixin):
     ranks: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.format_version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"checkpoint has format_version {self.format_version!r}, this version of grasp reads {FORMAT_VERSION}; "
-                "upgrade grasp-llm"
-            )
-        if not isinstance(self.ranks, dict):
-            raise CheckpointError(f"ranks must map module names to ranks, got {self.ranks!r}; save the model again")
-        for name, rank in self.ranks.items():
-            if type(rank) is not int or rank < 1:
-                raise CheckpointError(f"rank of {name} must be a positive integer, got {rank!r}; save the model again")
+        check_ranks(self.format_version, self.ranks)
 
     @classmethod
     def from_dict(
@@ -112,13 +107,13 @@ class GraspHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        shapes = _header(checkpoint_files or ())
-        self._tensor_names = frozenset(shapes)
+        tensors = read_headers(file for file in checkpoint_files or () if str(file).endswith(".safetensors"))
+        self._tensor_names = frozenset(tensors)
         paths = {path for path, _ in model.named_modules()}
         for name, rank in self.quantization_config.ranks.items():
             path = _resolve(model, name, paths)
             model.set_submodule(path, _empty_layer(name, model.get_submodule(path), rank))
-        _check_shapes(model, shapes)
+        _check_factors(model, tensors)
         keep_factors_whole_(model.tp_plan, [path for path, _ in _lowrank_layers(model)])
         return model
 
@@ -272,11 +267,7 @@ def _empty_layer(name: str, dense: nn.Module, rank: int) -> LowRankLinear:
     """A low-rank layer without data that replaces ``dense``."""
     if not isinstance(dense, (nn.Linear, Conv1D)):
         raise CheckpointError(f"ranks name {name}, a {type(dense).__name__}; expected a linear layer. Save it again.")
-    if rank > (limit := min(dense_shape(dense))):
-        raise CheckpointError(
-            f"rank {rank} of {name} is above {limit}, the highest rank of a weight of shape {dense_shape(dense)}; the "
-            "configuration was edited: save the model again"
-        )
+    check_rank(name, rank, dense_shape(dense))
     layer = LowRankLinear.like(dense, rank, device="meta")
     # While a model loads, GPT-2's initialisation reads `weight` of linears that it knows by name. This one has no data,
     # is not a parameter, and counts as initialised.
@@ -297,32 +288,15 @@ def _dense_layer(dense: DenseLinear, layer: LowRankLinear) -> DenseLinear:
     return dense.requires_grad_(layer.U.requires_grad)
 
 
-def _header(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in safetensors files, by name; other files are skipped."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, framework="pt") as tensors:
-                names = tensors.keys()
-                shapes.update({name: tuple(tensors.get_slice(name).get_shape()) for name in names})
-    return shapes
-
-
-def _check_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ``CheckpointError`` if a factor in the files does not have the shape that its rank requires."""
-    expected = {
-        f"{path}.{name}": tuple(parameter.shape)
-        for path, layer in _lowrank_layers(model)
-        for name, parameter in layer.named_parameters()
-    }
-    for name, shape in expected.items():
-        stored = next((shapes[spelling] for spelling in _spellings(model, name) if spelling in shapes), shape)
-        if stored != shape:
-            raise CheckpointError(
-                f"{name} has the shape {stored}, the ranks in config.json require {shape}; save the model again"
-            )
+def _check_factors(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise ``CheckpointError`` if a stored factor does not fit its rank, or has none."""
+    for path, layer in _lowrank_layers(model):
+        for name, parameter in layer.named_parameters():
+            for spelling in _spellings(model, f"{path}.{name}"):
+                if spelling in tensors:
+                    check_factor(spelling, tensors[spelling], tuple(parameter.shape))
     dense = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    for name in shapes:
+    for name in tensors:
         path, _, tensor = name.rpartition(".")
         if tensor in ("U", "Vh") and any(spelling in dense for spelling in _spellings(model, path)):
             raise CheckpointError(

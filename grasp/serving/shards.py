@@ -130,12 +130,14 @@ def local_columns(tensor: Tensor, width: int, piece: Piece) -> Tensor:
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    """Check the shape of a tensor of the checkpoint.
+    """Check the shape and the dtype of a tensor of the checkpoint.
 
     Raises:
-        CheckpointError: if it differs from ``expected``, which the architecture and the ranks require.
+        CheckpointError: if the shape is not ``expected``, or the dtype not a floating-point one.
     """
     if tuple(tensor.shape) != expected:
         raise CheckpointError(
             f"{name} has the shape {tuple(tensor.shape)}, config.json requires {expected}; save the model again"
         )
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{name} has the dtype {tensor.dtype}; expected a floating-point one. Save the model again")

@@ -26,7 +26,8 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from grasp.errors import CheckpointError, UnsupportedModelError
-from grasp.model.hf_quantizer import METHOD, GraspQuantizationConfig
+from grasp.model.checkpoint_format import METHOD, check_rank
+from grasp.model.hf_quantizer import GraspQuantizationConfig
 from grasp.serving.shards import (
     WHOLE,
     LocalLinear,
@@ -73,7 +74,7 @@ class GraspVllmConfig(QuantizationConfig):
         """Read the ``quantization_config`` of a ``config.json``.
 
         Raises:
-            CheckpointError: if its version is unknown, or a rank is not a positive integer.
+            CheckpointError: as ``check_ranks``.
         """
         return cls(dict(GraspQuantizationConfig.from_dict(dict(config)).ranks))
 
@@ -93,7 +94,7 @@ class GraspVllmConfig(QuantizationConfig):
             return GraspLinearMethod(names, self.ranks) if low_rank else UnquantizedLinearMethod()
         for name in self.ranks:
             expert = name.removeprefix(f"{prefix}.")
-            if name == prefix or (expert != name and expert[0].isdigit()):
+            if name == prefix or (expert != name and expert[:1].isdigit()):
                 raise UnsupportedModelError(
                     f"config.json has a rank for {name}, which vLLM serves with {type(layer).__name__}; expected ranks "
                     "of linear layers only. Compress without it, or serve this model with transformers."
@@ -135,6 +136,7 @@ class GraspLinearMethod(LinearMethodBase):
 
         Raises:
             UnsupportedModelError: if the number of the linear's outputs does not fit its parts.
+            CheckpointError: if a rank is above that of its weight.
         """
         pieces = (WHOLE,) * len(output_partition_sizes)
         if isinstance(layer, ColumnParallelLinear):
@@ -143,6 +145,8 @@ class GraspLinearMethod(LinearMethodBase):
         elif isinstance(layer, RowParallelLinear):
             self.columns = Piece(layer.tp_rank, layer.tp_size)
         self.parts = merged_linears(self.names, self.ranks, output_partition_sizes, pieces)
+        for part in self.parts:
+            check_rank(part.name, part.rank or 0, (part.checkpoint_rows, input_size))
         multiple = RANK_MULTIPLE if current_platform.is_cuda_alike() else 1
         self.sizes = tuple((part.rows, -(-(part.rank or 0) // multiple) * multiple) for part in self.parts)
         K = input_size_per_partition

@@ -77,6 +77,27 @@ def drop_factor(folder: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def edit_factors(folder: Path, edit: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    """Change both factors of one linear; the name of the linear."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(".U")).removesuffix(".U")
+    tensors |= {f"{name}.U": edit(tensors[f"{name}.U"]), f"{name}.Vh": edit(tensors[f"{name}.Vh"].mT).mT.contiguous()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return name
+
+
+def whole_numbers(folder: Path) -> None:
+    edit_factors(folder, lambda factor: factor.to(torch.int8))
+
+
+def rank_above_the_shape(folder: Path) -> None:
+    name = edit_factors(folder, lambda factor: torch.zeros(len(factor), 33))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["ranks"][name] = 33
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def cut(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
@@ -91,7 +112,7 @@ def set_config(**values: object) -> Callable[[Path], object]:
 
 
 def set_ranks(ranks: object) -> Callable[[Path], object]:
-    return set_config(quantization_config={"quant_method": "grasp", "ranks": ranks})
+    return set_config(quantization_config={"quant_method": "grasp", "format_version": 1, "ranks": ranks})
 
 
 def set_report(**values: object) -> Callable[[Path], object]:
@@ -105,7 +126,7 @@ def set_report(**values: object) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (edit_config, r"config.json gives .* rank \d+, but its tensors are U"),
+        (edit_config, r"\.U has the shape \(.*\), the ranks in config\.json require \("),
         (drop_factor, r"q_proj.U or .*q_proj.Vh is missing"),
         (cut, "model.safetensors cannot be read .* expected a complete safetensors file"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
@@ -118,7 +139,12 @@ def set_report(**values: object) -> Callable[[Path], object]:
         (set_config(quantization_config=[1]), r"config\.json: quantization_config must be a JSON object, got \[1\]"),
         (set_ranks(None), r"config\.json: ranks must map module names .*got None"),
         (set_ranks(["a"]), r"config\.json: ranks must map .*got \['a'\]"),
-        (set_ranks({"a": "1"}), r"config\.json: ranks must map .*got \{'a': '1'\}"),
+        (set_ranks({"a": "1"}), r"config\.json: rank of a must be a positive integer, got '1'"),
+        (set_ranks({"a": 0}), r"config\.json: rank of a must be a positive integer, got 0"),
+        (set_ranks({"a\x1b[2J": 1}), r"config\.json: ranks name 'a\\x1b\[2J', which is no path"),
+        (set_config(quantization_config={"quant_method": "grasp", "format_version": 2}), "format_version 2"),
+        (whole_numbers, r"\.U has the dtype I8; expected one of F64"),
+        (rank_above_the_shape, r"rank 33 of .* is above 32"),
         (set_report(block_influence=[]), r"report\.json: .*block_influence has 0 layers"),
         (set_report(block_influence="abc"), r"report\.json: .*block_influence must be numbers"),
         (set_report(after={"parameters": "x", "bytes": 1, "decoder_parameters": 1}), r"report\.json: .*got 'x'"),

@@ -288,6 +288,9 @@ def test_configuration_survives_json() -> None:
         ({"ranks": {}}, "format_version None"),
         ({"format_version": 1, "ranks": {}, "novelty": 1}, r"unknown keys \['novelty'\]; upgrade grasp-llm"),
         ({"format_version": 1, "ranks": ["a"]}, "must map module names to ranks"),
+        ({"format_version": 1, "ranks": {"a.experts.": 1}}, "'a.experts.', which is no path of a module"),
+        ({"format_version": 1, "ranks": {"a": 10**400}}, "ranks name the module a, which"),
+        ({"format_version": True, "ranks": {}}, "format_version True"),
         ({"format_version": 1, "ranks": {"a": 0}}, "rank of a must be a positive integer, got 0"),
         ({"format_version": 1, "ranks": {"a": 2.0}}, r"rank of a must be a positive integer, got 2\.0"),
         ({"format_version": 1, "ranks": {"a": True}}, "rank of a must be a positive integer, got True"),
@@ -313,6 +316,8 @@ def test_a_rank_that_does_not_match_the_tensors_is_refused(saved: Path, module: 
         ({"model.layers.7.mlp.up_proj": 3}, r"model\.layers\.7\.mlp\.up_proj, which Qwen2ForCausalLM does not have"),
         ({"model.layers.0.mlp": 3}, r"model\.layers\.0\.mlp, a Qwen2MLP; expected a linear layer"),
         ({"model.layers.0.mlp.up_proj": 33}, "rank 33 of .* is above 32"),
+        ({"model.layers.0.mlp.up_proj": 10**400}, "rank 1000.* is above 32"),
+        ({f"model.layers.{i}.mlp": 1 for i in range(3, 100_000)}, r"layers\.3\.mlp, which .* does not have"),
     ],
 )
 def test_ranks_of_modules_that_cannot_have_them_are_refused(saved: Path, edit: dict[str, int], message: str) -> None:
@@ -327,6 +332,15 @@ def test_a_checkpoint_without_a_factor_is_refused(saved: Path, tensor: str) -> N
     del tensors[tensor]
     save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=rf"lacks 1 tensors .*{tensor}"):
+        AutoModelForCausalLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("tensor", [f"{UP}.U", f"{UP}.Vh", "model.layers.1.self_attn.q_proj.bias"])
+def test_a_factor_of_whole_numbers_is_refused(saved: Path, tensor: str) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    tensors[tensor] = tensors[tensor].to(torch.int8)
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{tensor} has the dtype I8; expected one of F64"):
         AutoModelForCausalLM.from_pretrained(saved)
 
 

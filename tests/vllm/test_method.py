@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -142,6 +143,31 @@ def test_a_rank_for_something_else_than_a_linear_is_refused(path: str) -> None:
     config = GraspVllmConfig({"lm_head": 4, "m.experts.0.w1": 2})
     with pytest.raises(UnsupportedModelError, match=f"has a rank for {path}.*Embedding.*linear layers only"):
         config.get_quant_method(nn.Embedding(2, 2), path)
+
+
+@pytest.mark.parametrize("rank", [17, 10**6, 10**9, 10**400])
+def test_a_rank_above_that_of_the_weight_is_refused_before_memory_is_taken(rank: int) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=r"rank 1.* of m\.k_proj is above 16"):
+        method_for(linear(QKVParallelLinear), "m.qkv_proj", {"m.k_proj": rank}, HIDDEN, list(WIDTHS.values()))
+    with pytest.raises(CheckpointError, match=r"rank 1.* of m\.o_proj is above 10"):
+        method_for(linear(RowParallelLinear, 0, 2), "m.o_proj", {"m.o_proj": rank}, HIDDEN // 2, [10])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KB
+
+
+@pytest.mark.parametrize("ranks", [["m"], {"m.experts.": 4}, {"m": True}, {"m": 2.0}, {"": 1}, {"m\n": 1}])
+def test_ranks_that_no_module_can_have_are_refused(ranks: object) -> None:
+    with pytest.raises(CheckpointError, match="ranks? "):
+        GraspVllmConfig.from_config({"quant_method": "grasp", "format_version": 1, "ranks": ranks})
+
+
+def test_a_name_that_ends_like_an_expert_is_left_to_vllm() -> None:
+    assert GraspVllmConfig({"m.experts.": 4}).get_quant_method(nn.Module(), "m.experts") is None
+
+
+def test_a_factor_of_whole_numbers_is_refused(merged: tuple[LinearBase, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"m\.q_proj\.U has the dtype torch\.int8"):
+        load(merged[0], "U", torch.zeros(32, 9, dtype=torch.int8), "q")
 
 
 def test_a_configuration_of_the_future_is_refused() -> None:

@@ -1,0 +1,139 @@
+"""The limits of a checkpoint, which all its readers share: ranks, weight files, headers of tensors. Reads no weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from grasp.errors import CheckpointError
+from grasp.formatting import one_line
+
+METHOD = "grasp"
+FORMAT_VERSION = 1
+_INDEX = "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class StoredTensor(NamedTuple):
+    """A tensor as the header of its file describes it; ``dtype`` is a name of safetensors, such as ``"BF16"``."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def check_ranks(format_version: object, ranks: object) -> None:
+    """Check the version and the ranks of a ``quantization_config``, without the model.
+
+    Raises:
+        CheckpointError: if the version is unknown, or ``ranks`` does not map paths of modules to positive integers.
+    """
+    if type(format_version) is not int or format_version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"checkpoint has format_version {format_version!r:.80}, this version of grasp reads {FORMAT_VERSION}; "
+            "upgrade grasp-llm"
+        )
+    if not isinstance(ranks, Mapping):
+        raise CheckpointError(f"ranks must map module names to ranks, got {ranks!r:.80}; save the model again")
+    for name, rank in ranks.items():
+        if not (isinstance(name, str) and name.isprintable() and all(name.split("."))):
+            raise CheckpointError(f"ranks name {name!r:.80}, which is no path of a module; save the model again")
+        if type(rank) is not int or rank < 1:
+            raise CheckpointError(f"rank of {name} must be a positive integer, got {rank!r:.80}; save the model again")
+
+
+def check_rank(name: str, rank: int, shape: tuple[int, int]) -> None:
+    """Check the rank of a linear whose weight has the shape (N, K).
+
+    Raises:
+        CheckpointError: if it is above min(N, K).
+    """
+    if rank > min(shape):
+        raise CheckpointError(
+            f"rank {rank!s:.40} of {name} is above {min(shape)}, the highest rank of a weight of shape {shape}; the "
+            "configuration was edited: save the model again"
+        )
+
+
+def check_factor(name: str, stored: StoredTensor, shape: tuple[int, ...]) -> None:
+    """Check a tensor of a low-rank linear against the shape that its rank requires.
+
+    Raises:
+        CheckpointError: if the shape differs, or the dtype is not a floating-point one.
+    """
+    if stored.shape != shape:
+        raise CheckpointError(
+            f"{name} has the shape {stored.shape}, the ranks in config.json require {shape}; save the model again"
+        )
+    if stored.dtype not in _FLOATS:
+        raise CheckpointError(
+            f"{name} has the dtype {stored.dtype}; expected one of {', '.join(_FLOATS)}. Save the model again"
+        )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a folder: ``model.safetensors``, or the shards of its index, or all ``.safetensors``.
+
+    Raises:
+        CheckpointError: if there are none, the index cannot be read or leads out of the folder, or a shard is missing.
+    """
+    shards, single = _shards(folder), folder / "model.safetensors"
+    files = [single] if single.is_file() else shards or sorted(folder.glob("*.safetensors"))
+    if any(file.suffix != ".safetensors" for file in shards) or (not files and any(folder.glob("*.bin"))):
+        raise CheckpointError(
+            f"{folder} has pickled weights, such as .bin files, which can run code when read; expected .safetensors. "
+            "If you trust them, convert them: load the model with transformers and call save_pretrained"
+        )
+    if not files:
+        raise CheckpointError(f"{folder} has no .safetensors file; expected a folder that `grasp compress` wrote")
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of {len(files)} shards, such as {missing[0]}; save the model again"
+        )
+    return files
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files that the index of a folder names; none without an index."""
+    index = folder / _INDEX
+    if not index.is_file():
+        return []
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        targets = {name: (folder / name).resolve().parent for name in names}
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{index} cannot be read ({one_line(error)}); expected JSON with a weight_map. Save the model again"
+        ) from error
+    home = folder.resolve()
+    # The files of the hub's cache are links: models--owner--name/snapshots/REVISION/FILE → ../../blobs/DIGEST.
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    for name, target in targets.items():
+        if Path(name).name != name or target not in homes:
+            raise CheckpointError(f"{index} names {name!r:.80}, which is not in its folder; copy the file there")
+    return [folder / name for name in names]
+
+
+def read_headers(files: Iterable[str | Path]) -> dict[str, StoredTensor]:
+    """The tensors in safetensors files, by name.
+
+    Raises:
+        CheckpointError: if a file cannot be read, or two files have tensors of the same name.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="np") as handle:
+                for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                    if name in tensors:
+                        raise CheckpointError(
+                            f"{file} has the tensor {name}, which another file has too; save the model again"
+                        )
+                    piece = handle.get_slice(name)
+                    tensors[name] = StoredTensor(tuple(piece.get_shape()), piece.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read ({error}); expected a complete safetensors file") from error
+    return tensors
