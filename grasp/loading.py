@@ -345,13 +345,13 @@ def _require_own_files(name: str, config: PreTrainedConfig) -> None:
     for key in ("_attn_implementation", "_experts_implementation"):
         if "/" in str(kernel := getattr(config, key, None)):
             raise UnsupportedModelError(
-                f"the configuration of {name} asks for the kernel {kernel!r:.80}, which is code of the hub; expected none. "
-                f"Remove {key.removeprefix('_')} from config.json"
+                f"the configuration of {name} asks for the kernel {kernel!r:.80}, which is code of the hub; expected "
+                f"none. Remove {key.removeprefix('_')} from config.json"
             )
     if weights is not None and (Path(str(weights)).name != weights or not weights.endswith(".safetensors")):
         raise CheckpointError(
-            f"the configuration of {name} has transformers_weights {weights!r:.80}; expected the name of a .safetensors "
-            "file in its folder"
+            f"the configuration of {name} has transformers_weights {weights!r:.80}; expected the name of a "
+            ".safetensors file in its folder"
         )
 
 

@@ -176,7 +176,9 @@ def repeat_shard(folder: Path) -> None:
     names = ["model-1.safetensors", "model-2.safetensors"]
     shutil.copy(folder / "model.safetensors", folder / names[1])
     (folder / "model.safetensors").rename(folder / names[0])
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(zip("ab", names, strict=True))}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict(zip("ab", names, strict=True))})
+    )
 
 
 def pipe(folder: Path) -> None:
@@ -263,7 +265,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GraspError], str]] = {
     "the index is none": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
         CheckpointError,
-        "index.json cannot be read",
+        r"index\.json is a JSON list",
     ),
     "the index leads to another folder": (
         lambda folder: write_index(folder, '{"weight_map": {"lm_head.weight": "../other/model.safetensors"}}'),

@@ -221,6 +221,11 @@ def test_settings_out_of_range_are_refused(values: dict[str, Any], words: str) -
 def test_models_and_data_that_cannot_be_trained_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="has no low-rank linears to train"):
         recover_(tiny_model("llama"), TRAIN, HELD_OUT)
+    model = compressed()
+    layer = next(module for module in model.modules() if isinstance(module, LowRankLinear))
+    layer.U = nn.Parameter(layer.U.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match=r"U has the dtype torch\.int8"):
+        recover_(model, TRAIN, HELD_OUT)
     with pytest.raises(ValueError, match="gradients overflow in float16; load the model in bfloat16 or float32"):
         recover_(compressed(dtype=torch.float16), TRAIN, HELD_OUT)
     with pytest.raises(ValueError, match="got 10 sequences and 0 held out"):

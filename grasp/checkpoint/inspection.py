@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
 from grasp.errors import CheckpointError
@@ -23,6 +22,7 @@ from grasp.model.checkpoint_format import (
     weight_files,
 )
 from grasp.model.families import family_of
+from grasp.reading import read_json
 
 _LAYER = re.compile(r"\.(\d+)\.(.+)$")  # model.layers.3.mlp.up_proj → 3, mlp.up_proj
 _NORM = re.compile(r"norm|(^|\.)ln_")
@@ -117,7 +117,8 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
         617280
     """
     directory = Path(directory)
-    config = _read_config(directory)
+    expected = "the configuration of a checkpoint that `grasp compress` wrote"
+    config = read_json(directory / "config.json", expected, CheckpointError, finite=False)
     ranks = _ranks(config, directory / "config.json")
     tensors = read_headers(weight_files(directory))
     parts: dict[str, list[StoredTensor]] = defaultdict(list)
@@ -146,19 +147,6 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
 def short_name(module: str) -> str:
     """The last part of a module's path: ``"q_proj"``."""
     return module.rpartition(".")[2]
-
-
-def _read_config(directory: Path) -> Mapping[str, Any]:
-    path = directory / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; expected a folder that `grasp compress` wrote")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); expected the file that transformers wrote") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a {type(config).__name__}; expected a JSON object")
-    return config
 
 
 def _ranks(config: Mapping[str, Any], path: Path) -> dict[str, int]:

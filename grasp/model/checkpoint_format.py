@@ -1,16 +1,15 @@
-"""The limits of a checkpoint, which all its readers share: ranks, weight files, headers of tensors. Reads no weights."""
+"""The limits of a checkpoint that all its readers share: ranks, weight files, headers of tensors."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from grasp.errors import CheckpointError
-from grasp.formatting import one_line
+from grasp.reading import read_json
 
 METHOD = "grasp"
 FORMAT_VERSION = 1
@@ -101,20 +100,24 @@ def _shards(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if not index.is_file():
         return []
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        targets = {name: (folder / name).resolve().parent for name in names}
-    except (ValueError, LookupError, TypeError, AttributeError, OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{index} cannot be read ({one_line(error)}); expected JSON with a weight_map. Save the model again"
-        ) from error
+    expected = "JSON with a weight_map; save the model again"
+    weight_map = read_json(index, expected, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map of names; expected {expected}")
     home = folder.resolve()
     # The files of the hub's cache are links: models--owner--name/snapshots/REVISION/FILE → ../../blobs/DIGEST.
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    for name, target in targets.items():
-        if Path(name).name != name or target not in homes:
+    for name in (names := sorted(set(weight_map.values()))):
+        if Path(name).name != name or not _lies_in(folder / name, homes):
             raise CheckpointError(f"{index} names {name!r:.80}, which is not in its folder; copy the file there")
     return [folder / name for name in names]
+
+
+def _lies_in(file: Path, homes: Sequence[Path]) -> bool:
+    try:
+        return file.resolve().parent in homes
+    except (OSError, RuntimeError, ValueError):  # the name is too long, or has NUL; or a loop of links
+        return False
 
 
 def read_headers(files: Iterable[str | Path]) -> dict[str, StoredTensor]:

@@ -140,4 +140,6 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
             f"{name} has the shape {tuple(tensor.shape)}, config.json requires {expected}; save the model again"
         )
     if not tensor.is_floating_point():
-        raise CheckpointError(f"{name} has the dtype {tensor.dtype}; expected a floating-point one. Save the model again")
+        raise CheckpointError(
+            f"{name} has the dtype {tensor.dtype}; expected a floating-point one. Save the model again"
+        )

@@ -157,7 +157,7 @@ def test_a_rank_above_that_of_the_weight_is_refused_before_memory_is_taken(rank:
 
 @pytest.mark.parametrize("ranks", [["m"], {"m.experts.": 4}, {"m": True}, {"m": 2.0}, {"": 1}, {"m\n": 1}])
 def test_ranks_that_no_module_can_have_are_refused(ranks: object) -> None:
-    with pytest.raises(CheckpointError, match="ranks? "):
+    with pytest.raises(CheckpointError, match="save the model again"):
         GraspVllmConfig.from_config({"quant_method": "grasp", "format_version": 1, "ranks": ranks})
 
 
