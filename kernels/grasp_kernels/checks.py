@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
-from grasp_kernels.reference import Factors
+from grasp_kernels.reference import ACTIVATIONS, Factors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_factors(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None = None) -> None:
-    """Check that the factors apply to ``x``. A valid call passes one test of 1 µs; the others find what is wrong.
+    """Check that the factors apply to ``x``. A valid call passes one test of 2 µs; the others find what is wrong.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not agree.
+        TypeError: if an argument is not a tensor.
+        ValueError: if a tensor is not dense, or shapes, dtypes or devices do not agree.
     """
-    if not _agree(x, U, s, Vh, bias):
+    try:
+        agree = _agree(x, U, s, Vh, bias)
+    except (AttributeError, RuntimeError):  # not a tensor; a nested tensor, which has no shape
+        agree = False
+    if not agree:
         factors = Factors(U, s, Vh, bias)
+        _check_dense(x=x, U=U, Vh=Vh)
+        _check_optional(s=s, bias=bias)
         _check_shapes(x, factors)
         _check_dtypes(x, factors)
         _check_devices(x, factors)
+
+
+def check_glu(x: Tensor, gate: Factors, up: Factors, activation: str) -> None:
+    """Check the arguments of ``lowrank_glu``.
+
+    Raises:
+        TypeError: if an argument is not a tensor, or the activation is not a string.
+        ValueError: if the activation is unknown, the widths differ, or a factor does not apply to ``x``.
+    """
+    if not isinstance(activation, str):
+        raise TypeError(f"activation must be a string, got {_type(activation)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    check_factors(x, *gate)
+    check_factors(x, *up)
+    if gate.U.shape[0] != up.U.shape[0]:
+        raise ValueError(f"gate and up must have one width, got {gate.U.shape[0]} and {up.U.shape[0]}")
 
 
 def check_singular_value_grad(
@@ -29,9 +55,12 @@ def check_singular_value_grad(
     """Check the arguments of ``singular_value_grad`` but not the values of ``cu_seqlens``.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not agree.
+        TypeError: if an argument is not a tensor.
+        ValueError: if a tensor is not dense, or shapes, dtypes or devices do not agree.
     """
     check_factors(x, U, None, Vh)
+    _check_dense(grad_y=grad_y)
+    _check_optional(mask=mask, cu_seqlens=cu_seqlens)
     if grad_y.shape != (*x.shape[:-1], U.shape[0]):
         raise ValueError(f"grad_y must be {(*x.shape[:-1], U.shape[0])}, got {_shape(grad_y)}")
     if grad_y.dtype != x.dtype or grad_y.device != x.device:
@@ -41,12 +70,51 @@ def check_singular_value_grad(
             f"mask must be bool {_shape(x)[:-1]} on {x.device}, got {mask.dtype} {_shape(mask)} on {mask.device}"
         )
     if cu_seqlens is not None:
-        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"cu_seqlens must be (B + 1,) int32 or int64 with B >= 1, got {_shape(cu_seqlens)} {cu_seqlens.dtype}"
-            )
+        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"cu_seqlens must be (B + 1,) int32 or int64, got {_shape(cu_seqlens)} {cu_seqlens.dtype}")
         if cu_seqlens.device != x.device:
             raise ValueError(f"cu_seqlens must be on the device of x, {x.device}, got {cu_seqlens.device}")
+
+
+def check_castable(**tensors: Tensor | None) -> None:
+    """Check that autocast can cast the tensors: the dtypes may differ.
+
+    Raises:
+        TypeError: if an argument is not a tensor.
+        ValueError: if one is not dense or not floating point.
+    """
+    _check_optional(**tensors)
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {tensor.dtype}")
+
+
+def to_factors(name: str, value: object) -> Factors:
+    """A group of factors, given as ``Factors`` or as another tuple of four.
+
+    Raises:
+        TypeError: if it is neither; the message has ``name``.
+    """
+    if type(value) is Factors:
+        return value
+    if isinstance(value, tuple) and len(value) == len(Factors._fields):
+        return Factors(*value)
+    raise TypeError(f"{name} must be Factors(U, s, Vh, bias), got {_type(value)}")
+
+
+def to_groups(op: str, factors: Iterable[object]) -> tuple[Factors, ...]:
+    """Several groups as a tuple, which another thread cannot change between a check and its use.
+
+    Raises:
+        TypeError: if ``factors`` is not a sequence of groups.
+        ValueError: if it is empty; the message has the name of the op.
+    """
+    if not isinstance(factors, Sequence) or isinstance(factors, str):
+        raise TypeError(f"factors must be a list or tuple of Factors(U, s, Vh, bias), got {_type(factors)}")
+    groups = tuple([to_factors("each of factors", group) for group in factors])
+    if not groups:
+        raise ValueError(f"{op} needs at least one Factors(U, s, Vh, bias), got none")
+    return groups
 
 
 def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
@@ -62,6 +130,19 @@ def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
         raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens, got {bounds}")
 
 
+def _check_optional(**tensors: object) -> None:
+    _check_dense(**{name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+
+def _check_dense(**tensors: object) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {_type(tensor)}")
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            kind = "a nested tensor" if tensor.is_nested else f"the layout {tensor.layout}"
+            raise ValueError(f"{name} must be a dense tensor, got {kind}")
+
+
 def _agree(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None) -> bool:
     left, right, dtype, device = U.shape, Vh.shape, x.dtype, x.device
     return (
@@ -73,9 +154,14 @@ def _agree(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | No
         and 0 not in right
         and U.dtype == dtype == Vh.dtype
         and U.device == device == Vh.device
-        and (s is None or (s.shape == left[1:] and s.dtype in (torch.float32, dtype) and s.device == device))
-        and (bias is None or (bias.shape == left[:1] and bias.dtype == dtype and bias.device == device))
+        and x.layout is U.layout is Vh.layout is torch.strided
+        and (s is None or (s.dtype in (torch.float32, dtype) and _is_vector(s, left[1:], device)))
+        and (bias is None or (bias.dtype == dtype and _is_vector(bias, left[:1], device)))
     )
+
+
+def _is_vector(tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> bool:
+    return tensor.shape == shape and tensor.device == device and tensor.layout is torch.strided
 
 
 def _check_shapes(x: Tensor, factors: Factors) -> None:
@@ -109,3 +195,7 @@ def _check_devices(x: Tensor, factors: Factors) -> None:
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
+
+
+def _type(value: object) -> str:
+    return f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__

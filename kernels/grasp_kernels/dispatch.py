@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grasp_kernels.checks import DTYPES
 from grasp_kernels.extension import module_missing
 
 OPS = ("lowrank_linear", "lowrank_linear_grouped", "lowrank_glu", "singular_value_grad")
@@ -204,6 +205,19 @@ def objection(row: Backend, call: OpCall, *, named: bool = True) -> str | None:
     return backend_missing(row.name) or row.refuses(call) or (None if named else row.avoids(call))
 
 
+def check_backend(name: str) -> None:
+    """Check that ``name`` is ``"auto"`` or a row of the table.
+
+    Raises:
+        TypeError: if it is not a string.
+        ValueError: if it is not a name of the table.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be a string, got {type(name).__name__}")
+    if name != "auto":
+        _row(name)
+
+
 @functools.lru_cache(maxsize=4096)
 def select(backend: str, op: str, device: torch.device, dtype: torch.dtype, rows: int, rank: int) -> Callable[..., Any]:
     """The function that runs a call; answers are cached, because every call asks. See ``OpCall`` for the arguments.
@@ -265,7 +279,8 @@ def explain(
         with ``"direct"`` if a compiled op runs the call without PyTorch's dispatcher, else with ``"registered op"``.
 
     Raises:
-        ValueError: if ``op`` is not an op.
+        TypeError: if an argument has another type.
+        ValueError: if ``op`` is not an op, no op takes the dtype, PyTorch has no such device, or a number is too small.
 
     Example:
         >>> from grasp_kernels import explain
@@ -273,9 +288,8 @@ def explain(
         >>> answers["cpu"], answers["reference"], answers["path"]
         (..., 'chosen', 'registered op: reference has no direct path')
     """
-    if op not in OPS:
-        raise ValueError(f"unknown op {op!r}; the ops are {', '.join(OPS)}")
-    call = OpCall(op, torch.device(device), dtype, rows, rank)
+    call = OpCall(op, _to_device(device), dtype, rows, rank)
+    _check_call(call, groups)
     answers: dict[str, str] = {}
     chosen: Backend | None = None
     for row in BACKENDS:
@@ -285,6 +299,31 @@ def explain(
     if chosen is not None:
         answers["path"] = _explain_path(chosen, op, groups)
     return answers
+
+
+def _to_device(device: torch.device | str) -> torch.device:
+    if not isinstance(device, torch.device | str):
+        raise TypeError(f"device must be a torch.device or a string, got {type(device).__name__}")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}; expected a name such as 'cpu' or 'cuda:0'") from error
+
+
+def _check_call(call: OpCall, groups: int) -> None:
+    """Check the arguments of ``explain``."""
+    for name, value, kind in (("op", call.op, str), ("dtype", call.dtype, torch.dtype)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+    if call.op not in OPS:
+        raise ValueError(f"unknown op {call.op!r}; the ops are {', '.join(OPS)}")
+    if call.dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {call.dtype}")
+    for name, number, least in (("rows", call.rows, 0), ("rank", call.rank, 1), ("groups", groups, 1)):
+        if not isinstance(number, int):
+            raise TypeError(f"{name} must be an integer, got {type(number).__name__}")
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
 
 
 def _chosen(call: OpCall) -> Backend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,15 +18,21 @@ def regroup(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> lis
     Args:
         columns: the U, s, Vh and bias of all groups, without the absent ones.
         present: 4 per group: which of U, s, Vh and bias it has.
+
+    Raises:
+        ValueError: if there is no group, a group lacks U or Vh, or a list has not one tensor for each that is present.
     """
+    given = [len(column) for column in columns]
+    groups = len(present) // 4
+    needed = [sum(present[i::4]) for i in range(4)]
+    if given != needed or not 0 < len(present) == 4 * groups or given[0] != groups or given[2] != groups:
+        raise ValueError(
+            "present must tell of each group which of U, s, Vh and bias it has, always U and Vh, and the lists must "
+            f"have one tensor for each; got {list(present)} and lists of {', '.join(map(str, given))}"
+        )
     remaining = [iter(column) for column in columns]
-    groups = []
-    for i in range(0, len(present), 4):
-        U, s, Vh, bias = (next(c) if p else None for c, p in zip(remaining, present[i : i + 4], strict=True))
-        assert U is not None
-        assert Vh is not None
-        groups.append(Factors(U, s, Vh, bias))
-    return groups
+    flat = [next(column) if p else None for column, p in zip(itertools.cycle(remaining), present, strict=False)]
+    return [Factors(*flat[i : i + 4]) for i in range(0, len(flat), 4)]  # type: ignore[arg-type]
 
 
 def _factor_grads(

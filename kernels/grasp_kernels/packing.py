@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grasp_kernels.checks import check_factors, to_groups
 from grasp_kernels.reference import Factors
 
 RANK_MULTIPLE = 16
@@ -26,7 +27,8 @@ def pack_factors(factors: Sequence[Factors]) -> list[Factors]:
         factors: U (N_i, R_i), s (R_i,) or ``None``, Vh (R_i, K), bias (N_i,) or ``None``, of one K, dtype and device.
 
     Raises:
-        ValueError: if ``factors`` is empty, or the Vh differ in K, dtype or device.
+        TypeError: if ``factors`` is not a sequence of ``Factors`` of tensors.
+        ValueError: if ``factors`` is empty, a group's tensors do not agree, or the Vh differ in K, dtype or device.
 
     Example:
         >>> import torch
@@ -35,8 +37,9 @@ def pack_factors(factors: Sequence[Factors]) -> list[Factors]:
         >>> packed.U.shape, packed.Vh.shape
         (torch.Size([32, 16]), torch.Size([16, 64]))
     """
-    if not factors:
-        raise ValueError("pack_factors needs at least one Factors(U, s, Vh, bias), got none")
+    factors = to_groups("pack_factors", factors)
+    for group in factors:
+        check_factors(group.Vh, *group)
     kinds = {(group.Vh.shape[1], group.Vh.dtype, group.Vh.device) for group in factors}
     if len(kinds) > 1:
         raise ValueError(f"the Vh of a group must agree in K, dtype and device, got {sorted(map(str, kinds))}")

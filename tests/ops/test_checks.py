@@ -1,12 +1,23 @@
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from grasp_kernels import Factors, lowrank_glu, lowrank_linear, lowrank_linear_grouped, singular_value_grad
+from grasp_kernels import (
+    Factors,
+    explain,
+    lowrank_glu,
+    lowrank_linear,
+    lowrank_linear_grouped,
+    pack_factors,
+    singular_value_grad,
+)
 
 x, U, Vh = torch.zeros(3, 8), torch.zeros(6, 2), torch.zeros(2, 8)
 s, bias, grad_y = torch.ones(2), torch.zeros(6), torch.zeros(3, 6)
@@ -56,8 +67,8 @@ GRADIENT: dict[str, tuple[dict[str, Any], str]] = {
     "mask of numbers": ({"mask": torch.ones(3)}, r"mask .*bool \(3,\).*torch\.float32"),
     "mask of another length": ({"mask": torch.ones(4, dtype=torch.bool)}, r"mask .*bool \(3,\).*\(4,\)"),
     "bounds as a matrix": ({"cu_seqlens": torch.tensor([[0, 3]])}, r"cu_seqlens .*\(B \+ 1,\).*\(1, 2\)"),
-    "one bound": ({"cu_seqlens": torch.tensor([0])}, r"cu_seqlens .*\(1,\)"),
-    "bounds in floating point": ({"cu_seqlens": torch.tensor([0.0, 3.0])}, r"int32 or int64 .* torch\.float32"),
+    "one bound": ({"cu_seqlens": torch.tensor([0])}, r"cu_seqlens .*3 tokens.*\[0\]"),
+    "bounds in floating point": ({"cu_seqlens": torch.tensor([0.0, 3.0])}, r"int32 or int64.* torch\.float32"),
     "bounds elsewhere": ({"cu_seqlens": torch.zeros(2, dtype=torch.int64, device=meta)}, "cu_seqlens .*cpu.*meta"),
     "bounds from 1": ({"cu_seqlens": torch.tensor([1, 3])}, r"cu_seqlens .*3 tokens.*\[1, 3\]"),
     "bounds that end early": ({"cu_seqlens": torch.tensor([0, 2])}, r"cu_seqlens .*3 tokens.*\[0, 2\]"),
@@ -106,3 +117,88 @@ OTHERS: dict[str, tuple[Callable[[], object], str]] = {
 def test_groups_that_do_not_agree_are_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def wrong_values() -> dict[str, Any]:
+    """Values that no argument takes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # prototypes and deprecations of PyTorch
+        return {
+            "array": np.zeros((3, 8)),
+            "list": [[1.0]],
+            "integer": 3,
+            "tuple": (x,),
+            "COO": x.to_sparse(),
+            "CSR": x.to_sparse_csr(),
+            "MKL-DNN": x.to_mkldnn(),
+            "quantized": torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+            "nested": torch.nested.nested_tensor([x, x]),
+            "jagged": torch.nested.nested_tensor([x, x], layout=torch.jagged),
+            "complex": x.to(torch.complex64),
+            "bool": x.bool(),
+            "int8": x.to(torch.int8),
+            "float8": x.to(torch.float8_e4m3fn),
+        }
+
+
+group = Factors(U, s, Vh, bias)
+# A call with a wrong value in each place in turn.
+PLACES: dict[str, Callable[[Any], object]] = {
+    **{name: functools.partial(lambda name, value: linear(**{name: value}), name) for name in ("x", *Factors._fields)},
+    "backend": lambda value: linear(backend=value),
+    "factors": lambda value: lowrank_linear_grouped(x, value),
+    "a group": lambda value: lowrank_linear_grouped(x, [group, value]),
+    "a group's U": lambda value: lowrank_linear_grouped(x, [group, group._replace(U=value)]),
+    "a group's s": lambda value: lowrank_linear_grouped(x, [group, group._replace(s=value)]),
+    "x of groups": lambda value: lowrank_linear_grouped(value, [group]),
+    "gate": lambda value: lowrank_glu(x, value, group),
+    "up": lambda value: lowrank_glu(x, group, value),
+    "the gate's bias": lambda value: lowrank_glu(x, group._replace(bias=value), group),
+    "activation": lambda value: lowrank_glu(x, group, group, activation=value),
+    "second_moment": lambda value: gradient(second_moment=value),
+    "per_sample": lambda value: gradient(per_sample=value),
+    "cu_seqlens": lambda value: gradient(cu_seqlens=value),
+    "mask": lambda value: gradient(mask=value),
+    "grad_y": lambda value: gradient(grad_y=value),
+    "x of the gradient": lambda value: gradient(x=value),
+    "pack_factors": pack_factors,
+    "a packed group": lambda value: pack_factors([value]),
+    "a packed U": lambda value: pack_factors([group._replace(U=value)]),
+    "a packed s": lambda value: pack_factors([group._replace(s=value)]),
+    "a packed Vh": lambda value: pack_factors([group._replace(Vh=value)]),
+    "a packed bias": lambda value: pack_factors([group._replace(bias=value)]),
+    "op": lambda value: explain(value, rows=1, rank=1),
+    "rows": lambda value: explain("lowrank_glu", rows=str(value), rank=1),  # type: ignore[arg-type]
+    "rank": lambda value: explain("lowrank_glu", rows=1, rank=str(value)),  # type: ignore[arg-type]
+    "dtype": lambda value: explain("lowrank_glu", rows=1, rank=1, dtype=value),
+    "device": lambda value: explain("lowrank_glu", rows=1, rank=1, device=value),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("call", PLACES.values(), ids=PLACES)
+def test_wrong_types_and_layouts_are_refused(call: Callable[[Any], object], autocast: bool) -> None:
+    for name, value in wrong_values().items():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises((TypeError, ValueError)) as caught:
+            call(value)
+        message = str(caught.value)
+        assert "got" in message or "unknown" in message, name
+        assert "\n" not in message, name
+
+
+def test_the_message_has_the_type_or_the_layout() -> None:
+    with pytest.raises(TypeError, match="U must be a tensor, got ndarray"):
+        linear(U=np.zeros(2))
+    with pytest.raises(ValueError, match=r"U must be a dense tensor, got the layout torch\.sparse"):
+        linear(U=U.to_sparse())
+
+
+def test_explain_refuses_calls_that_no_op_takes() -> None:
+    for changes in ({"dtype": torch.int8}, {"device": "abacus"}, {"rows": -1}, {"rank": 0}, {"groups": 0}):
+        with pytest.raises(ValueError, match=r"got|unknown"):
+            explain("lowrank_linear", **{"rows": 1, "rank": 1, **changes})  # type: ignore[arg-type]
+
+
+def test_any_tuple_of_four_is_a_group_on_every_path() -> None:
+    for backend in ("auto", "reference"):
+        assert lowrank_linear_grouped(x, [(U, s, Vh, bias)], backend=backend)[0].shape == (3, 6)  # type: ignore[list-item]

@@ -22,6 +22,7 @@ from grasp_kernels import (
     lowrank_linear,
     lowrank_linear_grouped,
     ops,
+    registered,
     singular_value_grad,
 )
 from grasp_kernels.dispatch import CPU_ROWS, backend_missing
@@ -203,7 +204,7 @@ def selections(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         modules.append(function.__module__)
         return function
 
-    monkeypatch.setattr(ops, "select", select)
+    monkeypatch.setattr(registered, "select", select)
     return modules
 
 

@@ -1,0 +1,204 @@
+"""The registered ops ``torch.ops.grasp``: their implementations, checks, fake tensors and gradients.
+
+A caller of ``torch.ops.grasp``, or of a compiled or exported program, passes by the public functions of ``ops.py``. So
+a registered op checks its arguments too. The public functions call the implementations, which do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grasp_kernels import gradients
+from grasp_kernels.checks import check_bounds, check_factors, check_glu, check_singular_value_grad
+from grasp_kernels.dispatch import check_backend, select
+from grasp_kernels.reference import Factors, accumulation_dtype
+
+_library = torch.library.Library("grasp", "DEF")
+_FACTORS = "Tensor {0}U, Tensor? {0}s, Tensor {0}Vh, Tensor? {0}bias"
+_SCHEMAS = {
+    "lowrank_linear": f"(Tensor x, {_FACTORS.format('')}, str backend) -> Tensor",
+    "lowrank_linear_grouped": (
+        # Autograd supports lists of tensors, but not of optional ones: `present` tells which of the 4 each group has.
+        "(Tensor x, Tensor[] U, Tensor[] s, Tensor[] Vh, Tensor[] bias, bool[] present, str backend) -> Tensor[]"
+    ),
+    "lowrank_glu": (
+        f"(Tensor x, {_FACTORS.format('gate_')}, {_FACTORS.format('up_')}, str activation, str backend) -> Tensor"
+    ),
+    "singular_value_grad": (
+        "(Tensor x, Tensor grad_y, Tensor U, Tensor Vh, Tensor? cu_seqlens, bool per_sample, str second_moment, "
+        "Tensor? mask, str backend) -> (Tensor, Tensor)"
+    ),
+}
+
+
+def _select(backend: str, op: str, x: Tensor, rank: int) -> Callable[..., Any]:
+    return select(backend, op, x.device, x.dtype, x.numel() // x.shape[-1], rank)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., K) → (M, K)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _unrows(y: Tensor, x: Tensor) -> Tensor:
+    """(M, N) → (..., N), with the leading dimensions of ``x``."""
+    if x.dim() == 2:
+        return y
+    *leading, _ = x.shape
+    return y.view(*leading, y.shape[-1])
+
+
+def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """Run a checked call of ``lowrank_linear`` with the backend that the table selects."""
+    run = _select(backend, "lowrank_linear", x, U.shape[1])
+    return _unrows(run(_rows(x), U, s, Vh, bias), x)
+
+
+def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors], backend: str) -> list[Tensor]:
+    """Run a checked call of ``lowrank_linear_grouped`` with the backend that the table selects."""
+    run = _select(backend, "lowrank_linear_grouped", x, max(group.U.shape[1] for group in factors))
+    return [_unrows(y, x) for y in run(_rows(x), factors)]
+
+
+def lowrank_glu(x: Tensor, gate: Factors, up: Factors, activation: str, backend: str) -> Tensor:
+    """Run a checked call of ``lowrank_glu`` with the backend that the table selects."""
+    run = _select(backend, "lowrank_glu", x, max(gate.U.shape[1], up.U.shape[1]))
+    return _unrows(run(_rows(x), gate, up, activation), x)
+
+
+def singular_value_grad(
+    x: Tensor,
+    grad_y: Tensor,
+    U: Tensor,
+    Vh: Tensor,
+    cu_seqlens: Tensor | None,
+    per_sample: bool,
+    second_moment: str,
+    mask: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Run a checked call of ``singular_value_grad`` with the backend that the table selects; check its bounds.
+
+    Raises:
+        ValueError: if ``cu_seqlens`` does not rise from 0 to the number of tokens.
+    """
+    run = _select(backend, "singular_value_grad", x, U.shape[1])
+    x, grad_y, mask = _rows(x), _rows(grad_y), None if mask is None else mask.reshape(-1)
+    if cu_seqlens is not None:
+        check_bounds(cu_seqlens, x.shape[0])
+    if x.shape[0] == 0:
+        first, second = _singular_value_grad_fake(x, grad_y, U, Vh, cu_seqlens, per_sample, second_moment)
+        return first.zero_(), second.zero_()
+    return run(x, grad_y, U, Vh, cu_seqlens, per_sample, second_moment, mask)
+
+
+def _lowrank_linear_fake(x: Tensor, U: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], U.shape[0])
+
+
+def _lowrank_linear_grouped_fake(x: Tensor, factors: Sequence[Factors], _: str) -> list[Tensor]:
+    return [_lowrank_linear_fake(x, group.U) for group in factors]
+
+
+def _lowrank_glu_fake(x: Tensor, gate: Factors, *_: Any) -> Tensor:
+    return _lowrank_linear_fake(x, gate.U)
+
+
+def _singular_value_grad_fake(
+    x: Tensor, grad_y: Tensor, U: Tensor, Vh: Tensor, cu_seqlens: Tensor | None, per_sample: bool, unit: str, *_: Any
+) -> tuple[Tensor, Tensor]:
+    shape: tuple[int, ...] = (U.shape[1],)
+    if per_sample:
+        assert cu_seqlens is not None
+        shape = (cu_seqlens.shape[0] - 1, U.shape[1])
+    dtype = accumulation_dtype(x.dtype)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(0 if unit == "none" else shape, dtype=dtype)
+
+
+# --- from the arguments of a registered op to the checked arguments of its implementation -----------------------------
+
+
+def _check_lowrank_linear(x: Tensor, *args: Any) -> tuple[Any, ...]:
+    check_factors(x, *args[:4])
+    return x, *args
+
+
+def _check_lowrank_linear_grouped(x: Tensor, *args: Any) -> tuple[Any, ...]:
+    groups = gradients.regroup(args[:4], args[4])
+    for group in groups:
+        check_factors(x, *group)
+    return x, groups, args[5]
+
+
+def _check_lowrank_glu(x: Tensor, *args: Any) -> tuple[Any, ...]:
+    gate, up = Factors(*args[:4]), Factors(*args[4:8])
+    check_glu(x, gate, up, args[8])
+    return x, gate, up, *args[8:]
+
+
+def _check_singular_value_grad(*args: Any) -> tuple[Any, ...]:
+    x, grad_y, U, Vh, cu_seqlens, per_sample, second_moment, mask, _ = args
+    check_singular_value_grad(x, grad_y, U, Vh, cu_seqlens, mask)
+    if second_moment not in ("none", "token", "sample"):
+        raise ValueError(f"second_moment must be 'none', 'token' or 'sample', got {second_moment!r}")
+    if cu_seqlens is None and (per_sample or second_moment == "sample"):
+        raise ValueError("per_sample and the second moment 'sample' need cu_seqlens, got None")
+    return args
+
+
+class _Op(NamedTuple):
+    check: Callable[..., tuple[Any, ...]]
+    implementation: Callable[..., Any]
+    fake: Callable[..., Any]
+    setup: Callable[..., None]
+    backward: Callable[..., tuple[Any, ...]]
+
+    def checked(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """``run``, the implementation or the fake, as a function of the registered op's arguments."""
+
+        def run_checked(*args: Any) -> Any:
+            check_backend(args[-1])
+            return run(*self.check(*args))
+
+        return run_checked
+
+
+_OPS = {
+    "lowrank_linear": _Op(
+        _check_lowrank_linear,
+        lowrank_linear,
+        _lowrank_linear_fake,
+        gradients.lowrank_linear_setup,
+        gradients.lowrank_linear_backward,
+    ),
+    "lowrank_linear_grouped": _Op(
+        _check_lowrank_linear_grouped,
+        lowrank_linear_grouped,
+        _lowrank_linear_grouped_fake,
+        gradients.lowrank_linear_grouped_setup,
+        gradients.lowrank_linear_grouped_backward,
+    ),
+    "lowrank_glu": _Op(
+        _check_lowrank_glu,
+        lowrank_glu,
+        _lowrank_glu_fake,
+        gradients.lowrank_glu_setup,
+        gradients.lowrank_glu_backward,
+    ),
+    "singular_value_grad": _Op(
+        _check_singular_value_grad,
+        singular_value_grad,
+        _singular_value_grad_fake,
+        gradients.singular_value_grad_setup,
+        gradients.singular_value_grad_backward,
+    ),
+}
+for _name, _op in _OPS.items():
+    _library.define(_name + _SCHEMAS[_name])
+    _library.impl(_name, _op.checked(_op.implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"grasp::{_name}", _op.checked(_op.fake), lib=_library)
+    torch.library.register_autograd(f"grasp::{_name}", _op.backward, setup_context=_op.setup, lib=_library)

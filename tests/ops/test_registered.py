@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+x, U, s, Vh, bias = torch.zeros(3, 8), torch.zeros(6, 2), torch.ones(2), torch.zeros(2, 8), torch.zeros(6)
+grad_y, group = torch.zeros(3, 6), (U, s, Vh, bias)
+# Calls of registered ops that a public function would never make: (op, its arguments but the backend, message).
+CALLS: dict[str, tuple[str, tuple[Any, ...], str]] = {
+    "a short s": ("lowrank_linear", (x, U, s[:1], Vh, bias), r"s must be \(2,\), got \(1,\)"),
+    "a short bias": ("lowrank_linear", (x, U, s, Vh, bias[:1]), r"bias must be \(6,\), got \(1,\)"),
+    "a half-precision U": ("lowrank_linear", (x, U.half(), s, Vh, bias), r"U .*torch\.float32, got torch\.float16"),
+    "a short Vh": ("lowrank_linear", (x, U, s, Vh[:, :7], bias), r"Vh \(2, 7\)"),
+    "a group's short s": (
+        "lowrank_linear_grouped",
+        (x, [U, U], [s, s[:1]], [Vh, Vh], [], [True, True, True, False] * 2),
+        r"s must be \(2,\), got \(1,\)",
+    ),
+    "no present": ("lowrank_linear_grouped", (x, [], [], [], [], []), "present must tell"),
+    "a present of 3": ("lowrank_linear_grouped", (x, [U], [s], [Vh], [], [True] * 3), "present must tell"),
+    "a group without U": (
+        "lowrank_linear_grouped",
+        (x, [], [s], [Vh], [bias], [False, True, True, True]),
+        "present must tell",
+    ),
+    "a list too long": ("lowrank_linear_grouped", (x, [U, U], [s], [Vh], [bias], [True] * 4), "lists of 2, 1, 1, 1"),
+    "a list too short": ("lowrank_linear_grouped", (x, [U], [], [Vh], [bias], [True] * 4), "lists of 1, 0, 1, 1"),
+    "an up of another width": ("lowrank_glu", (x, *group, U[:5], s, Vh, None, "silu"), "one width, got 6 and 5"),
+    "an unknown activation": ("lowrank_glu", (x, *group, *group, "tanh"), "unknown activation 'tanh'"),
+    "samples without bounds": ("singular_value_grad", (x, grad_y, U, Vh, None, True, "none", None), "cu_seqlens"),
+    "squares without bounds": ("singular_value_grad", (x, grad_y, U, Vh, None, False, "sample", None), "cu_seqlens"),
+    "an unknown moment": ("singular_value_grad", (x, grad_y, U, Vh, None, False, "third", None), "'third'"),
+    "a short mask": ("singular_value_grad", (x, grad_y, U, Vh, None, False, "none", x[:2, 0] > 0), r"mask .*\(2,\)"),
+    "a short grad_y": ("singular_value_grad", (x, grad_y[:2], U, Vh, None, False, "none", None), r"grad_y .*\(2, 6\)"),
+}
+EVERY_CALL = pytest.mark.parametrize(("op", "arguments", "message"), CALLS.values(), ids=CALLS)
+
+
+def convert(convert_tensor: Callable[[Tensor], Tensor], arguments: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, convert_tensor, arguments)
+
+
+@EVERY_CALL
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_registered_ops_check_their_arguments(op: str, arguments: Any, message: str, backend: str) -> None:
+    run = getattr(torch.ops.grasp, op)
+    with pytest.raises(ValueError, match=message):
+        run(*arguments, backend)
+    with pytest.raises(ValueError, match=message):
+        run(*convert(lambda tensor: tensor.to("meta"), arguments), backend)
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match=message):
+        run(*convert(mode.from_tensor, arguments), backend)
+
+
+def test_a_wrong_call_is_refused_when_it_is_traced() -> None:
+    def wrong(x: Tensor) -> Tensor:
+        return torch.ops.grasp.lowrank_linear(x, U, s[:1], Vh, bias, "auto")
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"s must be \(2,\), got \(1,\)"):
+        torch.compile(wrong, fullgraph=True, backend="aot_eager")(x)
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return wrong(x)
+
+    with pytest.raises(Exception, match=r"s must be \(2,\), got \(1,\)"):
+        torch.export.export(Module(), (x,))
+
+
+def test_unknown_backends_are_refused_without_data() -> None:
+    with pytest.raises(ValueError, match="unknown backend 'tpu'"):
+        torch.ops.grasp.lowrank_linear(*(tensor.to("meta") for tensor in (x, *group)), "tpu")
