@@ -61,7 +61,7 @@ bool run(const py::handle &x_tensor, const py::tuple &groups, const py::tuple &o
             const Direct::Group group = to_group(PyTuple_GET_ITEM(groups.ptr(), i));
             const View U = view(group[0]), s = optional_view(group[1]), Vh = view(group[2]);
             const View bias = optional_view(group[3]), y = view(PyTuple_GET_ITEM(outputs.ptr(), gated ? 0 : i));
-            if (!agree(x, U, s, Vh, bias) || y.rows != x.rows || y.columns != U.rows || y.dtype != x.dtype) {
+            if (!agree(x, U, s, Vh, bias, y)) {
                 throw py::value_error("shapes or dtypes of x, the factors and the output do not agree");
             }
             factors[i] = to_factors(U, s, Vh, bias, y);
@@ -85,9 +85,11 @@ bool run(const py::handle &x_tensor, const py::tuple &groups, const py::tuple &o
 
 const Direct *direct = nullptr;  // never freed: it holds Python objects and could outlive the interpreter
 
-void set_up(const py::object &types, const py::object &quiet, const py::object &forward_ad, const py::object &is_neg,
-            const py::object &is_grad_enabled, const py::object &get_num_threads, const py::tuple &auto_rows) {
-    Surroundings around = {types, quiet, forward_ad, is_neg, is_grad_enabled, get_num_threads, {}};
+void set_up(const py::tuple &types, const py::object &quiet, const py::object &forward_ad, const py::object &is_neg,
+            const py::object &new_empty, const py::object &is_grad_enabled, const py::object &get_num_threads,
+            const py::tuple &auto_rows) {
+    find_tensor_type(types[0]);
+    Surroundings around = {types, quiet, forward_ad, is_neg, new_empty, is_grad_enabled, get_num_threads, {}};
     for (size_t i = 0; i < around.auto_rows.size(); ++i) around.auto_rows[i] = auto_rows[i].cast<int64_t>();
     direct = new Direct(std::move(around), find_parallel());
 }
@@ -121,13 +123,14 @@ PyObject *lowrank_linear(PyObject *, PyObject *const *arguments, Py_ssize_t coun
 PyObject *lowrank_linear_grouped(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
     return guarded([&]() -> PyObject * {
         if (!direct || count != 3) Py_RETURN_NONE;
-        PyObject *items = arguments[1];
-        if (!PyList_Check(items) && !PyTuple_Check(items)) Py_RETURN_NONE;
-        const Py_ssize_t size = PySequence_Fast_GET_SIZE(items);
+        if (!PyList_Check(arguments[1]) && !PyTuple_Check(arguments[1])) Py_RETURN_NONE;
+        const auto items = py::reinterpret_steal<py::tuple>(PySequence_Tuple(arguments[1]));  // a list can change
+        if (!items) throw py::error_already_set();
+        const Py_ssize_t size = PyTuple_GET_SIZE(items.ptr());
         if (size > Direct::MOST_GROUPS) Py_RETURN_NONE;
         Direct::Group groups[Direct::MOST_GROUPS];
         for (Py_ssize_t i = 0; i < size; ++i) {
-            PyObject *item = PySequence_Fast_GET_ITEM(items, i);
+            PyObject *item = PyTuple_GET_ITEM(items.ptr(), i);
             if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 4) Py_RETURN_NONE;
             groups[i] = &PyTuple_GET_ITEM(item, 0);
         }

@@ -2,6 +2,10 @@
 // if no other part of PyTorch must see it. It declines every other call. ops.py then runs that call with the registered
 // op, which defines results and errors.
 //
+// Tensors are read after the last call into Python, and again after the outputs are made, which lets other threads run.
+// The caller holds references to all tensors. As with PyTorch's own ops, no other thread may replace or resize a
+// tensor's memory (`set_`, `resize_`, `.data =`) while a kernel runs.
+//
 // Weights that stream through a cache evict everything of Python from it. So it matters more that a call touches little
 // memory than that it takes few instructions.
 #pragma once
@@ -30,7 +34,7 @@ struct Surroundings {
     pybind11::tuple types;      // exact types of tensors without behaviour of their own
     pybind11::tuple quiet;      // functions without arguments; a true result means that a mode or a tracer is active
     pybind11::dict forward_ad;  // the globals of torch.autograd.forward_ad
-    pybind11::object is_neg, is_grad_enabled, get_num_threads;
+    pybind11::object is_neg, new_empty, is_grad_enabled, get_num_threads;
     std::array<int64_t, 3> auto_rows;  // most rows of x for "auto", by grasp_dtype
 };
 
@@ -42,21 +46,26 @@ class Direct {
 
     Direct(Surroundings around, grasp_parallel parallel) : around_(std::move(around)), parallel_(parallel) {}
 
-    // One output per group, as new references. False, without outputs, if the call is declined.
+    // One output per group, as new references. False if the call is declined.
     bool run(PyObject *x, const Group *groups, Py_ssize_t count, PyObject *backend, pybind11::object *outputs) const {
-        grasp_factors factors[MOST_GROUPS];
-        View x_view;
         if (count < 1 || count > MOST_GROUPS || !is_quiet()) return decline();
         const bool recording = !is_no(PyObject_CallNoArgs(around_.is_grad_enabled.ptr()));
-        if (!read_plain(x, recording, x_view) || !serves(backend, x_view)) return decline();
+        if (!is_plain(x, recording)) return decline();
         for (Py_ssize_t i = 0; i < count; ++i) {
-            if (!read_group(groups[i], x_view, recording, factors[i])) return decline();
+            for (int j = 0; j < 4; ++j) {
+                if (!(groups[i][j] == Py_None && j % 2 == 1) && !is_plain(groups[i][j], recording)) return decline();
+            }
         }
+        const int32_t threads = count_threads();
+        if (!make_outputs(x, groups, count, backend, outputs)) return decline();
+        View x_view;
+        grasp_factors factors[MOST_GROUPS];
+        if (!read_in_place(x, x_view)) return decline();
         for (Py_ssize_t i = 0; i < count; ++i) {
-            outputs[i] = pybind11::reinterpret_steal<pybind11::object>(make_output(x, x_view, factors[i]));
-            if (!outputs[i]) throw pybind11::error_already_set();
+            if (!read_group(groups[i], x_view, outputs[i].ptr(), factors[i])) return decline();
         }
-        check(compute({x_view.data, x_view.stride, x_view.rows, x_view.columns, x_view.dtype}, factors, count));
+        check(
+            compute({x_view.data, x_view.stride, x_view.rows, x_view.columns, x_view.dtype}, factors, count, threads));
         return true;
     }
 
@@ -78,29 +87,36 @@ class Direct {
         }
         static PyObject *const name = PyUnicode_InternFromString("_current_level");
         PyObject *level = PyDict_GetItem(around_.forward_ad.ptr(), name);
-        return level && PyLong_AsLong(level) < 0;
+        return level && PyLong_CheckExact(level) && PyLong_AsLong(level) < 0;
     }
 
-    bool read_plain(PyObject *tensor, bool recording, View &view) const {
+    bool has_plain_type(PyObject *tensor) const {
         PyObject *type = reinterpret_cast<PyObject *>(Py_TYPE(tensor));
-        if (PySequence_Contains(around_.types.ptr(), type) != 1) return false;
-        if (!is_no(PyObject_CallOneArg(around_.is_neg.ptr(), tensor))) return false;
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(around_.types.ptr()); ++i) {
+            if (PyTuple_GET_ITEM(around_.types.ptr(), i) == type) return true;
+        }
+        return false;
+    }
+
+    bool is_plain(PyObject *tensor, bool recording) const {
+        if (!has_plain_type(tensor) || !is_no(PyObject_CallOneArg(around_.is_neg.ptr(), tensor))) return false;
         static PyObject *const name = PyUnicode_InternFromString("requires_grad");
-        if (recording && !is_no(PyObject_GetAttr(tensor, name))) return false;
-        return read(tensor, view) && view.on_cpu && view.is_matrix;
+        return !recording || is_no(PyObject_GetAttr(tensor, name));
     }
 
-    bool read_vector(PyObject *tensor, bool recording, View &view) const {
-        return tensor == Py_None || (read_plain(tensor, recording, view) && view.dimensions == 1);
+    static bool read_in_place(PyObject *tensor, View &view) {
+        return tensor == Py_None || (read(tensor, view) && view.on_cpu && view.is_matrix);
     }
 
-    // Whether the factors agree with x and can be read in place.
-    bool read_group(Group group, const View &x, bool recording, grasp_factors &factors) const {
-        View U, s, Vh, bias;
-        if (!read_plain(group[0], recording, U) || !read_plain(group[2], recording, Vh)) return false;
-        if (!read_vector(group[1], recording, s) || !read_vector(group[3], recording, bias)) return false;
-        factors = to_factors(U, s, Vh, bias, View());
-        return agree(x, U, s, Vh, bias) && !U.overlaps() && !Vh.overlaps();
+    // Whether the factors and the output agree with x and the kernel can use them in place.
+    static bool read_group(Group group, const View &x, PyObject *output, grasp_factors &factors) {
+        View U, s, Vh, bias, y;
+        if (!read_in_place(group[0], U) || !read_in_place(group[1], s) || !read_in_place(group[2], Vh) ||
+            !read_in_place(group[3], bias) || !read_in_place(output, y)) {
+            return false;
+        }
+        factors = to_factors(U, s, Vh, bias, y);
+        return agree(x, U, s, Vh, bias, y) && !U.overlaps() && !Vh.overlaps() && !y.overlaps();
     }
 
     // As the dispatch table decides: "auto" uses this backend for few rows.
@@ -109,29 +125,39 @@ class Direct {
         return is_text(backend, "auto") ? x.rows <= around_.auto_rows[x.dtype] : is_text(backend, "cpu");
     }
 
-    // Not initialized; the leading dimensions of x and the width of U. Null, with a Python exception set, on failure.
-    PyObject *make_output(PyObject *x, const View &x_view, grasp_factors &factors) const {
-        static PyObject *const name = PyUnicode_InternFromString("new_empty");
+    // Not initialized; the leading dimensions of x and the width of each U.
+    bool make_outputs(PyObject *x, const Group *groups, Py_ssize_t count, PyObject *backend,
+                      pybind11::object *outputs) const {
+        View x_view;
+        if (!read_in_place(x, x_view) || !serves(backend, x_view)) return false;
         pybind11::object sizes[MOST_DIMENSIONS];
         PyObject *arguments[1 + MOST_DIMENSIONS] = {x};
         const int last = x_view.dimensions - 1;
-        for (int i = 0; i <= last; ++i) {
-            sizes[i] = pybind11::int_(i < last ? x_view.shape[i] : factors.N);
+        for (int i = 0; i < last; ++i) {
+            sizes[i] = pybind11::int_(x_view.shape[i]);
             arguments[1 + i] = sizes[i].ptr();
         }
-        PyObject *output = PyObject_VectorcallMethod(name, arguments, 2 + last, nullptr);
-        View view;
-        if (output && !read(output, view)) Py_CLEAR(output);
-        factors.y = view.data;
-        factors.y_stride = factors.N;
-        return output;
+        for (Py_ssize_t i = 0; i < count; ++i) {
+            View U;
+            if (!read(groups[i][0], U) || U.dimensions != 2) return false;
+            sizes[last] = pybind11::int_(U.rows);
+            arguments[1 + last] = sizes[last].ptr();
+            outputs[i] = pybind11::reinterpret_steal<pybind11::object>(
+                PyObject_Vectorcall(around_.new_empty.ptr(), arguments, 2 + last, nullptr));
+            if (!outputs[i]) throw pybind11::error_already_set();
+        }
+        return true;
     }
 
-    grasp_status compute(const grasp_input &x, const grasp_factors *factors, int64_t count) const {
+    int32_t count_threads() const {
         const pybind11::object answer =
             pybind11::reinterpret_steal<pybind11::object>(PyObject_CallNoArgs(around_.get_num_threads.ptr()));
-        const grasp_cpu_options options = {GRASP_ISA_AUTO, static_cast<int32_t>(PyLong_AsLong(answer.ptr())),
-                                           parallel_};
+        if (!answer) throw pybind11::error_already_set();
+        return static_cast<int32_t>(PyLong_AsLong(answer.ptr()));
+    }
+
+    grasp_status compute(const grasp_input &x, const grasp_factors *factors, int64_t count, int32_t threads) const {
+        const grasp_cpu_options options = {GRASP_ISA_AUTO, threads, parallel_};
         PyThreadState *state = PyEval_SaveThread();
         const grasp_status status = grasp_cpu_lowrank_linear(&x, factors, count, &options);
         PyEval_RestoreThread(state);

@@ -23,13 +23,21 @@ struct View {
     bool overlaps() const { return rows > 1 && stride < columns; }
 };
 
-inline const dlpack::ExchangeApi &find_api(PyObject *tensor) {
-    const pybind11::object capsule = pybind11::type::of(tensor).attr(dlpack::ATTRIBUTE);
+// torch.Tensor and its DLPack interface. Found once, when the module is set up: to look them up can run Python code.
+struct TensorType {
+    PyTypeObject *type = nullptr;
+    const dlpack::ExchangeApi *api = nullptr;
+};
+
+inline TensorType tensor_type;
+
+inline void find_tensor_type(const pybind11::handle &type) {
+    const pybind11::object capsule = type.attr(dlpack::ATTRIBUTE);
     const void *api = PyCapsule_GetPointer(capsule.ptr(), dlpack::CAPSULE);
     if (api == nullptr) throw pybind11::error_already_set();
     const auto *found = static_cast<const dlpack::ExchangeApi *>(api);
     if (found->version.major != 1 || found->from_object == nullptr) throw std::runtime_error("expected DLPack 1");
-    return *found;
+    tensor_type = {reinterpret_cast<PyTypeObject *>(type.inc_ref().ptr()), found};
 }
 
 inline int32_t to_dtype(dlpack::DataType dtype) {
@@ -39,11 +47,15 @@ inline int32_t to_dtype(dlpack::DataType dtype) {
     return NO_DTYPE;
 }
 
-// False, with a Python exception set, if the tensor has no memory that can be read.
+// False, with a Python exception set, if this is no tensor or has no memory that can be read. Runs no Python code. The
+// view is valid until Python code runs or the interpreter's lock is released: either can change the tensor.
 inline bool read(PyObject *object, View &view) {
-    static const dlpack::ExchangeApi &api = find_api(object);
+    if (tensor_type.type == nullptr || !PyObject_TypeCheck(object, tensor_type.type)) {
+        PyErr_Format(PyExc_TypeError, "expected a tensor, got %s", Py_TYPE(object)->tp_name);
+        return false;
+    }
     dlpack::Tensor tensor;
-    if (api.from_object(object, &tensor) != 0) return false;
+    if (tensor_type.api->from_object(object, &tensor) != 0) return false;
     const int last = tensor.ndim - 1;
     view.data = static_cast<char *>(tensor.data) + tensor.byte_offset;
     view.dtype = to_dtype(tensor.dtype);
@@ -62,17 +74,19 @@ inline bool read(PyObject *object, View &view) {
     return true;
 }
 
-// Absent, or `size` elements with memory.
+// Absent, which only a view without memory and dimensions is, or `size` elements.
 inline bool is_vector(const View &view, int64_t size) {
-    return view.dimensions == 0 || (view.dimensions == 1 && view.columns == size && view.data);
+    return view.dimensions == 1 ? view.columns == size : view.dimensions == 0 && view.data == nullptr;
 }
 
-// Whether shapes and dtypes of the factors are those of a linear of x, so that a kernel stays inside the tensors.
-inline bool agree(const View &x, const View &U, const View &s, const View &Vh, const View &bias) {
+// Whether shapes and dtypes of the factors and of the output are those of a linear of x, so that a kernel stays inside
+// the tensors.
+inline bool agree(const View &x, const View &U, const View &s, const View &Vh, const View &bias, const View &y) {
     return U.dimensions == 2 && Vh.dimensions == 2 && U.columns == Vh.rows && Vh.columns == x.columns && U.rows > 0 &&
            U.columns > 0 && x.columns > 0 && is_vector(s, U.columns) && is_vector(bias, U.rows) &&
            x.dtype != NO_DTYPE && U.dtype == x.dtype && Vh.dtype == x.dtype &&
-           (!s.data || s.dtype == GRASP_F32 || s.dtype == x.dtype) && (!bias.data || bias.dtype == x.dtype);
+           (!s.data || s.dtype == GRASP_F32 || s.dtype == x.dtype) && (!bias.data || bias.dtype == x.dtype) &&
+           y.dtype == x.dtype && y.rows == x.rows && y.columns == U.rows;
 }
 
 inline grasp_factors to_factors(const View &U, const View &s, const View &Vh, const View &bias, const View &y) {

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
 
 from grasp.method.svd import SVD, decompose
 from grasp.model.dense import DenseLinear, dense_shape, dense_weight, gathered
@@ -24,24 +26,32 @@ class InputGroup:
     The other members return the stored outputs if they are called with the same tensor object; otherwise each member
     computes its own output. The group has no parameters and does not appear in ``state_dict``. Each thread has its own
     stored outputs. The group is not used on a CPU without gradients, where separate calls are faster.
+
+    A layer holds its group. The group does not keep a layer alive; after a member is gone, the others compute alone.
     """
 
     def __init__(self, members: Sequence[LowRankLinear]) -> None:
-        self.members = list(members)
-        self._indices = {id(member): index for index, member in enumerate(self.members)}
+        self._members = [weakref.ref(member) for member in members]
         self._pending: dict[int, _PendingOutputs] = {}  # by thread
         self._packed: tuple[object, list[Factors]] | None = None
 
+    @property
+    def members(self) -> list[LowRankLinear]:
+        """The living members, in order."""
+        members = [ref() for ref in self._members]
+        return [member for member in members if member is not None]
+
     def output(self, member: LowRankLinear, x: Tensor) -> Tensor:
         """The output of ``member`` for ``x``: (..., in_features) → (..., out_features)."""
-        if len(self.members) == 1:
+        if len(self._members) == 1:
             return lowrank_linear(x, *self._packed_for(x, [member.factors])[0], backend=member.backend)
-        index = self._indices.get(id(member))
-        if index is None:  # a replica of a member
+        members = self.members
+        index = next((i for i, other in enumerate(members) if other is member), None)
+        if index is None or len(members) < len(self._members):  # a replica of a member, or one is gone
             return lowrank_linear(x, *member.factors, backend=member.backend)
-        thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
+        thread = 0 if is_compiling() else threading.get_ident()
         if index == 0:
-            return self._compute_all(x, thread)
+            return self._compute_all(members, x, thread)
         pending, factors = self._pending.pop(thread, None), member.factors
         if pending is None or pending.x is not x or index not in pending.outputs:
             return lowrank_linear(x, *factors, backend=member.backend)
@@ -50,9 +60,9 @@ class InputGroup:
             self._pending[thread] = pending
         return output if stamp == _stamp(x, factors) else lowrank_linear(x, *factors, backend=member.backend)
 
-    def _compute_all(self, x: Tensor, thread: int) -> Tensor:
+    def _compute_all(self, members: list[LowRankLinear], x: Tensor, thread: int) -> Tensor:
         """Compute all members, store the outputs of the others, and return that of the first."""
-        factors, backend = [member.factors for member in self.members], self.members[0].backend
+        factors, backend = [member.factors for member in members], members[0].backend
         if any(group.U.device != x.device for group in factors):  # an offloaded member is fetched for its own call only
             return lowrank_linear(x, *factors[0], backend=backend)
         outputs = lowrank_linear_grouped(x, self._packed_for(x, factors), backend=backend)
@@ -66,7 +76,7 @@ class InputGroup:
 
         PyTorch does not count writes through ``.data`` or under ``inference_mode``. Call ``group_linears_`` after one.
         """
-        if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not x.is_cuda or is_grad_enabled() or is_compiling():
             return factors
         tensors = [tensor for group in factors for tensor in group if tensor is not None]
         stamp = [(t.data_ptr(), tuple(t.shape), t.dtype, _version(t)) for t in tensors]
@@ -95,11 +105,11 @@ class _PendingOutputs(NamedTuple):
 
 def _stamp(x: Tensor, factors: Factors) -> object:
     """Equal in two calls of members of a group if an output computed in the first is valid in the second."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return None  # the inputs of a graph do not change while it runs
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return torch.is_grad_enabled(), autocast, _version(x), [_version(t) for t in factors if t is not None]
+    return is_grad_enabled(), autocast, _version(x), [_version(t) for t in factors if t is not None]
 
 
 def _version(tensor: Tensor) -> int:
@@ -109,7 +119,7 @@ def _version(tensor: Tensor) -> int:
 
 def _faster_alone(x: Tensor) -> bool:
     """Whether separate calls are faster than one op for a group: on a CPU without gradients."""
-    return x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return x.is_cpu and not is_grad_enabled() and not is_compiling()
 
 
 def group_linears_(model: nn.Module, enabled: bool = True) -> list[tuple[str, ...]]:

@@ -84,15 +84,14 @@ def open_direct_path(
     """The compiled ops of csrc/direct.h, by name; ``dispatch.open_direct_path`` says how they behave.
 
     Args:
-        types: the exact types of tensors that they accept.
+        types: the exact types of tensors that they accept; ``torch.Tensor`` is the first.
         watchers: functions without arguments; a true answer means that a mode, a transform or a tracer is active.
         auto_rows: most rows of x for ``"auto"``, by dtype.
     """
     module = _module()
     rows = tuple(auto_rows[dtype] for dtype in DTYPE_CODES)
-    module.set_up(
-        *(types, watchers, vars(forward_ad), Tensor.is_neg, torch.is_grad_enabled, torch.get_num_threads, rows)
-    )
+    functions = (Tensor.is_neg, Tensor.new_empty, torch.is_grad_enabled, torch.get_num_threads)
+    module.set_up(types, watchers, vars(forward_ad), *functions, rows)
     return {"lowrank_linear": module.lowrank_linear, "lowrank_linear_grouped": module.lowrank_linear_grouped}
 
 
