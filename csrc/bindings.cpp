@@ -86,10 +86,10 @@ bool run(const py::handle &x_tensor, const py::tuple &groups, const py::tuple &o
 const Direct *direct = nullptr;  // never freed: it holds Python objects and could outlive the interpreter
 
 void set_up(const py::tuple &types, const py::object &quiet, const py::object &forward_ad, const py::object &is_neg,
-            const py::object &new_empty, const py::object &is_grad_enabled, const py::object &get_num_threads,
-            const py::tuple &auto_rows) {
+            const py::object &is_grad_enabled, const py::object &get_num_threads, const py::tuple &auto_rows) {
     find_tensor_type(types[0]);
-    Surroundings around = {types, quiet, forward_ad, is_neg, new_empty, is_grad_enabled, get_num_threads, {}};
+    Surroundings around = {types,           quiet,           forward_ad, is_neg, types[0].attr("new_empty"),
+                           is_grad_enabled, get_num_threads, {}};
     for (size_t i = 0; i < around.auto_rows.size(); ++i) around.auto_rows[i] = auto_rows[i].cast<int64_t>();
     direct = new Direct(std::move(around), find_parallel());
 }

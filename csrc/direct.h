@@ -31,7 +31,7 @@ inline bool is_text(PyObject *object, const char *text) {
 
 // PyTorch's functions, and the limits of the dispatch table; cpu.py hands them over once.
 struct Surroundings {
-    pybind11::tuple types;      // exact types of tensors without behaviour of their own
+    pybind11::tuple types;      // exact types of tensors without behaviour of their own; torch.Tensor is the first
     pybind11::tuple quiet;      // functions without arguments; a true result means that a mode or a tracer is active
     pybind11::dict forward_ad;  // the globals of torch.autograd.forward_ad
     pybind11::object is_neg, new_empty, is_grad_enabled, get_num_threads;
@@ -125,7 +125,7 @@ class Direct {
         return is_text(backend, "auto") ? x.rows <= around_.auto_rows[x.dtype] : is_text(backend, "cpu");
     }
 
-    // Not initialized; the leading dimensions of x and the width of each U.
+    // Not initialized; the leading dimensions of x and the width of each U. False, without all outputs, on failure.
     bool make_outputs(PyObject *x, const Group *groups, Py_ssize_t count, PyObject *backend,
                       pybind11::object *outputs) const {
         View x_view;
@@ -144,7 +144,7 @@ class Direct {
             arguments[1 + last] = sizes[last].ptr();
             outputs[i] = pybind11::reinterpret_steal<pybind11::object>(
                 PyObject_Vectorcall(around_.new_empty.ptr(), arguments, 2 + last, nullptr));
-            if (!outputs[i]) throw pybind11::error_already_set();
+            if (!outputs[i]) return false;
         }
         return true;
     }

@@ -90,8 +90,9 @@ def open_direct_path(
     """
     module = _module()
     rows = tuple(auto_rows[dtype] for dtype in DTYPE_CODES)
-    functions = (Tensor.is_neg, Tensor.new_empty, torch.is_grad_enabled, torch.get_num_threads)
-    module.set_up(types, watchers, vars(forward_ad), *functions, rows)
+    module.set_up(
+        *(types, watchers, vars(forward_ad), Tensor.is_neg, torch.is_grad_enabled, torch.get_num_threads, rows)
+    )
     return {"lowrank_linear": module.lowrank_linear, "lowrank_linear_grouped": module.lowrank_linear_grouped}
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,6 +27,7 @@ from grasp_kernels import (
     singular_value_grad,
 )
 from grasp_kernels.dispatch import CPU_ROWS, backend_missing
+from grasp_kernels.extension import DTYPE_CODES
 from tests.ops.inputs import DTYPES, factors, normal, seeded
 
 if (reason := backend_missing("cpu")) is not None:
@@ -300,6 +302,67 @@ def test_x_may_have_as_many_dimensions_as_the_table_says() -> None:
     x, group = operands()
     assert direct(x[(None,) * (DIRECT.dimensions - 2)], *group) is not None
     assert f"more than {DIRECT.dimensions} dimensions" in explain("lowrank_linear", rows=1, rank=R)["path"]
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., None]]:
+    """Opens the direct path with other functions of PyTorch; the table's are back after the test."""
+
+    def open_with(**functions: Callable[..., object]) -> None:
+        chosen = {name: functions.get(name, default) for name, default in FUNCTIONS.items()}
+        watchers, *others = chosen.values()
+        rows = tuple(CPU_ROWS[dtype] for dtype in DTYPE_CODES)
+        cpu._module().set_up(ops._PLAIN_TYPES, (watchers,), vars(forward_ad), *others, rows)
+
+    yield open_with
+    dispatch.open_direct_path(ops._PLAIN_TYPES, (*ops._WATCHERS, torch._C._is_any_autocast_enabled))
+
+
+FUNCTIONS: dict[str, Callable[..., object]] = {
+    "watcher": lambda: False,
+    "is_neg": Tensor.is_neg,
+    "is_grad_enabled": torch.is_grad_enabled,
+    "get_num_threads": torch.get_num_threads,
+}
+
+
+def test_factors_stay_alive_that_leave_their_list_during_a_call(opened: Callable[..., None]) -> None:
+    x, group = operands()
+    alive, groups = [weakref.ref(tensor) for tensor in group], [group]
+    del group
+    still: list[bool] = []
+
+    def watch() -> bool:
+        groups.clear()
+        still.extend(reference() is not None for reference in alive)
+        return True  # declined: nothing is read
+
+    opened(watcher=watch)
+    assert ops._direct_grouped(x, groups, "auto") is None
+    assert still == [True] * 4
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "new_empty"])
+def test_a_tensor_that_python_code_of_the_call_changes_is_read_afterwards(
+    name: str, opened: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, group = operands()
+    memory = group.U.untyped_storage()
+    original = FUNCTIONS.get(name, Tensor.new_empty)
+
+    def change(*arguments: Any) -> object:
+        if not arguments or arguments[0] is group.bias or len(arguments) > 1:  # after U was looked at
+            group.U.set_(torch.zeros(1, 1))  # the factors no longer agree
+        return original(*arguments)
+
+    if name == "new_empty":
+        monkeypatch.setattr(Tensor, name, change)
+        opened()
+    else:
+        opened(**{name: change})
+    assert direct(x, *group) is None
+    assert group.U.shape == (1, 1)
+    del memory  # until here it was readable
 
 
 @pytest.fixture
