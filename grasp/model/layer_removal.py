@@ -69,16 +69,16 @@ def removable_layers(model: PreTrainedModel) -> list[int]:
     """
     depth = len(decoder(model).layers)
     removable: list[int] = []
-    reason: UnsupportedModelError | None = None
+    reason = ""  # the error itself would hold this frame, and with it the model
     for layer in range(depth):
         try:
             _changed_config(model, [i for i in range(depth) if i != layer])
         except UnsupportedModelError as error:
-            reason = error
+            reason = str(error)
         else:
             removable.append(layer)
-    if not removable and reason is not None:
-        raise reason
+    if not removable and reason:
+        raise UnsupportedModelError(reason)
     return removable
 
 
