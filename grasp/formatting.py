@@ -37,6 +37,22 @@ def one_line(message: BaseException | str, limit: int | None = 300) -> str:
     return text if limit is None or len(text) <= limit else f"{text[: limit - 1]}…"
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Text for a terminal: characters that would control it or show as nothing are written as escapes.
+
+    Args:
+        text: of any origin: a name in a checkpoint, an argument, the message of a library.
+        keep: control characters that stay, such as a line end.
+
+    Example:
+        >>> printable("a\\x1b[31m b")
+        'a\\\\x1b[31m b'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
 def json_text(document: Any) -> str:
     """A JSON document; NaN and infinity, which JSON does not have, become null."""
     return json.dumps(_finite(document), indent=2, allow_nan=False) + "\n"

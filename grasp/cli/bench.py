@@ -281,7 +281,7 @@ def tune(
         console.print_json({"files": [str(file) for file in files]})
     else:
         for file in files:
-            print(file)
+            console.print_line(file)
 
 
 def _measure(rounds: Rounds, output: Path | None, as_json: bool) -> None:

@@ -34,7 +34,8 @@ def show_results(records: Iterable[Record]) -> None:
 def show_notes(records: Iterable[Record]) -> None:
     """Print what the columns mean and under which conditions they were measured, each sentence once."""
     for text in notes(records):
-        print_text(f"\n{text}")
+        print_text()
+        print_text(text)
 
 
 def show_left_out(records: Iterable[Record]) -> None:

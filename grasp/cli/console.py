@@ -12,10 +12,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from grasp.formatting import json_text
+from grasp.formatting import json_text, printable
 
 _STEP_WIDTH = 28  # characters
+
+
+def _literal(text: str, keep: str = "") -> Text:
+    """Text in which rich finds neither markup nor emoji names, and the terminal no control characters."""
+    return Text(printable(text, keep))
 
 
 class StepBars:
@@ -38,17 +44,17 @@ class StepBars:
         self._step = step
         if done == 0:
             if self._console.is_interactive:
-                self._console.print(f"{step} ...", end="\r", highlight=False)
+                self._console.print(_literal(f"{step} ..."), end="\r")
         elif done < total:
             self._show(done, total)
         else:
             seconds = time.perf_counter() - self._since
             self.close()
-            self._console.print(f"{step:<{_STEP_WIDTH}} {seconds:7.1f} s", highlight=False)
+            self._console.print(_literal(f"{step:<{_STEP_WIDTH}} {seconds:7.1f} s"))
 
     def note(self, text: str) -> None:
         """Show one line."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(_literal(text), soft_wrap=True)
 
     def close(self) -> None:
         """Remove the bar."""
@@ -61,7 +67,7 @@ class StepBars:
             return
         if self._bars is None:
             self._bars = Progress(
-                TextColumn(f"{{task.description:<{_STEP_WIDTH}}}"),
+                TextColumn(f"{{task.description:<{_STEP_WIDTH}}}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
@@ -69,22 +75,17 @@ class StepBars:
                 console=self._console,
                 transient=True,
             )
-            self._task = self._bars.add_task(self._step, total=total)
+            self._task = self._bars.add_task(printable(self._step), total=total)
             self._bars.start()
         self._bars.update(self._task, completed=done, total=total)
 
 
 @contextmanager
 def step_bars(*, quiet: bool = False) -> Iterator[StepBars]:
-    """Show bars on stderr while the block runs, and ``interrupted`` after Ctrl-C; with ``quiet``, show nothing."""
-    console = Console(stderr=True, quiet=quiet)
-    bars = StepBars(console)
+    """Show bars on stderr while the block runs; with ``quiet``, show nothing."""
+    bars = StepBars(Console(stderr=True, quiet=quiet))
     try:
         yield bars
-    except KeyboardInterrupt:
-        bars.close()
-        console.print("interrupted")
-        raise
     finally:
         bars.close()
 
@@ -104,29 +105,39 @@ def print_result(result: Any, show: Callable[[Any], None], *, as_json: bool) -> 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
     """Print a table. The first column is left-aligned, the others are right-aligned."""
-    print_text()
-    if title:
-        Console().print(f"[bold]{title}[/bold]", highlight=False)
+    _print_title(title)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=index > 0)
+        table.add_column(_literal(column, "\n"), justify="right" if index else "left", no_wrap=index > 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(_literal, row))
     Console().print(table)
 
 
 def print_facts(facts: Sequence[tuple[str, str]], *, title: str | None = None) -> None:
     """Print names and values, one pair per line."""
     if title:
-        Console().print(f"\n[bold]{title}[/bold]")
+        _print_title(title)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(name, value)
+        table.add_row(_literal(name), _literal(value))
     Console().print(table)
 
 
 def print_text(text: str = "") -> None:
-    """Print plain lines, wrapped at the terminal's width."""
-    Console().print(text, highlight=False, markup=False)
+    """Print one plain line, wrapped at the terminal's width."""
+    Console().print(_literal(text))
+
+
+def print_line(text: object) -> None:
+    """Print one line that a script may read, such as a path: it is not wrapped."""
+    print(printable(str(text)))
+
+
+def _print_title(title: str | None) -> None:
+    """Print an empty line, and a title in bold if there is one."""
+    print_text()
+    if title:
+        Console().print(_literal(title), style="bold")

@@ -9,6 +9,7 @@ import typer
 
 from grasp.bench import gate as gates
 from grasp.cli.bench import bench
+from grasp.cli.console import print_line
 from grasp.files import write_whole
 from grasp.formatting import json_text
 
@@ -34,7 +35,7 @@ def compare(
     """
     result = gates.compare(gates.read(baseline), gates.read(now), threshold)
     for line in result.lines():
-        print(line)
+        print_line(line)
     raise typer.Exit(int(result.failed))
 
 

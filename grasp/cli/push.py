@@ -39,4 +39,4 @@ def push(
     if as_json:
         console.print_json({"repository": address})
     else:
-        print(address)
+        console.print_line(address)

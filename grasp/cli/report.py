@@ -41,4 +41,4 @@ def report(
     if as_json:
         console.print_json({"page": str(output)})
     else:
-        print(output)
+        console.print_line(output)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
+import platform
+import shlex
 import sys
+import tempfile
+import traceback
 import warnings
-from typing import Annotated
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
+from typer import rich_utils
 
 from grasp.errors import GraspError
-from grasp.formatting import one_line
+from grasp.formatting import one_line, printable
 from grasp.version import __version__
 
 app = typer.Typer(
@@ -21,25 +28,85 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-BAD_INPUT = 2  # exit code
+# Exit codes. A command may also end with 1: see ``grasp bench``.
+CLOSED = 1  # the reader of stdout is gone
+BAD_INPUT = 2
+UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
+INTERRUPTED = 130
+_LONGEST = 2000  # characters of an error; an argument in it may be longer
+_USAGE_ERRORS = typer.BadParameter.__bases__  # UsageError: of the click that typer uses, its own or a package
 # Environment variables that silence libraries on stderr. They are set before the libraries are imported; variables that
 # the user has set stay.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def main() -> None:
-    """Run the command line. An error that the user can fix is one line on stderr and exit code 2."""
+    """Run the command line. An error is one line on stderr; the exit code is 2 if the user can correct it, else 70."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore", FutureWarning)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # linears that return a view: all of GPT-2's
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # was closed when Python started
+            setattr(sys, name, io.StringIO())
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack the lines of tables
     try:
-        app()
-    except (GraspError, ValueError, OSError) as error:
+        code = app(standalone_mode=False) or 0
+        sys.stdout.flush()
+    except Exception as error:  # the last resort: no command ends with a traceback
         if "--traceback" in sys.argv:
             raise
-        print(f"error: {one_line(error, None)}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        code = _explain(error)
+    if code == INTERRUPTED and os.environ.get("RANK", "0") == "0":
+        print("interrupted", file=sys.stderr)
+    sys.exit(code)
+
+
+def _explain(error: Exception) -> int:
+    """Print an exception on stderr, and return the exit code."""
+    if isinstance(error, _USAGE_ERRORS):
+        _show_usage_error(error)
+        return BAD_INPUT
+    if isinstance(error, OSError) and not _can_flush():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at exit
+        if isinstance(error, BrokenPipeError):
+            return CLOSED
+    if isinstance(error, (GraspError, ValueError, OSError)):
+        text, code = one_line(error, _LONGEST), BAD_INPUT
+    else:
+        text, code = f"{type(error).__name__}: {one_line(error)}; a defect of grasp: {_write_log()}", UNEXPECTED
+    print(f"error: {printable(text)}", file=sys.stderr)
+    return code
+
+
+def _show_usage_error(error: Any) -> None:
+    """Let typer show its box."""
+    error.message = printable(error.message)
+    rich_utils.rich_format_error(error)
+
+
+def _can_flush() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
+
+
+def _write_log() -> str:
+    """Write the running exception and its circumstances to a file that only this user can read; return the advice."""
+    text = (
+        f"grasp {__version__}, Python {platform.python_version()}, torch {version('torch')}, {platform.platform()}\n"
+        f"{shlex.join(['grasp', *sys.argv[1:]])}\n\n{traceback.format_exc()}"
+    )
+    try:
+        descriptor, path = tempfile.mkstemp(".log", "grasp-")
+        with os.fdopen(descriptor, "w", errors="backslashreplace") as file:
+            file.write(text)
+    except OSError as reason:
+        return f"report the output of grasp --traceback ... (no log could be written: {one_line(reason)})"
+    return f"report it with {path}"
 
 
 def _version(requested: bool) -> None:

@@ -244,8 +244,9 @@ def show_demo(result: Demo) -> None:
     print_text()
     for finding in result.findings:
         print_text(f"- {finding}")
+    print_text()
     print_text(
-        f"\n{result.output} has the best checkpoint, report.json and demo.json; took {conditions['seconds']:.0f} s."
+        f"{result.output} has the best checkpoint, report.json and demo.json; took {conditions['seconds']:.0f} s."
     )
 
 

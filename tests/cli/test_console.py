@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
 
-from grasp.cli.console import StepBars, print_facts, print_json, print_table, step_bars
-from grasp.formatting import count, layer_ranges, share, size
+from grasp.cli.console import StepBars, print_facts, print_json, print_line, print_table, print_text
+from grasp.formatting import count, layer_ranges, printable, share, size
 
 
 @pytest.mark.parametrize(
@@ -96,12 +97,32 @@ def test_a_note_is_one_line_whatever_its_length_and_characters() -> None:
         assert "[0, 2] of " + "/somewhere" * 20 + "\n" in stream.getvalue()
 
 
-def test_ctrl_c_is_said_and_handed_on(capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted() -> None:
-        with step_bars() as progress:
-            progress("prefix", 1, 4)
-            raise KeyboardInterrupt
+HOSTILE = "[/b][red]:bomb:\x1b]0;title\x07\u202e\x9b31m\udc80\r[link=file:///x]"
 
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert capsys.readouterr().err == "interrupted\n"
+
+def test_names_are_shown_as_they_are_without_markup_emoji_or_control_characters(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = printable(HOSTILE)
+    assert shown.isprintable()
+    print_table((HOSTILE, HOSTILE), [(HOSTILE, HOSTILE)], title=HOSTILE)
+    print_facts([(HOSTILE, HOSTILE)], title=HOSTILE)
+    print_text(HOSTILE)
+    print_line(HOSTILE)
+    out = capsys.readouterr().out
+    assert out.replace("\n", "").isprintable()
+    assert out.count(shown) == 10
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_steps_and_notes_are_shown_as_they_are_too(terminal: bool) -> None:
+    progress, stream = bars(terminal=terminal)
+    for done in range(3):
+        progress(HOSTILE, done, 2)
+        if progress._bars is not None:
+            progress._bars.refresh()
+    progress.note(HOSTILE)
+    own = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n", "", stream.getvalue())  # rich's colours and cursor movements
+    assert own.isprintable()
+    assert own.count(printable(HOSTILE)) >= 2

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import re
+import stat
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 
 import grasp
 from grasp import cli
+from grasp.checkpoint import inspection
 from tests import command_line
 from tests.command_line import RunMain, assert_refused
 
@@ -80,3 +83,61 @@ def test_traceback_shows_where_an_error_was_raised(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "argv", ["grasp", "--traceback", "compress", "builtin", "-o", "out", "--layers", "x"])
     with pytest.raises(ValueError, match="layers must be numbers"):
         cli.main()
+
+
+@pytest.mark.parametrize("error", [KeyError("a\x1b[31m[/b]"), RecursionError("deep"), MemoryError(), AssertionError()])
+def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_a_private_file(
+    error: Exception, main: RunMain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(directory: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(inspection, "inspect_checkpoint", fail)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    outcome = main("inspect", "a\udcff")
+    assert outcome.code == 70
+    assert outcome.out == ""
+    assert outcome.err.replace("\n", "", 1).isprintable()
+    (log,) = tmp_path.iterdir()
+    assert outcome.err.startswith(f"error: {type(error).__name__}")
+    assert str(log) in outcome.err
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+    text = log.read_text()
+    for words in (f"grasp {grasp.__version__}", f"torch {version('torch')}", "inspect 'a\\udcff'", "in fail"):
+        assert words in text
+
+
+def test_without_a_place_for_the_file_the_line_names_the_option_that_shows_the_traceback(
+    main: RunMain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection, "inspect_checkpoint", {}.__getitem__)
+    monkeypatch.setattr(tempfile, "mkstemp", lambda *_: Path("/dev/null/none").open())
+    outcome = main("inspect", "folder")
+    assert outcome.code == 70
+    assert len(outcome.err.splitlines()) == 1
+    assert "--traceback" in outcome.err
+
+
+def test_ctrl_c_is_one_line(main: RunMain, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(directory: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspection, "inspect_checkpoint", interrupted)
+    assert main("inspect", "folder") == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("arguments", [["\x1b[0m"], ["env", "--\x1b]0;x\x07"], ["env", "[/b]\u202e"]])
+def test_the_boxes_of_typer_have_no_control_characters(arguments: list[str], main: RunMain) -> None:
+    outcome = main(*arguments)
+    assert outcome.code == 2
+    assert outcome.err.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize(("redirection", "code"), [("> /dev/full", 2), (">&-", 0), ("| true", 1)])
+def test_a_stdout_that_cannot_be_written_gives_no_traceback(redirection: str, code: int, tmp_path: Path) -> None:
+    script = f"set -o pipefail; {sys.executable} -m grasp --version {redirection}"
+    run = subprocess.run(
+        ["bash", "-c", script], env=command_line.environment(), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode in (code, 0 if "|" in redirection else code)  # true may end after grasp has written
+    assert len(run.stderr.splitlines()) == (code == 2)
