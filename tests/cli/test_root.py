@@ -62,7 +62,7 @@ def test_every_public_name_of_the_package_exists() -> None:
     [
         (["evaluate", "no/such-model"], ["no/such-model", "'builtin'"]),
         (["evaluate", "MODEL", "--text", "TEXT", "--window", "1"], ["window must be at least 2 positions, got 1"]),
-        (["inspect", "nowhere"], ["config.json does not exist"]),
+        (["inspect", "nowhere"], ["nowhere/config.json"]),
     ],
 )
 def test_other_commands_refuse_bad_input_alike(
@@ -111,7 +111,7 @@ def test_without_a_place_for_the_file_the_line_names_the_option_that_shows_the_t
     main: RunMain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inspection, "inspect_checkpoint", {}.__getitem__)
-    monkeypatch.setattr(tempfile, "mkstemp", lambda *_: Path("/dev/null/none").open())
+    monkeypatch.setattr(tempfile, "mkstemp", lambda *_: Path("/dev/null/none").read_bytes())
     outcome = main("inspect", "folder")
     assert outcome.code == 70
     assert len(outcome.err.splitlines()) == 1
