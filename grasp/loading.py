@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from http.client import responses
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,16 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
+def hub_status(error: BaseException) -> str | None:
+    """The HTTP status behind an error, to be shown in place of its text: a server's text may repeat the token."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if (status := getattr(getattr(chain, "response", None), "status_code", None)) is not None:
+            return f"HTTP {status} {responses.get(status, '')}".rstrip()
+        chain = chain.__cause__ or chain.__context__
+    return None
+
+
 def _require_dtype(dtype: str) -> None:
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(['auto', *DTYPES])}; got {dtype!r}")
@@ -201,7 +212,7 @@ def _require_model(name: str) -> None:
     except _HUB_ERRORS as error:
         raise ModelNotFoundError(
             f"{name} is neither a local folder nor in the hub's cache, and the hub cannot be reached "
-            f"({one_line(error)}). {remedy}; {BUILTIN!r} needs no network."
+            f"({hub_status(error) or one_line(error)}). {remedy}; {BUILTIN!r} needs no network."
         ) from error
 
 
@@ -211,7 +222,9 @@ def _pretrained_config(name: str) -> PreTrainedConfig:
     except GraspError:
         raise
     except _LOAD_ERRORS as error:
-        raise UnsupportedModelError(f"the configuration of {name} cannot be used: {one_line(error)}") from error
+        raise UnsupportedModelError(
+            f"the configuration of {name} cannot be used: {hub_status(error) or one_line(error)}"
+        ) from error
     _require_causal_lm(name, config)
     _require_own_files(name, config)
     return config
@@ -236,15 +249,17 @@ def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrained
     except _LOAD_ERRORS as error:
         if out_of_memory(error):
             raise
-        raise CheckpointError(f"the weights of {name} cannot be loaded: {one_line(error)}") from error
+        raise CheckpointError(
+            f"the weights of {name} cannot be loaded: {hub_status(error) or one_line(error)}"
+        ) from error
     model, info = loaded
     _require_all_weights(name, info["missing_keys"])
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except _LOAD_ERRORS as error:
         raise ModelNotFoundError(
-            f"the tokenizer of {name} cannot be loaded ({one_line(error)}); save one there with "
-            "tokenizer.save_pretrained"
+            f"the tokenizer of {name} cannot be loaded ({hub_status(error) or one_line(error)}); save one there "
+            "with tokenizer.save_pretrained"
         ) from error
     return model, tokenizer
 

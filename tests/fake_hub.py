@@ -27,6 +27,9 @@ class FakeHub:
         uploads: sha256 of each uploaded large file, in order.
         repositories: name → visibility.
         refuse_commits: number of commits that get a server error.
+        answer: the only answer, if not ``None``.
+        echo: text that every answer repeats in headers,
+        echo_at: and that is the error of requests whose path has this part.
     """
 
     address: str = ""
@@ -35,6 +38,9 @@ class FakeHub:
     uploads: list[str] = field(default_factory=list)
     repositories: dict[str, str] = field(default_factory=dict)
     refuse_commits: int = 0
+    answer: object = None
+    echo: str = ""
+    echo_at: str = "nowhere"
 
 
 @contextmanager
@@ -141,8 +147,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"success": True, "commitUrl": address, "commitOid": "0" * 40, "hookOutput": ""})
 
     def _answer(self, document: dict[str, Any], status: int = 200) -> None:
+        echo = self.state.echo
+        if self.state.answer is not None:
+            document = self.state.answer  # type: ignore[assignment]
+        if self.state.echo_at in self.path:
+            document, status = {"error": echo, "errors": [{"message": echo}], "message": echo}, 400
         data = json.dumps(document).encode()
         self.send_response(status)
+        for name in ("X-HF-Warning", "X-Error-Message", "X-Request-Id", "X-Error-Code") if echo else ():
+            self.send_header(name, " ".join(echo.split()))
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

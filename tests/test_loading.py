@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +102,7 @@ def test_folders_that_are_no_models_are_refused(tmp_path: Path) -> None:
 def response(error_class: type[Exception]) -> Exception:
     error = error_class.__new__(error_class)
     Exception.__init__(error, "what the hub says")
+    error.response = SimpleNamespace(status_code=503)  # type: ignore[attr-defined]
     return error
 
 
@@ -126,7 +128,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
             ConnectionError("no route"),
             r"hub cannot be reached \(no route\).*'builtin' needs no network",
         ),
-        (response(loading._HUB_ERRORS[0]), "hub cannot be reached .*what the hub says"),
+        (response(loading._HUB_ERRORS[0]), r"hub cannot be reached \(HTTP 503 Service Unavailable\)"),
     ],
 )
 def test_what_the_hub_answers_is_said_in_one_line(

@@ -15,15 +15,16 @@ from yaml import YAMLError
 
 from grasp.calibration import NAMED_TEXTS
 from grasp.checkpoint.inspection import inspect_checkpoint
-from grasp.errors import CheckpointError
+from grasp.errors import CheckpointError, GraspError
 from grasp.formatting import one_line, score_rows
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.reading import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LAYER = re.compile(r"(?P<layer>.*?\.\d+)\.(?P<module>.+)")
 _EVALUATION = "Evaluation by grasp"
 _EVALUATION_HEAD = "| model | on | metric | value |\n| --- | --- | --- | ---: |"
@@ -215,7 +216,18 @@ def with_section(card: str, title: str, text: str) -> str:
 
 def is_hub_name(name: str) -> bool:
     """Whether a name is that of a hub repository: ``owner/name``, and not an existing path."""
-    return bool(_HUB_NAME.fullmatch(name)) and not name.lower().endswith(".gguf") and not Path(name).exists()
+    return bool(HUB_NAME.fullmatch(name)) and not name.lower().endswith(".gguf") and not Path(name).exists()
+
+
+def read_evaluation(path: Path) -> dict[str, Any] | None:
+    """Read a result file of ``grasp evaluate``; ``None`` if the file is anything else."""
+    try:
+        document = read_json(path, "a result of `grasp evaluate`")
+    except GraspError:
+        return None
+    values = document.get("grasp", document)
+    is_result = isinstance(values, Mapping) and values.keys() >= {"model", "text", "result", "size"}
+    return document if is_result else None
 
 
 def read_license(source: str) -> dict[str, str]:

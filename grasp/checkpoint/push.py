@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import glob
+import logging
+import stat
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import logging as hub_logging
 
 from grasp.builtin import BUILTIN, BUILTIN_LICENSE, BUILTIN_NAME
-from grasp.checkpoint.card import folder_card, read_card, read_license
+from grasp.checkpoint import compression_report, recovery_report
+from grasp.checkpoint.card import HUB_NAME, folder_card, read_card, read_evaluation, read_license
 from grasp.checkpoint.inspection import Inspection, inspect_checkpoint
 from grasp.errors import CheckpointError, HubError
 from grasp.files import write_whole
-from grasp.formatting import one_line
+from grasp.loading import hub_status
+from grasp.model.checkpoint_format import weight_files
 from grasp.progress import Progress, no_progress
 
-# Reading any of these can run code on the machine of whoever loads the repository.
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.dill")
-# No part of a checkpoint: unfinished work, and hidden files such as .env and caches.
-_IGNORED = ["*.partial", "*.partial/*", ".*", "*/.*"]
+_TEMPLATES = "additional_chat_templates"
+# Besides the weights: what transformers, its tokenizers and this package write, and licences.
+_ALLOWED = (
+    *("config.json", "generation_config.json", "model.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", f"{_TEMPLATES}/*.jinja"),
+    *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", compression_report.FILE_NAME, recovery_report.FILE_NAME),
+)
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _REMEDIES = {
     401: "the token is not valid: run `hf auth login` again, or set HF_TOKEN",
@@ -30,15 +42,19 @@ _REMEDIES = {
     409: "the repository was changed meanwhile: run the same command again",
     429: "too many requests: wait, then run the same command again",
 }
-# The hub's client passes on the errors of its HTTP library, which differs between versions.
-_HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, RuntimeError, ValueError)
+# The hub's client passes on the errors of its HTTP library, which differs between versions, and trusts the answers.
+_HUB_ERRORS: tuple[type[Exception], ...] = (
+    *(*HfHubHTTPError.__bases__, OSError, RuntimeError, ValueError),
+    *(LookupError, TypeError, AttributeError),
+)
 
 
 def push(directory: str | Path, repo_id: str, *, private: bool = False, progress: Progress = no_progress) -> str:
     """Upload a checkpoint folder to a model repository in one commit; a missing repository is created.
 
-    A folder without a model card gets one first. After a failure, the same call resumes: files that the hub has are not
-    sent again. The token is that of the hub's client (``hf auth login`` or HF_TOKEN).
+    Only the files of a checkpoint are sent. A folder without a model card gets one first. After a failure, the same
+    call resumes: files that the hub has are not sent again. The token is that of the hub's client (``hf auth login`` or
+    HF_TOKEN).
 
     Args:
         directory: a folder that ``grasp compress`` or ``save_pretrained`` wrote; see ``require_complete``.
@@ -61,35 +77,37 @@ def push(directory: str | Path, repo_id: str, *, private: bool = False, progress
     """
     folder = Path(directory).expanduser()
     checkpoint = require_complete(folder)
-    token = get_token()
-    if token is None:
+    if not HUB_NAME.fullmatch(repo_id):
+        raise HubError(f"{repo_id!r} is no repository name; expected owner/name")
+    if get_token() is None:
         raise HubError("no token for the hub: run `hf auth login`, or set the environment variable HF_TOKEN")
     _require_card(folder, checkpoint)
     api = HfApi()
     progress("upload", 0, 1)
-    with _explained(repo_id, token):
-        address = api.create_repo(repo_id, private=True if private else None, exist_ok=True)
-        public = private and not api.model_info(address.repo_id).private
+    with _explained(repo_id):
+        api.create_repo(repo_id, private=True if private else None, exist_ok=True)
+        public = private and not api.model_info(repo_id).private
     if public:
         raise HubError(
             f"{repo_id} exists and is public; nothing was uploaded. Make it private on the hub, or give another name"
         )
-    with _explained(repo_id, token):
+    with _explained(repo_id):
         api.upload_folder(
-            repo_id=address.repo_id,
+            repo_id=repo_id,
             folder_path=folder,
             commit_message="Upload a model compressed with GRASP",
-            ignore_patterns=list(_IGNORED),
+            allow_patterns=[glob.escape(name) for name in checkpoint_files(folder)],
         )
     progress("upload", 1, 1)
-    return str(address)
+    return f"{constants.ENDPOINT}/{repo_id}"
 
 
 def require_complete(folder: Path) -> Inspection:
-    """Check that a folder is a complete compressed checkpoint and contains no pickle.
+    """Check that a folder is a complete compressed checkpoint and contains nothing else.
 
     Raises:
-        CheckpointError: if tensors, the tokenizer or shards are missing, no layer is low-rank, or a file is a pickle.
+        CheckpointError: if tensors, the tokenizer or shards are missing, or no layer is low-rank; as
+            ``checkpoint_files``.
     """
     if not folder.is_dir():
         raise CheckpointError(f"no folder {folder}; expected a checkpoint that `grasp compress` wrote")
@@ -100,16 +118,34 @@ def require_complete(folder: Path) -> Inspection:
         )
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise CheckpointError(f"{folder} has no tokenizer; write one with tokenizer.save_pretrained")
-    for file in sorted(folder.rglob("*")):
-        if any(fnmatch(file.name.lower(), pattern) for pattern in _PICKLES) and not _ignored(file.relative_to(folder)):
-            raise CheckpointError(
-                f"{file} may be a pickle, which can run code when read; only safetensors are uploaded. Remove it"
-            )
+    checkpoint_files(folder)
     return checkpoint
 
 
-def _ignored(path: Path) -> bool:
-    return any(fnmatch(path.as_posix(), pattern) for pattern in _IGNORED)
+def checkpoint_files(folder: Path) -> list[str]:
+    """The names of the files of a checkpoint folder that are uploaded.
+
+    Hidden files, such as caches, and unfinished work (``.partial``) are left out.
+
+    Raises:
+        CheckpointError: if the folder has anything else, a link, or a special file.
+    """
+    allowed = (*_ALLOWED, *(file.name for file in weight_files(folder)))
+    templates, names = folder / _TEMPLATES, []
+    has_templates = templates.is_dir() and not templates.is_symlink()
+    for path in sorted([*folder.iterdir(), *(templates.iterdir() if has_templates else ())]):
+        if path.name.startswith(".") or path.suffix == ".partial" or (path == templates and has_templates):
+            continue
+        name = path.relative_to(folder).as_posix()
+        is_result = path.parent == folder and path.suffix == ".json" and read_evaluation(path) is not None
+        if not is_result and not any(fnmatchcase(name, pattern) for pattern in allowed):
+            raise CheckpointError(
+                f"{path} is no part of a checkpoint, so nothing is uploaded; move it out of the folder"
+            )
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise CheckpointError(f"{path} is a link or no file, so nothing is uploaded; put the file itself there")
+        names.append(name)
+    return names
 
 
 def _require_card(folder: Path, checkpoint: Inspection) -> None:
@@ -124,19 +160,23 @@ def _require_card(folder: Path, checkpoint: Inspection) -> None:
 
 
 @contextmanager
-def _explained(repo_id: str, token: str) -> Iterator[None]:
-    """Raise errors of the hub's client as ``HubError`` with a remedy and without the token."""
+def _explained(repo_id: str) -> Iterator[None]:
+    """Raise errors of the hub's client as ``HubError`` with a remedy, and show no text of the server.
 
-    def message(error: Exception) -> str:
-        return one_line(f"{type(error).__name__}: {error}".replace(token, "***"))
-
+    A server can repeat the token in any encoding: in errors, warnings and addresses.
+    """
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.CRITICAL)
     try:
-        yield
-    except HFValidationError as error:
-        raise HubError(f"{repo_id!r} is no repository name; expected owner/name: {message(error)}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except OfflineModeIsEnabled:
         raise HubError("HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it") from None
     except _HUB_ERRORS as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         remedy = _REMEDIES.get(status or 0, "run the same command again: files that the hub has are not sent again")
-        raise HubError(f"uploading to {repo_id} on {constants.ENDPOINT} failed ({message(error)}); {remedy}") from None
+        reason = hub_status(error) or type(error).__name__
+        raise HubError(f"uploading to {repo_id} on {constants.ENDPOINT} failed ({reason}); {remedy}") from None
+    finally:
+        hub_logging.set_verbosity(verbosity)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from grasp.checkpoint.card import read_card, with_results
+from grasp.checkpoint.card import read_card, read_evaluation, with_results
 from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.errors import ResultsError
 from grasp.files import write_whole
@@ -68,14 +66,3 @@ def _update_card(folder: Path) -> None:
         before=inspection.report.before.parameters if inspection.report else inspection.dense_parameters,
     )
     write_whole(card, text)
-
-
-def read_evaluation(path: Path) -> dict[str, Any] | None:
-    """Read a result file; ``None`` if the file is anything else."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    values = document.get("grasp", document) if isinstance(document, dict) else None
-    is_result = isinstance(values, Mapping) and values.keys() >= {"model", "text", "result", "size"}
-    return document if is_result else None

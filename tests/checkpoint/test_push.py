@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -75,7 +77,7 @@ def push(folder: Path, *arguments: str, endpoint: str, token: str | None = TOKEN
 def test_a_folder_arrives_whole_without_what_is_unfinished_or_hidden_and_again_only_what_is_new(
     folder: Path, hub: FakeHub
 ) -> None:
-    for name in ("notes.partial", ".env", "old.partial/weights.safetensors", "sub/.hidden"):
+    for name in ("notes.partial", ".env", "old.partial/weights.safetensors", "additional_chat_templates/.hidden"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("not for others")
     expected = {path.name for path in folder.iterdir() if path.is_file() and path.name not in ("notes.partial", ".env")}
@@ -158,6 +160,51 @@ def test_a_repository_that_is_public_is_not_taken_for_a_private_one(
     assert not hub.files
 
 
+ENCODED_TOKENS = [
+    *(TOKEN, TOKEN[:9], TOKEN[9:], TOKEN.upper(), TOKEN.encode().hex(), TOKEN[::-1]),
+    base64.b64encode(TOKEN.encode()).decode(),
+    "".join(f"%{ord(letter):02X}" for letter in TOKEN),
+]
+
+
+def test_no_text_of_the_server_is_shown_for_it_may_repeat_the_token(
+    folder: Path,
+    hub: FakeHub,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.echo = "\n".join(ENCODED_TOKENS)
+    messages = []
+    for hub.echo_at in ("/repos/create", "/api/models/someone/small", "validate-yaml", "/preupload/", "/commit/"):
+        with pytest.raises(HubError, match=r"failed \(.*; run the same command again") as refused:
+            upload(folder, "someone/small")
+        messages.append("".join(traceback.format_exception(refused.value)))
+    hub.echo_at = "nowhere"
+    messages.append(upload(folder, "someone/small"))
+    assert messages[-1] == f"{hub.address}/someone/small"
+    out, err = capfd.readouterr()
+    shown = "".join([out, err, caplog.text, *messages, *(str(warning.message) for warning in recwarn)])
+    assert [part for part in ENCODED_TOKENS if part in shown] == []
+
+
+@pytest.mark.parametrize("answer", [{}, [], {"url": 3}, {"url": None, "private": "x"}])
+def test_a_server_that_is_no_hub_gets_one_line(
+    answer: object, folder: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.answer = answer
+    with pytest.raises(HubError, match=r"uploading to someone/small on .* failed \("):
+        upload(folder, "someone/small")
+
+
 def break_index(folder: Path) -> None:
     next(folder.glob("model-00001-*.safetensors")).unlink()
 
@@ -165,6 +212,19 @@ def break_index(folder: Path) -> None:
 def cut_weights(folder: Path) -> None:
     file = next(folder.glob("model-00001-*.safetensors"))
     os.truncate(file, file.stat().st_size - 100)
+
+
+def write(file: Path) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("{}")
+
+
+def link(file: Path) -> None:
+    """Move a file out of its folder, and put a link in its place."""
+    other = file.parent.parent / "elsewhere"
+    if file.exists():
+        file.rename(other)
+    file.symlink_to(other)
 
 
 def drop_tokenizer(folder: Path) -> None:
@@ -179,8 +239,24 @@ def drop_tokenizer(folder: Path) -> None:
         (break_index, "lacks 1 of|is missing"),
         (cut_weights, "cannot be read"),
         (drop_tokenizer, "has no tokenizer"),
-        (lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x"), "may be a pickle"),
-        (lambda folder: (folder / "Optimizer.PT").write_bytes(b"x"), "may be a pickle"),
+        *[
+            (lambda folder, name=name: write(folder / name), rf"{name.partition('/')[0]} is no part of a checkpoint")
+            for name in (
+                *("pytorch_model.bin", "Optimizer.PT", "modeling.py", "data.npy", "key.pem", "credentials.json"),
+                *("CONFIG.JSON", "other.safetensors", "model.gguf", "notes.txt", "report.html", "sub/config.json"),
+            )
+        ],
+        (lambda folder: write(folder / "additional_chat_templates/tool.py"), "tool.py is no part of a checkpoint"),
+        *[
+            (lambda folder, name=name: link(folder / name), f"{name} is a link or no file")
+            for name in ("config.json", "LICENSE")
+        ],
+        (lambda folder: link(next(folder.glob("model-00001-*"))), "which is not in its folder"),
+        (
+            lambda folder: (folder / "additional_chat_templates").symlink_to(folder.parent),
+            "additional_chat_templates is no part of a checkpoint",
+        ),
+        (lambda folder: os.mkfifo(folder / "NOTICE"), "NOTICE is a link or no file"),
         (lambda folder: shutil.rmtree(folder), "no folder"),
     ],
 )

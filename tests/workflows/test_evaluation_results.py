@@ -7,13 +7,13 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from grasp.checkpoint.card import model_card
+from grasp.checkpoint.card import model_card, read_evaluation
 from grasp.checkpoint.saving import save_checkpoint
 from grasp.errors import CheckpointError, ResultsError
 from grasp.evaluation.lm_eval import TaskRequest
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.workflows.evaluate import evaluate
-from grasp.workflows.evaluation_results import read_evaluation, require_replaceable, write
+from grasp.workflows.evaluation_results import require_replaceable, write
 from tests.command_line import save_tiny_model
 from tests.task_documents import write_jsonl
 from tests.tiny_models import tiny_model
