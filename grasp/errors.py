@@ -25,6 +25,10 @@ class CheckpointError(GraspError, ValueError):
     """A checkpoint folder cannot be read or written, or does not match its configuration."""
 
 
+class OccupiedError(GraspError):
+    """Something else appeared at an output while it was written; both are kept."""
+
+
 class ModelNotFoundError(GraspError, ValueError):
     """No model has this name, or the hub cannot be reached."""
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grasp.errors import GraspError
+from grasp.errors import GraspError, OccupiedError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,52 +32,205 @@ def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def write_whole(target: Path, content: str | bytes) -> None:
-    """Write a file in one step: it is complete, or as it was.
+Contents = Mapping[str, tuple[int, int, int]]
+
+
+def contents(path: Path) -> Contents:
+    """Inode, size and time of change of a file, or of everything in a folder, by relative path; empty if missing."""
+    found = {item: item.lstat() for item in ([path] if path.is_file() else path.rglob("*"))}
+    return {str(item.relative_to(path)): (stat.st_ino, stat.st_size, stat.st_mtime_ns) for item, stat in found.items()}
+
+
+def try_writing(target: Path) -> None:
+    """Write one block beside ``target``, under the name of its temporary, and remove it again.
+
+    A missing folder is not created; the block is then written into its nearest parent that exists.
 
     Raises:
-        GraspError: if it cannot be written.
+        OSError: if the folder is not writable, the disk is full, or the name is too long.
+    """
+    temporary = nearest_folder(target) / _temporary_name(target)
+    try:
+        temporary.write_bytes(bytes(4096))
+        _sync(temporary)
+    finally:
+        _remove(temporary)
+
+
+def require_writable(target: Path, *, parents: bool = False) -> None:
+    """Check, before long work, that ``write_whole`` can write a file. Nothing is changed.
+
+    Args:
+        target: the file; it may be missing.
+        parents: whether its folder may be missing.
+
+    Raises:
+        GraspError: if it is a folder or a device, its folder is missing, or ``try_writing`` fails.
+    """
+    folder = target.absolute().parent
+    if target.exists() and not target.is_file():
+        raise GraspError(f"output {target} is not a file; give the name of a file")
+    if not parents and not folder.is_dir():
+        raise GraspError(f"output {target} cannot be written: there is no folder {folder}; create it first")
+    try:
+        try_writing(target.absolute())
+    except OSError as error:
+        raise GraspError(f"output {target} cannot be written: {error}; give another one") from error
+
+
+def write_whole(target: Path, content: str | bytes, *, seen: Contents | None = None) -> None:
+    """Write a file in one step: it is complete, or as it was. It survives a loss of power.
+
+    Args:
+        target: the file; missing parents are created.
+        content: of the file.
+        seen: see ``replacing``.
+
+    Raises:
+        GraspError: if it cannot be written; as ``replacing`` with ``seen``.
     """
     try:
-        with replacing(target) as temporary:
+        with replacing(target, seen=seen) as temporary:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        raise GraspError(f"writing {target} failed, nothing was changed: {error}") from error
+        raise GraspError(f"writing {target} failed, it is as it was before or complete: {error}") from error
 
 
 @contextmanager
-def replacing(target: Path, *, scratch: Path | None = None) -> Iterator[Path]:
+def replacing(target: Path, *, scratch: Path | None = None, seen: Contents | None = None) -> Iterator[Path]:
     """Yield a path for a new file or folder, which replaces ``target`` in one step when the block succeeds.
 
-    Missing parents of ``target`` are created. If the block raises, nothing changes. If the process is killed, the
-    temporary remains: see ``remove_abandoned``.
+    Missing parents of ``target`` are created. Everything is flushed to the disk before and after the step. If the
+    block raises, nothing changes. If the process is killed, the temporary remains: see ``remove_abandoned``. A former
+    folder is first renamed to a free name such as ``TARGET-2``, and removed at the end.
 
     Args:
         target: the file or folder to replace; it may be missing.
         scratch: an existing folder on the same disk for the temporary; ``None`` for the folder of ``target``.
+        seen: the ``contents`` of ``target`` when it was checked. Only they are replaced. ``None`` replaces any file.
+
+    Raises:
+        OccupiedError: if ``target`` has other contents than ``seen``. Both stay; the message has the new one's name.
     """
     missing = [parent for parent in target.parents if not parent.exists()]
-    temporary = (scratch or target.parent) / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
-    replaced = temporary.with_suffix(".old")
+    temporary = (scratch or target.parent) / _temporary_name(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        if temporary.is_file():
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-        elif target.exists():  # a folder cannot be renamed to one that is not empty
-            target.rename(replaced)
-        os.replace(temporary, target)
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        if seen is None:
+            os.replace(temporary, target)
+        else:
+            _place(temporary, target, seen)
+        for folder in (target.parent, *(parent.parent for parent in missing)):
+            _sync(folder)
     except BaseException:
-        if replaced.exists():
-            shutil.rmtree(replaced) if target.exists() else replaced.rename(target)
         _remove(temporary)
         for parent in missing:
             with suppress(OSError):
                 parent.rmdir()
         raise
-    if replaced.exists():
-        shutil.rmtree(replaced)
+
+
+def _place(new: Path, target: Path, seen: Contents) -> None:
+    """Move ``new`` to ``target``, whose contents must be ``seen``."""
+    try:
+        if not seen or not os.path.lexists(target):
+            _move(new, target)
+        elif new.is_dir():
+            _replace_folder(new, target, seen)
+        elif contents(target) == seen:
+            os.replace(new, target)
+        else:
+            raise FileExistsError
+    except FileExistsError as error:
+        kept = _move_aside(new, target)
+        _sync(target.parent)
+        raise OccupiedError(
+            f"{target} was changed by somebody else in the meantime and is left as it is; the new result is {kept}"
+        ) from error
+
+
+def _replace_folder(new: Path, target: Path, seen: Contents) -> None:
+    """Replace a folder by another one. Of the former one only what was ``seen`` is removed."""
+    former = _move_aside(target, target)
+    try:
+        if contents(former) != seen:
+            raise FileExistsError
+        _move(new, target)
+        _sync(target.parent)
+    except BaseException:
+        with suppress(OSError):
+            if not new.exists():
+                target.rename(new)
+            former.rename(target)
+        raise
+    for name in sorted(seen, reverse=True):  # what is in a folder comes before the folder
+        path = former / name
+        with suppress(OSError):
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    with suppress(OSError):
+        former.rmdir()
+
+
+def _move(new: Path, target: Path) -> None:
+    """Rename a file or folder, and replace nothing but an empty folder.
+
+    Raises:
+        FileExistsError: if there is something.
+    """
+    if new.is_dir():
+        try:
+            new.rename(target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
+                raise FileExistsError from error
+            raise
+        return
+    try:
+        os.link(new, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links
+        if os.path.lexists(target):
+            raise FileExistsError from None
+        new.rename(target)
+    else:
+        _remove(new)
+
+
+def _move_aside(path: Path, target: Path) -> Path:
+    """Move a file or folder to the first free name beside ``target``, such as NAME-2, and return it."""
+    stem, suffix = (target.name, "") if path.is_dir() else (target.stem, target.suffix)
+    for number in count(2):
+        aside = target.with_name(f"{stem}-{number}{suffix}")
+        if not os.path.lexists(aside):
+            with suppress(FileExistsError):
+                _move(path, aside)
+                return aside
+    raise AssertionError
+
+
+def nearest_folder(path: Path) -> Path:
+    """The nearest parent of ``path`` that exists."""
+    return next(parent for parent in path.parents if parent.exists())
+
+
+def _temporary_name(target: Path) -> str:
+    return f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno == errno.EINVAL):  # some network disks cannot flush folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def remove_abandoned(target: Path) -> None:

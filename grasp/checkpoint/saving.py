@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from grasp.errors import CheckpointError
-from grasp.files import replacing
+from grasp.files import Contents, contents, nearest_folder, replacing, try_writing
 from grasp.model.hf_quantizer import mark_compressed
 
 if TYPE_CHECKING:
@@ -22,25 +22,24 @@ _SPARE_BYTES = 32 * 2**20  # room for tokenizer, configuration and file headers
 
 
 def check_directory(directory: str | Path, *, overwrite: bool = False) -> Path:
-    """Return the absolute path of a folder that a checkpoint can be written to; nothing is created.
+    """Return the absolute path of a folder that a checkpoint can be written to; nothing is left behind.
 
     Raises:
         CheckpointError: if it is a file; a folder that is not empty, unless ``overwrite`` and it is a checkpoint; the
-            current directory or a mount point; or in a folder that is not writable.
+            current directory or a mount point; or in a folder where ``try_writing`` fails.
     """
-    target = Path(directory).expanduser().resolve()
-    if target.exists() and not target.is_dir():
+    target = Path(os.path.realpath(Path(directory).expanduser()))  # resolve() fails for a loop of links
+    if os.path.lexists(target) and not target.is_dir():
         raise CheckpointError(f"output folder {directory} is a file; give a new or an empty folder")
     if target == Path.cwd() or target.is_mount():
         raise CheckpointError(
             f"output folder {directory} is the current directory or a mount point, which cannot be replaced in one "
             "step; give a folder inside it"
         )
-    parent = _existing(target.parent)
-    if not os.access(parent, os.W_OK):
-        raise CheckpointError(
-            f"output folder {directory} cannot be created: {parent} is not writable; give another folder"
-        )
+    try:
+        try_writing(target)
+    except OSError as error:
+        raise CheckpointError(f"output folder {directory} cannot be created: {error}; give another folder") from error
     names = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
     if names and not overwrite:
         raise CheckpointError(
@@ -63,8 +62,9 @@ def save_checkpoint(
     card: str | None = None,
     extra_files: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    seen: Contents | None = None,
 ) -> Path:
-    """Write a checkpoint folder in one step: if this fails or is interrupted, nothing changes.
+    """Write a checkpoint folder in one step, which survives a loss of power; if it fails, nothing changes.
 
     Args:
         model: compressed or not.
@@ -73,12 +73,15 @@ def save_checkpoint(
         card: text of README.md, see ``model_card``; ``None`` writes none.
         extra_files: file name → text.
         overwrite: replace an existing checkpoint.
+        seen: the contents of ``directory`` when ``check_directory`` accepted it, before long work. They are replaced.
+            ``None`` checks it now.
 
     Returns:
         The absolute path of the folder.
 
     Raises:
         CheckpointError: as ``check_directory``; or if there is too little space, or the files cannot be written.
+        OccupiedError: if something else was put there meanwhile. Both stay; the message has the new folder's name.
         ValueError: if the name of an extra file contains a folder, or the checkpoint has a file of that name.
 
     Example:
@@ -89,12 +92,15 @@ def save_checkpoint(
         ...     sorted(path.name for path in save_checkpoint(model, f"{folder}/small").iterdir())
         ['config.json', 'generation_config.json', 'model.safetensors']
     """
-    target = check_directory(directory, overwrite=overwrite)
+    target = Path(directory)
+    if seen is None:
+        seen = contents(target.expanduser()) if overwrite else {}
+        target = check_directory(directory, overwrite=overwrite)
     texts = {**({} if card is None else {"README.md": card}), **(extra_files or {})}
     mark_compressed(model)
     require_space(target, model.get_memory_footprint() + sum(len(text.encode()) for text in texts.values()))
     try:
-        with replacing(target) as folder:
+        with replacing(target, seen=seen) as folder:
             folder.mkdir()
             model.save_pretrained(folder)
             if tokenizer is not None:
@@ -106,7 +112,8 @@ def save_checkpoint(
             _copy_mode_of_config(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"writing {target} failed, nothing was left behind: {error}. Free some space, or give a writable folder."
+            f"writing {target} failed, it is as it was before or complete: {error}. Free some space, or give a "
+            "writable folder"
         ) from error
     return target
 
@@ -118,18 +125,13 @@ def _copy_mode_of_config(folder: Path) -> None:
         weights.chmod(mode)
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or its nearest parent that exists."""
-    return next(path for path in (folder, *folder.parents) if path.exists())
-
-
 def require_space(target: Path, needed: int) -> None:
     """Check that the disk of ``target``, which may be missing, has ``needed`` free bytes and a reserve.
 
     Raises:
         CheckpointError: if it has not.
     """
-    free = shutil.disk_usage(_existing(target)).free
+    free = shutil.disk_usage(nearest_folder(target)).free
     if free < needed + _SPARE_BYTES:
         raise CheckpointError(
             f"writing {target} needs {(needed + _SPARE_BYTES) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; free some "

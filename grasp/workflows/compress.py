@@ -19,7 +19,7 @@ from grasp.checkpoint.saving import check_directory, require_space, save_checkpo
 from grasp.compress import compress_
 from grasp.compression.batch_size import fitting_batch_size
 from grasp.config import GraspConfig
-from grasp.files import remove_abandoned
+from grasp.files import Contents, remove_abandoned
 from grasp.loading import find_device, load_quietly
 from grasp.progress import Notify, Progress, no_notify, no_progress
 from grasp.statistics.processes import ALONE, Processes
@@ -194,13 +194,13 @@ def write_checkpoint(
     report: CompressionReport,
     *,
     extra_files: Mapping[str, str] | None = None,
-    overwrite: bool = False,
+    seen: Contents | None = None,
     progress: Progress = no_progress,
 ) -> None:
-    """Save a compressed model with its report and model card.
+    """Save a compressed model with its report and model card; ``seen`` as in ``save_checkpoint``, ``None`` for empty.
 
     Raises:
-        CheckpointError: as ``save_checkpoint`` does.
+        CheckpointError, OccupiedError: as ``save_checkpoint`` does.
     """
     base_model = str(model.config._name_or_path or name)
     progress("saving", 0, 1)
@@ -215,7 +215,7 @@ def write_checkpoint(
             details=_description(samples, report),
         ),
         extra_files={FILE_NAME: report.to_json(), **(extra_files or {})},
-        overwrite=overwrite,
+        seen=seen or {},
     )
     progress("saving", 1, 1)
 

@@ -23,6 +23,7 @@ from grasp.config import GraspConfig
 from grasp.environment import environment
 from grasp.evaluation.generation import GenerationTime, time_generation
 from grasp.evaluation.perplexity import perplexity
+from grasp.files import contents
 from grasp.loading import load_quietly
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear, group_linears_
@@ -102,12 +103,13 @@ def run_demo(output: str | Path, sizes: DemoSizes | None = None, *, progress: Pr
 
     Raises:
         CheckpointError: if ``output`` holds anything else, or cannot be written.
+        OccupiedError: if ``output`` is changed by somebody else in the meantime.
         MissingPackageError: if the built-in model or text is not installed.
     """
     sizes = DemoSizes() if sizes is None else sizes
     start = time.perf_counter()
-    overwrite = _is_demo(Path(output))
-    target = check_directory(output, overwrite=overwrite)
+    seen = contents(Path(output)) if _is_demo(Path(output)) else {}
+    target = check_directory(output, overwrite=bool(seen))
     samples = Samples(BUILTIN, sizes.num_samples, sizes.seq_len, seed=sizes.seed)
     text = builtin_text("calibration")
     dense, tokenizer = load_quietly(BUILTIN, progress=progress)
@@ -140,7 +142,7 @@ def run_demo(output: str | Path, sizes: DemoSizes | None = None, *, progress: Pr
     write_checkpoint(
         *(best, tokenizer, target, BUILTIN, samples, report),
         extra_files={DEMO_FILE: json.dumps(demo.to_dict(), indent=2)},
-        overwrite=overwrite,
+        seen=seen,
         progress=progress,
     )
     return demo

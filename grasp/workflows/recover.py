@@ -149,6 +149,7 @@ def _write(
         tokenizer=tokenizer,
         card=with_section(without_results(card), "Recovery", _card_section(data, report)),
         extra_files={**texts, recovery_report.FILE_NAME: report.to_json()},
+        seen={},
     )
     progress("saving", 1, 1)
 

@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from grasp.checkpoint.saving import check_directory, save_checkpoint
-from grasp.errors import CheckpointError
+from grasp.errors import CheckpointError, OccupiedError
 from grasp.model.lowrank_linear import LowRankLinear
 from tests.tiny_models import tiny_model
 
@@ -99,10 +99,10 @@ def test_a_file_a_mount_point_and_the_current_directory_are_refused(
             check_directory(folder)
 
 
-def test_a_parent_that_is_not_writable_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(CheckpointError, match=f"{tmp_path} is not writable"):
-        check_directory(tmp_path / "new/out")
+def test_a_place_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+    for name in ("/proc/1/new/out", tmp_path / ("x" * 250)):
+        with pytest.raises(CheckpointError, match="cannot be created"):
+            check_directory(name)
 
 
 def test_checking_creates_nothing(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_failure_in_the_middle_leaves_what_was_there(
     with pytest.raises(raised) as caught:
         save_checkpoint(model, target, overwrite=True)
     if raised is CheckpointError:
-        assert "nothing was left behind" in str(caught.value)
+        assert "as it was before" in str(caught.value)
         assert "No space left on device" in str(caught.value)
     assert everything_in(tmp_path) == before
 
@@ -166,10 +166,10 @@ def test_a_failure_at_the_very_end_puts_the_old_checkpoint_back(
     target = save_checkpoint(model, tmp_path / "out", extra_files={"old.txt": "kept"})
     before = everything_in(tmp_path)
 
-    def fail(source: Path, target: Path) -> NoReturn:
+    def fail(new: Path, target: Path) -> NoReturn:
         raise OSError("interrupted")
 
-    monkeypatch.setattr("os.replace", fail)
+    monkeypatch.setattr("grasp.files._move", fail)
     with pytest.raises(CheckpointError, match="interrupted"):
         save_checkpoint(model, target, overwrite=True)
     assert everything_in(tmp_path) == before
@@ -188,3 +188,37 @@ def test_an_ordinary_model_is_saved_as_one(tmp_path: Path) -> None:
     folder = save_checkpoint(tiny_model("llama"), tmp_path / "out")
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config
+
+
+@pytest.mark.parametrize("former", [False, True])
+def test_a_file_that_is_put_into_the_folder_while_saving_stays(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, former: bool
+) -> None:
+    target = tmp_path / "out"
+    if former:
+        save_checkpoint(model, target)
+    save = model.save_pretrained
+
+    def save_and_put(folder: Path) -> None:
+        save(folder)
+        target.mkdir(exist_ok=True)
+        (target / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr(model, "save_pretrained", save_and_put)
+    with pytest.raises(OccupiedError, match=str(tmp_path / "out-2")):
+        save_checkpoint(model, target, overwrite=former)
+    assert (target / "notes.txt").read_text() == "mine"
+    names = [path.removeprefix("out") for path in WRITTEN]
+    kept = [f"out{name}" for name in names] if former else ["out"]
+    assert everything_in(tmp_path) == sorted([*kept, "out/notes.txt", *(f"out-2{name}" for name in names)])
+
+
+def test_a_checkpoint_that_was_checked_before_long_work_is_not_checked_again(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    target = check_directory(tmp_path / "out")
+    target.mkdir()
+    (target / "notes.txt").write_text("put there in the meantime")
+    with pytest.raises(OccupiedError, match="out-2"):
+        save_checkpoint(model, target, seen={})
+    assert (tmp_path / "out-2/config.json").exists()
