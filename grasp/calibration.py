@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
-from collections.abc import Iterable
+from codecs import getincrementaldecoder
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from grasp.builtin import BUILTIN, builtin_text_path
 from grasp.errors import CalibrationError, MissingPackageError
-from grasp.formatting import one_line
+from grasp.formatting import one_line, size
 from grasp.model.batch import CalibrationBatch
+from grasp.progress import Notify, no_notify
+from grasp.reading import open_regular, read_text_file
 
 Split = Literal["calibration", "evaluation"]
 
@@ -53,16 +60,21 @@ HUB_TEXTS = {
 NAMED_TEXTS = (*HUB_TEXTS, BUILTIN)
 # Groups of this many articles go to one split, because neighbours in the built-in text are related.
 _ARTICLE_GROUP = 25
+CHARACTERS = 8_000_000  # read of a streamed text, at least; files of up to this many bytes are read whole
+_CHARACTERS_PER_TOKEN = 6  # an upper bound of the mean
+_PIECE = 125_000  # of a larger file: characters, or bytes where pieces are spaced
 
 
-def read_text(source: str, *, split: Split = "calibration", characters: int = 8_000_000) -> str:
+def read_text(source: str, *, split: Split = "calibration", characters: int | None = CHARACTERS) -> str:
     """Read the text of a source. The two splits of a named text share no document.
 
     Args:
         source: the path of a UTF-8 file; ``"wikitext2"`` (train or test) or ``"c4"`` (a shard of train or validation),
             fetched from the hub with the package ``datasets``; or ``"builtin"``, see ``builtin_text``.
-        split: the use of the text. A file has no splits: it is always read whole.
-        characters: length of text to fetch of ``"c4"``, rounded up to a document.
+        split: the use of the text. A file has no splits.
+        characters: length of text to fetch of ``"c4"``, rounded up to a document. For calibration also the length, in
+            bytes, to read of a larger file: pieces of 125 kB, evenly spaced. ``None`` reads a file whole, and 8 million
+            characters of ``"c4"``.
 
     Raises:
         CalibrationError: if there is no such file, it is empty or not UTF-8, or the hub cannot be reached.
@@ -75,11 +87,56 @@ def read_text(source: str, *, split: Split = "calibration", characters: int = 8_
         ...     read_text(file.name)
         'a text\\n'
     """
+    return "".join(read_pieces(source, split=split, characters=characters))
+
+
+def read_pieces(
+    source: str, *, split: Split = "calibration", characters: int | None = CHARACTERS, notify: Notify = no_notify
+) -> Iterable[str]:
+    """Read a text as ``read_text`` does, a file of more than 8 MB piece by piece when the pieces are iterated over.
+
+    Pieces of a file begin and end at a line break, if they have one.
+
+    Args:
+        source: as for ``read_text``; ``split`` and ``characters`` too.
+        notify: called with one line if only a part of a file is read.
+
+    Raises:
+        GraspError: as ``read_text`` does; for bytes after the first piece that are not UTF-8 during iteration.
+
+    Example:
+        >>> [len(piece) > 1_000_000 for piece in read_pieces("builtin")]
+        [True]
+    """
     if source == BUILTIN:
-        return builtin_text(split)
+        return [builtin_text(split)]
     if source in HUB_TEXTS:
-        return _hub_text(source, split, characters)
-    return _file_text(source)
+        return [_hub_text(source, split, characters or CHARACTERS)]
+    path = Path(source).expanduser()
+    expected = f"a text in UTF-8, or one of {', '.join(NAMED_TEXTS)}"
+    with open_regular(path, expected, CalibrationError) as file:
+        length = os.fstat(file.fileno()).st_size
+    if length <= CHARACTERS:
+        text = read_text_file(path, expected, CalibrationError)
+        if not text.strip():
+            raise CalibrationError(f"{source} has no text; expected {expected}")
+        return [text]
+    if split == "evaluation" or characters is None or characters >= length:
+        pieces = _all_pieces(path, expected)
+    else:
+        notify(f"{path.name} has {size(length)}; {size(characters)} of it are read, in evenly spaced pieces")
+        pieces = _spaced_pieces(path, expected, length, characters)
+    return chain([next(pieces)], pieces)  # a large file that is no text is refused now
+
+
+def characters_for(tokens: int | None) -> int | None:
+    """Length of text to read for this many tokens, at least 8 million characters; ``None`` for all.
+
+    Example:
+        >>> characters_for(1000), characters_for(2_000_000)
+        (8000000, 12000000)
+    """
+    return None if tokens is None else max(CHARACTERS, _CHARACTERS_PER_TOKEN * tokens)
 
 
 def builtin_text(split: Split) -> str:
@@ -101,20 +158,37 @@ def builtin_text(split: Split) -> str:
     return "\n\n".join(a for i, a in enumerate(articles) if (i // _ARTICLE_GROUP % 4 == 3) == evaluation)
 
 
-def _file_text(source: str) -> str:
-    path = Path(source).expanduser()
-    names = ", ".join(NAMED_TEXTS)
-    if not path.is_file():
-        raise CalibrationError(f"no text file {source}; expected a path or one of {names}")
+@contextmanager
+def _opened(path: Path, expected: str) -> Iterator[BinaryIO]:
+    """Open a text; the errors of reading and decoding it become ``CalibrationError``."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"{source} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); convert it to UTF-8 text"
-        ) from error
-    if not text.strip():
-        raise CalibrationError(f"{source} has no text; expected UTF-8 text, or one of {names}")
-    return text
+        with open_regular(path, expected, CalibrationError) as file:
+            yield file
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path} cannot be read as text ({one_line(error)}); expected {expected}") from error
+
+
+def _all_pieces(path: Path, expected: str) -> Iterator[str]:
+    rest = ""
+    with _opened(path, expected) as file, TextIOWrapper(file, encoding="utf-8") as stream:
+        while block := stream.read(_PIECE):
+            text = rest + block
+            end = text.rfind("\n") + 1 or len(text)
+            yield text[:end]
+            rest = text[end:]
+        yield rest
+
+
+def _spaced_pieces(path: Path, expected: str, length: int, wanted: int) -> Iterator[str]:
+    count = max(2, wanted // _PIECE)
+    with _opened(path, expected) as file:
+        for i in range(count):
+            file.seek(i * (length - _PIECE) // (count - 1))
+            block = file.read(_PIECE)
+            inside = next(n for n in range(5) if not i or n == 4 or not 0x80 <= block[n] < 0xC0)  # of a cut character
+            text = getincrementaldecoder("utf-8")().decode(block[inside:])  # leaves out a cut character at the end
+            lines = text[text.find("\n") + 1 if i else 0 : text.rfind("\n") + 1]
+            yield (lines or text).replace("\r\n", "\n")
 
 
 def _hub_text(name: str, split: Split, characters: int) -> str:
@@ -124,12 +198,12 @@ def _hub_text(name: str, split: Split, characters: int) -> str:
             f"{BUILTIN!r} and text files need neither the package nor the network."
         )
     documents: list[str] = []
-    size = 0
+    length = 0
     try:
         for row in _hub_rows(HUB_TEXTS[name], split):
             documents.append(row["text"])
-            size += len(row["text"])
-            if HUB_TEXTS[name].files and size >= characters:
+            length += len(row["text"])
+            if HUB_TEXTS[name].files and length >= characters:
                 break
     except (OSError, ValueError) as error:
         raise CalibrationError(
@@ -152,8 +226,13 @@ def bos_for(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return bos if isinstance(bos, int) and tokenizer("a").input_ids[:1] == [bos] else None
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str | Iterable[str], *, limit: int | None = None) -> Tensor:
     """Return the tokens of a text, int64 (T,), without special tokens.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: a text, or the pieces of one, which are tokenized one by one.
+        limit: return only this many tokens, and leave further pieces unread; ``None`` for all.
 
     Example:
         >>> from tokenizers import Tokenizer, models
@@ -161,10 +240,19 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
         >>> letters = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1}, [])))
         >>> tokenize(letters, "abba")
         tensor([0, 1, 1, 0])
+        >>> tokenize(letters, ["ab", "ba"], limit=3)
+        tensor([0, 1, 1])
     """
-    # ``verbose=False`` suppresses the warning that the text is longer than the model's positions.
-    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
-    return torch.tensor(ids, dtype=torch.int64)
+    tokens = [torch.tensor([], dtype=torch.int64)]
+    count = 0
+    for piece in [text] if isinstance(text, str) else text:
+        # ``verbose=False`` suppresses the warning that the text is longer than the model's positions.
+        ids = tokenizer(piece, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+        tokens.append(torch.tensor(ids, dtype=torch.int64))
+        count += len(ids)
+        if limit is not None and count >= limit:
+            break
+    return torch.cat(tokens)[:limit]
 
 
 def require_sizes(*, num_samples: int, seq_len: int, batch_size: int) -> None:
@@ -180,14 +268,14 @@ def require_sizes(*, num_samples: int, seq_len: int, batch_size: int) -> None:
 
 def token_batches(
     tokenizer: PreTrainedTokenizerBase,
-    text: str,
+    text: str | Iterable[str],
     *,
     num_samples: int = 128,
     seq_len: int = 512,
     batch_size: int = 1,
     seed: int = 0,
 ) -> list[CalibrationBatch]:
-    """Draw ``num_samples`` sequences of ``seq_len`` contiguous tokens from a text, without overlap.
+    """Draw ``num_samples`` sequences of ``seq_len`` contiguous tokens from a text or its pieces, without overlap.
 
     All placements and orders are equally likely. If the tokenizer puts a BOS before a text, each sequence starts with
     it; it counts towards ``seq_len``.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from grasp.calibration import bos_for, tokenize
 from grasp.errors import TrainingDataError
 from grasp.files import tensors_digest
+from grasp.reading import parse_json, read_lines
 
 HELD_OUT_FRACTION = 0.05  # of the sequences
 MAX_HELD_OUT = 32  # sequences
@@ -22,6 +22,7 @@ MAX_HELD_OUT = 32  # sequences
 _PROMPT = "Carry out the instruction.\n\n### Instruction:\n{instruction}\n\n"
 _INPUT = "### Input:\n{input}\n\n"
 _ANSWER = "### Response:\n"
+_LINE = "an object with the strings instruction, output and optionally input"
 
 
 class TrainingSequence(NamedTuple):
@@ -66,10 +67,10 @@ def digest(sequences: Iterable[TrainingSequence]) -> str:
     return tensors_digest((name, tensor) for item in sequences for name, tensor in item._asdict().items())
 
 
-def pack_text(tokenizer: PreTrainedTokenizerBase, text: str, seq_len: int) -> list[TrainingSequence]:
-    """Split a text into sequences of ``seq_len`` tokens; each starts with a BOS token if the tokenizer adds one.
+def pack_text(tokenizer: PreTrainedTokenizerBase, text: str | Iterable[str], seq_len: int) -> list[TrainingSequence]:
+    """Split a text, or the pieces of one, into sequences of ``seq_len`` tokens. The last one may be shorter.
 
-    The last sequence may be shorter.
+    Each starts with a BOS token if the tokenizer adds one.
 
     Raises:
         ValueError: if ``seq_len`` is too small.
@@ -87,13 +88,9 @@ def read_instructions(path: str | Path) -> list[Instruction]:
     Raises:
         TrainingDataError: if the file cannot be read, or a line has another format; the message has its number.
     """
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainingDataError(
-            f"the instructions {path} cannot be read ({error}); give a JSONL file in UTF-8"
-        ) from error
-    rows = [_instruction(line, f"line {number} of {path}") for number, line in enumerate(lines, 1) if line.strip()]
+    expected = "a JSONL file of instructions in UTF-8"
+    lines = read_lines(Path(path).expanduser(), expected, TrainingDataError)
+    rows = [_instruction(line, f"line {number} of {path}") for number, line in lines]
     if not rows:
         raise TrainingDataError(f"{path} has no instructions; expected one JSON object per line")
     return rows
@@ -151,17 +148,10 @@ def shuffled(count: int, seed: int) -> Iterator[int]:
 
 
 def _instruction(line: str, place: str) -> Instruction:
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise TrainingDataError(f"{place} is not JSON ({error}); expected one object per line") from error
-    values = values if isinstance(values, dict) else {}
+    values = parse_json(line, place, _LINE, TrainingDataError)
     prompt, context, answer = (values.get(name, "") for name in ("instruction", "input", "output"))
     if not all(isinstance(text, str) for text in (prompt, context, answer)) or not prompt or not answer:
-        raise TrainingDataError(
-            f"{place} must be an object with the strings instruction, output and optionally input; got "
-            f"{line.strip()[:80]}"
-        )
+        raise TrainingDataError(f"{place} is {line.strip()[:80]}; expected {_LINE}")
     return Instruction(prompt, context, answer)
 
 

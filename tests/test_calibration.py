@@ -137,13 +137,13 @@ def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
 def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"Gr\xfc\xdfe")
     (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(CalibrationError, match=r"latin\.txt is not UTF-8 \(byte 2 is 0xfc\); convert"):
+    with pytest.raises(CalibrationError, match=r"latin\.txt is not UTF-8 \(byte 2 is 0xfc\); expected a text in UTF-8"):
         read_text(str(tmp_path / "latin.txt"))
     with pytest.raises(CalibrationError, match="has no text"):
         read_text(str(tmp_path / "empty.txt"))
     with pytest.raises(CalibrationError, match=r"wikitext;.* wikitext2, c4"):
         read_text("wikitext")
-    with pytest.raises(CalibrationError, match="no text file"):
+    with pytest.raises(CalibrationError, match="is a folder; expected a text"):
         read_text(str(tmp_path))
 
 

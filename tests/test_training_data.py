@@ -100,9 +100,9 @@ def test_instructions_are_read_line_by_line(tmp_path: Path) -> None:
     ("line", "words"),
     [
         ("{", "line 2 of .* is not JSON"),
-        ("[1]", "line 2 of .* must be an object"),
-        ('{"instruction": "a"}', "line 2 of .* must be an object"),
-        ('{"instruction": "a", "output": 3}', "got {"),
+        ("[1]", "line 2 of .* is a JSON list, not an object"),
+        ('{"instruction": "a"}', "line 2 of .*; expected an object with"),
+        ('{"instruction": "a", "output": 3}', "is {"),
     ],
 )
 def test_a_line_in_another_format_is_named(tmp_path: Path, line: str, words: str) -> None:
@@ -117,8 +117,8 @@ def test_files_without_instructions_are_refused(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     with pytest.raises(TrainingDataError, match="has no instructions"):
         read_instructions(tmp_path / "empty")
-    for name in ("binary", "missing"):
-        with pytest.raises(TrainingDataError, match="cannot be read"):
+    for name, words in (("binary", "line 1 of .* is not UTF-8"), ("missing", "there is no file")):
+        with pytest.raises(TrainingDataError, match=words):
             read_instructions(tmp_path / name)
 
 

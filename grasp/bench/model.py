@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -37,7 +37,7 @@ from grasp.bench.providers import (
 from grasp.bench.records import PLAIN_SVD, ModelResult, NotMeasured, Percentiles
 from grasp.bench.timing import Sample, turns, using_threads
 from grasp.builtin import BUILTIN
-from grasp.calibration import bos_for, read_text, tokenize
+from grasp.calibration import bos_for, read_pieces, tokenize
 from grasp.evaluation.generation import GenerationTime, first_logits, random_prompt, time_generation
 from grasp.evaluation.perplexity import PerplexityResult, perplexity
 from grasp.loading import load_quietly
@@ -70,7 +70,7 @@ class ModelRequest:
         new_tokens: decoding steps.
         repeats: turns of every model.
         backends: names in the dispatch table; all if empty.
-        text: text of the perplexity, as for ``read_text``.
+        text: text of the perplexity, as for ``read_pieces``.
         window: tokens per window of the text.
         windows: number of windows; 0 for no perplexity.
         dtype: as for ``load_model``.
@@ -160,20 +160,22 @@ def run(request: ModelRequest, *, progress: Progress = no_progress) -> Iterator[
     """Measure the batch sizes one after the other.
 
     Raises:
-        GraspError, ValueError: from ``load_model``, ``read_text``, ``pick_layers``, ``low_rank_layers``, ``truncate_``,
-            ``perplexity`` and ``time_generation``.
+        GraspError, ValueError: from ``load_model``, ``read_pieces``, ``pick_layers``, ``low_rank_layers``,
+            ``truncate_``, ``perplexity`` and ``time_generation``.
     """
     require_backends(request.backends)
     if request.repeats < 1 or request.windows < 0:
         raise ValueError(
             f"repeats must be at least 1 and windows at least 0, got {request.repeats} and {request.windows}"
         )
-    text = read_text(request.text, split="evaluation") if request.windows else None
+    text = read_pieces(request.text, split="evaluation") if request.windows else None
     with using_threads(request.threads):
         yield from _run(request, text, progress)
 
 
-def _run(request: ModelRequest, text: str | None, progress: Progress) -> Iterator[list[ModelResult | NotMeasured]]:
+def _run(
+    request: ModelRequest, text: Iterable[str] | None, progress: Progress
+) -> Iterator[list[ModelResult | NotMeasured]]:
     dense, tokenizer = load_quietly(request.model, dtype=request.dtype, device=request.device, progress=progress)
     for batch_size in request.batch_sizes:
         random_prompt(dense, request.prompt_tokens, request.new_tokens, batch_size)  # raises if it is impossible
@@ -205,13 +207,13 @@ def _compressed(
 def _perplexities(
     models: Mapping[str, ModelProvider],
     tokenizer: PreTrainedTokenizerBase,
-    text: str,
+    text: Iterable[str],
     request: ModelRequest,
     progress: Progress,
 ) -> dict[str, PerplexityResult]:
     """Perplexity by provider, measured once per set of weights: backends and the unfused form share it."""
     bos = bos_for(tokenizer)
-    tokens = tokenize(tokenizer, text)[: request.windows * (request.window - (bos is not None))]
+    tokens = tokenize(tokenizer, text, limit=request.windows * (request.window - (bos is not None)))
     measured: dict[str, PerplexityResult] = {}
     for name in (DENSE, REMOVED, COMPRESSED):
         if name in models:

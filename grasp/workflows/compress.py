@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.bench.costs import costs_for
 from grasp.builtin import BUILTIN, BUILTIN_LICENSE
-from grasp.calibration import NAMED_TEXTS, read_text
+from grasp.calibration import NAMED_TEXTS, characters_for, read_pieces
 from grasp.checkpoint.card import model_card, read_license
 from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
 from grasp.checkpoint.run_state import RunState
@@ -77,7 +77,7 @@ def compress(
         costs: for ``target_latency``: a file of ``grasp bench costs``, a card of ``grasp_kernels.roofline``, or
             ``None`` to measure them now.
         progress: called as ``progress(step, done, total)``.
-        notify: called with one line when a run resumes or a batch size is chosen.
+        notify: called with one line when a run resumes, a batch size is chosen or only a part of the text is read.
         processes: processes that compress together; the first one writes.
 
     Raises:
@@ -89,7 +89,8 @@ def compress(
         DistributedError: if another process fails.
     """
     target = check_directory(output)
-    text = read_text(samples.source)
+    characters = characters_for(samples.num_samples * samples.seq_len)
+    text = read_pieces(samples.source, characters=characters, notify=notify)
     check_costs(config, costs, processes)
     partial = target.with_name(f"{target.name}.partial")
     with RunState(partial, notify=notify, rank=processes.rank, processes=processes.size) as state:

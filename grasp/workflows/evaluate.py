@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from grasp.calibration import bos_for, read_text, tokenize
+from grasp.calibration import bos_for, read_pieces, tokenize
 from grasp.evaluation.lm_eval import TaskRequest, evaluate_tasks
 from grasp.evaluation.perplexity import PerplexityResult, perplexity
 from grasp.loading import load_quietly
@@ -57,7 +57,7 @@ def evaluate(
 
     Args:
         name: of the model, as ``load_model`` takes it.
-        source: text as ``read_text`` takes it; ``None`` for no perplexity.
+        source: text as ``read_pieces`` takes it; ``None`` for no perplexity.
         tasks: the tasks; ``None`` for no scores.
         window: see ``perplexity``.
         stride: see ``perplexity``.
@@ -67,11 +67,11 @@ def evaluate(
         progress: called as ``progress(step, done, total)``.
 
     Raises:
-        GraspError, ValueError: as ``read_text``, ``load_model``, ``perplexity`` and ``evaluate_tasks`` do.
+        GraspError, ValueError: as ``read_pieces``, ``load_model``, ``perplexity`` and ``evaluate_tasks`` do.
         CalibrationError: if the tokenizer has tokens that the model does not have.
         OutOfMemoryError: if the device has too little memory.
     """
-    text = None if source is None else read_text(source, split="evaluation")
+    text = None if source is None else read_pieces(source, split="evaluation")
     if tasks is not None:
         tasks.check(batch_size)
     result = scores = None

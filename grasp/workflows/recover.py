@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.builtin import BUILTIN
-from grasp.calibration import NAMED_TEXTS, read_text
+from grasp.calibration import NAMED_TEXTS, characters_for, read_pieces
 from grasp.checkpoint import compression_report, recovery_report
 from grasp.checkpoint.card import model_card, with_section, without_results
 from grasp.checkpoint.recovery_report import RecoveryReport
@@ -23,9 +23,6 @@ from grasp.recovery import RecoveryConfig, recover_, trainable_factors
 from grasp.statistics.processes import ALONE, Processes
 from grasp.training_data import TrainingSequence, hold_out, instruction_sequences, pack_text, read_instructions
 from grasp.workflows.guards import require_known, within_memory
-
-_CHARACTERS = 8_000_000  # read at least this much of a streamed text,
-_CHARACTERS_PER_TOKEN = 6  # and this much per token: an upper bound of the mean for these texts
 
 
 @dataclass(frozen=True)
@@ -45,14 +42,14 @@ class TrainingData:
     def sequences(
         self, tokenizer: PreTrainedTokenizerBase, tokens: int | None, notify: Notify = no_notify
     ) -> list[TrainingSequence]:
-        """All sequences of the source; for a streamed text, enough of them for ``tokens`` tokens.
+        """All sequences of the source; of a streamed text or a large file, enough for ``tokens`` tokens.
 
         Raises:
-            GraspError, ValueError: as ``read_text`` and the functions of ``grasp.training_data`` do.
+            GraspError, ValueError: as ``read_pieces`` and the functions of ``grasp.training_data`` do.
         """
         if self.instructions is None:
-            characters = max(_CHARACTERS, _CHARACTERS_PER_TOKEN * (tokens or 0))
-            return pack_text(tokenizer, read_text(self.text, characters=characters), self.seq_len)
+            text = read_pieces(self.text, characters=characters_for(tokens), notify=notify)
+            return pack_text(tokenizer, text, self.seq_len)
         instructions = read_instructions(self.instructions)
         sequences = instruction_sequences(tokenizer, instructions, self.seq_len)
         if skipped := len(instructions) - len(sequences):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,7 +35,7 @@ class Samples:
     seed: int = 0
 
 
-def draw(tokenizer: PreTrainedTokenizerBase, text: str, samples: Samples) -> list[CalibrationBatch]:
+def draw(tokenizer: PreTrainedTokenizerBase, text: str | Iterable[str], samples: Samples) -> list[CalibrationBatch]:
     """Draw the token batches; the batch size must be a number."""
     assert samples.batch_size != "auto"
     return token_batches(

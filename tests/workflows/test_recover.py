@@ -96,7 +96,7 @@ def test_the_result_is_shown(place: Path, tmp_path: Path) -> None:
     [
         ("model", {}, UnsupportedModelError, "has no low-rank linears to train"),
         ("nothing", {}, CheckpointError, "no folder .*nothing; expected a checkpoint"),
-        ("small", {"instructions": Path("nothing")}, TrainingDataError, "the instructions nothing cannot be read"),
+        ("small", {"instructions": Path("nothing")}, TrainingDataError, "there is no file nothing"),
         ("small", {"seq_len": 4000}, TrainingDataError, "the data have 1 sequences"),
     ],
 )
