@@ -60,21 +60,20 @@ HUB_TEXTS = {
 NAMED_TEXTS = (*HUB_TEXTS, BUILTIN)
 # Groups of this many articles go to one split, because neighbours in the built-in text are related.
 _ARTICLE_GROUP = 25
-CHARACTERS = 8_000_000  # read of a streamed text, at least; files of up to this many bytes are read whole
+CHARACTERS = 8_000_000  # of a streamed text, at least; a file of up to this many bytes is read whole,
+_LEAST = 1_000_000  # and this many bytes, at least, of a larger one
 _CHARACTERS_PER_TOKEN = 6  # an upper bound of the mean
-_PIECE = 125_000  # of a larger file: characters, or bytes where pieces are spaced
+_PIECE = 25_000  # characters, or bytes where pieces are spaced
 
 
-def read_text(source: str, *, split: Split = "calibration", characters: int | None = CHARACTERS) -> str:
+def read_text(source: str, *, split: Split = "calibration", characters: int = CHARACTERS) -> str:
     """Read the text of a source. The two splits of a named text share no document.
 
     Args:
         source: the path of a UTF-8 file; ``"wikitext2"`` (train or test) or ``"c4"`` (a shard of train or validation),
             fetched from the hub with the package ``datasets``; or ``"builtin"``, see ``builtin_text``.
-        split: the use of the text. A file has no splits.
-        characters: length of text to fetch of ``"c4"``, rounded up to a document. For calibration also the length, in
-            bytes, to read of a larger file: pieces of 125 kB, evenly spaced. ``None`` reads a file whole, and 8 million
-            characters of ``"c4"``.
+        split: the use of the text. A file has no splits: it is always read whole.
+        characters: length of text to fetch of ``"c4"``, rounded up to a document.
 
     Raises:
         CalibrationError: if there is no such file, it is empty or not UTF-8, or the hub cannot be reached.
@@ -87,31 +86,36 @@ def read_text(source: str, *, split: Split = "calibration", characters: int | No
         ...     read_text(file.name)
         'a text\\n'
     """
-    return "".join(read_pieces(source, split=split, characters=characters))
+    if source == BUILTIN:
+        return builtin_text(split)
+    if source in HUB_TEXTS:
+        return _hub_text(source, split, characters)
+    return "".join(read_pieces(source))
 
 
 def read_pieces(
-    source: str, *, split: Split = "calibration", characters: int | None = CHARACTERS, notify: Notify = no_notify
+    source: str, *, split: Split = "calibration", tokens: int | None = None, notify: Notify = no_notify
 ) -> Iterable[str]:
-    """Read a text as ``read_text`` does, a file of more than 8 MB piece by piece when the pieces are iterated over.
+    """Read a text as ``read_text`` does, but a file of more than 8 MB in pieces, and only as far as needed.
 
-    Pieces of a file begin and end at a line break, if they have one.
+    The pieces are read when they are iterated over. They begin and end at line breaks, if they have any.
 
     Args:
-        source: as for ``read_text``; ``split`` and ``characters`` too.
+        source: as for ``read_text``; ``split`` too.
+        tokens: the tokens that will be drawn from the text; ``None`` for all of it. For fewer tokens than a file of
+            more than 8 MB has, 6 bytes per token are read, at least 1 MB, in evenly spaced pieces of 25 kB.
         notify: called with one line if only a part of a file is read.
 
     Raises:
-        GraspError: as ``read_text`` does; for bytes after the first piece that are not UTF-8 during iteration.
+        GraspError: as ``read_text`` does; during iteration for a later piece that cannot be read or is not UTF-8.
 
     Example:
         >>> [len(piece) > 1_000_000 for piece in read_pieces("builtin")]
         [True]
     """
-    if source == BUILTIN:
-        return [builtin_text(split)]
-    if source in HUB_TEXTS:
-        return [_hub_text(source, split, characters or CHARACTERS)]
+    wanted = None if tokens is None else _CHARACTERS_PER_TOKEN * tokens
+    if source in NAMED_TEXTS:
+        return [read_text(source, split=split, characters=max(CHARACTERS, wanted or 0))]
     path = Path(source).expanduser()
     expected = f"a text in UTF-8, or one of {', '.join(NAMED_TEXTS)}"
     with open_regular(path, expected, CalibrationError) as file:
@@ -121,22 +125,12 @@ def read_pieces(
         if not text.strip():
             raise CalibrationError(f"{source} has no text; expected {expected}")
         return [text]
-    if split == "evaluation" or characters is None or characters >= length:
+    if wanted is None or (wanted := max(_LEAST, wanted)) >= length:
         pieces = _all_pieces(path, expected)
     else:
-        notify(f"{path.name} has {size(length)}; {size(characters)} of it are read, in evenly spaced pieces")
-        pieces = _spaced_pieces(path, expected, length, characters)
+        notify(f"{path.name} has {size(length)}; {size(wanted)} of it are read, in evenly spaced pieces")
+        pieces = _spaced_pieces(path, expected, length, wanted)
     return chain([next(pieces)], pieces)  # a large file that is no text is refused now
-
-
-def characters_for(tokens: int | None) -> int | None:
-    """Length of text to read for this many tokens, at least 8 million characters; ``None`` for all.
-
-    Example:
-        >>> characters_for(1000), characters_for(2_000_000)
-        (8000000, 12000000)
-    """
-    return None if tokens is None else max(CHARACTERS, _CHARACTERS_PER_TOKEN * tokens)
 
 
 def builtin_text(split: Split) -> str:
@@ -176,11 +170,12 @@ def _all_pieces(path: Path, expected: str) -> Iterator[str]:
             end = text.rfind("\n") + 1 or len(text)
             yield text[:end]
             rest = text[end:]
-        yield rest
+        if rest:
+            yield rest
 
 
 def _spaced_pieces(path: Path, expected: str, length: int, wanted: int) -> Iterator[str]:
-    count = max(2, wanted // _PIECE)
+    count = wanted // _PIECE
     with _opened(path, expected) as file:
         for i in range(count):
             file.seek(i * (length - _PIECE) // (count - 1))

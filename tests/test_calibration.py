@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from grasp import builtin, calibration
-from grasp.calibration import bos_for, builtin_text, read_text, token_batches, tokenize
+from grasp.calibration import bos_for, builtin_text, read_pieces, read_text, token_batches, tokenize
 from grasp.errors import CalibrationError, MissingPackageError
 from grasp.model.batch import CalibrationBatch, as_batches, batches_digest
 from tests.tiny_tokenizers import BOS, byte_tokenizer
@@ -232,3 +233,100 @@ def test_the_built_in_texts_are_long_enough_for_the_paper_setting() -> None:
     sizes: dict[str, int] = {split: len(builtin_text(split)) for split in ("calibration", "evaluation")}
     assert sizes["calibration"] > 512 * 512 * 4.5  # characters per token of English prose, and some
     assert sizes["evaluation"] > 300_000
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A text of 9 MB: numbered lines of 3-byte characters."""
+    path = tmp_path / "large.txt"
+    path.write_text("".join(f"{number:06} {'€' * 30}\n" for number in range(92_000)), encoding="utf-8")
+    assert path.stat().st_size > calibration.CHARACTERS
+    return path
+
+
+def test_a_large_file_is_read_whole_for_evaluation_in_pieces_of_lines(large: Path) -> None:
+    pieces = list(read_pieces(str(large), split="evaluation"))
+    assert "".join(pieces) == large.read_text(encoding="utf-8")
+    assert all(piece.endswith("\n") and len(piece) < 26_000 for piece in pieces)
+    assert list(read_pieces(str(large))) == list(read_pieces(str(large), tokens=10**7)) == pieces
+
+
+def test_calibration_reads_evenly_spaced_lines_of_a_large_file_and_says_so(large: Path) -> None:
+    notes: list[str] = []
+    pieces = list(read_pieces(str(large), tokens=1000, notify=notes.append))
+    assert notes == ["large.txt has 9.0 MB; 1.0 MB of it are read, in evenly spaced pieces"]
+    lines = "".join(pieces).splitlines()
+    assert set(lines) <= set(large.read_text(encoding="utf-8").splitlines())
+    assert len(set(lines)) == len(lines) == sorted(lines).index(lines[-1]) + 1
+    assert (lines[0][:6], lines[-1][:6]) == ("000000", "091999")
+    assert 10_000 < len(lines) < 1_000_000 / 98
+    assert len(pieces) == 40
+    firsts = [int(piece[:6]) for piece in pieces]
+    assert max(b - a for a, b in pairwise(firsts)) - min(b - a for a, b in pairwise(firsts)) < 3
+    assert pieces == list(read_pieces(str(large), tokens=1000))
+
+
+@pytest.mark.parametrize("tokens", [None, 1000])
+@pytest.mark.parametrize("character", ["a", "é", "€", "😀"])
+def test_a_large_line_is_cut_between_characters(tmp_path: Path, tokens: int | None, character: str) -> None:
+    path = tmp_path / "line.txt"
+    path.write_text(character * (8_000_003 // len(character.encode()) + 1), encoding="utf-8")
+    text = "".join(read_pieces(str(path), tokens=tokens))
+    assert set(text) == {character}
+    size = path.stat().st_size if tokens is None else 1_000_000
+    assert size - 40 * 6 <= len(text.encode()) <= size
+
+
+def test_a_large_file_that_is_no_text_is_refused_at_once_or_where_it_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "first").write_bytes(b"\xff" * 8_000_001)
+    (tmp_path / "last").write_bytes(b"a" * 8_000_001 + b"\xff")
+    (tmp_path / "cut").write_bytes(b"a" * 8_000_001 + "€".encode()[:2])
+    for tokens in (1000, None):
+        with pytest.raises(
+            CalibrationError, match=r"first cannot be read as text \(.*0xff.*; expected a text in UTF-8"
+        ):
+            read_pieces(str(tmp_path / "first"), tokens=tokens)
+    for name in ("last", "cut"):
+        pieces = read_pieces(str(tmp_path / name))
+        with pytest.raises(CalibrationError, match=f"{name} cannot be read as text"):
+            list(pieces)
+
+
+def test_line_ends_of_a_large_file_are_those_of_a_small_one(tmp_path: Path) -> None:
+    (tmp_path / "dos.txt").write_bytes(b"0123456789\r\n" * 700_000)
+    assert read_text(str(tmp_path / "dos.txt")) == "0123456789\n" * 700_000
+    assert set("".join(read_pieces(str(tmp_path / "dos.txt"), tokens=9)).splitlines()) == {"0123456789"}
+
+
+def test_pieces_are_tokenized_one_by_one_and_only_as_far_as_needed() -> None:
+    tokenizer, read = byte_tokenizer(), []
+
+    def pieces() -> Iterator[str]:
+        for piece in ("ab", "", "cd", "ef"):
+            read.append(piece)
+            yield piece
+
+    assert tokenizer.decode(tokenize(tokenizer, pieces())) == "abcdef"
+    read.clear()
+    assert tokenizer.decode(tokenize(tokenizer, pieces(), limit=3)) == "abc"
+    assert read == ["ab", "", "cd"]
+    assert len(tokenize(tokenizer, [])) == 0
+    one, many = (token_batches(tokenizer, text, num_samples=2, seq_len=2) for text in ("abcdef", pieces()))
+    assert rows(one) == rows(many)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_only_as_much_of_a_large_file_is_read_as_is_needed(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.txt"
+    with path.open("wb") as file:
+        file.truncate(10**12)
+    before = read_bytes()
+    batches = token_batches(byte_tokenizer(), read_pieces(str(path), tokens=1), num_samples=2, seq_len=64)
+    assert rows(batches) == 2 * [64 * [rows(batches)[0][0]]]
+    assert len(tokenize(byte_tokenizer(), read_pieces(str(path), split="evaluation"), limit=100)) == 100
+    assert read_bytes() - before < 4_000_000
+
+
+def read_bytes() -> int:
+    """Bytes that this process has read from files."""
+    return int(Path("/proc/self/io").read_text().split()[1])

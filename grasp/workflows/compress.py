@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.bench.costs import costs_for
 from grasp.builtin import BUILTIN, BUILTIN_LICENSE
-from grasp.calibration import NAMED_TEXTS, characters_for, read_pieces
+from grasp.calibration import NAMED_TEXTS, read_pieces
 from grasp.checkpoint.card import model_card, read_license
 from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
 from grasp.checkpoint.run_state import RunState
@@ -89,8 +89,7 @@ def compress(
         DistributedError: if another process fails.
     """
     target = check_directory(output)
-    characters = characters_for(samples.num_samples * samples.seq_len)
-    text = read_pieces(samples.source, characters=characters, notify=notify)
+    text = read_pieces(samples.source, tokens=samples.num_samples * samples.seq_len, notify=notify)
     check_costs(config, costs, processes)
     partial = target.with_name(f"{target.name}.partial")
     with RunState(partial, notify=notify, rank=processes.rank, processes=processes.size) as state:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.builtin import BUILTIN
-from grasp.calibration import NAMED_TEXTS, characters_for, read_pieces
+from grasp.calibration import NAMED_TEXTS, read_pieces
 from grasp.checkpoint import compression_report, recovery_report
 from grasp.checkpoint.card import model_card, with_section, without_results
 from grasp.checkpoint.recovery_report import RecoveryReport
@@ -48,7 +48,7 @@ class TrainingData:
             GraspError, ValueError: as ``read_pieces`` and the functions of ``grasp.training_data`` do.
         """
         if self.instructions is None:
-            text = read_pieces(self.text, characters=characters_for(tokens), notify=notify)
+            text = read_pieces(self.text, tokens=tokens, notify=notify)
             return pack_text(tokenizer, text, self.seq_len)
         instructions = read_instructions(self.instructions)
         sequences = instruction_sequences(tokenizer, instructions, self.seq_len)
