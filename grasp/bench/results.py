@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from grasp.bench.records import RECORDS
 from grasp.bench.schema import LineError, Record, parse
 from grasp.errors import ResultsError
+from grasp.files import require_writable
 
 
 def append_results(path: Path | None, records: Sequence[Record]) -> None:
@@ -16,7 +18,7 @@ def append_results(path: Path | None, records: Sequence[Record]) -> None:
 
     Raises:
         ValueError: if a number is NaN or infinite, which JSON does not have.
-        OSError: if the file cannot be written.
+        ResultsError: if the file cannot be written. It then stays as it was.
 
     Example:
         >>> import tempfile
@@ -30,8 +32,7 @@ def append_results(path: Path | None, records: Sequence[Record]) -> None:
     if path is None or not records:
         return
     text = "".join(json.dumps(record.to_dict(), allow_nan=False) + "\n" for record in records)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    _append(path, text.encode())
 
 
 def check_output(path: Path | None, further: Sequence[type[Record]] = ()) -> None:
@@ -42,14 +43,32 @@ def check_output(path: Path | None, further: Sequence[type[Record]] = ()) -> Non
         further: record classes that the file may have, besides ``RECORDS``.
 
     Raises:
-        ResultsError: if the file holds anything but results, or its folder is missing.
+        GraspError: if it cannot be written.
+        ResultsError: if it holds anything but results.
     """
     if path is None:
         return
+    require_writable(path)
     if path.exists():
         read_results(path, further)
-    elif not path.parent.is_dir():
-        raise ResultsError(f"results cannot be written to {path}: there is no folder {path.parent}; make it first")
+        _append(path, b"")
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Append to a file and flush it to the disk; if this fails, the bytes that were written are removed again."""
+    written = 0
+    try:
+        with path.open("ab", buffering=0) as file:
+            try:
+                while written < len(data):
+                    written += file.write(data[written:])
+                os.fsync(file.fileno())
+            except OSError:
+                if path.stat().st_size == file.tell():  # no other process has appended
+                    file.truncate(file.tell() - written)
+                raise
+    except OSError as error:
+        raise ResultsError(f"{len(data)} bytes of results cannot be appended to {path}: {error}") from error
 
 
 def read_results(path: str | Path, further: Sequence[type[Record]] = ()) -> list[Record]:

@@ -10,6 +10,7 @@ import torch
 
 from grasp.bench.workloads import ATTENTION, DOWN, GATE_UP, QKV
 from grasp.errors import GraspError
+from grasp.files import require_writable
 from grasp.loading import DTYPES
 from grasp.progress import Progress, no_progress
 from grasp_kernels.shapes import GroupShape, format_shape, parse_shape
@@ -45,6 +46,8 @@ def tune(
     if not torch.cuda.is_available():
         raise GraspError("tuning needs a CUDA GPU, and PyTorch finds none; run it on a machine with one")
     autotune = import_module("grasp_kernels.autotune")  # imports Triton
+    folder = output or autotune.CONFIGS
+    require_writable(folder / "new.json", parents=True)
     gated = [shape for shape in parsed if _is_gated(shape)]
     shapes_of = {"lowrank_linear": parsed} | ({"lowrank_glu": gated} if gated else {})
     files: list[Path] = []
@@ -54,7 +57,7 @@ def tune(
             for shape in group_shapes
             for count in rows
         ]
-        files.append(autotune.tune(kernel, workloads, directory=output or autotune.CONFIGS))
+        files.append(autotune.tune(kernel, workloads, directory=folder))
         progress(f"tuning {kernel} for {', '.join(map(format_shape, group_shapes))}", done, len(shapes_of))
     return files
 

@@ -155,7 +155,7 @@ def _require_card(folder: Path, checkpoint: Inspection) -> None:
         source = str(checkpoint.report.request.get("model", "")) if checkpoint.report else ""
         base_model = BUILTIN_NAME if source == BUILTIN else source or None
         license = BUILTIN_LICENSE if source == BUILTIN else read_license(base_model) if base_model else {}
-        write_whole(file, folder_card(folder, base_model=base_model, license=license))
+        write_whole(file, folder_card(folder, base_model=base_model, license=license), seen={})
     read_card(file.read_text(encoding="utf-8"))
 
 

@@ -292,12 +292,17 @@ def _measure(rounds: Rounds, output: Path | None, as_json: bool) -> None:
 
     check_output(output)
     results: list[Record] = []
-    with console.step_bars() as progress:
-        for records in rounds(progress):
-            append_results(output, records)
-            results += records
-            if not as_json:
-                bench_tables.show_results(records)
+    try:
+        with console.step_bars() as progress:
+            for records in rounds(progress):
+                results += records
+                if not as_json:
+                    bench_tables.show_results(records)
+                append_results(output, records)
+    except BaseException:  # such as a full disk: what was measured is printed
+        if as_json and results:
+            console.print_json({"results": [record.to_dict() for record in results]})
+        raise
     if as_json:
         console.print_json({"results": [record.to_dict() for record in results]})
     else:

@@ -32,13 +32,15 @@ def costs(
     """
     from grasp.bench.costs import measure_costs
     from grasp.cli import console, tables
+    from grasp.files import require_writable
     from grasp.loading import load_quietly
 
+    require_writable(output, parents=True)
     with console.step_bars() as progress:
         loaded, _ = load_quietly(model, dtype=dtype, device=device, progress=progress)
         table = measure_costs(loaded, progress=progress)
-        table.save(output)
     if as_json:
         console.print_json(table.to_dict())
     else:
         tables.show_costs(table, output)
+    table.save(output)

@@ -92,8 +92,7 @@ def evaluate(
     from grasp.workflows.evaluate import evaluate as evaluate_model
 
     request = _task_request(tasks, tasks_from, limit)
-    if output is not None:
-        results.require_replaceable(output)
+    seen = None if output is None else results.require_replaceable(output)
     with console.step_bars() as progress:
         result = evaluate_model(
             model,
@@ -106,9 +105,9 @@ def evaluate(
             device=device,
             progress=progress,
         )
-    if output is not None:
-        results.write(result, output)
     console.print_result(result, tables.show_evaluation, as_json=as_json)
+    if output is not None:
+        results.write(result, output, seen)
     _require_finite(result)
 
 

@@ -10,7 +10,7 @@ import typer
 from grasp.bench import gate as gates
 from grasp.cli.bench import bench
 from grasp.cli.console import print_line
-from grasp.files import write_whole
+from grasp.files import require_writable, write_whole
 from grasp.formatting import json_text
 
 gate = typer.Typer(
@@ -50,4 +50,5 @@ def export(
 
     $ grasp bench gate export baseline.json -o ratios.json
     """
+    require_writable(output, parents=True)
     write_whole(output, json_text(gates.smaller_is_better(gates.read(document))))

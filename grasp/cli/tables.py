@@ -193,7 +193,7 @@ def show_costs(table: CostTable, output: Path) -> None:
             ("dtype", table.dtype),
             ("per layer", f"{table.layer * 1e6:.0f} us beside its linears"),
             ("the rest", f"{table.rest * 1e6:.0f} us"),
-            ("written", str(output)),
+            ("output", str(output)),
         ]
     )
     print_table(

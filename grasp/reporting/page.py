@@ -11,7 +11,7 @@ from grasp.bench.results import read_results
 from grasp.bench.schema import Record
 from grasp.checkpoint.compression_report import CompressionReport, ModuleReport
 from grasp.errors import GraspError, ResultsError
-from grasp.files import write_whole
+from grasp.files import Contents, contents, require_writable, write_whole
 from grasp.formatting import Column, count, layer_ranges, share, size
 from grasp.reporting.figure_style import require_matplotlib, to_svg
 from grasp.reporting.html import (
@@ -72,13 +72,14 @@ def write_report(directory: Path, output: Path, results: Sequence[Path] = ()) ->
         ResultsError: if results cannot be read, or are of another model.
         MissingPackageError: if matplotlib is not installed.
         GraspError: if ``output`` exists and is not such a page, or cannot be written.
+        OccupiedError: if another file appeared there meanwhile; the message has the name of the new page.
     """
     require_matplotlib()
+    seen = _require_replaceable(output)
     report = CompressionReport.load(directory)
     folder = directory.resolve().name
     records = [record for path in results for record in _read(path, report, folder)]
-    _require_replaceable(output)
-    write_whole(output, render(report, folder, records))
+    write_whole(output, render(report, folder, records), seen=seen)
 
 
 def render(report: CompressionReport, folder: str, records: Sequence[Record] = ()) -> str:
@@ -211,10 +212,10 @@ def _read(path: Path, report: CompressionReport, folder: str) -> list[Record]:
     return records
 
 
-def _require_replaceable(output: Path) -> None:
-    if output.exists():
-        start = output.read_bytes()[:1000] if output.is_file() else b""
-        if f'name="generator" content="{GENERATOR}"'.encode() not in start:
-            raise GraspError(f"{output} exists and is not a page of `{GENERATOR}`; give another name")
-    elif not output.resolve().parent.is_dir():
-        raise GraspError(f"the page cannot be written: there is no folder {output.resolve().parent}; make it first")
+def _require_replaceable(output: Path) -> Contents:
+    """Check that a page can be written, and return the contents of the page that it will replace."""
+    require_writable(output)
+    seen = contents(output)
+    if seen and f'name="generator" content="{GENERATOR}"'.encode() not in output.read_bytes()[:1000]:
+        raise GraspError(f"{output} exists and is not a page of `{GENERATOR}`; give another name")
+    return seen

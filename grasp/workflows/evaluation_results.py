@@ -8,37 +8,43 @@ from typing import TYPE_CHECKING
 from grasp.checkpoint.card import read_card, read_evaluation, with_results
 from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.errors import ResultsError
-from grasp.files import write_whole
+from grasp.files import Contents, contents, require_writable, write_whole
 from grasp.formatting import json_text
 
 if TYPE_CHECKING:
     from grasp.workflows.evaluate import Evaluation
 
 
-def require_replaceable(output: Path) -> None:
+def require_replaceable(output: Path) -> Contents:
     """Check, before anything is measured, that results can be written to a file and into its folder's model card.
 
+    Returns:
+        The contents of the file, for ``write``.
+
     Raises:
-        ResultsError: if the folder does not exist, or the file is not an earlier result.
+        GraspError: if the file cannot be written.
+        ResultsError: if the file is not an earlier result.
         CheckpointError: if the model card cannot be read.
     """
-    if not output.resolve().parent.is_dir():
-        raise ResultsError(f"the folder {output.resolve().parent} of {output.name} does not exist; create it first")
+    require_writable(output)
+    seen = contents(output)
     if output.exists() and read_evaluation(output) is None:
         raise ResultsError(f"{output} exists and holds no results of `grasp evaluate`; give another name")
     if _has_our_card(output.parent):
         read_card((output.parent / "README.md").read_text(encoding="utf-8"))
+    return seen
 
 
-def write(result: Evaluation, output: Path) -> None:
+def write(result: Evaluation, output: Path, seen: Contents | None = None) -> None:
     """Write results to a file; in the folder of a compressed checkpoint, the model card shows them.
 
-    The file is complete or not written.
+    The file is complete or not written. With ``seen``, only these contents are replaced.
 
     Raises:
         GraspError: if a file cannot be written.
+        OccupiedError: if the file does not have the contents ``seen``; the message has the name of the new file.
     """
-    write_whole(output, json_text(result.to_dict()))
+    write_whole(output, json_text(result.to_dict()), seen=seen)
     if _has_our_card(output.parent):
         _update_card(output.parent)
 

@@ -15,7 +15,7 @@ from grasp.bench.conditions import Conditions
 from grasp.bench.records import RECORDS, ModelResult, OpResult, Percentiles
 from grasp.bench.results import append_results, check_output, read_results
 from grasp.bench.schema import Record
-from grasp.errors import ResultsError
+from grasp.errors import GraspError, ResultsError
 from tests.bench.records import record
 from tests.command_line import ROOT
 
@@ -117,7 +117,7 @@ def test_nothing_is_added_to_a_file_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match=r"README\.md, line 1: not JSON"):
         check_output(other)
     assert other.read_text() == "# hello\n"
-    with pytest.raises(ResultsError, match="there is no folder"):
+    with pytest.raises(GraspError, match="there is no folder"):
         check_output(tmp_path / "absent" / "results.jsonl")
     check_output(tmp_path / "new.jsonl")
     check_output(None)

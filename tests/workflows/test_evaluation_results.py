@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from grasp.checkpoint.card import model_card, read_evaluation
 from grasp.checkpoint.saving import save_checkpoint
-from grasp.errors import CheckpointError, ResultsError
+from grasp.errors import CheckpointError, GraspError, ResultsError
 from grasp.evaluation.lm_eval import TaskRequest
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.workflows.evaluate import evaluate
@@ -75,5 +75,5 @@ def test_a_file_of_another_kind_is_not_replaced(folder: Path, tmp_path: Path) ->
     require_replaceable(tmp_path / "new.json")
     with pytest.raises(ResultsError, match="holds no results"):
         require_replaceable(folder / "config.json")
-    with pytest.raises(ResultsError, match="nowhere"):
+    with pytest.raises(GraspError, match="nowhere"):
         require_replaceable(tmp_path / "nowhere/new.json")
