@@ -76,16 +76,16 @@ def check_singular_value_grad(
             raise ValueError(f"cu_seqlens must be on the device of x, {x.device}, got {cu_seqlens.device}")
 
 
-def check_castable(**tensors: Tensor | None) -> None:
+def check_castable(**tensors: Tensor) -> None:
     """Check that autocast can cast the tensors: the dtypes may differ.
 
     Raises:
         TypeError: if an argument is not a tensor.
         ValueError: if one is not dense or not floating point.
     """
-    _check_optional(**tensors)
+    _check_dense(**tensors)
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in DTYPES:
+        if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {tensor.dtype}")
 
 

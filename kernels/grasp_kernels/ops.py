@@ -246,8 +246,8 @@ def _run_singular_value_grad(
 def _autocast(x: Tensor, factors: Sequence[Factors]) -> tuple[Tensor, Sequence[Factors]]:
     """Cast as autocast does for a linear: it does not cast for a registered op. Singular values keep their dtype."""
     check_castable(x=x)
-    for group in factors:
-        check_castable(**group._asdict())
+    for U, _, Vh, bias in factors:
+        check_castable(U=U, Vh=Vh, **({} if bias is None else {"bias": bias}))
     if not _autocasts(x) or x.dtype == torch.float64:
         return x, factors
     dtype = torch.get_autocast_dtype(x.device.type)

@@ -64,9 +64,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def hidden_product(x: Tensor, Vh: Tensor) -> Tensor:
+    """``x @ Vh.mT``: (..., K) → (..., R)."""
+    # oneDNN's bf16 product on AMX also reads the element behind each row if their number of elements is odd.
+    return F.linear(x.contiguous() if x.shape[-1] % 2 else x, Vh)
+
+
 def project(x: Tensor, s: Tensor | None, Vh: Tensor) -> Tensor:
     """``(x @ Vh.mT) * s``: (..., K) → (..., R), scaled in fp32, in the dtype of ``x``."""
-    h = F.linear(x, Vh)
+    h = hidden_product(x, Vh)
     return h if s is None else (h.to(accumulation_dtype(x.dtype)) * s).to(x.dtype)
 
 

@@ -162,7 +162,11 @@ class _Op(NamedTuple):
 
         def run_checked(*args: Any) -> Any:
             check_backend(args[-1])
-            return run(*self.check(*args))
+            args = self.check(*args)
+            if not torch._C._is_any_autocast_enabled():
+                return run(*args)
+            with torch.autocast(args[0].device.type, enabled=False):  # the public functions have cast
+                return run(*args)
 
         return run_checked
 

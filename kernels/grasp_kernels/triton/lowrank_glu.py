@@ -122,7 +122,7 @@ def run(x: Tensor, gate: Factors, up: Factors, activation: str, config: Config) 
         return ACTIVATIONS[activation].forward(gate_y).mul_(up_y)
     if config.path == "gemms":
         hidden = [h.unsqueeze(0) for h in hidden_gemm(x, Vhs)]
-        launches = [expand_launch(gate, up, hidden, output, activation, config, dependent=False)]
+        launches = [expand_launch(row_major(gate), row_major(up), hidden, output, activation, config, dependent=False)]
     else:
         launches = plan(x, gate, up, activation, output, config, gpu_of(x.device))
     run_all(launches, x.device)

@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from grasp_kernels.counters import counters
 from grasp_kernels.launch_configs import FUSED_RANK, FUSED_ROWS, Config, LaunchKey, choose
 from grasp_kernels.packing import RANK_MULTIPLE, stacked
-from grasp_kernels.reference import Factors
+from grasp_kernels.reference import Factors, hidden_product
 from grasp_kernels.triton.launch import Gpu, Launch, gpu_of, run_all
 from grasp_kernels.triton.tiles import arrive, expand, first_u, shrink, wait
 
@@ -202,8 +202,8 @@ def hidden_gemm(x: Tensor, Vhs: Sequence[Tensor]) -> Sequence[Tensor]:
     """``x @ Vh.mT`` for each member, (M, R_i) in the dtype of x; slices of one product if the Vh are stacked."""
     whole = stacked(Vhs)
     if whole is None:
-        return [F.linear(x, Vh) for Vh in Vhs]
-    return F.linear(x, whole).split([Vh.shape[0] for Vh in Vhs], dim=1)
+        return [hidden_product(x, Vh) for Vh in Vhs]
+    return hidden_product(x, whole).split([Vh.shape[0] for Vh in Vhs], dim=1)
 
 
 def expand_gemm(h: Tensor, factors: Factors) -> Tensor:
