@@ -53,7 +53,7 @@ FAKE = FakeTensorMode()
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8192)
 def tensor(spec: Spec) -> Tensor:
     """The tensor of a description, always the same. Memory around a view is NaN, so that a read of it shows."""
     dtype = getattr(torch, spec.dtype)
@@ -100,7 +100,7 @@ def _nan(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return around.fill_(torch.nan if like.is_floating_point() or like.is_complex() else 1)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8192)
 def fake(spec: Spec) -> Tensor:
     """The tensor without its data."""
     return FAKE.from_tensor(tensor(spec))
@@ -193,7 +193,7 @@ def _wide(value: Spec | None, cast: Spec | None) -> exact.Wide | None:
     return None if value is None or cast is None else _widen(value._replace(device="cpu"), cast.dtype)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8192)
 def _widen(spec: Spec, dtype: str) -> exact.Wide:
     return exact.Wide.of(tensor(spec).to(getattr(torch, dtype)))
 
