@@ -177,9 +177,9 @@ def _require_trainable(
 def _resume_(training: _Training, state: NoRecoveryState, clock: Clock) -> None:
     """Load the stored progress in all processes, once rank 0 has compared the fingerprints."""
     clock.enter("identity")
+    fingerprint = recovery_fingerprint(training.model, training.sequences, training.held_out, training.config)
     with training.processes.fail_together():
-        if training.processes.first:
-            state.begin(training.fingerprint(), clock)
+        state.begin(fingerprint, clock)
     with training.processes.fail_together():  # rank 0 writes only after all processes have read
         if snapshot := state.load():
             training.restore_(snapshot)
@@ -352,26 +352,6 @@ class _Training:
         self.best = {name: tensors[f"best.{name}"].to(factor) for name, factor in self.factors.items()}
         self.order = islice(self.order, self.step * self.config.batch_size, None)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Everything that the result depends on."""
-        return {
-            **model_fingerprint(self.model, dataclasses.asdict(self.config)),
-            "mixed precision": self.accelerator.mixed_precision,
-            **self.data,
-        }
-
-    @property
-    def data(self) -> dict[str, int | str]:
-        """Sizes and digests of the sequences."""
-        return {
-            "training sequences": len(self.sequences),
-            "training tokens": sum(len(item.input_ids) for item in self.sequences),
-            "training sha256": digest(self.sequences),
-            "held-out sequences": len(self.held_out),
-            "held-out tokens": sum(len(item.input_ids) for item in self.held_out),
-            "held-out sha256": digest(self.held_out),
-        }
-
     def report(self, clock: Clock) -> RecoveryReport:
         """The report of a training that has ended."""
         return RecoveryReport(
@@ -381,10 +361,37 @@ class _Training:
             steps=self.steps,
             curve=tuple(self.curve),
             best_step=self.best_step,
-            data=self.data,
+            data=_sizes_and_digests(self.sequences, self.held_out),
             seconds=clock.seconds,
             versions={name: version(name) for name in ("torch", "transformers", "accelerate")},
         )
+
+
+def recovery_fingerprint(
+    model: PreTrainedModel,
+    sequences: Sequence[TrainingSequence],
+    held_out: Sequence[TrainingSequence],
+    config: RecoveryConfig,
+) -> dict[str, Any]:
+    """Everything that the result of ``recover_`` depends on; the arguments are those of ``recover_``."""
+    return {
+        **model_fingerprint(model, dataclasses.asdict(config)),
+        "mixed precision": Accelerator(cpu=first_device(model).type == "cpu").mixed_precision,
+        **_sizes_and_digests(sequences, held_out),
+    }
+
+
+def _sizes_and_digests(
+    sequences: Sequence[TrainingSequence], held_out: Sequence[TrainingSequence]
+) -> dict[str, int | str]:
+    return {
+        "training sequences": len(sequences),
+        "training tokens": sum(len(item.input_ids) for item in sequences),
+        "training sha256": digest(sequences),
+        "held-out sequences": len(held_out),
+        "held-out tokens": sum(len(item.input_ids) for item in held_out),
+        "held-out sha256": digest(held_out),
+    }
 
 
 def planned_steps(sequences: Sequence[TrainingSequence], config: RecoveryConfig) -> int:

@@ -66,6 +66,12 @@ def stopped(folder: Path, step: str, count: int, config: GraspConfig = CONFIG, *
     assert (folder / "state.json").exists()
 
 
+def stored(folder: Path, stem: str) -> Path:
+    """The file of a run folder whose name is ``stem``, a digest and a suffix."""
+    (path,) = folder.glob(f"{stem}.????????????????????????????????.safetensors")
+    return path
+
+
 def assert_same(got: Run, expected: Run) -> None:
     for name in REPORTED:
         assert getattr(got[0], name) == getattr(expected[0], name)

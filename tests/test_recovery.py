@@ -25,6 +25,7 @@ from grasp.recovery import Masters, RecoveryConfig, learning_rate_at, planned_st
 from grasp.statistics.processes import Processes
 from grasp.training_data import TrainingSequence, collate
 from tests import many_processes
+from tests.interrupted import stored
 from tests.tiny_models import VOCABULARY, tiny_batches, tiny_model
 
 CONFIG = RecoveryConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=2, tokens=4 * 12 * 20)
@@ -297,7 +298,7 @@ def test_a_run_folder_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path)
         in_folder(folder, seed=1)
     with pytest.raises(ResumeError, match="model dtype is bfloat16, expected float32"):
         in_folder(folder, dtype=torch.bfloat16)
-    path = folder / "training.safetensors"
+    path = stored(folder, "training")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -307,11 +308,11 @@ def test_a_run_folder_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path)
 
 def test_snapshots_are_written_at_most_once_per_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
-    write = RecoveryState._write
+    store = RecoveryState._store
     monkeypatch.setattr(
         RecoveryState,
-        "_write",
-        lambda self, path, tensors, notes: (written.append(notes["step"]), write(self, path, tensors, notes)),
+        "_store",
+        lambda self, stem, tensors, notes: (written.append(notes["step"]), store(self, stem, tensors, notes))[1],
     )
     in_folder(tmp_path / "out.partial")
     assert written == [1, 20]  # the first, as nothing was written before, and the last

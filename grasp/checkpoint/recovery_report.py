@@ -6,7 +6,11 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from grasp.errors import CheckpointError
+from grasp.reading import read_json
 
 FILE_NAME = "recovery.json"
 
@@ -86,3 +90,20 @@ class RecoveryReport:
     def to_json(self) -> str:
         """The report as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def load(cls, directory: Path) -> RecoveryReport:
+        """Read the report of a checkpoint folder.
+
+        Raises:
+            CheckpointError: if it cannot be read, or is none.
+        """
+        path = directory / FILE_NAME
+        expected = f"the {FILE_NAME} that `grasp recover` wrote"
+        values = read_json(path, expected, CheckpointError)
+        try:
+            names = [field.name for field in dataclasses.fields(cls)]
+            curve = tuple(Point(**point) for point in values["curve"])
+            return cls(**{**{name: values[name] for name in names}, "curve": curve})
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is no report ({error}); expected {expected}") from error

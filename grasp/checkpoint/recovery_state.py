@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -11,8 +10,6 @@ from torch import Tensor
 from grasp.checkpoint.run_folder import RunFolder
 from grasp.checkpoint.saving import require_space
 from grasp.progress import Clock
-
-FORMAT = 1  # version of the run folder
 
 
 class Snapshot(NamedTuple):
@@ -52,36 +49,26 @@ class RecoveryState(RunFolder, NoRecoveryState):
             model, data or configuration, is damaged, or is not writable.
     """
 
-    FILES = r"training\.safetensors"
-
-    @property
-    def _training(self) -> Path:
-        return self.folder / "training.safetensors"
+    FORMAT = 2
+    FILES = r"training\.(.+\.)?safetensors"  # format 1 has no digest in the name
 
     def begin(self, fingerprint: Mapping[str, Any], clock: Clock) -> None:
-        """Write the fingerprint into a new folder; compare it with the stored one, and continue the clock, otherwise.
+        """Write the fingerprint into a new folder; verify the stored one, and continue the clock, otherwise.
 
         Raises:
-            ResumeError: if the fingerprints differ, or the folder is damaged.
+            ResumeError: if it has another fingerprint, or a file is missing or damaged.
         """
-        self._clock = clock
-        self._fingerprint = {"format": FORMAT, "processes": self._processes, **fingerprint}
-        if not (self.folder / "state.json").exists():
-            self._write_json({"identity": self._fingerprint})
-            return
-        self._require_same(self._read_json()["identity"])
-        if self._training.exists():
-            _, notes = self._read(self._training, only_notes=True)
-            clock.add(notes["seconds"])
-            self._notify(f"resuming after {notes['step']} of {notes['steps']} steps")
+        if not self._begin(fingerprint, clock):
+            self._write_state()
 
     def load(self) -> Snapshot | None:
-        """The stored snapshot, or ``None``.
-
-        Raises:
-            ResumeError: if it is damaged.
-        """
-        return Snapshot(*self._read(self._training)) if self._training.exists() else None
+        """The stored snapshot, or ``None``."""
+        if not self._files:
+            return None
+        tensors, notes = self._read(self._files["training"])
+        if not self._rank:
+            self._notify(f"resuming after {notes['step']} of {notes['steps']} steps")
+        return Snapshot(tensors, notes)
 
     def save(self, snapshot: Callable[[], Snapshot], *, last: bool = False) -> None:
         """Store a snapshot if a write is due, or if it is the ``last``.
@@ -94,5 +81,6 @@ class RecoveryState(RunFolder, NoRecoveryState):
             return
         with self._timed_write():
             tensors, notes = snapshot()
-            require_space(self._training, sum(tensor.nbytes for tensor in tensors.values()))
-            self._write(self._training, tensors, notes)
+            require_space(self.folder, sum(tensor.nbytes for tensor in tensors.values()))
+            self._list("training", self._store("training", tensors, notes))
+            self._write_state()

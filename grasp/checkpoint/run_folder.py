@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -19,22 +20,28 @@ from torch import Tensor
 
 from grasp.checkpoint.fingerprint import differences
 from grasp.errors import ResumeError
-from grasp.files import replacing, tensors_digest
+from grasp.files import replacing
 from grasp.progress import Clock, Notify, no_notify
+from grasp.reading import open_regular, read_json
 
 Folder = TypeVar("Folder", bound="RunFolder")
 
 INTERVAL = 30.0  # seconds, at least, between two writes of data that grows step by step
 WRITE_FRACTION = 0.05  # of the run time, at most, is spent on these writes
 _UNFINISHED = "unfinished"  # subfolder for files that are being written; safetensors also writes temporary files there
+_DIGITS = 32  # hexadecimal digits of a SHA-256 in the name of a file
+_CHUNK = 2**20  # bytes that are hashed at a time
 
 
 class RunFolder:
     """The base class of run folders; a context manager.
 
     The folder is locked while it is open. It is removed when the ``with`` block ends normally. It stays after an
-    exception or a kill. It contains ``state.json`` with the fingerprint of the run, and safetensors files with notes
-    and a checksum in their headers.
+    exception or a kill.
+
+    Each data file is a safetensors file with notes in its header. Its name has the digest of its bytes, so a file is
+    never overwritten. ``state.json`` is the manifest: the fingerprint of the run, the files that belong to it, and a
+    digest of itself. It is written after the files that it lists. Files that it does not list are ignored and removed.
 
     Args:
         folder: a new folder, or the folder of an unfinished run.
@@ -43,16 +50,23 @@ class RunFolder:
         processes: number of processes that share the work. All use the same folder; rank 0 writes.
 
     Raises:
-        ResumeError: on entering, if another process uses the folder, it contains other files, or it is not writable.
+        ResumeError: on entering, if another process uses the folder, it contains other files, its ``state.json`` is
+            missing, or it is not writable.
     """
 
-    FILES: ClassVar[str]  # regular expression for the names of the files besides state.json
+    FORMAT: ClassVar[int]  # version of the run folder
+    FILES: ClassVar[str]  # regular expression for the names of the files that state.json lists
+    CACHES: ClassVar[str] = "(?!)"  # and of files that it does not list, as the run can do without them; here none
 
     def __init__(self, folder: str | Path, *, notify: Notify = no_notify, rank: int = 0, processes: int = 1) -> None:
         self.folder = Path(folder).expanduser().resolve()
         self._notify, self._rank, self._processes = notify, rank, processes
         self._lock = FileLock(self.folder / "lock")
+        self._manifest = self.folder / "state.json"
         self._fingerprint: dict[str, Any] | None = None
+        self._files: dict[str, str] = {}  # stem → name of the file with its digest, as state.json lists it
+        self._replaced: list[Path] = []  # files to remove when state.json no longer lists them
+        self._output: dict[str, str] = {}  # name → SHA-256 of a file of the checkpoint, once it is about to be written
         self._clock = Clock()
         self._has_progress = False  # whether the folder holds work worth resuming
         self._last_write = self._write_seconds = 0.0  # time and duration of the last write of growing data
@@ -64,12 +78,7 @@ class RunFolder:
         self._created = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            foreign = sorted(path.name for path in self.folder.iterdir() if not self._belongs(path))
-            if foreign:
-                raise ResumeError(
-                    f"{self.folder} is reserved for an unfinished run, but it contains {foreign[0]}, which no run "
-                    "writes; move that folder, or choose another output"
-                )
+            self._require_own_files()
             self._lock.acquire(timeout=0)
             shutil.rmtree(self.folder / _UNFINISHED, ignore_errors=True)
             (self.folder / _UNFINISHED).mkdir(exist_ok=True)
@@ -79,7 +88,7 @@ class RunFolder:
             raise ResumeError(
                 f"{self.folder} cannot store the run: {error}. Choose an output in a writable folder"
             ) from error
-        self._has_progress = (self.folder / "state.json").exists()
+        self._has_progress = self._manifest.exists()
         return self
 
     def __exit__(
@@ -96,25 +105,82 @@ class RunFolder:
             with suppress(OSError):  # not empty
                 folder.rmdir()
 
+    def has_written(self, target: Path) -> bool:
+        """Whether ``target`` is the checkpoint of the stored run, which was killed before it had removed its folder.
+
+        Raises:
+            ResumeError: if ``state.json`` is damaged.
+        """
+        output = self._stored_state().get("output", {})
+        paths = [target / name for name in output]
+        return bool(paths) and all(path.is_file() and _file_digest(path) == output[path.name] for path in paths)
+
+    def record_output(self, name: str, text: str) -> None:
+        """Record that a checkpoint is about to be put in place; ``text`` is its file ``name``, which no other run has.
+
+        Raises:
+            ResumeError: if it cannot be written.
+        """
+        self._output = {name: hashlib.sha256(text.encode()).hexdigest()}
+        self._write_state()
+
+    def require_same(self, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+        """Set the fingerprint of this run, and compare it with the stored one; the stored state, {} if there is none.
+
+        Raises:
+            ResumeError: if they differ; the message has the differences. If ``state.json`` is damaged.
+        """
+        self._fingerprint = {"format": self.FORMAT, "processes": self._processes, **fingerprint}
+        state = self._stored_state()
+        if state and (changed := differences(self._fingerprint, state["identity"])):
+            raise ResumeError(
+                f"{self.folder} contains an unfinished run with other inputs: {changed}. Repeat the original command "
+                "to resume that run, or delete the folder to start again"
+            )
+        return state
+
+    def _begin(self, fingerprint: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
+        """Begin a run, or verify the stored one and add its time to ``clock``; the stored state, {} for a new run.
+
+        Raises:
+            ResumeError: as ``require_same`` does; or if a file is missing or damaged.
+        """
+        self._clock = clock
+        state = self.require_same(fingerprint)
+        if not state:
+            return {}
+        self._files = state["files"]
+        for name in self._files.values():
+            self._verify(self.folder / name)
+        if self._rank == 0:  # of a process that was killed before it had listed or removed them
+            listed = {*self._files.values()}
+            for path in list(self.folder.iterdir()):
+                if re.fullmatch(self.FILES, path.name) and path.name not in listed:
+                    path.unlink()
+        clock.add(state["seconds"])
+        return state
+
+    def _state(self) -> dict[str, Any]:
+        """What ``state.json`` has besides the entries of every run folder, as JSON values."""
+        return {}
+
     def _is_worth_keeping(self, error: BaseException | None) -> bool:
         """Whether the folder stays after a failed or interrupted run."""
         return self._has_progress
 
     def _belongs(self, path: Path) -> bool:
-        return re.fullmatch(rf"lock|state\.json|{self.FILES}|{_UNFINISHED}", path.name) is not None
+        return re.fullmatch(rf"lock|state\.json|{self.FILES}|{self.CACHES}|{_UNFINISHED}", path.name) is not None
 
-    def _require_same(self, stored: Mapping[str, Any]) -> None:
-        """Compare the stored fingerprint with ``_fingerprint``, the one of this run.
-
-        Raises:
-            ResumeError: if they differ; the message has the differences.
-        """
-        assert self._fingerprint is not None
-        if changed := differences(self._fingerprint, stored):
+    def _require_own_files(self) -> None:
+        names = sorted(path.name for path in self.folder.iterdir())
+        if foreign := [name for name in names if not self._belongs(self.folder / name)]:
             raise ResumeError(
-                f"{self.folder} contains an unfinished run with other inputs: {changed}. Repeat the original command "
-                "to resume that run, or delete the folder to start again"
+                f"{self.folder} is reserved for an unfinished run, but it contains {foreign[0]}, which no run "
+                "writes; move that folder, or choose another output"
             )
+        data = [name for name in names if name not in ("lock", _UNFINISHED)]
+        if data and not self._manifest.exists():
+            raise self._damaged(self._manifest, f"it is missing, but the folder has {data[0]}")
 
     def _write_is_due(self) -> bool:
         """Whether growing data may be written again."""
@@ -128,40 +194,77 @@ class RunFolder:
         self._last_write = time.monotonic()
         self._write_seconds = self._last_write - start
 
-    def _write_json(self, state: Mapping[str, Any]) -> None:
-        with self._replacing(self.folder / "state.json") as temporary:
-            temporary.write_text(json.dumps(state, indent=2), encoding="utf-8")
-
-    def _read_json(self) -> dict[str, Any]:
-        path = self.folder / "state.json"
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise self._damaged(path, str(error)) from error
-
-    def _write(self, path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+    def _store(self, stem: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> str:
+        """Write a data file; its name, which has its digest."""
+        draft = self.folder / _UNFINISHED / stem
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        notes = {**notes, "seconds": self._clock.seconds, "sha256": tensors_digest(sorted(on_cpu.items()))}
-        with self._replacing(path) as temporary:
-            save_file(on_cpu, temporary, {"grasp": json.dumps(notes)})
+        with self._writing(f"{stem}.safetensors"):
+            try:
+                save_file(on_cpu, draft, {"grasp": json.dumps(notes)})
+                name = f"{stem}.{_file_digest(draft)[:_DIGITS]}.safetensors"
+                with replacing(self.folder / name, scratch=draft.parent) as temporary:
+                    draft.rename(temporary)
+            finally:
+                draft.unlink(missing_ok=True)
         self._has_progress = True
+        return name
 
-    def _read(self, path: Path, *, only_notes: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        try:
-            with safe_open(path, "pt") as file:
-                notes = json.loads(file.metadata()["grasp"])
-                tensors = {} if only_notes else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(path, str(error)) from error
-        if not only_notes and tensors_digest(sorted(tensors.items())) != notes["sha256"]:
-            raise self._damaged(path, "its checksum is wrong")
-        return tensors, notes
+    def _list(self, stem: str, name: str | None) -> None:
+        """Let the next ``state.json`` list a file under ``stem`` instead of the previous one; no file for ``None``."""
+        previous = self._files.pop(stem, name)
+        if name is not None:
+            self._files[stem] = name
+        if previous is not None and previous != name:
+            self._replaced.append(self.folder / previous)
 
-    def _damaged(self, path: Path, reason: str) -> ResumeError:
-        return ResumeError(f"{path} is damaged ({reason}); delete the folder {self.folder} to start again")
+    def _write_state(self) -> None:
+        """Write ``state.json``, then remove the files that it no longer lists. Rank 0 writes."""
+        if self._rank:
+            return
+        state = {"identity": self._fingerprint, "files": self._files, "output": self._output, **self._state()}
+        state["seconds"] = self._clock.seconds
+        with self._writing("state.json"), replacing(self._manifest, scratch=self.folder / _UNFINISHED) as temporary:
+            temporary.write_text(json.dumps({**state, "sha256": _state_digest(state)}, indent=1), encoding="utf-8")
+        while self._replaced:
+            self._replaced.pop().unlink(missing_ok=True)
+
+    def _stored_state(self) -> dict[str, Any]:
+        """The content of ``state.json``; {} if there is none. Of an older format, only the identity is verified."""
+        if not self._manifest.exists():
+            return {}
+        state = read_json(self._manifest, f"the state of a run; {self._remedy}", ResumeError, finite=False)
+        digest, identity = state.pop("sha256", None), state.get("identity")
+        is_older = digest is None and isinstance(identity, dict) and identity.get("format") in range(1, self.FORMAT)
+        if digest != _state_digest(state) and not is_older:
+            raise self._damaged(self._manifest, "its checksum is wrong")
+        return state
+
+    def _verify(self, path: Path, remedy: str | None = None) -> None:
+        """Check that a file has the digest of its name.
+
+        Raises:
+            ResumeError: if it has another one, or cannot be read.
+        """
+        if _file_digest(path, f"a file of the run; {remedy or self._remedy}")[:_DIGITS] != path.name.split(".")[-2]:
+            raise self._damaged(path, "its checksum is wrong", remedy)
+
+    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and the notes of a data file, which was verified before."""
+        with safe_open(self.folder / name, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(file.metadata()["grasp"])
+
+    @property
+    def _remedy(self) -> str:
+        return f"delete the folder {self.folder} to start again"
+
+    def _damaged(self, path: Path, reason: str, remedy: str | None = None) -> ResumeError:
+        return ResumeError(f"{path} is damaged ({reason}); {remedy or self._remedy}")
 
     def _clear(self) -> None:
-        for path in list(self.folder.iterdir()):
+        """Remove the folder, ``state.json`` last: if this is interrupted, the next run finds out what is left."""
+        paths = [path for path in self.folder.iterdir() if path != self._manifest]
+        for path in (*paths, self._manifest):
             if path.name == _UNFINISHED:
                 shutil.rmtree(path, ignore_errors=True)
             elif self._belongs(path):
@@ -170,13 +273,25 @@ class RunFolder:
             self.folder.rmdir()
 
     @contextmanager
-    def _replacing(self, path: Path) -> Iterator[Path]:
-        """Yield a temporary file, then flush it to the disk and rename it to ``path``."""
+    def _writing(self, name: str) -> Iterator[None]:
+        """Give the errors of a write a remedy."""
         try:
-            with replacing(path, scratch=path.parent / _UNFINISHED) as temporary:
-                yield temporary
+            yield
         except (OSError, SafetensorError) as error:
             raise ResumeError(
-                f"writing {path} failed: {error}. The progress stored before is valid: free disk space and run the "
-                "same command again"
+                f"writing {self.folder / name} failed: {error}. The progress stored before is valid: free disk space "
+                "and run the same command again"
             ) from error
+
+
+def _file_digest(path: Path, expected: str = "a file of the run") -> str:
+    """The SHA-256 of a file, in hexadecimal; errors as ``open_regular``."""
+    digest = hashlib.sha256()
+    with open_regular(path, expected, ResumeError) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _state_digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,9 +28,6 @@ from grasp.statistics.partial_sums import PartialSums, Sum
 
 if TYPE_CHECKING:
     from grasp.config import GraspConfig
-
-
-FORMAT = 4  # version of the run folder
 
 
 class Decision(NamedTuple):
@@ -102,15 +101,15 @@ class RunState(RunFolder, NoState):
         ...     pass  # report = compress_(model, batches, config, state=state); model.save_pretrained(...)
     """
 
-    FILES = r"((module|sums)-.+|cut)\.safetensors|costs\.json"
+    FORMAT = 5
+    FILES = r"(module-.+|cut(\..+)?)\.safetensors|costs\.json"  # formats before 5: no digests, and a costs.json
+    CACHES = r"sums-.+\.safetensors"
 
     def __init__(self, folder: str | Path, *, notify: Notify = no_notify, rank: int = 0, processes: int = 1) -> None:
         super().__init__(folder, notify=notify, rank=rank, processes=processes)
-        self._sums = self.folder / f"sums-{rank}-of-{processes}.safetensors"
-        self._cut = self.folder / "cut.safetensors"
-        self._costs = self.folder / "costs.json"
+        self._sums = f"sums-{rank}-of-{processes}"
+        self._costs: dict[str, Any] | None = None
         self._continued = False  # whether an earlier process has stored work
-        self._notes: dict[str, dict[str, Any]] = {}  # name of a stored file → its notes
         self._sweeps: Sequence[Sequence[Target]] = ()
 
     def _is_worth_keeping(self, error: BaseException | None) -> bool:
@@ -118,18 +117,22 @@ class RunState(RunFolder, NoState):
 
     @property
     def batch_size(self) -> int | None:
-        """The number of sequences in a batch of the interrupted run; ``None`` if there is none."""
-        path = self.folder / "state.json"
-        return self._read_state()["identity"].get("batch size") if path.exists() else None
+        """The number of sequences in a batch of the interrupted run; ``None`` if there is none.
+
+        Raises:
+            ResumeError: if ``state.json`` is damaged.
+        """
+        return self._stored_state().get("identity", {}).get("batch size")
 
     @property
     def costs(self) -> CostTable | None:
         """The costs of decoding of the interrupted run; ``None`` if there are none.
 
         Raises:
-            CostTableError: if they are damaged.
+            ResumeError: if ``state.json`` is damaged.
         """
-        return CostTable.load(self._costs) if self._costs.exists() else None
+        costs = self._stored_state().get("costs")
+        return None if costs is None else CostTable.from_dict(costs)
 
     def begin(
         self,
@@ -139,35 +142,22 @@ class RunState(RunFolder, NoState):
         costs: CostTable | None,
         clock: Clock,
     ) -> None:
-        """Open the run: write the fingerprint of a new one, or check that the stored one is the same.
+        """Open the run: write the fingerprint of a new one, or verify the stored one.
 
         Raises:
-            ResumeError: if it is another one, or the folder is damaged.
+            ResumeError: if it has another fingerprint, or a file is missing or damaged.
         """
         clock.enter("identity")
-        self._clock, self._config = clock, config
-        request = request_fingerprint(model, batches, config, costs)
-        self._fingerprint = {"format": FORMAT, "processes": self._processes, **request}
-        path = self.folder / "state.json"
-        if not path.exists():
-            if costs is not None and self._rank == 0:
-                with self._replacing(self._costs) as temporary:
-                    costs.save(temporary)
+        self._config, self._costs = config, None if costs is None else costs.to_dict()
+        state = self._begin(request_fingerprint(model, batches, config, costs), clock)
+        if not state:
             self._write_state()
             return
-        stored = self._read_state()
-        self._require_same(stored["identity"])
-        self.block_influence = stored["block_influence"]
-        if stored["decision"] is not None:
-            removed, losses = stored["decision"]
+        self.block_influence = state["block_influence"]
+        if state["decision"] is not None:
+            removed, losses = state["decision"]
             self.decision = Decision(tuple(removed), losses)
-        files = sorted(self.folder.glob("*.safetensors"))
-        if config.decides_together and self.decision is None:
-            files = [file for file in files if not file.name.startswith("module-")]
-        self._notes = {file.name: self._read(file, only_notes=True)[1] for file in files}
-        self._continued = self.block_influence is not None or bool(files)
-        times = [stored["seconds"], *(notes["seconds"] for notes in self._notes.values())]
-        clock.add(max(times, key=lambda seconds: sum(seconds.values())))
+        self._continued = self.block_influence is not None or any(self._stored_sums())
 
     def store_block_influence(self, scores: Sequence[float]) -> None:
         """Store the block influence of all layers.
@@ -183,24 +173,21 @@ class RunState(RunFolder, NoState):
 
         Returns:
             The report of each stored linear, replaced or not, in the order of ``sweeps``.
-
-        Raises:
-            ResumeError: if a file is damaged.
         """
         self._sweeps = sweeps
         reports: dict[Target, ModuleReport] = {}
         for target in (target for sweep in sweeps for target in sweep):
-            path = self._module_path(target.name)
-            if path.name not in self._notes:
+            file = self._files.get(_module_stem(target.name))
+            if file is None:
                 continue
-            tensors, notes = self._read(path)
+            tensors, notes = self._read(file)
             if tensors:
                 model.set_submodule(target.name, _low_rank(target, tensors))
             reports[target] = ModuleReport.from_dict(notes["report"])
         if self._continued and not self._rank:
             finished = [self.decision is not None or all(target in reports for target in sweep) for sweep in sweeps]
             if self._config.schedule == "progressive":  # the first cut has a sweep of its own
-                finished.append(self.decision is not None or self._cut.name in self._notes)
+                finished.append(self.decision is not None or "cut" in self._files)
             self._notify(f"resuming: {sum(finished)} of {len(finished)} sweeps done")
         return reports
 
@@ -211,8 +198,8 @@ class RunState(RunFolder, NoState):
             ResumeError: if it cannot be written.
         """
         if self._rank == 0:
-            tensors = {} if report.reason else dict(model.get_submodule(report.name).named_parameters())
-            self._write(self._module_path(report.name), tensors, {"report": dataclasses.asdict(report)})
+            self._store_module(model, report)
+            self._write_state()
 
     def store_decision(self, model: PreTrainedModel, decision: Decision, reports: Sequence[ModuleReport]) -> None:
         """Store the reports of all linears of a global budget. Part of them, after a kill, counts as none.
@@ -220,29 +207,26 @@ class RunState(RunFolder, NoState):
         Raises:
             ResumeError: if it cannot be written.
         """
-        if self._rank == 0:
-            for path in self.folder.glob("module-*"):  # of a process that was killed before it had stored all
-                path.unlink()
-        for report in reports:
-            self.store_module(model, report)
         self.decision = decision
-        self._write_state()
         if self._rank == 0:
-            self._cut.unlink(missing_ok=True)
+            for report in reports:
+                self._store_module(model, report)
+            self._list("cut", None)
+            self._write_state()
 
     def restore_cut(self, members: Sequence[Target]) -> dict[Target, SVD] | None:
         """The stored groups of the first cut of a progressive schedule, or ``None``.
 
         Raises:
-            ResumeError: if they are damaged.
             CheckpointError: if there is too little space to store them.
         """
-        if self._cut.name not in self._notes:
+        if "cut" not in self._files:
             weights = [target.module.weight for target in members]
             # At most: the cut in fp32 (fp64 for fp64), and the decided factors in the dtype of the model.
-            require_space(self._cut, sum(w.numel() * (max(4, w.element_size()) + w.element_size()) for w in weights))
+            needed = sum(w.numel() * (max(4, w.element_size()) + w.element_size()) for w in weights)
+            require_space(self.folder / "cut.safetensors", needed)
             return None
-        tensors, _ = self._read(self._cut)
+        tensors, _ = self._read(self._files["cut"])
         cut = (target for target in members if f"{target.name}.S" in tensors)
         # Copies: the alignment of a tensor in the file may change the last bit of its products.
         return {t: SVD(*(tensors[f"{t.name}.{name}"].clone() for name in SVD._fields)) for t in cut}
@@ -255,31 +239,31 @@ class RunState(RunFolder, NoState):
         """
         if self._rank == 0:
             tensors = {f"{t.name}.{name}": tensor for t, svd in cut.items() for name, tensor in svd._asdict().items()}
-            self._write(self._cut, tensors, {})
+            self._list("cut", self._store("cut", tensors, {}))
+            self._write_state()
 
     def restore_sums(self, sums: Mapping[Target, Sum], batches: int) -> int:
         """Set the sums of a sweep to the stored ones; the number of batches that they hold.
 
         Raises:
-            ResumeError: if they are damaged.
+            ResumeError: if they are damaged; or missing, though linears of the sweep were replaced by them.
             CheckpointError: if there is too little space to store them.
         """
-        require_space(self._sums, sum(total.tensor.nbytes for total in sums.values()))
+        require_space(self.folder, sum(total.tensor.nbytes for total in sums.values()))
         self._last_write = time.monotonic()
-        calls = self._notes.get(self._sums.name, {}).get("calls", {})
-        done = 0
-        if all(target.name in calls for target in sums):
-            tensors, notes = self._read(self._sums)
-            done = notes["done"]
-            for target, total in sums.items():
-                tensor = tensors[target.name]
-                if tensor.shape != total.tensor.shape or tensor.dtype != total.tensor.dtype or done > batches:
-                    raise self._damaged(self._sums, f"{target.name} does not fit")
-                total.tensor.copy_(tensor)
-                total.calls = calls[target.name]
         members = next(sweep for sweep in self._sweeps if any(target in sums for target in sweep))
-        if len(sums) < len(members) and done < batches:  # the linears that were replaced would change these sums
-            raise self._damaged(self._sums, "it lacks the sums of a complete sweep")
+        is_used = len(sums) < len(members)  # the linears that were replaced would change these sums
+        done = 0
+        for path in self._stored_sums():
+            self._verify(path, "" if is_used else "delete this file to repeat its sweep")
+            tensors, notes = self._read(path.name)
+            if notes["run"] == self._run and notes["done"] > done and all(t.name in notes["calls"] for t in sums):
+                done = notes["done"]
+                for target, total in sums.items():
+                    total.tensor.copy_(tensors[target.name])
+                    total.calls = notes["calls"][target.name]
+        if is_used and done < batches:
+            raise self._damaged(self.folder / self._sums, "it lacks the sums of a sweep that was used in part")
         return done
 
     def store_sums(self, sums: Mapping[Target, Sum], done: int, batches: int) -> None:
@@ -290,31 +274,35 @@ class RunState(RunFolder, NoState):
         """
         if done < batches and not self._write_is_due():
             return
-        calls = {target.name: total.calls for target, total in sums.items()}
-        tensors = {target.name: total.tensor for target, total in sums.items()}
+        notes = {"run": self._run, "done": done, "calls": {target.name: total.calls for target, total in sums.items()}}
+        previous = self._stored_sums()
         with self._timed_write():
-            self._write(self._sums, tensors, {"done": done, "calls": calls})
+            name = self._store(self._sums, {target.name: total.tensor for target, total in sums.items()}, notes)
+            for path in previous:
+                if path.name != name:
+                    path.unlink()
+            self._write_state()  # has the time so far
 
-    def _module_path(self, name: str) -> Path:
-        return self.folder / f"module-{name}.safetensors"
+    @property
+    def _run(self) -> str:
+        """A digest of the fingerprint and the rank, to which sums belong."""
+        return hashlib.sha256(json.dumps([self._fingerprint, self._rank]).encode()).hexdigest()
 
-    def _write_state(self) -> None:
-        if self._rank == 0:
-            scores = self.block_influence
-            state = {"identity": self._fingerprint, "block_influence": scores, "decision": self.decision}
-            self._write_json(state | {"seconds": self._clock.seconds})
+    def _stored_sums(self) -> list[Path]:
+        """The sums of this rank: one file, or two after a kill."""
+        return sorted(self.folder.glob(f"{self._sums}.*"))
 
-    def _read_state(self) -> dict[str, Any]:
-        state = self._read_json()
-        try:
-            return {
-                "identity": dict(state["identity"]),
-                "block_influence": state.get("block_influence"),  # formats before 4 do not have it
-                "decision": state.get("decision"),
-                "seconds": dict(state["seconds"]),
-            }
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._damaged(self.folder / "state.json", str(error)) from error
+    def _store_module(self, model: PreTrainedModel, report: ModuleReport) -> None:
+        stem = _module_stem(report.name)
+        tensors = {} if report.reason else dict(model.get_submodule(report.name).named_parameters())
+        self._list(stem, self._store(stem, tensors, {"report": dataclasses.asdict(report)}))
+
+    def _state(self) -> dict[str, Any]:
+        return {"costs": self._costs, "block_influence": self.block_influence, "decision": self.decision}
+
+
+def _module_stem(name: str) -> str:
+    return f"module-{name}"
 
 
 def _low_rank(target: Target, tensors: Mapping[str, Tensor]) -> LowRankLinear:

@@ -50,7 +50,8 @@ def decide_in_order_(run: Run, plan: Plan, work: Work) -> Decision:
     for members in work.sweeps:
         for target, selection in _select(run, plan, work, members, run.gather, state=run.state):
             work.reports.append(replace_(run.model, target, selection))
-            run.state.store_module(run.model, work.reports[-1])
+            with run.processes.fail_together():  # nobody replaces the sums of this sweep before all linears are stored
+                run.state.store_module(run.model, work.reports[-1])
     return Decision((), {})
 
 

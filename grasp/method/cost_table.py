@@ -123,6 +123,13 @@ class CostTable:
             raise CostTableError(f"{path} cannot be written: {error}") from error
 
     @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CostTable:
+        """The inverse of ``to_dict``; a ``ValueError``, ``KeyError`` or ``TypeError`` if the values are no table."""
+        table = cls(**{**values, "linears": dict(map(_row, values["linears"]))})
+        _require_times(table)
+        return table
+
+    @classmethod
     def load(cls, path: Path) -> CostTable:
         """Read a table that ``save`` wrote.
 
@@ -133,10 +140,7 @@ class CostTable:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.pop("format_version") != FORMAT_VERSION:
                 raise ValueError(f"its format_version is not {FORMAT_VERSION}")
-            values["linears"] = dict(_row(row) for row in values["linears"])
-            table = cls(**values)
-            _require_times(table)
-            return table
+            return cls.from_dict(values)
         except OSError as error:
             raise CostTableError(f"{path} cannot be read: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:

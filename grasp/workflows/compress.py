@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from grasp.builtin import BUILTIN, BUILTIN_LICENSE
 from grasp.calibration import NAMED_TEXTS, read_pieces
 from grasp.checkpoint.card import model_card, read_license
 from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
+from grasp.checkpoint.fingerprint import request_fingerprint
 from grasp.checkpoint.run_state import RunState
 from grasp.checkpoint.saving import check_directory, require_space, save_checkpoint
 from grasp.compress import compress_
@@ -88,13 +90,16 @@ def compress(
         ResumeError: if ``OUTPUT.partial`` belongs to another request or is damaged.
         DistributedError: if another process fails.
     """
-    target = check_directory(output)
+    target = Path(os.path.realpath(Path(output).expanduser()))
+    state = RunState(f"{target}.partial", notify=notify, rank=processes.rank, processes=processes.size)
+    if not state.has_written(target):
+        check_directory(output)
     text = read_pieces(samples.source, tokens=samples.num_samples * samples.seq_len, notify=notify)
     check_costs(config, costs, processes)
-    partial = target.with_name(f"{target.name}.partial")
-    with RunState(partial, notify=notify, rank=processes.rank, processes=processes.size) as state:
+    with state:
         if processes.first:
             remove_abandoned(target)
+        is_written = processes.least(state.has_written(target))
         with within_memory(samples.batch_size, samples.seq_len):
             model, tokenizer = _load(name, dtype, device, progress, processes)
             samples = _with_batch_size(model, config, samples, state.batch_size, notify, processes)
@@ -103,11 +108,15 @@ def compress(
                 require_known(model, batch.input_ids)
             require_space(target, model.get_memory_footprint())
             table = None if config.target_latency is None else costs_for(model, costs, state.costs, progress=progress)
+            if is_written:
+                state.require_same(request_fingerprint(model, batches, config, table))
+                return Compression(name, str(target), samples, CompressionReport.load(target))
             report = compress_(model, batches, config, costs=table, progress=progress, state=state, processes=processes)
             report = with_request(report, name, samples, costs=costs, dtype=dtype, device=device, processes=processes)
         if processes.sharded:
             collect_(model, processes)
         if processes.first:
+            state.record_output(FILE_NAME, report.to_json())
             write_checkpoint(model, tokenizer, target, name, samples, report, progress=progress)
     return Compression(name, str(target), samples, report)
 

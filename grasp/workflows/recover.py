@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from grasp.errors import CheckpointError
 from grasp.files import remove_abandoned
 from grasp.loading import load_quietly
 from grasp.progress import Notify, Progress, no_notify, no_progress
-from grasp.recovery import RecoveryConfig, recover_, trainable_factors
+from grasp.recovery import RecoveryConfig, recover_, recovery_fingerprint, trainable_factors
 from grasp.statistics.processes import ALONE, Processes
 from grasp.training_data import TrainingSequence, hold_out, instruction_sequences, pack_text, read_instructions
 from grasp.workflows.guards import require_known, within_memory
@@ -103,11 +104,14 @@ def recover(
     """
     if not directory.is_dir():
         raise CheckpointError(f"no folder {directory}; expected a checkpoint that `grasp compress` has written")
-    target = check_directory(output)
-    run_folder = target.with_name(f"{target.name}.partial")
-    with RecoveryState(run_folder, notify=notify, rank=processes.rank, processes=processes.size) as state:
+    target = Path(os.path.realpath(Path(output).expanduser()))
+    state = RecoveryState(f"{target}.partial", notify=notify, rank=processes.rank, processes=processes.size)
+    if not state.has_written(target):
+        check_directory(output)
+    with state:
         if processes.first:
             remove_abandoned(target)
+        is_written = processes.least(state.has_written(target))
         with within_memory(config.micro_batch_size, data.seq_len):
             model, tokenizer = load_quietly(str(directory), dtype=dtype, device=device, progress=progress)
             trainable_factors(model)  # raises before the text is read, which takes long
@@ -115,6 +119,9 @@ def recover(
             for sequence in (*sequences, *held_out):
                 require_known(model, sequence.input_ids)
             require_space(target, model.get_memory_footprint())
+            if is_written:
+                state.require_same(recovery_fingerprint(model, sequences, held_out, config))
+                return Recovery(str(directory), str(target), RecoveryReport.load(target))
             report = recover_(
                 *(model, sequences, held_out, config),
                 progress=progress,
@@ -123,6 +130,7 @@ def recover(
                 processes=processes,
             )
         if processes.first:
+            state.record_output(recovery_report.FILE_NAME, report.to_json())
             _write(model, tokenizer, directory, target, data, report, progress)
     return Recovery(str(directory), str(target), report)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from grasp.checkpoint import run_folder
 from grasp.checkpoint.run_state import RunState
@@ -17,7 +16,17 @@ from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.errors import CheckpointError, ResumeError
 from tests import interrupted
-from tests.interrupted import BATCHES, CONFIG, Killed, assert_same, run, stop_at, stopped, stopped_at_every_write
+from tests.interrupted import (
+    BATCHES,
+    CONFIG,
+    Killed,
+    assert_same,
+    run,
+    stop_at,
+    stopped,
+    stopped_at_every_write,
+    stored,
+)
 from tests.tiny_models import tiny_batches, tiny_model
 
 
@@ -49,7 +58,7 @@ def test_a_run_stopped_at_any_write_ends_as_if_it_had_not_been(
     expected = run(None, config, family=family)
     writes = stopped_at_every_write(config, family, folder, expected, monkeypatch)
     sweeps = {"sequential": 4, "per-layer": 2, "single-sweep": 1}[config.schedule]
-    assert writes == 2 + sweeps * BATCHES + len(expected[0].modules)
+    assert writes == 2 + 2 * (sweeps * BATCHES + len(expected[0].modules))  # a file, and state.json
 
 
 @pytest.mark.usefixtures("every_batch")
@@ -84,7 +93,7 @@ def test_writing_is_held_to_its_share_of_the_time(folder: Path, monkeypatch: pyt
     now = [0.0]
     monkeypatch.setattr(run_folder.time, "monotonic", lambda: now[0])
     with RunState(folder) as state:
-        monkeypatch.setattr(state, "_write", lambda *_: now.__setitem__(0, now[0] + 10))
+        monkeypatch.setattr(state, "_store", lambda *_: now.__setitem__(0, now[0] + 10))
         written = []
         for second in range(0, 1000, 5):
             now[0] = max(now[0], second)
@@ -160,9 +169,7 @@ def test_linears_that_do_not_reach_the_loss_are_kept_as_such(folder: Path, monke
 @pytest.mark.usefixtures("every_batch")
 def test_the_time_of_earlier_processes_counts(folder: Path) -> None:
     stopped(folder, "layer 0 attention", 2)
-    sums = next(folder.glob("sums*"))
-    with safe_open(sums, "pt") as file:
-        seconds = json.loads(file.metadata()["grasp"])["seconds"]
+    seconds = json.loads((folder / "state.json").read_text())["seconds"]
     assert seconds["block_influence"] > 0
     report, _ = run(folder)
     assert report.seconds["attribution"] > seconds["attribution"] > 0
@@ -240,11 +247,12 @@ DAMAGE = [
     ("state.json", other_json),
     ("state.json", truncate),
     ("state.json", empty),
-    ("module-model.layers.2.mlp.up_proj.safetensors", truncate),
-    ("module-model.layers.2.mlp.up_proj.safetensors", flip),
-    ("module-model.layers.2.mlp.up_proj.safetensors", empty),
-    ("sums-0-of-1.safetensors", truncate),
-    ("sums-0-of-1.safetensors", flip),
+    ("module-model.layers.2.mlp.up_proj", truncate),
+    ("module-model.layers.2.mlp.up_proj", flip),
+    ("module-model.layers.2.mlp.up_proj", empty),
+    ("module-model.layers.2.mlp.up_proj", Path.unlink),
+    ("sums-0-of-1", truncate),
+    ("sums-0-of-1", flip),
 ]
 
 
@@ -252,8 +260,10 @@ DAMAGE = [
 @pytest.mark.usefixtures("every_batch")
 def test_a_damaged_state_is_refused(folder: Path, name: str, damage: Callable[[Path], None]) -> None:
     stopped(folder, "layer 0 mlp", 2)
-    damage(folder / name)
-    with pytest.raises(ResumeError, match=rf"{name} is damaged \(.*\); delete the folder .*out\.partial"):
+    path = folder / name if name == "state.json" else stored(folder, name)
+    damage(path)
+    remedy = "delete this file to repeat its sweep" if name.startswith("sums") else f"delete the folder {folder}"
+    with pytest.raises(ResumeError, match=f"{re.escape(str(path))}.*; .*{re.escape(remedy)}"):
         run(folder)
     assert folder.exists()
 
@@ -263,7 +273,7 @@ def test_sums_that_are_gone_are_summed_again_unless_part_of_them_was_used(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped(folder, "layer 0 mlp", 2)
-    (folder / "sums-0-of-1.safetensors").unlink()
+    stored(folder, "sums-0-of-1").unlink()
     assert_same(run(folder), run(None))
 
     def keep_two(state: RunState, *args: Any) -> None:
@@ -276,7 +286,7 @@ def test_sums_that_are_gone_are_summed_again_unless_part_of_them_was_used(
     with pytest.raises(Killed):
         run(folder)
     monkeypatch.setattr(RunState, "store_module", original)
-    (folder / "sums-0-of-1.safetensors").unlink()
+    stored(folder, "sums-0-of-1").unlink()
     with pytest.raises(ResumeError, match="lacks the sums"):
         run(folder)
 
@@ -360,5 +370,5 @@ def test_ranks_keep_their_own_sums_and_only_the_first_the_rest(folder: Path) -> 
     with RunState(folder, processes=2) as first, RunState(folder, rank=1, processes=2) as second:
         with pytest.raises(Killed):
             compress_(model, batches, CONFIG, state=second, progress=stop_at("layer 2 attention", 1))
-        assert sorted(path.name for path in folder.iterdir()) == ["lock", "sums-1-of-2.safetensors", "unfinished"]
+        assert {path.name for path in folder.iterdir()} == {"lock", stored(folder, "sums-1-of-2").name, "unfinished"}
         first._has_progress = True

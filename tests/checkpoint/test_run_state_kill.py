@@ -73,7 +73,10 @@ class Command:
 
     def kept(self, output: str) -> int:
         """How many linears are kept."""
-        return len(list(self.partial(output).glob("module*.safetensors")))
+        state = (
+            json.loads((self.partial(output) / "state.json").read_text()) if self.has_begun(output) else {"files": {}}
+        )
+        return sum(stem.startswith("module-") for stem in state["files"])
 
     def partial(self, output: str) -> Path:
         return self.place / f"{output}.partial"

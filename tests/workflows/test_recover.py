@@ -120,8 +120,8 @@ def test_a_killed_run_resumes_to_the_same_weights_and_refuses_other_settings(pla
         stderr=subprocess.PIPE,
         text=True,
     )
-    training = tmp_path / "out.partial" / "training.safetensors"
-    while not training.exists():
+    partial = tmp_path / "out.partial"
+    while not list(partial.glob("training.*")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
     time.sleep(0.1)
