@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+MOST = 10**9  # of anything that is counted; larger numbers overflow the libraries
+MOST_THREADS = 1024
 _MOST_LAYERS = 10_000  # more than any model has; a range is expanded in memory
+_MOST_BYTES = 10**18
+_LONGEST_NAME = 230  # bytes; file systems take 255, and the names of temporary files are longer
 
 _MODEL = "A folder, a GGUF file, a name on the Hugging Face hub, or [bold]builtin[/bold] (SmolLM2-135M)."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
@@ -26,12 +34,13 @@ def parse_layers(text: str) -> tuple[int, ...]:
     """
     layers: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if match is None or int(match[2] or match[1]) < int(match[1]):
+        match = re.fullmatch(r"\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?", part)
+        first, last = (0, -1) if match is None else (_number(match[1]), _number(match[2] or match[1]))
+        if last < first:
             raise ValueError(f"layers must be numbers and ranges such as 3,12-17, got {text!r}")
-        if int(match[2] or match[1]) >= _MOST_LAYERS:
+        if last >= _MOST_LAYERS:
             raise ValueError(f"layers must be below {_MOST_LAYERS}, got {text!r}")
-        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
+        layers += range(first, last + 1)
     return tuple(layers)
 
 
@@ -41,9 +50,9 @@ def parse_counts(text: str) -> tuple[int, ...]:
     Raises:
         ValueError: if the text is anything else, or contains a 0.
     """
-    if not re.fullmatch(r"\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*)*", text):
+    if not re.fullmatch(r"\s*[1-9][0-9]*\s*(,\s*[1-9][0-9]*\s*)*", text):
         raise ValueError(f"rows must be positive numbers such as 1,4,16; got {text!r}")
-    return tuple(map(int, text.split(",")))
+    return tuple(_count(part.strip(), "rows") for part in text.split(","))
 
 
 def parse_batch_size(text: str) -> int | Literal["auto"]:
@@ -54,9 +63,9 @@ def parse_batch_size(text: str) -> int | Literal["auto"]:
     """
     if text == "auto":
         return "auto"
-    if not re.fullmatch(r"[1-9]\d*", text):
+    if not re.fullmatch(r"[1-9][0-9]*", text):
         raise ValueError(f"batch size must be a positive number or auto; got {text!r}")
-    return int(text)
+    return _count(text, "batch size")
 
 
 def parse_bytes(text: str) -> int:
@@ -65,8 +74,52 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: if the text is anything else.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B|B)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(i?)B|B)?\s*", text, re.IGNORECASE)
     if match is None:
         raise ValueError(f"bytes must be a number such as 200MB, 1.5GB or 2GiB; got {text!r}")
     prefix, base = (match[2] or "").upper(), 1024 if match[3] else 1000
-    return round(float(match[1]) * base ** " KMGT".index(prefix or " "))
+    number = float(match[1]) * base ** " KMGT".index(prefix or " ")
+    if number > _MOST_BYTES:
+        raise ValueError(f"bytes must be at most {_MOST_BYTES}, got {text!r}")
+    return round(number)
+
+
+def usable_output(path: Path | None) -> Path | None:
+    """Return the path of an output, if a temporary file can be made beside it; typer calls this with the value.
+
+    Raises:
+        ValueError: if its name is too long, or its links lead in a circle.
+    """
+    if path is None:
+        return None
+    if (length := len(os.fsencode(path.name))) > _LONGEST_NAME:
+        raise ValueError(f"the name of an output has at most {_LONGEST_NAME} bytes, got {length}: {path.name}")
+    try:
+        path.stat()
+    except OSError as reason:
+        if reason.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise ValueError(f"{path} cannot be written: {reason.strerror}; give another path") from reason
+    return path
+
+
+def require_values(arguments: Sequence[str]) -> None:
+    """Check that no argument is empty; an empty path would mean the working folder.
+
+    Raises:
+        ValueError: if one is.
+    """
+    for before, argument in zip(("", *arguments), arguments, strict=False):
+        if argument == "" or re.fullmatch(r"--[\w-]+=", argument):
+            name = argument or (before if before.startswith("-") else "an argument")
+            raise ValueError(f"{name.removesuffix('=')} has an empty value; give one, or leave it out")
+
+
+def _count(digits: str, name: str) -> int:
+    if (number := _number(digits)) > MOST:
+        raise ValueError(f"{name} must be at most {MOST}, got {digits}")
+    return number
+
+
+def _number(digits: str) -> int:
+    """Decimal digits as a number; thousands of them, which ``int`` refuses, as one above all limits."""
+    return int(digits) if len(digits) < 1000 else 10**1000

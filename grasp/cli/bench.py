@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grasp.cli.arguments import Device, Dtype, Json, parse_counts, parse_layers
+from grasp.cli.arguments import MOST, MOST_THREADS, Device, Dtype, Json, parse_counts, parse_layers, usable_output
 from grasp.cli.root import app
 
 if TYPE_CHECKING:
@@ -26,9 +26,12 @@ BenchModel = Annotated[
     str, typer.Argument(metavar="[MODEL]", help="A folder, a GGUF file, a hub name, or [bold]builtin[/bold].")
 ]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Append JSON lines to this file; see docs/benchmarks.md.")
+    Path | None,
+    typer.Option(
+        "--output", "-o", callback=usable_output, help="Append JSON lines to this file; see docs/benchmarks.md."
+    ),
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads. Default: PyTorch's choice.")]
 Layers = Annotated[str | None, typer.Option(help="Instead of --num-layers: these layers, such as 3,12-17.")]
 RetainRatio = Annotated[float, typer.Option(help="Fraction of each matrix's parameters to keep.")]
 
@@ -47,39 +50,46 @@ Rows = Annotated[str, typer.Option(help="Tokens per call.")]
 Dtypes = Annotated[list[str] | None, typer.Option(help="May be repeated. Default: float32 and bfloat16.")]
 Backends = Annotated[list[str] | None, typer.Option(help="Time only this backend; may be repeated.")]
 Compiled = Annotated[bool, typer.Option(help="Also time the unfused form compiled by torch.compile, seconds per case.")]
-ThreadCounts = Annotated[list[int] | None, typer.Option(min=1, help="CPU threads; may be repeated.")]
+ThreadCounts = Annotated[list[int] | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads; may be repeated.")]
 RotateMb = Annotated[
-    int, typer.Option(min=0, help="MB of distinct weights that calls rotate through; more than a cache holds.")
+    int,
+    typer.Option(
+        min=0, max=1_000_000, help="MB of distinct weights that calls rotate through; more than a cache holds."
+    ),
 ]
-Repetitions = Annotated[int, typer.Option(min=1, help="Turns of every provider.")]
+Repetitions = Annotated[int, typer.Option(min=1, max=MOST, help="Turns of every provider.")]
 
 Compressed = Annotated[
     str | None, typer.Option(metavar="FOLDER", help="MODEL compressed by grasp compress. Default: plain SVD.")
 ]
-LowRankLayers = Annotated[int, typer.Option(min=1, help="Number of layers in the middle for plain SVD.")]
+LowRankLayers = Annotated[int, typer.Option(min=1, max=MOST, help="Number of layers in the middle for plain SVD.")]
 BatchSizes = Annotated[str, typer.Option(help="Sequences per batch.")]
-PromptTokens = Annotated[int, typer.Option(min=1, help="Prompt length.")]
-NewTokens = Annotated[int, typer.Option(min=1, help="Decoding steps after the first token.")]
+PromptTokens = Annotated[int, typer.Option(min=1, max=MOST, help="Prompt length.")]
+NewTokens = Annotated[int, typer.Option(min=1, max=MOST, help="Decoding steps after the first token.")]
 Text = Annotated[
     str, typer.Option(metavar="FILE|NAME", help="Text for the perplexity: a file, wikitext2, c4, or builtin.")
 ]
-Window = Annotated[int, typer.Option(min=2, help="Tokens per window of the text.")]
-Windows = Annotated[int, typer.Option(min=0, help="Number of windows; 0 measures no perplexity.")]
+Window = Annotated[int, typer.Option(min=2, max=MOST, help="Tokens per window of the text.")]
+Windows = Annotated[int, typer.Option(min=0, max=MOST, help="Number of windows; 0 measures no perplexity.")]
 
-RedundantLayers = Annotated[int, typer.Option(min=1, help="Number of layers to compress, by least influence.")]
+RedundantLayers = Annotated[
+    int, typer.Option(min=1, max=MOST, help="Number of layers to compress, by least influence.")
+]
 Schedules = Annotated[
     list[str] | None, typer.Option(help="sequential, per-layer or single-sweep; may be repeated. Default: all.")
 ]
 SweepDtype = Annotated[str | None, typer.Option(help="bfloat16. Default: the model's dtype.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per batch in the package's sweeps.")]
-NumSamples = Annotated[int, typer.Option(min=2, help="Calibration sequences.")]
-SeqLen = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
-TimedBatches = Annotated[int, typer.Option(min=2, help="Batches to time in each sweep; the first warms up.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=MOST, help="Sequences per batch in the package's sweeps.")]
+NumSamples = Annotated[int, typer.Option(min=2, max=MOST, help="Calibration sequences.")]
+SeqLen = Annotated[int, typer.Option(min=2, max=MOST, help="Tokens per sequence.")]
+TimedBatches = Annotated[int, typer.Option(min=2, max=MOST, help="Batches to time in each sweep; the first warms up.")]
 Full = Annotated[bool, typer.Option("--full", help="Time the whole calibration set and extrapolate nothing.")]
 
 TuneShapes = Annotated[list[str] | None, typer.Argument(metavar="[KxNrR...]", help="Default: those of a 7B Llama.")]
 TuneDtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-TuneOutput = Annotated[Path | None, typer.Option("--output", "-o", help="Folder. Default: the installed package.")]
+TuneOutput = Annotated[
+    Path | None, typer.Option("--output", "-o", callback=usable_output, help="Folder. Default: the installed package.")
+]
 
 
 @bench.command()

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from grasp.cli.arguments import MOST, usable_output
+
 if TYPE_CHECKING:
     from grasp.config import GraspConfig
 
@@ -20,7 +22,10 @@ _paper = partial(typer.Option, rich_help_panel="Method: paper")
 _calibration = partial(typer.Option, rich_help_panel="Calibration")
 
 Output = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder for the checkpoint; new or empty.", show_default=False)
+    Path,
+    typer.Option(
+        "--output", "-o", callback=usable_output, help="Folder for the checkpoint; new or empty.", show_default=False
+    ),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Only print sweeps, FLOPs, time and memory. Reads no weights, writes nothing.")
@@ -33,7 +38,9 @@ TargetBytes = Annotated[str | None, _target(metavar="BYTES", help="Size of all w
 TargetLatency = Annotated[
     float | None, _target(help="Time per decoded token, as a fraction of the dense model's. Only best has it.")
 ]
-NumLayers = Annotated[int | None, _target(help="Compress this many layers, those with the lowest block influence.")]
+NumLayers = Annotated[
+    int | None, _target(max=MOST, help="Compress this many layers, those with the lowest block influence.")
+]
 Layers = Annotated[str | None, _target(metavar="LIST", help="Compress these layers, such as 3,12-17.")]
 
 Preset = Annotated[
@@ -88,12 +95,12 @@ Metric = Annotated[
 ]
 
 Calibration = Annotated[str, _calibration(metavar="FILE|NAME", help="A text file, wikitext2, c4, or builtin.")]
-NumSamples = Annotated[int, _calibration(help="Number of sequences.")]
-SeqLen = Annotated[int, _calibration(help="Tokens per sequence.")]
+NumSamples = Annotated[int, _calibration(max=MOST, help="Number of sequences.")]
+SeqLen = Annotated[int, _calibration(max=MOST, help="Tokens per sequence.")]
 BatchSize = Annotated[
     str, _calibration(metavar="INTEGER|auto", help="Sequences per forward pass; auto: the most that fit.")
 ]
-Seed = Annotated[int, _calibration(help="Which sequences are drawn.")]
+Seed = Annotated[int, _calibration(min=-MOST, max=MOST, help="Which sequences are drawn.")]
 
 Shard = Annotated[
     bool,

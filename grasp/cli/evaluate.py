@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grasp.cli.arguments import Device, Dtype, Json, Model
+from grasp.cli.arguments import MOST, Device, Dtype, Json, Model, usable_output
 from grasp.cli.root import app
 from grasp.errors import NonFiniteError
 
@@ -25,6 +25,7 @@ Output = Annotated[
         "--output",
         "-o",
         metavar="FILE.json",
+        callback=usable_output,
         help="Also write the results to a file. In MODEL's own folder the model card shows them.",
         show_default=False,
     ),
@@ -37,8 +38,10 @@ Text = Annotated[
         show_default=False,
     ),
 ]
-Window = Annotated[int, _text(help="Tokens of the text per forward pass.")]
-Stride = Annotated[int | None, _text(help="New tokens per window; fewer than --window overlap. Default: no overlap.")]
+Window = Annotated[int, _text(max=MOST, help="Tokens of the text per forward pass.")]
+Stride = Annotated[
+    int | None, _text(max=MOST, help="New tokens per window; fewer than --window overlap. Default: no overlap.")
+]
 Tasks = Annotated[str | None, _tasks(metavar="NAMES", help="Tasks of lm-eval, such as piqa,arc_easy. Needs lm-eval.")]
 TasksFrom = Annotated[
     str | None,
@@ -48,8 +51,10 @@ TasksFrom = Annotated[
         "Default: the hub.",
     ),
 ]
-Limit = Annotated[int | None, _tasks(help="Only the first documents of each task. Default: all.")]
-BatchSize = Annotated[int, typer.Option(help="Windows, or answers of tasks, per forward pass.", rich_help_panel="Run")]
+Limit = Annotated[int | None, _tasks(max=MOST, help="Only the first documents of each task. Default: all.")]
+BatchSize = Annotated[
+    int, typer.Option(max=MOST, help="Windows, or answers of tasks, per forward pass.", rich_help_panel="Run")
+]
 
 HELP = """Measure the perplexity of MODEL on a text, its scores on tasks of lm-eval, or both.
 

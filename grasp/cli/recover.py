@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from grasp.cli.arguments import Device, Dtype, Json
+from grasp.cli.arguments import MOST, Device, Dtype, Json
 from grasp.cli.compress_options import Output
 from grasp.cli.processes import started_together
 from grasp.cli.root import app
@@ -28,12 +28,14 @@ Instructions = Annotated[
         show_default=False,
     ),
 ]
-Tokens = Annotated[int | None, _data(help="Training tokens, repetitions included. Default: one pass over the data.")]
-SeqLen = Annotated[int, _data(help="Tokens per sequence; longer instructions are truncated.")]
+Tokens = Annotated[
+    int | None, _data(max=1000 * MOST, help="Training tokens, repetitions included. Default: one pass over the data.")
+]
+SeqLen = Annotated[int, _data(max=MOST, help="Tokens per sequence; longer instructions are truncated.")]
 LearningRate = Annotated[float, _training(help="Peak learning rate. Paper, for 7B parameters: 3e-4.")]
-BatchSize = Annotated[int, _training(help="Sequences per optimizer step, over all processes.")]
-MicroBatchSize = Annotated[int, _training(help="Sequences per forward pass; memory limits it.")]
-Seed = Annotated[int, _training(help="Seed of the order of the sequences.")]
+BatchSize = Annotated[int, _training(max=MOST, help="Sequences per optimizer step, over all processes.")]
+MicroBatchSize = Annotated[int, _training(max=MOST, help="Sequences per forward pass; memory limits it.")]
+Seed = Annotated[int, _training(min=-MOST, max=MOST, help="Seed of the order of the sequences.")]
 
 
 @app.command()

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer import rich_utils
 
+from grasp.cli.arguments import require_values
 from grasp.errors import GraspError
 from grasp.formatting import one_line, printable
 from grasp.version import __version__
@@ -52,6 +53,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack the lines of tables
     try:
+        require_values(sys.argv[1:])
         code = app(standalone_mode=False) or 0
         sys.stdout.flush()
     except Exception as error:  # the last resort: no command ends with a traceback

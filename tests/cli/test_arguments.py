@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +38,42 @@ def test_bytes_have_decimal_or_binary_units(text: str, number: int) -> None:
 def test_bytes_without_a_number_or_with_another_unit_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="bytes must be a number such as"):
         arguments.parse_bytes(text)
+
+
+@pytest.mark.parametrize("digits", ["9" * 10, "9" * 400, "9" * 5000])
+def test_numbers_of_any_length_are_refused_with_the_limit(digits: str) -> None:
+    for parse, text in (
+        (arguments.parse_layers, digits),
+        (arguments.parse_layers, f"1-{digits}"),
+        (arguments.parse_counts, f"1,{digits}"),
+        (arguments.parse_batch_size, digits),
+        (arguments.parse_bytes, f"{digits}GB"),
+    ):
+        with pytest.raises(ValueError, match=r"must be (below|at most) 10+"):
+            parse(text)
+
+
+@pytest.mark.parametrize("text", ["١", "1_0", "²"])
+def test_only_ascii_digits_are_numbers(text: str) -> None:
+    for parse in (arguments.parse_layers, arguments.parse_counts, arguments.parse_batch_size, arguments.parse_bytes):
+        with pytest.raises(ValueError, match="must be"):
+            parse(text)
+
+
+@pytest.mark.parametrize("given", [["evaluate", "m", "--text", ""], ["evaluate", "m", "--text="], ["inspect", ""]])
+def test_empty_arguments_are_refused(given: list[str]) -> None:
+    arguments.require_values(["evaluate", "m", "--json"])
+    with pytest.raises(ValueError, match=r"^(--text|an argument) has an empty value"):
+        arguments.require_values(given)
+
+
+def test_names_of_outputs_leave_room_for_those_of_temporary_files(tmp_path: Path) -> None:
+    arguments.usable_output(tmp_path / ("x" * 230))
+    arguments.usable_output(None)
+    for name in ("x" * 231, "é" * 116, "x" * 300):
+        with pytest.raises(ValueError, match="at most 230 bytes, got 2?3"):
+            arguments.usable_output(tmp_path / name)
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "loop", tmp_path / "loop" / "x"):
+        with pytest.raises(ValueError, match="cannot be written"):
+            arguments.usable_output(path)
