@@ -71,7 +71,7 @@ def test_names_of_outputs_leave_room_for_those_of_temporary_files(tmp_path: Path
     arguments.usable_output(tmp_path / ("x" * 230))
     arguments.usable_output(None)
     for name in ("x" * 231, "é" * 116, "x" * 300):
-        with pytest.raises(ValueError, match="at most 230 bytes, got 2?3"):
+        with pytest.raises(ValueError, match="at most 230 bytes, got"):
             arguments.usable_output(tmp_path / name)
     (tmp_path / "loop").symlink_to("loop")
     for path in (tmp_path / "loop", tmp_path / "loop" / "x"):
