@@ -256,7 +256,9 @@ def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrained
     _require_all_weights(name, info["missing_keys"])
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except _LOAD_ERRORS as error:
+    except Exception as error:
+        if not isinstance(error, _LOAD_ERRORS) and type(error) is not Exception:  # the class that tokenizers raises
+            raise
         raise ModelNotFoundError(
             f"the tokenizer of {name} cannot be loaded ({hub_status(error) or one_line(error)}); save one there "
             "with tokenizer.save_pretrained"
