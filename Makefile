@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 BUILT := $(VENV)/.built
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
-CXX_FILES := $(CSRC) $(wildcard tests/csrc/*.cpp tests/csrc/*/*.* tests/csrc/*/*/*.* examples/*.cpp)
+CXX_FILES := $(CSRC) $(wildcard tests/*.c tests/csrc/*.cpp tests/csrc/*/*.* tests/csrc/*/*/*.* examples/*.cpp)
 
 .PHONY: help venv build demo test test-vllm stress fuzz sanitize check aot test-matrix bench-save bench-compare bench-selftest lint
 .PHONY: format docs clean
