@@ -7,7 +7,6 @@ baseline's confidence interval to the fast end of the new one.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from grasp.errors import GraspError
+from grasp.reading import read_json
 
 THRESHOLD = 0.15  # on a logarithmic scale halfway between no change and 30 % more time
 CONFIDENCE = 0.99  # of a median's interval
@@ -230,10 +230,9 @@ def read(path: Path) -> Document:
     Raises:
         BaselineError: if the file is missing or damaged, or was not recorded with ``--gate``.
     """
+    document = read_json(path, "a file that was recorded with --gate; move it away", BaselineError)
     try:
-        return parse(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise BaselineError(f"there is no file {path}") from error
+        return parse(document)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise BaselineError(f"{path} is damaged, or not recorded with --gate: {reason}; move it away") from error

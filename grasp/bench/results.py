@@ -11,6 +11,7 @@ from grasp.bench.records import RECORDS
 from grasp.bench.schema import LineError, Record, parse
 from grasp.errors import ResultsError
 from grasp.files import require_writable
+from grasp.reading import read_lines
 
 
 def append_results(path: Path | None, records: Sequence[Record]) -> None:
@@ -90,15 +91,10 @@ def read_results(path: str | Path, further: Sequence[type[Record]] = ()) -> list
         ...     [(record.kind, record.provider) for record in read_results(path)]
         [('not_measured', 'cuda')]
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ResultsError(f"{path} cannot be read as JSON lines of results: {error}") from error
     records = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                records.append(parse(line, (*RECORDS, *further)))
-            except LineError as error:
-                raise ResultsError(f"{path}, line {number}: {error}") from error
+    for number, line in read_lines(path, "JSON lines of results", ResultsError):
+        try:
+            records.append(parse(line, (*RECORDS, *further)))
+        except LineError as error:
+            raise ResultsError(f"{path}, line {number}: {error}") from error
     return records

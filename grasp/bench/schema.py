@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from functools import cache
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from grasp.formatting import Column
+from grasp.reading import parse_json
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
@@ -97,13 +97,8 @@ def parse(line: str, classes: Sequence[type[Record]]) -> Record:
     Raises:
         LineError: if the line is not a record of one of ``classes``.
     """
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise LineError(f"not JSON ({error}); repair or remove the line") from error
     kinds = {record_class.kind: record_class for record_class in classes}
-    if not isinstance(values, dict):
-        raise LineError(f"got a JSON {type(values).__name__}; expected an object of kind {', '.join(kinds)}")
+    values = parse_json(line, "it", f"an object of kind {', '.join(kinds)}; repair or remove the line", LineError)
     kind, version = values.pop("kind", None), values.pop("schema_version", None)
     if kind not in kinds:
         raise LineError(

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from grasp.errors import CheckpointError
+from grasp.formatting import one_line
 from grasp.model.size import Size
+from grasp.reading import parse_json, read_text_file
 
 FILE_NAME = "report.json"
+_EXPECTED = "the report.json that `grasp compress` wrote"
 _SPECTRUM_VALUES = 256  # singular values stored of a module, at most
 _NUMBERS = re.compile(r"\[\n\s+([^\[\]{}\"]+?)\n\s+\]")  # a string in JSON has no newline, so this is a list of numbers
 
@@ -111,8 +114,8 @@ class CompressionReport:
         Raises:
             CheckpointError: if the text is not a report.
         """
+        values = parse_json(text, "not a compression report: it", _EXPECTED, CheckpointError)
         try:
-            values = json.loads(text)
             names = {f.name for f in dataclasses.fields(cls)}
             values = {key: value for key, value in values.items() if key in names}
             values["modules"] = tuple(map(ModuleReport.from_dict, values["modules"]))
@@ -125,9 +128,7 @@ class CompressionReport:
             _require_sound(report)
             return report
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"not a compression report ({error}); expected the report.json that grasp wrote"
-            ) from error
+            raise CheckpointError(f"not a compression report ({one_line(error)}); expected {_EXPECTED}") from error
 
     @classmethod
     def load(cls, directory: str | Path) -> CompressionReport:
@@ -137,11 +138,10 @@ class CompressionReport:
             CheckpointError: if there is none, or it cannot be read.
         """
         path = Path(directory) / FILE_NAME
-        if not path.is_file():
-            raise CheckpointError(f"{path} does not exist; expected a folder that `grasp compress` wrote")
+        text = read_text_file(path, _EXPECTED, CheckpointError)
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
-        except (CheckpointError, UnicodeDecodeError) as error:
+            return cls.from_json(text)
+        except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
 
 

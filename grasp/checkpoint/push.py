@@ -24,6 +24,7 @@ from grasp.files import write_whole
 from grasp.loading import hub_status
 from grasp.model.checkpoint_format import weight_files
 from grasp.progress import Progress, no_progress
+from grasp.reading import read_text_file
 
 _TEMPLATES = "additional_chat_templates"
 # Besides the weights: what transformers, its tokenizers and this package write, and licences.
@@ -156,7 +157,7 @@ def _require_card(folder: Path, checkpoint: Inspection) -> None:
         base_model = BUILTIN_NAME if source == BUILTIN else source or None
         license = BUILTIN_LICENSE if source == BUILTIN else read_license(base_model) if base_model else {}
         write_whole(file, folder_card(folder, base_model=base_model, license=license), seen={})
-    read_card(file.read_text(encoding="utf-8"))
+    read_card(read_text_file(file, "a model card in UTF-8", CheckpointError))
 
 
 @contextmanager

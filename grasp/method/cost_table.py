@@ -12,7 +12,9 @@ from typing import Any
 
 from grasp.errors import CostTableError
 from grasp.files import replacing
+from grasp.formatting import one_line
 from grasp.method.ranks import Shape, break_even_rank
+from grasp.reading import read_json
 from grasp_kernels import roofline
 
 FORMAT_VERSION = 1
@@ -136,17 +138,14 @@ class CostTable:
         Raises:
             CostTableError: if there is no such file, it is not a table, or a time in it is not a positive number.
         """
+        expected = f"a table of costs; make one with grasp bench costs MODEL -o {path.name}"
+        values = read_json(path, expected, CostTableError)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
             if values.pop("format_version") != FORMAT_VERSION:
                 raise ValueError(f"its format_version is not {FORMAT_VERSION}")
             return cls.from_dict(values)
-        except OSError as error:
-            raise CostTableError(f"{path} cannot be read: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CostTableError(
-                f"{path} is not a table of costs ({error}); make one with grasp bench costs MODEL -o {path.name}"
-            ) from error
+            raise CostTableError(f"{path} is damaged ({one_line(error)}); expected {expected}") from error
 
 
 def from_roofline(

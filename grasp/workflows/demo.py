@@ -21,6 +21,7 @@ from grasp.checkpoint.saving import check_directory
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.environment import environment
+from grasp.errors import GraspError
 from grasp.evaluation.generation import GenerationTime, time_generation
 from grasp.evaluation.perplexity import perplexity
 from grasp.files import contents
@@ -30,6 +31,7 @@ from grasp.model.lowrank_linear import LowRankLinear, group_linears_
 from grasp.model.size import model_size
 from grasp.model.targets import decoder, layer_targets
 from grasp.progress import Progress, named, no_progress
+from grasp.reading import read_json
 from grasp.workflows.compress import with_request, write_checkpoint
 from grasp.workflows.samples import Samples, draw
 
@@ -215,10 +217,9 @@ def _speed_finding(phase: str, rows: Mapping[str, Row], speed: Callable[[Row], f
 def _is_demo(output: Path) -> bool:
     """Whether a folder holds an earlier demonstration."""
     try:
-        written = json.loads((output / DEMO_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(output / DEMO_FILE, "an earlier demonstration").get("made_by") == _MADE_BY
+    except GraspError:
         return False
-    return isinstance(written, dict) and written.get("made_by") == _MADE_BY
 
 
 def _measure(

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from grasp.checkpoint.card import read_card, read_evaluation, with_results
 from grasp.checkpoint.inspection import inspect_checkpoint
-from grasp.errors import ResultsError
+from grasp.errors import CheckpointError, ResultsError
 from grasp.files import Contents, contents, require_writable, write_whole
 from grasp.formatting import json_text
+from grasp.reading import read_text_file
 
 if TYPE_CHECKING:
     from grasp.workflows.evaluate import Evaluation
@@ -31,7 +32,7 @@ def require_replaceable(output: Path) -> Contents:
     if output.exists() and read_evaluation(output) is None:
         raise ResultsError(f"{output} exists and holds no results of `grasp evaluate`; give another name")
     if _has_our_card(output.parent):
-        read_card((output.parent / "README.md").read_text(encoding="utf-8"))
+        read_card(read_text_file(output.parent / "README.md", "a model card in UTF-8", CheckpointError))
     return seen
 
 
@@ -63,12 +64,11 @@ def _update_card(folder: Path) -> None:
         CheckpointError: if the model cannot be read.
         GraspError: if the card cannot be read or written.
     """
-    card = folder / "README.md"
     inspection = inspect_checkpoint(folder)
     text = with_results(
-        card.read_text(encoding="utf-8"),
+        read_text_file(folder / "README.md", "a model card in UTF-8", CheckpointError),
         [results for path in sorted(folder.glob("*.json")) if (results := read_evaluation(path)) is not None],
         parameters=inspection.parameters,
         before=inspection.report.before.parameters if inspection.report else inspection.dense_parameters,
     )
-    write_whole(card, text)
+    write_whole(folder / "README.md", text)

@@ -64,7 +64,7 @@ def test_a_file_of_something_else_is_refused_before_anything_is_measured(ops: Ru
     (tmp_path / "notes").write_text("hello\n")
     outcome = ops("-o", tmp_path / "notes")
     assert outcome.code == 2
-    assert "notes, line 1: not JSON" in outcome.err
+    assert "notes, line 1: it is not JSON" in outcome.err
     assert outcome.out == ""
     assert (tmp_path / "notes").read_text() == "hello\n"
 

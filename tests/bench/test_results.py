@@ -77,8 +77,8 @@ def test_an_integer_is_read_as_the_float_that_the_schema_has(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"kind": "op", "schema', "line 2: not JSON"),
-        ("[1]", "line 2: got a JSON list; expected an object of kind model, op"),
+        ('{"kind": "op", "schema', "line 2: it is not JSON"),
+        ("[1]", "line 2: it is a JSON list, not an object; expected an object of kind model, op"),
         ('{"op": "lowrank_linear"}', "line 2: got kind None"),
         (line(OpResult, kind="speed"), "line 2: got kind 'speed'; expected kind model, op"),
         (line(OpResult, schema_version=99), "line 2: got schema_version 99 of kind 'op'; expected 1"),
@@ -101,7 +101,7 @@ def test_a_damaged_line_is_named_with_its_file_and_number(text: str, message: st
 def test_a_file_that_is_not_text_or_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for name in ("binary", "absent", "."):
-        with pytest.raises(ResultsError, match="cannot be read as JSON lines of results"):
+        with pytest.raises(ResultsError, match="; expected JSON lines of results"):
             read_results(tmp_path / name)
 
 
@@ -114,7 +114,7 @@ def test_a_number_that_json_does_not_have_is_not_written(tmp_path: Path) -> None
 def test_nothing_is_added_to_a_file_of_something_else(tmp_path: Path) -> None:
     other = tmp_path / "README.md"
     other.write_text("# hello\n")
-    with pytest.raises(ResultsError, match=r"README\.md, line 1: not JSON"):
+    with pytest.raises(ResultsError, match=r"README\.md, line 1: it is not JSON"):
         check_output(other)
     assert other.read_text() == "# hello\n"
     with pytest.raises(GraspError, match="there is no folder"):

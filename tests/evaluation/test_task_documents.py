@@ -61,9 +61,9 @@ def test_a_line_separator_within_a_text_ends_no_document(tmp_path: Path) -> None
     ("text", "words"),
     [
         ("", "has no documents"),
-        ('{"goal": 1}\n{"goal"', "line 2: expected JSON"),
+        ('{"goal": 1}\n{"goal"', "line 2, is not JSON"),
         ('{"goal": 1}\n{"sol1": 2}\n', "document 2 of .* has the columns sol1; expected .*: goal"),
-        ("[1]\n", "line 1: expected a JSON object, got list"),
+        ("[1]\n", "line 1, is a JSON list, not an object"),
         ('{"query": "q", "choices": ["a"], "gold": 0}\n', "a document of piqa"),
     ],
 )

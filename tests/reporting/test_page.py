@@ -200,14 +200,14 @@ def lines(*records: Record) -> Callable[[Path], None]:
 
 
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no report": (lambda folder: None, "report.json does not exist; expected a folder that `grasp compress` wrote"),
+    "no report": (lambda folder: None, "report.json; expected the report.json that `grasp compress` wrote"),
     "corrupt": (lambda folder: (folder / "report.json").write_text('{"a'), "not a compression report"),
-    "no UTF-8": (lambda folder: (folder / "report.json").write_bytes(b"\xff"), "utf-8"),
+    "no UTF-8": (lambda folder: (folder / "report.json").write_bytes(b"\xff"), "report.json is not UTF-8"),
     "something else": (lambda folder: (folder / "report.json").write_text("[]"), "not a compression report"),
 }
 BAD_RESULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda path: None, "No such file"),
-    "corrupt": (lambda path: path.write_text('{"kind": "op"\n'), "line 1: not JSON"),
+    "missing": (lambda path: None, "there is no file"),
+    "corrupt": (lambda path: path.write_text('{"kind": "op"\n'), "line 1: it is not JSON"),
     "unknown": (lambda path: path.write_text('{"a": 1}\n'), "got kind None"),
     "unknown op": (
         lines(record(OpResult, op="a", shape="4x6r2", dtype="float32")),
