@@ -22,14 +22,18 @@ from grasp_kernels import (
     Factors,
     available_backends,
     cpu,
+    cuda,
     lowrank_glu,
     lowrank_linear,
     lowrank_linear_grouped,
     singular_value_grad,
 )
+from grasp_kernels.dispatch import CUDA_ROWS
 from tests.fuzz import ops_exact as exact
 from tests.fuzz.ops_calls import AUTOCAST, DENSE, FLOATS, OUTCOMES, Call, Foreign, Spec, autocast, outcome, random_call
 from tests.fuzz.ops_corpus import CORPUS
+from tests.ops.conftest import built_emulator, emulator  # noqa: F401 - fixtures
+from tests.ops.cuda_emulator import Emulator
 
 PUBLIC = {
     "lowrank_linear": lowrank_linear,
@@ -234,6 +238,11 @@ class Checker:
         if len(self.pending) >= BLOCK:
             self.flush()
 
+    def compare_rows(self, call: Call, outputs: list[Tensor]) -> None:
+        """``compare`` for outputs of a backend, (M, N)."""
+        leading = call.tensors["x"].shape[:-1]
+        self.compare(call, [y.view(*leading, y.shape[-1]) for y in outputs])
+
     def flush(self) -> None:
         """Compare what is pending: all at once, one by one only if something is wrong."""
         if not self.pending:
@@ -287,25 +296,46 @@ def test_random_calls(
     report(checker.counts, record_property, request.node.callspec.id)
 
 
+def valid_linears(count: int) -> Iterator[tuple[Call, Tensor, list[Factors]]]:
+    """The valid linears among the first calls, as a backend gets them: x is (M, K)."""
+    for call in random_calls(count, ("cpu",)):
+        plain = call._replace(mode="plain", registered=False)
+        if call.mode != "meta" and call.op != "singular_value_grad" and outcome(plain) == "accepted":
+            x = build(call.tensors["x"])
+            yield plain, x.reshape(-1, x.shape[-1]), [build(group) for group in call.groups]
+
+
 @pytest.mark.skipif("cpu" not in available_backends(), reason="the C++ kernels were not built")
 def test_random_linears_with_each_instruction_set(
     fuzzing: bool, record_property: Callable[[str, object], None]
 ) -> None:
     checker = Checker()
     sets = [name for name in cpu.INSTRUCTION_SETS if cpu.supports(name)]
-    for call in random_calls(60_000 if fuzzing else 300, ("cpu",)):
-        plain = call._replace(mode="plain", registered=False)
-        if call.op == "singular_value_grad" or outcome(plain) != "accepted" or call.mode == "meta":
-            continue
-        x = build(call.tensors["x"])
-        groups = [build(group) for group in call.groups]
+    for call, x, groups in valid_linears(60_000 if fuzzing else 300):
         for name in sets:
-            rows = x.reshape(-1, x.shape[-1])
-            outputs = cpu.run(rows, groups, call.options.get("activation"), instruction_set=name)
-            checker.compare(plain, [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs])
+            checker.compare_rows(call, cpu.run(x, groups, call.options.get("activation"), instruction_set=name))
             checker.counts[name] += 1
     checker.flush()
     report(checker.counts, record_property, "instruction sets")
+
+
+def test_random_linears_on_an_emulated_card(
+    fuzzing: bool, record_property: Callable[[str, object], None], request: pytest.FixtureRequest
+) -> None:
+    if not fuzzing:
+        pytest.skip("tests/ops/test_cuda.py has a grid of cases; --fuzz adds random ones")
+    card: Emulator = request.getfixturevalue("emulator")
+    checker, rng = Checker(), random.Random(0)
+    for call, x, groups in valid_linears(5_000):
+        if call.op != "lowrank_glu" and len(x) <= CUDA_ROWS:
+            card.configure(processors=rng.choice((1, 3, 16)), seed=rng.randrange(3))
+            path = rng.choice(tuple(cuda.PATH_CODES))
+            outputs = cuda.run(x, groups, path=path)
+            card.finish()
+            checker.compare_rows(call, outputs)
+            checker.counts[path] += 1
+    checker.flush()
+    report(checker.counts, record_property, "emulated card")
 
 
 @pytest.mark.parametrize("call", CORPUS.values(), ids=CORPUS)
