@@ -61,8 +61,8 @@ stress: $(BUILT) ## kill 50 processes at random points, and compare what their r
 fuzz: $(BUILT) ## random ops, damaged checkpoints and run folders, random command lines; minutes
 	$(BIN)/python -m pytest tests/fuzz --fuzz -s -q
 
-sanitize: $(STAMP) ## the C++ tests under the address and undefined behaviour sanitizers
-	$(BIN)/python setup.py --quiet sanitize
+sanitize: $(BUILT) ## C++ and Python tests of the CPU kernels under the address, behaviour and thread sanitizers; 10 minutes
+	PYTHON=$(BIN)/python tests/sanitize.sh
 
 lint: $(STAMP) ## ruff, format checks, mypy, the import contract
 	$(BIN)/ruff check

@@ -16,7 +16,7 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import ClassVar, TextIO
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -30,7 +30,8 @@ HEADER = CSRC / "lowrank.h"
 ARCHIVE = "libgrasp_lowrank.a"  # the CPU kernels for other programs; shipped beside the modules, with the header
 
 COMPILE = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -Wall -Wextra"
-SANITIZE = "-std=c++17 -O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra"
+SANITIZE = "-std=c++17 -O0 -g1 -fPIC -fvisibility=hidden -Wall -Wextra"
+SANITIZERS = {"address": "-fsanitize=address,undefined -fno-sanitize-recover=all", "thread": "-fsanitize=thread"}
 # File in csrc/cpu → flags of its instruction set; on a processor other than x86-64 only portable.cpp is compiled.
 X86_FILES = {
     "avx2.cpp": "-mavx2 -mfma -mf16c",
@@ -88,7 +89,7 @@ def x86_files(compiler: str) -> dict[str, str]:
 
 
 class NinjaFile:
-    """Writes build.ninja: the modules, the archive, and the C++ tests under the sanitizers as target ``sanitize``."""
+    """Writes build.ninja: the modules, the archive, and for each sanitizer the C++ tests and the CPU module."""
 
     def __init__(self, output: TextIO, compiler: str, nvcc: str | None) -> None:
         from ninja import ninja_syntax  # a build requirement, absent where nothing is compiled
@@ -124,9 +125,14 @@ class NinjaFile:
         self.writer.build([ARCHIVE], "archive", self.objects(COMPILE, "cpu"))
         bindings = self.compile(CSRC / "bindings.cpp", f"{COMPILE} {includes}", "cpu")
         self.writer.build(["_cpu.so"], "link", [bindings, ARCHIVE], variables={"flags": "-shared -pthread -ldl"})
-        test = [self.compile(ROOT / "tests" / "csrc" / "test_lowrank.cpp", SANITIZE, "sanitized")]
-        test += self.objects(SANITIZE, "sanitized")
-        self.writer.build(["sanitize"], "link", test, variables={"flags": f"{SANITIZE} -pthread -ldl"})
+        for name, sanitizer in SANITIZERS.items():
+            flags = f"{SANITIZE} {sanitizer}"
+            kernels, variables = self.objects(flags, name), {"flags": f"{flags} -pthread -ldl"}
+            test = self.compile(ROOT / "tests" / "csrc" / "test_lowrank.cpp", flags, name)
+            self.writer.build([f"{name}/test"], "link", [test, *kernels], variables=variables)
+            bindings = self.compile(CSRC / "bindings.cpp", f"{flags} {includes}", name)
+            variables["flags"] += " -shared"
+            self.writer.build([f"{name}/_cpu.so"], "link", [bindings, *kernels], variables=variables)
         targets = ["_cpu.so", ARCHIVE]
         if self.nvcc is not None:
             self.cuda(self.nvcc, includes)
@@ -183,17 +189,25 @@ class BuildWithNinja(build_ext):
 
 
 class Sanitize(BuildWithNinja):
-    """Builds and runs the C++ tests of the CPU kernels under the address and undefined behaviour sanitizers."""
+    """Builds and runs the C++ tests of the CPU kernels under one of ``SANITIZERS``."""
 
-    description = "run the C++ tests under the sanitizers"
+    description = "run the C++ tests under a sanitizer"
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = [
+        ("sanitizer=", None, f"one of {', '.join(SANITIZERS)}; the first if it is not given")
+    ]
+
+    def initialize_options(self) -> None:
+        """Take the first sanitizer."""
+        super().initialize_options()
+        self.sanitizer = next(iter(SANITIZERS))
 
     def build_extensions(self) -> None:
         """Run ninja, then the tests; nothing is installed."""
         if self.cxx is None:
             raise CompileError("the C++ tests need Linux and a C++ compiler, and found none")
         write_ninja_file(self.cxx, nvcc=None)
-        run_ninja(["sanitize"])
-        if subprocess.run([str(BUILD / "sanitize")]).returncode != 0:
+        run_ninja([f"{self.sanitizer}/test"])
+        if subprocess.run([str(BUILD / self.sanitizer / "test")]).returncode != 0:
             raise CompileError("the C++ tests failed; what they found is above")
 
 

@@ -1,9 +1,11 @@
 // The CPU kernels against double precision, through the C interface: every instruction set, dtype and kind of call, odd
-// sizes, rows with gaps, memory that ends where the last element does. Built with the address and undefined behaviour
-// sanitizers; instructions that those do not see run into pages that cannot be read.
+// sizes, rows with gaps, memory that ends where the last element does, concurrent callers. Built with the address and
+// undefined behaviour sanitizers, or with the thread sanitizer; instructions that those do not see run into pages that
+// cannot be read.
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -196,6 +198,31 @@ bool check_glu(const Shape &shape, int isa, int dtype, int activation) {
     return close(gate.y, exact, shape.M, "gated");
 }
 
+// Callers on several threads with one x and one set of weights, each with a team of threads and an output of its own.
+bool check_concurrent(int dtype) {
+    const Shape shape = {2, 200, 700, 210, 0, 3};
+    Matrix x(shape.M, shape.K, shape.K, dtype);
+    Layer layer(shape.M, shape.N, shape.K, shape.R, dtype, 0, true, true);
+    const grasp_input input = {x.data, x.stride, shape.M, shape.K, dtype};
+    const grasp_cpu_options options = {GRASP_ISA_AUTO, shape.threads, run_on_threads};
+    const std::vector<double> exact = layer.exact(x, shape.M);
+    std::atomic<int> failures{0};
+    const auto call = [&] {
+        std::vector<char> y(shape.M * shape.N * sizeof(float));
+        grasp_factors group = layer.factors();
+        group.y = y.data();
+        for (int i = 0; i < 3; ++i) failures += grasp_cpu_lowrank_linear(&input, &group, 1, &options) != GRASP_OK;
+        for (size_t i = 0; i < exact.size(); ++i) {
+            const double value = element_value(y.data() + i * (dtype == GRASP_F32 ? 4 : 2), dtype);
+            failures += !(std::abs(value - exact[i]) <= 0.1);
+        }
+    };
+    std::vector<std::thread> callers;
+    for (int i = 0; i < 4; ++i) callers.emplace_back(call);
+    for (std::thread &caller : callers) caller.join();
+    return failures == 0;
+}
+
 bool check_refusals() {
     Matrix x(1, 8, 8, GRASP_F32);
     Layer layer(1, 4, 8, 2, GRASP_F32, 0, false, false);
@@ -232,6 +259,11 @@ bool check_refusals() {
 
 int main() {
     int failures = !check_refusals(), cases = 1;
+    for (int dtype = GRASP_F32; dtype <= GRASP_BF16; ++dtype, ++cases) {
+        if (check_concurrent(dtype)) continue;
+        ++failures;
+        std::printf("failed: concurrent callers, dtype %d\n", dtype);
+    }
     for (int isa = GRASP_ISA_AUTO; isa <= GRASP_ISA_AMX; ++isa) {
         if (!grasp_cpu_supports(isa)) continue;
         for (int dtype = GRASP_F32; dtype <= GRASP_BF16; ++dtype) {
