@@ -39,10 +39,11 @@ from transformers.utils import logging as transformers_logging
 
 from grasp.builtin import BUILTIN, BUILTIN_NAME, builtin_model_path
 from grasp.errors import CheckpointError, GraspError, MissingPackageError, ModelNotFoundError, UnsupportedModelError
-from grasp.formatting import one_line
+from grasp.formatting import one_line, size
 from grasp.model.checkpoint_format import read_headers, weight_files
 from grasp.model.hf_quantizer import register
 from grasp.progress import Progress, no_progress
+from grasp.reading import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -63,6 +64,7 @@ _LOAD_ERRORS = (
     StrictDataclassError,
     struct.error,
 )
+_LIBRARY_LIMIT = 256_000_000  # bytes of a JSON file or template; a tokenizer.json has up to 40 MB
 _GGUF_LOCK = threading.Lock()
 _NO_MEMORY = ("can't allocate memory", "not enough memory")  # messages of PyTorch's CPU allocators
 
@@ -187,6 +189,7 @@ def _require_model(name: str) -> None:
                 f"the folder {name} has no config.json, so it is no model; it contains: {content}. "
                 "Give a folder that save_pretrained wrote, or the path of a GGUF file."
             )
+        _require_readable(folder)
         return
     remedy = f"Give a folder with a config.json, a GGUF file, a name on huggingface.co, or {BUILTIN!r}"
     if folder.is_file():
@@ -214,6 +217,16 @@ def _require_model(name: str) -> None:
             f"{name} is neither a local folder nor in the hub's cache, and the hub cannot be reached "
             f"({hub_status(error) or one_line(error)}). {remedy}; {BUILTIN!r} needs no network."
         ) from error
+
+
+def _require_readable(folder: Path) -> None:
+    """Refuse a folder with a file that the libraries would wait for or read without end, or JSON nested too deeply."""
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not path.is_dir() and not path.is_file():
+            raise CheckpointError(f"{path} is no regular file; expected the files of a model: remove it")
+        if path.is_file() and path.suffix in (".json", ".jinja") and path.stat().st_size > _LIBRARY_LIMIT:
+            raise CheckpointError(f"{path} has more than {size(_LIBRARY_LIMIT)}; expected a file of a model: remove it")
+    read_json(folder / "config.json", "the configuration of a model", UnsupportedModelError, finite=False)
 
 
 def _pretrained_config(name: str) -> PreTrainedConfig:

@@ -183,9 +183,14 @@ def repeat_shard(folder: Path) -> None:
     )
 
 
-def pipe(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    os.mkfifo(folder / "model.safetensors")
+def pipe(folder: Path, name: str = "model.safetensors") -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+
+
+def endless(folder: Path) -> None:
+    with (folder / "tokenizer.json").open("wb") as file:
+        file.truncate(2**40)
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], type[GraspError], str]] = {
@@ -204,7 +209,19 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GraspError], str]] = {
     "the configuration is no JSON": (
         lambda folder: (folder / "config.json").write_text("{"),
         UnsupportedModelError,
-        "configuration of .* cannot be used",
+        r"config\.json is not JSON",
+    ),
+    "the configuration is nested deeply": (
+        lambda folder: (folder / "config.json").write_text(100_000 * '{"a":'),
+        UnsupportedModelError,
+        r"config\.json has more than 100 levels",
+    ),
+    "the tokenizer is a pipe": (lambda folder: pipe(folder, "tokenizer.json"), CheckpointError, "json is no regular"),
+    "the tokenizer is endless": (endless, CheckpointError, r"tokenizer\.json has more than 256\.0 MB"),
+    "the chat template is a device": (
+        lambda folder: (folder / "chat_template.jinja").symlink_to("/dev/zero"),
+        CheckpointError,
+        "jinja is no regular file",
     ),
     "the family is unknown": (
         lambda folder: edit_config(folder, model_type="no-such-family"),
@@ -299,7 +316,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GraspError], str]] = {
         CheckpointError,
         r"transformers_weights '\.\./other/model\.safetensors'",
     ),
-    "the weights are a pipe": (pipe, CheckpointError, "lacks 1 of 1"),
+    "the weights are a pipe": (pipe, CheckpointError, r"model\.safetensors is no regular file"),
     "a rank for the tied head": (
         rank_tied_head,
         CheckpointError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from grasp.errors import CheckpointError
 from grasp.files import remove_abandoned
 from grasp.loading import load_quietly
 from grasp.progress import Notify, Progress, no_notify, no_progress
+from grasp.reading import read_text_file
 from grasp.recovery import RecoveryConfig, recover_, recovery_fingerprint, trainable_factors
 from grasp.statistics.processes import ALONE, Processes
 from grasp.training_data import TrainingSequence, hold_out, instruction_sequences, pack_text, read_instructions
@@ -104,6 +106,11 @@ def recover(
     """
     if not directory.is_dir():
         raise CheckpointError(f"no folder {directory}; expected a checkpoint that `grasp compress` has written")
+    texts = {
+        path.name: read_text_file(path, "a text in UTF-8", CheckpointError)
+        for name in (compression_report.FILE_NAME, "README.md")
+        if (path := directory / name).exists()
+    }
     target = Path(os.path.realpath(Path(output).expanduser()))
     state = RecoveryState(f"{target}.partial", notify=notify, rank=processes.rank, processes=processes.size)
     if not state.has_written(target):
@@ -131,29 +138,30 @@ def recover(
             )
         if processes.first:
             state.record_output(recovery_report.FILE_NAME, report.to_json())
-            _write(model, tokenizer, directory, target, data, report, progress)
+            _write(model, tokenizer, texts, target, data, report, progress)
     return Recovery(str(directory), str(target), report)
 
 
 def _write(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    source: Path,
+    texts: Mapping[str, str],
     target: Path,
     data: TrainingData,
     report: RecoveryReport,
     progress: Progress,
 ) -> None:
     progress("saving", 0, 1)
-    files = {name: source / name for name in (compression_report.FILE_NAME, "README.md")}
-    texts = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
-    card = texts.pop("README.md", None) or model_card(model, base_model=None)
+    card = texts.get("README.md") or model_card(model, base_model=None)
     save_checkpoint(
         model,
         target,
         tokenizer=tokenizer,
         card=with_section(without_results(card), "Recovery", _card_section(data, report)),
-        extra_files={**texts, recovery_report.FILE_NAME: report.to_json()},
+        extra_files={
+            **{name: text for name, text in texts.items() if name != "README.md"},
+            recovery_report.FILE_NAME: report.to_json(),
+        },
         seen={},
     )
     progress("saving", 1, 1)
