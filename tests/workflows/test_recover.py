@@ -109,6 +109,13 @@ def test_wrong_checkpoints_and_data_are_refused_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_card_that_cannot_be_read_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "README.md").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"README\.md is not UTF-8"):
+        recovery_job.recover(tmp_path / "small", tmp_path / "out", RecoveryConfig(), recovery_job.TrainingData())
+
+
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights_and_refuses_other_settings(place: Path, tmp_path: Path) -> None:
     arguments = ["recover", "small", "-o", tmp_path / "out", "--text", "text.txt", *OPTIONS, "--json"]
