@@ -163,7 +163,7 @@ class _Op(NamedTuple):
         def run_checked(*args: Any) -> Any:
             check_backend(args[-1])
             args = self.check(*args)
-            if not torch._C._is_any_autocast_enabled():
+            if not torch._C._is_any_autocast_enabled() or args[0].is_meta:
                 return run(*args)
             with torch.autocast(args[0].device.type, enabled=False):  # the public functions have cast
                 return run(*args)

@@ -30,6 +30,7 @@ def _group(dtype: str) -> dict[str, Spec | None]:
     return {"U": _U._replace(dtype=dtype), "s": None, "Vh": _VH._replace(dtype=dtype), "bias": None}
 
 
+_META = {name: value._replace(device="meta") for name, value in _GROUP.items()}
 _BF16, _HALF = _group("bfloat16"), _group("float16")
 
 CORPUS: dict[str, Call] = {
@@ -64,6 +65,9 @@ CORPUS: dict[str, Call] = {
     "integers under autocast": _linear(mode="bfloat16", U=Spec((6, 2), "int8")),
     "a registered op under autocast": Call(
         "lowrank_linear", {"x": Spec((3, 8), "bfloat16")}, [_BF16], {}, "reference", "float16", registered=True
+    ),
+    "tensors without data under autocast": Call(
+        "lowrank_linear", {"x": _X._replace(device="meta")}, [_META], {}, "auto", "bfloat16", registered=True
     ),
     "no samples, and bounds that say so": _gradient(
         x=Spec((0, 8)), grad_y=Spec((0, 6)), cu_seqlens=Spec((1,), "int64", values=(0,)), per_sample=True

@@ -269,6 +269,24 @@ def test_autocast_casts_as_for_a_linear(op: str, dtype: torch.dtype) -> None:
     assert_same(got, CALLS[op](x.to(dtype), *cast, grad_y))
 
 
+def test_compiled_calls_follow_autocast() -> None:
+    torch._dynamo.reset()
+    x, gate, up, grad_y = arguments()
+    compiled = torch.compile(lambda: CALLS["lowrank_glu"](x, gate, up, grad_y), fullgraph=True, backend="aot_eager")
+    for enabled in (False, True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert_same(compiled(), CALLS["lowrank_glu"](x, gate, up, grad_y))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_registered_ops_keep_their_dtype_under_autocast(op: str) -> None:
+    arguments = op_arguments(op, torch.float32, requires_grad=False)
+    arguments = (*arguments[:-1], "reference")
+    expected = getattr(torch.ops.grasp, op)(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(getattr(torch.ops.grasp, op)(*arguments), expected)
+
+
 def test_autocast_leaves_fp64_alone() -> None:
     x, gate, _, _ = arguments(torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
