@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -313,6 +314,17 @@ def test_a_replica_computes_its_output() -> None:
     group_linears_(attention)
     replica = copy.copy(attention.k_proj)
     assert torch.equal(replica(x), attention.k_proj(x))
+
+
+def test_a_member_without_the_others_computes_alone(grouped_calls: list[int]) -> None:
+    attention, x = Attention(), torch.randn(3, 24)
+    group_linears_(attention)
+    expected = lowrank_linear(x, *attention.q_proj.factors)
+    for layer in (copy.deepcopy(attention.q_proj), pickle.loads(pickle.dumps(attention.q_proj))):
+        assert torch.equal(layer(x), expected)
+    del attention.k_proj
+    assert torch.equal(attention.q_proj(x), expected)
+    assert grouped_calls == []
 
 
 def test_fp16_factors_do_not_overflow_where_the_dense_linear_does_not() -> None:
