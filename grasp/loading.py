@@ -60,6 +60,8 @@ _LOAD_ERRORS = (
     TypeError,
     AttributeError,
     ArithmeticError,
+    AssertionError,
+    re.error,
     SafetensorError,
     StrictDataclassError,
     struct.error,

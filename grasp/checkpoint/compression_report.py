@@ -167,9 +167,19 @@ def _require_sound(report: CompressionReport) -> None:
                 raise ValueError(f"{name} must be an integer from 0 up, got {value!r}")
     if not report.before.parameters or not report.before.decoder_parameters:
         raise ValueError("the model before has no parameters")
-    for name in ("config", "calibration", "seconds", "held_out_loss", "versions", "request"):
+    for name in ("config", "calibration", "seconds", "held_out_loss", "versions", "request", "decode_seconds"):
         if not isinstance(getattr(report, name), Mapping):
             raise ValueError(f"{name} must be an object, got {getattr(report, name)!r}")
+    numbers = [*report.seconds.values(), *report.held_out_loss.values(), *report.decode_seconds.values()]
+    numbers += [] if report.retain_ratio is None else [report.retain_ratio]
+    texts = [report.scope, report.costs or ""]
+    for module in report.modules:
+        numbers += [module.bytes_before, module.bytes_after, module.importance_kept]
+        texts += [module.name, module.block, module.reason]
+    if wrong := [value for value in numbers if type(value) not in (int, float)]:
+        raise ValueError(f"sizes, times and fractions must be numbers, got {wrong[0]!r:.80}")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"names and reasons must be texts, got {texts!r:.200}")
     for module in report.compressed:
         _require_sound_module(module)
     if not all(type(value) in (int, float) for value in report.block_influence):
@@ -184,6 +194,8 @@ def _require_sound_module(module: ModuleReport) -> None:
     if not all(type(value) is int and value > 0 for value in sizes):
         raise ValueError(f"sizes of {module.name!r} must be integers from 1 up, got {sizes}")
     groups = min(module.out_features, module.in_features)
+    if type(module.rank) is not int or not 0 <= module.rank <= groups:
+        raise ValueError(f"rank of {module.name!r} must be an integer from 0 to {groups}, got {module.rank!r:.80}")
     if not all(type(index) is int and 0 <= index < groups for index in module.indices):
         raise ValueError(f"indices of {module.name!r} must be of its {groups} singular groups")
     if not all(type(value) in (int, float) for value in module.spectrum):

@@ -23,7 +23,7 @@ def rerun_command(report: CompressionReport, output: str) -> list[str] | None:
     request, settings = report.request, _preset_options(report.config)
     if "model" not in request or settings is None:
         return None
-    processes = int(request.get("processes", 1))
+    processes = request.get("processes", 1)
     start = ["grasp"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes), "-m", "grasp"]
     settings |= {name: value for name, value in request.items() if name not in _NOT_OPTIONS}
     return [*start, "compress", str(request["model"]), "-o", output, *_words(settings)]
@@ -40,7 +40,7 @@ def _preset_options(values: Mapping[str, Any]) -> dict[str, Any] | None:
     for preset, constructor in PRESETS.items():
         for ignored in ((), ("retain_ratio",)):  # a preset refuses it where it means nothing
             names = [name for name in signature(constructor).parameters if name not in ignored]
-            with suppress(ValueError):
+            with suppress(ValueError, TypeError, LookupError, AttributeError):
                 config = GraspConfig.from_dict(values)
                 options = {name: getattr(config, name) for name in names}
                 if constructor(**options) == config:

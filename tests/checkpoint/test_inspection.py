@@ -123,6 +123,15 @@ def set_report(**values: object) -> Callable[[Path], object]:
     return damage
 
 
+def set_module(**values: object) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        report = json.loads((folder / "report.json").read_text())
+        report["modules"][0] |= {**values, "reason": ""}
+        (folder / "report.json").write_text(json.dumps(report))
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -145,6 +154,11 @@ def set_report(**values: object) -> Callable[[Path], object]:
         (set_config(quantization_config={"quant_method": "grasp", "format_version": 2}), "format_version 2"),
         (whole_numbers, r"\.U has the dtype I8; expected one of F64"),
         (rank_above_the_shape, r"rank 33 of .* is above 32"),
+        (set_report(decode_seconds=[1]), r"report\.json: .*decode_seconds must be an object"),
+        (set_report(seconds={"a": "b"}), r"report\.json: .*must be numbers, got 'b'"),
+        (set_report(scope=3), r"report\.json: .*must be texts, got \[3"),
+        (set_module(importance_kept=[0.5]), r"report\.json: .*must be numbers, got \[0\.5\]"),
+        (set_module(rank=10**9), r"report\.json: .*rank of .* must be an integer from 0 to 32, got 1000000000"),
         (set_report(block_influence=[]), r"report\.json: .*block_influence has 0 layers"),
         (set_report(block_influence="abc"), r"report\.json: .*block_influence must be numbers"),
         (set_report(after={"parameters": "x", "bytes": 1, "decoder_parameters": 1}), r"report\.json: .*got 'x'"),
