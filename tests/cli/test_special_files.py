@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from grasp.cli import app
+from grasp.errors import GraspError
+
+INPUTS = {
+    "compress": "compress builtin -o out --calibration {}",
+    "evaluate": "evaluate builtin --text {}",
+    "evaluate a model": "evaluate {}",
+    "evaluate tasks": "evaluate builtin --tasks piqa --tasks-from {}",
+    "inspect": "inspect {}",
+    "report": "report {} -o page.html",
+    "recover": "recover {} -o out",
+    "push": "push {} owner/name",
+    "bench model": "bench model builtin --text {}",
+}
+OUTPUTS = {
+    "compress": "compress builtin -o {}",
+    "recover": "recover folder -o {}",
+    "evaluate": "evaluate builtin -o {}",
+    "bench ops": "bench ops -o {}",
+    "bench model": "bench model builtin -o {}",
+    "bench compress": "bench compress builtin -o {}",
+    "bench costs": "bench costs builtin -o {}",
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working folder, with a named pipe, a loop of links and a folder; a command that hangs gets SIGALRM."""
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    Path("loop").symlink_to("loop")
+    Path("folder").mkdir()
+    signal.alarm(60)
+    yield tmp_path
+    signal.alarm(0)
+
+
+def refuse(line: str) -> None:
+    result = CliRunner().invoke(app, line.split())
+    assert isinstance(result.exception, GraspError | ValueError), result.exception
+    assert len(str(result.exception).splitlines()) == 1
+    assert sorted(os.listdir()) == ["folder", "loop", "pipe"]
+    assert not os.listdir("folder")
+
+
+@pytest.mark.parametrize("line", INPUTS.values(), ids=INPUTS)
+def test_an_input_that_is_no_regular_file_is_refused(place: Path, line: str) -> None:
+    for path in ("pipe", "loop", "folder", "/dev/zero", "/dev/full", "/dev/null"):
+        if (path, line) != (
+            "folder",
+            INPUTS["evaluate tasks"],
+        ):  # its documents are looked for after the model is loaded
+            refuse(line.format(path))
+
+
+@pytest.mark.parametrize("line", OUTPUTS.values(), ids=OUTPUTS)
+def test_an_output_that_is_no_regular_file_is_refused_before_the_work(place: Path, line: str) -> None:
+    for path in ("pipe", "loop", "/dev/full", "/dev/null"):
+        refuse(line.format(path))
