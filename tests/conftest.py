@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=2, help="how many processes are killed at random points")
+    parser.addoption("--kills", type=int, default=1, help="how many runs of each kind are killed at random points")
     parser.addoption("--fuzz", action="store_true", help="run the full number of random cases of tests/fuzz: minutes")
 
 

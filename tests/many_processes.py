@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from grasp.statistics.processes import Processes, joined
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["grasp.compress", "grasp.statistics.sharding", "tests.tiny_models", __name__])
 _PATIENCE = 120.0  # seconds until a process counts as one that hangs
+
+
+Child = tuple[ForkServerProcess, Connection]
 
 
 @dataclass
@@ -39,6 +43,11 @@ def run(work: Callable[..., Any], *arguments: Any, size: int = 2, sharded: bool 
     Raises:
         TimeoutError: if one is still running after two minutes; all are then ended.
     """
+    return outcomes(start(work, *arguments, size=size, sharded=sharded))
+
+
+def start(work: Callable[..., Any], *arguments: Any, size: int, sharded: bool = False) -> list[Child]:
+    """As ``run``, but return the processes while they run."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -49,9 +58,14 @@ def run(work: Callable[..., Any], *arguments: Any, size: int = 2, sharded: bool 
         process.start()
         theirs.close()
         children.append((process, mine))
+    return children
+
+
+def outcomes(children: list[Child]) -> list[Outcome]:
+    """Wait for processes, as ``run`` does."""
     deadline = time.monotonic() + _PATIENCE
-    outcomes = [_outcome(pipe, deadline) for _, pipe in children]
-    for outcome, (process, _) in zip(outcomes, children, strict=True):
+    ends = [_outcome(pipe, deadline) for _, pipe in children]
+    for outcome, (process, _) in zip(ends, children, strict=True):
         process.join(max(0.0, deadline - time.monotonic()))
         outcome.exit_code = process.exitcode
     hanging = [rank for rank, (process, _) in enumerate(children) if process.is_alive()]
@@ -59,8 +73,8 @@ def run(work: Callable[..., Any], *arguments: Any, size: int = 2, sharded: bool 
         process.kill()
         process.join()
     if hanging:
-        raise TimeoutError(f"processes {hanging} of {size} hang")
-    return outcomes
+        raise TimeoutError(f"processes {hanging} of {len(children)} hang")
+    return ends
 
 
 def _outcome(pipe: Connection, deadline: float) -> Outcome:

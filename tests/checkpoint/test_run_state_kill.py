@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,20 +16,17 @@ from typing import Any
 
 import pytest
 
+from grasp.checkpoint import run_folder
 from grasp.config import GraspConfig
 from grasp.errors import ResumeError
+from grasp.recovery import RecoveryConfig
+from grasp.statistics.processes import Processes
 from grasp.workflows.compress import compress
+from grasp.workflows.recover import TrainingData, recover
 from grasp.workflows.samples import Samples
-from tests import command_line
+from tests import command_line, many_processes
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once more. " * 200
-# What `python -m grasp` does, but the sums of a sweep are kept after every batch rather than twice a minute.
-OFTEN = """
-import runpy
-from grasp.checkpoint import run_folder
-run_folder.INTERVAL, run_folder.WRITE_FRACTION = 0.0, float("inf")
-runpy.run_module("grasp", run_name="__main__")
-"""
 
 
 class Command:
@@ -39,12 +37,12 @@ class Command:
         command_line.save_tiny_model(place / "model")
         (place / "text.txt").write_text(TEXT)
 
-    def start(self, output: str, *options: object, often: bool) -> subprocess.Popen[str]:
+    def start(self, output: str, *options: object) -> subprocess.Popen[str]:
         arguments: list[object] = ["compress", "model", "-o", output, "--calibration", "text.txt", "--json"]
         arguments += ["--layers", "0-2", "--retain-ratio", 0.4, "--num-samples", 40, "--seq-len", 64]
         arguments += ["--preset", "paper", *options]
         return subprocess.Popen(
-            [sys.executable, *(("-c", OFTEN) if often else ("-m", "grasp")), *map(str, arguments)],
+            [sys.executable, "-m", "grasp", *map(str, arguments)],
             cwd=self.place,
             env=command_line.environment(),
             stdout=subprocess.PIPE,
@@ -58,34 +56,20 @@ class Command:
         config = GraspConfig(layers=(0, 1, 2), retain_ratio=0.4, schedule=schedule)
         compress(str(self.place / "model"), self.place / output, config, samples)
 
-    def killed(self, output: str, modules: int, delay: float) -> None:
-        """Kill a process ``delay`` seconds after it has kept so many linears, unless it has ended by then."""
-        process = self.start(output, often=True)
-        while process.poll() is None and (not self.has_begun(output) or self.kept(output) < modules):
-            time.sleep(0.001)
-        time.sleep(delay)
-        process.kill()
-        process.communicate(timeout=60)
-
     def has_begun(self, output: str) -> bool:
         """Whether anything was kept."""
         return (self.partial(output) / "state.json").exists()
 
     def kept(self, output: str) -> int:
-        """How many linears are kept."""
-        state = (
-            json.loads((self.partial(output) / "state.json").read_text()) if self.has_begun(output) else {"files": {}}
-        )
-        return sum(stem.startswith("module-") for stem in state["files"])
+        """How many linears ``state.json`` lists."""
+        files = json.loads((self.partial(output) / "state.json").read_text())["files"]
+        return sum(stem.startswith("module-") for stem in files)
 
     def partial(self, output: str) -> Path:
         return self.place / f"{output}.partial"
 
     def modules(self, output: str) -> Any:
         return json.loads((self.place / output / "report.json").read_text())["modules"]
-
-    def weights(self, output: str) -> bytes:
-        return (self.place / output / "model.safetensors").read_bytes()
 
 
 def when(event: Callable[[], bool], process: subprocess.Popen[str]) -> float:
@@ -101,40 +85,99 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     return Command(tmp_path_factory.mktemp("command"))
 
 
-@pytest.mark.slow
-def test_a_process_killed_at_a_random_point_is_continued_to_the_same_end(
-    command: Command, request: pytest.FixtureRequest
-) -> None:
-    """The points are spread over the 6 sweeps, whose 21 linears are kept one by one, and over the saving."""
-    process = command.start("whole", often=True)
-    begin = when(lambda: command.has_begun("whole"), process)
-    duration = when(lambda: not command.partial("whole").exists(), process) - begin
-    process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert len(command.modules("whole")) == 21
+KINDS = ("paper", "best", "recover", "two processes")
 
-    kills, points, continued = request.config.getoption("kills"), random.Random(0), 0
-    for number in range(kills):
-        output = f"killed-{number}"
-        modules = int(22 * points.uniform(number, number + 1) / kills)
-        command.killed(output, modules, points.uniform(0, duration / 6))
-        if not (command.place / output).exists():
-            process = command.start(output, often=True)
-            _, err = process.communicate(timeout=300)
-            assert process.returncode == 0, err
-            continued += "resuming: " in err
-            left = {path.name for path in command.place.iterdir() if output in path.name}
-            assert left == {output}
-        assert command.modules(output) == command.modules("whole")
-        assert command.weights(output) == command.weights("whole")
-    assert continued >= kills // 2
+
+def work(processes: Processes, kind: str, place: Path, output: str) -> None:
+    """A compression or a recovery that stores its progress as often as it can."""
+    run_folder.INTERVAL, run_folder.WRITE_FRACTION = 0.0, float("inf")
+    text = str(place / "text.txt")
+    if kind == "recover":
+        config = RecoveryConfig(1e-2, 4000, 8)
+        recover(place / "small", place / output, config, TrainingData(text, None, 32), processes=processes)
+        return
+    config = GraspConfig(layers=(0, 1, 2), retain_ratio=0.4)
+    if kind == "best":
+        config = GraspConfig.best(compression_ratio=0.1)
+    samples = Samples(text, num_samples=16, seq_len=64, batch_size=4)
+    compress(str(place / "model"), place / output, config, samples, processes=processes)
+
+
+class Runs:
+    """Runs of one kind, of which processes are killed."""
+
+    def __init__(self, kind: str, place: Path) -> None:
+        self.kind, self.place = kind, place
+        self.size = 2 if kind == "two processes" else 1
+        self.seconds = 0.0  # of a whole run, from the first stored state
+        self.kills = self.ends = self.kept = 0
+
+    def finish(self, output: str) -> bytes:
+        """Run to the end; the weights and the modules of the report."""
+        children = self.start(output)
+        begin = self.wait_for_state(output, children)
+        for outcome in many_processes.outcomes(children):
+            assert outcome.error is None, outcome.error
+        self.seconds = self.seconds or time.perf_counter() - begin
+        assert not (self.place / f"{output}.partial").exists()
+        report = json.loads((self.place / output / "report.json").read_text())
+        return (self.place / output / "model.safetensors").read_bytes() + json.dumps(report["modules"]).encode()
+
+    def kill(self, output: str, point: float, victims: list[int]) -> None:
+        """Kill ``victims`` at ``point``, a fraction of a whole run, unless they have ended by then."""
+        children = self.start(output)
+        begin = self.wait_for_state(output, children)
+        while time.perf_counter() < begin + point * self.seconds and children[0][0].is_alive():
+            time.sleep(0.0005)
+        for rank in victims:
+            children[rank][0].kill()
+        self.kills += any(outcome.exit_code == -signal.SIGKILL for outcome in many_processes.outcomes(children))
+        partial = self.place / f"{output}.partial"
+        self.kept += (partial / "state.json").exists()
+        if partial.exists() and (self.place / output).exists() and not (partial / "state.json").exists():
+            partial.rmdir()  # empty: killed between the last two calls
+
+    def start(self, output: str) -> list[many_processes.Child]:
+        return many_processes.start(work, self.kind, self.place, output, size=self.size)
+
+    def wait_for_state(self, output: str, children: list[many_processes.Child]) -> float:
+        path = self.place / f"{output}.partial" / "state.json"
+        while not path.exists() and children[0][0].is_alive():
+            time.sleep(0.0005)
+        return time.perf_counter()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_runs_end_with_the_same_bits(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Each run is killed up to three times, by SIGKILL, at random points up to its very end."""
+    command_line.save_tiny_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    if kind == "recover":
+        samples = Samples(str(tmp_path / "text.txt"), num_samples=2, seq_len=32)
+        compress(str(tmp_path / "model"), tmp_path / "small", GraspConfig(layers=(1,), retain_ratio=0.4), samples)
+    runs, points = Runs(kind, tmp_path), random.Random(kind)
+    expected, wanted = runs.finish("whole"), request.config.getoption("kills")
+    while runs.kills < wanted:
+        output = f"killed-{runs.ends}"
+        for _ in range(min(points.choice((1, 1, 2, 3)), wanted - runs.kills)):
+            victims = points.sample(range(runs.size), points.randint(1, runs.size))
+            runs.kill(output, points.uniform(0, 1.1), victims)
+            if (tmp_path / output).exists():
+                break
+        if not (tmp_path / output).exists() or (tmp_path / f"{output}.partial").exists():
+            assert runs.finish(output) == expected, f"{kind}, {output}"
+        assert {path.name for path in tmp_path.iterdir() if output in path.name} == {output}
+        shutil.rmtree(tmp_path / output)
+        runs.ends += 1
+    print(f"\n{kind}: {runs.kills} kills, {runs.kept} run folders kept, {runs.ends} of {runs.ends} ends bit-identical")
 
 
 @pytest.mark.slow
 def test_the_plain_command_is_continued_or_refused_with_the_reason(command: Command) -> None:
     options = ("--schedule", "per-layer")
-    process = command.start("plain", *options, often=False)
-    when(lambda: command.kept("plain") >= 7, process)
+    process = command.start("plain", *options)
+    when(lambda: command.has_begun("plain") and command.kept("plain") >= 7, process)
     os.kill(process.pid, signal.SIGSTOP)
     with pytest.raises(ResumeError, match="is in use by another process"):
         command.here("plain", "per-layer")
@@ -143,7 +186,7 @@ def test_the_plain_command_is_continued_or_refused_with_the_reason(command: Comm
     with pytest.raises(ResumeError, match="schedule is sequential, expected per-layer"):
         command.here("plain", "sequential")
 
-    again = command.start("plain", *options, often=False)
+    again = command.start("plain", *options)
     out, err = again.communicate(timeout=60)
     assert again.returncode == 0
     assert "resuming: 1 of 3 sweeps done" in err.splitlines()

@@ -1,0 +1,116 @@
+"""Runs that are killed at every call that changes a folder, from the record of the output to the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grasp.config import GraspConfig
+from grasp.errors import CheckpointError, ResumeError
+from grasp.files import contents
+from grasp.recovery import RecoveryConfig
+from grasp.workflows.compress import compress
+from grasp.workflows.recover import TrainingData, recover
+from grasp.workflows.samples import Samples
+from tests.command_line import TEXT, save_tiny_model
+from tests.interrupted import Killed
+
+CHANGES = ("replace", "rename", "unlink", "rmdir")  # functions of os
+Work = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def works(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Work]:
+    place = tmp_path_factory.mktemp("inputs")
+    save_tiny_model(place / "model")
+    (place / "text.txt").write_text(TEXT * 3)
+    samples, config = Samples(str(place / "text.txt"), 2, 32), GraspConfig(layers=(1,), retain_ratio=0.4)
+    compress(str(place / "model"), place / "small", config, samples)
+    data = TrainingData(samples.source, None, 32)
+    return {
+        "compress": lambda output, seed=0: compress(
+            str(place / "model"), output, config, Samples(samples.source, 2, 32, seed=seed)
+        ),
+        "recover": lambda output, seed=0: recover(
+            place / "small", output, RecoveryConfig(1e-2, 600, 4, seed=seed), data
+        ),
+    }
+
+
+@contextmanager
+def killed_at(call: int, monkeypatch: pytest.MonkeyPatch, output: Path) -> Iterator[list[str]]:
+    """Raise ``Killed`` in place of a call, counted from the record of the output, and in place of all later ones."""
+    names: list[str] = []
+
+    def counted(name: str, original: Work) -> Work:
+        def change(*args: Any, **options: Any) -> Any:
+            state = output.with_name(f"{output.name}.partial") / "state.json"
+            if names or (state.exists() and '"output": {}' not in state.read_text()):
+                names.append(name)
+                if len(names) > call:
+                    raise Killed
+            return original(*args, **options)
+
+        return change
+
+    with monkeypatch.context() as patch:
+        for name in CHANGES:
+            patch.setattr(os, name, counted(name, getattr(os, name)))
+        yield names
+
+
+@pytest.mark.parametrize("kind", ["compress", "recover"])
+def test_a_run_killed_after_its_output_was_put_in_place_ends_when_repeated(
+    kind: str, works: dict[str, Work], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, call, verified = works[kind], 0, 0
+    work(tmp_path / "whole")
+    weights = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    while True:
+        output = tmp_path / f"out-{call}"
+        with killed_at(call, monkeypatch, output) as names:
+            try:
+                work(output)
+                break  # it has fewer calls
+            except Killed:
+                pass
+        partial = output.with_name(f"{output.name}.partial")
+        written = output.exists()
+        before = contents(output)
+        if not (partial / "state.json").exists():  # the very end: at most an empty folder is left
+            assert written
+            assert not partial.exists() or not list(partial.iterdir())
+            call += 1
+            continue
+        if written and not verified:
+            with pytest.raises(ResumeError, match=r"seed is 1, expected 0|calibration tokens"):
+                work(output, seed=1)
+        result = work(output)
+        assert result.output == str(output)
+        assert (output / "model.safetensors").read_bytes() == weights
+        assert not partial.exists()
+        if written:
+            assert contents(output) == before
+            verified += 1
+        call += 1
+    assert names
+    assert verified >= 3
+
+
+def test_an_output_that_is_not_the_recorded_one_is_refused(
+    works: dict[str, Work], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    with killed_at(0, monkeypatch, output), pytest.raises(Killed):
+        works["compress"](output)
+    assert not output.exists()
+    output.mkdir()
+    (output / "report.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is not empty"):
+        works["compress"](output)
+    assert (output / "report.json").read_text() == "{}"
