@@ -6,9 +6,15 @@ import os
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+from huggingface_hub.utils import logging as hub_logging
+from transformers.utils import logging as transformers_logging
+
+from grasp import cli
+from grasp.cli import root
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 
@@ -68,3 +74,24 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
     assert not any(line.startswith((" ", "Traceback", "error")) for line in lines[:-1])
     for word in words:
         assert word in lines[-1]
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[RunMain]:
+    """Run the console script's function in this process; what it changes in the libraries is put back."""
+    verbosity, hub = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, value in root.QUIET.items():
+        monkeypatch.setenv(name, value)
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["grasp", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Outcome(ended.value.code, *capfd.readouterr())
+
+    yield run
+    transformers_logging.set_verbosity(verbosity)
+    transformers_logging.enable_progress_bar()
+    hub_logging.set_verbosity(hub)
