@@ -214,3 +214,23 @@ def test_a_hooked_module_that_is_not_there_is_not_found(watched: list[str], monk
     with pytest.raises(ModuleNotFoundError, match="stand_in_absent"):
         import_module("stand_in_absent")
     assert watched == []
+
+
+ORDERS = [
+    ("grasp.model.hf_quantizer",),
+    ("grasp.model.skeleton", "transformers"),
+    ("torch", "grasp.model.hf_quantizer"),
+    ("transformers", "grasp.compress"),
+    ("transformers.quantizers.auto", "grasp.model.lowrank_linear"),
+    ("grasp", "torch", "transformers", "grasp.model.hf_quantizer"),
+]
+
+
+@pytest.mark.slow
+@needs_install
+@pytest.mark.parametrize("order", ORDERS, ids=",".join)
+def test_no_order_of_imports_logs_anything(order: tuple[str, ...], fuzzing: bool) -> None:
+    if not fuzzing and order != ORDERS[0]:
+        pytest.skip("runs with --fuzz")
+    result = python("; ".join(f"import {name}" for name in order))
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
