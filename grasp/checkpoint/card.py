@@ -16,7 +16,7 @@ from yaml import YAMLError
 from grasp.calibration import NAMED_TEXTS
 from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.errors import CheckpointError, GraspError
-from grasp.formatting import one_line, score_rows
+from grasp.formatting import one_line, printable, score_rows
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.reading import read_json
 
@@ -135,10 +135,11 @@ def _render(
     }
     before = parameters + sum(layer.dense_parameters - layer.parameters for layer in layers.values())
     name = _display_name(base_model) or f"a {model_type} model"
+    title = _literal(f"{name[0].upper()}{name[1:]}")
     card = _TEMPLATE.format(
         front_matter=ModelCardData(**front_matter).to_yaml(),
-        title=f"{name[0].upper()}{name[1:]}, compressed",
-        origin=f"[{base_model}](https://huggingface.co/{base_model})" if on_hub else f"{name[0].upper()}{name[1:]}",
+        title=f"{title}, compressed",
+        origin=f"[{base_model}](https://huggingface.co/{base_model})" if on_hub else title,
         count=len(layers),
         removed=1 - parameters / before,
         before=before,
@@ -175,7 +176,7 @@ def with_results(
     parts = [f"---\n{data.to_yaml()}\n---", _SECTION.sub("", read.text).strip()]
     if compressed or dense:
         rows = [
-            f"| {label} | {score.on} | {score.metric} | {score.text} |"
+            f"| {label} | {score.on} | {_literal(score.metric)} | {score.text} |"
             for label, score in (
                 *(("before compression", score) for score in dense),
                 *(("this model", score) for score in compressed),
@@ -245,14 +246,24 @@ def _display_name(base_model: str | None) -> str:
     return Path(base_model).name.removesuffix(".gguf") if base_model else ""
 
 
+def _literal(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", printable(text))
+
+
+def _code(name: str) -> str:
+    """A name as code in a cell of a table."""
+    return "`" + printable(name).replace("`", "'").replace("|", r"\|") + "`"
+
+
 def _rows(layers: Mapping[str, _CardLayer]) -> list[str]:
     groups: dict[str, dict[str, _CardLayer]] = defaultdict(dict)
     for path, layer in layers.items():
         match = _LAYER.fullmatch(path)
         groups[match["layer"] if match else "model"][match["module"] if match else path] = layer
     return [
-        f"| `{path}` | "
-        + ", ".join(f"`{name}` {m.rank} of {min(m.in_features, m.out_features)}" for name, m in group.items())
+        f"| {_code(path)} | "
+        + ", ".join(f"{_code(name)} {m.rank} of {min(m.in_features, m.out_features)}" for name, m in group.items())
         + f" | {sum(m.parameters for m in group.values()) / sum(m.dense_parameters for m in group.values()):.1%} |"
         for path, group in groups.items()
     ]
@@ -291,7 +302,7 @@ def _scores(document: Mapping[str, Any]) -> list[_Score]:
     for task, documents, shots, metric, value, error in score_rows(document):
         if not math.isfinite(float(value)):
             continue
-        on = f"`{task}` of lm-eval, {documents} documents, {shots} shots"
+        on = f"{_code(task)} of lm-eval, {documents} documents, {shots} shots"
         text = value if error == "-" else f"{value} ± {error}"
         scores.append(_Score(on, metric, float(value), text, task))
     return scores

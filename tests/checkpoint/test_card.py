@@ -219,3 +219,15 @@ def test_the_usage_snippet_runs_in_the_folder(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", snippet[1]], cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("The first thing")
+
+
+def test_hostile_names_add_neither_links_nor_html_nor_lines_to_a_card() -> None:
+    evil = "x](http://evil)<script>`|\n---\n# fake\x1b[0m"
+    layer = module._CardLayer(rank=1, in_features=8, out_features=8, parameters=16, dense_parameters=64)
+    for base_model in (None, evil):
+        text = module._render(evil, {f"model.layers.0.{evil}": layer}, 100, base_model, {"license": evil}, "")
+        body = text.split("\n---\n", 1)[1]
+        assert not re.search(r"(?<!\\)(\](?=\(http://evil)|<script)", re.sub(r"`[^`]*`", "", body))
+        assert not any(line.startswith(("---", "# fake")) for line in body.splitlines())
+        assert body.replace("\n", "").isprintable()
+        assert ModelCard(text).data.license == evil

@@ -199,7 +199,7 @@ def test_random_command_lines_end_with_a_result_or_one_line(
     place: Path, main: RunMain, stubbed: None, fuzzing: bool, record_property: Any
 ) -> None:
     grammar, ends, before = Grammar(17), Counter[str](), set(os.listdir(place))
-    for _ in range(2500 if fuzzing else 100):
+    for _ in range(10_000 if fuzzing else 500):
         arguments = grammar.line()
         outcome = main(*arguments)
         check(outcome, arguments, place, before)
