@@ -274,8 +274,8 @@ def random_calls(count: int, backends: tuple[str, ...]) -> Iterator[Call]:
 
 # A failed assertion prints the call, which can be added to CORPUS as it is.
 COUNTS = {  # backends in the proportions in which they are drawn → random calls with --fuzz and without
-    (*("auto",) * 12, *("cpu",) * 10, *("reference",) * 7, "cuda"): (1_000_000, 3_000),
-    ("triton",): (3_000, 15),
+    (*("auto",) * 12, *("cpu",) * 10, *("reference",) * 7, "cuda"): (900_000, 3_000),
+    ("triton",): (2_000, 15),
 }
 
 
