@@ -271,6 +271,7 @@ def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrained
     _require_all_weights(name, info["missing_keys"])
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer("a")  # a damaged one may load, and fail here
     except Exception as error:
         if not isinstance(error, _LOAD_ERRORS) and type(error) is not Exception:  # the class that tokenizers raises
             raise

@@ -152,9 +152,9 @@ def truncate_weights(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def edit_config(folder: Path, **values: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **values}))
+def edit_config(folder: Path, file: str = "config.json", **values: object) -> None:
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**config, **values}))
 
 
 def rank_tied_head(folder: Path) -> None:
@@ -321,6 +321,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GraspError], str]] = {
         rank_tied_head,
         CheckpointError,
         "weights of .* cannot be loaded|ranks name lm_head",
+    ),
+    "the tokenizer loads and does not run": (
+        lambda folder: edit_config(folder, "tokenizer_config.json", model_max_length="x"),
+        ModelNotFoundError,
+        "tokenizer of .* cannot be loaded",
     ),
     "no tokenizer": (
         lambda folder: [file.unlink() for file in folder.glob("token*")],
