@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from safetensors.torch import save_file
 from grasp.checkpoint.saving import save_checkpoint
 from grasp.config import GraspConfig
 from grasp.errors import GraspError
-from grasp.files import contents, replacing, write_whole
+from grasp.files import contents, replacing, tensors_digest, write_whole
 from grasp.workflows.compress import compress
 from grasp.workflows.samples import Samples
+from tests import interrupted
 from tests.command_line import TEXT, save_tiny_model
 from tests.tiny_models import tiny_model
 
@@ -160,6 +162,29 @@ def order(folder: Path) -> list[str]:
     return watched(folder / "run", lambda place: compress(str(model), place / "out", config, samples))
 
 
+def resumes(folder: Path, step: int) -> tuple[list[str], str]:
+    """Let every ``step``-th call of a run fail, and resume it: the weights are those of a run without faults."""
+
+    def weights(place: Path) -> str:
+        return tensors_digest(sorted(interrupted.run(place / "out.partial")[1].items()))
+
+    expected, failures = weights(folder), []
+    calls = len(watched(folder, weights))
+    attempts = range(1, calls + 1, step)
+    for attempt, at in enumerate(attempts):
+        fault, (code, mode) = list(FAULTS.items())[attempt % len(FAULTS)]
+        with suppress(GraspError):
+            watched(folder, weights, at, code, mode)
+        call = f"run, {fault} at call {at} ({CALLS[at - 1]})"
+        try:
+            if weights(folder) != expected:
+                failures.append(f"{call}: other weights")
+        except GraspError as error:
+            failures.append(f"{call}: not resumed: {error}")
+        shutil.rmtree(folder / "out.partial", ignore_errors=True)
+    return failures, f"{len(attempts)} in {calls} calls"
+
+
 def main(folder: Path, step: int) -> None:
     """Try the faults in every ``step``-th call."""
     result: dict[str, Any] = {"failures": [], "faults": {}, "order": order(folder)}
@@ -170,6 +195,8 @@ def main(folder: Path, step: int) -> None:
             attack.kill(at)
         result["failures"] += attack.failures
         result["faults"][name] = f"{attack.faults} in {len(attack.calls)} calls"
+    failures, result["faults"]["run"] = resumes(folder, 5 if step == 1 else 200)
+    result["failures"] += failures
     print(json.dumps(result))
 
 
