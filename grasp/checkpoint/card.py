@@ -200,7 +200,7 @@ def read_card(card: str) -> ModelCard:
     try:
         read = ModelCard(card)
         _ = read.data.to_yaml()
-    except (ValueError, TypeError, YAMLError) as error:
+    except (ValueError, TypeError, YAMLError, RecursionError) as error:
         raise CheckpointError(f"the front matter of README.md cannot be read: {one_line(error)}") from error
     if not card.startswith("---"):
         raise CheckpointError(
@@ -236,7 +236,7 @@ def read_license(source: str) -> dict[str, str]:
     try:
         path = hf_hub_download(source, "README.md") if is_hub_name(source) else Path(source) / "README.md"
         data = ModelCard.load(path).data.to_dict()
-    except _HUB_ERRORS:
+    except (*_HUB_ERRORS, YAMLError, RecursionError):
         return {}
     return {key: str(data[key]) for key in _LICENSE_KEYS if data.get(key)}
 
