@@ -50,6 +50,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_TIMEOUT_S = 10.0
 # The hub's client passes on the errors of its HTTP library, which differs between versions.
 _HUB_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
+_BAD_ANSWERS: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError)  # not of a hub
 # The libraries raise these for files that are truncated, of another kind, or have impossible values.
 _LOAD_ERRORS = (
     OSError,
@@ -214,7 +215,7 @@ def _require_model(name: str) -> None:
         raise ModelNotFoundError(
             f"{name} is neither a local folder nor in the hub's cache, and HF_HUB_OFFLINE is set. {remedy}."
         ) from error
-    except _HUB_ERRORS as error:
+    except (*_HUB_ERRORS, *_BAD_ANSWERS) as error:
         raise ModelNotFoundError(
             f"{name} is neither a local folder nor in the hub's cache, and the hub cannot be reached "
             f"({hub_status(error) or one_line(error)}). {remedy}; {BUILTIN!r} needs no network."

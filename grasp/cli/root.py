@@ -77,7 +77,7 @@ def _explain(error: Exception) -> int:
     if isinstance(error, (GraspError, ValueError, OSError)):
         text, code = one_line(error, _LONGEST), BAD_INPUT
     else:
-        text, code = f"{type(error).__name__}: {one_line(error)}; a defect of grasp: {_write_log()}", UNEXPECTED
+        text, code = f"{_with_class(error)}; a defect of grasp: {_write_log()}", UNEXPECTED
     print(f"error: {printable(text)}", file=sys.stderr)
     return code
 
@@ -86,6 +86,11 @@ def _show_usage_error(error: Any) -> None:
     """Let typer show its box."""
     error.message = printable(error.message)
     rich_utils.rich_format_error(error)
+
+
+def _with_class(error: Exception) -> str:
+    name, text = type(error).__name__, one_line(error)
+    return text if text.startswith(name) else f"{name}: {text}"
 
 
 def _can_flush() -> bool:
