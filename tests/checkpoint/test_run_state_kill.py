@@ -131,6 +131,9 @@ class Runs:
             time.sleep(0.0005)
         for rank in victims:
             children[rank][0].kill()
+        for process, _ in children:  # as torchrun does; a process that waits for the others to start waits for long
+            process.join(0.5)
+            process.kill()
         self.kills += any(outcome.exit_code == -signal.SIGKILL for outcome in many_processes.outcomes(children))
         partial = self.place / f"{output}.partial"
         self.kept += (partial / "state.json").exists()
