@@ -1,5 +1,17 @@
-"""``python -m grasp`` is the command line."""
+"""``python -m grasp`` and the script ``grasp`` are the command line."""
 
-from grasp.cli.root import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run the command line; Ctrl-C while it is imported is one line too."""
+    try:
+        from grasp.cli.root import main as run
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    run()
+
+
+if __name__ == "__main__":
+    main()

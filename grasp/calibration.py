@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grasp.builtin import BUILTIN, builtin_text_path
 from grasp.errors import CalibrationError, MissingPackageError
+from grasp.files import expanded
 from grasp.formatting import one_line, size
 from grasp.model.batch import CalibrationBatch
 from grasp.progress import Notify, no_notify
@@ -116,7 +117,7 @@ def read_pieces(
     wanted = None if tokens is None else _CHARACTERS_PER_TOKEN * tokens
     if source in NAMED_TEXTS:
         return [read_text(source, split=split, characters=max(CHARACTERS, wanted or 0))]
-    path = Path(source).expanduser()
+    path = expanded(source)
     expected = f"a text in UTF-8, or one of {', '.join(NAMED_TEXTS)}"
     with open_regular(path, expected, CalibrationError) as file:
         length = os.fstat(file.fileno()).st_size

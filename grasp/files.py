@@ -32,6 +32,16 @@ def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with the home folder in place of ``~`` and ``~user``; unchanged if there is no such user, as in shells.
+
+    Example:
+        >>> expanded("~nobody-of-this-name/model")
+        PosixPath('~nobody-of-this-name/model')
+    """
+    return Path(os.path.expanduser(path))
+
+
 Contents = Mapping[str, tuple[int, int, int]]
 
 

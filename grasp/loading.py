@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -39,6 +39,7 @@ from transformers.utils import logging as transformers_logging
 
 from grasp.builtin import BUILTIN, BUILTIN_NAME, builtin_model_path
 from grasp.errors import CheckpointError, GraspError, MissingPackageError, ModelNotFoundError, UnsupportedModelError
+from grasp.files import expanded
 from grasp.formatting import one_line, size
 from grasp.model.checkpoint_format import read_headers, weight_files
 from grasp.model.hf_quantizer import register
@@ -50,7 +51,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_TIMEOUT_S = 10.0
 # The hub's client passes on the errors of its HTTP library, which differs between versions.
 _HUB_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
-_BAD_ANSWERS: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError)  # not of a hub
+_BAD_ANSWERS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # of its parser: not of a hub
 # The libraries raise these for files that are truncated, of another kind, or have impossible values.
 _LOAD_ERRORS = (
     OSError,
@@ -183,7 +184,7 @@ def find_device(device: torch.device | str | None) -> torch.device:
 
 def _require_model(name: str) -> None:
     """Check that ``name`` is a folder with a configuration, or a repository on the hub or in its cache."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():
             names = sorted(path.name for path in folder.iterdir())
@@ -216,9 +217,15 @@ def _require_model(name: str) -> None:
             f"{name} is neither a local folder nor in the hub's cache, and HF_HUB_OFFLINE is set. {remedy}."
         ) from error
     except (*_HUB_ERRORS, *_BAD_ANSWERS) as error:
+        if status := hub_status(error):
+            problem = f"the hub answers {status}"
+        elif isinstance(error, _BAD_ANSWERS):
+            problem = f"{constants.ENDPOINT} does not answer as a hub does ({one_line(error)})"
+        else:
+            problem = f"the hub cannot be reached ({one_line(error)})"
         raise ModelNotFoundError(
-            f"{name} is neither a local folder nor in the hub's cache, and the hub cannot be reached "
-            f"({hub_status(error) or one_line(error)}). {remedy}; {BUILTIN!r} needs no network."
+            f"{name} is neither a local folder nor in the hub's cache, and {problem}. {remedy}; "
+            f"{BUILTIN!r} needs no network."
         ) from error
 
 
@@ -248,7 +255,7 @@ def _pretrained_config(name: str) -> PreTrainedConfig:
 
 def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config = _pretrained_config(name)
-    if (folder := Path(name).expanduser()).is_dir():
+    if (folder := expanded(name)).is_dir():
         _require_plausible(name, config, len(read_headers(weight_files(folder))))
     register()  # compressed checkpoints need it if grasp is importable but not installed
     try:
@@ -289,7 +296,7 @@ def _gguf_path(name: str) -> Path | None:
         return builtin_model_path()
     if not name.lower().endswith(".gguf"):
         return None
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.is_file():
         raise ModelNotFoundError(f"no file {name}; expected the path of a GGUF file")
     return path

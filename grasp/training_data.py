@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grasp.calibration import bos_for, tokenize
 from grasp.errors import TrainingDataError
-from grasp.files import tensors_digest
+from grasp.files import expanded, tensors_digest
 from grasp.reading import parse_json, read_lines
 
 HELD_OUT_FRACTION = 0.05  # of the sequences
@@ -89,7 +89,7 @@ def read_instructions(path: str | Path) -> list[Instruction]:
         TrainingDataError: if the file cannot be read, or a line has another format; the message has its number.
     """
     expected = "a JSONL file of instructions in UTF-8"
-    lines = read_lines(Path(path).expanduser(), expected, TrainingDataError)
+    lines = read_lines(expanded(path), expected, TrainingDataError)
     rows = [_instruction(line, f"line {number} of {path}") for number, line in lines]
     if not rows:
         raise TrainingDataError(f"{path} has no instructions; expected one JSON object per line")

@@ -128,7 +128,8 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
             ConnectionError("no route"),
             r"hub cannot be reached \(no route\).*'builtin' needs no network",
         ),
-        (response(loading._HUB_ERRORS[0]), r"hub cannot be reached \(HTTP 503 Service Unavailable\)"),
+        (response(loading._HUB_ERRORS[0]), r"and the hub answers HTTP 503 Service Unavailable\."),
+        (RecursionError("deep JSON"), r"does not answer as a hub does \(deep JSON\)"),
     ],
 )
 def test_what_the_hub_answers_is_said_in_one_line(

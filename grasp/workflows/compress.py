@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grasp.bench.costs import costs_for
+from grasp.bench.costs import costs_for, find_costs
 from grasp.builtin import BUILTIN, BUILTIN_LICENSE
 from grasp.calibration import NAMED_TEXTS, read_pieces
 from grasp.checkpoint.card import model_card, read_license
@@ -21,7 +21,7 @@ from grasp.checkpoint.saving import check_directory, require_space, save_checkpo
 from grasp.compress import compress_
 from grasp.compression.batch_size import fitting_batch_size
 from grasp.config import GraspConfig
-from grasp.files import Contents, remove_abandoned
+from grasp.files import Contents, expanded, remove_abandoned
 from grasp.loading import find_device, load_quietly
 from grasp.progress import Notify, Progress, no_notify, no_progress
 from grasp.statistics.processes import ALONE, Processes
@@ -90,7 +90,7 @@ def compress(
         ResumeError: if ``OUTPUT.partial`` belongs to another request or is damaged.
         DistributedError: if another process fails.
     """
-    target = Path(os.path.realpath(Path(output).expanduser()))
+    target = Path(os.path.realpath(expanded(output)))
     state = RunState(f"{target}.partial", notify=notify, rank=processes.rank, processes=processes.size)
     if not state.has_written(target):
         check_directory(output)
@@ -163,13 +163,15 @@ def with_request(
 
 
 def check_costs(config: GraspConfig, costs: str | None, processes: Processes = ALONE) -> None:
-    """Refuse costs without a latency, and a latency that several processes would measure costs for.
+    """Refuse costs without a latency or that cannot be read, and a latency that several processes would measure for.
 
     Raises:
-        ValueError: in either case.
+        ValueError, CostTableError: in these cases.
     """
     if costs is not None and config.target_latency is None:
         raise ValueError(f"costs={costs!r} needs target_latency, an option of the preset best; give both or none")
+    if costs is not None:
+        find_costs(costs)
     if costs is None and config.target_latency is not None and processes.size > 1:
         raise ValueError(
             "several processes would measure different costs; give costs, a file of grasp bench costs or a card"

@@ -18,7 +18,7 @@ from grasp.checkpoint.recovery_report import RecoveryReport
 from grasp.checkpoint.recovery_state import RecoveryState
 from grasp.checkpoint.saving import check_directory, require_space, save_checkpoint
 from grasp.errors import CheckpointError
-from grasp.files import remove_abandoned
+from grasp.files import expanded, remove_abandoned
 from grasp.loading import load_quietly
 from grasp.progress import Notify, Progress, no_notify, no_progress
 from grasp.reading import read_text_file
@@ -111,7 +111,7 @@ def recover(
         for name in (compression_report.FILE_NAME, "README.md")
         if (path := directory / name).exists()
     }
-    target = Path(os.path.realpath(Path(output).expanduser()))
+    target = Path(os.path.realpath(expanded(output)))
     state = RecoveryState(f"{target}.partial", notify=notify, rank=processes.rank, processes=processes.size)
     if not state.has_written(target):
         check_directory(output)

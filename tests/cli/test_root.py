@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import grasp
 from grasp import cli
+from grasp.__main__ import main as start
 from grasp.checkpoint import inspection
 from tests import command_line
 from tests.command_line import RunMain, assert_refused
@@ -124,6 +125,25 @@ def test_ctrl_c_is_one_line(main: RunMain, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(inspection, "inspect_checkpoint", interrupted)
     assert main("inspect", "folder") == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_during_the_imports_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(name: str, *_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.__import__", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        start()
+    monkeypatch.undo()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("arguments", [["evaluate", "~nobody/m"], ["evaluate", "~nobody/m.gguf"]])
+def test_the_folder_of_a_user_who_does_not_exist_is_refused(arguments: list[str], main: RunMain) -> None:
+    assert_refused(main(*arguments), "~nobody/m")
 
 
 @pytest.mark.parametrize("arguments", [["\x1b[0m"], ["env", "--\x1b]0;x\x07"], ["env", "[/b]\u202e"]])
