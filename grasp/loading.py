@@ -51,7 +51,8 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_TIMEOUT_S = 10.0
 # The hub's client passes on the errors of its HTTP library, which differs between versions.
 _HUB_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
-_BAD_ANSWERS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # of its parser: not of a hub
+# The client raises these where something else than a hub answers.
+_BAD_ANSWERS: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 # The libraries raise these for files that are truncated, of another kind, or have impossible values.
 _LOAD_ERRORS = (
     OSError,
