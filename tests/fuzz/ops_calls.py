@@ -106,7 +106,9 @@ def _gradient(rng: random.Random, dtype: str) -> Call:
     if rng.random() < 0.4:
         inner = sorted(rng.randint(0, tokens) for _ in range(rng.randint(0, 3)))
         bounds = (0, *inner, tokens)
-        cu_seqlens = Spec((len(bounds),), rng.choice(("int32", "int64")), values=bounds)
+        cu_seqlens = Spec(
+            (len(bounds),), rng.choice(("int32", "int64")), rng.choice(("contiguous", "stepped")), "cpu", bounds
+        )
     tensors = {
         "x": _spec(rng, (*leading, K), dtype),
         "grad_y": _spec(rng, (*leading, N), dtype),

@@ -14,10 +14,10 @@ def _linear(x: object = _X, mode: str = "plain", registered: bool = False, **cha
     return Call("lowrank_linear", {"x": x}, [{**_GROUP, **changes}], backend="cpu", mode=mode, registered=registered)
 
 
-def _gradient(registered: bool = False, **changes: object) -> Call:
+def _gradient(backend: str = "auto", registered: bool = False, **changes: object) -> Call:
     tensors = {name: changes.get(name, value) for name, value in _GRADIENT.items()}
     options = {name: changes.get(name, value) for name, value in _OPTIONS.items()}
-    return Call("singular_value_grad", tensors, options=options, registered=registered)
+    return Call("singular_value_grad", tensors, options=options, backend=backend, registered=registered)
 
 
 def _odd(backend: str) -> Call:
@@ -49,6 +49,10 @@ CORPUS: dict[str, Call] = {
         [{**_HALF, "s": Spec((2,), layout="expanded")}, _HALF],
         {"activation": "relu"},
         "triton",
+    ),
+    "a strided mask, by Triton": _gradient(backend="triton", mask=Spec((3,), "bool", "stepped")),
+    "strided bounds, by Triton": _gradient(
+        backend="triton", per_sample=True, cu_seqlens=Spec((3,), "int64", "stepped", values=(0, 1, 3))
     ),
     # Undocumented exceptions.
     "samples without bounds": _gradient(registered=True, per_sample=True),

@@ -62,7 +62,8 @@ def tensor(spec: Spec) -> Tensor:
     """The tensor of a description, always the same. Memory around a view is NaN, so that a read of it shows."""
     dtype = getattr(torch, spec.dtype)
     if spec.values is not None:
-        return torch.tensor(spec.values, dtype=dtype, device=spec.device)
+        values = torch.tensor(spec.values, dtype=dtype, device=spec.device)
+        return values if spec.layout == "contiguous" else values.repeat_interleave(2)[::2]
     generator = torch.Generator().manual_seed(zlib.crc32(repr(spec).encode()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # prototypes and deprecations of PyTorch

@@ -283,7 +283,7 @@ def run(
     first = x.new_empty(shape, dtype=torch.float32)
     second = x.new_empty(0 if second_moment == "none" else shape, dtype=torch.float32)
     by_sample = per_sample or second_moment == "sample"
-    bounds = cu_seqlens if by_sample else None
+    bounds = cu_seqlens.contiguous() if by_sample and cu_seqlens is not None else None
     run_all(plan(x, grad_y, U, Vh, bounds, second_moment, mask, (first, second), tile), x.device)
     return first, second
 
@@ -317,7 +317,7 @@ def plan(
         {
             **shared,
             **_operands(x, grad_y, U, Vh, tile),
-            "mask_ptr": None if mask is None else mask.view(torch.uint8),
+            "mask_ptr": None if mask is None else mask.contiguous().view(torch.uint8),
             "first_ptr": tile_first,
             "second_ptr": tile_second,
             "MASKED": mask is not None,
