@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import threading
@@ -107,6 +108,7 @@ def load_model(
         model, tokenizer = _load_gguf(path, dtype)
         model.config._name_or_path = BUILTIN_NAME if name == BUILTIN else str(path)
     else:
+        name = os.path.expanduser(name)
         _require_model(name)
         model, tokenizer = _load_pretrained(name, dtype)
     return nn.Module.to(model, target), tokenizer
@@ -135,6 +137,7 @@ def load_config(name: str, *, dtype: str = "auto") -> tuple[PreTrainedConfig, to
     if path := _gguf_path(name):
         with _reading_gguf(path):
             return _gguf_config(path), DTYPES.get(dtype, torch.float32)
+    name = os.path.expanduser(name)
     _require_model(name)
     config = _pretrained_config(name)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
@@ -185,7 +188,7 @@ def find_device(device: torch.device | str | None) -> torch.device:
 
 def _require_model(name: str) -> None:
     """Check that ``name`` is a folder with a configuration, or a repository on the hub or in its cache."""
-    folder = expanded(name)
+    folder = Path(name)
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():
             names = sorted(path.name for path in folder.iterdir())
@@ -256,8 +259,8 @@ def _pretrained_config(name: str) -> PreTrainedConfig:
 
 def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config = _pretrained_config(name)
-    if (folder := expanded(name)).is_dir():
-        _require_plausible(name, config, len(read_headers(weight_files(folder))))
+    if Path(name).is_dir():
+        _require_plausible(name, config, len(read_headers(weight_files(Path(name)))))
     register()  # compressed checkpoints need it if grasp is importable but not installed
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

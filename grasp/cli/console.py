@@ -10,7 +10,9 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.control import Control
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
@@ -44,7 +46,7 @@ class StepBars:
         self._step = step
         if done == 0:
             if self._console.is_interactive:
-                self._console.print(_literal(f"{step} ..."), end="\r")
+                self._console.print(_literal(f"{step} ..."), end="\r", no_wrap=True, overflow="ellipsis")
         elif done < total:
             self._show(done, total)
         else:
@@ -60,6 +62,8 @@ class StepBars:
         """Remove the bar."""
         if self._bars is not None:
             self._bars.stop()
+        elif self._step and self._console.is_interactive:
+            self._console.control(Control((ControlType.ERASE_IN_LINE, 2)))  # "STEP ..."
         self._bars, self._step, self._since = None, "", time.perf_counter()
 
     def _show(self, done: int, total: int) -> None:

@@ -56,6 +56,14 @@ def bars(*, terminal: bool) -> tuple[StepBars, io.StringIO]:
     return StepBars(Console(file=stream, force_terminal=terminal, force_interactive=terminal, width=80)), stream
 
 
+def test_a_step_that_ends_early_leaves_no_line_on_the_terminal() -> None:
+    progress, stream = bars(terminal=True)
+    progress("loading " + "x" * 200, 0, 1)
+    assert "\n" not in stream.getvalue()
+    progress.close()
+    assert stream.getvalue().endswith("\x1b[2K")
+
+
 def test_without_a_terminal_each_finished_step_is_one_line() -> None:
     progress, stream = bars(terminal=False)
     for step, total in (("loading", 1), ("layer 3 mlp", 2), ("layer 3 attention", 2)):

@@ -141,9 +141,11 @@ def test_ctrl_c_during_the_imports_is_one_line(
     assert capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize("arguments", [["evaluate", "~nobody/m"], ["evaluate", "~nobody/m.gguf"]])
+@pytest.mark.parametrize(
+    "arguments", [["evaluate", "~nobody-of-this-name/m"], ["evaluate", "~nobody-of-this-name/m.gguf"]]
+)
 def test_the_folder_of_a_user_who_does_not_exist_is_refused(arguments: list[str], main: RunMain) -> None:
-    assert_refused(main(*arguments), "~nobody/m")
+    assert_refused(main(*arguments), "~nobody-of-this-name/m")
 
 
 @pytest.mark.parametrize("arguments", [["\x1b[0m"], ["env", "--\x1b]0;x\x07"], ["env", "[/b]\u202e"]])
