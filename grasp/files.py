@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import glob
 import hashlib
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,6 +20,8 @@ from grasp.errors import GraspError, OccupiedError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux: relative to the current directory; let both names change places
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -62,7 +66,7 @@ def try_writing(target: Path) -> None:
     temporary = nearest_folder(target) / _temporary_name(target)
     try:
         temporary.write_bytes(bytes(4096))
-        _sync(temporary)
+        sync(temporary)
     finally:
         _remove(temporary)
 
@@ -111,8 +115,9 @@ def replacing(target: Path, *, scratch: Path | None = None, seen: Contents | Non
     """Yield a path for a new file or folder, which replaces ``target`` in one step when the block succeeds.
 
     Missing parents of ``target`` are created. Everything is flushed to the disk before and after the step. If the
-    block raises, nothing changes. If the process is killed, the temporary remains: see ``remove_abandoned``. A former
-    folder is first renamed to a free name such as ``TARGET-2``, and removed at the end.
+    block raises, nothing changes. If the process is killed, the temporary remains: see ``remove_abandoned``. A
+    folder that replaces one first gets a free name such as ``TARGET-2``. Then the two swap names, on Linux in one step.
+    The former one is removed at the end.
 
     Args:
         target: the file or folder to replace; it may be missing.
@@ -128,13 +133,13 @@ def replacing(target: Path, *, scratch: Path | None = None, seen: Contents | Non
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
+            sync(path)
         if seen is None:
             os.replace(temporary, target)
         else:
             _place(temporary, target, seen)
         for folder in (target.parent, *(parent.parent for parent in missing)):
-            _sync(folder)
+            sync(folder)
     except BaseException:
         _remove(temporary)
         for parent in missing:
@@ -148,15 +153,15 @@ def _place(new: Path, target: Path, seen: Contents) -> None:
     try:
         if not seen or not os.path.lexists(target):
             _move(new, target)
+        elif contents(target) != seen:
+            raise FileExistsError
         elif new.is_dir():
             _replace_folder(new, target, seen)
-        elif contents(target) == seen:
-            os.replace(new, target)
         else:
-            raise FileExistsError
+            os.replace(new, target)
     except FileExistsError as error:
         kept = _move_aside(new, target)
-        _sync(target.parent)
+        sync(target.parent)
         raise OccupiedError(
             f"{target} was changed by somebody else in the meantime and is left as it is; the new result is {kept}"
         ) from error
@@ -164,24 +169,43 @@ def _place(new: Path, target: Path, seen: Contents) -> None:
 
 def _replace_folder(new: Path, target: Path, seen: Contents) -> None:
     """Replace a folder by another one. Of the former one only what was ``seen`` is removed."""
-    former = _move_aside(target, target)
+    beside = _move_aside(new, target)  # a name that no clean-up removes: it is soon the name of the former one
+    swapped = False
     try:
-        if contents(former) != seen:
+        _swap(beside, target)
+        swapped = True
+        if contents(beside) != seen:
             raise FileExistsError
-        _move(new, target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         with suppress(OSError):
-            if not new.exists():
-                target.rename(new)
-            former.rename(target)
+            if swapped:
+                _swap(beside, target)
+            beside.rename(new)
         raise
     for name in sorted(seen, reverse=True):  # what is in a folder comes before the folder
-        path = former / name
+        path = beside / name
         with suppress(OSError):
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
     with suppress(OSError):
-        former.rmdir()
+        beside.rmdir()
+
+
+def _swap(one: Path, two: Path) -> None:
+    """Let two folders swap their names: on Linux in one step, so that there is a folder of each name at any instant."""
+    if sys.platform == "linux":
+        renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+        paths = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(two))
+        if renameat2 is not None and renameat2(*paths, _RENAME_EXCHANGE) == 0:
+            return
+    spare = _move_aside(two, two)
+    try:
+        _move(one, two)
+    except BaseException:
+        with suppress(OSError):
+            _move(spare, two)
+        raise
+    spare.rename(one)
 
 
 def _move(new: Path, target: Path) -> None:
@@ -231,7 +255,7 @@ def _temporary_name(target: Path) -> str:
     return f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -87,6 +87,8 @@ CALL(int, linkat, "link", b, to, 1, (int a, const char *from, int b, const char 
      (a, from, b, to, flags))
 CALL(int, rename, "rename", AT_FDCWD, to, 0, (const char *from, const char *to), (from, to))
 CALL(int, renameat, "rename", b, to, 0, (int a, const char *from, int b, const char *to), (a, from, b, to))
+CALL(int, renameat2, "swap", b, to, 0, (int a, const char *from, int b, const char *to, unsigned int flags),
+     (a, from, b, to, flags))
 CALL(int, unlink, "unlink", AT_FDCWD, path, 0, (const char *path), (path))
 CALL(int, unlinkat, "unlink", folder, path, 0, (int folder, const char *path, int flags), (folder, path, flags))
 CALL(int, rmdir, "unlink", AT_FDCWD, path, 0, (const char *path), (path))

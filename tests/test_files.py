@@ -7,6 +7,7 @@ from threading import Barrier
 
 import pytest
 
+from grasp import files
 from grasp.errors import GraspError, OccupiedError
 from grasp.files import Contents, contents, remove_abandoned, replacing, require_writable, write_whole
 
@@ -134,3 +135,17 @@ def test_an_output_that_cannot_be_written_is_refused_and_leaves_nothing(tmp_path
         require_writable(output)
     require_writable(tmp_path / "missing/file", parents=True)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_folders_swap_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_one_step: bool) -> None:
+    if not in_one_step:
+        monkeypatch.setattr(files.sys, "platform", "another")
+    target = tmp_path / "out"
+    for text in ("former", "new"):
+        before = contents(target)
+        with replacing(target, seen=before) as temporary:
+            temporary.mkdir()
+            (temporary / text).write_text(text)
+    assert tree(tmp_path) == {"out/new": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

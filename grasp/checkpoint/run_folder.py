@@ -20,7 +20,7 @@ from torch import Tensor
 
 from grasp.checkpoint.fingerprint import differences
 from grasp.errors import ResumeError
-from grasp.files import expanded, replacing
+from grasp.files import expanded, replacing, sync
 from grasp.progress import Clock, Notify, no_notify
 from grasp.reading import open_regular, read_json
 
@@ -96,11 +96,18 @@ class RunFolder:
     ) -> None:
         if self._rank:
             return
-        if (kind is None and self._fingerprint is not None) or not self._is_worth_keeping(error):
-            self._clear()
-        elif kind is KeyboardInterrupt:
-            self._notify(f"run the same command again to resume; progress is stored in {self.folder}")
-        self._lock.release()
+        try:
+            if (kind is None and self._fingerprint is not None) or not self._is_worth_keeping(error):
+                self._clear()
+            elif kind is KeyboardInterrupt:
+                self._notify(f"run the same command again to resume; progress is stored in {self.folder}")
+        except OSError as failure:
+            if error is None:
+                raise ResumeError(
+                    f"{self.folder} cannot be removed: {failure}. The run no longer needs it; delete it"
+                ) from failure
+        finally:
+            self._lock.release()
         for folder in self._created:
             with suppress(OSError):  # not empty
                 folder.rmdir()
@@ -263,6 +270,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove the folder, ``state.json`` last: if this is interrupted, the next run finds out what is left."""
+        sync(self.folder.parent)  # has the name of the checkpoint, which a killed process may have left unflushed
         paths = [path for path in self.folder.iterdir() if path != self._manifest]
         for path in (*paths, self._manifest):
             if path.name == _UNFINISHED:

@@ -372,3 +372,19 @@ def test_ranks_keep_their_own_sums_and_only_the_first_the_rest(folder: Path) -> 
             compress_(model, batches, CONFIG, state=second, progress=stop_at("layer 2 attention", 1))
         assert {path.name for path in folder.iterdir()} == {"lock", stored(folder, "sums-1-of-2").name, "unfinished"}
         first._has_progress = True
+
+
+def test_a_folder_that_cannot_be_removed_is_named_and_can_be_opened_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, *, missing_ok: bool = False) -> None:
+        raise OSError(5, "Input/output error", str(path))
+
+    with pytest.raises(ResumeError, match=rf"{re.escape(str(folder))} cannot be removed.*delete it"), RunState(folder):
+        monkeypatch.setattr(Path, "unlink", fail)
+    with pytest.raises(KeyboardInterrupt), RunState(folder):
+        raise KeyboardInterrupt  # is not hidden by the other error
+    monkeypatch.undo()
+    with RunState(folder):
+        pass
+    assert not folder.exists()
