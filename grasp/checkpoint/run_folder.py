@@ -176,7 +176,9 @@ class RunFolder:
         return self._has_progress
 
     def _belongs(self, path: Path) -> bool:
-        return re.fullmatch(rf"lock|state\.json|{self.FILES}|{self.CACHES}|{_UNFINISHED}", path.name) is not None
+        if path.name == _UNFINISHED:  # rmtree waits for the other end of a named pipe
+            return path.is_dir() and not path.is_symlink()
+        return re.fullmatch(rf"lock|state\.json|{self.FILES}|{self.CACHES}", path.name) is not None
 
     def _require_own_files(self) -> None:
         names = sorted(path.name for path in self.folder.iterdir())

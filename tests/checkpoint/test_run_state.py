@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -388,3 +389,12 @@ def test_a_folder_that_cannot_be_removed_is_named_and_can_be_opened_again(
     with RunState(folder):
         pass
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.touch, lambda path: path.symlink_to(path.parent)])
+def test_an_unfinished_subfolder_that_is_none_is_refused(folder: Path, make: Callable[[Path], None]) -> None:
+    folder.mkdir()
+    make(folder / "unfinished")
+    with pytest.raises(ResumeError, match=r"contains unfinished, which no run writes"), RunState(folder):
+        pass
+    assert os.path.lexists(folder / "unfinished")
