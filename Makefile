@@ -59,7 +59,7 @@ stress: $(BUILT) ## kill 4 x 30 runs at random points, and compare what they end
 	$(BIN)/python -m pytest tests/checkpoint/test_run_state_kill.py --kills 30 -s -q
 
 fuzz: $(BUILT) ## random ops, damaged checkpoints and run folders, random command lines; minutes
-	$(BIN)/python -m pytest tests/fuzz tests/test_durability.py --fuzz -s -q
+	$(BIN)/python -m pytest tests/fuzz tests/test_durability.py tests/test_threads.py tests/checkpoint --fuzz -s -q
 
 sanitize: $(BUILT) ## C++ and Python tests of the CPU kernels under the address, behaviour and thread sanitizers; 10 minutes
 	PYTHON=$(BIN)/python tests/sanitize.sh

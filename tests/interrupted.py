@@ -81,10 +81,10 @@ def assert_same(got: Run, expected: Run) -> None:
 
 
 def stopped_at_every_write(
-    config: GraspConfig, family: str, folder: Path, expected: Run, monkeypatch: pytest.MonkeyPatch
+    config: GraspConfig, family: str, folder: Path, expected: Run, monkeypatch: pytest.MonkeyPatch, *, step: int
 ) -> int:
-    """Stop a run at its first write, then at its second, and so on, each to be continued; how many writes it has."""
-    replace, left, writes = os.replace, [0], 0
+    """Stop a run at its first write, then ``step`` writes later, and so on, each to be continued; how many it has."""
+    replace, left, stop = os.replace, [0], 1
 
     def counted(source: Any, target: Any) -> None:
         left[0] -= 1
@@ -95,12 +95,12 @@ def stopped_at_every_write(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", counted)
         while True:
-            writes += 1
-            left[0] = writes
+            left[0] = stop
             try:
                 assert_same(run(folder, config, family=family), expected)
-                return writes - 1
+                return stop - left[0]
             except Killed:
                 left[0] = 0
             assert_same(run(folder, config, family=family), expected)
             assert not folder.exists()
+            stop += step

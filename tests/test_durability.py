@@ -51,7 +51,7 @@ def test_all_is_on_the_disk_before_the_rename_and_before_the_progress_is_removed
     assert written <= flushed  # safetensors writes into a name of its own and renames it:
     assert f"{temporary}/model.safetensors" in flushed
     assert calls[placed + 1].startswith("open /")  # the folder of the output
-    assert calls[placed + 2] == calls[placed + 1].replace("open", "fsync")
+    assert calls[placed + 2] == "fsync" + calls[placed + 1].removeprefix("open")
     for name in ("state.json", "module-"):
         cleared = [index for index, call in enumerate(calls) if call.startswith(f"unlink out.partial/{name}")]
         assert min(cleared) > placed + 2

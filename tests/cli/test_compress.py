@@ -37,7 +37,7 @@ from tests.command_line import TEXT, Outcome, RunMain, assert_refused, files, sa
         (["--dry-run", "--shard"], ["leave out --shard"]),
         (["--num-samples", "1000"], ["the text has 1520 tokens; 1000 samples of 32 need 32000"]),
         (["--seq-len", "1"], ["seq_len must be at least 2, got 1"]),
-        (["--calibration", "no-such.txt"], ["no text file no-such.txt; expected a path or one of wikitext2"]),
+        (["--calibration", "no-such.txt"], ["no file no-such.txt; expected a text in UTF-8, or one of wikitext2"]),
         (["--dtype", "int7"], ["dtype must be one of auto, float32", "got 'int7'"]),
         (["--device", "toaster"], ["device must be a name such as cpu, cuda", "got 'toaster'"]),
     ],
