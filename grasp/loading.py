@@ -42,8 +42,8 @@ from grasp.builtin import BUILTIN, BUILTIN_NAME, builtin_model_path
 from grasp.errors import CheckpointError, GraspError, MissingPackageError, ModelNotFoundError, UnsupportedModelError
 from grasp.files import expanded
 from grasp.formatting import one_line, size
-from grasp.model.checkpoint_format import read_headers, weight_files
-from grasp.model.hf_quantizer import register
+from grasp.model.checkpoint_format import METHOD, read_headers, weight_files
+from grasp.model.hf_quantizer import quantization_method, register
 from grasp.progress import Progress, no_progress
 from grasp.reading import read_json
 
@@ -281,6 +281,7 @@ def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrained
         ) from error
     model, info = loaded
     _require_all_weights(name, info["missing_keys"])
+    _require_floats(name, model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         tokenizer("a")  # a damaged one may load, and fail here
@@ -417,3 +418,13 @@ def _require_all_weights(name: str, missing: set[str] | list[str]) -> None:
             f"{name} lacks {len(missing)} tensors of the model, such as {sorted(missing)[0]}; expected all. "
             "It was saved from another kind of model, or not completely."
         )
+
+
+def _require_floats(name: str, model: PreTrainedModel) -> None:
+    """Refuse whole numbers as weights, which transformers does not cast in a compressed checkpoint."""
+    for path, parameter in model.named_parameters():
+        if not parameter.is_floating_point() and quantization_method(model.config) in (None, METHOD):
+            raise CheckpointError(
+                f"{path} of {name} has the dtype {parameter.dtype}; expected a floating-point dtype. "
+                "Save the model again"
+            )

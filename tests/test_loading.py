@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, LlamaForSequenceClassification, LlamaModel, T5Config
 
 from grasp import loading
@@ -50,6 +51,18 @@ def test_a_compressed_checkpoint_is_loaded_compressed(folder: Path) -> None:
     loaded, _ = load_model(str(folder), device="cpu")
     assert isinstance(loaded.get_submodule(name), LowRankLinear)
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_whole_numbers_as_weights_of_a_compressed_model_are_refused(folder: Path) -> None:
+    model, name = tiny_model("llama"), "model.layers.1.mlp.up_proj"
+    model.set_submodule(name, LowRankLinear.from_dense(model.get_submodule(name), torch.arange(4)))
+    mark_compressed(model)
+    model.save_pretrained(folder)
+    file, dense = folder / "model.safetensors", "model.layers.1.mlp.down_proj.weight"
+    tensors = load_file(file)
+    save_file({**tensors, dense: torch.zeros_like(tensors[dense], dtype=torch.int32)}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{dense} of .* has the dtype torch.int32"):
+        load_model(str(folder))
 
 
 def test_the_device_is_the_gpu_where_there_is_one(folder: Path) -> None:

@@ -198,7 +198,7 @@ def mark_compressed(model: PreTrainedModel) -> None:
     ranks = {name: layer.rank for name, layer in _lowrank_layers(model)}
     quantizer = getattr(model, "hf_quantizer", None)
     if not ranks:
-        if isinstance(quantizer, GraspHfQuantizer) or _method(model.config) == METHOD:
+        if isinstance(quantizer, GraspHfQuantizer) or quantization_method(model.config) == METHOD:
             GraspHfQuantizer(GraspQuantizationConfig()).remove_quantization_config(model)
         return
     if quantizer is not None and not isinstance(quantizer, GraspHfQuantizer):
@@ -219,7 +219,7 @@ def mark_compressed(model: PreTrainedModel) -> None:
     model.config._is_quantized = True  # some attention modules check this before they read `q_proj.weight`
 
 
-def _method(config: PreTrainedConfig) -> str | None:
+def quantization_method(config: PreTrainedConfig) -> str | None:
     """The quantisation method in a model's configuration; the configuration may have a plain dictionary of it."""
     method = getattr(config, "quantization_config", None) or {}
     return method.get("quant_method") if isinstance(method, dict) else method.quant_method
@@ -235,7 +235,7 @@ def ranks_in(config: PreTrainedConfig) -> dict[str, int]:
     quantization = getattr(config, "quantization_config", None)
     if not quantization:
         return {}
-    if (method := _method(config)) != METHOD:
+    if (method := quantization_method(config)) != METHOD:
         raise UnsupportedModelError(f"the model is quantised ({method}); expected a dense one. Load it unquantised.")
     if isinstance(quantization, dict):
         quantization = GraspQuantizationConfig.from_dict(quantization)

@@ -183,8 +183,8 @@ def special_file(folder: Path, random: Random) -> str:
         ["missing", "folder", "pipe", "zero", "loop", "outside", "dead", "swapped", "root", "unreadable"]
     )
     if kind == "swapped":
-        content = file.read_bytes()
-        shutil.copyfile(other, file)
+        content, others = file.read_bytes(), other.read_bytes()
+        file.write_bytes(others)
         other.write_bytes(content)
         return f"{file.name} swapped with {other.name}"
     if kind == "outside":

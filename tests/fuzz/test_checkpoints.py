@@ -37,6 +37,7 @@ READERS = (*QUICK, "recover", "report")
 CORPUS = {
     13: "the bare Exception of tokenizers ended evaluate with exit code 70",
     350: "a card of 5000 brackets ended push with exit code 70",
+    474: "whole numbers as the weight of a linear ended evaluate and recover with exit code 70",
     117: "a list as importance_kept ended report with exit code 70",
 }
 
