@@ -42,6 +42,11 @@ CORPUS = {
 }
 
 
+# A fork of pytest itself, which has threads, may hang. The libraries are imported once here, too.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["grasp.workflows.compress", "grasp.workflows.evaluate", serve.__module__])
+
+
 class Worker:
     """The process that reads checkpoints; it is started again after it has died."""
 
@@ -52,9 +57,8 @@ class Worker:
     def ask(self, folder: Path, readers: list[str]) -> dict[str, str]:
         """The outcome of each reader, or ``{"worker": the failure}``."""
         if self.process is None:
-            context = multiprocessing.get_context("fork")  # the libraries are imported once
-            self.connection, other = context.Pipe()
-            self.process = context.Process(target=serve, args=(other, self.place))
+            self.connection, other = _CONTEXT.Pipe()
+            self.process = _CONTEXT.Process(target=serve, args=(other, self.place))
             self.process.start()
             other.close()
         self.connection.send((folder, readers))
