@@ -112,7 +112,7 @@ def believes_sizes(folder: Path) -> bool:
     """Whether the configuration has sizes for which plain transformers takes unlimited time or memory."""
     try:
         config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return False
     numbers = config.items() if isinstance(config, dict) else ()
     return any(
