@@ -55,13 +55,13 @@ $(VLLM_STAMP): pyproject.toml setup.py $(CSRC)
 test-vllm: $(VLLM_STAMP) ## tests/vllm with a real vLLM on the CPU, which it downloads; 15 minutes
 	$(VLLM)/bin/python -m pytest tests/vllm
 
-stress: $(BUILT) ## kill 4 x 30 runs at random points, and compare what they end with; 10 minutes
+stress: $(BUILT) ## kill 4 x 30 runs at random points, and compare their results; many minutes
 	$(BIN)/python -m pytest tests/checkpoint/test_run_state_kill.py --kills 30 -s -q
 
 fuzz: $(BUILT) ## random ops, damaged checkpoints and run folders, random command lines; minutes
 	$(BIN)/python -m pytest tests/fuzz tests/test_durability.py tests/test_threads.py tests/checkpoint --fuzz -s -q
 
-sanitize: $(BUILT) ## C++ and Python tests of the CPU kernels under the address, behaviour and thread sanitizers; 10 minutes
+sanitize: $(BUILT) ## C++ and Python tests of the CPU kernels under the address, behaviour and thread sanitizers; many minutes
 	PYTHON=$(BIN)/python tests/sanitize.sh
 
 lint: $(STAMP) ## ruff, format checks, mypy, the import contract

@@ -51,7 +51,7 @@ Contents = Mapping[str, tuple[int, int, int]]
 
 def contents(path: Path) -> Contents:
     """Inode, size and time of change of a file, or of everything in a folder, by relative path; empty if missing."""
-    found = {item: item.lstat() for item in ([path] if path.is_file() else path.rglob("*"))}
+    found = {item: item.lstat() for item in ([path] if os.path.isfile(path) else path.rglob("*"))}
     return {str(item.relative_to(path)): (stat.st_ino, stat.st_size, stat.st_mtime_ns) for item, stat in found.items()}
 
 
@@ -82,7 +82,7 @@ def require_writable(target: Path, *, parents: bool = False) -> None:
         GraspError: if it is a folder or a device, its folder is missing, or ``try_writing`` fails.
     """
     folder = target.absolute().parent
-    if target.exists() and not target.is_file():
+    if os.path.lexists(target) and not target.is_file():
         raise GraspError(f"output {target} is not a file; give the name of a file")
     if not parents and not folder.is_dir():
         raise GraspError(f"output {target} cannot be written: there is no folder {folder}; create it first")

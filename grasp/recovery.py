@@ -373,7 +373,7 @@ def recovery_fingerprint(
     held_out: Sequence[TrainingSequence],
     config: RecoveryConfig,
 ) -> dict[str, Any]:
-    """Everything that the result of ``recover_`` depends on; the arguments are those of ``recover_``."""
+    """Everything that the result of ``recover_`` depends on. It takes the same arguments."""
     return {
         **model_fingerprint(model, dataclasses.asdict(config)),
         "mixed precision": Accelerator(cpu=first_device(model).type == "cpu").mixed_precision,

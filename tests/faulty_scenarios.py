@@ -161,7 +161,7 @@ def order(folder: Path) -> list[str]:
 
 
 def resumes(folder: Path, step: int) -> tuple[list[str], str]:
-    """Let every ``step``-th call of a run fail, and resume it: the weights are those of a run without faults."""
+    """Let every ``step``-th call of a run fail, and resume it. Its weights must equal those of a run without faults."""
 
     def weights(place: Path) -> str:
         return tensors_digest(sorted(interrupted.run(place / "out.partial")[1].items()))

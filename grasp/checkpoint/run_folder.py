@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import time
@@ -239,7 +240,7 @@ class RunFolder:
 
     def _stored_state(self) -> dict[str, Any]:
         """The content of ``state.json``; {} if there is none. Of an older format, only the identity is verified."""
-        if not self._manifest.exists():
+        if not os.path.lexists(self._manifest):
             return {}
         state = read_json(self._manifest, f"the state of a run; {self._remedy}", ResumeError, finite=False)
         digest, identity = state.pop("sha256", None), state.get("identity")

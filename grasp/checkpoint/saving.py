@@ -31,7 +31,7 @@ def check_directory(directory: str | Path, *, overwrite: bool = False) -> Path:
     target = Path(os.path.realpath(expanded(directory)))  # resolve() fails for a loop of links
     if os.path.lexists(target) and not target.is_dir():
         raise CheckpointError(f"output folder {directory} is a file; give a new or an empty folder")
-    if target == Path.cwd() or target.is_mount():
+    if target == Path.cwd() or os.path.ismount(target):
         raise CheckpointError(
             f"output folder {directory} is the current directory or a mount point, which cannot be replaced in one "
             "step; give a folder inside it"

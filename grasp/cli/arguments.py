@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -15,7 +12,6 @@ MOST = 10**9  # of anything that is counted; larger numbers overflow the librari
 MOST_THREADS = 1024
 _MOST_LAYERS = 10_000  # more than any model has; a range is expanded in memory
 _MOST_BYTES = 10**18
-_LONGEST_NAME = 230  # bytes; file systems take 255, and the names of temporary files are longer
 
 _MODEL = "A folder, a GGUF file, a name on the Hugging Face hub, or [bold]builtin[/bold] (SmolLM2-135M)."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
@@ -82,24 +78,6 @@ def parse_bytes(text: str) -> int:
     if number > _MOST_BYTES:
         raise ValueError(f"bytes must be at most {_MOST_BYTES}, got {text!r}")
     return round(number)
-
-
-def usable_output(path: Path | None) -> Path | None:
-    """Return the path of an output, if a temporary file can be made beside it; typer calls this with the value.
-
-    Raises:
-        ValueError: if its name is too long, or its links lead in a circle.
-    """
-    if path is None:
-        return None
-    if (length := len(os.fsencode(path.name))) > _LONGEST_NAME:
-        raise ValueError(f"the name of an output has at most {_LONGEST_NAME} bytes, got {length}: {path.name}")
-    try:
-        path.stat()
-    except OSError as reason:
-        if reason.errno in (errno.ELOOP, errno.ENAMETOOLONG):
-            raise ValueError(f"{path} cannot be written: {reason.strerror}; give another path") from reason
-    return path
 
 
 def require_values(arguments: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grasp.cli.arguments import MOST, MOST_THREADS, Device, Dtype, Json, parse_counts, parse_layers, usable_output
+from grasp.cli.arguments import MOST, MOST_THREADS, Device, Dtype, Json, parse_counts, parse_layers
 from grasp.cli.root import app
 
 if TYPE_CHECKING:
@@ -27,9 +27,7 @@ BenchModel = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    typer.Option(
-        "--output", "-o", callback=usable_output, help="Append JSON lines to this file; see docs/benchmarks.md."
-    ),
+    typer.Option("--output", "-o", help="Append JSON lines to this file; see docs/benchmarks.md."),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads. Default: PyTorch's choice.")]
 Layers = Annotated[str | None, typer.Option(help="Instead of --num-layers: these layers, such as 3,12-17.")]
@@ -87,9 +85,7 @@ Full = Annotated[bool, typer.Option("--full", help="Time the whole calibration s
 
 TuneShapes = Annotated[list[str] | None, typer.Argument(metavar="[KxNrR...]", help="Default: those of a 7B Llama.")]
 TuneDtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-TuneOutput = Annotated[
-    Path | None, typer.Option("--output", "-o", callback=usable_output, help="Folder. Default: the installed package.")
-]
+TuneOutput = Annotated[Path | None, typer.Option("--output", "-o", help="Folder. Default: the installed package.")]
 
 
 @bench.command()

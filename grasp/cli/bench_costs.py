@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from grasp.cli.arguments import Device, Dtype, Json, Model, usable_output
+from grasp.cli.arguments import Device, Dtype, Json, Model
 from grasp.cli.bench import bench
 
 
@@ -16,9 +16,7 @@ def costs(
     model: Model,
     output: Annotated[
         Path,
-        typer.Option(
-            "--output", "-o", callback=usable_output, help="JSON file for grasp compress --costs.", show_default=False
-        ),
+        typer.Option("--output", "-o", help="JSON file for grasp compress --costs.", show_default=False),
     ],
     device: Device = None,
     dtype: Dtype = "auto",

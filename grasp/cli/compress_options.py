@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from grasp.cli.arguments import MOST, usable_output
+from grasp.cli.arguments import MOST
 
 if TYPE_CHECKING:
     from grasp.config import GraspConfig
@@ -23,9 +23,7 @@ _calibration = partial(typer.Option, rich_help_panel="Calibration")
 
 Output = Annotated[
     Path,
-    typer.Option(
-        "--output", "-o", callback=usable_output, help="Folder for the checkpoint; new or empty.", show_default=False
-    ),
+    typer.Option("--output", "-o", help="Folder for the checkpoint; new or empty.", show_default=False),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Only print sweeps, FLOPs, time and memory. Reads no weights, writes nothing.")

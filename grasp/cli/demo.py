@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from grasp.cli.arguments import Json, usable_output
+from grasp.cli.arguments import Json
 from grasp.cli.root import app
 
 
@@ -15,7 +15,7 @@ from grasp.cli.root import app
 def demo(
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", callback=usable_output, help="Folder for the result; replaces an earlier demo."),
+        typer.Option("--output", "-o", help="Folder for the result; replaces an earlier demo."),
     ] = Path("demo"),
     as_json: Json = False,
 ) -> None:

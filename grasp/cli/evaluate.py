@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grasp.cli.arguments import MOST, Device, Dtype, Json, Model, usable_output
+from grasp.cli.arguments import MOST, Device, Dtype, Json, Model
 from grasp.cli.root import app
 from grasp.errors import NonFiniteError
 
@@ -25,7 +25,6 @@ Output = Annotated[
         "--output",
         "-o",
         metavar="FILE.json",
-        callback=usable_output,
         help="Also write the results to a file. In MODEL's own folder the model card shows them.",
         show_default=False,
     ),

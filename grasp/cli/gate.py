@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from grasp.bench import gate as gates
-from grasp.cli.arguments import usable_output
 from grasp.cli.bench import bench
 from grasp.cli.console import print_line
 from grasp.files import require_writable, write_whole
@@ -43,7 +42,7 @@ def compare(
 @gate.command()
 def export(
     document: Annotated[Path, typer.Argument(metavar="DOCUMENT", help="A JSON file of pytest-benchmark.")],
-    output: Annotated[Path, typer.Option("--output", "-o", callback=usable_output, help="The JSON file to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")],
 ) -> None:
     """Write the ratios of a recorded run for github-action-benchmark, tool `customSmallerIsBetter`.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from grasp.cli.arguments import Json, usable_output
+from grasp.cli.arguments import Json
 from grasp.cli.root import app
 
 
@@ -16,9 +16,9 @@ def report(
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="A compressed checkpoint folder.", show_default=False)
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", callback=usable_output, help="HTML file; an earlier page is replaced.")
-    ] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file; an earlier page is replaced.")] = Path(
+        "report.html"
+    ),
     results: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Results of benchmarks, JSON lines; repeatable.")
     ] = None,

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -65,15 +64,3 @@ def test_empty_arguments_are_refused(given: list[str]) -> None:
     arguments.require_values(["evaluate", "m", "--json"])
     with pytest.raises(ValueError, match=r"^(--text|an argument) has an empty value"):
         arguments.require_values(given)
-
-
-def test_names_of_outputs_leave_room_for_those_of_temporary_files(tmp_path: Path) -> None:
-    arguments.usable_output(tmp_path / ("x" * 230))
-    arguments.usable_output(None)
-    for name in ("x" * 231, "é" * 116, "x" * 300):
-        with pytest.raises(ValueError, match="at most 230 bytes, got"):
-            arguments.usable_output(tmp_path / name)
-    (tmp_path / "loop").symlink_to("loop")
-    for path in (tmp_path / "loop", tmp_path / "loop" / "x"):
-        with pytest.raises(ValueError, match="cannot be written"):
-            arguments.usable_output(path)

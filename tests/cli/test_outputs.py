@@ -36,12 +36,14 @@ def test_every_command_refuses_a_bad_output_before_any_work(
     (tmp_path / "file").write_text("mine")
     good = tmp_path / "new"
     wrong_kind = tmp_path if command in FILES else tmp_path / "file"
-    for output in (wrong_kind, tmp_path / "file/new", tmp_path / ("x" * 250), Path("/proc/1/new")):
+    (tmp_path / "loop").symlink_to("loop")
+    names = ("file/new", "loop", "x" * 240, "é" * 120, "x" * 300)
+    for output in (wrong_kind, *(tmp_path / name for name in names), Path("/proc/1/new")):
         assert_refused(main(*command, "-o", output), "output", output.name)
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full_disk)
         assert_refused(main(*command, "-o", good), str(good), "No space left on device")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
     if command != ("demo",):  # a good output is no reason
         assert str(good) not in main(*command, "-o", good).err
 

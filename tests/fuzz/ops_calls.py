@@ -22,7 +22,7 @@ OUTCOMES = ("accepted", "refused", "unavailable")
 
 
 class Spec(NamedTuple):
-    """A tensor. ``values`` are those of a vector of integers; others are random."""
+    """A tensor: a vector of the integers ``values``, or random numbers."""
 
     shape: tuple[int, ...]
     dtype: str = "float32"
