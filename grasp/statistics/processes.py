@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -74,30 +74,56 @@ class Processes:
         missing = -(-len(batches) // self.size) - len(local)
         return local + [_blank(batches[0])] * missing
 
+    def owner(self, index: int) -> int:
+        """The rank of the process that ``map_divided`` gives item number ``index``."""
+        return index % self.size
+
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Add up tensors over the processes, in place, in their own dtype. All get the same bits.
 
         Raises:
             DistributedError: if a process is gone.
         """
-        if self.size == 1:
-            return
-        for bucket in _buckets(tensors):
-            flat = torch.cat([tensor.flatten() for tensor in bucket])
-            with self._connected():
-                dist.all_reduce(flat)
-            for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+        self.reduce_([(tensor, range(self.size)) for tensor in tensors])
 
-    def map_divided(
-        self, items: Sequence[Item], work: Callable[[Item], Result], result_type: type[Result]
-    ) -> Iterator[tuple[Item, Result]]:
-        """Do the work for each item in one of the processes, and give its result, bit for bit, to all.
+    def reduce_(self, tensors: Sequence[tuple[Tensor, Collection[int]]]) -> None:
+        """Add up each tensor over the processes, in place, in its own dtype, for the processes that need it.
 
         Args:
-            items: the same in all processes.
-            work: item → result.
+            tensors: (tensor, ranks); the same shapes and ranks in all processes. A tensor that one process needs is
+                sent to that process alone, and its value in the others is then undefined. A tensor that several
+                processes need is added up in all, which get the same bits.
+
+        Raises:
+            DistributedError: if a process is gone.
+        """
+        if self.size == 1:
+            return
+        readers = {frozenset(ranks): None for _, ranks in tensors}
+        for ranks in readers:
+            for bucket in _buckets([tensor for tensor, members in tensors if frozenset(members) == ranks]):
+                with _flattened(bucket) as flat, self._connected():
+                    if len(ranks) == 1:
+                        dist.reduce(flat, min(ranks))
+                    else:
+                        dist.all_reduce(flat)
+
+    def map_divided(
+        self,
+        items: Sequence[Item],
+        work: Callable[..., Result],
+        result_type: type[Result],
+        *,
+        fetch: Callable[[Item], Any] | None = None,
+    ) -> Iterator[tuple[Item, Result]]:
+        """Do the work for each item in its owner, and give its result, bit for bit, to all.
+
+        Args:
+            items: the same in all processes; item number ``index`` belongs to ``owner(index)``.
+            work: item → result; with ``fetch``, (item, fetched value) → result.
             result_type: the class of the results.
+            fetch: item → what its work needs besides. If the model is sharded, all processes call it for every item in
+                the same order, so it may gather weights; only the owner keeps the value.
 
         Returns:
             The items in their order, each with its result. A result from another process is on the CPU.
@@ -109,10 +135,22 @@ class Processes:
             turn = items[start : start + self.size]
             result = None
             with self.fail_together():
-                if self.rank < len(turn):
-                    result = work(turn[self.rank])
+                arguments = self._fetched(turn, fetch) if fetch else turn[self.rank : self.rank + 1]
+                if arguments:
+                    result = work(*arguments)
+                del arguments
             for source, item in enumerate(turn):
                 yield item, self._from(source, result, result_type)
+
+    def _fetched(self, turn: Sequence[Item], fetch: Callable[[Item], Any]) -> tuple[Any, ...]:
+        """The item of this process and its fetched value; () if there is no item for this process."""
+        arguments: tuple[Any, ...] = ()
+        for rank, item in enumerate(turn):
+            if rank == self.rank:
+                arguments = (item, fetch(item))
+            elif self.sharded:
+                fetch(item)
+        return arguments
 
     def least(self, number: int) -> int:
         """The smallest of the processes' numbers.
@@ -177,24 +215,38 @@ class Processes:
 
     def _from(self, source: int, result: Result | None, result_type: type[Result]) -> Result:
         """The ``result`` of the process ``source``."""
+        if self.size == 1:
+            assert result is not None
+            return result
         if source == self.rank:
             assert result is not None
-            if self.size > 1:
-                tensors = {name: tensor.contiguous() for name, tensor in result.to_tensors().items()}
-                self._broadcast(source, safetensors.torch.save(tensors))
+            tensors = result.to_tensors()
+            self._broadcast(
+                source, json.dumps([(name, str(t.dtype)[6:], t.shape) for name, t in tensors.items()]).encode()
+            )
+            for tensor in tensors.values():
+                self._broadcast_(source, tensor.detach().cpu().contiguous())
             return result
-        return result_type.from_tensors(safetensors.torch.load(self._broadcast(source, b"")))
+        received: dict[str, Tensor] = {}
+        for name, dtype, shape in json.loads(self._broadcast(source, b"")):
+            received[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+            self._broadcast_(source, received[name])
+        return result_type.from_tensors(received)
 
     def _broadcast(self, source: int, data: bytes) -> bytes:
         """The ``data`` of the process ``source``."""
         length = torch.tensor([len(data)])
-        with self._connected():
-            dist.broadcast(length, source)
-            buffer = torch.zeros(int(length), dtype=torch.uint8)
-            if source == self.rank:
-                buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else buffer
-            dist.broadcast(buffer, source)
+        self._broadcast_(source, length)
+        buffer = torch.zeros(int(length), dtype=torch.uint8)
+        if source == self.rank and data:
+            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        self._broadcast_(source, buffer)
         return buffer.numpy().tobytes()
+
+    def _broadcast_(self, source: int, tensor: Tensor) -> None:
+        """Set a contiguous tensor on the CPU to that of the process ``source``."""
+        with self._connected():
+            dist.broadcast(tensor.view(-1).view(torch.uint8), source)
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
@@ -254,13 +306,31 @@ def _blank(like: CalibrationBatch) -> CalibrationBatch:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Groups of tensors of one dtype on one device, in order, of at most ``BUCKET_BYTES`` or a single tensor."""
+    """Groups of tensors of one dtype on one device, in order, of at most ``BUCKET_BYTES``; larger tensors in parts."""
     kinds = {(tensor.dtype, tensor.device): None for tensor in tensors}
-    for kind in kinds:
+    for dtype, device in kinds:
+        members = [tensor for tensor in tensors if (tensor.dtype, tensor.device) == (dtype, device)]
         bucket: list[Tensor] = []
-        for tensor in (tensor for tensor in tensors if (tensor.dtype, tensor.device) == kind):
-            if bucket and sum(member.nbytes for member in bucket) + tensor.nbytes > BUCKET_BYTES:
+        for part in (part for tensor in members for part in _parts(tensor)):
+            if bucket and sum(member.nbytes for member in bucket) + part.nbytes > BUCKET_BYTES:
                 yield bucket
                 bucket = []
-            bucket.append(tensor)
+            bucket.append(part)
         yield bucket
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    """Views of at most ``BUCKET_BYTES``; a tensor that is not contiguous is left whole."""
+    return tensor.view(-1).split(BUCKET_BYTES // tensor.itemsize) if tensor.is_contiguous() else [tensor]
+
+
+@contextmanager
+def _flattened(bucket: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The tensors as one vector. The tensors get its values when the block ends."""
+    if len(bucket) == 1 and bucket[0].is_contiguous():
+        yield bucket[0].view(-1)
+        return
+    flat = torch.cat([tensor.flatten() for tensor in bucket])
+    yield flat
+    for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+        tensor.copy_(part.view_as(tensor))

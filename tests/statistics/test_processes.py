@@ -136,6 +136,22 @@ def test_tensors_of_any_size_and_dtype_are_added_up() -> None:
         torch.testing.assert_close(outcome.value, expected, rtol=0, atol=0)
 
 
+def reduce_to_owners(processes: Processes) -> list[Tensor]:
+    distributed.BUCKET_BYTES = 100
+    rank = processes.rank + 1
+    tensors = [torch.full((7, 9), 1.5 * rank), torch.arange(4) * rank, torch.eye(5)[:, ::2] * rank, torch.tensor(rank)]
+    owners: list[Sequence[int]] = [[1], [0], [0], range(2)]
+    processes.reduce_(list(zip(tensors, owners, strict=True)))
+    return [tensor for tensor, ranks in zip(tensors, owners, strict=True) if processes.rank in ranks]
+
+
+def test_tensors_are_added_up_for_the_processes_that_need_them() -> None:
+    first, second = run(reduce_to_owners)
+    expected = [torch.arange(4) * 3, torch.eye(5)[:, ::2] * 3, torch.tensor(3)]
+    torch.testing.assert_close(first.value, expected, rtol=0, atol=0)
+    torch.testing.assert_close(second.value, [torch.full((7, 9), 4.5), torch.tensor(3)], rtol=0, atol=0)
+
+
 class Tensors(dict[str, Tensor]):
     def to_tensors(self) -> dict[str, Tensor]:
         return self
@@ -158,6 +174,37 @@ def divide(processes: Processes, fail: bool) -> list[tuple[int, dict[str, list[f
 def test_work_is_divided_and_all_get_every_result() -> None:
     expected = [(0, {}), *((item, {"square": [item**2.0], "by": [item % 2]}) for item in range(1, 5))]
     assert [outcome.value for outcome in run(divide, False)] == [expected, expected]
+
+
+def divide_what_is_fetched(processes: Processes, sharded: bool) -> list[Any]:
+    fetched: list[int] = []
+    worked: list[int] = []
+
+    def fetch(item: int) -> Tensor:
+        fetched.append(item)
+        total = torch.tensor([float(item)])
+        if sharded:
+            processes.sum_([total])  # all processes take part, as they do to gather a weight
+        return total
+
+    def work(item: int, value: Tensor) -> Tensors:
+        worked.append(item)
+        return Tensors(value=value, whole=torch.eye(2, dtype=torch.bool), half=value.bfloat16(), none=value[:0])
+
+    results = replace(processes, sharded=sharded).map_divided(range(5), work, Tensors, fetch=fetch)
+    return [[result for _, result in results], fetched, worked, [processes.owner(item) for item in range(5)]]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_an_item_needs_is_fetched_by_its_owner_or_by_all(sharded: bool) -> None:
+    for rank, outcome in enumerate(run(divide_what_is_fetched, sharded)):
+        results, fetched, worked, owners = outcome.value
+        for item, result in enumerate(results):
+            value = torch.tensor([item * (1.0 + sharded)])
+            expected = {"value": value, "whole": torch.eye(2).bool(), "half": value.bfloat16(), "none": value[:0]}
+            torch.testing.assert_close(dict(result), expected, rtol=0, atol=0)
+        assert fetched == (list(range(5)) if sharded else worked)
+        assert worked == [item for item in range(5) if owners[item] == rank]
 
 
 def test_an_error_in_one_process_is_told_to_all() -> None:
