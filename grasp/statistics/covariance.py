@@ -158,7 +158,15 @@ def _item_bytes(target: Target) -> int:
 
 def distinct_inputs(targets: Iterable[Target]) -> list[Target]:
     """One linear of each group that shares an input by the names of its members."""
-    return list({_input_name(target): target for target in targets}.values())
+    return [group[-1] for group in input_groups(targets)]
+
+
+def input_groups(targets: Iterable[Target]) -> list[tuple[Target, ...]]:
+    """The linears that share an input by their names (``Family.shared_inputs``), in the order of ``targets``."""
+    groups: defaultdict[str, list[Target]] = defaultdict(list)
+    for target in targets:
+        groups[_input_name(target)].append(target)
+    return list(map(tuple, groups.values()))
 
 
 def _input_name(target: Target) -> str:
