@@ -73,7 +73,7 @@ class SpanMemory:
         return self.fixed + self.sum_bytes(part) + max(passing, decomposing)
 
     def least(self) -> int:
-        """The smallest budget that ``plan_spans`` accepts, in bytes."""
+        """The smallest budget that ``plan`` accepts, in bytes."""
         groups = self._groups()
         return max(
             self.peak(range(layer, layer + 1), part) for layer in self.layers for part in groups.get(layer) or [()]
