@@ -106,7 +106,12 @@ def capture_streams(model: PreTrainedModel, batches: Sequence[CalibrationBatch],
     with evaluating(model), casting(model, dtype), hooked(*layers, after=note_layer), hooked(*last, after=note_added):
         for batch in batches:
             backbone(model)(**batch_inputs(model, batch), use_cache=False)
-    return Streams([torch.cat(parts) for parts in hidden], [torch.cat(parts) for parts in added])
+    return Streams(_joined(hidden), _joined(added))
+
+
+def _joined(parts: list[list[Tensor]]) -> list[Tensor]:
+    """The parts of each item in one tensor; they are taken from the list, so that memory holds only one item twice."""
+    return [torch.cat(parts.pop(0)) for _ in range(len(parts))]
 
 
 def linear_map(added: Tensor, wanted: Tensor) -> Tensor:

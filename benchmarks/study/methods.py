@@ -48,34 +48,29 @@ class CalibrationSet:
     """The calibration sequences of one seed, with the statistics of the dense model on them.
 
     Args:
-        dense: the model.
         batches: the sequences of this seed.
         folder: cache of the statistics.
         dtype: the model runs over the calibration tokens in this dtype; ``None`` for its own.
     """
 
-    def __init__(
-        self, dense: PreTrainedModel, batches: list[CalibrationBatch], folder: Path, dtype: str | None
-    ) -> None:
-        self.dense, self.batches, self.dtype = dense, batches, dtype
+    def __init__(self, batches: list[CalibrationBatch], folder: Path, dtype: str | None) -> None:
+        self.batches, self.dtype = batches, dtype
         self.statistics = CachedStatistics(folder, batches, dtype)
         self._block_influence = folder / "block_influence.json"
         self._streams: Streams | None = None
 
-    @property
-    def block_influence(self) -> list[float]:
-        """Block influence of the layers, measured once."""
+    def block_influence(self, dense: PreTrainedModel) -> list[float]:
+        """Block influence of the layers of the dense model, measured once."""
         if not self._block_influence.exists():
-            with casting(self.dense, self.dtype):
-                scores = block_influence(self.dense, self.batches)
+            with casting(dense, self.dtype):
+                scores = block_influence(dense, self.batches)
             self._block_influence.write_text(json.dumps(scores), encoding="utf-8")
         return list(json.loads(self._block_influence.read_text(encoding="utf-8")))
 
-    @property
-    def streams(self) -> Streams:
-        """Hidden states of the dense model, which linear replacement needs."""
+    def streams(self, dense: PreTrainedModel) -> Streams:
+        """Hidden states of the dense model, which linear replacement needs; captured once."""
         if self._streams is None:
-            self._streams = capture_streams(self.dense, self.batches, self.dtype)
+            self._streams = capture_streams(dense, self.batches, self.dtype)
         return self._streams
 
 
@@ -97,7 +92,7 @@ def compressed(**options: Any) -> Method:
 
     def compress(model: PreTrainedModel, calibration: CalibrationSet, ratio: float) -> Outcome:
         config = GraspConfig(compression_ratio=ratio, sweep_dtype=calibration.dtype, **options)
-        state = KnownBlockInfluence(calibration.block_influence)
+        state = KnownBlockInfluence(calibration.block_influence(model))
         run = start_run(model, as_batches(calibration.batches), config, None, no_progress, state, ALONE)
         report = carry_out_(replace(run, gather=calibration.statistics))
         return Outcome(ranks={m.name: m.rank for m in report.modules if not m.reason}, scope=report.scope)
@@ -108,7 +103,7 @@ def compressed(**options: Any) -> Method:
 def layers_removed(model: PreTrainedModel, calibration: CalibrationSet, ratio: float) -> Outcome:
     """Delete the fewest most redundant layers that remove at least ``ratio``."""
     layers = decoder(model).layers
-    order = redundant_layers(calibration.block_influence, len(layers))
+    order = redundant_layers(calibration.block_influence(model), len(layers))
     removed = order[: _count(model, order, ratio)]
     remove_layers_(model, removed)
     return Outcome(removed_layers=removed)
@@ -116,8 +111,9 @@ def layers_removed(model: PreTrainedModel, calibration: CalibrationSet, ratio: f
 
 def linear_replacement(model: PreTrainedModel, calibration: CalibrationSet, ratio: float) -> Outcome:
     """Replace the contiguous block that turns the hidden states least by a fitted linear map."""
-    order = redundant_layers(calibration.block_influence, len(decoder(model).layers))
-    return Outcome(removed_layers=replace_block_(model, calibration.streams, _count(model, order, ratio)))
+    order = redundant_layers(calibration.block_influence(model), len(decoder(model).layers))
+    streams = calibration.streams(model)
+    return Outcome(removed_layers=replace_block_(model, streams, _count(model, order, ratio)))
 
 
 def _count(model: PreTrainedModel, order: Sequence[int], ratio: float) -> int:

@@ -1,22 +1,21 @@
 """Perplexity and accuracy of a model compressed by every method, ratio and seed.
 
-``python -m benchmarks.study.quality`` compresses the dense model for each cell, with the calibration set of the seed,
-and measures the perplexity of held-out text. Statistics of the calibration tokens are gathered once for all cells of a
-seed. Cells that the output already has are not run again, so the same command resumes an interrupted study.
+For each cell ``python -m benchmarks.study.quality`` loads the dense model, compresses it with the calibration set of
+the seed, and measures the perplexity of held-out text. Statistics of the calibration tokens are gathered once for all
+cells of a seed. Cells that the output already has are not run again, so the same command resumes an interrupted study.
 
 The output has one JSON object per line, the fields of ``Cell``. The first line is the dense model, method ``dense``.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +31,7 @@ from benchmarks.study.records import STUDY_RECORDS
 from benchmarks.study.records import StudyResult as Cell
 from benchmarks.study.records import StudySetting as Setting
 from grasp.bench.conditions import conditions, measure_card
+from grasp.bench.memory import peak_bytes_above_now
 from grasp.bench.results import append_results, read_results
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_text, token_batches, tokenize
@@ -46,16 +46,17 @@ from grasp.model.targets import decoder
 
 Cells = dict[tuple[str, float, int], Cell]  # by method, ratio and seed
 DENSE = ("dense", 0.0, 0)  # key of the dense model
+OF_EVALUATION = ("text", "window", "windows", "tasks", "limit")  # fields of the setting that calibration does not use
 
 
 class Study:
     """The dense model and the evaluation text of all cells."""
 
     def __init__(self, setting: Setting, cache: Path, documents: str | None) -> None:
-        self.model, self._tokenizer = load_model(setting.model, dtype="float32")
         self.setting, self._cache, self._documents = setting, cache, documents
-        self.size = model_size(self.model, decoder(self.model).layers)
-        self._conditions = conditions(measure_card(device := first_device(self.model), torch.float32), device)
+        model, self._tokenizer = load_model(setting.model, dtype=setting.weights)
+        self.size = model_size(model, decoder(model).layers)
+        self._conditions = conditions(measure_card(device := first_device(model), torch.float32), device)
         self._bos = bos_for(self._tokenizer)
         self._calibration: dict[int, CalibrationSet] = {}
         tokens = tokenize(self._tokenizer, read_text(setting.text, split="evaluation"))
@@ -65,7 +66,7 @@ class Study:
     @property
     def dtype(self) -> str | None:
         """The dtype to run the model in, ``None`` for its own."""
-        return None if self.setting.dtype == "float32" else self.setting.dtype
+        return None if self.setting.dtype == self.setting.weights else self.setting.dtype
 
     def calibration_set(self, seed: int) -> CalibrationSet:
         """The calibration set of a seed; only the latest one stays in memory."""
@@ -78,20 +79,21 @@ class Study:
                 batch_size=self.setting.batch_size,
                 seed=seed,
             )
-            values = asdict(self.setting) | {"seed": seed, "digest": batches_digest(batches)}
-            names = ("model", "calibration", "num_samples", "seq_len", "batch_size", "dtype", "seed", "digest")
-            fingerprint = hashlib.sha256(json.dumps([values[name] for name in names]).encode()).hexdigest()[:16]
-            self._calibration = {seed: CalibrationSet(self.model, batches, self._cache / fingerprint, self.dtype)}
+            values = {name: value for name, value in asdict(self.setting).items() if name not in OF_EVALUATION}
+            values |= {"seed": seed, "digest": batches_digest(batches)}
+            fingerprint = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+            self._calibration = {seed: CalibrationSet(batches, self._cache / fingerprint, self.dtype)}
         return self._calibration[seed]
 
     def cell(self, method: str, ratio: float, seed: int, dense: Cell | None) -> Cell:
-        """Compress a copy of the model and measure it; without ``dense`` measure the dense model itself."""
-        model, outcome, seconds = copy.deepcopy(self.model), Outcome(), 0.0
+        """Compress the model and measure it; without ``dense`` measure the dense model itself."""
+        model, outcome, seconds, peak = self._load(), Outcome(), 0.0, None
         if dense:
             calibration = self.calibration_set(seed)
             calibration.statistics.reset()
+            share = ratio * self.size.decoder_parameters / self.size.parameters
             start = time.process_time()
-            outcome = METHODS[method](model, calibration, ratio * self.size.decoder_parameters / self.size.parameters)
+            outcome, peak = with_peak_bytes(lambda: METHODS[method](model, calibration, share))
             seconds = time.process_time() - start + calibration.statistics.seconds
         with casting(model, self.dtype):
             measured = perplexity(
@@ -114,7 +116,15 @@ class Study:
             scope=outcome.scope,
             conditions=self._conditions,
             accuracy=accuracy,
+            peak_bytes=peak,
         )
+
+    def _load(self) -> PreTrainedModel:
+        """The dense model, in memory: weights that are mapped from a file are not in memory before they are read."""
+        model, _ = load_model(self.setting.model, dtype=self.setting.weights)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+        return model
 
     def _accuracy(self, model: PreTrainedModel) -> dict[str, float]:
         if not self.setting.tasks:
@@ -122,6 +132,13 @@ class Study:
         tasks, limit = self.setting.tasks, self.setting.limit
         results = evaluate_tasks(model, self._tokenizer, tasks, self._documents, limit, batch_size=8)["results"]
         return {task: float(results[task]["acc,none"]) for task in tasks}
+
+
+def with_peak_bytes(call: Callable[[], Outcome]) -> tuple[Outcome, int | None]:
+    """The result of a call, and its ``peak_bytes_above_now``."""
+    results: list[Outcome] = []
+    peak = peak_bytes_above_now(lambda: results.append(call()))
+    return results[0], peak
 
 
 def without_folders(setting: Setting) -> Setting:
@@ -207,6 +224,7 @@ def main(
     window: Annotated[int, typer.Option(help="Tokens of the text in one window.")] = 512,
     windows: Annotated[int | None, typer.Option(help="Number of windows. Default: the whole text.")] = None,
     dtype: Annotated[str, typer.Option(help="Run the model in bfloat16 or float32.")] = "float32",
+    weights: Annotated[str, typer.Option(help="Load and compress the weights in bfloat16 or float32.")] = "float32",
     tasks: Annotated[list[str] | None, typer.Option(help="Tasks of lm-eval to measure too.")] = None,
     tasks_from: Annotated[
         str | None, typer.Option(help="Documents of the tasks, as for `grasp evaluate`. Default: the hub.")
@@ -223,6 +241,7 @@ def main(
         *(model, calibration, text, num_samples, seq_len, batch_size, window, windows, dtype),
         tasks=tuple(tasks or ()),
         limit=limit,
+        weights=weights,
     )
     try:
         cells = read_cells(output, without_folders(setting))

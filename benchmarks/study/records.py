@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from grasp.bench.conditions import Conditions
 from grasp.bench.records import Percentiles
 from grasp.bench.schema import Record, grouped
-from grasp.formatting import Column, count, share
+from grasp.formatting import Column, count, share, size
 
 if TYPE_CHECKING:
     from grasp.reporting.pictures import Picture
@@ -29,9 +29,10 @@ class StudySetting:
         batch_size: sequences in one forward pass.
         window: number of tokens that the model sees at once.
         windows: number of windows that are evaluated; ``None`` for the whole text.
-        dtype: dtype of the model during calibration and evaluation. Compressed weights are fp32 until then.
+        dtype: dtype of the model during calibration and evaluation.
         tasks: tasks of lm-eval.
         limit: number of documents of each task; ``None`` for all.
+        weights: dtype of the weights that are compressed, and of the result before evaluation.
     """
 
     model: str
@@ -45,6 +46,7 @@ class StudySetting:
     dtype: str
     tasks: tuple[str, ...] = ()
     limit: int | None = None
+    weights: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class StudyResult(Record):
         scope: layers that could be compressed; ``None`` if the method has no scope.
         conditions: when and where.
         accuracy: lm-eval's ``acc`` of each task, without normalisation.
+        peak_bytes: most memory of the process during the compression, above the loaded model; ``None`` if unknown.
     """
 
     method: str
@@ -83,6 +86,7 @@ class StudyResult(Record):
     scope: str | None
     conditions: Conditions
     accuracy: Mapping[str, float] = field(default_factory=dict)
+    peak_bytes: int | None = None
 
     kind: ClassVar[str] = "study"
     title: ClassVar[str] = "Methods and sizes"
@@ -100,6 +104,7 @@ class StudyResult(Record):
         Column("perplexity", "perplexity", "{:.4g}".format),
         Column("nats over dense", "excess", "{:.3f}".format),
         Column("CPU seconds", "cpu_seconds", "{:.0f}".format),
+        Column("memory above the model", "peak_bytes", size),
     )
     figures: ClassVar[tuple[str, ...]] = ("benchmarks.study.records:perplexity_by_size",)
 
