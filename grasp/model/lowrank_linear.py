@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from grasp.method.svd import SVD, decompose
 from grasp.model.dense import DenseLinear, dense_shape, dense_weight, gathered
 from grasp.model.families import family_of
-from grasp.model.offload import execution_device, fetched
+from grasp.model.offload import execution_device, fetched, is_fetched_per_call
 from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped, pack_factors
 from grasp_kernels.dispatch import BACKENDS
 
@@ -63,7 +63,7 @@ class InputGroup:
     def _compute_all(self, members: list[LowRankLinear], x: Tensor, thread: int) -> Tensor:
         """Compute all members, store the outputs of the others, and return that of the first."""
         factors, backend = [member.factors for member in members], members[0].backend
-        if any(group.U.device != x.device for group in factors):  # an offloaded member is fetched for its own call only
+        if any(group.U.device != x.device for group in factors):  # a member was offloaded after it was grouped
             return lowrank_linear(x, *factors[0], backend=backend)
         outputs = lowrank_linear_grouped(x, self._packed_for(x, factors), backend=backend)
         others = zip(outputs[1:], factors[1:], strict=True)
@@ -82,6 +82,8 @@ class InputGroup:
         stamp = [(t.data_ptr(), tuple(t.shape), t.dtype, _version(t)) for t in tensors]
         packed = self._packed
         if packed is None or packed[0] != stamp:
+            if any(map(is_fetched_per_call, self.members)):
+                return factors  # a packed copy would stay on the device
             packed = self._packed = (stamp, pack_factors(factors))
         return packed[1]
 
@@ -145,7 +147,7 @@ def group_linears_(model: nn.Module, enabled: bool = True) -> list[tuple[str, ..
             child.group = InputGroup([child])
         for names in family_of(path).shared_inputs if enabled and children else ():
             members = {name: children[name] for name in names if name in children}
-            if len(members) > 1:
+            if len(members) > 1 and not any(map(is_fetched_per_call, members.values())):
                 group = InputGroup(list(members.values()))
                 for member in members.values():
                     member.group = group

@@ -1,14 +1,21 @@
-"""Weights that accelerate stores on the CPU or on disk and fetches when a module runs (``device_map="auto"``)."""
+"""Weights that are elsewhere until a module runs: on the CPU or on disk (accelerate), or sharded (FSDP2 of PyTorch)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils import OffloadedWeightsLoader, align_module_device, has_offloaded_params, offload_weight
+from accelerate.utils.offload import PrefixedDataset
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from grasp.errors import UnsupportedModelError
 
@@ -34,6 +41,65 @@ def execution_device(module: nn.Module) -> torch.device:
     if has_offloaded_params(module):
         return torch.device(_hook(module).execution_device)
     return module.get_parameter("weight").device
+
+
+def is_fetched_per_call(module: nn.Module) -> bool:
+    """Whether the parameters of a module are on its device only while it runs: they are offloaded or sharded."""
+    return isinstance(module, FSDPModule) or has_offloaded_params(module)
+
+
+def place_like(module: nn.Module, dense: nn.Module) -> None:
+    """Store the parameters of a module in the way of another: in memory, sharded, or offloaded to the CPU or to disk.
+
+    Parameters are offloaded to the folder of the other module, or to a temporary folder if it has none.
+
+    Args:
+        module: with its own parameters on the device where ``dense`` runs; they may not be set afterwards. If ``dense``
+            is sharded, all processes call this with the same values.
+        dense: not released yet.
+    """
+    weight = dense.get_parameter("weight")
+    if isinstance(weight, DTensor):
+        fully_shard(module, mesh=weight.device_mesh, reshard_after_forward=True)
+    elif has_offloaded_params(dense):
+        hook = _hook(dense)
+        stored = _stored_beside(hook.weights_map, module)  # None: the new hook keeps them in CPU memory
+        add_hook_to_module(
+            module, AlignDevicesHook(hook.execution_device, offload=True, weights_map=stored, skip_keys=hook.skip_keys)
+        )
+
+
+def release_(linear: nn.Module) -> None:
+    """Free the weight of a linear that was replaced; a meta tensor of its shape and dtype takes its place.
+
+    The memory is freed although others refer to the parameter. Files of offloaded weights stay.
+    """
+    weight = linear.get_parameter("weight")
+    meta = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+    if isinstance(weight, DTensor):
+        weight.to_local().untyped_storage().resize_(0)
+    elif has_offloaded_params(linear):
+        weights, key = _hook(linear).weights_map, "weight"
+        if isinstance(weights, PrefixedDataset):
+            weights, key = weights.dataset, f"{weights.prefix}{key}"
+        (weights.state_dict if isinstance(weights, OffloadedWeightsLoader) else weights).pop(key, None)
+    else:
+        weight.data = weight.new_empty(0)
+    linear.register_parameter("weight", nn.Parameter(meta, requires_grad=weight.requires_grad))
+
+
+def _stored_beside(weights: Mapping[str, Tensor], module: nn.Module) -> Mapping[str, Tensor] | None:
+    """The parameters of a module, written to the folder of offloaded weights; ``None`` if these are in CPU memory."""
+    if not isinstance(weights, PrefixedDataset) or not isinstance(loader := weights.dataset, OffloadedWeightsLoader):
+        return None
+    if f"{weights.prefix}weight" in loader.state_dict:
+        return None
+    if loader.save_folder is None:  # the weights are read from the checkpoint
+        loader.save_folder = tempfile.mkdtemp(prefix="grasp-offload-")
+        weakref.finalize(loader, shutil.rmtree, loader.save_folder, ignore_errors=True)
+    for name, parameter in module.named_parameters(recurse=False):
+        offload_weight(parameter.detach(), f"{weights.prefix}{name}", loader.save_folder, index=loader.index)
+    return weights
 
 
 def _hook(module: nn.Module) -> Any:

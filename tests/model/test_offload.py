@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from grasp.config import GraspConfig
 from grasp.errors import UnsupportedModelError
 from grasp.evaluation.perplexity import perplexity
 from grasp.model.batch import as_batches
-from grasp.model.dense import dense_weight
+from grasp.model.dense import dense_shape, dense_weight
+from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.offload import execution_device, fetched
+from grasp.model.offload import execution_device, fetched, is_fetched_per_call, place_like, release_
 from grasp.model.targets import decoder, layer_targets
 from grasp.statistics.redundancy import block_influence
 from grasp.statistics.sweep import Call, capture_prefix, sweep
@@ -43,7 +45,7 @@ def in_cpu_memory(family: str, folder: Path) -> PreTrainedModel:
     return model
 
 
-def by_device_map(family: str, folder: Path) -> PreTrainedModel:
+def by_device_map(family: str, folder: Path, offload_folder: str | None = "offload") -> PreTrainedModel:
     """A model of ``from_pretrained`` with the last layer on disk and the rest in memory."""
     dense = tiny_model(family)
     dense.save_pretrained(folder / "dense")
@@ -51,8 +53,15 @@ def by_device_map(family: str, folder: Path) -> PreTrainedModel:
     places = {name: "cpu" for name, module in dense.named_modules() if not list(module.children()) and name}
     places = {name: place for name, place in places.items() if not name.startswith(f"{last}.")}
     return AutoModelForCausalLM.from_pretrained(
-        folder / "dense", device_map={**places, last: "disk"}, offload_folder=str(folder / "offload")
+        folder / "dense",
+        device_map={**places, last: "disk"},
+        offload_folder=None if offload_folder is None else str(folder / offload_folder),
     )
+
+
+def in_the_checkpoint(family: str, folder: Path) -> PreTrainedModel:
+    """The same; the weights of the last layer are read from the checkpoint."""
+    return by_device_map(family, folder, offload_folder=None)
 
 
 Maker = Callable[[str, Path], PreTrainedModel]
@@ -155,6 +164,82 @@ def test_a_weight_is_fetched_to_where_its_module_runs(tmp_path: Path) -> None:
     assert execution_device(module) == torch.device("cpu")
     low = LowRankLinear.from_dense(module, torch.arange(3))
     assert {parameter.device.type for parameter in low.parameters()} == {"cpu"}
+
+
+def replaced_by_hand(model: PreTrainedModel) -> list[LowRankLinear]:
+    """Replace the linears of the last layer, and release them."""
+    modules = []
+    for target in layer_targets(model, 2)[0]:
+        module = LowRankLinear.from_dense(target.module, torch.arange(3))
+        model.set_submodule(target.name, module)
+        place_like(module, target.module)
+        shape, dtype = dense_shape(target.module), target.module.weight.dtype
+        release_(target.module)
+        assert target.module.weight.is_meta
+        assert (dense_shape(target.module), target.module.weight.dtype) == (shape, dtype)
+        modules.append(module)
+    return modules
+
+
+@pytest.mark.parametrize("make", [*MAKERS, in_the_checkpoint])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_low_rank_linears_are_offloaded_in_place_of_offloaded_ones(family: str, make: Maker, tmp_path: Path) -> None:
+    tokens = tiny_batches()
+    results = []
+    for model in (make(family, tmp_path), tiny_model(family)):
+        modules = replaced_by_hand(model)
+        assert all(module.U.is_meta == is_fetched_per_call(module) for module in modules)
+        prefix = capture_prefix(model, as_batches(tokens), [1])
+        grads: list[torch.Tensor] = []
+        sweep(prefix, layer_targets(model, 1)[0], lambda call, grads=grads: grads.append(call.grad_y))  # type: ignore[misc]
+        results.append((grads, model(tokens[0]).logits.detach(), [module.U.is_meta for module in modules]))
+    (grads, logits, offloaded), (expected_grads, expected_logits, _) = results
+    assert all(offloaded)
+    torch.testing.assert_close(grads, expected_grads, rtol=0, atol=0)
+    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [on_disk, by_device_map, in_the_checkpoint])
+def test_low_rank_linears_that_were_offloaded_are_saved(make: Maker, tmp_path: Path) -> None:
+    model, tokens = make("gpt2", tmp_path), tiny_batches()[0]
+    replaced_by_hand(model)
+    mark_compressed(model)
+    expected = model(tokens).logits.detach()
+    save_checkpoint(model, tmp_path / "small")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    torch.testing.assert_close(loaded(tokens).logits.detach(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [on_disk, in_cpu_memory, in_the_checkpoint])
+def test_a_low_rank_linear_stands_in_and_the_dense_one_returns(make: Maker, tmp_path: Path) -> None:
+    model, tokens = make("llama", tmp_path), tiny_batches()[0]
+    before = model(tokens).logits.detach()
+    targets = layer_targets(model, 2)[0]
+    for rank in (2, 5):  # of the second one, the files are written anew
+        for target in targets:
+            module = LowRankLinear.from_dense(target.module, torch.arange(rank))
+            place_like(module, target.module)
+            model.set_submodule(target.name, module)
+        assert not torch.equal(model(tokens).logits, before)
+    for target in targets:
+        model.set_submodule(target.name, target.module)
+    assert torch.equal(model(tokens).logits, before)
+
+
+def test_a_released_weight_takes_no_memory_even_if_its_parameter_is_referred_to() -> None:
+    linear = nn.Linear(4, 3)
+    parameter, storage = linear.weight, weakref.ref(linear.weight.untyped_storage())
+    release_(linear)
+    assert storage() is None
+    assert (linear.weight.shape, parameter.numel()) == ((3, 4), 0)
+    assert not linear.bias.is_meta
+
+
+def test_a_weight_in_cpu_memory_is_gone_after_its_release(tmp_path: Path) -> None:
+    module = layer_targets(in_cpu_memory("llama", tmp_path), 2)[0][0].module
+    stored = weakref.ref(module._hf_hook.weights_map["weight"])
+    release_(module)
+    assert stored() is None
 
 
 def test_a_weight_without_data_is_refused() -> None:

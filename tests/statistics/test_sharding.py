@@ -15,10 +15,13 @@ from grasp.checkpoint.run_state import RunState
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.errors import DistributedError, NonFiniteError, UnsupportedModelError
-from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.batch import as_batches
+from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model.offload import place_like, release_
 from grasp.model.targets import decoder, layer_targets
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sharding import collect_, shard_
+from grasp.statistics.sweep import capture_prefix, sweep
 from tests.many_processes import run
 from tests.tiny_models import tiny_batches, tiny_model
 
@@ -96,6 +99,45 @@ def test_each_process_holds_half_of_the_linears_and_experts_and_whole_low_rank_l
         kept = [f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"]
         assert sorted(sharded) == sorted([*kept, *(f"model.layers.{layer}.mlp.experts" for layer in range(3))])
         assert len(low_rank) == 8
+
+
+def replace_by_hand(processes: Processes) -> dict[str, Any]:
+    """Replace the linears of the last layer, sweep through them, and collect the model."""
+    model, batches = tiny_model("qwen2", torch.float64), as_batches(tiny_batches(2))
+    if processes.sharded:
+        shard_(model, CPU, processes)
+    bytes_left, held = 0, 0
+    for target in layer_targets(model, 2)[0]:
+        module = LowRankLinear.from_dense(target.module, torch.arange(3))
+        model.set_submodule(target.name, module)
+        place_like(module, target.module)
+        weight = target.module.weight
+        storage = weight.to_local().untyped_storage() if isinstance(weight, DTensor) else weight.untyped_storage()
+        del weight
+        release_(target.module)
+        bytes_left += storage.nbytes() if processes.sharded else 0
+        held += sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in module.parameters())
+    prefix = capture_prefix(model, batches, [1])
+    grads: list[Tensor] = []
+    sweep(prefix, layer_targets(model, 1)[0], lambda call: grads.append(call.grad_y))
+    group_linears_(model)  # the members of a group are not fetched together
+    logits = model(batches[0].input_ids).logits.detach()
+    if processes.sharded:
+        collect_(model, processes)
+    state = {name: value for name, value in model.state_dict().items() if not value.is_meta}
+    return {"bytes": bytes_left, "held": held, "grads": grads, "logits": logits, "state": state}
+
+
+def test_low_rank_linears_are_sharded_in_place_of_sharded_ones() -> None:
+    expected = replace_by_hand(ALONE)
+    outcomes = [outcome.value for outcome in run(replace_by_hand, sharded=True)]
+    assert sum(outcome["held"] for outcome in outcomes) == expected["held"]
+    for outcome in outcomes:
+        assert outcome["bytes"] == 0
+        assert outcome["held"] < 0.6 * expected["held"]
+        torch.testing.assert_close(outcome["grads"], expected["grads"], rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(outcome["logits"], expected["logits"], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(outcomes[0]["state"], expected["state"], rtol=1e-12, atol=1e-15)
 
 
 def compress_with_a_bad_sweep(processes: Processes) -> None:
