@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
+from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
 from benchmarks.study import quality
-from benchmarks.study.quality import METHODS, main, missing
+from benchmarks.study.methods import METHODS, CalibrationSet, Outcome
+from benchmarks.study.quality import main, missing
 from grasp.bench import conditions
 from tests.command_line import save_tiny_model
 
@@ -53,6 +56,7 @@ def test_every_method_gives_a_cell_with_its_size_and_its_excess(model: Path, tmp
         least = 0.27  # tiny matrices: a whole rank is much
         assert least <= float(str(by_method[method]["removed"])) <= (0.34 if method in WHOLE_LAYERS else 0.31), method
         assert by_method[method]["excess"] != 0
+        assert by_method[method]["peak_bytes"] is not None
     assert str(tmp_path) not in json.dumps([cell["setting"] | {"model": ""} for cell in by_method.values()])  # type: ignore[operator]
 
 
@@ -74,6 +78,27 @@ def test_a_study_is_continued_cell_by_cell(model: Path, tmp_path: Path, monkeypa
     assert ran == [("GRASP, one sweep", 1), ("plain SVD", 1)]
     assert output.read_text(encoding="utf-8").startswith(before)
     assert " ± " in result.output
+
+
+def test_each_cell_compresses_a_dense_model_of_its_own_in_the_dtype_of_the_weights(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.dtype, float]] = []
+
+    def zero_(model: PreTrainedModel, calibration: CalibrationSet, ratio: float) -> Outcome:
+        weight = next(model.parameters()).data
+        seen.append((weight.dtype, float(weight.abs().sum())))
+        weight.zero_()
+        return Outcome()
+
+    monkeypatch.setitem(METHODS, "plain SVD", zero_)
+    dtypes = ("--weights", "bfloat16", "--dtype", "bfloat16")
+    options = ("--methods", "plain SVD", "--ratios", "0.1", "--ratios", "0.3", "--seeds", "0", *dtypes)
+    result = run(model, tmp_path / "study.jsonl", *options)
+    assert result.exit_code == 0, result.output
+    assert [dtype for dtype, _ in seen] == [torch.bfloat16] * 2
+    assert seen[0] == seen[1]
+    assert seen[0][1] > 0
 
 
 def test_tasks_are_measured_where_they_are_asked_for(model: Path, tmp_path: Path) -> None:
