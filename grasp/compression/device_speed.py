@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from grasp.evaluation.generation import now
+from grasp.method.blocks import fp64_device
 from grasp.method.ranks import Shape
 
 PROBE_SECONDS = 0.2  # per rate
@@ -59,3 +60,10 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
         work()
         calls += 1
     return elapsed / calls
+
+
+def decomposition_notice(device: torch.device) -> str | None:
+    """The line to print before weights of a device are decomposed elsewhere; ``None`` if they are decomposed there."""
+    if fp64_device(device) == device:
+        return None
+    return f"{device.type} has no fp64: weights are decomposed on the CPU"

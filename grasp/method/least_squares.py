@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grasp.method.blocks import BLOCK_ROWS, fp64_device, row_blocks, to_double
+from grasp.method.ranks import Shape
+
 RIDGE = 1e-3  # of the mean diagonal of the projected inputs' covariance: how strongly U is held at its value
 
 
@@ -18,8 +21,36 @@ def least_squares(U: Tensor, Vh: Tensor, weight: Tensor, cross: Tensor, inputs: 
         cross: ``Σ x x̂ᵀ``, (K, K): inputs in the dense model by those in the compressed one.
         inputs: ``Σ x̂ x̂ᵀ``, (K, K).
     """
-    left, right, exact = U.double(), Vh.double(), weight.double()
-    gram = right @ inputs.double() @ right.mT
-    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    wanted = exact @ cross.double() @ right.mT + left @ ridge
-    return torch.linalg.solve(gram + ridge, wanted, left=False).to(U.dtype)
+    place = fp64_device(U.device)
+    right = to_double(Vh, place).mT
+    gram = right.new_zeros(right.shape[1], right.shape[1])
+    for rows in row_blocks(len(inputs)):
+        gram.addmm_(right[rows].mT, to_double(inputs[rows], place) @ right)
+    ridge = RIDGE * float(gram.diagonal().mean())
+    gram.diagonal().add_(ridge)
+    projected = torch.empty_like(right)  # cross · Vhᵀ
+    for rows in row_blocks(len(cross)):
+        projected[rows] = to_double(cross[rows], place) @ right
+    del right
+    factors, pivots = torch.linalg.lu_factor(gram)
+    del gram
+    solution = torch.empty_like(U)
+    for rows in row_blocks(len(U)):
+        wanted = (to_double(weight[rows], place) @ projected).add_(to_double(U[rows], place), alpha=ridge)
+        solution[rows] = torch.linalg.lu_solve(factors, pivots, wanted, left=False)
+    return solution
+
+
+def least_squares_bytes(shape: Shape, rank: int, itemsize: int = 4) -> int:
+    """Peak memory of ``least_squares`` beyond its arguments, in bytes; its result is counted.
+
+    Args:
+        shape: (N, K) of the weight.
+        rank: R.
+        itemsize: bytes of a number of U.
+    """
+    n, k = shape
+    block = min(BLOCK_ROWS, max(n, k))
+    projecting = 2 * k * rank + rank**2 + block * (k + rank)
+    solving = k * rank + rank**2 + block * (k + 3 * rank)
+    return max(8 * projecting, 8 * solving + itemsize * n * rank)

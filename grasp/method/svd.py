@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from grasp.errors import NonFiniteError
+from grasp.method.blocks import BLOCK_ROWS, fp64_device, row_blocks, to_double
+from grasp.method.ranks import Shape
 
 DAMPING = 1e-3  # of the mean of a covariance's diagonal, added to the diagonal
+_SMALLEST = 1e-16  # of the largest squared singular value: smaller ones are rounding errors of fp64
 
 
 class SVD(NamedTuple):
-    """``weight = U @ diag(S) @ Vh``: U (N, min(N, K)), S descending, Vh (min(N, K), K)."""
+    """``weight = U @ diag(S) @ Vh``: U (N, R), S (min(N, K),) descending, Vh (R, K).
+
+    R is min(N, K), or the number of groups that were asked for.
+    """
 
     U: Tensor
     S: Tensor
@@ -26,91 +34,220 @@ def decompose(weight: Tensor, name: str = "weight") -> SVD:
     Raises:
         NonFiniteError: if the weight has NaN or infinite entries; the message has their number.
     """
-    finite = torch.isfinite(weight)
-    if not finite.all():
-        bad = weight.numel() - int(finite.sum())
-        raise NonFiniteError(
-            f"{name} has {bad} non-finite entries of {weight.numel()}; expected none. Load the model in a wider dtype, "
-            "or repair the checkpoint."
-        )
+    if not torch.isfinite(weight).all():
+        raise _non_finite(weight, name)
     return SVD(*torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False))
 
 
-def cholesky_factor(covariance: Tensor, *, damping: float = DAMPING) -> Tensor:
-    """The lower triangular L of ``C + damping · mean(diag C) · 1 = L Lᵀ``, (D, D), fp64.
-
-    Any L with this product gives the same truncation. The Cholesky factor takes a small part of the time of the
-    symmetric square root. A covariance of few tokens has eigenvalues of 0, or below 0 by rounding. If the damping does
-    not make up for the rounding, the eigenvalue decomposition is used: negative eigenvalues count as 0, and a diagonal
-    entry of L may then be negative.
-
-    Args:
-        covariance: symmetric, (D, D).
-        damping: fraction of the mean of the diagonal that is added to the diagonal; above 0.
-
-    Raises:
-        NonFiniteError: if an entry is NaN or infinite.
-        ValueError: if the covariance is 0, so that the damping is 0 as well.
-    """
-    if not torch.isfinite(covariance).all():
-        raise NonFiniteError("a covariance has NaN or infinite entries; expected none. Load the model in a wider dtype")
-    double = covariance.double()
-    floor = damping * double.diagonal().mean()
-    if not floor > 0:
-        raise ValueError("a covariance is 0: the linear receives no tokens, or its output does not reach the loss")
-    damped = (double + double.mT) / 2
-    damped.diagonal().add_(floor)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if not failed:
-        return factor
-    values, vectors = torch.linalg.eigh(damped)
-    return torch.linalg.qr((vectors * values.clamp_min(floor).sqrt()).mT).R.mT
-
-
-def decompose_in(weight: Tensor, inputs: Tensor | None, outputs: Tensor | None, name: str = "weight") -> SVD:
+def decompose_in(
+    weight: Tensor,
+    inputs: Tensor | None,
+    outputs: Tensor | None,
+    name: str = "weight",
+    rank: int | None = None,
+    *,
+    tokens: int = 1,
+) -> SVD:
     """Decompose an (N, K) weight in the basis of its inputs and outputs: ``weight = U diag(S) Vh``.
+
+    ``A = inputs / tokens`` and ``B = outputs / tokens`` are damped by ``DAMPING``. For N ≥ K and ``A = L Lᵀ``,
+    ``Lᵀ Wᵀ B W L = V diag(S²) Vᵀ`` in fp64; ``Vh = Vᵀ L⁻¹``, and ``U = W L V diag(1 / S)``. N < K is the transposed
+    case. So only the covariance of the smaller side is factorised, and the other one is read once, in blocks of rows.
 
     Args:
         weight: (N, K).
-        inputs: ``cholesky_factor`` of A, (K, K); ``None`` for the identity.
-        outputs: ``cholesky_factor`` of B, (N, N); ``None`` for the identity.
+        inputs: ``Σ x xᵀ``, (K, K) symmetric, of which the lower triangle is read; ``None`` for the identity.
+        outputs: ``Σ d dᵀ``, (N, N), likewise.
         name: of the weight, for messages.
+        rank: the number of groups, from the largest S on, of which U and Vh are returned; ``None`` for all.
+        tokens: the covariances are divided by it.
 
     Returns:
-        In fp32 (fp64 for fp64). U and Vh are not orthogonal unless both factors are ``None``. S descends. Truncation
-        after R groups is optimal in ``‖B^½ (W − Ŵ) A^½‖``, which equals the square root of the sum of the dropped S².
-        A row of Vh or a column of U may be 0 where S is 0.
+        In fp32 (fp64 for fp64), on the device of the weight. U and Vh are not orthogonal unless both covariances are
+        ``None``. S has all groups, and its values below 1e-8 of the largest one are rounding errors. Truncation after
+        R groups is optimal in ``‖B^½ (W − Ŵ) A^½‖``, which equals the square root of the sum of the dropped S².
 
     Raises:
-        NonFiniteError: if the weight has NaN or infinite entries.
+        NonFiniteError: if the weight or a covariance has NaN or infinite entries.
+        ValueError: if a covariance is 0.
     """
     if inputs is None and outputs is None:
-        return decompose(weight, name)
-    if not torch.isfinite(weight).all():
-        raise NonFiniteError(f"{name} has non-finite entries; expected none. Load the model in a wider dtype")
-    scaled = weight.double()
-    if inputs is not None:
-        scaled = scaled @ inputs
-    if outputs is not None:
-        scaled = outputs.mT @ scaled
-    U, S, Vh = _by_eigenvectors(scaled)
-    if inputs is not None:
-        Vh = torch.linalg.solve_triangular(inputs, Vh, upper=False, left=False)
-    if outputs is not None:
-        U = torch.linalg.solve_triangular(outputs.mT, U, upper=True)
+        U, S, Vh = decompose(weight, name)
+        return SVD(U[:, :rank], S, Vh[:rank])
+    weight, groups = weight.detach(), min(weight.shape)
+    rank = groups if rank is None else min(rank, groups)
+    place = fp64_device(weight.device)
+    tall, small, large = (weight, inputs, outputs) if _is_tall(weight.shape) else (weight.mT, outputs, inputs)
+    S, vectors, factor = _eigenvectors(tall, small, large, tokens, place, name)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return SVD(U.to(dtype), S.to(dtype), Vh.to(dtype))
+    U, Vh = (weight.new_empty(size, dtype=dtype) for size in ((len(weight), rank), (rank, weight.shape[1])))
+    left, right = (U, Vh) if tall is weight else (Vh.mT, U.mT)
+    retained = vectors[:, groups - rank :]  # ascending
+    _write_right(right, retained, factor)
+    _write_left(left, retained, factor, tall, S[groups - rank :])
+    return SVD(U, S.flip(0).to(weight.device, dtype), Vh)
 
 
-def _by_eigenvectors(matrix: Tensor) -> SVD:
-    """The singular groups of an fp64 matrix M, from the eigenvectors V of ``Mᵀ M``: ``M V = U diag(S)``.
+def decomposition_bytes(
+    shape: Shape, *, inputs: bool, outputs: bool, rank: int | None = None, itemsize: int = 4
+) -> int:
+    """Peak memory of ``decompose_in`` beyond the weight and the covariances, in bytes; its result is counted.
 
-    Accurate to 1e-8 of the largest singular value, where an SVD in fp32 is to 1e-7, in a fraction of the time.
+    Args:
+        shape: (N, K) of the weight.
+        inputs: whether there is a covariance of the inputs.
+        outputs: whether there is a covariance of the outputs.
+        rank: the number of groups that are returned; ``None`` for all.
+        itemsize: bytes of a number of the result.
     """
-    if matrix.shape[0] < matrix.shape[1]:
-        U, S, Vh = _by_eigenvectors(matrix.mT)
-        return SVD(Vh.mT, S, U.mT)
-    vectors = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors.flip(1)
-    scaled = matrix @ vectors  # U diag(S)
-    S, order = torch.linalg.vector_norm(scaled, dim=0).sort(descending=True)
-    return SVD(scaled[:, order] / S.clamp_min(torch.finfo(S.dtype).tiny), S, vectors[:, order].mT)
+    d, m = sorted(shape)
+    rank = d if rank is None else min(rank, d)
+    result = itemsize * (rank * (m + d) + d)
+    if not (inputs or outputs):
+        return result + itemsize * (m * d + d * (m + d) + 8 * d * d)  # SVD by LAPACK: all groups and its workspace
+    small, large = (inputs, outputs) if _is_tall(shape) else (outputs, inputs)
+    block, factor = min(BLOCK_ROWS, m), d * d if small else 0
+    gram = d * d + block * d + (m * d + block * m if large else 0)
+    eigh = 3 * d * d + factor  # LAPACK's workspace has 2 d²
+    writing = d * d + factor + block * (rank + 2 * d)
+    return max(8 * gram, 8 * eigh, 8 * writing + result)
+
+
+def decomposition_flops(shape: Shape, *, inputs: bool, outputs: bool, rank: int | None = None) -> int:
+    """FLOPs of ``decompose_in``; the arguments are those of ``decomposition_bytes``.
+
+    An eigenvalue decomposition counts 14/3 d³: 4/3 to reduce it, 4/3 to divide and conquer, 2 to transform back.
+    """
+    d, m = sorted(shape)
+    rank = d if rank is None else min(rank, d)
+    if not (inputs or outputs):
+        return 6 * m * d**2 + 20 * d**3  # Golub and Van Loan, Matrix Computations, 8.6
+    small, large = (inputs, outputs) if _is_tall(shape) else (outputs, inputs)
+    gram = 2 * m * d**2 + (m**2 * d if large else 0)
+    eigh = 14 * d**3 // 3 + (d**3 // 3 + 2 * d**3 if small else 0)
+    return gram + eigh + 2 * m * d * rank + (2 * d**2 * rank if small else 0)
+
+
+def _is_tall(shape: Sequence[int]) -> bool:
+    return shape[0] >= shape[1]
+
+
+def _eigenvectors(
+    weight: Tensor, small: Tensor | None, large: Tensor | None, tokens: int, device: torch.device, name: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """S (D,) and V (D, D) of an (M, D) weight, by ascending S, and L (D, D), all in fp64."""
+    gram = _gram(weight, large, tokens, device, name)
+    if not math.isfinite(float(gram.sum())):
+        raise _non_finite(weight, name)
+    factor = None if small is None else _cholesky_factor(small, tokens, device, name)
+    if factor is not None:
+        _congruence_(gram, factor)
+    values, vectors = _eigh_(gram)
+    least = max(_SMALLEST * float(values[-1]), torch.finfo(values.dtype).tiny)
+    return values.clamp_(min=least).sqrt_(), vectors, factor
+
+
+def _write_right(out: Tensor, vectors: Tensor, factor: Tensor | None) -> None:
+    """``out = Vᵀ L⁻¹``, (R, D), in descending order."""
+    for rows in row_blocks(len(out)):
+        block = vectors.mT[rows]
+        if factor is not None:
+            block = torch.linalg.solve_triangular(factor, block, upper=False, left=False)
+        out[len(out) - rows.stop : len(out) - rows.start] = block.flip(0)
+
+
+def _write_left(out: Tensor, vectors: Tensor, factor: Tensor | None, weight: Tensor, S: Tensor) -> None:
+    """``out = W L V diag(1 / S)``, (M, R), in descending order; ``vectors`` becomes L V."""
+    if factor is not None:
+        for rows in reversed(row_blocks(len(vectors))):
+            vectors[rows] = factor[rows, : rows.stop] @ vectors[: rows.stop]
+    for rows in row_blocks(len(weight)):
+        out[rows] = (to_double(weight[rows], vectors.device) @ vectors).div_(S).flip(1)
+
+
+def _gram(weight: Tensor, outputs: Tensor | None, tokens: int, device: torch.device, name: str) -> Tensor:
+    """``Wᵀ B W`` of an (M, D) weight, (D, D) fp64. With B = T + Tᵀ and T lower triangular it is H + Hᵀ, H = Wᵀ T W."""
+    gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=device)
+    if outputs is None:
+        for rows in row_blocks(len(weight)):
+            block = to_double(weight[rows], device)
+            gram.addmm_(block.mT, block)
+        return gram
+    floor, exact = _floor(outputs, device, name), to_double(weight, device)
+    for rows in row_blocks(len(weight)):
+        block = to_double(outputs[rows, : rows.stop], device, copy=True)
+        block[:, rows].tril_().diagonal().add_(floor).div_(2)
+        gram.addmm_(exact[rows].mT, block @ exact[: rows.stop])
+    del exact
+    return (gram + gram.mT).div_(tokens)
+
+
+def _cholesky_factor(covariance: Tensor, tokens: int, device: torch.device, name: str) -> Tensor:
+    """The lower triangular L of a damped covariance over ``tokens``, fp64.
+
+    A covariance of few tokens has eigenvalues of 0, or below 0 by rounding. If the damping does not make up for the
+    rounding, the eigenvalue decomposition is used, and negative eigenvalues count as 0.
+    """
+    floor = _floor(covariance, device, name)
+
+    def damped() -> Tensor:
+        matrix = to_double(covariance, device, copy=True)
+        matrix.diagonal().add_(floor)
+        return matrix.div_(tokens)
+
+    factor, failed = _cholesky_(damped())
+    if failed and not math.isfinite(float(covariance.sum())):
+        raise _non_finite_covariance(name)
+    if failed:
+        values, vectors = _eigh_(damped())
+        factor, _ = _cholesky_((vectors * values.clamp_min(floor / tokens)) @ vectors.mT)
+    return factor
+
+
+def _floor(covariance: Tensor, device: torch.device, name: str) -> float:
+    mean = float(to_double(covariance.diagonal(), device).mean())
+    if not math.isfinite(mean):
+        raise _non_finite_covariance(name)
+    if not mean > 0:
+        raise ValueError(
+            f"a covariance of {name} is 0: the linear receives no tokens, or its output does not reach the loss"
+        )
+    return DAMPING * mean
+
+
+def _congruence_(gram: Tensor, factor: Tensor) -> None:
+    """``gram = Lᵀ gram L`` on and below the diagonal."""
+    blocks = row_blocks(len(gram))
+    for block in blocks:
+        gram[:, block] = gram[:, block.start :] @ factor[block.start :, block]
+    for block in blocks:
+        gram[block, : block.stop] = factor[block.start :, block].mT @ gram[block.start :, : block.stop]
+
+
+def _cholesky_(matrix: Tensor) -> tuple[Tensor, bool]:
+    """The lower factor of a symmetric matrix, in its memory, and whether it failed."""
+    columns = matrix.mT  # LAPACK works in place on columns
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(columns, upper=True, out=(columns, info))
+    return matrix, bool(info)
+
+
+def _eigh_(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The ascending eigenvalues of a symmetric matrix, and the eigenvectors in its memory; its lower half is read."""
+    columns = matrix.mT  # LAPACK works in place on columns
+    values = torch.empty(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    torch.linalg.eigh(columns, UPLO="U", out=(values, columns))
+    return values, columns
+
+
+def _non_finite(weight: Tensor, name: str) -> NonFiniteError:
+    if not (bad := weight.numel() - int(torch.isfinite(weight).sum())):
+        return _non_finite_covariance(name)
+    return NonFiniteError(
+        f"{name} has {bad} non-finite entries of {weight.numel()}; expected none. Load the model in a wider dtype, "
+        "or repair the checkpoint."
+    )
+
+
+def _non_finite_covariance(name: str) -> NonFiniteError:
+    return NonFiniteError(f"a covariance of {name} has NaN or infinite entries. Load the model in a wider dtype")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grasp.method.basis import BASES
 from grasp.method.metrics import METRICS, Metric
-from grasp.method.svd import SVD, cholesky_factor, decompose, decompose_in
+from grasp.method.svd import SVD, decompose, decompose_in
 from grasp.model.dense import dense_weight
 from grasp.model.targets import Target
 from grasp.progress import Progress, no_progress
@@ -110,20 +110,10 @@ def _by_moments(svd: SVD, first: Tensor, second: Tensor | None, metric: Metric) 
 
 
 def decompositions_by(covariances: Mapping[Target, Covariance]) -> Decompositions:
-    """For each linear a function that decomposes it by its covariances: ``whitened`` without B, ``kfac`` with B.
-
-    The Cholesky factor of an input covariance is computed once for consecutive linears that share it.
-    """
-    latest: list[tuple[Tensor, Tensor]] = []
-
-    def input_factor(covariance: Covariance) -> Tensor:
-        if not latest or latest[0][0] is not covariance.A:
-            latest[:] = [(covariance.A, cholesky_factor(covariance.A / covariance.tokens))]
-        return latest[0][1]
+    """For each linear a function that decomposes it by its covariances: ``whitened`` without B, ``kfac`` with B."""
 
     def make(name: str, weight: Tensor, covariance: Covariance) -> SVD:
-        outputs = None if covariance.B is None else cholesky_factor(covariance.B / covariance.tokens)
-        return decompose_in(weight, input_factor(covariance), outputs, name)
+        return decompose_in(weight, covariance.A, covariance.B, name, tokens=covariance.tokens)
 
     # A sharded weight is gathered by all processes at once, so all weights are fetched here, not in ``make``.
     weights = {target: dense_weight(target.module) for target in covariances}

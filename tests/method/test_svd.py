@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from grasp.errors import NonFiniteError
-from grasp.method.svd import DAMPING, cholesky_factor, decompose_in
+from grasp.method import blocks
+from grasp.method import svd as module
+from grasp.method.svd import DAMPING, SVD, decompose_in
 
 N, K, T = 12, 9, 200
 
@@ -31,31 +33,32 @@ def cut(svd: tuple[Tensor, Tensor, Tensor], rank: int) -> Tensor:
     return (U[:, :rank] * S[:rank]) @ Vh[:rank]
 
 
-def test_a_root_is_the_cholesky_factor_of_the_damped_covariance() -> None:
-    covariance = second_moment(tokens(K))
-    damped = covariance + DAMPING * covariance.diagonal().mean() * torch.eye(K, dtype=torch.float64)
-    factor = cholesky_factor(covariance)
-    torch.testing.assert_close(factor @ factor.mT, damped)
-    assert torch.equal(factor, factor.tril())
+def root(covariance: Tensor) -> Tensor:
+    """A matrix C½ with C½ C½ᵀ = C, damped."""
+    damped = covariance.double() + DAMPING * covariance.double().diagonal().mean() * torch.eye(
+        len(covariance), dtype=torch.float64
+    )
+    return torch.linalg.cholesky(damped)
 
 
-def test_a_covariance_that_rounding_made_indefinite_counts_its_negative_eigenvalues_as_0() -> None:
-    vectors, _ = torch.linalg.qr(tokens(K, K))
-    values = torch.linspace(0, 8, K, dtype=torch.float64)
+@pytest.mark.parametrize("shape", [(N, K), (K, N)])
+def test_a_covariance_that_rounding_made_indefinite_counts_its_negative_eigenvalues_as_0(shape: tuple) -> None:
+    size = min(shape)
+    vectors, _ = torch.linalg.qr(tokens(size, size))
+    values = torch.linspace(0, 8, size, dtype=torch.float64)
     values[0] = -0.1  # far below the damping
     covariance = vectors * values @ vectors.mT
     floor = DAMPING * covariance.diagonal().mean()
-    factor = cholesky_factor(covariance)
-    torch.testing.assert_close(factor @ factor.mT, vectors * (values.clamp_min(0) + floor) @ vectors.mT)
-    assert torch.equal(factor, factor.tril())
-    W = weight()
-    torch.testing.assert_close(cut(decompose_in(W, factor, None), K), W)
+    W = torch.eye(*shape, dtype=torch.float64)
+    svd = decompose_in(W, covariance, None) if size == shape[1] else decompose_in(W, None, covariance)
+    torch.testing.assert_close(svd.S.square(), values.clamp_min(0).add(floor).flip(0))
+    torch.testing.assert_close(cut(svd, size), W)
 
 
 @pytest.mark.parametrize("shape", [(N, K), (K, N), (1, K), (K, 1)])
 def test_groups_are_those_of_a_singular_value_decomposition(shape: tuple[int, int]) -> None:
     W = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    one = torch.eye(shape[1], dtype=torch.float64)
+    one = torch.eye(shape[1], dtype=torch.float64) / (1 + DAMPING)
     U, S, Vh = decompose_in(W, one, None)
     torch.testing.assert_close(S, torch.linalg.svdvals(W))
     for factor in (U.mT @ U, Vh @ Vh.mT):
@@ -74,15 +77,16 @@ def test_groups_of_a_matrix_without_full_rank_are_finite_and_give_it_back() -> N
 
 
 def test_all_groups_give_the_weight_back_in_every_basis() -> None:
-    W, A, B = weight(), cholesky_factor(second_moment(tokens(K))), cholesky_factor(second_moment(tokens(N, seed=1)))
+    W, A, B = weight(), second_moment(tokens(K)), second_moment(tokens(N, seed=1))
     for inputs, outputs in [(None, None), (A, None), (None, B), (A, B)]:
         torch.testing.assert_close(cut(decompose_in(W, inputs, outputs), K), W, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 8])
-def test_the_whitened_cut_changes_the_outputs_least(rank: int) -> None:
+def test_the_whitened_cut_changes_the_outputs_least(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DAMPING", 1e-12)
     W, x = weight(), tokens(K)
-    got = cut(decompose_in(W, cholesky_factor(second_moment(x), damping=1e-12), None), rank)
+    got = cut(decompose_in(W, second_moment(x), None), rank)
     outputs = x @ W.mT
     _, _, directions = torch.linalg.svd(outputs, full_matrices=False)  # Eckart-Young, on the outputs themselves
     best = outputs @ directions[:rank].mT @ directions[:rank]
@@ -91,11 +95,11 @@ def test_the_whitened_cut_changes_the_outputs_least(rank: int) -> None:
 
 @pytest.mark.parametrize("rank", [1, 4, 8])
 def test_the_kfac_cut_is_optimal_and_its_dropped_values_say_what_it_costs(rank: int) -> None:
-    W, A, B = weight(), cholesky_factor(second_moment(tokens(K))), cholesky_factor(second_moment(tokens(N, seed=1)))
+    W, A, B = weight(), second_moment(tokens(K)), second_moment(tokens(N, seed=1))
     svd = decompose_in(W, A, B)
 
     def cost(approximation: Tensor) -> float:
-        return (B.mT @ (W - approximation) @ A).norm().item()
+        return (root(B).mT @ (W - approximation) @ root(A)).norm().item()
 
     best = cost(cut(svd, rank))
     assert best == pytest.approx(svd.S[rank:].norm().item(), rel=1e-9)
@@ -114,7 +118,7 @@ def test_fewer_tokens_than_features_and_dead_features_are_damped_not_amplified()
     x = tokens(K, count=3)
     x[:, 0] = 0
     W = weight().float()
-    svd = decompose_in(W, cholesky_factor(second_moment(x).float()), None)
+    svd = decompose_in(W, second_moment(x).float(), None)
     assert all(torch.isfinite(factor).all() for factor in svd)
     torch.testing.assert_close(cut(svd, K), W, rtol=0, atol=1e-3)
     error = x.float() @ (cut(svd, 3) - W).mT  # three tokens: three groups reproduce their outputs
@@ -123,17 +127,54 @@ def test_fewer_tokens_than_features_and_dead_features_are_damped_not_amplified()
 
 def test_fp32_covariances_of_a_wide_range_agree_with_fp64() -> None:
     W, A = weight(), second_moment(tokens(K))
-    exact, single = (
-        cut(decompose_in(W.to(dtype), cholesky_factor(A.to(dtype)), None), 4)
-        for dtype in (torch.float64, torch.float32)
-    )
+    exact, single = (cut(decompose_in(W.to(dtype), A.to(dtype), None), 4) for dtype in (torch.float64, torch.float32))
     assert single.dtype == torch.float32
     x = tokens(K, seed=9)
     assert (x @ (single.double() - exact).mT).norm() <= 1e-3 * (x @ (W - exact).mT).norm()
 
 
-def test_a_covariance_of_nothing_and_one_that_is_not_finite_are_refused() -> None:
-    with pytest.raises(ValueError, match="covariance is 0"):
-        cholesky_factor(torch.zeros(3, 3))
-    with pytest.raises(NonFiniteError, match="NaN or infinite"):
-        cholesky_factor(torch.full((3, 3), float("nan")))
+def test_the_first_groups_are_those_of_all_groups() -> None:
+    W, A, B = weight(), second_moment(tokens(K)), second_moment(tokens(N, seed=1))
+    for inputs, outputs in [(None, None), (A, None), (None, B), (A, B)]:
+        for matrix, right, left in [(W, inputs, outputs), (W.mT, outputs, inputs)]:
+            U, S, Vh = decompose_in(matrix, right, left)
+            first = decompose_in(matrix, right, left, rank=4)
+            torch.testing.assert_close(first, SVD(U[:, :4], S, Vh[:4]), rtol=1e-12, atol=1e-12)
+
+
+def test_sums_over_tokens_give_the_groups_of_their_means() -> None:
+    W, A, B = weight(), second_moment(tokens(K)), second_moment(tokens(N, seed=1))
+    for inputs, outputs in [(A, None), (None, B), (A, B)]:
+        sums = [None if mean is None else T * mean for mean in (inputs, outputs)]
+        torch.testing.assert_close(decompose_in(W, *sums, tokens=T), decompose_in(W, inputs, outputs))
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    W, A, B = weight(), second_moment(tokens(K)), second_moment(tokens(N, seed=1))
+    whole = [decompose_in(W, A, B), decompose_in(W.mT, B, A)]
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 5)
+    torch.testing.assert_close([decompose_in(W, A, B), decompose_in(W.mT, B, A)], whole)
+
+
+def test_arguments_are_left_as_they_are() -> None:
+    arguments = weight(), second_moment(tokens(K)), second_moment(tokens(N, seed=1))
+    copies = [argument.clone() for argument in arguments]
+    decompose_in(*arguments)
+    assert all(map(torch.equal, arguments, copies))
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("shape", [(N, K), (K, N)])
+def test_a_covariance_of_nothing_and_one_that_is_not_finite_are_refused(shape: tuple[int, int], side: int) -> None:
+    W = torch.ones(shape)
+    covariances = [torch.eye(shape[1]), torch.eye(shape[0])]
+    covariances[side] = torch.zeros_like(covariances[side])
+    with pytest.raises(ValueError, match="a covariance of weight is 0"):
+        decompose_in(W, *covariances)
+    covariances[side][2, 1] = covariances[side][1, 2] = float("nan")
+    covariances[side].diagonal().fill_(1)
+    with pytest.raises(NonFiniteError, match="a covariance of layer.q has NaN or infinite entries"):
+        decompose_in(W, *covariances, "layer.q")
+    W[1, 2] = float("inf")
+    with pytest.raises(NonFiniteError, match="layer.q has 1 non-finite entries of 108"):
+        decompose_in(W, *covariances, "layer.q")
