@@ -173,8 +173,8 @@ def test_a_covariance_of_nothing_and_one_that_is_not_finite_are_refused(shape: t
         decompose_in(W, *covariances)
     covariances[side][2, 1] = covariances[side][1, 2] = float("nan")
     covariances[side].diagonal().fill_(1)
-    with pytest.raises(NonFiniteError, match="a covariance of layer.q has NaN or infinite entries"):
-        decompose_in(W, *covariances, "layer.q")
+    with pytest.raises(NonFiniteError, match="a covariance of the weight has NaN or infinite entries"):
+        decompose_in(W, *covariances, "the weight")
     W[1, 2] = float("inf")
-    with pytest.raises(NonFiniteError, match="layer.q has 1 non-finite entries of 108"):
-        decompose_in(W, *covariances, "layer.q")
+    with pytest.raises(NonFiniteError, match="the weight has 1 non-finite entries of 108"):
+        decompose_in(W, *covariances, "the weight")
