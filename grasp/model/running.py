@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -82,33 +82,46 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def casting(model: nn.Module, dtype: str | None) -> Iterator[None]:
+def casting(model: nn.Module, dtype: str | None, *, without: Collection[nn.Module] = ()) -> Iterator[None]:
     """Cast a model to another dtype until the block ends, then restore its weights bit for bit.
+
+    An offloaded weight is cast each time that it is fetched.
 
     Args:
         model: changed in place.
         dtype: such as ``"bfloat16"``; ``None`` does not cast.
+        without: modules that are not cast, with all modules in them. They may not run.
 
     Raises:
-        UnsupportedModelError: if weights are offloaded or sharded.
+        UnsupportedModelError: if weights are sharded.
     """
     if dtype is None:
         yield
         return
-    if any(parameter.is_meta or isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise UnsupportedModelError(
-            f"sweep_dtype={dtype!r} needs all weights in memory, but some are offloaded or sharded; leave sweep_dtype "
-            f"out and load the model with from_pretrained(..., dtype={dtype!r})"
-        )
     target = getattr(torch, dtype)
-    saved = {p: p.data for p in model.parameters() if p.is_floating_point() and p.dtype != target}
+    left = {module for parent in without for module in parent.modules()}
+    cast = [
+        (module, name, parameter)
+        for module in model.modules()
+        if module not in left
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_floating_point() and parameter.dtype != target
+    ]
+    if any(isinstance(parameter, DTensor) for _, _, parameter in cast):
+        raise UnsupportedModelError(
+            f"sweep_dtype={dtype!r} needs whole weights, but some are sharded; leave sweep_dtype out and load the "
+            f"model with from_pretrained(..., dtype={dtype!r})"
+        )
+    saved = {parameter: parameter.data for _, _, parameter in cast}
     try:
         for parameter, data in saved.items():
             parameter.data = data.to(target)
         yield
     finally:
-        for parameter, data in saved.items():
-            parameter.data = data
+        for module, name, parameter in cast:
+            data = parameter.data = saved[parameter]
+            if data.is_meta:  # offloaded: its parameter was replaced when it was fetched
+                module.get_parameter(name).data = data
 
 
 def batch_inputs(model: nn.Module, batch: Tokens) -> dict[str, Tensor]:

@@ -247,10 +247,17 @@ def test_a_weight_without_data_is_refused() -> None:
         dense_weight(nn.Linear(2, 3, device="meta"))
 
 
-def test_sweeps_in_another_dtype_are_refused_for_offloaded_weights(tmp_path: Path) -> None:
-    config = GraspConfig(layers=(1,), sweep_dtype="bfloat16")
-    with pytest.raises(UnsupportedModelError, match=r"some are offloaded.*from_pretrained\(\.\.\., dtype='bfloat16'\)"):
-        compress_(on_disk("llama", tmp_path), tiny_batches(), config)
+@pytest.mark.parametrize("make", [on_disk, in_the_checkpoint])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_offloaded_model_is_swept_in_another_dtype_like_one_in_memory(
+    family: str, make: Maker, tmp_path: Path
+) -> None:
+    config, batches = GraspConfig(layers=(1, 2), retain_ratio=0.3, sweep_dtype="bfloat16"), tiny_batches()
+    model, expected = make(family, tmp_path), tiny_model(family)
+    report, wanted = compress_(model, batches, config), compress_(expected, batches, config)
+    assert [m.indices for m in report.modules] == [m.indices for m in wanted.modules]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model(batches[0]).logits, expected(batches[0]).logits)
 
 
 def test_the_best_preset_is_refused_for_offloaded_weights_before_anything_is_run(tmp_path: Path) -> None:

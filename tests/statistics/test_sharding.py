@@ -198,4 +198,4 @@ def compress_in_bfloat16(processes: Processes) -> None:
 def test_sweeps_in_another_dtype_are_refused() -> None:
     for outcome in run(compress_in_bfloat16, sharded=True):
         assert isinstance(outcome.error, UnsupportedModelError)
-        assert "sweep_dtype='bfloat16'" in str(outcome.error)
+        assert "sweep_dtype='bfloat16' needs whole weights, but some are sharded" in str(outcome.error)
