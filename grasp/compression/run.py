@@ -88,8 +88,6 @@ def start_run(
     targets, left = eligible_targets(model)
     prices = find_prices(config, model, targets, costs)
     removable = removable_layers(model) if config.remove_layers else []
-    if removable and processes.sharded:
-        raise ValueError("remove_layers needs whole layers, but the model is sharded; leave one of the two out")
     if config.schedule == "progressive":
         require_in_memory(target for linears in targets.values() for target in linears)
     calibration, held_out = hold_out(batches) if config.remove_layers else (batches, [])

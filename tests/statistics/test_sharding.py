@@ -19,6 +19,7 @@ from grasp.model.batch import as_batches
 from grasp.model.lowrank_linear import LowRankLinear, group_linears_
 from grasp.model.offload import place_like, release_
 from grasp.model.targets import decoder, layer_targets
+from grasp.statistics.layer_losses import removal_losses
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sharding import collect_, shard_
 from grasp.statistics.sweep import capture_prefix, sweep
@@ -99,6 +100,37 @@ def test_each_process_holds_half_of_the_linears_and_experts_and_whole_low_rank_l
         kept = [f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"]
         assert sorted(sharded) == sorted([*kept, *(f"model.layers.{layer}.mlp.experts" for layer in range(3))])
         assert len(low_rank) == 8
+
+
+def remove_layers(processes: Processes) -> tuple[dict[int, float], CompressionReport, dict[str, Tensor]]:
+    """Measure the removal of each layer, let ``best`` remove some, and collect the model."""
+    model = tiny_model("llama", torch.float64, num_hidden_layers=5)
+    with torch.no_grad():  # two layers that do next to nothing
+        for layer in (1, 3):
+            decoder(model).layers[layer].self_attn.o_proj.weight.mul_(1e-2)
+            decoder(model).layers[layer].mlp.down_proj.weight.mul_(1e-2)
+    if processes.sharded:
+        shard_(model, CPU, processes)
+    batches = as_batches(tiny_batches(8))
+    losses = removal_losses(model, [0, 1, 3], batches[:3], processes=processes)
+    config = GraspConfig.best(compression_ratio=0.45, remove_layers=True, schedule="single-sweep")
+    report = compress_(model, batches, config, processes=processes)
+    if processes.sharded:
+        collect_(model, processes)
+    return losses, report, {name: value for name, value in model.state_dict().items() if not value.is_meta}
+
+
+def test_layers_of_a_sharded_model_are_removed_like_those_of_a_whole_one() -> None:
+    losses, report, expected = remove_layers(ALONE)
+    (first, second) = (outcome.value for outcome in run(remove_layers, sharded=True))
+    assert report.removed_layers
+    assert report.compressed
+    for other in (first, second):
+        assert other[0] == pytest.approx(losses, rel=1e-9)
+        assert other[1].removed_layers == report.removed_layers
+        assert [m.indices for m in other[1].modules] == [m.indices for m in report.modules]
+        assert other[1].held_out_loss == pytest.approx(report.held_out_loss, rel=1e-9)
+    torch.testing.assert_close(first[2], expected, rtol=1e-6, atol=1e-9)
 
 
 def replace_by_hand(processes: Processes) -> dict[str, Any]:
