@@ -27,3 +27,27 @@ def fp64_device(device: torch.device) -> torch.device:
     if device.type == "xpu" and torch.xpu.is_available():
         return device if torch.xpu.get_device_properties(device).has_fp64 else torch.device("cpu")
     return torch.device("cpu") if device.type in _WITHOUT_FP64 else device
+
+
+def quadratic_form(C: Tensor, X: Tensor, damping: float = 0.0) -> Tensor:
+    """``Xᵀ (C + damping · 1) X``, (D, D). With C = T + Tᵀ and T lower triangular it is H + Hᵀ, H = Xᵀ T X.
+
+    Args:
+        C: symmetric, (M, M); the lower triangle is read, in blocks of rows.
+        X: (M, D) fp64, on a device with fp64.
+        damping: added to the diagonal.
+    """
+    total = X.new_zeros(X.shape[1], X.shape[1])
+    for rows in row_blocks(len(X)):
+        total.addmm_(X[rows].mT, _lower_half(C, rows, damping, X.device) @ X[: rows.stop])
+    for rows in row_blocks(len(total)):
+        block = total[rows, : rows.stop] + total[: rows.stop, rows].mT
+        total[rows, : rows.stop], total[: rows.stop, rows] = block, block.mT
+    return total
+
+
+def _lower_half(C: Tensor, rows: slice, damping: float, device: torch.device) -> Tensor:
+    """Rows of the damped T, up to the diagonal."""
+    block = to_double(C[rows, : rows.stop], device, copy=True)
+    block[:, rows].tril_().diagonal().add_(damping).div_(2)
+    return block

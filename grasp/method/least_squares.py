@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grasp.method.blocks import BLOCK_ROWS, fp64_device, row_blocks, to_double
+from grasp.method.blocks import BLOCK_ROWS, fp64_device, quadratic_form, row_blocks, to_double
 from grasp.method.ranks import Shape
 
 RIDGE = 1e-3  # of the mean diagonal of the projected inputs' covariance: how strongly U is held at its value
@@ -19,13 +19,11 @@ def least_squares(U: Tensor, Vh: Tensor, weight: Tensor, cross: Tensor, inputs: 
         Vh: (R, K).
         weight: W, (N, K).
         cross: ``Σ x x̂ᵀ``, (K, K): inputs in the dense model by those in the compressed one.
-        inputs: ``Σ x̂ x̂ᵀ``, (K, K).
+        inputs: ``Σ x̂ x̂ᵀ``, (K, K); the lower triangle is read.
     """
     place = fp64_device(U.device)
     right = to_double(Vh, place).mT
-    gram = right.new_zeros(right.shape[1], right.shape[1])
-    for rows in row_blocks(len(inputs)):
-        gram.addmm_(right[rows].mT, to_double(inputs[rows], place) @ right)
+    gram = quadratic_form(inputs, right)
     ridge = RIDGE * float(gram.diagonal().mean())
     gram.diagonal().add_(ridge)
     projected = torch.empty_like(right)  # cross · Vhᵀ
@@ -54,3 +52,10 @@ def least_squares_bytes(shape: Shape, rank: int, itemsize: int = 4) -> int:
     projecting = 2 * k * rank + rank**2 + block * (k + rank)
     solving = k * rank + rank**2 + block * (k + 3 * rank)
     return max(8 * projecting, 8 * solving + itemsize * n * rank)
+
+
+def least_squares_flops(shape: Shape, rank: int) -> int:
+    """FLOPs of ``least_squares``; the arguments are those of ``least_squares_bytes``."""
+    n, k = shape
+    projections = k**2 * rank + 2 * k * rank**2 + 2 * k**2 * rank
+    return projections + 2 * rank**3 // 3 + 2 * n * k * rank + 2 * n * rank**2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grasp.errors import NonFiniteError
-from grasp.method.blocks import BLOCK_ROWS, fp64_device, row_blocks, to_double
+from grasp.method.blocks import BLOCK_ROWS, fp64_device, quadratic_form, row_blocks, to_double
 from grasp.method.ranks import Shape
 
 DAMPING = 1e-3  # of the mean of a covariance's diagonal, added to the diagonal
@@ -107,7 +107,7 @@ def decomposition_bytes(
         return result + itemsize * (m * d + d * (m + d) + 8 * d * d)  # SVD by LAPACK: all groups and its workspace
     small, large = (inputs, outputs) if _is_tall(shape) else (outputs, inputs)
     block, factor = min(BLOCK_ROWS, m), d * d if small else 0
-    gram = d * d + block * d + (m * d + block * m if large else 0)
+    gram = d * d + block * d + (m * d + block * m if large else block * d)
     eigh = 3 * d * d + factor  # LAPACK's workspace has 2 d²
     writing = d * d + factor + block * (rank + 2 * d)
     return max(8 * gram, 8 * eigh, 8 * writing + result)
@@ -166,20 +166,15 @@ def _write_left(out: Tensor, vectors: Tensor, factor: Tensor | None, weight: Ten
 
 
 def _gram(weight: Tensor, outputs: Tensor | None, tokens: int, device: torch.device, name: str) -> Tensor:
-    """``Wᵀ B W`` of an (M, D) weight, (D, D) fp64. With B = T + Tᵀ and T lower triangular it is H + Hᵀ, H = Wᵀ T W."""
+    """``Wᵀ B W`` of an (M, D) weight, (D, D) fp64."""
+    if outputs is not None:
+        floor = _floor(outputs, device, name)
+        return quadratic_form(outputs, to_double(weight, device), floor).div_(tokens)
     gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=device)
-    if outputs is None:
-        for rows in row_blocks(len(weight)):
-            block = to_double(weight[rows], device)
-            gram.addmm_(block.mT, block)
-        return gram
-    floor, exact = _floor(outputs, device, name), to_double(weight, device)
     for rows in row_blocks(len(weight)):
-        block = to_double(outputs[rows, : rows.stop], device, copy=True)
-        block[:, rows].tril_().diagonal().add_(floor).div_(2)
-        gram.addmm_(exact[rows].mT, block @ exact[: rows.stop])
-    del exact
-    return (gram + gram.mT).div_(tokens)
+        block = to_double(weight[rows], device)
+        gram.addmm_(block.mT, block)
+    return gram
 
 
 def _cholesky_factor(covariance: Tensor, tokens: int, device: torch.device, name: str) -> Tensor:
