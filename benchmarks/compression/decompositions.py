@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from grasp.bench.conditions import Conditions, conditions, measure_card
+from grasp.bench.memory import peak_bytes_above_now
 from grasp.bench.timing import Sample
 from grasp.evaluation.generation import now as synchronized_time
 from grasp.loading import find_device
@@ -43,7 +44,8 @@ class DecompositionResult:
     shape: Shape  # (N, K)
     rank: int  # groups that are returned
     flops: int
-    peak_bytes: int  # estimate, beyond the arguments
+    estimated_bytes: int  # beyond the arguments
+    peak_bytes: int | None  # the largest of the calls; ``None`` if unknown
     repeats: int  # 0: extrapolated
     extrapolated_from: Shape | None  # the shape whose FLOP/s are assumed
     seconds: float  # median; on a CPU, processor time over threads
@@ -128,22 +130,30 @@ def measure(
     rate = matmul_rate(device)
     for shape in track(shapes, "timing", console=Console(stderr=True)):
         for operation, call in calls(shape, device).items():
-            sample = Sample(tuple(seconds(call, device) for _ in range(repeats)))
-            flops, peak = cost(operation, shape)
+            times, peaks = zip(*(timed(call, device) for _ in range(repeats)), strict=True)
+            flops, estimated = cost(operation, shape)
             yield DecompositionResult(
                 operation=operation,
                 shape=shape,
                 rank=break_even_rank(shape),
                 flops=flops,
-                peak_bytes=peak,
+                estimated_bytes=estimated,
+                peak_bytes=None if None in peaks else max(peaks),
                 repeats=repeats,
                 extrapolated_from=None,
-                seconds=sample.median,
-                spread=sample.spread,
+                seconds=Sample(times).median,
+                spread=Sample(times).spread,
                 floor_seconds=flops / rate,
                 largest_difference=largest,
                 conditions=facts,
             )
+
+
+def timed(call: Callable[[], object], device: torch.device) -> tuple[float, int | None]:
+    """Seconds and peak bytes of one call."""
+    times: list[float] = []
+    peak = peak_bytes_above_now(lambda: times.append(seconds(call, device)), device)
+    return times[0], peak
 
 
 def matmul_rate(device: torch.device) -> float:
@@ -168,7 +178,7 @@ def extrapolate(measured: Sequence[DecompositionResult], shape: Shape) -> list[D
     last = {result.operation: result for result in sorted(measured, key=lambda result: result.flops)}
     results = []
     for operation, source in last.items():
-        flops, peak = cost(operation, shape)
+        flops, estimated = cost(operation, shape)
         scale = flops / source.flops
         results.append(
             replace(
@@ -176,7 +186,8 @@ def extrapolate(measured: Sequence[DecompositionResult], shape: Shape) -> list[D
                 shape=shape,
                 rank=break_even_rank(shape),
                 flops=flops,
-                peak_bytes=peak,
+                estimated_bytes=estimated,
+                peak_bytes=None,
                 repeats=0,
                 extrapolated_from=source.shape,
                 seconds=scale * source.seconds,
@@ -191,7 +202,7 @@ def result_table(results: Sequence[DecompositionResult]) -> Table:
     """One row per operation and shape."""
     table = Table()
     table.add_column("operation")
-    for heading in ("N × K", "rank", "GFLOP", "MB", "s", "GFLOP/s", "floor s", ""):
+    for heading in ("N × K", "rank", "GFLOP", "MB", "peak", "s", "GFLOP/s", "floor s", ""):
         table.add_column(heading, justify="right")
     for result in results:
         table.add_row(
@@ -199,7 +210,8 @@ def result_table(results: Sequence[DecompositionResult]) -> Table:
             "{} × {}".format(*result.shape),
             str(result.rank),
             f"{result.flops / 1e9:.1f}",
-            f"{result.peak_bytes / 1e6:.0f}",
+            f"{result.estimated_bytes / 1e6:.0f}",
+            "" if result.peak_bytes is None else f"{result.peak_bytes / 1e6:.0f}",
             f"{result.seconds:.2f}",
             f"{result.rate / 1e9:.1f}",
             f"{result.floor_seconds:.2f}",

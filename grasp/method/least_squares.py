@@ -50,7 +50,7 @@ def least_squares_bytes(shape: Shape, rank: int, itemsize: int = 4) -> int:
     n, k = shape
     block = min(BLOCK_ROWS, max(n, k))
     projecting = 2 * k * rank + rank**2 + block * (k + rank)
-    solving = k * rank + rank**2 + block * (k + 3 * rank)
+    solving = k * rank + rank**2 + block * max(k + rank, 3 * rank)
     return max(8 * projecting, 8 * solving + itemsize * n * rank)
 
 

@@ -7,7 +7,9 @@ from torch import Tensor
 from grasp.errors import NonFiniteError
 from grasp.method import blocks
 from grasp.method import svd as module
-from grasp.method.svd import DAMPING, SVD, decompose_in
+from grasp.method.ranks import break_even_rank
+from grasp.method.svd import DAMPING, SVD, decompose_in, decomposition_bytes, decomposition_flops
+from tests.method.resources import matmul_flops, peaks_of
 
 N, K, T = 12, 9, 200
 
@@ -178,3 +180,26 @@ def test_a_covariance_of_nothing_and_one_that_is_not_finite_are_refused(shape: t
     W[1, 2] = float("inf")
     with pytest.raises(NonFiniteError, match="the weight has 1 non-finite entries of 108"):
         decompose_in(W, *covariances, "the weight")
+
+
+@pytest.mark.parametrize("shape", [(240, 160), (160, 240)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(True, False), (False, True), (True, True)])
+def test_flops_are_those_of_the_matrix_products(
+    shape: tuple[int, int], inputs: bool, outputs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 8)
+    (n, k), d, rank = shape, 160, 90
+    covariances = [torch.eye(k) if inputs else None, torch.eye(n) if outputs else None]
+    counted = matmul_flops(lambda: decompose_in(torch.randn(n, k), *covariances, rank=rank))
+    small = inputs if n >= k else outputs
+    other = 14 * d**3 // 3 + (d**3 // 3 + d**2 * rank if small else 0)  # PyTorch does not count solvers
+    expected = decomposition_flops(shape, inputs=inputs, outputs=outputs, rank=rank)
+    assert counted + other == pytest.approx(expected, rel=0.05)
+
+
+def test_the_peaks_are_the_estimates() -> None:
+    shapes = {"both": [(2048, 768), (768, 2048)], "inputs": [(1024, 1024)], "outputs": [(2048, 1024)]}
+    cases = [(which, shape, break_even_rank(shape)) for which in shapes for shape in shapes[which]]
+    for (which, shape, rank), measured in zip(cases, peaks_of(cases), strict=True):
+        given = {name: which in ("both", name) for name in ("inputs", "outputs")}
+        assert measured == pytest.approx(decomposition_bytes(shape, **given, rank=rank), rel=0.1)
