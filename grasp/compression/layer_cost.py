@@ -149,7 +149,7 @@ def _layer_cost(
     args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
     flops = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
     with torch.set_grad_enabled(graph != "none"), LiveBytes() as live, flops:
-        with visiting(visited, batch, lambda call: None):
+        with visiting({target.module: target for target in visited}, batch, lambda call: None):
             output = hidden_output(layer(*args, **kwargs))
         forward, saved = flops.get_total_flops(), live.now
         if output.requires_grad:

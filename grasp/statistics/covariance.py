@@ -104,6 +104,7 @@ def gather_covariances(
     prefix: Prefix,
     targets: Collection[Target],
     *,
+    layers: range | None = None,
     outputs: bool = True,
     progress: Progress = no_progress,
     processes: Processes = ALONE,
@@ -113,6 +114,7 @@ def gather_covariances(
     Args:
         prefix: see ``sweep``; with the local batches of this process.
         targets: linears of one or more layers.
+        layers: the layers to run, see ``sweep``.
         outputs: gather B too.
         progress: called after each batch.
         processes: the processes whose sums are added up.
@@ -133,7 +135,7 @@ def gather_covariances(
         progress(step, done, len(prefix.batches))
 
     with processes.fail_together():
-        sweep(prefix, targets, sums.add, after=after)
+        sweep(prefix, targets, sums.add, layers=layers, after=after)
     sums.all_reduce(processes)
     return sums.result()
 

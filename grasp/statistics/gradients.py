@@ -10,6 +10,7 @@ from torch import Tensor
 from grasp.method.ranks import Shape
 from grasp.method.svd import SVD, decompose
 from grasp.model.dense import dense_shape, dense_weight
+from grasp.model.offload import execution_device
 from grasp.model.targets import Target
 from grasp.progress import Progress, no_progress
 from grasp.statistics.covariance import require_finite
@@ -34,7 +35,7 @@ class FactoredSum:
         U, S, Vh = self._svd
         self.tensor += singular_value_grad(call.x.to(S.dtype), call.grad_y.to(S.dtype), U, Vh).first
 
-    def result(self) -> tuple[SVD, Tensor]:
+    def result(self, weight: Tensor) -> tuple[SVD, Tensor]:
         """The decomposition of the weight, and the sum for each of its groups, (groups,)."""
         return self._svd, self.tensor
 
@@ -43,9 +44,9 @@ class DenseSum:
     """``diag(Uᵀ (Σ dᵀ x) Vhᵀ)``: the gradient of the weight is summed, then contracted once."""
 
     def __init__(self, target: Target) -> None:
-        self._name, self._weight = target.name, dense_weight(target.module)
-        dtype = torch.promote_types(self._weight.dtype, torch.float32)
-        self.tensor = torch.zeros_like(self._weight, dtype=dtype, memory_format=torch.contiguous_format)
+        self._name = target.name
+        dtype = torch.promote_types(target.module.weight.dtype, torch.float32)
+        self.tensor = torch.zeros(dense_shape(target.module), dtype=dtype, device=execution_device(target.module))
         self.calls = 0
 
     def add(self, call: Call) -> None:
@@ -53,9 +54,9 @@ class DenseSum:
         self.calls += 1
         accumulate_weight_grad_(self.tensor, call.x, call.grad_y)
 
-    def result(self) -> tuple[SVD, Tensor]:
+    def result(self, weight: Tensor) -> tuple[SVD, Tensor]:
         """The decomposition of the weight, and the sum for each of its groups, (groups,)."""
-        svd = decompose(self._weight, self._name)
+        svd = decompose(weight, self._name)
         return svd, contract_weight_grad(self.tensor, svd.U, svd.Vh)
 
 
@@ -78,6 +79,7 @@ def gather_gradients(
     prefix: Prefix,
     targets: Collection[Target],
     *,
+    layers: range | None = None,
     progress: Progress = no_progress,
     state: PartialSums | None = None,
     processes: Processes = ALONE,
@@ -87,6 +89,7 @@ def gather_gradients(
     Args:
         prefix: see ``sweep``; with the local batches of this process.
         targets: linears of one or more layers.
+        layers: the layers to run, see ``sweep``.
         progress: called after each batch.
         state: where the sums are stored and resumed from.
         processes: the processes whose sums are added up.
@@ -109,7 +112,9 @@ def gather_gradients(
         progress(step, done, count)
 
     with processes.fail_together():
-        sweep(prefix, targets, lambda call: sums[call.target].add(call), start=start, after=after)
+        sweep(
+            *(prefix, targets, lambda call: sums[call.target].add(call)), layers=layers, start=start, after=after
+        )
     calls = torch.tensor([total.calls for total in sums.values()])
     processes.sum_([*(total.tensor for total in sums.values()), calls])
     for target, total in sums.items():

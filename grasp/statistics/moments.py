@@ -56,6 +56,7 @@ def basis_moments(
     prefix: Prefix,
     decompositions: Mapping[Target, SVD],
     *,
+    layers: range | None = None,
     second: bool = False,
     progress: Progress = no_progress,
     processes: Processes = ALONE,
@@ -65,6 +66,7 @@ def basis_moments(
     Args:
         prefix: see ``sweep``; with the local batches of this process.
         decompositions: of the weight of each linear, in any basis: U (N, R) and Vh (R, K).
+        layers: the layers to run, see ``sweep``.
         second: also sum the squared gradient of each token.
         progress: called after each batch.
         processes: the processes whose sums are added up.
@@ -81,6 +83,7 @@ def basis_moments(
     with processes.fail_together():
         sweep(
             *(prefix, sums, lambda call: sums[call.target].add(call)),
+            layers=layers,
             after=lambda done: progress(step, done, len(prefix.batches)),
         )
     for total in sums.values():

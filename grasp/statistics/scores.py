@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -24,14 +23,19 @@ from grasp.statistics.sweep import Prefix
 
 
 class Scored(NamedTuple):
-    """The groups of one linear, ``weight = U diag(S) Vh``, with their importance, (groups,)."""
+    """The groups of one linear, ``weight = U diag(S) Vh``, with their importance, (groups,).
+
+    U and Vh may have the most important groups only; S has all.
+    """
 
     svd: SVD
     importance: Tensor
 
 
-Decompositions = Mapping[Target, Callable[[], SVD]]
-Scores = Mapping[Target, Callable[[], Scored]]  # called one at a time: all decompositions together are large
+# The weight, (N, K), and how many of the most important groups are needed, ``None`` for all → the groups.
+Decompose = Callable[[Tensor, "int | None"], SVD]
+Score = Callable[[Tensor, "int | None"], Scored]
+Scores = Mapping[Target, Score]  # called one at a time: all decompositions together are large
 
 
 def gather_scores(
@@ -40,10 +44,10 @@ def gather_scores(
     *,
     basis: str,
     metric: str,
+    layers: range | None = None,
     progress: Progress = no_progress,
     state: PartialSums | None = None,
     processes: Processes = ALONE,
-    running: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Scores:
     """Score the singular groups of linears on the model in its present state, in one sweep or two.
 
@@ -55,66 +59,66 @@ def gather_scores(
         targets: linears of one or more layers.
         basis: a name from ``BASES``.
         metric: a name from ``METRICS``.
+        layers: the layers to run, see ``sweep``.
         progress: called after each batch.
         state: where the sums of a plain first-order sweep are stored and resumed from.
         processes: the processes whose sums are added up.
-        running: makes a context in which the sweeps run, if the model swept is not the one whose weights are
-            decomposed. The plain basis does not support it.
 
     Returns:
-        For each target a function that decomposes and scores it. A target whose output does not reach the loss is left
-        out.
+        For each target a function that decomposes its weight and scores the groups. A target whose output does not
+        reach the loss is left out.
 
     Raises:
         NonFiniteError: if weights, the loss or a statistic are NaN or infinite.
         DistributedError: if another process fails.
     """
     row = METRICS[metric]
+    shared = {"layers": layers, "progress": progress, "processes": processes}
     if not BASES[basis].inputs and row.moment == "first":
-        sums = gather_gradients(prefix, targets, progress=progress, state=state, processes=processes)
+        sums = gather_gradients(prefix, targets, state=state, **shared)  # type: ignore[arg-type]
         return {target: partial(_by_gradient, total, row) for target, total in sums.items()}
-    makers: Decompositions
+    decompositions: Mapping[Target, Decompose]
     if not BASES[basis].inputs:
-        makers = {target: partial(decompose, dense_weight(target.module), target.name) for target in targets}
+        decompositions = {target: partial(_decompose_plain, target.name) for target in targets}
     else:
-        with running():
-            covariances = gather_covariances(
-                prefix, targets, outputs=BASES[basis].outputs, progress=progress, processes=processes
-            )
-        makers = decompositions_by(covariances)
+        covariances = gather_covariances(prefix, targets, outputs=BASES[basis].outputs, **shared)  # type: ignore[arg-type]
+        decompositions = decompositions_by(covariances)
     if row.moment == "none":
-        return score_by_magnitude(makers)
-    svds = {target: make() for target, make in makers.items()}
-    with running():
-        moments = basis_moments(prefix, svds, second=row.moment == "second", progress=progress, processes=processes)
+        return score_by_magnitude(decompositions)
+    svds = {target: make(dense_weight(target.module), None) for target, make in decompositions.items()}
+    moments = basis_moments(prefix, svds, second=row.moment == "second", **shared)  # type: ignore[arg-type]
     return {target: partial(_by_moments, svds[target], *moment, row) for target, moment in moments.items()}
 
 
-def score_by_magnitude(decompositions: Decompositions) -> Scores:
+def score_by_magnitude(decompositions: Mapping[Target, Decompose]) -> Scores:
     """Score groups by ``METRICS["magnitude"]``, which needs the singular values alone."""
 
-    def score(make: Callable[[], SVD]) -> Scored:
-        svd = make()
+    def score(make: Decompose, weight: Tensor, rank: int | None) -> Scored:
+        svd = make(weight, rank)
         return Scored(svd, METRICS["magnitude"].score(svd.S, svd.S, svd.S))
 
     return {target: partial(score, make) for target, make in decompositions.items()}
 
 
-def _by_gradient(total: DenseSum | FactoredSum, metric: Metric) -> Scored:
-    svd, grad = total.result()
+def decompositions_by(covariances: Mapping[Target, Covariance]) -> dict[Target, Decompose]:
+    """For each linear a function that decomposes it by its covariances: ``whitened`` without B, ``kfac`` with B."""
+
+    def make(name: str, covariance: Covariance, weight: Tensor, rank: int | None) -> SVD:
+        return decompose_in(weight, covariance.A, covariance.B, name, rank, tokens=covariance.tokens)
+
+    return {target: partial(make, target.name, covariance) for target, covariance in covariances.items()}
+
+
+def _decompose_plain(name: str, weight: Tensor, rank: int | None) -> SVD:
+    return decompose(weight, name)
+
+
+def _by_gradient(total: DenseSum | FactoredSum, metric: Metric, weight: Tensor, rank: int | None) -> Scored:
+    svd, grad = total.result(weight)
     return Scored(svd, metric.score(svd.S, grad, grad))
 
 
-def _by_moments(svd: SVD, first: Tensor, second: Tensor | None, metric: Metric) -> Scored:
+def _by_moments(
+    svd: SVD, first: Tensor, second: Tensor | None, metric: Metric, weight: Tensor, rank: int | None
+) -> Scored:
     return Scored(svd, metric.score(svd.S, first, first if second is None else second))
-
-
-def decompositions_by(covariances: Mapping[Target, Covariance]) -> Decompositions:
-    """For each linear a function that decomposes it by its covariances: ``whitened`` without B, ``kfac`` with B."""
-
-    def make(name: str, weight: Tensor, covariance: Covariance) -> SVD:
-        return decompose_in(weight, covariance.A, covariance.B, name, tokens=covariance.tokens)
-
-    # A sharded weight is gathered by all processes at once, so all weights are fetched here, not in ``make``.
-    weights = {target: dense_weight(target.module) for target in covariances}
-    return {t: partial(make, t.name, weights[t], covariance) for t, covariance in covariances.items()}

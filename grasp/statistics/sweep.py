@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +23,13 @@ from grasp.model.running import (
     entering_with,
     evaluating,
     hidden_input,
+    hidden_output,
     passing_through,
     returns_tuple,
 )
 from grasp.model.targets import Target, decoder
 from grasp.progress import Progress, no_progress
+from grasp.statistics.hidden_states import HiddenStates, Scratch
 from grasp.statistics.loss import loss_and_grad, without_head
 
 
@@ -51,21 +53,25 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Prefix:
-    """The start of a sweep: the hidden states that enter some layers, computed once by the untouched layers below.
+    """What crosses the borders between decoder layers; sweeps over some of the layers start from it.
 
     Attributes:
         model: the model; sweeps run it in its present state.
         batches: the calibration batches.
         dtype: ``"bfloat16"`` if the model runs in it, ``None`` for the dtype of the model.
-        hidden: layer → for each batch the hidden states at its input, (B, L, H), in CPU memory.
+        hidden: layer → for each batch the hidden states at its input, (B, L, H), on the CPU.
         returns_tuple: whether the decoder layers of this family return a tuple.
+        scratch: where hidden states and gradients are kept.
+        grads: layer → for each batch the gradient of the summed loss in ``hidden``.
     """
 
     model: PreTrainedModel
     batches: Sequence[CalibrationBatch]
     dtype: str | None
-    hidden: dict[int, list[Tensor]]
+    hidden: dict[int, HiddenStates]
     returns_tuple: bool
+    scratch: Scratch
+    grads: dict[int, HiddenStates] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -75,29 +81,88 @@ def capture_prefix(
     layers: Collection[int],
     *,
     dtype: str | None = None,
+    scratch: Scratch | None = None,
     progress: Progress = no_progress,
 ) -> Prefix:
     """Compute the hidden states at the input of each of ``layers``, for sweeps that start there."""
-    hidden: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    scratch = Scratch() if scratch is None else scratch
+    hidden = {layer: HiddenStates(scratch) for layer in layers}
     if not layers or not batches:
-        return Prefix(model, batches, dtype, hidden, returns_tuple=False)
+        return Prefix(model, batches, dtype, hidden, returns_tuple=False, scratch=scratch)
     modules = decoder(model).layers
-    prefix = Prefix(model, batches, dtype, hidden, returns_tuple(model, batches[0]))
+    prefix = Prefix(model, batches, dtype, hidden, returns_tuple(model, batches[0]), scratch)
     indices = {modules[layer]: layer for layer in layers}
 
     def store(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden[indices[module]].append(hidden_input(args, kwargs).detach().to("cpu", copy=True))
+        hidden[indices[module]].append(hidden_input(args, kwargs))
 
-    with (
-        evaluating(model),
-        casting(model, dtype),
-        hooked(*indices, before=store),
-        passing_through(list(modules)[max(layers) :], prefix.returns_tuple),
-    ):
+    with alone(prefix, range(max(layers))), hooked(*indices, before=store):
         for done, batch in enumerate(batches, start=1):
             backbone(model)(**batch_inputs(model, batch), use_cache=False)
             progress("prefix", done, len(batches))
     return prefix
+
+
+@contextmanager
+def alone(prefix: Prefix, layers: range) -> Iterator[None]:
+    """Let the model compute only some of its decoder layers until the block ends; the others return their input."""
+    model = prefix.model
+    others = [module for index, module in enumerate(decoder(model).layers) if index not in layers]
+    with (
+        evaluating(model),
+        casting(model, prefix.dtype, without=others),
+        fetching_again(model),
+        passing_through(others, prefix.returns_tuple),
+    ):
+        yield
+
+
+def run_layers(prefix: Prefix, layers: range, index: int, hidden: Tensor) -> Tensor:
+    """The output of the last of some layers for the hidden states that enter the first; use it under ``alone``.
+
+    Args:
+        prefix: its model and batches.
+        layers: contiguous, at least one.
+        index: of the batch, for its mask and positions.
+        hidden: (B, L, H).
+    """
+    outputs: list[Tensor] = []
+    modules = decoder(prefix.model).layers
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        outputs.append(hidden_output(output))
+        rest = outputs[0].detach()  # what follows is not needed
+        return (rest, *output[1:]) if isinstance(output, tuple) else rest
+
+    with entering_with(modules[layers.start], hidden), hooked(modules[layers.stop - 1], after=keep):
+        backbone(prefix.model)(**batch_inputs(prefix.model, prefix.batches[index]), use_cache=False)
+    return outputs[0]
+
+
+@torch.no_grad()
+def propagate(
+    prefix: Prefix, layers: range, hidden: Sequence[Tensor], progress: Callable[[int], None] = lambda done: None
+) -> HiddenStates:
+    """The hidden states of every batch after some layers, from those before them."""
+    result = HiddenStates(prefix.scratch)
+    with alone(prefix, layers):
+        for index in range(len(prefix.batches)):
+            result.append(run_layers(prefix, layers, index, hidden[index]))
+            progress(index + 1)
+    return result
+
+
+@torch.no_grad()
+def sum_nll_after(prefix: Prefix, hidden: Sequence[Tensor]) -> float:
+    """The summed negative log-likelihood of all batches, in nats, from the hidden states after the last layer."""
+    model, total = prefix.model, 0.0
+    last = decoder(model).layers[-1]
+    with alone(prefix, range(0)):
+        for index, batch in enumerate(prefix.batches):
+            with entering_with(last, hidden[index]), without_head(model) as body:
+                model(**batch_inputs(model, batch), use_cache=False)
+            total += loss_and_grad(model, body, batch)[0]
+    return total
 
 
 def sweep(
@@ -105,19 +170,23 @@ def sweep(
     targets: Collection[Target],
     visit: Callable[[Call], None],
     *,
+    layers: range | None = None,
     start: int = 0,
     after: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Run a forward and a backward pass over every batch, and call ``visit`` for each call of each target.
 
-    The forward pass starts at the lowest layer with a target, from the hidden states in ``prefix``. The backward pass
-    stops at the first target. No weight gets a gradient. Logits are computed for a slice of the tokens at a time.
-    ``visit`` is called in the order of the backward pass, and not for targets that do not affect the loss.
+    The forward pass starts from the hidden states in ``prefix``. If it ends before the last layer, the backward pass
+    starts from the gradient in ``prefix``, otherwise from the loss. No weight gets a gradient. Logits are computed for
+    a slice of the tokens at a time. ``visit`` is called in the order of the backward pass, and not for targets that do
+    not affect the loss.
 
     Args:
-        prefix: from ``capture_prefix``, with the lowest layer of the targets; its model is not changed.
+        prefix: from ``capture_prefix``; its model is not changed.
         targets: linears of one or more layers.
         visit: called during the backward pass with detached tensors; it may modify them in place.
+        layers: the layers to run. The gradient at the input of the first one is then stored in ``prefix``. ``None``:
+            from the lowest layer of the targets to the last layer; no gradient is stored.
         start: number of batches to skip.
         after: called after each batch with the number of batches done.
 
@@ -125,48 +194,65 @@ def sweep(
         NonFiniteError: if the loss is NaN or infinite.
         UnsupportedModelError: if a batch has padding and a target does not process every token.
     """
-    model = prefix.model
-    modules = decoder(model).layers
-    first = min(target.layer for target in targets)
-    with (
-        evaluating(model),
-        casting(model, prefix.dtype),
-        fetching_again(model),
-        passing_through(list(modules)[:first], prefix.returns_tuple),
-    ):
+    model, depth = prefix.model, len(decoder(prefix.model).layers)
+    span = range(min(target.layer for target in targets), depth) if layers is None else layers
+    grads = HiddenStates(prefix.scratch)
+    watched = {model.get_submodule(target.name): target for target in targets}  # or what stands in for the linear
+    with alone(prefix, span):
         for index, batch in enumerate(prefix.batches[start:], start):
-            with (
-                entering_with(modules[first], prefix.hidden[first][index]),
-                without_head(model) as body,
-                visiting(targets, batch, visit),
-            ):
-                model(**batch_inputs(model, batch), use_cache=False)
-            loss, grad = loss_and_grad(model, body, batch)
-            if not math.isfinite(loss):
-                raise NonFiniteError(
-                    f"the loss of calibration batch {index} is {loss}; expected a finite number. Load the model in "
-                    "bfloat16 or float32, or remove the text of this batch."
-                )
-            if body.hidden.requires_grad:
-                torch.autograd.backward(body.hidden, grad)
+            hidden = prefix.hidden[span.start][index].detach().requires_grad_(layers is not None)
+            with visiting(watched, batch, visit):
+                if span.stop < depth:
+                    output = run_layers(prefix, span, index, hidden)
+                    grad = prefix.grads[span.stop][index].to(output.device)
+                else:
+                    output, grad = _loss_gradient(prefix, span, index, hidden)
+            if output.requires_grad:
+                torch.autograd.backward(output, grad)
+            if layers is not None:
+                grads.append(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
+            del output, grad, hidden  # before the next batch
             after(index + 1)
+    if layers is not None:
+        prefix.grads[span.start] = grads
+
+
+def _loss_gradient(prefix: Prefix, layers: range, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The output of the model's backbone for one batch, and the gradient of the summed loss in it."""
+    model, batch = prefix.model, prefix.batches[index]
+    with entering_with(decoder(model).layers[layers.start], hidden), without_head(model) as body:
+        model(**batch_inputs(model, batch), use_cache=False)
+    loss, grad = loss_and_grad(model, body, batch)
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"the loss of calibration batch {index} is {loss}; expected a finite number. Load the model in bfloat16 or "
+            "float32, or remove the text of this batch."
+        )
+    return body.hidden, grad
 
 
 @contextmanager
-def visiting(targets: Collection[Target], batch: CalibrationBatch, visit: Callable[[Call], None]) -> Iterator[None]:
-    """Start the autograd graph at the first target, and call ``visit`` when the backward pass reaches a target."""
+def visiting(
+    targets: Mapping[nn.Module, Target], batch: CalibrationBatch, visit: Callable[[Call], None]
+) -> Iterator[None]:
+    """Start the autograd graph at the first target, and call ``visit`` when the backward pass reaches a target.
+
+    Args:
+        targets: by the module that is called: the linear, or what stands in for it.
+        batch: its padding is left out.
+        visit: called with detached tensors.
+    """
     rows = Rows(batch)
-    by_module: dict[nn.Module, Target] = {target.module: target for target in targets}
 
     def register(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        target, x = by_module[module], rows.of_input(args[0])
+        target, x = targets[module], rows.of_input(args[0])
         if not output.requires_grad:
             output = output.detach().requires_grad_()
         output.register_hook(lambda grad_y: visit(Call(target, x, rows.of(grad_y))))
         return output
 
     try:
-        with hooked(*by_module, after=register):
+        with hooked(*targets, after=register):
             yield
     finally:
         rows.forget()
