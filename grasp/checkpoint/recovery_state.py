@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from grasp.checkpoint.run_folder import RunFolder
+from grasp.checkpoint.run_folder import RunFolder, read_data
 from grasp.checkpoint.saving import require_space
 from grasp.progress import Clock
 
@@ -63,9 +63,9 @@ class RecoveryState(RunFolder, NoRecoveryState):
 
     def load(self) -> Snapshot | None:
         """The stored snapshot, or ``None``."""
-        if not self._files:
+        if not self.files:
             return None
-        tensors, notes = self._read(self._files["training"])
+        tensors, notes = read_data(self.folder / self.files["training"])
         if not self._rank:
             self._notify(f"resuming after {notes['step']} of {notes['steps']} steps")
         return Snapshot(tensors, notes)

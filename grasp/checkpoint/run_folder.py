@@ -65,7 +65,7 @@ class RunFolder:
         self._lock = FileLock(self.folder / "lock")
         self._manifest = self.folder / "state.json"
         self._fingerprint: dict[str, Any] | None = None
-        self._files: dict[str, str] = {}  # stem → name of the file with its digest, as state.json lists it
+        self.files: dict[str, str] = {}  # stem → name of the file with its digest, as state.json lists it
         self._replaced: list[Path] = []  # files to remove when state.json no longer lists them
         self._output: dict[str, str] = {}  # name → SHA-256 of a file of the checkpoint, once it is about to be written
         self._clock = Clock()
@@ -157,11 +157,11 @@ class RunFolder:
         state = self.require_same(fingerprint)
         if not state:
             return {}
-        self._files = state["files"]
-        for name in self._files.values():
+        self.files = state["files"]
+        for name in self.files.values():
             self._verify(self.folder / name)
         if self._rank == 0:  # of a process that was killed before it had listed or removed them
-            listed = {*self._files.values()}
+            listed = {*self.files.values()}
             for path in list(self.folder.iterdir()):
                 if re.fullmatch(self.FILES, path.name) and path.name not in listed:
                     path.unlink()
@@ -221,9 +221,9 @@ class RunFolder:
 
     def _list(self, stem: str, name: str | None) -> None:
         """Let the next ``state.json`` list a file under ``stem`` instead of the previous one; no file for ``None``."""
-        previous = self._files.pop(stem, name)
+        previous = self.files.pop(stem, name)
         if name is not None:
-            self._files[stem] = name
+            self.files[stem] = name
         if previous is not None and previous != name:
             self._replaced.append(self.folder / previous)
 
@@ -231,7 +231,7 @@ class RunFolder:
         """Write ``state.json``, then remove the files that it no longer lists. Rank 0 writes."""
         if self._rank:
             return
-        state = {"identity": self._fingerprint, "files": self._files, "output": self._output, **self._state()}
+        state = {"identity": self._fingerprint, "files": self.files, "output": self._output, **self._state()}
         state["seconds"] = self._clock.seconds
         with self._writing("state.json"), replacing(self._manifest, scratch=self.folder / _UNFINISHED) as temporary:
             temporary.write_text(json.dumps({**state, "sha256": _state_digest(state)}, indent=1), encoding="utf-8")
@@ -257,12 +257,6 @@ class RunFolder:
         """
         if _file_digest(path, f"a file of the run; {remedy or self._remedy}")[:_DIGITS] != path.name.split(".")[-2]:
             raise self._damaged(path, "its checksum is wrong", remedy)
-
-    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors and the notes of a data file, which was verified before."""
-        with safe_open(self.folder / name, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, json.loads(file.metadata()["grasp"])
 
     @property
     def _remedy(self) -> str:
@@ -293,6 +287,15 @@ class RunFolder:
                 f"writing {self.folder / name} failed: {error}. The progress stored before is valid: free disk space "
                 "and run the same command again"
             ) from error
+
+
+def read_data(path: Path, *keys: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Those of the tensors ``keys`` that a data file has, or all tensors; and its notes."""
+    with safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if not keys or name in keys]  # noqa: SIM118
+        # Copies: the alignment of a tensor in the file may change the last bit of its products.
+        tensors = {name: file.get_tensor(name).clone() for name in names}
+        return tensors, json.loads(file.metadata()["grasp"])
 
 
 def _file_digest(path: Path, expected: str = "a file of the run") -> str:

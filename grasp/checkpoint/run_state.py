@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.checkpoint.compression_report import ModuleReport
 from grasp.checkpoint.fingerprint import request_fingerprint
-from grasp.checkpoint.run_folder import RunFolder
+from grasp.checkpoint.run_folder import INTERVAL, RunFolder, read_data
 from grasp.checkpoint.saving import require_space
 from grasp.method.cost_table import CostTable
-from grasp.method.svd import SVD
 from grasp.model.batch import CalibrationBatch
-from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.offload import execution_device
 from grasp.model.targets import Target
 from grasp.progress import Clock, Notify, no_notify
 from grasp.statistics.partial_sums import PartialSums, Sum
 
 if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
+
     from grasp.config import GraspConfig
 
 
@@ -35,13 +36,39 @@ class Decision(NamedTuple):
 
     removed: tuple[int, ...]  # the layers to remove, ascending
     losses: Mapping[str, float]  # candidate → its loss on the held-out batches, in nats per token
+    ranks: Mapping[str, int]  # path of each linear that was scored and stays → its rank, or ``DENSE``
 
 
 class NoState(PartialSums):
-    """The interface of ``RunState``; it stores nothing."""
+    """The interface of ``RunState``. It keeps files in a temporary folder, until its ``with`` block ends.
 
-    block_influence: Sequence[float] | None = None  # of all layers, as an interrupted run measured it
-    decision: Decision | None = None  # of an interrupted run
+    A data file is written under a stem, such as ``module-PATH``. It belongs to the run once it is listed.
+
+    Attributes:
+        block_influence: of all layers, as an interrupted run measured it.
+        cut: path → rank of the linears that the first cut of a progressive schedule has replaced; ``None`` before it.
+        decision: of a global budget.
+        files: stem → name of a file that belongs to the run.
+    """
+
+    block_influence: Sequence[float] | None = None
+    cut: Mapping[str, int] | None = None
+    decision: Decision | None = None
+
+    def __init__(self) -> None:
+        self.files: dict[str, str] = {}
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of the files."""
+        return Path(tempfile.mkdtemp(prefix="grasp-"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if "folder" in vars(self):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def begin(
         self,
@@ -53,25 +80,34 @@ class NoState(PartialSums):
     ) -> None:
         """Open the run, and add the time that it has taken so far to ``clock``."""
 
-    def store_block_influence(self, scores: Sequence[float]) -> None:
-        """Store the block influence of all layers."""
+    def note_progress(self, text: str) -> None:
+        """Say how much of the run an interrupted process has done."""
 
-    def restore_(self, model: PreTrainedModel, sweeps: Sequence[Sequence[Target]]) -> dict[Target, ModuleReport]:
-        """Put the stored low-rank linears into the model; their reports, in the order of ``sweeps``."""
-        return {}
+    def write(self, stem: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any] | None = None) -> str:
+        """Write a data file; its name."""
+        name = f"{stem}.safetensors"
+        on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(on_cpu, self.folder / name, {"grasp": json.dumps(notes)})
+        return name
 
-    def store_module(self, model: PreTrainedModel, report: ModuleReport) -> None:
-        """Store the report of one linear, and its low-rank form if it was replaced."""
+    def read(self, name: str, *keys: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Those of the tensors ``keys`` that a data file has, or all of them; and its notes."""
+        return read_data(self.folder / name, *keys)
 
-    def store_decision(self, model: PreTrainedModel, decision: Decision, reports: Sequence[ModuleReport]) -> None:
-        """Store the reports of all linears of a global budget together."""
+    def record(self, files: Mapping[str, str | None], *, soon: bool = False, **values: Any) -> None:
+        """List files under their stems, ``None`` for a file that is no longer needed, and set attributes of the run.
 
-    def restore_cut(self, members: Sequence[Target]) -> dict[Target, SVD] | None:
-        """The stored groups of the first cut of a progressive schedule, or ``None``."""
-        return None
-
-    def store_cut(self, cut: Mapping[Target, SVD]) -> None:
-        """Store the groups of the first cut of a progressive schedule."""
+        Args:
+            files: stem → name of the file.
+            soon: a process that is killed now may lose this; not more than half a minute of it.
+            values: of ``block_influence``, ``cut`` or ``decision``.
+        """
+        for stem, name in files.items():
+            if name is None and stem in self.files:
+                (self.folder / self.files.pop(stem)).unlink(missing_ok=True)
+            elif name is not None:
+                self.files[stem] = name
+        vars(self).update(values)
 
 
 class RunState(RunFolder, NoState):
@@ -101,8 +137,8 @@ class RunState(RunFolder, NoState):
         ...     pass  # report = compress_(model, batches, config, state=state); model.save_pretrained(...)
     """
 
-    FORMAT = 5
-    FILES = r"(module-.+|cut(\..+)?)\.safetensors|costs\.json"  # formats before 5: no digests, and a costs.json
+    FORMAT = 6
+    FILES = r"(module|cut|first|second|only)(-.+|\..+)?\.safetensors|costs\.json"  # before format 5: a costs.json
     CACHES = r"sums-.+\.safetensors"
 
     def __init__(self, folder: str | Path, *, notify: Notify = no_notify, rank: int = 0, processes: int = 1) -> None:
@@ -110,7 +146,7 @@ class RunState(RunFolder, NoState):
         self._sums = f"sums-{rank}-of-{processes}"
         self._costs: dict[str, Any] | None = None
         self._continued = False  # whether an earlier process has stored work
-        self._sweeps: Sequence[Sequence[Target]] = ()
+        self._listed = 0.0  # time of the last state.json
 
     def _is_worth_keeping(self, error: BaseException | None) -> bool:
         return self._has_progress or (self.block_influence is not None and not isinstance(error, Exception))
@@ -148,122 +184,61 @@ class RunState(RunFolder, NoState):
             ResumeError: if it has another fingerprint, or a file is missing or damaged.
         """
         clock.enter("identity")
-        self._config, self._costs = config, None if costs is None else costs.to_dict()
+        self._costs = None if costs is None else costs.to_dict()
         state = self._begin(request_fingerprint(model, batches, config, costs), clock)
         if not state:
             self._write_state()
             return
-        self.block_influence = state["block_influence"]
+        self.block_influence, self.cut = state["block_influence"], state["cut"]
         if state["decision"] is not None:
-            removed, losses = state["decision"]
-            self.decision = Decision(tuple(removed), losses)
+            removed, losses, ranks = state["decision"]
+            self.decision = Decision(tuple(removed), losses, ranks)
         self._continued = self.block_influence is not None or any(self._stored_sums())
 
-    def store_block_influence(self, scores: Sequence[float]) -> None:
-        """Store the block influence of all layers.
-
-        Raises:
-            ResumeError: if they cannot be written.
-        """
-        self.block_influence = scores
-        self._write_state()
-
-    def restore_(self, model: PreTrainedModel, sweeps: Sequence[Sequence[Target]]) -> dict[Target, ModuleReport]:
-        """Put the stored low-rank linears into the model.
-
-        Returns:
-            The report of each stored linear, replaced or not, in the order of ``sweeps``.
-        """
-        self._sweeps = sweeps
-        reports: dict[Target, ModuleReport] = {}
-        for target in (target for sweep in sweeps for target in sweep):
-            file = self._files.get(_module_stem(target.name))
-            if file is None:
-                continue
-            tensors, notes = self._read(file)
-            if tensors:
-                model.set_submodule(target.name, _low_rank(target, tensors))
-            reports[target] = ModuleReport.from_dict(notes["report"])
+    def note_progress(self, text: str) -> None:
+        """Say how much of the run an interrupted process has done, if one has stored anything."""
         if self._continued and not self._rank:
-            finished = [self.decision is not None or all(target in reports for target in sweep) for sweep in sweeps]
-            if self._config.schedule == "progressive":  # the first cut has a sweep of its own
-                finished.append(self.decision is not None or "cut" in self._files)
-            self._notify(f"resuming: {sum(finished)} of {len(finished)} sweeps done")
-        return reports
+            self._notify(text)
 
-    def store_module(self, model: PreTrainedModel, report: ModuleReport) -> None:
-        """Store the report of one linear, and its low-rank form if it was replaced.
+    def write(self, stem: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any] | None = None) -> str:
+        """Write a data file; its name, which has its digest.
 
         Raises:
             ResumeError: if it cannot be written.
         """
-        if self._rank == 0:
-            self._store_module(model, report)
-            self._write_state()
+        return self._store(stem, tensors, notes or {})
 
-    def store_decision(self, model: PreTrainedModel, decision: Decision, reports: Sequence[ModuleReport]) -> None:
-        """Store the reports of all linears of a global budget. Part of them, after a kill, counts as none.
+    def record(self, files: Mapping[str, str | None], *, soon: bool = False, **values: Any) -> None:
+        """List files in ``state.json``, and set attributes of the run, see ``NoState``. Rank 0 writes.
 
         Raises:
             ResumeError: if it cannot be written.
         """
-        self.decision = decision
-        if self._rank == 0:
-            for report in reports:
-                self._store_module(model, report)
-            self._list("cut", None)
+        for stem, name in files.items():
+            self._list(stem, name)
+        vars(self).update(values)
+        if not soon or time.monotonic() - self._listed >= INTERVAL:
             self._write_state()
-
-    def restore_cut(self, members: Sequence[Target]) -> dict[Target, SVD] | None:
-        """The stored groups of the first cut of a progressive schedule, or ``None``.
-
-        Raises:
-            CheckpointError: if there is too little space to store them.
-        """
-        if "cut" not in self._files:
-            weights = [target.module.weight for target in members]
-            # At most: the cut in fp32 (fp64 for fp64), and the decided factors in the dtype of the model.
-            needed = sum(w.numel() * (max(4, w.element_size()) + w.element_size()) for w in weights)
-            require_space(self.folder / "cut.safetensors", needed)
-            return None
-        tensors, _ = self._read(self._files["cut"])
-        cut = (target for target in members if f"{target.name}.S" in tensors)
-        # Copies: the alignment of a tensor in the file may change the last bit of its products.
-        return {t: SVD(*(tensors[f"{t.name}.{name}"].clone() for name in SVD._fields)) for t in cut}
-
-    def store_cut(self, cut: Mapping[Target, SVD]) -> None:
-        """Store the groups of the first cut of a progressive schedule.
-
-        Raises:
-            ResumeError: if they cannot be written.
-        """
-        if self._rank == 0:
-            tensors = {f"{t.name}.{name}": tensor for t, svd in cut.items() for name, tensor in svd._asdict().items()}
-            self._list("cut", self._store("cut", tensors, {}))
-            self._write_state()
+            self._listed = time.monotonic()
 
     def restore_sums(self, sums: Mapping[Target, Sum], batches: int) -> int:
         """Set the sums of a sweep to the stored ones; the number of batches that they hold.
 
         Raises:
-            ResumeError: if they are damaged; or missing, though linears of the sweep were replaced by them.
+            ResumeError: if they are damaged.
             CheckpointError: if there is too little space to store them.
         """
         require_space(self.folder, sum(total.tensor.nbytes for total in sums.values()))
         self._last_write = time.monotonic()
-        members = next(sweep for sweep in self._sweeps if any(target in sums for target in sweep))
-        is_used = len(sums) < len(members)  # the linears that were replaced would change these sums
         done = 0
         for path in self._stored_sums():
-            self._verify(path, "" if is_used else "delete this file to repeat its sweep")
-            tensors, notes = self._read(path.name)
+            self._verify(path, "delete this file to repeat its sweep")
+            tensors, notes = self.read(path.name)
             if notes["run"] == self._run and notes["done"] > done and all(t.name in notes["calls"] for t in sums):
                 done = notes["done"]
                 for target, total in sums.items():
                     total.tensor.copy_(tensors[target.name])
                     total.calls = notes["calls"][target.name]
-        if is_used and done < batches:
-            raise self._damaged(self.folder / self._sums, "it lacks the sums of a sweep that was used in part")
         return done
 
     def store_sums(self, sums: Mapping[Target, Sum], done: int, batches: int) -> None:
@@ -292,23 +267,10 @@ class RunState(RunFolder, NoState):
         """The sums of this rank: one file, or two after a kill."""
         return sorted(self.folder.glob(f"{self._sums}.*"))
 
-    def _store_module(self, model: PreTrainedModel, report: ModuleReport) -> None:
-        stem = _module_stem(report.name)
-        tensors = {} if report.reason else dict(model.get_submodule(report.name).named_parameters())
-        self._list(stem, self._store(stem, tensors, {"report": dataclasses.asdict(report)}))
-
     def _state(self) -> dict[str, Any]:
-        return {"costs": self._costs, "block_influence": self.block_influence, "decision": self.decision}
-
-
-def _module_stem(name: str) -> str:
-    return f"module-{name}"
-
-
-def _low_rank(target: Target, tensors: Mapping[str, Tensor]) -> LowRankLinear:
-    """The low-rank linear with the parameters ``tensors``, to take the place of a dense one."""
-    (n, rank), k = tensors["U"].shape, tensors["Vh"].shape[1]
-    device, dtype = execution_device(target.module), target.module.weight.dtype
-    module = LowRankLinear(k, n, rank, bias="bias" in tensors, device=device, dtype=dtype)
-    module.load_state_dict(dict(tensors))
-    return module.train(target.module.training)
+        return {
+            "costs": self._costs,
+            "block_influence": self.block_influence,
+            "cut": self.cut,
+            "decision": self.decision,
+        }

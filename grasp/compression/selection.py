@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp.checkpoint.compression_report import ModuleReport, spectrum_indices
+from grasp.checkpoint.run_state import NoState
 from grasp.config import GraspConfig
 from grasp.method.knapsack import DENSE
 from grasp.method.ranks import rank_for_threshold, retained_indices
@@ -22,91 +24,135 @@ from grasp.statistics.scores import Scores
 NO_LOSS = "its output does not reach the loss"
 STAYS_DENSE = "stays dense: the budget does more elsewhere"
 LAYER_REMOVED = "its layer is removed"
+_FACTORS = ("U", "S", "Vh")
+
+
+class Name(str):
+    """The name of a file of the run, as processes exchange it."""
+
+    __slots__ = ()
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The name as UTF-8 bytes."""
+        return {"name": torch.tensor(list(self.encode()), dtype=torch.uint8)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Name:
+        """The inverse of ``to_tensors``."""
+        return cls(bytes(tensors["name"].tolist()).decode())
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The singular groups that a linear retains, or the reason why it is skipped; then all tensors are empty."""
+    """The singular groups that a linear can retain, or the reason why it is skipped.
 
-    U: Tensor  # (N, R), of the retained groups
-    S: Tensor  # (R,)
-    Vh: Tensor  # (R, K)
-    indices: Tensor  # (R,) int64, ascending, 0 being the group with the largest singular value
-    importance: Tensor  # (groups,), of all groups
-    spectrum: Tensor  # the singular values of all groups at ``spectrum_indices``
-    skipped: str | None = None
+    The factors are in a file of the run, since those of all linears are as large as the model.
 
-    @classmethod
-    def skip(cls, reason: str) -> Selection:
-        """The selection of a linear that is left as it is."""
-        empty = torch.empty(0)
-        return cls(empty, empty, empty, empty, empty, empty, reason)
+    Attributes:
+        file: its name.
+        indices: (R,) int64, ascending; the groups that the file has, 0 being the one with the largest singular value.
+        importance: (groups,), of all groups; empty if the linear is skipped.
+        spectrum: the singular values of all groups at ``spectrum_indices``.
+        skipped: the reason, or "".
+    """
 
-    @property
-    def svd(self) -> SVD:
-        """The retained groups."""
-        return SVD(self.U, self.S, self.Vh)
+    file: str
+    indices: Tensor
+    importance: Tensor
+    spectrum: Tensor
+    skipped: str
 
-    def truncated(self, rank: int) -> Selection:
-        """Retain the ``rank`` most important of the retained groups; with ``DENSE``, skip the linear."""
-        if rank == DENSE:
-            return Selection.skip(STAYS_DENSE)
-        best = retained_indices(self.importance[self.indices], rank)
-        return Selection(
-            self.U[:, best], self.S[best], self.Vh[best], self.indices[best], self.importance, self.spectrum
-        )
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """All fields as tensors, as processes exchange them; the reason as UTF-8 bytes."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "skipped"}
-        reason = (self.skipped or "").encode()
-        return tensors | ({"skipped": torch.tensor(list(reason), dtype=torch.uint8)} if reason else {})
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Selection:
-        """The inverse of ``to_tensors``."""
-        reason = bytes(tensors["skipped"].tolist()).decode() if "skipped" in tensors else None
-        return cls(**{name: tensor for name, tensor in tensors.items() if name != "skipped"}, skipped=reason)
+    def best(self, rank: int) -> Tensor:
+        """(rank,) int64, ascending: the positions in ``indices`` of the most important groups."""
+        return retained_indices(self.importance[self.indices], rank)
 
 
 Selections = Mapping[Target, Selection]
 
 
-def select_groups(target: Target, scores: Scores, ranks: Mapping[Target, int], config: GraspConfig) -> Selection:
-    """Retain the most important groups of one linear, at most ``ranks[target]``."""
+class Replacement(NamedTuple):
+    """A low-rank linear to take the place of a dense one, with its report; only the report if it is skipped."""
+
+    module: LowRankLinear | None
+    report: ModuleReport
+
+
+def write_groups(
+    state: NoState,
+    stem: str,
+    target: Target,
+    weight: Tensor,
+    scores: Scores,
+    ranks: Mapping[Target, int],
+    config: GraspConfig,
+) -> Name:
+    """Decompose one linear, and write its most important groups, at most ``ranks[target]``; the name of the file."""
     if target not in scores:
-        return Selection.skip(NO_LOSS)
-    svd, importance = scores[target]()
-    rank = min(ranks[target], len(svd.S))
+        return Name(state.write(stem, {}, {"skipped": NO_LOSS}))
+    rank = ranks[target]
+    svd, importance = scores[target](weight, None if config.threshold_ratio is not None else rank)
+    rank = min(rank, len(svd.S))
     if config.threshold_ratio is not None:
         rank = rank_for_threshold(importance, config.threshold_ratio, dense_shape(target.module))
     indices = retained_indices(importance, rank)
-    spectrum = svd.S[spectrum_indices(len(svd.S))]
-    return Selection(svd.U[:, indices], svd.S[indices], svd.Vh[indices], indices, importance, spectrum)
+    tensors = {
+        "U": svd.U[:, indices],
+        "S": svd.S[indices],
+        "Vh": svd.Vh[indices],
+        "indices": indices,
+        "importance": importance,
+        "spectrum": svd.S[spectrum_indices(len(svd.S))],
+    }
+    return Name(state.write(stem, tensors, {"skipped": ""}))
 
 
-def replace_(model: PreTrainedModel, target: Target, selection: Selection) -> ModuleReport:
-    """Put the low-rank form of a linear in its place, unless it is skipped; the report of both cases."""
-    if selection.skipped is not None:
-        return ModuleReport(target.name, target.layer, "", selection.skipped)
-    module = LowRankLinear.from_dense(target.module, torch.arange(len(selection.S)), selection.svd)
-    model.set_submodule(target.name, module)
+def read_selection(state: NoState, file: str) -> Selection:
+    """What a file of ``write_groups`` has, without the factors."""
+    tensors, notes = state.read(file, "indices", "importance", "spectrum")
+    empty = torch.empty(0)
+    indices, importance, spectrum = (tensors.get(key, empty) for key in ("indices", "importance", "spectrum"))
+    return Selection(file, indices, importance, spectrum, notes["skipped"])
+
+
+def low_rank(state: NoState, target: Target, selection: Selection, rank: int) -> LowRankLinear:
+    """The low-rank linear of the ``rank`` most important groups."""
+    best, factors = selection.best(rank), state.read(selection.file, *_FACTORS)[0]
+    svd = SVD(factors["U"][:, best], factors["S"][best], factors["Vh"][best])
+    return LowRankLinear.from_dense(target.module, torch.arange(rank), svd)
+
+
+def replacement(state: NoState, target: Target, selection: Selection, rank: int) -> Replacement:
+    """What takes the place of a linear if it is given a rank, or stays ``DENSE``."""
+    reason = selection.skipped or (STAYS_DENSE if rank == DENSE else "")
+    if reason:
+        return skip(target, reason)
+    module = low_rank(state, target, selection, rank)
     n, k = dense_shape(target.module)
-    before, after = list(target.module.parameters()), list(module.parameters())
+    bias = 0 if module.bias is None else module.bias.numel()
+    itemsize = target.module.weight.element_size()
+    before, after = n * k + bias, rank * (n + k) + bias
     total = float(selection.importance.double().sum())
-    return ModuleReport(
+    indices = selection.indices[selection.best(rank)]
+    kept = float(selection.importance[indices].double().sum()) / total if total > 0 else 1.0
+    report = ModuleReport(
         name=target.name,
         layer=target.layer,
         block=target.block,
         reason="",
         out_features=n,
         in_features=k,
-        rank=module.rank,
-        parameters_before=sum(p.numel() for p in before),
-        parameters_after=sum(p.numel() for p in after),
-        bytes_before=sum(p.nbytes for p in before),
-        bytes_after=sum(p.nbytes for p in after),
-        importance_kept=float(selection.importance[selection.indices].double().sum()) / total if total > 0 else 1.0,
-        indices=tuple(selection.indices.tolist()),
+        rank=rank,
+        parameters_before=before,
+        parameters_after=after,
+        bytes_before=before * itemsize,
+        bytes_after=after * itemsize,
+        importance_kept=kept,
+        indices=tuple(indices.tolist()),
         spectrum=tuple(float(f"{value:.4g}") for value in selection.spectrum.tolist()),
     )
+    return Replacement(module, report)
+
+
+def skip(target: Target, reason: str) -> Replacement:
+    """Leave a linear as it is."""
+    return Replacement(None, ModuleReport(target.name, target.layer, "", reason))
