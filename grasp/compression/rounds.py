@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
 
 from grasp.checkpoint.compression_report import ModuleReport
 from grasp.checkpoint.run_state import Decision
 from grasp.compression.budget import Plan, ceilings
-from grasp.compression.candidates import Candidate, candidates, first_cut, held_out_losses, truncate
+from grasp.compression.candidates import Candidate, candidates, first_cut, held_out_losses
 from grasp.compression.run import Run
-from grasp.compression.selection import Selection, Selections, replace_, select_groups
+from grasp.compression.selection import (
+    LAYER_REMOVED,
+    Name,
+    Replacement,
+    Selections,
+    low_rank,
+    read_selection,
+    replacement,
+    skip,
+)
+from grasp.compression.spans import Selector
 from grasp.method.metrics import nats_per_score
 from grasp.method.schedules import plan_sweeps
-from grasp.model.dense import temporary_low_rank
+from grasp.model.lowrank_linear import load_lowrank
 from grasp.model.targets import Target
 from grasp.statistics.layer_losses import removal_losses
-from grasp.statistics.scores import Scores, gather_scores
 from grasp.statistics.sweep import Prefix, capture_prefix
-
 
 class Work(NamedTuple):
     """The part of a plan that is still to be done."""
@@ -34,78 +44,122 @@ def prepare_(run: Run, plan: Plan) -> Work:
     run.clock.enter("prefix")
     sweeps = plan_sweeps(ceilings(run.config, plan), run.config.schedule)
     with run.processes.fail_together():
-        restored = run.state.restore_(run.model, sweeps)
-    sweeps = [rest for sweep in sweeps if (rest := [target for target in sweep if target not in restored])]
-    if run.state.decision:  # it decided on all linears; the ones that were not restored stay dense
-        sweeps = []
-    entries = {min(target.layer for target in sweep) for sweep in sweeps}
+        restored = _restore_(run, sweeps)
+    sweeps = [members for members in sweeps if not all(target in restored for target in members)]
+    entries = {min(target.layer for target in members) for members in sweeps}
+    if run.state.decision:
+        entries = set()
     batches = run.processes.local_batches(run.calibration)
     with run.processes.fail_together():
-        prefix = capture_prefix(run.model, batches, entries, dtype=run.config.sweep_dtype, progress=run.progress)
+        prefix = capture_prefix(
+            *(run.model, batches, entries), dtype=run.config.sweep_dtype, scratch=run.scratch, progress=run.progress
+        )
     return Work(list(restored.values()), sweeps, prefix)
 
 
-def decide_in_order_(run: Run, plan: Plan, work: Work) -> Decision:
+def _restore_(run: Run, sweeps: Sequence[Sequence[Target]]) -> dict[Target, ModuleReport]:
+    """Put the stored low-rank linears into the model; the report of each stored linear, in the order of ``sweeps``."""
+    state, restored = run.state, dict[Target, ModuleReport]()
+    for target in (target for members in sweeps for target in members):
+        if (file := state.files.get(f"module-{target.name}")) is not None:
+            tensors, notes = state.read(file)
+            if tensors:
+                run.model.set_submodule(target.name, load_lowrank(target.module, tensors))
+            restored[target] = ModuleReport.from_dict(notes["report"])
+    finished = [state.decision is not None or all(target in restored for target in members) for members in sweeps]
+    if run.config.schedule == "progressive":  # the first cut has a sweep of its own
+        finished.append(state.decision is not None or state.cut is not None)
+    state.note_progress(f"resuming: {sum(finished)} of {len(finished)} sweeps done")
+    return restored
+
+
+def decide_in_order_(run: Run, plan: Plan, work: Work) -> None:
     """Replace the linears of one sweep after the other; each sweep runs on the model so far (arXiv 2501.00339)."""
+    selector = Selector(run, ceilings(run.config, plan), work.prefix)
     for members in work.sweeps:
-        for target, selection in _select(run, plan, work, members, run.gather, state=run.state):
-            work.reports.append(replace_(run.model, target, selection))
-            with run.processes.fail_together():  # nobody replaces the sums of this sweep before all linears are stored
-                run.state.store_module(run.model, work.reports[-1])
-    return Decision((), {})
+        selections = selector.select(members, "only")
+        replacements = [
+            replacement(run.state, target, selections[target], len(selections[target].indices)) for target in members
+        ]
+        replace_(run, members, replacements, "only")
+        work.reports.extend(report for _, report in replacements)
 
 
-def decide_globally_(run: Run, plan: Plan, work: Work) -> Decision:
-    """Score all linears, spend one budget over all of them, then replace them."""
-    decision = run.state.decision or Decision((), {})
-    for members in work.sweeps:  # one; none if nothing is left to decide
-        select = _select_progressively if run.config.schedule == "progressive" else _select_at_once
-        selections = select(run, plan, work, members)
-        candidate, losses = _choose_candidate(run, plan, selections)
-        for target, selection in truncate(selections, candidate).items():
-            work.reports.append(replace_(run.model, target, selection))
-        decision = Decision(candidate.removed, losses)
-        run.state.store_decision(run.model, decision, work.reports)
+def replace_(run: Run, members: Sequence[Target], replacements: Sequence[Replacement], stem: str) -> None:
+    """Replace linears, and store what replaces them in place of the files that it was made from."""
+    files: dict[str, str | None] = {}
+    with run.processes.fail_together():
+        for target, (module, report) in zip(members, replacements, strict=True):
+            if module is not None:
+                run.model.set_submodule(target.name, module)
+            tensors = {} if module is None else dict(module.named_parameters())
+            if run.processes.first:
+                files[f"module-{target.name}"] = run.state.write(
+                    f"module-{target.name}", tensors, {"report": asdict(report)}
+                )
+            files[f"{stem}-{target.name}"] = None
+    run.state.record(files)
+
+
+def decide_globally(run: Run, plan: Plan, work: Work) -> Decision:
+    """Score all linears, and spend one budget over all of them. The model is left as it is."""
+    if run.state.decision is not None:
+        return run.state.decision
+    if not work.sweeps:
+        return Decision((), {}, {})
+    [members] = work.sweeps
+    selector = Selector(run, ceilings(run.config, plan), work.prefix)
+    if run.config.schedule == "progressive":
+        _cut(run, plan, selector, members)
+        selections = selector.select(members, "second", ranks=run.state.cut, stand_in=partial(_standing_in, run, members))
+    else:
+        selections = selector.select(members, "second")
+    candidate, losses = _choose_candidate(run, plan, selections)
+    decision = Decision(candidate.removed, losses, {target.name: rank for target, rank in candidate.ranks.items()})
+    run.state.record({f"cut-{target.name}": None for target in members}, decision=decision)
     return decision
 
 
-def _select_at_once(run: Run, plan: Plan, work: Work, members: Sequence[Target]) -> Selections:
-    """Select the groups on the dense model."""
-    return dict(_select(run, plan, work, members, run.gather, state=run.state))
+def replacements(run: Run, decision: Decision, members: Sequence[Target]) -> list[Replacement]:
+    """What the decision about all linears puts in the place of some of them."""
+    result = []
+    for target in members:
+        if target.layer in decision.removed:
+            result.append(skip(target, LAYER_REMOVED))
+        else:
+            selection = read_selection(run.state, run.state.files[f"second-{target.name}"])
+            rank = decision.ranks.get(target.name, len(selection.indices))
+            result.append(replacement(run.state, target, selection, rank))
+    return result
 
 
-def _select_progressively(run: Run, plan: Plan, work: Work, members: Sequence[Target]) -> Selections:
-    """Select the groups on the model as it is with the first share of the budget spent."""
-    with run.processes.fail_together():
-        cut = run.state.restore_cut(members)
-    if cut is None:
-        cut = first_cut(_select_at_once(run, plan, work, members), plan, run.prices)
-        run.state.store_cut(cut)
-    running = partial(temporary_low_rank, [(target.module, svd) for target, svd in cut.items()])
-    return dict(_select(run, plan, work, members, gather_scores, running=running))
+def _cut(run: Run, plan: Plan, selector: Selector, members: Sequence[Target]) -> None:
+    """Spend the first share of the budget: write the low-rank linears of the model that is swept next."""
+    if run.state.cut is not None:
+        return
+    selections = selector.select(members, "first")
+    ranks = first_cut(selections, plan, run.prices)
+
+    def write(target: Target) -> Name:
+        module = low_rank(run.state, target, selections[target], ranks[target])
+        return Name(run.state.write(f"cut-{target.name}", dict(module.named_parameters())))
+
+    files: dict[str, str | None] = {f"first-{target.name}": None for target in members}
+    for target, name in run.processes.map_divided(list(ranks), write, Name):
+        files[f"cut-{target.name}"] = name
+    run.state.record(files, cut={target.name: rank for target, rank in ranks.items()})
 
 
-def _select(
-    run: Run,
-    plan: Plan,
-    work: Work,
-    members: Sequence[Target],
-    gather: Callable[..., Scores],
-    **options: object,
-) -> Iterator[tuple[Target, Selection]]:
-    """Score the groups of some linears in one sweep or two, and retain the most important ones of each."""
-    run.clock.enter("attribution")
-    scores = gather(
-        *(work.prefix, members),
-        basis=run.config.basis,
-        metric=run.config.metric,
-        progress=run.progress,
-        processes=run.processes,
-        **options,
-    )
-    run.clock.enter("svd and selection")
-    select = partial(select_groups, scores=scores, ranks=ceilings(run.config, plan), config=run.config)
-    return run.processes.map_divided(members, select, Selection)
+@contextmanager
+def _standing_in(run: Run, members: Sequence[Target], layers: range) -> Iterator[None]:
+    """Put the low-rank linears of the first cut in the place of the linears of some layers until the block ends."""
+    with ExitStack() as stack:
+        for target in members:
+            file = run.state.files.get(f"cut-{target.name}")
+            if file is not None and target.layer in layers:
+                stack.callback(run.model.set_submodule, target.name, target.module)
+                run.model.set_submodule(target.name, load_lowrank(target.module, run.state.read(file)[0]))
+        yield
 
 
 def _choose_candidate(run: Run, plan: Plan, selections: Selections) -> tuple[Candidate, dict[str, float]]:
@@ -121,5 +175,5 @@ def _choose_candidate(run: Run, plan: Plan, selections: Selections) -> tuple[Can
     options = candidates(selections, plan, run.config.scope, run.prices, removal, nats)
     losses: dict[str, float] = {}
     if run.held_out:
-        losses = held_out_losses(run.model, selections, options, run.held_out, run.processes)
+        losses = held_out_losses(run, selections, options)
     return options[min(losses, key=losses.__getitem__, default=next(iter(options)))], losses

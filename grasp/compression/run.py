@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from grasp.checkpoint.run_state import NoState
 from grasp.compression.budget import Plan, Prices, Targets, choose_plan, find_prices
 from grasp.compression.candidates import hold_out
-from grasp.compression.eligible import (
-    ModulesLeft,
-    check_layers,
-    eligible_targets,
-    require_in_memory,
-    require_positions,
-)
+from grasp.compression.eligible import ModulesLeft, check_layers, eligible_targets, require_positions
+from grasp.compression.memory import MemoryBudget, PlannedSpan
 from grasp.config import GraspConfig
 from grasp.method.cost_table import CostTable
 from grasp.model.batch import CalibrationBatch, batches_digest
 from grasp.model.layer_removal import removable_layers
 from grasp.model.size import Size, model_size
-from grasp.model.targets import decoder
+from grasp.model.targets import Target, decoder
 from grasp.progress import Clock, Progress
+from grasp.statistics.hidden_states import Scratch
 from grasp.statistics.processes import Processes
 from grasp.statistics.redundancy import block_influence
 from grasp.statistics.scores import Scores, gather_scores
@@ -45,9 +42,11 @@ class Run:
         prices: the unit of the budget.
         removable: the layers that may be removed.
         before: the size of the model before.
+        memory: which layers are swept together.
+        scratch: where hidden states are kept.
         clock: counts the time of each step.
         progress: called as ``progress(step, done, total)``.
-        state: the run folder, or nothing.
+        state: the run folder, or a temporary one.
         processes: the processes that share the work.
         gather: ``gather_scores``, or what a study puts in its place to reuse statistics.
     """
@@ -63,11 +62,26 @@ class Run:
     prices: Prices
     removable: Sequence[int]
     before: Size
+    memory: MemoryBudget
+    scratch: Scratch
     clock: Clock
     progress: Progress
     state: NoState
     processes: Processes
     gather: Callable[..., Scores] = gather_scores
+
+    def spans(self, targets: Collection[Target], ranks: Mapping[str, int] | None = None) -> list[PlannedSpan]:
+        """The layers that are swept together to score some linears, the deepest first.
+
+        Args:
+            targets: linears of one or more layers.
+            ranks: ranks of the low-rank linears that stand in for dense ones, by path.
+
+        Raises:
+            OutOfMemoryError: if the memory does not suffice; the message has the least that does.
+        """
+        layers = range(min(target.layer for target in targets), len(decoder(self.model).layers))
+        return self.memory.spans(targets, layers, ranks)
 
 
 def start_run(
@@ -78,6 +92,9 @@ def start_run(
     progress: Progress,
     state: NoState,
     processes: Processes,
+    *,
+    memory: int | None = None,
+    host_memory: int | None = None,
 ) -> Run:
     """Check a request before anything long is done, and open or resume its run folder; errors as ``compress_``."""
     clock = Clock()
@@ -88,13 +105,13 @@ def start_run(
     targets, left = eligible_targets(model)
     prices = find_prices(config, model, targets, costs)
     removable = removable_layers(model) if config.remove_layers else []
-    if config.schedule == "progressive":
-        require_in_memory(target for linears in targets.values() for target in linears)
     calibration, held_out = hold_out(batches) if config.remove_layers else (batches, [])
     tokens = [batch.num_tokens for batch in batches]
     processes.require_same("the request", f"{config} {before} {tokens} {batches_digest(batches)}")
     with processes.fail_together():
+        budget = MemoryBudget.of(model, batches, config, targets, memory=memory, host_memory=host_memory)
         state.begin(model, batches, config, costs, clock)
+    state.folder = Path(processes.from_first(str(state.folder)))  # a temporary one is that of the first process
     return Run(
         model=model,
         batches=batches,
@@ -107,6 +124,8 @@ def start_run(
         prices=prices,
         removable=removable,
         before=before,
+        memory=budget,
+        scratch=Scratch(state.folder, budget.hidden_states),
         clock=clock,
         progress=progress,
         state=state,
@@ -120,7 +139,7 @@ def find_block_influence(run: Run) -> Sequence[float]:
     scores = run.state.block_influence
     if scores is None:
         scores = block_influence(run.model, run.batches, progress=run.progress, processes=run.processes)
-        run.state.store_block_influence(scores)
+        run.state.record({}, block_influence=scores)
     return scores
 
 

@@ -19,7 +19,7 @@ from grasp.method.svd import SVD
 from grasp.model.dense import dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import Target
-from grasp.statistics.scores import Scores
+from grasp.statistics.scores import Score
 
 NO_LOSS = "its output does not reach the loss"
 STAYS_DENSE = "stays dense: the budget does more elsewhere"
@@ -82,15 +82,17 @@ def write_groups(
     stem: str,
     target: Target,
     weight: Tensor,
-    scores: Scores,
-    ranks: Mapping[Target, int],
+    score: Score | None,
+    rank: int,
     config: GraspConfig,
 ) -> Name:
-    """Decompose one linear, and write its most important groups, at most ``ranks[target]``; the name of the file."""
-    if target not in scores:
+    """Decompose one linear, and write its most important groups, at most ``rank``; the name of the file.
+
+    Without a score, the output of the linear does not reach the loss.
+    """
+    if score is None:
         return Name(state.write(stem, {}, {"skipped": NO_LOSS}))
-    rank = ranks[target]
-    svd, importance = scores[target](weight, None if config.threshold_ratio is not None else rank)
+    svd, importance = score(weight, None if config.threshold_ratio is not None else rank)
     rank = min(rank, len(svd.S))
     if config.threshold_ratio is not None:
         rank = rank_for_threshold(importance, config.threshold_ratio, dense_shape(target.module))

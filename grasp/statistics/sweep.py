@@ -185,8 +185,8 @@ def sweep(
         prefix: from ``capture_prefix``; its model is not changed.
         targets: linears of one or more layers.
         visit: called during the backward pass with detached tensors; it may modify them in place.
-        layers: the layers to run. The gradient at the input of the first one is then stored in ``prefix``. ``None``:
-            from the lowest layer of the targets to the last layer; no gradient is stored.
+        layers: the layers to run; ``None``: from the lowest layer of the targets to the last layer. Unless ``prefix``
+            has no hidden states of lower layers, the gradient at the input of the first layer is stored in it.
         start: number of batches to skip.
         after: called after each batch with the number of batches done.
 
@@ -196,11 +196,11 @@ def sweep(
     """
     model, depth = prefix.model, len(decoder(prefix.model).layers)
     span = range(min(target.layer for target in targets), depth) if layers is None else layers
-    grads = HiddenStates(prefix.scratch)
+    keeps_grads, grads = span.start > min(prefix.hidden), HiddenStates(prefix.scratch)
     watched = {model.get_submodule(target.name): target for target in targets}  # or what stands in for the linear
     with alone(prefix, span):
         for index, batch in enumerate(prefix.batches[start:], start):
-            hidden = prefix.hidden[span.start][index].detach().requires_grad_(layers is not None)
+            hidden = prefix.hidden[span.start][index].detach().requires_grad_(keeps_grads)
             with visiting(watched, batch, visit):
                 if span.stop < depth:
                     output = run_layers(prefix, span, index, hidden)
@@ -209,11 +209,11 @@ def sweep(
                     output, grad = _loss_gradient(prefix, span, index, hidden)
             if output.requires_grad:
                 torch.autograd.backward(output, grad)
-            if layers is not None:
+            if keeps_grads:
                 grads.append(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
             del output, grad, hidden  # before the next batch
             after(index + 1)
-    if layers is not None:
+    if keeps_grads:
         prefix.grads[span.start] = grads
 
 

@@ -1,0 +1,122 @@
+"""Score linears span by span, and write the singular groups that each of them can retain to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+
+from grasp.compression.memory import PlannedSpan
+from grasp.compression.run import Run
+from grasp.compression.selection import Name, Selections, read_selection, write_groups
+from grasp.model.dense import dense_weight
+from grasp.model.targets import Target
+from grasp.statistics.scores import Score, gather_scores
+from grasp.statistics.sweep import Prefix, propagate, sweep
+
+StandIn = Callable[[range], AbstractContextManager[object]]  # puts modules in the place of linears of some layers
+
+
+class Selector:
+    """Selects the most important singular groups of linears.
+
+    Args:
+        run: its ``state`` gets the files.
+        ranks: the largest rank of each linear.
+        prefix: with the hidden states at the input of the lowest layer of any selection.
+    """
+
+    def __init__(self, run: Run, ranks: Mapping[Target, int], prefix: Prefix) -> None:
+        self._run, self._ranks, self._prefix = run, ranks, prefix
+
+    def select(
+        self,
+        members: Sequence[Target],
+        stem: str,
+        *,
+        ranks: Mapping[str, int] | None = None,
+        stand_in: StandIn | None = None,
+    ) -> Selections:
+        """Score the groups of some linears on the model in its present state; write the most important ones of each.
+
+        The spans are swept from the deepest to the lowest. The sums of a span are freed before the next is swept. What
+        an interrupted run has written is not computed again.
+
+        Args:
+            members: linears of one or more layers.
+            stem: of the names of the files.
+            ranks: ranks of the modules that stand in for dense linears, by path.
+            stand_in: puts these modules in the place of some layers' linears while these layers run.
+        """
+        run, state = self._run, self._run.state
+        rest = [target for target in members if f"{stem}-{target.name}" not in state.files]
+        if rest:
+            entry = min(target.layer for target in members)
+            self._write_all(rest, entry, len(members), stem, ranks, stand_in)
+        return {target: read_selection(state, state.files[f"{stem}-{target.name}"]) for target in members}
+
+    def _write_all(
+        self,
+        rest: Sequence[Target],
+        entry: int,
+        total: int,
+        stem: str,
+        ranks: Mapping[str, int] | None,
+        stand_in: StandIn | None,
+    ) -> None:
+        run, done = self._run, total - len(rest)
+        spans = run.spans(rest, ranks)
+        prefix = replace(self._prefix, hidden={entry: self._prefix.hidden[entry]}, grads={})
+        running = nullcontext if stand_in is None else stand_in
+        # A study's substitute knows the dense model only.
+        gather = run.gather if stand_in is None else gather_scores
+        run.clock.enter("prefix")
+        for lower, upper in pairwise(sorted({entry, *(span.layers.start for span in spans)})):
+            with run.processes.fail_together(), running(range(lower, upper)):
+                prefix.hidden[upper] = propagate(prefix, range(lower, upper), prefix.hidden[lower])
+            run.progress("hidden states", upper - entry, spans[0].layers.start - entry)
+        for span in spans:
+            for part in span.parts:
+                run.clock.enter("attribution")
+                with running(span.layers):
+                    scores = self._score(prefix, span, part, gather, is_only=len(spans) == len(span.parts) == 1)
+                run.clock.enter("svd and selection")
+                write = partial(self._write, stem, scores)
+                for target, name in run.processes.map_divided(
+                    part, write, Name, fetch=lambda target: dense_weight(target.module)
+                ):
+                    done += 1
+                    run.state.record({f"{stem}-{target.name}": name}, soon=done < total)
+                    run.progress("decompositions", done, total)
+            prefix.grads.pop(span.layers.stop, None)
+            del prefix.hidden[span.layers.start]
+        run.state.record({})
+
+    def _score(
+        self, prefix: Prefix, span: PlannedSpan, part: Sequence[Target], gather: Callable[..., object], *, is_only: bool
+    ) -> dict[Target, Score]:
+        """Sweep a span; the scores of the linears that this process decomposes."""
+        run = self._run
+        if not part:
+            if span.layers.start > min(prefix.hidden):
+                with run.processes.fail_together():
+                    sweep(prefix, (), lambda call: None, layers=span.layers)
+            return {}
+        scores = gather(
+            *(prefix, part),
+            layers=span.layers,
+            basis=run.config.basis,
+            metric=run.config.metric,
+            progress=run.progress,
+            state=run.state if is_only else None,
+            processes=run.processes,
+        )
+        own = [target for index, target in enumerate(part) if run.processes.owner(index) == run.processes.rank]
+        return {target: scores[target] for target in own if target in scores}
+
+    def _write(self, stem: str, scores: dict[Target, Score], target: Target, weight: object) -> Name:
+        run = self._run
+        score = scores.pop(target, None)  # its sums are freed here
+        return write_groups(run.state, f"{stem}-{target.name}", target, weight, score, self._ranks[target], run.config)
