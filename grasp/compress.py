@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 
 import torch
@@ -11,9 +12,14 @@ from transformers import PreTrainedModel
 
 from grasp.checkpoint.compression_report import CompressionReport, ModuleReport
 from grasp.checkpoint.run_state import Decision, NoState
-from grasp.compression.budget import Plan, ceilings, predicted_seconds
-from grasp.compression.refit import refit_
-from grasp.compression.rounds import decide_globally_, decide_in_order_, prepare_
+from grasp.compression.budget import Plan, predicted_seconds
+from grasp.compression.rounds import (
+    carry_out_decision_,
+    decide_globally,
+    decide_in_order_,
+    prepare_,
+    refit_in_order_,
+)
 from grasp.compression.run import Run, find_block_influence, make_plan, start_run
 from grasp.config import GraspConfig
 from grasp.method.cost_table import CostTable
@@ -36,6 +42,8 @@ def compress_(
     progress: Progress = no_progress,
     state: NoState | None = None,
     processes: Processes = ALONE,
+    memory: int | None = None,
+    host_memory: int | None = None,
 ) -> CompressionReport:
     """Compress a causal language model in place (arXiv 2501.00339).
 
@@ -52,6 +60,10 @@ def compress_(
         progress: called as ``progress(step, done, total)``.
         state: a ``grasp.checkpoint.run_state.RunState``, from which the same call resumes after an interruption.
         processes: the processes that share the work, all given the same arguments; all get the result.
+        memory: bytes that may be taken on the device of the model, above the loaded model. What does not fit is done
+            in parts, at the cost of at most one forward pass more per sweep; the result is the same. ``None``: 0.9 of
+            what is free.
+        host_memory: likewise, of CPU memory beside a GPU. Hidden states that do not fit go to files.
 
     Returns:
         For every module of the redundant layers, its replacement or the reason why it was left; sizes before and after.
@@ -60,6 +72,7 @@ def compress_(
         ValueError: if the configuration asks for layers, a ratio or a target that the model does not have.
         CalibrationError: if there are no batches, no token to predict, or a sequence longer than the model's context.
         NonFiniteError: if weights, hidden states, the loss or gradients are NaN or infinite.
+        OutOfMemoryError: if ``memory`` is too small; the message has the least that would do.
         UnsupportedModelError: if the decoder layers cannot be found or have nothing to compress.
         CostTableError, ResumeError, DistributedError: as ``costs``, ``state`` and ``processes`` raise them.
 
@@ -70,9 +83,14 @@ def compress_(
         >>> len(compress_(model, [torch.arange(64)[None]], config).compressed)
         7
     """
-    state = NoState() if state is None else state
     config = GraspConfig() if config is None else config
-    return carry_out_(start_run(model, as_batches(batches), config, costs, progress, state, processes))
+    with NoState() if state is None else nullcontext(state) as state:
+        run = start_run(
+            *(model, as_batches(batches), config, costs, progress, state, processes),
+            memory=memory,
+            host_memory=host_memory,
+        )
+        return carry_out_(run)
 
 
 @torch.inference_mode(mode=False)
@@ -81,29 +99,21 @@ def carry_out_(run: Run) -> CompressionReport:
     """The method, step by step. ``compress_`` starts the run; a study may give one that reuses statistics."""
     scores = find_block_influence(run)
     plan = make_plan(run, scores)
-    decide_ = decide_globally_ if run.config.decides_together else decide_in_order_
+    decision = Decision((), {}, {})
     try:
         work = prepare_(run, plan)
-        decision = decide_(run, plan, work)
-        if run.config.refit:
-            _refit_(run, plan, decision)
+        if run.config.decides_together:
+            decision = decide_globally(run, plan, work)
+            carry_out_decision_(run, plan, work, decision)
+        else:
+            decide_in_order_(run, plan, work)
+            if run.config.refit:
+                refit_in_order_(run, plan)
         remove_layers_(run.model, decision.removed)
     finally:
         group_linears_(run.model)
         mark_compressed(run.model)
     return _report(run, scores, plan, decision, work.reports)
-
-
-def _refit_(run: Run, plan: Plan, decision: Decision) -> None:
-    run.clock.enter("refit")
-    targets = ceilings(run.config, plan)
-    with run.processes.fail_together():
-        refit_(
-            *(run.model, run.calibration, targets),
-            removed=decision.removed,
-            dtype=run.config.sweep_dtype,
-            progress=run.progress,
-        )
 
 
 def _report(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -57,18 +56,20 @@ class NoState(PartialSums):
 
     def __init__(self) -> None:
         self.files: dict[str, str] = {}
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     @cached_property
     def folder(self) -> Path:
         """The folder of the files."""
-        return Path(tempfile.mkdtemp(prefix="grasp-"))
+        self._temporary = tempfile.TemporaryDirectory(prefix="grasp-")
+        return Path(self._temporary.name)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if "folder" in vars(self):
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def begin(
         self,

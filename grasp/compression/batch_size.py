@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
-import psutil
 import torch
 from accelerate.utils import find_executable_batch_size
 from transformers import PreTrainedModel
 
 from grasp.compression.eligible import eligible_targets
 from grasp.compression.estimate import CompressionJob, Estimate, estimate
+from grasp.compression.memory import free_bytes
 from grasp.config import GraspConfig
 from grasp.errors import OutOfMemoryError
 from grasp.method.schedules import plan_sweeps
@@ -23,7 +22,6 @@ from grasp.statistics.sweep import capture_prefix, sweep
 # Most tokens per forward pass on a CPU, by bytes per number. More tokens were not faster, and 8192 were slower
 # (SmolLM2-135M, two cores), because of cache misses and page faults.
 CPU_TOKENS = {8: 512, 4: 1024, 2: 2048}
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def fitting_batch_size(
@@ -74,24 +72,6 @@ def largest_batch_size(job: CompressionJob, free: int, *, loaded: bool = True) -
             break
         fitting = larger
     return fitting
-
-
-def free_bytes(device: torch.device) -> int:
-    """Free memory of a device; for a CPU, the memory that the system and the container have without swapping."""
-    if device.type == "cpu":
-        return min([psutil.virtual_memory().available, *_cgroup_free()])
-    return int(torch.accelerator.get_memory_info(device)[0])
-
-
-def _cgroup_free() -> list[int]:
-    """Free bytes of the control group of a container, its file cache included; empty if there is no limit."""
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-        statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-    except OSError:
-        return []
-    return [] if limit == "max" else [int(limit) - used + int(statistics.get("inactive_file", 0))]
 
 
 def executable_batch_size(largest: int, trial: Callable[[int], None]) -> int:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
+from grasp.checkpoint.run_state import NoState
 from grasp.compression.budget import Plan, Prices
-from grasp.compression.selection import LAYER_REMOVED, Selection, Selections, replace_
+from grasp.compression.selection import Selection, Selections, replacement
 from grasp.errors import CalibrationError
 from grasp.method.knapsack import DENSE, Choices, Layer, allocate_layers, rank_choices
-from grasp.method.svd import SVD
 from grasp.model.batch import CalibrationBatch
-from grasp.model.layer_removal import skipping
-from grasp.model.targets import Target
-from grasp.statistics.loss import sum_nll
+from grasp.model.targets import Target, decoder
+from grasp.statistics.hidden_states import Scratch
 from grasp.statistics.processes import Processes
+from grasp.statistics.sweep import capture_prefix, propagate, sum_nll_after
 
 FIRST_SHARE = 0.6  # the share of the saving after which a progressive schedule gathers statistics again; docs/study.md
 HELD_OUT = 8  # one batch of so many is held out to decide between candidates
@@ -77,23 +78,10 @@ def candidates(
     return result
 
 
-def first_cut(selections: Selections, plan: Plan, prices: Prices) -> dict[Target, SVD]:
-    """The groups that remain when ``FIRST_SHARE`` of the saving is spent globally; dense linears are left out."""
-    scores = _scored(selections, plan)
-    ranks = _allocated("", scores, plan, prices, {}, FIRST_SHARE).ranks
-    return {target: scores[target].truncated(rank).svd for target, rank in ranks.items() if rank != DENSE}
-
-
-def truncate(selections: Selections, candidate: Candidate) -> dict[Target, Selection]:
-    """The selections of a candidate: truncated to its ranks, or skipped with the reason."""
-    return {
-        target: selection.truncated(candidate.ranks[target])
-        if target in candidate.ranks
-        else Selection.skip(LAYER_REMOVED)
-        if target.layer in candidate.removed
-        else selection
-        for target, selection in selections.items()
-    }
+def first_cut(selections: Selections, plan: Plan, prices: Prices) -> dict[Target, int]:
+    """The ranks when ``FIRST_SHARE`` of the saving is spent globally; linears that stay dense are left out."""
+    ranks = _allocated("", _scored(selections, plan), plan, prices, {}, FIRST_SHARE).ranks
+    return {target: rank for target, rank in ranks.items() if rank != DENSE}
 
 
 def held_out_losses(
@@ -101,27 +89,49 @@ def held_out_losses(
     selections: Selections,
     candidates: Mapping[str, Candidate],
     held_out: Sequence[CalibrationBatch],
+    *,
+    state: NoState,
+    scratch: Scratch,
     processes: Processes,
 ) -> dict[str, float]:
-    """The mean loss of each candidate on the held-out batches, in nats per token; the model is left as it was."""
-    local_batches = processes.local_batches(held_out)
+    """The mean loss of each candidate on the held-out batches, in nats per token; the model is left as it was.
+
+    The batches pass one layer after the other, so the factors of one layer are in memory at a time.
+    """
     sums = torch.zeros(len(candidates), dtype=torch.float64)
-    for index, candidate in enumerate(candidates.values()):
-        try:
-            for target, selection in truncate(selections, candidate).items():
-                replace_(model, target, selection)
-            with processes.fail_together(), skipping(model, candidate.removed, held_out[0]):
-                sums[index] = sum_nll(model, local_batches)
-        finally:
-            for target in selections:
-                model.set_submodule(target.name, target.module)
+    with processes.fail_together():
+        start = capture_prefix(model, processes.local_batches(held_out), {0}, scratch=scratch)
+        for index, candidate in enumerate(candidates.values()):
+            hidden = start.hidden[0]
+            for layer in range(len(decoder(model).layers)):
+                if layer not in candidate.removed:
+                    with _replaced(model, layer, selections, candidate, state):
+                        hidden = propagate(start, range(layer, layer + 1), hidden)
+            sums[index] = sum_nll_after(start, hidden)
     processes.sum_([sums])
     tokens = sum(batch.num_targets for batch in held_out)
     return dict(zip(candidates, (sums / tokens).tolist(), strict=True))
 
 
+@contextmanager
+def _replaced(
+    model: PreTrainedModel, layer: int, selections: Selections, candidate: Candidate, state: NoState
+) -> Iterator[None]:
+    """Put the low-rank linears of a candidate into one layer until the block ends."""
+    with ExitStack() as stack:
+        for target, selection in selections.items():
+            if target.layer != layer:
+                continue
+            rank = candidate.ranks.get(target, len(selection.indices))
+            module, _ = replacement(state, target, selection, rank)
+            if module is not None:
+                stack.callback(model.set_submodule, target.name, target.module)
+                model.set_submodule(target.name, module)
+        yield
+
+
 def _scored(selections: Selections, plan: Plan) -> dict[Target, Selection]:
-    return {t: selection for t, selection in selections.items() if t in plan.ranks and selection.skipped is None}
+    return {t: selection for t, selection in selections.items() if t in plan.ranks and not selection.skipped}
 
 
 def _allocated(

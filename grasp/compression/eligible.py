@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from grasp.checkpoint.compression_report import ModuleReport
@@ -29,19 +28,6 @@ def check_layers(config: GraspConfig, depth: int) -> None:
         raise ValueError(f"the model has decoder layers 0..{depth - 1}, got layers={list(config.layers)}")
     if config.num_layers is not None and config.num_layers > depth:
         raise ValueError(f"the model has {depth} decoder layers, got num_layers={config.num_layers}")
-
-
-def require_in_memory(targets: Iterable[Target]) -> None:
-    """Refuse offloaded and sharded weights, which a progressive schedule cannot replace for a while.
-
-    Raises:
-        UnsupportedModelError: if a weight is not in the memory of this process.
-    """
-    if any(target.module.weight.is_meta or isinstance(target.module.weight, DTensor) for target in targets):
-        raise UnsupportedModelError(
-            "schedule='progressive', the schedule of GraspConfig.best, needs all weights in memory, but some are "
-            "offloaded or sharded; take schedule='single-sweep'"
-        )
 
 
 def require_positions(model: PreTrainedModel, batches: Sequence[CalibrationBatch]) -> None:

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+import torch
+from transformers import PreTrainedModel
+
 from grasp.compression.layer_cost import Tracer
-from grasp.errors import OutOfMemoryError
+from grasp.config import GraspConfig
+from grasp.errors import OutOfMemoryError, UnsupportedModelError
 from grasp.formatting import size
+from grasp.method.basis import BASES
 from grasp.method.ranks import Shape
+from grasp.method.svd import decomposition_bytes
+from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_shape
-from grasp.model.targets import Target
-from grasp.statistics.covariance import input_groups
+from grasp.model.running import first_device
+from grasp.model.targets import Target, decoder
+from grasp.statistics.covariance import covariance_bytes, input_groups
+from grasp.statistics.gradients import dense_is_cheaper
 from grasp.statistics.loss import LOGITS_BYTES
 
 # Workspaces of libraries, and free heap memory that glibc keeps: up to 64 MiB (the largest M_TRIM_THRESHOLD).
 LIBRARY_BYTES = 2**26
 # Allocators keep freed blocks and reuse only a part of them.
 _FRAGMENTATION = 2
+FREE_FRACTION = 0.9  # of the free memory, if no budget is given
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 class LayerNeeds(NamedTuple):
@@ -187,3 +201,123 @@ def head_bytes(tracer: Tracer) -> int:
 def fixed_bytes(tracer: Tracer) -> int:
     """What every span takes: inputs, masks and positions, hidden states and their gradient, and library workspaces."""
     return tracer.base_bytes + 2 * states_bytes(tracer) + LIBRARY_BYTES
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """How much memory a compression may take above the loaded model.
+
+    Attributes:
+        tracer: the model without data; ``None`` if it cannot run without data, then all layers are one span.
+        config: what to compress and how.
+        tokens: all calibration tokens.
+        device: bytes for a span, on the device of the model.
+        hidden_states: bytes of CPU memory for hidden states; ``None`` for any number.
+    """
+
+    tracer: Tracer | None
+    config: GraspConfig
+    tokens: int
+    device: int
+    hidden_states: int | None
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        batches: Sequence[CalibrationBatch],
+        config: GraspConfig,
+        targets: Collection[Target],
+        *,
+        memory: int | None,
+        host_memory: int | None,
+        processes: int = 1,
+    ) -> MemoryBudget:
+        """The budget for a loaded model; ``None`` is 0.9 of what is free, divided by the processes of a CPU.
+
+        Raises:
+            OutOfMemoryError: if it is too small.
+            ValueError: if ``host_memory`` is given and the model is on the CPU.
+            UnsupportedModelError: if ``memory`` is given and the model cannot run without data.
+        """
+        device, dtype = first_device(model), model.dtype if config.sweep_dtype is None else getattr(torch, config.sweep_dtype)
+        on_cpu = device.type == "cpu"
+        if on_cpu and host_memory is not None:
+            raise ValueError("host_memory is for a model on a GPU; on a CPU memory covers everything: give memory alone")
+        sizes = [batch.input_ids.shape for batch in batches]
+        tokens = sum(batch.num_tokens for batch in batches)
+        try:
+            tracer = Tracer(
+                model.config,
+                dtype=dtype,
+                device=device,
+                batch_size=max(size[0] for size in sizes),
+                seq_len=max(size[1] for size in sizes),
+            )
+        except UnsupportedModelError:
+            if memory is not None:
+                raise
+            return cls(None, config, tokens, 0, host_memory)
+        given = int(FREE_FRACTION * free_bytes(device) / (processes if on_cpu else 1)) if memory is None else memory
+        budget = cls(tracer, config, tokens, given, None)
+        spans = budget._memory(targets, range(0, len(decoder(model).layers)), None)
+        spans.plan(given)  # an error is raised now, not after the block influence
+        if on_cpu:
+            left = given - spans.peak(spans.layers, targets)
+        else:
+            left = int(FREE_FRACTION * free_bytes(torch.device("cpu"))) if host_memory is None else host_memory
+        return replace(budget, hidden_states=max(0, left))
+
+    def spans(
+        self, targets: Collection[Target], layers: range, ranks: Mapping[str, int] | None = None
+    ) -> list[PlannedSpan]:
+        """Divide layers into spans, see ``SpanMemory.plan``."""
+        if self.tracer is None:
+            return [PlannedSpan(layers, (tuple(targets),))]
+        return self._memory(targets, layers, ranks).plan(self.device)
+
+    def _memory(self, targets: Collection[Target], layers: range, ranks: Mapping[str, int] | None) -> SpanMemory:
+        assert self.tracer is not None
+        basis = BASES[self.config.basis]
+        return SpanMemory(
+            targets,
+            layers,
+            needs_of(self.tracer, targets, layers, ranks),
+            fixed=fixed_bytes(self.tracer),
+            head=head_bytes(self.tracer),
+            sum_bytes=partial(sum_bytes, self.config, self.tokens),
+            decomposition_bytes=lambda target: decomposition_bytes(
+                dense_shape(target.module), inputs=basis.inputs, outputs=basis.outputs
+            ),
+        )
+
+
+def sum_bytes(config: GraspConfig, tokens: int, targets: Collection[Target]) -> int:
+    """The sums of some linears: covariances, or the gradient of each weight, or its decomposition and its gradient."""
+    basis = BASES[config.basis]
+    if basis.inputs:
+        return covariance_bytes(targets, outputs=basis.outputs)
+    numbers = 0
+    for target in targets:
+        n, k = dense_shape(target.module)
+        item = max(4, target.module.weight.element_size())
+        numbers += item * (n * k if dense_is_cheaper((n, k), tokens) else min(n, k) * (n + k + 2))
+    return numbers
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a device; for a CPU, the memory that the system and the container have without swapping."""
+    if device.type == "cpu":
+        return min([psutil.virtual_memory().available, *_cgroup_free()])
+    return int(torch.accelerator.get_memory_info(device)[0])
+
+
+def _cgroup_free() -> list[int]:
+    """Free bytes of the control group of a container, its file cache included; empty if there is no limit."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+        statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except OSError:
+        return []
+    return [] if limit == "max" else [int(limit) - used + int(statistics.get("inactive_file", 0))]

@@ -2,174 +2,188 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grasp.config import GraspConfig
 from grasp.method.least_squares import least_squares
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
 from grasp.model.hooks import hooked
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.offload import execution_device
-from grasp.model.running import (
-    backbone,
-    batch_inputs,
-    casting,
-    entering_with,
-    evaluating,
-    hidden_output,
-    passing_through,
-)
-from grasp.model.targets import Target, decoder
-from grasp.progress import Progress, no_progress
-from grasp.statistics.sweep import Rows, capture_prefix
+from grasp.model.targets import Target
+from grasp.statistics.hidden_states import HiddenStates, Scratch
+from grasp.statistics.processes import ALONE, Processes
+from grasp.statistics.sweep import Prefix, Rows, alone, capture_prefix, propagate, run_layers
 from grasp_kernels.products import add_product_, exact_bf16, widen
 from grasp_kernels.reference import accumulation_dtype
 
-
-@torch.no_grad()
-def refit_(
-    model: PreTrainedModel,
-    batches: Sequence[CalibrationBatch],
-    targets: Iterable[Target],
-    *,
-    removed: Collection[int] = (),
-    dtype: str | None = None,
-    progress: Progress = no_progress,
-) -> None:
-    """Fit U of every low-rank linear to the outputs of the dense one, in the order of the calls.
+class Refit:
+    """Fits U of low-rank linears to the outputs of the dense ones, layer by layer, in the order of the calls.
 
     Two streams of hidden states go through the layers: one with the dense linears, one with the low-rank linears fitted
-    so far. So each linear compensates for the errors of the linears before it. The inputs of the dense linears of one
-    layer are stored on the CPU, for all batches.
+    so far. So each linear compensates for the errors of the linears before it. A layer gets its low-rank linears when
+    the streams reach it.
 
     Args:
-        model: with the low-rank linears in place; only their ``U`` changes.
-        batches: calibration batches.
-        targets: the dense linears. A target that no low-rank linear replaces is skipped.
-        removed: layers that will be removed; they are still dense here.
-        dtype: run both streams in this dtype, see ``casting``. Sums and solutions have the dtype of the model, at least
-            fp32.
-        progress: called after each layer.
+        model: with the dense linears; changed in place.
+        batches: calibration batches, of all processes.
+        layers: where linears are fitted, contiguous. Both streams run in the configuration's ``sweep_dtype``, see
+            ``casting``. Sums and solutions have the dtype of the model, at least fp32.
+        config: of the compression.
+        scratch: where the streams are kept.
+        processes: the processes whose sums are added up, and that divide the solutions.
     """
-    present = {target: model.get_submodule(target.name) for target in targets}
-    replaced = {target: module for target, module in present.items() if isinstance(module, LowRankLinear)}
-    if not replaced:
-        return
-    layers = sorted({target.layer for target in replaced})
-    span = range(min([layers[0], *removed]), layers[-1] + 1)
-    exact = {} if dtype is None else {target: _exact(target, module) for target, module in replaced.items()}
-    fitted: dict[Target, Tensor] = {}
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(evaluating(model))
-            stack.enter_context(casting(model, dtype))
-            _put(model, replaced, dense=True)
-            stack.enter_context(casting(model, dtype))
-            _put(model, replaced, dense=False)
-            _refit_layers(model, batches, replaced, span, removed, exact, fitted, progress)
-    finally:
-        _put(model, replaced, dense=False)
-        for target, U in fitted.items():  # ``casting`` has restored the factors from before
-            replaced[target].U.copy_(U)
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[CalibrationBatch],
+        layers: range,
+        config: GraspConfig,
+        scratch: Scratch,
+        processes: Processes = ALONE,
+    ) -> None:
+        self._model, self._layers, self._processes = model, layers, processes
+        if layers:
+            with processes.fail_together():
+                self._prefix = capture_prefix(
+                    *(model, processes.local_batches(batches), {layers.start}), dtype=config.sweep_dtype, scratch=scratch
+                )
+            self._dense = self._low = self._prefix.hidden.pop(layers.start)
+
+    @torch.no_grad()
+    def replace_(
+        self,
+        layer: int,
+        modules: Mapping[Target, LowRankLinear],
+        *,
+        is_fitted: bool = False,
+        is_removed: bool = False,
+    ) -> None:
+        """Put low-rank linears in the place of the dense ones of the next layer, and fit them.
+
+        Args:
+            layer: its index.
+            modules: the low-rank linears.
+            is_fitted: whether they were fitted before.
+            is_removed: whether the compressed model skips the layer; it has no ``modules`` then.
+        """
+        if layer not in self._layers:
+            for target, module in modules.items():
+                self._model.set_submodule(target.name, module)
+            return
+        run, unfitted = _OneLayer(self._prefix, layer), {} if is_fitted else modules
+        with self._processes.fail_together():
+            inputs, dense = run.inputs_and_outputs(self._dense, {target.module: target for target in unfitted})
+            for target, module in modules.items():
+                self._model.set_submodule(target.name, module)
+            for group in run.groups({module: target for target, module in unfitted.items()}, self._low[0]):
+                self._fit_(run, group, unfitted, inputs[group[0]])
+            self._dense = dense
+            if not is_removed:
+                self._low = propagate(self._prefix, range(layer, layer + 1), self._low)
+
+    def _fit_(
+        self, run: _OneLayer, group: Sequence[Target], modules: Mapping[Target, LowRankLinear], inputs: HiddenStates
+    ) -> None:
+        """Fit the linears that share an input."""
+        cross, gram = run.covariances(group[0], modules[group[0]], inputs, self._low)
+        self._processes.sum_([cross, gram])
+
+        def solve(target: Target, weight: Tensor) -> _Left:
+            return _Left(least_squares(modules[target].U, modules[target].Vh, weight, cross, gram))
+
+        for target, left in self._processes.map_divided(group, solve, _Left, fetch=lambda t: dense_weight(t.module)):
+            modules[target].U.copy_(left.U)
 
 
-class _Exact(NamedTuple):
-    """A linear and its factors in the dtype of the model."""
+class _Left(NamedTuple):
+    """The fitted factor of one linear, as processes exchange it."""
 
     U: Tensor
-    Vh: Tensor
-    weight: Tensor
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The factor by its name."""
+        return self._asdict()
 
-def _exact(target: Target, module: LowRankLinear) -> _Exact:
-    return _Exact(module.U.detach(), module.Vh.detach(), dense_weight(target.module).detach())
-
-
-def _refit_layers(
-    model: PreTrainedModel,
-    batches: Sequence[CalibrationBatch],
-    replaced: Mapping[Target, LowRankLinear],
-    layers: range,
-    removed: Collection[int],
-    exact: Mapping[Target, _Exact],
-    fitted: dict[Target, Tensor],
-    progress: Progress,
-) -> None:
-    prefix = capture_prefix(model, batches, {layers.start}, progress=progress)
-    dense = low = prefix.hidden[layers.start]
-    for layer in layers:
-        run = _Layer(model, layer, batches, prefix.returns_tuple)
-        members = {target: module for target, module in replaced.items() if target.layer == layer}
-        _put(model, members, dense=True)
-        dense_inputs, dense = run.inputs_and_outputs(dense, {target: target.module for target in members})
-        _put(model, members, dense=False)
-        for group in run.groups(members, low[0]):
-            cross, inputs = run.covariances(group, members, dense_inputs, low)
-            for target in group:
-                factors = exact.get(target) or _exact(target, members[target])
-                fitted[target] = least_squares(factors.U, factors.Vh, factors.weight, cross, inputs)
-                members[target].U.copy_(fitted[target])
-        if layer + 1 in layers:
-            low = low if layer in removed else run.outputs(low)
-        progress("refit", layer - layers.start + 1, len(layers))
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> _Left:
+        """The inverse of ``to_tensors``."""
+        return cls(**tensors)
 
 
 class _ReachedError(Exception):
     """Ends a forward pass early."""
 
 
-class _Layer:
+class _OneLayer:
     """One decoder layer, run alone on stored hidden states."""
 
-    def __init__(
-        self, model: PreTrainedModel, layer: int, batches: Sequence[CalibrationBatch], returns_tuple: bool
-    ) -> None:
-        self._model, self._batches, self._returns_tuple = model, batches, returns_tuple
-        modules = list(decoder(model).layers)
-        self._module, self._others = modules[layer], modules[:layer] + modules[layer + 1 :]
-
-    def _run(self, index: int, hidden: Tensor) -> Tensor:
-        outputs: list[Tensor] = []
-        with (
-            hooked(self._module, after=lambda *call: outputs.append(hidden_output(call[3]))),
-            passing_through(self._others, self._returns_tuple),
-            entering_with(self._module, hidden),
-        ):
-            backbone(self._model)(**batch_inputs(self._model, self._batches[index]), use_cache=False)
-        return outputs[0]
-
-    def outputs(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs of the layer for the hidden states of every batch, on the CPU."""
-        return [self._run(index, states).cpu() for index, states in enumerate(hidden)]
+    def __init__(self, prefix: Prefix, layer: int) -> None:
+        self._prefix, self._layers = prefix, range(layer, layer + 1)
 
     def inputs_and_outputs(
-        self, hidden: Sequence[Tensor], modules: Mapping[Target, nn.Module]
-    ) -> tuple[list[dict[Target, Tensor]], list[Tensor]]:
-        """For every batch the inputs of the linears, and the output of the layer, on the CPU."""
-        inputs, outputs = list[dict[Target, Tensor]](), list[Tensor]()
-        for index, states in enumerate(hidden):
-            with self._recording(index, modules) as recorded:
-                outputs.append(self._run(index, states).cpu())
-            copies = {id(x): x.cpu() for x in recorded.values()}  # one copy of an input that several linears share
-            inputs.append({target: copies[id(x)] for target, x in recorded.items()})
+        self, hidden: Sequence[Tensor], modules: Mapping[nn.Module, Target]
+    ) -> tuple[dict[Target, HiddenStates], HiddenStates]:
+        """For every batch the inputs of the linears, without padding, and the outputs of the layer."""
+        outputs, inputs = HiddenStates(self._prefix.scratch), dict[Target, HiddenStates]()
+        with alone(self._prefix, self._layers):
+            for index in range(len(self._prefix.batches)):
+                with self._recording(index, modules) as recorded:
+                    outputs.append(run_layers(self._prefix, self._layers, index, hidden[index]))
+                by_input: dict[int, HiddenStates] = {}  # linears that share an input share what is kept of it
+                for target, x in recorded.items():
+                    if target not in inputs:
+                        inputs[target] = by_input.get(id(x)) or HiddenStates(self._prefix.scratch)
+                    if id(x) not in by_input:
+                        by_input[id(x)] = inputs[target]
+                        inputs[target].append(x)
         return inputs, outputs
 
+    def groups(self, modules: Mapping[nn.Module, Target], hidden: Tensor) -> list[list[Target]]:
+        """The linears that share an input, in the order of the calls."""
+        groups: dict[int, list[Target]] = {}
+        if not modules:
+            return []
+        with alone(self._prefix, self._layers), self._recording(0, modules) as recorded:
+            run_layers(self._prefix, self._layers, 0, hidden)
+        for target, x in recorded.items():
+            groups.setdefault(id(x), []).append(target)
+        return list(groups.values())
+
+    def covariances(
+        self, target: Target, module: LowRankLinear, dense_inputs: Sequence[Tensor], low: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """``Σ x x̂ᵀ`` and ``Σ x̂ x̂ᵀ`` of the inputs of a linear, in fp32 (fp64 for fp64)."""
+        width, linear = module.in_features, target.module
+        device, dtype = execution_device(linear), accumulation_dtype(linear.weight.dtype)
+        cross, gram = (torch.zeros(width, width, device=device, dtype=dtype) for _ in range(2))
+        with alone(self._prefix, self._layers):
+            for index in range(len(self._prefix.batches)):
+                seen = self._input(index, low[index], module).to(device)
+                x = dense_inputs[index].to(device)
+                with exact_bf16(x, seen):
+                    x, seen = widen(x, dtype), widen(seen, dtype)
+                    add_product_(cross, x.mT, seen)
+                    add_product_(gram, seen.mT, seen)
+        return cross, gram
+
     @contextmanager
-    def _recording(self, index: int, modules: Mapping[Target, nn.Module]) -> Iterator[dict[Target, Tensor]]:
+    def _recording(self, index: int, modules: Mapping[nn.Module, Target]) -> Iterator[dict[Target, Tensor]]:
         """Record the input of each linear, without padding, in the order of the calls."""
-        rows, recorded = Rows(self._batches[index]), dict[Target, Tensor]()
-        targets = {module: target for target, module in modules.items()}
+        rows, recorded = Rows(self._prefix.batches[index]), dict[Target, Tensor]()
 
         def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            recorded.setdefault(targets[module], rows.of_input(args[0]))
+            recorded.setdefault(modules[module], rows.of_input(args[0]))
 
-        with hooked(*targets, before=record):
+        with hooked(*modules, before=record):
             yield recorded
 
     def _input(self, index: int, hidden: Tensor, module: nn.Module) -> Tensor:
@@ -177,47 +191,9 @@ class _Layer:
         inputs: list[Tensor] = []
 
         def stop(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            inputs.append(Rows(self._batches[index]).of(args[0]))
+            inputs.append(Rows(self._prefix.batches[index]).of(args[0]))
             raise _ReachedError
 
         with suppress(_ReachedError), hooked(module, before=stop):
-            self._run(index, hidden)
+            run_layers(self._prefix, self._layers, index, hidden)
         return inputs[0]
-
-    def groups(self, members: Mapping[Target, LowRankLinear], hidden: Tensor) -> list[list[Target]]:
-        """The linears that share an input, in the order of the calls."""
-        groups: dict[int, list[Target]] = {}
-        with self._recording(0, members) as recorded:
-            self._run(0, hidden)
-        for target, x in recorded.items():
-            groups.setdefault(id(x), []).append(target)
-        return list(groups.values())
-
-    def covariances(
-        self,
-        group: Collection[Target],
-        members: Mapping[Target, LowRankLinear],
-        dense_inputs: Sequence[Mapping[Target, Tensor]],
-        low: Sequence[Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """``Σ x x̂ᵀ`` and ``Σ x̂ x̂ᵀ`` of the input that a group shares, in fp32 (fp64 for fp64)."""
-        target = next(iter(group))
-        width = members[target].in_features
-        device = execution_device(target.module)
-        cross, inputs = (
-            torch.zeros(width, width, device=device, dtype=accumulation_dtype(target.module.weight.dtype))
-            for _ in range(2)
-        )
-        for index in range(len(self._batches)):
-            seen = self._input(index, low[index], members[target]).to(device)
-            x = dense_inputs[index][target].to(device)
-            with exact_bf16(x, seen):
-                x, seen = widen(x, cross.dtype), widen(seen, cross.dtype)
-                add_product_(cross, x.mT, seen)
-                add_product_(inputs, seen.mT, seen)
-        return cross, inputs
-
-
-def _put(model: PreTrainedModel, members: Mapping[Target, LowRankLinear], *, dense: bool) -> None:
-    for target, module in members.items():
-        model.set_submodule(target.name, target.module if dense else module)

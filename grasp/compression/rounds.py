@@ -12,6 +12,7 @@ from grasp.checkpoint.compression_report import ModuleReport
 from grasp.checkpoint.run_state import Decision
 from grasp.compression.budget import Plan, ceilings
 from grasp.compression.candidates import Candidate, candidates, first_cut, held_out_losses
+from grasp.compression.refit import Refit
 from grasp.compression.run import Run
 from grasp.compression.selection import (
     LAYER_REMOVED,
@@ -24,10 +25,12 @@ from grasp.compression.selection import (
     skip,
 )
 from grasp.compression.spans import Selector
+from grasp.method.knapsack import DENSE
 from grasp.method.metrics import nats_per_score
 from grasp.method.schedules import plan_sweeps
-from grasp.model.lowrank_linear import load_lowrank
-from grasp.model.targets import Target
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.offload import release_
+from grasp.model.targets import Target, decoder
 from grasp.statistics.layer_losses import removal_losses
 from grasp.statistics.sweep import Prefix, capture_prefix
 
@@ -58,14 +61,14 @@ def prepare_(run: Run, plan: Plan) -> Work:
 
 
 def _restore_(run: Run, sweeps: Sequence[Sequence[Target]]) -> dict[Target, ModuleReport]:
-    """Put the stored low-rank linears into the model; the report of each stored linear, in the order of ``sweeps``."""
+    """Put the low-rank linears of finished sweeps into the model; the report of each of their linears."""
     state, restored = run.state, dict[Target, ModuleReport]()
     for target in (target for members in sweeps for target in members):
-        if (file := state.files.get(f"module-{target.name}")) is not None:
-            tensors, notes = state.read(file)
-            if tensors:
-                run.model.set_submodule(target.name, load_lowrank(target.module, tensors))
-            restored[target] = ModuleReport.from_dict(notes["report"])
+        if run.config.decides_together or (file := state.files.get(f"module-{target.name}")) is None:
+            continue  # a global decision is carried out layer by layer, after the sweeps
+        module, restored[target] = _stored(run, target, file)
+        if module is not None:
+            run.model.set_submodule(target.name, module)
     finished = [state.decision is not None or all(target in restored for target in members) for members in sweeps]
     if run.config.schedule == "progressive":  # the first cut has a sweep of its own
         finished.append(state.decision is not None or state.cut is not None)
@@ -81,24 +84,30 @@ def decide_in_order_(run: Run, plan: Plan, work: Work) -> None:
         replacements = [
             replacement(run.state, target, selections[target], len(selections[target].indices)) for target in members
         ]
-        replace_(run, members, replacements, "only")
+        for target, (module, _) in zip(members, replacements, strict=True):
+            if module is not None:
+                run.model.set_submodule(target.name, module)
+        _store(run, members, replacements, "only")
         work.reports.extend(report for _, report in replacements)
 
 
-def replace_(run: Run, members: Sequence[Target], replacements: Sequence[Replacement], stem: str) -> None:
-    """Replace linears, and store what replaces them in place of the files that it was made from."""
-    files: dict[str, str | None] = {}
+def _store(run: Run, members: Sequence[Target], replacements: Sequence[Replacement], stem: str) -> None:
+    """Store what replaces linears, instead of the files that it was made from."""
+    files: dict[str, str | None] = {f"{stem}-{target.name}": None for target in members}
     with run.processes.fail_together():
         for target, (module, report) in zip(members, replacements, strict=True):
-            if module is not None:
-                run.model.set_submodule(target.name, module)
-            tensors = {} if module is None else dict(module.named_parameters())
             if run.processes.first:
-                files[f"module-{target.name}"] = run.state.write(
-                    f"module-{target.name}", tensors, {"report": asdict(report)}
-                )
-            files[f"{stem}-{target.name}"] = None
+                tensors = {} if module is None else dict(module.named_parameters())
+                name = f"module-{target.name}"
+                files[name] = run.state.write(name, tensors, {"report": asdict(report)})
     run.state.record(files)
+
+
+def _stored(run: Run, target: Target, file: str) -> Replacement:
+    """What an interrupted run has stored to replace a linear."""
+    tensors, notes = run.state.read(file)
+    module = LowRankLinear.from_factors(target.module, tensors) if tensors else None
+    return Replacement(module, ModuleReport.from_dict(notes["report"]))
 
 
 def decide_globally(run: Run, plan: Plan, work: Work) -> Decision:
@@ -120,17 +129,67 @@ def decide_globally(run: Run, plan: Plan, work: Work) -> Decision:
     return decision
 
 
-def replacements(run: Run, decision: Decision, members: Sequence[Target]) -> list[Replacement]:
-    """What the decision about all linears puts in the place of some of them."""
-    result = []
-    for target in members:
-        if target.layer in decision.removed:
-            result.append(skip(target, LAYER_REMOVED))
-        else:
-            selection = read_selection(run.state, run.state.files[f"second-{target.name}"])
-            rank = decision.ranks.get(target.name, len(selection.indices))
-            result.append(replacement(run.state, target, selection, rank))
-    return result
+def carry_out_decision_(run: Run, plan: Plan, work: Work, decision: Decision) -> None:
+    """Replace the linears as it was decided, layer by layer; the left factors are fitted if the configuration says so.
+
+    The weight of a replaced linear is freed, so that the model never grows by more than a layer.
+    """
+    members: dict[int, list[Target]] = {layer: [] for layer in range(len(decoder(run.model).layers))}
+    for target in plan.ranks:
+        members[target.layer].append(target)
+    low = {target.layer for target in plan.ranks if decision.ranks.get(target.name, DENSE) != DENSE}
+    fitted = range(min(low | {*decision.removed}), max(low) + 1) if low and run.config.refit else range(0)
+    refit = Refit(run.model, run.calibration, fitted, run.config, run.scratch, run.processes)
+    reports: dict[Target, ModuleReport] = {}
+    for layer, linears in members.items():
+        chosen, is_stored = _replacements(run, linears, decision)
+        modules = {t: module for t, (module, _) in zip(linears, chosen, strict=True) if module is not None}
+        run.clock.enter("refit")
+        refit.replace_(layer, modules, is_fitted=is_stored, is_removed=layer in decision.removed)
+        if not is_stored:
+            _store(run, linears, chosen, "second")
+        for target in modules:
+            release_(target.module)
+        reports.update(zip(linears, (report for _, report in chosen), strict=True))
+        run.progress("refit", layer + 1, len(members))
+    work.reports.extend(reports[target] for target in plan.ranks)
+
+
+def refit_in_order_(run: Run, plan: Plan) -> None:
+    """Fit the left factors of the low-rank linears that are in the model, layer by layer."""
+    run.clock.enter("refit")
+    modules = {target: run.model.get_submodule(target.name) for target in plan.ranks}
+    low = {target: module for target, module in modules.items() if isinstance(module, LowRankLinear)}
+    layers = sorted({target.layer for target in low})
+    if not layers:
+        return
+    try:
+        for target in low:
+            run.model.set_submodule(target.name, target.module)
+        span = range(layers[0], layers[-1] + 1)
+        refit = Refit(run.model, run.calibration, span, run.config, run.scratch, run.processes)
+        for layer in span:
+            refit.replace_(layer, {target: module for target, module in low.items() if target.layer == layer})
+            run.progress("refit", layer - span.start + 1, len(span))
+    finally:
+        for target, module in low.items():
+            run.model.set_submodule(target.name, module)
+
+
+def _replacements(run: Run, members: Sequence[Target], decision: Decision) -> tuple[list[Replacement], bool]:
+    """What the decision puts in the place of the linears of a layer, and whether it was stored before."""
+    files = [run.state.files.get(f"module-{target.name}") for target in members]
+    if members and None not in files:
+        return [_stored(run, target, file) for target, file in zip(members, files, strict=True) if file], True
+    return [_decided(run, target, decision) for target in members], False
+
+
+def _decided(run: Run, target: Target, decision: Decision) -> Replacement:
+    """What the decision puts in the place of a linear."""
+    if target.layer in decision.removed:
+        return skip(target, LAYER_REMOVED)
+    selection = read_selection(run.state, run.state.files[f"second-{target.name}"])
+    return replacement(run.state, target, selection, decision.ranks.get(target.name, DENSE))
 
 
 def _cut(run: Run, plan: Plan, selector: Selector, members: Sequence[Target]) -> None:
@@ -158,7 +217,7 @@ def _standing_in(run: Run, members: Sequence[Target], layers: range) -> Iterator
             file = run.state.files.get(f"cut-{target.name}")
             if file is not None and target.layer in layers:
                 stack.callback(run.model.set_submodule, target.name, target.module)
-                run.model.set_submodule(target.name, load_lowrank(target.module, run.state.read(file)[0]))
+                run.model.set_submodule(target.name, LowRankLinear.from_factors(target.module, run.state.read(file)[0]))
         yield
 
 
@@ -175,5 +234,10 @@ def _choose_candidate(run: Run, plan: Plan, selections: Selections) -> tuple[Can
     options = candidates(selections, plan, run.config.scope, run.prices, removal, nats)
     losses: dict[str, float] = {}
     if run.held_out:
-        losses = held_out_losses(run, selections, options)
+        losses = held_out_losses(
+            *(run.model, selections, options, run.held_out),
+            state=run.state,
+            scratch=run.scratch,
+            processes=run.processes,
+        )
     return options[min(losses, key=losses.__getitem__, default=next(iter(options)))], losses

@@ -108,10 +108,11 @@ def start_run(
     calibration, held_out = hold_out(batches) if config.remove_layers else (batches, [])
     tokens = [batch.num_tokens for batch in batches]
     processes.require_same("the request", f"{config} {before} {tokens} {batches_digest(batches)}")
+    linears = [target for members in targets.values() for target in members]
     with processes.fail_together():
-        budget = MemoryBudget.of(model, batches, config, targets, memory=memory, host_memory=host_memory)
+        budget = MemoryBudget.of(model, batches, config, linears, memory=memory, host_memory=host_memory, processes=processes.size)
         state.begin(model, batches, config, costs, clock)
-    state.folder = Path(processes.from_first(str(state.folder)))  # a temporary one is that of the first process
+    state.folder = Path(processes.from_first(str(state.folder) if processes.first else ""))  # a temporary one is that of the first process
     return Run(
         model=model,
         batches=batches,

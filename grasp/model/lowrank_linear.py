@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -292,6 +292,13 @@ class LowRankLinear(nn.Module):
             layer.Vh.copy_(right)
             if layer.bias is not None:
                 layer.bias.copy_(gathered(fetched(linear, "bias")))
+        return layer
+
+    @classmethod
+    def from_factors(cls, linear: DenseLinear, tensors: Mapping[str, Tensor]) -> LowRankLinear:
+        """The low-rank linear with the parameters ``tensors`` that ``from_dense`` made from a dense one before."""
+        layer = cls.like(linear, len(tensors["Vh"]), device=execution_device(linear))
+        layer.load_state_dict(dict(tensors))
         return layer
 
     def forward(self, x: Tensor) -> Tensor:

@@ -175,15 +175,21 @@ class Processes:
             stack.push(self._settle)
         return stack
 
+    def from_first(self, text: str) -> str:
+        """The text of the first process.
+
+        Raises:
+            DistributedError: if a process is gone.
+        """
+        return text if self.size == 1 else self._broadcast(0, text.encode()).decode()
+
     def require_same(self, what: str, value: str) -> None:
         """Check that a value is the same in all processes.
 
         Raises:
             DistributedError: if a process has another value than the first.
         """
-        if self.size == 1:
-            return
-        expected = self._broadcast(0, value.encode()).decode()
+        expected = self.from_first(value)
         with self.fail_together():
             if value != expected:
                 raise DistributedError(f"{what} differs from that of process 0; give all processes the same")

@@ -8,12 +8,13 @@ from typing import Any
 
 from grasp.bench.costs import costs_for
 from grasp.checkpoint.saving import check_directory
-from grasp.compression.batch_size import free_bytes, largest_batch_size
+from grasp.compression.batch_size import largest_batch_size
 from grasp.compression.budget import find_prices
 from grasp.compression.device_speed import Rates, measure_rates
 from grasp.compression.eligible import eligible_targets
 from grasp.compression.estimate import CompressionJob, Estimate, estimate
 from grasp.compression.layer_cost import Tracer
+from grasp.compression.memory import free_bytes
 from grasp.config import GraspConfig
 from grasp.loading import find_device, load_config
 from grasp.workflows.compress import check_costs
