@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from grasp.checkpoint.compression_report import CompressionReport, ModuleReport
 from grasp.checkpoint.run_state import Decision, NoState
 from grasp.compression.budget import Plan, predicted_seconds
+from grasp.compression.refit import refit_
 from grasp.compression.rounds import (
     carry_out_decision_,
     decide_globally,
     decide_in_order_,
     prepare_,
-    refit_in_order_,
 )
 from grasp.compression.run import Run, find_block_influence, make_plan, start_run
 from grasp.config import GraspConfig
@@ -108,12 +108,23 @@ def carry_out_(run: Run) -> CompressionReport:
         else:
             decide_in_order_(run, plan, work)
             if run.config.refit:
-                refit_in_order_(run, plan)
+                _refit_in_order_(run, plan)
         remove_layers_(run.model, decision.removed)
     finally:
         group_linears_(run.model)
         mark_compressed(run.model)
     return _report(run, scores, plan, decision, work.reports)
+
+
+def _refit_in_order_(run: Run, plan: Plan) -> None:
+    run.clock.enter("refit")
+    refit_(
+        *(run.model, run.calibration, plan.ranks),
+        dtype=run.config.sweep_dtype,
+        scratch=run.scratch,
+        processes=run.processes,
+        progress=run.progress,
+    )
 
 
 def _report(

@@ -19,6 +19,7 @@ from grasp.errors import GraspError
 from grasp.method.ranks import retained_indices
 from grasp.method.svd import SVD
 from grasp.model.batch import CalibrationBatch
+from grasp.model.dense import dense_weight
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import Target
 from grasp.statistics.gradients import DenseSum, FactoredSum, gather_gradients
@@ -152,7 +153,7 @@ def _replace_(
     result: Race,
 ) -> None:
     """Compress one linear on both sides to the package's groups, and note the difference of the selections."""
-    svd, grad = total.result()
+    svd, grad = total.result(dense_weight(target.module))
     if isinstance(total, DenseSum):
         result.contraction_seconds += _contraction(total, svd)
     retained = retained_indices((svd.S * grad).abs(), layer.rank(retain_ratio))

@@ -240,10 +240,15 @@ class MemoryBudget:
             ValueError: if ``host_memory`` is given and the model is on the CPU.
             UnsupportedModelError: if ``memory`` is given and the model cannot run without data.
         """
-        device, dtype = first_device(model), model.dtype if config.sweep_dtype is None else getattr(torch, config.sweep_dtype)
+        device, dtype = (
+            first_device(model),
+            model.dtype if config.sweep_dtype is None else getattr(torch, config.sweep_dtype),
+        )
         on_cpu = device.type == "cpu"
         if on_cpu and host_memory is not None:
-            raise ValueError("host_memory is for a model on a GPU; on a CPU memory covers everything: give memory alone")
+            raise ValueError(
+                "host_memory is for a model on a GPU; on a CPU memory covers everything: give memory alone"
+            )
         sizes = [batch.input_ids.shape for batch in batches]
         tokens = sum(batch.num_tokens for batch in batches)
         try:

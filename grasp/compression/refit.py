@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grasp.config import GraspConfig
 from grasp.method.least_squares import least_squares
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
@@ -18,11 +17,13 @@ from grasp.model.hooks import hooked
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.offload import execution_device
 from grasp.model.targets import Target
+from grasp.progress import Progress, no_progress
 from grasp.statistics.hidden_states import HiddenStates, Scratch
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sweep import Prefix, Rows, alone, capture_prefix, propagate, run_layers
 from grasp_kernels.products import add_product_, exact_bf16, widen
 from grasp_kernels.reference import accumulation_dtype
+
 
 class Refit:
     """Fits U of low-rank linears to the outputs of the dense ones, layer by layer, in the order of the calls.
@@ -34,9 +35,9 @@ class Refit:
     Args:
         model: with the dense linears; changed in place.
         batches: calibration batches, of all processes.
-        layers: where linears are fitted, contiguous. Both streams run in the configuration's ``sweep_dtype``, see
-            ``casting``. Sums and solutions have the dtype of the model, at least fp32.
-        config: of the compression.
+        layers: where linears are fitted, contiguous.
+        dtype: run both streams in this dtype, see ``casting``. Sums and solutions have the dtype of the model, at least
+            fp32.
         scratch: where the streams are kept.
         processes: the processes whose sums are added up, and that divide the solutions.
     """
@@ -46,7 +47,7 @@ class Refit:
         model: PreTrainedModel,
         batches: Sequence[CalibrationBatch],
         layers: range,
-        config: GraspConfig,
+        dtype: str | None,
         scratch: Scratch,
         processes: Processes = ALONE,
     ) -> None:
@@ -54,7 +55,9 @@ class Refit:
         if layers:
             with processes.fail_together():
                 self._prefix = capture_prefix(
-                    *(model, processes.local_batches(batches), {layers.start}), dtype=config.sweep_dtype, scratch=scratch
+                    *(model, processes.local_batches(batches), {layers.start}),
+                    dtype=dtype,
+                    scratch=scratch,
                 )
             self._dense = self._low = self._prefix.hidden.pop(layers.start)
 
@@ -102,6 +105,44 @@ class Refit:
 
         for target, left in self._processes.map_divided(group, solve, _Left, fetch=lambda t: dense_weight(t.module)):
             modules[target].U.copy_(left.U)
+
+
+def refit_(
+    model: PreTrainedModel,
+    batches: Sequence[CalibrationBatch],
+    targets: Iterable[Target],
+    *,
+    dtype: str | None = None,
+    scratch: Scratch | None = None,
+    processes: Processes = ALONE,
+    progress: Progress = no_progress,
+) -> None:
+    """Fit U of the low-rank linears that are in a model, layer by layer, see ``Refit``.
+
+    Args:
+        model: with the low-rank linears in place; only their ``U`` changes.
+        batches: calibration batches, of all processes.
+        targets: the dense linears. A target that no low-rank linear replaces is skipped.
+        dtype: see ``Refit``, as for ``scratch`` and ``processes``.
+        scratch: where the streams are kept; by default in memory.
+        processes: the processes that share the work.
+        progress: called after each layer.
+    """
+    present = {target: model.get_submodule(target.name) for target in targets}
+    low = {target: module for target, module in present.items() if isinstance(module, LowRankLinear)}
+    if not low:
+        return
+    layers = range(min(target.layer for target in low), max(target.layer for target in low) + 1)
+    try:
+        for target in low:
+            model.set_submodule(target.name, target.module)
+        refit = Refit(model, batches, layers, dtype, Scratch() if scratch is None else scratch, processes)
+        for layer in layers:
+            refit.replace_(layer, {target: module for target, module in low.items() if target.layer == layer})
+            progress("refit", layer - layers.start + 1, len(layers))
+    finally:
+        for target, module in low.items():
+            model.set_submodule(target.name, module)
 
 
 class _Left(NamedTuple):

@@ -34,6 +34,7 @@ from grasp.model.targets import Target, decoder
 from grasp.statistics.layer_losses import removal_losses
 from grasp.statistics.sweep import Prefix, capture_prefix
 
+
 class Work(NamedTuple):
     """The part of a plan that is still to be done."""
 
@@ -120,7 +121,9 @@ def decide_globally(run: Run, plan: Plan, work: Work) -> Decision:
     selector = Selector(run, ceilings(run.config, plan), work.prefix)
     if run.config.schedule == "progressive":
         _cut(run, plan, selector, members)
-        selections = selector.select(members, "second", ranks=run.state.cut, stand_in=partial(_standing_in, run, members))
+        selections = selector.select(
+            members, "second", ranks=run.state.cut, stand_in=partial(_standing_in, run, members)
+        )
     else:
         selections = selector.select(members, "second")
     candidate, losses = _choose_candidate(run, plan, selections)
@@ -139,7 +142,7 @@ def carry_out_decision_(run: Run, plan: Plan, work: Work, decision: Decision) ->
         members[target.layer].append(target)
     low = {target.layer for target in plan.ranks if decision.ranks.get(target.name, DENSE) != DENSE}
     fitted = range(min(low | {*decision.removed}), max(low) + 1) if low and run.config.refit else range(0)
-    refit = Refit(run.model, run.calibration, fitted, run.config, run.scratch, run.processes)
+    refit = Refit(run.model, run.calibration, fitted, run.config.sweep_dtype, run.scratch, run.processes)
     reports: dict[Target, ModuleReport] = {}
     for layer, linears in members.items():
         chosen, is_stored = _replacements(run, linears, decision)
@@ -153,27 +156,6 @@ def carry_out_decision_(run: Run, plan: Plan, work: Work, decision: Decision) ->
         reports.update(zip(linears, (report for _, report in chosen), strict=True))
         run.progress("refit", layer + 1, len(members))
     work.reports.extend(reports[target] for target in plan.ranks)
-
-
-def refit_in_order_(run: Run, plan: Plan) -> None:
-    """Fit the left factors of the low-rank linears that are in the model, layer by layer."""
-    run.clock.enter("refit")
-    modules = {target: run.model.get_submodule(target.name) for target in plan.ranks}
-    low = {target: module for target, module in modules.items() if isinstance(module, LowRankLinear)}
-    layers = sorted({target.layer for target in low})
-    if not layers:
-        return
-    try:
-        for target in low:
-            run.model.set_submodule(target.name, target.module)
-        span = range(layers[0], layers[-1] + 1)
-        refit = Refit(run.model, run.calibration, span, run.config, run.scratch, run.processes)
-        for layer in span:
-            refit.replace_(layer, {target: module for target, module in low.items() if target.layer == layer})
-            run.progress("refit", layer - span.start + 1, len(span))
-    finally:
-        for target, module in low.items():
-            run.model.set_submodule(target.name, module)
 
 
 def _replacements(run: Run, members: Sequence[Target], decision: Decision) -> tuple[list[Replacement], bool]:

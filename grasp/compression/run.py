@@ -110,9 +110,12 @@ def start_run(
     processes.require_same("the request", f"{config} {before} {tokens} {batches_digest(batches)}")
     linears = [target for members in targets.values() for target in members]
     with processes.fail_together():
-        budget = MemoryBudget.of(model, batches, config, linears, memory=memory, host_memory=host_memory, processes=processes.size)
+        budget = MemoryBudget.of(
+            model, batches, config, linears, memory=memory, host_memory=host_memory, processes=processes.size
+        )
         state.begin(model, batches, config, costs, clock)
-    state.folder = Path(processes.from_first(str(state.folder) if processes.first else ""))  # a temporary one is that of the first process
+    # Without a run folder, all processes use the temporary one of the first.
+    state.folder = Path(processes.from_first(str(state.folder) if processes.first else ""))
     return Run(
         model=model,
         batches=batches,

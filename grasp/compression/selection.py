@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from grasp.checkpoint.compression_report import ModuleReport, spectrum_indices
 from grasp.checkpoint.run_state import NoState

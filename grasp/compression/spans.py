@@ -8,12 +8,14 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
+from torch import Tensor
+
 from grasp.compression.memory import PlannedSpan
 from grasp.compression.run import Run
 from grasp.compression.selection import Name, Selections, read_selection, write_groups
 from grasp.model.dense import dense_weight
 from grasp.model.targets import Target
-from grasp.statistics.scores import Score, gather_scores
+from grasp.statistics.scores import Score, Scores, gather_scores
 from grasp.statistics.sweep import Prefix, propagate, sweep
 
 StandIn = Callable[[range], AbstractContextManager[object]]  # puts modules in the place of linears of some layers
@@ -50,7 +52,7 @@ class Selector:
             ranks: ranks of the modules that stand in for dense linears, by path.
             stand_in: puts these modules in the place of some layers' linears while these layers run.
         """
-        run, state = self._run, self._run.state
+        state = self._run.state
         rest = [target for target in members if f"{stem}-{target.name}" not in state.files]
         if rest:
             entry = min(target.layer for target in members)
@@ -95,7 +97,7 @@ class Selector:
         run.state.record({})
 
     def _score(
-        self, prefix: Prefix, span: PlannedSpan, part: Sequence[Target], gather: Callable[..., object], *, is_only: bool
+        self, prefix: Prefix, span: PlannedSpan, part: Sequence[Target], gather: Callable[..., Scores], *, is_only: bool
     ) -> dict[Target, Score]:
         """Sweep a span; the scores of the linears that this process decomposes."""
         run = self._run
@@ -116,7 +118,7 @@ class Selector:
         own = [target for index, target in enumerate(part) if run.processes.owner(index) == run.processes.rank]
         return {target: scores[target] for target in own if target in scores}
 
-    def _write(self, stem: str, scores: dict[Target, Score], target: Target, weight: object) -> Name:
+    def _write(self, stem: str, scores: dict[Target, Score], target: Target, weight: Tensor) -> Name:
         run = self._run
         score = scores.pop(target, None)  # its sums are freed here
         return write_groups(run.state, f"{stem}-{target.name}", target, weight, score, self._ranks[target], run.config)

@@ -112,9 +112,7 @@ def gather_gradients(
         progress(step, done, count)
 
     with processes.fail_together():
-        sweep(
-            *(prefix, targets, lambda call: sums[call.target].add(call)), layers=layers, start=start, after=after
-        )
+        sweep(*(prefix, targets, lambda call: sums[call.target].add(call)), layers=layers, start=start, after=after)
     calls = torch.tensor([total.calls for total in sums.values()])
     processes.sum_([*(total.tensor for total in sums.values()), calls])
     for target, total in sums.items():

@@ -57,7 +57,7 @@ class Scratch:
         """
         try:
             file.seek(0, 2)
-            file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
             file.flush()
         except OSError as error:
             raise self._failed(error) from error

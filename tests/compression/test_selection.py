@@ -1,33 +1,70 @@
 from __future__ import annotations
 
-import pytest
-import safetensors.torch
 import torch
+from torch import nn
 
-from grasp.compression.selection import Selection
+from grasp.checkpoint.run_state import NoState
+from grasp.compression.selection import Name, read_selection, replacement, write_groups
+from grasp.config import GraspConfig
 from grasp.method.knapsack import DENSE
+from grasp.method.svd import decompose
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.targets import Target
+from grasp.statistics.scores import Scored
+
+TARGET = Target("model.layers.0.mlp.up_proj", 0, "mlp", nn.Linear(8, 6))
+IMPORTANCE = torch.tensor([9.0, 1.0, 7.0, 2.0, 8.0, 0.5])
 
 
-def selection() -> Selection:
-    U, Vh = torch.randn(6, 3), torch.randn(3, 5)
-    importance = torch.tensor([1.0, 5.0, 0.0, 3.0, 2.0])
-    return Selection(U, torch.tensor([9.0, 7.0, 4.0]), Vh, torch.tensor([0, 1, 3]), importance, torch.arange(5.0))
+def written(state: NoState, rank: int) -> str:
+    weight = TARGET.module.weight.detach()
+    return write_groups(
+        *(state, "only-up_proj", TARGET, weight),
+        score=lambda weight, rank: Scored(decompose(weight), IMPORTANCE),
+        rank=rank,
+        config=GraspConfig(),
+    )
 
 
-def test_truncation_retains_the_most_important_of_the_retained_groups() -> None:
-    before = selection()
-    after = before.truncated(2)
-    assert after.indices.tolist() == [1, 3]
-    assert torch.equal(after.U, before.U[:, 1:])
-    assert torch.equal(after.S, before.S[1:])
-    assert torch.equal(after.Vh, before.Vh[1:])
-    assert torch.equal(after.importance, before.importance)
-    assert before.truncated(DENSE).skipped == "stays dense: the budget does more elsewhere"
+def test_a_file_has_the_most_important_groups_and_the_importance_of_all() -> None:
+    with NoState() as state:
+        selection = read_selection(state, written(state, 4))
+        assert selection.indices.tolist() == [0, 2, 3, 4]
+        assert torch.equal(selection.importance, IMPORTANCE)
+        assert torch.equal(selection.spectrum, decompose(TARGET.module.weight.detach()).S[: len(selection.spectrum)])
 
 
-@pytest.mark.parametrize("sent", [selection(), Selection.skip("its output does not reach the loss: σ = 0")])
-def test_a_selection_is_the_same_after_transport(sent: Selection) -> None:
-    received = Selection.from_tensors(safetensors.torch.load(safetensors.torch.save(sent.to_tensors())))
-    assert received.skipped == sent.skipped
-    for name, tensor in sent.to_tensors().items():
-        assert torch.equal(received.to_tensors()[name], tensor)
+def test_a_lower_rank_keeps_the_best_of_the_groups() -> None:
+    with NoState() as state:
+        selection = read_selection(state, written(state, 4))
+        module, report = replacement(state, TARGET, selection, 2)
+    assert module is not None and module.rank == report.rank == 2
+    assert report.indices == (0, 4)
+    wanted = LowRankLinear.from_dense(TARGET.module, torch.tensor([0, 4]))
+    torch.testing.assert_close(module.dense_weight(), wanted.dense_weight())
+    assert report.importance_kept == float(IMPORTANCE[[0, 4]].sum() / IMPORTANCE.sum())
+    assert report.parameters_before == sum(p.numel() for p in TARGET.module.parameters())
+    assert report.parameters_after == sum(p.numel() for p in module.parameters())
+    assert report.bytes_after == sum(p.nbytes for p in module.parameters())
+
+
+def test_a_linear_without_a_score_or_that_stays_dense_has_a_report_with_the_reason() -> None:
+    with NoState() as state:
+        name = write_groups(state, "only-x", TARGET, torch.empty(0), None, 3, GraspConfig())
+        selection = read_selection(state, name)
+        assert replacement(state, TARGET, selection, DENSE)[1].reason == "its output does not reach the loss"
+        module, report = replacement(state, TARGET, read_selection(state, written(state, 3)), DENSE)
+        assert module is None and report.reason.startswith("stays dense")
+
+
+def test_a_name_survives_its_way_to_another_process() -> None:
+    name = Name("only-σ.safetensors")
+    assert Name.from_tensors(name.to_tensors()) == name
+
+
+def test_nothing_is_left_of_a_run_without_a_folder() -> None:
+    with NoState() as state:
+        written(state, 2)
+        folder = state.folder
+        assert list(folder.iterdir())
+    assert not folder.exists()
