@@ -193,6 +193,10 @@ def test_progress_counts_every_sweep() -> None:
         progress=lambda *step: seen.append(step),
     )
     steps = list(dict.fromkeys(step for step, _, _ in seen))
+    linears = {"layer 2 mlp": 3, "layer 2 attention": 4}
+    decomposed = [step for step in seen if step[0] == "decompositions"]
+    assert decomposed == [("decompositions", done, n) for n in linears.values() for done in range(1, n + 1)]
+    steps.remove("decompositions")
     assert len(steps) == 4  # block influence, prefix, and one sweep for each block
     assert all([(done, total) for s, done, total in seen if s == step] == [(1, 3), (2, 3), (3, 3)] for step in steps)
 

@@ -163,9 +163,11 @@ def needs_of(
         layers: the layers that run, from the lowest with a target.
         ranks: ranks of the low-rank linears that stand in for dense ones, by name. Their factors are counted.
     """
+    known = dict(tracer.model.named_modules())  # a loaded model may have been changed
     by_layer: defaultdict[int, list[Target]] = defaultdict(list)
     for target in targets:
-        by_layer[target.layer].append(target)
+        if target.name in known:
+            by_layer[target.layer].append(target)
     needs: dict[int, LayerNeeds] = {}
     for layer in layers:
         visited = by_layer[layer]

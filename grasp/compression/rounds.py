@@ -29,7 +29,7 @@ from grasp.method.knapsack import DENSE
 from grasp.method.metrics import nats_per_score
 from grasp.method.schedules import plan_sweeps
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.offload import release_
+from grasp.model.offload import place_like, release_
 from grasp.model.targets import Target, decoder
 from grasp.statistics.layer_losses import removal_losses
 from grasp.statistics.sweep import Prefix, capture_prefix
@@ -151,7 +151,8 @@ def carry_out_decision_(run: Run, plan: Plan, work: Work, decision: Decision) ->
         refit.replace_(layer, modules, is_fitted=is_stored, is_removed=layer in decision.removed)
         if not is_stored:
             _store(run, linears, chosen, "second")
-        for target in modules:
+        for target, module in modules.items():
+            place_like(module, target.module)
             release_(target.module)
         reports.update(zip(linears, (report for _, report in chosen), strict=True))
         run.progress("refit", layer + 1, len(members))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from grasp.checkpoint.run_state import NoState
@@ -84,6 +85,7 @@ class Run:
         return self.memory.spans(targets, layers, ranks)
 
 
+@torch.inference_mode(mode=False)
 def start_run(
     model: PreTrainedModel,
     batches: Sequence[CalibrationBatch],

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from grasp import compress
 from grasp.checkpoint.compression_report import CompressionReport
 from grasp.compress import compress_
+from grasp.compression import rounds
 from grasp.compression.budget import Plan, find_prices
 from grasp.compression.candidates import FIRST_SHARE, candidates, hold_out
 from grasp.compression.selection import Selection
@@ -97,7 +97,13 @@ def test_a_progressive_schedule_takes_statistics_again_with_a_part_of_the_budget
 
     def watched(gather: Callable[..., Any], into: list[dict[str, Tensor]]) -> Callable[..., Any]:
         def run(prefix: Prefix, targets: Collection[Target], **options: Any) -> Any:
-            into.append({target.name: dense_weight(target.module).detach().clone() for target in targets})
+            modules = {target.name: prefix.model.get_submodule(target.name) for target in targets}
+            into.append(
+                {
+                    name: module.dense_weight() if isinstance(module, LowRankLinear) else dense_weight(module).clone()
+                    for name, module in modules.items()
+                }
+            )
             return gather(prefix, targets, **options)
 
         return run
@@ -141,7 +147,7 @@ def test_sums_are_gone_before_new_ones_are_gathered_and_before_refit(monkeypatch
         return run
 
     monkeypatch.setattr(scoring, "gather_covariances", forgotten(scoring.gather_covariances))
-    monkeypatch.setattr(compress, "refit_", forgotten(compress.refit_))
+    monkeypatch.setattr(rounds, "Refit", forgotten(rounds.Refit))
     compress_(tiny_model("llama"), tiny_batches(4), GraspConfig.best(compression_ratio=0.2))
     assert sums
 
@@ -309,7 +315,7 @@ def test_layers_go_by_what_their_removal_loses() -> None:
     config = GraspConfig(compression_ratio=0.3, remove_layers=True, scope="model", **BEST)
     prices, empty = find_prices(config, model, targets), torch.empty(0)
     selections = {
-        target: Selection(empty, empty, empty, torch.arange(rank), torch.ones(min(dense_shape(target.module))), empty)
+        target: Selection("", torch.arange(rank), torch.ones(min(dense_shape(target.module))), empty, "")
         for target in itertools.chain(*targets.values())
         if (rank := break_even_rank(dense_shape(target.module)))
     }

@@ -29,7 +29,7 @@ def gradients(
     prefix = capture_prefix(model, batches, {min(target.layer for target in targets)}, dtype=dtype)
     sums = gather_gradients(prefix, targets)
     count = sum(batch.num_targets for batch in batches)
-    return {target.name: total.result()[1] / count for target, total in sums.items()}
+    return {target.name: total.result(dense_weight(target.module))[1] / count for target, total in sums.items()}
 
 
 def naive_gradients(model: PreTrainedModel, batches: list[Tensor], names: list[str]) -> dict[str, Tensor]:

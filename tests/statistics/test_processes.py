@@ -22,6 +22,7 @@ from grasp.errors import DistributedError, NonFiniteError
 from grasp.files import tensors_digest
 from grasp.method.schedules import SCHEDULES
 from grasp.model.batch import CalibrationBatch
+from grasp.model.dense import dense_weight
 from grasp.model.targets import decoder, layer_targets
 from grasp.statistics import processes as distributed
 from grasp.statistics.gradients import gather_gradients
@@ -50,7 +51,7 @@ def sums(
     targets, own = layer_targets(model, 1)[0], processes.local_batches(batches)
     prefix = capture_prefix(model, own, [1])
     gathered = gather_gradients(prefix, targets, processes=processes)
-    return {target.name: total.result()[1] for target, total in gathered.items()}
+    return {target.name: total.result(dense_weight(target.module))[1] for target, total in gathered.items()}
 
 
 def gather(processes: Processes, family: str, kind: str) -> tuple[dict[str, Tensor], list[float]]:
