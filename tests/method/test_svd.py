@@ -203,3 +203,33 @@ def test_the_peaks_are_the_estimates() -> None:
     for (which, shape, rank), measured in zip(cases, peaks_of(cases), strict=True):
         given = {name: which in ("both", name) for name in ("inputs", "outputs")}
         assert measured == pytest.approx(decomposition_bytes(shape, **given, rank=rank), rel=0.1)
+
+
+def hard_problem(n: int, k: int, count: int, massive: float) -> tuple[Tensor, Tensor, Tensor]:
+    """W, A and B in fp32: few tokens, spectra over four decades, and a massive direction that W does not use."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens_of(width: int) -> tuple[Tensor, Tensor]:
+        basis, _ = torch.linalg.qr(torch.randn(width, width, generator=generator))
+        direction = torch.nn.functional.normalize(torch.randn(width, generator=generator), dim=0)
+        rows = torch.randn(count, width, generator=generator) * torch.logspace(0, -4, width) @ basis
+        return rows + massive * torch.randn(count, 1, generator=generator) * direction, direction
+
+    (x, right), (d, left), W = tokens_of(k), tokens_of(n), torch.randn(n, k, generator=generator)
+    W = W - torch.outer(left, left @ W)
+    return W - torch.outer(W @ right, right), x.mT @ x, d.mT @ d
+
+
+@pytest.mark.parametrize(("count", "massive"), [(400, 1e3), (40, 1e3), (400, 1e5)])
+@pytest.mark.parametrize("shape", [(140, 100), (100, 140)])
+def test_losses_of_a_hard_weight_are_those_of_fp64(shape: tuple[int, int], count: int, massive: float) -> None:
+    """A product with the larger covariance in fp32 changes the predicted losses by 5e-3, and the real ones by 5e-2."""
+    W, A, B = hard_problem(*shape, count, massive)
+    scaled = root(B).mT @ W.double() @ root(A)
+    U, S, Vh = (factor.double() for factor in decompose_in(W, A, B))
+    exact = torch.linalg.svdvals(scaled)
+    for rank in (30, 60, 90):
+        lost = exact[rank:].square().sum().item()
+        assert S[rank:].square().sum().item() == pytest.approx(lost, rel=1e-5)
+        error = root(B).mT @ (W - (U[:, :rank] * S[:rank]) @ Vh[:rank]) @ root(A)
+        assert error.square().sum().item() == pytest.approx(lost, rel=1e-5)

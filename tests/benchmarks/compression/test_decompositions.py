@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner, Result
+
+from benchmarks.compression import decompositions
+from benchmarks.compression.decompositions import difference, main
+from grasp.bench import conditions
+from grasp.method.svd import SVD, decomposition_flops
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Conditions that cost nothing to measure."""
+    monkeypatch.setattr(conditions, "READ_BYTES", 1 << 16)
+    monkeypatch.setattr(conditions, "MATMUL_SIZE", {"cpu": 16, "cuda": 16})
+    monkeypatch.setattr(decompositions, "MATMUL_SIZE", 64)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(*arguments: str) -> Result:
+    app = typer.Typer()
+    app.command()(main)
+    return CliRunner().invoke(app, [*arguments, "--threads", "1"], env={"COLUMNS": "200"})
+
+
+def test_shapes_are_timed_and_larger_ones_are_extrapolated_from_the_largest(tmp_path: Path) -> None:
+    output = tmp_path / "svd.jsonl"
+    result = run("64x48,96x80,48x64", "--extrapolated", "128x512", "--repeats", "2", "-o", str(output))
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["shape"] for line in lines] == [[64, 48]] * 2 + [[96, 80]] * 2 + [[48, 64]] * 2 + [[128, 512]] * 2
+    assert all(line["seconds"] > 0 and line["conditions"]["threads"] == 1 for line in lines)
+    measured, extrapolated = lines[2], next(line for line in lines[6:] if line["operation"] == "decomposition")
+    assert measured["flops"] == decomposition_flops((96, 80), inputs=True, outputs=True, rank=measured["rank"])
+    assert measured["repeats"] == 2
+    assert extrapolated["extrapolated_from"] == [96, 80]
+    assert extrapolated["repeats"] == 0
+    assert extrapolated["peak_bytes"] is None
+    rates = [line["flops"] / line["seconds"] for line in (measured, extrapolated)]
+    assert rates[0] == pytest.approx(rates[1])
+    assert result.output.count("extrapolated") == 2
+
+
+def test_losses_of_small_shapes_agree_with_fp64() -> None:
+    assert 0 < difference(torch.device("cpu")) < 1e-5
+
+
+def test_a_wrong_decomposition_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    right = decompositions.decompose_in
+
+    def spoiled(*arguments: torch.Tensor) -> SVD:
+        U, S, Vh = right(*arguments)
+        return SVD(U.roll(1, dims=1), S, Vh)
+
+    monkeypatch.setattr(decompositions, "decompose_in", spoiled)
+    result = run("64x48", "-o", str(tmp_path / "svd.jsonl"))
+    assert result.exit_code == 1
+    assert "nothing was timed" in " ".join(result.output.split())
+    assert not (tmp_path / "svd.jsonl").exists()
+
+
+@pytest.mark.parametrize("shapes", ["64", "64x1", "64x48x3", "axb"])
+def test_bad_shapes_are_one_clear_message(shapes: str) -> None:
+    result = run(shapes)
+    assert result.exit_code == 2
+    assert "expected shapes of two numbers above 1 such as 4096x14336,512x512" in " ".join(
+        result.output.replace("│", " ").split()
+    )
