@@ -104,7 +104,7 @@ def decomposition_bytes(
     rank = d if rank is None else min(rank, d)
     result = itemsize * (rank * (m + d) + d)
     if not (inputs or outputs):
-        return result + itemsize * (m * d + d * (m + d) + 8 * d * d)  # SVD by LAPACK: all groups and its workspace
+        return itemsize * (d * (m + d) + d + 2 * m * d + 4 * d * d)  # all groups, two copies, LAPACK's workspace
     small, large = (inputs, outputs) if _is_tall(shape) else (outputs, inputs)
     block, factor = min(BLOCK_ROWS, m), d * d if small else 0
     gram = d * d + block * d + (m * d + block * m if large else block * d)
