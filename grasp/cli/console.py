@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,7 +30,8 @@ def _literal(text: str, keep: str = "") -> Text:
 class StepBars:
     """A ``Progress`` callback: a bar for the running step, and one line with its time for a finished step.
 
-    A step with ``done == 0`` has no bar yet, because a library may show its own.
+    Steps may take turns; the time of each is added up. A step with ``done == 0`` has no bar yet, because a library may
+    show its own.
     """
 
     def __init__(self, console: Console) -> None:
@@ -37,22 +39,24 @@ class StepBars:
         self._bars: Progress | None = None
         self._task = TaskID(0)
         self._step = ""
+        self._seconds: dict[str, float] = defaultdict(float)  # of the steps that are not finished
         self._since = time.perf_counter()
 
     def __call__(self, step: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` units of ``step`` are done."""
         if self._step not in ("", step):
             self.close()
-        self._step = step
+        now = time.perf_counter()
+        self._seconds[step] += now - self._since
+        self._step, self._since = step, now
         if done == 0:
             if self._console.is_interactive:
                 self._console.print(_literal(f"{step} ..."), end="\r", no_wrap=True, overflow="ellipsis")
         elif done < total:
             self._show(done, total)
         else:
-            seconds = time.perf_counter() - self._since
             self.close()
-            self._console.print(_literal(f"{step:<{_STEP_WIDTH}} {seconds:7.1f} s"))
+            self._console.print(_literal(f"{step:<{_STEP_WIDTH}} {self._seconds.pop(step):7.1f} s"))
 
     def note(self, text: str) -> None:
         """Show one line."""
@@ -64,7 +68,7 @@ class StepBars:
             self._bars.stop()
         elif self._step and self._console.is_interactive:
             self._console.control(Control((ControlType.ERASE_IN_LINE, 2)))  # "STEP ..."
-        self._bars, self._step, self._since = None, "", time.perf_counter()
+        self._bars, self._step = None, ""
 
     def _show(self, done: int, total: int) -> None:
         if not self._console.is_interactive:

@@ -15,8 +15,9 @@ from grasp.compression.run import Run
 from grasp.compression.selection import Name, Selections, read_selection, write_groups
 from grasp.model.dense import dense_weight
 from grasp.model.targets import Target
+from grasp.progress import Progress
 from grasp.statistics.scores import Score, Scores, gather_scores
-from grasp.statistics.sweep import Prefix, propagate, sweep
+from grasp.statistics.sweep import Prefix, propagate, sweep, sweep_name
 
 StandIn = Callable[[range], AbstractContextManager[object]]  # puts modules in the place of linears of some layers
 
@@ -79,25 +80,29 @@ class Selector:
             with run.processes.fail_together(), running(range(lower, upper)):
                 prefix.hidden[upper] = propagate(prefix, range(lower, upper), prefix.hidden[lower])
             run.progress("hidden states", upper - entry, spans[0].layers.start - entry)
-        for span in spans:
-            for part in span.parts:
-                run.clock.enter("attribution")
-                with running(span.layers):
-                    scores = self._score(prefix, span, part, gather, is_only=len(spans) == len(span.parts) == 1)
-                run.clock.enter("svd and selection")
-                write = partial(self._write, stem, scores)
-                for target, name in run.processes.map_divided(
-                    part, write, Name, fetch=lambda target: dense_weight(target.module)
-                ):
-                    done += 1
-                    run.state.record({f"{stem}-{target.name}": name}, soon=done < total)
-                    run.progress("decompositions", done, total)
-            prefix.grads.pop(span.layers.stop, None)
-            del prefix.hidden[span.layers.start]
-        run.state.record({})
+        parts = [(span, part) for span in spans for part in span.parts]
+        for index, (span, part) in enumerate(parts):
+            run.clock.enter("attribution")
+            with running(span.layers):
+                scores = self._score(prefix, span, part, gather, self._progress(sweep_name(rest), index, len(parts)))
+            run.clock.enter("svd and selection")
+            for target, name in run.processes.map_divided(
+                part, partial(self._write, stem, scores), Name, fetch=lambda target: dense_weight(target.module)
+            ):
+                done += 1
+                run.state.record({f"{stem}-{target.name}": name}, soon=done < total)
+                run.progress("decompositions", done, total)
+            if part is span.parts[-1]:
+                prefix.grads.pop(span.layers.stop, None)
+                del prefix.hidden[span.layers.start]
 
     def _score(
-        self, prefix: Prefix, span: PlannedSpan, part: Sequence[Target], gather: Callable[..., Scores], *, is_only: bool
+        self,
+        prefix: Prefix,
+        span: PlannedSpan,
+        part: Sequence[Target],
+        gather: Callable[..., Scores],
+        progress: Progress | None,
     ) -> dict[Target, Score]:
         """Sweep a span; the scores of the linears that this process decomposes."""
         run = self._run
@@ -111,12 +116,23 @@ class Selector:
             layers=span.layers,
             basis=run.config.basis,
             metric=run.config.metric,
-            progress=run.progress,
-            state=run.state if is_only else None,
+            progress=run.progress if progress is None else progress,
+            state=run.state if progress is None else None,  # the sums of a part of a sweep are not stored
             processes=run.processes,
         )
         own = [target for index, target in enumerate(part) if run.processes.owner(index) == run.processes.rank]
         return {target: scores[target] for target in own if target in scores}
+
+    def _progress(self, sweep: str, index: int, parts: int) -> Progress | None:
+        """Counts the batches of all parts of a sweep as one step; ``None`` if there is one part."""
+        if parts == 1:
+            return None
+
+        def progress(step: str, done: int, total: int) -> None:
+            kind, comma, _ = step.partition(", ")
+            self._run.progress(f"{kind}, {sweep}" if comma else sweep, index * total + done, parts * total)
+
+        return progress
 
     def _write(self, stem: str, scores: dict[Target, Score], target: Target, weight: Tensor) -> Name:
         run = self._run

@@ -96,6 +96,15 @@ def test_a_step_that_ends_early_gives_way_to_the_next() -> None:
     progress.close()
 
 
+def test_the_times_of_steps_that_take_turns_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10))
+    monkeypatch.setattr("grasp.cli.console.time.perf_counter", lambda: float(next(clock)))
+    progress, stream = bars(terminal=False)
+    for step, done in (("sums", 1), ("svd", 1), ("sums", 2), ("svd", 2)):
+        progress(step, done, 2)
+    assert [line.split() for line in stream.getvalue().splitlines()] == [["sums", "2.0", "s"], ["svd", "2.0", "s"]]
+
+
 def test_a_note_is_one_line_whatever_its_length_and_characters() -> None:
     for terminal in (False, True):
         progress, stream = bars(terminal=terminal)
