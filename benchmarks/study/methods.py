@@ -22,7 +22,7 @@ from grasp.model.layer_removal import remove_layers_
 from grasp.model.running import casting
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
-from grasp.progress import no_progress
+from grasp.progress import Progress
 from grasp.statistics.processes import ALONE
 from grasp.statistics.redundancy import block_influence
 
@@ -37,13 +37,6 @@ _PROGRESSIVE: dict[str, Any] = {
 }
 
 
-class KnownBlockInfluence(NoState):
-    """The state of a run whose block influence was measured before."""
-
-    def __init__(self, scores: Sequence[float]) -> None:
-        self.block_influence = scores
-
-
 class CalibrationSet:
     """The calibration sequences of one seed, with the statistics of the dense model on them.
 
@@ -54,8 +47,9 @@ class CalibrationSet:
     """
 
     def __init__(self, batches: list[CalibrationBatch], folder: Path, dtype: str | None) -> None:
-        self.batches, self.dtype = batches, dtype
-        self.statistics = CachedStatistics(folder, batches, dtype)
+        self.batches, self.folder, self.dtype = batches, folder, dtype
+        folder.mkdir(parents=True, exist_ok=True)
+        self.statistics = CachedStatistics(folder)
         self._block_influence = folder / "block_influence.json"
         self._streams: Streams | None = None
 
@@ -83,37 +77,58 @@ class Outcome:
     scope: str | None = None
 
 
-# Called with a model, which the method changes, the calibration set and the ratio of the whole model to remove.
-Method = Callable[[PreTrainedModel, CalibrationSet, float], Outcome]
+@dataclass(frozen=True)
+class Job:
+    """What a method is given besides the model.
+
+    Attributes:
+        calibration: the calibration set.
+        ratio: fraction of the parameters of the whole model to remove.
+        state: of a compression, which an interrupted one resumes from.
+        memory: bytes that a compression may take above the loaded model; ``None`` for 0.9 of what is free.
+        progress: called as ``progress(step, done, total)``.
+    """
+
+    calibration: CalibrationSet
+    ratio: float
+    state: NoState
+    memory: int | None
+    progress: Progress
+
+
+Method = Callable[[PreTrainedModel, Job], Outcome]  # changes the dense model that it is given
 
 
 def compressed(**options: Any) -> Method:
     """A method that compresses with a configuration, as ``compress_`` does, from cached statistics."""
 
-    def compress(model: PreTrainedModel, calibration: CalibrationSet, ratio: float) -> Outcome:
-        config = GraspConfig(compression_ratio=ratio, sweep_dtype=calibration.dtype, **options)
-        state = KnownBlockInfluence(calibration.block_influence(model))
-        run = start_run(model, as_batches(calibration.batches), config, None, no_progress, state, ALONE)
+    def compress(model: PreTrainedModel, job: Job) -> Outcome:
+        calibration, state = job.calibration, job.state
+        config = GraspConfig(compression_ratio=job.ratio, sweep_dtype=calibration.dtype, **options)
+        influence = calibration.block_influence(model)
+        batches = as_batches(calibration.batches)
+        run = start_run(model, batches, config, None, job.progress, state, ALONE, memory=job.memory)
+        state.block_influence = influence
         report = carry_out_(replace(run, gather=calibration.statistics))
         return Outcome(ranks={m.name: m.rank for m in report.modules if not m.reason}, scope=report.scope)
 
     return compress
 
 
-def layers_removed(model: PreTrainedModel, calibration: CalibrationSet, ratio: float) -> Outcome:
+def layers_removed(model: PreTrainedModel, job: Job) -> Outcome:
     """Delete the fewest most redundant layers that remove at least ``ratio``."""
     layers = decoder(model).layers
-    order = redundant_layers(calibration.block_influence(model), len(layers))
-    removed = order[: _count(model, order, ratio)]
+    order = redundant_layers(job.calibration.block_influence(model), len(layers))
+    removed = order[: _count(model, order, job.ratio)]
     remove_layers_(model, removed)
     return Outcome(removed_layers=removed)
 
 
-def linear_replacement(model: PreTrainedModel, calibration: CalibrationSet, ratio: float) -> Outcome:
+def linear_replacement(model: PreTrainedModel, job: Job) -> Outcome:
     """Replace the contiguous block that turns the hidden states least by a fitted linear map."""
-    order = redundant_layers(calibration.block_influence(model), len(decoder(model).layers))
-    streams = calibration.streams(model)
-    return Outcome(removed_layers=replace_block_(model, streams, _count(model, order, ratio)))
+    order = redundant_layers(job.calibration.block_influence(model), len(decoder(model).layers))
+    streams = job.calibration.streams(model)
+    return Outcome(removed_layers=replace_block_(model, streams, _count(model, order, job.ratio)))
 
 
 def _count(model: PreTrainedModel, order: Sequence[int], ratio: float) -> int:

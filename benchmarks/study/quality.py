@@ -13,9 +13,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -26,15 +26,16 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from benchmarks.study.methods import METHODS, CalibrationSet, Outcome
+from benchmarks.study.ledger import Ledger
+from benchmarks.study.methods import METHODS, CalibrationSet, Job, Outcome
 from benchmarks.study.records import STUDY_RECORDS
 from benchmarks.study.records import StudyResult as Cell
 from benchmarks.study.records import StudySetting as Setting
 from grasp.bench.conditions import conditions, measure_card
-from grasp.bench.memory import peak_bytes_above_now
 from grasp.bench.results import append_results, read_results
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_text, token_batches, tokenize
+from grasp.checkpoint.run_state import RunState
 from grasp.errors import GraspError
 from grasp.evaluation.lm_eval import evaluate_tasks
 from grasp.evaluation.perplexity import perplexity
@@ -52,8 +53,8 @@ OF_EVALUATION = ("text", "window", "windows", "tasks", "limit")  # fields of the
 class Study:
     """The dense model and the evaluation text of all cells."""
 
-    def __init__(self, setting: Setting, cache: Path, documents: str | None) -> None:
-        self.setting, self._cache, self._documents = setting, cache, documents
+    def __init__(self, setting: Setting, cache: Path, documents: str | None, memory: int | None) -> None:
+        self.setting, self._cache, self._documents, self._memory = setting, cache, documents, memory
         model, self._tokenizer = load_model(setting.model, dtype=setting.weights)
         self.size = model_size(model, decoder(model).layers)
         self._conditions = conditions(measure_card(device := first_device(model), torch.float32), device)
@@ -86,15 +87,43 @@ class Study:
         return self._calibration[seed]
 
     def cell(self, method: str, ratio: float, seed: int, dense: Cell | None) -> Cell:
-        """Compress the model and measure it; without ``dense`` measure the dense model itself."""
-        model, outcome, seconds, peak = self._load(), Outcome(), 0.0, None
-        if dense:
-            calibration = self.calibration_set(seed)
-            calibration.statistics.reset()
+        """Compress the model and measure it; without ``dense`` measure the dense model itself.
+
+        An interrupted compression is resumed.
+        """
+        model, key = self._load(), (method, ratio, seed)
+        if dense is None:
+            return self._measured(key, model)
+        calibration = self.calibration_set(seed)
+        folder = calibration.folder / re.sub(r"\W+", "-", f"{method} {ratio}")
+        with RunState(folder) as state:
+            ledger, statistics = Ledger(folder.with_name(f"{folder.name}.json")), calibration.statistics
+            statistics.seconds = 0.0
+
+            def note(step: str, done: int, total: int) -> None:
+                ledger.note(step, done, total, besides=statistics.seconds)
+
             share = ratio * self.size.decoder_parameters / self.size.parameters
-            start = time.process_time()
-            outcome, peak = with_peak_bytes(lambda: METHODS[method](model, calibration, share))
-            seconds = time.process_time() - start + calibration.statistics.seconds
+            outcome = METHODS[method](model, Job(calibration, share, state, self._memory, note))
+            note("evaluation", 0, 1)
+            cell = dataclasses.replace(
+                self._measured(key, model, outcome, dense),
+                cpu_seconds=ledger.seconds,
+                peak_bytes=ledger.peak_bytes,
+                memory=self._memory,
+            )
+        ledger.remove()
+        return cell
+
+    def _measured(
+        self,
+        key: tuple[str, float, int],
+        model: PreTrainedModel,
+        outcome: Outcome | None = None,
+        dense: Cell | None = None,
+    ) -> Cell:
+        """The cell of a model, without what its compression took; of the dense model without an outcome."""
+        outcome = Outcome() if outcome is None else outcome
         with casting(model, self.dtype):
             measured = perplexity(
                 model, self._tokens, window=self.setting.window, batch_size=4, bos_token_id=self._bos
@@ -102,21 +131,18 @@ class Study:
             accuracy = self._accuracy(model)
         after = model_size(model, decoder(model).layers)
         return Cell(
-            method=method,
-            ratio=ratio,
-            seed=seed,
+            *key,
             setting=without_folders(self.setting),
             removed=1 - after.decoder_parameters / self.size.decoder_parameters,
             parameters=after.parameters,
             perplexity=measured,
             excess=math.log(measured / dense.perplexity) if dense else 0.0,
-            cpu_seconds=seconds,
+            cpu_seconds=0.0,
             removed_layers=tuple(sorted(outcome.removed_layers)),
             ranks=outcome.ranks,
             scope=outcome.scope,
             conditions=self._conditions,
             accuracy=accuracy,
-            peak_bytes=peak,
         )
 
     def _load(self) -> PreTrainedModel:
@@ -132,13 +158,6 @@ class Study:
         tasks, limit = self.setting.tasks, self.setting.limit
         results = evaluate_tasks(model, self._tokenizer, tasks, self._documents, limit, batch_size=8)["results"]
         return {task: float(results[task]["acc,none"]) for task in tasks}
-
-
-def with_peak_bytes(call: Callable[[], Outcome]) -> tuple[Outcome, int | None]:
-    """The result of a call, and its ``peak_bytes_above_now``."""
-    results: list[Outcome] = []
-    peak = peak_bytes_above_now(lambda: results.append(call()))
-    return results[0], peak
 
 
 def without_folders(setting: Setting) -> Setting:
@@ -230,7 +249,12 @@ def main(
         str | None, typer.Option(help="Documents of the tasks, as for `grasp evaluate`. Default: the hub.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Documents per task. Default: all.")] = None,
-    cache: Annotated[Path, typer.Option(help="Folder that caches statistics, some gigabytes.")] = Path("study-cache"),
+    cache: Annotated[
+        Path, typer.Option(help="Folder of statistics and of interrupted compressions, some gigabytes.")
+    ] = Path("study-cache"),
+    memory: Annotated[
+        float | None, typer.Option(help="GB of memory above the loaded model. Default: 0.9 of what is free.")
+    ] = None,
 ) -> None:
     """Run the missing cells of a study, and print the tables."""
     console = Console(stderr=True)
@@ -245,7 +269,7 @@ def main(
     )
     try:
         cells = read_cells(output, without_folders(setting))
-        study = Study(setting, cache, tasks_from)
+        study = Study(setting, cache, tasks_from, None if memory is None else int(1e9 * memory))
         keys = list(missing(cells, wanted, ratios or [0.1, 0.2, 0.3], seeds or [0, 1, 2]))
         for key in keys if DENSE in cells else [DENSE, *keys]:
             cells[key] = cell = study.cell(*key, cells.get(DENSE))

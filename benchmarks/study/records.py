@@ -63,13 +63,14 @@ class StudyResult(Record):
         perplexity: perplexity of the text.
         excess: nats per token over the dense model.
         cpu_seconds: CPU time of the compression over all threads, with its statistics, s. Other processes do not add
-            to it.
+            to it. If it was interrupted, the work that was lost is counted too.
         removed_layers: layers that were removed whole.
         ranks: rank of each low-rank linear.
         scope: layers that could be compressed; ``None`` if the method has no scope.
         conditions: when and where.
         accuracy: lm-eval's ``acc`` of each task, without normalisation.
-        peak_bytes: most memory of the process during the compression, above the loaded model; ``None`` if unknown.
+        peak_bytes: most memory of a process during the compression, above the loaded model; ``None`` if unknown.
+        memory: bytes that the compression was allowed above the loaded model; ``None`` for 0.9 of what was free.
     """
 
     method: str
@@ -87,6 +88,7 @@ class StudyResult(Record):
     conditions: Conditions
     accuracy: Mapping[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
+    memory: int | None = None
 
     kind: ClassVar[str] = "study"
     title: ClassVar[str] = "Methods and sizes"

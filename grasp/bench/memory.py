@@ -22,16 +22,28 @@ def peak_bytes_above_now(call: Callable[[], object], device: torch.device | None
         held = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - held
+    before = reset_peak_bytes()
+    call()
+    return None if before is None else peak_bytes() - before
+
+
+def reset_peak_bytes() -> int | None:
+    """Let ``peak_bytes`` count from now on; the bytes that this process holds, ``None`` if unknown.
+
+    Freed memory goes back to the system first.
+    """
     if not _CLEAR.exists():
-        call()
         return None
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
     if trim is not None:
         trim(0)
     _CLEAR.write_text("5")  # the peak is reset, see proc_pid_clear_refs(5)
-    before = _status("VmRSS")
-    call()
-    return _status("VmHWM") - before
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """Most bytes that this process has held since ``reset_peak_bytes``, which must know them."""
+    return _status("VmHWM")
 
 
 def _status(field: str) -> int:

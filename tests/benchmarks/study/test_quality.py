@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
 from benchmarks.study import quality
-from benchmarks.study.methods import METHODS, CalibrationSet, Outcome
+from benchmarks.study.ledger import Ledger
+from benchmarks.study.methods import METHODS, Job, Outcome
 from benchmarks.study.quality import main, missing
 from grasp.bench import conditions
 from tests.command_line import save_tiny_model
@@ -85,7 +86,7 @@ def test_each_cell_compresses_a_dense_model_of_its_own_in_the_dtype_of_the_weigh
 ) -> None:
     seen: list[tuple[torch.dtype, float]] = []
 
-    def zero_(model: PreTrainedModel, calibration: CalibrationSet, ratio: float) -> Outcome:
+    def zero_(model: PreTrainedModel, job: Job) -> Outcome:
         weight = next(model.parameters()).data
         seen.append((weight.dtype, float(weight.abs().sum())))
         weight.zero_()
@@ -99,6 +100,35 @@ def test_each_cell_compresses_a_dense_model_of_its_own_in_the_dtype_of_the_weigh
     assert [dtype for dtype, _ in seen] == [torch.bfloat16] * 2
     assert seen[0] == seen[1]
     assert seen[0][1] > 0
+
+
+def test_an_interrupted_compression_is_resumed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--methods", "best", "--ratios", "0.3", "--seeds", "0", "--memory", "0.5")
+    whole, parts = (tmp_path / name / "study.jsonl" for name in ("whole", "parts"))
+    for output in (whole, parts):
+        output.parent.mkdir()
+    assert run(model, whole, *options).exit_code == 0
+    steps: list[str] = []
+    note = Ledger.note
+
+    def interrupt(self: Ledger, step: str, done: int, total: int, *, besides: float = 0.0) -> None:
+        note(self, step, done, total, besides=besides)
+        steps.append(step)
+        if steps.count("refit") == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, "note", interrupt)
+    assert run(model, parts, *options).exit_code != 0
+    assert steps.pop() == "refit"
+    assert "decompositions" in steps
+    steps = ["refit"] * 2
+    assert run(model, parts, *options).exit_code == 0
+    assert "decompositions" not in steps
+    expected, resumed = (cells(output)[-1] for output in (whole, parts))
+    assert resumed["perplexity"] == expected["perplexity"]
+    assert resumed["ranks"] == expected["ranks"]
+    assert resumed["memory"] == 5e8
+    assert not list(parts.parent.rglob("best*"))
 
 
 def test_tasks_are_measured_where_they_are_asked_for(model: Path, tmp_path: Path) -> None:
