@@ -85,11 +85,13 @@ def decide_in_order_(run: Run, plan: Plan, work: Work) -> None:
         replacements = [
             replacement(run.state, target, selections[target], len(selections[target].indices)) for target in members
         ]
-        for target, (module, _) in zip(members, replacements, strict=True):
+        _store(run, members, replacements, "only")
+        for target, (module, report) in zip(members, replacements, strict=True):
+            work.reports.append(report)
             if module is not None:
                 run.model.set_submodule(target.name, module)
-        _store(run, members, replacements, "only")
-        work.reports.extend(report for _, report in replacements)
+                if not run.config.refit:
+                    _settle_(target, module)
 
 
 def _store(run: Run, members: Sequence[Target], replacements: Sequence[Replacement], stem: str) -> None:
@@ -152,11 +154,16 @@ def carry_out_decision_(run: Run, plan: Plan, work: Work, decision: Decision) ->
         if not is_stored:
             _store(run, linears, chosen, "second")
         for target, module in modules.items():
-            place_like(module, target.module)
-            release_(target.module)
+            _settle_(target, module)
         reports.update(zip(linears, (report for _, report in chosen), strict=True))
         run.progress("refit", layer + 1, len(members))
     work.reports.extend(reports[target] for target in plan.ranks)
+
+
+def _settle_(target: Target, module: LowRankLinear) -> None:
+    """Keep a low-rank linear where the dense one was kept, and free the weight of the dense one."""
+    place_like(module, target.module)
+    release_(target.module)
 
 
 def _replacements(run: Run, members: Sequence[Target], decision: Decision) -> tuple[list[Replacement], bool]:
