@@ -7,6 +7,7 @@ decomposition predicts, and the loss that its truncation has, equal those of an 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -174,8 +175,13 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def extrapolate(measured: Sequence[DecompositionResult], shape: Shape) -> list[DecompositionResult]:
-    """The results for a shape at the FLOP/s of the largest shape measured."""
-    last = {result.operation: result for result in sorted(measured, key=lambda result: result.flops)}
+    """The results for a shape at the FLOP/s of the largest shape measured among those nearest to its N / K."""
+
+    def nearness(result: DecompositionResult) -> tuple[float, int]:
+        n, k = result.shape
+        return -abs(math.log(n * shape[1] / (k * shape[0]))), result.flops
+
+    last = {result.operation: result for result in sorted(measured, key=nearness)}
     results = []
     for operation, source in last.items():
         flops, estimated = cost(operation, shape)
