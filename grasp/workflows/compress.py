@@ -20,9 +20,12 @@ from grasp.checkpoint.run_state import RunState
 from grasp.checkpoint.saving import check_directory, require_space, save_checkpoint
 from grasp.compress import compress_
 from grasp.compression.batch_size import fitting_batch_size
+from grasp.compression.device_speed import decomposition_notice
 from grasp.config import GraspConfig
 from grasp.files import Contents, expanded, remove_abandoned
 from grasp.loading import find_device, load_quietly
+from grasp.method.basis import BASES
+from grasp.model.running import first_device
 from grasp.progress import Notify, Progress, no_notify, no_progress
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sharding import collect_, shard_
@@ -79,7 +82,8 @@ def compress(
         costs: for ``target_latency``: a file of ``grasp bench costs``, a card of ``grasp_kernels.roofline``, or
             ``None`` to measure them now.
         progress: called as ``progress(step, done, total)``.
-        notify: called with one line when a run resumes, a batch size is chosen or only a part of the text is read.
+        notify: called with one line when a run resumes, a batch size is chosen, only a part of the text is read, or
+            weights are not decomposed on the device of the model.
         processes: processes that compress together; the first one writes.
 
     Raises:
@@ -107,6 +111,8 @@ def compress(
             for batch in batches:
                 require_known(model, batch.input_ids)
             require_space(target, model.get_memory_footprint())
+            if BASES[config.basis].inputs and (notice := decomposition_notice(first_device(model))) is not None:
+                notify(notice)
             table = None if config.target_latency is None else costs_for(model, costs, state.costs, progress=progress)
             if is_written:
                 state.require_same(request_fingerprint(model, batches, config, table))

@@ -103,3 +103,13 @@ def test_the_seed_chooses_the_sequences(model: Path, samples: Samples, tmp_path:
         done = compress(str(model), tmp_path / f"out{number}", GraspConfig(layers=(), retain_ratio=0.4), again)
         digests.append(done.report.calibration["sha256"])
     assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize(("basis", "announced"), [("kfac", True), ("plain", False)])
+def test_a_device_without_fp64_is_announced_before_weights_are_decomposed_elsewhere(
+    basis: str, announced: bool, model: Path, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grasp.compression.device_speed.fp64_device", lambda device: torch.device("cpu:0"))
+    lines: list[str] = []
+    compress(str(model), tmp_path / "out", GraspConfig(num_layers=1, basis=basis), samples, notify=lines.append)
+    assert any("has no fp64" in line for line in lines) == announced
