@@ -25,7 +25,7 @@ def scores(
     batches = [CalibrationBatch(t) for t in tokens]
     prefix = capture_prefix(model, batches, {LAYER})
     found = gather_scores(prefix, targets, basis=basis, metric=metric)
-    return {target.name: make() for target, make in found.items()}
+    return {target.name: make(dense_weight(target.module), None) for target, make in found.items()}
 
 
 def seen(model: PreTrainedModel, tokens: list[Tensor], target: Target) -> tuple[Tensor, Tensor]:
