@@ -1,0 +1,135 @@
+"""The preset ``best`` in two processes, whole and sharded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from grasp.builtin import BUILTIN
+from grasp.calibration import builtin_text, token_batches
+from grasp.checkpoint.run_state import RunState
+from grasp.compress import compress_
+from grasp.config import GraspConfig
+from grasp.files import tensors_digest
+from grasp.loading import load_model
+from grasp.model.layer_removal import remove_layers_
+from grasp.statistics.processes import ALONE, Processes
+from grasp.statistics.sharding import collect_, shard_
+from tests.interrupted import Killed
+from tests.many_processes import run
+from tests.tiny_models import tiny_batches, tiny_model
+
+CPU = torch.device("cpu")
+BEST = GraspConfig.best(compression_ratio=0.1)
+
+
+@dataclass
+class Result:
+    """The choices of a run, and the weights of the whole model as dense matrices; none in the second process."""
+
+    ranks: dict[str, int]
+    removed: tuple[int, ...]
+    dense: dict[str, Tensor]
+
+
+def compressed(
+    model: PreTrainedModel, batches: list[Tensor], config: GraspConfig, processes: Processes, **options: Any
+) -> Result:
+    if processes.sharded:
+        shard_(model, CPU, processes)
+    report = compress_(model, batches, config, processes=processes, **options)
+    if processes.sharded:
+        collect_(model, processes)
+    state = {name: value for name, value in model.state_dict().items() if not value.is_meta}
+    products = {name[:-2]: U @ state[f"{name[:-2]}.Vh"] for name, U in state.items() if name.endswith(".U")}
+    rest = {name: value for name, value in state.items() if not name.endswith((".U", ".Vh"))}
+    return Result({m.name: m.rank for m in report.modules}, report.removed_layers, products | rest)
+
+
+def tiny(processes: Processes, family: str, config: GraspConfig) -> Result:
+    """Three batches, which two processes cannot share evenly."""
+    return compressed(tiny_model(family, torch.float64), tiny_batches(3), config, processes)
+
+
+def assert_close(got: Result, expected: Result, tolerance: float) -> None:
+    assert got.ranks == expected.ranks
+    assert got.removed == expected.removed
+    assert got.dense.keys() == expected.dense.keys()
+    for name, value in got.dense.items():
+        assert (value - expected.dense[name]).norm() <= tolerance * expected.dense[name].norm(), name
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])  # Conv1D and biases; experts
+def test_two_processes_compress_like_one(family: str, sharded: bool) -> None:
+    expected = tiny(ALONE, family, BEST)
+    assert any(expected.ranks.values())
+    first, second = (outcome.value for outcome in run(tiny, family, BEST, sharded=sharded))
+    assert_close(first, expected, 1e-6)
+    assert second.ranks == first.ranks
+    if not sharded:
+        assert all(torch.equal(value, second.dense[name]) for name, value in first.dense.items())
+
+
+def smollm2(processes: Processes, folder: Path) -> Result:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    batches = list(torch.load(folder / "tokens.pt"))
+    return compressed(model, batches, GraspConfig.best(compression_ratio=0.04), processes)
+
+
+def test_smollm2_sharded_over_two_processes_is_compressed_like_a_whole_one(tmp_path: Path) -> None:
+    """Three of its layers, which have a fifth of its parameters, on 2304 tokens."""
+    model, tokenizer = load_model(BUILTIN, dtype="float32")
+    remove_layers_(model, range(1, 28))
+    model.save_pretrained(tmp_path)
+    batches = token_batches(tokenizer, builtin_text("calibration"), num_samples=18, seq_len=128, batch_size=6)
+    torch.save([batch.input_ids for batch in batches], tmp_path / "tokens.pt")
+    expected = smollm2(ALONE, tmp_path)
+    assert any(expected.ranks.values())
+    first, second = (outcome.value for outcome in run(smollm2, tmp_path, sharded=True))
+    assert_close(first, expected, 1e-3)
+    assert second.ranks == first.ranks
+
+
+def interrupted(processes: Processes, folder: Path, every: int) -> list[Any]:
+    """Stop both processes at one progress call after the other, each time continue, and compare with a whole run."""
+
+    def attempt(folder: Path, stop: int) -> tuple[int, Any]:
+        calls = [0]
+
+        def progress(step: str, done: int, total: int) -> None:
+            calls[0] += 1
+            if calls[0] == stop:
+                raise Killed
+
+        model = tiny_model("llama", torch.float64)
+        with RunState(folder, rank=processes.rank, processes=processes.size) as state:
+            result = compressed(model, tiny_batches(3), BEST, processes, progress=progress, state=state)
+        return calls[0], (result.ranks, tensors_digest(result.dense.items()))
+
+    calls, expected = attempt(folder / "whole", 0)
+    different = []
+    for stop in range(1, calls + 1, every):
+        try:
+            attempt(folder / "stopped", stop)
+        except Killed:
+            pass
+        else:
+            raise AssertionError(f"not stopped at {stop}")
+        if attempt(folder / "stopped", 0)[1] != expected:
+            different.append(stop)
+    return [calls, different]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_processes_stopped_at_any_step_continue_bit_for_bit(sharded: bool, tmp_path: Path, fuzzing: bool) -> None:
+    for outcome in run(interrupted, tmp_path, 1 if fuzzing else 3, sharded=sharded):
+        calls, different = outcome.value
+        assert calls > 10
+        assert different == []
