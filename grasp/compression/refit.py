@@ -87,17 +87,20 @@ class Refit:
             inputs, dense = run.inputs_and_outputs(self._dense, {target.module: target for target in unfitted})
             for target, module in modules.items():
                 self._model.set_submodule(target.name, module)
-            for group in run.groups({module: target for target, module in unfitted.items()}, self._low[0]):
-                self._fit_(run, group, unfitted, inputs[group[0]])
-            self._dense = dense
-            if not is_removed:
+            groups = run.groups({module: target for target, module in unfitted.items()}, self._low[0])
+        for group in groups:
+            self._fit_(run, group, unfitted, inputs[group[0]])
+        self._dense = dense
+        if not is_removed:
+            with self._processes.fail_together():
                 self._low = propagate(self._prefix, range(layer, layer + 1), self._low)
 
     def _fit_(
         self, run: _OneLayer, group: Sequence[Target], modules: Mapping[Target, LowRankLinear], inputs: HiddenStates
     ) -> None:
         """Fit the linears that share an input."""
-        cross, gram = run.covariances(group[0], modules[group[0]], inputs, self._low)
+        with self._processes.fail_together():
+            cross, gram = run.covariances(group[0], modules[group[0]], inputs, self._low)
         self._processes.sum_([cross, gram])
 
         def solve(target: Target, weight: Tensor) -> _Left:

@@ -70,6 +70,7 @@ def _restore_(run: Run, sweeps: Sequence[Sequence[Target]]) -> dict[Target, Modu
         module, restored[target] = _stored(run, target, file)
         if module is not None:
             run.model.set_submodule(target.name, module)
+            place_like(module, target.module)
     finished = [state.decision is not None or all(target in restored for target in members) for members in sweeps]
     if run.config.schedule == "progressive":  # the first cut has a sweep of its own
         finished.append(state.decision is not None or state.cut is not None)
@@ -103,6 +104,7 @@ def _store(run: Run, members: Sequence[Target], replacements: Sequence[Replaceme
                 tensors = {} if module is None else dict(module.named_parameters())
                 name = f"module-{target.name}"
                 files[name] = run.state.write(name, tensors, {"report": asdict(report)})
+    run.processes.wait_for_all()  # they may still read the files that are removed
     run.state.record(files)
 
 
@@ -130,6 +132,7 @@ def decide_globally(run: Run, plan: Plan, work: Work) -> Decision:
         selections = selector.select(members, "second")
     candidate, losses = _choose_candidate(run, plan, selections)
     decision = Decision(candidate.removed, losses, {target.name: rank for target, rank in candidate.ranks.items()})
+    run.processes.wait_for_all()
     run.state.record({f"cut-{target.name}": None for target in members}, decision=decision)
     return decision
 
@@ -196,6 +199,7 @@ def _cut(run: Run, plan: Plan, selector: Selector, members: Sequence[Target]) ->
     files: dict[str, str | None] = {f"first-{target.name}": None for target in members}
     for target, name in run.processes.map_divided(list(ranks), write, Name):
         files[f"cut-{target.name}"] = name
+    run.processes.wait_for_all()  # they may still read the files that are removed
     run.state.record(files, cut={target.name: rank for target, rank in ranks.items()})
 
 

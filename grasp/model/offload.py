@@ -14,6 +14,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import OffloadedWeightsLoader, align_module_device, has_offloaded_params, offload_weight
 from accelerate.utils.offload import PrefixedDataset
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -48,6 +49,12 @@ def is_fetched_per_call(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule) or has_offloaded_params(module)
 
 
+def shard_module_(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard the parameters of one module, but not its bias, with FSDP2. It gathers them in each call."""
+    bias = dict(module.named_parameters(recurse=False)).get("bias")
+    fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=None if bias is None else {bias})
+
+
 def place_like(module: nn.Module, dense: nn.Module) -> None:
     """Store the parameters of a module in the way of another: in memory, sharded, or offloaded to the CPU or to disk.
 
@@ -60,7 +67,7 @@ def place_like(module: nn.Module, dense: nn.Module) -> None:
     """
     weight = dense.get_parameter("weight")
     if isinstance(weight, DTensor):
-        fully_shard(module, mesh=weight.device_mesh, reshard_after_forward=True)
+        shard_module_(module, weight.device_mesh)
     elif has_offloaded_params(dense):
         hook = _hook(dense)
         stored = _stored_beside(hook.weights_map, module)  # None: the new hook keeps them in CPU memory

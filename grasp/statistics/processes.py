@@ -175,6 +175,14 @@ class Processes:
             stack.push(self._settle)
         return stack
 
+    def wait_for_all(self) -> None:
+        """Return when all processes have called this; then no one reads the files of an earlier step any more.
+
+        Raises:
+            DistributedError: if a process is gone.
+        """
+        self.least(0)
+
     def from_first(self, text: str) -> str:
         """The text of the first process.
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from grasp.model.dense import gathered
+from grasp.model.offload import shard_module_
 from grasp.model.targets import decoder, layer_targets
 from grasp.statistics.processes import Processes
 
@@ -19,7 +19,7 @@ def shard_(model: nn.Module, device: torch.device, processes: Processes) -> None
     """Shard the large weights of the decoder layers over the processes, and move all other weights to ``device``.
 
     The linears that can be compressed and the sets of experts are sharded. Each gathers its weight when it is called,
-    and frees it afterwards. Embeddings, norms, the head and later low-rank linears are whole in each process.
+    and frees it afterwards. Embeddings, norms, the head and the biases of linears are whole in each process.
 
     Args:
         model: the whole model, equal in all processes; on the CPU if it does not fit on a device.
@@ -28,7 +28,7 @@ def shard_(model: nn.Module, device: torch.device, processes: Processes) -> None
     """
     mesh = init_device_mesh(device.type, (processes.size,))
     for module in _units(model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        shard_module_(module, mesh)
     nn.Module.to(model, device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,15 @@ def tiny(processes: Processes, family: str, config: GraspConfig) -> Result:
     return compressed(tiny_model(family, torch.float64), tiny_batches(3), config, processes)
 
 
+def results(work: Callable[..., Any], *arguments: Any, sharded: bool) -> list[Any]:
+    """The results of two processes; an error of one is raised here."""
+    outcomes = run(work, *arguments, sharded=sharded)
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise outcome.error
+    return [outcome.value for outcome in outcomes]
+
+
 def assert_close(got: Result, expected: Result, tolerance: float) -> None:
     assert got.ranks == expected.ranks
     assert got.removed == expected.removed
@@ -70,7 +80,7 @@ def assert_close(got: Result, expected: Result, tolerance: float) -> None:
 def test_two_processes_compress_like_one(family: str, sharded: bool) -> None:
     expected = tiny(ALONE, family, BEST)
     assert any(expected.ranks.values())
-    first, second = (outcome.value for outcome in run(tiny, family, BEST, sharded=sharded))
+    first, second = results(tiny, family, BEST, sharded=sharded)
     assert_close(first, expected, 1e-6)
     assert second.ranks == first.ranks
     if not sharded:
@@ -92,7 +102,7 @@ def test_smollm2_sharded_over_two_processes_is_compressed_like_a_whole_one(tmp_p
     torch.save([batch.input_ids for batch in batches], tmp_path / "tokens.pt")
     expected = smollm2(ALONE, tmp_path)
     assert any(expected.ranks.values())
-    first, second = (outcome.value for outcome in run(smollm2, tmp_path, sharded=True))
+    first, second = results(smollm2, tmp_path, sharded=True)
     assert_close(first, expected, 1e-3)
     assert second.ranks == first.ranks
 
@@ -129,7 +139,6 @@ def interrupted(processes: Processes, folder: Path, every: int) -> list[Any]:
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
 def test_processes_stopped_at_any_step_continue_bit_for_bit(sharded: bool, tmp_path: Path, fuzzing: bool) -> None:
-    for outcome in run(interrupted, tmp_path, 1 if fuzzing else 3, sharded=sharded):
-        calls, different = outcome.value
+    for calls, different in results(interrupted, tmp_path, 1 if fuzzing else 3, sharded=sharded):
         assert calls > 10
         assert different == []
