@@ -19,6 +19,7 @@ from grasp.compression.rounds import (
     decide_globally,
     decide_in_order_,
     prepare_,
+    settle_,
 )
 from grasp.compression.run import Run, find_block_influence, make_plan, start_run
 from grasp.config import GraspConfig
@@ -126,6 +127,7 @@ def _refit_in_order_(run: Run, plan: Plan) -> None:
         processes=run.processes,
         progress=run.progress,
     )
+    settle_(run.model, plan.ranks)
 
 
 def _report(

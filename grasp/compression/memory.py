@@ -22,11 +22,13 @@ from grasp.method.ranks import Shape
 from grasp.method.svd import decomposition_bytes
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_shape
+from grasp.model.offload import fetched_bytes
 from grasp.model.running import first_device
 from grasp.model.targets import Target, decoder
 from grasp.statistics.covariance import covariance_bytes, input_groups
 from grasp.statistics.gradients import dense_is_cheaper
 from grasp.statistics.loss import LOGITS_BYTES
+from grasp.statistics.processes import ALONE, Processes
 
 # Workspaces of libraries, and free heap memory that glibc keeps: up to 64 MiB (the largest M_TRIM_THRESHOLD).
 LIBRARY_BYTES = 2**26
@@ -215,6 +217,7 @@ class MemoryBudget:
         tokens: all calibration tokens.
         device: bytes for a span, on the device of the model.
         hidden_states: bytes of CPU memory for hidden states; ``None`` for any number.
+        fetched: bytes of a weight that is offloaded or sharded, while its linear runs; 0 if all weights are in memory.
     """
 
     tracer: Tracer | None
@@ -222,6 +225,7 @@ class MemoryBudget:
     tokens: int
     device: int
     hidden_states: int | None
+    fetched: int = 0
 
     @classmethod
     def of(
@@ -233,9 +237,11 @@ class MemoryBudget:
         *,
         memory: int | None,
         host_memory: int | None,
-        processes: int = 1,
+        processes: Processes = ALONE,
     ) -> MemoryBudget:
         """The budget for a loaded model; ``None`` is 0.9 of what is free, divided by the processes of a CPU.
+
+        All processes get the smallest of their budgets for the device, so that they plan the same spans.
 
         Raises:
             OutOfMemoryError: if it is too small.
@@ -265,8 +271,9 @@ class MemoryBudget:
             if memory is not None:
                 raise
             return cls(None, config, tokens, 0, host_memory)
-        given = int(FREE_FRACTION * free_bytes(device) / (processes if on_cpu else 1)) if memory is None else memory
-        budget = cls(tracer, config, tokens, given, None)
+        sharers = processes.size if on_cpu else 1
+        given = processes.least(int(FREE_FRACTION * free_bytes(device) / sharers) if memory is None else memory)
+        budget = cls(tracer, config, tokens, given, None, fetched_bytes(model))
         spans = budget._memory(targets, range(0, len(decoder(model).layers)), None)
         spans.plan(given)  # an error is raised now, not after the block influence
         if on_cpu:
@@ -290,7 +297,7 @@ class MemoryBudget:
             targets,
             layers,
             needs_of(self.tracer, targets, layers, ranks),
-            fixed=fixed_bytes(self.tracer),
+            fixed=fixed_bytes(self.tracer) + self.fetched,
             head=head_bytes(self.tracer),
             sum_bytes=partial(sum_bytes, self.config, self.tokens),
             decomposition_bytes=lambda target: decomposition_bytes(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
+
+from transformers import PreTrainedModel
 
 from grasp.checkpoint.compression_report import ModuleReport
 from grasp.checkpoint.run_state import Decision
@@ -70,12 +72,22 @@ def _restore_(run: Run, sweeps: Sequence[Sequence[Target]]) -> dict[Target, Modu
         module, restored[target] = _stored(run, target, file)
         if module is not None:
             run.model.set_submodule(target.name, module)
-            place_like(module, target.module)
+    if not run.config.refit:
+        settle_(run.model, restored)
     finished = [state.decision is not None or all(target in restored for target in members) for members in sweeps]
     if run.config.schedule == "progressive":  # the first cut has a sweep of its own
         finished.append(state.decision is not None or state.cut is not None)
     state.note_progress(f"resuming: {sum(finished)} of {len(finished)} sweeps done")
     return restored
+
+
+def settle_(model: PreTrainedModel, targets: Iterable[Target]) -> None:
+    """Keep low-rank linears, which are final, where the dense ones were kept, and free the weights of those."""
+    for target in targets:
+        module = model.get_submodule(target.name)
+        if isinstance(module, LowRankLinear):
+            place_like(module, target.module)
+            release_(target.module)
 
 
 def decide_in_order_(run: Run, plan: Plan, work: Work) -> None:
@@ -91,8 +103,8 @@ def decide_in_order_(run: Run, plan: Plan, work: Work) -> None:
             work.reports.append(report)
             if module is not None:
                 run.model.set_submodule(target.name, module)
-                if not run.config.refit:
-                    _settle_(target, module)
+        if not run.config.refit:
+            settle_(run.model, members)
 
 
 def _store(run: Run, members: Sequence[Target], replacements: Sequence[Replacement], stem: str) -> None:
@@ -156,17 +168,10 @@ def carry_out_decision_(run: Run, plan: Plan, work: Work, decision: Decision) ->
         refit.replace_(layer, modules, is_fitted=is_stored, is_removed=layer in decision.removed)
         if not is_stored:
             _store(run, linears, chosen, "second")
-        for target, module in modules.items():
-            _settle_(target, module)
+        settle_(run.model, modules)
         reports.update(zip(linears, (report for _, report in chosen), strict=True))
         run.progress("refit", layer + 1, len(members))
     work.reports.extend(reports[target] for target in plan.ranks)
-
-
-def _settle_(target: Target, module: LowRankLinear) -> None:
-    """Keep a low-rank linear where the dense one was kept, and free the weight of the dense one."""
-    place_like(module, target.module)
-    release_(target.module)
 
 
 def _replacements(run: Run, members: Sequence[Target], decision: Decision) -> tuple[list[Replacement], bool]:

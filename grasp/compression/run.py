@@ -111,10 +111,10 @@ def start_run(
     tokens = [batch.num_tokens for batch in batches]
     processes.require_same("the request", f"{config} {before} {tokens} {batches_digest(batches)}")
     linears = [target for members in targets.values() for target in members]
+    budget = MemoryBudget.of(
+        model, batches, config, linears, memory=memory, host_memory=host_memory, processes=processes
+    )
     with processes.fail_together():
-        budget = MemoryBudget.of(
-            model, batches, config, linears, memory=memory, host_memory=host_memory, processes=processes.size
-        )
         state.begin(model, batches, config, costs, clock)
     # Without a run folder, all processes use the temporary one of the first.
     state.folder = Path(processes.from_first(str(state.folder) if processes.first else ""))

@@ -49,6 +49,14 @@ def is_fetched_per_call(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule) or has_offloaded_params(module)
 
 
+def fetched_bytes(model: nn.Module) -> int:
+    """The most bytes that the parameters of a module take while it runs, and their copy on the way; 0 if in memory."""
+    modules = (module for module in model.modules() if is_fetched_per_call(module))
+    return 2 * max(
+        (sum(p.numel() * p.itemsize for p in module.parameters(recurse=False)) for module in modules), default=0
+    )
+
+
 def shard_module_(module: nn.Module, mesh: DeviceMesh) -> None:
     """Shard the parameters of one module, but not its bias, with FSDP2. It gathers them in each call."""
     bias = dict(module.named_parameters(recurse=False)).get("bias")

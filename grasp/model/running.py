@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from grasp.errors import UnsupportedModelError
 from grasp.model.batch import CalibrationBatch
 from grasp.model.hooks import forwarding, hooked
+from grasp.model.offload import execution_device
 from grasp.model.targets import decoder
 
 if TYPE_CHECKING:
@@ -134,8 +136,14 @@ def batch_inputs(model: nn.Module, batch: Tokens) -> dict[str, Tensor]:
 
 
 def first_device(model: nn.Module) -> torch.device:
-    """The device of the first parameter that holds data, which is where token ids go."""
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    """The device where token ids go: of the first parameter in memory, or where the first offloaded module runs."""
+    for module in model.modules():
+        if has_offloaded_params(module):
+            return execution_device(module)
+        for parameter in module.parameters(recurse=False):
+            if not parameter.is_meta:
+                return parameter.device
+    return torch.device("cpu")
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from grasp.model.offload import execution_device, fetched, is_fetched_per_call, 
 from grasp.model.targets import decoder, layer_targets
 from grasp.statistics.redundancy import block_influence
 from grasp.statistics.sweep import Call, capture_prefix, sweep
+from tests.interrupted import Killed
 from tests.tiny_models import tiny_batches, tiny_model
 
 FAMILIES = ["llama", "gpt2", "gemma3"]  # gemma3 ties its head to its embeddings
@@ -68,13 +69,19 @@ Maker = Callable[[str, Path], PreTrainedModel]
 MAKERS = [on_disk, in_cpu_memory, by_device_map]
 
 
+CONFIGS = {
+    "sequential": GraspConfig(layers=(1, 2), retain_ratio=0.3),
+    "refitted": GraspConfig(layers=(1, 2), retain_ratio=0.3, schedule="single-sweep", refit=True),
+    "best": GraspConfig.best(layers=(1, 2), retain_ratio=0.6),
+}
+
+
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("schedule", ["sequential", "single-sweep"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_an_offloaded_model_is_compressed_like_one_in_memory(
-    family: str, make: Maker, schedule: str, tmp_path: Path
+    family: str, make: Maker, config: GraspConfig, tmp_path: Path
 ) -> None:
-    config = GraspConfig(layers=(1, 2), retain_ratio=0.3, schedule=schedule)
     batches = tiny_batches()
     model, expected = make(family, tmp_path), tiny_model(family)
     assert any(parameter.is_meta for parameter in model.parameters())
@@ -82,8 +89,20 @@ def test_an_offloaded_model_is_compressed_like_one_in_memory(
     report, wanted = compress_(model, batches, config), compress_(expected, batches, config)
     assert [m.indices for m in report.modules] == [m.indices for m in wanted.modules]
     assert (report.before, report.after) == (wanted.before, wanted.after)
+    assert all(model.get_submodule(m.name).U.is_meta for m in report.compressed if make is not by_device_map)
     tokens = torch.cat([batch.flatten() for batch in batches])
     assert perplexity(model, tokens, window=16).nll == perplexity(expected, tokens, window=16).nll
+
+
+def test_layers_of_an_offloaded_model_are_removed(tmp_path: Path) -> None:
+    config = GraspConfig.best(compression_ratio=0.3, remove_layers=True)
+    batches = tiny_batches()
+    model, expected = on_disk("llama", tmp_path), tiny_model("llama")
+    report, wanted = compress_(model, batches, config), compress_(expected, batches, config)
+    assert report.removed_layers == wanted.removed_layers
+    assert report.removed_layers
+    assert report.held_out_loss == wanted.held_out_loss
+    assert torch.equal(model(batches[0]).logits, expected(batches[0]).logits)
 
 
 @pytest.mark.parametrize("make", [on_disk, by_device_map])  # transformers does not recognise cpu_offload
@@ -136,22 +155,25 @@ def test_fetched_weights_are_not_held_for_the_backward_pass(tmp_path: Path) -> N
     torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
 
 
-def test_a_run_of_an_offloaded_model_is_resumed(tmp_path: Path) -> None:
-    config, batches = GraspConfig(layers=(1, 2), retain_ratio=0.3), tiny_batches()
+@pytest.mark.parametrize(
+    ("config", "step"),
+    [("sequential", "layer 1 mlp"), ("best", "decompositions"), ("best", "refit")],
+)
+def test_a_run_of_an_offloaded_model_is_resumed(config: str, step: str, tmp_path: Path) -> None:
+    batches = tiny_batches()
 
-    class Killed(BaseException):
-        pass
-
-    def kill(step: str, done: int, total: int) -> None:
-        if step == "layer 1 mlp":
+    def kill(now: str, done: int, total: int) -> None:
+        if now == step and done > 1:
             raise Killed
 
     with pytest.raises(Killed), RunState(tmp_path / "run") as state:
-        compress_(on_disk("llama", tmp_path), batches, config, progress=kill, state=state)
+        compress_(on_disk("llama", tmp_path / "1"), batches, CONFIGS[config], progress=kill, state=state)
+    model, expected = on_disk("llama", tmp_path / "2"), tiny_model("llama")
     with RunState(tmp_path / "run") as state:
-        report = compress_(on_disk("llama", tmp_path), batches, config, state=state)
-    wanted = compress_(tiny_model("llama"), batches, config)
+        report = compress_(model, batches, CONFIGS[config], state=state)
+    wanted = compress_(expected, batches, CONFIGS[config])
     assert [m.indices for m in report.modules] == [m.indices for m in wanted.modules]
+    assert torch.equal(model(batches[0]).logits, expected(batches[0]).logits)
 
 
 def test_a_weight_is_fetched_to_where_its_module_runs(tmp_path: Path) -> None:
@@ -258,11 +280,3 @@ def test_an_offloaded_model_is_swept_in_another_dtype_like_one_in_memory(
     assert [m.indices for m in report.modules] == [m.indices for m in wanted.modules]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert torch.equal(model(batches[0]).logits, expected(batches[0]).logits)
-
-
-def test_the_best_preset_is_refused_for_offloaded_weights_before_anything_is_run(tmp_path: Path) -> None:
-    steps: list[str] = []
-    config = GraspConfig.best(compression_ratio=0.2)
-    with pytest.raises(UnsupportedModelError, match=r"offloaded or sharded; take schedule='single-sweep'"):
-        compress_(on_disk("llama", tmp_path), tiny_batches(), config, progress=lambda step, *_: steps.append(step))
-    assert not steps
