@@ -51,8 +51,8 @@ def compress_(
     Block influence tells which layers are redundant. Their linears are replaced from the deepest layer up, first the
     MLP, then the attention, with gradients taken on the model so far. Other schedules replace more linears at once; a
     global budget decides all together. ``grasp/compression/naive.py`` is the plain definition of the method. An
-    interrupted call leaves the model usable, with the linears that were replaced so far. The weights of replaced linears
-    are freed.
+    interrupted call leaves the model usable, with the linears that were replaced so far. The weights of replaced
+    linears are freed.
 
     Args:
         model: a decoder-only model of the transformers library, in any floating-point dtype.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,10 +19,13 @@ from grasp.builtin import BUILTIN
 from grasp.calibration import builtin_text, token_batches
 from grasp.checkpoint.run_state import RunState
 from grasp.compress import compress_
+from grasp.compression.memory import MemoryBudget, PlannedSpan
 from grasp.config import GraspConfig
 from grasp.files import tensors_digest
 from grasp.loading import load_model
 from grasp.model.layer_removal import remove_layers_
+from grasp.model.targets import Target
+from grasp.statistics.covariance import input_groups
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sharding import collect_, shard_
 from tests.interrupted import Killed
@@ -107,38 +113,62 @@ def test_smollm2_sharded_over_two_processes_is_compressed_like_a_whole_one(tmp_p
     assert second.ranks == first.ranks
 
 
-def interrupted(processes: Processes, folder: Path, every: int) -> list[Any]:
-    """Stop both processes at one progress call after the other, each time continue, and compare with a whole run."""
+def one_span_a_layer(
+    budget: MemoryBudget, targets: Collection[Target], layers: range, ranks: Mapping[str, int] | None = None
+) -> list[PlannedSpan]:
+    """Each layer is a span; the layer in the middle runs once for each of its inputs."""
+    members = {layer: [target for target in targets if target.layer == layer] for layer in layers}
+    parts = {
+        layer: tuple(input_groups(linears)) if layer == 1 else (tuple(linears),) for layer, linears in members.items()
+    }
+    return [PlannedSpan(range(layer, layer + 1), parts[layer] or ((),)) for layer in reversed(layers)]
 
-    def attempt(folder: Path, stop: int) -> tuple[int, Any]:
-        calls = [0]
+
+def in_spans(processes: Processes) -> Result:
+    with mock.patch.object(MemoryBudget, "spans", one_span_a_layer):
+        return tiny(processes, "llama", BEST)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_spans_of_one_layer_give_the_same_result(sharded: bool) -> None:
+    expected = tiny(ALONE, "llama", BEST)
+    first, _ = results(in_spans, sharded=sharded)
+    assert_close(first, expected, 1e-6)
+
+
+def interrupted(processes: Processes, folder: Path, all_stops: bool) -> list[Any]:
+    """Stop both processes in one phase after the other, each time continue, and compare with a whole run."""
+
+    def attempt(folder: Path, stop: int) -> tuple[list[str], Any]:
+        steps: list[str] = []
 
         def progress(step: str, done: int, total: int) -> None:
-            calls[0] += 1
-            if calls[0] == stop:
+            steps.append(step)
+            if len(steps) == stop:
                 raise Killed
 
         model = tiny_model("llama", torch.float64)
         with RunState(folder, rank=processes.rank, processes=processes.size) as state:
             result = compressed(model, tiny_batches(3), BEST, processes, progress=progress, state=state)
-        return calls[0], (result.ranks, tensors_digest(result.dense.items()))
+        return steps, (result.ranks, tensors_digest(result.dense.items()))
 
-    calls, expected = attempt(folder / "whole", 0)
+    steps, expected = attempt(folder / "whole", 0)
+    phases = [list(calls) for _, calls in groupby(range(1, len(steps) + 1), lambda call: steps[call - 1])]
     different = []
-    for stop in range(1, calls + 1, every):
-        try:
+    for stop in chain(*phases) if all_stops else (calls[len(calls) // 2] for calls in phases):
+        with suppress(Killed):
             attempt(folder / "stopped", stop)
-        except Killed:
-            pass
-        else:
             raise AssertionError(f"not stopped at {stop}")
         if attempt(folder / "stopped", 0)[1] != expected:
             different.append(stop)
-    return [calls, different]
+    return [[steps[calls[0] - 1] for calls in phases], different]
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
-def test_processes_stopped_at_any_step_continue_bit_for_bit(sharded: bool, tmp_path: Path, fuzzing: bool) -> None:
-    for calls, different in results(interrupted, tmp_path, 1 if fuzzing else 3, sharded=sharded):
-        assert calls > 10
+def test_processes_stopped_in_any_phase_continue_bit_for_bit(sharded: bool, tmp_path: Path, fuzzing: bool) -> None:
+    if not (sharded or fuzzing):
+        pytest.skip("takes a minute; --fuzz runs it")
+    for phases, different in results(interrupted, tmp_path, fuzzing, sharded=sharded):
+        assert phases.count("decompositions") == 2
+        assert phases[-1] == "refit"
         assert different == []
