@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -79,12 +79,25 @@ class CovarianceSums:
                 )
         self._batch_inputs.clear()
 
-    def all_reduce(self, processes: Processes) -> None:
-        """Add up the sums of all processes."""
-        inputs = {id(gram): gram for gram in self._inputs.values()}
+    def reduce(self, processes: Processes, readers: Mapping[Target, Collection[int]]) -> None:
+        """Add up the sums of all processes; the sums of a target only in its readers, the others may not use them.
+
+        Args:
+            processes: all that hold sums.
+            readers: the ranks of the processes that need the sums of each target.
+        """
+        grams, ranks = dict[int, Tensor](), defaultdict[int, set[int]](set)
+        for sums in (self._inputs, self._outputs):
+            for target, gram in sums.items():
+                grams[id(gram)] = gram
+                ranks[id(gram)].update(readers[target])
         tokens = torch.tensor(list(self._tokens.values()), dtype=torch.int64)
-        processes.sum_([*inputs.values(), *self._outputs.values(), tokens])
-        self._tokens = Counter(dict(zip(self._tokens, tokens.tolist(), strict=True)))
+        processes.reduce_([(gram, sorted(ranks[key])) for key, gram in grams.items()])
+        processes.sum_([tokens])
+        counts = zip(self._tokens, tokens.tolist(), strict=True)
+        self._tokens = Counter({target: n for target, n in counts if processes.rank in readers[target]})
+        self._inputs = {target: self._inputs[target] for target in self._tokens}
+        self._outputs = {target: gram for target, gram in self._outputs.items() if target in self._tokens}
 
     def result(self) -> dict[Target, Covariance]:
         """The sums of each linear that was called. Nothing may be added afterwards.
@@ -108,6 +121,7 @@ def gather_covariances(
     outputs: bool = True,
     progress: Progress = no_progress,
     processes: Processes = ALONE,
+    owned: bool = False,
 ) -> dict[Target, Covariance]:
     """Sum x xᵀ of each distinct input and d dᵀ of each linear, in one sweep.
 
@@ -118,6 +132,8 @@ def gather_covariances(
         outputs: gather B too.
         progress: called after each batch.
         processes: the processes whose sums are added up.
+        owned: each process gets the sums of the targets that it will decompose, by their position
+            (``Processes.owner``), instead of all.
 
     Returns:
         Symmetric sums in fp32 (fp64 for fp64), on the device of the linear. A target whose output does not reach the
@@ -136,8 +152,11 @@ def gather_covariances(
 
     with processes.fail_together():
         sweep(prefix, targets, sums.add, layers=layers, after=after)
-    sums.all_reduce(processes)
-    return sums.result()
+    everyone = range(processes.size)
+    readers = {target: [processes.owner(index)] if owned else everyone for index, target in enumerate(targets)}
+    sums.reduce(processes, readers)
+    with processes.fail_together():
+        return sums.result()
 
 
 def covariance_bytes(targets: Collection[Target], *, outputs: bool = True) -> int:

@@ -65,8 +65,8 @@ def gather_scores(
         processes: the processes whose sums are added up.
 
     Returns:
-        For each target a function that decomposes its weight and scores the groups. A target whose output does not
-        reach the loss is left out.
+        For each target a function that decomposes its weight and scores the groups; by covariances alone, only for the
+        targets of this process (``Processes.owner``). A target whose output does not reach the loss is left out.
 
     Raises:
         NonFiniteError: if weights, the loss or a statistic are NaN or infinite.
@@ -81,7 +81,12 @@ def gather_scores(
     if not BASES[basis].inputs:
         decompositions = {target: partial(_decompose_plain, target.name) for target in targets}
     else:
-        covariances = gather_covariances(prefix, targets, outputs=BASES[basis].outputs, **shared)  # type: ignore[arg-type]
+        covariances = gather_covariances(
+            *(prefix, targets),
+            outputs=BASES[basis].outputs,
+            owned=row.moment == "none",  # otherwise the moments of all groups are summed in all processes
+            **shared,  # type: ignore[arg-type]
+        )
         decompositions = decompositions_by(covariances)
     if row.moment == "none":
         return score_by_magnitude(decompositions)

@@ -310,3 +310,19 @@ def test_two_processes_add_up_to_one(count: int) -> None:
         for name, sums in outcome.value.items():
             for got, alone in zip(sums, expected[name], strict=True):
                 assert_close(got, alone)
+
+
+def gather_owned(processes: Processes) -> dict[str, list[Tensor]]:
+    model, batches = tiny_model("llama", torch.float64), [CalibrationBatch(batch) for batch in tiny_batches(3)]
+    prefix = capture_prefix(model, processes.local_batches(batches), {LAYER})
+    found = gather_covariances(prefix, targets_of(model, LAYER), processes=processes, owned=True)
+    return {target.name: [*sums[:2], torch.tensor(float(sums.tokens))] for target, sums in found.items()}
+
+
+def test_each_process_can_get_the_sums_of_its_own_targets_alone() -> None:
+    expected, names = gather_owned(ALONE), [target.name for target in targets_of(tiny_model("llama"), LAYER)]
+    for rank, outcome in enumerate(run(gather_owned)):
+        assert set(outcome.value) == set(names[rank::2])
+        for name, sums in outcome.value.items():
+            for got, alone in zip(sums, expected[name], strict=True):
+                assert_close(got, alone)
