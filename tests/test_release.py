@@ -20,9 +20,7 @@ from grasp.errors import GraspError
 from grasp.evaluation.generation import time_generation
 from grasp.evaluation.perplexity import perplexity
 from grasp.loading import load_model
-from grasp.method.svd import decompose
 from grasp.model.batch import CalibrationBatch
-from grasp.model.dense import temporary_low_rank
 from grasp.model.layer_removal import removable_layers, remove_layers_, skipping
 from grasp.model.lowrank_linear import LowRankLinear, group_linears_
 from grasp.recovery import RecoveryConfig, recover_
@@ -116,13 +114,6 @@ def dequantized(folder: Path) -> Iterable[nn.Module]:
     return [model, *layers]
 
 
-def temporarily_low_rank(_: Path) -> Iterable[nn.Module]:
-    linear = nn.Linear(5, 7)
-    with temporary_low_rank([(linear, decompose(linear.weight.detach()))]):
-        linear(torch.randn(1, 5))
-    return [linear]
-
-
 def removed(_: Path) -> Iterable[nn.Module]:
     model = compressed()
     removable_layers(model)
@@ -163,7 +154,7 @@ USES: dict[str, Callable[[Path], Iterable[nn.Module]]] = {
         use.__name__: use
         for use in (
             *(layer, grouped, replaced_by_compress, after_failed_compress, by_transformers, by_load_model, evaluated),
-            *(dequantized, temporarily_low_rank, removed, not_removable, recovered, copied, saved),
+            *(dequantized, removed, not_removable, recovered, copied, saved),
         )
     },
 }

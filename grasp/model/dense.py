@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from grasp.method.svd import SVD
 from grasp.model.offload import fetched
 
 DenseLinear = nn.Linear | Conv1D
@@ -33,23 +29,3 @@ def dense_shape(linear: DenseLinear) -> tuple[int, int]:
 def gathered(tensor: Tensor) -> Tensor:
     """The full tensor if FSDP has sharded it, in which case all processes must call this; otherwise the same tensor."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@contextmanager
-def temporary_low_rank(factors: Iterable[tuple[DenseLinear, SVD]]) -> Iterator[None]:
-    """Replace weights of dense linears, which must be in memory, by ``(U * S) @ Vh`` until the block ends.
-
-    The weights are then restored bit for bit.
-    """
-    saved: dict[Tensor, Tensor] = {}
-    try:
-        for linear, svd in factors:
-            weight = linear.weight
-            U, S, Vh = (tensor.to(weight.device) for tensor in svd)
-            product = (U * S) @ Vh
-            saved[weight] = weight.data
-            weight.data = (product.mT if isinstance(linear, Conv1D) else product).to(weight.data).contiguous()
-        yield
-    finally:
-        for weight, data in saved.items():
-            weight.data = data

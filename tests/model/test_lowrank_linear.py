@@ -12,9 +12,9 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import NonFiniteError
-from grasp.method.svd import SVD, decompose, decompose_in
+from grasp.method.svd import decompose, decompose_in
 from grasp.model import lowrank_linear as modules
-from grasp.model.dense import DenseLinear, dense_weight, temporary_low_rank
+from grasp.model.dense import dense_weight
 from grasp.model.lowrank_linear import LowRankLinear, group_linears_, set_backend_
 from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped
 
@@ -361,21 +361,6 @@ def test_a_model_can_be_set_to_one_backend(monkeypatch: pytest.MonkeyPatch, grou
         asked.clear()
     with pytest.raises(ValueError, match="unknown backend 'warp'; expected one of auto, cuda"):
         set_backend_(attention, "warp")
-
-
-@pytest.mark.parametrize("make", [lambda: nn.Linear(5, 7), lambda: Conv1D(7, 5)])
-def test_a_dense_linear_is_temporarily_low_rank_and_then_restored(make: Callable[[], DenseLinear]) -> None:
-    linear, x = make(), torch.randn(3, 5)
-    before, y = linear.weight.detach().clone(), linear(x)
-    U, S, Vh = decompose(dense_weight(linear).detach())
-    truncated = SVD(U[:, :2], S[:2], Vh[:2])
-    with temporary_low_rank([(linear, truncated)]):
-        torch.testing.assert_close(linear(x), LowRankLinear.from_dense(linear, torch.arange(2), truncated)(x))
-        assert not torch.allclose(linear(x), y)
-    assert torch.equal(linear.weight, before)
-    with pytest.raises(KeyError), temporary_low_rank([(linear, truncated)]):
-        raise KeyError
-    assert torch.equal(linear.weight, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
