@@ -108,6 +108,14 @@ def _scaled(value: float, units: Sequence[str]) -> str:
     return f"{value:.0f}{unit}" if unit == units[0] else f"{value:.1f}{unit}"
 
 
+def duration(seconds: float) -> str:
+    """A number of seconds in the unit that suits it: ``"90.0 s"``, ``"12.5 min"``, ``"3.2 h"``."""
+    for limit, unit, factor in ((120, "s", 1), (7200, "min", 60)):
+        if seconds < limit:
+            return f"{seconds / factor:.1f} {unit}"
+    return f"{seconds / 3600:.1f} h"
+
+
 def score_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Rows of a table: task, documents, shots, metric, value, standard error; none if no tasks were run."""
     rows: list[tuple[str, ...]] = []

@@ -49,3 +49,39 @@ class Clock:
         if self._step is not None:
             self.enter(self._step)
         return dict(self._seconds)
+
+
+class TimeLeft:
+    """The seconds that a whole job has left, from what each kind of step was expected to take and what it took.
+
+    A kind is the name of a step up to its first comma. If steps take longer than expected, so will the rest. What a
+    resumed job has done before is counted as done, not as fast.
+
+    Args:
+        expected: kind → seconds of all steps of this kind.
+        repeats: kind → how many steps of this kind the job has; 1 for the kinds that are left out.
+
+    Example:
+        >>> left = TimeLeft({"sums": 30.0, "refit": 10.0}, {"sums": 2})
+        >>> left.after("sums, 3 layers", 1, 3, now=0.0)  # a sixth of 30 s
+        35.0
+        >>> left.after("sums, 3 layers", 3, 3, now=20.0)  # a third more took 20 s
+        50.0
+    """
+
+    def __init__(self, expected: Mapping[str, float], repeats: Mapping[str, int] | None = None) -> None:
+        self._expected, self._repeats = expected, repeats or {}
+        self._done: dict[str, float] = defaultdict(float)  # kind → steps done
+        self._first: tuple[float, float] | None = None  # time and expected seconds of the first report
+
+    def after(self, step: str, done: int, total: int, now: float) -> float:
+        """The seconds left when, at the time ``now`` in seconds, ``done`` of ``total`` units of a step are done."""
+        kind = step.partition(",")[0]
+        finished = int(self._done[kind] + 1e-9)
+        self._done[kind] = finished + done / total if done < total else finished + 1
+        past = sum(
+            seconds * min(1.0, self._done[kind] / self._repeats.get(kind, 1)) for kind, seconds in self._expected.items()
+        )
+        self._first = self._first or (now, past)
+        since, before = self._first
+        return (sum(self._expected.values()) - past) * ((now - since) / (past - before) if past > before else 1.0)

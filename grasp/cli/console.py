@@ -17,7 +17,8 @@ from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
-from grasp.formatting import json_text, printable
+from grasp.formatting import duration, json_text, printable
+from grasp.progress import TimeLeft
 
 _STEP_WIDTH = 28  # characters
 
@@ -41,6 +42,12 @@ class StepBars:
         self._step = ""
         self._seconds: dict[str, float] = defaultdict(float)  # of the steps that are not finished
         self._since = time.perf_counter()
+        self._job: TimeLeft | None = None
+        self._left = ""  # of the whole job
+
+    def expect(self, job: TimeLeft) -> None:
+        """Show the time that the whole job has left beside each bar."""
+        self._job = job
 
     def __call__(self, step: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` units of ``step`` are done."""
@@ -49,6 +56,8 @@ class StepBars:
         now = time.perf_counter()
         self._seconds[step] += now - self._since
         self._step, self._since = step, now
+        if self._job is not None and done:
+            self._left = f"({duration(self._job.after(step, done, total, now))} in all)"
         if done == 0:
             if self._console.is_interactive:
                 self._console.print(_literal(f"{step} ..."), end="\r", no_wrap=True, overflow="ellipsis")
@@ -79,13 +88,13 @@ class StepBars:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("left"),
+                TextColumn("left {task.fields[job]}"),
                 console=self._console,
                 transient=True,
             )
-            self._task = self._bars.add_task(printable(self._step), total=total)
+            self._task = self._bars.add_task(printable(self._step), total=total, job=self._left)
             self._bars.start()
-        self._bars.update(self._task, completed=done, total=total)
+        self._bars.update(self._task, completed=done, total=total, job=self._left)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from grasp.cli.console import StepBars, print_facts, print_json, print_line, print_table, print_text
 from grasp.formatting import count, layer_ranges, printable, share, size
+from grasp.progress import TimeLeft
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,25 @@ def test_a_step_that_ends_early_gives_way_to_the_next() -> None:
     assert first is not None
     assert first.live.is_started is False
     assert progress._bars is not first
+    progress.close()
+
+
+def test_the_whole_job_has_a_time_left_that_follows_the_pace() -> None:
+    left = TimeLeft({"sums": 30.0, "refit": 10.0}, {"sums": 2})
+    assert left.after("sums, 3 layers", 1, 2, now=5.0) == pytest.approx(32.5)  # as expected
+    assert left.after("sums, 3 layers", 2, 2, now=20.0) == pytest.approx(50.0)  # twice as slow
+    assert left.after("sums, layer 1", 2, 2, now=50.0) == pytest.approx(20.0)
+    assert left.after("unexpected", 1, 2, now=50.0) == pytest.approx(20.0)
+    assert left.after("refit", 3, 3, now=60.0) == 0
+
+
+def test_on_a_terminal_bars_have_the_time_left_of_the_whole_job() -> None:
+    progress, stream = bars(terminal=True)
+    progress.expect(TimeLeft({"sums": 7200.0, "refit": 7200.0}))
+    progress("sums", 1, 4)
+    assert progress._bars is not None
+    progress._bars.refresh()
+    assert "(3.5 h in all)" in stream.getvalue()
     progress.close()
 
 
