@@ -160,11 +160,11 @@ def order(folder: Path) -> list[str]:
     return watched(folder / "run", lambda place: compress(str(model), place / "out", config, samples))
 
 
-def resumes(folder: Path, step: int) -> tuple[list[str], str]:
+def resumes(folder: Path, config: GraspConfig, step: int) -> tuple[list[str], str]:
     """Let every ``step``-th call of a run fail, and resume it. Its weights must equal those of a run without faults."""
 
     def weights(place: Path) -> str:
-        return tensors_digest(sorted(interrupted.run(place / "out.partial")[1].items()))
+        return tensors_digest(sorted(interrupted.run(place / "out.partial", config)[1].items()))
 
     expected, failures = weights(folder), []
     calls = len(watched(folder, weights))
@@ -196,8 +196,10 @@ def main(folder: Path, step: int) -> None:
             attack.kill(at)
         result["failures"] += attack.failures
         result["faults"][name] = f"{attack.faults} in {len(attack.calls)} calls"
-    failures, result["faults"]["run"] = resumes(folder, 5 if step == 1 else 200)
-    result["failures"] += failures
+    interrupted.take_little_memory()
+    for name, config in {"run": interrupted.CONFIG, "best": GraspConfig.best(compression_ratio=0.1)}.items():
+        failures, result["faults"][name] = resumes(folder, config, 5 if step == 1 else 200)
+        result["failures"] += failures
     print(json.dumps(result))
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 from grasp.checkpoint.compression_report import CompressionReport
 from grasp.checkpoint.run_state import RunState
 from grasp.compress import compress_
+from grasp.compression.memory import SpanMemory
 from grasp.config import GraspConfig
 from grasp.method.cost_table import CostTable
+from grasp.statistics.hidden_states import Scratch
 from tests.tiny_models import tiny_batches, tiny_model
 
 CONFIG = GraspConfig(layers=(0, 2), retain_ratio=0.4)
@@ -48,6 +50,13 @@ def run(
     with RunState(folder, notify=notify) as state:
         report = compress_(compressed, batches, config, costs=costs, progress=progress, state=state)
         return report, compressed.state_dict()
+
+
+def take_little_memory(set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Plan all runs as within the least budget: each part of each layer is swept alone, hidden states are in files."""
+    plan = SpanMemory.plan
+    set_attribute(SpanMemory, "plan", lambda memory, budget: plan(memory, memory.least()))
+    set_attribute(Scratch, "takes", lambda scratch, size: False)
 
 
 def stop_at(step: str, count: int) -> Callable[[str, int, int], None]:

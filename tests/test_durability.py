@@ -37,7 +37,7 @@ def result(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
 
 def test_when_a_call_fails_the_former_state_or_the_new_one_is_there_and_nothing_else(result: dict[str, Any]) -> None:
     print(*(f"{name}: {count}" for name, count in result["faults"].items()), sep="\n")
-    assert len(result["faults"]) == 6
+    assert len(result["faults"]) == 7
     assert result["failures"] == []
 
 

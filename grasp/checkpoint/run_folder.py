@@ -290,12 +290,19 @@ class RunFolder:
 
 
 def read_data(path: Path, *keys: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Those of the tensors ``keys`` that a data file has, or all tensors; and its notes."""
-    with safe_open(path, "pt") as file:
-        names = [name for name in file.keys() if not keys or name in keys]  # noqa: SIM118
-        # Copies: the alignment of a tensor in the file may change the last bit of its products.
-        tensors = {name: file.get_tensor(name).clone() for name in names}
-        return tensors, json.loads(file.metadata()["grasp"])
+    """Those of the tensors ``keys`` that a data file has, or all tensors; and its notes.
+
+    Raises:
+        ResumeError: if it cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if not keys or name in keys]  # noqa: SIM118
+            # Copies: the alignment of a tensor in the file may change the last bit of its products.
+            tensors = {name: file.get_tensor(name).clone() for name in names}
+            return tensors, json.loads(file.metadata()["grasp"])
+    except (OSError, SafetensorError) as error:
+        raise ResumeError(f"reading {path} failed: {error}. Run the same command again to resume") from error
 
 
 def _file_digest(path: Path, expected: str = "a file of the run") -> str:

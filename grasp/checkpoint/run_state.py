@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp.checkpoint import run_folder
 from grasp.checkpoint.fingerprint import request_fingerprint
-from grasp.checkpoint.run_folder import INTERVAL, RunFolder, read_data
+from grasp.checkpoint.run_folder import RunFolder, read_data
 from grasp.checkpoint.saving import require_space
 from grasp.method.cost_table import CostTable
 from grasp.model.batch import CalibrationBatch
@@ -221,7 +222,7 @@ class RunState(RunFolder, NoState):
         for stem, name in files.items():
             self._list(stem, name)
         vars(self).update(values)
-        if not soon or time.monotonic() - self._listed >= INTERVAL:
+        if not soon or time.monotonic() - self._listed >= run_folder.INTERVAL:
             self._write_state()
             self._listed = time.monotonic()
 

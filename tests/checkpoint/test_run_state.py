@@ -60,7 +60,8 @@ def test_a_run_stopped_at_any_write_ends_as_if_it_had_not_been(
     step = 1 if fuzzing else 3  # files and state.json alternate: both are met
     writes = stopped_at_every_write(config, family, folder, expected, monkeypatch, step=step)
     sweeps = {"sequential": 4, "per-layer": 2, "single-sweep": 1}[config.schedule]
-    assert writes == 2 + 2 * (sweeps * BATCHES + len(expected[0].modules))  # a file, and state.json
+    # A file and state.json for sums and for the groups of a linear. A file for each module, state.json for each sweep.
+    assert writes == 2 + sweeps * (2 * BATCHES + 1) + 3 * len(expected[0].modules)
 
 
 @pytest.mark.usefixtures("every_batch")
@@ -80,7 +81,9 @@ def test_what_is_done_is_not_done_again(folder: Path) -> None:
     run(folder, progress=lambda step, done, total: steps.append((step, done)))
     assert [step for step in steps if step[0] != "prefix"] == [
         ("layer 0 mlp", 3),
+        *(("decompositions", done) for done in (1, 2, 3)),
         *(("layer 0 attention", done) for done in (1, 2, 3)),
+        *(("decompositions", done) for done in (1, 2, 3, 4)),
     ]
 
 
@@ -270,27 +273,12 @@ def test_a_damaged_state_is_refused(folder: Path, name: str, damage: Callable[[P
     assert folder.exists()
 
 
+@pytest.mark.parametrize(("step", "done"), [("layer 0 mlp", 2), ("decompositions", 2)])
 @pytest.mark.usefixtures("every_batch")
-def test_sums_that_are_gone_are_summed_again_unless_part_of_them_was_used(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stopped(folder, "layer 0 mlp", 2)
+def test_sums_that_are_gone_are_summed_again(folder: Path, step: str, done: int) -> None:
+    stopped(folder, step, done)
     stored(folder, "sums-0-of-1").unlink()
     assert_same(run(folder), run(None))
-
-    def keep_two(state: RunState, *args: Any) -> None:
-        original(state, *args)
-        if len(list(folder.glob("module*"))) == 2:
-            raise Killed
-
-    original = RunState.store_module
-    monkeypatch.setattr(RunState, "store_module", keep_two)
-    with pytest.raises(Killed):
-        run(folder)
-    monkeypatch.setattr(RunState, "store_module", original)
-    stored(folder, "sums-0-of-1").unlink()
-    with pytest.raises(ResumeError, match="lacks the sums"):
-        run(folder)
 
 
 def test_a_folder_in_use_is_refused(folder: Path) -> None:
@@ -367,11 +355,11 @@ def test_the_batch_size_of_the_run_to_be_continued_is_known_before(folder: Path)
         assert state.batch_size == 2
 
 
-def test_ranks_keep_their_own_sums_and_only_the_first_the_rest(folder: Path) -> None:
+def test_ranks_keep_their_own_sums_and_only_the_first_lists_files(folder: Path) -> None:
     model, batches = tiny_model("llama"), tiny_batches(BATCHES)
     with RunState(folder, processes=2) as first, RunState(folder, rank=1, processes=2) as second:
         with pytest.raises(Killed):
-            compress_(model, batches, CONFIG, state=second, progress=stop_at("layer 2 attention", 1))
+            compress_(model, batches, CONFIG, state=second, progress=stop_at("layer 2 mlp", BATCHES))
         assert {path.name for path in folder.iterdir()} == {"lock", stored(folder, "sums-1-of-2").name, "unfinished"}
         first._has_progress = True
 

@@ -24,7 +24,7 @@ from grasp.statistics.processes import Processes
 from grasp.workflows.compress import compress
 from grasp.workflows.recover import TrainingData, recover
 from grasp.workflows.samples import Samples
-from tests import command_line, many_processes
+from tests import command_line, interrupted, many_processes
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once more. " * 200
 
@@ -85,7 +85,20 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     return Command(tmp_path_factory.mktemp("command"))
 
 
-KINDS = ("paper", "best", "recover", "two processes")
+KINDS = ("paper", "best", "best in little memory", "recover", "two processes")
+
+# phase of best → whether state.json shows that it has begun
+PHASES: dict[str, Callable[[Any], bool]] = {
+    "the first round": lambda state: listed(state, "first") >= 2,
+    "the cut": lambda state: listed(state, "cut") >= 1,
+    "the second round": lambda state: listed(state, "second") >= 2,
+    "the decision": lambda state: state["decision"] is not None,
+    "the refit": lambda state: listed(state, "module") >= 1,
+}
+
+
+def listed(state: Any, kind: str) -> int:
+    return sum(stem.startswith(f"{kind}-") for stem in state["files"])
 
 
 def work(processes: Processes, kind: str, place: Path, output: str) -> None:
@@ -97,8 +110,10 @@ def work(processes: Processes, kind: str, place: Path, output: str) -> None:
         recover(place / "small", place / output, config, TrainingData(text, None, 32), processes=processes)
         return
     config = GraspConfig(layers=(0, 1, 2), retain_ratio=0.4)
-    if kind == "best":
+    if kind.startswith("best"):
         config = GraspConfig.best(compression_ratio=0.1)
+    if kind == "best in little memory":
+        interrupted.take_little_memory()
     samples = Samples(text, num_samples=16, seq_len=64, batch_size=4)
     compress(str(place / "model"), place / output, config, samples, processes=processes)
 
@@ -127,7 +142,24 @@ class Runs:
         """Kill ``victims`` at ``point``, a fraction of a whole run, unless they have ended by then."""
         children = self.start(output)
         begin = self.wait_for_state(output, children)
-        while time.perf_counter() < begin + point * self.seconds and children[0][0].is_alive():
+        self.kill_when(lambda: time.perf_counter() >= begin + point * self.seconds, output, children, victims)
+
+    def kill_in(self, output: str, phase: str) -> None:
+        """Kill the process in a phase of ``best``."""
+        children = self.start(output)
+        self.wait_for_state(output, children)
+        self.kill_when(lambda: self.is_in(output, phase), output, children, [0])
+        assert self.is_in(output, phase)
+
+    def is_in(self, output: str, phase: str) -> bool:
+        """Whether a phase of ``best`` has begun."""
+        return PHASES[phase](json.loads((self.place / f"{output}.partial" / "state.json").read_text()))
+
+    def kill_when(
+        self, event: Callable[[], bool], output: str, children: list[many_processes.Child], victims: list[int]
+    ) -> None:
+        """Kill ``victims`` once an event has come, unless they have ended by then."""
+        while not event() and children[0][0].is_alive():
             time.sleep(0.0005)
         for rank in victims:
             children[rank][0].kill()
@@ -174,6 +206,18 @@ def test_killed_runs_end_with_the_same_bits(kind: str, tmp_path: Path, request: 
         shutil.rmtree(tmp_path / output)
         runs.ends += 1
     print(f"\n{kind}: {runs.kills} kills, {runs.kept} run folders kept, {runs.ends} of {runs.ends} ends bit-identical")
+
+
+@pytest.mark.slow
+def test_best_is_killed_in_each_phase_and_continued_with_another_budget(tmp_path: Path) -> None:
+    command_line.save_tiny_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    plenty, little = Runs("best", tmp_path), Runs("best in little memory", tmp_path)
+    expected = plenty.finish("whole")
+    for number, phase in enumerate(PHASES):
+        (little, plenty)[number % 2].kill_in("killed", phase)
+    assert little.finish("killed") == expected
+    assert (little.kills, plenty.kills) == (3, 2)
 
 
 @pytest.mark.slow
