@@ -133,8 +133,11 @@ class HiddenStates(Sequence[Tensor]):
         if isinstance(item, Tensor):
             return item
         assert self._file is not None
-        buffer = bytearray(item.shape.numel() * item.dtype.itemsize)
+        tensor = torch.empty(
+            item.shape, dtype=item.dtype
+        )  # a buffer of Python may change the last bit by its alignment
+        data = tensor.flatten().view(torch.uint8).numpy().data
         self._file.seek(item.offset)
-        if self._file.readinto(buffer) < len(buffer):  # type: ignore[attr-defined]
+        if self._file.readinto(data) < tensor.nbytes:  # type: ignore[attr-defined]
             raise ResumeError("a file of hidden states is shorter than what was written to it; run the command again")
-        return torch.frombuffer(buffer, dtype=item.dtype).view(item.shape)
+        return tensor

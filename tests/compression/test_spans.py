@@ -19,6 +19,7 @@ from grasp.config import GraspConfig
 from grasp.model.targets import Target
 from grasp.progress import Progress, no_progress
 from grasp.statistics.covariance import input_groups
+from grasp.statistics.hidden_states import Scratch
 from tests.tiny_models import tiny_batches, tiny_model
 
 Division = Callable[[Collection[Target], range], list[PlannedSpan]]
@@ -123,6 +124,14 @@ def test_the_division_into_spans_changes_no_bit(
     assert any(module.rank for module in expected.modules) or expected.removed
     for division in divisions:
         assert_same_bits(compressed(family, CONFIGS[name], division), expected)
+
+
+def test_hidden_states_in_files_change_no_bit(
+    compressed: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = compressed("llama", BEST, together)
+    monkeypatch.setattr(Scratch, "takes", lambda scratch, nbytes: False)
+    assert_same_bits(compressed("llama", BEST, layer_by_layer), expected)
 
 
 @pytest.mark.parametrize("interruption", [1, 2])
