@@ -101,7 +101,8 @@ class Refit:
         """Fit the linears that share an input."""
         with self._processes.fail_together():
             cross, gram = run.covariances(group[0], modules[group[0]], inputs, self._low)
-        self._processes.sum_([cross, gram])
+        owners = {self._processes.owner(index) for index in range(len(group))}
+        self._processes.reduce_([(cross, owners), (gram, owners)])
 
         def solve(target: Target, weight: Tensor) -> _Left:
             return _Left(least_squares(modules[target].U, modules[target].Vh, weight, cross, gram))

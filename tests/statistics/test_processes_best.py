@@ -96,13 +96,13 @@ def test_two_processes_compress_like_one(family: str, sharded: bool) -> None:
 def smollm2(processes: Processes, folder: Path) -> Result:
     model = AutoModelForCausalLM.from_pretrained(folder)
     batches = list(torch.load(folder / "tokens.pt"))
-    return compressed(model, batches, GraspConfig.best(compression_ratio=0.04), processes)
+    return compressed(model, batches, GraspConfig.best(compression_ratio=0.03), processes)
 
 
 def test_smollm2_sharded_over_two_processes_is_compressed_like_a_whole_one(tmp_path: Path) -> None:
-    """Three of its layers, which have a fifth of its parameters, on 2304 tokens."""
+    """Two of its layers, which have a fifth of the parameters, on 2304 tokens."""
     model, tokenizer = load_model(BUILTIN, dtype="float32")
-    remove_layers_(model, range(1, 28))
+    remove_layers_(model, range(1, 29))
     model.save_pretrained(tmp_path)
     batches = token_batches(tokenizer, builtin_text("calibration"), num_samples=18, seq_len=128, batch_size=6)
     torch.save([batch.input_ids for batch in batches], tmp_path / "tokens.pt")
