@@ -89,29 +89,32 @@ def capture_streams(model: PreTrainedModel, batches: Sequence[CalibrationBatch],
         UnsupportedModelError: see ``last_added``.
     """
     layers = decoder(model).layers
-    hidden: list[list[Tensor]] = [[] for _ in range(len(layers) + 1)]
-    added: list[list[Tensor]] = [[] for _ in layers]
+    tokens, done = sum(batch.input_ids.numel() for batch in batches), 0
+    hidden: dict[int, Tensor] = {}
+    added: dict[int, Tensor] = {}
+
+    def store(streams: dict[int, Tensor], index: int, states: Tensor) -> None:
+        rows = states.flatten(0, -2)
+        if index not in streams:
+            streams[index] = rows.new_empty(tokens, rows.shape[1])
+        streams[index][done : done + len(rows)] = rows
 
     indices = {layer: index for index, layer in enumerate(layers)}
     last = {model.get_submodule(last_added(model, index).module): index for index in indices.values()}
 
     def note_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        hidden[indices[layer]].append(hidden_input(args, kwargs).flatten(0, -2).clone())
+        store(hidden, indices[layer], hidden_input(args, kwargs))
         if indices[layer] + 1 == len(layers):
-            hidden[-1].append(hidden_output(output).flatten(0, -2).clone())
+            store(hidden, len(layers), hidden_output(output))
 
     def note_added(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        added[last[module]].append(output.flatten(0, -2).clone())
+        store(added, last[module], output)
 
     with evaluating(model), casting(model, dtype), hooked(*layers, after=note_layer), hooked(*last, after=note_added):
         for batch in batches:
             backbone(model)(**batch_inputs(model, batch), use_cache=False)
-    return Streams(_joined(hidden), _joined(added))
-
-
-def _joined(parts: list[list[Tensor]]) -> list[Tensor]:
-    """The parts of each item in one tensor; they are taken from the list, so that memory holds only one item twice."""
-    return [torch.cat(parts.pop(0)) for _ in range(len(parts))]
+            done += batch.input_ids.numel()
+    return Streams([hidden[index] for index in range(len(layers) + 1)], [added[index] for index in range(len(layers))])
 
 
 def linear_map(added: Tensor, wanted: Tensor) -> Tensor:
