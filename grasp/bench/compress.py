@@ -119,7 +119,7 @@ class AttributionSetting:
             prefix = capture_prefix(self.model, batches, entries, dtype=dtype)
             gather_gradients(prefix, sweeps[-1])
 
-        expected = replace(part.estimate().memory, svd=0, factors=0).peak
+        expected = replace(part.estimate().memory, decomposition=0, factors=0).peak
         return peak_bytes_above_now(call, first_device(self.model)), expected
 
     def race(self) -> Race:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,8 @@ def compress(
     seed: option.Seed = 0,
     device: Device = None,
     dtype: Dtype = "auto",
+    memory: option.Memory = None,
+    host_memory: option.HostMemory = None,
     shard: option.Shard = False,
     dry_run: option.DryRun = False,
     as_json: Json = False,
@@ -64,7 +67,16 @@ def compress(
 
     samples = Samples(calibration, num_samples, seq_len, parse_batch_size(batch_size), seed)
     job = _estimate if dry_run else _run
-    job(model, output, config, samples, costs=costs, dtype=dtype, device=device, shard=shard, as_json=as_json)
+    job(
+        *(model, output, config, samples),
+        costs=costs,
+        dtype=dtype,
+        device=device,
+        memory=None if memory is None else parse_bytes(memory),
+        host_memory=None if host_memory is None else parse_bytes(host_memory),
+        shard=shard,
+        as_json=as_json,
+    )
 
 
 def _run(
@@ -108,11 +120,16 @@ def _estimate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Show what a compression would take."""
+    """Show what a compression would take, in each of the processes that torchrun started; the first one shows it."""
     from grasp.cli import console, tables
     from grasp.workflows.dry_run import dry_run
 
-    if shard:
-        raise ValueError("--dry-run estimates one process that holds the whole model: leave out --shard")
-    result = dry_run(model, output, config, samples, **options)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    result = dry_run(model, output, config, samples, processes=processes, sharded=shard and processes > 1, **options)
     console.print_result(result, tables.show_dry_run, as_json=as_json)
+    if shard and processes == 1 and not as_json:
+        console.print_text(
+            "--shard: this is for one process; for N start torchrun --nproc-per-node N -m grasp compress ..."
+        )

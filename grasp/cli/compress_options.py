@@ -26,7 +26,10 @@ Output = Annotated[
     typer.Option("--output", "-o", help="Folder for the checkpoint; new or empty.", show_default=False),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Only print sweeps, FLOPs, time and memory. Reads no weights, writes nothing.")
+    bool,
+    typer.Option(
+        "--dry-run", help="Only print sweeps, FLOPs, time, memory and disk. Reads no weights, writes nothing."
+    ),
 ]
 
 CompressionRatio = Annotated[
@@ -80,7 +83,8 @@ Costs = Annotated[
     str | None,
     _best(
         metavar="FILE|CARD",
-        help="Times for --target-latency: a file of grasp bench costs, or a card such as H100. Default: measured now.",
+        help="Times for --target-latency: a file of grasp bench costs, or a card such as H100. Default: measured now. "
+        "With --dry-run, a card also gives the time of the compression.",
     ),
 ]
 
@@ -100,6 +104,14 @@ BatchSize = Annotated[
 ]
 Seed = Annotated[int, _calibration(min=-MOST, max=MOST, help="Which sequences are drawn.")]
 
+_run = partial(typer.Option, rich_help_panel="Run", metavar="SIZE")
+Memory = Annotated[
+    str | None,
+    _run(help="Memory that may be used above the loaded model, such as 12GB. Default: 90 % of what is then free."),
+]
+HostMemory = Annotated[
+    str | None, _run(help="Beside a GPU: CPU memory that may be used, such as 40GB. Default: 90 % of what is free.")
+]
 Shard = Annotated[
     bool,
     typer.Option(
@@ -130,9 +142,10 @@ $ grasp compress ./my-model -o small --layers 3,12-17 --retain-ratio 0.3 --calib
 $ grasp compress builtin -o fast --target-latency 0.8 --num-samples 24
 $ grasp compress ./my-model -o fast --target-latency 0.8 --costs H100
 
-[dim]Estimate time and memory:[/dim]
+[dim]In 12 GB beside the model; estimate time, memory and disk first:[/dim]
 
-$ grasp compress ./my-model -o small --layers 3,12-17 --retain-ratio 0.3 --batch-size auto --dry-run
+$ grasp compress ./my-model -o small --memory 12GB --dry-run
+$ grasp compress ./my-model -o small --memory 12GB
 
 [dim]Two processes share the calibration sequences:[/dim]
 

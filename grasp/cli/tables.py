@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from grasp.checkpoint.compression_report import CompressionReport
-    from grasp.compression.estimate import Memory
     from grasp.method.cost_table import CostTable
     from grasp.workflows.compress import Compression
     from grasp.workflows.demo import Demo
@@ -54,43 +52,72 @@ def show_compression(result: Compression) -> None:
 
 
 def show_dry_run(result: DryRun) -> None:
-    """Show what a compression takes: time and memory, then FLOPs by sweep, FLOPs and bytes by purpose."""
+    """Show what a compression takes: time, memory and disk, then FLOPs by sweep, FLOPs and bytes by purpose."""
     cost, memory = result.estimate, result.estimate.memory
     guess = ", assumed: block influence decides" if cost.assumed else ""
     bounds = f"; {cost.fewest:.2e} to {cost.most:.2e} for other layers" if cost.assumed else ""
     print_facts(
         [
-            ("model", f"{result.model}, {result.dtype} on {result.device}, {size(cost.model_bytes)}"),
+            ("model", f"{result.model}, {result.dtype} on {result.device}, {size(cost.model_bytes)}{_sharing(result)}"),
             ("layers", (layer_ranges(cost.layers) or "none") + guess),
             (
                 "batches",
                 f"{cost.batch_size} x {result.samples.seq_len} tokens, {result.samples.num_samples} sequences",
             ),
+            ("sweeps", f"{cost.passes * len(cost.sweeps)} over the calibration set, {_spans(result)}"),
             ("FLOPs", f"{cost.flops.total:.2e}{bounds}"),
-            ("time", f"about {_duration(result.seconds)} at {result.rates.sweeps:.1e} FLOP/s, measured just now"),
-            ("memory", f"{size(memory.peak)} above the model's; {size(result.free_bytes)} are free"),
+            ("time", f"about {_duration(result.seconds)} {_rates(result)}"),
+            ("memory", _device_memory(result)),
+            *([] if memory.on_cpu else [("CPU memory", size(memory.host))]),
+            ("disk", size(memory.disk)),
             ("checkpoint", f"{result.output}, not written"),
         ]
     )
     print_table(
-        ("sweep", "linears", "layers", "FLOPs"),
-        [(sweep.name, str(sweep.linears), str(sweep.layers), f"{sweep.flops:.2e}") for sweep in cost.sweeps],
-    )
-    print_table(
-        ("FLOPs for", "", "memory for", ""),
+        ("sweep", "linears", "layers", "spans", "FLOPs"),
         [
-            (*(("", "") if work is None else (work[0].replace("_", " "), f"{work[1]:.2e}")), name, size(value))
-            for work, (name, value) in zip_longest(vars(cost.flops).items(), _memory_facts(memory))
+            (sweep.name, str(sweep.linears), str(sweep.layers), str(sweep.spans), f"{sweep.flops:.2e}")
+            for sweep in cost.sweeps
+        ],
+    )
+    bytes_by_use = [(name.replace("_", " "), value) for name, value in vars(memory).items() if name != "on_cpu"]
+    print_table(
+        ("FLOPs for", "", "bytes of", ""),
+        [
+            (*(("", "") if work is None else (work[0].replace("_", " "), f"{work[1]:.2e}")), *_use(use))
+            for work, use in zip_longest(vars(cost.flops).items(), bytes_by_use)
         ],
     )
 
 
-def _memory_facts(memory: Memory) -> list[tuple[str, int]]:
-    return [
-        (field.name.replace("_", " "), getattr(memory, field.name))
-        for field in fields(memory)
-        if field.name != "offloads_hidden_states"
-    ]
+def _sharing(result: DryRun) -> str:
+    if result.estimate.processes == 1:
+        return ""
+    return f" in each of {result.estimate.processes} processes{', sharded' if result.sharded else ''}"
+
+
+def _spans(result: DryRun) -> str:
+    spans = max((sweep.spans for sweep in result.estimate.sweeps), default=0)
+    again = sum(sweep.runs - sweep.spans for sweep in result.estimate.sweeps)
+    text = "each in one run" if spans <= 1 else f"each in {spans} spans of layers"
+    return text + (f"; layers whose sums do not fit together run {again} times more" if again else "")
+
+
+def _rates(result: DryRun) -> str:
+    if result.on_card:
+        return f"at {result.rates.sweeps:.1e} FLOP/s, the peak rate of {result.device}: no program reaches it"
+    return f"at {result.rates.sweeps:.1e} FLOP/s, measured just now"
+
+
+def _device_memory(result: DryRun) -> str:
+    least = f"at least {size(result.estimate.least_memory)}"
+    budget = "" if result.memory is None else f", budget {size(result.memory)}"
+    free = "" if result.free_bytes is None else f"; {size(result.free_bytes)} are free"
+    return f"{size(result.estimate.memory.peak)} above the model's ({least}{budget}){free}"
+
+
+def _use(use: tuple[str, int] | None) -> tuple[str, str]:
+    return ("", "") if use is None else (use[0], size(use[1]))
 
 
 def _duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from grasp.compression.eligible import eligible_targets
 from grasp.compression.estimate import CompressionJob, Estimate, estimate
-from grasp.compression.memory import free_bytes
+from grasp.compression.memory import FREE_FRACTION, MemoryBudget, free_bytes, statistics_bytes
 from grasp.config import GraspConfig
 from grasp.errors import OutOfMemoryError
 from grasp.method.schedules import plan_sweeps
@@ -25,7 +25,13 @@ CPU_TOKENS = {8: 512, 4: 1024, 2: 2048}
 
 
 def fitting_batch_size(
-    model: PreTrainedModel, config: GraspConfig, *, num_samples: int, seq_len: int, trial: bool = True
+    model: PreTrainedModel,
+    config: GraspConfig,
+    *,
+    num_samples: int,
+    seq_len: int,
+    memory: int | None = None,
+    trial: bool = True,
 ) -> int:
     """The largest batch size for ``compress_`` that fits into the free memory of the device of the model.
 
@@ -37,6 +43,7 @@ def fitting_batch_size(
         config: its configuration.
         num_samples: calibration sequences.
         seq_len: tokens per sequence.
+        memory: the budget in bytes above the loaded model; ``None`` for ``FREE_FRACTION`` of the free memory.
         trial: test the estimate on a GPU. Set it to false if the weights are sharded: the processes would test
             different sizes and wait for each other.
 
@@ -46,32 +53,40 @@ def fitting_batch_size(
     """
     device = first_device(model)
     job = CompressionJob(model.config, config, model.dtype, device, num_samples, seq_len)
-    plan = largest_batch_size(job, free_bytes(device))
+    budget = int(FREE_FRACTION * free_bytes(device)) if memory is None else memory
+    largest = largest_batch_size(job, budget).batch_size
     if device.type == "cpu" or not trial:
-        return plan.batch_size
-    return executable_batch_size(plan.batch_size, lambda size: try_batch(model, config, plan, seq_len, size))
+        return largest
+    return executable_batch_size(largest, lambda size: try_batch(model, config, budget, seq_len, size))
 
 
-def largest_batch_size(job: CompressionJob, free: int, *, loaded: bool = True) -> Estimate:
-    """The estimate with the largest power of two as batch size that fits into ``free`` bytes; at least 1.
+def largest_batch_size(job: CompressionJob, budget: int) -> Estimate:
+    """The estimate with the largest power of two as batch size that fits into ``budget`` bytes above the loaded model.
 
-    A batch on a CPU has at most ``CPU_TOKENS`` tokens, or one sequence. Errors are those of ``estimate``.
+    A batch on a CPU has at most ``CPU_TOKENS`` tokens, or one sequence. No batch is so large that a layer runs more
+    often for lack of memory.
 
-    Args:
-        job: the compression.
-        free: free bytes of the device.
-        loaded: whether the model is already in memory.
+    Raises:
+        OutOfMemoryError: if one sequence does not fit.
+        ValueError, CalibrationError, UnsupportedModelError: as ``estimate`` does.
     """
     most = job.num_samples
-    if job.device.type == "cpu":
+    if job.on_cpu:
         most = min(most, max(1, CPU_TOKENS[job.sweep_dtype.itemsize] // job.seq_len))
-    fitting = estimate(job)
+    fitting = estimate(job, memory=budget)
     while (size := 2 * fitting.batch_size) <= most:
-        larger = estimate(job, size)
-        if larger.memory.peak + (0 if loaded else larger.model_bytes) > free:
+        try:
+            larger = estimate(job, size, memory=budget)
+        except OutOfMemoryError:
+            break
+        if _repetitions(larger) > _repetitions(fitting):
             break
         fitting = larger
     return fitting
+
+
+def _repetitions(plan: Estimate) -> int:
+    return sum(sweep.runs - sweep.spans for sweep in plan.sweeps)
 
 
 def executable_batch_size(largest: int, trial: Callable[[int], None]) -> int:
@@ -97,19 +112,21 @@ def executable_batch_size(largest: int, trial: Callable[[int], None]) -> int:
     return batch_size
 
 
-def try_batch(model: PreTrainedModel, config: GraspConfig, plan: Estimate, seq_len: int, batch_size: int) -> None:
-    """Run one batch through the sweep that needs the most memory, with the memory of its sums allocated.
+def try_batch(model: PreTrainedModel, config: GraspConfig, memory: int, seq_len: int, batch_size: int) -> None:
+    """Run one batch through the deepest span of the largest sweep, with the memory of its sums allocated.
 
     Raises:
         torch.OutOfMemoryError: if the device has too little memory.
     """
-    device = first_device(model)
     targets, _ = eligible_targets(model)
-    lowest = min(config.layers) if config.layers else 0
-    members = [target for layer in range(lowest, len(decoder(model).layers)) for target in targets[layer]]
+    lowest, depth = min(config.layers) if config.layers else 0, len(decoder(model).layers)
+    members = [target for layer in range(lowest, depth) for target in targets[layer]]
     batch = CalibrationBatch(torch.zeros(batch_size, seq_len, dtype=torch.int64))
     largest = plan_sweeps(members, config.schedule)[-1]
-    sums = torch.empty(plan.memory.statistics, dtype=torch.uint8, device=device)
-    prefix = capture_prefix(model, [batch], [min(target.layer for target in largest)], dtype=config.sweep_dtype)
-    sweep(prefix, largest, lambda call: None)
+    budget = MemoryBudget.of(model, [batch], config, largest, memory=memory, host_memory=None)
+    span = budget.spans(largest, range(min(target.layer for target in largest), depth))[0]
+    size = statistics_bytes(span.parts[0], config, batch.num_tokens)
+    sums = torch.empty(size, dtype=torch.uint8, device=first_device(model))
+    prefix = capture_prefix(model, [batch], [span.layers.start], dtype=config.sweep_dtype)
+    sweep(prefix, span.parts[0], lambda call: None, layers=span.layers)
     del sums

@@ -1,18 +1,40 @@
-"""Measure how fast a device runs the main operations of a compression."""
+"""How fast a device runs the main operations of a compression: measured, or by the peak rates of a card."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from grasp.evaluation.generation import now
+from grasp.method.basis import Basis
 from grasp.method.blocks import fp64_device
 from grasp.method.ranks import Shape
+from grasp.method.svd import decompose_in, decomposition_flops
+from grasp_kernels.roofline import Card
 
 PROBE_SECONDS = 0.2  # per rate
 _LARGEST_SVD = 512  # rows and columns of the decomposed matrix, at most; larger ones take seconds
+
+
+class WideRates(NamedTuple):
+    """The peak FLOP/s of a card in the wider dtypes, with tensor cores in fp64 where there are any."""
+
+    fp32: float
+    fp64: float
+
+
+# From the vendors' data sheets, as ``grasp_kernels.roofline.CARDS``. A consumer card has 1/64 of its fp32 rate in fp64.
+WIDE_RATES = {
+    "A100": WideRates(19.5e12, 19.5e12),
+    "H100": WideRates(67e12, 67e12),
+    "H200": WideRates(67e12, 67e12),
+    "L40S": WideRates(91.6e12, 1.43e12),
+    "RTX 4090": WideRates(82.6e12, 1.29e12),
+    "B200": WideRates(75e12, 37e12),
+}
 
 
 @dataclass(frozen=True)
@@ -21,10 +43,10 @@ class Rates:
 
     sweeps: float  # matrix products in the dtype of the sweeps
     statistics: float  # matrix products in the dtype of the sums
-    svd: float  # decompositions in the dtype of the sums
+    svd: float  # decompositions
 
 
-def measure_rates(shape: Shape, tokens: int, *, dtype: torch.dtype, device: torch.device) -> Rates:
+def measure_rates(shape: Shape, tokens: int, *, dtype: torch.dtype, device: torch.device, basis: Basis) -> Rates:
     """Measure matrix products and a decomposition on a device, in about half a second.
 
     Args:
@@ -32,24 +54,38 @@ def measure_rates(shape: Shape, tokens: int, *, dtype: torch.dtype, device: torc
         tokens: tokens per forward pass.
         dtype: dtype of the sweeps; sums are in fp32 (fp64 for fp64).
         device: the device to measure.
+        basis: in which matrices are decomposed.
     """
     n, k = shape
     wide = torch.promote_types(dtype, torch.float32)
     x, weight = torch.randn(tokens, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
     x_wide, grad = x.to(wide), torch.randn(tokens, n, device=device, dtype=wide)
-    matrix = torch.randn(min(n, _LARGEST_SVD), min(k, _LARGEST_SVD), device=device, dtype=wide)
+    rows, columns = min(n, _LARGEST_SVD), min(k, _LARGEST_SVD)
+    matrix = torch.randn(rows, columns, device=device, dtype=wide)
+    inputs = matrix.mT @ matrix if basis.inputs else None
+    outputs = matrix @ matrix.mT if basis.outputs else None
+    flops = decomposition_flops((rows, columns), inputs=basis.inputs, outputs=basis.outputs)
     product = 2 * tokens * n * k
     return Rates(
         sweeps=product / _seconds(lambda: x @ weight.mT, device),
         statistics=product / _seconds(lambda: grad.mT @ x_wide, device),
-        svd=svd_flops((matrix.shape[0], matrix.shape[1])) / _seconds(lambda: torch.linalg.svd(matrix), device),
+        svd=flops / _seconds(lambda: decompose_in(matrix, inputs, outputs), device),
     )
 
 
-def svd_flops(shape: Shape) -> int:
-    """FLOPs of a thin SVD, ``6 m n² + 20 n³`` for m ≥ n. Source: Golub and Van Loan, Matrix Computations, 8.6."""
-    n, m = sorted(shape)
-    return 6 * m * n**2 + 20 * n**3
+def card_rates(card: Card, tokens: int, *, dtype: torch.dtype, basis: Basis) -> Rates:
+    """The peak rates of a card, which no program reaches: a bound on the time, not a forecast.
+
+    Args:
+        card: a row of ``grasp_kernels.roofline.CARDS``; measured rates of a card count as those of its own.
+        tokens: tokens per forward pass; with few of them, reading the weights takes longer than the products.
+        dtype: dtype of the sweeps.
+        basis: in which matrices are decomposed: by covariances in fp64, otherwise in fp32.
+    """
+    wide = WIDE_RATES[card.name.removesuffix(" measured")]
+    narrow = {2: card.flops, 4: wide.fp32, 8: wide.fp64}[dtype.itemsize]
+    reading = 2 * tokens * card.bandwidth / dtype.itemsize
+    return Rates(sweeps=min(narrow, reading), statistics=narrow, svd=wide.fp64 if basis.inputs else wide.fp32)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""Estimate what a compression costs before it runs: sweeps, FLOPs, memory and time. No weights are needed."""
+"""Estimate what a compression costs before it runs: sweeps, FLOPs, memory, disk and time. No weights are needed."""
 
 from __future__ import annotations
 
@@ -12,28 +12,35 @@ import torch
 from transformers import PreTrainedConfig
 
 from grasp.calibration import require_sizes
-from grasp.compression.budget import ceilings, choose_plan, find_prices
-from grasp.compression.device_speed import Rates, svd_flops
+from grasp.compression.budget import Plan, ceilings, choose_plan, find_prices
+from grasp.compression.candidates import REMOVAL_LOSS_SCALES, hold_out
+from grasp.compression.device_speed import Rates
 from grasp.compression.eligible import check_layers, eligible_targets, require_positions
-from grasp.compression.layer_cost import LayerCost, Tracer
+from grasp.compression.layer_cost import Tracer
+from grasp.compression.memory import (
+    LIBRARY_BYTES,
+    PlannedSpan,
+    forward_bytes,
+    retained_groups,
+    span_memory,
+)
 from grasp.config import GraspConfig
 from grasp.method.basis import BASES
 from grasp.method.metrics import METRICS
-from grasp.method.ranks import Shape, break_even_rank
+from grasp.method.ranks import Shape, break_even_rank, parameters_removed
 from grasp.method.schedules import plan_sweeps
+from grasp.method.svd import decomposition_flops
 from grasp.model.dense import dense_shape
 from grasp.model.size import model_size
 from grasp.model.targets import Target, decoder
 from grasp.statistics.covariance import covariance_bytes, distinct_inputs
-from grasp.statistics.gradients import dense_is_cheaper
-from grasp.statistics.loss import LOGITS_BYTES
 from grasp.statistics.sweep import sweep_name
-from grasp_kernels.routes import BLOCK_ROWS, dense_flops, factored_flops
+from grasp_kernels.routes import dense_flops, factored_flops
 
-# Workspaces of libraries, and free heap memory that glibc keeps: up to 64 MiB (the largest M_TRIM_THRESHOLD).
-LIBRARY_BYTES = 2**26
 # Forward passes through a layer per batch: dense, low-rank, and at most one more for its inputs.
 REFIT_PASSES = 3.5
+# Hidden states of all batches that refit holds: the inputs of both streams, and the outputs of one.
+REFIT_STREAMS = 3
 
 
 @dataclass(frozen=True)
@@ -45,9 +52,12 @@ class CompressionJob:
         config: configuration of the compression. With ``threshold_ratio``, ranks are assumed to be at their upper
             bound, where the low-rank linear has as many parameters as the dense one.
         dtype: dtype of the weights.
-        device: the device to run on.
+        device: the device to run on, on which layers are traced.
         num_samples: calibration sequences.
         seq_len: tokens per sequence.
+        processes: processes that share the sequences and the decompositions.
+        sharded: whether the weights are spread over the processes.
+        on_card: whether a card that this machine does not have is meant, with CPU memory beside it.
     """
 
     model_config: PreTrainedConfig
@@ -56,6 +66,14 @@ class CompressionJob:
     device: torch.device
     num_samples: int
     seq_len: int
+    processes: int = 1
+    sharded: bool = False
+    on_card: bool = False
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the model is in CPU memory."""
+        return self.device.type == "cpu" and not self.on_card
 
     @property
     def sweep_dtype(self) -> torch.dtype:
@@ -72,6 +90,11 @@ class CompressionJob:
     def tokens(self) -> int:
         """All calibration tokens."""
         return self.num_samples * self.seq_len
+
+    @property
+    def local_tokens(self) -> int:
+        """Calibration tokens of one process."""
+        return -(-self.num_samples // self.processes) * self.seq_len
 
     @property
     def rounds(self) -> int:
@@ -91,14 +114,17 @@ class CompressionJob:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations; a multiply-add counts as two."""
+    """Floating-point operations of all processes; a multiply-add counts as two."""
 
     block_influence: int = 0
-    prefix: int = 0  # once, up to the redundant layers
+    prefix: int = 0  # up to the redundant layers, or to the deepest span in each round
     sweeps: int = 0  # forward, and backward in activations, including the head
     statistics: int = 0  # gradients in the singular values, covariances
-    svd: int = 0
-    refit: int = 0
+    decompositions: int = 0
+    held_out: int = 0  # of candidates that remove layers
+    refit: int = 0  # forward passes
+    refit_sums: int = 0
+    refit_solutions: int = 0
 
     @property
     def total(self) -> int:
@@ -108,40 +134,46 @@ class Flops:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes above the loaded model, by use."""
+    """Bytes that one process takes at the peak, above the loaded model, by use.
 
-    statistics: int  # sums of the linears of one sweep
-    activations: int  # of one batch, from the forward to the backward pass
-    temporaries: int  # in addition, during the backward pass of one layer
-    logits: int  # in addition, before that: a slice with its gradient, and the gradient of the hidden states
-    hidden_states: int  # inputs of the redundant layers for all batches, in CPU memory
-    svd: int  # temporaries of one decomposition
-    factors: int  # of the low-rank linears while the dense ones still exist
-    weights_copy: int  # the model in ``sweep_dtype``, and weights that are replaced temporarily
-    refit: int  # hidden states and inputs of one layer for all batches after the sweeps, in CPU memory
-    offloads_hidden_states: bool  # whether the model is not in CPU memory
+    All but the states and ``disk`` are on the device of the model. A decomposition runs while no batch passes.
+    """
+
+    fixed: int  # the model in ``sweep_dtype``, gathered layers, one batch outside the layers, library workspaces
+    factors: int  # of low-rank linears while the dense ones still exist
+    sums: int  # of the linears of one span or sweep
+    batch: int  # one batch that passes the layers of the span: activations, temporaries, logits
+    decomposition: int  # of one linear
+    other: int  # of refit: the sums of one input, and a solution; or one batch before the sweeps
+    hidden_states: int  # inputs of layers and gradients, for all batches, in CPU memory during the sweeps
+    refit_states: int  # likewise during the refit
+    disk: int  # the run folder, with the hidden states beyond the budget, or the checkpoint
+    on_cpu: bool  # whether the model is in CPU memory
 
     @property
     def peak(self) -> int:
-        """Peak on the device of the model. A decomposition runs after the activations of a sweep are freed.
+        """Peak on the device of the model."""
+        sweeping, other = self.sums + max(self.batch, self.decomposition), self.other
+        if self.on_cpu:
+            sweeping, other = sweeping + self.hidden_states, other + self.refit_states
+        return self.fixed + self.factors + max(sweeping, other)
 
-        Temporaries count twice, because allocators keep freed blocks and reuse only a part of them.
-        """
-        passing = 2 * max(self.temporaries, self.logits) + LIBRARY_BYTES
-        sweeping = self.activations + passing + self.weights_copy
-        lasting = self.factors + (0 if self.offloads_hidden_states else self.hidden_states)
-        refitting = 0 if self.offloads_hidden_states else self.refit
-        return lasting + max(self.statistics + max(sweeping, self.svd), refitting + passing)
+    @property
+    def host(self) -> int:
+        """Peak in CPU memory beside another device; 0 if the model is in CPU memory."""
+        return 0 if self.on_cpu else max(self.hidden_states, self.refit_states)
 
 
 @dataclass(frozen=True)
 class SweepCost:
-    """One sweep over the calibration set."""
+    """One pass over the calibration set, forward and backward."""
 
     name: str
     linears: int
-    layers: int  # that run forward and backward
-    flops: int  # forward and backward, without statistics
+    layers: int  # that run
+    spans: int  # ranges of layers that run one after the other
+    runs: int  # a layer whose sums do not fit together runs several times
+    flops: int  # without statistics
 
 
 @dataclass(frozen=True)
@@ -157,47 +189,62 @@ class Estimate:
         layers: layers to compress, ascending.
         assumed: whether ``layers`` is an assumption.
         sweeps: in their order.
+        passes: how often each sweep runs.
         flops: for ``layers``.
         fewest: lower bound of the total FLOPs.
         most: upper bound of the total FLOPs.
         memory: bytes above the loaded model.
-        model_bytes: bytes of the parameters of the model.
+        least_memory: the smallest memory budget with which the compression runs, in bytes.
+        model_bytes: bytes of the parameters of the model; of the part of one process if it is sharded.
         largest_matrix: (N, K) of the largest linear that could be compressed.
+        processes: processes that share the work.
     """
 
     batch_size: int
     layers: tuple[int, ...]
     assumed: bool
     sweeps: tuple[SweepCost, ...]
+    passes: int
     flops: Flops
     fewest: int
     most: int
     memory: Memory
+    least_memory: int
     model_bytes: int
     largest_matrix: Shape
+    processes: int
 
     def seconds(self, rates: Rates) -> float:
         """Time at the given rates, of matrix products and decompositions only."""
-        passes = self.flops.block_influence + self.flops.prefix + self.flops.sweeps + self.flops.refit
-        return passes / rates.sweeps + self.flops.statistics / rates.statistics + self.flops.svd / rates.svd
+        flops = self.flops
+        passes = flops.block_influence + flops.prefix + flops.sweeps + flops.held_out + flops.refit
+        sums = flops.statistics + flops.refit_sums
+        solutions = flops.decompositions + flops.refit_solutions
+        return (passes / rates.sweeps + sums / rates.statistics + solutions / rates.svd) / self.processes
 
     def to_dict(self) -> dict[str, Any]:
         """The estimate as a JSON object."""
-        totals = {"flops": self.flops.total, "peak_bytes": self.memory.peak}
+        totals = {"flops": self.flops.total, "peak_bytes": self.memory.peak, "host_bytes": self.memory.host}
         return {**asdict(self), "layers": list(self.layers), "totals": totals}
 
 
-def estimate(job: CompressionJob, batch_size: int = 1) -> Estimate:
+def estimate(
+    job: CompressionJob, batch_size: int = 1, *, memory: int | None = None, host_memory: int | None = None
+) -> Estimate:
     """Count what ``compress_`` costs by running layers on tensors without data (``grasp.compression.layer_cost``).
 
     Args:
         job: the compression.
         batch_size: sequences per forward pass.
+        memory: the budget of the device of the model, in bytes above the loaded model; ``None``: as much as one span
+            takes.
+        host_memory: the budget of CPU memory beside another device, in bytes; ``None``: as much as is taken.
 
     Raises:
         ValueError: if the configuration asks for layers or a ratio that the model does not have, or a number is not
             positive.
-        CalibrationError: if the model has fewer positions than ``seq_len``.
+        CalibrationError: if the model has fewer positions than ``seq_len``, or no batch is left to be held out.
+        OutOfMemoryError: if ``memory`` is too little; the message has the least that would do.
         UnsupportedModelError: if there is nothing to compress, or the layers cannot run without data.
     """
     require_sizes(num_samples=job.num_samples, seq_len=job.seq_len, batch_size=batch_size)
@@ -208,22 +255,25 @@ def estimate(job: CompressionJob, batch_size: int = 1) -> Estimate:
     require_positions(tracer.model, [tracer.batch])
     depth = len(decoder(tracer.model).layers)
     check_layers(config, depth)
-    estimator = _Estimator(job, tracer)
+    estimator = _Estimator(job, tracer, memory, host_memory)
     middle = sorted(range(depth), key=lambda layer: abs(layer - (depth - 1) / 2))
     orders = [middle, list(reversed(range(depth))), list(range(depth))]  # from the most redundant layer on
-    cases = [estimator.case(order) for order in (orders if config.layers is None else orders[:1])]
+    cases = list(map(estimator.case, orders if config.layers is None else orders[:1]))
     totals = [case.flops.total for case in cases]
     return Estimate(
         batch_size=batch_size,
         layers=cases[0].layers,
         assumed=_is_upper_bound(config) or any(case.layers != cases[0].layers for case in cases),
         sweeps=cases[0].sweeps,
+        passes=job.passes_per_sweep,
         flops=cases[0].flops,
         fewest=min(totals),
         most=max(totals),
         memory=max((case.memory for case in cases), key=lambda memory: memory.peak),
-        model_bytes=estimator.parameters * job.dtype.itemsize,
-        largest_matrix=max(_shapes([t for linears in estimator.targets.values() for t in linears]), key=math.prod),
+        least_memory=max(case.least_memory for case in cases),
+        model_bytes=estimator.model_bytes(),
+        largest_matrix=max(estimator.shapes, key=math.prod),
+        processes=job.processes,
     )
 
 
@@ -239,157 +289,260 @@ class _Case(NamedTuple):
     sweeps: tuple[SweepCost, ...]
     flops: Flops
     memory: Memory
+    least_memory: int
 
 
 class _Estimator:
     """A job, and its model without data."""
 
-    def __init__(self, job: CompressionJob, tracer: Tracer) -> None:
-        self._job, self._tracer = job, tracer
+    def __init__(self, job: CompressionJob, tracer: Tracer, memory: int | None, host_memory: int | None) -> None:
+        self._job, self._tracer, self._budget, self._host_budget = job, tracer, memory, host_memory
         self._layers = decoder(tracer.model).layers
         self.targets = eligible_targets(tracer.model)[0]
+        self.shapes = _shapes([target for linears in self.targets.values() for target in linears])
         self.parameters = model_size(tracer.model, self._layers).parameters
         self._prices = find_prices(replace(job.config, target_latency=None), tracer.model, self.targets)
         if job.config.target_latency is not None:  # the layers depend on costs: at most, all layers are compressed
             self._prices = replace(self._prices, saving=math.inf)
         self._vocabulary, self._width = tracer.model.get_output_embeddings().weight.shape
-        self._batch_size, self._batch_tokens = len(tracer.batch.input_ids), tracer.batch.input_ids.numel()
-        self._states_bytes = self._batch_tokens * self._width * job.sweep_dtype.itemsize  # hidden states of one batch
+        self._batch_size = len(tracer.batch.input_ids)
+        batches = [tracer.batch] * -(-job.num_samples // self._batch_size)
+        self._cases: dict[tuple[int, ...], _Case] = {}
+        self._held_out = len(hold_out(batches)[1]) * self._batch_size if job.config.remove_layers else 0
+
+    def model_bytes(self) -> int:
+        """The weights that one process has: of a sharded model its share of the linears, and all other weights."""
+        shared = sum(map(math.prod, self.shapes)) if self._job.sharded else 0
+        return (self.parameters - shared + shared // self._job.processes) * self._job.dtype.itemsize
 
     def case(self, order: Sequence[int]) -> _Case:
         """The cost if ``order`` has the layers from the most redundant one on."""
-        job, scores = self._job, [float(order.index(layer)) for layer in range(len(order))]
-        plan = choose_plan(job.config, scores, self.targets, self.parameters, self._prices)
-        ranks = ceilings(job.config, plan)
-        if job.config.threshold_ratio is not None:
-            ranks = {target: break_even_rank(dense_shape(target.module)) for target in ranks}
-        members = plan_sweeps(ranks, job.config.schedule)
-        sweeps, batch_bytes = self._trace_sweeps(members, ranks)
-        entries = {min(target.layer for target in targets) for targets in members}
-        flops = Flops(
-            block_influence=self._forward_flops(range(len(self._layers))),
-            prefix=self._forward_flops(range(max(entries, default=0))),
-            sweeps=job.passes_per_sweep * sum(sweep.flops for sweep in sweeps),
-            statistics=job.rounds * _statistics_flops(job, list(ranks)),
-            svd=job.rounds * sum(map(svd_flops, _shapes(ranks))),
-            refit=self._refit_flops(list(ranks)) if job.config.refit and ranks else 0,
-        )
-        return _Case(plan.layers, sweeps, flops, self._memory(members, ranks, batch_bytes, len(entries)))
+        scores = [float(order.index(layer)) for layer in range(len(order))]
+        plan = choose_plan(self._job.config, scores, self.targets, self.parameters, self._prices)
+        if plan.layers not in self._cases:
+            self._cases[plan.layers] = self._case(plan)
+        return self._cases[plan.layers]
 
-    def _trace_sweeps(
-        self, members: Sequence[Sequence[Target]], ranks: Mapping[Target, int]
-    ) -> tuple[tuple[SweepCost, ...], tuple[int, int]]:
-        """Run the layers of all sweeps without data; the largest activations and temporaries of a batch."""
-        costs = [self._tracer.layer(layer, "none") for layer in range(len(self._layers))]
-        base_bytes = self._tracer.base_bytes + self._states_bytes
-        batch_bytes = [(base_bytes, max(cost.saved + cost.transient for cost in costs))]  # of block influence
+    def _case(self, plan: Plan) -> _Case:
+        job, config = self._job, self._job.config
+        ranks = ceilings(config, plan)
+        if config.threshold_ratio is not None:
+            ranks = {target: break_even_rank(dense_shape(target.module)) for target in ranks}
+        if not ranks:
+            memory = Memory(
+                LIBRARY_BYTES, 0, 0, 0, 0, self._forward_bytes(), 0, 0, self._checkpoint_bytes(0), job.on_cpu
+            )
+            return _Case(plan.layers, (), self._flops([], 0, 0), memory, memory.peak)
+        members = plan_sweeps(ranks, config.schedule)
+        weights = {target: rank * sum(dense_shape(target.module)) for target, rank in ranks.items()}
+        factors = 0 if config.decides_together else job.dtype.itemsize * sum(weights.values())
+        gathered = 2 * job.dtype.itemsize * max(map(math.prod, self.shapes)) if job.sharded else 0
+        extra = factors + gathered
+        memories = [
+            span_memory(self._tracer, targets, config, job.local_tokens, dtype=job.dtype, extra=extra)
+            for targets in members
+        ]
+        plans = [memory.plan(memory.most() if self._budget is None else self._budget) for memory in memories]
+        largest, spans = max(zip(memories, plans, strict=True), key=lambda pair: pair[0].most_of(pair[1]))
+        layers, part = max(
+            ((span.layers, part) for span in spans for part in span.parts), key=lambda s: largest.peak(*s)
+        )
+        working = Memory(
+            fixed=largest.fixed - factors,
+            factors=factors,
+            sums=largest.sum_bytes(part),
+            batch=largest.passing(layers),
+            decomposition=largest.decomposing(part),
+            other=largest.other,
+            hidden_states=0,
+            refit_states=0,
+            disk=0,
+            on_cpu=job.on_cpu,
+        )
+        sweeps = self._sweeps(members, plans, ranks)
+        prefix = self._prefix_flops(plans)
+        removed = sum(parameters_removed(dense_shape(target.module), rank) for target, rank in plan.ranks.items())
+        memory = self._with_states(
+            working,
+            states=self._stored_states(list(ranks), plans),
+            stored=self._stored_bytes(members, weights, working.sums),
+            checkpoint=self._checkpoint_bytes(removed),
+        )
+        flops = self._flops(list(ranks), prefix, sum(sweep.flops for sweep in sweeps))
+        return _Case(plan.layers, sweeps, flops, memory, max(memory.least() for memory in memories))
+
+    def _sweeps(
+        self,
+        members: Sequence[Sequence[Target]],
+        plans: Sequence[Sequence[PlannedSpan]],
+        ranks: Mapping[Target, int],
+    ) -> tuple[SweepCost, ...]:
+        """Run the layers of all sweeps without data. Each sees the low-rank linears of those before."""
         replaced: dict[int, dict[str, int]] = defaultdict(dict)
-        head = 2 * 2 * self._job.num_samples * (self._job.seq_len - 1) * self._vocabulary * self._width
         sweeps = []
-        for targets in members:
-            costs = self._trace(targets, replaced)
-            body = self._for_all_batches(sum(cost.forward + cost.backward for cost in costs))
-            sweeps.append(SweepCost(sweep_name(targets), len(targets), len(costs), body + head))
-            backward = max(cost.transient for cost in costs) + self._visit_bytes(targets) + self._states_bytes
-            batch_bytes.append((base_bytes + sum(cost.saved for cost in costs), backward))
+        for targets, spans in zip(members, plans, strict=True):
+            runs = [(span.layers, part) for span in spans for part in span.parts]
+            body = sum(self._span_flops(spans[-1].layers.start, *run, replaced) for run in runs)
+            sweeps.append(
+                SweepCost(
+                    name=sweep_name(targets),
+                    linears=len(targets),
+                    layers=sum(len(span.layers) for span in spans),
+                    spans=len(spans),
+                    runs=len(runs),
+                    flops=self._for_calibration(body) + len(spans[0].parts) * self._head_flops(),
+                )
+            )
             for target in targets:
                 replaced[target.layer][target.name] = ranks[target]
-        return tuple(sweeps), max(batch_bytes, key=sum)
+        return tuple(sweeps)
 
-    def _trace(self, targets: Sequence[Target], replaced: Mapping[int, Mapping[str, int]]) -> list[LayerCost]:
-        """The layers of one sweep for one batch; ``replaced`` has the ranks of earlier sweeps, by layer and name."""
-        first = min(target.layer for target in targets)
-        return [
+    def _span_flops(
+        self, lowest: int, layers: range, part: Collection[Target], replaced: Mapping[int, Mapping[str, int]]
+    ) -> int:
+        """The FLOPs of one batch, forward and backward."""
+        costs = [
             self._tracer.layer(
                 layer,
-                "starts" if layer == first else "enters",
-                visited=[target for target in targets if target.layer == layer],
+                "starts" if layer == lowest else "enters",
+                visited=[target for target in part if target.layer == layer],
                 ranks=replaced.get(layer),
             )
-            for layer in range(first, len(self._layers))
+            for layer in layers
         ]
+        return sum(cost.forward + cost.backward for cost in costs)
 
-    def _for_all_batches(self, flops: int) -> int:
-        return flops * self._job.num_samples // self._batch_size
+    def _prefix_flops(self, plans: Sequence[Sequence[PlannedSpan]]) -> int:
+        """The layers below all sweeps once, and in each round of a sweep the layers below its deepest span."""
+        entries = [spans[-1].layers.start for spans in plans]
+        again = sum(
+            self._forward(range(entry, spans[0].layers.start)) for entry, spans in zip(entries, plans, strict=True)
+        )
+        return self._for_calibration(self._forward(range(max(entries))) + self._job.rounds * again)
 
-    def _forward_flops(self, layers: range) -> int:
-        return sum(self._for_all_batches(self._tracer.layer(layer, "none").forward) for layer in layers)
+    def _stored_states(self, targets: Sequence[Target], plans: Sequence[Sequence[PlannedSpan]]) -> tuple[int, int]:
+        """Bytes of the hidden states of all batches, in the sweeps and in the refit.
 
-    def _refit_flops(self, targets: Sequence[Target]) -> int:
-        layers = range(min(target.layer for target in targets), max(target.layer for target in targets) + 1)
-        products = 2 * 2 * self._job.tokens * covariance_bytes(targets, outputs=False) // self._job.sum_bytes
-        return int(REFIT_PASSES * self._forward_flops(layers)) + products
-
-    def _refit_bytes(self, targets: Sequence[Target]) -> int:
-        """Three times the hidden states, and the inputs of the linears of one layer."""
+        Sweeps have one where each sweep and each span starts, and one gradient between spans. Refit has the input of
+        the lowest layer, the streams, and the inputs of the linears of one layer.
+        """
+        entries, most = {spans[-1].layers.start for spans in plans}, max(map(len, plans))
+        number_bytes = self._job.local_tokens * self._job.sweep_dtype.itemsize
+        sweeping = (len(entries) + most - (most == 1)) * self._width * number_bytes
+        if not self._job.config.refit:
+            return sweeping, 0
         inputs: dict[int, int] = defaultdict(int)
         for target in distinct_inputs(targets):
             inputs[target.layer] += dense_shape(target.module)[1]
-        return self._job.tokens * self._job.sweep_dtype.itemsize * (3 * self._width + max(inputs.values(), default=0))
+        return sweeping, ((len(entries) + REFIT_STREAMS) * self._width + max(inputs.values())) * number_bytes
 
-    def _logits_bytes(self) -> int:
-        """A slice of logits in fp32 with its gradient, and the hidden states and gradients beside it."""
-        rows = min(max(1, LOGITS_BYTES // (4 * self._vocabulary)), self._batch_tokens)
-        return 2 * rows * self._vocabulary * max(4, self._job.sweep_dtype.itemsize) + 3 * self._states_bytes
+    def _stored_bytes(self, members: Sequence[Sequence[Target]], weights: Mapping[Target, int], sums: int) -> int:
+        """What the run folder has: factors before ranks are decided, and low-rank linears; or sums, written anew."""
+        job, total = self._job, sum(weights.values())
+        if job.config.decides_together:
+            return total * (job.sum_bytes + (job.dtype.itemsize if job.rounds > 1 else 0))
+        sweep = max(sum(weights[target] for target in targets) for targets in members)
+        return total * job.dtype.itemsize + max(2 * sums, sweep * job.sum_bytes)
 
-    def _visit_bytes(self, targets: Sequence[Target]) -> int:
-        """Temporaries of adding one call to a sum: tokens converted to fp32, and a part of the product."""
-        converted = 0 if self._job.sweep_dtype.itemsize >= 4 else 4 * self._batch_tokens
-        return max(converted * (n + k) + 4 * BLOCK_ROWS * k for n, k in _shapes(targets))
-
-    def _memory(
-        self,
-        members: Sequence[Sequence[Target]],
-        ranks: Mapping[Target, int],
-        batch_bytes: tuple[int, int],
-        entries: int,
-    ) -> Memory:
-        job, shapes = self._job, _shapes(ranks)
-        copied = 0 if job.dtype == job.sweep_dtype else self.parameters * job.sweep_dtype.itemsize
-        if job.rounds > 1:  # products of factors replace the weights temporarily
-            copied += job.dtype.itemsize * sum(map(math.prod, shapes))
-        # The candidates of a global budget are not rounded to the dtype of the model; "progressive" has two sets.
-        factor_bytes = job.rounds * job.sum_bytes if job.config.decides_together else job.dtype.itemsize
-        return Memory(
-            statistics=max((_statistics_bytes(job, targets) for targets in members), default=0),
-            activations=batch_bytes[0],
-            temporaries=batch_bytes[1],
-            logits=self._logits_bytes() if members else 0,
-            hidden_states=entries * job.tokens * self._width * job.sweep_dtype.itemsize,
-            svd=max((job.sum_bytes * _svd_numbers(shape) for shape in shapes), default=0),
-            factors=factor_bytes * sum(r * (n + k) for (n, k), r in zip(shapes, ranks.values(), strict=True)),
-            weights_copy=copied,
-            refit=self._refit_bytes(list(ranks)) if job.config.refit and ranks else 0,
-            offloads_hidden_states=job.device.type != "cpu",
+    def _flops(self, targets: Sequence[Target], prefix: int, sweeps: int) -> Flops:
+        """The FLOPs of all steps; ``sweeps`` has those of one pass of each sweep."""
+        job = self._job
+        depth = range(len(self._layers))
+        influence = self._for_samples(self._forward(depth), job.num_samples)
+        if not targets:
+            return Flops(block_influence=influence)
+        evaluations = len(depth) + 1 + len(REMOVAL_LOSS_SCALES)
+        evaluation = self._for_samples(self._forward(depth), self._held_out) + self._head_flops(self._held_out) // 2
+        flops = Flops(
+            block_influence=influence,
+            prefix=prefix,
+            sweeps=job.passes_per_sweep * sweeps,
+            statistics=job.rounds * _statistics_flops(job, self._tokens, targets),
+            decompositions=job.rounds * sum(_decomposition_flops(job.config, shape) for shape in _shapes(targets)),
+            held_out=evaluations * evaluation if self._held_out else 0,
         )
+        if not job.config.refit:
+            return flops
+        layers = range(min(target.layer for target in targets), max(target.layer for target in targets) + 1)
+        sums = 2 * 2 * self._tokens * covariance_bytes(targets, outputs=False) // job.sum_bytes
+        return replace(
+            flops,
+            refit=int(REFIT_PASSES * self._for_calibration(self._forward(layers))),
+            refit_sums=sums,
+            refit_solutions=sum(least_squares_flops(shape, break_even_rank(shape)) for shape in _shapes(targets)),
+        )
+
+    @property
+    def _tokens(self) -> int:
+        """The tokens that statistics are taken of."""
+        return (self._job.num_samples - self._held_out) * self._job.seq_len
+
+    def _for_calibration(self, flops: int) -> int:
+        return self._for_samples(flops, self._job.num_samples - self._held_out)
+
+    def _for_samples(self, flops: int, samples: int) -> int:
+        """The FLOPs of some sequences, from those of one batch."""
+        return flops * samples // self._batch_size
+
+    def _forward(self, layers: range) -> int:
+        """The FLOPs of one batch through some layers."""
+        return sum(self._tracer.layer(layer, "none").forward for layer in layers)
+
+    def _head_flops(self, samples: int | None = None) -> int:
+        """The logits of all calibration tokens but the last of each sequence, forward and backward."""
+        samples = self._job.num_samples - self._held_out if samples is None else samples
+        return 2 * 2 * samples * (self._job.seq_len - 1) * self._vocabulary * self._width
+
+    def _forward_bytes(self) -> int:
+        return self._tracer.base_bytes + forward_bytes(self._tracer, range(0), self._job.dtype)
+
+    def _checkpoint_bytes(self, removed: int) -> int:
+        """The weights that are saved. For a latency the ranks are not known: as many weights as before."""
+        config, itemsize = self._job.config, self._job.dtype.itemsize
+        if config.target_latency is not None:
+            return self.parameters * itemsize
+        return config.target_bytes or (self.parameters - removed) * itemsize
+
+    def _with_states(self, working: Memory, states: tuple[int, int], stored: int, checkpoint: int) -> Memory:
+        """Add the hidden states of all batches, in memory as far as the budget leaves some, then in files.
+
+        Args:
+            working: without hidden states.
+            states: bytes of the hidden states in the sweeps and in the refit.
+            stored: bytes of factors or sums in the run folder.
+            checkpoint: bytes of the weights that are saved.
+        """
+        job, room = self._job, self._host_budget
+        if job.on_cpu:
+            room = None if self._budget is None else self._budget - working.peak
+        sweeping, refitting = (count if room is None else min(count, max(0, room)) for count in states)
+        # At the end the run folder has the low-rank linears, which the checkpoint has as well.
+        spilled = job.processes * max(states[0] - sweeping, states[1] - refitting)
+        disk = max(stored + spilled, 2 * checkpoint)
+        return replace(working, hidden_states=sweeping, refit_states=refitting, disk=disk)
 
 
 def _shapes(targets: Collection[Target]) -> list[Shape]:
     return [dense_shape(target.module) for target in targets]
 
 
-def _statistics_flops(job: CompressionJob, targets: Sequence[Target]) -> int:
+def _statistics_flops(job: CompressionJob, tokens: int, targets: Sequence[Target]) -> int:
     """FLOPs of the gradients in the singular values, and of one half of each symmetric covariance."""
     basis, flops = BASES[job.config.basis], 0
     if job.has_moments:
         for n, k in _shapes(targets):
-            work = (job.tokens, n, k, min(n, k))
+            work = (tokens, n, k, min(n, k))
             flops += min(dense_flops(*work), factored_flops(*work))
     covariances = covariance_bytes(targets, outputs=basis.outputs) if basis.inputs else 0
-    return flops + job.tokens * covariances // job.sum_bytes
+    return flops + tokens * covariances // job.sum_bytes
 
 
-def _statistics_bytes(job: CompressionJob, targets: Sequence[Target]) -> int:
-    """The sums of one sweep: covariances, or the gradient of each weight, or its decomposition and their gradients."""
-    basis = BASES[job.config.basis]
-    if basis.inputs:
-        return covariance_bytes(targets, outputs=basis.outputs)
-    numbers = (n * k if dense_is_cheaper((n, k), job.tokens) else min(n, k) * (n + k + 2) for n, k in _shapes(targets))
-    return job.sum_bytes * sum(numbers)
+def _decomposition_flops(config: GraspConfig, shape: Shape) -> int:
+    basis = BASES[config.basis]
+    return decomposition_flops(shape, inputs=basis.inputs, outputs=basis.outputs, rank=retained_groups(config, shape))
 
 
-def _svd_numbers(shape: Shape) -> int:
-    """Numbers in the divide and conquer SVD of LAPACK: two copies of the matrix, factors twice, and its workspace."""
+def least_squares_flops(shape: Shape, rank: int) -> int:
+    """FLOPs of ``grasp.method.least_squares`` for an (N, K) weight: three products, and one LU factorisation."""
     n, k = shape
-    r = min(shape)
-    return 2 * n * k + 2 * r * (n + k) + 8 * r * r
+    return 4 * k * k * rank + 2 * k * rank**2 + 2 * n * k * rank + 2 * rank**3 // 3 + 2 * n * rank**2

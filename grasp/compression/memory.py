@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from grasp.compression.layer_cost import Tracer
@@ -18,7 +18,10 @@ from grasp.config import GraspConfig
 from grasp.errors import OutOfMemoryError, UnsupportedModelError
 from grasp.formatting import size
 from grasp.method.basis import BASES
-from grasp.method.ranks import Shape
+from grasp.method.least_squares import least_squares_bytes
+from grasp.method.metrics import METRICS
+from grasp.method.ranks import Shape, break_even_rank
+from grasp.method.schedules import plan_sweeps
 from grasp.method.svd import decomposition_bytes
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_shape
@@ -29,13 +32,15 @@ from grasp.statistics.covariance import covariance_bytes, input_groups
 from grasp.statistics.gradients import dense_is_cheaper
 from grasp.statistics.loss import LOGITS_BYTES
 from grasp.statistics.processes import ALONE, Processes
+from grasp_kernels.reference import accumulation_dtype
 
-# Workspaces of libraries, and free heap memory that glibc keeps: up to 64 MiB (the largest M_TRIM_THRESHOLD).
-LIBRARY_BYTES = 2**26
-# Allocators keep freed blocks and reuse only a part of them.
-_FRAGMENTATION = 2
-FREE_FRACTION = 0.9  # of the free memory, if no budget is given
+# Workspaces of libraries, and heap memory that glibc keeps: up to 64 MiB at its top (the largest M_TRIM_THRESHOLD), and
+# 32 MiB between blocks that are in use (the largest M_MMAP_THRESHOLD).
+LIBRARY_BYTES = 2**26 + 2**25
+FREE_FRACTION = 0.9  # of the memory that is free once the model is loaded, if no budget is given
 _CGROUP = Path("/sys/fs/cgroup")
+# Allocators keep freed blocks and reuse only a part of them.
+FRAGMENTATION = 2
 
 
 class LayerNeeds(NamedTuple):
@@ -64,11 +69,12 @@ class SpanMemory:
         targets: the linears whose sums are gathered.
         layers: the layers that run, from the lowest with a target to the last one of the model.
         needs: of each of ``layers``.
-        fixed: bytes that every span takes.
-        head: bytes that the deepest span takes in addition, to compute the loss and its gradient.
+        fixed: bytes that every step takes.
+        head: temporary bytes of the loss and its gradient, which the deepest span computes before its backward pass.
         sum_bytes: bytes of the sums of some linears. Linears of different inputs (``input_groups``) share no sums.
         decomposition_bytes: temporary bytes of one decomposition. It runs while all sums of its span are held and no
             batch passes.
+        other: bytes of the steps before and after the sweeps, beside ``fixed``: no division into spans changes them.
     """
 
     targets: Collection[Target]
@@ -78,22 +84,31 @@ class SpanMemory:
     head: int
     sum_bytes: Callable[[Collection[Target]], int]
     decomposition_bytes: Callable[[Target], int]
+    other: int = 0
+
+    def passing(self, layers: range) -> int:
+        """The peak of one batch in a span of ``layers``, in bytes."""
+        needs = [self.needs[layer] for layer in layers]
+        head = self.head if layers.stop == self.layers.stop else 0
+        return sum(need.activations for need in needs) + max(head, *(need.temporaries for need in needs))
+
+    def decomposing(self, part: Collection[Target]) -> int:
+        """The peak of the decompositions of some linears, in bytes."""
+        return max(map(self.decomposition_bytes, part), default=0)
 
     def peak(self, layers: range, part: Collection[Target]) -> int:
         """The peak of a span in bytes while it gathers the sums of ``part``, and then decomposes its linears."""
-        needs = [self.needs[layer] for layer in layers]
-        passing = sum(need.activations for need in needs) + max(need.temporaries for need in needs)
-        if layers.stop == self.layers.stop:
-            passing += self.head
-        decomposing = max(map(self.decomposition_bytes, part), default=0)
-        return self.fixed + self.sum_bytes(part) + max(passing, decomposing)
+        return self.fixed + self.sum_bytes(part) + max(self.passing(layers), self.decomposing(part))
 
     def least(self) -> int:
         """The smallest budget that ``plan`` accepts, in bytes."""
         groups = self._groups()
-        return max(
-            self.peak(range(layer, layer + 1), part) for layer in self.layers for part in groups.get(layer) or [()]
-        )
+        parts = [(range(layer, layer + 1), part) for layer in self.layers for part in groups.get(layer) or [()]]
+        return max(self.fixed + self.other, *(self.peak(*part) for part in parts))
+
+    def most(self) -> int:
+        """The smallest budget with which all layers are one span, in bytes."""
+        return max(self.least(), self.peak(self.layers, self.targets))
 
     def plan(self, budget: int) -> list[PlannedSpan]:
         """The fewest spans whose peaks are at most ``budget`` bytes, the deepest first; one if all layers fit together.
@@ -104,12 +119,7 @@ class SpanMemory:
         Raises:
             OutOfMemoryError: if the smallest part of a layer does not fit; the message has the least that would do.
         """
-        if (least := self.least()) > budget:
-            raise OutOfMemoryError(
-                f"{size(budget)} of memory above the loaded model are too little; this compression takes at least "
-                f"{megabytes(least)}. Give --memory {megabytes(least)} or more if the device has them, a shorter "
-                "--seq-len, or a smaller --batch-size"
-            )
+        require_budget(budget, self.least())
         groups = self._groups()
         spans: list[PlannedSpan] = []
         stop = self.layers.stop
@@ -123,6 +133,10 @@ class SpanMemory:
             spans.append(PlannedSpan(layers, self._parts(start, groups[start], budget) if split else (whole,)))
             stop = start
         return spans
+
+    def most_of(self, spans: Collection[PlannedSpan]) -> int:
+        """The peak of all steps with these spans, in bytes."""
+        return max(self.fixed + self.other, *(self.peak(span.layers, part) for span in spans for part in span.parts))
 
     def _fits(self, layers: range, groups: Mapping[int, list[tuple[Target, ...]]], budget: int) -> bool:
         return self.peak(layers, _members(layers, groups)) <= budget
@@ -149,13 +163,141 @@ def _members(layers: range, groups: Mapping[int, list[tuple[Target, ...]]]) -> t
     return tuple(target for layer in layers for group in groups.get(layer, []) for target in group)
 
 
+def check_budgets(memory: int | None, host_memory: int | None, *, on_cpu: bool) -> None:
+    """Refuse budgets that are not positive, and one for the CPU memory beside a device if the model is on the CPU.
+
+    Raises:
+        ValueError: in these cases.
+    """
+    for name, value in (("memory", memory), ("host_memory", host_memory)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be a positive number of bytes, got {value}")
+    if on_cpu and host_memory is not None:
+        raise ValueError("host_memory is for CPU memory beside a GPU, but the model is on the CPU; give memory")
+
+
+def require_budget(budget: int, least: int) -> None:
+    """Raise ``OutOfMemoryError`` if a budget is below the least that would do; both in bytes."""
+    if budget < least:
+        raise OutOfMemoryError(
+            f"{size(budget)} of memory above the loaded model are too little; this compression takes at least "
+            f"{megabytes(least)}. Give --memory {megabytes(least)} or more if the device has them, a shorter "
+            "--seq-len, or a smaller --batch-size"
+        )
+
+
 def megabytes(number: int) -> str:
     """A number of bytes as an argument of ``--memory``, rounded up: ``"5243MB"``."""
     return f"{-(-number // 10**6)}MB"
 
 
+def span_memory(
+    tracer: Tracer,
+    targets: Collection[Target],
+    config: GraspConfig,
+    tokens: int,
+    *,
+    dtype: torch.dtype,
+    ranks: Mapping[str, int] | None = None,
+    extra: int = 0,
+) -> SpanMemory:
+    """What the spans of one sweep take.
+
+    Args:
+        tracer: the model without data, for the batch and the dtype of the sweeps.
+        targets: the linears of the sweep, of the tracer's model or of one with the same names.
+        config: the configuration.
+        tokens: calibration tokens of one process.
+        dtype: of the weights.
+        ranks: ranks of the low-rank linears that stand in for dense ones, by name. ``None``: none, or as many as the
+            schedule needs at most.
+        extra: bytes that every step takes in addition.
+    """
+    layers = range(min(target.layer for target in targets), len(decoder(tracer.model).layers))
+    needs = needs_of(tracer, targets, layers, ranks, dtype=dtype)
+    if ranks is None and config.schedule == "progressive":
+        most = {target.name: break_even_rank(dense_shape(target.module)) for target in targets}
+        low = needs_of(tracer, targets, layers, most, dtype=dtype)
+        needs = {layer: LayerNeeds(*map(max, needs[layer], low[layer])) for layer in layers}
+    return SpanMemory(
+        targets=targets,
+        layers=layers,
+        needs=needs,
+        fixed=fixed_bytes(tracer, dtype) + extra,
+        head=head_bytes(tracer),
+        sum_bytes=lambda part: statistics_bytes(part, config, tokens),
+        decomposition_bytes=lambda target: temporary_bytes(target, config),
+        other=max(
+            forward_bytes(tracer, range(layers.start), dtype), refit_bytes(tracer, targets) if config.refit else 0
+        ),
+    )
+
+
+def forward_bytes(tracer: Tracer, layers: range, dtype: torch.dtype) -> int:
+    """One batch that passes the model without a graph, and the copies of some layers in the dtype of the sweeps."""
+    modules = decoder(tracer.model).layers
+    costs = [tracer.layer(layer, "none") for layer in range(len(modules))]
+    passing = states_bytes(tracer) + FRAGMENTATION * max(cost.saved + cost.transient for cost in costs)
+    return passing + sum(copy_bytes(tracer, modules[layer], dtype) for layer in layers)
+
+
+def copy_bytes(tracer: Tracer, module: nn.Module, dtype: torch.dtype) -> int:
+    """A copy of a module in the dtype of the sweeps, in bytes; 0 if its weights have that dtype."""
+    itemsize = 0 if dtype == tracer.model.dtype else tracer.model.dtype.itemsize
+    return itemsize * sum(parameter.numel() for parameter in module.parameters())
+
+
+def refit_bytes(tracer: Tracer, targets: Collection[Target]) -> int:
+    """The refit of one linear: two sums of its input, and one batch that passes its layer, or the solution."""
+    taken = []
+    for target in targets:
+        (n, k), itemsize = dense_shape(target.module), _sum_itemsize(target)
+        solving = least_squares_bytes((n, k), break_even_rank((n, k)), itemsize)
+        cost = tracer.layer(target.layer, "none")
+        passing = states_bytes(tracer) + FRAGMENTATION * (cost.saved + cost.transient)
+        taken.append(2 * itemsize * k * k + max(passing, solving))
+    return max(taken, default=0)
+
+
+def statistics_bytes(targets: Collection[Target], config: GraspConfig, tokens: int) -> int:
+    """The sums of one sweep: covariances, or the gradient of each weight, or its decomposition and their gradients."""
+    basis = BASES[config.basis]
+    shapes = [(_sum_itemsize(target), *dense_shape(target.module)) for target in targets]
+    groups = sum(itemsize * min(n, k) * (n + k + 2) for itemsize, n, k in shapes)
+    if basis.inputs:
+        covariances = covariance_bytes(targets, outputs=basis.outputs)
+        return covariances if METRICS[config.metric].moment == "none" else max(covariances, groups)
+    return sum(
+        itemsize * (n * k if dense_is_cheaper((n, k), tokens) else min(n, k) * (n + k + 2)) for itemsize, n, k in shapes
+    )
+
+
+def temporary_bytes(target: Target, config: GraspConfig) -> int:
+    """The temporaries and the result of one decomposition."""
+    basis, shape = BASES[config.basis], dense_shape(target.module)
+    groups = retained_groups(config, shape)
+    itemsize = _sum_itemsize(target)
+    return decomposition_bytes(shape, inputs=basis.inputs, outputs=basis.outputs, rank=groups, itemsize=itemsize)
+
+
+def retained_groups(config: GraspConfig, shape: Shape) -> int | None:
+    """How many groups a decomposition returns: by ``magnitude`` the first ones are retained, else all (``None``)."""
+    if METRICS[config.metric].moment != "none" or not BASES[config.basis].inputs:
+        return None
+    return max(1, break_even_rank(shape))
+
+
+def _sum_itemsize(target: Target) -> int:
+    return accumulation_dtype(target.module.weight.dtype).itemsize
+
+
 def needs_of(
-    tracer: Tracer, targets: Collection[Target], layers: range, ranks: Mapping[str, int] | None = None
+    tracer: Tracer,
+    targets: Collection[Target],
+    layers: range,
+    ranks: Mapping[str, int] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> dict[int, LayerNeeds]:
     """What each layer takes while one batch passes and its linears are visited; layers of equal structure run once.
 
@@ -164,12 +306,14 @@ def needs_of(
         targets: the linears to visit, of the tracer's model or of one with the same names.
         layers: the layers that run, from the lowest with a target.
         ranks: ranks of the low-rank linears that stand in for dense ones, by name. Their factors are counted.
+        dtype: of the weights, if it is another than that of the sweeps: a copy of the layer is counted.
     """
     known = dict(tracer.model.named_modules())  # a loaded model may have been changed
     by_layer: defaultdict[int, list[Target]] = defaultdict(list)
     for target in targets:
         if target.name in known:
             by_layer[target.layer].append(target)
+    modules = decoder(tracer.model).layers
     needs: dict[int, LayerNeeds] = {}
     for layer in layers:
         visited = by_layer[layer]
@@ -177,8 +321,9 @@ def needs_of(
         cost = tracer.layer(layer, "starts" if layer == layers.start else "enters", visited=visited, ranks=low)
         shapes = {target.name: dense_shape(target.module) for target in visited}
         factors = tracer.model.dtype.itemsize * sum(rank * sum(shapes[name]) for name, rank in low.items())
+        copied = 0 if dtype is None else copy_bytes(tracer, modules[layer], dtype)
         temporaries = cost.transient + visit_bytes(tracer, shapes.values()) + states_bytes(tracer)
-        needs[layer] = LayerNeeds(cost.saved + factors, _FRAGMENTATION * temporaries)
+        needs[layer] = LayerNeeds(cost.saved + factors + copied, FRAGMENTATION * temporaries)
     return needs
 
 
@@ -199,12 +344,16 @@ def head_bytes(tracer: Tracer) -> int:
     vocabulary = tracer.model.get_output_embeddings().weight.shape[0]
     rows = min(max(1, LOGITS_BYTES // (4 * vocabulary)), tracer.batch.input_ids.numel())
     logits = 2 * rows * vocabulary * max(4, tracer.model.dtype.itemsize)
-    return _FRAGMENTATION * (logits + 3 * states_bytes(tracer))
+    return FRAGMENTATION * (logits + 3 * states_bytes(tracer))
 
 
-def fixed_bytes(tracer: Tracer) -> int:
-    """What every span takes: inputs, masks and positions, hidden states and their gradient, and library workspaces."""
-    return tracer.base_bytes + 2 * states_bytes(tracer) + LIBRARY_BYTES
+def fixed_bytes(tracer: Tracer, dtype: torch.dtype) -> int:
+    """What every step takes: a batch outside the layers, its hidden states and their gradient, and workspaces.
+
+    If the weights have another dtype than the sweeps, the weights outside the layers are copied.
+    """
+    outside = copy_bytes(tracer, tracer.model, dtype) - copy_bytes(tracer, decoder(tracer.model).layers, dtype)
+    return tracer.base_bytes + 2 * states_bytes(tracer) + LIBRARY_BYTES + outside
 
 
 @dataclass(frozen=True)
@@ -215,17 +364,19 @@ class MemoryBudget:
         tracer: the model without data; ``None`` if it cannot run without data, then all layers are one span.
         config: what to compress and how.
         tokens: all calibration tokens.
+        dtype: of the weights.
+        fetched: bytes of a weight that is offloaded or sharded, while its linear runs; 0 if all weights are in memory.
         device: bytes for a span, on the device of the model.
         hidden_states: bytes of CPU memory for hidden states; ``None`` for any number.
-        fetched: bytes of a weight that is offloaded or sharded, while its linear runs; 0 if all weights are in memory.
     """
 
     tracer: Tracer | None
     config: GraspConfig
     tokens: int
+    dtype: torch.dtype
+    fetched: int
     device: int
     hidden_states: int | None
-    fetched: int = 0
 
     @classmethod
     def of(
@@ -239,48 +390,49 @@ class MemoryBudget:
         host_memory: int | None,
         processes: Processes = ALONE,
     ) -> MemoryBudget:
-        """The budget for a loaded model; ``None`` is 0.9 of what is free, divided by the processes of a CPU.
+        """The budget for a loaded model; ``None`` is 0.9 of what is free. Processes divide free CPU memory.
 
         All processes get the smallest of their budgets for the device, so that they plan the same spans.
+
+        On a CPU, hidden states have what the largest span leaves.
 
         Raises:
             OutOfMemoryError: if it is too small.
             ValueError: if ``host_memory`` is given and the model is on the CPU.
             UnsupportedModelError: if ``memory`` is given and the model cannot run without data.
         """
-        device, dtype = (
-            first_device(model),
-            model.dtype if config.sweep_dtype is None else getattr(torch, config.sweep_dtype),
-        )
+        device = first_device(model)
         on_cpu = device.type == "cpu"
-        if on_cpu and host_memory is not None:
-            raise ValueError(
-                "host_memory is for a model on a GPU; on a CPU memory covers everything: give memory alone"
-            )
-        sizes = [batch.input_ids.shape for batch in batches]
+        check_budgets(memory, host_memory, on_cpu=on_cpu)
+        is_given = memory is not None
+        if memory is None:
+            memory = int(FREE_FRACTION * free_bytes(device) / (processes.size if on_cpu else 1))
+        memory = processes.least(memory)
+        if host_memory is None and not on_cpu:
+            host_memory = int(FREE_FRACTION * free_bytes(torch.device("cpu")) / processes.size)
+        shapes = [batch.input_ids.shape for batch in batches]
         tokens = sum(batch.num_tokens for batch in batches)
         try:
             tracer = Tracer(
                 model.config,
-                dtype=dtype,
+                dtype=model.dtype if config.sweep_dtype is None else getattr(torch, config.sweep_dtype),
                 device=device,
-                batch_size=max(size[0] for size in sizes),
-                seq_len=max(size[1] for size in sizes),
+                batch_size=max(rows for rows, _ in shapes),
+                seq_len=max(columns for _, columns in shapes),
             )
         except UnsupportedModelError:
-            if memory is not None:
+            if is_given:
                 raise
-            return cls(None, config, tokens, 0, host_memory)
-        sharers = processes.size if on_cpu else 1
-        given = processes.least(int(FREE_FRACTION * free_bytes(device) / sharers) if memory is None else memory)
-        budget = cls(tracer, config, tokens, given, None, fetched_bytes(model))
-        spans = budget._memory(targets, range(0, len(decoder(model).layers)), None)
-        spans.plan(given)  # an error is raised now, not after the block influence
-        if on_cpu:
-            left = given - spans.peak(spans.layers, targets)
-        else:
-            left = int(FREE_FRACTION * free_bytes(torch.device("cpu"))) if host_memory is None else host_memory
-        return replace(budget, hidden_states=max(0, left))
+            return cls(None, config, tokens, model.dtype, 0, memory, host_memory)
+        budget = cls(tracer, config, tokens, model.dtype, fetched_bytes(model), memory, host_memory)
+        linears = [target for target in targets if config.layers is None or target.layer in config.layers]
+        peaks = []  # found now, so that too little memory is refused before the block influence is measured
+        for members in plan_sweeps(linears, config.schedule):
+            spans = budget._memory(members, None)
+            peaks.append(spans.most_of(spans.plan(memory)))
+        if not on_cpu or not peaks:
+            return budget
+        return replace(budget, device=max(peaks), hidden_states=memory - max(peaks))
 
     def spans(
         self, targets: Collection[Target], layers: range, ranks: Mapping[str, int] | None = None
@@ -288,35 +440,13 @@ class MemoryBudget:
         """Divide layers into spans, see ``SpanMemory.plan``."""
         if self.tracer is None:
             return [PlannedSpan(layers, (tuple(targets),))]
-        return self._memory(targets, layers, ranks).plan(self.device)
+        return self._memory(targets, ranks or {}).plan(self.device)
 
-    def _memory(self, targets: Collection[Target], layers: range, ranks: Mapping[str, int] | None) -> SpanMemory:
+    def _memory(self, targets: Collection[Target], ranks: Mapping[str, int] | None) -> SpanMemory:
         assert self.tracer is not None
-        basis = BASES[self.config.basis]
-        return SpanMemory(
-            targets,
-            layers,
-            needs_of(self.tracer, targets, layers, ranks),
-            fixed=fixed_bytes(self.tracer) + self.fetched,
-            head=head_bytes(self.tracer),
-            sum_bytes=partial(sum_bytes, self.config, self.tokens),
-            decomposition_bytes=lambda target: decomposition_bytes(
-                dense_shape(target.module), inputs=basis.inputs, outputs=basis.outputs
-            ),
+        return span_memory(
+            *(self.tracer, targets, self.config, self.tokens), dtype=self.dtype, ranks=ranks, extra=self.fetched
         )
-
-
-def sum_bytes(config: GraspConfig, tokens: int, targets: Collection[Target]) -> int:
-    """The sums of some linears: covariances, or the gradient of each weight, or its decomposition and its gradient."""
-    basis = BASES[config.basis]
-    if basis.inputs:
-        return covariance_bytes(targets, outputs=basis.outputs)
-    numbers = 0
-    for target in targets:
-        n, k = dense_shape(target.module)
-        item = max(4, target.module.weight.element_size())
-        numbers += item * (n * k if dense_is_cheaper((n, k), tokens) else min(n, k) * (n + k + 2))
-    return numbers
 
 
 def free_bytes(device: torch.device) -> int:

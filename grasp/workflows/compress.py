@@ -64,6 +64,8 @@ def compress(
     costs: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    memory: int | None = None,
+    host_memory: int | None = None,
     progress: Progress = no_progress,
     notify: Notify = no_notify,
     processes: Processes = ALONE,
@@ -81,6 +83,8 @@ def compress(
         samples: the calibration sequences.
         costs: for ``target_latency``: a file of ``grasp bench costs``, a card of ``grasp_kernels.roofline``, or
             ``None`` to measure them now.
+        memory: for ``compress_``, like ``host_memory``: bytes that may be taken above the loaded model.
+        host_memory: bytes of CPU memory that may be taken beside a GPU.
         progress: called as ``progress(step, done, total)``.
         notify: called with one line when a run resumes, a batch size is chosen, only a part of the text is read, or
             weights are not decomposed on the device of the model.
@@ -106,7 +110,7 @@ def compress(
         is_written = processes.least(state.has_written(target))
         with within_memory(samples.batch_size, samples.seq_len):
             model, tokenizer = _load(name, dtype, device, progress, processes)
-            samples = _with_batch_size(model, config, samples, state.batch_size, notify, processes)
+            samples = _with_batch_size(model, config, samples, state.batch_size, memory, notify, processes)
             batches = draw(tokenizer, text, samples)
             for batch in batches:
                 require_known(model, batch.input_ids)
@@ -117,7 +121,15 @@ def compress(
             if is_written:
                 state.require_same(request_fingerprint(model, batches, config, table))
                 return Compression(name, str(target), samples, CompressionReport.load(target))
-            report = compress_(model, batches, config, costs=table, progress=progress, state=state, processes=processes)
+            report = compress_(
+                *(model, batches, config),
+                costs=table,
+                progress=progress,
+                state=state,
+                processes=processes,
+                memory=memory,
+                host_memory=host_memory,
+            )
             report = with_request(report, name, samples, costs=costs, dtype=dtype, device=device, processes=processes)
         if processes.sharded:
             collect_(model, processes)
@@ -189,6 +201,7 @@ def _with_batch_size(
     config: GraspConfig,
     samples: Samples,
     resumed: int | None,
+    memory: int | None,
     notify: Notify,
     processes: Processes,
 ) -> Samples:
@@ -196,7 +209,7 @@ def _with_batch_size(
     if samples.batch_size != "auto":
         return samples
     sizes = {"num_samples": samples.num_samples, "seq_len": samples.seq_len}
-    size = resumed or fitting_batch_size(model, config, **sizes, trial=not processes.sharded)
+    size = resumed or fitting_batch_size(model, config, **sizes, memory=memory, trial=not processes.sharded)
     size = processes.least(size)
     notify(f"batch size {size}")
     return replace(samples, batch_size=size)

@@ -6,19 +6,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grasp.bench.costs import costs_for
+import torch
+
+from grasp.bench.costs import costs_for, find_costs
 from grasp.checkpoint.saving import check_directory
 from grasp.compression.batch_size import largest_batch_size
 from grasp.compression.budget import find_prices
-from grasp.compression.device_speed import Rates, measure_rates
+from grasp.compression.device_speed import Rates, card_rates, measure_rates
 from grasp.compression.eligible import eligible_targets
 from grasp.compression.estimate import CompressionJob, Estimate, estimate
 from grasp.compression.layer_cost import Tracer
-from grasp.compression.memory import free_bytes
+from grasp.compression.memory import FREE_FRACTION, check_budgets, free_bytes
 from grasp.config import GraspConfig
 from grasp.loading import find_device, load_config
+from grasp.method.basis import BASES
 from grasp.workflows.compress import check_costs
 from grasp.workflows.samples import Samples
+from grasp_kernels.roofline import Card
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,15 @@ class DryRun:
         model: its name.
         output: the folder that the checkpoint would be written to.
         samples: the calibration sequences; their batch size is a number.
-        device: where the compression would run.
+        device: where the compression would run: a device of this machine, or a card.
         dtype: of the model's weights.
-        estimate: sweeps, FLOPs and memory.
-        rates: measured on the device, in FLOPs per second.
+        sharded: whether the weights are spread over the processes.
+        estimate: sweeps, FLOPs and memory; of one process.
+        rates: in FLOPs per second: measured on the device, or the peaks of the card.
         seconds: FLOPs over rates; about the time without loading and saving.
-        free_bytes: free memory of the device now, before the model is loaded.
+        memory: the budget of the device, in bytes above the loaded model; ``None``: no limit.
+        host_memory: the budget of CPU memory beside the device, in bytes; ``None``: no limit, or no such memory.
+        free_bytes: free memory of the device now, before the model is loaded; ``None`` for a card.
     """
 
     model: str
@@ -42,10 +49,18 @@ class DryRun:
     samples: Samples
     device: str
     dtype: str
+    sharded: bool
     estimate: Estimate
     rates: Rates
     seconds: float
-    free_bytes: int
+    memory: int | None
+    host_memory: int | None
+    free_bytes: int | None
+
+    @property
+    def on_card(self) -> bool:
+        """Whether the rates are those of a card."""
+        return self.free_bytes is None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as values that JSON can hold."""
@@ -61,38 +76,84 @@ def dry_run(
     costs: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    memory: int | None = None,
+    host_memory: int | None = None,
+    processes: int = 1,
+    sharded: bool = False,
 ) -> DryRun:
     """Estimate what ``grasp.workflows.compress.compress`` takes for the same arguments; nothing is written.
 
+    Args:
+        name: as for ``compress``, like ``output``, ``config``, ``samples``, ``dtype``, ``device`` and the budgets.
+        costs: as for ``compress``. A card also gives the rates, in place of the device.
+        processes: processes that would share the work.
+        sharded: whether they would share the weights.
+
     Raises:
-        GraspError, ValueError: as ``compress`` does for an output folder, a model, a device or a configuration that it
-            refuses.
+        GraspError, ValueError: as ``compress`` does for an output folder, a model, a device, a budget or a
+            configuration that it refuses.
     """
     target = check_directory(output)
-    check_costs(config, costs)
-    place = find_device(device)
+    card = _card(config, costs)
+    place = find_device("cpu" if card else device)
     model_config, weights_dtype = load_config(name, dtype=dtype)
-    job = CompressionJob(model_config, config, weights_dtype, place, samples.num_samples, samples.seq_len)
-    if costs is not None:
+    job = CompressionJob(
+        *(model_config, config, weights_dtype, place, samples.num_samples, samples.seq_len, processes, sharded),
+        on_card=card is not None,
+    )
+    check_budgets(memory, host_memory, on_cpu=job.on_cpu)
+    if costs is not None and config.target_latency is not None:
         _require_reachable(job, costs)
-    free = free_bytes(place)
-    if samples.batch_size == "auto":
-        result = largest_batch_size(job, free, loaded=False)
-    else:
-        result = estimate(job, samples.batch_size)
-    tokens = result.batch_size * samples.seq_len
-    rates = measure_rates(result.largest_matrix, tokens, dtype=job.sweep_dtype, device=place)
+    free = None if card else free_bytes(place)
+    if memory is None and free is not None:
+        memory = _default_budget(job, samples, free)
+    if host_memory is None and free is not None and not job.on_cpu:
+        host_memory = int(FREE_FRACTION * free_bytes(torch.device("cpu")))
+    result = _estimate(job, samples, memory, host_memory)
+    rates = _rates(job, result, card)
     return DryRun(
         model=name,
         output=str(target),
         samples=replace(samples, batch_size=result.batch_size),
-        device=str(place),
+        device=card.name if card else str(place),
         dtype=str(weights_dtype).removeprefix("torch."),
+        sharded=sharded,
         estimate=result,
         rates=rates,
         seconds=result.seconds(rates),
+        memory=memory,
+        host_memory=host_memory,
         free_bytes=free,
     )
+
+
+def _card(config: GraspConfig, costs: str | None) -> Card | None:
+    """The card that ``costs`` names, if any. Costs in a file need a latency, as in a compression."""
+    found = None if costs is None else find_costs(costs)
+    if isinstance(found, Card):
+        return found
+    check_costs(config, costs)
+    return None
+
+
+def _default_budget(job: CompressionJob, samples: Samples, free: int) -> int:
+    """``FREE_FRACTION`` of the memory that the model leaves free; at least as much as one sequence takes."""
+    one = estimate(job, 1 if samples.batch_size == "auto" else samples.batch_size)
+    return max(int(FREE_FRACTION * (free - one.model_bytes)), one.least_memory)
+
+
+def _estimate(job: CompressionJob, samples: Samples, memory: int | None, host_memory: int | None) -> Estimate:
+    size = samples.batch_size
+    if size == "auto":
+        size = 1 if memory is None else largest_batch_size(job, memory).batch_size
+    return estimate(job, size, memory=memory, host_memory=host_memory)
+
+
+def _rates(job: CompressionJob, result: Estimate, card: Card | None) -> Rates:
+    tokens, basis = result.batch_size * job.seq_len, BASES[job.config.basis]
+    if card:
+        return card_rates(card, tokens, dtype=job.sweep_dtype, basis=basis)
+    return measure_rates(result.largest_matrix, tokens, dtype=job.sweep_dtype, device=job.device, basis=basis)
 
 
 def _require_reachable(job: CompressionJob, costs: str) -> None:

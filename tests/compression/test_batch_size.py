@@ -6,16 +6,16 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from grasp.compression import batch_size
+from grasp.compression import batch_size, memory
 from grasp.compression.batch_size import (
     CPU_TOKENS,
     executable_batch_size,
     fitting_batch_size,
-    free_bytes,
     largest_batch_size,
     try_batch,
 )
 from grasp.compression.estimate import CompressionJob, estimate
+from grasp.compression.memory import FREE_FRACTION, free_bytes
 from grasp.config import GraspConfig
 from grasp.errors import OutOfMemoryError
 from tests.tiny_models import tiny_model
@@ -34,12 +34,21 @@ def out_of_memory() -> torch.OutOfMemoryError:
 
 
 def test_the_largest_power_of_two_that_fits_is_taken() -> None:
-    wanted = estimate(job(), 4)
-    assert largest_batch_size(job(), wanted.memory.peak - 1).batch_size == 2
-    assert largest_batch_size(job(), wanted.memory.peak).batch_size == 4
-    both = wanted.memory.peak + wanted.model_bytes
-    assert largest_batch_size(job(), both - 1, loaded=False).batch_size == 2
-    assert largest_batch_size(job(), 0).batch_size == 1
+    memory = estimate(job(), 4).memory
+    needed = memory.peak - memory.hidden_states
+    assert largest_batch_size(job(), needed - 1).batch_size == 2
+    assert largest_batch_size(job(), needed).batch_size == 4
+    with pytest.raises(OutOfMemoryError, match="at least"):
+        largest_batch_size(job(), estimate(job()).least_memory - 1)
+
+
+def test_no_batch_is_so_large_that_layers_run_more_often() -> None:
+    best = job(config=GraspConfig.best(compression_ratio=0.1))
+    budget = estimate(best, 4).least_memory  # a batch of 4 fits if the sums of a layer are divided
+    assert sum(sweep.runs - sweep.spans for sweep in estimate(best, 4, memory=budget).sweeps) > 0
+    chosen = largest_batch_size(best, budget)
+    assert chosen.batch_size < 4
+    assert all(sweep.runs == sweep.spans for sweep in chosen.sweeps)
 
 
 def test_a_batch_is_limited_by_the_samples_and_by_the_tokens_for_a_cpu() -> None:
@@ -87,8 +96,7 @@ def test_a_trial_leaves_the_model_as_it_was(config: GraspConfig) -> None:
     names = [name for name, _ in model.named_modules()]
     shapes: list[torch.Size] = []
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
-    plan = estimate(CompressionJob(model.config, config, model.dtype, CPU, 4, 16), 2)
-    try_batch(model, config, plan, 16, 2)
+    try_batch(model, config, 10**9, 16, 2)
     assert torch.Size([2, 16]) in shapes
     assert [name for name, _ in model.named_modules()] == names
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
@@ -98,13 +106,15 @@ def test_a_trial_leaves_the_model_as_it_was(config: GraspConfig) -> None:
 
 def test_a_batch_size_for_a_model_comes_from_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = tiny_model("llama"), GraspConfig(layers=(1,))
-    needs = estimate(CompressionJob(model.config, config, model.dtype, CPU, 8, 128), 2).memory.peak
-    monkeypatch.setattr(batch_size, "free_bytes", lambda device: needs)
+    taken = estimate(CompressionJob(model.config, config, model.dtype, CPU, 8, 128), 2).memory
+    needs = taken.peak - taken.hidden_states
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: needs / FREE_FRACTION + 1)
     assert fitting_batch_size(model, config, num_samples=8, seq_len=128) == 2
+    assert fitting_batch_size(model, config, num_samples=8, seq_len=128, memory=2 * needs) > 2
 
 
 def test_the_memory_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_size, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     unlimited = free_bytes(CPU)
     assert unlimited > 0
     (tmp_path / "memory.max").write_text("5000\n")

@@ -17,8 +17,9 @@ from grasp.compression.device_speed import Rates
 from grasp.compression.eligible import eligible_targets
 from grasp.compression.estimate import CompressionJob, estimate
 from grasp.compression.layer_cost import FLOP_FORMULAS
+from grasp.compression.memory import MemoryBudget
 from grasp.config import GraspConfig
-from grasp.errors import CalibrationError, UnsupportedModelError
+from grasp.errors import CalibrationError, OutOfMemoryError, UnsupportedModelError
 from grasp.statistics.covariance import covariance_bytes
 from grasp_kernels import products
 from tests import command_line
@@ -45,6 +46,17 @@ def job(model_config: Any, config: GraspConfig, dtype: torch.dtype = torch.float
     return CompressionJob(model_config, config, dtype, CPU, **{"num_samples": 4, "seq_len": 64, **sizes})
 
 
+@pytest.fixture
+def without_planning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One span for each sweep: planning runs layers without data, whose FLOPs would be counted."""
+
+    def budget(model: Any, batches: Any, config: GraspConfig, targets: Any, **options: Any) -> MemoryBudget:
+        return MemoryBudget(None, config, 0, model.dtype, 0, 0, None)
+
+    monkeypatch.setattr(MemoryBudget, "of", budget)
+
+
+@pytest.mark.usefixtures("without_planning")
 @pytest.mark.parametrize("schedule", ["sequential", "per-layer", "single-sweep"])
 @pytest.mark.parametrize(
     ("family", "attention", "batches"), [("llama", "sdpa", 2), ("llama", "eager", 8), ("gpt2", "sdpa", 8)]
@@ -57,9 +69,10 @@ def test_flops_equal_the_counted_flops_of_a_compression(
     flops = estimate(job(model.config, config, num_samples=2 * batches), 2).flops
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         compress_(model, tiny_batches(batches, 2, 64), config)
-    assert flops.total - flops.svd == pytest.approx(counter.get_total_flops(), rel=0.005)
+    assert flops.total - flops.decompositions == pytest.approx(counter.get_total_flops(), rel=0.005)
 
 
+@pytest.mark.usefixtures("without_planning")
 @pytest.mark.parametrize(("metric", "sweeps"), [("magnitude", 2), ("fisher", 4)])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_data_dependent_bases_add_covariances_and_a_metric_may_add_sweeps(
@@ -70,18 +83,19 @@ def test_data_dependent_bases_add_covariances_and_a_metric_may_add_sweeps(
     config = replace(GraspConfig.best(compression_ratio=0.1), metric=metric, refit=False)
     made = estimate(job(model.config, config, num_samples=16), 2)
     targets = [target for linears in eligible_targets(model)[0].values() for target in linears]
-    assert made.memory.statistics == covariance_bytes(targets)
+    assert made.memory.sums >= covariance_bytes(targets)
     assert made.flops.sweeps == sweeps * sum(plan.flops for plan in made.sweeps)
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         compress_(model, tiny_batches(8, 2, 64), config)
-    assert made.flops.total - made.flops.svd == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert made.flops.total - made.flops.decompositions == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
 def test_refit_adds_a_few_forward_passes() -> None:
     config = GraspConfig.best(compression_ratio=0.1)
     made = estimate(job(tiny_model("llama").config, config))
     without = estimate(job(tiny_model("llama").config, replace(config, refit=False)))
-    assert made.flops.total - made.flops.refit == without.flops.total
+    refit = made.flops.refit + made.flops.refit_sums + made.flops.refit_solutions
+    assert made.flops.total - refit == without.flops.total
     assert 3 * made.flops.block_influence < made.flops.refit < 6 * made.flops.block_influence
 
 
@@ -123,22 +137,100 @@ def test_bytes_follow_the_method() -> None:
     config = GraspConfig(layers=(1, 2), schedule="per-layer", retain_ratio=0.3)
     one, two = (estimate(job(EIGHT_B, config, num_samples=64, seq_len=512), size).memory for size in (1, 2))
     attention, mlp = 2 * 4096 * 4096 + 2 * 4096 * 1024, 3 * 4096 * 14336
-    assert one.statistics == two.statistics == 4 * (attention + mlp)  # the gradient of each weight, in fp32
+    assert one.sums == two.sums == 4 * (attention + mlp)  # the gradient of each weight, in fp32
     assert one.hidden_states == two.hidden_states == 2 * 64 * 512 * 4096 * 4  # of two layers, for all tokens
-    assert two.activations == pytest.approx(2 * one.activations, rel=0.05)
+    assert two.batch == pytest.approx(2 * one.batch, rel=0.05)
     assert one.factors == pytest.approx(2 * 0.3 * 4 * (attention + mlp), rel=0.01)
-    assert one.weights_copy == 0
     narrow = estimate(job(EIGHT_B, GraspConfig(layers=(1, 2), sweep_dtype="bfloat16"), seq_len=512)).memory
-    assert narrow.weights_copy == 2 * 8_030_261_248
-    assert not one.offloads_hidden_states
+    outside = 2 * (2 * 128256 + 1) * 4096  # of the copies in bf16: embeddings, norm and head
+    states = 512 * 4096 * (4 - 2)  # of one batch
+    assert outside - 10 * states < narrow.fixed - one.fixed < outside
+    layer = 2 * (attention + mlp + 2 * 4096)
+    assert narrow.batch > 30 * layer  # the layers that run are copied too
+    assert (one.on_cpu, one.host) == (True, 0)
 
 
-def test_memory_has_the_inputs_of_refit_and_the_candidates_of_a_global_budget() -> None:
-    config = GraspConfig.best(compression_ratio=0.1)
-    memory = estimate(job(EIGHT_B, config, torch.bfloat16, num_samples=64, seq_len=512)).memory
-    assert memory.refit == 2 * 64 * 512 * (3 * 4096 + 3 * 4096 + 14336)  # of qkv, o, gate and up, and of down
-    weights = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
-    assert memory.factors == pytest.approx(2 * 32 * 4 * weights, rel=0.01)  # up to where they are as large, twice
+def best_job(**changes: Any) -> CompressionJob:
+    config = GraspConfig.best(compression_ratio=0.2)
+    return replace(job(EIGHT_B, config, torch.bfloat16, num_samples=16, seq_len=512), **changes)
+
+
+def test_a_budget_divides_the_layers_into_spans() -> None:
+    whole = estimate(best_job())
+    assert [(sweep.spans, sweep.runs, sweep.layers) for sweep in whole.sweeps] == [(1, 1, 32)]
+    # Refit: the first input, three streams of refit, and the inputs of qkv, o, gate and up, and down of one layer.
+    assert whole.memory.hidden_states == 16 * 512 * 2 * 4096
+    assert whole.memory.refit_states == 16 * 512 * 2 * ((1 + 3 + 3) * 4096 + 14336)
+    budget = whole.memory.peak // 4
+    divided = estimate(best_job(), memory=budget)
+    (sweep,) = divided.sweeps
+    assert 4 <= sweep.spans == sweep.runs < 8
+    assert divided.memory.peak <= budget
+    assert 0.15 * whole.memory.sums < divided.memory.sums < 0.3 * whole.memory.sums
+    # From the lowest span up, all layers below a span are run once more in each round.
+    assert divided.flops.sweeps == pytest.approx(whole.flops.sweeps, rel=0.02)
+    assert 0 == whole.flops.prefix < divided.flops.prefix < 2 * divided.flops.block_influence
+    assert divided.flops.total - divided.flops.prefix == pytest.approx(whole.flops.total, rel=0.02)
+
+
+def test_the_least_budget_runs_layers_several_times_and_less_is_refused() -> None:
+    least = estimate(best_job()).least_memory
+    made = estimate(best_job(), memory=least)
+    (sweep,) = made.sweeps
+    assert sweep.runs > sweep.spans == 32
+    assert made.least_memory == least >= made.memory.peak
+    with pytest.raises(OutOfMemoryError, match=rf"at least {-(-least // 10**6)}MB"):
+        estimate(best_job(), memory=least - 1)
+
+
+def test_methods_that_replace_in_order_are_refused_a_budget_below_their_peak() -> None:
+    small = replace(best_job(), config=GraspConfig(layers=(30,)))
+    least = estimate(small).least_memory
+    assert estimate(small, memory=least).memory.peak == least  # no hidden states in memory
+    with pytest.raises(OutOfMemoryError, match="at least"):
+        estimate(small, memory=least - 1)
+
+
+def test_hidden_states_go_to_disk_where_the_budget_ends() -> None:
+    beside = estimate(best_job(on_card=True))
+    states = beside.memory.host
+    assert states == beside.memory.refit_states > beside.memory.hidden_states > 0
+    less = estimate(best_job(on_card=True), host_memory=states // 3)
+    assert less.memory.host == states // 3
+    assert less.memory.disk - beside.memory.disk == states - states // 3
+    assert less.memory.peak == beside.memory.peak
+    assert estimate(best_job()).memory.peak == beside.memory.peak + beside.memory.hidden_states
+
+
+def test_disk_holds_the_factors_of_both_rounds() -> None:
+    weights = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    single = replace(best_job().config, schedule="single-sweep")
+    # In fp32, up to the rank where they are as large as the weights; the first round's are cut and in bf16.
+    assert estimate(best_job()).memory.disk == pytest.approx((4 + 2) * weights, rel=0.01)
+    assert estimate(best_job(config=single)).memory.disk == pytest.approx(4 * weights, rel=0.01)
+
+
+def test_processes_divide_the_work_and_the_hidden_states() -> None:
+    one, four = (estimate(best_job(processes=count, sharded=count > 1)) for count in (1, 4))
+    assert four.flops == one.flops
+    assert four.memory.hidden_states == one.memory.hidden_states // 4
+    assert four.memory.sums == one.memory.sums
+    linears = 2 * 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert four.model_bytes == one.model_bytes - linears + linears // 4
+    assert four.memory.fixed - one.memory.fixed == 2 * 2 * 4096 * 14336  # a gathered weight, twice
+    rates = Rates(sweeps=2e12, statistics=2e12, svd=1e11)
+    assert four.seconds(rates) == one.seconds(rates) / 4
+
+
+def test_removing_layers_measures_them_on_the_held_out_batches() -> None:
+    config = GraspConfig.best(compression_ratio=0.2, remove_layers=True)
+    kept = estimate(best_job(config=replace(config, remove_layers=False)))
+    made = estimate(best_job(config=config))
+    assert made.flops.sweeps == kept.flops.sweeps * 14 // 16
+    body, head = made.flops.block_influence / 16, 2 * 511 * 128256 * 4096
+    assert made.flops.held_out == pytest.approx((32 + 1 + 4) * 2 * (body + head), rel=0.001)
+    with pytest.raises(CalibrationError, match="at least 2 batches"):
+        estimate(best_job(config=config), 16)
 
 
 def test_low_rank_layers_of_a_compressed_model_are_counted() -> None:
@@ -154,14 +246,14 @@ def test_time_is_flops_over_rates() -> None:
     result = estimate(job(tiny_model("llama").config, GraspConfig(layers=(2,))))
     flops = result.flops
     passes = flops.block_influence + flops.prefix + flops.sweeps
-    expected = passes / 2e9 + flops.statistics / 4e9 + flops.svd / 1e9
+    expected = passes / 2e9 + flops.statistics / 4e9 + flops.decompositions / 1e9
     assert result.seconds(Rates(sweeps=2e9, statistics=4e9, svd=1e9)) == pytest.approx(expected)
 
 
 def test_the_estimate_fits_json() -> None:
     result = estimate(job(tiny_model("llama").config, GraspConfig(layers=(2,))))
     document = json.loads(json.dumps(result.to_dict()))
-    assert document["totals"] == {"flops": result.flops.total, "peak_bytes": result.memory.peak}
+    assert document["totals"] == {"flops": result.flops.total, "peak_bytes": result.memory.peak, "host_bytes": 0}
     assert document["layers"] == [2]
 
 
