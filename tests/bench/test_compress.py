@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from grasp.bench.records import CompressResult
 from grasp.bench.results import read_results
+from grasp.method.svd import SVD
 from grasp.statistics.gradients import DenseSum, FactoredSum
 
 RunBench = Callable[..., tuple[int, str, str]]
@@ -72,8 +74,12 @@ def test_sweeps_in_bfloat16_are_judged_by_perplexity(run: RunBench, tmp_path: Pa
 
 def test_a_wrong_selection_is_not_reported(run: RunBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for kind in (DenseSum, FactoredSum):
-        result: Any = kind.result
-        monkeypatch.setattr(kind, "result", lambda self, result=result: (result(self)[0], result(self)[1].flip(0)))
+
+        def flipped(total: Any, weight: Tensor, result: Any = kind.result) -> tuple[SVD, Tensor]:
+            svd, grad = result(total, weight)
+            return svd, grad.flip(0)
+
+        monkeypatch.setattr(kind, "result", flipped)
     outcome = run("--layers", "1", "-o", tmp_path / "compress.jsonl")
     assert (outcome.code, outcome.out) == (1, "")
     assert "nothing is reported" in outcome.err
