@@ -9,7 +9,7 @@ CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(CSRC) $(wildcard tests/*.c tests/csrc/*.cpp tests/csrc/*/*.* tests/csrc/*/*/*.* examples/*.cpp)
 
 .PHONY: help venv build demo test test-vllm stress fuzz sanitize check aot test-matrix bench-save bench-compare bench-selftest lint
-.PHONY: format docs clean
+.PHONY: format docs clean test-scale
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -60,6 +60,9 @@ stress: $(BUILT) ## kill 4 x 30 runs at random points, and compare their results
 
 fuzz: $(BUILT) ## random ops, damaged checkpoints and run folders, random command lines; minutes
 	$(BIN)/python -m pytest tests/fuzz tests/test_durability.py tests/test_threads.py tests/checkpoint --fuzz -s -q
+
+test-scale: $(BUILT) ## compress layers of an 8 B model in three memory budgets; hours, and 10 GB of memory
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/scale --scale -s -q
 
 sanitize: $(BUILT) ## C++ and Python tests of the CPU kernels under the address, behaviour and thread sanitizers; many minutes
 	PYTHON=$(BIN)/python tests/sanitize.sh

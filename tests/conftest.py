@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=1, help="how many runs of each kind are killed at random points")
     parser.addoption("--fuzz", action="store_true", help="run the full number of random cases of tests/fuzz: minutes")
+    parser.addoption("--scale", action="store_true", help="also run tests/scale with layers of an 8 B model: hours")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grasp.bench.memory import peak_bytes_above_now
+from grasp.checkpoint.compression_report import CompressionReport
 from grasp.checkpoint.run_state import RunState
 from grasp.compress import compress_
 from grasp.compression.estimate import CompressionJob
@@ -166,10 +166,9 @@ def _compress(
     folder: Path,
     memory: int | None,
     progress: Progress = lambda step, done, total: None,
-) -> Any:
-    options: dict[str, Any] = {} if memory is None else {"memory": memory}
+) -> CompressionReport:
     with RunState(folder) as state:
-        return compress_(model, batches, config, state=state, progress=progress, **options)
+        return compress_(model, batches, config, state=state, progress=progress, memory=memory)
 
 
 class _Disk:

@@ -1,0 +1,113 @@
+"""Compressions in processes of their own, whose memory the kernel counts."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.compression.random_llama import MeasuredRun, RandomLlama, measure
+from grasp.compress import compress_
+from grasp.compression.estimate import Memory, estimate
+from grasp.errors import OutOfMemoryError
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc"),
+]
+SMALL = "small"
+LLAMAS = {
+    SMALL: RandomLlama(
+        layers=2,
+        sequences=8,
+        seq_len=256,
+        batch_size=2,
+        hidden_size=512,
+        intermediate_size=1792,
+        heads=8,
+        kv_heads=2,
+    ),
+    "layers of 8 B": RandomLlama(layers=2, sequences=4, seq_len=512),
+}
+MARGIN = 0.15  # of the estimate
+
+
+def least(llama: RandomLlama, memory: int = 1) -> int:
+    """The least budget, as the refusal of a smaller one says it."""
+    with pytest.raises(OutOfMemoryError, match="takes at least") as refused:
+        estimate(llama.estimated_job, llama.batch_size, memory=memory)
+    said = re.search(r"at least (\d+)MB", str(refused.value))
+    assert said is not None
+    return int(said[1]) * 10**6
+
+
+@dataclass
+class Runs:
+    """Runs of one model, each made when a test first asks for it."""
+
+    llama: RandomLlama
+    folder: Path
+    done: dict[int, MeasuredRun] = field(default_factory=dict)
+
+    @cached_property
+    def budgets(self) -> list[int]:
+        """A generous one, a third of it or what lies halfway to the least, and the least that works."""
+        generous = self.estimate(None).peak
+        fewest = least(self.llama)
+        return [generous, max(generous // 3, (generous + fewest) // 2), fewest]
+
+    def estimate(self, memory: int | None) -> Memory:
+        return estimate(self.llama.estimated_job, self.llama.batch_size, memory=memory).memory
+
+    def within(self, memory: int) -> MeasuredRun:
+        if memory not in self.done:
+            self.done[memory] = measure(self.llama, self.folder / f"run-{memory}", memory=memory)
+        return self.done[memory]
+
+
+@pytest.fixture(scope="module", params=LLAMAS)
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    if request.param != SMALL and not request.config.getoption("--scale"):
+        pytest.skip("takes hours; make test-scale runs this")
+    return Runs(LLAMAS[request.param], tmp_path_factory.mktemp("scale"))
+
+
+@pytest.mark.parametrize("index", range(3), ids=["generous", "a third", "the least"])
+def test_the_peak_is_within_the_budget_and_near_the_estimate(runs: Runs, index: int) -> None:
+    budget = runs.budgets[index]
+    expected, run = runs.estimate(budget), runs.within(budget)
+    megabytes = [
+        round(number / 1e6) for number in (budget, expected.peak, run.peak_bytes, expected.disk, run.disk_bytes)
+    ]
+    print(
+        f"\nMB of budget, estimate, peak, disk estimate, disk: {megabytes}; CPU s {run.seconds:.0f}, {run.wall_seconds}"
+    )
+    assert run.peak_bytes <= budget
+    # A small run does not take all that is set aside for libraries and allocators.
+    margin = MARGIN * expected.peak + (expected.fixed if runs.llama is LLAMAS[SMALL] else 0)
+    assert run.peak_bytes == pytest.approx(expected.peak, abs=margin)
+    assert run.disk_bytes <= expected.disk
+
+
+def test_the_result_does_not_depend_on_the_budget(runs: Runs) -> None:
+    generous, *others = (runs.within(budget) for budget in runs.budgets)
+    assert any(generous.ranks.values())
+    whole, *parts = (runs.estimate(budget).sums for budget in runs.budgets)
+    assert whole > parts[0] > parts[1] > 0  # one span, a span for each layer, parts of a layer
+    for other in others:
+        assert other.ranks == generous.ranks
+        for name, product in generous.products.items():
+            assert np.linalg.norm(other.products[name] - product) <= 1e-3 * np.linalg.norm(product), name
+
+
+def test_less_than_the_least_budget_is_refused(runs: Runs) -> None:
+    fewest = runs.budgets[2]
+    assert least(runs.llama, fewest - 10**6) == fewest
+    model, batches = runs.llama.make()
+    with pytest.raises(OutOfMemoryError, match=rf"at least {fewest // 10**6}MB"):
+        compress_(model, batches, runs.llama.config, memory=fewest - 10**6)
