@@ -23,7 +23,15 @@ from grasp.model.batch import as_batches
 from grasp.model.dense import dense_shape, dense_weight
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.offload import execution_device, fetched, is_fetched_per_call, place_like, release_
+from grasp.model.offload import (
+    execution_device,
+    fetched,
+    fetched_bytes,
+    is_fetched_per_call,
+    place_like,
+    release_,
+)
+from grasp.model.running import first_device
 from grasp.model.targets import decoder, layer_targets
 from grasp.statistics.redundancy import block_influence
 from grasp.statistics.sweep import Call, capture_prefix, sweep
@@ -262,6 +270,22 @@ def test_a_weight_in_cpu_memory_is_gone_after_its_release(tmp_path: Path) -> Non
     stored = weakref.ref(module._hf_hook.weights_map["weight"])
     release_(module)
     assert stored() is None
+
+
+def test_the_memory_of_fetched_weights_is_that_of_the_largest_and_its_copy(tmp_path: Path) -> None:
+    model = by_device_map("llama", tmp_path)  # one layer is on disk
+    largest = max(t.module.weight.numel() for t in layer_targets(model, 2)[0])
+    assert fetched_bytes(model) == 2 * 4 * largest
+    assert fetched_bytes(tiny_model("llama")) == 0
+
+
+def test_tokens_go_to_the_device_where_an_offloaded_model_runs(tmp_path: Path) -> None:
+    assert first_device(tiny_model("llama")) == torch.device("cpu")
+    model = in_cpu_memory("llama", tmp_path)
+    for module in model.modules():
+        if hasattr(module, "_hf_hook"):
+            module._hf_hook.execution_device = torch.device("cuda:1")
+    assert first_device(model) == torch.device("cuda:1")
 
 
 def test_a_weight_without_data_is_refused() -> None:

@@ -99,6 +99,7 @@ def smollm2(processes: Processes, folder: Path) -> Result:
     return compressed(model, batches, GraspConfig.best(compression_ratio=0.03), processes)
 
 
+@pytest.mark.slow
 def test_smollm2_sharded_over_two_processes_is_compressed_like_a_whole_one(tmp_path: Path) -> None:
     """Two of its layers, which have a fifth of the parameters, on 2304 tokens."""
     model, tokenizer = load_model(BUILTIN, dtype="float32")
