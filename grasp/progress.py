@@ -80,7 +80,8 @@ class TimeLeft:
         finished = int(self._done[kind] + 1e-9)
         self._done[kind] = finished + done / total if done < total else finished + 1
         past = sum(
-            seconds * min(1.0, self._done[kind] / self._repeats.get(kind, 1)) for kind, seconds in self._expected.items()
+            seconds * min(1.0, self._done[kind] / self._repeats.get(kind, 1))
+            for kind, seconds in self._expected.items()
         )
         self._first = self._first or (now, past)
         since, before = self._first

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grasp.checkpoint import run_state
+from grasp.checkpoint import run_folder
 from grasp.checkpoint.compression_report import ModuleReport
 from grasp.checkpoint.run_state import RunState
 from grasp.compress import compress_
@@ -138,7 +138,7 @@ def test_hidden_states_in_files_change_no_bit(
 def test_a_run_with_the_files_of_some_linears_resumes_with_any_division(
     interruption: int, compressed: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_state, "INTERVAL", 0.0)  # every file is listed at once
+    monkeypatch.setattr(run_folder, "INTERVAL", 0.0)  # every file is listed at once
     expected, steps = compressed("llama", BEST, together), list[int]()
 
     def count(step: str, done: int, total: int) -> None:
