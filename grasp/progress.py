@@ -54,8 +54,8 @@ class Clock:
 class TimeLeft:
     """The seconds that a whole job has left, from what each kind of step was expected to take and what it took.
 
-    A kind is the name of a step up to its first comma. If steps take longer than expected, so will the rest. What a
-    resumed job has done before is counted as done, not as fast.
+    A kind is the name of a step up to its first comma, or ``REST`` if nothing is expected of that one. If steps take
+    longer than expected, so will the rest. What a resumed job has done before is counted as done, not as fast.
 
     Args:
         expected: kind → seconds of all steps of this kind.
@@ -69,6 +69,8 @@ class TimeLeft:
         50.0
     """
 
+    REST = "the rest"
+
     def __init__(self, expected: Mapping[str, float], repeats: Mapping[str, int] | None = None) -> None:
         self._expected, self._repeats = expected, repeats or {}
         self._done: dict[str, float] = defaultdict(float)  # kind → steps done
@@ -77,6 +79,7 @@ class TimeLeft:
     def after(self, step: str, done: int, total: int, now: float) -> float:
         """The seconds left when, at the time ``now`` in seconds, ``done`` of ``total`` units of a step are done."""
         kind = step.partition(",")[0]
+        kind = kind if kind in self._expected else self.REST
         finished = int(self._done[kind] + 1e-9)
         self._done[kind] = finished + done / total if done < total else finished + 1
         past = sum(

@@ -103,6 +103,7 @@ def _run(
             device=place,
             progress=progress,
             notify=progress.note,
+            expect=progress.expect,
             processes=processes,
             **options,
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from grasp.bench.schema import grouped
 from grasp.checkpoint.inspection import Inspection, short_name
 from grasp.cli.console import print_facts, print_table, print_text
-from grasp.formatting import count, layer_ranges, score_rows, share, size
+from grasp.formatting import count, duration, layer_ranges, score_rows, share, size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,7 +66,7 @@ def show_dry_run(result: DryRun) -> None:
             ),
             ("sweeps", f"{cost.passes * len(cost.sweeps)} over the calibration set, {_spans(result)}"),
             ("FLOPs", f"{cost.flops.total:.2e}{bounds}"),
-            ("time", f"about {_duration(result.seconds)} {_rates(result)}"),
+            ("time", f"about {duration(result.seconds)} {_rates(result)}"),
             ("memory", _device_memory(result)),
             *([] if memory.on_cpu else [("CPU memory", size(memory.host))]),
             ("disk", size(memory.disk)),
@@ -118,13 +118,6 @@ def _device_memory(result: DryRun) -> str:
 
 def _use(use: tuple[str, int] | None) -> tuple[str, str]:
     return ("", "") if use is None else (use[0], size(use[1]))
-
-
-def _duration(seconds: float) -> str:
-    for limit, unit, factor in ((120, "s", 1), (7200, "min", 60)):
-        if seconds < limit:
-            return f"{seconds / factor:.1f} {unit}"
-    return f"{seconds / 3600:.1f} h"
 
 
 def show_evaluation(result: Evaluation) -> None:

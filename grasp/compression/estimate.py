@@ -33,6 +33,7 @@ from grasp.method.svd import decomposition_flops
 from grasp.model.dense import dense_shape
 from grasp.model.size import model_size
 from grasp.model.targets import Target, decoder
+from grasp.progress import TimeLeft
 from grasp.statistics.covariance import covariance_bytes, distinct_inputs
 from grasp.statistics.sweep import sweep_name
 from grasp_kernels.routes import dense_flops, factored_flops
@@ -41,6 +42,8 @@ from grasp_kernels.routes import dense_flops, factored_flops
 REFIT_PASSES = 3.5
 # Hidden states of all batches that refit holds: the inputs of both streams, and the outputs of one.
 REFIT_STREAMS = 3
+
+REPEATED = ("hidden states", "covariances", "decompositions", TimeLeft.REST)  # kinds of steps that each sweep has
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,8 @@ class Estimate:
         model_bytes: bytes of the parameters of the model; of the part of one process if it is sharded.
         largest_matrix: (N, K) of the largest linear that could be compressed.
         processes: processes that share the work.
+        rounds: how often all linears are scored.
+        in_order: whether linears are replaced sweep by sweep.
     """
 
     batch_size: int
@@ -213,14 +218,31 @@ class Estimate:
     model_bytes: int
     largest_matrix: Shape
     processes: int
+    rounds: int
+    in_order: bool
 
-    def seconds(self, rates: Rates) -> float:
-        """Time at the given rates, of matrix products and decompositions only."""
-        flops = self.flops
-        passes = flops.block_influence + flops.prefix + flops.sweeps + flops.held_out + flops.refit
-        sums = flops.statistics + flops.refit_sums
-        solutions = flops.decompositions + flops.refit_solutions
-        return (passes / rates.sweeps + sums / rates.statistics + solutions / rates.svd) / self.processes
+    def seconds(self, rates: Rates) -> dict[str, float]:
+        """Kind of step → time at the given rates, of matrix products and decompositions only.
+
+        A kind is the name of a progress step up to its first comma; ``TimeLeft.REST`` has the sweeps whose steps are
+        named after their layers.
+        """
+        flops, sums = self.flops, self.flops.statistics / rates.statistics
+        kinds = {
+            "block influence": flops.block_influence / rates.sweeps,
+            "prefix" if self.in_order else "hidden states": flops.prefix / rates.sweeps,
+            TimeLeft.REST if self.in_order else "covariances": flops.sweeps / rates.sweeps + sums,
+            "decompositions": flops.decompositions / rates.svd,
+            "removal of layers": flops.held_out / rates.sweeps,
+            "refit": flops.refit / rates.sweeps
+            + flops.refit_sums / rates.statistics
+            + flops.refit_solutions / rates.svd,
+        }
+        return {kind: seconds / self.processes for kind, seconds in kinds.items() if seconds}
+
+    def time_left(self, rates: Rates) -> TimeLeft:
+        """What shows the time left of the whole job at the given rates, adjusted to the pace that it has."""
+        return TimeLeft(self.seconds(rates), dict.fromkeys(REPEATED, self.rounds * len(self.sweeps)))
 
     def to_dict(self) -> dict[str, Any]:
         """The estimate as a JSON object."""
@@ -274,6 +296,8 @@ def estimate(
         model_bytes=estimator.model_bytes(),
         largest_matrix=max(estimator.shapes, key=math.prod),
         processes=job.processes,
+        rounds=job.rounds,
+        in_order=not config.decides_together,
     )
 
 

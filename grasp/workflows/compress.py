@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ from grasp.checkpoint.run_state import RunState
 from grasp.checkpoint.saving import check_directory, require_space, save_checkpoint
 from grasp.compress import compress_
 from grasp.compression.batch_size import fitting_batch_size
-from grasp.compression.device_speed import decomposition_notice
+from grasp.compression.device_speed import decomposition_notice, measure_rates
+from grasp.compression.estimate import CompressionJob, estimate
 from grasp.config import GraspConfig
+from grasp.errors import UnsupportedModelError
 from grasp.files import Contents, expanded, remove_abandoned
 from grasp.loading import find_device, load_quietly
 from grasp.method.basis import BASES
 from grasp.model.running import first_device
-from grasp.progress import Notify, Progress, no_notify, no_progress
+from grasp.progress import Notify, Progress, TimeLeft, no_notify, no_progress
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sharding import collect_, shard_
 from grasp.version import __version__
@@ -68,6 +70,7 @@ def compress(
     host_memory: int | None = None,
     progress: Progress = no_progress,
     notify: Notify = no_notify,
+    expect: Callable[[TimeLeft], None] = lambda job: None,
     processes: Processes = ALONE,
 ) -> Compression:
     """Compress a model into a new checkpoint folder.
@@ -88,6 +91,7 @@ def compress(
         progress: called as ``progress(step, done, total)``.
         notify: called with one line when a run resumes, a batch size is chosen, only a part of the text is read, or
             weights are not decomposed on the device of the model.
+        expect: called with the time left of the whole job, before the long work starts.
         processes: processes that compress together; the first one writes.
 
     Raises:
@@ -121,6 +125,7 @@ def compress(
             if is_written:
                 state.require_same(request_fingerprint(model, batches, config, table))
                 return Compression(name, str(target), samples, CompressionReport.load(target))
+            _prepare(model, config, samples, state, memory, host_memory, expect, processes)
             report = compress_(
                 *(model, batches, config),
                 costs=table,
@@ -148,6 +153,39 @@ def _load(
     if processes.sharded:
         shard_(model, find_device(device), processes)
     return model, tokenizer
+
+
+def _prepare(
+    model: PreTrainedModel,
+    config: GraspConfig,
+    samples: Samples,
+    state: RunState,
+    memory: int | None,
+    host_memory: int | None,
+    expect: Callable[[TimeLeft], None],
+    processes: Processes,
+) -> None:
+    """Check that the disk has room for the run folder, and estimate the time of the whole job.
+
+    Raises:
+        CheckpointError: if it has not.
+    """
+    job = CompressionJob(
+        *(model.config, config, model.dtype, first_device(model)),
+        num_samples=samples.num_samples,
+        seq_len=samples.seq_len,
+        processes=processes.size,
+        sharded=processes.sharded,
+    )
+    try:
+        cost = estimate(job, int(samples.batch_size), memory=memory, host_memory=host_memory)
+    except UnsupportedModelError:
+        return  # the layers cannot run without data; everything else about the model is checked by ``compress_``
+    stored = sum(path.stat().st_size for path in state.folder.iterdir())
+    require_space(state.folder, max(0, cost.memory.disk - stored))
+    basis, tokens = BASES[config.basis], cost.batch_size * samples.seq_len
+    rates = measure_rates(cost.largest_matrix, tokens, dtype=job.sweep_dtype, device=job.device, basis=basis)
+    expect(cost.time_left(rates))
 
 
 def with_request(

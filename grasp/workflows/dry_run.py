@@ -120,7 +120,7 @@ def dry_run(
         sharded=sharded,
         estimate=result,
         rates=rates,
-        seconds=result.seconds(rates),
+        seconds=sum(result.seconds(rates).values()),
         memory=memory,
         host_memory=host_memory,
         free_bytes=free,
