@@ -106,9 +106,11 @@ def carry_out_(run: Run) -> CompressionReport:
         work = prepare_(run, plan)
         if run.config.decides_together:
             decision = decide_globally(run, plan, work)
+            work.prefix.hidden.clear()
             carry_out_decision_(run, plan, work, decision)
         else:
             decide_in_order_(run, plan, work)
+            work.prefix.hidden.clear()
             if run.config.refit:
                 _refit_in_order_(run, plan)
         remove_layers_(run.model, decision.removed)

@@ -458,7 +458,7 @@ class _Estimator:
         inputs: dict[int, int] = defaultdict(int)
         for target in distinct_inputs(targets):
             inputs[target.layer] += dense_shape(target.module)[1]
-        return sweeping, ((len(entries) + REFIT_STREAMS) * self._width + max(inputs.values())) * number_bytes
+        return sweeping, (REFIT_STREAMS * self._width + max(inputs.values())) * number_bytes
 
     def _stored_bytes(self, members: Sequence[Sequence[Target]], weights: Mapping[Target, int], sums: int) -> int:
         """What the run folder has: factors before ranks are decided, and low-rank linears; or sums, written anew."""

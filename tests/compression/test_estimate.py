@@ -158,9 +158,9 @@ def best_job(**changes: Any) -> CompressionJob:
 def test_a_budget_divides_the_layers_into_spans() -> None:
     whole = estimate(best_job())
     assert [(sweep.spans, sweep.runs, sweep.layers) for sweep in whole.sweeps] == [(1, 1, 32)]
-    # Refit: the first input, three streams of refit, and the inputs of qkv, o, gate and up, and down of one layer.
+    # Refit: three streams of hidden states, and the inputs of qkv, o, gate and up, and down of one layer.
     assert whole.memory.hidden_states == 16 * 512 * 2 * 4096
-    assert whole.memory.refit_states == 16 * 512 * 2 * ((1 + 3 + 3) * 4096 + 14336)
+    assert whole.memory.refit_states == 16 * 512 * 2 * ((3 + 3) * 4096 + 14336)
     budget = whole.memory.peak // 4
     divided = estimate(best_job(), memory=budget)
     (sweep,) = divided.sweeps
