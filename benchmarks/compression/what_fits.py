@@ -100,7 +100,7 @@ def cells(config: PreTrainedConfig, machine: Machine) -> tuple[str, ...]:
         size(made.least_memory),
         "" if machine.card is None else size(machine.processes * made.memory.host),
         size(made.memory.disk),
-        f"{made.seconds(rates(made, machine)) / 3600:.2g}",
+        f"{sum(made.seconds(rates(made, machine)).values()) / 3600:.2g}",
     )
 
 
