@@ -129,9 +129,13 @@ If interrupted, run the same command again to resume. Progress is stored in OUTP
 
 $ grasp compress builtin -o small --compression-ratio 0.1 --num-samples 24
 
-[dim]Remove a fifth, as in the paper:[/dim]
+[dim]Remove a fifth, with at most 20 GB of memory above the model's:[/dim]
 
-$ grasp compress meta-llama/Llama-3.1-8B-Instruct -o small --preset paper --num-samples 512 --calibration wikitext2
+$ grasp compress meta-llama/Llama-3.1-8B-Instruct -o small --calibration wikitext2 --memory 20GB
+
+[dim]As in the paper:[/dim]
+
+$ grasp compress ./my-model -o small --preset paper --num-samples 512 --calibration wikitext2
 
 [dim]Named layers, calibrated on a text file:[/dim]
 
