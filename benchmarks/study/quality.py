@@ -36,6 +36,7 @@ from grasp.bench.results import append_results, read_results
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_text, token_batches, tokenize
 from grasp.checkpoint.run_state import RunState
+from grasp.cli.arguments import parse_bytes
 from grasp.errors import GraspError
 from grasp.evaluation.lm_eval import evaluate_tasks
 from grasp.evaluation.perplexity import perplexity
@@ -253,7 +254,10 @@ def main(
         Path, typer.Option(help="Folder of statistics and of interrupted compressions, some gigabytes.")
     ] = Path("study-cache"),
     memory: Annotated[
-        float | None, typer.Option(help="GB of memory above the loaded model. Default: 0.9 of what is free.")
+        int | None,
+        typer.Option(
+            parser=parse_bytes, help="Memory above the loaded model, such as 8GB. Default: 0.9 of what is free."
+        ),
     ] = None,
 ) -> None:
     """Run the missing cells of a study, and print the tables."""
@@ -269,7 +273,7 @@ def main(
     )
     try:
         cells = read_cells(output, without_folders(setting))
-        study = Study(setting, cache, tasks_from, None if memory is None else int(1e9 * memory))
+        study = Study(setting, cache, tasks_from, memory)
         keys = list(missing(cells, wanted, ratios or [0.1, 0.2, 0.3], seeds or [0, 1, 2]))
         for key in keys if DENSE in cells else [DENSE, *keys]:
             cells[key] = cell = study.cell(*key, cells.get(DENSE))

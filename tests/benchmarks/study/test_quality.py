@@ -103,7 +103,7 @@ def test_each_cell_compresses_a_dense_model_of_its_own_in_the_dtype_of_the_weigh
 
 
 def test_an_interrupted_compression_is_resumed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ("--methods", "best", "--ratios", "0.3", "--seeds", "0", "--memory", "0.5")
+    options = ("--methods", "best", "--ratios", "0.3", "--seeds", "0", "--memory", "0.5GB")
     whole, parts = (tmp_path / name / "study.jsonl" for name in ("whole", "parts"))
     for output in (whole, parts):
         output.parent.mkdir()
