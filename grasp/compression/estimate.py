@@ -35,6 +35,7 @@ from grasp.model.size import model_size
 from grasp.model.targets import Target, decoder
 from grasp.progress import TimeLeft
 from grasp.statistics.covariance import covariance_bytes, distinct_inputs
+from grasp.statistics.loss import vocabulary_size
 from grasp.statistics.sweep import sweep_name
 from grasp_kernels.routes import dense_flops, factored_flops
 
@@ -328,7 +329,6 @@ class _Estimator:
         self._prices = find_prices(replace(job.config, target_latency=None), tracer.model, self.targets)
         if job.config.target_latency is not None:  # the layers depend on costs: at most, all layers are compressed
             self._prices = replace(self._prices, saving=math.inf)
-        self._vocabulary, self._width = tracer.model.get_output_embeddings().weight.shape
         self._batch_size = len(tracer.batch.input_ids)
         batches = [tracer.batch] * -(-job.num_samples // self._batch_size)
         self._cases: dict[tuple[int, ...], _Case] = {}
@@ -452,13 +452,13 @@ class _Estimator:
         """
         entries, most = {spans[-1].layers.start for spans in plans}, max(map(len, plans))
         number_bytes = self._job.local_tokens * self._job.sweep_dtype.itemsize
-        sweeping = (len(entries) + most - (most == 1)) * self._width * number_bytes
+        sweeping = (len(entries) + most - (most == 1)) * self._tracer.width * number_bytes
         if not self._job.config.refit:
             return sweeping, 0
         inputs: dict[int, int] = defaultdict(int)
         for target in distinct_inputs(targets):
             inputs[target.layer] += dense_shape(target.module)[1]
-        return sweeping, (REFIT_STREAMS * self._width + max(inputs.values())) * number_bytes
+        return sweeping, (REFIT_STREAMS * self._tracer.width + max(inputs.values())) * number_bytes
 
     def _stored_bytes(self, members: Sequence[Sequence[Target]], weights: Mapping[Target, int], sums: int) -> int:
         """What the run folder has: factors before ranks are decided, and low-rank linears; or sums, written anew."""
@@ -515,7 +515,7 @@ class _Estimator:
     def _head_flops(self, samples: int | None = None) -> int:
         """The logits of all calibration tokens but the last of each sequence, forward and backward."""
         samples = self._job.num_samples - self._held_out if samples is None else samples
-        return 2 * 2 * samples * (self._job.seq_len - 1) * self._vocabulary * self._width
+        return 2 * 2 * samples * (self._job.seq_len - 1) * vocabulary_size(self._tracer.model) * self._tracer.width
 
     def _forward_bytes(self) -> int:
         return self._tracer.base_bytes + forward_bytes(self._tracer, range(0), self._job.dtype)

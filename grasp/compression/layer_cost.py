@@ -90,6 +90,7 @@ class Tracer:
     Attributes:
         model: a model without data.
         batch: a batch of tokens without data.
+        width: numbers in the hidden states of a token.
         base_bytes: bytes of one batch outside the layers: embeddings, masks, positions.
 
     Args:
@@ -98,19 +99,28 @@ class Tracer:
         device: the device to estimate for; nothing is allocated on it.
         batch_size: sequences in the batch.
         seq_len: tokens per sequence.
+        model_class: of the model; ``None`` for the one of transformers for ``config``.
 
     Raises:
         UnsupportedModelError: here or in ``layer``, if the operations of the model depend on the data of its tensors.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device, batch_size: int, seq_len: int
+        self,
+        config: PreTrainedConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_size: int,
+        seq_len: int,
+        model_class: type[PreTrainedModel] | None = None,
     ) -> None:
         self._mode = FakeTensorMode()
         with _traceable(config), self._mode, torch.device(device):
-            self.model = _lowrank_skeleton(config, dtype, device)
+            self.model = _lowrank_skeleton(config, model_class, dtype, device)
             self.batch = CalibrationBatch(torch.zeros(batch_size, seq_len, dtype=torch.int64))
             self._arguments, self.base_bytes = _arguments(self.model, self.batch)
+        self.width = hidden_input(*self._arguments[0]).shape[-1]
         self._path = decoder(self.model).path
         self._costs: dict[Any, LayerCost] = {}
 
@@ -157,10 +167,13 @@ def _layer_cost(
     return LayerCost(forward, flops.get_total_flops() - forward, saved, live.peak - saved)
 
 
-def _lowrank_skeleton(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _lowrank_skeleton(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel] | None, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
     """A frozen model without data, with the low-rank layers of ``config``."""
-    build = partial(AutoModelForCausalLM.from_config, dtype=dtype, attn_implementation=config._attn_implementation)
-    model = skeleton(config, build, device)
+    build = AutoModelForCausalLM.from_config if model_class is None else model_class._from_config
+    options = {"dtype": dtype, "attn_implementation": config._attn_implementation}
+    model = skeleton(config, partial(build, **options), device)
     for name, rank in ranks_in(config).items():
         model.set_submodule(name, _lowrank_like(model.get_submodule(name), rank))
     model.eval().requires_grad_(False)

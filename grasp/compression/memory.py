@@ -30,7 +30,7 @@ from grasp.model.running import first_device
 from grasp.model.targets import Target, decoder
 from grasp.statistics.covariance import covariance_bytes, input_groups
 from grasp.statistics.gradients import dense_is_cheaper
-from grasp.statistics.loss import LOGITS_BYTES
+from grasp.statistics.loss import LOGITS_BYTES, vocabulary_size
 from grasp.statistics.processes import ALONE, Processes
 from grasp_kernels.reference import accumulation_dtype
 
@@ -329,8 +329,7 @@ def needs_of(
 
 def states_bytes(tracer: Tracer) -> int:
     """The hidden states of one batch, in bytes."""
-    width: int = tracer.model.get_output_embeddings().weight.shape[1]
-    return tracer.batch.input_ids.numel() * width * tracer.model.dtype.itemsize
+    return tracer.batch.input_ids.numel() * tracer.width * tracer.model.dtype.itemsize
 
 
 def visit_bytes(tracer: Tracer, shapes: Collection[Shape]) -> int:
@@ -341,7 +340,7 @@ def visit_bytes(tracer: Tracer, shapes: Collection[Shape]) -> int:
 
 def head_bytes(tracer: Tracer) -> int:
     """The loss of one batch: a slice of logits in fp32 with its gradient, and hidden states and gradients beside it."""
-    vocabulary = tracer.model.get_output_embeddings().weight.shape[0]
+    vocabulary = vocabulary_size(tracer.model)
     rows = min(max(1, LOGITS_BYTES // (4 * vocabulary)), tracer.batch.input_ids.numel())
     logits = 2 * rows * vocabulary * max(4, tracer.model.dtype.itemsize)
     return FRAGMENTATION * (logits + 3 * states_bytes(tracer))
@@ -419,6 +418,7 @@ class MemoryBudget:
                 device=device,
                 batch_size=max(rows for rows, _ in shapes),
                 seq_len=max(columns for _, columns in shapes),
+                model_class=type(model),  # transformers may not know it
             )
         except UnsupportedModelError:
             if is_given:

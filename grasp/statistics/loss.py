@@ -67,7 +67,7 @@ def loss_and_grad(model: PreTrainedModel, body: Body, batch: Tokens) -> tuple[fl
     labels = batch.input_ids[:, 1:][batch.is_target].to(hidden.device)
     grads = torch.empty_like(source)
     loss = 0.0
-    step = max(1, LOGITS_BYTES // (4 * _vocabulary(model)))
+    step = max(1, LOGITS_BYTES // (4 * vocabulary_size(model)))
     for start in range(0, len(source), step):
         rows = slice(start, start + step)
         part = source[rows].requires_grad_()
@@ -115,7 +115,8 @@ def nll_and_grad(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
     return nll, grad.to(logits.dtype)
 
 
-def _vocabulary(model: PreTrainedModel) -> int:
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """The number of logits of a token."""
     size: int = model.config.get_text_config(decoder=True).vocab_size
     return size
 
