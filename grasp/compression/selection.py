@@ -96,10 +96,13 @@ def write_groups(
     if config.threshold_ratio is not None:
         rank = rank_for_threshold(importance, config.threshold_ratio, dense_shape(target.module))
     indices = retained_indices(importance, rank)
+    U, S, Vh = svd
+    if len(indices) < len(Vh):  # otherwise no copy: they are as large as the weight in fp32
+        U, Vh = U[:, indices], Vh[indices]
     tensors = {
-        "U": svd.U[:, indices],
-        "S": svd.S[indices],
-        "Vh": svd.Vh[indices],
+        "U": U,
+        "S": S[indices],
+        "Vh": Vh,
         "indices": indices,
         "importance": importance,
         "spectrum": svd.S[spectrum_indices(len(svd.S))],
