@@ -105,7 +105,7 @@ def result_table(results: Sequence[GrowthResult]) -> Table:
 def main(
     layers: Annotated[str, typer.Option(help="Numbers of layers.")] = "2,4,8",
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, in sequences of 512.")] = "12000,48000,200000",
-    hidden_size: Annotated[int, typer.Option(min=64, help="A multiple of 64.")] = 256,
+    hidden_size: Annotated[int, typer.Option(min=64, help="A multiple of 64.")] = 128,
     memory: Annotated[int | None, typer.Option(help="Bytes above the loaded model. Default: what is free.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON lines are appended to this file.")] = None,
