@@ -22,6 +22,7 @@ from grasp.compress import compress_
 from grasp.compression.batch_size import fitting_batch_size
 from grasp.compression.device_speed import decomposition_notice, measure_rates
 from grasp.compression.estimate import CompressionJob, estimate
+from grasp.compression.memory import check_budgets
 from grasp.config import GraspConfig
 from grasp.errors import UnsupportedModelError
 from grasp.files import Contents, expanded, remove_abandoned
@@ -177,6 +178,7 @@ def _prepare(
         processes=processes.size,
         sharded=processes.sharded,
     )
+    check_budgets(memory, host_memory, on_cpu=job.on_cpu)
     try:
         cost = estimate(job, int(samples.batch_size), memory=memory, host_memory=host_memory)
     except UnsupportedModelError:

@@ -20,7 +20,9 @@ from tests.bench.records import record
 from tests.command_line import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
-WITHOUT_SCHEMA = {f"{name}-cpu-amd-epyc.jsonl" for name in ("processes", "statistics", "vllm")}
+WITHOUT_SCHEMA = {
+    f"{name}-cpu-amd-epyc.jsonl" for name in ("decompositions", "growth", "processes", "statistics", "vllm")
+}
 
 
 def line(record_class: type[Record], /, **changes: object) -> str:

@@ -63,7 +63,7 @@ def test_a_dry_run_under_a_budget_says_how_the_work_is_divided(main: RunMain, mo
 def test_a_card_gives_the_time_and_has_cpu_memory_beside_it(main: RunMain, model: Path, tmp_path: Path) -> None:
     asked = ("compress", model, "-o", tmp_path / "out", "--num-samples", 4, "--seq-len", 64, "--dry-run")
     outcome = main(*asked, "--costs", "H100", "--host-memory", "1KB")
-    assert re.search(r"on H100.*peak rate of H100.*CPU memory +1\.0 KB", outcome.out, re.DOTALL)
+    assert re.search(r"on\s+H100.*peak rate of H100.*CPU memory +1\.0 KB", outcome.out, re.DOTALL)
     assert "are free" not in outcome.out
     fast, slow = (json.loads(main(*asked, "--costs", card, "--json").out)["seconds"] for card in ("B200", "A100"))
     assert fast < slow

@@ -313,7 +313,6 @@ print(json.dumps([1024 * (kilobytes("VmHWM") - before), expected]))
         ({"layers": [28], "retain_ratio": 0.3}, (2, 512, 1)),
         # Without AVX-512 a processor multiplies bf16 ten times slower than fp32: few tokens.
         ({"layers": [20], "schedule": "single-sweep", "sweep_dtype": "bfloat16"}, (2, 64, 2)),
-        (GraspConfig.best(layers=(28, 29)).to_dict(), (2, 512, 1)),
     ],
 )
 def test_memory_of_a_real_model_is_within_the_estimate(settings: dict[str, Any], sizes: tuple[int, int, int]) -> None:
