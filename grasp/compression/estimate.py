@@ -16,7 +16,7 @@ from grasp.compression.budget import Plan, ceilings, choose_plan, find_prices
 from grasp.compression.candidates import REMOVAL_LOSS_SCALES, hold_out
 from grasp.compression.device_speed import Rates
 from grasp.compression.eligible import check_layers, eligible_targets, require_positions
-from grasp.compression.layer_cost import Tracer
+from grasp.compression.layer_cost import Tracer, tracer_for
 from grasp.compression.memory import (
     LIBRARY_BYTES,
     PlannedSpan,
@@ -272,7 +272,7 @@ def estimate(
     """
     require_sizes(num_samples=job.num_samples, seq_len=job.seq_len, batch_size=batch_size)
     config, batch_size = job.config, min(batch_size, job.num_samples)
-    tracer = Tracer(
+    tracer = tracer_for(
         job.model_config, dtype=job.sweep_dtype, device=job.device, batch_size=batch_size, seq_len=job.seq_len
     )
     require_positions(tracer.model, [tracer.batch])

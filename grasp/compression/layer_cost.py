@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -150,6 +151,31 @@ class Tracer:
                 targets = [target._replace(module=modules[target.name]) for target in visited]
                 self._costs[key] = _layer_cost(layer, args, kwargs, graph, targets, self.batch)
         return self._costs[key]
+
+
+def tracer_for(
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch_size: int,
+    seq_len: int,
+    model_class: type[PreTrainedModel] | None = None,
+) -> Tracer:
+    """A ``Tracer``, with its arguments and errors. Each thread keeps its last ones, since tracing takes a second."""
+    text = config.to_json_string(use_diff=False)
+    key = (get_ident(), text, config._attn_implementation, dtype, device, batch_size, seq_len, model_class)
+    if key not in _kept:
+        while len(_kept) >= _KEPT:
+            _kept.pop(next(iter(_kept)), None)
+        _kept[key] = Tracer(
+            config, dtype=dtype, device=device, batch_size=batch_size, seq_len=seq_len, model_class=model_class
+        )
+    return _kept[key]
+
+
+_KEPT = 16
+_kept: dict[Any, Tracer] = {}
 
 
 def _layer_cost(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from grasp.compression.layer_cost import Tracer
+from grasp.compression.layer_cost import Tracer, tracer_for
 from grasp.config import GraspConfig
 from grasp.errors import OutOfMemoryError, UnsupportedModelError
 from grasp.formatting import size
@@ -412,7 +412,7 @@ class MemoryBudget:
         shapes = [batch.input_ids.shape for batch in batches]
         tokens = sum(batch.num_tokens for batch in batches)
         try:
-            tracer = Tracer(
+            tracer = tracer_for(
                 model.config,
                 dtype=model.dtype if config.sweep_dtype is None else getattr(torch, config.sweep_dtype),
                 device=device,
