@@ -133,9 +133,7 @@ class HiddenStates(Sequence[Tensor]):
         if isinstance(item, Tensor):
             return item
         assert self._file is not None
-        tensor = torch.empty(
-            item.shape, dtype=item.dtype
-        )  # a buffer of Python may change the last bit by its alignment
+        tensor = torch.empty(item.shape, dtype=item.dtype)  # aligned as the tensor that was written
         data = tensor.flatten().view(torch.uint8).numpy().data
         self._file.seek(item.offset)
         if self._file.readinto(data) < tensor.nbytes:  # type: ignore[attr-defined]
