@@ -1,19 +1,20 @@
-"""Compress random Llamas in processes of their own, and measure the memory and the time that it takes."""
+"""Compress models, such as random Llamas, in processes of their own; measure the memory and the time that it takes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from grasp.bench.memory import peak_bytes_above_now
 from grasp.checkpoint.compression_report import CompressionReport
@@ -25,6 +26,17 @@ from grasp.files import tensors_digest
 from grasp.progress import Progress
 
 PROBES = 4  # random vectors that every linear is applied to
+
+
+class Job(Protocol):
+    """A compression that another process can make and measure."""
+
+    @property
+    def config(self) -> GraspConfig:
+        """What is measured."""
+
+    def make(self) -> tuple[PreTrainedModel, list[Tensor]]:
+        """The model, and its calibration batches."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,9 @@ class RandomLlama:
         return model.eval(), list(tokens.split(self.batch_size))
 
 
+WARM_UP = RandomLlama(layers=1, sequences=4, seq_len=64, hidden_size=128, intermediate_size=256, heads=4, kv_heads=2)
+
+
 @dataclass(frozen=True)
 class MeasuredRun:
     """A compression that ended.
@@ -113,11 +128,11 @@ class MeasuredRun:
     digest: str
 
 
-def measure(llama: RandomLlama, folder: Path, *, memory: int | None = None, threads: int = 1) -> MeasuredRun:
-    """Compress a random Llama in a new process.
+def measure(job: Job, folder: Path, *, memory: int | None = None, threads: int = 1) -> MeasuredRun:
+    """Compress a model in a new process.
 
     Args:
-        llama: the model and its tokens.
+        job: the model, its tokens and the configuration.
         folder: a new folder for the progress of the run, which is removed at the end.
         memory: the budget, bytes above the loaded model; ``None`` for what is free.
         threads: of the process.
@@ -127,22 +142,19 @@ def measure(llama: RandomLlama, folder: Path, *, memory: int | None = None, thre
         BrokenProcessPool: if the process is killed, as for want of memory.
     """
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(_run, llama, folder, memory, threads).result()
+        return pool.submit(_run, job, folder, memory, threads).result()
 
 
-def _run(llama: RandomLlama, folder: Path, memory: int | None, threads: int) -> MeasuredRun:
+def _run(job: Job, folder: Path, memory: int | None, threads: int) -> MeasuredRun:
     torch.set_num_threads(threads)
     # First a small one, whose memory is that of libraries and their threads.
-    small = replace(
-        llama, layers=1, hidden_size=128, intermediate_size=256, heads=4, kv_heads=2, sequences=4, seq_len=64
-    )
-    _compress(*small.make(), llama.config, folder.with_name(f"{folder.name}-small"), None)
-    model, batches = llama.make()
+    _compress(*WARM_UP.make(), WARM_UP.config, folder.with_name(f"{folder.name}-small"), None)
+    model, batches = job.make()
     disk = _Disk(folder)
     reports = []
 
     def run() -> None:
-        reports.append(_compress(model, batches, llama.config, folder, memory, progress=disk.look))
+        reports.append(_compress(model, batches, job.config, folder, memory, progress=disk.look))
 
     start = time.process_time()
     peak = peak_bytes_above_now(run)
@@ -160,7 +172,7 @@ def _run(llama: RandomLlama, folder: Path, memory: int | None, threads: int) -> 
 
 
 def _compress(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     batches: list[Tensor],
     config: GraspConfig,
     folder: Path,

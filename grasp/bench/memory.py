@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from grasp.compression.memory import return_freed_memory
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -34,9 +35,7 @@ def reset_peak_bytes() -> int | None:
     """
     if not _CLEAR.exists():
         return None
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
-    if trim is not None:
-        trim(0)
+    return_freed_memory()
     _CLEAR.write_text("5")  # the peak is reset, see proc_pid_clear_refs(5)
     return _status("VmRSS")
 

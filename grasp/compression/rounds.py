@@ -14,6 +14,7 @@ from grasp.checkpoint.compression_report import ModuleReport
 from grasp.checkpoint.run_state import Decision
 from grasp.compression.budget import Plan, ceilings
 from grasp.compression.candidates import Candidate, candidates, first_cut, held_out_losses
+from grasp.compression.memory import return_freed_memory
 from grasp.compression.refit import Refit
 from grasp.compression.run import Run
 from grasp.compression.selection import (
@@ -169,6 +170,7 @@ def carry_out_decision_(run: Run, plan: Plan, work: Work, decision: Decision) ->
         if not is_stored:
             _store(run, linears, chosen, "second")
         settle_(run.model, modules)
+        return_freed_memory()
         reports.update(zip(linears, (report for _, report in chosen), strict=True))
         run.progress("refit", layer + 1, len(members))
     work.reports.extend(reports[target] for target in plan.ranks)

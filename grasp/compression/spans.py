@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from grasp.compression.memory import PlannedSpan
+from grasp.compression.memory import PlannedSpan, return_freed_memory
 from grasp.compression.run import Run
 from grasp.compression.selection import Name, Selections, read_selection, write_groups
 from grasp.model.dense import dense_weight
@@ -83,6 +83,7 @@ class Selector:
         parts = [(span, part) for span in spans for part in span.parts]
         for index, (span, part) in enumerate(parts):
             run.clock.enter("attribution")
+            return_freed_memory()
             with running(span.layers):
                 scores = self._score(prefix, span, part, gather, self._progress(sweep_name(rest), index, len(parts)))
             run.clock.enter("svd and selection")
@@ -90,6 +91,7 @@ class Selector:
                 part, partial(self._write, stem, scores), Name, fetch=lambda target: dense_weight(target.module)
             ):
                 done += 1
+                return_freed_memory()
                 run.state.record({f"{stem}-{target.name}": name}, soon=done < total)
                 run.progress("decompositions", done, total)
             if part is span.parts[-1]:
