@@ -173,7 +173,7 @@ class GraspConfig:
         Args:
             retain_ratio: fraction of the selected layers' parameters to keep; needs ``layers`` or ``num_layers``.
             schedule: ``"progressive"`` or ``"single-sweep"``. Default: ``"single-sweep"`` with ``remove_layers``,
-                which needs it, otherwise ``"progressive"``.
+                otherwise ``"progressive"``.
 
         Raises:
             ValueError: as ``GraspConfig`` does.
@@ -299,11 +299,8 @@ class GraspConfig:
             yield "threshold_ratio sets ranks matrix by matrix: leave it out, or take allocation='uniform'"
         if self.schedule in ("sequential", "per-layer"):
             yield f"allocation='global' needs schedule='single-sweep' or 'progressive', got {self.schedule!r}"
-        if self.schedule == "progressive":
-            if not BASES[self.basis].inputs:
-                yield f"schedule='progressive' needs a basis with input covariances, got {self.basis!r}: take 'kfac'"
-            if self.remove_layers:
-                yield "schedule='progressive' and remove_layers exclude each other: take schedule='single-sweep'"
+        if self.schedule == "progressive" and not BASES[self.basis].inputs:
+            yield f"schedule='progressive' needs a basis with input covariances, got {self.basis!r}: take 'kfac'"
 
 
 PRESETS: dict[str, Callable[..., GraspConfig]] = {"best": GraspConfig.best, "paper": GraspConfig.paper}

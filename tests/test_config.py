@@ -115,7 +115,6 @@ def test_bad_values_are_refused_with_what_was_expected(values: dict[str, object]
             {**_GLOBAL, "basis": "plain", "metric": "taylor", "schedule": "progressive"},
             "schedule='progressive' needs a basis .* got 'plain'",
         ),
-        ({**_GLOBAL, "schedule": "progressive", "remove_layers": True}, "remove_layers .*schedule='single-sweep'"),
     ],
 )
 def test_options_that_exclude_each_other_are_refused_with_a_remedy(values: dict[str, object], words: str) -> None:
@@ -147,11 +146,10 @@ def test_best_compresses_all_layers_or_those_that_are_named() -> None:
     assert GraspConfig.best(layers=(1,), retain_ratio=0.5).scope == "redundant"
 
 
-def test_best_takes_the_schedule_that_removing_layers_needs() -> None:
+def test_best_takes_statistics_once_if_layers_may_be_removed() -> None:
     assert GraspConfig.best().schedule == "progressive"
     assert GraspConfig.best(remove_layers=True).schedule == "single-sweep"
-    with pytest.raises(ValueError, match=r"remove_layers .*schedule='single-sweep'"):
-        GraspConfig.best(remove_layers=True, schedule="progressive")
+    assert GraspConfig.best(remove_layers=True, schedule="progressive").schedule == "progressive"
 
 
 @pytest.mark.parametrize(

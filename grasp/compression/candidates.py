@@ -14,7 +14,7 @@ from grasp.checkpoint.run_state import NoState
 from grasp.compression.budget import Plan, Prices
 from grasp.compression.selection import Selection, Selections, replacement
 from grasp.errors import CalibrationError
-from grasp.method.knapsack import DENSE, Choices, Layer, allocate_layers, rank_choices
+from grasp.method.knapsack import DENSE, Choices, Layer, allocate_layers, least_cost, rank_choices
 from grasp.model.batch import CalibrationBatch
 from grasp.model.targets import Target, decoder
 from grasp.statistics.hidden_states import Scratch
@@ -79,7 +79,10 @@ def candidates(
 
 
 def first_cut(selections: Selections, plan: Plan, prices: Prices) -> dict[Target, int]:
-    """The ranks when ``FIRST_SHARE`` of the saving is spent globally; linears that stay dense are left out."""
+    """The ranks when ``FIRST_SHARE`` of the saving is spent globally; linears that stay dense are left out.
+
+    If the saving needs layers to be removed, it is that share of what ranks can save.
+    """
     ranks = _allocated("", _scored(selections, plan), plan, prices, {}, FIRST_SHARE).ranks
     return {target: rank for target, rank in ranks.items() if rank != DENSE}
 
@@ -147,7 +150,10 @@ def _allocated(
     layers = [_layer_choices(layer, linears, selections, prices, removal) for layer, linears in members.items()]
     uniform = math.fsum(prices.saved(target, plan.ranks[target]) for target in selections)
     saving = uniform if prices.saving is None else prices.saving
-    budget = math.fsum(map(prices.layer, members)) - share * saving
+    dense = math.fsum(map(prices.layer, members))
+    if share < 1:
+        saving = min(saving, dense - math.fsum(map(least_cost, layers)))
+    budget = dense - share * saving
     budget *= 1 + 1e-12  # the same seconds in another order add up to a slightly different sum
     ranks: dict[Target, int] = {}
     removed = []

@@ -98,12 +98,12 @@ def allocate_layers(layers: Sequence[Layer], budget: float) -> list[list[int] | 
 
 
 def _least(layer: Layer) -> float:
-    """The lowest cost of a layer."""
-    return 0.0 if layer.removal is not None else _floor(layer)
+    """The lowest cost of a layer, which may be removed."""
+    return 0.0 if layer.removal is not None else least_cost(layer)
 
 
-def _floor(layer: Layer) -> float:
-    """The lowest cost of a layer that stays."""
+def least_cost(layer: Layer) -> float:
+    """The lowest cost of a layer that stays, of all the ranks of its linears."""
     return math.fsum([layer.rest, *(min(choices.costs) for choices in layer.matrices)])
 
 
@@ -113,7 +113,7 @@ def _dynamic_program(layers: Sequence[Layer], room: float) -> list[list[int] | N
     best = np.zeros(steps + 1)  # least loss of the layers so far, for each number of steps spent at most
     trail = []
     for layer in layers:
-        offset = int(_in_steps(np.asarray([_floor(layer) - _least(layer)]), step, steps + 1)[0])
+        offset = int(_in_steps(np.asarray([least_cost(layer) - _least(layer)]), step, steps + 1)[0])
         staying = _shifted(best, offset)
         passed = []
         for choices in layer.matrices:
@@ -167,7 +167,7 @@ def _loss(matrices: Sequence[Choices], picked: Sequence[int]) -> float:
 def _steps(layers: Sequence[Layer], room: float) -> tuple[float, int]:
     """Size and number of steps. The size is the greatest common divisor of whole costs, if that makes few steps."""
     costs = [cost - min(choices.costs) for layer in layers for choices in layer.matrices for cost in choices.costs]
-    costs += [_floor(layer) - _least(layer) for layer in layers]
+    costs += [least_cost(layer) - _least(layer) for layer in layers]
     if all(float(cost).is_integer() for cost in costs):
         divisor = math.gcd(*(int(cost) for cost in costs))
         if divisor and room / divisor <= GRID:

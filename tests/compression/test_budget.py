@@ -330,10 +330,11 @@ def test_layers_go_by_what_their_removal_loses() -> None:
     assert names({}) == ["model"]
 
 
-def test_where_no_ranks_suffice_layers_go() -> None:
+@pytest.mark.parametrize("schedule", ["single-sweep", "progressive"])
+def test_where_no_ranks_suffice_layers_go(schedule: str) -> None:
     model = tiny_model("llama")
     costs = dataclasses.replace(costs_of(model), layer=10_000.0)  # linears are a tenth of that
-    config = GraspConfig(target_latency=0.6, scope="model", **BEST)
+    config = dataclasses.replace(GraspConfig(target_latency=0.6, scope="model", **BEST), schedule=schedule)
     with pytest.raises(ValueError, match=r"target_latency=0.600 cannot be reached: rank 1 .* gives target_latency=0.9"):
         compress_(model, tiny_batches(8), config, costs=costs)
     report = compress_(model, tiny_batches(8), dataclasses.replace(config, remove_layers=True), costs=costs)
