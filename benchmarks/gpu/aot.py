@@ -17,7 +17,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu.aot_cases import CARDS, LAUNCH_DEPENDENTS, TENSOR_CORES, WAIT, AotCase, cases, complaints
+from benchmarks.gpu.aot_cases import (
+    CARDS,
+    LAUNCH_DEPENDENTS,
+    TENSOR_CORES,
+    WAIT,
+    AotCase,
+    cases,
+    complaints,
+    copied_ahead,
+)
 from benchmarks.gpu.sass import ARCHITECTURES, Binary, compile_source, specialize
 from grasp_kernels.triton.launch import Launch
 
@@ -37,6 +46,7 @@ class BinaryRow:
     instructions: int
     tensor_core: dict[str, int]  # instructions by mnemonic
     loads: dict[str, int]  # global loads by bytes per thread
+    copied_ahead: int  # bytes per program that loops keep in flight
     dependent_launch: int  # instructions
     complaints: list[str]
 
@@ -64,6 +74,7 @@ def _row(case: AotCase, launch: Launch, binary: Binary) -> BinaryRow:
         instructions=len(binary.instructions),
         tensor_core={name: count for name in TENSOR_CORES if (count := binary.count(name))},
         loads={str(width): count for width, count in sorted(binary.loads().items())},
+        copied_ahead=copied_ahead(launch, binary),
         dependent_launch=binary.count(WAIT) + binary.count(LAUNCH_DEPENDENTS),
         complaints=complaints(launch, binary),
     )
@@ -71,11 +82,12 @@ def _row(case: AotCase, launch: Launch, binary: Binary) -> BinaryRow:
 
 def print_table(rows: Sequence[BinaryRow], console: Console) -> None:
     """Print one line per binary."""
-    table = Table("kernel", "case", "sm", "registers", "shared", "instructions", "tensor core", "loads", "complaints")
+    table = Table("kernel", "case", "sm", "registers", "shared", "ahead", "instructions", "tensor core", "loads")
+    table.add_column("complaints")
     for row in rows:
         tensor_core = ", ".join(f"{count} {name}" for name, count in row.tensor_core.items())
         loads = ", ".join(f"{count} of {width} B" for width, count in row.loads.items())
-        numbers = map(str, (row.architecture, row.registers, row.shared, row.instructions))
+        numbers = map(str, (row.architecture, row.registers, row.shared, row.copied_ahead, row.instructions))
         table.add_row(row.kernel, row.case, *numbers, tensor_core, loads, "; ".join(row.complaints))
     console.print(table)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -66,7 +66,29 @@ def complaints(launch: Launch, binary: Binary) -> list[str]:
         errors.append("programmatic dependent launch " + ("is missing" if dependent else "where there is none"))
     if launch.options.get("launch_cooperative_grid"):
         errors += barrier_complaints(binary)
+    if (ahead := copied_ahead(launch, binary)) < (least := _least_copied_ahead(launch)):
+        errors.append(f"loops copy {ahead} bytes ahead, expected at least {least}")
     return errors
+
+
+def copied_ahead(launch: Launch, binary: Binary) -> int:
+    """Bytes that a program's loops keep in flight by asynchronous copies: of ``num_stages`` tiles, all but one.
+
+    The code names each copy ``num_stages`` times: before the loop for all tiles but one, and once inside.
+    """
+    stages = launch.options.get("num_stages", 1)
+    return binary.copied_bytes() * 32 * launch.options["num_warps"] * (stages - 1) // stages
+
+
+def _least_copied_ahead(launch: Launch) -> int:
+    """Bytes of the factor that a loop of a low-rank kernel must copy ahead; 0 for a kernel without such a loop."""
+    arguments = launch.arguments
+    tensor, name = _matrix(arguments), launch.kernel.__name__
+    if not name.startswith("_lowrank") or not ("BLOCK_K" in arguments or arguments["LOOPED"]):
+        return 0
+    block_r = arguments.get("SHRINK_R", arguments["BLOCK_R"])
+    tile = block_r * arguments.get("BLOCK_K", arguments.get("BLOCK_N"))
+    return (launch.options["num_stages"] - 1) * tile * tensor.element_size()
 
 
 def barrier_complaints(binary: Binary) -> list[str]:
@@ -87,9 +109,13 @@ def _reads_factors(launch: Launch) -> bool:
 
 def _has_dot(launch: Launch) -> bool:
     """Whether the launch multiplies 16-bit matrices on tensor cores; tiles of one or two rows use scalar arithmetic."""
-    arguments = launch.arguments
-    tensor = next(value for value in _flat(arguments.values()) if isinstance(value, Tensor) and value.dim() == 2)
-    return _reads_factors(launch) and arguments.get("BLOCK_M", 16) >= 16 and tensor.dtype != FP32
+    scalar = launch.arguments.get("BLOCK_M", 16) < 16
+    return _reads_factors(launch) and not scalar and _matrix(launch.arguments).dtype != FP32
+
+
+def _matrix(arguments: Mapping[str, Any]) -> Tensor:
+    """The first two-dimensional argument: it has the dtype of the factors."""
+    return next(value for value in _flat(arguments.values()) if isinstance(value, Tensor) and value.dim() == 2)
 
 
 def _flat(values: Any) -> Iterator[Any]:
@@ -153,7 +179,7 @@ QKV = ((4096, 208), (1024, 96), (1024, 96))  # N, R
 def _lowrank_linear_cases(path: str, rows: Sequence[int]) -> Iterator[AotCase]:
     for M in rows:
         for N, K, R in SHAPES:
-            first = (16, *SHAPES[0]) == (M, N, K, R)
+            first = SHAPES[0] == (N, K, R) and M in ((1, 16) if path == "pair" else (16,))
             yield _linear_case(f"{path}, {M} rows, {N}x{K}, rank {R}", path, M, [_factors(N, K, R, BF16)], first)
     for M in (1, 16):
         yield _linear_case(f"{path}, {M} rows, q/k/v", path, M, [_factors(N, 4096, R, BF16) for N, R in QKV])

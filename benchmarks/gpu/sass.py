@@ -44,6 +44,10 @@ class Binary:
         """Number of loads from global memory by width, in bytes per thread."""
         return Counter(load_width(name) for name in self.instructions if _GLOBAL_LOAD.match(name))
 
+    def copied_bytes(self) -> int:
+        """Bytes per thread of all asynchronous copies to shared memory that the code names, each counted once."""
+        return sum(load_width(name) for name in self.instructions if name.startswith("LDGSTS"))
+
 
 def load_width(mnemonic: str) -> int:
     """Bytes per thread of a load such as ``LDG.E.EF.128``."""

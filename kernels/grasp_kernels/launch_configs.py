@@ -62,7 +62,7 @@ class Config:
     expand_block_n: int
     expand_block_r: int
     expand_warps: int
-    stages: int
+    stages: int  # tiles in shared memory: all but one are being copied while one is used
 
 
 MATRIX_PRODUCTS = Config(  # the blocks are those of the dual expand that follows in a gated linear unit
@@ -178,8 +178,10 @@ def serves(config: Config, key: LaunchKey) -> bool:
 
 def on_path(config: Config, path: str, key: LaunchKey) -> Config:
     """``config`` on another path: the first candidate when that path is measured."""
-    if path != "fused" or key.rows <= 2:
+    if path != "fused":
         return replace(config, path=path)
+    if key.rows <= 2:
+        return replace(config, path=path, stages=2)  # more stages spill registers at two rows
     # The tile is smaller than that of the pair, because the first tile of U stays in registers across the barrier.
     return replace(config, path=path, expand_block_n=16, expand_warps=8, stages=2 if key.rows > 16 else 3)
 
@@ -211,7 +213,7 @@ def rule_of_thumb(kernel: str, key: LaunchKey, gpu: Gpu) -> Config:
         expand_block_n=block_n,
         expand_block_r=min(piece, max(16, _power_of_two(-(-rank // groups)))),
         expand_warps=4,
-        stages=3,
+        stages=4 if scalar else 3,
     )
 
 

@@ -73,6 +73,7 @@ def _lowrank_glu_expand_kernel(
     SPLITS: tl.constexpr,
     SCALES: tl.constexpr,  # bit 0: gate has an s, bit 1: up has one
     BIASES: tl.constexpr,  # bit 0: gate has a bias, bit 1: up has one
+    STAGES: tl.constexpr,
     LOADED: tl.constexpr,  # load the first tiles of U before waiting for h
     LOOPED: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -91,12 +92,12 @@ def _lowrank_glu_expand_kernel(
     gate = expand_tile(
         *(gate_u, gate_u_ptr, gate_h_ptr, gate_s_ptr, gate_R, offs_m, offs_n, M, N, gate_R),
         *(gate_stride_un, gate_stride_hm, gate_stride_hs),
-        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES % 2 == 1, LOADED, LOOPED),
+        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES % 2 == 1, STAGES, LOADED, LOOPED),
     )
     up = expand_tile(
         *(up_u, up_u_ptr, up_h_ptr, up_s_ptr, up_R, offs_m, offs_n, M, N, up_R),
         *(up_stride_un, up_stride_hm, up_stride_hs),
-        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES >= 2, LOADED, LOOPED),
+        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES >= 2, STAGES, LOADED, LOOPED),
     )
     gate += load_bias(gate_bias_ptr, N, offs_n, BIASES % 2 == 1)
     up += load_bias(up_bias_ptr, N, offs_n, BIASES >= 2)
@@ -186,6 +187,7 @@ def expand_launch(
             "SPLITS": 1 if config.reduce else hidden[0].shape[0],
             "SCALES": (gate.s is not None) + 2 * (up.s is not None),
             "BIASES": (gate.bias is not None) + 2 * (up.bias is not None),
+            "STAGES": config.stages,
             "LOADED": loaded,
             "LOOPED": not loaded or max_rank([gate, up]) > config.expand_block_r,
             "DEPENDENT": dependent,

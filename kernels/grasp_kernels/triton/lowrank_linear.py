@@ -44,6 +44,7 @@ def _lowrank_shrink_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
     REDUCE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -54,7 +55,7 @@ def _lowrank_shrink_kernel(
     shrink(
         *(x_ptr, vh_ptrs, h_ptr, counter_ptr, ranks, vh_strides),
         *(tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(0)),
-        *(M, K, stride_xm, stride_hm, BLOCK_M, BLOCK_R, BLOCK_K, SPLITS, REDUCE),
+        *(M, K, stride_xm, stride_hm, BLOCK_M, BLOCK_R, BLOCK_K, SPLITS, STAGES, REDUCE),
     )
 
 
@@ -77,6 +78,7 @@ def _lowrank_expand_kernel(
     SPLITS: tl.constexpr,
     SCALES: tl.constexpr,
     BIASES: tl.constexpr,
+    STAGES: tl.constexpr,
     LOOPED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -87,7 +89,7 @@ def _lowrank_expand_kernel(
     expand(
         *(u, (u_ptrs, s_ptrs, bias_ptrs, y_ptrs), h_ptr, (widths, ranks, u_strides)),
         *(tile, tl.program_id(1), M, stride_hm, stride_hs),
-        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES, BIASES, LOOPED),
+        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES, BIASES, STAGES, LOOPED),
     )
 
 
@@ -117,6 +119,7 @@ def _lowrank_fused_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,  # the whole rank of each member
     SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
     REDUCE: tl.constexpr,
     SCALES: tl.constexpr,
     BIASES: tl.constexpr,
@@ -129,7 +132,7 @@ def _lowrank_fused_kernel(
             shrink(
                 *(x_ptr, vh_ptrs, h_ptr, counter_ptr + 1, ranks, vh_strides),
                 *(task % rank_tiles, task // rank_tiles, 0, rank_tiles),
-                *(M, K, stride_xm, stride_hm, BLOCK_M, SHRINK_R, BLOCK_K, SPLITS, REDUCE),
+                *(M, K, stride_xm, stride_hm, BLOCK_M, SHRINK_R, BLOCK_K, SPLITS, STAGES, REDUCE),
             )
     if PHASE != _SHRINK_ONLY:
         # Arrive first, then load U while other programs finish: an earlier load of U would delay the shrink.
@@ -142,7 +145,7 @@ def _lowrank_fused_kernel(
             expand(
                 *(u, (u_ptrs, s_ptrs, bias_ptrs, y_ptrs), h_ptr, (widths, ranks, u_strides)),
                 *(tile, 0, M, stride_hm, M * stride_hm),
-                *(BLOCK_M, BLOCK_N, BLOCK_R, 1 if REDUCE else SPLITS, SCALES, BIASES, False),
+                *(BLOCK_M, BLOCK_N, BLOCK_R, 1 if REDUCE else SPLITS, SCALES, BIASES, STAGES, False),
             )
             u = first_u(u_ptrs, widths, ranks, u_strides, tile + programs, BLOCK_N, BLOCK_R)
 
@@ -321,6 +324,7 @@ def _shrink_arguments(x: Tensor, Vhs: Sequence[Tensor], hidden: Tensor, config: 
         "BLOCK_M": row_block(x.shape[0], config),
         "BLOCK_K": config.shrink_block_k,
         "SPLITS": config.splits,
+        "STAGES": config.stages,
         "REDUCE": config.reduce,
     }
 
@@ -345,6 +349,7 @@ def _expand_arguments(
         "BLOCK_N": config.expand_block_n,
         "SCALES": scales,
         "BIASES": biases,
+        "STAGES": config.stages,
     }
 
 

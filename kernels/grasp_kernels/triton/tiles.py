@@ -2,7 +2,8 @@
 
 M rows of x, K in_features, R rank, N out_features; factors are row-major with a unit inner stride. Tiles of one or two
 rows use scalar multiply-adds that are reduced once at the end; tiles of 16 and more use tensor-core dots. Both give
-fp32. The members of a group are passed as tuples; the number of a tile determines its member.
+fp32. Triton copies ahead only in loops with a dot, so the loops of scalar tiles ask for it, with ``STAGES``. The
+members of a group are passed as tuples; the number of a tile determines its member.
 """
 
 from __future__ import annotations
@@ -101,20 +102,19 @@ def shrink_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """[BLOCK_M, BLOCK_R] of ``x[:, start:stop] @ Vh[:, start:stop].mT``, fp32."""
     if BLOCK_M < 16:
         acc0 = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
         acc1 = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-        for k in range(start, stop, BLOCK_K):
+        for k in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
             offs_k = k + tl.arange(0, BLOCK_K)
             vh = load_factor(vh_ptr, offs_r, offs_k, R, K, stride_vr).to(tl.float32)  # [BLOCK_R, BLOCK_K]
-            # x is loaded in the layout of Vh, from the nearest cache: no exchange through shared memory.
-            x_ptrs = tl.broadcast_to(x_ptr + offs_k[None, :], [BLOCK_R, BLOCK_K])
-            mask = tl.broadcast_to((offs_k < K)[None, :], [BLOCK_R, BLOCK_K])
-            acc0 += tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32) * vh
+            # x is loaded as a vector: a tile of it in the layout of Vh would be copied as often as Vh has rows.
+            acc0 += tl.load(x_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)[None, :] * vh
             if BLOCK_M == 2:
-                acc1 += tl.load(x_ptrs + stride_xm, mask=mask, other=0.0).to(tl.float32) * vh
+                acc1 += tl.load(x_ptr + stride_xm + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)[None, :] * vh
         h = _stack_rows(tl.sum(acc0, 1), tl.sum(acc1, 1), BLOCK_M)
     else:
         h = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
@@ -190,6 +190,7 @@ def expand_tile(
     BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr,
     SCALED: tl.constexpr,
+    STAGES: tl.constexpr,
     LOADED: tl.constexpr,
     LOOPED: tl.constexpr,  # the rank may exceed the loaded tile
 ):
@@ -204,7 +205,7 @@ def expand_tile(
             if BLOCK_M == 2:
                 acc1 = expand_row(u, 1, h_ptr, s_ptr, s_length, offs_r, R, stride_hm, stride_hs, SPLITS, SCALED)
         if LOOPED:
-            for r in range(first, R, BLOCK_R):
+            for r in tl.range(first, R, BLOCK_R, num_stages=STAGES):
                 offs = r + offs_r
                 piece = load_factor(u_ptr, offs_n, offs, N, R, stride_un)
                 acc0 += expand_row(piece, 0, h_ptr, s_ptr, s_length, offs, R, stride_hm, stride_hs, SPLITS, SCALED)
@@ -262,6 +263,7 @@ def shrink(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
     REDUCE: tl.constexpr,
 ):
     """Store one split of one tile of a group's h. With REDUCE, the last program of a tile stores the sum in split 0."""
@@ -275,7 +277,7 @@ def shrink(
     vh_ptr = pick(vh_ptrs, index)
     stride_vr = pick(vh_strides, index)
     partial = shrink_tile(
-        x_ptr, vh_ptr, offs_m, offs_r, M, K, R, stride_xm, stride_vr, start, stop, BLOCK_M, BLOCK_R, BLOCK_K
+        x_ptr, vh_ptr, offs_m, offs_r, M, K, R, stride_xm, stride_vr, start, stop, BLOCK_M, BLOCK_R, BLOCK_K, STAGES
     )
     stride_hs = M * stride_hm
     h_ptrs = h_ptr + hidden_column(ranks, index) + offs_m[:, None] * stride_hm + offs_r[None, :]
@@ -316,6 +318,7 @@ def expand(
     SPLITS: tl.constexpr,
     SCALES: tl.constexpr,  # bit g: member g has an s
     BIASES: tl.constexpr,  # bit g: member g has a bias
+    STAGES: tl.constexpr,
     LOOPED: tl.constexpr,
 ):
     """Compute and store one tile of a group's outputs."""
@@ -334,7 +337,7 @@ def expand(
     stride_un = pick(u_strides, index)
     y = expand_tile(
         *(u, u_ptr, h_ptr, s_ptr, s_length, offs_m, offs_n, M, N, R, stride_un, stride_hm, stride_hs),
-        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES != 0, True, LOOPED),
+        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES != 0, STAGES, True, LOOPED),
     )
     y += load_bias(pick(bias_ptrs, index), bias_length, offs_n, BIASES != 0)
     store_rows(pick(y_ptrs, index), y, offs_m, offs_n, M, N)

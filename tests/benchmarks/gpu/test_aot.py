@@ -31,25 +31,39 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     return json.loads(output.read_text())["rows"]
 
 
-def by_kernel(rows: Rows, architecture: int) -> dict[str, dict[str, Any]]:
-    return {row["kernel"]: row for row in rows if row["architecture"] == architecture}
+def binary(rows: Rows, kernel: str, case: str, architecture: int = 90) -> dict[str, Any]:
+    (row,) = (
+        row for row in rows if (row["kernel"], row["architecture"]) == (kernel, architecture) and case in row["case"]
+    )
+    return row
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles_to_what_it_should_be(rows: Rows, architecture: int) -> None:
-    found = by_kernel(rows, architecture)
-    assert set(found) == {launch.kernel.__name__ for case in representatives() for launch in case.launches(CARDS[80])}
-    assert {row["kernel"]: row["complaints"] for row in found.values() if row["complaints"]} == {}
+    found = [row for row in rows if row["architecture"] == architecture]
+    kernels = {launch.kernel.__name__ for case in representatives() for launch in case.launches(CARDS[80])}
+    assert {row["kernel"] for row in found} == kernels
+    assert [(row["kernel"], row["case"], row["complaints"]) for row in found if row["complaints"]] == []
 
 
 @pytest.mark.slow
 def test_the_gradient_kernel_is_the_one_that_was_designed(rows: Rows) -> None:
-    row = by_kernel(rows, 90)["_singular_value_grad_kernel"]
+    row = binary(rows, "_singular_value_grad_kernel", "")
     assert set(row["tensor_core"]) == {"HGMMA"}
     assert row["registers"] <= 192  # two accumulators of 64 and room: above, the warps would wait for each other
     assert row["shared"] == 3 * (128 + 128) * 64 * 2  # three stages of two 16-bit tiles
     assert set(row["loads"]) <= {"1", "4", "16"}  # the mask, the bounds, everything else
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_shrink_of_one_row_keeps_24_kib_of_vh_in_flight(rows: Rows, architecture: int) -> None:
+    row = binary(rows, "_lowrank_shrink_kernel", ", 1 rows", architecture)
+    assert row["copied_ahead"] >= 24 << 10
+    assert row["loads"]["16"] == 4 * 4  # 16 x 256 elements are four copies per thread; four stages
+    assert row["shared"] <= 28 << 10  # eight programs fit in a processor
+    assert row["registers"] <= 96
 
 
 @pytest.mark.slow
@@ -96,6 +110,17 @@ def test_a_sound_binary_has_no_complaints() -> None:
 def test_each_fault_is_found(fault: str) -> None:
     binary, complaint = FAULTS[fault]
     assert any(complaint in found for found in complaints(gradient_launch(), binary))
+
+
+@pytest.mark.parametrize(
+    ("copies", "complaint"),
+    [(16, False), (15, True), (0, True)],  # 0: the loop as Triton compiles it unless it is asked to copy ahead
+)
+def test_a_loop_that_copies_too_little_ahead_is_found(copies: int, complaint: bool) -> None:
+    shrink = next(case for case in representatives() if "pair, 1 rows" in case.name).launches(CARDS[90])[0]
+    listing = ("LDG.E.128", *["LDGSTS.E.BYPASS.128"] * copies, "LDGSTS.E", "ACQBULK")
+    found = complaints(shrink, replace(SOUND, instructions=listing))
+    assert any("copy" in text for text in found) == complaint
 
 
 ARRIVE, FETCH, READ = "ATOMG.E.ADD.STRONG.GPU", "LDG.E.EF.128", "LDG.E.STRONG.GPU"
