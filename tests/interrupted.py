@@ -14,7 +14,7 @@ from torch import Tensor
 from grasp.checkpoint.compression_report import CompressionReport
 from grasp.checkpoint.run_state import RunState
 from grasp.compress import compress_
-from grasp.compression.memory import SpanMemory
+from grasp.compression.span_plan import SpanMemory
 from grasp.config import GraspConfig
 from grasp.method.cost_table import CostTable
 from grasp.statistics.hidden_states import Scratch

@@ -20,7 +20,7 @@ from grasp.bench.memory import peak_bytes_above_now
 from grasp.checkpoint.compression_report import CompressionReport
 from grasp.checkpoint.run_state import RunState
 from grasp.compress import compress_
-from grasp.compression.estimate import CompressionJob
+from grasp.compression.job import CompressionJob
 from grasp.config import GraspConfig
 from grasp.files import tensors_digest
 from grasp.progress import Progress

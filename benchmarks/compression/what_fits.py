@@ -16,8 +16,9 @@ import torch
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from grasp.compression.device_speed import Rates, card_rates
-from grasp.compression.estimate import CompressionJob, Estimate, estimate
-from grasp.compression.memory import FREE_FRACTION
+from grasp.compression.estimate import Estimate, estimate
+from grasp.compression.job import CompressionJob
+from grasp.compression.memory_budget import FREE_FRACTION
 from grasp.config import GraspConfig
 from grasp.errors import OutOfMemoryError
 from grasp.formatting import size

@@ -24,7 +24,8 @@ from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, builtin_text, token_batches, tokenize
 from grasp.compress import compress_
 from grasp.compression.eligible import eligible_targets
-from grasp.compression.estimate import CompressionJob, Estimate, estimate
+from grasp.compression.estimate import Estimate, estimate
+from grasp.compression.job import CompressionJob
 from grasp.config import GraspConfig
 from grasp.evaluation.perplexity import perplexity
 from grasp.loading import load_quietly

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from grasp.compression.memory import return_freed_memory
+from grasp.compression.memory_budget import return_freed_memory
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

@@ -9,8 +9,10 @@ from accelerate.utils import find_executable_batch_size
 from transformers import PreTrainedModel
 
 from grasp.compression.eligible import eligible_targets
-from grasp.compression.estimate import CompressionJob, Estimate, estimate
-from grasp.compression.memory import FREE_FRACTION, MemoryBudget, free_bytes, statistics_bytes
+from grasp.compression.estimate import Estimate, estimate
+from grasp.compression.job import CompressionJob
+from grasp.compression.memory import statistics_bytes
+from grasp.compression.memory_budget import FREE_FRACTION, MemoryBudget, free_bytes
 from grasp.config import GraspConfig
 from grasp.errors import OutOfMemoryError
 from grasp.method.schedules import plan_sweeps

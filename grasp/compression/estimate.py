@@ -4,136 +4,32 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
-from transformers import PreTrainedConfig
-
 from grasp.calibration import require_sizes
 from grasp.compression.budget import Plan, ceilings, choose_plan, find_prices
-from grasp.compression.candidates import REMOVAL_LOSS_SCALES, hold_out
 from grasp.compression.device_speed import Rates
 from grasp.compression.eligible import check_layers, eligible_targets, require_positions
+from grasp.compression.flops import FlopCounter, Flops, SweepCost
+from grasp.compression.job import CompressionJob
 from grasp.compression.layer_cost import Tracer, tracer_for
-from grasp.compression.memory import (
-    LIBRARY_BYTES,
-    PlannedSpan,
-    forward_bytes,
-    retained_groups,
-    span_memory,
-)
+from grasp.compression.memory import LIBRARY_BYTES, forward_bytes, span_memory
+from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
-from grasp.method.basis import BASES
-from grasp.method.metrics import METRICS
 from grasp.method.ranks import Shape, break_even_rank, parameters_removed
 from grasp.method.schedules import plan_sweeps
-from grasp.method.svd import decomposition_flops
 from grasp.model.dense import dense_shape
 from grasp.model.size import model_size
 from grasp.model.targets import Target, decoder
 from grasp.progress import TimeLeft
-from grasp.statistics.covariance import covariance_bytes, distinct_inputs
-from grasp.statistics.loss import vocabulary_size
-from grasp.statistics.sweep import sweep_name
-from grasp_kernels.routes import dense_flops, factored_flops
+from grasp.statistics.covariance import distinct_inputs
 
-# Forward passes through a layer per batch: dense, low-rank, and at most one more for its inputs.
-REFIT_PASSES = 3.5
 # Hidden states of all batches that refit holds: the inputs of both streams, and the outputs of one.
 REFIT_STREAMS = 3
 
 REPEATED = ("hidden states", "covariances", "decompositions", TimeLeft.REST)  # kinds of steps that each sweep has
-
-
-@dataclass(frozen=True)
-class CompressionJob:
-    """A compression to estimate.
-
-    Args:
-        model_config: configuration of the model; its weights are not needed.
-        config: configuration of the compression. With ``threshold_ratio``, ranks are assumed to be at their upper
-            bound, where the low-rank linear has as many parameters as the dense one.
-        dtype: dtype of the weights.
-        device: the device to run on, on which layers are traced.
-        num_samples: calibration sequences.
-        seq_len: tokens per sequence.
-        processes: processes that share the sequences and the decompositions.
-        sharded: whether the weights are spread over the processes.
-        on_card: whether a card that this machine does not have is meant, with CPU memory beside it.
-    """
-
-    model_config: PreTrainedConfig
-    config: GraspConfig
-    dtype: torch.dtype
-    device: torch.device
-    num_samples: int
-    seq_len: int
-    processes: int = 1
-    sharded: bool = False
-    on_card: bool = False
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether the model is in CPU memory."""
-        return self.device.type == "cpu" and not self.on_card
-
-    @property
-    def sweep_dtype(self) -> torch.dtype:
-        """The dtype of the sweeps."""
-        name = self.config.sweep_dtype
-        return self.dtype if name is None else getattr(torch, name)
-
-    @property
-    def sum_bytes(self) -> int:
-        """Bytes per number in a sum."""
-        return max(4, self.dtype.itemsize)
-
-    @property
-    def tokens(self) -> int:
-        """All calibration tokens."""
-        return self.num_samples * self.seq_len
-
-    @property
-    def local_tokens(self) -> int:
-        """Calibration tokens of one process."""
-        return -(-self.num_samples // self.processes) * self.seq_len
-
-    @property
-    def rounds(self) -> int:
-        """How often all linears are scored."""
-        return 2 if self.config.schedule == "progressive" else 1
-
-    @property
-    def has_moments(self) -> bool:
-        """Whether the metric needs gradients."""
-        return METRICS[self.config.metric].moment != "none"
-
-    @property
-    def passes_per_sweep(self) -> int:
-        """How often a sweep runs over the calibration set: for covariances and for gradients, in each round."""
-        return self.rounds * (BASES[self.config.basis].inputs + self.has_moments)
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Floating-point operations of all processes; a multiply-add counts as two."""
-
-    block_influence: int = 0
-    prefix: int = 0  # up to the redundant layers, or to the deepest span in each round
-    sweeps: int = 0  # forward, and backward in activations, including the head
-    statistics: int = 0  # gradients in the singular values, covariances
-    decompositions: int = 0
-    held_out: int = 0  # of candidates that remove layers
-    refit: int = 0  # forward passes
-    refit_sums: int = 0
-    refit_solutions: int = 0
-
-    @property
-    def total(self) -> int:
-        """The sum of all."""
-        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -166,18 +62,6 @@ class Memory:
     def host(self) -> int:
         """Peak in CPU memory beside another device; 0 if the model is in CPU memory."""
         return 0 if self.on_cpu else max(self.hidden_states, self.refit_states)
-
-
-@dataclass(frozen=True)
-class SweepCost:
-    """One pass over the calibration set, forward and backward."""
-
-    name: str
-    linears: int
-    layers: int  # that run
-    spans: int  # ranges of layers that run one after the other
-    runs: int  # a layer whose sums do not fit together runs several times
-    flops: int  # without statistics
 
 
 @dataclass(frozen=True)
@@ -324,15 +208,13 @@ class _Estimator:
         self._job, self._tracer, self._budget, self._host_budget = job, tracer, memory, host_memory
         self._layers = decoder(tracer.model).layers
         self.targets = eligible_targets(tracer.model)[0]
-        self.shapes = _shapes([target for linears in self.targets.values() for target in linears])
+        self.shapes = [dense_shape(target.module) for linears in self.targets.values() for target in linears]
         self.parameters = model_size(tracer.model, self._layers).parameters
         self._prices = find_prices(replace(job.config, target_latency=None), tracer.model, self.targets)
         if job.config.target_latency is not None:  # the layers depend on costs: at most, all layers are compressed
             self._prices = replace(self._prices, saving=math.inf)
-        self._batch_size = len(tracer.batch.input_ids)
-        batches = [tracer.batch] * -(-job.num_samples // self._batch_size)
+        self._flops = FlopCounter(job, tracer)
         self._cases: dict[tuple[int, ...], _Case] = {}
-        self._held_out = len(hold_out(batches)[1]) * self._batch_size if job.config.remove_layers else 0
 
     def model_bytes(self) -> int:
         """The weights that one process has: of a sharded model its share of the linears, and all other weights."""
@@ -356,7 +238,7 @@ class _Estimator:
             memory = Memory(
                 LIBRARY_BYTES, 0, 0, 0, 0, self._forward_bytes(), 0, 0, self._checkpoint_bytes(0), job.on_cpu
             )
-            return _Case(plan.layers, (), self._flops([], 0, 0), memory, memory.peak)
+            return _Case(plan.layers, (), self._flops.count([], 0, 0), memory, memory.peak)
         members = plan_sweeps(ranks, config.schedule)
         weights = {target: rank * sum(dense_shape(target.module)) for target, rank in ranks.items()}
         factors = 0 if config.decides_together else job.dtype.itemsize * sum(weights.values())
@@ -383,8 +265,8 @@ class _Estimator:
             disk=0,
             on_cpu=job.on_cpu,
         )
-        sweeps = self._sweeps(members, plans, ranks)
-        prefix = self._prefix_flops(plans)
+        sweeps = self._flops.sweeps(members, plans, ranks)
+        prefix = self._flops.prefix(plans)
         removed = sum(parameters_removed(dense_shape(target.module), rank) for target, rank in plan.ranks.items())
         memory = self._with_states(
             working,
@@ -392,57 +274,8 @@ class _Estimator:
             stored=self._stored_bytes(members, weights, working.sums),
             checkpoint=self._checkpoint_bytes(removed),
         )
-        flops = self._flops(list(ranks), prefix, sum(sweep.flops for sweep in sweeps))
+        flops = self._flops.count(list(ranks), prefix, sum(sweep.flops for sweep in sweeps))
         return _Case(plan.layers, sweeps, flops, memory, max(memory.least() for memory in memories))
-
-    def _sweeps(
-        self,
-        members: Sequence[Sequence[Target]],
-        plans: Sequence[Sequence[PlannedSpan]],
-        ranks: Mapping[Target, int],
-    ) -> tuple[SweepCost, ...]:
-        """Run the layers of all sweeps without data. Each sees the low-rank linears of those before."""
-        replaced: dict[int, dict[str, int]] = defaultdict(dict)
-        sweeps = []
-        for targets, spans in zip(members, plans, strict=True):
-            runs = [(span.layers, part) for span in spans for part in span.parts]
-            body = sum(self._span_flops(spans[-1].layers.start, *run, replaced) for run in runs)
-            sweeps.append(
-                SweepCost(
-                    name=sweep_name(targets),
-                    linears=len(targets),
-                    layers=sum(len(span.layers) for span in spans),
-                    spans=len(spans),
-                    runs=len(runs),
-                    flops=self._for_calibration(body) + len(spans[0].parts) * self._head_flops(),
-                )
-            )
-            for target in targets:
-                replaced[target.layer][target.name] = ranks[target]
-        return tuple(sweeps)
-
-    def _span_flops(
-        self, lowest: int, layers: range, part: Collection[Target], replaced: Mapping[int, Mapping[str, int]]
-    ) -> int:
-        """The FLOPs of one batch, forward and backward."""
-        costs = [
-            self._tracer.layer(
-                layer,
-                "starts" if layer == lowest else "enters",
-                visited=[target for target in part if target.layer == layer],
-                ranks=replaced.get(layer),
-            )
-            for layer in layers
-        ]
-        return sum(cost.forward + cost.backward for cost in costs)
-
-    def _prefix_flops(self, plans: Sequence[Sequence[PlannedSpan]]) -> int:
-        """The layers below all sweeps once, and in each round of a sweep the layers below its deepest span."""
-        entries = [spans[-1].layers.start for spans in plans]
-        again = sum(
-            self._forward(range(entry, spans[0].layers.start)) for entry, spans in zip(entries, plans, strict=True)
-        )
-        return self._for_calibration(self._forward(range(max(entries))) + self._job.rounds * again)
 
     def _stored_states(self, targets: Sequence[Target], plans: Sequence[Sequence[PlannedSpan]]) -> tuple[int, int]:
         """Bytes of the hidden states of all batches, in the sweeps and in the refit.
@@ -467,55 +300,6 @@ class _Estimator:
             return total * (job.sum_bytes + (job.dtype.itemsize if job.rounds > 1 else 0))
         sweep = max(sum(weights[target] for target in targets) for targets in members)
         return total * job.dtype.itemsize + max(2 * sums, sweep * job.sum_bytes)
-
-    def _flops(self, targets: Sequence[Target], prefix: int, sweeps: int) -> Flops:
-        """The FLOPs of all steps; ``sweeps`` has those of one pass of each sweep."""
-        job = self._job
-        depth = range(len(self._layers))
-        influence = self._for_samples(self._forward(depth), job.num_samples)
-        if not targets:
-            return Flops(block_influence=influence)
-        evaluations = len(depth) + 1 + len(REMOVAL_LOSS_SCALES)
-        evaluation = self._for_samples(self._forward(depth), self._held_out) + self._head_flops(self._held_out) // 2
-        flops = Flops(
-            block_influence=influence,
-            prefix=prefix,
-            sweeps=job.passes_per_sweep * sweeps,
-            statistics=job.rounds * _statistics_flops(job, self._tokens, targets),
-            decompositions=job.rounds * sum(_decomposition_flops(job.config, shape) for shape in _shapes(targets)),
-            held_out=evaluations * evaluation if self._held_out else 0,
-        )
-        if not job.config.refit:
-            return flops
-        layers = range(min(target.layer for target in targets), max(target.layer for target in targets) + 1)
-        sums = 2 * 2 * self._tokens * covariance_bytes(targets, outputs=False) // job.sum_bytes
-        return replace(
-            flops,
-            refit=int(REFIT_PASSES * self._for_calibration(self._forward(layers))),
-            refit_sums=sums,
-            refit_solutions=sum(least_squares_flops(shape, break_even_rank(shape)) for shape in _shapes(targets)),
-        )
-
-    @property
-    def _tokens(self) -> int:
-        """The tokens that statistics are taken of."""
-        return (self._job.num_samples - self._held_out) * self._job.seq_len
-
-    def _for_calibration(self, flops: int) -> int:
-        return self._for_samples(flops, self._job.num_samples - self._held_out)
-
-    def _for_samples(self, flops: int, samples: int) -> int:
-        """The FLOPs of some sequences, from those of one batch."""
-        return flops * samples // self._batch_size
-
-    def _forward(self, layers: range) -> int:
-        """The FLOPs of one batch through some layers."""
-        return sum(self._tracer.layer(layer, "none").forward for layer in layers)
-
-    def _head_flops(self, samples: int | None = None) -> int:
-        """The logits of all calibration tokens but the last of each sequence, forward and backward."""
-        samples = self._job.num_samples - self._held_out if samples is None else samples
-        return 2 * 2 * samples * (self._job.seq_len - 1) * vocabulary_size(self._tracer.model) * self._tracer.width
 
     def _forward_bytes(self) -> int:
         return self._tracer.base_bytes + forward_bytes(self._tracer, range(0), self._job.dtype)
@@ -544,29 +328,3 @@ class _Estimator:
         spilled = job.processes * max(states[0] - sweeping, states[1] - refitting)
         disk = max(stored + spilled, 2 * checkpoint)
         return replace(working, hidden_states=sweeping, refit_states=refitting, disk=disk)
-
-
-def _shapes(targets: Collection[Target]) -> list[Shape]:
-    return [dense_shape(target.module) for target in targets]
-
-
-def _statistics_flops(job: CompressionJob, tokens: int, targets: Sequence[Target]) -> int:
-    """FLOPs of the gradients in the singular values, and of one half of each symmetric covariance."""
-    basis, flops = BASES[job.config.basis], 0
-    if job.has_moments:
-        for n, k in _shapes(targets):
-            work = (tokens, n, k, min(n, k))
-            flops += min(dense_flops(*work), factored_flops(*work))
-    covariances = covariance_bytes(targets, outputs=basis.outputs) if basis.inputs else 0
-    return flops + tokens * covariances // job.sum_bytes
-
-
-def _decomposition_flops(config: GraspConfig, shape: Shape) -> int:
-    basis = BASES[config.basis]
-    return decomposition_flops(shape, inputs=basis.inputs, outputs=basis.outputs, rank=retained_groups(config, shape))
-
-
-def least_squares_flops(shape: Shape, rank: int) -> int:
-    """FLOPs of ``grasp.method.least_squares`` for an (N, K) weight: three products, and one LU factorisation."""
-    n, k = shape
-    return 4 * k * k * rank + 2 * k * rank**2 + 2 * n * k * rank + 2 * rank**3 // 3 + 2 * n * rank**2

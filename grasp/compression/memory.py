@@ -1,196 +1,34 @@
-"""Divide decoder layers into spans, so that the sums of one span and everything else fit into a memory budget."""
+"""What the steps of a compression take above the loaded model, in bytes on its device."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
 
-import psutil
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from grasp.compression.layer_cost import Tracer, tracer_for
+from grasp.compression.layer_cost import Tracer
+from grasp.compression.span_plan import LayerNeeds, SpanMemory
 from grasp.config import GraspConfig
-from grasp.errors import OutOfMemoryError, UnsupportedModelError
-from grasp.formatting import size
 from grasp.method.basis import BASES
 from grasp.method.least_squares import least_squares_bytes
 from grasp.method.metrics import METRICS
 from grasp.method.ranks import Shape, break_even_rank
-from grasp.method.schedules import plan_sweeps
 from grasp.method.svd import decomposition_bytes
-from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_shape
-from grasp.model.offload import fetched_bytes
-from grasp.model.running import first_device
 from grasp.model.targets import Target, decoder
-from grasp.statistics.covariance import covariance_bytes, input_groups
+from grasp.statistics.covariance import covariance_bytes
 from grasp.statistics.gradients import dense_is_cheaper
 from grasp.statistics.loss import LOGITS_BYTES, vocabulary_size
-from grasp.statistics.processes import ALONE, Processes
 from grasp_kernels.reference import accumulation_dtype
 
 LIBRARY_BYTES = 2**25  # workspaces of libraries, and what the allocator keeps between two ``return_freed_memory``
 # oneDNN keeps the code of products of 16-bit numbers on a CPU: 0.55 to 0.75 MB were measured for each of 1024 shapes.
 CODE_BYTES, CODE_SHAPES = 650_000, int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024"))
-FREE_FRACTION = 0.9  # of the memory that is free once the model is loaded, if no budget is given
-_CGROUP = Path("/sys/fs/cgroup")
 # Allocators keep freed blocks and reuse only a part of them.
 FRAGMENTATION = 2
-
-
-class LayerNeeds(NamedTuple):
-    """What a decoder layer takes on its device while one batch passes, in bytes."""
-
-    activations: int  # from the forward to the backward pass; with the factors that stand in for dense weights
-    temporaries: int  # in addition, at the peak of the backward pass
-
-
-class PlannedSpan(NamedTuple):
-    """A contiguous range of decoder layers that runs forward and backward by itself.
-
-    The span runs once for each part, and keeps the sums of the linears of that part. A span of several layers has one
-    part. A part without linears passes only the gradient on.
-    """
-
-    layers: range
-    parts: tuple[tuple[Target, ...], ...]
-
-
-@dataclass(frozen=True)
-class SpanMemory:
-    """What spans take on the device of the model, above the loaded model.
-
-    Attributes:
-        targets: the linears whose sums are gathered.
-        layers: the layers that run, from the lowest with a target to the last one of the model.
-        needs: of each of ``layers``.
-        fixed: bytes that every step takes.
-        head: temporary bytes of the loss and its gradient, which the deepest span computes before its backward pass.
-        sum_bytes: bytes of the sums of some linears. Linears of different inputs (``input_groups``) share no sums.
-        decomposition_bytes: temporary bytes of one decomposition. It runs while all sums of its span are held and no
-            batch passes.
-        other: bytes of the steps before and after the sweeps, beside ``fixed``: no division into spans changes them.
-    """
-
-    targets: Collection[Target]
-    layers: range
-    needs: Mapping[int, LayerNeeds]
-    fixed: int
-    head: int
-    sum_bytes: Callable[[Collection[Target]], int]
-    decomposition_bytes: Callable[[Target], int]
-    other: int = 0
-
-    def passing(self, layers: range) -> int:
-        """The peak of one batch in a span of ``layers``, in bytes."""
-        needs = [self.needs[layer] for layer in layers]
-        head = self.head if layers.stop == self.layers.stop else 0
-        return sum(need.activations for need in needs) + max(head, *(need.temporaries for need in needs))
-
-    def decomposing(self, part: Collection[Target]) -> int:
-        """The peak of the decompositions of some linears, in bytes."""
-        return max(map(self.decomposition_bytes, part), default=0)
-
-    def peak(self, layers: range, part: Collection[Target]) -> int:
-        """The peak of a span in bytes while it gathers the sums of ``part``, and then decomposes its linears."""
-        return self.fixed + self.sum_bytes(part) + max(self.passing(layers), self.decomposing(part))
-
-    def least(self) -> int:
-        """The smallest budget that ``plan`` accepts, in bytes."""
-        groups = self._groups()
-        parts = [(range(layer, layer + 1), part) for layer in self.layers for part in groups.get(layer) or [()]]
-        return max(self.fixed + self.other, *(self.peak(*part) for part in parts))
-
-    def most(self) -> int:
-        """The smallest budget with which all layers are one span, in bytes."""
-        return max(self.least(), self.peak(self.layers, self.targets))
-
-    def plan(self, budget: int) -> list[PlannedSpan]:
-        """The fewest spans whose peaks are at most ``budget`` bytes, the deepest first; one if all layers fit together.
-
-        Every target is in exactly one part. A layer that does not fit alone is a span with several parts. The smallest
-        part has the linears that share an input.
-
-        Raises:
-            OutOfMemoryError: if the smallest part of a layer does not fit; the message has the least that would do.
-        """
-        require_budget(budget, self.least())
-        groups = self._groups()
-        spans: list[PlannedSpan] = []
-        stop = self.layers.stop
-        while stop > self.layers.start:
-            start = stop - 1
-            while start > self.layers.start and self._fits(range(start - 1, stop), groups, budget):
-                start -= 1
-            layers = range(start, stop)
-            whole = _members(layers, groups)
-            split = self.peak(layers, whole) > budget
-            spans.append(PlannedSpan(layers, self._parts(start, groups[start], budget) if split else (whole,)))
-            stop = start
-        return spans
-
-    def most_of(self, spans: Collection[PlannedSpan]) -> int:
-        """The peak of all steps with these spans, in bytes."""
-        return max(self.fixed + self.other, *(self.peak(span.layers, part) for span in spans for part in span.parts))
-
-    def _fits(self, layers: range, groups: Mapping[int, list[tuple[Target, ...]]], budget: int) -> bool:
-        return self.peak(layers, _members(layers, groups)) <= budget
-
-    def _parts(self, layer: int, groups: list[tuple[Target, ...]], budget: int) -> tuple[tuple[Target, ...], ...]:
-        """Put the groups of one layer into few parts: each, the largest first, into the first part with room for it."""
-        parts: list[tuple[Target, ...]] = []
-        for group in sorted(groups, key=self.sum_bytes, reverse=True):
-            fitting = (i for i, part in enumerate(parts) if self.peak(range(layer, layer + 1), part + group) <= budget)
-            if (index := next(fitting, None)) is None:
-                parts.append(group)
-            else:
-                parts[index] += group
-        return tuple(parts)
-
-    def _groups(self) -> dict[int, list[tuple[Target, ...]]]:
-        groups: defaultdict[int, list[tuple[Target, ...]]] = defaultdict(list)
-        for group in input_groups(self.targets):
-            groups[group[0].layer].append(group)
-        return groups
-
-
-def _members(layers: range, groups: Mapping[int, list[tuple[Target, ...]]]) -> tuple[Target, ...]:
-    return tuple(target for layer in layers for group in groups.get(layer, []) for target in group)
-
-
-def check_budgets(memory: int | None, host_memory: int | None, *, on_cpu: bool) -> None:
-    """Refuse budgets that are not positive, and one for the CPU memory beside a device if the model is on the CPU.
-
-    Raises:
-        ValueError: in these cases.
-    """
-    for name, value in (("memory", memory), ("host_memory", host_memory)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be a positive number of bytes, got {value}")
-    if on_cpu and host_memory is not None:
-        raise ValueError("host_memory is for CPU memory beside a GPU, but the model is on the CPU; give memory")
-
-
-def require_budget(budget: int, least: int) -> None:
-    """Raise ``OutOfMemoryError`` if a budget is below the least that would do; both in bytes."""
-    if budget < least:
-        raise OutOfMemoryError(
-            f"{size(budget)} of memory above the loaded model are too little; this compression takes at least "
-            f"{megabytes(least)}. Give --memory {megabytes(least)} or more if the device has them, a shorter "
-            "--seq-len, or a smaller --batch-size"
-        )
-
-
-def megabytes(number: int) -> str:
-    """A number of bytes as an argument of ``--memory``, rounded up: ``"5243MB"``."""
-    return f"{-(-number // 10**6)}MB"
 
 
 def span_memory(
@@ -364,122 +202,3 @@ def code_bytes(tracer: Tracer, targets: Collection[Target], ranks: Mapping[str, 
     ranks = {target.name: index for index, target in enumerate(targets)} if ranks is None else ranks
     shapes = {(dense_shape(target.module), ranks[target.name]) for target in targets if target.name in ranks}
     return CODE_BYTES * min(CODE_SHAPES, 4 * len(shapes))
-
-
-@dataclass(frozen=True)
-class MemoryBudget:
-    """How much memory a compression may take above the loaded model.
-
-    Attributes:
-        tracer: the model without data; ``None`` if it cannot run without data, then all layers are one span.
-        config: what to compress and how.
-        tokens: all calibration tokens.
-        dtype: of the weights.
-        fetched: bytes of a weight that is offloaded or sharded, while its linear runs; 0 if all weights are in memory.
-        device: bytes for a span, on the device of the model.
-        hidden_states: bytes of CPU memory for hidden states; ``None`` for any number.
-    """
-
-    tracer: Tracer | None
-    config: GraspConfig
-    tokens: int
-    dtype: torch.dtype
-    fetched: int
-    device: int
-    hidden_states: int | None
-
-    @classmethod
-    def of(
-        cls,
-        model: PreTrainedModel,
-        batches: Sequence[CalibrationBatch],
-        config: GraspConfig,
-        targets: Collection[Target],
-        *,
-        memory: int | None,
-        host_memory: int | None,
-        processes: Processes = ALONE,
-    ) -> MemoryBudget:
-        """The budget for a loaded model; ``None`` is 0.9 of what is free. Processes divide free CPU memory.
-
-        All processes get the smallest of their budgets for the device, so that they plan the same spans.
-
-        On a CPU, hidden states have what the largest span leaves.
-
-        Raises:
-            OutOfMemoryError: if it is too small.
-            ValueError: if ``host_memory`` is given and the model is on the CPU.
-            UnsupportedModelError: if ``memory`` is given and the model cannot run without data.
-        """
-        device = first_device(model)
-        on_cpu = device.type == "cpu"
-        check_budgets(memory, host_memory, on_cpu=on_cpu)
-        is_given = memory is not None
-        if memory is None:
-            memory = int(FREE_FRACTION * free_bytes(device) / (processes.size if on_cpu else 1))
-        memory = processes.least(memory)
-        if host_memory is None and not on_cpu:
-            host_memory = int(FREE_FRACTION * free_bytes(torch.device("cpu")) / processes.size)
-        shapes = [batch.input_ids.shape for batch in batches]
-        tokens = sum(batch.num_tokens for batch in batches)
-        try:
-            tracer = tracer_for(
-                model.config,
-                dtype=model.dtype if config.sweep_dtype is None else getattr(torch, config.sweep_dtype),
-                device=device,
-                batch_size=max(rows for rows, _ in shapes),
-                seq_len=max(columns for _, columns in shapes),
-                model_class=type(model),  # transformers may not know it
-            )
-        except UnsupportedModelError:
-            if is_given:
-                raise
-            return cls(None, config, tokens, model.dtype, 0, memory, host_memory)
-        budget = cls(tracer, config, tokens, model.dtype, fetched_bytes(model), memory, host_memory)
-        linears = [target for target in targets if config.layers is None or target.layer in config.layers]
-        peaks = []  # found now, so that too little memory is refused before the block influence is measured
-        for members in plan_sweeps(linears, config.schedule):
-            spans = budget._memory(members, None)
-            peaks.append(spans.most_of(spans.plan(memory)))
-        if not on_cpu or not peaks:
-            return budget
-        return replace(budget, device=max(peaks), hidden_states=memory - max(peaks))
-
-    def spans(
-        self, targets: Collection[Target], layers: range, ranks: Mapping[str, int] | None = None
-    ) -> list[PlannedSpan]:
-        """Divide layers into spans, see ``SpanMemory.plan``."""
-        if self.tracer is None:
-            return [PlannedSpan(layers, (tuple(targets),))]
-        return self._memory(targets, ranks or {}).plan(self.device)
-
-    def _memory(self, targets: Collection[Target], ranks: Mapping[str, int] | None) -> SpanMemory:
-        assert self.tracer is not None
-        return span_memory(
-            *(self.tracer, targets, self.config, self.tokens), dtype=self.dtype, ranks=ranks, extra=self.fetched
-        )
-
-
-def return_freed_memory() -> None:
-    """Give memory of the CPU that was freed back to the system, where the allocator keeps it (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Free memory of a device; for a CPU, the memory that the system and the container have without swapping."""
-    if device.type == "cpu":
-        return min([psutil.virtual_memory().available, *_cgroup_free()])
-    return int(torch.accelerator.get_memory_info(device)[0])
-
-
-def _cgroup_free() -> list[int]:
-    """Free bytes of the control group of a container, its file cache included; empty if there is no limit."""
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-        statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-    except OSError:
-        return []
-    return [] if limit == "max" else [int(limit) - used + int(statistics.get("inactive_file", 0))]

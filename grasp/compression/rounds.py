@@ -14,7 +14,7 @@ from grasp.checkpoint.compression_report import ModuleReport
 from grasp.checkpoint.run_state import Decision
 from grasp.compression.budget import Plan, ceilings
 from grasp.compression.candidates import Candidate, candidates, first_cut, held_out_losses
-from grasp.compression.memory import return_freed_memory
+from grasp.compression.memory_budget import return_freed_memory
 from grasp.compression.refit import Refit
 from grasp.compression.run import Run
 from grasp.compression.selection import (

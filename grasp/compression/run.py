@@ -13,7 +13,8 @@ from grasp.checkpoint.run_state import NoState
 from grasp.compression.budget import Plan, Prices, Targets, choose_plan, find_prices
 from grasp.compression.candidates import hold_out
 from grasp.compression.eligible import ModulesLeft, check_layers, eligible_targets, require_positions
-from grasp.compression.memory import MemoryBudget, PlannedSpan
+from grasp.compression.memory_budget import MemoryBudget
+from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
 from grasp.method.cost_table import CostTable
 from grasp.model.batch import CalibrationBatch, batches_digest

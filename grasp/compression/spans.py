@@ -10,9 +10,10 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from grasp.compression.memory import PlannedSpan, return_freed_memory
+from grasp.compression.memory_budget import return_freed_memory
 from grasp.compression.run import Run
 from grasp.compression.selection import Name, Selections, read_selection, write_groups
+from grasp.compression.span_plan import PlannedSpan
 from grasp.model.dense import dense_weight
 from grasp.model.targets import Target
 from grasp.progress import Progress

@@ -21,8 +21,9 @@ from grasp.checkpoint.saving import check_directory, require_space, save_checkpo
 from grasp.compress import compress_
 from grasp.compression.batch_size import fitting_batch_size
 from grasp.compression.device_speed import decomposition_notice, measure_rates
-from grasp.compression.estimate import CompressionJob, estimate
-from grasp.compression.memory import check_budgets
+from grasp.compression.estimate import estimate
+from grasp.compression.job import CompressionJob
+from grasp.compression.memory_budget import check_budgets
 from grasp.config import GraspConfig
 from grasp.errors import UnsupportedModelError
 from grasp.files import Contents, expanded, remove_abandoned

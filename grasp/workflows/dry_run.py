@@ -14,9 +14,10 @@ from grasp.compression.batch_size import largest_batch_size
 from grasp.compression.budget import find_prices
 from grasp.compression.device_speed import Rates, card_rates, measure_rates
 from grasp.compression.eligible import eligible_targets
-from grasp.compression.estimate import CompressionJob, Estimate, estimate
+from grasp.compression.estimate import Estimate, estimate
+from grasp.compression.job import CompressionJob
 from grasp.compression.layer_cost import Tracer
-from grasp.compression.memory import FREE_FRACTION, check_budgets, free_bytes
+from grasp.compression.memory_budget import FREE_FRACTION, check_budgets, free_bytes
 from grasp.config import GraspConfig
 from grasp.loading import find_device, load_config
 from grasp.method.basis import BASES

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from grasp.compression import batch_size, memory
+from grasp.compression import batch_size, memory_budget
 from grasp.compression.batch_size import (
     CPU_TOKENS,
     executable_batch_size,
@@ -14,8 +14,9 @@ from grasp.compression.batch_size import (
     largest_batch_size,
     try_batch,
 )
-from grasp.compression.estimate import CompressionJob, estimate
-from grasp.compression.memory import FREE_FRACTION, free_bytes
+from grasp.compression.estimate import estimate
+from grasp.compression.job import CompressionJob
+from grasp.compression.memory_budget import FREE_FRACTION, free_bytes
 from grasp.config import GraspConfig
 from grasp.errors import OutOfMemoryError
 from tests.tiny_models import tiny_model
@@ -114,7 +115,7 @@ def test_a_batch_size_for_a_model_comes_from_free_memory(monkeypatch: pytest.Mon
 
 
 def test_the_memory_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory_budget, "_CGROUP", tmp_path)
     unlimited = free_bytes(CPU)
     assert unlimited > 0
     (tmp_path / "memory.max").write_text("5000\n")

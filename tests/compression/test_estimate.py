@@ -15,9 +15,10 @@ from transformers import LlamaConfig
 from grasp.compress import compress_
 from grasp.compression.device_speed import Rates
 from grasp.compression.eligible import eligible_targets
-from grasp.compression.estimate import CompressionJob, estimate
+from grasp.compression.estimate import estimate
+from grasp.compression.job import CompressionJob
 from grasp.compression.layer_cost import FLOP_FORMULAS
-from grasp.compression.memory import MemoryBudget
+from grasp.compression.memory_budget import MemoryBudget
 from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, OutOfMemoryError, UnsupportedModelError
 from grasp.statistics.covariance import covariance_bytes
@@ -284,7 +285,8 @@ MEASURE = """
 import json, re, sys, torch
 from grasp import GraspConfig, compress_
 from grasp.calibration import builtin_text, token_batches
-from grasp.compression.estimate import CompressionJob, estimate
+from grasp.compression.estimate import estimate
+from grasp.compression.job import CompressionJob
 from grasp.loading import load_model
 
 def kilobytes(name):

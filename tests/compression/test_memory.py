@@ -14,7 +14,8 @@ from torch import nn
 from grasp.cli.arguments import parse_bytes
 from grasp.compression.eligible import eligible_targets
 from grasp.compression.layer_cost import Tracer
-from grasp.compression.memory import LayerNeeds, PlannedSpan, SpanMemory, needs_of
+from grasp.compression.memory import needs_of
+from grasp.compression.span_plan import LayerNeeds, PlannedSpan, SpanMemory
 from grasp.errors import OutOfMemoryError
 from grasp.model.targets import Target
 from grasp.statistics.covariance import covariance_bytes, input_groups

@@ -14,7 +14,8 @@ from grasp.checkpoint import run_folder
 from grasp.checkpoint.compression_report import ModuleReport
 from grasp.checkpoint.run_state import RunState
 from grasp.compress import compress_
-from grasp.compression.memory import MemoryBudget, PlannedSpan
+from grasp.compression.memory_budget import MemoryBudget
+from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
 from grasp.model.targets import Target
 from grasp.progress import Progress, no_progress

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.compression.random_llama import MeasuredRun, RandomLlama, measure
 from grasp.compress import compress_
-from grasp.compression.estimate import CompressionJob, Memory, estimate
+from grasp.compression.estimate import Memory, estimate
+from grasp.compression.job import CompressionJob
 from grasp.config import GraspConfig
 from grasp.errors import OutOfMemoryError
 from grasp.loading import load_config, load_model

@@ -20,7 +20,8 @@ from grasp.builtin import BUILTIN
 from grasp.calibration import builtin_text, token_batches
 from grasp.checkpoint.run_state import RunState
 from grasp.compress import compress_
-from grasp.compression.memory import MemoryBudget, PlannedSpan
+from grasp.compression.memory_budget import MemoryBudget
+from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
 from grasp.files import tensors_digest
 from grasp.loading import load_model

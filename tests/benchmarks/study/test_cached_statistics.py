@@ -14,8 +14,8 @@ from benchmarks.study import cached_statistics
 from benchmarks.study.cached_statistics import CachedStatistics
 from grasp.checkpoint.run_state import NoState
 from grasp.compress import carry_out_
-from grasp.compression.memory import PlannedSpan
 from grasp.compression.run import start_run
+from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
 from grasp.model.batch import CalibrationBatch
 from grasp.model.targets import Target

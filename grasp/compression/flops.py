@@ -1,0 +1,192 @@
+"""The floating-point operations of a compression, counted on layers without data."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from grasp.compression.candidates import REMOVAL_LOSS_SCALES, hold_out
+from grasp.compression.job import CompressionJob
+from grasp.compression.layer_cost import Tracer
+from grasp.compression.memory import retained_groups
+from grasp.compression.span_plan import PlannedSpan
+from grasp.config import GraspConfig
+from grasp.method.basis import BASES
+from grasp.method.least_squares import least_squares_flops
+from grasp.method.ranks import Shape, break_even_rank
+from grasp.method.svd import decomposition_flops
+from grasp.model.dense import dense_shape
+from grasp.model.targets import Target, decoder
+from grasp.statistics.covariance import covariance_bytes
+from grasp.statistics.loss import vocabulary_size
+from grasp.statistics.sweep import sweep_name
+from grasp_kernels.routes import dense_flops, factored_flops
+
+# Forward passes through a layer per batch: dense, low-rank, and at most one more for its inputs.
+REFIT_PASSES = 3.5
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of all processes; a multiply-add counts as two."""
+
+    block_influence: int = 0
+    prefix: int = 0  # up to the redundant layers, or to the deepest span in each round
+    sweeps: int = 0  # forward, and backward in activations, including the head
+    statistics: int = 0  # gradients in the singular values, covariances
+    decompositions: int = 0
+    held_out: int = 0  # of candidates that remove layers
+    refit: int = 0  # forward passes
+    refit_sums: int = 0
+    refit_solutions: int = 0
+
+    @property
+    def total(self) -> int:
+        """The sum of all."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class SweepCost:
+    """One pass over the calibration set, forward and backward."""
+
+    name: str
+    linears: int
+    layers: int  # that run
+    spans: int  # ranges of layers that run one after the other
+    runs: int  # a layer whose sums do not fit together runs several times
+    flops: int  # without statistics
+
+
+class FlopCounter:
+    """Counts the operations of a job.
+
+    Args:
+        job: the compression.
+        tracer: its model without data.
+    """
+
+    def __init__(self, job: CompressionJob, tracer: Tracer) -> None:
+        self._job, self._tracer = job, tracer
+        self._layers, self._batch_size = decoder(tracer.model).layers, len(tracer.batch.input_ids)
+        batches = [tracer.batch] * -(-job.num_samples // self._batch_size)
+        self._held_out = len(hold_out(batches)[1]) * self._batch_size if job.config.remove_layers else 0
+
+    def sweeps(
+        self,
+        members: Sequence[Sequence[Target]],
+        plans: Sequence[Sequence[PlannedSpan]],
+        ranks: Mapping[Target, int],
+    ) -> tuple[SweepCost, ...]:
+        """Run the layers of all sweeps without data. Each sees the low-rank linears of those before."""
+        replaced: dict[int, dict[str, int]] = defaultdict(dict)
+        sweeps = []
+        for targets, spans in zip(members, plans, strict=True):
+            runs = [(span.layers, part) for span in spans for part in span.parts]
+            body = sum(self._span_flops(spans[-1].layers.start, *run, replaced) for run in runs)
+            sweeps.append(
+                SweepCost(
+                    name=sweep_name(targets),
+                    linears=len(targets),
+                    layers=sum(len(span.layers) for span in spans),
+                    spans=len(spans),
+                    runs=len(runs),
+                    flops=self._for_calibration(body) + len(spans[0].parts) * self._head_flops(),
+                )
+            )
+            for target in targets:
+                replaced[target.layer][target.name] = ranks[target]
+        return tuple(sweeps)
+
+    def _span_flops(
+        self, lowest: int, layers: range, part: Collection[Target], replaced: Mapping[int, Mapping[str, int]]
+    ) -> int:
+        """The FLOPs of one batch, forward and backward."""
+        costs = [
+            self._tracer.layer(
+                layer,
+                "starts" if layer == lowest else "enters",
+                visited=[target for target in part if target.layer == layer],
+                ranks=replaced.get(layer),
+            )
+            for layer in layers
+        ]
+        return sum(cost.forward + cost.backward for cost in costs)
+
+    def prefix(self, plans: Sequence[Sequence[PlannedSpan]]) -> int:
+        """The layers below all sweeps once, and in each round of a sweep the layers below its deepest span."""
+        entries = [spans[-1].layers.start for spans in plans]
+        again = sum(
+            self._forward(range(entry, spans[0].layers.start)) for entry, spans in zip(entries, plans, strict=True)
+        )
+        return self._for_calibration(self._forward(range(max(entries))) + self._job.rounds * again)
+
+    def count(self, targets: Sequence[Target], prefix: int, sweeps: int) -> Flops:
+        """The FLOPs of all steps; ``sweeps`` has those of one pass of each sweep."""
+        job = self._job
+        depth = range(len(self._layers))
+        influence = self._for_samples(self._forward(depth), job.num_samples)
+        if not targets:
+            return Flops(block_influence=influence)
+        evaluations = len(depth) + 1 + len(REMOVAL_LOSS_SCALES)
+        evaluation = self._for_samples(self._forward(depth), self._held_out) + self._head_flops(self._held_out) // 2
+        flops = Flops(
+            block_influence=influence,
+            prefix=prefix,
+            sweeps=job.passes_per_sweep * sweeps,
+            statistics=job.rounds * _statistics_flops(job, self._tokens, targets),
+            decompositions=job.rounds * sum(_decomposition_flops(job.config, shape) for shape in _shapes(targets)),
+            held_out=evaluations * evaluation if self._held_out else 0,
+        )
+        if not job.config.refit:
+            return flops
+        layers = range(min(target.layer for target in targets), max(target.layer for target in targets) + 1)
+        sums = 2 * 2 * self._tokens * covariance_bytes(targets, outputs=False) // job.sum_bytes
+        return replace(
+            flops,
+            refit=int(REFIT_PASSES * self._for_calibration(self._forward(layers))),
+            refit_sums=sums,
+            refit_solutions=sum(least_squares_flops(shape, break_even_rank(shape)) for shape in _shapes(targets)),
+        )
+
+    @property
+    def _tokens(self) -> int:
+        """The tokens that statistics are taken of."""
+        return (self._job.num_samples - self._held_out) * self._job.seq_len
+
+    def _for_calibration(self, flops: int) -> int:
+        return self._for_samples(flops, self._job.num_samples - self._held_out)
+
+    def _for_samples(self, flops: int, samples: int) -> int:
+        """The FLOPs of some sequences, from those of one batch."""
+        return flops * samples // self._batch_size
+
+    def _forward(self, layers: range) -> int:
+        """The FLOPs of one batch through some layers."""
+        return sum(self._tracer.layer(layer, "none").forward for layer in layers)
+
+    def _head_flops(self, samples: int | None = None) -> int:
+        """The logits of all calibration tokens but the last of each sequence, forward and backward."""
+        samples = self._job.num_samples - self._held_out if samples is None else samples
+        return 2 * 2 * samples * (self._job.seq_len - 1) * vocabulary_size(self._tracer.model) * self._tracer.width
+
+
+def _shapes(targets: Collection[Target]) -> list[Shape]:
+    return [dense_shape(target.module) for target in targets]
+
+
+def _statistics_flops(job: CompressionJob, tokens: int, targets: Sequence[Target]) -> int:
+    """FLOPs of the gradients in the singular values, and of one half of each symmetric covariance."""
+    basis, flops = BASES[job.config.basis], 0
+    if job.has_moments:
+        for n, k in _shapes(targets):
+            work = (tokens, n, k, min(n, k))
+            flops += min(dense_flops(*work), factored_flops(*work))
+    covariances = covariance_bytes(targets, outputs=basis.outputs) if basis.inputs else 0
+    return flops + tokens * covariances // job.sum_bytes
+
+
+def _decomposition_flops(config: GraspConfig, shape: Shape) -> int:
+    basis = BASES[config.basis]
+    return decomposition_flops(shape, inputs=basis.inputs, outputs=basis.outputs, rank=retained_groups(config, shape))

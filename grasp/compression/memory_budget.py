@@ -1,0 +1,159 @@
+"""How much memory a compression may take, and the spans that fit into it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from grasp.compression.layer_cost import Tracer, tracer_for
+from grasp.compression.memory import span_memory
+from grasp.compression.span_plan import PlannedSpan, SpanMemory
+from grasp.config import GraspConfig
+from grasp.errors import UnsupportedModelError
+from grasp.method.schedules import plan_sweeps
+from grasp.model.batch import CalibrationBatch
+from grasp.model.offload import fetched_bytes
+from grasp.model.running import first_device
+from grasp.model.targets import Target
+from grasp.statistics.processes import ALONE, Processes
+
+FREE_FRACTION = 0.9  # of the memory that is free once the model is loaded, if no budget is given
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def check_budgets(memory: int | None, host_memory: int | None, *, on_cpu: bool) -> None:
+    """Refuse budgets that are not positive, and one for the CPU memory beside a device if the model is on the CPU.
+
+    Raises:
+        ValueError: in these cases.
+    """
+    for name, value in (("memory", memory), ("host_memory", host_memory)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be a positive number of bytes, got {value}")
+    if on_cpu and host_memory is not None:
+        raise ValueError("host_memory is for CPU memory beside a GPU, but the model is on the CPU; give memory")
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """How much memory a compression may take above the loaded model.
+
+    Attributes:
+        tracer: the model without data; ``None`` if it cannot run without data, then all layers are one span.
+        config: what to compress and how.
+        tokens: all calibration tokens.
+        dtype: of the weights.
+        fetched: bytes of a weight that is offloaded or sharded, while its linear runs; 0 if all weights are in memory.
+        device: bytes for a span, on the device of the model.
+        hidden_states: bytes of CPU memory for hidden states; ``None`` for any number.
+    """
+
+    tracer: Tracer | None
+    config: GraspConfig
+    tokens: int
+    dtype: torch.dtype
+    fetched: int
+    device: int
+    hidden_states: int | None
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        batches: Sequence[CalibrationBatch],
+        config: GraspConfig,
+        targets: Collection[Target],
+        *,
+        memory: int | None,
+        host_memory: int | None,
+        processes: Processes = ALONE,
+    ) -> MemoryBudget:
+        """The budget for a loaded model; ``None`` is 0.9 of what is free. Processes divide free CPU memory.
+
+        All processes get the smallest of their budgets for the device, so that they plan the same spans.
+
+        On a CPU, hidden states have what the largest span leaves.
+
+        Raises:
+            OutOfMemoryError: if it is too small.
+            ValueError: if ``host_memory`` is given and the model is on the CPU.
+            UnsupportedModelError: if ``memory`` is given and the model cannot run without data.
+        """
+        device = first_device(model)
+        on_cpu = device.type == "cpu"
+        check_budgets(memory, host_memory, on_cpu=on_cpu)
+        is_given = memory is not None
+        if memory is None:
+            memory = int(FREE_FRACTION * free_bytes(device) / (processes.size if on_cpu else 1))
+        memory = processes.least(memory)
+        if host_memory is None and not on_cpu:
+            host_memory = int(FREE_FRACTION * free_bytes(torch.device("cpu")) / processes.size)
+        shapes = [batch.input_ids.shape for batch in batches]
+        tokens = sum(batch.num_tokens for batch in batches)
+        try:
+            tracer = tracer_for(
+                model.config,
+                dtype=model.dtype if config.sweep_dtype is None else getattr(torch, config.sweep_dtype),
+                device=device,
+                batch_size=max(rows for rows, _ in shapes),
+                seq_len=max(columns for _, columns in shapes),
+                model_class=type(model),  # transformers may not know it
+            )
+        except UnsupportedModelError:
+            if is_given:
+                raise
+            return cls(None, config, tokens, model.dtype, 0, memory, host_memory)
+        budget = cls(tracer, config, tokens, model.dtype, fetched_bytes(model), memory, host_memory)
+        linears = [target for target in targets if config.layers is None or target.layer in config.layers]
+        peaks = []  # found now, so that too little memory is refused before the block influence is measured
+        for members in plan_sweeps(linears, config.schedule):
+            spans = budget._memory(members, None)
+            peaks.append(spans.most_of(spans.plan(memory)))
+        if not on_cpu or not peaks:
+            return budget
+        return replace(budget, device=max(peaks), hidden_states=memory - max(peaks))
+
+    def spans(
+        self, targets: Collection[Target], layers: range, ranks: Mapping[str, int] | None = None
+    ) -> list[PlannedSpan]:
+        """Divide layers into spans, see ``SpanMemory.plan``."""
+        if self.tracer is None:
+            return [PlannedSpan(layers, (tuple(targets),))]
+        return self._memory(targets, ranks or {}).plan(self.device)
+
+    def _memory(self, targets: Collection[Target], ranks: Mapping[str, int] | None) -> SpanMemory:
+        assert self.tracer is not None
+        return span_memory(
+            *(self.tracer, targets, self.config, self.tokens), dtype=self.dtype, ranks=ranks, extra=self.fetched
+        )
+
+
+def return_freed_memory() -> None:
+    """Give memory of the CPU that was freed back to the system, where the allocator keeps it (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a device; for a CPU, the memory that the system and the container have without swapping."""
+    if device.type == "cpu":
+        return min([psutil.virtual_memory().available, *_cgroup_free()])
+    return int(torch.accelerator.get_memory_info(device)[0])
+
+
+def _cgroup_free() -> list[int]:
+    """Free bytes of the control group of a container, its file cache included; empty if there is no limit."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+        statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except OSError:
+        return []
+    return [] if limit == "max" else [int(limit) - used + int(statistics.get("inactive_file", 0))]
