@@ -18,7 +18,7 @@ void check(grasp_status status) {
     throw std::runtime_error(grasp_cuda_message());
 }
 
-// Holds the interpreter's lock: the two launches of a pair share the stream's workspace, so no other may come between.
+// Holds the interpreter's lock, so that no launch of another thread comes between the two of a pair.
 void run(uintptr_t data, int64_t stride, int64_t M, int64_t K, int32_t dtype, const py::tuple &groups, uintptr_t stream,
          uintptr_t workspace, int64_t workspace_bytes, uintptr_t barrier, int32_t path, int32_t splits) {
     const grasp_input x = {reinterpret_cast<const void *>(data), stride, M, K, dtype};

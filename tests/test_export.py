@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
-from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model.lowrank_linear import LowRankLinear, group_linears_, set_backend_
 from grasp.model.targets import layer_targets
+from grasp_kernels.dispatch import backend_missing
 from tests.command_line import environment
 from tests.model.test_hf_quantizer import compressed_model
 from tests.tiny_models import VOCABULARY, tiny_model
@@ -103,12 +104,19 @@ def test_a_program_compiled_ahead_of_time_gives_the_same_logits(tmp_path: Path) 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA GPU")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("rows", [1, 4])
 @torch.inference_mode()
-def test_cuda_graphs_replay_a_compiled_model() -> None:
-    model = Logits(compressed_model("qwen2").to("cuda"))
-    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
-    tokens = inputs("cuda")[0]
+def test_cuda_graphs_replay_a_compiled_model(backend: str, rows: int) -> None:
+    """bf16, few rows and 512 features: kernels with workspaces and counters serve these calls, not matrix products."""
+    if (reason := backend_missing(backend)) is not None:
+        pytest.skip(f"{backend}: {reason}")
+    model = compressed_model("qwen2", torch.bfloat16, hidden_size=512, intermediate_size=1024).to("cuda")
+    set_backend_(model, backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(Logits(model), fullgraph=True, mode="reduce-overhead")
+    tokens = inputs("cuda")[0][0, :rows, None]
     for shift in range(4):  # warm-up, capture, two replays with other tokens
         shifted = (tokens + shift) % VOCABULARY
-        expected = model(shifted).clone()
-        torch.testing.assert_close(compiled(shifted).clone(), expected, rtol=1e-3, atol=1e-3)
+        expected = Logits(model)(shifted).float()
+        assert (compiled(shifted).float() - expected).norm() <= 0.03 * expected.norm()

@@ -21,8 +21,6 @@ from grasp_kernels.reference import Factors
 PATH_CODES = {"auto": 0, "pair": 1, "dependent": 2, "cooperative": 3}  # grasp_cuda_path in csrc/lowrank.h
 _RANK = 9  # the index of R in the tuple of `pointers`
 
-_workspaces: dict[tuple[int, int], Tensor] = {}  # (device, stream) → bytes
-
 
 def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None) -> Tensor:
     """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). Arguments and result as in ``reference.lowrank_linear``."""
@@ -81,15 +79,6 @@ def _workspace_bytes(rows: int, ranks: tuple[int, ...]) -> int:
 
 
 def _workspace(device: torch.device, size: int) -> tuple[int, Tensor]:
-    """The current stream, and memory for h that only calls on this stream use.
-
-    Calls on one stream run one after the other and share their memory. A graph may be replayed beside that stream, so
-    a captured call gets memory that belongs to the graph.
-    """
+    """The current stream, and memory for h. The allocator may reuse it at once, for later work on this stream."""
     stream: int = torch._C._cuda_getCurrentRawStream(device.index)
-    if torch.cuda.is_current_stream_capturing():
-        return stream, torch.empty(size, dtype=torch.uint8, device=device)
-    workspace = _workspaces.get((device.index, stream))
-    if workspace is None or workspace.numel() < size:
-        workspace = _workspaces[device.index, stream] = torch.empty(size, dtype=torch.uint8, device=device)
-    return stream, workspace
+    return stream, torch.empty(size, dtype=torch.uint8, device=device)

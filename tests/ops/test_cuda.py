@@ -176,38 +176,6 @@ def test_without_rows_nothing_is_launched(emulator: Emulator) -> None:
     assert emulator.finish() == []
 
 
-# --- the Python side --------------------------------------------------------------------------------------------------
-
-
-def test_calls_on_a_stream_share_memory_and_captured_calls_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Device:
-        index = 0
-
-    state = {"stream": 7, "capturing": False}
-    empty = torch.empty
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: state["stream"], raising=False)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
-    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(size, dtype=dtype))
-    monkeypatch.setattr(cuda, "_workspaces", {})
-
-    def take(size: int) -> Tensor:
-        stream, memory = cuda._workspace(Device(), size)  # type: ignore[arg-type]
-        assert stream == state["stream"]
-        assert memory.numel() >= size
-        return memory
-
-    first = take(100)
-    assert take(60) is first
-    larger = take(200)
-    assert take(100) is larger
-    state["stream"] = 8
-    assert take(100) is not larger
-    state.update(stream=7, capturing=True)
-    assert take(100) is not take(100)
-    state["capturing"] = False
-    assert take(100) is larger
-
-
 # --- the row of the table ---------------------------------------------------------------------------------------------
 
 ROW = next(row for row in BACKENDS if row.name == "cuda")
