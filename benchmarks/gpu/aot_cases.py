@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.sass import SHARED_LIMITS, Binary
+from grasp_kernels.gradient_configs import FULL_PRECISION, LARGE, SMALL, Tile
 from grasp_kernels.launch_configs import on_path, rule_of_thumb, serves
 from grasp_kernels.reference import Factors
 from grasp_kernels.triton import lowrank_glu, lowrank_linear, singular_value_grad
@@ -136,18 +137,17 @@ def _factors(N: int, K: int, R: int, dtype: torch.dtype, *, scaled: bool = False
 
 
 def _singular_value_grad_cases() -> Iterator[AotCase]:
-    large, small, full = singular_value_grad.LARGE, singular_value_grad.SMALL, singular_value_grad.FULL_PRECISION
-    yield _grad_case("samples, token squares, mask", large, representative=True)
-    yield _grad_case("samples, token squares, mask, small tile", small)
-    for dtype, tile in ((BF16, large), (BF16, small), (FP16, large), (FP16, small), (FP32, full)):
+    yield _grad_case("samples, token squares, mask", LARGE, representative=True)
+    yield _grad_case("samples, token squares, mask, small tile", SMALL)
+    for dtype, tile in ((BF16, LARGE), (BF16, SMALL), (FP16, LARGE), (FP16, SMALL), (FP32, FULL_PRECISION)):
         yield _grad_case(f"plain sum, {_short(dtype)}, tile of {tile.block_t}", tile, dtype=dtype, plain=True)
-    yield _grad_case("rank 81", large, R=81)
-    yield _grad_case("U column-major", large, column_major=True)
+    yield _grad_case("rank 81", LARGE, R=81)
+    yield _grad_case("U column-major", LARGE, column_major=True)
 
 
 def _grad_case(
     name: str,
-    tile: singular_value_grad.Tile,
+    tile: Tile,
     *,
     dtype: torch.dtype = BF16,
     plain: bool = False,

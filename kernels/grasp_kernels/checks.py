@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.reference import ACTIVATIONS, Factors
+from grasp_kernels.versions import PerVersion
 
+_bounds_on_gpu: PerVersion[list[int]] = PerVersion(lambda cu_seqlens: cu_seqlens.tolist())
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -120,12 +122,14 @@ def to_groups(op: str, factors: Iterable[object]) -> tuple[Factors, ...]:
 def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
     """Check the values of ``cu_seqlens``; not while a CUDA graph is captured, because that would synchronize.
 
+    Bounds on a GPU are read once per tensor and version, not in every call, because reading them synchronizes.
+
     Raises:
         ValueError: if they do not rise from 0 to ``tokens``.
     """
     if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    bounds = cu_seqlens.tolist()
+    bounds = _bounds_on_gpu(cu_seqlens) if cu_seqlens.is_cuda else cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
         raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens, got {bounds}")
 

@@ -117,7 +117,13 @@ def _triton_refuses(call: OpCall) -> str | None:
 
 
 def _triton_avoids(call: OpCall) -> str | None:
-    return "interpreted kernels run only when named" if _triton_interprets() else None
+    if _triton_interprets():
+        return "interpreted kernels run only when named"
+    if call.op != "singular_value_grad":
+        return None
+    slower = _load("grasp_kernels.gradient_configs:slower")
+    reason: str | None = slower(call.device, call.rows, call.rank, call.dtype)
+    return reason
 
 
 # Most rows of x for which the CPU kernels are not slower than PyTorch's matrix products, measured with AVX-512.
@@ -166,11 +172,13 @@ _TRITON_FUNCTIONS = {
     "lowrank_glu": "grasp_kernels.triton.lowrank_glu:lowrank_glu",
     "singular_value_grad": "grasp_kernels.triton.singular_value_grad:singular_value_grad",
 }
+_CHUNKED_FUNCTIONS = {"singular_value_grad": "grasp_kernels.routes:chunked"}
 
 BACKENDS: tuple[Backend, ...] = (
     Backend("cuda", _CUDA_FUNCTIONS, missing=_cuda_missing, refuses=_cuda_refuses, avoids=_nothing),
     Backend("triton", _TRITON_FUNCTIONS, missing=_triton_missing, refuses=_triton_refuses, avoids=_triton_avoids),
     Backend("cpu", _CPU_FUNCTIONS, missing=_cpu_missing, refuses=_cpu_refuses, avoids=_cpu_avoids, direct=_CPU_DIRECT),
+    Backend("chunked", _CHUNKED_FUNCTIONS, _nothing, _nothing, _nothing),
     Backend("reference", {op: f"grasp_kernels.reference:{op}" for op in OPS}, _nothing, _nothing, _nothing),
 )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp_kernels.reference import ACTIVATIONS, Factors, accumulation_dtype, project
+from grasp_kernels.reference import ACTIVATIONS, Factors, accumulation_dtype, equal_samples, project
 
 
 def regroup(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> list[Factors]:
@@ -127,6 +127,8 @@ def singular_value_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) ->
 def singular_value_grad_backward(ctx: Any, grad_first: Tensor, grad_second: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients in the arguments of ``grasp::singular_value_grad``, in their order."""
     x, grad_y, U, Vh, cu_seqlens, mask = ctx.saved_tensors
+    if cu_seqlens is None and (ctx.per_sample or ctx.unit == "sample"):
+        cu_seqlens = equal_samples(x)
     dtype = accumulation_dtype(x.dtype)
     flat_x, flat_d = x.reshape(-1, x.shape[-1]).to(dtype), grad_y.reshape(-1, grad_y.shape[-1]).to(dtype)
     d_U, x_V = flat_d @ U.to(dtype), flat_x @ Vh.to(dtype).mT  # [T, R]

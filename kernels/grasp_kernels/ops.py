@@ -235,8 +235,6 @@ def _run_singular_value_grad(
     backend: str,
 ) -> SingularValueGrad:
     check_singular_value_grad(x, grad_y, U, Vh, cu_seqlens, mask)
-    if cu_seqlens is None and (per_sample or unit == "sample"):
-        cu_seqlens = _equal_samples(x)
     plain = _is_plain(x, grad_y, U, Vh, cu_seqlens, mask)
     run = registered.singular_value_grad if plain else torch.ops.grasp.singular_value_grad.default
     first, second = run(x, grad_y, U, Vh, cu_seqlens, per_sample, unit, mask, backend)
@@ -263,12 +261,6 @@ def _autocasts(x: Tensor) -> bool:
 def _widest_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of a statistic under autocast, which gives x and grad_y different ones: nothing is rounded."""
     return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-
-
-def _equal_samples(x: Tensor) -> Tensor:
-    """The ``cu_seqlens`` of an input without one: samples of equal length, (B + 1,) int64."""
-    length = x.shape[-2] if x.dim() > 1 else 1
-    return torch.arange(x.shape[:-2].numel() + 1, device=x.device, dtype=torch.int64) * length
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:

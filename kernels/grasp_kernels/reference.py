@@ -91,6 +91,12 @@ def lowrank_glu(x: Tensor, gate: Factors, up: Factors, activation: str) -> Tenso
     return ACTIVATIONS[activation].forward(lowrank_linear(x, *gate)) * lowrank_linear(x, *up)
 
 
+def equal_samples(x: Tensor) -> Tensor:
+    """The ``cu_seqlens`` of an input without one: each index of ``x.shape[:-2]`` is a sample, (B + 1,) int64."""
+    length = x.shape[-2] if x.dim() > 1 else 1
+    return torch.arange(x.shape[:-2].numel() + 1, device=x.device, dtype=torch.int64) * length
+
+
 def sum_segments(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sum rows ``cu_seqlens[b]:cu_seqlens[b + 1]`` for each b: (T, R) → (B, R); an empty segment sums to 0."""
     return torch.segment_reduce(values, "sum", lengths=cu_seqlens.diff().to(torch.int64), axis=0, initial=0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from grasp_kernels import gradients
 from grasp_kernels.checks import check_bounds, check_factors, check_glu, check_singular_value_grad
 from grasp_kernels.dispatch import check_backend, select
-from grasp_kernels.reference import Factors, accumulation_dtype
+from grasp_kernels.reference import Factors, accumulation_dtype, equal_samples
 
 _library = torch.library.Library("grasp", "DEF")
 _FACTORS = "Tensor {0}U, Tensor? {0}s, Tensor {0}Vh, Tensor? {0}bias"
@@ -87,9 +87,11 @@ def singular_value_grad(
         ValueError: if ``cu_seqlens`` does not rise from 0 to the number of tokens.
     """
     run = _select(backend, "singular_value_grad", x, U.shape[1])
+    if cu_seqlens is None and (per_sample or second_moment == "sample"):
+        cu_seqlens = equal_samples(x)
+    elif cu_seqlens is not None:
+        check_bounds(cu_seqlens, x.numel() // x.shape[-1])
     x, grad_y, mask = _rows(x), _rows(grad_y), None if mask is None else mask.reshape(-1)
-    if cu_seqlens is not None:
-        check_bounds(cu_seqlens, x.shape[0])
     if x.shape[0] == 0:
         first, second = _singular_value_grad_fake(x, grad_y, U, Vh, cu_seqlens, per_sample, second_moment)
         return first.zero_(), second.zero_()
@@ -113,8 +115,7 @@ def _singular_value_grad_fake(
 ) -> tuple[Tensor, Tensor]:
     shape: tuple[int, ...] = (U.shape[1],)
     if per_sample:
-        assert cu_seqlens is not None
-        shape = (cu_seqlens.shape[0] - 1, U.shape[1])
+        shape = (x.shape[:-2].numel() if cu_seqlens is None else cu_seqlens.shape[0] - 1, U.shape[1])
     dtype = accumulation_dtype(x.dtype)
     return x.new_empty(shape, dtype=dtype), x.new_empty(0 if unit == "none" else shape, dtype=dtype)
 
@@ -141,12 +142,10 @@ def _check_lowrank_glu(x: Tensor, *args: Any) -> tuple[Any, ...]:
 
 
 def _check_singular_value_grad(*args: Any) -> tuple[Any, ...]:
-    x, grad_y, U, Vh, cu_seqlens, per_sample, second_moment, mask, _ = args
+    x, grad_y, U, Vh, cu_seqlens, _, second_moment, mask, _ = args
     check_singular_value_grad(x, grad_y, U, Vh, cu_seqlens, mask)
     if second_moment not in ("none", "token", "sample"):
         raise ValueError(f"second_moment must be 'none', 'token' or 'sample', got {second_moment!r}")
-    if cu_seqlens is None and (per_sample or second_moment == "sample"):
-        raise ValueError("per_sample and the second moment 'sample' need cu_seqlens, got None")
     return args
 
 

@@ -1,26 +1,30 @@
 """Two routes to the singular-value gradient without a kernel, and the FLOPs of all routes.
 
-``chunked`` is two matmuls over a few ranks at a time, on any device. The dense route accumulates the gradient G of the
-weight over many calls and contracts it once.
+``chunked`` is two matmuls over a block of tokens and ranks at a time, on any device. The dense route accumulates the
+gradient G of the weight over many calls and contracts it once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from grasp_kernels.products import add_product_, exact_bf16, widen
 from grasp_kernels.reference import accumulation_dtype
 
-BLOCK_TOKENS, BLOCK_RANKS = 4096, 512  # in the chunked route, whose two temporaries are 8 MB each
+BLOCK_TOKENS, BLOCK_RANKS = 4096, 512  # in the chunked route on a CPU, whose two temporaries are 8 MB each
+# Elements of a temporary on a GPU. Two of them, 16 MB each, fit in the L2 cache of 40 MB or more, where they are
+# multiplied and summed; and a matmul of this size has 128 tiles of 128 x 256, about one for each processor of an H100.
+BLOCK_ELEMENTS = 1 << 22
+LEAST_TOKENS = 128  # of a block on a GPU: the smallest height of a matmul's tile
 BLOCK_ROWS = 1024  # rows of G per matmul
 
 
 def factored_flops(tokens: int, out_features: int, in_features: int, rank: int) -> int:
-    """FLOPs of ``singular_value_grad`` by a kernel or by ``chunked``: ``2 T r (m + n)``."""
+    """FLOPs of ``singular_value_grad``, by a kernel or by ``chunked``, which ``"auto"`` takes: ``2 T r (m + n)``."""
     return 2 * tokens * rank * (out_features + in_features)
 
 
@@ -41,32 +45,38 @@ def chunked(
 ) -> tuple[Tensor, Tensor]:
     """``colsum((grad_y @ U) * (x @ Vh.mT))`` and the sum of squared unit gradients; x is (T, K), grad_y is (T, N).
 
-    The arguments and results are those of ``reference.singular_value_grad``. Runs on any device, with temporaries of
-    ``BLOCK_TOKENS`` × ``BLOCK_RANKS``. Deterministic; reads ``cu_seqlens`` on the host.
+    The arguments and results are those of ``reference.singular_value_grad``. Runs on any device, with two temporaries
+    of ``block_shape``. Deterministic; reads no value of ``cu_seqlens`` on the host.
     """
     dtype = accumulation_dtype(x.dtype)
-    ragged = cu_seqlens is not None and (per_sample or second_moment == "sample")
-    bounds = cu_seqlens.tolist() if ragged and cu_seqlens is not None else [0, x.shape[0]]
-    rank = U.shape[1]
+    bounds = cu_seqlens if per_sample or second_moment == "sample" else None
+    samples, rank = 1 if bounds is None else len(bounds) - 1, U.shape[1]
     # Two tensors, not two halves of one: the outputs of an op must not share memory.
-    first, squares = (x.new_zeros(len(bounds) - 1, rank, dtype=dtype) for _ in range(2))  # squares of tokens
-    for tokens in _blocks(x.shape[0], BLOCK_TOKENS):
-        pieces = _pieces(bounds, tokens)
+    first, squares = (x.new_zeros(samples, rank, dtype=dtype) for _ in range(2))  # squares of tokens
+    block_tokens, block_ranks = block_shape(x.device.type, rank)
+    for tokens in _blocks(x.shape[0], block_tokens):
         d_rows, x_rows = grad_y[tokens], x[tokens]
         if not x.is_cuda:  # widen once for all ranks; on CUDA the matmul widens
             d_rows, x_rows = d_rows.to(dtype), x_rows.to(dtype)
-        for ranks in _blocks(rank, BLOCK_RANKS):
+        for ranks in _blocks(rank, block_ranks):
             token = _matmul(d_rows, U[:, ranks], dtype).mul_(_matmul(x_rows, Vh[ranks].mT, dtype))
             if mask is not None:
                 token.masked_fill_(~mask[tokens, None], 0)
-            for sample, rows in pieces:
-                first[sample, ranks] += token[rows].sum(0)
-                if second_moment == "token":
-                    squares[sample, ranks] += token[rows].square().sum(0)
+            first[:, ranks] += _sum_samples(token, bounds, tokens.start)
+            if second_moment == "token":
+                squares[:, ranks] += _sum_samples(token.square_(), bounds, tokens.start)
     second = squares if second_moment == "token" else first.square()
     if not per_sample:
         first, second = first.sum(0), second.sum(0)
     return first, second if second_moment != "none" else x.new_empty(0, dtype=dtype)
+
+
+def block_shape(device_type: str, rank: int) -> tuple[int, int]:
+    """Tokens and ranks of a block of the chunked route, on a type of device such as ``"cpu"``."""
+    if device_type == "cpu":
+        return BLOCK_TOKENS, BLOCK_RANKS
+    ranks = min(rank, BLOCK_ELEMENTS // LEAST_TOKENS)
+    return BLOCK_ELEMENTS // ranks // LEAST_TOKENS * LEAST_TOKENS, ranks
 
 
 def accumulate_weight_grad_(weight_grad: Tensor, x: Tensor, grad_y: Tensor) -> Tensor:
@@ -97,13 +107,17 @@ def _blocks(length: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
-def _pieces(bounds: Sequence[int], tokens: slice) -> list[tuple[int, slice]]:
-    """(sample, its rows within a block of tokens) for each sample in the block."""
-    return [
-        (sample, slice(max(low, tokens.start) - tokens.start, min(high, tokens.stop) - tokens.start))
-        for sample, (low, high) in enumerate(pairwise(bounds))
-        if max(low, tokens.start) < min(high, tokens.stop)
-    ]
+def _sum_samples(token: Tensor, bounds: Tensor | None, start: int) -> Tensor:
+    """Sum the rows of each sample of a block, (T, R) → (B, R); without bounds they are one sample.
+
+    ``start`` is the block's first token, counted as in ``bounds``. The rows of a sample are added in order, so the sums
+    are the same in every run.
+    """
+    if bounds is None:
+        return token.sum(0, keepdim=True)
+    offsets = (bounds - start).clamp_(0, len(token))
+    rows = torch.arange(len(token), device=token.device, dtype=offsets.dtype)
+    return embedding_bag(rows, token, offsets, mode="sum", include_last_offset=True)
 
 
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

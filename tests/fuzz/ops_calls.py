@@ -303,7 +303,7 @@ def _gradient_is_valid(call: Call) -> bool:
     ):
         return False
     if bounds is None:
-        return not call.registered or not (per_sample or moment == "sample")
+        return True
     if not isinstance(bounds, Spec) or bounds.layout not in DENSE or bounds.dtype not in ("int32", "int64"):
         return False
     if len(bounds.shape) != 1 or bounds.shape[0] < 1 or bounds.device != x.device:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from grasp_kernels import (
     Factors,
@@ -18,6 +19,7 @@ from grasp_kernels import (
     pack_factors,
     singular_value_grad,
 )
+from grasp_kernels.checks import check_bounds
 
 x, U, Vh = torch.zeros(3, 8), torch.zeros(6, 2), torch.zeros(2, 8)
 s, bias, grad_y = torch.ones(2), torch.zeros(6), torch.zeros(3, 6)
@@ -202,3 +204,30 @@ def test_explain_refuses_calls_that_no_op_takes() -> None:
 def test_any_tuple_of_four_is_a_group_on_every_path() -> None:
     for backend in ("auto", "reference"):
         assert lowrank_linear_grouped(x, [(U, s, Vh, bias)], backend=backend)[0].shape == (3, 6)  # type: ignore[list-item]
+
+
+class OnGpu(Tensor):
+    """A tensor that says it is on a GPU, and counts how often its values are read on the host."""
+
+    is_cuda = property(lambda _: True)  # type: ignore[assignment]
+    reads = 0
+
+    def tolist(self) -> list[int]:
+        type(self).reads += 1
+        return super().tolist()
+
+
+def test_bounds_on_a_gpu_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(OnGpu, "reads", 0)
+    cu_seqlens = torch.tensor([0, 2, 3]).as_subclass(OnGpu)
+    for _ in range(3):
+        check_bounds(cu_seqlens, 3)
+    assert OnGpu.reads == 1
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"from 0 to the 4 tokens, got \[0, 2, 3\]"):
+            check_bounds(cu_seqlens, 4)
+    cu_seqlens[1] = 5
+    with pytest.raises(ValueError, match=r"got \[0, 5, 3\]"):
+        check_bounds(cu_seqlens, 3)
+    assert OnGpu.reads == 2

@@ -32,8 +32,6 @@ CALLS: dict[str, tuple[str, tuple[Any, ...], str]] = {
     "a list too short": ("lowrank_linear_grouped", (x, [U], [], [Vh], [bias], [True] * 4), "lists of 1, 0, 1, 1"),
     "an up of another width": ("lowrank_glu", (x, *group, U[:5], s, Vh, None, "silu"), "one width, got 6 and 5"),
     "an unknown activation": ("lowrank_glu", (x, *group, *group, "tanh"), "unknown activation 'tanh'"),
-    "samples without bounds": ("singular_value_grad", (x, grad_y, U, Vh, None, True, "none", None), "cu_seqlens"),
-    "squares without bounds": ("singular_value_grad", (x, grad_y, U, Vh, None, False, "sample", None), "cu_seqlens"),
     "an unknown moment": ("singular_value_grad", (x, grad_y, U, Vh, None, False, "third", None), "'third'"),
     "a short mask": ("singular_value_grad", (x, grad_y, U, Vh, None, False, "none", x[:2, 0] > 0), r"mask .*\(2,\)"),
     "a short grad_y": ("singular_value_grad", (x, grad_y[:2], U, Vh, None, False, "none", None), r"grad_y .*\(2, 6\)"),
@@ -76,3 +74,17 @@ def test_a_wrong_call_is_refused_when_it_is_traced() -> None:
 def test_unknown_backends_are_refused_without_data() -> None:
     with pytest.raises(ValueError, match="unknown backend 'tpu'"):
         torch.ops.grasp.lowrank_linear(*(tensor.to("meta") for tensor in (x, *group)), "tpu")
+
+
+@pytest.mark.parametrize(("per_sample", "second_moment"), [(True, "token"), (False, "sample"), (True, "sample")])
+def test_without_bounds_each_index_of_the_leading_dimensions_is_a_sample(per_sample: bool, second_moment: str) -> None:
+    factors = torch.randn(6, 2), torch.randn(2, 8)
+    tensors = [torch.randn(4, 3, 8, requires_grad=True), torch.randn(4, 3, 6), *factors]
+
+    def run(cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        options = (cu_seqlens, per_sample, second_moment, None, "auto")
+        first, second = torch.ops.grasp.singular_value_grad(*tensors, *options)
+        return first, second, torch.autograd.grad((first.sin() + second).sum(), tensors[0])[0]
+
+    for got, expected in zip(run(None), run(torch.tensor([0, 3, 6, 9, 12])), strict=True):
+        torch.testing.assert_close(got, expected)

@@ -10,7 +10,10 @@ from torch import Tensor
 from grasp_kernels import reference, routes
 from tests.numerics import assert_accurate
 
-kernel = pytest.importorskip("grasp_kernels.triton.singular_value_grad", reason="Triton is not importable")
+pytest.importorskip("triton")
+
+from grasp_kernels.gradient_configs import FULL_PRECISION, LARGE, SMALL, Tile
+from grasp_kernels.triton import singular_value_grad as kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # One pair per line: tokens, in_features, out_features, rank, bounds of the samples.
@@ -57,9 +60,9 @@ def test_every_shape_and_moment_is_the_references(shape: str, per_sample: bool, 
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-@pytest.mark.parametrize("tile", [kernel.LARGE, kernel.SMALL, kernel.FULL_PRECISION], ids=["large", "small", "fp32"])
+@pytest.mark.parametrize("tile", [LARGE, SMALL, FULL_PRECISION], ids=["large", "small", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_every_dtype_and_tile_is_the_references(dtype: torch.dtype, tile: kernel.Tile, masked: bool) -> None:
+def test_every_dtype_and_tile_is_the_references(dtype: torch.dtype, tile: Tile, masked: bool) -> None:
     def run(*arguments: Any) -> tuple[Tensor, Tensor]:
         return kernel.run(*arguments, tile)
 
@@ -145,12 +148,6 @@ def test_other_factors_are_copied_to_aligned_rows(make: Callable[[], Tensor]) ->
     assert copy.stride(1) == 1
     assert copy.stride(0) % kernel.ALIGNMENT == 0
     assert copy.data_ptr() % 16 == 0
-
-
-def test_the_large_tile_is_used_only_if_it_fills_the_card() -> None:
-    assert kernel.choose_tile(8192, 512, torch.bfloat16, processors=132) is kernel.LARGE
-    assert kernel.choose_tile(512, 512, torch.bfloat16, processors=132) is kernel.SMALL
-    assert kernel.choose_tile(8192, 512, torch.float32, processors=132) is kernel.FULL_PRECISION
 
 
 @pytest.mark.gpu

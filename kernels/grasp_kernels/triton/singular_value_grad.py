@@ -8,7 +8,6 @@ of the tiles in a fixed order, so two runs agree bit for bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,37 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grasp_kernels.gradient_configs import Tile, choose_tile
 from grasp_kernels.triton.launch import Launch, gpu_of, run_all
 from grasp_kernels.triton.tiles import dot
 
 ALIGNMENT = 16  # elements; a stride must be a known multiple of it for loads of 16 bytes
 REDUCE_TILES, REDUCE_RANKS = 16, 64
 SECOND = {"none": 0, "token": 1, "sample": 2}
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A launch configuration: tokens and ranks per program, step along K and N, Triton's scheduling options."""
-
-    block_t: int
-    block_r: int
-    block_k: int
-    warps: int
-    stages: int
-    group_t: int = 8  # token tiles that read the same factors from the L2 cache
-
-
-LARGE = Tile(128, 128, 64, warps=8, stages=3)
-SMALL = Tile(64, 64, 64, warps=4, stages=4)  # with three stages, sm_120 spills registers
-FULL_PRECISION = Tile(64, 64, 32, warps=4, stages=3)  # fp32 uses no tensor cores: registers are the limit
-
-
-def choose_tile(tokens: int, rank: int, dtype: torch.dtype, processors: int) -> Tile:
-    """The large tile if it gives every processor of the GPU a program, else the small tile."""
-    if dtype == torch.float32:
-        return FULL_PRECISION
-    programs = triton.cdiv(tokens, LARGE.block_t) * triton.cdiv(rank, LARGE.block_r)
-    return LARGE if programs >= processors else SMALL
 
 
 def loadable(factor: Tensor) -> Tensor:
@@ -260,7 +235,7 @@ def singular_value_grad(
     The arguments and results are those of ``reference.singular_value_grad``; fp32, fp16 or bf16, accumulated in fp32.
     Allocates (T / 128 + B, R) in fp32, and copies of the factors that ``loadable`` copies.
     """
-    tile = choose_tile(x.shape[0], U.shape[1], x.dtype, gpu_of(x.device).processors)
+    tile = choose_tile(gpu_of(x.device), x.shape[0], U.shape[1], x.dtype)
     return run(x, grad_y, U, Vh, cu_seqlens, per_sample, second_moment, mask, tile)
 
 

@@ -1,0 +1,127 @@
+"""The tile of the singular-value gradient's kernel, and whether it beats two matrix products: measured, per GPU.
+
+A measurement on this GPU decides: one JSON file per GPU, used only with the Triton version and kernel source that were
+measured. Without one, a rule of thumb chooses the tile of a kernel that the caller names, and ``"auto"`` takes the
+matrix products.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+
+from grasp_kernels.launch_configs import CONFIGS, MAX_DOUBLINGS, config_path
+from grasp_kernels.triton.launch import Gpu, gpu_of
+
+KERNEL = "singular_value_grad"
+SOURCES = ("triton/singular_value_grad.py", "triton/tiles.py")
+BALANCE = 133  # FLOPs in bf16 per byte from the L2 cache: an H100's 798 TFLOP/s and an estimate of its 6 TB/s
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A launch configuration: tokens and ranks per program, step along K and N, Triton's scheduling options."""
+
+    block_t: int
+    block_r: int
+    block_k: int
+    warps: int
+    stages: int
+    group_t: int = 8  # token tiles that read the same factors from the L2 cache
+
+
+LARGE = Tile(128, 128, 64, warps=8, stages=3)
+SMALL = Tile(64, 64, 64, warps=4, stages=4)  # with three stages, sm_120 spills registers
+FULL_PRECISION = Tile(64, 64, 32, warps=4, stages=3)  # fp32 uses no tensor cores: registers are the limit
+TILES = {torch.float32: (FULL_PRECISION,), torch.float16: (LARGE, SMALL), torch.bfloat16: (LARGE, SMALL)}
+
+
+class Measurement(NamedTuple):
+    """Times of a call on a GPU, and the kernel's fastest tile."""
+
+    rows: int  # T
+    rank: int  # R
+    dtype: str  # "bfloat16", ...
+    tile: Tile
+    microseconds: float  # of the kernel
+    matmul_microseconds: float  # of ``routes.chunked``
+
+
+def choose_tile(gpu: Gpu, tokens: int, rank: int, dtype: torch.dtype) -> Tile:
+    """The tile measured for the nearest call on this GPU, otherwise that of least ``cost``."""
+    measured = nearest(gpu, tokens, rank, dtype, CONFIGS)
+    return measured.tile if measured else min(TILES[dtype], key=lambda tile: cost(tile, tokens, rank, gpu.processors))
+
+
+def cost(tile: Tile, tokens: int, rank: int, processors: int) -> float:
+    """The time of a tile, to compare tiles: in bytes that a processor reads at its share of the L2 cache's bandwidth.
+
+    It is the larger of two times. All programs read their operands through the L2 cache, which they share. The
+    processor with the most programs, ``waves``, multiplies; the others may be idle.
+    """
+    programs = -(-tokens // tile.block_t) * -(-rank // tile.block_r)
+    waves = -(-programs // processors)
+    reads = programs / processors * (tile.block_t + tile.block_r)
+    return max(reads, waves * tile.block_t * tile.block_r / BALANCE)
+
+
+def slower(device: torch.device, tokens: int, rank: int, dtype: torch.dtype) -> str | None:
+    """Why ``"auto"`` prefers two matrix products to the kernel; ``None`` if the kernel was measured to be faster."""
+    gpu = gpu_of(device)
+    measured = nearest(gpu, tokens, rank, dtype, CONFIGS)
+    if measured is None:
+        return f"no measurement on {gpu.name} shows that the kernel is faster than two matrix products"
+    if measured.microseconds < measured.matmul_microseconds:
+        return None
+    return (
+        f"two matrix products took {measured.matmul_microseconds:.0f} µs on {gpu.name}, the kernel "
+        f"{measured.microseconds:.0f} µs"
+    )
+
+
+def nearest(gpu: Gpu, tokens: int, rank: int, dtype: torch.dtype, directory: Path) -> Measurement | None:
+    """The measurement on this GPU nearest to a call, or ``None`` if there is none within ``MAX_DOUBLINGS``."""
+
+    def distance(entry: Measurement) -> float:
+        doublings = [abs(math.log2(a / max(b, 1))) for a, b in ((entry.rows, tokens), (entry.rank, rank))]
+        return sum(doublings) if max(doublings) <= MAX_DOUBLINGS else math.inf
+
+    name = str(dtype).removeprefix("torch.")
+    usable = [entry for entry in _load(gpu.name, directory) if entry.dtype == name and distance(entry) < math.inf]
+    return min(usable, key=distance, default=None)
+
+
+def save(card_name: str, measured: list[Measurement], directory: Path = CONFIGS) -> Path:
+    """Write the file of a GPU in place of an earlier one."""
+    entries = [{**entry._asdict(), "tile": asdict(entry.tile)} for entry in measured]
+    path = config_path(KERNEL, card_name, directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"card": card_name, "kernel": KERNEL, **_stamps(), "entries": entries}, indent=1))
+    _load.cache_clear()
+    return path
+
+
+@functools.cache
+def _load(card_name: str, directory: Path) -> tuple[Measurement, ...]:
+    """The measurements on a GPU; none if the file is missing or was written by another version of the kernel."""
+    path = config_path(KERNEL, card_name, directory)
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if any(content.get(stamp) != expected for stamp, expected in _stamps().items()):
+        return ()
+    return tuple(Measurement(**{**entry, "tile": Tile(**entry["tile"])}) for entry in content["entries"])
+
+
+@functools.cache
+def _stamps() -> dict[str, str]:
+    """Versions that must equal those of the measurement, by their names in the file."""
+    folder = Path(__file__).parent
+    source = hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
+    return {"triton": triton.__version__, "source": source}
