@@ -61,8 +61,8 @@ class Backend:
     name: str
     functions: Mapping[str, str]  # op → "module:function"
     missing: Callable[[], str | None]
-    refuses: Callable[[OpCall], str | None]  # a pure function: its answers are cached
-    avoids: Callable[[OpCall], str | None]  # a pure function: its answers are cached
+    refuses: Callable[[OpCall], str | None]  # a pure function: its answers are cached by ``bucket``
+    avoids: Callable[[OpCall], str | None]  # a pure function: its answers are cached by ``bucket``
     direct: DirectPath | None = None
 
 
@@ -226,7 +226,6 @@ def check_backend(name: str) -> None:
         _row(name)
 
 
-@functools.lru_cache(maxsize=4096)
 def select(backend: str, op: str, device: torch.device, dtype: torch.dtype, rows: int, rank: int) -> Callable[..., Any]:
     """The function that runs a call; answers are cached, because every call asks. See ``OpCall`` for the arguments.
 
@@ -234,12 +233,30 @@ def select(backend: str, op: str, device: torch.device, dtype: torch.dtype, rows
         ValueError: if ``backend`` is not a row of the table.
         BackendUnavailableError: if a named backend objects.
     """
+    function = _select(backend, op, device, dtype, bucket(rows), rank)
+    if function is None:
+        call = OpCall(op, device, dtype, rows, rank)
+        raise BackendUnavailableError(
+            f"backend {backend!r} cannot run {_describe(call)}: {objection(_row(backend), call)}. "
+            "Pass backend='auto' to let the table choose."
+        )
+    return function
+
+
+def bucket(rows: int) -> int:
+    """Rows with the same answers of the table, few enough for a cache: above 64, the next power of two."""
+    return rows if rows <= 64 else 1 << (rows - 1).bit_length()
+
+
+@functools.lru_cache(maxsize=4096)
+def _select(
+    backend: str, op: str, device: torch.device, dtype: torch.dtype, rows: int, rank: int
+) -> Callable[..., Any] | None:
+    """The function that runs a call, or ``None`` if the named backend objects."""
     call = OpCall(op, device, dtype, rows, rank)
     row = _chosen(call) if backend == "auto" else _row(backend)
-    if backend != "auto" and (reason := objection(row, call)) is not None:
-        raise BackendUnavailableError(
-            f"backend {backend!r} cannot run {_describe(call)}: {reason}. Pass backend='auto' to let the table choose."
-        )
+    if backend != "auto" and objection(row, call) is not None:
+        return None
     return _load(row.functions[call.op])
 
 

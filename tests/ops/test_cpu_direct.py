@@ -220,7 +220,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[torch.dty
         open_again()
 
     def open_again() -> None:
-        dispatch.select.cache_clear()
+        dispatch._select.cache_clear()
         dispatch.open_direct_path(ops._PLAIN_TYPES, (*ops._WATCHERS, torch._C._is_any_autocast_enabled))
 
     yield change

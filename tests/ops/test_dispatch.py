@@ -32,7 +32,7 @@ def row(
 
 
 def clear_caches() -> None:
-    dispatch.select.cache_clear()
+    dispatch._select.cache_clear()
     dispatch.backend_missing.cache_clear()
     asked.clear()
 
@@ -107,6 +107,28 @@ def test_whether_a_backend_is_missing_is_asked_once(table: pytest.MonkeyPatch) -
     for rows in range(5):
         dispatch.select("auto", *CALL[:3], rows, 2)
     assert asked == ["absent", "slow"]
+
+
+def test_prompts_of_any_length_take_few_entries_of_the_cache(table: pytest.MonkeyPatch) -> None:
+    use(table, row("slow"))
+    for rows in range(5000):
+        assert dispatch.select("auto", *CALL[:3], rows, 2) is len
+    assert dispatch._select.cache_info().currsize == 65 + 7
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_the_answers_of_a_row_are_those_of_its_bucket(
+    monkeypatch: pytest.MonkeyPatch, backend: Backend, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(dispatch, "_triton_interprets", lambda: False)
+    for op in backend.functions:
+        for dtype in (torch.float32, torch.bfloat16):
+            for rows in range(1, 1100):
+                calls = [OpCall(op, torch.device(device), dtype, count, 8) for count in (rows, dispatch.bucket(rows))]
+                for answer in (backend.refuses, backend.avoids):
+                    assert (answer(calls[0]) is None) == (answer(calls[1]) is None), calls
 
 
 def test_available_backends_are_those_the_machine_can_run(table: pytest.MonkeyPatch) -> None:
