@@ -244,3 +244,14 @@ def test_a_call_keeps_no_memory_of_a_pool(
 def test_pytorch_redirects_the_allocations_of_one_thread_to_a_pool() -> None:
     for redirect in (cudagraph_trees._use_cuda_memory_pool_manager, torch.cuda.memory.use_mem_pool):
         assert "_cuda_beginAllocateCurrentThreadToPool" in inspect.getsource(redirect)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory pools need a CUDA GPU")
+def test_on_a_card_counters_lie_in_no_pool() -> None:
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        inside, zeros = torch.zeros(64, device="cuda"), module._zeros(torch.cuda.current_device(), 64)
+    assert not zeros.any()
+    segments = [range(segment["address"], segment["address"] + segment["total_size"]) for segment in pool.snapshot()]
+    assert [any(t.data_ptr() in segment for segment in segments) for t in (inside, zeros)] == [True, False]
