@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grasp_kernels import reference, routes
 from tests.numerics import assert_accurate
@@ -82,6 +83,16 @@ def test_no_tokens_give_zeros(bounds: list[int], second_moment: str) -> None:
         assert not second.any()
 
 
+def test_bounds_outside_the_tokens_read_no_other_memory() -> None:
+    """The op refuses such bounds, but it does not see the bounds of a CUDA graph that is replayed."""
+    tensors = inputs(40, 16, 16, 5, torch.float32)
+    whole = torch.tensor([0, 40, 40], device=DEVICE)
+    far = torch.tensor([-(10**6), 10**6, 2 * 10**6], device=DEVICE)
+    for run in (kernel.singular_value_grad, routes.chunked):
+        for got, expected in zip(*(run(*tensors, b, True, "token", None) for b in (far, whole)), strict=True):
+            assert torch.equal(got, expected)
+
+
 def test_samples_in_32_bit_bounds() -> None:
     cu_seqlens = torch.tensor([0, 100, 150], dtype=torch.int32, device=DEVICE)
     check(kernel.singular_value_grad, inputs(150, 16, 16, 5, torch.float32), cu_seqlens, True, "token", None)
@@ -133,21 +144,48 @@ def test_a_sample_does_not_depend_on_its_neighbours() -> None:
 @pytest.mark.parametrize("aligned", [(8, 64), (16, 32)])
 def test_aligned_factors_are_not_copied(aligned: tuple[int, int]) -> None:
     factor = torch.randn(aligned)
-    assert kernel.loadable(factor) is factor
-    column_major = torch.randn(32, 16).T
-    assert kernel.loadable(column_major) is column_major
+    assert kernel.loadable(factor, 0) is factor
+    assert kernel.loadable(transposed := factor.mT, 1) is transposed
+    row_major_U = torch.randn(32, 16)
+    assert kernel.loadable(row_major_U, 1) is row_major_U
 
 
 @pytest.mark.parametrize(
     "make", [lambda: torch.randn(7, 63), lambda: torch.randn(63, 7).T, lambda: torch.randn(65)[1:].view(4, 16)]
 )
 def test_other_factors_are_copied_to_aligned_rows(make: Callable[[], Tensor]) -> None:
-    factor = make()
-    copy = kernel.loadable(factor)
-    assert torch.equal(copy, factor)
-    assert copy.stride(1) == 1
-    assert copy.stride(0) % kernel.ALIGNMENT == 0
-    assert copy.data_ptr() % 16 == 0
+    for rank_axis, factor in enumerate((make(), make().mT)):
+        copy = kernel.loadable(factor, rank_axis)
+        assert torch.equal(copy, factor)
+        assert copy.stride(1 - rank_axis) == 1
+        assert copy.stride(rank_axis) % kernel.ALIGNMENT == 0
+        assert copy.data_ptr() % 16 == 0
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies of tensors, and the tensors that calls allocate."""
+
+    copies = allocations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.copies += func is torch.ops.aten.copy_.default
+        self.allocations += "empty" in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_call_copies_no_factor_that_an_earlier_call_copied() -> None:
+    tensors = inputs(40, 63, 48, 5, torch.float32)
+    first = torch.empty(5)
+    counts = []
+    for _ in range(3):
+        with Copies() as count:  # of a plan: the interpreter, which runs it, copies all tensors
+            kernel.plan(*tensors, None, "none", None, (first, first[:0]), FULL_PRECISION)
+        counts.append((count.copies, count.allocations))
+    assert counts == [(2, 3), (0, 1), (0, 1)]  # the copies of both factors; in every call the sums of tiles
+    check(kernel.singular_value_grad, tensors, None, False, "none", None)
+    for factor in tensors[2:]:
+        factor *= 2
+    check(kernel.singular_value_grad, tensors, None, False, "none", None)
 
 
 @pytest.mark.gpu

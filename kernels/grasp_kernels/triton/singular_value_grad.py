@@ -7,6 +7,7 @@ of the tiles in a fixed order, so two runs agree bit for bit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,21 +19,45 @@ from torch import Tensor
 from grasp_kernels.gradient_configs import Tile, choose_tile
 from grasp_kernels.triton.launch import Launch, gpu_of, run_all
 from grasp_kernels.triton.tiles import dot
+from grasp_kernels.versions import PerVersion
 
 ALIGNMENT = 16  # elements; a stride must be a known multiple of it for loads of 16 bytes
 REDUCE_TILES, REDUCE_RANKS = 16, 64
 SECOND = {"none": 0, "token": 1, "sample": 2}
 
 
-def loadable(factor: Tensor) -> Tensor:
-    """``factor``, (R, length), copied if its layout prevents loads of 16 bytes."""
-    rank, length = factor.shape
-    along_length = factor.stride(1) == 1 and factor.stride(0) % ALIGNMENT == 0
-    along_rank = factor.stride(0) == 1 and factor.stride(1) % ALIGNMENT == 0 and rank % ALIGNMENT == 0
-    if factor.data_ptr() % ALIGNMENT == 0 and (along_length or along_rank):
+def loadable(factor: Tensor, rank_axis: int) -> Tensor:
+    """U (N, R), whose ``rank_axis`` is 1, or Vh (R, K), whose is 0; a copy if its layout prevents loads of 16 bytes.
+
+    The copy is made once per tensor and version and freed with the tensor. While a CUDA graph is captured, it is made
+    in the graph, which then follows changes of the factor.
+    """
+    along_length = factor.stride(1 - rank_axis) == 1 and factor.stride(rank_axis) % ALIGNMENT == 0
+    along_rank = factor.stride(rank_axis) == 1 and factor.stride(1 - rank_axis) % ALIGNMENT == 0
+    aligned_rank = factor.shape[rank_axis] % ALIGNMENT == 0
+    if factor.data_ptr() % ALIGNMENT == 0 and (along_length or (along_rank and aligned_rank)):
         return factor
-    padded = factor.new_empty(rank, triton.cdiv(length, ALIGNMENT) * ALIGNMENT)
-    return padded[:, :length].copy_(factor)
+    if factor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _copy_along_length(factor, rank_axis)
+    return _COPIES[rank_axis](factor)
+
+
+def _copy_along_length(factor: Tensor, rank_axis: int) -> Tensor:
+    """A copy whose unit stride is along the length N or K, the other a multiple of ``ALIGNMENT``."""
+    rows = factor if rank_axis == 0 else factor.mT
+    rank, length = rows.shape
+    padded = rows.new_empty(rank, triton.cdiv(length, ALIGNMENT) * ALIGNMENT)
+    copy = padded[:, :length].copy_(rows)
+    return copy if rank_axis == 0 else copy.mT
+
+
+_COPIES = tuple(PerVersion(functools.partial(_copy_along_length, rank_axis=axis)) for axis in (0, 1))
+
+
+@triton.jit
+def _bound(cu_seqlens_ptr, index, T):
+    """A bound of the samples, kept within the tokens: nobody checks bounds that a CUDA graph replays."""
+    return tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + index), 0), T).to(tl.int32)
 
 
 @triton.jit
@@ -42,25 +67,23 @@ def _first_slot(start, sample, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _sample_of_slot(cu_seqlens_ptr, slot, samples, BLOCK_T: tl.constexpr):
+def _sample_of_slot(cu_seqlens_ptr, slot, T, samples, BLOCK_T: tl.constexpr):
     """The last sample whose first slot is not after ``slot``, by binary search."""
     low = samples * 0
     high = samples
     while high - low > 1:
         middle = (low + high) // 2
-        start = tl.load(cu_seqlens_ptr + middle).to(tl.int32)
-        behind = _first_slot(start, middle, BLOCK_T) > slot
+        behind = _first_slot(_bound(cu_seqlens_ptr, middle, T), middle, BLOCK_T) > slot
         high = tl.where(behind, middle, high)
         low = tl.where(behind, low, middle)
     return low
 
 
 @triton.jit
-def _tokens_of_slot(cu_seqlens_ptr, slot, samples, BLOCK_T: tl.constexpr):
+def _tokens_of_slot(cu_seqlens_ptr, slot, T, samples, BLOCK_T: tl.constexpr):
     """The first token of a slot and the end of its sample. The slot is empty if the first is not before the end."""
-    sample = _sample_of_slot(cu_seqlens_ptr, slot, samples, BLOCK_T)
-    start = tl.load(cu_seqlens_ptr + sample).to(tl.int32)
-    end = tl.load(cu_seqlens_ptr + sample + 1).to(tl.int32)
+    sample = _sample_of_slot(cu_seqlens_ptr, slot, T, samples, BLOCK_T)
+    start, end = _bound(cu_seqlens_ptr, sample, T), _bound(cu_seqlens_ptr, sample + 1, T)
     return start + (slot - _first_slot(start, sample, BLOCK_T)) * BLOCK_T, end
 
 
@@ -143,7 +166,7 @@ def _singular_value_grad_kernel(
     slot, rank_tile = _tile_of_program(R, BLOCK_R, GROUP_T)
     begin, end = slot * BLOCK_T, T
     if RAGGED:
-        begin, end = _tokens_of_slot(cu_seqlens_ptr, slot, samples, BLOCK_T)
+        begin, end = _tokens_of_slot(cu_seqlens_ptr, slot, T, samples, BLOCK_T)
         if begin >= end:
             return
     offs_t = begin + tl.arange(0, BLOCK_T)
@@ -199,8 +222,8 @@ def _singular_value_grad_reduce_kernel(
         slot = 0
         tokens = T
         if RAGGED:
-            start = tl.load(cu_seqlens_ptr + sample).to(tl.int32)
-            tokens = tl.load(cu_seqlens_ptr + sample + 1).to(tl.int32) - start
+            start = _bound(cu_seqlens_ptr, sample, T)
+            tokens = _bound(cu_seqlens_ptr, sample + 1, T) - start
             slot = _first_slot(start, sample, BLOCK_T)
         tiles = tl.cdiv(tokens, BLOCK_T)
         total = tl.zeros((BLOCK_R,), dtype=tl.float32)
@@ -233,7 +256,7 @@ def singular_value_grad(
     """``colsum((grad_y @ U) * (x @ Vh.mT))`` and the sum of squared unit gradients; x is (T, K), grad_y is (T, N).
 
     The arguments and results are those of ``reference.singular_value_grad``; fp32, fp16 or bf16, accumulated in fp32.
-    Allocates (T / 128 + B, R) in fp32, and copies of the factors that ``loadable`` copies.
+    Allocates (T / 128 + B, R) in fp32, and once per factor the copy that ``loadable`` makes.
     """
     tile = choose_tile(gpu_of(x.device), x.shape[0], U.shape[1], x.dtype)
     return run(x, grad_y, U, Vh, cu_seqlens, per_sample, second_moment, mask, tile)
@@ -325,7 +348,7 @@ def plan(
 def _operands(x: Tensor, grad_y: Tensor, U: Tensor, Vh: Tensor, tile: Tile) -> dict[str, Any]:
     """Kernel arguments: both products' operands, their strides, and the tile."""
     K, N = x.shape[1], U.shape[0]
-    U, Vh = loadable(U.mT).mT, loadable(Vh)
+    U, Vh = loadable(U, 1), loadable(Vh, 0)
     (stride_xt, stride_xk), (stride_yt, stride_yn) = x.stride(), grad_y.stride()
     (stride_un, stride_ur), (stride_vr, stride_vk) = U.stride(), Vh.stride()
     return {
