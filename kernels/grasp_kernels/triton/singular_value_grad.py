@@ -57,7 +57,7 @@ _COPIES = tuple(PerVersion(functools.partial(_copy_along_length, rank_axis=axis)
 @triton.jit
 def _bound(cu_seqlens_ptr, index, T):
     """A bound of the samples, kept within the tokens: nobody checks bounds that a CUDA graph replays."""
-    return tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + index), 0), T).to(tl.int32)
+    return tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + index).to(tl.int32), 0), T)
 
 
 @triton.jit
