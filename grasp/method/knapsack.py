@@ -192,7 +192,8 @@ def _spend(matrices: Sequence[Choices], budget: float, picked: Sequence[int]) ->
 
     def consider(i: int) -> None:
         gain, price = losses[i][chosen[i]] - losses[i], costs[i] - costs[i][chosen[i]]
-        rate = np.where((gain > 0) & (price <= left), gain / np.maximum(price, 1e-300), 0.0)
+        with np.errstate(over="ignore"):  # of a change that costs nothing
+            rate = np.where((gain > 0) & (price <= left), gain / np.maximum(price, 1e-300), 0.0)
         best = int(rate.argmax())
         if rate[best] > 0:
             heapq.heappush(changes, (-float(rate[best]), i, best))
