@@ -8,7 +8,7 @@ BUILT := $(VENV)/.built
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(CSRC) $(wildcard tests/*.c tests/csrc/*.cpp tests/csrc/*/*.* tests/csrc/*/*/*.* examples/*.cpp)
 
-.PHONY: help venv build demo test test-vllm stress fuzz sanitize check aot test-matrix bench-save bench-compare bench-selftest lint
+.PHONY: help venv build demo test test-vllm stress fuzz sanitize check aot gpu-check test-matrix bench-save bench-compare bench-selftest lint
 .PHONY: format docs clean test-scale
 
 help:
@@ -78,6 +78,9 @@ check: lint docs test ## what CI runs
 
 aot: $(STAMP) ## compile every kernel configuration for sm_80, 90, 100 and 120, without a GPU; 3 minutes
 	$(BIN)/python -m benchmarks.gpu.aot
+
+gpu-check: $(BUILT) ## test and time every kernel on this machine's GPU; 9 minutes, and again to continue
+	$(BIN)/python -m benchmarks.gpu.check -o gpu-check.jsonl
 
 test-matrix: ## tests with each pair of torch 2.11, 2.13 and Triton 3.6, 3.9, and with transformers 5.17; downloads them
 	PYTHON=$(PYTHON) tests/matrix.sh

@@ -1,37 +1,32 @@
 """Check all kernels on a GPU in one run of minutes: tests, launch costs, times, targets.
 
-``python -m benchmarks.gpu.check`` writes one JSON file. Cases run in order of importance; when time is up, the rest is
-listed as not measured.
+``python -m benchmarks.gpu.check`` writes JSON lines. Tasks run in order of importance, each in its own process with a
+time limit, so that a kernel that crashes or hangs costs only itself. When time is up, the same command continues.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from triton.runtime.errors import OutOfResources
 
-from benchmarks.gpu.check_cases import CaseProvider, GpuCase, Operands, compiled, complaint, make_operands, providers
-from benchmarks.gpu.check_report import LeftOut, ProviderTime, PytestRun, Report, print_case, print_summary, targets
-from benchmarks.gpu.launch_costs import measure_launches
-from grasp.bench.conditions import ROOT, conditions, measure_card
-from grasp.bench.timing import Batch, batch, interleave
+from benchmarks.gpu.check_cases import GpuCase
+from benchmarks.gpu.check_report import print_report, read_report
+from benchmarks.gpu.check_runner import Journal, Task, read_lines, run_tasks
+from benchmarks.gpu.gpu_state import read_state
+from grasp.bench.conditions import commit, device_name
 from grasp.bench.workloads import ATTENTION, DOWN, GATE_UP, GROUPED_QUERY, GROUPED_QUERY_QKV, MLP, QKV, WIDE_MLP
-from grasp_kernels import launch_configs, roofline
-from grasp_kernels.roofline import Card
 from grasp_kernels.shapes import parse_shape
-from grasp_kernels.triton.launch import gpu_of
 
+TASKS = "benchmarks.gpu.check_tasks"
+PRELOAD = (TASKS,)
 ROWS = (1, 16, 64, 4, 256, 2048, 8192)  # in order of importance
 LINEARS = (ATTENTION, MLP, GROUPED_QUERY, WIDE_MLP)
 LAYER = (
@@ -42,162 +37,155 @@ LAYER = (
 )
 GRADIENTS = (ATTENTION, "4096x4096r512", "4096x4096r4096")
 GRADIENT_ROWS = (2048, 8192, 512)
-COMPILED_ROWS = (1, 16, 64)
-TESTS_SHARE = 0.4  # largest fraction of the time that tests may take
-NO_ROOM = "the GPU has too little shared memory for its configuration"
+FEW_ROWS = (1, 16, 64)
+BARRIER_ROWS = (1, 16)
+TESTS_SHARE = 0.4  # of the time: tests that are not done then go on after everything else
+# The files are run beside each other: nothing is timed meanwhile. -m gpu leaves out what runs on a CPU.
+TEST_FILES = (
+    ("tests/ops/test_triton_lowrank.py",),
+    ("tests/ops/test_ops_lowrank_linear.py",),
+    ("tests/ops/test_ops_lowrank_glu.py",),
+    ("tests/ops/test_ops_singular_value_grad.py",),
+    ("tests/ops/test_singular_value_grad.py",),
+    ("tests/ops/test_cuda_card.py",),
+    ("tests/ops/test_autotune.py", "tests/bench/test_timing.py", "tests/test_export.py"),
+)
+MODEL = {  # Llama-2-7B with a quarter of its layers
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "num_hidden_layers": 8,
+    "vocab_size": 32000,
+}
+RETAIN_RATIO = 0.1
 
 
 @dataclass(frozen=True)
 class CheckPlan:
-    """Cases and limits of one run."""
+    """The tasks of a run in their order."""
 
-    cases: Sequence[GpuCase]
-    compiled: Sequence[GpuCase]  # timed again with torch.compile, after all other cases
-    tests: Sequence[str]  # pytest's arguments; no tests if empty
-    seconds: float  # no case starts later
-    rotate_bytes: int = 256 << 20  # more than any L2 cache
-    repetitions: int = 20
-    launches: int = 200  # launches in one graph, when launch costs are measured
+    first: Sequence[Task]  # the most important times
+    tests: Sequence[Task]
+    rest: Sequence[Task]
+
+    def tasks(self) -> list[Task]:
+        """All of them."""
+        return [*self.first, *self.tests, *self.rest]
 
 
-def full_plan(seconds: float) -> CheckPlan:
-    """The cases of the project's targets, the most important first."""
+CARD = Task("card", f"{TASKS}:card", {}, 60)
 
-    def single(op: str, text: str, rows: int) -> GpuCase:
-        return GpuCase(op, ((op, parse_shape(text)),), rows)
 
-    layers = {rows: GpuCase("layer", tuple((op, parse_shape(text)) for op, text in LAYER), rows) for rows in ROWS}
-    cases: list[GpuCase] = []
+def full_plan(card: Mapping[str, Any] | None) -> CheckPlan:
+    """The tasks of the project's targets; ``card`` has the measured speeds.
+
+    Kernels with a barrier across the grid, which could hang, come last; only the slow tuning of ``torch.compile`` is
+    less important.
+    """
+
+    def timed(case: GpuCase, kind: str = "graph", limit_s: float = 60) -> Task:
+        arguments = {"case": case.as_json(), "card": card, "kind": kind}
+        return Task(f"{kind}: {case.name} {case.label}, {case.rows} rows", f"{TASKS}:measure", arguments, limit_s)
+
+    first = [timed(case) for rows in FEW_ROWS for case in (layer(rows), single("lowrank_linear", ATTENTION, rows))]
+    rest: list[Task] = [Task("launches", f"{TASKS}:launches", {}, 60)]
     for rows in ROWS:
-        cases.append(layers[rows])
-        cases += [single("lowrank_linear", text, rows) for text in LINEARS]
+        eager = [layer(rows), single("lowrank_linear", ATTENTION, rows), single("lowrank_linear_grouped", QKV, rows)]
+        cases = [layer(rows), *(single("lowrank_linear", text, rows) for text in LINEARS)]
         cases += [single("lowrank_linear_grouped", GROUPED_QUERY_QKV, rows), single("lowrank_glu", GATE_UP, rows)]
-        if rows == COMPILED_ROWS[-1]:
-            cases += [single("singular_value_grad", text, T) for T in GRADIENT_ROWS for text in GRADIENTS]
-    pairs = [case for rows in COMPILED_ROWS for case in (layers[rows], single("lowrank_linear", ATTENTION, rows))]
-    return CheckPlan(cases, pairs, tests=("-m", "gpu", "tests"), seconds=seconds)
-
-
-def check(plan: CheckPlan, device: torch.device, console: Console) -> Report:
-    """Run a plan."""
-    start = time.monotonic()
-    dtype = plan.cases[0].dtype
-    card = measure_card(device, dtype)
-    gpu = gpu_of(device)
-    report = Report(
-        conditions(card, device),
-        {kernel: launch_configs.status(kernel, gpu) for kernel in sorted(launch_configs.SOURCES)},
-    )
-    if plan.tests:
-        report.tests = run_tests(plan.tests, TESTS_SHARE * plan.seconds)
-        console.print(f"tests: {report.tests.summary}")
-    report.launches = measure_launches(device, calls=plan.launches, repetitions=plan.repetitions)
-    console.print(report.launches)
-    for case, with_compiled in [*((case, False) for case in plan.cases), *((case, True) for case in plan.compiled)]:
-        if time.monotonic() - start > plan.seconds:
-            name = "torch.compile" if with_compiled else "*"
-            report.not_measured.append(LeftOut(case.name, case.rows, name, "no time left"))
-            continue
-        lines = list(measure(case, device, card, plan, with_compiled=with_compiled))
-        report.results += (results := [line for line in lines if isinstance(line, ProviderTime)])
-        report.not_measured += [line for line in lines if isinstance(line, LeftOut)]
-        if results:
-            print_case(results, console)
-    report.targets = targets(report)
-    report.seconds = time.monotonic() - start
-    return report
-
-
-@torch.inference_mode()
-def measure(
-    case: GpuCase, device: torch.device, card: Card, plan: CheckPlan, *, with_compiled: bool
-) -> Iterator[ProviderTime | LeftOut]:
-    """Check and time one case; ``with_compiled`` compares ``torch.compile`` with the unfused form and the backends."""
-    candidates, reasons = providers(case, device)
-    if with_compiled:
-        candidates = {
-            name: provider
-            for name, provider in candidates.items()
-            if not name.startswith("triton ") and name != "dense"
-        }
-        candidates["torch.compile"] = compiled(case)
-    else:
-        for name, reason in reasons.items():
-            yield LeftOut(case.name, case.rows, name, reason)
-    operands = make_operands(case, device, plan.rotate_bytes)
-    batches: dict[str, Batch] = {}
-    for name, provider in candidates.items():
-        prepared = _prepare(case, provider, operands, device)
-        if isinstance(prepared, str):
-            wrong = not prepared.startswith(NO_ROOM)
-            yield LeftOut(case.name, case.rows, name, prepared, wrong)
-        else:
-            batches[name] = prepared
-    yield from _time(case, batches, card, plan.repetitions)
-
-
-def _prepare(case: GpuCase, provider: CaseProvider, operands: Operands, device: torch.device) -> Batch | str:
-    """A batch to be timed, or the reason why it is not: wrong results are not timed."""
-    try:
-        error = complaint(case, provider, operands) if provider.of_package else None
-        return error or batch(device, provider.calls(case), operands.rotation(provider.reads))
-    except OutOfResources as shortage:
-        return f"{NO_ROOM}: {shortage}"
-
-
-def _time(case: GpuCase, batches: dict[str, Batch], card: Card, repetitions: int) -> Iterator[ProviderTime]:
-    samples = interleave(batches, repetitions)
-    flops = sum(cost.flops for cost in case.costs())
-    for name, sample in samples.items():
-        speedups = {
-            other: sample.speedup_over(samples[other]) if other in samples else None
-            for other in ("unfused", "stacked", "dense")
-        }
-        assert speedups["unfused"] is not None
-        costs = case.dense_costs() if name == "dense" and case.name != "singular_value_grad" else case.costs()
-        yield ProviderTime(
-            case=case.name,
-            shapes=case.label,
-            rows=case.rows,
-            dtype=str(case.dtype).removeprefix("torch."),
-            provider=name,
-            median_us=sample.median * 1e6,
-            spread=sample.spread,
-            floor_us=roofline.floor(card, *costs) * 1e6,
-            flops_share=flops / sample.median / card.flops,
-            speedup_over_unfused=speedups["unfused"],
-            speedup_over_stacked=speedups["stacked"],
-            speedup_over_dense=speedups["dense"],
-            calls=batches[name].calls,
-        )
-
-
-def run_tests(arguments: Sequence[str], seconds: float) -> PytestRun:
-    """Run pytest on the checkout in a new process, for at most ``seconds``."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return PytestRun(arguments, passed=False, summary=f"not done after {seconds:.0f} s")
-    lines = [
-        line for line in done.stdout.splitlines() if re.search(r"\d+ (passed|failed|skipped|error)|no tests", line)
+        rest += map(timed, cases)
+        if rows in FEW_ROWS:
+            rest += [timed(case, "eager") for case in eager if rows <= BARRIER_ROWS[-1]]
+            rest.append(timed(unpacked(layer(rows))))
+        if rows == FEW_ROWS[-1]:
+            rest.append(
+                Task("model", "benchmarks.gpu.check_model:model", {"config": MODEL, "retain_ratio": RETAIN_RATIO}, 150)
+            )
+            rest += [timed(single("singular_value_grad", text, T)) for T in GRADIENT_ROWS for text in GRADIENTS]
+    rest += [
+        Task("barrier", f"{TASKS}:barrier", {}, 30),
+        *(timed(single("lowrank_linear", ATTENTION, rows), "barrier", 30) for rows in BARRIER_ROWS),
+        *(timed(single("lowrank_linear", ATTENTION, rows), "compiled", 150) for rows in FEW_ROWS),
+        *(timed(layer(rows), "compiled", 300) for rows in FEW_ROWS),
     ]
-    return PytestRun(arguments, done.returncode == 0, lines[-1] if lines else (done.stderr or done.stdout)[-500:])
+    done = {task.key for task in first}
+    tests = [
+        Task(f"tests: {' '.join(files)}", f"{TASKS}:pytest_file", {"arguments": ["-m", "gpu", *files]}, 180)
+        for files in TEST_FILES
+    ]
+    return CheckPlan(first, tests, [task for task in rest if task.key not in done])
+
+
+def single(op: str, text: str, rows: int) -> GpuCase:
+    """One call of an op."""
+    return GpuCase(op, ((op, parse_shape(text)),), rows)
+
+
+def layer(rows: int) -> GpuCase:
+    """The seven linears of a layer of Llama-2-7B in four calls."""
+    return GpuCase("layer", tuple((op, parse_shape(text)) for op, text in LAYER), rows)
+
+
+def unpacked(case: GpuCase) -> GpuCase:
+    """The same case with factors of the ranks that a compression chose, as training and ``torch.compile`` see them."""
+    return GpuCase(f"{case.name}, unpacked", case.parts, case.rows, case.dtype, packed=False)
+
+
+def check(path: Path, seconds: float, console: Console, *, tests: bool = True) -> None:
+    """Run the plan for at most ``seconds``, or continue it."""
+    start = time.monotonic()
+    journal = Journal.open(path)
+
+    def show(text: str) -> None:
+        console.print(f"{time.monotonic() - start:5.0f} s  {text}", highlight=False, markup=False)
+
+    def run(tasks: Sequence[Task], until: float) -> None:
+        run_tasks(tasks, journal, start + until, preload=PRELOAD, state=read_state, show=show)
+
+    run([CARD], seconds)
+    card = read_report(read_lines(path)).card
+    plan = full_plan(None if card is None else asdict(card))
+    run(plan.first, seconds)
+    if tests:
+        with ThreadPoolExecutor(len(plan.tests)) as pool:
+            list(pool.map(lambda task: run([task], TESTS_SHARE * seconds), plan.tests))
+    run(plan.rest, seconds)
+    if tests:
+        run(plan.tests, seconds)
+    for task in plan.tasks():
+        if task.key not in journal.ended and (tests or task not in plan.tests):
+            show(f"no time left: {task.key}")
+
+
+def require_same(path: Path, stamp: Mapping[str, str | None]) -> None:
+    """Raise unless the file was begun with this stamp, or is new; a new one begins with it.
+
+    Raises:
+        typer.BadParameter: if the GPU or the commit is another.
+    """
+    lines = read_lines(path)
+    if not lines:
+        Journal.open(path).write(kind="run", **stamp)
+        return
+    before = {name: lines[0].get(name) for name in stamp}
+    if before != dict(stamp):
+        raise typer.BadParameter(f"{path} was begun with {before}, this is {dict(stamp)}; choose another file")
 
 
 def main(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")] = Path("gpu-check.json"),
-    seconds: Annotated[float, typer.Option(min=1, help="No case starts later.")] = 420,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file of JSON lines.")] = Path("gpu-check.jsonl"),
+    seconds: Annotated[float, typer.Option(min=1, help="Nothing runs longer; run again to continue.")] = 520,
     tests: Annotated[bool, typer.Option(help="Run the tests that need a GPU.")] = True,
 ) -> None:
     """Test and time all kernels on this machine's GPU."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("found no CUDA GPU; run the check on a machine with one")
-    plan = full_plan(seconds) if tests else replace(full_plan(seconds), tests=())
+    require_same(output, {"gpu": device_name(torch.device("cuda", 0)), "commit": commit()})
     console = Console(width=160)
-    report = check(plan, torch.device("cuda", 0), console)
-    output.write_text(json.dumps(report.as_dict(), indent=1))
-    print_summary(report, console)
+    check(output, seconds, console, tests=tests)
+    report = read_report(read_lines(output))
+    print_report(report, console)
     raise typer.Exit(0 if report.sound() else 1)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,15 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from grasp.bench.timing import Rotation
 from grasp.bench.workloads import OPS, Problem, Run, backends, make_problem, wrong
-from grasp_kernels import pack_factors, roofline
+from grasp_kernels import Factors, pack_factors, roofline
 from grasp_kernels.launch_configs import PATHS, choose, on_path, serves
 from grasp_kernels.packing import stacked
 from grasp_kernels.roofline import Cost
-from grasp_kernels.shapes import GroupShape, format_shape
+from grasp_kernels.shapes import GroupShape, format_shape, parse_shape
 from grasp_kernels.triton import lowrank_glu, lowrank_linear
 from grasp_kernels.triton.launch import gpu_of
 
@@ -31,11 +32,24 @@ class GpuCase:
     parts: tuple[tuple[str, GroupShape], ...]  # op and shape of each call
     rows: int
     dtype: torch.dtype = torch.bfloat16
+    packed: bool = True  # factors as a model packs them for a GPU; else with the ranks as they are
 
     @property
     def label(self) -> str:
         """Shapes of all calls, as text."""
         return " ".join(format_shape(shape) for _, shape in self.parts)
+
+    def as_json(self) -> dict[str, Any]:
+        """The case as JSON values; ``from_json`` reads them."""
+        parts = [(op, format_shape(shape)) for op, shape in self.parts]
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"name": self.name, "parts": parts, "rows": self.rows, "dtype": dtype, "packed": self.packed}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> GpuCase:
+        """The case whose ``as_json`` is given."""
+        parts = tuple((op, parse_shape(text)) for op, text in values["parts"])
+        return cls(values["name"], parts, values["rows"], getattr(torch, values["dtype"]), values["packed"])
 
     def costs(self) -> list[Cost]:
         """Bytes and FLOPs of the fused ops."""
@@ -73,11 +87,12 @@ class Operands(NamedTuple):
 
 
 def make_operands(case: GpuCase, device: torch.device, rotate_bytes: int) -> Operands:
-    """Random operands, packed, in as many copies as fill ``rotate_bytes``, so that no call reads them from a cache."""
+    """Random operands in as many copies as fill ``rotate_bytes``, so that no call reads them from a cache."""
     first = [make_problem(op, shape, case.rows, case.dtype, device) for op, shape in case.parts]
     factors = sum(tensor.nbytes for problem in first for group in problem.groups for tensor in (group.U, group.Vh))
     weights = sum(weight.nbytes for problem in first for weight in problem.weights)
-    low_rank = [[_packed(problem) for problem in first] for _ in range(-(-rotate_bytes // factors) or 1)]
+    copy = _packed if case.packed else partial(Problem.map, function=Tensor.clone)
+    low_rank = [[copy(problem) for problem in first] for _ in range(-(-rotate_bytes // factors) or 1)]
     if not weights:
         return Operands(low_rank, low_rank)
     dense = [
@@ -97,14 +112,73 @@ def _packed(problem: Problem) -> Problem:
 
 
 def providers(case: GpuCase, device: torch.device) -> tuple[dict[str, CaseProvider], dict[str, str]]:
-    """Backends, paths of the Triton kernels and PyTorch forms that can run a case; the other backends with reasons."""
+    """Backends, paths of the Triton kernels and PyTorch forms that can run a case; the other backends with reasons.
+
+    The path with a grid barrier is not among them: see ``barrier_providers``.
+    """
     able, reasons = _backends(case, device)
-    able |= {f"triton {path}": CaseProvider(partial(_on_path, path)) for path in _paths(case, device)}
+    able |= {f"triton {path}": CaseProvider(partial(_on_path, path)) for path in _paths(case)}
     able["unfused"] = CaseProvider(lambda op: OPS[op].unfused, of_package=False)
     if any(len(shape) > 1 and len(set(shape)) == 1 for _, shape in case.parts):
         able["stacked"] = CaseProvider(_stacked, of_package=False)
     able["dense"] = CaseProvider(lambda op: OPS[op].dense, "dense", of_package=False)
     return able, reasons
+
+
+def barrier_providers() -> dict[str, CaseProvider]:
+    """The Triton kernel whose programs wait for each other, which can hang, and the form that it is compared with."""
+    return {
+        "triton fused": CaseProvider(partial(_on_path, "fused")),
+        "unfused": CaseProvider(lambda op: OPS[op].unfused, of_package=False),
+    }
+
+
+def eager_providers(case: GpuCase, device: torch.device) -> dict[str, CaseProvider]:
+    """What users call from Python: the op that ``auto`` runs, eager and compiled, each backend, and plain PyTorch."""
+    able, _ = _backends(case, device)
+    if len(case.parts) == 1:  # compilations take seconds
+        able |= {
+            f"torch.compile{' ' * bool(mode)}{mode}": CaseProvider(functools.cache(partial(_compiled_op, mode)))
+            for mode in ("", "reduce-overhead")
+        }
+    return {
+        "unfused": CaseProvider(lambda op: OPS[op].unfused, of_package=False),
+        "auto": CaseProvider(_auto),
+        **able,
+        "dense": CaseProvider(lambda op: OPS[op].dense, "dense", of_package=False),
+    }
+
+
+class _OpModule(nn.Module):
+    """An op with its factors as parameters: CUDA graphs copy what is no parameter at every call."""
+
+    def __init__(self, op: str, problem: Problem) -> None:
+        super().__init__()
+        self.op = op
+        tensors = (tensor for group in problem.groups for tensor in (group.U, group.Vh))
+        self.factors = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
+
+    def forward(self, x: Tensor, grad_y: Tensor) -> list[Tensor]:
+        Us, Vhs = list(self.factors[::2]), list(self.factors[1::2])
+        groups = [Factors(U, None, Vh, None) for U, Vh in zip(Us, Vhs, strict=True)]
+        return _auto(self.op)(Problem(x, groups, [], grad_y))
+
+
+def _compiled_op(mode: str, op: str) -> Run:
+    """An op compiled in a mode of ``torch.compile``, for the factors of the first call."""
+    modules: list[Callable[[Tensor, Tensor], list[Tensor]]] = []
+
+    def run(problem: Problem) -> list[Tensor]:
+        if not modules:
+            modules.append(torch.compile(_OpModule(op, problem), fullgraph=True, dynamic=False, mode=mode or None))
+        torch.compiler.cudagraph_mark_step_begin()
+        return modules[0](problem.x, problem.grad_y)
+
+    return run
+
+
+def _auto(op: str) -> Run:
+    return partial(OPS[op].run, "auto")
 
 
 def compiled(case: GpuCase) -> CaseProvider:
@@ -154,23 +228,28 @@ def _backends(case: GpuCase, device: torch.device) -> tuple[dict[str, CaseProvid
     return {name: by_name(name) for name in sorted(names)}, reasons
 
 
-def _paths(case: GpuCase, device: torch.device) -> list[str]:
-    """Paths to force: all paths of the low-rank kernels; no barrier if programs run one after the other."""
+def _paths(case: GpuCase) -> list[str]:
+    """Paths of the low-rank kernels to force, without the one that has a barrier."""
     if any(op == "singular_value_grad" for op, _ in case.parts):
         return []
-    if any(op == "lowrank_glu" for op, _ in case.parts) or device.type != "cuda":
-        return [path for path in PATHS if path != "fused"]
-    return list(PATHS)
+    return [path for path in PATHS if path != "fused"]
 
 
 def _on_path(path: str, op: str) -> Run:
-    """Run an op's Triton kernel on a path, or on the chosen path if this one does not serve the call."""
+    """Run an op's Triton kernel on a path, or on the chosen path if this one does not serve the call.
+
+    Where matrix products are chosen, the pair has the blocks of the most rows for which it is chosen.
+    """
     kernel = "lowrank_glu" if op == "lowrank_glu" else "lowrank_linear"
 
     def run(problem: Problem) -> list[Tensor]:
         x, groups = problem.x, problem.groups
         key = lowrank_linear.launch_key(x, groups)
         config = choose(kernel, gpu_of(x.device), key)
+        small = key
+        while path == "pair" and config.path == "gemms" and small.rows > 1:
+            small = small._replace(rows=small.rows // 2)
+            config = choose(kernel, gpu_of(x.device), small)
         if config.path != path and serves(forced := on_path(config, path, key), key):
             config = forced
         if op == "lowrank_glu":

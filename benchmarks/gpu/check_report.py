@@ -1,17 +1,19 @@
-"""The report of ``benchmarks.gpu.check``: its JSON file, the targets, the printed summary."""
+"""The report of ``benchmarks.gpu.check``: read from its file, compared with the targets, printed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu.check_runner import Line
 from benchmarks.gpu.launch_costs import LaunchCosts
-from grasp.bench.conditions import Conditions
 from grasp_kernels.dispatch import BACKENDS
+from grasp_kernels.roofline import Card
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,13 @@ class ProviderTime:
     provider: str
     median_us: float
     spread: float  # distance between the quartiles, fraction of the median
-    floor_us: float  # least time at the bandwidth and FLOP/s measured in this run, without launches
-    flops_share: float  # fraction of the FLOP/s measured in this run
-    speedup_over_unfused: float
+    floor_us: float | None  # least time at the bandwidth and FLOP/s measured in this run, without launches
+    flops_share: float | None  # fraction of the FLOP/s measured in this run
+    speedup_over_unfused: float | None
     speedup_over_stacked: float | None
     speedup_over_dense: float | None
-    calls: int  # in one graph
+    calls: int  # in one graph, or one after the other
+    host_us: float | None = None  # of the median, in calls from Python: the part before the host waits
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,6 @@ class LeftOut:
     provider: str
     reason: str
     wrong: bool = False  # it ran and its result was wrong
-
-
-@dataclass(frozen=True)
-class PytestRun:
-    """The outcome of pytest."""
-
-    arguments: Sequence[str]
-    passed: bool
-    summary: str
 
 
 @dataclass(frozen=True)
@@ -70,24 +64,53 @@ class SpeedTarget:
 
 @dataclass
 class Report:
-    """All results of a run."""
+    """All results in a file. Lines without a class of their own are as they were written."""
 
-    conditions: Conditions
-    configurations: dict[str, str]  # by kernel: number of configurations measured for this GPU, or why none is used
-    seconds: float = 0.0
-    tests: PytestRun | None = None
+    card: Card | None = None
+    conditions: dict[str, Any] | None = None
+    configurations: dict[str, str] = field(default_factory=dict)
     launches: LaunchCosts | None = None
+    barrier_us: float | None = None
     results: list[ProviderTime] = field(default_factory=list)
     not_measured: list[LeftOut] = field(default_factory=list)
-    targets: list[SpeedTarget] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The JSON document."""
-        return asdict(self) | {"targets": [asdict(target) | {"met": target.met} for target in self.targets]}
+    models: list[Line] = field(default_factory=list)
+    tests: list[Line] = field(default_factory=list)  # one per file
+    failed_tests: list[Line] = field(default_factory=list)
+    faults: list[Line] = field(default_factory=list)  # processes that crashed or hung
+    states: list[Line] = field(default_factory=list)  # seconds of each process, clocks and power while it ran
+    failed: list[Line] = field(default_factory=list)  # tasks without all of their results
 
     def sound(self) -> bool:
-        """Whether tests passed and no result was wrong; a missed target is not a failure."""
-        return (self.tests is None or self.tests.passed) and not any(line.wrong for line in self.not_measured)
+        """Whether nothing failed, hung or was wrong; a missed target is not a failure."""
+        wrong = any(line.wrong for line in self.not_measured)
+        return not (wrong or self.failed_tests or self.faults or self.failed)
+
+
+def read_report(lines: Iterable[Line]) -> Report:
+    """The report in the lines of ``check_runner.read_lines``."""
+    report = Report()
+    lists = {"model": report.models, "tests": report.tests, "failed_test": report.failed_tests, "fault": report.faults}
+    lists["state"] = report.states
+    for line in lines:
+        kind = line["kind"]
+        values = {name: value for name, value in line.items() if name not in ("kind", "task")}
+        if kind == "card":
+            report.card, report.conditions = Card(**values["card"]), values["conditions"]
+        elif kind == "configurations":
+            report.configurations = values["configurations"]
+        elif kind == "launches":
+            report.launches = LaunchCosts(**values)
+        elif kind == "barrier":
+            report.barrier_us = values["barrier_us"]
+        elif kind == "time":
+            report.results.append(ProviderTime(**values))
+        elif kind == "left_out":
+            report.not_measured.append(LeftOut(**values))
+        elif kind == "end" and line["status"] == "failed":
+            report.failed.append(line)
+        elif kind in lists:
+            lists[kind].append(line)
+    return report
 
 
 def chosen(report: Report) -> list[ProviderTime]:
@@ -135,28 +158,50 @@ def dense_wins(report: Report) -> list[ProviderTime]:
     ]
 
 
-def print_case(results: Sequence[ProviderTime], console: Console) -> None:
+def print_report(report: Report, console: Console) -> None:
+    """Print all times, what failed and what was not measured, where dense linears are faster, and the targets."""
+    groups: dict[tuple[str, str, int], list[ProviderTime]] = {}
+    for result in report.results:
+        groups.setdefault((result.case, result.shapes, result.rows), []).append(result)
+    for results in groups.values():
+        _print_case(results, console)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    if report.launches is not None:
+        say(f"launches: {report.launches}, barrier: {report.barrier_us} µs")
+    for line in report.models:
+        say(f"model, {line['provider']}: {line['tokens_per_s']:.1f} tokens/s")
+    for line in report.tests:
+        say(f"tests {' '.join(line['arguments'])}: {line['passed_tests']} passed, {line['failed_tests']} failed")
+    for line in report.failed_tests:
+        say(f"FAILED: {line['test']}: {line['reason']}")
+    for line in report.faults:
+        say(f"{line['how'].upper()}: {line['provider'] or 'no provider'} in {line['task']}: {line['reason']}")
+    for line in report.failed:
+        say(f"not completed: {line['task']}: {line['reason']}")
+    for line in report.states:
+        if line["gpu"] is not None and set(line["gpu"]["throttle_reasons"]) - {"idle", "application clocks"}:
+            say(f"throttled: {line['task']}: {', '.join(line['gpu']['throttle_reasons'])}")
+    for left in report.not_measured:
+        say(f"{'WRONG' if left.wrong else 'not measured'}: {left.provider} {left.case}, M = {left.rows}: {left.reason}")
+    for result in dense_wins(report):
+        where = f"{result.case} {result.shapes}, M = {result.rows}"
+        say(f"dense is faster: {where}: low-rank at {result.speedup_over_dense:.2f} of it")
+    for target in targets(report):
+        word = {True: "met", False: "missed", None: "not measured"}[target.met]
+        got = "" if target.got is None else f" {target.got:.2f} at {target.where}"
+        say(f"{word}: {target.name}:{got}, wanted {target.wanted}")
+
+
+def _print_case(results: Sequence[ProviderTime], console: Console) -> None:
     """One line per provider of a case."""
     first = results[0]
     table = Table(title=f"{first.case} {first.shapes}, M = {first.rows}", title_justify="left")
-    for heading in ("provider", "median µs", "spread", "floor µs", "× unfused", "× dense"):
+    for heading in ("provider", "median µs", "host µs", "spread", "floor µs", "× unfused", "× dense"):
         table.add_column(heading)
     for result in results:
-        dense = "" if result.speedup_over_dense is None else f"{result.speedup_over_dense:.2f}"
-        numbers = (f"{result.median_us:.2f}", f"{result.spread:.0%}", f"{result.floor_us:.2f}")
-        table.add_row(result.provider, *numbers, f"{result.speedup_over_unfused:.2f}", dense)
+        numbers = (result.median_us, result.host_us, None, result.floor_us)
+        cells = ["" if number is None else f"{number:.2f}" for number in numbers]
+        cells[2] = f"{result.spread:.0%}"
+        ratios = (result.speedup_over_unfused, result.speedup_over_dense)
+        table.add_row(result.provider, *cells, *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios))
     console.print(table)
-
-
-def print_summary(report: Report, console: Console) -> None:
-    """Print failures, what was not measured, where dense linears are faster, and the targets."""
-    for line in report.not_measured:
-        word = "WRONG" if line.wrong else "not measured"
-        console.print(f"{word}: {line.provider} {line.case}, M = {line.rows}: {line.reason}", highlight=False)
-    for result in dense_wins(report):
-        where = f"{result.case} {result.shapes}, M = {result.rows}"
-        console.print(f"dense is faster: {where}: low-rank at {result.speedup_over_dense:.2f} of it", highlight=False)
-    for target in report.targets:
-        word = {True: "met", False: "missed", None: "not measured"}[target.met]
-        got = "" if target.got is None else f" {target.got:.2f} at {target.where}"
-        console.print(f"{word}: {target.name}:{got}, wanted {target.wanted}", highlight=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from grasp.bench.timing import Rotation, batch, interleave
-from grasp_kernels.triton.launch import Gpu, gpu_of
+from grasp_kernels.triton.launch import gpu_of
 from grasp_kernels.triton.tiles import arrive, wait
 
 BLOCK = 1024  # fp32 values that each program of the ramp reads
@@ -26,7 +26,6 @@ class LaunchCosts:
     gap_us: float  # between two empty kernels of one program; the second waits for the first
     dependent_gap_us: float | None  # gap with programmatic dependent launch; None before sm_90
     ramp_us: float  # time above the gap of a grid with one program per processor that reads ``BLOCK`` values
-    barrier_us: float  # one barrier of this grid
     programs: int  # of this grid
 
 
@@ -56,50 +55,49 @@ def _barrier_kernel(counter_ptr, CROSSINGS: tl.constexpr):
 
 
 def measure_launches(device: torch.device, *, calls: int = 200, repetitions: int = 20) -> LaunchCosts:
-    """Measure all launch costs in turns.
+    """Measure the launches without a barrier, in turns.
 
     Args:
-        device: the GPU, or a CPU with Triton's interpreter, whose barrier works with one program only.
+        device: the GPU, or a CPU with Triton's interpreter.
         calls: launches in one graph.
         repetitions: replays of each graph.
     """
-    gpu = gpu_of(device)
-    programs = gpu.processors if device.type == "cuda" else 1
-    batches = {
-        name: batch(device, launch, Rotation([None]), calls)
-        for name, launch in _launches(device, gpu, programs).items()
-    }
-    samples = interleave(batches, repetitions)
-    return _read({name: sample.median * 1e6 for name, sample in samples.items()}, programs)
-
-
-def _launches(device: torch.device, gpu: Gpu, programs: int) -> dict[str, Callable[[None], object]]:
+    programs = _programs(device)
     x = torch.randn(programs, BLOCK, device=device)
     y = x.new_empty(programs)
-    counter = torch.zeros(1, dtype=torch.int32, device=device)
-
-    def barrier(crossings: int) -> Callable[[None], object]:
-        return lambda _: _barrier_kernel[(programs,)](
-            counter, CROSSINGS=crossings, launch_cooperative_grid=True, **OPTIONS
-        )
-
     launches: dict[str, Callable[[None], object]] = {
         "empty": lambda _: _empty_kernel[(1,)](**OPTIONS),
         "reading": lambda _: _reading_kernel[(programs,)](x, y, BLOCK=BLOCK, **OPTIONS),
-        "one crossing": barrier(1),
-        "more crossings": barrier(1 + CROSSINGS),
     }
-    if gpu.dependent_launch:
+    if gpu_of(device).dependent_launch:
         launches["dependent"] = lambda _: _dependent_kernel[(1,)](launch_pdl=True, **OPTIONS)
-    return launches
+    times = _medians(device, launches, calls, repetitions)
+    gap = times["empty"]
+    return LaunchCosts(gap, times.get("dependent"), ramp_us=times["reading"] - gap, programs=programs)
 
 
-def _read(microseconds: dict[str, float], programs: int) -> LaunchCosts:
-    gap = microseconds["empty"]
-    return LaunchCosts(
-        gap_us=gap,
-        dependent_gap_us=microseconds.get("dependent"),
-        ramp_us=microseconds["reading"] - gap,
-        barrier_us=(microseconds["more crossings"] - microseconds["one crossing"]) / CROSSINGS,
-        programs=programs,
-    )
+def measure_barrier(device: torch.device, *, calls: int = 200, repetitions: int = 20) -> float:
+    """µs of one barrier of a grid with one program per processor: what more crossings take longer, of each.
+
+    Arguments as for ``measure_launches``. A barrier that is wrong never ends.
+    """
+    programs = _programs(device)
+    counter = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def crossing(times: int) -> Callable[[None], object]:
+        return lambda _: _barrier_kernel[(programs,)](counter, CROSSINGS=times, launch_cooperative_grid=True, **OPTIONS)
+
+    times = _medians(device, {"one": crossing(1), "more": crossing(1 + CROSSINGS)}, calls, repetitions)
+    return (times["more"] - times["one"]) / CROSSINGS
+
+
+def _programs(device: torch.device) -> int:
+    return gpu_of(device).processors if device.type == "cuda" else 1
+
+
+def _medians(
+    device: torch.device, launches: Mapping[str, Callable[[None], object]], calls: int, repetitions: int
+) -> dict[str, float]:
+    """Median µs of each launch."""
+    batches = {name: batch(device, launch, Rotation([None]), calls) for name, launch in launches.items()}
+    return {name: sample.median * 1e6 for name, sample in interleave(batches, repetitions).items()}

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from grasp.bench.timing import Rotation, batch
 from grasp_kernels import cpu, roofline
 from grasp_kernels.dispatch import backend_missing
 from grasp_kernels.roofline import Card
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 READ_BYTES = 1 << 30  # size of the buffer that is read to measure the bandwidth
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 REPETITIONS = 5
+CLOCK_RAMP = 1.0  # seconds of work before a GPU's speeds are measured
 # Calls that read a matrix once and write almost nothing. The fastest one depends on the device: on AMD processors the
 # product runs on one thread and reads half as fast as a sum.
 READERS: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -83,11 +85,16 @@ def conditions(card: Card, device: torch.device) -> Conditions:
         torch=torch.__version__,
         triton=_version("triton"),
         python=platform.python_version(),
-        commit=_git("rev-parse", "HEAD"),
+        commit=commit(),
         dirty=None if (changes := _git("status", "--porcelain", "--untracked-files=no")) is None else bool(changes),
         started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         instruction_sets=_instruction_sets() if device.type == "cpu" else None,
     )
+
+
+def commit() -> str | None:
+    """The commit of this checkout, or ``None`` outside one."""
+    return _git("rev-parse", "HEAD")
 
 
 def device_name(device: torch.device) -> str:
@@ -105,6 +112,7 @@ def device_name(device: torch.device) -> str:
 @torch.inference_mode()
 def measure_card(device: torch.device, dtype: torch.dtype) -> Card:
     """The device's present limits: bytes/s of the fastest of ``READERS``, FLOP/s of a large matmul."""
+    warm_up(device, CLOCK_RAMP)
     width = 4096
     matrix = torch.ones(READ_BYTES // (4 * width), width, device=device)
     size = MATMUL_SIZE[device.type]
@@ -116,14 +124,27 @@ def measure_card(device: torch.device, dtype: torch.dtype) -> Card:
     )
 
 
+def warm_up(device: torch.device, seconds: float) -> None:
+    """Keep a GPU busy with matrix products, so that its clocks rise; nothing on a CPU."""
+    if device.type != "cuda":
+        return
+    square = torch.ones(4096, 4096, device=device, dtype=torch.bfloat16)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for _ in range(20):
+            square @ square
+        torch.cuda.synchronize(device)
+
+
 def _best(device: torch.device, call: Callable[[], object]) -> float:
-    """Shortest of ``REPETITIONS`` times of a call, in seconds."""
+    """Shortest of ``REPETITIONS`` times of a call, in seconds; on a GPU of graphs of calls, by the GPU's clock."""
+    if device.type == "cuda":
+        timed = batch(device, lambda _: call(), Rotation([None]))
+        return min(timed.seconds() for _ in range(REPETITIONS))
     times = []
     for _ in range(REPETITIONS + 1):  # the first warms up
         start = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times[1:])
 

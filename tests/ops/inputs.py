@@ -26,7 +26,7 @@ GRID: dict[str, Sequence[object]] = {
 }
 SPLIT_ROWS = {33: (3, 11), 7: (7, 1), 1: (1, 1), 0: (2, 0)}
 BACKEND_NAMES = tuple(row.name for row in BACKENDS)
-DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+DEVICES = ("cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []))
 
 
 def require(backend: str, op: str, x: Tensor, rank: int) -> None:

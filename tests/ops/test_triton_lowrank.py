@@ -22,7 +22,7 @@ from tests.numerics import FLOORS, assert_accurate, relative_error
 from tests.ops.inputs import double, factors, normal, seeded
 from tests.pairwise import Case, label, pairwise
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.gpu]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

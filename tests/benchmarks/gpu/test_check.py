@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,30 +16,33 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import typer
+from triton.runtime.errors import OutOfResources
 from typer.testing import CliRunner
 
 from benchmarks.gpu import check as gpu_check
-from benchmarks.gpu import check_cases
-from benchmarks.gpu.check import CheckPlan, check, full_plan, run_tests
+from benchmarks.gpu import check_cases, check_model, check_tasks, launch_costs
+from benchmarks.gpu.check import CheckPlan, check, full_plan, require_same, unpacked
 from benchmarks.gpu.check_cases import CaseProvider, GpuCase, complaint, make_operands, providers
 from benchmarks.gpu.check_report import (
     LeftOut,
     ProviderTime,
-    PytestRun,
     Report,
     chosen,
     dense_wins,
-    print_summary,
+    print_report,
+    read_report,
     targets,
 )
-from benchmarks.gpu.launch_costs import LaunchCosts, _read, measure_launches
-from grasp.bench import timing
+from benchmarks.gpu.check_runner import Line, Task, read_lines
+from benchmarks.gpu.check_tasks import NO_MEMORY, NO_ROOM
+from grasp.bench import conditions, timing
 from grasp.bench.workloads import OPS, Problem
+from grasp_kernels import launch_configs
+from grasp_kernels.launch_configs import Config
 from grasp_kernels.shapes import parse_shape
 from grasp_kernels.triton.launch import gpu_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SILENT = Console(quiet=True)
 TINY = {
     "lowrank_linear": "48x32r5",
     "lowrank_linear_grouped": "48x32r5+48x32r5+48x16r3",
@@ -56,40 +60,53 @@ LAYER = GpuCase(
     (("lowrank_linear_grouped", parse_shape("32x32r5+32x32r5")), ("lowrank_linear", parse_shape("32x48r4"))),
     2,
 )
-PLAN = CheckPlan([LAYER, *map(tiny, TINY)], [], (), seconds=600, rotate_bytes=0, repetitions=2, launches=2)
+CASES = [LAYER, *map(tiny, TINY)]
+CARD = {"name": "tiny", "flops": 1e12, "bandwidth": 1e9}
+SETTINGS: dict[str, Any] = {"card": CARD, "rotate_bytes": 0, "repetitions": 2}
+
+
+def emitted(function: Callable[..., None], **arguments: Any) -> list[Line]:
+    """The lines of a task that is run in this process."""
+    lines: list[Line] = []
+    patch = pytest.MonkeyPatch()
+    patch.setattr(timing, "WARM_UP", 0.0)
+    patch.setattr(timing, "CPU_BATCH", 0.0)
+    patch.setattr(check_tasks, "EAGER_CALLS", 2)
+    try:
+        function(lines.append, **arguments)
+    finally:
+        patch.undo()
+    return lines
+
+
+def measured(case: GpuCase, kind: str = "graph", **changes: Any) -> Report:
+    return read_report(emitted(check_tasks.measure, case=case.as_json(), kind=kind, **SETTINGS | changes))
 
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    patch = pytest.MonkeyPatch()
-    patch.setattr(timing, "WARM_UP", 0.0)
-    patch.setattr(timing, "CPU_BATCH", 0.0)
-    patch.setattr(gpu_check, "measure_card", lambda *_: gpu_check.roofline.measured("tiny", flops=1e12, bandwidth=1e9))
-    try:
-        return check(PLAN, DEVICE, SILENT)
-    finally:
-        patch.undo()
+    whole = Report()
+    for case in CASES:
+        part = measured(case)
+        whole.results += part.results
+        whole.not_measured += part.not_measured
+    return whole
 
 
 def test_a_run_times_every_provider_of_every_case(report: Report) -> None:
     timed = {(result.case, result.provider) for result in report.results}
-    paths = {"triton pair", "triton gemms"} | ({"triton fused"} if DEVICE.type == "cuda" else set())
-    for case in PLAN.cases:
+    for case in CASES:
         wanted = {"triton", "unfused", "dense"}
         if case.name != "singular_value_grad":
-            wanted |= paths - ({"triton fused"} if case.name == "lowrank_glu" else set())
-        assert wanted <= {provider for name, provider in timed if name == case.name}
+            wanted |= {"triton pair", "triton gemms"}
+        found = {provider for name, provider in timed if name == case.name}
+        assert wanted <= found
+        assert "triton fused" not in found
     assert ("layer", "stacked") in timed
-    assert not any(line.wrong for line in report.not_measured)
     assert report.sound()
 
 
 def test_results_carry_what_they_are_to_be_read_with(report: Report) -> None:
-    assert report.conditions.commit is None or len(report.conditions.commit) == 40
-    assert report.conditions.torch == torch.__version__
-    assert set(report.configurations) == {"lowrank_linear", "lowrank_glu"}
-    assert report.launches is not None
-    assert report.launches.programs >= 1
     layer = {result.provider: result for result in report.results if result.case == "layer"}
     assert layer["unfused"].speedup_over_unfused == 1
     assert layer["dense"].shapes == "32x32r5+32x32r5 32x48r4"
@@ -99,23 +116,144 @@ def test_results_carry_what_they_are_to_be_read_with(report: Report) -> None:
     assert all(result.median_us > 0 for result in report.results)
 
 
-def test_a_report_is_json(report: Report, tmp_path: Path) -> None:
-    path = tmp_path / "report.json"
-    path.write_text(json.dumps(report.as_dict()))
-    content = json.loads(path.read_text())
-    assert len(content["results"]) == len(report.results)
-    assert [target["met"] for target in content["targets"]] == [target.met for target in report.targets]
+def test_a_case_survives_its_journey_to_another_process() -> None:
+    case = replace(tiny("lowrank_glu", 5, torch.float32), packed=False)
+    assert GpuCase.from_json(json.loads(json.dumps(case.as_json()))) == case
 
 
-def test_nothing_new_is_begun_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "WARM_UP", 0.0)
-    monkeypatch.setattr(gpu_check, "measure_card", lambda *_: gpu_check.roofline.measured("tiny", flops=1, bandwidth=1))
-    late = check(replace(PLAN, seconds=0.0, compiled=[LAYER]), DEVICE, SILENT)
-    assert late.results == []
-    assert [(line.case, line.provider) for line in late.not_measured] == [
-        *((case.name, "*") for case in PLAN.cases),
-        ("layer", "torch.compile"),
+def test_a_provider_that_failed_before_is_left_out() -> None:
+    names = {result.provider for result in measured(LAYER, without=["triton pair", "unfused"]).results}
+    assert "triton" in names
+    assert not names & {"triton pair", "unfused"}
+
+
+def test_unpacked_factors_keep_their_ranks() -> None:
+    case = tiny("lowrank_linear")
+    ranks = {
+        packed: make_operands(replace(case, packed=packed), DEVICE, 0).low_rank[0][0].groups[0].U.stride(0)
+        for packed in (True, False)
+    }
+    assert ranks == {True: 16, False: 5}
+    assert {"triton", "unfused"} <= {result.provider for result in measured(unpacked(case)).results}
+
+
+def test_calls_from_python_have_their_host_time() -> None:
+    results = {result.provider: result for result in measured(LAYER, "eager").results}
+    assert {"auto", "triton", "unfused", "dense"} <= set(results)
+    for result in results.values():
+        assert result.host_us is not None
+        assert 0 < result.host_us <= result.median_us
+
+
+@pytest.mark.slow
+def test_compiled_ops_are_checked_and_timed() -> None:
+    case = tiny("lowrank_linear", dtype=torch.float32)
+    found = measured(case, "eager", without=["torch.compile reduce-overhead", "triton"])
+    assert "torch.compile" in {result.provider for result in found.results}
+    assert not [line for line in found.not_measured if line.wrong]
+
+
+def test_the_path_with_a_barrier_is_measured_alone() -> None:
+    assert set(check_cases.barrier_providers()) == {"triton fused", "unfused"}
+    (task, *_) = [task for task in full_plan(CARD).rest if task.key.startswith("barrier: ")]
+    assert task.arguments["kind"] == "barrier"
+
+
+def test_the_pair_has_blocks_of_its_own_where_matrix_products_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[Config] = []
+    monkeypatch.setattr(check_cases.lowrank_linear, "run", lambda x, groups, config: used.append(config) or [])
+    (problem,) = make_operands(tiny("lowrank_linear", 256), DEVICE, 0).low_rank[0]
+    check_cases._on_path("pair", "lowrank_linear")(problem)
+    assert used[0].path == "pair"
+    assert used[0].block_m < launch_configs.MATRIX_PRODUCTS.block_m
+
+
+def test_a_model_is_timed_eagerly_and_with_a_static_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_model, "_generate", lambda *_: 7.0)  # compiling takes a minute
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = {**sizes, "num_hidden_layers": 1, "vocab_size": 64}
+    found = read_report(emitted(check_model.model, config=config, retain_ratio=0.5, new_tokens=2))
+    names = [line["provider"] for line in found.models]
+    assert names[:3] == ["dense", "unfused", "low-rank"]
+    assert names[3:] == [f"{name}, static cache" for name in names[:3]]
+    assert all(line["tokens_per_s"] > 0 for line in found.models)
+    assert found.sound()
+
+
+@pytest.mark.slow
+def test_a_whole_run_in_processes_is_read_back_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = {"case": tiny("lowrank_linear").as_json(), "card": CARD, "rotate_bytes": 0, "repetitions": 1}
+    bad = Task("bad", "tests.benchmarks.gpu.planted:task", {"providers": ["illegal access", "good"]}, 60)
+    tests = Task("tests", "tests.benchmarks.gpu.planted:task", {"providers": ["hang", "printing"]}, 1)
+    monkeypatch.setattr(gpu_check, "PRELOAD", ())  # importing takes seconds
+    monkeypatch.setattr(gpu_check, "CARD", Task("card", "tests.benchmarks.gpu.planted:card", {"card": CARD}, 60))
+    tiny_plan = CheckPlan([Task("times", f"{gpu_check.TASKS}:measure", case, 60)], [tests], [bad])
+    monkeypatch.setattr(gpu_check, "full_plan", lambda _: tiny_plan)
+    path, console = tmp_path / "lines", Console(record=True, width=200, file=StringIO())
+    check(path, 600, console)
+    found = read_report(read_lines(path))
+    assert found.card is not None
+    assert {"triton", "unfused", "dense"} <= {result.provider for result in found.results}
+    assert [line["provider"] for line in found.faults] == ["hang", "illegal access"]
+    assert not found.sound()
+    before = path.read_text()
+    check(path, 600, console)
+    assert path.read_text() == before
+    print_report(found, console)
+    assert "CRASH: illegal access in bad: " in console.export_text()
+
+
+def test_failed_tests_are_named_and_tests_can_be_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "test_planted.py"
+    file.write_text("def test_a(): pass\ndef test_b(): assert 1 == 2\ndef test_c(): pass\n")
+    arguments = [f"--rootdir={tmp_path}", "-c", "/dev/null", str(file)]
+    lines = emitted(check_tasks.pytest_file, arguments=arguments)
+    assert [line["provider"] for line in lines if line["kind"] == "step"] == [
+        f"test_planted.py::test_{c}" for c in "abc"
     ]
+    found = read_report(lines)
+    assert [line["test"] for line in found.failed_tests] == ["test_planted.py::test_b"]
+    assert found.tests[0] | {"passed_tests": 2, "failed_tests": 1, "passed": False} == found.tests[0]
+    lines = emitted(check_tasks.pytest_file, arguments=arguments, without=["test_planted.py::test_b"])
+    assert read_report(lines).tests[0]["passed"]
+
+
+def test_a_test_that_breaks_the_gpu_ends_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def synchronize() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    file = tmp_path / "test_breaking.py"
+    file.write_text("def test_a(): assert False\ndef test_b(): pass\n")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        emitted(check_tasks.pytest_file, arguments=[f"--rootdir={tmp_path}", "-c", "/dev/null", str(file)])
+
+
+def test_the_speeds_of_a_gpu_are_those_of_graphs_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's clock would add the time of a launch and of a synchronisation to every call."""
+
+    class Graph:
+        times: ClassVar = iter([5.0, 2.0, 3.0, 4.0, 5.0])
+
+        def seconds(self) -> float:
+            return next(self.times)
+
+    monkeypatch.setattr(conditions, "batch", lambda *_: Graph())
+    assert conditions._best(torch.device("cuda"), lambda: None) == 2.0
+
+
+def test_pytest_that_cannot_run_is_a_fault(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="USAGE_ERROR"):
+        emitted(check_tasks.pytest_file, arguments=[str(tmp_path / "test_missing.py")])
+
+
+def test_a_file_of_another_commit_or_gpu_is_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    require_same(path, {"gpu": "H100", "commit": "a"})
+    require_same(path, {"gpu": "H100", "commit": "a"})
+    with pytest.raises(typer.BadParameter, match="choose another file"):
+        require_same(path, {"gpu": "H100", "commit": "b"})
 
 
 @pytest.mark.parametrize("op", TINY)
@@ -130,16 +268,31 @@ def test_a_wrong_provider_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong_run(problem: Problem) -> list[Tensor]:
         return [1.1 * y for y in OPS["lowrank_linear"].unfused(problem)]
 
-    monkeypatch.setattr(timing, "WARM_UP", 0.0)
     found, _ = providers(tiny("lowrank_linear"), DEVICE)
     broken = {"triton": CaseProvider(lambda _: wrong_run), "unfused": found["unfused"]}
-    monkeypatch.setattr(gpu_check, "providers", lambda *_: (broken, {}))
-    card = gpu_check.roofline.measured("tiny", flops=1, bandwidth=1)
-    lines = list(gpu_check.measure(tiny("lowrank_linear"), DEVICE, card, PLAN, with_compiled=False))
-    assert [line.provider for line in lines if isinstance(line, ProviderTime)] == ["unfused"]
-    (left,) = [line for line in lines if isinstance(line, LeftOut)]
+    monkeypatch.setattr(check_tasks, "providers", lambda *_: (broken, {}))
+    report = measured(tiny("lowrank_linear"))
+    assert [line.provider for line in report.results] == ["unfused"]
+    (left,) = report.not_measured
     assert (left.provider, left.wrong) == ("triton", True)
     assert "relative error" in left.reason
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [(torch.OutOfMemoryError("2 GiB"), NO_MEMORY), (OutOfResources(9, 8, "shared"), NO_ROOM)]
+)
+def test_a_provider_without_room_is_left_out_and_is_not_wrong(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def too_large(_: Problem) -> list[Tensor]:
+        raise error
+
+    found, _ = providers(tiny("lowrank_linear"), DEVICE)
+    large = {"triton": CaseProvider(lambda _: too_large), "unfused": found["unfused"]}
+    monkeypatch.setattr(check_tasks, "providers", lambda *_: (large, {}))
+    (left,) = measured(tiny("lowrank_linear")).not_measured
+    assert left.reason.startswith(reason)
+    assert not left.wrong
 
 
 def test_an_output_that_is_not_written_is_wrong() -> None:
@@ -161,16 +314,20 @@ def test_operands_rotate_through_the_memory_asked_for() -> None:
     assert len(pointers) == len(operands.low_rank)
 
 
-def test_launch_costs_are_measured() -> None:
-    costs = measure_launches(DEVICE, calls=2, repetitions=2)
+def test_launch_costs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = emitted(check_tasks.launches, calls=2, repetitions=2)
+    costs = read_report([line]).launches
+    assert costs is not None
     assert costs.gap_us > 0
     assert costs.programs == (1 if DEVICE.type == "cpu" else costs.programs)
     assert (costs.dependent_gap_us is None) == (not gpu_of(DEVICE).dependent_launch)
+    (line,) = emitted(check_tasks.barrier, calls=2, repetitions=2)
+    assert read_report([line]).barrier_us is not None
 
 
-def test_a_barrier_is_what_more_crossings_take_longer() -> None:
-    medians = {"empty": 1.5, "reading": 2.25, "one crossing": 5.0, "more crossings": 5.0 + 32 * 1.25}
-    assert _read(medians, 132) == LaunchCosts(1.5, None, 0.75, 1.25, 132)
+def test_a_barrier_is_what_more_crossings_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_costs, "_medians", lambda *_: {"one": 5.0, "more": 5.0 + 32 * 1.25})
+    assert launch_costs.measure_barrier(DEVICE) == 1.25
 
 
 def result(case: str, shapes: str, rows: int, provider: str = "triton", **changes: Any) -> ProviderTime:
@@ -226,7 +383,8 @@ def test_what_counts_is_the_backend_that_auto_would_run(report: Report) -> None:
 
 def test_a_wrong_kernel_or_a_failed_test_is_a_failure_but_a_missed_target_is_not(report: Report) -> None:
     assert not replace(report, not_measured=[LeftOut("layer", 1, "triton", "off", wrong=True)]).sound()
-    assert not replace(report, tests=PytestRun((), passed=False, summary="1 failed")).sound()
+    for name in ("failed_tests", "faults", "failed"):
+        assert not replace(report, **{name: [{"task": "t"}]}).sound()
     assert replace(report, results=[result("layer", "q", 1, speedup_over_unfused=0.1)]).sound()
 
 
@@ -235,40 +393,46 @@ def test_the_summary_names_what_failed_what_is_missing_and_what_dense_wins(repor
     lines = [result("lowrank_linear", "4096x1024r81", 1, speedup_over_dense=0.8)]
     left = [LeftOut("layer", 1, "triton", "off by 2", wrong=True), LeftOut("layer", 4, "*", "no time left")]
     changed = replace(report, results=lines, not_measured=left)
-    changed.targets = targets(changed)
-    print_summary(changed, console)
+    hot = {"throttle_reasons": ["idle", "power cap"]}
+    changed.states = [{"task": "model", "seconds": 3.0, "gpu": hot}, {"task": "card", "seconds": 3.0, "gpu": None}]
+    print_report(changed, console)
     text = console.export_text()
     assert "WRONG: triton layer, M = 1: off by 2" in text
     assert "not measured: * layer, M = 4: no time left" in text
     assert "dense is faster: lowrank_linear 4096x1024r81, M = 1: low-rank at 0.80 of it" in text
+    assert "throttled: model: idle, power cap" in text
     assert "met: one linear, M <= 16, over two matmuls: 1.50 at 4096x1024r81, 1 rows, wanted 1.4" in text
 
 
-def test_tests_run_in_a_process_of_their_own() -> None:
-    passed = run_tests(["tests/ops/test_roofline.py", "-k", "by_hand"], 120)
-    assert passed.passed
-    assert "1 passed" in passed.summary
-
-
-def test_a_failed_test_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = subprocess.CompletedProcess([], 1, stdout="F..\n1 failed, 2 passed in 3.00s\n", stderr="")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
-    assert run_tests(["tests"], 1) == PytestRun(["tests"], passed=False, summary="1 failed, 2 passed in 3.00s")
-
-
-def test_tests_that_take_too_long_are_given_up() -> None:
-    assert run_tests(["tests/ops/test_roofline.py"], 0.01) == PytestRun(
-        ["tests/ops/test_roofline.py"], passed=False, summary="not done after 0 s"
-    )
-
-
 def test_the_full_plan_has_all_rows_of_the_targets() -> None:
-    plan = full_plan(420)
-    rows = {name: {case.rows for case in plan.cases if case.name == name} for name in (*TINY, "layer")}
+    tasks = full_plan(CARD).tasks()
+    timed = [GpuCase.from_json(t.arguments["case"]) for t in tasks if t.arguments.get("kind") == "graph"]
+    rows = {name: {case.rows for case in timed if case.name == name} for name in (*TINY, "layer")}
     assert rows["layer"] == rows["lowrank_linear"] == {1, 4, 16, 64, 256, 2048, 8192}
     assert rows["singular_value_grad"] == {512, 2048, 8192}
-    assert sum(len(shape) for _, shape in next(case for case in plan.cases if case.name == "layer").parts) == 7
-    assert len({(case.name, case.label, case.rows) for case in plan.cases}) == len(plan.cases)
+    assert sum(len(shape) for _, shape in next(case for case in timed if case.name == "layer").parts) == 7
+    assert len({task.key for task in tasks}) == len(tasks)
+    assert {"model", "launches"} < {task.key for task in tasks}
+
+
+def test_barriers_come_after_everything_that_matters() -> None:
+    keys = [task.key.split(":")[0] for task in full_plan(CARD).tasks()]
+    first = keys.index("barrier")
+    assert set(keys[first:]) == {"barrier", "compiled"}
+    assert not {"barrier", "compiled"} & set(keys[:first])
+
+
+def test_the_tests_of_all_triton_kernels_are_run_on_a_gpu() -> None:
+    """What ``-m gpu`` selects where there is one; the marks of ``DEVICES`` need it."""
+    selected = {file for files in gpu_check.TEST_FILES for file in files}
+    root = Path(__file__).parents[3]
+    marked = {
+        str(file.relative_to(root))
+        for file in (root / "tests").rglob("test_*.py")
+        if re.search(r"mark\.gpu\b|DEVICES\)", file.read_text()) and file != Path(__file__)
+    }
+    assert marked == selected
+    assert "pytest.mark.gpu" in (root / "tests/ops/inputs.py").read_text()
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")

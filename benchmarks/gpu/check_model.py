@@ -1,0 +1,96 @@
+"""The task of ``benchmarks.gpu.check`` that decodes with a whole model."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.gpu.check_report import LeftOut
+from benchmarks.gpu.check_runner import Emit, Line
+from benchmarks.gpu.check_tasks import synchronize, the_device
+from grasp.bench.model import TOLERANCE, difference
+from grasp.bench.providers import unfuse_
+from grasp.evaluation.generation import first_logits, time_generation
+from grasp.method.ranks import rank_for_retain_ratio
+from grasp.model.dense import dense_shape
+from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model.targets import layer_targets
+
+
+@torch.inference_mode()
+def model(
+    emit: Emit, *, config: Mapping[str, Any], retain_ratio: float, new_tokens: int = 32, without: Sequence[str] = ()
+) -> None:
+    """Tokens/s of a whole Llama of random weights: dense, all layers low-rank, and these as plain linears.
+
+    ``generate`` uses a static cache, for which transformers compiles the model with CUDA graphs.
+    """
+    device = the_device()
+    torch.manual_seed(0)
+    with device:
+        dense: Any = LlamaForCausalLM(LlamaConfig(**config))
+    dense = dense.bfloat16().eval()
+    low_rank = _low_rank(dense, retain_ratio)
+    unfused = copy.deepcopy(low_rank)
+    unfuse_(unfused)
+    models: dict[str, Any] = {"dense": dense, "unfused": unfused, "low-rank": low_rank}
+    expected = first_logits(unfused, prompt_tokens=128)
+    for name, this in models.items():
+        if name in without:
+            continue
+        emit({"kind": "step", "provider": name})
+        apart = None if name != "low-rank" else difference(first_logits(this, prompt_tokens=128), expected)
+        if apart is not None and not apart <= TOLERANCE[torch.bfloat16]:
+            reason = f"logits differ by {apart:.1e} from those of plain linears"
+            emit({"kind": "left_out", **asdict(LeftOut("model", 1, name, reason, wrong=True))})
+            continue
+        time_generation(this, prompt_tokens=128, new_tokens=4)
+        eager = time_generation(this, prompt_tokens=128, new_tokens=new_tokens)
+        rate = len(eager.steps_s) / sum(eager.steps_s)
+        emit(_line(name, rate, layers=dense.config.num_hidden_layers, prefill_ms=1e3 * eager.prefill_s, apart=apart))
+    for name, this in models.items():
+        if (provider := f"{name}, static cache") in without or name in without:
+            continue
+        emit({"kind": "step", "provider": provider})
+        rate = _generate(this, device, new_tokens)
+        emit(_line(provider, rate, layers=dense.config.num_hidden_layers))
+
+
+def _line(
+    provider: str, tokens_per_s: float, *, layers: int, prefill_ms: float | None = None, apart: float | None = None
+) -> Line:
+    line = {"provider": provider, "tokens_per_s": tokens_per_s, "layers": layers, "prefill_ms": prefill_ms}
+    return {"kind": "model", **line, "logits_difference": apart}
+
+
+def _low_rank(dense: Any, retain_ratio: float) -> Any:
+    """A copy of the model with random low-rank linears in all layers."""
+    model = copy.deepcopy(dense)
+    for layer in range(model.config.num_hidden_layers):
+        for target in layer_targets(model, layer)[0]:
+            rank = rank_for_retain_ratio(dense_shape(target.module), retain_ratio)
+            model.set_submodule(target.name, LowRankLinear.like(target.module, rank))
+    group_linears_(model)
+    return model
+
+
+def _generate(model: Any, device: torch.device, new_tokens: int) -> float:
+    """Tokens/s of ``generate`` with a static cache, from the difference of two lengths: the prompt cancels."""
+    prompt = torch.randint(0, model.config.vocab_size, (1, 128), device=device)
+    generate = partial(model.generate, prompt, do_sample=False, cache_implementation="static", pad_token_id=0)
+    seconds = {}
+    for length in (new_tokens, 2 * new_tokens):
+        for _ in range(2):  # the first compiles
+            synchronize(device)
+            start = time.perf_counter()
+            generate(min_new_tokens=length, max_new_tokens=length)
+            synchronize(device)
+            seconds[length] = time.perf_counter() - start
+    return new_tokens / (seconds[2 * new_tokens] - seconds[new_tokens])

@@ -1,0 +1,95 @@
+"""Clocks, power and throttling of a GPU, from NVML: through ``nvidia-ml-py`` if installed, else ``nvidia-smi``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+from collections.abc import Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+# Bits of NVML's mask of clock event reasons.
+REASONS = {
+    0x1: "idle",
+    0x2: "application clocks",
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "thermal, software",
+    0x40: "thermal, hardware",
+    0x80: "power brake",
+    0x100: "display clocks",
+}
+QUERY = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_throttle_reasons.active")
+
+
+class GpuState(NamedTuple):
+    """One reading."""
+
+    sm_mhz: float
+    memory_mhz: float
+    watts: float
+    celsius: float
+    reasons: int  # bits of REASONS
+
+
+def read_state() -> GpuState | None:
+    """The state of the first visible GPU; ``None`` if neither source works."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+    return _from_nvml(gpu) or _from_smi(gpu)
+
+
+def summary(states: Sequence[GpuState]) -> dict[str, Any] | None:
+    """Clocks (least, median, most), most power and heat, and all throttle reasons; ``None`` without readings."""
+    if not states:
+        return None
+    mask = 0
+    for state in states:
+        mask |= state.reasons
+    clocks = [state.sm_mhz for state in states]
+    return {
+        "sm_mhz": [min(clocks), median(clocks), max(clocks)],
+        "memory_mhz": median(state.memory_mhz for state in states),
+        "watts": max(state.watts for state in states),
+        "celsius": max(state.celsius for state in states),
+        "throttle_reasons": [name for bit, name in REASONS.items() if mask & bit],
+        "readings": len(states),
+    }
+
+
+def parse(text: str) -> GpuState | None:
+    """A line of ``nvidia-smi`` in the order of ``QUERY``; ``None`` if a value is not available."""
+    try:
+        sm, memory, watts, celsius, reasons = (part.strip() for part in text.strip().split(","))
+        return GpuState(float(sm), float(memory), float(watts), float(celsius), int(reasons, 16))
+    except ValueError:
+        return None
+
+
+def _from_nvml(gpu: str) -> GpuState | None:
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+    except ImportError:
+        return None
+    try:
+        nvml.nvmlInit()
+        handle = nvml.nvmlDeviceGetHandleByIndex(int(gpu)) if gpu.isdigit() else nvml.nvmlDeviceGetHandleByUUID(gpu)
+        return GpuState(
+            nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+            nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+            nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+            nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+            nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle),
+        )
+    except nvml.NVMLError:
+        return None
+
+
+def _from_smi(gpu: str) -> GpuState | None:
+    command = ["nvidia-smi", "-i", gpu, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return parse(done.stdout)

@@ -1,0 +1,87 @@
+"""Tasks that fail as kernels on a GPU can fail, for the tests of ``benchmarks.gpu.check_runner``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.gpu.check_runner import Emit
+
+
+class AcceleratorError(RuntimeError):
+    """Raised by PyTorch for a CUDA error, after which the process cannot use the GPU."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """Raised by PyTorch."""
+
+
+def _illegal_access() -> None:
+    raise AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with `TORCH_USE_CUDA_DSA`")
+
+
+def _out_of_memory() -> None:
+    raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def _sleep() -> None:
+    time.sleep(1000)
+
+
+def _exit() -> None:
+    os._exit(3)
+
+
+def _fault() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def _eat_memory() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+    held = []
+    while True:
+        held.append(bytearray(1 << 26))
+
+
+def _print() -> None:
+    print("not a result", flush=True)
+
+
+PLANTS = {
+    "good": lambda: None,
+    "printing": _print,
+    "illegal access": _illegal_access,
+    "out of memory": _out_of_memory,
+    "no memory": _eat_memory,
+    "hang": _sleep,
+    "exit": _exit,
+    "segmentation fault": _fault,
+}
+
+
+def task(emit: Emit, *, providers: Sequence[str], without: Sequence[str] = ()) -> None:
+    """Run the named plants in order, one result for each that returns."""
+    for name in providers:
+        if name not in without:
+            emit({"kind": "step", "provider": name})
+            PLANTS[name]()
+            emit({"kind": "result", "provider": name})
+
+
+def slow(emit: Emit, *, folder: str, without: Sequence[str] = ()) -> None:
+    """Note the start in a file; take long the first time."""
+    starts = Path(folder) / "starts"
+    before = starts.read_text() if starts.exists() else ""
+    starts.write_text(before + "x")
+    emit({"kind": "result", "provider": f"start {len(before)}"})
+    time.sleep(0 if before else 1000)
+
+
+def card(emit: Emit, *, card: dict[str, object], without: Sequence[str] = ()) -> None:
+    """Speeds that were not measured."""
+    emit({"kind": "card", "card": card, "conditions": {}})
