@@ -149,20 +149,21 @@ def needs_of(
         dtype: of the weights, if it is another than that of the sweeps: a copy of the layer is counted.
     """
     known = dict(tracer.model.named_modules())  # a loaded model may have been changed
+    standing_in = {name: rank for name, rank in (ranks or {}).items() if name in known}
     by_layer: defaultdict[int, list[Target]] = defaultdict(list)
     for target in targets:
         if target.name in known:
             by_layer[target.layer].append(target)
-    modules = decoder(tracer.model).layers
+    path, modules = decoder(tracer.model).path, decoder(tracer.model).layers
     needs: dict[int, LayerNeeds] = {}
     for layer in layers:
         visited = by_layer[layer]
-        low = {target.name: ranks[target.name] for target in visited if ranks and ranks.get(target.name)}
+        low = {name: rank for name, rank in standing_in.items() if name.startswith(f"{path}.{layer}.")}
         cost = tracer.layer(layer, "starts" if layer == layers.start else "enters", visited=visited, ranks=low)
-        shapes = {target.name: dense_shape(target.module) for target in visited}
-        factors = tracer.model.dtype.itemsize * sum(rank * sum(shapes[name]) for name, rank in low.items())
+        factors = tracer.model.dtype.itemsize * sum(rank * sum(dense_shape(known[n])) for n, rank in low.items())
         copied = 0 if dtype is None else copy_bytes(tracer, modules[layer], dtype)
-        temporaries = cost.transient + visit_bytes(tracer, shapes.values()) + states_bytes(tracer)
+        visiting = visit_bytes(tracer, [dense_shape(target.module) for target in visited])
+        temporaries = cost.transient + visiting + states_bytes(tracer)
         needs[layer] = LayerNeeds(cost.saved + factors + copied, FRAGMENTATION * temporaries)
     return needs
 

@@ -148,14 +148,16 @@ def test_the_head_counts_for_the_deepest_span_only() -> None:
 
 @pytest.mark.parametrize("family", DENSE_FAMILIES)
 def test_needs_of_a_family_grow_with_the_batch_and_with_low_rank_factors(family: str) -> None:
-    def needs(batch_size: int, rank: int = 0) -> list[LayerNeeds]:
+    def needs(batch_size: int, rank: int = 0, visited: int | None = None) -> list[LayerNeeds]:
         config, cpu = tiny_model(family).config, torch.device("cpu")
         tracer = Tracer(config, dtype=torch.float32, device=cpu, batch_size=batch_size, seq_len=16)
         targets = [target for linears in eligible_targets(tracer.model)[0].values() for target in linears]
         ranks = {target.name: rank for target in targets if rank}
-        return list(needs_of(tracer, targets, range(3), ranks).values())
+        return list(needs_of(tracer, targets[:visited], range(3), ranks).values())
 
     one, two, low = needs(1), needs(2), needs(1, rank=4)
+    resumed, dense = needs(1, rank=4, visited=0), needs(1, visited=0)  # the linears of a run that are done
+    assert all(later.activations > before.activations for later, before in zip(resumed, dense, strict=True))
     for small, large, factored in zip(one, two, low, strict=True):
         assert 1.5 * small.activations < large.activations <= 2 * small.activations
         assert small.temporaries < large.temporaries
