@@ -112,3 +112,4 @@ def _set_factors(layer: LowRankLinear, U: torch.Tensor, Vh: torch.Tensor) -> Non
     layer.U = nn.Parameter(U, requires_grad=layer.U.requires_grad)
     layer.Vh = nn.Parameter(Vh, requires_grad=layer.Vh.requires_grad)
     layer.rank = len(Vh)
+    layer.group.pack_()

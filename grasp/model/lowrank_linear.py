@@ -1,11 +1,11 @@
-"""The low-rank linear layer, and groups of such layers that one op computes."""
+"""The low-rank linear layer, and groups of such layers that one op computes and one memory holds."""
 
 from __future__ import annotations
 
 import copy
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +16,9 @@ from grasp.method.svd import SVD, decompose
 from grasp.model.dense import DenseLinear, dense_shape, dense_weight, gathered
 from grasp.model.families import family_of
 from grasp.model.offload import execution_device, fetched, is_fetched_per_call
-from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped, pack_factors
+from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped
 from grasp_kernels.dispatch import BACKENDS
+from grasp_kernels.packing import close_columns, has_padding, may_pad, packed_memory, pad_columns, stack_rows, stacked
 
 
 class InputGroup:
@@ -28,12 +29,16 @@ class InputGroup:
     stored outputs. The group is not used on a CPU without gradients, where separate calls are faster.
 
     A layer holds its group. The group does not keep a layer alive; after a member is gone, the others compute alone.
+
+    Args:
+        members: layers with one number of inputs.
+        packs: ``pack_`` moves the factors to packed memory.
     """
 
-    def __init__(self, members: Sequence[LowRankLinear]) -> None:
+    def __init__(self, members: Sequence[LowRankLinear], packs: bool = False) -> None:
         self._members = [weakref.ref(member) for member in members]
         self._pending: dict[int, _PendingOutputs] = {}  # by thread
-        self._packed: tuple[object, list[Factors]] | None = None
+        self._packs = packs
 
     @property
     def members(self) -> list[LowRankLinear]:
@@ -44,7 +49,7 @@ class InputGroup:
     def output(self, member: LowRankLinear, x: Tensor) -> Tensor:
         """The output of ``member`` for ``x``: (..., in_features) → (..., out_features)."""
         if len(self._members) == 1:
-            return lowrank_linear(x, *self._packed_for(x, [member.factors])[0], backend=member.backend)
+            return lowrank_linear(x, *member.factors, backend=member.backend)
         members = self.members
         index = next((i for i, other in enumerate(members) if other is member), None)
         if index is None or len(members) < len(self._members):  # a replica of a member, or one is gone
@@ -65,37 +70,52 @@ class InputGroup:
         factors, backend = [member.factors for member in members], members[0].backend
         if any(group.U.device != x.device for group in factors):  # a member was offloaded after it was grouped
             return lowrank_linear(x, *factors[0], backend=backend)
-        outputs = lowrank_linear_grouped(x, self._packed_for(x, factors), backend=backend)
+        outputs = lowrank_linear_grouped(x, factors, backend=backend)
         others = zip(outputs[1:], factors[1:], strict=True)
         pending = {index: (output, _stamp(x, group)) for index, (output, group) in enumerate(others, start=1)}
         self._pending[thread] = _PendingOutputs(x, pending)
         return outputs[0]
 
-    def _packed_for(self, x: Tensor, factors: list[Factors]) -> list[Factors]:
-        """The members' factors, packed once for all calls if a GPU kernel reads them and no gradient is taken.
+    def pack_(self) -> None:
+        """Move the factors of a group that packs to memory that GPU kernels read fastest, as ``group_linears_`` says.
 
-        PyTorch does not count writes through ``.data`` or under ``inference_mode``. Call ``group_linears_`` after one.
+        No-op if they are there already, and where they are not moved: on a CPU, or if a factor is fetched for each call
+        or is not an ordinary parameter. A layer calls this after its factors have moved or are new.
         """
-        if not x.is_cuda or is_grad_enabled() or is_compiling():
-            return factors
-        tensors = [tensor for group in factors for tensor in group if tensor is not None]
-        stamp = [(t.data_ptr(), tuple(t.shape), t.dtype, _version(t)) for t in tensors]
-        packed = self._packed
-        if packed is None or packed[0] != stamp:
-            if any(map(is_fetched_per_call, self.members)):
-                return factors  # a packed copy would stay on the device
-            packed = self._packed = (stamp, pack_factors(factors))
-        return packed[1]
+        members = self.members
+        if not self._packs or len(members) < len(self._members) or not all(map(_is_packable, members)):
+            return
+        Vhs = [member.Vh for member in members]
+        if len({(Vh.shape[1], Vh.dtype, Vh.device) for Vh in Vhs}) > 1:  # in the middle of a move
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            if not _is_stacked(Vhs):
+                for Vh, rows in zip(Vhs, stack_rows(Vhs), strict=True):
+                    Vh.data = rows
+            for member in members:
+                if packed_memory(member.U, 1) is None:
+                    member.U.data = close_columns(member.U)
+                _place_columns(member)
+
+    def unpack_(self) -> None:
+        """Give each factor that lies in packed memory a memory of its own, contiguous."""
+        self._packs = False
+        with torch.inference_mode(False), torch.no_grad():
+            for member in filter(_is_movable, self.members):
+                for factor in (member.U, member.Vh):
+                    if has_padding(factor) or not factor.is_contiguous():
+                        factor.data = factor.clone(memory_format=torch.contiguous_format)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InputGroup:
-        """A group of the copied members, without stored outputs and packed factors."""
+        """A group of the copied members, without stored outputs; the copies are contiguous until ``pack_``."""
         group = InputGroup([])
         memo[id(self)] = group
-        group.__init__([copy.deepcopy(member, memo) for member in self.members])  # type: ignore[misc]
+        members = [copy.deepcopy(member, memo) for member in self.members]
+        group.__init__(members, self._packs)  # type: ignore[misc]
         return group
 
-    def __reduce__(self) -> tuple[type[InputGroup], tuple[list[LowRankLinear]]]:
-        return InputGroup, (self.members,)
+    def __reduce__(self) -> tuple[type[InputGroup], tuple[list[LowRankLinear], bool]]:
+        return InputGroup, (self.members, self._packs)
 
 
 class _PendingOutputs(NamedTuple):
@@ -119,6 +139,45 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def _place_columns(layer: LowRankLinear) -> None:
+    """Pad the rows of U, or close them while it is trained: fused optimizers and FSDP2 need contiguous parameters.
+
+    U is not moved if it is not packed, or if a library has moved it, such as one that trains all parameters as one.
+    """
+    U = layer._parameters.get("U")
+    if type(U) is not nn.Parameter or U.is_inference():
+        return
+    trained = layer.training and U.requires_grad
+    with torch.inference_mode(False), torch.no_grad():
+        if trained and has_padding(U):
+            U.data = close_columns(U)
+        elif not trained and packed_memory(U, 1) is None and may_pad(U):
+            U.data = pad_columns(U)
+
+
+def _is_movable(layer: LowRankLinear) -> bool:
+    """Whether the factors are ordinary parameters, which stay on their device between calls."""
+    factors = [layer._parameters.get("U"), layer._parameters.get("Vh")]  # a parametrization leaves fewer
+    return not is_fetched_per_call(layer) and all(
+        type(factor) is nn.Parameter and factor.dim() == 2 and not factor.is_inference() for factor in factors
+    )
+
+
+def _is_packable(layer: LowRankLinear) -> bool:
+    return _is_movable(layer) and _gains_by_packing(layer.U) and _gains_by_packing(layer.Vh)
+
+
+def _gains_by_packing(factor: Tensor) -> bool:
+    """Whether the kernels for the factor's device read packed memory faster: on a GPU."""
+    return factor.is_cuda
+
+
+def _is_stacked(Vhs: Sequence[Tensor]) -> bool:
+    """Whether the Vh of a group, each with its padding, lie one behind the other."""
+    memories = [memory for Vh in Vhs if (memory := packed_memory(Vh, 0)) is not None]
+    return len(memories) == len(Vhs) and stacked(memories) is not None
+
+
 def _faster_alone(x: Tensor) -> bool:
     """Whether separate calls are faster than one op for a group: on a CPU without gradients."""
     return x.is_cpu and not is_grad_enabled() and not is_compiling()
@@ -127,9 +186,15 @@ def _faster_alone(x: Tensor) -> bool:
 def group_linears_(model: nn.Module, enabled: bool = True) -> list[tuple[str, ...]]:
     """Group low-rank linears that share an input, so that one op computes them; results and ``state_dict`` stay.
 
+    Factors on a GPU, also ones that arrive there later, move to packed memory: the Vh of a group one behind the other,
+    ranks padded with zeros to a multiple of 16. The parameters keep their shapes. A U of another rank has rows that are
+    not adjacent. Fused optimizers, FSDP2 and ``safetensors.torch`` refuse such parameters. So ``train()`` makes a U
+    that requires gradients contiguous, and ``eval()`` returns it to the same memory. A copy of a model is packed by the
+    next call of this function, or of ``to()`` with another device or dtype.
+
     Args:
         model: any module; existing groups of its low-rank linears are discarded.
-        enabled: ``False`` only discards the groups.
+        enabled: ``False`` only discards the groups, and makes all factors contiguous.
 
     Returns:
         The groups, as the paths of their members.
@@ -144,14 +209,18 @@ def group_linears_(model: nn.Module, enabled: bool = True) -> list[tuple[str, ..
     for path, parent in list(model.named_modules()):
         children = {name: child for name, child in parent.named_children() if isinstance(child, LowRankLinear)}
         for child in children.values():
-            child.group = InputGroup([child])
+            if not enabled:
+                child.group.unpack_()
+            child.group = InputGroup([child], packs=enabled)
         for names in family_of(path).shared_inputs if enabled and children else ():
             members = {name: children[name] for name in names if name in children}
             if len(members) > 1 and not any(map(is_fetched_per_call, members.values())):
-                group = InputGroup(list(members.values()))
+                group = InputGroup(list(members.values()), packs=True)
                 for member in members.values():
                     member.group = group
                 groups.append(tuple(f"{path}.{name}".lstrip(".") for name in members))
+        for child in children.values():
+            child.group.pack_()
     return groups
 
 
@@ -300,6 +369,32 @@ class LowRankLinear(nn.Module):
         layer = cls.like(linear, len(tensors["Vh"]), device=execution_device(linear))
         layer.load_state_dict(dict(tensors))
         return layer
+
+    def train(self, mode: bool = True) -> LowRankLinear:
+        """Set the mode, and move U as ``group_linears_`` says."""
+        super().train(mode)
+        _place_columns(self)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:
+        moved = False
+
+        def watched(tensor: Tensor) -> Tensor:
+            nonlocal moved
+            result = fn(tensor)
+            moved = moved or result is not tensor
+            return result
+
+        super()._apply(watched, recurse)
+        if moved:
+            self.group.pack_()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        before = dict(self._parameters)
+        super()._load_from_state_dict(*args)
+        if any(self._parameters.get(name) is not parameter for name, parameter in before.items()):  # assign=True
+            self.group.pack_()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""

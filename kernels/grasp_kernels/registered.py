@@ -15,6 +15,7 @@ from torch import Tensor
 from grasp_kernels import gradients
 from grasp_kernels.checks import check_bounds, check_factors, check_glu, check_singular_value_grad
 from grasp_kernels.dispatch import check_backend, select
+from grasp_kernels.packing import widened
 from grasp_kernels.reference import Factors, accumulation_dtype, equal_samples
 
 _library = torch.library.Library("grasp", "DEF")
@@ -54,18 +55,21 @@ def _unrows(y: Tensor, x: Tensor) -> Tensor:
 
 def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """Run a checked call of ``lowrank_linear`` with the backend that the table selects."""
-    run = _select(backend, "lowrank_linear", x, U.shape[1])
-    return _unrows(run(_rows(x), U, s, Vh, bias), x)
+    factors = widened(Factors(U, s, Vh, bias))
+    run = _select(backend, "lowrank_linear", x, factors.U.shape[1])
+    return _unrows(run(_rows(x), *factors), x)
 
 
 def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors], backend: str) -> list[Tensor]:
     """Run a checked call of ``lowrank_linear_grouped`` with the backend that the table selects."""
+    factors = [widened(group) for group in factors]
     run = _select(backend, "lowrank_linear_grouped", x, max(group.U.shape[1] for group in factors))
     return [_unrows(y, x) for y in run(_rows(x), factors)]
 
 
 def lowrank_glu(x: Tensor, gate: Factors, up: Factors, activation: str, backend: str) -> Tensor:
     """Run a checked call of ``lowrank_glu`` with the backend that the table selects."""
+    gate, up = widened(gate), widened(up)
     run = _select(backend, "lowrank_glu", x, max(gate.U.shape[1], up.U.shape[1]))
     return _unrows(run(_rows(x), gate, up, activation), x)
 

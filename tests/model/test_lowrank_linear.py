@@ -255,28 +255,6 @@ def test_groups_compile_to_one_graph_with_one_op(grouped_calls: list[int]) -> No
     assert grouped_calls == [3]
 
 
-def test_factors_are_packed_once_for_a_gpu_and_again_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    attention = Attention()
-    group_linears_(attention)
-    group = attention.q_proj.group
-
-    class OnGpu:
-        is_cuda = True
-
-    with torch.no_grad():
-        packed = group._packed_for(OnGpu(), [m.factors for m in group.members])  # type: ignore[arg-type]
-        assert [f.U.shape[1] for f in packed] == [16, 16, 16]
-        assert group._packed_for(OnGpu(), [m.factors for m in group.members]) is packed  # type: ignore[arg-type]
-        attention.k_proj.U.mul_(2)
-        again = group._packed_for(OnGpu(), [m.factors for m in group.members])  # type: ignore[arg-type]
-    assert again is not packed
-    assert torch.equal(again[1].U[:, :3], attention.k_proj.U)
-    assert set(attention.state_dict()) == {"q_proj.U", "q_proj.Vh", "q_proj.bias", "k_proj.U", "k_proj.Vh"} | {
-        "v_proj.U",
-        "v_proj.Vh",
-    }
-
-
 def first_then(change: Callable[[Attention, Tensor], None]) -> tuple[Attention, Tensor]:
     attention, x = Attention(), torch.randn(3, 24)
     group_linears_(attention)
