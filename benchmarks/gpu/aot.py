@@ -26,6 +26,7 @@ from benchmarks.gpu.aot_cases import (
     cases,
     complaints,
     copied_ahead,
+    prefetched,
 )
 from benchmarks.gpu.sass import ARCHITECTURES, Binary, compile_source, specialize
 from grasp_kernels.triton.launch import Launch
@@ -47,6 +48,7 @@ class BinaryRow:
     tensor_core: dict[str, int]  # instructions by mnemonic
     loads: dict[str, int]  # global loads by bytes per thread
     copied_ahead: int  # bytes per program that loops keep in flight
+    prefetched: int  # bytes of U per program that a dependent launch loads before it waits
     dependent_launch: int  # instructions
     complaints: list[str]
 
@@ -75,6 +77,7 @@ def _row(case: AotCase, launch: Launch, binary: Binary) -> BinaryRow:
         tensor_core={name: count for name in TENSOR_CORES if (count := binary.count(name))},
         loads={str(width): count for width, count in sorted(binary.loads().items())},
         copied_ahead=copied_ahead(launch, binary),
+        prefetched=prefetched(launch, binary),
         dependent_launch=binary.count(WAIT) + binary.count(LAUNCH_DEPENDENTS),
         complaints=complaints(launch, binary),
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.sass import SHARED_LIMITS, Binary
+from benchmarks.gpu.sass import SHARED_LIMITS, Binary, load_width
 from grasp_kernels.gradient_configs import FULL_PRECISION, LARGE, SMALL, Tile
 from grasp_kernels.launch_configs import on_path, rule_of_thumb, serves
 from grasp_kernels.reference import Factors
@@ -69,6 +69,8 @@ def complaints(launch: Launch, binary: Binary) -> list[str]:
         errors += barrier_complaints(binary)
     if (ahead := copied_ahead(launch, binary)) < (least := _least_copied_ahead(launch)):
         errors.append(f"loops copy {ahead} bytes ahead, expected at least {least}")
+    if (fetched := prefetched(launch, binary)) < (least := _least_prefetched(launch)):
+        errors.append(f"{fetched} bytes of U are loaded at once before the wait for h, expected at least {least}")
     return errors
 
 
@@ -79,6 +81,27 @@ def copied_ahead(launch: Launch, binary: Binary) -> int:
     """
     stages = launch.options.get("num_stages", 1)
     return binary.copied_bytes() * 32 * launch.options["num_warps"] * (stages - 1) // stages
+
+
+def prefetched(launch: Launch, binary: Binary) -> int:
+    """Bytes of U that a program of a dependent launch loads before it waits for h; 0 if one load waits for another."""
+    if WAIT not in binary.instructions:
+        return 0
+    early = binary.instructions[: binary.instructions.index(WAIT)]
+    loads = [place for place, name in enumerate(early) if name.startswith("LDG") and ".EF" in name]
+    if not loads or any(name.startswith(("STS", "BAR")) for name in early[: loads[-1]]):
+        return 0
+    return sum(load_width(early[place]) for place in loads) * 32 * launch.options["num_warps"]
+
+
+def _least_prefetched(launch: Launch) -> int:
+    """Bytes of the tiles of U that a dependent expand must load before it waits; 0 for another launch."""
+    arguments = launch.arguments
+    if not (arguments.get("DEPENDENT") and "TILES" in arguments):
+        return 0
+    factors = 2 if "gate_u_ptr" in arguments else 1
+    tile = arguments["BLOCK_N"] * arguments["BLOCK_R"] * _matrix(arguments).element_size()
+    return factors * arguments["TILES"] * tile
 
 
 def _least_copied_ahead(launch: Launch) -> int:

@@ -199,8 +199,8 @@ def rule_of_thumb(kernel: str, key: LaunchKey, gpu: Gpu) -> Config:
     rank_tiles = -(-rank // block_r) + groups - 1
     splits = max(1, min(16, _power_of_two(-(-gpu.processors // rank_tiles)), in_features // (2 * block_k)))
     rereads = splits * rows * rank * 4 * (width // block_n)  # bytes of partial sums, if every reader adds them up
-    piece = 256 if scalar else 2048 // min(max(rows, 16), 32)  # columns of U per step
-    piece >>= (kernel == "lowrank_glu" and scalar) + (0 if not full_precision else 1 if scalar else 2)
+    piece = 128 if rows <= 16 else 64  # columns of U per step
+    piece >>= (kernel == "lowrank_glu") + (0 if not full_precision else 1 if scalar else 2)
     return Config(
         path="pair",
         block_m=64,

@@ -25,9 +25,10 @@ from grasp_kernels.triton.lowrank_linear import (
     row_block,
     row_major,
     shrink_launch,
+    tiles_ahead,
     unit_stride,
 )
-from grasp_kernels.triton.tiles import expand_tile, load_bias, load_factor, store_rows
+from grasp_kernels.triton.tiles import expand_tile, load_bias, load_tiles, store_rows
 
 
 @triton.jit
@@ -74,30 +75,26 @@ def _lowrank_glu_expand_kernel(
     SCALES: tl.constexpr,  # bit 0: gate has an s, bit 1: up has one
     BIASES: tl.constexpr,  # bit 0: gate has a bias, bit 1: up has one
     STAGES: tl.constexpr,
-    LOADED: tl.constexpr,  # load the first tiles of U before waiting for h
+    TILES: tl.constexpr,  # of each U, loaded before the wait for h
     LOOPED: tl.constexpr,
     DEPENDENT: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    gate_u = 0
-    up_u = 0
-    if LOADED:
-        offs_r = tl.arange(0, BLOCK_R)
-        gate_u = load_factor(gate_u_ptr, offs_n, offs_r, N, gate_R, gate_stride_un)
-        up_u = load_factor(up_u_ptr, offs_n, offs_r, N, up_R, up_stride_un)
+    gate_u = load_tiles(gate_u_ptr, offs_n, N, gate_R, gate_stride_un, BLOCK_R, TILES)
+    up_u = load_tiles(up_u_ptr, offs_n, N, up_R, up_stride_un, BLOCK_R, TILES)
     if DEPENDENT:
         gdc_wait()
     gate = expand_tile(
         *(gate_u, gate_u_ptr, gate_h_ptr, gate_s_ptr, gate_R, offs_m, offs_n, M, N, gate_R),
         *(gate_stride_un, gate_stride_hm, gate_stride_hs),
-        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES % 2 == 1, STAGES, LOADED, LOOPED),
+        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES % 2 == 1, STAGES, LOOPED),
     )
     up = expand_tile(
         *(up_u, up_u_ptr, up_h_ptr, up_s_ptr, up_R, offs_m, offs_n, M, N, up_R),
         *(up_stride_un, up_stride_hm, up_stride_hs),
-        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES >= 2, STAGES, LOADED, LOOPED),
+        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES >= 2, STAGES, LOOPED),
     )
     gate += load_bias(gate_bias_ptr, N, offs_n, BIASES % 2 == 1)
     up += load_bias(up_bias_ptr, N, offs_n, BIASES >= 2)
@@ -136,8 +133,11 @@ def plan(
     """The two launches of a call, in order; ``output`` is contiguous (M, N)."""
     x, gate, up = unit_stride(x), row_major(gate), row_major(up)
     hidden = new_hidden(x, [gate, up], config)
+    read = hidden
+    if config.reduce:
+        read = hidden[-1:] if x.shape[0] <= 2 else hidden[-1:].view(x.dtype)
     column = triton.cdiv(gate.U.shape[1], RANK_MULTIPLE) * RANK_MULTIPLE
-    halves = [hidden[:, :, :column], hidden[:, :, column:]]
+    halves = [read[:, :, :column], read[:, :, column:]]
     return [
         shrink_launch(x, [gate.Vh, up.Vh], hidden, config, gpu),
         expand_launch(gate, up, halves, output, activation, config, dependent=gpu.dependent_launch),
@@ -172,7 +172,8 @@ def expand_launch(
             f"{name}_stride_hm": h.stride(1),
             f"{name}_stride_hs": h.stride(0),
         }
-    loaded = config.path == "pair"
+    rank, element_size = max_rank([gate, up]), gate.U.element_size()
+    loaded = tiles_ahead(rows, rank, config, 2 * element_size) if config.path == "pair" else 0
     return Launch(
         _lowrank_glu_expand_kernel,
         (triton.cdiv(width, config.expand_block_n), triton.cdiv(rows, block_m)),
@@ -184,12 +185,12 @@ def expand_launch(
             "BLOCK_M": block_m,
             "BLOCK_N": config.expand_block_n,
             "BLOCK_R": config.expand_block_r,
-            "SPLITS": 1 if config.reduce else hidden[0].shape[0],
+            "SPLITS": hidden[0].shape[0],
             "SCALES": (gate.s is not None) + 2 * (up.s is not None),
             "BIASES": (gate.bias is not None) + 2 * (up.bias is not None),
             "STAGES": config.stages,
-            "LOADED": loaded,
-            "LOOPED": not loaded or max_rank([gate, up]) > config.expand_block_r,
+            "TILES": loaded,
+            "LOOPED": rank > loaded * config.expand_block_r,
             "DEPENDENT": dependent,
             "ACTIVATION": activation,
         },

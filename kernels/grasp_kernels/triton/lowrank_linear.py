@@ -25,6 +25,7 @@ from grasp_kernels.triton.launch import Gpu, Launch, gpu_of, run_all
 from grasp_kernels.triton.tiles import arrive, expand, first_u, shrink, wait
 
 BOTH_PHASES, SHRINK_ONLY, EXPAND_ONLY = 0, 1, 2  # of the fused kernel; the last two are for its tests
+REGISTER_BYTES = 576  # per thread, for the tiles of U, h and y that an expand holds; a thread has 1020
 _SHRINK_ONLY, _EXPAND_ONLY = tl.constexpr(SHRINK_ONLY), tl.constexpr(EXPAND_ONLY)
 
 
@@ -32,7 +33,7 @@ _SHRINK_ONLY, _EXPAND_ONLY = tl.constexpr(SHRINK_ONLY), tl.constexpr(EXPAND_ONLY
 def _lowrank_shrink_kernel(
     x_ptr,  # [M, K]
     vh_ptrs,  # of each member: [R, K]
-    h_ptr,  # [SPLITS, M, columns] fp32
+    h_ptr,  # [SPLITS + REDUCE, M, columns] fp32
     counter_ptr,  # [1 + row tiles * rank tiles] int32, used with REDUCE
     ranks,
     vh_strides,
@@ -65,31 +66,32 @@ def _lowrank_expand_kernel(
     s_ptrs,  # [R]
     bias_ptrs,  # [N]
     y_ptrs,  # [M, N]
-    h_ptr,  # [SPLITS, M, columns]
+    h_ptr,  # [SPLITS + REDUCE, M, columns] fp32
     widths,
     ranks,
     u_strides,
     M,
     stride_hm,
-    stride_hs,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr,
+    REDUCE: tl.constexpr,
     SCALES: tl.constexpr,
     BIASES: tl.constexpr,
     STAGES: tl.constexpr,
+    TILES: tl.constexpr,  # of U, loaded before the wait for h
     LOOPED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    u = first_u(u_ptrs, widths, ranks, u_strides, tile, BLOCK_N, BLOCK_R)
+    u = first_u(u_ptrs, widths, ranks, u_strides, tile, BLOCK_N, BLOCK_R, TILES)
     if DEPENDENT:
         gdc_wait()
     expand(
         *(u, (u_ptrs, s_ptrs, bias_ptrs, y_ptrs), h_ptr, (widths, ranks, u_strides)),
-        *(tile, tl.program_id(1), M, stride_hm, stride_hs),
-        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES, BIASES, STAGES, LOOPED),
+        *(tile, tl.program_id(1), M, stride_hm),
+        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, REDUCE, SCALES, BIASES, STAGES, LOOPED),
     )
 
 
@@ -101,7 +103,7 @@ def _lowrank_fused_kernel(
     s_ptrs,  # [R]
     bias_ptrs,  # [N]
     y_ptrs,  # [M, N]
-    h_ptr,  # [SPLITS, M, columns] fp32
+    h_ptr,  # [SPLITS + REDUCE, M, columns] fp32
     counter_ptr,  # [1 + rank tiles] int32: the barrier's word, then one per tile
     widths,
     ranks,
@@ -138,16 +140,16 @@ def _lowrank_fused_kernel(
         # Arrive first, then load U while other programs finish: an earlier load of U would delay the shrink.
         if PHASE != _EXPAND_ONLY:
             ticket = arrive(counter_ptr)
-        u = first_u(u_ptrs, widths, ranks, u_strides, pid, BLOCK_N, BLOCK_R)
+        u = first_u(u_ptrs, widths, ranks, u_strides, pid, BLOCK_N, BLOCK_R, 1)
         if PHASE != _EXPAND_ONLY:
             wait(counter_ptr, ticket)
         for tile in range(pid, width_tiles, programs):
             expand(
                 *(u, (u_ptrs, s_ptrs, bias_ptrs, y_ptrs), h_ptr, (widths, ranks, u_strides)),
-                *(tile, 0, M, stride_hm, M * stride_hm),
-                *(BLOCK_M, BLOCK_N, BLOCK_R, 1 if REDUCE else SPLITS, SCALES, BIASES, STAGES, False),
+                *(tile, 0, M, stride_hm),
+                *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, REDUCE, SCALES, BIASES, STAGES, False),
             )
-            u = first_u(u_ptrs, widths, ranks, u_strides, tile + programs, BLOCK_N, BLOCK_R)
+            u = first_u(u_ptrs, widths, ranks, u_strides, tile + programs, BLOCK_N, BLOCK_R, 1)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
@@ -220,9 +222,12 @@ def expand_gemm(h: Tensor, factors: Factors) -> Tensor:
 
 
 def new_hidden(x: Tensor, factors: Sequence[Factors], config: Config) -> Tensor:
-    """Memory for h: (splits, M, columns) in fp32, from PyTorch's allocator, so it belongs to the stream or graph."""
+    """Memory for h from PyTorch's allocator, so it belongs to the stream or graph: (splits, M, columns) in fp32.
+
+    With ``reduce``, one more (M, columns) follows for the reduced h.
+    """
     columns = sum(triton.cdiv(group.U.shape[1], RANK_MULTIPLE) * RANK_MULTIPLE for group in factors)
-    return x.new_empty((config.splits, x.shape[0], columns), dtype=torch.float32)
+    return x.new_empty((config.splits + config.reduce, x.shape[0], columns), dtype=torch.float32)
 
 
 def shrink_launch(x: Tensor, Vhs: Sequence[Tensor], hidden: Tensor, config: Config, gpu: Gpu) -> Launch:
@@ -249,21 +254,31 @@ def expand_launch(
 ) -> Launch:
     """Compute the outputs from ``hidden``. If the GPU can, it starts early, loads U, and waits for the shrink."""
     tiles = _tiles((output.shape[1] for output in outputs), config.expand_block_n)
-    rows = hidden.shape[1]
+    rows, rank = hidden.shape[1], max_rank(factors)
+    loaded = tiles_ahead(rows, rank, config, factors[0].U.element_size())
     return Launch(
         _lowrank_expand_kernel,
         (tiles, triton.cdiv(rows, row_block(rows, config))),
         {
             **_expand_arguments(factors, outputs, hidden, config),
             "ranks": tuple(group.U.shape[1] for group in factors),
-            "stride_hs": hidden.stride(0),
             "BLOCK_R": config.expand_block_r,
-            "SPLITS": 1 if config.reduce else config.splits,
-            "LOOPED": max_rank(factors) > config.expand_block_r,
+            "SPLITS": config.splits,
+            "REDUCE": config.reduce,
+            "TILES": loaded,
+            "LOOPED": rank > loaded * config.expand_block_r,
             "DEPENDENT": gpu.dependent_launch,
         },
         expand_options(config, gpu.dependent_launch),
     )
+
+
+def tiles_ahead(rows: int, rank: int, config: Config, element_size: int) -> int:
+    """How many tiles of U an expand loads before it waits for h: all of them, if the registers hold them and h."""
+    block_m, block_n = max(16, row_block(rows, config)), config.expand_block_n
+    free = REGISTER_BYTES * 32 * config.expand_warps - block_m * block_n * 4
+    tile = (block_m + block_n) * config.expand_block_r * element_size
+    return max(1, min(triton.cdiv(rank, config.expand_block_r), free // tile))
 
 
 def expand_options(config: Config, dependent: bool) -> dict[str, Any]:

@@ -129,11 +129,25 @@ def shrink_tile(
 
 @triton.jit
 def sum_partials(h_ptrs, mask, stride_hs, SPLITS: tl.constexpr):
-    """The sum over splits, in their order, fp32. Bypasses the first-level cache, because other programs wrote h."""
-    total = tl.load(h_ptrs, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+    """The sum over splits, in their order. Bypasses the first-level cache, because other programs wrote h."""
+    total = tl.load(h_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
     for split in tl.static_range(1, SPLITS):
         total += tl.load(h_ptrs + split * stride_hs, mask=mask, other=0.0, cache_modifier=".cg")
     return total
+
+
+@triton.jit
+def reduced_hidden(h_ptr, M, stride_hm, dtype: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr):
+    """Pointer and row stride of the reduced h, which follows the splits; each of its rows has the bytes of theirs.
+
+    Its dtype is that of the dot's operand, to which h is rounded anyway; fp32 for scalar arithmetic.
+    """
+    ptr = h_ptr + SPLITS * M * stride_hm
+    stride = stride_hm
+    if BLOCK_M >= 16:
+        ptr = ptr.to(tl.pointer_type(dtype))
+        stride *= 32 // dtype.primitive_bitwidth
+    return ptr, stride
 
 
 @triton.jit
@@ -146,12 +160,16 @@ def load_scale(s_ptr, s_length, offs_r, SCALED: tl.constexpr):
 
 
 @triton.jit
-def expand_dot(
-    acc, u, h_ptr, s_ptr, s_length, offs_m, offs_r, M, R, stride_hm, stride_hs, SPLITS, SCALED: tl.constexpr
-):
-    """``acc + (h * s) @ u.mT``; h is rounded once, to the dtype of u. In fp16 s scales u, because h could overflow."""
+def hidden_rows(h_ptr, offs_m, offs_r, M, R, stride_hm, stride_hs, SPLITS: tl.constexpr):
+    """[BLOCK_M, BLOCK_R] of h, the sum of its splits."""
     h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm + offs_r[None, :]
-    h = sum_partials(h_ptrs, (offs_m < M)[:, None] & (offs_r < R)[None, :], stride_hs, SPLITS)
+    return sum_partials(h_ptrs, (offs_m < M)[:, None] & (offs_r < R)[None, :], stride_hs, SPLITS)
+
+
+@triton.jit
+def expand_dot(acc, u, h, s_ptr, s_length, offs_r, SCALED: tl.constexpr):
+    """``acc + (h * s) @ u.mT``; h is rounded once, to the dtype of u. In fp16 s scales u, because h could overflow."""
+    h = h.to(tl.float32)
     if SCALED:
         scale = load_scale(s_ptr, s_length, offs_r, SCALED)[None, :]
         if u.dtype == tl.float16:
@@ -162,17 +180,44 @@ def expand_dot(
 
 
 @triton.jit
-def expand_row(
-    u, row, h_ptr, s_ptr, s_length, offs_r, R, stride_hm, stride_hs, SPLITS: tl.constexpr, SCALED: tl.constexpr
-):
-    """``u * (h[row] * s)``, [BLOCK_N, BLOCK_R] in fp32, not yet summed over the rank."""
-    h = sum_partials(h_ptr + row * stride_hm + offs_r, offs_r < R, stride_hs, SPLITS)
-    return u.to(tl.float32) * (h * load_scale(s_ptr, s_length, offs_r, SCALED))[None, :]
+def hidden_row(h_ptr, row, offs_r, R, stride_hm, stride_hs, SPLITS: tl.constexpr):
+    """[BLOCK_R] of one row of h, the sum of its splits."""
+    return sum_partials(h_ptr + row * stride_hm + offs_r, offs_r < R, stride_hs, SPLITS)
+
+
+@triton.jit
+def expand_row(u, h, s_ptr, s_length, offs_r, SCALED: tl.constexpr):
+    """``u * (h * s)``, [BLOCK_N, BLOCK_R] in fp32, not yet summed over the rank; h is one row."""
+    return u.to(tl.float32) * (h.to(tl.float32) * load_scale(s_ptr, s_length, offs_r, SCALED))[None, :]
+
+
+@triton.jit
+def hold(tiles):
+    """The same tiles. All their loads are issued before the first of them is used; Triton would use each at once."""
+    held: tl.tuple = ()
+    for index in tl.static_range(len(tiles)):
+        tile = tiles[index]
+        if not INTERPRETED:
+            tile = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [tile], tile.dtype, is_pure=False, pack=32 // tile.dtype.primitive_bitwidth
+            )
+        held += (tile,)
+    return held
+
+
+@triton.jit
+def load_tiles(u_ptr, offs_n, N, R, stride_un, BLOCK_R: tl.constexpr, TILES: tl.constexpr):
+    """The first tiles of U, [BLOCK_N, BLOCK_R] each, as a tuple: they can be in registers before h is read."""
+    tiles: tl.tuple = ()
+    for index in tl.static_range(TILES):
+        offs_r = index * BLOCK_R + tl.arange(0, BLOCK_R)
+        tiles += (load_factor(u_ptr, offs_n, offs_r, N, R, stride_un),)
+    return hold(tiles)
 
 
 @triton.jit
 def expand_tile(
-    u,  # [BLOCK_N, BLOCK_R], the first tile of U if LOADED
+    tiles,  # of U, from load_tiles
     u_ptr,
     h_ptr,
     s_ptr,
@@ -191,38 +236,51 @@ def expand_tile(
     SPLITS: tl.constexpr,
     SCALED: tl.constexpr,
     STAGES: tl.constexpr,
-    LOADED: tl.constexpr,
-    LOOPED: tl.constexpr,  # the rank may exceed the loaded tile
+    LOOPED: tl.constexpr,  # the rank may exceed the loaded tiles
 ):
     """[BLOCK_M, BLOCK_N] of ``(h * s) @ U.mT``, fp32; h is the sum of its splits."""
     offs_r = tl.arange(0, BLOCK_R)
-    first = BLOCK_R if LOADED else 0
+    first: tl.constexpr = len(tiles) * BLOCK_R
+    h0: tl.tuple = ()
+    h1: tl.tuple = ()
+    for index in tl.static_range(len(tiles)):
+        offs = index * BLOCK_R + offs_r
+        if BLOCK_M < 16:
+            h0 += (hidden_row(h_ptr, 0, offs, R, stride_hm, stride_hs, SPLITS),)
+            if BLOCK_M == 2:
+                h1 += (hidden_row(h_ptr, 1, offs, R, stride_hm, stride_hs, SPLITS),)
+        else:
+            h0 += (hidden_rows(h_ptr, offs_m, offs, M, R, stride_hm, stride_hs, SPLITS),)
+    h0 = hold(h0)
+    h1 = hold(h1)
     if BLOCK_M < 16:
         acc0 = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
         acc1 = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-        if LOADED:
-            acc0 = expand_row(u, 0, h_ptr, s_ptr, s_length, offs_r, R, stride_hm, stride_hs, SPLITS, SCALED)
+        for index in tl.static_range(len(tiles)):
+            offs = index * BLOCK_R + offs_r
+            acc0 += expand_row(tiles[index], h0[index], s_ptr, s_length, offs, SCALED)
             if BLOCK_M == 2:
-                acc1 = expand_row(u, 1, h_ptr, s_ptr, s_length, offs_r, R, stride_hm, stride_hs, SPLITS, SCALED)
+                acc1 += expand_row(tiles[index], h1[index], s_ptr, s_length, offs, SCALED)
         if LOOPED:
             for r in tl.range(first, R, BLOCK_R, num_stages=STAGES):
                 offs = r + offs_r
-                piece = load_factor(u_ptr, offs_n, offs, N, R, stride_un)
-                acc0 += expand_row(piece, 0, h_ptr, s_ptr, s_length, offs, R, stride_hm, stride_hs, SPLITS, SCALED)
+                u = load_factor(u_ptr, offs_n, offs, N, R, stride_un)
+                h = hidden_row(h_ptr, 0, offs, R, stride_hm, stride_hs, SPLITS)
+                acc0 += expand_row(u, h, s_ptr, s_length, offs, SCALED)
                 if BLOCK_M == 2:
-                    acc1 += expand_row(piece, 1, h_ptr, s_ptr, s_length, offs, R, stride_hm, stride_hs, SPLITS, SCALED)
+                    h = hidden_row(h_ptr, 1, offs, R, stride_hm, stride_hs, SPLITS)
+                    acc1 += expand_row(u, h, s_ptr, s_length, offs, SCALED)
         y = _stack_rows(tl.sum(acc0, 1), tl.sum(acc1, 1), BLOCK_M)
     else:
         y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if LOADED:
-            y = expand_dot(y, u, h_ptr, s_ptr, s_length, offs_m, offs_r, M, R, stride_hm, stride_hs, SPLITS, SCALED)
+        for index in tl.static_range(len(tiles)):
+            y = expand_dot(y, tiles[index], h0[index], s_ptr, s_length, index * BLOCK_R + offs_r, SCALED)
         if LOOPED:
             for r in range(first, R, BLOCK_R):
                 offs = r + offs_r
-                piece = load_factor(u_ptr, offs_n, offs, N, R, stride_un)
-                y = expand_dot(
-                    y, piece, h_ptr, s_ptr, s_length, offs_m, offs, M, R, stride_hm, stride_hs, SPLITS, SCALED
-                )
+                u = load_factor(u_ptr, offs_n, offs, N, R, stride_un)
+                h = hidden_rows(h_ptr, offs_m, offs, M, R, stride_hm, stride_hs, SPLITS)
+                y = expand_dot(y, u, h, s_ptr, s_length, offs, SCALED)
     return y
 
 
@@ -266,7 +324,7 @@ def shrink(
     STAGES: tl.constexpr,
     REDUCE: tl.constexpr,
 ):
-    """Store one split of one tile of a group's h. With REDUCE, the last program of a tile stores the sum in split 0."""
+    """Store one split of one tile of a group's h. With REDUCE, the last program of a tile stores the reduced h."""
     index, local = member(tile, ranks, BLOCK_R)
     R = pick(ranks, index)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -280,30 +338,34 @@ def shrink(
         x_ptr, vh_ptr, offs_m, offs_r, M, K, R, stride_xm, stride_vr, start, stop, BLOCK_M, BLOCK_R, BLOCK_K, STAGES
     )
     stride_hs = M * stride_hm
-    h_ptrs = h_ptr + hidden_column(ranks, index) + offs_m[:, None] * stride_hm + offs_r[None, :]
+    columns = hidden_column(ranks, index) + offs_r[None, :]
+    h_ptrs = h_ptr + offs_m[:, None] * stride_hm + columns
     mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
     tl.store(h_ptrs + split * stride_hs, partial, mask=mask)
     if REDUCE:
         counter = counter_ptr + pid_m * rank_tiles + tile
         tl.debug_barrier()
         if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
-            tl.store(h_ptrs, sum_partials(h_ptrs, mask, stride_hs, SPLITS), mask=mask)
+            dtype: tl.constexpr = x_ptr.dtype.element_ty
+            reduced, stride = reduced_hidden(h_ptr, M, stride_hm, dtype, BLOCK_M, SPLITS)
+            total = sum_partials(h_ptrs, mask, stride_hs, SPLITS)
+            reduced_ptrs = reduced + offs_m[:, None] * stride + columns
+            tl.store(reduced_ptrs, round_to(total, reduced.dtype.element_ty), mask=mask)
             tl.store(counter, 0)
 
 
 @triton.jit
-def first_u(u_ptrs, widths, ranks, u_strides, tile, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The first tile of U for a tile of a group's outputs, [BLOCK_N, BLOCK_R]; zeros past the last tile."""
+def first_u(u_ptrs, widths, ranks, u_strides, tile, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, TILES: tl.constexpr):
+    """The first tiles of U for a tile of a group's outputs, see ``load_tiles``; zeros past the last tile."""
     index, local = member(tile, widths, BLOCK_N)
     offs_n = local * BLOCK_N + tl.arange(0, BLOCK_N)
     N = pick(widths, index)
-    R = pick(ranks, index)
-    return load_factor(pick(u_ptrs, index), offs_n, tl.arange(0, BLOCK_R), N, R, pick(u_strides, index))
+    return load_tiles(pick(u_ptrs, index), offs_n, N, pick(ranks, index), pick(u_strides, index), BLOCK_R, TILES)
 
 
 @triton.jit
 def expand(
-    u,  # [BLOCK_N, BLOCK_R], from first_u
+    tiles,  # of U, from first_u
     pointers,  # (u_ptrs, s_ptrs, bias_ptrs, y_ptrs)
     h_ptr,
     sizes,  # (widths, ranks, u_strides)
@@ -311,11 +373,11 @@ def expand(
     pid_m,
     M,
     stride_hm,
-    stride_hs,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr,
+    REDUCE: tl.constexpr,  # the shrink stored the reduced h
     SCALES: tl.constexpr,  # bit g: member g has an s
     BIASES: tl.constexpr,  # bit g: member g has a bias
     STAGES: tl.constexpr,
@@ -330,14 +392,18 @@ def expand(
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = local * BLOCK_N + tl.arange(0, BLOCK_N)
     u_ptr = pick(u_ptrs, index)
+    stride_hs = M * stride_hm
+    if REDUCE:
+        h_ptr, stride_hm = reduced_hidden(h_ptr, M, stride_hm, u_ptr.dtype.element_ty, BLOCK_M, SPLITS)
+    READ: tl.constexpr = 1 if REDUCE else SPLITS
     h_ptr += hidden_column(ranks, index)
     s_ptr = pick(s_ptrs, index)
     s_length = ((SCALES >> index) & 1) * R
     bias_length = ((BIASES >> index) & 1) * N
     stride_un = pick(u_strides, index)
     y = expand_tile(
-        *(u, u_ptr, h_ptr, s_ptr, s_length, offs_m, offs_n, M, N, R, stride_un, stride_hm, stride_hs),
-        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES != 0, STAGES, True, LOOPED),
+        *(tiles, u_ptr, h_ptr, s_ptr, s_length, offs_m, offs_n, M, N, R, stride_un, stride_hm, stride_hs),
+        *(BLOCK_M, BLOCK_N, BLOCK_R, READ, SCALES != 0, STAGES, LOOPED),
     )
     y += load_bias(pick(bias_ptrs, index), bias_length, offs_n, BIASES != 0)
     store_rows(pick(y_ptrs, index), y, offs_m, offs_n, M, N)

@@ -67,6 +67,16 @@ def test_the_shrink_of_one_row_keeps_24_kib_of_vh_in_flight(rows: Rows, architec
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", [", 1 rows", ", 16 rows"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
+def test_the_expand_loads_all_of_u_before_it_waits_for_h(rows: Rows, case: str, architecture: int) -> None:
+    row = binary(rows, "_lowrank_expand_kernel", case, architecture)
+    assert row["prefetched"] >= 32 * 208 * 2  # output features of a program, rank, bytes
+    assert row["copied_ahead"] == 0  # there is no loop over the rank
+    assert row["registers"] <= 96
+
+
+@pytest.mark.slow
 def test_dependent_launch_starts_with_sm_90(rows: Rows) -> None:
     for kernel in ("_lowrank_shrink_kernel", "_lowrank_expand_kernel"):
         counts = {row["architecture"]: row["dependent_launch"] for row in rows if row["kernel"] == kernel}
@@ -121,6 +131,20 @@ def test_a_loop_that_copies_too_little_ahead_is_found(copies: int, complaint: bo
     listing = ("LDG.E.128", *["LDGSTS.E.BYPASS.128"] * copies, "LDGSTS.E", "ACQBULK")
     found = complaints(shrink, replace(SOUND, instructions=listing))
     assert any("copy" in text for text in found) == complaint
+
+
+@pytest.mark.parametrize(
+    ("early", "complaint"),
+    [
+        ("LDG.E.EF.128 " * 8, False),
+        ("LDG.E.EF.128 " * 7, True),
+        ("LDG.E.EF.128 STS.128 BAR.SYNC " + "LDG.E.EF.128 " * 7, True),  # the first load is used before the others
+    ],
+)
+def test_an_expand_that_loads_u_late_is_found(early: str, complaint: bool) -> None:
+    expand = next(case for case in representatives() if "pair, 1 rows" in case.name).launches(CARDS[90])[1]
+    listing = (*early.split(), "ACQBULK", "LDG.E.EF.128")
+    assert any("bytes of U" in text for text in complaints(expand, replace(SOUND, instructions=listing))) == complaint
 
 
 ARRIVE, FETCH, READ = "ATOMG.E.ADD.STRONG.GPU", "LDG.E.EF.128", "LDG.E.STRONG.GPU"
