@@ -6,6 +6,7 @@ time limit, so that a kernel that crashes or hangs costs only itself. When time 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from rich.console import Console
 
 from benchmarks.gpu.check_cases import GpuCase
 from benchmarks.gpu.check_report import print_report, read_report
-from benchmarks.gpu.check_runner import Journal, Task, read_lines, run_tasks
+from benchmarks.gpu.check_runner import ROOT, Journal, Task, read_lines, run_tasks
 from benchmarks.gpu.gpu_state import read_state
 from grasp.bench.conditions import commit, device_name
 from grasp.bench.workloads import ATTENTION, DOWN, GATE_UP, GROUPED_QUERY, GROUPED_QUERY_QKV, MLP, QKV, WIDE_MLP
@@ -40,16 +41,7 @@ GRADIENT_ROWS = (2048, 8192, 512)
 FEW_ROWS = (1, 16, 64)
 BARRIER_ROWS = (1, 16)
 TESTS_SHARE = 0.4  # of the time: tests that are not done then go on after everything else
-# The files are run beside each other: nothing is timed meanwhile. -m gpu leaves out what runs on a CPU.
-TEST_FILES = (
-    ("tests/ops/test_triton_lowrank.py",),
-    ("tests/ops/test_ops_lowrank_linear.py",),
-    ("tests/ops/test_ops_lowrank_glu.py",),
-    ("tests/ops/test_ops_singular_value_grad.py",),
-    ("tests/ops/test_singular_value_grad.py",),
-    ("tests/ops/test_cuda_card.py",),
-    ("tests/ops/test_autotune.py", "tests/bench/test_timing.py", "tests/test_export.py"),
-)
+GPU_TESTS = re.compile(r"mark\.gpu\b|\bDEVICES\)")  # the parameter "cuda" of DEVICES has the mark
 MODEL = {  # Llama-2-7B with a quarter of its layers
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -111,10 +103,15 @@ def full_plan(card: Mapping[str, Any] | None) -> CheckPlan:
     ]
     done = {task.key for task in first}
     tests = [
-        Task(f"tests: {' '.join(files)}", f"{TASKS}:pytest_file", {"arguments": ["-m", "gpu", *files]}, 180)
-        for files in TEST_FILES
+        Task(f"tests: {name}", f"{TASKS}:pytest_file", {"arguments": ["-m", "gpu", name]}, 180) for name in gpu_tests()
     ]
     return CheckPlan(first, tests, [task for task in rest if task.key not in done])
+
+
+def gpu_tests(root: Path = ROOT) -> list[str]:
+    """The files with tests that ``-m gpu`` selects on a machine with a GPU."""
+    files = sorted((root / "tests").rglob("test_*.py"))
+    return [str(file.relative_to(root)) for file in files if GPU_TESTS.search(file.read_text())]
 
 
 def single(op: str, text: str, rows: int) -> GpuCase:
@@ -147,7 +144,7 @@ def check(path: Path, seconds: float, console: Console, *, tests: bool = True) -
     card = read_report(read_lines(path)).card
     plan = full_plan(None if card is None else asdict(card))
     run(plan.first, seconds)
-    if tests:
+    if tests:  # beside each other: nothing is timed meanwhile
         with ThreadPoolExecutor(len(plan.tests)) as pool:
             list(pool.map(lambda task: run([task], TESTS_SHARE * seconds), plan.tests))
     run(plan.rest, seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -105,6 +105,8 @@ def measure(
         without: providers to leave out.
     """
     device, this = the_device(), GpuCase.from_json(case)
+    if kind != "graph":  # the targets are for graphs
+        this = replace(this, name=f"{this.name}, {kind}")
     warm_up(device, RAMP)
     operands = make_operands(this, device, 0 if kind == "eager" else rotate_bytes)
     batches: dict[str, Batch] = {}

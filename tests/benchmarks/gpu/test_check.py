@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
-import re
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
@@ -33,7 +35,7 @@ from benchmarks.gpu.check_report import (
     read_report,
     targets,
 )
-from benchmarks.gpu.check_runner import Line, Task, read_lines
+from benchmarks.gpu.check_runner import ROOT, Line, Task, read_lines
 from benchmarks.gpu.check_tasks import NO_MEMORY, NO_ROOM
 from grasp.bench import conditions, timing
 from grasp.bench.workloads import OPS, Problem
@@ -143,6 +145,7 @@ def test_calls_from_python_have_their_host_time() -> None:
     for result in results.values():
         assert result.host_us is not None
         assert 0 < result.host_us <= result.median_us
+        assert result.case == "layer, eager"  # no case of the targets
 
 
 @pytest.mark.slow
@@ -423,16 +426,22 @@ def test_barriers_come_after_everything_that_matters() -> None:
 
 
 def test_the_tests_of_all_triton_kernels_are_run_on_a_gpu() -> None:
-    """What ``-m gpu`` selects where there is one; the marks of ``DEVICES`` need it."""
-    selected = {file for files in gpu_check.TEST_FILES for file in files}
-    root = Path(__file__).parents[3]
-    marked = {
-        str(file.relative_to(root))
-        for file in (root / "tests").rglob("test_*.py")
-        if re.search(r"mark\.gpu\b|DEVICES\)", file.read_text()) and file != Path(__file__)
-    }
-    assert marked == selected
-    assert "pytest.mark.gpu" in (root / "tests/ops/inputs.py").read_text()
+    kernels = ("triton_lowrank", "ops_lowrank_linear", "ops_lowrank_glu", "ops_singular_value_grad", "cuda_card")
+    assert {f"tests/ops/test_{name}.py" for name in kernels} < set(gpu_check.gpu_tests())
+    assert "tests/ops/test_roofline.py" not in gpu_check.gpu_tests()
+
+
+def test_the_tests_of_a_gpu_are_selected_by_their_mark(tmp_path: Path) -> None:
+    """The parameter of the ops' tests, here as on a machine with a GPU."""
+    file = tmp_path / "test_devices.py"
+    file.write_text(
+        "import torch\nimport pytest\ntorch.cuda.is_available = lambda: True\nfrom tests.ops.inputs import DEVICES\n"
+        "@pytest.mark.parametrize(argvalues=DEVICES, argnames='device')\ndef test_device(device): assert device == 'cuda'\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--rootdir", str(tmp_path), "-c", "/dev/null"]
+    done = subprocess.run([*command, str(file)], env=environment, capture_output=True, text=True, check=False)
+    assert "1 passed, 1 deselected" in done.stdout
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")

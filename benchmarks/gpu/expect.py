@@ -1,0 +1,290 @@
+"""Predict the time of each low-rank call on a GPU from its launches, its binaries and a few assumed rates.
+
+``python -m benchmarks.gpu.expect`` needs no GPU. It prints one row per shape and number of rows, as configured by
+``grasp_kernels.launch_configs``. With ``--measured``, times of ``benchmarks.gpu.check`` stand beside the predictions.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import triton
+import typer
+
+from benchmarks.gpu.aot_cases import CARDS, copied_ahead
+from benchmarks.gpu.check import LINEARS, layer
+from benchmarks.gpu.check_report import read_report
+from benchmarks.gpu.check_runner import read_lines
+from benchmarks.gpu.sass import compile_source, specialize
+from grasp.bench.conditions import commit
+from grasp_kernels import pack_factors, roofline
+from grasp_kernels.launch_configs import choose
+from grasp_kernels.reference import Factors
+from grasp_kernels.roofline import Card, Cost
+from grasp_kernels.shapes import GroupShape, format_shape, parse_shape
+from grasp_kernels.triton import lowrank_linear
+from grasp_kernels.triton.launch import Gpu, Launch
+
+ROWS = (1, 4, 16, 64, 256, 2048, 8192)
+LAYER_ROWS = (1, 4, 16, 64)
+CASES = ("lowrank_linear", "lowrank_linear_grouped", "layer")  # of the check
+REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32  # most of one processor
+RESERVED = 1024  # bytes of shared memory that each program takes beside its own
+ITEMSIZE = 2  # bytes of bf16
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What is assumed about a GPU. Nothing of it was measured here; `benchmarks.gpu.check` measures most of it."""
+
+    name: str
+    memory: float  # bytes/s of main memory
+    cache: float  # bytes/s of the second-level cache, all processors together
+    flops: float  # FLOP/s of a large bf16 product
+    latency: float  # s from a load to its data under load
+    shared: int  # bytes of one processor
+    gap: float  # s between two launches in a graph
+    ramp: float  # s until all programs of a launch load at full rate
+    dependent: float  # s from the end of a launch to the start of the dependent one, which was resident before
+    reduction: float  # s that the last program of a split sum takes for the others
+    products: float  # share of the rates that the vendor's matrix products reach
+
+
+# Sources: KERNELS.md and data sheets (memory: 85 to 90 % of the peak); latency, cache and start-up are estimates.
+RATES = {
+    80: Rates("A100", 1.75e12, 4.0e12, 250e12, 0.7e-6, 164 << 10, 1.5e-6, 1e-6, math.inf, 2e-6, 0.85),
+    90: Rates("H100", 3.0e12, 5.5e12, 798e12, 0.8e-6, 228 << 10, 1.3e-6, 1e-6, 0.7e-6, 2e-6, 0.85),
+    100: Rates("B200", 7.0e12, 10e12, 1800e12, 0.9e-6, 228 << 10, 1.3e-6, 1e-6, 0.7e-6, 2e-6, 0.85),
+}
+
+
+class Resources(NamedTuple):
+    """What a compiled program takes."""
+
+    registers: int  # per thread
+    shared: int  # bytes
+    ahead: int  # bytes that its loops copy ahead
+
+
+ResourcesOf = Callable[[Launch, Gpu], Resources]
+Times = Mapping[tuple[str, int], float]  # measured µs by shapes and rows
+NAMES = tuple(field.name for field in fields(Rates) if field.name != "name")
+HEADINGS = (
+    *("shape", "M", "path", "CTAs", "waves", "KB in flight per SM", "MB through L2"),
+    *("expected µs", "floor µs", "share", "two products µs", "measured µs"),
+)
+LAYER_HEADINGS = ("M", "expected µs", "floor µs", "share", "14 products µs", "ratio", "measured µs")
+
+
+class Prediction(NamedTuple):
+    """The arithmetic of one launch."""
+
+    programs: int
+    resident: int  # programs that one processor holds at once
+    waves: float
+    in_flight: float  # bytes per processor
+    cache_bytes: int  # through the second-level cache
+    seconds: float  # from the end of the launch before
+
+
+def resident_programs(resources: Resources, warps: int, rates: Rates) -> int:
+    """Programs that fit one processor: registers are given to warps in steps of 256, 8 per thread."""
+    registers = -(-resources.registers // 8) * 8 * 32 * warps
+    shared = resources.shared + RESERVED
+    return max(1, min(REGISTERS // registers, rates.shared // shared, THREADS // (32 * warps), PROGRAMS))
+
+
+def predict(
+    cost: Cost, cache_bytes: int, programs: int, tile_bytes: int, launch: Launch, resources: Resources, gpu: Gpu
+) -> Prediction:
+    """The time of a launch: its start, then the slowest of memory, cache, arithmetic and waiting for loads.
+
+    Args:
+        cost: bytes of main memory and FLOPs.
+        cache_bytes: bytes through the second-level cache.
+        programs: of the grid.
+        tile_bytes: bytes that a program requests before it waits, apart from the copies of its loops.
+        launch: for its warps, and whether it reduces and depends.
+        resources: of its binary.
+        gpu: as in ``aot_cases.CARDS``.
+    """
+    rates = RATES[gpu.capability]
+    resident = resident_programs(resources, launch.options["num_warps"], rates)
+    waves = programs / (gpu.processors * resident)
+    each = cache_bytes / programs
+    in_flight = min(each, tile_bytes + resources.ahead)
+    waiting = math.ceil(waves) * rates.latency * max(1.0, each / in_flight)
+    work = max(cost.bytes / rates.memory, cache_bytes / rates.cache, cost.flops / rates.flops, waiting)
+    dependent = launch.arguments["DEPENDENT"] and launch.options.get("launch_pdl", False)
+    start = rates.dependent if dependent else rates.gap + rates.ramp
+    tail = rates.reduction if launch.arguments.get("REDUCE") else 0.0
+    busy = min(resident, programs / gpu.processors)
+    return Prediction(programs, resident, waves, busy * in_flight, cache_bytes, start + work + tail)
+
+
+def shrink(launch: Launch, shape: GroupShape, M: int, resources: Resources, gpu: Gpu) -> Prediction:
+    """The launch that computes h: each program reads a tile of Vh and the rows of x that belong to it."""
+    arguments, K, R = launch.arguments, shape[0].K, sum(linear.R for linear in shape)
+    tiles, splits, row_tiles = launch.grid
+    factors, h = R * K * ITEMSIZE, M * R * arguments["h_ptr"].element_size()
+    partial = splits * h * (2 if arguments.get("REDUCE") else 1)
+    cost = Cost(factors + M * K * ITEMSIZE, 2 * M * R * K)
+    tile = arguments["BLOCK_R"] * arguments["BLOCK_K"] * ITEMSIZE if not resources.ahead else 0
+    traffic = row_tiles * factors + tiles * M * K * ITEMSIZE + partial
+    return predict(cost, traffic, math.prod(launch.grid), tile, launch, resources, gpu)
+
+
+def expand(launch: Launch, shape: GroupShape, M: int, resources: Resources, gpu: Gpu) -> Prediction:
+    """The launch that computes y: each program reads a tile of U, and all of h that belongs to its member and rows."""
+    arguments = launch.arguments
+    factors, y = sum(N * R for _, N, R in shape) * ITEMSIZE, M * sum(linear.N for linear in shape) * ITEMSIZE
+    size = arguments["SPLITS"] * M * arguments["h_ptr"].element_size()
+    h = sum(-(-N // arguments["BLOCK_N"]) * R * size for _, N, R in shape)
+    tile = arguments["BLOCK_N"] * min(arguments["BLOCK_R"], shape[0].R) * ITEMSIZE
+    traffic = launch.grid[1] * factors + h + y
+    return predict(Cost(factors + y, M * factors), traffic, math.prod(launch.grid), tile, launch, resources, gpu)
+
+
+def products(shape: GroupShape, M: int, rates: Rates, *, stacked: bool = False) -> float:
+    """Seconds of two matrix products per linear, each a launch; one product for all Vh if they are ``stacked``."""
+    card = Card(rates.name, rates.flops, rates.memory)
+    ranks = [sum(linear.R for linear in shape)] if stacked else [linear.R for linear in shape]
+    parts = [*((R, shape[0].K) for R in ranks), *((N, R) for _, N, R in shape)]
+    floors = (roofline.floor(card, *roofline.dense_linear(M, *part)) for part in parts)
+    return sum(rates.gap + rates.ramp + floor / rates.products for floor in floors)
+
+
+class Row(NamedTuple):
+    """One call; times in µs."""
+
+    shape: str
+    M: int
+    path: str
+    parts: list[Prediction]  # of shrink and expand; none for matrix products
+    expected: float
+    floor: float  # launches excluded
+    products: float  # two matrix products per linear
+    measured: float | None
+
+
+def call(shape: GroupShape, M: int, gpu: Gpu, resources: ResourcesOf, times: Times | None = None) -> Row:
+    """The arithmetic of ``lowrank_linear`` or ``lowrank_linear_grouped`` on packed factors in bf16."""
+    rates = RATES[gpu.capability]
+    card = Card(rates.name, rates.flops, rates.memory)
+    cost = roofline.lowrank_linear_grouped(M, shape[0].K, [(N, R) for _, N, R in shape])
+    x, groups = _empty(M, shape[0].K), _factors(shape)
+    packed = tuple(linear._replace(R=group.U.shape[1]) for linear, group in zip(shape, groups, strict=True))
+    config = choose("lowrank_linear", gpu, lowrank_linear.launch_key(x, groups))
+    plain = products(shape, M, rates)
+    parts: list[Prediction] = []
+    if config.path == "gemms":
+        expected = products(packed, M, rates, stacked=True)
+    else:
+        launches = lowrank_linear.plan(x, groups, [_empty(M, N) for _, N, _ in shape], config, gpu)
+        parts = [
+            phase(launch, packed, M, resources(launch, gpu), gpu)
+            for phase, launch in zip((shrink, expand), launches, strict=True)
+        ]
+        expected = sum(part.seconds for part in parts)
+    label = format_shape(shape)
+    floor = roofline.floor(card, *cost)
+    found = None if times is None else times.get((label, M))
+    return Row(label, M, config.path, parts, expected * 1e6, floor * 1e6, plain * 1e6, found)
+
+
+class Compiled:
+    """The resources of binaries, each compiled once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Resources] = {}
+
+    def __call__(self, launch: Launch, gpu: Gpu) -> Resources:
+        """The resources of a launch's binary for a GPU."""
+        source = specialize(gpu.capability, launch.kernel, launch.arguments, launch.options)
+        if source.key not in self._known:
+            binary = compile_source(source)
+            self._known[source.key] = Resources(binary.registers, binary.shared, copied_ahead(launch, binary))
+        return self._known[source.key]
+
+
+def _empty(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=torch.bfloat16)
+
+
+@functools.cache
+def _factors(shape: GroupShape) -> list[Factors]:
+    return pack_factors([Factors(_empty(N, R), None, _empty(R, K)) for K, N, R in shape])
+
+
+def page(architectures: Sequence[int], resources: ResourcesOf, times: Times | None = None) -> Iterator[str]:
+    """Everything that is printed, in Markdown.
+
+    Args:
+        architectures: keys of ``RATES``.
+        resources: of a launch on a GPU.
+        times: measured µs by shapes and rows.
+    """
+    yield "# Expected times of the low-rank calls on GPUs"
+    yield f"Nothing here is measured, except in the last column. Commit {commit()}, Triton {triton.__version__}, bf16."
+    yield from _markdown(("assumed", *NAMES), [_rates(RATES[number]) for number in architectures])
+    for architecture in architectures:
+        gpu = CARDS[architecture]
+        shapes = dict.fromkeys([*(parse_shape(text) for text in LINEARS), *(shape for _, shape in layer(1).parts)])
+        rows = [call(shape, M, gpu, resources, times) for shape in shapes for M in ROWS]
+        yield f"## {RATES[architecture].name}, sm_{architecture}, {gpu.processors} SMs"
+        yield from _markdown(HEADINGS, map(_row, rows))
+        yield "A layer of Llama-2-7B, seven linears in four calls:"
+        yield from _markdown(LAYER_HEADINGS, [_layer(rows, M, times) for M in LAYER_ROWS])
+
+
+def _layer(rows: Sequence[Row], M: int, times: Times | None) -> list[str]:
+    parts = [next(row for row in rows if (row.shape, row.M) == (shape, M)) for shape in layer(M).label.split()]
+    expected, floor, two = (sum(getattr(part, name) for part in parts) for name in ("expected", "floor", "products"))
+    found = (times or {}).get((layer(M).label, M))
+    ratios = (f"{floor / expected:.2f}", f"{two:.1f}", f"{two / expected:.2f}")
+    return [str(M), f"{expected:.1f}", f"{floor:.1f}", *ratios, "" if found is None else f"{found:.1f}"]
+
+
+def _row(row: Row) -> list[str]:
+    parts = row.parts
+    columns = [
+        " + ".join(str(part.programs) for part in parts),
+        " + ".join(f"{part.waves:.2f}" for part in parts),
+        " + ".join(f"{part.in_flight / 1024:.0f}" for part in parts),
+        " + ".join(f"{part.cache_bytes / 1e6:.1f}" for part in parts),
+    ]
+    numbers = [f"{row.expected:.1f}", f"{row.floor:.2f}", f"{row.floor / row.expected:.2f}", f"{row.products:.1f}"]
+    return [row.shape, str(row.M), row.path, *columns, *numbers, "" if row.measured is None else f"{row.measured:.1f}"]
+
+
+def _rates(rates: Rates) -> list[str]:
+    return [rates.name, *(f"{getattr(rates, name):.3g}" for name in NAMES)]
+
+
+def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield "\n".join("| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows))
+
+
+def main(
+    architecture: Annotated[list[int] | None, typer.Option(help="80, 90 or 100. Default: all.")] = None,
+    measured: Annotated[Path | None, typer.Option(help="A file of benchmarks.gpu.check.")] = None,
+) -> None:
+    """Print what the configurations are expected to reach."""
+    if triton.knobs.runtime.interpret:
+        raise typer.BadParameter("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
+    times = None
+    if measured is not None:
+        results = read_report(read_lines(measured)).results
+        lines = [line for line in results if line.provider == "triton" and line.case in CASES]
+        times = {(line.shapes, line.rows): line.median_us for line in lines}
+    typer.echo("\n\n".join(page(architecture or list(RATES), Compiled(), times)))
+
+
+if __name__ == "__main__":
+    typer.run(main)

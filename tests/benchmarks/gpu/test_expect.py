@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+import typer
+from typer.testing import CliRunner
+
+from benchmarks.gpu import expect
+from benchmarks.gpu.aot_cases import CARDS
+from benchmarks.gpu.check import layer
+from benchmarks.gpu.check_report import ProviderTime
+from benchmarks.gpu.expect import RATES, Resources, call, page, predict, products, resident_programs
+from grasp_kernels.roofline import Cost
+from grasp_kernels.shapes import parse_shape
+from grasp_kernels.triton.launch import Gpu, Launch
+
+H100 = RATES[90]
+GPU = CARDS[90]
+FEW = Resources(registers=64, shared=16 << 10, ahead=12 << 10)
+
+
+def few(launch: Launch, gpu: Gpu) -> Resources:
+    return FEW
+
+
+def launch(**changes: Any) -> Launch:
+    arguments = {"DEPENDENT": True, "REDUCE": False, **changes}
+    return Launch(None, (1,), arguments, {"num_warps": 4, "launch_pdl": changes.get("pdl", False)})
+
+
+@pytest.mark.parametrize(
+    ("resources", "warps", "programs"),
+    [
+        (Resources(128, 0, 0), 4, 4),  # 65536 / (128 * 128)
+        (Resources(121, 0, 0), 4, 4),  # registers come in steps of 8
+        (Resources(32, 75 << 10, 0), 4, 3),  # 228 KB / (75 + 1)
+        (Resources(16, 0, 0), 4, 16),  # 2048 threads
+        (Resources(16, 0, 0), 1, 32),
+        (Resources(255, 227 << 10, 0), 8, 1),
+    ],
+)
+def test_programs_of_a_processor_by_hand(resources: Resources, warps: int, programs: int) -> None:
+    assert resident_programs(resources, warps, H100) == programs
+
+
+def test_the_slowest_of_four_limits_counts() -> None:
+    start = H100.gap + H100.ramp
+
+    def seconds(cost: Cost, cache: int, programs: int = 132, ahead: int = 1 << 30) -> float:
+        return predict(cost, cache, programs, 0, launch(), Resources(32, 0, ahead), GPU).seconds - start
+
+    large = 300_000_000
+    assert seconds(Cost(large, 0), large) == pytest.approx(large / H100.memory)
+    assert seconds(Cost(0, 0), 10 * large) == pytest.approx(10 * large / H100.cache)
+    assert seconds(Cost(0, 10**12), large) == pytest.approx(10**12 / H100.flops)
+    # 1 MB for each of 132 programs that have 1 KB in flight: 1024 round trips.
+    assert seconds(Cost(0, 0), 132 << 20, ahead=1 << 10) == pytest.approx(1024 * H100.latency)
+    assert seconds(Cost(0, 0), 132) == pytest.approx(H100.latency)
+
+
+def test_a_dependent_launch_starts_earlier_and_a_reduction_ends_later() -> None:
+    plain, dependent, reducing = (
+        predict(Cost(1, 1), 1, 1, 0, this, FEW, GPU).seconds
+        for this in (launch(), launch(pdl=True), launch(REDUCE=True))
+    )
+    assert plain - dependent == pytest.approx(H100.gap + H100.ramp - H100.dependent)
+    assert reducing - plain == pytest.approx(H100.reduction)
+
+
+def test_matrix_products_by_hand() -> None:
+    shape = parse_shape("4096x4096r256+4096x4096r256")
+    start, rate = H100.gap + H100.ramp, H100.memory * H100.products
+    x, h = 4096 * 2, 256 * 2
+    each = 256 * 4096 * 2 + x + h
+    assert products(shape, 1, H100) == pytest.approx(4 * start + 4 * each / rate)
+    assert products(shape, 1, H100, stacked=True) == pytest.approx(3 * start + (4 * each - x) / rate)
+
+
+@pytest.mark.parametrize(("reduce", "sums"), [(False, 1), (True, 2)])
+def test_a_shrink_reads_x_once_per_tile(reduce: bool, sums: int) -> None:
+    arguments = {"DEPENDENT": False, "REDUCE": reduce, "BLOCK_R": 16, "BLOCK_K": 128, "h_ptr": torch.empty(1)}
+    this = Launch(None, (13, 8, 1), arguments, {"num_warps": 4})
+    part = expect.shrink(this, parse_shape("4096x1024r208"), 16, FEW, GPU)
+    assert part.programs == 13 * 8
+    assert part.cache_bytes == 208 * 4096 * 2 + 13 * 16 * 4096 * 2 + sums * 8 * 16 * 208 * 4
+
+
+def test_an_expand_reads_h_once_per_tile() -> None:
+    arguments = {"DEPENDENT": False, "BLOCK_N": 32, "BLOCK_R": 128, "SPLITS": 2, "h_ptr": torch.empty(1)}
+    this = Launch(None, (32 + 16, 1), arguments, {"num_warps": 4})
+    part = expect.expand(this, parse_shape("4096x1024r208+4096x512r80"), 16, FEW, GPU)
+    factors, y = (1024 * 208 + 512 * 80) * 2, 16 * (1024 + 512) * 2
+    assert part.cache_bytes == factors + y + 2 * 16 * 4 * (32 * 208 + 16 * 80)
+
+
+def test_the_floor_is_that_of_the_factors_and_vectors() -> None:
+    row = call(parse_shape("4096x4096r208"), 1, GPU, few)
+    assert row.path == "pair"
+    assert row.floor == pytest.approx((2 * 4096 * 208 + 2 * 4096) * 2 / H100.memory * 1e6)
+    assert row.expected > row.floor
+
+
+def test_long_inputs_are_matrix_products() -> None:
+    row = call(parse_shape("4096x4096r204+4096x4096r204"), 2048, GPU, few)
+    assert (row.path, row.parts) == ("gemms", [])
+    assert row.expected < row.products  # one product for both Vh
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[str]:
+    times = {("4096x4096r204", 16): 1234.5, (layer(16).label, 16): 77.7}
+    return "\n".join(page([90], few, times)).splitlines()
+
+
+def test_the_page_has_every_shape_the_layer_and_what_was_measured(rows: list[str]) -> None:
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if row.startswith("|")]
+    assert {row[0] for row in cells} > {"4096x4096r204", "4096x11008r298", "4096x1024r81", "4096x14336r318"}
+    assert sum(row[0] == "4096x4096r204" for row in cells) == len(expect.ROWS)
+    assert [row[-1] for row in cells if row[:2] == ["4096x4096r204", "16"]] == ["1234.5"]
+    sums = [row for row in cells if len(row) == len(expect.LAYER_HEADINGS) and row[0] in ("1", "16")]
+    assert [row[-1] for row in sums] == ["", "77.7"]
+    (first,) = (row for row in cells if row[:2] == ["4096x11008r298+4096x11008r298", "1"])
+    assert first[2] == "pair"
+    assert any("Commit" in row for row in rows)
+
+
+@pytest.mark.parametrize("architecture", RATES)
+def test_all_architectures_have_rates_and_a_card(architecture: int) -> None:
+    assert CARDS[architecture].dependent_launch == (RATES[architecture].dependent < 1)
+    assert call(parse_shape("4096x1024r81"), 1, CARDS[architecture], few).expected > 0
+
+
+def test_a_file_of_the_check_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = ProviderTime("lowrank_linear", "4096x4096r204", 1, "bfloat16", "triton", 5.5, 0, 1, 1, 1, 1, 1, 20)
+    other = replace(line, case="lowrank_linear, eager", median_us=99.0)
+    lines = [{"kind": "time", "task": "t", **asdict(this)} for this in (line, other)]
+    (tmp_path / "lines").write_text("\n".join(map(json.dumps, lines)))
+    seen: list[Any] = []
+    monkeypatch.setattr(expect.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(expect, "page", lambda *arguments: seen.append(arguments) or ["page"])
+    app = typer.Typer()
+    app.command()(expect.main)
+    done = CliRunner().invoke(app, ["--measured", str(tmp_path / "lines"), "--architecture", "90"])
+    assert done.exit_code == 0, done.output
+    assert seen[0][0] == [90]
+    assert seen[0][2] == {("4096x4096r204", 1): 5.5}
