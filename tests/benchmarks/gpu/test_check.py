@@ -436,7 +436,8 @@ def test_the_tests_of_a_gpu_are_selected_by_their_mark(tmp_path: Path) -> None:
     file = tmp_path / "test_devices.py"
     file.write_text(
         "import torch\nimport pytest\ntorch.cuda.is_available = lambda: True\nfrom tests.ops.inputs import DEVICES\n"
-        "@pytest.mark.parametrize(argvalues=DEVICES, argnames='device')\ndef test_device(device): assert device == 'cuda'\n"
+        "@pytest.mark.parametrize(argvalues=DEVICES, argnames='device')\n"
+        "def test_device(device): assert device == 'cuda'\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--rootdir", str(tmp_path), "-c", "/dev/null"]
