@@ -29,14 +29,14 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(dispatch, "backend_missing", reasons.__getitem__)
     monkeypatch.setattr(dispatch, "_card_refuses", lambda _: None)
     monkeypatch.setattr(dispatch, "_triton_interprets", lambda: False)
-    dispatch.select.cache_clear()
+    dispatch._select.cache_clear()
     yield tmp_path
-    dispatch.select.cache_clear()
+    dispatch._select.cache_clear()
     gradient_configs._load.cache_clear()
 
 
 def select(backend: str = "auto", rows: int = 2048, rank: int = 512, dtype: torch.dtype = BF16) -> object:
-    dispatch.select.cache_clear()
+    dispatch._select.cache_clear()
     return dispatch.select(backend, "singular_value_grad", CUDA, dtype, rows, rank)
 
 
