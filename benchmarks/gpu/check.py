@@ -125,7 +125,7 @@ def layer(rows: int) -> GpuCase:
 
 
 def unpacked(case: GpuCase) -> GpuCase:
-    """The same case with factors of the ranks that a compression chose, as training and ``torch.compile`` see them."""
+    """The same case with unpadded factors in memory of their own, as a direct call of an op may bring them."""
     return GpuCase(f"{case.name}, unpacked", case.parts, case.rows, case.dtype, packed=False)
 
 

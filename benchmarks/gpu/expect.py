@@ -36,7 +36,7 @@ LAYER_ROWS = (1, 4, 16, 64)
 CASES = ("lowrank_linear", "lowrank_linear_grouped", "layer")  # of the check
 REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32  # most of one processor
 RESERVED = 1024  # bytes of shared memory that each program takes beside its own
-ITEMSIZE = 2  # bytes of bf16
+ITEMSIZE, WIDE = 2, 4  # bytes of bf16, of fp32
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def predict(
         cache_bytes: bytes through the second-level cache.
         programs: of the grid.
         tile_bytes: bytes that a program requests before it waits, apart from the copies of its loops.
-        launch: for its warps, and whether it reduces and depends.
+        launch: for its warps, and whether it is dependent.
         resources: of its binary.
         gpu: as in ``aot_cases.CARDS``.
     """
@@ -123,30 +123,31 @@ def predict(
     work = max(cost.bytes / rates.memory, cache_bytes / rates.cache, cost.flops / rates.flops, waiting)
     dependent = launch.arguments["DEPENDENT"] and launch.options.get("launch_pdl", False)
     start = rates.dependent if dependent else rates.gap + rates.ramp
-    tail = rates.reduction if launch.arguments.get("REDUCE") else 0.0
     busy = min(resident, programs / gpu.processors)
-    return Prediction(programs, resident, waves, busy * in_flight, cache_bytes, start + work + tail)
+    return Prediction(programs, resident, waves, busy * in_flight, cache_bytes, start + work)
 
 
 def shrink(launch: Launch, shape: GroupShape, M: int, resources: Resources, gpu: Gpu) -> Prediction:
     """The launch that computes h: each program reads a tile of Vh and the rows of x that belong to it."""
     arguments, K, R = launch.arguments, shape[0].K, sum(linear.R for linear in shape)
     tiles, splits, row_tiles = launch.grid
-    factors, h = R * K * ITEMSIZE, M * R * arguments["h_ptr"].element_size()
-    partial = splits * h * (2 if arguments.get("REDUCE") else 1)
+    factors, partial = R * K * ITEMSIZE, splits * M * R * WIDE
     cost = Cost(factors + M * K * ITEMSIZE, 2 * M * R * K)
     tile = arguments["BLOCK_R"] * arguments["BLOCK_K"] * ITEMSIZE if not resources.ahead else 0
     traffic = row_tiles * factors + tiles * M * K * ITEMSIZE + partial
-    return predict(cost, traffic, math.prod(launch.grid), tile, launch, resources, gpu)
+    if not arguments["REDUCE"]:
+        return predict(cost, traffic, math.prod(launch.grid), tile, launch, resources, gpu)
+    part = predict(cost, traffic + partial + M * R * ITEMSIZE, math.prod(launch.grid), tile, launch, resources, gpu)
+    return part._replace(seconds=part.seconds + RATES[gpu.capability].reduction)
 
 
 def expand(launch: Launch, shape: GroupShape, M: int, resources: Resources, gpu: Gpu) -> Prediction:
-    """The launch that computes y: each program reads a tile of U, and all of h that belongs to its member and rows."""
+    """The launch that computes y: each program reads a tile of U, and h of its member and rows, or all partial sums."""
     arguments = launch.arguments
     factors, y = sum(N * R for _, N, R in shape) * ITEMSIZE, M * sum(linear.N for linear in shape) * ITEMSIZE
-    size = arguments["SPLITS"] * M * arguments["h_ptr"].element_size()
-    h = sum(-(-N // arguments["BLOCK_N"]) * R * size for _, N, R in shape)
-    tile = arguments["BLOCK_N"] * min(arguments["BLOCK_R"], shape[0].R) * ITEMSIZE
+    element = ITEMSIZE if arguments["REDUCE"] else arguments["SPLITS"] * WIDE
+    h = sum(-(-N // arguments["BLOCK_N"]) * M * R * element for _, N, R in shape)
+    tile = arguments["BLOCK_N"] * min(arguments["TILES"] * arguments["BLOCK_R"], shape[0].R) * ITEMSIZE
     traffic = launch.grid[1] * factors + h + y
     return predict(Cost(factors + y, M * factors), traffic, math.prod(launch.grid), tile, launch, resources, gpu)
 
