@@ -26,7 +26,7 @@ from grasp.bench.conditions import commit, device_name
 from grasp.bench.workloads import ATTENTION, DOWN, GATE_UP, GROUPED_QUERY, GROUPED_QUERY_QKV, MLP, QKV, WIDE_MLP
 from grasp_kernels.shapes import parse_shape
 
-TASKS = "benchmarks.gpu.check_tasks"
+TASKS, MODELS = "benchmarks.gpu.check_tasks", "benchmarks.gpu.check_model"
 PRELOAD = (TASKS,)
 ROWS = (1, 16, 64, 4, 256, 2048, 8192)  # in order of importance
 LINEARS = (ATTENTION, MLP, GROUPED_QUERY, WIDE_MLP)
@@ -91,13 +91,14 @@ def full_plan(card: Mapping[str, Any] | None) -> CheckPlan:
             rest += [timed(case, "eager") for case in eager if rows <= BARRIER_ROWS[-1]]
             rest.append(timed(unpacked(layer(rows))))
         if rows == FEW_ROWS[-1]:
-            rest.append(
-                Task("model", "benchmarks.gpu.check_model:model", {"config": MODEL, "retain_ratio": RETAIN_RATIO}, 150)
-            )
+            low_rank = {"config": MODEL, "retain_ratio": RETAIN_RATIO}
+            rest.append(Task("model", f"{MODELS}:eager", low_rank, 90))
+            rest.append(Task("model, static cache", f"{MODELS}:static_cache", low_rank, 120))
             rest += [timed(single("singular_value_grad", text, T)) for T in GRADIENT_ROWS for text in GRADIENTS]
     rest += [
         Task("barrier", f"{TASKS}:barrier", {}, 30),
         *(timed(single("lowrank_linear", ATTENTION, rows), "barrier", 30) for rows in BARRIER_ROWS),
+        Task("dense model, static cache", f"{MODELS}:static_cache", {"config": MODEL, "retain_ratio": None}, 120),
         *(timed(single("lowrank_linear", ATTENTION, rows), "compiled", 150) for rows in FEW_ROWS),
         *(timed(layer(rows), "compiled", 300) for rows in FEW_ROWS),
     ]

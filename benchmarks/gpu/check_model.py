@@ -1,4 +1,4 @@
-"""The task of ``benchmarks.gpu.check`` that decodes with a whole model."""
+"""The tasks of ``benchmarks.gpu.check`` that decode with a whole model."""
 
 from __future__ import annotations
 
@@ -25,42 +25,48 @@ from grasp.model.targets import layer_targets
 
 
 @torch.inference_mode()
-def model(
+def eager(
     emit: Emit, *, config: Mapping[str, Any], retain_ratio: float, new_tokens: int = 32, without: Sequence[str] = ()
 ) -> None:
-    """Tokens/s of a whole Llama of random weights: dense, all layers low-rank, and these as plain linears.
-
-    ``generate`` uses a static cache, for which transformers compiles the model with CUDA graphs.
-    """
-    device = the_device()
-    torch.manual_seed(0)
-    with device:
-        dense: Any = LlamaForCausalLM(LlamaConfig(**config))
-    dense = dense.bfloat16().eval()
+    """Tokens/s of a Llama of random weights: dense, all layers low-rank, and these as plain linears."""
+    dense = _dense(config)
     low_rank = _low_rank(dense, retain_ratio)
     unfused = copy.deepcopy(low_rank)
     unfuse_(unfused)
-    models: dict[str, Any] = {"dense": dense, "unfused": unfused, "low-rank": low_rank}
     expected = first_logits(unfused, prompt_tokens=128)
-    for name, this in models.items():
+    for name, model in {"dense": dense, "unfused": unfused, "low-rank": low_rank}.items():
         if name in without:
             continue
         emit({"kind": "step", "provider": name})
-        apart = None if name != "low-rank" else difference(first_logits(this, prompt_tokens=128), expected)
+        apart = None if name != "low-rank" else difference(first_logits(model, prompt_tokens=128), expected)
         if apart is not None and not apart <= TOLERANCE[torch.bfloat16]:
             reason = f"logits differ by {apart:.1e} from those of plain linears"
             emit({"kind": "left_out", **asdict(LeftOut("model", 1, name, reason, wrong=True))})
             continue
-        time_generation(this, prompt_tokens=128, new_tokens=4)
-        eager = time_generation(this, prompt_tokens=128, new_tokens=new_tokens)
-        rate = len(eager.steps_s) / sum(eager.steps_s)
-        emit(_line(name, rate, layers=dense.config.num_hidden_layers, prefill_ms=1e3 * eager.prefill_s, apart=apart))
-    for name, this in models.items():
-        if (provider := f"{name}, static cache") in without or name in without:
-            continue
-        emit({"kind": "step", "provider": provider})
-        rate = _generate(this, device, new_tokens)
-        emit(_line(provider, rate, layers=dense.config.num_hidden_layers))
+        time_generation(model, prompt_tokens=128, new_tokens=4)
+        times = time_generation(model, prompt_tokens=128, new_tokens=new_tokens)
+        rate = len(times.steps_s) / sum(times.steps_s)
+        emit(_line(name, rate, layers=config["num_hidden_layers"], prefill_ms=1e3 * times.prefill_s, apart=apart))
+
+
+@torch.inference_mode()
+def static_cache(
+    emit: Emit,
+    *,
+    config: Mapping[str, Any],
+    retain_ratio: float | None,
+    new_tokens: int = 32,
+    without: Sequence[str] = (),
+) -> None:
+    """Tokens/s of ``generate`` with a static cache, for which transformers compiles the model with CUDA graphs.
+
+    The model is low-rank, or dense if ``retain_ratio`` is ``None``.
+    """
+    name = f"{'dense' if retain_ratio is None else 'low-rank'}, static cache"
+    if name not in without:
+        emit({"kind": "step", "provider": name})
+        model = _dense(config) if retain_ratio is None else _low_rank(_dense(config), retain_ratio)
+        emit(_line(name, _generate(model, the_device(), new_tokens), layers=config["num_hidden_layers"]))
 
 
 def _line(
@@ -68,6 +74,13 @@ def _line(
 ) -> Line:
     line = {"provider": provider, "tokens_per_s": tokens_per_s, "layers": layers, "prefill_ms": prefill_ms}
     return {"kind": "model", **line, "logits_difference": apart}
+
+
+def _dense(config: Mapping[str, Any]) -> Any:
+    torch.manual_seed(0)
+    with the_device():
+        model: Any = LlamaForCausalLM(LlamaConfig(**config))
+    return model.bfloat16().eval()
 
 
 def _low_rank(dense: Any, retain_ratio: float) -> Any:

@@ -21,7 +21,8 @@ REASONS = {
     0x80: "power brake",
     0x100: "display clocks",
 }
-QUERY = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_throttle_reasons.active")
+QUERY = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
+REASONS_QUERIES = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # the second of drivers before 535
 
 
 class GpuState(NamedTuple):
@@ -59,7 +60,7 @@ def summary(states: Sequence[GpuState]) -> dict[str, Any] | None:
 
 
 def parse(text: str) -> GpuState | None:
-    """A line of ``nvidia-smi`` in the order of ``QUERY``; ``None`` if a value is not available."""
+    """A line of ``nvidia-smi`` in the order of ``QUERY``, reasons last; ``None`` if a value is not available."""
     try:
         sm, memory, watts, celsius, reasons = (part.strip() for part in text.strip().split(","))
         return GpuState(float(sm), float(memory), float(watts), float(celsius), int(reasons, 16))
@@ -87,9 +88,12 @@ def _from_nvml(gpu: str) -> GpuState | None:
 
 
 def _from_smi(gpu: str) -> GpuState | None:
-    command = ["nvidia-smi", "-i", gpu, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return parse(done.stdout)
+    for reasons in REASONS_QUERIES:
+        command = ["nvidia-smi", "-i", gpu, f"--query-gpu={QUERY},{reasons}", "--format=csv,noheader,nounits"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode == 0:
+            return parse(done.stdout)
+    return None

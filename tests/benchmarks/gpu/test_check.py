@@ -175,10 +175,12 @@ def test_a_model_is_timed_eagerly_and_with_a_static_cache(monkeypatch: pytest.Mo
     monkeypatch.setattr(check_model, "_generate", lambda *_: 7.0)  # compiling takes a minute
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2}
     config = {**sizes, "num_hidden_layers": 1, "vocab_size": 64}
-    found = read_report(emitted(check_model.model, config=config, retain_ratio=0.5, new_tokens=2))
+    lines = emitted(check_model.eager, config=config, retain_ratio=0.5, new_tokens=2)
+    for ratio in (0.5, None):
+        lines += emitted(check_model.static_cache, config=config, retain_ratio=ratio)
+    found = read_report(lines)
     names = [line["provider"] for line in found.models]
-    assert names[:3] == ["dense", "unfused", "low-rank"]
-    assert names[3:] == [f"{name}, static cache" for name in names[:3]]
+    assert names == ["dense", "unfused", "low-rank", "low-rank, static cache", "dense, static cache"]
     assert all(line["tokens_per_s"] > 0 for line in found.models)
     assert found.sound()
 
@@ -415,13 +417,13 @@ def test_the_full_plan_has_all_rows_of_the_targets() -> None:
     assert rows["singular_value_grad"] == {512, 2048, 8192}
     assert sum(len(shape) for _, shape in next(case for case in timed if case.name == "layer").parts) == 7
     assert len({task.key for task in tasks}) == len(tasks)
-    assert {"model", "launches"} < {task.key for task in tasks}
+    assert {"model", "model, static cache", "launches"} < {task.key for task in tasks}
 
 
 def test_barriers_come_after_everything_that_matters() -> None:
     keys = [task.key.split(":")[0] for task in full_plan(CARD).tasks()]
     first = keys.index("barrier")
-    assert set(keys[first:]) == {"barrier", "compiled"}
+    assert set(keys[first:]) == {"barrier", "dense model, static cache", "compiled"}
     assert not {"barrier", "compiled"} & set(keys[:first])
 
 

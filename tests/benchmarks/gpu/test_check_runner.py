@@ -135,3 +135,13 @@ def test_without_nvml_and_its_program_there_is_no_state(monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
     assert read_state() is None
+
+
+@pytest.mark.parametrize("name", ["clocks_event_reasons.active", "clocks_throttle_reasons.active"])
+def test_drivers_name_the_reasons_in_two_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f'#!/bin/sh\ncase "$*" in *{name}*) echo 1980, 2619, 340.5, 55, 0x4;; *) exit 2;; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
+    assert read_state() == GpuState(1980.0, 2619.0, 340.5, 55.0, 4)
