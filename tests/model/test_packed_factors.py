@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 
+from grasp.compression.layer_cost import LiveBytes
 from grasp.model import lowrank_linear as modules
 from grasp.model.lowrank_linear import LowRankLinear, group_linears_
 from grasp.peft import lowrank_targets
@@ -114,7 +115,17 @@ def test_every_path_reads_the_one_memory_of_the_factors(path: str, grad: bool, m
     assert [tuple(factor.shape) for factor in read] == [(40, 32), (32, 48), (32, 32), (32, 48), (32, 16), (16, 48)]
     held = [factor for layer in model.layers for factor in (layer.U, layer.Vh)]
     assert [factor.data_ptr() for factor in read] == [factor.data_ptr() for factor in held]
+    assert all(factor.data_ptr() % 16 == factor.stride(0) * factor.itemsize % 16 == 0 for factor in read)
     assert stacked(read[1::2]) is not None
+
+
+def test_factors_are_held_once() -> None:
+    with LiveBytes() as live, torch.no_grad():
+        model = attention()
+        for _ in range(2):
+            model(X)
+    Vhs, Us, bias = (32 + 32 + 16) * 48, 40 * 32 + 32 * 32 + 32 * 16, 40
+    assert live.now == 4 * (Vhs + Us + bias)
 
 
 def test_writes_are_seen_without_packing_again() -> None:
