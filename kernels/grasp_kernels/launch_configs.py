@@ -25,9 +25,14 @@ SOURCES = {
 }
 PATHS = ("pair", "fused", "gemms")
 PAIR_ROWS, FUSED_ROWS, FUSED_RANK = 512, 64, 256  # most rows and rank of a path; above the rank, registers spill
-REREAD_BYTES = 8 << 20  # of partial sums through the L2 cache; above, one program adds them up for all; an estimate
 UNTUNED_PAIR_ROWS = 64  # above, matrix products, unless a measurement on the GPU says otherwise
+UNTUNED_PAIR_SIZE = 1 << 16  # rows * rank, likewise: above, the L2 cache takes longer than two matrix products
+UNREDUCED_ROWS, UNREDUCED_SPLITS = 16, 8  # most in a 16-bit dot whose readers add up the partial sums: registers
 FULL_PRECISION_PAIR_ROWS = 16
+ROW_BLOCK = 64
+# Estimates for an H100: bytes per µs that the L2 cache and the memory give to one of its processors, µs from a load to
+# its data under load, and µs that the last program of a tile needs to add up partial sums.
+L2_BYTES, MEMORY_BYTES, LATENCY, REDUCE_TAIL = 42_000, 22_700, 0.8, 2.0
 MAX_DOUBLINGS = 2.0  # in any one dimension, between a key and the measured key whose configuration it uses
 
 
@@ -183,37 +188,101 @@ def on_path(config: Config, path: str, key: LaunchKey) -> Config:
     if key.rows <= 2:
         return replace(config, path=path, stages=2)  # more stages spill registers at two rows
     # The tile is smaller than that of the pair, because the first tile of U stays in registers across the barrier.
-    return replace(config, path=path, expand_block_n=16, expand_warps=8, stages=2 if key.rows > 16 else 3)
+    stages = 2 if key.rows > 16 else 3
+    return replace(config, path=path, reduce=config.splits > 1, expand_block_n=16, expand_warps=8, stages=stages)
+
+
+class Blocks(NamedTuple):
+    """The part of a configuration that decides how often x, h and their partial sums are read."""
+
+    block_r: int  # of the shrink
+    splits: int
+    reduce: bool
+    block_n: int  # of the expand
+
+
+def microseconds(key: LaunchKey, blocks: Blocks, block_k: int, stages: int, processors: int, members: int) -> float:
+    """An estimate of a pair's time, from the bytes that its busiest processor moves. Constants are those of an H100.
+
+    A shrink program reads ``block_r + rows`` rows of ``K / splits`` elements, and stores ``rows * block_r`` sums in
+    fp32. An expand program reads ``block_n`` rows of U and all of h: ``rows * R`` elements, or in fp32 once for each
+    split if nobody reduces them. All of this crosses the L2 cache, and every weight crosses the memory bus once. Vh
+    also cannot arrive faster than the copies in flight allow.
+
+    Args:
+        key: the call.
+        blocks: the configuration.
+        block_k: columns of Vh in a tile.
+        stages: tiles in shared memory; all but one are in flight.
+        processors: of the GPU.
+        members: members of the group whose outputs a program of the expand does not share.
+    """
+    rows, width, in_features, rank, dtype, _ = key
+    size = 4 if dtype == "float32" else 2
+    member_rank = -(-rank // members)
+    span = -(-in_features // blocks.splits)
+    row_block = min(rows, ROW_BLOCK)
+    row_tiles = -(-rows // row_block)
+
+    def busiest(programs: int, program_bytes: int) -> float:
+        return -(-programs // processors) * program_bytes / L2_BYTES
+
+    programs = row_tiles * blocks.splits * -(-rank // blocks.block_r)
+    partials = row_block * blocks.block_r * 4 * (1 + blocks.splits * blocks.reduce)
+    in_flight = programs * min((stages - 1) * block_k, span) * blocks.block_r * size
+    shrink = max(
+        busiest(programs, (blocks.block_r + row_block) * span * size + partials),
+        rank * in_features * size / (processors * MEMORY_BYTES),
+        rank * in_features * size * LATENCY / in_flight,
+    )
+    h_bytes = row_block * member_rank * (size if blocks.reduce else 4 * blocks.splits)
+    expand = max(
+        busiest(row_tiles * -(-width // blocks.block_n), blocks.block_n * member_rank * size + h_bytes),
+        width * member_rank * size / (processors * MEMORY_BYTES),
+    )
+    return shrink + expand + (REDUCE_TAIL if blocks.reduce else 0.0)
 
 
 def rule_of_thumb(kernel: str, key: LaunchKey, gpu: Gpu) -> Config:
-    """An estimate, not measured: enough programs for every processor, tiles that fit its registers."""
+    """An estimate, not measured: the blocks of the least ``microseconds`` whose tiles fit the registers."""
     rows, width, in_features, rank, dtype, groups = key
-    full_precision = dtype == "float32"  # scalar arithmetic for any number of rows
-    if rows > (FULL_PRECISION_PAIR_ROWS if full_precision else UNTUNED_PAIR_ROWS):
+    full_precision, gated = dtype == "float32", kernel == "lowrank_glu"  # fp32: scalar arithmetic for any rows
+    most_rows = FULL_PRECISION_PAIR_ROWS if full_precision else UNTUNED_PAIR_ROWS
+    if rows > most_rows or rows * rank > UNTUNED_PAIR_SIZE * groups:
         return replace(MATRIX_PRODUCTS, expand_block_n=128 if gpu.warpgroup_dots else 64)
-    scalar = rows <= 2
-    block_r = 16
-    block_k = min(256 if scalar else 128, max(16, _power_of_two(in_features))) >> full_precision
-    block_n = min(32, max(16, _power_of_two(width // groups)))
-    rank_tiles = -(-rank // block_r) + groups - 1
-    splits = max(1, min(16, _power_of_two(-(-gpu.processors // rank_tiles)), in_features // (2 * block_k)))
-    rereads = splits * rows * rank * 4 * (width // block_n)  # bytes of partial sums, if every reader adds them up
+    scalar, many = rows <= 2, rows > 16 and not full_precision
+    few = rows <= UNREDUCED_ROWS and not full_precision and not gated
+    block_k = min(128 if many else 256, max(16, _power_of_two(in_features))) >> full_precision
+    stages = 4 if scalar else 3
+    widest = max(16, _power_of_two(width // groups))
+    members = 1 if gated else groups  # a program of the dual expand computes with both members
+    outputs = key._replace(width=width // groups) if gated else key
+    blocks = min(
+        (
+            Blocks(block_r, splits, reduce, min(block_n, widest))
+            for block_r in ((16, 32, 64) if many else (16,))
+            for splits in (1, 2, 4, 8, 16)
+            if splits <= max(1, in_features // (2 * block_k))
+            for reduce in ((False, True) if splits > 1 else (False,))
+            if reduce or scalar or splits == 1 or (few and splits <= UNREDUCED_SPLITS)
+            for block_n in ((32, 64) if many and not gated else (32,))
+        ),
+        key=lambda blocks: microseconds(outputs, blocks, block_k, stages, gpu.processors, members),
+    )
     piece = 128 if rows <= 16 else 64  # columns of U per step
-    piece >>= (kernel == "lowrank_glu") + (0 if not full_precision else 1 if scalar else 2)
+    piece >>= gated + (0 if not full_precision else 1 if scalar else 2)
     return Config(
         path="pair",
-        block_m=64,
-        shrink_block_r=block_r,
+        block_m=ROW_BLOCK,
+        shrink_block_r=blocks.block_r,
         shrink_block_k=block_k,
-        splits=splits,
+        splits=blocks.splits,
         shrink_warps=4,
-        # A dot whose operand is summed over splits as it is read needs too many registers and too much shared memory.
-        reduce=splits > 1 and (not scalar or rereads > REREAD_BYTES),
-        expand_block_n=block_n,
+        reduce=blocks.reduce,
+        expand_block_n=blocks.block_n,
         expand_block_r=min(piece, max(16, _power_of_two(-(-rank // groups)))),
         expand_warps=4,
-        stages=4 if scalar else 3,
+        stages=stages,
     )
 
 

@@ -11,7 +11,17 @@ import torch
 pytest.importorskip("triton")
 
 from grasp_kernels import launch_configs
-from grasp_kernels.launch_configs import Config, LaunchKey, distance, load, rule_of_thumb, save, serves
+from grasp_kernels.launch_configs import (
+    Blocks,
+    Config,
+    LaunchKey,
+    distance,
+    load,
+    microseconds,
+    rule_of_thumb,
+    save,
+    serves,
+)
 from grasp_kernels.triton.launch import Gpu
 
 CARD = Gpu("Test Card/80GB", 132, 90)
@@ -135,16 +145,65 @@ def test_the_rule_of_thumb_is_valid_at_any_size(kernel: str, dtype: str, capabil
                 blocks += (config.expand_block_n, config.expand_block_r)
                 assert all(block & (block - 1) == 0 and block >= 8 for block in blocks), config
                 assert serves(config, key)
-                assert config.path == ("pair" if rows <= (16 if dtype == "float32" else 64) else "gemms")
+                few = rows <= (16 if dtype == "float32" else 64) and rows * rank <= 65536 * groups
+                assert config.path == ("pair" if few else "gemms")
                 assert 1 <= config.splits <= 16
                 assert config.splits * config.shrink_block_k < in_features + 2 * config.shrink_block_k
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 16, 64])
-def test_only_a_gemv_reads_h_in_several_partial_sums(rows: int) -> None:
+GATE_UP = KEY._replace(width=2 * 11008, rank=2 * 304, groups=2)
+
+
+def blocks(config: Config) -> Blocks:
+    return Blocks(config.shrink_block_r, config.splits, config.reduce, config.expand_block_n)
+
+
+def estimate(key: LaunchKey, shape: Blocks, members: int = 1) -> float:
+    return microseconds(key, shape, 128, 3, CARD.processors, members)
+
+
+def test_the_estimate_is_the_bytes_of_the_busiest_processor() -> None:
+    """64 rows, 4096 x 4096, rank 208: 28 programs shrink and 128 expand, so a processor has one of each."""
+    shrink = (32 + 64) * 4096 / 4 * 2 + 64 * 32 * 4 * (1 + 4)  # Vh, x and partial sums
+    expand = 32 * 208 * 2 + 64 * 208 * 2  # U and h
+    assert max(7 * 4, 4096 // 32) <= CARD.processors
+    shape = Blocks(block_r=32, splits=4, reduce=True, block_n=32)
+    assert estimate(KEY._replace(rows=64), shape) == pytest.approx((shrink + expand) / 42_000 + 2.0)
+    # Twice as many programs for the expand: a processor has two.
+    wide = estimate(KEY._replace(rows=64, width=8192), shape)
+    assert wide == pytest.approx((shrink + 2 * expand) / 42_000 + 2.0)
+
+
+def test_readers_that_add_up_partial_sums_read_them_once_for_each_split_in_fp32() -> None:
+    key = KEY._replace(rows=64)
+    reduced, unreduced = (estimate(key, Blocks(32, 4, reduce, 32)) for reduce in (True, False))
+    sums = 64 * 32 * 4 * 4  # read by the last program of a tile
+    assert unreduced - reduced == pytest.approx((64 * 208 * (4 * 4 - 2) - sums) / 42_000 - 2.0)
+
+
+@pytest.mark.parametrize(("rows", "reduce"), [(1, False), (2, False), (4, False), (8, False), (32, True), (64, True)])
+def test_a_reduction_must_save_more_than_its_tail_costs(rows: int, reduce: bool) -> None:
     config = rule_of_thumb("lowrank_linear", KEY._replace(rows=rows), CARD)
     assert config.splits > 1
-    assert config.reduce == (rows > 2)
+    assert config.reduce == reduce
+
+
+@pytest.mark.parametrize(("rows", "share"), [(32, 0.82), (64, 0.71)])
+def test_more_rows_get_larger_blocks_and_read_x_and_h_less_often(rows: int, share: float) -> None:
+    key = GATE_UP._replace(rows=rows)
+    chosen = blocks(rule_of_thumb("lowrank_linear", key, CARD))
+    assert (chosen.block_r, chosen.block_n) == (32, 64)
+    assert estimate(key, chosen, 2) <= share * estimate(key, Blocks(16, 4, True, 32), 2)
+
+
+def test_few_outputs_keep_small_blocks_so_that_no_processor_is_idle() -> None:
+    assert rule_of_thumb("lowrank_linear", KEY._replace(rows=64), CARD).expand_block_n == 32
+
+
+@pytest.mark.parametrize(("rank", "path"), [(1024, "pair"), (1040, "gemms")])
+def test_matrix_products_begin_at_fewer_rows_if_the_rank_is_large(rank: int, path: str) -> None:
+    assert rule_of_thumb("lowrank_linear", KEY._replace(rows=64, rank=rank), CARD).path == path
+    assert rule_of_thumb("lowrank_linear", KEY._replace(rows=32, rank=rank), CARD).path == "pair"
 
 
 @pytest.mark.parametrize("rows", [1, 16, 64])

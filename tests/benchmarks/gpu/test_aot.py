@@ -73,7 +73,7 @@ def test_the_expand_loads_all_of_u_before_it_waits_for_h(rows: Rows, case: str, 
     row = binary(rows, "_lowrank_expand_kernel", case, architecture)
     assert row["prefetched"] >= 32 * 208 * 2  # output features of a program, rank, bytes
     assert row["copied_ahead"] == 0  # there is no loop over the rank
-    assert row["registers"] <= 96
+    assert row["registers"] <= 128
 
 
 @pytest.mark.slow
