@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -74,7 +74,10 @@ class Resources(NamedTuple):
 
 ResourcesOf = Callable[[Launch, Gpu], Resources]
 Times = Mapping[tuple[str, int], float]  # measured µs by shapes and rows
-NAMES = tuple(field.name for field in fields(Rates) if field.name != "name")
+ASSUMED = (
+    *("memory, bytes/s", "L2, bytes/s", "FLOP/s", "latency, s", "shared, bytes", "gap, s", "ramp, s"),
+    *("dependent start, s", "reduction, s", "share of two products"),
+)
 HEADINGS = (
     *("shape", "M", "path", "CTAs", "waves", "KB in flight per SM", "MB through L2"),
     *("expected µs", "floor µs", "share", "two products µs", "measured µs"),
@@ -233,7 +236,7 @@ def page(architectures: Sequence[int], resources: ResourcesOf, times: Times | No
     """
     yield "# Expected times of the low-rank calls on GPUs"
     yield f"Nothing here is measured, except in the last column. Commit {commit()}, Triton {triton.__version__}, bf16."
-    yield from _markdown(("assumed", *NAMES), [_rates(RATES[number]) for number in architectures])
+    yield from _markdown(("assumed", *ASSUMED), [_rates(RATES[number]) for number in architectures])
     for architecture in architectures:
         gpu = CARDS[architecture]
         shapes = dict.fromkeys([*(parse_shape(text) for text in LINEARS), *(shape for _, shape in layer(1).parts)])
@@ -265,7 +268,8 @@ def _row(row: Row) -> list[str]:
 
 
 def _rates(rates: Rates) -> list[str]:
-    return [rates.name, *(f"{getattr(rates, name):.3g}" for name in NAMES)]
+    name, *numbers = astuple(rates)
+    return [name, *(f"{number:.3g}" for number in numbers)]
 
 
 def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

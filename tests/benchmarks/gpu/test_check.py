@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import runpy
 from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
@@ -148,11 +146,18 @@ def test_calls_from_python_have_their_host_time() -> None:
         assert result.case == "layer, eager"  # no case of the targets
 
 
-@pytest.mark.slow
-def test_compiled_ops_are_checked_and_timed() -> None:
-    case = tiny("lowrank_linear", dtype=torch.float32)
-    found = measured(case, "eager", without=["torch.compile reduce-overhead", "triton"])
-    assert "torch.compile" in {result.provider for result in found.results}
+def test_compiled_ops_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_, modes = torch.compile, []
+
+    def traced(module: Callable[..., Any], *, fullgraph: bool, dynamic: bool, mode: str | None) -> Callable[..., Any]:
+        modes.append(mode)
+        return compile_(module, fullgraph=fullgraph, dynamic=dynamic, backend="eager")  # code takes seconds
+
+    monkeypatch.setattr(torch, "compile", traced)
+    found = measured(tiny("lowrank_linear", dtype=torch.float32), "eager", without=["triton"])
+    timed = {result.provider for result in found.results}
+    assert {"torch.compile", "torch.compile reduce-overhead"} <= timed
+    assert modes == [None, "reduce-overhead"]
     assert not [line for line in found.not_measured if line.wrong]
 
 
@@ -189,7 +194,7 @@ def test_a_model_is_timed_eagerly_and_with_a_static_cache(monkeypatch: pytest.Mo
 def test_a_whole_run_in_processes_is_read_back_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = {"case": tiny("lowrank_linear").as_json(), "card": CARD, "rotate_bytes": 0, "repetitions": 1}
     bad = Task("bad", "tests.benchmarks.gpu.planted:task", {"providers": ["illegal access", "good"]}, 60)
-    tests = Task("tests", "tests.benchmarks.gpu.planted:task", {"providers": ["hang", "printing"]}, 1)
+    tests = Task("tests", "tests.benchmarks.gpu.planted:task", {"providers": ["hang", "printing"]}, 6)
     monkeypatch.setattr(gpu_check, "PRELOAD", ())  # importing takes seconds
     monkeypatch.setattr(gpu_check, "CARD", Task("card", "tests.benchmarks.gpu.planted:card", {"card": CARD}, 60))
     tiny_plan = CheckPlan([Task("times", f"{gpu_check.TASKS}:measure", case, 60)], [tests], [bad])
@@ -433,18 +438,13 @@ def test_the_tests_of_all_triton_kernels_are_run_on_a_gpu() -> None:
     assert "tests/ops/test_roofline.py" not in gpu_check.gpu_tests()
 
 
-def test_the_tests_of_a_gpu_are_selected_by_their_mark(tmp_path: Path) -> None:
-    """The parameter of the ops' tests, here as on a machine with a GPU."""
-    file = tmp_path / "test_devices.py"
-    file.write_text(
-        "import torch\nimport pytest\ntorch.cuda.is_available = lambda: True\nfrom tests.ops.inputs import DEVICES\n"
-        "@pytest.mark.parametrize(argvalues=DEVICES, argnames='device')\n"
-        "def test_device(device): assert device == 'cuda'\n"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--rootdir", str(tmp_path), "-c", "/dev/null"]
-    done = subprocess.run([*command, str(file)], env=environment, capture_output=True, text=True, check=False)
-    assert "1 passed, 1 deselected" in done.stdout
+def test_the_tests_of_a_gpu_are_selected_by_their_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parameter of the ops' tests, as on a machine with a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    devices = runpy.run_path(str(ROOT / "tests/ops/inputs.py"))["DEVICES"]
+    assert devices[0] == "cpu"
+    assert devices[1].values == ("cuda",)
+    assert [mark.name for mark in devices[1].marks] == ["gpu"]
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")

@@ -36,7 +36,7 @@ def of_kind(lines: list[Line], kind: str) -> list[Line]:
 
 def test_nothing_that_a_task_does_costs_the_results_of_another(tmp_path: Path) -> None:
     tasks = [planted("good"), *(planted(name, "printing") for name in FAULTS)]
-    tasks += [planted("hang", "printing", "good", limit_s=1.5), planted("printing")]
+    tasks += [planted("hang", "printing", "good", limit_s=6), planted("printing")]
     lines = run(tmp_path / "lines", *tasks)
     assert {line["task"] for line in of_kind(lines, "end") if line["status"] == "done"} == {task.key for task in tasks}
     results = {(line["task"], line["provider"]) for line in of_kind(lines, "result")}
@@ -51,7 +51,7 @@ def test_nothing_that_a_task_does_costs_the_results_of_another(tmp_path: Path) -
 
 def test_a_provider_that_hung_once_or_crashed_twice_is_left_out_from_then_on(tmp_path: Path) -> None:
     tasks = [
-        planted("hang", "good", limit_s=1),
+        planted("hang", "good", limit_s=6),
         planted("hang", "printing"),
         planted("exit", "good"),
         planted("good", "exit"),
@@ -76,7 +76,7 @@ def test_an_interrupted_run_continues_where_its_file_ends(tmp_path: Path, monkey
     monkeypatch.setattr(check_runner, "LEAST_SECONDS", 0.1)
     path = tmp_path / "lines"
     tasks = [planted("good"), Task("slow", f"{PLANTED}:slow", {"folder": str(tmp_path)}, 60), planted("printing")]
-    lines = run(path, *tasks, seconds=1.5)
+    lines = run(path, *tasks, seconds=6)
     assert [line["task"] for line in of_kind(lines, "end")] == ["good"]
     assert of_kind(lines, "fault") == []
     with path.open("a") as file:
