@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.gpu.sass import SHARED_LIMITS, Binary, load_width
-from grasp_kernels.gradient_configs import FULL_PRECISION, LARGE, SMALL, Tile
+from grasp_kernels.gradient_configs import FULL_PRECISION, LARGE, SMALL, WIDE, Tile
 from grasp_kernels.launch_configs import on_path, rule_of_thumb, serves
 from grasp_kernels.reference import Factors
 from grasp_kernels.triton import lowrank_glu, lowrank_linear, singular_value_grad
@@ -60,7 +61,9 @@ def complaints(launch: Launch, binary: Binary) -> list[str]:
         errors.append(f"{loads[2]} loads of 2 bytes")
     if _has_dot(launch) and not any(map(binary.count, TENSOR_CORES)):
         errors.append("a 16-bit dot without tensor cores")
-    if launch.kernel.__name__ == "_singular_value_grad_kernel" and _has_dot(launch):
+    if _has_descriptors(launch) and not binary.count("UTMALDG"):
+        errors.append("TMA descriptors without TMA loads")
+    if launch.kernel.__name__.startswith("_singular_value_grad") and _has_dot(launch):
         errors += ["no HGMMA"] if architecture == 90 and not binary.count("HGMMA") else []
     dependent = bool(arguments.get("DEPENDENT"))
     if dependent != bool(binary.count(WAIT) + binary.count(LAUNCH_DEPENDENTS)):
@@ -131,6 +134,10 @@ def _reads_factors(launch: Launch) -> bool:
     return not launch.kernel.__name__.endswith("_reduce_kernel")
 
 
+def _has_descriptors(launch: Launch) -> bool:
+    return any(isinstance(value, TensorDescriptor) for value in launch.arguments.values())
+
+
 def _has_dot(launch: Launch) -> bool:
     """Whether the launch multiplies 16-bit matrices on tensor cores; tiles of one or two rows use scalar arithmetic."""
     scalar = launch.arguments.get("BLOCK_M", 16) < 16
@@ -139,7 +146,8 @@ def _has_dot(launch: Launch) -> bool:
 
 def _matrix(arguments: Mapping[str, Any]) -> Tensor:
     """The first two-dimensional argument: it has the dtype of the factors."""
-    return next(value for value in _flat(arguments.values()) if isinstance(value, Tensor) and value.dim() == 2)
+    values = (value.base if isinstance(value, TensorDescriptor) else value for value in _flat(arguments.values()))
+    return next(value for value in values if isinstance(value, Tensor) and value.dim() == 2)
 
 
 def _flat(values: Any) -> Iterator[Any]:
@@ -164,6 +172,9 @@ def _singular_value_grad_cases() -> Iterator[AotCase]:
     yield _grad_case("samples, token squares, mask, small tile", SMALL)
     for dtype, tile in ((BF16, LARGE), (BF16, SMALL), (FP16, LARGE), (FP16, SMALL), (FP32, FULL_PRECISION)):
         yield _grad_case(f"plain sum, {_short(dtype)}, tile of {tile.block_t}", tile, dtype=dtype, plain=True)
+    for dtype in (BF16, FP16):
+        yield _grad_case(f"wide tile, samples, token squares, mask, {_short(dtype)}", WIDE, dtype=dtype)
+    yield _grad_case("wide tile, plain sum, rank 81", WIDE, plain=True, R=81)
     yield _grad_case("rank 81", LARGE, R=81)
     yield _grad_case("U column-major", LARGE, column_major=True)
 
@@ -178,7 +189,9 @@ def _grad_case(
     column_major: bool = False,
     representative: bool = False,
 ) -> AotCase:
-    def launches(_: Gpu) -> Sequence[Launch]:
+    def launches(gpu: Gpu) -> Sequence[Launch]:
+        if tile.descriptors and not gpu.warpgroup_dots:
+            return []
         T, K, N, B = 8192, 4096, 11008, 16
         U = _empty(R, N, dtype=dtype).mT if column_major else _empty(N, R, dtype=dtype)
         return singular_value_grad.plan(

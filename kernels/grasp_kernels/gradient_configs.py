@@ -23,7 +23,9 @@ from grasp_kernels.triton.launch import Gpu, gpu_of
 
 KERNEL = "singular_value_grad"
 SOURCES = ("triton/singular_value_grad.py", "triton/tiles.py")
-BALANCE = 133  # FLOPs in bf16 per byte from the L2 cache: an H100's 798 TFLOP/s and an estimate of its 6 TB/s
+# FLOPs in bf16 per byte from the L2 cache: of an H100's 798 TFLOP/s the 0.8 that one program per processor may reach,
+# and its 6 TB/s. Both are estimates.
+BALANCE = 106
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class Tile:
     warps: int
     stages: int
     group_t: int = 8  # token tiles that read the same factors from the L2 cache
+    descriptors: bool = False  # load through TMA descriptors; one product waits in memory for the other
 
 
+WIDE = Tile(256, 128, 64, warps=8, stages=4, descriptors=True)
 LARGE = Tile(128, 128, 64, warps=8, stages=3)
 SMALL = Tile(64, 64, 64, warps=4, stages=4)  # with three stages, sm_120 spills registers
 FULL_PRECISION = Tile(64, 64, 32, warps=4, stages=3)  # fp32 uses no tensor cores: registers are the limit
-TILES = {torch.float32: (FULL_PRECISION,), torch.float16: (LARGE, SMALL), torch.bfloat16: (LARGE, SMALL)}
+TILES = {torch.float32: (FULL_PRECISION,), torch.float16: (WIDE, LARGE, SMALL), torch.bfloat16: (WIDE, LARGE, SMALL)}
 
 
 class Measurement(NamedTuple):
@@ -55,10 +59,17 @@ class Measurement(NamedTuple):
     matmul_microseconds: float  # of ``routes.chunked``
 
 
-def choose_tile(gpu: Gpu, tokens: int, rank: int, dtype: torch.dtype) -> Tile:
-    """The tile measured for the nearest call on this GPU, otherwise that of least ``cost``."""
+def choose_tile(gpu: Gpu, tokens: int, rank: int, dtype: torch.dtype, *, described: bool) -> Tile:
+    """The tile measured for the nearest call on this GPU, otherwise that of least ``cost``.
+
+    Without ``described``, x and grad_y have layouts that TMA descriptors cannot describe. sm_120 has too little shared
+    memory for the tile that needs them.
+    """
     measured = nearest(gpu, tokens, rank, dtype, CONFIGS)
-    return measured.tile if measured else min(TILES[dtype], key=lambda tile: cost(tile, tokens, rank, gpu.processors))
+    tiles = [tile for tile in TILES[dtype] if not tile.descriptors or (described and gpu.warpgroup_dots)]
+    if measured is not None and (described or not measured.tile.descriptors):
+        return measured.tile
+    return min(tiles, key=lambda tile: cost(tile, tokens, rank, gpu.processors))
 
 
 def cost(tile: Tile, tokens: int, rank: int, processors: int) -> float:

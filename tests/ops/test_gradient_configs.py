@@ -10,7 +10,17 @@ import torch
 pytest.importorskip("triton")
 
 from grasp_kernels import dispatch, gradient_configs
-from grasp_kernels.gradient_configs import FULL_PRECISION, LARGE, SMALL, Measurement, Tile, choose_tile, cost, save
+from grasp_kernels.gradient_configs import (
+    FULL_PRECISION,
+    LARGE,
+    SMALL,
+    WIDE,
+    Measurement,
+    Tile,
+    choose_tile,
+    cost,
+    save,
+)
 from grasp_kernels.routes import chunked
 from grasp_kernels.triton.launch import Gpu
 from grasp_kernels.triton.singular_value_grad import singular_value_grad
@@ -76,7 +86,7 @@ def test_measurements_of_another_version_are_ignored(configs: Path, stamp: str) 
     assert path.name == "singular_value_grad.Test_H100.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {stamp: "0.0"}))
     assert select() is chunked
-    assert choose_tile(H100, 2048, 512, BF16) is LARGE
+    assert choose_tile(H100, 2048, 512, BF16, described=True) is LARGE
 
 
 def test_measurements_of_another_gpu_are_ignored(configs: Path) -> None:
@@ -85,29 +95,36 @@ def test_measurements_of_another_gpu_are_ignored(configs: Path) -> None:
 
 
 def test_a_measured_tile_is_taken(configs: Path) -> None:
-    assert choose_tile(H100, 2048, 512, BF16) is LARGE
-    save(H100.name, [MEASURED], configs)
-    assert choose_tile(H100, 2048, 512, BF16) == SMALL
+    assert choose_tile(H100, 2048, 512, BF16, described=True) is LARGE
+    save(H100.name, [MEASURED, MEASURED._replace(rank=64, tile=WIDE)], configs)
+    assert choose_tile(H100, 2048, 512, BF16, described=True) == SMALL
+    assert choose_tile(H100, 2048, 64, BF16, described=True) == WIDE
+    assert choose_tile(H100, 2048, 64, BF16, described=False) == SMALL
 
 
-# Tokens, rank, and the tile on an H100. The comments have the number of programs of the large and of the small tile.
+# Tokens, rank, and the tiles on an H100, with descriptors and without. The comments have the number of programs of the
+# large and of the small tile.
 CHOICES = [
-    (512, 4096, LARGE),  # 128 on 132 processors, and 512: four waves of half the intensity
-    (8192, 208, LARGE),  # 128, and 512
-    (2048, 512, LARGE),  # 64, and 256: half the processors idle, but half the bytes from the L2 cache
-    (8192, 512, LARGE),  # 256, and 1024
-    (8192, 4096, LARGE),  # 2048, and 8192
-    (512, 512, SMALL),  # 16, and 64
-    (1024, 208, SMALL),  # 16, and 64
-    (64, 81, SMALL),  # 1, and 2
+    (512, 4096, LARGE, LARGE),  # 128 on 132 processors, and 512: four waves of half the intensity
+    (8192, 208, LARGE, LARGE),  # 128, and 512
+    (2048, 512, LARGE, LARGE),  # 64, and 256: half the processors idle, but half the bytes from the L2 cache
+    (8192, 512, WIDE, LARGE),  # 256, and 1024; 128 of the wide tile
+    (2048, 4096, WIDE, LARGE),  # 512, and 2048
+    (8192, 4096, WIDE, LARGE),  # 2048, and 8192
+    (512, 512, SMALL, SMALL),  # 16, and 64
+    (1024, 208, SMALL, SMALL),  # 16, and 64
+    (64, 81, SMALL, SMALL),  # 1, and 2
 ]
 
 
-@pytest.mark.parametrize(("tokens", "rank", "tile"), CHOICES)
-def test_waves_and_intensity_choose_the_tile(tokens: int, rank: int, tile: Tile) -> None:
+@pytest.mark.parametrize(("tokens", "rank", "tile", "plain"), CHOICES)
+def test_waves_and_intensity_choose_the_tile(tokens: int, rank: int, tile: Tile, plain: Tile) -> None:
     for dtype in (torch.float16, BF16):
-        assert choose_tile(H100, tokens, rank, dtype) is tile
-    assert choose_tile(H100, tokens, rank, torch.float32) is FULL_PRECISION
+        assert choose_tile(H100, tokens, rank, dtype, described=True) is tile
+        assert choose_tile(H100, tokens, rank, dtype, described=False) is plain
+        for capability in (80, 120):  # no TMA; too little shared memory
+            assert choose_tile(H100._replace(capability=capability), tokens, rank, dtype, described=True) is plain
+    assert choose_tile(H100, tokens, rank, torch.float32, described=True) is FULL_PRECISION
 
 
 def test_the_cost_is_reads_of_a_full_gpu_and_products_of_an_empty_one() -> None:

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +18,10 @@ from tests.numerics import assert_accurate
 
 pytest.importorskip("triton")
 
-from grasp_kernels.gradient_configs import FULL_PRECISION, LARGE, SMALL, Tile
+from grasp_kernels.gradient_configs import FULL_PRECISION, LARGE, SMALL, WIDE, Tile
 from grasp_kernels.triton import singular_value_grad as kernel
 
+ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # One pair per line: tokens, in_features, out_features, rank, bounds of the samples.
 SHAPES = {
@@ -111,6 +117,65 @@ def test_strided_inputs(layout: str, position: int) -> None:
     tensors = list(inputs(40, 64, 48, 16, torch.float32))
     tensors[position] = LAYOUTS[layout](tensors[position])
     check(kernel.singular_value_grad, tuple(tensors), None, False, "none", None)
+
+
+# Tokens, in_features, out_features, rank, bounds of the samples. 8 programs run all tiles, some of them several.
+WIDE_SHAPES = {
+    "one sample, tail of every dimension": (300, 72, 136, 150, None),
+    "samples straddle tiles": (700, 64, 128, 40, [0, 0, 1, 300, 300, 700]),
+    "more tiles than programs": (520, 64, 64, 270, [0, 519, 520]),
+}
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("dtype", "column_major"), [(torch.float16, True), (torch.bfloat16, False)])
+@pytest.mark.parametrize("shape", WIDE_SHAPES)
+def test_the_wide_tile_is_the_references(shape: str, column_major: bool, dtype: torch.dtype) -> None:
+    *sizes, bounds = WIDE_SHAPES[shape]
+    x, grad_y, U, Vh = inputs(*sizes, dtype)
+    if column_major:
+        U, Vh = U.mT.contiguous().mT, Vh.mT.contiguous().mT
+    mask = torch.arange(sizes[0], device=DEVICE) % 3 != 1
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, device=DEVICE)
+
+    def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return kernel.run(*arguments, WIDE)
+
+    check(run, (x, grad_y, U, Vh), cu_seqlens, bounds is not None, "token", mask)
+    check(run, (x, grad_y, U, Vh), cu_seqlens, False, "none", None)
+
+
+def test_layouts_that_a_descriptor_can_describe() -> None:
+    matrix = torch.empty(6, 16, dtype=torch.bfloat16)
+    assert kernel.describable(matrix)
+    assert kernel.describable(matrix[:, :11])
+    assert kernel.describable(matrix[1:])
+    assert not kernel.describable(matrix[:, 1:])  # starts of rows
+    assert not kernel.describable(matrix.mT)
+    assert not kernel.describable(torch.empty(6, 12, dtype=torch.bfloat16))
+    assert not kernel.describable(matrix[:1].expand(6, 16))
+
+
+@pytest.mark.slow
+def test_the_wide_tile_compiles_without_spills_to_tma_loads_and_tensor_cores(tmp_path: Path) -> None:
+    """In another process: here Triton interprets its kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu.aot",
+        "--only",
+        "wide tile, samples, token squares, mask, bfloat16",
+    ]
+    command += ["--architecture", "90", "--output", str(tmp_path / "aot.json")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "aot.json").read_text())["rows"]
+    row = next(row for row in rows if row["kernel"] == "_singular_value_grad_wide_kernel")
+    assert row["complaints"] == []  # spills, tensor cores, TMA, shared memory
+    assert row["shared"] >= WIDE.stages * (WIDE.block_t + WIDE.block_r) * WIDE.block_k * 2
+    assert set(row["tensor_core"]) == {"HGMMA"}
 
 
 def test_masked_tokens_may_be_nan() -> None:

@@ -1,8 +1,10 @@
 """Triton: ``colsum((grad_y @ U) * (x @ Vh.mT))``, summed or per sample, with second moments, in one pass.
 
-Each program computes both products for one tile of tokens and ranks in registers, multiplies them and sums over its
-tokens. Neither the (T, R) products nor the (N, K) weight gradient are written to memory. A second kernel adds the sums
-of the tiles in a fixed order, so two runs agree bit for bit.
+Each program computes both products for one tile of tokens and ranks, multiplies them and sums over its tokens. No
+matrix of T or N rows is written to memory. One kernel holds both products of a tile in registers. The other has wider
+tiles, which read less from the L2 cache and leave registers for one product: the first waits in a buffer, one tile per
+program. It loads through TMA descriptors, on GPUs that have them. A last kernel adds the sums of the tiles in a fixed
+order, so two runs agree bit for bit.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grasp_kernels.gradient_configs import Tile, choose_tile
 from grasp_kernels.triton.launch import Launch, gpu_of, run_all
@@ -88,15 +91,13 @@ def _tokens_of_slot(cu_seqlens_ptr, slot, T, samples, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _tile_of_program(R, BLOCK_R: tl.constexpr, GROUP_T: tl.constexpr):
-    """Slot and rank tile of this program. Neighbours share token tiles and factors, in groups that fit the L2 cache."""
-    pid = tl.program_id(0)
+def _place(tile, slots, R, BLOCK_R: tl.constexpr, GROUP_T: tl.constexpr):
+    """Slot and rank tile of a tile. Neighbours share token tiles and factors, in groups that fit the L2 cache."""
     rank_tiles = tl.cdiv(R, BLOCK_R)
-    slots = tl.num_programs(0) // rank_tiles
-    group = pid // (GROUP_T * rank_tiles)
+    group = tile // (GROUP_T * rank_tiles)
     group_size = min(slots - group * GROUP_T, GROUP_T)
-    slot = group * GROUP_T + pid % group_size
-    rank_tile = (pid % (GROUP_T * rank_tiles)) // group_size
+    slot = group * GROUP_T + tile % group_size
+    rank_tile = (tile % (GROUP_T * rank_tiles)) // group_size
     return slot, rank_tile
 
 
@@ -128,6 +129,16 @@ def _project(
         tokens_ptrs += BLOCK_K * tokens_step
         factor_ptrs += BLOCK_K * factor_step
     return acc
+
+
+@triton.jit
+def _store_sums(first_ptr, second_ptr, d_U, x_V, inside, slot, offs_r, R, TOKEN_SQUARES: tl.constexpr):
+    """Sum a tile's products over its tokens, and their squares."""
+    token = tl.where(inside[:, None], d_U * x_V, 0.0)  # [BLOCK_T, BLOCK_R]
+    out = slot.to(tl.int64) * R + offs_r
+    tl.store(first_ptr + out, tl.sum(token, axis=0), mask=offs_r < R)
+    if TOKEN_SQUARES:
+        tl.store(second_ptr + out, tl.sum(token * token, axis=0), mask=offs_r < R)
 
 
 @triton.jit(do_not_specialize=["T", "samples"])
@@ -163,7 +174,8 @@ def _singular_value_grad_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_T: tl.constexpr,
 ):
-    slot, rank_tile = _tile_of_program(R, BLOCK_R, GROUP_T)
+    slots = tl.num_programs(0) // tl.cdiv(R, BLOCK_R)
+    slot, rank_tile = _place(tl.program_id(0), slots, R, BLOCK_R, GROUP_T)
     begin, end = slot * BLOCK_T, T
     if RAGGED:
         begin, end = _tokens_of_slot(cu_seqlens_ptr, slot, T, samples, BLOCK_T)
@@ -186,11 +198,89 @@ def _singular_value_grad_kernel(
     )
     if MASKED:
         inside = inside & (tl.load(mask_ptr + offs_t, mask=inside, other=0) != 0)
-    token = tl.where(inside[:, None], d_U * x_V, 0.0)  # [BLOCK_T, BLOCK_R]
-    out = slot.to(tl.int64) * R + offs_r
-    tl.store(first_ptr + out, tl.sum(token, axis=0), mask=offs_r < R)
-    if TOKEN_SQUARES:
-        tl.store(second_ptr + out, tl.sum(token * token, axis=0), mask=offs_r < R)
+    _store_sums(first_ptr, second_ptr, d_U, x_V, inside, slot, offs_r, R, TOKEN_SQUARES)
+
+
+@triton.jit
+def _project_described(
+    tokens,  # descriptor of [T, length]
+    factor,  # descriptor of [length, R], or of [R, length] if ALONG_LENGTH
+    row,
+    rank,
+    length,
+    ALONG_LENGTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of ``tokens @ factor``, [BLOCK_T, BLOCK_R] in fp32; descriptors read zeros outside a matrix."""
+    acc = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+    for k in range(0, length, BLOCK_K):
+        piece = factor.load([rank, k]).T if ALONG_LENGTH else factor.load([k, rank])
+        acc = dot(tokens.load([row, k]), piece, acc)
+    return acc
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of a tile's columns. Threads keep their elements."""
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit(do_not_specialize=["T", "samples", "slots"])
+def _singular_value_grad_wide_kernel(
+    x,  # descriptor of [T, K]
+    grad_y,  # descriptor of [T, N]
+    U,  # descriptor of [N, R] or [R, N]
+    Vh,  # descriptor of [R, K] or [K, R]
+    parked_ptr,  # [programs, 2, BLOCK_T, BLOCK_R / 2] fp32
+    cu_seqlens_ptr,  # [samples + 1]
+    mask_ptr,  # [T] bytes
+    first_ptr,  # [slots, R] fp32
+    second_ptr,  # [slots, R] fp32
+    T,
+    N,
+    K,
+    R,
+    samples,
+    slots,
+    RAGGED: tl.constexpr,
+    MASKED: tl.constexpr,
+    TOKEN_SQUARES: tl.constexpr,
+    U_ALONG_N: tl.constexpr,
+    VH_ALONG_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_T: tl.constexpr,
+):
+    """Tiles too wide for both products in registers: ``grad_y @ U`` waits in the L2 cache, in halves, for the other."""
+    WIDTH: tl.constexpr = BLOCK_R // 2
+    for tile in range(tl.program_id(0), slots * tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
+        slot, rank_tile = _place(tile, slots, R, BLOCK_R, GROUP_T)
+        begin, end = slot * BLOCK_T, T
+        if RAGGED:
+            begin, end = _tokens_of_slot(cu_seqlens_ptr, slot, T, samples, BLOCK_T)
+        if begin < end:
+            rank = rank_tile * BLOCK_R
+            d_U = _project_described(grad_y, U, begin, rank, N, U_ALONG_N, BLOCK_T, BLOCK_R, BLOCK_K)
+            offs = tl.arange(0, BLOCK_T)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+            parked_ptrs = parked_ptr + tl.program_id(0).to(tl.int64) * BLOCK_T * BLOCK_R + offs
+            pieces = _halves(d_U)
+            for i in tl.static_range(2):
+                tl.store(parked_ptrs + i * BLOCK_T * WIDTH, pieces[i])
+            x_V = _project_described(x, Vh, begin, rank, K, VH_ALONG_K, BLOCK_T, BLOCK_R, BLOCK_K)
+            offs_t = begin + tl.arange(0, BLOCK_T)
+            inside = offs_t < end
+            if MASKED:
+                inside = inside & (tl.load(mask_ptr + offs_t, mask=inside, other=0) != 0)
+            tl.debug_barrier()
+            pieces = _halves(x_V)
+            for i in tl.static_range(2):
+                d_U = tl.load(parked_ptrs + i * BLOCK_T * WIDTH)
+                offs_r = rank + i * WIDTH + tl.arange(0, WIDTH)
+                _store_sums(first_ptr, second_ptr, d_U, pieces[i], inside, slot, offs_r, R, TOKEN_SQUARES)
+            tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["T", "samples"])
@@ -256,9 +346,11 @@ def singular_value_grad(
     """``colsum((grad_y @ U) * (x @ Vh.mT))`` and the sum of squared unit gradients; x is (T, K), grad_y is (T, N).
 
     The arguments and results are those of ``reference.singular_value_grad``; fp32, fp16 or bf16, accumulated in fp32.
-    Allocates (T / 128 + B, R) in fp32, and once per factor the copy that ``loadable`` makes.
+    Allocates (T / 128 + B, R) in fp32, and once per factor the copy that ``loadable`` makes. Wide tiles take another
+    128 KB per processor of the GPU.
     """
-    tile = choose_tile(gpu_of(x.device), x.shape[0], U.shape[1], x.dtype)
+    described = describable(x) and describable(grad_y)
+    tile = choose_tile(gpu_of(x.device), x.shape[0], U.shape[1], x.dtype, described=described)
     return run(x, grad_y, U, Vh, cu_seqlens, per_sample, second_moment, mask, tile)
 
 
@@ -309,20 +401,18 @@ def plan(
     tile_first = x.new_empty((slots, R), dtype=torch.float32)
     tile_second = x.new_empty((slots, R), dtype=torch.float32) if squares else None
     shared = {"cu_seqlens_ptr": cu_seqlens, "T": tokens, "R": R, "samples": samples, "RAGGED": cu_seqlens is not None}
-    products = Launch(
-        _singular_value_grad_kernel,
-        (slots * triton.cdiv(R, tile.block_r),),
-        {
-            **shared,
-            **_operands(x, grad_y, U, Vh, tile),
-            "mask_ptr": None if mask is None else mask.contiguous().view(torch.uint8),
-            "first_ptr": tile_first,
-            "second_ptr": tile_second,
-            "MASKED": mask is not None,
-            "TOKEN_SQUARES": squares,
-        },
-        {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True},
-    )
+    sums = {
+        **shared,
+        "mask_ptr": None if mask is None else mask.contiguous().view(torch.uint8),
+        "first_ptr": tile_first,
+        "second_ptr": tile_second,
+        "MASKED": mask is not None,
+        "TOKEN_SQUARES": squares,
+        "BLOCK_T": tile.block_t,
+        "BLOCK_R": tile.block_r,
+        "BLOCK_K": tile.block_k,
+        "GROUP_T": tile.group_t,
+    }
     first, second = outputs
     per_sample = first.dim() == 2
     total = Launch(
@@ -342,13 +432,47 @@ def plan(
         },
         {"num_warps": 4, "enable_fp_fusion": True},
     )
-    return [products, total] if tokens > 0 else [total]
+    if tokens == 0:
+        return [total]
+    operands = (x, grad_y, loadable(U, 1), loadable(Vh, 0))
+    programs = slots * triton.cdiv(R, tile.block_r)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    if not tile.descriptors:
+        arguments = _pointers(*operands, tile) | sums
+        return [Launch(_singular_value_grad_kernel, (programs,), arguments, options), total]
+    programs = min(programs, gpu_of(x.device).processors)
+    parked = x.new_empty(programs * tile.block_t * tile.block_r, dtype=torch.float32)
+    arguments = _descriptors(*operands, tile) | sums | {"slots": slots, "parked_ptr": parked}
+    return [Launch(_singular_value_grad_wide_kernel, (programs,), arguments, options), total]
 
 
-def _operands(x: Tensor, grad_y: Tensor, U: Tensor, Vh: Tensor, tile: Tile) -> dict[str, Any]:
-    """Kernel arguments: both products' operands, their strides, and the tile."""
+def describable(tensor: Tensor) -> bool:
+    """Whether a TMA descriptor can describe a matrix: rows of unit stride, starts of rows aligned to 16 bytes."""
+    rows, columns = tensor.stride()
+    aligned = tensor.data_ptr() % 16 == 0 and rows * tensor.element_size() % 16 == 0
+    return columns == 1 and rows >= tensor.shape[1] and aligned
+
+
+def _descriptors(x: Tensor, grad_y: Tensor, U: Tensor, Vh: Tensor, tile: Tile) -> dict[str, Any]:
+    """Arguments of the wide kernel: TMA descriptors of both products' operands."""
+    u_along_n, vh_along_k = U.stride(0) == 1, Vh.stride(1) == 1
+    along_length, along_rank = [tile.block_r, tile.block_k], [tile.block_k, tile.block_r]
+    describe = TensorDescriptor.from_tensor
+    return {
+        "x": describe(x, [tile.block_t, tile.block_k]),
+        "grad_y": describe(grad_y, [tile.block_t, tile.block_k]),
+        "U": describe(U.mT, along_length) if u_along_n else describe(U, along_rank),
+        "Vh": describe(Vh, along_length) if vh_along_k else describe(Vh.mT, along_rank),
+        "N": U.shape[0],
+        "K": x.shape[1],
+        "U_ALONG_N": u_along_n,
+        "VH_ALONG_K": vh_along_k,
+    }
+
+
+def _pointers(x: Tensor, grad_y: Tensor, U: Tensor, Vh: Tensor, tile: Tile) -> dict[str, Any]:
+    """Arguments of the other kernel: both products' operands and their strides."""
     K, N = x.shape[1], U.shape[0]
-    U, Vh = loadable(U, 1), loadable(Vh, 0)
     (stride_xt, stride_xk), (stride_yt, stride_yn) = x.stride(), grad_y.stride()
     (stride_un, stride_ur), (stride_vr, stride_vk) = U.stride(), Vh.stride()
     return {
@@ -368,8 +492,4 @@ def _operands(x: Tensor, grad_y: Tensor, U: Tensor, Vh: Tensor, tile: Tile) -> d
         "stride_vk": stride_vk,
         "EVEN_N": N % tile.block_k == 0,
         "EVEN_K": K % tile.block_k == 0,
-        "BLOCK_T": tile.block_t,
-        "BLOCK_R": tile.block_r,
-        "BLOCK_K": tile.block_k,
-        "GROUP_T": tile.group_t,
     }
