@@ -24,9 +24,10 @@ from grasp.statistics.gradients import dense_is_cheaper
 from grasp.statistics.loss import LOGITS_BYTES, vocabulary_size
 from grasp_kernels.reference import accumulation_dtype
 
-LIBRARY_BYTES = 2**25  # workspaces of libraries, and what the allocator keeps between two ``return_freed_memory``
+LIBRARY_BYTES = 2**26  # workspaces of libraries, and what the allocator keeps between two ``return_freed_memory``
 # oneDNN keeps the code of products of 16-bit numbers on a CPU: 0.55 to 0.75 MB were measured for each of 1024 shapes.
 CODE_BYTES, CODE_SHAPES = 650_000, int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024"))
+READ_COPIES = 3  # of factors: as they are read, those of the rank, and those with the singular values folded in
 # Allocators keep freed blocks and reuse only a part of them.
 FRAGMENTATION = 2
 
@@ -67,9 +68,7 @@ def span_memory(
         head=head_bytes(tracer),
         sum_bytes=lambda part: statistics_bytes(part, config, tokens),
         decomposition_bytes=lambda target: temporary_bytes(target, config),
-        other=max(
-            forward_bytes(tracer, range(layers.start), dtype), refit_bytes(tracer, targets) if config.refit else 0
-        ),
+        other=max(forward_bytes(tracer, range(layers.start), dtype), replacing_bytes(tracer, targets, config)),
     )
 
 
@@ -87,16 +86,23 @@ def copy_bytes(tracer: Tracer, module: nn.Module, dtype: torch.dtype) -> int:
     return itemsize * sum(parameter.numel() for parameter in module.parameters())
 
 
-def refit_bytes(tracer: Tracer, targets: Collection[Target]) -> int:
-    """The refit of one linear: two sums of its input, and one batch that passes its layer, or the solution."""
-    taken = []
+def replacing_bytes(tracer: Tracer, targets: Collection[Target], config: GraspConfig) -> int:
+    """The replacement of the linears of one layer: all their factors, and one that is read and cut, or fitted.
+
+    A fit has two sums of the input, and one batch that passes the layer, or the solution.
+    """
+    layers: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # bytes of factors, and beside them
     for target in targets:
         (n, k), itemsize = dense_shape(target.module), _sum_itemsize(target)
-        solving = least_squares_bytes((n, k), break_even_rank((n, k)), itemsize)
-        cost = tracer.layer(target.layer, "none")
-        passing = states_bytes(tracer) + FRAGMENTATION * (cost.saved + cost.transient)
-        taken.append(2 * itemsize * k * k + max(passing, solving))
-    return max(taken, default=0)
+        rank = break_even_rank((n, k))
+        taken = READ_COPIES * itemsize * rank * (n + k)
+        if config.refit:
+            cost = tracer.layer(target.layer, "none")
+            passing = states_bytes(tracer) + FRAGMENTATION * (cost.saved + cost.transient)
+            solving = least_squares_bytes((n, k), rank, itemsize)
+            taken = max(taken, 2 * itemsize * k * k + max(passing, solving))
+        layers[target.layer].append((target.module.weight.itemsize * rank * (n + k), taken))
+    return max((sum(f for f, _ in members) + max(t for _, t in members) for members in layers.values()), default=0)
 
 
 def statistics_bytes(targets: Collection[Target], config: GraspConfig, tokens: int) -> int:
