@@ -56,11 +56,6 @@ class CompressionJob:
         return max(4, self.dtype.itemsize)
 
     @property
-    def tokens(self) -> int:
-        """All calibration tokens."""
-        return self.num_samples * self.seq_len
-
-    @property
     def local_tokens(self) -> int:
         """Calibration tokens of one process."""
         return -(-self.num_samples // self.processes) * self.seq_len
