@@ -16,6 +16,7 @@ from grasp.progress import Progress, no_progress
 from grasp_kernels.shapes import GroupShape, format_shape, parse_shape
 
 SHAPES = (QKV, ATTENTION, GATE_UP, DOWN)  # all linears of Llama-2-7B
+GRADIENT_TOKENS = (512, 2048, 8192)  # of a call during calibration
 
 
 def tune(
@@ -30,8 +31,8 @@ def tune(
 
     Args:
         shapes: as ``grasp_kernels.shapes.parse_shape`` reads them. Pairs with the same N are also tuned as gated
-            linear units.
-        rows: tokens per call.
+            linear units. The singular-value gradient is tuned at their ranks and at full rank.
+        rows: tokens per call; the gradient has ``GRADIENT_TOKENS`` instead.
         dtype: of inputs and factors.
         output: folder of the files; ``None`` for the installed package, which reads them.
         progress: called after each file.
@@ -48,18 +49,29 @@ def tune(
     autotune = import_module("grasp_kernels.autotune")  # imports Triton
     folder = output or autotune.CONFIGS
     require_writable(folder / "new.json", parents=True)
-    gated = [shape for shape in parsed if _is_gated(shape)]
-    shapes_of = {"lowrank_linear": parsed} | ({"lowrank_glu": gated} if gated else {})
+    calls = {
+        "lowrank_linear": (parsed, rows),
+        "lowrank_glu": ([shape for shape in parsed if _is_gated(shape)], rows),
+        "singular_value_grad": (_gradient_shapes(parsed), GRADIENT_TOKENS),
+    }
+    calls = {kernel: (group_shapes, counts) for kernel, (group_shapes, counts) in calls.items() if group_shapes}
     files: list[Path] = []
-    for done, (kernel, group_shapes) in enumerate(shapes_of.items(), start=1):
+    for done, (kernel, (group_shapes, counts)) in enumerate(calls.items(), start=1):
         workloads = [
             autotune.Workload(count, shape[0].K, tuple((linear.N, linear.R) for linear in shape), DTYPES[dtype])
             for shape in group_shapes
-            for count in rows
+            for count in counts
         ]
         files.append(autotune.tune(kernel, workloads, directory=folder))
-        progress(f"tuning {kernel} for {', '.join(map(format_shape, group_shapes))}", done, len(shapes_of))
+        progress(f"tuning {kernel} for {', '.join(map(format_shape, group_shapes))}", done, len(calls))
     return files
+
+
+def _gradient_shapes(shapes: Sequence[GroupShape]) -> list[GroupShape]:
+    """One linear of each rank and full rank: the ratio of the two routes depends little on N and K."""
+    linears = [linear for shape in shapes for linear in shape]
+    linears += [linear._replace(R=min(linear.K, linear.N)) for linear in linears]
+    return [(linear,) for linear in {linear.R: linear for linear in linears}.values()]
 
 
 def _is_gated(shape: GroupShape) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,12 +14,17 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from grasp_kernels import gradient_configs
+from grasp_kernels.gradient_configs import Measurement, Tile, candidates
 from grasp_kernels.launch_configs import CONFIGS, PATHS, Config, LaunchKey, on_path, rule_of_thumb, save, serves
 from grasp_kernels.packing import pack_factors
 from grasp_kernels.reference import Factors
+from grasp_kernels.routes import chunked
 from grasp_kernels.triton.launch import gpu_of
 from grasp_kernels.triton.lowrank_glu import run as run_glu
 from grasp_kernels.triton.lowrank_linear import run as run_linear
+from grasp_kernels.triton.singular_value_grad import describable, loadable
+from grasp_kernels.triton.singular_value_grad import run as run_gradient
 
 COLD_BYTES = 150 << 20  # of distinct factors in one measurement: more than the L2 cache of any GPU
 MIN_CALLS = 20  # in one measurement
@@ -58,6 +64,8 @@ STEPS: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 PATHS_OF = {"lowrank_linear": PATHS, "lowrank_glu": ("pair", "gemms")}
+KERNELS = (*PATHS_OF, gradient_configs.KERNEL)
+SUMS = (None, False, "none", None)  # the gradient's options: one sum over all tokens
 
 Measure = Callable[[Sequence[Callable[[], Any]]], float]
 
@@ -105,7 +113,9 @@ def tune(
     """Find the fastest configuration for each workload, and write the GPU's file in place of an earlier one.
 
     Args:
-        kernel: ``"lowrank_linear"``, also for grouped calls, or ``"lowrank_glu"``, whose workloads have two members.
+        kernel: one of ``KERNELS``. ``"lowrank_linear"`` also takes grouped calls, workloads of ``"lowrank_glu"`` have
+            two members, and those of ``"singular_value_grad"`` one; ``"auto"`` takes the last only where it was faster
+            than two matrix products.
         workloads: the calls to tune for.
         device: the GPU.
         directory: folder of the file; the package reads it from ``launch_configs.CONFIGS``.
@@ -118,11 +128,14 @@ def tune(
         ValueError: if ``kernel`` is unknown, or there are no workloads.
         RuntimeError: inside the capture of a CUDA graph, or if a configuration gives a wrong result.
     """
-    if kernel not in PATHS_OF or not workloads:
-        raise ValueError(f"expected a kernel of {', '.join(PATHS_OF)} and workloads, got {kernel!r}, {len(workloads)}")
+    if kernel not in KERNELS or not workloads:
+        raise ValueError(f"expected a kernel of {', '.join(KERNELS)} and workloads, got {kernel!r}, {len(workloads)}")
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("tuning launches and times kernels; run it before the capture of a CUDA graph, not inside")
     device = torch.device(device)
+    if kernel == gradient_configs.KERNEL:
+        tiles = [_fastest_tile(workload, device, measure) for workload in workloads]
+        return gradient_configs.save(gpu_of(device).name, tiles, directory)
     measured: dict[LaunchKey, tuple[Config, float]] = {}
     for workload in workloads:
         key = workload_key(workload)
@@ -148,7 +161,7 @@ def _fastest(
     def time(config: Config) -> float | None:
         """µs per call; ``None`` if the configuration needs more registers or shared memory than the GPU has."""
         try:
-            _check(run(*inputs[0], config), expected, config)
+            _check(run(*inputs[0], config), expected, workload.dtype, config)
         except OutOfResources:
             return None
         return measure([functools.partial(run, x, factors, config) for x, factors in inputs])
@@ -185,8 +198,7 @@ def _inputs(workload: Workload, device: torch.device) -> Iterator[tuple[Tensor, 
     """x and packed factors of each call; so many calls that no factors are in the L2 cache when a call starts."""
     rows, K, members, dtype = workload
     size = sum(R * (N + K) for N, R in members) * dtype.itemsize
-    calls = max(MIN_CALLS, -(-COLD_BYTES // size)) if device.type == "cuda" else 1
-    for _ in range(calls):
+    for _ in range(max(MIN_CALLS, _cold_calls(size)) if device.type == "cuda" else 1):
         factors = [
             Factors(
                 torch.randn(N, R, device=device, dtype=dtype) * R**-0.5,
@@ -198,12 +210,45 @@ def _inputs(workload: Workload, device: torch.device) -> Iterator[tuple[Tensor, 
         yield torch.randn(rows, K, device=device, dtype=dtype), pack_factors(factors)
 
 
-def _check(got: Sequence[Tensor], expected: Sequence[Tensor], config: Config) -> None:
-    """Refuse to time a wrong kernel."""
+def _cold_calls(size: int) -> int:
+    return -(-COLD_BYTES // size)
+
+
+def _check(got: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype, config: Config | Tile) -> None:
+    """Refuse to time a wrong kernel; ``dtype`` is that of its inputs."""
     for y, expected_y in zip(got, expected, strict=True):
         error = float((y.double() - expected_y.double()).norm() / expected_y.double().norm())
-        if not error <= AGREEMENT[y.dtype]:
-            raise RuntimeError(f"{config} is off by {error:.1e}, expected at most {AGREEMENT[y.dtype]:.0e}")
+        if not error <= AGREEMENT[dtype]:
+            raise RuntimeError(f"{config} is off by {error:.1e}, expected at most {AGREEMENT[dtype]:.0e}")
+
+
+def _fastest_tile(workload: Workload, device: torch.device, measure: Measure) -> Measurement:
+    """The times of the gradient's fastest tile and of two matrix products."""
+    (_, R), dtype = workload.members[0], workload.dtype
+    inputs = list(_gradient_inputs(workload, device))
+    # Calls would copy factors only once; a graph would copy them in every replay.
+    loaded = [(x, grad_y, loadable(U, 1), loadable(Vh, 0)) for x, grad_y, U, Vh in inputs]
+    expected = chunked(*inputs[0], *SUMS)[:1]
+    microseconds: dict[Tile, float] = {}
+    for tile in candidates(gpu_of(device), dtype, described=all(map(describable, inputs[0][:2]))):
+        try:
+            _check(run_gradient(*loaded[0], *SUMS, tile)[:1], expected, dtype, tile)
+        except OutOfResources:
+            continue
+        microseconds[tile] = measure([functools.partial(run_gradient, *tensors, *SUMS, tile) for tensors in loaded])
+    products = measure([functools.partial(chunked, *tensors, *SUMS) for tensors in inputs])
+    fastest = min(microseconds, key=lambda tile: microseconds[tile])
+    return Measurement(workload.rows, R, str(dtype).removeprefix("torch."), fastest, microseconds[fastest], products)
+
+
+def _gradient_inputs(workload: Workload, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """x, grad_y, U and Vh of each call; so many calls that none of them is in the L2 cache when a call starts."""
+    rows, K, ((N, R),), dtype = workload
+    shapes = ((rows, K), (rows, N), (N, R), (R, K))
+    size = sum(map(math.prod, shapes)) * dtype.itemsize
+    for _ in range(1 + _cold_calls(size) if device.type == "cuda" else 1):
+        x, grad_y, U, Vh = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+        yield x, grad_y, U, Vh
 
 
 def _run_glu(x: Tensor, factors: Sequence[Factors], config: Config) -> list[Tensor]:

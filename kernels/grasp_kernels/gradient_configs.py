@@ -66,10 +66,15 @@ def choose_tile(gpu: Gpu, tokens: int, rank: int, dtype: torch.dtype, *, describ
     memory for the tile that needs them.
     """
     measured = nearest(gpu, tokens, rank, dtype, CONFIGS)
-    tiles = [tile for tile in TILES[dtype] if not tile.descriptors or (described and gpu.warpgroup_dots)]
     if measured is not None and (described or not measured.tile.descriptors):
         return measured.tile
+    tiles = candidates(gpu, dtype, described=described)
     return min(tiles, key=lambda tile: cost(tile, tokens, rank, gpu.processors))
+
+
+def candidates(gpu: Gpu, dtype: torch.dtype, *, described: bool) -> list[Tile]:
+    """The tiles for a call on a GPU; see ``choose_tile`` for ``described``."""
+    return [tile for tile in TILES[dtype] if not tile.descriptors or (described and gpu.warpgroup_dots)]
 
 
 def cost(tile: Tile, tokens: int, rank: int, processors: int) -> float:

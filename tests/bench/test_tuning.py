@@ -27,17 +27,29 @@ def test_every_shape_is_tuned_at_every_row_count_and_pairs_as_gated_units_too(
     tuned: list[tuple[str, list[autotune.Workload], Path]], tmp_path: Path
 ) -> None:
     files = tuning.tune(["32x16r3", "32x48r5+32x48r4"], [1, 4], dtype="float16", output=tmp_path)
-    assert files == [tmp_path / "lowrank_linear.json", tmp_path / "lowrank_glu.json"]
+    kernels = ["lowrank_linear", "lowrank_glu", "singular_value_grad"]
+    assert files == [tmp_path / f"{kernel}.json" for kernel in kernels]
     pair = [autotune.Workload(rows, 32, ((48, 5), (48, 4)), torch.float16) for rows in (1, 4)]
     single = [autotune.Workload(rows, 32, ((16, 3),), torch.float16) for rows in (1, 4)]
-    assert tuned == [("lowrank_linear", single + pair, tmp_path), ("lowrank_glu", pair, tmp_path)]
+    assert tuned[:2] == [("lowrank_linear", single + pair, tmp_path), ("lowrank_glu", pair, tmp_path)]
 
 
 def test_linears_of_unequal_width_are_no_gated_unit(
     tuned: list[tuple[str, list[autotune.Workload], Path]], tmp_path: Path
 ) -> None:
     tuning.tune(["32x48r5+32x16r4"], [1], output=tmp_path)
-    assert [kernel for kernel, _, _ in tuned] == ["lowrank_linear"]
+    assert [kernel for kernel, _, _ in tuned] == ["lowrank_linear", "singular_value_grad"]
+
+
+def test_the_gradient_is_tuned_once_for_each_rank_and_full_rank_at_the_tokens_of_a_calibration(
+    tuned: list[tuple[str, list[autotune.Workload], Path]], tmp_path: Path
+) -> None:
+    tuning.tune(["32x16r3", "32x48r5+32x48r3"], [1], output=tmp_path)
+    (kernel, workloads, _) = tuned[-1]
+    assert kernel == "singular_value_grad"
+    assert {workload.rows for workload in workloads} == set(tuning.GRADIENT_TOKENS)
+    assert sorted(R for ((_, R),) in {workload.members for workload in workloads}) == [3, 5, 16, 32]
+    assert len(workloads) == 4 * len(tuning.GRADIENT_TOKENS)
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,12 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from grasp_kernels import autotune, launch_configs
+from grasp_kernels import autotune, gradient_configs, launch_configs
 from grasp_kernels.autotune import Workload, tune, workload_key
+from grasp_kernels.gradient_configs import LARGE, SMALL, WIDE, Tile
 from grasp_kernels.launch_configs import Config
 from grasp_kernels.triton.launch import gpu_of
+from grasp_kernels.triton.singular_value_grad import loadable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WORKLOAD = Workload(rows=4, in_features=64, members=((32, 8), (16, 5)), dtype=torch.float32)
@@ -30,6 +32,7 @@ def _few_candidates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     launch_configs.load.cache_clear()
     launch_configs._choose.cache_clear()
+    gradient_configs._load.cache_clear()
 
 
 def config_of(calls: Sequence[Callable[[], Any]]) -> Config:
@@ -101,6 +104,66 @@ def test_a_wrong_result_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         tuned("lowrank_linear", tmp_path, lambda _: 1.0)
 
 
+GRADIENT = Workload(rows=70, in_features=64, members=((32, 5),), dtype=torch.bfloat16)
+
+
+def gradient(directory: Path, cost: Callable[[Tile | None], float]) -> gradient_configs.Measurement | None:
+    """The saved measurement; ``cost`` of a tile is the kernel's time, and of ``None`` that of two matrix products."""
+
+    def measure(calls: Sequence[Callable[[], Any]]) -> float:
+        first, second = (call() for call in calls * 2)
+        assert torch.equal(first[0], second[0])
+        tile = calls[0].args[-1]  # type: ignore[attr-defined]
+        return cost(tile if isinstance(tile, Tile) else None)
+
+    tune("singular_value_grad", [GRADIENT], device=DEVICE, directory=directory, measure=measure)
+    return gradient_configs.nearest(gpu_of(DEVICE), 70, 5, torch.bfloat16, directory)
+
+
+def test_the_gradients_fastest_tile_is_kept_beside_the_time_of_matrix_products(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradient_configs, "CONFIGS", tmp_path)
+    for products in (3.0, 1.0):
+        found = gradient(tmp_path, {None: products, LARGE: 4.0, SMALL: 2.0, WIDE: 5.0}.__getitem__)
+        assert found == gradient_configs.Measurement(70, 5, "bfloat16", SMALL, 2.0, products)
+        slower = gradient_configs.slower(DEVICE, 70, 5, torch.bfloat16)
+        assert (slower is None) == (products > 2.0)  # "auto" takes the kernel only where it was ahead
+
+
+def test_a_tile_that_does_not_fit_the_card_is_skipped_and_a_wrong_one_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = autotune.run_gradient
+
+    def small_card(*arguments: Any) -> Any:
+        if arguments[-1] is not LARGE:
+            raise OutOfResources(300_000, 101_376, "shared memory")
+        return run(*arguments)
+
+    monkeypatch.setattr(autotune, "run_gradient", small_card)
+    found = gradient(tmp_path, lambda tile: 1.0 if tile is not LARGE else 2.0)
+    assert found is not None
+    assert found.tile == LARGE
+    monkeypatch.setattr(autotune, "run_gradient", lambda *arguments: [1.1 * y for y in run(*arguments)])
+    with pytest.raises(RuntimeError, match=r"Tile.* is off by"):
+        gradient(tmp_path, lambda _: 1.0)
+
+
+def test_a_graph_of_gradients_copies_no_factor(tmp_path: Path) -> None:
+    """Rank 5 needs copies of both factors: a graph would make them in every replay."""
+
+    def measure(calls: Sequence[Callable[[], Any]]) -> float:
+        *tensors, tile = calls[0].args[:4] + calls[0].args[-1:]  # type: ignore[attr-defined]
+        if isinstance(tile, Tile):
+            U, Vh = tensors[2:]
+            assert loadable(U, 1) is U
+            assert loadable(Vh, 0) is Vh
+        return 1.0
+
+    tune("singular_value_grad", [GRADIENT], device=DEVICE, directory=tmp_path, measure=measure)
+
+
 def test_tuning_is_refused_inside_a_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -109,7 +172,7 @@ def test_tuning_is_refused_inside_a_capture(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_unknown_kernels_and_no_workloads_are_refused() -> None:
-    with pytest.raises(ValueError, match="lowrank_linear, lowrank_glu"):
+    with pytest.raises(ValueError, match="lowrank_linear, lowrank_glu, singular_value_grad"):
         tune("lowrank_lienar", [WORKLOAD])
     with pytest.raises(ValueError, match="0"):
         tune("lowrank_linear", [])
