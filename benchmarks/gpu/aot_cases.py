@@ -25,7 +25,9 @@ CARDS = {
 }
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
-WAIT, LAUNCH_DEPENDENTS = "ACQBULK", "PREEXIT"  # griddepcontrol.wait and .launch_dependents
+# griddepcontrol.wait and .launch_dependents, cp.async.bulk.prefetch.L2
+WAIT, LAUNCH_DEPENDENTS, PREFETCH = "ACQBULK", "PREEXIT", "UBLKPF"
+MEMORY = ("LD.", "LDG", "ST.", "STG", "ATOM", "RED", "UTMA")  # accesses of global memory
 SPIN, INVALIDATE = "LDG.E.STRONG.GPU", "CCTL.IVALL"  # together: ld.acquire.gpu of one word
 
 
@@ -65,15 +67,37 @@ def complaints(launch: Launch, binary: Binary) -> list[str]:
         errors.append("TMA descriptors without TMA loads")
     if launch.kernel.__name__.startswith("_singular_value_grad") and _has_dot(launch):
         errors += ["no HGMMA"] if architecture == 90 and not binary.count("HGMMA") else []
-    dependent = bool(arguments.get("DEPENDENT"))
-    if dependent != bool(binary.count(WAIT) + binary.count(LAUNCH_DEPENDENTS)):
-        errors.append("programmatic dependent launch " + ("is missing" if dependent else "where there is none"))
+    errors += dependent_complaints(launch, binary)
     if launch.options.get("launch_cooperative_grid"):
         errors += barrier_complaints(binary)
     if (ahead := copied_ahead(launch, binary)) < (least := _least_copied_ahead(launch)):
         errors.append(f"loops copy {ahead} bytes ahead, expected at least {least}")
     if (fetched := prefetched(launch, binary)) < (least := _least_prefetched(launch)):
         errors.append(f"{fetched} bytes of U are loaded at once before the wait for h, expected at least {least}")
+    return errors
+
+
+def dependent_complaints(launch: Launch, binary: Binary) -> list[str]:
+    """Errors in a dependent launch. Until it has waited, it may only prefetch Vh, or load U if it is an expand.
+
+    It must wait before it lets the next launch start. A launch that is not dependent must do neither.
+    """
+    names, dependent = binary.instructions, bool(launch.arguments.get("DEPENDENT"))
+    if dependent != bool(launch.options.get("launch_pdl")):
+        return ["the option launch_pdl and the argument DEPENDENT differ"]
+    if not dependent:
+        used = binary.count(WAIT) + binary.count(LAUNCH_DEPENDENTS) + binary.count(PREFETCH)
+        return ["programmatic dependent launch where there is none"] if used else []
+    if not (WAIT in names and LAUNCH_DEPENDENTS in names):
+        return ["programmatic dependent launch is missing"]
+    early, expands = names[: names.index(WAIT)], "TILES" in launch.arguments
+    errors = []
+    if LAUNCH_DEPENDENTS in early:
+        errors.append("the next launch may start before the wait")
+    if any(name.startswith(MEMORY) and not (expands and name.startswith("LDG") and ".EF" in name) for name in early):
+        errors.append("memory is used before the wait for the previous launch")
+    if expands == any(name.startswith(PREFETCH) for name in early):
+        errors.append("U is prefetched" if expands else "Vh is not prefetched before the wait")
     return errors
 
 

@@ -48,6 +48,7 @@ class Rates:
     cache: float  # bytes/s of the second-level cache, all processors together
     flops: float  # FLOP/s of a large bf16 product
     latency: float  # s from a load to its data under load
+    hit: float  # the same, for data in the second-level cache
     shared: int  # bytes of one processor
     gap: float  # s between two launches in a graph
     ramp: float  # s until all programs of a launch load at full rate
@@ -58,9 +59,9 @@ class Rates:
 
 # Sources: KERNELS.md and data sheets (memory: 85 to 90 % of the peak); latency, cache and start-up are estimates.
 RATES = {
-    80: Rates("A100", 1.75e12, 4.0e12, 250e12, 0.7e-6, 164 << 10, 1.5e-6, 1e-6, math.inf, 2e-6, 0.85),
-    90: Rates("H100", 3.0e12, 5.5e12, 798e12, 0.8e-6, 228 << 10, 1.3e-6, 1e-6, 0.7e-6, 2e-6, 0.85),
-    100: Rates("B200", 7.0e12, 10e12, 1800e12, 0.9e-6, 228 << 10, 1.3e-6, 1e-6, 0.7e-6, 2e-6, 0.85),
+    80: Rates("A100", 1.75e12, 4.0e12, 250e12, 0.7e-6, 0.3e-6, 164 << 10, 1.5e-6, 1e-6, math.inf, 2e-6, 0.85),
+    90: Rates("H100", 3.0e12, 5.5e12, 798e12, 0.8e-6, 0.3e-6, 228 << 10, 1.3e-6, 1e-6, 0.7e-6, 2e-6, 0.85),
+    100: Rates("B200", 7.0e12, 10e12, 1800e12, 0.9e-6, 0.35e-6, 228 << 10, 1.3e-6, 1e-6, 0.7e-6, 2e-6, 0.85),
 }
 
 
@@ -75,14 +76,14 @@ class Resources(NamedTuple):
 ResourcesOf = Callable[[Launch, Gpu], Resources]
 Times = Mapping[tuple[str, int], float]  # measured µs by shapes and rows
 ASSUMED = (
-    *("memory, bytes/s", "L2, bytes/s", "FLOP/s", "latency, s", "shared, bytes", "gap, s", "ramp, s"),
-    *("dependent start, s", "reduction, s", "share of two products"),
+    *("memory, bytes/s", "L2, bytes/s", "FLOP/s", "latency, s", "L2 latency, s", "shared, bytes"),
+    *("gap, s", "ramp, s", "dependent start, s", "reduction, s", "share of two products"),
 )
 HEADINGS = (
     *("shape", "M", "path", "CTAs", "waves", "KB in flight per SM", "MB through L2"),
     *("expected µs", "floor µs", "share", "two products µs", "measured µs"),
 )
-LAYER_HEADINGS = ("M", "expected µs", "floor µs", "share", "14 products µs", "ratio", "measured µs")
+LAYER_HEADINGS = ("M", "expected µs", "chain µs", "floor µs", "share", "14 products µs", "ratio", "measured µs")
 
 
 class Prediction(NamedTuple):
@@ -94,6 +95,8 @@ class Prediction(NamedTuple):
     in_flight: float  # bytes per processor
     cache_bytes: int  # through the second-level cache
     seconds: float  # from the end of the launch before
+    fetched: float  # seconds in which memory delivers the factor
+    chained: float  # seconds from the end of the launch before, which ran while the factor was fetched
 
 
 def resident_programs(resources: Resources, warps: int, rates: Rates) -> int:
@@ -104,7 +107,14 @@ def resident_programs(resources: Resources, warps: int, rates: Rates) -> int:
 
 
 def predict(
-    cost: Cost, cache_bytes: int, programs: int, tile_bytes: int, launch: Launch, resources: Resources, gpu: Gpu
+    cost: Cost,
+    cache_bytes: int,
+    programs: int,
+    tile_bytes: int,
+    launch: Launch,
+    resources: Resources,
+    gpu: Gpu,
+    held_bytes: int = 0,
 ) -> Prediction:
     """The time of a launch: its start, then the slowest of memory, cache, arithmetic and waiting for loads.
 
@@ -116,22 +126,40 @@ def predict(
         launch: for its warps, and whether it is dependent.
         resources: of its binary.
         gpu: as in ``aot_cases.CARDS``.
+        held_bytes: of ``cache_bytes``, in registers when a dependent launch has waited.
     """
     rates = RATES[gpu.capability]
     resident = resident_programs(resources, launch.options["num_warps"], rates)
     waves = programs / (gpu.processors * resident)
     each = cache_bytes / programs
     in_flight = min(each, tile_bytes + resources.ahead)
-    waiting = math.ceil(waves) * rates.latency * max(1.0, each / in_flight)
-    work = max(cost.bytes / rates.memory, cache_bytes / rates.cache, cost.flops / rates.flops, waiting)
+    trips = math.ceil(waves) * max(1.0, each / in_flight)
+    fetched = cost.bytes / rates.memory
+    work = max(fetched, cache_bytes / rates.cache, cost.flops / rates.flops, trips * rates.latency)
     dependent = launch.arguments["DEPENDENT"] and launch.options.get("launch_pdl", False)
     start = rates.dependent if dependent else rates.gap + rates.ramp
+    held = held_bytes / max(1.0, waves)  # the programs of later waves have not started
+    late = max((cache_bytes - held) / rates.cache, cost.flops / rates.flops, trips * rates.hit)
     busy = min(resident, programs / gpu.processors)
-    return Prediction(programs, resident, waves, busy * in_flight, cache_bytes, start + work)
+    in_flight *= busy
+    return Prediction(programs, resident, waves, in_flight, cache_bytes, start + work, fetched, rates.dependent + late)
+
+
+def chain(parts: Sequence[Prediction]) -> float:
+    """Seconds of dependent launches, over and over: while each works, the factor of the next is fetched.
+
+    The launches follow one another at once, as if nothing ran between the calls.
+    """
+    following = [*parts[1:], *parts[:1]]
+    return sum(max(part.chained, after.fetched) for part, after in zip(parts, following, strict=True))
 
 
 def shrink(launch: Launch, shape: GroupShape, M: int, resources: Resources, gpu: Gpu) -> Prediction:
-    """The launch that computes h: each program reads a tile of Vh and the rows of x that belong to it."""
+    """The launch that computes h: each program reads a tile of Vh and the rows of x that belong to it.
+
+    ``seconds`` are those after a kernel that is not of a low-rank call.
+    """
+    launch = launch._replace(options={**launch.options, "launch_pdl": False})
     arguments, K, R = launch.arguments, shape[0].K, sum(linear.R for linear in shape)
     tiles, splits, row_tiles = launch.grid
     factors, partial = R * K * ITEMSIZE, splits * M * R * WIDE
@@ -141,7 +169,8 @@ def shrink(launch: Launch, shape: GroupShape, M: int, resources: Resources, gpu:
     if not arguments["REDUCE"]:
         return predict(cost, traffic, math.prod(launch.grid), tile, launch, resources, gpu)
     part = predict(cost, traffic + partial + M * R * ITEMSIZE, math.prod(launch.grid), tile, launch, resources, gpu)
-    return part._replace(seconds=part.seconds + RATES[gpu.capability].reduction)
+    tail = RATES[gpu.capability].reduction
+    return part._replace(seconds=part.seconds + tail, chained=part.chained + tail)
 
 
 def expand(launch: Launch, shape: GroupShape, M: int, resources: Resources, gpu: Gpu) -> Prediction:
@@ -152,7 +181,8 @@ def expand(launch: Launch, shape: GroupShape, M: int, resources: Resources, gpu:
     h = sum(-(-N // arguments["BLOCK_N"]) * M * R * element for _, N, R in shape)
     tile = arguments["BLOCK_N"] * min(arguments["TILES"] * arguments["BLOCK_R"], shape[0].R) * ITEMSIZE
     traffic = launch.grid[1] * factors + h + y
-    return predict(Cost(factors + y, M * factors), traffic, math.prod(launch.grid), tile, launch, resources, gpu)
+    cost, held = Cost(factors + y, M * factors), factors if not arguments["LOOPED"] else 0
+    return predict(cost, traffic, math.prod(launch.grid), tile, launch, resources, gpu, held)
 
 
 def products(shape: GroupShape, M: int, rates: Rates, *, stacked: bool = False) -> float:
@@ -249,10 +279,12 @@ def page(architectures: Sequence[int], resources: ResourcesOf, times: Times | No
 
 def _layer(rows: Sequence[Row], M: int, times: Times | None) -> list[str]:
     parts = [next(row for row in rows if (row.shape, row.M) == (shape, M)) for shape in layer(M).label.split()]
+    chained = chain([launch for part in parts for launch in part.parts]) * 1e6
     expected, floor, two = (sum(getattr(part, name) for part in parts) for name in ("expected", "floor", "products"))
     found = (times or {}).get((layer(M).label, M))
     ratios = (f"{floor / expected:.2f}", f"{two:.1f}", f"{two / expected:.2f}")
-    return [str(M), f"{expected:.1f}", f"{floor:.1f}", *ratios, "" if found is None else f"{found:.1f}"]
+    times_and_floor = (f"{time:.1f}" for time in (expected, chained, floor))
+    return [str(M), *times_and_floor, *ratios, "" if found is None else f"{found:.1f}"]
 
 
 def _row(row: Row) -> list[str]:

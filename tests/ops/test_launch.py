@@ -72,9 +72,9 @@ def test_launches_bind_and_compile_as_they_would_on_a_card() -> None:
     done = subprocess.run([sys.executable, "-c", BIND], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "_lowrank_shrink_kernel 4 False False",
+        "_lowrank_shrink_kernel 4 True False",
         "_lowrank_expand_kernel 4 True False",
         "_lowrank_fused_kernel 4 False True",
-        "_lowrank_shrink_kernel 4 False False",
+        "_lowrank_shrink_kernel 4 True False",
         "_lowrank_glu_expand_kernel 4 True False",
     ]

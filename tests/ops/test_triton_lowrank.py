@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from grasp_kernels.launch_configs import Config
 from grasp_kernels.reference import ACTIVATIONS
 from grasp_kernels.triton import lowrank_glu as glu
 from grasp_kernels.triton import lowrank_linear as linear
+from grasp_kernels.triton import tiles
 from grasp_kernels.triton.launch import Gpu, gpu_of
 from tests import definitions
 from tests.numerics import FLOORS, assert_accurate, relative_error
@@ -228,13 +230,45 @@ def pair_plan(gpu: Gpu) -> list[linear.Launch]:
     return linear.plan(x, members, [x.new_empty(4, N) for N, _ in SHAPES], PAIR, gpu)
 
 
-def test_a_group_is_two_launches_of_which_the_second_starts_early_on_sm_90() -> None:
+def test_a_group_is_two_launches_which_start_early_on_sm_90() -> None:
     for gpu, dependent in ((H100, True), (A100, False)):
-        shrink, expand = pair_plan(gpu)
-        assert shrink.arguments["DEPENDENT"] is dependent
-        assert expand.arguments["DEPENDENT"] is dependent
-        assert "launch_pdl" not in shrink.options
-        assert expand.options.get("launch_pdl", False) is dependent
+        launches = pair_plan(gpu)
+        assert len(launches) == 2
+        for launch in launches:
+            assert launch.arguments["DEPENDENT"] is dependent
+            assert launch.options.get("launch_pdl", False) is dependent
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="replaces functions of interpreted kernels")
+@pytest.mark.parametrize(("rows", "columns"), [(1, 100), (5, 96), (40, 51)])
+def test_dependent_launches_prefetch_every_row_of_vh_once_and_compute_the_same(
+    rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = seeded()
+    x = normal((rows, columns), generator, dtype=torch.bfloat16)
+    members = [factors(N, columns, R, generator, s=True, bias=True, dtype=torch.bfloat16) for N, R in SHAPES]
+    expected = linear.run(x, members, PAIR)
+    ranges: list[tuple[int, int]] = []
+
+    def record(begin: Any, size: Any) -> None:
+        pairs = zip(begin.handle.data.ravel().tolist(), size.handle.data.ravel().tolist(), strict=True)
+        ranges.extend((first, length) for first, length in pairs if length)
+
+    for module in (tiles, linear):
+        monkeypatch.setattr(module, "wait_and_release", lambda: None)
+    monkeypatch.setattr(tiles, "prefetch", record)
+    outputs = [torch.full_like(y, torch.nan) for y in expected]
+    for launch in linear.plan(x, members, outputs, PAIR, H100):
+        launch.run()
+    assert all(map(torch.equal, outputs, expected))
+    assert all(first % 16 == 0 and length % 16 == 0 for first, length in ranges)
+    whole: list[int] = []
+    for member in members:
+        for row in member.Vh:  # a row ends within 16 bytes of the prefetched end
+            whole += range(row.data_ptr() // 16, (row.data_ptr() + row.nbytes) // 16)
+    assert sorted(granule for first, length in ranges for granule in range(first // 16, (first + length) // 16)) == (
+        sorted(whole)
+    )
 
 
 def test_the_fused_launch_is_cooperative_and_has_no_more_programs_than_the_card_processors() -> None:

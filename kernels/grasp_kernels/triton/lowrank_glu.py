@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
 from grasp_kernels.launch_configs import Config, choose
 from grasp_kernels.packing import RANK_MULTIPLE
@@ -17,9 +16,9 @@ from grasp_kernels.reference import ACTIVATIONS, Factors
 from grasp_kernels.triton.launch import Gpu, Launch, gpu_of, run_all
 from grasp_kernels.triton.lowrank_linear import (
     expand_gemm,
-    expand_options,
     hidden_gemm,
     launch_key,
+    launch_options,
     max_rank,
     new_hidden,
     row_block,
@@ -28,7 +27,7 @@ from grasp_kernels.triton.lowrank_linear import (
     tiles_ahead,
     unit_stride,
 )
-from grasp_kernels.triton.tiles import expand_tile, load_bias, load_tiles, store_rows
+from grasp_kernels.triton.tiles import expand_tile, load_bias, load_tiles, store_rows, wait_and_release
 
 
 @triton.jit
@@ -85,7 +84,7 @@ def _lowrank_glu_expand_kernel(
     gate_u = load_tiles(gate_u_ptr, offs_n, N, gate_R, gate_stride_un, BLOCK_R, TILES)
     up_u = load_tiles(up_u_ptr, offs_n, N, up_R, up_stride_un, BLOCK_R, TILES)
     if DEPENDENT:
-        gdc_wait()
+        wait_and_release()
     gate = expand_tile(
         *(gate_u, gate_u_ptr, gate_h_ptr, gate_s_ptr, gate_R, offs_m, offs_n, M, N, gate_R),
         *(gate_stride_un, gate_stride_hm, gate_stride_hs),
@@ -194,5 +193,5 @@ def expand_launch(
             "DEPENDENT": dependent,
             "ACTIVATION": activation,
         },
-        expand_options(config, dependent),
+        launch_options(config.expand_warps, config.stages, dependent),
     )

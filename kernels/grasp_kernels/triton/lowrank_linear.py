@@ -1,8 +1,19 @@
 """Triton: ``((x @ Vh.mT) * s) @ U.mT + bias`` for one or several factors that share x.
 
-``pair`` is two launches: shrink computes h as partial sums over splits of K, then expand. On sm_90 and later, expand
-starts before shrink ends. ``fused`` is one cooperative launch with a grid barrier between the two phases. ``gemms`` is
-the vendor's matrix products. Partial sums are added in the order of their splits, so two runs agree bit for bit.
+``pair`` is two launches: shrink computes h as partial sums over splits of K, then expand. ``fused`` is one cooperative
+launch with a grid barrier between the two phases. ``gemms`` is the vendor's matrix products. Partial sums are added in
+the order of their splits, so two runs agree bit for bit.
+
+On sm_90 and later both launches of a pair are dependent: they start before the previous kernel P of the stream ends.
+Shrink prefetches Vh, expand loads U, then each program waits, and only then lets the next launch start:
+
+* The wait ends when P has ended and its stores are visible. All that P may have written, and all memory that P may
+  still use, is touched after it: x, h, the counters, the outputs, s and bias.
+* P can be a copy into the weights. Before the wait of shrink, Vh is prefetched only into the second-level cache, where
+  all stores end: it cannot be stale there. Expand loads U into registers before its own wait, but it starts only when
+  all programs of shrink have ended their wait for P.
+* A launch ends after its wait, so after the end of P, and by induction after the end of all that P waited for: a pair
+  after a pair may reuse the memory of h and the counters. Only neighbors run at the same time.
 """
 
 from __future__ import annotations
@@ -15,14 +26,13 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from grasp_kernels.counters import counters
 from grasp_kernels.launch_configs import FUSED_RANK, FUSED_ROWS, Config, LaunchKey, choose
 from grasp_kernels.packing import RANK_MULTIPLE, stacked
 from grasp_kernels.reference import Factors, hidden_product
 from grasp_kernels.triton.launch import Gpu, Launch, gpu_of, run_all
-from grasp_kernels.triton.tiles import arrive, expand, first_u, shrink, wait
+from grasp_kernels.triton.tiles import arrive, expand, first_u, shrink, wait, wait_and_release
 
 BOTH_PHASES, SHRINK_ONLY, EXPAND_ONLY = 0, 1, 2  # of the fused kernel; the last two are for its tests
 REGISTER_BYTES = 576  # per thread, for the tiles of U, h and y that an expand holds; a thread has 1020
@@ -49,14 +59,12 @@ def _lowrank_shrink_kernel(
     REDUCE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    if DEPENDENT:
-        gdc_launch_dependents()
     if REDUCE:
         counter_ptr += 1
     shrink(
         *(x_ptr, vh_ptrs, h_ptr, counter_ptr, ranks, vh_strides),
         *(tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(0)),
-        *(M, K, stride_xm, stride_hm, BLOCK_M, BLOCK_R, BLOCK_K, SPLITS, STAGES, REDUCE),
+        *(M, K, stride_xm, stride_hm, BLOCK_M, BLOCK_R, BLOCK_K, SPLITS, STAGES, REDUCE, DEPENDENT),
     )
 
 
@@ -87,7 +95,7 @@ def _lowrank_expand_kernel(
     tile = tl.program_id(0)
     u = first_u(u_ptrs, widths, ranks, u_strides, tile, BLOCK_N, BLOCK_R, TILES)
     if DEPENDENT:
-        gdc_wait()
+        wait_and_release()
     expand(
         *(u, (u_ptrs, s_ptrs, bias_ptrs, y_ptrs), h_ptr, (widths, ranks, u_strides)),
         *(tile, tl.program_id(1), M, stride_hm),
@@ -134,7 +142,7 @@ def _lowrank_fused_kernel(
             shrink(
                 *(x_ptr, vh_ptrs, h_ptr, counter_ptr + 1, ranks, vh_strides),
                 *(task % rank_tiles, task // rank_tiles, 0, rank_tiles),
-                *(M, K, stride_xm, stride_hm, BLOCK_M, SHRINK_R, BLOCK_K, SPLITS, STAGES, REDUCE),
+                *(M, K, stride_xm, stride_hm, BLOCK_M, SHRINK_R, BLOCK_K, SPLITS, STAGES, REDUCE, False),
             )
     if PHASE != _SHRINK_ONLY:
         # Arrive first, then load U while other programs finish: an earlier load of U would delay the shrink.
@@ -245,7 +253,7 @@ def shrink_launch(x: Tensor, Vhs: Sequence[Tensor], hidden: Tensor, config: Conf
             "BLOCK_R": config.shrink_block_r,
             "DEPENDENT": gpu.dependent_launch,
         },
-        {"num_warps": config.shrink_warps, "num_stages": config.stages, "enable_fp_fusion": True},
+        launch_options(config.shrink_warps, config.stages, gpu.dependent_launch),
     )
 
 
@@ -269,7 +277,7 @@ def expand_launch(
             "LOOPED": rank > loaded * config.expand_block_r,
             "DEPENDENT": gpu.dependent_launch,
         },
-        expand_options(config, gpu.dependent_launch),
+        launch_options(config.expand_warps, config.stages, gpu.dependent_launch),
     )
 
 
@@ -281,9 +289,9 @@ def tiles_ahead(rows: int, rank: int, config: Config, element_size: int) -> int:
     return max(1, min(triton.cdiv(rank, config.expand_block_r), free // tile))
 
 
-def expand_options(config: Config, dependent: bool) -> dict[str, Any]:
-    """Launch options of an expand; ``dependent``: it may start before the previous launch ends."""
-    options = {"num_warps": config.expand_warps, "num_stages": config.stages, "enable_fp_fusion": True}
+def launch_options(warps: int, stages: int, dependent: bool) -> dict[str, Any]:
+    """Launch options of a kernel of a pair; ``dependent``: it may start before the previous launch ends."""
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return options | {"launch_pdl": True} if dependent else options
 
 

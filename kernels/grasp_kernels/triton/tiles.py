@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 RANK_ALIGNMENT = tl.constexpr(16)  # elements; the columns of a member in h start at a multiple of it
+PREFETCHERS = tl.constexpr(128)  # threads over which the rows of a tile of Vh are spread: those of four warps
 _FLIP = tl.constexpr(1 << 30)  # the bit of the barrier's word that each crossing flips
 
 
@@ -302,6 +304,45 @@ def store_rows(y_ptr, y, offs_m, offs_n, M, N):
 
 
 @triton.jit
+def prefetch_ranges(vh_ptr, offs_r, R, stride_vr, start, stop, LANES: tl.constexpr):
+    """Addresses and sizes in bytes, [BLOCK_R, LANES] each, of ``Vh[offs_r, start:stop]``: one range for each row.
+
+    Of the threads of a row, the first has the range and the others have the size 0: a warp issues one after the other.
+    The hardware prefetches multiples of 16 bytes at multiples of 16, so both ends are rounded down. That leaves no page
+    of Vh: no address of another allocation can fault.
+    """
+    size: tl.constexpr = vh_ptr.dtype.element_ty.primitive_bitwidth // 8
+    rows = (vh_ptr + offs_r[:, None] * stride_vr).to(tl.int64)  # [BLOCK_R, 1]
+    begin = (rows + start * size) & -16
+    end = (rows + stop * size) & -16
+    used = (offs_r < R)[:, None] & (tl.arange(0, LANES) == 0)[None, :] & (start < stop)
+    return tl.broadcast_to(begin, used.shape), tl.where(used, end - begin, 0).to(tl.int32)
+
+
+@triton.jit
+def prefetch(begin, size):
+    """Ask for copies of memory in the second-level cache, without waiting for them; no thread reads them here."""
+    tl.inline_asm_elementwise(
+        "{.reg .pred p; setp.ne.b32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;}",
+        "=r,l,r",
+        [begin, size],
+        tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def wait_and_release():
+    """Wait for the end of the previous launch and for its stores; then let the next launch start, see lowrank_linear.
+
+    The order matters. Where shrink releases first, expand could load a U that a kernel before shrink still writes.
+    """
+    gdc_wait()
+    gdc_launch_dependents()
+
+
+@triton.jit
 def shrink(
     x_ptr,
     vh_ptrs,
@@ -323,8 +364,12 @@ def shrink(
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     REDUCE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """Store one split of one tile of a group's h. With REDUCE, the last program of a tile stores the reduced h."""
+    """Store one split of one tile of a group's h. With REDUCE, the last program of a tile stores the reduced h.
+
+    With DEPENDENT, prefetch the tile of Vh, then wait for the previous launch.
+    """
     index, local = member(tile, ranks, BLOCK_R)
     R = pick(ranks, index)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -334,6 +379,11 @@ def shrink(
     stop = tl.minimum(start + length, K)
     vh_ptr = pick(vh_ptrs, index)
     stride_vr = pick(vh_strides, index)
+    if DEPENDENT:
+        LANES: tl.constexpr = max(1, PREFETCHERS // BLOCK_R)
+        rows = tl.where(pid_m == 0, R, 0)  # other programs read the same tile
+        prefetch(*prefetch_ranges(vh_ptr, offs_r, rows, stride_vr, start, stop, LANES))
+        wait_and_release()
     partial = shrink_tile(
         x_ptr, vh_ptr, offs_m, offs_r, M, K, R, stride_xm, stride_vr, start, stop, BLOCK_M, BLOCK_R, BLOCK_K, STAGES
     )

@@ -12,8 +12,16 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu.aot_cases import CARDS, AotCase, barrier_complaints, cases, complaints
+from benchmarks.gpu.aot_cases import (
+    CARDS,
+    AotCase,
+    barrier_complaints,
+    cases,
+    complaints,
+    dependent_complaints,
+)
 from benchmarks.gpu.sass import ARCHITECTURES, SHARED_LIMITS, Binary
+from grasp_kernels.triton.launch import Launch
 
 ROOT = Path(__file__).parents[3]
 Rows = list[dict[str, Any]]
@@ -131,6 +139,49 @@ def test_a_loop_that_copies_too_little_ahead_is_found(copies: int, complaint: bo
     listing = ("LDG.E.128", *["LDGSTS.E.BYPASS.128"] * copies, "LDGSTS.E", "ACQBULK")
     found = complaints(shrink, replace(SOUND, instructions=listing))
     assert any("copy" in text for text in found) == complaint
+
+
+WAIT_AND_RELEASE = "ACQBULK PREEXIT LDG.E"
+VALID = {"shrink": f"UBLKPF.L2 {WAIT_AND_RELEASE}", "expand": f"LDG.E.EF.128 {WAIT_AND_RELEASE}"}
+INVALID = {  # kernel, instructions, complaint
+    "no wait": ("shrink", "UBLKPF.L2 PREEXIT LDG.E", "is missing"),
+    "no release": ("expand", "LDG.E.EF.128 ACQBULK LDG.E", "is missing"),
+    "released first": ("shrink", "PREEXIT UBLKPF.L2 ACQBULK LDG.E PREEXIT", "before the wait"),
+    "x read first": ("shrink", f"UBLKPF.L2 LDG.E.128 {WAIT_AND_RELEASE}", "memory is used"),
+    "Vh copied first": ("shrink", f"UBLKPF.L2 LDGSTS.E.BYPASS.128 {WAIT_AND_RELEASE}", "memory is used"),
+    "Vh in registers first": ("shrink", f"UBLKPF.L2 LDG.E.EF.128 {WAIT_AND_RELEASE}", "memory is used"),
+    "h read first": ("expand", f"LDG.E.EF.128 LDG.E.STRONG.GPU {WAIT_AND_RELEASE}", "memory is used"),
+    "stored first": ("expand", f"LDG.E.EF.128 STG.E {WAIT_AND_RELEASE}", "memory is used"),
+    "prefetched late": ("shrink", "ACQBULK PREEXIT UBLKPF.L2 LDG.E", "not prefetched"),
+}
+
+
+def pair(rows: int, architecture: int) -> dict[str, Launch]:
+    case = next(case for case in representatives() if f"pair, {rows} rows" in case.name)
+    return dict(zip(("shrink", "expand"), case.launches(CARDS[architecture]), strict=True))
+
+
+def listed(listing: str) -> Binary:
+    return replace(SOUND, instructions=tuple(listing.split()))
+
+
+@pytest.mark.parametrize("kernel", VALID)
+def test_a_dependent_launch_waits_then_releases(kernel: str) -> None:
+    assert dependent_complaints(pair(1, 90)[kernel], listed(VALID[kernel])) == []
+    assert dependent_complaints(pair(1, 80)[kernel], listed("LDG.E.EF.128 STG.E")) == []
+    assert dependent_complaints(pair(1, 80)[kernel], listed(VALID[kernel])) != []
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_an_unsafe_dependent_launch_is_found(name: str) -> None:
+    kernel, listing, complaint = INVALID[name]
+    assert any(complaint in found for found in dependent_complaints(pair(1, 90)[kernel], listed(listing)))
+
+
+def test_a_dependent_launch_without_its_option_is_found() -> None:
+    for architecture, options in ((90, {}), (80, {"launch_pdl": True})):
+        launch = pair(1, architecture)["shrink"]._replace(options=options)
+        assert "differ" in dependent_complaints(launch, listed(VALID["shrink"]))[0]
 
 
 @pytest.mark.parametrize(

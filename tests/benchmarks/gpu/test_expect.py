@@ -16,7 +16,7 @@ from benchmarks.gpu import expect
 from benchmarks.gpu.aot_cases import CARDS
 from benchmarks.gpu.check import layer
 from benchmarks.gpu.check_report import ProviderTime
-from benchmarks.gpu.expect import RATES, Resources, call, page, predict, products, resident_programs
+from benchmarks.gpu.expect import RATES, Prediction, Resources, call, page, predict, products, resident_programs
 from grasp_kernels.roofline import Cost
 from grasp_kernels.shapes import parse_shape
 from grasp_kernels.triton.launch import Gpu, Launch
@@ -70,6 +70,22 @@ def test_a_dependent_launch_starts_earlier() -> None:
     assert plain - dependent == pytest.approx(H100.gap + H100.ramp - H100.dependent)
 
 
+def test_a_chain_by_hand() -> None:
+    parts = [Prediction(1, 1, 1, 1, 1, 9e-6, fetched, chained) for fetched, chained in ((1e-6, 2e-6), (3e-6, 1e-6))]
+    # While the first works for 2, the factor of the second takes 3; while the second works for 1, that of the first 1.
+    assert expect.chain(parts) == pytest.approx(4e-6)
+
+
+def test_a_chained_launch_finds_its_factor_in_the_cache_or_in_registers() -> None:
+    large = 300_000_000
+    cost = Cost(large, 0)
+    part = predict(cost, large, 132, 0, launch(pdl=True), Resources(32, 0, 1 << 30), GPU)
+    assert part.fetched == pytest.approx(large / H100.memory)
+    assert part.chained == pytest.approx(H100.dependent + large / H100.cache)
+    held = predict(cost, large, 132, 0, launch(pdl=True), Resources(32, 0, 1 << 30), GPU, large)
+    assert held.chained == pytest.approx(H100.dependent + H100.hit)
+
+
 def test_matrix_products_by_hand() -> None:
     shape = parse_shape("4096x4096r256+4096x4096r256")
     start, rate = H100.gap + H100.ramp, H100.memory * H100.products
@@ -96,7 +112,7 @@ def test_a_shrink_reads_x_once_per_tile(reduce: bool) -> None:
 
 @pytest.mark.parametrize(("reduce", "element"), [(False, 2 * 4), (True, 2)])
 def test_an_expand_reads_h_once_per_tile(reduce: bool, element: int) -> None:
-    blocks = {"BLOCK_N": 32, "BLOCK_R": 128, "TILES": 1}
+    blocks = {"BLOCK_N": 32, "BLOCK_R": 128, "TILES": 1, "LOOPED": True}
     arguments = {"DEPENDENT": False, "SPLITS": 2, "REDUCE": reduce, **blocks}
     this = Launch(None, (32 + 16, 1), arguments, {"num_warps": 4})
     part = expect.expand(this, parse_shape("4096x1024r208+4096x512r80"), 16, FEW, GPU)
