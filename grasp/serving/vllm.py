@@ -1,8 +1,9 @@
 """The checkpoint format for vLLM, which calls ``register`` through the entry point ``vllm.general_plugins``.
 
 Only vLLM imports this module. A linear with a rank in ``config.json`` becomes a low-rank linear. vLLM merges some
-linears, such as q, k and v: one call of ``grasp::lowrank_linear_grouped`` computes all low-rank parts of a merged
-linear. The op is opaque to ``torch.compile`` and does not synchronise with the GPU, so CUDA graphs can record it.
+linears, such as q, k and v. One call of ``grasp::lowrank_linear_merged`` computes a merged linear. If some parts are
+dense, ``grasp::lowrank_linear_grouped`` computes the others. The ops are opaque to ``torch.compile`` and do not
+synchronise with the GPU, so CUDA graphs can record them.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from grasp.serving.shards import (
     merged_linears,
     output_pieces,
 )
-from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped
+from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped, lowrank_linear_merged
 from grasp_kernels.packing import RANK_MULTIPLE
 
 
@@ -243,6 +244,8 @@ class GraspLinearMethod(LinearMethodBase):
         low_rank = [Factors(U, None, Vh, b) for U, Vh, _, b in parts if Vh.shape[0]]
         if len(parts) == 1:
             return lowrank_linear(x, *low_rank[0])
+        if len(parts) == len(low_rank):
+            return lowrank_linear_merged(x, low_rank)
         outputs = iter(lowrank_linear_grouped(x, low_rank))
         return torch.cat(
             [next(outputs) if Vh.shape[0] else F.linear(x, weight, b) for _, Vh, weight, b in parts], dim=-1

@@ -7,6 +7,7 @@ from grasp_kernels.ops import (
     lowrank_glu,
     lowrank_linear,
     lowrank_linear_grouped,
+    lowrank_linear_merged,
     singular_value_grad,
 )
 from grasp_kernels.packing import pack_factors
@@ -22,6 +23,7 @@ __all__ = [
     "lowrank_glu",
     "lowrank_linear",
     "lowrank_linear_grouped",
+    "lowrank_linear_merged",
     "pack_factors",
     "singular_value_grad",
 ]

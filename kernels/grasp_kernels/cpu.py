@@ -30,9 +30,14 @@ def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Ten
     return y
 
 
-def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
+def lowrank_linear_grouped(
+    x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | None = None
+) -> list[Tensor]:
     """Several low-rank linears of one input in one parallel region; x is (M, K)."""
-    return run(x, factors)
+    if outputs is None:
+        return run(x, factors)
+    _run(x, tuple(factors), tuple(outputs), _UNGATED, 0)
+    return list(outputs)
 
 
 def lowrank_glu(x: Tensor, gate: Factors, up: Factors, activation: str) -> Tensor:

@@ -27,17 +27,27 @@ def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Ten
     return run(x, ((U, s, Vh, bias),))[0]
 
 
-def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
+def lowrank_linear_grouped(
+    x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | None = None
+) -> list[Tensor]:
     """Several low-rank linears of one input; x is (M, K). One pair of launches runs up to 8 of them."""
-    return run(x, factors)
+    return run(x, factors, outputs)
 
 
-def run(x: Tensor, factors: Sequence[Tensors], *, path: str = "auto", splits: int = 0) -> list[Tensor]:
+def run(
+    x: Tensor,
+    factors: Sequence[Tensors],
+    outputs: Sequence[Tensor] | None = None,
+    *,
+    path: str = "auto",
+    splits: int = 0,
+) -> list[Tensor]:
     """Run a call with a given kernel.
 
     Args:
         x: (M, K), M at most 16; fp32, fp16 or bf16 on a CUDA device.
         factors: dtype and device of x; s may be fp32. Tensors that the kernels cannot read in place are copied first.
+        outputs: filled if given, (M, N_i) with unit inner strides.
         path: one of ``PATH_CODES``; ``"auto"`` is the pair, dependent if the GPU can.
         splits: of K, one partial sum of h each; 0 makes as many as the GPU has room for.
 
@@ -46,7 +56,7 @@ def run(x: Tensor, factors: Sequence[Tensors], *, path: str = "auto", splits: in
         RuntimeError: if the GPU cannot run the path, or a CUDA call fails; the message has CUDA's reason.
     """
     rows, K = x.shape
-    outputs = [x.new_empty(rows, group[0].shape[0]) for group in factors]
+    outputs = [x.new_empty(rows, group[0].shape[0]) for group in factors] if outputs is None else list(outputs)
     if rows == 0:
         return outputs
     x, stride = in_place(x)

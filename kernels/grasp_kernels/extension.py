@@ -71,4 +71,4 @@ def pointers(factors: Tensors, output: Tensor) -> tuple[tuple[int, ...], Tensors
         bias = bias.contiguous()
         bias_data = bias.data_ptr()
     addresses = (U.data_ptr(), s_data, Vh.data_ptr(), bias_data, output.data_ptr())
-    return (*addresses, U_stride, Vh_stride, N, N, R, s_dtype), (U, s, Vh, bias)
+    return (*addresses, U_stride, Vh_stride, output.stride(0), N, R, s_dtype), (U, s, Vh, bias)

@@ -79,7 +79,7 @@ def lowrank_linear_grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: Any)
     ctx.save_for_backward(x, *(tensor for column in columns for tensor in column))
 
 
-def lowrank_linear_grouped_backward(ctx: Any, grad_ys: list[Tensor]) -> tuple[Any, ...]:
+def lowrank_linear_grouped_backward(ctx: Any, grad_ys: Sequence[Tensor]) -> tuple[Any, ...]:
     """Gradients in the arguments of ``grasp::lowrank_linear_grouped``, in their order."""
     x, *flat = ctx.saved_tensors
     remaining = iter(flat)
@@ -96,6 +96,13 @@ def lowrank_linear_grouped_backward(ctx: Any, grad_ys: list[Tensor]) -> tuple[An
             if tensor is not None:
                 column.append(grad)
     return None if grad_x is None else grad_x.view_as(x), *grads, None, None
+
+
+def lowrank_linear_merged_backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+    """Gradients in the arguments of ``grasp::lowrank_linear_merged``, in their order."""
+    _, *flat = ctx.saved_tensors
+    widths = [U.shape[0] for U in flat[: ctx.counts[0]]]
+    return lowrank_linear_grouped_backward(ctx, grad_y.split(widths, dim=-1))
 
 
 def lowrank_glu_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -112,17 +112,39 @@ def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors], *, backend: st
     """
     if not is_dynamo_compiling() and (outputs := _direct_grouped(x, factors, backend)) is not None:
         return outputs
-    check_backend(backend)
-    groups: Sequence[Factors] = to_groups("lowrank_linear_grouped", factors)
-    if torch._C._is_any_autocast_enabled():
-        x, groups = _autocast(x, groups)
-    for group in groups:
-        check_factors(x, *group)
-    if _is_plain(x, *itertools.chain(*groups)):
-        return tuple(registered.lowrank_linear_grouped(x, groups, backend))
-    columns = [[tensor for tensor in column if tensor is not None] for column in zip(*groups, strict=True)]
-    present = [tensor is not None for group in groups for tensor in group]
-    return tuple(torch.ops.grasp.lowrank_linear_grouped.default(x, *columns, present, backend))
+    return tuple(_run_group("lowrank_linear_grouped", x, factors, backend))
+
+
+def lowrank_linear_merged(x: Tensor, factors: Sequence[Factors], *, backend: str = "auto") -> Tensor:
+    """Apply several low-rank linears to one input, with their outputs side by side in one tensor.
+
+    It equals ``torch.cat(lowrank_linear_grouped(x, factors), dim=-1)``, but a GPU copies nothing: kernels write each
+    output into its columns.
+
+    Args:
+        x: input, (..., K). fp32, fp16, bf16 or fp64.
+        factors: one ``Factors(U, s, Vh, bias)`` per output; ranks and widths may differ.
+        backend: a name from ``available_backends()``, or ``"auto"``.
+
+    Returns:
+        (..., sum of N_i), dtype of ``x``.
+
+    Raises:
+        TypeError: if an argument has another type.
+        ValueError: if ``factors`` is empty, a tensor is not dense, or shapes, dtypes or devices do not agree.
+        BackendUnavailableError: if a named backend cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> from grasp_kernels import Factors, lowrank_linear_merged
+        >>> q, k = (Factors(torch.randn(N, 8), None, torch.randn(8, 64)) for N in (64, 16))
+        >>> lowrank_linear_merged(torch.randn(2, 64), [q, k]).shape
+        torch.Size([2, 80])
+    """
+    if not is_dynamo_compiling() and (outputs := _direct_grouped(x, factors, backend)) is not None:
+        return torch.cat(outputs, dim=-1)  # a few rows on a CPU: cheaper than to pass places for them
+    y: Tensor = _run_group("lowrank_linear_merged", x, factors, backend)
+    return y
 
 
 def lowrank_glu(x: Tensor, gate: Factors, up: Factors, *, activation: str = "silu", backend: str = "auto") -> Tensor:
@@ -221,6 +243,20 @@ def singular_value_grad(
             with torch.autocast(x.device.type, enabled=False):
                 return _run_singular_value_grad(x.to(dtype), grad_y.to(dtype), U.to(dtype), Vh.to(dtype), *options)
     return _run_singular_value_grad(x, grad_y, U, Vh, *options)
+
+
+def _run_group(op: str, x: Tensor, factors: Sequence[Factors], backend: str) -> Any:
+    check_backend(backend)
+    groups: Sequence[Factors] = to_groups(op, factors)
+    if torch._C._is_any_autocast_enabled():
+        x, groups = _autocast(x, groups)
+    for group in groups:
+        check_factors(x, *group)
+    if _is_plain(x, *itertools.chain(*groups)):
+        return getattr(registered, op)(x, groups, backend)
+    columns = [[tensor for tensor in column if tensor is not None] for column in zip(*groups, strict=True)]
+    present = [tensor is not None for group in groups for tensor in group]
+    return getattr(torch.ops.grasp, op).default(x, *columns, present, backend)
 
 
 def _run_singular_value_grad(

@@ -76,14 +76,24 @@ def project(x: Tensor, s: Tensor | None, Vh: Tensor) -> Tensor:
     return h if s is None else (h.to(accumulation_dtype(x.dtype)) * s).to(x.dtype)
 
 
+def linear(h: Tensor, U: Tensor, bias: Tensor | None, output: Tensor | None = None) -> Tensor:
+    """``h @ U.mT + bias``: (M, R) → (M, N), written to ``output`` if given."""
+    if output is None:
+        return F.linear(h, U, bias)
+    return torch.mm(h, U.mT, out=output) if bias is None else torch.addmm(bias, h, U.mT, out=output)
+
+
 def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None) -> Tensor:
     """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K)."""
-    return F.linear(project(x, s, Vh), U, bias)
+    return linear(project(x, s, Vh), U, bias)
 
 
-def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
-    """Several low-rank linears of one input; x is (M, K)."""
-    return [lowrank_linear(x, *group) for group in factors]
+def lowrank_linear_grouped(
+    x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Several low-rank linears of one input; x is (M, K). ``outputs``, (M, N_i), are filled if given."""
+    places = [None] * len(factors) if outputs is None else outputs
+    return [linear(project(x, s, Vh), U, bias, y) for (U, s, Vh, bias), y in zip(factors, places, strict=True)]
 
 
 def lowrank_glu(x: Tensor, gate: Factors, up: Factors, activation: str) -> Tensor:

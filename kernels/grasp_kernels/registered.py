@@ -26,6 +26,9 @@ _SCHEMAS = {
         # Autograd supports lists of tensors, but not of optional ones: `present` tells which of the 4 each group has.
         "(Tensor x, Tensor[] U, Tensor[] s, Tensor[] Vh, Tensor[] bias, bool[] present, str backend) -> Tensor[]"
     ),
+    "lowrank_linear_merged": (
+        "(Tensor x, Tensor[] U, Tensor[] s, Tensor[] Vh, Tensor[] bias, bool[] present, str backend) -> Tensor"
+    ),
     "lowrank_glu": (
         f"(Tensor x, {_FACTORS.format('gate_')}, {_FACTORS.format('up_')}, str activation, str backend) -> Tensor"
     ),
@@ -62,9 +65,22 @@ def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Ten
 
 def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors], backend: str) -> list[Tensor]:
     """Run a checked call of ``lowrank_linear_grouped`` with the backend that the table selects."""
+    return [_unrows(y, x) for y in _run_grouped(x, factors, backend, None)]
+
+
+def lowrank_linear_merged(x: Tensor, factors: Sequence[Factors], backend: str) -> Tensor:
+    """Run a checked call of ``lowrank_linear_merged``: the backend writes each output into its columns of one."""
+    widths = [group.U.shape[0] for group in factors]
+    y = x.new_empty(*x.shape[:-1], sum(widths))
+    _run_grouped(x, factors, backend, y.view(-1, y.shape[-1]).split(widths, dim=1))
+    return y
+
+
+def _run_grouped(x: Tensor, factors: Sequence[Factors], backend: str, outputs: Sequence[Tensor] | None) -> list[Tensor]:
     factors = [widened(group) for group in factors]
     run = _select(backend, "lowrank_linear_grouped", x, max(group.U.shape[1] for group in factors))
-    return [_unrows(y, x) for y in run(_rows(x), factors)]
+    results: list[Tensor] = run(_rows(x), factors, outputs)
+    return results
 
 
 def lowrank_glu(x: Tensor, gate: Factors, up: Factors, activation: str, backend: str) -> Tensor:
@@ -108,6 +124,10 @@ def _lowrank_linear_fake(x: Tensor, U: Tensor, *_: Any) -> Tensor:
 
 def _lowrank_linear_grouped_fake(x: Tensor, factors: Sequence[Factors], _: str) -> list[Tensor]:
     return [_lowrank_linear_fake(x, group.U) for group in factors]
+
+
+def _lowrank_linear_merged_fake(x: Tensor, factors: Sequence[Factors], _: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], sum(group.U.shape[0] for group in factors))
 
 
 def _lowrank_glu_fake(x: Tensor, gate: Factors, *_: Any) -> Tensor:
@@ -188,6 +208,13 @@ _OPS = {
         _lowrank_linear_grouped_fake,
         gradients.lowrank_linear_grouped_setup,
         gradients.lowrank_linear_grouped_backward,
+    ),
+    "lowrank_linear_merged": _Op(
+        _check_lowrank_linear_grouped,
+        lowrank_linear_merged,
+        _lowrank_linear_merged_fake,
+        gradients.lowrank_linear_grouped_setup,
+        gradients.lowrank_linear_merged_backward,
     ),
     "lowrank_glu": _Op(
         _check_lowrank_glu,

@@ -53,6 +53,17 @@ def test_a_group_of_unequal_members_takes_one_pass(
     check(outputs, x, groups)
 
 
+@pytest.mark.parametrize("path", ["dependent", "cooperative"])
+def test_outputs_may_be_columns_of_one_tensor(emulator: Emulator, path: str) -> None:
+    generator = seeded()
+    x = normal((5, 640), generator, dtype=torch.bfloat16)
+    groups = [factors(N, 640, 16, generator, s=False, bias=True, dtype=torch.bfloat16) for N in (130, 33)]
+    whole = x.new_full((5, 3 + 130 + 33), torch.nan)
+    check(cuda.run(x, groups, whole[:, 3:].split((130, 33), dim=1), path=path), x, groups)
+    assert whole[:, :3].isnan().all()
+    check(whole[:, 3:].split((130, 33), dim=1), x, groups)
+
+
 def test_a_group_of_more_than_eight_takes_several(emulator: Emulator) -> None:
     generator = seeded()
     x = normal((2, 64), generator, dtype=torch.bfloat16)

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from grasp_kernels import Factors, gradients, lowrank_glu, lowrank_linear, lowrank_linear_grouped, singular_value_grad
+from grasp_kernels import (
+    Factors,
+    gradients,
+    lowrank_glu,
+    lowrank_linear,
+    lowrank_linear_grouped,
+    lowrank_linear_merged,
+    singular_value_grad,
+)
 from tests.ops.inputs import factors, normal, seeded
 
 K, N = 6, 5
@@ -40,6 +48,15 @@ def grouped_case() -> tuple[Callable[..., Any], list[Tensor]]:
         return lowrank_linear_grouped(x, [Factors(U, s, Vh), Factors(U2, None, Vh2, bias2)], backend="reference")
 
     return run, leaves(x, *first, *second)
+
+
+def merged_case() -> tuple[Callable[..., Any], list[Tensor]]:
+    _, inputs = grouped_case()
+
+    def run(x: Tensor, U: Tensor, s: Tensor, Vh: Tensor, U2: Tensor, Vh2: Tensor, bias2: Tensor) -> Tensor:
+        return lowrank_linear_merged(x, [Factors(U, s, Vh), Factors(U2, None, Vh2, bias2)], backend="reference")
+
+    return run, inputs
 
 
 def glu_case(activation: str) -> tuple[Callable[..., Any], list[Tensor]]:
@@ -79,6 +96,7 @@ CASES = {
     "linear": lambda: linear_case(s=False, bias=False),
     "linear with s and bias": lambda: linear_case(s=True, bias=True),
     "grouped": grouped_case,
+    "merged": merged_case,
     "silu glu": lambda: glu_case("silu"),
     "gelu glu": lambda: glu_case("gelu"),
     "gelu_tanh glu": lambda: glu_case("gelu_tanh"),

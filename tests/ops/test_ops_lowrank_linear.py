@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped
+from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped, lowrank_linear_merged
 from tests.definitions import dense_linear, linear
 from tests.numerics import assert_accurate
 from tests.ops.inputs import (
@@ -68,6 +68,24 @@ def test_grouped_matches_float64(backend: str, device: str, case: Case) -> None:
     assert len(outputs) == case["groups"]
     for y, group in zip(outputs, groups, strict=True):
         check(y, x, group)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 63), (2, 5, 64), (70, 128)], ids=str)
+@pytest.mark.parametrize("biased", [True, False], ids=["biased", "plain"])
+def test_merged_outputs_lie_side_by_side(
+    backend: str, device: str, shape: tuple[int, ...], dtype: torch.dtype, biased: bool
+) -> None:
+    generator = seeded()
+    x = normal(shape, generator, dtype=dtype, device=device)
+    require(backend, "lowrank_linear_grouped", x, 32)
+    groups = grouped(shape[-1], generator, dtype=dtype, device=device)
+    if not biased:
+        groups = [group._replace(bias=None) for group in groups]
+    merged = lowrank_linear_merged(x, groups, backend=backend)
+    assert merged.is_contiguous()
+    for y, group in zip(merged.split([group.U.shape[0] for group in groups], dim=-1), groups, strict=True):
+        check(y.contiguous(), x, group)
 
 
 def test_fp64_keeps_its_precision(backend: str, device: str) -> None:

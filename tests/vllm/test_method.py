@@ -126,6 +126,31 @@ def test_a_linear_compiles_whole_and_calls_one_op_for_all_low_rank_parts() -> No
     assert calls == ["grasp.lowrank_linear_grouped.default"]
 
 
+@pytest.mark.parametrize("rows", [5, 100])
+def test_a_linear_without_dense_parts_is_one_op_that_returns_its_outputs_side_by_side(rows: int) -> None:
+    layer, ranks = linear(QKVParallelLinear), {"q": 9, "k": 5, "v": 3}
+    outputs = list(WIDTHS.values())
+    method = method_for(layer, "m.qkv_proj", {f"m.{n}_proj": r for n, r in ranks.items()}, HIDDEN, outputs)
+    held = {part: tensors(WIDTHS[part], HIDDEN, rank) for part, rank in ranks.items()}
+    for part, own in held.items():
+        for name, tensor in own.items():
+            load(layer, name, tensor, part)
+    x, bias = torch.randn(rows, HIDDEN), torch.randn(sum(outputs))
+    calls: list[str] = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        calls.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    with torch.inference_mode():
+        compiled = torch.compile(lambda x: method.apply(layer, x, bias), backend=count, fullgraph=True)(x)
+        expected = torch.cat([x @ (own["U"] @ own["Vh"]).mT for own in held.values()], dim=1) + bias
+        torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(method.apply(layer, x, bias), compiled)
+    assert "grasp.lowrank_linear_merged.default" in calls
+    assert not any("cat" in call for call in calls)
+
+
 def test_registering_twice_is_registering_once() -> None:
     register()
     register()

@@ -97,7 +97,7 @@ def _lowrank_glu_expand_kernel(
     )
     gate += load_bias(gate_bias_ptr, N, offs_n, BIASES % 2 == 1)
     up += load_bias(up_bias_ptr, N, offs_n, BIASES >= 2)
-    store_rows(y_ptr, _activate(gate, ACTIVATION) * up, offs_m, offs_n, M, N)
+    store_rows(y_ptr, _activate(gate, ACTIVATION) * up, offs_m, offs_n, M, N, N)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------

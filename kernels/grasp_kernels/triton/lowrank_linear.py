@@ -22,7 +22,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,7 +29,7 @@ from torch import Tensor
 from grasp_kernels.counters import counters
 from grasp_kernels.launch_configs import FUSED_RANK, FUSED_ROWS, Config, LaunchKey, choose
 from grasp_kernels.packing import RANK_MULTIPLE, stacked
-from grasp_kernels.reference import Factors, hidden_product
+from grasp_kernels.reference import Factors, hidden_product, linear
 from grasp_kernels.triton.launch import Gpu, Launch, gpu_of, run_all
 from grasp_kernels.triton.tiles import arrive, expand, first_u, shrink, wait, wait_and_release
 
@@ -78,6 +77,7 @@ def _lowrank_expand_kernel(
     widths,
     ranks,
     u_strides,
+    y_strides,
     M,
     stride_hm,
     BLOCK_M: tl.constexpr,
@@ -97,7 +97,7 @@ def _lowrank_expand_kernel(
     if DEPENDENT:
         wait_and_release()
     expand(
-        *(u, (u_ptrs, s_ptrs, bias_ptrs, y_ptrs), h_ptr, (widths, ranks, u_strides)),
+        *(u, (u_ptrs, s_ptrs, bias_ptrs, y_ptrs), h_ptr, (widths, ranks, u_strides, y_strides)),
         *(tile, tl.program_id(1), M, stride_hm),
         *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, REDUCE, SCALES, BIASES, STAGES, LOOPED),
     )
@@ -117,6 +117,7 @@ def _lowrank_fused_kernel(
     ranks,
     vh_strides,
     u_strides,
+    y_strides,
     rank_tiles,
     width_tiles,
     M,
@@ -153,7 +154,7 @@ def _lowrank_fused_kernel(
             wait(counter_ptr, ticket)
         for tile in range(pid, width_tiles, programs):
             expand(
-                *(u, (u_ptrs, s_ptrs, bias_ptrs, y_ptrs), h_ptr, (widths, ranks, u_strides)),
+                *(u, (u_ptrs, s_ptrs, bias_ptrs, y_ptrs), h_ptr, (widths, ranks, u_strides, y_strides)),
                 *(tile, 0, M, stride_hm),
                 *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, REDUCE, SCALES, BIASES, STAGES, False),
             )
@@ -168,9 +169,11 @@ def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Ten
     return lowrank_linear_grouped(x, [Factors(U, s, Vh, bias)])[0]
 
 
-def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
+def lowrank_linear_grouped(
+    x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | None = None
+) -> list[Tensor]:
     """Several low-rank linears of one input; x is (M, K). One launch for all shrinks and one for all expands."""
-    return run(x, factors, choose("lowrank_linear", gpu_of(x.device), launch_key(x, factors)))
+    return run(x, factors, choose("lowrank_linear", gpu_of(x.device), launch_key(x, factors)), outputs)
 
 
 def launch_key(x: Tensor, factors: Sequence[Factors]) -> LaunchKey:
@@ -179,11 +182,11 @@ def launch_key(x: Tensor, factors: Sequence[Factors]) -> LaunchKey:
     return LaunchKey.of(x.shape[0], width, x.shape[1], rank, x.dtype, len(factors))
 
 
-def run(x: Tensor, factors: Sequence[Factors], config: Config) -> list[Tensor]:
-    """Run a call with a given configuration."""
+def run(x: Tensor, factors: Sequence[Factors], config: Config, outputs: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """Run a call with a given configuration; ``outputs``, (M, N_i) with unit inner strides, are filled if given."""
     if config.path == "gemms":
-        return gemms(x, factors)
-    outputs = [x.new_empty(x.shape[0], group.U.shape[0]) for group in factors]
+        return gemms(x, factors, outputs)
+    outputs = [x.new_empty(x.shape[0], group.U.shape[0]) for group in factors] if outputs is None else list(outputs)
     if any(output.numel() for output in outputs):
         run_all(plan(x, factors, outputs, config, gpu_of(x.device)), x.device)
     return outputs
@@ -192,7 +195,7 @@ def run(x: Tensor, factors: Sequence[Factors], config: Config) -> list[Tensor]:
 def plan(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor], config: Config, gpu: Gpu) -> list[Launch]:
     """The launches of a call, in order: one for ``fused``, if rows and ranks allow it, else two.
 
-    ``outputs`` are contiguous (M, N_i). Factors without a unit inner stride are copied first.
+    ``outputs`` are (M, N_i) with unit inner strides. Factors without a unit inner stride are copied first.
     """
     x, factors = unit_stride(x), [row_major(group) for group in factors]
     hidden = new_hidden(x, factors, config)
@@ -204,11 +207,11 @@ def plan(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor], confi
     ]
 
 
-def gemms(x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
+def gemms(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | None = None) -> list[Tensor]:
     """The vendor's matrix products: one for all Vh of a packed group, then one per member."""
-    return [
-        expand_gemm(h, group) for h, group in zip(hidden_gemm(x, [group.Vh for group in factors]), factors, strict=True)
-    ]
+    hs = hidden_gemm(x, [group.Vh for group in factors])
+    places = [None] * len(factors) if outputs is None else outputs
+    return [expand_gemm(h, group, output) for h, group, output in zip(hs, factors, places, strict=True)]
 
 
 def hidden_gemm(x: Tensor, Vhs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -219,14 +222,14 @@ def hidden_gemm(x: Tensor, Vhs: Sequence[Tensor]) -> Sequence[Tensor]:
     return hidden_product(x, whole).split([Vh.shape[0] for Vh in Vhs], dim=1)
 
 
-def expand_gemm(h: Tensor, factors: Factors) -> Tensor:
-    """``(h * s) @ U.mT + bias``; in fp16 s scales U, because h could overflow."""
+def expand_gemm(h: Tensor, factors: Factors, output: Tensor | None = None) -> Tensor:
+    """``(h * s) @ U.mT + bias``, written to ``output`` if given; in fp16 s scales U, because h could overflow."""
     U, s, _, bias = factors
     if s is not None and h.dtype == torch.float16:
         U = (U.float() * s).to(U.dtype)
     elif s is not None:
         h = (h.float() * s).to(h.dtype)
-    return F.linear(h, U, bias)
+    return linear(h, U, bias, output)
 
 
 def new_hidden(x: Tensor, factors: Sequence[Factors], config: Config) -> Tensor:
@@ -366,6 +369,7 @@ def _expand_arguments(
         "h_ptr": hidden,
         "widths": tuple(output.shape[1] for output in outputs),
         "u_strides": tuple(group.U.stride(0) for group in factors),
+        "y_strides": tuple(output.stride(0) for output in outputs),
         "M": rows,
         "stride_hm": hidden.stride(1),
         "BLOCK_M": row_block(rows, config),

@@ -296,10 +296,10 @@ def load_bias(bias_ptr, bias_length, offs_n, BIASED: tl.constexpr):
 
 
 @triton.jit
-def store_rows(y_ptr, y, offs_m, offs_n, M, N):
-    """Store [BLOCK_M, BLOCK_N] into a contiguous (M, N) output."""
+def store_rows(y_ptr, y, offs_m, offs_n, M, N, stride_ym):
+    """Store [BLOCK_M, BLOCK_N] into an (M, N) output."""
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
     tl.store(y_ptrs, round_to(y, y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -418,7 +418,7 @@ def expand(
     tiles,  # of U, from first_u
     pointers,  # (u_ptrs, s_ptrs, bias_ptrs, y_ptrs)
     h_ptr,
-    sizes,  # (widths, ranks, u_strides)
+    sizes,  # (widths, ranks, u_strides, y_strides)
     tile,
     pid_m,
     M,
@@ -435,7 +435,7 @@ def expand(
 ):
     """Compute and store one tile of a group's outputs."""
     u_ptrs, s_ptrs, bias_ptrs, y_ptrs = pointers
-    widths, ranks, u_strides = sizes
+    widths, ranks, u_strides, y_strides = sizes
     index, local = member(tile, widths, BLOCK_N)
     N = pick(widths, index)
     R = pick(ranks, index)
@@ -456,7 +456,7 @@ def expand(
         *(BLOCK_M, BLOCK_N, BLOCK_R, READ, SCALES != 0, STAGES, LOOPED),
     )
     y += load_bias(pick(bias_ptrs, index), bias_length, offs_n, BIASES != 0)
-    store_rows(pick(y_ptrs, index), y, offs_m, offs_n, M, N)
+    store_rows(pick(y_ptrs, index), y, offs_m, offs_n, M, N, pick(y_strides, index))
 
 
 @triton.jit
