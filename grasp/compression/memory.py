@@ -26,7 +26,7 @@ from grasp_kernels.reference import accumulation_dtype
 
 LIBRARY_BYTES = 2**26  # workspaces of libraries, and what the allocator keeps between two ``return_freed_memory``
 # oneDNN keeps the code of products of 16-bit numbers on a CPU: 0.55 to 0.75 MB were measured for each of 1024 shapes.
-CODE_BYTES, CODE_SHAPES = 650_000, int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024"))
+CODE_BYTES, CODE_SHAPES = 650_000, "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 READ_COPIES = 3  # of factors: as they are read, those of the rank, and those with the singular values folded in
 # Allocators keep freed blocks and reuse only a part of them.
 FRAGMENTATION = 2
@@ -208,4 +208,7 @@ def code_bytes(tracer: Tracer, targets: Collection[Target], ranks: Mapping[str, 
         return 0
     ranks = {target.name: index for index, target in enumerate(targets)} if ranks is None else ranks
     shapes = {(dense_shape(target.module), ranks[target.name]) for target in targets if target.name in ranks}
-    return CODE_BYTES * min(CODE_SHAPES, 4 * len(shapes))
+    capacity = os.environ.get(CODE_SHAPES, "1024")
+    if not capacity.isdecimal():
+        raise ValueError(f"the environment variable {CODE_SHAPES} must be a whole number of shapes, got {capacity!r}")
+    return CODE_BYTES * min(int(capacity), 4 * len(shapes))

@@ -14,7 +14,7 @@ from torch import nn
 from grasp.cli.arguments import parse_bytes
 from grasp.compression.eligible import eligible_targets
 from grasp.compression.layer_cost import Tracer
-from grasp.compression.memory import needs_of
+from grasp.compression.memory import CODE_BYTES, code_bytes, needs_of
 from grasp.compression.span_plan import LayerNeeds, PlannedSpan, SpanMemory
 from grasp.errors import OutOfMemoryError
 from grasp.model.targets import Target
@@ -171,3 +171,15 @@ def test_a_span_of_a_model_keeps_no_more_than_its_layers_need() -> None:
     assert memory.peak(range(2), []) == 1000 + 3 + 70
     slow = replace(memory, decomposition_bytes=lambda target: 500)
     assert slow.peak(range(2), targets[:2]) == 1000 + 500
+
+
+def test_the_code_of_products_is_what_onednn_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, cpu = tiny_model(next(iter(DENSE_FAMILIES))).config, torch.device("cpu")
+    tracer = Tracer(config, dtype=torch.bfloat16, device=cpu, batch_size=1, seq_len=16)
+    targets = [target for linears in eligible_targets(tracer.model)[0].values() for target in linears]
+    assert code_bytes(tracer, targets, None) > 3 * CODE_BYTES
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "3")
+    assert code_bytes(tracer, targets, None) == 3 * CODE_BYTES
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1k")
+    with pytest.raises(ValueError, match="ONEDNN_PRIMITIVE_CACHE_CAPACITY must be a whole number of shapes, got '1k'"):
+        code_bytes(tracer, targets, None)
