@@ -8,21 +8,17 @@ matrix products.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
 
-from grasp_kernels.launch_configs import CONFIGS, MAX_DOUBLINGS, config_path
+from grasp_kernels.launch_configs import CONFIGS, MAX_DOUBLINGS, read_entries, write_entries
 from grasp_kernels.triton.launch import Gpu, gpu_of
 
 KERNEL = "singular_value_grad"
-SOURCES = ("triton/singular_value_grad.py", "triton/tiles.py")
 # FLOPs in bf16 per byte from the L2 cache: of an H100's 798 TFLOP/s the 0.8 that one program per processor may reach,
 # and its 6 TB/s. Both are estimates.
 BALANCE = 106
@@ -118,9 +114,7 @@ def nearest(gpu: Gpu, tokens: int, rank: int, dtype: torch.dtype, directory: Pat
 def save(card_name: str, measured: list[Measurement], directory: Path = CONFIGS) -> Path:
     """Write the file of a GPU in place of an earlier one."""
     entries = [{**entry._asdict(), "tile": asdict(entry.tile)} for entry in measured]
-    path = config_path(KERNEL, card_name, directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"card": card_name, "kernel": KERNEL, **_stamps(), "entries": entries}, indent=1))
+    path = write_entries(KERNEL, card_name, entries, directory)
     _load.cache_clear()
     return path
 
@@ -128,16 +122,5 @@ def save(card_name: str, measured: list[Measurement], directory: Path = CONFIGS)
 @functools.cache
 def _load(card_name: str, directory: Path) -> tuple[Measurement, ...]:
     """The measurements on a GPU; none if the file is missing or was written by another version of the kernel."""
-    path = config_path(KERNEL, card_name, directory)
-    content = json.loads(path.read_text()) if path.exists() else {}
-    if any(content.get(stamp) != expected for stamp, expected in _stamps().items()):
-        return ()
-    return tuple(Measurement(**{**entry, "tile": Tile(**entry["tile"])}) for entry in content["entries"])
-
-
-@functools.cache
-def _stamps() -> dict[str, str]:
-    """Versions that must equal those of the measurement, by their names in the file."""
-    folder = Path(__file__).parent
-    source = hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
-    return {"triton": triton.__version__, "source": source}
+    entries, _ = read_entries(KERNEL, card_name, directory)
+    return tuple(Measurement(**{**entry, "tile": Tile(**entry["tile"])}) for entry in entries)

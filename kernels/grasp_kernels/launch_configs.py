@@ -22,6 +22,11 @@ CONFIGS = Path(__file__).parent / "configs"
 SOURCES = {
     "lowrank_linear": ("triton/lowrank_linear.py", "triton/tiles.py"),
     "lowrank_glu": ("triton/lowrank_glu.py", "triton/lowrank_linear.py", "triton/tiles.py"),
+    "singular_value_grad": (
+        "triton/singular_value_grad.py",
+        "triton/singular_value_grad_kernels.py",
+        "triton/tiles.py",
+    ),
 }
 PATHS = ("pair", "fused", "gemms")
 PAIR_ROWS, FUSED_ROWS, FUSED_RANK = 512, 64, 256  # most rows and rank of a path; above the rank, registers spill
@@ -85,13 +90,6 @@ MATRIX_PRODUCTS = Config(  # the blocks are those of the dual expand that follow
 )
 
 
-class Table(NamedTuple):
-    """The measured configurations of a GPU and kernel, and whether their file is used."""
-
-    entries: dict[LaunchKey, Config]
-    status: str
-
-
 def choose(kernel: str, gpu: Gpu, key: LaunchKey) -> Config:
     """The configuration measured for the nearest key on this GPU, otherwise that of the rule of thumb."""
     return _choose(kernel, gpu, key, CONFIGS)
@@ -99,7 +97,7 @@ def choose(kernel: str, gpu: Gpu, key: LaunchKey) -> Config:
 
 def status(kernel: str, gpu: Gpu) -> str:
     """How many measured configurations are used for a GPU, or why none is."""
-    return load(kernel, gpu.name, CONFIGS).status
+    return read_entries(kernel, gpu.name, CONFIGS)[1]
 
 
 def source_stamp(kernel: str) -> str:
@@ -114,21 +112,10 @@ def config_path(kernel: str, card_name: str, directory: Path = CONFIGS) -> Path:
 
 
 @functools.cache
-def load(kernel: str, card_name: str, directory: Path) -> Table:
-    """Read the file of a GPU. If it is missing or has another stamp, there are no entries, and the status says why."""
-    path = config_path(kernel, card_name, directory)
-    if not path.exists():
-        return Table({}, f"no configurations measured on {card_name}; `grasp bench tune` measures them")
-    content = json.loads(path.read_text())
-    for stamp, expected in stamps(kernel).items():
-        if content[stamp] != expected:
-            return Table(
-                {},
-                f"{path.name} is ignored: measured with {stamp} {content[stamp]}, expected {expected}; "
-                "run `grasp bench tune` again",
-            )
-    entries = {LaunchKey(**entry["problem"]): Config(**entry["config"]) for entry in content["entries"]}
-    return Table(entries, f"{len(entries)} configurations measured on {card_name}")
+def load(kernel: str, card_name: str, directory: Path) -> dict[LaunchKey, Config]:
+    """The measured configurations of a GPU; none if its file is not used."""
+    entries, _ = read_entries(kernel, card_name, directory)
+    return {LaunchKey(**entry["problem"]): Config(**entry["config"]) for entry in entries}
 
 
 def save(
@@ -139,11 +126,33 @@ def save(
         {"problem": key._asdict(), "config": asdict(config), "microseconds": round(microseconds, 3)}
         for key, (config, microseconds) in sorted(measured.items())
     ]
+    path = write_entries(kernel, card_name, entries, directory)
+    load.cache_clear()
+    _choose.cache_clear()
+    return path
+
+
+def read_entries(kernel: str, card_name: str, directory: Path) -> tuple[list[dict[str, Any]], str]:
+    """The entries of the file of a GPU, none if it is missing or has another stamp; and how many, or why none."""
+    path = config_path(kernel, card_name, directory)
+    if not path.exists():
+        return [], f"no configurations measured on {card_name}; `grasp bench tune` measures them"
+    content = json.loads(path.read_text())
+    for stamp, expected in stamps(kernel).items():
+        if content[stamp] != expected:
+            return [], (
+                f"{path.name} is ignored: measured with {stamp} {content[stamp]}, expected {expected}; "
+                "run `grasp bench tune` again"
+            )
+    entries: list[dict[str, Any]] = content["entries"]
+    return entries, f"{len(entries)} configurations measured on {card_name}"
+
+
+def write_entries(kernel: str, card_name: str, entries: list[dict[str, Any]], directory: Path) -> Path:
+    """Write the file of a GPU."""
     path = config_path(kernel, card_name, directory)
     directory.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"card": card_name, "kernel": kernel, **stamps(kernel), "entries": entries}, indent=1))
-    load.cache_clear()
-    _choose.cache_clear()
     return path
 
 
@@ -154,7 +163,7 @@ def stamps(kernel: str) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=4096)
 def _choose(kernel: str, gpu: Gpu, key: LaunchKey, directory: Path) -> Config:
-    entries = load(kernel, gpu.name, directory).entries
+    entries = load(kernel, gpu.name, directory)
     usable = [(distance(key, other), other) for other, config in entries.items() if serves(config, key)]
     doublings, nearest = min(usable, default=(math.inf, key))
     return entries[nearest] if doublings < math.inf else rule_of_thumb(kernel, key, gpu)

@@ -168,8 +168,7 @@ def stacked(Vhs: Sequence[Tensor]) -> Tensor | None:
         return None
     storage = first.untyped_storage().data_ptr()
     for Vh, following in pairwise(Vhs):
-        if following.data_ptr() != Vh.data_ptr() + Vh.numel() * Vh.element_size():
-            return None
-        if following.untyped_storage().data_ptr() != storage:
+        behind = following.data_ptr() == Vh.data_ptr() + Vh.numel() * Vh.element_size()
+        if not behind or following.untyped_storage().data_ptr() != storage:
             return None
     return first.as_strided((sum(Vh.shape[0] for Vh in Vhs), first.shape[1]), first.stride())

@@ -47,7 +47,7 @@ def by_config(cost: Callable[[Config], float]) -> autotune.Measure:
 
 def tuned(kernel: str, directory: Path, measure: autotune.Measure) -> Config:
     tune(kernel, [WORKLOAD if kernel == "lowrank_linear" else GLU], device=DEVICE, directory=directory, measure=measure)
-    (config,) = launch_configs.load(kernel, gpu_of(DEVICE).name, directory).entries.values()
+    (config,) = launch_configs.load(kernel, gpu_of(DEVICE).name, directory).values()
     return config
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import re
 import shutil
@@ -25,6 +26,10 @@ INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_
 WEIGHTS = "LDG.E.EF.128"  # 16 bytes, evicted first
 HIDDEN = "LDG.E.128.STRONG.GPU"  # 16 bytes, bypassing the first-level cache
 POLL = "LDG.E.STRONG.GPU"
+SYSTEM_LIBRARIES = {  # of every Linux with glibc; libcuda, libcudart and libpython are not among them
+    *("ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1", "libc.so.6", "libdl.so.2", "libm.so.6", "libpthread.so.0"),
+    *("librt.so.1", "libgcc_s.so.1", "libstdc++.so.6"),
+}
 
 
 class Kernel(NamedTuple):
@@ -212,3 +217,14 @@ def test_the_barrier_is_arrival_then_u_then_wait_then_h(instructions: dict[tuple
 def first_stage(kernel: Kernel) -> int:
     """Loads of U that a lane has in flight: tiles times steps."""
     return 4 if kernel.dtype == "f32" and kernel.rows > 8 else 8
+
+
+def test_the_module_needs_nothing_of_the_machine_that_built_it() -> None:
+    """The CUDA runtime is inside it, and that finds the driver when it is first used."""
+    module = importlib.util.find_spec("grasp_kernels._cuda")
+    if module is None or module.origin is None or (readelf := shutil.which("readelf")) is None:
+        pytest.skip("the CUDA module is not built here, or there is no readelf")
+    dynamic = dump(readelf, "--dynamic", "--wide", module.origin)
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
+    assert set(needed) <= SYSTEM_LIBRARIES, needed
+    assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)
