@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,6 @@ from benchmarks.gpu.check_runner import ROOT, Journal, Task, read_lines, run_tas
 from benchmarks.gpu.gpu_state import read_state
 from grasp.bench.conditions import commit, device_name
 from grasp.bench.workloads import ATTENTION, DOWN, GATE_UP, GROUPED_QUERY, GROUPED_QUERY_QKV, MLP, QKV, WIDE_MLP
-from grasp_kernels.shapes import parse_shape
 
 TASKS, MODELS = "benchmarks.gpu.check_tasks", "benchmarks.gpu.check_model"
 PRELOAD = (TASKS,)
@@ -77,7 +76,7 @@ def full_plan(card: Mapping[str, Any] | None) -> CheckPlan:
     """
 
     def timed(case: GpuCase, kind: str = "graph", limit_s: float = 60) -> Task:
-        arguments = {"case": case.as_json(), "card": card, "kind": kind}
+        arguments = {"case": asdict(case), "card": card, "kind": kind}
         return Task(f"{kind}: {case.name} {case.label}, {case.rows} rows", f"{TASKS}:measure", arguments, limit_s)
 
     first = [timed(case) for rows in FEW_ROWS for case in (layer(rows), single("lowrank_linear", ATTENTION, rows))]
@@ -117,17 +116,17 @@ def gpu_tests(root: Path = ROOT) -> list[str]:
 
 def single(op: str, text: str, rows: int) -> GpuCase:
     """One call of an op."""
-    return GpuCase(op, ((op, parse_shape(text)),), rows)
+    return GpuCase(op, ((op, text),), rows)
 
 
 def layer(rows: int) -> GpuCase:
     """The seven linears of a layer of Llama-2-7B in four calls."""
-    return GpuCase("layer", tuple((op, parse_shape(text)) for op, text in LAYER), rows)
+    return GpuCase("layer", LAYER, rows)
 
 
 def unpacked(case: GpuCase) -> GpuCase:
     """The same case with unpadded factors in memory of their own, as a direct call of an op may bring them."""
-    return GpuCase(f"{case.name}, unpacked", case.parts, case.rows, case.dtype, packed=False)
+    return replace(case, name=f"{case.name}, unpacked", packed=False)
 
 
 def check(path: Path, seconds: float, console: Console, *, tests: bool = True) -> None:
@@ -142,8 +141,7 @@ def check(path: Path, seconds: float, console: Console, *, tests: bool = True) -
         run_tasks(tasks, journal, start + until, preload=PRELOAD, state=read_state, show=show)
 
     run([CARD], seconds)
-    card = read_report(read_lines(path)).card
-    plan = full_plan(None if card is None else asdict(card))
+    plan = full_plan(next((line["card"] for line in read_lines(path) if line["kind"] == "card"), None))
     run(plan.first, seconds)
     if tests:  # beside each other: nothing is timed meanwhile
         with ThreadPoolExecutor(len(plan.tests)) as pool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,41 +15,40 @@ from torch import Tensor, nn
 
 from grasp.bench.timing import Rotation
 from grasp.bench.workloads import OPS, Problem, Run, backends, make_problem, wrong
+from grasp.loading import DTYPES
 from grasp_kernels import Factors, pack_factors, roofline
 from grasp_kernels.launch_configs import PATHS, choose, on_path, serves
 from grasp_kernels.packing import stacked
 from grasp_kernels.roofline import Cost
-from grasp_kernels.shapes import GroupShape, format_shape, parse_shape
+from grasp_kernels.shapes import GroupShape, parse_shape
 from grasp_kernels.triton import lowrank_glu, lowrank_linear
 from grasp_kernels.triton.launch import gpu_of
 
 
 @dataclass(frozen=True)
 class GpuCase:
-    """Calls made one after the other, each an op on its own input, at one number of rows."""
+    """Calls made one after the other, each an op on its own input, at one number of rows; of JSON values."""
 
     name: str
-    parts: tuple[tuple[str, GroupShape], ...]  # op and shape of each call
+    calls: Sequence[tuple[str, str]]  # op and shape of each, as ``parse_shape`` reads it
     rows: int
-    dtype: torch.dtype = torch.bfloat16
+    dtype_name: str = "bfloat16"
     packed: bool = True  # factors as a model packs them for a GPU; else with the ranks as they are
 
     @property
     def label(self) -> str:
         """Shapes of all calls, as text."""
-        return " ".join(format_shape(shape) for _, shape in self.parts)
+        return " ".join(text for _, text in self.calls)
 
-    def as_json(self) -> dict[str, Any]:
-        """The case as JSON values; ``from_json`` reads them."""
-        parts = [(op, format_shape(shape)) for op, shape in self.parts]
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {"name": self.name, "parts": parts, "rows": self.rows, "dtype": dtype, "packed": self.packed}
+    @property
+    def parts(self) -> list[tuple[str, GroupShape]]:
+        """Op and shape of each call."""
+        return [(op, parse_shape(text)) for op, text in self.calls]
 
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> GpuCase:
-        """The case whose ``as_json`` is given."""
-        parts = tuple((op, parse_shape(text)) for op, text in values["parts"])
-        return cls(values["name"], parts, values["rows"], getattr(torch, values["dtype"]), values["packed"])
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of inputs and factors."""
+        return DTYPES[self.dtype_name]
 
     def costs(self) -> list[Cost]:
         """Bytes and FLOPs of the fused ops."""
@@ -71,8 +70,13 @@ class CaseProvider(NamedTuple):
 
     def calls(self, case: GpuCase) -> Callable[[Sequence[Problem]], list[Tensor]]:
         """All calls of the case, on one problem each."""
-        runs = [self.run(op) for op, _ in case.parts]
+        runs = [self.run(op) for op, _ in case.calls]
         return lambda problems: [y for run, problem in zip(runs, problems, strict=True) for y in run(problem)]
+
+
+Providers = tuple[dict[str, CaseProvider], dict[str, str]]  # by name; and reasons of backends that cannot run a case
+UNFUSED = CaseProvider(lambda op: OPS[op].unfused, of_package=False)
+DENSE = CaseProvider(lambda op: OPS[op].dense, "dense", of_package=False)
 
 
 class Operands(NamedTuple):
@@ -111,42 +115,51 @@ def _packed(problem: Problem) -> Problem:
     return problem._replace(groups=groups)
 
 
-def providers(case: GpuCase, device: torch.device) -> tuple[dict[str, CaseProvider], dict[str, str]]:
-    """Backends, paths of the Triton kernels and PyTorch forms that can run a case; the other backends with reasons.
-
-    The path with a grid barrier is not among them: see ``barrier_providers``.
-    """
+def providers(case: GpuCase, device: torch.device) -> Providers:
+    """Backends, PyTorch forms, and paths of the Triton kernels without a grid barrier."""
     able, reasons = _backends(case, device)
-    able |= {f"triton {path}": CaseProvider(partial(_on_path, path)) for path in _paths(case)}
-    able["unfused"] = CaseProvider(lambda op: OPS[op].unfused, of_package=False)
+    if all(op != "singular_value_grad" for op, _ in case.calls):
+        able |= {f"triton {path}": CaseProvider(partial(_on_path, path)) for path in PATHS if path != "fused"}
+    able["unfused"] = UNFUSED
     if any(len(shape) > 1 and len(set(shape)) == 1 for _, shape in case.parts):
         able["stacked"] = CaseProvider(_stacked, of_package=False)
-    able["dense"] = CaseProvider(lambda op: OPS[op].dense, "dense", of_package=False)
+    able["dense"] = DENSE
     return able, reasons
 
 
-def barrier_providers() -> dict[str, CaseProvider]:
+def _barrier_providers(case: GpuCase, device: torch.device) -> Providers:
     """The Triton kernel whose programs wait for each other, which can hang, and the form that it is compared with."""
-    return {
-        "triton fused": CaseProvider(partial(_on_path, "fused")),
-        "unfused": CaseProvider(lambda op: OPS[op].unfused, of_package=False),
-    }
+    return {"triton fused": CaseProvider(partial(_on_path, "fused")), "unfused": UNFUSED}, {}
 
 
-def eager_providers(case: GpuCase, device: torch.device) -> dict[str, CaseProvider]:
+def _eager_providers(case: GpuCase, device: torch.device) -> Providers:
     """What users call from Python: the op that ``auto`` runs, eager and compiled, each backend, and plain PyTorch."""
     able, _ = _backends(case, device)
-    if len(case.parts) == 1:  # compilations take seconds
+    if len(case.calls) == 1:  # compilations take seconds
         able |= {
             f"torch.compile{' ' * bool(mode)}{mode}": CaseProvider(functools.cache(partial(_compiled_op, mode)))
             for mode in ("", "reduce-overhead")
         }
-    return {
-        "unfused": CaseProvider(lambda op: OPS[op].unfused, of_package=False),
-        "auto": CaseProvider(_auto),
-        **able,
-        "dense": CaseProvider(lambda op: OPS[op].dense, "dense", of_package=False),
-    }
+    return {"unfused": UNFUSED, "auto": CaseProvider(partial(_on_backend, "auto")), **able, "dense": DENSE}, {}
+
+
+def _compiled_providers(case: GpuCase, device: torch.device) -> Providers:
+    """Backends, and the unfused form compiled by ``torch.compile`` with its most thorough tuning."""
+    torch._dynamo.reset()
+
+    def compile_one(op: str) -> Run:
+        return torch.compile(OPS[op].unfused, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
+
+    compiled = {"torch.compile max-autotune": CaseProvider(compile_one, of_package=False)}
+    return {**_backends(case, device)[0], "unfused": UNFUSED, **compiled}, {}
+
+
+PROVIDERS: dict[str, Callable[[GpuCase, torch.device], Providers]] = {  # by kind of measurement
+    "graph": providers,  # replays of a CUDA graph
+    "barrier": _barrier_providers,  # the same
+    "compiled": _compiled_providers,  # the same
+    "eager": _eager_providers,  # calls from Python
+}
 
 
 class _OpModule(nn.Module):
@@ -161,7 +174,7 @@ class _OpModule(nn.Module):
     def forward(self, x: Tensor, grad_y: Tensor) -> list[Tensor]:
         Us, Vhs = list(self.factors[::2]), list(self.factors[1::2])
         groups = [Factors(U, None, Vh, None) for U, Vh in zip(Us, Vhs, strict=True)]
-        return _auto(self.op)(Problem(x, groups, [], grad_y))
+        return OPS[self.op].run("auto", Problem(x, groups, [], grad_y))
 
 
 def _compiled_op(mode: str, op: str) -> Run:
@@ -177,24 +190,10 @@ def _compiled_op(mode: str, op: str) -> Run:
     return run
 
 
-def _auto(op: str) -> Run:
-    return partial(OPS[op].run, "auto")
-
-
-def compiled(case: GpuCase) -> CaseProvider:
-    """The unfused form compiled by ``torch.compile`` with its most thorough tuning."""
-    torch._dynamo.reset()
-
-    def compile_one(op: str) -> Run:
-        return torch.compile(OPS[op].unfused, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
-
-    return CaseProvider(compile_one, of_package=False)
-
-
 def complaint(case: GpuCase, provider: CaseProvider, operands: Operands) -> str | None:
     """The error of a provider's results at this shape, or ``None``."""
     with poisoned():
-        for (op, _), problem in zip(case.parts, operands.rotation(provider.reads).copies[0], strict=True):
+        for (op, _), problem in zip(case.calls, operands.rotation(provider.reads).copies[0], strict=True):
             if (error := wrong(op, problem, provider.run(op))) is not None:
                 return f"{op}: {error}"
     return None
@@ -211,7 +210,7 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _backends(case: GpuCase, device: torch.device) -> tuple[dict[str, CaseProvider], dict[str, str]]:
+def _backends(case: GpuCase, device: torch.device) -> Providers:
     """Rows of the dispatch table that run every call, without the reference, which equals ``unfused``."""
     probe = Problem(torch.empty(case.rows, 1, dtype=case.dtype, device=device), [], [], torch.empty(0))
     reasons: dict[str, str] = {}
@@ -221,18 +220,11 @@ def _backends(case: GpuCase, device: torch.device) -> tuple[dict[str, CaseProvid
         able.append(set(runs))
         reasons |= refused
     names = set.intersection(*able) - {"reference"}
-
-    def by_name(name: str) -> CaseProvider:
-        return CaseProvider(lambda op: partial(OPS[op].run, name))
-
-    return {name: by_name(name) for name in sorted(names)}, reasons
+    return {name: CaseProvider(partial(_on_backend, name)) for name in sorted(names)}, reasons
 
 
-def _paths(case: GpuCase) -> list[str]:
-    """Paths of the low-rank kernels to force, without the one that has a barrier."""
-    if any(op == "singular_value_grad" for op, _ in case.parts):
-        return []
-    return [path for path in PATHS if path != "fused"]
+def _on_backend(backend: str, op: str) -> Run:
+    return partial(OPS[op].run, backend)
 
 
 def _on_path(path: str, op: str) -> Run:

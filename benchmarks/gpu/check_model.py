@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu.check_report import LeftOut
-from benchmarks.gpu.check_runner import Emit, Line
+from benchmarks.gpu.check_runner import Emit
 from benchmarks.gpu.check_tasks import synchronize, the_device
 from grasp.bench.model import TOLERANCE, difference
 from grasp.bench.providers import unfuse_
@@ -46,7 +46,8 @@ def eager(
         time_generation(model, prompt_tokens=128, new_tokens=4)
         times = time_generation(model, prompt_tokens=128, new_tokens=new_tokens)
         rate = len(times.steps_s) / sum(times.steps_s)
-        emit(_line(name, rate, layers=config["num_hidden_layers"], prefill_ms=1e3 * times.prefill_s, apart=apart))
+        line = {"tokens_per_s": rate, "prefill_ms": 1e3 * times.prefill_s, "logits_difference": apart}
+        emit({"kind": "model", "provider": name, "layers": config["num_hidden_layers"], **line})
 
 
 @torch.inference_mode()
@@ -66,14 +67,8 @@ def static_cache(
     if name not in without:
         emit({"kind": "step", "provider": name})
         model = _dense(config) if retain_ratio is None else _low_rank(_dense(config), retain_ratio)
-        emit(_line(name, _generate(model, the_device(), new_tokens), layers=config["num_hidden_layers"]))
-
-
-def _line(
-    provider: str, tokens_per_s: float, *, layers: int, prefill_ms: float | None = None, apart: float | None = None
-) -> Line:
-    line = {"provider": provider, "tokens_per_s": tokens_per_s, "layers": layers, "prefill_ms": prefill_ms}
-    return {"kind": "model", **line, "logits_difference": apart}
+        rate = _generate(model, the_device(), new_tokens)
+        emit({"kind": "model", "provider": name, "layers": config["num_hidden_layers"], "tokens_per_s": rate})
 
 
 def _dense(config: Mapping[str, Any]) -> Any:

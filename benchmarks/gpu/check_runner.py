@@ -28,6 +28,7 @@ from benchmarks.gpu.gpu_state import GpuState, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST_SECONDS = 5.0  # no task starts with less time left
+START_LIMIT = 120.0  # seconds that a process has to import its modules
 GRACE = 10.0  # seconds that a killed process has to end
 SAMPLE_EVERY = 1.0  # seconds between two readings of the GPU's state
 ATTEMPTS = 4  # of one task, each without the providers that failed in those before
@@ -47,7 +48,7 @@ class Task:
             ``without`` has the providers to leave out. A line ``{"kind": "step", "provider": ...}`` is not kept: it
             says who is to blame if the process ends now.
         arguments: JSON values.
-        limit_s: seconds after which the process is killed.
+        limit_s: seconds that the function has; then the process is killed.
     """
 
     key: str
@@ -184,32 +185,32 @@ def _attempt(
     """Run a task once; its lines, the state of the GPU and a fault go to the journal."""
     journal.write(kind="start", task=task.key, without=list(without))
     start = time.monotonic()
-    end = min(start + task.limit_s, deadline)
     states: list[GpuState] = []
     provider: str | None = None
-    finished = False
+    last = ""  # kind of the last line
     try:
         process.begin(task, without)
-        for line in process.lines(end):
-            if (now := state() if line is None else None) is not None:
-                states.append(now)
+        for line in process.lines(task.limit_s, deadline):
             if line is None:
+                if (now := state()) is not None:
+                    states.append(now)
                 continue
-            if line["kind"] == "step":
+            last = line["kind"]
+            if last == "step":
                 provider = line["provider"]
-            elif line["kind"] == "finished":
-                finished = True
-            else:
+            elif last not in ("finished", "late"):
                 journal.write(**line, task=task.key)
-        late = time.monotonic() >= end and not finished
     finally:
         ended = process.kill()
     journal.write(kind="state", task=task.key, seconds=round(time.monotonic() - start, 2), gpu=summary(states))
-    if finished:
+    if last == "finished":
         return None
-    if late and end == deadline:
+    if last != "late":
+        fault = process.crash(provider)
+    elif time.monotonic() >= deadline:
         return Fault("no time left", "no time left", None)
-    fault = Fault("hang", f"not done after {task.limit_s:.0f} s", provider) if late else process.crash(provider)
+    else:
+        fault = Fault("hang", f"not done after {task.limit_s:.0f} s", provider)
     if not ended:
         fault = Fault(fault.how, f"{fault.reason}; its process could not be killed", provider)
     journal.write(kind="fault", task=task.key, how=fault.how, provider=provider, reason=fault.reason)
@@ -245,9 +246,10 @@ class _Process:
             self._input.write(json.dumps(order) + "\n")
             self._input.close()
 
-    def lines(self, end: float) -> Iterator[Line | None]:
-        """Lines until the process ends or time is up; ``None`` whenever there is none for ``SAMPLE_EVERY`` seconds."""
+    def lines(self, limit_s: float, deadline: float) -> Iterator[Line | None]:
+        """Lines until the process ends, or the line "late"; ``None`` once in ``SAMPLE_EVERY`` seconds."""
         sampled = time.monotonic()
+        end = min(sampled + START_LIMIT, deadline)
         while (now := time.monotonic()) < end:
             with contextlib.suppress(queue.Empty):
                 line = self._queue.get(timeout=max(0.0, min(sampled + SAMPLE_EVERY, end) - now))
@@ -255,12 +257,16 @@ class _Process:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         self._process.wait(GRACE)
                     return
+                if line["kind"] == "ready":
+                    end = min(time.monotonic() + limit_s, deadline)
+                    continue
                 yield line
                 if line["kind"] == "finished":
                     return
             if time.monotonic() >= sampled + SAMPLE_EVERY:
                 yield None
                 sampled = time.monotonic()
+        yield {"kind": "late"}
 
     def kill(self) -> bool:
         """Kill the process and its children; whether it ended."""
@@ -316,7 +322,9 @@ def _work(preload: Sequence[str]) -> None:
     def emit(line: Line) -> None:
         results.write(json.dumps(line) + "\n")
 
-    getattr(importlib.import_module(module), name)(emit, **order["arguments"])
+    function = getattr(importlib.import_module(module), name)
+    emit({"kind": "ready"})
+    function(emit, **order["arguments"])
     emit({"kind": "finished"})
 
 

@@ -11,17 +11,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.gpu.check_cases import (
-    CaseProvider,
-    GpuCase,
-    Operands,
-    barrier_providers,
-    compiled,
-    complaint,
-    eager_providers,
-    make_operands,
-    providers,
-)
+from benchmarks.gpu.check_cases import PROVIDERS, CaseProvider, GpuCase, Operands, complaint, make_operands
 from benchmarks.gpu.check_report import LeftOut, ProviderTime
 from benchmarks.gpu.check_runner import Emit
 from benchmarks.gpu.launch_costs import measure_barrier, measure_launches
@@ -42,8 +32,8 @@ def card(emit: Emit, *, without: Sequence[str] = ()) -> None:
     device = the_device()
     measured, gpu = measure_card(device, torch.bfloat16), gpu_of(device)
     configurations = {kernel: launch_configs.status(kernel, gpu) for kernel in sorted(launch_configs.SOURCES)}
-    emit({"kind": "card", "card": asdict(measured), "conditions": asdict(conditions(measured, device))})
-    emit({"kind": "configurations", "configurations": configurations})
+    beside = {"conditions": asdict(conditions(measured, device)), "configurations": configurations}
+    emit({"kind": "card", "card": asdict(measured), **beside})
 
 
 def launches(emit: Emit, *, calls: int = 200, repetitions: int = 20, without: Sequence[str] = ()) -> None:
@@ -96,21 +86,23 @@ def measure(
 
     Args:
         emit: gets a line per provider.
-        case: ``GpuCase.as_json``.
+        case: of a ``GpuCase``.
         card: measured speeds, for the floor.
-        kind: ``"graph"``, replays of a CUDA graph; ``"barrier"``, the same for kernels with a barrier; ``"compiled"``,
-            the same for ``torch.compile`` with its most thorough tuning; ``"eager"``, calls from Python.
+        kind: a key of ``PROVIDERS``.
         rotate_bytes: more than any cache holds.
         repetitions: turns of each provider.
         without: providers to leave out.
     """
-    device, this = the_device(), GpuCase.from_json(case)
+    device, this = the_device(), GpuCase(**case)
     if kind != "graph":  # the targets are for graphs
         this = replace(this, name=f"{this.name}, {kind}")
     warm_up(device, RAMP)
     operands = make_operands(this, device, 0 if kind == "eager" else rotate_bytes)
     batches: dict[str, Batch] = {}
-    for name, provider in _candidates(this, device, kind, emit).items():
+    able, reasons = PROVIDERS[kind](this, device)
+    for name, reason in reasons.items():
+        emit({"kind": "left_out", **asdict(LeftOut(this.name, this.rows, name, reason))})
+    for name, provider in able.items():
         if name not in without:
             emit({"kind": "step", "provider": name})
             prepared = _prepare(this, provider, operands, device, kind)
@@ -121,20 +113,6 @@ def measure(
                 batches[name] = prepared
     if batches:
         _time(emit, this, batches, None if card is None else Card(**card), repetitions)
-
-
-def _candidates(case: GpuCase, device: torch.device, kind: str, emit: Emit) -> dict[str, CaseProvider]:
-    if kind == "barrier":
-        return barrier_providers()
-    if kind == "eager":
-        return eager_providers(case, device)
-    able, reasons = providers(case, device)
-    if kind == "compiled":
-        backends = {name: provider for name, provider in able.items() if " " not in name and name != "dense"}
-        return {**backends, "torch.compile max-autotune": compiled(case)}
-    for name, reason in reasons.items():
-        emit({"kind": "left_out", **asdict(LeftOut(case.name, case.rows, name, reason))})
-    return able
 
 
 def _prepare(case: GpuCase, provider: CaseProvider, operands: Operands, device: torch.device, kind: str) -> Batch | str:
@@ -163,12 +141,12 @@ def _time(emit: Emit, case: GpuCase, batches: Mapping[str, Batch], card: Card | 
             f"speedup_over_{other}": sample.speedup_over(samples[other]) if other in samples else None
             for other in ("unfused", "stacked", "dense")
         }
-        costs = case.dense_costs() if name == "dense" and case.parts[0][0] != "singular_value_grad" else case.costs()
+        costs = case.dense_costs() if name == "dense" and case.calls[0][0] != "singular_value_grad" else case.costs()
         line = ProviderTime(
             case=case.name,
             shapes=case.label,
             rows=case.rows,
-            dtype=str(case.dtype).removeprefix("torch."),
+            dtype=case.dtype_name,
             provider=name,
             median_us=sample.median * 1e6,
             spread=sample.spread,
@@ -190,14 +168,7 @@ def pytest_file(emit: Emit, *, arguments: Sequence[str], without: Sequence[str] 
         raise RuntimeError(observer.poison)
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise RuntimeError(f"pytest ended with {pytest.ExitCode(code)!r}")
-    emit(
-        {
-            "kind": "tests",
-            "arguments": list(arguments),
-            "passed": not observer.counts["failed_tests"],
-            **observer.counts,
-        }
-    )
+    emit({"kind": "tests", "arguments": list(arguments), **observer.counts})
 
 
 class _Observer:

@@ -1,8 +1,7 @@
-"""Clocks, power and throttling of a GPU, from NVML: through ``nvidia-ml-py`` if installed, else ``nvidia-smi``."""
+"""Clocks, power and throttling of a GPU, from ``nvidia-smi``, which asks NVML."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 from collections.abc import Sequence
@@ -36,9 +35,17 @@ class GpuState(NamedTuple):
 
 
 def read_state() -> GpuState | None:
-    """The state of the first visible GPU; ``None`` if neither source works."""
+    """The state of the first visible GPU; ``None`` if ``nvidia-smi`` does not work."""
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-    return _from_nvml(gpu) or _from_smi(gpu)
+    for reasons in REASONS_QUERIES:
+        command = ["nvidia-smi", "-i", gpu, f"--query-gpu={QUERY},{reasons}", "--format=csv,noheader,nounits"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode == 0:
+            return parse(done.stdout)
+    return None
 
 
 def summary(states: Sequence[GpuState]) -> dict[str, Any] | None:
@@ -66,34 +73,3 @@ def parse(text: str) -> GpuState | None:
         return GpuState(float(sm), float(memory), float(watts), float(celsius), int(reasons, 16))
     except ValueError:
         return None
-
-
-def _from_nvml(gpu: str) -> GpuState | None:
-    try:
-        nvml: Any = importlib.import_module("pynvml")
-    except ImportError:
-        return None
-    try:
-        nvml.nvmlInit()
-        handle = nvml.nvmlDeviceGetHandleByIndex(int(gpu)) if gpu.isdigit() else nvml.nvmlDeviceGetHandleByUUID(gpu)
-        return GpuState(
-            nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-            nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
-            nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
-            nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-            nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle),
-        )
-    except nvml.NVMLError:
-        return None
-
-
-def _from_smi(gpu: str) -> GpuState | None:
-    for reasons in REASONS_QUERIES:
-        command = ["nvidia-smi", "-i", gpu, f"--query-gpu={QUERY},{reasons}", "--format=csv,noheader,nounits"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode == 0:
-            return parse(done.stdout)
-    return None

@@ -74,12 +74,9 @@ def task(emit: Emit, *, providers: Sequence[str], without: Sequence[str] = ()) -
 
 
 def slow(emit: Emit, *, folder: str, without: Sequence[str] = ()) -> None:
-    """Note the start in a file; take long the first time."""
-    starts = Path(folder) / "starts"
-    before = starts.read_text() if starts.exists() else ""
-    starts.write_text(before + "x")
-    emit({"kind": "result", "provider": f"start {len(before)}"})
-    time.sleep(0 if before else 1000)
+    """Take long as long as there is a file ``wait``."""
+    emit({"kind": "result", "provider": "slow"})
+    time.sleep(1000 * (Path(folder) / "wait").exists())
 
 
 def card(emit: Emit, *, card: dict[str, object], without: Sequence[str] = ()) -> None:
