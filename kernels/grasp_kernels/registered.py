@@ -65,7 +65,7 @@ def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Ten
 
 def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors], backend: str) -> list[Tensor]:
     """Run a checked call of ``lowrank_linear_grouped`` with the backend that the table selects."""
-    return [_unrows(y, x) for y in _run_grouped(x, factors, backend, None)]
+    return [_unrows(y, x) for y in _run_grouped(x, factors, backend)]
 
 
 def lowrank_linear_merged(x: Tensor, factors: Sequence[Factors], backend: str) -> Tensor:
@@ -76,10 +76,10 @@ def lowrank_linear_merged(x: Tensor, factors: Sequence[Factors], backend: str) -
     return y
 
 
-def _run_grouped(x: Tensor, factors: Sequence[Factors], backend: str, outputs: Sequence[Tensor] | None) -> list[Tensor]:
+def _run_grouped(x: Tensor, factors: Sequence[Factors], backend: str, *outputs: Sequence[Tensor]) -> list[Tensor]:
     factors = [widened(group) for group in factors]
     run = _select(backend, "lowrank_linear_grouped", x, max(group.U.shape[1] for group in factors))
-    results: list[Tensor] = run(_rows(x), factors, outputs)
+    results: list[Tensor] = run(_rows(x), factors, *outputs)
     return results
 
 
