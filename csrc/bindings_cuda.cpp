@@ -1,8 +1,10 @@
 // grasp_kernels._cuda: takes integers, throws exceptions. Python has checked what the pointers point to.
+#include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "groups.h"
@@ -36,9 +38,26 @@ int64_t workspace_bytes(int64_t M, const std::vector<int64_t> &ranks) {
     return grasp_cuda_workspace_bytes(M, ranks.data(), static_cast<int64_t>(ranks.size()));
 }
 
+// "12.4" for 12040.
+std::string version_text(int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+// A driver runs programs of its own major version of CUDA and of earlier ones. Without a driver there is nothing to
+// say.
+void require_driver() {
+    int driver = 0;
+    if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return;
+    if (driver / 1000 >= CUDART_VERSION / 1000) return;
+    throw std::runtime_error("it was built with CUDA " + version_text(CUDART_VERSION) +
+                             ", but the GPU's driver is for CUDA " + version_text(driver) +
+                             "; update the driver, or build with an older nvcc");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
+    require_driver();
     module.doc() = "Low-rank linears of few rows on CUDA; see csrc/lowrank.h.";
     module.attr("MAX_ROWS") = GRASP_CUDA_MAX_ROWS;
     module.def("run", &run);

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -244,6 +246,22 @@ def test_the_reasons_why_a_machine_cannot_run_it(monkeypatch: pytest.MonkeyPatch
     assert "undefined symbol" in (ROW.missing() or "")
     monkeypatch.setattr(importlib, "import_module", lambda name: object())
     assert ROW.missing() is None
+
+
+@pytest.mark.parametrize(("driver", "loads"), [(0, True), (12090, False), (13000, True), (14000, True)])
+def test_a_driver_of_an_earlier_cuda_is_a_reason_to_do_without(emulator: Emulator, driver: int, loads: bool) -> None:
+    """A wheel may meet a driver that is older than the CUDA with which it was built."""
+    version = ctypes.c_int.in_dll(emulator.library, "emulator_driver")
+    spec = importlib.util.spec_from_file_location(f"driver_{driver}._cuda", emulator.module.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    old = pytest.raises(ImportError, match=r"built with CUDA 13\.1, .* driver is for CUDA 12\.9")
+    version.value = driver
+    try:
+        with nullcontext() if loads else old:
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    finally:
+        version.value = 0
 
 
 def test_a_named_backend_that_is_missing_raises_with_the_reason() -> None:

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#define CUDART_VERSION 13010
+
 #define __global__
 #define __device__
 #define __forceinline__ inline
@@ -56,6 +58,7 @@ struct cudaFuncAttributes {
     int numRegs;
 };
 
+cudaError_t cudaDriverGetVersion(int *version);
 cudaError_t cudaGetDevice(int *device);
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, const void *kernel);

@@ -81,6 +81,15 @@ cudaError_t fails(const char *function) {
 
 }  // namespace
 
+extern "C" {
+__attribute__((visibility("default"))) int emulator_driver = 0;  // version; 0 is no driver
+}
+
+cudaError_t cudaDriverGetVersion(int *version) {
+    *version = emulator_driver;
+    return fails("cudaDriverGetVersion");
+}
+
 cudaError_t cudaGetDevice(int *device) {
     *device = 0;
     return fails("cudaGetDevice");
