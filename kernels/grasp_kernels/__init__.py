@@ -12,6 +12,7 @@ from grasp_kernels.ops import (
 )
 from grasp_kernels.packing import pack_factors
 from grasp_kernels.reference import Factors
+from grasp_kernels.warming import warm_up
 
 __all__ = [
     "BackendUnavailableError",
@@ -26,4 +27,5 @@ __all__ = [
     "lowrank_linear_merged",
     "pack_factors",
     "singular_value_grad",
+    "warm_up",
 ]

@@ -169,7 +169,7 @@ def expand_launch(
             f"{name}_R": U.shape[1],
             f"{name}_stride_un": U.stride(0),
             f"{name}_stride_hm": h.stride(1),
-            f"{name}_stride_hs": h.stride(0),
+            f"{name}_stride_hs": h.stride(0) if len(h) > 1 else 0,  # Triton compiles for its divisibility
         }
     rank, element_size = max_rank([gate, up]), gate.U.element_size()
     loaded = tiles_ahead(rows, rank, config, 2 * element_size) if config.path == "pair" else 0

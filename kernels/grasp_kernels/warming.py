@@ -1,0 +1,74 @@
+"""Compiles the kernels of a model before it serves, so that no request waits for a compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import grasp_kernels.registered  # noqa: F401  makes the ops
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_OPS = [
+    getattr(torch.ops.grasp, op).default
+    for op in ("lowrank_linear", "lowrank_linear_grouped", "lowrank_linear_merged", "lowrank_glu")
+]
+
+
+class _Call(NamedTuple):
+    op: Callable[..., Any]
+    in_features: int
+    dtype: torch.dtype
+    device: torch.device
+    arguments: tuple[Any, ...]  # without x
+
+    def run(self, rows: int) -> None:
+        self.op(torch.zeros(rows, self.in_features, dtype=self.dtype, device=self.device), *self.arguments)
+
+
+class _Recorder(TorchDispatchMode):
+    """Records the low-rank calls that are made while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _OPS:
+            x, *rest = args
+            self.calls.append(_Call(func, x.shape[-1], x.dtype, x.device, tuple(rest)))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def warm_up(model: Callable[..., object], *inputs: object, rows: Iterable[int] = ROWS) -> None:
+    """Run a model once, then each of its low-rank calls with other numbers of rows, so that every kernel is compiled.
+
+    Without it the first request of each size waits for Triton's compiler. Kernels are compiled for powers of two, so by
+    default all calls of up to 256 rows are ready. A CUDA graph can then be captured. For a CPU nothing is compiled:
+    the model only runs.
+
+    Args:
+        model: a module, or any function that uses the ops.
+        inputs: its arguments, such as 32 tokens. With more than 16 rows a call can take another op than with fewer.
+        rows: numbers of rows (tokens in one call) to prepare.
+
+    Raises:
+        ValueError: if ``rows`` has a number below 1.
+
+    Example:
+        >>> import torch
+        >>> from grasp_kernels import lowrank_linear, warm_up
+        >>> U, Vh = torch.randn(32, 8), torch.randn(8, 64)
+        >>> warm_up(lambda x: lowrank_linear(x, U, None, Vh), torch.randn(2, 64))
+    """
+    rows = sorted(rows)
+    if rows and rows[0] < 1:
+        raise ValueError(f"rows must be at least 1, got {rows[0]}")
+    with _Recorder() as recorder:
+        model(*inputs)
+    for call in recorder.calls:
+        for count in rows if call.device.type != "cpu" or call.arguments[-1] != "auto" else ():
+            call.run(count)
