@@ -17,6 +17,7 @@ import torch
 import triton
 
 from grasp_kernels.triton.launch import Gpu
+from grasp_kernels.triton.prepared import PREPARED
 
 CONFIGS = Path(__file__).parent / "configs"
 SOURCES = {
@@ -129,6 +130,7 @@ def save(
     path = write_entries(kernel, card_name, entries, directory)
     load.cache_clear()
     _choose.cache_clear()
+    PREPARED.clear()
     return path
 
 

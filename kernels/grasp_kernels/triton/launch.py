@@ -20,16 +20,15 @@ class Launch(NamedTuple):
     arguments: Mapping[str, Any]  # by parameter name, constexprs included
     options: Mapping[str, Any]  # num_warps, num_stages, launch_pdl, ...
 
-    def run(self) -> None:
-        """Launch on the current stream of the current device."""
-        self.kernel[self.grid](**self.arguments, **self.options)
+    def run(self) -> Any:
+        """Launch on the current stream of the current device. Returns the binary, ``None`` from the interpreter."""
+        return self.kernel[self.grid](**self.arguments, **self.options)
 
 
-def run_all(launches: Iterable[Launch], device: torch.device) -> None:
-    """Launch all of them in order on the device's current stream, with nothing in between."""
+def run_all(launches: Iterable[Launch], device: torch.device) -> list[Any]:
+    """Launch all of them in order on the device's current stream, with nothing in between; returns the binaries."""
     with on_device(device):
-        for launch in launches:
-            launch.run()
+        return [launch.run() for launch in launches]
 
 
 class Gpu(NamedTuple):

@@ -1,0 +1,159 @@
+"""Repeated low-rank calls: the two launches of a pair, planned once, run again with the addresses of other tensors.
+
+A call is described by all that its plan and Triton's choice of a binary depend on: shapes, strides, dtypes, device,
+which tensors there are, and that every address is a multiple of 16. Two calls of one description have launches that
+differ only in addresses. A prepared pair holds binaries and numbers, but no tensor: outputs, h and counters belong to
+the call, so to its stream and its CUDA graph. Triton's options for debugging act only on calls that are planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from triton.runtime import driver
+
+from grasp_kernels.counters import counters, on_device
+from grasp_kernels.reference import Factors
+from grasp_kernels.triton.launch import Launch
+
+ALIGNMENT = 16  # bytes: Triton compiles other binaries for other addresses
+MOST_PREPARED = 4096  # descriptions; then all are forgotten
+
+
+class Addresses(NamedTuple):
+    """Addresses of the tensors of a call; ``None`` for a member without s or bias."""
+
+    x: int
+    Vhs: tuple[int, ...]
+    Us: tuple[int, ...]
+    s: tuple[int | None, ...]
+    biases: tuple[int | None, ...]
+    aligned: bool  # all are multiples of ``ALIGNMENT``
+
+
+def describe(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | None) -> tuple[Any, Addresses]:
+    """The description of a checked call, hashable, and its addresses."""
+    key: list[Any] = [x.shape, x.stride(), x.dtype, x.device]
+    Vhs: list[int] = []
+    Us: list[int] = []
+    scales: list[int | None] = []
+    biases: list[int | None] = []
+    bits = first = x.data_ptr()
+    following = 0
+    for U, s, Vh, bias in factors:
+        left, right = U.data_ptr(), Vh.data_ptr()
+        bits |= left | right
+        # A shrink reads Vh that lie one behind the other as one.
+        key += (U.shape, U.stride(), Vh.stride(), right == following, s is None, bias is None)
+        following = right + Vh.nbytes
+        Us.append(left)
+        Vhs.append(right)
+        for vector, addresses in ((s, scales), (bias, biases)):
+            if vector is None:
+                addresses.append(None)
+            else:
+                key += (vector.dtype, vector.stride())
+                addresses.append(address := vector.data_ptr())
+                bits |= address
+    if outputs is not None:
+        key += [output.stride() for output in outputs]
+    aligned = bits % ALIGNMENT == 0
+    return tuple(key), Addresses(first, tuple(Vhs), tuple(Us), tuple(scales), tuple(biases), aligned)
+
+
+class _Kernel(NamedTuple):
+    """A compiled launch whose first arguments change from call to call."""
+
+    run: Callable[..., None]  # takes all arguments in order, and the stream by keyword
+    rest: tuple[Any, ...]  # the arguments after those that change
+
+    @classmethod
+    def of(cls, launch: Launch, binary: Any, changing: int) -> _Kernel:
+        grid = (*launch.grid, 1, 1)[:3]
+        return cls(binary[grid], tuple(launch.arguments[name] for name in launch.kernel.arg_names[changing:]))
+
+
+class PreparedPair(NamedTuple):
+    """The launches of shrink and expand."""
+
+    rows: int
+    widths: tuple[int, ...]
+    hidden: int  # elements of x's dtype in the memory of h
+    stacked: bool  # the shrink reads all Vh as one
+    counters: int  # 0 without a reduction
+    shrink: _Kernel
+    expand: _Kernel
+
+    def replay(self, x: Tensor, addresses: Addresses, outputs: Sequence[Tensor] | None) -> list[Tensor] | None:
+        """Run a call with the description of the first one; ``None``, and nothing, if an address is not aligned."""
+        ys = [x.new_empty(self.rows, width) for width in self.widths] if outputs is None else list(outputs)
+        memory = x.new_empty(self.hidden)
+        bits = h = memory.data_ptr()
+        y = tuple([output.data_ptr() for output in ys])
+        for address in y:
+            bits |= address
+        if not addresses.aligned or bits % ALIGNMENT:
+            return None
+        first, Vhs, Us, scales, biases, _ = addresses
+        with on_device(x.device):
+            counter = counters(x.device, self.counters) if self.counters else memory
+            stream = driver.active.get_current_stream(x.device.index)
+            shrink, expand = self.shrink, self.expand
+            Vhs = Vhs[:1] if self.stacked else Vhs
+            shrink.run(first, Vhs, h, counter.data_ptr(), *shrink.rest, stream=stream)
+            expand.run(Us, _filled(scales, h), _filled(biases, h), y, h, *expand.rest, stream=stream)
+        return ys
+
+
+PREPARED: dict[Any, PreparedPair] = {}  # by description; whoever changes what a plan depends on clears it
+
+
+def prepare(
+    key: Any,
+    addresses: Addresses,
+    outputs: Sequence[Tensor],
+    launches: Sequence[Launch],
+    binaries: Sequence[Any],
+) -> None:
+    """Remember a pair that has run, unless it copied a tensor, an address is not aligned, or it was interpreted.
+
+    Args:
+        key: the description of the call.
+        addresses: of the call.
+        outputs: of the call.
+        launches: its shrink and expand.
+        binaries: what they returned.
+    """
+    shrink, expand = launches
+    first, second = shrink.arguments, expand.arguments
+    x, hidden, Vhs = first["x_ptr"], first["h_ptr"], first["vh_ptrs"]
+    stacked = len(Vhs) < len(outputs)
+    h = hidden.data_ptr()
+    read = ((x,), Vhs, *(second[name] for name in ("u_ptrs", "s_ptrs", "bias_ptrs")))
+    used = [tuple(tensor.data_ptr() for tensor in tensors) for tensors in read]
+    given = [(addresses.x,), addresses.Vhs[: len(Vhs)], addresses.Us]
+    given += [_filled(vectors, h) for vectors in (addresses.s, addresses.biases)]
+    aligned = addresses.aligned and not any(tensor.data_ptr() % ALIGNMENT for tensor in (hidden, *outputs))
+    if None in binaries or not aligned or used != given:
+        return
+    if len(PREPARED) >= MOST_PREPARED:
+        PREPARED.clear()
+    PREPARED[key] = PreparedPair(
+        rows=x.shape[0],
+        widths=tuple(output.shape[1] for output in outputs),
+        hidden=hidden.nbytes // x.element_size(),
+        stacked=stacked,
+        counters=first["counter_ptr"].numel() if first["REDUCE"] else 0,
+        shrink=_Kernel.of(shrink, binaries[0], changing=4),
+        expand=_Kernel.of(expand, binaries[1], changing=5),
+    )
+
+
+def _filled(addresses: tuple[int | None, ...], placeholder: int) -> tuple[int, ...]:
+    """The addresses of s or biases for a kernel: a member without one gets another's, or the placeholder."""
+    present = [address for address in addresses if address is not None]
+    if not present:
+        return (placeholder,)
+    return tuple([present[0] if address is None else address for address in addresses])

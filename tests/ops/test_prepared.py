@@ -1,0 +1,248 @@
+"""Prepared pairs, whose compiled launches are stood for by the interpreter."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from grasp_kernels import Factors, launch_configs, pack_factors
+from grasp_kernels.launch_configs import Config, LaunchKey
+from grasp_kernels.triton import lowrank_linear as linear
+from grasp_kernels.triton import prepared
+from grasp_kernels.triton.launch import Launch
+from grasp_kernels.triton.prepared import PREPARED, describe
+from tests.ops.inputs import factors, normal, seeded
+from tests.ops.test_triton_lowrank import PAIR
+
+BF16 = torch.bfloat16
+K = 64
+SHAPES = ((24, 5), (32, 17), (16, 16))  # (N, R) of each member
+
+
+class Binary:
+    """Stands for a compiled kernel: launches it with positional arguments, of which some are addresses."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        kernel, arguments = self.launch.kernel, dict(self.launch.arguments)
+        dtypes = {name: _dtype(value) for name, value in arguments.items()}
+        assert len(grid) == 3
+
+        def run(*values: Any, stream: int) -> None:
+            names = kernel.arg_names
+            assert len(values) == len(names)
+            given = {name: _tensors(value, dtypes[name]) for name, value in zip(names, values, strict=True)}
+            kernel[grid](**given)
+
+        return run
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    """The dtype of a tensor argument, or of a tuple of them; ``None`` for numbers."""
+    first = value[0] if isinstance(value, tuple) else value
+    return first.dtype if isinstance(first, Tensor) else None
+
+
+def _tensors(value: Any, dtype: torch.dtype | None) -> Any:
+    """An argument for the interpreter; addresses become tensors of one element, of which it reads the address."""
+    if dtype is None:
+        return value
+    if isinstance(value, tuple):
+        return tuple(_tensors(address, dtype) for address in value)
+    return torch.frombuffer((ctypes.c_char * dtype.itemsize).from_address(value), dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
+    """Launches return binaries. The list has all launches that were planned and run."""
+    planned: list[Launch] = []
+
+    def run(launch: Launch) -> Binary:
+        launch.kernel[launch.grid](**launch.arguments, **launch.options)
+        planned.append(launch)
+        return Binary(launch)
+
+    monkeypatch.setattr(Launch, "run", run)
+    monkeypatch.setattr(linear, "choose", lambda *_: PAIR)
+    active = SimpleNamespace(get_current_stream=lambda _: 0)
+    monkeypatch.setattr(prepared, "driver", SimpleNamespace(active=active))
+    PREPARED.clear()
+    yield planned
+    PREPARED.clear()
+
+
+def group(
+    generator: torch.Generator, *, s: bool = False, bias: bool = True, members: int = 3, packed: bool = False
+) -> list[Factors]:
+    """The second member never has an s, the third never a bias."""
+    created = [
+        factors(N, K, R, generator, s=s and index != 1, bias=bias and index != 2, dtype=BF16)
+        for index, (N, R) in enumerate(SHAPES[:members])
+    ]
+    return pack_factors(created) if packed else created
+
+
+def check(x: Tensor, members: Sequence[Factors], config: Config = PAIR) -> list[Tensor]:
+    """Run a call through ``lowrank_linear_grouped``; it must equal a call that is planned."""
+    expected = linear.run(x, members, config)
+    ys = linear.lowrank_linear_grouped(x, members)
+    assert all(map(torch.equal, ys, expected))
+    return ys
+
+
+CALLS = {
+    "one": {"members": 1},
+    "group": {},
+    "packed": {"packed": True},
+    "s": {"s": True},
+    "no bias": {"bias": False},
+}
+
+
+@pytest.mark.parametrize(("call", "rows"), list(zip(CALLS, (1, 5, 1, 5, 5), strict=True)))
+def test_a_second_call_with_other_tensors_plans_nothing(call: str, rows: int, compiled: list[Launch]) -> None:
+    generator = seeded()
+    linear.lowrank_linear_grouped(normal((rows, K), generator, dtype=BF16), group(generator, **CALLS[call]))
+    assert len(PREPARED) == 1
+    x, members = normal((rows, K), generator, dtype=BF16), group(generator, **CALLS[call])
+    expected = linear.run(x, members, PAIR)
+    compiled.clear()
+    assert all(map(torch.equal, linear.lowrank_linear_grouped(x, members), expected))
+    assert compiled == []
+
+
+def test_reduced_and_given_outputs_are_replayed(monkeypatch: pytest.MonkeyPatch, compiled: list[Launch]) -> None:
+    config = replace(PAIR, reduce=True)
+    monkeypatch.setattr(linear, "choose", lambda *_: config)
+    generator = seeded()
+    members = group(generator, members=2)
+    for repetition in range(2):
+        x = normal((5, K), generator, dtype=BF16)
+        expected = linear.run(x, members, config)
+        whole = torch.full((5, 24 + 32), torch.nan, dtype=BF16)
+        compiled.clear()
+        linear.lowrank_linear_grouped(x, members, list(whole.split([24, 32], dim=1)))
+        assert torch.equal(whole, torch.cat(expected, 1))
+        assert len(compiled) == 2 * (repetition == 0)
+
+
+def test_calls_whose_plans_differ_do_not_share_one() -> None:
+    generator = seeded()
+    x, wide = normal((5, K), generator, dtype=BF16), normal((5, 2 * K), generator, dtype=BF16)
+    plain = group(generator, members=2)
+    (U, s, Vh, bias), second = plain
+    calls = [
+        (x, plain),
+        (x[:4], plain),
+        (wide[:, :K], plain),  # another row stride
+        (x, plain[:1]),
+        (x, group(generator, members=2, packed=True)),
+        (x, [Factors(U, torch.ones(5), Vh, bias), second]),
+        (x, [Factors(U, torch.ones(5, dtype=BF16), Vh, bias), second]),
+        (x, [Factors(U, s, Vh, None), second]),
+        (x, [Factors(normal((24, 8), generator, dtype=BF16)[:, :5], s, Vh, bias), second]),
+    ]
+    planned = [linear.lowrank_linear_grouped(*call) for call in calls]
+    assert len(PREPARED) == len(calls)
+    for call, ys in zip(calls, planned, strict=True):
+        assert all(map(torch.equal, linear.lowrank_linear_grouped(*call), ys))
+
+
+def test_a_vh_that_is_not_stacked_in_a_later_call_is_read_where_it_lies() -> None:
+    generator = seeded()
+    x = normal((5, K), generator, dtype=BF16)
+    packed = group(generator, packed=True)
+    linear.lowrank_linear_grouped(x, packed)
+    check(x, [member._replace(Vh=member.Vh.clone()) for member in packed])
+    assert len(PREPARED) == 2
+
+
+@pytest.mark.parametrize("what", ["x", "U", "columns", "s of two dtypes"])
+def test_a_call_with_copies_or_an_unaligned_address_is_not_prepared(what: str) -> None:
+    generator = seeded()
+    members = group(generator, members=2)
+    x = normal((5, K), generator, dtype=BF16)
+    (U, _, Vh, bias), second = members
+    if what == "x":
+        x = normal((5 * K + 1,), generator, dtype=BF16)[1:].view(5, K)
+    elif what == "U":
+        members = [Factors(normal((24 * 5 + 1,), generator, dtype=BF16)[1:].view(24, 5), None, Vh, bias), second]
+    elif what == "columns":
+        members = [Factors(U.mT.contiguous().mT, None, Vh, bias), second]
+    else:
+        members = [Factors(U, torch.ones(5), Vh, bias), second._replace(s=torch.ones(17, dtype=BF16))]
+    linear.lowrank_linear_grouped(x, members)
+    assert not PREPARED
+
+
+def test_an_unaligned_call_does_not_use_the_pair_of_an_aligned_one() -> None:
+    generator = seeded()
+    members = group(generator)
+    linear.lowrank_linear_grouped(normal((5, K), generator, dtype=BF16), members)
+    x = normal((5 * K + 1,), generator, dtype=BF16)[1:].view(5, K)
+    key, addresses = describe(x, members, None)
+    assert not addresses.aligned
+    assert PREPARED[key].replay(x, addresses, None) is None
+
+
+def test_nothing_that_a_call_allocates_or_takes_stays_alive(
+    monkeypatch: pytest.MonkeyPatch, compiled: list[Launch]
+) -> None:
+    generator = seeded()
+    allocated: list[weakref.ref[Tensor]] = []
+    new_hidden = linear.new_hidden
+
+    def record(*arguments: Any) -> Tensor:
+        hidden = new_hidden(*arguments)
+        allocated.append(weakref.ref(hidden))
+        return hidden
+
+    monkeypatch.setattr(linear, "new_hidden", record)
+    monkeypatch.setattr(linear, "choose", lambda *_: replace(PAIR, reduce=True))
+    x, members = normal((5, K), generator, dtype=BF16), group(generator, s=True)
+    ys = linear.lowrank_linear_grouped(x, members)
+    assert PREPARED
+    allocated += [
+        weakref.ref(tensor) for tensor in (x, *ys, *(part for member in members for part in member if part is not None))
+    ]
+    (pair,) = PREPARED.values()
+    assert all(isinstance(value, int | bool | tuple) for kernel in (pair.shrink, pair.expand) for value in kernel.rest)
+    PREPARED.update({key: kept._replace(shrink=None, expand=None) for key, kept in PREPARED.items()})  # the stand-ins
+    del x, members, ys, pair
+    compiled.clear()
+    assert [reference for reference in allocated if reference() is not None] == []
+
+
+def test_new_configurations_are_used(tmp_path: Path) -> None:
+    generator = seeded()
+    linear.lowrank_linear_grouped(normal((5, K), generator, dtype=BF16), group(generator, members=1))
+    assert PREPARED
+    key = LaunchKey.of(5, 72, K, 38, BF16, 3)
+    launch_configs.save("lowrank_linear", "any", {key: (PAIR, 1.0)}, tmp_path)
+    assert not PREPARED
+
+
+def test_matrix_products_and_interpreted_launches_are_not_prepared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = seeded()
+    x, members = normal((5, K), generator, dtype=BF16), group(generator)
+    monkeypatch.setattr(linear, "choose", lambda *_: replace(PAIR, path="gemms"))
+    linear.lowrank_linear_grouped(x, members)
+    monkeypatch.setattr(linear, "choose", lambda *_: PAIR)
+    monkeypatch.setattr(Launch, "run", lambda launch: launch.kernel[launch.grid](**launch.arguments))
+    check(x, members)
+    assert not PREPARED
