@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.gpu.check_runner import Emit
@@ -19,48 +21,27 @@ class OutOfMemoryError(RuntimeError):
     """Raised by PyTorch."""
 
 
-def _illegal_access() -> None:
-    raise AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with `TORCH_USE_CUDA_DSA`")
-
-
-def _out_of_memory() -> None:
-    raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-
-def _sleep() -> None:
-    time.sleep(1000)
-
-
-def _exit() -> None:
-    os._exit(3)
-
-
-def _fault() -> None:
-    os.kill(os.getpid(), signal.SIGSEGV)
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _eat_memory() -> None:
-    import resource
-
     resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
     held = []
     while True:
         held.append(bytearray(1 << 26))
 
 
-def _print() -> None:
-    print("not a result", flush=True)
-
-
-PLANTS = {
+ILLEGAL_ACCESS = "CUDA error: an illegal memory access was encountered\nCompile with `TORCH_USE_CUDA_DSA`"
+PLANTS: dict[str, Callable[[], object]] = {
     "good": lambda: None,
-    "printing": _print,
-    "illegal access": _illegal_access,
-    "out of memory": _out_of_memory,
+    "printing": partial(print, "not a result", flush=True),
+    "illegal access": partial(_raise, AcceleratorError(ILLEGAL_ACCESS)),
+    "out of memory": partial(_raise, OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
     "no memory": _eat_memory,
-    "hang": _sleep,
-    "exit": _exit,
-    "segmentation fault": _fault,
+    "hang": partial(time.sleep, 1000),
+    "exit": partial(os._exit, 3),
+    "segmentation fault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
 }
 
 
