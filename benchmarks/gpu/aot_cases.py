@@ -27,7 +27,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
 # griddepcontrol.wait and .launch_dependents, cp.async.bulk.prefetch.L2
 WAIT, LAUNCH_DEPENDENTS, PREFETCH = "ACQBULK", "PREEXIT", "UBLKPF"
-MEMORY = ("LD.", "LDG", "ST.", "STG", "ATOM", "RED", "UTMA")  # accesses of global memory
+MEMORY = ("LD.", "LDG", "ST.", "STG", "ATOM.", "ATOMG", "RED.", "REDG", "UTMA")  # accesses of global memory
 SPIN, INVALIDATE = "LDG.E.STRONG.GPU", "CCTL.IVALL"  # together: ld.acquire.gpu of one word
 
 
@@ -57,9 +57,10 @@ def complaints(launch: Launch, binary: Binary) -> list[str]:
     if binary.shared > SHARED_LIMITS[architecture]:
         errors.append(f"{binary.shared} bytes of shared memory, the card has {SHARED_LIMITS[architecture]}")
     loads = binary.loads()
-    if _reads_factors(launch) and not loads[16]:
+    narrow = _is_narrow(launch)
+    if _reads_factors(launch) and not loads[16] and not narrow:
         errors.append("no 16-byte loads of the factors")
-    if loads[2] and not arguments.get("BIASES"):
+    if loads[2] and not arguments.get("BIASES") and not narrow:
         errors.append(f"{loads[2]} loads of 2 bytes")
     if _has_dot(launch) and not any(map(binary.count, TENSOR_CORES)):
         errors.append("a 16-bit dot without tensor cores")
@@ -116,7 +117,7 @@ def prefetched(launch: Launch, binary: Binary) -> int:
         return 0
     early = binary.instructions[: binary.instructions.index(WAIT)]
     loads = [place for place, name in enumerate(early) if name.startswith("LDG") and ".EF" in name]
-    if not loads or any(name.startswith(("STS", "BAR")) for name in early[: loads[-1]]):
+    if not loads or any(name.startswith(("STS", "BAR")) for name in early[loads[0] : loads[-1]]):
         return 0
     return sum(load_width(early[place]) for place in loads) * 32 * launch.options["num_warps"]
 
@@ -135,7 +136,7 @@ def _least_copied_ahead(launch: Launch) -> int:
     """Bytes of the factor that a loop of a low-rank kernel must copy ahead; 0 for a kernel without such a loop."""
     arguments = launch.arguments
     tensor, name = _matrix(arguments), launch.kernel.__name__
-    if not name.startswith("_lowrank") or not ("BLOCK_K" in arguments or arguments["LOOPED"]):
+    if not name.startswith("_lowrank") or not ("BLOCK_K" in arguments or arguments["LOOPED"]) or _is_narrow(launch):
         return 0
     block_r = arguments.get("SHRINK_R", arguments["BLOCK_R"])
     tile = block_r * arguments.get("BLOCK_K", arguments.get("BLOCK_N"))
@@ -156,6 +157,11 @@ def barrier_complaints(binary: Binary) -> list[str]:
 
 def _reads_factors(launch: Launch) -> bool:
     return not launch.kernel.__name__.endswith("_reduce_kernel")
+
+
+def _is_narrow(launch: Launch) -> bool:
+    """Whether an expand reads a U without padding: single elements, which cannot be copied ahead."""
+    return "TILES" in launch.arguments and any(rank % 16 for rank in launch.arguments.get("ranks", ()))
 
 
 def _has_descriptors(launch: Launch) -> bool:
@@ -241,6 +247,9 @@ def _lowrank_linear_cases(path: str, rows: Sequence[int]) -> Iterator[AotCase]:
         for N, K, R in SHAPES:
             first = SHAPES[0] == (N, K, R) and M in ((1, 16) if path == "pair" else (16,))
             yield _linear_case(f"{path}, {M} rows, {N}x{K}, rank {R}", path, M, [_factors(N, K, R, BF16)], first)
+    for M in (1, 2, 4, 16, 32) if path == "pair" else ():
+        group = [_factors(4096, 4096, 1638, BF16)]
+        yield _linear_case(f"{path}, {M} rows, 4096x4096, rank 1638 without padding", path, M, group)
     for M in (1, 16):
         yield _linear_case(f"{path}, {M} rows, q/k/v", path, M, [_factors(N, 4096, R, BF16) for N, R in QKV])
         for dtype in (BF16, FP16, FP32):

@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 
 from grasp_kernels import Factors, launch_configs, pack_factors
 from grasp_kernels.launch_configs import Config, LaunchKey
+from grasp_kernels.triton import lowrank_glu as glu
 from grasp_kernels.triton import lowrank_linear as linear
 from grasp_kernels.triton import prepared
 from grasp_kernels.triton.launch import Launch
@@ -137,6 +138,25 @@ def test_reduced_and_given_outputs_are_replayed(monkeypatch: pytest.MonkeyPatch,
         linear.lowrank_linear_grouped(x, members, list(whole.split([24, 32], dim=1)))
         assert torch.equal(whole, torch.cat(expected, 1))
         assert len(compiled) == 2 * (repetition == 0)
+
+
+@pytest.mark.parametrize(("reduce", "rows", "s", "packed"), [(False, 1, False, True), (True, 5, True, False)])
+def test_a_gated_unit_is_replayed(
+    reduce: bool, rows: int, s: bool, packed: bool, monkeypatch: pytest.MonkeyPatch, compiled: list[Launch]
+) -> None:
+    config = replace(PAIR, reduce=reduce)
+    monkeypatch.setattr(glu, "choose", lambda *_: config)
+    generator = seeded()
+    for repetition in range(2):
+        x = normal((rows, K), generator, dtype=BF16)
+        members = [factors(24, K, R, generator, s=s and R == 5, bias=R == 17, dtype=BF16) for R in (5, 17)]
+        gate, up = pack_factors(members) if packed else members
+        expected = glu.run(x, gate, up, "silu", config)
+        compiled.clear()
+        assert torch.equal(glu.lowrank_glu(x, gate, up, "silu"), expected)
+        assert len(compiled) == 2 * (repetition == 0)
+    key = next(iter(PREPARED))
+    assert key[:2] == ("lowrank_glu", "silu")
 
 
 def test_calls_whose_plans_differ_do_not_share_one() -> None:

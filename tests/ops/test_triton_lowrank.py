@@ -271,6 +271,16 @@ def test_dependent_launches_prefetch_every_row_of_vh_once_and_compute_the_same(
     )
 
 
+@pytest.mark.parametrize(
+    ("rows", "rank", "tiles"), [(16, 1648, 5), (16, 1638, 2), (32, 1648, 8), (32, 1638, 4), (16, 81, 1)]
+)
+def test_an_expand_loads_fewer_tiles_ahead_if_each_element_takes_a_register(rows: int, rank: int, tiles: int) -> None:
+    """Of a rank of 1638, five tiles at 16 rows and three at 4 spill registers, two do not: compiled for sm_90."""
+    member = Factors(torch.empty(16, rank, dtype=torch.bfloat16), None, torch.empty(rank, 16, dtype=torch.bfloat16))
+    config = replace(PAIR, block_m=64, expand_block_r=128 if rows == 16 else 64)
+    assert linear.tiles_ahead(rows, [member], config) == tiles
+
+
 def test_the_fused_launch_is_cooperative_and_has_no_more_programs_than_the_card_processors() -> None:
     x = torch.empty(4, 4096, dtype=torch.bfloat16)
     member = Factors(x.new_empty(8192, 208), None, x.new_empty(208, 4096))

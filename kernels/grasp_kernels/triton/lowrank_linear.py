@@ -283,7 +283,7 @@ def expand_launch(
     """Compute the outputs from ``hidden``. If the GPU can, it starts early, loads U, and waits for the shrink."""
     tiles = _tiles((output.shape[1] for output in outputs), config.expand_block_n)
     rows, rank = hidden.shape[1], max_rank(factors)
-    loaded = tiles_ahead(rows, rank, config, factors[0].U.element_size())
+    loaded = tiles_ahead(rows, factors, config)
     return Launch(
         _lowrank_expand_kernel,
         (tiles, triton.cdiv(rows, row_block(rows, config))),
@@ -301,12 +301,17 @@ def expand_launch(
     )
 
 
-def tiles_ahead(rows: int, rank: int, config: Config, element_size: int) -> int:
-    """How many tiles of U an expand loads before it waits for h: all of them, if the registers hold them and h."""
+def tiles_ahead(rows: int, factors: Sequence[Factors], config: Config, count: int = 1) -> int:
+    """How many tiles of ``count`` U an expand loads before it waits for h: all, if the registers hold them and h.
+
+    With a rank that is no multiple of 16, both are loaded by single elements, and each takes a register of four bytes.
+    """
     block_m, block_n = max(16, row_block(rows, config)), config.expand_block_n
     free = REGISTER_BYTES * 32 * config.expand_warps - block_m * block_n * 4
-    tile = (block_m + block_n) * config.expand_block_r * element_size
-    return max(1, min(triton.cdiv(rank, config.expand_block_r), free // tile))
+    ragged = any(group.U.shape[1] % RANK_MULTIPLE for group in factors)
+    element = 4 if ragged else factors[0].U.element_size()
+    tile = (block_m + block_n) * config.expand_block_r * element * count
+    return max(1, min(triton.cdiv(max_rank(factors), config.expand_block_r), free // tile))
 
 
 def launch_options(warps: int, stages: int, dependent: bool) -> dict[str, Any]:

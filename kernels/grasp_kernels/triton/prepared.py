@@ -85,6 +85,7 @@ class PreparedPair(NamedTuple):
     counters: int  # 0 without a reduction
     shrink: _Kernel
     expand: _Kernel
+    halves: tuple[int, ...] = ()  # of a gated linear unit: bytes from h to what gate and up read
 
     def replay(self, x: Tensor, addresses: Addresses, outputs: Sequence[Tensor] | None) -> list[Tensor] | None:
         """Run a call with the description of the first one; ``None``, and nothing, if an address is not aligned."""
@@ -103,7 +104,14 @@ class PreparedPair(NamedTuple):
             shrink, expand = self.shrink, self.expand
             Vhs = Vhs[:1] if self.stacked else Vhs
             shrink.run(first, Vhs, h, counter.data_ptr(), *shrink.rest, stream=stream)
-            expand.run(Us, _filled(scales, h), _filled(biases, h), y, h, *expand.rest, stream=stream)
+            if self.halves:
+                gate, up = (
+                    (U, s or U, bias or U, h + offset)  # U is a placeholder
+                    for U, s, bias, offset in zip(Us, scales, biases, self.halves, strict=True)
+                )
+                expand.run(*gate, *up, *y, *expand.rest, stream=stream)
+            else:
+                expand.run(Us, _filled(scales, h), _filled(biases, h), y, h, *expand.rest, stream=stream)
         return ys
 
 
@@ -129,12 +137,19 @@ def prepare(
     shrink, expand = launches
     first, second = shrink.arguments, expand.arguments
     x, hidden, Vhs = first["x_ptr"], first["h_ptr"], first["vh_ptrs"]
-    stacked = len(Vhs) < len(outputs)
     h = hidden.data_ptr()
-    read = ((x,), Vhs, *(second[name] for name in ("u_ptrs", "s_ptrs", "bias_ptrs")))
-    used = [tuple(tensor.data_ptr() for tensor in tensors) for tensors in read]
+    gated = "gate_h_ptr" in second
     given = [(addresses.x,), addresses.Vhs[: len(Vhs)], addresses.Us]
-    given += [_filled(vectors, h) for vectors in (addresses.s, addresses.biases)]
+    if gated:
+        vectors = [[second[f"{member}_{name}_ptr"] for member in ("gate", "up")] for name in ("u", "s", "bias")]
+        given += [
+            tuple(address or U for address, U in zip(column, addresses.Us, strict=True))
+            for column in (addresses.s, addresses.biases)
+        ]
+    else:
+        vectors = [second[name] for name in ("u_ptrs", "s_ptrs", "bias_ptrs")]
+        given += [_filled(column, h) for column in (addresses.s, addresses.biases)]
+    used = [tuple(tensor.data_ptr() for tensor in tensors) for tensors in ((x,), Vhs, *vectors)]
     aligned = addresses.aligned and not any(tensor.data_ptr() % ALIGNMENT for tensor in (hidden, *outputs))
     if None in binaries or not aligned or used != given:
         return
@@ -144,10 +159,11 @@ def prepare(
         rows=x.shape[0],
         widths=tuple(output.shape[1] for output in outputs),
         hidden=hidden.nbytes // x.element_size(),
-        stacked=stacked,
+        stacked=len(Vhs) < len(addresses.Us),
         counters=first["counter_ptr"].numel() if first["REDUCE"] else 0,
         shrink=_Kernel.of(shrink, binaries[0], changing=4),
-        expand=_Kernel.of(expand, binaries[1], changing=5),
+        expand=_Kernel.of(expand, binaries[1], changing=9 if gated else 5),
+        halves=tuple(second[f"{member}_h_ptr"].data_ptr() - h for member in ("gate", "up")) if gated else (),
     )
 
 

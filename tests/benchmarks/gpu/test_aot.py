@@ -142,7 +142,10 @@ def test_a_loop_that_copies_too_little_ahead_is_found(copies: int, complaint: bo
 
 
 WAIT_AND_RELEASE = "ACQBULK PREEXIT LDG.E"
-VALID = {"shrink": f"UBLKPF.L2 {WAIT_AND_RELEASE}", "expand": f"LDG.E.EF.128 {WAIT_AND_RELEASE}"}
+VALID = {  # both with the allocation of tensor memory on sm_100, which uses shared memory
+    "shrink": f"ATOMS.OR STS BAR.SYNC UBLKPF.L2 {WAIT_AND_RELEASE}",
+    "expand": f"ATOMS.OR STS BAR.SYNC LDG.E.EF.128 {WAIT_AND_RELEASE}",
+}
 INVALID = {  # kernel, instructions, complaint
     "no wait": ("shrink", "UBLKPF.L2 PREEXIT LDG.E", "is missing"),
     "no release": ("expand", "LDG.E.EF.128 ACQBULK LDG.E", "is missing"),
@@ -188,6 +191,7 @@ def test_a_dependent_launch_without_its_option_is_found() -> None:
     ("early", "complaint"),
     [
         ("LDG.E.EF.128 " * 8, False),
+        ("STS BAR.SYNC " + "LDG.E.EF.128 " * 8, False),
         ("LDG.E.EF.128 " * 7, True),
         ("LDG.E.EF.128 STS.128 BAR.SYNC " + "LDG.E.EF.128 " * 7, True),  # the first load is used before the others
     ],
