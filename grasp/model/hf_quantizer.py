@@ -173,6 +173,7 @@ class GraspHfQuantizer(HfQuantizer):
                     "the model, num_hidden_layers in particular"
                 )
             model.set_submodule(name, _dense_layer(dense, layer))
+        group_linears_(model, enabled=False)  # the MLPs get their own classes again
         return model
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -185,23 +185,44 @@ def _faster_alone(x: Tensor) -> bool:
     return x.is_cpu and not is_grad_enabled() and not is_compiling()
 
 
-def forward(mlp: nn.Module, x: Tensor) -> Tensor:
-    """The forward of a gated MLP: the one of its class, but ``lowrank_glu`` computes gate, activation and up if it can.
+@functools.cache
+def _gated(kind: Any) -> Any:
+    """A subclass of a gated MLP's class with its name: ``lowrank_glu`` computes gate, activation and up if it can.
 
-    ``group_linears_`` binds this to instances. It has this name, so that a pickled MLP gets the forward of its class.
+    A class, not a forward of the instance: replicas and copies use their own factors, and no cycle keeps an MLP alive.
     """
-    gate, up, activation = mlp.gate_proj, mlp.up_proj, ACTIVATIONS.get(type(mlp.act_fn))  # type: ignore[arg-type]
+
+    class Gated(kind):
+        gated_kind = kind
+
+        def forward(self, x: Tensor) -> Tensor:
+            if _gains_by_fusing(x) and (product := _gated_product(self, x)) is not None:
+                return self.down_proj(product)
+            return super().forward(x)
+
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            return _new_gated, (kind,), *object.__reduce_ex__(self, 2)[2:]  # for pickle and deepcopy
+
+    Gated.__name__, Gated.__qualname__, Gated.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    return Gated
+
+
+def _new_gated(kind: Any) -> Any:
+    return _gated(kind).__new__(_gated(kind))
+
+
+def _gated_product(mlp: Any, x: Tensor) -> Tensor | None:
+    """``act_fn(gate_proj(x)) * up_proj(x)`` by one op; ``None`` if it cannot, or if more than the formula must run."""
+    gate, up, activation = mlp.gate_proj, mlp.up_proj, ACTIVATIONS.get(type(mlp.act_fn))
     if (
-        activation is not None
-        and _gains_by_fusing(x)
-        and type(gate) is type(up) is LowRankLinear
-        and gate.backend == up.backend == "auto"
-        and gate.U.device == up.U.device == x.device  # not if one was offloaded
-        and all(map(_is_bare, (gate, up, mlp.act_fn)))  # type: ignore[arg-type]
+        activation is None
+        or not type(gate) is type(up) is LowRankLinear
+        or not gate.backend == up.backend == "auto"
+        or not gate.U.device == up.U.device == x.device  # one was offloaded
+        or not all(map(_is_bare, (gate, up, mlp.act_fn)))
     ):
-        x = lowrank_glu(x, gate.factors, up.factors, activation=activation)
-        return mlp.down_proj(x)  # type: ignore[operator]
-    return type(mlp).forward(mlp, x)
+        return None
+    return lowrank_glu(x, gate.factors, up.factors, activation=activation)
 
 
 def _is_bare(module: nn.Module) -> bool:
@@ -222,12 +243,12 @@ def _gains_by_fusing(x: Tensor) -> bool:
 
 
 def _fuse_gate_(module: nn.Module, enabled: bool) -> None:
-    """Bind or remove the forward of a gated MLP that uses ``lowrank_glu``; another library's forward stays."""
-    if getattr(vars(module).get("forward"), "__func__", None) is forward:
-        del module.forward
+    """Give a gated MLP the class that uses ``lowrank_glu``, or return it to its own; no-op for other modules."""
+    kind: Any = vars(type(module)).get("gated_kind", type(module))
     low_rank = type(getattr(module, "gate_proj", None)) is type(getattr(module, "up_proj", None)) is LowRankLinear
-    if enabled and low_rank and "forward" not in vars(module) and is_gated_forward(type(module).forward):
-        module.forward = MethodType(forward, module)
+    wanted = _gated(kind) if enabled and low_rank and is_gated_forward(kind.forward) else kind
+    if type(module) is not wanted:
+        module.__class__ = wanted
 
 
 def group_linears_(model: nn.Module, enabled: bool = True) -> list[tuple[str, ...]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -100,14 +102,36 @@ def test_the_forward_of_the_class_runs_after_a_change(
     assert gated_calls == []
 
 
-def test_an_mlp_taken_apart_is_as_before() -> None:
+def test_an_mlp_taken_apart_has_its_class_again() -> None:
     mlp = gated_mlp()
-    assert "forward" in vars(mlp)
-    group_linears_(mlp, enabled=False)
-    assert "forward" not in vars(mlp)
-    mlp.forward = own = lambda x: x
+    assert isinstance(mlp, LlamaMLP)
+    assert repr(mlp).startswith("LlamaMLP(")
+    assert type(mlp) is not LlamaMLP
+    kind = type(mlp)
     group_linears_(mlp)
-    assert mlp.forward is own
+    assert type(mlp) is kind
+    group_linears_(mlp, enabled=False)
+    assert type(mlp) is LlamaMLP
+
+
+def test_a_replica_computes_with_its_own_factors(gated_calls: list[str]) -> None:
+    mlp, x = gated_mlp(), torch.randn(3, 24)
+    twin = mlp._replicate_for_data_parallel()
+    twin.gate_proj, twin.up_proj = LowRankLinear(24, 40, 2), LowRankLinear(24, 40, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), LlamaMLP.forward(twin, x))
+    assert gated_calls == ["silu"]
+
+
+def test_nothing_keeps_an_mlp_alive() -> None:
+    mlp = gated_mlp()
+    alive = weakref.ref(mlp)
+    gc.disable()
+    try:
+        del mlp
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_copies_compute_with_their_own_factors(gated_calls: list[str]) -> None:
@@ -123,7 +147,7 @@ def test_copies_compute_with_their_own_factors(gated_calls: list[str]) -> None:
         mlp.gate_proj.U.zero_()
         for other in (twin, loaded, unpickled):
             torch.testing.assert_close(other(x), expected)
-    assert gated_calls == ["silu", "silu"]  # an unpickled MLP has the forward of its class until it is grouped
+    assert gated_calls == 4 * ["silu"]
 
 
 def test_an_mlp_compiles_and_exports_with_one_op_for_gate_and_up(gated_calls: list[str]) -> None:
