@@ -271,16 +271,16 @@ def rule_of_thumb(kernel: str, key: LaunchKey, gpu: Gpu) -> Config:
     blocks = min(
         (
             Blocks(block_r, splits, reduce, min(block_n, widest))
-            for block_r in ((16, 32, 64) if many else (16,))
+            for block_r in ((16, 32, 64) if many else (16,) if scalar else (16, 32))
             for splits in (1, 2, 4, 8, 16)
             if splits <= max(1, in_features // (2 * block_k))
             for reduce in ((False, True) if splits > 1 else (False,))
             if reduce or scalar or splits == 1 or (few and splits <= UNREDUCED_SPLITS)
-            for block_n in ((32, 64) if many and not gated else (32,))
+            for block_n in ((32,) if scalar or gated else (32, 64))
         ),
         key=lambda blocks: microseconds(outputs, blocks, block_k, stages, gpu.processors, members),
     )
-    piece = 128 if rows <= 16 else 64  # columns of U per step
+    piece = 4096 // blocks.block_n if rows <= 16 else 64  # columns of U per step
     piece >>= gated + (0 if not full_precision else 1 if scalar else 2)
     return Config(
         path="pair",

@@ -105,8 +105,8 @@ SOUND = Binary(
     90, registers=100, stack=0, local=0, shared=1024, instructions=("LDGSTS.E.BYPASS.128", "HGMMA.64", "STG.E", "EXIT")
 )
 FAULTS = {
-    "stack": (replace(SOUND, stack=8), "spills"),
-    "local loads": (replace(SOUND, instructions=(*SOUND.instructions, "LDL.64")), "spills"),
+    "stack": (replace(SOUND, stack=24), "spills"),
+    "local memory": (replace(SOUND, stack=16, local=8), "spills"),
     "shared": (replace(SOUND, shared=SHARED_LIMITS[90] + 1), "shared memory"),
     "narrow": (replace(SOUND, instructions=(*SOUND.instructions, "LDG.E.U16")), "loads of 2 bytes"),
     "no wide": (replace(SOUND, instructions=("LDG.E.64", "HGMMA.64")), "no 16-byte loads"),
