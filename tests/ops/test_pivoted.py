@@ -17,6 +17,7 @@ from grasp_kernels import (
     lowrank_glu,
     lowrank_linear,
     lowrank_linear_grouped,
+    lowrank_linear_merged,
     ops,
     pack_factors,
 )
@@ -157,6 +158,9 @@ def mixed(x: Tensor, first: Factors, second: Factors) -> tuple[Tensor, ...]:
 CALLS: dict[str, Callable[[Tensor, Factors, Factors], Any]] = {
     "lowrank_linear": lambda x, first, second: lowrank_linear(x, *first),
     "lowrank_linear_grouped": mixed,
+    "lowrank_linear_merged": lambda x, first, second: lowrank_linear_merged(
+        x, [first, second._replace(order=None, bias=None), second]
+    ),
     "lowrank_glu": lambda x, first, second: lowrank_glu(x, first, second),
 }
 
@@ -179,7 +183,8 @@ def plain(op: str, x: Tensor, first: Factors, second: Factors) -> list[Tensor]:
         return [two_linears(x, first)]
     if op == "lowrank_glu":
         return [F.silu(two_linears(x, first)) * two_linears(x, second)]
-    return [two_linears(x, first), F.linear(F.linear(x, second.Vh), second.U), two_linears(x, second)]
+    outputs = [two_linears(x, first), F.linear(F.linear(x, second.Vh), second.U), two_linears(x, second)]
+    return [torch.cat(outputs, -1)] if op == "lowrank_linear_merged" else outputs
 
 
 @pytest.mark.parametrize("op", CALLS)
