@@ -31,15 +31,26 @@ View view(PyObject *object, bool may_overlap = false) {
     if (!result.on_cpu || result.dimensions < 1 || result.dimensions > 2) {
         throw py::type_error("a tensor must be a vector or a matrix on the CPU");
     }
-    if (result.dtype == NO_DTYPE) throw py::type_error("a tensor must be float32, float16 or bfloat16");
+    if (result.dtype < 0) throw py::type_error("a tensor must be float32, float16 or bfloat16");
     if (!result.is_matrix || (!may_overlap && result.overlaps())) throw NotInPlace();
     return result;
 }
 
 View optional_view(PyObject *object) { return object == Py_None ? View() : view(object); }
 
+View order_view(PyObject *object) {
+    View result;
+    if (object == Py_None) return result;
+    if (!read(object, result)) throw py::error_already_set();
+    if (!result.on_cpu || result.dimensions != 1) throw py::type_error("an order must be a vector on the CPU");
+    if (!result.is_matrix) throw NotInPlace();
+    return result;
+}
+
 Direct::Group to_group(PyObject *item) {
-    if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 4) throw py::type_error("a group is a tuple of 4");
+    if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != Direct::FIELDS) {
+        throw py::type_error("a group is a tuple of 5");
+    }
     return &PyTuple_GET_ITEM(item, 0);
 }
 
@@ -60,11 +71,12 @@ bool run(const py::handle &x_tensor, const py::tuple &groups, const py::tuple &o
         for (size_t i = 0; i < factors.size(); ++i) {
             const Direct::Group group = to_group(PyTuple_GET_ITEM(groups.ptr(), i));
             const View U = view(group[0]), s = optional_view(group[1]), Vh = view(group[2]);
-            const View bias = optional_view(group[3]), y = view(PyTuple_GET_ITEM(outputs.ptr(), gated ? 0 : i));
-            if (!agree(x, U, s, Vh, bias, y)) {
+            const View bias = optional_view(group[3]), order = order_view(group[4]);
+            const View y = view(PyTuple_GET_ITEM(outputs.ptr(), gated ? 0 : i));
+            if (!agree(x, U, s, Vh, bias, order, y)) {
                 throw py::value_error("shapes or dtypes of x, the factors and the output do not agree");
             }
-            factors[i] = to_factors(U, s, Vh, bias, y);
+            factors[i] = to_factors(U, s, Vh, bias, order, y);
         }
     } catch (NotInPlace) {
         return false;
@@ -109,12 +121,12 @@ PyObject *guarded(Function &&function) {
     return nullptr;
 }
 
-// (x, U, s, Vh, bias, backend) → tensor
+// (x, U, s, Vh, bias, order, backend) → tensor
 PyObject *lowrank_linear(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
     return guarded([&]() -> PyObject * {
         const Direct::Group group = arguments + 1;
         py::object output;
-        if (!direct || count != 6 || !direct->run(arguments[0], &group, 1, arguments[5], &output)) Py_RETURN_NONE;
+        if (!direct || count != 7 || !direct->run(arguments[0], &group, 1, arguments[6], &output)) Py_RETURN_NONE;
         return output.release().ptr();
     });
 }
@@ -131,7 +143,7 @@ PyObject *lowrank_linear_grouped(PyObject *, PyObject *const *arguments, Py_ssiz
         Direct::Group groups[Direct::MOST_GROUPS];
         for (Py_ssize_t i = 0; i < size; ++i) {
             PyObject *item = PyTuple_GET_ITEM(items.ptr(), i);
-            if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 4) Py_RETURN_NONE;
+            if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != Direct::FIELDS) Py_RETURN_NONE;
             groups[i] = &PyTuple_GET_ITEM(item, 0);
         }
         py::object outputs[Direct::MOST_GROUPS];

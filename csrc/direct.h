@@ -42,7 +42,8 @@ class Direct {
   public:
     static constexpr Py_ssize_t MOST_GROUPS = 8;  // as in dispatch.py
 
-    using Group = PyObject *const *;  // U, s, Vh, bias
+    static constexpr Py_ssize_t FIELDS = 5;
+    using Group = PyObject *const *;  // U, s, Vh, bias, order
 
     Direct(Surroundings around, grasp_parallel parallel) : around_(std::move(around)), parallel_(parallel) {}
 
@@ -52,8 +53,9 @@ class Direct {
         const bool recording = !is_no(PyObject_CallNoArgs(around_.is_grad_enabled.ptr()));
         if (!is_plain(x, recording)) return decline();
         for (Py_ssize_t i = 0; i < count; ++i) {
-            for (int j = 0; j < 4; ++j) {
-                if (!(groups[i][j] == Py_None && j % 2 == 1) && !is_plain(groups[i][j], recording)) return decline();
+            for (int j = 0; j < FIELDS; ++j) {
+                const bool optional = j == 1 || j > 2;
+                if (!(groups[i][j] == Py_None && optional) && !is_plain(groups[i][j], recording)) return decline();
             }
         }
         const int32_t threads = count_threads();
@@ -110,18 +112,18 @@ class Direct {
 
     // Whether the factors and the output agree with x and the kernel can use them in place.
     static bool read_group(Group group, const View &x, PyObject *output, grasp_factors &factors) {
-        View U, s, Vh, bias, y;
+        View U, s, Vh, bias, order, y;
         if (!read_in_place(group[0], U) || !read_in_place(group[1], s) || !read_in_place(group[2], Vh) ||
-            !read_in_place(group[3], bias) || !read_in_place(output, y)) {
+            !read_in_place(group[3], bias) || !read_in_place(group[4], order) || !read_in_place(output, y)) {
             return false;
         }
-        factors = to_factors(U, s, Vh, bias, y);
-        return agree(x, U, s, Vh, bias, y) && !U.overlaps() && !Vh.overlaps() && !y.overlaps();
+        factors = to_factors(U, s, Vh, bias, order, y);
+        return agree(x, U, s, Vh, bias, order, y) && !U.overlaps() && !Vh.overlaps() && !y.overlaps();
     }
 
     // As the dispatch table decides: "auto" uses this backend for few rows.
     bool serves(PyObject *backend, const View &x) const {
-        if (x.dtype == NO_DTYPE || x.dimensions < 1 || x.dimensions > MOST_DIMENSIONS) return false;
+        if (x.dtype < 0 || x.dimensions < 1 || x.dimensions > MOST_DIMENSIONS) return false;
         return is_text(backend, "auto") ? x.rows <= around_.auto_rows[x.dtype] : is_text(backend, "cpu");
     }
 
@@ -140,7 +142,7 @@ class Direct {
         for (Py_ssize_t i = 0; i < count; ++i) {
             View U;
             if (!read(groups[i][0], U) || U.dimensions != 2) return false;
-            sizes[last] = pybind11::int_(U.rows);
+            sizes[last] = pybind11::int_(groups[i][4] == Py_None ? U.rows : U.rows + U.columns);
             arguments[1 + last] = sizes[last].ptr();
             outputs[i] = pybind11::reinterpret_steal<pybind11::object>(
                 PyObject_Vectorcall(around_.new_empty.ptr(), arguments, 2 + last, nullptr));

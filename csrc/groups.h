@@ -21,7 +21,7 @@ inline void *pointer(PyObject *tuple, Py_ssize_t index) { return reinterpret_cas
 inline grasp_factors to_factors(const pybind11::handle &item) {
     PyObject *group = item.ptr();
     if (!PyTuple_Check(group) || PyTuple_GET_SIZE(group) != 11) throw pybind11::value_error("a group is a tuple of 11");
-    grasp_factors factors;
+    grasp_factors factors = {};
     factors.U = pointer(group, 0);
     factors.s = pointer(group, 1);
     factors.Vh = pointer(group, 2);

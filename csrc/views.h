@@ -10,7 +10,7 @@
 
 namespace grasp_bindings {
 
-constexpr int32_t NO_DTYPE = -1;
+constexpr int32_t NO_DTYPE = -1, INDEX = -2;  // INDEX: int32, of no grasp_dtype either
 
 // A tensor as a matrix: all leading dimensions together are its rows.
 struct View {
@@ -44,7 +44,7 @@ inline int32_t to_dtype(dlpack::DataType dtype) {
     if (dtype.code == dlpack::BFLOAT && dtype.bits == 16) return GRASP_BF16;
     if (dtype.code == dlpack::FLOAT && dtype.bits == 16) return GRASP_F16;
     if (dtype.code == dlpack::FLOAT && dtype.bits == 32) return GRASP_F32;
-    return NO_DTYPE;
+    return dtype.code == dlpack::INT && dtype.bits == 32 ? INDEX : NO_DTYPE;
 }
 
 // False, with a Python exception set, if this is no tensor or has no memory that can be read. Runs no Python code. The
@@ -81,16 +81,20 @@ inline bool is_vector(const View &view, int64_t size) {
 
 // Whether shapes and dtypes of the factors and of the output are those of a linear of x, so that a kernel stays inside
 // the tensors.
-inline bool agree(const View &x, const View &U, const View &s, const View &Vh, const View &bias, const View &y) {
+inline bool agree(const View &x, const View &U, const View &s, const View &Vh, const View &bias, const View &order,
+                  const View &y) {
+    const int64_t outputs = order.data ? U.rows + U.columns : U.rows;
     return U.dimensions == 2 && Vh.dimensions == 2 && U.columns == Vh.rows && Vh.columns == x.columns && U.rows > 0 &&
-           U.columns > 0 && x.columns > 0 && is_vector(s, U.columns) && is_vector(bias, U.rows) &&
-           x.dtype != NO_DTYPE && U.dtype == x.dtype && Vh.dtype == x.dtype &&
-           (!s.data || s.dtype == GRASP_F32 || s.dtype == x.dtype) && (!bias.data || bias.dtype == x.dtype) &&
-           y.dtype == x.dtype && y.rows == x.rows && y.columns == U.rows;
+           U.columns > 0 && x.columns > 0 && is_vector(s, U.columns) && is_vector(bias, outputs) &&
+           is_vector(order, outputs) && (!order.data || (order.dtype == INDEX && !s.data)) && x.dtype >= 0 &&
+           U.dtype == x.dtype && Vh.dtype == x.dtype && (!s.data || s.dtype == GRASP_F32 || s.dtype == x.dtype) &&
+           (!bias.data || bias.dtype == x.dtype) && y.dtype == x.dtype && y.rows == x.rows && y.columns == outputs;
 }
 
-inline grasp_factors to_factors(const View &U, const View &s, const View &Vh, const View &bias, const View &y) {
-    return {U.data, Vh.data, s.data, bias.data, y.data, U.stride, Vh.stride, y.stride, U.rows, U.columns, s.dtype};
+inline grasp_factors to_factors(const View &U, const View &s, const View &Vh, const View &bias, const View &order,
+                                const View &y) {
+    return {U.data,    Vh.data,  s.data,    bias.data, y.data,  U.stride,
+            Vh.stride, y.stride, y.columns, U.columns, s.dtype, reinterpret_cast<const int32_t *>(order.data)};
 }
 
 }  // namespace grasp_bindings

@@ -8,7 +8,6 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from torch import nn
 
 from grasp.model.lowrank_linear import LowRankLinear
 
@@ -49,7 +48,10 @@ def lowrank_targets(config: LoraConfig) -> LoraConfig:
 
 
 class LowRankLora(Linear):
-    """``y = U Vh x + bias + α/r·B A x``. Merging gives the low-rank linear ``U' = [U, α/r·B]``, ``Vh' = [Vh; A]``."""
+    """``y = U Vh x + bias + α/r·B A x``. Merging gives the low-rank linear ``U' = [U, α/r·B]``, ``Vh' = [Vh; A]``.
+
+    A pivoted linear loses that form when adapters are merged.
+    """
 
     base_layer: LowRankLinear
 
@@ -96,8 +98,9 @@ class LowRankLora(Linear):
                 )
             if safe_merge and not (torch.isfinite(A).all() and torch.isfinite(B).all()):
                 raise ValueError(f"adapter {name} has NaN or infinite entries; expected none. Train it again.")
+            layer.factor_()
             left, right = (B * self.scaling[name]).to(layer.U.dtype), A.to(layer.Vh.dtype)
-            _set_factors(layer, torch.cat([layer.U, left], dim=1), torch.cat([layer.Vh, right]))
+            layer.set_factors_(torch.cat([layer.U, left], dim=1), torch.cat([layer.Vh, right]))
             self.merged_adapters.append(name)
 
     @torch.no_grad()
@@ -105,11 +108,4 @@ class LowRankLora(Linear):
         """Remove the adapters from the factors."""
         while self.merged_adapters:
             layer, rank = self.base_layer, self.base_layer.rank - self.r[self.merged_adapters.pop()]
-            _set_factors(layer, layer.U[:, :rank].clone(), layer.Vh[:rank].clone())
-
-
-def _set_factors(layer: LowRankLinear, U: torch.Tensor, Vh: torch.Tensor) -> None:
-    layer.U = nn.Parameter(U, requires_grad=layer.U.requires_grad)
-    layer.Vh = nn.Parameter(Vh, requires_grad=layer.Vh.requires_grad)
-    layer.rank = len(Vh)
-    layer.group.pack_()
+            layer.set_factors_(layer.U[:, :rank].clone(), layer.Vh[:rank].clone())

@@ -51,6 +51,8 @@ const float *to_floats(const void *data, int32_t dtype, int64_t first, int64_t c
     return buffer;
 }
 
+int64_t rows_of_U(const grasp_factors &group) { return group.order ? group.N - group.R : group.N; }
+
 // How the rows of a weight are divided into chunks.
 struct Chunks {
     int64_t rows, per_chunk, count;
@@ -151,7 +153,8 @@ class Job {
         int64_t shrinks = 0, expands = 0;
         for (int64_t i = 0; i < count; ++i) {
             const grasp_factors &group = groups[i];
-            const Chunks shrink(kernel_, group.R, x_.K * size, team_), expand(kernel_, group.N, group.R * size, team_);
+            const Chunks shrink(kernel_, group.R, x_.K * size, team_);
+            const Chunks expand(kernel_, rows_of_U(group), group.R * size, team_);
             char *h = layout.take(kernel_.packed_bytes(x_.M, group.R));
             if (members_) new (members_ + i) Member{&group, shrink, expand, shrinks, expands, h};
             shrinks += shrink.count;
@@ -200,6 +203,7 @@ class Job {
             kernel_.adjust(tile, x_.M, rows, s, nullptr);
         }
         kernel_.put_packed(tile, x_.M, first, rows, group.R, member.h);
+        if (group.order) scatter(group, tile, rows, group.order + first);
     }
 
     void expand(int64_t chunk) {
@@ -209,6 +213,7 @@ class Job {
         const int64_t first = member.expand.first(chunk), rows = member.expand.size(chunk);
         alignas(64) float tile[TILE_FLOATS];
         multiply_h(member, first, rows, tile);
+        if (group.order) return scatter(group, tile, rows, group.order + group.R + first);
         if (gated()) {
             alignas(64) float up[TILE_FLOATS];
             multiply_h(members_[1], first, rows, up);
@@ -222,8 +227,32 @@ class Job {
         const grasp_factors &group = *member.factors;
         float buffer[TILE_FLOATS / MAX_ROWS];
         kernel_.multiply({group.U, group.U_stride, group.R}, first, rows, member.h, x_.M, tile);
+        if (group.order) return;
         if (const float *bias = to_floats(group.bias, x_.dtype, first, rows, buffer)) {
             kernel_.adjust(tile, x_.M, rows, nullptr, bias);
+        }
+    }
+
+    // tile + bias → y[:, columns], of pivoted factors.
+    void scatter(const grasp_factors &group, float *tile, int64_t rows, const int32_t *columns) {
+        alignas(64) char block[TILE_FLOATS * sizeof(float)];  // [M, rows]
+        float buffer[TILE_FLOATS / MAX_ROWS];
+        for (int64_t r = 0; r < rows && group.bias; ++r) to_floats(group.bias, x_.dtype, columns[r], 1, buffer + r);
+        if (group.bias) kernel_.adjust(tile, x_.M, rows, nullptr, buffer);
+        kernel_.put_output(tile, x_.M, rows, block, rows);
+        if (x_.dtype == GRASP_F32) {
+            scatter<float>(group, block, rows, columns);
+        } else {
+            scatter<uint16_t>(group, block, rows, columns);
+        }
+    }
+
+    template <class Element>
+    void scatter(const grasp_factors &group, const void *block, int64_t rows, const int32_t *columns) const {
+        const Element *from = static_cast<const Element *>(block);
+        Element *y = static_cast<Element *>(group.y) + first_row_ * group.y_stride;
+        for (int64_t m = 0; m < x_.M; ++m, from += rows, y += group.y_stride) {
+            for (int64_t r = 0; r < rows; ++r) y[columns[r]] = from[r];
         }
     }
 
@@ -251,9 +280,16 @@ bool is_good(const grasp_input &x) {
     return x.M >= 0 && x.K >= 1 && is_dtype(x.dtype) && (x.M == 0 || x.data) && (x.M <= 1 || x.stride >= 0);
 }
 
+bool is_in_range(const int32_t *order, int64_t size) {
+    uint32_t largest = 0;  // negative entries become large ones
+    for (int64_t i = 0; i < size; ++i) largest = std::max(largest, static_cast<uint32_t>(order[i]));
+    return largest < size;
+}
+
 bool is_good(const grasp_factors &group, const grasp_input &x, bool has_output) {
     return group.U && group.Vh && group.N >= 1 && group.R >= 1 && (group.R == 1 || group.Vh_stride >= x.K) &&
-           (group.N == 1 || group.U_stride >= group.R) &&
+           (rows_of_U(group) == 1 || group.U_stride >= group.R) &&
+           (!group.order || (!group.s && group.N > group.R && is_in_range(group.order, group.N))) &&
            (!group.s || group.s_dtype == GRASP_F32 || group.s_dtype == x.dtype) &&
            (!has_output || x.M == 0 || (group.y && (x.M == 1 || group.y_stride >= group.N)));
 }
@@ -264,7 +300,7 @@ bool is_good(const grasp_cpu_options &options) {
 
 int64_t weight_bytes(const grasp_input &x, const grasp_factors *groups, int64_t count) {
     int64_t elements = 0;
-    for (int64_t i = 0; i < count; ++i) elements += groups[i].R * (x.K + groups[i].N);
+    for (int64_t i = 0; i < count; ++i) elements += groups[i].R * (x.K + rows_of_U(groups[i]));
     return elements * element_size(x.dtype);
 }
 
@@ -304,6 +340,7 @@ grasp_status grasp_cpu_lowrank_glu(const grasp_input *x, const grasp_factors *ga
     using namespace grasp;
     if (!x || !gate || !up || !options || !is_good(*x) || !is_good(*options)) return GRASP_BAD_ARGUMENT;
     if (activation < GRASP_SILU || activation > GRASP_RELU || gate->N != up->N) return GRASP_BAD_ARGUMENT;
+    if (gate->order || up->order) return GRASP_BAD_ARGUMENT;
     if (!is_good(*gate, *x, true) || !is_good(*up, *x, false)) return GRASP_BAD_ARGUMENT;
     const grasp_factors both[] = {*gate, *up};
     return run(*x, both, 2, activation, *options);

@@ -88,6 +88,9 @@ grasp_status check(const grasp_factors &group, const grasp_input &x) {
                     static_cast<long long>(group.U_stride), static_cast<long long>(group.Vh_stride),
                     static_cast<long long>(group.y_stride));
     }
+    if (group.order)
+        return fail(GRASP_BAD_ARGUMENT, "order must be null: there are no CUDA kernels for it, got %p",
+                    static_cast<const void *>(group.order));
     if (group.s && group.s_dtype != GRASP_F32 && group.s_dtype != x.dtype) {
         return fail(GRASP_BAD_ARGUMENT, "s must be float32 or of dtype %d, got %d", x.dtype, group.s_dtype);
     }

@@ -38,9 +38,10 @@ class ModelProvider(NamedTuple):
 
 
 class Unfused(nn.Sequential):
-    """A low-rank linear as two linears of PyTorch, without the ops."""
+    """A low-rank linear as two linears of PyTorch, without the ops; a pivoted one is changed to plain factors."""
 
     def __init__(self, module: LowRankLinear) -> None:
+        module.factor_()
         down = nn.Linear(module.in_features, module.rank, bias=False, device="meta")
         up = nn.Linear(module.rank, module.out_features, bias=module.bias is not None, device="meta")
         down.weight, up.weight, up.bias = module.Vh, module.U, module.bias  # type: ignore[assignment]
@@ -111,7 +112,7 @@ def low_rank_layers(dense: PreTrainedModel, compressed: PreTrainedModel, name: s
                     f"{name} has a low-rank linear {full} of shape {shape}, the dense model has no such linear; "
                     "give the model that it was compressed from"
                 )
-            factor_parameters += module.rank * sum(shape)
+            factor_parameters += module.U.numel() + module.Vh.numel()
             dense_parameters += math.prod(shape)
         layers += [index] if linears else []
     if not layers:

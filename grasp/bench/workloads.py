@@ -47,7 +47,7 @@ class Problem(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Problem:
         """Apply ``function`` to every tensor."""
-        groups = [Factors(function(U), s, function(Vh), bias) for U, s, Vh, bias in self.groups]
+        groups = [group._replace(U=function(group.U), Vh=function(group.Vh)) for group in self.groups]
         return Problem(function(self.x), groups, [function(w) for w in self.weights], function(self.grad_y))
 
 
@@ -77,20 +77,20 @@ class Op:
 
 
 def _twice(problem: Problem, group: int = 0) -> Tensor:
-    U, _, Vh, _ = problem.groups[group]
+    U, _, Vh, *_ = problem.groups[group]
     return F.linear(F.linear(problem.x, Vh), U)
 
 
 def _unfused_grad(problem: Problem) -> list[Tensor]:
     """Two matmuls, a product and a sum; both (M, R) operands are written to memory."""
-    U, _, Vh, _ = problem.groups[0]
+    U, _, Vh, *_ = problem.groups[0]
     products = (problem.grad_y @ U).to(_wide(problem.x)) * (problem.x @ Vh.mT)
     return [products.sum(0)]
 
 
 def _dense_grad(problem: Problem) -> list[Tensor]:
     """The diagonal of ``U.mT @ G @ Vh.mT``, computed from the weight's gradient G."""
-    U, _, Vh, _ = problem.groups[0]
+    U, _, Vh, *_ = problem.groups[0]
     gradient = problem.grad_y.mT @ problem.x
     return [((U.mT @ gradient).to(_wide(problem.x)) * Vh).sum(1)]
 

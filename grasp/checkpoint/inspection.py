@@ -32,7 +32,7 @@ _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8"
 
 @dataclass(frozen=True)
 class LowRankModule:
-    """A low-rank linear of a checkpoint; parameters and bytes include the bias."""
+    """A low-rank linear of a checkpoint; parameters and bytes include the bias, and bytes the ``order``."""
 
     name: str
     layer: int
@@ -42,6 +42,7 @@ class LowRankModule:
     parameters: int
     dense_parameters: int
     bytes: int
+    pivoted: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
     directory = Path(directory)
     expected = "the configuration of a checkpoint that `grasp compress` wrote"
     config = read_json(directory / "config.json", expected, CheckpointError, finite=False)
-    ranks = _ranks(config, directory / "config.json")
+    ranks, pivoted = _ranks(config, directory / "config.json")
     tensors = read_headers(weight_files(directory))
     parts: dict[str, list[StoredTensor]] = defaultdict(list)
     for name, tensor in tensors.items():
@@ -138,7 +139,10 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
             )
         ),
         modules=tuple(
-            sorted((_module(name, rank, tensors) for name, rank in ranks.items()), key=lambda module: module.layer)
+            sorted(
+                (_module(name, rank, tensors, name in pivoted) for name, rank in ranks.items()),
+                key=lambda module: module.layer,
+            )
         ),
         report=CompressionReport.load(directory) if (directory / FILE_NAME).is_file() else None,
     )
@@ -149,43 +153,52 @@ def short_name(module: str) -> str:
     return module.rpartition(".")[2]
 
 
-def _ranks(config: Mapping[str, Any], path: Path) -> dict[str, int]:
+def _ranks(config: Mapping[str, Any], path: Path) -> tuple[dict[str, int], frozenset[str]]:
+    """The ranks by path, and the paths of the pivoted modules."""
     quantization = config.get("quantization_config") or {}
     if not isinstance(quantization, dict):
         raise CheckpointError(f"{path}: quantization_config must be a JSON object, got {quantization!r}")
     if quantization.get("quant_method") != METHOD:
-        return {}
-    ranks = quantization.get("ranks", {})
+        return {}, frozenset()
+    ranks, pivoted = quantization.get("ranks", {}), quantization.get("pivoted", [])
     try:
-        check_ranks(quantization.get("format_version"), ranks)
+        check_ranks(quantization.get("format_version"), ranks, pivoted)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return dict(ranks)
+    return dict(ranks), frozenset(pivoted)
 
 
 def _parameters(tensor: StoredTensor) -> int:
-    return math.prod(tensor.shape)
+    return 0 if tensor.dtype == "I32" else math.prod(tensor.shape)  # the ``order`` of a pivoted linear has none
 
 
 def _bytes(tensor: StoredTensor) -> int:
     if tensor.dtype not in _ITEM_BYTES:
         raise CheckpointError(f"a tensor has the dtype {tensor.dtype}; expected one of {', '.join(_ITEM_BYTES)}")
-    return _parameters(tensor) * _ITEM_BYTES[tensor.dtype]
+    return math.prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]
 
 
-def _module(name: str, rank: int, tensors: Mapping[str, StoredTensor]) -> LowRankModule:
-    U, Vh, bias = (tensors.get(f"{name}.{suffix}") for suffix in ("U", "Vh", "bias"))
+def _module(name: str, rank: int, tensors: Mapping[str, StoredTensor], pivoted: bool) -> LowRankModule:
+    U, Vh, bias, order = (tensors.get(f"{name}.{suffix}") for suffix in ("U", "Vh", "bias", "order"))
     if U is None or Vh is None:
         raise CheckpointError(
             f"config.json gives {name} rank {rank}, but {name}.U or {name}.Vh is missing in the files"
         )
-    N, K = (*U.shape, 0)[0], (0, *Vh.shape)[-1]
-    check_factor(f"{name}.U", U, (N, rank))
+    if pivoted != (order is not None):
+        raise CheckpointError(
+            f"{name} has {'no' if pivoted else 'an'} order in the files, but config.json "
+            f"{'names' if pivoted else 'does not name'} it in pivoted; save the model again"
+        )
+    rows, K = (*U.shape, 0)[0], (0, *Vh.shape)[-1]
+    N = rows + rank * pivoted
+    check_factor(f"{name}.U", U, (rows, rank))
     check_factor(f"{name}.Vh", Vh, (rank, K))
-    check_rank(name, rank, (N, K))
+    check_rank(name, rank, (N, K), pivoted=pivoted)
     extra = [bias] if bias is not None else []
     for tensor in extra:
         check_factor(f"{name}.bias", tensor, (N,))
+    if order is not None:
+        check_factor(f"{name}.order", order, (N,))
     layer = _LAYER.search(name)
     return LowRankModule(
         name=name,
@@ -195,7 +208,8 @@ def _module(name: str, rank: int, tensors: Mapping[str, StoredTensor]) -> LowRan
         in_features=K,
         parameters=sum(map(_parameters, (U, Vh, *extra))),
         dense_parameters=N * K + sum(map(_parameters, extra)),
-        bytes=sum(map(_bytes, (U, Vh, *extra))),
+        bytes=sum(map(_bytes, (U, Vh, *extra, *([] if order is None else [order])))),
+        pivoted=pivoted,
     )
 
 

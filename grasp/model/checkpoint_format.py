@@ -12,7 +12,9 @@ from grasp.errors import CheckpointError
 from grasp.reading import read_json
 
 METHOD = "grasp"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of a checkpoint without pivoted layers
+PIVOTED_VERSION = 2  # of one with them
+VERSIONS = (FORMAT_VERSION, PIVOTED_VERSION)
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -24,16 +26,17 @@ class StoredTensor(NamedTuple):
     dtype: str
 
 
-def check_ranks(format_version: object, ranks: object) -> None:
-    """Check the version and the ranks of a ``quantization_config``, without the model.
+def check_ranks(format_version: object, ranks: object, pivoted: object = ()) -> None:
+    """Check the version, the ranks and the pivoted modules of a ``quantization_config``, without the model.
 
     Raises:
-        CheckpointError: if the version is unknown, or ``ranks`` does not map paths of modules to positive integers.
+        CheckpointError: if the version is unknown, ``ranks`` does not map paths of modules to positive integers, or
+            ``pivoted`` is no list of some of these paths, or is not empty in version 1.
     """
-    if type(format_version) is not int or format_version != FORMAT_VERSION:
+    if type(format_version) is not int or format_version not in VERSIONS:
         raise CheckpointError(
-            f"checkpoint has format_version {format_version!r:.80}, this version of grasp reads {FORMAT_VERSION}; "
-            "upgrade grasp-llm"
+            f"checkpoint has format_version {format_version!r:.80}, this version of grasp reads "
+            f"{' and '.join(map(str, VERSIONS))}; upgrade grasp-llm"
         )
     if not isinstance(ranks, Mapping):
         raise CheckpointError(f"ranks must map module names to ranks, got {ranks!r:.80}; save the model again")
@@ -42,18 +45,29 @@ def check_ranks(format_version: object, ranks: object) -> None:
             raise CheckpointError(f"ranks name {name!r:.80}, which is no path of a module; save the model again")
         if type(rank) is not int or rank < 1:
             raise CheckpointError(f"rank of {name} must be a positive integer, got {rank!r:.80}; save the model again")
+    if not isinstance(pivoted, (list, tuple)) or not all(isinstance(name, str) for name in pivoted):
+        raise CheckpointError(f"pivoted must be a list of module names, got {pivoted!r:.80}; save the model again")
+    for name in pivoted:
+        if name not in ranks:
+            raise CheckpointError(f"pivoted names {name!r:.80}, which has no rank; save the model again")
+    if pivoted and format_version < PIVOTED_VERSION:
+        raise CheckpointError(
+            f"checkpoint has format_version {format_version} and pivoted layers, which need {PIVOTED_VERSION}; save "
+            "the model again"
+        )
 
 
-def check_rank(name: str, rank: int, shape: tuple[int, int]) -> None:
+def check_rank(name: str, rank: int, shape: tuple[int, int], *, pivoted: bool = False) -> None:
     """Check the rank of a linear whose weight has the shape (N, K).
 
     Raises:
-        CheckpointError: if it is above min(N, K).
+        CheckpointError: if it is above min(N, K), or min(N − 1, K) for a pivoted one.
     """
-    if rank > min(shape):
+    highest = min(shape[0] - pivoted, shape[1])
+    if rank > highest:
         raise CheckpointError(
-            f"rank {rank!s:.40} of {name} is above {min(shape)}, the highest rank of a weight of shape {shape}; the "
-            "configuration was edited: save the model again"
+            f"rank {rank!s:.40} of {name} is above {highest}, the highest rank of a {'pivoted ' * pivoted}weight of "
+            f"shape {shape}; the configuration was edited: save the model again"
         )
 
 
@@ -61,15 +75,16 @@ def check_factor(name: str, stored: StoredTensor, shape: tuple[int, ...]) -> Non
     """Check a tensor of a low-rank linear against the shape that its rank requires.
 
     Raises:
-        CheckpointError: if the shape differs, or the dtype is not a floating-point one.
+        CheckpointError: if the shape differs, or the dtype is not a floating-point one (I32 for ``order``).
     """
+    dtypes = ("I32",) if name.endswith(".order") else _FLOATS
     if stored.shape != shape:
         raise CheckpointError(
             f"{name} has the shape {stored.shape}, the ranks in config.json require {shape}; save the model again"
         )
-    if stored.dtype not in _FLOATS:
+    if stored.dtype not in dtypes:
         raise CheckpointError(
-            f"{name} has the dtype {stored.dtype}; expected one of {', '.join(_FLOATS)}. Save the model again"
+            f"{name} has the dtype {stored.dtype}; expected one of {', '.join(dtypes)}. Save the model again"
         )
 
 

@@ -21,6 +21,8 @@ from grasp.errors import CheckpointError, UnsupportedModelError
 from grasp.model.checkpoint_format import (
     FORMAT_VERSION,
     METHOD,
+    PIVOTED_VERSION,
+    VERSIONS,
     StoredTensor,
     check_factor,
     check_rank,
@@ -28,7 +30,7 @@ from grasp.model.checkpoint_format import (
     read_headers,
 )
 from grasp.model.dense import DenseLinear, dense_shape
-from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model.lowrank_linear import LowRankLinear, group_linears_, is_order
 from grasp.model.skeleton import skeleton
 from grasp.model.tensor_parallel import connect_, is_split, keep_factors_whole_
 
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
 class GraspQuantizationConfig(QuantizationConfigMixin):
     """The ``quantization_config`` in ``config.json`` of a compressed model: ``ranks`` maps paths of modules to their R.
 
+    ``pivoted`` lists the paths of the pivoted ones. A configuration with one has version 2, and one without has
+    version 1, which older versions of grasp read.
+
     Raises:
         CheckpointError: as ``check_ranks``.
     """
@@ -47,9 +52,15 @@ class GraspQuantizationConfig(QuantizationConfigMixin):
     quant_method: str = METHOD  # type: ignore[assignment]  # the base class's enum has only the built-in methods
     format_version: int = FORMAT_VERSION
     ranks: dict[str, int] = field(default_factory=dict)
+    pivoted: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        check_ranks(self.format_version, self.ranks)
+        check_ranks(self.format_version, self.ranks, self.pivoted)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values, without an empty ``pivoted``."""
+        values: dict[str, Any] = super().to_dict()
+        return values if self.pivoted else {key: value for key, value in values.items() if key != "pivoted"}
 
     @classmethod
     def from_dict(
@@ -62,7 +73,7 @@ class GraspQuantizationConfig(QuantizationConfigMixin):
         """
         version = config_dict.get("format_version")
         unknown = config_dict.keys() - {f.name for f in fields(cls)}
-        if version == FORMAT_VERSION and unknown:
+        if version in VERSIONS and unknown:
             raise CheckpointError(f"quantization_config has unknown keys {sorted(unknown)}; upgrade grasp-llm")
         known = {key: value for key, value in config_dict.items() if key not in unknown}
         return super().from_dict({"format_version": None, **known}, return_unused_kwargs, **kwargs)
@@ -112,7 +123,8 @@ class GraspHfQuantizer(HfQuantizer):
         paths = {path for path, _ in model.named_modules()}
         for name, rank in self.quantization_config.ranks.items():
             path = _resolve(model, name, paths)
-            model.set_submodule(path, _empty_layer(name, model.get_submodule(path), rank))
+            pivoted = name in self.quantization_config.pivoted
+            model.set_submodule(path, _empty_layer(name, model.get_submodule(path), rank, pivoted))
         _check_factors(model, tensors)
         keep_factors_whole_(model.tp_plan, [path for path, _ in _lowrank_layers(model)])
         return model
@@ -122,9 +134,9 @@ class GraspHfQuantizer(HfQuantizer):
         missing = [
             f"{path}.{name}"
             for path, module in _lowrank_layers(model)
-            for name, parameter in module.named_parameters()
-            # transformers sets the flag on parameters that it has read, and leaves offloaded ones on the meta device.
-            if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False))
+            for name, tensor in module.state_dict(keep_vars=True).items()
+            # transformers sets the flag on tensors that it has read, and leaves offloaded ones on the meta device.
+            if not (tensor.is_meta or getattr(tensor, "_is_hf_initialized", False))
             and not any(spelling in names for spelling in _spellings(model, f"{path}.{name}"))
         ]
         if missing:
@@ -134,6 +146,7 @@ class GraspHfQuantizer(HfQuantizer):
                 "again."
             )
         for path, layer in _lowrank_layers(model):
+            _check_order(path, layer)
             layer.__dict__.pop("weight", None)
             connect_(path, layer)
         mark_compressed(model)
@@ -197,6 +210,7 @@ def mark_compressed(model: PreTrainedModel) -> None:
         CheckpointError: if the model is quantised by another method.
     """
     ranks = {name: layer.rank for name, layer in _lowrank_layers(model)}
+    pivoted = [name for name, layer in _lowrank_layers(model) if layer.order is not None]
     quantizer = getattr(model, "hf_quantizer", None)
     if not ranks:
         if isinstance(quantizer, GraspHfQuantizer) or quantization_method(model.config) == METHOD:
@@ -206,7 +220,8 @@ def mark_compressed(model: PreTrainedModel) -> None:
         raise CheckpointError(
             f"the model is quantised ({type(quantizer).__name__}); expected an unquantised model. Load it unquantised."
         )
-    config = GraspQuantizationConfig(ranks=ranks)
+    version = PIVOTED_VERSION if pivoted else FORMAT_VERSION
+    config = GraspQuantizationConfig(format_version=version, ranks=ranks, pivoted=pivoted)
     loaded = quantizer is not None and quantizer.pre_quantized
     marks = {
         "hf_quantizer": GraspHfQuantizer(config, pre_quantized=loaded),
@@ -264,12 +279,12 @@ def _resolve(model: PreTrainedModel, name: str, paths: set[str]) -> str:
     )
 
 
-def _empty_layer(name: str, dense: nn.Module, rank: int) -> LowRankLinear:
+def _empty_layer(name: str, dense: nn.Module, rank: int, pivoted: bool) -> LowRankLinear:
     """A low-rank layer without data that replaces ``dense``."""
     if not isinstance(dense, (nn.Linear, Conv1D)):
         raise CheckpointError(f"ranks name {name}, a {type(dense).__name__}; expected a linear layer. Save it again.")
-    check_rank(name, rank, dense_shape(dense))
-    layer = LowRankLinear.like(dense, rank, device="meta")
+    check_rank(name, rank, dense_shape(dense), pivoted=pivoted)
+    layer = LowRankLinear.like(dense, rank, pivoted=pivoted, device="meta")
     # While a model loads, GPT-2's initialisation reads `weight` of linears that it knows by name. This one has no data,
     # is not a parameter, and counts as initialised.
     placeholder = dense.weight.detach()
@@ -279,7 +294,7 @@ def _empty_layer(name: str, dense: nn.Module, rank: int) -> LowRankLinear:
 
 
 def _dense_layer(dense: DenseLinear, layer: LowRankLinear) -> DenseLinear:
-    """``dense``, a layer without data, with the weight ``U @ Vh`` of ``layer``."""
+    """``dense``, a layer without data, with the weight of ``layer``."""
     dense = dense.to(layer.U.dtype).to_empty(device=layer.U.device).train(layer.training)
     weight = layer.dense_weight()
     with torch.no_grad():
@@ -289,13 +304,33 @@ def _dense_layer(dense: DenseLinear, layer: LowRankLinear) -> DenseLinear:
     return dense.requires_grad_(layer.U.requires_grad)
 
 
+def _check_order(path: str, layer: LowRankLinear) -> None:
+    """Raise ``CheckpointError`` if the kernels would write outside of an output, or not write all of it."""
+    order = layer.order
+    if order is None:
+        return
+    if order.is_meta:
+        raise CheckpointError(f"{path}.order is offloaded; load the model without offload_buffers")
+    if order.dtype != torch.int32 or not is_order(order, layer.rank):
+        raise CheckpointError(
+            f"{path}.order is not the order of pivoted factors: {layer.rank} distinct rows of 0..{len(order) - 1}, "
+            "ascending, then the others; the file was edited or is damaged: save or copy the model again"
+        )
+
+
 def _check_factors(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> None:
     """Raise ``CheckpointError`` if a stored factor does not fit its rank, or has none."""
     for path, layer in _lowrank_layers(model):
-        for name, parameter in layer.named_parameters():
+        for name, tensor in layer.state_dict().items():
             for spelling in _spellings(model, f"{path}.{name}"):
                 if spelling in tensors:
-                    check_factor(spelling, tensors[spelling], tuple(parameter.shape))
+                    check_factor(spelling, tensors[spelling], tuple(tensor.shape))
+        for spelling in _spellings(model, f"{path}.order"):
+            if spelling in tensors and layer.order is None:
+                raise CheckpointError(
+                    f"the checkpoint has {spelling}, but pivoted in config.json does not name {path}; save the model "
+                    "again"
+                )
     dense = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     for name in tensors:
         path, _, tensor = name.rpartition(".")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
+from grasp.method.pivoting import LARGEST_GROWTH, NotPivoted, other_rows, pivot
 from grasp.method.svd import SVD, decompose
 from grasp.model.dense import DenseLinear, dense_shape, dense_weight, gathered
 from grasp.model.families import family_of
@@ -166,7 +167,8 @@ def _is_movable(layer: LowRankLinear) -> bool:
 
 
 def _is_packable(layer: LowRankLinear) -> bool:
-    return _is_movable(layer) and _gains_by_packing(layer.U) and _gains_by_packing(layer.Vh)
+    """Whether ``pack_`` moves the factors of a layer; no kernel reads pivoted ones in packed memory."""
+    return _is_movable(layer) and layer.order is None and _gains_by_packing(layer.U) and _gains_by_packing(layer.Vh)
 
 
 def _gains_by_packing(factor: Tensor) -> bool:
@@ -332,17 +334,45 @@ def _balanced(svd: SVD, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return svd.U * (length / right / columns), svd.Vh * (right / rows)[:, None]
 
 
+def is_order(table: Tensor, rank: int) -> bool:
+    """Whether a table is the ``order`` of pivoted factors of a rank, ``pivots_order(pivots, N)`` for some pivots.
+
+    Args:
+        table: (N,), integers.
+        rank: R.
+    """
+    size = len(table)
+    parts = table.split([rank, size - rank])
+    ascending = all(bool((part.diff() > 0).all()) for part in parts)
+    return ascending and torch.equal(table.sort().values, torch.arange(size, dtype=table.dtype, device=table.device))
+
+
+def pivots_order(pivots: Tensor, size: int) -> Tensor:
+    """The pivots, then the other rows, each ascending: (N,) int32.
+
+    Args:
+        pivots: (R,) int64, ascending.
+        size: N.
+    """
+    return torch.cat([pivots, other_rows(pivots, size)]).to(torch.int32)
+
+
 class LowRankLinear(nn.Module):
     """A linear layer of rank R: ``y = (x @ Vh.mT) @ U.mT + bias``.
 
     The parameters are U (N, R), Vh (R, K) and bias (N,) or ``None``, of one dtype. The singular values are folded into
     both factors, in fp16 into U alone.
 
+    A pivoted layer has R² fewer parameters: Vh has R rows of the weight, and U (N − R, R) gives the others,
+    ``h = x @ Vh.mT; y[..., order] = cat([h, h @ U.mT])``. The buffer ``order``, (N,) int32, has the rows in Vh, then
+    the others, each ascending; it is ``None`` in a layer that is not pivoted. See ``pivot_`` and ``factor_``.
+
     Args:
         in_features: K.
         out_features: N.
         rank: R, at most ``min(N, K)``.
         bias: ``False`` for a layer without bias.
+        pivoted: R is below N then. The rows in Vh are the first ones at first.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -361,6 +391,7 @@ class LowRankLinear(nn.Module):
     U: nn.Parameter
     Vh: nn.Parameter
     bias: nn.Parameter | None
+    order: Tensor | None
     backend = "auto"  # see ``set_backend_``
     _hf_quantized_needs_local_tp = True  # transformers' tensor parallelism passes the local part to the op, no DTensor
 
@@ -371,39 +402,45 @@ class LowRankLinear(nn.Module):
         rank: int,
         bias: bool = True,
         *,
+        pivoted: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= rank <= min(in_features, out_features):
+        highest = min(in_features, out_features - pivoted)
+        if not 1 <= rank <= highest:
             raise ValueError(
-                f"rank must be between 1 and {min(in_features, out_features)} for a linear of "
+                f"rank must be between 1 and {highest} for a {'pivoted ' * pivoted}linear of "
                 f"{in_features} inputs and {out_features} outputs, got {rank}"
             )
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.U = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self.U = nn.Parameter(torch.empty(out_features - rank * pivoted, rank, device=device, dtype=dtype))
         self.Vh = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
+        order = torch.arange(out_features, dtype=torch.int32, device=device) if pivoted else None
+        self.register_buffer("order", order)
         self.group = InputGroup([self])
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw random factors such that ``U @ Vh`` has the variance of the weight of a new ``nn.Linear``."""
+        """Draw random factors such that the weight has the variance of that of a new ``nn.Linear``."""
         nn.init.normal_(self.U, std=self.rank**-0.5)
         nn.init.normal_(self.Vh, std=(3 * self.in_features) ** -0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     @classmethod
-    def like(cls, linear: DenseLinear, rank: int, *, device: torch.device | str | None = None) -> LowRankLinear:
+    def like(
+        cls, linear: DenseLinear, rank: int, *, pivoted: bool = False, device: torch.device | str | None = None
+    ) -> LowRankLinear:
         """A random low-rank linear with the shape, bias, dtype and mode of a dense one, on its device by default."""
         n, k = dense_shape(linear)
         device, dtype = linear.weight.device if device is None else device, linear.weight.dtype
-        layer = cls(k, n, rank, bias=linear.bias is not None, device=device, dtype=dtype)
+        layer = cls(k, n, rank, bias=linear.bias is not None, pivoted=pivoted, device=device, dtype=dtype)
         return layer.train(linear.training)
 
     @classmethod
@@ -437,8 +474,8 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def from_factors(cls, linear: DenseLinear, tensors: Mapping[str, Tensor]) -> LowRankLinear:
-        """The low-rank linear with the parameters ``tensors`` that ``from_dense`` made from a dense one before."""
-        layer = cls.like(linear, len(tensors["Vh"]), device=execution_device(linear))
+        """The low-rank linear, in place of a dense one, whose ``state_dict`` is ``tensors``."""
+        layer = cls.like(linear, len(tensors["Vh"]), pivoted="order" in tensors, device=execution_device(linear))
         layer.load_state_dict(dict(tensors))
         return layer
 
@@ -462,35 +499,99 @@ class LowRankLinear(nn.Module):
             self.group.pack_()
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        before = dict(self._parameters)
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        table, before = state_dict.get(f"{prefix}order"), dict(self._parameters)
+        if not self._accepts_order(table):
+            errors: list[str] = args[-1]
+            errors.append(f"{prefix}order is not the order of pivoted factors of rank {self.rank}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
         if any(self._parameters.get(name) is not parameter for name, parameter in before.items()):  # assign=True
             self.group.pack_()
+
+    def _accepts_order(self, table: Any) -> bool:
+        """Whether the values of a table may be loaded; PyTorch refuses another type and shape."""
+        if self.order is None or not isinstance(table, Tensor) or table.shape != self.order.shape or table.is_meta:
+            return True
+        return not table.is_floating_point() and is_order(table, self.rank)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
         tensors = self._parameters  # reading the attributes takes a microsecond more
         if len(tensors) == 3 and _faster_alone(x):  # a parametrization leaves fewer
-            return lowrank_linear(x, tensors["U"], None, tensors["Vh"], tensors["bias"], backend=self.backend)  # type: ignore[arg-type]
+            order = self._buffers["order"]
+            return lowrank_linear(x, tensors["U"], None, tensors["Vh"], tensors["bias"], order, backend=self.backend)  # type: ignore[arg-type]
         return self.group.output(self, x)
 
     @property
     def factors(self) -> Factors:
         """The arguments of the ops."""
-        return Factors(self.U, None, self.Vh, self.bias)
+        return Factors(self.U, None, self.Vh, self.bias, self.order)
+
+    def set_factors_(self, U: Tensor, Vh: Tensor, order: Tensor | None = None) -> None:
+        """Replace the factors, in the dtype of the old ones; the rank may change.
+
+        Args:
+            U: (N, R), or (N − R, R) with ``order``.
+            Vh: (R, K).
+            order: of pivoted factors, (N,) int32, not checked.
+        """
+        self.U = nn.Parameter(U.to(self.U.dtype), requires_grad=self.U.requires_grad)
+        self.Vh = nn.Parameter(Vh.to(self.Vh.dtype), requires_grad=self.Vh.requires_grad)
+        self.rank, self.order = len(Vh), order
+        self.group.pack_()
+
+    @torch.no_grad()
+    def pivot_(self) -> str | None:
+        """Write the factors in pivoted form, which has R² fewer parameters. Exact but for rounding.
+
+        Returns:
+            The reason why the layer is not pivoted; ``None`` if it is now, or was before.
+
+        Raises:
+            NonFiniteError: if a factor has NaN or infinite entries.
+
+        Example:
+            >>> layer = LowRankLinear(8, 8, 4, bias=False)
+            >>> layer.pivot_()
+            >>> sum(parameter.numel() for parameter in layer.parameters())
+            48
+        """
+        if self.order is not None:
+            return None
+        if self.rank == self.out_features:
+            return f"its rank is the number of its outputs, {self.rank}"
+        form = pivot(self.U.detach(), self.Vh.detach())
+        if isinstance(form, NotPivoted):
+            return f"rounding errors would grow {form.growth:.3g}-fold; the limit is {LARGEST_GROWTH:g}"
+        self.set_factors_(form.C, form.Vp, pivots_order(form.pivots, self.out_features))
+        return None
+
+    @torch.no_grad()
+    def factor_(self) -> None:
+        """Write pivoted factors as U (N, R) and Vh, with the identity in U. Exact; no-op for other layers."""
+        if self.order is not None:
+            identity = torch.eye(self.rank, dtype=self.U.dtype, device=self.U.device)
+            self.set_factors_(_in_order(torch.cat([identity, self.U.detach()]), self.order), self.Vh.detach())
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
-        """The product ``U @ Vh``, (out_features, in_features) in fp32 (fp64 for fp64)."""
+        """The weight, (out_features, in_features) in fp32 (fp64 for fp64)."""
         dtype = torch.promote_types(self.U.dtype, torch.float32)
-        return self.U.to(dtype) @ self.Vh.to(dtype)
+        Vh = self.Vh.to(dtype)
+        product = self.U.to(dtype) @ Vh
+        return product if self.order is None else _in_order(torch.cat([Vh, product]), self.order)
 
     def extra_repr(self) -> str:
         """Shape, rank, and the parameters as a percentage of the dense weight's."""
         dense = self.in_features * self.out_features
-        share = self.rank * (self.in_features + self.out_features) / dense
+        share = (self.U.numel() + self.Vh.numel()) / dense
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"bias={self.bias is not None}, parameters={share:.1%} of dense"
+            f"bias={self.bias is not None}, {'pivoted, ' * (self.order is not None)}parameters={share:.1%} of dense"
         )
+
+
+def _in_order(rows: Tensor, order: Tensor) -> Tensor:
+    """The rows of a matrix, row i at place ``order[i]``."""
+    return torch.empty_like(rows).index_copy_(0, order.long(), rows)

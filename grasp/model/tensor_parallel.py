@@ -52,8 +52,14 @@ def connect_(name: str, layer: LowRankLinear) -> None:
     """Make a split layer all-reduce the gradient of its whole factor, since each process computes a part of it.
 
     Raises:
-        CheckpointError: if the parts of the two factors do not fit, which a custom plan can cause.
+        CheckpointError: if the layer is pivoted, or the parts of the two factors do not fit, which a custom plan can
+            cause.
     """
+    if layer.order is not None and is_split(layer):
+        raise CheckpointError(
+            f"{name} is pivoted, which tensor parallelism does not support; load the model without tp_plan, call "
+            "factor_() of each LowRankLinear, and save it again"
+        )
     U, Vh = layer.U, layer.Vh
     left, right = (factor.to_local() if isinstance(factor, DTensor) else factor for factor in (U, Vh))
     if left.shape[1] != right.shape[0]:

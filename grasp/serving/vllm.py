@@ -76,8 +76,15 @@ class GraspVllmConfig(QuantizationConfig):
 
         Raises:
             CheckpointError: as ``check_ranks``.
+            UnsupportedModelError: if a layer is pivoted.
         """
-        return cls(dict(GraspQuantizationConfig.from_dict(dict(config)).ranks))
+        read = GraspQuantizationConfig.from_dict(dict(config))
+        if read.pivoted:
+            raise UnsupportedModelError(
+                f"the checkpoint has {len(read.pivoted)} pivoted layers, such as {read.pivoted[0]}, which vLLM does "
+                "not serve; load it with transformers, call factor_() of each LowRankLinear, and save it again"
+            )
+        return cls(dict(read.ranks))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the ranks as vLLM renames the modules of this architecture."""

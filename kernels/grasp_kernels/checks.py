@@ -14,21 +14,25 @@ _bounds_on_gpu: PerVersion[list[int]] = PerVersion(lambda cu_seqlens: cu_seqlens
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check_factors(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None = None) -> None:
+def check_factors(
+    x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None = None, order: Tensor | None = None
+) -> None:
     """Check that the factors apply to ``x``. A valid call passes one test of 2 µs; the others find what is wrong.
+
+    The entries of ``order`` are not read.
 
     Raises:
         TypeError: if an argument is not a tensor.
         ValueError: if a tensor is not dense, or shapes, dtypes or devices do not agree.
     """
     try:
-        agree = _agree(x, U, s, Vh, bias)
+        agree = _agree(x, U, s, Vh, bias, order)
     except (AttributeError, RuntimeError):  # not a tensor; a nested tensor, which has no shape
         agree = False
     if not agree:
-        factors = Factors(U, s, Vh, bias)
+        factors = Factors(U, s, Vh, bias, order)
         _check_dense(x=x, U=U, Vh=Vh)
-        _check_optional(s=s, bias=bias)
+        _check_optional(s=s, bias=bias, order=order)
         _check_shapes(x, factors)
         _check_dtypes(x, factors)
         _check_devices(x, factors)
@@ -47,8 +51,8 @@ def check_glu(x: Tensor, gate: Factors, up: Factors, activation: str) -> None:
         raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
     check_factors(x, *gate)
     check_factors(x, *up)
-    if gate.U.shape[0] != up.U.shape[0]:
-        raise ValueError(f"gate and up must have one width, got {gate.U.shape[0]} and {up.U.shape[0]}")
+    if gate.out_features != up.out_features:
+        raise ValueError(f"gate and up must have one width, got {gate.out_features} and {up.out_features}")
 
 
 def check_singular_value_grad(
@@ -92,14 +96,14 @@ def check_castable(**tensors: Tensor) -> None:
 
 
 def to_factors(name: str, value: object) -> Factors:
-    """A group of factors, given as ``Factors`` or as another tuple of four.
+    """A group of factors, given as ``Factors`` or as another tuple of four or five.
 
     Raises:
         TypeError: if it is neither; the message has ``name``.
     """
     if type(value) is Factors:
         return value
-    if isinstance(value, tuple) and len(value) == len(Factors._fields):
+    if isinstance(value, tuple) and len(value) in (4, 5):
         return Factors(*value)
     raise TypeError(f"{name} must be Factors(U, s, Vh, bias), got {_type(value)}")
 
@@ -147,7 +151,7 @@ def _check_dense(**tensors: object) -> None:
             raise ValueError(f"{name} must be a dense tensor, got {kind}")
 
 
-def _agree(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None) -> bool:
+def _agree(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, order: Tensor | None) -> bool:
     left, right, dtype, device = U.shape, Vh.shape, x.dtype, x.device
     return (
         dtype in DTYPES
@@ -160,7 +164,11 @@ def _agree(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | No
         and U.device == device == Vh.device
         and x.layout is U.layout is Vh.layout is torch.strided
         and (s is None or (s.dtype in (torch.float32, dtype) and _is_vector(s, left[1:], device)))
-        and (bias is None or (bias.dtype == dtype and _is_vector(bias, left[:1], device)))
+        and (order is None or (s is None and order.dtype == torch.int32 and _is_vector(order, (sum(left),), device)))
+        and (
+            bias is None
+            or (bias.dtype == dtype and _is_vector(bias, left[:1] if order is None else (sum(left),), device))
+        )
     )
 
 
@@ -169,19 +177,23 @@ def _is_vector(tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> 
 
 
 def _check_shapes(x: Tensor, factors: Factors) -> None:
-    U, s, Vh, bias = factors
+    U, s, Vh, bias, order = factors
     if x.dim() < 1 or U.dim() != 2 or Vh.dim() != 2 or U.shape[1] != Vh.shape[0] or x.shape[-1] != Vh.shape[1]:
         raise ValueError(f"expected x (..., K), U (N, R), Vh (R, K); got x {_shape(x)}, U {_shape(U)}, Vh {_shape(Vh)}")
     if 0 in U.shape or 0 in Vh.shape:
         raise ValueError(f"rank, N and K must be at least 1; got U {_shape(U)} and Vh {_shape(Vh)}")
     if s is not None and s.shape != (U.shape[1],):
         raise ValueError(f"s must be ({U.shape[1]},), got {_shape(s)}")
-    if bias is not None and bias.shape != (U.shape[0],):
-        raise ValueError(f"bias must be ({U.shape[0]},), got {_shape(bias)}")
+    if order is not None and s is not None:
+        raise ValueError(f"pivoted factors have no s, got s {_shape(s)}; fold it into U or Vh before")
+    if order is not None and order.shape != (sum(U.shape),):
+        raise ValueError(f"order must be ({sum(U.shape)},) for U (N - R, R) = {_shape(U)}, got {_shape(order)}")
+    if bias is not None and bias.shape != (factors.out_features,):
+        raise ValueError(f"bias must be ({factors.out_features},), got {_shape(bias)}")
 
 
 def _check_dtypes(x: Tensor, factors: Factors) -> None:
-    U, s, Vh, bias = factors
+    U, s, Vh, bias, order = factors
     if x.dtype not in DTYPES:
         raise ValueError(f"x must be one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
     for name, tensor in (("U", U), ("Vh", Vh), ("bias", bias)):
@@ -189,6 +201,8 @@ def _check_dtypes(x: Tensor, factors: Factors) -> None:
             raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}; cast one of them")
     if s is not None and s.dtype not in (torch.float32, x.dtype):
         raise ValueError(f"s must be float32 or the dtype of x, {x.dtype}, got {s.dtype}")
+    if order is not None and order.dtype != torch.int32:
+        raise ValueError(f"order must be int32, got {order.dtype}")
 
 
 def _check_devices(x: Tensor, factors: Factors) -> None:

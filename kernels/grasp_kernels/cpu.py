@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from grasp_kernels.extension import DTYPE_CODES, Tensors
-from grasp_kernels.reference import Factors
+from grasp_kernels.extension import DTYPE_CODES
+from grasp_kernels.reference import ACTIVATIONS, Factors
 
 # grasp_isa in csrc/lowrank.h
 INSTRUCTION_SETS = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4, "amx": 5}
@@ -23,11 +23,11 @@ _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # grasp_activa
 _UNGATED = -1
 
 
-def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None) -> Tensor:
+def lowrank_linear(
+    x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, order: Tensor | None = None
+) -> Tensor:
     """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). Arguments and result as in ``reference.lowrank_linear``."""
-    y = x.new_empty(x.shape[0], U.shape[0])
-    _run(x, ((U, s, Vh, bias),), (y,), _UNGATED, 0)
-    return y
+    return run(x, (Factors(U, s, Vh, bias, order),))[0]
 
 
 def lowrank_linear_grouped(
@@ -41,8 +41,11 @@ def lowrank_linear_grouped(
 
 
 def lowrank_glu(x: Tensor, gate: Factors, up: Factors, activation: str) -> Tensor:
-    """``act(gate(x)) * up(x)`` in one parallel region; x is (M, K)."""
-    return run(x, (gate, up), activation)[0]
+    """``act(gate(x)) * up(x)``, in one parallel region unless factors are pivoted; x is (M, K)."""
+    if gate.order is None and up.order is None:
+        return run(x, (gate, up), activation)[0]
+    gate_y, up_y = run(x, (gate, up))
+    return ACTIVATIONS[activation].forward(gate_y) * up_y
 
 
 def run(
@@ -59,28 +62,22 @@ def run(
     Raises:
         RuntimeError: if this processor or this build lacks the instruction set.
     """
-    outputs = [x.new_empty(x.shape[0], group[0].shape[0]) for group in factors[: 1 if activation else None]]
+    outputs = [x.new_empty(x.shape[0], group.out_features) for group in factors[: 1 if activation else None]]
     code = _UNGATED if activation is None else _ACTIVATIONS[activation]
     _run(x, tuple(factors), tuple(outputs), code, INSTRUCTION_SETS[instruction_set])
     return outputs
 
 
 def _run(
-    x: Tensor, groups: tuple[Tensors, ...], outputs: tuple[Tensor, ...], activation: int, instruction_set: int
+    x: Tensor, groups: tuple[Factors, ...], outputs: tuple[Tensor, ...], activation: int, instruction_set: int
 ) -> None:
     arguments = (outputs, activation, torch.get_num_threads(), instruction_set)
     if not _module().run(x, groups, *arguments):
         _module().run(x.contiguous(), tuple(map(_contiguous, groups)), *arguments)
 
 
-def _contiguous(group: Tensors) -> Tensors:
-    U, s, Vh, bias = group
-    return (
-        U.contiguous(),
-        None if s is None else s.contiguous(),
-        Vh.contiguous(),
-        None if bias is None else bias.contiguous(),
-    )
+def _contiguous(group: Factors) -> Factors:
+    return Factors(*(None if tensor is None else tensor.contiguous() for tensor in group))  # type: ignore[arg-type]
 
 
 def open_direct_path(

@@ -15,16 +15,18 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.counters import counters, on_device
-from grasp_kernels.extension import DTYPE_CODES, Tensors, in_place, pointers
+from grasp_kernels.extension import DTYPE_CODES, in_place, pointers
 from grasp_kernels.reference import Factors
 
 PATH_CODES = {"auto": 0, "pair": 1, "dependent": 2, "cooperative": 3}  # grasp_cuda_path in csrc/lowrank.h
 _RANK = 9  # the index of R in the tuple of `pointers`
 
 
-def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None) -> Tensor:
+def lowrank_linear(
+    x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, order: None = None
+) -> Tensor:
     """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). Arguments and result as in ``reference.lowrank_linear``."""
-    return run(x, ((U, s, Vh, bias),))[0]
+    return run(x, (Factors(U, s, Vh, bias),))[0]
 
 
 def lowrank_linear_grouped(
@@ -36,7 +38,7 @@ def lowrank_linear_grouped(
 
 def run(
     x: Tensor,
-    factors: Sequence[Tensors],
+    factors: Sequence[Factors],
     outputs: Sequence[Tensor] | None = None,
     *,
     path: str = "auto",

@@ -38,6 +38,7 @@ class OpCall(NamedTuple):
     dtype: torch.dtype
     rows: int  # tokens: the product of the input's leading dimensions
     rank: int  # the largest of the group
+    pivoted: bool = False  # a group has pivoted factors
 
 
 class DirectPath(NamedTuple):
@@ -80,6 +81,8 @@ def _cuda_missing() -> str | None:
 
 
 def _cuda_refuses(call: OpCall) -> str | None:
+    if call.pivoted:
+        return "it has no kernels for pivoted factors"
     if call.device.type != "cuda":
         return f"it runs on CUDA tensors, not on {call.device.type}"
     if call.dtype == torch.float64:
@@ -107,6 +110,8 @@ def _triton_missing() -> str | None:
 
 
 def _triton_refuses(call: OpCall) -> str | None:
+    if call.pivoted:
+        return "it has no kernels for pivoted factors"
     if call.dtype == torch.float64:
         return "its kernels accumulate in float32"
     if _triton_interprets() and call.device.type in ("cpu", "cuda"):
@@ -226,16 +231,18 @@ def check_backend(name: str) -> None:
         _row(name)
 
 
-def select(backend: str, op: str, device: torch.device, dtype: torch.dtype, rows: int, rank: int) -> Callable[..., Any]:
+def select(
+    backend: str, op: str, device: torch.device, dtype: torch.dtype, rows: int, rank: int, pivoted: bool = False
+) -> Callable[..., Any]:
     """The function that runs a call; answers are cached, because every call asks. See ``OpCall`` for the arguments.
 
     Raises:
         ValueError: if ``backend`` is not a row of the table.
         BackendUnavailableError: if a named backend objects.
     """
-    function = _select(backend, op, device, dtype, bucket(rows), rank)
+    function = _select(backend, op, device, dtype, bucket(rows), rank, pivoted)
     if function is None:
-        call = OpCall(op, device, dtype, rows, rank)
+        call = OpCall(op, device, dtype, rows, rank, pivoted)
         raise BackendUnavailableError(
             f"backend {backend!r} cannot run {_describe(call)}: {objection(_row(backend), call)}. "
             "Pass backend='auto' to let the table choose."
@@ -250,10 +257,10 @@ def bucket(rows: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _select(
-    backend: str, op: str, device: torch.device, dtype: torch.dtype, rows: int, rank: int
+    backend: str, op: str, device: torch.device, dtype: torch.dtype, rows: int, rank: int, pivoted: bool
 ) -> Callable[..., Any] | None:
     """The function that runs a call, or ``None`` if the named backend objects."""
-    call = OpCall(op, device, dtype, rows, rank)
+    call = OpCall(op, device, dtype, rows, rank, pivoted)
     row = _chosen(call) if backend == "auto" else _row(backend)
     if backend != "auto" and objection(row, call) is not None:
         return None

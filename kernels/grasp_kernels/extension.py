@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # U, s, Vh, bias, as in ``Factors``
+from grasp_kernels.reference import Factors
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # grasp_dtype in csrc/lowrank.h
 
@@ -57,9 +57,9 @@ def in_place(matrix: Tensor) -> tuple[Tensor, int]:
     return matrix, matrix.shape[1]
 
 
-def pointers(factors: Tensors, output: Tensor) -> tuple[tuple[int, ...], Tensors]:
+def pointers(factors: Factors, output: Tensor) -> tuple[tuple[int, ...], Factors]:
     """A group as the CUDA module takes it (see csrc/groups.h), and the tensors it points to, to be kept alive."""
-    U, s, Vh, bias = factors
+    U, s, Vh, bias, _ = factors
     N, R = U.shape
     U, U_stride = in_place(U)
     Vh, Vh_stride = in_place(Vh)
@@ -71,4 +71,4 @@ def pointers(factors: Tensors, output: Tensor) -> tuple[tuple[int, ...], Tensors
         bias = bias.contiguous()
         bias_data = bias.data_ptr()
     addresses = (U.data_ptr(), s_data, Vh.data_ptr(), bias_data, output.data_ptr())
-    return (*addresses, U_stride, Vh_stride, output.stride(0), N, R, s_dtype), (U, s, Vh, bias)
+    return (*addresses, U_stride, Vh_stride, output.stride(0), N, R, s_dtype), Factors(U, s, Vh, bias)

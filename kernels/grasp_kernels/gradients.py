@@ -16,37 +16,41 @@ def regroup(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> lis
     """The list of factors, rebuilt from the arguments of the op ``grasp::lowrank_linear_grouped``.
 
     Args:
-        columns: the U, s, Vh and bias of all groups, without the absent ones.
-        present: 4 per group: which of U, s, Vh and bias it has.
+        columns: the U, s, Vh, bias and order of all groups, without the absent ones.
+        present: 5 per group: which of U, s, Vh, bias and order it has.
 
     Raises:
         ValueError: if there is no group, a group lacks U or Vh, or a list has not one tensor for each that is present.
     """
     given = [len(column) for column in columns]
-    groups = len(present) // 4
-    needed = [sum(present[i::4]) for i in range(4)]
-    if given != needed or not 0 < len(present) == 4 * groups or given[0] != groups or given[2] != groups:
+    groups = len(present) // 5
+    needed = [sum(present[i::5]) for i in range(5)]
+    if given != needed or not 0 < len(present) == 5 * groups or given[0] != groups or given[2] != groups:
         raise ValueError(
-            "present must tell of each group which of U, s, Vh and bias it has, always U and Vh, and the lists must "
-            f"have one tensor for each; got {list(present)} and lists of {', '.join(map(str, given))}"
+            "present must tell of each group which of U, s, Vh, bias and order it has, always U and Vh, and the lists "
+            f"must have one tensor for each; got {list(present)} and lists of {', '.join(map(str, given))}"
         )
     remaining = [iter(column) for column in columns]
     flat = [next(column) if p else None for column, p in zip(itertools.cycle(remaining), present, strict=False)]
-    return [Factors(*flat[i : i + 4]) for i in range(0, len(flat), 4)]  # type: ignore[arg-type]
+    return [Factors(*flat[i : i + 5]) for i in range(0, len(flat), 5)]  # type: ignore[arg-type]
 
 
 def _factor_grads(
     needs: Sequence[bool], grad_y: Tensor, x: Tensor, factors: Factors
 ) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
-    """Gradients of one low-rank linear in x and in (U, s, Vh, bias); ``needs`` tells which of the five to compute."""
-    U, s, Vh, bias = factors
+    """Gradients of one low-rank linear in x and in its factors; ``needs`` tells which to compute, never of order."""
+    U, s, Vh, bias, order = factors
     x, grad_y = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
-    needs_x, needs_U, needs_s, needs_Vh, needs_bias = needs
-    grad_x = grad_U = grad_s = grad_Vh = grad_bias = None
+    needs_x, needs_U, needs_s, needs_Vh, needs_bias, _ = needs
+    grad_x = grad_U = grad_s = grad_Vh = grad_bias = grad_pivots = None
+    if needs_bias and bias is not None:
+        grad_bias = grad_y.sum(0)
+    if order is not None:
+        grad_pivots, grad_y = grad_y.index_select(1, order).tensor_split([Vh.shape[0]], dim=1)
     if needs_U:
         grad_U = grad_y.mT @ project(x, s, Vh)
     if needs_x or needs_s or needs_Vh:
-        grad_h = grad_y @ U  # [M, R]
+        grad_h = grad_y @ U if grad_pivots is None else torch.addmm(grad_pivots, grad_y, U)  # [M, R]
         if s is not None:
             wide = grad_h.to(accumulation_dtype(x.dtype))
             if needs_s:
@@ -54,20 +58,18 @@ def _factor_grads(
             grad_h = (wide * s).to(grad_h.dtype)
         grad_x = grad_h @ Vh if needs_x else None
         grad_Vh = grad_h.mT @ x if needs_Vh else None
-    if needs_bias and bias is not None:
-        grad_bias = grad_y.sum(0)
-    return grad_x, (grad_U, grad_s, grad_Vh, grad_bias)
+    return grad_x, (grad_U, grad_s, grad_Vh, grad_bias, None)
 
 
 def lowrank_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Save the tensors that the backward of ``lowrank_linear`` needs."""
-    ctx.save_for_backward(*inputs[:5])
+    ctx.save_for_backward(*inputs[:6])
 
 
 def lowrank_linear_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients in the arguments of ``grasp::lowrank_linear``, in their order."""
     x, *factors = ctx.saved_tensors
-    grad_x, grads = _factor_grads(ctx.needs_input_grad[:5], grad_y, x, Factors(*factors))
+    grad_x, grads = _factor_grads(ctx.needs_input_grad[:6], grad_y, x, Factors(*factors))
     return None if grad_x is None else grad_x.view_as(x), *grads, None
 
 
@@ -86,7 +88,7 @@ def lowrank_linear_grouped_backward(ctx: Any, grad_ys: Sequence[Tensor]) -> tupl
     columns = [[next(remaining) for _ in range(count)] for count in ctx.counts]
     needs_x = ctx.needs_input_grad[0]
     grad_x = None
-    grads: list[list[Tensor | None]] = [[], [], [], []]
+    grads: list[list[Tensor | None]] = [[], [], [], [], []]
     for grad_y, factors in zip(grad_ys, regroup(columns, ctx.present), strict=True):
         needs = [needs_x, *(tensor is not None and tensor.requires_grad for tensor in factors)]
         part, group = _factor_grads(needs, grad_y, x, factors)
@@ -101,26 +103,28 @@ def lowrank_linear_grouped_backward(ctx: Any, grad_ys: Sequence[Tensor]) -> tupl
 def lowrank_linear_merged_backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     """Gradients in the arguments of ``grasp::lowrank_linear_merged``, in their order."""
     _, *flat = ctx.saved_tensors
-    widths = [U.shape[0] for U in flat[: ctx.counts[0]]]
+    remaining = iter(flat)
+    columns = [[next(remaining) for _ in range(count)] for count in ctx.counts]
+    widths = [group.out_features for group in regroup(columns, ctx.present)]
     return lowrank_linear_grouped_backward(ctx, grad_y.split(widths, dim=-1))
 
 
 def lowrank_glu_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Save the tensors that the backward of ``lowrank_glu`` needs."""
-    ctx.save_for_backward(*inputs[:9])
-    ctx.activation = inputs[9]
+    ctx.save_for_backward(*inputs[:11])
+    ctx.activation = inputs[11]
 
 
 def lowrank_glu_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients in the arguments of ``grasp::lowrank_glu``, in their order."""
     x, *tensors = ctx.saved_tensors
-    gate, up = Factors(*tensors[:4]), Factors(*tensors[4:])
+    gate, up = Factors(*tensors[:5]), Factors(*tensors[5:])
     activation = ACTIVATIONS[ctx.activation]
     gate_y = torch.ops.grasp.lowrank_linear(x, *gate, "auto")
     up_y = torch.ops.grasp.lowrank_linear(x, *up, "auto")
-    needs_x, *needs = ctx.needs_input_grad[:9]
-    gate_x, gate_grads = _factor_grads([needs_x, *needs[:4]], activation.backward(grad_y * up_y, gate_y), x, gate)
-    up_x, up_grads = _factor_grads([needs_x, *needs[4:]], grad_y * activation.forward(gate_y), x, up)
+    needs_x, *needs = ctx.needs_input_grad[:11]
+    gate_x, gate_grads = _factor_grads([needs_x, *needs[:5]], activation.backward(grad_y * up_y, gate_y), x, gate)
+    up_x, up_grads = _factor_grads([needs_x, *needs[5:]], grad_y * activation.forward(gate_y), x, up)
     grad_x = (gate_x + up_x).view_as(x) if gate_x is not None and up_x is not None else None
     return grad_x, *gate_grads, *up_grads, None, None
 

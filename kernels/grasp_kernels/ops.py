@@ -49,16 +49,26 @@ class SingularValueGrad(NamedTuple):
 
 
 def lowrank_linear(
-    x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+    x: Tensor,
+    U: Tensor,
+    s: Tensor | None,
+    Vh: Tensor,
+    bias: Tensor | None = None,
+    order: Tensor | None = None,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """Apply a rank-R linear layer without forming its weight: ``((x @ Vh.mT) * s) @ U.mT + bias``.
 
+    With ``order``: ``h = x @ Vh.mT; y[..., order] = cat([h, h @ U.mT]) + bias[order]``; see ``Factors``.
+
     Args:
         x: input, (..., K). fp32, fp16, bf16 or fp64.
-        U: left factor, (N, R), dtype of ``x``.
+        U: left factor, (N, R), dtype of ``x``; (N − R, R) with ``order``.
         s: singular values, (R,), fp32 or the dtype of ``x``, or ``None`` if they are folded into the factors.
         Vh: right factor, (R, K), dtype of ``x``.
         bias: (N,), dtype of ``x``, or ``None``.
+        order: (N,) int32, a permutation of ``range(N)``, which is not checked; or ``None``.
         backend: a name from ``available_backends()``, or ``"auto"`` for the first that accepts the call.
 
     Returns:
@@ -77,14 +87,15 @@ def lowrank_linear(
         >>> torch.allclose(y, x @ (U @ Vh).mT, atol=1e-3)
         True
     """
-    if not is_dynamo_compiling() and (y := _direct_linear(x, U, s, Vh, bias, backend)) is not None:
+    if not is_dynamo_compiling() and (y := _direct_linear(x, U, s, Vh, bias, order, backend)) is not None:
         return y
     check_backend(backend)
     if torch._C._is_any_autocast_enabled():
-        x, ((U, s, Vh, bias),) = _autocast(x, (Factors(U, s, Vh, bias),))
-    check_factors(x, U, s, Vh, bias)
-    run = registered.lowrank_linear if _is_plain(x, U, s, Vh, bias) else torch.ops.grasp.lowrank_linear.default
-    return run(x, U, s, Vh, bias, backend)
+        x, ((U, s, Vh, bias, order),) = _autocast(x, (Factors(U, s, Vh, bias, order),))
+    check_factors(x, U, s, Vh, bias, order)
+    plain = _is_plain(x, U, s, Vh, bias, order)
+    run = registered.lowrank_linear if plain else torch.ops.grasp.lowrank_linear.default
+    return run(x, U, s, Vh, bias, order, backend)
 
 
 def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors], *, backend: str = "auto") -> tuple[Tensor, ...]:
@@ -92,7 +103,7 @@ def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors], *, backend: st
 
     Args:
         x: input, (..., K). fp32, fp16, bf16 or fp64.
-        factors: one ``Factors(U, s, Vh, bias)`` per output; ranks and widths may differ.
+        factors: one ``Factors(U, s, Vh, bias, order)`` per output; ranks, widths and forms may differ.
         backend: a name from ``available_backends()``, or ``"auto"``.
 
     Returns:
@@ -280,12 +291,15 @@ def _run_singular_value_grad(
 def _autocast(x: Tensor, factors: Sequence[Factors]) -> tuple[Tensor, Sequence[Factors]]:
     """Cast as autocast does for a linear: it does not cast for a registered op. Singular values keep their dtype."""
     check_castable(x=x)
-    for U, _, Vh, bias in factors:
-        check_castable(U=U, Vh=Vh, **({} if bias is None else {"bias": bias}))
+    for group in factors:
+        check_castable(U=group.U, Vh=group.Vh, **({} if group.bias is None else {"bias": group.bias}))
     if not _autocasts(x) or x.dtype == torch.float64:
         return x, factors
     dtype = torch.get_autocast_dtype(x.device.type)
-    cast = [Factors(g.U.to(dtype), g.s, g.Vh.to(dtype), None if g.bias is None else g.bias.to(dtype)) for g in factors]
+    cast = [
+        Factors(g.U.to(dtype), g.s, g.Vh.to(dtype), None if g.bias is None else g.bias.to(dtype), g.order)
+        for g in factors
+    ]
     return x.to(dtype), cast
 
 

@@ -34,7 +34,8 @@ def pack_factors(factors: Sequence[Factors]) -> list[Factors]:
 
     Raises:
         TypeError: if ``factors`` is not a sequence of ``Factors`` of tensors.
-        ValueError: if ``factors`` is empty, a group's tensors do not agree, or the Vh differ in K, dtype or device.
+        ValueError: if ``factors`` is empty, a group's tensors do not agree, the Vh differ in K, dtype or device, or
+            factors are pivoted.
 
     Example:
         >>> import torch
@@ -46,6 +47,8 @@ def pack_factors(factors: Sequence[Factors]) -> list[Factors]:
     factors = to_groups("pack_factors", factors)
     for group in factors:
         check_factors(group.Vh, *group)
+        if group.order is not None:
+            raise ValueError("pivoted factors have no packed form; expected factors without order")
     kinds = {(group.Vh.shape[1], group.Vh.dtype, group.Vh.device) for group in factors}
     if len(kinds) > 1:
         raise ValueError(f"the Vh of a group must agree in K, dtype and device, got {sorted(map(str, kinds))}")
@@ -113,7 +116,9 @@ def packed_memory(factor: Tensor, dim: int) -> Tensor | None:
 
 def widened(factors: Factors) -> Factors:
     """The packed factors in whose memory these lie; the factors themselves if there are none, or there is an s."""
-    U, s, Vh, bias = factors
+    U, s, Vh, bias, order = factors
+    if order is not None:
+        return factors
     left = U if U.shape[1] % RANK_MULTIPLE == 0 else packed_memory(U, 1)
     if left is None or s is not None or (right := packed_memory(Vh, 0)) is None:
         return factors

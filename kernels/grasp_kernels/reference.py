@@ -15,6 +15,10 @@ class Factors(NamedTuple):
 
     U is (N, R), s is (R,) or ``None`` if it is folded into the factors, Vh is (R, K), bias is (N,) or ``None``.
 
+    With ``order`` the factors are pivoted: ``weight[order] = cat([Vh, U @ Vh])``. Vh has R rows of the weight, which
+    give R entries of the output, and U, (N − R, R), gives the others: R² fewer parameters and multiplications.
+    ``order`` is a permutation of ``range(N)``, (N,) int32, and s is ``None``.
+
     Example:
         >>> import torch
         >>> from grasp_kernels import Factors
@@ -27,6 +31,12 @@ class Factors(NamedTuple):
     s: Tensor | None
     Vh: Tensor
     bias: Tensor | None = None
+    order: Tensor | None = None
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.U.shape[0] if self.order is None else self.order.shape[0]
 
 
 class Activation(NamedTuple):
@@ -83,9 +93,26 @@ def linear(h: Tensor, U: Tensor, bias: Tensor | None, output: Tensor | None = No
     return torch.mm(h, U.mT, out=output) if bias is None else torch.addmm(bias, h, U.mT, out=output)
 
 
-def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None) -> Tensor:
-    """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K)."""
-    return linear(project(x, s, Vh), U, bias)
+def lowrank_linear(
+    x: Tensor,
+    U: Tensor,
+    s: Tensor | None,
+    Vh: Tensor,
+    bias: Tensor | None,
+    order: Tensor | None = None,
+    output: Tensor | None = None,
+) -> Tensor:
+    """``((x @ Vh.mT) * s) @ U.mT + bias``, or ``h = x @ Vh.mT; y[order] = cat([h, h @ U.mT])``; x is (M, K).
+
+    ``output``, (M, N), is filled if given.
+    """
+    h = project(x, s, Vh)
+    if order is None:
+        return linear(h, U, bias, output)
+    pivots, others = order.long().split([len(Vh), len(U)])
+    y = x.new_empty(x.shape[0], order.shape[0]) if output is None else output
+    y.index_copy_(1, pivots, h).index_copy_(1, others, F.linear(h, U))
+    return y if bias is None else y.add_(bias)
 
 
 def lowrank_linear_grouped(
@@ -93,7 +120,7 @@ def lowrank_linear_grouped(
 ) -> list[Tensor]:
     """Several low-rank linears of one input; x is (M, K). ``outputs``, (M, N_i), are filled if given."""
     places = [None] * len(factors) if outputs is None else outputs
-    return [linear(project(x, s, Vh), U, bias, y) for (U, s, Vh, bias), y in zip(factors, places, strict=True)]
+    return [lowrank_linear(x, *group, output=y) for group, y in zip(factors, places, strict=True)]
 
 
 def lowrank_glu(x: Tensor, gate: Factors, up: Factors, activation: str) -> Tensor:

@@ -19,15 +19,17 @@ from grasp_kernels.packing import widened
 from grasp_kernels.reference import Factors, accumulation_dtype, equal_samples
 
 _library = torch.library.Library("grasp", "DEF")
-_FACTORS = "Tensor {0}U, Tensor? {0}s, Tensor {0}Vh, Tensor? {0}bias"
+_FACTORS = "Tensor {0}U, Tensor? {0}s, Tensor {0}Vh, Tensor? {0}bias, Tensor? {0}order"
 _SCHEMAS = {
     "lowrank_linear": f"(Tensor x, {_FACTORS.format('')}, str backend) -> Tensor",
     "lowrank_linear_grouped": (
-        # Autograd supports lists of tensors, but not of optional ones: `present` tells which of the 4 each group has.
-        "(Tensor x, Tensor[] U, Tensor[] s, Tensor[] Vh, Tensor[] bias, bool[] present, str backend) -> Tensor[]"
+        # Autograd supports lists of tensors, but not of optional ones: `present` tells which of the 5 each group has.
+        "(Tensor x, Tensor[] U, Tensor[] s, Tensor[] Vh, Tensor[] bias, Tensor[] order, bool[] present, str backend) "
+        "-> Tensor[]"
     ),
     "lowrank_linear_merged": (
-        "(Tensor x, Tensor[] U, Tensor[] s, Tensor[] Vh, Tensor[] bias, bool[] present, str backend) -> Tensor"
+        "(Tensor x, Tensor[] U, Tensor[] s, Tensor[] Vh, Tensor[] bias, Tensor[] order, bool[] present, str backend) "
+        "-> Tensor"
     ),
     "lowrank_glu": (
         f"(Tensor x, {_FACTORS.format('gate_')}, {_FACTORS.format('up_')}, str activation, str backend) -> Tensor"
@@ -39,8 +41,9 @@ _SCHEMAS = {
 }
 
 
-def _select(backend: str, op: str, x: Tensor, rank: int) -> Callable[..., Any]:
-    return select(backend, op, x.device, x.dtype, x.numel() // x.shape[-1], rank)
+def _select(backend: str, op: str, x: Tensor, *factors: Factors) -> Callable[..., Any]:
+    rank, pivoted = max(group.Vh.shape[0] for group in factors), any(group.order is not None for group in factors)
+    return select(backend, op, x.device, x.dtype, x.numel() // x.shape[-1], rank, pivoted)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -56,10 +59,12 @@ def _unrows(y: Tensor, x: Tensor) -> Tensor:
     return y.view(*leading, y.shape[-1])
 
 
-def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+def lowrank_linear(
+    x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, order: Tensor | None, backend: str
+) -> Tensor:
     """Run a checked call of ``lowrank_linear`` with the backend that the table selects."""
-    factors = widened(Factors(U, s, Vh, bias))
-    run = _select(backend, "lowrank_linear", x, factors.U.shape[1])
+    factors = widened(Factors(U, s, Vh, bias, order))
+    run = _select(backend, "lowrank_linear", x, factors)
     return _unrows(run(_rows(x), *factors), x)
 
 
@@ -70,7 +75,7 @@ def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors], backend: str) 
 
 def lowrank_linear_merged(x: Tensor, factors: Sequence[Factors], backend: str) -> Tensor:
     """Run a checked call of ``lowrank_linear_merged``: the backend writes each output into its columns of one."""
-    widths = [group.U.shape[0] for group in factors]
+    widths = [group.out_features for group in factors]
     y = x.new_empty(*x.shape[:-1], sum(widths))
     _run_grouped(x, factors, backend, y.view(-1, y.shape[-1]).split(widths, dim=1))
     return y
@@ -78,7 +83,7 @@ def lowrank_linear_merged(x: Tensor, factors: Sequence[Factors], backend: str) -
 
 def _run_grouped(x: Tensor, factors: Sequence[Factors], backend: str, *outputs: Sequence[Tensor]) -> list[Tensor]:
     factors = [widened(group) for group in factors]
-    run = _select(backend, "lowrank_linear_grouped", x, max(group.U.shape[1] for group in factors))
+    run = _select(backend, "lowrank_linear_grouped", x, *factors)
     results: list[Tensor] = run(_rows(x), factors, *outputs)
     return results
 
@@ -86,7 +91,7 @@ def _run_grouped(x: Tensor, factors: Sequence[Factors], backend: str, *outputs: 
 def lowrank_glu(x: Tensor, gate: Factors, up: Factors, activation: str, backend: str) -> Tensor:
     """Run a checked call of ``lowrank_glu`` with the backend that the table selects."""
     gate, up = widened(gate), widened(up)
-    run = _select(backend, "lowrank_glu", x, max(gate.U.shape[1], up.U.shape[1]))
+    run = _select(backend, "lowrank_glu", x, gate, up)
     return _unrows(run(_rows(x), gate, up, activation), x)
 
 
@@ -106,7 +111,7 @@ def singular_value_grad(
     Raises:
         ValueError: if ``cu_seqlens`` does not rise from 0 to the number of tokens.
     """
-    run = _select(backend, "singular_value_grad", x, U.shape[1])
+    run = _select(backend, "singular_value_grad", x, Factors(U, None, Vh))
     if cu_seqlens is None and (per_sample or second_moment == "sample"):
         cu_seqlens = equal_samples(x)
     elif cu_seqlens is not None:
@@ -118,20 +123,20 @@ def singular_value_grad(
     return run(x, grad_y, U, Vh, cu_seqlens, per_sample, second_moment, mask)
 
 
-def _lowrank_linear_fake(x: Tensor, U: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], U.shape[0])
+def _lowrank_linear_fake(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], Factors(*args[:5]).out_features)
 
 
 def _lowrank_linear_grouped_fake(x: Tensor, factors: Sequence[Factors], _: str) -> list[Tensor]:
-    return [_lowrank_linear_fake(x, group.U) for group in factors]
+    return [_lowrank_linear_fake(x, *group) for group in factors]
 
 
 def _lowrank_linear_merged_fake(x: Tensor, factors: Sequence[Factors], _: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], sum(group.U.shape[0] for group in factors))
+    return x.new_empty(*x.shape[:-1], sum(group.out_features for group in factors))
 
 
 def _lowrank_glu_fake(x: Tensor, gate: Factors, *_: Any) -> Tensor:
-    return _lowrank_linear_fake(x, gate.U)
+    return _lowrank_linear_fake(x, *gate)
 
 
 def _singular_value_grad_fake(
@@ -148,21 +153,21 @@ def _singular_value_grad_fake(
 
 
 def _check_lowrank_linear(x: Tensor, *args: Any) -> tuple[Any, ...]:
-    check_factors(x, *args[:4])
+    check_factors(x, *args[:5])
     return x, *args
 
 
 def _check_lowrank_linear_grouped(x: Tensor, *args: Any) -> tuple[Any, ...]:
-    groups = gradients.regroup(args[:4], args[4])
+    groups = gradients.regroup(args[:5], args[5])
     for group in groups:
         check_factors(x, *group)
-    return x, groups, args[5]
+    return x, groups, args[6]
 
 
 def _check_lowrank_glu(x: Tensor, *args: Any) -> tuple[Any, ...]:
-    gate, up = Factors(*args[:4]), Factors(*args[4:8])
-    check_glu(x, gate, up, args[8])
-    return x, gate, up, *args[8:]
+    gate, up = Factors(*args[:5]), Factors(*args[5:10])
+    check_glu(x, gate, up, args[10])
+    return x, gate, up, *args[10:]
 
 
 def _check_singular_value_grad(*args: Any) -> tuple[Any, ...]:

@@ -5,11 +5,13 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <thread>
 #include <vector>
@@ -117,7 +119,8 @@ struct Layer {
                 y.stride,
                 bias.columns,
                 s.columns,
-                s.dtype};
+                s.dtype,
+                nullptr};
     }
 
     std::vector<double> exact(const Matrix &x, int64_t M) const {
@@ -183,6 +186,33 @@ bool check_linear(const Shape &shape, int isa, int dtype) {
            close(second.y, second.exact(x, shape.M), shape.M, "second");
 }
 
+// U has shape.N rows, so there are shape.N + shape.R outputs.
+bool check_pivoted(const Shape &shape, int isa, int dtype) {
+    const int64_t M = shape.M, R = shape.R, N = shape.N + R;
+    Matrix x(M, shape.K, shape.K + shape.gap, dtype), U(shape.N, R, R + shape.gap, dtype, half_log(R));
+    Matrix Vh(R, shape.K, shape.K, dtype, half_log(shape.K)), bias(1, N, N, dtype), y(M, N, N + shape.gap, dtype);
+    std::vector<int32_t> order(N);
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), generator);
+    std::vector<double> exact(M * N);
+    for (int64_t m = 0; m < M; ++m) {
+        std::vector<double> h(N);
+        for (int64_t r = 0; r < R; ++r) {
+            for (int64_t k = 0; k < shape.K; ++k) h[r] += x(m, k) * Vh(r, k);
+        }
+        for (int64_t i = 0; i < N; ++i) {
+            for (int64_t r = 0; i >= R && r < R; ++r) h[i] += U(i - R, r) * h[r];
+            exact[m * N + order[i]] = h[i] + (shape.gap ? bias(0, order[i]) : 0);
+        }
+    }
+    const grasp_input input = {x.data, x.stride, M, shape.K, dtype};
+    const grasp_factors group = {U.data, Vh.data,  nullptr,   shape.gap ? bias.data : nullptr,
+                                 y.data, U.stride, Vh.stride, y.stride,
+                                 N,      R,        0,         order.data()};
+    const grasp_cpu_options options = {isa, shape.threads, shape.threads > 1 ? run_on_threads : nullptr};
+    return grasp_cpu_lowrank_linear(&input, &group, 1, &options) == GRASP_OK && close(y, exact, M, "pivoted");
+}
+
 bool check_glu(const Shape &shape, int isa, int dtype, int activation) {
     constexpr double (*FUNCTIONS[])(double) = {silu, gelu, gelu_tanh, relu};
     Matrix x(shape.M, shape.K, shape.K, dtype);
@@ -233,12 +263,22 @@ bool check_refusals() {
     no_U.U = nullptr;
     short_row.Vh_stride = 7;
     no_rank.R = 0;
+    const int32_t order[] = {3, 1, 2, 0}, negative[] = {3, 1, -1, 0}, large[] = {3, 1, 2, 4};
+    grasp_factors pivoted = group;  // the first 2 of the 4 rows of U
+    pivoted.order = order;
+    grasp_factors below = pivoted, above = pivoted, full_rank = pivoted, scaled = pivoted;
+    below.order = negative;
+    above.order = large;
+    full_rank.R = full_rank.U_stride = 4;
+    scaled.s = layer.s.data;
     grasp_input bad_dtype = input, no_data = input;
     bad_dtype.dtype = 3;
     no_data.data = nullptr;
     const grasp_cpu_options no_threads = {GRASP_ISA_AUTO, 0, nullptr}, no_isa = {GRASP_ISA_AMX + 1, 1, nullptr};
     bool good = grasp_cpu_lowrank_linear(&input, &group, 1, &options) == GRASP_OK;
-    for (const grasp_factors *factors : {&no_U, &short_row, &no_rank}) {
+    good = good && grasp_cpu_lowrank_linear(&input, &pivoted, 1, &options) == GRASP_OK;
+    good = good && grasp_cpu_lowrank_glu(&input, &pivoted, &pivoted, 0, &options) == GRASP_BAD_ARGUMENT;
+    for (const grasp_factors *factors : {&no_U, &short_row, &no_rank, &below, &above, &full_rank, &scaled}) {
         good = good && grasp_cpu_lowrank_linear(&input, factors, 1, &options) == GRASP_BAD_ARGUMENT;
     }
     good = good && grasp_cpu_lowrank_linear(&bad_dtype, &group, 1, &options) == GRASP_BAD_ARGUMENT;
@@ -269,7 +309,8 @@ int main() {
         for (int dtype = GRASP_F32; dtype <= GRASP_BF16; ++dtype) {
             for (const Shape &shape : SHAPES) {
                 const int activation = cases % 4;
-                for (const bool good : {check_linear(shape, isa, dtype), check_glu(shape, isa, dtype, activation)}) {
+                for (const bool good : {check_linear(shape, isa, dtype), check_pivoted(shape, isa, dtype),
+                                        check_glu(shape, isa, dtype, activation)}) {
                     ++cases;
                     if (good) continue;
                     ++failures;

@@ -284,7 +284,7 @@ def test_configuration_survives_json() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"format_version": 2, "ranks": {}, "novelty": 1}, "format_version 2.*reads 1; upgrade grasp-llm"),
+        ({"format_version": 3, "ranks": {}, "novelty": 1}, "format_version 3.*reads 1 and 2; upgrade grasp-llm"),
         ({"ranks": {}}, "format_version None"),
         ({"format_version": 1, "ranks": {}, "novelty": 1}, r"unknown keys \['novelty'\]; upgrade grasp-llm"),
         ({"format_version": 1, "ranks": ["a"]}, "must map module names to ranks"),
@@ -294,6 +294,10 @@ def test_configuration_survives_json() -> None:
         ({"format_version": 1, "ranks": {"a": 0}}, "rank of a must be a positive integer, got 0"),
         ({"format_version": 1, "ranks": {"a": 2.0}}, r"rank of a must be a positive integer, got 2\.0"),
         ({"format_version": 1, "ranks": {"a": True}}, "rank of a must be a positive integer, got True"),
+        ({"format_version": 2, "ranks": {"a": 1}, "pivoted": "a"}, "pivoted must be a list of module names, got 'a'"),
+        ({"format_version": 2, "ranks": {"a": 1}, "pivoted": [1]}, "pivoted must be a list of module names"),
+        ({"format_version": 2, "ranks": {"a": 1}, "pivoted": ["b"]}, "pivoted names 'b', which has no rank"),
+        ({"format_version": 1, "ranks": {"a": 1}, "pivoted": ["a"]}, "version 1 and pivoted layers, which need 2"),
     ],
 )
 def test_unreadable_configurations_are_refused(saved: Path, values: dict[str, Any], message: str) -> None:

@@ -23,6 +23,7 @@ from grasp_kernels.checks import check_bounds
 
 x, U, Vh = torch.zeros(3, 8), torch.zeros(6, 2), torch.zeros(2, 8)
 s, bias, grad_y = torch.ones(2), torch.zeros(6), torch.zeros(3, 6)
+order = torch.arange(8, dtype=torch.int32)  # of factors whose U is (6, 2)
 meta = torch.device("meta")
 
 
@@ -56,6 +57,11 @@ FACTORS: dict[str, tuple[dict[str, Any], str]] = {
     "U elsewhere": ({"U": U.to(meta)}, r"U .*cpu.*meta"),
     "s elsewhere": ({"s": s.to(meta)}, r"s .*cpu.*meta"),
     "Vh elsewhere": ({"Vh": Vh.to(meta)}, r"Vh .*cpu.*meta"),
+    "an order and an s": ({"order": order}, r"no s, got s \(2,\)"),
+    "order of another length": ({"order": order[:6], "s": None}, r"order .*\(8,\).*\(6,\)"),
+    "order of another dtype": ({"order": order.long(), "s": None, "bias": None}, r"order .*int32.*int64"),
+    "order elsewhere": ({"order": order.to(meta), "s": None, "bias": None}, r"order .*cpu.*meta"),
+    "bias of the width of U": ({"order": order, "s": None}, r"bias .*\(8,\).*\(6,\)"),
     "bias elsewhere": ({"bias": bias.to(meta)}, r"bias .*cpu.*meta"),
 }
 GRADIENT: dict[str, tuple[dict[str, Any], str]] = {
@@ -201,9 +207,11 @@ def test_explain_refuses_calls_that_no_op_takes() -> None:
             explain("lowrank_linear", **{"rows": 1, "rank": 1, **changes})  # type: ignore[arg-type]
 
 
-def test_any_tuple_of_four_is_a_group_on_every_path() -> None:
+def test_any_tuple_of_four_or_five_is_a_group_on_every_path() -> None:
     for backend in ("auto", "reference"):
         assert lowrank_linear_grouped(x, [(U, s, Vh, bias)], backend=backend)[0].shape == (3, 6)  # type: ignore[list-item]
+        pivoted = (U, None, Vh, None, order)
+        assert lowrank_linear_grouped(x, [pivoted], backend=backend)[0].shape == (3, 8)  # type: ignore[list-item]
 
 
 class OnGpu(Tensor):

@@ -244,4 +244,4 @@ def test_the_compiled_module_refuses_tensors_that_do_not_agree() -> None:
     ]
     for x, group, y in calls:
         with pytest.raises(ValueError, match="do not agree"):
-            cpu._module().run(x, (group,), (y,), cpu._UNGATED, 1, cpu.INSTRUCTION_SETS["auto"])
+            cpu._module().run(x, (Factors(*group),), (y,), cpu._UNGATED, 1, cpu.INSTRUCTION_SETS["auto"])

@@ -64,7 +64,7 @@ SHAPES = ((1, K), (K,), (1, 1, K), (2, 3, K), (2, 1, 3, 1, K), (7, K))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_direct_path_gives_what_the_kernel_gives(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, group = operands(dtype, shape)
-    for U, s, Vh, bias in (group, group._replace(s=None), group._replace(bias=None)):
+    for U, s, Vh, bias, _ in (group, group._replace(s=None), group._replace(bias=None)):
         for singular in (s, None if s is None else s.to(dtype)):
             y = lowrank_linear(x, U, singular, Vh, bias)
             expected = cpu.lowrank_linear(x.reshape(-1, K), U, singular, Vh, bias)
@@ -122,16 +122,16 @@ SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 # Changes of (x, U, s, Vh, bias) that make the direct path decline the call.
 UNUSUAL: dict[str, Callable[..., tuple[Any, ...]]] = {
-    "float64": lambda *tensors: tuple(t.double() for t in tensors),
+    "float64": lambda *tensors: tuple(None if t is None else t.double() for t in tensors),
     "x of another dtype": lambda x, *group: (x.bfloat16(), *group),
     "U of another dtype": lambda x, U, *rest: (x, U.half(), *rest),
     "s of another dtype": lambda x, U, s, *rest: (x, U, s.half(), *rest),
-    "bias of another dtype": lambda *tensors: (*tensors[:-1], tensors[-1].half()),
+    "bias of another dtype": lambda x, U, s, Vh, bias, order: (x, U, s, Vh, bias.half(), order),
     "a subclass": lambda x, *group: (x.as_subclass(Subclass), *group),
     "a negated view": lambda x, U, *rest: (x, torch._neg_view(U), *rest),
     "a parameter that takes a gradient": lambda x, U, *rest: (x, nn.Parameter(U), *rest),
     "x that takes a gradient": lambda x, *group: (x.clone().requires_grad_(), *group),
-    "meta tensors": lambda *tensors: tuple(t.to("meta") for t in tensors),
+    "meta tensors": lambda *tensors: tuple(None if t is None else t.to("meta") for t in tensors),
     "a sparse factor": lambda x, U, *rest: (x, U.to_sparse(), *rest),
     "U that is transposed": lambda x, U, *rest: (x, U.mT.contiguous().mT, *rest),
     "U whose rows overlap": lambda x, U, *rest: (x, U.as_strided(U.shape, (1, 1)), *rest),
@@ -142,9 +142,9 @@ UNUSUAL: dict[str, Callable[..., tuple[Any, ...]]] = {
     "U of three dimensions": lambda x, U, *rest: (x, U[None], *rest),
     "s of another length": lambda x, U, s, *rest: (x, U, s[1:], *rest),
     "s of two dimensions": lambda x, U, s, *rest: (x, U, s[None], *rest),
-    "bias of another length": lambda *tensors: (*tensors[:-1], tensors[-1][1:]),
-    "no columns": lambda x, U, s, Vh, bias: (x[:, :0], U, s, Vh[:, :0], bias),
-    "no ranks": lambda x, U, s, Vh, bias: (x, U[:, :0], s[:0], Vh[:0], bias),
+    "bias of another length": lambda x, U, s, Vh, bias, order: (x, U, s, Vh, bias[1:], order),
+    "no columns": lambda x, U, s, Vh, *rest: (x[:, :0], U, s, Vh[:, :0], *rest),
+    "no ranks": lambda x, U, s, Vh, *rest: (x, U[:, :0], s[:0], Vh[:0], *rest),
     "no U": lambda x, U, *rest: (x, None, *rest),
     "no tensor": lambda x, *group: (x.tolist(), *group),
     "too many dimensions": lambda x, *group: (x[(None,) * (DIRECT.dimensions - 1)], *group),
@@ -185,7 +185,7 @@ def test_transforms_are_declined(transform: Callable[..., Callable[..., Tensor]]
 
 def test_calls_that_record_gradients_are_declined() -> None:
     x, group = operands()
-    parameters = [nn.Parameter(tensor) for tensor in group if tensor is not None]
+    parameters = [None if tensor is None else nn.Parameter(tensor) for tensor in group]
     assert direct(x, *parameters) is None
     for off in (torch.no_grad, torch.inference_mode):
         with off():
@@ -328,7 +328,7 @@ FUNCTIONS: dict[str, Callable[..., object]] = {
 
 def test_factors_stay_alive_that_leave_their_list_during_a_call(opened: Callable[..., None]) -> None:
     x, group = operands()
-    alive, groups = [weakref.ref(tensor) for tensor in group], [group]
+    alive, groups = [weakref.ref(tensor) for tensor in group if tensor is not None], [group]
     del group
     still: list[bool] = []
 
@@ -403,6 +403,7 @@ def test_calls_do_not_leak_memory_or_references(unusual: bool) -> None:
             direct(*arguments)
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-    before, counts = resident_bytes(1000), [sys.getrefcount(argument) for argument in arguments]
+    tensors = [argument for argument in arguments if argument is not None]
+    before, counts = resident_bytes(1000), [sys.getrefcount(tensor) for tensor in tensors]
     assert resident_bytes(100_000) - before < 2 << 20
-    assert [sys.getrefcount(argument) for argument in arguments] == counts
+    assert [sys.getrefcount(tensor) for tensor in tensors] == counts

@@ -115,7 +115,7 @@ def test_gradients_match_float64(backend: str, device: str, needed: str, dtype: 
     require(backend, "lowrank_linear", x, 5)
     group = factors(48, 63, 5, generator, s=True, bias=True, dtype=dtype, device=device)
     grad_y = normal((2, 5, 48), generator, dtype=dtype, device=device)
-    names = ("x", *Factors._fields)
+    names = ("x", *Factors._fields[:4])
     wanted = names if needed == "all" else (needed,)
 
     def gradients(function: object, *tensors: Tensor) -> dict[str, Tensor]:
@@ -125,9 +125,9 @@ def test_gradients_match_float64(backend: str, device: str, needed: str, dtype: 
         function(leaves["x"], Factors(*list(leaves.values())[1:])).backward(grad_y.to(tensors[0].dtype))  # type: ignore[operator]
         return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
-    got = gradients(lambda x, group: lowrank_linear(x, *group, backend=backend), x, *group)
-    plain = gradients(linear, x, *group)
-    exact = gradients(dense_linear, x.double(), *double(group))
+    got = gradients(lambda x, group: lowrank_linear(x, *group, backend=backend), x, *group[:4])
+    plain = gradients(linear, x, *group[:4])
+    exact = gradients(dense_linear, x.double(), *double(group)[:4])
     assert tuple(got) == wanted
     for name in wanted:
         assert_accurate("linear", dtype, got[name], plain[name], exact[name])

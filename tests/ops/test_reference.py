@@ -16,6 +16,15 @@ def test_lowrank_linear_by_hand() -> None:
     assert reference.lowrank_linear(x, U, None, Vh, None).tolist() == [[1, 2], [1, 2], [0, 0]]
 
 
+def test_pivoted_factors_by_hand() -> None:
+    # h = x[0], and the other output is 2 h: y[1] = h, y[0] = 2 h.
+    order = torch.tensor([1, 0], dtype=torch.int32)
+    pivoted = Factors(torch.tensor([[2.0]]), None, torch.tensor([[1.0, 0.0]]), bias, order)
+    assert pivoted.out_features == 2
+    assert reference.lowrank_linear(x, *pivoted).tolist() == [[12, 21], [14, 22], [20, 25]]
+    assert reference.lowrank_linear(x, *pivoted._replace(bias=None)).tolist() == [[2, 1], [4, 2], [10, 5]]
+
+
 def test_grouped_by_hand() -> None:
     outputs = reference.lowrank_linear_grouped(x, [Factors(U, s, Vh, bias), Factors(U[:1], None, Vh)])
     assert [y.tolist() for y in outputs] == [[[13, 26], [13, 26], [10, 20]], [[1], [1], [0]]]

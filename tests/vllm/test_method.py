@@ -196,8 +196,8 @@ def test_a_factor_of_whole_numbers_is_refused(merged: tuple[LinearBase, Any]) ->
 
 
 def test_a_configuration_of_the_future_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="format_version 2, this version of grasp reads 1"):
-        GraspVllmConfig.from_config({"quant_method": "grasp", "format_version": 2, "ranks": {}})
+    with pytest.raises(CheckpointError, match="format_version 3, this version of grasp reads 1 and 2"):
+        GraspVllmConfig.from_config({"quant_method": "grasp", "format_version": 3, "ranks": {}})
 
 
 def test_the_dtypes_are_those_of_the_ops() -> None:

@@ -177,7 +177,7 @@ def expand_launch(
     rows, width = output.shape
     block_m = row_block(rows, config)
     arguments: dict[str, Any] = {}
-    for name, (U, s, _, bias), h in (("gate", gate, hidden[0]), ("up", up, hidden[1])):
+    for name, (U, s, _, bias, _), h in (("gate", gate, hidden[0]), ("up", up, hidden[1])):
         arguments |= {
             f"{name}_u_ptr": U,
             f"{name}_s_ptr": U if s is None else s,  # a placeholder that is not read

@@ -165,7 +165,9 @@ def _lowrank_fused_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def lowrank_linear(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None) -> Tensor:
+def lowrank_linear(
+    x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, order: None = None
+) -> Tensor:
     """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). Arguments and result as in ``reference.lowrank_linear``."""
     return lowrank_linear_grouped(x, [Factors(U, s, Vh, bias)])[0]
 
@@ -241,7 +243,7 @@ def hidden_gemm(x: Tensor, Vhs: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def expand_gemm(h: Tensor, factors: Factors, output: Tensor | None = None) -> Tensor:
     """``(h * s) @ U.mT + bias``, written to ``output`` if given; in fp16 s scales U, because h could overflow."""
-    U, s, _, bias = factors
+    U, s, _, bias, _ = factors
     if s is not None and h.dtype == torch.float16:
         U = (U.float() * s).to(U.dtype)
     elif s is not None:
@@ -425,7 +427,7 @@ def unit_stride(tensor: Tensor) -> Tensor:
 
 def row_major(factors: Factors) -> Factors:
     """The factors with unit inner strides; tensors with other strides are copied."""
-    U, s, Vh, bias = factors
+    U, s, Vh, bias, _ = factors
     return Factors(
         unit_stride(U),
         None if s is None else unit_stride(s),

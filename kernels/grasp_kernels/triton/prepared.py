@@ -42,7 +42,7 @@ def describe(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | 
     biases: list[int | None] = []
     bits = first = x.data_ptr()
     following = 0
-    for U, s, Vh, bias in factors:
+    for U, s, Vh, bias, _ in factors:
         left, right = U.data_ptr(), Vh.data_ptr()
         bits |= left | right
         # A shrink reads Vh that lie one behind the other as one.

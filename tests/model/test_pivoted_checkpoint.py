@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from grasp.checkpoint.inspection import inspect_checkpoint
+from grasp.errors import CheckpointError
+from grasp.model.hf_quantizer import mark_compressed
+from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model.targets import layer_targets
+from tests.tiny_models import tiny_batches, tiny_model
+
+UP, Q = "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"
+
+
+def pivoted_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A Qwen2, whose q, k and v have biases, with low-rank layers 1 and 2; those of layer 1 are pivoted."""
+    model = tiny_model("qwen2")
+    if dtype != torch.float32:  # like a loaded checkpoint of that dtype: rotary frequencies stay in fp32
+        model = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=dtype)
+    for layer in (1, 2):
+        for number, target in enumerate(layer_targets(model, layer)[0]):
+            low_rank = LowRankLinear.from_dense(model.get_submodule(target.name), torch.arange(3 + layer + number))
+            model.set_submodule(target.name, low_rank)
+            assert layer == 2 or low_rank.pivot_() is None
+    mark_compressed(model)
+    group_linears_(model)
+    return model
+
+
+def linears(model: nn.Module) -> dict[str, LowRankLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(tiny_batches(1)[0]).logits
+
+
+def assert_same_state(model: nn.Module, expected: nn.Module) -> None:
+    state, wanted = model.state_dict(), expected.state_dict()
+    assert {name: (t.dtype, t.shape) for name, t in state.items()} == {n: (t.dtype, t.shape) for n, t in wanted.items()}
+    assert [name for name in wanted if not torch.equal(state[name], wanted[name])] == []
+
+
+def quantization(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    edit(values["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    pivoted_model().save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loading_gives_the_same_bits_and_logits(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = pivoted_model(dtype)
+    model.save_pretrained(tmp_path)
+    config = quantization(tmp_path)
+    assert config["format_version"] == 2
+    assert config["pivoted"] == [name for name in linears(model) if ".1." in name]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same_state(loaded, model)
+    assert torch.equal(logits(loaded), logits(model))
+    assert_same_state(AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto").cpu(), model)
+
+
+def test_a_loaded_model_saves_the_same_files_again(saved: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    AutoModelForCausalLM.from_pretrained(saved).save_pretrained(again)
+    for name in ("config.json", "model.safetensors"):
+        assert (again / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_another_dtype_leaves_the_orders(saved: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
+    assert_same_state(loaded, pivoted_model().to(torch.bfloat16))
+
+
+def test_layers_on_disk_compute_the_same_logits(saved: Path, tmp_path: Path) -> None:
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    layers = {f"model.layers.{layer}": "disk" if layer == 1 else "cpu" for layer in range(3)}
+    options = {"device_map": {**places, **layers}, "offload_folder": tmp_path / "offload"}
+    loaded = AutoModelForCausalLM.from_pretrained(saved, **options)
+    assert loaded.get_submodule(UP).U.is_meta
+    assert torch.equal(logits(loaded), logits(pivoted_model()))
+
+
+def test_a_model_without_pivoted_layers_has_a_checkpoint_of_version_1(saved: Path, tmp_path: Path) -> None:
+    loaded, expected = AutoModelForCausalLM.from_pretrained(saved), logits(pivoted_model())
+    for layer in linears(loaded).values():
+        layer.factor_()
+    loaded.save_pretrained(tmp_path / "again")
+    config = quantization(tmp_path / "again")
+    assert config.keys() == {"quant_method", "format_version", "ranks"}
+    assert config["format_version"] == 1
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), expected)
+
+
+def test_dequantizing_gives_the_weights(saved: Path) -> None:
+    loaded, model = AutoModelForCausalLM.from_pretrained(saved).dequantize(), pivoted_model()
+    assert not linears(loaded)
+    torch.testing.assert_close(loaded.get_submodule(Q).weight, linears(model)[Q].dense_weight())
+    torch.testing.assert_close(logits(loaded), logits(model))
+
+
+TABLES: dict[str, Callable[[Tensor], object]] = {
+    "too high": lambda table: table.index_fill_(0, torch.tensor([len(table) - 1]), 10**6),
+    "negative": lambda table: table.index_fill_(0, torch.tensor([0]), -1),
+    "twice": lambda table: table.index_fill_(0, torch.tensor([1]), int(table[0])),
+    "descending": lambda table: table.copy_(table.flip(0)),
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_tables_that_lie_are_refused_by_name(saved: Path, table: str) -> None:
+    edit_tensors(saved, lambda tensors: TABLES[table](tensors[f"{UP}.order"]))
+    with pytest.raises(CheckpointError, match=rf"{UP}\.order is not the order of pivoted factors: 9 distinct rows"):
+        AutoModelForCausalLM.from_pretrained(saved)
+
+
+def test_a_table_in_memory_is_checked_too(saved: Path) -> None:
+    model, config = pivoted_model(), AutoConfig.from_pretrained(saved)
+    state = model.state_dict()
+    TABLES["twice"](state[f"{UP}.order"])
+    with pytest.raises(CheckpointError, match=rf"{UP}\.order is not the order"):
+        type(model).from_pretrained(None, config=config, state_dict=state)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda tensors: tensors.update({f"{UP}.order": tensors[f"{UP}.order"].long()}),
+            "dtype I64; expected one of I32",
+        ),
+        (lambda tensors: tensors.update({f"{UP}.order": tensors[f"{UP}.order"].float()}), "dtype F32; expected one of"),
+        (lambda tensors: tensors.update({f"{UP}.order": tensors[f"{UP}.order"][:-1].clone()}), "order has the shape"),
+        (lambda tensors: tensors.pop(f"{UP}.order"), "(lacks 1 tensors|has no order)"),
+    ],
+    ids=["int64", "fp32", "short", "missing"],
+)
+@pytest.mark.parametrize("read", [AutoModelForCausalLM.from_pretrained, inspect_checkpoint], ids=["load", "inspect"])
+def test_a_table_of_another_kind_is_refused(
+    saved: Path, read: Callable[[Path], object], edit: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    edit_tensors(saved, edit)
+    with pytest.raises(CheckpointError, match=message) as error:
+        read(saved)
+    assert UP in str(error.value)
+
+
+@pytest.mark.parametrize("read", [AutoModelForCausalLM.from_pretrained, inspect_checkpoint], ids=["load", "inspect"])
+def test_a_configuration_that_does_not_fit_the_files_is_refused(saved: Path, read: Callable[[Path], object]) -> None:
+    edit_config(saved, lambda config: config["pivoted"].remove(UP))
+    with pytest.raises(CheckpointError, match=UP):
+        read(saved)
+    edit_config(saved, lambda config: config["pivoted"].append(UP.replace("1", "2")))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.[12]\.mlp\.up_proj"):
+        read(saved)
+    edit_config(saved, lambda config: config.update(format_version=1))
+    with pytest.raises(CheckpointError, match="format_version 1 and pivoted layers, which need 2"):
+        read(saved)
+
+
+def test_inspection_counts_numbers_and_bytes(saved: Path) -> None:
+    model = pivoted_model()
+    found = inspect_checkpoint(saved)
+    modules = {module.name: module for module in found.modules}
+    assert {name for name, module in modules.items() if module.pivoted} == {n for n in linears(model) if ".1." in n}
+    layer = linears(model)[Q]
+    assert layer.order is not None
+    parameters = sum(parameter.numel() for parameter in layer.parameters())
+    assert modules[Q].parameters == parameters
+    assert modules[Q].bytes == 4 * (parameters + layer.out_features)
+    assert (modules[Q].out_features, modules[Q].in_features) == (layer.out_features, layer.in_features)
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,247 @@
+"""Pivoted factors in every op: ``weight[order] = cat([Vh, U @ Vh])``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grasp_kernels import (
+    BackendUnavailableError,
+    Factors,
+    cpu,
+    lowrank_glu,
+    lowrank_linear,
+    lowrank_linear_grouped,
+    lowrank_linear_merged,
+    ops,
+    pack_factors,
+)
+from grasp_kernels.dispatch import OpCall, backend_missing, objection
+from tests.numerics import assert_accurate
+from tests.ops.inputs import BACKENDS, DTYPES, LAYOUTS, double, normal, seeded, tokens
+from tests.pairwise import Case, label, pairwise
+
+K, N, R = 24, 16, 5
+Linear = Callable[[Tensor, Factors], Tensor]
+
+
+def pivoted(
+    n: int, k: int, rank: int, seed: int = 0, *, bias: bool = False, dtype: torch.dtype = torch.float64, **options: Any
+) -> Factors:
+    """Random pivoted factors; both parts of ``order`` are ascending, as ``grasp.method.pivoting`` gives them."""
+    generator = seeded(seed)
+    pivots, rest = torch.randperm(n, generator=generator).split([rank, n - rank])
+    return Factors(
+        normal((n - rank, rank), generator, dtype=dtype, scale=rank**-0.5, **options),
+        None,
+        normal((rank, k), generator, dtype=dtype, scale=k**-0.5, **options),
+        normal((n,), generator, dtype=dtype, **options) if bias else None,
+        torch.cat([pivots.sort().values, rest.sort().values]).to(torch.int32),
+    )
+
+
+def two_linears(x: Tensor, group: Factors) -> Tensor:
+    """As one would write it in PyTorch, row by row of the weight."""
+    h = F.linear(x, group.Vh)
+    values = torch.cat([h, F.linear(h, group.U)], -1)
+    assert group.order is not None
+    y = torch.stack([values[..., i] for i in group.order.argsort().tolist()], -1)
+    return y if group.bias is None else y + group.bias
+
+
+def dense(group: Factors) -> Tensor:
+    assert group.order is not None
+    return torch.cat([group.Vh, group.U @ group.Vh])[group.order.argsort()]
+
+
+CASES = pairwise(
+    rows=(33, 7, 1, 0),
+    N=(63, 128, 300, 16),
+    K=(128, 63, 16),
+    rank=("most", 5, 1),
+    dtype=DTYPES,
+    layout=LAYOUTS,
+    ndim=(3, 2),
+    bias=(True, False),
+    backend=tuple(row.name for row in BACKENDS if "lowrank_linear" in row.functions),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_every_backend_is_as_accurate_as_two_linears(case: Case) -> None:
+    rank = case["N"] - 1 if case["rank"] == "most" else case["rank"]
+    group = pivoted(case["N"], case["K"], rank, bias=case["bias"], dtype=case["dtype"], layout=case["layout"])
+    x = tokens(case["rows"], case["K"], case["ndim"], seeded(1), dtype=case["dtype"], layout=case["layout"])
+    row = next(row for row in BACKENDS if row.name == case["backend"])
+    call = OpCall("lowrank_linear", x.device, x.dtype, case["rows"], rank, pivoted=True)
+    if (reason := objection(row, call)) is not None:
+        pytest.skip(f"{row.name}: {reason}")
+    y = lowrank_linear(x, *group, backend=row.name)
+    assert (y.shape, y.dtype) == ((*x.shape[:-1], case["N"]), x.dtype)
+    exact = F.linear(x.double(), dense(double(group)), None if group.bias is None else group.bias.double())
+    assert_accurate("linear", x.dtype, y, two_linears(x, group), exact)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 40, 70])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("instruction_set", [name for name in cpu.INSTRUCTION_SETS if name != "auto"])
+def test_every_instruction_set(instruction_set: str, dtype: torch.dtype, rows: int) -> None:
+    if (reason := backend_missing("cpu")) is not None or not cpu.supports(instruction_set):
+        pytest.skip(reason or f"this processor has no {instruction_set}")
+    x = normal((rows, 130), seeded(1), dtype=dtype)
+    for n, rank in ((201, 77), (18, 17), (9, 1)):
+        group = pivoted(n, 130, rank, bias=n < 20, dtype=dtype)
+        (y,) = cpu.run(x, (group,), instruction_set=instruction_set)
+        exact = two_linears(x.double(), double(group))
+        assert_accurate("linear", dtype, y, two_linears(x, group), exact)
+
+
+@pytest.mark.skipif(backend_missing("cpu") is not None, reason="the CPU kernels are not built")
+def test_pivoted_calls_take_the_direct_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, groups = (
+        normal((2, 3, K), seeded(), dtype=torch.float32),
+        [
+            pivoted(N, K, R, bias=True, dtype=torch.float32),
+            pivoted(N + 1, K, R + 1, dtype=torch.float32),
+            Factors(torch.ones(4, 2), torch.ones(2), torch.ones(2, K)),
+        ],
+    )
+    expected = [lowrank_linear(x, *group, backend="reference") for group in groups]
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the call left the direct path")
+
+    monkeypatch.setattr(ops, "check_factors", fail)
+    for group, y in zip(groups, expected, strict=True):
+        torch.testing.assert_close(lowrank_linear(x, *group), y, rtol=1e-4, atol=1e-5)
+    for got, y in zip(lowrank_linear_grouped(x, groups), expected, strict=True):
+        torch.testing.assert_close(got, y, rtol=1e-4, atol=1e-5)
+    for bad in (groups[0].order.long(), groups[0].order[1:], groups[0].order.repeat(2)[::2]):  # type: ignore[union-attr]
+        assert ops._direct_linear(x, *groups[0]._replace(order=bad), "auto") is None
+
+
+@pytest.mark.parametrize("entry", [-1, N, 2**31 - 1])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_an_order_out_of_range_writes_nothing(entry: int, backend: str) -> None:
+    if backend_missing(backend) is not None:
+        pytest.skip(str(backend_missing(backend)))
+    group, x = pivoted(N, K, R, dtype=torch.float32), torch.ones(1, K)
+    assert group.order is not None
+    group.order[-1] = entry
+    with pytest.raises((ValueError, IndexError, RuntimeError)):
+        lowrank_linear(x, *group, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_backends_without_kernels_for_them_refuse(backend: str) -> None:
+    with pytest.raises(BackendUnavailableError):
+        lowrank_linear(torch.ones(1, K, dtype=torch.float32), *pivoted(N, K, R, dtype=torch.float32), backend=backend)
+
+
+def test_they_have_no_packed_form() -> None:
+    with pytest.raises(ValueError, match="pivoted factors have no packed form"):
+        pack_factors([pivoted(N, K, R)])
+
+
+# --- the registered ops -----------------------------------------------------------------------------------------------
+
+
+def mixed(x: Tensor, first: Factors, second: Factors) -> tuple[Tensor, ...]:
+    return lowrank_linear_grouped(x, [first, second._replace(order=None, bias=None), second])
+
+
+CALLS: dict[str, Callable[[Tensor, Factors, Factors], Any]] = {
+    "lowrank_linear": lambda x, first, second: lowrank_linear(x, *first),
+    "lowrank_linear_grouped": mixed,
+    "lowrank_linear_merged": lambda x, first, second: lowrank_linear_merged(
+        x, [first, second._replace(order=None, bias=None), second]
+    ),
+    "lowrank_glu": lambda x, first, second: lowrank_glu(x, first, second),
+}
+
+
+def arguments(dtype: torch.dtype = torch.float64, requires_grad: bool = False) -> tuple[Tensor, Factors, Factors]:
+    x = normal((2, 3, K), seeded(3), dtype=dtype).requires_grad_(requires_grad)
+    groups = pivoted(N, K, R, 1, bias=True, dtype=dtype), pivoted(N, K, R + 1, 2, dtype=dtype)
+    for tensor in (tensor for group in groups for tensor in group[:4] if tensor is not None):
+        tensor.requires_grad_(requires_grad)
+    return x, *groups
+
+
+def flat(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def plain(op: str, x: Tensor, first: Factors, second: Factors) -> list[Tensor]:
+    """The op, differentiable, without the op."""
+    if op == "lowrank_linear":
+        return [two_linears(x, first)]
+    if op == "lowrank_glu":
+        return [F.silu(two_linears(x, first)) * two_linears(x, second)]
+    outputs = [two_linears(x, first), F.linear(F.linear(x, second.Vh), second.U), two_linears(x, second)]
+    return [torch.cat(outputs, -1)] if op == "lowrank_linear_merged" else outputs
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_values_and_gradients(op: str) -> None:
+    results = []
+    for run in (CALLS[op], lambda *args: plain(op, *args)):
+        x, first, second = arguments(requires_grad=True)
+        outputs = flat(run(x, first, second))
+        sum(y.sin().sum() for y in outputs).backward()  # type: ignore[union-attr]
+        leaves = [x, *first[:4], *(second[:4] if op != "lowrank_linear" else ())]
+        results.append([*outputs, *(tensor.grad for tensor in leaves if tensor is not None)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_compiled_calls_and_their_gradients(op: str) -> None:
+    torch._dynamo.reset()
+    results = []
+    for run in (CALLS[op], torch.compile(CALLS[op], fullgraph=True, backend="aot_eager")):
+        x, first, second = arguments(requires_grad=True)
+        outputs = flat(run(x, first, second))
+        sum(y.sin().sum() for y in outputs).backward()  # type: ignore[union-attr]
+        results.append([*outputs, x.grad, first.U.grad, first.Vh.grad])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_opcheck_and_second_derivatives() -> None:
+    x, first, second = arguments(requires_grad=True)
+    torch.library.opcheck(torch.ops.grasp.lowrank_linear.default, (x, *first, "auto"))
+    columns = [[first.U, second.U], [], [first.Vh, second.Vh], [first.bias], [first.order, second.order]]
+    present = [True, False, True, True, True, True, False, True, False, True]
+    torch.library.opcheck(torch.ops.grasp.lowrank_linear_grouped.default, (x, *columns, present, "auto"))
+    x, first, _ = arguments()
+    leaves = [t.requires_grad_() for t in (x[:1, :2], first.U, first.Vh, first.bias) if t is not None]
+
+    def run(x: Tensor, U: Tensor, Vh: Tensor, bias: Tensor) -> Tensor:
+        return lowrank_linear(x, U, None, Vh, bias, first.order, backend="reference")
+
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+
+
+def test_export_meta_and_autocast() -> None:
+    x, first, second = arguments(torch.float32)
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return lowrank_linear(x, *first)
+
+    y = lowrank_linear(x, *first)
+    torch.testing.assert_close(torch.export.export(Module(), (x,)).module()(x), y)
+    meta = [Factors(*(None if t is None else t.to("meta") for t in group)) for group in (first, second)]
+    for call in CALLS.values():
+        shapes = [out.shape for out in flat(call(x.to("meta"), *meta))]
+        assert shapes == [out.shape for out in flat(call(x, first, second))]
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = lowrank_linear(x, *first)
+    assert cast.dtype == torch.bfloat16
+    torch.testing.assert_close(cast.float(), y, rtol=0.05, atol=0.05)
