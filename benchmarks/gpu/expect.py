@@ -283,7 +283,7 @@ def _layer(rows: Sequence[Row], M: int, times: Times | None) -> list[str]:
     expected, floor, two = (sum(getattr(part, name) for part in parts) for name in ("expected", "floor", "products"))
     found = (times or {}).get((layer(M).label, M))
     ratios = (f"{floor / expected:.2f}", f"{two:.1f}", f"{two / expected:.2f}")
-    times_and_floor = (f"{time:.1f}" for time in (expected, chained, floor))
+    times_and_floor = (f"{time:.1f}" if math.isfinite(time) else "" for time in (expected, chained, floor))
     return [str(M), *times_and_floor, *ratios, "" if found is None else f"{found:.1f}"]
 
 
