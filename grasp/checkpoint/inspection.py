@@ -122,9 +122,10 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
     config = read_json(directory / "config.json", expected, CheckpointError, finite=False)
     ranks, pivoted = _ranks(config, directory / "config.json")
     tensors = read_headers(weight_files(directory))
-    parts: dict[str, list[StoredTensor]] = defaultdict(list)
+    parts: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
-        parts[_part(name, ranks)].append(tensor)
+        parts[_part(name, ranks)][name] = tensor
+    orders = {f"{name}.order" for name in pivoted}
     return Inspection(
         directory=str(directory),
         model_type=str(config.get("model_type", "unknown")),
@@ -132,8 +133,13 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
         parts=tuple(
             sorted(
                 (
-                    Part(name, len(stored), sum(map(_parameters, stored)), sum(map(_bytes, stored)))
-                    for name, stored in parts.items()
+                    Part(
+                        part,
+                        len(stored),
+                        sum(_parameters(tensor) for name, tensor in stored.items() if name not in orders),
+                        sum(map(_bytes, stored.values())),
+                    )
+                    for part, stored in parts.items()
                 ),
                 key=lambda part: -part.bytes,
             )
@@ -169,13 +175,13 @@ def _ranks(config: Mapping[str, Any], path: Path) -> tuple[dict[str, int], froze
 
 
 def _parameters(tensor: StoredTensor) -> int:
-    return 0 if tensor.dtype == "I32" else math.prod(tensor.shape)  # the ``order`` of a pivoted linear has none
+    return math.prod(tensor.shape)
 
 
 def _bytes(tensor: StoredTensor) -> int:
     if tensor.dtype not in _ITEM_BYTES:
         raise CheckpointError(f"a tensor has the dtype {tensor.dtype}; expected one of {', '.join(_ITEM_BYTES)}")
-    return math.prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]
+    return _parameters(tensor) * _ITEM_BYTES[tensor.dtype]
 
 
 def _module(name: str, rank: int, tensors: Mapping[str, StoredTensor], pivoted: bool) -> LowRankModule:

@@ -31,10 +31,9 @@ def is_gated_forward(forward: Callable[..., Tensor]) -> bool:
         True
     """
     try:
-        source = textwrap.dedent(inspect.getsource(forward))
-    except (OSError, TypeError):  # no source: built in, or typed at a prompt
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
+    except (OSError, TypeError, SyntaxError):  # no source: built in, typed at a prompt, or a lambda amid other code
         return False
-    (function,) = ast.parse(source).body
     if not isinstance(function, ast.FunctionDef) or function.decorator_list:
         return False
     arguments = function.args
@@ -42,6 +41,6 @@ def is_gated_forward(forward: Callable[..., Tensor]) -> bool:
         return False
     first, x = (argument.arg for argument in arguments.args)
     formula = FORMULA.format(x=x)
-    lines = [ast.unparse(line) for line in function.body[ast.get_docstring(function) is not None :]]
-    name, _, value = lines[0].partition(" = ")
-    return first == "self" and (lines == [f"return {formula}"] or (value, *lines[1:]) == (formula, f"return {name}"))
+    line, *rest = [ast.unparse(line) for line in function.body[ast.get_docstring(function) is not None :]] or [""]
+    name, _, value = line.partition(" = ")
+    return first == "self" and ([line, *rest] == [f"return {formula}"] or (value, *rest) == (formula, f"return {name}"))

@@ -209,9 +209,22 @@ class Decorated(Base):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Abstract(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        """The formula is elsewhere."""
+
+
+Unparsable = type("Unparsable", (Base,), {
+    "forward": lambda self, x: x,
+})  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("kind", "gated"),
-    [(LlamaMLP, True), (Direct, True), (Swapped, False), (Scaled, False), (Optional, False), (Decorated, False)],
+    [
+        *((kind, True) for kind in (LlamaMLP, Direct)),
+        *((kind, False) for kind in (Swapped, Scaled, Optional, Decorated, Abstract, Unparsable)),
+    ],
 )
 def test_only_the_formula_is_recognised(kind: type[nn.Module], gated: bool) -> None:
     assert is_gated_forward(kind.forward) is gated
