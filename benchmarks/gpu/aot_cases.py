@@ -28,7 +28,7 @@ TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
 # griddepcontrol.wait and .launch_dependents, cp.async.bulk.prefetch.L2
 WAIT, LAUNCH_DEPENDENTS, PREFETCH = "ACQBULK", "PREEXIT", "UBLKPF"
 MEMORY = ("LD.", "LDG", "ST.", "STG", "ATOM.", "ATOMG", "RED.", "REDG", "UTMA")  # accesses of global memory
-SET_ASIDE = 16  # bytes per thread: the assembler may set four registers aside before a loop that does not use them
+SET_ASIDE = 16  # bytes per thread: the assembler sets up to four registers aside, outside the loops where it was read
 SPIN, INVALIDATE = "LDG.E.STRONG.GPU", "CCTL.IVALL"  # together: ld.acquire.gpu of one word
 
 

@@ -123,8 +123,7 @@ def factors_of(label: str) -> list[Factors]:
 def measure(label: str, rows: int, factors: list[Factors], calls: int = CALLS) -> HostTime:
     """Measure the calls of one group inside ``stubbed()``."""
     x = torch.zeros(rows, factors[0].Vh.shape[1], dtype=torch.bfloat16)
-    gpu = CARDS[90]
-    config = choose("lowrank_linear", gpu, lowrank_linear.launch_key(x, factors))
+    config = choose(*_choice(x, factors))
     if config.path != "pair":
         raise ValueError(f"{label} with {rows} rows is run by {config.path}, expected a pair of launches")
     lowrank_linear.lowrank_linear_grouped(x, factors)

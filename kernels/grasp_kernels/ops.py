@@ -134,7 +134,7 @@ def lowrank_linear_merged(x: Tensor, factors: Sequence[Factors], *, backend: str
 
     Args:
         x: input, (..., K). fp32, fp16, bf16 or fp64.
-        factors: one ``Factors(U, s, Vh, bias)`` per output; ranks and widths may differ.
+        factors: one ``Factors(U, s, Vh, bias, order)`` per output; ranks, widths and forms may differ.
         backend: a name from ``available_backends()``, or ``"auto"``.
 
     Returns:
