@@ -17,10 +17,10 @@ inline int64_t integer(PyObject *tuple, Py_ssize_t index) {
 
 inline void *pointer(PyObject *tuple, Py_ssize_t index) { return reinterpret_cast<void *>(integer(tuple, index)); }
 
-// (U, s, Vh, bias, y, U_stride, Vh_stride, y_stride, N, R, s_dtype)
+// (U, s, Vh, bias, y, U_stride, Vh_stride, y_stride, N, R, s_dtype, order)
 inline grasp_factors to_factors(const pybind11::handle &item) {
     PyObject *group = item.ptr();
-    if (!PyTuple_Check(group) || PyTuple_GET_SIZE(group) != 11) throw pybind11::value_error("a group is a tuple of 11");
+    if (!PyTuple_Check(group) || PyTuple_GET_SIZE(group) != 12) throw pybind11::value_error("a group is a tuple of 12");
     grasp_factors factors = {};
     factors.U = pointer(group, 0);
     factors.s = pointer(group, 1);
@@ -33,6 +33,7 @@ inline grasp_factors to_factors(const pybind11::handle &item) {
     factors.N = integer(group, 8);
     factors.R = integer(group, 9);
     factors.s_dtype = static_cast<int32_t>(integer(group, 10));
+    factors.order = static_cast<const int32_t *>(pointer(group, 11));
     return factors;
 }
 

@@ -1,8 +1,9 @@
 /* Low-rank linear layers without a framework: y = ((x · Vhᵀ) ∘ s) · Uᵀ + bias, on raw pointers.
  *
  * With `order` the factors are pivoted: y[:, order] = [h, h · Uᵀ] + bias[order] with h = x · Vhᵀ, without s. U then has
- * N - R rows, which do not give the entries of y that h gives. `order` is a permutation of 0 … N - 1; that its entries
- * are in this range is checked, that they are distinct is not.
+ * N - R rows, which do not give the entries of y that h gives. `order` is a permutation of 0 … N - 1. The CPU checks
+ * that its entries are in this range; CUDA writes nothing for an entry outside of it. That they are distinct is not
+ * checked.
  *
  * Matrices are row-major. A stride is the distance of two rows, in elements; the elements of a row are contiguous. U,
  * Vh, bias, x and y have one dtype; sums are in float32. Nothing outside the shapes is read or written, and no pointer
@@ -48,7 +49,7 @@ typedef struct {
     int64_t U_stride, Vh_stride, y_stride;
     int64_t N, R;
     int32_t s_dtype;      /* grasp_dtype: GRASP_F32 or that of the input */
-    const int32_t *order; /* [N], or null if the factors are not pivoted; the CPU's linear only */
+    const int32_t *order; /* [N], or null if the factors are not pivoted, as those of a GLU */
 } grasp_factors;
 
 /* --- CPU ---------------------------------------------------------------------------------------------------------- */

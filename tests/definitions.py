@@ -23,13 +23,19 @@ def linear(x: Tensor, group: Factors) -> Tensor:
     h = F.linear(x, group.Vh)
     if group.s is not None:
         h = (h * group.s).to(x.dtype)
-    return F.linear(h, group.U, group.bias)
+    if group.order is None:
+        return F.linear(h, group.U, group.bias)
+    y = torch.cat([h, F.linear(h, group.U)], -1)[..., group.order.argsort()]
+    return y if group.bias is None else y + group.bias
 
 
 def dense_linear(x: Tensor, group: Factors) -> Tensor:
-    """One linear whose weight is ``U @ diag(s) @ Vh``."""
+    """One linear whose weight is ``U @ diag(s) @ Vh``, or that of pivoted factors."""
     scaled = group.U if group.s is None else group.U * group.s
-    return F.linear(x, scaled @ group.Vh, group.bias)
+    weight = scaled @ group.Vh
+    if group.order is not None:
+        weight = torch.cat([group.Vh, weight])[group.order.argsort()]
+    return F.linear(x, weight, group.bias)
 
 
 def glu(x: Tensor, gate: Factors, up: Factors, activation: str) -> Tensor:

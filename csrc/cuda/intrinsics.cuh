@@ -85,7 +85,7 @@ GRASP_DEVICE Chunk load_weights(const void *from) {
     return chunk;
 }
 
-// 4 floats that another block wrote; bypasses the first-level cache.
+// 4 floats, or one, that another block wrote; bypasses the first-level cache.
 GRASP_DEVICE Chunk load_hidden(const float *from) {
     Chunk chunk;
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -93,6 +93,12 @@ GRASP_DEVICE Chunk load_hidden(const float *from) {
                  : "l"(from)
                  : "memory");
     return chunk;
+}
+
+GRASP_DEVICE float load_hidden_float(const float *from) {
+    float value;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
+    return value;
 }
 
 GRASP_DEVICE Chunk load_chunk(const void *from) { return *static_cast<const Chunk *>(from); }

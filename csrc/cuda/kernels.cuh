@@ -2,6 +2,7 @@
 //
 // shrink: h = x · Vhᵀ as partial sums over splits of K. expand: y = (h ∘ s) · Uᵀ + bias, where h is the sum of its
 // splits, rounded once to the dtype of x. Both divide the members of a group into tiles, numbered one after the other.
+// A pivoted member has tiles of U, then tiles of h: the former give the entries of y that `order` has after the pivots.
 #pragma once
 
 #include <type_traits>
@@ -44,6 +45,7 @@ struct Problem {
     int32_t count, rank_tiles, width_tiles;  // members; tiles of all of them
     int32_t splits, length;                  // splits of K, and the elements of one
     Member members[MAX_MEMBERS];
+    const int32_t *orders[MAX_MEMBERS];  // null for a member that is not pivoted
 };
 
 GRASP_DEVICE const Member &member_of(const Problem &problem, int32_t Member::*first, int tile) {
@@ -87,14 +89,18 @@ GRASP_DEVICE void shrink(const Problem &problem, int task) {
 
 // --- expand ----------------------------------------------------------------------------------------------------------
 
-template <class T, int ROWS, bool VECTOR>
+// PIVOTED: whether members may have an order.
+template <class T, int ROWS, bool VECTOR, bool PIVOTED>
 struct Expand {
     using Tile = Product<T, ROWS, WIDTH_TILE / 8, EXPAND_STEPS<T, ROWS>, VECTOR>;
     static constexpr int PITCH = Tile::STAGE + STEP<T>;  // puts the rows of a fragment on different banks
 
     const Problem &problem;
     const Member &member;
-    const int first;
+    const int first;  // row of U
+    const int32_t *const order;
+    const int rows;    // of U
+    const int column;  // of y, which a thread finishes
     const bool inside;
     float bias = 0;
     Tile product;
@@ -104,13 +110,17 @@ struct Expand {
         : problem(problem),
           member(member_of(problem, &Member::width_tile, tile)),
           first((tile - member.width_tile) * WIDTH_TILE),
-          inside(first + Tile::column() < member.N),
-          product({static_cast<const T *>(member.U), member.U_stride, member.N, member.R}, first, member.R) {
+          order(PIVOTED ? problem.orders[&member - problem.members] : nullptr),
+          rows(order ? member.N - member.R : member.N),
+          column(order ? find_column() : first + Tile::column()),
+          inside(PIVOTED ? static_cast<uint32_t>(column) < static_cast<uint32_t>(member.N) : column < member.N),
+          product({static_cast<const T *>(member.U), member.U_stride, rows, member.R}, first, member.R) {
         product.fetch(0);
-        if (member.bias && inside) bias = to_float(load(static_cast<const T *>(member.bias) + first + Tile::column()));
+        if (member.bias && inside) bias = to_float(load(static_cast<const T *>(member.bias) + column));
     }
 
     GRASP_DEVICE void run() {
+        if (PIVOTED && first >= rows) return write_pivots();
         T *hidden = static_cast<T *>(shared_memory<ROWS * PITCH * sizeof(T), 1>());
         for (int stage = 0; stage < member.R; stage += Tile::STAGE) {
             if (stage > 0) sync_block();  // the previous stage may still be in use
@@ -121,13 +131,39 @@ struct Expand {
             };
             product.multiply(stage, h, [&](Chunk &chunk, int k) { scale_weights(chunk, k); });
         }
-        T *y = static_cast<T *>(member.y) + first + Tile::column();
+        T *y = static_cast<T *>(member.y) + column;
         product.finish(problem.M, [&](int row, float sum) {
             if (inside) store(y + row * member.y_stride, round_to<T>(sum + bias));
         });
     }
 
   private:
+    // -1 if there is none.
+    GRASP_DEVICE int find_column() const {
+        const bool in_U = first < rows;
+        const int entry = in_U ? member.R + first + Tile::column() : pivot();
+        return entry < (in_U ? member.N : member.R) ? load(order + entry) : -1;
+    }
+
+    // The column of h that a thread writes to y.
+    GRASP_DEVICE int pivot() const {
+        return first - (rows + WIDTH_TILE - 1) / WIDTH_TILE * WIDTH_TILE + Tile::column();
+    }
+
+    GRASP_DEVICE void write_pivots() const {
+        const int64_t columns = int64_t{RANK_TILE} * problem.rank_tiles, stride = problem.M * columns;
+        T *y = static_cast<T *>(member.y) + column;
+        for (int row = thread_index() / WIDTH_TILE; inside && row < problem.M; row += THREADS / WIDTH_TILE) {
+            const float *from = problem.hidden + row * columns + member.rank_tile * RANK_TILE + pivot();
+            float sum = 0;
+#pragma unroll
+            for (int split = 0; split < MAX_SPLITS<ROWS>; ++split) {
+                if (split < problem.splits) sum += load_hidden_float(from + split * stride);
+            }
+            store(y + row * member.y_stride, round_to<T>(sum + bias));
+        }
+    }
+
     // In fp16 s scales U, because h ∘ s could overflow.
     static constexpr bool SCALES_WEIGHTS = std::is_same<T, F16>::value;
 
@@ -234,15 +270,15 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) lowrank_shrink_kernel(con
     shrink<T, ROWS, VECTOR>(problem, block_index());
 }
 
-template <class T, int ROWS, bool VECTOR>
+template <class T, int ROWS, bool VECTOR, bool PIVOTED>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) lowrank_expand_kernel(const __grid_constant__ Problem problem) {
-    Expand<T, ROWS, VECTOR> expand(problem, block_index());
+    Expand<T, ROWS, VECTOR, PIVOTED> expand(problem, block_index());
     wait_for_dependency();
     expand.run();
 }
 
 // Arrive first, then load U while other blocks finish: an earlier load of U would delay the shrink.
-template <class T, int ROWS, bool VECTOR>
+template <class T, int ROWS, bool VECTOR, bool PIVOTED>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     lowrank_cooperative_kernel(const __grid_constant__ Problem problem) {
     for (int task = block_index(); task < problem.rank_tiles * problem.splits; task += block_count()) {
@@ -250,7 +286,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     }
     const uint32_t ticket = arrive(problem.barrier);
     for (int tile = block_index(); tile < problem.width_tiles; tile += block_count()) {
-        Expand<T, ROWS, VECTOR> expand(problem, tile);
+        Expand<T, ROWS, VECTOR, PIVOTED> expand(problem, tile);
         if (tile == block_index()) wait(problem.barrier, ticket);
         expand.run();
     }

@@ -88,9 +88,10 @@ grasp_status check(const grasp_factors &group, const grasp_input &x) {
                     static_cast<long long>(group.U_stride), static_cast<long long>(group.Vh_stride),
                     static_cast<long long>(group.y_stride));
     }
-    if (group.order)
-        return fail(GRASP_BAD_ARGUMENT, "order must be null: there are no CUDA kernels for it, got %p",
-                    static_cast<const void *>(group.order));
+    if (group.order && (group.s || group.N <= group.R)) {
+        return fail(GRASP_BAD_ARGUMENT, "with order, s must be null and N above R, got s %p, N %lld and R %lld",
+                    group.s, static_cast<long long>(group.N), static_cast<long long>(group.R));
+    }
     if (group.s && group.s_dtype != GRASP_F32 && group.s_dtype != x.dtype) {
         return fail(GRASP_BAD_ARGUMENT, "s must be float32 or of dtype %d, got %d", x.dtype, group.s_dtype);
     }
@@ -128,11 +129,14 @@ Variants variants_of(int32_t dtype) {
     }
 }
 
-const Variant &choose(int32_t dtype, int64_t rows, bool aligned) {
+const Variant &choose(int32_t dtype, int64_t rows, bool aligned, bool pivoted) {
     const Variants all = variants_of(dtype);
-    return *std::find_if(all.begin, all.end,
-                         [&](const Variant &variant) { return variant.rows >= rows && (aligned || !variant.vector); });
+    return *std::find_if(all.begin, all.end, [&](const Variant &variant) {
+        return variant.rows >= rows && (aligned || !variant.vector) && variant.pivoted == pivoted;
+    });
 }
+
+int64_t rows_of_U(const grasp_factors &group) { return group.order ? group.N - group.R : group.N; }
 
 // Whether rows start at multiples of 16 bytes and their length is a multiple of 16 bytes.
 bool is_aligned(const void *data, int64_t rows, int64_t stride, int64_t columns, int32_t dtype) {
@@ -186,8 +190,10 @@ Problem lay_out(const grasp_input &x, const grasp_factors *groups, int64_t count
                               problem.rank_tiles,
                               problem.width_tiles,
                               group.s_dtype == GRASP_F32};
+        problem.orders[i] = group.order;
         problem.rank_tiles += static_cast<int32_t>(ceil_div(group.R, RANK_TILE));
-        problem.width_tiles += static_cast<int32_t>(ceil_div(group.N, WIDTH_TILE));
+        problem.width_tiles += static_cast<int32_t>(ceil_div(rows_of_U(group), WIDTH_TILE));
+        if (group.order) problem.width_tiles += static_cast<int32_t>(ceil_div(group.R, WIDTH_TILE));
     }
     const int64_t granule = x.dtype == GRASP_F32 ? SPLIT_GRANULE<float> : SPLIT_GRANULE<F16>;
     const int64_t granules = ceil_div(x.K, granule);
@@ -239,15 +245,17 @@ grasp_status launch_cooperative(const Variant &variant, const Problem &problem, 
 // Up to MAX_MEMBERS groups.
 grasp_status run(const grasp_input &x, const grasp_factors *groups, int64_t count, const grasp_cuda_options &options,
                  const Card &card) {
-    bool shrink_aligned = is_aligned(x.data, x.M, x.stride, x.K, x.dtype), expand_aligned = true;
+    bool shrink_aligned = is_aligned(x.data, x.M, x.stride, x.K, x.dtype), expand_aligned = true, pivoted = false;
     for (int64_t i = 0; i < count; ++i) {
         const grasp_factors &group = groups[i];
         shrink_aligned = shrink_aligned && is_aligned(group.Vh, group.R, group.Vh_stride, x.K, x.dtype);
-        expand_aligned = expand_aligned && is_aligned(group.U, group.N, group.U_stride, group.R, x.dtype);
+        expand_aligned = expand_aligned && is_aligned(group.U, rows_of_U(group), group.U_stride, group.R, x.dtype);
+        pivoted = pivoted || group.order;
     }
     const bool cooperative = options.path == GRASP_CUDA_COOPERATIVE;
     if (cooperative) shrink_aligned = expand_aligned = shrink_aligned && expand_aligned;
-    const Variant &shrink = choose(x.dtype, x.M, shrink_aligned), &expand = choose(x.dtype, x.M, expand_aligned);
+    const Variant &shrink = choose(x.dtype, x.M, shrink_aligned, pivoted);
+    const Variant &expand = choose(x.dtype, x.M, expand_aligned, pivoted);
     const Problem problem = lay_out(x, groups, count, options, card, expand);
     const cudaStream_t stream = static_cast<cudaStream_t>(options.stream);
     if (cooperative) return launch_cooperative(expand, problem, stream, card);

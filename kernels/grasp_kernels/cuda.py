@@ -23,10 +23,10 @@ _RANK = 9  # the index of R in the tuple of `pointers`
 
 
 def lowrank_linear(
-    x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, order: None = None
+    x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, order: Tensor | None = None
 ) -> Tensor:
     """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). Arguments and result as in ``reference.lowrank_linear``."""
-    return run(x, (Factors(U, s, Vh, bias),))[0]
+    return run(x, (Factors(U, s, Vh, bias, order),))[0]
 
 
 def lowrank_linear_grouped(
@@ -58,7 +58,7 @@ def run(
         RuntimeError: if the GPU cannot run the path, or a CUDA call fails; the message has CUDA's reason.
     """
     rows, K = x.shape
-    outputs = [x.new_empty(rows, group[0].shape[0]) for group in factors] if outputs is None else list(outputs)
+    outputs = [x.new_empty(rows, group.out_features) for group in factors] if outputs is None else list(outputs)
     if rows == 0:
         return outputs
     x, stride = in_place(x)

@@ -81,8 +81,6 @@ def _cuda_missing() -> str | None:
 
 
 def _cuda_refuses(call: OpCall) -> str | None:
-    if call.pivoted:
-        return "it has no kernels for pivoted factors"
     if call.device.type != "cuda":
         return f"it runs on CUDA tensors, not on {call.device.type}"
     if call.dtype == torch.float64:

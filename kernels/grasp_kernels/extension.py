@@ -59,16 +59,20 @@ def in_place(matrix: Tensor) -> tuple[Tensor, int]:
 
 def pointers(factors: Factors, output: Tensor) -> tuple[tuple[int, ...], Factors]:
     """A group as the CUDA module takes it (see csrc/groups.h), and the tensors it points to, to be kept alive."""
-    U, s, Vh, bias, _ = factors
-    N, R = U.shape
+    U, s, Vh, bias, order = factors
+    N, R = factors.out_features, U.shape[1]
     U, U_stride = in_place(U)
     Vh, Vh_stride = in_place(Vh)
-    s_data = bias_data = s_dtype = 0
+    s_data = bias_data = s_dtype = order_data = 0
     if s is not None:
         s = s.contiguous()
         s_data, s_dtype = s.data_ptr(), DTYPE_CODES[s.dtype]
     if bias is not None:
         bias = bias.contiguous()
         bias_data = bias.data_ptr()
+    if order is not None:
+        order = order.contiguous()
+        order_data = order.data_ptr()
     addresses = (U.data_ptr(), s_data, Vh.data_ptr(), bias_data, output.data_ptr())
-    return (*addresses, U_stride, Vh_stride, output.stride(0), N, R, s_dtype), Factors(U, s, Vh, bias)
+    sizes = (U_stride, Vh_stride, output.stride(0), N, R, s_dtype)
+    return (*addresses, *sizes, order_data), Factors(U, s, Vh, bias, order)

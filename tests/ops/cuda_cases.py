@@ -10,7 +10,7 @@ from torch import Tensor
 from grasp_kernels import Factors
 from tests.definitions import dense_linear, linear
 from tests.numerics import assert_accurate
-from tests.ops.inputs import DTYPES, double, factors, normal, seeded
+from tests.ops.inputs import DTYPES, double, factors, normal, pivoted, seeded
 from tests.pairwise import Case, pairwise
 
 CASES = pairwise(
@@ -25,14 +25,18 @@ CASES = pairwise(
     bias=(True, False),
     seed=(1, 0, 2),
     processors=(3, 16, 1),
+    pivoted=(False, True),
 )
 
 
 def inputs(case: Case, device: str = "cpu") -> tuple[Tensor, Factors]:
-    """x and the factors of a case."""
+    """x and the factors of a case; pivoted ones have a rank below N and no s."""
     generator = seeded()
     options = {"dtype": case["dtype"], "layout": case["layout"], "device": device}
     x = normal((case["rows"], case["K"]), generator, **options)
+    if case["pivoted"]:
+        rank = min(case["rank"], case["N"] - 1)
+        return x, pivoted(case["N"], case["K"], rank, generator, bias=case["bias"], **options)
     group = factors(case["N"], case["K"], case["rank"], generator, s=case["s"] != "none", bias=case["bias"], **options)
     return x, group if case["s"] != "own" else group._replace(s=group.s.to(case["dtype"]))
 

@@ -89,6 +89,25 @@ def factors(
     )
 
 
+def pivoted(
+    N: int,
+    K: int,
+    rank: int,
+    generator: torch.Generator,
+    *,
+    bias: bool = False,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    layout: str = "contiguous",
+) -> Factors:
+    """Pivoted factors; both parts of ``order`` are ascending, as ``grasp.method.pivoting`` gives them."""
+    group = factors(N, K, rank, generator, s=False, bias=bias, dtype=dtype, device=device, layout=layout)
+    pivots, others = torch.randperm(N, generator=generator).split([rank, N - rank])
+    order = torch.cat([pivots.sort().values, others.sort().values])
+    return group._replace(U=group.U[: N - rank], order=order.to(device, torch.int32))
+
+
 def double(group: Factors) -> Factors:
     """The same values in float64."""
-    return Factors(*(None if tensor is None else tensor.double() for tensor in group))  # type: ignore[arg-type]
+    U, s, Vh, bias = (None if tensor is None else tensor.double() for tensor in group[:4])
+    return Factors(U, s, Vh, bias, group.order)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from tests.definitions import dense_linear
 from tests.numerics import assert_accurate
 from tests.ops.cuda_cases import CASES, check, inputs, small
 from tests.ops.cuda_emulator import COOPERATIVE, DEPENDENT, Emulator, kinds
-from tests.ops.inputs import DTYPES, double, factors, normal, seeded
+from tests.ops.inputs import DTYPES, double, factors, normal, pivoted, seeded
 from tests.pairwise import Case, label
 
 # --- the kernels, emulated --------------------------------------------------------------------------------------------
@@ -64,6 +64,37 @@ def test_outputs_may_be_columns_of_one_tensor(emulator: Emulator, path: str) -> 
     check(cuda.run(x, groups, whole[:, 3:].split((130, 33), dim=1), path=path), x, groups)
     assert whole[:, :3].isnan().all()
     check(whole[:, 3:].split((130, 33), dim=1), x, groups)
+
+
+@pytest.mark.parametrize("path", ["dependent", "cooperative"])
+def test_a_group_may_mix_forms_and_takes_no_more_launches(emulator: Emulator, path: str) -> None:
+    generator = seeded()
+    x = normal((5, 640), generator, dtype=torch.bfloat16)
+    groups = [
+        pivoted(130, 640, 48, generator, bias=True, dtype=torch.bfloat16),
+        factors(40, 640, 16, generator, s=True, bias=True, dtype=torch.bfloat16),
+        pivoted(65, 640, 64, generator, dtype=torch.bfloat16),
+    ]
+    whole = x.new_full((5, 3 + 130 + 40 + 65), torch.nan)
+    outputs = cuda.run(x, groups, whole[:, 3:].split((130, 40, 65), dim=1), path=path)
+    assert len(emulator.finish()) == (1 if path == "cooperative" else 2)
+    assert whole[:, :3].isnan().all()
+    check(outputs, x, groups)
+
+
+@pytest.mark.parametrize("place", [0, 47, 48, 129])  # the first and the last pivot and row of U
+@pytest.mark.parametrize("entry", [-1, 130])
+def test_nothing_is_written_for_an_order_out_of_range(emulator: Emulator, place: int, entry: int) -> None:
+    generator = seeded()
+    x = normal((2, 64), generator, dtype=torch.bfloat16)
+    group = pivoted(130, 64, 48, generator, bias=True, dtype=torch.bfloat16)
+    assert group.order is not None
+    left_out = int(group.order[place])
+    group.order[place] = entry
+    y = x.new_full((2, 130), torch.nan)
+    cuda.run(x, [group], [y])
+    emulator.finish()
+    assert y.isnan().all(0).nonzero().flatten().tolist() == [left_out]
 
 
 def test_a_group_of_more_than_eight_takes_several(emulator: Emulator) -> None:

@@ -17,15 +17,15 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("kernels_*.cu"))
 ARCHITECTURES = (80, 90)
-KERNELS = 3 * (4 + 3 + 3)  # of each architecture: phases, and variants of each dtype
+KERNELS = 5 * (4 + 3 + 3)  # of each architecture: a shrink, an expand and a cooperative kernel of each form
 THREADS, REGISTERS = 128, 1 << 16  # of a block, of a processor
 
-NAME = re.compile(r"lowrank_(shrink|expand|cooperative)_kernelI(f|NS_3F16E|NS_4BF16E)Li(\d+)ELb([01])E")
+NAME = re.compile(r"lowrank_(shrink|expand|cooperative)_kernelI(f|NS_3F16E|NS_4BF16E)Li(\d+)ELb([01])E(?:Lb([01])E)?")
 REPORT = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'(.*?)Used (\d+) registers", re.DOTALL)
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 WEIGHTS = "LDG.E.EF.128"  # 16 bytes, evicted first
 HIDDEN = "LDG.E.128.STRONG.GPU"  # 16 bytes, bypassing the first-level cache
-POLL = "LDG.E.STRONG.GPU"
+POLL = "LDG.E.STRONG.GPU"  # of the barrier; later ones load h for the outputs of pivots
 SYSTEM_LIBRARIES = {  # of every Linux with glibc; libcuda, libcudart and libpython are not among them
     *("ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1", "libc.so.6", "libdl.so.2", "libm.so.6", "libpthread.so.0"),
     *("librt.so.1", "libgcc_s.so.1", "libstdc++.so.6"),
@@ -37,13 +37,15 @@ class Kernel(NamedTuple):
     dtype: str
     rows: int
     vector: bool
+    pivoted: bool
 
     @classmethod
     def parse(cls, mangled: str) -> Kernel:
         match = NAME.search(mangled)
         assert match, mangled
-        kind, dtype, rows, vector = match.groups()
-        return cls(kind, {"f": "f32", "NS_3F16E": "f16", "NS_4BF16E": "bf16"}[dtype], int(rows), vector == "1")
+        kind, dtype, rows, *flags = match.groups()
+        vector, pivoted = (flag == "1" for flag in flags)
+        return cls(kind, {"f": "f32", "NS_3F16E": "f16", "NS_4BF16E": "bf16"}[dtype], int(rows), vector, pivoted)
 
 
 class Usage(NamedTuple):
@@ -186,7 +188,7 @@ def test_products_of_16_bit_factors_use_tensor_cores(instructions: dict[tuple[in
 def test_u_is_fetched_before_the_wait_and_h_after_it(instructions: dict[tuple[int, Kernel], list[str]]) -> None:
     for kernel, names in select(instructions, lambda sm, kernel: sm == 90 and kernel.kind == "expand"):
         (wait,) = positions(names, "ACQBULK")
-        assert min(positions(names, HIDDEN)) > wait, kernel
+        assert min(positions(names, HIDDEN) + positions(names, POLL)) > wait, kernel
         if kernel.vector:
             assert len([place for place in positions(names, WEIGHTS) if place < wait]) == first_stage(kernel), kernel
 
@@ -205,7 +207,8 @@ def test_older_cards_get_no_dependent_launch(instructions: dict[tuple[int, Kerne
 def test_the_barrier_is_arrival_then_u_then_wait_then_h(instructions: dict[tuple[int, Kernel], list[str]]) -> None:
     for kernel, names in select(instructions, lambda _, kernel: kernel.kind == "cooperative"):
         (arrival,) = (place for place, name in enumerate(names) if name.startswith("ATOM"))
-        (poll,) = positions(names, POLL)
+        poll, *pivots = positions(names, POLL)
+        assert bool(pivots) == kernel.pivoted, kernel
         assert any(name.startswith("STG") for name in names[:arrival]), kernel
         assert "MEMBAR" in " ".join(names[arrival - 3 : arrival]), kernel  # release
         assert arrival < poll < min(positions(names, HIDDEN)), kernel

@@ -7,7 +7,7 @@ from torch import Tensor
 from grasp_kernels import cuda, dispatch
 from grasp_kernels.dispatch import BACKENDS, OpCall
 from tests.ops.cuda_cases import CASES, check, inputs
-from tests.ops.inputs import DTYPES, factors, normal, seeded
+from tests.ops.inputs import DTYPES, factors, normal, pivoted, seeded
 from tests.pairwise import Case, label
 
 pytestmark = pytest.mark.gpu
@@ -41,8 +41,11 @@ def test_a_card_agrees_with_float64(card: torch.device, case: Case) -> None:
 def test_on_a_card_runs_agree_bit_for_bit_on_every_path(card: torch.device, dtype: torch.dtype) -> None:
     generator = seeded()
     x = normal((7, 4096), generator, dtype=dtype, device=str(card))
-    groups = [factors(N, 4096, 208, generator, s=True, bias=True, dtype=dtype, device=str(card)) for N in (4096, 999)]
+    options = {"bias": True, "dtype": dtype, "device": str(card)}
+    groups = [factors(N, 4096, 208, generator, s=True, **options) for N in (4096, 999)]
+    groups.append(pivoted(1000, 4096, 208, generator, **options))
     first = cuda.run(x, groups)
+    check(first, x, groups)
     for _ in range(50):
         for path in paths(card):
             assert all(map(torch.equal, cuda.run(x, groups, path=path), first))

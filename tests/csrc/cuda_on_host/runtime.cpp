@@ -67,8 +67,10 @@ std::vector<Region> regions_of(const Problem &problem, const Found &found) {
         const Member &member = problem.members[i];
         if (shrinks) add(member.Vh, member.R, member.Vh_stride, problem.K, size, false);
         if (!expands) continue;
-        add(member.U, member.N, member.U_stride, member.R, size, false);
+        const int32_t *order = problem.orders[i];
+        add(member.U, order ? member.N - member.R : member.N, member.U_stride, member.R, size, false);
         add(member.s, 1, 0, member.R, member.s_is_float ? 4 : size, false);
+        add(order, 1, 0, member.N, 4, false);
         add(member.bias, 1, 0, member.N, size, false);
         add(member.y, problem.M, member.y_stride, member.N, size, true);
     }

@@ -97,6 +97,7 @@ T read(const void *from, size_t alignment) {
 
 inline Chunk load_weights(const void *from) { return read<Chunk>(from, 16); }
 inline Chunk load_hidden(const float *from) { return read<Chunk>(from, 16); }
+inline float load_hidden_float(const float *from) { return read<float>(from, 4); }
 inline Chunk load_chunk(const void *from) { return read<Chunk>(from, 16); }
 template <class T>
 T load(const T *from) {
