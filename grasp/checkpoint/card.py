@@ -16,7 +16,7 @@ from yaml import YAMLError
 from grasp.calibration import NAMED_TEXTS
 from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.errors import CheckpointError, GraspError
-from grasp.formatting import one_line, printable, score_rows
+from grasp.formatting import counts, one_line, printable, score_rows
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.reading import read_json
 
@@ -28,6 +28,11 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LAYER = re.compile(r"(?P<layer>.*?\.\d+)\.(?P<module>.+)")
 _EVALUATION = "Evaluation by grasp"
 _EVALUATION_HEAD = "| model | on | metric | value |\n| --- | --- | --- | ---: |"
+# The parts of ``_TEMPLATE`` that have sizes.
+_SIZES = (
+    re.compile(r"\b\d+ linear layers were replaced by .{,200}? now\)\."),
+    re.compile(r"^## What was compressed\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL),
+)
 _SECTION = re.compile(rf"^## {_EVALUATION}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 # The hub's client passes on the errors of its HTTP library, which differs between versions.
@@ -61,7 +66,8 @@ print(tokenizer.decode(tokens[0]))
 
 ## What was compressed
 
-Each linear layer with its rank and its full rank; parameters relative to the dense layers.
+Each linear layer with its rank and its full rank; parameters relative to the dense layers. Form of the low-rank \
+layers: {forms}.
 
 | layer | rank of full rank | parameters |
 | --- | --- | ---: |
@@ -77,6 +83,7 @@ class _CardLayer(NamedTuple):
     out_features: int
     parameters: int
     dense_parameters: int
+    form: str = "factored"
 
 
 def model_card(
@@ -111,7 +118,7 @@ def folder_card(
     """
     checkpoint = inspect_checkpoint(directory)
     layers = {
-        m.name: _CardLayer(m.rank, m.in_features, m.out_features, m.parameters, m.dense_parameters)
+        m.name: _CardLayer(m.rank, m.in_features, m.out_features, m.parameters, m.dense_parameters, m.form)
         for m in checkpoint.modules
     }
     return _render(checkpoint.model_type, layers, checkpoint.parameters, base_model, license or {}, "")
@@ -144,6 +151,7 @@ def _render(
         removed=1 - parameters / before,
         before=before,
         after=parameters,
+        forms=counts(layer.form for layer in layers.values()) or "none",
         rows="\n".join(_rows(layers)),
     )
     return card + (f"\n{details.strip()}\n" if details else "")
@@ -184,6 +192,17 @@ def with_results(
         ]
         parts += [f"## {_EVALUATION}", "\n".join([_EVALUATION_HEAD, *rows])]
     return "\n\n".join(parts) + "\n"
+
+
+def with_sizes(card: str, model: PreTrainedModel) -> str:
+    """Return a card with the sizes and the table of a model in place of its own; all other text stays.
+
+    A card that ``model_card`` did not write may have neither; it is then returned as it is.
+    """
+    fresh = model_card(model, base_model=None)
+    sentence, table = (part.findall(fresh)[0].replace("\\", r"\\") for part in _SIZES)
+    card = _SIZES[0].sub(sentence, card)
+    return _SIZES[1].sub(f"{table}\n", card).rstrip() + "\n"
 
 
 def without_results(card: str) -> str:
@@ -273,7 +292,8 @@ def _layer(layer: LowRankLinear) -> _CardLayer:
     bias = 0 if layer.bias is None else layer.out_features
     parameters = sum(parameter.numel() for parameter in layer.parameters())
     dense = layer.in_features * layer.out_features + bias
-    return _CardLayer(layer.rank, layer.in_features, layer.out_features, parameters, dense)
+    form = "factored" if layer.order is None else "pivoted"
+    return _CardLayer(layer.rank, layer.in_features, layer.out_features, parameters, dense, form)
 
 
 class _Score(NamedTuple):

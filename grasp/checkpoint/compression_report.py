@@ -36,6 +36,7 @@ class ModuleReport:
     parameters_after: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
+    form: str = "factored"  # or "pivoted"
     importance_kept: float = 0.0  # fraction of the summed importance that the retained groups have
     indices: tuple[int, ...] = ()  # the retained singular groups; 0 has the largest singular value
     spectrum: tuple[float, ...] = ()  # the singular values at ``spectrum_indices``, to four digits
@@ -175,7 +176,7 @@ def _require_sound(report: CompressionReport) -> None:
     texts = [report.scope, report.costs or ""]
     for module in report.modules:
         numbers += [module.bytes_before, module.bytes_after, module.importance_kept]
-        texts += [module.name, module.block, module.reason]
+        texts += [module.name, module.block, module.reason, module.form]
     if wrong := [value for value in numbers if type(value) not in (int, float)]:
         raise ValueError(f"sizes, times and fractions must be numbers, got {wrong[0]!r:.80}")
     if not all(isinstance(text, str) for text in texts):

@@ -42,7 +42,7 @@ class LowRankModule:
     parameters: int
     dense_parameters: int
     bytes: int
-    pivoted: bool = False
+    form: str = "factored"  # or "pivoted"
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,27 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
     )
 
 
+def inspect_compressed(directory: str | Path) -> Inspection:
+    """``inspect_checkpoint`` of a folder that must have low-rank layers.
+
+    Raises:
+        CheckpointError: if it has none, or is no folder; as ``inspect_checkpoint``.
+
+    Example:
+        >>> inspect_compressed("missing-folder")
+        Traceback (most recent call last):
+        grasp.errors.CheckpointError: no folder missing-folder; expected a checkpoint that `grasp compress` wrote
+    """
+    if not Path(directory).is_dir():
+        raise CheckpointError(f"no folder {directory}; expected a checkpoint that `grasp compress` wrote")
+    checkpoint = inspect_checkpoint(directory)
+    if not checkpoint.modules:
+        raise CheckpointError(
+            f"{directory} is not compressed: its config.json has no ranks. Give a folder that `grasp compress` wrote"
+        )
+    return checkpoint
+
+
 def short_name(module: str) -> str:
     """The last part of a module's path: ``"q_proj"``."""
     return module.rpartition(".")[2]
@@ -215,7 +236,7 @@ def _module(name: str, rank: int, tensors: Mapping[str, StoredTensor], pivoted: 
         parameters=sum(map(_parameters, (U, Vh, *extra))),
         dense_parameters=N * K + sum(map(_parameters, extra)),
         bytes=sum(map(_bytes, (U, Vh, *extra, *([] if order is None else [order])))),
-        pivoted=pivoted,
+        form="pivoted" if pivoted else "factored",
     )
 
 

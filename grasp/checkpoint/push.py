@@ -18,7 +18,7 @@ from huggingface_hub.utils import logging as hub_logging
 from grasp.builtin import BUILTIN, BUILTIN_LICENSE, BUILTIN_NAME
 from grasp.checkpoint import compression_report, recovery_report
 from grasp.checkpoint.card import HUB_NAME, folder_card, read_card, read_evaluation, read_license
-from grasp.checkpoint.inspection import Inspection, inspect_checkpoint
+from grasp.checkpoint.inspection import Inspection, inspect_compressed
 from grasp.errors import CheckpointError, HubError
 from grasp.files import expanded, write_whole
 from grasp.loading import hub_status
@@ -110,13 +110,7 @@ def require_complete(folder: Path) -> Inspection:
         CheckpointError: if tensors, the tokenizer or shards are missing, or no layer is low-rank; as
             ``checkpoint_files``.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"no folder {folder}; expected a checkpoint that `grasp compress` wrote")
-    checkpoint = inspect_checkpoint(folder)
-    if not checkpoint.modules:
-        raise CheckpointError(
-            f"{folder} is not compressed: its config.json has no ranks. Give a folder that `grasp compress` wrote"
-        )
+    checkpoint = inspect_compressed(folder)
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise CheckpointError(f"{folder} has no tokenizer; write one with tokenizer.save_pretrained")
     checkpoint_files(folder)

@@ -7,9 +7,9 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from grasp.bench.schema import grouped
-from grasp.checkpoint.inspection import Inspection, short_name
+from grasp.checkpoint.inspection import Inspection, LowRankModule, short_name
 from grasp.cli.console import print_facts, print_table, print_text
-from grasp.formatting import count, duration, layer_ranges, score_rows, share, size
+from grasp.formatting import count, counts, duration, layer_ranges, score_rows, share, size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from grasp.checkpoint.compression_report import CompressionReport
     from grasp.method.cost_table import CostTable
     from grasp.workflows.compress import Compression
+    from grasp.workflows.convert import Conversion
     from grasp.workflows.demo import Demo
     from grasp.workflows.dry_run import DryRun
     from grasp.workflows.evaluate import Evaluation
@@ -164,6 +165,33 @@ def show_recovery(result: Recovery) -> None:
     )
 
 
+def show_conversion(result: Conversion) -> None:
+    """Show the converted layers, sizes before and after, and what was left and why."""
+    before, after, linears = result.before, result.after, len(result.after.modules)
+    had_it = linears - len(result.converted) - len(result.left)
+    if not result.converted:
+        print_text(
+            f"Nothing was converted: {had_it} of {linears} linears were {result.form}. The new folder is a copy."
+        )
+    print_facts(
+        [
+            ("converted", f"{len(result.converted)} of {linears} linears, {result.form} now"),
+            ("parameters", f"{count(before.parameters)} -> {count(after.parameters)}"),
+            (
+                "removed",
+                f"{share(before.compression_ratio)} -> {share(after.compression_ratio)} of the dense model's "
+                f"{count(after.dense_parameters)}",
+            ),
+            ("bytes", f"{size(before.bytes)} -> {size(after.bytes)}"),
+            ("checkpoint", after.directory),
+        ]
+    )
+    for reason, names in grouped(result.left, result.left.__getitem__).items():
+        print_text(f"left: {len(names)} linears such as {names[0]}: {reason}")
+    if result.omitted:
+        print_text(f"not copied: {', '.join(result.omitted)}")
+
+
 def show_inspection(inspection: Inspection) -> None:
     """Show bytes by part, and the ranks of each compressed layer."""
     print_facts(
@@ -176,6 +204,7 @@ def show_inspection(inspection: Inspection) -> None:
                 f"{count(inspection.dense_parameters)} removed",
             ),
             ("bytes", size(inspection.bytes)),
+            *([("low-rank", counts(module.form for module in inspection.modules))] if inspection.modules else []),
         ]
     )
     total = inspection.bytes
@@ -199,10 +228,22 @@ def _print_rank_table(inspection: Inspection) -> None:
     for layer, modules in grouped(inspection.modules, lambda module: module.layer).items():
         kept = sum(module.parameters for module in modules) / sum(module.dense_parameters for module in modules)
         # The two c_proj of a layer of GPT-2 share a column.
-        ranks = [", ".join(str(m.rank) for m in modules if short_name(m.name) == name) or "-" for name in names]
+        ranks = [", ".join(map(_rank, (m for m in modules if short_name(m.name) == name))) or "-" for name in names]
         rows.append([str(layer), *ranks, share(kept), *_report_columns(inspection, layer)])
     columns = ["layer", *(name.removesuffix("_proj") for name in names), "kept"]
-    print_table(columns + (["BI"] if inspection.report else []), rows, title="Ranks")
+    print_table(
+        columns + (["BI"] if inspection.report else []),
+        rows,
+        title="Ranks; p: pivoted" if any(map(_is_pivoted, inspection.modules)) else "Ranks",
+    )
+
+
+def _rank(module: LowRankModule) -> str:
+    return f"{module.rank}{'p' * _is_pivoted(module)}"
+
+
+def _is_pivoted(module: LowRankModule) -> bool:
+    return module.form == "pivoted"
 
 
 def show_costs(table: CostTable, output: Path) -> None:

@@ -21,6 +21,8 @@ class Size:
 def model_size(model: nn.Module, layers: nn.ModuleList) -> Size:
     """Count the parameters and bytes of a model; a shared parameter counts once, also if it is offloaded.
 
+    Bytes include the ``order`` of pivoted layers, which are no parameters.
+
     Args:
         model: dense or compressed.
         layers: its decoder layers.
@@ -31,8 +33,9 @@ def model_size(model: nn.Module, layers: nn.ModuleList) -> Size:
         for name, p in model.named_parameters()  # torch omits duplicates
         if not (p.is_meta and name in tied)
     ]
+    orders = [buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] == "order"]
     return Size(
         parameters=sum(p.numel() for p in parameters),
-        bytes=sum(p.numel() * p.element_size() for p in parameters),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *orders)),
         decoder_parameters=sum(p.numel() for p in layers.parameters()),
     )

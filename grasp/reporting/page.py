@@ -12,7 +12,7 @@ from grasp.bench.schema import Record
 from grasp.checkpoint.compression_report import CompressionReport, ModuleReport
 from grasp.errors import GraspError, ResultsError
 from grasp.files import Contents, contents, require_writable, write_whole
-from grasp.formatting import Column, count, layer_ranges, share, size
+from grasp.formatting import Column, count, counts, layer_ranges, share, size
 from grasp.reporting.figure_style import require_matplotlib, to_svg
 from grasp.reporting.html import (
     command,
@@ -45,6 +45,7 @@ _COMPRESSED = (
     Column("in", "in_features"),
     Column("rank", "rank"),
     Column("full rank", lambda module: min(module.out_features, module.in_features)),
+    Column("form", "form"),
     Column("parameters before", "parameters_before", count),
     Column("after", "parameters_after", count),
     Column("bytes before", "bytes_before", size),
@@ -130,6 +131,7 @@ def _compression(report: CompressionReport) -> str:
     known = [
         ("layers", layer_ranges(report.redundant_layers) or "none"),
         ("linears", f"{len(report.compressed)} low-rank, {len(report.left)} left dense"),
+        ("forms", counts(module.form for module in report.compressed)),
         ("removed of the decoder layers", share(report.decoder_compression_ratio)),
         ("kept of each matrix", "" if report.retain_ratio is None else share(report.retain_ratio)),
         ("scope", report.scope),

@@ -25,6 +25,7 @@ from grasp.checkpoint.card import (
     read_card,
     read_license,
     with_results,
+    with_sizes,
     without_results,
 )
 from grasp.checkpoint.saving import save_checkpoint
@@ -100,6 +101,17 @@ def test_table_says_what_was_compressed_and_what_that_took_out(model: PreTrained
     share = (4 * (48 + 32) + 8 * (32 + 32) + 32) / (48 * 32 + 32 * 32 + 32)
     assert f"| `model.layers.1` | `self_attn.q_proj` 8 of 32, `mlp.up_proj` 4 of 32 | {share:.1%} |\n" in text
     assert text.endswith("## Quality\n\nPerplexity 10 → 12.\n")
+
+
+def test_sizes_of_a_pivoted_model_replace_those_of_the_card(model: PreTrainedModel) -> None:
+    texts = ("", "## Quality\n\nIt has \\1. No 7 linear layers were replaced by hand.")
+    cards = [model_card(model, base_model="owner/model", details=text) for text in texts]
+    assert "Form of the low-rank layers: 2 factored." in cards[0]
+    assert model.get_submodule("model.layers.1.mlp.up_proj").pivot_() is None
+    expected = [model_card(model, base_model="owner/model", details=text) for text in texts]
+    assert "Form of the low-rank layers: 1 factored, 1 pivoted." in expected[0]
+    assert [with_sizes(card, model) for card in cards] == expected != cards
+    assert with_sizes("# Mine\n", model) == "# Mine\n"
 
 
 def test_licence_is_read_from_a_folder(tmp_path: Path) -> None:

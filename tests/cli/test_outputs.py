@@ -22,7 +22,7 @@ FILES = [
     ("bench", "gate", "export", "missing.json"),
     ("report", "missing-folder"),
 ]
-FOLDERS = [("compress", "missing-model"), ("recover", "."), ("demo",)]
+FOLDERS = [("compress", "missing-model"), ("recover", "."), ("convert", ".", "--form", "pivoted"), ("demo",)]
 
 
 def full_disk(*arguments: object, **options: object) -> NoReturn:

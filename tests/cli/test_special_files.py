@@ -21,12 +21,14 @@ INPUTS = {
     "costs": "compress builtin -o out --target-latency 0.5 --costs {}",
     "costs of a dry run": "compress builtin -o out --target-latency 0.5 --dry-run --costs {}",
     "recover": "recover {} -o out",
+    "convert": "convert {} -o out --form pivoted",
     "push": "push {} owner/name",
     "bench model": "bench model builtin --text {}",
 }
 OUTPUTS = {
     "compress": "compress builtin -o {}",
     "recover": "recover folder -o {}",
+    "convert": "convert folder -o {} --form pivoted",
     "evaluate": "evaluate builtin -o {}",
     "bench ops": "bench ops -o {}",
     "demo": "demo -o {}",

@@ -12,6 +12,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 VALUES: tuple[Any, ...] = (
@@ -112,6 +116,50 @@ def ranks(folder: Path, random: Random) -> str:
     kinds[kind]()
     (folder / "config.json").write_text(json.dumps(config))
     return f"ranks: {kind} of {name}"
+
+
+# Damage to a pivoted layer, by its quantization_config, the tensors and its name: readers of weights refuse it by name.
+FORMS: dict[str, Callable[[dict[str, Any], dict[str, Tensor], str], object]] = {
+    "not in pivoted": lambda config, tensors, name: config["pivoted"].remove(name),
+    "in pivoted without a rank": lambda config, tensors, name: config["ranks"].pop(name),
+    "a rank of all outputs": lambda config, tensors, name: config["ranks"].update(
+        {name: len(tensors[f"{name}.order"])}
+    ),
+    "no order": lambda config, tensors, name: tensors.pop(f"{name}.order"),
+    "a short order": lambda config, tensors, name: _set_order(tensors, name, lambda order: order[:-1].clone()),
+    "a long order": lambda config, tensors, name: _set_order(tensors, name, lambda order: order.repeat(2)),
+    "an order of int64": lambda config, tensors, name: _set_order(tensors, name, Tensor.long),
+    "an order of fp32": lambda config, tensors, name: _set_order(tensors, name, Tensor.float),
+    "a whole U": lambda config, tensors, name: tensors.update(
+        {f"{name}.U": torch.ones(len(tensors[f"{name}.order"]), len(tensors[f"{name}.Vh"]))}
+    ),
+    "a row above the last": lambda config, tensors, name: tensors[f"{name}.order"][-1].fill_(2**30),
+    "a negative row": lambda config, tensors, name: tensors[f"{name}.order"][0].fill_(-1),
+    "a row twice": lambda config, tensors, name: tensors[f"{name}.order"][1].copy_(tensors[f"{name}.order"][0]),
+    "descending rows": lambda config, tensors, name: _set_order(tensors, name, lambda order: order.flip(0)),
+}
+# The rest is wrong in the header of the file already.
+ROWS = ("a row above the last", "a negative row", "a row twice", "descending rows")
+
+
+def _set_order(tensors: dict[str, Tensor], name: str, change: Callable[[Tensor], Tensor]) -> None:
+    tensors[f"{name}.order"] = change(tensors[f"{name}.order"])
+
+
+def damage_form(folder: Path, kind: str, random: Random) -> str:
+    """Do the damage of ``FORMS`` to one of the pivoted layers, and return its name."""
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / WEIGHTS)
+    name = random.choice(config["quantization_config"]["pivoted"])
+    FORMS[kind](config["quantization_config"], tensors, name)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return name
+
+
+def forms(folder: Path, random: Random) -> str:
+    """Damage the form of a pivoted layer."""
+    kind = random.choice(list(FORMS))
+    return f"{kind}: {damage_form(folder, kind, random)}"
 
 
 def _split(content: bytes) -> tuple[dict[str, Any], bytes]:
@@ -280,7 +328,30 @@ def card(folder: Path, random: Random) -> str:
     return f"card: {text!r:.40}"
 
 
+def _edit_json(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    document = json.loads(file.read_text())
+    edit(document)
+    file.write_text(json.dumps(document))
+
+
+def _whole_numbers(folder: Path) -> None:
+    table, data = _split((folder / WEIGHTS).read_bytes())
+    table["model.layers.0.mlp.down_proj.weight"]["dtype"] = "I32"
+    (folder / WEIGHTS).write_bytes(_joined(table, data))
+
+
+# Damage that once ended a command with exit code 70.
+CORPUS: dict[str, Callable[[Path], object]] = {
+    "evaluate: the bare Exception of tokenizers": lambda folder: _edit_json(
+        folder / "tokenizer.json", lambda document: document["model"]["vocab"].update({"6": 2**63})
+    ),
+    "push: a card of 5000 brackets": lambda folder: (folder / "README.md").write_text("---\n" + "[" * 5000 + "\n---\n"),
+    "evaluate, recover: whole numbers as the weight of a linear": _whole_numbers,
+    "report: a list as importance_kept": lambda folder: _edit_json(
+        folder / "report.json", lambda document: document["modules"][0].update(importance_kept=[0.5])
+    ),
+}
 KINDS: tuple[Callable[[Path, Random], str], ...] = (
     *(json_value, json_value, json_value, json_text, ranks, ranks, header, header),
-    *(weight_bytes, special_file, index, code, card),
+    *(weight_bytes, special_file, index, code, card, forms),
 )

@@ -109,7 +109,7 @@ def test_the_page_says_what_was_done_to_every_module(report: CompressionReport) 
     for module in report.compressed:
         row = rows[str(module.layer), module.name.partition(f".{module.layer}.")[2]]
         shape = [module.out_features, module.in_features, module.rank, min(module.out_features, module.in_features)]
-        assert row[2:7] == [module.block, *map(str, shape)]
+        assert row[2:8] == [module.block, *map(str, shape), module.form]
         assert row[-1] == f"{100 * module.importance_kept:.1f} %"
 
 

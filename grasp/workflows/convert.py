@@ -1,0 +1,162 @@
+"""``grasp convert``: a compressed checkpoint → the same model with its low-rank layers in another form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from grasp.checkpoint import recovery_report
+from grasp.checkpoint.card import with_sizes, without_results
+from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport, ModuleReport
+from grasp.checkpoint.inspection import Inspection, inspect_compressed
+from grasp.checkpoint.saving import check_directory, save_checkpoint
+from grasp.errors import CheckpointError, NonFiniteError
+from grasp.files import remove_abandoned
+from grasp.loading import load_quietly
+from grasp.model.checkpoint_format import weight_files
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.size import model_size
+from grasp.model.targets import decoder
+from grasp.progress import Progress, no_progress
+from grasp.reading import read_text_file
+
+FORMS = {"pivoted": LowRankLinear.pivot_, "factored": LowRankLinear.factor_}
+_TEXTS = ("README.md", recovery_report.FILE_NAME, "LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The written checkpoint, beside the one that it was made of.
+
+    Attributes:
+        form: of the layers of the result, except those that were left.
+        converted: paths of the layers that had another form.
+        left: path → the reason why a layer keeps the other form.
+        omitted: files that are not copied: results of ``grasp evaluate``, for example, which belong to one size.
+        before: the given checkpoint.
+        after: the written one.
+    """
+
+    form: str
+    converted: tuple[str, ...]
+    left: Mapping[str, str]
+    omitted: tuple[str, ...]
+    before: Inspection
+    after: Inspection
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as a JSON object."""
+        return {
+            **{"model": self.before.directory, "output": self.after.directory, "form": self.form},
+            **{"converted": list(self.converted), "left": dict(self.left), "omitted": list(self.omitted)},
+            **{name: _sizes(checkpoint) for name, checkpoint in (("before", self.before), ("after", self.after))},
+        }
+
+
+def _sizes(checkpoint: Inspection) -> dict[str, Any]:
+    return {name: getattr(checkpoint, name) for name in ("parameters", "bytes", "compression_ratio")}
+
+
+def convert(directory: Path, output: Path, form: str, *, progress: Progress = no_progress) -> Conversion:
+    """Write the low-rank layers of a compressed checkpoint in another form, into a new folder. Exact but for rounding.
+
+    The model is loaded on the CPU, in the dtype in which it is stored. Layers that have the form already are copied.
+
+    Args:
+        directory: a folder that ``grasp compress`` or ``save_pretrained`` wrote.
+        output: new or empty.
+        form: ``"pivoted"`` or ``"factored"``.
+        progress: called after each layer.
+
+    Raises:
+        ValueError: if there is no such form.
+        CheckpointError: if ``directory`` is not a compressed checkpoint, or ``output`` cannot be written.
+        NonFiniteError: if a factor has NaN or infinite entries.
+        GraspError: as ``load_model``.
+    """
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}; expected one of {', '.join(FORMS)}")
+    target = check_directory(output)
+    before = inspect_compressed(directory)
+    remove_abandoned(target)
+    texts = {
+        path.name: read_text_file(path, "a text in UTF-8", CheckpointError)
+        for pattern in _TEXTS
+        for path in directory.glob(pattern)
+    }
+    model, tokenizer = load_quietly(str(directory), device="cpu", progress=progress)
+    converted, left = convert_(model, form, progress)
+    card = texts.pop("README.md", None)
+    if before.report is not None:
+        texts[FILE_NAME] = with_forms(before.report, model).to_json()
+    progress("saving", 0, 1)
+    save_checkpoint(
+        *(model, target),
+        tokenizer=tokenizer,
+        card=None if card is None else with_sizes(without_results(card), model),
+        extra_files=texts,
+        seen={},
+    )
+    progress("saving", 1, 1)
+    return Conversion(form, converted, left, _omitted(directory, target), before, inspect_compressed(target))
+
+
+def convert_(
+    model: PreTrainedModel, form: str, progress: Progress = no_progress
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Convert the low-rank layers of a model in place: the paths of those that had another form, and of those left.
+
+    Raises:
+        NonFiniteError: if a factor has NaN or infinite entries; the message names the layer.
+    """
+    layers = _lowrank_layers(model)
+    left: dict[str, str] = {}
+    before = {name: layer.order for name, layer in layers.items()}
+    for done, (name, layer) in enumerate(layers.items()):
+        progress(f"converting to {form}", done, len(layers))
+        try:
+            if reason := FORMS[form](layer):
+                left[name] = reason
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{name}: {error}") from error
+    progress(f"converting to {form}", len(layers), len(layers))
+    return tuple(name for name, layer in layers.items() if layer.order is not before[name]), left
+
+
+def with_forms(report: CompressionReport, model: PreTrainedModel) -> CompressionReport:
+    """A report with the forms and sizes that the low-rank layers of a model have now, and the size of the model."""
+    layers = _lowrank_layers(model)
+    remaining = [layer for layer in range(len(report.block_influence)) if layer not in report.removed_layers]
+    numbers = {f".{old}.": f".{new}." for new, old in enumerate(remaining)}  # the report's are of the dense model
+    modules = []
+    for module in report.modules:
+        number = f".{module.layer}."
+        layer = layers.get(module.name.replace(number, numbers.get(number, number), 1))
+        modules.append(module if module.reason or layer is None else _with_form(module, layer))
+    return replace(report, modules=tuple(modules), after=model_size(model, decoder(model).layers))
+
+
+def _with_form(module: ModuleReport, layer: LowRankLinear) -> ModuleReport:
+    tensors = list(layer.parameters())
+    form, orders = ("factored", []) if layer.order is None else ("pivoted", [layer.order])
+    return replace(
+        module,
+        form=form,
+        parameters_after=sum(tensor.numel() for tensor in tensors),
+        bytes_after=sum(tensor.nbytes for tensor in (*tensors, *orders)),
+    )
+
+
+def _lowrank_layers(model: PreTrainedModel) -> dict[str, LowRankLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+
+
+def _omitted(directory: Path, target: Path) -> tuple[str, ...]:
+    """The names in a folder, besides weights and hidden files, that the new folder does not have."""
+    weights = {file.name for file in weight_files(directory)} | {"model.safetensors.index.json"}
+    names = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+    return tuple(sorted(names - weights - {path.name for path in target.iterdir()}))
