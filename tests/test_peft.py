@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.peft import LowRankLora, lowrank_targets
+from grasp.workflows.convert import convert_
 from tests.model.test_hf_quantizer import compressed_model, logits, ranks
 from tests.tiny_models import tiny_batches
 
@@ -87,8 +88,10 @@ def test_a_saved_adapter_has_only_its_tensors_and_loads_onto_the_checkpoint(tmp_
         assert torch.equal(logits(loaded), logits(compressed_model("qwen2")))
 
 
-def test_merging_appends_to_the_factors_and_unmerging_removes_the_adapter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_merging_appends_to_the_factors_and_unmerging_removes_the_adapter(tmp_path: Path, pivoted: bool) -> None:
     model = compressed_model("qwen2")
+    assert not pivoted or convert_(model, "pivoted")[1] == {}
     plain, before = logits(model), ranks(model)
     adapted = with_adapter(model)
     expected = logits(adapted)

@@ -10,13 +10,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainin
 
 from grasp.recovery import trainable_factors
 from tests.model.test_hf_quantizer import assert_same_state, compressed_model, logits, ranks
+from tests.model.test_pivoted_checkpoint import pivoted_model
 from tests.tiny_models import tiny_batches
 
 STEPS = 12
 
 
-def train(model: PreTrainedModel, folder: Path) -> tuple[Trainer, list[float]]:
-    """Train on eight sequences, four per step, and return the losses of the steps."""
+def train(model: PreTrainedModel, folder: Path, resume: bool = False) -> tuple[Trainer, list[float]]:
+    """Train on eight sequences, four per step, and return the losses of the steps; a checkpoint is half-way."""
     rows = torch.cat(tiny_batches(4))
     arguments = TrainingArguments(
         str(folder),
@@ -24,14 +25,14 @@ def train(model: PreTrainedModel, folder: Path) -> tuple[Trainer, list[float]]:
         per_device_train_batch_size=4,
         learning_rate=1e-2,
         logging_steps=1,
-        save_strategy="no",
+        save_steps=STEPS // 2,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
     )
     data = [{"input_ids": row, "labels": row} for row in rows]
     trainer = Trainer(model=model, args=arguments, train_dataset=data)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{STEPS // 2}") if resume else None)
     return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -39,7 +40,7 @@ def train(model: PreTrainedModel, folder: Path) -> tuple[Trainer, list[float]]:
 def test_the_loss_falls_only_the_given_parameters_change_and_the_result_loads(
     tmp_path: Path, factors_only: bool
 ) -> None:
-    compressed_model("qwen2").save_pretrained(tmp_path / "small")
+    pivoted_model().save_pretrained(tmp_path / "small")  # layer 1 is pivoted, layer 2 factored
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     if factors_only:
         model.requires_grad_(False)
@@ -53,9 +54,18 @@ def test_the_loss_falls_only_the_given_parameters_change_and_the_result_loads(
     assert changed == set(trainable_factors(model) if factors_only else before)
     trainer.save_model(str(tmp_path / "trained"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
-    assert ranks(loaded) == ranks(compressed_model("qwen2"))
+    assert ranks(loaded) == ranks(pivoted_model())
     assert_same_state(loaded, model)
     assert torch.equal(logits(loaded), logits(model.eval()))
+
+
+def test_a_resumed_training_of_a_pivoted_model_ends_with_the_same_weights(tmp_path: Path) -> None:
+    whole, resumed = pivoted_model(), pivoted_model()
+    train(whole, tmp_path / "out")
+    for factor in trainable_factors(resumed).values():
+        factor.data.zero_()  # the checkpoint has the factors
+    train(resumed, tmp_path / "out", resume=True)
+    assert_same_state(resumed, whole)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:

@@ -25,10 +25,11 @@ from tests.tiny_tokenizers import byte_tokenizer
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    """Tiny, one linear low-rank."""
+    """Tiny, one linear low-rank and pivoted."""
     model = tiny_model("llama", vocab_size=len(byte_tokenizer())).eval()
     name = "model.layers.1.mlp.up_proj"
     model.set_submodule(name, LowRankLinear.from_dense(model.get_submodule(name), torch.arange(4)))
+    assert model.get_submodule(name).pivot_() is None
     return model
 
 

@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from grasp import cli
+from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.config import GraspConfig
 from grasp.errors import CheckpointError, ResumeError, TrainingDataError, UnsupportedModelError
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.recovery import RecoveryConfig
 from grasp.workflows import recover as recovery_job
 from grasp.workflows.compress import compress
+from grasp.workflows.convert import convert
 from grasp.workflows.samples import Samples
 from tests import command_line
 
@@ -81,6 +83,20 @@ def test_a_recovered_checkpoint_is_the_compressed_one_with_other_factors(place: 
     twice = (tmp_path / "twice" / "README.md").read_text()
     assert twice.count("## Recovery") == 1
     assert f"{again.report.tokens:,} tokens" in twice
+
+
+def test_a_pivoted_checkpoint_stays_pivoted(place: Path, tmp_path: Path) -> None:
+    convert(place / "small", tmp_path / "pivoted", "pivoted")
+    data = recovery_job.TrainingData(str(place / "text.txt"), None, 32)
+    result = recovery_job.recover(tmp_path / "pivoted", tmp_path / "out", RecoveryConfig(0.01, 2000, 8), data)
+    assert result.report.loss_after < result.report.loss_before
+    before, after = (inspect_checkpoint(tmp_path / name) for name in ("pivoted", "out"))
+    assert after.modules == before.modules
+    assert {module.form for module in after.modules} == {"pivoted"}
+    tensors = [load_file(tmp_path / name / "model.safetensors") for name in ("pivoted", "out")]
+    changed = {name for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1][name])}
+    assert changed == {name for name in tensors[0] if name.endswith((".U", ".Vh"))}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_the_result_is_shown(place: Path, tmp_path: Path) -> None:
