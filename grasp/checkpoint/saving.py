@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,9 @@ from safetensors import SafetensorError
 
 from grasp.errors import CheckpointError
 from grasp.files import Contents, contents, expanded, nearest_folder, replacing, try_writing
+from grasp.model.checkpoint_format import is_inside
 from grasp.model.hf_quantizer import mark_compressed
+from grasp.reading import read_text_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,6 +118,18 @@ def save_checkpoint(
             "writable folder"
         ) from error
     return target
+
+
+def read_texts(directory: Path, patterns: Iterable[str]) -> dict[str, str]:
+    """The texts of a checkpoint folder that a new one takes over, by name; a missing file is left out.
+
+    Raises:
+        CheckpointError: if one cannot be read, or is a link to another folder, whose text might be private.
+    """
+    paths = [path for pattern in patterns for path in sorted(directory.glob(pattern))]
+    if outside := [path for path in paths if not is_inside(path)]:
+        raise CheckpointError(f"{outside[0]} is a link that leads out of its folder; copy the file there")
+    return {path.name: read_text_file(path, "a text in UTF-8", CheckpointError) for path in paths}
 
 
 def _copy_mode_of_config(folder: Path) -> None:

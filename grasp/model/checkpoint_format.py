@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,17 +119,18 @@ def _shards(folder: Path) -> list[Path]:
     weight_map = read_json(index, expected, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map of names; expected {expected}")
-    home = folder.resolve()
-    # The files of the hub's cache are links: models--owner--name/snapshots/REVISION/FILE → ../../blobs/DIGEST.
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     for name in (names := sorted(set(weight_map.values()))):
-        if Path(name).name != name or not _lies_in(folder / name, homes):
+        if Path(name).name != name or not is_inside(folder / name):
             raise CheckpointError(f"{index} names {name!r:.80}, which is not in its folder; copy the file there")
     return [folder / name for name in names]
 
 
-def _lies_in(file: Path, homes: Sequence[Path]) -> bool:
+def is_inside(file: Path) -> bool:
+    """Whether a path, which may be a link, leads to its own folder, or to the hub's cache if that has the folder."""
     try:
+        home = file.parent.resolve()
+        # The files of the hub's cache are links: models--owner--name/snapshots/REVISION/FILE → ../../blobs/DIGEST.
+        homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
         return file.resolve().parent in homes
     except (OSError, RuntimeError, ValueError):  # the name is too long, or has NUL; or a loop of links
         return False

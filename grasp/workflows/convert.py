@@ -13,8 +13,8 @@ from grasp.checkpoint import recovery_report
 from grasp.checkpoint.card import with_sizes, without_results
 from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport, ModuleReport
 from grasp.checkpoint.inspection import Inspection, inspect_compressed
-from grasp.checkpoint.saving import check_directory, save_checkpoint
-from grasp.errors import CheckpointError, NonFiniteError
+from grasp.checkpoint.saving import check_directory, read_texts, save_checkpoint
+from grasp.errors import NonFiniteError
 from grasp.files import remove_abandoned
 from grasp.loading import load_quietly
 from grasp.model.checkpoint_format import weight_files
@@ -22,7 +22,6 @@ from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
-from grasp.reading import read_text_file
 
 FORMS = {"pivoted": LowRankLinear.pivot_, "factored": LowRankLinear.factor_}
 _TEXTS = ("README.md", recovery_report.FILE_NAME, "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -83,11 +82,7 @@ def convert(directory: Path, output: Path, form: str, *, progress: Progress = no
     target = check_directory(output)
     before = inspect_compressed(directory)
     remove_abandoned(target)
-    texts = {
-        path.name: read_text_file(path, "a text in UTF-8", CheckpointError)
-        for pattern in _TEXTS
-        for path in directory.glob(pattern)
-    }
+    texts = read_texts(directory, _TEXTS)
     model, tokenizer = load_quietly(str(directory), device="cpu", progress=progress)
     converted, left = convert_(model, form, progress)
     card = texts.pop("README.md", None)

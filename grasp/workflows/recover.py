@@ -16,12 +16,11 @@ from grasp.checkpoint import compression_report, recovery_report
 from grasp.checkpoint.card import model_card, with_section, without_results
 from grasp.checkpoint.recovery_report import RecoveryReport
 from grasp.checkpoint.recovery_state import RecoveryState
-from grasp.checkpoint.saving import check_directory, require_space, save_checkpoint
+from grasp.checkpoint.saving import check_directory, read_texts, require_space, save_checkpoint
 from grasp.errors import CheckpointError
 from grasp.files import expanded, remove_abandoned
 from grasp.loading import load_quietly
 from grasp.progress import Notify, Progress, no_notify, no_progress
-from grasp.reading import read_text_file
 from grasp.recovery import RecoveryConfig, recover_, recovery_fingerprint, trainable_factors
 from grasp.statistics.processes import ALONE, Processes
 from grasp.training_data import TrainingSequence, hold_out, instruction_sequences, pack_text, read_instructions
@@ -106,11 +105,7 @@ def recover(
     """
     if not directory.is_dir():
         raise CheckpointError(f"no folder {directory}; expected a checkpoint that `grasp compress` has written")
-    texts = {
-        path.name: read_text_file(path, "a text in UTF-8", CheckpointError)
-        for name in (compression_report.FILE_NAME, "README.md")
-        if (path := directory / name).exists()
-    }
+    texts = read_texts(directory, (compression_report.FILE_NAME, "README.md"))
     target = Path(os.path.realpath(expanded(output)))
     state = RecoveryState(f"{target}.partial", notify=notify, rank=processes.rank, processes=processes.size)
     if not state.has_written(target):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from grasp.checkpoint.saving import check_directory, save_checkpoint
+from grasp.checkpoint.saving import check_directory, read_texts, save_checkpoint
 from grasp.errors import CheckpointError, OccupiedError
 from grasp.model.lowrank_linear import LowRankLinear
 from tests.tiny_models import tiny_model
@@ -222,3 +222,19 @@ def test_a_checkpoint_that_was_checked_before_long_work_is_not_checked_again(
     with pytest.raises(OccupiedError, match="out-2"):
         save_checkpoint(model, target, seen={})
     assert (tmp_path / "out-2/config.json").exists()
+
+
+def test_texts_are_taken_over_but_not_through_a_link_to_another_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "models--owner--name" / "snapshots" / "1"
+    blobs = folder.parent.parent / "blobs"
+    for place in (folder, blobs):
+        place.mkdir(parents=True)
+    (folder / "LICENSE.txt").write_text("mine")
+    (blobs / "0").write_text("a card")
+    (folder / "README.md").symlink_to("../../blobs/0")  # as the hub's cache has it
+    texts = ("README.md", "LICENSE*", "report.json")
+    assert read_texts(folder, texts) == {"README.md": "a card", "LICENSE.txt": "mine"}
+    (tmp_path / "private").write_text("a secret")
+    (folder / "report.json").symlink_to("../../../private")
+    with pytest.raises(CheckpointError, match=r"report\.json is a link that leads out of its folder"):
+        read_texts(folder, texts)
