@@ -22,6 +22,7 @@ from grasp.compression.rounds import (
     settle_,
 )
 from grasp.compression.run import Run, find_block_influence, make_plan, start_run
+from grasp.compression.selection import as_stored
 from grasp.config import GraspConfig
 from grasp.method.cost_table import CostTable
 from grasp.model.batch import CalibrationBatch, as_batches, batches_digest
@@ -113,11 +114,12 @@ def carry_out_(run: Run) -> CompressionReport:
             work.prefix.hidden.clear()
             if run.config.refit:
                 _refit_in_order_(run, plan)
+        reports = [as_stored(report, run.model.get_submodule(report.name)) for report in work.reports]
         remove_layers_(run.model, decision.removed)
     finally:
         group_linears_(run.model)
         mark_compressed(run.model)
-    return _report(run, scores, plan, decision, work.reports)
+    return _report(run, scores, plan, decision, reports)
 
 
 def _refit_in_order_(run: Run, plan: Plan) -> None:
@@ -129,7 +131,7 @@ def _refit_in_order_(run: Run, plan: Plan) -> None:
         processes=run.processes,
         progress=run.progress,
     )
-    settle_(run.model, plan.ranks)
+    settle_(run, plan.ranks)
 
 
 def _report(

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from grasp.method.basis import BASES
 from grasp.method.metrics import METRICS, in_units_of_loss
+from grasp.method.ranks import FORMS, Form
 from grasp.method.schedules import SCHEDULES
 
 # Of these fields at most one is given.
@@ -38,8 +39,8 @@ class GraspConfig:
         target_bytes: size of all weights after compression, in bytes. ``retain_ratio`` is used as above.
         target_latency: time per decoded token at batch size 1, as a fraction of the dense model's. ``compress_``
             predicts both times from its ``costs``. Needs ``allocation="global"``.
-        retain_ratio: fraction of each matrix's parameters to keep, in (0, 1]: R = int(N·K·retain_ratio / (N + K)).
-            With a global allocation, the fraction of all matrices of ``layers`` or ``num_layers`` together.
+        retain_ratio: fraction of each matrix's parameters to keep, in (0, 1]: R = int(N·K·retain_ratio / (N + K)) if
+            factored. With a global allocation, the fraction of all matrices of ``layers`` or ``num_layers`` together.
         threshold_ratio: replaces ``retain_ratio``: keep the fewest groups whose importance adds up to this fraction,
             at most the break-even rank. Needs ``layers`` or ``num_layers``.
         basis: the matrix that is decomposed. ``"plain"``: the weight. ``"whitened"``: the weight times a root of its
@@ -63,6 +64,8 @@ class GraspConfig:
             input covariances.
         sweep_dtype: dtype of the sweeps, not of the decomposition: ``"bfloat16"``, ``"float32"``, or ``None`` for the
             model's. Sums are in fp32.
+        form: how low-rank weights are stored: ``"factored"``, as U (N, R) and Vh (R, K), or ``"pivoted"``, as R rows of
+            the weight and the coefficients of the others in them, which are R² parameters less.
 
     Raises:
         ValueError: if values are out of range or exclude each other; the message has all problems with their remedies.
@@ -90,6 +93,7 @@ class GraspConfig:
     refit: bool = False
     schedule: str = "sequential"
     sweep_dtype: str | None = None
+    form: Form = "factored"
 
     DEFAULT_COMPRESSION_RATIO: ClassVar[float] = 0.2
 
@@ -164,11 +168,12 @@ class GraspConfig:
         refit: bool = True,
         schedule: str | None = None,
         sweep_dtype: str | None = None,
+        form: Form = "pivoted",
     ) -> GraspConfig:
         """Build the configuration with the lowest perplexity so far (docs/study.md).
 
-        Weights are decomposed in the kfac basis, and one budget is spent over all matrices of the model, or of the
-        layers that ``layers`` or ``num_layers`` selects. Arguments are the fields of ``GraspConfig``.
+        Weights are decomposed in the kfac basis, one budget is spent over all matrices of the model, or of the layers
+        that ``layers`` or ``num_layers`` selects, and factors are pivoted. Arguments are the fields of ``GraspConfig``.
 
         Args:
             retain_ratio: fraction of the selected layers' parameters to keep; needs ``layers`` or ``num_layers``.
@@ -204,6 +209,7 @@ class GraspConfig:
             refit=refit,
             schedule=("single-sweep" if remove_layers is True else "progressive") if schedule is None else schedule,
             sweep_dtype=sweep_dtype,
+            form=form,
         )
 
     @classmethod
@@ -311,6 +317,7 @@ _NAMES: dict[str, Collection[str]] = {
     "allocation": ("uniform", "global"),
     "scope": ("redundant", "model"),
     "schedule": SCHEDULES,
+    "form": FORMS,
 }
 _RATIOS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "compression_ratio": ("[0, 1)", lambda value: 0 <= value < 1),

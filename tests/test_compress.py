@@ -13,7 +13,7 @@ from grasp.compress import compress_
 from grasp.compression.naive import naive_grasp_
 from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, CheckpointError, NonFiniteError, UnsupportedModelError
-from grasp.method.ranks import break_even_rank, parameters_removed
+from grasp.method.ranks import FORMS, break_even_rank, parameters_removed
 from grasp.model.batch import CalibrationBatch
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import decoder, layer_targets
@@ -93,10 +93,25 @@ def test_threshold_keeps_the_share_and_never_grows_a_matrix() -> None:
     report = compress_(tiny_model("llama"), tiny_batches(1), GraspConfig(layers=(1,), threshold_ratio=0.6))
     assert report.retain_ratio is None
     for module in report.compressed:
-        cap = break_even_rank((module.out_features, module.in_features))
+        cap = break_even_rank((module.out_features, module.in_features), "factored")
         assert module.rank <= cap
         assert module.importance_kept >= 0.6 or module.rank == cap
         assert module.parameters_after < module.parameters_before
+
+
+def test_pivoted_linears_compute_the_same_in_fewer_parameters() -> None:
+    models, reports = {}, {}
+    for form in FORMS:
+        models[form] = tiny_model("llama", torch.float64)
+        config = GraspConfig(layers=(1, 2), threshold_ratio=0.3, refit=True, form=form)
+        reports[form] = compress_(models[form], tiny_batches(2), config)
+    factored, pivoted = (reports[form].compressed for form in ("factored", "pivoted"))
+    assert {module.form for module in pivoted} == {"pivoted"}
+    for one, other in zip(factored, pivoted, strict=True):
+        assert one.rank == other.rank
+        assert one.parameters_after - other.parameters_after == one.rank**2
+    logits = [model(tiny_batches(1)[0]).logits for model in models.values()]
+    torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-9)
 
 
 def test_metrics_choose_differently() -> None:
@@ -151,7 +166,8 @@ def test_the_report_adds_up_and_survives_json() -> None:
     model = tiny_model("opt")
     report = compress_(model, tiny_batches(2), GraspConfig(num_layers=2, retain_ratio=0.3))
     removed = sum(
-        parameters_removed((module.out_features, module.in_features), module.rank) for module in report.compressed
+        parameters_removed((module.out_features, module.in_features), module.rank, module.form)
+        for module in report.compressed
     )
     assert report.before.parameters - report.after.parameters == removed > 0
     assert report.after.parameters == sum(p.numel() for p in model.parameters())

@@ -92,7 +92,7 @@ def _root(covariance: Tensor) -> Tensor:
 def calls(shape: Shape, device: torch.device) -> dict[str, Callable[[], object]]:
     """Both operations on random matrices, with the groups that are fewer parameters than the weight."""
     n, k = shape
-    rank = break_even_rank(shape)
+    rank = break_even_rank(shape, "factored")
     weight, inputs, outputs = (
         torch.randn(n, k, device=device),
         random_covariance(k, device),
@@ -107,7 +107,7 @@ def calls(shape: Shape, device: torch.device) -> dict[str, Callable[[], object]]
 
 def cost(operation: str, shape: Shape) -> tuple[int, int]:
     """FLOPs, and bytes beyond the arguments."""
-    rank = break_even_rank(shape)
+    rank = break_even_rank(shape, "factored")
     if operation == LEAST_SQUARES:
         return least_squares_flops(shape, rank), least_squares_bytes(shape, rank)
     return (
@@ -136,7 +136,7 @@ def measure(
             yield DecompositionResult(
                 operation=operation,
                 shape=shape,
-                rank=break_even_rank(shape),
+                rank=break_even_rank(shape, "factored"),
                 flops=flops,
                 estimated_bytes=estimated,
                 peak_bytes=None if None in peaks else max(peaks),
@@ -190,7 +190,7 @@ def extrapolate(measured: Sequence[DecompositionResult], shape: Shape) -> list[D
             replace(
                 source,
                 shape=shape,
-                rank=break_even_rank(shape),
+                rank=break_even_rank(shape, "factored"),
                 flops=flops,
                 estimated_bytes=estimated,
                 peak_bytes=None,

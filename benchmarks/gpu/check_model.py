@@ -83,7 +83,7 @@ def _low_rank(dense: Any, retain_ratio: float) -> Any:
     model = copy.deepcopy(dense)
     for layer in range(model.config.num_hidden_layers):
         for target in layer_targets(model, layer)[0]:
-            rank = rank_for_retain_ratio(dense_shape(target.module), retain_ratio)
+            rank = rank_for_retain_ratio(dense_shape(target.module), retain_ratio, "factored")
             model.set_submodule(target.name, LowRankLinear.like(target.module, rank))
     group_linears_(model)
     return model

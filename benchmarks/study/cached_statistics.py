@@ -77,7 +77,7 @@ def _write(file: Path, score: Score, share: float, weight: Tensor, rank: int | N
         rank: at most the break-even rank.
     """
     start = time.process_time()
-    scored = score(weight, break_even_rank((weight.shape[0], weight.shape[1])))
+    scored = score(weight, break_even_rank((weight.shape[0], weight.shape[1]), "pivoted"))
     tensors = {**scored.svd._asdict(), "importance": scored.importance}
     notes = json.dumps({"seconds": share + time.process_time() - start})
     with replacing(file) as temporary:

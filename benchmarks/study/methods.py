@@ -150,5 +150,6 @@ METHODS: dict[str, Method] = {
     "global kfac, model": compressed(basis="kfac", metric="magnitude", scope="model", **_GLOBAL),
     "global kfac, model, refit": compressed(basis="kfac", metric="magnitude", scope="model", refit=True, **_GLOBAL),
     "progressive kfac, model": compressed(**_PROGRESSIVE),
-    "best": compressed(refit=True, **_PROGRESSIVE),
+    "best, factored": compressed(refit=True, **_PROGRESSIVE),
+    "best": compressed(refit=True, form="pivoted", **_PROGRESSIVE),
 }

@@ -18,7 +18,7 @@ from grasp.bench.timing import Batch, Rotation, batch, interleave
 from grasp.errors import ResultsError
 from grasp.evaluation.generation import now, time_generation
 from grasp.method.cost_table import CostTable, LinearSeconds, find_card, from_roofline
-from grasp.method.ranks import Shape, break_even_rank
+from grasp.method.ranks import Form, Shape, break_even_rank, parameters_at
 from grasp.model.dense import dense_shape
 from grasp.model.hooks import hooked
 from grasp.model.lowrank_linear import LowRankLinear
@@ -36,21 +36,27 @@ PROMPT_TOKENS, NEW_TOKENS, DECODES = 32, 16, 5
 
 
 def costs_for(
-    model: PreTrainedModel, source: str | None, measured: CostTable | None = None, *, progress: Progress = no_progress
+    model: PreTrainedModel,
+    source: str | None,
+    form: Form,
+    measured: CostTable | None = None,
+    *,
+    progress: Progress = no_progress,
 ) -> CostTable:
     """The costs that ``source`` names: a file, a card, or ``None`` for this machine, measured now if not before.
 
     Raises:
-        CostTableError: if it is neither a file nor a card, or the table is for another model or dtype.
+        CostTableError: if it is neither a file nor a card, or the table is for another model, dtype or form.
     """
     if source is None:
-        return measured or measure_costs(model, progress=progress)
+        return measured or measure_costs(model, form, progress=progress)
     shapes, costs = linear_shapes(model), find_costs(source)
     dtype = str(model.dtype).removeprefix("torch.")
     if isinstance(costs, Card):
         head = model.get_output_embeddings().weight
-        costs = from_roofline(costs, shapes, dtype=dtype, itemsize=model.dtype.itemsize, rest_bytes=head.nbytes)
-    costs.require(shapes, dtype)
+        itemsize = model.dtype.itemsize
+        costs = from_roofline(costs, shapes, dtype=dtype, form=form, itemsize=itemsize, rest_bytes=head.nbytes)
+    costs.require(shapes, dtype, form)
     return costs
 
 
@@ -67,19 +73,19 @@ def find_costs(source: str) -> CostTable | Card:
 def linear_shapes(model: PreTrainedModel) -> list[Shape]:
     """Shapes (N, K) of the linears of the decoder layers that low-rank factors make smaller."""
     targets = (target for layer in range(len(decoder(model).layers)) for target in layer_targets(model, layer)[0])
-    return [shape for target in targets if break_even_rank(shape := dense_shape(target.module)) >= 1]
+    return [shape for target in targets if break_even_rank(shape := dense_shape(target.module), "factored") >= 1]
 
 
-def measured_ranks(shape: Shape) -> tuple[int, ...]:
+def measured_ranks(shape: Shape, form: Form) -> tuple[int, ...]:
     """Ranks to time, from one block of a kernel to the break-even rank; multiples of 16 if there are any."""
-    most = break_even_rank(shape)
+    most = break_even_rank(shape, form)
     spaced = (most * i // POINTS for i in range(1, POINTS + 1))
     ranks = {max(1, rank // RANK_MULTIPLE * RANK_MULTIPLE or rank) for rank in spaced}
     return tuple(sorted(ranks | {min(RANK_MULTIPLE, most)}))
 
 
 @torch.inference_mode()
-def measure_costs(model: PreTrainedModel, *, progress: Progress = no_progress) -> CostTable:
+def measure_costs(model: PreTrainedModel, form: Form = "pivoted", *, progress: Progress = no_progress) -> CostTable:
     """Time linears of the model's shapes, dtype and device on one token, and the model's own decoding.
 
     Calls rotate through copies of a linear, so that no weights are in a cache. The dense linear and its ranks take
@@ -96,7 +102,7 @@ def measure_costs(model: PreTrainedModel, *, progress: Progress = no_progress) -
     linears: dict[Shape, LinearSeconds] = {}
     for shape in sorted(set(shapes)):
         progress("costs of linears", len(linears), len(set(shapes)) + 1)
-        linears[shape] = _time_linear(shape, device, dtype)
+        linears[shape] = _time_linear(shape, form, device, dtype)
     progress("costs of linears", len(linears), len(set(shapes)) + 1)
     layers, rest = _time_decoding(model)
     progress("costs of linears", len(linears) + 1, len(set(shapes)) + 1)
@@ -105,6 +111,7 @@ def measure_costs(model: PreTrainedModel, *, progress: Progress = no_progress) -
         device=device_name(device),
         source="measured",
         dtype=str(dtype).removeprefix("torch."),
+        form=form,
         linears=linears,
         layer=max(0.0, other / len(decoder(model).layers)),
         rest=rest,
@@ -115,13 +122,13 @@ def measure_costs(model: PreTrainedModel, *, progress: Progress = no_progress) -
 
 @torch.inference_mode()
 def require_product(linear: LowRankLinear, name: str) -> None:
-    """Check that a low-rank linear computes the product of its factors, for one token.
+    """Check that a low-rank linear computes the product with its weight, for one token.
 
     Raises:
         ResultsError: if it does not; the message has its error.
     """
     x = torch.randn(1, 1, linear.in_features).to(linear.U)
-    expected = x.double() @ linear.Vh.double().mT @ linear.U.double().mT
+    expected = x.double() @ linear.dense_weight().double().mT
     if linear.bias is not None:
         expected += linear.bias.double()
     error = float((linear(x).double() - expected).norm() / expected.norm())
@@ -129,7 +136,7 @@ def require_product(linear: LowRankLinear, name: str) -> None:
         raise ResultsError(f"{name} is off by {error:.1e}, expected at most {TOLERANCE:.0e}")
 
 
-def _time_linear(shape: Shape, device: torch.device, dtype: torch.dtype) -> LinearSeconds:
+def _time_linear(shape: Shape, form: Form, device: torch.device, dtype: torch.dtype) -> LinearSeconds:
     n, k = shape
     x = torch.randn(1, 1, k, device=device).to(dtype)
 
@@ -137,16 +144,16 @@ def _time_linear(shape: Shape, device: torch.device, dtype: torch.dtype) -> Line
         return nn.Linear(k, n, bias=False, device=device, dtype=dtype)
 
     def low_rank(rank: int) -> LowRankLinear:
-        return LowRankLinear(k, n, rank, bias=False, device=device, dtype=dtype)
+        return LowRankLinear(k, n, rank, bias=False, pivoted=form == "pivoted", device=device, dtype=dtype)
 
     def timed(make: Callable[[], nn.Module], parameters: int) -> Batch:
         copies = max(2, ROTATE_BYTES // (parameters * dtype.itemsize))
         return batch(device, lambda module: module(x), Rotation([make() for _ in range(copies)]))
 
-    batches, ranks = {"dense": timed(dense, n * k)}, measured_ranks(shape)
+    batches, ranks = {"dense": timed(dense, n * k)}, measured_ranks(shape, form)
     for rank in ranks:
         require_product(low_rank(rank), f"the low-rank linear {k}x{n}r{rank}")
-        batches[str(rank)] = timed(partial(low_rank, rank), rank * (n + k))
+        batches[str(rank)] = timed(partial(low_rank, rank), parameters_at(shape, rank, form))
     times = {name: sample.median for name, sample in interleave(batches, REPETITIONS).items()}
     return LinearSeconds(times["dense"], ranks, tuple(times[str(rank)] for rank in ranks))
 

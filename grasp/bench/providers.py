@@ -77,11 +77,11 @@ def truncate_(
     if not 0 < retain_ratio <= 1:
         raise ValueError(f"retain_ratio must be above 0 and at most 1, got {retain_ratio}")
     targets = [target for layer in layers for target in layer_targets(model, layer)[0]]
-    targets = [target for target in targets if break_even_rank(dense_shape(target.module)) >= 1]
+    targets = [target for target in targets if break_even_rank(dense_shape(target.module), "factored") >= 1]
     if not targets:
         raise UnsupportedModelError(f"low-rank factors make no linear of the layers {list(layers)} smaller")
     for done, target in enumerate(targets, start=1):
-        groups = torch.arange(rank_for_retain_ratio(dense_shape(target.module), retain_ratio))
+        groups = torch.arange(rank_for_retain_ratio(dense_shape(target.module), retain_ratio, "factored"))
         model.set_submodule(target.name, LowRankLinear.from_dense(target.module, groups))
         progress("truncating", done, len(targets))
     group_linears_(model)

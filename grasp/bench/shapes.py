@@ -90,9 +90,9 @@ def _linears(config: PreTrainedConfig, retain_ratio: float) -> dict[str, LinearS
     for layer in range(len(decoder(model).layers)):
         shapes = {target.name: dense_shape(target.module) for target in layer_targets(model, layer)[0]}
         linears = {
-            name: LinearShape(k, n, rank_for_retain_ratio((n, k), retain_ratio))
+            name: LinearShape(k, n, rank_for_retain_ratio((n, k), retain_ratio, "factored"))
             for name, (n, k) in shapes.items()
-            if break_even_rank((n, k)) >= 1
+            if break_even_rank((n, k), "factored") >= 1
         }
         if linears:
             return linears

@@ -12,6 +12,7 @@ from typing import Any
 
 from grasp.errors import CheckpointError
 from grasp.formatting import one_line
+from grasp.method.ranks import FORMS
 from grasp.model.size import Size
 from grasp.reading import parse_json, read_text_file
 
@@ -36,10 +37,10 @@ class ModuleReport:
     parameters_after: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
-    form: str = "factored"  # or "pivoted"
     importance_kept: float = 0.0  # fraction of the summed importance that the retained groups have
     indices: tuple[int, ...] = ()  # the retained singular groups; 0 has the largest singular value
     spectrum: tuple[float, ...] = ()  # the singular values at ``spectrum_indices``, to four digits
+    form: str = "factored"  # or "pivoted"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModuleReport:
@@ -176,7 +177,7 @@ def _require_sound(report: CompressionReport) -> None:
     texts = [report.scope, report.costs or ""]
     for module in report.modules:
         numbers += [module.bytes_before, module.bytes_after, module.importance_kept]
-        texts += [module.name, module.block, module.reason, module.form]
+        texts += [module.name, module.block, module.reason]
     if wrong := [value for value in numbers if type(value) not in (int, float)]:
         raise ValueError(f"sizes, times and fractions must be numbers, got {wrong[0]!r:.80}")
     if not all(isinstance(text, str) for text in texts):
@@ -197,6 +198,8 @@ def _require_sound_module(module: ModuleReport) -> None:
     groups = min(module.out_features, module.in_features)
     if type(module.rank) is not int or not 0 <= module.rank <= groups:
         raise ValueError(f"rank of {module.name!r} must be an integer from 0 to {groups}, got {module.rank!r:.80}")
+    if module.form not in FORMS:
+        raise ValueError(f"form of {module.name!r} must be {' or '.join(FORMS)}, got {module.form!r:.80}")
     if not all(type(index) is int and 0 <= index < groups for index in module.indices):
         raise ValueError(f"indices of {module.name!r} must be of its {groups} singular groups")
     if not all(type(value) in (int, float) for value in module.spectrum):

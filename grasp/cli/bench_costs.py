@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from grasp.cli.arguments import Device, Dtype, Json, Model
+from grasp.cli.arguments import Device, Dtype, Json, Model, parse_form
 from grasp.cli.bench import bench
 
 
@@ -20,6 +20,9 @@ def costs(
     ],
     device: Device = None,
     dtype: Dtype = "auto",
+    form: Annotated[
+        str, typer.Option(metavar="pivoted|factored", help="Of the low-rank linears, as in grasp compress.")
+    ] = "pivoted",
     as_json: Json = False,
 ) -> None:
     """Time the linears of MODEL on this machine, dense and low-rank, for one decoded token.
@@ -36,10 +39,11 @@ def costs(
     from grasp.files import require_writable
     from grasp.loading import load_quietly
 
+    kind = parse_form(form)
     require_writable(output, parents=True)
     with console.step_bars() as progress:
         loaded, _ = load_quietly(model, dtype=dtype, device=device, progress=progress)
-        table = measure_costs(loaded, progress=progress)
+        table = measure_costs(loaded, kind, progress=progress)
     if as_json:
         console.print_json(table.to_dict())
     else:

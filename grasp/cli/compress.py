@@ -31,6 +31,7 @@ def compress(
     sweep_dtype: option.SweepDtype = None,
     remove_layers: option.RemoveLayers = None,
     refit: option.Refit = None,
+    form: option.Form = None,
     costs: option.Costs = None,
     threshold_ratio: option.ThresholdRatio = None,
     metric: option.Metric = None,
@@ -60,6 +61,7 @@ def compress(
         sweep_dtype=sweep_dtype,
         remove_layers=remove_layers,
         refit=refit,
+        form=form,
         threshold_ratio=threshold_ratio,
         metric=metric,
     )

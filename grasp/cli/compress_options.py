@@ -79,6 +79,13 @@ Refit = Annotated[
     bool | None,
     _best("--refit/--no-refit", help="Fit the left factors to the dense model's outputs at the end. Default: refit."),
 ]
+Form = Annotated[
+    str | None,
+    _best(
+        metavar="pivoted|factored",
+        help="How low-rank weights are stored. pivoted (default): higher ranks in the same size. factored: U and Vh.",
+    ),
+]
 Costs = Annotated[
     str | None,
     _best(

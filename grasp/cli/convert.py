@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from grasp.cli.arguments import Json
+from grasp.cli.arguments import Json, parse_form
 from grasp.cli.compress_options import Output
 from grasp.cli.root import app
 
@@ -42,5 +42,5 @@ def convert(
     from grasp.workflows.convert import convert as convert_to_folder
 
     with console.step_bars() as progress:
-        result = convert_to_folder(directory, output, form, progress=progress)
+        result = convert_to_folder(directory, output, parse_form(form), progress=progress)
     console.print_result(result, tables.show_conversion, as_json=as_json)

@@ -252,6 +252,7 @@ def show_costs(table: CostTable, output: Path) -> None:
         [
             ("device", table.device if table.threads is None else f"{table.device}, threads: {table.threads}"),
             ("dtype", table.dtype),
+            ("form", table.form),
             ("per layer", f"{table.layer * 1e6:.0f} us beside its linears"),
             ("the rest", f"{table.rest * 1e6:.0f} us"),
             ("output", str(output)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -18,7 +19,9 @@ from grasp.method.cost_table import CostTable
 from grasp.method.knapsack import DENSE
 from grasp.method.ranks import (
     Budget,
+    Form,
     break_even_rank,
+    parameters_at,
     parameters_removed,
     rank_for_retain_ratio,
     redundant_layers,
@@ -30,6 +33,7 @@ from grasp.model.size import model_size
 from grasp.model.targets import Target, decoder
 from grasp_kernels.packing import RANK_MULTIPLE
 
+ORDER_ITEMSIZE = 4
 Targets = Mapping[int, Sequence[Target]]  # layer → the linears that can be compressed
 
 
@@ -70,7 +74,7 @@ def find_prices(
 
 def _parameter_prices(config: GraspConfig, model: PreTrainedModel, targets: Targets, costs: CostTable | None) -> Prices:
     numbers = [sum(p.numel() for p in layer.parameters()) for layer in decoder(model).layers]
-    return Prices(parameters, numbers.__getitem__)
+    return Prices(partial(parameters, form=config.form), numbers.__getitem__)
 
 
 def _byte_prices(config: GraspConfig, model: PreTrainedModel, targets: Targets, costs: CostTable | None) -> Prices:
@@ -80,7 +84,8 @@ def _byte_prices(config: GraspConfig, model: PreTrainedModel, targets: Targets, 
     weights = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
 
     def linear(target: Target, rank: int) -> int:
-        return parameters(target, rank) * target.module.weight.element_size()
+        stored = parameters(target, rank, config.form) * target.module.weight.element_size()
+        return stored + order_bytes(target, rank, config.form)
 
     prices = Prices(linear, weights.__getitem__, max(0, size - config.target_bytes), RANK_MULTIPLE)
     _require_reachable(config, prices, targets, lambda saved: f"target_bytes={size - saved:.0f}")
@@ -92,11 +97,12 @@ def _second_prices(config: GraspConfig, model: PreTrainedModel, targets: Targets
     if costs is None:
         raise ValueError(
             "target_latency needs costs: give compress_ a grasp.method.cost_table.CostTable, such as "
-            "grasp.bench.costs.measure_costs(model)"
+            f"grasp.bench.costs.measure_costs(model, form={config.form!r})"
         )
     table = costs
     shapes = {layer: [dense_shape(target.module) for target in linears] for layer, linears in targets.items()}
-    table.require(set(chain.from_iterable(shapes.values())), str(model.dtype).removeprefix("torch."))
+    dtype = str(model.dtype).removeprefix("torch.")
+    table.require(set(chain.from_iterable(shapes.values())), dtype, config.form)
     total = table.predict(((shape, None) for shape in chain.from_iterable(shapes.values())), len(shapes))
 
     def linear(target: Target, rank: int) -> float:
@@ -119,10 +125,15 @@ UNITS: dict[str, Callable[[GraspConfig, PreTrainedModel, Targets, CostTable | No
 DEFAULT_UNIT = "compression_ratio"
 
 
-def parameters(target: Target, rank: int) -> int:
+def parameters(target: Target, rank: int, form: Form) -> int:
     """The parameters of a linear at a rank, or ``DENSE``; without the bias, which stays."""
-    n, k = dense_shape(target.module)
-    return n * k if rank == DENSE else rank * (n + k)
+    shape = dense_shape(target.module)
+    return math.prod(shape) if rank == DENSE else parameters_at(shape, rank, form)
+
+
+def order_bytes(target: Target, rank: int, form: Form) -> int:
+    """The bytes of the buffer ``order`` of a linear at a rank, or ``DENSE``."""
+    return 0 if rank == DENSE or form == "factored" else ORDER_ITEMSIZE * dense_shape(target.module)[0]
 
 
 def _require_reachable(config: GraspConfig, prices: Prices, targets: Targets, after: Callable[[float], str]) -> None:
@@ -149,11 +160,13 @@ def choose_plan(
     if config.scope == "model":
         if prices.saving is None:
             ranks = _ranks(budget, targets).items()
-            removed = sum(parameters_removed(dense_shape(target.module), rank) for target, rank in ranks)
+            removed = sum(parameters_removed(dense_shape(t.module), rank, config.form) for t, rank in ranks)
             # At a retain ratio of 1 no number of layers reaches the target, so all of them share it.
-            budget = solve_compression_ratio(shapes, tuple(shapes), total_parameters, removed / total_parameters, 1.0)
+            budget = solve_compression_ratio(
+                shapes, tuple(shapes), total_parameters, removed / total_parameters, 1.0, config.form
+            )
         else:
-            budget = uniform_budget(shapes, tuple(shapes), config.retain_ratio)
+            budget = uniform_budget(shapes, tuple(shapes), config.retain_ratio, config.form)
     return Plan(budget.retain_ratio, tuple(sorted(budget.ranks)), _ranks(budget, targets))
 
 
@@ -166,14 +179,15 @@ def choose_budget(
     are needed.
     """
     shapes = {layer: [dense_shape(target.module) for target in linears] for layer, linears in targets.items()}
+    uniform = partial(uniform_budget, shapes, retain_ratio=config.retain_ratio, form=config.form)
     if config.layers is not None:
-        return uniform_budget(shapes, config.layers, config.retain_ratio)
+        return uniform(config.layers)
     if config.num_layers is not None:
-        return uniform_budget(shapes, redundant_layers(block_influence, config.num_layers), config.retain_ratio)
+        return uniform(redundant_layers(block_influence, config.num_layers))
 
     def saved(layers: Sequence[int]) -> float:
         linears = (target for layer in layers for target in targets[layer])
-        ranks = ((t, rank_for_retain_ratio(dense_shape(t.module), config.retain_ratio)) for t in linears)
+        ranks = ((t, rank_for_retain_ratio(dense_shape(t.module), config.retain_ratio, config.form)) for t in linears)
         return math.fsum(prices.saved(target, rank) for target, rank in ranks)
 
     ratio = config.DEFAULT_COMPRESSION_RATIO if config.compression_ratio is None else config.compression_ratio
@@ -182,15 +196,16 @@ def choose_budget(
     prefixes = (order[:count] for count in range(len(order) + 1))
     chosen = next((layers for layers in prefixes if saved(layers) >= saving), order)
     if prices.saving is not None and config.allocation == "global":
-        return uniform_budget(shapes, chosen, config.retain_ratio)
+        return uniform(chosen)
     if config.target_bytes is not None:
         sizes = {target.module.weight.element_size() for target in chain.from_iterable(targets.values())}
         if len(sizes) > 1:
             raise ValueError(
                 f"linears have {sorted(sizes)} bytes per weight; target_bytes then needs allocation='global'"
             )
-        ratio = saving / max(sizes) / total_parameters
-    return solve_compression_ratio(shapes, chosen, total_parameters, ratio, config.retain_ratio)
+        orders = sum(order_bytes(target, 1, config.form) for layer in chosen for target in targets[layer])
+        ratio = (saving + orders) / max(sizes) / total_parameters
+    return solve_compression_ratio(shapes, chosen, total_parameters, ratio, config.retain_ratio, config.form)
 
 
 def _ranks(budget: Budget, targets: Targets) -> dict[Target, int]:
@@ -202,7 +217,7 @@ def ceilings(config: GraspConfig, plan: Plan) -> dict[Target, int]:
     """The largest rank that each linear of a plan can be given."""
     if config.allocation == "uniform":
         return dict(plan.ranks)
-    return {target: max(0, break_even_rank(dense_shape(target.module))) for target in plan.ranks}
+    return {target: max(0, break_even_rank(dense_shape(target.module), config.form)) for target in plan.ranks}
 
 
 def predicted_seconds(

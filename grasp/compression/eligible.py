@@ -59,7 +59,7 @@ def eligible_targets(model: PreTrainedModel) -> tuple[dict[int, list[Target]], d
     for layer in range(len(decoder(model).layers)):
         linears, reasons = layer_targets(model, layer)
         shapes = {target.name: dense_shape(target.module) for target in linears}
-        targets[layer] = [target for target in linears if break_even_rank(shapes[target.name]) >= 1]
+        targets[layer] = [target for target in linears if break_even_rank(shapes[target.name], "factored") >= 1]
         small = {
             t.name: f"too small: rank 1 does not shrink {shapes[t.name]}" for t in linears if t not in targets[layer]
         }

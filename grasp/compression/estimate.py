@@ -18,7 +18,7 @@ from grasp.compression.layer_cost import Tracer, tracer_for
 from grasp.compression.memory import LIBRARY_BYTES, forward_bytes, span_memory
 from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
-from grasp.method.ranks import Shape, break_even_rank, parameters_removed
+from grasp.method.ranks import Shape, break_even_rank, parameters_at, parameters_removed
 from grasp.method.schedules import plan_sweeps
 from grasp.model.dense import dense_shape
 from grasp.model.size import model_size
@@ -233,15 +233,18 @@ class _Estimator:
         job, config = self._job, self._job.config
         ranks = ceilings(config, plan)
         if config.threshold_ratio is not None:
-            ranks = {target: break_even_rank(dense_shape(target.module)) for target in ranks}
+            ranks = {target: break_even_rank(dense_shape(target.module), config.form) for target in ranks}
         if not ranks:
             memory = Memory(
                 LIBRARY_BYTES, 0, 0, 0, 0, self._forward_bytes(), 0, 0, self._checkpoint_bytes(0), job.on_cpu
             )
             return _Case(plan.layers, (), self._flops.count([], 0, 0), memory, memory.peak)
         members = plan_sweeps(ranks, config.schedule)
-        weights = {target: rank * sum(dense_shape(target.module)) for target, rank in ranks.items()}
-        factors = 0 if config.decides_together else job.dtype.itemsize * sum(weights.values())
+        weights, stored = (
+            {target: parameters_at(dense_shape(target.module), rank, form) for target, rank in ranks.items()}
+            for form in ("factored", config.form)
+        )
+        factors = 0 if config.decides_together else job.dtype.itemsize * sum(stored.values())
         gathered = 2 * job.dtype.itemsize * max(map(math.prod, self.shapes)) if job.sharded else 0
         extra = factors + gathered
         memories = [
@@ -267,11 +270,11 @@ class _Estimator:
         )
         sweeps = self._flops.sweeps(members, plans, ranks)
         prefix = self._flops.prefix(plans)
-        removed = sum(parameters_removed(dense_shape(target.module), rank) for target, rank in plan.ranks.items())
+        removed = sum(parameters_removed(dense_shape(t.module), rank, config.form) for t, rank in plan.ranks.items())
         memory = self._with_states(
             working,
             states=self._stored_states(list(ranks), plans),
-            stored=self._stored_bytes(members, weights, working.sums),
+            stored=self._stored_bytes(members, weights, stored, working.sums),
             checkpoint=self._checkpoint_bytes(removed),
         )
         flops = self._flops.count(list(ranks), prefix, sum(sweep.flops for sweep in sweeps))
@@ -293,12 +296,18 @@ class _Estimator:
             inputs[target.layer] += dense_shape(target.module)[1]
         return sweeping, (REFIT_STREAMS * self._tracer.width + max(inputs.values())) * number_bytes
 
-    def _stored_bytes(self, members: Sequence[Sequence[Target]], weights: Mapping[Target, int], sums: int) -> int:
-        """What the run folder has: factors before ranks are decided, and low-rank linears; or sums, written anew."""
-        job, total = self._job, sum(weights.values())
+    def _stored_bytes(
+        self,
+        members: Sequence[Sequence[Target]],
+        groups: Mapping[Target, int],
+        weights: Mapping[Target, int],
+        sums: int,
+    ) -> int:
+        """What the run folder has: groups before ranks are decided, and low-rank linears; or sums, written anew."""
+        job, total = self._job, sum(groups.values())
         if job.config.decides_together:
-            return total * (job.sum_bytes + (job.dtype.itemsize if job.rounds > 1 else 0))
-        sweep = max(sum(weights[target] for target in targets) for targets in members)
+            return total * job.sum_bytes + (job.dtype.itemsize * sum(weights.values()) if job.rounds > 1 else 0)
+        sweep = max(sum(groups[target] for target in targets) for targets in members)
         return total * job.dtype.itemsize + max(2 * sums, sweep * job.sum_bytes)
 
     def _forward_bytes(self) -> int:

@@ -109,6 +109,7 @@ class FlopCounter:
                 "starts" if layer == lowest else "enters",
                 visited=[target for target in part if target.layer == layer],
                 ranks=replaced.get(layer),
+                form=self._job.config.form,
             )
             for layer in layers
         ]
@@ -147,7 +148,9 @@ class FlopCounter:
             flops,
             refit=int(REFIT_PASSES * self._for_calibration(self._forward(layers))),
             refit_sums=sums,
-            refit_solutions=sum(least_squares_flops(shape, break_even_rank(shape)) for shape in _shapes(targets)),
+            refit_solutions=sum(
+                least_squares_flops(shape, break_even_rank(shape, job.config.form)) for shape in _shapes(targets)
+            ),
         )
 
     @property

@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from grasp.errors import UnsupportedModelError
 from grasp.formatting import one_line
+from grasp.method.ranks import Form
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import DenseLinear
-from grasp.model.hf_quantizer import ranks_in
+from grasp.model.hf_quantizer import low_rank_in
 from grasp.model.hooks import hooked
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import backbone, batch_inputs, hidden_input, hidden_output, passing_through, returns_tuple
@@ -126,7 +127,13 @@ class Tracer:
         self._costs: dict[Any, LayerCost] = {}
 
     def layer(
-        self, index: int, graph: Graph, *, visited: Collection[Target] = (), ranks: Mapping[str, int] | None = None
+        self,
+        index: int,
+        graph: Graph,
+        *,
+        visited: Collection[Target] = (),
+        ranks: Mapping[str, int] | None = None,
+        form: Form = "factored",
     ) -> LayerCost:
         """The cost of one layer. Layers of equal structure run once.
 
@@ -135,6 +142,7 @@ class Tracer:
             graph: the part of the layer in the autograd graph.
             visited: linears of the layer that a sweep visits.
             ranks: ranks of the linears of the layer that are low-rank already, by name.
+            form: of these.
         """
         ranks = {} if ranks is None else ranks
         layer, prefix = decoder(self.model).layers[index], f"{self._path}.{index}."
@@ -142,11 +150,11 @@ class Tracer:
         key = (
             graph,
             frozenset(target.name.removeprefix(prefix) for target in visited),
-            frozenset((name.removeprefix(prefix), rank) for name, rank in ranks.items()),
+            frozenset((name.removeprefix(prefix), rank, form) for name, rank in ranks.items()),
             _structure(layer, args, kwargs),
         )
         if key not in self._costs:
-            with _traceable(self.model.config), self._mode, _lowrank(self.model, ranks):
+            with _traceable(self.model.config), self._mode, _lowrank(self.model, ranks, form):
                 modules = dict(self.model.named_modules())
                 targets = [target._replace(module=modules[target.name]) for target in visited]
                 self._costs[key] = _layer_cost(layer, args, kwargs, graph, targets, self.batch)
@@ -200,25 +208,26 @@ def _lowrank_skeleton(
     build = AutoModelForCausalLM.from_config if model_class is None else model_class._from_config
     options = {"dtype": dtype, "attn_implementation": config._attn_implementation}
     model = skeleton(config, partial(build, **options), device)
-    for name, rank in ranks_in(config).items():
-        model.set_submodule(name, _lowrank_like(model.get_submodule(name), rank))
+    low = low_rank_in(config)
+    for name, rank in low.ranks.items():
+        model.set_submodule(name, _lowrank_like(model.get_submodule(name), rank, name in low.pivoted))
     model.eval().requires_grad_(False)
     return model
 
 
-def _lowrank_like(dense: nn.Module, rank: int) -> LowRankLinear:
+def _lowrank_like(dense: nn.Module, rank: int, pivoted: bool) -> LowRankLinear:
     assert isinstance(dense, DenseLinear)
-    return LowRankLinear.like(dense, rank).requires_grad_(False)
+    return LowRankLinear.like(dense, rank, pivoted=pivoted).requires_grad_(False)
 
 
 @contextmanager
-def _lowrank(model: PreTrainedModel, ranks: Mapping[str, int]) -> Iterator[None]:
+def _lowrank(model: PreTrainedModel, ranks: Mapping[str, int], form: Form) -> Iterator[None]:
     """Replace linears with low-rank ones until the block ends."""
     with ExitStack() as stack:
         for name, rank in ranks.items():
             dense = model.get_submodule(name)
             stack.callback(model.set_submodule, name, dense)
-            model.set_submodule(name, _lowrank_like(dense, rank))
+            model.set_submodule(name, _lowrank_like(dense, rank, form == "pivoted"))
         yield
 
 

@@ -9,13 +9,13 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
-from grasp.compression.layer_cost import Tracer
+from grasp.compression.layer_cost import Graph, Tracer
 from grasp.compression.span_plan import LayerNeeds, SpanMemory
 from grasp.config import GraspConfig
 from grasp.method.basis import BASES
 from grasp.method.least_squares import least_squares_bytes
 from grasp.method.metrics import METRICS
-from grasp.method.ranks import Shape, break_even_rank
+from grasp.method.ranks import Form, Shape, break_even_rank, parameters_at
 from grasp.method.svd import decomposition_bytes
 from grasp.model.dense import dense_shape
 from grasp.model.targets import Target, decoder
@@ -55,10 +55,10 @@ def span_memory(
         extra: bytes that every step takes in addition.
     """
     layers = range(min(target.layer for target in targets), len(decoder(tracer.model).layers))
-    needs = needs_of(tracer, targets, layers, ranks, dtype=dtype)
+    needs = needs_of(tracer, targets, layers, ranks, form=config.form, dtype=dtype)
     if ranks is None and config.schedule == "progressive":
-        most = {target.name: break_even_rank(dense_shape(target.module)) for target in targets}
-        low = needs_of(tracer, targets, layers, most, dtype=dtype)
+        most = {target.name: break_even_rank(dense_shape(target.module), config.form) for target in targets}
+        low = needs_of(tracer, targets, layers, most, form=config.form, dtype=dtype)
         needs = {layer: LayerNeeds(*map(max, needs[layer], low[layer])) for layer in layers}
     return SpanMemory(
         targets=targets,
@@ -94,7 +94,7 @@ def replacing_bytes(tracer: Tracer, targets: Collection[Target], config: GraspCo
     layers: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # bytes of factors, and beside them
     for target in targets:
         (n, k), itemsize = dense_shape(target.module), _sum_itemsize(target)
-        rank = break_even_rank((n, k))
+        rank = break_even_rank((n, k), config.form)
         taken = READ_COPIES * itemsize * rank * (n + k)
         if config.refit:
             cost = tracer.layer(target.layer, "none")
@@ -130,7 +130,7 @@ def retained_groups(config: GraspConfig, shape: Shape) -> int | None:
     """How many groups a decomposition returns: by ``magnitude`` the first ones are retained, else all (``None``)."""
     if METRICS[config.metric].moment != "none" or not BASES[config.basis].inputs:
         return None
-    return max(1, break_even_rank(shape))
+    return max(1, break_even_rank(shape, config.form))
 
 
 def _sum_itemsize(target: Target) -> int:
@@ -143,6 +143,7 @@ def needs_of(
     layers: range,
     ranks: Mapping[str, int] | None = None,
     *,
+    form: Form = "factored",
     dtype: torch.dtype | None = None,
 ) -> dict[int, LayerNeeds]:
     """What each layer takes while one batch passes and its linears are visited; layers of equal structure run once.
@@ -152,6 +153,7 @@ def needs_of(
         targets: the linears to visit, of the tracer's model or of one with the same names.
         layers: the layers that run, from the lowest with a target.
         ranks: ranks of the low-rank linears that stand in for dense ones, by name. Their factors are counted.
+        form: of these.
         dtype: of the weights, if it is another than that of the sweeps: a copy of the layer is counted.
     """
     known = dict(tracer.model.named_modules())  # a loaded model may have been changed
@@ -165,8 +167,10 @@ def needs_of(
     for layer in layers:
         visited = by_layer[layer]
         low = {name: rank for name, rank in standing_in.items() if name.startswith(f"{path}.{layer}.")}
-        cost = tracer.layer(layer, "starts" if layer == layers.start else "enters", visited=visited, ranks=low)
-        factors = tracer.model.dtype.itemsize * sum(rank * sum(dense_shape(known[n])) for n, rank in low.items())
+        graph: Graph = "starts" if layer == layers.start else "enters"
+        cost = tracer.layer(layer, graph, visited=visited, ranks=low, form=form)
+        stored = sum(parameters_at(dense_shape(known[name]), rank, form) for name, rank in low.items())
+        factors = tracer.model.dtype.itemsize * stored
         copied = 0 if dtype is None else copy_bytes(tracer, modules[layer], dtype)
         visiting = visit_bytes(tracer, [dense_shape(target.module) for target in visited])
         temporaries = cost.transient + visiting + states_bytes(tracer)

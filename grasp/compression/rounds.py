@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
 
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from grasp.checkpoint.compression_report import ModuleReport
 from grasp.checkpoint.run_state import Decision
@@ -35,6 +35,7 @@ from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.offload import place_like, release_
 from grasp.model.targets import Target, decoder
 from grasp.statistics.layer_losses import removal_losses
+from grasp.statistics.processes import Processes
 from grasp.statistics.sweep import Prefix, capture_prefix
 
 
@@ -74,7 +75,7 @@ def _restore_(run: Run, sweeps: Sequence[Sequence[Target]]) -> dict[Target, Modu
         if module is not None:
             run.model.set_submodule(target.name, module)
     if not run.config.refit:
-        settle_(run.model, restored)
+        settle_(run, restored)
     finished = [state.decision is not None or all(target in restored for target in members) for members in sweeps]
     if run.config.schedule == "progressive":  # the first cut has a sweep of its own
         finished.append(state.decision is not None or state.cut is not None)
@@ -82,13 +83,43 @@ def _restore_(run: Run, sweeps: Sequence[Sequence[Target]]) -> dict[Target, Modu
     return restored
 
 
-def settle_(model: PreTrainedModel, targets: Iterable[Target]) -> None:
-    """Keep low-rank linears, which are final, where the dense ones were kept, and free the weights of those."""
-    for target in targets:
-        module = model.get_submodule(target.name)
-        if isinstance(module, LowRankLinear):
-            place_like(module, target.module)
-            release_(target.module)
+def settle_(run: Run, targets: Iterable[Target]) -> None:
+    """Give low-rank linears, which are fitted, their final form and place, and free the weights of the dense ones."""
+    present = {target: run.model.get_submodule(target.name) for target in targets}
+    low = {target: module for target, module in present.items() if isinstance(module, LowRankLinear)}
+    if run.config.form == "pivoted":
+        pivot_all_(list(low.values()), run.processes)
+    for target, module in low.items():
+        place_like(module, target.module)
+        release_(target.module)
+
+
+def pivot_all_(modules: Sequence[LowRankLinear], processes: Processes) -> None:
+    """Pivot low-rank linears, of which processes have equal copies; each pivots some, and all get the same pivots."""
+
+    def pivoted(module: LowRankLinear) -> _Factors:
+        module.pivot_()
+        return _Factors(module.U.detach(), module.Vh.detach(), module.order)
+
+    for module, factors in processes.map_divided(modules, pivoted, _Factors):
+        module.set_factors_(*factors)
+
+
+class _Factors(NamedTuple):
+    """What pivoting one linear gives, as processes exchange it."""
+
+    U: Tensor
+    Vh: Tensor
+    order: Tensor | None  # ``None`` if it is not pivoted
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The tensors by their names."""
+        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> _Factors:
+        """The inverse of ``to_tensors``."""
+        return cls(tensors["U"], tensors["Vh"], tensors.get("order"))
 
 
 def decide_in_order_(run: Run, plan: Plan, work: Work) -> None:
@@ -105,7 +136,7 @@ def decide_in_order_(run: Run, plan: Plan, work: Work) -> None:
             if module is not None:
                 run.model.set_submodule(target.name, module)
         if not run.config.refit:
-            settle_(run.model, members)
+            settle_(run, members)
 
 
 def _store(run: Run, members: Sequence[Target], replacements: Sequence[Replacement], stem: str) -> None:
@@ -114,7 +145,7 @@ def _store(run: Run, members: Sequence[Target], replacements: Sequence[Replaceme
     with run.processes.fail_together():
         for target, (module, report) in zip(members, replacements, strict=True):
             if run.processes.first:
-                tensors = {} if module is None else dict(module.named_parameters())
+                tensors = {} if module is None else module.state_dict()
                 name = f"module-{target.name}"
                 files[name] = run.state.write(name, tensors, {"report": asdict(report)})
     run.processes.wait_for_all()  # they may still read the files that are removed
@@ -169,7 +200,7 @@ def carry_out_decision_(run: Run, plan: Plan, work: Work, decision: Decision) ->
         refit.replace_(layer, modules, is_fitted=is_stored, is_removed=layer in decision.removed)
         if not is_stored:
             _store(run, linears, chosen, "second")
-        settle_(run.model, modules)
+        settle_(run, modules)
         return_freed_memory()
         reports.update(zip(linears, (report for _, report in chosen), strict=True))
         run.progress("refit", layer + 1, len(members))
@@ -201,7 +232,9 @@ def _cut(run: Run, plan: Plan, selector: Selector, members: Sequence[Target]) ->
 
     def write(target: Target) -> Name:
         module = low_rank(run.state, target, selections[target], ranks[target])
-        return Name(run.state.write(f"cut-{target.name}", dict(module.named_parameters())))
+        if run.config.form == "pivoted":  # it has at most the size of the weight
+            module.pivot_()
+        return Name(run.state.write(f"cut-{target.name}", module.state_dict()))
 
     files: dict[str, str | None] = {f"first-{target.name}": None for target in members}
     for target, name in run.processes.map_divided(list(ranks), write, Name):

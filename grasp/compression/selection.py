@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grasp.checkpoint.compression_report import ModuleReport, spectrum_indices
 from grasp.checkpoint.run_state import NoState
@@ -70,7 +70,10 @@ Selections = Mapping[Target, Selection]
 
 
 class Replacement(NamedTuple):
-    """A low-rank linear to take the place of a dense one, with its report; only the report if it is skipped."""
+    """A low-rank linear to take the place of a dense one, with its report; only the report if it is skipped.
+
+    ``as_stored`` adds the sizes of the low-rank linear.
+    """
 
     module: LowRankLinear | None
     report: ModuleReport
@@ -94,7 +97,7 @@ def write_groups(
     svd, importance = score(weight, None if config.threshold_ratio is not None else rank)
     rank = min(rank, len(svd.S))
     if config.threshold_ratio is not None:
-        rank = rank_for_threshold(importance, config.threshold_ratio, dense_shape(target.module))
+        rank = rank_for_threshold(importance, config.threshold_ratio, dense_shape(target.module), config.form)
     indices = retained_indices(importance, rank)
     U, S, Vh = svd
     if len(indices) < len(Vh):  # otherwise no copy: they are as large as the weight in fp32
@@ -133,8 +136,7 @@ def replacement(state: NoState, target: Target, selection: Selection, rank: int)
     module = low_rank(state, target, selection, rank)
     n, k = dense_shape(target.module)
     bias = 0 if module.bias is None else module.bias.numel()
-    itemsize = target.module.weight.element_size()
-    before, after = n * k + bias, rank * (n + k) + bias
+    before = n * k + bias
     total = float(selection.importance.double().sum())
     indices = selection.indices[selection.best(rank)]
     kept = float(selection.importance[indices].double().sum()) / total if total > 0 else 1.0
@@ -147,14 +149,26 @@ def replacement(state: NoState, target: Target, selection: Selection, rank: int)
         in_features=k,
         rank=rank,
         parameters_before=before,
-        parameters_after=after,
-        bytes_before=before * itemsize,
-        bytes_after=after * itemsize,
+        bytes_before=before * target.module.weight.element_size(),
         importance_kept=kept,
         indices=tuple(indices.tolist()),
         spectrum=tuple(float(f"{value:.4g}") for value in selection.spectrum.tolist()),
     )
     return Replacement(module, report)
+
+
+def as_stored(report: ModuleReport, module: nn.Module) -> ModuleReport:
+    """The report of a linear with the form and the sizes of what takes its place; unchanged if nothing does."""
+    if not isinstance(module, LowRankLinear):
+        return report
+    parameters = list(module.parameters())
+    return replace(
+        report,
+        form="factored" if module.order is None else "pivoted",
+        parameters_after=sum(p.numel() for p in parameters),
+        bytes_after=sum(p.numel() * p.element_size() for p in parameters)
+        + (0 if module.order is None else module.order.nbytes),
+    )
 
 
 def skip(target: Target, reason: str) -> Replacement:

@@ -13,14 +13,15 @@ from typing import Any
 from grasp.errors import CostTableError
 from grasp.files import replacing
 from grasp.formatting import one_line
-from grasp.method.ranks import Shape, break_even_rank
+from grasp.method.ranks import FORMS, Form, Shape, break_even_rank
 from grasp.reading import read_json
 from grasp_kernels import roofline
 
 FORMAT_VERSION = 1
-_FIELDS = ("device", "source", "dtype", "layer", "rest", "threads", "versions")
+_FIELDS = ("device", "source", "dtype", "form", "layer", "rest", "threads", "versions")
 # Seconds from one kernel to the next inside a CUDA graph. The rates of a card do not include it; 1 to 4 us are usual.
 LAUNCH = 2e-6
+POINTS = 16  # ranks of a table from the rates of a card: the time of pivoted factors is no straight line
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class CostTable:
         rest: seconds outside the decoder layers: embedding, head.
         threads: on a CPU.
         versions: of the packages that it was measured with.
+        form: of the low-rank linears.
 
     Example:
         >>> linear = LinearSeconds(dense=8e-6, ranks=(16, 64), seconds=(2e-6, 6e-6))
@@ -71,6 +73,7 @@ class CostTable:
     rest: float
     threads: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    form: Form = "factored"
 
     def linear(self, shape: Shape, rank: int | None = None) -> float:
         """Seconds of one linear of ``shape`` (N, K), low-rank, or dense if ``rank`` is ``None``.
@@ -92,8 +95,8 @@ class CostTable:
         """Seconds per token of a model with ``layers`` layers and linears of these shapes and ranks (or ``None``)."""
         return self.rest + layers * self.layer + math.fsum(self.linear(shape, rank) for shape, rank in linears)
 
-    def require(self, shapes: Collection[Shape], dtype: str) -> None:
-        """Check that the table covers linears of these shapes, in this dtype.
+    def require(self, shapes: Collection[Shape], dtype: str, form: Form) -> None:
+        """Check that the table covers linears of these shapes, in this dtype and form.
 
         Raises:
             CostTableError: if it is not.
@@ -102,6 +105,11 @@ class CostTable:
             raise CostTableError(
                 f"the costs of {self.device} are for {self.dtype} weights, the model has {dtype} ones; measure them in "
                 f"that dtype, or load the model in {self.dtype}"
+            )
+        if form != self.form:
+            raise CostTableError(
+                f"the costs of {self.device} are for {self.form} linears, the configuration asks for {form} ones; "
+                f"measure those with grasp bench costs MODEL --form {form}, or compress with form={self.form!r}"
             )
         for shape in shapes:
             self.linear(shape)
@@ -153,6 +161,7 @@ def from_roofline(
     shapes: Collection[Shape],
     *,
     dtype: str,
+    form: Form,
     itemsize: int,
     rest_bytes: int,
     layer_launches: int = 2,
@@ -163,12 +172,14 @@ def from_roofline(
         card: see ``grasp_kernels.roofline.CARDS``.
         shapes: (N, K) of the linears.
         dtype: of the weights.
+        form: of the low-rank linears.
         itemsize: bytes of a weight.
         rest_bytes: weights outside the decoder layers that are read for one token: the head.
         layer_launches: kernels of a layer besides its linears: attention and norms, fused as servers fuse them.
 
     Example:
-        >>> table = from_roofline(find_card("H100"), [(4096, 4096)], dtype="bfloat16", itemsize=2, rest_bytes=0)
+        >>> weights = {"dtype": "bfloat16", "form": "pivoted", "itemsize": 2, "rest_bytes": 0}
+        >>> table = from_roofline(find_card("H100"), [(4096, 4096)], **weights)
         >>> table.linear((4096, 4096), rank=64) < table.linear((4096, 4096))
         True
     """
@@ -177,14 +188,17 @@ def from_roofline(
         return roofline.floor(card, *launches) + LAUNCH * len(launches)
 
     def linear(n: int, k: int) -> LinearSeconds:
-        ranks = tuple(sorted({1, max(1, break_even_rank((n, k)))}))  # a straight line between them
-        low = tuple(seconds(*roofline.lowrank_linear(1, n, k, rank, itemsize=itemsize)) for rank in ranks)
+        most = max(1, break_even_rank((n, k), form))
+        ranks = tuple(sorted({1, *(max(1, most * i // POINTS) for i in range(1, POINTS + 1))}))
+        rows = {rank: n - rank * (form == "pivoted") for rank in ranks}  # of U
+        low = tuple(seconds(*roofline.lowrank_linear(1, rows[rank], k, rank, itemsize=itemsize)) for rank in ranks)
         return LinearSeconds(seconds(*roofline.dense_linear(1, n, k, itemsize=itemsize)), ranks, low)
 
     return CostTable(
         device=card.name,
         source="roofline",
         dtype=dtype,
+        form=form,
         linears={shape: linear(*shape) for shape in sorted(set(shapes))},
         layer=layer_launches * LAUNCH,
         rest=rest_bytes / card.bandwidth + LAUNCH,
@@ -221,3 +235,5 @@ def _require_times(table: CostTable) -> None:
             raise ValueError(f"times must be positive numbers of seconds, got {time!r}")
     if not times:
         raise ValueError("it has no linears")
+    if table.form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {table.form!r}")

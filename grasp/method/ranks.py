@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = tuple[int, int]  # (N, K): out_features, in_features
+Form = Literal["factored", "pivoted"]  # how a matrix of rank R is stored: as U (N, R) and Vh (R, K), or in R² fewer
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 class Budget(NamedTuple):
@@ -17,25 +21,34 @@ class Budget(NamedTuple):
     ranks: dict[int, tuple[int, ...]]  # layer → ranks, ascending layers
 
 
-def rank_for_retain_ratio(shape: Shape, retain_ratio: float) -> int:
-    """The rank at which a matrix keeps ``retain_ratio`` of its parameters, ``int(N·K·r / (N + K))``; at least 1.
+def parameters_at(shape: Shape, rank: int, form: Form) -> int:
+    """The parameters of a matrix of rank R: ``R·(N + K)``, and ``R·(N + K − R)`` if it is pivoted."""
+    n, k = shape
+    return rank * (n + k - rank * (form == "pivoted"))
 
-    Source: arXiv 2501.00339, where the ratio is of parameters, not of singular groups.
+
+def parameters_removed(shape: Shape, rank: int, form: Form) -> int:
+    """The parameters that a rank saves; negative if the factors are larger than the matrix."""
+    return math.prod(shape) - parameters_at(shape, rank, form)
+
+
+def rank_for_retain_ratio(shape: Shape, retain_ratio: float, form: Form) -> int:
+    """The rank at which a matrix keeps ``retain_ratio`` of its parameters, rounded down; at least 1.
+
+    It is ``int(N·K·r / (N + K))``, and for pivoted factors the smaller root of ``R·(N + K − R) = N·K·r``, below full
+    rank. Source: arXiv 2501.00339, where the ratio is of parameters, not of singular groups.
     """
     n, k = shape
-    return max(1, int(n * k * retain_ratio / (n + k)))
+    if form == "factored":
+        return max(1, int(n * k * retain_ratio / (n + k)))
+    root = math.sqrt((n + k) ** 2 - 4 * n * k * retain_ratio)
+    return max(1, min(int((n + k - root) / 2), break_even_rank(shape, form)))
 
 
-def break_even_rank(shape: Shape) -> int:
+def break_even_rank(shape: Shape, form: Form) -> int:
     """The largest rank at which the factors have fewer parameters than the matrix; 0 if there is none."""
     n, k = shape
-    return (n * k - 1) // (n + k)
-
-
-def parameters_removed(shape: Shape, rank: int) -> int:
-    """The parameters that a rank saves, ``N·K − R·(N + K)``; negative if the factors are larger."""
-    n, k = shape
-    return n * k - rank * (n + k)
+    return (n * k - 1) // (n + k) if form == "factored" else min(n, k) - 1
 
 
 def retained_indices(importance: Tensor, rank: int) -> Tensor:
@@ -53,12 +66,12 @@ def retained_indices(importance: Tensor, rank: int) -> Tensor:
     return importance.argsort(descending=True, stable=True)[:rank].sort().values
 
 
-def rank_for_threshold(importance: Tensor, threshold_ratio: float, shape: Shape) -> int:
+def rank_for_threshold(importance: Tensor, threshold_ratio: float, shape: Shape, form: Form) -> int:
     """The fewest groups whose importance adds up to a fraction of the total, at most the break-even rank."""
     ordered = importance.double().sort(descending=True).values
     cumulative = ordered.cumsum(0)
     reached = int((cumulative < threshold_ratio * cumulative[-1]).sum()) + 1
-    return max(1, min(reached, break_even_rank(shape), len(importance)))
+    return max(1, min(reached, break_even_rank(shape, form), len(importance)))
 
 
 def redundant_layers(scores: Sequence[float], count: int) -> tuple[int, ...]:
@@ -78,6 +91,7 @@ def solve_compression_ratio(
     total_parameters: int,
     compression_ratio: float,
     retain_ratio: float,
+    form: Form,
 ) -> Budget:
     """The most redundant layers to compress, and their ranks, to remove a fraction of the whole model.
 
@@ -90,6 +104,7 @@ def solve_compression_ratio(
         total_parameters: parameters of the whole model.
         compression_ratio: fraction of them to remove, in [0, 1).
         retain_ratio: fraction of a matrix's parameters that sets the number of layers.
+        form: of the factors.
 
     Raises:
         ValueError: if rank 1 everywhere does not remove that much.
@@ -97,7 +112,7 @@ def solve_compression_ratio(
 
     def removed(count: int, ratio: float) -> int:
         return sum(
-            parameters_removed(shape, rank_for_retain_ratio(shape, ratio))
+            parameters_removed(shape, rank_for_retain_ratio(shape, ratio, form), form)
             for layer in order[:count]
             for shape in shapes[layer]
         )
@@ -115,18 +130,25 @@ def solve_compression_ratio(
     while high - low > 1e-9:
         middle = (low + high) / 2
         low, high = (middle, high) if removed(count, middle) >= target else (low, middle)
-    budget = uniform_budget(shapes, order[:count], low)
+    budget = uniform_budget(shapes, order[:count], low, form)
     excess = removed(count, low) - target
     ranks = {layer: list(values) for layer, values in budget.ranks.items()}
     for layer, values in ranks.items():  # add a group where the next step of the ratio would, if that helps
-        for i, (n, k) in enumerate(shapes[layer]):
-            if rank_for_retain_ratio((n, k), high) > values[i] and abs(excess - (n + k)) < abs(excess):
+        for i, shape in enumerate(shapes[layer]):
+            step = parameters_at(shape, values[i] + 1, form) - parameters_at(shape, values[i], form)
+            if rank_for_retain_ratio(shape, high, form) > values[i] and abs(excess - step) < abs(excess):
                 values[i] += 1
-                excess -= n + k
+                excess -= step
     return Budget(low, {layer: tuple(values) for layer, values in ranks.items()})
 
 
-def uniform_budget(shapes: Mapping[int, Sequence[Shape]], layers: Sequence[int], retain_ratio: float) -> Budget:
+def uniform_budget(
+    shapes: Mapping[int, Sequence[Shape]], layers: Sequence[int], retain_ratio: float, form: Form
+) -> Budget:
     """Retain the same fraction of every matrix of ``layers``."""
-    ranks = {layer: tuple(rank_for_retain_ratio(shape, retain_ratio) for shape in shapes[layer]) for layer in layers}
+
+    def ranks_of(layer: int) -> tuple[int, ...]:
+        return tuple(rank_for_retain_ratio(shape, retain_ratio, form) for shape in shapes[layer])
+
+    ranks = {layer: ranks_of(layer) for layer in layers}
     return Budget(retain_ratio, dict(sorted(ranks.items())))

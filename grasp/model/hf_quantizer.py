@@ -241,8 +241,8 @@ def quantization_method(config: PreTrainedConfig) -> str | None:
     return method.get("quant_method") if isinstance(method, dict) else method.quant_method
 
 
-def ranks_in(config: PreTrainedConfig) -> dict[str, int]:
-    """The ranks in a model's configuration, by the paths of the low-rank layers; empty for a dense model.
+def low_rank_in(config: PreTrainedConfig) -> GraspQuantizationConfig:
+    """The part of a model's configuration about low-rank layers; without ranks for a dense model.
 
     Raises:
         UnsupportedModelError: if the model is quantised by another method.
@@ -250,12 +250,12 @@ def ranks_in(config: PreTrainedConfig) -> dict[str, int]:
     """
     quantization = getattr(config, "quantization_config", None)
     if not quantization:
-        return {}
+        return GraspQuantizationConfig()
     if (method := quantization_method(config)) != METHOD:
         raise UnsupportedModelError(f"the model is quantised ({method}); expected a dense one. Load it unquantised.")
     if isinstance(quantization, dict):
-        quantization = GraspQuantizationConfig.from_dict(quantization)
-    return quantization.ranks
+        return GraspQuantizationConfig.from_dict(quantization)
+    return quantization
 
 
 def _lowrank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:

@@ -529,16 +529,16 @@ class LowRankLinear(nn.Module):
         return Factors(self.U, None, self.Vh, self.bias, self.order)
 
     def set_factors_(self, U: Tensor, Vh: Tensor, order: Tensor | None = None) -> None:
-        """Replace the factors, in the dtype of the old ones; the rank may change.
+        """Replace the factors, in the dtype and on the device of the old ones; the rank may change.
 
         Args:
             U: (N, R), or (N − R, R) with ``order``.
             Vh: (R, K).
             order: of pivoted factors, (N,) int32, not checked.
         """
-        self.U = nn.Parameter(U.to(self.U.dtype), requires_grad=self.U.requires_grad)
-        self.Vh = nn.Parameter(Vh.to(self.Vh.dtype), requires_grad=self.Vh.requires_grad)
-        self.rank, self.order = len(Vh), order
+        self.U = nn.Parameter(U.to(self.U), requires_grad=self.U.requires_grad)
+        self.Vh = nn.Parameter(Vh.to(self.Vh), requires_grad=self.Vh.requires_grad)
+        self.rank, self.order = len(Vh), None if order is None else order.to(self.U.device)
         self.group.pack_()
 
     @torch.no_grad()

@@ -123,7 +123,9 @@ def compress(
             require_space(target, model.get_memory_footprint())
             if BASES[config.basis].inputs and (notice := decomposition_notice(first_device(model))) is not None:
                 notify(notice)
-            table = None if config.target_latency is None else costs_for(model, costs, state.costs, progress=progress)
+            table = None
+            if config.target_latency is not None:
+                table = costs_for(model, costs, config.form, state.costs, progress=progress)
             if is_written:
                 state.require_same(request_fingerprint(model, batches, config, table))
                 return Compression(name, str(target), samples, CompressionReport.load(target))

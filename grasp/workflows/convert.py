@@ -11,19 +11,21 @@ from transformers import PreTrainedModel
 
 from grasp.checkpoint import recovery_report
 from grasp.checkpoint.card import with_sizes, without_results
-from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport, ModuleReport
+from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
 from grasp.checkpoint.inspection import Inspection, inspect_compressed
 from grasp.checkpoint.saving import check_directory, read_texts, save_checkpoint
+from grasp.compression.selection import as_stored
 from grasp.errors import NonFiniteError
 from grasp.files import remove_abandoned
 from grasp.loading import load_quietly
+from grasp.method.ranks import FORMS, Form
 from grasp.model.checkpoint_format import weight_files
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
 
-FORMS = {"pivoted": LowRankLinear.pivot_, "factored": LowRankLinear.factor_}
+_CONVERSIONS = {"pivoted": LowRankLinear.pivot_, "factored": LowRankLinear.factor_}
 _TEXTS = ("README.md", recovery_report.FILE_NAME, "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
@@ -60,7 +62,7 @@ def _sizes(checkpoint: Inspection) -> dict[str, Any]:
     return {name: getattr(checkpoint, name) for name in ("parameters", "bytes", "compression_ratio")}
 
 
-def convert(directory: Path, output: Path, form: str, *, progress: Progress = no_progress) -> Conversion:
+def convert(directory: Path, output: Path, form: Form, *, progress: Progress = no_progress) -> Conversion:
     """Write the low-rank layers of a compressed checkpoint in another form, into a new folder. Exact but for rounding.
 
     The model is loaded on the CPU, in the dtype in which it is stored. Layers that have the form already are copied.
@@ -78,7 +80,7 @@ def convert(directory: Path, output: Path, form: str, *, progress: Progress = no
         GraspError: as ``load_model``.
     """
     if form not in FORMS:
-        raise ValueError(f"unknown form {form!r}; expected one of {', '.join(FORMS)}")
+        raise ValueError(f"form must be {' or '.join(FORMS)}, got {form!r}")
     target = check_directory(output)
     before = inspect_compressed(directory)
     remove_abandoned(target)
@@ -101,7 +103,7 @@ def convert(directory: Path, output: Path, form: str, *, progress: Progress = no
 
 
 def convert_(
-    model: PreTrainedModel, form: str, progress: Progress = no_progress
+    model: PreTrainedModel, form: Form, progress: Progress = no_progress
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Convert the low-rank layers of a model in place: the paths of those that had another form, and of those left.
 
@@ -114,7 +116,7 @@ def convert_(
     for done, (name, layer) in enumerate(layers.items()):
         progress(f"converting to {form}", done, len(layers))
         try:
-            if reason := FORMS[form](layer):
+            if reason := _CONVERSIONS[form](layer):
                 left[name] = reason
         except NonFiniteError as error:
             raise NonFiniteError(f"{name}: {error}") from error
@@ -131,19 +133,8 @@ def with_forms(report: CompressionReport, model: PreTrainedModel) -> Compression
     for module in report.modules:
         number = f".{module.layer}."
         layer = layers.get(module.name.replace(number, numbers.get(number, number), 1))
-        modules.append(module if module.reason or layer is None else _with_form(module, layer))
+        modules.append(module if module.reason or layer is None else as_stored(module, layer))
     return replace(report, modules=tuple(modules), after=model_size(model, decoder(model).layers))
-
-
-def _with_form(module: ModuleReport, layer: LowRankLinear) -> ModuleReport:
-    tensors = list(layer.parameters())
-    form, orders = ("factored", []) if layer.order is None else ("pivoted", [layer.order])
-    return replace(
-        module,
-        form=form,
-        parameters_after=sum(tensor.numel() for tensor in tensors),
-        bytes_after=sum(tensor.nbytes for tensor in (*tensors, *orders)),
-    )
 
 
 def _lowrank_layers(model: PreTrainedModel) -> dict[str, LowRankLinear]:

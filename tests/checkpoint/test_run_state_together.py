@@ -53,7 +53,7 @@ def costs(call: float = 0.0) -> CostTable:
     """A table of the tiny Llama in which a linear costs its weights, and each of a low-rank one's two a call."""
     shapes = [(32, 32), (16, 32), (48, 32), (32, 48)]
     linears = {(n, k): LinearSeconds(n * k, (1, 64), (n + k + call, 64 * (n + k) + call)) for n, k in shapes}
-    return CostTable("any", "measured", "float32", linears, 0.0, 100.0)
+    return CostTable("any", "measured", "float32", linears, 0.0, 100.0, form="pivoted")
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_costs_that_were_measured_stand(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_removed_layers_and_low_rank_linears_come_back_together(folder: Path) -> None:
-    config = GraspConfig(target_latency=0.3, remove_layers=True, scope="model", refit=True, **KFAC)
+    config = GraspConfig(target_latency=0.3, remove_layers=True, scope="model", refit=True, form="pivoted", **KFAC)
     table = dataclasses.replace(costs(), layer=2000.0)
     expected = run(None, config, costs=table)
     assert expected[0].removed_layers

@@ -272,7 +272,7 @@ def test_a_latency_needs_costs_of_this_model() -> None:
 
 def test_the_costs_of_a_card_will_do() -> None:
     model = tiny_model("llama")
-    costs = from_roofline(CARDS["H100"], shapes_of(model), dtype="float32", itemsize=4, rest_bytes=0)
+    costs = from_roofline(CARDS["H100"], shapes_of(model), dtype="float32", form="factored", itemsize=4, rest_bytes=0)
     with pytest.raises(ValueError, match=r"target_latency=0.900 cannot be reached"):  # tiny linears are all launches
         compress_(model, tiny_batches(1), GraspConfig(target_latency=0.9, **BEST), costs=costs)
 
@@ -317,7 +317,7 @@ def test_layers_go_by_what_their_removal_loses() -> None:
     selections = {
         target: Selection("", torch.arange(rank), torch.ones(min(dense_shape(target.module))), empty, "")
         for target in itertools.chain(*targets.values())
-        if (rank := break_even_rank(dense_shape(target.module)))
+        if (rank := break_even_rank(dense_shape(target.module), "factored"))
     }
     plan = Plan(0.5, (0, 1, 2), {target: len(selection.indices) // 2 for target, selection in selections.items()})
 

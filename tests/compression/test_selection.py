@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from grasp.checkpoint.run_state import NoState
-from grasp.compression.selection import Name, read_selection, replacement, write_groups
+from grasp.compression.selection import Name, as_stored, read_selection, replacement, write_groups
 from grasp.config import GraspConfig
 from grasp.method.knapsack import DENSE
 from grasp.method.svd import decompose
@@ -46,8 +46,12 @@ def test_a_lower_rank_keeps_the_best_of_the_groups() -> None:
     torch.testing.assert_close(module.dense_weight(), wanted.dense_weight())
     assert report.importance_kept == pytest.approx(17 / 27.5)
     assert report.parameters_before == sum(p.numel() for p in TARGET.module.parameters())
-    assert report.parameters_after == sum(p.numel() for p in module.parameters())
-    assert report.bytes_after == sum(p.nbytes for p in module.parameters())
+    for form in ("factored", "pivoted"):
+        report = as_stored(report, module)
+        assert report.form == form
+        assert report.parameters_after == sum(p.numel() for p in module.parameters())
+        assert report.bytes_after == sum(tensor.nbytes for tensor in module.state_dict().values())
+        module.pivot_()
 
 
 def test_a_linear_without_a_score_or_that_stays_dense_has_a_report_with_the_reason() -> None:

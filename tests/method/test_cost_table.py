@@ -92,22 +92,28 @@ def test_a_file_that_is_no_json_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_models_costs_are_refused() -> None:
-    TABLE.require({SMALL, WIDE}, "bfloat16")
+    TABLE.require({SMALL, WIDE}, "bfloat16", "factored")
     with pytest.raises(CostTableError, match="of 16 inputs and 64 outputs, only 64x32, 96x64"):
-        TABLE.require({SMALL, (64, 16)}, "bfloat16")
+        TABLE.require({SMALL, (64, 16)}, "bfloat16", "factored")
     with pytest.raises(CostTableError, match="for bfloat16 weights, the model has float32 ones"):
-        TABLE.require({SMALL}, "float32")
+        TABLE.require({SMALL}, "float32", "factored")
+    with pytest.raises(CostTableError, match=r"for factored linears, .* pivoted ones; measure those with .* --form"):
+        TABLE.require({SMALL}, "bfloat16", "pivoted")
 
 
 def test_a_cards_costs_are_its_bytes_at_its_bandwidth_and_one_launch_for_each_linear() -> None:
     card = find_card("h100")
-    table = from_roofline(card, [(4096, 4096)], dtype="bfloat16", itemsize=2, rest_bytes=10**9)
+    weights = {"dtype": "bfloat16", "itemsize": 2, "rest_bytes": 10**9}
+    table = from_roofline(card, [(4096, 4096)], form="factored", **weights)
     activations = 2 * 2 * 4096
-    for rank in (1, 100, 1000, break_even_rank((4096, 4096))):
+    for rank in (1, 100, 1000, break_even_rank((4096, 4096), "factored")):
         moved = 2 * rank * 2 * 4096 + activations
         assert table.linear((4096, 4096), rank) == pytest.approx(moved / card.bandwidth + LAUNCH)
     assert table.linear((4096, 4096)) == pytest.approx((2 * 4096**2 + activations) / card.bandwidth + LAUNCH)
     assert table.rest == pytest.approx(10**9 / card.bandwidth + LAUNCH)
+    pivoted = from_roofline(card, [(4096, 4096)], form="pivoted", **weights)
+    moved = 2 * 2048 * (2 * 4096 - 2048) + activations
+    assert pivoted.linear((4096, 4096), 2048) == pytest.approx(moved / card.bandwidth + LAUNCH, rel=2e-3)
 
 
 def test_an_unknown_card_is_refused_with_those_that_are_known() -> None:

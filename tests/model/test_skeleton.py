@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from grasp.model.hf_quantizer import mark_compressed, ranks_in
+from grasp.model.hf_quantizer import low_rank_in, mark_compressed
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.skeleton import skeleton
 from tests.tiny_models import tiny_model
@@ -19,7 +19,7 @@ def test_the_skeleton_of_a_compressed_model_is_dense_and_has_no_data() -> None:
         empty = skeleton(model.config, build)
         assert {name: parameter.shape for name, parameter in empty.named_parameters()} == shapes
         assert all(parameter.is_meta for parameter in empty.parameters())
-    assert ranks_in(model.config) == {"model.layers.1.mlp.up_proj": 4}
+    assert low_rank_in(model.config).ranks == {"model.layers.1.mlp.up_proj": 4}
 
 
 def test_a_low_rank_linear_can_be_made_like_a_dense_one() -> None:

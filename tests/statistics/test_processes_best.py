@@ -26,6 +26,7 @@ from grasp.config import GraspConfig
 from grasp.files import tensors_digest
 from grasp.loading import load_model
 from grasp.model.layer_removal import remove_layers_
+from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import Target
 from grasp.statistics.covariance import input_groups
 from grasp.statistics.processes import ALONE, Processes
@@ -56,8 +57,9 @@ def compressed(
     if processes.sharded:
         collect_(model, processes)
     state = {name: value for name, value in model.state_dict().items() if not value.is_meta}
-    products = {name[:-2]: U @ state[f"{name[:-2]}.Vh"] for name, U in state.items() if name.endswith(".U")}
-    rest = {name: value for name, value in state.items() if not name.endswith((".U", ".Vh"))}
+    low = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    products = {name: module.dense_weight() for name, module in low.items() if f"{name}.U" in state}
+    rest = {name: value for name, value in state.items() if not name.endswith((".U", ".Vh", ".order"))}
     return Result({m.name: m.rank for m in report.modules}, report.removed_layers, products | rest)
 
 

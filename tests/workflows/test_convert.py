@@ -130,7 +130,7 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_written(small: Path,
         (dense, "out", "pivoted", CheckpointError, "is not compressed: its config.json has no ranks"),
         (tmp_path / "none", "out", "pivoted", CheckpointError, "no folder .*none; expected a checkpoint"),
         (small, "dense", "pivoted", CheckpointError, "is not empty"),
-        (small, "out", "dense", ValueError, "unknown form 'dense'; expected one of pivoted, factored"),
+        (small, "out", "dense", ValueError, "form must be factored or pivoted, got 'dense'"),
         (damaged, "out", "pivoted", NonFiniteError, f"{UP}: U or Vh has NaN"),
     ):
         with pytest.raises(error, match=message):
