@@ -15,6 +15,7 @@ from grasp.config import GraspConfig
 from grasp.method.basis import BASES
 from grasp.method.least_squares import least_squares_bytes
 from grasp.method.metrics import METRICS
+from grasp.method.pivoting import pivot_bytes
 from grasp.method.ranks import Form, Shape, break_even_rank, parameters_at
 from grasp.method.svd import decomposition_bytes
 from grasp.model.dense import dense_shape
@@ -89,7 +90,7 @@ def copy_bytes(tracer: Tracer, module: nn.Module, dtype: torch.dtype) -> int:
 def replacing_bytes(tracer: Tracer, targets: Collection[Target], config: GraspConfig) -> int:
     """The replacement of the linears of one layer: all their factors, and one that is read and cut, or fitted.
 
-    A fit has two sums of the input, and one batch that passes the layer, or the solution.
+    A fit has two sums of the input, and one batch that passes the layer, or the solution. Pivoting works in fp64.
     """
     layers: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # bytes of factors, and beside them
     for target in targets:
@@ -101,6 +102,8 @@ def replacing_bytes(tracer: Tracer, targets: Collection[Target], config: GraspCo
             passing = states_bytes(tracer) + FRAGMENTATION * (cost.saved + cost.transient)
             solving = least_squares_bytes((n, k), rank, itemsize)
             taken = max(taken, 2 * itemsize * k * k + max(passing, solving))
+        if config.form == "pivoted":
+            taken = max(taken, pivot_bytes((n, k), rank))
         layers[target.layer].append((target.module.weight.itemsize * rank * (n + k), taken))
     return max((sum(f for f, _ in members) + max(t for _, t in members) for members in layers.values()), default=0)
 

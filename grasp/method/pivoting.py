@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grasp.errors import NonFiniteError
 from grasp.method.blocks import fp64_device, row_blocks, to_double
+from grasp.method.ranks import Shape
 
 # Of C, in absolute value. On factors of SmolLM2 rounding to bf16 costs 1.2 to 1.6 times as much with 2; the exchanges
 # take less time than the elimination before them.
@@ -84,6 +85,18 @@ def pivot(U: Tensor, Vh: Tensor) -> Pivoted | NotPivoted:
     return Pivoted(pivots.to(U.device), C, Vp, growth) if growth <= LARGEST_GROWTH else NotPivoted(growth)
 
 
+def pivot_bytes(shape: Shape, rank: int) -> int:
+    """Peak memory of ``pivot`` beyond its arguments, in bytes, for factors of at most 32 bits; its result is counted.
+
+    Args:
+        shape: (N, K) of the weight.
+        rank: R.
+    """
+    n, k = shape
+    others = (n - rank) * rank
+    return 8 * n * rank + max(24 * others, 12 * others + 8 * rank * (rank + 2 * k))
+
+
 def other_rows(pivots: Tensor, size: int) -> Tensor:
     """The rows in ``range(size)`` that are no pivots, (N − R,) int64, ascending: the rows of C.
 
@@ -120,11 +133,10 @@ def rounding_growth(C: Tensor, Vp: Tensor) -> float:
 def _eliminate(U: Tensor) -> tuple[Tensor, Tensor]:
     """An order of the rows, (N,), whose first R are the pivots of elimination, and C = U[others] U[pivots]⁻¹, fp64."""
     rank = U.shape[1]
-    factors, exchanged, _ = torch.linalg.lu_factor_ex(U)  # U[order] = L · (upper triangular)
+    L, exchanged, _ = torch.linalg.lu_factor_ex(U)  # U[order] = L · (upper triangular), which is above the diagonal
     order = list(range(len(U)))
     for i, j in enumerate(exchanged.tolist()):
         order[i], order[j - 1] = order[j - 1], order[i]
-    L = factors.tril(-1)
     C = torch.linalg.solve_triangular(L[:rank], L[rank:], upper=False, left=False, unitriangular=True)
     return torch.tensor(order, device=U.device), C
 

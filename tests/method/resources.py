@@ -19,6 +19,7 @@ MEASURE = """
 import json, sys, torch
 from grasp.bench.memory import peak_bytes_above_now
 from grasp.method.least_squares import least_squares
+from grasp.method.pivoting import pivot
 from grasp.method.svd import decompose_in
 
 torch.set_num_threads(1)
@@ -28,6 +29,7 @@ for operation, (n, k), rank in json.loads(sys.argv[1]):
     U, Vh, narrow = torch.randn(n, rank), torch.randn(rank, k), W.bfloat16()
     call = {
         "least_squares": lambda: least_squares(U, Vh, W, inputs, inputs),
+        "pivot": lambda: pivot(U, Vh),
         "inputs": lambda: decompose_in(W, inputs, None, rank=rank),
         "outputs": lambda: decompose_in(W, None, outputs, rank=rank),
         "none": lambda: decompose_in(narrow, None, None),

@@ -17,8 +17,10 @@ from grasp.method.pivoting import (
     _eliminate,
     other_rows,
     pivot,
+    pivot_bytes,
     rounding_growth,
 )
+from tests.method.resources import peaks_of
 
 
 def pivoted(U: Tensor, Vh: Tensor) -> Pivoted:
@@ -169,3 +171,9 @@ def test_the_arguments_are_not_changed() -> None:
     pivot(U, Vh)
     assert torch.equal(U, copies[0])
     assert torch.equal(Vh, copies[1])
+
+
+def test_the_peaks_are_the_estimates() -> None:
+    cases = [("pivot", shape, rank) for shape in ((1200, 600), (600, 1200)) for rank in (300, 590)]
+    for (_, shape, rank), measured in zip(cases, peaks_of(cases), strict=True):
+        assert measured == pytest.approx(pivot_bytes(shape, rank), rel=0.1)
