@@ -109,6 +109,22 @@ def other_rows(pivots: Tensor, size: int) -> Tensor:
     return rest.nonzero()[:, 0]
 
 
+def factored(C: Tensor, order: Tensor) -> Tensor:
+    """The U, (N, R), with ``weight = U @ Vp``: R rows of the identity and the rows of C. Exact.
+
+    Args:
+        C: (N − R, R).
+        order: (N,) integers, the pivots, then the other rows.
+    """
+    identity = torch.eye(C.shape[1], dtype=C.dtype, device=C.device)
+    return in_order(torch.cat([identity, C]), order)
+
+
+def in_order(rows: Tensor, order: Tensor) -> Tensor:
+    """The rows of a matrix, row i at place ``order[i]``."""
+    return torch.empty_like(rows).index_copy_(0, order.long(), rows)
+
+
 def rounding_growth(C: Tensor, Vp: Tensor) -> float:
     """How many times the error of the weight is larger if C and Vp are rounded than if the weight itself is.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
-from grasp.method.pivoting import LARGEST_GROWTH, NotPivoted, other_rows, pivot
+from grasp.method.pivoting import LARGEST_GROWTH, NotPivoted, factored, in_order, other_rows, pivot
 from grasp.method.svd import SVD, decompose
 from grasp.model.dense import DenseLinear, dense_shape, dense_weight, gathered
 from grasp.model.families import family_of
@@ -571,8 +571,7 @@ class LowRankLinear(nn.Module):
     def factor_(self) -> None:
         """Write pivoted factors as U (N, R) and Vh, with the identity in U. Exact; no-op for other layers."""
         if self.order is not None:
-            identity = torch.eye(self.rank, dtype=self.U.dtype, device=self.U.device)
-            self.set_factors_(_in_order(torch.cat([identity, self.U.detach()]), self.order), self.Vh.detach())
+            self.set_factors_(factored(self.U.detach(), self.order), self.Vh.detach())
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
@@ -580,7 +579,7 @@ class LowRankLinear(nn.Module):
         dtype = torch.promote_types(self.U.dtype, torch.float32)
         Vh = self.Vh.to(dtype)
         product = self.U.to(dtype) @ Vh
-        return product if self.order is None else _in_order(torch.cat([Vh, product]), self.order)
+        return product if self.order is None else in_order(torch.cat([Vh, product]), self.order)
 
     def extra_repr(self) -> str:
         """Shape, rank, and the parameters as a percentage of the dense weight's."""
@@ -590,8 +589,3 @@ class LowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}, {'pivoted, ' * (self.order is not None)}parameters={share:.1%} of dense"
         )
-
-
-def _in_order(rows: Tensor, order: Tensor) -> Tensor:
-    """The rows of a matrix, row i at place ``order[i]``."""
-    return torch.empty_like(rows).index_copy_(0, order.long(), rows)

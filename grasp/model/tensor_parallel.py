@@ -2,6 +2,9 @@
 
 A column-wise split computes ``y = [U₁; U₂] (Vh x)``: a process has some rows of U and the whole Vh. A row-wise split
 computes ``y = U (Vh₁ x₁) + U (Vh₂ x₂)``: a process has some columns of Vh and the whole U. The rank is never split.
+
+Pivoted factors stay pivoted in a row-wise split, because they are linear in Vh too. A column-wise split expands them:
+a process has some of the outputs, so only some entries of ``h`` are outputs.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ from collections.abc import Callable, Iterable, MutableMapping
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from grasp.errors import CheckpointError
+from grasp.method.pivoting import factored
 from grasp.model.lowrank_linear import LowRankLinear
 
 # transformers' style of splitting a linear → the factor that every process has whole
@@ -51,15 +55,14 @@ def is_split(layer: LowRankLinear) -> bool:
 def connect_(name: str, layer: LowRankLinear) -> None:
     """Make a split layer all-reduce the gradient of its whole factor, since each process computes a part of it.
 
+    A pivoted layer that is split by columns becomes a factored one. All processes must call this.
+
     Raises:
-        CheckpointError: if the layer is pivoted, or the parts of the two factors do not fit, which a custom plan can
-            cause.
+        CheckpointError: if the parts of the two factors do not fit, which a custom plan can cause, or the layer is
+            pivoted and its U is not split into blocks of rows.
     """
-    if layer.order is not None and is_split(layer):
-        raise CheckpointError(
-            f"{name} is pivoted, which tensor parallelism does not support; load the model without tp_plan, call "
-            "factor_() of each LowRankLinear, and save it again"
-        )
+    if layer.order is not None and isinstance(layer.U, DTensor):
+        _factor_(name, layer, layer.U, layer.order)
     U, Vh = layer.U, layer.Vh
     left, right = (factor.to_local() if isinstance(factor, DTensor) else factor for factor in (U, Vh))
     if left.shape[1] != right.shape[0]:
@@ -71,6 +74,18 @@ def connect_(name: str, layer: LowRankLinear) -> None:
     for split, whole in ((U, Vh), (Vh, U)):
         if isinstance(split, DTensor) and whole.requires_grad:
             whole.register_hook(_sum_over(split))
+
+
+@torch.no_grad()
+def _factor_(name: str, layer: LowRankLinear, C: DTensor, order: Tensor) -> None:
+    """Write a pivoted layer, of whose C each process has some rows, as U, split in the same way, and Vh. Exact."""
+    if not all(placement.is_shard(0) or placement.is_replicate() for placement in C.placements):
+        raise CheckpointError(
+            f"{name} is pivoted, and the tensor-parallel plan splits its U by {C.placements}; expected blocks of rows. "
+            "Convert the checkpoint with `grasp convert --form factored`"
+        )
+    U = factored(C.full_tensor(), order)
+    layer.set_factors_(distribute_tensor(U, C.device_mesh, C.placements, src_data_rank=None), layer.Vh.detach())
 
 
 def _sum_over(split: DTensor) -> Callable[[Tensor], Tensor]:

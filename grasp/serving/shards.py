@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from grasp.errors import CheckpointError, UnsupportedModelError
+from grasp.method.pivoting import factored
+from grasp.model.lowrank_linear import is_order
 
 _SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the linears of a merged qkv; other shards have numbers
 
@@ -31,12 +33,14 @@ class LocalLinear(NamedTuple):
         rank: ``None`` if the linear is dense.
         widths: local rows of each output; there are several if the checkpoint has q, k and v in one linear.
         pieces: for each output, the piece of the checkpoint's rows that is local.
+        pivoted: the factors in the checkpoint are pivoted.
     """
 
     name: str
     rank: int | None
     widths: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    pivoted: bool = False
 
     @property
     def rows(self) -> int:
@@ -47,6 +51,11 @@ class LocalLinear(NamedTuple):
     def checkpoint_rows(self) -> int:
         """Rows in the checkpoint."""
         return sum(width * piece.total for width, piece in zip(self.widths, self.pieces, strict=True))
+
+    @property
+    def keeps_pivots(self) -> bool:
+        """Whether the local factors are pivoted: those of a process that has some of the rows are not."""
+        return self.pivoted and self.rows == self.checkpoint_rows
 
 
 def linear_names(path: str, packed: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
@@ -75,7 +84,11 @@ def output_pieces(count: int, rank: int, processes: int, kv_replicas: int = 1) -
 
 
 def merged_linears(
-    names: Sequence[str], ranks: Mapping[str, int], widths: Sequence[int], pieces: Sequence[Piece]
+    names: Sequence[str],
+    ranks: Mapping[str, int],
+    widths: Sequence[int],
+    pieces: Sequence[Piece],
+    pivoted: Collection[str] = (),
 ) -> tuple[LocalLinear, ...]:
     """The linears of a merged module: one per output, or one for all outputs.
 
@@ -84,12 +97,13 @@ def merged_linears(
         ranks: of the low-rank linears.
         widths: local rows of each output.
         pieces: the piece of each output's rows that is local.
+        pivoted: names of the low-rank linears whose factors are pivoted.
 
     Raises:
         UnsupportedModelError: if there are several linears and their number differs from that of the outputs.
     """
     if len(names) == 1:
-        return (LocalLinear(names[0], ranks.get(names[0]), tuple(widths), tuple(pieces)),)
+        return (LocalLinear(names[0], ranks.get(names[0]), tuple(widths), tuple(pieces), names[0] in pivoted),)
     if len(names) != len(widths):
         raise UnsupportedModelError(
             f"{', '.join(names)} are {len(names)} linears, but the module that merges them has {len(widths)} outputs; "
@@ -97,7 +111,9 @@ def merged_linears(
             "save it dense."
         )
     triples = zip(names, widths, pieces, strict=True)
-    return tuple(LocalLinear(name, ranks.get(name), (width,), (piece,)) for name, width, piece in triples)
+    return tuple(
+        LocalLinear(name, ranks.get(name), (width,), (piece,), name in pivoted) for name, width, piece in triples
+    )
 
 
 def linear_index(shard: object, linears: Sequence[LocalLinear]) -> int:
@@ -124,6 +140,11 @@ def local_rows(tensor: Tensor, linear: LocalLinear) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def local_left_factor(C: Tensor, order: Tensor, linear: LocalLinear) -> Tensor:
+    """The U of a process, from pivoted factors: C if it keeps the pivots, else its rows of U (N, R), which is exact."""
+    return C if linear.keeps_pivots else local_rows(factored(C, order), linear)
+
+
 def local_columns(tensor: Tensor, width: int, piece: Piece) -> Tensor:
     """The ``width`` local columns of a (..., width * total) tensor."""
     return tensor.narrow(-1, piece.number * width, width)
@@ -135,11 +156,30 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     Raises:
         CheckpointError: if the shape is not ``expected``, or the dtype not a floating-point one.
     """
-    if tuple(tensor.shape) != expected:
-        raise CheckpointError(
-            f"{name} has the shape {tuple(tensor.shape)}, config.json requires {expected}; save the model again"
-        )
+    _check_size(name, tensor, expected)
     if not tensor.is_floating_point():
         raise CheckpointError(
             f"{name} has the dtype {tensor.dtype}; expected a floating-point one. Save the model again"
+        )
+
+
+def check_order(name: str, order: Tensor, size: int, rank: int) -> None:
+    """Check the ``order`` of pivoted factors: with a wrong one, kernels write outside of an output.
+
+    Raises:
+        CheckpointError: if it is not ``size`` int32, the pivots, then the other rows, each ascending.
+    """
+    _check_size(name, order, (size,))
+    if order.dtype != torch.int32 or not is_order(order, rank):
+        raise CheckpointError(
+            f"{name} is not the order of pivoted factors: {rank} distinct rows of 0..{size - 1}, ascending, then the "
+            "others, int32; the file is damaged, or vLLM reorders the rows of this architecture: convert the "
+            "checkpoint with `grasp convert --form factored`"
+        )
+
+
+def _check_size(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise CheckpointError(
+            f"{name} has the shape {tuple(tensor.shape)}, config.json requires {expected}; save the model again"
         )

@@ -8,8 +8,9 @@ synchronise with the GPU, so CUDA graphs can record them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,24 +34,26 @@ from grasp.serving.shards import (
     WHOLE,
     LocalLinear,
     Piece,
+    check_order,
     check_shape,
     linear_index,
     linear_names,
     local_columns,
+    local_left_factor,
     local_rows,
     merged_linears,
     output_pieces,
 )
-from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped, lowrank_linear_merged
+from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped, lowrank_linear_merged, warm_up
 from grasp_kernels.packing import RANK_MULTIPLE
 
 
 class GraspVllmConfig(QuantizationConfig):
-    """The ``quantization_config`` of a compressed checkpoint: the ranks of its low-rank linears."""
+    """The ``quantization_config`` of a compressed checkpoint: the ranks of its low-rank linears, and the pivoted."""
 
-    def __init__(self, ranks: dict[str, int]) -> None:
+    def __init__(self, ranks: dict[str, int], pivoted: Sequence[str] = ()) -> None:
         super().__init__()
-        self.ranks = ranks
+        self.ranks, self.pivoted = ranks, list(pivoted)
 
     def get_name(self) -> str:
         """The name in ``config.json``."""
@@ -76,19 +79,14 @@ class GraspVllmConfig(QuantizationConfig):
 
         Raises:
             CheckpointError: as ``check_ranks``.
-            UnsupportedModelError: if a layer is pivoted.
         """
         read = GraspQuantizationConfig.from_dict(dict(config))
-        if read.pivoted:
-            raise UnsupportedModelError(
-                f"the checkpoint has {len(read.pivoted)} pivoted layers, such as {read.pivoted[0]}, which vLLM does "
-                "not serve; load it with transformers, call factor_() of each LowRankLinear, and save it again"
-            )
-        return cls(dict(read.ranks))
+        return cls(dict(read.ranks), read.pivoted)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Rename the ranks as vLLM renames the modules of this architecture."""
+        """Rename the low-rank linears as vLLM renames the modules of this architecture."""
         self.ranks = hf_to_vllm_mapper.apply_dict(self.ranks)
+        self.pivoted = hf_to_vllm_mapper.apply_list(self.pivoted)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method that loads and runs a module; vLLM calls this for linears, embeddings, attention and experts.
@@ -99,7 +97,7 @@ class GraspVllmConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             names = linear_names(prefix, self.packed_modules_mapping)
             low_rank = any(name in self.ranks for name in names)
-            return GraspLinearMethod(names, self.ranks) if low_rank else UnquantizedLinearMethod()
+            return GraspLinearMethod(names, self.ranks, self.pivoted) if low_rank else UnquantizedLinearMethod()
         for name in self.ranks:
             expert = name.removeprefix(f"{prefix}.")
             if name == prefix or (expert != name and expert[:1].isdigit()):
@@ -110,25 +108,38 @@ class GraspVllmConfig(QuantizationConfig):
         return None
 
 
+class _Size(NamedTuple):
+    """The sizes of a part's parameters in one process; the rank is that in memory, and 0 in a dense part."""
+
+    rows: int  # of the output
+    rank: int
+    left_rows: int  # of U
+    order: int  # entries; 0 if the part is not pivoted here
+
+
 class GraspLinearMethod(LinearMethodBase):
     """A linear of vLLM in which some or all parts are low-rank: ``y_i = (x @ Vh_i.mT) @ U_i.mT + bias_i``.
 
     A process has these parameters of the linear:
 
     * ``Vh`` (sum of R_i, K), of all low-rank parts in order, so that one product with x serves all of them;
-    * ``U``, a vector of all U_i (N_i, R_i);
+    * ``U``, a vector of all U_i (N_i, R_i), or (N_i − R_i, R_i) if the part is pivoted;
+    * ``order`` (sum of N_i) int32 of the pivoted parts, often empty;
     * ``weight`` (sum of N_i, K) of the dense parts, often empty; LoRA needs the attribute.
 
     In a column-parallel linear a process has some rows of U and weight and the whole Vh; in a row-parallel linear some
-    columns of Vh and weight and the whole U. On GPUs ranks are padded with zeros to a multiple of 16, as in
-    ``grasp_kernels.pack_factors``.
+    columns of Vh and weight and the whole U. Pivoted factors stay pivoted in a process that has all rows; else they are
+    expanded to U (N_i, R_i) when they are loaded. On GPUs ranks are padded with zeros to a multiple of 16, as in
+    ``grasp_kernels.pack_factors``, but not those of pivoted parts.
     """
 
-    def __init__(self, names: Sequence[str], ranks: Mapping[str, int]) -> None:
-        self.names, self.ranks = names, ranks
+    def __init__(self, names: Sequence[str], ranks: Mapping[str, int], pivoted: Sequence[str] = ()) -> None:
+        self.names, self.ranks, self.pivoted = names, ranks, pivoted
         self.parts: tuple[LocalLinear, ...] = ()
         self.columns = WHOLE
-        self.sizes: tuple[tuple[int, int], ...] = ()  # rows and rank in memory of each part; a dense part has rank 0
+        self.sizes: tuple[_Size, ...] = ()
+        # pivoted part → the one of U and order that was loaded first, and its parameter
+        self.waiting: dict[int, dict[str, tuple[nn.Parameter, Tensor]]] = {}
 
     def create_weights(
         self,
@@ -152,37 +163,64 @@ class GraspLinearMethod(LinearMethodBase):
             pieces = output_pieces(len(output_partition_sizes), layer.tp_rank, layer.tp_size, replicas)
         elif isinstance(layer, RowParallelLinear):
             self.columns = Piece(layer.tp_rank, layer.tp_size)
-        self.parts = merged_linears(self.names, self.ranks, output_partition_sizes, pieces)
+        self.parts = merged_linears(self.names, self.ranks, output_partition_sizes, pieces, self.pivoted)
         for part in self.parts:
-            check_rank(part.name, part.rank or 0, (part.checkpoint_rows, input_size))
-        multiple = RANK_MULTIPLE if current_platform.is_cuda_alike() else 1
-        self.sizes = tuple((part.rows, -(-(part.rank or 0) // multiple) * multiple) for part in self.parts)
+            check_rank(part.name, part.rank or 0, (part.checkpoint_rows, input_size), pivoted=part.pivoted)
+        self.sizes = tuple(map(_size, self.parts))
         K = input_size_per_partition
-        # Some architectures reorder loaded tensors along the dimensions named here.
-        self._register(layer, "U", (sum(n * r for n, r in self.sizes),), params_dtype, self._load_U, output_dim=0)
-        self._register(layer, "Vh", (sum(r for _, r in self.sizes), K), params_dtype, self._load_Vh, input_dim=1)
-        dense_rows = sum(n for n, r in self.sizes if not r)
-        self._register(layer, "weight", (dense_rows, K), params_dtype, self._load_weight, input_dim=1, output_dim=0)
+        # Some architectures reorder loaded tensors along the dimensions named here. The rows of a pivoted U are not
+        # outputs; an order that was reordered is refused.
+        dimensions = {} if any(part.pivoted for part in self.parts) else {"output_dim": 0}
+        U = _missing(sum(size.left_rows * size.rank for size in self.sizes), dtype=params_dtype)
+        self._register(layer, "U", U, self._load_U, **dimensions)
+        Vh = _missing(sum(size.rank for size in self.sizes), K, dtype=params_dtype)
+        self._register(layer, "Vh", Vh, self._load_Vh, input_dim=1)
+        weight = _missing(sum(size.rows for size in self.sizes if not size.rank), K, dtype=params_dtype)
+        self._register(layer, "weight", weight, self._load_weight, input_dim=1, output_dim=0)
+        # An order that kernels can use, for engines without a checkpoint (`--load-format dummy`).
+        orders = torch.cat([torch.arange(size.order, dtype=torch.int32) for size in self.sizes])
+        self._register(layer, "order", orders, self._load_order, output_dim=0)
 
     def _register(
-        self,
-        layer: LinearBase,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        load: Callable[..., None],
-        **dimensions: int,
+        self, layer: LinearBase, name: str, tensor: Tensor, load: Callable[..., None], **dimensions: int
     ) -> None:
-        """Add a parameter filled with NaN, so that a tensor missing in the checkpoint is detected."""
-        parameter = nn.Parameter(torch.full(shape, torch.nan, dtype=dtype), requires_grad=False)
+        parameter = nn.Parameter(tensor, requires_grad=False)
         set_weight_attrs(parameter, {"weight_loader": load, **dimensions})
         layer.register_parameter(name, parameter)
 
     def _load_U(self, param: nn.Parameter, loaded_weight: Tensor, shard_id: object = None) -> None:  # noqa: N802
         index, part, rank = self._low_rank_part(shard_id, "U")
-        check_shape(f"{part.name}.U", loaded_weight, (part.checkpoint_rows, rank))
-        U = self._split_U(param.data)[index]
-        U[:, :rank].copy_(local_rows(loaded_weight, part))
+        check_shape(f"{part.name}.U", loaded_weight, (part.checkpoint_rows - rank * part.pivoted, rank))
+        if part.pivoted:
+            self._load_pivoted(index, "U", param, loaded_weight)
+        else:
+            self._fill_U(param, index, local_rows(loaded_weight, part))
+
+    def _load_order(self, param: nn.Parameter, loaded_weight: Tensor, shard_id: object = None) -> None:
+        index, part, rank = self._low_rank_part(shard_id, "order")
+        if not part.pivoted:
+            raise CheckpointError(
+                f"the checkpoint has {part.name}.order, but pivoted in config.json does not name {part.name}; save the "
+                "model again"
+            )
+        check_order(f"{part.name}.order", loaded_weight, part.checkpoint_rows, rank)
+        self._load_pivoted(index, "order", param, loaded_weight)
+
+    def _load_pivoted(self, index: int, name: str, param: nn.Parameter, loaded_weight: Tensor) -> None:
+        """Fill U and order of a part as soon as both are loaded: its rows of U can depend on the order."""
+        loaded = self.waiting.setdefault(index, {})
+        loaded[name] = param, loaded_weight.clone()  # some loaders overwrite their buffer with the next tensor
+        if len(loaded) < 2:
+            return
+        del self.waiting[index]
+        (U, C), (orders, order) = loaded["U"], loaded["order"]
+        self._fill_U(U, index, local_left_factor(C, order, self.parts[index]))
+        if self.sizes[index].order:
+            self._split_order(orders.data)[index].copy_(order)
+
+    def _fill_U(self, param: nn.Parameter, index: int, rows: Tensor) -> None:  # noqa: N802
+        U, rank = self._split_U(param.data)[index], rows.shape[1]
+        U[:, :rank].copy_(rows)
         U[:, rank:].zero_()
 
     def _load_Vh(self, param: nn.Parameter, loaded_weight: Tensor, shard_id: object = None) -> None:  # noqa: N802
@@ -216,24 +254,36 @@ class GraspLinearMethod(LinearMethodBase):
         return index, part, part.rank
 
     def _split_U(self, U: Tensor) -> list[Tensor]:  # noqa: N802
-        """The U of each part, (rows, rank in memory); empty if the part is dense."""
-        pieces = U.split([rows * rank for rows, rank in self.sizes])
-        return [piece.view(size) for piece, size in zip(pieces, self.sizes, strict=True)]
+        """The U of each part, (rows of U, rank in memory); empty if the part is dense."""
+        pieces = U.split([size.left_rows * size.rank for size in self.sizes])
+        return [piece.view(size.left_rows, size.rank) for piece, size in zip(pieces, self.sizes, strict=True)]
 
     def _split_Vh(self, Vh: Tensor) -> Sequence[Tensor]:  # noqa: N802
         """The Vh of each part, (rank in memory, K); empty if the part is dense."""
-        return Vh.split([rank for _, rank in self.sizes])
+        return Vh.split([size.rank for size in self.sizes])
 
     def _split_weight(self, weight: Tensor) -> Sequence[Tensor]:
         """The weight of each part, (rows, K); empty if the part is low-rank."""
-        return weight.split([0 if rank else rows for rows, rank in self.sizes])
+        return weight.split([0 if size.rank else size.rows for size in self.sizes])
+
+    def _split_order(self, order: Tensor) -> Sequence[Tensor]:
+        """The order of each part, (rows,); empty if the part is not pivoted here."""
+        return order.split([size.order for size in self.sizes])
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
-        """Check that all tensors were in the checkpoint; the parameters stay, so that vLLM can load them again.
+        """Check that all tensors were in the checkpoint, and compile the kernels.
+
+        The parameters stay, so that vLLM can load them again.
 
         Raises:
             CheckpointError: if a tensor is missing, or has NaN or infinite entries.
         """
+        for index, loaded in self.waiting.items():
+            missing = "order" if "U" in loaded else "U"
+            raise CheckpointError(
+                f"{self.parts[index].name}.{missing} is not in the checkpoint; expected U, Vh and order of every "
+                "module in pivoted. Save or copy the checkpoint again."
+            )
         split = {"U": self._split_U, "Vh": self._split_Vh, "weight": self._split_weight}
         for name, parts in split.items():
             for part, tensor in zip(self.parts, parts(getattr(layer, name).data), strict=True):
@@ -242,21 +292,37 @@ class GraspLinearMethod(LinearMethodBase):
                         f"{part.name}.{name} is not in the checkpoint, or has NaN or infinite entries; expected finite "
                         "U and Vh of every module in ranks. Save or copy the checkpoint again."
                     )
+        if current_platform.is_cuda_alike():
+            # vLLM's own dummy runs have only the numbers of rows of its CUDA graphs and its largest batch.
+            warm_up(functools.partial(self.apply, layer), layer.Vh.new_zeros(1, layer.Vh.shape[1]))
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., K) → (..., sum of N_i)."""
-        biases = [None] * len(self.parts) if bias is None else bias.split([rows for rows, _ in self.sizes])
-        columns = self._split_U(layer.U), self._split_Vh(layer.Vh), self._split_weight(layer.weight), biases
+        biases = [None] * len(self.parts) if bias is None else bias.split([size.rows for size in self.sizes])
+        orders = [order if order.shape[0] else None for order in self._split_order(layer.order)]
+        columns = self._split_U(layer.U), self._split_Vh(layer.Vh), self._split_weight(layer.weight), biases, orders
         parts = list(zip(*columns, strict=True))
-        low_rank = [Factors(U, None, Vh, b) for U, Vh, _, b in parts if Vh.shape[0]]
+        low_rank = [Factors(U, None, Vh, b, order) for U, Vh, _, b, order in parts if Vh.shape[0]]
         if len(parts) == 1:
             return lowrank_linear(x, *low_rank[0])
         if len(parts) == len(low_rank):
             return lowrank_linear_merged(x, low_rank)
         outputs = iter(lowrank_linear_grouped(x, low_rank))
         return torch.cat(
-            [next(outputs) if Vh.shape[0] else F.linear(x, weight, b) for _, Vh, weight, b in parts], dim=-1
+            [next(outputs) if Vh.shape[0] else F.linear(x, weight, b) for _, Vh, weight, b, _ in parts], dim=-1
         )
+
+
+def _size(part: LocalLinear) -> _Size:
+    if part.rank and part.keeps_pivots:
+        return _Size(part.rows, part.rank, part.rows - part.rank, part.rows)
+    multiple = RANK_MULTIPLE if current_platform.is_cuda_alike() else 1
+    return _Size(part.rows, -(-(part.rank or 0) // multiple) * multiple, part.rows, 0)
+
+
+def _missing(*shape: int, dtype: torch.dtype) -> Tensor:
+    """NaN, so that a tensor that the checkpoint lacks is detected."""
+    return torch.full(shape, torch.nan, dtype=dtype)
 
 
 def register() -> None:

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
 from grasp.errors import CheckpointError
@@ -19,27 +23,41 @@ from grasp.model.tensor_parallel import connect_, is_split, keep_factors_whole_
 from tests.command_line import ROOT, environment
 from tests.tiny_models import tiny_model
 
+ROW_WISE = ("o_proj", "down_proj")
 DENSE = "model.layers.1.self_attn.k_proj"
 # path → the local parameters of a layer of rank R, N outputs, K inputs
 BY_COLUMNS = {"U": lambda n, k, r: [n // 2, r], "Vh": lambda n, k, r: [r, k], "bias": lambda n, k, r: [n // 2]}
 BY_ROWS = {"U": lambda n, k, r: [n, r], "Vh": lambda n, k, r: [r, k // 2], "bias": lambda n, k, r: [n]}
 
 
+def linears(model: nn.Module) -> dict[str, LowRankLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+
+
 def compressed_model() -> PreTrainedModel:
-    """A model with biases, a dense layer, a dense k_proj, a low-rank head, and different ranks, some of them odd."""
+    """A model with biases, a dense layer, a dense k_proj, a low-rank head, and different ranks, some of them odd.
+
+    Layer 2 and the head are pivoted.
+    """
     model = tiny_model("llama", attention_bias=True, mlp_bias=True, vocab_size=98)
     targets = [target for layer in (1, 2) for target in layer_targets(model, layer)[0] if target.name != DENSE]
     for rank, target in enumerate(targets, start=3):
         model.set_submodule(target.name, LowRankLinear.from_dense(target.module, torch.arange(rank)))
     model.set_submodule("lm_head", LowRankLinear.from_dense(model.lm_head, torch.arange(29)))
+    for path, layer in linears(model).items():
+        assert ".1." in path or layer.pivot_() is None
     mark_compressed(model)
     return model
 
 
 @pytest.mark.slow
 def test_two_processes_compute_the_same_and_save_the_same_checkpoint_as_one(tmp_path: Path) -> None:
+    """Layers that are split by columns are saved without pivots."""
     model = compressed_model()
     model.save_pretrained(tmp_path / "small")
+    for path, layer in linears(model).items():
+        if not path.endswith(ROW_WISE):
+            layer.factor_()
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     worker = [ROOT / "tests/tensor_parallel_worker.py", tmp_path / "small", tmp_path / "out", json.dumps("auto")]
     run = subprocess.run(
@@ -52,7 +70,6 @@ def test_two_processes_compute_the_same_and_save_the_same_checkpoint_as_one(tmp_
     for _ in range(2):
         model(tokens, labels=tokens).loss.backward()
     expected |= {f"grad {name}": parameter.grad for name, parameter in model.named_parameters()}
-    lowrank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     for rank in range(2):
         saved = load_file(tmp_path / f"out/{rank}.safetensors")
         assert saved.keys() == expected.keys()
@@ -60,16 +77,19 @@ def test_two_processes_compute_the_same_and_save_the_same_checkpoint_as_one(tmp_
             torch.testing.assert_close(saved[name], tensor, rtol=0, atol=2e-5 * float(tensor.abs().max()), msg=name)
         seen = json.loads((tmp_path / f"out/{rank}.json").read_text())
         assert "is split over processes; load the model on one device" in seen["dequantize"]
-        for path, layer in lowrank.items():
-            parts = BY_ROWS if path.endswith(("o_proj", "down_proj")) else BY_COLUMNS
+        for path, layer in linears(model).items():
+            parts = BY_ROWS if path.endswith(ROW_WISE) else BY_COLUMNS
             for name, _ in layer.named_parameters():
-                shape = parts[name](layer.out_features, layer.in_features, layer.rank)
-                assert seen["shapes"][f"{path}.{name}"] == shape, path
-    again, saved = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out/again", tmp_path / "small"))
+                rows = layer.out_features - layer.rank * (name == "U" and layer.order is not None)
+                assert seen["shapes"][f"{path}.{name}"] == parts[name](rows, layer.in_features, layer.rank), path
+    model.save_pretrained(tmp_path / "expected")
+    folders = tmp_path / "out/again", tmp_path / "expected"
+    again, saved = (load_file(folder / "model.safetensors") for folder in folders)
     assert again.keys() == saved.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in saved.items())
-    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("out/again", "small")]
-    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    configs = [json.loads((folder / "config.json").read_text())["quantization_config"] for folder in folders]
+    assert configs[0] == configs[1]
+    assert configs[0]["pivoted"] == ["model.layers.2.self_attn.o_proj", "model.layers.2.mlp.down_proj"]
 
 
 def test_a_plan_does_not_split_the_factor_that_its_style_needs_whole() -> None:
@@ -94,3 +114,17 @@ def test_a_layer_whose_factors_are_split_inconsistently_is_refused() -> None:
     layer.Vh = nn.Parameter(layer.Vh[:2].detach())
     with pytest.raises(CheckpointError, match=r"\(6, 4\) of q_proj\.U and \(2, 8\) of q_proj\.Vh.*tp_plan='auto'"):
         connect_("q_proj", layer)
+
+
+def test_pivoted_factors_that_are_not_split_into_blocks_of_rows_are_refused() -> None:
+    layer = LowRankLinear(8, 6, 2, pivoted=True)
+    connect_("q_proj", layer)
+    assert layer.order is not None
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        layer.U = nn.Parameter(distribute_tensor(layer.U.detach(), mesh, [Shard(1)], src_data_rank=None))
+        with pytest.raises(CheckpointError, match=r"q_proj is pivoted.*Shard\(dim=1\).*grasp convert"):
+            connect_("q_proj", layer)
+    finally:
+        dist.destroy_process_group()

@@ -20,7 +20,7 @@ from tests.ops.inputs import factors, normal, seeded
 
 H100 = Gpu("H100", 132, 90)
 K, N = 512, 128
-SIZES = (1, 2, 3, 8, 11, 16, 17, 33, 64, 65, 150)
+SIZES = (1, 2, 3, 8, 11, 16, 17, 33, 64, 65, 150, 300, 513)
 
 
 def specialised(name: str, value: Any, kind: object) -> Any:

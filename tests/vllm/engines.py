@@ -30,7 +30,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_head": 2},
     "mixtral": {"num_key_value_heads": 2, "num_attention_heads": 4, "head_dim": 32, "hidden_size": 128},
 }
-# Layer 0 has a dense v beside q and k of unequal ranks, layer 1 a dense q, k and gate, layer 2 has dense MLPs.
+# Layer 0 has a dense v beside a pivoted q and a factored k, layer 1 a dense q, k and gate, layer 2 has dense MLPs.
 _SEPARATE = {
     **{f"model.layers.0.self_attn.{name}": rank for name, rank in (("q_proj", 9), ("k_proj", 5), ("o_proj", 17))},
     **{f"model.layers.0.mlp.{name}": rank for name, rank in (("gate_proj", 7), ("up_proj", 11), ("down_proj", 13))},
@@ -49,10 +49,12 @@ RANKS: dict[str, dict[str, int]] = {
 def save_compressed(
     folder: Path, family: str, ranks: Mapping[str, int] | None = None, dtype: torch.dtype = torch.float32
 ) -> Path:
-    """A tiny random checkpoint with some linears low-rank."""
+    """A tiny random checkpoint with some linears low-rank, of which every second one is pivoted."""
     model = tiny_model(family, dtype, **SHAPES[family])
-    for name, rank in (RANKS[family] if ranks is None else ranks).items():
-        model.set_submodule(name, LowRankLinear.from_dense(model.get_submodule(name), torch.arange(rank)))
+    for number, (name, rank) in enumerate((RANKS[family] if ranks is None else ranks).items()):
+        layer = LowRankLinear.from_dense(model.get_submodule(name), torch.arange(rank))
+        assert number % 2 or layer.pivot_() is None
+        model.set_submodule(name, layer)
     return save_checkpoint(model, folder, overwrite=True)
 
 

@@ -84,11 +84,11 @@ def test_a_checkpoint_that_lacks_a_factor_is_refused_with_its_name(tmp_path: Pat
 def test_a_factor_without_a_rank_is_refused_with_its_name(tmp_path: Path) -> None:
     folder = save_compressed(tmp_path / "model", "llama")
     config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]["ranks"]["model.layers.0.self_attn.o_proj"]
+    del config["quantization_config"]["ranks"]["model.layers.0.mlp.down_proj"]
     (folder / "config.json").write_text(json.dumps(config))
     tokens, printed = run_engine(folder, tmp_path)
     assert tokens is None
-    assert re.search(r"no module or parameter named '\S*layers\.0\.self_attn\.o_proj\.(U|Vh)'", printed)
+    assert re.search(r"no module or parameter named '\S*layers\.0\.mlp\.down_proj\.(U|Vh)'", printed)
 
 
 def test_without_the_plugin_vllm_refuses_the_checkpoint(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grasp.errors import CheckpointError, UnsupportedModelError
+from grasp.model.lowrank_linear import pivots_order
 
 pytest.importorskip("vllm")
 
@@ -40,9 +41,11 @@ def linear(kind: type[LinearBase], rank: int = 0, processes: int = 1, kv_replica
     return layer
 
 
-def method_for(layer: LinearBase, path: str, ranks: dict[str, int], inputs: int, outputs: list[int]) -> Any:
+def method_for(
+    layer: LinearBase, path: str, ranks: dict[str, int], inputs: int, outputs: list[int], pivoted: Sequence[str] = ()
+) -> Any:
     """The method that the plugin gives to a linear, with weights made."""
-    config = GraspVllmConfig(ranks)
+    config = GraspVllmConfig(ranks, pivoted)
     config.packed_modules_mapping = PACKED
     method = config.get_quant_method(layer, path)
     assert isinstance(method, GraspLinearMethod)
@@ -59,22 +62,37 @@ def tensors(rows: int, columns: int, rank: int) -> dict[str, Tensor]:
     return {"U": torch.randn(rows, rank), "Vh": torch.randn(rank, columns)}
 
 
+def pivoted_tensors(rows: int, columns: int, rank: int) -> dict[str, Tensor]:
+    order = pivots_order(torch.randperm(rows)[:rank].sort().values, rows)
+    return {"order": order, "U": torch.randn(rows - rank, rank), "Vh": torch.randn(rank, columns)}
+
+
+def weight(held: dict[str, Tensor]) -> Tensor:
+    """The dense weight of a part."""
+    if "weight" in held:
+        return held["weight"]
+    product = held["U"] @ held["Vh"]
+    return product if "order" not in held else torch.cat([held["Vh"], product])[held["order"].argsort()]
+
+
 @pytest.mark.parametrize(("processes", "kv_replicas"), [(1, 1), (2, 1), (4, 2)])
 def test_every_process_computes_its_heads_of_low_rank_and_dense_parts_with_biases(
     processes: int, kv_replicas: int
 ) -> None:
     ranks = {"q": 9, "k": 3}  # v is dense
-    held = {name: tensors(WIDTHS[name], HIDDEN, rank) for name, rank in ranks.items()}
+    held = {"q": pivoted_tensors(WIDTHS["q"], HIDDEN, 9), "k": tensors(WIDTHS["k"], HIDDEN, 3)}
     held["v"] = {"weight": torch.randn(WIDTHS["v"], HIDDEN)}
     x = torch.randn(5, HIDDEN)
-    whole = {name: x @ (t["weight"] if "weight" in t else t["U"] @ t["Vh"]).mT for name, t in held.items()}
+    whole = {name: x @ weight(own).mT for name, own in held.items()}
     for process in range(processes):
         layer = linear(QKVParallelLinear, process, processes, kv_replicas)
         outputs = [WIDTHS["q"] // processes, *[WIDTHS["k"] * kv_replicas // processes] * 2]
-        method = method_for(layer, "m.qkv_proj", {f"m.{n}_proj": r for n, r in ranks.items()}, HIDDEN, outputs)
+        paths = {f"m.{name}_proj": rank for name, rank in ranks.items()}
+        method = method_for(layer, "m.qkv_proj", paths, HIDDEN, outputs, ["m.q_proj"])
         for part, own in held.items():
             for name, tensor in own.items():
                 load(layer, name, tensor, part)
+        assert layer.order.shape[0] == (WIDTHS["q"] if processes == 1 else 0)
         method.process_weights_after_loading(layer)
         bias = torch.randn(sum(outputs))
         starts = [process * outputs[0], *[process // kv_replicas * outputs[1]] * 2]
@@ -84,17 +102,21 @@ def test_every_process_computes_its_heads_of_low_rank_and_dense_parts_with_biase
         torch.testing.assert_close(method.apply(layer, x[None]), expected[None], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("processes", [1, 3])
-def test_the_sum_over_processes_of_a_row_parallel_linear_is_the_whole(processes: int) -> None:
-    own, x = tensors(10, HIDDEN, 4), torch.randn(5, HIDDEN)
+@pytest.mark.parametrize(("processes", "make"), [(1, tensors), (3, tensors), (3, pivoted_tensors)])
+def test_the_sum_over_processes_of_a_row_parallel_linear_is_the_whole(
+    processes: int, make: Callable[..., dict[str, Tensor]]
+) -> None:
+    own, x = make(10, HIDDEN, 4), torch.randn(5, HIDDEN)
+    pivoted = ["m.o_proj"] if "order" in own else []
     width, total = HIDDEN // processes, torch.zeros(5, 10)
     for process in range(processes):
         layer = linear(RowParallelLinear, process, processes)
-        method = method_for(layer, "m.o_proj", {"m.o_proj": 4}, width, [10])
+        method = method_for(layer, "m.o_proj", {"m.o_proj": 4}, width, [10], pivoted)
         for name, tensor in own.items():
             load(layer, name, tensor)
+        assert layer.U.numel() == own["U"].numel()
         total += method.apply(layer, x[:, process * width : (process + 1) * width])
-    torch.testing.assert_close(total, x @ (own["U"] @ own["Vh"]).mT, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(total, x @ weight(own).mT, rtol=1e-4, atol=1e-4)
 
 
 def test_a_replicated_linear_is_whole_in_every_process() -> None:
@@ -130,8 +152,11 @@ def test_a_linear_compiles_whole_and_calls_one_op_for_all_low_rank_parts() -> No
 def test_a_linear_without_dense_parts_is_one_op_that_returns_its_outputs_side_by_side(rows: int) -> None:
     layer, ranks = linear(QKVParallelLinear), {"q": 9, "k": 5, "v": 3}
     outputs = list(WIDTHS.values())
-    method = method_for(layer, "m.qkv_proj", {f"m.{n}_proj": r for n, r in ranks.items()}, HIDDEN, outputs)
+    method = method_for(
+        layer, "m.qkv_proj", {f"m.{n}_proj": r for n, r in ranks.items()}, HIDDEN, outputs, ["m.k_proj"]
+    )
     held = {part: tensors(WIDTHS[part], HIDDEN, rank) for part, rank in ranks.items()}
+    held["k"] = pivoted_tensors(WIDTHS["k"], HIDDEN, ranks["k"])
     for part, own in held.items():
         for name, tensor in own.items():
             load(layer, name, tensor, part)
@@ -144,7 +169,7 @@ def test_a_linear_without_dense_parts_is_one_op_that_returns_its_outputs_side_by
 
     with torch.inference_mode():
         compiled = torch.compile(lambda x: method.apply(layer, x, bias), backend=count, fullgraph=True)(x)
-        expected = torch.cat([x @ (own["U"] @ own["Vh"]).mT for own in held.values()], dim=1) + bias
+        expected = torch.cat([x @ weight(own).mT for own in held.values()], dim=1) + bias
         torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(method.apply(layer, x, bias), compiled)
     assert "grasp.lowrank_linear_merged.default" in calls
@@ -209,9 +234,9 @@ def test_the_dtypes_are_those_of_the_ops() -> None:
 
 @pytest.fixture
 def merged() -> tuple[LinearBase, Any]:
-    """q of rank 9, a dense k, v of rank 3; nothing is loaded."""
-    layer = linear(ColumnParallelLinear)
-    return layer, method_for(layer, "m.qkv_proj", {"m.q_proj": 9, "m.v_proj": 3}, HIDDEN, list(WIDTHS.values()))
+    """q of rank 9, a dense k, a pivoted v of rank 3; nothing is loaded."""
+    layer, ranks = linear(ColumnParallelLinear), {"m.q_proj": 9, "m.v_proj": 3}
+    return layer, method_for(layer, "m.qkv_proj", ranks, HIDDEN, list(WIDTHS.values()), ["m.v_proj"])
 
 
 WRONG = {
@@ -219,6 +244,9 @@ WRONG = {
     "another width": ("Vh", (9, 23), "q", r"m\.q_proj\.Vh has the shape \(9, 23\), config\.json requires \(9, 24\)"),
     "a dense weight": ("weight", (32, 24), "q", r"dense m\.q_proj\.weight, but config\.json the rank 9 for it"),
     "a factor": ("U", (16, 3), "k", r"has the factor m\.k_proj\.U, but config\.json has no rank for it"),
+    "another form": ("U", (16, 3), "v", r"m\.v_proj\.U has the shape \(16, 3\), config\.json requires \(13, 3\)"),
+    "an order": ("order", (32,), "q", r"has m\.q_proj\.order, but pivoted in config\.json does not name m\.q_proj"),
+    "another order": ("order", (15,), "v", r"m\.v_proj\.order has the shape \(15,\), config\.json requires \(16,\)"),
     "another dense width": ("weight", (16, 23), "k", r"m\.k_proj\.weight has the shape \(16, 23\)"),
 }
 
@@ -235,10 +263,19 @@ def test_a_shard_that_is_none_is_refused(merged: tuple[LinearBase, Any]) -> None
         load(merged[0], "U", torch.randn(16, 3), "index_q")
 
 
-@pytest.mark.parametrize("missing", ["q.U", "q.Vh", "k.weight", "v.U"])
+@pytest.mark.parametrize(
+    "table", [torch.arange(16).flip(0).int(), torch.zeros(16, dtype=torch.int32), torch.arange(16)]
+)
+def test_an_order_that_kernels_cannot_use_is_refused(table: Tensor, merged: tuple[LinearBase, Any]) -> None:
+    """Also one of another dtype, and one that vLLM has reordered with the rows of the architecture."""
+    with pytest.raises(CheckpointError, match=r"m\.v_proj\.order is not the order.*grasp convert --form factored"):
+        load(merged[0], "order", table, "v")
+
+
+@pytest.mark.parametrize("missing", ["q.U", "q.Vh", "k.weight", "v.U", "v.order"])
 def test_what_was_not_loaded_is_named(missing: str, merged: tuple[LinearBase, Any]) -> None:
     layer, method = merged
-    held = {"q": tensors(32, HIDDEN, 9), "k": {"weight": torch.randn(16, HIDDEN)}, "v": tensors(16, HIDDEN, 3)}
+    held = {"q": tensors(32, HIDDEN, 9), "k": {"weight": torch.randn(16, HIDDEN)}, "v": pivoted_tensors(16, HIDDEN, 3)}
     for part, own in held.items():
         for name, tensor in own.items():
             if f"{part}.{name}" != missing:
@@ -257,8 +294,12 @@ def test_a_number_that_is_none_is_refused() -> None:
         method.process_weights_after_loading(layer)
 
 
-def test_ranks_in_memory_are_padded_on_a_gpu_and_zero_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_ranks_in_memory_are_padded_with_zeros_and_kernels_are_warmed_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[torch.Size] = []
     monkeypatch.setattr("grasp.serving.vllm.current_platform.is_cuda_alike", lambda: True)
+    monkeypatch.setattr("grasp.serving.vllm.warm_up", lambda model, x: calls.append(model(x).shape))
     layer, own = linear(RowParallelLinear), tensors(10, HIDDEN, 4)
     method = method_for(layer, "m.o_proj", {"m.o_proj": 4}, HIDDEN, [10])
     for name, tensor in own.items():
@@ -266,5 +307,6 @@ def test_ranks_in_memory_are_padded_on_a_gpu_and_zero_there(monkeypatch: pytest.
     method.process_weights_after_loading(layer)
     assert layer.Vh.shape == (16, HIDDEN)
     assert not layer.Vh[4:].any()
+    assert calls == [(1, 10)]
     x = torch.randn(5, HIDDEN)
     torch.testing.assert_close(method.apply(layer, x), F.linear(x, own["U"] @ own["Vh"]), rtol=1e-4, atol=1e-4)
