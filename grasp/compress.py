@@ -26,9 +26,9 @@ from grasp.compression.selection import as_stored
 from grasp.config import GraspConfig
 from grasp.method.cost_table import CostTable
 from grasp.model.batch import CalibrationBatch, as_batches, batches_digest
+from grasp.model.grouping import group_linears_
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.layer_removal import remove_layers_
-from grasp.model.lowrank_linear import group_linears_
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
-from grasp.model.lowrank_linear import LowRankLinear, group_linears_, set_backend_
+from grasp.model.grouping import group_linears_
+from grasp.model.lowrank_linear import LowRankLinear, set_backend_
 from grasp.model.targets import layer_targets
 from grasp_kernels.dispatch import backend_missing
 from tests.command_line import environment

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from grasp.model.dense import dense_weight
-from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model.grouping import group_linears_
+from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import decoder, layer_targets
 from tests.tiny_models import DENSE_FAMILIES, tiny_batches, tiny_model
 

@@ -21,8 +21,9 @@ from grasp.evaluation.generation import time_generation
 from grasp.evaluation.perplexity import perplexity
 from grasp.loading import load_model
 from grasp.model.batch import CalibrationBatch
+from grasp.model.grouping import group_linears_
 from grasp.model.layer_removal import removable_layers, remove_layers_, skipping
-from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model.lowrank_linear import LowRankLinear
 from grasp.recovery import RecoveryConfig, recover_
 from grasp.training_data import TrainingSequence
 from tests.tiny_models import tiny_batches, tiny_model

@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grasp.model.lowrank_linear import LowRankLinear, group_linears_, set_backend_
+from grasp.model.grouping import group_linears_
+from grasp.model.lowrank_linear import LowRankLinear, set_backend_
 from grasp_kernels import (
     Factors,
     available_backends,

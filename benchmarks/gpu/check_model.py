@@ -20,7 +20,8 @@ from grasp.bench.providers import unfuse_
 from grasp.evaluation.generation import first_logits, time_generation
 from grasp.method.ranks import rank_for_retain_ratio
 from grasp.model.dense import dense_shape
-from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model.grouping import group_linears_
+from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import layer_targets
 
 

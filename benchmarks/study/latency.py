@@ -30,8 +30,9 @@ from grasp.builtin import BUILTIN
 from grasp.errors import GraspError, ResultsError
 from grasp.evaluation.generation import GenerationTime, time_generation
 from grasp.loading import load_model
+from grasp.model.grouping import group_linears_
 from grasp.model.layer_removal import remove_layers_
-from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import first_device
 from grasp.model.targets import layer_targets
 

@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from grasp.errors import CheckpointError, UnsupportedModelError
 from grasp.method.ranks import break_even_rank, rank_for_retain_ratio
 from grasp.model.dense import dense_shape
+from grasp.model.grouping import group_linears_
 from grasp.model.layer_removal import remove_layers_
-from grasp.model.lowrank_linear import LowRankLinear, group_linears_, set_backend_
+from grasp.model.lowrank_linear import LowRankLinear, set_backend_
 from grasp.model.targets import decoder, layer_targets
 from grasp.progress import Progress, no_progress
 from grasp_kernels.dispatch import BACKENDS, OpCall, objection

@@ -30,7 +30,8 @@ from grasp.model.checkpoint_format import (
     read_headers,
 )
 from grasp.model.dense import DenseLinear, dense_shape
-from grasp.model.lowrank_linear import LowRankLinear, group_linears_, is_order
+from grasp.model.grouping import group_linears_
+from grasp.model.lowrank_linear import LowRankLinear, is_order
 from grasp.model.skeleton import skeleton
 from grasp.model.tensor_parallel import connect_, is_split, keep_factors_whole_
 

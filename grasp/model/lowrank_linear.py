@@ -1,13 +1,9 @@
-"""The low-rank linear layer, and groups of such layers that one op computes and one memory holds."""
+"""The low-rank linear layer."""
 
 from __future__ import annotations
 
-import copy
-import functools
-import threading
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
@@ -16,322 +12,10 @@ from torch.compiler import is_compiling
 from grasp.method.pivoting import LARGEST_GROWTH, NotPivoted, factored, in_order, other_rows, pivot
 from grasp.method.svd import SVD, decompose
 from grasp.model.dense import DenseLinear, dense_shape, dense_weight, gathered
-from grasp.model.families import family_of
-from grasp.model.gated_mlp import ACTIVATIONS, is_gated_forward
-from grasp.model.offload import execution_device, fetched, is_fetched_per_call
-from grasp_kernels import Factors, lowrank_glu, lowrank_linear, lowrank_linear_grouped
-from grasp_kernels.dispatch import BACKENDS, CUDA_ROWS, backend_missing
-from grasp_kernels.packing import close_columns, has_padding, may_pad, packed_memory, pad_columns, stack_rows, stacked
-
-
-class InputGroup:
-    """Low-rank linears that take the same input: the call of the first one computes all of them with one op.
-
-    The other members return the stored outputs if they are called with the same tensor object; otherwise each member
-    computes its own output. The group has no parameters and does not appear in ``state_dict``. Each thread has its own
-    stored outputs. The group is not used on a CPU without gradients, where separate calls are faster.
-
-    A layer holds its group. The group does not keep a layer alive; after a member is gone, the others compute alone.
-
-    Args:
-        members: layers with one number of inputs.
-        packs: ``pack_`` moves the factors to packed memory.
-    """
-
-    def __init__(self, members: Sequence[LowRankLinear], packs: bool = False) -> None:
-        self._members = [weakref.ref(member) for member in members]
-        self._pending: dict[int, _PendingOutputs] = {}  # by thread
-        self._packs = packs
-
-    @property
-    def members(self) -> list[LowRankLinear]:
-        """The living members, in order."""
-        members = [ref() for ref in self._members]
-        return [member for member in members if member is not None]
-
-    def output(self, member: LowRankLinear, x: Tensor) -> Tensor:
-        """The output of ``member`` for ``x``: (..., in_features) → (..., out_features)."""
-        if len(self._members) == 1:
-            return lowrank_linear(x, *member.factors, backend=member.backend)
-        members = self.members
-        index = next((i for i, other in enumerate(members) if other is member), None)
-        if index is None or len(members) < len(self._members):  # a replica of a member, or one is gone
-            return lowrank_linear(x, *member.factors, backend=member.backend)
-        thread = 0 if is_compiling() else threading.get_ident()
-        if index == 0:
-            return self._compute_all(members, x, thread)
-        pending, factors = self._pending.pop(thread, None), member.factors
-        if pending is None or pending.x is not x or index not in pending.outputs:
-            return lowrank_linear(x, *factors, backend=member.backend)
-        output, stamp = pending.outputs.pop(index)
-        if pending.outputs:
-            self._pending[thread] = pending
-        return output if stamp == _stamp(x, factors) else lowrank_linear(x, *factors, backend=member.backend)
-
-    def _compute_all(self, members: list[LowRankLinear], x: Tensor, thread: int) -> Tensor:
-        """Compute all members, store the outputs of the others, and return that of the first."""
-        factors, backend = [member.factors for member in members], members[0].backend
-        if any(group.U.device != x.device for group in factors):  # a member was offloaded after it was grouped
-            return lowrank_linear(x, *factors[0], backend=backend)
-        outputs = lowrank_linear_grouped(x, factors, backend=backend)
-        others = zip(outputs[1:], factors[1:], strict=True)
-        pending = {index: (output, _stamp(x, group)) for index, (output, group) in enumerate(others, start=1)}
-        self._pending[thread] = _PendingOutputs(x, pending)
-        return outputs[0]
-
-    def pack_(self) -> None:
-        """Move the factors of a group that packs to memory that GPU kernels read fastest, as ``group_linears_`` says.
-
-        No-op if they are there already, and where they are not moved: on a CPU, or if a factor is fetched for each call
-        or is not an ordinary parameter. A layer calls this after its factors have moved or are new.
-        """
-        members = self.members
-        if not self._packs or len(members) < len(self._members) or not all(map(_is_packable, members)):
-            return
-        Vhs = [member.Vh for member in members]
-        if len({(Vh.shape[1], Vh.dtype, Vh.device) for Vh in Vhs}) > 1:  # in the middle of a move
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            if not _is_stacked(Vhs):
-                for Vh, rows in zip(Vhs, stack_rows(Vhs), strict=True):
-                    Vh.data = rows
-            for member in members:
-                if packed_memory(member.U, 1) is None:
-                    member.U.data = close_columns(member.U)
-                _place_columns(member)
-
-    def unpack_(self) -> None:
-        """Give each factor that lies in packed memory a memory of its own, contiguous."""
-        self._packs = False
-        with torch.inference_mode(False), torch.no_grad():
-            for member in filter(_is_movable, self.members):
-                for factor in (member.U, member.Vh):
-                    if has_padding(factor) or not factor.is_contiguous():
-                        factor.data = factor.clone(memory_format=torch.contiguous_format)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> InputGroup:
-        """A group of the copied members, without stored outputs; the copies are contiguous until ``pack_``."""
-        group = InputGroup([])
-        memo[id(self)] = group
-        members = [copy.deepcopy(member, memo) for member in self.members]
-        group.__init__(members, self._packs)  # type: ignore[misc]
-        return group
-
-    def __reduce__(self) -> tuple[type[InputGroup], tuple[list[LowRankLinear], bool]]:
-        return InputGroup, (self.members, self._packs)
-
-
-class _PendingOutputs(NamedTuple):
-    """Outputs for ``x`` that were computed and not yet returned."""
-
-    x: Tensor
-    outputs: dict[int, tuple[Tensor, object]]  # index of the member → its output and the stamp of the computation
-
-
-def _stamp(x: Tensor, factors: Factors) -> object:
-    """Equal in two calls of members of a group if an output computed in the first is valid in the second."""
-    if is_compiling():
-        return None  # the inputs of a graph do not change while it runs
-    device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return is_grad_enabled(), autocast, _version(x), [_version(t) for t in factors if t is not None]
-
-
-def _version(tensor: Tensor) -> int:
-    """A number that changes with every write that PyTorch counts; it does not count writes to inference tensors."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _place_columns(layer: LowRankLinear) -> None:
-    """Pad the rows of U, or close them while it is trained: fused optimizers and FSDP2 need contiguous parameters.
-
-    U is not moved if it is not packed, or if a library has moved it, such as one that trains all parameters as one.
-    """
-    U = layer._parameters.get("U")
-    if type(U) is not nn.Parameter or U.is_inference():
-        return
-    trained = layer.training and U.requires_grad
-    with torch.inference_mode(False), torch.no_grad():
-        if trained and has_padding(U):
-            U.data = close_columns(U)
-        elif not trained and packed_memory(U, 1) is None and may_pad(U):
-            U.data = pad_columns(U)
-
-
-def _is_movable(layer: LowRankLinear) -> bool:
-    """Whether the factors are ordinary parameters, which stay on their device between calls."""
-    factors = [layer._parameters.get("U"), layer._parameters.get("Vh")]  # a parametrization leaves fewer
-    return not is_fetched_per_call(layer) and all(
-        type(factor) is nn.Parameter and factor.dim() == 2 and not factor.is_inference() for factor in factors
-    )
-
-
-def _is_packable(layer: LowRankLinear) -> bool:
-    """Whether ``pack_`` moves the factors of a layer; no kernel reads pivoted ones in packed memory."""
-    return _is_movable(layer) and layer.order is None and _gains_by_packing(layer.U) and _gains_by_packing(layer.Vh)
-
-
-def _gains_by_packing(factor: Tensor) -> bool:
-    """Whether the kernels for the factor's device read packed memory faster: on a GPU."""
-    return factor.is_cuda
-
-
-def _is_stacked(Vhs: Sequence[Tensor]) -> bool:
-    """Whether the Vh of a group, each with its padding, lie one behind the other."""
-    memories = [memory for Vh in Vhs if (memory := packed_memory(Vh, 0)) is not None]
-    return len(memories) == len(Vhs) and stacked(memories) is not None
-
-
-def _faster_alone(x: Tensor) -> bool:
-    """Whether separate calls are faster than one op for a group: on a CPU without gradients."""
-    return x.is_cpu and not is_grad_enabled() and not is_compiling()
-
-
-@functools.cache
-def _gated(kind: Any) -> Any:
-    """A subclass of a gated MLP's class with its name: ``lowrank_glu`` computes gate, activation and up if it can.
-
-    A class, not a forward of the instance: replicas and copies use their own factors, and no cycle keeps an MLP alive.
-    """
-
-    class Gated(kind):
-        gated_kind = kind
-
-        def forward(self, x: Tensor) -> Tensor:
-            if _gains_by_fusing(x) and (product := _gated_product(self, x)) is not None:
-                return self.down_proj(product)
-            return super().forward(x)
-
-        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-            return _new_gated, (kind,), *object.__reduce_ex__(self, 2)[2:]  # for pickle and deepcopy
-
-    Gated.__name__, Gated.__qualname__, Gated.__module__ = kind.__name__, kind.__qualname__, kind.__module__
-    return Gated
-
-
-def _new_gated(kind: Any) -> Any:
-    return _gated(kind).__new__(_gated(kind))
-
-
-def _gated_product(mlp: Any, x: Tensor) -> Tensor | None:
-    """``act_fn(gate_proj(x)) * up_proj(x)`` by one op; ``None`` if it cannot, or if more than the formula must run."""
-    gate, up, activation = mlp.gate_proj, mlp.up_proj, ACTIVATIONS.get(type(mlp.act_fn))
-    if (
-        activation is None
-        or not type(gate) is type(up) is LowRankLinear
-        or not gate.backend == up.backend == "auto"
-        or not gate.U.device == up.U.device == x.device  # one was offloaded
-        or not all(map(_is_bare, (gate, up, mlp.act_fn)))
-    ):
-        return None
-    return lowrank_glu(x, gate.factors, up.factors, activation=activation)
-
-
-def _is_bare(module: nn.Module) -> bool:
-    """Whether a call of the module is its forward and nothing else: no hooks, and no library has replaced it."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return not any(hooks) and "forward" not in vars(module)
-
-
-def _gains_by_fusing(x: Tensor) -> bool:
-    """Whether ``lowrank_glu`` is faster than linears, activation and product: on a GPU, where it writes a third.
-
-    Not where ``cuda`` runs the linears of an eager call, whose time is that of the host. Not with gradients: the op
-    would compute gate and up again in the backward pass. On a CPU, measured, it is up to a third slower at one row.
-    """
-    if not x.is_cuda or is_grad_enabled():
-        return False
-    return is_compiling() or x.numel() > CUDA_ROWS * x.shape[-1] or backend_missing("cuda") is not None
-
-
-def _fuse_gate_(module: nn.Module, enabled: bool) -> None:
-    """Give a gated MLP the class that uses ``lowrank_glu``, or return it to its own; no-op for other modules."""
-    kind: Any = vars(type(module)).get("gated_kind", type(module))
-    low_rank = type(getattr(module, "gate_proj", None)) is type(getattr(module, "up_proj", None)) is LowRankLinear
-    wanted = _gated(kind) if enabled and low_rank and is_gated_forward(kind.forward) else kind
-    if type(module) is not wanted:
-        module.__class__ = wanted
-
-
-def group_linears_(model: nn.Module, enabled: bool = True) -> list[tuple[str, ...]]:
-    """Group low-rank linears that share an input, so that one op computes them; results and ``state_dict`` stay.
-
-    Factors on a GPU, also ones that arrive there later, move to packed memory: the Vh of a group one behind the other,
-    ranks padded with zeros to a multiple of 16. The parameters keep their shapes. A U of another rank has rows that are
-    not adjacent. Fused optimizers, FSDP2 and ``safetensors.torch`` refuse such parameters. So ``train()`` makes a U
-    that requires gradients contiguous, and ``eval()`` returns it to the same memory. A copy of a model is packed by the
-    next call of this function, or of ``to()`` with another device or dtype.
-
-    On a GPU without gradients, ``lowrank_glu`` computes gate, activation and up of an MLP in one op, if both linears
-    are low-rank, nothing hooks into them, and the source of the MLP's forward is the formula of ``gated_mlp.py``.
-
-    Args:
-        model: any module; existing groups of its low-rank linears are discarded.
-        enabled: ``False`` only discards the groups and fused MLPs, and makes all factors contiguous.
-
-    Returns:
-        The groups, as the paths of their members.
-
-    Example:
-        >>> names = ("gate_proj", "up_proj", "down_proj")
-        >>> mlp = nn.ModuleDict({name: LowRankLinear(8, 8, 2) for name in names})
-        >>> group_linears_(mlp)
-        [('gate_proj', 'up_proj')]
-    """
-    groups: list[tuple[str, ...]] = []
-    for path, parent in list(model.named_modules()):
-        _fuse_gate_(parent, enabled)
-        children = {name: child for name, child in parent.named_children() if isinstance(child, LowRankLinear)}
-        for child in children.values():
-            if not enabled:
-                child.group.unpack_()
-            child.group = InputGroup([child], packs=enabled)
-        for names in family_of(path).shared_inputs if enabled and children else ():
-            members = {name: children[name] for name in names if name in children}
-            if len(members) > 1 and not any(map(is_fetched_per_call, members.values())):
-                group = InputGroup(list(members.values()), packs=True)
-                for member in members.values():
-                    member.group = group
-                groups.append(tuple(f"{path}.{name}".lstrip(".") for name in members))
-        for child in children.values():
-            child.group.pack_()
-    return groups
-
-
-def set_backend_(model: nn.Module, backend: str) -> None:
-    """Run all low-rank linears of a model on one backend; a call that the backend does not support raises.
-
-    Args:
-        model: any module.
-        backend: ``"auto"``, the initial value, selects the first backend that supports a call.
-
-    Raises:
-        ValueError: if there is no such backend.
-
-    Example:
-        >>> layer = LowRankLinear(8, 8, 2)
-        >>> set_backend_(layer, "reference")
-        >>> layer.backend
-        'reference'
-    """
-    if backend not in (known := ["auto", *(row.name for row in BACKENDS)]):
-        raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(known)}")
-    for module in model.modules():
-        if isinstance(module, LowRankLinear):
-            module.backend = backend
-
-
-def _balanced(svd: SVD, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """U and Vh with the singular values folded in: each column of U gets the norm of the same row of Vh.
-
-    In fp16 the rows of Vh have norm 1, because ``x @ Vh.mT`` is stored in fp16 and overflows at 65504.
-    """
-    tiny = torch.finfo(svd.S.dtype).tiny
-    columns = torch.linalg.vector_norm(svd.U, dim=0).clamp_min(tiny)
-    rows = torch.linalg.vector_norm(svd.Vh, dim=1).clamp_min(tiny)
-    length = svd.S * columns * rows
-    right = torch.ones_like(length) if dtype == torch.float16 else length.sqrt()
-    return svd.U * (length / right / columns), svd.Vh * (right / rows)[:, None]
+from grasp.model.input_group import InputGroup, place_columns
+from grasp.model.offload import execution_device, fetched
+from grasp_kernels import Factors, lowrank_linear
+from grasp_kernels.dispatch import BACKENDS
 
 
 def is_order(table: Tensor, rank: int) -> bool:
@@ -482,7 +166,7 @@ class LowRankLinear(nn.Module):
     def train(self, mode: bool = True) -> LowRankLinear:
         """Set the mode, and move U as ``group_linears_`` says."""
         super().train(mode)
-        _place_columns(self)
+        place_columns(self)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:
@@ -589,3 +273,44 @@ class LowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}, {'pivoted, ' * (self.order is not None)}parameters={share:.1%} of dense"
         )
+
+
+def set_backend_(model: nn.Module, backend: str) -> None:
+    """Run all low-rank linears of a model on one backend; a call that the backend does not support raises.
+
+    Args:
+        model: any module.
+        backend: ``"auto"``, the initial value, selects the first backend that supports a call.
+
+    Raises:
+        ValueError: if there is no such backend.
+
+    Example:
+        >>> layer = LowRankLinear(8, 8, 2)
+        >>> set_backend_(layer, "reference")
+        >>> layer.backend
+        'reference'
+    """
+    if backend not in (known := ["auto", *(row.name for row in BACKENDS)]):
+        raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(known)}")
+    for module in model.modules():
+        if isinstance(module, LowRankLinear):
+            module.backend = backend
+
+
+def _faster_alone(x: Tensor) -> bool:
+    """Whether separate calls are faster than one op for a group: on a CPU without gradients."""
+    return x.is_cpu and not is_grad_enabled() and not is_compiling()
+
+
+def _balanced(svd: SVD, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """U and Vh with the singular values folded in: each column of U gets the norm of the same row of Vh.
+
+    In fp16 the rows of Vh have norm 1, because ``x @ Vh.mT`` is stored in fp16 and overflows at 65504.
+    """
+    tiny = torch.finfo(svd.S.dtype).tiny
+    columns = torch.linalg.vector_norm(svd.U, dim=0).clamp_min(tiny)
+    rows = torch.linalg.vector_norm(svd.Vh, dim=1).clamp_min(tiny)
+    length = svd.S * columns * rows
+    right = torch.ones_like(length) if dtype == torch.float16 else length.sqrt()
+    return svd.U * (length / right / columns), svd.Vh * (right / rows)[:, None]

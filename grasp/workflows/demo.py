@@ -26,8 +26,9 @@ from grasp.evaluation.generation import GenerationTime, time_generation
 from grasp.evaluation.perplexity import perplexity
 from grasp.files import contents
 from grasp.loading import load_quietly
+from grasp.model.grouping import group_linears_
 from grasp.model.layer_removal import remove_layers_
-from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.size import model_size
 from grasp.model.targets import decoder, layer_targets
 from grasp.progress import Progress, named, no_progress

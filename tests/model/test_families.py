@@ -15,8 +15,8 @@ from grasp.bench.shapes import model_calls
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.model.families import FAMILIES, Family, family_of
+from grasp.model.grouping import group_linears_
 from grasp.model.layer_removal import remove_layers_
-from grasp.model.lowrank_linear import group_linears_
 from grasp.model.targets import decoder, layer_targets
 from grasp.statistics.covariance import distinct_inputs
 from tests.tiny_models import VOCABULARY, tiny_batches

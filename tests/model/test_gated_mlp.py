@@ -18,9 +18,10 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from grasp.model import lowrank_linear as modules
+from grasp.model import gated_mlp as fusing
 from grasp.model.gated_mlp import is_gated_forward
-from grasp.model.lowrank_linear import LowRankLinear, group_linears_, set_backend_
+from grasp.model.grouping import group_linears_
+from grasp.model.lowrank_linear import LowRankLinear, set_backend_
 from grasp_kernels import Factors, lowrank_glu
 from tests.model.test_hf_quantizer import compressed_model, logits
 
@@ -34,8 +35,8 @@ def gated_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append(activation)
         return lowrank_glu(x, gate, up, activation=activation)
 
-    monkeypatch.setattr(modules, "lowrank_glu", counted)
-    monkeypatch.setattr(modules, "_gains_by_fusing", lambda _: not torch.is_grad_enabled())
+    monkeypatch.setattr(fusing, "lowrank_glu", counted)
+    monkeypatch.setattr(fusing, "_gains_by_fusing", lambda _: not torch.is_grad_enabled())
     return calls
 
 
@@ -232,4 +233,4 @@ def test_only_the_formula_is_recognised(kind: type[nn.Module], gated: bool) -> N
 
 def test_on_a_cpu_the_op_is_not_used(monkeypatch: pytest.MonkeyPatch, gated_calls: list[str]) -> None:
     monkeypatch.undo()
-    assert not modules._gains_by_fusing(torch.zeros(1, 1))
+    assert not fusing._gains_by_fusing(torch.zeros(1, 1))

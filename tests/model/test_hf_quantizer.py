@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from grasp.errors import CheckpointError
+from grasp.model.grouping import group_linears_
 from grasp.model.hf_quantizer import (
     FORMAT_VERSION,
     GraspHfQuantizer,
@@ -21,7 +22,7 @@ from grasp.model.hf_quantizer import (
     mark_compressed,
     register,
 )
-from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import layer_targets
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 

@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import NonFiniteError
 from grasp.method.svd import decompose, decompose_in
-from grasp.model import lowrank_linear as modules
+from grasp.model import input_group
 from grasp.model.dense import dense_weight
-from grasp.model.lowrank_linear import LowRankLinear, group_linears_, set_backend_
+from grasp.model.grouping import group_linears_
+from grasp.model.lowrank_linear import LowRankLinear, set_backend_
 from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped
 
 
@@ -149,14 +150,14 @@ def grouped_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(factors))
         return lowrank_linear_grouped(x, factors, backend=backend)
 
-    monkeypatch.setattr(modules, "lowrank_linear_grouped", counted)
+    monkeypatch.setattr(input_group, "lowrank_linear_grouped", counted)
     return calls
 
 
 @pytest.fixture
 def always_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups are used on the CPU too, as on a GPU."""
-    monkeypatch.setattr(modules, "_faster_alone", lambda x: False)
+    monkeypatch.setattr("grasp.model.lowrank_linear._faster_alone", lambda x: False)
 
 
 def test_linears_that_share_an_input_are_computed_by_one_op(grouped_calls: list[int]) -> None:
@@ -328,8 +329,8 @@ def test_a_model_can_be_set_to_one_backend(monkeypatch: pytest.MonkeyPatch, grou
         asked.append(backend)
         return lowrank_linear_grouped(x, factors, backend=backend)
 
-    monkeypatch.setattr(modules, "lowrank_linear", lowrank)
-    monkeypatch.setattr(modules, "lowrank_linear_grouped", several)
+    monkeypatch.setattr(input_group, "lowrank_linear", lowrank)
+    monkeypatch.setattr(input_group, "lowrank_linear_grouped", several)
     attention, x = Attention(), torch.randn(2, 3, 24)
     group_linears_(attention, grouped)
     for backend, calls in (("reference", 1 if grouped else 3), ("auto", 1 if grouped else 3)):

@@ -23,8 +23,9 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 
 from grasp.compression.layer_cost import LiveBytes
-from grasp.model import lowrank_linear as modules
-from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model import input_group, lowrank_linear
+from grasp.model.grouping import group_linears_
+from grasp.model.lowrank_linear import LowRankLinear
 from grasp.peft import lowrank_targets
 from grasp_kernels import ops, registered
 from grasp_kernels.packing import packed_memory, stacked
@@ -33,8 +34,8 @@ from tests.model.test_hf_quantizer import assert_same_state, compressed_model, l
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modules, "_gains_by_packing", lambda _: True)
-    monkeypatch.setattr(modules, "_faster_alone", lambda _: False)
+    monkeypatch.setattr(input_group, "_gains_by_packing", lambda _: True)
+    monkeypatch.setattr(lowrank_linear, "_faster_alone", lambda _: False)
 
 
 class Attention(nn.Module):
@@ -270,7 +271,7 @@ def test_factors_arrive_packed_in_another_dtype_or_on_a_gpu(monkeypatch: pytest.
     model = attention().double()
     assert is_packed(model)
     torch.testing.assert_close(model(X.double()), plain().double()(X.double()))
-    monkeypatch.setattr(modules, "_gains_by_packing", lambda factor: factor.dtype == torch.bfloat16)
+    monkeypatch.setattr(input_group, "_gains_by_packing", lambda factor: factor.dtype == torch.bfloat16)
     assert is_contiguous(model.float())
     assert packed_memory(model.q_proj.Vh, 0) is None
     assert is_packed(model.bfloat16())

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.errors import CheckpointError
+from grasp.model.grouping import group_linears_
 from grasp.model.hf_quantizer import mark_compressed
-from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import layer_targets
 from tests.fuzz import damage
 from tests.tiny_models import tiny_batches, tiny_model

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grasp.model.lowrank_linear import LowRankLinear, group_linears_, is_order
+from grasp.model.grouping import group_linears_
+from grasp.model.lowrank_linear import LowRankLinear, is_order
 from grasp_kernels import lowrank_linear_grouped
 
 SHAPES = [(24, 16, 5), (16, 24, 15), (24, 16, 1), (16, 16, 15), (9, 7, 6)]  # K, N, R
@@ -153,14 +154,14 @@ def test_a_group_may_have_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Attention(), torch.randn(3, 24, dtype=torch.float64)
     with torch.no_grad():
         expected = model(x)
-    monkeypatch.setattr("grasp.model.lowrank_linear.lowrank_linear_grouped", counted)
+    monkeypatch.setattr("grasp.model.input_group.lowrank_linear_grouped", counted)
     assert group_linears_(model) == [("q_proj", "k_proj", "v_proj")]
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
     assert calls == [[False, True, False]]
 
 
 def test_factors_of_a_pivoted_layer_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grasp.model.lowrank_linear._gains_by_packing", lambda factor: True)
+    monkeypatch.setattr("grasp.model.input_group._gains_by_packing", lambda factor: True)
     model, x = Attention(), torch.randn(3, 24, dtype=torch.float64)
     expected = model(x)
     group_linears_(model)

@@ -16,7 +16,8 @@ from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.errors import DistributedError, NonFiniteError, UnsupportedModelError
 from grasp.model.batch import as_batches
-from grasp.model.lowrank_linear import LowRankLinear, group_linears_
+from grasp.model.grouping import group_linears_
+from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.offload import place_like, release_
 from grasp.model.targets import decoder, layer_targets
 from grasp.statistics.layer_losses import removal_losses
