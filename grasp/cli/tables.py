@@ -36,6 +36,7 @@ def show_compression(result: Compression) -> None:
             ("layers", layer_ranges(report.redundant_layers) or "none"),
             *([("removed", f"layers {layer_ranges(report.removed_layers)}")] if report.removed_layers else []),
             ("linears", f"{len(report.compressed)} replaced, {len(report.left)} left"),
+            *([("form", counts(module.form for module in report.compressed))] if report.compressed else []),
             (
                 "parameters",
                 f"{count(report.before.parameters)} -> {count(report.after.parameters)}: "

@@ -27,7 +27,7 @@ from grasp.reporting.html import (
     table,
 )
 from grasp.reporting.pictures import Picture, of_layers, of_results, of_spectra
-from grasp.reporting.rerun_command import by_option, rerun_command
+from grasp.reporting.rerun_command import by_option, later_form, rerun_command
 from grasp.reporting.result_tables import require_same_model, result_tables
 
 GENERATOR = "grasp report"
@@ -200,7 +200,10 @@ def _rerun(report: CompressionReport, folder: str) -> str:
         f"Run with grasp {report.request.get('grasp')}{versions}. Files and folders are named without the folders that "
         "they lie in. If the new report.json has the same SHA-256, the same tokens were drawn."
     )
-    return command(" \\\n  ".join(shlex.join(part) for part in by_option(words))) + text + digest
+    lines = " \\\n  ".join(shlex.join(part) for part in by_option(words))
+    if (form := later_form(report)) is not None:
+        lines += f"\n{shlex.join(['grasp', 'convert', folder, '-o', f'{folder}-{form}', '--form', form])}"
+    return command(lines) + text + digest
 
 
 def _read(path: Path, report: CompressionReport, folder: str) -> list[Record]:

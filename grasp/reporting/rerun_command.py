@@ -29,6 +29,12 @@ def rerun_command(report: CompressionReport, output: str) -> list[str] | None:
     return [*start, "compress", str(request["model"]), "-o", output, *_words(settings)]
 
 
+def later_form(report: CompressionReport) -> str | None:
+    """The form that `grasp convert` gave the linears after the compression; ``None`` if they are as compressed."""
+    form = "pivoted" if any(module.form == "pivoted" for module in report.compressed) else "factored"
+    return form if report.compressed and form != report.config.get("form", "factored") else None
+
+
 def by_option(words: list[str]) -> list[list[str]]:
     """The words of a command, line by line: its start, then each ``--`` option with its value."""
     starts = [index for index, word in enumerate(words) if word.startswith("--") and index > words.index("compress")]

@@ -93,6 +93,7 @@ def test_tables_show_what_was_done(model: Path, text: Path, tmp_path: Path, main
     shown = main("compress", model, "-o", out, *options, "--preset", "paper")
     assert shown.code == 0
     assert "14 replaced, 0 left" in shown.out
+    assert "14 factored" in shown.out
     assert "40.0 % of the parameters of each matrix" in shown.out
     assert "layer 1 attention" in shown.err
     assert "perplexity" in main("evaluate", out, "--text", text, "--window", 64).out

@@ -113,9 +113,12 @@ def test_the_page_says_what_was_done_to_every_module(report: CompressionReport) 
         assert row[-1] == f"{100 * module.importance_kept:.1f} %"
 
 
-def test_modules_that_were_left_have_their_reason(report: CompressionReport) -> None:
+def test_modules_that_were_left_have_their_reason_and_converted_ones_the_command(report: CompressionReport) -> None:
     left = replace(report.modules[0], reason="too <small>: rank 1 does not shrink (2, 32)")
-    page = render(replace(report, modules=(left, *report.modules[1:])), "small")
+    pivoted = [replace(module, form="pivoted") for module in report.modules[2:]]  # by `grasp convert`
+    page = render(replace(report, modules=(left, report.modules[1], *pivoted)), "small")
+    assert "12 pivoted, 1 factored" in page
+    assert "\ngrasp convert small -o small-pivoted --form pivoted" in page
     assert [str(left.layer), "mlp.gate_proj", left.reason] in Text(page).rows or left.reason in Text(page).shown
     assert "<small>" not in page
 

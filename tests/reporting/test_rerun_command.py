@@ -13,7 +13,7 @@ from grasp.cli.arguments import parse_bytes, parse_layers
 from grasp.cli.root import app
 from grasp.compress import compress_
 from grasp.config import PRESETS, GraspConfig
-from grasp.reporting.rerun_command import by_option, rerun_command
+from grasp.reporting.rerun_command import by_option, later_form, rerun_command
 from grasp.workflows.compress import compress, with_request
 from grasp.workflows.samples import Samples
 from tests.command_line import grasp, save_tiny_model
@@ -119,3 +119,12 @@ def test_a_report_from_python_has_no_command() -> None:
 
 def a_report() -> CompressionReport:
     return compress_(tiny_model("llama"), tiny_batches(1), GraspConfig(num_layers=1))
+
+
+@pytest.mark.parametrize(("compressed_as", "form"), [("factored", "pivoted"), ("pivoted", "factored")])
+def test_a_form_that_is_not_the_configured_one_is_that_of_a_conversion(compressed_as: str, form: str) -> None:
+    report = a_report()
+    report = replace(report, config={**report.config, "form": compressed_as})
+    for stored, expected in ((compressed_as, None), (form, form)):
+        modules = tuple(replace(module, form=stored) for module in report.modules)
+        assert later_form(replace(report, modules=modules)) == expected
