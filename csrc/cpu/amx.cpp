@@ -124,7 +124,8 @@ struct Amx : Panels<Pairs, 64> {
         _tile_release();
     }
 
-    static constexpr Kernel kernel = {ROWS, CHUNK, packed_bytes, pack, multiply, adjust, put_packed, put_output, gate};
+    static constexpr Kernel kernel = {ROWS,   CHUNK,      W,          packed_bytes, pack, multiply,
+                                      adjust, put_packed, put_output, place,        gate};
 };
 
 }  // namespace

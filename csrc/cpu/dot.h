@@ -202,7 +202,8 @@ struct Dot {
         }
     }
 
-    static constexpr Kernel kernel = {1, CHUNK, packed_bytes, pack, multiply, adjust, put_packed, put_output, gate};
+    static constexpr Kernel kernel = {1,      CHUNK,      0,          packed_bytes, pack, multiply,
+                                      adjust, put_packed, put_output, nullptr,      gate};
 };
 
 }  // namespace

@@ -23,6 +23,7 @@ struct Weight {
 // stored in a tile in float32, which stays in the first-level cache; only the kernel knows its layout too.
 struct Kernel {
     int64_t block, chunk;  // weight rows: to multiply at once for speed, and in a tile
+    int64_t lanes;         // a tile is [weight row][M rounded up to lanes]; 0: [M][chunk]
 
     int64_t (*packed_bytes)(int64_t M, int64_t depth);
 
@@ -40,6 +41,9 @@ struct Kernel {
 
     // tile → y[:, first : first + rows]; y points to the output of the first row of x.
     void (*put_output)(const float *tile, int64_t M, int64_t rows, void *y, int64_t y_stride);
+
+    // tile[row] → merged[columns[row] - first]; null without lanes.
+    void (*place)(const float *tile, int64_t M, int64_t rows, const int32_t *columns, int64_t first, float *merged);
 
     // tile `gate` = activation(gate) * up.
     void (*gate)(float *gate, const float *up, int64_t M, int64_t rows, grasp_activation activation);

@@ -51,6 +51,21 @@ const float *to_floats(const void *data, int32_t dtype, int64_t first, int64_t c
     return buffer;
 }
 
+bool is_in_range(const int32_t *columns, int64_t count, int64_t size) {
+    uint32_t bits = 0;  // the highest is set if a column is negative or too large
+    for (int64_t i = 0; i < count; ++i) bits |= columns[i] | (static_cast<uint32_t>(size - 1) - columns[i]);
+    return bits >> 31 == 0;
+}
+
+// Whether the pivots ascend, and the other columns too; then all of them are in range.
+bool ascends(const grasp_factors &group) {
+    const int32_t *order = group.order;
+    bool good = order[0] >= 0 && order[group.R] >= 0;
+    for (int64_t i = 1; i < group.R; ++i) good &= order[i - 1] < order[i];
+    for (int64_t i = group.R + 1; i < group.N; ++i) good &= order[i - 1] < order[i];
+    return good && order[group.R - 1] < group.N && order[group.N - 1] < group.N;
+}
+
 int64_t rows_of_U(const grasp_factors &group) { return group.order ? group.N - group.R : group.N; }
 
 // How the rows of a weight are divided into chunks.
@@ -68,12 +83,14 @@ struct Chunks {
     int64_t size(int64_t chunk) const { return std::min(per_chunk, rows - first(chunk)); }
 };
 
-// One group: its first chunks among the chunks of all groups, and its h.
+// One group: its first chunks among the chunks of all groups, and its h. `pivots` has the tiles of h of pivoted
+// factors, whose columns are written in their natural order then; null: each chunk writes its own columns.
 struct Member {
     const grasp_factors *factors;
     Chunks shrink, expand;
     int64_t shrink_begin, expand_begin;
     char *h;
+    float *pivots;
 };
 
 // The memory of a calling thread, reused by its next call.
@@ -133,12 +150,14 @@ class Job {
         return true;
     }
 
-    void run(grasp_parallel parallel) {
+    // False if an order has an entry out of range.
+    bool run(grasp_parallel parallel) {
         if (team_ > 1) {
             parallel([](void *job) { static_cast<Job *>(job)->join(); }, this, team_, 0);
         } else {
             join();
         }
+        return !bad_.load(std::memory_order_relaxed);
     }
 
   private:
@@ -156,7 +175,12 @@ class Job {
             const Chunks shrink(kernel_, group.R, x_.K * size, team_);
             const Chunks expand(kernel_, rows_of_U(group), group.R * size, team_);
             char *h = layout.take(kernel_.packed_bytes(x_.M, group.R));
-            if (members_) new (members_ + i) Member{&group, shrink, expand, shrinks, expands, h};
+            const bool merges = group.order && kernel_.lanes > 0 && ascends(group);
+            char *pivots = merges ? layout.take(group.R * tile_row() * sizeof(float)) : nullptr;
+            if (members_) {
+                new (members_ + i)
+                    Member{&group, shrink, expand, shrinks, expands, h, reinterpret_cast<float *>(pivots)};
+            }
             shrinks += shrink.count;
             expands += expand.count;
         }
@@ -168,6 +192,9 @@ class Job {
 
     // Every thread packs a small x for itself: waiting for another thread and reading from its cache takes longer.
     bool shares_x() const { return x_.K > pack_step_; }
+
+    // Floats of a weight row in a tile.
+    int64_t tile_row() const { return ceil_div(x_.M, kernel_.lanes) * kernel_.lanes; }
 
     bool gated() const { return activation_ >= 0; }
 
@@ -198,12 +225,17 @@ class Job {
         chunk -= member.shrink_begin;
         const int64_t first = member.shrink.first(chunk), rows = member.shrink.size(chunk);
         alignas(64) float tile[TILE_FLOATS], buffer[TILE_FLOATS / MAX_ROWS];
+        if (group.order) fetch(group.order + first, rows);
         kernel_.multiply({group.Vh, group.Vh_stride, x_.K}, first, rows, packed_x, x_.M, tile);
         if (const float *s = to_floats(group.s, group.s_dtype, first, rows, buffer)) {
             kernel_.adjust(tile, x_.M, rows, s, nullptr);
         }
         kernel_.put_packed(tile, x_.M, first, rows, group.R, member.h);
-        if (group.order) scatter(group, tile, rows, group.order + first);
+        if (member.pivots) {
+            std::memcpy(member.pivots + first * tile_row(), tile, rows * tile_row() * sizeof(float));
+        } else if (group.order) {
+            scatter(group, tile, rows, group.order + first);
+        }
     }
 
     void expand(int64_t chunk) {
@@ -212,15 +244,47 @@ class Job {
         chunk -= member.expand_begin;
         const int64_t first = member.expand.first(chunk), rows = member.expand.size(chunk);
         alignas(64) float tile[TILE_FLOATS];
+        if (group.order) fetch(group.order + group.R + first, rows);
         multiply_h(member, first, rows, tile);
+        if (member.pivots) return merge(member, tile, first, rows);
         if (group.order) return scatter(group, tile, rows, group.order + group.R + first);
         if (gated()) {
             alignas(64) float up[TILE_FLOATS];
             multiply_h(members_[1], first, rows, up);
             kernel_.gate(tile, up, x_.M, rows, static_cast<grasp_activation>(activation_));
         }
-        char *y = static_cast<char *>(group.y) + (first_row_ * group.y_stride + first) * element_size(x_.dtype);
+        put(group, tile, rows, first);
+    }
+
+    // tile → y[:, column : column + rows].
+    void put(const grasp_factors &group, const float *tile, int64_t rows, int64_t column) const {
+        char *y = static_cast<char *>(group.y) + (first_row_ * group.y_stride + column) * element_size(x_.dtype);
         kernel_.put_output(tile, x_.M, rows, y, group.y_stride);
+    }
+
+    // The tile of rows [first : first + rows] of U, and the pivots between their columns, + bias → y.
+    void merge(const Member &member, const float *tile, int64_t first, int64_t rows) const {
+        const grasp_factors &group = *member.factors;
+        const int32_t *other = group.order + group.R + first, *others_end = other + rows;
+        const int64_t end = first + rows < member.expand.rows ? *others_end : group.N;
+        int64_t column = first == 0 ? 0 : *other;
+        const int32_t *pivots_end = group.order + group.R, *pivot = std::lower_bound(group.order, pivots_end, column);
+        for (int64_t count; column < end; column += count) {
+            count = std::min(kernel_.chunk, end - column);
+            alignas(64) float merged[TILE_FLOATS];
+            float buffer[TILE_FLOATS / MAX_ROWS];
+            const auto place = [&](const int32_t *&begin, const int32_t *stop, const float *from) {
+                const int32_t *next = std::lower_bound(begin, std::min(stop, begin + count), column + count);
+                kernel_.place(from, x_.M, next - begin, begin, column, merged);
+                begin = next;
+            };
+            place(other, others_end, tile + (other - others_end + rows) * tile_row());
+            place(pivot, pivots_end, member.pivots + (pivot - group.order) * tile_row());
+            if (const float *bias = to_floats(group.bias, x_.dtype, column, count, buffer)) {
+                kernel_.adjust(merged, x_.M, count, nullptr, bias);
+            }
+            put(group, merged, count, column);
+        }
     }
 
     void multiply_h(const Member &member, int64_t first, int64_t rows, float *tile) {
@@ -233,8 +297,13 @@ class Job {
         }
     }
 
+    static void fetch(const int32_t *columns, int64_t rows) {
+        for (int64_t r = 0; r < rows; r += 16) __builtin_prefetch(columns + r);
+    }
+
     // tile + bias → y[:, columns], of pivoted factors.
     void scatter(const grasp_factors &group, float *tile, int64_t rows, const int32_t *columns) {
+        if (!is_in_range(columns, rows, group.N)) return bad_.store(true, std::memory_order_relaxed);
         alignas(64) char block[TILE_FLOATS * sizeof(float)];  // [M, rows]
         float buffer[TILE_FLOATS / MAX_ROWS];
         for (int64_t r = 0; r < rows && group.bias; ++r) to_floats(group.bias, x_.dtype, columns[r], 1, buffer + r);
@@ -272,6 +341,7 @@ class Job {
     char *packed_x_ = nullptr;
     Phase pack_, shrink_, expand_;
     std::atomic<int> joined_{0};
+    std::atomic<bool> bad_{false};
 };
 
 bool is_dtype(int32_t dtype) { return dtype == GRASP_F32 || dtype == GRASP_F16 || dtype == GRASP_BF16; }
@@ -280,16 +350,9 @@ bool is_good(const grasp_input &x) {
     return x.M >= 0 && x.K >= 1 && is_dtype(x.dtype) && (x.M == 0 || x.data) && (x.M <= 1 || x.stride >= 0);
 }
 
-bool is_in_range(const int32_t *order, int64_t size) {
-    uint32_t largest = 0;  // negative entries become large ones
-    for (int64_t i = 0; i < size; ++i) largest = std::max(largest, static_cast<uint32_t>(order[i]));
-    return largest < size;
-}
-
 bool is_good(const grasp_factors &group, const grasp_input &x, bool has_output) {
     return group.U && group.Vh && group.N >= 1 && group.R >= 1 && (group.R == 1 || group.Vh_stride >= x.K) &&
-           (rows_of_U(group) == 1 || group.U_stride >= group.R) &&
-           (!group.order || (!group.s && group.N > group.R && is_in_range(group.order, group.N))) &&
+           (rows_of_U(group) == 1 || group.U_stride >= group.R) && (!group.order || (!group.s && group.N > group.R)) &&
            (!group.s || group.s_dtype == GRASP_F32 || group.s_dtype == x.dtype) &&
            (!has_output || x.M == 0 || (group.y && (x.M == 1 || group.y_stride >= group.N)));
 }
@@ -315,7 +378,7 @@ grasp_status run(const grasp_input &x, const grasp_factors *groups, int64_t coun
         const Kernel *kernel = find_kernel(options.isa, static_cast<grasp_dtype>(x.dtype), slice.M);
         Job job(slice, m, *kernel, serial ? 1 : options.threads, activation);
         if (!job.prepare(groups, count)) return GRASP_OUT_OF_MEMORY;
-        job.run(options.parallel);
+        if (!job.run(options.parallel)) return GRASP_BAD_ARGUMENT;
     }
     return GRASP_OK;
 }

@@ -103,6 +103,15 @@ struct Panels {
         }
     }
 
+    static void place(const float *tile, int64_t M, int64_t rows, const int32_t *columns, int64_t first,
+                      float *merged) {
+        const int64_t lanes = panels_of(M) * W;
+        for (int64_t r = 0; r < rows; ++r) {
+            float *to = merged + (columns[r] - first) * lanes;
+            for (int64_t at = 0; at < lanes; at += W) store(to + at, load(tile + r * lanes + at));
+        }
+    }
+
     static void gate(float *gate, const float *up, int64_t M, int64_t rows, grasp_activation activation) {
         gate_span(gate, up, rows * panels_of(M) * W, activation);
     }
@@ -234,8 +243,9 @@ struct Panel : Panels<Policy, 2 * ACCUMULATORS> {
         }
     }
 
-    static constexpr Kernel kernel = {ACCUMULATORS, Base::CHUNK,      Base::packed_bytes, Base::pack, multiply,
-                                      Base::adjust, Base::put_packed, Base::put_output,   Base::gate};
+    static constexpr Kernel kernel = {
+        ACCUMULATORS,     Base::CHUNK,      W,           Base::packed_bytes, Base::pack, multiply, Base::adjust,
+        Base::put_packed, Base::put_output, Base::place, Base::gate};
 };
 
 }  // namespace

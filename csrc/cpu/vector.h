@@ -158,6 +158,11 @@ template <class T>
 inline void store_part(T *p, VF value, int64_t n) {
     T buffer[W];
     store(buffer, value);
+#if defined(__AVX512BW__)
+    const uint64_t mask = (1ull << n * sizeof(T)) - 1;
+    if constexpr (sizeof buffer == 64) return _mm512_mask_storeu_epi8(p, mask, read<__m512i>(buffer));
+    if constexpr (sizeof buffer == 32) return _mm256_mask_storeu_epi8(p, mask, read<__m256i>(buffer));
+#endif
     std::memcpy(p, buffer, n * sizeof(T));
 }
 

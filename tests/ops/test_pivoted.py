@@ -100,11 +100,19 @@ def test_pivoted_calls_take_the_direct_path(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_order_out_of_range_writes_nothing(entry: int, backend: str) -> None:
     if backend_missing(backend) is not None:
         pytest.skip(str(backend_missing(backend)))
-    group, x = pivoted(N, K, R, seeded(), dtype=torch.float32), torch.ones(1, K)
+    group = pivoted(N, K, R, seeded(), dtype=torch.float32)
     assert group.order is not None
     group.order[-1] = entry
-    with pytest.raises((ValueError, IndexError, RuntimeError)):
-        lowrank_linear(x, *group, backend=backend)
+    for rows in (1, 40):
+        with pytest.raises((ValueError, IndexError, RuntimeError)):
+            lowrank_linear(torch.ones(rows, K), *group, backend=backend)
+
+
+def test_auto_takes_the_cpu_kernels_for_any_number_of_rows() -> None:
+    row = next(row for row in BACKENDS if row.name == "cpu")
+    call = OpCall("lowrank_linear", torch.device("cpu"), torch.float32, rows=4096, rank=R)
+    assert row.avoids(call) is not None
+    assert row.avoids(call._replace(pivoted=True)) is None
 
 
 def test_backends_without_kernels_for_them_refuse() -> None:
