@@ -47,6 +47,7 @@ def cases() -> Iterator[AotCase]:
     yield from _lowrank_linear_cases("pair", (1, 2, 4, 16, 64, 256))
     yield from _lowrank_linear_cases("fused", (1, 2, 4, 16, 64))
     yield from _lowrank_glu_cases()
+    yield from _pivoted_cases()
 
 
 def complaints(launch: Launch, binary: Binary) -> list[str]:
@@ -190,9 +191,12 @@ def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def _factors(N: int, K: int, R: int, dtype: torch.dtype, *, scaled: bool = False, biased: bool = False) -> Factors:
+def _factors(
+    N: int, K: int, R: int, dtype: torch.dtype, *, pivots: int = 0, scaled: bool = False, biased: bool = False
+) -> Factors:
     s = _empty(R, dtype=FP32) if scaled else None
-    return Factors(_empty(N, R, dtype=dtype), s, _empty(R, K, dtype=dtype), _empty(N, dtype=dtype) if biased else None)
+    bias, order = _empty(N, dtype=dtype) if biased else None, _empty(N, dtype=torch.int32) if pivots else None
+    return Factors(_empty(N - pivots, R, dtype=dtype), s, _empty(R, K, dtype=dtype), bias, order)
 
 
 # --- singular_value_grad ----------------------------------------------------------------------------------------------
@@ -256,6 +260,32 @@ def _lowrank_linear_cases(path: str, rows: Sequence[int]) -> Iterator[AotCase]:
         for dtype in (BF16, FP16, FP32):
             group = [_factors(4096, 4096, 208, dtype, scaled=True, biased=True)]
             yield _linear_case(f"{path}, {M} rows, {_short(dtype)}, s and bias", path, M, group)
+        mixed = [_factors(N, 4096, R, BF16, pivots=R - 4 if N == 4096 else 0) for N, R in QKV]
+        yield _linear_case(f"{path}, {M} rows, q/k/v, q pivoted", path, M, mixed)
+
+
+def _pivoted_cases() -> Iterator[AotCase]:
+    """Packed factors whose logical ranks are no multiples of 16, and one of half of the dense parameters."""
+    for M in (1, 2, 16, 64):
+        for N, K, R in (SHAPES[0], SHAPES[3], (4096, 4096, 1216)):
+            group = [_factors(N, K, R, BF16, pivots=R - 4)]
+            first = SHAPES[0] == (N, K, R) and M == 16
+            yield _linear_case(f"pair, pivoted, {N}x{K}, rank {R - 4} of {R}, {M} rows", "pair", M, group, first)
+    for M in (1, 16, 64):
+        yield _linear_case(f"fused, pivoted, {M} rows", "fused", M, [_factors(4096, 4096, 208, BF16, pivots=204)])
+    for dtype in (FP16, FP32):
+        group = [_factors(4096, 4096, 208, dtype, pivots=208, biased=True)]
+        yield _linear_case(f"pair, pivoted, 16 rows, {_short(dtype)}, bias", "pair", 16, group)
+    yield AotCase("lowrank_linear, gemms, pivoted, 2048 rows", _pivoted_product)
+    for M in (1, 16, 64, 2048):
+        yield _glu_case(M, "silu", BF16, pivots=4)
+
+
+def _pivoted_product(gpu: Gpu) -> Sequence[Launch]:
+    N, K, R = SHAPES[0]
+    x, group = _empty(2048, K), _factors(N, K, R, BF16, pivots=R)
+    config = rule_of_thumb("lowrank_linear", lowrank_linear.launch_key(x, [group]), gpu)
+    return [lowrank_linear.pivoted_launch(_empty(2048, R), group, _empty(2048, N), config)]
 
 
 def _linear_case(name: str, path: str, M: int, factors: Sequence[Factors], representative: bool = False) -> AotCase:
@@ -263,7 +293,7 @@ def _linear_case(name: str, path: str, M: int, factors: Sequence[Factors], repre
         x = _empty(M, factors[0].Vh.shape[1], dtype=factors[0].U.dtype)
         key = lowrank_linear.launch_key(x, factors)
         config = on_path(rule_of_thumb("lowrank_linear", key, gpu), path, key)
-        outputs = [_empty(M, group.U.shape[0], dtype=x.dtype) for group in factors]
+        outputs = [_empty(M, group.out_features, dtype=x.dtype) for group in factors]
         return lowrank_linear.plan(x, factors, outputs, config, gpu) if serves(config, key) else []
 
     return AotCase(f"lowrank_linear, {name}", launches, representative)
@@ -280,18 +310,22 @@ def _lowrank_glu_cases() -> Iterator[AotCase]:
         yield _glu_case(16, "silu", dtype)
 
 
-def _glu_case(M: int, activation: str, dtype: torch.dtype, *, representative: bool = False) -> AotCase:
+def _glu_case(M: int, activation: str, dtype: torch.dtype, *, pivots: int = 0, representative: bool = False) -> AotCase:
+    """Both members have ranks that end ``pivots`` before a multiple of 16 and are pivoted, if it is not 0."""
+
     def launches(gpu: Gpu) -> Sequence[Launch]:
         N, K, R = SHAPES[1]
         x, output = _empty(M, K, dtype=dtype), _empty(M, N, dtype=dtype)
-        gate, up = _factors(N, K, R, dtype), _factors(N, K, R - 16, dtype)
+        gate, up = (_factors(N, K, rank, dtype, pivots=pivots and rank - pivots) for rank in (R, R - 16))
         config = rule_of_thumb("lowrank_glu", lowrank_linear.launch_key(x, [gate, up]), gpu)
         if config.path == "gemms":
             hidden = [_empty(1, M, group.U.shape[1], dtype=dtype) for group in (gate, up)]
-            return [lowrank_glu.expand_launch(gate, up, hidden, output, activation, config, dependent=False)]
+            second = (hidden, up.order, output, activation, config)
+            return [lowrank_glu.expand_launch(gate, up, *second, dependent=False)]
         return lowrank_glu.plan(x, gate, up, activation, output, config, gpu)
 
-    return AotCase(f"lowrank_glu, {M} rows, {activation}, {_short(dtype)}", launches, representative)
+    name = f"lowrank_glu, {M} rows, {activation}, {_short(dtype)}{', pivoted' * (pivots > 0)}"
+    return AotCase(name, launches, representative)
 
 
 def _short(dtype: torch.dtype) -> str:

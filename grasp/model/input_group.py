@@ -163,8 +163,8 @@ def _is_movable(layer: LowRankLinear) -> bool:
 
 
 def _is_packable(layer: LowRankLinear) -> bool:
-    """Whether ``pack_`` moves the factors of a layer; no kernel reads pivoted ones in packed memory."""
-    return _is_movable(layer) and layer.order is None and _gains_by_packing(layer.U) and _gains_by_packing(layer.Vh)
+    """Whether ``pack_`` moves the factors of a layer."""
+    return _is_movable(layer) and _gains_by_packing(layer.U) and _gains_by_packing(layer.Vh)
 
 
 def _gains_by_packing(factor: Tensor) -> bool:

@@ -108,8 +108,6 @@ def _triton_missing() -> str | None:
 
 
 def _triton_refuses(call: OpCall) -> str | None:
-    if call.pivoted:
-        return "it has no kernels for pivoted factors"
     if call.dtype == torch.float64:
         return "its kernels accumulate in float32"
     if _triton_interprets() and call.device.type in ("cpu", "cuda"):

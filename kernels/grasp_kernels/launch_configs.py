@@ -20,9 +20,12 @@ from grasp_kernels.triton.launch import Gpu
 from grasp_kernels.triton.prepared import PREPARED
 
 CONFIGS = Path(__file__).parent / "configs"
+_LINEAR = tuple(
+    f"triton/{name}.py" for name in ("lowrank_linear", "lowrank_linear_kernels", "shrink", "expand", "tiles")
+)
 SOURCES = {
-    "lowrank_linear": ("triton/lowrank_linear.py", "triton/tiles.py"),
-    "lowrank_glu": ("triton/lowrank_glu.py", "triton/lowrank_linear.py", "triton/tiles.py"),
+    "lowrank_linear": _LINEAR,
+    "lowrank_glu": ("triton/lowrank_glu.py", *_LINEAR),
     "singular_value_grad": (
         "triton/singular_value_grad.py",
         "triton/singular_value_grad_kernels.py",

@@ -114,15 +114,19 @@ def packed_memory(factor: Tensor, dim: int) -> Tensor | None:
     return factor if factor.shape[dim] % RANK_MULTIPLE == 0 else None
 
 
-def widened(factors: Factors) -> Factors:
-    """The packed factors in whose memory these lie; the factors themselves if there are none, or there is an s."""
+def widened(factors: Factors, *, pivoted: bool = False) -> Factors:
+    """The packed factors in whose memory these lie; the factors themselves if there are none, or there is an s.
+
+    Pivoted factors are widened only if ``pivoted``: their rank may then be above ``Factors.pivots``, which only the
+    Triton kernels allow.
+    """
     U, s, Vh, bias, order = factors
-    if order is not None:
+    if order is not None and not pivoted:
         return factors
     left = U if U.shape[1] % RANK_MULTIPLE == 0 else packed_memory(U, 1)
     if left is None or s is not None or (right := packed_memory(Vh, 0)) is None:
         return factors
-    return Factors(left, None, right, bias)
+    return Factors(left, None, right, bias, order)
 
 
 class _Padding(NamedTuple):

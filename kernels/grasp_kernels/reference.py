@@ -38,6 +38,11 @@ class Factors(NamedTuple):
         """N."""
         return self.U.shape[0] if self.order is None else self.order.shape[0]
 
+    @property
+    def pivots(self) -> int:
+        """The number of outputs that h gives: R, or less if the ranks are padded; 0 without ``order``."""
+        return 0 if self.order is None else self.order.shape[0] - self.U.shape[0]
+
 
 class Activation(NamedTuple):
     """An activation and its vector-Jacobian product ``(grad, input) -> grad_input``."""
@@ -86,8 +91,18 @@ def project(x: Tensor, s: Tensor | None, Vh: Tensor) -> Tensor:
     return h if s is None else (h.to(accumulation_dtype(x.dtype)) * s).to(x.dtype)
 
 
-def linear(h: Tensor, U: Tensor, bias: Tensor | None, output: Tensor | None = None) -> Tensor:
-    """``h @ U.mT + bias``: (M, R) → (M, N), written to ``output`` if given."""
+def linear(
+    h: Tensor, U: Tensor, bias: Tensor | None, output: Tensor | None = None, order: Tensor | None = None
+) -> Tensor:
+    """``h @ U.mT + bias``, or ``y[order] = cat([h, h @ U.mT])`` and then the bias: (M, R) → (M, N).
+
+    ``output`` is filled if given. Columns of h above the number of pivots are padding.
+    """
+    if order is not None:
+        pivots, others = order.long().tensor_split([order.shape[0] - U.shape[0]])
+        y = h.new_empty(h.shape[0], order.shape[0]) if output is None else output
+        y.index_copy_(1, pivots, h[:, : len(pivots)]).index_copy_(1, others, F.linear(h, U))
+        return y if bias is None else y.add_(bias)
     if output is None:
         return F.linear(h, U, bias)
     return torch.mm(h, U.mT, out=output) if bias is None else torch.addmm(bias, h, U.mT, out=output)
@@ -106,13 +121,7 @@ def lowrank_linear(
 
     ``output``, (M, N), is filled if given.
     """
-    h = project(x, s, Vh)
-    if order is None:
-        return linear(h, U, bias, output)
-    pivots, others = order.long().split([len(Vh), len(U)])
-    y = x.new_empty(x.shape[0], order.shape[0]) if output is None else output
-    y.index_copy_(1, pivots, h).index_copy_(1, others, F.linear(h, U))
-    return y if bias is None else y.add_(bias)
+    return linear(project(x, s, Vh), U, bias, output, order)
 
 
 def lowrank_linear_grouped(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from grasp.model.grouping import group_linears_
 from grasp.model.lowrank_linear import LowRankLinear, is_order
 from grasp_kernels import lowrank_linear_grouped
+from grasp_kernels.packing import widened
 
 SHAPES = [(24, 16, 5), (16, 24, 15), (24, 16, 1), (16, 16, 15), (9, 7, 6)]  # K, N, R
 
@@ -160,13 +161,16 @@ def test_a_group_may_have_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [[False, True, False]]
 
 
-def test_factors_of_a_pivoted_layer_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_factors_of_a_pivoted_layer_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grasp.model.input_group._gains_by_packing", lambda factor: True)
     model, x = Attention(), torch.randn(3, 24, dtype=torch.float64)
     expected = model(x)
     group_linears_(model)
-    assert model.k_proj.U.is_contiguous()
-    assert model.k_proj.U.shape == (5, 3)
+    model.eval()
+    assert model.k_proj.U.stride() == (16, 1)
+    wide = widened(model.k_proj.factors, pivoted=True)
+    assert (wide.U.shape, wide.Vh.shape, wide.pivots, wide.out_features) == ((5, 16), (16, 24), 3, 8)
+    assert widened(model.k_proj.factors).U.shape == (5, 3)  # for other backends
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(model.eval().train()(x), expected, rtol=0, atol=1e-12)
 

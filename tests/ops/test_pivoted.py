@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grasp_kernels import (
-    BackendUnavailableError,
     Factors,
     cpu,
     lowrank_glu,
@@ -113,12 +112,6 @@ def test_auto_takes_the_cpu_kernels_for_any_number_of_rows() -> None:
     call = OpCall("lowrank_linear", torch.device("cpu"), torch.float32, rows=4096, rank=R)
     assert row.avoids(call) is not None
     assert row.avoids(call._replace(pivoted=True)) is None
-
-
-def test_backends_without_kernels_for_them_refuse() -> None:
-    group = pivoted(N, K, R, seeded(), dtype=torch.float32)
-    with pytest.raises(BackendUnavailableError):
-        lowrank_linear(torch.ones(1, K), *group, backend="triton")
 
 
 def test_they_have_no_packed_form() -> None:

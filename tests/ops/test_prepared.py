@@ -86,14 +86,29 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
 
 
 def group(
-    generator: torch.Generator, *, s: bool = False, bias: bool = True, members: int = 3, packed: bool = False
+    generator: torch.Generator,
+    *,
+    s: bool = False,
+    bias: bool = True,
+    members: int = 3,
+    packed: bool = False,
+    pivoted: bool = False,
 ) -> list[Factors]:
-    """The second member never has an s, the third never a bias."""
+    """The second member never has an s, the third never a bias; only the second may be pivoted."""
     created = [
         factors(N, K, R, generator, s=s and index != 1, bias=bias and index != 2, dtype=BF16)
         for index, (N, R) in enumerate(SHAPES[:members])
     ]
+    if pivoted:
+        created[1] = pivot(created[1], generator)
     return pack_factors(created) if packed else created
+
+
+def pivot(member: Factors, generator: torch.Generator) -> Factors:
+    """Random pivoted factors of the same shape."""
+    N, R = member.U.shape
+    order = torch.randperm(N, generator=generator).to(torch.int32)
+    return member._replace(U=member.U[R:].clone(), s=None, order=order)
 
 
 def check(x: Tensor, members: Sequence[Factors], config: Config = PAIR) -> list[Tensor]:
@@ -110,10 +125,11 @@ CALLS = {
     "packed": {"packed": True},
     "s": {"s": True},
     "no bias": {"bias": False},
+    "pivoted": {"pivoted": True},
 }
 
 
-@pytest.mark.parametrize(("call", "rows"), list(zip(CALLS, (1, 5, 1, 5, 5), strict=True)))
+@pytest.mark.parametrize(("call", "rows"), list(zip(CALLS, (1, 5, 1, 5, 5, 5), strict=True)))
 def test_a_second_call_with_other_tensors_plans_nothing(call: str, rows: int, compiled: list[Launch]) -> None:
     generator = seeded()
     linear.lowrank_linear_grouped(normal((rows, K), generator, dtype=BF16), group(generator, **CALLS[call]))
@@ -140,16 +156,27 @@ def test_reduced_and_given_outputs_are_replayed(monkeypatch: pytest.MonkeyPatch,
         assert len(compiled) == 2 * (repetition == 0)
 
 
-@pytest.mark.parametrize(("reduce", "rows", "s", "packed"), [(False, 1, False, True), (True, 5, True, False)])
+GATED_CALLS = [  # reduce, rows, s, packed, which members are pivoted
+    (False, 1, False, True, ()),
+    (True, 5, True, False, ()),
+    (True, 5, False, False, (0, 1)),
+    (False, 1, False, False, (1,)),
+]
+
+
+@pytest.mark.parametrize("call", GATED_CALLS)
 def test_a_gated_unit_is_replayed(
-    reduce: bool, rows: int, s: bool, packed: bool, monkeypatch: pytest.MonkeyPatch, compiled: list[Launch]
+    call: tuple[bool, int, bool, bool, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, compiled: list[Launch]
 ) -> None:
+    reduce, rows, s, packed, pivoted = call
     config = replace(PAIR, reduce=reduce)
     monkeypatch.setattr(glu, "choose", lambda *_: config)
     generator = seeded()
     for repetition in range(2):
         x = normal((rows, K), generator, dtype=BF16)
         members = [factors(24, K, R, generator, s=s and R == 5, bias=R == 17, dtype=BF16) for R in (5, 17)]
+        for index in pivoted:
+            members[index] = pivot(members[index], generator)
         gate, up = pack_factors(members) if packed else members
         expected = glu.run(x, gate, up, "silu", config)
         compiled.clear()
@@ -173,6 +200,8 @@ def test_calls_whose_plans_differ_do_not_share_one() -> None:
         (x, [Factors(U, torch.ones(5), Vh, bias), second]),
         (x, [Factors(U, torch.ones(5, dtype=BF16), Vh, bias), second]),
         (x, [Factors(U, s, Vh, None), second]),
+        (x, [Factors(U, s, Vh, None, torch.arange(29, dtype=torch.int32)), second]),
+        (x, [Factors(U, s, Vh, None, torch.arange(28, dtype=torch.int32)), second]),  # a rank of 4, padded
         (x, [Factors(normal((24, 8), generator, dtype=BF16)[:, :5], s, Vh, bias), second]),
     ]
     planned = [linear.lowrank_linear_grouped(*call) for call in calls]
@@ -239,7 +268,9 @@ def test_nothing_that_a_call_allocates_or_takes_stays_alive(
         weakref.ref(tensor) for tensor in (x, *ys, *(part for member in members for part in member if part is not None))
     ]
     (pair,) = PREPARED.values()
-    assert all(isinstance(value, int | bool | tuple) for kernel in (pair.shrink, pair.expand) for value in kernel.rest)
+    assert all(
+        isinstance(value, int | bool | tuple | None) for kernel in (pair.shrink, pair.expand) for value in kernel.rest
+    )
     PREPARED.update({key: kept._replace(shrink=None, expand=None) for key, kept in PREPARED.items()})  # the stand-ins
     del x, members, ys, pair
     compiled.clear()

@@ -17,7 +17,8 @@ from grasp_kernels.launch_configs import Config
 from grasp_kernels.reference import ACTIVATIONS
 from grasp_kernels.triton import lowrank_glu as glu
 from grasp_kernels.triton import lowrank_linear as linear
-from grasp_kernels.triton import tiles
+from grasp_kernels.triton import lowrank_linear_kernels as kernels
+from grasp_kernels.triton import shrink
 from grasp_kernels.triton.launch import Gpu, gpu_of
 from tests import definitions
 from tests.numerics import FLOORS, assert_accurate, relative_error
@@ -137,10 +138,10 @@ def fused(
 @pytest.mark.parametrize(
     ("programs", "phases"),
     [
-        (1, (linear.BOTH_PHASES,)),  # with the barrier
-        (1, (linear.SHRINK_ONLY, linear.EXPAND_ONLY)),
-        (4, (linear.SHRINK_ONLY, linear.EXPAND_ONLY)),  # several tiles each
-        (50, (linear.SHRINK_ONLY, linear.EXPAND_ONLY)),  # more programs than tiles
+        (1, (kernels.BOTH_PHASES,)),  # with the barrier
+        (1, (kernels.SHRINK_ONLY, kernels.EXPAND_ONLY)),
+        (4, (kernels.SHRINK_ONLY, kernels.EXPAND_ONLY)),  # several tiles each
+        (50, (kernels.SHRINK_ONLY, kernels.EXPAND_ONLY)),  # more programs than tiles
     ],
 )
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_barrier_and_counters_are_ready_for_the_next_launch() -> None:
     words = []
     for _ in range(5):
         x = normal((7, K), generator, dtype=torch.float32, device=DEVICE)
-        check(fused(x, members, config, 1, [linear.BOTH_PHASES], counter), x, members)
+        check(fused(x, members, config, 1, [kernels.BOTH_PHASES], counter), x, members)
         assert not counter[1:].any()
         words.append(int(counter[0]) & 0xFFFFFFFF)
     assert words == [1 << 30, 2 << 30, 3 << 30, 0, 1 << 30]  # one bit flips; the bits above it wrap, those below stay 0
@@ -175,7 +176,7 @@ def test_a_pair_can_follow_a_fused_launch_on_the_same_counters(monkeypatch: pyte
     x = normal((7, K), generator, dtype=torch.float32, device=DEVICE)
     shared = torch.zeros(64, dtype=torch.int32, device=DEVICE)
     monkeypatch.setattr(linear, "counters", lambda *_: shared)
-    fused(x, members, replace(PAIR, path="fused", reduce=True), 1, [linear.BOTH_PHASES], shared)
+    fused(x, members, replace(PAIR, path="fused", reduce=True), 1, [kernels.BOTH_PHASES], shared)
     assert shared[0] != 0
     check(linear.run(x, members, replace(PAIR, reduce=True)), x, members)
 
@@ -254,9 +255,9 @@ def test_dependent_launches_prefetch_every_row_of_vh_once_and_compute_the_same(
         pairs = zip(begin.handle.data.ravel().tolist(), size.handle.data.ravel().tolist(), strict=True)
         ranges.extend((first, length) for first, length in pairs if length)
 
-    for module in (tiles, linear):
+    for module in (shrink, kernels):
         monkeypatch.setattr(module, "wait_and_release", lambda: None)
-    monkeypatch.setattr(tiles, "prefetch", record)
+    monkeypatch.setattr(shrink, "prefetch", record)
     outputs = [torch.full_like(y, torch.nan) for y in expected]
     for launch in linear.plan(x, members, outputs, PAIR, H100):
         launch.run()

@@ -1,4 +1,8 @@
-"""Triton: ``act(gate(x)) * up(x)`` for two low-rank linears; one dual expand multiplies both in registers."""
+"""Triton: ``act(gate(x)) * up(x)`` for two low-rank linears; one dual expand multiplies both in registers.
+
+If gate is pivoted, outputs are computed in its order. If up is pivoted, its order is inverted first, to find its entry
+for each output: by the shrink, or beside the matrix products by a small launch.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from grasp_kernels.launch_configs import Config, choose
-from grasp_kernels.packing import RANK_MULTIPLE
+from grasp_kernels.packing import RANK_MULTIPLE, widened
 from grasp_kernels.reference import ACTIVATIONS, Factors
+from grasp_kernels.triton.expand import (
+    expand_tile,
+    load_bias,
+    load_tiles,
+    places_of,
+    rows_of_u,
+    store_rows,
+    with_pivots,
+    within,
+)
 from grasp_kernels.triton.launch import Gpu, Launch, gpu_of, run_all
 from grasp_kernels.triton.lowrank_linear import (
     expand_gemm,
@@ -28,7 +42,9 @@ from grasp_kernels.triton.lowrank_linear import (
     unit_stride,
 )
 from grasp_kernels.triton.prepared import PREPARED, describe, prepare
-from grasp_kernels.triton.tiles import expand_tile, load_bias, load_tiles, store_rows, wait_and_release
+from grasp_kernels.triton.tiles import wait_and_release
+
+INVERT_BLOCK = 1024
 
 
 @triton.jit
@@ -49,19 +65,23 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _lowrank_glu_expand_kernel(
-    gate_u_ptr,  # [N, gate_R]
+    gate_u_ptr,  # [N - gate_pivots, gate_R]
     gate_s_ptr,  # [gate_R]
     gate_bias_ptr,  # [N]
     gate_h_ptr,  # [SPLITS, M, gate_R]
-    up_u_ptr,  # [N, up_R]
+    up_u_ptr,  # [N - up_pivots, up_R]
     up_s_ptr,  # [up_R]
     up_bias_ptr,  # [N]
     up_h_ptr,  # [SPLITS, M, up_R]
     y_ptr,  # [M, N]
+    gate_order_ptr,  # [N] int32, or None if gate is not pivoted
+    up_entries_ptr,  # [N] int32: the inverse of the order of up, or None
     M,
     N,
     gate_R,
     up_R,
+    gate_pivots,
+    up_pivots,
     gate_stride_un,
     up_stride_un,
     gate_stride_hm,
@@ -82,23 +102,49 @@ def _lowrank_glu_expand_kernel(
 ):
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    gate_u = load_tiles(gate_u_ptr, offs_n, N, gate_R, gate_stride_un, BLOCK_R, TILES)
-    up_u = load_tiles(up_u_ptr, offs_n, N, up_R, up_stride_un, BLOCK_R, TILES)
+    gate_rows, gate_size, columns = offs_n, N, offs_n
+    if gate_order_ptr is not None:
+        gate_rows, gate_size = rows_of_u(offs_n, gate_pivots, N), N - gate_pivots
+        columns = places_of(gate_order_ptr, offs_n, gate_pivots, N)
+    gate_u = load_tiles(gate_u_ptr, gate_rows, gate_size, gate_R, gate_stride_un, BLOCK_R, TILES)
+    up_rows, up_size = columns, N
+    if up_entries_ptr is None:
+        up_u = load_tiles(up_u_ptr, up_rows, up_size, up_R, up_stride_un, BLOCK_R, TILES)
     if DEPENDENT:
         wait_and_release()
+    if up_entries_ptr is not None:  # written by the shrink
+        entries = tl.load(up_entries_ptr + columns, mask=columns < N, other=-1, cache_modifier=".cg")
+        entries = within(entries, N)
+        up_rows, up_size = rows_of_u(entries, up_pivots, N), N - up_pivots
+        up_u = load_tiles(up_u_ptr, up_rows, up_size, up_R, up_stride_un, BLOCK_R, TILES)
     gate = expand_tile(
-        *(gate_u, gate_u_ptr, gate_h_ptr, gate_s_ptr, gate_R, offs_m, offs_n, M, N, gate_R),
+        *(gate_u, gate_u_ptr, gate_h_ptr, gate_s_ptr, gate_R, offs_m, gate_rows, M, gate_size, gate_R),
         *(gate_stride_un, gate_stride_hm, gate_stride_hs),
         *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES % 2 == 1, STAGES, LOOPED),
     )
     up = expand_tile(
-        *(up_u, up_u_ptr, up_h_ptr, up_s_ptr, up_R, offs_m, offs_n, M, N, up_R),
+        *(up_u, up_u_ptr, up_h_ptr, up_s_ptr, up_R, offs_m, up_rows, M, up_size, up_R),
         *(up_stride_un, up_stride_hm, up_stride_hs),
         *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES >= 2, STAGES, LOOPED),
     )
-    gate += load_bias(gate_bias_ptr, N, offs_n, BIASES % 2 == 1)
-    up += load_bias(up_bias_ptr, N, offs_n, BIASES >= 2)
-    store_rows(y_ptr, _activate(gate, ACTIVATION) * up, offs_m, offs_n, M, N, N)
+    if gate_order_ptr is not None:
+        gate = with_pivots(
+            *(gate, tl.program_id(0) * BLOCK_N, gate_h_ptr, offs_m, offs_n, M),
+            *(gate_pivots, gate_stride_hm, gate_stride_hs, SPLITS),
+        )
+    if up_entries_ptr is not None:
+        up = with_pivots(up, 0, up_h_ptr, offs_m, entries, M, up_pivots, up_stride_hm, up_stride_hs, SPLITS)
+    gate += load_bias(gate_bias_ptr, N, columns, BIASES % 2 == 1)
+    up += load_bias(up_bias_ptr, N, columns, BIASES >= 2)
+    store_rows(y_ptr, _activate(gate, ACTIVATION) * up, offs_m, columns, M, N, N)
+
+
+@triton.jit
+def _invert_kernel(order_ptr, entries_ptr, N, BLOCK: tl.constexpr):
+    """``entries[order] = arange(N)``."""
+    entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    places = tl.load(order_ptr + entries, mask=entries < N, other=-1)
+    tl.store(entries_ptr + places, entries, mask=(places >= 0) & (places < N))
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
@@ -106,7 +152,7 @@ def _lowrank_glu_expand_kernel(
 
 def lowrank_glu(x: Tensor, gate: Factors, up: Factors, activation: str) -> Tensor:
     """``act(gate(x)) * up(x)``; x is (M, K). Arguments and result as in ``reference.lowrank_glu``."""
-    factors = [gate, up]
+    gate, up = factors = [widened(group, pivoted=True) if group.order is not None else group for group in (gate, up)]
     description, addresses = describe(x, factors, None)
     key = ("lowrank_glu", activation, description)
     pair = PREPARED.get(key)
@@ -129,7 +175,7 @@ def _run(
 ) -> tuple[Tensor, list[Launch], list[Any]]:
     """The output of a call, its launches, and their binaries."""
     Vhs = [gate.Vh, up.Vh]
-    output = x.new_empty(x.shape[0], gate.U.shape[0])
+    output = x.new_empty(x.shape[0], gate.out_features)
     if output.numel() == 0:
         return output, [], []
     if config.path == "gemms" and x.dtype == torch.float32:  # no tensor cores: the vendor's products are faster
@@ -137,7 +183,11 @@ def _run(
         return ACTIVATIONS[activation].forward(gate_y).mul_(up_y), [], []
     if config.path == "gemms":
         hidden = [h.unsqueeze(0) for h in hidden_gemm(x, Vhs)]
-        launches = [expand_launch(row_major(gate), row_major(up), hidden, output, activation, config, dependent=False)]
+        gate, up = row_major(gate), row_major(up)
+        entries = _new_entries(up)
+        launches = [expand_launch(gate, up, hidden, entries, output, activation, config, dependent=False)]
+        if entries is not None:
+            launches.insert(0, invert_launch(up, entries))
     else:
         launches = plan(x, gate, up, activation, output, config, gpu_of(x.device))
     return output, launches, run_all(launches, x.device)
@@ -154,16 +204,29 @@ def plan(
         read = hidden[-1:] if x.shape[0] <= 2 else hidden[-1:].view(x.dtype)
     column = triton.cdiv(gate.U.shape[1], RANK_MULTIPLE) * RANK_MULTIPLE
     halves = [read[:, :, :column], read[:, :, column:]]
+    entries = _new_entries(up)
     return [
-        shrink_launch(x, [gate.Vh, up.Vh], hidden, config, gpu),
-        expand_launch(gate, up, halves, output, activation, config, dependent=gpu.dependent_launch),
+        shrink_launch(x, [gate.Vh, up.Vh], hidden, config, gpu, up.order, entries),
+        expand_launch(gate, up, halves, entries, output, activation, config, dependent=gpu.dependent_launch),
     ]
+
+
+def _new_entries(up: Factors) -> Tensor | None:
+    """Memory for the inverse of the order of up, (N,) int32; ``None`` if it is not pivoted."""
+    return None if up.order is None else torch.empty_like(up.order)
+
+
+def invert_launch(up: Factors, entries: Tensor) -> Launch:
+    """``entries[order] = arange(N)``."""
+    arguments = {"order_ptr": up.order, "entries_ptr": entries, "N": len(entries), "BLOCK": INVERT_BLOCK}
+    return Launch(_invert_kernel, (triton.cdiv(len(entries), INVERT_BLOCK),), arguments, {"num_warps": 4})
 
 
 def expand_launch(
     gate: Factors,
     up: Factors,
     hidden: Sequence[Tensor],
+    entries: Tensor | None,
     output: Tensor,
     activation: str,
     config: Config,
@@ -172,18 +235,21 @@ def expand_launch(
 ) -> Launch:
     """The dual expand: ``hidden`` is h of gate and of up, (splits, M, at least R), fp32 or the dtype of the output.
 
+    ``entries`` has the inverse of the order of up when the launch starts or, with ``dependent``, has waited.
     With ``dependent`` it starts before the previous launch ends, loads U and waits.
     """
     rows, width = output.shape
     block_m = row_block(rows, config)
     arguments: dict[str, Any] = {}
-    for name, (U, s, _, bias, _), h in (("gate", gate, hidden[0]), ("up", up, hidden[1])):
+    for name, group, h in (("gate", gate, hidden[0]), ("up", up, hidden[1])):
+        U, s, _, bias, order = group
         arguments |= {
             f"{name}_u_ptr": U,
             f"{name}_s_ptr": U if s is None else s,  # a placeholder that is not read
             f"{name}_bias_ptr": U if bias is None else bias,
             f"{name}_h_ptr": h,
             f"{name}_R": U.shape[1],
+            f"{name}_pivots": None if order is None else group.pivots,
             f"{name}_stride_un": U.stride(0),
             f"{name}_stride_hm": h.stride(1),
             f"{name}_stride_hs": h.stride(0) if len(h) > 1 else 0,  # Triton compiles for its divisibility
@@ -196,6 +262,8 @@ def expand_launch(
         {
             **arguments,
             "y_ptr": output,
+            "gate_order_ptr": gate.order,
+            "up_entries_ptr": entries,
             "M": rows,
             "N": width,
             "BLOCK_M": block_m,

@@ -12,6 +12,7 @@ Shrink prefetches Vh, expand loads U, then each program waits, and only then let
 * P can be a copy into the weights. Before the wait of shrink, Vh is prefetched only into the second-level cache, where
   all stores end: it cannot be stale there. Expand loads U into registers before its own wait, but it starts only when
   all programs of shrink have ended their wait for P.
+* The table of pivoted factors is read like U.
 * A launch ends after its wait, so after the end of P, and by induction after the end of all that P waited for: a pair
   after a pair may reuse the memory of h and the counters. Only neighbors run at the same time.
 """
@@ -19,163 +20,41 @@ Shrink prefetches Vh, expand loads U, then each program waits, and only then let
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from grasp_kernels.counters import counters
 from grasp_kernels.launch_configs import FUSED_RANK, FUSED_ROWS, Config, LaunchKey, choose
-from grasp_kernels.packing import RANK_MULTIPLE, stacked
+from grasp_kernels.packing import RANK_MULTIPLE, stacked, widened
 from grasp_kernels.reference import Factors, hidden_product, linear
 from grasp_kernels.triton.launch import Gpu, Launch, gpu_of, run_all
+from grasp_kernels.triton.lowrank_linear_kernels import (
+    BOTH_PHASES,
+    _lowrank_expand_kernel,
+    _lowrank_fused_kernel,
+    _lowrank_shrink_kernel,
+)
 from grasp_kernels.triton.prepared import PREPARED, describe, prepare
-from grasp_kernels.triton.tiles import arrive, expand, first_u, shrink, wait, wait_and_release
 
-BOTH_PHASES, SHRINK_ONLY, EXPAND_ONLY = 0, 1, 2  # of the fused kernel; the last two are for its tests
 REGISTER_BYTES = 576  # per thread, for the tiles of U, h and y that an expand holds; a thread has 1020
-_SHRINK_ONLY, _EXPAND_ONLY = tl.constexpr(SHRINK_ONLY), tl.constexpr(EXPAND_ONLY)
-
-
-@triton.jit(do_not_specialize=["M"])
-def _lowrank_shrink_kernel(
-    x_ptr,  # [M, K]
-    vh_ptrs,  # of each member: [R, K]
-    h_ptr,  # [SPLITS + REDUCE, M, columns] fp32
-    counter_ptr,  # [1 + row tiles * rank tiles] int32, used with REDUCE
-    ranks,
-    vh_strides,
-    M,
-    K,
-    stride_xm,
-    stride_hm,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr,
-    STAGES: tl.constexpr,
-    REDUCE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    if REDUCE:
-        counter_ptr += 1
-    shrink(
-        *(x_ptr, vh_ptrs, h_ptr, counter_ptr, ranks, vh_strides),
-        *(tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(0)),
-        *(M, K, stride_xm, stride_hm, BLOCK_M, BLOCK_R, BLOCK_K, SPLITS, STAGES, REDUCE, DEPENDENT),
-    )
-
-
-@triton.jit(do_not_specialize=["M"])
-def _lowrank_expand_kernel(
-    u_ptrs,  # of each member: [N, R]
-    s_ptrs,  # [R]
-    bias_ptrs,  # [N]
-    y_ptrs,  # [M, N]
-    h_ptr,  # [SPLITS + REDUCE, M, columns] fp32
-    widths,
-    ranks,
-    u_strides,
-    y_strides,
-    M,
-    stride_hm,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    SPLITS: tl.constexpr,
-    REDUCE: tl.constexpr,
-    SCALES: tl.constexpr,
-    BIASES: tl.constexpr,
-    STAGES: tl.constexpr,
-    TILES: tl.constexpr,  # of U, loaded before the wait for h
-    LOOPED: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    tile = tl.program_id(0)
-    u = first_u(u_ptrs, widths, ranks, u_strides, tile, BLOCK_N, BLOCK_R, TILES)
-    if DEPENDENT:
-        wait_and_release()
-    expand(
-        *(u, (u_ptrs, s_ptrs, bias_ptrs, y_ptrs), h_ptr, (widths, ranks, u_strides, y_strides)),
-        *(tile, tl.program_id(1), M, stride_hm),
-        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, REDUCE, SCALES, BIASES, STAGES, LOOPED),
-    )
-
-
-@triton.jit(do_not_specialize=["M"])
-def _lowrank_fused_kernel(
-    x_ptr,  # [M, K]
-    vh_ptrs,  # of each member: [R, K]
-    u_ptrs,  # [N, R]
-    s_ptrs,  # [R]
-    bias_ptrs,  # [N]
-    y_ptrs,  # [M, N]
-    h_ptr,  # [SPLITS + REDUCE, M, columns] fp32
-    counter_ptr,  # [1 + rank tiles] int32: the barrier's word, then one per tile
-    widths,
-    ranks,
-    vh_strides,
-    u_strides,
-    y_strides,
-    rank_tiles,
-    width_tiles,
-    M,
-    K,
-    stride_xm,
-    stride_hm,
-    BLOCK_M: tl.constexpr,
-    SHRINK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,  # the whole rank of each member
-    SPLITS: tl.constexpr,
-    STAGES: tl.constexpr,
-    REDUCE: tl.constexpr,
-    SCALES: tl.constexpr,
-    BIASES: tl.constexpr,
-    PHASE: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    programs = tl.num_programs(0)
-    if PHASE != _EXPAND_ONLY:
-        for task in range(pid, rank_tiles * SPLITS, programs):
-            shrink(
-                *(x_ptr, vh_ptrs, h_ptr, counter_ptr + 1, ranks, vh_strides),
-                *(task % rank_tiles, task // rank_tiles, 0, rank_tiles),
-                *(M, K, stride_xm, stride_hm, BLOCK_M, SHRINK_R, BLOCK_K, SPLITS, STAGES, REDUCE, False),
-            )
-    if PHASE != _SHRINK_ONLY:
-        # Arrive first, then load U while other programs finish: an earlier load of U would delay the shrink.
-        if PHASE != _EXPAND_ONLY:
-            ticket = arrive(counter_ptr)
-        u = first_u(u_ptrs, widths, ranks, u_strides, pid, BLOCK_N, BLOCK_R, 1)
-        if PHASE != _EXPAND_ONLY:
-            wait(counter_ptr, ticket)
-        for tile in range(pid, width_tiles, programs):
-            expand(
-                *(u, (u_ptrs, s_ptrs, bias_ptrs, y_ptrs), h_ptr, (widths, ranks, u_strides, y_strides)),
-                *(tile, 0, M, stride_hm),
-                *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, REDUCE, SCALES, BIASES, STAGES, False),
-            )
-            u = first_u(u_ptrs, widths, ranks, u_strides, tile + programs, BLOCK_N, BLOCK_R, 1)
-
-
-# --- launchers --------------------------------------------------------------------------------------------------------
 
 
 def lowrank_linear(
-    x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, order: None = None
+    x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, order: Tensor | None = None
 ) -> Tensor:
     """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). Arguments and result as in ``reference.lowrank_linear``."""
-    return lowrank_linear_grouped(x, [Factors(U, s, Vh, bias)])[0]
+    return lowrank_linear_grouped(x, [Factors(U, s, Vh, bias, order)])[0]
 
 
 def lowrank_linear_grouped(
     x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
     """Several low-rank linears of one input; x is (M, K). One launch for all shrinks and one for all expands."""
+    factors = [widened(group, pivoted=True) if group.order is not None else group for group in factors]
     key, addresses = describe(x, factors, outputs)
     pair = PREPARED.get(key)
     if pair is not None and (replayed := pair.replay(x, addresses, outputs)) is not None:
@@ -189,7 +68,7 @@ def lowrank_linear_grouped(
 
 def launch_key(x: Tensor, factors: Sequence[Factors]) -> LaunchKey:
     """The key of a call's configuration."""
-    width, rank = sum(group.U.shape[0] for group in factors), sum(group.U.shape[1] for group in factors)
+    width, rank = sum(group.out_features for group in factors), sum(group.U.shape[1] for group in factors)
     return LaunchKey.of(x.shape[0], width, x.shape[1], rank, x.dtype, len(factors))
 
 
@@ -203,8 +82,8 @@ def _run(
 ) -> tuple[list[Tensor], list[Launch], list[Any]]:
     """The outputs of a call, its launches, and their binaries."""
     if config.path == "gemms":
-        return gemms(x, factors, outputs), [], []
-    outputs = [x.new_empty(x.shape[0], group.U.shape[0]) for group in factors] if outputs is None else list(outputs)
+        return gemms(x, factors, config, outputs), [], []
+    outputs = [x.new_empty(x.shape[0], group.out_features) for group in factors] if outputs is None else list(outputs)
     if not any(output.numel() for output in outputs):
         return outputs, [], []
     launches = plan(x, factors, outputs, config, gpu_of(x.device))
@@ -222,15 +101,38 @@ def plan(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor], confi
         return [fused_launch(x, factors, outputs, hidden, config, gpu)]
     return [
         shrink_launch(x, [group.Vh for group in factors], hidden, config, gpu),
-        expand_launch(factors, outputs, hidden, config, gpu),
+        expand_launch(factors, outputs, hidden, config, dependent=gpu.dependent_launch),
     ]
 
 
-def gemms(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """The vendor's matrix products: one for all Vh of a packed group, then one per member."""
+def gemms(
+    x: Tensor, factors: Sequence[Factors], config: Config, outputs: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """The vendor's matrix products: one for all Vh of a packed group, then one per member.
+
+    If a member is pivoted and in 16 bits, the expand kernel is its second product: it stores each output in its place.
+    """
     hs = hidden_gemm(x, [group.Vh for group in factors])
     places = [None] * len(factors) if outputs is None else outputs
-    return [expand_gemm(h, group, output) for h, group, output in zip(hs, factors, places, strict=True)]
+    scatters = x.dtype != torch.float32 and x.shape[0] > 0  # in fp32 the vendor's product is faster
+    ys = []
+    for h, group, output in zip(hs, factors, places, strict=True):
+        expands = scatters and group.order is not None
+        ys.append(_expand_pivoted(h, group, config, output) if expands else expand_gemm(h, group, output))
+    return ys
+
+
+def _expand_pivoted(h: Tensor, factors: Factors, config: Config, output: Tensor | None) -> Tensor:
+    """The output of pivoted factors from their h, (M, R) in the dtype of U, in one launch."""
+    output = h.new_empty(h.shape[0], factors.out_features) if output is None else output
+    run_all([pivoted_launch(h, row_major(factors), output, config)], h.device)
+    return output
+
+
+def pivoted_launch(h: Tensor, factors: Factors, output: Tensor, config: Config) -> Launch:
+    """The expand of pivoted factors after a matrix product: h is (M, R) in the dtype of U, with a unit inner stride."""
+    whole = replace(config, path="gemms", splits=1, reduce=False)
+    return expand_launch([factors], [output], h.unsqueeze(0), whole, dependent=False)
 
 
 def hidden_gemm(x: Tensor, Vhs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -243,12 +145,12 @@ def hidden_gemm(x: Tensor, Vhs: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def expand_gemm(h: Tensor, factors: Factors, output: Tensor | None = None) -> Tensor:
     """``(h * s) @ U.mT + bias``, written to ``output`` if given; in fp16 s scales U, because h could overflow."""
-    U, s, _, bias, _ = factors
+    U, s, _, bias, order = factors
     if s is not None and h.dtype == torch.float16:
         U = (U.float() * s).to(U.dtype)
     elif s is not None:
         h = (h.float() * s).to(h.dtype)
-    return linear(h, U, bias, output)
+    return linear(h, U, bias, output, order)
 
 
 def new_hidden(x: Tensor, factors: Sequence[Factors], config: Config) -> Tensor:
@@ -260,8 +162,16 @@ def new_hidden(x: Tensor, factors: Sequence[Factors], config: Config) -> Tensor:
     return x.new_empty((config.splits + config.reduce, x.shape[0], columns), dtype=torch.float32)
 
 
-def shrink_launch(x: Tensor, Vhs: Sequence[Tensor], hidden: Tensor, config: Config, gpu: Gpu) -> Launch:
-    """Fill ``hidden`` with the partial sums of ``x @ Vh.mT``, one per split of K."""
+def shrink_launch(
+    x: Tensor,
+    Vhs: Sequence[Tensor],
+    hidden: Tensor,
+    config: Config,
+    gpu: Gpu,
+    order: Tensor | None = None,
+    entries: Tensor | None = None,
+) -> Launch:
+    """Fill ``hidden`` with the partial sums of ``x @ Vh.mT``, one per split of K; ``entries[order]`` with 0 … N - 1."""
     whole = stacked(Vhs) if all(Vh.shape[0] % RANK_MULTIPLE == 0 for Vh in Vhs) else None
     Vhs = Vhs if whole is None else [whole]
     tiles = _tiles((Vh.shape[0] for Vh in Vhs), config.shrink_block_r)
@@ -272,6 +182,10 @@ def shrink_launch(x: Tensor, Vhs: Sequence[Tensor], hidden: Tensor, config: Conf
         {
             **_shrink_arguments(x, Vhs, hidden, config),
             "counter_ptr": counters(x.device, 1 + tiles * row_tiles) if config.reduce else hidden,
+            "order_ptr": order,
+            "entries_ptr": entries,
+            "N": None if order is None else order.shape[0],
+            "ENTRIES": 0 if order is None else triton.next_power_of_2(triton.cdiv(len(order), tiles * config.splits)),
             "BLOCK_R": config.shrink_block_r,
             "DEPENDENT": gpu.dependent_launch,
         },
@@ -280,12 +194,12 @@ def shrink_launch(x: Tensor, Vhs: Sequence[Tensor], hidden: Tensor, config: Conf
 
 
 def expand_launch(
-    factors: Sequence[Factors], outputs: Sequence[Tensor], hidden: Tensor, config: Config, gpu: Gpu
+    factors: Sequence[Factors], outputs: Sequence[Tensor], hidden: Tensor, config: Config, *, dependent: bool
 ) -> Launch:
-    """Compute the outputs from ``hidden``. If the GPU can, it starts early, loads U, and waits for the shrink."""
+    """Compute the outputs from ``hidden``. With ``dependent`` it starts early, loads U, and waits for the shrink."""
     tiles = _tiles((output.shape[1] for output in outputs), config.expand_block_n)
     rows, rank = hidden.shape[1], max_rank(factors)
-    loaded = tiles_ahead(rows, factors, config)
+    loaded = 0 if config.path == "gemms" else tiles_ahead(rows, factors, config)
     return Launch(
         _lowrank_expand_kernel,
         (tiles, triton.cdiv(rows, row_block(rows, config))),
@@ -297,9 +211,9 @@ def expand_launch(
             "REDUCE": config.reduce,
             "TILES": loaded,
             "LOOPED": rank > loaded * config.expand_block_r,
-            "DEPENDENT": gpu.dependent_launch,
+            "DEPENDENT": dependent,
         },
-        launch_options(config.expand_warps, config.stages, gpu.dependent_launch),
+        launch_options(config.expand_warps, config.stages, dependent),
     )
 
 
@@ -384,14 +298,16 @@ def _expand_arguments(
 ) -> dict[str, Any]:
     s_ptrs, scales = optional([group.s for group in factors], hidden)
     bias_ptrs, biases = optional([group.bias for group in factors], hidden)
-    rows = hidden.shape[1]
+    rows, pivoted = hidden.shape[1], any(group.order is not None for group in factors)
     return {
         "u_ptrs": tuple(group.U for group in factors),
         "s_ptrs": s_ptrs,
         "bias_ptrs": bias_ptrs,
         "y_ptrs": tuple(outputs),
         "h_ptr": hidden,
+        "order_ptrs": optional([group.order for group in factors], hidden)[0] if pivoted else None,
         "widths": tuple(output.shape[1] for output in outputs),
+        "pivots": tuple(group.pivots for group in factors) if pivoted else None,
         "u_strides": tuple(group.U.stride(0) for group in factors),
         "y_strides": tuple(output.stride(0) for output in outputs),
         "M": rows,
@@ -427,13 +343,7 @@ def unit_stride(tensor: Tensor) -> Tensor:
 
 def row_major(factors: Factors) -> Factors:
     """The factors with unit inner strides; tensors with other strides are copied."""
-    U, s, Vh, bias, _ = factors
-    return Factors(
-        unit_stride(U),
-        None if s is None else unit_stride(s),
-        unit_stride(Vh),
-        None if bias is None else unit_stride(bias),
-    )
+    return Factors(*(None if tensor is None else unit_stride(tensor) for tensor in factors))  # type: ignore[arg-type]
 
 
 def row_block(rows: int, config: Config) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from triton.runtime import driver
 
@@ -23,13 +24,14 @@ MOST_PREPARED = 4096  # descriptions; then all are forgotten
 
 
 class Addresses(NamedTuple):
-    """Addresses of the tensors of a call; ``None`` for a member without s or bias."""
+    """Addresses of the tensors of a call; ``None`` for a member without s, bias or order."""
 
     x: int
     Vhs: tuple[int, ...]
     Us: tuple[int, ...]
     s: tuple[int | None, ...]
     biases: tuple[int | None, ...]
+    orders: tuple[int | None, ...]
     aligned: bool  # all are multiples of ``ALIGNMENT``
 
 
@@ -40,17 +42,19 @@ def describe(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | 
     Us: list[int] = []
     scales: list[int | None] = []
     biases: list[int | None] = []
+    orders: list[int | None] = []
     bits = first = x.data_ptr()
     following = 0
-    for U, s, Vh, bias, _ in factors:
+    for U, s, Vh, bias, order in factors:
         left, right = U.data_ptr(), Vh.data_ptr()
         bits |= left | right
         # A shrink reads Vh that lie one behind the other as one.
         key += (U.shape, U.stride(), Vh.stride(), right == following, s is None, bias is None)
+        key.append(None if order is None else order.shape)
         following = right + Vh.nbytes
         Us.append(left)
         Vhs.append(right)
-        for vector, addresses in ((s, scales), (bias, biases)):
+        for vector, addresses in ((s, scales), (bias, biases), (order, orders)):
             if vector is None:
                 addresses.append(None)
             else:
@@ -60,7 +64,8 @@ def describe(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | 
     if outputs is not None:
         key += [output.stride() for output in outputs]
     aligned = bits % ALIGNMENT == 0
-    return tuple(key), Addresses(first, tuple(Vhs), tuple(Us), tuple(scales), tuple(biases), aligned)
+    vectors = (tuple(scales), tuple(biases), tuple(orders))
+    return tuple(key), Addresses(first, tuple(Vhs), tuple(Us), *vectors, aligned)
 
 
 class _Kernel(NamedTuple):
@@ -85,6 +90,7 @@ class PreparedPair(NamedTuple):
     counters: int  # 0 without a reduction
     shrink: _Kernel
     expand: _Kernel
+    pivoted: bool
     halves: tuple[int, ...] = ()  # of a gated linear unit: bytes from h to what gate and up read
 
     def replay(self, x: Tensor, addresses: Addresses, outputs: Sequence[Tensor] | None) -> list[Tensor] | None:
@@ -97,21 +103,26 @@ class PreparedPair(NamedTuple):
             bits |= address
         if not addresses.aligned or bits % ALIGNMENT:
             return None
-        first, Vhs, Us, scales, biases, _ = addresses
+        first, Vhs, Us, scales, biases, orders, _ = addresses
         with on_device(x.device):
             counter = counters(x.device, self.counters) if self.counters else memory
             stream = driver.active.get_current_stream(x.device.index)
             shrink, expand = self.shrink, self.expand
-            Vhs = Vhs[:1] if self.stacked else Vhs
-            shrink.run(first, Vhs, h, counter.data_ptr(), *shrink.rest, stream=stream)
+            start = (first, Vhs[:1] if self.stacked else Vhs, h, counter.data_ptr())
             if self.halves:
+                gate_order, up_order = orders
+                inverse = None if up_order is None else x.new_empty(self.widths[0], dtype=torch.int32)
+                entries = None if inverse is None else inverse.data_ptr()
+                shrink.run(*start, up_order, entries, *shrink.rest, stream=stream)
                 gate, up = (
                     (U, s or U, bias or U, h + offset)  # U is a placeholder
                     for U, s, bias, offset in zip(Us, scales, biases, self.halves, strict=True)
                 )
-                expand.run(*gate, *up, *y, *expand.rest, stream=stream)
+                expand.run(*gate, *up, *y, gate_order, entries, *expand.rest, stream=stream)
             else:
-                expand.run(Us, _filled(scales, h), _filled(biases, h), y, h, *expand.rest, stream=stream)
+                shrink.run(*start, None, None, *shrink.rest, stream=stream)
+                places = _filled(orders, h) if self.pivoted else None
+                expand.run(Us, _filled(scales, h), _filled(biases, h), y, h, places, *expand.rest, stream=stream)
         return ys
 
 
@@ -138,18 +149,22 @@ def prepare(
     first, second = shrink.arguments, expand.arguments
     x, hidden, Vhs = first["x_ptr"], first["h_ptr"], first["vh_ptrs"]
     h = hidden.data_ptr()
-    gated = "gate_h_ptr" in second
-    given = [(addresses.x,), addresses.Vhs[: len(Vhs)], addresses.Us]
+    gated, pivoted = "gate_h_ptr" in second, any(addresses.orders)
+    given: list[tuple[int | None, ...]] = [(addresses.x,), addresses.Vhs[: len(Vhs)], addresses.Us]
     if gated:
         vectors = [[second[f"{member}_{name}_ptr"] for member in ("gate", "up")] for name in ("u", "s", "bias")]
+        vectors.append([second["gate_order_ptr"], first["order_ptr"]])
         given += [
             tuple(address or U for address, U in zip(column, addresses.Us, strict=True))
             for column in (addresses.s, addresses.biases)
         ]
+        given.append(addresses.orders)
     else:
-        vectors = [second[name] for name in ("u_ptrs", "s_ptrs", "bias_ptrs")]
-        given += [_filled(column, h) for column in (addresses.s, addresses.biases)]
-    used = [tuple(tensor.data_ptr() for tensor in tensors) for tensors in ((x,), Vhs, *vectors)]
+        vectors = [second[name] for name in ("u_ptrs", "s_ptrs", "bias_ptrs", *["order_ptrs"] * pivoted)]
+        given += [_filled(column, h) for column in (addresses.s, addresses.biases, *[addresses.orders] * pivoted)]
+    used = [
+        tuple(None if tensor is None else tensor.data_ptr() for tensor in tensors) for tensors in ((x,), Vhs, *vectors)
+    ]
     aligned = addresses.aligned and not any(tensor.data_ptr() % ALIGNMENT for tensor in (hidden, *outputs))
     if None in binaries or not aligned or used != given:
         return
@@ -161,14 +176,15 @@ def prepare(
         hidden=hidden.nbytes // x.element_size(),
         stacked=len(Vhs) < len(addresses.Us),
         counters=first["counter_ptr"].numel() if first["REDUCE"] else 0,
-        shrink=_Kernel.of(shrink, binaries[0], changing=4),
-        expand=_Kernel.of(expand, binaries[1], changing=9 if gated else 5),
+        shrink=_Kernel.of(shrink, binaries[0], changing=6),
+        expand=_Kernel.of(expand, binaries[1], changing=11 if gated else 6),
+        pivoted=pivoted,
         halves=tuple(second[f"{member}_h_ptr"].data_ptr() - h for member in ("gate", "up")) if gated else (),
     )
 
 
 def _filled(addresses: tuple[int | None, ...], placeholder: int) -> tuple[int, ...]:
-    """The addresses of s or biases for a kernel: a member without one gets another's, or the placeholder."""
+    """The addresses of s, biases or orders for a kernel: a member without one gets another's, or the placeholder."""
     present = [address for address in addresses if address is not None]
     if not present:
         return (placeholder,)
