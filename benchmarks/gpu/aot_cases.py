@@ -62,7 +62,7 @@ def complaints(launch: Launch, binary: Binary) -> list[str]:
     narrow = _is_narrow(launch)
     if _reads_factors(launch) and not loads[16] and not narrow:
         errors.append("no 16-byte loads of the factors")
-    if loads[2] and not arguments.get("BIASES") and not narrow:
+    if loads[2] and not arguments.get("BIASES") and not narrow and not _gathers(launch):
         errors.append(f"{loads[2]} loads of 2 bytes")
     if _has_dot(launch) and not any(map(binary.count, TENSOR_CORES)):
         errors.append("a 16-bit dot without tensor cores")
@@ -129,7 +129,7 @@ def _least_prefetched(launch: Launch) -> int:
     arguments = launch.arguments
     if not (arguments.get("DEPENDENT") and "TILES" in arguments):
         return 0
-    factors = 2 if "gate_u_ptr" in arguments else 1
+    factors = 2 if "gate_u_ptr" in arguments and arguments["up_entries_ptr"] is None else 1
     tile = arguments["BLOCK_N"] * arguments["BLOCK_R"] * _matrix(arguments).element_size()
     return factors * arguments["TILES"] * tile
 
@@ -164,6 +164,11 @@ def _reads_factors(launch: Launch) -> bool:
 def _is_narrow(launch: Launch) -> bool:
     """Whether an expand reads a U without padding: single elements, which cannot be copied ahead."""
     return "TILES" in launch.arguments and any(rank % 16 for rank in launch.arguments.get("ranks", ()))
+
+
+def _gathers(launch: Launch) -> bool:
+    """Whether a gated linear unit reads single elements of h in 16 bits: outputs of pivoted factors."""
+    return launch.arguments.get("gate_order_ptr") is not None or launch.arguments.get("up_entries_ptr") is not None
 
 
 def _has_descriptors(launch: Launch) -> bool:
@@ -267,7 +272,7 @@ def _lowrank_linear_cases(path: str, rows: Sequence[int]) -> Iterator[AotCase]:
 def _pivoted_cases() -> Iterator[AotCase]:
     """Packed factors whose logical ranks are no multiples of 16, and one of half of the dense parameters."""
     for M in (1, 2, 16, 64):
-        for N, K, R in (SHAPES[0], SHAPES[3], (4096, 4096, 1216)):
+        for N, K, R in (SHAPES[0], SHAPES[3], (4096, 4096, 1648)):
             group = [_factors(N, K, R, BF16, pivots=R - 4)]
             first = SHAPES[0] == (N, K, R) and M == 16
             yield _linear_case(f"pair, pivoted, {N}x{K}, rank {R - 4} of {R}, {M} rows", "pair", M, group, first)
@@ -283,9 +288,7 @@ def _pivoted_cases() -> Iterator[AotCase]:
 
 def _pivoted_product(gpu: Gpu) -> Sequence[Launch]:
     N, K, R = SHAPES[0]
-    x, group = _empty(2048, K), _factors(N, K, R, BF16, pivots=R)
-    config = rule_of_thumb("lowrank_linear", lowrank_linear.launch_key(x, [group]), gpu)
-    return [lowrank_linear.pivoted_launch(_empty(2048, R), group, _empty(2048, N), config)]
+    return [lowrank_linear.pivoted_launch(_empty(2048, R), _factors(N, K, R, BF16, pivots=R), _empty(2048, N), gpu)]
 
 
 def _linear_case(name: str, path: str, M: int, factors: Sequence[Factors], representative: bool = False) -> AotCase:

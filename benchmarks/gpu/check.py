@@ -35,6 +35,7 @@ LAYER = (
     ("lowrank_linear_grouped", GATE_UP),
     ("lowrank_linear", DOWN),
 )
+HIGH_RANK = "4096x4096r1638"  # 80 % of the dense parameters; 64 % in pivoted form
 GRADIENTS = (ATTENTION, "4096x4096r512", "4096x4096r4096")
 GRADIENT_ROWS = (2048, 8192, 512)
 FEW_ROWS = (1, 16, 64)
@@ -85,6 +86,8 @@ def full_plan(card: Mapping[str, Any] | None) -> CheckPlan:
         eager = [layer(rows), single("lowrank_linear", ATTENTION, rows), single("lowrank_linear_grouped", QKV, rows)]
         cases = [layer(rows), *(single("lowrank_linear", text, rows) for text in LINEARS)]
         cases += [single("lowrank_linear_grouped", GROUPED_QUERY_QKV, rows), single("lowrank_glu", GATE_UP, rows)]
+        high, unit = single("lowrank_linear", HIGH_RANK, rows), single("lowrank_glu", GATE_UP, rows)
+        cases += [high, pivoted(high), pivoted(unit), pivoted(layer(rows))]
         rest += map(timed, cases)
         if rows in FEW_ROWS:
             rest += [timed(case, "eager") for case in eager if rows <= BARRIER_ROWS[-1]]
@@ -127,6 +130,11 @@ def layer(rows: int) -> GpuCase:
 def unpacked(case: GpuCase) -> GpuCase:
     """The same case with unpadded factors in memory of their own, as a direct call of an op may bring them."""
     return replace(case, name=f"{case.name}, unpacked", packed=False)
+
+
+def pivoted(case: GpuCase) -> GpuCase:
+    """The same case with pivoted factors of the same ranks."""
+    return replace(case, name=f"{case.name}, pivoted", pivoted=True)
 
 
 def check(path: Path, seconds: float, console: Console, *, tests: bool = True) -> None:

@@ -18,7 +18,7 @@ from grasp.bench.workloads import OPS, Problem, Run, backends, make_problem, wro
 from grasp.loading import DTYPES
 from grasp_kernels import Factors, pack_factors, roofline
 from grasp_kernels.launch_configs import PATHS, choose, on_path, serves
-from grasp_kernels.packing import stacked
+from grasp_kernels.packing import pad_columns, stack_rows, stacked, widened
 from grasp_kernels.roofline import Cost
 from grasp_kernels.shapes import GroupShape, parse_shape
 from grasp_kernels.triton import lowrank_glu, lowrank_linear
@@ -34,6 +34,7 @@ class GpuCase:
     rows: int
     dtype_name: str = "bfloat16"
     packed: bool = True  # factors as a model packs them for a GPU; else with the ranks as they are
+    pivoted: bool = False  # all linears; only with packed factors and the kind "graph"
 
     @property
     def label(self) -> str:
@@ -53,7 +54,10 @@ class GpuCase:
     def costs(self) -> list[Cost]:
         """Bytes and FLOPs of the fused ops."""
         size = self.dtype.itemsize
-        return [cost for op, shape in self.parts for cost in OPS[op].cost(self.rows, shape, size)]
+        costs = [(cost, shape) for op, shape in self.parts for cost in OPS[op].cost(self.rows, shape, size)]
+        if not self.pivoted:
+            return [cost for cost, _ in costs]
+        return [roofline.pivoted(cost, self.rows, [R for _, _, R in shape], itemsize=size) for cost, shape in costs]
 
     def dense_costs(self) -> list[Cost]:
         """Bytes and FLOPs of the dense linears."""
@@ -92,7 +96,7 @@ class Operands(NamedTuple):
 
 def make_operands(case: GpuCase, device: torch.device, rotate_bytes: int) -> Operands:
     """Random operands in as many copies as fill ``rotate_bytes``, so that no call reads them from a cache."""
-    first = [make_problem(op, shape, case.rows, case.dtype, device) for op, shape in case.parts]
+    first = [make_problem(op, shape, case.rows, case.dtype, device, pivoted=case.pivoted) for op, shape in case.parts]
     factors = sum(tensor.nbytes for problem in first for group in problem.groups for tensor in (group.U, group.Vh))
     weights = sum(weight.nbytes for problem in first for weight in problem.weights)
     copy = _packed if case.packed else partial(Problem.map, function=Tensor.clone)
@@ -108,6 +112,10 @@ def make_operands(case: GpuCase, device: torch.device, rotate_bytes: int) -> Ope
 
 def _packed(problem: Problem) -> Problem:
     """Factors packed as in a model; equal U are slices of one tensor, which the stacked form needs."""
+    if any(group.order is not None for group in problem.groups):
+        Vhs = stack_rows([group.Vh for group in problem.groups])
+        pairs = zip(problem.groups, Vhs, strict=True)
+        return problem._replace(groups=[group._replace(U=pad_columns(group.U), Vh=Vh) for group, Vh in pairs])
     groups = pack_factors(problem.groups)
     if len({group.U.shape for group in groups}) == 1:
         Us = torch.stack([group.U for group in groups])
@@ -121,7 +129,7 @@ def providers(case: GpuCase, device: torch.device) -> Providers:
     if all(op != "singular_value_grad" for op, _ in case.calls):
         able |= {f"triton {path}": CaseProvider(partial(_on_path, path)) for path in PATHS if path != "fused"}
     able["unfused"] = UNFUSED
-    if any(len(shape) > 1 and len(set(shape)) == 1 for _, shape in case.parts):
+    if not case.pivoted and any(len(shape) > 1 and len(set(shape)) == 1 for _, shape in case.parts):
         able["stacked"] = CaseProvider(_stacked, of_package=False)
     able["dense"] = DENSE
     return able, reasons
@@ -216,7 +224,7 @@ def _backends(case: GpuCase, device: torch.device) -> Providers:
     reasons: dict[str, str] = {}
     able: list[set[str]] = []
     for op, shape in case.parts:
-        runs, refused = backends(op, shape, probe)
+        runs, refused = backends(op, shape, probe, pivoted=case.pivoted)
         able.append(set(runs))
         reasons |= refused
     names = set.intersection(*able) - {"reference"}
@@ -235,7 +243,7 @@ def _on_path(path: str, op: str) -> Run:
     kernel = "lowrank_glu" if op == "lowrank_glu" else "lowrank_linear"
 
     def run(problem: Problem) -> list[Tensor]:
-        x, groups = problem.x, problem.groups
+        x, groups = problem.x, [widened(group, pivoted=True) for group in problem.groups]
         key = lowrank_linear.launch_key(x, groups)
         config = choose(kernel, gpu_of(x.device), key)
         small = key

@@ -18,7 +18,7 @@ import triton
 import typer
 
 from benchmarks.gpu.aot_cases import CARDS, copied_ahead
-from benchmarks.gpu.check import LINEARS, layer
+from benchmarks.gpu.check import HIGH_RANK, LINEARS, layer
 from benchmarks.gpu.check_report import read_report
 from benchmarks.gpu.check_runner import read_lines
 from benchmarks.gpu.sass import compile_source, specialize
@@ -81,9 +81,12 @@ ASSUMED = (
 )
 HEADINGS = (
     *("shape", "M", "path", "CTAs", "waves", "KB in flight per SM", "MB through L2"),
-    *("expected µs", "floor µs", "share", "two products µs", "measured µs"),
+    *("expected µs", "floor µs", "share", "two products µs", "pivoted µs", "its floor µs", "measured µs"),
 )
-LAYER_HEADINGS = ("M", "expected µs", "chain µs", "floor µs", "share", "14 products µs", "ratio", "measured µs")
+LAYER_HEADINGS = (
+    *("M", "expected µs", "chain µs", "floor µs", "share", "14 products µs", "ratio"),
+    *("pivoted µs", "its floor µs", "measured µs"),
+)
 
 
 class Prediction(NamedTuple):
@@ -174,24 +177,34 @@ def shrink(launch: Launch, shape: GroupShape, M: int, resources: Resources, gpu:
 
 
 def expand(launch: Launch, shape: GroupShape, M: int, resources: Resources, gpu: Gpu) -> Prediction:
-    """The launch that computes y: each program reads a tile of U, and h of its member and rows, or all partial sums."""
+    """The launch that computes y: each program reads a tile of U, and h of its member and rows, or all partial sums.
+
+    U of pivoted factors has N - R rows. Without tiles of U ahead, the launch follows a product that stores h in bf16.
+    """
     arguments = launch.arguments
-    factors, y = sum(N * R for _, N, R in shape) * ITEMSIZE, M * sum(linear.N for linear in shape) * ITEMSIZE
-    element = ITEMSIZE if arguments["REDUCE"] else arguments["SPLITS"] * WIDE
-    h = sum(-(-N // arguments["BLOCK_N"]) * M * R * element for _, N, R in shape)
+    pivots = arguments.get("pivots") or [0] * len(shape)
+    factors = sum((N - P) * R for (_, N, R), P in zip(shape, pivots, strict=True)) * ITEMSIZE
+    y = M * sum(linear.N for linear in shape) * ITEMSIZE
+    element = ITEMSIZE if arguments["REDUCE"] or not arguments["TILES"] else arguments["SPLITS"] * WIDE
+    tiles = [-(-(N - P) // arguments["BLOCK_N"]) for (_, N, _), P in zip(shape, pivots, strict=True)]  # with rows of U
+    h = sum((count * R + P) * M * element for count, (_, _, R), P in zip(tiles, shape, pivots, strict=True))
     tile = arguments["BLOCK_N"] * min(arguments["TILES"] * arguments["BLOCK_R"], shape[0].R) * ITEMSIZE
     traffic = launch.grid[1] * factors + h + y
     cost, held = Cost(factors + y, M * factors), factors if not arguments["LOOPED"] else 0
     return predict(cost, traffic, math.prod(launch.grid), tile, launch, resources, gpu, held)
 
 
+def product(M: int, N: int, K: int, rates: Rates) -> float:
+    """Seconds of one matrix product, (M, K) by (K, N), with its launch."""
+    card = Card(rates.name, rates.flops, rates.memory)
+    return rates.gap + rates.ramp + roofline.floor(card, *roofline.dense_linear(M, N, K)) / rates.products
+
+
 def products(shape: GroupShape, M: int, rates: Rates, *, stacked: bool = False) -> float:
     """Seconds of two matrix products per linear, each a launch; one product for all Vh if they are ``stacked``."""
-    card = Card(rates.name, rates.flops, rates.memory)
     ranks = [sum(linear.R for linear in shape)] if stacked else [linear.R for linear in shape]
     parts = [*((R, shape[0].K) for R in ranks), *((N, R) for _, N, R in shape)]
-    floors = (roofline.floor(card, *roofline.dense_linear(M, *part)) for part in parts)
-    return sum(rates.gap + rates.ramp + floor / rates.products for floor in floors)
+    return sum(product(M, *part, rates) for part in parts)
 
 
 class Row(NamedTuple):
@@ -204,32 +217,55 @@ class Row(NamedTuple):
     expected: float
     floor: float  # launches excluded
     products: float  # two matrix products per linear
+    pivoted: float  # expected with pivoted factors of the same ranks
+    pivoted_floor: float
     measured: float | None
 
 
 def call(shape: GroupShape, M: int, gpu: Gpu, resources: ResourcesOf, times: Times | None = None) -> Row:
-    """The arithmetic of ``lowrank_linear`` or ``lowrank_linear_grouped`` on packed factors in bf16."""
+    """The arithmetic of ``lowrank_linear`` or ``lowrank_linear_grouped``, in bf16, on packed and on pivoted factors."""
     rates = RATES[gpu.capability]
     card = Card(rates.name, rates.flops, rates.memory)
-    cost = roofline.lowrank_linear_grouped(M, shape[0].K, [(N, R) for _, N, R in shape])
-    x, groups = _empty(M, shape[0].K), _factors(shape)
+    (cost,) = roofline.lowrank_linear_grouped(M, shape[0].K, [(N, R) for _, N, R in shape])
+    path, parts, expected = _expected(shape, _factors(shape), M, gpu, resources)
+    _, _, pivoted = _expected(shape, _factors(shape, pivoted=True), M, gpu, resources)
+    pivoted_cost = roofline.pivoted(cost, M, [R for _, _, R in shape])
+    label = format_shape(shape)
+    return Row(
+        shape=label,
+        M=M,
+        path=path,
+        parts=parts,
+        expected=1e6 * expected,
+        floor=1e6 * roofline.floor(card, cost),
+        products=1e6 * products(shape, M, rates),
+        pivoted=1e6 * pivoted,
+        pivoted_floor=1e6 * roofline.floor(card, pivoted_cost),
+        measured=None if times is None else times.get((label, M)),
+    )
+
+
+def _expected(
+    shape: GroupShape, groups: Sequence[Factors], M: int, gpu: Gpu, resources: ResourcesOf
+) -> tuple[str, list[Prediction], float]:
+    """The path of a call, its two launches if it is no matrix products, and its seconds."""
+    rates, x, ys = RATES[gpu.capability], _empty(M, shape[0].K), [_empty(M, N) for _, N, _ in shape]
     packed = tuple(linear._replace(R=group.U.shape[1]) for linear, group in zip(shape, groups, strict=True))
     config = choose("lowrank_linear", gpu, lowrank_linear.launch_key(x, groups))
-    plain = products(shape, M, rates)
-    parts: list[Prediction] = []
-    if config.path == "gemms":
-        expected = products(packed, M, rates, stacked=True)
-    else:
-        launches = lowrank_linear.plan(x, groups, [_empty(M, N) for _, N, _ in shape], config, gpu)
+    if config.path != "gemms":
+        launches = lowrank_linear.plan(x, groups, ys, config, gpu)
         parts = [
             phase(launch, packed, M, resources(launch, gpu), gpu)
             for phase, launch in zip((shrink, expand), launches, strict=True)
         ]
-        expected = sum(part.seconds for part in parts)
-    label = format_shape(shape)
-    floor = roofline.floor(card, *cost)
-    found = None if times is None else times.get((label, M))
-    return Row(label, M, config.path, parts, expected * 1e6, floor * 1e6, plain * 1e6, found)
+        return config.path, parts, sum(part.seconds for part in parts)
+    if groups[0].order is None:
+        return config.path, [], products(packed, M, rates, stacked=True)
+    seconds = product(M, sum(linear.R for linear in packed), shape[0].K, rates)
+    for linear, group, y in zip(packed, groups, ys, strict=True):
+        launch = lowrank_linear.pivoted_launch(_empty(M, linear.R), group, y, gpu)
+        seconds += expand(launch, (linear,), M, resources(launch, gpu), gpu).seconds
+    return config.path, [], seconds
 
 
 class Compiled:
@@ -252,8 +288,15 @@ def _empty(*shape: int) -> torch.Tensor:
 
 
 @functools.cache
-def _factors(shape: GroupShape) -> list[Factors]:
-    return pack_factors([Factors(_empty(N, R), None, _empty(R, K)) for K, N, R in shape])
+def _factors(shape: GroupShape, *, pivoted: bool = False) -> list[Factors]:
+    """Packed factors; the U of pivoted ones lack R rows."""
+    packed = pack_factors([Factors(_empty(N, R), None, _empty(R, K)) for K, N, R in shape])
+    if not pivoted:
+        return packed
+    return [
+        group._replace(U=group.U[R:].contiguous(), order=torch.empty(N, dtype=torch.int32))
+        for group, (_, N, R) in zip(packed, shape, strict=True)
+    ]
 
 
 def page(architectures: Sequence[int], resources: ResourcesOf, times: Times | None = None) -> Iterator[str]:
@@ -269,7 +312,8 @@ def page(architectures: Sequence[int], resources: ResourcesOf, times: Times | No
     yield from _markdown(("assumed", *ASSUMED), [_rates(RATES[number]) for number in architectures])
     for architecture in architectures:
         gpu = CARDS[architecture]
-        shapes = dict.fromkeys([*(parse_shape(text) for text in LINEARS), *(shape for _, shape in layer(1).parts)])
+        linears = [parse_shape(text) for text in (*LINEARS, HIGH_RANK)]
+        shapes = dict.fromkeys([*linears, *(shape for _, shape in layer(1).parts)])
         rows = [call(shape, M, gpu, resources, times) for shape in shapes for M in ROWS]
         yield f"## {RATES[architecture].name}, sm_{architecture}, {gpu.processors} SMs"
         yield from _markdown(HEADINGS, map(_row, rows))
@@ -284,7 +328,8 @@ def _layer(rows: Sequence[Row], M: int, times: Times | None) -> list[str]:
     found = (times or {}).get((layer(M).label, M))
     ratios = (f"{floor / expected:.2f}", f"{two:.1f}", f"{two / expected:.2f}")
     times_and_floor = (f"{time:.1f}" if math.isfinite(time) else "" for time in (expected, chained, floor))
-    return [str(M), *times_and_floor, *ratios, "" if found is None else f"{found:.1f}"]
+    pivoted = (f"{sum(getattr(part, name) for part in parts):.1f}" for name in ("pivoted", "pivoted_floor"))
+    return [str(M), *times_and_floor, *ratios, *pivoted, "" if found is None else f"{found:.1f}"]
 
 
 def _row(row: Row) -> list[str]:
@@ -296,6 +341,7 @@ def _row(row: Row) -> list[str]:
         " + ".join(f"{part.cache_bytes / 1e6:.1f}" for part in parts),
     ]
     numbers = [f"{row.expected:.1f}", f"{row.floor:.2f}", f"{row.floor / row.expected:.2f}", f"{row.products:.1f}"]
+    numbers += [f"{row.pivoted:.1f}", f"{row.pivoted_floor:.2f}"]
     return [row.shape, str(row.M), row.path, *columns, *numbers, "" if row.measured is None else f"{row.measured:.1f}"]
 
 

@@ -17,6 +17,7 @@ from grasp.bench.timing import Rotation
 from grasp_kernels import Factors, lowrank_glu, lowrank_linear, lowrank_linear_grouped, roofline, singular_value_grad
 from grasp_kernels.dispatch import BACKENDS, OpCall, objection
 from grasp_kernels.numerics import inaccuracy
+from grasp_kernels.reference import linear
 from grasp_kernels.roofline import Cost
 from grasp_kernels.shapes import GroupShape
 
@@ -77,8 +78,8 @@ class Op:
 
 
 def _twice(problem: Problem, group: int = 0) -> Tensor:
-    U, _, Vh, *_ = problem.groups[group]
-    return F.linear(F.linear(problem.x, Vh), U)
+    U, _, Vh, _, order = problem.groups[group]
+    return linear(F.linear(problem.x, Vh), U, None, order=order)
 
 
 def _unfused_grad(problem: Problem) -> list[Tensor]:
@@ -144,7 +145,9 @@ OPS: dict[str, Op] = {
 }
 
 
-def make_problem(op: str, shape: GroupShape, rows: int, dtype: torch.dtype, device: torch.device) -> Problem:
+def make_problem(
+    op: str, shape: GroupShape, rows: int, dtype: torch.dtype, device: torch.device, *, pivoted: bool = False
+) -> Problem:
     """Gaussian operands that give outputs of about unit variance; not zeros, which processors multiply faster."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -152,11 +155,35 @@ def make_problem(op: str, shape: GroupShape, rows: int, dtype: torch.dtype, devi
         return torch.randn(*size, generator=generator, device=device).mul_(scale).to(dtype)
 
     K = shape[0].K
-    groups = [Factors(normal(N, R, scale=R**-0.5), None, normal(R, K, scale=K**-0.5)) for _, N, R in shape]
+    groups = [
+        Factors(
+            normal(N - R * pivoted, R, scale=R**-0.5),
+            None,
+            normal(R, K, scale=K**-0.5),
+            order=_spread_order(N, R, device) if pivoted else None,
+        )
+        for _, N, R in shape
+    ]
     if op == "singular_value_grad":
         return Problem(normal(rows, K), groups, [], normal(rows, shape[0].N))
-    weights = [(group.U.float() @ group.Vh.float()).to(dtype) for group in groups]
+    weights = [_weight(group).to(dtype) for group in groups]
     return Problem(normal(rows, K), groups, weights, normal(0))
+
+
+def _spread_order(N: int, R: int, device: torch.device) -> Tensor:
+    """The order of pivoted factors whose pivots are spread over all outputs, (N,) int32."""
+    others = torch.ones(N, dtype=torch.bool)
+    others[(pivots := torch.arange(R) * N // R)] = False
+    return torch.cat([pivots, others.nonzero()[:, 0]]).to(device, torch.int32)
+
+
+def _weight(group: Factors) -> Tensor:
+    """The dense weight in fp32."""
+    product = group.U.float() @ group.Vh.float()
+    if group.order is None:
+        return product
+    rows = torch.cat([group.Vh.float(), product])
+    return torch.empty_like(rows).index_copy_(0, group.order.long(), rows)
 
 
 def rotations(op: str, problem: Problem, rotate_bytes: int) -> dict[str, Rotation[Problem]]:
@@ -181,11 +208,14 @@ def _copies(problem: Problem, rotate_bytes: int) -> list[Problem]:
     return [problem, *(problem.map(Tensor.clone) for _ in range(1, rotate_bytes // size))]
 
 
-def backends(op: str, shape: GroupShape, problem: Problem) -> tuple[dict[str, Run], dict[str, str]]:
+def backends(
+    op: str, shape: GroupShape, problem: Problem, *, pivoted: bool = False
+) -> tuple[dict[str, Run], dict[str, str]]:
     """The backends that run this call; the others with their reasons."""
     runs: dict[str, Run] = {}
     reasons: dict[str, str] = {}
-    call = OpCall(op, problem.x.device, problem.x.dtype, problem.x.shape[0], max(linear.R for linear in shape))
+    rank = max(linear.R for linear in shape)
+    call = OpCall(op, problem.x.device, problem.x.dtype, problem.x.shape[0], rank, pivoted)
     for row in BACKENDS:
         reason = objection(row, call)
         if reason is None:

@@ -94,6 +94,15 @@ MATRIX_PRODUCTS = Config(  # the blocks are those of the dual expand that follow
 )
 
 
+def pivoted_product(gpu: Gpu) -> Config:
+    """The configuration of the expand that follows the matrix product of pivoted factors.
+
+    With 128 x 256 outputs it reads a third less from the L2 cache, but only on sm_90 it then spills no registers.
+    """
+    hopper = gpu.capability == 90
+    return replace(MATRIX_PRODUCTS, expand_block_n=256 if hopper else 128, expand_warps=16 if hopper else 8)
+
+
 def choose(kernel: str, gpu: Gpu, key: LaunchKey) -> Config:
     """The configuration measured for the nearest key on this GPU, otherwise that of the rule of thumb."""
     return _choose(kernel, gpu, key, CONFIGS)

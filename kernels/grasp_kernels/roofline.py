@@ -76,6 +76,12 @@ def lowrank_glu(M: int, N: int, K: int, gate_rank: int, up_rank: int, *, itemsiz
     return (Cost((factors + M * (K + N)) * itemsize, 2 * M * factors),)
 
 
+def pivoted(cost: Cost, M: int, ranks: Sequence[int], *, itemsize: int = 2) -> Cost:
+    """The cost of low-rank linears in pivoted form: R² fewer parameters each, so R(N + K - R); order is not counted."""
+    saved = sum(R * R for R in ranks)
+    return Cost(cost.bytes - saved * itemsize, cost.flops - 2 * M * saved)
+
+
 def singular_value_grad(T: int, N: int, K: int, R: int, *, outputs: int = 1, itemsize: int = 2) -> tuple[Cost]:
     """``singular_value_grad`` in one launch: T tokens, and ``outputs`` rows of (R,) fp32, such as one per sample."""
     return (Cost((T + R) * (N + K) * itemsize + outputs * R * 4, 2 * T * R * (N + K)),)

@@ -39,6 +39,12 @@ def test_bytes_and_flops_by_hand() -> None:
     assert roofline.singular_value_grad(2, 5, 3, 1, outputs=3) == (Cost(24 * 2 + 3 * 4, 2 * 2 * (3 + 5)),)
 
 
+def test_pivoted_factors_by_hand() -> None:
+    # C (5 - 2, 2) and Vp (2, 3): 12 parameters, 4 fewer than U and Vh; x has 4 rows.
+    (factored,) = roofline.lowrank_linear(4, 5, 3, 2)
+    assert roofline.pivoted(factored, 4, [2]) == Cost((12 + 4 * 3 + 4 * 5) * 2, 2 * 4 * 12)
+
+
 def test_a_group_reads_its_input_once() -> None:
     alone = roofline.lowrank_linear(16, 64, 32, 4)[0]
     (grouped,) = roofline.lowrank_linear_grouped(16, 32, [(64, 4), (64, 4), (64, 4)])

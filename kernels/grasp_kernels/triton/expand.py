@@ -260,6 +260,7 @@ def expand(
         first = pick(pivots, index)
         columns = places_of(pick(order_ptrs, index), offs_n, first, N)
         offs_u, rows = rows_of_u(offs_n, first, N), N - first
+        R = tl.where((local + 1) * BLOCK_N <= first, 0, R)  # no output of the tile has a row of U
     column = hidden_column(ranks, index)
     partials, stride = h_ptr + column, stride_hm
     u_ptr = pick(u_ptrs, index)

@@ -7,6 +7,7 @@ for each output: by the shrink, or beside the matrix products by a small launch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from grasp_kernels.triton.prepared import PREPARED, describe, prepare
 from grasp_kernels.triton.tiles import wait_and_release
 
 INVERT_BLOCK = 1024
+PIVOTED_BLOCK_N = 64  # at most: with 128 rows and columns, two sums and an h spill registers
 
 
 @triton.jit
@@ -105,6 +107,7 @@ def _lowrank_glu_expand_kernel(
     gate_rows, gate_size, columns = offs_n, N, offs_n
     if gate_order_ptr is not None:
         gate_rows, gate_size = rows_of_u(offs_n, gate_pivots, N), N - gate_pivots
+        gate_R = tl.where((tl.program_id(0) + 1) * BLOCK_N <= gate_pivots, 0, gate_R)  # no output has a row of U
         columns = places_of(gate_order_ptr, offs_n, gate_pivots, N)
     gate_u = load_tiles(gate_u_ptr, gate_rows, gate_size, gate_R, gate_stride_un, BLOCK_R, TILES)
     up_rows, up_size = columns, N
@@ -238,6 +241,8 @@ def expand_launch(
     ``entries`` has the inverse of the order of up when the launch starts or, with ``dependent``, has waited.
     With ``dependent`` it starts before the previous launch ends, loads U and waits.
     """
+    if gate.order is not None or up.order is not None:
+        config = replace(config, expand_block_n=min(config.expand_block_n, PIVOTED_BLOCK_N))
     rows, width = output.shape
     block_m = row_block(rows, config)
     arguments: dict[str, Any] = {}

@@ -20,7 +20,6 @@ Shrink prefetches Vh, expand loads U, then each program waits, and only then let
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ import triton
 from torch import Tensor
 
 from grasp_kernels.counters import counters
-from grasp_kernels.launch_configs import FUSED_RANK, FUSED_ROWS, Config, LaunchKey, choose
+from grasp_kernels.launch_configs import FUSED_RANK, FUSED_ROWS, Config, LaunchKey, choose, pivoted_product
 from grasp_kernels.packing import RANK_MULTIPLE, stacked, widened
 from grasp_kernels.reference import Factors, hidden_product, linear
 from grasp_kernels.triton.launch import Gpu, Launch, gpu_of, run_all
@@ -82,7 +81,7 @@ def _run(
 ) -> tuple[list[Tensor], list[Launch], list[Any]]:
     """The outputs of a call, its launches, and their binaries."""
     if config.path == "gemms":
-        return gemms(x, factors, config, outputs), [], []
+        return gemms(x, factors, outputs), [], []
     outputs = [x.new_empty(x.shape[0], group.out_features) for group in factors] if outputs is None else list(outputs)
     if not any(output.numel() for output in outputs):
         return outputs, [], []
@@ -105,9 +104,7 @@ def plan(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor], confi
     ]
 
 
-def gemms(
-    x: Tensor, factors: Sequence[Factors], config: Config, outputs: Sequence[Tensor] | None = None
-) -> list[Tensor]:
+def gemms(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | None = None) -> list[Tensor]:
     """The vendor's matrix products: one for all Vh of a packed group, then one per member.
 
     If a member is pivoted and in 16 bits, the expand kernel is its second product: it stores each output in its place.
@@ -117,22 +114,17 @@ def gemms(
     scatters = x.dtype != torch.float32 and x.shape[0] > 0  # in fp32 the vendor's product is faster
     ys = []
     for h, group, output in zip(hs, factors, places, strict=True):
-        expands = scatters and group.order is not None
-        ys.append(_expand_pivoted(h, group, config, output) if expands else expand_gemm(h, group, output))
+        if not scatters or group.order is None:
+            ys.append(expand_gemm(h, group, output))
+            continue
+        ys.append(h.new_empty(h.shape[0], group.out_features) if output is None else output)
+        run_all([pivoted_launch(h, row_major(group), ys[-1], gpu_of(x.device))], x.device)
     return ys
 
 
-def _expand_pivoted(h: Tensor, factors: Factors, config: Config, output: Tensor | None) -> Tensor:
-    """The output of pivoted factors from their h, (M, R) in the dtype of U, in one launch."""
-    output = h.new_empty(h.shape[0], factors.out_features) if output is None else output
-    run_all([pivoted_launch(h, row_major(factors), output, config)], h.device)
-    return output
-
-
-def pivoted_launch(h: Tensor, factors: Factors, output: Tensor, config: Config) -> Launch:
+def pivoted_launch(h: Tensor, factors: Factors, output: Tensor, gpu: Gpu) -> Launch:
     """The expand of pivoted factors after a matrix product: h is (M, R) in the dtype of U, with a unit inner stride."""
-    whole = replace(config, path="gemms", splits=1, reduce=False)
-    return expand_launch([factors], [output], h.unsqueeze(0), whole, dependent=False)
+    return expand_launch([factors], [output], h.unsqueeze(0), pivoted_product(gpu), dependent=False)
 
 
 def hidden_gemm(x: Tensor, Vhs: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -127,6 +127,15 @@ def test_the_floor_is_that_of_the_factors_and_vectors() -> None:
     assert row.expected > row.floor
 
 
+@pytest.mark.parametrize("M", [1, 16, 2048])
+def test_pivoted_factors_of_a_high_rank_are_expected_to_take_less_time(M: int) -> None:
+    wide = Resources(registers=102, shared=144 << 10, ahead=96 << 10)
+    row = call(parse_shape("4096x4096r1638"), M, GPU, (lambda *_: wide) if M == 2048 else few)
+    saved = 1638**2 * (2 * M / H100.flops if M == 2048 else 2 / H100.memory)
+    assert row.floor - row.pivoted_floor == pytest.approx(saved * 1e6)
+    assert row.pivoted_floor < row.pivoted < row.expected
+
+
 def test_long_inputs_are_matrix_products() -> None:
     row = call(parse_shape("4096x4096r204+4096x4096r204"), 2048, GPU, few)
     assert (row.path, row.parts) == ("gemms", [])
