@@ -86,8 +86,8 @@ def full_plan(card: Mapping[str, Any] | None) -> CheckPlan:
         eager = [layer(rows), single("lowrank_linear", ATTENTION, rows), single("lowrank_linear_grouped", QKV, rows)]
         cases = [layer(rows), *(single("lowrank_linear", text, rows) for text in LINEARS)]
         cases += [single("lowrank_linear_grouped", GROUPED_QUERY_QKV, rows), single("lowrank_glu", GATE_UP, rows)]
-        high, unit = single("lowrank_linear", HIGH_RANK, rows), single("lowrank_glu", GATE_UP, rows)
-        cases += [high, pivoted(high), pivoted(unit), pivoted(layer(rows))]
+        high = replace(single("lowrank_linear", HIGH_RANK, rows), name="lowrank_linear, high rank")
+        cases += [high, pivoted(high), pivoted(single("lowrank_glu", GATE_UP, rows)), pivoted(layer(rows))]
         rest += map(timed, cases)
         if rows in FEW_ROWS:
             rest += [timed(case, "eager") for case in eager if rows <= BARRIER_ROWS[-1]]

@@ -136,8 +136,8 @@ def measure(label: str, rows: int, factors: list[Factors], calls: int = CALLS) -
         x.new_empty(pair.hidden)
 
     def launch() -> None:
-        pair.shrink.run(1, (2,), 3, 4, *pair.shrink.rest, stream=0)
-        pair.expand.run((1,), (2,), (3,), (4,), 5, *pair.expand.rest, stream=0)
+        pair.shrink.run(1, (2,), 3, 4, None, None, *pair.shrink.rest, stream=0)
+        pair.expand.run((1,), (2,), (3,), (4,), 5, None, *pair.expand.rest, stream=0)
 
     def least(function: Callable[[], object]) -> float:
         return round(min(_seconds(function, calls) for _ in range(REPETITIONS)) * 1e6, 2)

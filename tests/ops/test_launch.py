@@ -58,6 +58,8 @@ config = rule_of_thumb("lowrank_linear", lowrank_linear.launch_key(x, group), gp
 launches = lowrank_linear.plan(x, group, outputs, config, gpu)
 launches += lowrank_linear.plan(x, pack_factors(group), outputs, replace(config, path="fused", reduce=True), gpu)
 launches += lowrank_glu.plan(x, *group, "gelu", outputs[0], config, gpu)
+order = torch.empty(256, dtype=torch.int32)
+launches.append(lowrank_glu.invert_launch(group[0]._replace(order=order), order))
 for launch in launches:
     compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
     metadata = compiled.metadata
@@ -77,4 +79,5 @@ def test_launches_bind_and_compile_as_they_would_on_a_card() -> None:
         "_lowrank_fused_kernel 4 False True",
         "_lowrank_shrink_kernel 4 True False",
         "_lowrank_glu_expand_kernel 4 True False",
+        "_invert_kernel 4 False False",
     ]

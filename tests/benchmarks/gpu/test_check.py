@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from benchmarks.gpu import check as gpu_check
 from benchmarks.gpu import check_cases, check_model, check_tasks, launch_costs
-from benchmarks.gpu.check import CheckPlan, check, full_plan, require_same, unpacked
+from benchmarks.gpu.check import CheckPlan, check, full_plan, pivoted, require_same, unpacked
 from benchmarks.gpu.check_cases import CaseProvider, GpuCase, complaint, make_operands, providers
 from benchmarks.gpu.check_report import TARGETS, LeftOut, ProviderTime, Report, chosen, print_report, read_report
 from benchmarks.gpu.check_runner import ROOT, Line, Task, read_lines
@@ -46,7 +46,7 @@ def tiny(op: str, rows: int = 3, dtype: str = "bfloat16") -> GpuCase:
 
 
 LAYER = GpuCase("layer", (("lowrank_linear_grouped", "32x32r5+32x32r5"), ("lowrank_linear", "32x48r4")), 2)
-CASES = [LAYER, *map(tiny, TINY), unpacked(tiny("lowrank_linear"))]
+CASES = [LAYER, *map(tiny, TINY), unpacked(tiny("lowrank_linear")), pivoted(LAYER), pivoted(tiny("lowrank_glu"))]
 CARD = {"name": "tiny", "flops": 1e12, "bandwidth": 1e9}
 SETTINGS: dict[str, Any] = {"card": CARD, "rotate_bytes": 0, "repetitions": 2}
 

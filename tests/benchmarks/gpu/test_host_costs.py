@@ -22,12 +22,13 @@ def numbers(arguments):
 
 label = "64x48r20+64x32r16"
 factors = factors_of(label)
+pivoted = factors[1]._replace(U=factors[1].U[16:].contiguous(), order=torch.arange(32, dtype=torch.int32))
 x = torch.zeros(1, 64, dtype=torch.bfloat16)
 outputs = [torch.empty(1, 48, dtype=torch.bfloat16), torch.empty(1, 32, dtype=torch.bfloat16)]
 with stubbed() as stub, torch.no_grad():
     for _ in range(2):
         stub.launches = []
-        lowrank_linear.lowrank_linear_grouped(x, factors, outputs)
+        lowrank_linear.lowrank_linear_grouped(x, [factors[0], pivoted], outputs)
         (shrink, expand) = (list(numbers(launch)) for launch in stub.launches)
         hidden = shrink[6]
         for launch in (shrink, expand):  # grid, stream and arguments; new memory gets the name h
