@@ -32,11 +32,11 @@ def convert(
 
     [bold]Examples[/bold]
 
-    $ grasp convert small -o smaller --form pivoted
+    $ grasp convert factored -o smaller --form pivoted
 
-    [dim]Back to U and Vh, which versions of grasp before the pivoted form read:[/dim]
+    [dim]As U and Vh, which versions of grasp before the pivoted form read:[/dim]
 
-    $ grasp convert smaller -o factored --form factored
+    $ grasp convert small -o factored --form factored
     """
     from grasp.cli import console, tables
     from grasp.workflows.convert import convert as convert_to_folder

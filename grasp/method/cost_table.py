@@ -187,12 +187,16 @@ def from_roofline(
     def seconds(*launches: roofline.Cost) -> float:
         return roofline.floor(card, *launches) + LAUNCH * len(launches)
 
+    def low_rank(n: int, k: int, rank: int) -> float:
+        (cost,) = roofline.lowrank_linear(1, n, k, rank, itemsize=itemsize)
+        return seconds(roofline.pivoted(cost, 1, [rank], itemsize=itemsize) if form == "pivoted" else cost)
+
     def linear(n: int, k: int) -> LinearSeconds:
         most = max(1, break_even_rank((n, k), form))
         ranks = tuple(sorted({1, *(max(1, most * i // POINTS) for i in range(1, POINTS + 1))}))
-        rows = {rank: n - rank * (form == "pivoted") for rank in ranks}  # of U
-        low = tuple(seconds(*roofline.lowrank_linear(1, rows[rank], k, rank, itemsize=itemsize)) for rank in ranks)
-        return LinearSeconds(seconds(*roofline.dense_linear(1, n, k, itemsize=itemsize)), ranks, low)
+        return LinearSeconds(
+            seconds(*roofline.dense_linear(1, n, k, itemsize=itemsize)), ranks, tuple(low_rank(n, k, r) for r in ranks)
+        )
 
     return CostTable(
         device=card.name,
