@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from grasp.errors import CheckpointError, UnsupportedModelError
-from grasp.method.pivoting import factored
 from grasp.model.lowrank_linear import is_order
 
 _SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the linears of a merged qkv; other shards have numbers
@@ -138,11 +137,6 @@ def local_rows(tensor: Tensor, linear: LocalLinear) -> Tensor:
         parts.append(tensor.narrow(0, start + piece.number * width, width))
         start += width * piece.total
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def local_left_factor(C: Tensor, order: Tensor, linear: LocalLinear) -> Tensor:
-    """The U of a process, from pivoted factors: C if it keeps the pivots, else its rows of U (N, R), which is exact."""
-    return C if linear.keeps_pivots else local_rows(factored(C, order), linear)
 
 
 def local_columns(tensor: Tensor, width: int, piece: Piece) -> Tensor:

@@ -9,12 +9,14 @@ synchronise with the GPU, so CUDA graphs can record them.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -28,6 +30,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from grasp.errors import CheckpointError, UnsupportedModelError
+from grasp.method.pivoting import factored
 from grasp.model.checkpoint_format import METHOD, check_rank
 from grasp.model.hf_quantizer import GraspQuantizationConfig
 from grasp.serving.shards import (
@@ -39,7 +42,6 @@ from grasp.serving.shards import (
     linear_index,
     linear_names,
     local_columns,
-    local_left_factor,
     local_rows,
     merged_linears,
     output_pieces,
@@ -92,12 +94,14 @@ class GraspVllmConfig(QuantizationConfig):
         """The method that loads and runs a module; vLLM calls this for linears, embeddings, attention and experts.
 
         Raises:
-            UnsupportedModelError: if a module that is not a linear has a rank.
+            UnsupportedModelError: if a module that is not a linear has a rank, or vLLM would damage its factors.
         """
         if isinstance(layer, LinearBase):
             names = linear_names(prefix, self.packed_modules_mapping)
-            low_rank = any(name in self.ranks for name in names)
-            return GraspLinearMethod(names, self.ranks, self.pivoted) if low_rank else UnquantizedLinearMethod()
+            if not any(name in self.ranks for name in names):
+                return UnquantizedLinearMethod()
+            _check_loader(prefix)
+            return GraspLinearMethod(names, self.ranks, self.pivoted)
         for name in self.ranks:
             expert = name.removeprefix(f"{prefix}.")
             if name == prefix or (expert != name and expert[:1].isdigit()):
@@ -108,13 +112,42 @@ class GraspVllmConfig(QuantizationConfig):
         return None
 
 
+# Kinds of models → linears whose rows vLLM reorders in tensors of some names: also in Vh, or only in a dense weight.
+_REORDERED = {"bloom": ("query_key_value",), "llama4_text": ("q_proj", "k_proj", "qkv_proj")}
+
+
+def _check_loader(path: str) -> None:
+    """Raise ``UnsupportedModelError`` for a low-rank linear whose factors vLLM's loader of the model would damage."""
+    config = get_current_vllm_config_or_none()
+    kind = config.model_config.hf_text_config.model_type if config and config.model_config else ""
+    if path.rpartition(".")[2] in _REORDERED.get(kind, ()):
+        raise UnsupportedModelError(
+            f"vLLM reorders the rows of {path} in models of type {kind}, which is right for a dense weight only; "
+            "expected a dense one. Compress without it, or serve this model with transformers."
+        )
+
+
 class _Size(NamedTuple):
-    """The sizes of a part's parameters in one process; the rank is that in memory, and 0 in a dense part."""
+    """The sizes of a part's parameters in one process. A part whose rank is 0 has a weight instead of factors."""
 
     rows: int  # of the output
-    rank: int
+    rank: int  # in memory
     left_rows: int  # of U
     order: int  # entries; 0 if the part is not pivoted here
+
+
+def _size(part: LocalLinear, in_features: int, columns: Piece) -> _Size:
+    """The sizes of a part with ``in_features`` local columns, the piece ``columns`` of all."""
+    rank, pivots = part.rank or 0, part.keeps_pivots
+    left_rows = part.rows - rank * pivots
+    split = part.rows < part.checkpoint_rows or columns.total > 1
+    # Each process has one factor whole, so a piece of the factors can have more numbers than one of the weight.
+    if not rank or (split and (left_rows + in_features) * rank >= part.rows * in_features):
+        return _Size(part.rows, 0, part.rows, 0)
+    if pivots:
+        return _Size(part.rows, rank, left_rows, part.rows)
+    multiple = RANK_MULTIPLE if current_platform.is_cuda_alike() else 1
+    return _Size(part.rows, -(-rank // multiple) * multiple, left_rows, 0)
 
 
 class GraspLinearMethod(LinearMethodBase):
@@ -129,8 +162,9 @@ class GraspLinearMethod(LinearMethodBase):
 
     In a column-parallel linear a process has some rows of U and weight and the whole Vh; in a row-parallel linear some
     columns of Vh and weight and the whole U. Pivoted factors stay pivoted in a process that has all rows; else they are
-    expanded to U (N_i, R_i) when they are loaded. On GPUs ranks are padded with zeros to a multiple of 16, as in
-    ``grasp_kernels.pack_factors``, but not those of pivoted parts.
+    expanded to U (N_i, R_i) when they are loaded. If a process has a piece of a linear, and this piece of the weight
+    has fewer numbers than its factors, the part becomes dense. On GPUs ranks are padded with zeros to a multiple of 16,
+    as in ``grasp_kernels.pack_factors``, but not those of pivoted parts.
     """
 
     def __init__(self, names: Sequence[str], ranks: Mapping[str, int], pivoted: Sequence[str] = ()) -> None:
@@ -138,8 +172,8 @@ class GraspLinearMethod(LinearMethodBase):
         self.parts: tuple[LocalLinear, ...] = ()
         self.columns = WHOLE
         self.sizes: tuple[_Size, ...] = ()
-        # pivoted part → the one of U and order that was loaded first, and its parameter
-        self.waiting: dict[int, dict[str, tuple[nn.Parameter, Tensor]]] = {}
+        self.layer: Callable[[], LinearBase | None] = lambda: None  # the layer refers to this object
+        self.waiting: dict[int, dict[str, Tensor]] = {}  # part → tensors that were loaded before others that they need
 
     def create_weights(
         self,
@@ -166,8 +200,9 @@ class GraspLinearMethod(LinearMethodBase):
         self.parts = merged_linears(self.names, self.ranks, output_partition_sizes, pieces, self.pivoted)
         for part in self.parts:
             check_rank(part.name, part.rank or 0, (part.checkpoint_rows, input_size), pivoted=part.pivoted)
-        self.sizes = tuple(map(_size, self.parts))
         K = input_size_per_partition
+        self.sizes = tuple(_size(part, K, self.columns) for part in self.parts)
+        self.layer = weakref.ref(layer)
         # Some architectures reorder loaded tensors along the dimensions named here. The rows of a pivoted U are not
         # outputs; an order that was reordered is refused.
         dimensions = {} if any(part.pivoted for part in self.parts) else {"output_dim": 0}
@@ -191,10 +226,13 @@ class GraspLinearMethod(LinearMethodBase):
     def _load_U(self, param: nn.Parameter, loaded_weight: Tensor, shard_id: object = None) -> None:  # noqa: N802
         index, part, rank = self._low_rank_part(shard_id, "U")
         check_shape(f"{part.name}.U", loaded_weight, (part.checkpoint_rows - rank * part.pivoted, rank))
-        if part.pivoted:
-            self._load_pivoted(index, "U", param, loaded_weight)
-        else:
-            self._fill_U(param, index, local_rows(loaded_weight, part))
+        self._load(index, "U", loaded_weight)
+
+    def _load_Vh(self, param: nn.Parameter, loaded_weight: Tensor, shard_id: object = None) -> None:  # noqa: N802
+        index, part, rank = self._low_rank_part(shard_id, "Vh")
+        width = param.shape[1]
+        check_shape(f"{part.name}.Vh", loaded_weight, (rank, width * self.columns.total))
+        self._load(index, "Vh", local_columns(loaded_weight, width, self.columns))
 
     def _load_order(self, param: nn.Parameter, loaded_weight: Tensor, shard_id: object = None) -> None:
         index, part, rank = self._low_rank_part(shard_id, "order")
@@ -204,32 +242,45 @@ class GraspLinearMethod(LinearMethodBase):
                 "model again"
             )
         check_order(f"{part.name}.order", loaded_weight, part.checkpoint_rows, rank)
-        self._load_pivoted(index, "order", param, loaded_weight)
+        self._load(index, "order", loaded_weight)
 
-    def _load_pivoted(self, index: int, name: str, param: nn.Parameter, loaded_weight: Tensor) -> None:
-        """Fill U and order of a part as soon as both are loaded: its rows of U can depend on the order."""
-        loaded = self.waiting.setdefault(index, {})
-        loaded[name] = param, loaded_weight.clone()  # some loaders overwrite their buffer with the next tensor
-        if len(loaded) < 2:
+    def _load(self, index: int, name: str, tensor: Tensor) -> None:
+        """Fill the parameters of a part that depend on a tensor, once all that they depend on are loaded."""
+        waiting, needed = self.waiting.setdefault(index, {}), self._needed(index, name)
+        if needed <= {name, *waiting}:
+            loaded = {name: tensor, **{other: waiting.pop(other) for other in needed - {name}}}
+            self._fill(index, **loaded)
+        else:
+            waiting[name] = tensor.clone()  # some loaders overwrite their buffer with the next tensor
+
+    def _needed(self, index: int, name: str) -> set[str]:
+        """The tensors of a part that are needed together with one of them."""
+        left = {"U", "order"} if self.parts[index].pivoted else {"U"}
+        if not self.sizes[index].rank:
+            return {*left, "Vh"}
+        return left if name in left else {name}
+
+    def _fill(self, index: int, U: Tensor | None = None, Vh: Tensor | None = None, order: Tensor | None = None) -> None:
+        layer, size = self.layer(), self.sizes[index]
+        assert layer is not None
+        if U is not None and not size.order:
+            U = local_rows(U if order is None else factored(U, order), self.parts[index])
+        if not size.rank:
+            assert U is not None
+            assert Vh is not None
+            weight = self._split_weight(layer.weight.data)[index]
+            weight.copy_(U.to(weight.device, torch.float32) @ Vh.to(weight.device, torch.float32))
             return
-        del self.waiting[index]
-        (U, C), (orders, order) = loaded["U"], loaded["order"]
-        self._fill_U(U, index, local_left_factor(C, order, self.parts[index]))
-        if self.sizes[index].order:
-            self._split_order(orders.data)[index].copy_(order)
-
-    def _fill_U(self, param: nn.Parameter, index: int, rows: Tensor) -> None:  # noqa: N802
-        U, rank = self._split_U(param.data)[index], rows.shape[1]
-        U[:, :rank].copy_(rows)
-        U[:, rank:].zero_()
-
-    def _load_Vh(self, param: nn.Parameter, loaded_weight: Tensor, shard_id: object = None) -> None:  # noqa: N802
-        index, part, rank = self._low_rank_part(shard_id, "Vh")
-        width = param.shape[1]
-        check_shape(f"{part.name}.Vh", loaded_weight, (rank, width * self.columns.total))
-        Vh = self._split_Vh(param.data)[index]
-        Vh[:rank].copy_(local_columns(loaded_weight, width, self.columns))
-        Vh[rank:].zero_()
+        if U is not None:
+            memory, rank = self._split_U(layer.U.data)[index], U.shape[1]
+            memory[:, :rank].copy_(U)
+            memory[:, rank:].zero_()
+        if Vh is not None:
+            memory, rank = self._split_Vh(layer.Vh.data)[index], Vh.shape[0]
+            memory[:rank].copy_(Vh)
+            memory[rank:].zero_()
+        if order is not None and size.order:
+            self._split_order(layer.order.data)[index].copy_(order)
 
     def _load_weight(self, param: nn.Parameter, loaded_weight: Tensor, shard_id: object = None) -> None:
         index = linear_index(shard_id, self.parts)
@@ -278,12 +329,13 @@ class GraspLinearMethod(LinearMethodBase):
         Raises:
             CheckpointError: if a tensor is missing, or has NaN or infinite entries.
         """
-        for index, loaded in self.waiting.items():
-            missing = "order" if "U" in loaded else "U"
-            raise CheckpointError(
-                f"{self.parts[index].name}.{missing} is not in the checkpoint; expected U, Vh and order of every "
-                "module in pivoted. Save or copy the checkpoint again."
-            )
+        for index, waiting in self.waiting.items():
+            for name in waiting:
+                missing = ", ".join(sorted(self._needed(index, name) - waiting.keys()))
+                raise CheckpointError(
+                    f"{self.parts[index].name}.{missing} is not in the checkpoint; expected U and Vh of every module "
+                    "in ranks, and order of those in pivoted. Save or copy the checkpoint again."
+                )
         split = {"U": self._split_U, "Vh": self._split_Vh, "weight": self._split_weight}
         for name, parts in split.items():
             for part, tensor in zip(self.parts, parts(getattr(layer, name).data), strict=True):
@@ -303,6 +355,8 @@ class GraspLinearMethod(LinearMethodBase):
         columns = self._split_U(layer.U), self._split_Vh(layer.Vh), self._split_weight(layer.weight), biases, orders
         parts = list(zip(*columns, strict=True))
         low_rank = [Factors(U, None, Vh, b, order) for U, Vh, _, b, order in parts if Vh.shape[0]]
+        if not low_rank:
+            return F.linear(x, layer.weight, bias)
         if len(parts) == 1:
             return lowrank_linear(x, *low_rank[0])
         if len(parts) == len(low_rank):
@@ -311,13 +365,6 @@ class GraspLinearMethod(LinearMethodBase):
         return torch.cat(
             [next(outputs) if Vh.shape[0] else F.linear(x, weight, b) for _, Vh, weight, b, _ in parts], dim=-1
         )
-
-
-def _size(part: LocalLinear) -> _Size:
-    if part.rank and part.keeps_pivots:
-        return _Size(part.rows, part.rank, part.rows - part.rank, part.rows)
-    multiple = RANK_MULTIPLE if current_platform.is_cuda_alike() else 1
-    return _Size(part.rows, -(-(part.rank or 0) // multiple) * multiple, part.rows, 0)
 
 
 def _missing(*shape: int, dtype: torch.dtype) -> Tensor:

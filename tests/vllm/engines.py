@@ -30,11 +30,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_head": 2},
     "mixtral": {"num_key_value_heads": 2, "num_attention_heads": 4, "head_dim": 32, "hidden_size": 128},
 }
-# Layer 0 has a dense v beside a pivoted q and a factored k, layer 1 a dense q, k and gate, layer 2 has dense MLPs.
+# Layer 0 has a dense v beside a pivoted q and a factored k, layer 1 a dense q, k and gate, layer 2 has dense MLPs. Half
+# of the weight of up in layer 1 has fewer numbers than its factors in one of two processes.
 _SEPARATE = {
     **{f"model.layers.0.self_attn.{name}": rank for name, rank in (("q_proj", 9), ("k_proj", 5), ("o_proj", 17))},
     **{f"model.layers.0.mlp.{name}": rank for name, rank in (("gate_proj", 7), ("up_proj", 11), ("down_proj", 13))},
-    **{"model.layers.1.self_attn.v_proj": 3, "model.layers.1.mlp.up_proj": 20},
+    **{"model.layers.1.self_attn.v_proj": 3, "model.layers.1.mlp.up_proj": 30},
     **{f"model.layers.2.self_attn.{name}": rank for name, rank in (("q_proj", 4), ("k_proj", 6), ("v_proj", 8))},
 }
 RANKS: dict[str, dict[str, int]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.models.utils import WeightsMapper
 
 from grasp.serving.vllm import GraspLinearMethod, GraspVllmConfig, register
 
@@ -102,19 +104,22 @@ def test_every_process_computes_its_heads_of_low_rank_and_dense_parts_with_biase
         torch.testing.assert_close(method.apply(layer, x[None]), expected[None], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("processes", "make"), [(1, tensors), (3, tensors), (3, pivoted_tensors)])
+@pytest.mark.parametrize("make", [tensors, pivoted_tensors])
+@pytest.mark.parametrize(("processes", "rank", "dense"), [(1, 4, False), (3, 4, False), (3, 8, True)])
 def test_the_sum_over_processes_of_a_row_parallel_linear_is_the_whole(
-    processes: int, make: Callable[..., dict[str, Tensor]]
+    processes: int, rank: int, dense: bool, make: Callable[..., dict[str, Tensor]]
 ) -> None:
-    own, x = make(10, HIDDEN, 4), torch.randn(5, HIDDEN)
+    """With rank 8, a third of the weight has fewer numbers than U and a third of Vh."""
+    own, x = make(10, HIDDEN, rank), torch.randn(5, HIDDEN)
     pivoted = ["m.o_proj"] if "order" in own else []
     width, total = HIDDEN // processes, torch.zeros(5, 10)
     for process in range(processes):
         layer = linear(RowParallelLinear, process, processes)
-        method = method_for(layer, "m.o_proj", {"m.o_proj": 4}, width, [10], pivoted)
+        method = method_for(layer, "m.o_proj", {"m.o_proj": rank}, width, [10], pivoted)
         for name, tensor in own.items():
             load(layer, name, tensor)
-        assert layer.U.numel() == own["U"].numel()
+        method.process_weights_after_loading(layer)
+        assert [layer.U.numel(), layer.weight.numel()] == ([0, 10 * width] if dense else [own["U"].numel(), 0])
         total += method.apply(layer, x[:, process * width : (process + 1) * width])
     torch.testing.assert_close(total, x @ weight(own).mT, rtol=1e-4, atol=1e-4)
 
@@ -193,6 +198,28 @@ def test_a_rank_for_something_else_than_a_linear_is_refused(path: str) -> None:
     config = GraspVllmConfig({"lm_head": 4, "m.experts.0.w1": 2})
     with pytest.raises(UnsupportedModelError, match=f"has a rank for {path}.*Embedding.*linear layers only"):
         config.get_quant_method(nn.Embedding(2, 2), path)
+
+
+@pytest.mark.parametrize(("kind", "path"), [("bloom", "h.0.query_key_value"), ("llama4_text", "m.qkv_proj")])
+def test_a_linear_whose_factors_vllm_would_reorder_is_refused(
+    kind: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = SimpleNamespace(hf_text_config=SimpleNamespace(model_type=kind))
+    monkeypatch.setattr(
+        "grasp.serving.vllm.get_current_vllm_config_or_none", lambda: SimpleNamespace(model_config=text)
+    )
+    config = GraspVllmConfig({"h.0.query_key_value": 4, "m.q_proj": 4, "m.o_proj": 4})
+    config.packed_modules_mapping = PACKED
+    with pytest.raises(UnsupportedModelError, match=f"reorders the rows of {path}.*{kind}.*dense"):
+        config.get_quant_method(linear(QKVParallelLinear), path)
+    assert isinstance(config.get_quant_method(linear(RowParallelLinear), "m.o_proj"), GraspLinearMethod)
+
+
+def test_low_rank_linears_are_renamed_as_vllm_renames_modules() -> None:
+    config = GraspVllmConfig({"model.o_proj": 4, "model.q_proj": 3}, ["model.o_proj"])
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "text."}))
+    assert config.ranks == {"text.o_proj": 4, "text.q_proj": 3}
+    assert config.pivoted == ["text.o_proj"]
 
 
 @pytest.mark.parametrize("rank", [17, 10**6, 10**9, 10**400])
