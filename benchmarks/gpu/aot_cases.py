@@ -275,13 +275,13 @@ def _pivoted_cases() -> Iterator[AotCase]:
         for N, K, R in (SHAPES[0], SHAPES[3], (4096, 4096, 1648)):
             group = [_factors(N, K, R, BF16, pivots=R - 4)]
             first = SHAPES[0] == (N, K, R) and M == 16
-            yield _linear_case(f"pair, pivoted, {N}x{K}, rank {R - 4} of {R}, {M} rows", "pair", M, group, first)
+            yield _linear_case(f"pair, pivoted, {N}x{K}, rank {R - 4} of {R}, M = {M}", "pair", M, group, first)
     for M in (1, 16, 64):
-        yield _linear_case(f"fused, pivoted, {M} rows", "fused", M, [_factors(4096, 4096, 208, BF16, pivots=204)])
+        yield _linear_case(f"fused, pivoted, M = {M}", "fused", M, [_factors(4096, 4096, 208, BF16, pivots=204)])
     for dtype in (FP16, FP32):
         group = [_factors(4096, 4096, 208, dtype, pivots=208, biased=True)]
-        yield _linear_case(f"pair, pivoted, 16 rows, {_short(dtype)}, bias", "pair", 16, group)
-    yield AotCase("lowrank_linear, gemms, pivoted, 2048 rows", _pivoted_product)
+        yield _linear_case(f"pair, pivoted, M = 16, {_short(dtype)}, bias", "pair", 16, group)
+    yield AotCase("lowrank_linear, gemms, pivoted, M = 2048", _pivoted_product)
     for M in (1, 16, 64, 2048):
         yield _glu_case(M, "silu", BF16, pivots=4)
 
