@@ -320,8 +320,22 @@ class Job {
     void scatter(const grasp_factors &group, const void *block, int64_t rows, const int32_t *columns) const {
         const Element *from = static_cast<const Element *>(block);
         Element *y = static_cast<Element *>(group.y) + first_row_ * group.y_stride;
-        for (int64_t m = 0; m < x_.M; ++m, from += rows, y += group.y_stride) {
-            for (int64_t r = 0; r < rows; ++r) y[columns[r]] = from[r];
+        int64_t m = 0;
+        for (; m + 4 <= x_.M; m += 4) {
+            scatter_rows<4>(from + m * rows, rows, columns, y + m * group.y_stride, group.y_stride);
+        }
+        for (; m < x_.M; ++m) {
+            scatter_rows<1>(from + m * rows, rows, columns, y + m * group.y_stride, group.y_stride);
+        }
+    }
+
+    // from[ROWS, count] → to[:, columns]. Four rows at once read a column's number once.
+    template <int ROWS, class Element>
+    static void scatter_rows(const Element *from, int64_t count, const int32_t *columns, Element *to, int64_t stride) {
+        for (int64_t i = 0; i < count; ++i) {
+            Element *at = to + columns[i];
+#pragma GCC unroll 4
+            for (int m = 0; m < ROWS; ++m) at[m * stride] = from[m * count + i];
         }
     }
 
