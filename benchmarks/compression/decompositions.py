@@ -101,7 +101,7 @@ def calls(shape: Shape, device: torch.device) -> dict[str, Callable[[], object]]
     U, Vh = torch.randn(n, rank, device=device), torch.randn(rank, k, device=device)
     return {
         DECOMPOSITION: lambda: decompose_in(weight, inputs, outputs, rank=rank),
-        LEAST_SQUARES: lambda: least_squares(U, Vh, weight, inputs, inputs),
+        LEAST_SQUARES: lambda: least_squares(U, Vh, weight, inputs, inputs, tokens=1000),
     }
 
 

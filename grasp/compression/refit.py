@@ -52,6 +52,7 @@ class Refit:
         processes: Processes = ALONE,
     ) -> None:
         self._model, self._layers, self._processes = model, layers, processes
+        self._tokens = sum(batch.num_tokens for batch in batches)
         if layers:
             with processes.fail_together():
                 self._prefix = capture_prefix(
@@ -105,7 +106,8 @@ class Refit:
         self._processes.reduce_([(cross, owners), (gram, owners)])
 
         def solve(target: Target, weight: Tensor) -> _Left:
-            return _Left(least_squares(modules[target].U, modules[target].Vh, weight, cross, gram))
+            module = modules[target]
+            return _Left(least_squares(module.U, module.Vh, weight, cross, gram, self._tokens))
 
         for target, left in self._processes.map_divided(group, solve, _Left, fetch=lambda t: dense_weight(t.module)):
             modules[target].U.copy_(left.U)

@@ -8,11 +8,13 @@ from torch import Tensor
 from grasp.method.blocks import BLOCK_ROWS, fp64_device, quadratic_form, row_blocks, to_double
 from grasp.method.ranks import Shape
 
-RIDGE = 1e-3  # of the mean diagonal of the projected inputs' covariance: how strongly U is held at its value
+PRIOR_TOKENS = 1000  # the given U weighs as much as so many tokens, so that few tokens change it little; docs/study.md
 
 
-def least_squares(U: Tensor, Vh: Tensor, weight: Tensor, cross: Tensor, inputs: Tensor) -> Tensor:
+def least_squares(U: Tensor, Vh: Tensor, weight: Tensor, cross: Tensor, inputs: Tensor, tokens: int) -> Tensor:
     """The U that minimises ``Σ ‖W x − U Vh x̂‖² + λ ‖U − U₀‖²``, (N, R) in the dtype of ``U``; solved in fp64.
+
+    λ is ``PRIOR_TOKENS`` times the mean square of ``Vh x̂`` over tokens and groups.
 
     Args:
         U: U₀, (N, R).
@@ -20,11 +22,12 @@ def least_squares(U: Tensor, Vh: Tensor, weight: Tensor, cross: Tensor, inputs: 
         weight: W, (N, K).
         cross: ``Σ x x̂ᵀ``, (K, K): inputs in the dense model by those in the compressed one.
         inputs: ``Σ x̂ x̂ᵀ``, (K, K); the lower triangle is read.
+        tokens: the number of terms in these sums.
     """
     place = fp64_device(U.device)
     right = to_double(Vh, place).mT
     gram = quadratic_form(inputs, right)
-    ridge = RIDGE * float(gram.diagonal().mean())
+    ridge = PRIOR_TOKENS / tokens * float(gram.diagonal().mean())
     gram.diagonal().add_(ridge)
     projected = torch.empty_like(right)  # cross · Vhᵀ
     for rows in row_blocks(len(cross)):

@@ -40,7 +40,7 @@ def inputs_of(model: torch.nn.Module, name: str, tokens: list[Tensor]) -> Tensor
 def test_each_left_factor_is_the_least_squares_solution_for_what_the_refitted_model_feeds_it(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(solver, "RIDGE", 1e-12)
+    monkeypatch.setattr(solver, "PRIOR_TOKENS", 1e-9)
     model, dense, targets = halved(family, (0, 2))
     tokens = tiny_batches(4)
     refit_(model, [CalibrationBatch(t) for t in tokens], targets)
@@ -105,7 +105,7 @@ def test_an_interruption_leaves_the_low_rank_linears_in_place() -> None:
 def test_directions_that_no_input_has_stay_as_they_are() -> None:
     U, Vh, W = torch.randn(5, 3), torch.eye(3, 4), torch.randn(5, 4)
     x = torch.randn(50, 4) * torch.tensor([1.0, 1.0, 0.0, 1.0])
-    got = least_squares(U, Vh, W, x.mT @ x, x.mT @ x)
+    got = least_squares(U, Vh, W, x.mT @ x, x.mT @ x, len(x))
     torch.testing.assert_close(got[:, 2], U[:, 2])
     assert not torch.allclose(got[:, :2], U[:, :2])
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from grasp.method import blocks
-from grasp.method.least_squares import RIDGE, least_squares, least_squares_bytes, least_squares_flops
+from grasp.method.least_squares import PRIOR_TOKENS, least_squares, least_squares_bytes, least_squares_flops
 from grasp.method.ranks import break_even_rank
 from tests.method.resources import matmul_flops, peaks_of
 
@@ -28,12 +28,12 @@ def test_the_ridge_regression_is_solved(n: int, k: int, rank: int, rows: int, mo
     monkeypatch.setattr(blocks, "BLOCK_ROWS", rows)
     arguments = problem(n, k, rank)
     copies = [argument.clone() for argument in arguments]
-    got = least_squares(*arguments)
+    got = least_squares(*arguments, tokens=10**6)
     assert got.dtype == torch.float32
     assert all(map(torch.equal, arguments, copies))
     U, Vh, W, cross, inputs = (argument.double() for argument in arguments)
     gram = Vh @ inputs @ Vh.mT
-    ridge = RIDGE * gram.diagonal().mean()
+    ridge = PRIOR_TOKENS / 10**6 * gram.diagonal().mean()
     gradient = got.double() @ gram - W @ cross @ Vh.mT + ridge * (got.double() - U)  # 0 at the minimum
     assert gradient.norm() <= 1e-6 * (W @ cross @ Vh.mT).norm()
 
@@ -42,7 +42,7 @@ def test_flops_are_those_of_the_matrix_products(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(blocks, "BLOCK_ROWS", 8)
     arguments = problem(96, 160, 40)
     solving = 2 * 40**3 // 3 + 2 * 96 * 40**2  # not counted by PyTorch
-    assert matmul_flops(lambda: least_squares(*arguments)) + solving == pytest.approx(
+    assert matmul_flops(lambda: least_squares(*arguments, tokens=480)) + solving == pytest.approx(
         least_squares_flops((96, 160), 40), rel=0.05
     )
 
