@@ -8,7 +8,7 @@ from torch import Tensor
 from grasp.method.blocks import BLOCK_ROWS, fp64_device, quadratic_form, row_blocks, to_double
 from grasp.method.ranks import Shape
 
-PRIOR_TOKENS = 1000  # the given U weighs as much as so many tokens, so that few tokens change it little; docs/study.md
+PRIOR_TOKENS = 3000  # the given U weighs as much as so many tokens, so that few tokens change it little; docs/study.md
 
 
 def least_squares(U: Tensor, Vh: Tensor, weight: Tensor, cross: Tensor, inputs: Tensor, tokens: int) -> Tensor:
