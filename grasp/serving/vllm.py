@@ -346,7 +346,9 @@ class GraspLinearMethod(LinearMethodBase):
                     )
         if current_platform.is_cuda_alike():
             # vLLM's own dummy runs have only the numbers of rows of its CUDA graphs and its largest batch.
-            warm_up(functools.partial(self.apply, layer), layer.Vh.new_zeros(1, layer.Vh.shape[1]))
+            # A kernel with a bias is another one than without.
+            model = functools.partial(self.apply, layer, bias=_passed_bias(layer))
+            warm_up(model, layer.Vh.new_zeros(1, layer.Vh.shape[1]))
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., K) → (..., sum of N_i)."""
@@ -365,6 +367,12 @@ class GraspLinearMethod(LinearMethodBase):
         return torch.cat(
             [next(outputs) if Vh.shape[0] else F.linear(x, weight, b) for _, Vh, weight, b, _ in parts], dim=-1
         )
+
+
+def _passed_bias(layer: LinearBase) -> Tensor | None:
+    """The bias that vLLM gives to ``apply`` in this process; it adds the bias of a row-parallel linear once."""
+    elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
+    return None if layer.skip_bias_add or elsewhere else layer.bias
 
 
 def _missing(*shape: int, dtype: torch.dtype) -> Tensor:

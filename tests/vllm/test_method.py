@@ -40,6 +40,7 @@ def linear(kind: type[LinearBase], rank: int = 0, processes: int = 1, kv_replica
     layer = object.__new__(kind)
     nn.Module.__init__(layer)
     layer.tp_rank, layer.tp_size, layer.num_kv_head_replicas = rank, processes, kv_replicas
+    layer.skip_bias_add, layer.bias = False, None
     return layer
 
 
@@ -321,19 +322,32 @@ def test_a_number_that_is_none_is_refused() -> None:
         method.process_weights_after_loading(layer)
 
 
-def test_on_a_gpu_ranks_in_memory_are_padded_with_zeros_and_kernels_are_warmed_up(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("kind", "rank", "skipped", "passed"),
+    [
+        (RowParallelLinear, 0, False, True),
+        (RowParallelLinear, 1, False, False),
+        (ColumnParallelLinear, 1, False, True),
+        (ReplicatedLinear, 1, False, True),
+        (ColumnParallelLinear, 0, True, False),
+    ],
+)
+def test_on_a_gpu_ranks_in_memory_are_padded_with_zeros_and_kernels_are_warmed_up_with_the_bias_that_vllm_passes(
+    kind: type[LinearBase], rank: int, skipped: bool, passed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[torch.Size] = []
+    calls: list[Tensor] = []
     monkeypatch.setattr("grasp.serving.vllm.current_platform.is_cuda_alike", lambda: True)
-    monkeypatch.setattr("grasp.serving.vllm.warm_up", lambda model, x: calls.append(model(x).shape))
-    layer, own = linear(RowParallelLinear), tensors(10, HIDDEN, 4)
+    monkeypatch.setattr("grasp.serving.vllm.warm_up", lambda model, x: calls.append(model(x)))
+    layer, own = linear(kind), tensors(10, HIDDEN, 4)
+    layer.bias, layer.skip_bias_add = nn.Parameter(torch.randn(10), requires_grad=False), skipped
     method = method_for(layer, "m.o_proj", {"m.o_proj": 4}, HIDDEN, [10])
     for name, tensor in own.items():
         load(layer, name, tensor)
+    layer.tp_rank = rank
     method.process_weights_after_loading(layer)
     assert layer.Vh.shape == (16, HIDDEN)
     assert not layer.Vh[4:].any()
-    assert calls == [(1, 10)]
+    (y,) = calls  # of zeros
+    assert torch.equal(y, passed * layer.bias[None])
     x = torch.randn(5, HIDDEN)
     torch.testing.assert_close(method.apply(layer, x), F.linear(x, own["U"] @ own["Vh"]), rtol=1e-4, atol=1e-4)
