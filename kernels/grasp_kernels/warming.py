@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import grasp_kernels.registered  # noqa: F401  makes the ops
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # up to PAIR_ROWS in launch_configs.py
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # one above PAIR_ROWS in launch_configs.py
 _OPS = [
     getattr(torch.ops.grasp, op).default
     for op in ("lowrank_linear", "lowrank_linear_grouped", "lowrank_linear_merged", "lowrank_glu")
@@ -46,9 +46,10 @@ class _Recorder(TorchDispatchMode):
 def warm_up(model: Callable[..., object], *inputs: object, rows: Iterable[int] = ROWS) -> None:
     """Run a model once, then each of its low-rank calls with other numbers of rows, so that every kernel is compiled.
 
-    Without it the first request of each size waits for Triton's compiler. Kernels are compiled for powers of two, and
-    above 512 rows matrix products run instead, so by default calls with any number of rows are ready. A CUDA graph can
-    then be captured. For a CPU nothing is compiled: the model only runs.
+    Without it the first request of each size waits for Triton's compiler. Kernels are compiled for powers of two. Above
+    512 rows matrix products run instead, and one kernel after them for pivoted factors in 16 bits. So by default calls
+    with any number of rows are ready, and a CUDA graph can be captured. For a CPU nothing is compiled: the model only
+    runs.
 
     Args:
         model: a module, or any function that uses the ops.

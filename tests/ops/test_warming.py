@@ -16,7 +16,7 @@ from grasp_kernels import Factors, lowrank_glu, lowrank_linear, lowrank_linear_g
 from grasp_kernels.triton import lowrank_glu as glu
 from grasp_kernels.triton import lowrank_linear as linear
 from grasp_kernels.triton.launch import Gpu, Launch
-from tests.ops.inputs import factors, normal, seeded
+from tests.ops.inputs import factors, normal, pivoted, seeded
 
 H100 = Gpu("H100", 132, 90)
 K, N = 512, 128
@@ -81,6 +81,15 @@ def test_no_later_call_needs_the_compiler(dtype: torch.dtype, compiled: set[Any]
     assert len({key[0] for key in before}) == 3  # shrink, expand, the gated expand
     for rows in SIZES:
         model(normal((rows, K), seeded(), dtype=dtype))
+    assert compiled == before
+
+
+def test_the_kernel_after_the_matrix_product_of_pivoted_factors_is_prepared(compiled: set[Any]) -> None:
+    dtype = torch.bfloat16
+    group = pivoted(N, K, 80, seeded(), bias=True, dtype=dtype)
+    warm_up(lambda x: lowrank_linear(x, *group, backend="triton"), normal((1, K), seeded(), dtype=dtype))
+    before = set(compiled)
+    lowrank_linear(normal((600, K), seeded(), dtype=dtype), *group, backend="triton")
     assert compiled == before
 
 
