@@ -13,6 +13,7 @@ from grasp.compress import compress_
 from grasp.compression.naive import naive_grasp_
 from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, CheckpointError, NonFiniteError, UnsupportedModelError
+from grasp.method.pivoting import NotPivoted
 from grasp.method.ranks import FORMS, break_even_rank, parameters_removed
 from grasp.model.batch import CalibrationBatch
 from grasp.model.lowrank_linear import LowRankLinear
@@ -112,6 +113,17 @@ def test_pivoted_linears_compute_the_same_in_fewer_parameters() -> None:
         assert one.parameters_after - other.parameters_after == one.rank**2
     logits = [model(tiny_batches(1)[0]).logits for model in models.values()]
     torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-9)
+
+
+def test_linears_that_have_no_pivoted_form_are_factored_or_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grasp.model.lowrank_linear.pivot", lambda U, Vh: NotPivoted(99.0))
+    report = compress_(tiny_model("llama"), tiny_batches(2), GraspConfig.best(compression_ratio=0.2))
+    assert {module.form for module in report.compressed} == {"factored"}
+    assert all(module.parameters_after < module.parameters_before for module in report.compressed)
+    assert any("rounding errors" in module.reason for module in report.left)
+    assert report.after.parameters == report.before.parameters - sum(
+        module.parameters_before - module.parameters_after for module in report.compressed
+    )
 
 
 def test_metrics_choose_differently() -> None:

@@ -34,7 +34,7 @@ def convert(
 
     $ grasp convert factored -o smaller --form pivoted
 
-    [dim]As U and Vh, which versions of grasp before the pivoted form read:[/dim]
+    [dim]As U and Vh, which is larger, but versions of grasp before the pivoted form read it:[/dim]
 
     $ grasp convert small -o factored --form factored
     """

@@ -15,7 +15,7 @@ from grasp.compression.eligible import check_layers, eligible_targets, require_p
 from grasp.compression.flops import FlopCounter, Flops, SweepCost
 from grasp.compression.job import CompressionJob
 from grasp.compression.layer_cost import Tracer, tracer_for
-from grasp.compression.memory import LIBRARY_BYTES, forward_bytes, span_memory
+from grasp.compression.memory import LIBRARY_BYTES, form_in_sweeps, forward_bytes, span_memory
 from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
 from grasp.method.ranks import Shape, break_even_rank, parameters_at, parameters_removed
@@ -242,7 +242,7 @@ class _Estimator:
         members = plan_sweeps(ranks, config.schedule)
         weights, stored = (
             {target: parameters_at(dense_shape(target.module), rank, form) for target, rank in ranks.items()}
-            for form in ("factored", config.form)
+            for form in ("factored", form_in_sweeps(config))
         )
         factors = 0 if config.decides_together else job.dtype.itemsize * sum(stored.values())
         gathered = 2 * job.dtype.itemsize * max(map(math.prod, self.shapes)) if job.sharded else 0

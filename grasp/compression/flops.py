@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from grasp.compression.candidates import REMOVAL_LOSS_SCALES, hold_out
 from grasp.compression.job import CompressionJob
 from grasp.compression.layer_cost import Tracer
-from grasp.compression.memory import retained_groups
+from grasp.compression.memory import form_in_sweeps, retained_groups
 from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
 from grasp.method.basis import BASES
@@ -109,7 +109,7 @@ class FlopCounter:
                 "starts" if layer == lowest else "enters",
                 visited=[target for target in part if target.layer == layer],
                 ranks=replaced.get(layer),
-                form=self._job.config.form,
+                form=form_in_sweeps(self._job.config),
             )
             for layer in layers
         ]

@@ -56,10 +56,11 @@ def span_memory(
         extra: bytes that every step takes in addition.
     """
     layers = range(min(target.layer for target in targets), len(decoder(tracer.model).layers))
-    needs = needs_of(tracer, targets, layers, ranks, form=config.form, dtype=dtype)
+    form = form_in_sweeps(config)
+    needs = needs_of(tracer, targets, layers, ranks, form=form, dtype=dtype)
     if ranks is None and config.schedule == "progressive":
         most = {target.name: break_even_rank(dense_shape(target.module), config.form) for target in targets}
-        low = needs_of(tracer, targets, layers, most, form=config.form, dtype=dtype)
+        low = needs_of(tracer, targets, layers, most, form=form, dtype=dtype)
         needs = {layer: LayerNeeds(*map(max, needs[layer], low[layer])) for layer in layers}
     return SpanMemory(
         targets=targets,
@@ -71,6 +72,11 @@ def span_memory(
         decomposition_bytes=lambda target: temporary_bytes(target, config),
         other=max(forward_bytes(tracer, range(layers.start), dtype), replacing_bytes(tracer, targets, config)),
     )
+
+
+def form_in_sweeps(config: GraspConfig) -> Form:
+    """The form of low-rank linears while others are swept; those that are to be fitted are factored."""
+    return "factored" if config.refit and not config.decides_together else config.form
 
 
 def forward_bytes(tracer: Tracer, layers: range, dtype: torch.dtype) -> int:

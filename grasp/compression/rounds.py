@@ -30,7 +30,9 @@ from grasp.compression.selection import (
 from grasp.compression.spans import Selector
 from grasp.method.knapsack import DENSE
 from grasp.method.metrics import nats_per_score
+from grasp.method.ranks import break_even_rank
 from grasp.method.schedules import plan_sweeps
+from grasp.model.dense import dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.offload import place_like, release_
 from grasp.model.targets import Target, decoder
@@ -84,14 +86,21 @@ def _restore_(run: Run, sweeps: Sequence[Sequence[Target]]) -> dict[Target, Modu
 
 
 def settle_(run: Run, targets: Iterable[Target]) -> None:
-    """Give low-rank linears, which are fitted, their final form and place, and free the weights of the dense ones."""
+    """Give low-rank linears, which are fitted, their final form and place, and free the weights of the dense ones.
+
+    A linear that has no pivoted form returns to its dense weight, if that has fewer parameters than the factors.
+    """
     present = {target: run.model.get_submodule(target.name) for target in targets}
     low = {target: module for target, module in present.items() if isinstance(module, LowRankLinear)}
     if run.config.form == "pivoted":
         pivot_all_(list(low.values()), run.processes)
     for target, module in low.items():
-        place_like(module, target.module)
-        release_(target.module)
+        is_refused = run.config.form == "pivoted" and module.order is None
+        if is_refused and module.rank > break_even_rank(dense_shape(target.module), "factored"):
+            run.model.set_submodule(target.name, target.module)
+        else:
+            place_like(module, target.module)
+            release_(target.module)
 
 
 def pivot_all_(modules: Sequence[LowRankLinear], processes: Processes) -> None:
@@ -232,7 +241,7 @@ def _cut(run: Run, plan: Plan, selector: Selector, members: Sequence[Target]) ->
 
     def write(target: Target) -> Name:
         module = low_rank(run.state, target, selections[target], ranks[target])
-        if run.config.form == "pivoted":  # it has at most the size of the weight
+        if run.config.form == "pivoted":  # then it is no larger than the weight
             module.pivot_()
         return Name(run.state.write(f"cut-{target.name}", module.state_dict()))
 

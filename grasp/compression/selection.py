@@ -23,6 +23,7 @@ from grasp.statistics.scores import Score
 NO_LOSS = "its output does not reach the loss"
 STAYS_DENSE = "stays dense: the budget does more elsewhere"
 LAYER_REMOVED = "its layer is removed"
+NOT_PIVOTED = "stays dense: rounding errors would grow too much in its pivoted form"
 _FACTORS = ("U", "S", "Vh")
 
 
@@ -158,9 +159,9 @@ def replacement(state: NoState, target: Target, selection: Selection, rank: int)
 
 
 def as_stored(report: ModuleReport, module: nn.Module) -> ModuleReport:
-    """The report of a linear with the form and the sizes of what takes its place; unchanged if nothing does."""
+    """The report of a linear with the form and the sizes of what takes its place; without, with the reason."""
     if not isinstance(module, LowRankLinear):
-        return report
+        return report if report.reason else ModuleReport(report.name, report.layer, "", NOT_PIVOTED)
     parameters = list(module.parameters())
     return replace(
         report,
