@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grasp.bench.timing import Rotation
+from grasp.method.pivoting import in_order
+from grasp.model.lowrank_linear import pivots_order
 from grasp_kernels import Factors, lowrank_glu, lowrank_linear, lowrank_linear_grouped, roofline, singular_value_grad
 from grasp_kernels.dispatch import BACKENDS, OpCall, objection
 from grasp_kernels.numerics import inaccuracy
@@ -160,7 +162,7 @@ def make_problem(
             normal(N - R * pivoted, R, scale=R**-0.5),
             None,
             normal(R, K, scale=K**-0.5),
-            order=_spread_order(N, R, device) if pivoted else None,
+            order=pivots_order(torch.arange(R) * N // R, N).to(device) if pivoted else None,
         )
         for _, N, R in shape
     ]
@@ -170,20 +172,10 @@ def make_problem(
     return Problem(normal(rows, K), groups, weights, normal(0))
 
 
-def _spread_order(N: int, R: int, device: torch.device) -> Tensor:
-    """The order of pivoted factors whose pivots are spread over all outputs, (N,) int32."""
-    others = torch.ones(N, dtype=torch.bool)
-    others[(pivots := torch.arange(R) * N // R)] = False
-    return torch.cat([pivots, others.nonzero()[:, 0]]).to(device, torch.int32)
-
-
 def _weight(group: Factors) -> Tensor:
     """The dense weight in fp32."""
     product = group.U.float() @ group.Vh.float()
-    if group.order is None:
-        return product
-    rows = torch.cat([group.Vh.float(), product])
-    return torch.empty_like(rows).index_copy_(0, group.order.long(), rows)
+    return product if group.order is None else in_order(torch.cat([group.Vh.float(), product]), group.order)
 
 
 def rotations(op: str, problem: Problem, rotate_bytes: int) -> dict[str, Rotation[Problem]]:

@@ -292,8 +292,7 @@ def _layer(layer: LowRankLinear) -> _CardLayer:
     bias = 0 if layer.bias is None else layer.out_features
     parameters = sum(parameter.numel() for parameter in layer.parameters())
     dense = layer.in_features * layer.out_features + bias
-    form = "factored" if layer.order is None else "pivoted"
-    return _CardLayer(layer.rank, layer.in_features, layer.out_features, parameters, dense, form)
+    return _CardLayer(layer.rank, layer.in_features, layer.out_features, parameters, dense, layer.form)
 
 
 class _Score(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,16 +120,26 @@ def save_checkpoint(
     return target
 
 
-def read_texts(directory: Path, patterns: Iterable[str]) -> dict[str, str]:
+def read_texts(directory: Path, patterns: Collection[str]) -> dict[str, str]:
     """The texts of a checkpoint folder that a new one takes over, by name; a missing file is left out.
+
+    Of the files that a pattern with ``*`` matches, folders and files that are not UTF-8, such as a PDF, are left out.
 
     Raises:
         CheckpointError: if one cannot be read, or is a link to another folder, whose text might be private.
     """
-    paths = [path for pattern in patterns for path in sorted(directory.glob(pattern))]
+    found = [path for pattern in patterns for path in sorted(directory.glob(pattern))]
+    paths = [path for path in found if path.name in patterns or not path.is_dir()]
     if outside := [path for path in paths if not is_inside(path)]:
         raise CheckpointError(f"{outside[0]} is a link that leads out of its folder; copy the file there")
-    return {path.name: read_text_file(path, "a text in UTF-8", CheckpointError) for path in paths}
+    texts = {}
+    for path in paths:
+        try:
+            texts[path.name] = read_text_file(path, "a text in UTF-8", CheckpointError)
+        except CheckpointError as error:
+            if path.name in patterns or not isinstance(error.__cause__, UnicodeDecodeError):
+                raise
+    return texts
 
 
 def _copy_mode_of_config(folder: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
 from grasp.method.pivoting import LARGEST_GROWTH, NotPivoted, factored, in_order, other_rows, pivot
+from grasp.method.ranks import Form
 from grasp.method.svd import SVD, decompose
 from grasp.model.dense import DenseLinear, dense_shape, dense_weight, gathered
 from grasp.model.input_group import InputGroup, place_columns
@@ -211,6 +212,11 @@ class LowRankLinear(nn.Module):
     def factors(self) -> Factors:
         """The arguments of the ops."""
         return Factors(self.U, None, self.Vh, self.bias, self.order)
+
+    @property
+    def form(self) -> Form:
+        """``"factored"`` or ``"pivoted"``."""
+        return "factored" if self.order is None else "pivoted"
 
     def set_factors_(self, U: Tensor, Vh: Tensor, order: Tensor | None = None) -> None:
         """Replace the factors, in the dtype and on the device of the old ones; the rank may change.

@@ -13,7 +13,7 @@ from grasp.checkpoint import recovery_report
 from grasp.checkpoint.card import with_sizes, without_results
 from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
 from grasp.checkpoint.inspection import Inspection, inspect_compressed
-from grasp.checkpoint.saving import check_directory, read_texts, save_checkpoint
+from grasp.checkpoint.saving import check_directory, read_texts, require_space, save_checkpoint
 from grasp.compression.selection import as_stored
 from grasp.errors import NonFiniteError
 from grasp.files import remove_abandoned
@@ -37,7 +37,8 @@ class Conversion:
         form: of the layers of the result, except those that were left.
         converted: paths of the layers that had another form.
         left: path → the reason why a layer keeps the other form.
-        omitted: files that are not copied: results of ``grasp evaluate``, for example, which belong to one size.
+        omitted: what is not copied: results of ``grasp evaluate``, for example, which belong to one size, and licences
+            that are no text in UTF-8.
         before: the given checkpoint.
         after: the written one.
     """
@@ -86,6 +87,7 @@ def convert(directory: Path, output: Path, form: Form, *, progress: Progress = n
     remove_abandoned(target)
     texts = read_texts(directory, _TEXTS)
     model, tokenizer = load_quietly(str(directory), device="cpu", progress=progress)
+    require_space(target, model.get_memory_footprint())
     converted, left = convert_(model, form, progress)
     card = texts.pop("README.md", None)
     if before.report is not None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +83,24 @@ def test_a_pivoted_checkpoint_has_fewer_parameters_and_the_same_logits_and_says_
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert card == model_card(model, base_model="owner/model", details="## Mine\n\nText.")
+
+
+def test_of_licences_only_texts_are_copied_and_the_others_are_named(small: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(small, tmp_path / "source")
+    (source / "LICENSES").mkdir()
+    (source / "LICENSE.pdf").write_bytes(b"%PDF-1.7 \xe2\xe3")
+    result = convert(source, tmp_path / "out", "pivoted")
+    assert result.omitted == ("LICENSE.pdf", "LICENSES", "result.json")
+    assert (tmp_path / "out" / "LICENSE").read_text() == "Mine."
+
+
+def test_a_full_disk_is_refused_before_the_layers_are_converted(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grasp.checkpoint.saving.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr("grasp.workflows.convert.convert_", lambda *_: pytest.fail("was converted"))
+    with pytest.raises(CheckpointError, match="GB are free"):
+        convert(small, tmp_path / "out", "pivoted")
 
 
 def test_there_and_back_gives_the_same_model_and_report(small: Path, tmp_path: Path) -> None:
