@@ -165,7 +165,7 @@ def as_stored(report: ModuleReport, module: nn.Module) -> ModuleReport:
     parameters = list(module.parameters())
     return replace(
         report,
-        form="factored" if module.order is None else "pivoted",
+        form=module.form,
         parameters_after=sum(p.numel() for p in parameters),
         bytes_after=sum(p.numel() * p.element_size() for p in parameters)
         + (0 if module.order is None else module.order.nbytes),
