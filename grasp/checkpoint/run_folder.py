@@ -236,7 +236,9 @@ class RunFolder:
         with self._writing("state.json"), replacing(self._manifest, scratch=self.folder / _UNFINISHED) as temporary:
             temporary.write_text(json.dumps({**state, "sha256": _state_digest(state)}, indent=1), encoding="utf-8")
         while self._replaced:
-            self._replaced.pop().unlink(missing_ok=True)
+            file = self._replaced.pop()
+            with self._writing(file.name):
+                file.unlink(missing_ok=True)
 
     def _stored_state(self) -> dict[str, Any]:
         """The content of ``state.json``; {} if there is none. Of an older format, only the identity is verified."""
