@@ -159,7 +159,7 @@ def replacement(state: NoState, target: Target, selection: Selection, rank: int)
 
 
 def as_stored(report: ModuleReport, module: nn.Module) -> ModuleReport:
-    """The report of a linear with the form and the sizes of what takes its place; without, with the reason."""
+    """The report with the form and sizes of a linear's replacement, or with the reason why it has none."""
     if not isinstance(module, LowRankLinear):
         return report if report.reason else ModuleReport(report.name, report.layer, "", NOT_PIVOTED)
     parameters = list(module.parameters())
