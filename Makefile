@@ -37,7 +37,7 @@ demo: $(BUILT) ## compress SmolLM2-135M and print what it cost and gained
 
 # One thread for each of the two processes: threads of several processes that wait for each other lose their turns.
 test: $(BUILT) ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # vLLM pins torch, and comes with audio packages whose import fails here: an environment of its own.
 VLLM := .venv-vllm
@@ -74,7 +74,9 @@ lint: $(STAMP) ## ruff, format checks, mypy, the import contract
 	$(BIN)/mypy
 	PYTHONPATH=.:kernels $(BIN)/lint-imports --no-logo
 
-check: lint docs test ## what CI runs
+check: ## what CI runs; lint and docs at the same time
+	$(MAKE) --jobs 2 --output-sync lint docs
+	$(MAKE) test
 
 aot: $(STAMP) ## compile every kernel configuration for sm_80, 90, 100 and 120, without a GPU; 3 minutes
 	$(BIN)/python -m benchmarks.gpu.aot

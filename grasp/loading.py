@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -361,16 +362,20 @@ def _parsing_once() -> Iterator[None]:
     """Cache the parsed GGUF file and its table of names.
 
     transformers parses the file three times (configuration, weights, tokenizer) and builds the table for each module,
-    which takes most of the loading time.
+    which takes most of the loading time. Parsing takes hundreds of thousands of slices, slow ones of a ``memmap``.
     """
     import gguf
 
-    names = ("GGUFReader", "get_tensor_name_map")
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]  # gguf has no types
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    names = {"GGUFReader": Reader, "get_tensor_name_map": gguf.get_tensor_name_map}
     with _GGUF_LOCK:
         originals = {name: getattr(gguf, name) for name in names}
         try:
-            for name, original in originals.items():
-                setattr(gguf, name, cache(original))
+            for name, callable_ in names.items():
+                setattr(gguf, name, cache(callable_))
             yield
         finally:
             for name, original in originals.items():

@@ -17,6 +17,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--scale", action="store_true", help="also run tests/scale with layers of an 8 B model: hours")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first, so that no process waits at the end for one of them in another."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def fuzzing(request: pytest.FixtureRequest) -> bool:
     """Whether tests/fuzz runs its full number of cases; in CI it runs a part of them."""

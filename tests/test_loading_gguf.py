@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import gguf
 import pytest
@@ -84,19 +83,20 @@ def test_a_gguf_file_gives_its_weights_in_the_dtype_asked_for(
 def test_a_gguf_file_is_parsed_once_by_each_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed = []
 
-    def parse(path: str) -> Any:
-        parsed.append(path)
-        return reader(path)
+    class Counting(gguf.GGUFReader):
+        def __init__(self, path: str) -> None:
+            parsed.append(path)
+            super().__init__(path)
 
-    reader, path = gguf.GGUFReader, tmp_path / "tiny.gguf"
-    monkeypatch.setattr(gguf, "GGUFReader", parse)
+    path = tmp_path / "tiny.gguf"
+    monkeypatch.setattr(gguf, "GGUFReader", Counting)
     for seed in (0, 1):  # the second is another model under the same name
         original = tiny_model("llama", vocab_size=len(byte_tokenizer()) + 2, seed=seed)
         write_gguf(path, original)
         model, _ = load_model(str(path), device="cpu")
         assert torch.equal(model.lm_head.weight, original.lm_head.weight)
         assert parsed == [str(path)] * (seed + 1)
-        assert gguf.GGUFReader is parse
+        assert gguf.GGUFReader is Counting
 
 
 def test_gguf_files_that_lack_something_are_refused(tmp_path: Path) -> None:

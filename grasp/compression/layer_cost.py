@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from grasp.errors import UnsupportedModelError
 from grasp.formatting import one_line
@@ -171,6 +171,8 @@ def tracer_for(
     model_class: type[PreTrainedModel] | None = None,
 ) -> Tracer:
     """A ``Tracer``, with its arguments and errors. Each thread keeps its last ones, since tracing takes a second."""
+    if model_class is MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None):
+        model_class = None
     text = config.to_json_string(use_diff=False)
     key = (get_ident(), text, config._attn_implementation, dtype, device, batch_size, seq_len, model_class)
     if key not in _kept:

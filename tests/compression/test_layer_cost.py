@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import MixtralConfig
 
-from grasp.compression.layer_cost import LiveBytes, Tracer
+from grasp.compression.layer_cost import LiveBytes, Tracer, tracer_for
 from grasp.errors import UnsupportedModelError
 from grasp.model.targets import layer_targets
 from tests.tiny_models import DENSE_FAMILIES, FAMILIES, tiny_model
@@ -80,6 +80,12 @@ def test_experts_count_for_their_tokens() -> None:
         traced = Tracer(config, dtype=torch.bfloat16, device=torch.device("cpu"), batch_size=2, seq_len=16)
         costs.append(traced.layer(0, "none").forward)
     assert costs[1] - costs[0] == 2 * TOKENS * 3 * 32 * 48
+
+
+def test_a_loaded_model_has_the_tracer_of_its_configuration() -> None:
+    model = tiny_model("llama")
+    shape = {"dtype": torch.float32, "device": torch.device("cpu"), "batch_size": 2, "seq_len": 16}
+    assert tracer_for(model.config, model_class=type(model), **shape) is tracer_for(model.config, **shape)
 
 
 def test_operations_that_depend_on_data_are_refused_with_a_remedy() -> None:
