@@ -15,7 +15,7 @@ from transformers import activations
 
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp_kernels import lowrank_glu
-from grasp_kernels.dispatch import CUDA_ROWS, backend_missing
+from grasp_kernels.dispatch import backend_missing, cuda_rows
 
 FORMULA = "self.down_proj(self.act_fn(self.gate_proj({x})) * self.up_proj({x}))"
 ACTIVATIONS: dict[type[nn.Module], str] = {  # type → the name that ``lowrank_glu`` has for it
@@ -115,4 +115,4 @@ def _gains_by_fusing(x: Tensor) -> bool:
     """
     if not x.is_cuda or is_grad_enabled():
         return False
-    return is_compiling() or x.numel() > CUDA_ROWS * x.shape[-1] or backend_missing("cuda") is not None
+    return is_compiling() or x.numel() > cuda_rows(x.dtype) * x.shape[-1] or backend_missing("cuda") is not None

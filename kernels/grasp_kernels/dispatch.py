@@ -72,6 +72,7 @@ def _nothing(*_: object) -> None:
 
 
 CUDA_ROWS = 16  # GRASP_CUDA_MAX_ROWS in csrc/lowrank.h
+CUDA_FASTEST_ROWS = 4  # above, triton's dots in 16 bits are expected to be faster: see docs/kernels.md
 
 
 def _cuda_missing() -> str | None:
@@ -88,6 +89,18 @@ def _cuda_refuses(call: OpCall) -> str | None:
     if call.rows > CUDA_ROWS:
         return f"it serves at most {CUDA_ROWS} rows"
     return _card_refuses(call.device)
+
+
+def cuda_rows(dtype: torch.dtype) -> int:
+    """Most rows of x that ``"auto"`` gives to ``cuda``: all that it serves, if ``triton`` cannot run more of them."""
+    if dtype == torch.float32 or backend_missing("triton") is not None or _triton_interprets():
+        return CUDA_ROWS
+    return CUDA_FASTEST_ROWS
+
+
+def _cuda_avoids(call: OpCall) -> str | None:
+    rows = cuda_rows(call.dtype)
+    return None if call.rows <= rows else f"beyond {rows} rows triton is expected to be faster"
 
 
 def _card_refuses(device: torch.device) -> str | None:
@@ -176,7 +189,7 @@ _TRITON_FUNCTIONS = {
 _CHUNKED_FUNCTIONS = {"singular_value_grad": "grasp_kernels.routes:chunked"}
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend("cuda", _CUDA_FUNCTIONS, missing=_cuda_missing, refuses=_cuda_refuses, avoids=_nothing),
+    Backend("cuda", _CUDA_FUNCTIONS, missing=_cuda_missing, refuses=_cuda_refuses, avoids=_cuda_avoids),
     Backend("triton", _TRITON_FUNCTIONS, missing=_triton_missing, refuses=_triton_refuses, avoids=_triton_avoids),
     Backend("cpu", _CPU_FUNCTIONS, missing=_cpu_missing, refuses=_cpu_refuses, avoids=_cpu_avoids, direct=_CPU_DIRECT),
     Backend("chunked", _CHUNKED_FUNCTIONS, _nothing, _nothing, _nothing),

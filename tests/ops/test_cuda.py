@@ -252,6 +252,26 @@ def test_calls_that_it_refuses(
     assert reason is None if named is None else reason is not None and named in reason
 
 
+@pytest.mark.parametrize(
+    ("triton", "dtype", "most"),
+    [
+        (None, torch.bfloat16, 4),
+        (None, torch.float32, CUDA_ROWS),  # triton multiplies without tensor cores too
+        ("Triton is not installed", torch.bfloat16, CUDA_ROWS),
+    ],
+)
+def test_auto_gives_it_few_rows_if_triton_is_there_and_all_it_serves_otherwise(
+    monkeypatch: pytest.MonkeyPatch, triton: str | None, dtype: torch.dtype, most: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch, "_triton_interprets", lambda: False)
+    monkeypatch.setattr(dispatch, "backend_missing", lambda name: triton if name == "triton" else None)
+    calls = [OpCall("lowrank_linear", torch.device("cuda"), dtype, rows, 4) for rows in range(CUDA_ROWS + 4)]
+    auto = [call.rows for call in calls if dispatch.objection(ROW, call, named=False) is None]
+    assert auto == list(range(most + 1))
+    assert dispatch.objection(ROW, calls[CUDA_ROWS]) is None
+
+
 def test_it_refuses_an_older_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     reason = ROW.refuses(OpCall("lowrank_linear", torch.device("cuda"), torch.float16, 1, 4))
