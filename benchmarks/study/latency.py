@@ -50,7 +50,7 @@ def rebuild_(model: PreTrainedModel, cell: StudyResult) -> None:
     if unknown := sorted(set(cell.ranks) - set(linears)):
         raise ResultsError(f"the model has no {unknown[0]}, which {cell.method} made low-rank; give the study's model")
     for name, rank in cell.ranks.items():
-        model.set_submodule(name, LowRankLinear.like(linears[name], rank))
+        model.set_submodule(name, LowRankLinear.like(linears[name], rank, pivoted=cell.pivoted))
     group_linears_(model)
     if cell.method == LINEAR_REPLACEMENT:  # its map is one more linear if it cannot be merged
         width = model.config.get_text_config(decoder=True).hidden_size

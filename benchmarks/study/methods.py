@@ -75,6 +75,7 @@ class Outcome:
     removed_layers: tuple[int, ...] = ()
     ranks: dict[str, int] = field(default_factory=dict)  # by module
     scope: str | None = None
+    pivoted: bool = False  # the form of the low-rank linears
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def compressed(**options: Any) -> Method:
         run = start_run(model, batches, config, None, job.progress, state, ALONE, memory=job.memory)
         state.block_influence = influence
         report = carry_out_(replace(run, gather=calibration.statistics))
-        return Outcome(ranks={m.name: m.rank for m in report.modules if not m.reason}, scope=report.scope)
+        ranks = {module.name: module.rank for module in report.modules if not module.reason}
+        return Outcome(ranks=ranks, scope=report.scope, pivoted=config.form == "pivoted")
 
     return compress
 

@@ -142,6 +142,7 @@ class Study:
             removed_layers=tuple(sorted(outcome.removed_layers)),
             ranks=outcome.ranks,
             scope=outcome.scope,
+            pivoted=outcome.pivoted,
             conditions=self._conditions,
             accuracy=accuracy,
         )

@@ -71,6 +71,7 @@ class StudyResult(Record):
         accuracy: lm-eval's ``acc`` of each task, without normalisation.
         peak_bytes: most memory of a process during the compression, above the loaded model; ``None`` if unknown.
         memory: bytes that the compression was allowed above the loaded model; ``None`` for 0.9 of what was free.
+        pivoted: whether the low-rank linears have pivoted form.
     """
 
     method: str
@@ -89,6 +90,7 @@ class StudyResult(Record):
     accuracy: Mapping[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
     memory: int | None = None
+    pivoted: bool = False
 
     kind: ClassVar[str] = "study"
     title: ClassVar[str] = "Methods and sizes"

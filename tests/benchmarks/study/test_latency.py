@@ -47,7 +47,7 @@ def run(model: Path, output: Path, *cells: Any, arguments: tuple[str, ...] = ())
 def test_the_models_of_a_ratio_are_timed_with_the_dense_one(tmp_path: Path) -> None:
     model, output = save_tiny_model(tmp_path / "model"), tmp_path / "latency.jsonl"
     cells = [
-        cell("low", ranks={LOW: 3}),
+        cell("low", ranks={LOW: 3}, pivoted=True),
         cell("gone", removed_layers=(1,)),
         cell("other", seed=1),
         cell("dense", ratio=0.0),
@@ -60,14 +60,16 @@ def test_the_models_of_a_ratio_are_timed_with_the_dense_one(tmp_path: Path) -> N
     assert all(latency.inter_token_ms.p50 > 0 and latency.of_dense > 0 for latency in latencies)
 
 
-def test_a_rebuilt_model_has_the_cells_shapes() -> None:
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_a_rebuilt_model_has_the_cells_shapes(pivoted: bool) -> None:
     model = tiny_model("llama")
     depth = len(model.model.layers)
-    rebuild_(model, cell("both", ranks={LOW: 3}, removed_layers=(0,)))
+    rebuild_(model, cell("both", ranks={LOW: 3}, removed_layers=(0,), pivoted=pivoted))
     assert len(model.model.layers) == depth - 1
     module = model.get_submodule("model.layers.0.mlp.up_proj")
     assert isinstance(module, LowRankLinear)
     assert module.rank == 3
+    assert (module.order is not None) == pivoted
     require_right(model, "both")
 
 

@@ -128,6 +128,7 @@ def test_an_interrupted_compression_is_resumed(model: Path, tmp_path: Path, monk
     assert resumed["perplexity"] == expected["perplexity"]
     assert resumed["ranks"] == expected["ranks"]
     assert resumed["memory"] == 5e8
+    assert resumed["pivoted"]
     assert not list(parts.parent.rglob("best*"))
 
 
