@@ -72,7 +72,7 @@ lint: $(STAMP) ## ruff, format checks, mypy, the import contract
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
-	PYTHONPATH=.:kernels $(BIN)/lint-imports --no-logo
+	PYTHONPATH=.:kernels:packages/pytest-speedgate $(BIN)/lint-imports --no-logo
 
 check: ## what CI runs; lint and docs at the same time
 	$(MAKE) --jobs 2 --output-sync lint docs

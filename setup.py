@@ -1,4 +1,4 @@
-"""Builds two packages, the module that tells transformers about grasp checkpoints, and the compiled kernels.
+"""Builds three packages, the module that tells transformers about grasp checkpoints, and the compiled kernels.
 
 The kernels are built by ninja, without PyTorch: ``grasp_kernels._cpu`` where there is a C++ compiler, each instruction
 set in a file of its own; ``grasp_kernels._cuda`` where there is nvcc as well. ``GRASP_BUILD_CUDA`` is ``1`` (build it
@@ -244,10 +244,19 @@ class CopyHeader(build_py):
 
 
 setup(
-    packages=[*find_packages(include=["grasp*"]), "grasp_kernels", "grasp_kernels.triton"],
-    package_dir={"grasp_kernels": "kernels/grasp_kernels"},
+    packages=[*find_packages(include=["grasp*"]), "grasp_kernels", "grasp_kernels.triton", "speedgate"],
+    # speedgate is a distribution of its own as well, packages/pytest-speedgate. It travels along until that is on PyPI
+    # and can be named as a dependency.
+    package_dir={
+        "grasp_kernels": "kernels/grasp_kernels",
+        "speedgate": "packages/pytest-speedgate/speedgate",
+    },
     py_modules=["grasp_autoload"],
-    package_data={"grasp": ["py.typed", "reporting/page.*"], "grasp_kernels": ["py.typed", "configs/*.json"]},
+    package_data={
+        "grasp": ["py.typed", "reporting/page.*"],
+        "grasp_kernels": ["py.typed", "configs/*.json"],
+        "speedgate": ["py.typed"],
+    },
     # ninja compiles them; setuptools only needs to know what belongs into a source distribution.
     ext_modules=[
         Extension(name, sources=[], depends=sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.*")))

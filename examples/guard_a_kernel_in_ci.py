@@ -1,9 +1,9 @@
-"""Fail a CI job when a kernel becomes slower: a test file for pytest with the plugin of grasp.
+"""Fail a CI job when a kernel becomes slower: a test file for pytest-speedgate.
 
 On the old commit, and then on the new one, on the same machine:
 
-    python -m pytest -p grasp.bench.plugin examples/guard_a_kernel_in_ci.py --gate=save
-    python -m pytest -p grasp.bench.plugin examples/guard_a_kernel_in_ci.py --gate=compare
+    python -m pytest -p speedgate.plugin examples/guard_a_kernel_in_ci.py --gate=save
+    python -m pytest -p speedgate.plugin examples/guard_a_kernel_in_ci.py --gate=compare
 
 The second command ends with exit code 1 if the kernel is slower by more than 15 %, measured as a ratio to plain calls
 that are timed in turns with it. Replace `kernel` and `plain` by calls of your own. A workflow is in
@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grasp.bench.plugin import Gate
 from grasp_kernels import lowrank_linear
+from speedgate.fixture import Gate
 
 Operands = tuple[Tensor, Tensor, Tensor]  # x (M, K), U (N, R), Vh (R, K)
 

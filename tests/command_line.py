@@ -41,7 +41,7 @@ def environment() -> dict[str, str]:
 
     Nor does a pytest among them take itself for a worker of pytest-xdist, in which pytest-benchmark times nothing.
     """
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "packages/pytest-speedgate")))
     left_out = ("TRITON_INTERPRET", "PYTEST_XDIST_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     return {**kept, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}

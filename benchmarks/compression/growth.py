@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks.compression.random_llama import RandomLlama, measure
 from grasp.bench.conditions import Conditions, conditions, measure_card
-from grasp.bench.timing import using_threads
+from speedgate.timing import using_threads
 
 SEQ_LEN, BATCH_SIZE = 512, 4
 LAYERS, TOKENS = "layers", "tokens"

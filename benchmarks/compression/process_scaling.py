@@ -22,7 +22,6 @@ from rich.table import Table
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from grasp.bench.conditions import Conditions, conditions, measure_card
-from grasp.bench.timing import using_threads
 from grasp.builtin import BUILTIN
 from grasp.calibration import builtin_text, token_batches
 from grasp.checkpoint.compression_report import CompressionReport
@@ -31,6 +30,7 @@ from grasp.config import GraspConfig
 from grasp.loading import load_quietly
 from grasp.method.schedules import SCHEDULES
 from grasp.statistics.processes import ALONE, joined
+from speedgate.timing import using_threads
 
 CPU = torch.device("cpu")
 GEMM = (2048, 576, 1536)  # tokens, features in and out: the MLP of SmolLM2-135M

@@ -18,9 +18,9 @@ from typing import Annotated
 
 import typer
 
-from grasp.bench.plugin import UNUSABLE
 from grasp.bench.workloads import ATTENTION, SMALL_MLP
 from grasp_kernels.dispatch import explain
+from speedgate.plugin import UNUSABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 # Rows, dtype and shape by op: small and large, fp32 and bf16.

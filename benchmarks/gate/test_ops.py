@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from grasp.bench.plugin import Gate
 from grasp.bench.workloads import ATTENTION, OPS, SMALL_MLP, Problem, backends, make_problem, rotations, wrong
 from grasp_kernels.dispatch import BACKENDS
 from grasp_kernels.shapes import format_shape, parse_shape
+from speedgate.fixture import Gate
 
 TIMED_SHAPES = (ATTENTION, SMALL_MLP)
 TINY_SHAPES = ("63x48r5",)  # with timing disabled, each op runs once
@@ -42,7 +42,7 @@ def problem(gate: Gate, benchmark: Any, op: str, shapes: str, rows: int, dtype: 
     shape = OPS[op].fit(parse_shape(shapes))
     assert shape is not None
     benchmark.group = f"{op} {format_shape(shape)} M={rows} {str(dtype).removeprefix('torch.')}"
-    return make_problem(op, shape, rows, dtype, gate.device)
+    return make_problem(op, shape, rows, dtype, torch.device(gate.device))
 
 
 @pytest.mark.parametrize("provider", [row.name for row in BACKENDS])

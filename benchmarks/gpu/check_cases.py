@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grasp.bench.timing import Rotation
 from grasp.bench.workloads import OPS, Problem, Run, backends, make_problem, wrong
 from grasp.loading import DTYPES
 from grasp_kernels import Factors, pack_factors, roofline
@@ -23,6 +22,7 @@ from grasp_kernels.roofline import Cost
 from grasp_kernels.shapes import GroupShape, parse_shape
 from grasp_kernels.triton import lowrank_glu, lowrank_linear
 from grasp_kernels.triton.launch import gpu_of
+from speedgate.timing import Rotation
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from benchmarks.gpu.check_report import LeftOut, ProviderTime
 from benchmarks.gpu.check_runner import Emit
 from benchmarks.gpu.launch_costs import measure_barrier, measure_launches
 from grasp.bench.conditions import ROOT, conditions, measure_card, warm_up
-from grasp.bench.timing import Batch, Rotation, Sample, batch, turns
+from grasp.bench.timing import Sample, turns
 from grasp_kernels import launch_configs, roofline
 from grasp_kernels.roofline import Card
 from grasp_kernels.triton.launch import gpu_of
+from speedgate.timing import Batch, Rotation, batch
 
 NO_ROOM = "the GPU has too little shared memory for its configuration"
 NO_MEMORY = "the GPU has too little memory"
@@ -122,7 +123,7 @@ def _prepare(case: GpuCase, provider: CaseProvider, operands: Operands, device: 
         if error is not None:
             return error
         calls, rotation = provider.calls(case), operands.rotation(provider.reads)
-        return EagerBatch(calls, rotation) if kind == "eager" else batch(device, calls, rotation)
+        return EagerBatch(calls, rotation) if kind == "eager" else batch(device.type, calls, rotation)
     except OutOfResources as shortage:
         return f"{NO_ROOM}: {shortage}"
     except torch.OutOfMemoryError as shortage:

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from grasp.bench.timing import Rotation, batch, interleave
+from grasp.bench.timing import interleave
 from grasp_kernels.triton.launch import gpu_of
 from grasp_kernels.triton.tiles import arrive, wait
+from speedgate.timing import Rotation, batch
 
 BLOCK = 1024  # fp32 values that each program of the ramp reads
 CROSSINGS = 32  # barriers in one launch
@@ -99,5 +100,5 @@ def _medians(
     device: torch.device, launches: Mapping[str, Callable[[None], object]], calls: int, repetitions: int
 ) -> dict[str, float]:
     """Median µs of each launch."""
-    batches = {name: batch(device, launch, Rotation([None]), calls) for name, launch in launches.items()}
+    batches = {name: batch(device.type, launch, Rotation([None]), calls) for name, launch in launches.items()}
     return {name: sample.median * 1e6 for name, sample in interleave(batches, repetitions).items()}

@@ -19,7 +19,6 @@ from grasp.bench.memory import peak_bytes_above_now
 from grasp.bench.providers import pick_layers
 from grasp.bench.race import Race, race
 from grasp.bench.records import CompressResult
-from grasp.bench.timing import using_threads
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, builtin_text, token_batches, tokenize
 from grasp.compress import compress_
@@ -38,6 +37,7 @@ from grasp.progress import Progress, no_progress
 from grasp.statistics.gradients import gather_gradients
 from grasp.statistics.redundancy import block_influence
 from grasp.statistics.sweep import capture_prefix
+from speedgate.timing import using_threads
 
 _TIMED = [name for name in SCHEDULES if name != "progressive"]  # which needs a global budget
 YARDSTICK = "sequential"  # the paper's schedule; speed-ups are over its naive run

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grasp.bench.timing import Rotation, batch
 from grasp_kernels import cpu, roofline
 from grasp_kernels.dispatch import backend_missing
 from grasp_kernels.roofline import Card
+from speedgate.devices import processor_name
+from speedgate.timing import Rotation, batch
 
 ROOT = Path(__file__).resolve().parents[2]
 READ_BYTES = 1 << 30  # size of the buffer that is read to measure the bandwidth
@@ -101,12 +102,7 @@ def device_name(device: torch.device) -> str:
     """The processor's own name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return processor_name()
 
 
 @torch.inference_mode()
@@ -139,7 +135,7 @@ def warm_up(device: torch.device, seconds: float) -> None:
 def _best(device: torch.device, call: Callable[[], object]) -> float:
     """Shortest of ``REPETITIONS`` times of a call, in seconds; on a GPU of graphs of calls, by the GPU's clock."""
     if device.type == "cuda":
-        timed = batch(device, lambda _: call(), Rotation([None]))
+        timed = batch(device.type, lambda _: call(), Rotation([None]))
         return min(timed.seconds() for _ in range(REPETITIONS))
     times = []
     for _ in range(REPETITIONS + 1):  # the first warms up

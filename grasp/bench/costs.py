@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from grasp.bench.conditions import device_name
-from grasp.bench.timing import Batch, Rotation, batch, interleave
+from grasp.bench.timing import interleave
 from grasp.errors import ResultsError
 from grasp.evaluation.generation import now, time_generation
 from grasp.method.cost_table import CostTable, LinearSeconds, find_card, from_roofline
@@ -27,6 +27,7 @@ from grasp.model.targets import decoder, layer_targets
 from grasp.progress import Progress, no_progress
 from grasp_kernels.packing import RANK_MULTIPLE
 from grasp_kernels.roofline import Card
+from speedgate.timing import Batch, Rotation, batch
 
 ROTATE_BYTES = 64 << 20  # distinct weights that calls rotate through: a model reads other weights in between
 POINTS = 4  # timed ranks up to the break-even one, besides the lowest
@@ -148,7 +149,7 @@ def _time_linear(shape: Shape, form: Form, device: torch.device, dtype: torch.dt
 
     def timed(make: Callable[[], nn.Module], parameters: int) -> Batch:
         copies = max(2, ROTATE_BYTES // (parameters * dtype.itemsize))
-        return batch(device, lambda module: module(x), Rotation([make() for _ in range(copies)]))
+        return batch(device.type, lambda module: module(x), Rotation([make() for _ in range(copies)]))
 
     batches, ranks = {"dense": timed(dense, n * k)}, measured_ranks(shape, form)
     for rank in ranks:

@@ -35,7 +35,7 @@ from grasp.bench.providers import (
     truncate_,
 )
 from grasp.bench.records import PLAIN_SVD, ModelResult, NotMeasured, Percentiles
-from grasp.bench.timing import Sample, turns, using_threads
+from grasp.bench.timing import Sample, turns
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_pieces, tokenize
 from grasp.evaluation.generation import GenerationTime, first_logits, random_prompt, time_generation
@@ -47,6 +47,7 @@ from grasp.model.size import model_size
 from grasp.model.targets import decoder
 from grasp.progress import Progress, named, no_progress
 from grasp_kernels.roofline import Card
+from speedgate.timing import using_threads
 
 REFERENCE = "reference"
 # Largest norm-wise relative difference of logits that rounding explains, between two backends of the same weights.

@@ -18,7 +18,7 @@ from grasp.bench.conditions import conditions, measure_card
 from grasp.bench.providers import require_backends
 from grasp.bench.records import NotMeasured, OpResult
 from grasp.bench.shapes import model_calls
-from grasp.bench.timing import batch, interleave, using_threads
+from grasp.bench.timing import interleave
 from grasp.bench.workloads import (
     ATTENTION,
     MLP,
@@ -38,6 +38,7 @@ from grasp.progress import Progress, no_progress
 from grasp_kernels import roofline
 from grasp_kernels.roofline import Card
 from grasp_kernels.shapes import GroupShape, format_shape, parse_shape
+from speedgate.timing import batch, using_threads
 
 DEFAULT_SHAPES = (ATTENTION, MLP, SMALL_MLP)
 UNFUSED, COMPILED, DENSE = "unfused", "compiled", "dense"
@@ -184,7 +185,7 @@ def measure(case: OpCase, device: torch.device, card: Card, request: OpsRequest)
         yield NotMeasured("ops", name, reason, is_wrong, **labels)
     rotation = rotations(case.op, problem, request.rotate_bytes)
     sources = {name: rotation["dense" if name == DENSE else "low-rank"] for name in timed}
-    batches = {name: batch(device, call, sources[name]) for name, call in timed.items()}
+    batches = {name: batch(device.type, call, sources[name]) for name, call in timed.items()}
     samples = interleave(batches, request.repetitions)
     now = conditions(card, device)
     for name, sample in samples.items():

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grasp.bench.timing import Rotation
 from grasp.method.pivoting import in_order
 from grasp.model.lowrank_linear import pivots_order
 from grasp_kernels import Factors, lowrank_glu, lowrank_linear, lowrank_linear_grouped, roofline, singular_value_grad
@@ -22,6 +21,7 @@ from grasp_kernels.numerics import inaccuracy
 from grasp_kernels.reference import linear
 from grasp_kernels.roofline import Cost
 from grasp_kernels.shapes import GroupShape
+from speedgate.timing import Rotation
 
 # The shapes of all benchmarks of the ops, with a tenth of the parameters, the paper's ratio.
 # Llama-2-7B: q, k, v and o; gate or up; down. Llama-3.1-8B: k or v; gate or up. SmolLM2-135M: gate or up.

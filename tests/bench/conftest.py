@@ -14,8 +14,9 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
 from grasp import cli
-from grasp.bench import conditions, timing
+from grasp.bench import conditions
 from grasp.cli import root
+from speedgate import timing
 from tests.command_line import save_tiny_model
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grasp.bench import costs, timing
+from grasp.bench import costs
 from grasp.bench.costs import costs_for, linear_shapes, measure_costs, measured_ranks
 from grasp.errors import CostTableError, ResultsError
 from grasp.method.cost_table import CostTable
@@ -13,6 +13,7 @@ from grasp.method.ranks import break_even_rank
 from grasp.model.dense import dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import decoder, layer_targets
+from speedgate import timing
 from tests.tiny_models import tiny_model
 
 

@@ -19,7 +19,6 @@ FILES = [
     ("bench", "model", "missing-model"),
     ("bench", "compress", "missing-model"),
     ("bench", "costs", "missing-model"),
-    ("bench", "gate", "export", "missing.json"),
     ("report", "missing-folder"),
 ]
 FOLDERS = [("compress", "missing-model"), ("recover", "."), ("convert", ".", "--form", "pivoted"), ("demo",)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from grasp.bench import costs as bench_costs
-from grasp.bench import timing
+from speedgate import timing
 from tests.command_line import RunMain
 
 SINGLE = ("--schedule", "single-sweep")

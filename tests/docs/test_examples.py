@@ -63,7 +63,7 @@ def test_guard_a_kernel_in_ci(tmp_path: Path) -> None:
         "pytest",
         "-q",
         "-p",
-        "grasp.bench.plugin",
+        "speedgate.plugin",
         EXAMPLES / "guard_a_kernel_in_ci.py",
         "--rootdir",
         tmp_path,

@@ -30,6 +30,7 @@ RUN_ELSEWHERE = {
     "docs/evaluate.md": "tests/docs/test_evaluation.py",
     "docs/publish.md": "tests/docs/test_evaluation.py",
     "docs/regression-gate.md": "below",
+    "packages/pytest-speedgate/README.md": "below",
     "docs/serve/compile-and-export.md": "tests/serving/test_transformers_serve.py",
     "docs/serve/training.md": "tests/serving/test_transformers_serve.py",
     "docs/serve/transformers.md": "tests/serving/test_transformers_serve.py",
@@ -76,11 +77,11 @@ def test_the_python_of_a_page_runs_in_order(page: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_project_on_the_page_about_the_gate_runs(tmp_path: Path) -> None:
-    conftest, test = blocks(read("docs/regression-gate.md"), "python")
-    (tmp_path / "conftest.py").write_text(conftest)
-    (tmp_path / "test_speed.py").write_text(test)
-    command = [sys.executable, "-m", "pytest", "-q", "--benchmark-disable", "test_speed.py"]
+@pytest.mark.parametrize("page", ["docs/regression-gate.md", "packages/pytest-speedgate/README.md"])
+def test_the_project_on_a_page_about_the_gate_runs(page: str, tmp_path: Path) -> None:
+    (tmp_path / "test_speed.py").write_text(blocks(read(page), "python")[0])
+    options = ["-q", "-p", "speedgate.plugin", "--benchmark-disable"]
+    command = [sys.executable, "-m", "pytest", *options, "test_speed.py"]
     run = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "1 passed" in run.stdout

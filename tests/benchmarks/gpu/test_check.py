@@ -26,11 +26,12 @@ from benchmarks.gpu.check_cases import CaseProvider, GpuCase, complaint, make_op
 from benchmarks.gpu.check_report import TARGETS, LeftOut, ProviderTime, Report, chosen, print_report, read_report
 from benchmarks.gpu.check_runner import ROOT, Line, Task, read_lines
 from benchmarks.gpu.check_tasks import NO_MEMORY, NO_ROOM
-from grasp.bench import conditions, timing
+from grasp.bench import conditions
 from grasp.bench.workloads import OPS, Problem
 from grasp_kernels import launch_configs
 from grasp_kernels.launch_configs import Config
 from grasp_kernels.triton.launch import gpu_of
+from speedgate import timing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = {

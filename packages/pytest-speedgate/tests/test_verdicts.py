@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from grasp.bench import gate
-from grasp.bench.gate import BaselineError, Change, Document, Entry, Where
-from grasp.cli.root import app
+from speedgate import baselines, verdicts
+from speedgate.verdicts import BaselineError, Change, Document, Entry, Where
 
-DATA = Path(__file__).parent / "data"
 HERE = Where("cpu", "AMD EPYC", 1)
 STEADY = (1.0, 0.99, 1.01) * 7
 
@@ -26,7 +23,7 @@ def entry(
 
 
 def change(before: Entry, now: Entry, kind: str = "cpu", **threshold: float) -> Change:
-    return next(gate.compare_entries(before, now, kind, **threshold))
+    return next(verdicts.compare_entries(before, now, kind, **threshold))
 
 
 def document(entries: dict[str, Entry], where: Where = HERE) -> dict[str, Any]:
@@ -51,21 +48,23 @@ def saved(path: Path, value: object) -> Path:
 def test_the_interval_of_a_median_lies_between_two_order_statistics() -> None:
     values = list(range(1, 21))
     # P(Binomial(20, 1/2) <= 3) = 0.0013, and of <= 4 it is 0.0059: the fourth from either end.
-    assert gate.median_interval(values) == (gate.Interval(4, 10.5, 17))
-    assert gate.median_interval(values, confidence=0.95) == gate.Interval(6, 10.5, 15)
-    assert gate.median_interval(range(1, 9)) == gate.Interval(1, 4.5, 8)
+    assert verdicts.median_interval(values) == (verdicts.Interval(4, 10.5, 17))
+    assert verdicts.median_interval(values, confidence=0.95) == verdicts.Interval(6, 10.5, 15)
+    assert verdicts.median_interval(range(1, 9)) == verdicts.Interval(1, 4.5, 8)
 
 
 def test_the_interval_has_the_median_as_often_as_it_says_for_a_skewed_distribution() -> None:
     generator = random.Random(0)
     samples = [[generator.lognormvariate(0, 2) for _ in range(20)] for _ in range(3000)]
-    covered = sum(interval.low <= 1 <= interval.high for interval in map(gate.median_interval, samples)) / len(samples)
+    covered = sum(interval.low <= 1 <= interval.high for interval in map(verdicts.median_interval, samples)) / len(
+        samples
+    )
     assert 0.99 <= covered < 1
 
 
 def test_too_few_values_have_no_interval() -> None:
     with pytest.raises(ValueError, match="7 values are too few"):
-        gate.median_interval(range(7))
+        verdicts.median_interval(range(7))
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
@@ -85,12 +84,12 @@ def test_a_change_beyond_the_threshold_that_noise_may_explain_is_unclear() -> No
 
 
 def test_a_slow_machine_is_no_regression_on_a_cpu() -> None:
-    changes = list(gate.compare_entries(entry(0.5), entry(0.5, yardstick=5e-4), "cpu"))
+    changes = list(verdicts.compare_entries(entry(0.5), entry(0.5, yardstick=5e-4), "cpu"))
     assert [(change.measure, change.verdict) for change in changes] == [("ratio", "same")]
 
 
 def test_on_a_gpu_the_time_counts_as_well() -> None:
-    changes = list(gate.compare_entries(entry(0.5), entry(0.5, yardstick=1.4e-4), "cuda"))
+    changes = list(verdicts.compare_entries(entry(0.5), entry(0.5, yardstick=1.4e-4), "cuda"))
     assert [(change.measure, change.verdict) for change in changes] == [("ratio", "same"), ("time", "regression")]
     assert "time was 50.00 µs, is 70.00 µs: +40%" in changes[1].line()
 
@@ -106,10 +105,10 @@ def test_a_line_names_the_call_both_ratios_and_the_threshold() -> None:
 
 def test_what_is_no_longer_measured_fails_and_what_is_new_does_not() -> None:
     both, one = {"a": entry(1), "b": entry(1)}, {"a": entry(1)}
-    lost = gate.compare(Document(HERE, both), Document(HERE, one))
+    lost = verdicts.compare(Document(HERE, both), Document(HERE, one))
     assert lost.failed
     assert any(line.startswith("lost: ") for line in lost.lines())
-    new = gate.compare(Document(HERE, one), Document(HERE, both))
+    new = verdicts.compare(Document(HERE, one), Document(HERE, both))
     assert not new.failed
     assert any(line.startswith("new: ") for line in new.lines())
 
@@ -117,7 +116,7 @@ def test_what_is_no_longer_measured_fails_and_what_is_new_does_not() -> None:
 def test_the_worst_comes_first_and_a_tally_last() -> None:
     before = {name: entry(1) for name in "abcd"}
     now = {"a": entry(1), "b": entry(1.3), "c": entry(1.5), "d": entry(0.5)}
-    *lines, tally = gate.compare(Document(HERE, before), Document(HERE, now)).lines()
+    *lines, tally = verdicts.compare(Document(HERE, before), Document(HERE, now)).lines()
     assert [line.split(":")[0] for line in lines] == ["regression", "regression", "faster"]
     assert [re.search(r"is [\d.]+: (\S+)", line)[1] for line in lines] == ["+50%", "+30%", "-50%"]  # type: ignore[index]
     assert tally == "4 compared: 2 regression, 0 unclear, 1 faster, 1 same; 0 lost, 0 new"
@@ -135,11 +134,11 @@ def test_the_worst_comes_first_and_a_tally_last() -> None:
 )
 def test_what_cannot_be_compared_is_refused(now: Document, complaint: str) -> None:
     with pytest.raises(BaselineError, match=complaint):
-        gate.compare(Document(HERE, {"a": entry(1)}), now)
+        verdicts.compare(Document(HERE, {"a": entry(1)}), now)
 
 
 def test_a_document_is_read_as_it_was_recorded(tmp_path: Path) -> None:
-    recorded = gate.read(saved(tmp_path / "0001_baseline.json", document({"a": entry(0.5)})))
+    recorded = baselines.read(saved(tmp_path / "0001_baseline.json", document({"a": entry(0.5)})))
     assert (recorded.where, dict(recorded.entries)) == (HERE, {"a": entry(0.5)})
     assert recorded.recorded == "2026-01-31T12:00:00+00:00, commit 0123456789ab, torch 2.11.0"
 
@@ -164,25 +163,25 @@ def test_a_damaged_document_is_refused_and_left(tmp_path: Path, text: str) -> No
     path = tmp_path / "0001_baseline.json"
     path.write_text(text)
     with pytest.raises(BaselineError, match=r"0001_baseline\.json is .+recorded with --gate.*; move it away"):
-        gate.read(path)
+        baselines.read(path)
     assert path.read_text() == text
 
 
 def test_the_last_baseline_is_that_of_the_highest_number(tmp_path: Path) -> None:
-    folder = gate.device_folder(tmp_path, HERE)
+    folder = baselines.device_folder(tmp_path, HERE)
     assert folder.name == "amd-epyc"
     (folder / "Linux").mkdir(parents=True)
     for name in ("9999_baseline.json", "10000_baseline.json", "0002_baseline.json"):
         saved(folder / "Linux" / name, {})
-    assert gate.latest(folder, "Linux").name == "10000_baseline.json"
+    assert baselines.latest(folder, "Linux").name == "10000_baseline.json"
     with pytest.raises(BaselineError, match=r"no baseline in .*intel/Linux; .* amd-epyc/Linux; .*save"):
-        gate.latest(tmp_path / "intel", "Linux")
+        baselines.latest(tmp_path / "intel", "Linux")
     with pytest.raises(BaselineError, match="no baselines exist"):
-        gate.latest(tmp_path / "elsewhere" / "intel", "Linux")
+        baselines.latest(tmp_path / "elsewhere" / "intel", "Linux")
 
 
 def test_ratios_are_exported_with_the_fields_that_github_action_benchmark_takes() -> None:
-    (row,) = gate.smaller_is_better(Document(HERE, {"a": entry(0.5)}))
+    (row,) = baselines.smaller_is_better(Document(HERE, {"a": entry(0.5)}))
     # Its README: name, unit and value are required; range and extra are texts.
     assert {name: type(value) for name, value in row.items()} == {
         "name": str,
@@ -193,46 +192,3 @@ def test_ratios_are_exported_with_the_fields_that_github_action_benchmark_takes(
     }
     assert (row["name"], row["unit"], row["value"]) == ("op 8x8r2 M=1 float32 cpu", "× unfused", 0.5)
     assert row["extra"] == "50.00 µs on 'AMD EPYC' (cpu, threads: 1)"
-
-
-# --- the command line, on documents that were recorded by this plugin -------------------------------------------------
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["bench", "gate", *map(str, arguments)])
-    return result.exit_code, result.output or str(result.exception)
-
-
-def test_recorded_runs_that_are_alike_pass() -> None:
-    code, output = run("compare", DATA / "baseline.json", DATA / "unchanged.json")
-    assert code == 0, output
-    assert output == "2 compared: 0 regression, 0 unclear, 0 faster, 2 same; 0 lost, 0 new\n"
-
-
-def test_a_recorded_slowdown_is_named_and_nothing_else() -> None:
-    code, output = run("compare", DATA / "baseline.json", DATA / "slowed.json")
-    regression, tally = output.splitlines()
-    assert code == 1
-    assert regression.startswith("regression: lowrank_glu ")
-    assert tally.startswith("2 compared: 1 regression, 0 unclear, 0 faster, 1 same")
-
-
-def test_a_higher_threshold_lets_the_recorded_slowdown_pass() -> None:
-    code, output = run("compare", DATA / "baseline.json", DATA / "slowed.json", "--threshold", "0.6")
-    assert code == 0, output
-
-
-def test_an_export_of_a_recorded_run_is_a_list_of_its_ratios(tmp_path: Path) -> None:
-    path = tmp_path / "ratios.json"
-    assert run("export", DATA / "baseline.json", "-o", path)[0] == 0
-    labels = [entry.label for entry in gate.read(DATA / "baseline.json").entries.values()]
-    assert [row["name"] for row in json.loads(path.read_text())] == labels
-    assert [path.name for path in tmp_path.iterdir()] == ["ratios.json"]
-
-
-def test_an_export_of_a_damaged_document_overwrites_nothing(tmp_path: Path) -> None:
-    path = saved(tmp_path / "ratios.json", "kept")
-    code, output = run("export", saved(tmp_path / "damaged.json", {}), "-o", path)
-    assert code != 0
-    assert "damaged.json is damaged" in output
-    assert json.loads(path.read_text()) == "kept"

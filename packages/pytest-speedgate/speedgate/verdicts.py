@@ -1,4 +1,4 @@
-"""Compare two recorded pytest-benchmark documents, to find kernels that have become slower.
+"""Compare two recorded runs, to find calls that have become slower.
 
 The gate judges the ratio of a call's time to the time of a yardstick, timed in turns with it: a median over rounds. On
 a GPU it also judges the time itself. A change is a regression if it exceeds the threshold even from the slow end of the
@@ -8,24 +8,17 @@ baseline's confidence interval to the fast end of the new one.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
-from typing import Any
-
-from grasp.errors import GraspError
-from grasp.reading import read_json
 
 THRESHOLD = 0.15  # on a logarithmic scale halfway between no change and 30 % more time
 CONFIDENCE = 0.99  # of a median's interval
-KEY = "gate"  # of the gate's part of pytest-benchmark's machine_info and extra_info
 # Judged measures by kind of device. On a shared CPU a time means nothing, but a ratio does.
 MEASURES = {"cpu": ("ratio",), "cuda": ("ratio", "time")}
 
 
-class BaselineError(GraspError, ValueError):
+class BaselineError(ValueError):
     """The baseline is missing, damaged, or not comparable with this run."""
 
 
@@ -37,12 +30,16 @@ class Where:
     device: str
     threads: int
 
+    def __str__(self) -> str:
+        """``'AMD EPYC' (cpu, threads: 1)``."""
+        return f"{self.device!r} ({self.kind}, threads: {self.threads})"
+
 
 @dataclass(frozen=True)
 class Entry:
     """One gated call."""
 
-    label: str  # to print: op, shape, rows, dtype, provider
+    label: str  # to print
     against: str  # name of the yardstick
     seconds: tuple[float, ...]  # of one call, one per round
     yardstick_seconds: tuple[float, ...]
@@ -98,7 +95,7 @@ class Change:
     def line(self) -> str:
         """One line to print."""
         what, show = (
-            ("time", _microseconds) if self.measure == "time" else (f"time over {self.against}", "{:.3f}".format)
+            ("time", microseconds) if self.measure == "time" else (f"time over {self.against}", "{:.3f}".format)
         )
         return (
             f"{self.verdict}: {self.label}: {what} was {show(self.before)}, is {show(self.now)}: {self.change:+.0%} "
@@ -137,7 +134,8 @@ class BaselineComparison:
         yield f"{len(self.changes)} compared: {tally}; {len(self.lost)} lost, {len(self.new)} new"
 
 
-def _microseconds(seconds: float) -> str:
+def microseconds(seconds: float) -> str:
+    """``"12.34 µs"``."""
     return f"{seconds * 1e6:.2f} µs"
 
 
@@ -212,92 +210,4 @@ def check_where(baseline: Where, now: Where) -> None:
         BaselineError: if not.
     """
     if baseline != now:
-        raise BaselineError(
-            f"the baseline was measured on {_describe(baseline)}, this run on {_describe(now)}; record a baseline here"
-        )
-
-
-def _describe(where: Where) -> str:
-    return f"{where.device!r} ({where.kind}, threads: {where.threads})"
-
-
-# --- documents --------------------------------------------------------------------------------------------------------
-
-
-def read(path: Path) -> Document:
-    """Read a document that the plugin has recorded with pytest-benchmark.
-
-    Raises:
-        BaselineError: if the file is missing or damaged, or was not recorded with ``--gate``.
-    """
-    document = read_json(path, "a file that was recorded with --gate; move it away", BaselineError)
-    try:
-        return parse(document)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise BaselineError(f"{path} is damaged, or not recorded with --gate: {reason}; move it away") from error
-
-
-def parse(document: Any) -> Document:
-    """Parse a document of pytest-benchmark; benchmarks without the gate are left out.
-
-    Raises:
-        ValueError, TypeError, KeyError or AttributeError: if a field is missing or wrong.
-    """
-    entries = {
-        str(benchmark["fullname"]): _entry(info)
-        for benchmark in document["benchmarks"]
-        if (info := benchmark["extra_info"].get(KEY)) is not None
-    }
-    machine = document["machine_info"][KEY]
-    where = Where(str(machine["kind"]), str(machine["device"]), int(machine["threads"]))
-    if where.kind not in MEASURES:
-        raise ValueError(f"unknown kind of device {where.kind!r}, expected one of {', '.join(MEASURES)}")
-    commit = str(document["commit_info"].get("id"))[:12]
-    return Document(where, entries, f"{document['datetime']}, commit {commit}, torch {machine['torch']}")
-
-
-def _entry(info: Any) -> Entry:
-    ours, theirs = (tuple(float(value) for value in info[name]) for name in ("seconds", "yardstick_seconds"))
-    if len(ours) != len(theirs) or not all(0 < time < math.inf for time in ours + theirs):
-        raise ValueError("times must be positive numbers, as many of the yardstick as of the call")
-    median_interval(ours)
-    return Entry(str(info["label"]), str(info["against"]), ours, theirs)
-
-
-def device_folder(storage: Path, where: Where) -> Path:
-    """Folder of a device's baselines."""
-    return storage / (re.sub(r"[^a-z0-9]+", "-", where.device.lower()).strip("-") or "unknown")
-
-
-def latest(folder: Path, machine: str) -> Path:
-    """The last document of a ``machine`` (pytest-benchmark's name of OS and Python) in a device's folder.
-
-    Raises:
-        BaselineError: if there is none.
-    """
-    saved = sorted((folder / machine).glob("[0-9]*_*.json"), key=lambda path: int(path.name.split("_")[0]))
-    if not saved:
-        others = sorted(str(path.relative_to(folder.parent).parent) for path in folder.parent.glob("*/*/[0-9]*_*.json"))
-        existing = f"baselines exist for {', '.join(dict.fromkeys(others))}" if others else "no baselines exist"
-        raise BaselineError(
-            f"no baseline in {folder / machine}; {existing}; record one with --gate=save (make bench-save)"
-        )
-    return saved[-1]
-
-
-def smaller_is_better(document: Document) -> list[dict[str, Any]]:
-    """The ratios for github-action-benchmark, tool ``customSmallerIsBetter``."""
-    results = []
-    for entry in document.entries.values():
-        interval = median_interval(entry.values("ratio"))
-        results.append(
-            {
-                "name": entry.label,
-                "unit": f"× {entry.against}",
-                "value": interval.median,
-                "range": f"{interval.low:.4g} to {interval.high:.4g}",
-                "extra": f"{_microseconds(median(entry.seconds))} on {_describe(document.where)}",
-            }
-        )
-    return results
+        raise BaselineError(f"the baseline was measured on {baseline}, this run on {now}; record a baseline here")

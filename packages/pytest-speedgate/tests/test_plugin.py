@@ -1,25 +1,26 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from grasp.bench import gate
-from tests.command_line import environment
+from speedgate import baselines
 
 pytest_plugins = ["pytester"]
 
+RunPytest = Callable[..., tuple[int, str]]
+
 # A project of somebody else. Its calls take no time but move the clock that the gate reads: verdicts are certain.
-CONFTEST = """
-pytest_plugins = ["grasp.bench.plugin"]
+TEST = """
+pytest_plugins = ["speedgate.plugin"]
 """
 TEST = """
+import sys
 import types
 import pytest
-from grasp.bench import timing
+from speedgate import timing
 
 now = 0.0
 timing.time = types.SimpleNamespace(perf_counter=lambda: now)
@@ -33,21 +34,15 @@ def takes(seconds):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_kernel(gate, size):
-    assert gate.device.type == "cpu"
+    assert gate.device == "cpu"
     kernel = takes(SECONDS[size])
     gate(kernel, takes(200e-6), ["first", "second"], label=f"kernel of size {size}", against="plain")
+    assert "torch" not in sys.modules
 """
 
 
 def write_project(folder: Path, seconds: dict[int, float]) -> None:
-    (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_speed.py").write_text(TEST + f"\nSECONDS = {seconds}\n")
-
-
-def run_pytest(folder: Path, *options: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--gate-device=cpu", *options]
-    run = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
-    return run.returncode, run.stdout + run.stderr
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -55,7 +50,7 @@ def files(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_foreign_project_guards_its_kernels(tmp_path: Path) -> None:
+def test_a_foreign_project_guards_its_kernels(tmp_path: Path, run_pytest: RunPytest) -> None:
     write_project(tmp_path, {1: 100e-6, 2: 100e-6})
     code, output = run_pytest(tmp_path, "--gate=compare")
     assert code == 2, output
@@ -66,8 +61,8 @@ def test_a_foreign_project_guards_its_kernels(tmp_path: Path) -> None:
     code, output = run_pytest(tmp_path, "--gate=save")
     assert code == 0, output
     ((name, text),) = files(tmp_path).items()
-    device = gate.read(tmp_path / name).where
-    folder = gate.device_folder(Path(".benchmarks"), device)
+    device = baselines.read(tmp_path / name).where
+    folder = baselines.device_folder(Path(".benchmarks"), device)
     assert name.startswith(f"{folder}/")
     assert name.endswith("0001_baseline.json")
     extra = json.loads(text)["benchmarks"][0]["extra_info"]
@@ -97,14 +92,15 @@ def test_a_foreign_project_guards_its_kernels(tmp_path: Path) -> None:
     (tmp_path / name).write_text(text[:-9])
     code, output = run_pytest(tmp_path, "--gate=compare")
     assert code == 2, output
-    assert "0001_baseline.json is not JSON" in output
+    assert "0001_baseline.json is damaged" in output
     assert files(tmp_path) == {name: text[:-9]}
 
 
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A project whose kernel cannot be timed in a hurry: what is run here ends before, or is not timed."""
-    pytester.makeconftest('pytest_plugins = ["grasp.bench.plugin"]')
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    pytester.makeconftest('pytest_plugins = ["pytest_benchmark.plugin", "speedgate.plugin"]')
     pytester.makepyfile(
         "def test_kernel(gate):\n    calls = []\n    gate(calls.append, calls.append, [1, 2])\n"
         "    assert calls == [1, 1]\n"

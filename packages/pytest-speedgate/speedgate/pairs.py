@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
-from grasp.bench.timing import Batch, Rotation, batch
+from speedgate.timing import Batch, Rotation, batch
 
 Operands = TypeVar("Operands")
 
@@ -55,11 +53,11 @@ class Pairing:
         return tuple(seconds[len(seconds) // 4] for seconds in rounds)
 
 
-def turn(device: torch.device, function: Callable[[Operands], object], rotation: Rotation[Operands]) -> Batch:
-    """The warmed-up calls of one turn."""
-    if device.type != "cpu":
-        return batch(device, function, rotation)
-    timed = batch(device, function, rotation, calls=1)
+def turn(kind: str, function: Callable[[Operands], object], rotation: Rotation[Operands]) -> Batch:
+    """The warmed-up calls of one turn on a ``kind`` of device, ``"cpu"`` or ``"cuda"``."""
+    if kind != "cpu":
+        return batch(kind, function, rotation)
+    timed = batch(kind, function, rotation, calls=1)
     timed.calls = max(1, round(TURN / _probe(timed)))
     return timed
 

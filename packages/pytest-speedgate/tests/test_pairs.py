@@ -3,11 +3,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import torch
 
-from grasp.bench import pairs
-from grasp.bench.pairs import Pairing, turn
-from grasp.bench.timing import Rotation
+from speedgate import pairs
+from speedgate.pairs import Pairing, turn
+from speedgate.timing import Rotation
 
 
 class Clock:
@@ -57,6 +56,6 @@ def test_a_turn_makes_as_many_calls_as_fit_into_its_time(monkeypatch: pytest.Mon
         now[0] += 1e-4
 
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    timed = turn(torch.device("cpu"), call, Rotation([None]))
+    timed = turn("cpu", call, Rotation([None]))
     assert timed.calls == 10
     assert timed.seconds() == pytest.approx(1e-4)

@@ -1,0 +1,53 @@
+"""``python -m speedgate``: compares and exports runs that ``pytest --gate=save`` has recorded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from speedgate import baselines, verdicts
+from speedgate.verdicts import BaselineError
+
+UNUSABLE = 2  # exit code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is 1 for a regression, 2 if a file cannot be used."""
+    request = _parser().parse_args(arguments)
+    try:
+        return {"compare": _compare, "export": _export}[request.command](request)
+    except (BaselineError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UNUSABLE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("speedgate", description="Compare and export the results of `pytest --gate`.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    compare = commands.add_parser("compare", help="compare two recorded runs; exit code 1 is a regression")
+    compare.add_argument("baseline", type=Path, help="a JSON file of pytest-benchmark")
+    compare.add_argument("now", type=Path, help="another file, from the same device")
+    compare.add_argument("--threshold", type=float, default=verdicts.THRESHOLD, help="default: %(default)s")
+    export = commands.add_parser("export", help="write ratios for github-action-benchmark, customSmallerIsBetter")
+    export.add_argument("document", type=Path, help="a JSON file of pytest-benchmark")
+    export.add_argument("-o", "--output", type=Path, required=True, help="the JSON file to write")
+    return parser
+
+
+def _compare(request: argparse.Namespace) -> int:
+    result = verdicts.compare(baselines.read(request.baseline), baselines.read(request.now), request.threshold)
+    print("\n".join(result.lines()))
+    return int(result.failed)
+
+
+def _export(request: argparse.Namespace) -> int:
+    ratios = baselines.smaller_is_better(baselines.read(request.document))
+    request.output.write_text(json.dumps(ratios, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
