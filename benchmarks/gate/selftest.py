@@ -91,7 +91,7 @@ def main(trials: Annotated[int, typer.Option(min=1, help="Of each kind.")] = 10)
 
 def _describe(trial: Trial) -> str:
     what = f"{trial.slow_op} slowed down" if trial.slow_op else "unchanged"
-    changes = [line for line in trial.output.splitlines() if line.startswith(("regression: ", "unclear: ", "faster: "))]
+    changes = [line for line in trial.output.splitlines() if line.startswith(("regression: ", "unclear: ", "better: "))]
     text = "\n   ".join([f"{what}: {'right' if trial.right else f'WRONG, exit code {trial.code}'}", *changes])
     return text if trial.right or trial.code in (0, 1) else f"{text}\n{trial.output}"
 

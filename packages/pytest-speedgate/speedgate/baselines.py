@@ -56,7 +56,12 @@ def _entry(info: Any) -> Entry:
     if len(ours) != len(theirs) or not all(0 < time < math.inf for time in ours + theirs):
         raise ValueError("times must be positive numbers, as many of the yardstick as of the call")
     median_interval(ours)
-    return Entry(str(info["label"]), str(info["against"]), ours, theirs)
+    measures = {  # earlier versions have none
+        str(name): tuple(float(value) for value in values) for name, values in info.get("measures", {}).items()
+    }
+    if not all(values and all(0 <= value < math.inf for value in values) for values in measures.values()):
+        raise ValueError("measures must be lists of numbers that are not negative")
+    return Entry(str(info["label"]), str(info["against"]), ours, theirs, measures)
 
 
 def device_folder(storage: Path, where: Where) -> Path:

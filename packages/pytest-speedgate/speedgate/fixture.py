@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 import pytest
 
 from speedgate.baselines import KEY
+from speedgate.measures import Measure
 from speedgate.pairs import ROUNDS, Pairing, turn
 from speedgate.timing import Rotation, using_threads
-from speedgate.verdicts import Document, Entry, Where, compare_entries
+from speedgate.verdicts import MEASURES, Document, Entry, Where, compare_entries
 
 Operands = TypeVar("Operands")
 
+MEASURED = 5  # calls per measure of the user
 EXTENSIONS = 3  # most times that rounds are added while the threshold is within the noise
 
 WHERE = pytest.StashKey[Where]()
@@ -47,6 +50,7 @@ class Gate:
         *,
         label: str | None = None,
         against: str = "the yardstick",
+        measures: Mapping[str, Measure] | None = None,
     ) -> None:
         """Time ``candidate`` in turns with ``yardstick``; with timing disabled, call both once.
 
@@ -57,12 +61,17 @@ class Gate:
                 caches, make every call read memory; a single one stays in a cache.
             label: name in reports; ``None`` for the test's name.
             against: name of the yardstick in reports. A baseline with another yardstick is refused.
+            measures: what to judge beside time, such as ``{"peak bytes": speedgate.measures.python_peak_bytes}``. Each
+                gets a function without arguments that calls ``candidate``, and returns a number; smaller is better.
 
         Raises:
-            ValueError: if there are no operands.
+            ValueError: if there are no operands, or a measure has a reserved name or returns no such number.
         """
         if not operands:
             raise ValueError("expected at least one operand for candidate and yardstick, got none")
+        measures = measures or {}
+        if reserved := [name for names in MEASURES.values() for name in names if name in measures]:
+            raise ValueError(f"the gate itself measures {reserved[0]!r}; choose another name for the measure")
         if not self._benchmark.enabled:
             yardstick(operands[0])
             self._benchmark(candidate, operands[0])
@@ -70,10 +79,12 @@ class Gate:
         rotation = Rotation(operands)
         with using_threads(self._config.stash[WHERE].threads):
             turns = turn(self.device, candidate, rotation)
+            values = {name: _values(name, measure, candidate, operands[0]) for name, measure in measures.items()}
             pairing = Pairing(turns, turn(self.device, yardstick, rotation))
             self._benchmark.pedantic(pairing.candidate, setup=pairing.yardstick, rounds=ROUNDS * pairing.turns)
             for extension in range(EXTENSIONS + 1):
-                entry = Entry(label or self._name, against, pairing.result("candidate"), pairing.result("yardstick"))
+                times = pairing.result("candidate"), pairing.result("yardstick")
+                entry = Entry(label or self._name, against, *times, values)
                 if extension == EXTENSIONS or self._settled(entry):
                     break
                 pairing.more()
@@ -87,4 +98,15 @@ class Gate:
         if not before:
             return True
         threshold = self._config.option.gate_threshold
-        return all(change.settled for change in compare_entries(before, entry, self.device, threshold))
+        changes = compare_entries(before, entry, self.device, threshold)
+        return all(change.settled for change in changes if change.measure in MEASURES[self.device])
+
+
+def _values(
+    name: str, measure: Measure, candidate: Callable[[Operands], object], operand: Operands
+) -> tuple[float, ...]:
+    """Values of a user's measure."""
+    values = tuple(float(measure(lambda: candidate(operand))) for _ in range(MEASURED))
+    if not all(0 <= value < math.inf for value in values):
+        raise ValueError(f"the measure {name!r} returned {values}, expected finite numbers that are not negative")
+    return values

@@ -6,6 +6,7 @@ regression or a failed test; 2: no usable baseline.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from speedgate import baselines, devices, verdicts
+from speedgate import baselines, devices, markdown, verdicts
 from speedgate.fixture import BASELINE, ENTRIES, WHERE, Gate
 from speedgate.verdicts import BaselineError, Document
 
@@ -50,6 +51,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=tuple(verdicts.MEASURES),
         help="cuda: the calls are PyTorch's, and are timed on the GPU. Default: cpu",
     )
+    group.addoption(
+        "--gate-markdown",
+        type=Path,
+        metavar="FILE",
+        help="Append the result as a table of markdown; $GITHUB_STEP_SUMMARY always gets it.",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -59,6 +66,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[WHERE] = devices.where(option.gate_device or "cpu", option.gate_threads)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
+    if option.gate_markdown and not option.gate_markdown.parent.is_dir():
+        raise pytest.UsageError(f"--gate-markdown={option.gate_markdown}: expected a file in a folder that exists")
     if option.gate is None:
         return
     if not hasattr(option, "benchmark_storage"):
@@ -124,8 +133,15 @@ def _compare(session: pytest.Session) -> None:
     if others := len(baseline.entries) - len(known):
         stash[REPORT].append(f"{others} entries of the baseline belong to tests that were not selected")
     stash[REPORT] += result.lines()
+    _write_markdown(session.config, markdown.comparison_text(result, baseline.recorded))
     if result.failed:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _write_markdown(config: pytest.Config, text: str) -> None:
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    paths = [config.option.gate_markdown, summary and Path(summary)]
+    markdown.append(text, filter(None, paths))
 
 
 @pytest.hookimpl(trylast=True)  # below pytest-benchmark's tables

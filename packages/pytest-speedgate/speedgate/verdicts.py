@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 THRESHOLD = 0.15  # on a logarithmic scale halfway between no change and 30 % more time
 CONFIDENCE = 0.99  # of a median's interval
 # Judged measures by kind of device. On a shared CPU a time means nothing, but a ratio does.
 MEASURES = {"cpu": ("ratio",), "cuda": ("ratio", "time")}
+VERDICTS = ("regression", "unclear", "better", "same")
 
 
 class BaselineError(ValueError):
@@ -43,12 +44,20 @@ class Entry:
     against: str  # name of the yardstick
     seconds: tuple[float, ...]  # of one call, one per round
     yardstick_seconds: tuple[float, ...]
+    measures: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # the user's own, one value per call
 
     def values(self, measure: str) -> tuple[float, ...]:
         """Values of a measure from ``MEASURES``, one per round."""
         if measure == "time":
             return self.seconds
         return tuple(ours / theirs for ours, theirs in zip(self.seconds, self.yardstick_seconds, strict=True))
+
+    def interval(self, measure: str) -> Interval:
+        """Median and confidence interval of a measure from ``MEASURES``; median and range of a measure of the user."""
+        if measure in self.measures:
+            values = self.measures[measure]
+            return Interval(min(values), median(values), max(values))
+        return median_interval(self.values(measure))
 
 
 @dataclass(frozen=True)
@@ -82,25 +91,37 @@ class Change:
     least: float  # from the slow end of the baseline to the fast end of the new time
     most: float  # from the fast end of the baseline to the slow end of the new time
     threshold: float
+    times: tuple[float, float]  # median seconds of the call and of its yardstick, now
 
     @property
     def verdict(self) -> str:
-        """``regression``, ``unclear`` (above the threshold, but not its whole interval), ``faster`` or ``same``."""
+        """``regression``, ``unclear`` (above the threshold, but not its whole interval), ``better`` or ``same``."""
         if self.least > self.threshold:
             return "regression"
         if self.change > self.threshold:
             return "unclear"
-        return "faster" if self.most < 1 / (1 + self.threshold) - 1 else "same"
+        return "better" if self.most < 1 / (1 + self.threshold) - 1 else "same"
 
     def line(self) -> str:
         """One line to print."""
-        what, show = (
-            ("time", microseconds) if self.measure == "time" else (f"time over {self.against}", "{:.3f}".format)
-        )
         return (
-            f"{self.verdict}: {self.label}: {what} was {show(self.before)}, is {show(self.now)}: {self.change:+.0%} "
-            f"({self.least:+.0%} to {self.most:+.0%}), threshold {self.threshold:+.0%}"
+            f"{self.verdict}: {self.label}: {self.what} was {self.show(self.before)}, is {self.show(self.now)}: "
+            f"{self.change:+.0%} ({self.range}), threshold {self.threshold:+.0%}"
         )
+
+    @property
+    def what(self) -> str:
+        """The measured quantity, to print."""
+        return f"time over {self.against}" if self.measure == "ratio" else self.measure
+
+    @property
+    def range(self) -> str:
+        """The bounds of the change, to print."""
+        return f"{self.least:+.0%} to {self.most:+.0%}"
+
+    def show(self, value: float) -> str:
+        """A value of the measure, to print."""
+        return {"ratio": "{:.3f}".format, "time": microseconds}.get(self.measure, "{:,.6g}".format)(value)
 
     @property
     def settled(self) -> bool:
@@ -109,7 +130,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class BaselineComparison:
+class Comparison:
     """The result of comparing two documents."""
 
     changes: Sequence[Change]
@@ -121,17 +142,24 @@ class BaselineComparison:
         """Whether an entry is slower, or no longer measured."""
         return bool(self.lost) or any(change.verdict == "regression" for change in self.changes)
 
+    @property
+    def worst_first(self) -> list[Change]:
+        """The changes by verdict and size."""
+        return sorted(self.changes, key=lambda change: (VERDICTS.index(change.verdict), -change.change))
+
     def lines(self) -> Iterator[str]:
         """One line per difference, the worst first, and a tally."""
-        order = ("regression", "unclear", "faster")
-        noted = [change for change in self.changes if change.verdict in order]
-        for change in sorted(noted, key=lambda change: (order.index(change.verdict), -change.change)):
-            yield change.line()
+        yield from (change.line() for change in self.worst_first if change.verdict != "same")
         yield from (f"lost: {label}: in the baseline, not measured in this run" for label in self.lost)
         yield from (f"new: {label}: measured in this run, not in the baseline" for label in self.new)
-        counts = {verdict: sum(change.verdict == verdict for change in self.changes) for verdict in (*order, "same")}
+        yield self.tally
+
+    @property
+    def tally(self) -> str:
+        """How many changes have each verdict."""
+        counts = {verdict: sum(change.verdict == verdict for change in self.changes) for verdict in VERDICTS}
         tally = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-        yield f"{len(self.changes)} compared: {tally}; {len(self.lost)} lost, {len(self.new)} new"
+        return f"{len(self.changes)} compared: {tally}; {len(self.lost)} lost, {len(self.new)} new"
 
 
 def microseconds(seconds: float) -> str:
@@ -158,23 +186,29 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
 
 
 def compare_entries(before: Entry, now: Entry, kind: str, threshold: float = THRESHOLD) -> Iterator[Change]:
-    """Changes of an entry in the measures of a kind of device."""
-    for measure in MEASURES[kind]:
-        old, new = (median_interval(entry.values(measure)) for entry in (before, now))
+    """Changes of an entry in the measures of a kind of device, and in the user's measures that both have."""
+    for measure in (*MEASURES[kind], *(name for name in now.measures if name in before.measures)):
+        old, new = before.interval(measure), now.interval(measure)
         yield Change(
             now.label,
             now.against,
             measure,
             before=old.median,
             now=new.median,
-            change=new.median / old.median - 1,
-            least=new.low / old.high - 1,
-            most=new.high / old.low - 1,
+            change=_relative(new.median, old.median),
+            least=_relative(new.low, old.high),
+            most=_relative(new.high, old.low),
             threshold=threshold,
+            times=(median(now.seconds), median(now.yardstick_seconds)),
         )
 
 
-def compare(baseline: Document, now: Document, threshold: float = THRESHOLD) -> BaselineComparison:
+def _relative(now: float, before: float) -> float:
+    """``now / before - 1``; a measure of the user may be 0."""
+    return now / before - 1 if before else (math.inf if now else 0.0)
+
+
+def compare(baseline: Document, now: Document, threshold: float = THRESHOLD) -> Comparison:
     """Compare the common entries of two documents.
 
     Raises:
@@ -188,6 +222,8 @@ def compare(baseline: Document, now: Document, threshold: float = THRESHOLD) -> 
             f"({len(baseline.entries)}); record a new baseline"
         )
     changes: list[Change] = []
+    lost = [entry.label for name, entry in baseline.entries.items() if name not in now.entries]
+    new = [entry.label for name, entry in now.entries.items() if name not in baseline.entries]
     for name in common:
         before, after = baseline.entries[name], now.entries[name]
         if before.against != after.against:
@@ -196,11 +232,9 @@ def compare(baseline: Document, now: Document, threshold: float = THRESHOLD) -> 
                 "record a new baseline"
             )
         changes += compare_entries(before, after, now.where.kind, threshold)
-    return BaselineComparison(
-        changes,
-        lost=[entry.label for name, entry in baseline.entries.items() if name not in now.entries],
-        new=[entry.label for name, entry in now.entries.items() if name not in baseline.entries],
-    )
+        lost += [f"{after.label}: {measure}" for measure in before.measures if measure not in after.measures]
+        new += [f"{after.label}: {measure}" for measure in after.measures if measure not in before.measures]
+    return Comparison(changes, lost, new)
 
 
 def check_where(baseline: Where, now: Where) -> None:

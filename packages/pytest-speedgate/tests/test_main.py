@@ -24,7 +24,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 def test_recorded_runs_that_are_alike_pass(run: Run) -> None:
     code, output = run("compare", DATA / "baseline.json", DATA / "unchanged.json")
     assert code == 0, output
-    assert output == "2 compared: 0 regression, 0 unclear, 0 faster, 2 same; 0 lost, 0 new\n"
+    assert output == "2 compared: 0 regression, 0 unclear, 0 better, 2 same; 0 lost, 0 new\n"
 
 
 def test_a_recorded_slowdown_is_named_and_nothing_else(run: Run) -> None:
@@ -32,7 +32,7 @@ def test_a_recorded_slowdown_is_named_and_nothing_else(run: Run) -> None:
     regression, tally = output.splitlines()
     assert code == 1
     assert regression.startswith("regression: lowrank_glu ")
-    assert tally.startswith("2 compared: 1 regression, 0 unclear, 0 faster, 1 same")
+    assert tally.startswith("2 compared: 1 regression, 0 unclear, 0 better, 1 same")
 
 
 def test_a_higher_threshold_lets_the_recorded_slowdown_pass(run: Run) -> None:

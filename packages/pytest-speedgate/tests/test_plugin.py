@@ -36,13 +36,14 @@ def takes(seconds):
 def test_kernel(gate, size):
     assert gate.device == "cpu"
     kernel = takes(SECONDS[size])
-    gate(kernel, takes(200e-6), ["first", "second"], label=f"kernel of size {size}", against="plain")
+    gate(kernel, takes(200e-6), ["first", "second"], label=f"kernel of size {size}", against="plain",
+         measures={"bytes": lambda call: BYTES})
     assert "torch" not in sys.modules
 """
 
 
-def write_project(folder: Path, seconds: dict[int, float]) -> None:
-    (folder / "test_speed.py").write_text(TEST + f"\nSECONDS = {seconds}\n")
+def write_project(folder: Path, seconds: dict[int, float], size: int = 0) -> None:
+    (folder / "test_speed.py").write_text(TEST + f"\nSECONDS, BYTES = {seconds}, {size}\n")
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -72,19 +73,33 @@ def test_a_foreign_project_guards_its_kernels(tmp_path: Path, run_pytest: RunPyt
 
     code, output = run_pytest(tmp_path, "--gate=compare")
     assert code == 0, output
-    assert "2 compared: 0 regression, 0 unclear, 0 faster, 2 same; 0 lost, 0 new" in output
+    assert "4 compared: 0 regression, 0 unclear, 0 better, 4 same; 0 lost, 0 new" in output
 
     write_project(tmp_path, {1: 100e-6, 2: 130e-6})
-    code, output = run_pytest(tmp_path, "--gate=compare")
+    summary = tmp_path / "summary.md"
+    options = ("--gate=compare", "--gate-markdown=comment.md")
+    code, output = run_pytest(tmp_path, *options, GITHUB_STEP_SUMMARY=str(summary))
     assert code == 1, output
+    assert "| ❌ regression | kernel of size 2 | time over plain | 0.500 | 0.650 (130.00 µs / 200.00 µs) | +30% |" in (
+        summary.read_text()
+    )
+    assert (tmp_path / "comment.md").read_text() == summary.read_text()
     assert "regression: kernel of size 2: time over plain was 0.500, is 0.650: +30% (+30% to +30%)" in output
     assert "regression: kernel of size 1" not in output
+
+    write_project(tmp_path, {1: 100e-6, 2: 100e-6}, size=1)
+    code, output = run_pytest(tmp_path, "--gate=compare", "--gate-markdown=no/comment.md")
+    assert code == pytest.ExitCode.USAGE_ERROR
+    code, output = run_pytest(tmp_path, "--gate=compare")
+    assert code == 1, output
+    assert "regression: kernel of size 1: bytes was 0, is 1: +inf%" in output
 
     code, output = run_pytest(tmp_path, "--gate=compare", "--gate-threads=2")
     assert code == 2, output
     assert "threads: 1), this run on" in output
     assert files(tmp_path) == {name: text}
 
+    write_project(tmp_path, {1: 100e-6, 2: 130e-6})
     code, output = run_pytest(tmp_path, "--gate=compare", "test_speed.py::test_kernel[1]")
     assert code == 0, output
     assert "1 entries of the baseline belong to tests that were not selected" in output
@@ -111,6 +126,12 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
 def test_without_timing_both_calls_are_made_once(project: pytest.Pytester) -> None:
     result = project.runpytest_inprocess("--benchmark-disable")
     result.assert_outcomes(passed=1)
+
+
+def test_a_measure_must_have_a_name_of_its_own(project: pytest.Pytester) -> None:
+    project.makepyfile("def test_kernel(gate):\n    gate(int, int, [1], measures={'time': lambda call: 1})\n")
+    result = project.runpytest_inprocess("--benchmark-disable")
+    result.stdout.fnmatch_lines(["*the gate itself measures 'time'; choose another name*"])
 
 
 def test_a_failed_run_becomes_no_baseline(project: pytest.Pytester) -> None:

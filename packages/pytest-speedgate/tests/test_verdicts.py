@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_too_few_values_have_no_interval() -> None:
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("factor", "verdict"), [(1.3, "regression"), (1.1, "same"), (1.0, "same"), (0.7, "faster")])
+@pytest.mark.parametrize(("factor", "verdict"), [(1.3, "regression"), (1.1, "same"), (1.0, "same"), (0.7, "better")])
 def test_a_steady_change_is_judged_by_the_threshold(factor: float, verdict: str) -> None:
     slowed = change(entry(0.5), entry(0.5 * factor))
     assert (slowed.verdict, slowed.settled) == (verdict, True)
@@ -92,6 +93,23 @@ def test_on_a_gpu_the_time_counts_as_well() -> None:
     changes = list(verdicts.compare_entries(entry(0.5), entry(0.5, yardstick=1.4e-4), "cuda"))
     assert [(change.measure, change.verdict) for change in changes] == [("ratio", "same"), ("time", "regression")]
     assert "time was 50.00 µs, is 70.00 µs: +40%" in changes[1].line()
+
+
+def test_a_measure_of_the_user_is_judged_by_its_range() -> None:
+    before, now = (
+        replace(entry(0.5), measures={"bytes": values}) for values in ((10.0, 10.0, 12.0), (16.0, 15.0, 15.0))
+    )
+    steady, changed = verdicts.compare_entries(before, now, "cpu")
+    assert (steady.measure, steady.verdict) == ("ratio", "same")
+    assert (changed.verdict, changed.least, changed.most) == ("regression", 15 / 12 - 1, 16 / 10 - 1)
+    assert changed.line().startswith("regression: op 8x8r2 M=1 float32 cpu: bytes was 10, is 15: +50% (+25% to +60%)")
+
+
+def test_a_measure_that_is_no_longer_taken_fails_and_a_new_one_does_not() -> None:
+    plain, measured = {"a": entry(0.5)}, {"a": replace(entry(0.5), measures={"bytes": (1.0,)})}
+    assert verdicts.compare(Document(HERE, measured), Document(HERE, plain)).lost == ["op 8x8r2 M=1 float32 cpu: bytes"]
+    new = verdicts.compare(Document(HERE, plain), Document(HERE, measured))
+    assert (new.failed, new.new) == (False, ["op 8x8r2 M=1 float32 cpu: bytes"])
 
 
 def test_a_line_names_the_call_both_ratios_and_the_threshold() -> None:
@@ -117,9 +135,9 @@ def test_the_worst_comes_first_and_a_tally_last() -> None:
     before = {name: entry(1) for name in "abcd"}
     now = {"a": entry(1), "b": entry(1.3), "c": entry(1.5), "d": entry(0.5)}
     *lines, tally = verdicts.compare(Document(HERE, before), Document(HERE, now)).lines()
-    assert [line.split(":")[0] for line in lines] == ["regression", "regression", "faster"]
+    assert [line.split(":")[0] for line in lines] == ["regression", "regression", "better"]
     assert [re.search(r"is [\d.]+: (\S+)", line)[1] for line in lines] == ["+50%", "+30%", "-50%"]  # type: ignore[index]
-    assert tally == "4 compared: 2 regression, 0 unclear, 1 faster, 1 same; 0 lost, 0 new"
+    assert tally == "4 compared: 2 regression, 0 unclear, 1 better, 1 same; 0 lost, 0 new"
 
 
 @pytest.mark.parametrize(

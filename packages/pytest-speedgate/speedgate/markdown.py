@@ -1,0 +1,55 @@
+"""Results as tables of markdown, for the summary of a workflow and for a comment on a pull request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from speedgate.verdicts import Change, Comparison, microseconds
+
+SIGNS = {"regression": "❌", "lost": "❌", "unclear": "❔", "better": "✅", "same": "✅", "new": "✅"}
+
+
+def comparison_text(result: Comparison, baseline: str) -> str:
+    """The comparison as a table, the worst change first.
+
+    Args:
+        result: the comparison.
+        baseline: what the run was compared with.
+    """
+    rows = [
+        (
+            change.verdict,
+            change.label,
+            change.what,
+            change.show(change.before),
+            change.show(change.now) + _times(change),
+            f"{change.change:+.0%}",
+            change.range,
+        )
+        for change in result.worst_first
+    ]
+    rows += [("lost", label, "", "", "not measured", "", "") for label in result.lost]
+    rows += [("new", label, "", "not measured", "", "", "") for label in result.new]
+    headings = ("verdict", "benchmark", "measure", "before", "now", "change", "99 % interval")
+    title = "slower" if result.failed else "not slower"
+    return f"### Speed: {title}\n\n{_table(headings, rows)}\n{result.tally}. Compared with {baseline}.\n\n"
+
+
+def _times(change: Change) -> str:
+    """The median times of which a ratio is made."""
+    times = " / ".join(map(microseconds, change.times))
+    return f" ({times})" if change.measure == "ratio" else ""
+
+
+def append(text: str, paths: Iterable[Path]) -> None:
+    """Append to files, which are made if they are missing."""
+    for path in paths:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    marked = [(f"{SIGNS[verdict]} {verdict}", *cells) for verdict, *cells in rows]
+    lines = [headings, ["---"] * len(headings), *marked]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n" for cells in lines)
