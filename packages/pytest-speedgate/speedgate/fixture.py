@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import pytest
@@ -12,8 +12,9 @@ import pytest
 from speedgate.baselines import KEY
 from speedgate.measures import Measure
 from speedgate.pairs import ROUNDS, Pairing, turn
+from speedgate.selftest import Slowed, Trial
 from speedgate.timing import Rotation, using_threads
-from speedgate.verdicts import MEASURES, Document, Entry, Where, compare_entries
+from speedgate.verdicts import MEASURES, Change, Document, Entry, Where, compare_entries
 
 Operands = TypeVar("Operands")
 
@@ -23,6 +24,7 @@ EXTENSIONS = 3  # most times that rounds are added while the threshold is within
 WHERE = pytest.StashKey[Where]()
 ENTRIES = pytest.StashKey[dict[str, Entry]]()
 BASELINE = pytest.StashKey[Document]()
+TRIALS = pytest.StashKey[list[Trial]]()
 
 
 class Gate:
@@ -78,28 +80,40 @@ class Gate:
             return
         rotation = Rotation(operands)
         with using_threads(self._config.stash[WHERE].threads):
-            turns = turn(self.device, candidate, rotation)
             values = {name: _values(name, measure, candidate, operands[0]) for name, measure in measures.items()}
+            turns = turn(self.device, candidate, rotation)
             pairing = Pairing(turns, turn(self.device, yardstick, rotation))
             self._benchmark.pedantic(pairing.candidate, setup=pairing.yardstick, rounds=ROUNDS * pairing.turns)
-            for extension in range(EXTENSIONS + 1):
-                times = pairing.result("candidate"), pairing.result("yardstick")
-                entry = Entry(label or self._name, against, *times, values)
-                if extension == EXTENSIONS or self._settled(entry):
-                    break
-                pairing.more()
-        self._benchmark.extra_info.update({KEY: asdict(entry), "calls_per_round": turns.calls})
-        self._config.stash.setdefault(ENTRIES, {})[self._benchmark.fullname] = entry
+            entry = Entry(label or self._name, against, *pairing.times, values)
+            if before := self._config.stash[BASELINE].entries.get(self._benchmark.fullname):
+                entry = self._settled(entry, before, pairing)
+            if percent := self._config.option.gate_selftest:
 
-    def _settled(self, entry: Entry) -> bool:
-        """Whether more rounds are not needed for a verdict."""
-        baseline = self._config.stash.get(BASELINE, None)
-        before = baseline and baseline.entries.get(self._benchmark.fullname)
-        if not before:
-            return True
-        threshold = self._config.option.gate_threshold
-        changes = compare_entries(before, entry, self.device, threshold)
-        return all(change.settled for change in changes if change.measure in MEASURES[self.device])
+                def again(fraction: float) -> Change:
+                    """Measure the call once more, slowed down by a fraction, and compare."""
+                    slowed = Slowed(turn(self.device, candidate, rotation), fraction)
+                    pairing = Pairing(slowed, turn(self.device, yardstick, rotation))
+                    pairing.more()
+                    return self._changes(entry, self._settled(entry, entry, pairing))[0]
+
+                self._config.stash[TRIALS].append(Trial(entry.label, again(0.0), again(percent / 100)))
+        self._benchmark.extra_info.update({KEY: asdict(entry), "calls_per_round": turns.calls})
+        self._config.stash[ENTRIES][self._benchmark.fullname] = entry
+
+    def _settled(self, entry: Entry, before: Entry, pairing: Pairing) -> Entry:
+        """The entry with the times of a pairing, which gets more rounds until they settle the verdict."""
+        for extension in range(EXTENSIONS + 1):
+            seconds, yardstick_seconds = pairing.times
+            entry = replace(entry, seconds=seconds, yardstick_seconds=yardstick_seconds)
+            if extension == EXTENSIONS or all(change.settled for change in self._changes(before, entry)):
+                break
+            pairing.more()
+        return entry
+
+    def _changes(self, before: Entry, entry: Entry) -> list[Change]:
+        """The changes of times, the ratio first."""
+        changes = compare_entries(before, entry, self.device, self._config.option.gate_threshold)
+        return [change for change in changes if change.measure in MEASURES[self.device]]
 
 
 def _values(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from speedgate.selftest import SelfTest
 from speedgate.verdicts import Change, Comparison, microseconds
 
-SIGNS = {"regression": "❌", "lost": "❌", "unclear": "❔", "better": "✅", "same": "✅", "new": "✅"}
+GOOD = ("better", "same", "new", "caught")
+SIGNS = {**dict.fromkeys(GOOD, "✅"), "unclear": "❔"}
 
 
 def comparison_text(result: Comparison, baseline: str) -> str:
@@ -36,6 +38,20 @@ def comparison_text(result: Comparison, baseline: str) -> str:
     return f"### Speed: {title}\n\n{_table(headings, rows)}\n{result.tally}. Compared with {baseline}.\n\n"
 
 
+def selftest_text(result: SelfTest) -> str:
+    """The trials of a self-test as a table."""
+    rows = [
+        (
+            trial.verdict,
+            trial.label,
+            f"{trial.slowed.change:+.0%} ({trial.slowed.range})",
+            f"{trial.unchanged.change:+.0%} ({trial.unchanged.range})",
+        )
+        for trial in result.trials
+    ]
+    return f"### Sensitivity\n\n{_table(('verdict', 'benchmark', 'slowed', 'unchanged'), rows)}\n{result.tally}.\n\n"
+
+
 def _times(change: Change) -> str:
     """The median times of which a ratio is made."""
     times = " / ".join(map(microseconds, change.times))
@@ -50,6 +66,6 @@ def append(text: str, paths: Iterable[Path]) -> None:
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    marked = [(f"{SIGNS[verdict]} {verdict}", *cells) for verdict, *cells in rows]
+    marked = [(f"{SIGNS.get(verdict, '❌')} {verdict}", *cells) for verdict, *cells in rows]
     lines = [headings, ["---"] * len(headings), *marked]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n" for cells in lines)

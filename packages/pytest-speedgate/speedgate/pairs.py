@@ -42,12 +42,15 @@ class Pairing:
             self.yardstick()
             self.candidate()
 
-    def result(self, name: str) -> tuple[float, ...]:
-        """Seconds of one call, one per round: the lower quartile of its turns, since interruptions only add.
+    @property
+    def times(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Seconds of one call of the candidate and of the yardstick, one per round.
 
-        Args:
-            name: ``"candidate"`` or ``"yardstick"``.
+        Each is the lower quartile of its turns, since interruptions only add.
         """
+        return self._rounds("candidate"), self._rounds("yardstick")
+
+    def _rounds(self, name: str) -> tuple[float, ...]:
         times = self._times[name]
         rounds = (sorted(times[start : start + self.turns]) for start in range(0, len(times), self.turns))
         return tuple(seconds[len(seconds) // 4] for seconds in rounds)

@@ -1,7 +1,7 @@
 """The pytest plugin: the fixture ``gate`` and the options ``--gate…``.
 
-``--gate=save`` saves a baseline of this device, ``--gate=compare`` compares with the last one. Exit code 1: a
-regression or a failed test; 2: no usable baseline.
+``--gate=save`` saves a baseline of this device, ``--gate=compare`` compares with the last one, ``--gate-selftest``
+counts how many planted slowdowns the gate catches. Exit code 1: a regression or a failed test; 2: nothing to judge.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from typing import Any
 import pytest
 
 from speedgate import baselines, devices, markdown, verdicts
-from speedgate.fixture import BASELINE, ENTRIES, WHERE, Gate
-from speedgate.verdicts import BaselineError, Document
+from speedgate.fixture import BASELINE, ENTRIES, TRIALS, WHERE, Gate
+from speedgate.selftest import SelfTest
+from speedgate.verdicts import BaselineError, Comparison, Document
 
 UNUSABLE = 2  # exit code
 SAVED = "baseline"  # part of a saved document's name
 
 REPORT = pytest.StashKey[list[str]]()
-COLOURS = {"regression": "red", "lost": "red", "unclear": "yellow"}
+RED = ("regression", "lost", "error", "missed", "false alarm")
+COLOURS = {**dict.fromkeys(RED, "red"), "unclear": "yellow"}
 
 
 @pytest.fixture
@@ -52,6 +54,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="cuda: the calls are PyTorch's, and are timed on the GPU. Default: cpu",
     )
     group.addoption(
+        "--gate-selftest",
+        nargs="?",
+        const=30.0,
+        type=float,
+        metavar="P",
+        help="Slow each call down by P per cent, and count how many the gate catches. Default of P: %(const)s",
+    )
+    group.addoption(
         "--gate-markdown",
         type=Path,
         metavar="FILE",
@@ -60,37 +70,66 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Read the baseline before any timing, and set the folder of pytest-benchmark's files."""
-    option = config.option
+    """Check the options and read the baseline before any timing, and set the folder of pytest-benchmark's files."""
+    option, stash = config.option, config.stash
+    stash[ENTRIES] = {}
+    stash[TRIALS] = []
+    stash[REPORT] = []
     try:
-        config.stash[WHERE] = devices.where(option.gate_device or "cpu", option.gate_threads)
+        here = stash[WHERE] = devices.where(option.gate_device or "cpu", option.gate_threads)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
-    if option.gate_markdown and not option.gate_markdown.parent.is_dir():
-        raise pytest.UsageError(f"--gate-markdown={option.gate_markdown}: expected a file in a folder that exists")
+    stash[BASELINE] = Document(here, {})
+    _check_options(config)
+    if _mode(config) is None:
+        return
+    option.benchmark_enable = True
     if option.gate is None:
         return
-    if not hasattr(option, "benchmark_storage"):
-        raise pytest.UsageError("--gate needs pytest-benchmark; pip install pytest-benchmark")
     storage = str(option.benchmark_storage).removeprefix("file://")
     if "://" in storage:
         raise pytest.UsageError(
             f"--gate saves baselines in files, expected a folder, got --benchmark-storage={storage}"
         )
-    folder = baselines.device_folder(Path(storage), config.stash[WHERE])
+    folder = baselines.device_folder(Path(storage), here)
     option.benchmark_storage = f"file://{folder}"
-    option.benchmark_enable = True
     option.benchmark_save, option.benchmark_autosave = SAVED if option.gate == "save" else None, None
     if option.gate == "compare":
         from pytest_benchmark.utils import get_machine_id
 
         try:
             path = baselines.latest(folder, get_machine_id())
-            baseline = config.stash[BASELINE] = baselines.read(path)
-            verdicts.check_where(baseline.where, config.stash[WHERE])
+            stash[BASELINE] = baselines.read(path)
+            verdicts.check_where(stash[BASELINE].where, here)
         except BaselineError as error:
             pytest.exit(str(error), returncode=UNUSABLE)
-        config.stash[REPORT] = [f"baseline {path}: {baseline.recorded}"]
+        stash[REPORT].append(f"baseline {path}: {stash[BASELINE].recorded}")
+
+
+def _mode(config: pytest.Config) -> str | None:
+    """Key of ``FINISH``, or ``None`` for a run without a verdict.
+
+    Raises:
+        pytest.UsageError: if the options name several.
+    """
+    option = config.option
+    modes = [mode for mode in (option.gate, option.gate_selftest and "selftest") if mode]
+    if len(modes) > 1:
+        raise pytest.UsageError(f"expected one of --gate and --gate-selftest, got {' and '.join(modes)}")
+    return modes[0] if modes else None
+
+
+def _check_options(config: pytest.Config) -> None:
+    option = config.option
+    if option.gate_markdown and not option.gate_markdown.parent.is_dir():
+        raise pytest.UsageError(f"--gate-markdown={option.gate_markdown}: expected a file in a folder that exists")
+    if option.gate_selftest is not None and option.gate_selftest <= 100 * option.gate_threshold:
+        raise pytest.UsageError(
+            f"--gate-selftest={option.gate_selftest:g}: expected more per cent than the threshold of "
+            f"{100 * option.gate_threshold:g}, which the gate lets pass"
+        )
+    if _mode(config) and not hasattr(option, "benchmark_storage"):
+        raise pytest.UsageError("the gate needs pytest-benchmark; pip install pytest-benchmark")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -102,18 +141,18 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-benchmark saves
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[None]:
-    """Compare with the baseline, or save a baseline if all tests passed."""
-    if session.config.option.gate and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        {"save": _check_save, "compare": _compare}[session.config.option.gate](session)
+    """Judge the run, or save a baseline if all tests passed."""
+    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and (mode := _mode(session.config)):
+        FINISH[mode](session)
     return (yield)
 
 
 def _check_save(session: pytest.Session) -> None:
     config = session.config
     failed = session.exitstatus != pytest.ExitCode.OK
-    if failed or not config.stash.setdefault(ENTRIES, {}):
+    if failed or not config.stash[ENTRIES]:
         config.pluginmanager.getplugin("pytest-benchmark").save = None
-        config.stash[REPORT] = [f"no baseline was saved: {'a test failed' if failed else 'nothing was timed'}"]
+        config.stash[REPORT].append(f"no baseline was saved: {'a test failed' if failed else 'nothing was timed'}")
         session.exitstatus = session.exitstatus if failed else UNUSABLE
 
 
@@ -122,9 +161,9 @@ def _compare(session: pytest.Session) -> None:
     selected = {item.nodeid for item in session.items}
     baseline = stash[BASELINE]
     known = {name: entry for name, entry in baseline.entries.items() if name in selected}
-    entries = stash.setdefault(ENTRIES, {})
-    now = Document(stash[WHERE], entries)
+    entries = stash[ENTRIES]
     try:
+        now = Document(stash[WHERE], entries)
         result = verdicts.compare(replace(baseline, entries=known), now, session.config.option.gate_threshold)
     except BaselineError as error:
         stash[REPORT].append(f"error: {error}")
@@ -132,22 +171,37 @@ def _compare(session: pytest.Session) -> None:
         return
     if others := len(baseline.entries) - len(known):
         stash[REPORT].append(f"{others} entries of the baseline belong to tests that were not selected")
-    stash[REPORT] += result.lines()
-    _write_markdown(session.config, markdown.comparison_text(result, baseline.recorded))
+    _report(session, result, markdown.comparison_text(result, baseline.recorded))
+
+
+def _judge_selftest(session: pytest.Session) -> None:
+    config = session.config
+    trials = config.stash[TRIALS]
+    if not trials:
+        config.stash[REPORT].append("error: nothing was timed; select tests that use the fixture gate")
+        session.exitstatus = UNUSABLE
+        return
+    result = SelfTest(trials, config.option.gate_selftest / 100)
+    _report(session, result, markdown.selftest_text(result))
+
+
+FINISH = {"save": _check_save, "compare": _compare, "selftest": _judge_selftest}
+
+
+def _report(session: pytest.Session, result: Comparison | SelfTest, text: str) -> None:
+    """Print a result, write its markdown, and set the exit code."""
+    config = session.config
+    config.stash[REPORT] += result.lines()
+    paths = [config.option.gate_markdown, os.environ.get("GITHUB_STEP_SUMMARY")]
+    markdown.append(text, [Path(path) for path in paths if path])
     if result.failed:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def _write_markdown(config: pytest.Config, text: str) -> None:
-    summary = os.environ.get("GITHUB_STEP_SUMMARY")
-    paths = [config.option.gate_markdown, summary and Path(summary)]
-    markdown.append(text, filter(None, paths))
 
 
 @pytest.hookimpl(trylast=True)  # below pytest-benchmark's tables
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the gate's lines."""
-    if lines := config.stash.get(REPORT, None):
+    if lines := config.stash[REPORT]:
         terminalreporter.section("gate")
         for line in lines:
             colour = COLOURS.get(line.partition(":")[0])

@@ -32,16 +32,15 @@ def test_turns_alternate_and_each_round_has_as_many() -> None:
     paired, order = pairing([1e-3], [2e-3])
     paired.more()
     assert "".join(order) == "yc" * (pairs.ROUNDS * paired.turns)
-    assert paired.result("candidate") == (1e-3,) * pairs.ROUNDS
-    assert paired.result("yardstick") == (2e-3,) * pairs.ROUNDS
+    assert paired.times == ((1e-3,) * pairs.ROUNDS, (2e-3,) * pairs.ROUNDS)
     paired.more()
-    assert len(paired.result("candidate")) == 2 * pairs.ROUNDS
+    assert paired.times == ((1e-3,) * 2 * pairs.ROUNDS, (2e-3,) * 2 * pairs.ROUNDS)
 
 
 def test_interrupted_turns_drop_out_of_their_round_though_they_be_most() -> None:
     paired, _ = pairing([1e-3, 50e-3, 50e-3], [2e-3])
     paired.more()
-    assert set(paired.result("candidate")) == {1e-3}
+    assert set(paired.times[0]) == {1e-3}
 
 
 @pytest.mark.parametrize(("seconds", "turns"), [(1e-6, 31), (1e-3, 15), (1.0, 3)])
