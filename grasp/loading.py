@@ -6,7 +6,7 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from http.client import responses
@@ -366,11 +366,11 @@ def _parsing_once() -> Iterator[None]:
     """
     import gguf
 
-    class Reader(gguf.GGUFReader):  # type: ignore[misc]  # gguf has no types
+    class Reader(gguf.GGUFReader):
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
-    names = {"GGUFReader": Reader, "get_tensor_name_map": gguf.get_tensor_name_map}
+    names: dict[str, Callable[..., Any]] = {"GGUFReader": Reader, "get_tensor_name_map": gguf.get_tensor_name_map}
     with _GGUF_LOCK:
         originals = {name: getattr(gguf, name) for name in names}
         try:

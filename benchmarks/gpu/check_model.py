@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.gpu.check_report import LeftOut
 from benchmarks.gpu.check_runner import Emit
 from benchmarks.gpu.check_tasks import synchronize, the_device
-from grasp.bench.model import TOLERANCE, difference
+from grasp.bench.decoding import TOLERANCE, difference
 from grasp.bench.providers import unfuse_
 from grasp.evaluation.generation import first_logits, time_generation
 from grasp.method.ranks import rank_for_retain_ratio

@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from grasp.bench.conditions import Conditions, conditions, measure_card
-from grasp.bench.model import percentiles
+from grasp.bench.decoding import percentiles
 from grasp.bench.records import Percentiles
 from grasp.bench.timing import Sample, turns
 from grasp.builtin import BUILTIN

@@ -23,7 +23,7 @@ from benchmarks.study.linear_replacement import LINEAR_REPLACEMENT, apply_map_
 from benchmarks.study.records import STUDY_RECORDS, StudyLatency, StudyResult
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.costs import require_product
-from grasp.bench.model import percentiles
+from grasp.bench.decoding import percentiles
 from grasp.bench.results import append_results, check_output, read_results
 from grasp.bench.timing import Sample, turns
 from grasp.builtin import BUILTIN

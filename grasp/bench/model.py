@@ -1,27 +1,25 @@
 """Time a whole model: dense, with layers removed, low-rank on each backend, and low-rank unfused.
 
 The low-rank layers come from a compressed checkpoint, or from plain SVD at GRASP's ranks: speed depends on shapes
-alone. A low-rank model is timed only if its logits for the same batch and prompt equal those of the reference backend.
+alone. A model is timed only if its logits are right, see ``grasp.bench.decoding.checked``.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from statistics import quantiles
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from grasp.bench.conditions import Conditions, conditions, measure_card
-from grasp.bench.memory import peak_bytes_above_now
+from grasp.bench.decoding import EAGER, MODES, Case, Key, checked, floors, percentiles, time_models
 from grasp.bench.providers import (
     COMPRESSED,
     DENSE,
@@ -34,14 +32,13 @@ from grasp.bench.providers import (
     require_backends,
     truncate_,
 )
-from grasp.bench.records import PLAIN_SVD, ModelResult, NotMeasured, Percentiles
-from grasp.bench.timing import Sample, turns
+from grasp.bench.records import PLAIN_SVD, ModelResult, NotMeasured
+from grasp.bench.timing import Sample
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_pieces, tokenize
-from grasp.evaluation.generation import GenerationTime, first_logits, random_prompt, time_generation
+from grasp.evaluation.generation import GenerationTime, random_prompt
 from grasp.evaluation.perplexity import PerplexityResult, perplexity
 from grasp.loading import load_quietly
-from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import first_device
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
@@ -49,11 +46,9 @@ from grasp.progress import Progress, named, no_progress
 from grasp_kernels.roofline import Card
 from speedgate.timing import using_threads
 
-REFERENCE = "reference"
-# Largest norm-wise relative difference of logits that rounding explains, between two backends of the same weights.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 NOTE = "Factors by plain SVD: GRASP at these ranks has the same speed, but not this perplexity."
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+# torch.compile counts each model at each size as one more version of the same code.
+_VERSIONS = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
 
 
 @dataclass(frozen=True)
@@ -66,9 +61,11 @@ class ModelRequest:
         layers: layers to make low-rank; ``None`` for ``num_layers`` in the middle.
         num_layers: number of low-rank layers.
         retain_ratio: fraction of each matrix's parameters that its factors have.
+        modes: some of ``MODES``.
         batch_sizes: numbers of sequences per batch.
-        prompt_tokens: prompt length.
-        new_tokens: decoding steps.
+        prompt_tokens: prompt lengths.
+        new_tokens: numbers of decoding steps.
+        depths: numbers of tokens before the prompt, which are in the KV cache when the time begins.
         repeats: turns of every model.
         backends: names in the dispatch table; all if empty.
         text: text of the perplexity, as for ``read_pieces``.
@@ -76,7 +73,7 @@ class ModelRequest:
         windows: number of windows; 0 for no perplexity.
         dtype: as for ``load_model``.
         device: as for ``load_model``.
-        threads: CPU threads; ``None`` for PyTorch's choice.
+        threads: numbers of CPU threads; PyTorch's choice if empty.
     """
 
     model: str = BUILTIN
@@ -84,9 +81,11 @@ class ModelRequest:
     layers: tuple[int, ...] | None = None
     num_layers: int = 6
     retain_ratio: float = 0.1
+    modes: Sequence[str] = (EAGER,)
     batch_sizes: Sequence[int] = (1, 4, 16)
-    prompt_tokens: int = 128
-    new_tokens: int = 16
+    prompt_tokens: Sequence[int] = (128,)
+    new_tokens: Sequence[int] = (16,)
+    depths: Sequence[int] = (0,)
     repeats: int = 5
     backends: Sequence[str] = ()
     text: str = BUILTIN
@@ -94,101 +93,61 @@ class ModelRequest:
     windows: int = 16
     dtype: str = "auto"
     device: str | None = None
-    threads: int | None = None
+    threads: Sequence[int] = ()
 
-
-def difference(got: Tensor, expected: Tensor) -> float:
-    """Norm-wise relative difference of logits (steps, B, V) in the worst step."""
-    apart = torch.linalg.vector_norm((got.double() - expected.double()).flatten(1), dim=1)
-    return float((apart / torch.linalg.vector_norm(expected.double().flatten(1), dim=1)).max())
-
-
-def time_models(
-    models: Mapping[str, ModelProvider], request: ModelRequest, batch_size: int, progress: Progress = no_progress
-) -> dict[str, tuple[list[GenerationTime], int | None]]:
-    """Generation times of all models in turns, and the peak memory of the first repetition, which warms up."""
-    peaks: dict[str, int | None] = {}
-    times: dict[str, list[GenerationTime]] = {name: [] for name in models}
-    sizes = {"prompt_tokens": request.prompt_tokens, "new_tokens": request.new_tokens, "batch_size": batch_size}
-    step = f"timing batch {batch_size}"
-    progress(step, 0, 1)  # not at every turn: a moving bar would slow down the timed model
-    for repetition, name in turns(list(models), request.repeats + 1):
-        generate = partial(time_generation, models[name].prepared(), **sizes)
-        if repetition:
-            times[name].append(generate())
-        else:
-            peaks[name] = peak_bytes_above_now(generate, first_device(models[name].model))
-    progress(step, 1, 1)
-    return {name: (generations, peaks[name]) for name, generations in times.items()}
-
-
-def floors(
-    model: PreTrainedModel, card: Card, batch_size: int, prompt_tokens: int, cache_bytes: int
-) -> tuple[float, ...]:
-    """Least seconds of the prefill and of a decoding step: matrix products and the bytes they read, without attention.
-
-    Empty for a mixture of experts, where a token does not use the whole model.
-
-    Args:
-        model: the timed model.
-        card: measured speeds of the device.
-        batch_size: sequences per batch.
-        prompt_tokens: prompt length.
-        cache_bytes: bytes of the KV cache that a step reads.
-    """
-    config = model.config.get_text_config(decoder=True)
-    if any(getattr(config, name, None) for name in _EXPERTS):
-        return ()
-    kinds = (nn.Linear, Conv1D, LowRankLinear)
-    read = list(chain.from_iterable(m.parameters(recurse=False) for m in model.modules() if isinstance(m, kinds)))
-    head = model.get_output_embeddings()
-    parameters, size = sum(p.numel() for p in read), sum(p.numel() * p.element_size() for p in read)
-    once = sum(p.numel() for p in head.parameters()) if isinstance(head, nn.Module) else 0
-    prefill = 2 * batch_size * ((parameters - once) * prompt_tokens + once)
-    return (
-        max(size / card.bandwidth, prefill / card.flops),
-        max((size + cache_bytes) / card.bandwidth, 2 * batch_size * parameters / card.flops),
-    )
-
-
-def percentiles(seconds: Sequence[float]) -> Percentiles:
-    """Percentiles in milliseconds, of seconds."""
-    cuts = quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else [*seconds] * 99
-    return Percentiles(*(1e3 * cuts[percent - 1] for percent in (50, 95, 99)))
+    @property
+    def cases(self) -> list[Case]:
+        """All combinations of the sizes."""
+        sizes = (self.batch_sizes, self.prompt_tokens, self.new_tokens, self.depths)
+        return [Case(*values) for values in product(*sizes)]
 
 
 def run(request: ModelRequest, *, progress: Progress = no_progress) -> Iterator[list[ModelResult | NotMeasured]]:
-    """Measure the batch sizes one after the other.
+    """Measure the sizes one after the other, with each number of threads.
 
     Raises:
         GraspError, ValueError: from ``load_model``, ``read_pieces``, ``pick_layers``, ``low_rank_layers``,
             ``truncate_``, ``perplexity`` and ``time_generation``.
     """
     require_backends(request.backends)
+    if unknown := sorted(set(request.modes) - set(MODES)):
+        raise ValueError(f"unknown mode {unknown[0]!r}; expected one of {', '.join(MODES)}")
     if request.repeats < 1 or request.windows < 0:
         raise ValueError(
             f"repeats must be at least 1 and windows at least 0, got {request.repeats} and {request.windows}"
         )
     text = read_pieces(request.text, split="evaluation") if request.windows else None
-    with using_threads(request.threads):
-        yield from _run(request, text, progress)
+    first, *others = request.threads or (None,)
+    with torch._dynamo.config.patch(_VERSIONS):
+        with using_threads(first):
+            bench = _prepare(request, text, progress)
+            yield from bench.run(progress)
+        for count in others:
+            with using_threads(count):
+                yield from replace(bench, **_speeds(bench.models[DENSE].model)).run(progress)
 
 
-def _run(
-    request: ModelRequest, text: Iterable[str] | None, progress: Progress
-) -> Iterator[list[ModelResult | NotMeasured]]:
+def _prepare(request: ModelRequest, text: Iterable[str] | None, progress: Progress) -> _Bench:
+    """Load the models, and measure their perplexity."""
+    start = time.perf_counter()
     dense, tokenizer = load_quietly(request.model, dtype=request.dtype, device=request.device, progress=progress)
-    for batch_size in request.batch_sizes:
-        random_prompt(dense, request.prompt_tokens, request.new_tokens, batch_size)  # raises if it is impossible
+    seconds = {DENSE: time.perf_counter() - start}
+    for case in request.cases:
+        random_prompt(dense, case.prompt_tokens, case.new_tokens, case.batch_size, case.depth)  # raises if impossible
+    start = time.perf_counter()
     compressed, layers, ratio = _compressed(dense, request, progress)
+    if request.checkpoint is not None:
+        seconds[COMPRESSED] = time.perf_counter() - start
     models, left_out = providers(dense, compressed, layers, request.backends)
     quality = {} if text is None else _perplexities(models, tokenizer, text, request, progress)
-    device = first_device(dense)
-    card = measure_card(device, dense.dtype)
-    bench = _Bench(request, card, conditions(card, device), tuple(layers), ratio, quality)
-    for batch_size in request.batch_sizes:
-        records = bench.measure(models, batch_size, progress)
-        yield [*(bench.left_out(name, batch_size, reason) for name, reason in left_out.items()), *records]
+    return _Bench(request, models, left_out, tuple(layers), ratio, seconds, quality, **_speeds(dense))
+
+
+def _speeds(model: PreTrainedModel) -> dict[str, Any]:
+    """The device's speeds with the present number of threads, and the conditions."""
+    device = first_device(model)
+    card = measure_card(device, model.dtype)
+    return {"card": card, "now": conditions(card, device)}
 
 
 def _compressed(
@@ -229,109 +188,99 @@ def _perplexities(
 
 @dataclass(frozen=True)
 class _Bench:
-    """The facts that all batch sizes share."""
+    """The models, and the facts that all sizes share."""
 
     request: ModelRequest
-    card: Card
-    now: Conditions
+    models: Mapping[str, ModelProvider]
+    impossible: Mapping[str, str]  # providers that could not be made, and why
     layers: tuple[int, ...]
     retain_ratio: float
+    load_seconds: Mapping[str, float]
     quality: Mapping[str, PerplexityResult]
+    card: Card
+    now: Conditions
 
-    def left_out(self, provider: str, batch_size: int, reason: str, *, wrong: bool = False) -> NotMeasured:
-        return NotMeasured("model", provider, reason, wrong, model=self.request.model, batch_size=batch_size)
+    def run(self, progress: Progress) -> Iterator[list[ModelResult | NotMeasured]]:
+        """Measure all sizes."""
+        for case in self.request.cases:
+            yield self.measure(case, progress)
 
-    def measure(
-        self, models: Mapping[str, ModelProvider], batch_size: int, progress: Progress
-    ) -> list[ModelResult | NotMeasured]:
-        """Check all models at a batch size, then time the ones with right logits."""
-        records: list[ModelResult | NotMeasured] = []
-        rows = (batch_size * self.request.prompt_tokens, batch_size)
-        able: dict[str, ModelProvider] = {}
-        for name, provider in models.items():
-            if (reason := objections(provider, rows)) is not None:
-                records.append(self.left_out(name, batch_size, reason))
-            else:
-                able[name] = provider
-        apart = self._differences(able, batch_size, progress)
-        tolerance = TOLERANCE[able[DENSE].model.dtype]
-        for name, value in apart.items():
-            if not value <= tolerance:
-                del able[name]
-                reason = f"logits differ from the reference backend's by {value:.1e}, expected at most {tolerance:.0e}"
-                records.append(self.left_out(name, batch_size, reason, wrong=True))
+    def left_out(self, provider: str, case: Case, reason: str, *, wrong: bool = False) -> NotMeasured:
+        return NotMeasured("model", provider, reason, wrong, model=self.request.model, batch_size=case.batch_size)
+
+    def measure(self, case: Case, progress: Progress) -> list[ModelResult | NotMeasured]:
+        """Check all models at these sizes, then time the ones with right logits."""
+        reasons = {name: objections(provider, case.rows) for name, provider in self.models.items()}
+        refused = {**self.impossible, **{name: reason for name, reason in reasons.items() if reason is not None}}
+        records: list[ModelResult | NotMeasured] = [
+            self.left_out(name, case, reason) for name, reason in refused.items()
+        ]
+        able = {name: provider for name, provider in self.models.items() if name not in refused}
+        right = checked(able, self.request.modes, case, progress)
+        for key, (reason, wrong) in right.refused.items():
+            name = key.provider if key.mode == EAGER else f"{key.provider}, {key.mode}"
+            records.append(self.left_out(name, case, reason, wrong=wrong))
         for name, result in self.quality.items():
             if name in able and not math.isfinite(result.perplexity):
                 reason = f"perplexity: {result.nonfinite} of {result.tokens} tokens have a NaN or infinite loss"
-                records.append(self.left_out(name, batch_size, reason))
-        timed = time_models(able, self.request, batch_size, progress)
-        dense = [Sample(tuple(seconds)) for seconds in _phases(timed[DENSE][0])]
-        for name, (times, peak) in timed.items():
-            records.append(self._result(name, able[name], batch_size, times, peak, dense, apart.get(name)))
+                records.append(self.left_out(name, case, reason))
+        timed = time_models(right.models, case, self.request.repeats, progress)
+        for key, (times, peak) in timed.items():
+            dense = timed.get(Key(DENSE, key.mode))
+            baseline = [] if dense is None else [Sample(tuple(seconds)) for seconds in _phases(dense[0])]
+            records.append(self._result(key, case, times, peak, baseline, right.apart.get(key)))
         return records
-
-    def _differences(
-        self, models: Mapping[str, ModelProvider], batch_size: int, progress: Progress
-    ) -> dict[str, float]:
-        """Difference of every low-rank model's logits from the reference backend's with the same weights."""
-        sizes = {"prompt_tokens": self.request.prompt_tokens, "batch_size": batch_size}
-        low_rank = [name for name in models if name not in (DENSE, REMOVED)]
-        expected = first_logits(ModelProvider(models[COMPRESSED].model, REFERENCE).prepared(), **sizes)
-        differences = {}
-        for done, name in enumerate(low_rank, start=1):
-            differences[name] = difference(first_logits(models[name].prepared(), **sizes), expected)
-            progress(f"checking batch {batch_size}", done, len(low_rank))
-        return differences
 
     def _result(
         self,
-        name: str,
-        provider: ModelProvider,
-        batch_size: int,
+        key: Key,
+        case: Case,
         times: Sequence[GenerationTime],
         peak: int | None,
         dense: Sequence[Sample],
         apart: float | None,
     ) -> ModelResult:
-        request, model = self.request, provider.model
+        request, (model, backend) = self.request, self.models[key.provider]
         size, cache = model_size(model, decoder(model).layers), times[-1].kv_cache_bytes
         prefill, decode = (Sample(tuple(seconds)) for seconds in _phases(times))
         steps = percentiles([step for time in times for step in time.steps_s])
-        share = request.prompt_tokens / (request.prompt_tokens + request.new_tokens)
-        least = floors(model, self.card, batch_size, request.prompt_tokens, int(cache * share))
+        share = 1 - case.new_tokens / (case.depth + case.prompt_tokens + case.new_tokens)
+        least = floors(model, self.card, case.batch_size, case.prompt_tokens, int(cache * share))
         limits: Sequence[float | None] = [1e3 * seconds for seconds in least] or [None, None]
-        first, whole = percentiles([time.first_token_s for time in times]), percentiles(prefill.seconds)
-        quality = self.quality.get(name)
+        whole = percentiles(prefill.seconds)
+        quality = self.quality.get(key.provider)
         finite = quality is not None and math.isfinite(quality.perplexity)
         return ModelResult(
             model=request.model,
-            provider=name,
-            backend=provider.backend,
+            provider=key.provider,
+            backend=backend,
             factors=PLAIN_SVD if request.checkpoint is None else Path(request.checkpoint).name,
             dtype=str(model.dtype).removeprefix("torch."),
             layers=self.layers,
             retain_ratio=self.retain_ratio,
-            batch_size=batch_size,
-            prompt_tokens=request.prompt_tokens,
-            new_tokens=request.new_tokens,
+            **case._asdict(),
+            mode=key.mode,
             repeats=request.repeats,
+            load_s=self.load_seconds.get(key.provider),
             parameters=size.parameters,
             weight_bytes=size.bytes,
             kv_cache_bytes=cache,
             peak_memory_bytes=peak,
             prefill_ms=whole,
-            first_token_ms=first,
+            first_token_ms=percentiles([time.first_token_s for time in times]),
             inter_token_ms=steps,
+            output_token_ms=percentiles([time.decode_s / case.new_tokens for time in times]),
+            end_to_end_ms=percentiles([time.first_token_s + time.decode_s for time in times]),
             prefill_floor_ms=limits[0],
             inter_token_floor_ms=limits[1],
             prefill_share_of_floor=None if limits[0] is None else limits[0] / whole.p50,
             inter_token_share_of_floor=None if limits[1] is None else limits[1] / steps.p50,
-            prefill_tokens_per_s=batch_size * request.prompt_tokens / prefill.median,
+            prefill_tokens_per_s=case.batch_size * case.prompt_tokens / prefill.median,
             prefill_spread=prefill.spread,
-            prefill_speedup_over_dense=prefill.speedup_over(dense[0]),
-            decode_tokens_per_s=batch_size * request.new_tokens / decode.median,
+            prefill_speedup_over_dense=prefill.speedup_over(dense[0]) if dense else None,
+            decode_tokens_per_s=case.batch_size * case.new_tokens / decode.median,
             decode_spread=decode.spread,
-            decode_speedup_over_dense=decode.speedup_over(dense[1]),
+            decode_speedup_over_dense=decode.speedup_over(dense[1]) if dense else None,
             logits_difference=apart,
             perplexity=quality.perplexity if quality is not None and finite else None,
             perplexity_text=None if quality is None else Path(request.text).name,

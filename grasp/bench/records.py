@@ -18,12 +18,14 @@ _fixed, _ratio, _significant = "{:.1f}".format, "{:.2f}".format, "{:.4g}".format
 class Percentiles:
     """Percentiles of the times of one thing, interpolated. With fewer than 100 times p99 is a guess.
 
-    ``float()`` gives the median, ``str()`` all three.
+    ``float()`` gives the median, ``str()`` p50, p95 and p99.
 
     Attributes:
         p50: median.
         p95: 95th percentile.
         p99: 99th percentile.
+        p90: 90th percentile; ``None`` in earlier results.
+        p50_interval: 95 % confidence interval of the median; ``None`` for fewer than eight times.
 
     Example:
         >>> str(Percentiles(9.12, 9.5, 120.3))
@@ -33,6 +35,8 @@ class Percentiles:
     p50: float
     p95: float
     p99: float
+    p90: float | None = None
+    p50_interval: tuple[float, ...] | None = None
 
     def __float__(self) -> float:
         return self.p50
@@ -132,6 +136,8 @@ class ModelResult(Record):
         batch_size: sequences at a time.
         prompt_tokens: tokens of each prompt.
         new_tokens: decoding steps after the first token.
+        depth: tokens before the prompt, which are in the KV cache when the time begins.
+        mode: ``eager``, or ``compiled``: steps by ``torch.compile`` over a static KV cache, prompts eagerly.
         repeats: number of turns of every provider, after one turn that warms up.
         parameters: number of parameters of the whole model; tied parameters count once.
         weight_bytes: bytes of these parameters.
@@ -141,6 +147,9 @@ class ModelResult(Record):
         prefill_ms: forward pass of the prompt, ms.
         first_token_ms: from the prompt to its first token, both on the host, ms.
         inter_token_ms: from one token on the host to the next, over all turns, ms.
+        output_token_ms: time of all steps over their number (TPOT), over the turns, ms.
+        end_to_end_ms: from the prompt to the last token, over the turns, ms.
+        load_s: seconds to load the model; ``None`` if it was made in memory.
         prefill_floor_ms: least time of the matrix products, ms: their bytes or FLOPs at the measured speeds, without
             attention. ``None`` for a mixture of experts.
         inter_token_floor_ms: the same for a decoding step, with the bytes of the KV cache.
@@ -148,7 +157,8 @@ class ModelResult(Record):
         inter_token_share_of_floor: floor over p50.
         prefill_tokens_per_s: tokens of the whole batch over the median prefill time.
         prefill_spread: distance between the quartiles of the times over their median.
-        prefill_speedup_over_dense: time of ``dense`` over the time of this provider: the median over the turns.
+        prefill_speedup_over_dense: time of ``dense`` in the same mode over the time of this provider: the median over
+            the turns. ``None`` if ``dense`` was not timed.
         decode_tokens_per_s: tokens of the whole batch over the median time of all steps.
         decode_spread: like ``prefill_spread``.
         decode_speedup_over_dense: like ``prefill_speedup_over_dense``.
@@ -189,16 +199,21 @@ class ModelResult(Record):
     inter_token_share_of_floor: float | None
     prefill_tokens_per_s: float
     prefill_spread: float
-    prefill_speedup_over_dense: float
+    prefill_speedup_over_dense: float | None
     decode_tokens_per_s: float
     decode_spread: float
-    decode_speedup_over_dense: float
+    decode_speedup_over_dense: float | None
     logits_difference: float | None
     perplexity: float | None
     perplexity_text: str | None
     perplexity_tokens: int | None
     note: str
     conditions: Conditions
+    mode: str = "eager"
+    depth: int = 0
+    output_token_ms: Percentiles | None = None
+    end_to_end_ms: Percentiles | None = None
+    load_s: float | None = None
 
     kind: ClassVar[str] = "model"
     title: ClassVar[str] = "The whole model"
@@ -211,9 +226,11 @@ class ModelResult(Record):
         Column("batch", "batch_size"),
         Column("prompt tokens", "prompt_tokens"),
         Column("new tokens", "new_tokens"),
+        Column("depth", lambda result: result.depth or None),
+        Column("threads", lambda result: result.conditions.threads),
     )
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("provider", "provider"),
+        Column("provider", lambda result: result.provider + f", {result.mode}" * (result.mode != "eager")),
         Column("prefill ms", "prefill_ms"),
         Column("floor ms", "prefill_floor_ms", _fixed),
         Column("of floor", "prefill_share_of_floor", share),
@@ -222,6 +239,7 @@ class ModelResult(Record):
         Column("ms per token", "inter_token_ms"),
         Column("floor ms", "inter_token_floor_ms", _fixed),
         Column("of floor", "inter_token_share_of_floor", share),
+        Column("end to end ms", "end_to_end_ms"),
         Column("decode tokens/s", "decode_tokens_per_s", _fixed),
         Column("spread", "decode_spread", share),
         Column("decode × dense", "decode_speedup_over_dense", _ratio),
@@ -229,6 +247,7 @@ class ModelResult(Record):
         Column("weights", "weight_bytes", size),
         Column("KV cache", "kv_cache_bytes", size),
         Column("peak", "peak_memory_bytes", size),
+        Column("loaded in s", "load_s", _significant),
         Column("perplexity", "perplexity", _significant),
         Column("logits off", "logits_difference", "{:.0e}".format),
     )

@@ -43,15 +43,16 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def parse_counts(text: str) -> tuple[int, ...]:
+def parse_counts(text: str, name: str = "rows", *, least: int = 1, most: int = MOST) -> tuple[int, ...]:
     """Parse ``"1,4,16"`` as (1, 4, 16).
 
     Raises:
-        ValueError: if the text is anything else, or contains a 0.
+        ValueError: if the text is anything else, or has a number below ``least`` or above ``most``.
     """
-    if not re.fullmatch(r"\s*[1-9][0-9]*\s*(,\s*[1-9][0-9]*\s*)*", text):
-        raise ValueError(f"rows must be positive numbers such as 1,4,16; got {text!r}")
-    return tuple(_count(part.strip(), "rows") for part in text.split(","))
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"0|[1-9][0-9]*", part) and _number(part) >= least for part in parts):
+        raise ValueError(f"{name} must be {'positive ' * (least > 0)}numbers such as 1,4,16; got {text!r}")
+    return tuple(_count(part, name, most) for part in parts)
 
 
 def parse_batch_size(text: str) -> int | Literal["auto"]:
@@ -107,9 +108,9 @@ def require_values(arguments: Sequence[str]) -> None:
             raise ValueError(f"{name.removesuffix('=')} has an empty value; give one, or leave it out")
 
 
-def _count(digits: str, name: str) -> int:
-    if (number := _number(digits)) > MOST:
-        raise ValueError(f"{name} must be at most {MOST}, got {digits}")
+def _count(digits: str, name: str, most: int = MOST) -> int:
+    if (number := _number(digits)) > most:
+        raise ValueError(f"{name} must be at most {most}, got {digits}")
     return number
 
 

@@ -62,8 +62,13 @@ Compressed = Annotated[
 ]
 LowRankLayers = Annotated[int, typer.Option(min=1, max=MOST, help="Number of layers in the middle for plain SVD.")]
 BatchSizes = Annotated[str, typer.Option(help="Sequences per batch.")]
-PromptTokens = Annotated[int, typer.Option(min=1, max=MOST, help="Prompt length.")]
-NewTokens = Annotated[int, typer.Option(min=1, max=MOST, help="Decoding steps after the first token.")]
+Modes = Annotated[
+    str, typer.Option(metavar="eager,compiled", help="compiled: steps by torch.compile, with a static KV cache.")
+]
+PromptTokens = Annotated[str, typer.Option(help="Prompt lengths.")]
+NewTokens = Annotated[str, typer.Option(help="Decoding steps after the first token.")]
+Depths = Annotated[str, typer.Option("--depth", help="Tokens before the prompt, whose time is not counted.")]
+ThreadList = Annotated[str | None, typer.Option("--threads", help="CPU threads. Default: PyTorch's choice.")]
 Text = Annotated[
     str, typer.Option(metavar="FILE|NAME", help="Text for the perplexity: a file, wikitext2, c4, or builtin.")
 ]
@@ -155,9 +160,11 @@ def model(
     num_layers: LowRankLayers = 6,
     layers: Layers = None,
     retain_ratio: RetainRatio = 0.1,
+    mode: Modes = "eager",
     batch_size: BatchSizes = "1,4,16",
-    prompt_tokens: PromptTokens = 128,
-    new_tokens: NewTokens = 16,
+    prompt_tokens: PromptTokens = "128",
+    new_tokens: NewTokens = "16",
+    depth: Depths = "0",
     repeats: Repetitions = 5,
     backend: Backends = None,
     text: Text = "builtin",
@@ -165,13 +172,13 @@ def model(
     windows: Windows = 16,
     device: Device = None,
     dtype: Dtype = "auto",
-    threads: Threads = None,
+    threads: ThreadList = None,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
-    """Time MODEL dense, with layers removed, and low-rank on each backend and unfused.
+    """Time MODEL dense, with layers removed, and low-rank on each backend and unfused, at all sizes that are listed.
 
-    A low-rank model whose logits differ from those of the reference backend is not timed, and the exit code is 1.
+    A model whose logits differ from those of the reference backend is not timed, and the exit code is 1.
 
     [bold]Examples[/bold]
 
@@ -182,6 +189,10 @@ def model(
     [dim]Speed and perplexity of a compressed model and of its dense model:[/dim]
 
     $ grasp bench model builtin --compressed small --batch-size 1 --threads 2
+
+    [dim]As servers run it, after 0 and 1024 tokens of text:[/dim]
+
+    $ grasp bench model builtin --compressed small --mode eager,compiled --batch-size 1 --depth 0,1024
     """
     from grasp.bench import model as benchmark
 
@@ -191,9 +202,11 @@ def model(
         layers=None if layers is None else parse_layers(layers),
         num_layers=num_layers,
         retain_ratio=retain_ratio,
+        modes=mode.split(","),
         batch_sizes=parse_counts(batch_size),
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
+        prompt_tokens=parse_counts(prompt_tokens, "prompt tokens"),
+        new_tokens=parse_counts(new_tokens, "new tokens"),
+        depths=parse_counts(depth, "depth", least=0),
         repeats=repeats,
         backends=backend or (),
         text=text,
@@ -201,7 +214,7 @@ def model(
         windows=windows,
         dtype=dtype,
         device=device,
-        threads=threads,
+        threads=() if threads is None else parse_counts(threads, "threads", most=MOST_THREADS),
     )
     _measure(lambda progress: benchmark.run(request, progress=progress), output, as_json)
 

@@ -171,8 +171,8 @@ def tracer_for(
     model_class: type[PreTrainedModel] | None = None,
 ) -> Tracer:
     """A ``Tracer``, with its arguments and errors. Each thread keeps its last ones, since tracing takes a second."""
-    if model_class is MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None):
-        model_class = None
+    standard: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    model_class = None if model_class is standard else model_class
     text = config.to_json_string(use_diff=False)
     key = (get_ident(), text, config._attn_implementation, dtype, device, batch_size, seq_len, model_class)
     if key not in _kept:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from grasp.model.running import evaluating, first_device
 from grasp.model.targets import max_positions
@@ -39,17 +39,57 @@ class GenerationTime:
         return sum(self.steps_s)
 
 
+class CompiledSteps:
+    """The decoding steps of a model as one graph of ``torch.compile``, with CUDA graphs on a GPU, over a static cache.
+
+    Prompts are not compiled, as in ``generate``. A cache is used again by later calls of the same sizes, since a graph
+    is tied to its memory. The model must not move or change its dtype.
+
+    Args:
+        model: with an attention that ``torch.compile`` can trace.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._config = model.config.get_text_config(decoder=True)
+        mode = "reduce-overhead" if first_device(model).type == "cuda" else None
+        self.step = torch.compile(model, fullgraph=True, mode=mode)
+        self._caches: dict[tuple[int, int], StaticCache] = {}
+
+    def cache(self, batch_size: int, positions: int) -> StaticCache:
+        """The empty cache of these sizes."""
+        key = batch_size, positions
+        if key in self._caches:
+            self._caches[key].reset()
+        else:
+            self._caches[key] = StaticCache(config=self._config, max_cache_len=positions)
+        return self._caches[key]
+
+
 @torch.inference_mode()
 def time_generation(
-    model: PreTrainedModel, *, prompt_tokens: int = 512, new_tokens: int = 64, batch_size: int = 1
+    model: PreTrainedModel,
+    *,
+    prompt_tokens: int = 512,
+    new_tokens: int = 64,
+    batch_size: int = 1,
+    depth: int = 0,
+    compiled: CompiledSteps | None = None,
 ) -> GenerationTime:
     """Time one prompt and ``new_tokens`` greedy steps with a KV cache. An end-of-text token does not stop it.
 
     The prompt has random tokens, the same for all models of one vocabulary size. Every token is copied to the host, as
     in streaming. The first call warms up: discard its result.
 
+    Args:
+        model: the model.
+        prompt_tokens: length of the prompt.
+        new_tokens: number of steps after the first token.
+        batch_size: number of sequences.
+        depth: number of tokens before the prompt, which are in the cache when the time begins.
+        compiled: the steps of the model, to be run in place of the model itself.
+
     Raises:
-        ValueError: if a number is smaller than 1, or the model has too few positions.
+        ValueError: if a number is smaller than 1, ``depth`` than 0, or the model has too few positions.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -58,11 +98,15 @@ def time_generation(
         >>> len(time.steps_s), time.kv_cache_bytes  # bytes: 6 tokens x 12 features x keys and values x fp32
         (2, 576)
     """
-    prompt = random_prompt(model, prompt_tokens, new_tokens, batch_size)
+    tokens = random_prompt(model, prompt_tokens, new_tokens, batch_size, depth)
+    before, prompt = tokens[:, :depth], tokens[:, depth:]
     device = first_device(model)
+    step = model if compiled is None else compiled.step
     with evaluating(model):
+        cache, options = _caching(model, compiled, batch_size, tokens.shape[1] + new_tokens)
+        if depth:
+            model(input_ids=before.to(device), **options)
         begin = now(device)
-        cache, options = _caching(model)
         token = prompt.to(device)
         start = now(device)
         logits = model(input_ids=token, **options).logits
@@ -71,7 +115,7 @@ def time_generation(
         token.tolist()
         arrived = [time.perf_counter()]
         for _ in range(new_tokens):
-            token = model(input_ids=token, **options).logits[:, -1:].argmax(-1)
+            token = step(input_ids=token, **options).logits[:, -1:].argmax(-1)
             token.tolist()
             arrived.append(time.perf_counter())
     steps = tuple(after - before for before, after in pairwise(arrived))
@@ -79,47 +123,67 @@ def time_generation(
 
 
 @torch.inference_mode()
-def first_logits(model: PreTrainedModel, *, prompt_tokens: int, batch_size: int = 1) -> Tensor:
+def first_logits(
+    model: PreTrainedModel,
+    *,
+    prompt_tokens: int,
+    new_tokens: int = 1,
+    batch_size: int = 1,
+    depth: int = 0,
+    compiled: CompiledSteps | None = None,
+) -> Tensor:
     """Return the logits after the prompt of ``time_generation`` and after its first token again, (2, B, V).
 
-    Raises:
-        ValueError: as ``time_generation``.
+    Arguments and errors: see ``time_generation``.
     """
-    prompt = random_prompt(model, prompt_tokens, 1, batch_size).to(first_device(model))
-    _, options = _caching(model)
+    tokens = random_prompt(model, prompt_tokens, new_tokens, batch_size, depth).to(first_device(model))
+    _, options = _caching(model, compiled, batch_size, tokens.shape[1] + new_tokens)
+    step = model if compiled is None else compiled.step
     with evaluating(model):
-        return torch.stack([model(input_ids=ids, **options).logits[:, -1] for ids in (prompt, prompt[:, :1])])
+        first = model(input_ids=tokens, **options).logits[:, -1]
+        return torch.stack([first, step(input_ids=tokens[:, depth : depth + 1], **options).logits[:, -1]])
 
 
-def random_prompt(model: PreTrainedModel, prompt_tokens: int, new_tokens: int, batch_size: int) -> Tensor:
-    """Return the prompt of ``time_generation``, (B, L) on the CPU.
+def random_prompt(
+    model: PreTrainedModel, prompt_tokens: int, new_tokens: int, batch_size: int, depth: int = 0
+) -> Tensor:
+    """Return the tokens of ``time_generation`` before and in its prompt, (B, depth + L) on the CPU.
 
     Raises:
         ValueError: as ``time_generation``.
     """
+    if depth < 0:
+        raise ValueError(f"depth must be at least 0, got {depth}")
     for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     limit = max_positions(model) or math.inf
-    if prompt_tokens + new_tokens > limit:
+    if depth + prompt_tokens + new_tokens > limit:
+        deep = f"a depth of {depth}, " * (depth > 0)
         raise ValueError(
-            f"{prompt_tokens} prompt tokens and {new_tokens} new tokens are more than the model's {limit} positions"
+            f"{deep}{prompt_tokens} prompt tokens and {new_tokens} new tokens are more than the model's {limit} "
+            "positions"
         )
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    return torch.randint(vocabulary, (batch_size, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    return torch.randint(vocabulary, (batch_size, depth + prompt_tokens), generator=torch.Generator().manual_seed(0))
 
 
-def _caching(model: PreTrainedModel) -> tuple[DynamicCache, dict[str, Any]]:
+def _caching(
+    model: PreTrainedModel, compiled: CompiledSteps | None, batch_size: int, positions: int
+) -> tuple[Cache, dict[str, Any]]:
     """Return an empty KV cache, which the model fills in place, and the model's arguments that use it."""
     accepted = inspect.signature(model.forward).parameters
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if compiled is None:
+        cache: Cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    else:
+        cache = compiled.cache(batch_size, positions)
     options: dict[str, Any] = {"use_cache": True, "cache" if "cache" in accepted else "past_key_values": cache}
     if "logits_to_keep" in accepted:
         options["logits_to_keep"] = 1  # as in ``generate``
     return cache, options
 
 
-def _cache_bytes(cache: DynamicCache) -> int:
+def _cache_bytes(cache: Cache) -> int:
     tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 

@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 from grasp.bench import model as bench_model
 from grasp.bench import providers as bench_providers
-from grasp.bench.model import difference, floors, percentiles
+from grasp.bench.decoding import difference, floors, median_interval, percentiles
 from grasp.bench.providers import Unfused, truncate_
 from grasp.bench.records import ModelResult, NotMeasured, Percentiles
 from grasp.bench.results import read_results
@@ -61,6 +63,45 @@ def test_every_provider_is_timed_at_every_batch_size(run: RunBench, tmp_path: Pa
     left_out = {record.provider for record in records if isinstance(record, NotMeasured)}
     assert left_out.isdisjoint(names)
     assert all(f"Not measured: {name} at batch 1, 3: " in outcome.text for name in left_out)
+
+
+def test_compiled_steps_are_timed_beside_eager_ones_at_every_length(
+    run: RunBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)  # which takes seconds for each model
+    sizes = ("--batch-size", "2", "--mode", "eager,compiled", "--depth", "0,5", "--threads", "1,2", "--windows", "0")
+    layers = ("--layers", "1", "--backend", "reference")
+    outcome = run(*layers, *sizes, "-o", tmp_path / "model.jsonl")
+    assert outcome.code == 0, outcome.err
+    records = [record for record in read_results(tmp_path / "model.jsonl") if isinstance(record, ModelResult)]
+    names = ["dense", "removed", "compressed", "compressed/reference", "unfused"]
+    expected = list(product((1, 2), (0, 5), ("eager", "compiled"), names))
+    assert [(r.conditions.threads, r.depth, r.mode, r.provider) for r in records] == expected
+    for record in records:
+        dense = record.provider == "dense"
+        assert record.decode_speedup_over_dense == 1 if dense else record.decode_speedup_over_dense > 0
+        checks = record.mode == "compiled" or not record.provider.startswith(("dense", "removed"))
+        assert (record.logits_difference is not None) == checks
+        assert record.end_to_end_ms.p50 > record.first_token_ms.p50 + 3 * record.output_token_ms.p50 * 0.99
+        assert (record.load_s is not None) == dense
+        depth = 2 * (record.depth + 8 + 3) * (2 if record.provider == "removed" else 3) * 2 * 16 * 4
+        assert record.kv_cache_bytes == depth
+    assert "dense, compiled" in outcome.text
+
+
+def test_a_model_that_cannot_be_compiled_is_timed_eagerly(
+    run: RunBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> object:
+        raise TorchDynamoException("it prints")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: refuse)
+    sizes = ("--batch-size", "1", "--mode", "eager,compiled", "--windows", "0", "-o", tmp_path / "model.jsonl")
+    outcome = run("--layers", "1", "--backend", "reference", *sizes)
+    assert outcome.code == 0, outcome.err
+    records = [record for record in read_results(tmp_path / "model.jsonl") if isinstance(record, ModelResult)]
+    assert {record.mode for record in records} == {"eager"}
+    assert "Not measured: dense, compiled at batch 1: torch.compile does not take it: it prints" in outcome.text
 
 
 def test_perplexity_is_that_of_the_weights(run: RunBench, tiny: Path, tmp_path: Path) -> None:
@@ -145,6 +186,9 @@ def test_a_perplexity_that_is_no_number_is_said(run: RunBench, monkeypatch: pyte
         (("--num-layers", "1", "--new-tokens", "500"), "more than the model's 128 positions"),
         (("--num-layers", "1", "--backend", "warp"), "unknown backend 'warp'"),
         (("--batch-size", "0"), "positive numbers such as 1,4,16"),
+        (("--depth", "-1"), "depth must be numbers such as"),
+        (("--depth", "500"), "a depth of 500, 8 prompt tokens and 3 new tokens are more than the model's 128"),
+        (("--mode", "eager,fast"), "unknown mode 'fast'; expected one of eager, compiled"),
         (("--compressed", "absent"), "absent"),
         (("--text", "absent.txt"), "absent.txt"),
     ],
@@ -171,10 +215,17 @@ def test_logits_differ_as_much_as_the_worst_step() -> None:
 
 
 def test_percentiles_are_interpolated_milliseconds() -> None:
-    assert percentiles([0.001 * value for value in range(101)]) == Percentiles(
-        pytest.approx(50), pytest.approx(95), pytest.approx(99)
-    )
-    assert percentiles([0.002]) == Percentiles(2, 2, 2)
+    found = percentiles([0.001 * value for value in range(101)])
+    assert (found.p50, found.p90, found.p95, found.p99) == pytest.approx((50, 90, 95, 99))
+    assert percentiles([0.002]) == Percentiles(2, 2, 2, 2)
+
+
+def test_the_interval_of_a_median_has_it_nineteen_times_in_twenty() -> None:
+    assert median_interval(range(7)) is None
+    assert median_interval([3, 1, 2, 7, 5, 8, 4, 6]) == (1, 8)
+    generator = torch.Generator().manual_seed(0)
+    intervals = [median_interval(torch.rand(50, generator=generator).tolist()) for _ in range(400)]
+    assert 0.94 <= sum(low <= 0.5 <= high for low, high in intervals) / 400 <= 0.99
 
 
 def test_floors_are_what_the_linears_read_and_compute() -> None:

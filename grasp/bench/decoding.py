@@ -1,0 +1,198 @@
+"""Check and time models that generate: a prompt, then greedy steps with a KV cache, eagerly or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
+from statistics import quantiles
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from grasp.bench.memory import peak_bytes_above_now
+from grasp.bench.providers import COMPRESSED, DENSE, REMOVED, ModelProvider
+from grasp.bench.records import Percentiles
+from grasp.bench.timing import turns
+from grasp.evaluation.generation import CompiledSteps, GenerationTime, first_logits, time_generation
+from grasp.formatting import one_line
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.running import first_device
+from grasp.progress import Progress, no_progress
+from grasp_kernels.roofline import Card
+
+EAGER, COMPILED = MODES = ("eager", "compiled")
+REFERENCE = "reference"
+# Largest norm-wise relative difference of logits that rounding explains, between two ways to run the same weights.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+class Case(NamedTuple):
+    """The sizes of a generation, see ``time_generation``."""
+
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    depth: int
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Tokens in the products of the prompt and of a step."""
+        return self.batch_size * self.prompt_tokens, self.batch_size
+
+
+class Key(NamedTuple):
+    """A provider in a mode."""
+
+    provider: str
+    mode: str
+
+
+class Timed(NamedTuple):
+    """A provider, and its compiled steps; ``None`` if it runs eagerly."""
+
+    provider: ModelProvider
+    steps: CompiledSteps | None = None
+
+    @classmethod
+    def of(cls, provider: ModelProvider, mode: str) -> Timed:
+        """A provider in a mode."""
+        return cls(provider, CompiledSteps(provider.model) if mode == COMPILED else None)
+
+    def generate(self, case: Case) -> GenerationTime:
+        """The times of one generation."""
+        return time_generation(self.provider.prepared(), **case._asdict(), compiled=self.steps)
+
+    def logits(self, case: Case) -> Tensor:
+        """The logits after the prompt and after one step, (2, B, V)."""
+        return first_logits(self.provider.prepared(), **case._asdict(), compiled=self.steps)
+
+
+def difference(got: Tensor, expected: Tensor) -> float:
+    """Norm-wise relative difference of logits (steps, B, V) in the worst step."""
+    apart = torch.linalg.vector_norm((got.double() - expected.double()).flatten(1), dim=1)
+    return float((apart / torch.linalg.vector_norm(expected.double().flatten(1), dim=1)).max())
+
+
+class Checked(NamedTuple):
+    """Models whose logits are right, and why others are not among them.
+
+    Attributes:
+        models: to be timed.
+        apart: difference of their logits; of an eager model without low-rank linears there is none.
+        refused: the reason, and whether the logits were wrong.
+    """
+
+    models: dict[Key, Timed]
+    apart: dict[Key, float]
+    refused: dict[Key, tuple[str, bool]]
+
+
+def checked(
+    models: Mapping[str, ModelProvider], modes: Sequence[str], case: Case, progress: Progress = no_progress
+) -> Checked:
+    """Compare each model in each mode with the same weights on the reference backend, run eagerly.
+
+    Args:
+        models: by provider; ``dense`` and ``compressed`` are among them.
+        modes: some of ``MODES``.
+        case: the sizes that will be timed.
+        progress: called after each model.
+    """
+    found = Checked({}, {}, {})
+    expected: dict[str, Tensor] = {}
+    tolerance = TOLERANCE[models[DENSE].model.dtype]
+    keys = [Key(name, mode) for mode in modes for name in models]
+    for done, key in enumerate(keys, start=1):
+        timed, weights = Timed.of(models[key.provider], key.mode), _weights(key.provider)
+        if weights not in expected:
+            backend = REFERENCE if weights == COMPRESSED else None
+            expected[weights] = Timed(ModelProvider(models[weights].model, backend)).logits(case)
+        if weights == COMPRESSED or key.mode == COMPILED:
+            try:
+                apart = difference(timed.logits(case), expected[weights])
+            except TorchDynamoException as error:
+                found.refused[key] = f"torch.compile does not take it: {one_line(error)}", False
+                continue
+            if not apart <= tolerance:
+                of = "the reference backend's" if weights == COMPRESSED else "those of the eager model"
+                found.refused[key] = f"logits differ from {of} by {apart:.1e}, expected at most {tolerance:.0e}", True
+                continue
+            found.apart[key] = apart
+        found.models[key] = timed
+        progress(f"checking batch {case.batch_size}", done, len(keys))
+    return found
+
+
+def _weights(provider: str) -> str:
+    """The provider whose weights another one has."""
+    return provider if provider in (DENSE, REMOVED) else COMPRESSED
+
+
+def time_models(
+    models: Mapping[Key, Timed], case: Case, repeats: int, progress: Progress = no_progress
+) -> dict[Key, tuple[list[GenerationTime], int | None]]:
+    """Generation times of all models in turns, and the peak memory of the first repetition, which warms up."""
+    peaks: dict[Key, int | None] = {}
+    times: dict[Key, list[GenerationTime]] = {key: [] for key in models}
+    step = f"timing batch {case.batch_size}"
+    progress(step, 0, 1)  # not at every turn: a moving bar would slow down the timed model
+    for repetition, key in turns(list(models), repeats + 1):
+        generate = partial(models[key].generate, case)
+        if repetition:
+            times[key].append(generate())
+        else:
+            peaks[key] = peak_bytes_above_now(generate, first_device(models[key].provider.model))
+    progress(step, 1, 1)
+    return {key: (generations, peaks[key]) for key, generations in times.items()}
+
+
+def floors(
+    model: PreTrainedModel, card: Card, batch_size: int, prompt_tokens: int, cache_bytes: int
+) -> tuple[float, ...]:
+    """Least seconds of the prefill and of a decoding step: matrix products and the bytes they read, without attention.
+
+    Empty for a mixture of experts, where a token does not use the whole model.
+
+    Args:
+        model: the timed model.
+        card: measured speeds of the device.
+        batch_size: sequences per batch.
+        prompt_tokens: prompt length.
+        cache_bytes: bytes of the KV cache that a step reads.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if any(getattr(config, name, None) for name in _EXPERTS):
+        return ()
+    kinds = (nn.Linear, Conv1D, LowRankLinear)
+    read = list(chain.from_iterable(m.parameters(recurse=False) for m in model.modules() if isinstance(m, kinds)))
+    head = model.get_output_embeddings()
+    parameters, size = sum(p.numel() for p in read), sum(p.numel() * p.element_size() for p in read)
+    once = sum(p.numel() for p in head.parameters()) if isinstance(head, nn.Module) else 0
+    prefill = 2 * batch_size * ((parameters - once) * prompt_tokens + once)
+    return (
+        max(size / card.bandwidth, prefill / card.flops),
+        max((size + cache_bytes) / card.bandwidth, 2 * batch_size * parameters / card.flops),
+    )
+
+
+def percentiles(seconds: Sequence[float]) -> Percentiles:
+    """Percentiles in milliseconds, of seconds."""
+    cuts = quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else [*seconds] * 99
+    values = {f"p{percent}": 1e3 * cuts[percent - 1] for percent in (50, 90, 95, 99)}
+    interval = median_interval(seconds)
+    return Percentiles(**values, p50_interval=interval and tuple(1e3 * bound for bound in interval))
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """A 95 % confidence interval of the median, from the ranks of the values; ``None`` for fewer than eight.
+
+    As many of n independent values lie below the median as a fair coin shows heads: n / 2, give or take 0.98 √n.
+    """
+    ordered, k = sorted(values), int(len(values) / 2 - 0.98 * len(values) ** 0.5)
+    return (ordered[k - 1], ordered[-k]) if k > 0 else None
