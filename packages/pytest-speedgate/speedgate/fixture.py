@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import pytest
 
 from speedgate.baselines import KEY
+from speedgate.checkouts import OtherVersionError
 from speedgate.measures import Measure
+from speedgate.other_version import OtherVersion
 from speedgate.pairs import ROUNDS, Pairing, turn
 from speedgate.selftest import Slowed, Trial
-from speedgate.timing import Rotation, using_threads
+from speedgate.server import Server
+from speedgate.timing import Batch, Rotation, using_threads
 from speedgate.verdicts import MEASURES, Change, Document, Entry, Where, compare_entries
 
 Operands = TypeVar("Operands")
@@ -21,10 +24,34 @@ Operands = TypeVar("Operands")
 MEASURED = 5  # calls per measure of the user
 EXTENSIONS = 3  # most times that rounds are added while the threshold is within the noise
 
+UNUSABLE = 2  # exit code: nothing to judge
+
+Before = Callable[[Entry], Entry | None]  # what an entry is compared with
+
 WHERE = pytest.StashKey[Where]()
 ENTRIES = pytest.StashKey[dict[str, Entry]]()
 BASELINE = pytest.StashKey[Document]()
 TRIALS = pytest.StashKey[list[Trial]]()
+OTHER = pytest.StashKey[OtherVersion | None]()
+SERVER = pytest.StashKey[Server | None]()
+
+
+@dataclass(frozen=True)
+class _Calls(Generic[Operands]):
+    """The two calls of a gate, to be warmed up for turns as often as needed."""
+
+    device: str
+    call: Callable[[Operands], object]
+    reference: Callable[[Operands], object]
+    rotation: Rotation[Operands]
+
+    def candidate(self) -> Batch:
+        """Turns of the guarded call."""
+        return turn(self.device, self.call, self.rotation)
+
+    def yardstick(self) -> Batch:
+        """Turns of the yardstick."""
+        return turn(self.device, self.reference, self.rotation)
 
 
 class Gate:
@@ -78,36 +105,63 @@ class Gate:
             yardstick(operands[0])
             self._benchmark(candidate, operands[0])
             return
-        rotation = Rotation(operands)
-        with using_threads(self._config.stash[WHERE].threads):
+        stash = self._config.stash
+        with using_threads(stash[WHERE].threads):
             values = {name: _values(name, measure, candidate, operands[0]) for name, measure in measures.items()}
-            turns = turn(self.device, candidate, rotation)
-            pairing = Pairing(turns, turn(self.device, yardstick, rotation))
-            self._benchmark.pedantic(pairing.candidate, setup=pairing.yardstick, rounds=ROUNDS * pairing.turns)
-            entry = Entry(label or self._name, against, *pairing.times, values)
-            if before := self._config.stash[BASELINE].entries.get(self._benchmark.fullname):
-                entry = self._settled(entry, before, pairing)
-            if percent := self._config.option.gate_selftest:
-
-                def again(fraction: float) -> Change:
-                    """Measure the call once more, slowed down by a fraction, and compare."""
-                    slowed = Slowed(turn(self.device, candidate, rotation), fraction)
-                    pairing = Pairing(slowed, turn(self.device, yardstick, rotation))
-                    pairing.more()
-                    return self._changes(entry, self._settled(entry, entry, pairing))[0]
-
-                self._config.stash[TRIALS].append(Trial(entry.label, again(0.0), again(percent / 100)))
+            calls = _Calls(self.device, candidate, yardstick, Rotation(operands))
+            turns = calls.candidate()
+            if server := stash[SERVER]:
+                self._benchmark.pedantic(server.lend, args=(turns, values))
+                return
+            entry = Entry(label or self._name, against, (), (), values)
+            if other := stash[OTHER]:
+                entry = self._time_with_other(other, entry, turns)
+            else:
+                before = stash[BASELINE].entries.get(self._benchmark.fullname)
+                entry = self._time(Pairing(turns, calls.yardstick()), entry, lambda _: before)
+                if percent := self._config.option.gate_selftest:
+                    again = [self._time_again(calls, entry, fraction) for fraction in (0.0, percent / 100)]
+                    stash[TRIALS].append(Trial(entry.label, *again))
         self._benchmark.extra_info.update({KEY: asdict(entry), "calls_per_round": turns.calls})
-        self._config.stash[ENTRIES][self._benchmark.fullname] = entry
+        stash[ENTRIES][self._benchmark.fullname] = entry
 
-    def _settled(self, entry: Entry, before: Entry, pairing: Pairing) -> Entry:
+    def _time(self, pairing: Pairing, entry: Entry, before: Before) -> Entry:
+        """The entry with the times of a pairing, recorded with pytest-benchmark."""
+        self._benchmark.pedantic(pairing.candidate, setup=pairing.yardstick, rounds=ROUNDS * pairing.turns)
+        return self._settled(pairing, entry, before)
+
+    def _time_with_other(self, other: OtherVersion, entry: Entry, turns: Batch) -> Entry:
+        """The entry with times in turns with the candidate of another version, whose ratio to itself was 1."""
+        name = self._benchmark.fullname
+        try:
+            with other.test(name) as theirs:
+
+                def before(entry: Entry) -> Entry:
+                    """The entry that this one would be if nothing had changed."""
+                    return replace(entry, seconds=entry.yardstick_seconds, measures=theirs.measures)
+
+                entry = self._time(Pairing(turns, theirs), replace(entry, against=other.name), before)
+                other.entries[name] = before(entry)
+        except OtherVersionError as error:
+            pytest.exit(str(error), returncode=UNUSABLE)
+        return entry
+
+    def _time_again(self, calls: _Calls[Operands], entry: Entry, fraction: float) -> Change:
+        """The change of the ratio when the call is measured once more, slowed down by a fraction."""
+        pairing = Pairing(Slowed(calls.candidate(), fraction), calls.yardstick())
+        pairing.more()
+        return self._changes(entry, self._settled(pairing, entry, lambda _: entry))[0]
+
+    def _settled(self, pairing: Pairing, entry: Entry, before: Before) -> Entry:
         """The entry with the times of a pairing, which gets more rounds until they settle the verdict."""
         for extension in range(EXTENSIONS + 1):
             seconds, yardstick_seconds = pairing.times
             entry = replace(entry, seconds=seconds, yardstick_seconds=yardstick_seconds)
-            if extension == EXTENSIONS or all(change.settled for change in self._changes(before, entry)):
+            reference = before(entry)
+            if reference is None or all(change.settled for change in self._changes(reference, entry)):
                 break
-            pairing.more()
+            if extension < EXTENSIONS:
+                pairing.more()
         return entry
 
     def _changes(self, before: Entry, entry: Entry) -> list[Change]:

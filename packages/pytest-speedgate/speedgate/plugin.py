@@ -1,14 +1,17 @@
 """The pytest plugin: the fixture ``gate`` and the options ``--gate…``.
 
-``--gate=save`` saves a baseline of this device, ``--gate=compare`` compares with the last one, ``--gate-selftest``
-counts how many planted slowdowns the gate catches. Exit code 1: a regression or a failed test; 2: nothing to judge.
+``--gate=save`` saves a baseline of this device, ``--gate=compare`` compares with the last one, ``--gate-against``
+compares with another version in turns, ``--gate-selftest`` counts how many planted slowdowns the gate catches. Exit
+code 1: a regression or a failed test; 2: nothing to judge.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,13 @@ from typing import Any
 import pytest
 
 from speedgate import baselines, devices, markdown, verdicts
-from speedgate.fixture import BASELINE, ENTRIES, TRIALS, WHERE, Gate
+from speedgate.checkouts import OtherVersionError, checkout
+from speedgate.fixture import BASELINE, ENTRIES, OTHER, SERVER, TRIALS, UNUSABLE, WHERE, Gate
+from speedgate.other_version import OtherVersion
 from speedgate.selftest import SelfTest
+from speedgate.server import Server
 from speedgate.verdicts import BaselineError, Comparison, Document
 
-UNUSABLE = 2  # exit code
 SAVED = "baseline"  # part of a saved document's name
 
 REPORT = pytest.StashKey[list[str]]()
@@ -54,6 +59,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="cuda: the calls are PyTorch's, and are timed on the GPU. Default: cpu",
     )
     group.addoption(
+        "--gate-against",
+        metavar="PATH|REV",
+        help="Time each call in turns with the same test's call in another checkout or git revision.",
+    )
+    group.addoption("--gate-serve", type=int, metavar="DESCRIPTOR", help=argparse.SUPPRESS)  # of that other process
+    group.addoption(
         "--gate-selftest",
         nargs="?",
         const=30.0,
@@ -75,13 +86,17 @@ def pytest_configure(config: pytest.Config) -> None:
     stash[ENTRIES] = {}
     stash[TRIALS] = []
     stash[REPORT] = []
+    stash[OTHER] = stash[SERVER] = None
     try:
         here = stash[WHERE] = devices.where(option.gate_device or "cpu", option.gate_threads)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
     stash[BASELINE] = Document(here, {})
     _check_options(config)
-    if _mode(config) is None:
+    if option.gate_serve is not None:
+        server = stash[SERVER] = Server(option.gate_serve, config.rootpath)
+        config.pluginmanager.register(server)
+    elif _mode(config) is None:
         return
     option.benchmark_enable = True
     if option.gate is None:
@@ -113,9 +128,12 @@ def _mode(config: pytest.Config) -> str | None:
         pytest.UsageError: if the options name several.
     """
     option = config.option
-    modes = [mode for mode in (option.gate, option.gate_selftest and "selftest") if mode]
+    asked = (option.gate, option.gate_selftest and "selftest", option.gate_against and "against")
+    modes = [mode for mode in asked if mode]
     if len(modes) > 1:
-        raise pytest.UsageError(f"expected one of --gate and --gate-selftest, got {' and '.join(modes)}")
+        raise pytest.UsageError(
+            f"expected one of --gate, --gate-selftest and --gate-against, got {' and '.join(modes)}"
+        )
     return modes[0] if modes else None
 
 
@@ -130,6 +148,30 @@ def _check_options(config: pytest.Config) -> None:
         )
     if _mode(config) and not hasattr(option, "benchmark_storage"):
         raise pytest.UsageError("the gate needs pytest-benchmark; pip install pytest-benchmark")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the process of the other version."""
+    config = session.config
+    version, root = config.option.gate_against, config.rootpath
+    if not version or config.option.collectonly:
+        return
+    items = [item for item in session.items if "gate" in getattr(item, "fixturenames", ())]
+    options = [f"--gate-device={config.stash[WHERE].kind}", f"--gate-threads={config.stash[WHERE].threads}"]
+    stack = ExitStack()
+    config.add_cleanup(stack.close)
+    try:
+        folder = stack.enter_context(checkout(version, root))
+        files = sorted({item.path.relative_to(root) for item in items})
+        present = [file for file in files if (folder / file).exists()]
+        if not present:
+            raise OtherVersionError(f"{version} has none of the files with benchmarks: {', '.join(map(str, files))}")
+        other = config.stash[OTHER] = OtherVersion(version, folder, root, present, options)
+        stack.callback(other.close)
+        other.require([item.nodeid for item in items])
+    except OtherVersionError as error:
+        pytest.exit(str(error), returncode=UNUSABLE)
+    config.stash[BASELINE] = Document(config.stash[WHERE], other.entries, f"{version} in the same minutes")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -185,7 +227,7 @@ def _judge_selftest(session: pytest.Session) -> None:
     _report(session, result, markdown.selftest_text(result))
 
 
-FINISH = {"save": _check_save, "compare": _compare, "selftest": _judge_selftest}
+FINISH = {"save": _check_save, "compare": _compare, "against": _compare, "selftest": _judge_selftest}
 
 
 def _report(session: pytest.Session, result: Comparison | SelfTest, text: str) -> None:
