@@ -85,4 +85,4 @@ def test_a_slowdown_within_the_threshold_and_two_modes_are_refused(tmp_path: Pat
     code, output = run_pytest(tmp_path, "--gate-selftest=15")
     assert (code, "expected more per cent than the threshold of 15" in output) == (4, True)
     code, output = run_pytest(tmp_path, "--gate-selftest", "--gate=save")
-    assert (code, "expected one of --gate and --gate-selftest" in output) == (4, True)
+    assert (code, "expected one of --gate, --gate-selftest" in output) == (4, True)
