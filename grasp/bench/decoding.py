@@ -24,11 +24,13 @@ from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import first_device
 from grasp.progress import Progress, no_progress
 from grasp_kernels.roofline import Card
+from speedgate.verdicts import median_interval
 
 EAGER, COMPILED = MODES = ("eager", "compiled")
 REFERENCE = "reference"
 # Largest norm-wise relative difference of logits that rounding explains, between two ways to run the same weights.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+FEWEST = 6  # times for an interval of their median with a confidence of 95 %
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -185,14 +187,7 @@ def percentiles(seconds: Sequence[float]) -> Percentiles:
     """Percentiles in milliseconds, of seconds."""
     cuts = quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else [*seconds] * 99
     values = {f"p{percent}": 1e3 * cuts[percent - 1] for percent in (50, 90, 95, 99)}
-    interval = median_interval(seconds)
-    return Percentiles(**values, p50_interval=interval and tuple(1e3 * bound for bound in interval))
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """A 95 % confidence interval of the median, from the ranks of the values; ``None`` for fewer than eight.
-
-    As many of n independent values lie below the median as a fair coin shows heads: n / 2, give or take 0.98 √n.
-    """
-    ordered, k = sorted(values), int(len(values) / 2 - 0.98 * len(values) ** 0.5)
-    return (ordered[k - 1], ordered[-k]) if k > 0 else None
+    if len(seconds) < FEWEST:
+        return Percentiles(**values)
+    interval = median_interval(seconds, confidence=0.95)
+    return Percentiles(**values, p50_interval=(1e3 * interval.low, 1e3 * interval.high))

@@ -25,7 +25,7 @@ class Percentiles:
         p95: 95th percentile.
         p99: 99th percentile.
         p90: 90th percentile; ``None`` in earlier results.
-        p50_interval: 95 % confidence interval of the median; ``None`` for fewer than eight times.
+        p50_interval: 95 % confidence interval of the median; ``None`` for fewer than six times.
 
     Example:
         >>> str(Percentiles(9.12, 9.5, 120.3))
