@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,6 +31,7 @@ WAIT, LAUNCH_DEPENDENTS, PREFETCH = "ACQBULK", "PREEXIT", "UBLKPF"
 MEMORY = ("LD.", "LDG", "ST.", "STG", "ATOM.", "ATOMG", "RED.", "REDG", "UTMA")  # accesses of global memory
 SET_ASIDE = 16  # bytes per thread: the assembler sets up to four registers aside, outside the loops where it was read
 SPIN, INVALIDATE = "LDG.E.STRONG.GPU", "CCTL.IVALL"  # together: ld.acquire.gpu of one word
+_HIDDEN = re.compile(r"LDG.*\.STRONG\.GPU")  # ld.cg: a load of h
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def complaints(launch: Launch, binary: Binary) -> list[str]:
     if (ahead := copied_ahead(launch, binary)) < (least := _least_copied_ahead(launch)):
         errors.append(f"loops copy {ahead} bytes ahead, expected at least {least}")
     if (fetched := prefetched(launch, binary)) < (least := _least_prefetched(launch)):
-        errors.append(f"{fetched} bytes of U are loaded at once before the wait for h, expected at least {least}")
+        errors.append(f"{fetched} bytes of U are requested at once before h, expected at least {least}")
     return errors
 
 
@@ -114,20 +116,30 @@ def copied_ahead(launch: Launch, binary: Binary) -> int:
 
 
 def prefetched(launch: Launch, binary: Binary) -> int:
-    """Bytes of U that a program of a dependent launch loads before it waits for h; 0 if one load waits for another."""
-    if WAIT not in binary.instructions:
-        return 0
-    early = binary.instructions[: binary.instructions.index(WAIT)]
+    """Bytes of U that a program of an expand requests before h; 0 if one load waits for another."""
+    names = binary.instructions
+    first = next((place for place, name in enumerate(names) if name == WAIT or _HIDDEN.match(name)), 0)
+    early = names[:first]
     loads = [place for place, name in enumerate(early) if name.startswith("LDG") and ".EF" in name]
     if not loads or any(name.startswith(("STS", "BAR")) for name in early[loads[0] : loads[-1]]):
         return 0
     return sum(load_width(early[place]) for place in loads) * 32 * launch.options["num_warps"]
 
 
+def requested(launch: Launch, binary: Binary) -> int:
+    """Bytes of h that a program of an expand requests before it uses the first of them: later loads replace earlier."""
+    names = binary.instructions
+    first = next((place for place, name in enumerate(names) if _HIDDEN.match(name)), len(names))
+    rest = names[first:]
+    used = next((place for place, name in enumerate(rest) if name.startswith(("FADD", "FMUL", "FFMA", "STS"))), 0)
+    loads = [load_width(name) for name in rest[:used] if _HIDDEN.match(name)]
+    return sum(loads) * 32 * launch.options["num_warps"]
+
+
 def _least_prefetched(launch: Launch) -> int:
-    """Bytes of the tiles of U that a dependent expand must load before it waits; 0 for another launch."""
+    """Bytes of the tiles of U that an expand of a pair must request before h; 0 for another launch."""
     arguments = launch.arguments
-    if not (arguments.get("DEPENDENT") and "TILES" in arguments):
+    if not arguments.get("TILES"):
         return 0
     factors = 2 if "gate_u_ptr" in arguments and arguments["up_entries_ptr"] is None else 1
     tile = arguments["BLOCK_N"] * arguments["BLOCK_R"] * _matrix(arguments).element_size()

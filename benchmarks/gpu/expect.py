@@ -17,7 +17,7 @@ import torch
 import triton
 import typer
 
-from benchmarks.gpu.aot_cases import CARDS, copied_ahead
+from benchmarks.gpu.aot_cases import CARDS, copied_ahead, requested
 from benchmarks.gpu.check import HIGH_RANK, LINEARS, layer
 from benchmarks.gpu.check_report import read_report
 from benchmarks.gpu.check_runner import read_lines
@@ -46,6 +46,7 @@ class Rates:
     name: str
     memory: float  # bytes/s of main memory
     cache: float  # bytes/s of the second-level cache, all processors together
+    port: float  # bytes/s into one processor
     flops: float  # FLOP/s of a large bf16 product
     latency: float  # s from a load to its data under load
     hit: float  # the same, for data in the second-level cache
@@ -57,11 +58,12 @@ class Rates:
     products: float  # share of the rates that the vendor's matrix products reach
 
 
-# Sources: KERNELS.md and data sheets (memory: 85 to 90 % of the peak); latency, cache and start-up are estimates.
+# Sources: data sheets (memory: 85 to 90 % of the peak; one processor: 85 % of 64 bytes per clock); latency, cache and
+# start-up are estimates.
 RATES = {
-    80: Rates("A100", 1.75e12, 4.0e12, 250e12, 0.7e-6, 0.3e-6, 164 << 10, 1.5e-6, 1e-6, math.inf, 2e-6, 0.85),
-    90: Rates("H100", 3.0e12, 5.5e12, 798e12, 0.8e-6, 0.3e-6, 228 << 10, 1.3e-6, 1e-6, 0.7e-6, 2e-6, 0.85),
-    100: Rates("B200", 7.0e12, 10e12, 1800e12, 0.9e-6, 0.35e-6, 228 << 10, 1.3e-6, 1e-6, 0.7e-6, 2e-6, 0.85),
+    80: Rates("A100", 1.75e12, 4.0e12, 75e9, 250e12, 0.7e-6, 0.3e-6, 164 << 10, 1.5e-6, 1e-6, math.inf, 2e-6, 0.85),
+    90: Rates("H100", 3.0e12, 5.5e12, 95e9, 798e12, 0.8e-6, 0.3e-6, 228 << 10, 1.3e-6, 1e-6, 0.7e-6, 2e-6, 0.85),
+    100: Rates("B200", 7.0e12, 10e12, 100e9, 1800e12, 0.9e-6, 0.35e-6, 228 << 10, 1.3e-6, 1e-6, 0.7e-6, 2e-6, 0.85),
 }
 
 
@@ -71,12 +73,13 @@ class Resources(NamedTuple):
     registers: int  # per thread
     shared: int  # bytes
     ahead: int  # bytes that its loops copy ahead
+    requested: int = 0  # bytes of h that are requested before the first of them is used
 
 
 ResourcesOf = Callable[[Launch, Gpu], Resources]
 Times = Mapping[tuple[str, int], float]  # measured µs by shapes and rows
 ASSUMED = (
-    *("memory, bytes/s", "L2, bytes/s", "FLOP/s", "latency, s", "L2 latency, s", "shared, bytes"),
+    *("memory, bytes/s", "L2, bytes/s", "one SM, bytes/s", "FLOP/s", "latency, s", "L2 latency, s", "shared, bytes"),
     *("gap, s", "ramp, s", "dependent start, s", "reduction, s", "share of two products"),
 )
 HEADINGS = (
@@ -97,7 +100,7 @@ class Prediction(NamedTuple):
     waves: float
     in_flight: float  # bytes per processor
     cache_bytes: int  # through the second-level cache
-    seconds: float  # from the end of the launch before
+    seconds: float  # from the end of the launch before, if that wrote nothing ahead
     fetched: float  # seconds in which memory delivers the factor
     chained: float  # seconds from the end of the launch before, which ran while the factor was fetched
 
@@ -117,7 +120,10 @@ def predict(
     launch: Launch,
     resources: Resources,
     gpu: Gpu,
+    *,
+    hidden_bytes: int = 0,
     held_bytes: int = 0,
+    late: float = 0.0,
 ) -> Prediction:
     """The time of a launch: its start, then the slowest of memory, cache, arithmetic and waiting for loads.
 
@@ -125,27 +131,53 @@ def predict(
         cost: bytes of main memory and FLOPs.
         cache_bytes: bytes through the second-level cache.
         programs: of the grid.
-        tile_bytes: bytes that a program requests before it waits, apart from the copies of its loops.
+        tile_bytes: bytes that a program requests before it waits, apart from h and the copies of its loops.
         launch: for its warps, and whether it is dependent.
         resources: of its binary.
         gpu: as in ``aot_cases.CARDS``.
+        hidden_bytes: of ``cache_bytes``: h, which is in the cache and requested beside the factor.
         held_bytes: of ``cache_bytes``, in registers when a dependent launch has waited.
+        late: share of the bytes of main memory that a dependent launch requests after its wait.
     """
     rates = RATES[gpu.capability]
     resident = resident_programs(resources, launch.options["num_warps"], rates)
     waves = programs / (gpu.processors * resident)
-    each = cache_bytes / programs
+    each = (cache_bytes - hidden_bytes) / programs
     in_flight = min(each, tile_bytes + resources.ahead)
-    trips = math.ceil(waves) * max(1.0, each / in_flight)
-    fetched = cost.bytes / rates.memory
-    work = max(fetched, cache_bytes / rates.cache, cost.flops / rates.flops, trips * rates.latency)
+    trips = max(1.0, each / in_flight)
+    hits = hidden_bytes / programs / resources.requested if hidden_bytes and resources.requested else 1.0
+    computing, turns = cost.flops / rates.flops, math.ceil(waves)
+
+    def moving(traffic: float) -> float:
+        """Seconds of the cache, or of the processor that has the most programs."""
+        return max(traffic / rates.cache, -(-programs // gpu.processors) * traffic / programs / rates.port)
+
+    waiting = turns * max(trips * rates.latency, hits * rates.hit)
+    work = max(cost.bytes / rates.memory, moving(cache_bytes), computing, waiting)
     dependent = launch.arguments["DEPENDENT"] and launch.options.get("launch_pdl", False)
     start = rates.dependent if dependent else rates.gap + rates.ramp
     held = held_bytes / max(1.0, waves)  # the programs of later waves have not started
-    late = max((cache_bytes - held) / rates.cache, cost.flops / rates.flops, trips * rates.hit)
-    busy = min(resident, programs / gpu.processors)
-    in_flight *= busy
-    return Prediction(programs, resident, waves, in_flight, cache_bytes, start + work, fetched, rates.dependent + late)
+    waiting = turns * max(1.0, hits, trips if late or not held_bytes else 0.0) * rates.hit
+    late = 1 - (1 - late) / max(1.0, waves)
+    rest = max(moving(cache_bytes - held), computing, waiting, late * cost.bytes / rates.memory)
+    return Prediction(
+        programs,
+        resident,
+        waves,
+        in_flight * min(resident, programs / gpu.processors),
+        cache_bytes,
+        start + work,
+        cost.bytes / rates.memory,
+        rates.dependent + rest,
+    )
+
+
+def pair(first: Prediction, second: Prediction, rates: Rates) -> float:
+    """Seconds of shrink and expand. A dependent expand requests U while the shrink works, after the shrink's Vh."""
+    if math.isinf(rates.dependent):
+        return first.seconds + second.seconds
+    memory = rates.gap + rates.ramp + first.fetched + second.fetched
+    return max(memory, first.seconds + second.chained)
 
 
 def chain(parts: Sequence[Prediction]) -> float:
@@ -172,7 +204,9 @@ def shrink(launch: Launch, shape: GroupShape, M: int, resources: Resources, gpu:
     if not arguments["REDUCE"]:
         return predict(cost, traffic, math.prod(launch.grid), tile, launch, resources, gpu)
     part = predict(cost, traffic + partial + M * R * ITEMSIZE, math.prod(launch.grid), tile, launch, resources, gpu)
-    tail = RATES[gpu.capability].reduction
+    rates = RATES[gpu.capability]
+    sums = splits * arguments["BLOCK_M"] * arguments["BLOCK_R"] * WIDE  # that the last program of a tile adds up
+    tail = rates.reduction + sums / rates.port
     return part._replace(seconds=part.seconds + tail, chained=part.chained + tail)
 
 
@@ -190,14 +224,23 @@ def expand(launch: Launch, shape: GroupShape, M: int, resources: Resources, gpu:
     h = sum((count * R + P) * M * element for count, (_, _, R), P in zip(tiles, shape, pivots, strict=True))
     tile = arguments["BLOCK_N"] * min(arguments["TILES"] * arguments["BLOCK_R"], shape[0].R) * ITEMSIZE
     traffic = launch.grid[1] * factors + h + y
-    cost, held = Cost(factors + y, M * factors), factors if not arguments["LOOPED"] else 0
-    return predict(cost, traffic, math.prod(launch.grid), tile, launch, resources, gpu, held)
+    hidden = h if arguments["TILES"] else 0  # a matrix product's h is an operand that loops copy ahead
+    late = 1 - min(1.0, arguments["TILES"] * arguments["BLOCK_R"] / max(linear.R for linear in shape))
+    cost = Cost(factors + y, M * factors)
+    return predict(
+        cost,
+        *(traffic, math.prod(launch.grid), tile, launch, resources, gpu),
+        hidden_bytes=hidden,
+        held_bytes=int(factors * (1 - late)),
+        late=late,
+    )
 
 
 def product(M: int, N: int, K: int, rates: Rates) -> float:
-    """Seconds of one matrix product, (M, K) by (K, N), with its launch."""
+    """Seconds of one matrix product, (M, K) by (K, N), with its launch; at least one load must return."""
     card = Card(rates.name, rates.flops, rates.memory)
-    return rates.gap + rates.ramp + roofline.floor(card, *roofline.dense_linear(M, N, K)) / rates.products
+    work = roofline.floor(card, *roofline.dense_linear(M, N, K)) / rates.products
+    return rates.gap + rates.ramp + max(work, rates.latency)
 
 
 def products(shape: GroupShape, M: int, rates: Rates, *, stacked: bool = False) -> float:
@@ -254,11 +297,11 @@ def _expected(
     config = choose("lowrank_linear", gpu, lowrank_linear.launch_key(x, groups))
     if config.path != "gemms":
         launches = lowrank_linear.plan(x, groups, ys, config, gpu)
-        parts = [
+        first, second = (
             phase(launch, packed, M, resources(launch, gpu), gpu)
             for phase, launch in zip((shrink, expand), launches, strict=True)
-        ]
-        return config.path, parts, sum(part.seconds for part in parts)
+        )
+        return config.path, [first, second], pair(first, second, rates)
     if groups[0].order is None:
         return config.path, [], products(packed, M, rates, stacked=True)
     seconds = product(M, sum(linear.R for linear in packed), shape[0].K, rates)
@@ -279,7 +322,9 @@ class Compiled:
         source = specialize(gpu.capability, launch.kernel, launch.arguments, launch.options)
         if source.key not in self._known:
             binary = compile_source(source)
-            self._known[source.key] = Resources(binary.registers, binary.shared, copied_ahead(launch, binary))
+            self._known[source.key] = Resources(
+                binary.registers, binary.shared, copied_ahead(launch, binary), requested(launch, binary)
+            )
         return self._known[source.key]
 
 
@@ -323,7 +368,8 @@ def page(architectures: Sequence[int], resources: ResourcesOf, times: Times | No
 
 def _layer(rows: Sequence[Row], M: int, times: Times | None) -> list[str]:
     parts = [next(row for row in rows if (row.shape, row.M) == (shape, M)) for shape in layer(M).label.split()]
-    chained = chain([launch for part in parts for launch in part.parts]) * 1e6
+    pairs = all(part.parts for part in parts)  # a chain has no matrix products
+    chained = chain([launch for part in parts for launch in part.parts]) * 1e6 if pairs else math.inf
     expected, floor, two = (sum(getattr(part, name) for part in parts) for name in ("expected", "floor", "products"))
     found = (times or {}).get((layer(M).label, M))
     ratios = (f"{floor / expected:.2f}", f"{two:.1f}", f"{two / expected:.2f}")

@@ -44,7 +44,7 @@ STEPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "expand_block_r": (32, 64, 128, 256, 512),
         "expand_warps": (2, 4, 8),
         "block_m": (16, 32, 64, 128),
-        "stages": (2, 3, 4),
+        "stages": (2, 3, 4, 6, 8),
     },
     "fused": {
         "splits": (1, 2, 4, 8, 16),

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,9 +40,19 @@ UNTUNED_PAIR_SIZE = 1 << 16  # rows * rank, likewise: above, the L2 cache takes 
 UNREDUCED_ROWS, UNREDUCED_SPLITS = 16, 8  # most in a 16-bit dot whose readers add up the partial sums: registers
 FULL_PRECISION_PAIR_ROWS = 16
 ROW_BLOCK = 64
-# Estimates for an H100: bytes per µs that the L2 cache and the memory give to one of its processors, µs from a load to
-# its data under load, and µs that the last program of a tile needs to add up partial sums.
-L2_BYTES, MEMORY_BYTES, LATENCY, REDUCE_TAIL = 42_000, 22_700, 0.8, 2.0
+# Estimates: µs from a load to its data, from memory under load or from the L2 cache; µs that the last program of a tile
+# needs before it adds up partial sums; µs to start a launch, also one that waits for the launch before it.
+LATENCY, HIT, REDUCE_TAIL, START, DEPENDENT_START = 0.8, 0.3, 2.0, 2.3, 0.7
+# Likewise, by the least compute capability: bytes per µs and processor of memory and of the L2 cache, if all of them
+# read, and most bytes per µs into one.
+SPEEDS = {0: (16_200, 37_000, 75_000), 90: (22_700, 42_000, 95_000), 100: (47_300, 67_500, 100_000)}
+# Bytes: of a processor's registers; of a thread of an expand for tiles of U, h and y, of 1020, and for anything else.
+REGISTER_FILE, REGISTER_BYTES, OVERHEAD = 256 << 10, 576, 256
+PIECE = 64  # columns of U, about, that a program loads at once
+REQUESTED = 80  # bytes of h that a thread of an expand requests before it uses the first of them
+PRODUCT_SHARE = 0.85  # of the rates, that the vendor's matrix products reach
+MOST_STAGES = 8
+SHARED, SHARED_WIDE = 80 << 10, 160 << 10  # bytes of a shrink's tiles; an expand's programs share the processor
 MAX_DOUBLINGS = 2.0  # in any one dimension, between a key and the measured key whose configuration it uses
 
 
@@ -216,97 +227,144 @@ def on_path(config: Config, path: str, key: LaunchKey) -> Config:
 
 
 class Blocks(NamedTuple):
-    """The part of a configuration that decides how often x, h and their partial sums are read."""
+    """The part of a configuration that the estimate depends on."""
 
     block_r: int  # of the shrink
+    block_k: int
+    stages: int
     splits: int
     reduce: bool
     block_n: int  # of the expand
+    warps: int
 
 
-def microseconds(key: LaunchKey, blocks: Blocks, block_k: int, stages: int, processors: int, members: int) -> float:
-    """An estimate of a pair's time, from the bytes that its busiest processor moves. Constants are those of an H100.
+class Estimate(NamedTuple):
+    """µs of a pair, from start to end."""
 
-    A shrink program reads ``block_r + rows`` rows of ``K / splits`` elements, and stores ``rows * block_r`` sums in
-    fp32. An expand program reads ``block_n`` rows of U and all of h: ``rows * R`` elements, or in fp32 once for each
-    split if nobody reduces them. All of this crosses the L2 cache, and every weight crosses the memory bus once. Vh
-    also cannot arrive faster than the copies in flight allow.
+    alone: float  # after another kernel
+    chained: float  # after and before another pair, if its launches are dependent
+
+
+def estimate(key: LaunchKey, blocks: Blocks, gpu: Gpu, members: int) -> Estimate:
+    """The time of a pair: its starts, then the slowest of memory, cache and waiting for loads.
+
+    Every program of the shrink reads ``block_r + rows`` rows of ``K / splits`` elements, and stores ``rows * block_r``
+    sums in fp32. Every program of the expand reads ``block_n`` rows of U and all of h: ``rows * R`` elements, or in
+    fp32 once for each split if nobody reduces them. A dependent expand requests U while the shrink works.
 
     Args:
         key: the call.
         blocks: the configuration.
-        block_k: columns of Vh in a tile.
-        stages: tiles in shared memory; all but one are in flight.
-        processors: of the GPU.
+        gpu: its processors, and whether launches may start before the launch before them ends.
         members: members of the group whose outputs a program of the expand does not share.
     """
     rows, width, in_features, rank, dtype, _ = key
-    size = 4 if dtype == "float32" else 2
-    member_rank = -(-rank // members)
-    span = -(-in_features // blocks.splits)
-    row_block = min(rows, ROW_BLOCK)
-    row_tiles = -(-rows // row_block)
+    size, processors = 4 if dtype == "float32" else 2, gpu.processors
+    memory, cache, port = _speeds(gpu)
+    member_rank, row_block = -(-rank // members), min(rows, ROW_BLOCK)
+    row_tiles, span = -(-rows // row_block), -(-in_features // blocks.splits)
 
-    def busiest(programs: int, program_bytes: int) -> float:
-        return -(-programs // processors) * program_bytes / L2_BYTES
+    def moving(programs: int, program_bytes: float) -> float:
+        busiest = -(-programs // processors) * program_bytes / port
+        return max(programs * program_bytes / (processors * cache), busiest)
 
     programs = row_tiles * blocks.splits * -(-rank // blocks.block_r)
-    partials = row_block * blocks.block_r * 4 * (1 + blocks.splits * blocks.reduce)
-    in_flight = programs * min((stages - 1) * block_k, span) * blocks.block_r * size
-    shrink = max(
-        busiest(programs, (blocks.block_r + row_block) * span * size + partials),
-        rank * in_features * size / (processors * MEMORY_BYTES),
-        rank * in_features * size * LATENCY / in_flight,
-    )
-    h_bytes = row_block * member_rank * (size if blocks.reduce else 4 * blocks.splits)
-    expand = max(
-        busiest(row_tiles * -(-width // blocks.block_n), blocks.block_n * member_rank * size + h_bytes),
-        width * member_rank * size / (processors * MEMORY_BYTES),
-    )
-    return shrink + expand + (REDUCE_TAIL if blocks.reduce else 0.0)
+    sums = row_block * blocks.block_r * 4
+    traffic = moving(programs, (blocks.block_r + row_block) * span * size + sums)
+    trips = max(1.0, span / ((blocks.stages - 1) * blocks.block_k))
+    tail = REDUCE_TAIL + blocks.splits * sums / port if blocks.reduce else 0.0
+    vh, u = (count * member_rank * size / (processors * memory) for count in (in_features * members, width))
+    programs = row_tiles * -(-width // blocks.block_n)
+    hidden = row_block * member_rank * (size if blocks.reduce else 4 * blocks.splits)
+    hits = max(1.0, hidden / (REQUESTED * 32 * blocks.warps)) * HIT
+    shrink = max(traffic, vh, trips * LATENCY) + tail
+    if not gpu.dependent_launch:
+        u_bytes = blocks.block_n * member_rank * size
+        return Estimate(2 * START + shrink + max(moving(programs, u_bytes + hidden), u, LATENCY, hits), math.inf)
+    bytes_of_y = max(16, row_block) * blocks.block_n * 4
+    column = (max(16, row_block) + blocks.block_n) * size  # of h and U
+    ahead = max(1, (REGISTER_BYTES * 32 * blocks.warps - bytes_of_y) // (column * PIECE)) * PIECE
+    held = bytes_of_y + column * min(ahead, member_rank) + OVERHEAD * 32 * blocks.warps
+    started = processors * max(1, REGISTER_FILE // held)  # before the others end
+    late = u * (1 - min(1.0, ahead / member_rank) * min(1.0, started / programs))
+    loops = max(0, member_rank - ahead) / PIECE * HIT * (rows > 2)  # with a dot, each step waits for its part of h
+    expand = DEPENDENT_START + max(moving(programs, hidden), hits, loops, late)
+    alone = START + max(vh + u, shrink + expand)
+    following = DEPENDENT_START + max(traffic, trips * HIT) + tail
+    return Estimate(alone, max(following, u) + max(expand, vh))
+
+
+def products_estimate(key: LaunchKey, gpu: Gpu) -> float:
+    """µs of the vendor's matrix products: one for all Vh, one for each U."""
+    rows, width, in_features, rank, dtype, groups = key
+    size, member_rank = 4 if dtype == "float32" else 2, -(-rank // groups)
+    parts = [(rank, in_features), *[(width // groups, member_rank)] * groups]
+    moved = (size * (outputs * inputs + rows * (outputs + inputs)) for outputs, inputs in parts)
+    rate = gpu.processors * _speeds(gpu)[0] * PRODUCT_SHARE
+    return sum(START + max(part / rate, LATENCY) for part in moved)
+
+
+def _speeds(gpu: Gpu) -> tuple[int, int, int]:
+    return SPEEDS[max(capability for capability in SPEEDS if capability <= gpu.capability)]
 
 
 def rule_of_thumb(kernel: str, key: LaunchKey, gpu: Gpu) -> Config:
-    """An estimate, not measured: the blocks of the least ``microseconds`` whose tiles fit the registers."""
-    rows, width, in_features, rank, dtype, groups = key
+    """Not measured: the blocks of the least ``estimate`` whose tiles fit, or matrix products if these take less."""
+    rows, width, _, rank, dtype, groups = key
     full_precision, gated = dtype == "float32", kernel == "lowrank_glu"  # fp32: scalar arithmetic for any rows
     most_rows = FULL_PRECISION_PAIR_ROWS if full_precision else UNTUNED_PAIR_ROWS
+    products = replace(MATRIX_PRODUCTS, expand_block_n=128 if gpu.warpgroup_dots else 64)
     if rows > most_rows or rows * rank > UNTUNED_PAIR_SIZE * groups:
-        return replace(MATRIX_PRODUCTS, expand_block_n=128 if gpu.warpgroup_dots else 64)
-    scalar, many = rows <= 2, rows > 16 and not full_precision
-    few = rows <= UNREDUCED_ROWS and not full_precision and not gated
-    block_k = min(128 if many else 256, max(16, _power_of_two(in_features))) >> full_precision
-    stages = 4 if scalar else 3
-    widest = max(16, _power_of_two(width // groups))
+        return products
     members = 1 if gated else groups  # a program of the dual expand computes with both members
     outputs = key._replace(width=width // groups) if gated else key
-    blocks = min(
-        (
-            Blocks(block_r, splits, reduce, min(block_n, widest))
-            for block_r in ((16, 32, 64) if many else (16,) if scalar else (16, 32))
-            for splits in (1, 2, 4, 8, 16)
-            if splits <= max(1, in_features // (2 * block_k))
-            for reduce in ((False, True) if splits > 1 else (False,))
-            if reduce or scalar or splits == 1 or (few and splits <= UNREDUCED_SPLITS)
-            for block_n in ((32,) if scalar or gated else (32, 64))
-        ),
-        key=lambda blocks: microseconds(outputs, blocks, block_k, stages, gpu.processors, members),
-    )
-    piece = 4096 // blocks.block_n if rows <= 16 else 64  # columns of U per step
-    piece >>= gated + (0 if not full_precision else 1 if scalar else 2)
+
+    def time(blocks: Blocks) -> tuple[float, float]:
+        this = estimate(outputs, blocks, gpu, members)
+        return this.alone + (this.chained if gpu.dependent_launch else 0.0), this.alone
+
+    (_, alone), blocks = min((time(blocks), blocks) for blocks in _candidates(key, gpu, gated=gated))
+    if not gated and alone > products_estimate(key, gpu):
+        return products
+    piece = 1024 * blocks.warps // blocks.block_n if rows <= 16 else 64  # columns of U per step
+    piece >>= gated + (0 if not full_precision else 1 if rows <= 2 else 2)
     return Config(
         path="pair",
         block_m=ROW_BLOCK,
         shrink_block_r=blocks.block_r,
-        shrink_block_k=block_k,
+        shrink_block_k=blocks.block_k,
         splits=blocks.splits,
         shrink_warps=4,
         reduce=blocks.reduce,
         expand_block_n=blocks.block_n,
-        expand_block_r=min(piece, max(16, _power_of_two(-(-rank // groups)))),
-        expand_warps=4,
-        stages=stages,
+        expand_block_r=max(16, min(piece, _power_of_two(-(-rank // groups)))),
+        expand_warps=blocks.warps,
+        stages=blocks.stages,
     )
+
+
+def _candidates(key: LaunchKey, gpu: Gpu, *, gated: bool) -> Iterator[Blocks]:
+    """Blocks whose tiles fit the registers and the shared memory."""
+    rows, width, in_features, _, dtype, groups = key
+    full_precision, scalar = dtype == "float32", rows <= 2
+    many, size = rows > 16 and not full_precision, 4 if full_precision else 2
+    few = rows <= UNREDUCED_ROWS and not full_precision and not gated
+    block_k = min(128 if many else 256, max(16, _power_of_two(in_features))) >> full_precision
+    widest = max(16, _power_of_two(width // groups))
+    expands = [(32, 4)] if scalar or gated else [(32, 4), (64, 4)]  # block_n and warps
+    if not (scalar or gated or full_precision):
+        expands += [(64, 8), (128, 8)] if many else [(128, 8)]
+    for block_r in (16, 32, 64) if many else (16,) if scalar or full_precision else (16, 32):
+        tile = (block_r + (0 if scalar else min(ROW_BLOCK, max(16, rows)))) * block_k * size
+        for splits in (1, 2, 3, 4, 6, 8, 16):
+            if splits > max(1, in_features // (2 * block_k)) or (few and splits > UNREDUCED_SPLITS):
+                break
+            deep = -(-in_features // (splits * block_k)) + 1
+            fitting = (SHARED_WIDE if gpu.warpgroup_dots else SHARED) // tile
+            stages = max(4 if scalar else 3, min(MOST_STAGES, deep, fitting))
+            reduce = splits > 1 and not (scalar or few)
+            for block_n, warps in expands:
+                yield Blocks(block_r, block_k, stages, splits, reduce, min(block_n, widest), warps)
 
 
 def _power_of_two(number: int) -> int:

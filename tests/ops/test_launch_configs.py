@@ -16,7 +16,8 @@ from grasp_kernels.launch_configs import (
     Config,
     LaunchKey,
     distance,
-    microseconds,
+    estimate,
+    products_estimate,
     rule_of_thumb,
     save,
     serves,
@@ -145,64 +146,97 @@ def test_the_rule_of_thumb_is_valid_at_any_size(kernel: str, dtype: str, capabil
                 assert all(block & (block - 1) == 0 and block >= 8 for block in blocks), config
                 assert serves(config, key)
                 few = rows <= (16 if dtype == "float32" else 64) and rows * rank <= 65536 * groups
-                assert config.path == ("pair" if few else "gemms")
+                assert config.path == "gemms" or few
+                assert config.path == "pair" or rows > 2
                 assert 1 <= config.splits <= 16
                 assert config.splits * config.shrink_block_k < in_features + 2 * config.shrink_block_k
 
 
 GATE_UP = KEY._replace(width=2 * 11008, rank=2 * 304, groups=2)
+BLOCKS = Blocks(block_r=32, block_k=128, stages=3, splits=4, reduce=True, block_n=32, warps=4)
+L2 = 132 * 42_000
 
 
-def blocks(config: Config) -> Blocks:
-    return Blocks(config.shrink_block_r, config.splits, config.reduce, config.expand_block_n)
+def alone(key: LaunchKey, blocks: Blocks, gpu: Gpu = CARD) -> float:
+    return estimate(key, blocks, gpu, 1).alone
 
 
-def estimate(key: LaunchKey, shape: Blocks, members: int = 1) -> float:
-    return microseconds(key, shape, 128, 3, CARD.processors, members)
-
-
-def test_the_estimate_is_the_bytes_of_the_busiest_processor() -> None:
+def test_the_estimate_by_hand() -> None:
     """64 rows, 4096 x 4096, rank 208: 28 programs shrink and 128 expand, so a processor has one of each."""
-    shrink = (32 + 64) * 4096 / 4 * 2 + 64 * 32 * 4 * (1 + 4)  # Vh, x and partial sums
-    expand = 32 * 208 * 2 + 64 * 208 * 2  # U and h
-    assert max(7 * 4, 4096 // 32) <= CARD.processors
-    shape = Blocks(block_r=32, splits=4, reduce=True, block_n=32)
-    assert estimate(KEY._replace(rows=64), shape) == pytest.approx((shrink + expand) / 42_000 + 2.0)
-    # Twice as many programs for the expand: a processor has two.
-    wide = estimate(KEY._replace(rows=64, width=8192), shape)
-    assert wide == pytest.approx((shrink + 2 * expand) / 42_000 + 2.0)
-
-
-def test_readers_that_add_up_partial_sums_read_them_once_for_each_split_in_fp32() -> None:
     key = KEY._replace(rows=64)
-    reduced, unreduced = (estimate(key, Blocks(32, 4, reduce, 32)) for reduce in (True, False))
-    sums = 64 * 32 * 4 * 4  # read by the last program of a tile
-    assert unreduced - reduced == pytest.approx((64 * 208 * (4 * 4 - 2) - sums) / 42_000 - 2.0)
+    sums = 64 * 32 * 4
+    trips = 4096 / 4 / (2 * 128) * 0.8  # four tiles of Vh, two of them in flight: longer than its bytes take
+    assert ((32 + 64) * 1024 * 2 + sums) / 95_000 < trips
+    shrink = trips + 2.0 + 4 * sums / 95_000  # and the last program adds up the partial sums
+    h = 64 * 208 * 2
+    starts = 2.3 + 0.7
+    assert alone(key, BLOCKS) == pytest.approx(starts + shrink + max(128 * h / L2, h / (80 * 128) * 0.3))
+    # 11 programs on each processor that read h, of 4096 * 88 outputs, take longer than to wait for it.
+    wide = alone(key._replace(width=4096 * 11), BLOCKS)
+    assert wide == pytest.approx(starts + shrink + 11 * 128 * h / L2, rel=0.1)
+    assert alone(key, BLOCKS, Gpu("", 132, 80)) > alone(key, BLOCKS) + 1.5  # a whole start, and U is not fetched before
 
 
-@pytest.mark.parametrize(("rows", "reduce"), [(1, False), (2, False), (4, False), (8, False), (32, True), (64, True)])
-def test_a_reduction_must_save_more_than_its_tail_costs(rows: int, reduce: bool) -> None:
-    config = rule_of_thumb("lowrank_linear", KEY._replace(rows=rows), CARD)
+def test_memory_is_a_limit_that_no_configuration_passes() -> None:
+    for rows in (1, 16, 64):
+        key = GATE_UP._replace(rows=rows)
+        memory = (4096 * 608 + 22016 * 304) * 2 / (132 * 22_700)
+        blocks = blocks_of(rule_of_thumb("lowrank_linear", key, CARD))
+        assert estimate(key, blocks, CARD, 2).alone >= 2.3 + memory
+
+
+def blocks_of(config: Config) -> Blocks:
+    return Blocks(
+        *(config.shrink_block_r, config.shrink_block_k, config.stages, config.splits, config.reduce),
+        *(config.expand_block_n, config.expand_warps),
+    )
+
+
+@pytest.mark.parametrize(("rows", "reduce"), [(1, False), (2, False), (4, False), (16, False), (32, True)])
+def test_few_rows_are_not_reduced_because_the_tail_takes_longer_than_to_read_their_sums(
+    rows: int, reduce: bool
+) -> None:
+    config = rule_of_thumb("lowrank_linear", GATE_UP._replace(rows=rows, width=2 * 4096), CARD)
+    assert config.path == "pair"
+    assert config.reduce == (reduce and config.splits > 1)
     assert config.splits > 1
-    assert config.reduce == reduce
 
 
-@pytest.mark.parametrize(("rows", "share"), [(32, 0.82), (64, 0.71)])
-def test_more_rows_get_larger_blocks_and_read_x_and_h_less_often(rows: int, share: float) -> None:
+@pytest.mark.parametrize("rows", [16, 64])
+def test_the_rule_fetches_more_of_vh_at_once_than_three_stages_do(rows: int) -> None:
     key = GATE_UP._replace(rows=rows)
-    chosen = blocks(rule_of_thumb("lowrank_linear", key, CARD))
-    assert (chosen.block_r, chosen.block_n) == (32, 64)
-    assert estimate(key, chosen, 2) <= share * estimate(key, Blocks(16, 4, True, 32), 2)
+    chosen = blocks_of(rule_of_thumb("lowrank_linear", key, CARD))
+    assert chosen.stages > 3
+    shallow = chosen._replace(stages=3)
+    both = [estimate(key, this, CARD, 2) for this in (chosen, shallow)]
+    assert both[0].chained <= both[1].chained
+    assert both[0].alone < both[1].alone or rows == 16  # where memory hides the rest
 
 
-def test_few_outputs_keep_small_blocks_so_that_no_processor_is_idle() -> None:
-    assert rule_of_thumb("lowrank_linear", KEY._replace(rows=64), CARD).expand_block_n == 32
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_the_tiles_of_a_shrink_fit_the_shared_memory_of_the_gpu(capability: int) -> None:
+    limit = {80: 163, 90: 227, 120: 99}[capability] << 10
+    for rows in (1, 4, 16, 32, 64):
+        for dtype, size in (("bfloat16", 2), ("float32", 4)):
+            config = rule_of_thumb("lowrank_linear", GATE_UP._replace(rows=rows, dtype=dtype), Gpu("", 132, capability))
+            tile = (config.shrink_block_r + (0 if rows <= 2 else max(16, rows))) * config.shrink_block_k * size
+            assert config.path == "gemms" or config.stages * tile <= limit
+
+
+def test_a_small_linear_of_many_rows_is_matrix_products() -> None:
+    key = KEY._replace(rows=64, width=1024, rank=96)
+    assert rule_of_thumb("lowrank_linear", key, CARD).path == "gemms"
+    assert rule_of_thumb("lowrank_linear", key._replace(rows=1), CARD).path == "pair"
+    pair = min(alone(key, BLOCKS._replace(block_r=block_r, stages=6)) for block_r in (16, 32, 64))
+    assert products_estimate(key, CARD) == pytest.approx(2 * (2.3 + 0.8))
+    assert pair > products_estimate(key, CARD)
 
 
 @pytest.mark.parametrize(("rank", "path"), [(1024, "pair"), (1040, "gemms")])
 def test_matrix_products_begin_at_fewer_rows_if_the_rank_is_large(rank: int, path: str) -> None:
-    assert rule_of_thumb("lowrank_linear", KEY._replace(rows=64, rank=rank), CARD).path == path
-    assert rule_of_thumb("lowrank_linear", KEY._replace(rows=32, rank=rank), CARD).path == "pair"
+    key = KEY._replace(width=3 * 4096, groups=3)
+    assert rule_of_thumb("lowrank_linear", key._replace(rows=64, rank=3 * rank), CARD).path == path
+    assert rule_of_thumb("lowrank_linear", key._replace(rows=32, rank=3 * rank), CARD).path == "pair"
 
 
 @pytest.mark.parametrize("rows", [1, 16, 64])

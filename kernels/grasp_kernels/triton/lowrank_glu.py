@@ -30,6 +30,7 @@ from grasp_kernels.triton.expand import (
 )
 from grasp_kernels.triton.launch import Gpu, Launch, gpu_of, run_all
 from grasp_kernels.triton.lowrank_linear import (
+    EXPAND_STAGES,
     expand_gemm,
     hidden_gemm,
     launch_key,
@@ -115,6 +116,8 @@ def _lowrank_glu_expand_kernel(
         up_u = load_tiles(up_u_ptr, up_rows, up_size, up_R, up_stride_un, BLOCK_R, TILES)
     if DEPENDENT:
         wait_and_release()
+    elif TILES > 0:
+        tl.debug_barrier()  # otherwise the assembler moves the loads of U behind those of h
     if up_entries_ptr is not None:  # written by the shrink
         entries = tl.load(up_entries_ptr + columns, mask=columns < N, other=-1, cache_modifier=".cg")
         entries = within(entries, N)
@@ -259,7 +262,7 @@ def expand_launch(
             f"{name}_stride_hm": h.stride(1),
             f"{name}_stride_hs": h.stride(0) if len(h) > 1 else 0,  # Triton compiles for its divisibility
         }
-    rank = max_rank([gate, up])
+    rank, stages = max_rank([gate, up]), min(config.stages, EXPAND_STAGES)
     loaded = tiles_ahead(rows, [gate, up], config, count=2) if config.path == "pair" else 0
     return Launch(
         _lowrank_glu_expand_kernel,
@@ -277,11 +280,11 @@ def expand_launch(
             "SPLITS": hidden[0].shape[0],
             "SCALES": (gate.s is not None) + 2 * (up.s is not None),
             "BIASES": (gate.bias is not None) + 2 * (up.bias is not None),
-            "STAGES": config.stages,
+            "STAGES": stages,
             "TILES": loaded,
             "LOOPED": rank > loaded * config.expand_block_r,
             "DEPENDENT": dependent,
             "ACTIVATION": activation,
         },
-        launch_options(config.expand_warps, config.stages, dependent),
+        launch_options(config.expand_warps, stages, dependent),
     )

@@ -27,7 +27,15 @@ import triton
 from torch import Tensor
 
 from grasp_kernels.counters import counters
-from grasp_kernels.launch_configs import FUSED_RANK, FUSED_ROWS, Config, LaunchKey, choose, pivoted_product
+from grasp_kernels.launch_configs import (
+    FUSED_RANK,
+    FUSED_ROWS,
+    REGISTER_BYTES,
+    Config,
+    LaunchKey,
+    choose,
+    pivoted_product,
+)
 from grasp_kernels.packing import RANK_MULTIPLE, stacked, widened
 from grasp_kernels.reference import Factors, hidden_product, linear
 from grasp_kernels.triton.launch import Gpu, Launch, gpu_of, run_all
@@ -39,7 +47,7 @@ from grasp_kernels.triton.lowrank_linear_kernels import (
 )
 from grasp_kernels.triton.prepared import PREPARED, describe, prepare
 
-REGISTER_BYTES = 576  # per thread, for the tiles of U, h and y that an expand holds; a thread has 1020
+EXPAND_STAGES = 4  # most of an expand: its shared memory decides how many programs start while the shrink works
 
 
 def lowrank_linear(
@@ -192,12 +200,14 @@ def expand_launch(
     tiles = _tiles((output.shape[1] for output in outputs), config.expand_block_n)
     rows, rank = hidden.shape[1], max_rank(factors)
     loaded = 0 if config.path == "gemms" else tiles_ahead(rows, factors, config)
+    stages = min(config.stages, EXPAND_STAGES)
     return Launch(
         _lowrank_expand_kernel,
         (tiles, triton.cdiv(rows, row_block(rows, config))),
         {
             **_expand_arguments(factors, outputs, hidden, config),
             "ranks": tuple(group.U.shape[1] for group in factors),
+            "STAGES": stages,
             "BLOCK_R": config.expand_block_r,
             "SPLITS": config.splits,
             "REDUCE": config.reduce,
@@ -205,7 +215,7 @@ def expand_launch(
             "LOOPED": rank > loaded * config.expand_block_r,
             "DEPENDENT": dependent,
         },
-        launch_options(config.expand_warps, config.stages, dependent),
+        launch_options(config.expand_warps, stages, dependent),
     )
 
 

@@ -80,6 +80,8 @@ def _lowrank_expand_kernel(
     u = first_u(u_ptrs, widths, ranks, u_strides, pivots, tile, BLOCK_N, BLOCK_R, TILES)
     if DEPENDENT:
         wait_and_release()
+    elif TILES > 0:
+        tl.debug_barrier()  # otherwise the assembler moves the loads of U behind those of h
     expand(
         *(u, (u_ptrs, s_ptrs, bias_ptrs, y_ptrs), h_ptr, order_ptrs),
         *((widths, ranks, u_strides, y_strides), pivots, tile, tl.program_id(1), M, stride_hm),
