@@ -108,7 +108,7 @@ class HostTime:
     prepared: float  # a call that finds a prepared pair
     describe: float  # part of ``prepared``: the description of the call
     allocate: float  # part of ``prepared``: outputs and h
-    launch: float  # part of ``prepared``: both launches, Triton's Python without its launcher
+    launch: float  # part of ``prepared``: both launches, without Triton's launcher
 
 
 def factors_of(label: str) -> list[Factors]:
@@ -136,8 +136,8 @@ def measure(label: str, rows: int, factors: list[Factors], calls: int = CALLS) -
         x.new_empty(pair.hidden)
 
     def launch() -> None:
-        pair.shrink.run(1, (2,), 3, 4, None, None, *pair.shrink.rest, stream=0)
-        pair.expand.run((1,), (2,), (3,), (4,), 5, None, *pair.expand.rest, stream=0)
+        for kernel, arguments in ((pair.shrink, ((2,), 3, 4, None, None)), (pair.expand, ((2,), (3,), (4,), 5, None))):
+            kernel.launcher(*kernel.grid, 0, *kernel.handles, 1, *arguments, *kernel.rest)
 
     def least(function: Callable[[], object]) -> float:
         return round(min(_seconds(function, calls) for _ in range(REPETITIONS)) * 1e6, 2)

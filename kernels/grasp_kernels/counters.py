@@ -21,11 +21,14 @@ _of_stream: dict[tuple[int, int], Tensor] = {}  # (device, stream) → the count
 _reserve: dict[int, Tensor] = {}  # device → zeros that no launch has yet
 
 
+def is_current(device: torch.device) -> bool:
+    """Whether a launch on the device needs no other current device; true of devices that are not CUDA's."""
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
+
+
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Make a CUDA device the current one inside the block; no-op if it already is, or for other devices."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
+    return nullcontext() if is_current(device) else torch.cuda.device(device)
 
 
 def counters(device: torch.device, count: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+
+import triton
 
 from grasp_kernels import Factors, launch_configs, pack_factors
 from grasp_kernels.launch_configs import Config, LaunchKey
@@ -37,18 +39,16 @@ class Binary:
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
 
-    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+    function, packed_metadata = "function", "metadata"
+
+    def run(self, x: int, y: int, z: int, stream: int, *values: Any) -> None:
+        """Triton's launcher of a binary."""
         kernel, arguments = self.launch.kernel, dict(self.launch.arguments)
         dtypes = {name: _dtype(value) for name, value in arguments.items()}
-        assert len(grid) == 3
-
-        def run(*values: Any, stream: int) -> None:
-            names = kernel.arg_names
-            assert len(values) == len(names)
-            given = {name: _tensors(value, dtypes[name]) for name, value in zip(names, values, strict=True)}
-            kernel[grid](**given)
-
-        return run
+        assert values[:5] == (self.function, self.packed_metadata, None, None, None)  # and no metadata, no hooks
+        names, values = kernel.arg_names, values[5:]
+        given = {name: _tensors(value, dtypes[name]) for name, value in zip(names, values, strict=True)}
+        kernel[x, y, z](**given)
 
 
 def _dtype(value: Any) -> torch.dtype | None:
@@ -245,6 +245,20 @@ def test_an_unaligned_call_does_not_use_the_pair_of_an_aligned_one() -> None:
     key, addresses = describe(x, members, None)
     assert not addresses.aligned
     assert PREPARED[key].replay(x, addresses, None) is None
+
+
+def test_hooks_of_triton_see_every_launch(compiled: list[Launch]) -> None:
+    generator = seeded()
+    x, members = normal((5, K), generator, dtype=BF16), group(generator)
+    linear.lowrank_linear_grouped(x, members)
+    compiled.clear()
+    hook = triton.knobs.runtime.launch_enter_hook
+    hook.add(len)
+    try:
+        linear.lowrank_linear_grouped(x, members)
+    finally:
+        hook.remove(len)
+    assert len(compiled) == 2
 
 
 def test_nothing_that_a_call_allocates_or_takes_stays_alive(

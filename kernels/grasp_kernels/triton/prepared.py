@@ -12,13 +12,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from grasp_kernels.counters import counters, on_device
+from grasp_kernels.counters import counters, is_current, on_device
 from grasp_kernels.reference import Factors
 from grasp_kernels.triton.launch import Launch
 
+_NONE = (None, None, None)
 ALIGNMENT = 16  # bytes: Triton compiles other binaries for other addresses
 MOST_PREPARED = 4096  # descriptions; then all are forgotten
 
@@ -40,44 +42,49 @@ def describe(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | 
     key: list[Any] = [x.shape, x.stride(), x.dtype, x.device]
     Vhs: list[int] = []
     Us: list[int] = []
-    scales: list[int | None] = []
-    biases: list[int | None] = []
-    orders: list[int | None] = []
+    vectors: list[tuple[int | None, ...]] = []  # addresses of s, bias and order of each member, if one has any
     bits = first = x.data_ptr()
     following = 0
     for U, s, Vh, bias, order in factors:
         left, right = U.data_ptr(), Vh.data_ptr()
         bits |= left | right
         # A shrink reads Vh that lie one behind the other as one.
-        key += (U.shape, U.stride(), Vh.stride(), right == following, s is None, bias is None)
-        key.append(None if order is None else order.shape)
+        key += (U.shape, U.stride(), Vh.stride(), right == following)
         following = right + Vh.nbytes
         Us.append(left)
         Vhs.append(right)
-        for vector, addresses in ((s, scales), (bias, biases), (order, orders)):
-            if vector is None:
-                addresses.append(None)
-            else:
-                key += (vector.dtype, vector.stride())
-                addresses.append(address := vector.data_ptr())
-                bits |= address
+        if not (s is bias is order is None):
+            vectors += [_NONE] * (len(Us) - 1 - len(vectors))
+            vectors.append(tuple([None if vector is None else vector.data_ptr() for vector in (s, bias, order)]))
+            present = [vector for vector in (s, bias, order) if vector is not None]
+            key += [(s is None, bias is None, order is None), *((v.shape, v.stride(), v.dtype) for v in present)]
     if outputs is not None:
         key += [output.stride() for output in outputs]
+    scales: tuple[int | None, ...] = (None,) * len(Us)
+    biases = orders = scales
+    if vectors:
+        vectors += [_NONE] * (len(Us) - len(vectors))
+        scales, biases, orders = zip(*vectors, strict=True)
+        for address in (*scales, *biases, *orders):
+            bits |= address or 0
     aligned = bits % ALIGNMENT == 0
-    vectors = (tuple(scales), tuple(biases), tuple(orders))
-    return tuple(key), Addresses(first, tuple(Vhs), tuple(Us), *vectors, aligned)
+    return tuple(key), Addresses(first, tuple(Vhs), tuple(Us), scales, biases, orders, aligned)
 
 
 class _Kernel(NamedTuple):
     """A compiled launch whose first arguments change from call to call."""
 
-    run: Callable[..., None]  # takes all arguments in order, and the stream by keyword
+    launcher: Callable[..., None]  # of Triton, in place of all that it does before in every launch
+    grid: tuple[int, int, int]
+    handles: tuple[Any, ...]  # of the binary, for the launcher; no hooks
     rest: tuple[Any, ...]  # the arguments after those that change
 
     @classmethod
     def of(cls, launch: Launch, binary: Any, changing: int) -> _Kernel:
-        grid = (*launch.grid, 1, 1)[:3]
-        return cls(binary[grid], tuple(launch.arguments[name] for name in launch.kernel.arg_names[changing:]))
+        x, y, z = (*launch.grid, 1, 1)[:3]
+        handles = (binary.function, binary.packed_metadata, None, None, None)
+        rest = tuple(launch.arguments[name] for name in launch.kernel.arg_names[changing:])
+        return cls(binary.run, (x, y, z), handles, rest)
 
 
 class PreparedPair(NamedTuple):
@@ -90,40 +97,62 @@ class PreparedPair(NamedTuple):
     counters: int  # 0 without a reduction
     shrink: _Kernel
     expand: _Kernel
+    vectors: bool  # a member has an s or a bias, or is pivoted
     pivoted: bool
     halves: tuple[int, ...] = ()  # of a gated linear unit: bytes from h to what gate and up read
 
     def replay(self, x: Tensor, addresses: Addresses, outputs: Sequence[Tensor] | None) -> list[Tensor] | None:
-        """Run a call with the description of the first one; ``None``, and nothing, if an address is not aligned."""
-        ys = [x.new_empty(self.rows, width) for width in self.widths] if outputs is None else list(outputs)
-        memory = x.new_empty(self.hidden)
+        """Run a call with the description of the first one; ``None``, and nothing, if an address is not aligned.
+
+        Nor if Triton has hooks, such as those of its profiler, which a replay would not call.
+        """
+        hooks = triton.knobs.runtime
+        if not addresses.aligned or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+            return None
+        new, device = x.new_empty, x.device
+        if outputs is None:
+            rows = self.rows
+            ys = [new(rows, width) for width in self.widths]
+        else:
+            ys = list(outputs)
+        memory = new(self.hidden)
         bits = h = memory.data_ptr()
         y = tuple([output.data_ptr() for output in ys])
         for address in y:
             bits |= address
-        if not addresses.aligned or bits % ALIGNMENT:
+        if bits % ALIGNMENT:
             return None
-        first, Vhs, Us, scales, biases, orders, _ = addresses
-        with on_device(x.device):
-            counter = counters(x.device, self.counters) if self.counters else memory
-            stream = driver.active.get_current_stream(x.device.index)
-            shrink, expand = self.shrink, self.expand
-            start = (first, Vhs[:1] if self.stacked else Vhs, h, counter.data_ptr())
-            if self.halves:
-                gate_order, up_order = orders
-                inverse = None if up_order is None else x.new_empty(self.widths[0], dtype=torch.int32)
-                entries = None if inverse is None else inverse.data_ptr()
-                shrink.run(*start, up_order, entries, *shrink.rest, stream=stream)
-                gate, up = (
-                    (U, s or U, bias or U, h + offset)  # U is a placeholder
-                    for U, s, bias, offset in zip(Us, scales, biases, self.halves, strict=True)
-                )
-                expand.run(*gate, *up, *y, gate_order, entries, *expand.rest, stream=stream)
-            else:
-                shrink.run(*start, None, None, *shrink.rest, stream=stream)
-                places = _filled(orders, h) if self.pivoted else None
-                expand.run(Us, _filled(scales, h), _filled(biases, h), y, h, places, *expand.rest, stream=stream)
+        if is_current(device):
+            self._launch(x, addresses, y, h, memory)
+        else:
+            with on_device(device):
+                self._launch(x, addresses, y, h, memory)
         return ys
+
+    def _launch(self, x: Tensor, addresses: Addresses, y: tuple[int, ...], h: int, memory: Tensor) -> None:
+        first, Vhs, Us, scales, biases, orders, _ = addresses
+        device, shrink, expand = x.device, self.shrink, self.expand
+        counter = counters(device, self.counters) if self.counters else memory  # alive until it is launched
+        stream = driver.active.get_current_stream(device.index)
+        start = (first, Vhs[:1] if self.stacked else Vhs, h, counter.data_ptr())
+        run, (run_expand, grid, handles, rest) = shrink.launcher, expand
+        if self.halves:
+            gate_order, up_order = orders
+            inverse = None if up_order is None else x.new_empty(self.widths[0], dtype=torch.int32)
+            entries = None if inverse is None else inverse.data_ptr()
+            run(*shrink.grid, stream, *shrink.handles, *start, up_order, entries, *shrink.rest)
+            gate, up = (
+                (U, s or U, bias or U, h + offset)  # U is a placeholder
+                for U, s, bias, offset in zip(Us, scales, biases, self.halves, strict=True)
+            )
+            run_expand(*grid, stream, *handles, *gate, *up, *y, gate_order, entries, *rest)
+            return
+        run(*shrink.grid, stream, *shrink.handles, *start, None, None, *shrink.rest)
+        if self.vectors:
+            places = _filled(orders, h) if self.pivoted else None
+            run_expand(*grid, stream, *handles, Us, _filled(scales, h), _filled(biases, h), y, h, places, *rest)
+        else:
+            run_expand(*grid, stream, *handles, Us, (h,), (h,), y, h, None, *rest)
 
 
 PREPARED: dict[Any, PreparedPair] = {}  # by description; whoever changes what a plan depends on clears it
@@ -178,6 +207,7 @@ def prepare(
         counters=first["counter_ptr"].numel() if first["REDUCE"] else 0,
         shrink=_Kernel.of(shrink, binaries[0], changing=6),
         expand=_Kernel.of(expand, binaries[1], changing=11 if gated else 6),
+        vectors=pivoted or any(addresses.s) or any(addresses.biases),
         pivoted=pivoted,
         halves=tuple(second[f"{member}_h_ptr"].data_ptr() - h for member in ("gate", "up")) if gated else (),
     )
