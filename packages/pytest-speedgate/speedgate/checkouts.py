@@ -29,20 +29,20 @@ def checkout(version: str, root: Path) -> Iterator[Path]:
     if Path(version).is_dir():
         yield Path(version).resolve()
         return
-    top = Path(_git(f"{version} is no folder, and no git revision", root, "rev-parse", "--show-toplevel"))
+    top = Path(git(f"{version} is no folder, and no git revision", root, "rev-parse", "--show-toplevel"))
     unknown = f"there is no folder and no git revision {version}"
-    commit = _git(unknown, root, "rev-parse", "--verify", "--quiet", f"{version}^{{commit}}")
+    commit = git(unknown, root, "rev-parse", "--verify", "--quiet", f"{version}^{{commit}}")
     folder = Path(tempfile.mkdtemp(prefix="speedgate-")).resolve()
     try:
         copy = folder / top.name
-        _git(f"{version} was not checked out", root, "worktree", "add", "--detach", "--quiet", str(copy), commit)
+        git(f"{version} was not checked out", root, "worktree", "add", "--detach", "--quiet", str(copy), commit)
         yield copy / root.relative_to(top)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        _git("the worktree was not removed", root, "worktree", "prune")
+        git("the worktree was not removed", root, "worktree", "prune")
 
 
-def _git(problem: str, root: Path, *arguments: str) -> str:
+def git(problem: str, root: Path, *arguments: str) -> str:
     """Output of git in a folder; a failure is an error that begins with ``problem``."""
     try:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)

@@ -62,9 +62,9 @@ class OtherVersion:
         serve = ("-p", "no:cacheprovider", f"--rootdir={root}", f"--gate-serve={theirs.fileno()}")
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", START, str(PACKAGE.parent), *serve, *options, *map(str, files)],
+                pytest_command(*serve, *options, *map(str, files)),
                 cwd=root,
-                env=_environment(own_root, root),
+                env=environment(own_root, root),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
@@ -131,14 +131,23 @@ class OtherVersion:
     def _ended(self) -> OtherVersionError:
         code = self._process.wait()
         self._output.seek(0)
-        tail = "".join(f"\n  {line}" for line in self._output.read().splitlines()[-TAIL:])
         return OtherVersionError(
             f"{self.name}: its tests cannot be imported, or its process died (exit code {code}). A version that must "
-            f"be built needs a built checkout: --gate-against=FOLDER. Its last lines:{tail}"
+            f"be built needs a built checkout: --gate-against=FOLDER. Its last lines:{tail(self._output.read())}"
         )
 
 
-def _environment(own_root: Path, root: Path) -> dict[str, str]:
+def tail(output: str) -> str:
+    """The last lines of a program's output, to end a message with."""
+    return "".join(f"\n  {line}" for line in output.splitlines()[-TAIL:])
+
+
+def pytest_command(*arguments: str) -> list[str]:
+    """Command that starts a pytest with this speedgate."""
+    return [sys.executable, "-c", START, str(PACKAGE.parent), *arguments]
+
+
+def environment(own_root: Path, root: Path) -> dict[str, str]:
     """The environment, with the import path of this process moved from this version to the other."""
     paths = [root / path.relative_to(own_root) for path in map(Path, sys.path) if _is_of_project(path, own_root)]
     others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
