@@ -117,4 +117,4 @@ docs: $(DOCS_STAMP) $(BUILT) ## build the documentation site into build/docs/ind
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) $(VLLM) .venv-matrix build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
-	rm -rf kernels/grasp_kernels/*.so kernels/grasp_kernels/lib
+	rm -rf kernels/grasp_kernels/*.so kernels/grasp_kernels/lib packages/*/build packages/*/*.egg-info
