@@ -107,9 +107,9 @@ class Gate:
             return
         stash = self._config.stash
         with using_threads(stash[WHERE].threads):
-            values = {name: _values(name, measure, candidate, operands[0]) for name, measure in measures.items()}
             calls = _Calls(self.device, candidate, yardstick, Rotation(operands))
-            turns = calls.candidate()
+            turns = calls.candidate()  # warms up: the first call may fill caches
+            values = {name: _values(name, measure, candidate, operands[0]) for name, measure in measures.items()}
             if server := stash[SERVER]:
                 self._benchmark.pedantic(server.lend, args=(turns, values))
                 return

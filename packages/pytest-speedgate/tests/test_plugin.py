@@ -37,7 +37,7 @@ def test_kernel(gate, size):
     assert gate.device == "cpu"
     kernel = takes(SECONDS[size])
     gate(kernel, takes(200e-6), ["first", "second"], label=f"kernel of size {size}", against="plain",
-         measures={"bytes": lambda call: BYTES})
+         measures={"bytes": lambda call: BYTES + (now == 0)})  # a cold call takes more
     assert "torch" not in sys.modules
 """
 
