@@ -49,7 +49,11 @@ class Direct {
 
     // One output per group, as new references. False if the call is declined.
     bool run(PyObject *x, const Group *groups, Py_ssize_t count, PyObject *backend, pybind11::object *outputs) const {
-        if (count < 1 || count > MOST_GROUPS || !is_quiet()) return decline();
+        View any_device;
+        if (count < 1 || count > MOST_GROUPS || !has_plain_type(x) || !read(x, any_device) || !any_device.on_cpu) {
+            return decline();  // first, because every call on a GPU comes here
+        }
+        if (!is_quiet()) return decline();
         const bool recording = !is_no(PyObject_CallNoArgs(around_.is_grad_enabled.ptr()));
         if (!is_plain(x, recording)) return decline();
         for (Py_ssize_t i = 0; i < count; ++i) {

@@ -42,7 +42,9 @@ _SCHEMAS = {
 
 
 def _select(backend: str, op: str, x: Tensor, *factors: Factors) -> Callable[..., Any]:
-    rank, pivoted = max(group.Vh.shape[0] for group in factors), any(group.order is not None for group in factors)
+    rank, pivoted = 0, False  # a loop: generators take longer
+    for group in factors:
+        rank, pivoted = max(rank, group.Vh.shape[0]), pivoted or group.order is not None
     return select(backend, op, x.device, x.dtype, x.numel() // x.shape[-1], rank, pivoted)
 
 
