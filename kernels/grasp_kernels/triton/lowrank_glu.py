@@ -30,8 +30,8 @@ from grasp_kernels.triton.expand import (
 )
 from grasp_kernels.triton.launch import Gpu, Launch, gpu_of, run_all
 from grasp_kernels.triton.lowrank_linear import (
-    EXPAND_STAGES,
     expand_gemm,
+    expand_stages,
     hidden_gemm,
     launch_key,
     launch_options,
@@ -262,7 +262,7 @@ def expand_launch(
             f"{name}_stride_hm": h.stride(1),
             f"{name}_stride_hs": h.stride(0) if len(h) > 1 else 0,  # Triton compiles for its divisibility
         }
-    rank, stages = max_rank([gate, up]), min(config.stages, EXPAND_STAGES)
+    rank, stages = max_rank([gate, up]), expand_stages(rows, config)
     loaded = tiles_ahead(rows, [gate, up], config, count=2) if config.path == "pair" else 0
     return Launch(
         _lowrank_glu_expand_kernel,

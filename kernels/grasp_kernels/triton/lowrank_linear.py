@@ -47,7 +47,7 @@ from grasp_kernels.triton.lowrank_linear_kernels import (
 )
 from grasp_kernels.triton.prepared import PREPARED, describe, prepare
 
-EXPAND_STAGES = 4  # most of an expand: its shared memory decides how many programs start while the shrink works
+EXPAND_STAGES, SCALAR_STAGES = 3, 4  # most of an expand: with more shared memory fewer start while the shrink works
 
 
 def lowrank_linear(
@@ -200,7 +200,7 @@ def expand_launch(
     tiles = _tiles((output.shape[1] for output in outputs), config.expand_block_n)
     rows, rank = hidden.shape[1], max_rank(factors)
     loaded = 0 if config.path == "gemms" else tiles_ahead(rows, factors, config)
-    stages = min(config.stages, EXPAND_STAGES)
+    stages = expand_stages(rows, config)
     return Launch(
         _lowrank_expand_kernel,
         (tiles, triton.cdiv(rows, row_block(rows, config))),
@@ -228,8 +228,16 @@ def tiles_ahead(rows: int, factors: Sequence[Factors], config: Config, count: in
     free = REGISTER_BYTES * 32 * config.expand_warps - block_m * block_n * 4
     ragged = any(group.U.shape[1] % RANK_MULTIPLE for group in factors)
     element = 4 if ragged else factors[0].U.element_size()
-    tile = (block_m + block_n) * config.expand_block_r * element * count
+    # Registers for h: more if outputs are taken from it, or if single elements of many partial sums are added up.
+    added = ragged and not config.reduce and config.splits > 2
+    copies = 1 + any(group.order is not None for group in factors) + 2 * added
+    tile = (copies * block_m + block_n) * config.expand_block_r * element * count
     return max(1, min(triton.cdiv(max_rank(factors), config.expand_block_r), free // tile))
+
+
+def expand_stages(rows: int, config: Config) -> int:
+    """Stages of an expand's loop over the rank."""
+    return min(config.stages, SCALAR_STAGES if rows <= 2 else EXPAND_STAGES)
 
 
 def launch_options(warps: int, stages: int, dependent: bool) -> dict[str, Any]:
