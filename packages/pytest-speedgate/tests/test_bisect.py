@@ -34,7 +34,7 @@ def test_the_commit_that_made_it_slower_is_found_in_builds_of_all_versions(
         (tmp_path / "src" / "kernel.py").rename(tmp_path / "kernel.source")  # to be built
         git(tmp_path, "add", ".")
         git(tmp_path, "commit", "--quiet", "-m", f"version {number}")
-    search = ("HEAD~3", "HEAD", "test_speed.py", "--build")
+    search = ("HEAD~3", "HEAD", "test_speed.py::test_kernel[1]", "--build")
     code, output = bisect(tmp_path, environment, *search, "mkdir -p src; cp kernel.source src/kernel.py")
     assert code == 0, output
     culprit = git(tmp_path, "log", "-1", "--format=%h", "HEAD~1")
