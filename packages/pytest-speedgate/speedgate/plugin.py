@@ -154,9 +154,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the process of the other version."""
     config = session.config
     version, root = config.option.gate_against, config.rootpath
-    if not version or config.option.collectonly:
-        return
     items = [item for item in session.items if "gate" in getattr(item, "fixturenames", ())]
+    if not version or not items or config.option.collectonly:
+        return
     options = [f"--gate-device={config.stash[WHERE].kind}", f"--gate-threads={config.stash[WHERE].threads}"]
     stack = ExitStack()
     config.add_cleanup(stack.close)

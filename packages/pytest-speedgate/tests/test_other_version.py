@@ -67,3 +67,8 @@ def test_a_process_that_imports_this_version_is_found_out(
     code, output = run_pytest(project, f"--gate-against={tmp_path / 'old'}")
     assert code == 2, output
     assert f"the module kernel comes from {project}/src/kernel.py, expected from {tmp_path}/old" in output
+
+
+def test_a_run_that_times_nothing_compares_nothing(project: Path, run_pytest: RunPytest) -> None:
+    code, output = run_pytest(project, "--gate-against=HEAD", "-k", "does_not_time")
+    assert (code, "nothing to compare" in output) == (2, True), output
