@@ -186,8 +186,7 @@ def floors(
 def percentiles(seconds: Sequence[float]) -> Percentiles:
     """Percentiles in milliseconds, of seconds."""
     cuts = quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else [*seconds] * 99
-    values = {f"p{percent}": 1e3 * cuts[percent - 1] for percent in (50, 90, 95, 99)}
-    if len(seconds) < FEWEST:
-        return Percentiles(**values)
-    interval = median_interval(seconds, confidence=0.95)
-    return Percentiles(**values, p50_interval=(1e3 * interval.low, 1e3 * interval.high))
+    p50, p90, p95, p99 = (1e3 * cuts[percent - 1] for percent in (50, 90, 95, 99))
+    interval = median_interval(seconds, confidence=0.95) if len(seconds) >= FEWEST else None
+    bounds = None if interval is None else (1e3 * interval.low, 1e3 * interval.high)
+    return Percentiles(p50, p95, p99, p90, bounds)
