@@ -324,7 +324,7 @@ def rule_of_thumb(kernel: str, key: LaunchKey, gpu: Gpu) -> Config:
         return this.alone + (this.chained if gpu.dependent_launch else 0.0), this.alone
 
     (_, alone), blocks = min((time(blocks), blocks) for blocks in _candidates(key, gpu, gated=gated))
-    if not gated and alone > products_estimate(key, gpu):
+    if not (gated or full_precision) and alone > products_estimate(key, gpu):
         return products
     piece = 1024 * blocks.warps // blocks.block_n if rows <= 16 else 64  # columns of U per step
     piece >>= gated + (0 if not full_precision else 1 if rows <= 2 else 2)
@@ -351,9 +351,9 @@ def _candidates(key: LaunchKey, gpu: Gpu, *, gated: bool) -> Iterator[Blocks]:
     few = rows <= UNREDUCED_ROWS and not full_precision and not gated
     block_k = min(128 if many else 256, max(16, _power_of_two(in_features))) >> full_precision
     widest = max(16, _power_of_two(width // groups))
-    expands = [(32, 4)] if scalar or gated else [(32, 4), (64, 4)]  # block_n and warps
+    expands = [(32, 4)]  # block_n and warps
     if not (scalar or gated or full_precision):
-        expands += [(64, 8), (128, 8)] if many else [(128, 8)]
+        expands += [(64, 4), (64, 8), (128, 8)] if many else [(64, 4), (128, 8)]
     for block_r in (16, 32, 64) if many else (16,) if scalar or full_precision else (16, 32):
         tile = (block_r + (0 if scalar else min(ROW_BLOCK, max(16, rows)))) * block_k * size
         for splits in (1, 2, 3, 4, 6, 8, 16):
