@@ -313,9 +313,8 @@ def rule_of_thumb(kernel: str, key: LaunchKey, gpu: Gpu) -> Config:
     rows, width, _, rank, dtype, groups = key
     full_precision, gated = dtype == "float32", kernel == "lowrank_glu"  # fp32: scalar arithmetic for any rows
     most_rows = FULL_PRECISION_PAIR_ROWS if full_precision else UNTUNED_PAIR_ROWS
-    products = replace(MATRIX_PRODUCTS, expand_block_n=128 if gpu.warpgroup_dots else 64)
     if rows > most_rows or rows * rank > UNTUNED_PAIR_SIZE * groups:
-        return products
+        return replace(MATRIX_PRODUCTS, expand_block_n=128 if gpu.warpgroup_dots else 64)
     members = 1 if gated else groups  # a program of the dual expand computes with both members
     outputs = key._replace(width=width // groups) if gated else key
 
@@ -324,12 +323,11 @@ def rule_of_thumb(kernel: str, key: LaunchKey, gpu: Gpu) -> Config:
         return this.alone + (this.chained if gpu.dependent_launch else 0.0), this.alone
 
     (_, alone), blocks = min((time(blocks), blocks) for blocks in _candidates(key, gpu, gated=gated))
-    if not (gated or full_precision) and alone > products_estimate(key, gpu):
-        return products
+    slower = not (gated or full_precision) and alone > products_estimate(key, gpu)
     piece = 1024 * blocks.warps // blocks.block_n if rows <= 16 else 64  # columns of U per step
     piece >>= gated + (0 if not full_precision else 1 if rows <= 2 else 2)
     return Config(
-        path="pair",
+        path="gemms" if slower else "pair",  # the blocks are where a measurement of the pair starts
         block_m=ROW_BLOCK,
         shrink_block_r=blocks.block_r,
         shrink_block_k=blocks.block_k,
