@@ -136,8 +136,6 @@ class ModelResult(Record):
         batch_size: sequences at a time.
         prompt_tokens: tokens of each prompt.
         new_tokens: decoding steps after the first token.
-        depth: tokens before the prompt, which are in the KV cache when the time begins.
-        mode: ``eager``, or ``compiled``: steps by ``torch.compile`` over a static KV cache, prompts eagerly.
         repeats: number of turns of every provider, after one turn that warms up.
         parameters: number of parameters of the whole model; tied parameters count once.
         weight_bytes: bytes of these parameters.
@@ -147,9 +145,6 @@ class ModelResult(Record):
         prefill_ms: forward pass of the prompt, ms.
         first_token_ms: from the prompt to its first token, both on the host, ms.
         inter_token_ms: from one token on the host to the next, over all turns, ms.
-        output_token_ms: time of all steps over their number (TPOT), over the turns, ms.
-        end_to_end_ms: from the prompt to the last token, over the turns, ms.
-        load_s: seconds to load the model; ``None`` if it was made in memory.
         prefill_floor_ms: least time of the matrix products, ms: their bytes or FLOPs at the measured speeds, without
             attention. ``None`` for a mixture of experts.
         inter_token_floor_ms: the same for a decoding step, with the bytes of the KV cache.
@@ -169,6 +164,11 @@ class ModelResult(Record):
         perplexity_tokens: number of tokens that were scored.
         note: a remark that readers need, or an empty string.
         conditions: when and where.
+        mode: ``eager``, or ``compiled``: steps by ``torch.compile`` over a static KV cache, prompts eagerly.
+        depth: tokens before the prompt, which are in the KV cache when the time begins.
+        output_token_ms: time of all steps over their number (TPOT), over the turns, ms.
+        end_to_end_ms: from the prompt to the last token, over the turns, ms.
+        load_s: seconds to load the model; ``None`` if it was made in memory.
 
     Example:
         >>> [column.heading for column in ModelResult.columns[:3]]

@@ -47,6 +47,12 @@ class CompiledSteps:
 
     Args:
         model: with an attention that ``torch.compile`` can trace.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> steps = CompiledSteps(GPT2LMHeadModel(GPT2Config(n_embd=12, n_layer=1)))  # the first step compiles
+        >>> steps.cache(batch_size=1, positions=6) is steps.cache(batch_size=1, positions=6)
+        True
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -47,7 +47,7 @@ MARGIN = 0.15  # of the estimate
 class Builtin:
     """The first layers of the model that grasp comes with, and random tokens."""
 
-    layers: int = 6
+    layers: int = 8
     sequences: int = 4
     seq_len: int = 128
     batch_size: int = 2
