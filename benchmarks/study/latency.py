@@ -23,7 +23,7 @@ from benchmarks.study.linear_replacement import LINEAR_REPLACEMENT, apply_map_
 from benchmarks.study.records import STUDY_RECORDS, StudyLatency, StudyResult
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.costs import require_product
-from grasp.bench.decoding import percentiles
+from grasp.bench.percentiles import Percentiles
 from grasp.bench.results import append_results, check_output, read_results
 from grasp.bench.timing import Sample, turns
 from grasp.builtin import BUILTIN
@@ -111,7 +111,7 @@ def latencies(
             seed=cell.seed,
             dtype=dtype,
             new_tokens=new_tokens,
-            inter_token_ms=percentiles([step for time in times[cell.method] for step in time.steps_s]),
+            inter_token_ms=Percentiles.of([step for time in times[cell.method] for step in time.steps_s]),
             spread=sample.spread,
             of_dense=1 / sample.speedup_over(decode[DENSE]),
             conditions=now,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from grasp.bench.conditions import Conditions
-from grasp.bench.records import Percentiles
+from grasp.bench.percentiles import Percentiles
 from grasp.bench.schema import Record, grouped
 from grasp.formatting import Column, count, share, size
 

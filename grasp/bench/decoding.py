@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
-from statistics import quantiles
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 from grasp.bench.memory import peak_bytes_above_now
 from grasp.bench.providers import COMPRESSED, DENSE, REMOVED, ModelProvider
-from grasp.bench.records import Percentiles
 from grasp.bench.timing import turns
 from grasp.evaluation.generation import CompiledSteps, GenerationTime, first_logits, time_generation
 from grasp.formatting import one_line
@@ -24,13 +22,11 @@ from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import first_device
 from grasp.progress import Progress, no_progress
 from grasp_kernels.roofline import Card
-from speedgate.verdicts import median_interval
 
 EAGER, COMPILED = MODES = ("eager", "compiled")
 REFERENCE = "reference"
 # Largest norm-wise relative difference of logits that rounding explains, between two ways to run the same weights.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-FEWEST = 6  # times for an interval of their median with a confidence of 95 %
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -86,7 +82,7 @@ class Checked(NamedTuple):
 
     Attributes:
         models: to be timed.
-        apart: difference of their logits; of an eager model without low-rank linears there is none.
+        apart: differences of logits; of an eager model without low-rank linears there is none.
         refused: the reason, and whether the logits were wrong.
     """
 
@@ -115,18 +111,19 @@ def checked(
         if weights not in expected:
             backend = REFERENCE if weights == COMPRESSED else None
             expected[weights] = Timed(ModelProvider(models[weights].model, backend)).logits(case)
+        reason, wrong = None, False
         if weights == COMPRESSED or key.mode == COMPILED:
             try:
-                apart = difference(timed.logits(case), expected[weights])
+                apart = found.apart[key] = difference(timed.logits(case), expected[weights])
             except TorchDynamoException as error:
-                found.refused[key] = f"torch.compile does not take it: {one_line(error)}", False
-                continue
-            if not apart <= tolerance:
-                of = "the reference backend's" if weights == COMPRESSED else "those of the eager model"
-                found.refused[key] = f"logits differ from {of} by {apart:.1e}, expected at most {tolerance:.0e}", True
-                continue
-            found.apart[key] = apart
-        found.models[key] = timed
+                reason = f"torch.compile does not take it: {one_line(error)}"
+            else:
+                wrong = not apart <= tolerance
+                reason = f"logits are off by {apart:.1e}, expected at most {tolerance:.0e}" if wrong else None
+        if reason is None:
+            found.models[key] = timed
+        else:
+            found.refused[key] = reason, wrong
         progress(f"checking batch {case.batch_size}", done, len(keys))
     return found
 
@@ -181,12 +178,3 @@ def floors(
         max(size / card.bandwidth, prefill / card.flops),
         max((size + cache_bytes) / card.bandwidth, 2 * batch_size * parameters / card.flops),
     )
-
-
-def percentiles(seconds: Sequence[float]) -> Percentiles:
-    """Percentiles in milliseconds, of seconds."""
-    cuts = quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else [*seconds] * 99
-    p50, p90, p95, p99 = (1e3 * cuts[percent - 1] for percent in (50, 90, 95, 99))
-    interval = median_interval(seconds, confidence=0.95) if len(seconds) >= FEWEST else None
-    bounds = None if interval is None else (1e3 * interval.low, 1e3 * interval.high)
-    return Percentiles(p50, p95, p99, p90, bounds)

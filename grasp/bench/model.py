@@ -19,7 +19,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.bench.conditions import Conditions, conditions, measure_card
-from grasp.bench.decoding import EAGER, MODES, Case, Key, checked, floors, percentiles, time_models
+from grasp.bench.decoding import EAGER, MODES, Case, Key, checked, floors, time_models
+from grasp.bench.percentiles import Percentiles
 from grasp.bench.providers import (
     COMPRESSED,
     DENSE,
@@ -243,11 +244,11 @@ class _Bench:
         request, (model, backend) = self.request, self.models[key.provider]
         size, cache = model_size(model, decoder(model).layers), times[-1].kv_cache_bytes
         prefill, decode = (Sample(tuple(seconds)) for seconds in _phases(times))
-        steps = percentiles([step for time in times for step in time.steps_s])
+        steps = Percentiles.of([step for time in times for step in time.steps_s])
         share = 1 - case.new_tokens / (case.depth + case.prompt_tokens + case.new_tokens)
         least = floors(model, self.card, case.batch_size, case.prompt_tokens, int(cache * share))
         limits: Sequence[float | None] = [1e3 * seconds for seconds in least] or [None, None]
-        whole = percentiles(prefill.seconds)
+        whole = Percentiles.of(prefill.seconds)
         quality = self.quality.get(key.provider)
         finite = quality is not None and math.isfinite(quality.perplexity)
         return ModelResult(
@@ -267,10 +268,10 @@ class _Bench:
             kv_cache_bytes=cache,
             peak_memory_bytes=peak,
             prefill_ms=whole,
-            first_token_ms=percentiles([time.first_token_s for time in times]),
+            first_token_ms=Percentiles.of([time.first_token_s for time in times]),
             inter_token_ms=steps,
-            output_token_ms=percentiles([time.decode_s / case.new_tokens for time in times]),
-            end_to_end_ms=percentiles([time.first_token_s + time.decode_s for time in times]),
+            output_token_ms=Percentiles.of([time.decode_s / case.new_tokens for time in times]),
+            end_to_end_ms=Percentiles.of([time.first_token_s + time.decode_s for time in times]),
             prefill_floor_ms=limits[0],
             inter_token_floor_ms=limits[1],
             prefill_share_of_floor=None if limits[0] is None else limits[0] / whole.p50,

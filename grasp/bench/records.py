@@ -7,42 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from grasp.bench.conditions import Conditions
+from grasp.bench.percentiles import Percentiles
 from grasp.bench.schema import Record
 from grasp.formatting import Column, count, layer_ranges, model_name, share, size
 
 PLAIN_SVD = "plain SVD"  # factors of a model that was compressed only to time it
 _fixed, _ratio, _significant = "{:.1f}".format, "{:.2f}".format, "{:.4g}".format
-
-
-@dataclass(frozen=True)
-class Percentiles:
-    """Percentiles of the times of one thing, interpolated. With fewer than 100 times p99 is a guess.
-
-    ``float()`` gives the median, ``str()`` p50, p95 and p99.
-
-    Attributes:
-        p50: median.
-        p95: 95th percentile.
-        p99: 99th percentile.
-        p90: 90th percentile; ``None`` in earlier results.
-        p50_interval: 95 % confidence interval of the median; ``None`` for fewer than six times.
-
-    Example:
-        >>> str(Percentiles(9.12, 9.5, 120.3))
-        '9.1 9.5 120'
-    """
-
-    p50: float
-    p95: float
-    p99: float
-    p90: float | None = None
-    p50_interval: tuple[float, ...] | None = None
-
-    def __float__(self) -> float:
-        return self.p50
-
-    def __str__(self) -> str:
-        return " ".join(f"{ms:.1f}" if ms < 100 else f"{ms:.0f}" for ms in (self.p50, self.p95, self.p99))
 
 
 @dataclass(frozen=True)

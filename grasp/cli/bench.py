@@ -178,7 +178,7 @@ def model(
 ) -> None:
     """Time MODEL dense, with layers removed, and low-rank on each backend and unfused, at all sizes that are listed.
 
-    A model whose logits differ from those of the reference backend is not timed, and the exit code is 1.
+    A model with wrong logits is not timed, and the exit code is 1.
 
     [bold]Examples[/bold]
 
@@ -202,7 +202,7 @@ def model(
         layers=None if layers is None else parse_layers(layers),
         num_layers=num_layers,
         retain_ratio=retain_ratio,
-        modes=mode.split(","),
+        modes=[part.strip() for part in mode.split(",")],
         batch_sizes=parse_counts(batch_size),
         prompt_tokens=parse_counts(prompt_tokens, "prompt tokens"),
         new_tokens=parse_counts(new_tokens, "new tokens"),

@@ -15,7 +15,8 @@ from grasp_kernels import roofline
 from grasp_kernels.shapes import parse_shape
 
 if TYPE_CHECKING:
-    from grasp.bench.records import ModelResult, OpResult, Percentiles
+    from grasp.bench.percentiles import Percentiles
+    from grasp.bench.records import ModelResult, OpResult
 
 _PROVIDERS = {"removed": "layers removed", "compiled": "torch.compile"}  # those with another label than their name
 _ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -93,7 +94,7 @@ def by_latency(results: Iterable[ModelResult]) -> dict[Comparison, list[Quality]
         if result.perplexity is not None:
             comparison = Comparison(
                 f"{model_name(result.model)}, {_text(result)}, batch {result.batch_size}",
-                f"Prompt of {result.prompt_tokens} tokens; {result.dtype}; {result.conditions}",
+                f"Prompt of {_prompt(result)}; {result.dtype}; {result.conditions}",
             )
             label = _provider(result)
             data[comparison][label] = Quality(label, result.inter_token_ms.p50, *[result.perplexity] * 3)
@@ -105,7 +106,7 @@ def latencies(results: Iterable[ModelResult]) -> dict[Comparison, list[Latency]]
     data: dict[Comparison, dict[tuple[str, int], Latency]] = defaultdict(dict)
     for result in results:
         comparison = Comparison(
-            f"{model_name(result.model)}, prompt of {result.prompt_tokens} tokens",
+            f"{model_name(result.model)}, prompt of {_prompt(result)}",
             f"{len(result.layers)} layers changed; factors: {result.factors}; {result.dtype}; {result.conditions}",
         )
         bar = Latency(_provider(result), result.batch_size, result.first_token_ms, result.inter_token_ms)
@@ -151,6 +152,10 @@ def _speed(line: OpResult) -> Speed | None:
     return Speed(label, flops / sum(cost.bytes for cost in costs), flops / line.median_us * 1e6)
 
 
+def _prompt(result: ModelResult) -> str:
+    return f"{result.prompt_tokens} tokens" + f" after {result.depth}" * (result.depth > 0)
+
+
 def _text(result: ModelResult) -> str:
     return f"{result.perplexity_tokens} tokens of {result.perplexity_text}"
 
@@ -164,7 +169,7 @@ def _weights(result: ModelResult) -> str:
 
 def _provider(result: ModelResult) -> str:
     provider, _, backend = result.provider.partition("/")
-    if provider != "compressed":
-        return _PROVIDERS.get(provider, provider)
-    name = "low-rank" if result.factors == PLAIN_SVD else "GRASP"
-    return f"{name}, {backend}" if backend else name
+    name = _PROVIDERS.get(provider, provider)
+    if provider == "compressed":
+        name = "low-rank" if result.factors == PLAIN_SVD else "GRASP"
+    return ", ".join(part for part in (name, backend, result.mode * (result.mode != "eager")) if part)

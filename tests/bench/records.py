@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from benchmarks.study.records import StudySetting
 from grasp.bench.conditions import Conditions
-from grasp.bench.records import Percentiles
+from grasp.bench.percentiles import Percentiles
 from grasp.bench.schema import Record
 
 RecordT = TypeVar("RecordT", bound=Record)

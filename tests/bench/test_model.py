@@ -12,9 +12,10 @@ from torch._dynamo.exc import TorchDynamoException
 
 from grasp.bench import model as bench_model
 from grasp.bench import providers as bench_providers
-from grasp.bench.decoding import difference, floors, percentiles
+from grasp.bench.decoding import difference, floors
+from grasp.bench.percentiles import Percentiles
 from grasp.bench.providers import Unfused, truncate_
-from grasp.bench.records import ModelResult, NotMeasured, Percentiles
+from grasp.bench.records import ModelResult, NotMeasured
 from grasp.bench.results import read_results
 from grasp.calibration import bos_for
 from grasp.evaluation.perplexity import perplexity
@@ -215,11 +216,11 @@ def test_logits_differ_as_much_as_the_worst_step() -> None:
 
 
 def test_percentiles_are_interpolated_milliseconds() -> None:
-    found = percentiles([0.001 * value for value in range(101)])
+    found = Percentiles.of([0.001 * value for value in range(101)])
     assert (found.p50, found.p90, found.p95, found.p99) == pytest.approx((50, 90, 95, 99))
-    assert percentiles([0.002]) == Percentiles(2, 2, 2, 2)
-    assert percentiles([0.001 * value for value in range(5)]).p50_interval is None
-    assert percentiles([0.001 * value for value in range(8)]).p50_interval == pytest.approx((0, 7))
+    assert Percentiles.of([0.002]) == Percentiles(2, 2, 2, 2)
+    assert Percentiles.of([0.001 * value for value in range(5)]).p50_interval is None
+    assert Percentiles.of([0.001 * value for value in range(8)]).p50_interval == pytest.approx((0, 7))
 
 
 def test_floors_are_what_the_linears_read_and_compute() -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from benchmarks.study.records import STUDY_RECORDS, StudySetting
 from grasp.bench.conditions import Conditions
-from grasp.bench.records import RECORDS, ModelResult, OpResult, Percentiles
+from grasp.bench.percentiles import Percentiles
+from grasp.bench.records import RECORDS, ModelResult, OpResult
 from grasp.bench.results import append_results, check_output, read_results
 from grasp.bench.schema import Record
 from grasp.errors import GraspError, ResultsError

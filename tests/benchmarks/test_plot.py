@@ -40,7 +40,7 @@ def test_every_figure_is_an_svg_and_two_pngs(inputs: list[str], tmp_path: Path) 
     assert code == 0
     files = sorted(path.name for path in (tmp_path / "plots").iterdir())
     drawings = [name.removesuffix(".svg") for name in files if name.endswith(".svg")]
-    assert {"block-influence", "spectrum-1", "times-a-prompt-of-3-tokens"} <= set(drawings)
+    assert {"block-influence", "spectrum-1", "times-a-prompt-of-3-tokens-after-3"} <= set(drawings)
     assert len(drawings) == 6  # those, perplexity by size on two texts, and by latency
     assert files == sorted(f"{name}{end}" for name in drawings for end in (".svg", "-light.png", "-dark.png"))
     for name in drawings:

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 
-from grasp.bench.records import ModelResult, OpResult, Percentiles
+from grasp.bench.percentiles import Percentiles
+from grasp.bench.records import ModelResult, OpResult
 from grasp.reporting.figure_data import Quality, by_latency, by_size, latencies, pareto_front, roofs
 from tests.bench.records import CONDITIONS, record
 
 
 def model(provider: str, **values: Any) -> Any:
-    plain = {"model": "builtin", "factors": "small", "dtype": "float32", "batch_size": 1, "perplexity_text": "builtin"}
+    plain = {"model": "builtin", "factors": "small", "dtype": "float32", "batch_size": 1, "mode": "eager"}
+    plain["perplexity_text"] = "builtin"
     return record(ModelResult, **{**plain, "provider": provider, **values})
 
 
@@ -63,9 +65,22 @@ def test_the_last_measurement_of_a_provider_counts() -> None:
     assert (bar.label, bar.first_token.p50) == ("GRASP, cpu", 2.0)
 
 
+def test_compiled_steps_are_beside_eager_ones() -> None:
+    lines = [model("dense"), model("dense", mode="compiled"), model("compressed/cpu", mode="compiled")]
+    labels = ["dense", "dense, compiled", "GRASP, cpu, compiled"]
+    assert [bar.label for bar in only(latencies(lines))] == labels
+    assert [point.label for point in only(by_latency(lines))] == labels
+
+
 @pytest.mark.parametrize(
     "values",
-    [{"dtype": "bfloat16"}, {"prompt_tokens": 9}, {"conditions": replace(CONDITIONS, threads=1)}, {"factors": "other"}],
+    [
+        {"dtype": "bfloat16"},
+        {"prompt_tokens": 9},
+        {"depth": 5},
+        {"conditions": replace(CONDITIONS, threads=1)},
+        {"factors": "other"},
+    ],
 )
 def test_latencies_of_different_conditions_do_not_share_a_figure(values: dict[str, Any]) -> None:
     assert len(latencies([model("dense"), model("dense", **values)])) == 2

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle, StepPatch
 from matplotlib.text import Text
 
-from grasp.bench.records import Percentiles
+from grasp.bench.percentiles import Percentiles
 from grasp.checkpoint.compression_report import CompressionReport, spectrum_indices
 from grasp.compress import compress_
 from grasp.config import GraspConfig
