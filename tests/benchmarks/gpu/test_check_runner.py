@@ -109,7 +109,7 @@ def test_every_line_is_on_the_disk_before_the_next_step(tmp_path: Path, monkeypa
 
 
 def test_the_state_of_the_gpu_is_kept_with_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_runner, "SAMPLE_EVERY", 0.05)
+    monkeypatch.setattr(check_runner, "SAMPLE_EVERY", 0.001)  # shorter than the start of a process
     path, readings = tmp_path / "lines", iter(range(1, 10_000))
     state = lambda: GpuState(1000.0 + next(readings), 2619.0, 350.0, 60.0, 0x4)  # noqa: E731
     run_tasks([planted("good")], Journal.open(path), time.monotonic() + 60, state=state)
