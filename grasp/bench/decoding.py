@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -14,8 +16,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from grasp.bench.memory import peak_bytes_above_now
+from grasp.bench.percentiles import Percentiles
 from grasp.bench.providers import COMPRESSED, DENSE, REMOVED, ModelProvider
-from grasp.bench.timing import turns
+from grasp.bench.timing import StopRule, rounds
 from grasp.evaluation.generation import CompiledSteps, GenerationTime, first_logits, time_generation
 from grasp.formatting import one_line
 from grasp.model.lowrank_linear import LowRankLinear
@@ -133,22 +136,45 @@ def _weights(provider: str) -> str:
     return provider if provider in (DENSE, REMOVED) else COMPRESSED
 
 
-def time_models(
-    models: Mapping[Key, Timed], case: Case, repeats: int, progress: Progress = no_progress
-) -> dict[Key, tuple[list[GenerationTime], int | None]]:
-    """Generation times of all models in turns, and the peak memory of the first repetition, which warms up."""
-    peaks: dict[Key, int | None] = {}
-    times: dict[Key, list[GenerationTime]] = {key: [] for key in models}
+class Turns(NamedTuple):
+    """The generations of all models in turns.
+
+    Attributes:
+        times: by model, one per turn.
+        peaks: peak memory of the turn before, which warms up.
+        stopped: why the turns ended, a name of ``STOPS``.
+    """
+
+    times: dict[Key, list[GenerationTime]]
+    peaks: dict[Key, int | None]
+    stopped: str
+
+
+def time_models(models: Mapping[Key, Timed], case: Case, stop: StopRule, progress: Progress = no_progress) -> Turns:
+    """Time generations of all models in turns, after a turn that warms up, until ``stop`` ends them."""
     step = f"timing batch {case.batch_size}"
     progress(step, 0, 1)  # not at every turn: a moving bar would slow down the timed model
-    for repetition, key in turns(list(models), repeats + 1):
-        generate = partial(models[key].generate, case)
-        if repetition:
-            times[key].append(generate())
-        else:
-            peaks[key] = peak_bytes_above_now(generate, first_device(models[key].provider.model))
+    orders = rounds(list(models))
+    generate = {key: partial(timed.generate, case) for key, timed in models.items()}
+    devices = {key: first_device(timed.provider.model) for key, timed in models.items()}
+    peaks = {key: peak_bytes_above_now(generate[key], devices[key]) for key in next(orders, ())}
+    times: dict[Key, list[GenerationTime]] = {key: [] for key in models}
+    stopped, start = "", time.perf_counter()
+    for turn, order in enumerate(orders, start=1):
+        for key in order:
+            times[key].append(generate[key]())
+        if (reason := stop.reason(turn, time.perf_counter() - start, partial(_precision, times))) is not None:
+            stopped = reason
+            break
     progress(step, 1, 1)
-    return {key: (generations, peaks[key]) for key, generations in times.items()}
+    return Turns(times, peaks, stopped)
+
+
+def _precision(times: Mapping[Key, Sequence[GenerationTime]]) -> float:
+    """The precision of the worst median, of the first token and of all steps; infinite with too few turns."""
+    seconds = ([[t.first_token_s for t in same], [t.decode_s for t in same]] for same in times.values())
+    known = (Percentiles.of(values).precision for values in chain.from_iterable(seconds))
+    return max(math.inf if precision is None else precision for precision in known)
 
 
 def floors(

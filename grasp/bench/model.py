@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.bench.conditions import Conditions, conditions, measure_card
-from grasp.bench.decoding import EAGER, MODES, Case, Key, checked, floors, time_models
+from grasp.bench.decoding import EAGER, MODES, Case, Key, Turns, checked, floors, time_models
 from grasp.bench.percentiles import Percentiles
 from grasp.bench.providers import (
     COMPRESSED,
@@ -34,7 +34,7 @@ from grasp.bench.providers import (
     truncate_,
 )
 from grasp.bench.records import PLAIN_SVD, ModelResult, NotMeasured
-from grasp.bench.timing import Sample
+from grasp.bench.timing import Sample, StopRule
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_pieces, tokenize
 from grasp.evaluation.generation import GenerationTime, random_prompt
@@ -67,7 +67,7 @@ class ModelRequest:
         prompt_tokens: prompt lengths.
         new_tokens: numbers of decoding steps.
         depths: numbers of tokens before the prompt, which are in the KV cache when the time begins.
-        repeats: turns of every model.
+        stop: when the turns of the models end, at each size.
         backends: names in the dispatch table; all if empty.
         text: text of the perplexity, as for ``read_pieces``.
         window: tokens per window of the text.
@@ -87,7 +87,7 @@ class ModelRequest:
     prompt_tokens: Sequence[int] = (128,)
     new_tokens: Sequence[int] = (16,)
     depths: Sequence[int] = (0,)
-    repeats: int = 5
+    stop: StopRule = field(default_factory=StopRule)
     backends: Sequence[str] = ()
     text: str = BUILTIN
     window: int = 512
@@ -113,10 +113,8 @@ def run(request: ModelRequest, *, progress: Progress = no_progress) -> Iterator[
     require_backends(request.backends)
     if unknown := sorted(set(request.modes) - set(MODES)):
         raise ValueError(f"unknown mode {unknown[0]!r}; expected one of {', '.join(MODES)}")
-    if request.repeats < 1 or request.windows < 0:
-        raise ValueError(
-            f"repeats must be at least 1 and windows at least 0, got {request.repeats} and {request.windows}"
-        )
+    if request.windows < 0:
+        raise ValueError(f"windows must be at least 0, got {request.windows}")
     text = read_pieces(request.text, split="evaluation") if request.windows else None
     first, *others = request.threads or (None,)
     with torch._dynamo.config.patch(_VERSIONS):
@@ -225,25 +223,15 @@ class _Bench:
             if name in able and not math.isfinite(result.perplexity):
                 reason = f"perplexity: {result.nonfinite} of {result.tokens} tokens have a NaN or infinite loss"
                 records.append(self.left_out(name, case, reason))
-        timed = time_models(right.models, case, self.request.repeats, progress)
-        for key, (times, peak) in timed.items():
-            dense = timed.get(Key(DENSE, key.mode))
-            baseline = [] if dense is None else [Sample(tuple(seconds)) for seconds in _phases(dense[0])]
-            records.append(self._result(key, case, times, peak, baseline, right.apart.get(key)))
+        turns = time_models(right.models, case, self.request.stop, progress)
+        records += [self._result(key, case, turns, right.apart.get(key)) for key in turns.times]
         return records
 
-    def _result(
-        self,
-        key: Key,
-        case: Case,
-        times: Sequence[GenerationTime],
-        peak: int | None,
-        dense: Sequence[Sample],
-        apart: float | None,
-    ) -> ModelResult:
+    def _result(self, key: Key, case: Case, turns: Turns, apart: float | None) -> ModelResult:
         request, (model, backend) = self.request, self.models[key.provider]
+        times, dense = turns.times[key], _phases(turns.times.get(Key(DENSE, key.mode), ()))
         size, cache = model_size(model, decoder(model).layers), times[-1].kv_cache_bytes
-        prefill, decode = (Sample(tuple(seconds)) for seconds in _phases(times))
+        prefill, decode = _phases(times)
         steps = Percentiles.of([step for time in times for step in time.steps_s])
         share = 1 - case.new_tokens / (case.depth + case.prompt_tokens + case.new_tokens)
         least = floors(model, self.card, case.batch_size, case.prompt_tokens, int(cache * share))
@@ -261,12 +249,13 @@ class _Bench:
             retain_ratio=self.retain_ratio,
             **case._asdict(),
             mode=key.mode,
-            repeats=request.repeats,
+            repeats=len(times),
+            stopped=turns.stopped,
             load_s=self.load_seconds.get(key.provider),
             parameters=size.parameters,
             weight_bytes=size.bytes,
             kv_cache_bytes=cache,
-            peak_memory_bytes=peak,
+            peak_memory_bytes=turns.peaks[key],
             prefill_ms=whole,
             first_token_ms=Percentiles.of([time.first_token_s for time in times]),
             inter_token_ms=steps,
@@ -278,10 +267,10 @@ class _Bench:
             inter_token_share_of_floor=None if limits[1] is None else limits[1] / steps.p50,
             prefill_tokens_per_s=case.batch_size * case.prompt_tokens / prefill.median,
             prefill_spread=prefill.spread,
-            prefill_speedup_over_dense=prefill.speedup_over(dense[0]) if dense else None,
+            prefill_speedup_over_dense=prefill.speedup_over(dense[0]) if dense[0].seconds else None,
             decode_tokens_per_s=case.batch_size * case.new_tokens / decode.median,
             decode_spread=decode.spread,
-            decode_speedup_over_dense=decode.speedup_over(dense[1]) if dense else None,
+            decode_speedup_over_dense=decode.speedup_over(dense[1]) if dense[1].seconds else None,
             logits_difference=apart,
             perplexity=quality.perplexity if quality is not None and finite else None,
             perplexity_text=None if quality is None else Path(request.text).name,
@@ -291,5 +280,6 @@ class _Bench:
         )
 
 
-def _phases(times: Sequence[GenerationTime]) -> tuple[list[float], list[float]]:
-    return [time.prefill_s for time in times], [time.decode_s for time in times]
+def _phases(times: Sequence[GenerationTime]) -> tuple[Sample, Sample]:
+    """The prefills and the decoding steps of all turns."""
+    return Sample(tuple(time.prefill_s for time in times)), Sample(tuple(time.decode_s for time in times))

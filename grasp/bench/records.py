@@ -139,6 +139,9 @@ class ModelResult(Record):
         output_token_ms: time of all steps over their number (TPOT), over the turns, ms.
         end_to_end_ms: from the prompt to the last token, over the turns, ms.
         load_s: seconds to load the model; ``None`` if it was made in memory.
+        stopped: why there were no more turns: ``repeats``, ``min-seconds``, ``precision`` (the 95 % intervals of the
+            medians of ``first_token_ms`` and ``output_token_ms`` of all providers were narrow enough) or
+            ``max-seconds`` (they were not).
 
     Example:
         >>> [column.heading for column in ModelResult.columns[:3]]
@@ -184,6 +187,7 @@ class ModelResult(Record):
     output_token_ms: Percentiles | None = None
     end_to_end_ms: Percentiles | None = None
     load_s: float | None = None
+    stopped: str = "repeats"
 
     kind: ClassVar[str] = "model"
     title: ClassVar[str] = "The whole model"
@@ -211,6 +215,7 @@ class ModelResult(Record):
         Column("of floor", "inter_token_share_of_floor", share),
         Column("end to end ms", "end_to_end_ms"),
         Column("decode tokens/s", "decode_tokens_per_s", _fixed),
+        Column("±", lambda result: result.output_token_ms and result.output_token_ms.precision, share),
         Column("spread", "decode_spread", share),
         Column("decode × dense", "decode_speedup_over_dense", _ratio),
         Column("parameters", "parameters", count),
@@ -223,9 +228,9 @@ class ModelResult(Record):
     )
     legend: ClassVar[str] = (
         "Milliseconds are p50, p95 and p99. The floor is the time of the weights' bytes or FLOPs at the measured "
-        "speeds; of floor is the share of it that was reached. × dense is a speed-up. Spread is the distance between "
-        "the quartiles over the median. Peak is above the loaded weights. Logits off is the relative difference from "
-        "the reference backend."
+        "speeds; of floor is the share of it that was reached. × dense is a speed-up. ± is how far the 95 % interval "
+        "of the median reaches from it; spread is the distance between the quartiles over it. Peak is above the loaded "
+        "weights. Logits off is the relative difference from the reference backend."
     )
     figures: ClassVar[tuple[str, ...]] = (
         "grasp.reporting.pictures:perplexity_by_size",
@@ -241,10 +246,12 @@ class ModelResult(Record):
         return self.parameters if self.provider == "dense" else None
 
     def notes(self) -> Iterator[str]:
-        """Conditions, the text of the perplexity, and the note."""
+        """Conditions, the text of the perplexity, why the turns ended, and the note."""
         yield from super().notes()
         if self.perplexity_text is not None:
             yield f"Perplexity on {self.perplexity_tokens} held-out tokens of {self.perplexity_text}."
+        if self.stopped != "repeats":
+            yield f"Turns ended after {self.repeats}: {self.stopped}."
         if self.note:
             yield self.note
 

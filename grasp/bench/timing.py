@@ -1,8 +1,9 @@
-"""Batches of calls timed in turns; ``speedgate.timing`` has the timing loop."""
+"""Calls timed in turns, and when turns end; ``speedgate.timing`` has the timing loop."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import TypeVar
@@ -10,6 +11,7 @@ from typing import TypeVar
 from speedgate.timing import Batch
 
 Name = TypeVar("Name")
+STOPS = REPEATS, MIN_SECONDS, PRECISION, MAX_SECONDS = ("repeats", "min-seconds", "precision", "max-seconds")
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,63 @@ class Sample:
         return median(theirs / ours for ours, theirs in zip(self.seconds, other.seconds, strict=True))
 
 
+@dataclass(frozen=True)
+class StopRule:
+    """When turns end.
+
+    Attributes:
+        repeats: fewest turns.
+        min_seconds: fewest seconds of all turns.
+        precision: turns go on until all medians are known this well: largest distance from an end of the 95 % interval,
+            as a fraction of the median. ``None`` asks for no precision.
+        max_seconds: seconds after which turns end at any precision.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    repeats: int = 5
+    min_seconds: float = 0.0
+    precision: float | None = None
+    max_seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+        if not 0 <= self.min_seconds <= self.max_seconds:
+            raise ValueError(
+                f"min_seconds must be from 0 to max_seconds, got {self.min_seconds:g} and {self.max_seconds:g}"
+            )
+        if self.precision is not None and not 0 < self.precision < 1:
+            raise ValueError(f"precision must be between 0 and 1, such as 0.02; got {self.precision:g}")
+
+    def reason(self, turns: int, seconds: float, precision: Callable[[], float]) -> str | None:
+        """Why turns end now: a name of ``STOPS``; ``None`` to go on.
+
+        Args:
+            turns: finished turns.
+            seconds: that they took.
+            precision: the precision of the median that is known least well.
+        """
+        if turns < self.repeats or seconds < self.min_seconds:
+            return None
+        if self.precision is None:
+            return REPEATS if self.min_seconds == 0 else MIN_SECONDS
+        if precision() <= self.precision:
+            return PRECISION
+        return MAX_SECONDS if seconds >= self.max_seconds else None
+
+
+def rounds(names: Sequence[Name]) -> Iterator[tuple[Name, ...]]:
+    """All names in turn, without end; each round starts with the next one."""
+    for first in itertools.cycle(range(len(names))):
+        yield (*names[first:], *names[:first])
+
+
 def turns(names: Sequence[Name], repetitions: int) -> Iterator[tuple[int, Name]]:
-    """Repetition and name of every turn: all names in each repetition, each repetition starting with the next one."""
-    for repetition in range(repetitions):
-        first = repetition % len(names)
-        for name in (*names[first:], *names[:first]):
+    """Repetition and name of every turn of so many ``rounds``."""
+    for repetition, order in enumerate(itertools.islice(rounds(names), repetitions)):
+        for name in order:
             yield repetition, name
 
 

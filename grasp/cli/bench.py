@@ -61,6 +61,12 @@ Compressed = Annotated[
     str | None, typer.Option(metavar="FOLDER", help="MODEL compressed by grasp compress. Default: plain SVD.")
 ]
 LowRankLayers = Annotated[int, typer.Option(min=1, max=MOST, help="Number of layers in the middle for plain SVD.")]
+MinSeconds = Annotated[float, typer.Option(min=0, help="Take turns for at least this long, at each size.")]
+Precision = Annotated[
+    float | None,
+    typer.Option(help="Take turns until medians are known to this fraction, such as 0.02, with 95 % confidence."),
+]
+MaxSeconds = Annotated[float, typer.Option(min=0, help="Stop after this long at any --precision.")]
 BatchSizes = Annotated[str, typer.Option(help="Sequences per batch.")]
 Modes = Annotated[
     str, typer.Option(metavar="eager,compiled", help="compiled: steps by torch.compile, with a static KV cache.")
@@ -166,6 +172,9 @@ def model(
     new_tokens: NewTokens = "16",
     depth: Depths = "0",
     repeats: Repetitions = 5,
+    min_seconds: MinSeconds = 0.0,
+    precision: Precision = None,
+    max_seconds: MaxSeconds = 120.0,
     backend: Backends = None,
     text: Text = "builtin",
     window: Window = 512,
@@ -195,6 +204,7 @@ def model(
     $ grasp bench model builtin --compressed small --mode eager,compiled --batch-size 1 --depth 0,1024
     """
     from grasp.bench import model as benchmark
+    from grasp.bench.timing import StopRule
 
     request = benchmark.ModelRequest(
         model=model,
@@ -207,7 +217,7 @@ def model(
         prompt_tokens=parse_counts(prompt_tokens, "prompt tokens"),
         new_tokens=parse_counts(new_tokens, "new tokens"),
         depths=parse_counts(depth, "depth", least=0),
-        repeats=repeats,
+        stop=StopRule(repeats, min_seconds, precision, max_seconds),
         backends=backend or (),
         text=text,
         window=window,

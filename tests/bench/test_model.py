@@ -189,6 +189,8 @@ def test_a_perplexity_that_is_no_number_is_said(run: RunBench, monkeypatch: pyte
         (("--batch-size", "0"), "positive numbers such as 1,4,16"),
         (("--depth", "-1"), "depth must be numbers such as"),
         (("--depth", "500"), "a depth of 500, 8 prompt tokens and 3 new tokens are more than the model's 128"),
+        (("--min-seconds", "9", "--max-seconds", "3"), "min_seconds must be from 0 to max_seconds, got 9 and 3"),
+        (("--precision", "2"), "precision must be between 0 and 1"),
         (("--mode", "eager,fast"), "unknown mode 'fast'; expected one of eager, compiled"),
         (("--compressed", "absent"), "absent"),
         (("--text", "absent.txt"), "absent.txt"),
@@ -219,8 +221,20 @@ def test_percentiles_are_interpolated_milliseconds() -> None:
     found = Percentiles.of([0.001 * value for value in range(101)])
     assert (found.p50, found.p90, found.p95, found.p99) == pytest.approx((50, 90, 95, 99))
     assert Percentiles.of([0.002]) == Percentiles(2, 2, 2, 2)
-    assert Percentiles.of([0.001 * value for value in range(5)]).p50_interval is None
-    assert Percentiles.of([0.001 * value for value in range(8)]).p50_interval == pytest.approx((0, 7))
+
+
+def test_turns_go_on_until_medians_are_known_to_the_precision(run: RunBench, tmp_path: Path) -> None:
+    sizes = ("--layers", "1", "--backend", "reference", "--batch-size", "1", "--windows", "0")
+    outcome = run(*sizes, "--precision", "0.9", "-o", tmp_path / "model.jsonl")
+    assert outcome.code == 0, outcome.err
+    records = [record for record in read_results(tmp_path / "model.jsonl") if isinstance(record, ModelResult)]
+    (turns,) = {record.repeats for record in records}
+    assert turns >= 6  # two are asked, and fewer than six have no interval
+    assert {record.stopped for record in records} == {"precision"}
+    for record in records:
+        assert record.first_token_ms.precision <= 0.9
+        assert record.output_token_ms.precision <= 0.9
+    assert f"Turns ended after {turns}: precision." in outcome.text
 
 
 def test_floors_are_what_the_linears_read_and_compute() -> None:

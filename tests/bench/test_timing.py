@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from grasp.bench.timing import Sample, interleave
+from grasp.bench.timing import Sample, StopRule, interleave
 
 
 class Clock:
@@ -38,3 +38,29 @@ def test_a_slow_spell_of_the_machine_cancels_in_the_speedup() -> None:
     ours, theirs = Sample((1.0, 10.0, 1.0)), Sample((2.0, 20.0, 2.0))
     assert ours.speedup_over(theirs) == 2
     assert theirs.speedup_over(ours) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("turns", "seconds", "precision", "reason"),
+    [
+        (4, 9.0, 0.0, None),  # fewer turns than asked
+        (5, 1.9, 0.0, None),  # less time than asked
+        (5, 2.0, 0.01, "precision"),
+        (5, 2.0, 0.02, None),
+        (5, 7.0, 0.02, "max-seconds"),
+    ],
+)
+def test_turns_end_at_the_precision_or_after_the_longest_time(
+    turns: int, seconds: float, precision: float, reason: str | None
+) -> None:
+    rule = StopRule(repeats=5, min_seconds=2.0, precision=0.01, max_seconds=7.0)
+    assert rule.reason(turns, seconds, lambda: precision) == reason
+
+
+def test_without_a_precision_turns_and_seconds_decide() -> None:
+    def unknown() -> float:
+        raise AssertionError
+
+    assert StopRule(3).reason(3, 0.0, unknown) == "repeats"
+    assert StopRule(3, min_seconds=1.0).reason(3, 0.5, unknown) is None
+    assert StopRule(3, min_seconds=1.0).reason(9, 1.5, unknown) == "min-seconds"
