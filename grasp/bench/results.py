@@ -1,4 +1,4 @@
-"""Files of benchmark results: one JSON object a line."""
+"""Files of benchmark results: one JSON object a line, or tables."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 from grasp.bench.records import RECORDS
 from grasp.bench.schema import LineError, Record, parse
+from grasp.bench.tables import FORMATS
 from grasp.errors import ResultsError
-from grasp.files import require_writable
+from grasp.files import require_writable, write_whole
 from grasp.reading import read_lines
 
 
@@ -53,6 +54,47 @@ def check_output(path: Path | None, further: Sequence[type[Record]] = ()) -> Non
     if path.exists():
         read_results(path, further)
         _append(path, b"")
+
+
+def check_outputs(paths: Sequence[Path]) -> None:
+    """Check that ``save_results`` can write all files, before hours are spent. None is changed.
+
+    Raises:
+        GraspError, ResultsError: as ``check_output``, also if a file for tables exists.
+    """
+    for path in paths:
+        if path.suffix not in FORMATS:
+            check_output(path)
+        elif path.exists():
+            raise ResultsError(f"{path} exists, and tables are not appended; expected the name of a new file")
+        else:
+            require_writable(path)
+
+
+def save_results(paths: Sequence[Path], records: Sequence[Record], earlier: Sequence[Record] = ()) -> None:
+    """Write records to every file: ``.md`` and ``.csv`` get tables, others have JSON lines appended.
+
+    Args:
+        paths: the files.
+        records: the new records.
+        earlier: records of this run that are in the files; tables are written again with them.
+
+    Raises:
+        ValueError, GraspError, ResultsError: as ``append_results`` and ``write_whole``.
+
+    Example:
+        >>> import tempfile
+        >>> from grasp.bench.records import NotMeasured
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_results([Path(folder, "ops.csv")], [NotMeasured("ops", "cuda", "no CUDA device")])
+        ...     Path(folder, "ops.csv").read_text().splitlines()[1][:40]
+        'not_measured,1,ops,cuda,no CUDA device,F'
+    """
+    for path in paths:
+        if path.suffix in FORMATS:
+            write_whole(path, FORMATS[path.suffix]([*earlier, *records]))
+        else:
+            append_results(path, records)
 
 
 def _append(path: Path, data: bytes) -> None:

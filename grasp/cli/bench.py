@@ -25,9 +25,9 @@ Rounds = Callable[["StepBars"], Iterable[Sequence["Record"]]]
 BenchModel = Annotated[
     str, typer.Argument(metavar="[MODEL]", help="A folder, a GGUF file, a hub name, or [bold]builtin[/bold].")
 ]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", help="Append JSON lines to this file; see docs/benchmarks.md."),
+Outputs = Annotated[
+    list[Path] | None,
+    typer.Option("--output", "-o", help="A new .md or .csv file for tables; JSON lines are appended to any other."),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads. Default: PyTorch's choice.")]
 Layers = Annotated[str | None, typer.Option(help="Instead of --num-layers: these layers, such as 3,12-17.")]
@@ -113,7 +113,7 @@ def ops(
     threads: ThreadCounts = None,
     rotate_mb: RotateMb = 1024,
     repetitions: Repetitions = 20,
-    output: Output = None,
+    output: Outputs = None,
     as_json: Json = False,
 ) -> None:
     """Time every op on every backend against dense, unfused and compiled linears.
@@ -182,7 +182,7 @@ def model(
     device: Device = None,
     dtype: Dtype = "auto",
     threads: ThreadList = None,
-    output: Output = None,
+    output: Outputs = None,
     as_json: Json = False,
 ) -> None:
     """Time MODEL dense, with layers removed, and low-rank on each backend and unfused, at all sizes that are listed.
@@ -244,7 +244,7 @@ def compress(
     full: Full = False,
     device: Device = None,
     threads: Threads = None,
-    output: Output = None,
+    output: Outputs = None,
     as_json: Json = False,
 ) -> None:
     """Time the attribution of a compression against its plain definition, written from the paper's formulas.
@@ -313,21 +313,21 @@ def tune(
             console.print_line(file)
 
 
-def _measure(rounds: Rounds, output: Path | None, as_json: bool) -> None:
+def _measure(rounds: Rounds, outputs: Sequence[Path] | None, as_json: bool) -> None:
     """Save and print the records of all rounds. A wrong result makes the exit code 1."""
     from grasp.bench.records import NotMeasured
-    from grasp.bench.results import append_results, check_output
+    from grasp.bench.results import check_outputs, save_results
     from grasp.cli import bench_tables, console
 
-    check_output(output)
+    check_outputs(outputs or ())
     results: list[Record] = []
     try:
         with console.step_bars() as progress:
             for records in rounds(progress):
-                results += records
+                earlier, results = results, [*results, *records]
                 if not as_json:
                     bench_tables.show_results(records)
-                append_results(output, records)
+                save_results(outputs or (), records, earlier)
     except BaseException:  # such as a full disk: what was measured is printed
         if as_json and results:
             console.print_json({"results": [record.to_dict() for record in results]})

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
 
-from grasp.bench.records import NotMeasured
-from grasp.bench.schema import Record, case_text, grouped, notes
+from grasp.bench.schema import Record, notes
+from grasp.bench.tables import left_out, tables
 from grasp.cli.console import print_table, print_text
 from grasp_kernels.roofline import Card
 
@@ -23,12 +23,9 @@ def show_cards(cards: dict[str, Card], threads: int | None) -> None:
 
 
 def show_results(records: Iterable[Record]) -> None:
-    """Print a table for each class of records and each of its cases. ``show_left_out`` prints those left out."""
-    measured = [record for record in records if not isinstance(record, NotMeasured)]
-    cases = grouped(measured, lambda record: (type(record), case_text(record, record.case)))
-    for (record_class, title), rows in cases.items():
-        columns = ([column.heading, *map(column.text_of, rows)] for column in record_class.columns)
-        _print_wide_table([column for column in columns if any(column[1:])], title)
+    """Print the tables of records. ``show_left_out`` prints those that were not measured."""
+    for table in tables(records):
+        _print_wide_table(list(zip(table.headings, *table.rows, strict=True)), table.title)
 
 
 def show_notes(records: Iterable[Record]) -> None:
@@ -39,12 +36,9 @@ def show_notes(records: Iterable[Record]) -> None:
 
 
 def show_left_out(records: Iterable[Record]) -> None:
-    """Print one line for each reason why something was not measured, with all places that it applies to."""
-    left_out = [record for record in records if isinstance(record, NotMeasured)]
-    same_reason = grouped(left_out, lambda line: (line.wrong, line.provider, line.op, line.not_measured))
-    for (wrong, provider, op, reason), lines in same_reason.items():
-        subject = provider if op is None else f"{provider} {op}"
-        print_text(f"{'WRONG' if wrong else 'Not measured'}: {subject} at {_places(lines)}: {reason}")
+    """Print one line for each reason why something was not measured."""
+    for line in left_out(records):
+        print_text(line)
 
 
 def _print_wide_table(columns: Sequence[Sequence[str]], title: str) -> None:
@@ -67,17 +61,3 @@ def _parts(widths: Sequence[int], available: int) -> Iterator[list[int]]:
             part = [0]
         part.append(index)
     yield part
-
-
-def _places(lines: Sequence[NotMeasured]) -> str:
-    """Where a reason applies: batch sizes of a model, or shapes, rows and dtypes of an op."""
-    if lines[0].benchmark == "model":
-        return f"batch {_distinct(line.batch_size for line in lines)}"
-    return "; ".join(
-        f"{shape}, M = {_distinct(line.rows for line in same)}, {_distinct(line.dtype for line in same)}"
-        for shape, same in grouped(lines, lambda line: line.shape).items()
-    )
-
-
-def _distinct(values: Iterable[object]) -> str:
-    return ", ".join(dict.fromkeys(map(str, values)))

@@ -17,6 +17,7 @@ from grasp.bench.percentiles import Percentiles
 from grasp.bench.providers import Unfused, truncate_
 from grasp.bench.records import ModelResult, NotMeasured
 from grasp.bench.results import read_results
+from grasp.bench.tables import comma_separated, markdown
 from grasp.calibration import bos_for
 from grasp.evaluation.perplexity import perplexity
 from grasp.loading import load_model
@@ -135,14 +136,15 @@ def test_a_compressed_checkpoint_is_measured_as_it_is(run: RunBench, tiny: Path,
     assert measured[2].parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_perplexity_can_be_left_out(run: RunBench, tmp_path: Path) -> None:
-    outcome = run(
-        "--layers", "1", "--batch-size", "1", "--windows", "0", "--text", "absent", "-o", tmp_path / "m.jsonl"
-    )
+def test_perplexity_can_be_left_out_and_tables_are_written(run: RunBench, tmp_path: Path) -> None:
+    outputs = [argument for name in ("m.jsonl", "m.md", "m.csv") for argument in ("-o", tmp_path / name)]
+    sizes = ("--layers", "1", "--batch-size", "1,2", "--backend", "reference", "--windows", "0", "--text", "absent")
+    outcome = run(*sizes, *outputs)
     assert outcome.code == 0, outcome.err
-    assert {record.perplexity for record in read_results(tmp_path / "m.jsonl") if isinstance(record, ModelResult)} == {
-        None
-    }
+    records = read_results(tmp_path / "m.jsonl")
+    assert {record.perplexity for record in records if isinstance(record, ModelResult)} == {None}
+    assert (tmp_path / "m.md").read_text() == markdown(records)
+    assert (tmp_path / "m.csv").read_text() == comma_separated(records)
 
 
 def test_a_provider_with_wrong_logits_is_not_timed(
