@@ -16,6 +16,7 @@ from grasp.progress import Progress, no_progress
 from grasp_kernels.shapes import GroupShape, format_shape, parse_shape
 
 SHAPES = (QKV, ATTENTION, GATE_UP, DOWN)  # all linears of Llama-2-7B
+PIVOTED = ("lowrank_linear", "lowrank_glu")  # kernels that take pivoted factors
 GRADIENT_TOKENS = (512, 2048, 8192)  # of a call during calibration
 
 
@@ -31,7 +32,8 @@ def tune(
 
     Args:
         shapes: as ``grasp_kernels.shapes.parse_shape`` reads them. Pairs with the same N are also tuned as gated
-            linear units. The singular-value gradient is tuned at their ranks and at full rank.
+            linear units; both as U and Vh, and as pivoted factors if all ranks are below N. The singular-value gradient
+            is tuned at their ranks and at full rank.
         rows: tokens per call; the gradient has ``GRADIENT_TOKENS`` instead.
         dtype: of inputs and factors.
         output: folder of the files; ``None`` for the installed package, which reads them.
@@ -58,9 +60,10 @@ def tune(
     files: list[Path] = []
     for done, (kernel, (group_shapes, counts)) in enumerate(calls.items(), start=1):
         workloads = [
-            autotune.Workload(count, shape[0].K, tuple((linear.N, linear.R) for linear in shape), DTYPES[dtype])
+            autotune.Workload(count, shape[0].K, tuple((N, R) for _, N, R in shape), DTYPES[dtype], pivoted)
             for shape in group_shapes
             for count in counts
+            for pivoted in ((False, True) if kernel in PIVOTED and all(R < N for _, N, R in shape) else (False,))
         ]
         files.append(autotune.tune(kernel, workloads, directory=folder))
         progress(f"tuning {kernel} for {', '.join(map(format_shape, group_shapes))}", done, len(calls))

@@ -28,35 +28,62 @@ ACTIVATIONS: dict[type[nn.Module], str] = {  # type → the name that ``lowrank_
 
 
 @functools.cache
-def is_gated_forward(forward: Callable[..., Tensor]) -> bool:
-    """Whether the source of a method is the formula, in one statement or with one variable for its value.
+def formula_of(forward: Callable[..., Any]) -> str | None:
+    """The expression that a method returns for its argument ``{x}``, with each variable replaced by its value.
+
+    ``None`` unless its source is assignments and a return, and the expression has all calls of the source, each once.
 
     Example:
         >>> from transformers.models.llama.modeling_llama import LlamaMLP
-        >>> is_gated_forward(LlamaMLP.forward)
-        True
+        >>> formula_of(LlamaMLP.forward)
+        'self.down_proj(self.act_fn(self.gate_proj({x})) * self.up_proj({x}))'
     """
     try:
         (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
     except (OSError, TypeError, SyntaxError):  # no source: built in, typed at a prompt, or a lambda amid other code
-        return False
+        return None
     if not isinstance(function, ast.FunctionDef) or function.decorator_list:
-        return False
-    arguments = function.args
+        return None
+    arguments, calls = function.args, _count_calls(function)
     if len(arguments.args) != 2 or arguments.vararg or arguments.kwarg or arguments.kwonlyargs or arguments.posonlyargs:
-        return False
+        return None
     first, x = (argument.arg for argument in arguments.args)
-    formula = FORMULA.format(x=x)
-    line, *rest = [ast.unparse(line) for line in function.body[ast.get_docstring(function) is not None :]] or [""]
-    name, _, value = line.partition(" = ")
-    return first == "self" and ([line, *rest] == [f"return {formula}"] or (value, *rest) == (formula, f"return {name}"))
+    if first != "self":
+        return None
+    values = _Values(x)
+    for line in function.body[ast.get_docstring(function) is not None :]:
+        match line:
+            case ast.Assign([ast.Name(name)], value):
+                values.of[name] = values.visit(value)
+            case ast.Assign([ast.Tuple([ast.Name(name), ast.Name("_")])], value):
+                values.of[name] = ast.Subscript(values.visit(value), ast.Constant(0))
+            case ast.Return(ast.expr() as value):  # a line after it would have calls or be without effect
+                formula = values.visit(value)
+                return ast.unparse(formula) if _count_calls(formula) == calls else None
+            case _:
+                return None
+    return None
+
+
+class _Values(ast.NodeTransformer):
+    """Replaces variables by their values."""
+
+    def __init__(self, x: str) -> None:
+        self.of: dict[str, ast.expr] = {x: ast.Name("{x}")}
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return self.of.get(node.id, node)
+
+
+def _count_calls(node: ast.AST) -> int:
+    return sum(isinstance(part, ast.Call) for part in ast.walk(node))
 
 
 def fuse_gate_(module: nn.Module, enabled: bool) -> None:
     """Give a gated MLP the class that uses ``lowrank_glu``, or return it to its own; no-op for other modules."""
     kind: Any = vars(type(module)).get("gated_kind", type(module))
     low_rank = type(getattr(module, "gate_proj", None)) is type(getattr(module, "up_proj", None)) is LowRankLinear
-    wanted = _gated(kind) if enabled and low_rank and is_gated_forward(kind.forward) else kind
+    wanted = _gated(kind) if enabled and low_rank and formula_of(kind.forward) == FORMULA else kind
     if type(module) is not wanted:
         module.__class__ = wanted
 

@@ -1,9 +1,9 @@
 """The checkpoint format for vLLM, which calls ``register`` through the entry point ``vllm.general_plugins``.
 
 Only vLLM imports this module. A linear with a rank in ``config.json`` becomes a low-rank linear. vLLM merges some
-linears, such as q, k and v. One call of ``grasp::lowrank_linear_merged`` computes a merged linear. If some parts are
-dense, ``grasp::lowrank_linear_grouped`` computes the others. The ops are opaque to ``torch.compile`` and do not
-synchronise with the GPU, so CUDA graphs can record them.
+linears, such as q, k and v. One call of ``grasp::lowrank_linear_merged`` computes a merged linear, its dense parts
+included. In an MLP whose gate and up are low-rank, ``grasp::lowrank_glu`` computes them and the activation. The ops are
+opaque to ``torch.compile`` and do not synchronise with the GPU, so CUDA graphs can record them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ from grasp.serving.shards import (
     merged_linears,
     output_pieces,
 )
-from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped, lowrank_linear_merged, warm_up
+from grasp.serving.vllm_mlp import fuse_gate_, watch_parents
+from grasp_kernels import Dense, Factors, lowrank_glu, lowrank_linear, lowrank_linear_merged, warm_up
 from grasp_kernels.packing import RANK_MULTIPLE
 
 
@@ -101,6 +102,7 @@ class GraspVllmConfig(QuantizationConfig):
             if not any(name in self.ranks for name in names):
                 return UnquantizedLinearMethod()
             _check_loader(prefix)
+            watch_parents()
             return GraspLinearMethod(names, self.ranks, self.pivoted)
         for name in self.ranks:
             expert = name.removeprefix(f"{prefix}.")
@@ -344,29 +346,44 @@ class GraspLinearMethod(LinearMethodBase):
                         f"{part.name}.{name} is not in the checkpoint, or has NaN or infinite entries; expected finite "
                         "U and Vh of every module in ranks. Save or copy the checkpoint again."
                     )
+        both = len(self.sizes) == 2 and all(size.rank for size in self.sizes) and not _serves_adapters()
+        activation = fuse_gate_(layer) if both else None
         if current_platform.is_cuda_alike():
             # vLLM's own dummy runs have only the numbers of rows of its CUDA graphs and its largest batch.
             # A kernel with a bias is another one than without.
             model = functools.partial(self.apply, layer, bias=_passed_bias(layer))
+            if activation is not None:
+                model = functools.partial(self.gated, layer, activation=activation)
             warm_up(model, layer.Vh.new_zeros(1, layer.Vh.shape[1]))
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., K) → (..., sum of N_i)."""
+        if not any(size.rank for size in self.sizes):
+            return F.linear(x, layer.weight, bias)
+        members = self._members(layer, bias)
+        (first, *others) = members
+        return lowrank_linear_merged(x, members) if others else lowrank_linear(x, *first)
+
+    def gated(self, layer: LinearBase, x: Tensor, activation: str) -> Tensor:
+        """``act(gate(x)) * up(x)`` by a linear of two low-rank parts of one width: (..., K) → (..., N)."""
+        gate, up = self._members(layer, _passed_bias(layer))
+        return lowrank_glu(x, gate, up, activation=activation)
+
+    def _members(self, layer: LinearBase, bias: Tensor | None) -> list[Any]:
+        """The factors of each low-rank part, and ``Dense`` of the others."""
         biases = [None] * len(self.parts) if bias is None else bias.split([size.rows for size in self.sizes])
         orders = [order if order.shape[0] else None for order in self._split_order(layer.order)]
         columns = self._split_U(layer.U), self._split_Vh(layer.Vh), self._split_weight(layer.weight), biases, orders
-        parts = list(zip(*columns, strict=True))
-        low_rank = [Factors(U, None, Vh, b, order) for U, Vh, _, b, order in parts if Vh.shape[0]]
-        if not low_rank:
-            return F.linear(x, layer.weight, bias)
-        if len(parts) == 1:
-            return lowrank_linear(x, *low_rank[0])
-        if len(parts) == len(low_rank):
-            return lowrank_linear_merged(x, low_rank)
-        outputs = iter(lowrank_linear_grouped(x, low_rank))
-        return torch.cat(
-            [next(outputs) if Vh.shape[0] else F.linear(x, weight, b) for _, Vh, weight, b, _ in parts], dim=-1
-        )
+        return [
+            Factors(U, None, Vh, b, order) if Vh.shape[0] else Dense(weight, b)
+            for U, Vh, weight, b, order in zip(*columns, strict=True)
+        ]
+
+
+def _serves_adapters() -> bool:
+    """Whether vLLM adds LoRA adapters, for which it wraps the linears of an MLP after their weights are loaded."""
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.lora_config is not None
 
 
 def _passed_bias(layer: LinearBase) -> Tensor | None:

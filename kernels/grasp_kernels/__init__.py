@@ -11,11 +11,12 @@ from grasp_kernels.ops import (
     singular_value_grad,
 )
 from grasp_kernels.packing import pack_factors
-from grasp_kernels.reference import Factors
+from grasp_kernels.reference import Dense, Factors
 from grasp_kernels.warming import warm_up
 
 __all__ = [
     "BackendUnavailableError",
+    "Dense",
     "Factors",
     "SingularValueGrad",
     "available_backends",

@@ -71,12 +71,13 @@ Measure = Callable[[Sequence[Callable[[], Any]]], float]
 
 
 class Workload(NamedTuple):
-    """A call to tune for: M rows of K features, and (N, R) of each member of the group."""
+    """A call to tune for: M rows of K features, and (N, R) of each member of the group, all pivoted or none."""
 
     rows: int
     in_features: int
     members: tuple[tuple[int, int], ...]
     dtype: torch.dtype = torch.bfloat16
+    pivoted: bool = False
 
 
 def measure_graph(calls: Sequence[Callable[[], Any]]) -> float:
@@ -145,8 +146,9 @@ def tune(
 
 def workload_key(workload: Workload) -> LaunchKey:
     """The key of a workload's configuration."""
-    width, rank = (sum(column) for column in zip(*workload.members, strict=True))
-    return LaunchKey.of(workload.rows, width, workload.in_features, rank, workload.dtype, len(workload.members))
+    rows, in_features, members, dtype, pivoted = workload
+    width, rank = (sum(column) for column in zip(*members, strict=True))
+    return LaunchKey.of(rows, width, in_features, rank, dtype, len(members), rank * pivoted)
 
 
 def _fastest(
@@ -196,18 +198,22 @@ def _descend(
 
 def _inputs(workload: Workload, device: torch.device) -> Iterator[tuple[Tensor, list[Factors]]]:
     """x and packed factors of each call; so many calls that no factors are in the L2 cache when a call starts."""
-    rows, K, members, dtype = workload
-    size = sum(R * (N + K) for N, R in members) * dtype.itemsize
+    rows, K, members, dtype, pivoted = workload
+    size = sum(R * (N - R * pivoted + K) for N, R in members) * dtype.itemsize
     for _ in range(max(MIN_CALLS, _cold_calls(size)) if device.type == "cuda" else 1):
-        factors = [
-            Factors(
-                torch.randn(N, R, device=device, dtype=dtype) * R**-0.5,
-                None,
-                torch.randn(R, K, device=device, dtype=dtype) * K**-0.5,
-            )
-            for N, R in members
-        ]
-        yield torch.randn(rows, K, device=device, dtype=dtype), pack_factors(factors)
+        packed = pack_factors(
+            [
+                Factors(
+                    torch.randn(N - R * pivoted, R, device=device, dtype=dtype) * R**-0.5,
+                    None,
+                    torch.randn(R, K, device=device, dtype=dtype) * K**-0.5,
+                )
+                for N, R in members
+            ]
+        )
+        orders = [torch.randperm(N, device=device, dtype=torch.int32) if pivoted else None for N, _ in members]
+        factors = [group._replace(order=order) for group, order in zip(packed, orders, strict=True)]
+        yield torch.randn(rows, K, device=device, dtype=dtype), factors
 
 
 def _cold_calls(size: int) -> int:
@@ -243,7 +249,7 @@ def _fastest_tile(workload: Workload, device: torch.device, measure: Measure) ->
 
 def _gradient_inputs(workload: Workload, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """x, grad_y, U and Vh of each call; so many calls that none of them is in the L2 cache when a call starts."""
-    rows, K, ((N, R),), dtype = workload
+    rows, K, ((N, R),), dtype, _ = workload
     shapes = ((rows, K), (rows, N), (N, R), (R, K))
     size = sum(map(math.prod, shapes)) * dtype.itemsize
     for _ in range(1 + _cold_calls(size) if device.type == "cuda" else 1):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from grasp_kernels.reference import ACTIVATIONS, Factors
+from grasp_kernels.reference import ACTIVATIONS, Dense, Factors
 from grasp_kernels.versions import PerVersion
 
 _bounds_on_gpu: PerVersion[list[int]] = PerVersion(lambda cu_seqlens: cu_seqlens.tolist())
+Member = TypeVar("Member")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -36,6 +38,32 @@ def check_factors(
         _check_shapes(x, factors)
         _check_dtypes(x, factors)
         _check_devices(x, factors)
+
+
+def check_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Check that a dense linear applies to ``x``.
+
+    Raises:
+        TypeError: if an argument is not a tensor.
+        ValueError: if a tensor is not dense, or shapes, dtypes or devices do not agree.
+    """
+    _check_dense(x=x, weight=weight)
+    _check_optional(bias=bias)
+    if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or 0 in weight.shape:
+        raise ValueError(f"expected x (..., K), weight (N, K), N and K at least 1; got {_shape(x)}, {_shape(weight)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({weight.shape[0]},), got {_shape(bias)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype, tensor.device) != (x.dtype, x.device):
+            raise ValueError(f"{name} must be {x.dtype} on {x.device}, got {tensor.dtype} on {tensor.device}")
+
+
+def check_member(x: Tensor, member: Factors | Dense) -> None:
+    """Check that a member of a merged call applies to ``x``; raises as ``check_factors`` and ``check_dense``."""
+    if isinstance(member, Dense):
+        check_dense(x, *member)
+    else:
+        check_factors(x, *member)
 
 
 def check_glu(x: Tensor, gate: Factors, up: Factors, activation: str) -> None:
@@ -115,9 +143,18 @@ def to_groups(op: str, factors: Iterable[object]) -> tuple[Factors, ...]:
         TypeError: if ``factors`` is not a sequence of groups.
         ValueError: if it is empty; the message has the name of the op.
     """
+    return _to_tuple(op, factors, to_factors)
+
+
+def to_members(op: str, members: Iterable[object]) -> tuple[Factors | Dense, ...]:
+    """The members of a merged call as a tuple; as ``to_groups``, but each may be ``Dense``."""
+    return _to_tuple(op, members, lambda name, value: value if type(value) is Dense else to_factors(name, value))
+
+
+def _to_tuple(op: str, factors: Iterable[object], convert: Callable[[str, object], Member]) -> tuple[Member, ...]:
     if not isinstance(factors, Sequence) or isinstance(factors, str):
         raise TypeError(f"factors must be a list or tuple of Factors(U, s, Vh, bias), got {_type(factors)}")
-    groups = tuple([to_factors("each of factors", group) for group in factors])
+    groups = tuple([convert("each of factors", group) for group in factors])
     if not groups:
         raise ValueError(f"{op} needs at least one Factors(U, s, Vh, bias), got none")
     return groups

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grasp_kernels.reference import ACTIVATIONS, Factors, accumulation_dtype, equal_samples, project
+from grasp_kernels.reference import ACTIVATIONS, Dense, Factors, accumulation_dtype, equal_samples, project
 
 
 def regroup(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> list[Factors]:
@@ -22,17 +21,35 @@ def regroup(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> lis
     Raises:
         ValueError: if there is no group, a group lacks U or Vh, or a list has not one tensor for each that is present.
     """
+    members = to_members(columns, present)
+    factors = [member for member in members if isinstance(member, Factors)]
+    if len(factors) < len(members):
+        raise ValueError(f"present must tell that each group has U and Vh, got {list(present)}")
+    return factors
+
+
+def to_members(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> list[Factors | Dense]:
+    """As ``regroup``, from the arguments of ``grasp::lowrank_linear_merged``: what has no Vh is dense, U its weight."""
     given = [len(column) for column in columns]
-    groups = len(present) // 5
+    groups = [tuple(present[i : i + 5]) for i in range(0, len(present), 5)]
     needed = [sum(present[i::5]) for i in range(5)]
-    if given != needed or not 0 < len(present) == 5 * groups or given[0] != groups or given[2] != groups:
+    if not groups or given != needed or not all(_is_member(group) for group in groups):
         raise ValueError(
-            "present must tell of each group which of U, s, Vh, bias and order it has, always U and Vh, and the lists "
-            f"must have one tensor for each; got {list(present)} and lists of {', '.join(map(str, given))}"
+            "present must tell of each group which of U, s, Vh, bias and order it has: U, and Vh unless it is dense. "
+            f"The lists must have one tensor for each; got {list(present)} and lists of {', '.join(map(str, given))}"
         )
     remaining = [iter(column) for column in columns]
-    flat = [next(column) if p else None for column, p in zip(itertools.cycle(remaining), present, strict=False)]
-    return [Factors(*flat[i : i + 5]) for i in range(0, len(flat), 5)]  # type: ignore[arg-type]
+    members: list[Factors | Dense] = []
+    for group in groups:
+        U, s, Vh, bias, order = (next(column) if p else None for column, p in zip(remaining, group, strict=True))
+        assert U is not None
+        members.append(Dense(U, bias) if Vh is None else Factors(U, s, Vh, bias, order))
+    return members
+
+
+def _is_member(present: tuple[bool, ...]) -> bool:
+    """Whether a group can have these of U, s, Vh, bias and order."""
+    return len(present) == 5 and present[0] and (present[2] or not (present[1] or present[4]))
 
 
 def _factor_grads(
@@ -61,6 +78,17 @@ def _factor_grads(
     return grad_x, (grad_U, grad_s, grad_Vh, grad_bias, None)
 
 
+def _dense_grads(
+    needs: Sequence[bool], grad_y: Tensor, x: Tensor, dense: Dense
+) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
+    """Gradients of a dense linear in x and in the places of U, s, Vh, bias and order, of which U is the weight."""
+    x, grad_y = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
+    needs_x, needs_weight, needs_bias = needs
+    grad_weight = grad_y.mT @ x if needs_weight else None
+    grad_bias = grad_y.sum(0) if needs_bias else None
+    return grad_y @ dense.weight if needs_x else None, (grad_weight, None, None, grad_bias, None)
+
+
 def lowrank_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Save the tensors that the backward of ``lowrank_linear`` needs."""
     ctx.save_for_backward(*inputs[:6])
@@ -83,30 +111,34 @@ def lowrank_linear_grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: Any)
 
 def lowrank_linear_grouped_backward(ctx: Any, grad_ys: Sequence[Tensor]) -> tuple[Any, ...]:
     """Gradients in the arguments of ``grasp::lowrank_linear_grouped``, in their order."""
-    x, *flat = ctx.saved_tensors
-    remaining = iter(flat)
-    columns = [[next(remaining) for _ in range(count)] for count in ctx.counts]
-    needs_x = ctx.needs_input_grad[0]
-    grad_x = None
+    needs_x, grad_x = ctx.needs_input_grad[0], None
+    x, members = _saved_members(ctx)
     grads: list[list[Tensor | None]] = [[], [], [], [], []]
-    for grad_y, factors in zip(grad_ys, regroup(columns, ctx.present), strict=True):
-        needs = [needs_x, *(tensor is not None and tensor.requires_grad for tensor in factors)]
-        part, group = _factor_grads(needs, grad_y, x, factors)
+    for index, (grad_y, member) in enumerate(zip(grad_ys, members, strict=True)):
+        needs = [needs_x, *(tensor is not None and tensor.requires_grad for tensor in member)]
+        if isinstance(member, Dense):
+            part, group = _dense_grads(needs, grad_y, x, member)
+        else:
+            part, group = _factor_grads(needs, grad_y, x, member)
         if part is not None:
             grad_x = part if grad_x is None else grad_x + part
-        for column, tensor, grad in zip(grads, factors, group, strict=True):
-            if tensor is not None:
+        for column, present, grad in zip(grads, ctx.present[5 * index : 5 * index + 5], group, strict=True):
+            if present:
                 column.append(grad)
     return None if grad_x is None else grad_x.view_as(x), *grads, None, None
 
 
 def lowrank_linear_merged_backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     """Gradients in the arguments of ``grasp::lowrank_linear_merged``, in their order."""
-    _, *flat = ctx.saved_tensors
+    _, members = _saved_members(ctx)
+    return lowrank_linear_grouped_backward(ctx, grad_y.split([member.out_features for member in members], dim=-1))
+
+
+def _saved_members(ctx: Any) -> tuple[Tensor, list[Factors | Dense]]:
+    """x and the members of the call."""
+    x, *flat = ctx.saved_tensors
     remaining = iter(flat)
-    columns = [[next(remaining) for _ in range(count)] for count in ctx.counts]
-    widths = [group.out_features for group in regroup(columns, ctx.present)]
-    return lowrank_linear_grouped_backward(ctx, grad_y.split(widths, dim=-1))
+    return x, to_members([[next(remaining) for _ in range(count)] for count in ctx.counts], ctx.present)
 
 
 def lowrank_glu_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -57,7 +57,7 @@ MAX_DOUBLINGS = 2.0  # in any one dimension, between a key and the measured key 
 
 
 class LaunchKey(NamedTuple):
-    """The properties of a call that its configuration depends on. Widths and ranks of a grouped call are summed."""
+    """The properties of a call that its configuration depends on. Sizes of a grouped call are summed."""
 
     rows: int  # M, rounded up to a power of two
     width: int  # N
@@ -65,12 +65,15 @@ class LaunchKey(NamedTuple):
     rank: int  # R
     dtype: str  # "bfloat16", ...
     groups: int  # members of the group
+    pivots: int = 0  # outputs that h gives, in pivoted factors
 
     @classmethod
-    def of(cls, rows: int, width: int, in_features: int, rank: int, dtype: torch.dtype, groups: int) -> LaunchKey:
+    def of(
+        cls, rows: int, width: int, in_features: int, rank: int, dtype: torch.dtype, groups: int, pivots: int = 0
+    ) -> LaunchKey:
         """The key of a call."""
         name = str(dtype).removeprefix("torch.")
-        return cls(_power_of_two(rows), width, in_features, rank, name, groups)
+        return cls(_power_of_two(rows), width, in_features, rank, name, groups, pivots)
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,7 @@ def distance(key: LaunchKey, other: LaunchKey) -> float:
 
     Rows count most: their number decides which kernel is fastest, far more than the shape of the weight.
     """
-    if (key.dtype, key.groups) != (other.dtype, other.groups):
+    if (key.dtype, key.groups, key.pivots > 0) != (other.dtype, other.groups, other.pivots > 0):
         return math.inf
     doublings = [abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(key[:4], other[:4], strict=True)]
     if max(doublings) > MAX_DOUBLINGS or (key.rows <= 2) != (other.rows <= 2):
@@ -250,7 +253,8 @@ def estimate(key: LaunchKey, blocks: Blocks, gpu: Gpu, members: int) -> Estimate
 
     Every program of the shrink reads ``block_r + rows`` rows of ``K / splits`` elements, and stores ``rows * block_r``
     sums in fp32. Every program of the expand reads ``block_n`` rows of U and all of h: ``rows * R`` elements, or in
-    fp32 once for each split if nobody reduces them. A dependent expand requests U while the shrink works.
+    fp32 once for each split if nobody reduces them. A dependent expand requests U while the shrink works. The outputs
+    that h gives are left out.
 
     Args:
         key: the call.
@@ -258,7 +262,8 @@ def estimate(key: LaunchKey, blocks: Blocks, gpu: Gpu, members: int) -> Estimate
         gpu: its processors, and whether launches may start before the launch before them ends.
         members: members of the group whose outputs a program of the expand does not share.
     """
-    rows, width, in_features, rank, dtype, _ = key
+    rows, width, in_features, rank, dtype, _, pivots = key
+    width -= pivots
     size, processors = 4 if dtype == "float32" else 2, gpu.processors
     memory, cache, port = _speeds(gpu)
     member_rank, row_block = -(-rank // members), min(rows, ROW_BLOCK)
@@ -282,7 +287,7 @@ def estimate(key: LaunchKey, blocks: Blocks, gpu: Gpu, members: int) -> Estimate
         u_bytes = blocks.block_n * member_rank * size
         return Estimate(2 * START + shrink + max(moving(programs, u_bytes + hidden), u, LATENCY, hits), math.inf)
     bytes_of_y = max(16, row_block) * blocks.block_n * 4
-    column = (max(16, row_block) + blocks.block_n) * size  # of h and U
+    column = ((1 + (pivots > 0)) * max(16, row_block) + blocks.block_n) * size  # of h, also as outputs, and U
     ahead = max(1, (REGISTER_BYTES * 32 * blocks.warps - bytes_of_y) // (column * PIECE)) * PIECE
     held = bytes_of_y + column * min(ahead, member_rank) + OVERHEAD * 32 * blocks.warps
     started = processors * max(1, REGISTER_FILE // held)  # before the others end
@@ -295,13 +300,25 @@ def estimate(key: LaunchKey, blocks: Blocks, gpu: Gpu, members: int) -> Estimate
 
 
 def products_estimate(key: LaunchKey, gpu: Gpu) -> float:
-    """µs of the vendor's matrix products: one for all Vh, one for each U."""
-    rows, width, in_features, rank, dtype, groups = key
-    size, member_rank = 4 if dtype == "float32" else 2, -(-rank // groups)
-    parts = [(rank, in_features), *[(width // groups, member_rank)] * groups]
-    moved = (size * (outputs * inputs + rows * (outputs + inputs)) for outputs, inputs in parts)
-    rate = gpu.processors * _speeds(gpu)[0] * PRODUCT_SHARE
-    return sum(START + max(part / rate, LATENCY) for part in moved)
+    """µs of the vendor's matrix products: one for all Vh, one for each U, or for pivoted factors an expand for each."""
+    rows, width, in_features, rank, dtype, groups, pivots = key
+    size, member_rank, member_width = 4 if dtype == "float32" else 2, -(-rank // groups), (width - pivots) // groups
+    memory, cache, port = _speeds(gpu)
+
+    def product(outputs: int, inputs: int) -> float:
+        moved = size * (outputs * inputs + rows * (outputs + inputs))
+        return START + max(moved / (gpu.processors * memory * PRODUCT_SHARE), LATENCY)
+
+    if not pivots:
+        return product(rank, in_features) + groups * product(member_width, member_rank)
+    config = pivoted_product(gpu)
+    row_block = min(config.block_m, max(16, rows))
+    programs = -(-rows // row_block) * -(-member_width // config.expand_block_n)
+    moved = (row_block + config.expand_block_n) * member_rank * size  # by each
+    busiest = -(-programs // gpu.processors) * moved / port
+    whole = max(programs * moved / cache, size * (member_width * member_rank + rows * width // groups) / memory)
+    trips = member_rank / ((config.stages - 1) * config.expand_block_r)
+    return product(rank, in_features) + groups * (START + max(busiest, whole / gpu.processors, trips * LATENCY))
 
 
 def _speeds(gpu: Gpu) -> tuple[int, int, int]:
@@ -310,13 +327,14 @@ def _speeds(gpu: Gpu) -> tuple[int, int, int]:
 
 def rule_of_thumb(kernel: str, key: LaunchKey, gpu: Gpu) -> Config:
     """Not measured: the blocks of the least ``estimate`` whose tiles fit, or matrix products if these take less."""
-    rows, width, _, rank, dtype, groups = key
+    rows, width, _, rank, dtype, groups, pivots = key
     full_precision, gated = dtype == "float32", kernel == "lowrank_glu"  # fp32: scalar arithmetic for any rows
     most_rows = FULL_PRECISION_PAIR_ROWS if full_precision else UNTUNED_PAIR_ROWS
-    if rows > most_rows or rows * rank > UNTUNED_PAIR_SIZE * groups:
+    large = rows * rank > UNTUNED_PAIR_SIZE * groups and (gated or not pivots)
+    if rows > most_rows or large:
         return replace(MATRIX_PRODUCTS, expand_block_n=128 if gpu.warpgroup_dots else 64)
     members = 1 if gated else groups  # a program of the dual expand computes with both members
-    outputs = key._replace(width=width // groups) if gated else key
+    outputs = key._replace(width=width // groups, pivots=pivots // groups) if gated else key
 
     def time(blocks: Blocks) -> tuple[float, float]:
         this = estimate(outputs, blocks, gpu, members)
@@ -343,7 +361,7 @@ def rule_of_thumb(kernel: str, key: LaunchKey, gpu: Gpu) -> Config:
 
 def _candidates(key: LaunchKey, gpu: Gpu, *, gated: bool) -> Iterator[Blocks]:
     """Blocks whose tiles fit the registers and the shared memory."""
-    rows, width, in_features, _, dtype, groups = key
+    rows, width, in_features, _, dtype, groups, _ = key
     full_precision, scalar = dtype == "float32", rows <= 2
     many, size = rows > 16 and not full_precision, 4 if full_precision else 2
     few = rows <= UNREDUCED_ROWS and not full_precision and not gated

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,16 @@ from grasp_kernels.checks import (
     check_castable,
     check_factors,
     check_glu,
+    check_member,
     check_singular_value_grad,
     to_factors,
     to_groups,
+    to_members,
 )
 from grasp_kernels.dispatch import check_backend, open_direct_path
-from grasp_kernels.reference import Factors
+from grasp_kernels.reference import Dense, Factors
 
+Linear = TypeVar("Linear", Factors, Factors | Dense)
 _PLAIN_TYPES = (Tensor, nn.Parameter)
 # Each returns a true value while a mode, a transform or a tracer is active, which must see the registered op.
 _WATCHERS: tuple[Callable[[], object], ...] = (
@@ -123,19 +126,20 @@ def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors], *, backend: st
     """
     if not is_dynamo_compiling() and (outputs := _direct_grouped(x, factors, backend)) is not None:
         return outputs
-    return tuple(_run_group("lowrank_linear_grouped", x, factors, backend))
+    return tuple(_run_group("lowrank_linear_grouped", x, to_groups("lowrank_linear_grouped", factors), backend))
 
 
-def lowrank_linear_merged(x: Tensor, factors: Sequence[Factors], *, backend: str = "auto") -> Tensor:
+def lowrank_linear_merged(x: Tensor, factors: Sequence[Factors | Dense], *, backend: str = "auto") -> Tensor:
     """Apply several low-rank linears to one input, with their outputs side by side in one tensor.
 
     It equals ``torch.cat(lowrank_linear_grouped(x, factors), dim=-1)``, but a GPU copies nothing: kernels write each
-    output into its columns.
+    output into its columns. Some of the linears may be dense.
 
     Args:
         x: input, (..., K). fp32, fp16, bf16 or fp64.
-        factors: one ``Factors(U, s, Vh, bias, order)`` per output; ranks, widths and forms may differ.
-        backend: a name from ``available_backends()``, or ``"auto"``.
+        factors: one ``Factors(U, s, Vh, bias, order)`` per output; ranks, widths and forms may differ. Or
+            ``Dense(weight, bias)``, which PyTorch computes.
+        backend: of the low-rank linears: a name from ``available_backends()``, or ``"auto"``.
 
     Returns:
         (..., sum of N_i), dtype of ``x``.
@@ -154,7 +158,7 @@ def lowrank_linear_merged(x: Tensor, factors: Sequence[Factors], *, backend: str
     """
     if not is_dynamo_compiling() and (outputs := _direct_grouped(x, factors, backend)) is not None:
         return torch.cat(outputs, dim=-1)  # a few rows on a CPU: cheaper than to pass places for them
-    y: Tensor = _run_group("lowrank_linear_merged", x, factors, backend)
+    y: Tensor = _run_group("lowrank_linear_merged", x, to_members("lowrank_linear_merged", factors), backend)
     return y
 
 
@@ -256,17 +260,17 @@ def singular_value_grad(
     return _run_singular_value_grad(x, grad_y, U, Vh, *options)
 
 
-def _run_group(op: str, x: Tensor, factors: Sequence[Factors], backend: str) -> Any:
+def _run_group(op: str, x: Tensor, members: Sequence[Factors | Dense], backend: str) -> Any:
     check_backend(backend)
-    groups: Sequence[Factors] = to_groups(op, factors)
     if torch._C._is_any_autocast_enabled():
-        x, groups = _autocast(x, groups)
-    for group in groups:
-        check_factors(x, *group)
-    if _is_plain(x, *itertools.chain(*groups)):
-        return getattr(registered, op)(x, groups, backend)
-    columns = [[tensor for tensor in column if tensor is not None] for column in zip(*groups, strict=True)]
-    present = [tensor is not None for group in groups for tensor in group]
+        x, members = _autocast(x, members)
+    for member in members:
+        check_member(x, member)
+    if _is_plain(x, *itertools.chain(*members)):
+        return getattr(registered, op)(x, members, backend)
+    rows = [Factors(m.weight, None, None, m.bias) if isinstance(m, Dense) else m for m in members]  # type: ignore[arg-type]
+    columns = [[tensor for tensor in column if tensor is not None] for column in zip(*rows, strict=True)]
+    present = [tensor is not None for row in rows for tensor in row]
     return getattr(torch.ops.grasp, op).default(x, *columns, present, backend)
 
 
@@ -288,19 +292,22 @@ def _run_singular_value_grad(
     return SingularValueGrad(first, None if unit == "none" else second)
 
 
-def _autocast(x: Tensor, factors: Sequence[Factors]) -> tuple[Tensor, Sequence[Factors]]:
+def _autocast(x: Tensor, members: Sequence[Linear]) -> tuple[Tensor, Sequence[Linear]]:
     """Cast as autocast does for a linear: it does not cast for a registered op. Singular values keep their dtype."""
     check_castable(x=x)
-    for group in factors:
-        check_castable(U=group.U, Vh=group.Vh, **({} if group.bias is None else {"bias": group.bias}))
-    if not _autocasts(x) or x.dtype == torch.float64:
-        return x, factors
-    dtype = torch.get_autocast_dtype(x.device.type)
     cast = [
-        Factors(g.U.to(dtype), g.s, g.Vh.to(dtype), None if g.bias is None else g.bias.to(dtype), g.order)
-        for g in factors
+        {name: tensor for name, tensor in member._asdict().items() if tensor is not None and name not in ("s", "order")}
+        for member in members
     ]
-    return x.to(dtype), cast
+    for tensors in cast:
+        check_castable(**tensors)
+    if not _autocasts(x) or x.dtype == torch.float64:
+        return x, members
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), [
+        member._replace(**{name: tensor.to(dtype) for name, tensor in tensors.items()})
+        for member, tensors in zip(members, cast, strict=True)
+    ]
 
 
 def _autocasts(x: Tensor) -> bool:

@@ -44,6 +44,26 @@ class Factors(NamedTuple):
         return 0 if self.order is None else self.order.shape[0] - self.U.shape[0]
 
 
+class Dense(NamedTuple):
+    """A dense linear beside low-rank ones in ``lowrank_linear_merged``: weight is (N, K), bias (N,) or ``None``.
+
+    Example:
+        >>> import torch
+        >>> from grasp_kernels import Dense, Factors, lowrank_linear_merged
+        >>> q, k = Factors(torch.randn(64, 8), None, torch.randn(8, 64)), Dense(torch.randn(16, 64))
+        >>> lowrank_linear_merged(torch.randn(2, 64), [q, k]).shape
+        torch.Size([2, 80])
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.weight.shape[0]
+
+
 class Activation(NamedTuple):
     """An activation and its vector-Jacobian product ``(grad, input) -> grad_input``."""
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from grasp_kernels import gradients
-from grasp_kernels.checks import check_bounds, check_factors, check_glu, check_singular_value_grad
+from grasp_kernels.checks import check_bounds, check_factors, check_glu, check_member, check_singular_value_grad
 from grasp_kernels.dispatch import check_backend, select
 from grasp_kernels.packing import widened
-from grasp_kernels.reference import Factors, accumulation_dtype, equal_samples
+from grasp_kernels.reference import Dense, Factors, accumulation_dtype, equal_samples, linear
 
 _library = torch.library.Library("grasp", "DEF")
 _FACTORS = "Tensor {0}U, Tensor? {0}s, Tensor {0}Vh, Tensor? {0}bias, Tensor? {0}order"
@@ -75,11 +75,20 @@ def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors], backend: str) 
     return [_unrows(y, x) for y in _run_grouped(x, factors, backend)]
 
 
-def lowrank_linear_merged(x: Tensor, factors: Sequence[Factors], backend: str) -> Tensor:
-    """Run a checked call of ``lowrank_linear_merged``: the backend writes each output into its columns of one."""
-    widths = [group.out_features for group in factors]
+def lowrank_linear_merged(x: Tensor, members: Sequence[Factors | Dense], backend: str) -> Tensor:
+    """Run a checked call of ``lowrank_linear_merged``: each output is written into its columns of one tensor."""
+    widths = [member.out_features for member in members]
     y = x.new_empty(*x.shape[:-1], sum(widths))
-    _run_grouped(x, factors, backend, y.view(-1, y.shape[-1]).split(widths, dim=1))
+    factors: list[Factors] = []
+    outputs: list[Tensor] = []
+    for member, output in zip(members, y.view(-1, y.shape[-1]).split(widths, dim=1), strict=True):
+        if isinstance(member, Dense):
+            linear(_rows(x), *member, output)
+        else:
+            factors.append(member)
+            outputs.append(output)
+    if factors:
+        _run_grouped(x, factors, backend, outputs)
     return y
 
 
@@ -133,8 +142,8 @@ def _lowrank_linear_grouped_fake(x: Tensor, factors: Sequence[Factors], _: str) 
     return [_lowrank_linear_fake(x, *group) for group in factors]
 
 
-def _lowrank_linear_merged_fake(x: Tensor, factors: Sequence[Factors], _: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], sum(group.out_features for group in factors))
+def _lowrank_linear_merged_fake(x: Tensor, members: Sequence[Factors | Dense], _: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], sum(member.out_features for member in members))
 
 
 def _lowrank_glu_fake(x: Tensor, gate: Factors, *_: Any) -> Tensor:
@@ -164,6 +173,13 @@ def _check_lowrank_linear_grouped(x: Tensor, *args: Any) -> tuple[Any, ...]:
     for group in groups:
         check_factors(x, *group)
     return x, groups, args[6]
+
+
+def _check_lowrank_linear_merged(x: Tensor, *args: Any) -> tuple[Any, ...]:
+    members = gradients.to_members(args[:5], args[5])
+    for member in members:
+        check_member(x, member)
+    return x, members, args[6]
 
 
 def _check_lowrank_glu(x: Tensor, *args: Any) -> tuple[Any, ...]:
@@ -217,7 +233,7 @@ _OPS = {
         gradients.lowrank_linear_grouped_backward,
     ),
     "lowrank_linear_merged": _Op(
-        _check_lowrank_linear_grouped,
+        _check_lowrank_linear_merged,
         lowrank_linear_merged,
         _lowrank_linear_merged_fake,
         gradients.lowrank_linear_grouped_setup,

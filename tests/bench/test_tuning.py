@@ -23,15 +23,24 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[autotune.Work
     return calls
 
 
-def test_every_shape_is_tuned_at_every_row_count_and_pairs_as_gated_units_too(
+def test_every_shape_is_tuned_in_both_forms_at_every_row_count_and_pairs_as_gated_units_too(
     tuned: list[tuple[str, list[autotune.Workload], Path]], tmp_path: Path
 ) -> None:
     files = tuning.tune(["32x16r3", "32x48r5+32x48r4"], [1, 4], dtype="float16", output=tmp_path)
     kernels = ["lowrank_linear", "lowrank_glu", "singular_value_grad"]
     assert files == [tmp_path / f"{kernel}.json" for kernel in kernels]
-    pair = [autotune.Workload(rows, 32, ((48, 5), (48, 4)), torch.float16) for rows in (1, 4)]
-    single = [autotune.Workload(rows, 32, ((16, 3),), torch.float16) for rows in (1, 4)]
+    pair, single = (
+        [autotune.Workload(rows, 32, members, torch.float16, pivoted) for rows in (1, 4) for pivoted in (False, True)]
+        for members in (((48, 5), (48, 4)), ((16, 3),))
+    )
     assert tuned[:2] == [("lowrank_linear", single + pair, tmp_path), ("lowrank_glu", pair, tmp_path)]
+
+
+def test_a_linear_of_full_rank_has_no_pivoted_form(
+    tuned: list[tuple[str, list[autotune.Workload], Path]], tmp_path: Path
+) -> None:
+    tuning.tune(["32x16r16"], [1], output=tmp_path)
+    assert [workload.pivoted for workload in tuned[0][1]] == [False]
 
 
 def test_linears_of_unequal_width_are_no_gated_unit(

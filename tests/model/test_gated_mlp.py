@@ -19,7 +19,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from grasp.model import gated_mlp as fusing
-from grasp.model.gated_mlp import is_gated_forward
+from grasp.model.gated_mlp import FORMULA, formula_of
 from grasp.model.grouping import group_linears_
 from grasp.model.lowrank_linear import LowRankLinear, set_backend_
 from grasp_kernels import Factors, lowrank_glu
@@ -188,6 +188,25 @@ class Direct(Base):
         return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
+class Steps(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)
+        x = self.act_fn(gate) * self.up_proj(x)
+        return self.down_proj(x)
+
+
+class Repeated(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act_fn(x)
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Dropped(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        _ = self.up_proj(x)
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
 class Swapped(Base):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
@@ -223,12 +242,12 @@ Unparsable = type("Unparsable", (Base,), {
 @pytest.mark.parametrize(
     ("kind", "gated"),
     [
-        *((kind, True) for kind in (LlamaMLP, Direct)),
-        *((kind, False) for kind in (Swapped, Scaled, Optional, Decorated, Abstract, Unparsable)),
+        *((kind, True) for kind in (LlamaMLP, Direct, Steps)),
+        *((kind, False) for kind in (Repeated, Dropped, Swapped, Scaled, Optional, Decorated, Abstract, Unparsable)),
     ],
 )
 def test_only_the_formula_is_recognised(kind: type[nn.Module], gated: bool) -> None:
-    assert is_gated_forward(kind.forward) is gated
+    assert (formula_of(kind.forward) == FORMULA) is gated
 
 
 def test_on_a_cpu_the_op_is_not_used(monkeypatch: pytest.MonkeyPatch, gated_calls: list[str]) -> None:

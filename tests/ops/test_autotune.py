@@ -75,6 +75,17 @@ def test_a_difference_within_the_noise_changes_nothing(tmp_path: Path) -> None:
     assert replace(config, path=start.path) == start
 
 
+@pytest.mark.parametrize(("kernel", "workload"), [("lowrank_linear", WORKLOAD), ("lowrank_glu", GLU)])
+def test_pivoted_factors_are_tuned_for_keys_of_their_own(tmp_path: Path, kernel: str, workload: Workload) -> None:
+    pivoted = workload._replace(pivoted=True)
+    assert [workload_key(this).pivots for this in (workload, pivoted)] == [0, 13]
+    cost = by_config(lambda config: 1.0 if config.path == "pair" else 2.0)
+    tune(kernel, [workload, pivoted], device=DEVICE, directory=tmp_path, measure=cost)
+    assert set(launch_configs.load(kernel, gpu_of(DEVICE).name, tmp_path)) == set(
+        map(workload_key, (workload, pivoted))
+    )
+
+
 def test_a_gated_unit_is_tuned_too(tmp_path: Path) -> None:
     config = tuned("lowrank_glu", tmp_path, by_config(lambda config: config.stages + 5 * (config.path == "gemms")))
     assert (config.path, config.stages) == ("pair", 2)

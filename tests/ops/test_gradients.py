@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels import (
+    Dense,
     Factors,
     gradients,
     lowrank_glu,
@@ -59,6 +60,18 @@ def merged_case() -> tuple[Callable[..., Any], list[Tensor]]:
     return run, inputs
 
 
+def mixed_case() -> tuple[Callable[..., Any], list[Tensor]]:
+    generator = seeded()
+    x, weight, bias = normal((3, K), generator), normal((N, K), generator), normal((N,), generator)
+    factored = factors(4, K, 3, generator, s=False, bias=False)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, U: Tensor, Vh: Tensor) -> Tensor:
+        members = [Dense(weight, bias), Factors(U, None, Vh), Dense(weight)]
+        return lowrank_linear_merged(x, members, backend="reference")
+
+    return run, leaves(x, weight, bias, *factored)
+
+
 def glu_case(activation: str) -> tuple[Callable[..., Any], list[Tensor]]:
     generator = seeded()
     x = normal((3, K), generator)
@@ -97,6 +110,7 @@ CASES = {
     "linear with s and bias": lambda: linear_case(s=True, bias=True),
     "grouped": grouped_case,
     "merged": merged_case,
+    "merged, partly dense": mixed_case,
     "silu glu": lambda: glu_case("silu"),
     "gelu glu": lambda: glu_case("gelu"),
     "gelu_tanh glu": lambda: glu_case("gelu_tanh"),

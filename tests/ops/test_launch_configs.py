@@ -99,6 +99,7 @@ def test_the_configuration_of_the_nearest_key_is_used(configs: Path) -> None:
     [
         {"dtype": "float32"},
         {"groups": 3},
+        {"pivots": 204},
         {"rows": 2},  # scalar arithmetic
         {"rows": 128},
         {"width": 4096 * 5},
@@ -221,6 +222,24 @@ def test_the_tiles_of_a_shrink_fit_the_shared_memory_of_the_gpu(capability: int)
             config = rule_of_thumb("lowrank_linear", GATE_UP._replace(rows=rows, dtype=dtype), Gpu("", 132, capability))
             tile = (config.shrink_block_r + (0 if rows <= 2 else max(16, rows))) * config.shrink_block_k * size
             assert config.path == "gemms" or config.stages * tile <= limit
+
+
+def test_pivoted_factors_have_fewer_rows_of_u_to_read() -> None:
+    """1638 of 4096 outputs are those of h. At one row memory is the limit."""
+    key = KEY._replace(rows=1, width=2 * 4096, rank=2 * 1648, groups=2)
+    pivoted = key._replace(pivots=2 * 1638)
+    blocks = blocks_of(rule_of_thumb("lowrank_linear", pivoted, CARD))
+    saved = estimate(key, blocks, CARD, 2).alone - estimate(pivoted, blocks, CARD, 2).alone
+    assert saved == pytest.approx(2 * 1638 * 1648 * 2 / (132 * 22_700))
+
+
+def test_matrix_products_of_pivoted_factors_end_with_a_slower_expand() -> None:
+    key, b200 = KEY._replace(rank=1648), Gpu("", 148, 100)
+    pivoted = key._replace(pivots=1638)
+    trips = 1648 / (2 * 64) * 0.8  # of the expand, which has two tiles in flight: longer than its bytes take
+    first = 2.3 + (4096 * 1648 + 4 * (4096 + 1648)) * 2 / (148 * 47_300 * 0.85)
+    assert products_estimate(pivoted, b200) == pytest.approx(first + 2.3 + trips)
+    assert [rule_of_thumb("lowrank_linear", this, b200).path for this in (key, pivoted)] == ["gemms", "pair"]
 
 
 def test_a_small_linear_of_many_rows_is_matrix_products() -> None:

@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grasp_kernels import (
+    Dense,
     Factors,
     lowrank_glu,
     lowrank_linear,
@@ -46,7 +47,7 @@ def arguments(dtype: torch.dtype = torch.float32, requires_grad: bool = False) -
 CALLS: dict[str, Callable[[Tensor, Factors, Factors, Tensor], Any]] = {
     "lowrank_linear": lambda x, gate, up, grad_y: lowrank_linear(x, *gate),
     "lowrank_linear_grouped": lambda x, gate, up, grad_y: lowrank_linear_grouped(x, [gate, up]),
-    "lowrank_linear_merged": lambda x, gate, up, grad_y: lowrank_linear_merged(x, [gate, up]),
+    "lowrank_linear_merged": lambda x, gate, up, grad_y: lowrank_linear_merged(x, [gate, Dense(up.Vh), up]),
     "lowrank_glu": lambda x, gate, up, grad_y: lowrank_glu(x, gate, up),
     "singular_value_grad": lambda x, gate, up, grad_y: tuple(
         singular_value_grad(x, grad_y, gate.U, gate.Vh, per_sample=True, second_moment="token")
@@ -84,11 +85,13 @@ def op_arguments(op: str, dtype: torch.dtype, requires_grad: bool) -> tuple[Any,
     x, gate, up, grad_y = arguments(dtype, requires_grad)
     columns = [[gate.U, up.U], [gate.s], [gate.Vh, up.Vh], [gate.bias], []]
     present = [True, True, True, True, False, True, False, True, False, False]
+    merged = [[gate.U, up.Vh, up.U], *columns[1:]]
+    merged_present = [*present[:5], True, False, False, False, False, *present[5:]]
     cu_seqlens = torch.tensor([0, 2, 2, 6])
     return {
         "lowrank_linear": (x, *gate, "auto"),
         "lowrank_linear_grouped": (x, *columns, present, "auto"),
-        "lowrank_linear_merged": (x, *columns, present, "auto"),
+        "lowrank_linear_merged": (x, *merged, merged_present, "auto"),
         "lowrank_glu": (x, *gate, *up, "silu", "auto"),
         "singular_value_grad": (x, grad_y, gate.U, gate.Vh, cu_seqlens, True, "sample", None, "auto"),
     }[op]

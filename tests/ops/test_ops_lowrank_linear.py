@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped, lowrank_linear_merged
+from grasp_kernels import Dense, Factors, lowrank_linear, lowrank_linear_grouped, lowrank_linear_merged
 from tests.definitions import dense_linear, linear
 from tests.numerics import assert_accurate
 from tests.ops.inputs import (
@@ -82,10 +83,16 @@ def test_merged_outputs_lie_side_by_side(
     groups = grouped(shape[-1], generator, dtype=dtype, device=device)
     if not biased:
         groups = [group._replace(bias=None) for group in groups]
-    merged = lowrank_linear_merged(x, groups, backend=backend)
+    dense = Dense(groups[0].Vh, groups[0].Vh[:, 0] if biased else None)
+    first, *others = groups
+    merged = lowrank_linear_merged(x, [first, dense, *others], backend=backend)
     assert merged.is_contiguous()
-    for y, group in zip(merged.split([group.U.shape[0] for group in groups], dim=-1), groups, strict=True):
-        check(y.contiguous(), x, group)
+    widths = [group.out_features for group in (first, dense, *others)]
+    first_y, dense_y, *ys = (y.contiguous() for y in merged.split(widths, dim=-1))
+    for y, group in zip((first_y, *ys), groups, strict=True):
+        check(y, x, group)
+    exact = F.linear(x.double(), *(None if tensor is None else tensor.double() for tensor in dense))
+    assert_accurate("linear", dtype, dense_y, F.linear(x, *dense), exact)
 
 
 def test_fp64_keeps_its_precision(backend: str, device: str) -> None:

@@ -43,6 +43,26 @@ CALLS: dict[str, tuple[str, tuple[Any, ...], str]] = {
         (x, [U], [], [Vh], [bias], [order], [True] * 5),
         "lists of 1, 0, 1, 1, 1",
     ),
+    "an s without a Vh": (
+        "lowrank_linear_merged",
+        (x, [U], [s], [], [], [], [True, True, False, False, False]),
+        "and Vh unless it is dense",
+    ),
+    "a group of dense and low-rank linears": (
+        "lowrank_linear_grouped",
+        (x, [U, Vh], [], [Vh], [], [], [True, False, True, False, False, True, False, False, False, False]),
+        "each group has U and Vh",
+    ),
+    "a short weight": (
+        "lowrank_linear_merged",
+        (x, [Vh[:, :7]], [], [], [], [], [True, False, False, False, False]),
+        r"weight \(N, K\).*\(2, 7\)",
+    ),
+    "a weight's short bias": (
+        "lowrank_linear_merged",
+        (x, [Vh], [], [], [bias], [], [True, False, False, True, False]),
+        r"bias must be \(2,\), got \(6,\)",
+    ),
     "a group's short order": (
         "lowrank_linear_grouped",
         (x, [U, U], [], [Vh, Vh], [], [order, order[:6]], [True, False, True, False, True] * 2),

@@ -17,22 +17,26 @@ from grasp.model.lowrank_linear import pivots_order
 
 pytest.importorskip("vllm")
 
+from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
+    MergedColumnParallelLinear,
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.models.llama import LlamaMLP
+from vllm.model_executor.models.qwen2 import Qwen2MLP
 from vllm.model_executor.models.utils import WeightsMapper
 
 from grasp.serving.vllm import GraspLinearMethod, GraspVllmConfig, register
 
 HIDDEN, HEAD = 24, 8
 WIDTHS = {"q": 4 * HEAD, "k": 2 * HEAD, "v": 2 * HEAD}  # four heads of queries, two of keys and values
-PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
 def linear(kind: type[LinearBase], rank: int = 0, processes: int = 1, kv_replicas: int = 1) -> LinearBase:
@@ -134,52 +138,98 @@ def test_a_replicated_linear_is_whole_in_every_process() -> None:
     torch.testing.assert_close(method.apply(layer, x), x @ (own["U"] @ own["Vh"]).mT, rtol=1e-4, atol=1e-4)
 
 
-def test_a_linear_compiles_whole_and_calls_one_op_for_all_low_rank_parts() -> None:
-    layer = linear(QKVParallelLinear)
-    method = method_for(layer, "m.qkv_proj", {"m.q_proj": 9, "m.v_proj": 3}, HIDDEN, list(WIDTHS.values()))
-    load(layer, "weight", torch.randn(WIDTHS["k"], HIDDEN), "k")
-    for part, rank in (("q", 9), ("v", 3)):
-        for name, tensor in tensors(WIDTHS[part], HIDDEN, rank).items():
-            load(layer, name, tensor, part)
-    calls: list[str] = []
-
-    def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
-        calls.extend(str(node.target) for node in graph.graph.nodes if "grasp" in str(node.target))
-        return graph.forward
-
-    x = torch.randn(5, HIDDEN)
-    with torch.inference_mode():
-        compiled = torch.compile(lambda x: method.apply(layer, x), backend=count, fullgraph=True)(x)
-        torch.testing.assert_close(compiled, method.apply(layer, x))
-    assert calls == ["grasp.lowrank_linear_grouped.default"]
-
-
-@pytest.mark.parametrize("rows", [5, 100])
-def test_a_linear_without_dense_parts_is_one_op_that_returns_its_outputs_side_by_side(rows: int) -> None:
-    layer, ranks = linear(QKVParallelLinear), {"q": 9, "k": 5, "v": 3}
-    outputs = list(WIDTHS.values())
-    method = method_for(
-        layer, "m.qkv_proj", {f"m.{n}_proj": r for n, r in ranks.items()}, HIDDEN, outputs, ["m.k_proj"]
-    )
-    held = {part: tensors(WIDTHS[part], HIDDEN, rank) for part, rank in ranks.items()}
-    held["k"] = pivoted_tensors(WIDTHS["k"], HIDDEN, ranks["k"])
-    for part, own in held.items():
-        for name, tensor in own.items():
-            load(layer, name, tensor, part)
-    x, bias = torch.randn(rows, HIDDEN), torch.randn(sum(outputs))
+def compiled(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, list[str]]:
+    """The result of a compiled function, and what its one graph calls, but for splits and views of parameters."""
     calls: list[str] = []
 
     def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
         calls.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
         return graph.forward
 
+    torch._dynamo.reset()
     with torch.inference_mode():
-        compiled = torch.compile(lambda x: method.apply(layer, x, bias), backend=count, fullgraph=True)(x)
+        return torch.compile(run, backend=count, fullgraph=True)(x), [
+            call for call in calls if "getitem" not in call and "split" not in call
+        ]
+
+
+@pytest.mark.parametrize("ranks", [{"q": 9, "k": 5, "v": 3}, {"q": 9, "k": 5}, {"k": 5}])
+@pytest.mark.parametrize("rows", [5, 100])
+def test_a_linear_is_one_op_that_returns_its_outputs_side_by_side(rows: int, ranks: dict[str, int]) -> None:
+    layer, outputs = linear(QKVParallelLinear), list(WIDTHS.values())
+    method = method_for(
+        layer, "m.qkv_proj", {f"m.{n}_proj": r for n, r in ranks.items()}, HIDDEN, outputs, ["m.k_proj"]
+    )
+    held = {part: tensors(WIDTHS[part], HIDDEN, rank) for part, rank in ranks.items()}
+    held["k"] = pivoted_tensors(WIDTHS["k"], HIDDEN, ranks["k"])
+    held = {part: held.get(part) or {"weight": torch.randn(width, HIDDEN)} for part, width in WIDTHS.items()}
+    for part, own in held.items():
+        for name, tensor in own.items():
+            load(layer, name, tensor, part)
+    x, bias = torch.randn(rows, HIDDEN), torch.randn(sum(outputs))
+    result, calls = compiled(lambda x: method.apply(layer, x, bias), x)
+    assert calls == ["grasp.lowrank_linear_merged.default"]
+    with torch.inference_mode():
         expected = torch.cat([x @ weight(own).mT for own in held.values()], dim=1) + bias
-        torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(method.apply(layer, x, bias), compiled)
-    assert "grasp.lowrank_linear_merged.default" in calls
-    assert not any("cat" in call for call in calls)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(method.apply(layer, x, bias), result)
+
+
+class Down(nn.Linear):
+    def forward(self, x: Tensor) -> Any:  # as a linear of vLLM
+        return super().forward(x), None
+
+
+class Scaled(LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+ACTIVATIONS = {"silu": (SiluAndMul, None), "gelu": (GeluAndMul, "none"), "gelu_tanh": (GeluAndMul, "tanh")}
+
+
+def gated_mlp(kind: Any = LlamaMLP, activation: str = "silu", dense: bool = False) -> Any:
+    """A loaded MLP of vLLM with biases, a low-rank gate, and a pivoted or dense up."""
+    torch.manual_seed(0)
+    mlp, layer, (act, approximate) = object.__new__(kind), linear(MergedColumnParallelLinear), ACTIVATIONS[activation]
+    for module in (mlp, (mlp_act := object.__new__(act))):
+        nn.Module.__init__(module)
+    mlp_act.approximate, mlp_act._forward_method = approximate, mlp_act.forward_native
+    mlp.gate_up_proj, mlp.down_proj, mlp.act_fn = layer, Down(40, HIDDEN), mlp_act
+    held = {
+        0: tensors(40, HIDDEN, 7),
+        1: {"weight": torch.randn(40, HIDDEN)} if dense else pivoted_tensors(40, HIDDEN, 5),
+    }
+    ranks = {"m.gate_proj": 7} if dense else {"m.gate_proj": 7, "m.up_proj": 5}
+    layer.quant_method = method_for(layer, "m.gate_up_proj", ranks, HIDDEN, [40, 40], ["m.up_proj"])
+    layer.bias, layer.gather_output, layer.return_bias = nn.Parameter(torch.randn(80)), False, True
+    for part, own in held.items():
+        for name, tensor in own.items():
+            load(layer, name, tensor, part)
+    for _ in range(2):  # vLLM can load weights again
+        layer.quant_method.process_weights_after_loading(layer)
+    return mlp
+
+
+@pytest.mark.parametrize("kind", [LlamaMLP, Qwen2MLP])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_mlp_whose_gate_and_up_are_low_rank_is_one_op_and_down(kind: Any, activation: str) -> None:
+    mlp, x = gated_mlp(kind, activation), torch.randn(3, HIDDEN)
+    assert isinstance(mlp, kind)
+    result, calls = compiled(mlp, x)
+    assert [call for call in calls if "linear" not in call] == ["grasp.lowrank_glu.default"]
+    torch.testing.assert_close(result, kind.forward(mlp, x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result, mlp(x))
+
+
+def test_an_mlp_keeps_its_class_if_a_part_is_dense_or_its_forward_is_another_or_vllm_serves_adapters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert type(gated_mlp(dense=True)) is LlamaMLP
+    assert type(gated_mlp(Scaled)) is Scaled
+    config = SimpleNamespace(lora_config=object(), model_config=None)
+    monkeypatch.setattr("grasp.serving.vllm.get_current_vllm_config_or_none", lambda: config)
+    assert type(gated_mlp()) is LlamaMLP
 
 
 def test_registering_twice_is_registering_once() -> None:

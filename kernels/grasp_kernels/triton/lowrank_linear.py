@@ -76,7 +76,8 @@ def lowrank_linear_grouped(
 def launch_key(x: Tensor, factors: Sequence[Factors]) -> LaunchKey:
     """The key of a call's configuration."""
     width, rank = sum(group.out_features for group in factors), sum(group.U.shape[1] for group in factors)
-    return LaunchKey.of(x.shape[0], width, x.shape[1], rank, x.dtype, len(factors))
+    pivots = sum(group.pivots for group in factors)
+    return LaunchKey.of(x.shape[0], width, x.shape[1], rank, x.dtype, len(factors), pivots)
 
 
 def run(x: Tensor, factors: Sequence[Factors], config: Config, outputs: Sequence[Tensor] | None = None) -> list[Tensor]:

@@ -17,6 +17,7 @@ from benchmarks.gpu.aot_cases import CARDS
 from benchmarks.gpu.check import HIGH_RANK, LINEARS, layer
 from benchmarks.gpu.check_report import ProviderTime
 from benchmarks.gpu.expect import RATES, Prediction, Resources, call, page, predict, products, resident_programs
+from grasp_kernels.launch_configs import choose
 from grasp_kernels.roofline import Cost
 from grasp_kernels.shapes import parse_shape
 from grasp_kernels.triton.launch import Gpu, Launch
@@ -163,7 +164,7 @@ def test_the_floor_is_that_of_the_factors_and_vectors() -> None:
 @pytest.mark.parametrize("M", [1, 16, 2048])
 def test_pivoted_factors_of_a_high_rank_are_expected_to_take_less_time(M: int) -> None:
     wide = Resources(registers=102, shared=144 << 10, ahead=96 << 10)
-    row = call(parse_shape("4096x4096r1638"), M, GPU, (lambda *_: wide) if M == 2048 else few)
+    row = call(parse_shape("4096x4096r1638"), M, GPU, (lambda *_: wide) if M == 2048 else resources_of)
     saved = 1638**2 * (2 * M / H100.flops if M == 2048 else 2 / H100.memory)
     assert row.floor - row.pivoted_floor == pytest.approx(saved * 1e6)
     assert row.pivoted_floor < row.pivoted < row.expected
@@ -189,6 +190,21 @@ def test_no_call_is_expected_to_be_slower_than_two_matrix_products(text: str, ar
         shape, gpu, rates = parse_shape(text), CARDS[architecture], RATES[architecture]
         path, parts, seconds = expect._expected(shape, expect._factors(shape), M, gpu, resources_of)
         assert seconds <= products(shape, M, rates) / 0.97, (M, path, parts)
+
+
+@pytest.mark.parametrize("architecture", RATES)
+@pytest.mark.parametrize("text", [HIGH_RANK, *(part for part in layer(1).label.split() if "+" in part)])
+def test_no_call_with_pivoted_factors_is_expected_to_be_slower_than_on_another_path(
+    text: str, architecture: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, gpu = parse_shape(text), CARDS[architecture]
+    for M in (1, 4, 16, 64):
+        call = (shape, expect._factors(shape, pivoted=True), M, gpu, resources_of)
+        path, _, seconds = expect._expected(*call)
+        for other in ("pair", "gemms"):
+            monkeypatch.setattr(expect, "choose", lambda *key, other=other: replace(choose(*key), path=other))
+            assert seconds <= expect._expected(*call)[2] / 0.97, (M, path, other)
+        monkeypatch.undo()
 
 
 def test_long_inputs_are_matrix_products() -> None:
