@@ -234,7 +234,7 @@ class ModelResult(Record):
     )
     figures: ClassVar[tuple[str, ...]] = (
         "grasp.reporting.pictures:perplexity_by_size",
-        "grasp.reporting.pictures:perplexity_by_latency",
+        "grasp.reporting.pictures:speed_by_cost",
         "grasp.reporting.pictures:latency_bars",
     )
     missing: ClassVar[str] = "speed and memory of the whole model"

@@ -30,13 +30,22 @@ class Comparison(NamedTuple):
 
 
 class Quality(NamedTuple):
-    """Perplexity at a size or a latency; several seeds have a mean and a range."""
+    """Perplexity at a size; several seeds have a mean and a range."""
 
     label: str
     x: float
     perplexity: float
     low: float
     high: float
+
+
+class Trade(NamedTuple):
+    """A model's speed, and what it costs; ``None`` for a perplexity that was not measured."""
+
+    label: str
+    tokens_per_s: float
+    weight_bytes: int
+    perplexity: float | None
 
 
 class Latency(NamedTuple):
@@ -64,12 +73,12 @@ class Roof(NamedTuple):
     speeds: tuple[Speed, ...]
 
 
-def pareto_front(points: Iterable[Quality]) -> list[Quality]:
-    """The points that no other point beats in x and perplexity at once, by ascending x."""
-    front: list[Quality] = []
-    for point in sorted(points, key=lambda point: (point.x, point.perplexity)):
-        if not front or point.perplexity < front[-1].perplexity:
-            front.append(point)
+def pareto_front(places: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The places that no other is below in x and y at once, by ascending x."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(places):
+        if not front or y < front[-1][1]:
+            front.append((x, y))
     return front
 
 
@@ -87,17 +96,17 @@ def by_size(results: Iterable[ModelResult]) -> dict[Comparison, list[Quality]]:
     return dict(data)
 
 
-def by_latency(results: Iterable[ModelResult]) -> dict[Comparison, list[Quality]]:
-    """Perplexity against the median time per token in ms, for each model, text and batch size."""
-    data: dict[Comparison, dict[str, Quality]] = defaultdict(dict)
+def trades(results: Iterable[ModelResult]) -> dict[Comparison, list[Trade]]:
+    """Speed, bytes and perplexity for each model, prompt and batch size. The last result of a provider counts."""
+    data: dict[Comparison, dict[str, Trade]] = defaultdict(dict)
     for result in results:
-        if result.perplexity is not None:
-            comparison = Comparison(
-                f"{model_name(result.model)}, {_text(result)}, batch {result.batch_size}",
-                f"Prompt of {_prompt(result)}; {result.dtype}; {result.conditions}",
-            )
-            label = _provider(result)
-            data[comparison][label] = Quality(label, result.inter_token_ms.p50, *[result.perplexity] * 3)
+        text = "" if result.perplexity is None else f"; perplexity on {_text(result)}"
+        comparison = Comparison(
+            f"{model_name(result.model)}, batch {result.batch_size}",
+            f"Prompt of {_prompt(result)}{text}; {result.dtype}; {result.conditions}",
+        )
+        label = _provider(result)
+        data[comparison][label] = Trade(label, result.decode_tokens_per_s, result.weight_bytes, result.perplexity)
     return {comparison: list(points.values()) for comparison, points in data.items()}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from grasp.checkpoint.compression_report import CompressionReport, ModuleReport, spectrum_indices
 from grasp.checkpoint.inspection import short_name
-from grasp.reporting.figure_data import Latency, Quality, Roof, pareto_front
+from grasp.reporting.figure_data import Latency, Quality, Roof, Trade, pareto_front
 from grasp.reporting.figure_style import BLUE, COLOURS, GREY, MARKERS, PURPLE, VERMILLION, WIDTH
 
 if TYPE_CHECKING:
@@ -111,27 +111,10 @@ def _spectrum(axes: Axes, module: ModuleReport) -> None:
 
 def perplexity_by_size(points: Sequence[Quality]) -> Figure:
     """Perplexity against parameters, with the Pareto front. Lower is better for both."""
-    return _quality([point._replace(x=point.x / 1e6) for point in points], "parameters, M")
-
-
-def perplexity_by_latency(points: Sequence[Quality]) -> Figure:
-    """Perplexity against the median time per token, with the Pareto front. Lower is better for both."""
-    return _quality(points, "ms per token, median")
-
-
-def _quality(points: Sequence[Quality], xlabel: str) -> Figure:
+    points = [point._replace(x=point.x / 1e6) for point in points]
     labels = list(dict.fromkeys(point.label for point in points))
     figure, axes = _figure(3.2 + 0.2 * -(-len(labels) // 2))
-    front = pareto_front(points)
-    axes.step(
-        [point.x for point in front],
-        [point.perplexity for point in front],
-        "--",
-        where="post",
-        color=GREY,
-        label="Pareto front",
-        zorder=1,
-    )
+    _front(axes, pareto_front((point.x, point.perplexity) for point in points))
     for label, (colour, marker) in zip(labels, _looks(), strict=False):
         same = [point for point in points if point.label == label]
         ends = [[point.perplexity - point.low for point in same], [point.high - point.perplexity for point in same]]
@@ -147,9 +130,39 @@ def _quality(points: Sequence[Quality], xlabel: str) -> Figure:
         )
     axes.set_yscale("log")
     _plain_numbers(axes.yaxis)
-    axes.set_xlabel(xlabel)
+    axes.set_xlabel("parameters, M")
     axes.set_ylabel("perplexity")
     _legend(figure, axes)
+    return figure
+
+
+def speed_by_cost(trades: Sequence[Trade]) -> Figure:
+    """Tokens per second against perplexity and against bytes, each with its Pareto front: up and to the left is best.
+
+    Without any perplexity there is one panel.
+    """
+    from matplotlib.figure import Figure
+
+    costs: dict[str, list[tuple[Trade, float]]] = {
+        "perplexity": [(trade, trade.perplexity) for trade in trades if trade.perplexity is not None],
+        "weights, MB": [(trade, trade.weight_bytes / 1e6) for trade in trades],
+    }
+    shown = {name: points for name, points in costs.items() if points}
+    looks = dict(zip((trade.label for trade in trades), _looks(), strict=False))
+    figure = Figure(figsize=(WIDTH, 3.2 + 0.2 * -(-(len(trades) + 1) // 2)))
+    panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    for axes, (xlabel, points) in zip(panels, shown.items(), strict=True):
+        _front(axes, [(x, -y) for x, y in pareto_front((x, -trade.tokens_per_s) for trade, x in points)])
+        for trade, x in points:
+            colour, marker = looks[trade.label]
+            axes.plot(x, trade.tokens_per_s, marker, color=colour, markersize=6, label=trade.label)
+        axes.set_xlabel(xlabel)
+    if len(shown) == 2:
+        panels[0].set_xscale("log")
+        _plain_numbers(panels[0].xaxis)
+    panels[0].set_ylabel("decoded tokens/s")
+    panels[0].set_ylim(bottom=0)
+    _legend(figure, panels[-1])
     return figure
 
 
@@ -224,6 +237,10 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
     figure = Figure(figsize=(WIDTH, height))
     return figure, figure.subplots()
+
+
+def _front(axes: Axes, places: Sequence[tuple[float, float]]) -> None:
+    axes.step(*zip(*places, strict=True), "--", where="post", color=GREY, label="Pareto front", zorder=1)
 
 
 def _legend(figure: Figure, axes: Axes) -> None:

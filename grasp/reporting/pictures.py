@@ -98,10 +98,10 @@ def perplexity_by_size(results: Sequence[ModelResult]) -> list[Picture]:
     return of_comparisons("size", "Perplexity by size", data, figures.perplexity_by_size)
 
 
-def perplexity_by_latency(results: Sequence[ModelResult]) -> list[Picture]:
-    """Perplexity against the time per token, one figure for each model, text and batch size."""
-    data = figure_data.by_latency(results)
-    return of_comparisons("latency", "Perplexity by latency", data, figures.perplexity_by_latency)
+def speed_by_cost(results: Sequence[ModelResult]) -> list[Picture]:
+    """Tokens per second against perplexity and bytes, one figure for each model, prompt and batch size."""
+    data = figure_data.trades(results)
+    return of_comparisons("speed", "Speed by perplexity and size", data, figures.speed_by_cost)
 
 
 def latency_bars(results: Sequence[ModelResult]) -> list[Picture]:

@@ -8,7 +8,7 @@ import pytest
 
 from grasp.bench.percentiles import Percentiles
 from grasp.bench.records import ModelResult, OpResult
-from grasp.reporting.figure_data import Quality, by_latency, by_size, latencies, pareto_front, roofs
+from grasp.reporting.figure_data import Trade, by_size, latencies, pareto_front, roofs, trades
 from tests.bench.records import CONDITIONS, record
 
 
@@ -28,18 +28,12 @@ def only(data: dict[Any, Any]) -> Any:
     return value
 
 
-def point(x: float, perplexity: float) -> Quality:
-    return Quality("a", x, perplexity, perplexity, perplexity)
-
-
 def test_the_front_is_what_no_point_beats() -> None:
     numbers = random.Random(0)
     for _ in range(50):
-        points = [point(numbers.randrange(6), numbers.randrange(6)) for _ in range(8)]
-        places = {(p.x, p.perplexity) for p in points}
+        places = {(numbers.randrange(6), numbers.randrange(6)) for _ in range(8)}
         expected = {(x, y) for x, y in places if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in places)}
-        front = pareto_front(points)
-        assert [(p.x, p.perplexity) for p in front] == sorted(expected)
+        assert pareto_front(places) == sorted(expected)
 
 
 def test_perplexities_of_different_texts_do_not_share_a_figure() -> None:
@@ -54,9 +48,12 @@ def test_the_weights_that_several_backends_share_are_one_point_of_size() -> None
     assert labels == ["dense", "GRASP small", "layers removed", "plain SVD", "GRASP other"]
 
 
-def test_against_latency_stands_only_what_has_a_perplexity() -> None:
-    lines = [model("dense", inter_token_ms=Percentiles(7, 8, 9)), model("removed", perplexity=None)]
-    assert only(by_latency(lines)) == [Quality("dense", 7, 0.5, 0.5, 0.5)]
+def test_a_speed_stands_beside_bytes_and_a_perplexity_if_there_is_one() -> None:
+    fast = {"decode_tokens_per_s": 70.0, "weight_bytes": 9}
+    lines = [model("dense", decode_tokens_per_s=60.0), model("dense", **fast), model("removed", perplexity=None)]
+    (dense,), (removed,) = (only(trades(same)) for same in (lines[:2], lines[2:]))
+    assert (dense, removed) == (Trade("dense", 70.0, 9, 0.5), Trade("layers removed", 0.5, 3, None))
+    assert len(trades([model("dense"), model("dense", batch_size=4), model("dense", depth=5)])) == 3
 
 
 def test_the_last_measurement_of_a_provider_counts() -> None:
@@ -69,7 +66,7 @@ def test_compiled_steps_are_beside_eager_ones() -> None:
     lines = [model("dense"), model("dense", mode="compiled"), model("compressed/cpu", mode="compiled")]
     labels = ["dense", "dense, compiled", "GRASP, cpu, compiled"]
     assert [bar.label for bar in only(latencies(lines))] == labels
-    assert [point.label for point in only(by_latency(lines))] == labels
+    assert [trade.label for trade in only(trades(lines))] == labels
 
 
 @pytest.mark.parametrize(

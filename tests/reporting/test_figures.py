@@ -17,7 +17,7 @@ from grasp.checkpoint.compression_report import CompressionReport, spectrum_indi
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.reporting import figures
-from grasp.reporting.figure_data import Latency, Quality, Roof, Speed
+from grasp.reporting.figure_data import Latency, Quality, Roof, Speed, Trade
 from grasp.reporting.figure_style import themed
 from tests.tiny_models import tiny_batches, tiny_model
 
@@ -96,6 +96,16 @@ def test_the_front_is_drawn_and_seeds_have_their_range() -> None:
     assert not bad.has_yerr
 
 
+def test_a_front_of_speed_is_drawn_for_each_cost() -> None:
+    trades = [Trade("dense", 50, 200, 10.0), Trade("good", 80, 150, 12.0), Trade("bad", 40, 180, 15.0)]
+    figure = figures.speed_by_cost([*trades, Trade("other", 90, 300, None)])
+    assert line(figure, "Pareto front", 0).tolist() == [[10, 50], [12, 80]]
+    assert line(figure, "Pareto front", 1).tolist() == [[150e-6, 80], [300e-6, 90]]
+    assert "other" not in {drawn.get_label() for drawn in figure.axes[0].lines}
+    assert line(figure, "other", 1).tolist() == [[300e-6, 90]]
+    assert len(figures.speed_by_cost([Trade("other", 90, 300, None)]).axes) == 1
+
+
 def test_bars_are_medians_and_whiskers_end_at_the_95th_percentile() -> None:
     figure = figures.latency_bars([latency("dense", 1, 2.0), latency("GRASP, cpu", 1, 1.0), latency("dense", 4, 3.0)])
     assert len(figure.axes) == 4
@@ -121,7 +131,10 @@ def drawings(report: CompressionReport) -> dict[str, Any]:
         "block influence": lambda: figures.block_influence(deep),
         "spectra": lambda: figures.spectra(report, 1),
         "size": lambda: figures.perplexity_by_size(many),
-        "one point": lambda: figures.perplexity_by_latency(many[:1]),
+        "one point": lambda: figures.perplexity_by_size(many[:1]),
+        "speed": lambda: figures.speed_by_cost(
+            [Trade(name, 40.0 + 9 * i, (300 - 20 * i) * 10**6, 28.0 * 1.1**i) for i, name in enumerate(names)]
+        ),
         "bars": lambda: figures.latency_bars(
             [
                 latency(name, batch, 900.0)
@@ -136,7 +149,9 @@ def drawings(report: CompressionReport) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", ["block influence", "spectra", "size", "one point", "bars", "one bar", "roofline"])
+@pytest.mark.parametrize(
+    "name", ["block influence", "spectra", "size", "one point", "speed", "bars", "one bar", "roofline"]
+)
 def test_no_text_is_cut_off_or_covers_another(report: CompressionReport, name: str) -> None:
     with themed("light"):
         figure = drawings(report)[name]()
