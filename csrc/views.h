@@ -84,10 +84,11 @@ inline bool is_vector(const View &view, int64_t size) {
 inline bool agree(const View &x, const View &U, const View &s, const View &Vh, const View &bias, const View &order,
                   const View &y) {
     const int64_t outputs = order.data ? U.rows + U.columns : U.rows;
-    return U.dimensions == 2 && Vh.dimensions == 2 && U.columns == Vh.rows && Vh.columns == x.columns && U.rows > 0 &&
-           U.columns > 0 && x.columns > 0 && is_vector(s, U.columns) && is_vector(bias, outputs) &&
-           is_vector(order, outputs) && (!order.data || (order.dtype == INDEX && !s.data)) && x.dtype >= 0 &&
-           U.dtype == x.dtype && Vh.dtype == x.dtype && (!s.data || s.dtype == GRASP_F32 || s.dtype == x.dtype) &&
+    return U.dimensions == 2 && Vh.dimensions == 2 && U.columns == Vh.rows && Vh.columns == x.columns &&
+           (U.rows > 0 || order.data) && U.columns > 0 && x.columns > 0 && is_vector(s, U.columns) &&
+           is_vector(bias, outputs) && is_vector(order, outputs) &&
+           (!order.data || (order.dtype == INDEX && !s.data)) && x.dtype >= 0 && U.dtype == x.dtype &&
+           Vh.dtype == x.dtype && (!s.data || s.dtype == GRASP_F32 || s.dtype == x.dtype) &&
            (!bias.data || bias.dtype == x.dtype) && y.dtype == x.dtype && y.rows == x.rows && y.columns == outputs;
 }
 

@@ -22,16 +22,16 @@ from grasp.model.lowrank_linear import LowRankLinear, set_backend_
 from grasp_kernels import (
     Factors,
     available_backends,
+    direct,
     dispatch,
     lowrank_glu,
     lowrank_linear,
     lowrank_linear_grouped,
-    ops,
 )
 
 K, N, WIDTHS = 40, 24, (24, 16, 16)
 BACKENDS = [name for name in available_backends() if name in ("cpu", "reference")]
-WATCHERS = (*ops._WATCHERS, torch._C._is_any_autocast_enabled)
+WATCHERS = (*direct.WATCHERS, torch._C._is_any_autocast_enabled)
 
 
 def fresh(rng: random.Random) -> Factors:
@@ -81,7 +81,7 @@ class Shared:
         def watch() -> None:
             self.items[:] = [fresh(rng)]
 
-        dispatch.open_direct_path(ops._PLAIN_TYPES, (*WATCHERS, watch) if rng.random() < 0.5 else WATCHERS)
+        dispatch.open_direct_path(direct.PLAIN_TYPES, (*WATCHERS, watch) if rng.random() < 0.5 else WATCHERS)
         time.sleep(1e-3)  # the direct path of each call stays in memory
 
     def change_parameters(self, rng: random.Random) -> None:
@@ -127,7 +127,7 @@ def quick_switches() -> Iterator[None]:
     sys.setswitchinterval(1e-5)
     yield
     sys.setswitchinterval(before)
-    dispatch.open_direct_path(ops._PLAIN_TYPES, WATCHERS)
+    dispatch.open_direct_path(direct.PLAIN_TYPES, WATCHERS)
 
 
 @pytest.mark.usefixtures("quick_switches")

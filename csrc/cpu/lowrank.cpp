@@ -72,7 +72,8 @@ int64_t rows_of_U(const grasp_factors &group) { return group.order ? group.N - g
 struct Chunks {
     int64_t rows, per_chunk, count;
 
-    Chunks(const Kernel &kernel, int64_t rows, int64_t row_bytes, int members) : rows(rows) {
+    Chunks(const Kernel &kernel, int64_t rows, int64_t row_bytes, int members) : rows(rows), per_chunk(1), count(0) {
+        if (rows == 0) return;
         const int64_t most = std::min(std::max(CHUNK_BYTES / row_bytes, kernel.block), kernel.chunk);
         const int64_t even = ceil_div(ceil_div(rows, most), members) * members;  // the same number for each
         per_chunk = std::min(ceil_div(ceil_div(rows, even), ROW_STEP) * ROW_STEP, kernel.chunk);
@@ -175,7 +176,7 @@ class Job {
             const Chunks shrink(kernel_, group.R, x_.K * size, team_);
             const Chunks expand(kernel_, rows_of_U(group), group.R * size, team_);
             char *h = layout.take(kernel_.packed_bytes(x_.M, group.R));
-            const bool merges = group.order && kernel_.lanes > 0 && ascends(group);
+            const bool merges = group.order && group.N > group.R && kernel_.lanes > 0 && ascends(group);
             char *pivots = merges ? layout.take(group.R * tile_row() * sizeof(float)) : nullptr;
             if (members_) {
                 new (members_ + i)
@@ -230,7 +231,7 @@ class Job {
         if (const float *s = to_floats(group.s, group.s_dtype, first, rows, buffer)) {
             kernel_.adjust(tile, x_.M, rows, s, nullptr);
         }
-        kernel_.put_packed(tile, x_.M, first, rows, group.R, member.h);
+        if (member.expand.count) kernel_.put_packed(tile, x_.M, first, rows, group.R, member.h);
         if (member.pivots) {
             std::memcpy(member.pivots + first * tile_row(), tile, rows * tile_row() * sizeof(float));
         } else if (group.order) {
@@ -365,9 +366,10 @@ bool is_good(const grasp_input &x) {
 }
 
 bool is_good(const grasp_factors &group, const grasp_input &x, bool has_output) {
-    return group.U && group.Vh && group.N >= 1 && group.R >= 1 && (group.R == 1 || group.Vh_stride >= x.K) &&
-           (rows_of_U(group) == 1 || group.U_stride >= group.R) && (!group.order || (!group.s && group.N > group.R)) &&
-           (!group.s || group.s_dtype == GRASP_F32 || group.s_dtype == x.dtype) &&
+    const int64_t rows = rows_of_U(group);
+    return (group.U || rows == 0) && group.Vh && group.N >= 1 && group.R >= 1 &&
+           (group.R == 1 || group.Vh_stride >= x.K) && (rows <= 1 || group.U_stride >= group.R) && rows >= 0 &&
+           (!group.order || !group.s) && (!group.s || group.s_dtype == GRASP_F32 || group.s_dtype == x.dtype) &&
            (!has_output || x.M == 0 || (group.y && (x.M == 1 || group.y_stride >= group.N)));
 }
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from grasp.bench.memory import peak_bytes_above_now
 from grasp.bench.percentiles import Percentiles
-from grasp.bench.providers import COMPRESSED, DENSE, REMOVED, ModelProvider
+from grasp.bench.providers import COMPRESSED, DENSE, REMOVED, ModelProvider, weights_of
 from grasp.bench.timing import StopRule, rounds
 from grasp.evaluation.generation import CompiledSteps, GenerationTime, first_logits, time_generation
 from grasp.formatting import one_line
@@ -85,7 +85,7 @@ class Checked(NamedTuple):
 
     Attributes:
         models: to be timed.
-        apart: differences of logits; of an eager model without low-rank linears there is none.
+        apart: differences of logits; there is none of a model as PyTorch runs it.
         refused: the reason, and whether the logits were wrong.
     """
 
@@ -110,12 +110,12 @@ def checked(
     tolerance = TOLERANCE[models[DENSE].model.dtype]
     keys = [Key(name, mode) for mode in modes for name in models]
     for done, key in enumerate(keys, start=1):
-        timed, weights = Timed.of(models[key.provider], key.mode), _weights(key.provider)
+        timed, weights = Timed.of(models[key.provider], key.mode), weights_of(key.provider)
         if weights not in expected:
             backend = REFERENCE if weights == COMPRESSED else None
             expected[weights] = Timed(ModelProvider(models[weights].model, backend)).logits(case)
         reason, wrong = None, False
-        if weights == COMPRESSED or key.mode == COMPILED:
+        if key.provider not in (DENSE, REMOVED) or key.mode == COMPILED:
             try:
                 apart = found.apart[key] = difference(timed.logits(case), expected[weights])
             except TorchDynamoException as error:
@@ -129,11 +129,6 @@ def checked(
             found.refused[key] = reason, wrong
         progress(f"checking batch {case.batch_size}", done, len(keys))
     return found
-
-
-def _weights(provider: str) -> str:
-    """The provider whose weights another one has."""
-    return provider if provider in (DENSE, REMOVED) else COMPRESSED
 
 
 class Turns(NamedTuple):

@@ -32,6 +32,7 @@ from grasp.bench.providers import (
     providers,
     require_backends,
     truncate_,
+    weights_of,
 )
 from grasp.bench.records import PLAIN_SVD, ModelResult, NotMeasured
 from grasp.bench.timing import Sample, StopRule
@@ -182,7 +183,7 @@ def _perplexities(
                 bos_token_id=bos,
                 progress=named(progress, name),
             )
-    return {name: measured[name if name in measured else COMPRESSED] for name in models}
+    return {name: measured[weights_of(name)] for name in models}
 
 
 @dataclass(frozen=True)

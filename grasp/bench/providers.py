@@ -1,4 +1,7 @@
-"""The models that ``grasp bench model`` compares: dense, layers removed, low-rank on each backend, unfused."""
+"""The models that ``grasp bench model`` compares: dense, layers removed, low-rank on each backend, unfused.
+
+On a CPU, the dense and the low-rank model also with their dense linears in the kernel of the low-rank ones.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,21 @@ from grasp.errors import CheckpointError, UnsupportedModelError
 from grasp.method.ranks import break_even_rank, rank_for_retain_ratio
 from grasp.model.dense import dense_shape
 from grasp.model.grouping import group_linears_
+from grasp.model.kernel_linear import use_kernel_
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear, set_backend_
 from grasp.model.targets import decoder, layer_targets
 from grasp.progress import Progress, no_progress
-from grasp_kernels.dispatch import BACKENDS, OpCall, objection
+from grasp_kernels.dispatch import BACKENDS, CPU_ROWS, OpCall, backend_missing, objection
 
 DENSE, REMOVED, COMPRESSED, UNFUSED = "dense", "removed", "compressed", "unfused"
+KERNEL = "kernel"  # ``dense/kernel``, ``compressed/kernel``: see ``use_kernel_``
+
+
+def weights_of(provider: str) -> str:
+    """The provider whose weights another one has."""
+    owner = provider.partition("/")[0]
+    return owner if owner in (DENSE, REMOVED) else COMPRESSED
 
 
 class ModelProvider(NamedTuple):
@@ -155,7 +166,18 @@ def providers(
     models[COMPRESSED] = ModelProvider(compressed, "auto")
     names = backends or [row.name for row in BACKENDS]
     models |= {f"{COMPRESSED}/{name}": ModelProvider(compressed, name) for name in names}
+    if "cpu" in names and not backend_missing("cpu") and dense.device.type == "cpu" and dense.dtype in CPU_ROWS:
+        for name in (DENSE, COMPRESSED):
+            models[f"{name}/{KERNEL}"] = models[name]._replace(model=_with_kernel(models[name].model))
     return {**models, UNFUSED: ModelProvider(unfused)}, left_out
+
+
+def _with_kernel(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its dense linears in the CPU kernel, and with the same tensors."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, tensors)
+    use_kernel_(twin)
+    return twin
 
 
 def objections(provider: ModelProvider, rows: Sequence[int]) -> str | None:

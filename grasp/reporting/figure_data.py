@@ -171,8 +171,9 @@ def _text(result: ModelResult) -> str:
 
 def _weights(result: ModelResult) -> str:
     """Label of the weights that a perplexity is of, without their backend."""
-    if result.provider.partition("/")[0] != "compressed":
-        return _PROVIDERS.get(result.provider, result.provider)
+    owner = result.provider.partition("/")[0]
+    if owner != "compressed":
+        return _PROVIDERS.get(owner, owner)
     return result.factors if result.factors == PLAIN_SVD else f"GRASP {result.factors}"
 
 

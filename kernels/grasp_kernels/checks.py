@@ -195,8 +195,8 @@ def _agree(x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | No
         and x.dim() > 0
         and len(left) == 2
         and right == (left[1], x.shape[-1])
-        and 0 not in left
         and 0 not in right
+        and (left[0] > 0 or (order is not None and x.is_cpu))
         and U.dtype == dtype == Vh.dtype
         and U.device == device == Vh.device
         and x.layout is U.layout is Vh.layout is torch.strided
@@ -217,8 +217,12 @@ def _check_shapes(x: Tensor, factors: Factors) -> None:
     U, s, Vh, bias, order = factors
     if x.dim() < 1 or U.dim() != 2 or Vh.dim() != 2 or U.shape[1] != Vh.shape[0] or x.shape[-1] != Vh.shape[1]:
         raise ValueError(f"expected x (..., K), U (N, R), Vh (R, K); got x {_shape(x)}, U {_shape(U)}, Vh {_shape(Vh)}")
-    if 0 in U.shape or 0 in Vh.shape:
+    if 0 in Vh.shape or (U.shape[0] == 0 and order is None):
         raise ValueError(f"rank, N and K must be at least 1; got U {_shape(U)} and Vh {_shape(Vh)}")
+    if U.shape[0] == 0 and not x.is_cpu:
+        raise ValueError(
+            f"U without rows, a dense weight in Vh, is for the CPU, got tensors on {x.device}; use F.linear"
+        )
     if s is not None and s.shape != (U.shape[1],):
         raise ValueError(f"s must be ({U.shape[1]},), got {_shape(s)}")
     if order is not None and s is not None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from grasp_kernels import registered
+from grasp_kernels import direct, registered
 from grasp_kernels.checks import (
     check_castable,
     check_factors,
@@ -23,18 +23,11 @@ from grasp_kernels.checks import (
     to_groups,
     to_members,
 )
-from grasp_kernels.dispatch import check_backend, open_direct_path
+from grasp_kernels.direct import PLAIN_TYPES, WATCHERS
+from grasp_kernels.dispatch import check_backend
 from grasp_kernels.reference import Dense, Factors
 
 Linear = TypeVar("Linear", Factors, Factors | Dense)
-_PLAIN_TYPES = (Tensor, nn.Parameter)
-# Each returns a true value while a mode, a transform or a tracer is active, which must see the registered op.
-_WATCHERS: tuple[Callable[[], object], ...] = (
-    torch._C._len_torch_function_stack,
-    torch._C._len_torch_dispatch_stack,
-    torch._C._functorch.peek_interpreter_stack,
-    torch._C._get_tracing_state,
-)
 
 
 class SingularValueGrad(NamedTuple):
@@ -67,7 +60,7 @@ def lowrank_linear(
 
     Args:
         x: input, (..., K). fp32, fp16, bf16 or fp64.
-        U: left factor, (N, R), dtype of ``x``; (N − R, R) with ``order``.
+        U: left factor, (N, R), dtype of ``x``; (N − R, R) with ``order``, which may be no rows on a CPU.
         s: singular values, (R,), fp32 or the dtype of ``x``, or ``None`` if they are folded into the factors.
         Vh: right factor, (R, K), dtype of ``x``.
         bias: (N,), dtype of ``x``, or ``None``.
@@ -90,7 +83,7 @@ def lowrank_linear(
         >>> torch.allclose(y, x @ (U @ Vh).mT, atol=1e-3)
         True
     """
-    if not is_dynamo_compiling() and (y := _direct_linear(x, U, s, Vh, bias, order, backend)) is not None:
+    if not is_dynamo_compiling() and (y := direct.linear(x, U, s, Vh, bias, order, backend)) is not None:
         return y
     check_backend(backend)
     if torch._C._is_any_autocast_enabled():
@@ -124,7 +117,7 @@ def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors], *, backend: st
         >>> [tuple(y.shape) for y in lowrank_linear_grouped(torch.randn(2, 64), [q, k])]
         [(2, 64), (2, 16)]
     """
-    if not is_dynamo_compiling() and (outputs := _direct_grouped(x, factors, backend)) is not None:
+    if not is_dynamo_compiling() and (outputs := direct.grouped(x, factors, backend)) is not None:
         return outputs
     return tuple(_run_group("lowrank_linear_grouped", x, to_groups("lowrank_linear_grouped", factors), backend))
 
@@ -156,7 +149,7 @@ def lowrank_linear_merged(x: Tensor, factors: Sequence[Factors | Dense], *, back
         >>> lowrank_linear_merged(torch.randn(2, 64), [q, k]).shape
         torch.Size([2, 80])
     """
-    if not is_dynamo_compiling() and (outputs := _direct_grouped(x, factors, backend)) is not None:
+    if not is_dynamo_compiling() and (outputs := direct.grouped(x, factors, backend)) is not None:
         return torch.cat(outputs, dim=-1)  # a few rows on a CPU: cheaper than to pass places for them
     y: Tensor = _run_group("lowrank_linear_merged", x, to_members("lowrank_linear_merged", factors), backend)
     return y
@@ -329,25 +322,12 @@ def _is_plain(*tensors: Tensor | None) -> bool:
         for tensor in tensors:
             if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
                 raise NotImplementedError("the low-rank ops have no forward-mode derivative; use reverse mode")
-    if torch.compiler.is_compiling() or any(watcher() for watcher in _WATCHERS) or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or any(watcher() for watcher in WATCHERS) or forward_ad._current_level >= 0:
         return False
     recording = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is not None and (
-            type(tensor) not in _PLAIN_TYPES
-            or tensor.is_meta
-            or tensor.is_neg()
-            or (recording and tensor.requires_grad)
+            type(tensor) not in PLAIN_TYPES or tensor.is_meta or tensor.is_neg() or (recording and tensor.requires_grad)
         ):
             return False
     return True
-
-
-def _decline(*_: object) -> None:
-    """Stands for the direct path of an op that has none."""
-
-
-# The table decides which calls take the direct path. A call that does returns before any check in this file.
-_DIRECT = open_direct_path(_PLAIN_TYPES, (*_WATCHERS, torch._C._is_any_autocast_enabled))
-_direct_linear: Callable[..., Tensor | None] = _DIRECT.get("lowrank_linear", _decline)
-_direct_grouped: Callable[..., tuple[Tensor, ...] | None] = _DIRECT.get("lowrank_linear_grouped", _decline)

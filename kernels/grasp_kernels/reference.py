@@ -17,7 +17,7 @@ class Factors(NamedTuple):
 
     With ``order`` the factors are pivoted: ``weight[order] = cat([Vh, U @ Vh])``. Vh has R rows of the weight, which
     give R entries of the output, and U, (N − R, R), gives the others: R² fewer parameters and multiplications.
-    ``order`` is a permutation of ``range(N)``, (N,) int32, and s is ``None``.
+    ``order`` is a permutation of ``range(N)``, (N,) int32, and s is ``None``. On a CPU R may be N: the weight is dense.
 
     Example:
         >>> import torch

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grasp_kernels import gradients
+from grasp_kernels import direct, gradients
 from grasp_kernels.checks import check_bounds, check_factors, check_glu, check_member, check_singular_value_grad
 from grasp_kernels.dispatch import check_backend, select
 from grasp_kernels.packing import widened
@@ -254,8 +254,34 @@ _OPS = {
         gradients.singular_value_grad_backward,
     ),
 }
+
+
+def _grouped_directly(x: Tensor, *args: Any) -> list[Tensor] | None:
+    outputs = direct.grouped(x, gradients.regroup(args[:5], args[5]), args[6])
+    return None if outputs is None else list(outputs)
+
+
+_DIRECT: dict[str, Callable[..., Any]] = {
+    "lowrank_linear": lambda *args: direct.linear(*args),
+    "lowrank_linear_grouped": _grouped_directly,
+}
+
+
+def _kernel(name: str, op: _Op) -> Callable[..., Any]:
+    """What PyTorch's dispatcher calls: the direct path if the op has one that takes the call."""
+    checked, directly = op.checked(op.implementation), _DIRECT.get(name)
+    if directly is None:
+        return checked
+
+    def run(*args: Any) -> Any:
+        result = directly(*args)
+        return checked(*args) if result is None else result
+
+    return run
+
+
 for _name, _op in _OPS.items():
     _library.define(_name + _SCHEMAS[_name])
-    _library.impl(_name, _op.checked(_op.implementation), "CompositeExplicitAutograd")
+    _library.impl(_name, _kernel(_name, _op), "CompositeExplicitAutograd")
     torch.library.register_fake(f"grasp::{_name}", _op.checked(_op.fake), lib=_library)
     torch.library.register_autograd(f"grasp::{_name}", _op.backward, setup_context=_op.setup, lib=_library)

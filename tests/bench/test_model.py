@@ -44,7 +44,8 @@ def test_every_provider_is_timed_at_every_batch_size(run: RunBench, tmp_path: Pa
     records = read_results(tmp_path / "model.jsonl")
     timed = {(record.provider, record.batch_size): record for record in records if isinstance(record, ModelResult)}
     backends = [row.name for row in BACKENDS if "lowrank_linear" in row.functions and not backend_missing(row.name)]
-    names = ["dense", "removed", "compressed", *(f"compressed/{name}" for name in backends), "unfused"]
+    names = ["dense", "removed", "compressed", *(f"compressed/{name}" for name in backends)]
+    names += ["unfused"] if backend_missing("cpu") else ["dense/kernel", "compressed/kernel", "unfused"]
     assert list(timed) == [(name, batch) for batch in (1, 3) for name in names]
     for (name, batch), record in timed.items():
         assert record.layers == (1,)

@@ -26,6 +26,7 @@ from grasp_kernels import (
     registered,
     singular_value_grad,
 )
+from grasp_kernels import direct as direct_path
 from grasp_kernels.dispatch import CPU_ROWS, backend_missing
 from grasp_kernels.extension import DTYPE_CODES
 from tests.ops.inputs import DTYPES, factors, normal, seeded
@@ -45,7 +46,7 @@ def operands(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (1, K)
 
 def direct(x: Tensor, *group: Tensor | None, backend: object = "auto") -> Tensor | None:
     """The direct path alone."""
-    return ops._direct_linear(x, *group, backend)
+    return direct_path.linear(x, *group, backend)
 
 
 @pytest.fixture
@@ -221,7 +222,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[torch.dty
 
     def open_again() -> None:
         dispatch._select.cache_clear()
-        dispatch.open_direct_path(ops._PLAIN_TYPES, (*ops._WATCHERS, torch._C._is_any_autocast_enabled))
+        dispatch.open_direct_path(direct_path.PLAIN_TYPES, (*direct_path.WATCHERS, torch._C._is_any_autocast_enabled))
 
     yield change
     monkeypatch.undo()
@@ -312,10 +313,10 @@ def opened() -> Iterator[Callable[..., None]]:
         chosen = {name: functions.get(name, default) for name, default in FUNCTIONS.items()}
         watchers, *others = chosen.values()
         rows = tuple(CPU_ROWS[dtype] for dtype in DTYPE_CODES)
-        cpu._module().set_up(ops._PLAIN_TYPES, (watchers,), vars(forward_ad), *others, rows)
+        cpu._module().set_up(direct_path.PLAIN_TYPES, (watchers,), vars(forward_ad), *others, rows)
 
     yield open_with
-    dispatch.open_direct_path(ops._PLAIN_TYPES, (*ops._WATCHERS, torch._C._is_any_autocast_enabled))
+    dispatch.open_direct_path(direct_path.PLAIN_TYPES, (*direct_path.WATCHERS, torch._C._is_any_autocast_enabled))
 
 
 FUNCTIONS: dict[str, Callable[..., object]] = {
@@ -338,7 +339,7 @@ def test_factors_stay_alive_that_leave_their_list_during_a_call(opened: Callable
         return True  # declined: nothing is read
 
     opened(watcher=watch)
-    assert ops._direct_grouped(x, groups, "auto") is None
+    assert direct_path.grouped(x, groups, "auto") is None
     assert still == [True] * 4
 
 

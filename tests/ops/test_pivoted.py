@@ -13,6 +13,7 @@ from torch import Tensor
 from grasp_kernels import (
     Factors,
     cpu,
+    direct,
     lowrank_glu,
     lowrank_linear,
     lowrank_linear_grouped,
@@ -31,7 +32,7 @@ CASES = pairwise(
     rows=(33, 7, 1, 0),
     N=(63, 128, 300, 16),
     K=(128, 63, 16),
-    rank=("most", 5, 1),
+    rank=("all", "most", 5, 1),
     dtype=DTYPES,
     layout=LAYOUTS,
     ndim=(3, 2),
@@ -42,7 +43,7 @@ CASES = pairwise(
 
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_every_backend_is_as_accurate_as_linear(case: Case) -> None:
-    rank = case["N"] - 1 if case["rank"] == "most" else case["rank"]
+    rank = {"all": case["N"], "most": case["N"] - 1}.get(case["rank"], case["rank"])
     options = {"dtype": case["dtype"], "layout": case["layout"]}
     group = pivoted(case["N"], case["K"], rank, seeded(), bias=case["bias"], **options)
     x = tokens(case["rows"], case["K"], case["ndim"], seeded(1), **options)
@@ -63,7 +64,7 @@ def test_every_instruction_set(instruction_set: str, dtype: torch.dtype, rows: i
     if (reason := backend_missing("cpu")) is not None or not cpu.supports(instruction_set):
         pytest.skip(reason or f"this processor has no {instruction_set}")
     x = normal((rows, 130), seeded(1), dtype=dtype)
-    for n, rank in ((201, 77), (18, 17), (9, 1)):
+    for n, rank in ((201, 77), (18, 17), (9, 1), (70, 70)):
         group = pivoted(n, 130, rank, seeded(), bias=n < 20, dtype=dtype)
         (y,) = cpu.run(x, (group,), instruction_set=instruction_set)
         exact = linear(x.double(), double(group))
@@ -91,7 +92,7 @@ def test_pivoted_calls_take_the_direct_path(monkeypatch: pytest.MonkeyPatch) -> 
     for got, y in zip(lowrank_linear_grouped(x, groups), expected, strict=True):
         torch.testing.assert_close(got, y, rtol=1e-4, atol=1e-5)
     for bad in (groups[0].order.long(), groups[0].order[1:], groups[0].order.repeat(2)[::2]):  # type: ignore[union-attr]
-        assert ops._direct_linear(x, *groups[0]._replace(order=bad), "auto") is None
+        assert direct.linear(x, *groups[0]._replace(order=bad), "auto") is None
 
 
 @pytest.mark.parametrize("entry", [-1, N, 2**31 - 1])
