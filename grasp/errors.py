@@ -63,3 +63,7 @@ class TaskError(GraspError, ValueError):
 
 class HubError(GraspError, RuntimeError):
     """The hub refuses an upload, or cannot be reached."""
+
+
+class ServerError(GraspError, RuntimeError):
+    """A server does not start, does not answer or gives no valid answer, or its benchmark client fails."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 from grasp.bench.conditions import Conditions
 from grasp.bench.percentiles import Percentiles
 from grasp.bench.schema import Record
+from grasp.bench.serve_records import ServeResult
 from grasp.formatting import Column, count, layer_ranges, model_name, share, size
 
 PLAIN_SVD = "plain SVD"  # factors of a model that was compressed only to time it
@@ -380,7 +381,7 @@ class NotMeasured(Record):
     """A case that a benchmark left out, and the reason. Fields that do not apply are ``None``.
 
     Attributes:
-        benchmark: ``ops`` or ``model``.
+        benchmark: ``ops``, ``model`` or ``serve``.
         provider: as in the other results; ``*`` for all.
         not_measured: the reason.
         wrong: whether the provider ran and gave a wrong result.
@@ -427,4 +428,4 @@ class NotMeasured(Record):
         return self.model if self.op is None else None
 
 
-RECORDS: tuple[type[Record], ...] = (ModelResult, OpResult, CompressResult, NotMeasured)
+RECORDS: tuple[type[Record], ...] = (ModelResult, OpResult, ServeResult, CompressResult, NotMeasured)

@@ -89,7 +89,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _places(lines: Sequence[NotMeasured]) -> str:
-    """Where a reason applies: batch sizes of a model, or shapes, rows and dtypes of an op."""
+    """Where a reason applies: batch sizes of a model, all loads of a server, or shapes, rows and dtypes of an op."""
+    if lines[0].benchmark == "serve":
+        return "every concurrency"
     if lines[0].benchmark == "model":
         return f"batch {_distinct(line.batch_size for line in lines)}"
     return "; ".join(

@@ -156,7 +156,7 @@ def ops(
                 shown = dict(cards)
             yield records
 
-    _measure(rounds, output, as_json)
+    measure(rounds, output, as_json)
 
 
 @bench.command()
@@ -226,7 +226,7 @@ def model(
         device=device,
         threads=() if threads is None else parse_counts(threads, "threads", most=MOST_THREADS),
     )
-    _measure(lambda progress: benchmark.run(request, progress=progress), output, as_json)
+    measure(lambda progress: benchmark.run(request, progress=progress), output, as_json)
 
 
 @bench.command()
@@ -280,7 +280,7 @@ def compress(
             progress.note(f"WRONG: {error}; nothing is reported")
             raise typer.Exit(WRONG) from error
 
-    _measure(rounds, output, as_json)
+    measure(rounds, output, as_json)
 
 
 @bench.command()
@@ -313,7 +313,7 @@ def tune(
             console.print_line(file)
 
 
-def _measure(rounds: Rounds, outputs: Sequence[Path] | None, as_json: bool) -> None:
+def measure(rounds: Rounds, outputs: Sequence[Path] | None, as_json: bool) -> None:
     """Save and print the records of all rounds. A wrong result makes the exit code 1."""
     from grasp.bench.records import NotMeasured
     from grasp.bench.results import check_outputs, save_results

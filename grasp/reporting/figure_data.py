@@ -17,6 +17,7 @@ from grasp_kernels.shapes import parse_shape
 if TYPE_CHECKING:
     from grasp.bench.percentiles import Percentiles
     from grasp.bench.records import ModelResult, OpResult
+    from grasp.bench.serve_records import ServeResult
 
 _PROVIDERS = {"removed": "layers removed", "compiled": "torch.compile"}  # those with another label than their name
 _ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -55,6 +56,15 @@ class Latency(NamedTuple):
     batch_size: int
     first_token: Percentiles
     inter_token: Percentiles
+
+
+class Load(NamedTuple):
+    """One server at one concurrency: median ms per token of a request, and tokens/s of all requests."""
+
+    label: str
+    concurrency: int
+    output_token_ms: float
+    tokens_per_s: float
 
 
 class Speed(NamedTuple):
@@ -121,6 +131,19 @@ def latencies(results: Iterable[ModelResult]) -> dict[Comparison, list[Latency]]
         bar = Latency(_provider(result), result.batch_size, result.first_token_ms, result.inter_token_ms)
         data[comparison][bar.label, bar.batch_size] = bar
     return {comparison: list(bars.values()) for comparison, bars in data.items()}
+
+
+def serving_loads(results: Iterable[ServeResult]) -> dict[Comparison, list[Load]]:
+    """The loads of the servers by concurrency, for each first model and length of requests; later results replace."""
+    data: dict[Comparison, dict[tuple[str, int], Load]] = defaultdict(dict)
+    for result in results:
+        comparison = Comparison(
+            f"{model_name(result.model)}, {result.prompt_tokens} + {result.new_tokens} tokens",
+            str(result.conditions),
+        )
+        load = Load(result.provider, result.concurrency, result.output_token_ms.p50, result.output_tokens_per_s)
+        data[comparison][load.label, load.concurrency] = load
+    return {comparison: sorted(loads.values(), key=lambda load: load.concurrency) for comparison, loads in data.items()}
 
 
 def roofs(results: Iterable[OpResult]) -> dict[Comparison, Roof]:

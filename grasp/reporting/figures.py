@@ -14,7 +14,7 @@ import numpy as np
 
 from grasp.checkpoint.compression_report import CompressionReport, ModuleReport, spectrum_indices
 from grasp.checkpoint.inspection import short_name
-from grasp.reporting.figure_data import Latency, Quality, Roof, Trade, pareto_front
+from grasp.reporting.figure_data import Latency, Load, Quality, Roof, Trade, pareto_front
 from grasp.reporting.figure_style import BLUE, COLOURS, GREY, MARKERS, PURPLE, VERMILLION, WIDTH
 
 if TYPE_CHECKING:
@@ -200,6 +200,31 @@ def _bar(axes: Axes, y: int, label: str, median: float, p95: float) -> None:
     axes.plot([median, p95], [y, y], color=_ink(), linewidth=1.2)
     text = f"{median:.0f}" if median >= 100 else f"{median:.3g}"
     axes.annotate(text, (p95, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=10)
+
+
+def serving_loads(loads: Sequence[Load]) -> Figure:
+    """Tokens/s of all requests, and median ms per token of one request, by concurrency."""
+    from matplotlib.figure import Figure
+
+    labels = list(dict.fromkeys(load.label for load in loads))
+    figure = Figure(figsize=(WIDTH, 2.8 + 0.2 * -(-len(labels) // 2)))
+    panels = figure.subplots(1, 2)
+    ticks = sorted({load.concurrency for load in loads})
+    for axes, name, title in zip(
+        panels, ("tokens_per_s", "output_token_ms"), ("tokens/s", "ms per token"), strict=True
+    ):
+        for label, (colour, marker) in zip(labels, _looks(), strict=False):
+            same = [load for load in loads if load.label == label]
+            ys = [getattr(load, name) for load in same]
+            axes.plot([load.concurrency for load in same], ys, marker=marker, color=colour, markersize=6, label=label)
+        axes.set_title(title, loc="left")
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("requests at a time")
+    _legend(figure, panels[0])
+    return figure
 
 
 def roofline(roof: Roof) -> Figure:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from grasp.bench.records import ModelResult, OpResult
+    from grasp.bench.serve_records import ServeResult
 
 Data = TypeVar("Data")
 
@@ -107,6 +108,11 @@ def speed_by_cost(results: Sequence[ModelResult]) -> list[Picture]:
 def latency_bars(results: Sequence[ModelResult]) -> list[Picture]:
     """Times of the first and of further tokens, one figure for each model and prompt."""
     return of_comparisons("times", "Latency", figure_data.latencies(results), figures.latency_bars)
+
+
+def serving_loads(results: Sequence[ServeResult]) -> list[Picture]:
+    """Tokens/s and time per token of each server by concurrency, one figure for each model and length of requests."""
+    return of_comparisons("servers", "Servers under load", figure_data.serving_loads(results), figures.serving_loads)
 
 
 def rooflines(results: Sequence[OpResult]) -> list[Picture]:

@@ -17,6 +17,7 @@ FILES = [
     ("evaluate", "missing-model"),
     ("bench", "ops", "--model", "missing-model"),
     ("bench", "model", "missing-model"),
+    ("bench", "serve", "missing-model"),
     ("bench", "compress", "missing-model"),
     ("bench", "costs", "missing-model"),
     ("report", "missing-folder"),

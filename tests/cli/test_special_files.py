@@ -33,6 +33,7 @@ OUTPUTS = {
     "bench ops": "bench ops -o {}",
     "demo": "demo -o {}",
     "bench model": "bench model builtin -o {}",
+    "bench serve": "bench serve builtin -o {}",
     "bench compress": "bench compress builtin -o {}",
     "bench costs": "bench costs builtin -o {}",
 }

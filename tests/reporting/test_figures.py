@@ -17,7 +17,7 @@ from grasp.checkpoint.compression_report import CompressionReport, spectrum_indi
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.reporting import figures
-from grasp.reporting.figure_data import Latency, Quality, Roof, Speed, Trade
+from grasp.reporting.figure_data import Latency, Load, Quality, Roof, Speed, Trade
 from grasp.reporting.figure_style import themed
 from tests.tiny_models import tiny_batches, tiny_model
 
@@ -123,6 +123,15 @@ def test_a_roofline_bends_where_flops_and_bytes_take_the_same_time() -> None:
     assert line(figure, "cpu").tolist() == [[1, 8], [40, 60]]
 
 
+def test_a_line_joins_the_loads_of_a_server() -> None:
+    figure = figures.serving_loads(
+        [Load("dense", 1, 20.0, 50.0), Load("small", 1, 18.0, 55.0), Load("dense", 4, 25.0, 160.0)]
+    )
+    assert line(figure, "dense", 0).tolist() == [[1, 50], [4, 160]]
+    assert line(figure, "dense", 1).tolist() == [[1, 20], [4, 25]]
+    assert line(figure, "small", 1).tolist() == [[1, 18]]
+
+
 def drawings(report: CompressionReport) -> dict[str, Any]:
     deep = replace(report, block_influence=tuple(0.9 * 0.93**i for i in range(126)))
     names = [*"abcdefghijk", LONG]
@@ -143,6 +152,9 @@ def drawings(report: CompressionReport) -> dict[str, Any]:
             ]
         ),
         "one bar": lambda: figures.latency_bars([latency("dense", 1, 1e-3)]),
+        "servers": lambda: figures.serving_loads(
+            [Load(name, n, 900.0 + n, 1e4 / n) for name in names[-3:] for n in (1, 4, 16, 64)]
+        ),
         "roofline": lambda: figures.roofline(
             Roof(989e12, 4.8e12, tuple(Speed(name, 0.5 * 2**i, 3e11 * 2**i) for i, name in enumerate(names[:7])))
         ),
@@ -150,7 +162,7 @@ def drawings(report: CompressionReport) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "name", ["block influence", "spectra", "size", "one point", "speed", "bars", "one bar", "roofline"]
+    "name", ["block influence", "spectra", "size", "one point", "speed", "bars", "one bar", "servers", "roofline"]
 )
 def test_no_text_is_cut_off_or_covers_another(report: CompressionReport, name: str) -> None:
     with themed("light"):

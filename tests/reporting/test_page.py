@@ -15,6 +15,7 @@ from grasp import cli
 from grasp.bench.records import RECORDS, CompressResult, ModelResult, NotMeasured, OpResult
 from grasp.bench.results import append_results
 from grasp.bench.schema import Record
+from grasp.bench.serve_records import ServeResult
 from grasp.checkpoint.compression_report import CompressionReport
 from grasp.config import GraspConfig
 from grasp.errors import ResultsError
@@ -67,6 +68,7 @@ def measured(report: CompressionReport) -> list[Record]:
     return [
         *(record(ModelResult, model="tiny", provider=name, **size) for name in ("dense", "removed", "compressed/cpu")),
         *(record(OpResult, provider=name, median_us=ms, **shape) for name, ms in (("cpu", 9.5), ("dense", 100.0))),
+        record(ServeResult, model="tiny"),
         record(CompressResult, model="tiny"),
         record(NotMeasured, benchmark="ops", provider="cuda", not_measured="no <GPU> here", model=None),
     ]

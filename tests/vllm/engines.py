@@ -48,10 +48,14 @@ RANKS: dict[str, dict[str, int]] = {
 
 
 def save_compressed(
-    folder: Path, family: str, ranks: Mapping[str, int] | None = None, dtype: torch.dtype = torch.float32
+    folder: Path,
+    family: str,
+    ranks: Mapping[str, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **shape: object,
 ) -> Path:
     """A tiny random checkpoint with some linears low-rank, of which every second one is pivoted."""
-    model = tiny_model(family, dtype, **SHAPES[family])
+    model = tiny_model(family, dtype, **{**SHAPES[family], **shape})
     for number, (name, rank) in enumerate((RANKS[family] if ranks is None else ranks).items()):
         layer = LowRankLinear.from_dense(model.get_submodule(name), torch.arange(rank))
         assert number % 2 or layer.pivot_() is None

@@ -1,0 +1,224 @@
+"""Servers with the OpenAI interface: vLLM in a process of its own, or a server that runs already."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grasp.errors import ServerError
+from grasp.formatting import one_line
+from grasp.reading import parse_json
+
+COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+ANSWER_SECONDS = 120  # for one small request to a server that is up
+_POLL_SECONDS = 0.2
+_GRACE_SECONDS = 10  # between the request to end and the kill
+_LAST_BYTES, _LAST_LINES = 1 << 15, 10  # of a log
+
+
+class Process:
+    """A command in a process group of its own. Leaving the ``with`` block ends the command and all its children.
+
+    Args:
+        command: the command with its arguments.
+        log: a new file for its output.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        self._log = log
+        with log.open("w") as output:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_GRACE_SECONDS)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    @property
+    def exit_code(self) -> int | None:
+        """``None`` while the command runs."""
+        return self._process.poll()
+
+    @property
+    def last_lines(self) -> str:
+        """The end of its output on one line, without indented lines: those are mostly the frames of a traceback."""
+        with self._log.open("rb") as log:
+            log.seek(max(0, self._log.stat().st_size - _LAST_BYTES))
+            lines = [line for line in log.read().decode(errors="replace").splitlines() if line[:1].strip()]
+        return "its last lines: " + " | ".join(lines[-_LAST_LINES:]) if lines else "it printed nothing"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers.
+
+    Attributes:
+        name: its name in results.
+        url: its address, without the path.
+        model: id of its model.
+        root: folder or hub name of its model.
+        version: version of vLLM; ``None`` if the server does not tell.
+        process: its process; ``None`` if it was not started here.
+    """
+
+    name: str
+    url: str
+    model: str
+    root: str
+    version: str | None
+    process: Process | None = None
+
+    def complete(self, tokens: Sequence[int], new_tokens: int, **options: object) -> dict[str, Any]:
+        """The greedy completion of a prompt.
+
+        Raises:
+            ServerError: if there is no answer, or the completion does not have ``new_tokens`` tokens.
+        """
+        asked = {"model": self.model, "prompt": list(tokens), "max_tokens": new_tokens, "temperature": 0}
+        answer = fetch(f"{self.url}/v1/completions", {**asked, "ignore_eos": True, **options})
+        with _expected_fields(self.url, answer):
+            if (got := answer["usage"]["completion_tokens"]) != new_tokens:
+                raise ServerError(f"{self.url} completes a prompt by {got} tokens; expected {new_tokens}")
+            completion: dict[str, Any] = answer["choices"][0]
+            return completion
+
+    def log_probabilities(self, tokens: Sequence[int]) -> list[float]:
+        """The log-probability of each token of a prompt but the first, then of the token that follows.
+
+        Raises:
+            ServerError: if there is no answer, or it has other numbers than these, all finite.
+        """
+        completion = self.complete(tokens, 1, echo=True, logprobs=1)
+        with _expected_fields(self.url, completion):
+            values: list[Any] = completion["logprobs"]["token_logprobs"][1:]
+        if len(values) != len(tokens) or not all(isinstance(value, (int, float)) for value in values):
+            raise ServerError(f"{self.url} has {len(values)} log-probabilities; expected {len(tokens)} numbers")
+        return values
+
+
+def connect(url: str, name: str = "") -> Server:
+    """The server at an address, named as its model if ``name`` is empty.
+
+    Raises:
+        ServerError: if it does not answer as a server with the OpenAI interface does.
+    """
+    models = fetch(f"{url}/v1/models")
+    with _expected_fields(url, models):
+        model = models["data"][0]
+        identity, root = str(model["id"]), str(model.get("root") or model["id"])
+    try:
+        version = str(fetch(f"{url}/version").get("version"))
+    except ServerError:
+        version = None
+    return Server(name or Path(identity).name, url, identity, root, version)
+
+
+def start(process: Process, name: str, url: str, limit: float) -> Server:
+    """Wait until the server that ``process`` runs answers.
+
+    Args:
+        process: the process.
+        name: of the server, and the id of its model.
+        url: its address.
+        limit: seconds that it may take.
+
+    Raises:
+        ServerError: if the process ends, or the limit is exceeded; the message has the end of its log.
+    """
+    deadline = time.monotonic() + limit
+    while process.exit_code is None:
+        with contextlib.suppress(ServerError):
+            server = connect(url, name)
+            if server.model == name:  # and no other program was faster at the port
+                return Server(name, url, name, server.root, server.version, process)
+        if time.monotonic() > deadline:
+            raise ServerError(
+                f"the server of {name} does not answer after {limit:g} s; if it needs longer, raise --time-limit; "
+                + process.last_lines
+            )
+        time.sleep(_POLL_SECONDS)
+    raise ServerError(f"the server of {name} ended with exit code {process.exit_code}; {process.last_lines}")
+
+
+def finish(client: Process, server: Server, limit: float) -> None:
+    """Wait until a client of a server has ended.
+
+    Raises:
+        ServerError: if it fails, the server ends before it, or ``limit``, in seconds, is exceeded; the message has the
+            end of a log.
+    """
+    deadline = time.monotonic() + limit
+    while client.exit_code is None:
+        if server.process is not None and (code := server.process.exit_code) is not None:
+            raise ServerError(f"the server of {server.name} ended with exit code {code}; {server.process.last_lines}")
+        if time.monotonic() > deadline:
+            remedy = "if it needs longer, raise --time-limit"
+            raise ServerError(f"the client has not ended after {limit:g} s; {remedy}; {client.last_lines}")
+        time.sleep(_POLL_SECONDS)
+    if client.exit_code != 0:
+        raise ServerError(f"the client of {server.name} ended with exit code {client.exit_code}; {client.last_lines}")
+
+
+def free_port() -> int:
+    """A port of this machine that no program uses at the moment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def fetch(url: str, body: object = None) -> dict[str, Any]:
+    """The JSON object that a server answers.
+
+    Args:
+        url: of the request.
+        body: what is posted as JSON; ``None`` gets.
+
+    Raises:
+        ServerError: if there is no such answer.
+    """
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
+            text = answer.read().decode()
+    except urllib.error.HTTPError as error:
+        reason = error.read().decode(errors="replace")
+        raise ServerError(f"{url} answers HTTP {error.code}: {one_line(reason)}; expected 200") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ServerError(
+            f"{url} does not answer ({one_line(error)}); expected a server with the OpenAI interface, such as vLLM"
+        ) from error
+    return parse_json(text, url, "the JSON of an OpenAI server", ServerError)
+
+
+@contextlib.contextmanager
+def _expected_fields(url: str, answer: object) -> Any:
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError) as error:
+        text = one_line(json.dumps(answer))
+        raise ServerError(f"{url} answers {text}; expected the fields of the OpenAI interface") from error
