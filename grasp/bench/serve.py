@@ -177,7 +177,7 @@ def require_client() -> None:
 def _candidates(request: ServeRequest, scratch: Path, progress: Progress) -> list[Server | Checkpoint]:
     """The servers that run already, and what must be served, in the order of the request."""
     running = {model: connect(model.rstrip("/").removesuffix("/v1")) for model in request.models if _is_url(model)}
-    names = [running[model].name if model in running else Path(model).name for model in request.models]
+    names = [running[model].name if model in running else _name(model) for model in request.models]
     if len(set(names)) < len(names):
         raise ValueError(f"the models need different names to be told apart; got {', '.join(names)}")
     for server in running.values():
@@ -186,6 +186,10 @@ def _candidates(request: ServeRequest, scratch: Path, progress: Progress) -> lis
     if served := [model for model in request.models if model not in running]:
         dtype = str(load_config(served[0], dtype=dtype)[1]).removeprefix("torch.")
     return [running.get(model) or _checkpoint(model, dtype, request, scratch, progress) for model in request.models]
+
+
+def _name(model: str) -> str:
+    return Path(model).expanduser().resolve().name
 
 
 def _is_url(model: str) -> bool:
@@ -198,7 +202,7 @@ def _checkpoint(model: str, dtype: str, request: ServeRequest, scratch: Path, pr
     random_prompt(loaded, request.prompt_tokens, request.new_tokens, 1)  # raises if impossible
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        folder = scratch / folder.name
+        folder = scratch / _name(model)
         for part in (loaded, tokenizer):
             part.save_pretrained(folder)
     vocabulary = min(len(tokenizer), loaded.config.get_text_config(decoder=True).vocab_size)
@@ -208,7 +212,7 @@ def _checkpoint(model: str, dtype: str, request: ServeRequest, scratch: Path, pr
     rounded = log_probabilities(loaded, tokens)
     exact = log_probabilities(loaded.float(), tokens)
     proof = Proof(dtype, tokens.tolist(), exact, (rounded - exact).abs().mean().item())
-    return Checkpoint(Path(model).name, folder, size, proof)
+    return Checkpoint(_name(model), folder, size, proof)
 
 
 @torch.inference_mode()
@@ -234,7 +238,7 @@ def _started(
     arguments += ["--host", HOST, "--port", str(port), "--no-enable-prefix-caching"]
     arguments += ["--gpu-memory-utilization", f"{memory:.3f}", *request.server_options]
     progress(f"starting {name}", 0, 1)
-    process = stack.enter_context(Process([*COMMAND, *arguments], scratch / f"{name}.log"))
+    process = stack.enter_context(Process([*COMMAND, *arguments], scratch / f"{name}.log", offline=True))
     server = start(process, name, f"http://{HOST}:{port}", request.time_limit)
     progress(f"starting {name}", 1, 1)
     return server
@@ -285,7 +289,7 @@ class _Bench:
         if request.limits:
             arguments += ["--goodput", *(f"{metric}:{limit:g}" for metric, limit in request.limits.items())]
         command = [sys.executable, "-c", CLIENT, *arguments, "--save-result", "--save-detailed", "--disable-tqdm"]
-        with Process(command, self.scratch / "client.log") as client:
+        with Process(command, self.scratch / "client.log", offline=server.process is not None) as client:
             finish(client, server, request.time_limit)
         answer = read_json(self.scratch / "client.json", "the result of vLLM's client", ServerError, finite=False)
         got = [answer.get(name) for name in ("completed", "total_output_tokens")]

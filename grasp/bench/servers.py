@@ -35,13 +35,19 @@ class Process:
     Args:
         command: the command with its arguments.
         log: a new file for its output.
+        offline: whether it must not ask the hub, because it needs local files only.
     """
 
-    def __init__(self, command: Sequence[str], log: Path) -> None:
+    def __init__(self, command: Sequence[str], log: Path, *, offline: bool) -> None:
         self._log = log
         with log.open("w") as output:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                env={**os.environ, **({"HF_HUB_OFFLINE": "1"} if offline else {})},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def __enter__(self) -> Process:
@@ -129,10 +135,9 @@ def connect(url: str, name: str = "") -> Server:
     with _expected_fields(url, models):
         model = models["data"][0]
         identity, root = str(model["id"]), str(model.get("root") or model["id"])
-    try:
-        version = str(fetch(f"{url}/version").get("version"))
-    except ServerError:
-        version = None
+    version = None
+    with contextlib.suppress(ServerError):
+        version = fetch(f"{url}/version").get("version")
     return Server(name or Path(identity).name, url, identity, root, version)
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -97,7 +98,7 @@ def test_a_server_that_runs_already_is_timed_and_goes_on(save: Callable[..., Pat
     folder, port = save("running"), free_port()
     arguments = ("--model", str(folder), "--served-model-name", "running", "--port", str(port))
     url = f"http://127.0.0.1:{port}"
-    with Process([*COMMAND, *arguments], tmp_path / "log") as process:
+    with Process([*COMMAND, *arguments], tmp_path / "log", offline=True) as process:
         start(process, "running", url, limit=60)
         request = ServeRequest([f"{url}/v1/"], (1,), 1, prompt_tokens=8, new_tokens=4, rounds=1)
         (result,) = [line for records in run(request) for line in records]
@@ -107,24 +108,23 @@ def test_a_server_that_runs_already_is_timed_and_goes_on(save: Callable[..., Pat
     assert remaining(folder) == []
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        (
-            "dies",
-            r"bad ended with exit code 3; its last lines: loading the weights \| ValueError: a tensor is missing",
-        ),
-        ("hangs", r"server of bad does not answer after 1 s.*--time-limit; its last lines: loading the weights"),
-    ],
-)
-def test_a_server_that_does_not_come_up_ends_with_its_last_lines_and_leaves_no_process(
-    fault: str, message: str, save: Callable[..., Path]
-) -> None:
-    good, bad = save("good"), save("bad", fault=fault)
-    request = ServeRequest([str(good), str(bad)], prompt_tokens=8, new_tokens=4, time_limit=1)
+def test_a_server_that_ends_before_it_answers_is_an_error_with_its_last_lines(save: Callable[..., Path]) -> None:
+    good, bad = save("good"), save("bad", fault="dies")
+    message = r"server of bad ended with exit code 3; its last lines: loading \| ValueError: a tensor is missing"
     with pytest.raises(ServerError, match=message):
-        list(run(request))
+        list(run(ServeRequest([str(good), str(bad)], prompt_tokens=8, new_tokens=4)))
     assert remaining(good) == remaining(bad) == []
+
+
+def test_a_server_that_never_answers_is_ended_after_the_time_limit(
+    save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = save("bad", fault="hangs")
+    clock = SimpleNamespace(monotonic=lambda: 1000.0 if (bad / "processes").exists() else 0.0, sleep=time.sleep)
+    monkeypatch.setattr(servers, "time", clock)
+    with pytest.raises(ServerError, match=r"server of bad does not answer after 900 s.*--time-limit.*lines: loading$"):
+        list(run(ServeRequest([str(bad)], prompt_tokens=8, new_tokens=4)))
+    assert remaining(bad) == []
 
 
 def test_a_signal_ends_the_servers(save: Callable[..., Path], bench: RunBench) -> None:

@@ -47,13 +47,15 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+if fault:
+    print("loading", flush=True)
+if fault == "hangs":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 (folder / "processes").write_text(f"{os.getpid()} {child.pid}")
 if fault == "dies":
-    print("loading the weights\n  File a.py\nValueError: a tensor is missing", flush=True)
+    print("  File a.py\nValueError: a tensor is missing", flush=True)
     os._exit(3)
 if fault == "hangs":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    print("loading the weights", flush=True)
     time.sleep(60)
 HTTPServer(("127.0.0.1", arguments.port), Handler).serve_forever()
