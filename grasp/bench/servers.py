@@ -23,7 +23,7 @@ from grasp.formatting import one_line
 from grasp.reading import parse_json
 
 COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
-ANSWER_SECONDS = 120  # for one small request to a server that is up
+ANSWER_SECONDS, COMPLETION_SECONDS = 30, 600  # a server may still compile at its first completion
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 10  # between the request to end and the kill
 _LAST_BYTES, _LAST_LINES = 1 << 15, 10  # of a log
@@ -208,7 +208,7 @@ def fetch(url: str, body: object = None) -> dict[str, Any]:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
+        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS if body is None else COMPLETION_SECONDS) as answer:
             text = answer.read().decode()
     except urllib.error.HTTPError as error:
         reason = error.read().decode(errors="replace")
