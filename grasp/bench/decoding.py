@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,17 @@ class Key(NamedTuple):
     mode: str
 
 
+class Generator(Protocol):
+    """Anything that generates."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its model is."""
+
+    def generate(self, case: Case) -> GenerationTime:
+        """The times of one generation."""
+
+
 class Timed(NamedTuple):
     """A provider, and its compiled steps; ``None`` if it runs eagerly."""
 
@@ -64,6 +75,11 @@ class Timed(NamedTuple):
     def of(cls, provider: ModelProvider, mode: str) -> Timed:
         """A provider in a mode."""
         return cls(provider, CompiledSteps(provider.model) if mode == COMPILED else None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return first_device(self.provider.model)
 
     def generate(self, case: Case) -> GenerationTime:
         """The times of one generation."""
@@ -145,14 +161,13 @@ class Turns(NamedTuple):
     stopped: str
 
 
-def time_models(models: Mapping[Key, Timed], case: Case, stop: StopRule, progress: Progress = no_progress) -> Turns:
+def time_models(models: Mapping[Key, Generator], case: Case, stop: StopRule, progress: Progress = no_progress) -> Turns:
     """Time generations of all models in turns, after a turn that warms up, until ``stop`` ends them."""
     step = f"timing batch {case.batch_size}"
     progress(step, 0, 1)  # not at every turn: a moving bar would slow down the timed model
     orders = rounds(list(models))
     generate = {key: partial(timed.generate, case) for key, timed in models.items()}
-    devices = {key: first_device(timed.provider.model) for key, timed in models.items()}
-    peaks = {key: peak_bytes_above_now(generate[key], devices[key]) for key in next(orders, ())}
+    peaks = {key: peak_bytes_above_now(generate[key], models[key].device) for key in next(orders, ())}
     times: dict[Key, list[GenerationTime]] = {key: [] for key in models}
     stopped, start = "", time.perf_counter()
     for turn, order in enumerate(orders, start=1):

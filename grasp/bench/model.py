@@ -11,15 +11,16 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.bench.conditions import Conditions, conditions, measure_card
-from grasp.bench.decoding import EAGER, MODES, Case, Key, Turns, checked, floors, time_models
+from grasp.bench.decoding import EAGER, MODES, Case, Generator, Key, Turns, checked, floors, time_models
 from grasp.bench.percentiles import Percentiles
 from grasp.bench.providers import (
     COMPRESSED,
@@ -36,6 +37,7 @@ from grasp.bench.providers import (
 )
 from grasp.bench.records import PLAIN_SVD, ModelResult, NotMeasured
 from grasp.bench.timing import Sample, StopRule
+from grasp.bench.yardstick import Agreement, Yardstick, require_yardsticks, yardsticks
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_pieces, tokenize
 from grasp.evaluation.generation import GenerationTime, random_prompt
@@ -76,6 +78,7 @@ class ModelRequest:
         dtype: as for ``load_model``.
         device: as for ``load_model``.
         threads: numbers of CPU threads; PyTorch's choice if empty.
+        yardsticks: as for ``grasp.bench.yardstick.yardsticks``.
     """
 
     model: str = BUILTIN
@@ -96,6 +99,7 @@ class ModelRequest:
     dtype: str = "auto"
     device: str | None = None
     threads: Sequence[int] = ()
+    yardsticks: Sequence[str] = ()
 
     @property
     def cases(self) -> list[Case]:
@@ -109,9 +113,10 @@ def run(request: ModelRequest, *, progress: Progress = no_progress) -> Iterator[
 
     Raises:
         GraspError, ValueError: from ``load_model``, ``read_pieces``, ``pick_layers``, ``low_rank_layers``,
-            ``truncate_``, ``perplexity`` and ``time_generation``.
+            ``truncate_``, ``perplexity``, ``time_generation``, ``require_yardsticks`` and ``yardsticks``.
     """
     require_backends(request.backends)
+    require_yardsticks(request.yardsticks)
     if unknown := sorted(set(request.modes) - set(MODES)):
         raise ValueError(f"unknown mode {unknown[0]!r}; expected one of {', '.join(MODES)}")
     if request.windows < 0:
@@ -121,10 +126,13 @@ def run(request: ModelRequest, *, progress: Progress = no_progress) -> Iterator[
     with torch._dynamo.config.patch(_VERSIONS):
         with using_threads(first):
             bench = _prepare(request, text, progress)
-            yield from bench.run(progress)
-        for count in others:
-            with using_threads(count):
-                yield from replace(bench, **_speeds(bench.models[DENSE].model)).run(progress)
+        dense = bench.models[DENSE].model
+        with yardsticks(request.yardsticks, dense, progress) as outside:
+            with using_threads(first):
+                yield from replace(bench, outside=outside).run(progress)
+            for count in others:
+                with using_threads(count):
+                    yield from replace(bench, outside=outside, **_speeds(dense)).run(progress)
 
 
 def _prepare(request: ModelRequest, text: Iterable[str] | None, progress: Progress) -> _Bench:
@@ -186,6 +194,19 @@ def _perplexities(
     return {name: measured[weights_of(name)] for name in models}
 
 
+class _Facts(NamedTuple):
+    """Fields of a result that are not times."""
+
+    backend: str | None
+    load_s: float | None
+    parameters: int
+    weight_bytes: int
+    peak_memory_bytes: int | None
+    floors_ms: Sequence[float | None]  # of the prompt and of a step
+    logits_difference: float | None
+    note: str
+
+
 @dataclass(frozen=True)
 class _Bench:
     """The models, and the facts that all sizes share."""
@@ -199,6 +220,7 @@ class _Bench:
     quality: Mapping[str, PerplexityResult]
     card: Card
     now: Conditions
+    outside: Sequence[Yardstick] = ()
 
     def run(self, progress: Progress) -> Iterator[list[ModelResult | NotMeasured]]:
         """Measure all sizes."""
@@ -224,39 +246,64 @@ class _Bench:
             if name in able and not math.isfinite(result.perplexity):
                 reason = f"perplexity: {result.nonfinite} of {result.tokens} tokens have a NaN or infinite loss"
                 records.append(self.left_out(name, case, reason))
-        turns = time_models(right.models, case, self.request.stop, progress)
-        records += [self._result(key, case, turns, right.apart.get(key)) for key in turns.times]
+        facts = {key: partial(self._facts, key, case, right.apart.get(key)) for key in right.models}
+        outside: dict[Key, Generator] = {}
+        for yardstick in self.outside:
+            yardstick.prepare(case)
+            agreement = yardstick.agreement(case)
+            if agreement.apart <= yardstick.tolerance:
+                outside[key := Key(yardstick.name, EAGER)] = yardstick
+                facts[key] = partial(_outside_facts, yardstick, agreement)
+            else:
+                reason = (
+                    f"logits are off by {agreement.apart:.1e}, expected at most {yardstick.tolerance:.0e} from dense"
+                )
+                records.append(self.left_out(yardstick.name, case, reason, wrong=True))
+        turns = time_models({**right.models, **outside}, case, self.request.stop, progress)
+        records += [self._result(key, case, turns, facts[key](turns)) for key in turns.times]
         return records
 
-    def _result(self, key: Key, case: Case, turns: Turns, apart: float | None) -> ModelResult:
-        request, (model, backend) = self.request, self.models[key.provider]
-        times, dense = turns.times[key], _phases(turns.times.get(Key(DENSE, key.mode), ()))
-        size, cache = model_size(model, decoder(model).layers), times[-1].kv_cache_bytes
-        prefill, decode = _phases(times)
-        steps = Percentiles.of([step for time in times for step in time.steps_s])
+    def _facts(self, key: Key, case: Case, apart: float | None, turns: Turns) -> _Facts:
+        (model, backend), cache = self.models[key.provider], turns.times[key][-1].kv_cache_bytes
+        size = model_size(model, decoder(model).layers)
         share = 1 - case.new_tokens / (case.depth + case.prompt_tokens + case.new_tokens)
         least = floors(model, self.card, case.batch_size, case.prompt_tokens, int(cache * share))
-        limits: Sequence[float | None] = [1e3 * seconds for seconds in least] or [None, None]
-        whole = Percentiles.of(prefill.seconds)
+        return _Facts(
+            backend=backend,
+            load_s=self.load_seconds.get(key.provider),
+            parameters=size.parameters,
+            weight_bytes=size.bytes,
+            peak_memory_bytes=turns.peaks[key],
+            floors_ms=[1e3 * seconds for seconds in least] or [None, None],
+            logits_difference=apart,
+            note=NOTE if self.request.checkpoint is None else "",
+        )
+
+    def _result(self, key: Key, case: Case, turns: Turns, facts: _Facts) -> ModelResult:
+        request, times = self.request, turns.times[key]
+        dense = _phases(turns.times.get(Key(DENSE, key.mode), ()))
+        prefill, decode = _phases(times)
+        steps = Percentiles.of([step for time in times for step in time.steps_s])
+        limits, whole = facts.floors_ms, Percentiles.of(prefill.seconds)
         quality = self.quality.get(key.provider)
         finite = quality is not None and math.isfinite(quality.perplexity)
         return ModelResult(
             model=request.model,
             provider=key.provider,
-            backend=backend,
+            backend=facts.backend,
             factors=PLAIN_SVD if request.checkpoint is None else Path(request.checkpoint).name,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=str(self.models[DENSE].model.dtype).removeprefix("torch."),
             layers=self.layers,
             retain_ratio=self.retain_ratio,
             **case._asdict(),
             mode=key.mode,
             repeats=len(times),
             stopped=turns.stopped,
-            load_s=self.load_seconds.get(key.provider),
-            parameters=size.parameters,
-            weight_bytes=size.bytes,
-            kv_cache_bytes=cache,
-            peak_memory_bytes=turns.peaks[key],
+            load_s=facts.load_s,
+            parameters=facts.parameters,
+            weight_bytes=facts.weight_bytes,
+            kv_cache_bytes=times[-1].kv_cache_bytes,
+            peak_memory_bytes=facts.peak_memory_bytes,
             prefill_ms=whole,
             first_token_ms=Percentiles.of([time.first_token_s for time in times]),
             inter_token_ms=steps,
@@ -272,13 +319,27 @@ class _Bench:
             decode_tokens_per_s=case.batch_size * case.new_tokens / decode.median,
             decode_spread=decode.spread,
             decode_speedup_over_dense=decode.speedup_over(dense[1]) if dense[1].seconds else None,
-            logits_difference=apart,
+            logits_difference=facts.logits_difference,
             perplexity=quality.perplexity if quality is not None and finite else None,
             perplexity_text=None if quality is None else Path(request.text).name,
             perplexity_tokens=None if quality is None else quality.tokens,
-            note=NOTE if request.checkpoint is None else "",
+            note=facts.note,
             conditions=self.now,
         )
+
+
+def _outside_facts(yardstick: Yardstick, agreement: Agreement, turns: Turns) -> _Facts:
+    return _Facts(
+        backend=None,
+        load_s=yardstick.load_s,
+        parameters=yardstick.parameters,
+        weight_bytes=yardstick.weight_bytes,
+        peak_memory_bytes=None,
+        floors_ms=[None, None],
+        logits_difference=agreement.apart,
+        note=f"{yardstick.name}: {yardstick.about}; the first {agreement.same} of {agreement.tokens} greedy tokens are "
+        "those of dense.",
+    )
 
 
 def _phases(times: Sequence[GenerationTime]) -> tuple[Sample, Sample]:

@@ -97,11 +97,11 @@ class ModelResult(Record):
 
     Attributes:
         model: name as it was given.
-        provider: ``dense``, ``removed``, ``compressed`` (the model as users get it), ``compressed/BACKEND`` or
-            ``unfused``.
+        provider: ``dense``, ``removed``, ``compressed`` (the model as users get it), ``compressed/BACKEND``,
+            ``unfused``, or a yardstick: ``llama.cpp, `` and the type of its weights or its file.
         backend: backend of all low-rank linears. ``auto`` chooses for each call. ``None`` without low-rank linears.
         factors: ``plain SVD``, or the name of the compressed checkpoint.
-        dtype: of the weights.
+        dtype: of the weights, except a yardstick's.
         layers: layers that are low-rank, or that ``removed`` lacks.
         retain_ratio: parameters of the factors over the parameters of the matrices that they replace.
         batch_size: sequences at a time.
@@ -130,6 +130,7 @@ class ModelResult(Record):
         decode_speedup_over_dense: like ``prefill_speedup_over_dense``.
         logits_difference: norm-wise relative difference of the logits from those of the same weights on the
             ``reference`` backend; the larger one of the prompt and one step. ``None`` for ``dense`` and ``removed``.
+            Of a yardstick, the difference from ``dense`` after the prompt.
         perplexity: perplexity of the weights on backend ``auto``. ``None`` if it was not measured or is not finite.
         perplexity_text: name of the text of the perplexity.
         perplexity_tokens: number of tokens that were scored.

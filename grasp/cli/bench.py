@@ -75,6 +75,13 @@ PromptTokens = Annotated[str, typer.Option(help="Prompt lengths.")]
 NewTokens = Annotated[str, typer.Option(help="Decoding steps after the first token.")]
 Depths = Annotated[str, typer.Option("--depth", help="Tokens before the prompt, whose time is not counted.")]
 ThreadList = Annotated[str | None, typer.Option("--threads", help="CPU threads. Default: PyTorch's choice.")]
+Yardsticks = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="llama.cpp|FILE.gguf",
+        help="Also time llama.cpp: with the weights of MODEL in 16 bits and Q8_0, or with a file; may be repeated.",
+    ),
+]
 Text = Annotated[
     str, typer.Option(metavar="FILE|NAME", help="Text for the perplexity: a file, wikitext2, c4, or builtin.")
 ]
@@ -176,6 +183,7 @@ def model(
     precision: Precision = None,
     max_seconds: MaxSeconds = 120.0,
     backend: Backends = None,
+    yardstick: Yardsticks = None,
     text: Text = "builtin",
     window: Window = 512,
     windows: Windows = 16,
@@ -225,6 +233,7 @@ def model(
         dtype=dtype,
         device=device,
         threads=() if threads is None else parse_counts(threads, "threads", most=MOST_THREADS),
+        yardsticks=yardstick or (),
     )
     measure(lambda progress: benchmark.run(request, progress=progress), output, as_json)
 
