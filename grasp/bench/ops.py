@@ -8,17 +8,22 @@ the bandwidth and speed measured in the same run.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from grasp.bench.conditions import conditions, measure_card
 from grasp.bench.providers import require_backends
+from grasp.bench.recording import read_recording
 from grasp.bench.records import NotMeasured, OpResult
+from grasp.bench.schema import Record
 from grasp.bench.shapes import model_calls
 from grasp.bench.timing import interleave
+from grasp.bench.totals import DENSE, UNFUSED, totals
 from grasp.bench.workloads import (
     ATTENTION,
     MLP,
@@ -28,6 +33,7 @@ from grasp.bench.workloads import (
     Run,
     backends,
     compiled,
+    low_rank_costs,
     make_problem,
     rotations,
     wrong,
@@ -36,13 +42,15 @@ from grasp.formatting import one_line
 from grasp.loading import DTYPES, find_device
 from grasp.progress import Progress, no_progress
 from grasp_kernels import roofline
+from grasp_kernels.dispatch import OpCall, chosen_row
 from grasp_kernels.roofline import Card
-from grasp_kernels.shapes import GroupShape, format_shape, parse_shape
+from grasp_kernels.shapes import GroupShape, format_forms, format_shape, parse_forms, parse_shape
 from speedgate.timing import batch, using_threads
 
 DEFAULT_SHAPES = (ATTENTION, MLP, SMALL_MLP)
-UNFUSED, COMPILED, DENSE = "unfused", "compiled", "dense"
+COMPILED = "compiled"
 RETAIN_RATIO = 0.1  # the paper's
+ROWS, DEFAULT_DTYPES = (1, 16), ("float32", "bfloat16")
 
 
 class OpCase(NamedTuple):
@@ -53,6 +61,13 @@ class OpCase(NamedTuple):
     rows: int
     dtype: torch.dtype
     model: str | None = None  # that the shape was taken from
+    pivoted: tuple[bool, ...] = ()  # of each linear; empty for none
+    calls: int | None = None  # in the recorded workload
+
+    @property
+    def form(self) -> str:
+        """As ``grasp_kernels.shapes.parse_forms`` reads it."""
+        return format_forms(self.pivoted or (False,))
 
 
 @dataclass(frozen=True)
@@ -64,11 +79,12 @@ class OpsRequest:
         shapes: as ``grasp_kernels.shapes.parse_shape`` reads them; ``DEFAULT_SHAPES`` if empty.
         model: take the shapes of this model instead, see ``grasp.bench.shapes.model_calls``.
         retain_ratio: sets the ranks of the model's shapes; ``None`` for ``RETAIN_RATIO``.
-        rows: tokens per call.
-        dtypes: of inputs and factors.
+        workload: take the calls of this file of ``grasp bench record`` instead.
+        rows: tokens per call; ``ROWS`` if empty. Of a workload only these calls, all if empty.
+        dtypes: of inputs and factors; ``DEFAULT_DTYPES`` if empty. Of a workload as ``rows``.
         backends: names in the dispatch table; all if empty.
         compiled: whether to time the unfused form compiled by ``torch.compile``.
-        device: ``None`` for CUDA if there is a GPU, else the CPU.
+        device: ``None`` for CUDA if there is a GPU, else the CPU; the workload's if there is one.
         threads: numbers of CPU threads to run with; ``None`` for PyTorch's choice.
         rotate_bytes: bytes of distinct weights that calls rotate through.
         repetitions: turns of every provider.
@@ -78,8 +94,9 @@ class OpsRequest:
     shapes: Sequence[str] = ()
     model: str | None = None
     retain_ratio: float | None = None
-    rows: Sequence[int] = (1, 16)
-    dtypes: Sequence[str] = ("float32", "bfloat16")
+    workload: Path | None = None
+    rows: Sequence[int] = ()
+    dtypes: Sequence[str] = ()
     backends: Sequence[str] = ()
     compiled: bool = True
     device: str | None = None
@@ -89,9 +106,9 @@ class OpsRequest:
 
 
 class Round(NamedTuple):
-    """Records of one case; the first round has the shapes that an op does not take."""
+    """Records of one case; the first round has the shapes that an op does not take, the last a workload's totals."""
 
-    records: list[OpResult | NotMeasured]
+    records: list[Record]
     cards: dict[str, Card]  # by dtype; the floors are computed from them
     threads: int | None  # of a CPU
 
@@ -106,7 +123,7 @@ def run(request: OpsRequest, *, progress: Progress = no_progress) -> Iterator[Ro
     for names, known, what in ((request.ops, OPS, "op"), (request.dtypes, DTYPES, "dtype")):
         _require_known(names, list(known), what)
     require_backends(request.backends)
-    for name, numbers in (("rows", request.rows), ("threads", request.threads or (1,))):
+    for name, numbers in (("rows", request.rows or ROWS), ("threads", request.threads or (1,))):
         if min(numbers) < 1:
             raise ValueError(f"{name} must be at least 1, got {min(numbers)}")
     if request.repetitions < 1 or request.rotate_bytes < 0:
@@ -114,8 +131,11 @@ def run(request: OpsRequest, *, progress: Progress = no_progress) -> Iterator[Ro
             f"repetitions must be at least 1 and rotated bytes at least 0, got {request.repetitions} and "
             f"{request.rotate_bytes}"
         )
-    device, todo = find_device(request.device), list(cases(request))
-    return _rounds(request, device, todo, progress)
+    if request.workload is None:
+        device, todo = request.device, list(cases(request))
+    else:
+        device, todo = recorded_cases(request, request.workload)
+    return _rounds(request, find_device(device), todo, progress)
 
 
 def _rounds(
@@ -126,13 +146,19 @@ def _rounds(
     yield Round([case for case in todo if isinstance(case, NotMeasured)], {}, None)
     for count in counts:
         with using_threads(count):
-            cards = {name: measure_card(device, DTYPES[name]) for name in request.dtypes}
+            cards = {
+                _name(dtype): measure_card(device, dtype) for dtype in dict.fromkeys(case.dtype for case in measurable)
+            }
+            timed: list[list[OpResult]] = []
             for number, case in enumerate(measurable, start=1):
                 step = f"case {number} of {len(measurable)}: {case.op}"
                 progress(step, 0, 1)  # a moving bar would slow down the timed calls
-                records = list(measure(case, device, cards[_name(case.dtype)], request))
+                records: list[Record] = list(measure(case, device, cards[_name(case.dtype)], request))
                 progress(step, 1, 1)
+                timed.append([record for record in records if isinstance(record, OpResult)])
                 yield Round(records, cards, count)
+            if request.workload is not None:
+                yield Round([*totals(timed, request.workload.name)], cards, count)
 
 
 def cases(request: OpsRequest) -> Iterator[OpCase | NotMeasured]:
@@ -150,7 +176,9 @@ def cases(request: OpsRequest) -> Iterator[OpCase | NotMeasured]:
     else:
         texts = request.shapes or DEFAULT_SHAPES
         calls = [(op, text, OPS[op].fit(parse_shape(text))) for op, text in itertools.product(wanted, texts)]
-    for (op, text, shape), rows, dtype in itertools.product(calls, request.rows, request.dtypes):
+    for (op, text, shape), rows, dtype in itertools.product(
+        calls, request.rows or ROWS, request.dtypes or DEFAULT_DTYPES
+    ):
         if shape is None:
             labels: dict[str, Any] = {"op": op, "shape": text, "rows": rows, "dtype": dtype}
             yield NotMeasured("ops", "*", "the op does not take this shape", model=request.model, **labels)
@@ -158,11 +186,42 @@ def cases(request: OpsRequest) -> Iterator[OpCase | NotMeasured]:
             yield OpCase(op, shape, rows, DTYPES[dtype], request.model)
 
 
+def recorded_cases(request: OpsRequest, path: Path) -> tuple[str, list[OpCase | NotMeasured]]:
+    """The device of a recorded workload, or of the request, and the calls that the request does not leave out.
+
+    Raises:
+        ValueError: if the request has shapes or a model as well, or no call is left, or there are several devices.
+        ResultsError: as ``read_recording``.
+    """
+    if request.shapes or request.model is not None or request.retain_ratio is not None:
+        raise ValueError("got a workload, and shapes or a model to take shapes from; leave one out")
+    recorded = read_recording(path).calls
+    wanted = ((request.ops, "op"), (request.rows, "rows"), (request.dtypes, "dtype"))
+    kept = [call for call in recorded if all(not names or getattr(call, name) in names for names, name in wanted)]
+    if not kept:
+        raise ValueError(f"none of the {len(recorded)} different calls of {path} has such an op, rows and dtype")
+    devices = sorted({call.device for call in kept})
+    if request.device is None and len(devices) > 1:
+        raise ValueError(f"{path} has calls on {' and '.join(devices)}; choose a device to time all of them on")
+    counts: Counter[tuple[str, str, str, int, str]] = Counter()  # a call may be in the file captured and not captured
+    for call in kept:
+        counts[call.op, call.shape, call.form, call.rows, call.dtype] += call.count
+    todo: list[OpCase | NotMeasured] = []
+    for (op, text, form, rows, dtype), count in counts.items():
+        shape = parse_shape(text)
+        if dtype in DTYPES:
+            todo.append(OpCase(op, shape, rows, DTYPES[dtype], None, parse_forms(form, len(shape)), count))
+        else:
+            reason = f"{count} calls in {dtype}; expected {', '.join(DTYPES)}"
+            todo.append(NotMeasured("ops", "*", reason, op=op, shape=text, rows=rows, dtype=dtype))
+    return request.device or devices[0], todo
+
+
 def floor_seconds(case: OpCase, provider: str, card: Card) -> float | None:
     """Least seconds of ``provider`` on ``card``; ``None`` for the dense gradient, which nobody would use."""
-    op, itemsize = OPS[case.op], case.dtype.itemsize
+    itemsize = case.dtype.itemsize
     if provider != DENSE:
-        return roofline.floor(card, *op.cost(case.rows, case.shape, itemsize))
+        return roofline.floor(card, *low_rank_costs(case.op, case.shape, case.rows, itemsize, case.pivoted))
     if case.op == "singular_value_grad":
         return None
     costs = [roofline.dense_linear(case.rows, N, K, itemsize=itemsize) for K, N, _ in case.shape]
@@ -172,7 +231,10 @@ def floor_seconds(case: OpCase, provider: str, card: Card) -> float | None:
 @torch.inference_mode()
 def measure(case: OpCase, device: torch.device, card: Card, request: OpsRequest) -> Iterator[OpResult | NotMeasured]:
     """Check and time one case: its backends and the baselines."""
-    problem = make_problem(case.op, case.shape, case.rows, case.dtype, device)
+    pivoted = case.pivoted or (False,) * len(case.shape)
+    problem = make_problem(case.op, case.shape, case.rows, case.dtype, device, pivoted=pivoted)
+    rank = max(linear.R for linear in case.shape)
+    chosen = chosen_row(OpCall(case.op, device, case.dtype, case.rows, rank, any(pivoted))).name
     labels: dict[str, Any] = {
         "op": case.op,
         "shape": format_shape(case.shape),
@@ -203,6 +265,9 @@ def measure(case: OpCase, device: torch.device, card: Card, request: OpsRequest)
             calls_per_repetition=batches[name].calls,
             rotated_copies=len(sources[name].copies),
             conditions=now,
+            form=case.form,
+            calls=case.calls,
+            chosen=name == chosen,
         )
 
 
@@ -210,7 +275,7 @@ def _providers(
     case: OpCase, problem: Problem, request: OpsRequest
 ) -> tuple[dict[str, Run], dict[str, tuple[str, bool]]]:
     """Providers to time; and for the others the reason, and whether it is a wrong result."""
-    runs, reasons = backends(case.op, case.shape, problem)
+    runs, reasons = backends(case.op, case.shape, problem, pivoted=any(case.pivoted))
     requested = {name for name in (*runs, *reasons) if not request.backends or name in request.backends}
     left_out = {name: (reason, False) for name, reason in reasons.items() if name in requested}
     candidates = {name: run for name, run in runs.items() if name in requested}

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from grasp.bench.conditions import Conditions
 from grasp.bench.percentiles import Percentiles
+from grasp.bench.recorded import WorkloadResult
 from grasp.bench.schema import Record
 from grasp.bench.serve_records import ServeResult
 from grasp.formatting import Column, count, layer_ranges, model_name, share, size
@@ -38,9 +39,12 @@ class OpResult(Record):
         rotated_copies: number of distinct sets of weights that the calls use in turn.
         conditions: when and where.
         model: the model that has this shape; ``None`` if the shape was given.
+        form: ``factored``, ``pivoted``, or the form of each linear, joined by ``+``.
+        calls: number of calls in the recorded workload; ``None`` without one.
+        chosen: whether ``auto`` gives the call to this provider.
 
     Example:
-        >>> [column.heading for column in OpResult.case]
+        >>> [column.heading for column in OpResult.case[:4]]
         ['op', 'shape', 'rows', 'dtype']
     """
 
@@ -60,6 +64,9 @@ class OpResult(Record):
     rotated_copies: int
     conditions: Conditions
     model: str | None = None
+    form: str = "factored"
+    calls: int | None = None
+    chosen: bool = False
 
     kind: ClassVar[str] = "op"
     title: ClassVar[str] = "Ops"
@@ -68,6 +75,8 @@ class OpResult(Record):
         Column("shape", "shape"),
         Column("rows", "rows"),
         Column("dtype", "dtype"),
+        Column("form", lambda result: None if result.form == "factored" else result.form),
+        Column("calls", "calls"),
     )
     columns: ClassVar[tuple[Column, ...]] = (
         Column("provider", "provider"),
@@ -429,4 +438,11 @@ class NotMeasured(Record):
         return self.model if self.op is None else None
 
 
-RECORDS: tuple[type[Record], ...] = (ModelResult, OpResult, ServeResult, CompressResult, NotMeasured)
+RECORDS: tuple[type[Record], ...] = (
+    ModelResult,
+    OpResult,
+    WorkloadResult,
+    ServeResult,
+    CompressResult,
+    NotMeasured,
+)

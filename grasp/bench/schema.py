@@ -97,8 +97,19 @@ def parse(line: str, classes: Sequence[type[Record]]) -> Record:
     Raises:
         LineError: if the line is not a record of one of ``classes``.
     """
-    kinds = {record_class.kind: record_class for record_class in classes}
-    values = parse_json(line, "it", f"an object of kind {', '.join(kinds)}; repair or remove the line", LineError)
+    kinds = ", ".join(record_class.kind for record_class in classes)
+    return from_dict(
+        parse_json(line, "it", f"an object of kind {kinds}; repair or remove the line", LineError), classes
+    )
+
+
+def from_dict(values: dict[str, Any], classes: Sequence[type[Record]]) -> Record:
+    """The object of a line as a record.
+
+    Raises:
+        LineError: if it is not a record of one of ``classes``.
+    """
+    kinds, values = {record_class.kind: record_class for record_class in classes}, {**values}
     kind, version = values.pop("kind", None), values.pop("schema_version", None)
     if kind not in kinds:
         raise LineError(

@@ -8,8 +8,11 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, SupportsFloat
 
-from grasp.bench.records import NotMeasured
+from grasp.bench.records import NotMeasured, OpResult
 from grasp.bench.schema import Record, case_text, grouped, notes
+from grasp.formatting import Column, share
+
+_MOST_PLACES = 12  # that a reason is said to apply to
 
 
 class Table(NamedTuple):
@@ -29,17 +32,44 @@ class Table(NamedTuple):
 
 
 def tables(records: Iterable[Record]) -> Iterator[Table]:
-    """A table for each class of records and each of its cases. ``left_out`` has those that were not measured."""
+    """A table for each class of records and each of its cases. ``left_out`` has those that were not measured.
+
+    The calls of a recorded workload are the rows of one table for each processor and number of threads.
+    """
     measured = [record for record in records if not isinstance(record, NotMeasured)]
-    cases = grouped(measured, lambda record: (type(record), case_text(record, record.case)))
-    for (record_class, title), rows in cases.items():
-        shown = [column for column in record_class.columns if any(map(column.text_of, rows))]
-        yield Table(
-            title,
-            tuple(column.heading for column in shown),
-            tuple(tuple(column.text_of(row) for column in shown) for row in rows),
-            tuple(any(isinstance(column.value_of(row), SupportsFloat) for row in rows) for column in shown),
-        )
+    for (record_class, title), rows in grouped(measured, lambda record: (type(record), _title(record))).items():
+        calls = [row for row in rows if isinstance(row, OpResult) and row.calls is not None]
+        yield _calls(title, calls) if calls else _table(title, record_class.columns, rows)
+
+
+def _title(record: Record) -> str:
+    if isinstance(record, OpResult) and record.calls is not None:
+        return f"Calls of a workload; {record.conditions.processor}"
+    return case_text(record, record.case)
+
+
+def _table(title: str, columns: Sequence[Column], rows: Sequence[Record]) -> Table:
+    shown = [column for column in columns if any(map(column.text_of, rows))]
+    return Table(
+        title,
+        tuple(column.heading for column in shown),
+        tuple(tuple(column.text_of(row) for column in shown) for row in rows),
+        tuple(any(isinstance(column.value_of(row), SupportsFloat) for row in rows) for column in shown),
+    )
+
+
+def _calls(title: str, results: Sequence[OpResult]) -> Table:
+    """The calls of a workload that take most time first, each on the backend that ``auto`` chooses if it was timed."""
+    cases = grouped(results, lambda result: case_text(result, result.case)).values()
+    rows = sorted((next((row for row in case if row.chosen), case[0]) for case in cases), key=_time, reverse=True)
+    total = sum(map(_time, rows))
+    of_all = Column("of all", lambda row: _time(row) / total, share)
+    return _table(title, (*OpResult.case, *OpResult.columns, of_all), rows)
+
+
+def _time(result: OpResult) -> float:
+    """Of all calls, µs."""
+    return result.median_us * (result.calls or 0)
 
 
 def left_out(records: Iterable[Record]) -> Iterator[str]:
@@ -94,10 +124,13 @@ def _places(lines: Sequence[NotMeasured]) -> str:
         return "every concurrency"
     if lines[0].benchmark == "model":
         return f"batch {_distinct(line.batch_size for line in lines)}"
-    return "; ".join(
+    places = [
         f"{shape}, M = {_distinct(line.rows for line in same)}, {_distinct(line.dtype for line in same)}"
         for shape, same in grouped(lines, lambda line: line.shape).items()
-    )
+    ]
+    if len(places) > _MOST_PLACES:
+        places[_MOST_PLACES:] = [f"and {len(places) - _MOST_PLACES} more shapes"]
+    return "; ".join(places)
 
 
 def _distinct(values: Iterable[object]) -> str:

@@ -148,9 +148,19 @@ OPS: dict[str, Op] = {
 
 
 def make_problem(
-    op: str, shape: GroupShape, rows: int, dtype: torch.dtype, device: torch.device, *, pivoted: bool = False
+    op: str,
+    shape: GroupShape,
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    pivoted: bool | Sequence[bool] = False,
 ) -> Problem:
-    """Gaussian operands that give outputs of about unit variance; not zeros, which processors multiply faster."""
+    """Gaussian operands that give outputs of about unit variance; not zeros, which processors multiply faster.
+
+    ``pivoted`` is of all linears, or of each.
+    """
+    forms = [pivoted] * len(shape) if isinstance(pivoted, bool) else pivoted
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
@@ -159,17 +169,24 @@ def make_problem(
     K = shape[0].K
     groups = [
         Factors(
-            normal(N - R * pivoted, R, scale=R**-0.5),
+            normal(N - R * pivots, R, scale=R**-0.5),
             None,
             normal(R, K, scale=K**-0.5),
-            order=pivots_order(torch.arange(R) * N // R, N).to(device) if pivoted else None,
+            order=pivots_order(torch.arange(R) * N // R, N).to(device) if pivots else None,
         )
-        for _, N, R in shape
+        for (_, N, R), pivots in zip(shape, forms, strict=True)
     ]
     if op == "singular_value_grad":
         return Problem(normal(rows, K), groups, [], normal(rows, shape[0].N))
     weights = [_weight(group).to(dtype) for group in groups]
     return Problem(normal(rows, K), groups, weights, normal(0))
+
+
+def low_rank_costs(op: str, shape: GroupShape, rows: int, itemsize: int, pivoted: Sequence[bool] = ()) -> list[Cost]:
+    """Bytes and FLOPs of a call; ``pivoted`` is of each linear, empty for none."""
+    ranks = [R for (_, _, R), pivots in zip(shape, pivoted, strict=False) if pivots]
+    costs = OPS[op].cost(rows, shape, itemsize)
+    return [roofline.pivoted(cost, rows, ranks, itemsize=itemsize) for cost in costs]
 
 
 def _weight(group: Factors) -> Tensor:
@@ -225,8 +242,11 @@ def compiled(op: str, problem: Problem) -> Run:
     """
     unfused = OPS[op].unfused
 
-    def flat(x: Tensor, grad_y: Tensor, *factors: Tensor) -> list[Tensor]:
-        groups = [Factors(U, None, Vh, None) for U, Vh in zip(factors[::2], factors[1::2], strict=True)]
+    def flat(x: Tensor, grad_y: Tensor, *factors: Tensor | None) -> list[Tensor]:
+        groups = [
+            Factors(U, None, Vh, order=order)  # type: ignore[arg-type]
+            for U, Vh, order in zip(factors[::3], factors[1::3], factors[2::3], strict=True)
+        ]
         return unfused(Problem(x, groups, [], grad_y))
 
     torch._dynamo.reset()  # earlier shapes would count towards the limit of recompilations
@@ -234,7 +254,7 @@ def compiled(op: str, problem: Problem) -> Run:
     function = torch.compile(flat, fullgraph=True, dynamic=False, mode=mode)
 
     def run(problem: Problem) -> list[Tensor]:
-        factors = chain.from_iterable((group.U, group.Vh) for group in problem.groups)
+        factors = chain.from_iterable((group.U, group.Vh, group.order) for group in problem.groups)
         outputs: list[Tensor] = function(problem.x, problem.grad_y, *factors)
         return outputs
 

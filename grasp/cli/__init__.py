@@ -12,6 +12,7 @@ from grasp.cli import (  # noqa: F401, I001
     env,
     bench,
     bench_costs,
+    bench_record,
     bench_serve,
     demo,
 )

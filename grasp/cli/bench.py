@@ -44,7 +44,15 @@ Shapes = Annotated[
     list[str] | None,
     typer.Option(metavar="KxNrR[+...]", help="Instead of --model: a linear, or several that share an input."),
 ]
+Workload = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Time the calls that grasp bench record wrote, weighted; --op, --rows, --dtype choose some.",
+    ),
+]
 Rows = Annotated[str, typer.Option(help="Tokens per call.")]
+OpRows = Annotated[str | None, typer.Option("--rows", help="Tokens per call. Default: 1,16.")]
 Dtypes = Annotated[list[str] | None, typer.Option(help="May be repeated. Default: float32 and bfloat16.")]
 Backends = Annotated[list[str] | None, typer.Option(help="Time only this backend; may be repeated.")]
 Compiled = Annotated[bool, typer.Option(help="Also time the unfused form compiled by torch.compile, seconds per case.")]
@@ -112,7 +120,8 @@ def ops(
     model: ShapesOfModel = None,
     retain_ratio: ModelRetainRatio = None,
     shape: Shapes = None,
-    rows: Rows = "1,16",
+    workload: Workload = None,
+    rows: OpRows = None,
     dtype: Dtypes = None,
     backend: Backends = None,
     compiled: Compiled = True,
@@ -136,6 +145,10 @@ def ops(
     [dim]One linear, quickly:[/dim]
 
     $ grasp bench ops --op lowrank_linear --shape 4096x4096r204 --rows 1,16 --threads 1 --no-compiled
+
+    [dim]The calls of a real run, weighted by how often it made them:[/dim]
+
+    $ grasp bench record -o workload.json -- python generate.py && grasp bench ops --workload workload.json
     """
     from grasp.bench import ops as benchmark
     from grasp.cli import bench_tables
@@ -145,8 +158,9 @@ def ops(
         shapes=shape or (),
         model=model,
         retain_ratio=retain_ratio,
-        rows=parse_counts(rows),
-        dtypes=dtype or ("float32", "bfloat16"),
+        workload=workload,
+        rows=() if rows is None else parse_counts(rows),
+        dtypes=dtype or (),
         backends=backend or (),
         compiled=compiled,
         device=device,
@@ -163,7 +177,7 @@ def ops(
                 shown = dict(cards)
             yield records
 
-    measure(rounds, output, as_json)
+    measure(rounds, output, as_json, at_the_end=workload is not None)
 
 
 @bench.command()
@@ -322,8 +336,8 @@ def tune(
             console.print_line(file)
 
 
-def measure(rounds: Rounds, outputs: Sequence[Path] | None, as_json: bool) -> None:
-    """Save and print the records of all rounds. A wrong result makes the exit code 1."""
+def measure(rounds: Rounds, outputs: Sequence[Path] | None, as_json: bool, *, at_the_end: bool = False) -> None:
+    """Save and print the records of all rounds, one by one or ``at_the_end``. A wrong result makes the exit code 1."""
     from grasp.bench.records import NotMeasured
     from grasp.bench.results import check_outputs, save_results
     from grasp.cli import bench_tables, console
@@ -334,7 +348,7 @@ def measure(rounds: Rounds, outputs: Sequence[Path] | None, as_json: bool) -> No
         with console.step_bars() as progress:
             for records in rounds(progress):
                 earlier, results = results, [*results, *records]
-                if not as_json:
+                if not as_json and not at_the_end:
                     bench_tables.show_results(records)
                 save_results(outputs or (), records, earlier)
     except BaseException:  # such as a full disk: what was measured is printed
@@ -344,6 +358,8 @@ def measure(rounds: Rounds, outputs: Sequence[Path] | None, as_json: bool) -> No
     if as_json:
         console.print_json({"results": [record.to_dict() for record in results]})
     else:
+        if at_the_end:
+            bench_tables.show_results(results)
         bench_tables.show_notes(results)
         bench_tables.show_left_out(results)
     if any(isinstance(record, NotMeasured) and record.wrong for record in results):

@@ -43,6 +43,7 @@ QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TOKENIZERS_PAR
 
 def main() -> None:
     """Run the command line. An error is one line on stderr; the exit code is 2 if the user can correct it, else 70."""
+    given = dict(os.environ)  # for the commands that ``grasp bench record`` runs
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore", FutureWarning)
@@ -54,7 +55,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack the lines of tables
     try:
         require_values(sys.argv[1:])
-        code = app(standalone_mode=False) or 0
+        code = app(standalone_mode=False, obj=given) or 0
         sys.stdout.flush()
     except Exception as error:  # the last resort: no command ends with a traceback
         if "--traceback" in sys.argv:

@@ -12,7 +12,7 @@ from grasp.bench.schema import grouped
 from grasp.errors import ResultsError
 from grasp.formatting import model_name
 from grasp_kernels import roofline
-from grasp_kernels.shapes import parse_shape
+from grasp_kernels.shapes import parse_forms, parse_shape
 
 if TYPE_CHECKING:
     from grasp.bench.percentiles import Percentiles
@@ -165,7 +165,7 @@ def roofs(results: Iterable[OpResult]) -> dict[Comparison, Roof]:
 
 def _speed(line: OpResult) -> Speed | None:
     """The speed of a provider; ``None`` if it has no floor, because it does more work than it must."""
-    from grasp.bench.workloads import OPS
+    from grasp.bench.workloads import OPS, low_rank_costs
 
     if line.op not in OPS or line.dtype not in _ITEM_BYTES:
         known = f"one of {', '.join(OPS)} in {', '.join(_ITEM_BYTES)}"
@@ -178,7 +178,7 @@ def _speed(line: OpResult) -> Speed | None:
     if line.provider == "dense":
         costs = [cost for K, N, _ in shape for cost in roofline.dense_linear(line.rows, N, K, itemsize=itemsize)]
     else:
-        costs = list(OPS[line.op].cost(line.rows, shape, itemsize))
+        costs = low_rank_costs(line.op, shape, line.rows, itemsize, parse_forms(line.form, len(shape)))
     flops = sum(cost.flops for cost in costs)
     label = _PROVIDERS.get(line.provider, line.provider)
     return Speed(label, flops / sum(cost.bytes for cost in costs), flops / line.median_us * 1e6)

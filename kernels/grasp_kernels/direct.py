@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.dispatch import open_direct_path
+from grasp_kernels.recording import recorders
 
 PLAIN_TYPES = (Tensor, nn.Parameter)
 # Each returns a true value while a mode, a transform or a tracer is active, which must see the registered op.
@@ -27,6 +28,7 @@ def _decline(*_: object) -> None:
     """Stands for the direct path of an op that has none."""
 
 
-_ops = open_direct_path(PLAIN_TYPES, (*WATCHERS, torch._C._is_any_autocast_enabled))
+# Calls are recorded in the implementation, which this path passes by.
+_ops = open_direct_path(PLAIN_TYPES, (*WATCHERS, torch._C._is_any_autocast_enabled, recorders.__len__))
 linear: Callable[..., Tensor | None] = _ops.get("lowrank_linear", _decline)
 grouped: Callable[..., tuple[Tensor, ...] | None] = _ops.get("lowrank_linear_grouped", _decline)

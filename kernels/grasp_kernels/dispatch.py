@@ -270,7 +270,7 @@ def _select(
 ) -> Callable[..., Any] | None:
     """The function that runs a call, or ``None`` if the named backend objects."""
     call = OpCall(op, device, dtype, rows, rank, pivoted)
-    row = _chosen(call) if backend == "auto" else _row(backend)
+    row = chosen_row(call) if backend == "auto" else _row(backend)
     if backend != "auto" and objection(row, call) is not None:
         return None
     return _load(row.functions[call.op])
@@ -367,7 +367,7 @@ def _check_call(call: OpCall, groups: int) -> None:
             raise ValueError(f"{name} must be at least {least}, got {number}")
 
 
-def _chosen(call: OpCall) -> Backend:
+def chosen_row(call: OpCall) -> Backend:
     """The row that ``"auto"`` takes."""
     return next(row for row in BACKENDS if objection(row, call, named=False) is None)
 

@@ -16,6 +16,7 @@ from grasp_kernels import direct, gradients
 from grasp_kernels.checks import check_bounds, check_factors, check_glu, check_member, check_singular_value_grad
 from grasp_kernels.dispatch import check_backend, select
 from grasp_kernels.packing import widened
+from grasp_kernels.recording import record, recorders
 from grasp_kernels.reference import Dense, Factors, accumulation_dtype, equal_samples, linear
 
 _library = torch.library.Library("grasp", "DEF")
@@ -45,7 +46,10 @@ def _select(backend: str, op: str, x: Tensor, *factors: Factors) -> Callable[...
     rank, pivoted = 0, False  # a loop: generators take longer
     for group in factors:
         rank, pivoted = max(rank, group.Vh.shape[0]), pivoted or group.order is not None
-    return select(backend, op, x.device, x.dtype, x.numel() // x.shape[-1], rank, pivoted)
+    run = select(backend, op, x.device, x.dtype, x.numel() // x.shape[-1], rank, pivoted)
+    if recorders:
+        record(op, x, factors)
+    return run
 
 
 def _rows(x: Tensor) -> Tensor:

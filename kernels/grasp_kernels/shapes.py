@@ -33,3 +33,21 @@ def parse_shape(text: str) -> GroupShape:
 def format_shape(shape: GroupShape) -> str:
     """The text that ``parse_shape`` turns into ``shape``."""
     return "+".join(f"{K}x{N}r{R}" for K, N, R in shape)
+
+
+def parse_forms(text: str, count: int) -> tuple[bool, ...]:
+    """For each of ``count`` linears whether it is pivoted: ``"pivoted"``, or ``"pivoted+factored"`` for two.
+
+    Raises:
+        ValueError: if the text has another form.
+    """
+    names = text.split("+")
+    if len(names) not in (1, count) or not {"factored", "pivoted"} >= set(names):
+        raise ValueError(f"form {text!r} is not factored or pivoted, or one of them for each of {count} linears")
+    return tuple(name == "pivoted" for name in names * (count // len(names)))
+
+
+def format_forms(pivoted: tuple[bool, ...]) -> str:
+    """The text that ``parse_forms`` turns into ``pivoted``."""
+    names = ["pivoted" if one else "factored" for one in pivoted]
+    return names[0] if len(set(names)) == 1 else "+".join(names)

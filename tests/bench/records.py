@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from benchmarks.study.records import StudySetting
 from grasp.bench.conditions import Conditions
 from grasp.bench.percentiles import Percentiles
+from grasp.bench.records import OpResult
 from grasp.bench.schema import Record
 
 RecordT = TypeVar("RecordT", bound=Record)
@@ -43,4 +44,5 @@ _VALUES: dict[str, Any] = {
 def record(record_class: type[RecordT], **values: Any) -> RecordT:
     """A record with all fields filled, some of them as given."""
     filled = {field.name: _VALUES[str(field.type).removesuffix(" | None")] for field in fields(record_class)}
-    return record_class(**{**filled, **values})
+    of_class = {"form": "factored", "calls": None} if record_class is OpResult else {}  # not of a workload
+    return record_class(**{**filled, **of_class, **values})

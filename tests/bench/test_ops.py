@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from grasp.bench import conditions
 from grasp.bench import ops as bench_ops
-from grasp.bench.ops import OpCase, OpsRequest, cases, floor_seconds
+from grasp.bench.ops import OpCase, OpsRequest, cases, floor_seconds, recorded_cases
+from grasp.bench.recorded import RecordedCall, Recording, WorkloadResult
 from grasp.bench.records import NotMeasured, OpResult
 from grasp.bench.results import read_results
 from grasp.bench.workloads import OPS
@@ -129,6 +131,50 @@ def test_bad_arguments_are_one_clear_line(ops: RunBench, arguments: tuple[str, s
     assert message in outcome.err
 
 
+CALLS = (
+    RecordedCall("lowrank_linear", "48x32r5", "pivoted", 3, "float32", "cpu", False, 40),
+    RecordedCall("lowrank_linear_grouped", "48x32r5+48x16r3", "pivoted+factored", 2, "bfloat16", "cpu", False, 7),
+    RecordedCall("lowrank_linear_grouped", "48x32r5+48x16r3", "pivoted+factored", 2, "bfloat16", "cpu", True, 1),
+    RecordedCall("lowrank_linear", "48x32r32", "pivoted", 3, "float32", "cpu", False, 9),  # a dense linear
+    RecordedCall("lowrank_linear", "48x32r5", "factored", 3, "float64", "cpu", False, 2),
+)
+
+
+@pytest.fixture
+def workload(tmp_path: Path) -> Path:
+    (tmp_path / "w.json").write_text(json.dumps(Recording(1, CALLS).to_dict()))
+    return tmp_path / "w.json"
+
+
+def test_a_recorded_workload_is_timed_and_weighted(bench: RunBench, workload: Path, tmp_path: Path) -> None:
+    outcome = bench("ops", "--workload", workload, *QUICK, "--backend", "reference", "-o", tmp_path / "ops.jsonl")
+    assert outcome.code == 0, outcome.err
+    records = read_results(tmp_path / "ops.jsonl")
+    timed = {(line.shape, line.form, line.rows, line.dtype, line.calls) for line in records if line.kind == "op"}
+    assert timed == {
+        ("48x32r5", "pivoted", 3, "float32", 40),
+        ("48x32r32", "pivoted", 3, "float32", 9),
+        ("48x32r5+48x16r3", "pivoted+factored", 2, "bfloat16", 8),
+    }
+    totals = {line.provider: line for line in records if isinstance(line, WorkloadResult)}
+    assert totals.keys() == {"reference", "unfused", "dense"}  # auto chooses cpu, which is not timed
+    assert (totals["dense"].calls, totals["dense"].different) == (57, 3)
+    assert "Not measured: * lowrank_linear at 48x32r5, M = 3, float64: 2 calls in float64" in outcome.text
+    assert outcome.out.index("Calls of a workload") < outcome.out.index("workload w.json; calls 57; different calls 3")
+
+
+def test_calls_of_a_workload_can_be_chosen(workload: Path) -> None:
+    device, todo = recorded_cases(OpsRequest(rows=(2,), device="cuda"), workload)
+    assert (device, [(case.rows, case.calls) for case in todo if isinstance(case, OpCase)]) == ("cuda", [(2, 8)])
+    with pytest.raises(ValueError, match="none of the 5 different calls"):
+        recorded_cases(OpsRequest(rows=(9,)), workload)
+    with pytest.raises(ValueError, match="got a workload, and shapes or a model"):
+        recorded_cases(OpsRequest(shapes=("48x32r5",)), workload)
+    workload.write_text(json.dumps(Recording(1, (CALLS[0], replace(CALLS[1], device="cuda"))).to_dict()))
+    with pytest.raises(ValueError, match="calls on cpu and cuda; choose a device"):
+        recorded_cases(OpsRequest(), workload)
+
+
 def test_a_models_calls_are_cases_of_the_ops_that_get_them() -> None:
     request = OpsRequest(ops=("lowrank_glu",), model="smollm2-135m", rows=(1, 4), dtypes=("bfloat16",))
     glu = parse_shape("576x1536r41+576x1536r41")
@@ -141,6 +187,8 @@ def test_floors_are_of_what_a_provider_reads() -> None:
     low_rank, dense = (floor_seconds(case, name, card) for name in ("reference", "dense"))
     assert low_rank == pytest.approx((204 * 8192 + 8192) * 4 / 1e9)
     assert dense == pytest.approx((4096 * 4096 + 8192) * 4 / 1e9)
+    pivoted = floor_seconds(case._replace(pivoted=(True,)), "reference", card)
+    assert pivoted == pytest.approx((204 * (8192 - 204) + 8192) * 4 / 1e9)
     assert floor_seconds(case._replace(op="singular_value_grad"), "dense", card) is None
 
 

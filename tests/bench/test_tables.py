@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,26 @@ def test_markdown_has_a_table_for_each_case_and_says_what_was_left_out() -> None
     assert "rows 1; dtype a" in text
     assert OpResult.legend in text
     assert text.endswith("Not measured: cuda lowrank_linear at 4x6r2, M = 1, float32: no CUDA device\n")
+
+
+def test_the_calls_of_a_workload_are_one_table_the_longest_first() -> None:
+    lines = [
+        record(OpResult, shape=shape, provider=provider, median_us=us, calls=calls, chosen=provider == "cpu")
+        for shape, calls, us in (("4x6r2", 1, 30.0), ("6x4r2", 9, 10.0))
+        for provider in ("reference", "cpu", "dense")
+    ]
+    title, _, table = markdown(lines).partition("\n\n")
+    assert "Calls of a workload" in title
+    rows = [row.split(" | ") for row in table.split("\n\n")[0].splitlines()[2:]]
+    assert [(row[1], row[4], row[5], row[-1]) for row in rows] == [
+        ("6x4r2", "9", "cpu", "75.0 % |"),
+        ("4x6r2", "1", "cpu", "25.0 % |"),
+    ]
+
+
+def test_a_reason_for_many_shapes_names_some_of_them() -> None:
+    lines = [replace(LEFT_OUT, shape=f"4x6r{rank}") for rank in range(1, 15)]
+    assert "4x6r12, M = 1, float32; and 2 more shapes: no CUDA device" in markdown(lines)
 
 
 def test_csv_has_every_field_of_every_record_in_a_column() -> None:

@@ -7,6 +7,7 @@ from grasp.bench.workloads import (
     OPS,
     backends,
     compiled,
+    low_rank_costs,
     make_problem,
     rotations,
     wrong,
@@ -51,6 +52,17 @@ def test_unfused_dense_and_reference_agree(op: str) -> None:
             assert 0.1 < got.std() < 10
 
 
+def test_forms_may_differ_in_a_group() -> None:
+    forms = (True, False)
+    problem = make_problem("lowrank_linear_grouped", GROUP, 7, torch.float32, CPU, pivoted=forms)
+    assert tuple(group.order is not None for group in problem.groups) == forms
+    run = backends("lowrank_linear_grouped", GROUP, problem, pivoted=True)[0]["reference"]
+    for got, expected in zip(run(problem), OPS["lowrank_linear_grouped"].dense(problem), strict=True):
+        assert relative_error(got, expected.double()) < 1e-5
+    plain, pivoted = (low_rank_costs("lowrank_linear_grouped", GROUP, 7, 4, flags)[0] for flags in ((), forms))
+    assert (plain.bytes - pivoted.bytes, plain.flops - pivoted.flops) == (4 * 5 * 5, 2 * 7 * 5 * 5)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_a_wrong_result_is_found(op: str) -> None:
     shape = OPS[op].fit(GROUP[:1])
@@ -71,8 +83,9 @@ def test_pytorchs_own_gradient_may_round_as_pytorch_does() -> None:
 
 
 @pytest.mark.slow
-def test_the_compiled_form_computes_what_the_unfused_one_does() -> None:
-    problem = make_problem("lowrank_linear", GROUP[:1], 7, torch.float32, CPU)
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_the_compiled_form_computes_what_the_unfused_one_does(pivoted: bool) -> None:
+    problem = make_problem("lowrank_linear", GROUP[:1], 7, torch.float32, CPU, pivoted=pivoted)
     with torch.inference_mode():
         run = compiled("lowrank_linear", problem)
     assert wrong("lowrank_linear", problem, run, of_package=False) is None

@@ -24,6 +24,7 @@ INPUTS = {
     "convert": "convert {} -o out --form pivoted",
     "push": "push {} owner/name",
     "bench model": "bench model builtin --text {}",
+    "bench ops": "bench ops --workload {}",
 }
 OUTPUTS = {
     "compress": "compress builtin -o {}",
@@ -31,6 +32,7 @@ OUTPUTS = {
     "convert": "convert folder -o {} --form pivoted",
     "evaluate": "evaluate builtin -o {}",
     "bench ops": "bench ops -o {}",
+    "bench record": "bench record -o {} true",
     "demo": "demo -o {}",
     "bench model": "bench model builtin -o {}",
     "bench serve": "bench serve builtin -o {}",

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from grasp import cli
+from grasp.bench.recorded import WorkloadResult
 from grasp.bench.records import RECORDS, CompressResult, ModelResult, NotMeasured, OpResult
 from grasp.bench.results import append_results
 from grasp.bench.schema import Record
@@ -69,6 +70,7 @@ def measured(report: CompressionReport) -> list[Record]:
         *(record(ModelResult, model="tiny", provider=name, **size) for name in ("dense", "removed", "compressed/cpu")),
         *(record(OpResult, provider=name, median_us=ms, **shape) for name, ms in (("cpu", 9.5), ("dense", 100.0))),
         record(ServeResult, model="tiny"),
+        record(WorkloadResult),
         record(CompressResult, model="tiny"),
         record(NotMeasured, benchmark="ops", provider="cuda", not_measured="no <GPU> here", model=None),
     ]
