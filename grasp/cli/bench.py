@@ -217,13 +217,9 @@ def model(
 
     $ grasp bench model meta-llama/Llama-3.1-8B --num-layers 12 -o model.jsonl
 
-    [dim]Speed and perplexity of a compressed model and of its dense model:[/dim]
+    [dim]A compressed and its dense model as servers run them, and llama.cpp:[/dim]
 
-    $ grasp bench model builtin --compressed small --batch-size 1 --threads 2
-
-    [dim]As servers run it, after 0 and 1024 tokens of text:[/dim]
-
-    $ grasp bench model builtin --compressed small --mode eager,compiled --batch-size 1 --depth 0,1024
+    $ grasp bench model builtin --compressed small --batch-size 1 --mode eager,compiled --yardstick llama.cpp
     """
     from grasp.bench import model as benchmark
     from grasp.bench.timing import StopRule
