@@ -76,6 +76,7 @@ def neighbouring(weight: Tensor, heads: int) -> Tensor:
     """Reorder the rows of each head, (heads * D, K), from halves to pairs: 0, D/2, 1, D/2 + 1, ...
 
     Example:
+        >>> import torch
         >>> neighbouring(torch.arange(8).view(8, 1), heads=2).flatten().tolist()
         [0, 2, 1, 3, 4, 6, 5, 7]
     """
