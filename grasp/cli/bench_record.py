@@ -15,7 +15,7 @@ from grasp.cli.bench import bench
 def record(
     context: typer.Context,
     command: Annotated[
-        list[str], typer.Argument(metavar="COMMAND...", help="Any command, with its arguments.", show_default=False)
+        list[str], typer.Argument(metavar="COMMAND", help="Any command, with its arguments.", show_default=False)
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="File for grasp bench ops --workload; it is replaced.")
@@ -23,8 +23,9 @@ def record(
 ) -> None:
     """Run COMMAND, and record which low-rank ops it and its processes call, at which shapes, and how often.
 
-    If it is interrupted or killed, the calls until then are kept. The exit code is the command's, but 2 instead of 0 if
-    no op was called.
+    If it is interrupted or killed, the calls until then are kept.
+
+    The exit code is the command's, but 2 instead of 0 if no op was called.
 
     [bold]Examples[/bold]
 
