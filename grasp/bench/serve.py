@@ -68,6 +68,9 @@ class ServeRequest:
         dtype: as for ``load_model``; ``auto`` is that of the first model that is served.
         server_options: further arguments of vLLM's servers.
         time_limit: seconds that each start of a server and each run of the client may take.
+
+    Raises:
+        ValueError: if a number is out of range, or a limit is of an unknown metric.
     """
 
     models: Sequence[str]
@@ -84,10 +87,15 @@ class ServeRequest:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.limits) - set(LIMITS)):
             raise ValueError(f"unknown metric {unknown[0]!r} with a limit; expected some of {', '.join(LIMITS)}")
-        if self.new_tokens < 2 or self.rounds < 1:
-            raise ValueError(
-                f"new tokens must be at least 2 and rounds at least 1, got {self.new_tokens} and {self.rounds}"
-            )
+        if not self.models or not self.concurrencies:
+            raise ValueError("expected at least one model and one concurrency")
+        numbers = {"concurrency": min(self.concurrencies)}
+        numbers |= {name: getattr(self, name) for name in ("requests", "prompt_tokens", "new_tokens", "rounds")}
+        for name, number in numbers.items():
+            if number < (least := 2 if name == "new_tokens" else 1):
+                raise ValueError(f"{name} must be at least {least}, got {number}")
+        if not self.time_limit > 0 or not all(limit > 0 for limit in self.limits.values()):
+            raise ValueError("time_limit and limits must be above 0")
 
 
 @dataclass(frozen=True)
@@ -154,7 +162,8 @@ def run(request: ServeRequest, *, progress: Progress = no_progress) -> Iterator[
         }
         errors = {name: checkpoint.proof.error_of(servers[name]) for name, checkpoint in checkpoints.items()}
         refused = {name: error for name, error in errors.items() if not error <= checkpoints[name].proof.allowed}
-        yield [_refusal(checkpoints[name], error, request) for name, error in refused.items()]
+        if refused:
+            yield [_refusal(checkpoints[name], error, request) for name, error in refused.items()]
         right = {name: server for name, server in servers.items() if name not in refused}
         if right:
             bench = _Bench(request, scratch, right, checkpoints, errors, candidates[0].name, now)
@@ -171,7 +180,8 @@ def require_client() -> None:
     folders = packaged_folders("vllm")
     if not any((folder / "benchmarks" / "serve.py").is_file() for folder in folders):
         problem = "has no benchmarks/serve.py" if folders else "is not installed"
-        raise MissingPackageError(f"vLLM with its benchmark client is needed, but vllm {problem}; pip install vllm")
+        remedy = "pip install --upgrade vllm" if folders else "pip install vllm"
+        raise MissingPackageError(f"vLLM with its benchmark client is needed, but vllm {problem}; {remedy}")
 
 
 def _candidates(request: ServeRequest, scratch: Path, progress: Progress) -> list[Server | Checkpoint]:
@@ -277,13 +287,15 @@ class _Bench:
     def _round(self, server: Server, concurrency: int, number: int) -> Numbers:
         """Run the client once; all numbers that it reports."""
         request, requests = self.request, concurrency * self.request.requests
+        result = self.scratch / "client.json"
+        result.unlink(missing_ok=True)  # of the round before
         options = {
             **{"base-url": server.url, "model": server.model, "tokenizer": server.root, "temperature": 0},
             **{"dataset-name": "random", "seed": 1000 * concurrency + number, "num-prompts": requests},
             **{"random-input-len": request.prompt_tokens, "random-output-len": request.new_tokens},
             **{"max-concurrency": concurrency, "num-warmups": concurrency},
             **{"percentile-metrics": ",".join(METRICS), "metric-percentiles": ",".join(map(str, PERCENTS))},
-            **{"result-dir": self.scratch, "result-filename": "client.json"},
+            **{"result-dir": self.scratch, "result-filename": result.name},
         }
         arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         if request.limits:
@@ -291,7 +303,7 @@ class _Bench:
         command = [sys.executable, "-c", CLIENT, *arguments, "--save-result", "--save-detailed", "--disable-tqdm"]
         with Process(command, self.scratch / "client.log", offline=server.process is not None) as client:
             finish(client, server, request.time_limit)
-        answer = read_json(self.scratch / "client.json", "the result of vLLM's client", ServerError, finite=False)
+        answer = read_json(result, "the result of vLLM's client", ServerError, finite=False)
         got = [answer.get(name) for name in ("completed", "total_output_tokens")]
         if got != (expected := [requests, requests * request.new_tokens]):
             reason = next(filter(None, answer.get("errors", ())), "the client names no error")
@@ -299,8 +311,10 @@ class _Bench:
                 f"the server of {server.name} completed {got[0]} requests with {got[1]} tokens; expected "
                 f"{expected[0]} with {expected[1]}; {one_line(reason)}"
             )
-        numbers = {name: value for name, value in answer.items() if type(value) in (int, float)}
-        return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
+        numbers = {name: float(value) for name, value in answer.items() if type(value) in (int, float)}
+        if bad := sorted(name for name in _needed(request) if not math.isfinite(numbers.get(name, math.nan))):
+            raise ServerError(f"vLLM's client gave no finite {', '.join(bad)}; expected a number: upgrade vllm")
+        return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
     def _result(
         self, name: str, concurrency: int, rounds: Sequence[Numbers], first: Sequence[Numbers] | None
@@ -336,6 +350,12 @@ class _Bench:
             client=tuple(rounds),
             conditions=self.now,
         )
+
+
+def _needed(request: ServeRequest) -> list[str]:
+    """The client's numbers that a result is made of."""
+    rates = ["duration", "request_throughput", "output_throughput", *["request_goodput"] * bool(request.limits)]
+    return rates + [f"p{percent}_{metric}_ms" for metric in METRICS for percent in PERCENTS]
 
 
 def _median(rounds: Sequence[Numbers], name: str) -> float:

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,36 +97,23 @@ class Server:
     version: str | None
     process: Process | None = None
 
-    def complete(self, tokens: Sequence[int], new_tokens: int, **options: object) -> dict[str, Any]:
-        """The greedy completion of a prompt.
-
-        Raises:
-            ServerError: if there is no answer, or the completion does not have ``new_tokens`` tokens.
-        """
-        asked = {"model": self.model, "prompt": list(tokens), "max_tokens": new_tokens, "temperature": 0}
-        answer = fetch(f"{self.url}/v1/completions", {**asked, "ignore_eos": True, **options})
-        with _expected_fields(self.url, answer):
-            if (got := answer["usage"]["completion_tokens"]) != new_tokens:
-                raise ServerError(f"{self.url} completes a prompt by {got} tokens; expected {new_tokens}")
-            completion: dict[str, Any] = answer["choices"][0]
-            return completion
-
     def log_probabilities(self, tokens: Sequence[int]) -> list[float]:
         """The log-probability of each token of a prompt but the first, then of the token that follows.
 
         Raises:
             ServerError: if there is no answer, or it has other numbers than these, all finite.
         """
-        completion = self.complete(tokens, 1, echo=True, logprobs=1)
-        with _expected_fields(self.url, completion):
-            values: list[Any] = completion["logprobs"]["token_logprobs"][1:]
+        asked = {"model": self.model, "prompt": list(tokens), "max_tokens": 1, "temperature": 0, "ignore_eos": True}
+        answer = fetch(f"{self.url}/v1/completions", {**asked, "echo": True, "logprobs": 1})
+        with _expected_fields(self.url, answer):
+            values: list[Any] = answer["choices"][0]["logprobs"]["token_logprobs"][1:]
         if len(values) != len(tokens) or not all(isinstance(value, (int, float)) for value in values):
             raise ServerError(f"{self.url} has {len(values)} log-probabilities; expected {len(tokens)} numbers")
         return values
 
 
-def connect(url: str, name: str = "") -> Server:
-    """The server at an address, named as its model if ``name`` is empty.
+def connect(url: str) -> Server:
+    """The server at an address, named as its model.
 
     Raises:
         ServerError: if it does not answer as a server with the OpenAI interface does.
@@ -138,7 +125,7 @@ def connect(url: str, name: str = "") -> Server:
     version = None
     with contextlib.suppress(ServerError):
         version = fetch(f"{url}/version").get("version")
-    return Server(name or Path(identity).name, url, identity, root, version)
+    return Server(Path(identity).name, url, identity, root, version)
 
 
 def start(process: Process, name: str, url: str, limit: float) -> Server:
@@ -156,9 +143,9 @@ def start(process: Process, name: str, url: str, limit: float) -> Server:
     deadline = time.monotonic() + limit
     while process.exit_code is None:
         with contextlib.suppress(ServerError):
-            server = connect(url, name)
+            server = connect(url)
             if server.model == name:  # and no other program was faster at the port
-                return Server(name, url, name, server.root, server.version, process)
+                return replace(server, name=name, process=process)
         if time.monotonic() > deadline:
             raise ServerError(
                 f"the server of {name} does not answer after {limit:g} s; if it needs longer, raise --time-limit; "

@@ -13,6 +13,7 @@ from grasp_kernels.versions import PerVersion
 
 _bounds_on_gpu: PerVersion[list[int]] = PerVersion(lambda cu_seqlens: cu_seqlens.tolist())
 Member = TypeVar("Member")
+_FACTORS = "Factors(U, s, Vh, bias, order)"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -133,7 +134,7 @@ def to_factors(name: str, value: object) -> Factors:
         return value
     if isinstance(value, tuple) and len(value) in (4, 5):
         return Factors(*value)
-    raise TypeError(f"{name} must be Factors(U, s, Vh, bias), got {_type(value)}")
+    raise TypeError(f"{name} must be {_FACTORS}, got {_type(value)}")
 
 
 def to_groups(op: str, factors: Iterable[object]) -> tuple[Factors, ...]:
@@ -143,20 +144,25 @@ def to_groups(op: str, factors: Iterable[object]) -> tuple[Factors, ...]:
         TypeError: if ``factors`` is not a sequence of groups.
         ValueError: if it is empty; the message has the name of the op.
     """
-    return _to_tuple(op, factors, to_factors)
+    return _to_tuple(op, factors, _FACTORS, to_factors)
 
 
 def to_members(op: str, members: Iterable[object]) -> tuple[Factors | Dense, ...]:
     """The members of a merged call as a tuple; as ``to_groups``, but each may be ``Dense``."""
-    return _to_tuple(op, members, lambda name, value: value if type(value) is Dense else to_factors(name, value))
+    expected = f"{_FACTORS} or Dense(weight, bias)"
+    return _to_tuple(
+        op, members, expected, lambda name, value: value if type(value) is Dense else to_factors(name, value)
+    )
 
 
-def _to_tuple(op: str, factors: Iterable[object], convert: Callable[[str, object], Member]) -> tuple[Member, ...]:
+def _to_tuple(
+    op: str, factors: Iterable[object], expected: str, convert: Callable[[str, object], Member]
+) -> tuple[Member, ...]:
     if not isinstance(factors, Sequence) or isinstance(factors, str):
-        raise TypeError(f"factors must be a list or tuple of Factors(U, s, Vh, bias), got {_type(factors)}")
+        raise TypeError(f"factors must be a list or tuple of {expected}, got {_type(factors)}")
     groups = tuple([convert("each of factors", group) for group in factors])
     if not groups:
-        raise ValueError(f"{op} needs at least one Factors(U, s, Vh, bias), got none")
+        raise ValueError(f"{op} needs at least one {expected}, got none")
     return groups
 
 

@@ -266,7 +266,7 @@ def _grouped_directly(x: Tensor, *args: Any) -> list[Tensor] | None:
 
 
 _DIRECT: dict[str, Callable[..., Any]] = {
-    "lowrank_linear": lambda *args: direct.linear(*args),
+    "lowrank_linear": direct.linear,
     "lowrank_linear_grouped": _grouped_directly,
 }
 

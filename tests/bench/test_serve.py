@@ -174,7 +174,7 @@ def test_what_cannot_be_served_is_refused_before_a_server_starts(
         (f"http://127.0.0.1:{free_port()}",): "does not answer",
         (folder, "--goodput", "ttft"): "goodput must be metrics and milliseconds",
         (folder, "--goodput", "speed:3"): "unknown metric 'speed'",
-        (folder, "--new-tokens", 1): "new tokens must be at least 2",
+        (folder, "--new-tokens", 1): "new_tokens must be at least 2",
         (folder, "--prompt-tokens", 10**6): "more than the model's",
     }
     for arguments, message in refusals.items():
@@ -190,5 +190,5 @@ def test_without_vllm_or_its_client_the_error_has_the_remedy(tmp_path: Path, mon
         list(run(request))
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").touch()
-    with pytest.raises(MissingPackageError, match=r"no benchmarks/serve\.py"):
+    with pytest.raises(MissingPackageError, match=r"no benchmarks/serve\.py; pip install --upgrade vllm"):
         list(run(request))

@@ -187,8 +187,9 @@ bool check_linear(const Shape &shape, int isa, int dtype) {
 }
 
 // U has shape.N rows, so there are shape.N + shape.R outputs.
-bool check_pivoted(const Shape &shape, int isa, int dtype, bool ascending) {
-    const int64_t M = shape.M, R = shape.R, N = shape.N + R;
+// Without other rows R is N: a dense linear.
+bool check_pivoted(const Shape &shape, int isa, int dtype, bool ascending, bool others = true) {
+    const int64_t M = shape.M, R = shape.R, N = shape.N * others + R;
     Matrix x(M, shape.K, shape.K + shape.gap, dtype), U(shape.N, R, R + shape.gap, dtype, half_log(R));
     Matrix Vh(R, shape.K, shape.K, dtype, half_log(shape.K)), bias(1, N, N, dtype), y(M, N, N + shape.gap, dtype);
     std::vector<int32_t> order(N);
@@ -210,9 +211,18 @@ bool check_pivoted(const Shape &shape, int isa, int dtype, bool ascending) {
         }
     }
     const grasp_input input = {x.data, x.stride, M, shape.K, dtype};
-    const grasp_factors group = {U.data, Vh.data,  nullptr,   shape.gap ? bias.data : nullptr,
-                                 y.data, U.stride, Vh.stride, y.stride,
-                                 N,      R,        0,         order.data()};
+    const grasp_factors group = {others ? U.data : nullptr,
+                                 Vh.data,
+                                 nullptr,
+                                 shape.gap ? bias.data : nullptr,
+                                 y.data,
+                                 U.stride,
+                                 Vh.stride,
+                                 y.stride,
+                                 N,
+                                 R,
+                                 0,
+                                 order.data()};
     const grasp_cpu_options options = {isa, shape.threads, shape.threads > 1 ? run_on_threads : nullptr};
     return grasp_cpu_lowrank_linear(&input, &group, 1, &options) == GRASP_OK && close(y, exact, M, "pivoted");
 }
@@ -270,10 +280,10 @@ bool check_refusals() {
     const int32_t order[] = {3, 1, 2, 0}, negative[] = {3, 1, -1, 0}, large[] = {3, 1, 2, 4};
     grasp_factors pivoted = group;  // the first 2 of the 4 rows of U
     pivoted.order = order;
-    grasp_factors below = pivoted, above = pivoted, full_rank = pivoted, scaled = pivoted;
+    grasp_factors below = pivoted, above = pivoted, too_many = pivoted, scaled = pivoted;
     below.order = negative;
     above.order = large;
-    full_rank.R = full_rank.U_stride = 4;
+    too_many.R = too_many.U_stride = 5;
     scaled.s = layer.s.data;
     grasp_input bad_dtype = input, no_data = input;
     bad_dtype.dtype = 3;
@@ -282,7 +292,7 @@ bool check_refusals() {
     bool good = grasp_cpu_lowrank_linear(&input, &group, 1, &options) == GRASP_OK;
     good = good && grasp_cpu_lowrank_linear(&input, &pivoted, 1, &options) == GRASP_OK;
     good = good && grasp_cpu_lowrank_glu(&input, &pivoted, &pivoted, 0, &options) == GRASP_BAD_ARGUMENT;
-    for (const grasp_factors *factors : {&no_U, &short_row, &no_rank, &below, &above, &full_rank, &scaled}) {
+    for (const grasp_factors *factors : {&no_U, &short_row, &no_rank, &below, &above, &too_many, &scaled}) {
         good = good && grasp_cpu_lowrank_linear(&input, factors, 1, &options) == GRASP_BAD_ARGUMENT;
     }
     good = good && grasp_cpu_lowrank_linear(&bad_dtype, &group, 1, &options) == GRASP_BAD_ARGUMENT;
@@ -315,7 +325,8 @@ int main() {
                 const int activation = cases % 4;
                 for (const bool good :
                      {check_linear(shape, isa, dtype), check_pivoted(shape, isa, dtype, false),
-                      check_pivoted(shape, isa, dtype, true), check_glu(shape, isa, dtype, activation)}) {
+                      check_pivoted(shape, isa, dtype, true), check_pivoted(shape, isa, dtype, true, false),
+                      check_glu(shape, isa, dtype, activation)}) {
                     ++cases;
                     if (good) continue;
                     ++failures;
