@@ -60,9 +60,11 @@ def check_outputs(paths: Sequence[Path]) -> None:
     """Check that ``save_results`` can write all files, before hours are spent. None is changed.
 
     Raises:
-        GraspError, ResultsError: as ``check_output``, also if a file for tables exists.
+        GraspError, ResultsError: as ``check_output``, also if a file for tables exists, or one is given twice.
     """
-    for path in paths:
+    for index, path in enumerate(paths):
+        if path.resolve() in [other.resolve() for other in paths[:index]]:
+            raise ResultsError(f"{path} is given twice; expected different files")
         if path.suffix not in FORMATS:
             check_output(path)
         elif path.exists():

@@ -47,7 +47,7 @@ class StopRule:
         min_seconds: fewest seconds of all turns.
         precision: turns go on until all medians are known this well: largest distance from an end of the 95 % interval,
             as a fraction of the median. ``None`` asks for no precision.
-        max_seconds: seconds after which turns end at any precision.
+        max_seconds: seconds after which turns end at any precision; of no effect without one.
 
     Raises:
         ValueError: if a number is out of range.
@@ -61,12 +61,14 @@ class StopRule:
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
-        if not 0 <= self.min_seconds <= self.max_seconds:
-            raise ValueError(
-                f"min_seconds must be from 0 to max_seconds, got {self.min_seconds:g} and {self.max_seconds:g}"
-            )
+        if not self.min_seconds >= 0:
+            raise ValueError(f"min_seconds must be at least 0, got {self.min_seconds:g}")
         if self.precision is not None and not 0 < self.precision < 1:
             raise ValueError(f"precision must be between 0 and 1, such as 0.02; got {self.precision:g}")
+        if self.precision is not None and not self.max_seconds >= self.min_seconds:
+            raise ValueError(
+                f"max_seconds must be at least min_seconds, got {self.max_seconds:g} and {self.min_seconds:g}"
+            )
 
     def reason(self, turns: int, seconds: float, precision: Callable[[], float]) -> str | None:
         """Why turns end now: a name of ``STOPS``; ``None`` to go on.
@@ -79,7 +81,7 @@ class StopRule:
         if turns < self.repeats or seconds < self.min_seconds:
             return None
         if self.precision is None:
-            return REPEATS if self.min_seconds == 0 else MIN_SECONDS
+            return REPEATS if turns == self.repeats else MIN_SECONDS
         if precision() <= self.precision:
             return PRECISION
         return MAX_SECONDS if seconds >= self.max_seconds else None

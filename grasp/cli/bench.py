@@ -72,7 +72,7 @@ LowRankLayers = Annotated[int, typer.Option(min=1, max=MOST, help="Number of lay
 MinSeconds = Annotated[float, typer.Option(min=0, help="Take turns for at least this long, at each size.")]
 Precision = Annotated[
     float | None,
-    typer.Option(help="Take turns until medians are known to this fraction, such as 0.02, with 95 % confidence."),
+    typer.Option(help="Take turns until the 95 % intervals of medians are this narrow, such as 0.02."),
 ]
 MaxSeconds = Annotated[float, typer.Option(min=0, help="Stop after this long at any --precision.")]
 BatchSizes = Annotated[str, typer.Option(help="Sequences per batch.")]

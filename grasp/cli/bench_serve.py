@@ -18,7 +18,7 @@ Models = Annotated[
     list[str],
     typer.Argument(
         metavar="MODEL...",
-        help="Folders, as for grasp compress, or addresses of servers that run, such as http://localhost:8000.",
+        help="Folders, hub names, [bold]builtin[/bold], or addresses of servers that run, such as http://localhost:8000.",
         show_default=False,
     ),
 ]

@@ -110,7 +110,7 @@ def trades(results: Iterable[ModelResult]) -> dict[Comparison, list[Trade]]:
     """Speed, bytes and perplexity for each model, prompt and batch size. The last result of a provider counts."""
     data: dict[Comparison, dict[str, Trade]] = defaultdict(dict)
     for result in results:
-        text = "" if result.perplexity is None else f"; perplexity on {_text(result)}"
+        text = "" if result.perplexity_text is None else f"; perplexity on {_text(result)}"
         comparison = Comparison(
             f"{model_name(result.model)}, batch {result.batch_size}",
             f"Prompt of {_prompt(result)}{text}; {result.dtype}; {result.conditions}",

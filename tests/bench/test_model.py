@@ -192,7 +192,10 @@ def test_a_perplexity_that_is_no_number_is_said(run: RunBench, monkeypatch: pyte
         (("--batch-size", "0"), "positive numbers such as 1,4,16"),
         (("--depth", "-1"), "depth must be numbers such as"),
         (("--depth", "500"), "a depth of 500, 8 prompt tokens and 3 new tokens are more than the model's 128"),
-        (("--min-seconds", "9", "--max-seconds", "3"), "min_seconds must be from 0 to max_seconds, got 9 and 3"),
+        (
+            ("--min-seconds", "9", "--precision", "0.1", "--max-seconds", "3"),
+            "max_seconds must be at least min_seconds, got 3 and 9",
+        ),
         (("--precision", "2"), "precision must be between 0 and 1"),
         (("--mode", "eager,fast"), "unknown mode 'fast'; expected one of eager, compiled"),
         (("--compressed", "absent"), "absent"),

@@ -64,3 +64,4 @@ def test_without_a_precision_turns_and_seconds_decide() -> None:
     assert StopRule(3).reason(3, 0.0, unknown) == "repeats"
     assert StopRule(3, min_seconds=1.0).reason(3, 0.5, unknown) is None
     assert StopRule(3, min_seconds=1.0).reason(9, 1.5, unknown) == "min-seconds"
+    assert StopRule(3, min_seconds=1.0).reason(3, 1.5, unknown) == "repeats"

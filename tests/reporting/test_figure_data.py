@@ -51,7 +51,7 @@ def test_the_weights_that_several_backends_share_are_one_point_of_size() -> None
 def test_a_speed_stands_beside_bytes_and_a_perplexity_if_there_is_one() -> None:
     fast = {"decode_tokens_per_s": 70.0, "weight_bytes": 9}
     lines = [model("dense", decode_tokens_per_s=60.0), model("dense", **fast), model("removed", perplexity=None)]
-    (dense,), (removed,) = (only(trades(same)) for same in (lines[:2], lines[2:]))
+    dense, removed = only(trades(lines))
     assert (dense, removed) == (Trade("dense", 70.0, 9, 0.5), Trade("layers removed", 0.5, 3, None))
     assert len(trades([model("dense"), model("dense", batch_size=4), model("dense", depth=5)])) == 3
 
