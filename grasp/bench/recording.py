@@ -25,8 +25,8 @@ NOTHING = "no low-rank op of grasp_kernels was called; expected a run of a compr
 def record_workload(path: str | Path) -> Iterator[None]:
     """Record the low-rank ops that this process calls in the block, and write them to a file.
 
-    All threads are recorded, and processes that are forked in the block. Calls take 10 to 20 µs longer. The file is also
-    written if the block raises.
+    All threads are recorded, and processes that are forked in the block. Calls take 10 to 20 µs longer. The file is
+    also written if the block raises.
 
     Args:
         path: the file, for ``grasp bench ops --workload``. It is replaced.

@@ -240,8 +240,9 @@ class ModelResult(Record):
     legend: ClassVar[str] = (
         "Milliseconds are p50, p95 and p99. The floor is the time of the weights' bytes or FLOPs at the measured "
         "speeds; of floor is the share of it that was reached. × dense is a speed-up. ± is how far the 95 % interval "
-        "of the median time per output token reaches from it, over it; spread is the distance between the quartiles of the "
-        "decoding time, over its median. Peak is above the loaded weights. Logits off is the relative difference from the reference backend."
+        "of the median time per output token reaches from it, over it; spread is the distance between the quartiles of "
+        "the decoding time, over its median. Peak is above the loaded weights. Logits off is the relative difference "
+        "from the reference backend."
     )
     figures: ClassVar[tuple[str, ...]] = (
         "grasp.reporting.pictures:perplexity_by_size",
