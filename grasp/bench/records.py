@@ -107,8 +107,8 @@ class ModelResult(Record):
     Attributes:
         model: name as it was given.
         provider: ``dense``, ``removed``, ``compressed`` (the model as users get it), ``compressed/BACKEND``,
-            ``dense/kernel`` and ``compressed/kernel`` (see ``use_kernel_``), ``unfused``, or a yardstick: ``llama.cpp``,
-            a comma, and the type of its weights or its file.
+            ``dense/kernel`` and ``compressed/kernel`` (see ``use_kernel_``), ``unfused``, or a yardstick:
+            ``llama.cpp``, a comma, and the type of its weights or its file.
         backend: backend of all low-rank linears. ``auto`` chooses for each call. ``None`` without low-rank linears.
         factors: ``plain SVD``, or the name of the compressed checkpoint.
         dtype: of the weights, except a yardstick's.
