@@ -31,7 +31,7 @@ from grasp_kernels import (
 
 K, N, WIDTHS = 40, 24, (24, 16, 16)
 BACKENDS = [name for name in available_backends() if name in ("cpu", "reference")]
-WATCHERS = (*direct.WATCHERS, torch._C._is_any_autocast_enabled)
+WATCHERS = direct.DIRECT_WATCHERS
 
 
 def fresh(rng: random.Random) -> Factors:

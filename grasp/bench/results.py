@@ -63,7 +63,7 @@ def check_outputs(paths: Sequence[Path]) -> None:
         GraspError, ResultsError: as ``check_output``, also if a file for tables exists, or one is given twice.
     """
     for index, path in enumerate(paths):
-        if path.resolve() in [other.resolve() for other in paths[:index]]:
+        if os.path.realpath(path) in map(os.path.realpath, paths[:index]):
             raise ResultsError(f"{path} is given twice; expected different files")
         if path.suffix not in FORMATS:
             check_output(path)

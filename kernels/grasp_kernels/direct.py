@@ -22,13 +22,14 @@ WATCHERS: tuple[Callable[[], object], ...] = (
     torch._C._functorch.peek_interpreter_stack,
     torch._C._get_tracing_state,
 )
+# Autocast casts, and calls are recorded, in what this path passes by.
+DIRECT_WATCHERS = (*WATCHERS, torch._C._is_any_autocast_enabled, recorders.__len__)
 
 
 def _decline(*_: object) -> None:
     """Stands for the direct path of an op that has none."""
 
 
-# Calls are recorded in the implementation, which this path passes by.
-_ops = open_direct_path(PLAIN_TYPES, (*WATCHERS, torch._C._is_any_autocast_enabled, recorders.__len__))
+_ops = open_direct_path(PLAIN_TYPES, DIRECT_WATCHERS)
 linear: Callable[..., Tensor | None] = _ops.get("lowrank_linear", _decline)
 grouped: Callable[..., tuple[Tensor, ...] | None] = _ops.get("lowrank_linear_grouped", _decline)

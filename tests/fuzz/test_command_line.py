@@ -115,10 +115,10 @@ class Grammar:
 
 
 def _commands(command: Any, path: list[str]) -> Iterator[tuple[list[str], Any]]:
-    """All commands that are not groups, with the words that call them."""
+    """All commands that are not groups, with the words that call them; not `record`, which runs what it is given."""
     for name, inner in getattr(command, "commands", {}).items():
         yield from _commands(inner, [*path, name])
-    if not hasattr(command, "commands"):
+    if not hasattr(command, "commands") and path != ["bench", "record"]:
         yield path, command
 
 

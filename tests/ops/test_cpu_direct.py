@@ -222,7 +222,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[torch.dty
 
     def open_again() -> None:
         dispatch._select.cache_clear()
-        dispatch.open_direct_path(direct_path.PLAIN_TYPES, (*direct_path.WATCHERS, torch._C._is_any_autocast_enabled))
+        dispatch.open_direct_path(direct_path.PLAIN_TYPES, direct_path.DIRECT_WATCHERS)
 
     yield change
     monkeypatch.undo()
@@ -316,7 +316,7 @@ def opened() -> Iterator[Callable[..., None]]:
         cpu._module().set_up(direct_path.PLAIN_TYPES, (watchers,), vars(forward_ad), *others, rows)
 
     yield open_with
-    dispatch.open_direct_path(direct_path.PLAIN_TYPES, (*direct_path.WATCHERS, torch._C._is_any_autocast_enabled))
+    dispatch.open_direct_path(direct_path.PLAIN_TYPES, direct_path.DIRECT_WATCHERS)
 
 
 FUNCTIONS: dict[str, Callable[..., object]] = {
