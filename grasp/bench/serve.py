@@ -94,8 +94,10 @@ class ServeRequest:
         for name, number in numbers.items():
             if number < (least := 2 if name == "new_tokens" else 1):
                 raise ValueError(f"{name} must be at least {least}, got {number}")
-        if not self.time_limit > 0 or not all(limit > 0 for limit in self.limits.values()):
-            raise ValueError("time_limit and limits must be above 0")
+        if not self.time_limit > 0:
+            raise ValueError(f"time_limit must be above 0, got {self.time_limit:g}")
+        if bad := {metric: limit for metric, limit in self.limits.items() if not limit >= 0}:
+            raise ValueError(f"limits must be at least 0 ms, got {bad}")
 
 
 @dataclass(frozen=True)
