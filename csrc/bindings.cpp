@@ -49,7 +49,7 @@ View order_view(PyObject *object) {
 
 Direct::Group to_group(PyObject *item) {
     if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != Direct::FIELDS) {
-        throw py::type_error("a group is a tuple of 5");
+        throw py::type_error("a group is a tuple of 7");
     }
     return &PyTuple_GET_ITEM(item, 0);
 }
@@ -121,12 +121,15 @@ PyObject *guarded(Function &&function) {
     return nullptr;
 }
 
-// (x, U, s, Vh, bias, order, backend) → tensor
+// (x, U, s, Vh, bias, order, U_scales, Vh_scales, backend) → tensor
 PyObject *lowrank_linear(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
     return guarded([&]() -> PyObject * {
         const Direct::Group group = arguments + 1;
         py::object output;
-        if (!direct || count != 7 || !direct->run(arguments[0], &group, 1, arguments[6], &output)) Py_RETURN_NONE;
+        if (!direct || count != 2 + Direct::FIELDS ||
+            !direct->run(arguments[0], &group, 1, arguments[1 + Direct::FIELDS], &output)) {
+            Py_RETURN_NONE;
+        }
         return output.release().ptr();
     });
 }

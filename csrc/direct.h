@@ -42,8 +42,8 @@ class Direct {
   public:
     static constexpr Py_ssize_t MOST_GROUPS = 8;  // as in dispatch.py
 
-    static constexpr Py_ssize_t FIELDS = 5;
-    using Group = PyObject *const *;  // U, s, Vh, bias, order
+    static constexpr Py_ssize_t FIELDS = 7;
+    using Group = PyObject *const *;  // U, s, Vh, bias, order, U_scales, Vh_scales
 
     Direct(Surroundings around, grasp_parallel parallel) : around_(std::move(around)), parallel_(parallel) {}
 
@@ -58,7 +58,8 @@ class Direct {
         const bool recording = !is_no(PyObject_CallNoArgs(around_.is_grad_enabled.ptr()));
         if (!is_plain(x, recording)) return decline();
         for (Py_ssize_t i = 0; i < count; ++i) {
-            for (int j = 0; j < FIELDS; ++j) {
+            if (groups[i][5] != Py_None || groups[i][6] != Py_None) return decline();
+            for (int j = 0; j < 5; ++j) {
                 const bool optional = j == 1 || j > 2;
                 if (!(groups[i][j] == Py_None && optional) && !is_plain(groups[i][j], recording)) return decline();
             }

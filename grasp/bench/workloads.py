@@ -80,7 +80,7 @@ class Op:
 
 
 def _twice(problem: Problem, group: int = 0) -> Tensor:
-    U, _, Vh, _, order = problem.groups[group]
+    U, _, Vh, _, order, *_ = problem.groups[group]
     return linear(F.linear(problem.x, Vh), U, None, order=order)
 
 

@@ -35,7 +35,7 @@ _aten = torch.ops.aten
 
 
 def _lowrank_flops(x: Sequence[int], U: Sequence[int], s: Any, Vh: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * math.prod(x[:-1]) * U[1] * (U[0] + Vh[1])
+    return 2 * math.prod(x[:-1]) * Vh[0] * (U[0] + x[-1])
 
 
 # Shapes → FLOPs of the ops that the counter of PyTorch does not support.

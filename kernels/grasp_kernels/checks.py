@@ -8,17 +8,25 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from grasp_kernels.quantized import GROUPS, KINDS, group_size, stored_columns
 from grasp_kernels.reference import ACTIVATIONS, Dense, Factors
 from grasp_kernels.versions import PerVersion
 
 _bounds_on_gpu: PerVersion[list[int]] = PerVersion(lambda cu_seqlens: cu_seqlens.tolist())
 Member = TypeVar("Member")
-_FACTORS = "Factors(U, s, Vh, bias, order)"
+_FACTORS = "Factors(U, s, Vh, bias, order, U_scales, Vh_scales)"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_factors(
-    x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None = None, order: Tensor | None = None
+    x: Tensor,
+    U: Tensor,
+    s: Tensor | None,
+    Vh: Tensor,
+    bias: Tensor | None = None,
+    order: Tensor | None = None,
+    U_scales: Tensor | None = None,
+    Vh_scales: Tensor | None = None,
 ) -> None:
     """Check that the factors apply to ``x``. A valid call passes one test of 2 µs; the others find what is wrong.
 
@@ -29,13 +37,13 @@ def check_factors(
         ValueError: if a tensor is not dense, or shapes, dtypes or devices do not agree.
     """
     try:
-        agree = _agree(x, U, s, Vh, bias, order)
+        agree = U_scales is None and Vh_scales is None and _agree(x, U, s, Vh, bias, order)
     except (AttributeError, RuntimeError):  # not a tensor; a nested tensor, which has no shape
         agree = False
     if not agree:
-        factors = Factors(U, s, Vh, bias, order)
+        factors = Factors(U, s, Vh, bias, order, U_scales, Vh_scales)
         _check_dense(x=x, U=U, Vh=Vh)
-        _check_optional(s=s, bias=bias, order=order)
+        _check_optional(s=s, bias=bias, order=order, U_scales=U_scales, Vh_scales=Vh_scales)
         _check_shapes(x, factors)
         _check_dtypes(x, factors)
         _check_devices(x, factors)
@@ -125,14 +133,14 @@ def check_castable(**tensors: Tensor) -> None:
 
 
 def to_factors(name: str, value: object) -> Factors:
-    """A group of factors, given as ``Factors`` or as another tuple of four or five.
+    """A group of factors, given as ``Factors`` or as another tuple of four to seven.
 
     Raises:
         TypeError: if it is neither; the message has ``name``.
     """
     if type(value) is Factors:
         return value
-    if isinstance(value, tuple) and len(value) in (4, 5):
+    if isinstance(value, tuple) and 4 <= len(value) <= len(Factors._fields):
         return Factors(*value)
     raise TypeError(f"{name} must be {_FACTORS}, got {_type(value)}")
 
@@ -220,34 +228,63 @@ def _is_vector(tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> 
 
 
 def _check_shapes(x: Tensor, factors: Factors) -> None:
-    U, s, Vh, bias, order = factors
-    if x.dim() < 1 or U.dim() != 2 or Vh.dim() != 2 or U.shape[1] != Vh.shape[0] or x.shape[-1] != Vh.shape[1]:
+    U, s, Vh, bias, order, U_scales, Vh_scales = factors
+    if x.dim() < 1 or U.dim() != 2 or Vh.dim() != 2:
         raise ValueError(f"expected x (..., K), U (N, R), Vh (R, K); got x {_shape(x)}, U {_shape(U)}, Vh {_shape(Vh)}")
+    _check_scales("U", U, U_scales, len(Vh))
+    _check_scales("Vh", Vh, Vh_scales, x.shape[-1])
+    rank = len(Vh)
+    if U.shape[1] != _stored(U, U_scales, rank) or Vh.shape[1] != _stored(Vh, Vh_scales, x.shape[-1]):
+        halves = "; two int4 are one uint8" if torch.uint8 in (U.dtype, Vh.dtype) else ""
+        raise ValueError(
+            f"expected x (..., K), U (N, R), Vh (R, K){halves}; got x {_shape(x)}, U {_shape(U)}, Vh {_shape(Vh)}"
+        )
     if 0 in Vh.shape or (U.shape[0] == 0 and order is None):
         raise ValueError(f"rank, N and K must be at least 1; got U {_shape(U)} and Vh {_shape(Vh)}")
     if U.shape[0] == 0 and not x.is_cpu:
         raise ValueError(
             f"U without rows, a dense weight in Vh, is for the CPU, got tensors on {x.device}; use F.linear"
         )
-    if s is not None and s.shape != (U.shape[1],):
-        raise ValueError(f"s must be ({U.shape[1]},), got {_shape(s)}")
-    if order is not None and s is not None:
-        raise ValueError(f"pivoted factors have no s, got s {_shape(s)}; fold it into U or Vh before")
-    if order is not None and order.shape != (sum(U.shape),):
-        raise ValueError(f"order must be ({sum(U.shape)},) for U (N - R, R) = {_shape(U)}, got {_shape(order)}")
+    if s is not None and s.shape != (rank,):
+        raise ValueError(f"s must be ({rank},), got {_shape(s)}")
+    if s is not None and (order is not None or factors.quantized):
+        kind = "pivoted" if order is not None else "quantised"
+        raise ValueError(f"{kind} factors have no s, got s {_shape(s)}; fold it into U or Vh before")
+    if order is not None and order.shape != (len(U) + rank,):
+        raise ValueError(f"order must be ({len(U) + rank},) for U (N - R, R) = {_shape(U)}, got {_shape(order)}")
     if bias is not None and bias.shape != (factors.out_features,):
         raise ValueError(f"bias must be ({factors.out_features},), got {_shape(bias)}")
 
 
+def _check_scales(name: str, values: Tensor, scales: Tensor | None, depth: int) -> None:
+    if scales is None:
+        return
+    if values.dtype not in KINDS:
+        kinds = ", ".join(f"{dtype} ({kind})" for dtype, kind in KINDS.items())
+        raise ValueError(f"{name} with scales must be one of {kinds}, got {values.dtype}")
+    if scales.dim() != 2 or len(scales) != len(values) or group_size(scales.shape[1], depth) is None:
+        counts = sorted({1, *(-(-depth // size) for size in GROUPS)})
+        raise ValueError(
+            f"{name}_scales must be ({len(values)}, G), with G = 1 or groups of {', '.join(map(str, GROUPS))} of the "
+            f"{depth} columns, {' or '.join(map(str, counts))}; got {_shape(scales)}"
+        )
+
+
+def _stored(matrix: Tensor, scales: Tensor | None, depth: int) -> int:
+    return depth if scales is None else stored_columns(matrix.dtype, depth)
+
+
 def _check_dtypes(x: Tensor, factors: Factors) -> None:
-    U, s, Vh, bias, order = factors
+    U, s, Vh, bias, order, U_scales, Vh_scales = factors
     if x.dtype not in DTYPES:
         raise ValueError(f"x must be one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
-    for name, tensor in (("U", U), ("Vh", Vh), ("bias", bias)):
+    plain = {"U": U if U_scales is None else None, "Vh": Vh if Vh_scales is None else None, "bias": bias}
+    for name, tensor in plain.items():
         if tensor is not None and tensor.dtype != x.dtype:
             raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}; cast one of them")
-    if s is not None and s.dtype not in (torch.float32, x.dtype):
-        raise ValueError(f"s must be float32 or the dtype of x, {x.dtype}, got {s.dtype}")
+    for name, tensor in (("s", s), ("U_scales", U_scales), ("Vh_scales", Vh_scales)):
+        if tensor is not None and tensor.dtype not in (torch.float32, x.dtype):
+            raise ValueError(f"{name} must be float32 or the dtype of x, {x.dtype}, got {tensor.dtype}")
     if order is not None and order.dtype != torch.int32:
         raise ValueError(f"order must be int32, got {order.dtype}")
 

@@ -23,7 +23,7 @@ _RANK = 9  # the index of R in the tuple of `pointers`
 
 
 def lowrank_linear(
-    x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, order: Tensor | None = None
+    x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, order: Tensor | None = None, *_: None
 ) -> Tensor:
     """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). Arguments and result as in ``reference.lowrank_linear``."""
     return run(x, (Factors(U, s, Vh, bias, order),))[0]

@@ -39,6 +39,7 @@ class OpCall(NamedTuple):
     rows: int  # tokens: the product of the input's leading dimensions
     rank: int  # the largest of the group
     pivoted: bool = False  # a group has pivoted factors
+    weights: frozenset[str] = frozenset()  # the quantised forms that factors have: "int8", "int4", "fp8"
 
 
 class DirectPath(NamedTuple):
@@ -86,6 +87,8 @@ def _cuda_refuses(call: OpCall) -> str | None:
         return f"it runs on CUDA tensors, not on {call.device.type}"
     if call.dtype == torch.float64:
         return "its kernels accumulate in float32"
+    if call.weights:
+        return f"it has no kernel for {_forms(call)} factors"
     if call.rows > CUDA_ROWS:
         return f"it serves at most {CUDA_ROWS} rows"
     return _card_refuses(call.device)
@@ -123,6 +126,8 @@ def _triton_missing() -> str | None:
 def _triton_refuses(call: OpCall) -> str | None:
     if call.dtype == torch.float64:
         return "its kernels accumulate in float32"
+    if call.weights:
+        return f"it has no kernel for {_forms(call)} factors"
     if _triton_interprets() and call.device.type in ("cpu", "cuda"):
         return None
     if call.device.type != "cuda":
@@ -154,6 +159,8 @@ def _cpu_missing() -> str | None:
 def _cpu_refuses(call: OpCall) -> str | None:
     if call.device.type != "cpu":
         return f"it runs on CPU tensors, not on {call.device.type}"
+    if call.weights:
+        return f"it has no kernel for {_forms(call)} factors"
     return "its kernels accumulate in float32" if call.dtype == torch.float64 else None
 
 
@@ -241,7 +248,14 @@ def check_backend(name: str) -> None:
 
 
 def select(
-    backend: str, op: str, device: torch.device, dtype: torch.dtype, rows: int, rank: int, pivoted: bool = False
+    backend: str,
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    rank: int,
+    pivoted: bool = False,
+    weights: frozenset[str] = frozenset(),
 ) -> Callable[..., Any]:
     """The function that runs a call; answers are cached, because every call asks. See ``OpCall`` for the arguments.
 
@@ -249,9 +263,9 @@ def select(
         ValueError: if ``backend`` is not a row of the table.
         BackendUnavailableError: if a named backend objects.
     """
-    function = _select(backend, op, device, dtype, bucket(rows), rank, pivoted)
+    function = _select(backend, op, device, dtype, bucket(rows), rank, pivoted, weights)
     if function is None:
-        call = OpCall(op, device, dtype, rows, rank, pivoted)
+        call = OpCall(op, device, dtype, rows, rank, pivoted, weights)
         raise BackendUnavailableError(
             f"backend {backend!r} cannot run {_describe(call)}: {objection(_row(backend), call)}. "
             "Pass backend='auto' to let the table choose."
@@ -266,10 +280,17 @@ def bucket(rows: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _select(
-    backend: str, op: str, device: torch.device, dtype: torch.dtype, rows: int, rank: int, pivoted: bool
+    backend: str,
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    rank: int,
+    pivoted: bool,
+    weights: frozenset[str],
 ) -> Callable[..., Any] | None:
     """The function that runs a call, or ``None`` if the named backend objects."""
-    call = OpCall(op, device, dtype, rows, rank, pivoted)
+    call = OpCall(op, device, dtype, rows, rank, pivoted, weights)
     row = chosen_row(call) if backend == "auto" else _row(backend)
     if backend != "auto" and objection(row, call) is not None:
         return None
@@ -400,5 +421,10 @@ def _load(path: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), function)
 
 
+def _forms(call: OpCall) -> str:
+    return " and ".join(sorted(call.weights))
+
+
 def _describe(call: OpCall) -> str:
-    return f"{call.op} on {call.device.type} in {call.dtype} with {call.rows} rows and rank {call.rank}"
+    factors = f" of {_forms(call)} factors" if call.weights else ""
+    return f"{call.op}{factors} on {call.device.type} in {call.dtype} with {call.rows} rows and rank {call.rank}"

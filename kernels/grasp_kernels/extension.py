@@ -59,7 +59,7 @@ def in_place(matrix: Tensor) -> tuple[Tensor, int]:
 
 def pointers(factors: Factors, output: Tensor) -> tuple[tuple[int, ...], Factors]:
     """A group as the CUDA module takes it (see csrc/groups.h), and the tensors it points to, to be kept alive."""
-    U, s, Vh, bias, order = factors
+    U, s, Vh, bias, order, *_ = factors
     N, R = factors.out_features, U.shape[1]
     U, U_stride = in_place(U)
     Vh, Vh_stride = in_place(Vh)

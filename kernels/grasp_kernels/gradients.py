@@ -10,13 +10,15 @@ from torch import Tensor
 
 from grasp_kernels.reference import ACTIVATIONS, Dense, Factors, accumulation_dtype, equal_samples, project
 
+_FIELDS = len(Factors._fields)
+
 
 def regroup(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> list[Factors]:
     """The list of factors, rebuilt from the arguments of the op ``grasp::lowrank_linear_grouped``.
 
     Args:
-        columns: the U, s, Vh, bias and order of all groups, without the absent ones.
-        present: 5 per group: which of U, s, Vh, bias and order it has.
+        columns: the fields of ``Factors`` of all groups, without the absent ones.
+        present: for each group, which of the fields it has.
 
     Raises:
         ValueError: if there is no group, a group lacks U or Vh, or a list has not one tensor for each that is present.
@@ -31,34 +33,42 @@ def regroup(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> lis
 def to_members(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> list[Factors | Dense]:
     """As ``regroup``, from the arguments of ``grasp::lowrank_linear_merged``: what has no Vh is dense, U its weight."""
     given = [len(column) for column in columns]
-    groups = [tuple(present[i : i + 5]) for i in range(0, len(present), 5)]
-    needed = [sum(present[i::5]) for i in range(5)]
+    groups = [tuple(present[i : i + _FIELDS]) for i in range(0, len(present), _FIELDS)]
+    needed = [sum(present[i::_FIELDS]) for i in range(_FIELDS)]
     if not groups or given != needed or not all(_is_member(group) for group in groups):
         raise ValueError(
-            "present must tell of each group which of U, s, Vh, bias and order it has: U, and Vh unless it is dense. "
-            f"The lists must have one tensor for each; got {list(present)} and lists of {', '.join(map(str, given))}"
+            f"present must tell of each group which of {', '.join(Factors._fields)} it has: U, and Vh unless it is "
+            f"dense. The lists must have one tensor for each; got {list(present)} and lists of "
+            f"{', '.join(map(str, given))}"
         )
     remaining = [iter(column) for column in columns]
     members: list[Factors | Dense] = []
     for group in groups:
-        U, s, Vh, bias, order = (next(column) if p else None for column, p in zip(remaining, group, strict=True))
+        U, s, Vh, bias, *rest = (next(column) if p else None for column, p in zip(remaining, group, strict=True))
         assert U is not None
-        members.append(Dense(U, bias) if Vh is None else Factors(U, s, Vh, bias, order))
+        members.append(Dense(U, bias) if Vh is None else Factors(U, s, Vh, bias, *rest))
     return members
 
 
 def _is_member(present: tuple[bool, ...]) -> bool:
-    """Whether a group can have these of U, s, Vh, bias and order."""
-    return len(present) == 5 and present[0] and (present[2] or not (present[1] or present[4]))
+    """Whether a group can have these fields of ``Factors``; a dense one has U and perhaps a bias."""
+    return len(present) == _FIELDS and present[0] and (present[2] or not (present[1] or any(present[4:])))
 
 
 def _factor_grads(
     needs: Sequence[bool], grad_y: Tensor, x: Tensor, factors: Factors
 ) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
-    """Gradients of one low-rank linear in x and in its factors; ``needs`` tells which to compute, never of order."""
-    U, s, Vh, bias, order = factors
+    """Gradients of one low-rank linear in x and in its factors; ``needs`` tells which to compute, never of order.
+
+    Quantised factors and scales have none.
+    """
+    needs_x, needs_U, needs_s, needs_Vh, needs_bias, *_ = needs
+    if factors.quantized:
+        if any(needs[1:4]) or any(needs[6:]):
+            raise NotImplementedError("quantised factors and their scales have no gradient; train with floating ones")
+        factors = factors.dequantized(x.shape[-1], x.dtype)
+    U, s, Vh, bias, order, *_ = factors
     x, grad_y = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
-    needs_x, needs_U, needs_s, needs_Vh, needs_bias, _ = needs
     grad_x = grad_U = grad_s = grad_Vh = grad_bias = grad_pivots = None
     if needs_bias and bias is not None:
         grad_bias = grad_y.sum(0)
@@ -75,29 +85,29 @@ def _factor_grads(
             grad_h = (wide * s).to(grad_h.dtype)
         grad_x = grad_h @ Vh if needs_x else None
         grad_Vh = grad_h.mT @ x if needs_Vh else None
-    return grad_x, (grad_U, grad_s, grad_Vh, grad_bias, None)
+    return grad_x, (grad_U, grad_s, grad_Vh, grad_bias, None, None, None)
 
 
 def _dense_grads(
     needs: Sequence[bool], grad_y: Tensor, x: Tensor, dense: Dense
 ) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
-    """Gradients of a dense linear in x and in the places of U, s, Vh, bias and order, of which U is the weight."""
+    """Gradients of a dense linear in x and in the places of the fields of ``Factors``; U is the weight."""
     x, grad_y = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
     needs_x, needs_weight, needs_bias = needs
     grad_weight = grad_y.mT @ x if needs_weight else None
     grad_bias = grad_y.sum(0) if needs_bias else None
-    return grad_y @ dense.weight if needs_x else None, (grad_weight, None, None, grad_bias, None)
+    return grad_y @ dense.weight if needs_x else None, (grad_weight, None, None, grad_bias, None, None, None)
 
 
 def lowrank_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Save the tensors that the backward of ``lowrank_linear`` needs."""
-    ctx.save_for_backward(*inputs[:6])
+    ctx.save_for_backward(*inputs[: 1 + _FIELDS])
 
 
 def lowrank_linear_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients in the arguments of ``grasp::lowrank_linear``, in their order."""
     x, *factors = ctx.saved_tensors
-    grad_x, grads = _factor_grads(ctx.needs_input_grad[:6], grad_y, x, Factors(*factors))
+    grad_x, grads = _factor_grads(ctx.needs_input_grad[: 1 + _FIELDS], grad_y, x, Factors(*factors))
     return None if grad_x is None else grad_x.view_as(x), *grads, None
 
 
@@ -113,7 +123,7 @@ def lowrank_linear_grouped_backward(ctx: Any, grad_ys: Sequence[Tensor]) -> tupl
     """Gradients in the arguments of ``grasp::lowrank_linear_grouped``, in their order."""
     needs_x, grad_x = ctx.needs_input_grad[0], None
     x, members = _saved_members(ctx)
-    grads: list[list[Tensor | None]] = [[], [], [], [], []]
+    grads: list[list[Tensor | None]] = [[] for _ in range(_FIELDS)]
     for index, (grad_y, member) in enumerate(zip(grad_ys, members, strict=True)):
         needs = [needs_x, *(tensor is not None and tensor.requires_grad for tensor in member)]
         if isinstance(member, Dense):
@@ -122,7 +132,9 @@ def lowrank_linear_grouped_backward(ctx: Any, grad_ys: Sequence[Tensor]) -> tupl
             part, group = _factor_grads(needs, grad_y, x, member)
         if part is not None:
             grad_x = part if grad_x is None else grad_x + part
-        for column, present, grad in zip(grads, ctx.present[5 * index : 5 * index + 5], group, strict=True):
+        for column, present, grad in zip(
+            grads, ctx.present[_FIELDS * index : _FIELDS * (index + 1)], group, strict=True
+        ):
             if present:
                 column.append(grad)
     return None if grad_x is None else grad_x.view_as(x), *grads, None, None
@@ -143,20 +155,20 @@ def _saved_members(ctx: Any) -> tuple[Tensor, list[Factors | Dense]]:
 
 def lowrank_glu_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Save the tensors that the backward of ``lowrank_glu`` needs."""
-    ctx.save_for_backward(*inputs[:11])
-    ctx.activation = inputs[11]
+    ctx.save_for_backward(*inputs[: 1 + 2 * _FIELDS])
+    ctx.activation = inputs[1 + 2 * _FIELDS]
 
 
 def lowrank_glu_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients in the arguments of ``grasp::lowrank_glu``, in their order."""
     x, *tensors = ctx.saved_tensors
-    gate, up = Factors(*tensors[:5]), Factors(*tensors[5:])
+    gate, up = Factors(*tensors[:_FIELDS]), Factors(*tensors[_FIELDS:])
     activation = ACTIVATIONS[ctx.activation]
     gate_y = torch.ops.grasp.lowrank_linear(x, *gate, "auto")
     up_y = torch.ops.grasp.lowrank_linear(x, *up, "auto")
-    needs_x, *needs = ctx.needs_input_grad[:11]
-    gate_x, gate_grads = _factor_grads([needs_x, *needs[:5]], activation.backward(grad_y * up_y, gate_y), x, gate)
-    up_x, up_grads = _factor_grads([needs_x, *needs[5:]], grad_y * activation.forward(gate_y), x, up)
+    needs_x, *needs = ctx.needs_input_grad[: 1 + 2 * _FIELDS]
+    gate_x, gate_grads = _factor_grads([needs_x, *needs[:_FIELDS]], activation.backward(grad_y * up_y, gate_y), x, gate)
+    up_x, up_grads = _factor_grads([needs_x, *needs[_FIELDS:]], grad_y * activation.forward(gate_y), x, up)
     grad_x = (gate_x + up_x).view_as(x) if gate_x is not None and up_x is not None else None
     return grad_x, *gate_grads, *up_grads, None, None
 

@@ -51,6 +51,8 @@ def lowrank_linear(
     Vh: Tensor,
     bias: Tensor | None = None,
     order: Tensor | None = None,
+    U_scales: Tensor | None = None,
+    Vh_scales: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -65,6 +67,8 @@ def lowrank_linear(
         Vh: right factor, (R, K), dtype of ``x``.
         bias: (N,), dtype of ``x``, or ``None``.
         order: (N,) int32, a permutation of ``range(N)``, which is not checked; or ``None``.
+        U_scales: if U is quantised, its scales, (rows of U, groups); see ``Factors``.
+        Vh_scales: if Vh is quantised, its scales, (R, groups).
         backend: a name from ``available_backends()``, or ``"auto"`` for the first that accepts the call.
 
     Returns:
@@ -83,15 +87,19 @@ def lowrank_linear(
         >>> torch.allclose(y, x @ (U @ Vh).mT, atol=1e-3)
         True
     """
-    if not is_dynamo_compiling() and (y := direct.linear(x, U, s, Vh, bias, order, backend)) is not None:
+    if (
+        not is_dynamo_compiling()
+        and (y := direct.linear(x, U, s, Vh, bias, order, U_scales, Vh_scales, backend)) is not None
+    ):
         return y
     check_backend(backend)
     if torch._C._is_any_autocast_enabled():
-        x, ((U, s, Vh, bias, order),) = _autocast(x, (Factors(U, s, Vh, bias, order),))
-    check_factors(x, U, s, Vh, bias, order)
-    plain = _is_plain(x, U, s, Vh, bias, order)
+        x, (group,) = _autocast(x, (Factors(U, s, Vh, bias, order, U_scales, Vh_scales),))
+        U, s, Vh, bias, order, U_scales, Vh_scales = group
+    check_factors(x, U, s, Vh, bias, order, U_scales, Vh_scales)
+    plain = _is_plain(x, U, s, Vh, bias, order, U_scales, Vh_scales)
     run = registered.lowrank_linear if plain else torch.ops.grasp.lowrank_linear.default
-    return run(x, U, s, Vh, bias, order, backend)
+    return run(x, U, s, Vh, bias, order, U_scales, Vh_scales, backend)
 
 
 def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors], *, backend: str = "auto") -> tuple[Tensor, ...]:
@@ -99,7 +107,7 @@ def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors], *, backend: st
 
     Args:
         x: input, (..., K). fp32, fp16, bf16 or fp64.
-        factors: one ``Factors(U, s, Vh, bias, order)`` per output; ranks, widths and forms may differ.
+        factors: one ``Factors`` per output; ranks, widths and forms may differ.
         backend: a name from ``available_backends()``, or ``"auto"``.
 
     Returns:
@@ -130,7 +138,7 @@ def lowrank_linear_merged(x: Tensor, factors: Sequence[Factors | Dense], *, back
 
     Args:
         x: input, (..., K). fp32, fp16, bf16 or fp64.
-        factors: one ``Factors(U, s, Vh, bias, order)`` per output; ranks, widths and forms may differ. Or
+        factors: one ``Factors`` per output; ranks, widths and forms may differ. Or
             ``Dense(weight, bias)``, which PyTorch computes.
         backend: of the low-rank linears: a name from ``available_backends()``, or ``"auto"``.
 
@@ -286,10 +294,19 @@ def _run_singular_value_grad(
 
 
 def _autocast(x: Tensor, members: Sequence[Linear]) -> tuple[Tensor, Sequence[Linear]]:
-    """Cast as autocast does for a linear: it does not cast for a registered op. Singular values keep their dtype."""
+    """Cast as autocast does for a linear: it does not cast for a registered op.
+
+    Singular values and quantised factors keep their dtype.
+    """
     check_castable(x=x)
     cast = [
-        {name: tensor for name, tensor in member._asdict().items() if tensor is not None and name not in ("s", "order")}
+        {
+            name: tensor
+            for name, tensor in member._asdict().items()
+            if tensor is not None
+            and name in ("U", "Vh", "bias", "weight")
+            and getattr(member, f"{name}_scales", None) is None
+        }
         for member in members
     ]
     for tensors in cast:

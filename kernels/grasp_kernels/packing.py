@@ -35,7 +35,7 @@ def pack_factors(factors: Sequence[Factors]) -> list[Factors]:
     Raises:
         TypeError: if ``factors`` is not a sequence of ``Factors`` of tensors.
         ValueError: if ``factors`` is empty, a group's tensors do not agree, the Vh differ in K, dtype or device, or
-            factors are pivoted.
+            factors are pivoted or quantised.
 
     Example:
         >>> import torch
@@ -46,6 +46,8 @@ def pack_factors(factors: Sequence[Factors]) -> list[Factors]:
     """
     factors = to_groups("pack_factors", factors)
     for group in factors:
+        if group.quantized:
+            raise ValueError("quantised factors have no packed form; expected factors without scales")
         check_factors(group.Vh, *group)
         if group.order is not None:
             raise ValueError("pivoted factors have no packed form; expected factors without order")
@@ -120,8 +122,8 @@ def widened(factors: Factors, *, pivoted: bool = False) -> Factors:
     Pivoted factors are widened only if ``pivoted``: their rank may then be above ``Factors.pivots``, which only the
     Triton kernels allow.
     """
-    U, s, Vh, bias, order = factors
-    if order is not None and not pivoted:
+    U, s, Vh, bias, order, *_ = factors
+    if (order is not None and not pivoted) or factors.quantized:
         return factors
     left = U if U.shape[1] % RANK_MULTIPLE == 0 else packed_memory(U, 1)
     if left is None or s is not None or (right := packed_memory(Vh, 0)) is None:

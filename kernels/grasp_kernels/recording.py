@@ -95,7 +95,7 @@ def record(op: str, x: Tensor, factors: Sequence[Factors]) -> None:
         return
     call = RecordedCall(
         "lowrank_linear" if op == "lowrank_linear_grouped" and len(factors) == 1 else op,
-        tuple(LinearShape(group.Vh.shape[1], group.out_features, group.Vh.shape[0]) for group in factors),
+        tuple(LinearShape(x.shape[-1], group.out_features, group.Vh.shape[0]) for group in factors),
         tuple(group.order is not None for group in factors),
         x.numel() // x.shape[-1],
         str(x.dtype).removeprefix("torch."),

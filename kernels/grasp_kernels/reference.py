@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grasp_kernels.quantized import KINDS, dequantize
+
 
 class Factors(NamedTuple):
     """A rank-R linear layer: ``weight = U @ diag(s) @ Vh``.
@@ -18,6 +20,10 @@ class Factors(NamedTuple):
     With ``order`` the factors are pivoted: ``weight[order] = cat([Vh, U @ Vh])``. Vh has R rows of the weight, which
     give R entries of the output, and U, (N − R, R), gives the others: R² fewer parameters and multiplications.
     ``order`` is a permutation of ``range(N)``, (N,) int32, and s is ``None``. On a CPU R may be N: the weight is dense.
+
+    With ``U_scales`` U is quantised, with ``Vh_scales`` Vh is, and s is ``None`` then: int8 or float8_e4m3fn, or uint8
+    with two int4 each, half as many columns; see ``quantized.py``. The scales are (rows, groups), fp32 or the dtype of
+    the input.
 
     Example:
         >>> import torch
@@ -32,6 +38,8 @@ class Factors(NamedTuple):
     Vh: Tensor
     bias: Tensor | None = None
     order: Tensor | None = None
+    U_scales: Tensor | None = None
+    Vh_scales: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -42,6 +50,32 @@ class Factors(NamedTuple):
     def pivots(self) -> int:
         """The number of outputs that h gives: R, or less if the ranks are padded; 0 without ``order``."""
         return 0 if self.order is None else self.order.shape[0] - self.U.shape[0]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether U or Vh is."""
+        return self.U_scales is not None or self.Vh_scales is not None
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The names of the quantised forms that U and Vh have."""
+        pairs = ((self.U, self.U_scales), (self.Vh, self.Vh_scales))
+        return frozenset(KINDS[values.dtype] for values, scales in pairs if scales is not None)
+
+    def dequantized(self, in_features: int, dtype: torch.dtype) -> Factors:
+        """The same linear with floating factors: scaled in fp32 (fp64 for fp64), rounded to ``dtype``.
+
+        Args:
+            in_features: K; int4 do not tell it.
+            dtype: of the factors.
+        """
+        wide = accumulation_dtype(dtype)
+        U, Vh = self.U, self.Vh
+        if self.U_scales is not None:
+            U = dequantize(U, self.U_scales, Vh.shape[0], wide).to(dtype)
+        if self.Vh_scales is not None:
+            Vh = dequantize(Vh, self.Vh_scales, in_features, wide).to(dtype)
+        return Factors(U, self.s, Vh, self.bias, self.order)
 
 
 class Dense(NamedTuple):
@@ -135,12 +169,17 @@ def lowrank_linear(
     Vh: Tensor,
     bias: Tensor | None,
     order: Tensor | None = None,
+    U_scales: Tensor | None = None,
+    Vh_scales: Tensor | None = None,
     output: Tensor | None = None,
 ) -> Tensor:
     """``((x @ Vh.mT) * s) @ U.mT + bias``, or ``h = x @ Vh.mT; y[order] = cat([h, h @ U.mT])``; x is (M, K).
 
-    ``output``, (M, N), is filled if given.
+    ``output``, (M, N), is filled if given. Quantised factors are first dequantised.
     """
+    factors = Factors(U, s, Vh, bias, order, U_scales, Vh_scales)
+    if factors.quantized:
+        U, s, Vh, *_ = factors.dequantized(x.shape[1], x.dtype)
     return linear(project(x, s, Vh), U, bias, output, order)
 
 

@@ -20,18 +20,19 @@ from grasp_kernels.recording import record, recorders
 from grasp_kernels.reference import Dense, Factors, accumulation_dtype, equal_samples, linear
 
 _library = torch.library.Library("grasp", "DEF")
-_FACTORS = "Tensor {0}U, Tensor? {0}s, Tensor {0}Vh, Tensor? {0}bias, Tensor? {0}order"
+_FACTORS = (
+    "Tensor {0}U, Tensor? {0}s, Tensor {0}Vh, Tensor? {0}bias, Tensor? {0}order, Tensor? {0}U_scales, "
+    "Tensor? {0}Vh_scales"
+)
+_LISTS = ", ".join(f"Tensor[] {name}" for name in Factors._fields)
+_FIELDS = len(Factors._fields)
 _SCHEMAS = {
     "lowrank_linear": f"(Tensor x, {_FACTORS.format('')}, str backend) -> Tensor",
     "lowrank_linear_grouped": (
-        # Autograd supports lists of tensors, but not of optional ones: `present` tells which of the 5 each group has.
-        "(Tensor x, Tensor[] U, Tensor[] s, Tensor[] Vh, Tensor[] bias, Tensor[] order, bool[] present, str backend) "
-        "-> Tensor[]"
+        # Autograd supports lists of tensors, but not of optional ones: `present` tells which fields each group has.
+        f"(Tensor x, {_LISTS}, bool[] present, str backend) -> Tensor[]"
     ),
-    "lowrank_linear_merged": (
-        "(Tensor x, Tensor[] U, Tensor[] s, Tensor[] Vh, Tensor[] bias, Tensor[] order, bool[] present, str backend) "
-        "-> Tensor"
-    ),
+    "lowrank_linear_merged": f"(Tensor x, {_LISTS}, bool[] present, str backend) -> Tensor",
     "lowrank_glu": (
         f"(Tensor x, {_FACTORS.format('gate_')}, {_FACTORS.format('up_')}, str activation, str backend) -> Tensor"
     ),
@@ -42,11 +43,16 @@ _SCHEMAS = {
 }
 
 
+_FLOATING: frozenset[str] = frozenset()
+
+
 def _select(backend: str, op: str, x: Tensor, *factors: Factors) -> Callable[..., Any]:
-    rank, pivoted = 0, False  # a loop: generators take longer
+    rank, pivoted, weights = 0, False, _FLOATING  # a loop: generators take longer
     for group in factors:
         rank, pivoted = max(rank, group.Vh.shape[0]), pivoted or group.order is not None
-    run = select(backend, op, x.device, x.dtype, x.numel() // x.shape[-1], rank, pivoted)
+        if group.U_scales is not None or group.Vh_scales is not None:
+            weights |= group.kinds
+    run = select(backend, op, x.device, x.dtype, x.numel() // x.shape[-1], rank, pivoted, weights)
     if recorders:
         record(op, x, factors)
     return run
@@ -66,10 +72,18 @@ def _unrows(y: Tensor, x: Tensor) -> Tensor:
 
 
 def lowrank_linear(
-    x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, order: Tensor | None, backend: str
+    x: Tensor,
+    U: Tensor,
+    s: Tensor | None,
+    Vh: Tensor,
+    bias: Tensor | None,
+    order: Tensor | None,
+    U_scales: Tensor | None,
+    Vh_scales: Tensor | None,
+    backend: str,
 ) -> Tensor:
     """Run a checked call of ``lowrank_linear`` with the backend that the table selects."""
-    factors = widened(Factors(U, s, Vh, bias, order))
+    factors = widened(Factors(U, s, Vh, bias, order, U_scales, Vh_scales))
     run = _select(backend, "lowrank_linear", x, factors)
     return _unrows(run(_rows(x), *factors), x)
 
@@ -139,7 +153,7 @@ def singular_value_grad(
 
 
 def _lowrank_linear_fake(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], Factors(*args[:5]).out_features)
+    return x.new_empty(*x.shape[:-1], Factors(*args[:_FIELDS]).out_features)
 
 
 def _lowrank_linear_grouped_fake(x: Tensor, factors: Sequence[Factors], _: str) -> list[Tensor]:
@@ -168,28 +182,28 @@ def _singular_value_grad_fake(
 
 
 def _check_lowrank_linear(x: Tensor, *args: Any) -> tuple[Any, ...]:
-    check_factors(x, *args[:5])
+    check_factors(x, *args[:_FIELDS])
     return x, *args
 
 
 def _check_lowrank_linear_grouped(x: Tensor, *args: Any) -> tuple[Any, ...]:
-    groups = gradients.regroup(args[:5], args[5])
+    groups = gradients.regroup(args[:_FIELDS], args[_FIELDS])
     for group in groups:
         check_factors(x, *group)
-    return x, groups, args[6]
+    return x, groups, args[_FIELDS + 1]
 
 
 def _check_lowrank_linear_merged(x: Tensor, *args: Any) -> tuple[Any, ...]:
-    members = gradients.to_members(args[:5], args[5])
+    members = gradients.to_members(args[:_FIELDS], args[_FIELDS])
     for member in members:
         check_member(x, member)
-    return x, members, args[6]
+    return x, members, args[_FIELDS + 1]
 
 
 def _check_lowrank_glu(x: Tensor, *args: Any) -> tuple[Any, ...]:
-    gate, up = Factors(*args[:5]), Factors(*args[5:10])
-    check_glu(x, gate, up, args[10])
-    return x, gate, up, *args[10:]
+    gate, up = Factors(*args[:_FIELDS]), Factors(*args[_FIELDS : 2 * _FIELDS])
+    check_glu(x, gate, up, args[2 * _FIELDS])
+    return x, gate, up, *args[2 * _FIELDS :]
 
 
 def _check_singular_value_grad(*args: Any) -> tuple[Any, ...]:
@@ -261,7 +275,7 @@ _OPS = {
 
 
 def _grouped_directly(x: Tensor, *args: Any) -> list[Tensor] | None:
-    outputs = direct.grouped(x, gradients.regroup(args[:5], args[5]), args[6])
+    outputs = direct.grouped(x, gradients.regroup(args[:_FIELDS], args[_FIELDS]), args[_FIELDS + 1])
     return None if outputs is None else list(outputs)
 
 

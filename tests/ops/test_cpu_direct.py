@@ -65,7 +65,7 @@ SHAPES = ((1, K), (K,), (1, 1, K), (2, 3, K), (2, 1, 3, 1, K), (7, K))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_direct_path_gives_what_the_kernel_gives(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, group = operands(dtype, shape)
-    for U, s, Vh, bias, _ in (group, group._replace(s=None), group._replace(bias=None)):
+    for U, s, Vh, bias, *_ in (group, group._replace(s=None), group._replace(bias=None)):
         for singular in (s, None if s is None else s.to(dtype)):
             y = lowrank_linear(x, U, singular, Vh, bias)
             expected = cpu.lowrank_linear(x.reshape(-1, K), U, singular, Vh, bias)
@@ -127,7 +127,7 @@ UNUSUAL: dict[str, Callable[..., tuple[Any, ...]]] = {
     "x of another dtype": lambda x, *group: (x.bfloat16(), *group),
     "U of another dtype": lambda x, U, *rest: (x, U.half(), *rest),
     "s of another dtype": lambda x, U, s, *rest: (x, U, s.half(), *rest),
-    "bias of another dtype": lambda x, U, s, Vh, bias, order: (x, U, s, Vh, bias.half(), order),
+    "bias of another dtype": lambda x, U, s, Vh, bias, *rest: (x, U, s, Vh, bias.half(), *rest),
     "a subclass": lambda x, *group: (x.as_subclass(Subclass), *group),
     "a negated view": lambda x, U, *rest: (x, torch._neg_view(U), *rest),
     "a parameter that takes a gradient": lambda x, U, *rest: (x, nn.Parameter(U), *rest),
@@ -143,7 +143,7 @@ UNUSUAL: dict[str, Callable[..., tuple[Any, ...]]] = {
     "U of three dimensions": lambda x, U, *rest: (x, U[None], *rest),
     "s of another length": lambda x, U, s, *rest: (x, U, s[1:], *rest),
     "s of two dimensions": lambda x, U, s, *rest: (x, U, s[None], *rest),
-    "bias of another length": lambda x, U, s, Vh, bias, order: (x, U, s, Vh, bias[1:], order),
+    "bias of another length": lambda x, U, s, Vh, bias, *rest: (x, U, s, Vh, bias[1:], *rest),
     "no columns": lambda x, U, s, Vh, *rest: (x[:, :0], U, s, Vh[:, :0], *rest),
     "no ranks": lambda x, U, s, Vh, *rest: (x, U[:, :0], s[:0], Vh[:0], *rest),
     "no U": lambda x, U, *rest: (x, None, *rest),

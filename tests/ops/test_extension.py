@@ -51,7 +51,7 @@ def test_matrices_that_the_kernels_cannot_read_in_place_are_copied() -> None:
 
 def test_pointers_keep_the_copies_that_they_point_to() -> None:
     U, s, Vh, y = torch.randn(3, 5).mT, torch.randn(6)[::2], torch.randn(3, 4), torch.empty(2, 5)
-    group, (kept_U, kept_s, kept_Vh, kept_bias, order) = extension.pointers(Factors(U, s, Vh, None), y)
+    group, (kept_U, kept_s, kept_Vh, kept_bias, order, *_) = extension.pointers(Factors(U, s, Vh, None), y)
     assert kept_s is not None
     assert kept_bias is None
     assert kept_Vh is Vh

@@ -193,6 +193,6 @@ def test_a_tensor_shared_by_two_groups_gets_the_sum() -> None:
 def test_regroup_undoes_the_columns() -> None:
     U, s, Vh, bias, U2, Vh2 = (torch.tensor(float(i)) for i in range(6))
     order = torch.arange(2)
-    columns = [[U, U2], [s], [Vh, Vh2], [bias], [order]]
-    present = [True, True, True, True, False, True, False, True, False, True]
+    columns = [[U, U2], [s], [Vh, Vh2], [bias], [order], [], []]
+    present = [True, True, True, True, *[False] * 3, True, False, True, False, True, False, False]
     assert gradients.regroup(columns, present) == [Factors(U, s, Vh, bias), Factors(U2, None, Vh2, None, order)]

@@ -83,10 +83,10 @@ class Seen(TorchDispatchMode):
 
 def op_arguments(op: str, dtype: torch.dtype, requires_grad: bool) -> tuple[Any, ...]:
     x, gate, up, grad_y = arguments(dtype, requires_grad)
-    columns = [[gate.U, up.U], [gate.s], [gate.Vh, up.Vh], [gate.bias], []]
-    present = [True, True, True, True, False, True, False, True, False, False]
+    columns = [[gate.U, up.U], [gate.s], [gate.Vh, up.Vh], [gate.bias], *[[]] * 3]
+    present = [*[True] * 4, *[False] * 3, True, False, True, *[False] * 4]
     merged = [[gate.U, up.Vh, up.U], *columns[1:]]
-    merged_present = [*present[:5], True, False, False, False, False, *present[5:]]
+    merged_present = [*present[:7], True, *[False] * 6, *present[7:]]
     cu_seqlens = torch.tensor([0, 2, 2, 6])
     return {
         "lowrank_linear": (x, *gate, "auto"),

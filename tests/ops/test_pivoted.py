@@ -188,8 +188,8 @@ def test_compiled_calls_and_their_gradients(op: str) -> None:
 def test_opcheck_and_second_derivatives() -> None:
     x, first, second = arguments(requires_grad=True)
     torch.library.opcheck(torch.ops.grasp.lowrank_linear.default, (x, *first, "auto"))
-    columns = [[first.U, second.U], [], [first.Vh, second.Vh], [first.bias], [first.order, second.order]]
-    present = [True, False, True, True, True, True, False, True, False, True]
+    columns = [[first.U, second.U], [], [first.Vh, second.Vh], [first.bias], [first.order, second.order], [], []]
+    present = [True, False, True, True, True, False, False, True, False, True, False, True, False, False]
     torch.library.opcheck(torch.ops.grasp.lowrank_linear_grouped.default, (x, *columns, present, "auto"))
     x, first, _ = arguments()
     leaves = [t.requires_grad_() for t in (x[:1, :2], first.U, first.Vh, first.bias) if t is not None]

@@ -190,7 +190,7 @@ def test_calls_whose_plans_differ_do_not_share_one() -> None:
     generator = seeded()
     x, wide = normal((5, K), generator, dtype=BF16), normal((5, 2 * K), generator, dtype=BF16)
     plain = group(generator, members=2)
-    (U, s, Vh, bias, _), second = plain
+    (U, s, Vh, bias, *_), second = plain
     calls = [
         (x, plain),
         (x[:4], plain),
@@ -224,7 +224,7 @@ def test_a_call_with_copies_or_an_unaligned_address_is_not_prepared(what: str) -
     generator = seeded()
     members = group(generator, members=2)
     x = normal((5, K), generator, dtype=BF16)
-    (U, _, Vh, bias, _), second = members
+    (U, _, Vh, bias, *_), second = members
     if what == "x":
         x = normal((5 * K + 1,), generator, dtype=BF16)[1:].view(5, K)
     elif what == "U":

@@ -9,68 +9,68 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 x, U, s, Vh, bias = torch.zeros(3, 8), torch.zeros(6, 2), torch.ones(2), torch.zeros(2, 8), torch.zeros(6)
-grad_y, group = torch.zeros(3, 6), (U, s, Vh, bias, None)
+grad_y, group = torch.zeros(3, 6), (U, s, Vh, bias, None, None, None)
 order = torch.arange(8, dtype=torch.int32)  # of a U with 6 rows and rank 2
 # Calls of registered ops that a public function would never make: (op, its arguments but the backend, message).
 CALLS: dict[str, tuple[str, tuple[Any, ...], str]] = {
-    "a short s": ("lowrank_linear", (x, U, s[:1], Vh, bias, None), r"s must be \(2,\), got \(1,\)"),
-    "a short bias": ("lowrank_linear", (x, U, s, Vh, bias[:1], None), r"bias must be \(6,\), got \(1,\)"),
+    "a short s": ("lowrank_linear", (x, U, s[:1], Vh, bias, None, None, None), r"s must be \(2,\), got \(1,\)"),
+    "a short bias": ("lowrank_linear", (x, U, s, Vh, bias[:1], None, None, None), r"bias must be \(6,\), got \(1,\)"),
     "a half-precision U": (
         "lowrank_linear",
-        (x, U.half(), s, Vh, bias, None),
+        (x, U.half(), s, Vh, bias, None, None, None),
         r"U .*torch\.float32, got torch\.float16",
     ),
-    "a short Vh": ("lowrank_linear", (x, U, s, Vh[:, :7], bias, None), r"Vh \(2, 7\)"),
+    "a short Vh": ("lowrank_linear", (x, U, s, Vh[:, :7], bias, None, None, None), r"Vh \(2, 7\)"),
     "a group's short s": (
         "lowrank_linear_grouped",
-        (x, [U, U], [s, s[:1]], [Vh, Vh], [], [], [True, True, True, False, False] * 2),
+        (x, [U, U], [s, s[:1]], [Vh, Vh], *[[]] * 4, [*[True] * 3, *[False] * 4] * 2),
         r"s must be \(2,\), got \(1,\)",
     ),
-    "no present": ("lowrank_linear_grouped", (x, [], [], [], [], [], []), "present must tell"),
-    "a present of 3": ("lowrank_linear_grouped", (x, [U], [s], [Vh], [], [], [True] * 3), "present must tell"),
+    "no present": ("lowrank_linear_grouped", (x, *[[]] * 8), "present must tell"),
+    "a present of 3": ("lowrank_linear_grouped", (x, [U], [s], [Vh], *[[]] * 4, [True] * 3), "present must tell"),
     "a group without U": (
         "lowrank_linear_grouped",
-        (x, [], [s], [Vh], [bias], [], [False, True, True, True, False]),
+        (x, [], [s], [Vh], [bias], *[[]] * 3, [False, *[True] * 3, *[False] * 3]),
         "present must tell",
     ),
     "a list too long": (
         "lowrank_linear_grouped",
-        (x, [U, U], [s], [Vh], [bias], [order], [True] * 5),
-        "lists of 2, 1, 1, 1, 1",
+        (x, [U, U], [s], [Vh], [bias], [order], [], [], [*[True] * 5, False, False]),
+        "lists of 2, 1, 1, 1, 1, 0, 0",
     ),
     "a list too short": (
         "lowrank_linear_grouped",
-        (x, [U], [], [Vh], [bias], [order], [True] * 5),
-        "lists of 1, 0, 1, 1, 1",
+        (x, [U], [], [Vh], [bias], [order], [], [], [*[True] * 5, False, False]),
+        "lists of 1, 0, 1, 1, 1, 0, 0",
     ),
     "an s without a Vh": (
         "lowrank_linear_merged",
-        (x, [U], [s], [], [], [], [True, True, False, False, False]),
+        (x, [U], [s], *[[]] * 5, [True, True, *[False] * 5]),
         "and Vh unless it is dense",
     ),
     "a group of dense and low-rank linears": (
         "lowrank_linear_grouped",
-        (x, [U, Vh], [], [Vh], [], [], [True, False, True, False, False, True, False, False, False, False]),
+        (x, [U, Vh], [], [Vh], *[[]] * 4, [True, False, True, *[False] * 4, True, *[False] * 6]),
         "each group has U and Vh",
     ),
     "a short weight": (
         "lowrank_linear_merged",
-        (x, [Vh[:, :7]], [], [], [], [], [True, False, False, False, False]),
+        (x, [Vh[:, :7]], *[[]] * 6, [True, *[False] * 6]),
         r"weight \(N, K\).*\(2, 7\)",
     ),
     "a weight's short bias": (
         "lowrank_linear_merged",
-        (x, [Vh], [], [], [bias], [], [True, False, False, True, False]),
+        (x, [Vh], [], [], [bias], *[[]] * 3, [True, False, False, True, *[False] * 3]),
         r"bias must be \(2,\), got \(6,\)",
     ),
     "a group's short order": (
         "lowrank_linear_grouped",
-        (x, [U, U], [], [Vh, Vh], [], [order, order[:6]], [True, False, True, False, True] * 2),
+        (x, [U, U], [], [Vh, Vh], [], [order, order[:6]], [], [], [True, False, True, False, True, False, False] * 2),
         r"order must be \(8,\)",
     ),
-    "an order of int64": ("lowrank_linear", (x, U, None, Vh, None, order.long()), "order must be int32"),
-    "an order and an s": ("lowrank_linear", (x, U, s, Vh, None, order), "pivoted factors have no s"),
-    "an up of another width": ("lowrank_glu", (x, *group, U[:5], s, Vh, None, None, "silu"), "one width, got 6 and 5"),
+    "an order of int64": ("lowrank_linear", (x, U, None, Vh, None, order.long(), None, None), "order must be int32"),
+    "an order and an s": ("lowrank_linear", (x, U, s, Vh, None, order, None, None), "pivoted factors have no s"),
+    "an up of another width": ("lowrank_glu", (x, *group, U[:5], s, Vh, *[None] * 4, "silu"), "one width, got 6 and 5"),
     "an unknown activation": ("lowrank_glu", (x, *group, *group, "tanh"), "unknown activation 'tanh'"),
     "an unknown moment": ("singular_value_grad", (x, grad_y, U, Vh, None, False, "third", None), "'third'"),
     "a short mask": ("singular_value_grad", (x, grad_y, U, Vh, None, False, "none", x[:2, 0] > 0), r"mask .*\(2,\)"),
@@ -97,7 +97,7 @@ def test_registered_ops_check_their_arguments(op: str, arguments: Any, message: 
 
 def test_a_wrong_call_is_refused_when_it_is_traced() -> None:
     def wrong(x: Tensor) -> Tensor:
-        return torch.ops.grasp.lowrank_linear(x, U, s[:1], Vh, bias, None, "auto")
+        return torch.ops.grasp.lowrank_linear(x, U, s[:1], Vh, bias, None, None, None, "auto")
 
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"s must be \(2,\), got \(1,\)"):

@@ -250,7 +250,7 @@ def expand_launch(
     block_m = row_block(rows, config)
     arguments: dict[str, Any] = {}
     for name, group, h in (("gate", gate, hidden[0]), ("up", up, hidden[1])):
-        U, s, _, bias, order = group
+        U, s, _, bias, order, *_ = group
         arguments |= {
             f"{name}_u_ptr": U,
             f"{name}_s_ptr": U if s is None else s,  # a placeholder that is not read

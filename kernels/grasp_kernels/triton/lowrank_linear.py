@@ -51,7 +51,7 @@ EXPAND_STAGES, SCALAR_STAGES = 3, 4  # most of an expand: with more shared memor
 
 
 def lowrank_linear(
-    x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, order: Tensor | None = None
+    x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, order: Tensor | None = None, *_: None
 ) -> Tensor:
     """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). Arguments and result as in ``reference.lowrank_linear``."""
     return lowrank_linear_grouped(x, [Factors(U, s, Vh, bias, order)])[0]
@@ -146,7 +146,7 @@ def hidden_gemm(x: Tensor, Vhs: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def expand_gemm(h: Tensor, factors: Factors, output: Tensor | None = None) -> Tensor:
     """``(h * s) @ U.mT + bias``, written to ``output`` if given; in fp16 s scales U, because h could overflow."""
-    U, s, _, bias, order = factors
+    U, s, _, bias, order, *_ = factors
     if s is not None and h.dtype == torch.float16:
         U = (U.float() * s).to(U.dtype)
     elif s is not None:

@@ -45,7 +45,7 @@ def describe(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | 
     vectors: list[tuple[int | None, ...]] = []  # addresses of s, bias and order of each member, if one has any
     bits = first = x.data_ptr()
     following = 0
-    for U, s, Vh, bias, order in factors:
+    for U, s, Vh, bias, order, *_ in factors:
         left, right = U.data_ptr(), Vh.data_ptr()
         bits |= left | right
         # A shrink reads Vh that lie one behind the other as one.
