@@ -1,0 +1,224 @@
+"""Linears and embeddings with int8 or int4 weights, low-rank or dense. The layout is that of ``grasp_kernels``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from grasp.model.dense import DenseLinear, dense_shape
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp_kernels import Factors, lowrank_linear
+from grasp_kernels.dispatch import CPU_ROWS
+from grasp_kernels.quantized import dequantize, stored_columns
+
+_DTYPES = {8: torch.int8, 4: torch.uint8}
+
+
+class Storage(NamedTuple):
+    """How the values of a matrix are stored.
+
+    Attributes:
+        bits: 8 or 4 per value.
+        group: columns with one scale; ``None``: a row has one scale.
+    """
+
+    bits: int
+    group: int | None = None
+
+    def scales(self, depth: int) -> int:
+        """The number of scales in a row of ``depth`` columns."""
+        return 1 if self.group is None else -(-depth // self.group)
+
+
+def _fixed(*shape: int, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device), requires_grad=False)
+
+
+class QuantizedLowRankLinear(nn.Module):
+    """A ``LowRankLinear`` whose factors are quantised.
+
+    The parameters are U and Vh, with ``U_scales`` and ``Vh_scales``, and bias (N,) or ``None``; none takes a gradient.
+    The buffer ``order`` is that of a pivoted layer. In training mode gradients flow to the input.
+
+    Args:
+        layer: gives shape, rank, form, bias and dtype of the scales; its factors are not read.
+        storage: of both factors.
+        device: of the parameters.
+
+    Example:
+        >>> layer = QuantizedLowRankLinear(LowRankLinear(16, 8, 3), Storage(8))
+        >>> layer(torch.randn(2, 16)).shape
+        torch.Size([2, 8])
+    """
+
+    U: nn.Parameter
+    U_scales: nn.Parameter
+    Vh: nn.Parameter
+    Vh_scales: nn.Parameter
+    bias: nn.Parameter | None
+    order: Tensor | None
+
+    def __init__(self, layer: LowRankLinear, storage: Storage, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = layer.in_features, layer.out_features, layer.rank
+        self.storage, self.backend = storage, layer.backend
+        depths = {"U": (layer.U.shape[0], self.rank), "Vh": (self.rank, self.in_features)}
+        values, scales = _DTYPES[storage.bits], layer.U.dtype
+        for name, (rows, depth) in depths.items():
+            stored = stored_columns(values, depth)
+            self.register_parameter(name, _fixed(rows, stored, dtype=values, device=device))
+            self.register_parameter(f"{name}_scales", _fixed(rows, storage.scales(depth), dtype=scales, device=device))
+        bias = None if layer.bias is None else _fixed(self.out_features, dtype=scales, device=device)
+        self.register_parameter("bias", bias)
+        order = None if layer.order is None else torch.arange(self.out_features, dtype=torch.int32, device=device)
+        self.register_buffer("order", order)
+
+    @property
+    def factors(self) -> Factors:
+        """The arguments of the ops."""
+        return Factors(self.U, None, self.Vh, self.bias, self.order, self.U_scales, self.Vh_scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) → (..., out_features)."""
+        return lowrank_linear(x, *self.factors, backend=self.backend)
+
+    def dequantized(self) -> LowRankLinear:
+        """The layer with floating factors, in the dtype of the scales."""
+        U, _, Vh, _, order = self.factors.dequantized(self.in_features, self.U_scales.dtype)[:5]
+        layer = LowRankLinear(
+            *(self.in_features, self.out_features, self.rank, self.bias is not None),
+            pivoted=order is not None,
+            device=U.device,
+            dtype=U.dtype,
+        )
+        layer.set_factors_(U, Vh, order)
+        if layer.bias is not None and self.bias is not None:
+            layer.bias.data.copy_(self.bias)
+        return layer.train(self.training)
+
+    def dense_weight(self) -> Tensor:
+        """The weight, (N, K) in fp32 (fp64 for fp64)."""
+        return self.dequantized().dense_weight()
+
+    def extra_repr(self) -> str:
+        """Shape, rank, form and bits."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}, {'pivoted, ' * (self.order is not None)}{_described(self.storage)}"
+        )
+
+
+class QuantizedLinear(nn.Module):
+    """A dense linear whose weight is quantised.
+
+    The parameters are weight, (N, K) int8 or (N, ⌈K / 2⌉) uint8, ``weight_scales``, and bias (N,) or ``None``; none
+    takes a gradient. Few rows on a CPU run in the kernel of the low-rank linears: the weight is the Vh of pivoted
+    factors of full rank. Other calls multiply with the dequantised weight.
+
+    Args:
+        linear: gives shape, bias and dtype of the scales; its weight is not read.
+        storage: of the weight.
+        device: of the parameters.
+
+    Example:
+        >>> layer = QuantizedLinear(nn.Linear(16, 8), Storage(4, 32))
+        >>> layer(torch.randn(2, 16)).shape
+        torch.Size([2, 8])
+    """
+
+    bias: nn.Parameter | None
+    others: Tensor  # U, (0, N)
+    order: Tensor  # (N,) int32
+
+    def __init__(self, linear: DenseLinear, storage: Storage, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = dense_shape(linear)
+        self.storage = storage
+        values, scales = _DTYPES[storage.bits], linear.weight.dtype
+        stored = stored_columns(values, self.in_features)
+        self.weight = _fixed(self.out_features, stored, dtype=values, device=device)
+        count = storage.scales(self.in_features)
+        self.weight_scales = _fixed(self.out_features, count, dtype=scales, device=device)
+        bias = None if linear.bias is None else _fixed(self.out_features, dtype=scales, device=device)
+        self.register_parameter("bias", bias)
+        self.register_buffer("others", torch.empty(0, self.out_features, dtype=scales, device=device), persistent=False)
+        order = torch.arange(self.out_features, dtype=torch.int32, device=device)
+        self.register_buffer("order", order, persistent=False)
+
+    def renew_buffers_(self) -> None:
+        """Fill the buffers that no checkpoint has; for a layer that was made without data."""
+        self.order = torch.arange(self.out_features, dtype=torch.int32, device=self.weight.device)
+        self.others = self.weight_scales.new_empty(0, self.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) → (..., out_features)."""
+        if x.is_cpu and x.numel() <= self.in_features * CPU_ROWS.get(x.dtype, 0):
+            factors = (self.others, None, self.weight, self.bias, self.order, None, self.weight_scales)
+            return lowrank_linear(x, *factors)
+        return F.linear(x, self.dense_weight().to(x.dtype), self.bias)
+
+    def dense_weight(self) -> Tensor:
+        """The weight, (N, K) in fp32 (fp64 for fp64)."""
+        dtype = torch.promote_types(self.weight_scales.dtype, torch.float32)
+        return dequantize(self.weight, self.weight_scales, self.in_features, dtype)
+
+    def extra_repr(self) -> str:
+        """Shape and bits."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{_described(self.storage)}"
+        )
+
+
+class QuantizedEmbedding(nn.Module):
+    """An embedding with int8 rows, each with one scale. An output layer may share its tensors.
+
+    Args:
+        embedding: gives the shape, the dtype of the result and, as Gemma's do, a factor ``embed_scale``.
+        device: of the parameters.
+    """
+
+    def __init__(self, embedding: nn.Embedding, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = embedding.weight.shape
+        self.factor = float(getattr(embedding, "scalar_embed_scale", 1.0))
+        self.weight = _fixed(*embedding.weight.shape, dtype=torch.int8, device=device)
+        self.weight_scales = _fixed(self.num_embeddings, 1, dtype=embedding.weight.dtype, device=device)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) int64 → (..., embedding_dim) in the dtype of the scales."""
+        rows = F.embedding(ids, self.weight).to(self.weight_scales.dtype) * F.embedding(ids, self.weight_scales)
+        return rows if self.factor == 1.0 else rows * rows.new_tensor(self.factor)
+
+    def dense_weight(self) -> Tensor:
+        """The weight, (V, K) in fp32 (fp64 for fp64), without the factor."""
+        dtype = torch.promote_types(self.weight_scales.dtype, torch.float32)
+        return dequantize(self.weight, self.weight_scales, self.embedding_dim, dtype)
+
+    def extra_repr(self) -> str:
+        """Shape and bits."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits=8"
+
+
+QuantizedModule = QuantizedLowRankLinear | QuantizedLinear | QuantizedEmbedding
+
+
+def quantized_like(
+    module: nn.Module, storage: Storage, device: torch.device | str | None = None
+) -> QuantizedModule | None:
+    """A quantised module without values that can replace ``module``, or ``None`` if there is none for its class."""
+    if isinstance(module, LowRankLinear):
+        return QuantizedLowRankLinear(module, storage, device)
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return QuantizedLinear(module, storage, device)
+    if isinstance(module, nn.Embedding):
+        return QuantizedEmbedding(module, device)
+    return None
+
+
+def _described(storage: Storage) -> str:
+    return f"bits={storage.bits}" + (f", group={storage.group}" if storage.group else "")

@@ -1,0 +1,61 @@
+"""Layers with int8 and int4 weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedLowRankLinear, Storage
+from grasp_kernels.quantized import pack_int4
+
+STORAGES = [Storage(8), Storage(4), Storage(4, 32)]
+
+
+def fill_(layer: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in layer.named_parameters():
+        if name.endswith("_scales") or name == "bias":
+            tensor.data = torch.rand(tensor.shape, generator=generator) / 16
+        elif tensor.dtype == torch.uint8:
+            depth = {"U": layer.rank if hasattr(layer, "rank") else 0}.get(name, layer.in_features)
+            tensor.data = pack_int4(torch.randint(-8, 8, (len(tensor), depth), generator=generator))
+        else:
+            tensor.data = torch.randint(-127, 128, tensor.shape, generator=generator).to(tensor.dtype)
+
+
+@pytest.mark.parametrize("pivoted", [False, True])
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_a_quantised_low_rank_layer_is_its_dequantised_layer(storage: Storage, pivoted: bool) -> None:
+    layer = QuantizedLowRankLinear(LowRankLinear(41, 20, 7, pivoted=pivoted), storage)
+    fill_(layer)
+    x = torch.randn(3, 41)
+    torch.testing.assert_close(layer(x), layer.dequantized()(x))
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.dense_weight(), layer.bias))
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_a_quantised_linear_is_a_linear_with_the_dequantised_weight(storage: Storage, rows: int) -> None:
+    layer = QuantizedLinear(nn.Linear(41, 20), storage)
+    fill_(layer)
+    x = torch.randn(rows, 41)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.dense_weight(), layer.bias))
+
+
+def test_a_quantised_embedding_gives_scaled_rows() -> None:
+    layer = QuantizedEmbedding(nn.Embedding(10, 6))
+    fill_(layer)
+    ids = torch.tensor([[3, 0], [9, 3]])
+    torch.testing.assert_close(layer(ids), layer.dense_weight()[ids])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_dtype_leaves_the_values(dtype: torch.dtype) -> None:
+    layer = QuantizedLinear(nn.Linear(8, 4), Storage(8))
+    fill_(layer)
+    values: Tensor = layer.weight.clone()
+    y = layer.to(dtype)(torch.ones(2, 8, dtype=dtype))
+    assert y.dtype == dtype
+    assert torch.equal(layer.weight, values)
