@@ -1,0 +1,134 @@
+"""Rounding a matrix to few bits: to the nearest value, or so that its outputs change least. Pure functions.
+
+A row has one scale, or one for each group of columns, and 8 bits stand for −128…127, 4 bits for −8…7. Scales are
+rounded to bfloat16, so that they are the same numbers in fp32 and in bf16.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grasp_kernels.quantized import dequantize
+
+_BLOCK = 128  # columns that are rounded before the error moves on to all others
+_DAMPING = 0.01  # of the mean of the diagonal of the second moment
+# Of the scale that puts the entry of largest magnitude at the end of the range: a smaller one clips it, and rounds the
+# others less.
+_SHRINKAGE = torch.linspace(1, 0.7, 16).tolist()
+
+
+class Rounded(NamedTuple):
+    """A quantised matrix with one integer per entry.
+
+    Attributes:
+        values: (rows, depth) int8.
+        scales: (rows, groups) fp32, see ``grasp_kernels.quantized``.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    @property
+    def matrix(self) -> Tensor:
+        """The dequantised matrix, (rows, depth) fp32."""
+        return dequantize(self.values, self.scales, self.values.shape[1])
+
+
+def round_nearest(weight: Tensor, bits: int, group: int | None = None) -> Rounded:
+    """Round each entry to the nearest value.
+
+    Args:
+        weight: (rows, depth), finite, any floating dtype.
+        bits: 8 or 4.
+        group: columns with one scale; ``None``: a row has one.
+
+    Example:
+        >>> round_nearest(torch.tensor([[1.0, -0.5, 0.0]]), 8).values
+        tensor([[127, -64,   0]], dtype=torch.int8)
+    """
+    weight = weight.float()
+    scales = _scales(weight, bits, group, weight.new_ones(weight.shape[1]))
+    return Rounded(_nearest(weight, _spread(scales, weight.shape[1], group), bits), scales)
+
+
+def round_to_outputs(weight: Tensor, moment: Tensor, bits: int, group: int | None = None) -> Rounded:
+    """Round such that ``Σ ‖(weight − rounded) x‖²`` is small: each rounding error is made up for in later columns.
+
+    Columns are rounded in the order of their second moments, the largest first; scales are chosen before. This is GPTQ
+    (arXiv 2210.17323) with fixed groups.
+
+    Args:
+        weight: (rows, depth), finite.
+        moment: ``Σ x xᵀ`` of the inputs, (depth, depth) symmetric; a factor does not matter.
+        bits: 8 or 4.
+        group: columns with one scale; ``None``: a row has one.
+
+    Returns:
+        As ``round_nearest``, on the device of ``weight``.
+    """
+    weight, moment = weight.float(), moment.to(weight.device, torch.float64)
+    depth = weight.shape[1]
+    diagonal = moment.diagonal()
+    scales = _scales(weight, bits, group, diagonal.float())
+    spread = _spread(scales, depth, group)
+    order = diagonal.argsort(descending=True)
+    damped = moment[order][:, order]
+    mean = float(diagonal.mean())
+    damped.diagonal().add_(_DAMPING * mean if mean > 0 else 1.0)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    conditional = torch.linalg.cholesky(inverse, upper=True).float()  # row k: how errors of column k move to the later
+    left, spread = weight[:, order], spread[:, order]
+    values = torch.empty_like(left, dtype=torch.int8)
+    for begin in range(0, depth, _BLOCK):
+        block = slice(begin, min(begin + _BLOCK, depth))
+        errors = torch.empty_like(left[:, block])
+        for k in range(block.start, block.stop):
+            column, scale = left[:, k : k + 1], spread[:, k : k + 1]
+            values[:, k : k + 1] = _nearest(column, scale, bits)
+            error = (column - values[:, k : k + 1] * scale) / conditional[k, k]
+            left[:, k + 1 : block.stop] -= error * conditional[k, k + 1 : block.stop]
+            errors[:, k - begin : k - begin + 1] = error
+        left[:, block.stop :] -= errors @ conditional[block, block.stop :]
+    return Rounded(values[:, order.argsort()], scales)
+
+
+def _nearest(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+    highest = 2 ** (bits - 1) - 1
+    ratio = torch.where(scales == 0, 0.0, weight / scales)
+    return ratio.round_().clamp_(-highest - 1, highest).to(torch.int8)
+
+
+def _spread(scales: Tensor, depth: int, group: int | None) -> Tensor:
+    """A scale for each entry, (rows, depth)."""
+    return scales.expand(-1, depth) if group is None else scales.repeat_interleave(group, dim=1)[:, :depth]
+
+
+def _scales(weight: Tensor, bits: int, group: int | None, importance: Tensor) -> Tensor:
+    """The scale of each group with the least error of rounding to the nearest, weighted by column: (rows, groups).
+
+    In 4 bits the range is −8…7, so the entry of largest magnitude is given the −8, by a negative scale if need be.
+    """
+    rows, depth = weight.shape
+    size = depth if group is None else group
+    count = -(-depth // size)
+    padded = torch.nn.functional.pad(weight, (0, count * size - depth)).view(rows, count, size)
+    weights = torch.nn.functional.pad(importance, (0, count * size - depth)).view(count, size)
+    largest = padded.gather(2, padded.abs().argmax(2, keepdim=True))
+    lowest = 2 ** (bits - 1)
+    if bits == 8:
+        return (largest.abs() / (lowest - 1)).bfloat16().float()[..., 0]
+    best = lowest_error = None
+    for shrinkage in _SHRINKAGE:
+        scales = (largest * (shrinkage / -lowest)).bfloat16().float()
+        rounded = _nearest(padded, scales, bits) * scales
+        error = ((rounded - padded).square_() * weights).sum(2, keepdim=True)
+        if best is None or lowest_error is None:
+            best, lowest_error = scales, error
+        else:
+            better = error < lowest_error
+            best, lowest_error = torch.where(better, scales, best), torch.where(better, error, lowest_error)
+    assert best is not None
+    return best[..., 0]

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grasp.compression.quantize import quantize_
+from grasp.errors import NonFiniteError
+from grasp.model.batch import as_batches
+from grasp.model.grouping import group_linears_
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedLowRankLinear, Storage
+from tests.tiny_models import tiny_batches, tiny_model
+
+
+def compressed(family: str = "llama") -> torch.nn.Module:
+    """A model whose first layer has low-rank linears, one of them pivoted."""
+    model = tiny_model(family)
+    for name, module in list(model.named_modules()):
+        if ".0." in name and isinstance(module, torch.nn.Linear):
+            low = LowRankLinear.from_dense(module, torch.arange(4))
+            if "up_proj" in name:
+                low.pivot_()
+            model.set_submodule(name, low)
+    group_linears_(model)
+    return model
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.cat([model(batch).logits for batch in tiny_batches(4, seed=5)]).double()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("storage", [Storage(8), Storage(4, 32)], ids=str)
+def test_logits_change_less_with_calibration_than_without(storage: Storage, family: str) -> None:
+    changes = {}
+    for name, batches in (("nearest", []), ("loss-aware", as_batches(tiny_batches(8, 4)))):
+        model = compressed(family) if family == "llama" else tiny_model(family)
+        before = logits(model)
+        quantize_(model, storage, batches)
+        kinds = {type(module) for module in model.modules()}
+        assert not kinds & {LowRankLinear, torch.nn.Linear, torch.nn.Embedding}
+        assert kinds >= {QuantizedLinear, QuantizedEmbedding, *([QuantizedLowRankLinear] * (family == "llama"))}
+        changes[name] = float((logits(model) - before).norm() / before.norm())
+    assert changes["nearest"] < (0.03 if storage.bits == 8 else 0.3)
+    assert changes["loss-aware"] < changes["nearest"]
+
+
+def test_a_tied_output_layer_shares_its_values_with_the_embedding() -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    quantize_(model, Storage(4, 32))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight_scales is model.model.embed_tokens.weight_scales
+    assert model.lm_head.storage == Storage(8)
+
+
+def test_a_weight_that_is_nan_is_named() -> None:
+    model = compressed()
+    model.model.layers[0].mlp.up_proj.Vh.data[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"layers\.0\.mlp\.up_proj cannot be quantised: its weights have NaN"):
+        quantize_(model, Storage(8))

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from grasp.method.rounding import Rounded, round_nearest, round_to_outputs
+
+
+def inputs(depth: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(4 * depth, depth, generator=generator) @ torch.randn(depth, depth, generator=generator)
+    return mixed * torch.logspace(-1, 1, depth)
+
+
+def weights(rows: int, depth: int) -> Tensor:
+    return torch.randn(rows, depth, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, None), (4, 32), (4, 64)])
+def test_no_entry_is_off_by_more_than_half_a_step_or_what_is_clipped(bits: int, group: int | None) -> None:
+    weight = weights(6, 137)
+    rounded = round_nearest(weight, bits, group)
+    assert rounded.scales.shape == (6, 1 if group is None else -(-137 // group))
+    assert torch.equal(rounded.scales, rounded.scales.bfloat16().float())
+    lowest = -(2 ** (bits - 1))
+    assert rounded.values.min() >= lowest
+    assert rounded.values.max() <= -lowest - 1
+    steps = rounded.scales.abs() if group is None else rounded.scales.abs().repeat_interleave(group, 1)[:, :137]
+    inside = (rounded.values > lowest) & (rounded.values < -lowest - 1)
+    assert ((rounded.matrix - weight).abs()[inside] <= steps.expand_as(weight)[inside] / 2 * 1.0001).all()
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, None), (4, 32), (4, 64)])
+def test_outputs_change_less_than_with_the_nearest_values(bits: int, group: int | None) -> None:
+    x, weight = inputs(150), weights(40, 150)
+
+    def change(rounded: Rounded) -> float:
+        return float((x @ (weight - rounded.matrix).mT).norm())
+
+    assert change(round_to_outputs(weight, x.mT @ x, bits, group)) < 0.7 * change(round_nearest(weight, bits, group))
+
+
+def test_two_columns_are_rounded_as_the_definition_says() -> None:
+    """The first column to the nearest value; the second makes up for its error, which the inputs share."""
+    moment = torch.tensor([[2.0, 1.0], [1.0, 1.5]])
+    weight = torch.tensor([[0.31, -1.0], [0.77, 1.27]])
+    rounded = round_to_outputs(weight, moment, 8)
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(2)
+    scales = rounded.scales[:, 0]
+    first = (weight[:, 0] / scales).round()
+    error = weight[:, 0] - first * scales
+    second = ((weight[:, 1] + error * damped[0, 1] / damped[1, 1]) / scales).round().clamp(-128, 127)
+    assert torch.equal(rounded.values, torch.stack([first, second], 1).to(torch.int8))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_zero_rows_and_dead_inputs_are_legal(bits: int) -> None:
+    weight, moment = weights(4, 70), torch.zeros(70, 70)
+    weight[1] = 0
+    for rounded in (round_to_outputs(weight, moment, bits), round_nearest(weight, bits)):
+        assert (rounded.matrix[1] == 0).all()
+        assert rounded.matrix.isfinite().all()
+
+
+def test_an_entry_of_largest_magnitude_and_either_sign_is_exact_without_clipping() -> None:
+    for sign, entry in itertools.product((-1, 1), (0, 3)):
+        weight = torch.zeros(1, 8)
+        weight[0, entry] = sign * 4.0
+        assert torch.equal(round_nearest(weight, 4).matrix, weight)
