@@ -25,13 +25,15 @@ grasp_parallel find_parallel() { return reinterpret_cast<grasp_parallel>(dlsym(R
 struct NotInPlace {};
 
 // A vector or a matrix. Rows must be contiguous and must not overlap, unless `may_overlap`.
-View view(PyObject *object, bool may_overlap = false) {
+View view(PyObject *object, bool may_overlap = false, bool may_be_quantised = false) {
     View result;
     if (!read(object, result)) throw py::error_already_set();
     if (!result.on_cpu || result.dimensions < 1 || result.dimensions > 2) {
         throw py::type_error("a tensor must be a vector or a matrix on the CPU");
     }
-    if (result.dtype < 0) throw py::type_error("a tensor must be float32, float16 or bfloat16");
+    if (result.dtype < 0 && !(may_be_quantised && bits_of(result))) {
+        throw py::type_error("a tensor must be float32, float16 or bfloat16, or int8 or uint8 for quantised factors");
+    }
     if (!result.is_matrix || (!may_overlap && result.overlaps())) throw NotInPlace();
     return result;
 }
@@ -47,11 +49,19 @@ View order_view(PyObject *object) {
     return result;
 }
 
-Direct::Group to_group(PyObject *item) {
+View scales_view(PyObject *object) {
+    const View result = optional_view(object);
+    if (!result.is_dense()) throw NotInPlace();
+    return result;
+}
+
+GroupViews to_views(PyObject *item, PyObject *y) {
     if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != Direct::FIELDS) {
         throw py::type_error("a group is a tuple of 7");
     }
-    return &PyTuple_GET_ITEM(item, 0);
+    const Direct::Group group = &PyTuple_GET_ITEM(item, 0);
+    return {view(group[0], false, true), optional_view(group[1]), view(group[2], false, true), optional_view(group[3]),
+            order_view(group[4]),        scales_view(group[5]),   scales_view(group[6]),       view(y)};
 }
 
 // With an activation (a grasp_activation; negative for none) the groups are the gate and the up projection of one
@@ -69,14 +79,12 @@ bool run(const py::handle &x_tensor, const py::tuple &groups, const py::tuple &o
         const View x = view(x_tensor.ptr(), true);
         input = {x.data, x.stride, x.rows, x.columns, x.dtype};
         for (size_t i = 0; i < factors.size(); ++i) {
-            const Direct::Group group = to_group(PyTuple_GET_ITEM(groups.ptr(), i));
-            const View U = view(group[0]), s = optional_view(group[1]), Vh = view(group[2]);
-            const View bias = optional_view(group[3]), order = order_view(group[4]);
-            const View y = view(PyTuple_GET_ITEM(outputs.ptr(), gated ? 0 : i));
-            if (!agree(x, U, s, Vh, bias, order, y)) {
+            const GroupViews group =
+                to_views(PyTuple_GET_ITEM(groups.ptr(), i), PyTuple_GET_ITEM(outputs.ptr(), gated ? 0 : i));
+            if (!agree(x, group)) {
                 throw py::value_error("shapes or dtypes of x, the factors and the output do not agree");
             }
-            factors[i] = to_factors(U, s, Vh, bias, order, y);
+            factors[i] = to_factors(x, group);
         }
     } catch (NotInPlace) {
         return false;

@@ -58,8 +58,7 @@ class Direct {
         const bool recording = !is_no(PyObject_CallNoArgs(around_.is_grad_enabled.ptr()));
         if (!is_plain(x, recording)) return decline();
         for (Py_ssize_t i = 0; i < count; ++i) {
-            if (groups[i][5] != Py_None || groups[i][6] != Py_None) return decline();
-            for (int j = 0; j < 5; ++j) {
+            for (int j = 0; j < FIELDS; ++j) {
                 const bool optional = j == 1 || j > 2;
                 if (!(groups[i][j] == Py_None && optional) && !is_plain(groups[i][j], recording)) return decline();
             }
@@ -116,13 +115,15 @@ class Direct {
 
     // Whether the factors and the output agree with x and the kernel can use them in place.
     static bool read_group(Group group, const View &x, PyObject *output, grasp_factors &factors) {
-        View U, s, Vh, bias, order, y;
+        GroupViews views;
+        auto &[U, s, Vh, bias, order, U_scales, Vh_scales, y] = views;
         if (!read_in_place(group[0], U) || !read_in_place(group[1], s) || !read_in_place(group[2], Vh) ||
-            !read_in_place(group[3], bias) || !read_in_place(group[4], order) || !read_in_place(output, y)) {
+            !read_in_place(group[3], bias) || !read_in_place(group[4], order) || !read_in_place(group[5], U_scales) ||
+            !read_in_place(group[6], Vh_scales) || !read_in_place(output, y) || !agree(x, views)) {
             return false;
         }
-        factors = to_factors(U, s, Vh, bias, order, y);
-        return agree(x, U, s, Vh, bias, order, y) && !U.overlaps() && !Vh.overlaps() && !y.overlaps();
+        factors = to_factors(x, views);
+        return !U.overlaps() && !Vh.overlaps() && !y.overlaps() && U_scales.is_dense() && Vh_scales.is_dense();
     }
 
     // As the dispatch table decides: "auto" uses this backend for few rows.
@@ -144,9 +145,9 @@ class Direct {
             arguments[1 + i] = sizes[i].ptr();
         }
         for (Py_ssize_t i = 0; i < count; ++i) {
-            View U;
-            if (!read(groups[i][0], U) || U.dimensions != 2) return false;
-            sizes[last] = pybind11::int_(groups[i][4] == Py_None ? U.rows : U.rows + U.columns);
+            View U, Vh;
+            if (!read(groups[i][0], U) || U.dimensions != 2 || !read(groups[i][2], Vh)) return false;
+            sizes[last] = pybind11::int_(groups[i][4] == Py_None ? U.rows : U.rows + Vh.rows);
             arguments[1 + last] = sizes[last].ptr();
             outputs[i] = pybind11::reinterpret_steal<pybind11::object>(
                 PyObject_Vectorcall(around_.new_empty.ptr(), arguments, 2 + last, nullptr));

@@ -15,8 +15,8 @@ struct DataType {
     uint16_t lanes;
 };
 
-constexpr int32_t CPU = 1;                         // Device::type
-constexpr uint8_t INT = 0, FLOAT = 2, BFLOAT = 4;  // DataType::code
+constexpr int32_t CPU = 1;                                   // Device::type
+constexpr uint8_t INT = 0, UINT = 1, FLOAT = 2, BFLOAT = 4;  // DataType::code
 constexpr const char *ATTRIBUTE = "__dlpack_c_exchange_api__";
 constexpr const char *CAPSULE = "dlpack_exchange_api";
 

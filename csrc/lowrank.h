@@ -6,9 +6,14 @@
  * first R entries ascend, and the others too. Nothing is written for an entry outside of this range: the CPU then gives
  * GRASP_BAD_ARGUMENT, and y has no meaning. That entries are distinct is not checked.
  *
- * Matrices are row-major. A stride is the distance of two rows, in elements; the elements of a row are contiguous. U,
- * Vh, bias, x and y have one dtype; sums are in float32. Nothing outside the shapes is read or written, and no pointer
- * needs more alignment than its element.
+ * Vh and U, each or both, may be quantised to integers: weight[r, k] = value[r, k] * scales[r, k / group]. With 8 bits
+ * a value is an int8_t. With 4 bits a byte holds two values between -8 and 7, each plus 8: value 2b in the low half of
+ * byte b of a row, value 2b + 1 in its high half. The last high half of a row of odd depth has no meaning. The depth is
+ * K for Vh and R for U. The last group of a row may be shorter. s is null if Vh is quantised.
+ *
+ * Matrices are row-major. A stride is the distance of two rows, in elements, or in bytes if the matrix is quantised;
+ * the elements of a row are contiguous. x, y, bias and matrices that are not quantised have one dtype; sums are in
+ * float32. Nothing outside the shapes is read or written, and no pointer needs more alignment than its element.
  */
 #ifndef GRASP_LOWRANK_H
 #define GRASP_LOWRANK_H
@@ -49,8 +54,13 @@ typedef struct {
     void *y;          /* [M, N] */
     int64_t U_stride, Vh_stride, y_stride;
     int64_t N, R;
-    int32_t s_dtype;      /* grasp_dtype: GRASP_F32 or that of the input */
-    const int32_t *order; /* [N], or null if the factors are not pivoted, as those of a GLU */
+    int32_t s_dtype;       /* grasp_dtype: GRASP_F32 or that of the input */
+    const int32_t *order;  /* [N], or null if the factors are not pivoted, as those of a GLU */
+    const void *U_scales;  /* [rows of U, groups], contiguous, zero and negative ones too; null if U is not quantised */
+    const void *Vh_scales; /* [R, groups], likewise */
+    int32_t scales_dtype;  /* grasp_dtype of both: GRASP_F32 or that of the input */
+    int32_t U_bits, Vh_bits;   /* 8 or 4; 0 if the matrix is not quantised */
+    int32_t U_group, Vh_group; /* columns per scale: 32, 64 or 128; 0: one scale for each row */
 } grasp_factors;
 
 /* --- CPU ---------------------------------------------------------------------------------------------------------- */
@@ -61,7 +71,7 @@ typedef enum {
     GRASP_ISA_PORTABLE = 1,
     GRASP_ISA_AVX2 = 2, /* with FMA and F16C */
     GRASP_ISA_AVX512 = 3,
-    GRASP_ISA_AVX512_BF16 = 4, /* differs from AVX512 for bfloat16 only */
+    GRASP_ISA_AVX512_BF16 = 4, /* with VNNI; differs from AVX512 for bfloat16 and for quantised factors only */
     GRASP_ISA_AMX = 5          /* differs from AVX512_BF16 for bfloat16 only */
 } grasp_isa;
 

@@ -10,7 +10,8 @@
 
 namespace grasp_bindings {
 
-constexpr int32_t NO_DTYPE = -1, INDEX = -2;  // INDEX: int32, of no grasp_dtype either
+// Of no grasp_dtype: int32 of an order, int8 and uint8 of quantised matrices; two values of 4 bits are in a uint8.
+constexpr int32_t NO_DTYPE = -1, INDEX = -2, INT8 = -3, INT4_PAIR = -4;
 
 // A tensor as a matrix: all leading dimensions together are its rows.
 struct View {
@@ -21,6 +22,7 @@ struct View {
     bool on_cpu = true, is_matrix = true;  // false: rows without a common stride, or not contiguous
 
     bool overlaps() const { return rows > 1 && stride < columns; }
+    bool is_dense() const { return rows <= 1 || stride == columns; }
 };
 
 // torch.Tensor and its DLPack interface. Found once, when the module is set up: to look them up can run Python code.
@@ -44,7 +46,9 @@ inline int32_t to_dtype(dlpack::DataType dtype) {
     if (dtype.code == dlpack::BFLOAT && dtype.bits == 16) return GRASP_BF16;
     if (dtype.code == dlpack::FLOAT && dtype.bits == 16) return GRASP_F16;
     if (dtype.code == dlpack::FLOAT && dtype.bits == 32) return GRASP_F32;
-    return dtype.code == dlpack::INT && dtype.bits == 32 ? INDEX : NO_DTYPE;
+    if (dtype.code == dlpack::INT && dtype.bits == 32) return INDEX;
+    if (dtype.code == dlpack::INT && dtype.bits == 8) return INT8;
+    return dtype.code == dlpack::UINT && dtype.bits == 8 ? INT4_PAIR : NO_DTYPE;
 }
 
 // False, with a Python exception set, if this is no tensor or has no memory that can be read. Runs no Python code. The
@@ -79,23 +83,69 @@ inline bool is_vector(const View &view, int64_t size) {
     return view.dimensions == 1 ? view.columns == size : view.dimensions == 0 && view.data == nullptr;
 }
 
-// Whether shapes and dtypes of the factors and of the output are those of a linear of x, so that a kernel stays inside
-// the tensors.
-inline bool agree(const View &x, const View &U, const View &s, const View &Vh, const View &bias, const View &order,
-                  const View &y) {
-    const int64_t outputs = order.data ? U.rows + U.columns : U.rows;
-    return U.dimensions == 2 && Vh.dimensions == 2 && U.columns == Vh.rows && Vh.columns == x.columns &&
-           (U.rows > 0 || order.data) && U.columns > 0 && x.columns > 0 && is_vector(s, U.columns) &&
-           is_vector(bias, outputs) && is_vector(order, outputs) &&
-           (!order.data || (order.dtype == INDEX && !s.data)) && x.dtype >= 0 && U.dtype == x.dtype &&
-           Vh.dtype == x.dtype && (!s.data || s.dtype == GRASP_F32 || s.dtype == x.dtype) &&
-           (!bias.data || bias.dtype == x.dtype) && y.dtype == x.dtype && y.rows == x.rows && y.columns == outputs;
+// The tensors of a group and its output. A view without memory and dimensions stands for None.
+struct GroupViews {
+    View U, s, Vh, bias, order, U_scales, Vh_scales, y;
+
+    int64_t rank() const { return Vh.rows; }
+    int64_t outputs() const { return order.data ? U.rows + Vh.rows : U.rows; }
+};
+
+inline int32_t bits_of(const View &matrix) { return matrix.dtype == INT8 ? 8 : matrix.dtype == INT4_PAIR ? 4 : 0; }
+
+// Columns per scale of a quantised matrix; 0: one scale for each row; -1: the scales do not fit.
+inline int32_t group_of(const View &scales, int64_t depth) {
+    if (scales.columns == 1) return 0;
+    for (const int32_t group : {32, 64, 128}) {
+        if (scales.columns == (depth + group - 1) / group) return group;
+    }
+    return -1;
 }
 
-inline grasp_factors to_factors(const View &U, const View &s, const View &Vh, const View &bias, const View &order,
-                                const View &y) {
-    return {U.data,    Vh.data,  s.data,    bias.data, y.data,  U.stride,
-            Vh.stride, y.stride, y.columns, U.columns, s.dtype, reinterpret_cast<const int32_t *>(order.data)};
+// Whether this is a matrix of x's dtype without scales, or a quantised one whose scales fit.
+inline bool fits(const View &matrix, const View &scales, int64_t depth, const View &x) {
+    const int32_t bits = bits_of(matrix);
+    if (matrix.dimensions != 2 || matrix.columns != (bits == 4 ? (depth + 1) / 2 : depth)) return false;
+    if (bits == 0) return matrix.dtype == x.dtype && scales.dimensions == 0;
+    return scales.dimensions == 2 && scales.rows == matrix.rows && group_of(scales, depth) >= 0 &&
+           (scales.dtype == GRASP_F32 || scales.dtype == x.dtype);
+}
+
+// Whether shapes and dtypes of the factors and of the output are those of a linear of x, so that a kernel stays inside
+// the tensors.
+inline bool agree(const View &x, const GroupViews &group) {
+    const auto &[U, s, Vh, bias, order, U_scales, Vh_scales, y] = group;
+    const int64_t outputs = group.outputs(), R = group.rank();
+    return fits(Vh, Vh_scales, x.columns, x) && fits(U, U_scales, R, x) && (U.rows > 0 || order.data) && R > 0 &&
+           x.columns > 0 && is_vector(s, R) && is_vector(bias, outputs) && is_vector(order, outputs) &&
+           (!U_scales.data || !Vh_scales.data || U_scales.dtype == Vh_scales.dtype) &&
+           (!(order.data || Vh_scales.data) || !s.data) && (!order.data || order.dtype == INDEX) && x.dtype >= 0 &&
+           (!s.data || s.dtype == GRASP_F32 || s.dtype == x.dtype) && (!bias.data || bias.dtype == x.dtype) &&
+           y.dtype == x.dtype && y.rows == x.rows && y.columns == outputs;
+}
+
+inline grasp_factors to_factors(const View &x, const GroupViews &group) {
+    grasp_factors factors = {};
+    factors.U = group.U.data;
+    factors.Vh = group.Vh.data;
+    factors.s = group.s.data;
+    factors.bias = group.bias.data;
+    factors.y = group.y.data;
+    factors.U_stride = group.U.stride;
+    factors.Vh_stride = group.Vh.stride;
+    factors.y_stride = group.y.stride;
+    factors.N = group.outputs();
+    factors.R = group.rank();
+    factors.s_dtype = group.s.dtype;
+    factors.order = reinterpret_cast<const int32_t *>(group.order.data);
+    factors.U_scales = group.U_scales.data;
+    factors.Vh_scales = group.Vh_scales.data;
+    factors.scales_dtype = group.U_scales.data ? group.U_scales.dtype : group.Vh_scales.dtype;
+    factors.U_bits = bits_of(group.U);
+    factors.Vh_bits = bits_of(group.Vh);
+    factors.U_group = factors.U_bits ? group_of(group.U_scales, factors.R) : 0;
+    factors.Vh_group = factors.Vh_bits ? group_of(group.Vh_scales, x.columns) : 0;
+    return factors;
 }
 
 }  // namespace grasp_bindings

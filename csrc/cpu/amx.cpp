@@ -24,8 +24,12 @@ void configure(int64_t weight_rows) {
     _tile_loadconfig(&config);
 }
 
+// The weight has BITS per value, and is unpacked in blocks; 0: it is bfloat16 and is read where it is.
+template <int BITS>
 struct Amx : Panels<Pairs, 64> {
+    using Base = Panels<Pairs, 64>;
     static constexpr int64_t ROWS = 16, DEPTH = 32, AHEAD = 4;  // a tile; tiles to fetch ahead
+    static constexpr int64_t BLOCK = 512;                       // columns to unpack at a time
 
     // PANELS sums += weight[16, 32] · panel[32, 16] for each panel. With one panel, even and odd steps have separate
     // sums: a dependent instruction waits three times as long for its predecessor as an independent one.
@@ -63,21 +67,18 @@ struct Amx : Panels<Pairs, 64> {
         for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(at + r * w_bytes, 0, 2);
     }
 
+    // The sums of all panels += w[rows, depth] · panels[depth].
     template <int PANELS>
-    static void multiply_rows(const char *w, int64_t w_bytes, int64_t rows, int64_t depth, const float *x,
-                              float *tile) {
-        const int64_t stride = panel_floats(depth), whole = depth / DEPTH, tiles = (depth + DEPTH - 1) / DEPTH;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+    static void accumulate(const char *w, int64_t w_bytes, int64_t rows, int64_t depth, const float *x,
+                           int64_t panel_floats) {
+        const int64_t whole = depth / DEPTH, tiles = (depth + DEPTH - 1) / DEPTH;
         for (int64_t t = 0; t < whole; ++t) {
             const char *at = w + t * 64;
-            fetch_ahead(w, w_bytes, rows, t, tiles);
+            if constexpr (BITS == 0) fetch_ahead(w, w_bytes, rows, t, tiles);
             if (t % 2) {
-                step<PANELS, true>(at, w_bytes, x + t * 256, stride);
+                step<PANELS, true>(at, w_bytes, x + t * 256, panel_floats);
             } else {
-                step<PANELS, false>(at, w_bytes, x + t * 256, stride);
+                step<PANELS, false>(at, w_bytes, x + t * 256, panel_floats);
             }
         }
         if (whole * DEPTH < depth) {
@@ -86,7 +87,30 @@ struct Amx : Panels<Pairs, 64> {
             for (int64_t r = 0; r < rows; ++r)
                 rest[r] = Pairs::load(element(w + r * w_bytes) + whole * DEPTH, depth % DEPTH);
             fence(rest);
-            step<PANELS, false>(rest, 64, x + whole * 256, stride);
+            step<PANELS, false>(rest, 64, x + whole * 256, panel_floats);
+        }
+    }
+
+    template <int PANELS>
+    static void multiply_rows(const Weight &weight, int64_t first, int64_t rows, const float *x, float *tile) {
+        const int64_t depth = weight.depth, stride = Base::panel_floats(depth);
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        if constexpr (BITS) {
+            for (int64_t begin = 0; begin < depth; begin += BLOCK) {
+                const int64_t columns = depth - begin < BLOCK ? round_up(depth - begin, DEPTH) : BLOCK;
+                alignas(64) BF16 block[ROWS * BLOCK];
+                for (int64_t r = 0; r < rows; ++r) unpack<BITS>(weight, first + r, begin, columns, block + r * BLOCK);
+                fence(block);
+                accumulate<PANELS>(reinterpret_cast<const char *>(block), BLOCK * sizeof(BF16), rows, columns,
+                                   x + begin / DEPTH * 256, stride);
+            }
+        } else {
+            const int64_t w_bytes = weight.stride * sizeof(BF16);
+            accumulate<PANELS>(static_cast<const char *>(weight.data) + first * w_bytes, w_bytes, rows, depth, x,
+                               stride);
         }
         put_sums<PANELS>(tile, rows);
     }
@@ -112,24 +136,26 @@ struct Amx : Panels<Pairs, 64> {
                          float *tile) {
         constexpr decltype(&multiply_rows<1>) BY_PANELS[] = {multiply_rows<1>, multiply_rows<2>, multiply_rows<3>,
                                                              multiply_rows<4>};
-        const int64_t panels = panels_of(M), w_bytes = weight.stride * sizeof(BF16);
-        const char *w = static_cast<const char *>(weight.data) + first * w_bytes;
+        const int64_t panels = panels_of(M);
         int64_t configured = 0;
         for (int64_t r = 0; r < rows; r += ROWS) {
             const int64_t count = rows - r < ROWS ? rows - r : ROWS;
             if (count != configured) configure(configured = count);
-            BY_PANELS[panels - 1](w + r * w_bytes, w_bytes, count, weight.depth, static_cast<const float *>(packed),
-                                  tile + r * panels * W);
+            BY_PANELS[panels - 1](weight, first + r, count, static_cast<const float *>(packed), tile + r * panels * W);
         }
         _tile_release();
     }
 
-    static constexpr Kernel kernel = {ROWS,   CHUNK,      W,          packed_bytes, pack, multiply,
-                                      adjust, put_packed, put_output, place,        gate};
+    static constexpr Kernel kernel = {
+        ROWS,         Base::CHUNK,      W,       Base::packed_bytes, Base::pack,  multiply,
+        Base::adjust, Base::put_packed, nullptr, Base::put_output,   Base::place, Base::gate};
 };
 
 }  // namespace
 
-const Kernel *amx_kernel(grasp_dtype dtype, int64_t) { return dtype == GRASP_BF16 ? &Amx::kernel : nullptr; }
+const Kernel *amx_kernel(grasp_dtype dtype, int bits, int64_t) {
+    if (dtype != GRASP_BF16) return nullptr;
+    return bits == 8 ? &Amx<8>::kernel : bits == 4 ? &Amx<4>::kernel : &Amx<0>::kernel;
+}
 
 }  // namespace grasp

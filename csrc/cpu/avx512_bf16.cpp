@@ -9,7 +9,8 @@ struct NativePairs {
     using Element = BF16;
     using Packed = BF16;
     using Loaded = VF;
-    static constexpr int STEP = 2 * W;
+    static constexpr int STEP = 2 * W, PACKED = STEP, PER_ELEMENT = 1;
+    static constexpr bool SEALS = false;
     static Loaded load(const BF16 *w) { return read<VF>(w); }
     static Loaded load_part(const BF16 *w, int64_t n) { return read_part<VF>(w, n * sizeof(BF16)); }
     static VF multiply(VF acc, Loaded w, const BF16 *x) {
@@ -25,8 +26,13 @@ struct NativePairs {
 
 }  // namespace
 
-const Kernel *avx512_bf16_kernel(grasp_dtype dtype, int64_t M) {
-    return dtype == GRASP_BF16 ? dot_or_panel<NativePairs, Pairs>(M) : nullptr;
+const Kernel *avx512_bf16_kernel(grasp_dtype dtype, int bits, int64_t M) {
+    if (dtype != GRASP_BF16) return nullptr;
+    switch (bits) {
+        case 8: return dot_or_panel<Dot<BF16, Unpacked<8>>, Panel<Pairs, 8>>(M);
+        case 4: return dot_or_panel<Dot<BF16, Unpacked<4>>, Panel<Pairs, 4>>(M);
+        default: return dot_or_panel<Dot<BF16, NativePairs>, Panel<Pairs>>(M);
+    }
 }
 
 }  // namespace grasp

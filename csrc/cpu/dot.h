@@ -3,19 +3,22 @@
 
 #include "activation.h"
 #include "kernel.h"
+#include "quantized.h"
 #include "vector.h"
 
 namespace grasp {
 namespace {
 
-// How STEP elements of the weight and of packed x are multiplied: one type per dtype, and more for instruction sets
-// with faster instructions. `Packed` is the element type of packed x, PACKED the number of elements in a step.
+// How STEP columns of the weight and of packed x are multiplied: one type per dtype and per number of bits, and more
+// for instruction sets with faster instructions. `Packed` is the element type of packed x, PACKED the number of them in
+// a step. The weight has PER_ELEMENT columns in an element.
 template <class T>
 struct Widen {
     using Element = T;
     using Packed = float;
     using Loaded = VF;
-    static constexpr int STEP = W;
+    static constexpr int STEP = W, PACKED = STEP, PER_ELEMENT = 1;
+    static constexpr bool SEALS = false;
     static Loaded load(const T *w) { return grasp::load(w); }
     static Loaded load_part(const T *w, int64_t n) { return grasp::load_part(w, n); }
     static VF multiply(VF acc, Loaded w, const float *x) { return multiply_add(w, grasp::load(x), acc); }
@@ -31,7 +34,8 @@ struct SplitPairs {
     struct Loaded {
         VF even, odd;
     };
-    static constexpr int STEP = 2 * W;
+    static constexpr int STEP = 2 * W, PACKED = STEP, PER_ELEMENT = 1;
+    static constexpr bool SEALS = false;
     static Loaded split(VU pairs) { return {bits_to_float(pairs << 16), bits_to_float(pairs & 0xffff0000)}; }
     static Loaded load(const BF16 *w) { return split(read<VU>(w)); }
     static Loaded load_part(const BF16 *w, int64_t n) { return split(read_part<VU>(w, n * sizeof(BF16))); }
@@ -49,29 +53,16 @@ struct SplitPairs {
     }
 };
 
+// The part that does not depend on the dtype of x. With SCALED the weight has scales for groups of columns.
 template <class Policy>
-struct Dot {
+struct Products {
     using Element = typename Policy::Element;
     using Packed = typename Policy::Packed;
     using Loaded = typename Policy::Loaded;
     static constexpr int STEP = Policy::STEP;
     static constexpr int64_t CHUNK = 64;
 
-    static int64_t packed_bytes(int64_t M, int64_t depth) { return M * round_up(depth, STEP) * sizeof(Packed); }
-
-    static void pack(const grasp_input &x, int64_t begin, int64_t end, void *packed) {
-        const int64_t stride = round_up(x.K, STEP), whole = end - (end - begin) % STEP;
-        for (int64_t m = 0; m < x.M; ++m) {
-            const Element *row = static_cast<const Element *>(x.data) + m * x.stride;
-            Packed *out = static_cast<Packed *>(packed) + m * stride;
-            for (int64_t k = begin; k < whole; k += STEP) Policy::pack(row + k, out + k);
-            if (whole < end) {
-                Element buffer[STEP] = {};
-                std::memcpy(buffer, row + whole, (end - whole) * sizeof(Element));
-                Policy::pack(buffer, out + whole);
-            }
-        }
-    }
+    static int64_t packed_size(int64_t depth) { return (depth + STEP - 1) / STEP * Policy::PACKED; }
 
     // Rows of the weight that are read together, `pitch` rows apart, and the distance of the prefetch.
     struct Rows {
@@ -110,23 +101,28 @@ struct Dot {
     };
 
     // Products of ROWS rows of the weight with M rows of packed x, per lane: sums[m * CHUNK + row * pitch].
-    template <int ROWS, int M>
-    static void multiply_rows(const Rows &rows, const Packed *x, VF *sums) {
-        const int64_t depth = rows.depth, x_stride = round_up(depth, STEP), whole = depth - depth % STEP;
+    template <int ROWS, int M, bool SCALED>
+    static void multiply_rows(const Rows &rows, const Scales &scales, int64_t row, const Packed *x, VF *sums) {
+        constexpr int64_t ELEMENTS = STEP / Policy::PER_ELEMENT;
+        const int64_t x_stride = packed_size(rows.depth);
+        const int64_t size = (rows.depth + Policy::PER_ELEMENT - 1) / Policy::PER_ELEMENT,
+                      whole = size - size % ELEMENTS;
         VF acc[ROWS][M] = {};
-        const auto step = [&](int64_t k, auto load_step) {
-            const int64_t ahead = rows.ahead(k);
+        const auto step = [&](int64_t element, auto load_step) {
+            const int64_t k = element * Policy::PER_ELEMENT, ahead = rows.ahead(element);
+            const Packed *packed = x + k / STEP * Policy::PACKED;
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) {
-                const Element *at = rows.first + r * rows.pitch * rows.stride + k;
+                const Element *at = rows.first + r * rows.pitch * rows.stride + element;
                 __builtin_prefetch(at + ahead, 0, 3);
-                const Loaded loaded = load_step(at);
+                Loaded loaded = load_step(at);
+                if constexpr (SCALED) Policy::scale(loaded, scales.template lanes<STEP>(row + r * rows.pitch, k));
 #pragma GCC unroll 8
-                for (int m = 0; m < M; ++m) acc[r][m] = Policy::multiply(acc[r][m], loaded, x + m * x_stride + k);
+                for (int m = 0; m < M; ++m) acc[r][m] = Policy::multiply(acc[r][m], loaded, packed + m * x_stride);
             }
         };
-        for (int64_t k = 0; k < whole; k += STEP) step(k, [](const Element *at) { return Policy::load(at); });
-        if (whole < depth) step(whole, [&](const Element *at) { return Policy::load_part(at, depth - whole); });
+        for (int64_t i = 0; i < whole; i += ELEMENTS) step(i, [](const Element *at) { return Policy::load(at); });
+        if (whole < size) step(whole, [&](const Element *at) { return Policy::load_part(at, size - whole); });
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
@@ -134,33 +130,71 @@ struct Dot {
         }
     }
 
-    template <int M>
+    template <int M, bool SCALED>
     static void multiply_all(const Weight &weight, int64_t first, int64_t count, const Packed *x, float *tile) {
         constexpr int ROWS = M <= W / 4 ? 4 : 2;  // as many sums as fit in registers
         const Element *w = static_cast<const Element *>(weight.data) + first * weight.stride;
+        const Scales scales(weight, first);
         const Order<ROWS> order(w, weight, count);
         VF sums[M * CHUNK];
-        for (int64_t i = 0; i < order.part; ++i) multiply_rows<ROWS, M>(order.rows(i), x, sums + order.row(i));
+        for (int64_t i = 0; i < order.part; ++i) {
+            multiply_rows<ROWS, M, SCALED>(order.rows(i), scales, order.row(i), x, sums + order.row(i));
+        }
         const Order<1> rest(w, weight, count);
-        for (int64_t r = order.part * ROWS; r < count; ++r) multiply_rows<1, M>(rest.rows(r), x, sums + r);
+        for (int64_t r = order.part * ROWS; r < count; ++r) {
+            multiply_rows<1, M, SCALED>(rest.rows(r), scales, r, x, sums + r);
+        }
         for (int m = 0; m < M; ++m) {
             for (int64_t r = count; r % W; ++r) sums[m * CHUNK + r] = VF{};
             for (int64_t r = 0; r < count; r += W) store(tile + m * CHUNK + r, reduce(sums + m * CHUNK + r));
         }
     }
 
+    template <bool SCALED>
+    static void multiply_by_rows(const Weight &weight, int64_t first, int64_t rows, const Packed *x, int64_t M,
+                                 float *tile) {
+        switch (M) {
+            case 1: return multiply_all<1, SCALED>(weight, first, rows, x, tile);
+            case 2: return multiply_all<2, SCALED>(weight, first, rows, x, tile);
+            case 3: return multiply_all<3, SCALED>(weight, first, rows, x, tile);
+            case 4: return multiply_all<4, SCALED>(weight, first, rows, x, tile);
+            case 5: return multiply_all<5, SCALED>(weight, first, rows, x, tile);
+            case 6: return multiply_all<6, SCALED>(weight, first, rows, x, tile);
+            case 7: return multiply_all<7, SCALED>(weight, first, rows, x, tile);
+            default: return multiply_all<8, SCALED>(weight, first, rows, x, tile);
+        }
+    }
+
     static void multiply(const Weight &weight, int64_t first, int64_t rows, const void *packed, int64_t M,
                          float *tile) {
         const Packed *x = static_cast<const Packed *>(packed);
-        switch (M) {
-            case 1: return multiply_all<1>(weight, first, rows, x, tile);
-            case 2: return multiply_all<2>(weight, first, rows, x, tile);
-            case 3: return multiply_all<3>(weight, first, rows, x, tile);
-            case 4: return multiply_all<4>(weight, first, rows, x, tile);
-            case 5: return multiply_all<5>(weight, first, rows, x, tile);
-            case 6: return multiply_all<6>(weight, first, rows, x, tile);
-            case 7: return multiply_all<7>(weight, first, rows, x, tile);
-            default: return multiply_all<8>(weight, first, rows, x, tile);
+        if constexpr (std::is_same_v<Element, uint8_t>) {
+            if (weight.group) return multiply_by_rows<true>(weight, first, rows, x, M, tile);
+        }
+        multiply_by_rows<false>(weight, first, rows, x, M, tile);
+    }
+};
+
+// T is the dtype of x and y.
+template <class T, class Policy>
+struct Dot : Products<Policy> {
+    using Base = Products<Policy>;
+    using Packed = typename Policy::Packed;
+    using Base::CHUNK, Base::STEP, Base::packed_size;
+
+    static int64_t packed_bytes(int64_t M, int64_t depth) { return M * packed_size(depth) * sizeof(Packed); }
+
+    static void pack(const grasp_input &x, int64_t begin, int64_t end, void *packed) {
+        const int64_t whole = end - (end - begin) % STEP;
+        for (int64_t m = 0; m < x.M; ++m) {
+            const T *row = static_cast<const T *>(x.data) + m * x.stride;
+            Packed *out = static_cast<Packed *>(packed) + m * packed_size(x.K);
+            for (int64_t k = begin; k < whole; k += STEP) Policy::pack(row + k, out + packed_size(k));
+            if (whole < end) {
+                T buffer[STEP] = {};
+                std::memcpy(buffer, row + whole, (end - whole) * sizeof(T));
+                Policy::pack(buffer, out + packed_size(whole));
+            }
         }
     }
 
@@ -174,17 +208,21 @@ struct Dot {
     }
 
     static void put_packed(const float *tile, int64_t M, int64_t first, int64_t rows, int64_t depth, void *packed) {
-        const int64_t stride = round_up(depth, STEP);
         for (int64_t m = 0; m < M; ++m) {
-            Packed *out = static_cast<Packed *>(packed) + m * stride;
+            Packed *out = static_cast<Packed *>(packed) + m * packed_size(depth);
             for (int64_t r = 0; r < rows; ++r) Policy::put(out, first + r, tile[m * CHUNK + r]);
-            for (int64_t r = depth; first + rows == depth && r < stride; ++r) Policy::put(out, r, 0.0f);
+            for (int64_t r = depth; first + rows == depth && r < round_up(depth, STEP); ++r) Policy::put(out, r, 0.0f);
         }
+    }
+
+    static void seal(int64_t M, int64_t depth, void *packed) {
+        Packed *end = static_cast<Packed *>(packed) + M * packed_size(depth);
+        for (Packed *step = static_cast<Packed *>(packed); step < end; step += Policy::PACKED) Policy::seal(step);
     }
 
     static void put_output(const float *tile, int64_t M, int64_t rows, void *y, int64_t y_stride) {
         for (int64_t m = 0; m < M; ++m) {
-            Element *out = static_cast<Element *>(y) + m * y_stride;
+            T *out = static_cast<T *>(y) + m * y_stride;
             for (int64_t r = 0; r < rows; r += W) {
                 const VF value = grasp::load(tile + m * CHUNK + r);
                 if (rows - r < W) {
@@ -202,8 +240,14 @@ struct Dot {
         }
     }
 
-    static constexpr Kernel kernel = {1,      CHUNK,      0,          packed_bytes, pack, multiply,
-                                      adjust, put_packed, put_output, nullptr,      gate};
+    static constexpr decltype(Kernel::seal) seal_if_needed() {
+        if constexpr (Policy::SEALS) return seal;
+        return nullptr;
+    }
+
+    static constexpr Kernel kernel = {
+        1,          CHUNK,   0,   packed_bytes, pack, Base::multiply, adjust, put_packed, seal_if_needed(),
+        put_output, nullptr, gate};
 };
 
 }  // namespace

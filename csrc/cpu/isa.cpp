@@ -49,7 +49,8 @@ bool has(int32_t isa) {
             return system_keeps({1, 2}) && bits(cpuid(1, 0).c, {12, 28, 29}) && bits(cpuid(7, 0).b, {5});
         case GRASP_ISA_AVX512:  // F, DQ, BW, VL
             return system_keeps({1, 2, 5, 6, 7}) && bits(cpuid(7, 0).b, {16, 17, 30, 31});
-        case GRASP_ISA_AVX512_BF16: return bits(cpuid(7, 1).a, {5});
+        case GRASP_ISA_AVX512_BF16:  // and VNNI
+            return bits(cpuid(7, 1).a, {5}) && bits(cpuid(7, 0).c, {11});
         case GRASP_ISA_AMX:  // BF16, TILE
             return bits(cpuid(7, 0).d, {22, 24}) && system_keeps({17, 18}) && system_grants_tiles();
         default: return false;
@@ -61,7 +62,7 @@ bool has(int32_t isa) { return isa == GRASP_ISA_PORTABLE; }
 
 constexpr int64_t WIDENED_ROWS = 4;
 
-using Finder = const Kernel *(*)(grasp_dtype, int64_t);
+using Finder = const Kernel *(*)(grasp_dtype, int, int64_t);
 
 // The kernels of this build, by grasp_isa.
 constexpr Finder FINDERS[] = {
@@ -102,15 +103,16 @@ bool supports(int32_t isa) {
     return isa >= GRASP_ISA_AUTO && isa <= best;
 }
 
-const Kernel *find_kernel(int32_t isa, grasp_dtype dtype, int64_t M) {
+const Kernel *find_kernel(int32_t isa, grasp_dtype dtype, int bits, int64_t M) {
     if (isa == GRASP_ISA_AUTO) {
         // With few rows, memory bandwidth is the limit, and widening bfloat16 is exact; its special instructions help
         // only with more rows.
-        isa = dtype == GRASP_BF16 && M <= WIDENED_ROWS ? GRASP_ISA_AVX512 : GRASP_ISA_AMX;
+        isa = GRASP_ISA_AMX;
+        if (dtype == GRASP_BF16 && M <= WIDENED_ROWS) isa = bits ? GRASP_ISA_AVX512_BF16 : GRASP_ISA_AVX512;
         while (!supports(isa)) --isa;
     }
     const Kernel *kernel = nullptr;
-    for (; !kernel; --isa) kernel = FINDERS[isa](dtype, M);
+    for (; !kernel; --isa) kernel = FINDERS[isa](dtype, bits, M);
     return kernel;
 }
 

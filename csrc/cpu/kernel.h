@@ -14,7 +14,12 @@ constexpr int64_t TILE_FLOATS = 64 * MAX_ROWS;
 // A matrix [rows, depth] that is streamed from memory: Vh or U.
 struct Weight {
     const void *data;
-    int64_t stride, depth;  // elements
+    int64_t stride, depth;  // elements; the stride of a quantised matrix is in bytes
+
+    // Of a quantised matrix with more than one scale in a row; else `group` is 0, and the caller applies the scales.
+    const void *scales = nullptr;  // [rows, groups]
+    grasp_dtype scales_dtype = GRASP_F32;
+    int64_t group = 0, groups = 0;
 };
 
 // out[M, rows] = in[M, depth] · weightᵀ for M ≤ MAX_ROWS, in steps.
@@ -36,8 +41,9 @@ struct Kernel {
     // tile[m, row] = tile[m, row] * scale[row] + shift[row]; either may be null.
     void (*adjust)(float *tile, int64_t M, int64_t rows, const float *scale, const float *shift);
 
-    // tile → packed[:, first : first + rows], the input of the next product.
+    // tile → packed[:, first : first + rows], the input of the next product; `seal` follows when all of it is put.
     void (*put_packed)(const float *tile, int64_t M, int64_t first, int64_t rows, int64_t depth, void *packed);
+    void (*seal)(int64_t M, int64_t depth, void *packed);  // null: not needed
 
     // tile → y[:, first : first + rows]; y points to the output of the first row of x.
     void (*put_output)(const float *tile, int64_t M, int64_t rows, void *y, int64_t y_stride);
@@ -49,13 +55,14 @@ struct Kernel {
     void (*gate)(float *gate, const float *up, int64_t M, int64_t rows, grasp_activation activation);
 };
 
-constexpr int64_t PACK_STEP = 64;
+constexpr int64_t PACK_STEP = 128;
 
-// The kernel for M rows of x, or null if this instruction set has none of its own; see choose() in lowrank.cpp.
-const Kernel *portable_kernel(grasp_dtype dtype, int64_t M);
-const Kernel *avx2_kernel(grasp_dtype dtype, int64_t M);
-const Kernel *avx512_kernel(grasp_dtype dtype, int64_t M);
-const Kernel *avx512_bf16_kernel(grasp_dtype dtype, int64_t M);
-const Kernel *amx_kernel(grasp_dtype dtype, int64_t M);
+// The kernel for M rows of x and a weight of `bits`, or null if this instruction set has none of its own. 0 bits: the
+// weight has the dtype of x. The kernels of one instruction set, dtype and M have the same layout of tiles.
+const Kernel *portable_kernel(grasp_dtype dtype, int bits, int64_t M);
+const Kernel *avx2_kernel(grasp_dtype dtype, int bits, int64_t M);
+const Kernel *avx512_kernel(grasp_dtype dtype, int bits, int64_t M);
+const Kernel *avx512_bf16_kernel(grasp_dtype dtype, int bits, int64_t M);
+const Kernel *amx_kernel(grasp_dtype dtype, int bits, int64_t M);
 
 }  // namespace grasp

@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <new>
 
+#include "floats.h"
 #include "isa.h"
 #include "team.h"
 
@@ -17,39 +17,7 @@ constexpr int64_t ROW_STEP = 4;              // kernels multiply four weight row
 constexpr int64_t SERIAL_BYTES = 256 << 10;  // of all weights; below, starting threads costs more than they save
 constexpr int64_t PACK_FLOATS = 16 << 10;    // of x in a chunk
 
-int64_t element_size(int32_t dtype) { return dtype == GRASP_F32 ? 4 : 2; }
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-float half_to_float(uint16_t half) {
-    const uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, fraction = half & 1023;
-    if (exponent == 0) {
-        const float value = static_cast<float>(fraction) * 0x1p-24f;
-        return sign ? -value : value;
-    }
-    const uint32_t bits = sign | (exponent == 31 ? 255u : exponent + 112) << 23 | fraction << 13;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-// Elements [first : first + count] of a vector, as floats.
-const float *to_floats(const void *data, int32_t dtype, int64_t first, int64_t count, float *buffer) {
-    if (data == nullptr) return nullptr;
-    const char *at = static_cast<const char *>(data) + first * element_size(dtype);
-    for (int64_t i = 0; i < count; ++i) {
-        if (dtype == GRASP_F32) {
-            std::memcpy(buffer + i, at + 4 * i, 4);
-            continue;
-        }
-        uint16_t half;
-        std::memcpy(&half, at + 2 * i, 2);
-        const uint32_t bits = static_cast<uint32_t>(half) << 16;
-        std::memcpy(buffer + i, &bits, 4);
-        if (dtype == GRASP_F16) buffer[i] = half_to_float(half);
-    }
-    return buffer;
-}
 
 bool is_in_range(const int32_t *columns, int64_t count, int64_t size) {
     uint32_t bits = 0;  // the highest is set if a column is negative or too large
@@ -67,6 +35,19 @@ bool ascends(const grasp_factors &group) {
 }
 
 int64_t rows_of_U(const grasp_factors &group) { return group.order ? group.N - group.R : group.N; }
+
+constexpr int KINDS = 3;  // of weights: of the dtype of x, of 4 bits and of 8 bits
+
+int kind_of(int32_t bits) { return bits / 4; }
+
+int64_t row_bytes(int32_t bits, int64_t depth, int32_t dtype) {
+    return bits ? ceil_div(depth * bits, 8) : depth * element_size(dtype);
+}
+
+Weight to_weight(const void *data, int64_t stride, int64_t depth, const void *scales, int32_t dtype, int32_t group) {
+    if (group == 0) return {data, stride, depth};
+    return {data, stride, depth, scales, static_cast<grasp_dtype>(dtype), group, ceil_div(depth, group)};
+}
 
 // How the rows of a weight are divided into chunks.
 struct Chunks {
@@ -135,9 +116,14 @@ class Layout {
 
 class Job {
   public:
-    // `first_row`: the row of the outputs that belongs to the first row of x.
-    Job(const grasp_input &x, int64_t first_row, const Kernel &kernel, int members, int32_t activation)
-        : x_(x), first_row_(first_row), kernel_(kernel), team_(members), activation_(activation) {}
+    // `first_row`: the row of the outputs that belongs to the first row of x. `kernels`: one for each kind of weight.
+    Job(const grasp_input &x, int64_t first_row, const Kernel *const *kernels, int members, int32_t activation)
+        : x_(x),
+          first_row_(first_row),
+          tile_(*kernels[0]),
+          kernels_(kernels),
+          team_(members),
+          activation_(activation) {}
 
     // Lay out memory for `count` groups; false if there is none.
     bool prepare(const grasp_factors *groups, int64_t count) {
@@ -163,20 +149,25 @@ class Job {
 
   private:
     void lay_out(Layout &layout, const grasp_factors *groups, int64_t count) {
-        const int64_t size = element_size(x_.dtype);
-        Range *ranges = reinterpret_cast<Range *>(layout.take(3 * team_ * sizeof(Range)));
+        Range *ranges = reinterpret_cast<Range *>(layout.take(4 * team_ * sizeof(Range)));
         members_ = reinterpret_cast<Member *>(layout.take(count * sizeof(Member)));
         count_ = count;
         pack_step_ = std::max(PACK_FLOATS / x_.M / PACK_STEP, int64_t{1}) * PACK_STEP;
-        packed_bytes_ = aligned(kernel_.packed_bytes(x_.M, x_.K));
+        packed_bytes_ = 0;
+        for (int kind = 0; kind < KINDS; ++kind) {
+            const auto uses = [=](const grasp_factors &group) { return kind_of(group.Vh_bits) == kind; };
+            offsets_[kind] = std::any_of(groups, groups + count, uses) ? packed_bytes_ : -1;
+            if (offsets_[kind] >= 0) packed_bytes_ += aligned(kernels_[kind]->packed_bytes(x_.M, x_.K));
+        }
         packed_x_ = layout.take(packed_bytes_ * (shares_x() ? 1 : team_));
         int64_t shrinks = 0, expands = 0;
         for (int64_t i = 0; i < count; ++i) {
             const grasp_factors &group = groups[i];
-            const Chunks shrink(kernel_, group.R, x_.K * size, team_);
-            const Chunks expand(kernel_, rows_of_U(group), group.R * size, team_);
-            char *h = layout.take(kernel_.packed_bytes(x_.M, group.R));
-            const bool merges = group.order && group.N > group.R && kernel_.lanes > 0 && ascends(group);
+            const Kernel &of_Vh = *kernels_[kind_of(group.Vh_bits)], &of_U = *kernels_[kind_of(group.U_bits)];
+            const Chunks shrink(of_Vh, group.R, row_bytes(group.Vh_bits, x_.K, x_.dtype), team_);
+            const Chunks expand(of_U, rows_of_U(group), row_bytes(group.U_bits, group.R, x_.dtype), team_);
+            char *h = layout.take(of_U.packed_bytes(x_.M, group.R));
+            const bool merges = group.order && group.N > group.R && tile_.lanes > 0 && ascends(group);
             char *pivots = merges ? layout.take(group.R * tile_row() * sizeof(float)) : nullptr;
             if (members_) {
                 new (members_ + i)
@@ -189,13 +180,17 @@ class Job {
         pack_.prepare(ceil_div(x_.K, pack_step_), team_, ranges);
         shrink_.prepare(shrinks, team_, ranges + team_);
         expand_.prepare(gated() ? members_[0].expand.count : expands, team_, ranges + 2 * team_);
+        const auto seals = [this](const Member &member) { return kernel_of_U(member).seal; };
+        seal_.prepare(std::any_of(members_, members_ + count, seals) ? count : 0, team_, ranges + 3 * team_);
     }
 
     // Every thread packs a small x for itself: waiting for another thread and reading from its cache takes longer.
     bool shares_x() const { return x_.K > pack_step_; }
 
     // Floats of a weight row in a tile.
-    int64_t tile_row() const { return ceil_div(x_.M, kernel_.lanes) * kernel_.lanes; }
+    int64_t tile_row() const { return ceil_div(x_.M, tile_.lanes) * tile_.lanes; }
+
+    const Kernel &kernel_of_U(const Member &member) const { return *kernels_[kind_of(member.factors->U_bits)]; }
 
     bool gated() const { return activation_ >= 0; }
 
@@ -204,20 +199,29 @@ class Job {
         if (self >= team_) return;
         const char *packed_x = pack(self);
         shrink_.work(self, [=](int64_t chunk) { shrink(chunk, packed_x); });
+        seal_.work(self, [this](int64_t i) {
+            const Member &member = members_[i];
+            if (const auto seal = kernel_of_U(member).seal) seal(x_.M, member.factors->R, member.h);
+        });
         expand_.work(self, [this](int64_t chunk) { expand(chunk); });
     }
 
     // The packed x of this thread.
     const char *pack(int self) {
+        char *packed = packed_x_ + (shares_x() ? 0 : self * packed_bytes_);
+        const auto pack_columns = [=](int64_t begin, int64_t end) {
+            for (int kind = 0; kind < KINDS; ++kind) {
+                if (offsets_[kind] >= 0) kernels_[kind]->pack(x_, begin, end, packed + offsets_[kind]);
+            }
+        };
         if (!shares_x()) {
-            char *own = packed_x_ + self * packed_bytes_;
-            kernel_.pack(x_, 0, x_.K, own);
-            return own;
+            pack_columns(0, x_.K);
+        } else {
+            pack_.work(self, [=](int64_t chunk) {
+                pack_columns(chunk * pack_step_, std::min((chunk + 1) * pack_step_, x_.K));
+            });
         }
-        pack_.work(self, [this](int64_t chunk) {
-            kernel_.pack(x_, chunk * pack_step_, std::min((chunk + 1) * pack_step_, x_.K), packed_x_);
-        });
-        return packed_x_;
+        return packed;
     }
 
     void shrink(int64_t chunk, const char *packed_x) {
@@ -227,11 +231,14 @@ class Job {
         const int64_t first = member.shrink.first(chunk), rows = member.shrink.size(chunk);
         alignas(64) float tile[TILE_FLOATS], buffer[TILE_FLOATS / MAX_ROWS];
         if (group.order) fetch(group.order + first, rows);
-        kernel_.multiply({group.Vh, group.Vh_stride, x_.K}, first, rows, packed_x, x_.M, tile);
-        if (const float *s = to_floats(group.s, group.s_dtype, first, rows, buffer)) {
-            kernel_.adjust(tile, x_.M, rows, s, nullptr);
-        }
-        if (member.expand.count) kernel_.put_packed(tile, x_.M, first, rows, group.R, member.h);
+        const int kind = kind_of(group.Vh_bits);
+        const Weight Vh =
+            to_weight(group.Vh, group.Vh_stride, x_.K, group.Vh_scales, group.scales_dtype, group.Vh_group);
+        kernels_[kind]->multiply(Vh, first, rows, packed_x + offsets_[kind], x_.M, tile);
+        const float *s = group.Vh_bits ? row_scales(group, group.Vh_scales, group.Vh_group, first, rows, buffer)
+                                       : to_floats(group.s, group.s_dtype, first, rows, buffer);
+        if (s) tile_.adjust(tile, x_.M, rows, s, nullptr);
+        if (member.expand.count) kernel_of_U(member).put_packed(tile, x_.M, first, rows, group.R, member.h);
         if (member.pivots) {
             std::memcpy(member.pivots + first * tile_row(), tile, rows * tile_row() * sizeof(float));
         } else if (group.order) {
@@ -252,7 +259,7 @@ class Job {
         if (gated()) {
             alignas(64) float up[TILE_FLOATS];
             multiply_h(members_[1], first, rows, up);
-            kernel_.gate(tile, up, x_.M, rows, static_cast<grasp_activation>(activation_));
+            tile_.gate(tile, up, x_.M, rows, static_cast<grasp_activation>(activation_));
         }
         put(group, tile, rows, first);
     }
@@ -260,7 +267,7 @@ class Job {
     // tile → y[:, column : column + rows].
     void put(const grasp_factors &group, const float *tile, int64_t rows, int64_t column) const {
         char *y = static_cast<char *>(group.y) + (first_row_ * group.y_stride + column) * element_size(x_.dtype);
-        kernel_.put_output(tile, x_.M, rows, y, group.y_stride);
+        tile_.put_output(tile, x_.M, rows, y, group.y_stride);
     }
 
     // The tile of rows [first : first + rows] of U, and the pivots between their columns, + bias → y.
@@ -271,18 +278,18 @@ class Job {
         int64_t column = first == 0 ? 0 : *other;
         const int32_t *pivots_end = group.order + group.R, *pivot = std::lower_bound(group.order, pivots_end, column);
         for (int64_t count; column < end; column += count) {
-            count = std::min(kernel_.chunk, end - column);
+            count = std::min(tile_.chunk, end - column);
             alignas(64) float merged[TILE_FLOATS];
             float buffer[TILE_FLOATS / MAX_ROWS];
             const auto place = [&](const int32_t *&begin, const int32_t *stop, const float *from) {
                 const int32_t *next = std::lower_bound(begin, std::min(stop, begin + count), column + count);
-                kernel_.place(from, x_.M, next - begin, begin, column, merged);
+                tile_.place(from, x_.M, next - begin, begin, column, merged);
                 begin = next;
             };
             place(other, others_end, tile + (other - others_end + rows) * tile_row());
             place(pivot, pivots_end, member.pivots + (pivot - group.order) * tile_row());
             if (const float *bias = to_floats(group.bias, x_.dtype, column, count, buffer)) {
-                kernel_.adjust(merged, x_.M, count, nullptr, bias);
+                tile_.adjust(merged, x_.M, count, nullptr, bias);
             }
             put(group, merged, count, column);
         }
@@ -290,12 +297,18 @@ class Job {
 
     void multiply_h(const Member &member, int64_t first, int64_t rows, float *tile) {
         const grasp_factors &group = *member.factors;
-        float buffer[TILE_FLOATS / MAX_ROWS];
-        kernel_.multiply({group.U, group.U_stride, group.R}, first, rows, member.h, x_.M, tile);
-        if (group.order) return;
-        if (const float *bias = to_floats(group.bias, x_.dtype, first, rows, buffer)) {
-            kernel_.adjust(tile, x_.M, rows, nullptr, bias);
-        }
+        float scales[TILE_FLOATS / MAX_ROWS], buffer[TILE_FLOATS / MAX_ROWS];
+        const Weight U = to_weight(group.U, group.U_stride, group.R, group.U_scales, group.scales_dtype, group.U_group);
+        kernel_of_U(member).multiply(U, first, rows, member.h, x_.M, tile);
+        const float *scale = row_scales(group, group.U_scales, group.U_group, first, rows, scales);
+        const float *bias = group.order ? nullptr : to_floats(group.bias, x_.dtype, first, rows, buffer);
+        if (scale || bias) tile_.adjust(tile, x_.M, rows, scale, bias);
+    }
+
+    // The scales of rows that have one each; else null.
+    static const float *row_scales(const grasp_factors &group, const void *scales, int32_t columns, int64_t first,
+                                   int64_t rows, float *buffer) {
+        return columns ? nullptr : to_floats(scales, group.scales_dtype, first, rows, buffer);
     }
 
     static void fetch(const int32_t *columns, int64_t rows) {
@@ -308,8 +321,8 @@ class Job {
         alignas(64) char block[TILE_FLOATS * sizeof(float)];  // [M, rows]
         float buffer[TILE_FLOATS / MAX_ROWS];
         for (int64_t r = 0; r < rows && group.bias; ++r) to_floats(group.bias, x_.dtype, columns[r], 1, buffer + r);
-        if (group.bias) kernel_.adjust(tile, x_.M, rows, nullptr, buffer);
-        kernel_.put_output(tile, x_.M, rows, block, rows);
+        if (group.bias) tile_.adjust(tile, x_.M, rows, nullptr, buffer);
+        tile_.put_output(tile, x_.M, rows, block, rows);
         if (x_.dtype == GRASP_F32) {
             scatter<float>(group, block, rows, columns);
         } else {
@@ -348,13 +361,15 @@ class Job {
 
     const grasp_input x_;
     const int64_t first_row_;
-    const Kernel &kernel_;
+    const Kernel &tile_;            // whose functions for tiles are those of every kind
+    const Kernel *const *kernels_;  // by kind
     const int team_;
     const int32_t activation_;  // or -1
     Member *members_ = nullptr;
     int64_t count_ = 0, pack_step_ = 0, packed_bytes_ = 0;
+    int64_t offsets_[KINDS];  // of x packed for a kind of weight; -1: no Vh is of this kind
     char *packed_x_ = nullptr;
-    Phase pack_, shrink_, expand_;
+    Phase pack_, shrink_, seal_, expand_;
     std::atomic<int> joined_{0};
     std::atomic<bool> bad_{false};
 };
@@ -365,11 +380,23 @@ bool is_good(const grasp_input &x) {
     return x.M >= 0 && x.K >= 1 && is_dtype(x.dtype) && (x.M == 0 || x.data) && (x.M <= 1 || x.stride >= 0);
 }
 
+bool is_good(int32_t bits, const void *scales, int32_t group, int32_t scales_dtype, const grasp_input &x) {
+    if (bits == 0) return !scales && group == 0;
+    return (bits == 4 || bits == 8) && scales && (group == 0 || group == 32 || group == 64 || group == 128) &&
+           (scales_dtype == GRASP_F32 || scales_dtype == x.dtype);
+}
+
+int64_t least_stride(int32_t bits, int64_t depth) { return bits ? ceil_div(depth * bits, 8) : depth; }
+
 bool is_good(const grasp_factors &group, const grasp_input &x, bool has_output) {
     const int64_t rows = rows_of_U(group);
-    return (group.U || rows == 0) && group.Vh && group.N >= 1 && group.R >= 1 &&
-           (group.R == 1 || group.Vh_stride >= x.K) && (rows <= 1 || group.U_stride >= group.R) && rows >= 0 &&
-           (!group.order || !group.s) && (!group.s || group.s_dtype == GRASP_F32 || group.s_dtype == x.dtype) &&
+    return (group.U || rows == 0) && group.Vh && group.N >= 1 && group.R >= 1 && rows >= 0 &&
+           is_good(group.Vh_bits, group.Vh_scales, group.Vh_group, group.scales_dtype, x) &&
+           is_good(group.U_bits, group.U_scales, group.U_group, group.scales_dtype, x) &&
+           (group.R == 1 || group.Vh_stride >= least_stride(group.Vh_bits, x.K)) &&
+           (rows <= 1 || group.U_stride >= least_stride(group.U_bits, group.R)) &&
+           (!(group.order || group.Vh_bits) || !group.s) &&
+           (!group.s || group.s_dtype == GRASP_F32 || group.s_dtype == x.dtype) &&
            (!has_output || x.M == 0 || (group.y && (x.M == 1 || group.y_stride >= group.N)));
 }
 
@@ -378,9 +405,12 @@ bool is_good(const grasp_cpu_options &options) {
 }
 
 int64_t weight_bytes(const grasp_input &x, const grasp_factors *groups, int64_t count) {
-    int64_t elements = 0;
-    for (int64_t i = 0; i < count; ++i) elements += groups[i].R * (x.K + rows_of_U(groups[i]));
-    return elements * element_size(x.dtype);
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        bytes += groups[i].R * row_bytes(groups[i].Vh_bits, x.K, x.dtype);
+        bytes += rows_of_U(groups[i]) * row_bytes(groups[i].U_bits, groups[i].R, x.dtype);
+    }
+    return bytes;
 }
 
 grasp_status run(const grasp_input &x, const grasp_factors *groups, int64_t count, int32_t activation,
@@ -391,8 +421,11 @@ grasp_status run(const grasp_input &x, const grasp_factors *groups, int64_t coun
         grasp_input slice = x;
         slice.data = static_cast<const char *>(x.data) + m * x.stride * element_size(x.dtype);
         slice.M = std::min(MAX_ROWS, x.M - m);
-        const Kernel *kernel = find_kernel(options.isa, static_cast<grasp_dtype>(x.dtype), slice.M);
-        Job job(slice, m, *kernel, serial ? 1 : options.threads, activation);
+        const Kernel *kernels[KINDS];
+        for (int bits = 0; bits <= 8; bits += 4) {
+            kernels[kind_of(bits)] = find_kernel(options.isa, static_cast<grasp_dtype>(x.dtype), bits, slice.M);
+        }
+        Job job(slice, m, kernels, serial ? 1 : options.threads, activation);
         if (!job.prepare(groups, count)) return GRASP_OUT_OF_MEMORY;
         if (!job.run(options.parallel)) return GRASP_BAD_ARGUMENT;
     }

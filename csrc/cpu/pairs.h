@@ -9,6 +9,7 @@ namespace {
 struct Pairs {
     using Element = BF16;
     using Unit = uint32_t;
+    using Value = BF16;
     static constexpr int PER_UNIT = 2, PADDING = 16;
 
     // n elements, two per lane. The lanes after the last are zero, and its upper half is zero if n is odd.

@@ -4,6 +4,7 @@
 
 #include "activation.h"
 #include "kernel.h"
+#include "quantized.h"
 #include "vector.h"
 
 namespace grasp {
@@ -17,6 +18,7 @@ template <class T>
 struct Single {
     using Element = T;
     using Unit = float;
+    using Value = float;  // of a quantised weight, PER_UNIT of them in a unit
     static constexpr int PER_UNIT = 1, PADDING = 1;
     // n ≤ W elements as units, one per lane.
     static VF load(const T *p, int64_t n) { return n < W ? load_part(p, n) : grasp::load(p); }
@@ -119,14 +121,16 @@ struct Panels {
 
 constexpr int ACCUMULATORS = W == 16 ? 24 : 12;  // vectors of sums that fit in registers
 
-template <class Policy>
+// The weight has BITS per value; 0: it has the dtype of x.
+template <class Policy, int BITS = 0>
 struct Panel : Panels<Policy, 2 * ACCUMULATORS> {
     using Base = Panels<Policy, 2 * ACCUMULATORS>;
     using Element = typename Policy::Element;
     using Unit = typename Policy::Unit;
     static constexpr int PER_UNIT = Policy::PER_UNIT;
-    static constexpr int64_t BLOCK = 256, PITCH = BLOCK + 16;           // units of a weight row at a time
-    static constexpr int64_t LINE = 64 / (PER_UNIT * sizeof(Element));  // units of a cache line
+    static constexpr int64_t BLOCK = 256, PITCH = BLOCK + 16;  // units of a weight row at a time
+    static constexpr int64_t UNIT_BITS = PER_UNIT * (BITS ? BITS : 8 * sizeof(Element));
+    static constexpr int64_t LINE = 512 / UNIT_BITS;  // units of a cache line
 
     // Rows of the weight, widened: w[row][PITCH]. `next` is the address of the rows that follow, or null.
     struct Block {
@@ -208,7 +212,7 @@ struct Panel : Panels<Policy, 2 * ACCUMULATORS> {
     // At most ACCUMULATORS rows.
     static void multiply_group(const Weight &weight, int64_t first, int64_t rows, const float *x, int64_t panels,
                                float *tile) {
-        const int64_t units = Base::units(weight.depth), row_bytes = weight.stride * sizeof(Element);
+        const int64_t units = Base::units(weight.depth), row_bytes = weight.stride * (BITS ? 1 : sizeof(Element));
         const int64_t blocks = (units + BLOCK - 1) / BLOCK, step = round_up((units + blocks - 1) / blocks, LINE);
         const char *w = static_cast<const char *>(weight.data) + first * row_bytes;
         alignas(64) Unit widened[ACCUMULATORS * PITCH];
@@ -217,9 +221,14 @@ struct Panel : Panels<Policy, 2 * ACCUMULATORS> {
         for (int64_t begin = 0; begin < units; begin += step) {
             const int64_t end = units - begin < step ? units : begin + step;
             for (int64_t r = 0; r < rows; ++r) {
-                widen(w + r * row_bytes, begin, end - begin, weight.depth, widened + r * PITCH);
+                if constexpr (BITS) {
+                    unpack<BITS>(weight, first + r, begin * PER_UNIT, (end - begin) * PER_UNIT,
+                                 reinterpret_cast<typename Policy::Value *>(widened + r * PITCH));
+                } else {
+                    widen(w + r * row_bytes, begin, end - begin, weight.depth, widened + r * PITCH);
+                }
             }
-            const char *next = end == units ? w + rows * row_bytes : w + end * PER_UNIT * sizeof(Element);
+            const char *next = end == units ? w + rows * row_bytes : w + end * UNIT_BITS / 8;
             multiply_panels(rows, {widened, next, end - begin, row_bytes}, x + begin * W,
                             Base::panel_floats(weight.depth), tile, panels);
         }
@@ -244,8 +253,8 @@ struct Panel : Panels<Policy, 2 * ACCUMULATORS> {
     }
 
     static constexpr Kernel kernel = {
-        ACCUMULATORS,     Base::CHUNK,      W,           Base::packed_bytes, Base::pack, multiply, Base::adjust,
-        Base::put_packed, Base::put_output, Base::place, Base::gate};
+        ACCUMULATORS, Base::CHUNK,      W,       Base::packed_bytes, Base::pack,  multiply,
+        Base::adjust, Base::put_packed, nullptr, Base::put_output,   Base::place, Base::gate};
 };
 
 }  // namespace

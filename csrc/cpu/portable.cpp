@@ -1,3 +1,5 @@
 #include "choose.h"
 
-const grasp::Kernel *grasp::portable_kernel(grasp_dtype dtype, int64_t M) { return choose_kernel(dtype, M); }
+const grasp::Kernel *grasp::portable_kernel(grasp_dtype dtype, int bits, int64_t M) {
+    return choose_kernel(dtype, bits, M);
+}

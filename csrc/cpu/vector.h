@@ -124,8 +124,9 @@ inline void store(F16 *p, VF value) {
 }
 #endif
 
-// The first `bytes` bytes, fewer than in a Vector; the others are zero. Used at the end of every row.
-template <class Vector>
+// The first `bytes` bytes, fewer than in a Vector and a multiple of UNIT; the others are zero. Used at the end of every
+// row.
+template <class Vector, int UNIT = 2>
 inline Vector read_part(const void *p, int64_t bytes) {
 #if defined(__AVX512BW__)
     if constexpr (sizeof(Vector) == 64) return (Vector)_mm512_maskz_loadu_epi8((1ull << bytes) - 1, p);
@@ -134,8 +135,8 @@ inline Vector read_part(const void *p, int64_t bytes) {
     alignas(64) char buffer[sizeof(Vector)] = {};
     const char *from = static_cast<const char *>(p);
     char *to = buffer;
-#pragma GCC unroll 5
-    for (int64_t piece = sizeof(Vector) / 2; piece > 1; piece /= 2) {
+#pragma GCC unroll 6
+    for (int64_t piece = sizeof(Vector) / 2; piece >= UNIT; piece /= 2) {
         if (!(bytes & piece)) continue;
         std::memcpy(to, from, piece);
         from += piece;

@@ -1,0 +1,145 @@
+// Quantised weights: values of 8 or 4 bits become floats. The layout is in lowrank.h.
+#pragma once
+
+#include "kernel.h"
+#include "vector.h"
+
+namespace grasp {
+namespace {
+
+typedef int32_t VI __attribute__((vector_size(4 * W)));
+
+// The scales of a weight's groups.
+class Scales {
+  public:
+    Scales() = default;
+    Scales(const Weight &weight, int64_t first_row)
+        : data_(static_cast<const char *>(weight.scales)),
+          dtype_(weight.scales_dtype),
+          shift_(weight.group ? __builtin_ctzll(weight.group) : 0),
+          groups_(weight.groups),
+          first_(first_row * weight.groups) {}
+
+    // n < W scales of a row, beginning with that of column k. The other lanes are zero.
+    VF load(int64_t row, int64_t k, int64_t n) const {
+        const int64_t index = first_ + row * groups_ + (k >> shift_);
+        switch (dtype_) {
+            case GRASP_F32: return load_part(reinterpret_cast<const float *>(data_) + index, n);
+            case GRASP_F16: return load_part(reinterpret_cast<const F16 *>(data_) + index, n);
+            default: return load_part(reinterpret_cast<const BF16 *>(data_) + index, n);
+        }
+    }
+
+    // The scales of lanes that hold COLUMNS / W columns each, from column k on. Both numbers are powers of two.
+    template <int64_t COLUMNS>
+    VF lanes(int64_t row, int64_t k) const {
+        const int64_t first = k >> shift_, wanted = COLUMNS >> shift_, left = groups_ - first;
+        if (wanted <= 1) return broadcast(load(row, k, 1)[0]);
+        const VF scales = load(row, k, left < wanted ? left : wanted);
+        VI lane;
+        for (int i = 0; i < W; ++i) lane[i] = i * (COLUMNS / W);
+        lane >>= static_cast<int>(shift_);
+#if defined(__AVX512F__)
+        return (VF)_mm512_permutexvar_ps((__m512i)lane, (__m512)scales);
+#elif defined(__AVX2__)
+        return (VF)_mm256_permutevar8x32_ps((__m256)scales, (__m256i)lane);
+#else
+        VF result;
+        for (int i = 0; i < W; ++i) result[i] = scales[lane[i]];
+        return result;
+#endif
+    }
+
+  private:
+    const char *data_ = nullptr;
+    grasp_dtype dtype_ = GRASP_F32;
+    int64_t shift_ = 0, groups_ = 0, first_ = 0;
+};
+
+// W values from memory, in their order; n < W of them, and others without meaning.
+template <int BITS>
+struct Values {
+    typedef uint8_t VB __attribute__((vector_size(W)));
+    typedef int8_t VS __attribute__((vector_size(W)));
+    typedef uint8_t Half __attribute__((vector_size(W / 2)));
+    typedef uint16_t Pairs __attribute__((vector_size(W)));
+
+    static VF load(const uint8_t *p) {
+        if constexpr (BITS == 8) return convert(read<VB>(p));
+        return split(read<Half>(p));
+    }
+    static VF load_part(const uint8_t *p, int64_t n) {
+        if constexpr (BITS == 8) return convert(read_part<VB, 1>(p, n));
+        return n == W - 1 ? load(p) : split(read_part<Half, 1>(p, (n + 1) / 2));
+    }
+
+  private:
+    static VF convert(VB bytes) { return __builtin_convertvector(__builtin_convertvector((VS)bytes, VI), VF); }
+    static VF split(Half bytes) {
+        const Pairs pairs = __builtin_convertvector(bytes, Pairs);
+        return convert((VB)((pairs | pairs << 4) & 0x0f0f)) - 8.0f;
+    }
+};
+
+// Columns [begin : begin + count] of a row times the scales of its groups, and zeros behind its end. Writes a multiple
+// of W elements. begin is a multiple of 2.
+template <int BITS, class T>
+void unpack(const Weight &weight, int64_t row, int64_t begin, int64_t count, T *to) {
+    const uint8_t *at = static_cast<const uint8_t *>(weight.data) + row * weight.stride + begin * BITS / 8;
+    const Scales scales(weight, row);
+    for (int64_t i = 0; i < count; i += W) {
+        const int64_t left = weight.depth - begin - i;
+        VF values = {};
+        if (left > 0) {
+            const uint8_t *p = at + i * BITS / 8;
+            values = left < W ? Values<BITS>::load_part(p, left) : Values<BITS>::load(p);
+            if (weight.group) values *= scales.load(0, begin + i, 1)[0];
+        }
+        store(to + i, values);
+    }
+}
+
+// For Dot: each 32 bits of the weight become one lane of several vectors. A packed step has the elements for the first
+// of these vectors first.
+template <int BITS>
+struct Unpacked {
+    using Element = uint8_t;
+    using Packed = float;
+    static constexpr int VECTORS = 32 / BITS, STEP = VECTORS * W, PACKED = STEP, PER_ELEMENT = 8 / BITS;
+    static constexpr bool SEALS = false;
+    struct Loaded {
+        VF v[VECTORS];
+    };
+
+    static Loaded split(VU words) {
+        Loaded loaded;
+#pragma GCC unroll 8
+        for (int i = 0; i < VECTORS; ++i) {
+            const VI value = BITS == 8 ? (VI)(words << (24 - 8 * i)) >> 24 : (VI)(words >> 4 * i & 15) - 8;
+            loaded.v[i] = __builtin_convertvector(value, VF);
+        }
+        return loaded;
+    }
+    static Loaded load(const uint8_t *w) { return split(read<VU>(w)); }
+    static Loaded load_part(const uint8_t *w, int64_t n) { return split(read_part<VU, 1>(w, n)); }
+    static void scale(Loaded &loaded, VF scales) {
+        for (VF &v : loaded.v) v *= scales;
+    }
+    static VF multiply(VF acc, const Loaded &w, const float *x) {
+#pragma GCC unroll 8
+        for (int i = 0; i < VECTORS; ++i) acc = multiply_add(w.v[i], grasp::load(x + i * W), acc);
+        return acc;
+    }
+    template <class T>
+    static void pack(const T *x, float *packed) {
+        alignas(64) float values[STEP];
+        for (int i = 0; i < STEP; i += W) store(values + i, grasp::load(x + i));
+        for (int i = 0; i < STEP; ++i) put(packed, i, values[i]);
+    }
+    static void put(float *packed, int64_t index, float value) {
+        packed[index / STEP * STEP + index % VECTORS * W + index % STEP / VECTORS] = value;
+    }
+};
+
+}  // namespace
+}  // namespace grasp
