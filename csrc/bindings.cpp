@@ -60,8 +60,11 @@ GroupViews to_views(PyObject *item, PyObject *y) {
         throw py::type_error("a group is a tuple of 7");
     }
     const Direct::Group group = &PyTuple_GET_ITEM(item, 0);
-    return {view(group[0], false, true), optional_view(group[1]), view(group[2], false, true), optional_view(group[3]),
-            order_view(group[4]),        scales_view(group[5]),   scales_view(group[6]),       view(y)};
+    const GroupViews views = {
+        view(group[0], false, true), optional_view(group[1]), view(group[2], false, true), optional_view(group[3]),
+        order_view(group[4]),        scales_view(group[5]),   scales_view(group[6]),       view(y)};
+    if (!views.scales_agree()) throw NotInPlace();
+    return views;
 }
 
 // With an activation (a grasp_activation; negative for none) the groups are the gate and the up projection of one

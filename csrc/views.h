@@ -89,6 +89,7 @@ struct GroupViews {
 
     int64_t rank() const { return Vh.rows; }
     int64_t outputs() const { return order.data ? U.rows + Vh.rows : U.rows; }
+    bool scales_agree() const { return !U_scales.data || !Vh_scales.data || U_scales.dtype == Vh_scales.dtype; }
 };
 
 inline int32_t bits_of(const View &matrix) { return matrix.dtype == INT8 ? 8 : matrix.dtype == INT4_PAIR ? 4 : 0; }
@@ -118,8 +119,8 @@ inline bool agree(const View &x, const GroupViews &group) {
     const int64_t outputs = group.outputs(), R = group.rank();
     return fits(Vh, Vh_scales, x.columns, x) && fits(U, U_scales, R, x) && (U.rows > 0 || order.data) && R > 0 &&
            x.columns > 0 && is_vector(s, R) && is_vector(bias, outputs) && is_vector(order, outputs) &&
-           (!U_scales.data || !Vh_scales.data || U_scales.dtype == Vh_scales.dtype) &&
-           (!(order.data || Vh_scales.data) || !s.data) && (!order.data || order.dtype == INDEX) && x.dtype >= 0 &&
+           group.scales_agree() && (!(order.data || Vh_scales.data) || !s.data) &&
+           (!order.data || order.dtype == INDEX) && x.dtype >= 0 &&
            (!s.data || s.dtype == GRASP_F32 || s.dtype == x.dtype) && (!bias.data || bias.dtype == x.dtype) &&
            y.dtype == x.dtype && y.rows == x.rows && y.columns == outputs;
 }

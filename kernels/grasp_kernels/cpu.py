@@ -24,10 +24,17 @@ _UNGATED = -1
 
 
 def lowrank_linear(
-    x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, order: Tensor | None = None, *_: None
+    x: Tensor,
+    U: Tensor,
+    s: Tensor | None,
+    Vh: Tensor,
+    bias: Tensor | None,
+    order: Tensor | None = None,
+    U_scales: Tensor | None = None,
+    Vh_scales: Tensor | None = None,
 ) -> Tensor:
     """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). Arguments and result as in ``reference.lowrank_linear``."""
-    return run(x, (Factors(U, s, Vh, bias, order),))[0]
+    return run(x, (Factors(U, s, Vh, bias, order, U_scales, Vh_scales),))[0]
 
 
 def lowrank_linear_grouped(
@@ -55,7 +62,8 @@ def run(
 
     Args:
         x: (M, K); fp32, fp16 or bf16 on the CPU.
-        factors: dtype of x; s may be fp32. Tensors that the kernels cannot read in place are copied first.
+        factors: dtype of x, int8 or int4; s and scales may be fp32. Tensors that the kernels cannot read in place are
+            copied first.
         activation: if given, ``factors`` are the gate and the up projection, and there is one output.
         instruction_set: one of ``INSTRUCTION_SETS``; ``"auto"`` is the best one for the call.
 
@@ -77,7 +85,11 @@ def _run(
 
 
 def _contiguous(group: Factors) -> Factors:
-    return Factors(*(None if tensor is None else tensor.contiguous() for tensor in group))  # type: ignore[arg-type]
+    copy = Factors(*(None if tensor is None else tensor.contiguous() for tensor in group))  # type: ignore[arg-type]
+    U_scales, Vh_scales = copy.U_scales, copy.Vh_scales
+    if U_scales is None or Vh_scales is None or U_scales.dtype == Vh_scales.dtype:
+        return copy
+    return copy._replace(U_scales=U_scales.float(), Vh_scales=Vh_scales.float())
 
 
 def open_direct_path(
