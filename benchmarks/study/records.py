@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from grasp.bench.conditions import Conditions
@@ -154,7 +155,54 @@ class StudyLatency(Record):
     )
 
 
-STUDY_RECORDS: tuple[type[Record], ...] = (StudyResult, StudyLatency)
+@dataclass(frozen=True)
+class StudyQuantized(Record):
+    """A cell of ``benchmarks.study.quantization``: a dense or compressed model in one way of storing its weights.
+
+    Attributes:
+        dense: the dense model, as it was given.
+        model: the model that was quantised, the last part of its name.
+        way: a key of ``WAYS`` of the study.
+        text: text of the perplexity.
+        windows: number of windows that are evaluated; ``None`` for the whole text.
+        window: number of tokens that the model sees at once.
+        bytes: of all weights; what is not quantised counts as bfloat16.
+        of_dense: these bytes over those of the dense model in bfloat16.
+        perplexity: perplexity of the text.
+        excess: nats per token over the dense model in float32.
+        cpu_seconds: CPU time of the quantisation over all threads, s.
+        conditions: when and where.
+    """
+
+    dense: str
+    model: str
+    way: str
+    text: str
+    windows: int | None
+    window: int
+    bytes: int
+    of_dense: float
+    perplexity: float
+    excess: float
+    cpu_seconds: float
+    conditions: Conditions
+
+    kind: ClassVar[str] = "study_quantized"
+    title: ClassVar[str] = "Perplexity by bytes"
+    case: ClassVar[tuple[Column, ...]] = (Column("dense model", "dense"), Column("text", "text"))
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("model", "model"),
+        Column("weights", "way"),
+        Column("size", "bytes", size),
+        Column("of dense bf16", "of_dense", share),
+        Column("perplexity", "perplexity", "{:.4g}".format),
+        Column("nats over dense", "excess", "{:.3f}".format),
+        Column("CPU seconds", "cpu_seconds", "{:.0f}".format),
+    )
+    figures: ClassVar[tuple[str, ...]] = ("benchmarks.study.records:perplexity_by_bytes",)
+
+
+STUDY_RECORDS: tuple[type[Record], ...] = (StudyResult, StudyLatency, StudyQuantized)
 
 
 def perplexity_by_size(cells: Sequence[StudyResult]) -> list[Picture]:
@@ -177,3 +225,22 @@ def perplexity_by_size(cells: Sequence[StudyResult]) -> list[Picture]:
             size = statistics.mean(cell.parameters for cell in seeds)
             points.append(Quality(method, size, statistics.mean(values), min(values), max(values)))
     return of_comparisons("size", "Perplexity by size", data, figures.perplexity_by_size)
+
+
+def perplexity_by_bytes(cells: Sequence[StudyQuantized]) -> list[Picture]:
+    """Perplexity against bytes, one figure for each dense model and text."""
+    from grasp.reporting import figures
+    from grasp.reporting.figure_data import Comparison, Quality
+    from grasp.reporting.pictures import of_comparisons
+
+    data = {
+        Comparison(
+            f"{dense} on {'all' if windows is None else windows} windows of {window} tokens of {text}",
+            f"Bytes of all weights; {cells[-1].conditions}",
+        ): [Quality(cell.way, cell.bytes, cell.perplexity, cell.perplexity, cell.perplexity) for cell in group]
+        for (dense, text, windows, window), group in grouped(
+            cells, lambda cell: (cell.dense, cell.text, cell.windows, cell.window)
+        ).items()
+    }
+    draw = partial(figures.perplexity_by_size, unit="size, MB")
+    return of_comparisons("bytes", "Perplexity by bytes", data, draw)

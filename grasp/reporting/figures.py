@@ -109,8 +109,8 @@ def _spectrum(axes: Axes, module: ModuleReport) -> None:
     axes.set_title(f"{short_name(module.name)}: {module.rank} of {groups}", loc="left")
 
 
-def perplexity_by_size(points: Sequence[Quality]) -> Figure:
-    """Perplexity against parameters, with the Pareto front. Lower is better for both."""
+def perplexity_by_size(points: Sequence[Quality], unit: str = "parameters, M") -> Figure:
+    """Perplexity against parameters or bytes, in millions, with the Pareto front. Lower is better for both."""
     points = [point._replace(x=point.x / 1e6) for point in points]
     labels = list(dict.fromkeys(point.label for point in points))
     figure, axes = _figure(3.2 + 0.2 * -(-len(labels) // 2))
@@ -130,7 +130,7 @@ def perplexity_by_size(points: Sequence[Quality]) -> Figure:
         )
     axes.set_yscale("log")
     _plain_numbers(axes.yaxis)
-    axes.set_xlabel("parameters, M")
+    axes.set_xlabel(unit)
     axes.set_ylabel("perplexity")
     _legend(figure, axes)
     return figure

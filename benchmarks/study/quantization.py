@@ -1,0 +1,119 @@
+"""Perplexity against bytes: a dense model and compressed ones in bf16, 8 and 4 bits.
+
+``python -m benchmarks.study.quantization DENSE COMPRESSED… -o FILE`` quantises each model in each way and measures the
+perplexity of held-out text. Models run in float32; bytes are those of a checkpoint in bfloat16. Cells that the output
+already has are not run again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.study.records import STUDY_RECORDS, StudyQuantized
+from grasp.bench.conditions import conditions, measure_card
+from grasp.bench.results import append_results, check_output, read_results
+from grasp.builtin import BUILTIN
+from grasp.calibration import bos_for, read_text, token_batches, tokenize
+from grasp.cli.bench_tables import show_results
+from grasp.compression.quantize import quantize_
+from grasp.errors import GraspError
+from grasp.evaluation.perplexity import perplexity
+from grasp.loading import load_model
+from grasp.model.quantized_linear import Storage
+from grasp.model.size import model_size
+from grasp.model.targets import decoder
+
+WAYS: dict[str, tuple[Storage | None, bool]] = {  # how weights are stored, and whether rounding knows the inputs
+    "bf16": (None, False),
+    "int8, nearest": (Storage(8), False),
+    "int8": (Storage(8), True),
+    "int4, nearest": (Storage(4, 64), False),
+    "int4": (Storage(4, 64), True),
+}
+
+
+def measure(source: str, way: str, text: str, windows: int | None, window: int) -> tuple[int, float, float]:
+    """Quantise a model and measure it: bytes in bf16, perplexity, and CPU seconds of the quantisation.
+
+    Args:
+        source: a folder or name.
+        way: a key of ``WAYS``.
+        text: of the perplexity.
+        windows: how many; ``None``: the whole text.
+        window: tokens in each.
+    """
+    model, tokenizer = load_model(source, dtype="float32")
+    bos, (storage, knows_inputs), start = bos_for(tokenizer), WAYS[way], time.process_time()
+    if storage is not None:
+        batches = token_batches(tokenizer, read_text(BUILTIN), num_samples=24, seq_len=512, batch_size=2, seed=0)
+        quantize_(model, storage, batches if knows_inputs else ())
+    seconds = time.process_time() - start
+    tokens = tokenize(tokenizer, read_text(text, split="evaluation"))
+    count = None if windows is None else windows * (window - (bos is not None))
+    measured = perplexity(model, tokens[:count], window=window, batch_size=2, bos_token_id=bos)
+    torch.nn.Module.to(model, torch.bfloat16)
+    return model_size(model, decoder(model).layers).bytes, measured.perplexity, seconds
+
+
+def main(
+    models: Annotated[list[str], typer.Argument(help="The dense model, then compressed ones.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON lines; a study in this file is resumed.")],
+    text: Annotated[str, typer.Option(help="Text for the perplexity; a text file is read whole.")] = BUILTIN,
+    window: Annotated[int, typer.Option(help="Tokens of the text in one window.")] = 512,
+    windows: Annotated[int | None, typer.Option(help="Number of windows. Default: the whole text.")] = None,
+    ways: Annotated[list[str] | None, typer.Option(help="Default: all.")] = None,
+) -> None:
+    """Run the missing cells, and print the table."""
+    console, cpu, dense = Console(stderr=True), torch.device("cpu"), models[0]
+    if unknown := sorted(set(ways or []) - set(WAYS)):
+        raise typer.BadParameter(f"unknown ways {', '.join(unknown)}; expected some of {', '.join(WAYS)}")
+    try:
+        check_output(output, STUDY_RECORDS)
+        cells = read_results(output, STUDY_RECORDS) if output.exists() else []
+        name, text_name = Path(dense).name, Path(text).name
+        setting = (dense, text_name, windows, window)
+        done = {
+            (cell.model, cell.way): cell
+            for cell in cells
+            if isinstance(cell, StudyQuantized) and (cell.dense, cell.text, cell.windows, cell.window) == setting
+        }
+        if (name, "bf16") not in done and ways and "bf16" not in ways:
+            raise typer.BadParameter("the excess is over the dense model in bf16: run without --ways, or with bf16 too")
+        where = conditions(measure_card(cpu, torch.float32), cpu)
+        for source, way in ((source, way) for source in models for way in WAYS if way in (ways or WAYS)):
+            if (Path(source).name, way) in done:
+                continue
+            size, value, seconds = measure(source, way, text, windows, window)
+            base = done.get((name, "bf16"))
+            cell = StudyQuantized(
+                dense=dense,
+                model=Path(source).name,
+                way=way,
+                text=text_name,
+                windows=windows,
+                window=window,
+                bytes=size,
+                of_dense=1.0 if base is None else size / base.bytes,
+                perplexity=value,
+                excess=0.0 if base is None else math.log(value / base.perplexity),
+                cpu_seconds=seconds,
+                conditions=where,
+            )
+            append_results(output, [cell])
+            done[cell.model, way] = cell
+            console.print(f"{cell.model}, {way}: {cell.of_dense:.1%}, {cell.excess:.3f} nats", soft_wrap=True)
+    except GraspError as error:
+        console.print(f"error: {error}", soft_wrap=True)
+        raise typer.Exit(2) from error
+    show_results(done.values())
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from benchmarks.study import quantization
+from benchmarks.study.records import STUDY_RECORDS, StudyQuantized, perplexity_by_bytes
+from grasp.bench.results import read_results
+
+
+def run(*words: str) -> Result:
+    app = typer.Typer()
+    app.command()(quantization.main)
+    return CliRunner().invoke(app, words)
+
+
+MEASURED = {("dense", "bf16"): (200, 10.0), ("dense", "int8"): (104, 10.1), ("small", "int8"): (80, 12.0)}
+
+
+def test_cells_are_compared_with_the_dense_model_and_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, str]] = []
+
+    def measure(source: str, way: str, *_: object) -> tuple[int, float, float]:
+        calls.append((source, way))
+        return *MEASURED.get((source, way), (180, 11.0)), 1.5
+
+    monkeypatch.setattr(quantization, "measure", measure)
+    output = tmp_path / "q.jsonl"
+    arguments = ["dense", "small", "-o", str(output), "--ways", "bf16", "--ways", "int8"]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert calls == [("dense", "bf16"), ("dense", "int8"), ("small", "bf16"), ("small", "int8")]
+    cells = {(c.model, c.way): c for c in read_results(output, STUDY_RECORDS) if isinstance(c, StudyQuantized)}
+    assert cells["small", "int8"].of_dense == 0.4
+    assert cells["small", "int8"].excess == pytest.approx(math.log(1.2))
+    calls.clear()
+    run(*arguments)
+    assert not calls
+    (picture,) = perplexity_by_bytes(list(cells.values()))
+    assert "dense" in picture.title
+
+
+def test_without_the_dense_model_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
+    result = run("dense", "-o", str(tmp_path / "q"), "--ways", "int8")
+    assert result.exit_code == 2
+    assert "with bf16 too" in result.output.replace("\n", " ")
