@@ -36,7 +36,7 @@ SANITIZERS = {"address": "-fsanitize=address,undefined -fno-sanitize-recover=all
 X86_FILES = {
     "avx2.cpp": "-mavx2 -mfma -mf16c",
     "avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
-    "avx512_bf16.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma -mf16c",
+    "avx512_bf16.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mfma -mf16c",
     "amx.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma -mf16c -mamx-tile -mamx-bf16",
 }
 CUDA_FLAGS = (

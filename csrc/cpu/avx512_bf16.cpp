@@ -1,4 +1,5 @@
 #include "choose.h"
+#include "integers.h"
 #include "pairs.h"
 
 namespace grasp {
@@ -24,13 +25,26 @@ struct NativePairs {
     }
 };
 
+// Few rows of x and a quantised weight.
+template <class T, int DIGITS>
+const Kernel *integers(int bits) {
+    return bits == 8 ? &Dot<T, Integers<8, DIGITS>>::kernel : &Dot<T, Integers<4, DIGITS>>::kernel;
+}
+
 }  // namespace
 
 const Kernel *avx512_bf16_kernel(grasp_dtype dtype, int bits, int64_t M) {
+    if (bits && M <= DOT_ROWS) {
+        switch (dtype) {
+            case GRASP_F32: return integers<float, 3>(bits);
+            case GRASP_F16: return integers<F16, 2>(bits);
+            case GRASP_BF16: return integers<BF16, 2>(bits);
+        }
+    }
     if (dtype != GRASP_BF16) return nullptr;
     switch (bits) {
-        case 8: return dot_or_panel<Dot<BF16, Unpacked<8>>, Panel<Pairs, 8>>(M);
-        case 4: return dot_or_panel<Dot<BF16, Unpacked<4>>, Panel<Pairs, 4>>(M);
+        case 8: return &Panel<Pairs, 8>::kernel;
+        case 4: return &Panel<Pairs, 4>::kernel;
         default: return dot_or_panel<Dot<BF16, NativePairs>, Panel<Pairs>>(M);
     }
 }

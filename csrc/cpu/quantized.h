@@ -99,37 +99,39 @@ void unpack(const Weight &weight, int64_t row, int64_t begin, int64_t count, T *
     }
 }
 
-// For Dot: each 32 bits of the weight become one lane of several vectors. A packed step has the elements for the first
-// of these vectors first.
+// For Dot: each 32 bits of the weight are one lane of several vectors. A packed step has the elements for the first of
+// these vectors first. A value stays in its place in its half of the 32 bits, which multiplies it by a power of two;
+// packed x is divided by that.
 template <int BITS>
 struct Unpacked {
     using Element = uint8_t;
     using Packed = float;
     static constexpr int VECTORS = 32 / BITS, STEP = VECTORS * W, PACKED = STEP, PER_ELEMENT = 8 / BITS;
     static constexpr bool SEALS = false;
+    static constexpr uint32_t MASK = (1u << BITS) - 1, OFFSET = 1u << (BITS - 1);
     struct Loaded {
-        VF v[VECTORS];
+        VU words;
+        VF scale = broadcast(1);
     };
 
-    static Loaded split(VU words) {
-        Loaded loaded;
+    static constexpr int place(int i) { return BITS * i % 16; }
+
+    static Loaded load(const uint8_t *w) { return {read<VU>(w)}; }
+    static Loaded load_part(const uint8_t *w, int64_t n) { return {read_part<VU, 1>(w, n)}; }
+    static void scale(Loaded &loaded, VF scales) { loaded.scale = scales; }
+
+    static VF multiply(VF acc, const Loaded &w, const float *x) {
+        const VU words = BITS == 8 ? w.words ^ 0x80808080 : w.words;  // values + OFFSET
+        VF sum = {};
 #pragma GCC unroll 8
         for (int i = 0; i < VECTORS; ++i) {
-            const VI value = BITS == 8 ? (VI)(words << (24 - 8 * i)) >> 24 : (VI)(words >> 4 * i & 15) - 8;
-            loaded.v[i] = __builtin_convertvector(value, VF);
+            const VU half = 2 * i < VECTORS ? words : words >> 16;
+            const VI value = (VI)((half & MASK << place(i)) - (OFFSET << place(i)));
+            sum = multiply_add(__builtin_convertvector(value, VF), grasp::load(x + i * W), sum);
         }
-        return loaded;
+        return multiply_add(sum, w.scale, acc);
     }
-    static Loaded load(const uint8_t *w) { return split(read<VU>(w)); }
-    static Loaded load_part(const uint8_t *w, int64_t n) { return split(read_part<VU, 1>(w, n)); }
-    static void scale(Loaded &loaded, VF scales) {
-        for (VF &v : loaded.v) v *= scales;
-    }
-    static VF multiply(VF acc, const Loaded &w, const float *x) {
-#pragma GCC unroll 8
-        for (int i = 0; i < VECTORS; ++i) acc = multiply_add(w.v[i], grasp::load(x + i * W), acc);
-        return acc;
-    }
+
     template <class T>
     static void pack(const T *x, float *packed) {
         alignas(64) float values[STEP];
@@ -137,7 +139,8 @@ struct Unpacked {
         for (int i = 0; i < STEP; ++i) put(packed, i, values[i]);
     }
     static void put(float *packed, int64_t index, float value) {
-        packed[index / STEP * STEP + index % VECTORS * W + index % STEP / VECTORS] = value;
+        const int64_t i = index % VECTORS;
+        packed[index / STEP * STEP + i * W + index % STEP / VECTORS] = value / static_cast<float>(1 << place(i));
     }
 };
 

@@ -43,9 +43,14 @@ double element_value(const void *p, int dtype) {
     return half & 0x8000 ? -magnitude : magnitude;
 }
 
+constexpr int BYTES = -1;  // no grasp_dtype: a quantised matrix
+
+int64_t size_of(int dtype) { return dtype == BYTES ? 1 : dtype == GRASP_F32 ? 4 : 2; }
+
 // An element between 2^-exponent and half of that, of either sign.
 uint32_t random_bits(int dtype, int exponent) {
     const uint32_t random = generator();
+    if (dtype == BYTES) return random & 0xff;
     if (dtype == GRASP_F32) return (random & 0x807fffff) | (126 - exponent) << 23;
     return dtype == GRASP_BF16 ? (random & 0x807f) | (126 - exponent) << 7 : (random & 0x83ff) | (14 - exponent) << 10;
 }
@@ -54,7 +59,7 @@ uint32_t random_bits(int dtype, int exponent) {
 class Matrix {
   public:
     Matrix(int64_t rows, int64_t columns, int64_t stride, int dtype, int exponent = 0)
-        : columns(columns), stride(stride), dtype(dtype), size_(dtype == GRASP_F32 ? 4 : 2) {
+        : columns(columns), stride(stride), dtype(dtype), size_(size_of(dtype)) {
         const int64_t page = sysconf(_SC_PAGESIZE), bytes = rows ? ((rows - 1) * stride + columns) * size_ : 0;
         length_ = (bytes + page - 1) / page * page + page;
         base_ = static_cast<char *>(mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
@@ -120,7 +125,14 @@ struct Layer {
                 bias.columns,
                 s.columns,
                 s.dtype,
-                nullptr};
+                nullptr,
+                nullptr,
+                nullptr,
+                0,
+                0,
+                0,
+                0,
+                0};
     }
 
     std::vector<double> exact(const Matrix &x, int64_t M) const {
@@ -222,9 +234,74 @@ bool check_pivoted(const Shape &shape, int isa, int dtype, bool ascending, bool 
                                  N,
                                  R,
                                  0,
-                                 order.data()};
+                                 order.data(),
+                                 nullptr,
+                                 nullptr,
+                                 0,
+                                 0,
+                                 0,
+                                 0,
+                                 0};
     const grasp_cpu_options options = {isa, shape.threads, shape.threads > 1 ? run_on_threads : nullptr};
     return grasp_cpu_lowrank_linear(&input, &group, 1, &options) == GRASP_OK && close(y, exact, M, "pivoted");
+}
+
+// A matrix with values of 8 or 4 bits.
+struct Quantised {
+    Matrix values, scales;
+    int bits, group;
+
+    Quantised(int64_t rows, int64_t depth, int bits, int group, int64_t gap, int dtype)
+        : values(rows, (depth * bits + 7) / 8, (depth * bits + 7) / 8 + gap, BYTES),
+          scales(rows, group ? (depth + group - 1) / group : 1, group ? (depth + group - 1) / group : 1, dtype,
+                 half_log(depth) + bits - 2),
+          bits(bits),
+          group(group) {}
+
+    double operator()(int64_t row, int64_t column) const {
+        const uint8_t byte = values.data[row * values.stride + column * bits / 8];
+        const int value = bits == 8 ? static_cast<int8_t>(byte) : (byte >> column % 2 * 4 & 15) - 8;
+        return value * scales(row, group ? column / group : 0);
+    }
+};
+
+bool check_quantised(const Shape &shape, int isa, int dtype, int bits, int group) {
+    const int64_t M = shape.M, N = shape.N, K = shape.K, R = shape.R;
+    Matrix x(M, K, K + shape.gap, dtype), bias(1, N, N, dtype), y(M, N, N, dtype);
+    const Quantised U(N, R, bits, group, shape.gap, dtype), Vh(R, K, 12 - bits, group, 0, dtype);
+    std::vector<double> exact(M * N);
+    for (int64_t m = 0; m < M; ++m) {
+        std::vector<double> h(R);
+        for (int64_t r = 0; r < R; ++r) {
+            for (int64_t k = 0; k < K; ++k) h[r] += x(m, k) * Vh(r, k);
+        }
+        for (int64_t n = 0; n < N; ++n) {
+            for (int64_t r = 0; r < R; ++r) exact[m * N + n] += h[r] * U(n, r);
+            exact[m * N + n] += bias(0, n);
+        }
+    }
+    const grasp_input input = {x.data, x.stride, M, K, dtype};
+    const grasp_factors factors = {U.values.data,
+                                   Vh.values.data,
+                                   nullptr,
+                                   bias.data,
+                                   y.data,
+                                   U.values.stride,
+                                   Vh.values.stride,
+                                   y.stride,
+                                   N,
+                                   R,
+                                   0,
+                                   nullptr,
+                                   U.scales.data,
+                                   Vh.scales.data,
+                                   dtype,
+                                   U.bits,
+                                   Vh.bits,
+                                   group,
+                                   group};
+    const grasp_cpu_options options = {isa, shape.threads, shape.threads > 1 ? run_on_threads : nullptr};
+    return grasp_cpu_lowrank_linear(&input, &factors, 1, &options) == GRASP_OK && close(y, exact, M, "quantised");
 }
 
 bool check_glu(const Shape &shape, int isa, int dtype, int activation) {
@@ -285,6 +362,19 @@ bool check_refusals() {
     above.order = large;
     too_many.R = too_many.U_stride = 5;
     scaled.s = layer.s.data;
+    grasp_factors eight_bits = group;  // reads the first bytes of U as values, and bias as scales
+    eight_bits.U_scales = layer.bias.data;
+    eight_bits.U_bits = 8;
+    grasp_factors six_bits = eight_bits, no_scales = eight_bits, sixteen = eight_bits, short_bytes = eight_bits;
+    grasp_factors half_scales = eight_bits, scaled_twice = group;
+    six_bits.U_bits = 6;
+    no_scales.U_scales = nullptr;
+    sixteen.U_group = 16;
+    short_bytes.U_stride = 1;
+    half_scales.scales_dtype = GRASP_F16;
+    scaled_twice.Vh_bits = 4;
+    scaled_twice.Vh_scales = layer.bias.data;
+    scaled_twice.s = layer.s.data;
     grasp_input bad_dtype = input, no_data = input;
     bad_dtype.dtype = 3;
     no_data.data = nullptr;
@@ -292,7 +382,9 @@ bool check_refusals() {
     bool good = grasp_cpu_lowrank_linear(&input, &group, 1, &options) == GRASP_OK;
     good = good && grasp_cpu_lowrank_linear(&input, &pivoted, 1, &options) == GRASP_OK;
     good = good && grasp_cpu_lowrank_glu(&input, &pivoted, &pivoted, 0, &options) == GRASP_BAD_ARGUMENT;
-    for (const grasp_factors *factors : {&no_U, &short_row, &no_rank, &below, &above, &too_many, &scaled}) {
+    good = good && grasp_cpu_lowrank_linear(&input, &eight_bits, 1, &options) == GRASP_OK;
+    for (const grasp_factors *factors : {&no_U, &short_row, &no_rank, &below, &above, &too_many, &scaled, &six_bits,
+                                         &no_scales, &sixteen, &short_bytes, &half_scales, &scaled_twice}) {
         good = good && grasp_cpu_lowrank_linear(&input, factors, 1, &options) == GRASP_BAD_ARGUMENT;
     }
     good = good && grasp_cpu_lowrank_linear(&bad_dtype, &group, 1, &options) == GRASP_BAD_ARGUMENT;
@@ -323,10 +415,12 @@ int main() {
         for (int dtype = GRASP_F32; dtype <= GRASP_BF16; ++dtype) {
             for (const Shape &shape : SHAPES) {
                 const int activation = cases % 4;
+                constexpr int GROUPS[] = {0, 32, 64, 128};
                 for (const bool good :
                      {check_linear(shape, isa, dtype), check_pivoted(shape, isa, dtype, false),
                       check_pivoted(shape, isa, dtype, true), check_pivoted(shape, isa, dtype, true, false),
-                      check_glu(shape, isa, dtype, activation)}) {
+                      check_glu(shape, isa, dtype, activation),
+                      check_quantised(shape, isa, dtype, cases % 2 ? 8 : 4, GROUPS[cases % 7 % 4])}) {
                     ++cases;
                     if (good) continue;
                     ++failures;
