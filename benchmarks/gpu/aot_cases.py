@@ -14,7 +14,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.gpu.sass import SHARED_LIMITS, Binary, load_width
 from grasp_kernels.gradient_configs import FULL_PRECISION, LARGE, SMALL, WIDE, Tile
-from grasp_kernels.launch_configs import on_path, rule_of_thumb, serves
+from grasp_kernels.launch_configs import for_quantized, on_path, rule_of_thumb, serves
+from grasp_kernels.quantized import KINDS, stored_columns
 from grasp_kernels.reference import Factors
 from grasp_kernels.triton import lowrank_glu, lowrank_linear, singular_value_grad
 from grasp_kernels.triton.launch import Gpu, Launch
@@ -50,6 +51,7 @@ def cases() -> Iterator[AotCase]:
     yield from _lowrank_linear_cases("fused", (1, 2, 4, 16, 64))
     yield from _lowrank_glu_cases()
     yield from _pivoted_cases()
+    yield from _quantized_cases()
 
 
 def complaints(launch: Launch, binary: Binary) -> list[str]:
@@ -64,7 +66,7 @@ def complaints(launch: Launch, binary: Binary) -> list[str]:
     narrow = _is_narrow(launch)
     if _reads_factors(launch) and not loads[16] and not narrow:
         errors.append("no 16-byte loads of the factors")
-    if loads[2] and not arguments.get("BIASES") and not narrow and not _gathers(launch):
+    if loads[2] and not (arguments.get("BIASES") or narrow or _gathers(launch) or _is_quantized(launch)):
         errors.append(f"{loads[2]} loads of 2 bytes")
     if _has_dot(launch) and not any(map(binary.count, TENSOR_CORES)):
         errors.append("a 16-bit dot without tensor cores")
@@ -116,14 +118,15 @@ def copied_ahead(launch: Launch, binary: Binary) -> int:
 
 
 def prefetched(launch: Launch, binary: Binary) -> int:
-    """Bytes of U that a program of an expand requests before h; 0 if one load waits for another."""
+    """Bytes of U that a program of an expand requests at once: before h, and before anything waits for the first."""
     names = binary.instructions
     first = next((place for place, name in enumerate(names) if name == WAIT or _HIDDEN.match(name)), 0)
-    early = names[:first]
-    loads = [place for place, name in enumerate(early) if name.startswith("LDG") and ".EF" in name]
-    if not loads or any(name.startswith(("STS", "BAR")) for name in early[loads[0] : loads[-1]]):
+    loads = [place for place, name in enumerate(names[:first]) if name.startswith("LDG") and ".EF" in name]
+    if not loads:
         return 0
-    return sum(load_width(early[place]) for place in loads) * 32 * launch.options["num_warps"]
+    waits = (place for place in range(loads[0], first) if names[place].startswith(("STS", "BAR")))
+    end = next(waits, first)
+    return sum(load_width(names[place]) for place in loads if place < end) * 32 * launch.options["num_warps"]
 
 
 def requested(launch: Launch, binary: Binary) -> int:
@@ -142,19 +145,28 @@ def _least_prefetched(launch: Launch) -> int:
     if not arguments.get("TILES"):
         return 0
     factors = 2 if "gate_u_ptr" in arguments and arguments["up_entries_ptr"] is None else 1
-    tile = arguments["BLOCK_N"] * arguments["BLOCK_R"] * _matrix(arguments).element_size()
-    return factors * arguments["TILES"] * tile
+    return factors * arguments["TILES"] * _tile_bytes(launch, arguments["BLOCK_N"] * arguments["BLOCK_R"])
 
 
 def _least_copied_ahead(launch: Launch) -> int:
     """Bytes of the factor that a loop of a low-rank kernel must copy ahead; 0 for a kernel without such a loop."""
     arguments = launch.arguments
-    tensor, name = _matrix(arguments), launch.kernel.__name__
-    if not name.startswith("_lowrank") or not ("BLOCK_K" in arguments or arguments["LOOPED"]) or _is_narrow(launch):
+    if (
+        not launch.kernel.__name__.startswith("_lowrank")
+        or not ("BLOCK_K" in arguments or arguments["LOOPED"])
+        or _is_narrow(launch)
+    ):
         return 0
     block_r = arguments.get("SHRINK_R", arguments["BLOCK_R"])
-    tile = block_r * arguments.get("BLOCK_K", arguments.get("BLOCK_N"))
-    return (launch.options["num_stages"] - 1) * tile * tensor.element_size()
+    tile = _tile_bytes(launch, block_r * arguments.get("BLOCK_K", arguments.get("BLOCK_N")))
+    return (launch.options["num_stages"] - 1) * tile
+
+
+def _tile_bytes(launch: Launch, elements: int) -> int:
+    """Bytes of a tile of the factor that a low-rank kernel reads, Vh if it reads both; two int4 share one."""
+    arguments = launch.arguments
+    factor = arguments.get("vh_ptrs", arguments.get("u_ptrs", (_matrix(arguments),)))[0]
+    return int(elements * factor.element_size() // (2 if factor.dtype == torch.uint8 else 1))
 
 
 def barrier_complaints(binary: Binary) -> list[str]:
@@ -181,6 +193,11 @@ def _is_narrow(launch: Launch) -> bool:
 def _gathers(launch: Launch) -> bool:
     """Whether a gated linear unit reads single elements of h in 16 bits: outputs of pivoted factors."""
     return launch.arguments.get("gate_order_ptr") is not None or launch.arguments.get("up_entries_ptr") is not None
+
+
+def _is_quantized(launch: Launch) -> bool:
+    """Whether a launch reads scales, in 16 bits: one for each row, or for each group of its columns."""
+    return launch.arguments.get("vh_scales_ptrs") is not None or launch.arguments.get("u_scales_ptrs") is not None
 
 
 def _has_descriptors(launch: Launch) -> bool:
@@ -296,6 +313,41 @@ def _pivoted_cases() -> Iterator[AotCase]:
     yield AotCase("lowrank_linear, gemms, pivoted, M = 2048", _pivoted_product)
     for M in (1, 16, 64, 2048):
         yield _glu_case(M, "silu", BF16, pivots=4)
+
+
+FORMS = (("int8", None), ("fp8", None), ("int4", None), ("int4", 64))  # columns per scale; None: the row
+
+
+def _quantized_cases() -> Iterator[AotCase]:
+    """Ranks are multiples of 32, so that rows of int4 start at multiples of 16 bytes."""
+    for kind, group in FORMS:
+        for M in (1, 4, 16, 64, 256):
+            yield _quantized_case(kind, group, M, representative=(M, group) == (16, 64))
+        yield _quantized_case(kind, group, 16, R=1632, pivots=1632)
+
+
+def _quantized_case(
+    kind: str, group: int | None, M: int, *, R: int = 224, pivots: int = 0, representative: bool = False
+) -> AotCase:
+    dtype = next(dtype for dtype, name in KINDS.items() if name == kind)
+
+    def matrix(rows: int, depth: int) -> tuple[Tensor, Tensor]:
+        groups = 1 if group is None else -(-depth // group)
+        return _empty(rows, stored_columns(dtype, depth), dtype=dtype), _empty(rows, groups)
+
+    def launches(gpu: Gpu) -> Sequence[Launch]:
+        if kind == "fp8" and gpu.capability < 89:
+            return []
+        N, K = 4096, 4096
+        (U, U_scales), (Vh, Vh_scales) = matrix(N - pivots, R), matrix(R, K)
+        order = _empty(N, dtype=torch.int32) if pivots else None
+        factors, x = [Factors(U, None, Vh, None, order, U_scales, Vh_scales)], _empty(M, K)
+        config = for_quantized(gpu, lowrank_linear.launch_key(x, factors))
+        return lowrank_linear.plan(x, factors, [_empty(M, N)], config, gpu)
+
+    scales = "rows" if group is None else f"groups of {group}"
+    name = f"{kind}, scales of {scales}, {M} rows, 4096x4096, rank {R}{', pivoted' * (pivots > 0)}"
+    return AotCase(f"lowrank_linear, {name}", launches, representative)
 
 
 def _pivoted_product(gpu: Gpu) -> Sequence[Launch]:

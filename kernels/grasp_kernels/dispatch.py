@@ -72,6 +72,7 @@ def _nothing(*_: object) -> None:
     return None
 
 
+LEAST_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)  # Triton does not compile fp8 for earlier GPUs
 CUDA_ROWS = 16  # GRASP_CUDA_MAX_ROWS in csrc/lowrank.h
 CUDA_FASTEST_ROWS = 4  # above, triton's dots in 16 bits are expected to be faster: see docs/kernels.md
 
@@ -106,9 +107,13 @@ def _cuda_avoids(call: OpCall) -> str | None:
     return None if call.rows <= rows else f"beyond {rows} rows triton is expected to be faster"
 
 
-def _card_refuses(device: torch.device) -> str | None:
-    major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"it needs compute capability 8.0 or later, this card has {major}.{minor}"
+def _card_refuses(device: torch.device, least: tuple[int, int] = LEAST_CAPABILITY) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= least:
+        return None
+    purpose = " for fp8 factors" if least == FP8_CAPABILITY else ""
+    needed, found = (f"{major}.{minor}" for major, minor in (least, capability))
+    return f"it needs compute capability {needed} or later{purpose}, this card has {found}"
 
 
 def _triton_interprets() -> bool:
@@ -126,13 +131,11 @@ def _triton_missing() -> str | None:
 def _triton_refuses(call: OpCall) -> str | None:
     if call.dtype == torch.float64:
         return "its kernels accumulate in float32"
-    if call.weights:
-        return f"it has no kernel for {_forms(call)} factors"
     if _triton_interprets() and call.device.type in ("cpu", "cuda"):
         return None
     if call.device.type != "cuda":
         return f"it runs on CUDA tensors, not on {call.device.type}"
-    return _card_refuses(call.device)
+    return _card_refuses(call.device, FP8_CAPABILITY if "fp8" in call.weights else LEAST_CAPABILITY)
 
 
 def _triton_avoids(call: OpCall) -> str | None:

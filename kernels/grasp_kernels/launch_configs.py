@@ -122,6 +122,17 @@ def choose(kernel: str, gpu: Gpu, key: LaunchKey) -> Config:
     return _choose(kernel, gpu, key, CONFIGS)
 
 
+def for_quantized(gpu: Gpu, key: LaunchKey) -> Config:
+    """The configuration of a linear of quantised factors: that of floating ones of the dtype of x, as a pair.
+
+    Its estimate counts two to eight times the bytes of the weights. For many rows the configuration is matrix products
+    of dequantised copies, whose cost more rows share. Not measured.
+    """
+    most = FULL_PRECISION_PAIR_ROWS if key.dtype == "float32" else PAIR_ROWS
+    few = key._replace(rows=min(key.rows, UNTUNED_PAIR_ROWS))  # more have no rule of thumb for a pair
+    return replace(choose("lowrank_linear", gpu, few), path="pair" if key.rows <= most else "gemms")
+
+
 def status(kernel: str, gpu: Gpu) -> str:
     """How many measured configurations are used for a GPU, or why none is."""
     return read_entries(kernel, gpu.name, CONFIGS)[1]

@@ -47,6 +47,11 @@ class Factors(NamedTuple):
         return self.U.shape[0] if self.order is None else self.order.shape[0]
 
     @property
+    def rank(self) -> int:
+        """R."""
+        return self.Vh.shape[0]
+
+    @property
     def pivots(self) -> int:
         """The number of outputs that h gives: R, or less if the ranks are padded; 0 without ``order``."""
         return 0 if self.order is None else self.order.shape[0] - self.U.shape[0]

@@ -131,6 +131,20 @@ def test_the_answers_of_a_row_are_those_of_its_bucket(
                     assert (answer(calls[0]) is None) == (answer(calls[1]) is None), calls
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9)])
+def test_triton_refuses_fp8_factors_on_gpus_that_do_not_convert_fp8(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(dispatch, "_triton_interprets", lambda: False)
+    call = OpCall("lowrank_linear", torch.device("cuda"), torch.bfloat16, 1, 8)
+    reasons = [
+        dispatch._triton_refuses(call._replace(weights=frozenset(weights))) for weights in (["int8", "int4"], ["fp8"])
+    ]
+    early = "it needs compute capability 8.9 or later for fp8 factors, this card has 8.0"
+    assert reasons == [None, early if capability == (8, 0) else None]
+
+
 def test_available_backends_are_those_the_machine_can_run(table: pytest.MonkeyPatch) -> None:
     use(table, row("absent", missing="not built"), row("picky", refuses="too many rows"), row("slow"))
     assert available_backends() == ("picky", "slow")

@@ -11,9 +11,11 @@ import triton.language as tl
 
 from grasp_kernels.triton.tiles import (
     INTERPRETED,
+    dequantized,
     dot,
     hidden_column,
     load_factor,
+    load_row_scales,
     member,
     pick,
     reduced_hidden,
@@ -61,7 +63,7 @@ def hidden_row(h_ptr, row, offs_r, R, stride_hm, stride_hs, SPLITS: tl.constexpr
 @triton.jit
 def expand_row(u, h, s_ptr, s_length, offs_r, SCALED: tl.constexpr):
     """``u * (h * s)``, [BLOCK_N, BLOCK_R] in fp32, not yet summed over the rank; h is one row."""
-    return u.to(tl.float32) * (h.to(tl.float32) * load_scale(s_ptr, s_length, offs_r, SCALED))[None, :]
+    return u * (h.to(tl.float32) * load_scale(s_ptr, s_length, offs_r, SCALED))[None, :]
 
 
 @triton.jit
@@ -79,19 +81,32 @@ def hold(tiles):
 
 
 @triton.jit
-def load_tiles(u_ptr, offs_n, N, R, stride_un, BLOCK_R: tl.constexpr, TILES: tl.constexpr):
+def load_tiles(
+    u_ptr,
+    scales_ptr,
+    offs_n,
+    N,
+    R,
+    stride_un,
+    GROUP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    TILES: tl.constexpr,
+):
     """The first tiles of U, [BLOCK_N, BLOCK_R] each, as a tuple: they can be in registers before h is read."""
     tiles: tl.tuple = ()
     for index in tl.static_range(TILES):
-        offs_r = index * BLOCK_R + tl.arange(0, BLOCK_R)
-        tiles += (load_factor(u_ptr, offs_n, offs_r, N, R, stride_un),)
-    return hold(tiles)
+        tiles += (load_factor(u_ptr, scales_ptr, offs_n, index * BLOCK_R, N, R, stride_un, GROUP, BLOCK_R),)
+    held: tl.tuple = ()
+    for index in tl.static_range(TILES):
+        held += (hold(tiles[index]),)
+    return held
 
 
 @triton.jit
 def expand_tile(
     tiles,  # of U, from load_tiles
     u_ptr,
+    scales_ptr,
     h_ptr,
     s_ptr,
     s_length,
@@ -110,6 +125,8 @@ def expand_tile(
     SCALED: tl.constexpr,
     STAGES: tl.constexpr,
     LOOPED: tl.constexpr,  # the rank may exceed the loaded tiles
+    GROUP: tl.constexpr,
+    dtype: tl.constexpr,  # of the dot's operands
 ):
     """[BLOCK_M, BLOCK_N] of ``(h * s) @ U.mT``, fp32; h is the sum of its splits."""
     offs_r = tl.arange(0, BLOCK_R)
@@ -131,13 +148,15 @@ def expand_tile(
         acc1 = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
         for index in tl.static_range(len(tiles)):
             offs = index * BLOCK_R + offs_r
-            acc0 += expand_row(tiles[index], h0[index], s_ptr, s_length, offs, SCALED)
+            ahead = dequantized(tiles[index], tl.float32)
+            acc0 += expand_row(ahead, h0[index], s_ptr, s_length, offs, SCALED)
             if BLOCK_M == 2:
-                acc1 += expand_row(tiles[index], h1[index], s_ptr, s_length, offs, SCALED)
+                acc1 += expand_row(ahead, h1[index], s_ptr, s_length, offs, SCALED)
         if LOOPED:
             for r in tl.range(first, R, BLOCK_R, num_stages=STAGES):
                 offs = r + offs_r
-                u = load_factor(u_ptr, offs_n, offs, N, R, stride_un)
+                u = load_factor(u_ptr, scales_ptr, offs_n, r, N, R, stride_un, GROUP, BLOCK_R)
+                u = dequantized(u, tl.float32)
                 h = hidden_row(h_ptr, 0, offs, R, stride_hm, stride_hs, SPLITS)
                 acc0 += expand_row(u, h, s_ptr, s_length, offs, SCALED)
                 if BLOCK_M == 2:
@@ -147,13 +166,14 @@ def expand_tile(
     else:
         y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for index in tl.static_range(len(tiles)):
-            y = expand_dot(y, tiles[index], h0[index], s_ptr, s_length, index * BLOCK_R + offs_r, SCALED)
+            ahead = dequantized(tiles[index], dtype)
+            y = expand_dot(y, ahead, h0[index], s_ptr, s_length, index * BLOCK_R + offs_r, SCALED)
         if LOOPED:
             for r in range(first, R, BLOCK_R):
                 offs = r + offs_r
-                u = load_factor(u_ptr, offs_n, offs, N, R, stride_un)
+                u = load_factor(u_ptr, scales_ptr, offs_n, r, N, R, stride_un, GROUP, BLOCK_R)
                 h = hidden_rows(h_ptr, offs_m, offs, M, R, stride_hm, stride_hs, SPLITS)
-                y = expand_dot(y, u, h, s_ptr, s_length, offs, SCALED)
+                y = expand_dot(y, dequantized(u, dtype), h, s_ptr, s_length, offs, SCALED)
     return y
 
 
@@ -206,6 +226,7 @@ def with_pivots(y, least, h_ptr, offs_m, entries, M, pivots, stride_hm, stride_h
 @triton.jit
 def first_u(
     u_ptrs,
+    scales_ptrs,  # of the rows of U, or of groups of them; None without scales
     widths,
     ranks,
     u_strides,
@@ -214,21 +235,36 @@ def first_u(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     TILES: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """The first tiles of U for a tile of a group's outputs, see ``load_tiles``; zeros past the last tile."""
+    """The first tiles of U for a tile of a group's outputs, see ``load_tiles``; zeros past the last tile.
+
+    If the rows of U have one scale each, these follow, [BLOCK_N].
+    """
     index, local = member(tile, widths, BLOCK_N)
     offs_u = local * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = pick(widths, index)
     if pivots is not None:
         offs_u = rows_of_u(offs_u, pick(pivots, index), rows)
         rows -= pick(pivots, index)
-    return load_tiles(pick(u_ptrs, index), offs_u, rows, pick(ranks, index), pick(u_strides, index), BLOCK_R, TILES)
+    u_ptr = pick(u_ptrs, index)
+    scales_ptr = u_ptr  # a placeholder
+    if scales_ptrs is not None:
+        scales_ptr = pick(scales_ptrs, index)
+    tiles = load_tiles(
+        *(u_ptr, scales_ptr, offs_u, rows, pick(ranks, index), pick(u_strides, index)),
+        *(GROUP, BLOCK_R, TILES),
+    )
+    scales: tl.tuple = ()
+    if scales_ptrs is not None and GROUP == 0:
+        scales = (load_row_scales(scales_ptr, offs_u, rows),)
+    return tiles, scales
 
 
 @triton.jit
 def expand(
-    tiles,  # of U, from first_u
-    pointers,  # (u_ptrs, s_ptrs, bias_ptrs, y_ptrs)
+    u,  # tiles and scales, from first_u
+    pointers,  # (u_ptrs, scales_ptrs, s_ptrs, bias_ptrs, y_ptrs)
     h_ptr,
     order_ptrs,  # None if no member is pivoted
     sizes,  # (widths, ranks, u_strides, y_strides)
@@ -246,9 +282,12 @@ def expand(
     BIASES: tl.constexpr,  # bit g: member g has a bias
     STAGES: tl.constexpr,
     LOOPED: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Compute and store one tile of a group's outputs."""
-    u_ptrs, s_ptrs, bias_ptrs, y_ptrs = pointers
+    tiles, scales = u
+    u_ptrs, scales_ptrs, s_ptrs, bias_ptrs, y_ptrs = pointers
+    dtype: tl.constexpr = y_ptrs[0].dtype.element_ty
     widths, ranks, u_strides, y_strides = sizes
     index, local = member(tile, widths, BLOCK_N)
     N = pick(widths, index)
@@ -264,17 +303,22 @@ def expand(
     column = hidden_column(ranks, index)
     partials, stride = h_ptr + column, stride_hm
     u_ptr = pick(u_ptrs, index)
+    scales_ptr = u_ptr  # a placeholder
+    if scales_ptrs is not None:
+        scales_ptr = pick(scales_ptrs, index)
     stride_hs = M * stride_hm
     if REDUCE:
-        h_ptr, stride_hm = reduced_hidden(h_ptr, M, stride_hm, u_ptr.dtype.element_ty, BLOCK_M, SPLITS)
+        h_ptr, stride_hm = reduced_hidden(h_ptr, M, stride_hm, dtype, BLOCK_M, SPLITS)
     READ: tl.constexpr = 1 if REDUCE else SPLITS
     s_length = ((SCALES >> index) & 1) * R
     bias_length = ((BIASES >> index) & 1) * N
     y = expand_tile(
-        *(tiles, u_ptr, h_ptr + column, pick(s_ptrs, index), s_length, offs_m, offs_u, M, rows, R),
-        *(pick(u_strides, index), stride_hm, stride_hs),
-        *(BLOCK_M, BLOCK_N, BLOCK_R, READ, SCALES != 0, STAGES, LOOPED),
+        *(tiles, u_ptr, scales_ptr, h_ptr + column, pick(s_ptrs, index), s_length),
+        *(offs_m, offs_u, M, rows, R, pick(u_strides, index), stride_hm, stride_hs),
+        *(BLOCK_M, BLOCK_N, BLOCK_R, READ, SCALES != 0, STAGES, LOOPED, GROUP, dtype),
     )
+    if len(scales) > 0:
+        y *= scales[0][None, :]
     if pivots is not None:
         least = local * BLOCK_N
         y = with_pivots(y, least, partials, offs_m, offs_n, M, first, stride, M * stride, SPLITS)

@@ -35,6 +35,7 @@ from grasp_kernels.triton.lowrank_linear import (
     hidden_gemm,
     launch_key,
     launch_options,
+    lowrank_linear_grouped,
     max_rank,
     new_hidden,
     row_block,
@@ -110,10 +111,10 @@ def _lowrank_glu_expand_kernel(
         gate_rows, gate_size = rows_of_u(offs_n, gate_pivots, N), N - gate_pivots
         gate_R = tl.where((tl.program_id(0) + 1) * BLOCK_N <= gate_pivots, 0, gate_R)  # no output has a row of U
         columns = places_of(gate_order_ptr, offs_n, gate_pivots, N)
-    gate_u = load_tiles(gate_u_ptr, gate_rows, gate_size, gate_R, gate_stride_un, BLOCK_R, TILES)
+    gate_u = load_tiles(gate_u_ptr, gate_u_ptr, gate_rows, gate_size, gate_R, gate_stride_un, 0, BLOCK_R, TILES)
     up_rows, up_size = columns, N
     if up_entries_ptr is None:
-        up_u = load_tiles(up_u_ptr, up_rows, up_size, up_R, up_stride_un, BLOCK_R, TILES)
+        up_u = load_tiles(up_u_ptr, up_u_ptr, up_rows, up_size, up_R, up_stride_un, 0, BLOCK_R, TILES)
     if DEPENDENT:
         wait_and_release()
     elif TILES > 0:
@@ -122,16 +123,16 @@ def _lowrank_glu_expand_kernel(
         entries = tl.load(up_entries_ptr + columns, mask=columns < N, other=-1, cache_modifier=".cg")
         entries = within(entries, N)
         up_rows, up_size = rows_of_u(entries, up_pivots, N), N - up_pivots
-        up_u = load_tiles(up_u_ptr, up_rows, up_size, up_R, up_stride_un, BLOCK_R, TILES)
+        up_u = load_tiles(up_u_ptr, up_u_ptr, up_rows, up_size, up_R, up_stride_un, 0, BLOCK_R, TILES)
     gate = expand_tile(
-        *(gate_u, gate_u_ptr, gate_h_ptr, gate_s_ptr, gate_R, offs_m, gate_rows, M, gate_size, gate_R),
+        *(gate_u, gate_u_ptr, gate_u_ptr, gate_h_ptr, gate_s_ptr, gate_R, offs_m, gate_rows, M, gate_size, gate_R),
         *(gate_stride_un, gate_stride_hm, gate_stride_hs),
-        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES % 2 == 1, STAGES, LOOPED),
+        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES % 2 == 1, STAGES, LOOPED, 0, y_ptr.dtype.element_ty),
     )
     up = expand_tile(
-        *(up_u, up_u_ptr, up_h_ptr, up_s_ptr, up_R, offs_m, up_rows, M, up_size, up_R),
+        *(up_u, up_u_ptr, up_u_ptr, up_h_ptr, up_s_ptr, up_R, offs_m, up_rows, M, up_size, up_R),
         *(up_stride_un, up_stride_hm, up_stride_hs),
-        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES >= 2, STAGES, LOOPED),
+        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, SCALES >= 2, STAGES, LOOPED, 0, y_ptr.dtype.element_ty),
     )
     if gate_order_ptr is not None:
         gate = with_pivots(
@@ -157,7 +158,13 @@ def _invert_kernel(order_ptr, entries_ptr, N, BLOCK: tl.constexpr):
 
 
 def lowrank_glu(x: Tensor, gate: Factors, up: Factors, activation: str) -> Tensor:
-    """``act(gate(x)) * up(x)``; x is (M, K). Arguments and result as in ``reference.lowrank_glu``."""
+    """``act(gate(x)) * up(x)``; x is (M, K). Arguments and result as in ``reference.lowrank_glu``.
+
+    Quantised factors have no dual expand: their outputs are computed first, then the activation.
+    """
+    if gate.quantized or up.quantized:
+        gate_y, up_y = lowrank_linear_grouped(x, [gate, up])
+        return ACTIVATIONS[activation].forward(gate_y).mul_(up_y)
     gate, up = factors = [widened(group, pivoted=True) if group.order is not None else group for group in (gate, up)]
     description, addresses = describe(x, factors, None)
     key = ("lowrank_glu", activation, description)
@@ -212,7 +219,7 @@ def plan(
     halves = [read[:, :, :column], read[:, :, column:]]
     entries = _new_entries(up)
     return [
-        shrink_launch(x, [gate.Vh, up.Vh], hidden, config, gpu, up.order, entries),
+        shrink_launch(x, [gate, up], hidden, config, gpu, up.order, entries),
         expand_launch(gate, up, halves, entries, output, activation, config, dependent=gpu.dependent_launch),
     ]
 

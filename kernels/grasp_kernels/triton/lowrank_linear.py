@@ -19,6 +19,7 @@ Shrink prefetches Vh, expand loads U, then each program waits, and only then let
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -34,9 +35,11 @@ from grasp_kernels.launch_configs import (
     Config,
     LaunchKey,
     choose,
+    for_quantized,
     pivoted_product,
 )
 from grasp_kernels.packing import RANK_MULTIPLE, stacked, widened
+from grasp_kernels.quantized import group_size
 from grasp_kernels.reference import Factors, hidden_product, linear
 from grasp_kernels.triton.launch import Gpu, Launch, gpu_of, run_all
 from grasp_kernels.triton.lowrank_linear_kernels import (
@@ -47,21 +50,25 @@ from grasp_kernels.triton.lowrank_linear_kernels import (
 )
 from grasp_kernels.triton.prepared import PREPARED, describe, prepare
 
+SCALES = Factors._fields.index("U_scales")  # the last fields
 EXPAND_STAGES, SCALAR_STAGES = 3, 4  # most of an expand: with more shared memory fewer start while the shrink works
 
 
-def lowrank_linear(
-    x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, order: Tensor | None = None, *_: None
-) -> Tensor:
+def lowrank_linear(x: Tensor, *factors: Tensor | None) -> Tensor:
     """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). Arguments and result as in ``reference.lowrank_linear``."""
-    return lowrank_linear_grouped(x, [Factors(U, s, Vh, bias, order)])[0]
+    return lowrank_linear_grouped(x, [Factors(*factors)])[0]  # type: ignore[arg-type]
 
 
 def lowrank_linear_grouped(
     x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
-    """Several low-rank linears of one input; x is (M, K). One launch for all shrinks and one for all expands."""
+    """Several low-rank linears of one input; x is (M, K). One launch for all shrinks and one for all expands.
+
+    If some members are quantised, members that are stored alike share launches.
+    """
     factors = [widened(group, pivoted=True) if group.order is not None else group for group in factors]
+    if any(group.quantized for group in factors):
+        return _run_quantized(x, factors, outputs)
     key, addresses = describe(x, factors, outputs)
     pair = PREPARED.get(key)
     if pair is not None and (replayed := pair.replay(x, addresses, outputs)) is not None:
@@ -73,15 +80,35 @@ def lowrank_linear_grouped(
     return filled
 
 
+def _run_quantized(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | None) -> list[Tensor]:
+    outputs = _new_outputs(x, factors) if outputs is None else list(outputs)
+    alike = defaultdict(list)
+    for group, output in zip(factors, outputs, strict=True):
+        sizes = scale_group(group.U_scales, group.rank), scale_group(group.Vh_scales, x.shape[1])
+        alike[group.U.dtype, group.Vh.dtype, sizes].append((group, output))
+    for members in alike.values():
+        groups, places = zip(*members, strict=True)
+        run(x, groups, for_quantized(gpu_of(x.device), launch_key(x, groups)), places)
+    return outputs
+
+
+def scale_group(scales: Tensor | None, depth: int) -> int:
+    """Columns with one scale; 0 if a row of ``depth`` columns has one or none."""
+    return 0 if scales is None or scales.shape[1] == 1 else group_size(scales.shape[1], depth) or 0
+
+
 def launch_key(x: Tensor, factors: Sequence[Factors]) -> LaunchKey:
     """The key of a call's configuration."""
-    width, rank = sum(group.out_features for group in factors), sum(group.U.shape[1] for group in factors)
+    width, rank = sum(group.out_features for group in factors), sum(group.rank for group in factors)
     pivots = sum(group.pivots for group in factors)
     return LaunchKey.of(x.shape[0], width, x.shape[1], rank, x.dtype, len(factors), pivots)
 
 
 def run(x: Tensor, factors: Sequence[Factors], config: Config, outputs: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """Run a call with a given configuration; ``outputs``, (M, N_i) with unit inner strides, are filled if given."""
+    """Run a call with a given configuration; ``outputs``, (M, N_i) with unit inner strides, are filled if given.
+
+    The members must be stored alike: the dtypes of their U, and of their Vh, and the sizes of their groups agree.
+    """
     return _run(x, factors, config, outputs)[0]
 
 
@@ -91,33 +118,39 @@ def _run(
     """The outputs of a call, its launches, and their binaries."""
     if config.path == "gemms":
         return gemms(x, factors, outputs), [], []
-    outputs = [x.new_empty(x.shape[0], group.out_features) for group in factors] if outputs is None else list(outputs)
+    outputs = _new_outputs(x, factors) if outputs is None else list(outputs)
     if not any(output.numel() for output in outputs):
         return outputs, [], []
     launches = plan(x, factors, outputs, config, gpu_of(x.device))
     return outputs, launches, run_all(launches, x.device)
 
 
+def _new_outputs(x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], group.out_features) for group in factors]
+
+
 def plan(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor], config: Config, gpu: Gpu) -> list[Launch]:
-    """The launches of a call, in order: one for ``fused``, if rows and ranks allow it, else two.
+    """The launches of a call, in order: one for ``fused``, if rows, ranks and dtypes allow it, else two.
 
     ``outputs`` are (M, N_i) with unit inner strides. Factors without a unit inner stride are copied first.
     """
     x, factors = unit_stride(x), [row_major(group) for group in factors]
     hidden = new_hidden(x, factors, config)
-    if config.path == "fused" and x.shape[0] <= FUSED_ROWS and max_rank(factors) <= FUSED_RANK:
+    floating = not any(group.quantized for group in factors)
+    if config.path == "fused" and floating and x.shape[0] <= FUSED_ROWS and max_rank(factors) <= FUSED_RANK:
         return [fused_launch(x, factors, outputs, hidden, config, gpu)]
     return [
-        shrink_launch(x, [group.Vh for group in factors], hidden, config, gpu),
+        shrink_launch(x, factors, hidden, config, gpu),
         expand_launch(factors, outputs, hidden, config, dependent=gpu.dependent_launch),
     ]
 
 
 def gemms(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """The vendor's matrix products: one for all Vh of a packed group, then one per member.
+    """The vendor's matrix products: one for all Vh of a packed group, then one per member; quantised ones dequantised.
 
     If a member is pivoted and in 16 bits, the expand kernel is its second product: it stores each output in its place.
     """
+    factors = [group.dequantized(x.shape[1], x.dtype) if group.quantized else group for group in factors]
     hs = hidden_gemm(x, [group.Vh for group in factors])
     places = [None] * len(factors) if outputs is None else outputs
     scatters = x.dtype != torch.float32 and x.shape[0] > 0  # in fp32 the vendor's product is faster
@@ -159,13 +192,13 @@ def new_hidden(x: Tensor, factors: Sequence[Factors], config: Config) -> Tensor:
 
     With ``reduce``, one more (M, columns) follows for the reduced h.
     """
-    columns = sum(triton.cdiv(group.U.shape[1], RANK_MULTIPLE) * RANK_MULTIPLE for group in factors)
+    columns = sum(triton.cdiv(group.rank, RANK_MULTIPLE) * RANK_MULTIPLE for group in factors)
     return x.new_empty((config.splits + config.reduce, x.shape[0], columns), dtype=torch.float32)
 
 
 def shrink_launch(
     x: Tensor,
-    Vhs: Sequence[Tensor],
+    factors: Sequence[Factors],
     hidden: Tensor,
     config: Config,
     gpu: Gpu,
@@ -173,8 +206,11 @@ def shrink_launch(
     entries: Tensor | None = None,
 ) -> Launch:
     """Fill ``hidden`` with the partial sums of ``x @ Vh.mT``, one per split of K; ``entries[order]`` with 0 … N - 1."""
-    whole = stacked(Vhs) if all(Vh.shape[0] % RANK_MULTIPLE == 0 for Vh in Vhs) else None
-    Vhs = Vhs if whole is None else [whole]
+    Vhs, scales = [group.Vh for group in factors], [group.Vh_scales for group in factors]
+    quantized = scales[0] is not None
+    if not quantized and all(group.rank % RANK_MULTIPLE == 0 for group in factors):
+        whole = stacked(Vhs)
+        Vhs = Vhs if whole is None else [whole]
     tiles = _tiles((Vh.shape[0] for Vh in Vhs), config.shrink_block_r)
     row_tiles = triton.cdiv(x.shape[0], row_block(x.shape[0], config))
     return Launch(
@@ -185,6 +221,8 @@ def shrink_launch(
             "counter_ptr": counters(x.device, 1 + tiles * row_tiles) if config.reduce else hidden,
             "order_ptr": order,
             "entries_ptr": entries,
+            "vh_scales_ptrs": optional(scales, hidden)[0] if quantized else None,
+            "VH_GROUP": scale_group(scales[0], x.shape[1]),
             "N": None if order is None else order.shape[0],
             "ENTRIES": 0 if order is None else triton.next_power_of_2(triton.cdiv(len(order), tiles * config.splits)),
             "BLOCK_R": config.shrink_block_r,
@@ -199,7 +237,8 @@ def expand_launch(
 ) -> Launch:
     """Compute the outputs from ``hidden``. With ``dependent`` it starts early, loads U, and waits for the shrink."""
     tiles = _tiles((output.shape[1] for output in outputs), config.expand_block_n)
-    rows, rank = hidden.shape[1], max_rank(factors)
+    rows, rank, scales = hidden.shape[1], max_rank(factors), [group.U_scales for group in factors]
+    quantized = scales[0] is not None
     loaded = 0 if config.path == "gemms" else tiles_ahead(rows, factors, config)
     stages = expand_stages(rows, config)
     return Launch(
@@ -207,7 +246,9 @@ def expand_launch(
         (tiles, triton.cdiv(rows, row_block(rows, config))),
         {
             **_expand_arguments(factors, outputs, hidden, config),
-            "ranks": tuple(group.U.shape[1] for group in factors),
+            "u_scales_ptrs": optional(scales, hidden)[0] if quantized else None,
+            "U_GROUP": scale_group(scales[0], factors[0].rank),
+            "ranks": tuple(group.rank for group in factors),
             "STAGES": stages,
             "BLOCK_R": config.expand_block_r,
             "SPLITS": config.splits,
@@ -228,7 +269,8 @@ def tiles_ahead(rows: int, factors: Sequence[Factors], config: Config, count: in
     block_m, block_n = max(16, row_block(rows, config)), config.expand_block_n
     free = REGISTER_BYTES * 32 * config.expand_warps - block_m * block_n * 4
     ragged = any(group.U.shape[1] % RANK_MULTIPLE for group in factors)
-    element = 4 if ragged else factors[0].U.element_size()
+    grouped = scale_group(factors[0].U_scales, factors[0].rank) > 0  # U is multiplied in fp32
+    element = 4 if ragged else 3 if grouped else max(2, factors[0].U.element_size())  # of h, and of U in a dot
     # Registers for h: more if outputs are taken from it, or if single elements of many partial sums are added up.
     added = ragged and not config.reduce and config.splits > 2
     copies = 1 + any(group.order is not None for group in factors) + 2 * added
@@ -259,7 +301,7 @@ def fused_launch(
     phase: int = BOTH_PHASES,
 ) -> Launch:
     """Both phases in one cooperative launch, by default of at most one program per processor."""
-    rank_tiles = _tiles((group.U.shape[1] for group in factors), config.shrink_block_r)
+    rank_tiles = _tiles((group.rank for group in factors), config.shrink_block_r)
     width_tiles = _tiles((output.shape[1] for output in outputs), config.expand_block_n)
     if programs is None:
         programs = min(gpu.processors, max(rank_tiles * config.splits, width_tiles))
@@ -291,7 +333,7 @@ def _shrink_arguments(x: Tensor, Vhs: Sequence[Tensor], hidden: Tensor, config: 
         "vh_ptrs": tuple(Vhs),
         "h_ptr": hidden,
         "ranks": tuple(Vh.shape[0] for Vh in Vhs),
-        "vh_strides": tuple(Vh.stride(0) for Vh in Vhs),
+        "vh_strides": tuple(map(_row_stride, Vhs)),
         "M": x.shape[0],
         "K": x.shape[1],
         "stride_xm": x.stride(0),
@@ -319,7 +361,7 @@ def _expand_arguments(
         "order_ptrs": optional([group.order for group in factors], hidden)[0] if pivoted else None,
         "widths": tuple(output.shape[1] for output in outputs),
         "pivots": tuple(group.pivots for group in factors) if pivoted else None,
-        "u_strides": tuple(group.U.stride(0) for group in factors),
+        "u_strides": tuple(_row_stride(group.U) for group in factors),
         "y_strides": tuple(output.stride(0) for output in outputs),
         "M": rows,
         "stride_hm": hidden.stride(1),
@@ -353,8 +395,17 @@ def unit_stride(tensor: Tensor) -> Tensor:
 
 
 def row_major(factors: Factors) -> Factors:
-    """The factors with unit inner strides; tensors with other strides are copied."""
-    return Factors(*(None if tensor is None else unit_stride(tensor) for tensor in factors))  # type: ignore[arg-type]
+    """The factors with unit inner strides, int4 and scales without gaps; tensors with other strides are copied."""
+    dense = [None if tensor is None else unit_stride(tensor) for tensor in factors]
+    for index, tensor in enumerate(dense):
+        if tensor is not None and (tensor.dtype == torch.uint8 or index >= SCALES):
+            dense[index] = tensor.contiguous()
+    return Factors(*dense)  # type: ignore[arg-type]
+
+
+def _row_stride(matrix: Tensor) -> int:
+    """The elements of a row and of the gap behind it; int4 have none, also if there is one row, of any stride."""
+    return matrix.shape[1] if matrix.dtype == torch.uint8 else matrix.stride(0)
 
 
 def row_block(rows: int, config: Config) -> int:
@@ -364,7 +415,7 @@ def row_block(rows: int, config: Config) -> int:
 
 def max_rank(factors: Sequence[Factors]) -> int:
     """The largest rank of a group."""
-    return max(group.U.shape[1] for group in factors)
+    return max(group.rank for group in factors)
 
 
 def _tiles(sizes: Iterable[int], block: int) -> int:

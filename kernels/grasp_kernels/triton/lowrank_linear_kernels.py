@@ -24,6 +24,7 @@ def _lowrank_shrink_kernel(
     counter_ptr,  # [1 + row tiles * rank tiles] int32, used with REDUCE
     order_ptr,  # None, or [N] int32 of the up of a gated linear unit
     entries_ptr,  # [N] int32: its inverse, which this kernel stores
+    vh_scales_ptrs,  # of each member: [R, groups]; None without scales
     ranks,
     vh_strides,
     M,
@@ -39,13 +40,14 @@ def _lowrank_shrink_kernel(
     REDUCE: tl.constexpr,
     DEPENDENT: tl.constexpr,
     ENTRIES: tl.constexpr,  # that a program stores
+    VH_GROUP: tl.constexpr,  # columns per scale; 0: a row has one or none
 ):
     if REDUCE:
         counter_ptr += 1
     shrink(
-        *(x_ptr, vh_ptrs, h_ptr, counter_ptr, order_ptr, entries_ptr, ranks, vh_strides),
-        *(tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(0)),
-        *(M, K, N, stride_xm, stride_hm, BLOCK_M, BLOCK_R, BLOCK_K, SPLITS, STAGES, REDUCE, DEPENDENT, ENTRIES),
+        *(x_ptr, vh_ptrs, h_ptr, counter_ptr, order_ptr, entries_ptr, vh_scales_ptrs, ranks, vh_strides),
+        *(tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(0), M, K, N, stride_xm, stride_hm),
+        *(BLOCK_M, BLOCK_R, BLOCK_K, SPLITS, STAGES, REDUCE, DEPENDENT, ENTRIES, VH_GROUP),
     )
 
 
@@ -57,6 +59,7 @@ def _lowrank_expand_kernel(
     y_ptrs,  # [M, N]
     h_ptr,  # [SPLITS + REDUCE, M, columns] fp32
     order_ptrs,  # [N] int32; None if no member is pivoted
+    u_scales_ptrs,  # [N - pivots, groups]; None without scales
     widths,
     ranks,
     pivots,  # 0 for a member that is not pivoted; None if no member is
@@ -75,17 +78,18 @@ def _lowrank_expand_kernel(
     TILES: tl.constexpr,  # of U, loaded before the wait for h
     LOOPED: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    U_GROUP: tl.constexpr,  # columns per scale; 0: a row has one or none
 ):
     tile = tl.program_id(0)
-    u = first_u(u_ptrs, widths, ranks, u_strides, pivots, tile, BLOCK_N, BLOCK_R, TILES)
+    u = first_u(u_ptrs, u_scales_ptrs, widths, ranks, u_strides, pivots, tile, BLOCK_N, BLOCK_R, TILES, U_GROUP)
     if DEPENDENT:
         wait_and_release()
     elif TILES > 0:
         tl.debug_barrier()  # otherwise the assembler moves the loads of U behind those of h
     expand(
-        *(u, (u_ptrs, s_ptrs, bias_ptrs, y_ptrs), h_ptr, order_ptrs),
+        *(u, (u_ptrs, u_scales_ptrs, s_ptrs, bias_ptrs, y_ptrs), h_ptr, order_ptrs),
         *((widths, ranks, u_strides, y_strides), pivots, tile, tl.program_id(1), M, stride_hm),
-        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, REDUCE, SCALES, BIASES, STAGES, LOOPED),
+        *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, REDUCE, SCALES, BIASES, STAGES, LOOPED, U_GROUP),
     )
 
 
@@ -129,28 +133,28 @@ def _lowrank_fused_kernel(
     if PHASE != _EXPAND_ONLY:
         for task in range(pid, rank_tiles * SPLITS, programs):
             shrink(
-                *(x_ptr, vh_ptrs, h_ptr, counter_ptr + 1, None, None, ranks, vh_strides),
+                *(x_ptr, vh_ptrs, h_ptr, counter_ptr + 1, None, None, None, ranks, vh_strides),
                 *(task % rank_tiles, task // rank_tiles, 0, rank_tiles),
-                *(M, K, None, stride_xm, stride_hm, BLOCK_M, SHRINK_R, BLOCK_K, SPLITS, STAGES, REDUCE, False, 0),
+                *(M, K, None, stride_xm, stride_hm, BLOCK_M, SHRINK_R, BLOCK_K, SPLITS, STAGES, REDUCE, False, 0, 0),
             )
     if PHASE != _SHRINK_ONLY:
         # Arrive first, then load U while other programs finish: an earlier load of U would delay the shrink.
         if PHASE != _EXPAND_ONLY:
             ticket = arrive(counter_ptr)
-        u = first_u(u_ptrs, widths, ranks, u_strides, pivots, pid, BLOCK_N, BLOCK_R, 1)
+        u = first_u(u_ptrs, None, widths, ranks, u_strides, pivots, pid, BLOCK_N, BLOCK_R, 1, 0)
         if PHASE != _EXPAND_ONLY:
             wait(counter_ptr, ticket)
         for tile in range(pid, width_tiles, programs):
             expand(
                 *(
                     u,
-                    (u_ptrs, s_ptrs, bias_ptrs, y_ptrs),
+                    (u_ptrs, None, s_ptrs, bias_ptrs, y_ptrs),
                     h_ptr,
                     order_ptrs,
                     (widths, ranks, u_strides, y_strides),
                     pivots,
                 ),
                 *(tile, 0, M, stride_hm),
-                *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, REDUCE, SCALES, BIASES, STAGES, False),
+                *(BLOCK_M, BLOCK_N, BLOCK_R, SPLITS, REDUCE, SCALES, BIASES, STAGES, False, 0),
             )
-            u = first_u(u_ptrs, widths, ranks, u_strides, pivots, tile + programs, BLOCK_N, BLOCK_R, 1)
+            u = first_u(u_ptrs, None, widths, ranks, u_strides, pivots, tile + programs, BLOCK_N, BLOCK_R, 1, 0)

@@ -6,9 +6,11 @@ import triton
 import triton.language as tl
 
 from grasp_kernels.triton.tiles import (
+    dequantized,
     dot,
     hidden_column,
     load_factor,
+    load_row_scales,
     member,
     pick,
     reduced_hidden,
@@ -25,6 +27,7 @@ PREFETCHERS = tl.constexpr(128)  # threads over which the rows of a tile of Vh a
 def shrink_tile(
     x_ptr,
     vh_ptr,
+    scales_ptr,
     offs_m,  # [BLOCK_M]
     offs_r,  # [BLOCK_R]
     M,
@@ -38,6 +41,7 @@ def shrink_tile(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """[BLOCK_M, BLOCK_R] of ``x[:, start:stop] @ Vh[:, start:stop].mT``, fp32."""
     if BLOCK_M < 16:
@@ -45,7 +49,8 @@ def shrink_tile(
         acc1 = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
         for k in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
             offs_k = k + tl.arange(0, BLOCK_K)
-            vh = load_factor(vh_ptr, offs_r, offs_k, R, K, stride_vr).to(tl.float32)  # [BLOCK_R, BLOCK_K]
+            vh = load_factor(vh_ptr, scales_ptr, offs_r, k, R, K, stride_vr, GROUP, BLOCK_K)
+            vh = dequantized(vh, tl.float32)  # [BLOCK_R, BLOCK_K]
             # x is loaded as a vector: a tile of it in the layout of Vh would be copied as often as Vh has rows.
             acc0 += tl.load(x_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)[None, :] * vh
             if BLOCK_M == 2:
@@ -57,8 +62,8 @@ def shrink_tile(
         for k in range(start, stop, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
             x = tl.load(x_rows + offs_k[None, :], mask=(offs_m < M)[:, None] & (offs_k < K)[None, :], other=0.0)
-            vh = load_factor(vh_ptr, offs_r, offs_k, R, K, stride_vr)
-            h = dot(x, tl.trans(vh), h)
+            vh = load_factor(vh_ptr, scales_ptr, offs_r, k, R, K, stride_vr, GROUP, BLOCK_K)
+            h = dot(x, tl.trans(dequantized(vh, x.dtype)), h)
     return h
 
 
@@ -71,6 +76,8 @@ def prefetch_ranges(vh_ptr, offs_r, R, stride_vr, start, stop, LANES: tl.constex
     of Vh: no address of another allocation can fault.
     """
     size: tl.constexpr = vh_ptr.dtype.element_ty.primitive_bitwidth // 8
+    if vh_ptr.dtype.element_ty == tl.uint8:  # two int4
+        start, stop = start // 2, stop // 2
     rows = (vh_ptr + offs_r[:, None] * stride_vr).to(tl.int64)  # [BLOCK_R, 1]
     begin = (rows + start * size) & -16
     end = (rows + stop * size) & -16
@@ -113,6 +120,7 @@ def shrink(
     counter_ptr,
     order_ptr,  # None, or [N] of a gated linear unit's up
     entries_ptr,  # [N]
+    scales_ptrs,  # of the rows of Vh, or of groups of them; None without scales
     ranks,
     vh_strides,
     tile,
@@ -132,6 +140,7 @@ def shrink(
     REDUCE: tl.constexpr,
     DEPENDENT: tl.constexpr,
     ENTRIES: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Store one split of one tile of a group's h. With REDUCE, the last program of a tile stores the reduced h.
 
@@ -154,9 +163,17 @@ def shrink(
     if order_ptr is not None:  # loaded before the long loop, and stored after it
         entries = (split * rank_tiles + tile) * ENTRIES + tl.arange(0, ENTRIES)
         places = tl.load(order_ptr + entries, mask=entries < tl.where(pid_m == 0, N, 0), other=-1)
+    scales_ptr = vh_ptr  # a placeholder
+    if scales_ptrs is not None:
+        scales_ptr = pick(scales_ptrs, index)
+    if scales_ptrs is not None and GROUP == 0:
+        scales = load_row_scales(scales_ptr, offs_r, R)
     partial = shrink_tile(
-        x_ptr, vh_ptr, offs_m, offs_r, M, K, R, stride_xm, stride_vr, start, stop, BLOCK_M, BLOCK_R, BLOCK_K, STAGES
+        *(x_ptr, vh_ptr, scales_ptr, offs_m, offs_r, M, K, R, stride_xm, stride_vr, start, stop),
+        *(BLOCK_M, BLOCK_R, BLOCK_K, STAGES, GROUP),
     )
+    if scales_ptrs is not None and GROUP == 0:
+        partial *= scales[None, :]
     columns = hidden_column(ranks, index) + offs_r[None, :]
     h_ptrs = h_ptr + offs_m[:, None] * stride_hm + columns
     mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]

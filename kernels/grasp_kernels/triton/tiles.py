@@ -51,12 +51,61 @@ def hidden_column(ranks, index):
 
 
 @triton.jit
-def load_factor(ptr, offs_row, offs_col, rows, columns, stride):
-    """A tile of U or Vh, zeros outside. It is read once, so the cache evicts it first."""
+def load_factor(
+    ptr,
+    scales_ptr,  # not read without groups
+    offs_row,
+    start,
+    rows,
+    columns,
+    stride,
+    GROUP: tl.constexpr,  # columns per scale; 0: a row has one or none
+    BLOCK: tl.constexpr,
+):
+    """A tile of U or Vh from column ``start``, a multiple of BLOCK, as it is stored; zeros outside.
+
+    The tuple has its values, [rows, BLOCK] or of int4 the pairs, [rows, BLOCK / 2]; if the rows have groups, also their
+    scales, [rows, groups]. Both are read once, so the cache evicts them first.
+    """
+    offs_col, stored = start + tl.arange(0, BLOCK), columns
+    if ptr.dtype.element_ty == tl.uint8:  # int4: no gaps between the rows
+        offs_col, stored = start // BLOCK * (BLOCK // 2) + tl.arange(0, BLOCK // 2), stride
+    tile: tl.tuple = (_load_once(ptr, offs_row, offs_col, rows, stored, stride),)
+    if GROUP > 0:
+        offs_group = start // GROUP + tl.arange(0, max(1, BLOCK // GROUP))
+        groups = tl.cdiv(columns, GROUP)
+        tile += (_load_once(scales_ptr, offs_row, offs_group, rows, groups, groups),)
+    return tile
+
+
+@triton.jit
+def _load_once(ptr, offs_row, offs_col, rows, columns, stride):
     mask = (offs_row < rows)[:, None] & (offs_col < columns)[None, :]
     return tl.load(
         ptr + offs_row[:, None] * stride + offs_col[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
     )
+
+
+@triton.jit
+def load_row_scales(ptr, offs_row, rows):
+    """[rows] of the scales of rows that have one each, in fp32."""
+    return tl.load(ptr + offs_row, mask=offs_row < rows, other=0.0, eviction_policy="evict_first").to(tl.float32)
+
+
+@triton.jit
+def dequantized(tile, dtype: tl.constexpr):
+    """The numbers of a tile from ``load_factor`` in ``dtype``, [rows, BLOCK]; without the scale of a whole row."""
+    values = tile[0]
+    if values.dtype == tl.uint8:
+        values = tl.interleave(values & 15, values >> 4).to(tl.int8) - 8
+    if values.dtype.is_int():
+        values = values.to(tl.float32)
+    if len(tile) > 1:
+        scales = tile[1].to(tl.float32)[:, :, None]
+        groups: tl.constexpr = scales.shape[1]
+        grouped = values.to(tl.float32).reshape(values.shape[0], groups, values.shape[1] // groups) * scales
+        values = round_to(grouped.reshape(values.shape), dtype)
+    return values.to(dtype)
 
 
 @triton.jit

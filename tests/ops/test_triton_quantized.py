@@ -1,0 +1,96 @@
+"""The Triton kernels on quantised factors in all kinds of configurations; the generic tests try only the default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from grasp_kernels import Factors
+from grasp_kernels.quantized import KINDS
+from grasp_kernels.triton import lowrank_linear as linear
+from tests import definitions
+from tests.numerics import assert_accurate
+from tests.ops.inputs import normal, seeded
+from tests.ops.test_quantized import K, N, quantized, wide
+from tests.ops.test_triton_lowrank import DEVICE, H100, PAIR
+from tests.pairwise import Case, label, pairwise
+
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.gpu]
+
+
+def on_device(group: Factors) -> Factors:
+    return Factors(*(None if tensor is None else tensor.to(DEVICE) for tensor in group))  # type: ignore[arg-type]
+
+
+def check(ys: Sequence[Tensor], x: Tensor, members: Sequence[Factors]) -> None:
+    for y, member in zip(ys, members, strict=True):
+        exact = definitions.dense_linear(x.double(), wide(member))
+        plain = definitions.linear(x, member.dequantized(K, x.dtype))
+        assert_accurate("linear", x.dtype, y, plain, exact)
+
+
+@pytest.mark.parametrize(
+    "case",
+    pairwise(
+        rows=(3, 1, 2),
+        kind=tuple(KINDS.values()),
+        group=(32, None, 64),  # columns per scale
+        block=(16, 64),  # columns of a tile: less, or more, than a group
+        dtype=(torch.bfloat16, torch.float16, torch.float32),
+        quantized=("both", "U", "Vh"),
+        reduce=(False, True),
+        pivoted=(False, True),
+    ),
+    ids=label,
+)
+def test_pair_matches_float64(case: Case) -> None:
+    dtype = case["dtype"]
+    members = [
+        on_device(quantized(case["kind"], dtype, group=case["group"], pivoted=pivoted, bias=pivoted))
+        for pivoted in ((False, True) if case["pivoted"] else (False,))
+    ]
+    for index, member in enumerate(members):
+        floating = member.dequantized(K, dtype)
+        if case["quantized"] == "U":
+            members[index] = member._replace(Vh=floating.Vh, Vh_scales=None)
+        elif case["quantized"] == "Vh":
+            members[index] = member._replace(U=floating.U, U_scales=None)
+    x = normal((case["rows"], K), seeded(), dtype=dtype, device=DEVICE)
+    config = replace(PAIR, reduce=case["reduce"], shrink_block_k=case["block"], expand_block_r=case["block"])
+    check(linear.run(x, members, config), x, members)
+
+
+def test_members_that_are_stored_alike_share_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = normal((3, K), seeded(), dtype=torch.float32, device=DEVICE)
+    int8, int4 = (on_device(quantized(kind, torch.float32, group=32)) for kind in ("int8", "int4"))
+    members = [int8, int4, int4.dequantized(K, torch.float32), int8]
+    shared: list[int] = []
+    run = linear.run
+
+    def record(x: Tensor, factors: Sequence[Factors], *rest: object) -> list[Tensor]:
+        shared.append(len(factors))
+        return run(x, factors, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(linear, "run", record)
+    check(linear.lowrank_linear_grouped(x, members), x, members)
+    assert shared == [2, 1, 1]
+
+
+def test_half_a_byte_behind_an_odd_column_does_not_matter() -> None:
+    x = normal((3, K - 1), seeded(), dtype=torch.float32, device=DEVICE)
+    group = on_device(quantized("int4", torch.float32))
+    changed = group._replace(Vh=group.Vh.clone())
+    changed.Vh[:, -1] ^= 0xF0
+    first, second = (linear.run(x, [factors], PAIR)[0] for factors in (group, changed))
+    assert torch.equal(first, second)
+
+
+def test_the_fused_launch_refuses_quantised_factors() -> None:
+    x, group = torch.empty(3, K, dtype=torch.bfloat16), quantized("int8", torch.bfloat16)
+    assert len(linear.plan(x, [group], [x.new_empty(3, N)], replace(PAIR, path="fused"), H100)) == 2
