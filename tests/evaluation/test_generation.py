@@ -44,6 +44,17 @@ def test_compiled_steps_give_the_logits_of_the_model_and_use_their_cache_again(m
     assert len(steps._caches) == 1
 
 
+def test_compiled_steps_of_models_of_one_class_and_of_two_sizes_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for activation in ("silu", "gelu"):
+        model = tiny_model("llama", hidden_act=activation, num_hidden_layers=1)
+        steps = CompiledSteps(model)
+        for batch_size in (2, 3):
+            sizes = {"prompt_tokens": 5, "batch_size": batch_size}
+            logits = first_logits(model, **sizes, compiled=steps)
+            torch.testing.assert_close(logits, first_logits(model, **sizes), rtol=1e-4, atol=1e-5)
+
+
 def test_tokens_before_the_prompt_are_run_first() -> None:
     model = tiny_model("gpt2")
     calls: list[tuple[int, ...]] = []
