@@ -155,7 +155,7 @@ def run(request: ServeRequest, *, progress: Progress = no_progress) -> Iterator[
         scratch = Path(folder)
         candidates = _candidates(request, scratch, progress)
         checkpoints = {item.name: item for item in candidates if isinstance(item, Checkpoint)}
-        now = _conditions(checkpoints.values())
+        now = _conditions(checkpoints.values()) if checkpoints else None
         servers = {
             item.name: _started(item, request, MEMORY / len(checkpoints), scratch, stack, progress)
             if isinstance(item, Checkpoint)
@@ -274,7 +274,7 @@ class _Bench:
     checkpoints: Mapping[str, Checkpoint]
     errors: Mapping[str, float]  # of log-probabilities
     first: str  # server that the others are compared with
-    now: Conditions
+    now: Conditions | None  # of the servers that were started here
 
     def measure(self, concurrency: int, progress: Progress) -> list[ServeResult | NotMeasured]:
         """Time all servers at one concurrency, in turns."""
@@ -350,7 +350,7 @@ class _Bench:
             log_probability_error=self.errors.get(name),
             rounding_error=None if known is None else known.proof.rounding,
             client=tuple(rounds),
-            conditions=self.now,
+            conditions=None if known is None else self.now,
         )
 
 

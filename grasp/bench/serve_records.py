@@ -47,7 +47,7 @@ class ServeResult(Record):
             in fp32, nats. ``None`` for a server that ran already.
         rounding_error: the same of transformers in ``dtype``.
         client: all numbers of the client, of each round.
-        conditions: when and where. The threads are vLLM's choice.
+        conditions: when and where; ``None`` for a server that ran already. The threads are vLLM's choice.
 
     Example:
         >>> [column.heading for column in ServeResult.columns[:3]]
@@ -80,7 +80,7 @@ class ServeResult(Record):
     log_probability_error: float | None
     rounding_error: float | None
     client: tuple[Mapping[str, float], ...]
-    conditions: Conditions
+    conditions: Conditions | None
 
     kind: ClassVar[str] = "serve"
     title: ClassVar[str] = "Servers"

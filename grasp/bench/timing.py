@@ -47,7 +47,7 @@ class StopRule:
         min_seconds: fewest seconds of all turns.
         precision: turns go on until all medians are known this well: largest distance from an end of the 95 % interval,
             as a fraction of the median. ``None`` asks for no precision.
-        max_seconds: seconds after which turns end at any precision; of no effect without one.
+        max_seconds: seconds after which turns end at any precision, 120 for ``None``; only with a precision.
 
     Raises:
         ValueError: if a number is out of range.
@@ -56,7 +56,7 @@ class StopRule:
     repeats: int = 5
     min_seconds: float = 0.0
     precision: float | None = None
-    max_seconds: float = 120.0
+    max_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
@@ -65,10 +65,17 @@ class StopRule:
             raise ValueError(f"min_seconds must be at least 0, got {self.min_seconds:g}")
         if self.precision is not None and not 0 < self.precision < 1:
             raise ValueError(f"precision must be between 0 and 1, such as 0.02; got {self.precision:g}")
-        if self.precision is not None and not self.max_seconds >= self.min_seconds:
+        if self.precision is None and self.max_seconds is not None:
             raise ValueError(
-                f"max_seconds must be at least min_seconds, got {self.max_seconds:g} and {self.min_seconds:g}"
+                f"max_seconds ends turns that wait for a precision, got {self.max_seconds:g} and no precision; "
+                "give one, such as 0.02"
             )
+        if self.precision is not None and not self._most >= self.min_seconds:
+            raise ValueError(f"max_seconds must be at least min_seconds, got {self._most:g} and {self.min_seconds:g}")
+
+    @property
+    def _most(self) -> float:
+        return 120.0 if self.max_seconds is None else self.max_seconds
 
     def reason(self, turns: int, seconds: float, precision: Callable[[], float]) -> str | None:
         """Why turns end now: a name of ``STOPS``; ``None`` to go on.
@@ -84,7 +91,7 @@ class StopRule:
             return REPEATS if turns == self.repeats else MIN_SECONDS
         if precision() <= self.precision:
             return PRECISION
-        return MAX_SECONDS if seconds >= self.max_seconds else None
+        return MAX_SECONDS if seconds >= self._most else None
 
 
 def rounds(names: Sequence[Name]) -> Iterator[tuple[Name, ...]]:

@@ -74,7 +74,7 @@ Precision = Annotated[
     float | None,
     typer.Option(help="Take turns until the 95 % intervals of medians are this narrow, such as 0.02."),
 ]
-MaxSeconds = Annotated[float, typer.Option(min=0, help="Stop after this long at any --precision.")]
+MaxSeconds = Annotated[float | None, typer.Option(min=0, help="Stop after this long at any --precision. Default: 120.")]
 BatchSizes = Annotated[str, typer.Option(help="Sequences per batch.")]
 Modes = Annotated[
     str, typer.Option(metavar="eager,compiled", help="compiled: steps by torch.compile, with a static KV cache.")
@@ -195,7 +195,7 @@ def model(
     repeats: Repetitions = 5,
     min_seconds: MinSeconds = 0.0,
     precision: Precision = None,
-    max_seconds: MaxSeconds = 120.0,
+    max_seconds: MaxSeconds = None,
     backend: Backends = None,
     yardstick: Yardsticks = None,
     text: Text = "builtin",

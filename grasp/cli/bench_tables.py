@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.console import Console
 
 from grasp.bench.schema import Record, notes
-from grasp.bench.tables import left_out, tables
+from grasp.bench.tables import Table, left_out, tables
 from grasp.cli.console import print_table, print_text
 from grasp_kernels.roofline import Card
 
@@ -25,7 +25,7 @@ def show_cards(cards: dict[str, Card], threads: int | None) -> None:
 def show_results(records: Iterable[Record]) -> None:
     """Print the tables of records. ``show_left_out`` prints those that were not measured."""
     for table in tables(records):
-        _print_wide_table(list(zip(table.headings, *table.rows, strict=True)), table.title)
+        _print_wide_table(table)
 
 
 def show_notes(records: Iterable[Record]) -> None:
@@ -41,13 +41,12 @@ def show_left_out(records: Iterable[Record]) -> None:
         print_text(line)
 
 
-def _print_wide_table(columns: Sequence[Sequence[str]], title: str) -> None:
-    """A table of columns that start with their heading.
-
-    Columns that do not fit into the terminal follow in a further table, with the first column repeated.
-    """
-    for part in _parts([max(map(len, column)) + _GAP for column in columns], Console().width):
-        headings, *rows = zip(*(columns[index] for index in part), strict=True)
+def _print_wide_table(table: Table) -> None:
+    """A table; columns that do not fit into the terminal follow in a further one, with the first column repeated."""
+    lines = (table.headings, *table.rows)
+    title = table.title
+    for part in _parts([max(map(len, column)) + _GAP for column in zip(*lines, strict=True)], Console().width):
+        headings, *rows = ([line[index] for index in part] for line in lines)
         print_table(headings, rows, title=title)
         title = ""
 

@@ -139,7 +139,7 @@ def serving_loads(results: Iterable[ServeResult]) -> dict[Comparison, list[Load]
     for result in results:
         comparison = Comparison(
             f"{model_name(result.model)}, {result.prompt_tokens} + {result.new_tokens} tokens",
-            str(result.conditions),
+            str(result.conditions or "servers that ran already"),
         )
         load = Load(result.provider, result.concurrency, result.output_token_ms.p50, result.output_tokens_per_s)
         data[comparison][load.label, load.concurrency] = load

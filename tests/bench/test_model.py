@@ -197,6 +197,7 @@ def test_a_perplexity_that_is_no_number_is_said(run: RunBench, monkeypatch: pyte
             "max_seconds must be at least min_seconds, got 3 and 9",
         ),
         (("--precision", "2"), "precision must be between 0 and 1"),
+        (("--max-seconds", "9"), "max_seconds ends turns that wait for a precision, got 9 and no precision"),
         (("--mode", "eager,fast"), "unknown mode 'fast'; expected one of eager, compiled"),
         (("--compressed", "absent"), "absent"),
         (("--text", "absent.txt"), "absent.txt"),

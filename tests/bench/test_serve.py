@@ -104,6 +104,7 @@ def test_a_server_that_runs_already_is_timed_and_goes_on(save: Callable[..., Pat
         (result,) = [line for records in run(request) for line in records]
         assert isinstance(result, ServeResult)
         assert (result.provider, result.dtype, result.log_probability_error) == ("running", None, None)
+        assert result.conditions is None  # it may run on another machine
         assert process.exit_code is None
     assert remaining(folder) == []
 

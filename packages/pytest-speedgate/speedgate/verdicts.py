@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from statistics import median
 
 THRESHOLD = 0.15  # on a logarithmic scale halfway between no change and 30 % more time
@@ -168,21 +169,45 @@ def microseconds(seconds: float) -> str:
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Confidence interval of a median between two order statistics, for values of any distribution.
-
-    The k-th of n values from either end bound the median with probability ``1 - 2 P(Binomial(n, 1/2) < k)``. k is the
-    largest with a probability of at least ``confidence`` (H. A. David, Order Statistics, section 7.1).
+    """Median and its ``quantile_interval``.
 
     Raises:
         ValueError: if there are too few values.
     """
-    n, ordered = len(values), sorted(values)
-    k, tail = 0, 0.0
-    while (tail := tail + math.comb(n, k) / 2**n) <= (1 - confidence) / 2:
-        k += 1
-    if not k:
-        raise ValueError(f"{n} values are too few for a {confidence:.0%} interval of their median; take more rounds")
-    return Interval(ordered[k - 1], median(ordered), ordered[n - k])
+    ends = quantile_interval(values, 0.5, confidence)
+    if ends is None:
+        raise ValueError(
+            f"{len(values)} values are too few for a {confidence:.0%} interval of their median; take more rounds"
+        )
+    low, high = ends
+    return Interval(low, median(values), high)
+
+
+def quantile_interval(values: Sequence[float], fraction: float, confidence: float) -> tuple[float, float] | None:
+    """Confidence interval of a quantile between two order statistics, for independent values of any distribution.
+
+    The number of values up to the quantile is ``B ~ Binomial(n, fraction)``. The interval is from the l-th to the u-th
+    smallest value, with the largest l and the smallest u for which ``P(B < l)`` and ``P(B >= u)`` are at most
+    ``(1 - confidence) / 2`` each (H. A. David, Order Statistics, section 7.1).
+
+    Args:
+        values: at least one.
+        fraction: 0.5 for the median.
+        confidence: probability that the quantile is inside.
+
+    Returns:
+        Both ends; ``None`` if there are too few values.
+
+    Example:
+        >>> quantile_interval([3.0, 1.0, 2.0, 5.0, 4.0, 6.0], 0.5, 0.95)
+        (1.0, 6.0)
+    """
+    n, ordered, tail = len(values), sorted(values), (1 - confidence) / 2
+    choices = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(n + 1))
+    logs = (log + k * math.log(fraction) + (n - k) * math.log1p(-fraction) for k, log in enumerate(choices))
+    at_most = list(accumulate(map(math.exp, logs)))  # P(B <= k)
+    low, high = sum(p <= tail for p in at_most), 1 + sum(1 - p > tail for p in at_most)
+    return (ordered[low - 1], ordered[high - 1]) if low >= 1 and high <= n else None
 
 
 def compare_entries(before: Entry, now: Entry, kind: str, threshold: float = THRESHOLD) -> Iterator[Change]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import pytest
@@ -66,6 +67,28 @@ def test_the_interval_has_the_median_as_often_as_it_says_for_a_skewed_distributi
 def test_too_few_values_have_no_interval() -> None:
     with pytest.raises(ValueError, match="7 values are too few"):
         verdicts.median_interval(range(7))
+
+
+def test_an_interval_of_a_quantile_needs_enough_values() -> None:
+    for fraction, fewest in ((0.5, 6), (0.9, 36), (0.95, 72), (0.99, 368)):
+        values = list(map(float, range(fewest)))
+        assert verdicts.quantile_interval(values[1:], fraction, 0.95) is None
+        low, high = verdicts.quantile_interval(values, fraction, 0.95) or (0, 0)
+        assert low < fraction * fewest < high == fewest - 1
+
+
+def test_an_interval_covers_the_quantile_as_often_as_it_says() -> None:
+    numbers, covered = random.Random(0), 0
+    for _ in range(400):
+        low, high = verdicts.quantile_interval([numbers.gauss() for _ in range(100)], 0.9, 0.95) or (0, 0)
+        covered += low <= NormalDist().inv_cdf(0.9) <= high
+    assert 0.93 < covered / 400 < 0.99
+
+
+def test_an_interval_of_thousands_of_values_is_narrow() -> None:
+    low, high = verdicts.quantile_interval(range(5000), 0.5, 0.95) or (0, 0)
+    assert 2420 < low < 2440
+    assert 2560 < high < 2580
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
