@@ -27,6 +27,7 @@ QWEN2_1_5B = Qwen2Config(
     max_position_embeddings=4096,
     tie_word_embeddings=True,
 )
+RANK_STEP = 32  # a row of U is whole cache lines
 
 
 @torch.no_grad()
@@ -36,7 +37,8 @@ def write_pair(config: PreTrainedConfig, folder: Path, rank_share: float) -> Non
     Args:
         config: of the model.
         folder: a new or empty folder.
-        rank_share: rank of each linear of the decoder layers, as a fraction of its smaller side.
+        rank_share: rank of each linear of the decoder layers, as a fraction of its smaller side; rounded down to a
+            multiple of ``RANK_STEP``.
     """
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -44,7 +46,7 @@ def write_pair(config: PreTrainedConfig, folder: Path, rank_share: float) -> Non
     _write(model, folder / "dense")
     for index in range(len(decoder(model).layers)):
         for target in layer_targets(model, index)[0]:
-            rank = int(rank_share * min(target.module.weight.shape))
+            rank = int(rank_share * min(target.module.weight.shape)) // RANK_STEP * RANK_STEP
             model.set_submodule(target.name, LowRankLinear.like(target.module, rank, pivoted=True))
     mark_compressed(model)
     _write(model, folder / "pivoted")
