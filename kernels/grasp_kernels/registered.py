@@ -6,6 +6,7 @@ a registered op checks its arguments too. The public functions call the implemen
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -279,9 +280,30 @@ def _grouped_directly(x: Tensor, *args: Any) -> list[Tensor] | None:
     return None if outputs is None else list(outputs)
 
 
+def _merged_directly(x: Tensor, *args: Any) -> Tensor | None:
+    """Dense members, as factors of full rank, are part of the one call; PyTorch's product reads weights slower."""
+    if not x.is_cpu:
+        return None
+    members = gradients.to_members(args[:_FIELDS], args[_FIELDS])
+    outputs = direct.grouped(x, [_full_rank(m) if isinstance(m, Dense) else m for m in members], args[_FIELDS + 1])
+    return None if outputs is None else torch.cat(outputs, dim=-1)
+
+
+def _full_rank(dense: Dense) -> Factors:
+    """Pivoted factors whose Vh is the weight; no rows are left for U."""
+    rows = len(dense.weight) if dense.weight.dim() else 0
+    return Factors(dense.weight.new_empty(0, rows), None, dense.weight, dense.bias, _identity(rows))
+
+
+@functools.cache
+def _identity(size: int) -> Tensor:
+    return torch.arange(size, dtype=torch.int32, device="cpu")
+
+
 _DIRECT: dict[str, Callable[..., Any]] = {
     "lowrank_linear": direct.linear,
     "lowrank_linear_grouped": _grouped_directly,
+    "lowrank_linear_merged": _merged_directly,
 }
 
 

@@ -23,6 +23,7 @@ from grasp_kernels import (
     lowrank_linear,
     lowrank_linear_grouped,
     ops,
+    reference,
     registered,
     singular_value_grad,
 )
@@ -55,6 +56,22 @@ def no_registered_op(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the call left the direct path")
 
     monkeypatch.setattr(ops, "check_factors", fail)
+
+
+def test_a_dense_member_of_a_merged_linear_is_part_of_the_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("PyTorch's product")
+
+    monkeypatch.setattr(registered, "linear", fail)
+    x, (U, s, Vh, bias, *_) = operands()
+    weight, dense_bias = (normal(shape, seeded(), dtype=x.dtype) for shape in ((16, K), (16,)))
+    present = [True, True, True, True, *[False] * 3, True, False, False, True, *[False] * 3]
+    lists = [U, weight], [s], [Vh], [bias, dense_bias], [], [], [], present
+    y = torch.ops.grasp.lowrank_linear_merged(x, *lists, "auto")
+    expected = torch.cat([reference.lowrank_linear(x, U, s, Vh, bias), x @ weight.mT + dense_bias], dim=-1)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(AssertionError, match="PyTorch's product"):  # which is faster for many rows
+        torch.ops.grasp.lowrank_linear_merged(x.expand(CPU_ROWS[x.dtype] + 1, K), *lists, "auto")
 
 
 SHAPES = ((1, K), (K,), (1, 1, K), (2, 3, K), (2, 1, 3, 1, K), (7, K))
