@@ -45,6 +45,7 @@ from grasp.files import expanded
 from grasp.formatting import one_line, size
 from grasp.model.checkpoint_format import METHOD, read_headers, weight_files
 from grasp.model.hf_quantizer import quantization_method, register
+from grasp.model.quantized_linear import QUANTIZED
 from grasp.progress import Progress, no_progress
 from grasp.reading import read_json
 
@@ -426,10 +427,14 @@ def _require_all_weights(name: str, missing: set[str] | list[str]) -> None:
 
 
 def _require_floats(name: str, model: PreTrainedModel) -> None:
-    """Refuse whole numbers as weights, which transformers does not cast in a compressed checkpoint."""
-    for path, parameter in model.named_parameters():
-        if not parameter.is_floating_point() and quantization_method(model.config) in (None, METHOD):
-            raise CheckpointError(
-                f"{path} of {name} has the dtype {parameter.dtype}; expected a floating-point dtype. "
-                "Save the model again"
-            )
+    """Refuse whole numbers as weights that are not quantised, which transformers does not cast."""
+    if quantization_method(model.config) not in (None, METHOD):
+        return
+    for path, module in model.named_modules():
+        values = module.counts if isinstance(module, QUANTIZED) else ()
+        for parameter, tensor in module.named_parameters(recurse=False):
+            if parameter not in values and not tensor.is_floating_point():
+                raise CheckpointError(
+                    f"{path}.{parameter} of {name} has the dtype {tensor.dtype}; expected a floating-point dtype. "
+                    "Save the model again"
+                )

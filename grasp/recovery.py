@@ -21,6 +21,7 @@ from grasp.checkpoint.recovery_report import Point, RecoveryReport
 from grasp.checkpoint.recovery_state import NoRecoveryState, Snapshot
 from grasp.errors import NonFiniteError, UnsupportedModelError
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.quantized_linear import QuantizedLowRankLinear
 from grasp.model.running import batch_inputs, evaluating, first_device
 from grasp.model.targets import max_positions
 from grasp.progress import Clock, Notify, Progress, no_notify, no_progress
@@ -137,7 +138,7 @@ def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
     """The factors U and Vh of all low-rank linears, by path.
 
     Raises:
-        UnsupportedModelError: if there are none, they are offloaded, or have no floating-point dtype.
+        UnsupportedModelError: if there are none, or they are offloaded, quantised, or of no floating-point dtype.
 
     Example:
         >>> from grasp import LowRankLinear
@@ -146,6 +147,8 @@ def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     linears = {path: module for path, module in model.named_modules() if isinstance(module, LowRankLinear)}
     factors = {f"{path}.{name}": getattr(linear, name) for path, linear in linears.items() for name in ("U", "Vh")}
+    if any(isinstance(module, QuantizedLowRankLinear) for module in model.modules()):
+        raise UnsupportedModelError("the factors are quantised; recover the checkpoint that `grasp quantize` was given")
     if not factors:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no low-rank linears to train; expected a model that grasp has compressed"

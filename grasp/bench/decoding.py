@@ -21,7 +21,9 @@ from grasp.bench.timing import StopRule, rounds
 from grasp.evaluation.generation import CompiledSteps, GenerationTime, first_logits, time_generation
 from grasp.formatting import one_line
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.quantized_linear import QuantizedLinear, QuantizedLowRankLinear
 from grasp.model.running import first_device
+from grasp.model.size import parameter_count
 from grasp.progress import Progress, no_progress
 from grasp_kernels.roofline import Card
 
@@ -202,11 +204,11 @@ def floors(
     config = model.config.get_text_config(decoder=True)
     if any(getattr(config, name, None) for name in _EXPERTS):
         return ()
-    kinds = (nn.Linear, Conv1D, LowRankLinear)
-    read = list(chain.from_iterable(m.parameters(recurse=False) for m in model.modules() if isinstance(m, kinds)))
+    kinds = (nn.Linear, Conv1D, LowRankLinear, QuantizedLowRankLinear, QuantizedLinear)
+    linears = nn.ModuleList(module for module in model.modules() if isinstance(module, kinds))
     head = model.get_output_embeddings()
-    parameters, size = sum(p.numel() for p in read), sum(p.numel() * p.element_size() for p in read)
-    once = sum(p.numel() for p in head.parameters()) if isinstance(head, nn.Module) else 0
+    parameters, size = parameter_count(linears), sum(p.numel() * p.element_size() for p in linears.parameters())
+    once = parameter_count(head) if isinstance(head, nn.Module) else 0
     prefill = 2 * batch_size * ((parameters - once) * prompt_tokens + once)
     return (
         max(size / card.bandwidth, prefill / card.flops),

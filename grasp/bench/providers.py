@@ -22,10 +22,14 @@ from grasp.model.grouping import group_linears_
 from grasp.model.kernel_linear import use_kernel_
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear, set_backend_
+from grasp.model.quantized_linear import QUANTIZED, QuantizedEmbedding, QuantizedLowRankLinear
+from grasp.model.size import parameter_count
 from grasp.model.targets import decoder, layer_targets
 from grasp.progress import Progress, no_progress
 from grasp_kernels.dispatch import BACKENDS, CPU_ROWS, OpCall, backend_missing, objection
+from grasp_kernels.quantized import KINDS
 
+_LOW_RANK = (LowRankLinear, QuantizedLowRankLinear)
 DENSE, REMOVED, COMPRESSED, UNFUSED = "dense", "removed", "compressed", "unfused"
 KERNEL = "kernel"  # ``dense/kernel``, ``compressed/kernel``: see ``use_kernel_``
 
@@ -109,13 +113,16 @@ def unfuse_(model: nn.Module) -> None:
 def low_rank_layers(dense: PreTrainedModel, compressed: PreTrainedModel, name: str) -> tuple[list[int], float]:
     """The low-rank layers of ``compressed``, and the fraction of their matrices' parameters that the factors have.
 
+    Without any, the fraction is 1.
+
     Raises:
-        CheckpointError: if there are none, or if ``compressed`` was not made from ``dense``; the message has ``name``.
+        CheckpointError: if nothing is low-rank or quantised, or ``compressed`` was not made from ``dense``; the message
+            has ``name``.
     """
     layers, factor_parameters, dense_parameters = [], 0, 0
     originals = dict(dense.named_modules())
     for index, layer in enumerate(decoder(compressed).layers):
-        linears = {path: module for path, module in layer.named_modules() if isinstance(module, LowRankLinear)}
+        linears = {path: module for path, module in layer.named_modules() if isinstance(module, _LOW_RANK)}
         for path, module in linears.items():
             full = f"{decoder(compressed).path}.{index}.{path}"
             original, shape = originals.get(full), (module.out_features, module.in_features)
@@ -124,19 +131,22 @@ def low_rank_layers(dense: PreTrainedModel, compressed: PreTrainedModel, name: s
                     f"{name} has a low-rank linear {full} of shape {shape}, the dense model has no such linear; "
                     "give the model that it was compressed from"
                 )
-            factor_parameters += module.U.numel() + module.Vh.numel()
+            factor_parameters += parameter_count(module) - (0 if module.bias is None else module.bias.numel())
             dense_parameters += math.prod(shape)
         layers += [index] if linears else []
-    if not layers:
-        raise CheckpointError(f"{name} has no low-rank layers; expected a folder from grasp compress")
-    embeddings, expected = (
-        model.get_input_embeddings().get_parameter("weight").float() for model in (compressed, dense)
-    )
-    if embeddings.shape != expected.shape or not torch.allclose(expected, embeddings, rtol=1e-2, atol=1e-3):
+    if not layers and not any(isinstance(module, QUANTIZED) for module in compressed.modules()):
+        raise CheckpointError(f"{name} has no low-rank layers; expected a folder from grasp compress or quantize")
+    expected = dense.get_input_embeddings().get_parameter("weight").float()
+    embedding = compressed.get_input_embeddings()
+    if isinstance(embedding, QuantizedEmbedding):
+        weight, atol = embedding.dense_weight(), embedding.weight_scales.max().item()
+    else:
+        weight, atol = embedding.get_parameter("weight").float(), 1e-3
+    if weight.shape != expected.shape or not torch.allclose(expected, weight, rtol=1e-2, atol=atol):
         raise CheckpointError(
             f"{name} has other embeddings than the dense model; give the model that it was compressed from"
         )
-    return layers, factor_parameters / dense_parameters
+    return layers, factor_parameters / dense_parameters if layers else 1.0
 
 
 def require_backends(names: Sequence[str]) -> None:
@@ -161,15 +171,21 @@ def providers(
         models[REMOVED] = ModelProvider(removed)
     except (UnsupportedModelError, ValueError) as error:
         left_out[REMOVED] = str(error)
-    unfused = copy.deepcopy(compressed)
-    unfuse_(unfused)
     models[COMPRESSED] = ModelProvider(compressed, "auto")
     names = backends or [row.name for row in BACKENDS]
-    models |= {f"{COMPRESSED}/{name}": ModelProvider(compressed, name) for name in names}
+    models |= {f"{COMPRESSED}/{name}": ModelProvider(compressed, name) for name in names if layers}
     if "cpu" in names and not backend_missing("cpu") and dense.device.type == "cpu" and dense.dtype in CPU_ROWS:
         for name in (DENSE, COMPRESSED):
-            models[f"{name}/{KERNEL}"] = models[name]._replace(model=_with_kernel(models[name].model))
-    return {**models, UNFUSED: ModelProvider(unfused)}, left_out
+            try:
+                models[f"{name}/{KERNEL}"] = models[name]._replace(model=_with_kernel(models[name].model))
+            except UnsupportedModelError as error:  # all linears are quantised, or none is on the CPU
+                left_out[f"{name}/{KERNEL}"] = str(error)
+    if any(isinstance(module, LowRankLinear) for module in compressed.modules()):
+        unfuse_(unfused := copy.deepcopy(compressed))
+        models[UNFUSED] = ModelProvider(unfused)
+    else:
+        left_out[UNFUSED] = "the model has no low-rank linear with floating factors"
+    return models, left_out
 
 
 def _with_kernel(model: PreTrainedModel) -> PreTrainedModel:
@@ -185,9 +201,12 @@ def objections(provider: ModelProvider, rows: Sequence[int]) -> str | None:
     row = next((row for row in BACKENDS if row.name == provider.backend), None)
     if row is None:
         return None
-    modules = [module for module in provider.model.modules() if isinstance(module, LowRankLinear)]
-    device, dtype, rank = modules[0].U.device, modules[0].U.dtype, max(module.rank for module in modules)
+    modules = [module for module in provider.model.modules() if isinstance(module, _LOW_RANK)]
+    device, dtype, rank = modules[0].U.device, provider.model.dtype, max(module.rank for module in modules)
+    weights = frozenset(KINDS[module.Vh.dtype] for module in modules if isinstance(module, QuantizedLowRankLinear))
     calls = [
-        OpCall(op, device, dtype, count, rank) for op in ("lowrank_linear", "lowrank_linear_grouped") for count in rows
+        OpCall(op, device, dtype, count, rank, weights=weights)
+        for op in ("lowrank_linear", "lowrank_linear_grouped")
+        for count in rows
     ]
     return next((reason for call in calls if (reason := objection(row, call)) is not None), None)

@@ -18,6 +18,8 @@ from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.errors import CheckpointError, GraspError
 from grasp.formatting import counts, one_line, printable, score_rows
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.quantized_linear import QUANTIZED, QuantizedLowRankLinear
+from grasp.model.size import parameter_count
 from grasp.reading import read_json
 
 if TYPE_CHECKING:
@@ -67,12 +69,18 @@ print(tokenizer.decode(tokens[0]))
 ## What was compressed
 
 Each linear layer with its rank and its full rank; parameters relative to the dense layers. Form of the low-rank \
-layers: {forms}.
+layers: {forms}.{quantized}
 
 | layer | rank of full rank | parameters |
 | --- | --- | ---: |
 {rows}
 """
+
+
+_QUANTIZED = """
+
+Quantised linear layers and embeddings, by how their values are stored: {}. `int4/64` has one scale per 64 columns, \
+without a number there is one per row."""
 
 
 class _CardLayer(NamedTuple):
@@ -103,9 +111,12 @@ def model_card(
         >>> print(model_card(model, base_model="openai-community/gpt2").splitlines()[1])
         base_model: openai-community/gpt2
     """
-    layers = {name: _layer(module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return _render(model.config.model_type, layers, parameters, base_model, license or {}, details)
+    kinds = (LowRankLinear, QuantizedLowRankLinear)
+    layers = {name: _layer(module) for name, module in model.named_modules() if isinstance(module, kinds)}
+    storages = [str(module.storage) for module in model.modules() if isinstance(module, QUANTIZED)]
+    return _render(
+        model.config.model_type, layers, storages, parameter_count(model), base_model, license or {}, details
+    )
 
 
 def folder_card(
@@ -121,12 +132,14 @@ def folder_card(
         m.name: _CardLayer(m.rank, m.in_features, m.out_features, m.parameters, m.dense_parameters, m.form)
         for m in checkpoint.modules
     }
-    return _render(checkpoint.model_type, layers, checkpoint.parameters, base_model, license or {}, "")
+    storages = list(checkpoint.quantized.values())
+    return _render(checkpoint.model_type, layers, storages, checkpoint.parameters, base_model, license or {}, "")
 
 
 def _render(
     model_type: str,
     layers: Mapping[str, _CardLayer],
+    storages: Sequence[str],
     parameters: int,
     base_model: str | None,
     license: Mapping[str, str],
@@ -136,7 +149,7 @@ def _render(
     front_matter: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["grasp", "low-rank"],
+        "tags": ["grasp", *(["low-rank"] if layers or not storages else []), *(["quantized"] if storages else [])],
         **({"base_model": base_model, "base_model_relation": "quantized"} if on_hub else {}),
         **{key: value for key, value in license.items() if key in _LICENSE_KEYS},
     }
@@ -152,6 +165,7 @@ def _render(
         before=before,
         after=parameters,
         forms=counts(layer.form for layer in layers.values()) or "none",
+        quantized=_QUANTIZED.format(counts(storages)) if storages else "",
         rows="\n".join(_rows(layers)),
     )
     return card + (f"\n{details.strip()}\n" if details else "")
@@ -288,11 +302,10 @@ def _rows(layers: Mapping[str, _CardLayer]) -> list[str]:
     ]
 
 
-def _layer(layer: LowRankLinear) -> _CardLayer:
+def _layer(layer: LowRankLinear | QuantizedLowRankLinear) -> _CardLayer:
     bias = 0 if layer.bias is None else layer.out_features
-    parameters = sum(parameter.numel() for parameter in layer.parameters())
     dense = layer.in_features * layer.out_features + bias
-    return _CardLayer(layer.rank, layer.in_features, layer.out_features, parameters, dense, layer.form)
+    return _CardLayer(layer.rank, layer.in_features, layer.out_features, parameter_count(layer), dense, layer.form)
 
 
 class _Score(NamedTuple):

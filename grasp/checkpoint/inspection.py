@@ -6,7 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
 from grasp.errors import CheckpointError
 from grasp.model.checkpoint_format import (
     METHOD,
+    Storage,
     StoredTensor,
-    check_factor,
+    check_format,
     check_rank,
-    check_ranks,
+    check_tensor,
     read_headers,
+    storages,
     weight_files,
 )
 from grasp.model.families import family_of
@@ -32,7 +34,7 @@ _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8"
 
 @dataclass(frozen=True)
 class LowRankModule:
-    """A low-rank linear of a checkpoint; parameters and bytes include the bias, and bytes the ``order``."""
+    """A low-rank linear of a checkpoint; parameters and bytes include the bias, and bytes scales and ``order``."""
 
     name: str
     layer: int
@@ -43,11 +45,12 @@ class LowRankModule:
     dense_parameters: int
     bytes: int
     form: str = "factored"  # or "pivoted"
+    storage: str | None = None  # a name of ``STORAGES``, such as "int8"; ``None`` for floating factors
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the model, such as the dense MLP linears, and its size."""
+    """A part of the model, such as the dense MLP linears, and its size. A quantised value is one parameter."""
 
     name: str
     tensors: int
@@ -65,6 +68,7 @@ class Inspection:
     parts: tuple[Part, ...]  # largest first
     modules: tuple[LowRankModule, ...]  # in the order of the layers
     report: CompressionReport | None
+    quantized: Mapping[str, str] = field(default_factory=dict)  # path of each quantised module → its storage
 
     @property
     def parameters(self) -> int:
@@ -98,6 +102,7 @@ class Inspection:
             "bytes": self.bytes,
             "parts": [asdict(part) for part in self.parts],
             "modules": [asdict(module) for module in self.modules],
+            "quantized": dict(self.quantized),
             "report": None if self.report is None else self.report.to_dict(),
         }
 
@@ -120,42 +125,34 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
     directory = Path(directory)
     expected = "the configuration of a checkpoint that `grasp compress` wrote"
     config = read_json(directory / "config.json", expected, CheckpointError, finite=False)
-    ranks, pivoted = _ranks(config, directory / "config.json")
-    tensors = read_headers(weight_files(directory))
-    parts: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
-    for name, tensor in tensors.items():
-        parts[_part(name, ranks)][name] = tensor
-    orders = {f"{name}.order" for name in pivoted}
+    stored = _Stored(config, directory / "config.json", read_headers(weight_files(directory)))
+    parts: dict[str, list[str]] = defaultdict(list)
+    for name in stored.tensors:
+        parts[stored.part(name)].append(name)
+    for name in stored.storages.keys() - stored.ranks.keys():
+        stored.check_dense(name)
+    modules = [stored.module(name, rank) for name, rank in stored.ranks.items()]
     return Inspection(
         directory=str(directory),
         model_type=str(config.get("model_type", "unknown")),
-        num_layers=len({match[1] for name in tensors if (match := _LAYER.search(name))}),
+        num_layers=len({match[1] for name in stored.tensors if (match := _LAYER.search(name))}),
         parts=tuple(
             sorted(
                 (
-                    Part(
-                        part,
-                        len(stored),
-                        sum(_parameters(tensor) for name, tensor in stored.items() if name not in orders),
-                        sum(map(_bytes, stored.values())),
-                    )
-                    for part, stored in parts.items()
+                    Part(part, len(names), sum(map(stored.parameters, names)), sum(map(stored.bytes, names)))
+                    for part, names in parts.items()
                 ),
                 key=lambda part: -part.bytes,
             )
         ),
-        modules=tuple(
-            sorted(
-                (_module(name, rank, tensors, name in pivoted) for name, rank in ranks.items()),
-                key=lambda module: module.layer,
-            )
-        ),
+        modules=tuple(sorted(modules, key=lambda module: module.layer)),
         report=CompressionReport.load(directory) if (directory / FILE_NAME).is_file() else None,
+        quantized={name: str(storage) for name, storage in stored.storages.items()},
     )
 
 
 def inspect_compressed(directory: str | Path) -> Inspection:
-    """``inspect_checkpoint`` of a folder that must have low-rank layers.
+    """``inspect_checkpoint`` of a folder that must have low-rank or quantised layers.
 
     Raises:
         CheckpointError: if it has none, or is no folder; as ``inspect_checkpoint``.
@@ -168,7 +165,7 @@ def inspect_compressed(directory: str | Path) -> Inspection:
     if not Path(directory).is_dir():
         raise CheckpointError(f"no folder {directory}; expected a checkpoint that `grasp compress` wrote")
     checkpoint = inspect_checkpoint(directory)
-    if not checkpoint.modules:
+    if not checkpoint.modules and not checkpoint.quantized:
         raise CheckpointError(
             f"{directory} is not compressed: its config.json has no ranks. Give a folder that `grasp compress` wrote"
         )
@@ -180,72 +177,124 @@ def short_name(module: str) -> str:
     return module.rpartition(".")[2]
 
 
-def _ranks(config: Mapping[str, Any], path: Path) -> tuple[dict[str, int], frozenset[str]]:
-    """The ranks by path, and the paths of the pivoted modules."""
-    quantization = config.get("quantization_config") or {}
-    if not isinstance(quantization, dict):
-        raise CheckpointError(f"{path}: quantization_config must be a JSON object, got {quantization!r}")
-    if quantization.get("quant_method") != METHOD:
-        return {}, frozenset()
-    ranks, pivoted = quantization.get("ranks", {}), quantization.get("pivoted", [])
-    try:
-        check_ranks(quantization.get("format_version"), ranks, pivoted)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    return dict(ranks), frozenset(pivoted)
+class _Stored:
+    """The tensors in the files of a checkpoint, and the modules that its configuration names."""
 
-
-def _parameters(tensor: StoredTensor) -> int:
-    return math.prod(tensor.shape)
-
-
-def _bytes(tensor: StoredTensor) -> int:
-    if tensor.dtype not in _ITEM_BYTES:
-        raise CheckpointError(f"a tensor has the dtype {tensor.dtype}; expected one of {', '.join(_ITEM_BYTES)}")
-    return _parameters(tensor) * _ITEM_BYTES[tensor.dtype]
-
-
-def _module(name: str, rank: int, tensors: Mapping[str, StoredTensor], pivoted: bool) -> LowRankModule:
-    U, Vh, bias, order = (tensors.get(f"{name}.{suffix}") for suffix in ("U", "Vh", "bias", "order"))
-    if U is None or Vh is None:
-        raise CheckpointError(
-            f"config.json gives {name} rank {rank}, but {name}.U or {name}.Vh is missing in the files"
+    def __init__(self, config: Mapping[str, Any], path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+        self.tensors = tensors
+        self.ranks: dict[str, int] = {}
+        self.pivoted: frozenset[str] = frozenset()
+        self.storages: dict[str, Storage] = {}
+        quantization = config.get("quantization_config") or {}
+        if not isinstance(quantization, dict):
+            raise CheckpointError(f"{path}: quantization_config must be a JSON object, got {quantization!r}")
+        if quantization.get("quant_method") != METHOD:
+            return
+        ranks, pivoted, quantized = (
+            quantization.get(key, default) for key, default in (("ranks", {}), ("pivoted", []), ("quantized", {}))
         )
-    if pivoted != (order is not None):
-        raise CheckpointError(
-            f"{name} has {'no' if pivoted else 'an'} order in the files, but config.json "
-            f"{'names' if pivoted else 'does not name'} it in pivoted; save the model again"
+        try:
+            check_format(quantization.get("format_version"), ranks, pivoted, quantized)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        self.ranks, self.pivoted, self.storages = dict(ranks), frozenset(pivoted), storages(quantized)
+        for name in tensors:
+            if name.endswith("_scales") and (module := name.rpartition(".")[0]) not in self.storages:
+                raise CheckpointError(f"the files have {name}, but quantized in config.json does not name {module}")
+
+    def parameters(self, name: str) -> int:
+        """The parameters in a tensor, whose module is checked."""
+        module, _, tensor = name.rpartition(".")
+        if tensor.endswith("_scales") or (tensor == "order" and module in self.pivoted):
+            return 0
+        stored = self.tensors[name]
+        if module in self.storages and stored.dtype == "U8":
+            return math.prod(stored.shape[:-1]) * self.depth(name)
+        return math.prod(stored.shape)
+
+    def bytes(self, name: str) -> int:
+        """The bytes of a tensor."""
+        tensor = self.tensors[name]
+        if tensor.dtype not in _ITEM_BYTES:
+            raise CheckpointError(f"a tensor has the dtype {tensor.dtype}; expected one of {', '.join(_ITEM_BYTES)}")
+        return math.prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]
+
+    def depth(self, name: str) -> int:
+        """The columns of a matrix; of int4 values, whose headers do not tell an odd number from the next, the even."""
+        module, _, tensor = name.rpartition(".")
+        if tensor == "U" and module in self.ranks:
+            return self.ranks[module]
+        columns = (0, *self.tensors[name].shape)[-1]
+        return columns * 8 // self.storages[module].bits if module in self.storages else columns
+
+    def check_dense(self, name: str) -> None:
+        """Check the tensors of a quantised dense module. A tied output layer, whose path has no dot, has none."""
+        weight, bias = f"{name}.weight", f"{name}.bias"
+        if weight in self.tensors:
+            rows = (*self.tensors[weight].shape, 0)[0]
+            self._check_matrix(weight, rows, self.depth(weight))
+            if bias in self.tensors:
+                check_tensor(bias, self.tensors[bias], (rows,))
+        elif "." in name or f"{weight}_scales" in self.tensors:
+            raise CheckpointError(f"config.json quantises {name}, but {weight} is missing in the files")
+
+    def module(self, name: str, rank: int) -> LowRankModule:
+        """A low-rank linear, whose tensors are checked."""
+        pivoted = name in self.pivoted
+        U, Vh, bias, order = (f"{name}.{suffix}" for suffix in ("U", "Vh", "bias", "order"))
+        if U not in self.tensors or Vh not in self.tensors:
+            raise CheckpointError(
+                f"config.json gives {name} rank {rank}, but {name}.U or {name}.Vh is missing in the files"
+            )
+        if pivoted != (order in self.tensors):
+            raise CheckpointError(
+                f"{name} has {'no' if pivoted else 'an'} order in the files, but config.json "
+                f"{'names' if pivoted else 'does not name'} it in pivoted; save the model again"
+            )
+        rows, K = (*self.tensors[U].shape, 0)[0], self.depth(Vh)
+        N = rows + rank * pivoted
+        tensors = [*self._check_matrix(U, rows, rank), *self._check_matrix(Vh, rank, K)]
+        check_rank(name, rank, (N, K), pivoted=pivoted)
+        for tensor, dtype in ((bias, None), (order, "I32")):
+            if tensor in self.tensors:
+                check_tensor(tensor, self.tensors[tensor], (N,), dtype)
+                tensors.append(tensor)
+        layer, storage = _LAYER.search(name), self.storages.get(name)
+        return LowRankModule(
+            name=name,
+            layer=int(layer[1]) if layer else 0,
+            rank=rank,
+            out_features=N,
+            in_features=K,
+            parameters=sum(map(self.parameters, tensors)),
+            dense_parameters=N * K + N * (bias in self.tensors),
+            bytes=sum(map(self.bytes, tensors)),
+            form="pivoted" if pivoted else "factored",
+            storage=None if storage is None else str(storage),
         )
-    rows, K = (*U.shape, 0)[0], (0, *Vh.shape)[-1]
-    N = rows + rank * pivoted
-    check_factor(f"{name}.U", U, (rows, rank))
-    check_factor(f"{name}.Vh", Vh, (rank, K))
-    check_rank(name, rank, (N, K), pivoted=pivoted)
-    extra = [bias] if bias is not None else []
-    for tensor in extra:
-        check_factor(f"{name}.bias", tensor, (N,))
-    if order is not None:
-        check_factor(f"{name}.order", order, (N,))
-    layer = _LAYER.search(name)
-    return LowRankModule(
-        name=name,
-        layer=int(layer[1]) if layer else 0,
-        rank=rank,
-        out_features=N,
-        in_features=K,
-        parameters=sum(map(_parameters, (U, Vh, *extra))),
-        dense_parameters=N * K + sum(map(_parameters, extra)),
-        bytes=sum(map(_bytes, (U, Vh, *extra, *([] if order is None else [order])))),
-        form="pivoted" if pivoted else "factored",
-    )
 
+    def part(self, tensor: str) -> str:
+        """The part of the model that a tensor belongs to, with the storage of its values."""
+        module = tensor.rpartition(".")[0]
+        storage = f", {self.storages[module]}" if module in self.storages else ""
+        match = _LAYER.search(tensor)
+        if match is None:
+            part = "embeddings" if _EMBEDDING.search(tensor) else "norms" if _NORM.search(tensor) else "head and other"
+            return part + storage
+        if _NORM.search(match[2]):
+            return "norms"
+        block = family_of(tensor).block(match[2])
+        return f"{block}, {'low-rank' if module in self.ranks else 'dense'}{storage}"
 
-def _part(tensor: str, ranks: Mapping[str, int]) -> str:
-    module = tensor.rpartition(".")[0]
-    match = _LAYER.search(tensor)
-    if match is None:
-        return "embeddings" if _EMBEDDING.search(tensor) else "norms" if _NORM.search(tensor) else "head and other"
-    if _NORM.search(match[2]):
-        return "norms"
-    block = family_of(tensor).block(match[2])
-    return f"{block}, low-rank" if module in ranks else f"{block}, dense"
+    def _check_matrix(self, name: str, rows: int, depth: int) -> list[str]:
+        """Check a matrix, and return the names of its tensors."""
+        storage = self.storages.get(name.rpartition(".")[0])
+        if storage is None:
+            check_tensor(name, self.tensors[name], (rows, depth))
+            return [name]
+        scales = f"{name}_scales"
+        if scales not in self.tensors:
+            raise CheckpointError(f"config.json quantises {name}, but {scales} is missing in the files")
+        check_tensor(name, self.tensors[name], (rows, storage.columns(depth)), storage.dtype)
+        check_tensor(scales, self.tensors[scales], (rows, storage.scales(depth)))
+        return [name, scales]

@@ -206,6 +206,7 @@ def show_inspection(inspection: Inspection) -> None:
             ),
             ("bytes", size(inspection.bytes)),
             *([("low-rank", counts(module.form for module in inspection.modules))] if inspection.modules else []),
+            *([("quantised", counts(inspection.quantized.values()))] if inspection.quantized else []),
         ]
     )
     total = inspection.bytes
@@ -217,7 +218,7 @@ def show_inspection(inspection: Inspection) -> None:
         ],
     )
     if not inspection.modules:
-        print_text("No low-rank layers: this checkpoint is dense.")
+        print_text(f"No low-rank layers: this checkpoint is dense{' and quantised' * bool(inspection.quantized)}.")
         return
     _print_rank_table(inspection)
 

@@ -12,7 +12,7 @@ from grasp.errors import CalibrationError, UnsupportedModelError
 from grasp.method.ranks import break_even_rank
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_shape
-from grasp.model.hf_quantizer import GraspHfQuantizer
+from grasp.model.hf_quantizer import GraspHfQuantizer, require_floating
 from grasp.model.targets import Target, decoder, layer_targets, max_positions
 
 ModulesLeft = Mapping[int, Sequence[ModuleReport]]  # layer → modules that cannot be compressed, with the reason
@@ -54,6 +54,8 @@ def eligible_targets(model: PreTrainedModel) -> tuple[dict[int, list[Target]], d
         raise UnsupportedModelError(
             f"the model is quantised ({type(quantizer).__name__}); expected a dense one. Load it unquantised."
         )
+    if quantizer is not None:
+        require_floating(model.config)
     targets: dict[int, list[Target]] = {}
     left: dict[int, list[ModuleReport]] = {}
     for layer in range(len(decoder(model).layers)):

@@ -23,7 +23,7 @@ from grasp.formatting import one_line
 from grasp.method.ranks import Form
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import DenseLinear
-from grasp.model.hf_quantizer import low_rank_in
+from grasp.model.hf_quantizer import low_rank_in, require_floating
 from grasp.model.hooks import hooked
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import backbone, batch_inputs, hidden_input, hidden_output, passing_through, returns_tuple
@@ -211,6 +211,7 @@ def _lowrank_skeleton(
     options = {"dtype": dtype, "attn_implementation": config._attn_implementation}
     model = skeleton(config, partial(build, **options), device)
     low = low_rank_in(config)
+    require_floating(config)
     for name, rank in low.ranks.items():
         model.set_submodule(name, _lowrank_like(model.get_submodule(name), rank, name in low.pivoted))
     model.eval().requires_grad_(False)

@@ -17,6 +17,8 @@ from grasp.method.ranks import rank_for_threshold, retained_indices
 from grasp.method.svd import SVD
 from grasp.model.dense import dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.quantized_linear import QuantizedLowRankLinear
+from grasp.model.size import parameter_count
 from grasp.model.targets import Target
 from grasp.statistics.scores import Score
 
@@ -160,13 +162,13 @@ def replacement(state: NoState, target: Target, selection: Selection, rank: int)
 
 def as_stored(report: ModuleReport, module: nn.Module) -> ModuleReport:
     """The report with the form and sizes of a linear's replacement, or with the reason why it has none."""
-    if not isinstance(module, LowRankLinear):
+    if not isinstance(module, (LowRankLinear, QuantizedLowRankLinear)):
         return report if report.reason else ModuleReport(report.name, report.layer, "", NOT_PIVOTED)
     parameters = list(module.parameters())
     return replace(
         report,
         form=module.form,
-        parameters_after=sum(p.numel() for p in parameters),
+        parameters_after=parameter_count(module),
         bytes_after=sum(p.numel() * p.element_size() for p in parameters)
         + (0 if module.order is None else module.order.nbytes),
     )

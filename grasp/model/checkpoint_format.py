@@ -1,4 +1,4 @@
-"""The limits of a checkpoint that all its readers share: ranks, weight files, headers of tensors."""
+"""The limits of a checkpoint that all its readers share: ranks, quantised modules, weight files, headers of tensors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,42 @@ from grasp.reading import read_json
 METHOD = "grasp"
 FORMAT_VERSION = 1  # of a checkpoint without pivoted layers
 PIVOTED_VERSION = 2  # of one with them
-VERSIONS = (FORMAT_VERSION, PIVOTED_VERSION)
+QUANTIZED_VERSION = 3  # of one with quantised modules
+VERSIONS = (FORMAT_VERSION, PIVOTED_VERSION, QUANTIZED_VERSION)
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_GROUPS = (None, 32, 64, 128)
+
+
+class Storage(NamedTuple):
+    """How the values of a matrix are stored; as text ``"int8"``, ``"int4"`` or, with groups, ``"int4/64"``.
+
+    Attributes:
+        bits: 8 or 4 per value.
+        group: columns with one scale; ``None``: a row has one scale.
+    """
+
+    bits: int
+    group: int | None = None
+
+    def __str__(self) -> str:
+        return f"int{self.bits}" + (f"/{self.group}" if self.group else "")
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the values in a file; a U8 has two values of 4 bits."""
+        return {8: "I8", 4: "U8"}[self.bits]
+
+    def columns(self, depth: int) -> int:
+        """The stored columns of a matrix with ``depth`` columns."""
+        return -(-depth * self.bits // 8)
+
+    def scales(self, depth: int) -> int:
+        """The number of scales in a row of ``depth`` columns."""
+        return 1 if self.group is None else -(-depth // self.group)
+
+
+STORAGES = {str(storage): storage for bits in (8, 4) for group in _GROUPS for storage in [Storage(bits, group)]}
 
 
 class StoredTensor(NamedTuple):
@@ -26,23 +59,23 @@ class StoredTensor(NamedTuple):
     dtype: str
 
 
-def check_ranks(format_version: object, ranks: object, pivoted: object = ()) -> None:
-    """Check the version, the ranks and the pivoted modules of a ``quantization_config``, without the model.
+def check_format(format_version: object, ranks: object, pivoted: object = (), quantized: object = None) -> None:
+    """Check the version, ranks, pivoted and quantised modules of a ``quantization_config``.
 
     Raises:
-        CheckpointError: if the version is unknown, ``ranks`` does not map paths of modules to positive integers, or
-            ``pivoted`` is no list of some of these paths, or is not empty in version 1.
+        CheckpointError: if the version is unknown, or below that of the modules; ``ranks`` does not map paths of
+            modules to positive integers; ``pivoted`` is no list of some of these paths; or ``quantized`` does not map
+            names of ``STORAGES`` to lists of paths, or has a path twice.
     """
     if type(format_version) is not int or format_version not in VERSIONS:
         raise CheckpointError(
             f"checkpoint has format_version {format_version!r:.80}, this version of grasp reads "
-            f"{' and '.join(map(str, VERSIONS))}; upgrade grasp-llm"
+            f"{', '.join(map(str, VERSIONS))}; upgrade grasp-llm"
         )
     if not isinstance(ranks, Mapping):
         raise CheckpointError(f"ranks must map module names to ranks, got {ranks!r:.80}; save the model again")
     for name, rank in ranks.items():
-        if not (isinstance(name, str) and name.isprintable() and all(name.split("."))):
-            raise CheckpointError(f"ranks name {name!r:.80}, which is no path of a module; save the model again")
+        _check_path("ranks", name)
         if type(rank) is not int or rank < 1:
             raise CheckpointError(f"rank of {name} must be a positive integer, got {rank!r:.80}; save the model again")
     if not isinstance(pivoted, (list, tuple)) or not all(isinstance(name, str) for name in pivoted):
@@ -50,11 +83,47 @@ def check_ranks(format_version: object, ranks: object, pivoted: object = ()) -> 
     for name in pivoted:
         if name not in ranks:
             raise CheckpointError(f"pivoted names {name!r:.80}, which has no rank; save the model again")
-    if pivoted and format_version < PIVOTED_VERSION:
-        raise CheckpointError(
-            f"checkpoint has format_version {format_version} and pivoted layers, which need {PIVOTED_VERSION}; save "
-            "the model again"
-        )
+    stored = storages({} if quantized is None else quantized)
+    for kind, modules, needed in (("pivoted", pivoted, PIVOTED_VERSION), ("quantized", stored, QUANTIZED_VERSION)):
+        if modules and format_version < needed:
+            raise CheckpointError(
+                f"checkpoint has format_version {format_version} and {kind} layers, which need {needed}; save the "
+                "model again"
+            )
+
+
+def storages(quantized: object) -> dict[str, Storage]:
+    """The storage of each quantised module of a ``quantization_config``, by path.
+
+    Raises:
+        CheckpointError: if ``quantized`` does not map names of ``STORAGES`` to lists of paths, or has a path twice.
+
+    Example:
+        >>> storages({"int8": ["lm_head"], "int4/64": ["model.layers.0.mlp.up_proj"]})["lm_head"].bits
+        8
+    """
+    if not isinstance(quantized, Mapping):
+        raise CheckpointError(f"quantized must map storages to module names, got {quantized!r:.80}; save it again")
+    found: dict[str, Storage] = {}
+    for storage, names in quantized.items():
+        if storage not in STORAGES:
+            raise CheckpointError(
+                f"quantized has the storage {storage!r:.80}; expected one of {', '.join(STORAGES)}. If it is a newer "
+                "one, upgrade grasp-llm"
+            )
+        if not isinstance(names, (list, tuple)):
+            raise CheckpointError(f"quantized must list names for {storage}, got {names!r:.80}; save the model again")
+        for name in names:
+            _check_path("quantized", name)
+            if name in found:
+                raise CheckpointError(f"quantized names {name:.80} twice; save the model again")
+            found[name] = STORAGES[storage]
+    return found
+
+
+def _check_path(field: str, name: object) -> None:
+    if not (isinstance(name, str) and name.isprintable() and all(name.split("."))):
+        raise CheckpointError(f"{field} name {name!r:.80}, which is no path of a module; save the model again")
 
 
 def check_rank(name: str, rank: int, shape: tuple[int, int], *, pivoted: bool = False) -> None:
@@ -71,16 +140,16 @@ def check_rank(name: str, rank: int, shape: tuple[int, int], *, pivoted: bool = 
         )
 
 
-def check_factor(name: str, stored: StoredTensor, shape: tuple[int, ...]) -> None:
-    """Check a tensor of a low-rank linear against the shape that its rank requires.
+def check_tensor(name: str, stored: StoredTensor, shape: tuple[int, ...], dtype: str | None = None) -> None:
+    """Check a tensor of a low-rank or quantised module against its shape and dtype; ``None`` is any floating one.
 
     Raises:
-        CheckpointError: if the shape differs, or the dtype is not a floating-point one (I32 for ``order``).
+        CheckpointError: if they differ.
     """
-    dtypes = ("I32",) if name.endswith(".order") else _FLOATS
+    dtypes = _FLOATS if dtype is None else (dtype,)
     if stored.shape != shape:
         raise CheckpointError(
-            f"{name} has the shape {stored.shape}, the ranks in config.json require {shape}; save the model again"
+            f"{name} has the shape {stored.shape}, config.json requires {shape}; save the model again"
         )
     if stored.dtype not in dtypes:
         raise CheckpointError(

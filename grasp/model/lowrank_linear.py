@@ -299,8 +299,10 @@ def set_backend_(model: nn.Module, backend: str) -> None:
     """
     if backend not in (known := ["auto", *(row.name for row in BACKENDS)]):
         raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(known)}")
+    from grasp.model.quantized_linear import QuantizedLowRankLinear  # imports this module
+
     for module in model.modules():
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, (LowRankLinear, QuantizedLowRankLinear)):
             module.backend = backend
 
 

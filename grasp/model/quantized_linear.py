@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from grasp.method.ranks import Form
+from grasp.model.checkpoint_format import Storage as Storage
 from grasp.model.dense import DenseLinear, dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp_kernels import Factors, lowrank_linear
@@ -16,22 +16,6 @@ from grasp_kernels.dispatch import CPU_ROWS
 from grasp_kernels.quantized import dequantize, stored_columns
 
 _DTYPES = {8: torch.int8, 4: torch.uint8}
-
-
-class Storage(NamedTuple):
-    """How the values of a matrix are stored.
-
-    Attributes:
-        bits: 8 or 4 per value.
-        group: columns with one scale; ``None``: a row has one scale.
-    """
-
-    bits: int
-    group: int | None = None
-
-    def scales(self, depth: int) -> int:
-        """The number of scales in a row of ``depth`` columns."""
-        return 1 if self.group is None else -(-depth // self.group)
 
 
 def _fixed(*shape: int, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Parameter:
@@ -76,6 +60,16 @@ class QuantizedLowRankLinear(nn.Module):
         self.register_parameter("bias", bias)
         order = None if layer.order is None else torch.arange(self.out_features, dtype=torch.int32, device=device)
         self.register_buffer("order", order)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of values in each quantised parameter."""
+        return {"U": len(self.U) * self.rank, "Vh": self.rank * self.in_features}
+
+    @property
+    def form(self) -> Form:
+        """``"factored"`` or ``"pivoted"``."""
+        return "factored" if self.order is None else "pivoted"
 
     @property
     def factors(self) -> Factors:
@@ -149,10 +143,14 @@ class QuantizedLinear(nn.Module):
         order = torch.arange(self.out_features, dtype=torch.int32, device=device)
         self.register_buffer("order", order, persistent=False)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of values in each quantised parameter."""
+        return {"weight": self.out_features * self.in_features}
+
     def renew_buffers_(self) -> None:
-        """Fill the buffers that no checkpoint has; for a layer that was made without data."""
-        self.order = torch.arange(self.out_features, dtype=torch.int32, device=self.weight.device)
-        self.others = self.weight_scales.new_empty(0, self.out_features)
+        """Fill the buffers that no checkpoint has, where they are; the parameters may be offloaded."""
+        self.order = torch.arange(self.out_features, dtype=torch.int32, device=self.order.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
@@ -185,9 +183,15 @@ class QuantizedEmbedding(nn.Module):
     def __init__(self, embedding: nn.Embedding, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = embedding.weight.shape
+        self.storage = Storage(8)
         self.factor = float(getattr(embedding, "scalar_embed_scale", 1.0))
         self.weight = _fixed(*embedding.weight.shape, dtype=torch.int8, device=device)
         self.weight_scales = _fixed(self.num_embeddings, 1, dtype=embedding.weight.dtype, device=device)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of values in each quantised parameter."""
+        return {"weight": self.num_embeddings * self.embedding_dim}
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) int64 → (..., embedding_dim) in the dtype of the scales."""
@@ -205,17 +209,21 @@ class QuantizedEmbedding(nn.Module):
 
 
 QuantizedModule = QuantizedLowRankLinear | QuantizedLinear | QuantizedEmbedding
+QUANTIZED = (QuantizedLowRankLinear, QuantizedLinear, QuantizedEmbedding)
 
 
 def quantized_like(
     module: nn.Module, storage: Storage, device: torch.device | str | None = None
 ) -> QuantizedModule | None:
-    """A quantised module without values that can replace ``module``, or ``None`` if there is none for its class."""
+    """A quantised module without values that can replace ``module``, or ``None`` if there is none for its class.
+
+    Embeddings of other classes, such as OPT's of positions, change the ids. They have none.
+    """
     if isinstance(module, LowRankLinear):
         return QuantizedLowRankLinear(module, storage, device)
     if isinstance(module, (nn.Linear, Conv1D)):
         return QuantizedLinear(module, storage, device)
-    if isinstance(module, nn.Embedding):
+    if type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, "scalar_embed_scale")):
         return QuantizedEmbedding(module, device)
     return None
 

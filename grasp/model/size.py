@@ -21,7 +21,7 @@ class Size:
 def model_size(model: nn.Module, layers: nn.ModuleList) -> Size:
     """Count the parameters and bytes of a model; a shared parameter counts once, also if it is offloaded.
 
-    Bytes include the ``order`` of pivoted layers, which are no parameters.
+    A quantised value is one parameter. Scales and the ``order`` of pivoted layers are none, but have bytes.
 
     Args:
         model: dense or compressed.
@@ -33,9 +33,28 @@ def model_size(model: nn.Module, layers: nn.ModuleList) -> Size:
         for name, p in model.named_parameters()  # torch omits duplicates
         if not (p.is_meta and name in tied)
     ]
-    orders = [buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] == "order"]
+    orders = [buffer for name, buffer in model.state_dict(keep_vars=True).items() if name.endswith(".order")]
+    counts = _counts(model)
     return Size(
-        parameters=sum(p.numel() for p in parameters),
+        parameters=sum(counts[id(p)] for p in parameters),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *orders)),
-        decoder_parameters=sum(p.numel() for p in layers.parameters()),
+        decoder_parameters=parameter_count(layers),
     )
+
+
+def parameter_count(module: nn.Module) -> int:
+    """The parameters of a module as ``model_size`` counts them."""
+    return sum(_counts(module).values())
+
+
+def _counts(module: nn.Module) -> dict[int, int]:
+    """The number of parameters in each tensor, by its id."""
+    from grasp.model.quantized_linear import QUANTIZED  # brings torch; the readers of reports need ``Size`` alone
+
+    counts = {id(parameter): parameter.numel() for parameter in module.parameters()}
+    for part in module.modules():
+        if isinstance(part, QUANTIZED):
+            tensors = part.named_parameters(recurse=False)
+            values = {name: part.counts.get(name, 0) for name, _ in tensors if name != "bias"}
+            counts |= {id(getattr(part, name)): count for name, count in values.items()}
+    return counts

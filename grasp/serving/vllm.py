@@ -81,9 +81,16 @@ class GraspVllmConfig(QuantizationConfig):
         """Read the ``quantization_config`` of a ``config.json``.
 
         Raises:
-            CheckpointError: as ``check_ranks``.
+            CheckpointError: as ``check_format``.
+            UnsupportedModelError: if modules are quantised.
         """
         read = GraspQuantizationConfig.from_dict(dict(config))
+        if read.quantized:
+            raise UnsupportedModelError(
+                f"the checkpoint has quantised modules ({', '.join(read.quantized)}), which run under transformers; "
+                "vLLM serves floating factors and weights. Give it the checkpoint that `grasp quantize` was given, or "
+                "a dense one: load this one with transformers and call model.dequantize() and save_pretrained"
+            )
         return cls(dict(read.ranks), read.pivoted)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

@@ -20,7 +20,9 @@ from grasp.files import remove_abandoned
 from grasp.loading import load_quietly
 from grasp.method.ranks import FORMS, Form
 from grasp.model.checkpoint_format import weight_files
+from grasp.model.hf_quantizer import require_floating
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.quantized_linear import QuantizedLowRankLinear
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
@@ -76,6 +78,7 @@ def convert(directory: Path, output: Path, form: Form, *, progress: Progress = n
 
     Raises:
         ValueError: if there is no such form.
+        UnsupportedModelError: if the model is quantised.
         CheckpointError: if ``directory`` is not a compressed checkpoint, or ``output`` cannot be written.
         NonFiniteError: if a factor has NaN or infinite entries.
         GraspError: as ``load_model``.
@@ -87,6 +90,7 @@ def convert(directory: Path, output: Path, form: Form, *, progress: Progress = n
     remove_abandoned(target)
     texts = read_texts(directory, _TEXTS)
     model, tokenizer = load_quietly(str(directory), device="cpu", progress=progress)
+    require_floating(model.config)
     require_space(target, model.get_memory_footprint())
     converted, left = convert_(model, form, progress)
     card = texts.pop("README.md", None)
@@ -128,7 +132,7 @@ def convert_(
 
 def with_forms(report: CompressionReport, model: PreTrainedModel) -> CompressionReport:
     """A report with the forms and sizes that the low-rank layers of a model have now, and the size of the model."""
-    layers = _lowrank_layers(model)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (LowRankLinear, QuantizedLowRankLinear))}
     remaining = [layer for layer in range(len(report.block_influence)) if layer not in report.removed_layers]
     numbers = {f".{old}.": f".{new}." for new, old in enumerate(remaining)}  # the report's are of the dense model
     modules = []

@@ -54,7 +54,8 @@ def _has_our_card(folder: Path) -> bool:
     """Whether a folder is a compressed checkpoint with a model card. Cards of dense models are not changed."""
     if not ((folder / "README.md").is_file() and (folder / "config.json").is_file()):
         return False
-    return bool(inspect_checkpoint(folder).modules)
+    inspection = inspect_checkpoint(folder)
+    return bool(inspection.modules or inspection.quantized)
 
 
 def _update_card(folder: Path) -> None:

@@ -285,7 +285,7 @@ def test_configuration_survives_json() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"format_version": 3, "ranks": {}, "novelty": 1}, "format_version 3.*reads 1 and 2; upgrade grasp-llm"),
+        ({"format_version": 4, "ranks": {}, "novelty": 1}, "format_version 4.*reads 1, 2, 3; upgrade grasp-llm"),
         ({"ranks": {}}, "format_version None"),
         ({"format_version": 1, "ranks": {}, "novelty": 1}, r"unknown keys \['novelty'\]; upgrade grasp-llm"),
         ({"format_version": 1, "ranks": ["a"]}, "must map module names to ranks"),
@@ -311,7 +311,7 @@ def test_unreadable_configurations_are_refused(saved: Path, values: dict[str, An
 @pytest.mark.parametrize("module", [UP, "model.layers.2.self_attn.q_proj"])
 def test_a_rank_that_does_not_match_the_tensors_is_refused(saved: Path, module: str, ignore: bool) -> None:
     edit_config(saved, lambda config: config["ranks"].update({module: 2}))
-    with pytest.raises(CheckpointError, match=rf"{module}.* has the shape .*require "):
+    with pytest.raises(CheckpointError, match=rf"{module}.* has the shape .*requires "):
         AutoModelForCausalLM.from_pretrained(saved, ignore_mismatched_sizes=ignore)
 
 

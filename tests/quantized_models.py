@@ -1,0 +1,35 @@
+"""Tiny models with quantised modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from grasp.compression.quantize import quantize_
+from grasp.model.checkpoint_format import STORAGES
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.targets import layer_targets
+from tests.tiny_models import tiny_model
+
+
+def quantized_model(
+    family: str = "llama",
+    storage: str = "int8",
+    dtype: torch.dtype = torch.float32,
+    *,
+    low_rank: bool = True,
+    **overrides: Any,
+) -> PreTrainedModel:
+    """A model rounded to nearest, embeddings and output layer in int8; layer 1 is low-rank, and layer 2 pivoted."""
+    model = tiny_model(family, **overrides)
+    if dtype != torch.float32:  # like a loaded checkpoint of that dtype: rotary frequencies stay in fp32
+        model = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=dtype)
+    for layer in (1, 2) if low_rank else ():
+        for number, target in enumerate(layer_targets(model, layer)[0]):
+            low = LowRankLinear.from_dense(model.get_submodule(target.name), torch.arange(3 + layer + number))
+            model.set_submodule(target.name, low)
+            assert layer == 1 or low.pivot_() is None
+    quantize_(model, STORAGES[storage])
+    return model
