@@ -21,7 +21,7 @@ from grasp.checkpoint.recovery_report import Point, RecoveryReport
 from grasp.checkpoint.recovery_state import NoRecoveryState, Snapshot
 from grasp.errors import NonFiniteError, UnsupportedModelError
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.quantized_linear import QuantizedLowRankLinear
+from grasp.model.quantized_linear import require_floating_factors
 from grasp.model.running import batch_inputs, evaluating, first_device
 from grasp.model.targets import max_positions
 from grasp.progress import Clock, Notify, Progress, no_notify, no_progress
@@ -147,8 +147,7 @@ def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     linears = {path: module for path, module in model.named_modules() if isinstance(module, LowRankLinear)}
     factors = {f"{path}.{name}": getattr(linear, name) for path, linear in linears.items() for name in ("U", "Vh")}
-    if any(isinstance(module, QuantizedLowRankLinear) for module in model.modules()):
-        raise UnsupportedModelError("the factors are quantised; recover the checkpoint that `grasp quantize` was given")
+    require_floating_factors(model)
     if not factors:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no low-rank linears to train; expected a model that grasp has compressed"

@@ -5,13 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from grasp.compression.quantize import quantize_
-from grasp.model.checkpoint_format import STORAGES
+from grasp.model.checkpoint_format import STORAGES, Storage
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.quantized_linear import QuantizedModule, quantized_like
 from grasp.model.targets import layer_targets
 from tests.tiny_models import tiny_model
+
+
+def random_like(module: nn.Module, storage: Storage) -> QuantizedModule:
+    """A quantised module in place of another one, with random values."""
+    layer = quantized_like(module, storage)
+    assert layer is not None
+    generator = torch.Generator().manual_seed(0)
+    for name in layer.counts:
+        layer.get_parameter(name).random_(generator=generator)
+        layer.get_parameter(f"{name}_scales").fill_(2.0**-10)
+    return layer.eval()
 
 
 def quantized_model(

@@ -15,12 +15,14 @@ import torch
 from transformers import PreTrainedModel
 
 import grasp_autoload
+from grasp.model.checkpoint_format import Storage
 from grasp.model.lowrank_linear import LowRankLinear
+from tests.quantized_models import random_like
 from tests.tiny_models import tiny_batches, tiny_model
 
 INSTALLED = any(point.value == "grasp_autoload:install" for point in entry_points(group="torch.backends"))
 needs_install = pytest.mark.skipif(not INSTALLED, reason="grasp-llm is not installed in this environment")
-UP = "model.layers.1.mlp.up_proj"
+UP, DOWN = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"
 # Loads the folder argv[1] and leaves state and logits in argv[2]; its first line stands before all other imports.
 LOAD = """
 import sys
@@ -48,6 +50,7 @@ def python(code: str, *arguments: object, **environment: str) -> subprocess.Comp
 def model() -> PreTrainedModel:
     model = tiny_model("llama")
     model.set_submodule(UP, LowRankLinear.from_dense(model.get_submodule(UP), torch.arange(4)))
+    model.set_submodule(DOWN, random_like(model.get_submodule(DOWN), Storage(8)))
     return model
 
 

@@ -167,6 +167,8 @@ def providers(
     models = {DENSE: ModelProvider(dense)}
     left_out: dict[str, str] = {}
     try:
+        if not layers:
+            raise UnsupportedModelError("no layer is low-rank")
         remove_layers_(removed := copy.deepcopy(dense), layers)
         models[REMOVED] = ModelProvider(removed)
     except (UnsupportedModelError, ValueError) as error:

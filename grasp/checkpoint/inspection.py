@@ -199,7 +199,8 @@ class _Stored:
             raise CheckpointError(f"{path}: {error}") from error
         self.ranks, self.pivoted, self.storages = dict(ranks), frozenset(pivoted), storages(quantized)
         for name in tensors:
-            if name.endswith("_scales") and (module := name.rpartition(".")[0]) not in self.storages:
+            module = name.rpartition(".")[0]
+            if name.endswith("_scales") and "." in module and module not in self.storages:  # see ``check_dense``
                 raise CheckpointError(f"the files have {name}, but quantized in config.json does not name {module}")
 
     def parameters(self, name: str) -> int:
@@ -228,7 +229,9 @@ class _Stored:
         return columns * 8 // self.storages[module].bits if module in self.storages else columns
 
     def check_dense(self, name: str) -> None:
-        """Check the tensors of a quantised dense module. A tied output layer, whose path has no dot, has none."""
+        """Check the tensors of a quantised dense module. An output layer, whose path has no dot, may have none: it is
+        tied, or transformers gives it another name in files.
+        """
         weight, bias = f"{name}.weight", f"{name}.bias"
         if weight in self.tensors:
             rows = (*self.tensors[weight].shape, 0)[0]

@@ -5,6 +5,7 @@ from grasp.cli import (  # noqa: F401, I001
     compress,
     recover,
     convert,
+    quantize,
     evaluate,
     inspect,
     report,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from grasp.workflows.demo import Demo
     from grasp.workflows.dry_run import DryRun
     from grasp.workflows.evaluate import Evaluation
+    from grasp.workflows.quantize import Quantization
     from grasp.workflows.recover import Recovery
 
 
@@ -193,6 +194,22 @@ def show_conversion(result: Conversion) -> None:
         print_text(f"not copied: {', '.join(result.omitted)}")
 
 
+def show_quantization(result: Quantization) -> None:
+    """Show bytes before and after, and bytes by part."""
+    before, after = result.before, result.after
+    print_facts(
+        [
+            ("model", result.model),
+            ("linears", f"{result.storage}, {result.rounding}"),
+            ("quantised", counts(after.quantized.values())),
+            ("bytes", f"{size(before.bytes)} -> {size(after.bytes)}: {share(after.bytes / before.bytes)}"),
+            ("time", f"{result.seconds:.1f} s"),
+            ("checkpoint", after.directory),
+        ]
+    )
+    _print_parts(after)
+
+
 def show_inspection(inspection: Inspection) -> None:
     """Show bytes by part, and the ranks of each compressed layer."""
     print_facts(
@@ -209,6 +226,15 @@ def show_inspection(inspection: Inspection) -> None:
             *([("quantised", counts(inspection.quantized.values()))] if inspection.quantized else []),
         ]
     )
+    _print_parts(inspection)
+    if not inspection.modules:
+        print_text(f"No low-rank layers: this checkpoint is dense{' and quantised' * bool(inspection.quantized)}.")
+        return
+    _print_rank_table(inspection)
+
+
+def _print_parts(inspection: Inspection) -> None:
+    """Show the size of each part of a model."""
     total = inspection.bytes
     print_table(
         ("part", "tensors", "parameters", "bytes", "share"),
@@ -217,10 +243,6 @@ def show_inspection(inspection: Inspection) -> None:
             for part in inspection.parts
         ],
     )
-    if not inspection.modules:
-        print_text(f"No low-rank layers: this checkpoint is dense{' and quantised' * bool(inspection.quantized)}.")
-        return
-    _print_rank_table(inspection)
 
 
 def _print_rank_table(inspection: Inspection) -> None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from grasp.errors import UnsupportedModelError
 from grasp.method.ranks import Form
 from grasp.model.checkpoint_format import Storage as Storage
 from grasp.model.dense import DenseLinear, dense_shape
@@ -226,6 +227,20 @@ def quantized_like(
     if type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, "scalar_embed_scale")):
         return QuantizedEmbedding(module, device)
     return None
+
+
+def require_floating_factors(model: nn.Module) -> None:
+    """Refuse a model with quantised low-rank linears.
+
+    Raises:
+        UnsupportedModelError: if there is one.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLowRankLinear):
+            raise UnsupportedModelError(
+                f"the factors of {name} are quantised; expected floating ones. Take the checkpoint that `grasp "
+                "quantize` was given"
+            )
 
 
 def _described(storage: Storage) -> str:

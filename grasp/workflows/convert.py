@@ -20,15 +20,15 @@ from grasp.files import remove_abandoned
 from grasp.loading import load_quietly
 from grasp.method.ranks import FORMS, Form
 from grasp.model.checkpoint_format import weight_files
-from grasp.model.hf_quantizer import require_floating
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.quantized_linear import QuantizedLowRankLinear
+from grasp.model.quantized_linear import QuantizedLowRankLinear, require_floating_factors
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
 
 _CONVERSIONS = {"pivoted": LowRankLinear.pivot_, "factored": LowRankLinear.factor_}
-_TEXTS = ("README.md", recovery_report.FILE_NAME, "LICENSE*", "NOTICE*", "USE_POLICY*")
+LICENSES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+TEXTS = ("README.md", recovery_report.FILE_NAME, *LICENSES)  # of a compressed checkpoint
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def convert(directory: Path, output: Path, form: Form, *, progress: Progress = n
 
     Raises:
         ValueError: if there is no such form.
-        UnsupportedModelError: if the model is quantised.
+        UnsupportedModelError: if its factors are quantised.
         CheckpointError: if ``directory`` is not a compressed checkpoint, or ``output`` cannot be written.
         NonFiniteError: if a factor has NaN or infinite entries.
         GraspError: as ``load_model``.
@@ -88,9 +88,9 @@ def convert(directory: Path, output: Path, form: Form, *, progress: Progress = n
     target = check_directory(output)
     before = inspect_compressed(directory)
     remove_abandoned(target)
-    texts = read_texts(directory, _TEXTS)
+    texts = read_texts(directory, TEXTS)
     model, tokenizer = load_quietly(str(directory), device="cpu", progress=progress)
-    require_floating(model.config)
+    require_floating_factors(model)
     require_space(target, model.get_memory_footprint())
     converted, left = convert_(model, form, progress)
     card = texts.pop("README.md", None)

@@ -16,7 +16,9 @@ from grasp.bench.providers import (
 )
 from grasp.errors import CheckpointError
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.quantized_linear import QuantizedLowRankLinear
 from grasp_kernels import dispatch
+from tests.quantized_models import quantized_model
 from tests.tiny_models import tiny_model
 
 
@@ -128,3 +130,26 @@ def test_unfused_linears_compute_what_the_low_rank_ones_do() -> None:
     layer = LowRankLinear(12, 8, 3)
     x = torch.randn(2, 5, 12)
     torch.testing.assert_close(Unfused(layer)(x), layer(x))
+
+
+def test_quantised_layers_have_their_share_and_are_refused_with_the_reason_of_the_backend() -> None:
+    dense, quantised = tiny_model("llama"), quantized_model("llama", "int4")
+    layers, share = low_rank_layers(dense, quantised, "small")
+    low = [m for m in quantised.modules() if isinstance(m, QuantizedLowRankLinear)]
+    factors = sum(m.rank * (m.in_features + m.out_features - m.rank * (m.order is not None)) for m in low)
+    assert (layers, share) == ([1, 2], factors / sum(m.in_features * m.out_features for m in low))
+    models, left_out = providers(dense, quantised, layers)
+    assert "no low-rank linear with floating factors" in left_out["unfused"]
+    assert dispatch.backend_missing("cpu") or "no nn.Linear" in left_out["compressed/kernel"]
+    assert objections(models["compressed/reference"], [1]) is None
+
+
+def test_a_quantised_model_without_low_rank_layers_is_only_compared_with_the_dense_one() -> None:
+    dense, quantised = tiny_model("llama"), quantized_model("llama", low_rank=False)
+    layers, share = low_rank_layers(dense, quantised, "small")
+    models, left_out = providers(dense, quantised, layers)
+    assert (layers, share) == ([], 1.0)
+    assert {"dense", "compressed"} <= set(models) <= {"dense", "compressed", "dense/kernel"}
+    assert "no layer is low-rank" in left_out["removed"]
+    with pytest.raises(CheckpointError, match="other embeddings"):
+        low_rank_layers(tiny_model("llama", seed=1), quantised, "small")

@@ -22,7 +22,13 @@ FILES = [
     ("bench", "costs", "missing-model"),
     ("report", "missing-folder"),
 ]
-FOLDERS = [("compress", "missing-model"), ("recover", "."), ("convert", ".", "--form", "pivoted"), ("demo",)]
+FOLDERS = [
+    ("compress", "missing-model"),
+    ("recover", "."),
+    ("convert", ".", "--form", "pivoted"),
+    ("quantize", "missing-model"),
+    ("demo",),
+]
 
 
 def full_disk(*arguments: object, **options: object) -> NoReturn:

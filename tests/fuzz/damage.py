@@ -162,6 +162,29 @@ def forms(folder: Path, random: Random) -> str:
     return f"{kind}: {damage_form(folder, kind, random)}"
 
 
+def quantized(folder: Path, random: Random) -> str:
+    """Damage the table of quantised modules."""
+    config = json.loads((folder / "config.json").read_text())
+    quantization = config["quantization_config"]
+    table = quantization["quantized"]
+    storage, other = random.sample(["int8", "int4", "int4/32", "int4/64", "int8/128"], 2)
+    name = random.choice(next(iter(table.values())))
+    kinds: dict[str, Callable[[], object]] = {
+        "storage": lambda: table.update({random.choice([storage, "int5", "fp8", "", "int4/0"]): table.popitem()[1]}),
+        "names": lambda: table.update({storage: random.choice(VALUES)}),
+        "missing": lambda: table.popitem(),
+        "twice": lambda: table.update({storage: [name], other: [name]}),
+        "name": lambda: table.setdefault(storage, []).append(random.choice([*VALUES, "lm_head", "model.norm", "x"])),
+        "low-rank": lambda: table.setdefault(storage, []).append(random.choice(list(quantization["ranks"]))),
+        "mapping": lambda: quantization.update(quantized=random.choice(VALUES)),
+        "version": lambda: quantization.update(format_version=random.choice([1, 2])),
+    }
+    kind = random.choice(list(kinds))
+    kinds[kind]()
+    (folder / "config.json").write_text(json.dumps(config))
+    return f"quantized: {kind}"
+
+
 def _split(content: bytes) -> tuple[dict[str, Any], bytes]:
     (length,) = struct.unpack("<Q", content[:8])
     return json.loads(content[8 : 8 + length]), content[8 + length :]
@@ -353,5 +376,5 @@ CORPUS: dict[str, Callable[[Path], object]] = {
 }
 KINDS: tuple[Callable[[Path, Random], str], ...] = (
     *(json_value, json_value, json_value, json_text, ranks, ranks, header, header),
-    *(weight_bytes, special_file, index, code, card, forms),
+    *(weight_bytes, special_file, index, code, card, forms, quantized),
 )

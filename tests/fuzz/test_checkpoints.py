@@ -18,15 +18,18 @@ from random import Random
 from typing import Any
 
 import pytest
+from torch import nn
 
 from grasp.checkpoint.card import model_card
 from grasp.checkpoint.recovery_report import Point, RecoveryReport
 from grasp.checkpoint.saving import save_checkpoint
 from grasp.compress import compress_
 from grasp.config import GraspConfig
+from grasp.model.checkpoint_format import Storage
 from grasp.model.lowrank_linear import LowRankLinear
 from tests.fuzz import damage
 from tests.fuzz.checkpoint_worker import serve
+from tests.quantized_models import random_like
 from tests.tiny_models import tiny_batches, tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 
@@ -81,13 +84,16 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Layer 0 is dense; of layers 1 and 2 the attention is pivoted, and the MLP factored."""
+    """Of layer 0 the MLP is quantised, like the embedding; of the others the attention is pivoted, the MLP factored."""
     tokenizer = byte_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer))
     report = compress_(model, tiny_batches(1), GraspConfig(layers=(1, 2), retain_ratio=0.5))
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear) and "self_attn" in name:
             assert module.pivot_() is None
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and ".0.mlp" in name):
+            model.set_submodule(name, random_like(module, Storage(8) if "embed" in name else Storage(4, 32)))
     recovery = RecoveryReport({}, 7, 10, steps=1, curve=(Point(0, 0, 3.5, None),), best_step=0, data={})
     return save_checkpoint(
         model,

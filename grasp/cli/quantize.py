@@ -1,0 +1,75 @@
+"""``grasp quantize``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from grasp.cli import compress_options as option
+from grasp.cli.arguments import MOST, Device, Dtype, Json, Model
+from grasp.cli.root import app
+
+_rounding = partial(typer.Option, rich_help_panel="Rounding")
+
+Bits = Annotated[int, _rounding(metavar="8|4", help="Bits of the linears in the decoder layers; others have 8.")]
+Group = Annotated[
+    int | None, _rounding(metavar="32|64|128", help="Columns with one scale, for 4 bits. 8 bits have one per row.")
+]
+RoundingName = Annotated[
+    str,
+    _rounding(
+        metavar="loss-aware|nearest",
+        help="loss-aware: outputs on the calibration text change least. nearest: needs no text.",
+    ),
+]
+BatchSize = Annotated[int, typer.Option(max=MOST, help="Sequences per forward pass.", rich_help_panel="Calibration")]
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: option.Output,
+    bits: Bits = 8,
+    group: Group = None,
+    rounding: RoundingName = "loss-aware",
+    calibration: option.Calibration = "builtin",
+    num_samples: option.NumSamples = 128,
+    seq_len: option.SeqLen = 512,
+    batch_size: BatchSize = 1,
+    seed: option.Seed = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Store the weights of a model in 8 or 4 bits, dense or compressed by grasp. Plain transformers loads the result.
+
+    [bold]Examples[/bold]
+
+    $ grasp quantize small -o small-int8
+
+    [dim]Linears in 4 bits with a scale for 64 columns; embeddings and the output layer in 8:[/dim]
+
+    $ grasp quantize small -o small-int4 --bits 4
+
+    [dim]Without calibration:[/dim]
+
+    $ grasp quantize builtin -o int8 --rounding nearest
+    """
+    from grasp.cli import console, tables
+    from grasp.workflows.quantize import choose_storage
+    from grasp.workflows.quantize import quantize as quantize_to_folder
+    from grasp.workflows.samples import Samples
+
+    samples = Samples(calibration, num_samples, seq_len, batch_size, seed)
+    with console.step_bars() as progress:
+        result = quantize_to_folder(
+            *(model, output, choose_storage(bits, group), samples),
+            rounding=rounding,
+            dtype=dtype,
+            device=device,
+            progress=progress,
+            notify=progress.note,
+        )
+    console.print_result(result, tables.show_quantization, as_json=as_json)

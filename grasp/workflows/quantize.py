@@ -1,0 +1,181 @@
+"""``grasp quantize``: a dense or compressed model → a checkpoint with int8 or int4 weights."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from grasp.builtin import BUILTIN, BUILTIN_LICENSE
+from grasp.calibration import NAMED_TEXTS, read_pieces
+from grasp.checkpoint.card import model_card, read_license, with_section, with_sizes, without_results
+from grasp.checkpoint.compression_report import FILE_NAME
+from grasp.checkpoint.inspection import Inspection, inspect_checkpoint
+from grasp.checkpoint.saving import check_directory, read_texts, require_space, save_checkpoint
+from grasp.compression.eligible import require_positions
+from grasp.compression.quantize import quantize_
+from grasp.files import remove_abandoned
+from grasp.formatting import size
+from grasp.loading import load_config, load_quietly
+from grasp.model.checkpoint_format import Storage
+from grasp.model.hf_quantizer import require_floating
+from grasp.model.size import Size, model_size
+from grasp.model.targets import decoder
+from grasp.progress import Notify, Progress, no_notify, no_progress
+from grasp.workflows.convert import LICENSES, TEXTS, with_forms
+from grasp.workflows.guards import require_known, within_memory
+from grasp.workflows.samples import Samples, draw
+
+LOSS_AWARE, NEAREST = ROUNDINGS = ("loss-aware", "nearest")
+_GROUP = 64  # of 4 bits
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The written checkpoint, and the model that it was made of.
+
+    Attributes:
+        model: the name that was given.
+        storage: of the linears in the decoder layers.
+        rounding: one of ``ROUNDINGS``.
+        samples: the calibration sequences; ``None`` for ``"nearest"``, which needs none.
+        before: size of the model.
+        after: the written checkpoint.
+        seconds: time of loading, quantising and saving.
+    """
+
+    model: str
+    storage: Storage
+    rounding: str
+    samples: Samples | None
+    before: Size
+    after: Inspection
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as a JSON object; ``share`` is the bytes after as a fraction of those before."""
+        after = {name: getattr(self.after, name) for name in ("parameters", "bytes")}
+        return {
+            **{"model": self.model, "output": self.after.directory, **self.storage._asdict()},
+            **{"rounding": self.rounding, "samples": None if self.samples is None else asdict(self.samples)},
+            **{"before": {name: getattr(self.before, name) for name in after}, "after": after},
+            "share": self.after.bytes / self.before.bytes,
+            "parts": [asdict(part) for part in self.after.parts],
+            "seconds": self.seconds,
+        }
+
+
+def choose_storage(bits: int, group: int | None = None) -> Storage:
+    """The storage of ``grasp quantize --bits --group``: 8 bits have one scale per row, 4 bits one per 64 columns.
+
+    Raises:
+        ValueError: if no backend serves the bits, or the group is impossible.
+
+    Example:
+        >>> choose_storage(4)
+        Storage(bits=4, group=64)
+    """
+    if bits not in (8, 4):
+        raise ValueError(f"bits must be 8 or 4, got {bits}: no backend has a kernel for others")
+    if bits == 8 and group is not None:
+        raise ValueError(
+            f"group is an option of 4 bits, got {group} with 8, which have one scale per row; leave it out"
+        )
+    if group not in (None, 32, 64, 128):
+        raise ValueError(f"group must be 32, 64 or 128, got {group}")
+    return Storage(bits, (group or _GROUP) if bits == 4 else None)
+
+
+def quantize(
+    name: str,
+    output: Path,
+    storage: Storage,
+    samples: Samples,
+    *,
+    rounding: str = LOSS_AWARE,
+    dtype: str = "auto",
+    device: str | None = None,
+    progress: Progress = no_progress,
+    notify: Notify = no_notify,
+) -> Quantization:
+    """Quantise the linears and embeddings of a model, low-rank or dense, and write it into a new folder.
+
+    Embeddings and the output layer get 8 bits. Norms, biases and the experts of a mixture stay floating.
+
+    Args:
+        name: model, as ``load_model`` takes it; ``dtype`` and ``device`` likewise.
+        output: folder for the checkpoint; new or empty.
+        storage: of the linears in the decoder layers.
+        samples: the calibration sequences of ``"loss-aware"``; their batch size is a number.
+        rounding: ``"loss-aware"`` (see ``quantize_``) or ``"nearest"``.
+        progress: called as ``progress(step, done, total)``.
+        notify: called with one line when only a part of the text is read.
+
+    Raises:
+        ValueError: if there is no such rounding.
+        UnsupportedModelError: if the model is quantised.
+        NonFiniteError: if a weight has NaN or infinite entries; the message has the layer.
+        GraspError: as ``load_model``, ``token_batches`` and ``save_checkpoint``.
+    """
+    start = time.perf_counter()
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be {' or '.join(ROUNDINGS)}, got {rounding!r}")
+    target = check_directory(output)
+    used = samples if rounding == LOSS_AWARE else None
+    text = read_pieces(samples.source, tokens=samples.num_samples * samples.seq_len, notify=notify) if used else None
+    require_floating(load_config(name)[0])
+    remove_abandoned(target)
+    source = _source(Path(name))
+    texts = read_texts(Path(name), LICENSES if source is None else TEXTS) if Path(name).is_dir() else {}
+    with within_memory(samples.batch_size, samples.seq_len):
+        model, tokenizer = load_quietly(name, dtype=dtype, device=device, progress=progress)
+        before = model_size(model, decoder(model).layers)
+        require_space(target, before.parameters * storage.bits // 8)
+        batches = [] if text is None else draw(tokenizer, text, samples)
+        if batches:
+            require_positions(model, batches)
+        for batch in batches:
+            require_known(model, batch.input_ids)
+        quantize_(model, storage, batches, progress=progress)
+    card = texts.pop("README.md", None)
+    if source is not None and source.report is not None:
+        texts[FILE_NAME] = with_forms(source.report, model).to_json()
+    progress("saving", 0, 1)
+    card = _new_card(name, model) if card is None else with_sizes(without_results(card), model)
+    card = with_section(card, "Quantisation", _section(before, model, storage, used))
+    save_checkpoint(model, target, tokenizer=tokenizer, card=card, extra_files=texts, seen={})
+    progress("saving", 1, 1)
+    after = inspect_checkpoint(target)
+    return Quantization(name, storage, rounding, used, before, after, time.perf_counter() - start)
+
+
+def _source(folder: Path) -> Inspection | None:
+    """The checkpoint in a folder, if it is one that grasp has compressed."""
+    if not (folder / "config.json").is_file():
+        return None
+    found = inspect_checkpoint(folder)
+    return found if found.modules else None
+
+
+def _new_card(name: str, model: PreTrainedModel) -> str:
+    base_model = str(model.config._name_or_path or name)
+    license = BUILTIN_LICENSE if name == BUILTIN else read_license(base_model)
+    return model_card(model, base_model=base_model, license=license)
+
+
+def _section(before: Size, model: PreTrainedModel, storage: Storage, samples: Samples | None) -> str:
+    after = model_size(model, decoder(model).layers)
+    how = "rounded to the nearest value"
+    if samples is not None:
+        text = samples.source if samples.source in NAMED_TEXTS else "a text file"
+        how = (
+            f"rounded such that their outputs change least on {samples.num_samples} sequences of {samples.seq_len} "
+            f"tokens of {text} (seed {samples.seed})"
+        )
+    return (
+        f"The linears of the decoder layers are stored as {storage}, {how}. Embeddings and the output layer are int8. "
+        f"The model takes {size(after.bytes)}, {after.bytes / before.bytes:.1%} of the {size(before.bytes)} before."
+    )
