@@ -299,8 +299,14 @@ def test_a_factor_of_whole_numbers_is_refused(merged: tuple[LinearBase, Any]) ->
 
 
 def test_a_configuration_of_the_future_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="format_version 3, this version of grasp reads 1 and 2"):
-        GraspVllmConfig.from_config({"quant_method": "grasp", "format_version": 3, "ranks": {}})
+    with pytest.raises(CheckpointError, match="format_version 4, this version of grasp reads 1, 2, 3"):
+        GraspVllmConfig.from_config({"quant_method": "grasp", "format_version": 4, "ranks": {}})
+
+
+def test_quantised_modules_are_refused() -> None:
+    config = {"quant_method": "grasp", "format_version": 3, "ranks": {}, "quantized": {"int8": ["lm_head"]}}
+    with pytest.raises(UnsupportedModelError, match="vLLM serves floating factors"):
+        GraspVllmConfig.from_config(config)
 
 
 def test_the_dtypes_are_those_of_the_ops() -> None:

@@ -67,7 +67,7 @@ def test_a_compressed_folder_becomes_a_smaller_one_with_the_same_texts(
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in small.iterdir()}
     apart = (logits(tmp_path / "out") - logits(small)).norm() / logits(small).norm()
-    assert 0 < apart < 0.02
+    assert 0 < apart < 0.05
 
     before, after = inspect_checkpoint(small), inspect_checkpoint(tmp_path / "out")
     assert (after.parameters, after.compression_ratio) == (before.parameters, before.compression_ratio)
