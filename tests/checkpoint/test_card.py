@@ -237,7 +237,7 @@ def test_hostile_names_add_neither_links_nor_html_nor_lines_to_a_card() -> None:
     evil = "x](http://evil)<script>`|\n---\n# fake\x1b[0m"
     layer = module._CardLayer(rank=1, in_features=8, out_features=8, parameters=16, dense_parameters=64)
     for base_model in (None, evil):
-        text = module._render(evil, {f"model.layers.0.{evil}": layer}, 100, base_model, {"license": evil}, "")
+        text = module._render(evil, {f"model.layers.0.{evil}": layer}, [], 100, base_model, {"license": evil}, "")
         body = text.split("\n---\n", 1)[1]
         assert not re.search(r"(?<!\\)(\](?=\(http://evil)|<script)", re.sub(r"`[^`]*`", "", body))
         assert not any(line.startswith(("---", "# fake")) for line in body.splitlines())
