@@ -346,7 +346,7 @@ def _quantized_case(
         return lowrank_linear.plan(x, factors, [_empty(M, N)], config, gpu)
 
     scales = "rows" if group is None else f"groups of {group}"
-    name = f"{kind}, scales of {scales}, {M} rows, 4096x4096, rank {R}{', pivoted' * (pivots > 0)}"
+    name = f"{kind}, scales of {scales}, 4096x4096, rank {R}{', pivoted' * (pivots > 0)}, M = {M}"
     return AotCase(f"lowrank_linear, {name}", launches, representative)
 
 
