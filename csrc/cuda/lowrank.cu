@@ -95,6 +95,10 @@ grasp_status check(const grasp_factors &group, const grasp_input &x) {
     if (group.s && group.s_dtype != GRASP_F32 && group.s_dtype != x.dtype) {
         return fail(GRASP_BAD_ARGUMENT, "s must be float32 or of dtype %d, got %d", x.dtype, group.s_dtype);
     }
+    if (group.U_bits || group.Vh_bits) {
+        return fail(GRASP_UNSUPPORTED, "U and Vh must have the dtype of x, got U of %d and Vh of %d bits", group.U_bits,
+                    group.Vh_bits);
+    }
     return GRASP_OK;
 }
 
