@@ -139,7 +139,7 @@ def lowrank_linear_merged(x: Tensor, factors: Sequence[Factors | Dense], *, back
     Args:
         x: input, (..., K). fp32, fp16, bf16 or fp64.
         factors: one ``Factors`` per output; ranks, widths and forms may differ. Or
-            ``Dense(weight, bias)``, which PyTorch computes.
+            ``Dense(weight, bias)``, which PyTorch computes but for few rows on a CPU.
         backend: of the low-rank linears: a name from ``available_backends()``, or ``"auto"``.
 
     Returns:
@@ -157,8 +157,8 @@ def lowrank_linear_merged(x: Tensor, factors: Sequence[Factors | Dense], *, back
         >>> lowrank_linear_merged(torch.randn(2, 64), [q, k]).shape
         torch.Size([2, 80])
     """
-    if not is_dynamo_compiling() and (outputs := direct.grouped(x, factors, backend)) is not None:
-        return torch.cat(outputs, dim=-1)  # a few rows on a CPU: cheaper than to pass places for them
+    if not is_dynamo_compiling() and (joined := registered.merged_directly(x, factors, backend)) is not None:
+        return joined  # a few rows on a CPU: cheaper than to pass places for them
     y: Tensor = _run_group("lowrank_linear_merged", x, to_members("lowrank_linear_merged", factors), backend)
     return y
 

@@ -280,24 +280,32 @@ def _grouped_directly(x: Tensor, *args: Any) -> list[Tensor] | None:
     return None if outputs is None else list(outputs)
 
 
-def _merged_directly(x: Tensor, *args: Any) -> Tensor | None:
-    """Dense members, as factors of full rank, are part of the one call; PyTorch's product reads weights slower."""
-    if not x.is_cpu:
-        return None
-    members = gradients.to_members(args[:_FIELDS], args[_FIELDS])
-    outputs = direct.grouped(x, [_full_rank(m) if isinstance(m, Dense) else m for m in members], args[_FIELDS + 1])
+def merged_directly(x: Tensor, members: Sequence[Factors | Dense], backend: str) -> Tensor | None:
+    """``lowrank_linear_merged`` by the direct path, or ``None`` if it declines the call.
+
+    Dense members, as factors of full rank, are part of the one call: PyTorch's product reads weights slower.
+    """
+    if getattr(x, "is_cpu", False) and isinstance(members, (list, tuple)):
+        members = [_full_rank(member) if type(member) is Dense else member for member in members]
+    outputs = direct.grouped(x, members, backend)
     return None if outputs is None else torch.cat(outputs, dim=-1)
 
 
-def _full_rank(dense: Dense) -> Factors:
-    """Pivoted factors whose Vh is the weight; no rows are left for U."""
-    rows = len(dense.weight) if dense.weight.dim() else 0
-    return Factors(dense.weight.new_empty(0, rows), None, dense.weight, dense.bias, _identity(rows))
+def _full_rank(dense: Dense) -> Factors | Dense:
+    """Pivoted factors whose Vh is the weight, without rows for U; ``dense`` itself if its weight is no matrix."""
+    weight = dense.weight
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return dense
+    return Factors(weight.new_empty(0, len(weight)), None, weight, dense.bias, _identity(len(weight)))
 
 
 @functools.cache
 def _identity(size: int) -> Tensor:
     return torch.arange(size, dtype=torch.int32, device="cpu")
+
+
+def _merged_directly(x: Tensor, *args: Any) -> Tensor | None:
+    return merged_directly(x, gradients.to_members(args[:_FIELDS], args[_FIELDS]), args[_FIELDS + 1])
 
 
 _DIRECT: dict[str, Callable[..., Any]] = {
