@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -31,8 +33,9 @@ def test_a_quantised_low_rank_layer_is_its_dequantised_layer(storage: Storage, p
     layer = QuantizedLowRankLinear(LowRankLinear(41, 20, 7, pivoted=pivoted), storage)
     fill_(layer)
     x = torch.randn(3, 41)
-    torch.testing.assert_close(layer(x), layer.dequantized()(x))
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.dense_weight(), layer.bias))
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-3)  # outputs are in the tens
+    close(layer(x), layer.dequantized()(x))
+    close(layer(x), nn.functional.linear(x, layer.dense_weight(), layer.bias))
 
 
 @pytest.mark.parametrize("rows", [1, 100])

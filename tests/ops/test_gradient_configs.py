@@ -37,7 +37,7 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(gradient_configs, "gpu_of", lambda _: H100)
     reasons = {"cuda": "not built", "triton": None, "cpu": "not built", "chunked": None, "reference": None}
     monkeypatch.setattr(dispatch, "backend_missing", reasons.__getitem__)
-    monkeypatch.setattr(dispatch, "_card_refuses", lambda _: None)
+    monkeypatch.setattr(dispatch, "_card_refuses", lambda *_: None)
     monkeypatch.setattr(dispatch, "_triton_interprets", lambda: False)
     dispatch._select.cache_clear()
     yield tmp_path
