@@ -178,7 +178,7 @@ def _store_(module: nn.Module, name: str, rounded: Rounded) -> None:
 
 
 def _quantize_rest_(model: PreTrainedModel, names: Mapping[nn.Module, str]) -> None:
-    """Quantise the embeddings and the linears outside of the decoder layers; those of one weight share the result."""
+    """Quantise embeddings and the linears outside of the decoder layers. Modules with one weight share the result."""
     rest = [module for module in model.modules() if quantized_like(module, _OUTPUTS, "meta") is not None]
     made: dict[int, QuantizedModule] = {}
     for module in rest:

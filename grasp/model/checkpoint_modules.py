@@ -42,7 +42,7 @@ def compressed_modules(model: nn.Module) -> Iterator[tuple[str, LowRankLinear | 
 def build_(
     model: PreTrainedModel, ranks: Mapping[str, int], pivoted: Sequence[str], quantized: Mapping[str, Sequence[str]]
 ) -> None:
-    """Replace the modules of a dense model without data by those of a ``GraspQuantizationConfig``, without data.
+    """Replace modules of a dense model by those that a ``GraspQuantizationConfig`` names. Neither have data.
 
     Raises:
         CheckpointError: if the model has no such modules, or they cannot have these ranks and storages.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grasp_kernels.reference import ACTIVATIONS, Dense, Factors, accumulation_dtype, equal_samples, project
 
-_FIELDS = len(Factors._fields)
+FIELDS = len(Factors._fields)
 
 
 def regroup(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> list[Factors]:
@@ -33,8 +33,8 @@ def regroup(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> lis
 def to_members(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> list[Factors | Dense]:
     """As ``regroup``, from the arguments of ``grasp::lowrank_linear_merged``: what has no Vh is dense, U its weight."""
     given = [len(column) for column in columns]
-    groups = [tuple(present[i : i + _FIELDS]) for i in range(0, len(present), _FIELDS)]
-    needed = [sum(present[i::_FIELDS]) for i in range(_FIELDS)]
+    groups = [tuple(present[i : i + FIELDS]) for i in range(0, len(present), FIELDS)]
+    needed = [sum(present[i::FIELDS]) for i in range(FIELDS)]
     if not groups or given != needed or not all(_is_member(group) for group in groups):
         raise ValueError(
             f"present must tell of each group which of {', '.join(Factors._fields)} it has: U, and Vh unless it is "
@@ -52,7 +52,7 @@ def to_members(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> 
 
 def _is_member(present: tuple[bool, ...]) -> bool:
     """Whether a group can have these fields of ``Factors``; a dense one has U and perhaps a bias."""
-    return len(present) == _FIELDS and present[0] and (present[2] or not (present[1] or any(present[4:])))
+    return len(present) == FIELDS and present[0] and (present[2] or not (present[1] or any(present[4:])))
 
 
 def _factor_grads(
@@ -101,13 +101,13 @@ def _dense_grads(
 
 def lowrank_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Save the tensors that the backward of ``lowrank_linear`` needs."""
-    ctx.save_for_backward(*inputs[: 1 + _FIELDS])
+    ctx.save_for_backward(*inputs[: 1 + FIELDS])
 
 
 def lowrank_linear_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients in the arguments of ``grasp::lowrank_linear``, in their order."""
     x, *factors = ctx.saved_tensors
-    grad_x, grads = _factor_grads(ctx.needs_input_grad[: 1 + _FIELDS], grad_y, x, Factors(*factors))
+    grad_x, grads = _factor_grads(ctx.needs_input_grad[: 1 + FIELDS], grad_y, x, Factors(*factors))
     return None if grad_x is None else grad_x.view_as(x), *grads, None
 
 
@@ -123,7 +123,7 @@ def lowrank_linear_grouped_backward(ctx: Any, grad_ys: Sequence[Tensor]) -> tupl
     """Gradients in the arguments of ``grasp::lowrank_linear_grouped``, in their order."""
     needs_x, grad_x = ctx.needs_input_grad[0], None
     x, members = _saved_members(ctx)
-    grads: list[list[Tensor | None]] = [[] for _ in range(_FIELDS)]
+    grads: list[list[Tensor | None]] = [[] for _ in range(FIELDS)]
     for index, (grad_y, member) in enumerate(zip(grad_ys, members, strict=True)):
         needs = [needs_x, *(tensor is not None and tensor.requires_grad for tensor in member)]
         if isinstance(member, Dense):
@@ -132,9 +132,7 @@ def lowrank_linear_grouped_backward(ctx: Any, grad_ys: Sequence[Tensor]) -> tupl
             part, group = _factor_grads(needs, grad_y, x, member)
         if part is not None:
             grad_x = part if grad_x is None else grad_x + part
-        for column, present, grad in zip(
-            grads, ctx.present[_FIELDS * index : _FIELDS * (index + 1)], group, strict=True
-        ):
+        for column, present, grad in zip(grads, ctx.present[FIELDS * index : FIELDS * (index + 1)], group, strict=True):
             if present:
                 column.append(grad)
     return None if grad_x is None else grad_x.view_as(x), *grads, None, None
@@ -155,20 +153,20 @@ def _saved_members(ctx: Any) -> tuple[Tensor, list[Factors | Dense]]:
 
 def lowrank_glu_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Save the tensors that the backward of ``lowrank_glu`` needs."""
-    ctx.save_for_backward(*inputs[: 1 + 2 * _FIELDS])
-    ctx.activation = inputs[1 + 2 * _FIELDS]
+    ctx.save_for_backward(*inputs[: 1 + 2 * FIELDS])
+    ctx.activation = inputs[1 + 2 * FIELDS]
 
 
 def lowrank_glu_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients in the arguments of ``grasp::lowrank_glu``, in their order."""
     x, *tensors = ctx.saved_tensors
-    gate, up = Factors(*tensors[:_FIELDS]), Factors(*tensors[_FIELDS:])
+    gate, up = Factors(*tensors[:FIELDS]), Factors(*tensors[FIELDS:])
     activation = ACTIVATIONS[ctx.activation]
     gate_y = torch.ops.grasp.lowrank_linear(x, *gate, "auto")
     up_y = torch.ops.grasp.lowrank_linear(x, *up, "auto")
-    needs_x, *needs = ctx.needs_input_grad[: 1 + 2 * _FIELDS]
-    gate_x, gate_grads = _factor_grads([needs_x, *needs[:_FIELDS]], activation.backward(grad_y * up_y, gate_y), x, gate)
-    up_x, up_grads = _factor_grads([needs_x, *needs[_FIELDS:]], grad_y * activation.forward(gate_y), x, up)
+    needs_x, *needs = ctx.needs_input_grad[: 1 + 2 * FIELDS]
+    gate_x, gate_grads = _factor_grads([needs_x, *needs[:FIELDS]], activation.backward(grad_y * up_y, gate_y), x, gate)
+    up_x, up_grads = _factor_grads([needs_x, *needs[FIELDS:]], grad_y * activation.forward(gate_y), x, up)
     grad_x = (gate_x + up_x).view_as(x) if gate_x is not None and up_x is not None else None
     return grad_x, *gate_grads, *up_grads, None, None
 

@@ -90,8 +90,14 @@ recorders: list[Recorder] = []
 
 
 def record(op: str, x: Tensor, factors: Sequence[Factors]) -> None:
-    """Count a call in all ``recorders``, unless it has no rows. One that cannot write ends with a warning."""
+    """Count a call in all ``recorders``, unless it has no rows. One that cannot write ends with a warning.
+
+    A call with quantised factors is not counted: the benchmark of a workload would time it with floating ones.
+    """
     if not x.numel():
+        return
+    if any(group.quantized for group in factors):
+        warnings.warn("calls with quantised factors are not recorded", RuntimeWarning, stacklevel=2)
         return
     call = RecordedCall(
         "lowrank_linear" if op == "lowrank_linear_grouped" and len(factors) == 1 else op,

@@ -16,6 +16,7 @@ from torch import Tensor
 from grasp_kernels import direct, gradients
 from grasp_kernels.checks import check_bounds, check_factors, check_glu, check_member, check_singular_value_grad
 from grasp_kernels.dispatch import check_backend, select
+from grasp_kernels.gradients import FIELDS
 from grasp_kernels.packing import widened
 from grasp_kernels.recording import record, recorders
 from grasp_kernels.reference import Dense, Factors, accumulation_dtype, equal_samples, linear
@@ -26,7 +27,6 @@ _FACTORS = (
     "Tensor? {0}Vh_scales"
 )
 _LISTS = ", ".join(f"Tensor[] {name}" for name in Factors._fields)
-_FIELDS = len(Factors._fields)
 _SCHEMAS = {
     "lowrank_linear": f"(Tensor x, {_FACTORS.format('')}, str backend) -> Tensor",
     "lowrank_linear_grouped": (
@@ -154,7 +154,7 @@ def singular_value_grad(
 
 
 def _lowrank_linear_fake(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], Factors(*args[:_FIELDS]).out_features)
+    return x.new_empty(*x.shape[:-1], Factors(*args[:FIELDS]).out_features)
 
 
 def _lowrank_linear_grouped_fake(x: Tensor, factors: Sequence[Factors], _: str) -> list[Tensor]:
@@ -183,28 +183,28 @@ def _singular_value_grad_fake(
 
 
 def _check_lowrank_linear(x: Tensor, *args: Any) -> tuple[Any, ...]:
-    check_factors(x, *args[:_FIELDS])
+    check_factors(x, *args[:FIELDS])
     return x, *args
 
 
 def _check_lowrank_linear_grouped(x: Tensor, *args: Any) -> tuple[Any, ...]:
-    groups = gradients.regroup(args[:_FIELDS], args[_FIELDS])
+    groups = gradients.regroup(args[:FIELDS], args[FIELDS])
     for group in groups:
         check_factors(x, *group)
-    return x, groups, args[_FIELDS + 1]
+    return x, groups, args[FIELDS + 1]
 
 
 def _check_lowrank_linear_merged(x: Tensor, *args: Any) -> tuple[Any, ...]:
-    members = gradients.to_members(args[:_FIELDS], args[_FIELDS])
+    members = gradients.to_members(args[:FIELDS], args[FIELDS])
     for member in members:
         check_member(x, member)
-    return x, members, args[_FIELDS + 1]
+    return x, members, args[FIELDS + 1]
 
 
 def _check_lowrank_glu(x: Tensor, *args: Any) -> tuple[Any, ...]:
-    gate, up = Factors(*args[:_FIELDS]), Factors(*args[_FIELDS : 2 * _FIELDS])
-    check_glu(x, gate, up, args[2 * _FIELDS])
-    return x, gate, up, *args[2 * _FIELDS :]
+    gate, up = Factors(*args[:FIELDS]), Factors(*args[FIELDS : 2 * FIELDS])
+    check_glu(x, gate, up, args[2 * FIELDS])
+    return x, gate, up, *args[2 * FIELDS :]
 
 
 def _check_singular_value_grad(*args: Any) -> tuple[Any, ...]:
@@ -276,7 +276,7 @@ _OPS = {
 
 
 def _grouped_directly(x: Tensor, *args: Any) -> list[Tensor] | None:
-    outputs = direct.grouped(x, gradients.regroup(args[:_FIELDS], args[_FIELDS]), args[_FIELDS + 1])
+    outputs = direct.grouped(x, gradients.regroup(args[:FIELDS], args[FIELDS]), args[FIELDS + 1])
     return None if outputs is None else list(outputs)
 
 
@@ -305,7 +305,7 @@ def _identity(size: int) -> Tensor:
 
 
 def _merged_directly(x: Tensor, *args: Any) -> Tensor | None:
-    return merged_directly(x, gradients.to_members(args[:_FIELDS], args[_FIELDS]), args[_FIELDS + 1])
+    return merged_directly(x, gradients.to_members(args[:FIELDS], args[FIELDS]), args[FIELDS + 1])
 
 
 _DIRECT: dict[str, Callable[..., Any]] = {

@@ -87,3 +87,11 @@ def test_a_run_goes_on_when_its_calls_can_no_longer_be_written(tmp_path: Path) -
             y = lowrank_linear(X, U, None, Vh)
         assert not recording.recorders
     torch.testing.assert_close(y, lowrank_linear(X, U, None, Vh))
+
+
+def test_calls_with_quantised_factors_are_not_counted_and_a_warning_says_so(tmp_path: Path) -> None:
+    values = torch.ones(4, 8, dtype=torch.int8), torch.ones(8, 16, dtype=torch.int8)
+    factors = Factors(values[0], None, values[1], None, None, torch.ones(4, 1), torch.ones(8, 1))
+    with recording_to(tmp_path), pytest.warns(RuntimeWarning, match="quantised factors are not recorded"):
+        lowrank_linear(torch.ones(1, 16), *factors)
+    assert not read_folder(tmp_path)[1]
