@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from grasp.compression.quantize import quantize_
-from grasp.model.checkpoint_format import STORAGES, Storage
+from grasp.method.storage import STORAGES, Storage
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QuantizedModule, quantized_like
 from grasp.model.targets import layer_targets

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 import grasp_autoload
-from grasp.model.checkpoint_format import Storage
+from grasp.method.storage import Storage
 from grasp.model.lowrank_linear import LowRankLinear
 from tests.quantized_models import random_like
 from tests.tiny_models import tiny_batches, tiny_model

@@ -26,7 +26,7 @@ from grasp.compression.quantize import quantize_
 from grasp.errors import GraspError
 from grasp.evaluation.perplexity import perplexity
 from grasp.loading import load_model
-from grasp.model.quantized_linear import Storage
+from grasp.method.storage import Storage
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
 

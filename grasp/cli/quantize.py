@@ -58,7 +58,7 @@ def quantize(
     $ grasp quantize builtin -o int8 --rounding nearest
     """
     from grasp.cli import console, tables
-    from grasp.workflows.quantize import choose_storage
+    from grasp.method.storage import choose_storage
     from grasp.workflows.quantize import quantize as quantize_to_folder
     from grasp.workflows.samples import Samples
 

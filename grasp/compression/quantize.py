@@ -13,18 +13,14 @@ from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import NonFiniteError
 from grasp.method.rounding import Rounded, round_nearest, round_to_outputs
+from grasp.method.storage import Storage
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
 from grasp.model.grouping import group_linears_
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.hooks import hooked
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.quantized_linear import (
-    QuantizedLowRankLinear,
-    QuantizedModule,
-    Storage,
-    quantized_like,
-)
+from grasp.model.quantized_linear import QuantizedLowRankLinear, QuantizedModule, quantized_like
 from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
 from grasp.statistics.sweep import Prefix, Rows, alone, capture_prefix, propagate, run_layers

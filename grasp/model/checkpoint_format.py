@@ -9,6 +9,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from grasp.errors import CheckpointError
+from grasp.method.storage import STORAGES, Storage
 from grasp.reading import read_json
 
 METHOD = "grasp"
@@ -18,38 +19,6 @@ QUANTIZED_VERSION = 3  # of one with quantised modules
 VERSIONS = (FORMAT_VERSION, PIVOTED_VERSION, QUANTIZED_VERSION)
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_GROUPS = (None, 32, 64, 128)
-
-
-class Storage(NamedTuple):
-    """How the values of a matrix are stored; as text ``"int8"``, ``"int4"`` or, with groups, ``"int4/64"``.
-
-    Attributes:
-        bits: 8 or 4 per value.
-        group: columns with one scale; ``None``: a row has one scale.
-    """
-
-    bits: int
-    group: int | None = None
-
-    def __str__(self) -> str:
-        return f"int{self.bits}" + (f"/{self.group}" if self.group else "")
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of the values in a file; a U8 has two values of 4 bits."""
-        return {8: "I8", 4: "U8"}[self.bits]
-
-    def columns(self, depth: int) -> int:
-        """The stored columns of a matrix with ``depth`` columns."""
-        return -(-depth * self.bits // 8)
-
-    def scales(self, depth: int) -> int:
-        """The number of scales in a row of ``depth`` columns."""
-        return 1 if self.group is None else -(-depth // self.group)
-
-
-STORAGES = {str(storage): storage for bits in (8, 4) for group in _GROUPS for storage in [Storage(bits, group)]}
 
 
 class StoredTensor(NamedTuple):

@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import CheckpointError
-from grasp.model.checkpoint_format import Storage, StoredTensor, check_rank, check_tensor, storages
+from grasp.method.storage import Storage
+from grasp.model.checkpoint_format import StoredTensor, check_rank, check_tensor, storages
 from grasp.model.dense import dense_shape
 from grasp.model.lowrank_linear import LowRankLinear, is_order
 from grasp.model.quantized_linear import (

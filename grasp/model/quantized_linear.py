@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import UnsupportedModelError
 from grasp.method.ranks import Form
-from grasp.model.checkpoint_format import Storage as Storage
+from grasp.method.storage import Storage
 from grasp.model.dense import DenseLinear, dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp_kernels import Factors, lowrank_linear

@@ -20,7 +20,7 @@ from grasp.compression.quantize import quantize_
 from grasp.files import remove_abandoned
 from grasp.formatting import size
 from grasp.loading import load_config, load_quietly
-from grasp.model.checkpoint_format import Storage
+from grasp.method.storage import Storage
 from grasp.model.hf_quantizer import require_floating
 from grasp.model.size import Size, model_size
 from grasp.model.targets import decoder
@@ -30,7 +30,6 @@ from grasp.workflows.guards import require_known, within_memory
 from grasp.workflows.samples import Samples, draw
 
 LOSS_AWARE, NEAREST = ROUNDINGS = ("loss-aware", "nearest")
-_GROUP = 64  # of 4 bits
 
 
 @dataclass(frozen=True)
@@ -66,27 +65,6 @@ class Quantization:
             "parts": [asdict(part) for part in self.after.parts],
             "seconds": self.seconds,
         }
-
-
-def choose_storage(bits: int, group: int | None = None) -> Storage:
-    """The storage of ``grasp quantize --bits --group``: 8 bits have one scale per row, 4 bits one per 64 columns.
-
-    Raises:
-        ValueError: if no backend serves the bits, or the group is impossible.
-
-    Example:
-        >>> choose_storage(4)
-        Storage(bits=4, group=64)
-    """
-    if bits not in (8, 4):
-        raise ValueError(f"bits must be 8 or 4, got {bits}: no backend has a kernel for others")
-    if bits == 8 and group is not None:
-        raise ValueError(
-            f"group is an option of 4 bits, got {group} with 8, which have one scale per row; leave it out"
-        )
-    if group not in (None, 32, 64, 128):
-        raise ValueError(f"group must be 32, 64 or 128, got {group}")
-    return Storage(bits, (group or _GROUP) if bits == 4 else None)
 
 
 def quantize(

@@ -5,10 +5,11 @@ import torch
 
 from grasp.compression.quantize import quantize_
 from grasp.errors import NonFiniteError
+from grasp.method.storage import Storage
 from grasp.model.batch import as_batches
 from grasp.model.grouping import group_linears_
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedLowRankLinear, Storage
+from grasp.model.quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedLowRankLinear
 from tests.tiny_models import tiny_batches, tiny_model
 
 

@@ -25,7 +25,7 @@ from grasp.checkpoint.recovery_report import Point, RecoveryReport
 from grasp.checkpoint.saving import save_checkpoint
 from grasp.compress import compress_
 from grasp.config import GraspConfig
-from grasp.model.checkpoint_format import Storage
+from grasp.method.storage import Storage
 from grasp.model.lowrank_linear import LowRankLinear
 from tests.fuzz import damage
 from tests.fuzz.checkpoint_worker import serve

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from grasp.method.storage import Storage
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedLowRankLinear, Storage
+from grasp.model.quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedLowRankLinear
 from grasp_kernels.quantized import pack_int4
 
 STORAGES = [Storage(8), Storage(4), Storage(4, 32)]

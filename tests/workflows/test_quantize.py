@@ -18,10 +18,10 @@ from grasp.checkpoint.saving import save_checkpoint
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.errors import NonFiniteError, UnsupportedModelError
-from grasp.model.checkpoint_format import Storage
+from grasp.method.storage import Storage, choose_storage
 from grasp.workflows.convert import convert
 from grasp.workflows.evaluate import evaluate
-from grasp.workflows.quantize import choose_storage, quantize
+from grasp.workflows.quantize import quantize
 from grasp.workflows.samples import Samples
 from tests.tiny_models import tiny_batches, tiny_model
 from tests.tiny_tokenizers import byte_tokenizer

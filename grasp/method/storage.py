@@ -1,0 +1,60 @@
+"""How the values of a quantised matrix are stored."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_GROUPS = (None, 32, 64, 128)
+_DEFAULT_GROUP = 64  # of 4 bits
+
+
+class Storage(NamedTuple):
+    """How the values of a matrix are stored; as text ``"int8"``, ``"int4"`` or, with groups, ``"int4/64"``.
+
+    Attributes:
+        bits: 8 or 4 per value.
+        group: columns with one scale; ``None``: a row has one scale.
+    """
+
+    bits: int
+    group: int | None = None
+
+    def __str__(self) -> str:
+        return f"int{self.bits}" + (f"/{self.group}" if self.group else "")
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the values in a file; a U8 has two values of 4 bits."""
+        return {8: "I8", 4: "U8"}[self.bits]
+
+    def columns(self, depth: int) -> int:
+        """The stored columns of a matrix with ``depth`` columns."""
+        return -(-depth * self.bits // 8)
+
+    def scales(self, depth: int) -> int:
+        """The number of scales in a row of ``depth`` columns."""
+        return 1 if self.group is None else -(-depth // self.group)
+
+
+STORAGES = {str(storage): storage for bits in (8, 4) for group in _GROUPS for storage in [Storage(bits, group)]}
+
+
+def choose_storage(bits: int, group: int | None = None) -> Storage:
+    """The storage of ``--bits`` and ``--group``: 8 bits have one scale per row, 4 bits one per 64 columns.
+
+    Raises:
+        ValueError: if no backend serves the bits, or the group is impossible.
+
+    Example:
+        >>> choose_storage(4)
+        Storage(bits=4, group=64)
+    """
+    if bits not in (8, 4):
+        raise ValueError(f"bits must be 8 or 4, got {bits}: no backend has a kernel for others")
+    if bits == 8 and group is not None:
+        raise ValueError(
+            f"group is an option of 4 bits, got {group} with 8, which have one scale per row; leave it out"
+        )
+    if group not in _GROUPS:
+        raise ValueError(f"group must be 32, 64 or 128, got {group}")
+    return Storage(bits, (group or _DEFAULT_GROUP) if bits == 4 else None)
