@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +30,10 @@ from grasp_kernels.products import accumulate_gram_, mirror_
 from grasp_kernels.quantized import pack_int4
 
 _OUTPUTS = Storage(8)  # of embeddings and of the output layer
+# In 4 bits a low-rank linear with more numbers than this fraction of the dense weight is stored dense. Its factors save
+# little and lose much: rows given by U are sums of many stored rows, with the rounding errors of all.
+_DENSE_FROM = 0.8
+_UNREPAIRED = 0.2  # of the errors that Vh makes in the outputs of U; the fit of U makes up for the rest
 
 
 @torch.no_grad()
@@ -41,9 +47,11 @@ def quantize_(
     """Quantise every linear and embedding of a causal language model in place, low-rank or dense.
 
     With ``batches`` the linears of the decoder layers are rounded such that their outputs change least
-    (``round_to_outputs``), given the inputs that the quantised layers before them produce; left factors are fitted to
+    (``round_to_outputs``), given the inputs that the quantised linears before them produce; left factors are fitted to
     the rounded right ones before they are rounded. Without batches every entry is rounded to the nearest value.
     Embeddings and the output layer have 8 bits and one scale per row, rounded to the nearest value.
+
+    In 4 bits low-rank linears that have nearly as many parameters as the dense weight become dense ones.
 
     Args:
         model: on one device, unquantised, dense or with low-rank linears.
@@ -61,12 +69,13 @@ def quantize_(
     try:
         prefix = capture_prefix(model, batches, {0}) if batches else None
         for index, layer in enumerate(layers):
+            if storage.bits == 4:
+                _expand_(model, layer, names)
             linears = [module for module in layer.modules() if _is_linear(module)]
-            moments: Mapping[nn.Module, Tensor] = {}
-            if prefix is not None:
-                moments = _moments(prefix, index, linears)
-            for linear in linears:
-                _replace_(model, names[linear], linear, storage, moments.get(linear))
+            for stage, calls in _stages(prefix, index, linears):
+                moment = _moment(prefix, index, stage[0], calls) if prefix is not None and calls else None
+                for linear in stage:
+                    _replace_(model, names[linear], linear, storage, moment)
             if prefix is not None:
                 hidden = propagate(prefix, range(index, index + 1), prefix.hidden.pop(index))
                 prefix.hidden[index + 1] = hidden
@@ -81,51 +90,85 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (LowRankLinear, nn.Linear, Conv1D))
 
 
-def _moments(prefix: Prefix, layer: int, linears: Sequence[nn.Module]) -> dict[nn.Module, Tensor]:
-    """``Σ x xᵀ`` of the inputs of the linears of a layer; linears with one input share it."""
-    moments: dict[nn.Module, Tensor] = {}
+def _expand_(model: nn.Module, layer: nn.Module, names: dict[nn.Module, str]) -> None:
+    """Put dense linears in the place of those low-rank ones that have nearly as many parameters."""
+    for module in [module for module in layer.modules() if isinstance(module, LowRankLinear)]:
+        shape = (module.in_features, module.out_features)
+        if module.U.numel() + module.Vh.numel() <= _DENSE_FROM * math.prod(shape):
+            continue
+        dense = nn.Linear(*shape, bias=module.bias is not None, device="meta", dtype=module.U.dtype)
+        dense.weight = nn.Parameter(module.dense_weight().to(module.U.dtype))
+        dense.register_parameter("bias", module.bias)
+        names[dense] = names[module]
+        model.set_submodule(names[module], dense.train(module.training))
+
+
+def _stages(prefix: Prefix | None, layer: int, linears: Sequence[nn.Module]) -> list[tuple[list[nn.Module], int]]:
+    """The linears of a layer that share their inputs, in the order of their calls, and the number of calls.
+
+    Those that are not called have no calls.
+    """
+    if prefix is None:
+        return [(list(linears), 0)]
+    with alone(prefix, range(layer, layer + 1)):
+        inputs = _inputs(prefix, layer, 0, linears, math.inf)
+    stages: dict[tuple[int, ...], list[nn.Module]] = {}
+    for linear in sorted(linears, key=[*inputs, *linears].index):
+        stages.setdefault(tuple(map(id, inputs.get(linear, ()))), []).append(linear)
+    return [(stage, len(key)) for key, stage in stages.items()]
+
+
+def _moment(prefix: Prefix, layer: int, linear: nn.Module, calls: int) -> Tensor:
+    """``Σ x xᵀ`` of the inputs of a linear, which is called so many times in each batch."""
+    moment: Tensor | None = None
     with alone(prefix, range(layer, layer + 1)):
         for index in range(len(prefix.batches)):
-            recorded = _inputs(prefix, layer, index, linears)
-            if index == 0:
-                shared: dict[tuple[int, ...], Tensor] = {}
-                for module, inputs in recorded.items():
-                    width = inputs[0].shape[1]
-                    zeros = inputs[0].new_zeros(width, width, dtype=torch.float32)
-                    moments[module] = shared.setdefault(tuple(map(id, inputs)), zeros)
-            for module, inputs in {
-                id(moments[module]): (module, inputs) for module, inputs in recorded.items()
-            }.values():
-                for x in inputs:
-                    accumulate_gram_(moments[module], x)
-    for moment in {id(moment): moment for moment in moments.values()}.values():
-        mirror_(moment)
-    return moments
+            for x in _inputs(prefix, layer, index, [linear], calls)[linear]:
+                if moment is None:
+                    moment = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float32)
+                accumulate_gram_(moment, x)
+    assert moment is not None
+    return mirror_(moment)
 
 
-def _inputs(prefix: Prefix, layer: int, index: int, linears: Sequence[nn.Module]) -> dict[nn.Module, list[Tensor]]:
-    """The inputs of the linears of a layer in one batch, without padding; one tensor for linears that share it."""
+class _Reached(Exception):  # noqa: N818 -- no error
+    """Ends a forward pass whose rest is not needed."""
+
+
+def _inputs(
+    prefix: Prefix, layer: int, index: int, linears: Sequence[nn.Module], calls: float
+) -> dict[nn.Module, list[Tensor]]:
+    """The inputs of linears of a layer in one batch, without padding, in the order of their first calls.
+
+    Linears that share an input have the same tensor. The pass ends after so many calls.
+    """
     recorded: defaultdict[nn.Module, list[Tensor]] = defaultdict(list)
     rows = Rows(prefix.batches[index])
 
     def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         recorded[module].append(rows.of_input(args[0]))
+        if sum(map(len, recorded.values())) == calls:
+            raise _Reached
 
-    with hooked(*linears, before=record):
+    with hooked(*linears, before=record), suppress(_Reached):
         run_layers(prefix, range(layer, layer + 1), index, prefix.hidden[layer][index])
     return recorded
 
 
 class _Factor(NamedTuple):
-    """A matrix to round, with the second moment of its inputs; without one it is rounded to the nearest."""
+    """A matrix to round, the second moment of its inputs and the metric of its outputs, see ``round_to_outputs``.
+
+    Without a moment it is rounded to the nearest value.
+    """
 
     matrix: Tensor
     moment: Tensor | None
+    metric: Tensor | None = None
 
     def rounded(self, storage: Storage) -> Rounded:
         if self.moment is None:
             return round_nearest(self.matrix, *storage)
-        return round_to_outputs(self.matrix, self.moment, *storage)
+        return round_to_outputs(self.matrix, self.moment, *storage, metric=self.metric)
 
 
 def _replace_(
@@ -140,9 +183,9 @@ def _replace_(
     assert module is not None
     if isinstance(linear, LowRankLinear):
         assert isinstance(module, QuantizedLowRankLinear)
-        Vh = _Factor(linear.Vh, moment).rounded(storage)
+        Vh = _Factor(linear.Vh, moment, _metric(linear)).rounded(storage)
         _store_(module, "Vh", Vh)
-        _store_(module, "U", _left(linear, Vh.matrix, moment).rounded(storage))
+        _store_(module, "U", _left(linear, Vh.matrix, moment, storage.bits).rounded(storage))
         module.order = None if linear.order is None else linear.order.clone()
     else:
         weight = linear.weight if isinstance(linear, nn.Embedding) else dense_weight(linear)  # type: ignore[arg-type]
@@ -153,17 +196,31 @@ def _replace_(
     return module
 
 
-def _left(layer: LowRankLinear, Vh: Tensor, moment: Tensor | None) -> _Factor:
-    """U, fitted to the rounded Vh, and the second moment of its inputs."""
+def _metric(layer: LowRankLinear) -> Tensor:
+    """What errors of the rows of Vh do to the outputs, once U is fitted to them."""
+    U = layer.U.float()
+    metric = _UNREPAIRED * U.mT @ U
+    if layer.order is not None:
+        metric.diagonal().add_(1.0)  # the rows of Vh are outputs too
+    return metric
+
+
+def _left(layer: LowRankLinear, Vh: Tensor, moment: Tensor | None, bits: int) -> _Factor:
+    """U, fitted to the rounded Vh, and the second moment of its inputs.
+
+    The fit minimises the errors that the rounding of U will make as well, which grow with U: a ridge.
+    """
     if moment is None:
         return _Factor(layer.U, None)
     right, wide = Vh.double().mT, moment.double()
     projected = wide @ right  # Σ x ĥᵀ
     gram = right.mT @ projected  # Σ ĥ ĥᵀ
+    ridge = 4.0**-bits / 4 * float(gram.diagonal().mean())
+    if ridge == 0:
+        return _Factor(layer.U, gram)
     damped = gram.clone()
-    ridge = 1e-6 * float(gram.diagonal().mean())
-    damped.diagonal().add_(ridge if ridge > 0 else 1.0)
-    target = layer.U.double() @ (layer.Vh.double() @ projected) + ridge * layer.U.double()
+    damped.diagonal().add_(ridge)
+    target = layer.U.double() @ (layer.Vh.double() @ projected)
     return _Factor(torch.linalg.solve(damped, target, left=False), gram)
 
 

@@ -17,7 +17,7 @@ from grasp.method.ranks import rank_for_threshold, retained_indices
 from grasp.method.svd import SVD
 from grasp.model.dense import dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.quantized_linear import QuantizedLowRankLinear
+from grasp.model.quantized_linear import QuantizedLinear, QuantizedLowRankLinear
 from grasp.model.size import parameter_count
 from grasp.model.targets import Target
 from grasp.statistics.scores import Score
@@ -26,6 +26,7 @@ NO_LOSS = "its output does not reach the loss"
 STAYS_DENSE = "stays dense: the budget does more elsewhere"
 LAYER_REMOVED = "its layer is removed"
 NOT_PIVOTED = "stays dense: rounding errors would grow too much in its pivoted form"
+EXPANDED = "is dense again: in 4 bits its factors would save little and lose much"
 _FACTORS = ("U", "S", "Vh")
 
 
@@ -163,7 +164,8 @@ def replacement(state: NoState, target: Target, selection: Selection, rank: int)
 def as_stored(report: ModuleReport, module: nn.Module) -> ModuleReport:
     """The report with the form and sizes of a linear's replacement, or with the reason why it has none."""
     if not isinstance(module, (LowRankLinear, QuantizedLowRankLinear)):
-        return report if report.reason else ModuleReport(report.name, report.layer, "", NOT_PIVOTED)
+        reason = EXPANDED if isinstance(module, QuantizedLinear) else NOT_PIVOTED
+        return report if report.reason else ModuleReport(report.name, report.layer, "", reason)
     parameters = list(module.parameters())
     return replace(
         report,

@@ -14,6 +14,7 @@ from torch import Tensor
 from grasp_kernels.quantized import dequantize
 
 _BLOCK = 128  # columns that are rounded before the error moves on to all others
+_ROWS = 32  # rows that are rounded at once if there is a metric
 _DAMPING = 0.01  # of the mean of the diagonal of the second moment
 # Of the scale that puts the entry of largest magnitude at the end of the range: a smaller one clips it, and rounds the
 # others less.
@@ -54,33 +55,71 @@ def round_nearest(weight: Tensor, bits: int, group: int | None = None) -> Rounde
     return Rounded(_nearest(weight, _spread(scales, weight.shape[1], group), bits), scales)
 
 
-def round_to_outputs(weight: Tensor, moment: Tensor, bits: int, group: int | None = None) -> Rounded:
-    """Round such that ``Σ ‖(weight − rounded) x‖²`` is small: each rounding error is made up for in later columns.
+def round_to_outputs(
+    weight: Tensor, moment: Tensor, bits: int, group: int | None = None, metric: Tensor | None = None
+) -> Rounded:
+    """Round such that ``Σ eᵀ metric e`` with ``e = (weight − rounded) x`` is small.
 
-    Columns are rounded in the order of their second moments, the largest first; scales are chosen before. This is GPTQ
-    (arXiv 2210.17323) with fixed groups.
+    Each rounding error is made up for in later columns, and with a metric in later rows too. Columns are rounded in the
+    order of their second moments, the largest first, rows in that of the diagonal of the metric; scales are chosen
+    before. Along columns this is GPTQ (arXiv 2210.17323) with fixed groups. Rows have the same rule: both together
+    round to the nearest plane in the lattice of the Kronecker product of ``metric`` and ``moment``, up to rows of a
+    block, which do not make up for each other.
 
     Args:
         weight: (rows, depth), finite.
         moment: ``Σ x xᵀ`` of the inputs, (depth, depth) symmetric; a factor does not matter.
         bits: 8 or 4.
         group: columns with one scale; ``None``: a row has one.
+        metric: (rows, rows) symmetric, such as ``CᵀC`` if C is applied to the outputs; a factor does not matter.
+            ``None``: the identity.
 
     Returns:
         As ``round_nearest``, on the device of ``weight``.
     """
-    weight, moment = weight.float(), moment.to(weight.device, torch.float64)
-    depth = weight.shape[1]
-    diagonal = moment.diagonal()
-    scales = _scales(weight, bits, group, diagonal.float())
-    spread = _spread(scales, depth, group)
-    order = diagonal.argsort(descending=True)
-    damped = moment[order][:, order]
-    mean = float(diagonal.mean())
-    damped.diagonal().add_(_DAMPING * mean if mean > 0 else 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    conditional = torch.linalg.cholesky(inverse, upper=True).float()  # row k: how errors of column k move to the later
-    left, spread = weight[:, order], spread[:, order]
+    weight = weight.float()
+    columns = _Order.by(moment.to(weight.device, torch.float64))
+    if metric is None:
+        return _round_columns(weight, columns, bits, group)
+    rows = _Order.by(metric.to(weight.device, torch.float64))
+    left, parts = weight[rows.order], []
+    for begin in range(0, len(left), _ROWS):
+        block, later = slice(begin, begin + _ROWS), slice(begin + _ROWS, None)
+        parts.append(_round_columns(left[block], columns, bits, group))
+        shares = torch.linalg.solve_triangular(rows.factor[block, block], rows.factor[block, later], upper=True)
+        left[later] -= shares.mT @ (left[block] - parts[-1].matrix)
+    back = rows.order.argsort()
+    return Rounded(*(torch.cat(tensors)[back] for tensors in zip(*parts, strict=True)))
+
+
+class _Order(NamedTuple):
+    """An order of rounding, and how errors move on in it.
+
+    Attributes:
+        order: indices, those of the largest entry on the diagonal first.
+        factor: upper triangular, in this order; ``factorᵀ factor`` is the inverse of the moment. Row k is how errors of
+            index k move to the later ones, and ``1 / factor[k, k]²`` is what is left of an error of k.
+    """
+
+    order: Tensor
+    factor: Tensor
+
+    @classmethod
+    def by(cls, moment: Tensor) -> _Order:
+        diagonal = moment.diagonal()
+        order = diagonal.argsort(descending=True)
+        damped, mean = moment[order][:, order], float(diagonal.mean())
+        damped.diagonal().add_(_DAMPING * mean if mean > 0 else 1.0)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        return cls(order, torch.linalg.cholesky(inverse, upper=True).float())
+
+
+def _round_columns(weight: Tensor, columns: _Order, bits: int, group: int | None) -> Rounded:
+    """Round column by column, all rows at once."""
+    order, factor = columns
+    depth, back = weight.shape[1], order.argsort()
+    scales = _scales(weight, bits, group, factor.diagonal()[back] ** -2)
+    left, spread = weight[:, order], _spread(scales, depth, group)[:, order]
     values = torch.empty_like(left, dtype=torch.int8)
     for begin in range(0, depth, _BLOCK):
         block = slice(begin, min(begin + _BLOCK, depth))
@@ -88,11 +127,11 @@ def round_to_outputs(weight: Tensor, moment: Tensor, bits: int, group: int | Non
         for k in range(block.start, block.stop):
             column, scale = left[:, k : k + 1], spread[:, k : k + 1]
             values[:, k : k + 1] = _nearest(column, scale, bits)
-            error = (column - values[:, k : k + 1] * scale) / conditional[k, k]
-            left[:, k + 1 : block.stop] -= error * conditional[k, k + 1 : block.stop]
+            error = (column - values[:, k : k + 1] * scale) / factor[k, k]
+            left[:, k + 1 : block.stop] -= error * factor[k, k + 1 : block.stop]
             errors[:, k - begin : k - begin + 1] = error
-        left[:, block.stop :] -= errors @ conditional[block, block.stop :]
-    return Rounded(values[:, order.argsort()], scales)
+        left[:, block.stop :] -= errors @ factor[block, block.stop :]
+    return Rounded(values[:, back], scales)
 
 
 def _nearest(weight: Tensor, scales: Tensor, bits: int) -> Tensor:

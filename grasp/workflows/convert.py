@@ -21,7 +21,7 @@ from grasp.loading import load_quietly
 from grasp.method.ranks import FORMS, Form
 from grasp.model.checkpoint_format import weight_files
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.quantized_linear import QuantizedLowRankLinear, require_floating_factors
+from grasp.model.quantized_linear import require_floating_factors
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
@@ -131,8 +131,8 @@ def convert_(
 
 
 def with_forms(report: CompressionReport, model: PreTrainedModel) -> CompressionReport:
-    """A report with the forms and sizes that the low-rank layers of a model have now, and the size of the model."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (LowRankLinear, QuantizedLowRankLinear))}
+    """A report with the forms and sizes that the replaced linears of a model have now, and the size of the model."""
+    layers = dict(model.named_modules())
     remaining = [layer for layer in range(len(report.block_influence)) if layer not in report.removed_layers]
     numbers = {f".{old}.": f".{new}." for new, old in enumerate(remaining)}  # the report's are of the dense model
     modules = []

@@ -55,6 +55,20 @@ def test_a_tied_output_layer_shares_its_values_with_the_embedding() -> None:
     assert model.lm_head.storage == Storage(8)
 
 
+@pytest.mark.parametrize(("bits", "kind"), [(8, QuantizedLowRankLinear), (4, QuantizedLinear)])
+def test_factors_as_large_as_the_dense_weight_become_dense_in_four_bits(bits: int, kind: type) -> None:
+    model = tiny_model("llama")
+    name = "model.layers.1.mlp.up_proj"
+    linear = model.get_submodule(name)
+    low = LowRankLinear.from_dense(linear, torch.arange(min(linear.weight.shape) - 1))
+    assert low.pivot_() is None
+    model.set_submodule(name, low)
+    before = logits(model)
+    quantize_(model, Storage(bits))
+    assert type(model.get_submodule(name)) is kind
+    assert (logits(model) - before).norm() < 0.3 * before.norm()
+
+
 def test_a_weight_that_is_nan_is_named() -> None:
     model = compressed()
     model.model.layers[0].mlp.up_proj.Vh.data[0, 0] = float("nan")

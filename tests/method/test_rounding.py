@@ -56,6 +56,18 @@ def test_two_columns_are_rounded_as_the_definition_says() -> None:
     assert torch.equal(rounded.values, torch.stack([first, second], 1).to(torch.int8))
 
 
+def test_rows_make_up_for_the_errors_of_other_rows_that_reach_the_same_outputs() -> None:
+    x, weight = inputs(96), weights(80, 96)
+    mixing = torch.randn(60, 80, generator=torch.Generator().manual_seed(2))
+
+    def change(rounded: Rounded) -> float:
+        return float((x @ (weight - rounded.matrix).mT @ mixing.mT).norm())
+
+    alone, together = (round_to_outputs(weight, x.mT @ x, 4, 32, metric) for metric in (None, mixing.mT @ mixing))
+    assert change(together) < 0.8 * change(alone)
+    assert torch.equal(round_to_outputs(weight, x.mT @ x, 4, 32, torch.eye(80)).values, alone.values)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_zero_rows_and_dead_inputs_are_legal(bits: int) -> None:
     weight, moment = weights(4, 70), torch.zeros(70, 70)
