@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from grasp.checkpoint.compression_report import CompressionReport, ModuleReport
 from grasp.checkpoint.run_state import Decision, NoState
 from grasp.compression.budget import Plan, predicted_seconds
+from grasp.compression.quantize import quantize_
 from grasp.compression.refit import refit_
 from grasp.compression.rounds import (
     carry_out_decision_,
@@ -22,9 +23,10 @@ from grasp.compression.rounds import (
     settle_,
 )
 from grasp.compression.run import Run, find_block_influence, make_plan, start_run
-from grasp.compression.selection import as_stored
+from grasp.compression.selection import stored_reports
 from grasp.config import GraspConfig
 from grasp.method.cost_table import CostTable
+from grasp.method.storage import Storage
 from grasp.model.batch import CalibrationBatch, as_batches, batches_digest
 from grasp.model.grouping import group_linears_
 from grasp.model.hf_quantizer import mark_compressed
@@ -114,8 +116,10 @@ def carry_out_(run: Run) -> CompressionReport:
             work.prefix.hidden.clear()
             if run.config.refit:
                 _refit_in_order_(run, plan)
-        reports = [as_stored(report, run.model.get_submodule(report.name)) for report in work.reports]
         remove_layers_(run.model, decision.removed)
+        if run.config.storage is not None:
+            _quantize_(run, run.config.storage)
+        reports = stored_reports(work.reports, run.model, len(scores), decision.removed)
     finally:
         group_linears_(run.model)
         mark_compressed(run.model)
@@ -132,6 +136,13 @@ def _refit_in_order_(run: Run, plan: Plan) -> None:
         progress=run.progress,
     )
     settle_(run, plan.ranks)
+
+
+def _quantize_(run: Run, storage: Storage) -> None:
+    run.clock.enter("quantising")
+    quantize_(
+        *(run.model, storage, run.batches), dense=run.config.dense_storage, scratch=run.scratch, progress=run.progress
+    )
 
 
 def _report(

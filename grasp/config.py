@@ -13,6 +13,7 @@ from grasp.method.basis import BASES
 from grasp.method.metrics import METRICS, in_units_of_loss
 from grasp.method.ranks import FORMS, Form
 from grasp.method.schedules import SCHEDULES
+from grasp.method.storage import Storage, choose_storage
 
 # Of these fields at most one is given.
 TARGETS = ("layers", "num_layers", "compression_ratio", "target_bytes", "target_latency")
@@ -66,6 +67,9 @@ class GraspConfig:
             model's. Sums are in fp32.
         form: how low-rank weights are stored: ``"factored"``, as U (N, R) and Vh (R, K), or ``"pivoted"``, as R rows of
             the weight and the coefficients of the others in them, which are R² parameters less.
+        bits: of the factors at the end: 8 or 4; ``None`` leaves them floating. Embeddings and the output layer then
+            have 8 bits. ``target_bytes`` is the size with these bits.
+        bits_dense: of the linears that stay dense; ``None``: as ``bits``, which it needs.
 
     Raises:
         ValueError: if values are out of range or exclude each other; the message has all problems with their remedies.
@@ -94,6 +98,8 @@ class GraspConfig:
     schedule: str = "sequential"
     sweep_dtype: str | None = None
     form: Form = "factored"
+    bits: int | None = None
+    bits_dense: int | None = None
 
     DEFAULT_COMPRESSION_RATIO: ClassVar[float] = 0.2
 
@@ -169,6 +175,8 @@ class GraspConfig:
         schedule: str | None = None,
         sweep_dtype: str | None = None,
         form: Form = "pivoted",
+        bits: int | None = None,
+        bits_dense: int | None = None,
     ) -> GraspConfig:
         """Build the configuration with the lowest perplexity so far (docs/study.md).
 
@@ -210,6 +218,8 @@ class GraspConfig:
             schedule=("single-sweep" if remove_layers is True else "progressive") if schedule is None else schedule,
             sweep_dtype=sweep_dtype,
             form=form,
+            bits=bits,
+            bits_dense=bits_dense,
         )
 
     @classmethod
@@ -250,6 +260,16 @@ class GraspConfig:
         """Whether all matrices must be scored before any rank is chosen."""
         return self.allocation == "global"
 
+    @property
+    def storage(self) -> Storage | None:
+        """How the factors are stored; ``None`` if they stay floating."""
+        return None if self.bits is None else choose_storage(self.bits)
+
+    @property
+    def dense_storage(self) -> Storage | None:
+        """How the linears that stay dense are stored."""
+        return self.storage if self.bits_dense is None else choose_storage(self.bits_dense)
+
     def _bad_names(self) -> Iterator[str]:
         for name, known in _NAMES.items():
             value = getattr(self, name)
@@ -269,6 +289,9 @@ class GraspConfig:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and is_inside(value)):
                 yield f"{name} must be in {interval}, got {value!r}"
+        for name in ("bits", "bits_dense"):
+            if (bits := getattr(self, name)) not in (None, 8, 4) or isinstance(bits, bool):
+                yield f"{name} must be 8, 4 or None, got {bits!r}: no backend has a kernel for others"
         for name in ("remove_layers", "refit"):
             if not isinstance(value := getattr(self, name), bool):
                 yield f"{name} must be True or False, got {value!r}"
@@ -281,6 +304,12 @@ class GraspConfig:
             yield f"{' and '.join(given)} exclude each other: give one of {', '.join(TARGETS)}"
         if self.threshold_ratio is not None and self.layers is None and self.num_layers is None:
             yield "threshold_ratio needs layers or num_layers, because it does not set a compression ratio: give one"
+        if self.bits_dense is not None and self.bits is None:
+            yield f"bits_dense={self.bits_dense} needs bits, those of the factors: give both, or take `grasp quantize`"
+        if self.bits is not None and self.target_bytes is not None and self.allocation == "uniform":
+            yield "target_bytes with bits needs allocation='global': take GraspConfig.best"
+        if self.bits is not None and self.target_latency is not None:
+            yield "target_latency is of floating weights: give bits with another target, or quantise the result"
 
     def _conflicts_of_method(self) -> Iterator[str]:
         """Yield the conflicts between options whose names are known."""

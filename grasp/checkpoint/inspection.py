@@ -12,9 +12,9 @@ from typing import Any
 
 from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
 from grasp.errors import CheckpointError
+from grasp.method.storage import Storage
 from grasp.model.checkpoint_format import (
     METHOD,
-    Storage,
     StoredTensor,
     check_format,
     check_rank,

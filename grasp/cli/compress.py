@@ -32,6 +32,8 @@ def compress(
     remove_layers: option.RemoveLayers = None,
     refit: option.Refit = None,
     form: option.Form = None,
+    bits: option.Bits = None,
+    bits_dense: option.BitsDense = None,
     costs: option.Costs = None,
     threshold_ratio: option.ThresholdRatio = None,
     metric: option.Metric = None,
@@ -62,6 +64,8 @@ def compress(
         remove_layers=remove_layers,
         refit=refit,
         form=form,
+        bits=bits,
+        bits_dense=bits_dense,
         threshold_ratio=threshold_ratio,
         metric=metric,
     )

@@ -86,6 +86,13 @@ Form = Annotated[
         help="How low-rank weights are stored. pivoted (default): higher ranks in the same size. factored: U and Vh.",
     ),
 ]
+Bits = Annotated[
+    int | None,
+    _best(metavar="8|4", help="Quantise the result: bits of low-rank and dense linears; embeddings have 8."),
+]
+BitsDense = Annotated[
+    int | None, _best(metavar="8|4", help="Bits of the linears that stay dense, if others than --bits.")
+]
 Costs = Annotated[
     str | None,
     _best(
@@ -152,6 +159,10 @@ $ grasp compress ./my-model -o small --layers 3,12-17 --retain-ratio 0.3 --calib
 
 $ grasp compress builtin -o fast --target-latency 0.8 --num-samples 24
 $ grasp compress ./my-model -o fast --target-latency 0.8 --costs H100
+
+[dim]In 100 MB, as low-rank and dense linears with 8 bits:[/dim]
+
+$ grasp compress builtin -o tiny --target-bytes 110MB --bits 8 --num-samples 24
 
 [dim]In 12 GB beside the model; estimate time, memory and disk first:[/dim]
 

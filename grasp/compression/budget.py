@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
+from grasp.compression.quantize import bytes_saved
 from grasp.config import GraspConfig
 from grasp.method.cost_table import CostTable
 from grasp.method.knapsack import DENSE
@@ -21,6 +22,7 @@ from grasp.method.ranks import (
     Budget,
     Form,
     break_even_rank,
+    factor_shapes,
     parameters_at,
     parameters_removed,
     rank_for_retain_ratio,
@@ -82,12 +84,13 @@ def _byte_prices(config: GraspConfig, model: PreTrainedModel, targets: Targets, 
     layers = decoder(model).layers
     size = model_size(model, layers).bytes
     weights = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
-
-    def linear(target: Target, rank: int) -> int:
-        stored = parameters(target, rank, config.form) * target.module.weight.element_size()
-        return stored + order_bytes(target, rank, config.form)
-
-    prices = Prices(linear, weights.__getitem__, max(0, size - config.target_bytes), RANK_MULTIPLE)
+    if config.dense_storage is not None:
+        saved, saved_by_layer = bytes_saved(model, config.dense_storage)
+        size -= saved
+        weights = [before - less for before, less in zip(weights, saved_by_layer, strict=True)]
+    prices = Prices(
+        partial(stored_bytes, config=config), weights.__getitem__, max(0, size - config.target_bytes), RANK_MULTIPLE
+    )
     _require_reachable(config, prices, targets, lambda saved: f"target_bytes={size - saved:.0f}")
     return prices
 
@@ -129,6 +132,16 @@ def parameters(target: Target, rank: int, form: Form) -> int:
     """The parameters of a linear at a rank, or ``DENSE``; without the bias, which stays."""
     shape = dense_shape(target.module)
     return math.prod(shape) if rank == DENSE else parameters_at(shape, rank, form)
+
+
+def stored_bytes(target: Target, rank: int, config: GraspConfig) -> int:
+    """The bytes of a linear at a rank, or ``DENSE``, in the file of the checkpoint; without the bias, which stays."""
+    shape, itemsize = dense_shape(target.module), target.module.weight.element_size()
+    matrices, storage = (
+        ((shape,), config.dense_storage) if rank == DENSE else (factor_shapes(shape, rank, config.form), config.storage)
+    )
+    values = (n * k * itemsize if storage is None else storage.bytes(n, k, itemsize) for n, k in matrices)
+    return sum(values) + order_bytes(target, rank, config.form)
 
 
 def order_bytes(target: Target, rank: int, form: Form) -> int:

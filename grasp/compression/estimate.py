@@ -28,6 +28,7 @@ from grasp.statistics.covariance import distinct_inputs
 
 # Hidden states of all batches that refit holds: the inputs of both streams, and the outputs of one.
 REFIT_STREAMS = 3
+ROUNDING_STREAMS = 2  # that quantising holds: the inputs and outputs of one layer
 
 REPEATED = ("hidden states", "covariances", "decompositions", TimeLeft.REST)  # kinds of steps that each sweep has
 
@@ -46,7 +47,7 @@ class Memory:
     decomposition: int  # of one linear
     other: int  # of refit: the sums of one input, and a solution; or one batch before the sweeps
     hidden_states: int  # inputs of layers and gradients, for all batches, in CPU memory during the sweeps
-    refit_states: int  # likewise during the refit
+    refit_states: int  # likewise during the refit, or while weights are quantised
     disk: int  # the run folder, with the hidden states beyond the budget, or the checkpoint
     on_cpu: bool  # whether the model is in CPU memory
 
@@ -122,6 +123,7 @@ class Estimate:
             "refit": flops.refit / rates.sweeps
             + flops.refit_sums / rates.statistics
             + flops.refit_solutions / rates.svd,
+            "quantising": flops.quantizing / rates.sweeps + flops.rounding / rates.svd,
         }
         return {kind: seconds / self.processes for kind, seconds in kinds.items() if seconds}
 
@@ -289,8 +291,9 @@ class _Estimator:
         entries, most = {spans[-1].layers.start for spans in plans}, max(map(len, plans))
         number_bytes = self._job.local_tokens * self._job.sweep_dtype.itemsize
         sweeping = (len(entries) + most - (most == 1)) * self._tracer.width * number_bytes
+        rounding = ROUNDING_STREAMS * self._tracer.width * number_bytes if self._job.config.bits is not None else 0
         if not self._job.config.refit:
-            return sweeping, 0
+            return sweeping, rounding
         inputs: dict[int, int] = defaultdict(int)
         for target in distinct_inputs(targets):
             inputs[target.layer] += dense_shape(target.module)[1]

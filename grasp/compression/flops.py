@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from grasp.compression.candidates import REMOVAL_LOSS_SCALES, hold_out
+from grasp.compression.eligible import eligible_targets
 from grasp.compression.job import CompressionJob
 from grasp.compression.layer_cost import Tracer
 from grasp.compression.memory import form_in_sweeps, retained_groups
@@ -15,6 +16,7 @@ from grasp.config import GraspConfig
 from grasp.method.basis import BASES
 from grasp.method.least_squares import least_squares_flops
 from grasp.method.ranks import Shape, break_even_rank
+from grasp.method.rounding import rounding_flops
 from grasp.method.svd import decomposition_flops
 from grasp.model.dense import dense_shape
 from grasp.model.targets import Target, decoder
@@ -40,6 +42,8 @@ class Flops:
     refit: int = 0  # forward passes
     refit_sums: int = 0
     refit_solutions: int = 0
+    quantizing: int = 0  # forward passes, and second moments of the inputs
+    rounding: int = 0
 
     @property
     def total(self) -> int:
@@ -140,6 +144,8 @@ class FlopCounter:
             decompositions=job.rounds * sum(_decomposition_flops(job.config, shape) for shape in _shapes(targets)),
             held_out=evaluations * evaluation if self._held_out else 0,
         )
+        if job.config.bits is not None:
+            flops = replace(flops, **self._quantizing())
         if not job.config.refit:
             return flops
         layers = range(min(target.layer for target in targets), max(target.layer for target in targets) + 1)
@@ -152,6 +158,14 @@ class FlopCounter:
                 least_squares_flops(shape, break_even_rank(shape, job.config.form)) for shape in _shapes(targets)
             ),
         )
+
+    def _quantizing(self) -> dict[str, int]:
+        """The layers run twice: for the moments of their inputs, and quantised."""
+        targets = [target for linears in eligible_targets(self._tracer.model)[0].values() for target in linears]
+        passes = 2 * self._for_samples(self._forward(range(len(self._layers))), self._job.num_samples)
+        tokens = self._job.num_samples * self._job.seq_len
+        sums = tokens * covariance_bytes(targets, outputs=False) // self._job.sum_bytes
+        return {"quantizing": passes + sums, "rounding": sum(rounding_flops(shape) for shape in _shapes(targets))}
 
     @property
     def _tokens(self) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
+from grasp.compression.eligible import eligible_targets
 from grasp.compression.layer_cost import Graph, Tracer
 from grasp.compression.span_plan import LayerNeeds, SpanMemory
 from grasp.config import GraspConfig
@@ -17,6 +18,7 @@ from grasp.method.least_squares import least_squares_bytes
 from grasp.method.metrics import METRICS
 from grasp.method.pivoting import pivot_bytes
 from grasp.method.ranks import Form, Shape, break_even_rank, parameters_at
+from grasp.method.rounding import rounding_bytes
 from grasp.method.svd import decomposition_bytes
 from grasp.model.dense import dense_shape
 from grasp.model.targets import Target, decoder
@@ -70,7 +72,11 @@ def span_memory(
         head=head_bytes(tracer),
         sum_bytes=lambda part: statistics_bytes(part, config, tokens),
         decomposition_bytes=lambda target: temporary_bytes(target, config),
-        other=max(forward_bytes(tracer, range(layers.start), dtype), replacing_bytes(tracer, targets, config)),
+        other=max(
+            forward_bytes(tracer, range(layers.start), dtype),
+            replacing_bytes(tracer, targets, config),
+            quantizing_bytes(tracer) if config.bits is not None else 0,
+        ),
     )
 
 
@@ -112,6 +118,17 @@ def replacing_bytes(tracer: Tracer, targets: Collection[Target], config: GraspCo
             taken = max(taken, pivot_bytes((n, k), rank))
         layers[target.layer].append((target.module.weight.itemsize * rank * (n + k), taken))
     return max((sum(f for f, _ in members) + max(t for _, t in members) for members in layers.values()), default=0)
+
+
+def quantizing_bytes(tracer: Tracer) -> int:
+    """The quantisation of one layer: the second moments of its inputs, and one batch, or one linear that is rounded."""
+    most = 0
+    for layer, targets in eligible_targets(tracer.model)[0].items():
+        cost = tracer.layer(layer, "none")
+        passing = states_bytes(tracer) + FRAGMENTATION * (cost.saved + cost.transient)
+        rounding = max((rounding_bytes(dense_shape(target.module)) for target in targets), default=0)
+        most = max(most, covariance_bytes(targets, outputs=False) + max(passing, rounding))
+    return most
 
 
 def statistics_bytes(targets: Collection[Target], config: GraspConfig, tokens: int) -> int:

@@ -25,6 +25,7 @@ from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QuantizedLowRankLinear, QuantizedModule, quantized_like
 from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
+from grasp.statistics.hidden_states import Scratch
 from grasp.statistics.sweep import Prefix, Rows, alone, capture_prefix, propagate, run_layers
 from grasp_kernels.products import accumulate_gram_, mirror_
 from grasp_kernels.quantized import pack_int4
@@ -42,6 +43,8 @@ def quantize_(
     storage: Storage,
     batches: Sequence[CalibrationBatch] = (),
     *,
+    dense: Storage | None = None,
+    scratch: Scratch | None = None,
     progress: Progress = no_progress,
 ) -> None:
     """Quantise every linear and embedding of a causal language model in place, low-rank or dense.
@@ -56,7 +59,9 @@ def quantize_(
     Args:
         model: on one device, unquantised, dense or with low-rank linears.
         storage: of the linears in the decoder layers.
+        dense: of those that are not low-rank; ``None``: as ``storage``.
         batches: calibration batches.
+        scratch: where hidden states are kept; ``None``: in memory.
         progress: called after each decoder layer.
 
     Raises:
@@ -67,7 +72,7 @@ def quantize_(
     group_linears_(model, enabled=False)
     names = {module: name for name, module in model.named_modules()}
     try:
-        prefix = capture_prefix(model, batches, {0}) if batches else None
+        prefix = capture_prefix(model, batches, {0}, scratch=scratch) if batches else None
         for index, layer in enumerate(layers):
             if storage.bits == 4:
                 _expand_(model, layer, names)
@@ -75,7 +80,8 @@ def quantize_(
             for stage, calls in _stages(prefix, index, linears):
                 moment = _moment(prefix, index, stage[0], calls) if prefix is not None and calls else None
                 for linear in stage:
-                    _replace_(model, names[linear], linear, storage, moment)
+                    chosen = storage if isinstance(linear, LowRankLinear) else dense or storage
+                    _replace_(model, names[linear], linear, chosen, moment)
             if prefix is not None:
                 hidden = propagate(prefix, range(index, index + 1), prefix.hidden.pop(index))
                 prefix.hidden[index + 1] = hidden
@@ -84,6 +90,24 @@ def quantize_(
     finally:
         group_linears_(model)
         mark_compressed(model)
+
+
+def bytes_saved(model: PreTrainedModel, storage: Storage) -> tuple[int, list[int]]:
+    """The bytes that ``quantize_`` saves of a dense model, and of each of its decoder layers."""
+    inside = [list(layer.modules()) for layer in decoder(model).layers]
+    known = {id(module) for modules in inside for module in modules}
+    layers = [_bytes_saved(modules, storage) for modules in inside]
+    return sum(layers) + _bytes_saved([m for m in model.modules() if id(m) not in known], _OUTPUTS), layers
+
+
+def _bytes_saved(modules: Sequence[nn.Module], storage: Storage) -> int:
+    saved: dict[int, int] = {}  # by weight: shared ones count once
+    for module in modules:
+        if (quantized := quantized_like(module, storage, "meta")) is not None:
+            after = sum(p.nbytes for name, p in quantized.named_parameters() if name != "bias")
+            weight = next(module.parameters())
+            saved[id(weight)] = weight.nbytes - after
+    return sum(saved.values())
 
 
 def _is_linear(module: nn.Module) -> bool:

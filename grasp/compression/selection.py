@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from grasp.checkpoint.compression_report import ModuleReport, spectrum_indices
 from grasp.checkpoint.run_state import NoState
@@ -174,6 +175,20 @@ def as_stored(report: ModuleReport, module: nn.Module) -> ModuleReport:
         bytes_after=sum(p.numel() * p.element_size() for p in parameters)
         + (0 if module.order is None else module.order.nbytes),
     )
+
+
+def stored_reports(
+    reports: Sequence[ModuleReport], model: PreTrainedModel, depth: int, removed: Sequence[int]
+) -> tuple[ModuleReport, ...]:
+    """``as_stored`` for the modules of a model that had ``depth`` layers, whose numbers the reports have."""
+    remaining = [layer for layer in range(depth) if layer not in removed]
+    numbers = {f".{old}.": f".{new}." for new, old in enumerate(remaining)}
+    result = []
+    for report in reports:
+        number = f".{report.layer}."
+        name = report.name.replace(number, numbers.get(number, number), 1)
+        result.append(report if report.reason else as_stored(report, model.get_submodule(name)))
+    return tuple(result)
 
 
 def skip(target: Target, reason: str) -> Replacement:

@@ -21,10 +21,15 @@ class Budget(NamedTuple):
     ranks: dict[int, tuple[int, ...]]  # layer → ranks, ascending layers
 
 
+def factor_shapes(shape: Shape, rank: int, form: Form) -> tuple[Shape, Shape]:
+    """The shapes of U and Vh of a matrix (N, K) of rank R: (N, R) or, if it is pivoted, (N − R, R); and (R, K)."""
+    n, k = shape
+    return (n - rank * (form == "pivoted"), rank), (rank, k)
+
+
 def parameters_at(shape: Shape, rank: int, form: Form) -> int:
     """The parameters of a matrix of rank R: ``R·(N + K)``, and ``R·(N + K − R)`` if it is pivoted."""
-    n, k = shape
-    return rank * (n + k - rank * (form == "pivoted"))
+    return sum(map(math.prod, factor_shapes(shape, rank, form)))
 
 
 def parameters_removed(shape: Shape, rank: int, form: Form) -> int:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grasp.method.ranks import Shape
 from grasp_kernels.quantized import dequantize
 
 _BLOCK = 128  # columns that are rounded before the error moves on to all others
@@ -132,6 +133,18 @@ def _round_columns(weight: Tensor, columns: _Order, bits: int, group: int | None
             errors[:, k - begin : k - begin + 1] = error
         left[:, block.stop :] -= errors @ factor[block, block.stop :]
     return Rounded(values[:, back], scales)
+
+
+def rounding_flops(shape: Shape) -> int:
+    """The floating-point operations of ``round_to_outputs``: two Cholesky factors, an inverse, and the errors."""
+    rows, depth = shape
+    return 4 * depth**3 // 3 + rows * depth**2
+
+
+def rounding_bytes(shape: Shape) -> int:
+    """The temporary bytes of ``round_to_outputs``: five matrices of the moment in fp64, three of the weight in fp32."""
+    rows, depth = shape
+    return 8 * 5 * depth**2 + 4 * 3 * rows * depth
 
 
 def _nearest(weight: Tensor, scales: Tensor, bits: int) -> Tensor:

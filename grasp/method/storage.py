@@ -31,6 +31,10 @@ class Storage(NamedTuple):
         """The stored columns of a matrix with ``depth`` columns."""
         return -(-depth * self.bits // 8)
 
+    def bytes(self, rows: int, depth: int, itemsize: int) -> int:
+        """The bytes of a matrix with its scales, ``itemsize`` bytes each."""
+        return rows * (self.columns(depth) + itemsize * self.scales(depth))
+
     def scales(self, depth: int) -> int:
         """The number of scales in a row of ``depth`` columns."""
         return 1 if self.group is None else -(-depth // self.group)

@@ -35,6 +35,7 @@ from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sharding import collect_, shard_
 from grasp.version import __version__
 from grasp.workflows.guards import require_known, within_memory
+from grasp.workflows.quantize import QUANTIZATION, quantization_text
 from grasp.workflows.samples import Samples, draw, public_model_name, public_text_name
 
 
@@ -296,15 +297,19 @@ def write_checkpoint(
 def _description(samples: Samples, report: CompressionReport) -> str:
     """Describe the compression for the model card."""
     source = samples.source if samples.source in NAMED_TEXTS else "a text file"
-    config = report.config
-    selected = "as requested" if config["layers"] is not None else "the ones with the lowest block influence"
+    config = GraspConfig.from_dict(report.config)
+    selected = "as requested" if config.layers is not None else "the ones with the lowest block influence"
     if report.scope == "model":
         selected = "all"
-    budget = "one budget over all matrices" if config["allocation"] == "global" else "the same share of each matrix"
-    return (
+    budget = "one budget over all matrices" if config.allocation == "global" else "the same share of each matrix"
+    text = (
         "## How it was made\n\n"
         f"Compressed layers: {', '.join(map(str, report.redundant_layers)) or 'none'} ({selected}). Calibrated on "
         f"{samples.num_samples} sequences of {samples.seq_len} tokens of {source} (seed {samples.seed}). "
-        f"The most important singular groups were kept, {budget} (basis `{config['basis']}`, metric "
-        f"`{config['metric']}`). `{FILE_NAME}` has all details."
+        f"The most important singular groups were kept, {budget} (basis `{config.basis}`, metric "
+        f"`{config.metric}`). `{FILE_NAME}` has all details."
     )
+    if config.storage is None or config.dense_storage is None:
+        return text
+    stored = quantization_text(report.before, report.after, config.storage, config.dense_storage, samples)
+    return f"{text}\n\n## {QUANTIZATION}\n\n{stored}"

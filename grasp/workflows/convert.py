@@ -14,7 +14,7 @@ from grasp.checkpoint.card import with_sizes, without_results
 from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
 from grasp.checkpoint.inspection import Inspection, inspect_compressed
 from grasp.checkpoint.saving import check_directory, read_texts, require_space, save_checkpoint
-from grasp.compression.selection import as_stored
+from grasp.compression.selection import stored_reports
 from grasp.errors import NonFiniteError
 from grasp.files import remove_abandoned
 from grasp.loading import load_quietly
@@ -132,15 +132,8 @@ def convert_(
 
 def with_forms(report: CompressionReport, model: PreTrainedModel) -> CompressionReport:
     """A report with the forms and sizes that the replaced linears of a model have now, and the size of the model."""
-    layers = dict(model.named_modules())
-    remaining = [layer for layer in range(len(report.block_influence)) if layer not in report.removed_layers]
-    numbers = {f".{old}.": f".{new}." for new, old in enumerate(remaining)}  # the report's are of the dense model
-    modules = []
-    for module in report.modules:
-        number = f".{module.layer}."
-        layer = layers.get(module.name.replace(number, numbers.get(number, number), 1))
-        modules.append(module if module.reason or layer is None else as_stored(module, layer))
-    return replace(report, modules=tuple(modules), after=model_size(model, decoder(model).layers))
+    modules = stored_reports(report.modules, model, len(report.block_influence), report.removed_layers)
+    return replace(report, modules=modules, after=model_size(model, decoder(model).layers))
 
 
 def _lowrank_layers(model: PreTrainedModel) -> dict[str, LowRankLinear]:

@@ -29,6 +29,7 @@ from grasp.workflows.convert import LICENSES, TEXTS, with_forms
 from grasp.workflows.guards import require_known, within_memory
 from grasp.workflows.samples import Samples, draw
 
+QUANTIZATION = "Quantisation"  # title of the section of the model card
 LOSS_AWARE, NEAREST = ROUNDINGS = ("loss-aware", "nearest")
 
 
@@ -123,7 +124,8 @@ def quantize(
         texts[FILE_NAME] = with_forms(source.report, model).to_json()
     progress("saving", 0, 1)
     card = _new_card(name, model) if card is None else with_sizes(without_results(card), model)
-    card = with_section(card, "Quantisation", _section(before, model, storage, used))
+    size_after = model_size(model, decoder(model).layers)
+    card = with_section(card, QUANTIZATION, quantization_text(before, size_after, storage, storage, used))
     save_checkpoint(model, target, tokenizer=tokenizer, card=card, extra_files=texts, seen={})
     progress("saving", 1, 1)
     after = inspect_checkpoint(target)
@@ -144,8 +146,8 @@ def _new_card(name: str, model: PreTrainedModel) -> str:
     return model_card(model, base_model=base_model, license=license)
 
 
-def _section(before: Size, model: PreTrainedModel, storage: Storage, samples: Samples | None) -> str:
-    after = model_size(model, decoder(model).layers)
+def quantization_text(before: Size, after: Size, storage: Storage, dense: Storage, samples: Samples | None) -> str:
+    """What a model card says about the quantisation: ``storage`` is of low-rank linears, ``dense`` of the others."""
     how = "rounded to the nearest value"
     if samples is not None:
         text = samples.source if samples.source in NAMED_TEXTS else "a text file"
@@ -153,7 +155,8 @@ def _section(before: Size, model: PreTrainedModel, storage: Storage, samples: Sa
             f"rounded such that their outputs change least on {samples.num_samples} sequences of {samples.seq_len} "
             f"tokens of {text} (seed {samples.seed})"
         )
+    stored = f"{storage}" if storage == dense else f"{storage} if they are low-rank and as {dense} if they are dense"
     return (
-        f"The linears of the decoder layers are stored as {storage}, {how}. Embeddings and the output layer are int8. "
+        f"The linears of the decoder layers are stored as {stored}, {how}. Embeddings and the output layer are int8. "
         f"The model takes {size(after.bytes)}, {after.bytes / before.bytes:.1%} of the {size(before.bytes)} before."
     )
