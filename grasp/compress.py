@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
+from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.checkpoint.compression_report import CompressionReport, ModuleReport
@@ -26,11 +27,13 @@ from grasp.compression.run import Run, find_block_influence, make_plan, start_ru
 from grasp.compression.selection import stored_reports
 from grasp.config import GraspConfig
 from grasp.method.cost_table import CostTable
+from grasp.method.knapsack import ROUNDED
 from grasp.method.storage import Storage
 from grasp.model.batch import CalibrationBatch, as_batches, batches_digest
 from grasp.model.grouping import group_linears_
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.layer_removal import remove_layers_
+from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
@@ -118,7 +121,7 @@ def carry_out_(run: Run) -> CompressionReport:
                 _refit_in_order_(run, plan)
         remove_layers_(run.model, decision.removed)
         if run.config.storage is not None:
-            _quantize_(run, run.config.storage)
+            _quantize_(run, run.config.storage, decision)
         reports = stored_reports(work.reports, run.model, len(scores), decision.removed)
     finally:
         group_linears_(run.model)
@@ -138,11 +141,16 @@ def _refit_in_order_(run: Run, plan: Plan) -> None:
     settle_(run, plan.ranks)
 
 
-def _quantize_(run: Run, storage: Storage) -> None:
+def _quantize_(run: Run, storage: Storage, decision: Decision) -> None:
     run.clock.enter("quantising")
-    quantize_(
-        *(run.model, storage, run.batches), dense=run.config.dense_storage, scratch=run.scratch, progress=run.progress
-    )
+    linears = chain.from_iterable(run.targets.values())
+    rounded = {target.module for target in linears if decision.ranks.get(target.name) == ROUNDED}
+
+    def stored(module: nn.Module) -> Storage:
+        others = run.config.fewest_bits if module in rounded else run.config.dense_storage
+        return storage if others is None or isinstance(module, LowRankLinear) else others
+
+    quantize_(run.model, stored, run.batches, scratch=run.scratch, progress=run.progress)
 
 
 def _report(

@@ -17,6 +17,7 @@ from grasp.method.storage import Storage, choose_storage
 
 # Of these fields at most one is given.
 TARGETS = ("layers", "num_layers", "compression_ratio", "target_bytes", "target_latency")
+AUTO = "auto"
 _RETIRED = {"redundancy": "block_influence"}  # fields of earlier versions, with the one value that they may have
 
 
@@ -67,9 +68,11 @@ class GraspConfig:
             model's. Sums are in fp32.
         form: how low-rank weights are stored: ``"factored"``, as U (N, R) and Vh (R, K), or ``"pivoted"``, as R rows of
             the weight and the coefficients of the others in them, which are R² parameters less.
-        bits: of the factors at the end: 8 or 4; ``None`` leaves them floating. Embeddings and the output layer then
-            have 8 bits. ``target_bytes`` is the size with these bits.
-        bits_dense: of the linears that stay dense; ``None``: as ``bits``, which it needs.
+        bits: of all linears at the end: 8 or 4; ``None`` leaves them floating. Embeddings and the output layer then
+            have 8 bits. ``target_bytes`` is the size with these bits, and needs ``allocation="global"``. ``"auto"``: a
+            linear is low-rank in 8 bits, or dense in 8 or 4, whatever reaches ``target_bytes`` with the least loss;
+            needs the kfac basis and its magnitudes.
+        bits_dense: of the linears that stay dense, if others than ``bits``.
 
     Raises:
         ValueError: if values are out of range or exclude each other; the message has all problems with their remedies.
@@ -98,7 +101,7 @@ class GraspConfig:
     schedule: str = "sequential"
     sweep_dtype: str | None = None
     form: Form = "factored"
-    bits: int | None = None
+    bits: int | str | None = None
     bits_dense: int | None = None
 
     DEFAULT_COMPRESSION_RATIO: ClassVar[float] = 0.2
@@ -175,7 +178,7 @@ class GraspConfig:
         schedule: str | None = None,
         sweep_dtype: str | None = None,
         form: Form = "pivoted",
-        bits: int | None = None,
+        bits: int | str | None = None,
         bits_dense: int | None = None,
     ) -> GraspConfig:
         """Build the configuration with the lowest perplexity so far (docs/study.md).
@@ -263,12 +266,17 @@ class GraspConfig:
     @property
     def storage(self) -> Storage | None:
         """How the factors are stored; ``None`` if they stay floating."""
-        return None if self.bits is None else choose_storage(self.bits)
+        return None if self.bits is None else choose_storage(8 if self.bits == AUTO else int(self.bits))
 
     @property
     def dense_storage(self) -> Storage | None:
-        """How the linears that stay dense are stored."""
+        """How the linears that stay dense are stored; with ``bits="auto"``, those that get no fewer bits."""
         return self.storage if self.bits_dense is None else choose_storage(self.bits_dense)
+
+    @property
+    def fewest_bits(self) -> Storage | None:
+        """How linears that stay dense may be stored instead, with ``bits="auto"``."""
+        return choose_storage(4) if self.bits == AUTO else None
 
     def _bad_names(self) -> Iterator[str]:
         for name, known in _NAMES.items():
@@ -289,9 +297,9 @@ class GraspConfig:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and is_inside(value)):
                 yield f"{name} must be in {interval}, got {value!r}"
-        for name in ("bits", "bits_dense"):
-            if (bits := getattr(self, name)) not in (None, 8, 4) or isinstance(bits, bool):
-                yield f"{name} must be 8, 4 or None, got {bits!r}: no backend has a kernel for others"
+        for name, known in (("bits", (8, 4, AUTO, None)), ("bits_dense", (8, 4, None))):
+            if (bits := getattr(self, name)) not in known:
+                yield f"{name} must be one of {', '.join(map(str, known))}, got {bits!r}"
         for name in ("remove_layers", "refit"):
             if not isinstance(value := getattr(self, name), bool):
                 yield f"{name} must be True or False, got {value!r}"
@@ -304,8 +312,10 @@ class GraspConfig:
             yield f"{' and '.join(given)} exclude each other: give one of {', '.join(TARGETS)}"
         if self.threshold_ratio is not None and self.layers is None and self.num_layers is None:
             yield "threshold_ratio needs layers or num_layers, because it does not set a compression ratio: give one"
-        if self.bits_dense is not None and self.bits is None:
-            yield f"bits_dense={self.bits_dense} needs bits, those of the factors: give both, or take `grasp quantize`"
+        if self.bits == AUTO and self.target_bytes is None:
+            yield "bits='auto' needs target_bytes, the size to reach: give both"
+        if self.bits_dense is not None and self.bits not in (8, 4):
+            yield f"bits_dense={self.bits_dense} needs bits=8 or bits=4, got {self.bits}: give both"
         if self.bits is not None and self.target_bytes is not None and self.allocation == "uniform":
             yield "target_bytes with bits needs allocation='global': take GraspConfig.best"
         if self.bits is not None and self.target_latency is not None:
@@ -330,6 +340,8 @@ class GraspConfig:
                 f"allocation='global' needs a metric in units of loss, and {self.metric!r} in the {self.basis} basis "
                 "is not: take 'fisher' or 'taylor', or 'magnitude' with basis='kfac'"
             )
+        if self.bits == AUTO and (self.basis, self.metric) != ("kfac", "magnitude"):
+            yield "bits='auto' needs basis='kfac' and metric='magnitude': take GraspConfig.best"
         if self.threshold_ratio is not None:
             yield "threshold_ratio sets ranks matrix by matrix: leave it out, or take allocation='uniform'"
         if self.schedule in ("sequential", "per-layer"):

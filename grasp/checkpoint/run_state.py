@@ -37,7 +37,7 @@ class Decision(NamedTuple):
 
     removed: tuple[int, ...]  # the layers to remove, ascending
     losses: Mapping[str, float]  # candidate → its loss on the held-out batches, in nats per token
-    ranks: Mapping[str, int]  # path of each linear that was scored and stays → its rank, or ``DENSE``
+    ranks: Mapping[str, int]  # path of each linear that was scored and stays → its rank, ``DENSE`` or ``ROUNDED``
 
 
 class NoState(PartialSums):

@@ -64,7 +64,7 @@ def compress(
         remove_layers=remove_layers,
         refit=refit,
         form=form,
-        bits=bits,
+        bits=int(bits) if bits in ("8", "4") else bits,
         bits_dense=bits_dense,
         threshold_ratio=threshold_ratio,
         metric=metric,

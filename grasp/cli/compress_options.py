@@ -87,8 +87,12 @@ Form = Annotated[
     ),
 ]
 Bits = Annotated[
-    int | None,
-    _best(metavar="8|4", help="Quantise the result: bits of low-rank and dense linears; embeddings have 8."),
+    str | None,
+    _best(
+        metavar="8|4|auto",
+        help="Quantise the result: bits of low-rank and dense linears; embeddings have 8. auto: whatever reaches "
+        "--target-bytes with the least loss, linear by linear.",
+    ),
 ]
 BitsDense = Annotated[
     int | None, _best(metavar="8|4", help="Bits of the linears that stay dense, if others than --bits.")
@@ -160,9 +164,9 @@ $ grasp compress ./my-model -o small --layers 3,12-17 --retain-ratio 0.3 --calib
 $ grasp compress builtin -o fast --target-latency 0.8 --num-samples 24
 $ grasp compress ./my-model -o fast --target-latency 0.8 --costs H100
 
-[dim]In 100 MB, as low-rank and dense linears with 8 bits:[/dim]
+[dim]In 100 MB, with the ranks and bits that lose least:[/dim]
 
-$ grasp compress builtin -o tiny --target-bytes 110MB --bits 8 --num-samples 24
+$ grasp compress builtin -o tiny --target-bytes 100MB --bits auto --num-samples 24
 
 [dim]In 12 GB beside the model; estimate time, memory and disk first:[/dim]
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from grasp.compression.quantize import bytes_saved
 from grasp.config import GraspConfig
 from grasp.method.cost_table import CostTable
-from grasp.method.knapsack import DENSE
+from grasp.method.knapsack import DENSE, ROUNDED
 from grasp.method.ranks import (
     Budget,
     Form,
@@ -135,8 +135,11 @@ def parameters(target: Target, rank: int, form: Form) -> int:
 
 
 def stored_bytes(target: Target, rank: int, config: GraspConfig) -> int:
-    """The bytes of a linear at a rank, or ``DENSE``, in the file of the checkpoint; without the bias, which stays."""
+    """The bytes of a linear at a rank, ``DENSE`` or ``ROUNDED``, in the checkpoint; without the bias, which stays."""
     shape, itemsize = dense_shape(target.module), target.module.weight.element_size()
+    if rank == ROUNDED:
+        assert config.fewest_bits is not None
+        return config.fewest_bits.bytes(*shape, itemsize)
     matrices, storage = (
         ((shape,), config.dense_storage) if rank == DENSE else (factor_shapes(shape, rank, config.form), config.storage)
     )

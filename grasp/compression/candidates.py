@@ -14,7 +14,7 @@ from grasp.checkpoint.run_state import NoState
 from grasp.compression.budget import Plan, Prices
 from grasp.compression.selection import Selection, Selections, replacement
 from grasp.errors import CalibrationError
-from grasp.method.knapsack import DENSE, Choices, Layer, allocate_layers, least_cost, rank_choices
+from grasp.method.knapsack import DENSE, ROUNDED, Choices, Layer, allocate_layers, least_cost, rank_choices
 from grasp.model.batch import CalibrationBatch
 from grasp.model.targets import Target, decoder
 from grasp.statistics.hidden_states import Scratch
@@ -33,7 +33,7 @@ class Candidate(NamedTuple):
 
     scope: str
     removed: tuple[int, ...]  # layers to remove, ascending
-    ranks: dict[Target, int]  # of the linears that are scored and stay; ``DENSE`` for the ones that stay dense
+    ranks: dict[Target, int]  # of the linears that are scored and stay; or ``DENSE``, ``ROUNDED``
 
     @property
     def name(self) -> str:
@@ -84,7 +84,7 @@ def first_cut(selections: Selections, plan: Plan, prices: Prices) -> dict[Target
     If the saving needs layers to be removed, it is that share of what ranks can save.
     """
     ranks = _allocated("", _scored(selections, plan), plan, prices, {}, FIRST_SHARE).ranks
-    return {target: rank for target, rank in ranks.items() if rank != DENSE}
+    return {target: rank for target, rank in ranks.items() if rank not in (DENSE, ROUNDED)}
 
 
 def held_out_losses(
@@ -177,6 +177,13 @@ def _layer_choices(
 
 
 def _rank_choices(target: Target, selection: Selection, prices: Prices) -> Choices:
-    """The ranks that a linear can be given, and dense."""
+    """The ranks that a linear can be given, and dense, with fewer bits too if that has a score."""
     costs = [prices.linear(target, rank) for rank in range(len(selection.indices) + 1)]
-    return rank_choices(selection.importance.tolist(), costs, prices.linear(target, DENSE), multiple=prices.multiple)
+    rounded = [(prices.linear(target, ROUNDED), score) for score in selection.rounding.tolist()]
+    return rank_choices(
+        selection.importance.tolist(),
+        costs,
+        prices.linear(target, DENSE),
+        rounded=next(iter(rounded), None),
+        multiple=prices.multiple,
+    )

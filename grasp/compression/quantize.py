@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -33,17 +33,16 @@ from grasp_kernels.quantized import pack_int4
 _OUTPUTS = Storage(8)  # of embeddings and of the output layer
 # In 4 bits a low-rank linear with more numbers than this fraction of the dense weight is stored dense. Its factors save
 # little and lose much: rows given by U are sums of many stored rows, with the rounding errors of all.
-_DENSE_FROM = 0.8
+DENSE_FROM = 0.8
 _UNREPAIRED = 0.2  # of the errors that Vh makes in the outputs of U; the fit of U makes up for the rest
 
 
 @torch.no_grad()
 def quantize_(
     model: PreTrainedModel,
-    storage: Storage,
+    storage: Storage | Callable[[nn.Module], Storage],
     batches: Sequence[CalibrationBatch] = (),
     *,
-    dense: Storage | None = None,
     scratch: Scratch | None = None,
     progress: Progress = no_progress,
 ) -> None:
@@ -58,8 +57,7 @@ def quantize_(
 
     Args:
         model: on one device, unquantised, dense or with low-rank linears.
-        storage: of the linears in the decoder layers.
-        dense: of those that are not low-rank; ``None``: as ``storage``.
+        storage: of the linears in the decoder layers, or a function that tells that of each.
         batches: calibration batches.
         scratch: where hidden states are kept; ``None``: in memory.
         progress: called after each decoder layer.
@@ -74,14 +72,14 @@ def quantize_(
     try:
         prefix = capture_prefix(model, batches, {0}, scratch=scratch) if batches else None
         for index, layer in enumerate(layers):
-            if storage.bits == 4:
-                _expand_(model, layer, names)
+            linears = [module for module in layer.modules() if _is_linear(module)]
+            stored = {names[linear]: storage if isinstance(storage, Storage) else storage(linear) for linear in linears}
+            _expand_(model, layer, names, stored)
             linears = [module for module in layer.modules() if _is_linear(module)]
             for stage, calls in _stages(prefix, index, linears):
                 moment = _moment(prefix, index, stage[0], calls) if prefix is not None and calls else None
                 for linear in stage:
-                    chosen = storage if isinstance(linear, LowRankLinear) else dense or storage
-                    _replace_(model, names[linear], linear, chosen, moment)
+                    _replace_(model, names[linear], linear, stored[names[linear]], moment)
             if prefix is not None:
                 hidden = propagate(prefix, range(index, index + 1), prefix.hidden.pop(index))
                 prefix.hidden[index + 1] = hidden
@@ -114,11 +112,14 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (LowRankLinear, nn.Linear, Conv1D))
 
 
-def _expand_(model: nn.Module, layer: nn.Module, names: dict[nn.Module, str]) -> None:
-    """Put dense linears in the place of those low-rank ones that have nearly as many parameters."""
+def _expand_(
+    model: nn.Module, layer: nn.Module, names: dict[nn.Module, str], stored: Mapping[str, Storage]
+) -> None:
+    """Put dense linears in the place of those low-rank ones of 4 bits that have nearly as many parameters."""
     for module in [module for module in layer.modules() if isinstance(module, LowRankLinear)]:
         shape = (module.in_features, module.out_features)
-        if module.U.numel() + module.Vh.numel() <= _DENSE_FROM * math.prod(shape):
+        parameters = module.U.numel() + module.Vh.numel()
+        if stored[names[module]].bits != 4 or parameters <= DENSE_FROM * math.prod(shape):
             continue
         dense = nn.Linear(*shape, bias=module.bias is not None, device="meta", dtype=module.U.dtype)
         dense.weight = nn.Parameter(module.dense_weight().to(module.U.dtype))

@@ -28,7 +28,7 @@ from grasp.compression.selection import (
     skip,
 )
 from grasp.compression.spans import Selector
-from grasp.method.knapsack import DENSE
+from grasp.method.knapsack import DENSE, ROUNDED
 from grasp.method.metrics import nats_per_score
 from grasp.method.ranks import break_even_rank
 from grasp.method.schedules import plan_sweeps
@@ -198,7 +198,7 @@ def carry_out_decision_(run: Run, plan: Plan, work: Work, decision: Decision) ->
     members: dict[int, list[Target]] = {layer: [] for layer in range(len(decoder(run.model).layers))}
     for target in plan.ranks:
         members[target.layer].append(target)
-    low = {target.layer for target in plan.ranks if decision.ranks.get(target.name, DENSE) != DENSE}
+    low = {target.layer for target in plan.ranks if decision.ranks.get(target.name, DENSE) not in (DENSE, ROUNDED)}
     fitted = range(min(low | {*decision.removed}), max(low) + 1) if low and run.config.refit else range(0)
     refit = Refit(run.model, run.calibration, fitted, run.config.sweep_dtype, run.scratch, run.processes)
     reports: dict[Target, ModuleReport] = {}

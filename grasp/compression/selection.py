@@ -13,14 +13,17 @@ from transformers import PreTrainedModel
 from grasp.checkpoint.compression_report import ModuleReport, spectrum_indices
 from grasp.checkpoint.run_state import NoState
 from grasp.config import GraspConfig
-from grasp.method.knapsack import DENSE
+from grasp.method.knapsack import DENSE, ROUNDED
 from grasp.method.ranks import rank_for_threshold, retained_indices
+from grasp.method.rounding import round_to_outputs
+from grasp.method.storage import Storage
 from grasp.method.svd import SVD
 from grasp.model.dense import dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QuantizedLinear, QuantizedLowRankLinear
 from grasp.model.size import parameter_count
 from grasp.model.targets import Target
+from grasp.statistics.covariance import Covariance
 from grasp.statistics.scores import Score
 
 NO_LOSS = "its output does not reach the loss"
@@ -57,6 +60,7 @@ class Selection:
         indices: (R,) int64, ascending; the groups that the file has, 0 being the one with the largest singular value.
         importance: (groups,), of all groups; empty if the linear is skipped.
         spectrum: the singular values of all groups at ``spectrum_indices``.
+        rounding: (1,), the score of giving the dense linear fewer bits; empty if that is no choice.
         skipped: the reason, or "".
     """
 
@@ -64,6 +68,7 @@ class Selection:
     indices: Tensor
     importance: Tensor
     spectrum: Tensor
+    rounding: Tensor
     skipped: str
 
     def best(self, rank: int) -> Tensor:
@@ -99,7 +104,7 @@ def write_groups(
     """
     if score is None:
         return Name(state.write(stem, {}, {"skipped": NO_LOSS}))
-    svd, importance = score(weight, None if config.threshold_ratio is not None else rank)
+    svd, importance, covariance = score(weight, None if config.threshold_ratio is not None else rank)
     rank = min(rank, len(svd.S))
     if config.threshold_ratio is not None:
         rank = rank_for_threshold(importance, config.threshold_ratio, dense_shape(target.module), config.form)
@@ -115,15 +120,26 @@ def write_groups(
         "importance": importance,
         "spectrum": svd.S[spectrum_indices(len(svd.S))],
     }
+    if config.fewest_bits is not None:
+        assert covariance is not None
+        tensors["rounding"] = rounding_score(weight, covariance, config.fewest_bits)
     return Name(state.write(stem, tensors, {"skipped": ""}))
+
+
+def rounding_score(weight: Tensor, covariance: Covariance, storage: Storage) -> Tensor:
+    """The score of rounding a dense linear, in the units of those of groups: ``‖B^½ (W − Ŵ) A^½‖²``, one number."""
+    A, B, tokens = covariance
+    assert B is not None
+    error = weight.float() - round_to_outputs(weight, A, *storage).matrix
+    return ((B.float() @ error) * (error @ A.float())).double().sum().reshape(1) / tokens**2
 
 
 def read_selection(state: NoState, file: str) -> Selection:
     """What a file of ``write_groups`` has, without the factors."""
-    tensors, notes = state.read(file, "indices", "importance", "spectrum")
-    empty = torch.empty(0)
-    indices, importance, spectrum = (tensors.get(key, empty) for key in ("indices", "importance", "spectrum"))
-    return Selection(file, indices, importance, spectrum, notes["skipped"])
+    keys, empty = ("indices", "importance", "spectrum", "rounding"), torch.empty(0)
+    tensors, notes = state.read(file, *keys)
+    indices, importance, spectrum, rounding = (tensors.get(key, empty) for key in keys)
+    return Selection(file, indices, importance, spectrum, rounding, notes["skipped"])
 
 
 def low_rank(state: NoState, target: Target, selection: Selection, rank: int) -> LowRankLinear:
@@ -134,8 +150,8 @@ def low_rank(state: NoState, target: Target, selection: Selection, rank: int) ->
 
 
 def replacement(state: NoState, target: Target, selection: Selection, rank: int) -> Replacement:
-    """What takes the place of a linear if it is given a rank, or stays ``DENSE``."""
-    reason = selection.skipped or (STAYS_DENSE if rank == DENSE else "")
+    """What takes the place of a linear if it is given a rank, or stays ``DENSE`` or ``ROUNDED``."""
+    reason = selection.skipped or (STAYS_DENSE if rank in (DENSE, ROUNDED) else "")
     if reason:
         return skip(target, reason)
     module = low_rank(state, target, selection, rank)

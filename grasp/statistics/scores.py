@@ -25,11 +25,13 @@ from grasp.statistics.sweep import Prefix
 class Scored(NamedTuple):
     """The groups of one linear, ``weight = U diag(S) Vh``, with their importance, (groups,).
 
-    U and Vh may have the most important groups only; S has all.
+    U and Vh may have the most important groups only; S has all. The covariances are there if the basis has them and no
+    moments are gathered.
     """
 
     svd: SVD
     importance: Tensor
+    covariance: Covariance | None = None
 
 
 # The weight, (N, K), and how many of the most important groups are needed, ``None`` for all → the groups.
@@ -89,20 +91,21 @@ def gather_scores(
         )
         decompositions = decompositions_by(covariances)
     if row.moment == "none":
-        return score_by_magnitude(decompositions)
+        return score_by_magnitude(covariances)
     svds = {target: make(dense_weight(target.module), None) for target, make in decompositions.items()}
     moments = basis_moments(prefix, svds, second=row.moment == "second", **shared)  # type: ignore[arg-type]
     return {target: partial(_by_moments, svds[target], *moment, row) for target, moment in moments.items()}
 
 
-def score_by_magnitude(decompositions: Mapping[Target, Decompose]) -> Scores:
+def score_by_magnitude(covariances: Mapping[Target, Covariance]) -> Scores:
     """Score groups by ``METRICS["magnitude"]``, which needs the singular values alone."""
 
-    def score(make: Decompose, weight: Tensor, rank: int | None) -> Scored:
+    def score(make: Decompose, covariance: Covariance, weight: Tensor, rank: int | None) -> Scored:
         svd = make(weight, rank)
-        return Scored(svd, METRICS["magnitude"].score(svd.S, svd.S, svd.S))
+        return Scored(svd, METRICS["magnitude"].score(svd.S, svd.S, svd.S), covariance)
 
-    return {target: partial(score, make) for target, make in decompositions.items()}
+    decompositions = decompositions_by(covariances)
+    return {target: partial(score, decompositions[target], covariance) for target, covariance in covariances.items()}
 
 
 def decompositions_by(covariances: Mapping[Target, Covariance]) -> dict[Target, Decompose]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +20,18 @@ from grasp.compress import compress_
 from grasp.compression import rounds
 from grasp.compression.budget import Plan, find_prices
 from grasp.compression.candidates import FIRST_SHARE, candidates, hold_out
+from grasp.compression.quantize import quantize_
 from grasp.compression.selection import Selection
 from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, CostTableError
 from grasp.method.cost_table import CostTable, LinearSeconds, from_roofline
 from grasp.method.ranks import break_even_rank
+from grasp.method.storage import Storage
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_shape, dense_weight
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.quantized_linear import QUANTIZED, QuantizedLowRankLinear
+from grasp.model.size import model_size
 from grasp.model.targets import Target, decoder, layer_targets
 from grasp.statistics import scores as scoring
 from grasp.statistics.sweep import Prefix
@@ -234,6 +239,46 @@ def test_bytes_are_met_whatever_the_dtype(config: dict[str, Any]) -> None:
         assert 0.75 * size - step < report.after.bytes <= 0.75 * size + (step if config.get("allocation") else 0)
 
 
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [("llama", {}), ("qwen2", {"bits_dense": 4}), ("gpt2", {"bits": 4}), ("llama", {"form": "pivoted"})],
+)
+def test_bytes_are_those_of_the_quantised_model(family: str, config: dict[str, Any]) -> None:
+    dense = tiny_model(family, torch.bfloat16)
+    quantize_(dense, lambda module: GraspConfig(**{"bits": 8, **config}).dense_storage or Storage(8))
+    size = model_size(dense, decoder(dense).layers).bytes
+    config = {"bits": 8, "scope": "model", "refit": True, **BEST, **config}
+    model = tiny_model(family, torch.bfloat16)
+    report = compress_(model, tiny_batches(2), GraspConfig(target_bytes=int(0.85 * size), **config))
+    assert report.after == model_size(model, decoder(model).layers)
+    assert 0.85 * size - 80 * 16 < report.after.bytes <= 0.85 * size
+    low = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLowRankLinear)}
+    assert {module.name: module.bytes_after for module in report.compressed} == {
+        name: sum(p.nbytes for p in module.parameters()) + (0 if module.order is None else module.order.nbytes)
+        for name, module in low.items()
+    }
+    assert {module.storage for module in low.values()} == {Storage(8)} if config["bits"] == 8 else {Storage(4, 64)}
+    assert not any(isinstance(module, (LowRankLinear, nn.Linear, Conv1D)) for module in model.modules())
+
+
+def test_dense_linears_get_fewer_bits_where_that_costs_less() -> None:
+    def quantised(target_bytes: int, **config: Any) -> tuple[Counter[str], int]:
+        model = tiny_model("llama", hidden_size=64, intermediate_size=128)
+        config = {"bits": "auto", "scope": "model", **BEST, **config}
+        report = compress_(model, tiny_batches(4), GraspConfig(target_bytes=target_bytes, **config))
+        modules = decoder(model).layers.modules()
+        found = Counter(f"{type(m).__name__} {m.storage}" for m in modules if isinstance(m, QUANTIZED))
+        return found, report.after.bytes
+
+    found, size = quantised(10**9)
+    assert found == {"QuantizedLinear int8": 21}
+    found, smaller = quantised(int(0.9 * size))
+    assert found["QuantizedLinear int4/64"] > 0
+    assert 0.85 * size < smaller <= 0.9 * size
+    least = quantised(int(0.4 * size), schedule="progressive")[0]
+    assert least["QuantizedLowRankLinear int8"] > 0
+
+
 def test_a_target_that_is_already_met_changes_nothing() -> None:
     model = tiny_model("llama")
     report = compress_(model, tiny_batches(2), GraspConfig(target_bytes=10**9, **BEST))
@@ -315,7 +360,7 @@ def test_layers_go_by_what_their_removal_loses() -> None:
     config = GraspConfig(compression_ratio=0.3, remove_layers=True, scope="model", **BEST)
     prices, empty = find_prices(config, model, targets), torch.empty(0)
     selections = {
-        target: Selection("", torch.arange(rank), torch.ones(min(dense_shape(target.module))), empty, "")
+        target: Selection("", torch.arange(rank), torch.ones(min(dense_shape(target.module))), empty, empty, "")
         for target in itertools.chain(*targets.values())
         if (rank := break_even_rank(dense_shape(target.module), "factored"))
     }

@@ -5,9 +5,14 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, GraspError, OutOfMemoryError
+from grasp.model.quantized_linear import QUANTIZED
+from grasp.model.size import model_size
+from grasp.model.targets import decoder
+from grasp.reporting.rerun_command import rerun_command
 from grasp.workflows.compress import compress
 from grasp.workflows.evaluate import evaluate
 from grasp.workflows.samples import Samples
@@ -94,6 +99,19 @@ def test_the_model_card_says_how_it_was_made_but_not_from_which_file(
     assert "layers: 1 (as requested). Calibrated on 2 sequences of 32 tokens of a text file (seed 3)." in card
     assert str(tmp_path) not in card
     assert done.report.calibration["sequences"] == 2
+
+
+def test_a_quantised_result_reloads_and_its_card_says_how_it_is_stored(
+    model: Path, samples: Samples, tmp_path: Path
+) -> None:
+    config = GraspConfig.best(compression_ratio=0.05, bits=8, bits_dense=4)
+    report = compress(str(model), tmp_path / "out", config, samples).report
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model_size(loaded, decoder(loaded).layers) == report.after
+    assert {str(module.storage) for module in loaded.modules() if isinstance(module, QUANTIZED)} == {"int8", "int4/64"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "stored as int8 if they are low-rank and as int4/64 if they are dense, rounded such that" in card
+    assert {"--bits", "8", "--bits-dense", "4"} <= {*(rerun_command(report, "out") or [])}
 
 
 def test_the_seed_chooses_the_sequences(model: Path, samples: Samples, tmp_path: Path) -> None:
