@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from benchmarks.study.records import STUDY_RECORDS, StudyQuantized
 from grasp.bench.conditions import conditions, measure_card
+from grasp.bench.gguf_file import write_gguf
 from grasp.bench.results import append_results, check_output, read_results
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_text, token_batches, tokenize
+from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.cli.bench_tables import show_results
 from grasp.compression.quantize import quantize_
 from grasp.errors import GraspError
@@ -30,13 +35,17 @@ from grasp.method.storage import Storage
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
 
-WAYS: dict[str, tuple[Storage | None, bool]] = {  # how weights are stored, and whether rounding knows the inputs
+# How weights are stored, as ours or as a type of GGUF, and whether rounding knows the inputs.
+WAYS: dict[str, tuple[Storage | str | None, bool]] = {
     "bf16": (None, False),
     "int8, nearest": (Storage(8), False),
     "int8": (Storage(8), True),
     "int4, nearest": (Storage(4, 64), False),
     "int4": (Storage(4, 64), True),
+    "GGUF Q8_0": ("Q8_0", False),
+    "GGUF Q4_0": ("Q4_0", False),
 }
+AS_SAVED = "as saved"  # the way of a checkpoint that is quantised
 
 
 def measure(source: str, way: str, text: str, windows: int | None, window: int) -> tuple[int, float, float]:
@@ -44,22 +53,36 @@ def measure(source: str, way: str, text: str, windows: int | None, window: int) 
 
     Args:
         source: a folder or name.
-        way: a key of ``WAYS``.
+        way: a key of ``WAYS``, or ``AS_SAVED``.
         text: of the perplexity.
         windows: how many; ``None``: the whole text.
         window: tokens in each.
     """
     model, tokenizer = load_model(source, dtype="float32")
-    bos, (storage, knows_inputs), start = bos_for(tokenizer), WAYS[way], time.process_time()
-    if storage is not None:
+    bos, (storage, knows_inputs), start = bos_for(tokenizer), WAYS.get(way, (None, False)), time.process_time()
+    if isinstance(storage, str):
+        with TemporaryDirectory() as folder:
+            write_gguf(model, Path(folder, "model.gguf"), storage)
+            size = Path(folder, "model.gguf").stat().st_size
+            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
+    elif storage is not None:
         batches = token_batches(tokenizer, read_text(BUILTIN), num_samples=24, seq_len=512, batch_size=2, seed=0)
         quantize_(model, storage, batches if knows_inputs else ())
     seconds = time.process_time() - start
     tokens = tokenize(tokenizer, read_text(text, split="evaluation"))
     count = None if windows is None else windows * (window - (bos is not None))
     measured = perplexity(model, tokens[:count], window=window, batch_size=2, bos_token_id=bos)
-    torch.nn.Module.to(model, torch.bfloat16)
-    return model_size(model, decoder(model).layers).bytes, measured.perplexity, seconds
+    if not isinstance(storage, str):
+        torch.nn.Module.to(model, torch.bfloat16)
+        size = model_size(model, decoder(model).layers).bytes
+    return size, measured.perplexity, seconds
+
+
+def ways_of(source: str, dense: str, asked: Collection[str]) -> list[str]:
+    """The ways in which a model can be stored. GGUF has no low-rank linears."""
+    if (Path(source) / "config.json").is_file() and inspect_checkpoint(source).quantized:
+        return [AS_SAVED]
+    return [way for way in WAYS if way in asked and (source == dense or not way.startswith("GGUF"))]
 
 
 def main(
@@ -87,7 +110,8 @@ def main(
         if (name, "bf16") not in done and ways and "bf16" not in ways:
             raise typer.BadParameter("the excess is over the dense model in bf16: run without --ways, or with bf16 too")
         where = conditions(measure_card(cpu, torch.float32), cpu)
-        for source, way in ((source, way) for source in models for way in WAYS if way in (ways or WAYS)):
+        asked = [(source, way) for source in models for way in ways_of(source, dense, ways or WAYS)]
+        for source, way in asked:
             if (Path(source).name, way) in done:
                 continue
             size, value, seconds = measure(source, way, text, windows, window)

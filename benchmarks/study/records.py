@@ -162,11 +162,11 @@ class StudyQuantized(Record):
     Attributes:
         dense: the dense model, as it was given.
         model: the model that was quantised, the last part of its name.
-        way: a key of ``WAYS`` of the study.
+        way: a key of ``WAYS`` of the study, or ``AS_SAVED``.
         text: text of the perplexity.
         windows: number of windows that are evaluated; ``None`` for the whole text.
         window: number of tokens that the model sees at once.
-        bytes: of all weights; what is not quantised counts as bfloat16.
+        bytes: of all weights; what is not quantised counts as bfloat16, but in a GGUF file.
         of_dense: these bytes over those of the dense model in bfloat16.
         perplexity: perplexity of the text.
         excess: nats per token over the dense model in float32.

@@ -9,18 +9,20 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from grasp.errors import MissingPackageError, UnsupportedModelError
 
-_BLOCK = 32  # numbers that Q8_0 scales together
+_BLOCK = 32  # numbers that Q8_0 and Q4_0 scale together
 
 
 def write_gguf(model: PreTrainedModel, path: Path, weight_type: str) -> None:
     """Write the weights of a Llama. Norms are F32, and matrices whose rows Q8_0 cannot divide are F16.
+
+    With Q4_0, embeddings and the output layer are Q8_0: llama.cpp's converter, too, gives them more bits.
 
     The rows of q and k are in llama.cpp's order, which rotates neighbouring features instead of halves.
 
     Args:
         model: without biases, and with plain rotary embeddings.
         path: the new file.
-        weight_type: ``F16``, ``BF16`` or ``Q8_0``.
+        weight_type: ``F16``, ``BF16``, ``Q8_0`` or ``Q4_0``.
 
     Raises:
         UnsupportedModelError: for any other model.
@@ -62,7 +64,8 @@ def write_gguf(model: PreTrainedModel, path: Path, weight_type: str) -> None:
         weight = parameter.detach().float().cpu()
         if (count := heads.get(name.split(".")[-2])) is not None:
             weight = neighbouring(weight, count)
-        kind = "F32" if weight.ndim == 1 else "F16" if weight.shape[-1] % _BLOCK else weight_type
+        matrix_type = "Q8_0" if weight_type == "Q4_0" and "layers." not in name else weight_type
+        kind = "F32" if weight.ndim == 1 else "F16" if weight.shape[-1] % _BLOCK else matrix_type
         quantization = gguf.GGMLQuantizationType[kind]
         data = gguf.quants.quantize(weight.numpy(), quantization)
         writer.add_tensor(str(names.get_name(name, try_suffixes=(".weight",))), data, raw_dtype=quantization)

@@ -26,7 +26,7 @@ SIZES = ("--layers", "1", "--retain-ratio", "0.4", "--batch-size", "1", "--promp
 SIZES = (*SIZES, "--backend", "reference", "--windows", "0", "--repeats", "2", "--threads", "1", "--device", "cpu")
 
 
-@pytest.mark.parametrize(("weight_type", "tolerance"), [("F16", 2e-3), ("BF16", 2e-2), ("Q8_0", 3e-2)])
+@pytest.mark.parametrize(("weight_type", "tolerance"), [("F16", 2e-3), ("BF16", 2e-2), ("Q8_0", 3e-2), ("Q4_0", 0.4)])
 def test_a_written_gguf_file_is_the_same_model(weight_type: str, tolerance: float, tmp_path: Path) -> None:
     model = tiny_model("llama")
     write_gguf(model, tmp_path / "model.gguf", weight_type)
