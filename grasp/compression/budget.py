@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from grasp.compression.quantize import bytes_saved
+from grasp.compression.quantize import DENSE_FROM, bytes_saved
 from grasp.config import GraspConfig
 from grasp.method.cost_table import CostTable
 from grasp.method.knapsack import DENSE, ROUNDED
@@ -233,7 +233,10 @@ def ceilings(config: GraspConfig, plan: Plan) -> dict[Target, int]:
     """The largest rank that each linear of a plan can be given."""
     if config.allocation == "uniform":
         return dict(plan.ranks)
-    return {target: max(0, break_even_rank(dense_shape(target.module), config.form)) for target in plan.ranks}
+    shapes = {target: dense_shape(target.module) for target in plan.ranks}
+    if config.storage is not None and config.storage.bits == 4:  # ``quantize_`` stores those above as dense weights
+        return {target: rank_for_retain_ratio(shape, DENSE_FROM, config.form) for target, shape in shapes.items()}
+    return {target: max(0, break_even_rank(shape, config.form)) for target, shape in shapes.items()}
 
 
 def predicted_seconds(

@@ -205,5 +205,6 @@ def _statistics_flops(job: CompressionJob, tokens: int, targets: Sequence[Target
 
 
 def _decomposition_flops(config: GraspConfig, shape: Shape) -> int:
-    basis = BASES[config.basis]
-    return decomposition_flops(shape, inputs=basis.inputs, outputs=basis.outputs, rank=retained_groups(config, shape))
+    basis, rank = BASES[config.basis], retained_groups(config, shape)
+    rounding = 0 if config.fewest_bits is None else rounding_flops(shape)
+    return rounding + decomposition_flops(shape, inputs=basis.inputs, outputs=basis.outputs, rank=rank)

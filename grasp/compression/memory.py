@@ -145,11 +145,14 @@ def statistics_bytes(targets: Collection[Target], config: GraspConfig, tokens: i
 
 
 def temporary_bytes(target: Target, config: GraspConfig) -> int:
-    """The temporaries and the result of one decomposition."""
+    """The temporaries and the result of one decomposition, with which the loss of fewer bits may be predicted."""
     basis, shape = BASES[config.basis], dense_shape(target.module)
     groups = retained_groups(config, shape)
     itemsize = _sum_itemsize(target)
-    return decomposition_bytes(shape, inputs=basis.inputs, outputs=basis.outputs, rank=groups, itemsize=itemsize)
+    needed = decomposition_bytes(shape, inputs=basis.inputs, outputs=basis.outputs, rank=groups, itemsize=itemsize)
+    if config.fewest_bits is None or groups is None:
+        return needed
+    return max(needed, itemsize * groups * sum(shape) + rounding_bytes(shape))
 
 
 def retained_groups(config: GraspConfig, shape: Shape) -> int | None:

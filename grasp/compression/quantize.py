@@ -112,9 +112,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (LowRankLinear, nn.Linear, Conv1D))
 
 
-def _expand_(
-    model: nn.Module, layer: nn.Module, names: dict[nn.Module, str], stored: Mapping[str, Storage]
-) -> None:
+def _expand_(model: nn.Module, layer: nn.Module, names: dict[nn.Module, str], stored: Mapping[str, Storage]) -> None:
     """Put dense linears in the place of those low-rank ones of 4 bits that have nearly as many parameters."""
     for module in [module for module in layer.modules() if isinstance(module, LowRankLinear)]:
         shape = (module.in_features, module.out_features)

@@ -199,11 +199,12 @@ def stored_reports(
     """``as_stored`` for the modules of a model that had ``depth`` layers, whose numbers the reports have."""
     remaining = [layer for layer in range(depth) if layer not in removed]
     numbers = {f".{old}.": f".{new}." for new, old in enumerate(remaining)}
+    modules = dict(model.named_modules())
     result = []
     for report in reports:
         number = f".{report.layer}."
-        name = report.name.replace(number, numbers.get(number, number), 1)
-        result.append(report if report.reason else as_stored(report, model.get_submodule(name)))
+        module = modules.get(report.name.replace(number, numbers.get(number, number), 1))
+        result.append(report if report.reason or module is None else as_stored(report, module))
     return tuple(result)
 
 

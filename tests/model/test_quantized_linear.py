@@ -12,6 +12,7 @@ from grasp.method.storage import Storage
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedLowRankLinear
 from grasp_kernels.quantized import pack_int4
+from tests.quantized_models import quantized_model
 
 STORAGES = [Storage(8), Storage(4), Storage(4, 32)]
 
@@ -63,3 +64,11 @@ def test_another_dtype_leaves_the_values(dtype: torch.dtype) -> None:
     y = layer.to(dtype)(torch.ones(2, 8, dtype=dtype))
     assert y.dtype == dtype
     assert torch.equal(layer.weight, values)
+
+
+def test_a_quantised_model_compiles_to_one_graph() -> None:
+    model, tokens = quantized_model().eval(), torch.arange(9)[None]
+    with torch.no_grad():
+        expected = model(tokens).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(tokens).logits, expected)
