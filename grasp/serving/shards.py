@@ -1,15 +1,16 @@
-"""The rows and columns of a checkpoint's linears that one process of a tensor-parallel group has."""
+"""The linears of a checkpoint in a module of the serving stack, and the rows that one process has of each."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from grasp.errors import CheckpointError, UnsupportedModelError
-from grasp.model.lowrank_linear import is_order
+from grasp.errors import UnsupportedModelError
+from grasp.method.storage import Storage
 
 _SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the linears of a merged qkv; other shards have numbers
 
@@ -33,6 +34,7 @@ class LocalLinear(NamedTuple):
         widths: local rows of each output; there are several if the checkpoint has q, k and v in one linear.
         pieces: for each output, the piece of the checkpoint's rows that is local.
         pivoted: the factors in the checkpoint are pivoted.
+        storage: of its factors or its weight; ``None`` if they are floating.
     """
 
     name: str
@@ -40,6 +42,7 @@ class LocalLinear(NamedTuple):
     widths: tuple[int, ...]
     pieces: tuple[Piece, ...]
     pivoted: bool = False
+    storage: Storage | None = None
 
     @property
     def rows(self) -> int:
@@ -88,6 +91,7 @@ def merged_linears(
     widths: Sequence[int],
     pieces: Sequence[Piece],
     pivoted: Collection[str] = (),
+    storages: Mapping[str, Storage] = MappingProxyType({}),
 ) -> tuple[LocalLinear, ...]:
     """The linears of a merged module: one per output, or one for all outputs.
 
@@ -97,21 +101,30 @@ def merged_linears(
         widths: local rows of each output.
         pieces: the piece of each output's rows that is local.
         pivoted: names of the low-rank linears whose factors are pivoted.
+        storages: of the quantised linears.
 
     Raises:
-        UnsupportedModelError: if there are several linears and their number differs from that of the outputs.
+        UnsupportedModelError: if there are several linears and their number differs from that of the outputs, or some
+            have floating and others quantised tensors.
     """
+    if len({name in storages for name in names}) > 1:
+        stored = ", ".join(f"{name} {storages.get(name, 'floating')}" for name in names)
+        raise UnsupportedModelError(
+            f"a module merges floating and quantised linears ({stored}); expected one kind. Quantise all of them, as "
+            "`grasp quantize` does"
+        )
+    outputs = [([width], [piece]) for width, piece in zip(widths, pieces, strict=True)]
     if len(names) == 1:
-        return (LocalLinear(names[0], ranks.get(names[0]), tuple(widths), tuple(pieces), names[0] in pivoted),)
-    if len(names) != len(widths):
+        outputs = [(list(widths), list(pieces))]
+    if len(names) != len(outputs):
         raise UnsupportedModelError(
             f"{', '.join(names)} are {len(names)} linears, but the module that merges them has {len(widths)} outputs; "
             "expected one linear per output. This architecture cannot be served compressed: dequantize the model and "
             "save it dense."
         )
-    triples = zip(names, widths, pieces, strict=True)
     return tuple(
-        LocalLinear(name, ranks.get(name), (width,), (piece,), name in pivoted) for name, width, piece in triples
+        LocalLinear(name, ranks.get(name), tuple(own), tuple(local), name in pivoted, storages.get(name))
+        for name, (own, local) in zip(names, outputs, strict=True)
     )
 
 
@@ -142,38 +155,3 @@ def local_rows(tensor: Tensor, linear: LocalLinear) -> Tensor:
 def local_columns(tensor: Tensor, width: int, piece: Piece) -> Tensor:
     """The ``width`` local columns of a (..., width * total) tensor."""
     return tensor.narrow(-1, piece.number * width, width)
-
-
-def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    """Check the shape and the dtype of a tensor of the checkpoint.
-
-    Raises:
-        CheckpointError: if the shape is not ``expected``, or the dtype not a floating-point one.
-    """
-    _check_size(name, tensor, expected)
-    if not tensor.is_floating_point():
-        raise CheckpointError(
-            f"{name} has the dtype {tensor.dtype}; expected a floating-point one. Save the model again"
-        )
-
-
-def check_order(name: str, order: Tensor, size: int, rank: int) -> None:
-    """Check the ``order`` of pivoted factors: with a wrong one, kernels write outside of an output.
-
-    Raises:
-        CheckpointError: if it is not ``size`` int32, the pivots, then the other rows, each ascending.
-    """
-    _check_size(name, order, (size,))
-    if order.dtype != torch.int32 or not is_order(order, rank):
-        raise CheckpointError(
-            f"{name} is not the order of pivoted factors: {rank} distinct rows of 0..{size - 1}, ascending, then the "
-            "others, int32; the file is damaged, or vLLM reorders the rows of this architecture: convert the "
-            "checkpoint with `grasp convert --form factored`"
-        )
-
-
-def _check_size(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != expected:
-        raise CheckpointError(
-            f"{name} has the shape {tuple(tensor.shape)}, config.json requires {expected}; save the model again"
-        )

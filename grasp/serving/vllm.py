@@ -1,9 +1,10 @@
 """The checkpoint format for vLLM, which calls ``register`` through the entry point ``vllm.general_plugins``.
 
-Only vLLM imports this module. A linear with a rank in ``config.json`` becomes a low-rank linear. vLLM merges some
-linears, such as q, k and v. One call of ``grasp::lowrank_linear_merged`` computes a merged linear, its dense parts
-included. In an MLP whose gate and up are low-rank, ``grasp::lowrank_glu`` computes them and the activation. The ops are
-opaque to ``torch.compile`` and do not synchronise with the GPU, so CUDA graphs can record them.
+Only vLLM imports this module. A linear with a rank in ``config.json`` becomes a low-rank linear; it, a dense linear or
+an embedding may be quantised. vLLM merges some linears, such as q, k and v. One call of
+``grasp::lowrank_linear_merged`` computes a merged linear, its dense parts included. In an MLP whose gate and up are
+low-rank, ``grasp::lowrank_glu`` computes them and the activation. The ops are opaque to ``torch.compile`` and do not
+synchronise with the GPU, so CUDA graphs can record them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,37 +27,45 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from grasp.errors import CheckpointError, UnsupportedModelError
-from grasp.method.pivoting import factored
-from grasp.model.checkpoint_format import METHOD, check_rank
+from grasp.method.storage import Storage
+from grasp.model.checkpoint_format import METHOD, check_rank, storages
 from grasp.model.hf_quantizer import GraspQuantizationConfig
+from grasp.serving.parts import NAMES, Part, Spec
 from grasp.serving.shards import (
     WHOLE,
     LocalLinear,
     Piece,
-    check_order,
-    check_shape,
     linear_index,
     linear_names,
-    local_columns,
-    local_rows,
     merged_linears,
     output_pieces,
 )
+from grasp.serving.vllm_embedding import GraspEmbeddingMethod
 from grasp.serving.vllm_mlp import fuse_gate_, watch_parents
 from grasp_kernels import Dense, Factors, lowrank_glu, lowrank_linear, lowrank_linear_merged, warm_up
 from grasp_kernels.packing import RANK_MULTIPLE
+from grasp_kernels.quantized import dequantize
 
 
 class GraspVllmConfig(QuantizationConfig):
-    """The ``quantization_config`` of a compressed checkpoint: the ranks of its low-rank linears, and the pivoted."""
+    """The ``quantization_config`` of a compressed checkpoint.
 
-    def __init__(self, ranks: dict[str, int], pivoted: Sequence[str] = ()) -> None:
+    Args:
+        ranks: of its low-rank linears.
+        pivoted: the pivoted ones of them.
+        quantized: the storage of its quantised linears and embeddings.
+    """
+
+    def __init__(
+        self, ranks: dict[str, int], pivoted: Sequence[str] = (), quantized: Mapping[str, Storage] | None = None
+    ) -> None:
         super().__init__()
-        self.ranks, self.pivoted = ranks, list(pivoted)
+        self.ranks, self.pivoted, self.quantized = ranks, list(pivoted), dict(quantized or {})
 
     def get_name(self) -> str:
         """The name in ``config.json``."""
@@ -82,107 +91,93 @@ class GraspVllmConfig(QuantizationConfig):
 
         Raises:
             CheckpointError: as ``check_format``.
-            UnsupportedModelError: if modules are quantised.
         """
         read = GraspQuantizationConfig.from_dict(dict(config))
-        if read.quantized:
-            raise UnsupportedModelError(
-                f"the checkpoint has quantised modules ({', '.join(read.quantized)}), which run under transformers; "
-                "vLLM serves floating factors and weights. Give it the checkpoint that `grasp quantize` was given, or "
-                "a dense one: load this one with transformers and call model.dequantize() and save_pretrained"
-            )
-        return cls(dict(read.ranks), read.pivoted)
+        return cls(dict(read.ranks), read.pivoted, storages(read.quantized))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Rename the low-rank linears as vLLM renames the modules of this architecture."""
+        """Rename the modules as vLLM renames those of this architecture."""
         self.ranks = hf_to_vllm_mapper.apply_dict(self.ranks)
+        self.quantized = hf_to_vllm_mapper.apply_dict(self.quantized)
         self.pivoted = hf_to_vllm_mapper.apply_list(self.pivoted)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method that loads and runs a module; vLLM calls this for linears, embeddings, attention and experts.
 
         Raises:
-            UnsupportedModelError: if a module that is not a linear has a rank, or vLLM would damage its factors.
+            UnsupportedModelError: if vLLM has no linear or embedding for a module, or would damage its tensors.
         """
         if isinstance(layer, LinearBase):
             names = linear_names(prefix, self.packed_modules_mapping)
-            if not any(name in self.ranks for name in names):
+            if not any(name in self.ranks or name in self.quantized for name in names):
                 return UnquantizedLinearMethod()
-            _check_loader(prefix)
+            _check_loader(prefix, dense=not any(name in self.ranks for name in names))
             watch_parents()
-            return GraspLinearMethod(names, self.ranks, self.pivoted)
-        for name in self.ranks:
-            expert = name.removeprefix(f"{prefix}.")
-            if name == prefix or (expert != name and expert[:1].isdigit()):
-                raise UnsupportedModelError(
-                    f"config.json has a rank for {name}, which vLLM serves with {type(layer).__name__}; expected ranks "
-                    "of linear layers only. Compress without it, or serve this model with transformers."
-                )
+            return GraspLinearMethod(names, self.ranks, self.pivoted, self.quantized)
+        if isinstance(layer, VocabParallelEmbedding) and (name := self._quantized_embedding(prefix)):
+            return GraspEmbeddingMethod(name)
+        fields: dict[str, Mapping[str, object]] = {"a rank": self.ranks, "a storage": self.quantized}
+        for field, modules in fields.items():
+            for name in modules:
+                expert = name.removeprefix(f"{prefix}.")
+                if name == prefix or (expert != name and expert[:1].isdigit()):
+                    raise UnsupportedModelError(
+                        f"config.json has {field} for {name}, which vLLM serves with {type(layer).__name__}; expected "
+                        "linear layers, and embeddings in int8. Compress without it, or serve this model with "
+                        "transformers."
+                    )
         return None
 
+    def _quantized_embedding(self, path: str) -> str | None:
+        """The name of an embedding or output layer that is quantised.
 
-# Kinds of models → linears whose rows vLLM reorders in tensors of some names: also in Vh, or only in a dense weight.
+        Some architectures of vLLM give their embedding no path. grasp quantises all modules outside of the layers, or
+        none.
+        """
+        if path := path.strip("."):  # GPT-2's has a dot too many
+            return path if self.quantized.get(path) == Storage(8) and path not in self.ranks else None
+        return next((name for name in self.quantized if not any(map(str.isdigit, name.split(".")))), None)
+
+
+# Kinds of models → linears whose tensors of some names vLLM reorders or transposes: it would damage factors and scales.
 _REORDERED = {"bloom": ("query_key_value",), "llama4_text": ("q_proj", "k_proj", "qkv_proj")}
+_TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc")}  # the weight only
 
 
-def _check_loader(path: str) -> None:
-    """Raise ``UnsupportedModelError`` for a low-rank linear whose factors vLLM's loader of the model would damage."""
+def _check_loader(path: str, dense: bool) -> None:
+    """Raise ``UnsupportedModelError`` for a linear whose tensors vLLM's loader of the model would damage."""
     config = get_current_vllm_config_or_none()
     kind = config.model_config.hf_text_config.model_type if config and config.model_config else ""
-    if path.rpartition(".")[2] in _REORDERED.get(kind, ()):
+    names = (*_REORDERED.get(kind, ()), *(_TRANSPOSED.get(kind, ()) if dense else ()))
+    if path.rpartition(".")[2] in names:
         raise UnsupportedModelError(
-            f"vLLM reorders the rows of {path} in models of type {kind}, which is right for a dense weight only; "
-            "expected a dense one. Compress without it, or serve this model with transformers."
+            f"vLLM reorders {path} in models of type {kind}, which is right for a dense floating weight "
+            "only; expected one. Compress without it, or serve this model with transformers."
         )
 
 
-class _Size(NamedTuple):
-    """The sizes of a part's parameters in one process. A part whose rank is 0 has a weight instead of factors."""
-
-    rows: int  # of the output
-    rank: int  # in memory
-    left_rows: int  # of U
-    order: int  # entries; 0 if the part is not pivoted here
-
-
-def _size(part: LocalLinear, in_features: int, columns: Piece) -> _Size:
-    """The sizes of a part with ``in_features`` local columns, the piece ``columns`` of all."""
-    rank, pivots = part.rank or 0, part.keeps_pivots
-    left_rows = part.rows - rank * pivots
-    split = part.rows < part.checkpoint_rows or columns.total > 1
-    # Each process has one factor whole, so a piece of the factors can have more numbers than one of the weight.
-    if not rank or (split and (left_rows + in_features) * rank >= part.rows * in_features):
-        return _Size(part.rows, 0, part.rows, 0)
-    if pivots:
-        return _Size(part.rows, rank, left_rows, part.rows)
-    multiple = RANK_MULTIPLE if current_platform.is_cuda_alike() else 1
-    return _Size(part.rows, -(-rank // multiple) * multiple, left_rows, 0)
-
-
 class GraspLinearMethod(LinearMethodBase):
-    """A linear of vLLM in which some or all parts are low-rank: ``y_i = (x @ Vh_i.mT) @ U_i.mT + bias_i``.
+    """A linear of vLLM in which some or all parts are low-rank or quantised.
 
-    A process has these parameters of the linear:
-
-    * ``Vh`` (sum of R_i, K), of all low-rank parts in order, so that one product with x serves all of them;
-    * ``U``, a vector of all U_i (N_i, R_i), or (N_i − R_i, R_i) if the part is pivoted;
-    * ``order`` (sum of N_i) int32 of the pivoted parts, often empty;
-    * ``weight`` (sum of N_i, K) of the dense parts, often empty; LoRA needs the attribute.
-
-    In a column-parallel linear a process has some rows of U and weight and the whole Vh; in a row-parallel linear some
-    columns of Vh and weight and the whole U. Pivoted factors stay pivoted in a process that has all rows; else they are
-    expanded to U (N_i, R_i) when they are loaded. If a process has a piece of a linear, and this piece of the weight
-    has fewer numbers than its factors, the part becomes dense. On GPUs ranks are padded with zeros to a multiple of 16,
-    as in ``grasp_kernels.pack_factors``, but not those of pivoted parts.
+    It computes ``y_i = (x @ Vh_i.mT) @ U_i.mT + bias_i`` or ``x @ weight_i.mT + bias_i``. ``parts.Part`` says which
+    tensors a part has in this process. The layer has a parameter of each name in ``parts.NAMES``, a vector with the
+    tensors of all parts, often empty, by which vLLM finds the loaders. The Vh of all parts lie one behind the other,
+    so one product with x serves all of them. LoRA needs the attribute ``weight``. On GPUs ranks are padded with zeros
+    to a multiple of 16, as in ``grasp_kernels.pack_factors``, but not those of pivoted or quantised parts.
     """
 
-    def __init__(self, names: Sequence[str], ranks: Mapping[str, int], pivoted: Sequence[str] = ()) -> None:
-        self.names, self.ranks, self.pivoted = names, ranks, pivoted
-        self.parts: tuple[LocalLinear, ...] = ()
-        self.columns = WHOLE
-        self.sizes: tuple[_Size, ...] = ()
+    def __init__(
+        self,
+        names: Sequence[str],
+        ranks: Mapping[str, int],
+        pivoted: Sequence[str] = (),
+        quantized: Mapping[str, Storage] | None = None,
+    ) -> None:
+        self.names, self.ranks, self.pivoted, self.quantized = names, ranks, pivoted, quantized or {}
+        self.parts: tuple[Part, ...] = ()
+        self.dtype = torch.get_default_dtype()
         self.layer: Callable[[], LinearBase | None] = lambda: None  # the layer refers to this object
-        self.waiting: dict[int, dict[str, Tensor]] = {}  # part → tensors that were loaded before others that they need
+        self.waiting: dict[int, dict[str, Tensor]] = {}  # part → tensors that were loaded before its others
 
     def create_weights(
         self,
@@ -197,138 +192,72 @@ class GraspLinearMethod(LinearMethodBase):
         """Create the parameters of the linear; the constructor of the linear calls this once.
 
         Raises:
-            UnsupportedModelError: if the number of the linear's outputs does not fit its parts.
+            UnsupportedModelError: if the number of the linear's outputs does not fit its parts, only some of them are
+                quantised, or the columns of a quantised part cannot be cut at the borders of processes.
             CheckpointError: if a rank is above that of its weight.
         """
-        pieces = (WHOLE,) * len(output_partition_sizes)
+        pieces, columns = (WHOLE,) * len(output_partition_sizes), WHOLE
         if isinstance(layer, ColumnParallelLinear):
             replicas = getattr(layer, "num_kv_head_replicas", 1)
             pieces = output_pieces(len(output_partition_sizes), layer.tp_rank, layer.tp_size, replicas)
         elif isinstance(layer, RowParallelLinear):
-            self.columns = Piece(layer.tp_rank, layer.tp_size)
-        self.parts = merged_linears(self.names, self.ranks, output_partition_sizes, pieces, self.pivoted)
-        for part in self.parts:
-            check_rank(part.name, part.rank or 0, (part.checkpoint_rows, input_size), pivoted=part.pivoted)
-        K = input_size_per_partition
-        self.sizes = tuple(_size(part, K, self.columns) for part in self.parts)
-        self.layer = weakref.ref(layer)
+            columns = Piece(layer.tp_rank, layer.tp_size)
+        linears = merged_linears(self.names, self.ranks, output_partition_sizes, pieces, self.pivoted, self.quantized)
+        for linear in linears:
+            check_rank(linear.name, linear.rank or 0, (linear.checkpoint_rows, input_size), pivoted=linear.pivoted)
+        self.parts = tuple(_part(linear, input_size_per_partition, columns) for linear in linears)
+        self.dtype, self.layer = params_dtype, weakref.ref(layer)
         # Some architectures reorder loaded tensors along the dimensions named here. The rows of a pivoted U are not
         # outputs; an order that was reordered is refused.
-        dimensions = {} if any(part.pivoted for part in self.parts) else {"output_dim": 0}
-        U = _missing(sum(size.left_rows * size.rank for size in self.sizes), dtype=params_dtype)
-        self._register(layer, "U", U, self._load_U, **dimensions)
-        Vh = _missing(sum(size.rank for size in self.sizes), K, dtype=params_dtype)
-        self._register(layer, "Vh", Vh, self._load_Vh, input_dim=1)
-        weight = _missing(sum(size.rows for size in self.sizes if not size.rank), K, dtype=params_dtype)
-        self._register(layer, "weight", weight, self._load_weight, input_dim=1, output_dim=0)
-        # An order that kernels can use, for engines without a checkpoint (`--load-format dummy`).
-        orders = torch.cat([torch.arange(size.order, dtype=torch.int32) for size in self.sizes])
-        self._register(layer, "order", orders, self._load_order, output_dim=0)
+        left = {} if any(part.linear.pivoted for part in self.parts) else {"output_dim": 0}
+        dimensions = {
+            **{"U": left, "U_scales": left, "Vh": {"input_dim": 1}, "order": {"output_dim": 0}},
+            **{"weight": {"input_dim": 1, "output_dim": 0}, "weight_scales": {"output_dim": 0}},
+        }
+        for name in NAMES:
+            parameter = nn.Parameter(self._memory(name), requires_grad=False)
+            load = functools.partial(self._load, name)
+            set_weight_attrs(parameter, {"weight_loader": load, **dimensions.get(name, {})})
+            layer.register_parameter(name, parameter)
 
-    def _register(
-        self, layer: LinearBase, name: str, tensor: Tensor, load: Callable[..., None], **dimensions: int
-    ) -> None:
-        parameter = nn.Parameter(tensor, requires_grad=False)
-        set_weight_attrs(parameter, {"weight_loader": load, **dimensions})
-        layer.register_parameter(name, parameter)
+    def _memory(self, name: str) -> Tensor:
+        """The parameter of a name before it is loaded: NaN, so that a tensor that the checkpoint lacks is detected."""
+        size = sum(spec.numel for spec in self._specs(name))
+        if name == "order":  # one that kernels can use, for engines without a checkpoint (`--load-format dummy`)
+            return torch.cat([torch.arange(spec.numel, dtype=torch.int32) for spec in self._specs(name)])
+        # A quantised weight may be held under another name; a loader of vLLM warns of dtypes that differ.
+        dtypes = (specs[name].dtype for part in self.parts for specs in (part.held, part.stored) if name in specs)
+        dtype = next(filter(None, dtypes), self.dtype)
+        return torch.full((size,), torch.nan if dtype.is_floating_point else 0, dtype=dtype)
 
-    def _load_U(self, param: nn.Parameter, loaded_weight: Tensor, shard_id: object = None) -> None:  # noqa: N802
-        index, part, rank = self._low_rank_part(shard_id, "U")
-        check_shape(f"{part.name}.U", loaded_weight, (part.checkpoint_rows - rank * part.pivoted, rank))
-        self._load(index, "U", loaded_weight)
+    def _specs(self, name: str) -> list[Spec]:
+        return [part.held.get(name, Spec((0,))) for part in self.parts]
 
-    def _load_Vh(self, param: nn.Parameter, loaded_weight: Tensor, shard_id: object = None) -> None:  # noqa: N802
-        index, part, rank = self._low_rank_part(shard_id, "Vh")
-        width = param.shape[1]
-        check_shape(f"{part.name}.Vh", loaded_weight, (rank, width * self.columns.total))
-        self._load(index, "Vh", local_columns(loaded_weight, width, self.columns))
+    def _views(self, name: str, memory: Tensor) -> list[Tensor]:
+        """The tensor of each part in the parameter of a name; empty if the part has none.
 
-    def _load_order(self, param: nn.Parameter, loaded_weight: Tensor, shard_id: object = None) -> None:
-        index, part, rank = self._low_rank_part(shard_id, "order")
-        if not part.pivoted:
-            raise CheckpointError(
-                f"the checkpoint has {part.name}.order, but pivoted in config.json does not name {part.name}; save the "
-                "model again"
-            )
-        check_order(f"{part.name}.order", loaded_weight, part.checkpoint_rows, rank)
-        self._load(index, "order", loaded_weight)
+        Values of 8 and 4 bits have two dtypes of one byte, and lie in one parameter.
+        """
+        specs = self._specs(name)
+        pieces = memory.split([spec.numel for spec in specs])
+        return [p.view(spec.dtype or p.dtype).view(spec.shape) for p, spec in zip(pieces, specs, strict=True)]
 
-    def _load(self, index: int, name: str, tensor: Tensor) -> None:
-        """Fill the parameters of a part that depend on a tensor, once all that they depend on are loaded."""
-        waiting, needed = self.waiting.setdefault(index, {}), self._needed(index, name)
-        if needed <= {name, *waiting}:
-            loaded = {name: tensor, **{other: waiting.pop(other) for other in needed - {name}}}
-            self._fill(index, **loaded)
-        else:
-            waiting[name] = tensor.clone()  # some loaders overwrite their buffer with the next tensor
-
-    def _needed(self, index: int, name: str) -> set[str]:
-        """The tensors of a part that are needed together with one of them."""
-        left = {"U", "order"} if self.parts[index].pivoted else {"U"}
-        if not self.sizes[index].rank:
-            return {*left, "Vh"}
-        return left if name in left else {name}
-
-    def _fill(self, index: int, U: Tensor | None = None, Vh: Tensor | None = None, order: Tensor | None = None) -> None:
-        layer, size = self.layer(), self.sizes[index]
-        assert layer is not None
-        if U is not None and not size.order:
-            U = local_rows(U if order is None else factored(U, order), self.parts[index])
-        if not size.rank:
-            assert U is not None
-            assert Vh is not None
-            weight = self._split_weight(layer.weight.data)[index]
-            weight.copy_(U.to(weight.device, torch.float32) @ Vh.to(weight.device, torch.float32))
+    def _load(self, name: str, param: nn.Parameter, loaded_weight: Tensor, shard_id: object = None) -> None:
+        """Check a tensor of the checkpoint, and fill the parameters of its part once all tensors of it are there."""
+        index = linear_index(shard_id, [part.linear for part in self.parts])
+        self.parts[index].check(name, loaded_weight)
+        loaded = {**self.waiting.pop(index, {}), name: loaded_weight}
+        if loaded.keys() < self.parts[index].stored.keys():
+            # Some loaders overwrite their buffer with the next tensor.
+            self.waiting[index] = {**loaded, name: loaded_weight.clone()}
             return
-        if U is not None:
-            memory, rank = self._split_U(layer.U.data)[index], U.shape[1]
-            memory[:, :rank].copy_(U)
-            memory[:, rank:].zero_()
-        if Vh is not None:
-            memory, rank = self._split_Vh(layer.Vh.data)[index], Vh.shape[0]
-            memory[:rank].copy_(Vh)
-            memory[rank:].zero_()
-        if order is not None and size.order:
-            self._split_order(layer.order.data)[index].copy_(order)
-
-    def _load_weight(self, param: nn.Parameter, loaded_weight: Tensor, shard_id: object = None) -> None:
-        index = linear_index(shard_id, self.parts)
-        part, width = self.parts[index], param.shape[1]
-        if part.rank is not None:
-            raise CheckpointError(
-                f"the checkpoint has a dense {part.name}.weight, but config.json the rank {part.rank} for it; save the "
-                "model again"
-            )
-        check_shape(f"{part.name}.weight", loaded_weight, (part.checkpoint_rows, width * self.columns.total))
-        local = local_columns(local_rows(loaded_weight, part), width, self.columns)
-        self._split_weight(param.data)[index].copy_(local)
-
-    def _low_rank_part(self, shard_id: object, tensor: str) -> tuple[int, LocalLinear, int]:
-        index = linear_index(shard_id, self.parts)
-        part = self.parts[index]
-        if part.rank is None:
-            raise CheckpointError(
-                f"the checkpoint has the factor {part.name}.{tensor}, but config.json has no rank for it; save the "
-                "model again"
-            )
-        return index, part, part.rank
-
-    def _split_U(self, U: Tensor) -> list[Tensor]:  # noqa: N802
-        """The U of each part, (rows of U, rank in memory); empty if the part is dense."""
-        pieces = U.split([size.left_rows * size.rank for size in self.sizes])
-        return [piece.view(size.left_rows, size.rank) for piece, size in zip(pieces, self.sizes, strict=True)]
-
-    def _split_Vh(self, Vh: Tensor) -> Sequence[Tensor]:  # noqa: N802
-        """The Vh of each part, (rank in memory, K); empty if the part is dense."""
-        return Vh.split([size.rank for size in self.sizes])
-
-    def _split_weight(self, weight: Tensor) -> Sequence[Tensor]:
-        """The weight of each part, (rows, K); empty if the part is low-rank."""
-        return weight.split([0 if size.rank else size.rows for size in self.sizes])
-
-    def _split_order(self, order: Tensor) -> Sequence[Tensor]:
-        """The order of each part, (rows,); empty if the part is not pivoted here."""
-        return order.split([size.order for size in self.sizes])
+        layer = self.layer()
+        assert layer is not None
+        for held, tensor in self.parts[index].make(loaded, param.device).items():
+            memory = self._views(held, getattr(layer, held).data)[index]
+            if memory.shape != tensor.shape:  # a padded rank
+                memory.zero_()
+            memory[tuple(slice(size) for size in tensor.shape)].copy_(tensor)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Check that all tensors were in the checkpoint, and compile the kernels.
@@ -338,22 +267,22 @@ class GraspLinearMethod(LinearMethodBase):
         Raises:
             CheckpointError: if a tensor is missing, or has NaN or infinite entries.
         """
-        for index, waiting in self.waiting.items():
-            for name in waiting:
-                missing = ", ".join(sorted(self._needed(index, name) - waiting.keys()))
-                raise CheckpointError(
-                    f"{self.parts[index].name}.{missing} is not in the checkpoint; expected U and Vh of every module "
-                    "in ranks, and order of those in pivoted. Save or copy the checkpoint again."
-                )
-        split = {"U": self._split_U, "Vh": self._split_Vh, "weight": self._split_weight}
-        for name, parts in split.items():
-            for part, tensor in zip(self.parts, parts(getattr(layer, name).data), strict=True):
+        for index, loaded in self.waiting.items():
+            part = self.parts[index]
+            missing = ", ".join(f"{part.linear.name}.{name}" for name in part.stored if name not in loaded)
+            raise CheckpointError(
+                f"{missing} is not in the checkpoint; expected {', '.join(part.stored)} of {part.linear.name}. Save or "
+                "copy the checkpoint again."
+            )
+        for name in NAMES:
+            for part, tensor in zip(self.parts, self._views(name, getattr(layer, name).data), strict=True):
                 if not torch.isfinite(tensor).all():
+                    stored = name if name in part.stored else name.replace("Vh", "weight")
                     raise CheckpointError(
-                        f"{part.name}.{name} is not in the checkpoint, or has NaN or infinite entries; expected finite "
-                        "U and Vh of every module in ranks. Save or copy the checkpoint again."
+                        f"{part.linear.name}.{stored} is not in the checkpoint, or has NaN or infinite entries; "
+                        f"expected finite {', '.join(part.stored)}. Save or copy the checkpoint again."
                     )
-        both = len(self.sizes) == 2 and all(size.rank for size in self.sizes) and not _serves_adapters()
+        both = len(self.parts) == 2 and all(part.low_rank for part in self.parts) and not _serves_adapters()
         activation = fuse_gate_(layer) if both else None
         if current_platform.is_cuda_alike():
             # vLLM's own dummy runs have only the numbers of rows of its CUDA graphs and its largest batch.
@@ -361,30 +290,46 @@ class GraspLinearMethod(LinearMethodBase):
             model = functools.partial(self.apply, layer, bias=_passed_bias(layer))
             if activation is not None:
                 model = functools.partial(self.gated, layer, activation=activation)
-            warm_up(model, layer.Vh.new_zeros(1, layer.Vh.shape[1]))
+            warm_up(model, torch.zeros(1, self.parts[0].width, dtype=self.dtype, device=layer.Vh.device))
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., K) → (..., sum of N_i)."""
-        if not any(size.rank for size in self.sizes):
-            return F.linear(x, layer.weight, bias)
-        members = self._members(layer, bias)
+        if all(part.held.keys() == {"weight"} for part in self.parts):
+            return F.linear(x, layer.weight.view(-1, x.shape[-1]), bias)
+        members = self._members(layer, x, bias)
         (first, *others) = members
-        return lowrank_linear_merged(x, members) if others else lowrank_linear(x, *first)
+        if others:
+            return lowrank_linear_merged(x, members)
+        return F.linear(x, *first) if isinstance(first, Dense) else lowrank_linear(x, *first)
 
     def gated(self, layer: LinearBase, x: Tensor, activation: str) -> Tensor:
         """``act(gate(x)) * up(x)`` by a linear of two low-rank parts of one width: (..., K) → (..., N)."""
-        gate, up = self._members(layer, _passed_bias(layer))
+        gate, up = self._members(layer, x, _passed_bias(layer))
         return lowrank_glu(x, gate, up, activation=activation)
 
-    def _members(self, layer: LinearBase, bias: Tensor | None) -> list[Any]:
-        """The factors of each low-rank part, and ``Dense`` of the others."""
-        biases = [None] * len(self.parts) if bias is None else bias.split([size.rows for size in self.sizes])
-        orders = [order if order.shape[0] else None for order in self._split_order(layer.order)]
-        columns = self._split_U(layer.U), self._split_Vh(layer.Vh), self._split_weight(layer.weight), biases, orders
-        return [
-            Factors(U, None, Vh, b, order) if Vh.shape[0] else Dense(weight, b)
-            for U, Vh, weight, b, order in zip(*columns, strict=True)
-        ]
+    def _members(self, layer: LinearBase, x: Tensor, bias: Tensor | None) -> list[Any]:
+        """The factors of each part that has some, and ``Dense`` of the others."""
+        biases = [None] * len(self.parts) if bias is None else bias.split([part.linear.rows for part in self.parts])
+        used = [name for name in NAMES if any(name in part.held for part in self.parts)]
+        views = {name: self._views(name, getattr(layer, name)) for name in used}
+        members: list[Any] = []
+        for index, (part, b) in enumerate(zip(self.parts, biases, strict=True)):
+            tensors = {name: views[name][index] for name in part.held}
+            if "weight" not in tensors:
+                none = {} if "U" in tensors else {"U": x.new_empty(0, part.linear.rows)}
+                members.append(Factors(s=None, bias=b, **none, **tensors))
+            elif "weight_scales" not in tensors:
+                members.append(Dense(tensors["weight"], b))
+            else:
+                weight = dequantize(tensors["weight"], tensors["weight_scales"], part.width)
+                members.append(Dense(weight.to(x.dtype), b))
+        return members
+
+
+def _part(linear: LocalLinear, width: int, columns: Piece) -> Part:
+    """A part as the kernels of this platform take it."""
+    multiple = RANK_MULTIPLE if current_platform.is_cuda_alike() else 1
+    return Part(linear, width, columns, weight_as_factors=current_platform.is_cpu(), rank_multiple=multiple)
 
 
 def _serves_adapters() -> bool:
@@ -397,11 +342,6 @@ def _passed_bias(layer: LinearBase) -> Tensor | None:
     """The bias that vLLM gives to ``apply`` in this process; it adds the bias of a row-parallel linear once."""
     elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
     return None if layer.skip_bias_add or elsewhere else layer.bias
-
-
-def _missing(*shape: int, dtype: torch.dtype) -> Tensor:
-    """NaN, so that a tensor that the checkpoint lacks is detected."""
-    return torch.full(shape, torch.nan, dtype=dtype)
 
 
 def register() -> None:

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grasp.errors import CheckpointError, UnsupportedModelError
+from grasp.errors import UnsupportedModelError
+from grasp.method.storage import Storage
 from grasp.serving.shards import (
     WHOLE,
     LocalLinear,
     Piece,
-    check_shape,
     linear_index,
     linear_names,
     local_columns,
@@ -70,6 +70,14 @@ def test_linears_and_outputs_that_do_not_match_are_refused() -> None:
         merged_linears(["a", "b"], {"a": 1}, [4, 2, 2], [WHOLE] * 3)
 
 
+def test_merged_linears_of_which_some_are_quantised_are_refused() -> None:
+    storages = {"a": Storage(8), "b": Storage(4, 64)}
+    parts = merged_linears(["a", "b"], {}, [4, 2], [WHOLE] * 2, (), storages)
+    assert [part.storage for part in parts] == [*storages.values()]
+    with pytest.raises(UnsupportedModelError, match=r"floating and quantised linears \(a int8, c floating\)"):
+        merged_linears(["a", "c"], {}, [4, 2], [WHOLE] * 2, (), storages)
+
+
 @pytest.mark.parametrize(("shard", "index"), [("q", 0), ("k", 1), ("v", 2), (0, 0), (2, 2)])
 def test_shards_are_selected_by_name_and_by_number(shard: object, index: int) -> None:
     assert linear_index(shard, QKV) == index
@@ -83,9 +91,3 @@ def test_no_shard_selects_the_only_linear() -> None:
 def test_an_unknown_shard_is_refused(shard: object) -> None:
     with pytest.raises(UnsupportedModelError, match="q, k, v; expected one of them"):
         linear_index(shard, QKV)
-
-
-def test_a_tensor_of_another_shape_is_refused_with_both_shapes() -> None:
-    check_shape("q.U", torch.empty(4, 2), (4, 2))
-    with pytest.raises(CheckpointError, match=r"q\.U has the shape \(4, 2\), config\.json requires \(4, 3\)"):
-        check_shape("q.U", torch.empty(4, 2), (4, 3))

@@ -14,6 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grasp.checkpoint.saving import save_checkpoint
+from grasp.compression.quantize import quantize_
+from grasp.method.storage import Storage
 from grasp.model.lowrank_linear import LowRankLinear
 from tests.command_line import ROOT, environment
 from tests.tiny_models import tiny_model
@@ -52,14 +54,20 @@ def save_compressed(
     family: str,
     ranks: Mapping[str, int] | None = None,
     dtype: torch.dtype = torch.float32,
+    storage: Storage | None = None,
     **shape: object,
 ) -> Path:
-    """A tiny random checkpoint with some linears low-rank, of which every second one is pivoted."""
+    """A tiny random checkpoint with some linears low-rank, of which every second one is pivoted.
+
+    With a ``storage``, all linears are quantised, and embeddings and the output layer in int8.
+    """
     model = tiny_model(family, dtype, **{**SHAPES[family], **shape})
     for number, (name, rank) in enumerate((RANKS[family] if ranks is None else ranks).items()):
         layer = LowRankLinear.from_dense(model.get_submodule(name), torch.arange(rank))
         assert number % 2 or layer.pivot_() is None
         model.set_submodule(name, layer)
+    if storage is not None:
+        quantize_(model, storage)
     return save_checkpoint(model, folder, overwrite=True)
 
 

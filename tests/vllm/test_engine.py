@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from grasp.method.storage import Storage
 from tests.vllm.engines import RANKS, cores, greedy, load, run_engine, save_compressed
 
 pytest.importorskip("vllm")
@@ -36,6 +37,20 @@ def test_two_processes_give_the_tokens_of_transformers(family: str, tmp_path: Pa
     assert engine_tokens(folder, tmp_path, tensor_parallel_size=2) == greedy(load(folder))
 
 
+@pytest.mark.parametrize(("storage", "tied"), [(Storage(8), False), (Storage(4, 64), True)])
+def test_quantised_checkpoints_give_the_tokens_of_transformers(storage: Storage, tied: bool, tmp_path: Path) -> None:
+    """Low-rank and dense linears, the embedding and the output layer, which may be tied; the tied one is compiled."""
+    folder = save_compressed(tmp_path / "model", "llama", storage=storage, tie_word_embeddings=tied)
+    assert engine_tokens(folder, tmp_path, enforce_eager=not tied) == greedy(load(folder))
+
+
+@pytest.mark.skipif(cores() < 2, reason="two processes need two cores")
+def test_two_processes_give_the_tokens_of_transformers_of_a_quantised_checkpoint(tmp_path: Path) -> None:
+    """Each process has 32 columns of o and 64 of down, and groups of 64 columns with one scale."""
+    folder = save_compressed(tmp_path / "model", "qwen2", storage=Storage(4, 64), intermediate_size=128)
+    assert engine_tokens(folder, tmp_path, tensor_parallel_size=2) == greedy(load(folder))
+
+
 def test_compiled_graphs_are_those_of_the_checkpoint_even_where_another_had_its_path(tmp_path: Path) -> None:
     """vLLM keeps compiled graphs on disk: other ranks must not meet the graph of these."""
     for ranks in (RANKS["qwen2"], {name: rank + 1 for name, rank in RANKS["qwen2"].items()}):
@@ -43,8 +58,9 @@ def test_compiled_graphs_are_those_of_the_checkpoint_even_where_another_had_its_
         assert engine_tokens(folder, tmp_path, enforce_eager=False) == greedy(load(folder))
 
 
-def test_a_lora_adapter_works_on_top_of_low_rank_linears(tmp_path: Path) -> None:
-    folder = save_compressed(tmp_path / "model", "llama")
+@pytest.mark.parametrize("storage", [None, Storage(8)])
+def test_a_lora_adapter_works_on_top_of_low_rank_and_quantised_linears(storage: Storage | None, tmp_path: Path) -> None:
+    folder = save_compressed(tmp_path / "model", "llama", storage=storage)
     adapter, rank, alpha = tmp_path / "adapter", 8, 16
     adapter.mkdir()
     model = load(folder)
@@ -68,7 +84,7 @@ def test_a_lora_adapter_works_on_top_of_low_rank_linears(tmp_path: Path) -> None
     assert engine_tokens(folder, tmp_path, adapter=adapter, max_lora_rank=rank) == adapted
 
 
-# --- checkpoints that are wrong; test_method.py has other cases -------------------------------------------------------
+# --- checkpoints that are wrong; test_method.py and test_quantized.py have other cases --------------------------------
 
 
 def test_a_checkpoint_that_lacks_a_factor_is_refused_with_its_name(tmp_path: Path) -> None:

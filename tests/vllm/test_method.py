@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grasp.errors import CheckpointError, UnsupportedModelError
-from grasp.model.lowrank_linear import pivots_order
+from grasp.method.storage import Storage
+from tests.serving.linears import stored
+from tests.serving.linears import weight as dense_weight
 
 pytest.importorskip("vllm")
 
@@ -33,53 +36,15 @@ from vllm.model_executor.models.qwen2 import Qwen2MLP
 from vllm.model_executor.models.utils import WeightsMapper
 
 from grasp.serving.vllm import GraspLinearMethod, GraspVllmConfig, register
+from tests.vllm.layers import HIDDEN, PACKED, WIDTHS, linear, load, method_for
 
-HIDDEN, HEAD = 24, 8
-WIDTHS = {"q": 4 * HEAD, "k": 2 * HEAD, "v": 2 * HEAD}  # four heads of queries, two of keys and values
-PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-
-
-def linear(kind: type[LinearBase], rank: int = 0, processes: int = 1, kv_replicas: int = 1) -> LinearBase:
-    """A linear of vLLM in process ``rank``, without the parts for which vLLM must have started its processes."""
-    layer = object.__new__(kind)
-    nn.Module.__init__(layer)
-    layer.tp_rank, layer.tp_size, layer.num_kv_head_replicas = rank, processes, kv_replicas
-    layer.skip_bias_add, layer.bias = False, None
-    return layer
-
-
-def method_for(
-    layer: LinearBase, path: str, ranks: dict[str, int], inputs: int, outputs: list[int], pivoted: Sequence[str] = ()
-) -> Any:
-    """The method that the plugin gives to a linear, with weights made."""
-    config = GraspVllmConfig(ranks, pivoted)
-    config.packed_modules_mapping = PACKED
-    method = config.get_quant_method(layer, path)
-    assert isinstance(method, GraspLinearMethod)
-    method.create_weights(layer, inputs, outputs, HIDDEN, sum(outputs), torch.float32)
-    return method
-
-
-def load(layer: LinearBase, name: str, tensor: Tensor, shard: object = None) -> None:
-    parameter = getattr(layer, name)
-    parameter.weight_loader(parameter, tensor, *([] if shard is None else [shard]))
-
-
-def tensors(rows: int, columns: int, rank: int) -> dict[str, Tensor]:
-    return {"U": torch.randn(rows, rank), "Vh": torch.randn(rank, columns)}
-
-
-def pivoted_tensors(rows: int, columns: int, rank: int) -> dict[str, Tensor]:
-    order = pivots_order(torch.randperm(rows)[:rank].sort().values, rows)
-    return {"order": order, "U": torch.randn(rows - rank, rank), "Vh": torch.randn(rank, columns)}
+tensors = stored
+pivoted_tensors = functools.partial(stored, pivoted=True)
 
 
 def weight(held: dict[str, Tensor]) -> Tensor:
     """The dense weight of a part."""
-    if "weight" in held:
-        return held["weight"]
-    product = held["U"] @ held["Vh"]
-    return product if "order" not in held else torch.cat([held["Vh"], product])[held["order"].argsort()]
+    return dense_weight(held, HIDDEN)
 
 
 @pytest.mark.parametrize(("processes", "kv_replicas"), [(1, 1), (2, 1), (4, 2)])
@@ -247,11 +212,13 @@ def test_a_linear_without_ranks_stays_dense_and_what_is_no_linear_is_left_to_vll
 @pytest.mark.parametrize("path", ["lm_head", "m.experts"])
 def test_a_rank_for_something_else_than_a_linear_is_refused(path: str) -> None:
     config = GraspVllmConfig({"lm_head": 4, "m.experts.0.w1": 2})
-    with pytest.raises(UnsupportedModelError, match=f"has a rank for {path}.*Embedding.*linear layers only"):
+    with pytest.raises(UnsupportedModelError, match=f"has a rank for {path}.*Embedding.*expected linear layers"):
         config.get_quant_method(nn.Embedding(2, 2), path)
 
 
-@pytest.mark.parametrize(("kind", "path"), [("bloom", "h.0.query_key_value"), ("llama4_text", "m.qkv_proj")])
+@pytest.mark.parametrize(
+    ("kind", "path"), [("bloom", "h.0.query_key_value"), ("llama4_text", "m.qkv_proj"), ("gpt2", "m.c_fc")]
+)
 def test_a_linear_whose_factors_vllm_would_reorder_is_refused(
     kind: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,18 +226,21 @@ def test_a_linear_whose_factors_vllm_would_reorder_is_refused(
     monkeypatch.setattr(
         "grasp.serving.vllm.get_current_vllm_config_or_none", lambda: SimpleNamespace(model_config=text)
     )
-    config = GraspVllmConfig({"h.0.query_key_value": 4, "m.q_proj": 4, "m.o_proj": 4})
+    config = GraspVllmConfig(
+        {"h.0.query_key_value": 4, "m.o_proj": 4}, (), {"m.q_proj": Storage(8), "m.c_fc": Storage(8)}
+    )
     config.packed_modules_mapping = PACKED
-    with pytest.raises(UnsupportedModelError, match=f"reorders the rows of {path}.*{kind}.*dense"):
+    with pytest.raises(UnsupportedModelError, match=f"reorders {path}.*{kind}.*dense"):
         config.get_quant_method(linear(QKVParallelLinear), path)
     assert isinstance(config.get_quant_method(linear(RowParallelLinear), "m.o_proj"), GraspLinearMethod)
 
 
 def test_low_rank_linears_are_renamed_as_vllm_renames_modules() -> None:
-    config = GraspVllmConfig({"model.o_proj": 4, "model.q_proj": 3}, ["model.o_proj"])
+    config = GraspVllmConfig({"model.o_proj": 4, "model.q_proj": 3}, ["model.o_proj"], {"model.o_proj": Storage(8)})
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "text."}))
     assert config.ranks == {"text.o_proj": 4, "text.q_proj": 3}
     assert config.pivoted == ["text.o_proj"]
+    assert config.quantized == {"text.o_proj": Storage(8)}
 
 
 @pytest.mark.parametrize("rank", [17, 10**6, 10**9, 10**400])
@@ -303,12 +273,6 @@ def test_a_configuration_of_the_future_is_refused() -> None:
         GraspVllmConfig.from_config({"quant_method": "grasp", "format_version": 4, "ranks": {}})
 
 
-def test_quantised_modules_are_refused() -> None:
-    config = {"quant_method": "grasp", "format_version": 3, "ranks": {}, "quantized": {"int8": ["lm_head"]}}
-    with pytest.raises(UnsupportedModelError, match="vLLM serves floating factors"):
-        GraspVllmConfig.from_config(config)
-
-
 def test_the_dtypes_are_those_of_the_ops() -> None:
     assert set(GraspVllmConfig({}).get_supported_act_dtypes()) == {torch.bfloat16, torch.float16, torch.float32}
 
@@ -331,6 +295,7 @@ WRONG = {
     "another form": ("U", (16, 3), "v", r"m\.v_proj\.U has the shape \(16, 3\), config\.json requires \(13, 3\)"),
     "an order": ("order", (32,), "q", r"has m\.q_proj\.order, but pivoted in config\.json does not name m\.q_proj"),
     "another order": ("order", (15,), "v", r"m\.v_proj\.order has the shape \(15,\), config\.json requires \(16,\)"),
+    "another dtype": ("order", (16,), "v", r"m\.v_proj\.order has the dtype torch\.float32; expected torch\.int32"),
     "another dense width": ("weight", (16, 23), "k", r"m\.k_proj\.weight has the shape \(16, 23\)"),
 }
 
@@ -347,11 +312,9 @@ def test_a_shard_that_is_none_is_refused(merged: tuple[LinearBase, Any]) -> None
         load(merged[0], "U", torch.randn(16, 3), "index_q")
 
 
-@pytest.mark.parametrize(
-    "table", [torch.arange(16).flip(0).int(), torch.zeros(16, dtype=torch.int32), torch.arange(16)]
-)
+@pytest.mark.parametrize("table", [torch.arange(16).flip(0).int(), torch.zeros(16, dtype=torch.int32)])
 def test_an_order_that_kernels_cannot_use_is_refused(table: Tensor, merged: tuple[LinearBase, Any]) -> None:
-    """Also one of another dtype, and one that vLLM has reordered with the rows of the architecture."""
+    """Also one that vLLM has reordered with the rows of the architecture."""
     with pytest.raises(CheckpointError, match=r"m\.v_proj\.order is not the order.*grasp convert --form factored"):
         load(merged[0], "order", table, "v")
 
@@ -367,6 +330,11 @@ def test_what_was_not_loaded_is_named(missing: str, merged: tuple[LinearBase, An
     part, _, name = missing.partition(".")
     with pytest.raises(CheckpointError, match=rf"m\.{part}_proj\.{name} is not in the checkpoint"):
         method.process_weights_after_loading(layer)
+
+
+def test_scales_of_a_floating_part_are_refused(merged: tuple[LinearBase, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"has m\.q_proj\.U_scales, but quantized in config\.json does not name"):
+        load(merged[0], "U_scales", torch.ones(32, 1), "q")
 
 
 def test_a_number_that_is_none_is_refused() -> None:
@@ -401,8 +369,9 @@ def test_on_a_gpu_ranks_in_memory_are_padded_with_zeros_and_kernels_are_warmed_u
         load(layer, name, tensor)
     layer.tp_rank = rank
     method.process_weights_after_loading(layer)
-    assert layer.Vh.shape == (16, HIDDEN)
-    assert not layer.Vh[4:].any()
+    Vh = layer.Vh.view(16, HIDDEN)
+    assert Vh[:4].equal(own["Vh"])
+    assert not Vh[4:].any()
     (y,) = calls  # of zeros
     assert torch.equal(y, passed * layer.bias[None])
     x = torch.randn(5, HIDDEN)
