@@ -16,7 +16,8 @@ from grasp_kernels.quantized import dequantize
 
 _BLOCK = 128  # columns that are rounded before the error moves on to all others
 _ROWS = 32  # rows that are rounded at once if there is a metric
-_DAMPING = 0.01  # of the mean of the diagonal of the second moment
+# Added to the diagonal, as a fraction of its mean: second moments are known from few tokens, a metric is exact.
+_DAMPING, _METRIC_DAMPING = 0.05, 0.01
 # Of the scale that puts the entry of largest magnitude at the end of the range: a smaller one clips it, and rounds the
 # others less.
 _SHRINKAGE = torch.linspace(1, 0.7, 16).tolist()
@@ -79,10 +80,10 @@ def round_to_outputs(
         As ``round_nearest``, on the device of ``weight``.
     """
     weight = weight.float()
-    columns = _Order.by(moment.to(weight.device, torch.float64))
+    columns = _Order.by(moment.to(weight.device, torch.float64), _DAMPING)
     if metric is None:
         return _round_columns(weight, columns, bits, group)
-    rows = _Order.by(metric.to(weight.device, torch.float64))
+    rows = _Order.by(metric.to(weight.device, torch.float64), _METRIC_DAMPING)
     left, parts = weight[rows.order], []
     for begin in range(0, len(left), _ROWS):
         block, later = slice(begin, begin + _ROWS), slice(begin + _ROWS, None)
@@ -106,11 +107,11 @@ class _Order(NamedTuple):
     factor: Tensor
 
     @classmethod
-    def by(cls, moment: Tensor) -> _Order:
+    def by(cls, moment: Tensor, damping: float) -> _Order:
         diagonal = moment.diagonal()
         order = diagonal.argsort(descending=True)
         damped, mean = moment[order][:, order], float(diagonal.mean())
-        damped.diagonal().add_(_DAMPING * mean if mean > 0 else 1.0)
+        damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         return cls(order, torch.linalg.cholesky(inverse, upper=True).float())
 

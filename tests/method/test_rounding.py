@@ -40,7 +40,7 @@ def test_outputs_change_less_than_with_the_nearest_values(bits: int, group: int 
     def change(rounded: Rounded) -> float:
         return float((x @ (weight - rounded.matrix).mT).norm())
 
-    assert change(round_to_outputs(weight, x.mT @ x, bits, group)) < 0.7 * change(round_nearest(weight, bits, group))
+    assert change(round_to_outputs(weight, x.mT @ x, bits, group)) < 0.8 * change(round_nearest(weight, bits, group))
 
 
 def test_two_columns_are_rounded_as_the_definition_says() -> None:
@@ -48,7 +48,7 @@ def test_two_columns_are_rounded_as_the_definition_says() -> None:
     moment = torch.tensor([[2.0, 1.0], [1.0, 1.5]])
     weight = torch.tensor([[0.31, -1.0], [0.77, 1.27]])
     rounded = round_to_outputs(weight, moment, 8)
-    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(2)
+    damped = moment + 0.05 * moment.diagonal().mean() * torch.eye(2)
     scales = rounded.scales[:, 0]
     first = (weight[:, 0] / scales).round()
     error = weight[:, 0] - first * scales
