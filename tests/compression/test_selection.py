@@ -8,8 +8,10 @@ from grasp.checkpoint.run_state import NoState
 from grasp.compression.selection import Name, as_stored, read_selection, replacement, write_groups
 from grasp.config import GraspConfig
 from grasp.method.knapsack import DENSE
+from grasp.method.storage import Storage
 from grasp.method.svd import decompose
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.quantized_linear import QuantizedLinear
 from grasp.model.targets import Target
 from grasp.statistics.scores import Scored
 
@@ -62,6 +64,14 @@ def test_a_linear_without_a_score_or_that_stays_dense_has_a_report_with_the_reas
         module, report = replacement(state, TARGET, read_selection(state, written(state, 3)), DENSE)
         assert module is None
         assert report.reason.startswith("stays dense")
+
+
+def test_a_low_rank_linear_that_is_quantised_as_a_dense_one_has_a_report_that_says_so() -> None:
+    with NoState() as state:
+        report = replacement(state, TARGET, read_selection(state, written(state, 3)), 2)[1]
+    report = as_stored(report, QuantizedLinear(TARGET.module, Storage(4)))
+    assert (report.name, report.rank) == (TARGET.name, 0)
+    assert report.reason.startswith("is dense again")
 
 
 def test_a_name_survives_its_way_to_another_process() -> None:
