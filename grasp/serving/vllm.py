@@ -45,7 +45,7 @@ from grasp.serving.shards import (
     merged_linears,
     output_pieces,
 )
-from grasp.serving.vllm_embedding import GraspEmbeddingMethod
+from grasp.serving.vllm_embedding import GraspEmbeddingMethod, watch_embeddings
 from grasp.serving.vllm_mlp import fuse_gate_, watch_parents
 from grasp_kernels import Dense, Factors, lowrank_glu, lowrank_linear, lowrank_linear_merged, warm_up
 from grasp_kernels.packing import RANK_MULTIPLE
@@ -114,8 +114,8 @@ class GraspVllmConfig(QuantizationConfig):
             _check_loader(prefix, dense=not any(name in self.ranks for name in names))
             watch_parents()
             return GraspLinearMethod(names, self.ranks, self.pivoted, self.quantized)
-        if isinstance(layer, VocabParallelEmbedding) and (name := self._quantized_embedding(prefix)):
-            return GraspEmbeddingMethod(name)
+        if isinstance(layer, VocabParallelEmbedding) and self.quantized.get(prefix) == Storage(8):
+            return GraspEmbeddingMethod(prefix)
         fields: dict[str, Mapping[str, object]] = {"a rank": self.ranks, "a storage": self.quantized}
         for field, modules in fields.items():
             for name in modules:
@@ -127,16 +127,6 @@ class GraspVllmConfig(QuantizationConfig):
                         "transformers."
                     )
         return None
-
-    def _quantized_embedding(self, path: str) -> str | None:
-        """The name of an embedding or output layer that is quantised.
-
-        Some architectures of vLLM give their embedding no path. grasp quantises all modules outside of the layers, or
-        none.
-        """
-        if path := path.strip("."):  # GPT-2's has a dot too many
-            return path if self.quantized.get(path) == Storage(8) and path not in self.ranks else None
-        return next((name for name in self.quantized if not any(map(str.isdigit, name.split(".")))), None)
 
 
 # Kinds of models → linears whose tensors of some names vLLM reorders or transposes: it would damage factors and scales.
@@ -347,3 +337,4 @@ def _passed_bias(layer: LinearBase) -> Tensor | None:
 def register() -> None:
     """Add the format to vLLM's table of quantisation methods. Idempotent."""
     register_quantization_config(METHOD)(GraspVllmConfig)
+    watch_embeddings()

@@ -17,9 +17,13 @@ from tests.serving.linears import matrix, stored, weight
 pytest.importorskip("vllm")
 
 from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, QKVParallelLinear
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 
-from grasp.serving.vllm import GraspVllmConfig
+from grasp.serving.vllm import GraspVllmConfig, register
 from grasp.serving.vllm_embedding import GraspEmbeddingMethod
 from tests.vllm.layers import HIDDEN, WIDTHS, linear, load, method_for
 
@@ -73,12 +77,11 @@ def embedding(kind: type[VocabParallelEmbedding], path: str, start: int = 0, row
     return layer
 
 
-@pytest.mark.parametrize("path", ["model.embed_tokens", ""])
-def test_a_process_embeds_its_rows_and_gives_their_logits_with_an_embedding_that_vllm_names_or_not(path: str) -> None:
+def test_a_process_embeds_its_rows_and_gives_their_logits() -> None:
     held = matrix("weight", VOCABULARY, HIDDEN, Storage(8))
     whole, x = F.pad(weight(held, HIDDEN), (0, 0, 0, PADDED - VOCABULARY)), torch.randn(5, HIDDEN)
     for start in (0, 32):
-        layer = embedding(VocabParallelEmbedding, path, start, 32)
+        layer = embedding(VocabParallelEmbedding, "model.embed_tokens", start, 32)
         for name, tensor in held.items():
             load(layer, name, tensor)
         layer.quant_method.process_weights_after_loading(layer)
@@ -90,7 +93,7 @@ def test_a_process_embeds_its_rows_and_gives_their_logits_with_an_embedding_that
 
 
 def test_an_embedding_that_is_not_in_the_checkpoint_or_is_another_is_refused() -> None:
-    layer = embedding(ParallelLMHead, ".lm_head")
+    layer = embedding(ParallelLMHead, "lm_head")
     with pytest.raises(CheckpointError, match=r"lm_head\.weight has the dtype torch\.float32; expected torch\.int8"):
         load(layer, "weight", torch.randn(VOCABULARY, HIDDEN))
     with pytest.raises(CheckpointError, match=r"lm_head\.weight_scales has the shape \(50, 2\).*requires \(50, 1\)"):
@@ -102,7 +105,23 @@ def test_an_embedding_that_is_not_in_the_checkpoint_or_is_another_is_refused() -
 def test_an_embedding_that_is_not_quantised_is_left_to_vllm() -> None:
     layer = object.__new__(ParallelLMHead)
     assert GraspVllmConfig({"m.o_proj": 4}, (), {"m.o_proj": Storage(8)}).get_quant_method(layer, "lm_head") is None
-    assert GraspVllmConfig({}, (), {"m.0.o_proj": Storage(8)}).get_quant_method(layer, "") is None
+
+
+@pytest.mark.parametrize(("attribute", "kind"), [("embed_tokens", GraspEmbeddingMethod), ("positions", None)])
+def test_an_embedding_for_which_vllm_does_not_ask_is_known_by_its_attribute(
+    attribute: str, kind: type | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register()
+    config = SimpleNamespace(quant_config=GraspVllmConfig({}, (), {"model.embed_tokens": Storage(8)}))
+    monkeypatch.setattr("grasp.serving.vllm_embedding.get_current_vllm_config_or_none", lambda: config)
+    layer = object.__new__(VocabParallelEmbedding)
+    nn.Module.__init__(layer)
+    layer.quant_method, layer.org_vocab_size, layer.embedding_dim = UnquantizedEmbeddingMethod(), VOCABULARY, HIDDEN
+    layer.output_partition_sizes, layer.output_size, layer.params_dtype = [PADDED], PADDED, torch.bfloat16
+    layer.weight = nn.Parameter(torch.empty(PADDED, HIDDEN))
+    setattr(nn.Module(), attribute, layer)
+    assert type(layer.quant_method) is (kind or UnquantizedEmbeddingMethod)
+    assert layer.weight.dtype == (torch.int8 if kind else torch.float32)
 
 
 # --- checkpoints that are wrong ---------------------------------------------------------------------------------------
