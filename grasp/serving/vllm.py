@@ -114,7 +114,8 @@ class GraspVllmConfig(QuantizationConfig):
             _check_loader(prefix, dense=not any(name in self.ranks for name in names))
             watch_parents()
             return GraspLinearMethod(names, self.ranks, self.pivoted, self.quantized)
-        if isinstance(layer, VocabParallelEmbedding) and self.quantized.get(prefix) == Storage(8):
+        is_int8 = self.quantized.get(prefix) == Storage(8) and prefix not in self.ranks
+        if isinstance(layer, VocabParallelEmbedding) and is_int8:
             return GraspEmbeddingMethod(prefix)
         fields: dict[str, Mapping[str, object]] = {"a rank": self.ranks, "a storage": self.quantized}
         for field, modules in fields.items():

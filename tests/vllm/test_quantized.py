@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from grasp.errors import CheckpointError
+from grasp.errors import CheckpointError, UnsupportedModelError
 from grasp.method.storage import Storage
 from tests.serving.linears import matrix, stored, weight
 
@@ -105,6 +105,12 @@ def test_an_embedding_that_is_not_in_the_checkpoint_or_is_another_is_refused() -
 def test_an_embedding_that_is_not_quantised_is_left_to_vllm() -> None:
     layer = object.__new__(ParallelLMHead)
     assert GraspVllmConfig({"m.o_proj": 4}, (), {"m.o_proj": Storage(8)}).get_quant_method(layer, "lm_head") is None
+
+
+@pytest.mark.parametrize(("ranks", "storage"), [({"lm_head": 4}, Storage(8)), ({}, Storage(4, 64))])
+def test_an_output_layer_of_another_kind_is_refused(ranks: dict[str, int], storage: Storage) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"for lm_head, .* ParallelLMHead; .* embeddings in int8"):
+        GraspVllmConfig(ranks, (), {"lm_head": storage}).get_quant_method(object.__new__(ParallelLMHead), "lm_head")
 
 
 @pytest.mark.parametrize(("attribute", "kind"), [("embed_tokens", GraspEmbeddingMethod), ("positions", None)])
