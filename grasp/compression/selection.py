@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 from grasp.checkpoint.compression_report import ModuleReport, spectrum_indices
 from grasp.checkpoint.run_state import NoState
 from grasp.config import GraspConfig
+from grasp.method.blocks import fp64_device
 from grasp.method.knapsack import DENSE, ROUNDED
 from grasp.method.ranks import rank_for_threshold, retained_indices
 from grasp.method.rounding import round_to_outputs
 from grasp.method.storage import Storage
-from grasp.method.svd import SVD
+from grasp.method.svd import SVD, shrinkage
 from grasp.model.dense import dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QuantizedLinear, QuantizedLowRankLinear
@@ -122,16 +123,19 @@ def write_groups(
     }
     if config.fewest_bits is not None:
         assert covariance is not None
-        tensors["rounding"] = rounding_score(weight, covariance, config.fewest_bits)
+        tensors["rounding"] = rounding_score(weight, covariance, config.fewest_bits, target.name)
     return Name(state.write(stem, tensors, {"skipped": ""}))
 
 
-def rounding_score(weight: Tensor, covariance: Covariance, storage: Storage) -> Tensor:
+def rounding_score(weight: Tensor, covariance: Covariance, storage: Storage, name: str) -> Tensor:
     """The score of rounding a dense linear, in the units of those of groups: ``‖B^½ (W − Ŵ) A^½‖²``, one number."""
     A, B, tokens = covariance
     assert B is not None
+    device = fp64_device(weight.device)
+    (more_A, total), (more_B, _) = (shrinkage(each, tokens, device, name) for each in (A, B))
     error = weight.float() - round_to_outputs(weight, A, *storage).matrix
-    return ((B.float() @ error) * (error @ A.float())).double().sum().reshape(1) / tokens**2
+    left, right = B.float() @ error + more_B * error, error @ A.float() + more_A * error
+    return (left * right).double().sum().reshape(1) / total**2
 
 
 def read_selection(state: NoState, file: str) -> Selection:

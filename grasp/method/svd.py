@@ -14,6 +14,7 @@ from grasp.method.blocks import BLOCK_ROWS, fp64_device, quadratic_form, row_blo
 from grasp.method.ranks import Shape
 
 DAMPING = 1e-3  # of the mean of a covariance's diagonal, added to the diagonal
+PRIOR_TOKENS = 1000  # more, whose covariance is that mean: few tokens say little about most directions; docs/study.md
 _SMALLEST = 1e-16  # of the largest squared singular value: smaller ones are rounding errors of fp64
 
 
@@ -46,11 +47,11 @@ def decompose_in(
     name: str = "weight",
     rank: int | None = None,
     *,
-    tokens: int = 1,
+    tokens: int | None = None,
 ) -> SVD:
     """Decompose an (N, K) weight in the basis of its inputs and outputs: ``weight = U diag(S) Vh``.
 
-    ``A = inputs / tokens`` and ``B = outputs / tokens`` are damped by ``DAMPING``. For N ≥ K and ``A = L Lᵀ``,
+    A and B are the covariances with ``shrinkage``. For N ≥ K and ``A = L Lᵀ``,
     ``Lᵀ Wᵀ B W L = V diag(S²) Vᵀ`` in fp64; ``Vh = Vᵀ L⁻¹``, and ``U = W L V diag(1 / S)``. N < K is the transposed
     case. So only the covariance of the smaller side is factorised, and the other one is read once, in blocks of rows.
 
@@ -60,7 +61,7 @@ def decompose_in(
         outputs: ``Σ d dᵀ``, (N, N), likewise.
         name: of the weight, for messages.
         rank: the number of groups, from the largest S on, of which U and Vh are returned; ``None`` for all.
-        tokens: the covariances are divided by it.
+        tokens: the covariances are sums over as many; ``None`` if they are exact means.
 
     Returns:
         In fp32 (fp64 for fp64), on the device of the weight. U and Vh are not orthogonal unless both covariances are
@@ -86,6 +87,32 @@ def decompose_in(
     _write_right(right, retained, factor)
     _write_left(left, retained, factor, tall, S[groups - rank :])
     return SVD(U, S.flip(0).to(weight.device, dtype), Vh)
+
+
+def shrinkage(covariance: Tensor, tokens: int | None, device: torch.device, name: str) -> tuple[float, float]:
+    """What is added to the diagonal of ``Σ x xᵀ``, and what the sum is divided by, to give the covariance.
+
+    It is shrunk to its mean eigenvalue as by ``PRIOR_TOKENS`` more tokens, and damped by ``DAMPING``.
+
+    Args:
+        covariance: the sum.
+        tokens: the number of its terms; ``None`` for an exact covariance, which is only damped.
+        device: where to compute in fp64.
+        name: of the weight, for messages.
+
+    Raises:
+        NonFiniteError, ValueError: as ``decompose_in``.
+    """
+    mean = float(to_double(covariance.diagonal(), device).mean())
+    if not math.isfinite(mean):
+        raise _non_finite_covariance(name)
+    if not mean > 0:
+        raise ValueError(
+            f"a covariance of {name} is 0: the linear receives no tokens, or its output does not reach the loss"
+        )
+    if tokens is None:
+        return DAMPING * mean, 1.0
+    return (DAMPING + PRIOR_TOKENS / tokens) * mean, float(tokens + PRIOR_TOKENS)
 
 
 def decomposition_bytes(
@@ -133,7 +160,7 @@ def _is_tall(shape: Sequence[int]) -> bool:
 
 
 def _eigenvectors(
-    weight: Tensor, small: Tensor | None, large: Tensor | None, tokens: int, device: torch.device, name: str
+    weight: Tensor, small: Tensor | None, large: Tensor | None, tokens: int | None, device: torch.device, name: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """S (D,) and V (D, D) of an (M, D) weight, by ascending S, and L (D, D), all in fp64."""
     gram = _gram(weight, large, tokens, device, name)
@@ -165,11 +192,11 @@ def _write_left(out: Tensor, vectors: Tensor, factor: Tensor | None, weight: Ten
         out[rows] = (to_double(weight[rows], vectors.device) @ vectors).div_(S).flip(1)
 
 
-def _gram(weight: Tensor, outputs: Tensor | None, tokens: int, device: torch.device, name: str) -> Tensor:
+def _gram(weight: Tensor, outputs: Tensor | None, tokens: int | None, device: torch.device, name: str) -> Tensor:
     """``Wᵀ B W`` of an (M, D) weight, (D, D) fp64."""
     if outputs is not None:
-        floor = _floor(outputs, device, name)
-        return quadratic_form(outputs, to_double(weight, device), floor).div_(tokens)
+        floor, total = shrinkage(outputs, tokens, device, name)
+        return quadratic_form(outputs, to_double(weight, device), floor).div_(total)
     gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=device)
     for rows in row_blocks(len(weight)):
         block = to_double(weight[rows], device)
@@ -177,37 +204,26 @@ def _gram(weight: Tensor, outputs: Tensor | None, tokens: int, device: torch.dev
     return gram
 
 
-def _cholesky_factor(covariance: Tensor, tokens: int, device: torch.device, name: str) -> Tensor:
+def _cholesky_factor(covariance: Tensor, tokens: int | None, device: torch.device, name: str) -> Tensor:
     """The lower triangular L of a damped covariance over ``tokens``, fp64.
 
     A covariance of few tokens has eigenvalues of 0, or below 0 by rounding. If the damping does not make up for the
     rounding, the eigenvalue decomposition is used, and negative eigenvalues count as 0.
     """
-    floor = _floor(covariance, device, name)
+    floor, total = shrinkage(covariance, tokens, device, name)
 
     def damped() -> Tensor:
         matrix = to_double(covariance, device, copy=True)
         matrix.diagonal().add_(floor)
-        return matrix.div_(tokens)
+        return matrix.div_(total)
 
     factor, failed = _cholesky_(damped())
     if failed and not math.isfinite(float(covariance.sum())):
         raise _non_finite_covariance(name)
     if failed:
         values, vectors = _eigh_(damped())
-        factor, _ = _cholesky_((vectors * values.clamp_min(floor / tokens)) @ vectors.mT)
+        factor, _ = _cholesky_((vectors * values.clamp_min(floor / total)) @ vectors.mT)
     return factor
-
-
-def _floor(covariance: Tensor, device: torch.device, name: str) -> float:
-    mean = float(to_double(covariance.diagonal(), device).mean())
-    if not math.isfinite(mean):
-        raise _non_finite_covariance(name)
-    if not mean > 0:
-        raise ValueError(
-            f"a covariance of {name} is 0: the linear receives no tokens, or its output does not reach the loss"
-        )
-    return DAMPING * mean
 
 
 def _congruence_(gram: Tensor, factor: Tensor) -> None:
