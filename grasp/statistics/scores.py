@@ -80,6 +80,7 @@ def gather_scores(
         sums = gather_gradients(prefix, targets, state=state, **shared)  # type: ignore[arg-type]
         return {target: partial(_by_gradient, total, row) for target, total in sums.items()}
     decompositions: Mapping[Target, Decompose]
+    covariances: Mapping[Target, Covariance] = {}
     if not BASES[basis].inputs:
         decompositions = {target: partial(_decompose_plain, target.name) for target in targets}
     else:
@@ -91,21 +92,20 @@ def gather_scores(
         )
         decompositions = decompositions_by(covariances)
     if row.moment == "none":
-        return score_by_magnitude(covariances)
+        return score_by_magnitude(decompositions, covariances)
     svds = {target: make(dense_weight(target.module), None) for target, make in decompositions.items()}
     moments = basis_moments(prefix, svds, second=row.moment == "second", **shared)  # type: ignore[arg-type]
     return {target: partial(_by_moments, svds[target], *moment, row) for target, moment in moments.items()}
 
 
-def score_by_magnitude(covariances: Mapping[Target, Covariance]) -> Scores:
+def score_by_magnitude(decompositions: Mapping[Target, Decompose], covariances: Mapping[Target, Covariance]) -> Scores:
     """Score groups by ``METRICS["magnitude"]``, which needs the singular values alone."""
 
-    def score(make: Decompose, covariance: Covariance, weight: Tensor, rank: int | None) -> Scored:
+    def score(make: Decompose, covariance: Covariance | None, weight: Tensor, rank: int | None) -> Scored:
         svd = make(weight, rank)
         return Scored(svd, METRICS["magnitude"].score(svd.S, svd.S, svd.S), covariance)
 
-    decompositions = decompositions_by(covariances)
-    return {target: partial(score, decompositions[target], covariance) for target, covariance in covariances.items()}
+    return {target: partial(score, make, covariances.get(target)) for target, make in decompositions.items()}
 
 
 def decompositions_by(covariances: Mapping[Target, Covariance]) -> dict[Target, Decompose]:

@@ -8,7 +8,7 @@ from grasp.errors import NonFiniteError
 from grasp.method import blocks
 from grasp.method import svd as module
 from grasp.method.ranks import break_even_rank
-from grasp.method.svd import DAMPING, SVD, decompose_in, decomposition_bytes, decomposition_flops
+from grasp.method.svd import DAMPING, PRIOR_TOKENS, SVD, decompose_in, decomposition_bytes, decomposition_flops
 from tests.method.resources import matmul_flops, peaks_of
 
 N, K, T = 12, 9, 200
@@ -144,11 +144,20 @@ def test_the_first_groups_are_those_of_all_groups() -> None:
             torch.testing.assert_close(first, SVD(U[:, :4], S, Vh[:4]), rtol=1e-12, atol=1e-12)
 
 
-def test_sums_over_tokens_give_the_groups_of_their_means() -> None:
+@pytest.mark.parametrize("tokens_seen", [10, 100_000_000])
+def test_covariances_are_shrunk_to_their_mean_eigenvalue_the_fewer_tokens_the_more(tokens_seen: int) -> None:
     W, A, B = weight(), second_moment(tokens(K)), second_moment(tokens(N, seed=1))
+
+    def shrunk(covariance: Tensor | None) -> Tensor | None:
+        if covariance is None:
+            return None
+        share = PRIOR_TOKENS / (tokens_seen + PRIOR_TOKENS)
+        return (1 - share) * covariance + share * covariance.diagonal().mean() * torch.eye(len(covariance)).double()
+
     for inputs, outputs in [(A, None), (None, B), (A, B)]:
-        sums = [None if mean is None else T * mean for mean in (inputs, outputs)]
-        torch.testing.assert_close(decompose_in(W, *sums, tokens=T), decompose_in(W, inputs, outputs))
+        sums = [None if mean is None else tokens_seen * mean for mean in (inputs, outputs)]
+        got = decompose_in(W, *sums, tokens=tokens_seen)
+        torch.testing.assert_close(got, decompose_in(W, shrunk(inputs), shrunk(outputs)), rtol=2e-3, atol=1e-5)
 
 
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from grasp.compression.naive import mean_nll
 from grasp.method.basis import BASES
 from grasp.method.metrics import METRICS, in_units_of_loss
-from grasp.method.svd import DAMPING
+from grasp.method.svd import DAMPING, PRIOR_TOKENS
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
 from grasp.model.targets import Target, layer_targets
@@ -42,9 +42,10 @@ def seen(model: PreTrainedModel, tokens: list[Tensor], target: Target) -> tuple[
 
 
 def damped_root(rows: Tensor) -> Tensor:
-    covariance = rows.mT @ rows / len(rows)
-    damped = covariance + DAMPING * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=rows.dtype)
-    values, vectors = torch.linalg.eigh(damped)
+    total, tokens = rows.mT @ rows, len(rows)
+    prior = (PRIOR_TOKENS + DAMPING * tokens) * total.diagonal().mean() / tokens
+    shrunk = (total + prior * torch.eye(len(total), dtype=rows.dtype)) / (tokens + PRIOR_TOKENS)
+    values, vectors = torch.linalg.eigh(shrunk)
     return (vectors * values.sqrt()) @ vectors.mT
 
 
@@ -62,7 +63,7 @@ def test_scores_are_those_of_the_definitions(family: str, basis: str, metric: st
         left = damped_root(d) if BASES[basis].outputs else torch.eye(W.shape[0], dtype=W.dtype)
         right = damped_root(x) if BASES[basis].inputs else torch.eye(W.shape[1], dtype=W.dtype)
         values = torch.linalg.svdvals(left @ W @ right)
-        svd, importance = got[target.name]
+        svd, importance, _ = got[target.name]
         torch.testing.assert_close(svd.S, values, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close((svd.U * svd.S) @ svd.Vh, W, rtol=0, atol=1e-8)
         grads = (d @ svd.U) * (x @ svd.Vh.mT)  # of each token in each singular value
