@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from grasp.checkpoint.saving import check_directory, require_space, save_checkpo
 from grasp.compress import compress_
 from grasp.compression.batch_size import fitting_batch_size
 from grasp.compression.device_speed import decomposition_notice, measure_rates
+from grasp.compression.eligible import eligible_targets
 from grasp.compression.estimate import estimate
 from grasp.compression.job import CompressionJob
 from grasp.compression.memory_budget import check_budgets
@@ -29,6 +31,7 @@ from grasp.errors import UnsupportedModelError
 from grasp.files import Contents, expanded, remove_abandoned
 from grasp.loading import find_device, load_quietly
 from grasp.method.basis import BASES
+from grasp.model.dense import dense_shape
 from grasp.model.running import first_device
 from grasp.progress import Notify, Progress, TimeLeft, no_notify, no_progress
 from grasp.statistics.processes import ALONE, Processes
@@ -37,6 +40,8 @@ from grasp.version import __version__
 from grasp.workflows.guards import require_known, within_memory
 from grasp.workflows.quantize import QUANTIZATION, quantization_text
 from grasp.workflows.samples import Samples, draw, public_model_name, public_text_name
+
+TOKENS_PER_INPUT = 4  # fewer calibration tokens for the inputs of a linear cost much of its loss; docs/study.md
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,8 @@ def compress(
         memory: for ``compress_``, like ``host_memory``: bytes that may be taken above the loaded model.
         host_memory: bytes of CPU memory that may be taken beside a GPU.
         progress: called as ``progress(step, done, total)``.
-        notify: called with one line when a run resumes, a batch size is chosen, only a part of the text is read, or
-            weights are not decomposed on the device of the model.
+        notify: called with one line when a run resumes, a batch size is chosen, only a part of the text is read, the
+            tokens are few, or weights are not decomposed on the device of the model.
         expect: called with the time left of the whole job, before the long work starts.
         processes: processes that compress together; the first one writes.
 
@@ -122,6 +127,8 @@ def compress(
             for batch in batches:
                 require_known(model, batch.input_ids)
             require_space(target, model.get_memory_footprint())
+            if BASES[config.basis].inputs and (notice := few_tokens(model, samples)) is not None:
+                notify(notice)
             if BASES[config.basis].inputs and (notice := decomposition_notice(first_device(model))) is not None:
                 notify(notice)
             table = None
@@ -192,6 +199,19 @@ def _prepare(
     basis, tokens = BASES[config.basis], cost.batch_size * samples.seq_len
     rates = measure_rates(cost.largest_matrix, tokens, dtype=job.sweep_dtype, device=job.device, basis=basis)
     expect(cost.time_left(rates))
+
+
+def few_tokens(model: PreTrainedModel, samples: Samples) -> str | None:
+    """What to say if covariances of the widest inputs are known from few tokens; ``None`` if there are enough."""
+    targets = chain.from_iterable(eligible_targets(model)[0].values())
+    widest = max(dense_shape(target.module)[1] for target in targets)
+    tokens, enough = samples.num_samples * samples.seq_len, TOKENS_PER_INPUT * widest
+    if tokens >= enough:
+        return None
+    return (
+        f"{tokens} calibration tokens are few for linears with {widest} inputs: {enough} or more, such as "
+        f"--num-samples {-(-enough // samples.seq_len)}, give a better model"
+    )
 
 
 def with_request(

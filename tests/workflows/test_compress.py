@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -112,6 +113,20 @@ def test_a_quantised_result_reloads_and_its_card_says_how_it_is_stored(
     card = (tmp_path / "out" / "README.md").read_text()
     assert "stored as int8 if they are low-rank and as int4/64 if they are dense, rounded such that" in card
     assert {"--bits", "8", "--bits-dense", "4"} <= {*(rerun_command(report, "out") or [])}
+
+
+def test_few_tokens_for_the_widest_linear_are_said(model: Path, samples: Samples, tmp_path: Path) -> None:
+    def notes(count: int) -> list[str]:
+        said: list[str] = []
+        few = replace(samples, num_samples=count)
+        compress(str(model), tmp_path / str(count), GraspConfig.best(compression_ratio=0.05), few, notify=said.append)
+        return [note for note in said if "tokens are few" in note]
+
+    (note,) = notes(2)
+    assert note.startswith(
+        "64 calibration tokens are few for linears with 48 inputs: 192 or more, such as --num-samples 6"
+    )
+    assert not notes(6)
 
 
 def test_the_seed_chooses_the_sequences(model: Path, samples: Samples, tmp_path: Path) -> None:
