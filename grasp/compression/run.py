@@ -19,6 +19,7 @@ from grasp.config import GraspConfig
 from grasp.method.cost_table import CostTable
 from grasp.model.batch import CalibrationBatch, batches_digest
 from grasp.model.layer_removal import removable_layers
+from grasp.model.offload import is_fetched_per_call
 from grasp.model.size import Size, model_size
 from grasp.model.targets import Target, decoder
 from grasp.progress import Clock, Progress
@@ -105,6 +106,11 @@ def start_run(
     layers = decoder(model).layers
     before = model_size(model, layers)
     check_layers(config, len(layers))
+    if config.bits is not None and any(map(is_fetched_per_call, model.modules())):
+        raise ValueError(
+            f"bits={config.bits} needs all weights in the memory of one device, but some are offloaded or sharded: "
+            "leave bits out, and quantise the result with `grasp quantize`"
+        )
     targets, left = eligible_targets(model)
     prices = find_prices(config, model, targets, costs)
     removable = removable_layers(model) if config.remove_layers else []

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -261,6 +262,12 @@ def test_bytes_are_those_of_the_quantised_model(family: str, config: dict[str, A
     }
     assert {module.storage for module in low.values()} == {Storage(8)} if config["bits"] == 8 else {Storage(4, 64)}
     assert not any(isinstance(module, (LowRankLinear, nn.Linear, Conv1D)) for module in model.modules())
+
+
+def test_bits_of_an_offloaded_model_are_refused_before_anything_is_done() -> None:
+    model = cpu_offload(tiny_model("llama"), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"bits=8 needs all weights .* with `grasp quantize`"):
+        compress_(model, tiny_batches(2), GraspConfig.best(compression_ratio=0.1, bits=8))
 
 
 def test_dense_linears_get_fewer_bits_where_that_costs_less() -> None:
