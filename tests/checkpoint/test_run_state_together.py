@@ -131,7 +131,7 @@ def test_what_was_done_is_not_done_again(
 
 
 def test_a_layer_that_was_not_stored_whole_is_fitted_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = GraspConfig(num_layers=1, scope="model", refit=True, **KFAC)
+    config = GraspConfig(num_layers=2, scope="model", refit=True, **KFAC)
     write = RunState.write
 
     def write_ten(state: RunState, *args: Any) -> str:
