@@ -329,7 +329,11 @@ def _description(samples: Samples, report: CompressionReport) -> str:
         f"The most important singular groups were kept, {budget} (basis `{config.basis}`, metric "
         f"`{config.metric}`). `{FILE_NAME}` has all details."
     )
-    if config.storage is None or config.dense_storage is None:
+    if config.storage is None:
         return text
-    stored = quantization_text(report.before, report.after, config.storage, config.dense_storage, samples)
-    return f"{text}\n\n## {QUANTIZATION}\n\n{stored}"
+    stored = str(config.storage)
+    if config.fewest_bits is not None:
+        stored += f" or, where the budget chose that for a dense one, as {config.fewest_bits}"
+    elif config.dense_storage != config.storage:
+        stored += f" if they are low-rank and as {config.dense_storage} if they are dense"
+    return f"{text}\n\n## {QUANTIZATION}\n\n{quantization_text(report.before, report.after, stored, samples)}"

@@ -125,7 +125,7 @@ def quantize(
     progress("saving", 0, 1)
     card = _new_card(name, model) if card is None else with_sizes(without_results(card), model)
     size_after = model_size(model, decoder(model).layers)
-    card = with_section(card, QUANTIZATION, quantization_text(before, size_after, storage, storage, used))
+    card = with_section(card, QUANTIZATION, quantization_text(before, size_after, str(storage), used))
     save_checkpoint(model, target, tokenizer=tokenizer, card=card, extra_files=texts, seen={})
     progress("saving", 1, 1)
     after = inspect_checkpoint(target)
@@ -146,8 +146,8 @@ def _new_card(name: str, model: PreTrainedModel) -> str:
     return model_card(model, base_model=base_model, license=license)
 
 
-def quantization_text(before: Size, after: Size, storage: Storage, dense: Storage, samples: Samples | None) -> str:
-    """What a model card says about the quantisation: ``storage`` is of low-rank linears, ``dense`` of the others."""
+def quantization_text(before: Size, after: Size, stored: str, samples: Samples | None) -> str:
+    """What a model card says about the quantisation; ``stored`` says how the linears of the layers are stored."""
     how = "rounded to the nearest value"
     if samples is not None:
         text = samples.source if samples.source in NAMED_TEXTS else "a text file"
@@ -155,7 +155,6 @@ def quantization_text(before: Size, after: Size, storage: Storage, dense: Storag
             f"rounded such that their outputs change least on {samples.num_samples} sequences of {samples.seq_len} "
             f"tokens of {text} (seed {samples.seed})"
         )
-    stored = f"{storage}" if storage == dense else f"{storage} if they are low-rank and as {dense} if they are dense"
     return (
         f"The linears of the decoder layers are stored as {stored}, {how}. Embeddings and the output layer are int8. "
         f"The model takes {size(after.bytes)}, {after.bytes / before.bytes:.1%} of the {size(before.bytes)} before."
