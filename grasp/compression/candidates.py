@@ -179,11 +179,9 @@ def _layer_choices(
 def _rank_choices(target: Target, selection: Selection, prices: Prices) -> Choices:
     """The ranks that a linear can be given, and dense, with fewer bits too if that has a score."""
     costs = [prices.linear(target, rank) for rank in range(len(selection.indices) + 1)]
-    rounded = [(prices.linear(target, ROUNDED), score) for score in selection.rounding.tolist()]
-    return rank_choices(
-        selection.importance.tolist(),
-        costs,
-        prices.linear(target, DENSE),
-        rounded=next(iter(rounded), None),
-        multiple=prices.multiple,
-    )
+    dense = prices.linear(target, DENSE)
+    choices = rank_choices(selection.importance.tolist(), costs, dense, multiple=prices.multiple)
+    for score in selection.rounding.tolist():
+        ranks, prices_of, losses = choices
+        choices = Choices((*ranks, ROUNDED), (*prices_of, prices.linear(target, ROUNDED)), (*losses, score))
+    return choices

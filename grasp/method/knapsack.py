@@ -28,13 +28,7 @@ ROUNDED = -2  # dense, with fewer bits
 
 
 def rank_choices(
-    scores: Sequence[float],
-    costs: Sequence[float],
-    dense_cost: float,
-    *,
-    rounded: tuple[float, float] | None = None,
-    multiple: int = 1,
-    least: int = 1,
+    scores: Sequence[float], costs: Sequence[float], dense_cost: float, *, multiple: int = 1, least: int = 1
 ) -> Choices:
     """The ranks to consider for a matrix that retains its groups of highest score, and dense.
 
@@ -42,7 +36,6 @@ def rank_choices(
         scores: of the groups, in units of loss, in any order.
         costs: of rank 0, 1, …, one more than there are scores.
         dense_cost: of the dense matrix; ranks that cost as much or more are left out.
-        rounded: the cost and the loss of fewer bits, if they are a choice.
         multiple: consider multiples of this rank only, such as the kernels' 16, and ranks below the first.
         least: smallest rank to consider; at 0 the matrix can vanish.
 
@@ -56,10 +49,9 @@ def rank_choices(
         for rank in range(least, len(costs))
         if costs[rank] < dense_cost and (rank % multiple == 0 or rank < multiple)
     ]
-    rows = [(rank, costs[rank], dropped[rank]) for rank in ranks] + [(DENSE, dense_cost, 0.0)]
-    if rounded is not None:
-        rows.append((ROUNDED, *rounded))
-    return Choices(*zip(*rows, strict=True))
+    return Choices(
+        (*ranks, DENSE), (*(costs[rank] for rank in ranks), dense_cost), (*(dropped[rank] for rank in ranks), 0.0)
+    )
 
 
 class Layer(NamedTuple):

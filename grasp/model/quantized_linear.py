@@ -16,7 +16,7 @@ from grasp_kernels import Factors, lowrank_linear
 from grasp_kernels.dispatch import CPU_ROWS
 from grasp_kernels.quantized import dequantize, stored_columns
 
-_DTYPES = {8: torch.int8, 4: torch.uint8}
+VALUES = {8: torch.int8, 4: torch.uint8}  # bits → dtype of stored values
 
 
 def _fixed(*shape: int, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Parameter:
@@ -52,7 +52,7 @@ class QuantizedLowRankLinear(nn.Module):
         self.in_features, self.out_features, self.rank = layer.in_features, layer.out_features, layer.rank
         self.storage, self.backend = storage, layer.backend
         depths = {"U": (layer.U.shape[0], self.rank), "Vh": (self.rank, self.in_features)}
-        values, scales = _DTYPES[storage.bits], layer.U.dtype
+        values, scales = VALUES[storage.bits], layer.U.dtype
         for name, (rows, depth) in depths.items():
             stored = stored_columns(values, depth)
             self.register_parameter(name, _fixed(rows, stored, dtype=values, device=device))
@@ -133,7 +133,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = dense_shape(linear)
         self.storage = storage
-        values, scales = _DTYPES[storage.bits], linear.weight.dtype
+        values, scales = VALUES[storage.bits], linear.weight.dtype
         stored = stored_columns(values, self.in_features)
         self.weight = _fixed(self.out_features, stored, dtype=values, device=device)
         count = storage.scales(self.in_features)

@@ -20,10 +20,9 @@ from grasp.errors import CheckpointError, UnsupportedModelError
 from grasp.method.pivoting import factored, in_order
 from grasp.method.storage import Storage
 from grasp.model.lowrank_linear import is_order
+from grasp.model.quantized_linear import VALUES
 from grasp.serving.shards import LocalLinear, Piece, local_columns, local_rows
 from grasp_kernels.quantized import GROUPS, pack_int4, unpack_int4
-
-_VALUES = {8: torch.int8, 4: torch.uint8}
 
 
 class Matrix(NamedTuple):
@@ -217,7 +216,7 @@ def _specs(
 def _matrix(name: str, rows: int, columns: int, storage: Storage | None) -> dict[str, Spec]:
     if storage is None:
         return {name: Spec((rows, columns))}
-    values = Spec((rows, storage.columns(columns)), _VALUES[storage.bits])
+    values = Spec((rows, storage.columns(columns)), VALUES[storage.bits])
     return {name: values, f"{name}_scales": Spec((rows, storage.scales(columns)))}
 
 
