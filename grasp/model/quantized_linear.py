@@ -158,7 +158,7 @@ class QuantizedLinear(nn.Module):
         if x.is_cpu and x.numel() <= self.in_features * CPU_ROWS.get(x.dtype, 0):
             factors = (self.others, None, self.weight, self.bias, self.order, None, self.weight_scales)
             return lowrank_linear(x, *factors)
-        return F.linear(x, self.dense_weight().to(x.dtype), self.bias)
+        return F.linear(x, dequantize(self.weight, self.weight_scales, self.in_features, x.dtype), self.bias)
 
     def dense_weight(self) -> Tensor:
         """The weight, (N, K) in fp32 (fp64 for fp64)."""

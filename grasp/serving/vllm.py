@@ -312,8 +312,8 @@ class GraspLinearMethod(LinearMethodBase):
             elif "weight_scales" not in tensors:
                 members.append(Dense(tensors["weight"], b))
             else:
-                weight = dequantize(tensors["weight"], tensors["weight_scales"], part.width)
-                members.append(Dense(weight.to(x.dtype), b))
+                weight = dequantize(tensors["weight"], tensors["weight_scales"], part.width, x.dtype)
+                members.append(Dense(weight, b))
         return members
 
 

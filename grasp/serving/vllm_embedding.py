@@ -91,7 +91,7 @@ class GraspEmbeddingMethod(QuantizeMethodBase):
         """(..., K) → (..., V)."""
         if x.is_cpu:
             return lowrank_linear(x, layer.others, None, layer.weight, bias, layer.order, None, layer.weight_scales)
-        return F.linear(x, dequantize(layer.weight, layer.weight_scales, x.shape[-1]).to(x.dtype), bias)
+        return F.linear(x, dequantize(layer.weight, layer.weight_scales, x.shape[-1], x.dtype), bias)
 
     def tie_weights(self, layer: VocabParallelEmbedding, embed_tokens: VocabParallelEmbedding) -> nn.Module:
         """Share the tensors of the embedding with an output layer."""

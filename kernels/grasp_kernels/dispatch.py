@@ -168,8 +168,10 @@ def _cpu_refuses(call: OpCall) -> str | None:
 
 
 def _cpu_avoids(call: OpCall) -> str | None:
-    if call.op == "singular_value_grad" or call.pivoted or call.rows <= CPU_ROWS[call.dtype]:
-        return None  # PyTorch's products of pivoted factors need a second pass, which permutes the columns of y
+    # PyTorch's products of pivoted factors need a second pass, which permutes the columns of y.
+    faster = call.op == "singular_value_grad" or (call.pivoted and not call.weights)
+    if faster or call.rows <= CPU_ROWS[call.dtype]:
+        return None
     return f"beyond {CPU_ROWS[call.dtype]} rows PyTorch's matrix products are faster"
 
 

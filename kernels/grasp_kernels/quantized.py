@@ -40,7 +40,7 @@ def unpack_int4(packed: Tensor, depth: int) -> Tensor:
 
 
 def dequantize(values: Tensor, scales: Tensor, depth: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrix, (rows, depth), multiplied in ``dtype``.
+    """The matrix, (rows, depth): each entry is the product of value and scale, rounded once.
 
     Args:
         values: (rows, depth) int8 or float8_e4m3fn, or (rows, ⌈depth / 2⌉) uint8 with two int4 each.
@@ -53,8 +53,10 @@ def dequantize(values: Tensor, scales: Tensor, depth: int, dtype: torch.dtype = 
         >>> dequantize(pack_int4(torch.tensor([[1, -8, 7]])), torch.tensor([[0.5]]), 3)
         tensor([[ 0.5000, -4.0000,  3.5000]])
     """
-    wide = (unpack_int4(values, depth) if values.dtype == torch.uint8 else values).to(dtype)
-    scales = scales.to(dtype)
+    # Every value is exact in 16 bits, and PyTorch rounds a product of 16-bit numbers once. Scales may not be exact.
+    work = torch.promote_types(dtype, scales.dtype)
+    wide = (unpack_int4(values, depth) if values.dtype == torch.uint8 else values).to(work)
     size = group_size(scales.shape[1], depth)
     assert size is not None
-    return wide * (scales if size == depth else scales.repeat_interleave(size, dim=1)[:, :depth])
+    spread = scales if size == depth else scales.repeat_interleave(size, dim=1)[:, :depth]
+    return (wide * spread.to(work)).to(dtype)

@@ -68,18 +68,17 @@ class Factors(NamedTuple):
         return frozenset(KINDS[values.dtype] for values, scales in pairs if scales is not None)
 
     def dequantized(self, in_features: int, dtype: torch.dtype) -> Factors:
-        """The same linear with floating factors: scaled in fp32 (fp64 for fp64), rounded to ``dtype``.
+        """The same linear with floating factors: each entry is the exact product with its scale, rounded to ``dtype``.
 
         Args:
             in_features: K; int4 do not tell it.
             dtype: of the factors.
         """
-        wide = accumulation_dtype(dtype)
         U, Vh = self.U, self.Vh
         if self.U_scales is not None:
-            U = dequantize(U, self.U_scales, Vh.shape[0], wide).to(dtype)
+            U = dequantize(U, self.U_scales, Vh.shape[0], dtype)
         if self.Vh_scales is not None:
-            Vh = dequantize(Vh, self.Vh_scales, in_features, wide).to(dtype)
+            Vh = dequantize(Vh, self.Vh_scales, in_features, dtype)
         return Factors(U, self.s, Vh, self.bias, self.order)
 
 
@@ -185,6 +184,10 @@ def lowrank_linear(
     factors = Factors(U, s, Vh, bias, order, U_scales, Vh_scales)
     if factors.quantized:
         U, s, Vh, *_ = factors.dequantized(x.shape[1], x.dtype)
+    if order is not None and not U.shape[0]:  # a dense weight: its rows are moved, not the columns of y
+        y = hidden_product(x, Vh.index_select(0, order.argsort()))
+        y = y if bias is None else y.add_(bias)
+        return y if output is None else output.copy_(y)
     return linear(project(x, s, Vh), U, bias, output, order)
 
 

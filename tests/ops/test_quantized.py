@@ -111,6 +111,25 @@ def test_int4_values_survive_packing() -> None:
     assert dequantize(pack_int4(values), torch.ones(2, 1), 15).tolist() == values.float().tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("values", [torch.int8, torch.float8_e4m3fn])
+def test_a_product_with_a_scale_is_rounded_once(values: torch.dtype, dtype: torch.dtype) -> None:
+    scales = normal((64, 1), seeded()).float()
+    weight = torch.arange(-128, 128).expand(64, -1).to(values)
+    for given in (scales, scales.to(dtype)):
+        exact = weight.double() * given.double()
+        assert torch.equal(dequantize(weight, given, 256, dtype), exact.to(dtype))
+
+
+def test_a_dense_weight_with_its_rows_in_any_order_takes_many_rows() -> None:
+    x, weight = normal((70, K), seeded()).float(), torch.randint(-127, 128, (N, K), dtype=torch.int8)
+    order, bias = torch.randperm(N, generator=seeded(), dtype=torch.int32), torch.arange(N).float()
+    factors = Factors(torch.empty(0, N), None, weight[order], bias, order, None, torch.ones(N, 1))
+    torch.testing.assert_close(lowrank_linear(x, *factors), x @ weight.float().mT + bias)
+    expected = torch.cat([x @ weight.float().mT + bias] * 2, dim=1)
+    torch.testing.assert_close(lowrank_linear_merged(x, [factors, factors]), expected)
+
+
 def test_the_number_of_scales_gives_the_size_of_a_group() -> None:
     assert [group_size(groups, 137) for groups in (1, 2, 3, 4, 5)] == [137, 128, 64, None, 32]
 
