@@ -58,5 +58,8 @@ def dequantize(values: Tensor, scales: Tensor, depth: int, dtype: torch.dtype = 
     wide = (unpack_int4(values, depth) if values.dtype == torch.uint8 else values).to(work)
     size = group_size(scales.shape[1], depth)
     assert size is not None
-    spread = scales if size == depth else scales.repeat_interleave(size, dim=1)[:, :depth]
-    return (wide * spread.to(work)).to(dtype)
+    groups = scales.shape[1]
+    # Inductor of PyTorch 2.13 multiplies wrongly with scales that are repeated and cut.
+    whole = F.pad(wide, (0, groups * size - depth)) if depth < groups * size else wide
+    product = whole.unflatten(1, (groups, size)) * scales.to(work)[..., None]
+    return product.flatten(1)[:, :depth].to(dtype)

@@ -121,6 +121,15 @@ def test_a_product_with_a_scale_is_rounded_once(values: torch.dtype, dtype: torc
         assert torch.equal(dequantize(weight, given, 256, dtype), exact.to(dtype))
 
 
+def test_a_last_group_that_is_shorter_is_compiled_rightly() -> None:
+    """Inductor made wrong code for scales that were repeated and cut."""
+    values, scales = torch.randint(-127, 128, (4, 90), dtype=torch.int8), torch.rand(4, 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(dequantize, fullgraph=True, dynamic=False)
+    expected = values * scales.repeat_interleave(32, dim=1)[:, :90]
+    assert torch.equal(compiled(values, scales, 90), expected)
+
+
 def test_a_dense_weight_with_its_rows_in_any_order_takes_many_rows() -> None:
     x, weight = normal((70, K), seeded()).float(), torch.randint(-127, 128, (N, K), dtype=torch.int8)
     order, bias = torch.randperm(N, generator=seeded(), dtype=torch.int32), torch.arange(N).float()
