@@ -6,7 +6,7 @@ import os
 import random
 import re
 from codecs import getincrementaldecoder
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -291,6 +291,34 @@ def token_batches(
         >>> [tuple(batch.input_ids.shape) for batch in batches]
         [(2, 4), (1, 4)]
     """
+    sizes = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size}
+    return batches_and_others(tokenizer, text, **sizes, seed=seed, others=0)[0]
+
+
+def batches_and_others(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Iterable[str],
+    *,
+    num_samples: int,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    others: int,
+) -> tuple[list[CalibrationBatch], list[CalibrationBatch]]:
+    """Draw the batches of ``token_batches``, and batches of other sequences of the text, as many as it has if too few.
+
+    Args:
+        tokenizer: as ``token_batches`` takes it, like the arguments that follow.
+        text: the text or its pieces.
+        num_samples: sequences of the first result.
+        seq_len: tokens in each sequence.
+        batch_size: sequences in a batch.
+        seed: selects the sequences; those of the first result do not depend on ``others``.
+        others: sequences of the second result.
+
+    Raises:
+        CalibrationError, ValueError: as ``token_batches``.
+    """
     require_sizes(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size)
     bos = bos_for(tokenizer)
     length = seq_len - (bos is not None)
@@ -305,8 +333,23 @@ def token_batches(
     rng = random.Random(seed)
     gaps = sorted(rng.sample(range(spare + num_samples), num_samples))
     starts = [gap + i * (length - 1) for i, gap in enumerate(gaps)]
+    ends = [0, *(start + length for start in starts)]
+    free = [
+        start
+        for begin, end in zip(ends, [*starts, len(tokens)], strict=True)
+        for start in range(begin, end - length + 1, length)
+    ]
     rng.shuffle(starts)
+    chosen = rng.sample(free, min(others, len(free)))
+    return _cut(tokens, starts, length, bos, batch_size), _cut(tokens, chosen, length, bos, batch_size)
+
+
+def _cut(
+    tokens: Tensor, starts: Sequence[int], length: int, bos: int | None, batch_size: int
+) -> list[CalibrationBatch]:
+    if not starts:
+        return []
     rows = torch.stack([tokens[start : start + length] for start in starts])
     if bos is not None:
-        rows = torch.cat([torch.full((num_samples, 1), bos), rows], dim=1)
+        rows = torch.cat([torch.full((len(starts), 1), bos), rows], dim=1)
     return [CalibrationBatch(batch) for batch in rows.split(batch_size)]

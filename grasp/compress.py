@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
 from itertools import chain
@@ -25,6 +25,7 @@ from grasp.compression.rounds import (
 )
 from grasp.compression.run import Run, find_block_influence, make_plan, start_run
 from grasp.compression.selection import stored_reports
+from grasp.compression.unseen import losses_after, losses_before
 from grasp.config import GraspConfig
 from grasp.method.cost_table import CostTable
 from grasp.method.knapsack import ROUNDED
@@ -45,6 +46,7 @@ def compress_(
     batches: Sequence[CalibrationBatch | Tensor],
     config: GraspConfig | None = None,
     *,
+    unseen: Sequence[CalibrationBatch | Tensor] = (),
     costs: CostTable | None = None,
     progress: Progress = no_progress,
     state: NoState | None = None,
@@ -64,6 +66,8 @@ def compress_(
         model: a decoder-only model of the transformers library, in any floating-point dtype.
         batches: calibration token batches: ``CalibrationBatch`` or int64 (B, L) tensors.
         config: what to compress and how; ``None`` for ``GraspConfig()``.
+        unseen: other batches, which change nothing: the report has the losses on them, before and after, and with the
+            least influential layers removed instead, as many as the budget takes.
         costs: of decoding, see ``grasp.method.cost_table``; a ``target_latency`` needs them.
         progress: called as ``progress(step, done, total)``.
         state: a ``grasp.checkpoint.run_state.RunState``, from which the same call resumes after an interruption.
@@ -95,6 +99,7 @@ def compress_(
     with NoState() if state is None else nullcontext(state) as state:
         run = start_run(
             *(model, as_batches(batches), config, costs, progress, state, processes),
+            unseen=as_batches(unseen) if unseen else (),
             memory=memory,
             host_memory=host_memory,
         )
@@ -107,6 +112,7 @@ def carry_out_(run: Run) -> CompressionReport:
     """The method, step by step. ``compress_`` starts the run; a study may give one that reuses statistics."""
     scores = find_block_influence(run)
     plan = make_plan(run, scores)
+    losses = losses_before(run, plan, scores)
     decision = Decision((), {}, {})
     try:
         work = prepare_(run, plan)
@@ -126,7 +132,8 @@ def carry_out_(run: Run) -> CompressionReport:
     finally:
         group_linears_(run.model)
         mark_compressed(run.model)
-    return _report(run, scores, plan, decision, reports)
+    losses |= losses_after(run)
+    return _report(run, scores, plan, decision, losses, reports)
 
 
 def _refit_in_order_(run: Run, plan: Plan) -> None:
@@ -154,7 +161,12 @@ def _quantize_(run: Run, storage: Storage, decision: Decision) -> None:
 
 
 def _report(
-    run: Run, scores: Sequence[float], plan: Plan, decision: Decision, reports: Sequence[ModuleReport]
+    run: Run,
+    scores: Sequence[float],
+    plan: Plan,
+    decision: Decision,
+    losses: Mapping[str, float],
+    reports: Sequence[ModuleReport],
 ) -> CompressionReport:
     ranks = {report.name: report.rank for report in reports if report.rank}
     left = [report for layer in plan.layers for report in run.left[layer]]
@@ -166,6 +178,7 @@ def _report(
         retain_ratio=plan.retain_ratio if run.config.threshold_ratio is None else None,
         scope=run.config.scope,
         held_out_loss=decision.losses,
+        unseen_loss=losses,
         modules=(*reports, *left),
         before=run.before,
         after=model_size(run.model, decoder(run.model).layers),

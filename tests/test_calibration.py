@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from grasp import builtin, calibration
-from grasp.calibration import bos_for, builtin_text, read_pieces, read_text, token_batches, tokenize
+from grasp.calibration import batches_and_others, bos_for, builtin_text, read_pieces, read_text, token_batches, tokenize
 from grasp.errors import CalibrationError, MissingPackageError
 from grasp.model.batch import CalibrationBatch, as_batches, batches_digest
 from tests.tiny_tokenizers import BOS, byte_tokenizer
@@ -22,7 +22,7 @@ DISTINCT = "".join(chr(33 + i) for i in range(90))
 
 
 def rows(batches: list[CalibrationBatch]) -> list[list[int]]:
-    return torch.cat([batch.input_ids for batch in batches]).tolist()
+    return [] if not batches else torch.cat([batch.input_ids for batch in batches]).tolist()
 
 
 def test_a_sample_is_contiguous_text_of_its_own() -> None:
@@ -72,6 +72,16 @@ def test_the_seed_decides_and_the_batch_size_does_not() -> None:
     assert rows(drawn(3, 1)) != rows(drawn(4, 1))
     assert [batch.input_ids.shape for batch in drawn(3, 2)] == [(2, 6), (2, 6), (1, 6)]
     assert batches_digest(drawn(3, 1)) == batches_digest(drawn(3, 2)) != batches_digest(drawn(4, 1))
+
+
+@pytest.mark.parametrize(("others", "expected"), [(0, 0), (2, 2), (99, None)])
+def test_other_sequences_are_none_of_the_drawn_ones_and_change_none(others: int, expected: int | None) -> None:
+    tokenizer, sizes = byte_tokenizer(adds_bos=True), {"num_samples": 4, "seq_len": 8, "batch_size": 3}
+    drawn, more = map(rows, batches_and_others(tokenizer, DISTINCT, **sizes, seed=1, others=others))
+    assert drawn == rows(token_batches(tokenizer, DISTINCT, **sizes, seed=1))
+    everything = [token for sample in drawn + more for token in sample[1:]]
+    assert len(set(everything)) == len(everything) == 7 * len(drawn + more)
+    assert len(more) in ({expected} if expected is not None else range(4, 9))  # 8 more have room, if no gap is odd
 
 
 def test_batches_are_int64_without_padding() -> None:

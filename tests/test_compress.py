@@ -16,6 +16,7 @@ from grasp.errors import CalibrationError, CheckpointError, NonFiniteError, Unsu
 from grasp.method.pivoting import NotPivoted
 from grasp.method.ranks import FORMS, break_even_rank, parameters_removed
 from grasp.model.batch import CalibrationBatch
+from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import decoder, layer_targets
 from tests.tiny_models import DENSE_FAMILIES, tiny_batches, tiny_model
@@ -124,6 +125,26 @@ def test_linears_that_have_no_pivoted_form_are_factored_or_stay_dense(monkeypatc
     assert report.after.parameters == report.before.parameters - sum(
         module.parameters_before - module.parameters_after for module in report.compressed
     )
+
+
+def test_unseen_batches_change_nothing_and_tell_what_the_compression_and_removed_layers_cost() -> None:
+    config, batches, unseen = GraspConfig.best(compression_ratio=0.1), tiny_batches(4), tiny_batches(2, seed=5)
+    dense, models = tiny_model("llama"), [tiny_model("llama") for _ in range(2)]
+    reports = [compress_(m, batches, config, unseen=u) for m, u in zip(models, ((), unseen), strict=True)]
+    assert reports[0].modules == reports[1].modules
+    assert (reports[0].unseen_loss, reports[0].unseen_text) == ({}, "")
+    losses = {"dense": mean_loss(dense, unseen), "compressed": mean_loss(models[1], unseen)}
+    removed = sorted(range(3), key=reports[1].block_influence.__getitem__)[:1]  # of 3 layers: a third of the model
+    remove_layers_(dense, removed)
+    losses[f"layers {removed[0]} removed"] = mean_loss(dense, unseen)
+    assert reports[1].unseen_loss == pytest.approx(losses, rel=1e-5)
+    assert reports[1].unseen_text.endswith(f" with layers {removed[0]} removed instead")
+    assert CompressionReport.from_json(reports[1].to_json()) == reports[1]
+
+
+def mean_loss(model: nn.Module, batches: list[torch.Tensor]) -> float:
+    with torch.no_grad():
+        return sum(float(model(batch, labels=batch).loss) for batch in batches) / len(batches)
 
 
 def test_metrics_choose_differently() -> None:

@@ -17,6 +17,7 @@ from grasp.model.size import Size
 from grasp.reading import parse_json, read_text_file
 
 FILE_NAME = "report.json"
+DENSE, COMPRESSED = "dense", "compressed"  # of the losses on unseen text
 _EXPECTED = "the report.json that `grasp compress` wrote"
 _SPECTRUM_VALUES = 256  # singular values stored of a module, at most
 _NUMBERS = re.compile(r"\[\n\s+([^\[\]{}\"]+?)\n\s+\]")  # a string in JSON has no newline, so this is a list of numbers
@@ -72,6 +73,8 @@ class CompressionReport:
     scope: str = "redundant"  # of the configuration
     removed_layers: tuple[int, ...] = ()  # ascending; the report numbers layers as before removal
     held_out_loss: Mapping[str, float] = field(default_factory=dict)  # candidate → nats per token; {} if only one
+    # Nats per token on text that changed nothing: ``DENSE``, ``COMPRESSED``, and with layers removed instead.
+    unseen_loss: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     request: Mapping[str, Any] = field(default_factory=dict)  # the request of ``grasp compress``; empty from Python
     decode_seconds: Mapping[str, float] = field(default_factory=dict)  # predicted time per token, dense and after
@@ -96,6 +99,22 @@ class CompressionReport:
     def left(self) -> tuple[ModuleReport, ...]:
         """The modules of redundant layers that were not replaced, each with its reason."""
         return tuple(module for module in self.modules if module.reason)
+
+    @property
+    def removal_loss(self) -> tuple[str, float] | None:
+        """Which layers could be removed instead, as text, and the loss on unseen text then; ``None`` if none."""
+        return next((pair for pair in self.unseen_loss.items() if pair[0] not in (DENSE, COMPRESSED)), None)
+
+    @property
+    def unseen_text(self) -> str:
+        """What the compression costs on unseen text, and what removing layers would; "" if it was not measured."""
+        if not self.unseen_loss:
+            return ""
+        text = f"{self.unseen_loss[COMPRESSED] - self.unseen_loss[DENSE]:+.3f} nats per token"
+        if self.removal_loss is None:
+            return text
+        name, loss = self.removal_loss
+        return f"{text}; {loss - self.unseen_loss[DENSE]:+.3f} with {name} instead"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and the two ratios, as JSON values."""
@@ -169,10 +188,20 @@ def _require_sound(report: CompressionReport) -> None:
                 raise ValueError(f"{name} must be an integer from 0 up, got {value!r}")
     if not report.before.parameters or not report.before.decoder_parameters:
         raise ValueError("the model before has no parameters")
-    for name in ("config", "calibration", "seconds", "held_out_loss", "versions", "request", "decode_seconds"):
+    for name in (
+        "config",
+        "calibration",
+        "seconds",
+        "held_out_loss",
+        "unseen_loss",
+        "versions",
+        "request",
+        "decode_seconds",
+    ):
         if not isinstance(getattr(report, name), Mapping):
             raise ValueError(f"{name} must be an object, got {getattr(report, name)!r}")
-    numbers = [*report.seconds.values(), *report.held_out_loss.values(), *report.decode_seconds.values()]
+    losses = [*report.held_out_loss.values(), *report.unseen_loss.values()]
+    numbers = [*report.seconds.values(), *losses, *report.decode_seconds.values()]
     numbers += [] if report.retain_ratio is None else [report.retain_ratio]
     texts = [report.scope, report.costs or ""]
     for module in report.modules:

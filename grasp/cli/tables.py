@@ -46,6 +46,7 @@ def show_compression(result: Compression) -> None:
             ("bytes", f"{size(report.before.bytes)} -> {size(report.after.bytes)}"),
             ("kept", _retained(report)),
             *_latency_facts(report),
+            *([("unseen text", report.unseen_text)] if report.unseen_text else []),
             ("time", f"{sum(report.seconds.values()):.1f} s"),
             ("checkpoint", result.output),
         ]

@@ -239,6 +239,13 @@ def ceilings(config: GraspConfig, plan: Plan) -> dict[Target, int]:
     return {target: max(0, break_even_rank(shape, config.form)) for target, shape in shapes.items()}
 
 
+def required_saving(prices: Prices, plan: Plan) -> float:
+    """What is to be saved: what the target says, or what the uniform ranks of the plan save."""
+    if prices.saving is not None:
+        return prices.saving
+    return math.fsum(prices.saved(target, rank) for target, rank in plan.ranks.items())
+
+
 def predicted_seconds(
     costs: CostTable, targets: Targets, ranks: Mapping[str, int], removed: Sequence[int]
 ) -> dict[str, float]:

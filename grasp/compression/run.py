@@ -38,6 +38,7 @@ class Run:
         batches: all calibration batches.
         calibration: the ones that statistics are gathered from.
         held_out: the ones that decide between candidates; none unless layers may be removed.
+        unseen: other ones, which decide nothing; losses on them are reported.
         config: the configuration.
         costs: of decoding, for a target latency.
         targets: the linears that can be compressed, by layer.
@@ -58,6 +59,7 @@ class Run:
     batches: Sequence[CalibrationBatch]
     calibration: Sequence[CalibrationBatch]
     held_out: Sequence[CalibrationBatch]
+    unseen: Sequence[CalibrationBatch]
     config: GraspConfig
     costs: CostTable | None
     targets: Targets
@@ -97,12 +99,13 @@ def start_run(
     state: NoState,
     processes: Processes,
     *,
+    unseen: Sequence[CalibrationBatch] = (),
     memory: int | None = None,
     host_memory: int | None = None,
 ) -> Run:
     """Check a request before anything long is done, and open or resume its run folder; errors as ``compress_``."""
     clock = Clock()
-    require_positions(model, batches)
+    require_positions(model, [*batches, *unseen])
     layers = decoder(model).layers
     before = model_size(model, layers)
     check_layers(config, len(layers))
@@ -130,6 +133,7 @@ def start_run(
         batches=batches,
         calibration=calibration,
         held_out=held_out,
+        unseen=unseen,
         config=config,
         costs=costs,
         targets=targets,

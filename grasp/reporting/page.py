@@ -136,6 +136,7 @@ def _compression(report: CompressionReport) -> str:
         ("kept of each matrix", "" if report.retain_ratio is None else share(report.retain_ratio)),
         ("scope", report.scope),
         ("held-out loss", ", ".join(f"{scope} {loss:.4f}" for scope, loss in report.held_out_loss.items())),
+        ("loss on unseen text", report.unseen_text),
         ("calibration text", str(request.get("calibration", ""))),
         ("calibration", f"{calibration.get('sequences')} sequences, {calibration.get('tokens')} tokens"),
         ("time", f"{sum(report.seconds.values()):.1f} s: {seconds}" if seconds else ""),

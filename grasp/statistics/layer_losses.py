@@ -1,4 +1,4 @@
-"""The loss that the removal of each layer adds."""
+"""The loss without some layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from grasp.statistics.loss import sum_nll
 from grasp.statistics.processes import ALONE, Processes
 
 
-@torch.no_grad()
 def removal_losses(
     model: PreTrainedModel,
     layers: Sequence[int],
@@ -23,21 +22,35 @@ def removal_losses(
     progress: Progress = no_progress,
     processes: Processes = ALONE,
 ) -> dict[int, float]:
-    """The loss that removing each of some layers alone adds, in nats per token. The model is not changed.
+    """The loss that removing each of some layers alone adds; arguments and errors as ``losses_without``."""
+    choices = [[], *([layer] for layer in layers)]
+    before, *after = losses_without(model, choices, batches, progress=progress, processes=processes)
+    return {layer: loss - before for layer, loss in zip(layers, after, strict=True)}
+
+
+@torch.no_grad()
+def losses_without(
+    model: PreTrainedModel,
+    choices: Sequence[Sequence[int]],
+    batches: Sequence[CalibrationBatch],
+    *,
+    progress: Progress = no_progress,
+    processes: Processes = ALONE,
+) -> list[float]:
+    """The loss without some layers, in nats per token, for each choice of layers. The model is not changed.
 
     Args:
         model: a decoder-only causal language model.
-        layers: indices into the decoder layers.
+        choices: indices into the decoder layers; none for the model as it is.
         batches: the loss is measured on them; the same in all processes.
-        progress: called after each layer.
+        progress: called after each choice.
         processes: the processes that share the batches.
     """
     local_batches = processes.local_batches(batches)
-    sums = torch.zeros(len(layers) + 1, dtype=torch.float64)
-    for index, removed in enumerate([[], *([layer] for layer in layers)]):
+    sums = torch.zeros(len(choices), dtype=torch.float64)
+    for index, removed in enumerate(choices):
         with processes.fail_together(), skipping(model, removed, batches[0]):
             sums[index] = sum_nll(model, local_batches)
-        progress("removal of layers", index, len(layers))
+        progress("removal of layers", index + 1, len(choices))
     processes.sum_([sums])
-    losses = ((sums[1:] - sums[0]) / sum(batch.num_targets for batch in batches)).tolist()
-    return dict(zip(layers, losses, strict=True))
+    return (sums / sum(batch.num_targets for batch in batches)).tolist()

@@ -15,7 +15,7 @@ from grasp.bench.costs import costs_for, find_costs
 from grasp.builtin import BUILTIN, BUILTIN_LICENSE
 from grasp.calibration import NAMED_TEXTS, read_pieces
 from grasp.checkpoint.card import model_card, read_license
-from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
+from grasp.checkpoint.compression_report import COMPRESSED, FILE_NAME, CompressionReport
 from grasp.checkpoint.fingerprint import request_fingerprint
 from grasp.checkpoint.run_state import RunState
 from grasp.checkpoint.saving import check_directory, require_space, save_checkpoint
@@ -98,7 +98,7 @@ def compress(
         host_memory: bytes of CPU memory that may be taken beside a GPU.
         progress: called as ``progress(step, done, total)``.
         notify: called with one line when a run resumes, a batch size is chosen, only a part of the text is read, the
-            tokens are few, or weights are not decomposed on the device of the model.
+            tokens are few, removing layers would lose less, or weights are not decomposed on the device of the model.
         expect: called with the time left of the whole job, before the long work starts.
         processes: processes that compress together; the first one writes.
 
@@ -123,7 +123,7 @@ def compress(
         with within_memory(samples.batch_size, samples.seq_len):
             model, tokenizer = _load(name, dtype, device, progress, processes)
             samples = _with_batch_size(model, config, samples, state.batch_size, memory, notify, processes)
-            batches = draw(tokenizer, text, samples)
+            batches, unseen = draw(tokenizer, text, samples)
             for batch in batches:
                 require_known(model, batch.input_ids)
             require_space(target, model.get_memory_footprint())
@@ -140,6 +140,7 @@ def compress(
             _prepare(model, config, samples, state, memory, host_memory, expect, processes)
             report = compress_(
                 *(model, batches, config),
+                unseen=unseen,
                 costs=table,
                 progress=progress,
                 state=state,
@@ -148,6 +149,8 @@ def compress(
                 host_memory=host_memory,
             )
             report = with_request(report, name, samples, costs=costs, dtype=dtype, device=device, processes=processes)
+            if (notice := worse_than_removal(report)) is not None:
+                notify(notice)
         if processes.sharded:
             collect_(model, processes)
         if processes.first:
@@ -211,6 +214,16 @@ def few_tokens(model: PreTrainedModel, samples: Samples) -> str | None:
     return (
         f"{tokens} calibration tokens are few for linears with {widest} inputs: {enough} or more, such as "
         f"--num-samples {-(-enough // samples.seq_len)}, give a better model"
+    )
+
+
+def worse_than_removal(report: CompressionReport) -> str | None:
+    """What to say if removing layers would lose less on unseen text; ``None`` if it would not, or was not measured."""
+    if report.removal_loss is None or report.removal_loss[1] >= report.unseen_loss[COMPRESSED]:
+        return None
+    return (
+        f"removing layers would lose less on text that nothing was calibrated on: {report.unseen_text}. Give more "
+        "calibration tokens (--num-samples), or --remove-layers"
     )
 
 
@@ -329,6 +342,8 @@ def _description(samples: Samples, report: CompressionReport) -> str:
         f"The most important singular groups were kept, {budget} (basis `{config.basis}`, metric "
         f"`{config.metric}`). `{FILE_NAME}` has all details."
     )
+    if report.unseen_text:
+        text += f" On other text of the same kind the loss rose by {report.unseen_text.lstrip('+')}."
     if config.storage is None:
         return text
     stored = str(config.storage)

@@ -113,7 +113,7 @@ def quantize(
         model, tokenizer = load_quietly(name, dtype=dtype, device=device, progress=progress)
         before = model_size(model, decoder(model).layers)
         require_space(target, before.parameters * storage.bits // 8)
-        batches = [] if text is None else draw(tokenizer, text, samples)
+        batches = [] if text is None else draw(tokenizer, text, samples)[0]
         if batches:
             require_positions(model, batches)
         for batch in batches:

@@ -10,9 +10,11 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from grasp.builtin import BUILTIN
-from grasp.calibration import NAMED_TEXTS, token_batches
+from grasp.calibration import NAMED_TEXTS, batches_and_others
 from grasp.checkpoint.card import is_hub_name
 from grasp.model.batch import CalibrationBatch
+
+UNSEEN = 8  # for so many sequences of the calibration, one more shows what the compression costs
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,22 @@ class Samples:
     seed: int = 0
 
 
-def draw(tokenizer: PreTrainedTokenizerBase, text: str | Iterable[str], samples: Samples) -> list[CalibrationBatch]:
-    """Draw the token batches; the batch size must be a number."""
+def draw(
+    tokenizer: PreTrainedTokenizerBase, text: str | Iterable[str], samples: Samples
+) -> tuple[list[CalibrationBatch], list[CalibrationBatch]]:
+    """Draw the token batches, and an eighth as many of other sequences, if the text has them.
+
+    The batch size must be a number.
+    """
     assert samples.batch_size != "auto"
-    return token_batches(
+    return batches_and_others(
         tokenizer,
         text,
         num_samples=samples.num_samples,
         seq_len=samples.seq_len,
         batch_size=samples.batch_size,
         seed=samples.seed,
+        others=-(-samples.num_samples // UNSEEN),
     )
 
 

@@ -14,7 +14,7 @@ from grasp.model.quantized_linear import QUANTIZED
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
 from grasp.reporting.rerun_command import rerun_command
-from grasp.workflows.compress import compress
+from grasp.workflows.compress import compress, worse_than_removal
 from grasp.workflows.evaluate import evaluate
 from grasp.workflows.samples import Samples
 from tests.command_line import save_tiny_model
@@ -127,6 +127,20 @@ def test_few_tokens_for_the_widest_linear_are_said(model: Path, samples: Samples
         "64 calibration tokens are few for linears with 48 inputs: 192 or more, such as --num-samples 6"
     )
     assert not notes(6)
+
+
+def test_a_result_that_removing_layers_would_beat_is_said(model: Path, samples: Samples, tmp_path: Path) -> None:
+    said: list[str] = []
+    config = GraspConfig.best(compression_ratio=0.2)
+    report = compress(str(model), tmp_path / "out", config, samples, notify=said.append).report
+    assert report.removal_loss is not None
+    (name, _), notices = report.removal_loss, [worse_than_removal(report)]
+    assert any("removing layers would lose less" in note for note in said) == (notices[0] is not None)
+    for loss in (0.0, 99.0):
+        notices.append(worse_than_removal(replace(report, unseen_loss={**report.unseen_loss, name: loss})))
+    assert notices[1] is not None
+    assert name in notices[1]
+    assert notices[2] is None
 
 
 def test_the_seed_chooses_the_sequences(model: Path, samples: Samples, tmp_path: Path) -> None:

@@ -1,0 +1,52 @@
+"""The losses on batches that nothing was fitted to: before, after, and with layers removed instead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grasp.checkpoint.compression_report import COMPRESSED, DENSE
+from grasp.compression.budget import Plan, required_saving
+from grasp.compression.run import Run
+from grasp.errors import UnsupportedModelError
+from grasp.formatting import layer_ranges
+from grasp.method.ranks import redundant_layers
+from grasp.model.layer_removal import removable_layers
+from grasp.statistics.layer_losses import losses_without
+
+
+def losses_before(run: Run, plan: Plan, scores: Sequence[float]) -> dict[str, float]:
+    """The losses of the dense model and, if the budget can be met so, of the model without whole layers.
+
+    Args:
+        run: the run; none of its linears is replaced yet.
+        plan: what is to be saved.
+        scores: the block influence of each layer.
+    """
+    if not run.unseen:
+        return {}
+    choices = {DENSE: (), **_removed_instead(run, plan, scores)}
+    losses = losses_without(run.model, list(choices.values()), run.unseen, processes=run.processes)
+    return dict(zip(choices, losses, strict=True))
+
+
+def losses_after(run: Run) -> dict[str, float]:
+    """The loss of the compressed model."""
+    if not run.unseen:
+        return {}
+    return {COMPRESSED: losses_without(run.model, [()], run.unseen, processes=run.processes)[0]}
+
+
+def _removed_instead(run: Run, plan: Plan, scores: Sequence[float]) -> dict[str, tuple[int, ...]]:
+    """The fewest layers of least block influence whose removal meets the budget, by their name; or nothing."""
+    try:
+        removable = set(removable_layers(run.model))
+    except UnsupportedModelError:
+        return {}
+    order = [layer for layer in redundant_layers(scores, len(scores)) if layer in removable][: len(scores) - 1]
+    saving, saved = required_saving(run.prices, plan), 0.0
+    for count, layer in enumerate(order, start=1):
+        saved += run.prices.layer(layer)
+        if saved >= saving > 0:
+            removed = tuple(sorted(order[:count]))
+            return {f"layers {layer_ranges(removed)} removed": removed}
+    return {}
