@@ -168,7 +168,8 @@ def _report(
     losses: Mapping[str, float],
     reports: Sequence[ModuleReport],
 ) -> CompressionReport:
-    ranks = {report.name: report.rank for report in reports if report.rank}
+    ranks = {name: rank for name, rank in decision.ranks.items() if rank == ROUNDED}
+    ranks |= {report.name: report.rank for report in reports if report.rank}
     left = [report for layer in plan.layers for report in run.left[layer]]
     return CompressionReport(
         config=run.config.to_dict(),
@@ -189,6 +190,8 @@ def _report(
         },
         seconds=run.clock.seconds,
         versions={name: version(name) for name in ("torch", "transformers")},
-        decode_seconds=predicted_seconds(run.costs, run.targets, ranks, decision.removed) if run.costs else {},
+        decode_seconds=predicted_seconds(run.config, run.costs, run.targets, ranks, decision.removed)
+        if run.costs
+        else {},
         costs=run.costs.device if run.costs else None,
     )

@@ -40,7 +40,8 @@ class GraspConfig:
             the number of layers, and is then adjusted so that the fraction is met.
         target_bytes: size of all weights after compression, in bytes. ``retain_ratio`` is used as above.
         target_latency: time per decoded token at batch size 1, as a fraction of the dense model's. ``compress_``
-            predicts both times from its ``costs``. Needs ``allocation="global"``.
+            predicts both times from its ``costs``. With ``bits`` the dense model is the floating one. Needs
+            ``allocation="global"``.
         retain_ratio: fraction of each matrix's parameters to keep, in (0, 1]: R = int(N·K·retain_ratio / (N + K)) if
             factored. With a global allocation, the fraction of all matrices of ``layers`` or ``num_layers`` together.
         threshold_ratio: replaces ``retain_ratio``: keep the fewest groups whose importance adds up to this fraction,
@@ -70,8 +71,8 @@ class GraspConfig:
             the weight and the coefficients of the others in them, which are R² parameters less.
         bits: of all linears at the end: 8 or 4; ``None`` leaves them floating. Embeddings and the output layer then
             have 8 bits. ``target_bytes`` is the size with these bits, and needs ``allocation="global"``. ``"auto"``: a
-            linear is low-rank in 8 bits, or dense in 8 or 4, whatever reaches ``target_bytes`` with the least loss;
-            needs the kfac basis and its magnitudes.
+            linear is low-rank in 8 bits, or dense in 8 or 4, whatever reaches ``target_bytes`` or ``target_latency``
+            with the least loss; needs the kfac basis and its magnitudes.
         bits_dense: of the linears that stay dense, if others than ``bits``.
 
     Raises:
@@ -278,6 +279,12 @@ class GraspConfig:
         """How linears that stay dense may be stored instead, with ``bits="auto"``."""
         return choose_storage(4) if self.bits == AUTO else None
 
+    @property
+    def storages(self) -> tuple[Storage, ...]:
+        """The storages that linears of the decoder layers may get; none without ``bits``."""
+        storages = (self.storage, self.dense_storage, self.fewest_bits)
+        return tuple(dict.fromkeys(storage for storage in storages if storage is not None))
+
     def _bad_names(self) -> Iterator[str]:
         for name, known in _NAMES.items():
             value = getattr(self, name)
@@ -312,14 +319,12 @@ class GraspConfig:
             yield f"{' and '.join(given)} exclude each other: give one of {', '.join(TARGETS)}"
         if self.threshold_ratio is not None and self.layers is None and self.num_layers is None:
             yield "threshold_ratio needs layers or num_layers, because it does not set a compression ratio: give one"
-        if self.bits == AUTO and self.target_bytes is None:
-            yield "bits='auto' needs target_bytes, the size to reach: give both"
+        if self.bits == AUTO and self.target_bytes is None and self.target_latency is None:
+            yield "bits='auto' needs target_bytes or target_latency, the size or the time to reach: give one"
         if self.bits_dense is not None and self.bits not in (8, 4):
             yield f"bits_dense={self.bits_dense} needs bits=8 or bits=4, got {self.bits}: give both"
         if self.bits is not None and self.target_bytes is not None and self.allocation == "uniform":
             yield "target_bytes with bits needs allocation='global': take GraspConfig.best"
-        if self.bits is not None and self.target_latency is not None:
-            yield "target_latency is of floating weights: give bits with another target, or quantise the result"
 
     def _conflicts_of_method(self) -> Iterator[str]:
         """Yield the conflicts between options whose names are known."""

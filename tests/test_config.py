@@ -24,7 +24,7 @@ def test_the_default_is_the_papers() -> None:
     [
         GraspConfig.paper(layers=(5, 2), retain_ratio=0.3, metric="gradient"),
         GraspConfig(target_bytes=10**9),
-        GraspConfig.best(target_latency=0.8),
+        GraspConfig.best(target_latency=0.8, bits="auto"),
     ],
 )
 def test_json_round_trip(config: GraspConfig) -> None:
@@ -114,7 +114,7 @@ def test_bad_values_are_refused_with_what_was_expected(values: dict[str, object]
         ({"target_latency": 0.5}, "target_latency needs allocation='global'"),
         ({"bits_dense": 4}, "bits_dense=4 needs bits"),
         ({"bits": 8, "target_bytes": 10}, "target_bytes with bits needs allocation='global'"),
-        ({**_GLOBAL, "bits": "auto"}, "bits='auto' needs target_bytes"),
+        ({**_GLOBAL, "bits": "auto"}, "bits='auto' needs target_bytes or target_latency"),
         (
             {**_GLOBAL, "bits": "auto", "target_bytes": 10, "bits_dense": 4},
             "bits_dense=4 needs bits=8 or bits=4, got auto",

@@ -1,13 +1,15 @@
-"""Measure the decoding time of a model's linears, dense and at several ranks, and of the rest of the model."""
+"""Measure the decoding time of a model's linears, dense and at several ranks, as stored, and of the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,10 +20,12 @@ from grasp.bench.timing import interleave
 from grasp.errors import ResultsError
 from grasp.evaluation.generation import now, time_generation
 from grasp.method.cost_table import CostTable, LinearSeconds, find_card, from_roofline
-from grasp.method.ranks import Form, Shape, break_even_rank, parameters_at
+from grasp.method.ranks import Form, Shape, break_even_rank
+from grasp.method.storage import OUTPUTS, Storage
 from grasp.model.dense import dense_shape
 from grasp.model.hooks import hooked
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.quantized_linear import QuantizedLinear, QuantizedLowRankLinear, quantized_like
 from grasp.model.running import first_device
 from grasp.model.targets import decoder, layer_targets
 from grasp.progress import Progress, no_progress
@@ -34,30 +38,33 @@ POINTS = 4  # timed ranks up to the break-even one, besides the lowest
 REPETITIONS = 9
 TOLERANCE = 0.02  # norm-wise and relative; bf16 rounds the product of the input with Vh, and the result
 PROMPT_TOKENS, NEW_TOKENS, DECODES = 32, 16, 5
+_Kind = tuple[Storage | None, int | None]  # storage and rank of a linear: ``None`` for floating, and for dense
 
 
 def costs_for(
     model: PreTrainedModel,
     source: str | None,
     form: Form,
-    measured: CostTable | None = None,
+    storages: Sequence[Storage] = (),
     *,
+    measured: CostTable | None = None,
     progress: Progress = no_progress,
 ) -> CostTable:
     """The costs that ``source`` names: a file, a card, or ``None`` for this machine, measured now if not before.
 
     Raises:
-        CostTableError: if it is neither a file nor a card, or the table is for another model, dtype or form.
+        CostTableError: if it is neither a file nor a card, or the table is for another model, dtype or form, or lacks
+            a storage.
     """
     if source is None:
-        return measured or measure_costs(model, form, progress=progress)
+        return measured or measure_costs(model, form, storages, progress=progress)
     shapes, costs = linear_shapes(model), find_costs(source)
     dtype = str(model.dtype).removeprefix("torch.")
     if isinstance(costs, Card):
-        head = model.get_output_embeddings().weight
-        itemsize = model.dtype.itemsize
-        costs = from_roofline(costs, shapes, dtype=dtype, form=form, itemsize=itemsize, rest_bytes=head.nbytes)
-    costs.require(shapes, dtype, form)
+        head = tuple(model.get_output_embeddings().weight.shape)
+        weights: dict[str, Any] = {"dtype": dtype, "itemsize": model.dtype.itemsize, "head": head}
+        costs = from_roofline(costs, shapes, form=form, storages=storages, **weights)
+    costs.require(shapes, dtype, form, storages)
     return costs
 
 
@@ -86,49 +93,70 @@ def measured_ranks(shape: Shape, form: Form) -> tuple[int, ...]:
 
 
 @torch.inference_mode()
-def measure_costs(model: PreTrainedModel, form: Form = "pivoted", *, progress: Progress = no_progress) -> CostTable:
+def measure_costs(
+    model: PreTrainedModel,
+    form: Form = "pivoted",
+    storages: Sequence[Storage] = (),
+    *,
+    progress: Progress = no_progress,
+) -> CostTable:
     """Time linears of the model's shapes, dtype and device on one token, and the model's own decoding.
 
     Calls rotate through copies of a linear, so that no weights are in a cache. The dense linear and its ranks take
-    turns; the medians count. The rest of the decoder layers, and of a token, is measured by decoding with the model.
+    turns, floating and in each of the ``storages``; the medians count. The rest of the decoder layers, and of a token,
+    is measured by decoding with the model; with ``storages``, also with all its linears in the first of them.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"vocab_size": 64, "hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 2}
         >>> table = measure_costs(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)))
         >>> sorted(table.linears), table.source
-        ([(512, 512)], 'measured')
+        ([((512, 512), None)], 'measured')
     """
     device, dtype, shapes = first_device(model), model.dtype, linear_shapes(model)
-    linears: dict[Shape, LinearSeconds] = {}
-    for shape in sorted(set(shapes)):
-        progress("costs of linears", len(linears), len(set(shapes)) + 1)
-        linears[shape] = _time_linear(shape, form, device, dtype)
-    progress("costs of linears", len(linears), len(set(shapes)) + 1)
-    layers, rest = _time_decoding(model)
-    progress("costs of linears", len(linears) + 1, len(set(shapes)) + 1)
-    other = layers - sum(linears[shape].dense for shape in shapes)
+    linears: dict[tuple[Shape, Storage | None], LinearSeconds] = {}
+    steps = len(set(shapes)) + 1
+    for done, shape in enumerate(sorted(set(shapes))):
+        progress("costs of linears", done, steps)
+        ranks = measured_ranks(shape, form)
+        times = _time_linears(shape, list(product((None, *storages), (None, *ranks))), form, device, dtype)
+        for storage in (None, *storages):
+            low_rank = tuple(times[storage, rank] for rank in ranks)
+            linears[shape, storage] = LinearSeconds(times[storage, None], ranks, low_rank)
+    progress("costs of linears", steps - 1, steps)
+
+    def beside_linears(storage: Storage | None) -> tuple[float, float]:
+        with nullcontext() if storage is None else _quantized_model(model, storage):
+            layers, rest = _time_decoding(model)
+        other = layers - sum(linears[shape, storage].dense for shape in shapes)
+        return max(0.0, other / len(decoder(model).layers)), rest
+
+    layer, rest = beside_linears(None)
+    layer_quantized, rest_quantized = beside_linears(storages[0]) if storages else (None, None)
+    progress("costs of linears", steps, steps)
     return CostTable(
         device=device_name(device),
         source="measured",
         dtype=str(dtype).removeprefix("torch."),
         form=form,
         linears=linears,
-        layer=max(0.0, other / len(decoder(model).layers)),
+        layer=layer,
         rest=rest,
+        layer_quantized=layer_quantized,
+        rest_quantized=rest_quantized,
         threads=torch.get_num_threads() if device.type == "cpu" else None,
         versions={name: version(name) for name in ("torch", "transformers", "grasp-llm")},
     )
 
 
 @torch.inference_mode()
-def require_product(linear: LowRankLinear, name: str) -> None:
-    """Check that a low-rank linear computes the product with its weight, for one token.
+def require_product(linear: LowRankLinear | QuantizedLowRankLinear | QuantizedLinear, name: str) -> None:
+    """Check that a low-rank or quantised linear computes the product with its weight, for one token.
 
     Raises:
         ResultsError: if it does not; the message has its error.
     """
-    x = torch.randn(1, 1, linear.in_features).to(linear.U)
+    x = torch.randn(1, 1, linear.in_features).to(next(p for p in linear.parameters() if p.is_floating_point()))
     expected = x.double() @ linear.dense_weight().double().mT
     if linear.bias is not None:
         expected += linear.bias.double()
@@ -137,26 +165,59 @@ def require_product(linear: LowRankLinear, name: str) -> None:
         raise ResultsError(f"{name} is off by {error:.1e}, expected at most {TOLERANCE:.0e}")
 
 
-def _time_linear(shape: Shape, form: Form, device: torch.device, dtype: torch.dtype) -> LinearSeconds:
+def _time_linears(
+    shape: Shape, kinds: Sequence[_Kind], form: Form, device: torch.device, dtype: torch.dtype
+) -> dict[_Kind, float]:
+    """Seconds of linears of one shape on one token; all of them take turns."""
+    x = torch.randn(1, 1, shape[1], device=device).to(dtype)
+    batches: dict[_Kind, Batch] = {}
+    for storage, rank in kinds:
+        make = _maker(shape, storage, rank, form, device, dtype)
+        first = make()
+        if isinstance(first, QuantizedLinear | QuantizedLowRankLinear | LowRankLinear):
+            size = f"{shape[1]}x{shape[0]}" + ("" if rank is None else f"r{rank}")
+            require_product(first, f"the {storage or 'floating'} linear {size}")
+        copies = max(2, ROTATE_BYTES // sum(p.nbytes for p in first.parameters()))
+        modules = Rotation([first, *(make() for _ in range(copies - 1))])
+        batches[storage, rank] = batch(device.type, lambda module: module(x), modules)
+    return {kind: sample.median for kind, sample in interleave(batches, REPETITIONS).items()}
+
+
+def _maker(
+    shape: Shape, storage: Storage | None, rank: int | None, form: Form, device: torch.device, dtype: torch.dtype
+) -> Callable[[], nn.Module]:
+    """A function that makes a linear with random weights."""
     n, k = shape
-    x = torch.randn(1, 1, k, device=device).to(dtype)
+    make: Callable[..., nn.Module] = partial(nn.Linear, k, n, bias=False, dtype=dtype)
+    if rank is not None:
+        make = partial(LowRankLinear, k, n, rank, bias=False, pivoted=form == "pivoted", dtype=dtype)
+    if storage is None:
+        return partial(make, device=device)
+    return partial(_quantized, make(device="meta"), storage, device)
 
-    def dense() -> nn.Module:
-        return nn.Linear(k, n, bias=False, device=device, dtype=dtype)
 
-    def low_rank(rank: int) -> LowRankLinear:
-        return LowRankLinear(k, n, rank, bias=False, pivoted=form == "pivoted", device=device, dtype=dtype)
+def _quantized(floating: nn.Module, storage: Storage, device: torch.device) -> nn.Module:
+    module = quantized_like(floating, storage, device)
+    assert module is not None
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.uniform_(5e-4, 2e-3)
+        else:
+            parameter.random_()
+    return module
 
-    def timed(make: Callable[[], nn.Module], parameters: int) -> Batch:
-        copies = max(2, ROTATE_BYTES // (parameters * dtype.itemsize))
-        return batch(device.type, lambda module: module(x), Rotation([make() for _ in range(copies)]))
 
-    batches, ranks = {"dense": timed(dense, n * k)}, measured_ranks(shape, form)
-    for rank in ranks:
-        require_product(low_rank(rank), f"the low-rank linear {k}x{n}r{rank}")
-        batches[str(rank)] = timed(partial(low_rank, rank), parameters_at(shape, rank, form))
-    times = {name: sample.median for name, sample in interleave(batches, REPETITIONS).items()}
-    return LinearSeconds(times["dense"], ranks, tuple(times[str(rank)] for rank in ranks))
+@contextmanager
+def _quantized_model(model: PreTrainedModel, storage: Storage) -> Iterator[None]:
+    """Put quantised modules of zeros in the place of all that ``quantize_`` replaces, until the block ends."""
+    inside = set(decoder(model).layers.modules())
+    with ExitStack() as stack:
+        for name, module in list(model.named_modules()):
+            stored = storage if module in inside else OUTPUTS
+            if (quantized := quantized_like(module, stored, first_device(model))) is not None:
+                stack.callback(model.set_submodule, name, module)
+                model.set_submodule(name, quantized)
+        yield
 
 
 def _time_decoding(model: PreTrainedModel) -> tuple[float, float]:

@@ -107,9 +107,9 @@ def turns(names: Sequence[Name], repetitions: int) -> Iterator[tuple[int, Name]]
             yield repetition, name
 
 
-def interleave(batches: Mapping[str, Batch], repetitions: int) -> dict[str, Sample]:
+def interleave(batches: Mapping[Name, Batch], repetitions: int) -> dict[Name, Sample]:
     """Time all batches in turns."""
-    times: dict[str, list[float]] = {name: [] for name in batches}
+    times: dict[Name, list[float]] = {name: [] for name in batches}
     for _, name in turns(list(batches), repetitions):
         times[name].append(batches[name].seconds())
     return {name: Sample(tuple(seconds)) for name, seconds in times.items()}

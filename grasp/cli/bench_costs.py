@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from grasp.cli.arguments import Device, Dtype, Json, Model, parse_form
+from grasp.cli.arguments import Device, Dtype, Json, Model, parse_counts, parse_form
 from grasp.cli.bench import bench
 
 
@@ -23,6 +23,10 @@ def costs(
     form: Annotated[
         str, typer.Option(metavar="pivoted|factored", help="Of the low-rank linears, as in grasp compress.")
     ] = "pivoted",
+    bits: Annotated[
+        str | None,
+        typer.Option(metavar="8|4|8,4", help="Also time quantised linears, for grasp compress --bits; auto needs 8,4."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time the linears of MODEL on this machine, dense and low-rank, for one decoded token.
@@ -33,17 +37,20 @@ def costs(
     [bold]Example[/bold]
 
     $ grasp bench costs builtin -o costs.json
+    $ grasp bench costs builtin -o costs.json --bits 8,4
     """
     from grasp.bench.costs import measure_costs
     from grasp.cli import console, tables
     from grasp.files import require_writable
     from grasp.loading import load_quietly
+    from grasp.method.storage import choose_storage
 
     kind = parse_form(form)
+    storages = [choose_storage(number) for number in parse_counts(bits, "bits")] if bits else []
     require_writable(output, parents=True)
     with console.step_bars() as progress:
         loaded, _ = load_quietly(model, dtype=dtype, device=device, progress=progress)
-        table = measure_costs(loaded, kind, progress=progress)
+        table = measure_costs(loaded, kind, storages, progress=progress)
     if as_json:
         console.print_json(table.to_dict())
     else:

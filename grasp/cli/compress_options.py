@@ -91,7 +91,7 @@ Bits = Annotated[
     _best(
         metavar="8|4|auto",
         help="Quantise the result: bits of low-rank and dense linears; embeddings have 8. auto: whatever reaches "
-        "--target-bytes with the least loss, linear by linear.",
+        "--target-bytes or --target-latency with the least loss, linear by linear.",
     ),
 ]
 BitsDense = Annotated[
@@ -162,6 +162,7 @@ $ grasp compress ./my-model -o small --layers 3,12-17 --retain-ratio 0.3 --calib
 [dim]Decode in 80 % of the time on this machine, or on an H100:[/dim]
 
 $ grasp compress builtin -o fast --target-latency 0.8 --num-samples 24
+$ grasp compress builtin -o faster --target-latency 0.5 --bits 8 --num-samples 24
 $ grasp compress ./my-model -o fast --target-latency 0.8 --costs H100
 
 [dim]In 100 MB, with the ranks and bits that lose least:[/dim]

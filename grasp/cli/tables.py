@@ -278,19 +278,26 @@ def show_costs(table: CostTable, output: Path) -> None:
             ("device", table.device if table.threads is None else f"{table.device}, threads: {table.threads}"),
             ("dtype", table.dtype),
             ("form", table.form),
-            ("per layer", f"{table.layer * 1e6:.0f} us beside its linears"),
-            ("the rest", f"{table.rest * 1e6:.0f} us"),
+            ("per layer", f"{_microseconds(table.layer, table.layer_quantized)} beside its linears"),
+            ("the rest", _microseconds(table.rest, table.rest_quantized)),
             ("output", str(output)),
         ]
     )
     print_table(
         ("outputs x inputs", "dense us", "rank: us"),
         [
-            (f"{n} x {k}", f"{each.dense * 1e6:.1f}", ", ".join(f"{rank}: {1e6 * s:.1f}" for rank, s in pairs))
-            for (n, k), each in table.linears.items()
-            if (pairs := list(zip(each.ranks, each.seconds, strict=True)))
+            (
+                f"{n} x {k} {storage or ''}",
+                f"{each.dense * 1e6:.1f}",
+                ", ".join(f"{rank}: {1e6 * s:.1f}" for rank, s in zip(each.ranks, each.seconds, strict=True)),
+            )
+            for ((n, k), storage), each in table.linears.items()
         ],
     )
+
+
+def _microseconds(seconds: float, quantized: float | None) -> str:
+    return f"{seconds * 1e6:.0f} us" + ("" if quantized is None else f", quantised {quantized * 1e6:.0f} us")
 
 
 def show_environment(facts: Mapping[str, Any]) -> None:

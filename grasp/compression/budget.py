@@ -21,6 +21,7 @@ from grasp.method.knapsack import DENSE, ROUNDED
 from grasp.method.ranks import (
     Budget,
     Form,
+    Shape,
     break_even_rank,
     factor_shapes,
     parameters_at,
@@ -30,6 +31,7 @@ from grasp.method.ranks import (
     solve_compression_ratio,
     uniform_budget,
 )
+from grasp.method.storage import Storage, matrix_bytes
 from grasp.model.dense import dense_shape
 from grasp.model.size import model_size
 from grasp.model.targets import Target, decoder
@@ -100,22 +102,22 @@ def _second_prices(config: GraspConfig, model: PreTrainedModel, targets: Targets
     if costs is None:
         raise ValueError(
             "target_latency needs costs: give compress_ a grasp.method.cost_table.CostTable, such as "
-            f"grasp.bench.costs.measure_costs(model, form={config.form!r})"
+            f"grasp.bench.costs.measure_costs(model, form={config.form!r}, storages=config.storages)"
         )
     table = costs
-    shapes = {layer: [dense_shape(target.module) for target in linears] for layer, linears in targets.items()}
-    dtype = str(model.dtype).removeprefix("torch.")
-    table.require(set(chain.from_iterable(shapes.values())), dtype, config.form)
-    total = table.predict(((shape, None) for shape in chain.from_iterable(shapes.values())), len(shapes))
+    shapes = {dense_shape(target.module) for target in chain.from_iterable(targets.values())}
+    table.require(shapes, str(model.dtype).removeprefix("torch."), config.form, config.storages)
+    dense, start = predicted_seconds(config, table, targets, {}, ()).values()
+    beside, _ = table.beside_linears(quantized=config.storage is not None)
 
     def linear(target: Target, rank: int) -> float:
-        return table.linear(dense_shape(target.module), None if rank == DENSE else rank)
+        return table.linear(*_kind(target, rank, config))
 
     def layer(index: int) -> float:
-        return table.layer + math.fsum(table.linear(shape) for shape in shapes[index])
+        return beside + math.fsum(linear(target, DENSE) for target in targets[index])
 
-    prices = Prices(linear, layer, (1 - config.target_latency) * total, RANK_MULTIPLE)
-    _require_reachable(config, prices, targets, lambda saved: f"target_latency={1 - saved / total:.3f}")
+    prices = Prices(linear, layer, max(0.0, start - config.target_latency * dense), RANK_MULTIPLE)
+    _require_reachable(config, prices, targets, lambda saved: f"target_latency={(start - saved) / dense:.3f}")
     return prices
 
 
@@ -136,27 +138,30 @@ def parameters(target: Target, rank: int, form: Form) -> int:
 
 def stored_bytes(target: Target, rank: int, config: GraspConfig) -> int:
     """The bytes of a linear at a rank, ``DENSE`` or ``ROUNDED``, in the checkpoint; without the bias, which stays."""
-    shape, itemsize = dense_shape(target.module), target.module.weight.element_size()
-    if rank == ROUNDED:
-        assert config.fewest_bits is not None
-        return config.fewest_bits.bytes(*shape, itemsize)
-    matrices, storage = (
-        ((shape,), config.dense_storage) if rank == DENSE else (factor_shapes(shape, rank, config.form), config.storage)
-    )
-    values = (n * k * itemsize if storage is None else storage.bytes(n, k, itemsize) for n, k in matrices)
-    return sum(values) + order_bytes(target, rank, config.form)
+    shape, low_rank, storage = _kind(target, rank, config)
+    matrices = (shape,) if low_rank is None else factor_shapes(shape, low_rank, config.form)
+    return matrix_bytes(matrices, storage, target.module.weight.element_size()) + order_bytes(target, rank, config.form)
 
 
 def order_bytes(target: Target, rank: int, form: Form) -> int:
-    """The bytes of the buffer ``order`` of a linear at a rank, or ``DENSE``."""
-    return 0 if rank == DENSE or form == "factored" else ORDER_ITEMSIZE * dense_shape(target.module)[0]
+    """The bytes of the buffer ``order`` of a linear at a rank, ``DENSE`` or ``ROUNDED``."""
+    return 0 if rank in (DENSE, ROUNDED) or form == "factored" else ORDER_ITEMSIZE * dense_shape(target.module)[0]
+
+
+def _kind(target: Target, rank: int, config: GraspConfig) -> tuple[Shape, int | None, Storage | None]:
+    """Shape, rank or ``None``, and storage of a linear at a rank, ``DENSE`` or ``ROUNDED``."""
+    dense = {DENSE: config.dense_storage, ROUNDED: config.fewest_bits}
+    shape = dense_shape(target.module)
+    return (shape, None, dense[rank]) if rank in dense else (shape, rank, config.storage)
 
 
 def _require_reachable(config: GraspConfig, prices: Prices, targets: Targets, after: Callable[[float], str]) -> None:
-    """Raise unless the lowest ranks save enough, or removing all layers but one; ``after`` names the result."""
+    """Raise unless the cheapest choices save enough, or removing all layers but one; ``after`` names the result."""
     assert prices.saving is not None
-    most = math.fsum(max(0.0, prices.saved(target, 1)) for target in chain.from_iterable(targets.values()))
-    means = "rank 1 in every eligible matrix"
+    cheapest = {1: "rank 1"} | ({} if config.fewest_bits is None else {ROUNDED: str(config.fewest_bits)})
+    linears = chain.from_iterable(targets.values())
+    most = math.fsum(max(0.0, *(prices.saved(target, rank) for rank in cheapest)) for target in linears)
+    means = f"{' or '.join(cheapest.values())} in every eligible matrix"
     if config.remove_layers:
         layers = [prices.layer(layer) for layer in targets]
         most, means = max(most, math.fsum(layers) - min(layers)), "removing all layers but one"
@@ -247,17 +252,19 @@ def required_saving(prices: Prices, plan: Plan) -> float:
 
 
 def predicted_seconds(
-    costs: CostTable, targets: Targets, ranks: Mapping[str, int], removed: Sequence[int]
+    config: GraspConfig, costs: CostTable, targets: Targets, ranks: Mapping[str, int], removed: Sequence[int]
 ) -> dict[str, float]:
-    """The predicted time to decode a token, dense and after compression.
+    """The predicted time to decode a token with the dense floating model, and after compression.
 
     Args:
+        config: of the compression; it has the bits.
         costs: of the model.
         targets: the linears that could be compressed.
-        ranks: the path of each compressed linear → its rank.
+        ranks: the path of each compressed linear → its rank, or ``ROUNDED``.
         removed: layers that were removed.
     """
     dense = ((dense_shape(target.module), None) for target in chain.from_iterable(targets.values()))
     remaining = (target for layer, linears in targets.items() if layer not in removed for target in linears)
-    after = ((dense_shape(target.module), ranks.get(target.name)) for target in remaining)
-    return {"dense": costs.predict(dense, len(targets)), "after": costs.predict(after, len(targets) - len(removed))}
+    after = (_kind(target, ranks.get(target.name, DENSE), config) for target in remaining)
+    layers, quantized = len(targets) - len(removed), config.storage is not None
+    return {"dense": costs.predict(dense, len(targets)), "after": costs.predict(after, layers, quantized=quantized)}

@@ -212,9 +212,11 @@ class _Estimator:
         self.targets = eligible_targets(tracer.model)[0]
         self.shapes = [dense_shape(target.module) for linears in self.targets.values() for target in linears]
         self.parameters = model_size(tracer.model, self._layers).parameters
-        self._prices = find_prices(replace(job.config, target_latency=None), tracer.model, self.targets)
-        if job.config.target_latency is not None:  # the layers depend on costs: at most, all layers are compressed
-            self._prices = replace(self._prices, saving=math.inf)
+        if job.config.target_latency is None:
+            self._prices = find_prices(job.config, tracer.model, self.targets)
+        else:  # the layers depend on costs: at most, all layers are compressed
+            parameters = find_prices(GraspConfig(form=job.config.form), tracer.model, self.targets)
+            self._prices = replace(parameters, saving=math.inf)
         self._flops = FlopCounter(job, tracer)
         self._cases: dict[tuple[int, ...], _Case] = {}
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import NonFiniteError
 from grasp.method.rounding import Rounded, round_nearest, round_to_outputs
-from grasp.method.storage import Storage
+from grasp.method.storage import OUTPUTS, Storage
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
 from grasp.model.grouping import group_linears_
@@ -30,7 +30,6 @@ from grasp.statistics.sweep import Prefix, Rows, alone, capture_prefix, propagat
 from grasp_kernels.products import accumulate_gram_, mirror_
 from grasp_kernels.quantized import pack_int4
 
-_OUTPUTS = Storage(8)  # of embeddings and of the output layer
 # In 4 bits a low-rank linear with more numbers than this fraction of the dense weight is stored dense. Its factors save
 # little and lose much: rows given by U are sums of many stored rows, with the rounding errors of all.
 DENSE_FROM = 0.8
@@ -95,7 +94,7 @@ def bytes_saved(model: PreTrainedModel, storage: Storage) -> tuple[int, list[int
     inside = [list(layer.modules()) for layer in decoder(model).layers]
     known = {id(module) for modules in inside for module in modules}
     layers = [_bytes_saved(modules, storage) for modules in inside]
-    return sum(layers) + _bytes_saved([m for m in model.modules() if id(m) not in known], _OUTPUTS), layers
+    return sum(layers) + _bytes_saved([m for m in model.modules() if id(m) not in known], OUTPUTS), layers
 
 
 def _bytes_saved(modules: Sequence[nn.Module], storage: Storage) -> int:
@@ -255,11 +254,11 @@ def _store_(module: nn.Module, name: str, rounded: Rounded) -> None:
 
 def _quantize_rest_(model: PreTrainedModel, names: Mapping[nn.Module, str]) -> None:
     """Quantise embeddings and the linears outside of the decoder layers. Modules with one weight share the result."""
-    rest = [module for module in model.modules() if quantized_like(module, _OUTPUTS, "meta") is not None]
+    rest = [module for module in model.modules() if quantized_like(module, OUTPUTS, "meta") is not None]
     made: dict[int, QuantizedModule] = {}
     for module in rest:
         key = id(getattr(module, "weight", module))
-        new = _replace_(model, names[module], module, _OUTPUTS, None)
+        new = _replace_(model, names[module], module, OUTPUTS, None)
         if key in made:
             for name in ("weight", "weight_scales"):
                 setattr(new, name, getattr(made[key], name))

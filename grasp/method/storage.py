@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 _GROUPS = (None, 32, 64, 128)
@@ -41,6 +42,12 @@ class Storage(NamedTuple):
 
 
 STORAGES = {str(storage): storage for bits in (8, 4) for group in _GROUPS for storage in [Storage(bits, group)]}
+OUTPUTS = Storage(8)  # of embeddings and of the output layer
+
+
+def matrix_bytes(shapes: Iterable[tuple[int, int]], storage: Storage | None, itemsize: int) -> int:
+    """The bytes of matrices (rows, depth) with their scales, numbers of ``itemsize`` bytes; ``None``: floating."""
+    return sum(n * k * itemsize if storage is None else storage.bytes(n, k, itemsize) for n, k in shapes)
 
 
 def choose_storage(bits: int, group: int | None = None) -> Storage:

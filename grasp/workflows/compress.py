@@ -133,7 +133,7 @@ def compress(
                 notify(notice)
             table = None
             if config.target_latency is not None:
-                table = costs_for(model, costs, config.form, state.costs, progress=progress)
+                table = costs_for(model, costs, config.form, config.storages, measured=state.costs, progress=progress)
             if is_written:
                 state.require_same(request_fingerprint(model, batches, config, table))
                 return Compression(name, str(target), samples, CompressionReport.load(target))

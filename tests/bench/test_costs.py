@@ -4,14 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from grasp.bench import costs
 from grasp.bench.costs import costs_for, linear_shapes, measure_costs, measured_ranks
+from grasp.config import GraspConfig
 from grasp.errors import CostTableError, ResultsError
+from grasp.evaluation.generation import GenerationTime
 from grasp.method.cost_table import CostTable
 from grasp.method.ranks import break_even_rank
+from grasp.method.storage import Storage
 from grasp.model.dense import dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.quantized_linear import QUANTIZED, QuantizedLinear, QuantizedLowRankLinear
 from grasp.model.targets import decoder, layer_targets
 from speedgate import timing
 from tests.tiny_models import tiny_model
@@ -30,7 +35,7 @@ def test_every_linear_of_the_model_is_timed_and_the_parts_add_up_to_its_decoding
     model = tiny_model(family, torch.bfloat16)
     table = measure_costs(model)
     shapes = [dense_shape(target.module) for layer in range(3) for target in layer_targets(model, layer)[0]]
-    assert set(table.linears) == set(shapes)
+    assert set(table.linears) == {(shape, None) for shape in shapes}
     assert (table.dtype, table.source, table.threads) == ("bfloat16", "measured", torch.get_num_threads())
     times = [table.rest, *(time for linear in table.linears.values() for time in (linear.dense, *linear.seconds))]
     assert all(0 < time < 1 for time in times)
@@ -57,6 +62,30 @@ def test_a_linear_that_computes_something_else_is_not_timed(monkeypatch: pytest.
         measure_costs(tiny_model("llama"))
 
 
+def test_quantised_linears_are_timed_as_they_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "ROTATE_BYTES", 1 << 12)
+    checked = []
+    monkeypatch.setattr(costs, "require_product", lambda linear, name: checked.append((type(linear), name)))
+    decoded, generate = [], costs.time_generation
+
+    def noted(model: PreTrainedModel, **sizes: int) -> GenerationTime:
+        decoded.append(sum(isinstance(module, QUANTIZED) for module in model.modules()))
+        return generate(model, **sizes)
+
+    monkeypatch.setattr(costs, "time_generation", noted)
+    config = GraspConfig.best(target_latency=0.5, bits="auto")
+    model = tiny_model("llama", torch.bfloat16)
+    modules = dict(model.named_modules())
+    table = costs_for(model, None, "pivoted", config.storages)
+    assert dict(model.named_modules()) == modules
+    assert {storage for _, storage in table.linears} == {None, Storage(8), Storage(4, 64)}
+    assert (QuantizedLinear, "the int4/64 linear 32x16") in checked
+    assert (QuantizedLowRankLinear, "the int8 linear 32x16r15") in checked
+    assert decoded.count(0) == costs.DECODES + 1
+    assert decoded.count(23) == costs.DECODES + 1  # the linears of three layers, the embedding and the output layer
+    assert all(seconds is not None and seconds < 1 for seconds in (table.layer_quantized, table.rest_quantized))
+
+
 def test_costs_come_from_a_file_a_card_or_this_machine(tmp_path: Path) -> None:
     model = tiny_model("llama")
     measured = costs_for(model, None, "pivoted")
@@ -64,9 +93,9 @@ def test_costs_come_from_a_file_a_card_or_this_machine(tmp_path: Path) -> None:
     assert costs_for(model, str(tmp_path / "costs.json"), "pivoted") == measured
     card = costs_for(model, "A100", "pivoted")
     assert (card.device, card.source, card.dtype) == ("A100", "roofline", "float32")
-    assert set(card.linears) == set(linear_shapes(model))
+    assert {shape for shape, _ in card.linears} == set(linear_shapes(model))
     head = model.get_output_embeddings().weight.nbytes
-    assert card.rest == pytest.approx(head / 2.039e12 + 2e-6)
+    assert card.rest == pytest.approx(head / 2.039e12 + 2e-6, rel=1e-3)
     with pytest.raises(CostTableError, match=r"costs must be a file .* or a card \(A100.*got 'costs\.json'"):
         costs_for(model, "costs.json", "pivoted")
 

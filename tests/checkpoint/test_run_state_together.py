@@ -52,7 +52,7 @@ def replaced(found: Run) -> int:
 def costs(call: float = 0.0) -> CostTable:
     """A table of the tiny Llama in which a linear costs its weights, and each of a low-rank one's two a call."""
     shapes = [(32, 32), (16, 32), (48, 32), (32, 48)]
-    linears = {(n, k): LinearSeconds(n * k, (1, 64), (n + k + call, 64 * (n + k) + call)) for n, k in shapes}
+    linears = {((n, k), None): LinearSeconds(n * k, (1, 64), (n + k + call, 64 * (n + k) + call)) for n, k in shapes}
     return CostTable("any", "measured", "float32", linears, 0.0, 100.0, form="pivoted")
 
 

@@ -14,23 +14,24 @@ SINGLE = ("--schedule", "single-sweep")
 FEW = ("--num-samples", 2, "--seq-len", 32)
 
 
+@pytest.mark.parametrize("bits", [(), ("--bits", "8")])
 def test_costs_are_measured_and_a_latency_is_met_by_them(
-    main: RunMain, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    main: RunMain, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(timing, "WARM_UP", 0.001)
     monkeypatch.setattr(bench_costs, "ROTATE_BYTES", 1 << 16)
     costs, out = tmp_path / "costs.json", tmp_path / "out"
-    measured = main("bench", "costs", model, "-o", costs)
+    measured = main("bench", "costs", model, "-o", costs, *bits)
     assert measured.code == 0, measured.err
     assert "64 x 32" not in measured.out
     assert "48 x 32" in measured.out
     table = json.loads(costs.read_text())
     for linear in table["linears"]:  # on a model this small everything is overhead: pretend that it is not
-        size = linear["out_features"] + linear["in_features"]
-        linear["dense"] = 1e-6 * linear["out_features"] * linear["in_features"]
-        linear["seconds"] = [1e-6 * size * rank for rank in linear["ranks"]]
-    costs.write_text(json.dumps({**table, "layer": 0.0, "rest": 0.0}))
-    options = ("--target-latency", 0.7, "--costs", costs, "--calibration", text, *FEW, *SINGLE)
+        size, unit = linear["out_features"] + linear["in_features"], 0.9e-6 if linear["storage"] else 1e-6
+        linear["dense"] = unit * linear["out_features"] * linear["in_features"]
+        linear["seconds"] = [unit * size * rank for rank in linear["ranks"]]
+    costs.write_text(json.dumps({**table, "layer": 0.0, "rest": 0.0, "layer_quantized": 0.0, "rest_quantized": 0.0}))
+    options = ("--target-latency", 0.7, "--costs", costs, "--calibration", text, *bits, *FEW, *SINGLE)
     done = main("compress", model, "-o", out, *options)
     assert done.code == 0, done.err
     assert "ms per token, 70.0 %, as predicted for" in re.sub(r"\s+", " ", done.out) or "69." in done.out

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from grasp.compression import rounds
 from grasp.compression.budget import Plan, find_prices
 from grasp.compression.candidates import FIRST_SHARE, candidates, hold_out
 from grasp.compression.quantize import quantize_
-from grasp.compression.selection import Selection
+from grasp.compression.selection import STAYS_DENSE, Selection
 from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, CostTableError
 from grasp.method import svd
@@ -176,39 +176,70 @@ def test_an_eighth_is_held_out_and_at_least_one_batch() -> None:
         hold_out(batches[:1])
 
 
+FLOATING: dict[Storage | None, float] = {None: 1.0}
+
+
 def shapes_of(model: PreTrainedModel) -> list[tuple[int, int]]:
     layers = range(len(decoder(model).layers))
     return [dense_shape(target.module) for layer in layers for target in layer_targets(model, layer)[0]]
 
 
-def costs_of(model: PreTrainedModel, *, call: float = 0.0, dear: tuple[int, int] | None = None) -> CostTable:
-    """Seconds as a tenth of the parameters, and of each call; linears of one shape may be ten times as dear."""
+def costs_of(
+    model: PreTrainedModel, *, dear: tuple[int, int] | None = None, speeds: Mapping[Storage | None, float] = FLOATING
+) -> CostTable:
+    """Seconds as a tenth of the parameters, over the speed; linears of one shape may be ten times as dear."""
 
-    def linear(n: int, k: int) -> LinearSeconds:
-        unit = 1.0 if (n, k) == dear else 0.1
+    def linear(n: int, k: int, speed: float) -> LinearSeconds:
+        unit = (1.0 if (n, k) == dear else 0.1) / speed
         top = n * k // (n + k)
-        return LinearSeconds(unit * n * k + call, (0, top), (call, call + unit * top * (n + k)))
+        return LinearSeconds(unit * n * k, (0, top), (0.0, unit * top * (n + k)))
 
-    return CostTable("any", "measured", "float32", {shape: linear(*shape) for shape in shapes_of(model)}, 0.0, 100.0)
+    linears = {
+        (shape, storage): linear(*shape, speed) for shape in shapes_of(model) for storage, speed in speeds.items()
+    }
+    return CostTable("any", "measured", "float32", linears, 0.0, 100.0, layer_quantized=0.0, rest_quantized=60.0)
 
 
 def predicted(costs: CostTable, model: PreTrainedModel, report: CompressionReport) -> float:
     ranks = {module.name: module.rank for module in report.compressed}
     layers = range(len(decoder(model).layers))
     targets = [target for layer in layers for target in layer_targets(tiny_model("llama"), layer)[0]]
-    total = costs.predict(((dense_shape(t.module), ranks.get(t.name)) for t in targets), len(layers))
+    storages = {name: getattr(module, "storage", None) for name, module in model.named_modules()}
+    linears = [(dense_shape(t.module), ranks.get(t.name), storages[t.name]) for t in targets]
+    total = costs.predict(linears, len(layers), quantized=report.config["bits"] is not None)
     assert report.decode_seconds["after"] == pytest.approx(total)
     return total
 
 
-@pytest.mark.parametrize("scope", ["redundant", "model"])
-def test_a_latency_is_met_and_all_of_it_is_used(scope: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "config"),
+    [
+        (0.8, {"scope": "redundant"}),
+        (0.8, {"scope": "model"}),
+        (0.4, {"scope": "model", "bits": 8}),
+        (0.4, {"scope": "redundant", "bits": 8, "bits_dense": 4}),
+    ],
+)
+def test_a_latency_is_met_and_all_of_it_is_used(target: float, config: dict[str, Any]) -> None:
     model = tiny_model("llama")
-    costs = costs_of(model)
+    costs = costs_of(model, speeds={None: 1, Storage(8): 2, Storage(4, 64): 1.8})
     dense = costs.predict(((shape, None) for shape in shapes_of(model)), 3)
-    report = compress_(model, tiny_batches(8), GraspConfig(target_latency=0.8, scope=scope, **BEST), costs=costs)
+    report = compress_(model, tiny_batches(8), GraspConfig(target_latency=target, **{**BEST, **config}), costs=costs)
     used = predicted(costs, model, report)
-    assert 0.8 * dense - 0.1 * (32 + 48) * 16 < used <= 0.8 * dense + 1e-6
+    assert report.compressed
+    assert target * dense - 0.1 * (32 + 48) * 16 < used <= target * dense + 1e-6
+
+
+@pytest.mark.parametrize("int4", [3.0, 1.5])
+def test_dense_linears_get_fewer_bits_where_that_is_faster(int4: float) -> None:
+    model = tiny_model("llama", hidden_size=64, intermediate_size=128)
+    costs = costs_of(model, speeds={None: 1, Storage(8): 2, Storage(4, 64): int4})
+    config = GraspConfig(target_latency=0.42, bits="auto", scope="model", **BEST)
+    report = compress_(model, tiny_batches(4), config, costs=costs)
+    modules = [m for m in decoder(model).layers.modules() if isinstance(m, QUANTIZED)]
+    assert ({Storage(4, 64)} <= {module.storage for module in modules}) == (int4 > 2)
+    assert any(isinstance(module, QuantizedLowRankLinear) for module in modules) == (int4 < 2)
+    assert report.decode_seconds["after"] <= 0.42 * report.decode_seconds["dense"] + 1e-6
 
 
 def test_latency_is_spent_where_it_is_cheap() -> None:
@@ -226,7 +257,7 @@ def test_latency_is_spent_where_it_is_cheap() -> None:
 def test_a_linear_that_low_rank_makes_no_faster_stays_dense() -> None:
     model = tiny_model("llama")
     costs = costs_of(model)
-    slow = {shape: LinearSeconds(1.0, (1,), (2.0,)) for shape in [(16, 32)]}  # keys and values
+    slow = {((16, 32), None): LinearSeconds(1.0, (1,), (2.0,))}  # keys and values
     costs = dataclasses.replace(costs, linears={**costs.linears, **slow})
     report = compress_(model, tiny_batches(2), GraspConfig(target_latency=0.6, scope="model", **BEST), costs=costs)
     assert not [module.name for module in report.compressed if module.out_features == 16]
@@ -296,11 +327,18 @@ def test_a_target_that_is_already_met_changes_nothing() -> None:
     costs = costs_of(model)
     config = GraspConfig(target_latency=1.0, scope="model", **BEST)
     assert not compress_(tiny_model("llama"), tiny_batches(2), config, costs=costs).compressed
+    config = replace(config, bits=8, target_latency=0.5)
+    costs = costs_of(model, speeds={None: 1, Storage(8): 2.5})
+    report = compress_(model, tiny_batches(2), config, costs=costs)
+    assert not report.compressed
+    assert {module.reason for module in report.left} == {STAYS_DENSE}
+    assert report.decode_seconds["after"] < 0.5 * report.decode_seconds["dense"]
 
 
 def test_targets_out_of_reach_say_what_is_within_it() -> None:
     model = tiny_model("llama")
-    costs = costs_of(model)
+    costs, stored = costs_of(model), costs_of(model, speeds={None: 1, Storage(8): 2, Storage(4, 64): 1e6})
+    shapes = shapes_of(model)
     targets = {layer: layer_targets(model, layer)[0] for layer in range(3)}
     with pytest.raises(
         ValueError, match=r"target_bytes=1000 cannot be reached: rank 1 .* gives target_bytes=\d+$"
@@ -311,6 +349,10 @@ def test_targets_out_of_reach_say_what_is_within_it() -> None:
     assert report.after.bytes == least
     with pytest.raises(ValueError, match=r"target_latency=0.010 cannot be reached: .* gives target_latency=0\.\d+$"):
         find_prices(GraspConfig(target_latency=0.01, **BEST), model, targets, costs)
+    share = stored.rest_quantized / stored.predict(((shape, None) for shape in shapes), 3)
+    message = f"rank 1 or int4/64 in every eligible matrix gives target_latency={share:.3f}"
+    with pytest.raises(ValueError, match=message):
+        find_prices(GraspConfig(target_latency=0.001, bits="auto", **BEST), model, targets, stored)
 
 
 def test_a_latency_needs_costs_of_this_model() -> None:
@@ -322,11 +364,13 @@ def test_a_latency_needs_costs_of_this_model() -> None:
         compress_(model, tiny_batches(1), config, costs=dataclasses.replace(costs_of(model), dtype="bfloat16"))
     with pytest.raises(CostTableError, match=r"no linear of "):
         compress_(model, tiny_batches(1), config, costs=costs_of(tiny_model("gpt2")))
+    with pytest.raises(CostTableError, match=r"no int8 linears, only float32\. .* --bits 8 -o"):
+        compress_(model, tiny_batches(1), replace(config, bits=8), costs=costs_of(model))
 
 
 def test_the_costs_of_a_card_will_do() -> None:
     model = tiny_model("llama")
-    costs = from_roofline(CARDS["H100"], shapes_of(model), dtype="float32", form="factored", itemsize=4, rest_bytes=0)
+    costs = from_roofline(CARDS["H100"], shapes_of(model), dtype="float32", form="factored", itemsize=4, head=(64, 32))
     with pytest.raises(ValueError, match=r"target_latency=0.900 cannot be reached"):  # tiny linears are all launches
         compress_(model, tiny_batches(1), GraspConfig(target_latency=0.9, **BEST), costs=costs)
 

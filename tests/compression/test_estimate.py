@@ -340,7 +340,9 @@ def test_memory_of_a_real_model_is_within_the_estimate(settings: dict[str, Any],
     assert measured <= expected <= 2.5 * measured
 
 
-@pytest.mark.parametrize("target", [{"target_latency": 0.5}, {"compression_ratio": 0.1, "scope": "model"}])
+@pytest.mark.parametrize(
+    "target", [{"target_latency": 0.5, "bits": "auto"}, {"compression_ratio": 0.1, "scope": "model"}]
+)
 def test_all_layers_are_counted_for_a_latency_and_for_the_whole_model(target: dict[str, Any]) -> None:
     everything: dict[str, Any] = {"basis": "kfac", "metric": "magnitude", "allocation": "global"}
     config = GraspConfig(**everything, schedule="single-sweep", **target)

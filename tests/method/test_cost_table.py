@@ -10,15 +10,23 @@ import pytest
 from grasp.errors import CostTableError
 from grasp.method.cost_table import LAUNCH, CostTable, LinearSeconds, find_card, from_roofline
 from grasp.method.ranks import break_even_rank
+from grasp.method.storage import Storage, choose_storage
 
 SMALL, WIDE = (64, 32), (96, 64)
+ROW = {"out_features": 4, "in_features": 4, "dense": 1.0, "ranks": [1], "seconds": [1.0]}
 TABLE = CostTable(
     device="a processor",
     source="measured",
     dtype="bfloat16",
-    linears={SMALL: LinearSeconds(8e-6, (16, 32), (2e-6, 4e-6)), WIDE: LinearSeconds(9e-6, (16,), (3e-6,))},
+    linears={
+        (SMALL, None): LinearSeconds(8e-6, (16, 32), (2e-6, 4e-6)),
+        (WIDE, None): LinearSeconds(9e-6, (16,), (3e-6,)),
+        (SMALL, Storage(8)): LinearSeconds(5e-6, (16,), (1e-6,)),
+    },
     layer=5e-6,
     rest=1e-3,
+    layer_quantized=4e-6,
+    rest_quantized=7e-4,
     threads=2,
     versions={"torch": "2.0"},
 )
@@ -37,6 +45,8 @@ def test_a_model_takes_what_its_linears_its_layers_and_the_rest_take() -> None:
     assert TABLE.predict([(SMALL, None), (SMALL, 16), (WIDE, 16)], layers=3) == pytest.approx(
         1e-3 + 3 * 5e-6 + 8e-6 + 2e-6 + 3e-6
     )
+    stored = [(SMALL, None, Storage(8)), (SMALL, 16, Storage(8)), (WIDE, None)]
+    assert TABLE.predict(stored, layers=1, quantized=True) == pytest.approx(7e-4 + 4e-6 + 5e-6 + 1e-6 + 9e-6)
 
 
 def test_round_trip_through_a_file_of_which_nothing_else_is_left(tmp_path: Path) -> None:
@@ -44,6 +54,19 @@ def test_round_trip_through_a_file_of_which_nothing_else_is_left(tmp_path: Path)
     TABLE.save(path)
     assert CostTable.load(path) == TABLE
     assert [each.name for each in path.parent.iterdir()] == ["costs.json"]
+
+
+def test_a_file_from_before_there_were_bits_is_of_floating_weights(tmp_path: Path) -> None:
+    floating = {key: linear for key, linear in TABLE.linears.items() if key[1] is None}
+    values = dataclasses.replace(TABLE, linears=floating).to_dict()
+    del values["layer_quantized"], values["rest_quantized"]
+    rows = [{name: value for name, value in row.items() if name != "storage"} for row in values["linears"]]
+    (tmp_path / "costs.json").write_text(json.dumps({"format_version": 1, **values, "linears": rows}))
+    table = CostTable.load(tmp_path / "costs.json")
+    assert table.linears == floating
+    remedy = r"no int4/64 linears, only bfloat16\. Measure them: grasp bench costs MODEL --bits 4 -o"
+    with pytest.raises(CostTableError, match=remedy):
+        table.require({SMALL}, "bfloat16", "factored", [choose_storage(4)])
 
 
 def test_a_file_that_cannot_be_written_or_is_not_there_is_named(tmp_path: Path) -> None:
@@ -60,18 +83,14 @@ def test_a_file_that_cannot_be_written_or_is_not_there_is_named(tmp_path: Path) 
         ({"format_version": 2}, "its format_version is not 1"),
         ({"dtype": None}, "missing 1 required positional argument: 'dtype'"),
         ({"linears": []}, "it has no linears"),
+        ({"rest_quantized": None}, "layer_quantized and rest_quantized belong to quantised linears, got (4e-06, None)"),
+        ({"linears": [{**ROW, "storage": "int3"}]}, "storage must be one of int8, int8/32, "),
         ({"layer": -1e-6}, "times must be positive numbers of seconds, got -1e-06"),
         ({"rest": "1"}, "times must be positive numbers of seconds, got '1'"),
-        ({"linears": [{"out_features": 4, "in_features": 4, "dense": 0.0, "ranks": [1], "seconds": [1.0]}]}, "got 0.0"),
-        ({"linears": [{"out_features": 4, "in_features": 4, "dense": 1.0, "ranks": [], "seconds": []}]}, "must ascend"),
-        (
-            {"linears": [{"out_features": 4, "in_features": 4, "dense": 1.0, "ranks": [2, 1], "seconds": [1.0, 1.0]}]},
-            "ranks must ascend",
-        ),
-        (
-            {"linears": [{"out_features": 0, "in_features": 4, "dense": 1.0, "ranks": [1], "seconds": [1.0]}]},
-            "sizes and ranks must be positive integers",
-        ),
+        ({"linears": [{**ROW, "dense": 0.0}]}, "got 0.0"),
+        ({"linears": [{**ROW, "ranks": [], "seconds": []}]}, "must ascend"),
+        ({"linears": [{**ROW, "ranks": [2, 1], "seconds": [1.0, 1.0]}]}, "ranks must ascend"),
+        ({"linears": [{**ROW, "out_features": 0}]}, "sizes and ranks must be positive integers"),
         ({"linears": [{"out_features": 4}]}, "'ranks'"),
     ],
 )
@@ -103,17 +122,21 @@ def test_another_models_costs_are_refused() -> None:
 
 def test_a_cards_costs_are_its_bytes_at_its_bandwidth_and_one_launch_for_each_linear() -> None:
     card = find_card("h100")
-    weights = {"dtype": "bfloat16", "itemsize": 2, "rest_bytes": 10**9}
+    weights = {"dtype": "bfloat16", "itemsize": 2, "head": (128256, 4096)}
     table = from_roofline(card, [(4096, 4096)], form="factored", **weights)
     activations = 2 * 2 * 4096
     for rank in (1, 100, 1000, break_even_rank((4096, 4096), "factored")):
         moved = 2 * rank * 2 * 4096 + activations
         assert table.linear((4096, 4096), rank) == pytest.approx(moved / card.bandwidth + LAUNCH)
     assert table.linear((4096, 4096)) == pytest.approx((2 * 4096**2 + activations) / card.bandwidth + LAUNCH)
-    assert table.rest == pytest.approx(10**9 / card.bandwidth + LAUNCH)
+    assert table.rest == pytest.approx(2 * 128256 * 4096 / card.bandwidth + LAUNCH, rel=1e-3)
     pivoted = from_roofline(card, [(4096, 4096)], form="pivoted", **weights)
     moved = 2 * 2048 * (2 * 4096 - 2048) + activations
     assert pivoted.linear((4096, 4096), 2048) == pytest.approx(moved / card.bandwidth + LAUNCH, rel=2e-3)
+    stored = from_roofline(card, [(4096, 4096)], form="pivoted", storages=[Storage(8)], **weights)
+    moved = 2048 * (2 * 4096 - 2048) + 2 * 4096 + activations
+    assert stored.linear((4096, 4096), 2048, Storage(8)) == pytest.approx(moved / card.bandwidth + LAUNCH, rel=2e-3)
+    assert stored.rest_quantized == pytest.approx(128256 * 4096 / card.bandwidth + LAUNCH, rel=1e-2)
 
 
 def test_an_unknown_card_is_refused_with_those_that_are_known() -> None:
