@@ -99,7 +99,7 @@ class Part:
         rank, pivoted = linear.rank or 0, linear.keeps_pivots
         if linear.storage is not None and not rank and self.weight_as_factors:
             order = Spec((linear.rows,), torch.int32)
-            return {**_matrix("Vh", linear.rows, width, self._local_storage), "order": order}
+            return {**_matrix("Vh", linear.rows, width, self.local_storage), "order": order}
         if linear.storage is None and rank:
             split = linear.rows < linear.checkpoint_rows or self.columns.total > 1
             # Each process has one factor whole, so a piece of the factors can have more numbers than one of the weight.
@@ -107,10 +107,10 @@ class Part:
                 rank, pivoted = 0, False
             elif not pivoted:
                 rank = -(-rank // self.rank_multiple) * self.rank_multiple
-        return _specs(linear.rows, width, rank, pivoted, linear.storage, self._local_storage)
+        return _specs(linear.rows, width, rank, pivoted, linear.storage, self.local_storage)
 
     @cached_property
-    def _local_storage(self) -> Storage | None:
+    def local_storage(self) -> Storage | None:
         """The storage of a matrix whose columns are inputs: one scale may stand for fewer columns than before."""
         storage = self.linear.storage
         if storage is None or self.columns.total == 1:
@@ -153,7 +153,7 @@ class Part:
         return f"a dense {path}, but config.json the rank {linear.rank} for it"
 
     def make(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """The tensors ``held``, but for padding and what does not depend on a checkpoint.
+        """The tensors ``held``, without padding.
 
         Args:
             tensors: ``stored``, checked.
@@ -170,14 +170,15 @@ class Part:
                 made[name] = self._local_columns(made[name], scales=name.endswith("_scales"))
         if "weight" in made and "Vh" in self.held:
             made = {name.replace("weight", "Vh"): tensor for name, tensor in made.items()}
+            made["order"] = torch.arange(self.linear.rows, dtype=torch.int32)
         if "Vh" in made and "weight" in self.held:
             U, Vh = (made[name].to(device, torch.float32) for name in ("U", "Vh"))
             made = {"weight": U @ Vh}
         return made
 
     def _local_columns(self, tensor: Tensor, scales: bool) -> Tensor:
-        """The local columns of a matrix or of its scales; see ``_local_storage``."""
-        storage, local = self.linear.storage, self._local_storage
+        """The local columns of a matrix or of its scales; see ``local_storage``."""
+        storage, local = self.linear.storage, self.local_storage
         if not scales:
             return local_columns(tensor, self.width if storage is None else storage.columns(self.width), self.columns)
         if local is None or local.group is None:

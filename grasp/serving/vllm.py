@@ -45,6 +45,7 @@ from grasp.serving.shards import (
     merged_linears,
     output_pieces,
 )
+from grasp.serving.vllm_dense import Run, make_runs, one_run, renew_
 from grasp.serving.vllm_embedding import GraspEmbeddingMethod, watch_embeddings
 from grasp.serving.vllm_mlp import fuse_gate_, watch_parents
 from grasp_kernels import Dense, Factors, lowrank_glu, lowrank_linear, lowrank_linear_merged, warm_up
@@ -154,7 +155,9 @@ class GraspLinearMethod(LinearMethodBase):
     tensors a part has in this process. The layer has a parameter of each name in ``parts.NAMES``, a vector with the
     tensors of all parts, often empty, by which vLLM finds the loaders. The Vh of all parts lie one behind the other,
     so one product with x serves all of them. LoRA needs the attribute ``weight``. On GPUs ranks are padded with zeros
-    to a multiple of 16, as in ``grasp_kernels.pack_factors``, but not those of pivoted or quantised parts.
+    to a multiple of 16, as in ``grasp_kernels.pack_factors``, but not those of pivoted or quantised parts. Kernels of
+    vLLM compute dense quantised parts that are not held as factors. They have their own copy of the weight, so the
+    layer's is freed.
     """
 
     def __init__(
@@ -166,6 +169,7 @@ class GraspLinearMethod(LinearMethodBase):
     ) -> None:
         self.names, self.ranks, self.pivoted, self.quantized = names, ranks, pivoted, quantized or {}
         self.parts: tuple[Part, ...] = ()
+        self.runs: list[Run] = []
         self.dtype = torch.get_default_dtype()
         self.layer: Callable[[], LinearBase | None] = lambda: None  # the layer refers to this object
         self.waiting: dict[int, dict[str, Tensor]] = {}  # part → tensors that were loaded before its others
@@ -197,6 +201,7 @@ class GraspLinearMethod(LinearMethodBase):
         for linear in linears:
             check_rank(linear.name, linear.rank or 0, (linear.checkpoint_rows, input_size), pivoted=linear.pivoted)
         self.parts = tuple(_part(linear, input_size_per_partition, columns) for linear in linears)
+        self.runs = [one_run(self.parts)]
         self.dtype, self.layer = params_dtype, weakref.ref(layer)
         # Some architectures reorder loaded tensors along the dimensions named here. The rows of a pivoted U are not
         # outputs; an order that was reordered is refused.
@@ -207,8 +212,7 @@ class GraspLinearMethod(LinearMethodBase):
         }
         for name in NAMES:
             parameter = nn.Parameter(self._memory(name), requires_grad=False)
-            load = functools.partial(self._load, name)
-            set_weight_attrs(parameter, {"weight_loader": load, **dimensions.get(name, {})})
+            set_weight_attrs(parameter, {"weight_loader": self._loader(name), **dimensions.get(name, {})})
             layer.register_parameter(name, parameter)
 
     def _memory(self, name: str) -> Tensor:
@@ -233,7 +237,15 @@ class GraspLinearMethod(LinearMethodBase):
         pieces = memory.split([spec.numel for spec in specs])
         return [p.view(spec.dtype or p.dtype).view(spec.shape) for p, spec in zip(pieces, specs, strict=True)]
 
-    def _load(self, name: str, param: nn.Parameter, loaded_weight: Tensor, shard_id: object = None) -> None:
+    def _loader(self, name: str) -> Callable[..., None]:
+        """The loader of a parameter. It is a function because vLLM's reloading needs ``__name__``."""
+
+        def load(param: nn.Parameter, loaded_weight: Tensor, shard_id: object = None) -> None:
+            self._load(name, param, loaded_weight, shard_id)
+
+        return load
+
+    def _load(self, name: str, param: nn.Parameter, loaded_weight: Tensor, shard_id: object) -> None:
         """Check a tensor of the checkpoint, and fill the parameters of its part once all tensors of it are there."""
         index = linear_index(shard_id, [part.linear for part in self.parts])
         self.parts[index].check(name, loaded_weight)
@@ -251,9 +263,9 @@ class GraspLinearMethod(LinearMethodBase):
             memory[tuple(slice(size) for size in tensor.shape)].copy_(tensor)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
-        """Check that all tensors were in the checkpoint, and compile the kernels.
+        """Check that all tensors were in the checkpoint, give dense quantised parts to vLLM, and compile the kernels.
 
-        The parameters stay, so that vLLM can load them again.
+        To load tensors again, vLLM makes the parameters again first, and calls this method again afterwards.
 
         Raises:
             CheckpointError: if a tensor is missing, or has NaN or infinite entries.
@@ -273,6 +285,7 @@ class GraspLinearMethod(LinearMethodBase):
                         f"{part.linear.name}.{stored} is not in the checkpoint, or has NaN or infinite entries; "
                         f"expected finite {', '.join(part.stored)}. Save or copy the checkpoint again."
                     )
+        self._use_kernels_of_vllm(layer)
         both = len(self.parts) == 2 and all(part.low_rank for part in self.parts) and not _serves_adapters()
         activation = fuse_gate_(layer) if both else None
         if current_platform.is_cuda_alike():
@@ -283,11 +296,30 @@ class GraspLinearMethod(LinearMethodBase):
                 model = functools.partial(self.gated, layer, activation=activation)
             warm_up(model, torch.zeros(1, self.parts[0].width, dtype=self.dtype, device=layer.Vh.device))
 
+    def _use_kernels_of_vllm(self, layer: LinearBase) -> None:
+        """Give dense quantised parts to kernels of vLLM and free their tensors in the layer."""
+        values, scales = (self._views(name, getattr(layer, name).data) for name in ("weight", "weight_scales"))
+        runs = make_runs(self.parts, values, scales, self.dtype)
+        if not any(run.kernel for run in runs):
+            return
+        self.runs = renew_(self.runs, runs)
+        for name in ("weight", "weight_scales"):
+            parameter = getattr(layer, name)
+            parameter.data = parameter.data.new_empty(0)
+
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., K) → (..., sum of N_i)."""
         if all(part.held.keys() == {"weight"} for part in self.parts):
             return F.linear(x, layer.weight.view(-1, x.shape[-1]), bias)
-        members = self._members(layer, x, bias)
+        outputs = [self._compute(layer, x, None if bias is None else bias[run.outputs], run) for run in self.runs]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def _compute(self, layer: LinearBase, x: Tensor, bias: Tensor | None, run: Run) -> Tensor:
+        """The outputs of a run, whose bias is given."""
+        if run.kernel is not None:
+            y = run.kernel(x)
+            return y if bias is None else y + bias
+        members = self._members(layer, x, bias, run)
         (first, *others) = members
         if others:
             return lowrank_linear_merged(x, members)
@@ -295,16 +327,17 @@ class GraspLinearMethod(LinearMethodBase):
 
     def gated(self, layer: LinearBase, x: Tensor, activation: str) -> Tensor:
         """``act(gate(x)) * up(x)`` by a linear of two low-rank parts of one width: (..., K) → (..., N)."""
-        gate, up = self._members(layer, x, _passed_bias(layer))
+        gate, up = self._members(layer, x, _passed_bias(layer), *self.runs)
         return lowrank_glu(x, gate, up, activation=activation)
 
-    def _members(self, layer: LinearBase, x: Tensor, bias: Tensor | None) -> list[Any]:
-        """The factors of each part that has some, and ``Dense`` of the others."""
-        biases = [None] * len(self.parts) if bias is None else bias.split([part.linear.rows for part in self.parts])
-        used = [name for name in NAMES if any(name in part.held for part in self.parts)]
-        views = {name: self._views(name, getattr(layer, name)) for name in used}
+    def _members(self, layer: LinearBase, x: Tensor, bias: Tensor | None, run: Run) -> list[Any]:
+        """The factors of each part of a run that has some, and ``Dense`` of the others."""
+        parts = self.parts[run.parts]
+        biases = [None] * len(parts) if bias is None else bias.split([part.linear.rows for part in parts])
+        used = [name for name in NAMES if any(name in part.held for part in parts)]
+        views = {name: self._views(name, getattr(layer, name))[run.parts] for name in used}
         members: list[Any] = []
-        for index, (part, b) in enumerate(zip(self.parts, biases, strict=True)):
+        for index, (part, b) in enumerate(zip(parts, biases, strict=True)):
             tensors = {name: views[name][index] for name in part.held}
             if "weight" not in tensors:
                 none = {} if "U" in tensors else {"U": x.new_empty(0, part.linear.rows)}

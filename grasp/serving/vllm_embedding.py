@@ -57,17 +57,20 @@ class GraspEmbeddingMethod(QuantizeMethodBase):
         }
         for name, tensor in tensors.items():
             parameter = nn.Parameter(tensor, requires_grad=False)
-            load = functools.partial(self._load, name, stored[name], weight_loader)
+            load = self._loader(f"{self.name}.{name}", stored[name], weight_loader)
             set_weight_attrs(parameter, {"weight_loader": load, "output_dim": 0})
             layer.register_parameter(name, parameter)
         layer.register_buffer("order", torch.arange(rows, dtype=torch.int32), persistent=False)
         layer.register_buffer("others", torch.empty(0, rows, dtype=params_dtype), persistent=False)
 
-    def _load(
-        self, name: str, spec: Spec, load: Callable[..., None], param: nn.Parameter, loaded_weight: Tensor
-    ) -> None:
-        check_tensor(f"{self.name}.{name}", loaded_weight, spec)
-        load(param, loaded_weight)
+    def _loader(self, path: str, spec: Spec, load_shard: Callable[..., None]) -> Callable[..., None]:
+        """The loader of a parameter. It is a function because vLLM's reloading needs ``__name__``."""
+
+        def load(param: nn.Parameter, loaded_weight: Tensor) -> None:
+            check_tensor(path, loaded_weight, spec)
+            load_shard(param, loaded_weight)
+
+        return load
 
     def process_weights_after_loading(self, layer: VocabParallelEmbedding) -> None:
         """Check that the tensors were in the checkpoint.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
 from grasp.method.storage import Storage
 from grasp.serving.vllm import GraspLinearMethod, GraspVllmConfig
@@ -34,13 +34,15 @@ def method_for(
     outputs: list[int],
     pivoted: Sequence[str] = (),
     quantized: dict[str, Storage] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """The method that the plugin gives to a linear, with weights made."""
+    """The method that the plugin gives to a linear with ``inputs`` local columns, with weights made."""
     config = GraspVllmConfig(ranks, pivoted, quantized)
     config.packed_modules_mapping = PACKED
     method = config.get_quant_method(layer, path)
     assert isinstance(method, GraspLinearMethod)
-    method.create_weights(layer, inputs, outputs, HIDDEN, sum(outputs), torch.float32)
+    columns = inputs * layer.tp_size if isinstance(layer, RowParallelLinear) else inputs
+    method.create_weights(layer, inputs, outputs, columns, sum(outputs), dtype)
     return method
 
 
