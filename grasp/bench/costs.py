@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
 from itertools import product
@@ -124,16 +124,14 @@ def measure_costs(
             low_rank = tuple(times[storage, rank] for rank in ranks)
             linears[shape, storage] = LinearSeconds(times[storage, None], ranks, low_rank)
     progress("costs of linears", steps - 1, steps)
-
-    def beside_linears(storage: Storage | None) -> tuple[float, float]:
-        with nullcontext() if storage is None else _quantized_model(model, storage):
-            layers, rest = _time_decoding(model)
+    beside: dict[Storage | None, tuple[float, float]] = {}
+    stored = (None, *storages[:1])
+    for storage, (layers, rest) in zip(stored, _time_decoding(model, stored), strict=True):
         other = layers - sum(linears[shape, storage].dense for shape in shapes)
-        return max(0.0, other / len(decoder(model).layers)), rest
-
-    layer, rest = beside_linears(None)
-    layer_quantized, rest_quantized = beside_linears(storages[0]) if storages else (None, None)
+        beside[storage] = max(0.0, other / len(decoder(model).layers)), rest
     progress("costs of linears", steps, steps)
+    layer, rest = beside[None]
+    layer_quantized, rest_quantized = beside[storages[0]] if storages else (None, None)
     return CostTable(
         device=device_name(device),
         source="measured",
@@ -207,30 +205,41 @@ def _quantized(floating: nn.Module, storage: Storage, device: torch.device) -> n
     return module
 
 
-@contextmanager
-def _quantized_model(model: PreTrainedModel, storage: Storage) -> Iterator[None]:
-    """Put quantised modules of zeros in the place of all that ``quantize_`` replaces, until the block ends."""
-    inside = set(decoder(model).layers.modules())
-    with ExitStack() as stack:
-        for name, module in list(model.named_modules()):
-            stored = storage if module in inside else OUTPUTS
-            if (quantized := quantized_like(module, stored, first_device(model))) is not None:
-                stack.callback(model.set_submodule, name, module)
-                model.set_submodule(name, quantized)
-        yield
-
-
-def _time_decoding(model: PreTrainedModel) -> tuple[float, float]:
-    """Median seconds of one token in all decoder layers together, and outside them."""
-    inside, outside = [], []
-    for repetition in range(DECODES + 1):
-        with _timed(list(decoder(model).layers), first_device(model)) as seconds:
+def _time_decoding(model: PreTrainedModel, stored: Sequence[Storage | None]) -> list[tuple[float, float]]:
+    """Median seconds of one token in all decoder layers together, and outside them, stored in these ways in turns."""
+    layers, replacements = decoder(model).layers, [_quantized_modules(model, storage) for storage in stored]
+    inside: list[list[float]] = [[] for _ in stored]
+    outside: list[list[float]] = [[] for _ in stored]
+    for repetition, turn in product(range(DECODES + 1), range(len(stored))):
+        with _replaced(model, replacements[turn]), _timed(list(layers), first_device(model)) as seconds:
             generation = time_generation(model, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS)
         if repetition:  # the first repetition warms up
-            layers = sum(seconds[-NEW_TOKENS * len(decoder(model).layers) :])  # without the prompt's calls
-            inside.append(layers / NEW_TOKENS)
-            outside.append((generation.decode_s - layers) / NEW_TOKENS)
-    return median(inside), median(outside)
+            within = sum(seconds[-NEW_TOKENS * len(layers) :])  # without the prompt's calls
+            inside[turn].append(within / NEW_TOKENS)
+            outside[turn].append((generation.decode_s - within) / NEW_TOKENS)
+    return list(zip(map(median, inside), map(median, outside), strict=True))
+
+
+def _quantized_modules(model: PreTrainedModel, storage: Storage | None) -> dict[str, nn.Module]:
+    """Quantised modules of zeros by path, for all that ``quantize_`` replaces; none without a storage."""
+    if storage is None:
+        return {}
+    inside, device = set(decoder(model).layers.modules()), first_device(model)
+    modules = (
+        (name, quantized_like(module, storage if module in inside else OUTPUTS, device))
+        for name, module in model.named_modules()
+    )
+    return {name: module for name, module in modules if module is not None}
+
+
+@contextmanager
+def _replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put modules into the model until the block ends."""
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(model.set_submodule, name, model.get_submodule(name))
+            model.set_submodule(name, module)
+        yield
 
 
 @contextmanager
