@@ -13,11 +13,12 @@ from grasp.method.basis import BASES
 from grasp.method.metrics import METRICS, in_units_of_loss
 from grasp.method.ranks import FORMS, Form
 from grasp.method.schedules import SCHEDULES
-from grasp.method.storage import Storage, choose_storage
+from grasp.method.storage import FP8, Storage, choose_storage
 
 # Of these fields at most one is given.
 TARGETS = ("layers", "num_layers", "compression_ratio", "target_bytes", "target_latency")
 AUTO = "auto"
+_FP8 = str(FP8)
 _RETIRED = {"redundancy": "block_influence"}  # fields of earlier versions, with the one value that they may have
 
 
@@ -69,10 +70,10 @@ class GraspConfig:
             model's. Sums are in fp32.
         form: how low-rank weights are stored: ``"factored"``, as U (N, R) and Vh (R, K), or ``"pivoted"``, as R rows of
             the weight and the coefficients of the others in them, which are R² parameters less.
-        bits: of all linears at the end: 8 or 4; ``None`` leaves them floating. Embeddings and the output layer then
-            have 8 bits. ``target_bytes`` is the size with these bits, and needs ``allocation="global"``. ``"auto"``: a
-            linear is low-rank in 8 bits, or dense in 8 or 4, whatever reaches ``target_bytes`` or ``target_latency``
-            with the least loss; needs the kfac basis and its magnitudes.
+        bits: of all linears at the end: 8, 4 or ``"fp8"``; ``None`` leaves them floating. Embeddings and the output
+            layer then have int8. ``target_bytes`` is the size with these bits, and needs ``allocation="global"``.
+            ``"auto"``: a linear is low-rank in 8 bits, or dense in 8 or 4, whatever reaches ``target_bytes`` or
+            ``target_latency`` with the least loss; needs the kfac basis and its magnitudes.
         bits_dense: of the linears that stay dense, if others than ``bits``.
 
     Raises:
@@ -103,7 +104,7 @@ class GraspConfig:
     sweep_dtype: str | None = None
     form: Form = "factored"
     bits: int | str | None = None
-    bits_dense: int | None = None
+    bits_dense: int | str | None = None
 
     DEFAULT_COMPRESSION_RATIO: ClassVar[float] = 0.2
 
@@ -180,7 +181,7 @@ class GraspConfig:
         sweep_dtype: str | None = None,
         form: Form = "pivoted",
         bits: int | str | None = None,
-        bits_dense: int | None = None,
+        bits_dense: int | str | None = None,
     ) -> GraspConfig:
         """Build the configuration with the lowest perplexity so far (docs/study.md).
 
@@ -267,7 +268,7 @@ class GraspConfig:
     @property
     def storage(self) -> Storage | None:
         """How the factors are stored; ``None`` if they stay floating."""
-        return None if self.bits is None else choose_storage(8 if self.bits == AUTO else int(self.bits))
+        return None if self.bits is None else choose_storage(8 if self.bits == AUTO else self.bits)
 
     @property
     def dense_storage(self) -> Storage | None:
@@ -304,7 +305,7 @@ class GraspConfig:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and is_inside(value)):
                 yield f"{name} must be in {interval}, got {value!r}"
-        for name, known in (("bits", (8, 4, AUTO, None)), ("bits_dense", (8, 4, None))):
+        for name, known in (("bits", (8, 4, _FP8, AUTO, None)), ("bits_dense", (8, 4, _FP8, None))):
             if (bits := getattr(self, name)) not in known:
                 yield f"{name} must be one of {', '.join(map(str, known))}, got {bits!r}"
         for name in ("remove_layers", "refit"):
@@ -321,8 +322,10 @@ class GraspConfig:
             yield "threshold_ratio needs layers or num_layers, because it does not set a compression ratio: give one"
         if self.bits == AUTO and self.target_bytes is None and self.target_latency is None:
             yield "bits='auto' needs target_bytes or target_latency, the size or the time to reach: give one"
-        if self.bits_dense is not None and self.bits not in (8, 4):
-            yield f"bits_dense={self.bits_dense} needs bits=8 or bits=4, got {self.bits}: give both"
+        if self.bits_dense is not None and self.bits not in (8, 4, _FP8):
+            yield f"bits_dense={self.bits_dense} needs bits=8, bits=4 or bits={_FP8!r}, got {self.bits}: give both"
+        if self.target_latency is not None and _FP8 in (self.bits, self.bits_dense):
+            yield f"target_latency has no costs of {FP8}: give another target"
         if self.bits is not None and self.target_bytes is not None and self.allocation == "uniform":
             yield "target_bytes with bits needs allocation='global': take GraspConfig.best"
 

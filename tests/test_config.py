@@ -86,8 +86,8 @@ def test_a_configuration_is_made_without_torch_and_transformers() -> None:
         ({"compression_ratio": float("nan")}, "compression_ratio .* got nan"),
         ({"retain_ratio": 0.0}, r"retain_ratio .*\(0, 1\], got 0.0"),
         ({"retain_ratio": "x"}, "retain_ratio .* got 'x'"),
-        ({"bits": 3}, "bits must be one of 8, 4, auto, None, got 3"),
-        ({"bits": 8, "bits_dense": "auto"}, "bits_dense must be one of 8, 4, None, got 'auto'"),
+        ({"bits": 3}, "bits must be one of 8, 4, fp8, auto, None, got 3"),
+        ({"bits": 8, "bits_dense": "auto"}, "bits_dense must be one of 8, 4, fp8, None, got 'auto'"),
         ({"threshold_ratio": 2, "num_layers": 1}, r"threshold_ratio .*\(0, 1\], got 2"),
     ],
 )
@@ -113,11 +113,12 @@ def test_bad_values_are_refused_with_what_was_expected(values: dict[str, object]
         ({"remove_layers": True}, "remove_layers needs allocation='global'"),
         ({"target_latency": 0.5}, "target_latency needs allocation='global'"),
         ({"bits_dense": 4}, "bits_dense=4 needs bits"),
+        ({**_GLOBAL, "bits": "fp8", "target_latency": 0.9}, "target_latency has no costs of fp8"),
         ({"bits": 8, "target_bytes": 10}, "target_bytes with bits needs allocation='global'"),
         ({**_GLOBAL, "bits": "auto"}, "bits='auto' needs target_bytes or target_latency"),
         (
             {**_GLOBAL, "bits": "auto", "target_bytes": 10, "bits_dense": 4},
-            "bits_dense=4 needs bits=8 or bits=4, got auto",
+            "bits_dense=4 needs bits=8, bits=4 or bits='fp8', got auto",
         ),
         ({"schedule": "progressive"}, "schedule='progressive' needs allocation='global', got 'uniform'"),
         (

@@ -31,7 +31,7 @@ from grasp.compression.quantize import quantize_
 from grasp.errors import GraspError
 from grasp.evaluation.perplexity import perplexity
 from grasp.loading import load_model
-from grasp.method.storage import Storage
+from grasp.method.storage import FP8, Storage
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
 
@@ -40,6 +40,7 @@ WAYS: dict[str, tuple[Storage | str | None, bool]] = {
     "bf16": (None, False),
     "int8, nearest": (Storage(8), False),
     "int8": (Storage(8), True),
+    "fp8": (FP8, True),
     "int4, nearest": (Storage(4, 64), False),
     "int4": (Storage(4, 64), True),
     "GGUF Q8_0": ("Q8_0", False),

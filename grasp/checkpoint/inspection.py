@@ -29,7 +29,7 @@ from grasp.reading import read_json
 _LAYER = re.compile(r"\.(\d+)\.(.+)$")  # model.layers.3.mlp.up_proj → 3, mlp.up_proj
 _NORM = re.compile(r"norm|(^|\.)ln_")
 _EMBEDDING = re.compile(r"embed|wte|wpe")
-_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1}
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(layers)
 
 
+def parse_bits(text: str) -> int | str:
+    """Parse ``"8"`` as 8. Names, such as ``"fp8"``, stay as they are."""
+    return int(text) if text.isdecimal() else text
+
+
 def parse_counts(text: str, name: str = "rows", *, least: int = 1, most: int = MOST) -> tuple[int, ...]:
     """Parse ``"1,4,16"`` as (1, 4, 16).
 

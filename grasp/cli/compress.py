@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grasp.cli import compress_options as option
-from grasp.cli.arguments import Device, Dtype, Json, Model, parse_batch_size, parse_bytes, parse_layers
+from grasp.cli.arguments import Device, Dtype, Json, Model, parse_batch_size, parse_bits, parse_bytes, parse_layers
 from grasp.cli.processes import started_together
 from grasp.cli.root import app
 
@@ -64,8 +64,8 @@ def compress(
         remove_layers=remove_layers,
         refit=refit,
         form=form,
-        bits=int(bits) if bits in ("8", "4") else bits,
-        bits_dense=bits_dense,
+        bits=bits and parse_bits(bits),
+        bits_dense=bits_dense and parse_bits(bits_dense),
         threshold_ratio=threshold_ratio,
         metric=metric,
     )

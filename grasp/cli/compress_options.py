@@ -89,13 +89,14 @@ Form = Annotated[
 Bits = Annotated[
     str | None,
     _best(
-        metavar="8|4|auto",
-        help="Quantise the result: bits of low-rank and dense linears; embeddings have 8. auto: whatever reaches "
+        metavar="8|4|fp8|auto",
+        help="Quantise the result: bits of low-rank and dense linears; embeddings have 8. fp8 is for GPUs: it has no "
+        "CPU kernel. auto: whatever reaches "
         "--target-bytes or --target-latency with the least loss, linear by linear.",
     ),
 ]
 BitsDense = Annotated[
-    int | None, _best(metavar="8|4", help="Bits of the linears that stay dense, if others than --bits.")
+    str | None, _best(metavar="8|4|fp8", help="Bits of the linears that stay dense, if others than --bits.")
 ]
 Costs = Annotated[
     str | None,

@@ -8,14 +8,21 @@ from typing import Annotated
 import typer
 
 from grasp.cli import compress_options as option
-from grasp.cli.arguments import MOST, Device, Dtype, Json, Model
+from grasp.cli.arguments import MOST, Device, Dtype, Json, Model, parse_bits
 from grasp.cli.root import app
 
 _rounding = partial(typer.Option, rich_help_panel="Rounding")
 
-Bits = Annotated[int, _rounding(metavar="8|4", help="Bits of the linears in the decoder layers; others have 8.")]
+Bits = Annotated[
+    str,
+    _rounding(
+        metavar="8|4|fp8",
+        help="Bits of the linears in the decoder layers; others have 8. fp8 is for GPUs of compute capability 8.9 or "
+        "above: it has no CPU kernel.",
+    ),
+]
 Group = Annotated[
-    int | None, _rounding(metavar="32|64|128", help="Columns with one scale, for 4 bits. 8 bits have one per row.")
+    int | None, _rounding(metavar="32|64|128", help="Columns with one scale, for 4 bits. 8 and fp8 have one per row.")
 ]
 RoundingName = Annotated[
     str,
@@ -31,7 +38,7 @@ BatchSize = Annotated[int, typer.Option(max=MOST, help="Sequences per forward pa
 def quantize(
     model: Model,
     output: option.Output,
-    bits: Bits = 8,
+    bits: Bits = "8",
     group: Group = None,
     rounding: RoundingName = "loss-aware",
     calibration: option.Calibration = "builtin",
@@ -65,7 +72,7 @@ def quantize(
     samples = Samples(calibration, num_samples, seq_len, batch_size, seed)
     with console.step_bars() as progress:
         result = quantize_to_folder(
-            *(model, output, choose_storage(bits, group), samples),
+            *(model, output, choose_storage(parse_bits(bits), group), samples),
             rounding=rounding,
             dtype=dtype,
             device=device,

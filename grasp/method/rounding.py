@@ -1,6 +1,7 @@
 """Rounding a matrix to few bits: to the nearest value, or so that its outputs change least. Pure functions.
 
-A row has one scale, or one for each group of columns, and 8 bits stand for −128…127, 4 bits for −8…7. Scales are
+A row has one scale, or one for each group of columns. int8 has −128…127, int4 −8…7, fp8 the values of float8_e4m3fn,
+−448…448. Scales are
 rounded to bfloat16, so that they are the same numbers in fp32 and in bf16.
 """
 
@@ -23,11 +24,26 @@ _DAMPING, _METRIC_DAMPING = 0.05, 0.01
 _SHRINKAGE = torch.linspace(1, 0.7, 16).tolist()
 
 
+class _Range(NamedTuple):
+    """The values of a kind."""
+
+    lowest: int
+    highest: int
+    dtype: torch.dtype
+
+
+_RANGES = {
+    ("int", 8): _Range(-128, 127, torch.int8),
+    ("int", 4): _Range(-8, 7, torch.int8),
+    ("fp", 8): _Range(-448, 448, torch.float8_e4m3fn),
+}
+
+
 class Rounded(NamedTuple):
-    """A quantised matrix with one integer per entry.
+    """A quantised matrix with one value per entry.
 
     Attributes:
-        values: (rows, depth) int8.
+        values: (rows, depth) int8, or float8_e4m3fn for fp8.
         scales: (rows, groups) fp32, see ``grasp_kernels.quantized``.
     """
 
@@ -40,25 +56,32 @@ class Rounded(NamedTuple):
         return dequantize(self.values, self.scales, self.values.shape[1])
 
 
-def round_nearest(weight: Tensor, bits: int, group: int | None = None) -> Rounded:
+def round_nearest(weight: Tensor, bits: int, group: int | None = None, kind: str = "int") -> Rounded:
     """Round each entry to the nearest value.
 
     Args:
         weight: (rows, depth), finite, any floating dtype.
         bits: 8 or 4.
         group: columns with one scale; ``None``: a row has one.
+        kind: ``"int"``, or ``"fp"`` with 8 bits.
 
     Example:
         >>> round_nearest(torch.tensor([[1.0, -0.5, 0.0]]), 8).values
         tensor([[127, -64,   0]], dtype=torch.int8)
     """
-    weight = weight.float()
-    scales = _scales(weight, bits, group, weight.new_ones(weight.shape[1]))
-    return Rounded(_nearest(weight, _spread(scales, weight.shape[1], group), bits), scales)
+    weight, values = weight.float(), _RANGES[kind, bits]
+    scales = _scales(weight, values, group, weight.new_ones(weight.shape[1]))
+    return Rounded(_nearest(weight, _spread(scales, weight.shape[1], group), values), scales)
 
 
 def round_to_outputs(
-    weight: Tensor, moment: Tensor, bits: int, group: int | None = None, metric: Tensor | None = None
+    weight: Tensor,
+    moment: Tensor,
+    bits: int,
+    group: int | None = None,
+    kind: str = "int",
+    *,
+    metric: Tensor | None = None,
 ) -> Rounded:
     """Round such that ``Σ eᵀ metric e`` with ``e = (weight − rounded) x`` is small.
 
@@ -73,21 +96,22 @@ def round_to_outputs(
         moment: ``Σ x xᵀ`` of the inputs, (depth, depth) symmetric; a factor does not matter.
         bits: 8 or 4.
         group: columns with one scale; ``None``: a row has one.
+        kind: ``"int"``, or ``"fp"`` with 8 bits.
         metric: (rows, rows) symmetric, such as ``CᵀC`` if C is applied to the outputs; a factor does not matter.
             ``None``: the identity.
 
     Returns:
         As ``round_nearest``, on the device of ``weight``.
     """
-    weight = weight.float()
+    weight, values = weight.float(), _RANGES[kind, bits]
     columns = _Order.by(moment.to(weight.device, torch.float64), _DAMPING)
     if metric is None:
-        return _round_columns(weight, columns, bits, group)
+        return _round_columns(weight, columns, values, group)
     rows = _Order.by(metric.to(weight.device, torch.float64), _METRIC_DAMPING)
     left, parts = weight[rows.order], []
     for begin in range(0, len(left), _ROWS):
         block, later = slice(begin, begin + _ROWS), slice(begin + _ROWS, None)
-        parts.append(_round_columns(left[block], columns, bits, group))
+        parts.append(_round_columns(left[block], columns, values, group))
         shares = torch.linalg.solve_triangular(rows.factor[block, block], rows.factor[block, later], upper=True)
         left[later] -= shares.mT @ (left[block] - parts[-1].matrix)
     back = rows.order.argsort()
@@ -116,20 +140,20 @@ class _Order(NamedTuple):
         return cls(order, torch.linalg.cholesky(inverse, upper=True).float())
 
 
-def _round_columns(weight: Tensor, columns: _Order, bits: int, group: int | None) -> Rounded:
+def _round_columns(weight: Tensor, columns: _Order, range_: _Range, group: int | None) -> Rounded:
     """Round column by column, all rows at once."""
     order, factor = columns
     depth, back = weight.shape[1], order.argsort()
-    scales = _scales(weight, bits, group, factor.diagonal()[back] ** -2)
+    scales = _scales(weight, range_, group, factor.diagonal()[back] ** -2)
     left, spread = weight[:, order], _spread(scales, depth, group)[:, order]
-    values = torch.empty_like(left, dtype=torch.int8)
+    values = torch.empty_like(left, dtype=range_.dtype)
     for begin in range(0, depth, _BLOCK):
         block = slice(begin, min(begin + _BLOCK, depth))
         errors = torch.empty_like(left[:, block])
         for k in range(block.start, block.stop):
             column, scale = left[:, k : k + 1], spread[:, k : k + 1]
-            values[:, k : k + 1] = _nearest(column, scale, bits)
-            error = (column - values[:, k : k + 1] * scale) / factor[k, k]
+            values[:, k : k + 1] = _nearest(column, scale, range_)
+            error = (column - values[:, k : k + 1].float() * scale) / factor[k, k]
             left[:, k + 1 : block.stop] -= error * factor[k, k + 1 : block.stop]
             errors[:, k - begin : k - begin + 1] = error
         left[:, block.stop :] -= errors @ factor[block, block.stop :]
@@ -148,10 +172,10 @@ def rounding_bytes(shape: Shape) -> int:
     return 8 * 5 * depth**2 + 4 * 3 * rows * depth
 
 
-def _nearest(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
-    highest = 2 ** (bits - 1) - 1
+def _nearest(weight: Tensor, scales: Tensor, range_: _Range) -> Tensor:
     ratio = torch.where(scales == 0, 0.0, weight / scales)
-    return ratio.round_().clamp_(-highest - 1, highest).to(torch.int8)
+    whole = ratio if range_.dtype.is_floating_point else ratio.round_()
+    return whole.clamp_(range_.lowest, range_.highest).to(range_.dtype)
 
 
 def _spread(scales: Tensor, depth: int, group: int | None) -> Tensor:
@@ -159,7 +183,7 @@ def _spread(scales: Tensor, depth: int, group: int | None) -> Tensor:
     return scales.expand(-1, depth) if group is None else scales.repeat_interleave(group, dim=1)[:, :depth]
 
 
-def _scales(weight: Tensor, bits: int, group: int | None, importance: Tensor) -> Tensor:
+def _scales(weight: Tensor, range_: _Range, group: int | None, importance: Tensor) -> Tensor:
     """The scale of each group with the least error of rounding to the nearest, weighted by column: (rows, groups).
 
     In 4 bits the range is −8…7, so the entry of largest magnitude is given the −8, by a negative scale if need be.
@@ -170,13 +194,12 @@ def _scales(weight: Tensor, bits: int, group: int | None, importance: Tensor) ->
     padded = torch.nn.functional.pad(weight, (0, count * size - depth)).view(rows, count, size)
     weights = torch.nn.functional.pad(importance, (0, count * size - depth)).view(count, size)
     largest = padded.gather(2, padded.abs().argmax(2, keepdim=True))
-    lowest = 2 ** (bits - 1)
-    if bits == 8:
-        return (largest.abs() / (lowest - 1)).bfloat16().float()[..., 0]
+    if range_ != _RANGES["int", 4]:
+        return (largest.abs() / range_.highest).bfloat16().float()[..., 0]
     best = lowest_error = None
     for shrinkage in _SHRINKAGE:
-        scales = (largest * (shrinkage / -lowest)).bfloat16().float()
-        rounded = _nearest(padded, scales, bits) * scales
+        scales = (largest * (shrinkage / range_.lowest)).bfloat16().float()
+        rounded = _nearest(padded, scales, range_) * scales
         error = ((rounded - padded).square_() * weights).sum(2, keepdim=True)
         if best is None or lowest_error is None:
             best, lowest_error = scales, error

@@ -10,23 +10,25 @@ _DEFAULT_GROUP = 64  # of 4 bits
 
 
 class Storage(NamedTuple):
-    """How the values of a matrix are stored; as text ``"int8"``, ``"int4"`` or, with groups, ``"int4/64"``.
+    """How the values of a matrix are stored; as text ``"int8"``, ``"int4"``, ``"fp8"`` or, with groups, ``"int4/64"``.
 
     Attributes:
         bits: 8 or 4 per value.
         group: columns with one scale; ``None``: a row has one scale.
+        kind: ``"int"``, or ``"fp"`` for 8 bits of float8_e4m3fn.
     """
 
     bits: int
     group: int | None = None
+    kind: str = "int"
 
     def __str__(self) -> str:
-        return f"int{self.bits}" + (f"/{self.group}" if self.group else "")
+        return f"{self.kind}{self.bits}" + (f"/{self.group}" if self.group else "")
 
     @property
     def dtype(self) -> str:
         """The dtype of the values in a file; a U8 has two values of 4 bits."""
-        return {8: "I8", 4: "U8"}[self.bits]
+        return {("int", 8): "I8", ("int", 4): "U8", ("fp", 8): "F8_E4M3"}[self.kind, self.bits]
 
     def columns(self, depth: int) -> int:
         """The stored columns of a matrix with ``depth`` columns."""
@@ -41,7 +43,9 @@ class Storage(NamedTuple):
         return 1 if self.group is None else -(-depth // self.group)
 
 
+FP8 = Storage(8, kind="fp")
 STORAGES = {str(storage): storage for bits in (8, 4) for group in _GROUPS for storage in [Storage(bits, group)]}
+STORAGES[str(FP8)] = FP8
 OUTPUTS = Storage(8)  # of embeddings and of the output layer
 
 
@@ -50,22 +54,28 @@ def matrix_bytes(shapes: Iterable[tuple[int, int]], storage: Storage | None, ite
     return sum(n * k * itemsize if storage is None else storage.bytes(n, k, itemsize) for n, k in shapes)
 
 
-def choose_storage(bits: int, group: int | None = None) -> Storage:
+def choose_storage(bits: int | str, group: int | None = None) -> Storage:
     """The storage of ``--bits`` and ``--group``: 8 bits have one scale per row, 4 bits one per 64 columns.
+
+    Args:
+        bits: 8, 4 or ``"fp8"``.
+        group: of 4 bits; ``None``: 64.
 
     Raises:
         ValueError: if no backend serves the bits, or the group is impossible.
 
     Example:
         >>> choose_storage(4)
-        Storage(bits=4, group=64)
+        Storage(bits=4, group=64, kind='int')
     """
-    if bits not in (8, 4):
-        raise ValueError(f"bits must be 8 or 4, got {bits}: no backend has a kernel for others")
-    if bits == 8 and group is not None:
+    if bits not in (8, 4, str(FP8)):
+        raise ValueError(f"bits must be 8, 4 or {FP8}, got {bits}: no backend has a kernel for others")
+    if bits != 4 and group is not None:
         raise ValueError(
-            f"group is an option of 4 bits, got {group} with 8, which have one scale per row; leave it out"
+            f"group is an option of 4 bits, got {group} with {bits}, which has one scale per row; leave it out"
         )
     if group not in _GROUPS:
         raise ValueError(f"group must be 32, 64 or 128, got {group}")
+    if isinstance(bits, str):
+        return FP8
     return Storage(bits, (group or _DEFAULT_GROUP) if bits == 4 else None)

@@ -17,6 +17,7 @@ from grasp.model.dense import dense_shape
 from grasp.model.lowrank_linear import LowRankLinear, is_order
 from grasp.model.quantized_linear import (
     QUANTIZED,
+    VALUES,
     QuantizedLinear,
     QuantizedLowRankLinear,
     QuantizedModule,
@@ -26,7 +27,7 @@ from grasp.model.quantized_linear import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_FILE_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32"}
+_FILE_DTYPES = {**{dtype: name for name, dtype in VALUES.items()}, torch.int32: "I32"}
 
 
 def lowrank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:

@@ -56,7 +56,7 @@ def _place(parameter: nn.Parameter) -> str | None:
 @torch.no_grad()
 def _with_weight_of(layer: LowRankLinear | QuantizedModule, dense: nn.Module) -> nn.Module:
     """``dense``, a module without data, with the weight of ``layer``."""
-    like = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
+    like = next(p for p in layer.parameters() if p.is_floating_point() and p.dtype != torch.float8_e4m3fn)
     dense = dense.to(like.dtype).to_empty(device=like.device).train(layer.training)
     weight = layer.dense_weight()
     dense.get_parameter("weight").copy_(weight.mT if isinstance(dense, Conv1D) else weight)

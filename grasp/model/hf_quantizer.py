@@ -127,7 +127,8 @@ class GraspHfQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """The dtype that a tensor is cast to; never that of quantised values."""
-        return super().get_new_dtype(converter, param, dtype) if dtype is None or dtype.is_floating_point else None
+        values = dtype is not None and (dtype.itemsize == 1 or not dtype.is_floating_point)
+        return None if values else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any

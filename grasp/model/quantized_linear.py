@@ -1,6 +1,9 @@
-"""Linears and embeddings with int8 or int4 weights, low-rank or dense. The layout is that of ``grasp_kernels``."""
+"""Linears and embeddings with int8, int4 or fp8 weights, low-rank or dense. The layout is that of ``grasp_kernels``."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -9,21 +12,36 @@ from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import UnsupportedModelError
 from grasp.method.ranks import Form
-from grasp.method.storage import Storage
+from grasp.method.storage import FP8, Storage
 from grasp.model.dense import DenseLinear, dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp_kernels import Factors, lowrank_linear
 from grasp_kernels.dispatch import CPU_ROWS
 from grasp_kernels.quantized import dequantize, stored_columns
 
-VALUES = {8: torch.int8, 4: torch.uint8}  # bits → dtype of stored values
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
+
+VALUES = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}  # by the dtype of a file
 
 
 def _fixed(*shape: int, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Parameter:
     return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device), requires_grad=False)
 
 
-class QuantizedLowRankLinear(nn.Module):
+class _Quantized(nn.Module):
+    """A module whose fp8 values ``Module.to`` does not cast, although they are floating to PyTorch."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            cast = tensor.dtype == torch.float8_e4m3fn and new.dtype != tensor.dtype
+            return tensor.to(new.device) if cast else new
+
+        return super()._apply(keep, recurse)
+
+
+class QuantizedLowRankLinear(_Quantized):
     """A ``LowRankLinear`` whose factors are quantised.
 
     The parameters are U and Vh, with ``U_scales`` and ``Vh_scales``, and bias (N,) or ``None``; none takes a gradient.
@@ -52,7 +70,7 @@ class QuantizedLowRankLinear(nn.Module):
         self.in_features, self.out_features, self.rank = layer.in_features, layer.out_features, layer.rank
         self.storage, self.backend = storage, layer.backend
         depths = {"U": (layer.U.shape[0], self.rank), "Vh": (self.rank, self.in_features)}
-        values, scales = VALUES[storage.bits], layer.U.dtype
+        values, scales = VALUES[storage.dtype], layer.U.dtype
         for name, (rows, depth) in depths.items():
             stored = stored_columns(values, depth)
             self.register_parameter(name, _fixed(rows, stored, dtype=values, device=device))
@@ -107,7 +125,7 @@ class QuantizedLowRankLinear(nn.Module):
         )
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(_Quantized):
     """A dense linear whose weight is quantised.
 
     The parameters are weight, (N, K) int8 or (N, ⌈K / 2⌉) uint8, ``weight_scales``, and bias (N,) or ``None``; none
@@ -133,7 +151,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = dense_shape(linear)
         self.storage = storage
-        values, scales = VALUES[storage.bits], linear.weight.dtype
+        values, scales = VALUES[storage.dtype], linear.weight.dtype
         stored = stored_columns(values, self.in_features)
         self.weight = _fixed(self.out_features, stored, dtype=values, device=device)
         count = storage.scales(self.in_features)
@@ -173,7 +191,7 @@ class QuantizedLinear(nn.Module):
         )
 
 
-class QuantizedEmbedding(nn.Module):
+class QuantizedEmbedding(_Quantized):
     """An embedding with int8 rows, each with one scale. An output layer may share its tensors.
 
     Args:
@@ -244,4 +262,4 @@ def require_floating_factors(model: nn.Module) -> None:
 
 
 def _described(storage: Storage) -> str:
-    return f"bits={storage.bits}" + (f", group={storage.group}" if storage.group else "")
+    return f"bits={storage if storage == FP8 else storage.bits}" + (f", group={storage.group}" if storage.group else "")

@@ -123,7 +123,7 @@ class Part:
                 f"{self.width} of its columns; expected a multiple of {2 if one_scale else GROUPS[0]}. Use another "
                 "number of processes, or `grasp quantize --bits 8`"
             )
-        return Storage(storage.bits, None if one_scale else sizes[-1])
+        return storage._replace(group=None if one_scale else sizes[-1])
 
     def check(self, name: str, tensor: Tensor) -> None:
         """Check a tensor of the checkpoint.
@@ -217,7 +217,7 @@ def _specs(
 def _matrix(name: str, rows: int, columns: int, storage: Storage | None) -> dict[str, Spec]:
     if storage is None:
         return {name: Spec((rows, columns))}
-    values = Spec((rows, storage.columns(columns)), VALUES[storage.bits])
+    values = Spec((rows, storage.columns(columns)), VALUES[storage.dtype])
     return {name: values, f"{name}_scales": Spec((rows, storage.scales(columns)))}
 
 
@@ -226,9 +226,10 @@ def _without_pivots(tensors: Mapping[str, Tensor], order: Tensor, rank: int) -> 
     U, scales = tensors["U"], tensors.get("U_scales")
     if scales is None:
         return {"U": factored(U, order)}
-    expanded = factored(unpack_int4(U, rank), order) if U.dtype == torch.uint8 else factored(U, order)
+    whole = unpack_int4(U, rank) if U.dtype == torch.uint8 else U.float()  # PyTorch copies no rows of fp8
+    expanded = factored(whole, order)
     ones = scales.new_ones(rank, scales.shape[1])
     return {
-        "U": pack_int4(expanded) if U.dtype == torch.uint8 else expanded,
+        "U": pack_int4(expanded) if U.dtype == torch.uint8 else expanded.to(U.dtype),
         "U_scales": in_order(torch.cat([ones, scales]), order),
     }

@@ -279,7 +279,7 @@ class GraspLinearMethod(LinearMethodBase):
             )
         for name in NAMES:
             for part, tensor in zip(self.parts, self._views(name, getattr(layer, name).data), strict=True):
-                if not torch.isfinite(tensor).all():
+                if not torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all():
                     stored = name if name in part.stored else name.replace("Vh", "weight")
                     raise CheckpointError(
                         f"{part.linear.name}.{stored} is not in the checkpoint, or has NaN or infinite entries; "

@@ -19,7 +19,8 @@ from grasp.serving.parts import Part
 
 logger = init_logger(__name__)
 
-_WEIGHT_TYPES = {8: scalar_types.uint8b128, 4: scalar_types.uint4b8}  # bits → unsigned, with 128 and 8 for zero
+# By the dtype of stored values: unsigned, with 128 and 8 for zero.
+_WEIGHT_TYPES = {"I8": scalar_types.uint8b128, "U8": scalar_types.uint4b8}
 _DTYPES = (torch.bfloat16, torch.float16)  # Marlin does not check the dtype
 
 
@@ -137,13 +138,15 @@ def choose_kernel(
     group = storage.group if storage.scales(columns) > 1 else None
     multiple = group or 32 // storage.bits
     reason = ""
-    if dtype not in _DTYPES:
+    if storage.dtype not in _WEIGHT_TYPES:
+        reason = "kernels are asked for integers only"
+    elif dtype not in _DTYPES:
         reason = f"activations are {dtype}; expected bfloat16 or float16"
     elif columns % multiple:
         reason = f"it has {columns} columns; expected a multiple of {multiple}"
     else:
         shape = (columns, rows)
-        config = MPLinearLayerConfig(shape, shape, _WEIGHT_TYPES[storage.bits], dtype, group or -1, zero_points=False)
+        config = MPLinearLayerConfig(shape, shape, _WEIGHT_TYPES[storage.dtype], dtype, group or -1, zero_points=False)
         try:
             return choose_mp_linear_kernel(config), config
         except ValueError as error:

@@ -167,7 +167,7 @@ def quantized(folder: Path, random: Random) -> str:
     config = json.loads((folder / "config.json").read_text())
     quantization = config["quantization_config"]
     table = quantization["quantized"]
-    storage, other = random.sample(["int8", "int4", "int4/32", "int4/64", "int8/128"], 2)
+    storage, other = random.sample(["int8", "int4", "int4/32", "int4/64", "int8/128", "fp8"], 2)
     name = random.choice(next(iter(table.values())))
     kinds: dict[str, Callable[[], object]] = {
         "storage": lambda: table.update({random.choice([storage, "int5", "fp8", "", "int4/0"]): table.popitem()[1]}),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from grasp.method.rounding import Rounded, round_nearest, round_to_outputs
+from grasp.method.storage import FP8, Storage
 
 
 def inputs(depth: int) -> Tensor:
@@ -33,14 +34,26 @@ def test_no_entry_is_off_by_more_than_half_a_step_or_what_is_clipped(bits: int, 
     assert ((rounded.matrix - weight).abs()[inside] <= steps.expand_as(weight)[inside] / 2 * 1.0001).all()
 
 
-@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, None), (4, 32), (4, 64)])
-def test_outputs_change_less_than_with_the_nearest_values(bits: int, group: int | None) -> None:
+def test_fp8_values_are_the_nearest_and_the_largest_is_448() -> None:
+    weight = weights(6, 137)
+    rounded = round_nearest(weight, *FP8)
+    assert rounded.values.dtype == torch.float8_e4m3fn
+    assert rounded.values.float().abs().amax(1).tolist() == [448] * 6
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    every = every[every.isfinite()]
+    ratio = (weight / rounded.scales).clamp(-448, 448)
+    nearest = (ratio[..., None] - every).abs().amin(-1)
+    torch.testing.assert_close((ratio - rounded.values.float()).abs(), nearest)
+
+
+@pytest.mark.parametrize("storage", [Storage(8), FP8, Storage(4), Storage(4, 32), Storage(4, 64)], ids=str)
+def test_outputs_change_less_than_with_the_nearest_values(storage: Storage) -> None:
     x, weight = inputs(150), weights(40, 150)
 
     def change(rounded: Rounded) -> float:
         return float((x @ (weight - rounded.matrix).mT).norm())
 
-    assert change(round_to_outputs(weight, x.mT @ x, bits, group)) < 0.8 * change(round_nearest(weight, bits, group))
+    assert change(round_to_outputs(weight, x.mT @ x, *storage)) < 0.8 * change(round_nearest(weight, *storage))
 
 
 def test_two_columns_are_rounded_as_the_definition_says() -> None:
@@ -63,16 +76,18 @@ def test_rows_make_up_for_the_errors_of_other_rows_that_reach_the_same_outputs()
     def change(rounded: Rounded) -> float:
         return float((x @ (weight - rounded.matrix).mT @ mixing.mT).norm())
 
-    alone, together = (round_to_outputs(weight, x.mT @ x, 4, 32, metric) for metric in (None, mixing.mT @ mixing))
+    alone, together = (
+        round_to_outputs(weight, x.mT @ x, 4, 32, metric=metric) for metric in (None, mixing.mT @ mixing)
+    )
     assert change(together) < 0.8 * change(alone)
-    assert torch.equal(round_to_outputs(weight, x.mT @ x, 4, 32, torch.eye(80)).values, alone.values)
+    assert torch.equal(round_to_outputs(weight, x.mT @ x, 4, 32, metric=torch.eye(80)).values, alone.values)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_zero_rows_and_dead_inputs_are_legal(bits: int) -> None:
+@pytest.mark.parametrize("storage", [Storage(8), FP8, Storage(4)], ids=str)
+def test_zero_rows_and_dead_inputs_are_legal(storage: Storage) -> None:
     weight, moment = weights(4, 70), torch.zeros(70, 70)
     weight[1] = 0
-    for rounded in (round_to_outputs(weight, moment, bits), round_nearest(weight, bits)):
+    for rounded in (round_to_outputs(weight, moment, *storage), round_nearest(weight, *storage)):
         assert (rounded.matrix[1] == 0).all()
         assert rounded.matrix.isfinite().all()
 

@@ -69,6 +69,7 @@ def saved(tmp_path: Path) -> Path:
         ("gpt_neox", "int4/64", torch.bfloat16, False),
         ("opt", "int8", torch.float32, True),
         ("mixtral", "int4/32", torch.float32, False),
+        ("qwen2", "fp8", torch.bfloat16, True),
     ],
 )
 def test_a_model_saves_loads_and_dequantizes(

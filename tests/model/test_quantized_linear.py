@@ -1,4 +1,4 @@
-"""Layers with int8 and int4 weights."""
+"""Layers with int8, int4 and fp8 weights."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grasp.method.storage import Storage
+from grasp.method.storage import FP8, Storage
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedLowRankLinear
 from grasp_kernels.quantized import pack_int4
 from tests.quantized_models import quantized_model
 
-STORAGES = [Storage(8), Storage(4), Storage(4, 32)]
+STORAGES = [Storage(8), Storage(4), Storage(4, 32), FP8]
 
 
 def fill_(layer: nn.Module) -> None:
@@ -56,14 +56,16 @@ def test_a_quantised_embedding_gives_scaled_rows() -> None:
     torch.testing.assert_close(layer(ids), layer.dense_weight()[ids])
 
 
+@pytest.mark.parametrize("storage", [Storage(8), FP8], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_another_dtype_leaves_the_values(dtype: torch.dtype) -> None:
-    layer = QuantizedLinear(nn.Linear(8, 4), Storage(8))
+def test_another_dtype_leaves_the_values(dtype: torch.dtype, storage: Storage) -> None:
+    layer = QuantizedLinear(nn.Linear(8, 4), storage)
     fill_(layer)
     values: Tensor = layer.weight.clone()
     y = layer.to(dtype)(torch.ones(2, 8, dtype=dtype))
     assert y.dtype == dtype
-    assert torch.equal(layer.weight, values)
+    assert layer.weight.dtype == values.dtype
+    assert torch.equal(layer.weight.float(), values.float())
 
 
 def test_a_quantised_model_compiles_to_one_graph() -> None:

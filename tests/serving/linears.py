@@ -17,7 +17,8 @@ def matrix(name: str, rows: int, columns: int, storage: Storage | None = None) -
         return {name: torch.randn(rows, columns)}
     values = torch.randint(-8, 8, (rows, columns), dtype=torch.int8)
     scales = torch.rand(rows, storage.scales(columns)) / 4
-    return {name: pack_int4(values) if storage.bits == 4 else values, f"{name}_scales": scales}
+    kinds = {"U8": pack_int4, "F8_E4M3": lambda whole: whole.to(torch.float8_e4m3fn)}
+    return {name: kinds.get(storage.dtype, lambda whole: whole)(values), f"{name}_scales": scales}
 
 
 def stored(

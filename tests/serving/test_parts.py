@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from grasp.errors import UnsupportedModelError
-from grasp.method.storage import Storage
+from grasp.method.storage import FP8, Storage
 from grasp.serving.parts import Part
 from grasp.serving.shards import WHOLE, LocalLinear, Piece
 from tests.serving.linears import stored, weight
 
 ROWS, COLUMNS = 12, 256
 FORMS = {"dense": (0, False), "factored": (5, False), "pivoted": (5, True)}
-STORAGES = {str(storage): storage for storage in (None, Storage(8), Storage(4), Storage(4, 64), Storage(4, 128))}
+STORAGES = {str(storage): storage for storage in (None, Storage(8), FP8, Storage(4), Storage(4, 64), Storage(4, 128))}
 
 
 def part(form: str, storage: Storage | None, rows: Piece = WHOLE, columns: Piece = WHOLE, width: int = 0) -> Part:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grasp.method.storage import Storage
+from grasp.method.storage import FP8, Storage
 from grasp_kernels.quantized import pack_int4
 from tests.serving.linears import stored, weight
 
@@ -183,10 +183,15 @@ def test_a_linear_for_which_vllm_has_no_kernel_keeps_its_weight_and_is_dequantis
 @pytest.mark.usefixtures("_unpacking")
 @pytest.mark.parametrize(
     ("storage", "columns", "dtype"),
-    [(Storage(8), 64, torch.float32), (Storage(4, 64), 96, torch.bfloat16), (Storage(8), 66, torch.float16)],
+    [
+        (FP8, 64, torch.bfloat16),
+        (Storage(8), 64, torch.float32),
+        (Storage(4, 64), 96, torch.bfloat16),
+        (Storage(8), 66, torch.float16),
+    ],
 )
 def test_kernels_of_vllm_are_not_asked_for_what_some_of_them_do_not_check(
     storage: Storage, columns: int, dtype: torch.dtype
 ) -> None:
     assert choose_kernel(storage, 32, columns, dtype) is None
-    assert choose_kernel(storage, 32, 128, torch.bfloat16) is not None
+    assert choose_kernel(Storage(storage.bits, storage.group), 32, 128, torch.bfloat16) is not None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from grasp.errors import CheckpointError, UnsupportedModelError
-from grasp.method.storage import Storage
+from grasp.method.storage import FP8, Storage
 from tests.serving.linears import matrix, stored, weight
 
 pytest.importorskip("vllm")
@@ -29,7 +29,7 @@ from tests.vllm.layers import HIDDEN, WIDTHS, linear, load, method_for
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
-@pytest.mark.parametrize("storage", [Storage(8), Storage(4), Storage(4, 32)], ids=str)
+@pytest.mark.parametrize("storage", [Storage(8), Storage(4), Storage(4, 32), FP8], ids=str)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_every_process_computes_its_outputs_of_quantised_low_rank_and_dense_parts(
     processes: int, storage: Storage, on_cpu: bool, monkeypatch: pytest.MonkeyPatch

@@ -132,7 +132,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(small: Path, samples: S
 @pytest.mark.parametrize(
     ("bits", "group", "message"),
     [
-        (3, None, "bits must be 8 or 4, got 3"),
+        (3, None, "bits must be 8, 4 or fp8, got 3"),
         (8, 64, "group is an option of 4 bits, got 64 with 8"),
         (4, 48, "group must be 32, 64 or 128, got 48"),
     ],
@@ -141,4 +141,5 @@ def test_storages_that_no_kernel_serves_are_refused(bits: int, group: int | None
     with pytest.raises(ValueError, match=message):
         choose_storage(bits, group)
     assert choose_storage(8) == Storage(8)
+    assert str(choose_storage("fp8")) == "fp8"
     assert choose_storage(4) == Storage(4, 64)
