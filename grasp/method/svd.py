@@ -14,7 +14,6 @@ from grasp.method.blocks import BLOCK_ROWS, fp64_device, quadratic_form, row_blo
 from grasp.method.ranks import Shape
 
 DAMPING = 1e-3  # of the mean of a covariance's diagonal, added to the diagonal
-PRIOR_TOKENS = 1000  # more, whose covariance is that mean: few tokens say little about most directions; docs/study.md
 _SMALLEST = 1e-16  # of the largest squared singular value: smaller ones are rounding errors of fp64
 
 
@@ -92,7 +91,8 @@ def decompose_in(
 def shrinkage(covariance: Tensor, tokens: int | None, device: torch.device, name: str) -> tuple[float, float]:
     """What is added to the diagonal of ``Σ x xᵀ``, and what the sum is divided by, to give the covariance.
 
-    It is shrunk to its mean eigenvalue as by ``PRIOR_TOKENS`` more tokens, and damped by ``DAMPING``.
+    Few tokens say little about most directions, so it is shrunk to its mean eigenvalue, as by one more token for each
+    of its dimensions (docs/study.md), and damped by ``DAMPING``.
 
     Args:
         covariance: the sum.
@@ -112,7 +112,8 @@ def shrinkage(covariance: Tensor, tokens: int | None, device: torch.device, name
         )
     if tokens is None:
         return DAMPING * mean, 1.0
-    return (DAMPING + PRIOR_TOKENS / tokens) * mean, float(tokens + PRIOR_TOKENS)
+    more = len(covariance)
+    return (more + DAMPING * (tokens + more)) / tokens * mean, float(tokens + more)
 
 
 def decomposition_bytes(

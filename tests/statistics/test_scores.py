@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from grasp.compression.naive import mean_nll
 from grasp.method.basis import BASES
 from grasp.method.metrics import METRICS, in_units_of_loss
-from grasp.method.svd import DAMPING, PRIOR_TOKENS
+from grasp.method.svd import DAMPING
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
 from grasp.model.targets import Target, layer_targets
@@ -43,8 +43,8 @@ def seen(model: PreTrainedModel, tokens: list[Tensor], target: Target) -> tuple[
 
 def damped_root(rows: Tensor) -> Tensor:
     total, tokens = rows.mT @ rows, len(rows)
-    prior = (PRIOR_TOKENS + DAMPING * tokens) * total.diagonal().mean() / tokens
-    shrunk = (total + prior * torch.eye(len(total), dtype=rows.dtype)) / (tokens + PRIOR_TOKENS)
+    prior = (len(total) + DAMPING * (tokens + len(total))) * total.diagonal().mean() / tokens
+    shrunk = (total + prior * torch.eye(len(total), dtype=rows.dtype)) / (tokens + len(total))
     values, vectors = torch.linalg.eigh(shrunk)
     return (vectors * values.sqrt()) @ vectors.mT
 
