@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from grasp.checkpoint.compression_report import COMPRESSED, DENSE
 from grasp.compression.budget import Plan, required_saving
@@ -10,7 +11,7 @@ from grasp.compression.run import Run
 from grasp.errors import UnsupportedModelError
 from grasp.formatting import layer_ranges
 from grasp.method.ranks import redundant_layers
-from grasp.model.layer_removal import removable_layers
+from grasp.model.layer_removal import require_removable
 from grasp.statistics.layer_losses import losses_without
 
 
@@ -38,15 +39,14 @@ def losses_after(run: Run) -> dict[str, float]:
 
 def _removed_instead(run: Run, plan: Plan, scores: Sequence[float]) -> dict[str, tuple[int, ...]]:
     """The fewest layers of least block influence whose removal meets the budget, by their name; or nothing."""
-    try:
-        removable = set(removable_layers(run.model))
-    except UnsupportedModelError:
-        return {}
-    order = [layer for layer in redundant_layers(scores, len(scores)) if layer in removable][: len(scores) - 1]
     saving, saved = required_saving(run.prices, plan), 0.0
+    order = redundant_layers(scores, len(scores) - 1)
     for count, layer in enumerate(order, start=1):
         saved += run.prices.layer(layer)
         if saved >= saving > 0:
             removed = tuple(sorted(order[:count]))
-            return {f"layers {layer_ranges(removed)} removed": removed}
+            with suppress(UnsupportedModelError):
+                require_removable(run.model, removed)
+                return {f"layers {layer_ranges(removed)} removed": removed}
+            break
     return {}

@@ -61,6 +61,17 @@ def remove_layers_(model: PreTrainedModel, layers: Sequence[int]) -> None:
     mark_compressed(model)  # the configuration of a compressed model names low-rank layers by their paths
 
 
+def require_removable(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Check that ``remove_layers_`` could delete some layers together.
+
+    Raises:
+        ValueError, UnsupportedModelError: as ``remove_layers_``.
+    """
+    depth = len(decoder(model).layers)
+    _check(layers, depth)
+    _changed_config(model, [i for i in range(depth) if i not in set(layers)])
+
+
 def removable_layers(model: PreTrainedModel) -> list[int]:
     """The layers that ``remove_layers_`` can delete one at a time.
 
