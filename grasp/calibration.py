@@ -140,8 +140,8 @@ def read_pieces(
 def builtin_text(split: Split) -> str:
     """Return texts of several kinds (calibration), or Wikipedia articles that are not among them (evaluation).
 
-    The kinds are ``_KINDS``, one after the other. A model that is calibrated on one kind loses much more on distant ones.
-    The texts are data files of the package ``exllamav3`` (MIT). The package is not imported.
+    The kinds are ``_KINDS``, one after the other. A model that is calibrated on one kind loses much more on distant
+    ones. The texts are data files of the package ``exllamav3`` (MIT). The package is not imported.
 
     Raises:
         MissingPackageError: if the package is not installed.
