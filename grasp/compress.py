@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from grasp.checkpoint.compression_report import CompressionReport, ModuleReport
 from grasp.checkpoint.run_state import Decision, NoState
 from grasp.compression.budget import Plan, predicted_seconds
+from grasp.compression.held_out import compare_with_removal, result_loss
+from grasp.compression.linear_replacement import merge_
 from grasp.compression.quantize import quantize_
 from grasp.compression.refit import refit_
 from grasp.compression.rounds import (
@@ -25,7 +27,6 @@ from grasp.compression.rounds import (
 )
 from grasp.compression.run import Run, find_block_influence, make_plan, start_run
 from grasp.compression.selection import stored_reports
-from grasp.compression.unseen import losses_after, losses_before
 from grasp.config import GraspConfig
 from grasp.method.cost_table import CostTable
 from grasp.method.knapsack import ROUNDED
@@ -46,7 +47,7 @@ def compress_(
     batches: Sequence[CalibrationBatch | Tensor],
     config: GraspConfig | None = None,
     *,
-    unseen: Sequence[CalibrationBatch | Tensor] = (),
+    held_out: Sequence[CalibrationBatch | Tensor] = (),
     costs: CostTable | None = None,
     progress: Progress = no_progress,
     state: NoState | None = None,
@@ -66,8 +67,9 @@ def compress_(
         model: a decoder-only model of the transformers library, in any floating-point dtype.
         batches: calibration token batches: ``CalibrationBatch`` or int64 (B, L) tensors.
         config: what to compress and how; ``None`` for ``GraspConfig()``.
-        unseen: other batches, which change nothing: the report has the losses on them, before and after, and with the
-            least influential layers removed instead, as many as the budget takes.
+        held_out: other batches, on which losses are measured. With a global budget they decide between candidates that
+            keep to it: low-rank linears, layers removed, and layers replaced by a linear map. Otherwise they decide
+            nothing. The report has all losses.
         costs: of decoding, see ``grasp.method.cost_table``; a ``target_latency`` needs them.
         progress: called as ``progress(step, done, total)``.
         state: a ``grasp.checkpoint.run_state.RunState``, from which the same call resumes after an interruption.
@@ -99,7 +101,7 @@ def compress_(
     with NoState() if state is None else nullcontext(state) as state:
         run = start_run(
             *(model, as_batches(batches), config, costs, progress, state, processes),
-            unseen=as_batches(unseen) if unseen else (),
+            held_out=as_batches(held_out) if held_out else (),
             memory=memory,
             host_memory=host_memory,
         )
@@ -112,8 +114,9 @@ def carry_out_(run: Run) -> CompressionReport:
     """The method, step by step. ``compress_`` starts the run; a study may give one that reuses statistics."""
     scores = find_block_influence(run)
     plan = make_plan(run, scores)
-    losses = losses_before(run, plan, scores)
-    decision = Decision((), {}, {})
+    decision = Decision((), {}, {}, {}, {})
+    if not run.config.decides_together:
+        decision = compare_with_removal(run, plan, scores)
     try:
         work = prepare_(run, plan)
         if run.config.decides_together:
@@ -125,15 +128,15 @@ def carry_out_(run: Run) -> CompressionReport:
             work.prefix.hidden.clear()
             if run.config.refit:
                 _refit_in_order_(run, plan)
+        merged = merge_(run, decision, work.reports)
         remove_layers_(run.model, decision.removed)
         if run.config.storage is not None:
             _quantize_(run, run.config.storage, decision)
-        reports = stored_reports(work.reports, run.model, len(scores), decision.removed)
+        reports = stored_reports(merged, run.model, len(scores), decision.removed)
     finally:
         group_linears_(run.model)
         mark_compressed(run.model)
-    losses |= losses_after(run)
-    return _report(run, scores, plan, decision, losses, reports)
+    return _report(run, scores, plan, decision, result_loss(run), reports)
 
 
 def _refit_in_order_(run: Run, plan: Plan) -> None:
@@ -165,12 +168,16 @@ def _report(
     scores: Sequence[float],
     plan: Plan,
     decision: Decision,
-    losses: Mapping[str, float],
+    loss: Mapping[str, float],
     reports: Sequence[ModuleReport],
 ) -> CompressionReport:
     ranks = {name: rank for name, rank in decision.ranks.items() if rank == ROUNDED}
     ranks |= {report.name: report.rank for report in reports if report.rank}
     left = [report for layer in plan.layers for report in run.left[layer]]
+    after = model_size(run.model, decoder(run.model).layers)
+    seconds = (
+        predicted_seconds(run.config, run.costs, run.targets, ranks, decision.removed) if run.costs is not None else {}
+    )
     return CompressionReport(
         config=run.config.to_dict(),
         block_influence=tuple(scores),
@@ -178,11 +185,12 @@ def _report(
         removed_layers=decision.removed,
         retain_ratio=plan.retain_ratio if run.config.threshold_ratio is None else None,
         scope=run.config.scope,
-        held_out_loss=decision.losses,
-        unseen_loss=losses,
+        held_out_loss={**decision.losses, **loss},
+        candidate_bytes={**decision.bytes, **dict.fromkeys(loss, after.bytes)},
+        candidate_seconds={**decision.seconds, **{name: seconds["after"] for name in loss if seconds}},
         modules=(*reports, *left),
         before=run.before,
-        after=model_size(run.model, decoder(run.model).layers),
+        after=after,
         calibration={
             "sequences": sum(len(batch.input_ids) for batch in run.batches),
             "tokens": sum(batch.num_tokens for batch in run.batches),
@@ -190,8 +198,6 @@ def _report(
         },
         seconds=run.clock.seconds,
         versions={name: version(name) for name in ("torch", "transformers")},
-        decode_seconds=predicted_seconds(run.config, run.costs, run.targets, ranks, decision.removed)
-        if run.costs
-        else {},
+        decode_seconds=seconds,
         costs=run.costs.device if run.costs else None,
     )

@@ -56,8 +56,8 @@ class GraspConfig:
         allocation: ``"uniform"`` keeps the same fraction of every matrix. ``"global"`` spends one budget where it
             lowers the predicted loss most; a matrix may stay dense. It needs a metric in units of loss: ``"taylor"``,
             ``"fisher"``, or ``"magnitude"`` in the kfac basis.
-        remove_layers: also remove whole layers, with their KV cache, where the predicted loss is lower. The last
-            eighth of the calibration batches is held out to decide. Needs ``allocation="global"``.
+        remove_layers: also remove some layers, with their KV cache, where the predicted loss is lower. Without held-out
+            batches, the last eighth of the calibration batches is held out. Needs ``allocation="global"``.
         scope: layers that may be compressed: the ``"redundant"`` ones, or all of the ``"model"``.
         refit: after the last replacement, fit the left factors by least squares to the dense model's outputs, given
             the inputs that the compressed layers produce.

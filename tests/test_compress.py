@@ -127,18 +127,17 @@ def test_linears_that_have_no_pivoted_form_are_factored_or_stay_dense(monkeypatc
     )
 
 
-def test_unseen_batches_change_nothing_and_tell_what_the_compression_and_removed_layers_cost() -> None:
-    config, batches, unseen = GraspConfig.best(compression_ratio=0.1), tiny_batches(4), tiny_batches(2, seed=5)
+def test_held_out_batches_do_not_change_the_published_method_and_tell_what_removed_layers_would_cost() -> None:
+    config, batches, held_out = GraspConfig.paper(compression_ratio=0.1), tiny_batches(4), tiny_batches(2, seed=5)
     dense, models = tiny_model("llama"), [tiny_model("llama") for _ in range(2)]
-    reports = [compress_(m, batches, config, unseen=u) for m, u in zip(models, ((), unseen), strict=True)]
+    reports = [compress_(m, batches, config, held_out=h) for m, h in zip(models, ((), held_out), strict=True)]
     assert reports[0].modules == reports[1].modules
-    assert (reports[0].unseen_loss, reports[0].unseen_text) == ({}, "")
-    losses = {"dense": mean_loss(dense, unseen), "compressed": mean_loss(models[1], unseen)}
+    assert (reports[0].held_out_loss, reports[0].held_out_text) == ({}, "")
+    losses = {"dense": mean_loss(dense, held_out), "compressed": mean_loss(models[1], held_out)}
     removed = sorted(range(3), key=reports[1].block_influence.__getitem__)[:1]  # of 3 layers: a third of the model
     remove_layers_(dense, removed)
-    losses[f"layers {removed[0]} removed"] = mean_loss(dense, unseen)
-    assert reports[1].unseen_loss == pytest.approx(losses, rel=1e-5)
-    assert reports[1].unseen_text.endswith(f" with layers {removed[0]} removed instead")
+    losses[f"layers {removed[0]} removed"] = mean_loss(dense, held_out)
+    assert reports[1].held_out_loss == pytest.approx(losses, rel=1e-5)
     assert CompressionReport.from_json(reports[1].to_json()) == reports[1]
 
 

@@ -8,16 +8,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from grasp.errors import CheckpointError
-from grasp.formatting import one_line
+from grasp.formatting import Column, one_line, size
 from grasp.method.ranks import FORMS
 from grasp.model.size import Size
 from grasp.reading import parse_json, read_text_file
 
 FILE_NAME = "report.json"
-DENSE, COMPRESSED = "dense", "compressed"  # of the losses on unseen text
+DENSE, COMPRESSED = "dense", "compressed"  # the model before and after, among the candidates
 _EXPECTED = "the report.json that `grasp compress` wrote"
 _SPECTRUM_VALUES = 256  # singular values stored of a module, at most
 _NUMBERS = re.compile(r"\[\n\s+([^\[\]{}\"]+?)\n\s+\]")  # a string in JSON has no newline, so this is a list of numbers
@@ -49,6 +49,23 @@ class ModuleReport:
         return cls(**{**values, **{key: tuple(values.get(key, ())) for key in ("indices", "spectrum")}})
 
 
+class MeasuredCandidate(NamedTuple):
+    """One way to keep to the budget, or the dense model, or the result."""
+
+    name: str
+    loss: float  # on held-out text, in nats per token
+    bytes: int | None  # of all weights
+    seconds: float | None  # predicted time per token
+
+
+_CANDIDATE_COLUMNS = (
+    Column("candidate", "name"),
+    Column("held-out loss", "loss", "{:.4f}".format),
+    Column("bytes", "bytes", size),
+    Column("ms per token, predicted", "seconds", lambda seconds: f"{1e3 * seconds:.2f}"),
+)
+
+
 @dataclass(frozen=True)
 class CompressionReport:
     """The report that ``compress_`` returns. Ratios are of the whole model unless the name says otherwise.
@@ -72,9 +89,11 @@ class CompressionReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     scope: str = "redundant"  # of the configuration
     removed_layers: tuple[int, ...] = ()  # ascending; the report numbers layers as before removal
-    held_out_loss: Mapping[str, float] = field(default_factory=dict)  # candidate → nats per token; {} if only one
-    # Nats per token on text that changed nothing: ``DENSE``, ``COMPRESSED``, and with layers removed instead.
-    unseen_loss: Mapping[str, float] = field(default_factory=dict)
+    # ``DENSE``, each candidate and ``COMPRESSED``, the result → nats per token on held-out text, bytes of all weights,
+    # predicted time per token; {} if nothing was held out, or there were no costs.
+    held_out_loss: Mapping[str, float] = field(default_factory=dict)
+    candidate_bytes: Mapping[str, int] = field(default_factory=dict)
+    candidate_seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     request: Mapping[str, Any] = field(default_factory=dict)  # the request of ``grasp compress``; empty from Python
     decode_seconds: Mapping[str, float] = field(default_factory=dict)  # predicted time per token, dense and after
@@ -101,20 +120,32 @@ class CompressionReport:
         return tuple(module for module in self.modules if module.reason)
 
     @property
-    def removal_loss(self) -> tuple[str, float] | None:
-        """Which layers could be removed instead, as text, and the loss on unseen text then; ``None`` if none."""
-        return next((pair for pair in self.unseen_loss.items() if pair[0] not in (DENSE, COMPRESSED)), None)
+    def candidates(self) -> tuple[MeasuredCandidate, ...]:
+        """The dense model, each candidate and the result, as they were measured on held-out text."""
+        return tuple(
+            MeasuredCandidate(name, loss, self.candidate_bytes.get(name), self.candidate_seconds.get(name))
+            for name, loss in self.held_out_loss.items()
+        )
 
     @property
-    def unseen_text(self) -> str:
-        """What the compression costs on unseen text, and what removing layers would; "" if it was not measured."""
-        if not self.unseen_loss:
+    def candidate_columns(self) -> tuple[Column, ...]:
+        """The columns of a table of the candidates; those without a value are left out."""
+        return tuple(
+            column
+            for column in _CANDIDATE_COLUMNS
+            if any(column.value_of(candidate) is not None for candidate in self.candidates)
+        )
+
+    @property
+    def held_out_text(self) -> str:
+        """What the compression adds to the loss on held-out text, and the candidate chosen; "" if not measured."""
+        losses = dict(self.held_out_loss)
+        if not {DENSE, COMPRESSED} <= losses.keys():
             return ""
-        text = f"{self.unseen_loss[COMPRESSED] - self.unseen_loss[DENSE]:+.3f} nats per token"
-        if self.removal_loss is None:
-            return text
-        name, loss = self.removal_loss
-        return f"{text}; {loss - self.unseen_loss[DENSE]:+.3f} with {name} instead"
+        added = f"{losses.pop(COMPRESSED) - losses.pop(DENSE):+.3f} nats per token"
+        if self.config.get("allocation") != "global" or not losses:
+            return added
+        return f"{added}, {min(losses, key=losses.__getitem__)}"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and the two ratios, as JSON values."""
@@ -182,8 +213,8 @@ def _require_sound(report: CompressionReport) -> None:
     Raises:
         ValueError: if not; the message has the value.
     """
-    for size in (report.before, report.after):
-        for name, value in vars(size).items():
+    for sizes in (report.before, report.after):
+        for name, value in vars(sizes).items():
             if type(value) is not int or value < 0:
                 raise ValueError(f"{name} must be an integer from 0 up, got {value!r}")
     if not report.before.parameters or not report.before.decoder_parameters:
@@ -193,15 +224,16 @@ def _require_sound(report: CompressionReport) -> None:
         "calibration",
         "seconds",
         "held_out_loss",
-        "unseen_loss",
+        "candidate_bytes",
+        "candidate_seconds",
         "versions",
         "request",
         "decode_seconds",
     ):
         if not isinstance(getattr(report, name), Mapping):
             raise ValueError(f"{name} must be an object, got {getattr(report, name)!r}")
-    losses = [*report.held_out_loss.values(), *report.unseen_loss.values()]
-    numbers = [*report.seconds.values(), *losses, *report.decode_seconds.values()]
+    numbers = [*report.seconds.values(), *report.decode_seconds.values(), *report.held_out_loss.values()]
+    numbers += [*report.candidate_bytes.values(), *report.candidate_seconds.values()]
     numbers += [] if report.retain_ratio is None else [report.retain_ratio]
     texts = [report.scope, report.costs or ""]
     for module in report.modules:

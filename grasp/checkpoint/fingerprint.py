@@ -27,7 +27,11 @@ _VOLATILE = ("_name_or_path", "transformers_version")  # keys of a model configu
 
 
 def request_fingerprint(
-    model: PreTrainedModel, batches: Sequence[CalibrationBatch], config: GraspConfig, costs: CostTable | None = None
+    model: PreTrainedModel,
+    batches: Sequence[CalibrationBatch],
+    held_out: Sequence[CalibrationBatch],
+    config: GraspConfig,
+    costs: CostTable | None = None,
 ) -> dict[str, Any]:
     """Everything that the result of ``compress_`` depends on. Hashing the weights takes about a second per GB."""
     return {
@@ -36,6 +40,7 @@ def request_fingerprint(
         "calibration batches": len(batches),
         "calibration sequences": sum(len(batch.input_ids) for batch in batches),
         "calibration tokens": tensors_digest(_tokens(batches)),
+        "held-out tokens": tensors_digest(_tokens(held_out)),
         "costs": None if costs is None else hashlib.sha256(json.dumps(costs.to_dict()).encode()).hexdigest(),
     }
 

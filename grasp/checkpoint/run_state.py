@@ -33,11 +33,14 @@ if TYPE_CHECKING:
 
 
 class Decision(NamedTuple):
-    """The decision about all linears of a global budget."""
+    """The decision about all linears, and the candidates that it was made between."""
 
     removed: tuple[int, ...]  # the layers to remove, ascending
-    losses: Mapping[str, float]  # candidate → its loss on the held-out batches, in nats per token
     ranks: Mapping[str, int]  # path of each linear that was scored and stays → its rank, ``DENSE`` or ``ROUNDED``
+    losses: Mapping[str, float]  # candidate → its loss on the held-out batches, in nats per token
+    bytes: Mapping[str, int]  # candidate → bytes of all weights
+    seconds: Mapping[str, float]  # candidate → predicted time per token; {} without costs
+    map: str = ""  # file of the linear map that takes the place of the removed layers, if one does
 
 
 class NoState(PartialSums):
@@ -79,6 +82,7 @@ class NoState(PartialSums):
         self,
         model: PreTrainedModel,
         batches: Sequence[CalibrationBatch],
+        held_out: Sequence[CalibrationBatch],
         config: GraspConfig,
         costs: CostTable | None,
         clock: Clock,
@@ -142,8 +146,8 @@ class RunState(RunFolder, NoState):
         ...     pass  # report = compress_(model, batches, config, state=state); model.save_pretrained(...)
     """
 
-    FORMAT = 6
-    FILES = r"(module|cut|first|second|only)(-.+|\..+)?\.safetensors|costs\.json"  # before format 5: a costs.json
+    FORMAT = 7
+    FILES = r"(module|cut|first|second|only|map)(-.+|\..+)?\.safetensors|costs\.json"  # before format 5: a costs.json
     CACHES = r"sums-.+\.safetensors"
 
     def __init__(self, folder: str | Path, *, notify: Notify = no_notify, rank: int = 0, processes: int = 1) -> None:
@@ -179,6 +183,7 @@ class RunState(RunFolder, NoState):
         self,
         model: PreTrainedModel,
         batches: Sequence[CalibrationBatch],
+        held_out: Sequence[CalibrationBatch],
         config: GraspConfig,
         costs: CostTable | None,
         clock: Clock,
@@ -190,14 +195,14 @@ class RunState(RunFolder, NoState):
         """
         clock.enter("identity")
         self._costs = None if costs is None else costs.to_dict()
-        state = self._begin(request_fingerprint(model, batches, config, costs), clock)
+        state = self._begin(request_fingerprint(model, batches, held_out, config, costs), clock)
         if not state:
             self._write_state()
             return
         self.block_influence, self.cut = state["block_influence"], state["cut"]
         if state["decision"] is not None:
-            removed, losses, ranks = state["decision"]
-            self.decision = Decision(tuple(removed), losses, ranks)
+            removed, *rest = state["decision"]
+            self.decision = Decision(tuple(removed), *rest)
         self._continued = self.block_influence is not None or any(self._stored_sums())
 
     def note_progress(self, text: str) -> None:

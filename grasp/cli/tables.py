@@ -46,11 +46,18 @@ def show_compression(result: Compression) -> None:
             ("bytes", f"{size(report.before.bytes)} -> {size(report.after.bytes)}"),
             ("kept", _retained(report)),
             *_latency_facts(report),
-            *([("unseen text", report.unseen_text)] if report.unseen_text else []),
+            *([("held-out loss", report.held_out_text)] if report.held_out_text else []),
             ("time", f"{sum(report.seconds.values()):.1f} s"),
             ("checkpoint", result.output),
         ]
     )
+    if report.candidates:
+        columns, rows = report.candidate_columns, report.candidates
+        print_table(
+            [column.heading for column in columns],
+            [[column.text_of(row) for column in columns] for row in rows],
+            title="Candidates, in nats per token",
+        )
     for reason, modules in grouped(report.left, lambda module: module.reason).items():
         print_text(f"left: {len(modules)} modules such as {modules[0].name}: {reason}")
 

@@ -83,18 +83,23 @@ def _parameter_prices(config: GraspConfig, model: PreTrainedModel, targets: Targ
 
 def _byte_prices(config: GraspConfig, model: PreTrainedModel, targets: Targets, costs: CostTable | None) -> Prices:
     assert config.target_bytes is not None
-    layers = decoder(model).layers
-    size = model_size(model, layers).bytes
-    weights = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
-    if config.dense_storage is not None:
-        saved, saved_by_layer = bytes_saved(model, config.dense_storage)
-        size -= saved
-        weights = [before - less for before, less in zip(weights, saved_by_layer, strict=True)]
+    size, weights = _dense_bytes(config, model)
     prices = Prices(
         partial(stored_bytes, config=config), weights.__getitem__, max(0, size - config.target_bytes), RANK_MULTIPLE
     )
     _require_reachable(config, prices, targets, lambda saved: f"target_bytes={size - saved:.0f}")
     return prices
+
+
+def _dense_bytes(config: GraspConfig, model: PreTrainedModel) -> tuple[int, list[int]]:
+    """The bytes of the model, and of each layer, if all linears stay dense."""
+    layers = decoder(model).layers
+    size = model_size(model, layers).bytes
+    weights = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
+    if config.dense_storage is None:
+        return size, weights
+    saved, saved_by_layer = bytes_saved(model, config.dense_storage)
+    return size - saved, [before - less for before, less in zip(weights, saved_by_layer, strict=True)]
 
 
 def _second_prices(config: GraspConfig, model: PreTrainedModel, targets: Targets, costs: CostTable | None) -> Prices:
@@ -249,6 +254,20 @@ def required_saving(prices: Prices, plan: Plan) -> float:
     if prices.saving is not None:
         return prices.saving
     return math.fsum(prices.saved(target, rank) for target, rank in plan.ranks.items())
+
+
+def predicted_bytes(
+    config: GraspConfig, model: PreTrainedModel, targets: Targets, ranks: Mapping[str, int], removed: Sequence[int]
+) -> int:
+    """The bytes of all weights after compression; ``model`` is dense, other arguments as ``predicted_seconds``."""
+    size, weights = _dense_bytes(config, model)
+    remaining = (target for layer, linears in targets.items() if layer not in removed for target in linears)
+    saved = (
+        stored_bytes(target, DENSE, config) - stored_bytes(target, ranks[target.name], config)
+        for target in remaining
+        if target.name in ranks
+    )
+    return size - sum(weights[layer] for layer in removed) - sum(saved)
 
 
 def predicted_seconds(

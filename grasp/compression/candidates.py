@@ -1,28 +1,21 @@
-"""The candidates that keep to a global budget, and the one that loses least on the held-out batches."""
+"""The candidates that keep to a global budget: allocations of ranks, with or without whole layers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import torch
-from transformers import PreTrainedModel
-
-from grasp.checkpoint.run_state import NoState
 from grasp.compression.budget import Plan, Prices
-from grasp.compression.selection import Selection, Selections, replacement
+from grasp.compression.selection import Selection, Selections
 from grasp.errors import CalibrationError
+from grasp.formatting import layer_ranges
 from grasp.method.knapsack import DENSE, ROUNDED, Choices, Layer, allocate_layers, least_cost, rank_choices
 from grasp.model.batch import CalibrationBatch
-from grasp.model.targets import Target, decoder
-from grasp.statistics.hidden_states import Scratch
-from grasp.statistics.processes import Processes
-from grasp.statistics.sweep import capture_prefix, propagate, sum_nll_after
+from grasp.model.targets import Target
 
 FIRST_SHARE = 0.6  # the share of the saving after which a progressive schedule gathers statistics again; docs/study.md
-HELD_OUT = 8  # one batch of so many is held out to decide between candidates
+HELD_OUT = 8  # for so many calibration batches, one is held out to decide between candidates
 # The measured loss of removing a layer is multiplied by each of these and compared with the predicted losses of ranks,
 # which are often too low. With the last one, a layer is removed only if ranks cannot meet the budget. docs/latency.md.
 REMOVAL_LOSS_SCALES = (0.5, 1.0, 2.0, 1e6)
@@ -31,14 +24,10 @@ REMOVAL_LOSS_SCALES = (0.5, 1.0, 2.0, 1e6)
 class Candidate(NamedTuple):
     """One way to keep to the budget."""
 
-    scope: str
+    name: str
     removed: tuple[int, ...]  # layers to remove, ascending
-    ranks: dict[Target, int]  # of the linears that are scored and stay; or ``DENSE``, ``ROUNDED``
-
-    @property
-    def name(self) -> str:
-        """The scope, and the layers to remove."""
-        return f"{self.scope} without {', '.join(map(str, self.removed))}" if self.removed else self.scope
+    ranks: dict[Target, int]  # of linears that are scored and stay, or ``DENSE``, ``ROUNDED``; others stay dense
+    map: str = ""  # file of the linear map that takes the place of the removed layers, if one does
 
 
 def hold_out(batches: Sequence[CalibrationBatch]) -> tuple[Sequence[CalibrationBatch], Sequence[CalibrationBatch]]:
@@ -52,9 +41,9 @@ def hold_out(batches: Sequence[CalibrationBatch]) -> tuple[Sequence[CalibrationB
 
 
 def candidates(
-    selections: Selections, plan: Plan, scope: str, prices: Prices, removal: Mapping[int, float], nats: float
+    selections: Selections, plan: Plan, prices: Prices, removal: Mapping[int, float], nats: float
 ) -> dict[str, Candidate]:
-    """The candidates that keep to the budget, by name: one, or several if layers may be removed.
+    """The allocations of ranks that keep to the budget, by name: one, or several if layers may be removed.
 
     The losses of removing layers are measured, the losses of ranks predicted, and the predictions are too low by an
     unknown factor. So the measured losses are scaled by each of ``REMOVAL_LOSS_SCALES``. Only measuring the candidates
@@ -63,17 +52,17 @@ def candidates(
     Args:
         selections: the groups that each linear can retain, with the importance of all its groups.
         plan: the linears that may be compressed.
-        scope: a configuration's.
         prices: the unit of the budget.
-        removal: for each layer that may be removed, the loss that this adds, in nats per token.
+        removal: for each layer that may be removed, the loss that this adds, in nats per token. The layer with the
+            largest stays.
         nats: the loss that a score of 1 adds, in nats per token.
     """
     scores = _scored(selections, plan)
     scales = REMOVAL_LOSS_SCALES if removal else REMOVAL_LOSS_SCALES[:1]
     result: dict[str, Candidate] = {}
     for scale in scales:
-        losses = {layer: scale * loss / nats for layer, loss in removal.items()}
-        candidate = _allocated(scope, scores, plan, prices, losses)
+        losses = {layer: scale * loss / nats for layer, loss in removal.items() if loss < max(removal.values())}
+        candidate = _allocated(scores, plan, prices, losses)
         result.setdefault(candidate.name, candidate)
     return result
 
@@ -83,54 +72,8 @@ def first_cut(selections: Selections, plan: Plan, prices: Prices) -> dict[Target
 
     If the saving needs layers to be removed, it is that share of what ranks can save.
     """
-    ranks = _allocated("", _scored(selections, plan), plan, prices, {}, FIRST_SHARE).ranks
+    ranks = _allocated(_scored(selections, plan), plan, prices, {}, FIRST_SHARE).ranks
     return {target: rank for target, rank in ranks.items() if rank not in (DENSE, ROUNDED)}
-
-
-def held_out_losses(
-    model: PreTrainedModel,
-    selections: Selections,
-    candidates: Mapping[str, Candidate],
-    held_out: Sequence[CalibrationBatch],
-    *,
-    state: NoState,
-    scratch: Scratch,
-    processes: Processes,
-) -> dict[str, float]:
-    """The mean loss of each candidate on the held-out batches, in nats per token; the model is left as it was.
-
-    The batches pass one layer after the other, so the factors of one layer are in memory at a time.
-    """
-    sums = torch.zeros(len(candidates), dtype=torch.float64)
-    with processes.fail_together():
-        start = capture_prefix(model, processes.local_batches(held_out), {0}, scratch=scratch)
-        for index, candidate in enumerate(candidates.values()):
-            hidden = start.hidden[0]
-            for layer in range(len(decoder(model).layers)):
-                if layer not in candidate.removed:
-                    with _replaced(model, layer, selections, candidate, state):
-                        hidden = propagate(start, range(layer, layer + 1), hidden)
-            sums[index] = sum_nll_after(start, hidden)
-    processes.sum_([sums])
-    tokens = sum(batch.num_targets for batch in held_out)
-    return dict(zip(candidates, (sums / tokens).tolist(), strict=True))
-
-
-@contextmanager
-def _replaced(
-    model: PreTrainedModel, layer: int, selections: Selections, candidate: Candidate, state: NoState
-) -> Iterator[None]:
-    """Put the low-rank linears of a candidate into one layer until the block ends."""
-    with ExitStack() as stack:
-        for target, selection in selections.items():
-            if target.layer != layer:
-                continue
-            rank = candidate.ranks.get(target, len(selection.indices))
-            module, _ = replacement(state, target, selection, rank)
-            if module is not None:
-                stack.callback(model.set_submodule, target.name, target.module)
-                model.set_submodule(target.name, module)
-        yield
 
 
 def _scored(selections: Selections, plan: Plan) -> dict[Target, Selection]:
@@ -138,12 +81,7 @@ def _scored(selections: Selections, plan: Plan) -> dict[Target, Selection]:
 
 
 def _allocated(
-    scope: str,
-    selections: Selections,
-    plan: Plan,
-    prices: Prices,
-    removal: Mapping[int, float],
-    share: float = 1.0,
+    selections: Selections, plan: Plan, prices: Prices, removal: Mapping[int, float], share: float = 1.0
 ) -> Candidate:
     """Spend a share of the saving where it adds the least loss."""
     members = {layer: [target for target in selections if target.layer == layer] for layer in plan.layers}
@@ -165,7 +103,8 @@ def _allocated(
             target: matrix.ranks[choice]
             for target, matrix, choice in zip(members[layer], choices.matrices, picked, strict=True)
         }
-    return Candidate(scope, tuple(removed), ranks)
+    without = f" without layers {layer_ranges(removed)}" if removed else ""
+    return Candidate(f"low-rank{without}", tuple(removed), ranks)
 
 
 def _layer_choices(

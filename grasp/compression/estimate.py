@@ -152,7 +152,7 @@ def estimate(
     Raises:
         ValueError: if the configuration asks for layers or a ratio that the model does not have, or a number is not
             positive.
-        CalibrationError: if the model has fewer positions than ``seq_len``, or no batch is left to be held out.
+        CalibrationError: if the model has fewer positions than ``seq_len``.
         OutOfMemoryError: if ``memory`` is too little; the message has the least that would do.
         UnsupportedModelError: if there is nothing to compress, or the layers cannot run without data.
     """

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from grasp.compression.candidates import REMOVAL_LOSS_SCALES, hold_out
+from grasp.compression.candidates import HELD_OUT
 from grasp.compression.eligible import eligible_targets
 from grasp.compression.job import CompressionJob
 from grasp.compression.layer_cost import Tracer
@@ -38,7 +38,7 @@ class Flops:
     sweeps: int = 0  # forward, and backward in activations, including the head
     statistics: int = 0  # gradients in the singular values, covariances
     decompositions: int = 0
-    held_out: int = 0  # of candidates that remove layers
+    held_out: int = 0  # losses of candidates on held-out sequences
     refit: int = 0  # forward passes
     refit_sums: int = 0
     refit_solutions: int = 0
@@ -74,8 +74,7 @@ class FlopCounter:
     def __init__(self, job: CompressionJob, tracer: Tracer) -> None:
         self._job, self._tracer = job, tracer
         self._layers, self._batch_size = decoder(tracer.model).layers, len(tracer.batch.input_ids)
-        batches = [tracer.batch] * -(-job.num_samples // self._batch_size)
-        self._held_out = len(hold_out(batches)[1]) * self._batch_size if job.config.remove_layers else 0
+        self._held_out = -(-job.num_samples // HELD_OUT)
 
     def sweeps(
         self,
@@ -134,7 +133,8 @@ class FlopCounter:
         influence = self._for_samples(self._forward(depth), job.num_samples)
         if not targets:
             return Flops(block_influence=influence)
-        evaluations = len(depth) + 1 + len(REMOVAL_LOSS_SCALES)
+        # The removal of each layer alone; then of several, and the candidates: about as many.
+        evaluations = 2 * len(depth) * job.config.decides_together
         evaluation = self._for_samples(self._forward(depth), self._held_out) + self._head_flops(self._held_out) // 2
         flops = Flops(
             block_influence=influence,
@@ -142,7 +142,7 @@ class FlopCounter:
             sweeps=job.passes_per_sweep * sweeps,
             statistics=job.rounds * _statistics_flops(job, self._tokens, targets),
             decompositions=job.rounds * sum(_decomposition_flops(job.config, shape) for shape in _shapes(targets)),
-            held_out=evaluations * evaluation if self._held_out else 0,
+            held_out=evaluations * evaluation + 2 * influence * job.config.decides_together,  # the last: a linear map
         )
         if job.config.bits is not None:
             flops = replace(flops, **self._quantizing())
@@ -170,10 +170,10 @@ class FlopCounter:
     @property
     def _tokens(self) -> int:
         """The tokens that statistics are taken of."""
-        return (self._job.num_samples - self._held_out) * self._job.seq_len
+        return self._job.num_samples * self._job.seq_len
 
     def _for_calibration(self, flops: int) -> int:
-        return self._for_samples(flops, self._job.num_samples - self._held_out)
+        return self._for_samples(flops, self._job.num_samples)
 
     def _for_samples(self, flops: int, samples: int) -> int:
         """The FLOPs of some sequences, from those of one batch."""
@@ -185,7 +185,7 @@ class FlopCounter:
 
     def _head_flops(self, samples: int | None = None) -> int:
         """The logits of all calibration tokens but the last of each sequence, forward and backward."""
-        samples = self._job.num_samples - self._held_out if samples is None else samples
+        samples = self._job.num_samples if samples is None else samples
         return 2 * 2 * samples * (self._job.seq_len - 1) * vocabulary_size(self._tracer.model) * self._tracer.width
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from grasp.checkpoint.compression_report import ModuleReport
 from grasp.checkpoint.run_state import Decision
 from grasp.compression.budget import Plan, ceilings
-from grasp.compression.candidates import Candidate, candidates, first_cut, held_out_losses
+from grasp.compression.candidates import first_cut
+from grasp.compression.held_out import decide
 from grasp.compression.memory_budget import return_freed_memory
 from grasp.compression.refit import Refit
 from grasp.compression.run import Run
@@ -21,7 +22,6 @@ from grasp.compression.selection import (
     LAYER_REMOVED,
     Name,
     Replacement,
-    Selections,
     low_rank,
     read_selection,
     replacement,
@@ -29,14 +29,12 @@ from grasp.compression.selection import (
 )
 from grasp.compression.spans import Selector
 from grasp.method.knapsack import DENSE, ROUNDED
-from grasp.method.metrics import nats_per_score
 from grasp.method.ranks import break_even_rank
 from grasp.method.schedules import plan_sweeps
 from grasp.model.dense import dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.offload import place_like, release_
 from grasp.model.targets import Target, decoder
-from grasp.statistics.layer_losses import removal_losses
 from grasp.statistics.processes import Processes
 from grasp.statistics.sweep import Prefix, capture_prefix
 
@@ -173,7 +171,7 @@ def decide_globally(run: Run, plan: Plan, work: Work) -> Decision:
     if run.state.decision is not None:
         return run.state.decision
     if not work.sweeps:
-        return Decision((), {}, {})
+        return Decision((), {}, {}, {}, {})
     [members] = work.sweeps
     selector = Selector(run, ceilings(run.config, plan), work.prefix)
     if run.config.schedule == "progressive":
@@ -183,10 +181,10 @@ def decide_globally(run: Run, plan: Plan, work: Work) -> Decision:
         )
     else:
         selections = selector.select(members, "second")
-    candidate, losses = _choose_candidate(run, plan, selections)
-    decision = Decision(candidate.removed, losses, {target.name: rank for target, rank in candidate.ranks.items()})
+    decision = decide(run, plan, selections)
     run.processes.wait_for_all()
-    run.state.record({f"cut-{target.name}": None for target in members}, decision=decision)
+    files: dict[str, str | None] = {f"cut-{target.name}": None for target in members}
+    run.state.record(files | {"map": decision.map or None}, decision=decision)
     return decision
 
 
@@ -262,25 +260,3 @@ def _standing_in(run: Run, members: Sequence[Target], layers: range) -> Iterator
                 stack.callback(run.model.set_submodule, target.name, target.module)
                 run.model.set_submodule(target.name, LowRankLinear.from_factors(target.module, run.state.read(file)[0]))
         yield
-
-
-def _choose_candidate(run: Run, plan: Plan, selections: Selections) -> tuple[Candidate, dict[str, float]]:
-    """The candidate with the lowest loss on the held-out batches, and all their losses; the only one without any."""
-    removal: dict[int, float] = {}
-    if run.removable:
-        removal = removal_losses(
-            *(run.model, run.removable, run.held_out), progress=run.progress, processes=run.processes
-        )
-        del removal[max(removal, key=removal.__getitem__)]  # one layer has to stay
-    tokens = sum(batch.num_tokens for batch in run.calibration)
-    nats = nats_per_score(run.config.basis, run.config.metric, tokens)
-    options = candidates(selections, plan, run.config.scope, run.prices, removal, nats)
-    losses: dict[str, float] = {}
-    if run.held_out:
-        losses = held_out_losses(
-            *(run.model, selections, options, run.held_out),
-            state=run.state,
-            scratch=run.scratch,
-            processes=run.processes,
-        )
-    return options[min(losses, key=losses.__getitem__, default=next(iter(options)))], losses

@@ -37,8 +37,7 @@ class Run:
         model: changed in place.
         batches: all calibration batches.
         calibration: the ones that statistics are gathered from.
-        held_out: the ones that decide between candidates; none unless layers may be removed.
-        unseen: other ones, which decide nothing; losses on them are reported.
+        held_out: other ones, on which losses are measured; with a global budget they decide between candidates.
         config: the configuration.
         costs: of decoding, for a target latency.
         targets: the linears that can be compressed, by layer.
@@ -59,7 +58,6 @@ class Run:
     batches: Sequence[CalibrationBatch]
     calibration: Sequence[CalibrationBatch]
     held_out: Sequence[CalibrationBatch]
-    unseen: Sequence[CalibrationBatch]
     config: GraspConfig
     costs: CostTable | None
     targets: Targets
@@ -99,13 +97,13 @@ def start_run(
     state: NoState,
     processes: Processes,
     *,
-    unseen: Sequence[CalibrationBatch] = (),
+    held_out: Sequence[CalibrationBatch] = (),
     memory: int | None = None,
     host_memory: int | None = None,
 ) -> Run:
     """Check a request before anything long is done, and open or resume its run folder; errors as ``compress_``."""
     clock = Clock()
-    require_positions(model, [*batches, *unseen])
+    require_positions(model, [*batches, *held_out])
     layers = decoder(model).layers
     before = model_size(model, layers)
     check_layers(config, len(layers))
@@ -117,23 +115,25 @@ def start_run(
     targets, left = eligible_targets(model)
     prices = find_prices(config, model, targets, costs)
     removable = removable_layers(model) if config.remove_layers else []
-    calibration, held_out = hold_out(batches) if config.remove_layers else (batches, [])
-    tokens = [batch.num_tokens for batch in batches]
-    processes.require_same("the request", f"{config} {before} {tokens} {batches_digest(batches)}")
+    given = [*batches, *held_out]
+    tokens = [batch.num_tokens for batch in given]
+    processes.require_same("the request", f"{config} {before} {tokens} {batches_digest(given)}")
     linears = [target for members in targets.values() for target in members]
     budget = MemoryBudget.of(
         model, batches, config, linears, memory=memory, host_memory=host_memory, processes=processes
     )
     with processes.fail_together():
-        state.begin(model, batches, config, costs, clock)
+        state.begin(model, batches, held_out, config, costs, clock)
     # Without a run folder, all processes use the temporary one of the first.
     state.folder = Path(processes.from_first(str(state.folder) if processes.first else ""))
+    calibration = batches
+    if config.remove_layers and not held_out:
+        calibration, held_out = hold_out(batches)
     return Run(
         model=model,
         batches=batches,
         calibration=calibration,
         held_out=held_out,
-        unseen=unseen,
         config=config,
         costs=costs,
         targets=targets,

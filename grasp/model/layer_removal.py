@@ -72,6 +72,17 @@ def require_removable(model: PreTrainedModel, layers: Sequence[int]) -> None:
     _changed_config(model, [i for i in range(depth) if i not in set(layers)])
 
 
+def can_remove(model: PreTrainedModel, layers: Sequence[int]) -> bool:
+    """Whether ``remove_layers_`` could delete some layers together, with at least one left."""
+    if len(layers) == len(decoder(model).layers):
+        return False
+    try:
+        require_removable(model, layers)
+    except UnsupportedModelError:
+        return False
+    return True
+
+
 def removable_layers(model: PreTrainedModel) -> list[int]:
     """The layers that ``remove_layers_`` can delete one at a time.
 

@@ -119,7 +119,10 @@ def _key_numbers(report: CompressionReport) -> str:
         (share(report.compression_ratio), "of the parameters removed"),
         (f"{count(before.parameters)} → {count(after.parameters)}", "parameters"),
         (f"{size(before.bytes)} → {size(after.bytes)}", "weights"),
-        (f"{len(report.redundant_layers)} of {len(report.block_influence)}", "decoder layers low-rank"),
+        (
+            f"{len({module.layer for module in report.compressed})} of {len(report.block_influence)}",
+            "decoder layers low-rank",
+        ),
     )
     boxes = (f"<div><strong>{escape(number)}</strong>{escape(unit)}</div>" for number, unit in numbers)
     return f'<div class="key">{"".join(boxes)}</div>'
@@ -130,20 +133,21 @@ def _compression(report: CompressionReport) -> str:
     seconds = ", ".join(f"{step.replace('_', ' ')} {value:.1f} s" for step, value in report.seconds.items())
     known = [
         ("layers", layer_ranges(report.redundant_layers) or "none"),
+        ("removed layers", layer_ranges(report.removed_layers)),
         ("linears", f"{len(report.compressed)} low-rank, {len(report.left)} left dense"),
         ("forms", counts(module.form for module in report.compressed)),
         ("removed of the decoder layers", share(report.decoder_compression_ratio)),
         ("kept of each matrix", "" if report.retain_ratio is None else share(report.retain_ratio)),
         ("scope", report.scope),
-        ("held-out loss", ", ".join(f"{scope} {loss:.4f}" for scope, loss in report.held_out_loss.items())),
-        ("loss on unseen text", report.unseen_text),
+        ("held-out loss", report.held_out_text),
         ("calibration text", str(request.get("calibration", ""))),
         ("calibration", f"{calibration.get('sequences')} sequences, {calibration.get('tokens')} tokens"),
         ("time", f"{sum(report.seconds.values()):.1f} s: {seconds}" if seconds else ""),
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     ]
     settings = [(key, _setting(value)) for key, value in report.config.items() if value is not None]
-    return facts(pair for pair in known if pair[1]) + "<h3>Configuration</h3>" + facts(settings)
+    candidates = table("Candidates", report.candidate_columns, report.candidates) if report.candidates else ""
+    return facts(pair for pair in known if pair[1]) + candidates + "<h3>Configuration</h3>" + facts(settings)
 
 
 def _setting(value: object) -> str:

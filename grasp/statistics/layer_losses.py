@@ -18,12 +18,13 @@ def removal_losses(
     model: PreTrainedModel,
     layers: Sequence[int],
     batches: Sequence[CalibrationBatch],
+    removed: Sequence[int] = (),
     *,
     progress: Progress = no_progress,
     processes: Processes = ALONE,
 ) -> dict[int, float]:
-    """The loss that removing each of some layers alone adds; arguments and errors as ``losses_without``."""
-    choices = [[], *([layer] for layer in layers)]
+    """The loss that removing one more layer adds once some are ``removed``; the rest as ``losses_without``."""
+    choices = [removed, *([*removed, layer] for layer in layers)]
     before, *after = losses_without(model, choices, batches, progress=progress, processes=processes)
     return {layer: loss - before for layer, loss in zip(layers, after, strict=True)}
 

@@ -23,6 +23,7 @@ def block_influence(
     model: PreTrainedModel,
     batches: Sequence[CalibrationBatch | Tensor],
     *,
+    span: int = 1,
     progress: Progress = no_progress,
     processes: Processes = ALONE,
 ) -> list[float]:
@@ -34,11 +35,12 @@ def block_influence(
     Args:
         model: a decoder-only causal language model.
         batches: calibration token batches.
+        span: so many consecutive layers are taken for one.
         progress: called after each batch.
         processes: the processes that share the batches. All are given all batches.
 
     Returns:
-        One score per layer, in [0, 2].
+        One score per layer, or per block of ``span`` layers by its first, in [0, 2].
 
     Raises:
         NonFiniteError: if a hidden state is NaN or infinite.
@@ -54,19 +56,25 @@ def block_influence(
     batches = as_batches(batches)
     local_batches = processes.local_batches(batches)
     indices = {layer: index for index, layer in enumerate(decoder(model).layers)}
-    sums = torch.zeros(len(indices), dtype=torch.float64)
+    sums = torch.zeros(len(indices) - span + 1, dtype=torch.float64)
+    inputs: dict[int, Tensor] = {}  # of the last ``span`` layers
     mask: Tensor | None = None
 
     def add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        distances = cosine_distance(hidden_input(args, kwargs), hidden_output(output)).double()
+        inputs[indices[layer]] = hidden_input(args, kwargs)
+        start = indices[layer] - span + 1
+        if start < 0:
+            return
+        distances = cosine_distance(inputs.pop(start), hidden_output(output)).double()
         if mask is not None:
             distances = distances[mask.bool().to(distances.device)]
-        sums[indices[layer]] += distances.sum().cpu()
+        sums[start] += distances.sum().cpu()
 
     with processes.fail_together(), evaluating(model), hooked(*indices, after=add):
         for done, batch in enumerate(local_batches, start=1):
             mask = batch.attention_mask
             backbone(model)(**batch_inputs(model, batch), use_cache=False)
+            inputs.clear()
             progress("block influence", done, len(local_batches))
     processes.sum_([sums])
     if not torch.isfinite(sums).all():

@@ -15,7 +15,7 @@ from grasp.bench.costs import costs_for, find_costs
 from grasp.builtin import BUILTIN, BUILTIN_LICENSE
 from grasp.calibration import NAMED_TEXTS, read_pieces
 from grasp.checkpoint.card import model_card, read_license
-from grasp.checkpoint.compression_report import COMPRESSED, FILE_NAME, CompressionReport
+from grasp.checkpoint.compression_report import COMPRESSED, DENSE, FILE_NAME, CompressionReport
 from grasp.checkpoint.fingerprint import request_fingerprint
 from grasp.checkpoint.run_state import RunState
 from grasp.checkpoint.saving import check_directory, require_space, save_checkpoint
@@ -29,6 +29,7 @@ from grasp.compression.memory_budget import check_budgets
 from grasp.config import GraspConfig
 from grasp.errors import UnsupportedModelError
 from grasp.files import Contents, expanded, remove_abandoned
+from grasp.formatting import layer_ranges
 from grasp.loading import find_device, load_quietly
 from grasp.method.basis import BASES
 from grasp.model.dense import dense_shape
@@ -123,7 +124,7 @@ def compress(
         with within_memory(samples.batch_size, samples.seq_len):
             model, tokenizer = _load(name, dtype, device, progress, processes)
             samples = _with_batch_size(model, config, samples, state.batch_size, memory, notify, processes)
-            batches, unseen = draw(tokenizer, text, samples)
+            batches, held_out = draw(tokenizer, text, samples)
             for batch in batches:
                 require_known(model, batch.input_ids)
             require_space(target, model.get_memory_footprint())
@@ -135,12 +136,12 @@ def compress(
             if config.target_latency is not None:
                 table = costs_for(model, costs, config.form, config.storages, measured=state.costs, progress=progress)
             if is_written:
-                state.require_same(request_fingerprint(model, batches, config, table))
+                state.require_same(request_fingerprint(model, batches, held_out, config, table))
                 return Compression(name, str(target), samples, CompressionReport.load(target))
             _prepare(model, config, samples, state, memory, host_memory, expect, processes)
             report = compress_(
                 *(model, batches, config),
-                unseen=unseen,
+                held_out=held_out,
                 costs=table,
                 progress=progress,
                 state=state,
@@ -218,12 +219,17 @@ def few_tokens(model: PreTrainedModel, samples: Samples) -> str | None:
 
 
 def worse_than_removal(report: CompressionReport) -> str | None:
-    """What to say if removing layers would lose less on unseen text; ``None`` if it would not, or was not measured."""
-    if report.removal_loss is None or report.removal_loss[1] >= report.unseen_loss[COMPRESSED]:
+    """What to say if removing layers would lose less on held-out text; ``None`` if not, or if that was a candidate."""
+    losses = dict(report.held_out_loss)
+    if GraspConfig.from_dict(report.config).decides_together or len(losses) < 3:
+        return None
+    dense, after = losses.pop(DENSE), losses.pop(COMPRESSED)
+    ((name, loss),) = losses.items()
+    if loss >= after:
         return None
     return (
-        f"removing layers would lose less on text that nothing was calibrated on: {report.unseen_text}. Give more "
-        "calibration tokens (--num-samples), or --remove-layers"
+        f"removing layers would lose less on held-out text: {loss - dense:+.3f} nats per token with {name}, "
+        f"{after - dense:+.3f} now. Take --preset best, which decides between both"
     )
 
 
@@ -327,6 +333,17 @@ def write_checkpoint(
     progress("saving", 1, 1)
 
 
+def _candidates(report: CompressionReport) -> str:
+    """The losses on held-out text, as a section of the model card; nothing if they were not measured."""
+    if not report.held_out_loss:
+        return ""
+    columns = report.candidate_columns
+    cells = [[column.heading for column in columns], ["---", *["---:"] * (len(columns) - 1)]]
+    cells += [[column.text_of(candidate) for column in columns] for candidate in report.candidates]
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    return f"\n\n## Held-out loss\n\nLosses in nats per token, on text that was held out of the calibration.\n\n{rows}"
+
+
 def _description(samples: Samples, report: CompressionReport) -> str:
     """Describe the compression for the model card."""
     source = samples.source if samples.source in NAMED_TEXTS else "a text file"
@@ -335,15 +352,17 @@ def _description(samples: Samples, report: CompressionReport) -> str:
     if report.scope == "model":
         selected = "all"
     budget = "one budget over all matrices" if config.allocation == "global" else "the same share of each matrix"
+    removed = f"Removed layers: {layer_ranges(report.removed_layers)}. " if report.removed_layers else ""
     text = (
-        "## How it was made\n\n"
+        f"## How it was made\n\n{removed}"
         f"Compressed layers: {', '.join(map(str, report.redundant_layers)) or 'none'} ({selected}). Calibrated on "
         f"{samples.num_samples} sequences of {samples.seq_len} tokens of {source} (seed {samples.seed}). "
-        f"The most important singular groups were kept, {budget} (basis `{config.basis}`, metric "
-        f"`{config.metric}`). `{FILE_NAME}` has all details."
     )
-    if report.unseen_text:
-        text += f" On other text of the same kind the loss rose by {report.unseen_text.lstrip('+')}."
+    if report.compressed:
+        text += f"The most important singular groups were kept, {budget} "
+        text += f"(basis `{config.basis}`, metric `{config.metric}`). "
+    text += f"`{FILE_NAME}` has all details."
+    text += _candidates(report)
     if config.storage is None:
         return text
     stored = str(config.storage)

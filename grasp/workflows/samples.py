@@ -12,9 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from grasp.builtin import BUILTIN
 from grasp.calibration import NAMED_TEXTS, batches_and_others
 from grasp.checkpoint.card import is_hub_name
+from grasp.compression.candidates import HELD_OUT
 from grasp.model.batch import CalibrationBatch
-
-UNSEEN = 8  # for so many sequences of the calibration, one more shows what the compression costs
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Samples:
 def draw(
     tokenizer: PreTrainedTokenizerBase, text: str | Iterable[str], samples: Samples
 ) -> tuple[list[CalibrationBatch], list[CalibrationBatch]]:
-    """Draw the token batches, and an eighth as many of other sequences, if the text has them.
+    """Draw the token batches, and an eighth as many to hold out of other sequences, if the text has them.
 
     The batch size must be a number.
     """
@@ -52,7 +51,7 @@ def draw(
         seq_len=samples.seq_len,
         batch_size=samples.batch_size,
         seed=samples.seed,
-        others=-(-samples.num_samples // UNSEEN),
+        others=-(-samples.num_samples // HELD_OUT),
     )
 
 

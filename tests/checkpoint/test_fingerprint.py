@@ -17,7 +17,7 @@ from tests.tiny_models import tiny_batches, tiny_model
 
 def fingerprint(model: Any = None, tokens: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Any]:
     batch = CalibrationBatch(tiny_batches(1)[0] if tokens is None else tokens, mask)
-    return request_fingerprint(tiny_model("llama") if model is None else model, [batch], GraspConfig(num_layers=1))
+    return request_fingerprint(tiny_model("llama") if model is None else model, [batch], [], GraspConfig(num_layers=1))
 
 
 def test_the_same_request_has_the_same_fingerprint_wherever_the_model_was_loaded_from(tmp_path: Path) -> None:

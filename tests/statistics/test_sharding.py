@@ -17,6 +17,7 @@ from grasp.config import GraspConfig
 from grasp.errors import DistributedError, NonFiniteError, UnsupportedModelError
 from grasp.model.batch import as_batches
 from grasp.model.grouping import group_linears_
+from grasp.model.last_added import last_added, merge_map_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.offload import place_like, release_
 from grasp.model.targets import decoder, layer_targets
@@ -134,7 +135,7 @@ def test_layers_of_a_sharded_model_are_removed_like_those_of_a_whole_one() -> No
 
 
 def replace_by_hand(processes: Processes) -> dict[str, Any]:
-    """Replace the linears of the last layer, sweep through them, and collect the model."""
+    """Replace the linears of the last layer, merge a map into the first, sweep through them, and collect the model."""
     model, batches = tiny_model("qwen2", torch.float64), as_batches(tiny_batches(2))
     if processes.sharded:
         shard_(model, CPU, processes)
@@ -149,6 +150,9 @@ def replace_by_hand(processes: Processes) -> dict[str, Any]:
         release_(target.module)
         bytes_left += storage.nbytes() if processes.sharded else 0
         held += sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in (module.U, module.Vh))
+    last = last_added(model, 0).linear
+    assert last is not None
+    merge_map_(model, last, torch.arange(32 * 32, dtype=torch.float64).view(32, 32) / 1024)
     prefix = capture_prefix(model, batches, [1])
     grads: list[Tensor] = []
     sweep(prefix, layer_targets(model, 1)[0], lambda call: grads.append(call.grad_y))

@@ -129,18 +129,27 @@ def test_few_tokens_for_the_widest_linear_are_said(model: Path, samples: Samples
     assert not notes(6)
 
 
-def test_a_result_that_removing_layers_would_beat_is_said(model: Path, samples: Samples, tmp_path: Path) -> None:
+def test_a_published_result_that_removing_layers_would_beat_is_said(
+    model: Path, samples: Samples, tmp_path: Path
+) -> None:
     said: list[str] = []
-    config = GraspConfig.best(compression_ratio=0.2)
+    config = GraspConfig.paper(compression_ratio=0.2)
     report = compress(str(model), tmp_path / "out", config, samples, notify=said.append).report
-    assert report.removal_loss is not None
-    (name, _), notices = report.removal_loss, [worse_than_removal(report)]
+    (name,) = report.held_out_loss.keys() - {"dense", "compressed"}
+    notices = [worse_than_removal(report)]
     assert any("removing layers would lose less" in note for note in said) == (notices[0] is not None)
     for loss in (0.0, 99.0):
-        notices.append(worse_than_removal(replace(report, unseen_loss={**report.unseen_loss, name: loss})))
+        notices.append(worse_than_removal(replace(report, held_out_loss={**report.held_out_loss, name: loss})))
     assert notices[1] is not None
     assert name in notices[1]
     assert notices[2] is None
+
+
+def test_the_card_lists_every_candidate(model: Path, samples: Samples, tmp_path: Path) -> None:
+    report = compress(str(model), tmp_path / "out", GraspConfig.best(compression_ratio=0.05), samples).report
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert len(report.candidates) >= 4
+    assert all(f"\n| {row.name} | {row.loss:.4f} | " in card for row in report.candidates)
 
 
 def test_the_seed_chooses_the_sequences(model: Path, samples: Samples, tmp_path: Path) -> None:

@@ -3,19 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from transformers import GraniteConfig, GraniteForCausalLM
 
-from benchmarks.study import linear_replacement
 from benchmarks.study.linear_replacement import (
     apply_map_,
     capture_streams,
     choose_block,
-    last_added,
-    linear_map,
     replace_block_,
 )
-from grasp.errors import UnsupportedModelError
 from grasp.model.batch import CalibrationBatch
+from grasp.model.last_added import last_added
 from grasp.model.targets import decoder
 from tests.tiny_models import tiny_batches, tiny_model
 
@@ -38,18 +34,11 @@ def test_the_block_that_turns_the_hidden_states_least_is_chosen_and_never_the_fi
     assert choose_block(residual_stream(torch.randn(50, 16), [0.0, 0.1, 0.5]), 1) == 1
 
 
-def test_the_map_is_the_least_squares_solution() -> None:
-    y, z = torch.randn(80, 6, dtype=torch.float64), torch.randn(80, 6, dtype=torch.float64)
-    T = linear_map(y * 1e3, z)
-    torch.testing.assert_close(T, torch.linalg.lstsq(y * 1e3, z).solution.mT, rtol=0, atol=2e-3)
-    torch.testing.assert_close(linear_map(y, y), torch.eye(6, dtype=torch.float64))
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_block_that_is_linear_in_what_the_layer_before_it_adds_is_replaced_without_loss(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear_replacement, "RIDGE", 1e-12)
+    monkeypatch.setattr("grasp.method.linear_map.RIDGE", 1e-12)
     model = tiny_model(family, torch.float64)
     tokens = batches(2)
     streams = capture_streams(model, tokens)
@@ -85,17 +74,3 @@ def test_a_map_multiplies_what_a_layer_adds_last(family: str, merged: bool, modu
             T = torch.randn(outputs[0].shape[-1], outputs[0].shape[-1], dtype=torch.float64)
             apply_map_(model, 1, T)
     torch.testing.assert_close(outputs[1], outputs[0] @ T.mT)
-
-
-@pytest.mark.parametrize("layer", [0, 1, 2])
-def test_rounding_to_bf16_is_not_taken_for_another_sum(layer: int) -> None:
-    last = last_added(tiny_model("gemma3", torch.bfloat16), layer)
-    assert last.module == f"model.layers.{layer}.post_feedforward_layernorm"
-
-
-def test_layers_that_scale_what_they_add_are_refused() -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = GraniteConfig(vocab_size=97, num_key_value_heads=2, residual_multiplier=0.5, **sizes)
-    model = GraniteForCausalLM(config)
-    with pytest.raises(UnsupportedModelError, match="leave this method out"):
-        last_added(model, 0)

@@ -1,0 +1,181 @@
+"""The candidates that keep to a budget, and the one that loses least on the held-out batches."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+
+from grasp.checkpoint.compression_report import COMPRESSED, DENSE
+from grasp.checkpoint.run_state import Decision
+from grasp.compression.budget import Plan, predicted_bytes, predicted_seconds, required_saving
+from grasp.compression.candidates import Candidate, candidates
+from grasp.compression.linear_replacement import linear_replacement, with_map
+from grasp.compression.refit import Refit
+from grasp.compression.run import Run
+from grasp.compression.selection import Selections, replacement
+from grasp.formatting import layer_ranges
+from grasp.method import knapsack
+from grasp.method.metrics import nats_per_score
+from grasp.model.layer_removal import can_remove
+from grasp.model.targets import decoder
+from grasp.statistics.layer_losses import losses_without, removal_losses
+from grasp.statistics.sweep import Prefix, capture_prefix, propagate, sum_nll_after
+
+# After each removal so many layers, those that lost least before, are measured again. The losses of single layers
+# nearly add up (docs/latency.md), so the next layer to go is among them; it takes 5 forward passes, not one per layer.
+RETRIED = 4
+
+
+def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
+    """Decide between all candidates of a global budget; without held-out batches there is one.
+
+    Low-rank linears are measured as decomposed. If another candidate loses less than that, they are fitted and measured
+    again, because the result will have them fitted.
+    """
+    run.clock.enter("candidates")
+    removal: dict[int, float] = {}
+    if run.held_out:
+        pool = [layer for layer in plan.layers if not run.config.remove_layers or layer in run.removable]
+        removal = removal_losses(run.model, pool, run.held_out, progress=run.progress, processes=run.processes)
+    tokens = sum(batch.num_tokens for batch in run.calibration)
+    nats = nats_per_score(run.config.basis, run.config.metric, tokens)
+    combined = removal if run.config.remove_layers else {}
+    allocations = candidates(selections, plan, run.prices, combined, nats)
+    if not run.held_out:
+        (only,) = allocations.values()
+        return decision(run, only, (only,), {})
+    others = [*_layers_removed(fewest_layers(run, plan, removal, retried=RETRIED)), *linear_replacement(run, plan)]
+    options = [*allocations.values(), *others]
+    with run.processes.fail_together():
+        start = capture_prefix(run.model, run.processes.local_batches(run.held_out), {0}, scratch=run.scratch)
+    dense = Candidate(DENSE, (), {})
+    losses = {option.name: _loss(run, start, selections, option, range(0)) for option in (dense, *options)}
+    best = min(allocations, key=losses.__getitem__)
+    if any(losses[other.name] < losses[best] for other in others) and (
+        layers := _fitted_layers(run, allocations[best])
+    ):
+        losses[best] = _loss(run, start, selections, allocations[best], layers)
+    chosen = min(options, key=lambda option: losses[option.name])
+    return decision(run, chosen, (dense, *options), losses)
+
+
+def compare_with_removal(run: Run, plan: Plan, scores: Sequence[float]) -> Decision:
+    """What a uniform budget is compared with: the dense model, and the least influential layers removed instead.
+
+    Args:
+        run: the run; none of its linears is replaced yet.
+        plan: what is to be saved.
+        scores: the block influence of each layer.
+    """
+    dense = Candidate(DENSE, (), {})
+    if not run.held_out:
+        return decision(run, dense, (), {})
+    options = [dense, *_layers_removed(fewest_layers(run, plan, dict(enumerate(scores))))]
+    choices = [option.removed for option in options]
+    losses = losses_without(run.model, choices, run.held_out, processes=run.processes)
+    names = [option.name for option in options]
+    return decision(run, dense, options, dict(zip(names, losses, strict=True)))
+
+
+def result_loss(run: Run) -> dict[str, float]:
+    """The loss of the compressed model, by its name."""
+    if not run.held_out:
+        return {}
+    return {COMPRESSED: losses_without(run.model, [()], run.held_out, processes=run.processes)[0]}
+
+
+def decision(run: Run, chosen: Candidate, options: Iterable[Candidate], losses: Mapping[str, float]) -> Decision:
+    """The decision for one of some candidates, with the losses, the bytes and the predicted time of those measured."""
+    measured = [option for option in options if option.name in losses]
+    ranks = {option.name: {target.name: rank for target, rank in option.ranks.items()} for option in measured}
+    return Decision(
+        chosen.removed,
+        {target.name: rank for target, rank in chosen.ranks.items()},
+        losses,
+        {
+            option.name: run.before.bytes
+            if option.name == DENSE
+            else predicted_bytes(run.config, run.model, run.targets, ranks[option.name], option.removed)
+            for option in measured
+        },
+        {
+            option.name: predicted_seconds(run.config, run.costs, run.targets, ranks[option.name], option.removed)[
+                DENSE if option.name == DENSE else "after"
+            ]
+            for option in measured
+            if run.costs
+        },
+        chosen.map,
+    )
+
+
+def fewest_layers(run: Run, plan: Plan, losses: Mapping[int, float], *, retried: int = 1) -> tuple[int, ...]:
+    """The layers that are removed one after the other until the budget is met, ascending; () if it cannot be met so.
+
+    Args:
+        run: the run; none of its linears is replaced yet.
+        plan: what is to be saved.
+        losses: for each layer that may go, what removing it alone loses, or another score to go by.
+        retried: after each removal so many of the next layers are measured on the held-out batches; 1 for none.
+    """
+    saving, saved, losses = required_saving(run.prices, plan), 0.0, dict(losses)
+    removed: list[int] = []
+    while saved < saving:
+        few = heapq.nsmallest(retried, losses, key=losses.__getitem__)
+        if removed and retried > 1:
+            losses |= removal_losses(run.model, few, run.held_out, removed, processes=run.processes)
+        few.sort(key=losses.__getitem__)
+        layer = next((layer for layer in few if can_remove(run.model, [*removed, layer])), None)
+        if layer is None:
+            return ()
+        del losses[layer]
+        removed.append(layer)
+        saved += run.prices.layer(layer)
+    return tuple(sorted(removed))
+
+
+def _layers_removed(layers: tuple[int, ...]) -> list[Candidate]:
+    """Everything but these layers stays dense; no candidate without layers."""
+    return [Candidate(f"layers {layer_ranges(layers)} removed", layers, {})] if layers else []
+
+
+def _fitted_layers(run: Run, candidate: Candidate) -> range:
+    """Where the left factors of a candidate are fitted, if they are."""
+    low = {t.layer for t, rank in candidate.ranks.items() if rank not in (knapsack.DENSE, knapsack.ROUNDED)}
+    return range(min(low | {*candidate.removed}), max(low) + 1) if low and run.config.refit else range(0)
+
+
+def _loss(run: Run, start: Prefix, selections: Selections, candidate: Candidate, fitted: range) -> float:
+    """The mean loss on the held-out batches, in nats per token; the model is left as it was.
+
+    The batches pass one layer after the other, so the factors of one layer are in memory at a time.
+
+    Args:
+        run: the run; none of its linears is replaced yet.
+        start: the held-out batches of this process, at layer 0.
+        selections: the groups that each linear can retain.
+        candidate: what is measured.
+        fitted: the layers whose left factors are fitted to the dense outputs first.
+    """
+    model, hidden, removed = run.model, start.hidden[0], candidate.removed
+    refit = Refit(model, run.calibration, fitted, run.config.sweep_dtype, run.scratch, run.processes)
+    for layer in range(len(decoder(model).layers)):
+        present = [(t, candidate.ranks.get(t, knapsack.DENSE)) for t in selections if t.layer == layer]
+        chosen = {t: replacement(run.state, t, selections[t], rank).module for t, rank in present}
+        modules = {target: module for target, module in chosen.items() if module is not None}
+        mapped = bool(candidate.map) and layer == removed[0] - 1
+        try:
+            refit.replace_(layer, modules, is_removed=layer in removed)
+            with run.processes.fail_together(), with_map(run, candidate.map, layer) if mapped else nullcontext():
+                hidden = hidden if layer in removed else propagate(start, range(layer, layer + 1), hidden)
+        finally:
+            for target in modules:
+                model.set_submodule(target.name, target.module)
+    total = torch.zeros(1, dtype=torch.float64)
+    with run.processes.fail_together():
+        total += sum_nll_after(start, hidden)
+    run.processes.sum_([total])
+    return float(total) / sum(batch.num_targets for batch in run.held_out)

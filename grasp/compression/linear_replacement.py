@@ -1,0 +1,106 @@
+"""A contiguous block of layers replaced by a linear map, which the last linear of the layer before it takes in.
+
+This is our own implementation of the idea of ReplaceMe (arXiv 2505.02819).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from grasp.checkpoint.compression_report import ModuleReport
+from grasp.checkpoint.run_state import Decision
+from grasp.compression.budget import Plan, required_saving
+from grasp.compression.candidates import Candidate
+from grasp.compression.run import Run
+from grasp.compression.selection import Name
+from grasp.errors import UnsupportedModelError
+from grasp.formatting import layer_ranges
+from grasp.method.linear_map import linear_map
+from grasp.model.hooks import hooked
+from grasp.model.last_added import last_added, merge_map_
+from grasp.model.layer_removal import can_remove
+from grasp.model.targets import decoder
+from grasp.statistics.map_sums import map_sums
+from grasp.statistics.redundancy import block_influence
+from grasp.statistics.sweep import capture_prefix
+
+TAKES_MAP = "stays dense, and takes the linear map of the removed layers"
+_MAP = "map"
+
+
+def linear_replacement(run: Run, plan: Plan) -> list[Candidate]:
+    """Fit a linear map in the place of the block that changes the hidden states least, of the fewest layers that do.
+
+    Everything else stays dense. There is no candidate if the budget needs all layers but the first, if the remaining
+    layers could not be renumbered, or if no linear can take in the map, as in Gemma-3, which has a norm after the MLP.
+    """
+    block = _block(run, plan)
+    if not block or not can_remove(run.model, block):
+        return []
+    before = block.start - 1
+    try:
+        added = last_added(run.model, before)
+    except UnsupportedModelError:
+        return []
+    if added.linear is None:
+        return []
+    with run.processes.fail_together():
+        prefix = capture_prefix(
+            *(run.model, run.processes.local_batches(run.calibration), {before}),
+            dtype=run.config.sweep_dtype,
+            scratch=run.scratch,
+        )
+        sums = map_sums(prefix, range(before, block.stop), run.model.get_submodule(added.module))
+    run.processes.sum_(sums)
+
+    def write(_: range) -> Name:
+        return Name(run.state.write(_MAP, {_MAP: linear_map(*sums)}))
+
+    ((_, file),) = run.processes.map_divided([block], write, Name)
+    return [Candidate(f"layers {layer_ranges(block)} replaced by a linear map", tuple(block), {}, file)]
+
+
+@contextmanager
+def with_map(run: Run, file: str, layer: int) -> Iterator[None]:
+    """Apply the map in a file to what a layer adds last, until the block ends; no weight is changed."""
+    T = run.state.read(file)[0][_MAP]
+
+    def apply(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        return output @ T.to(output.device, output.dtype).mT
+
+    with hooked(run.model.get_submodule(last_added(run.model, layer).module), after=apply):
+        yield
+
+
+def merge_(run: Run, decision: Decision, reports: Sequence[ModuleReport]) -> list[ModuleReport]:
+    """Merge the map of a decision, if it has one, into the model; the reports with the linear that takes it in."""
+    if not decision.map:
+        return list(reports)
+    target = last_added(run.model, decision.removed[0] - 1).linear
+    assert target is not None
+    merge_map_(run.model, target, run.state.read(decision.map)[0][_MAP])
+    return [replace(report, reason=TAKES_MAP) if report.name == target.name else report for report in reports]
+
+
+def _block(run: Run, plan: Plan) -> range:
+    """The shortest block that meets the budget; of several, the one that changes the hidden states least; or none."""
+    saving, depth, allowed = required_saving(run.prices, plan), len(decoder(run.model).layers), {*plan.layers}
+    if saving <= 0:
+        return range(0)
+    for count in range(1, depth):
+        blocks = [
+            range(start, start + count)
+            for start in range(1, depth - count + 1)
+            if allowed.issuperset(range(start - 1, start + count))
+            and math.fsum(map(run.prices.layer, range(start, start + count))) >= saving
+        ]
+        if blocks:
+            scores = block_influence(run.model, run.calibration, span=count, processes=run.processes)
+            return min(blocks, key=lambda block: scores[block.start])
+    return range(0)

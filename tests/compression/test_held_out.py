@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp.checkpoint.compression_report import CompressionReport
+from grasp.checkpoint.run_state import RunState
+from grasp.compress import compress_
+from grasp.compression import held_out as choice
+from grasp.compression.budget import Plan, Prices
+from grasp.config import GraspConfig
+from grasp.method.storage import Storage
+from grasp.model.layer_removal import remove_layers_
+from grasp.model.quantized_linear import QuantizedLinear
+from grasp.model.targets import decoder
+from grasp.progress import Progress, no_progress
+from tests.interrupted import Killed, stop_at
+from tests.tiny_models import tiny_batches, tiny_model
+
+
+def with_idle_layer(**sizes: int) -> PreTrainedModel:
+    """A model whose layer 1 returns its input, but for a millionth."""
+    model = tiny_model("llama", **sizes)
+    with torch.no_grad():
+        decoder(model).layers[1].self_attn.o_proj.weight.mul_(1e-6)
+        decoder(model).layers[1].mlp.down_proj.weight.mul_(1e-6)
+    return model
+
+
+@torch.no_grad()
+def said_by(model: PreTrainedModel, seed: int) -> list[Tensor]:
+    """Tokens that the model finds likely, so that other models lose on them."""
+    tokens = tiny_batches(1, 8, 2, seed=seed)[0]
+    for _ in range(12):
+        tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    return list(tokens.split(2))
+
+
+def compressed(
+    model: PreTrainedModel, *, state: RunState | None = None, progress: Progress = no_progress, **options: Any
+) -> CompressionReport:
+    config = GraspConfig.best(schedule="single-sweep", **options)
+    return compress_(*(model, said_by(model, 1), config), held_out=said_by(model, 2), state=state, progress=progress)
+
+
+def of_one_layer(model: PreTrainedModel) -> float:
+    return 0.999 * sum(p.numel() for p in decoder(model).layers[0].parameters()) / model.num_parameters()
+
+
+def test_a_layer_that_returns_its_input_is_removed_also_by_a_resumed_run(tmp_path: Path) -> None:
+    model, dense, resumed = (with_idle_layer() for _ in range(3))
+    ratio = of_one_layer(model)
+    report = compressed(model, compression_ratio=ratio)
+    assert report.removed_layers == (1,)
+    assert not report.compressed
+    assert {module.reason for module in report.left if module.layer == 1} == {"its layer is removed"}
+    rows = {candidate.name: candidate for candidate in report.candidates}
+    assert {"dense", "low-rank", "layers 1 removed", "compressed"} <= rows.keys()
+    assert report.held_out_text.endswith(", layers 1 removed")
+    assert rows["layers 1 removed"].bytes == rows["compressed"].bytes == report.after.bytes
+    assert rows["dense"].bytes == report.before.bytes
+    assert rows["low-rank"].bytes < report.before.bytes
+    assert rows["compressed"].loss == pytest.approx(rows["dense"].loss, rel=1e-3)
+    assert CompressionReport.from_json(report.to_json()) == report
+    remove_layers_(dense, (1,))
+    assert model.state_dict().keys() == dense.state_dict().keys()
+    assert all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(Killed), RunState(tmp_path / "run") as state:
+        compressed(with_idle_layer(), compression_ratio=ratio, state=state, progress=stop_at("refit", 1))
+    with RunState(tmp_path / "run") as state:
+        again = compressed(resumed, compression_ratio=ratio, state=state)
+    assert (again.removed_layers, again.candidates, again.modules) == ((1,), report.candidates, report.modules)
+    assert all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in resumed.state_dict().items())
+
+
+@pytest.mark.parametrize(("retried", "expected"), [(1, (1, 2)), (2, (1, 3))])
+def test_layers_are_removed_by_loss_and_the_next_ones_are_measured_again(
+    retried: int, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[list[int], list[int]]] = []
+
+    def losses(model: Any, layers: list[int], batches: Any, removed: list[int], **options: Any) -> dict[int, float]:
+        asked.append((list(removed), sorted(layers)))
+        return {2: 2.0, 3: 0.5}
+
+    monkeypatch.setattr(choice, "removal_losses", losses)
+    prices = Prices(linear=lambda target, rank: 0.0, layer=lambda layer: 10.0, saving=15.0)
+    run: Any = SimpleNamespace(
+        prices=prices, model=tiny_model("llama", num_hidden_layers=5), held_out=[], processes=None
+    )
+    alone = {0: 9.0, 1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}
+    assert choice.fewest_layers(run, Plan(1.0, (), {}), alone, retried=retried) == expected
+    assert asked == ([([1], [2, 3])] if retried > 1 else [])
+    run.prices = Prices(prices.linear, prices.layer, saving=50.0)
+    monkeypatch.setattr(choice, "removal_losses", lambda model, layers, *args, **options: dict.fromkeys(layers, 0.0))
+    assert choice.fewest_layers(run, Plan(1.0, (), {}), alone, retried=retried) == ()  # one has to stay
+
+
+def test_low_rank_linears_are_fitted_before_another_candidate_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, fitted = choice._loss, list[range]()
+
+    def loss(run: Any, start: Any, selections: Any, candidate: Any, layers: range) -> float:
+        fitted.append(layers)
+        unfitted = candidate.name == "low-rank" and not layers
+        return 99.0 if unfitted else measure(run, start, selections, candidate, layers)
+
+    monkeypatch.setattr(choice, "_loss", loss)
+    report = compressed(tiny_model("llama"), compression_ratio=0.02)
+    assert fitted[-1]
+    assert report.compressed
+    assert report.held_out_loss["low-rank"] == pytest.approx(report.held_out_loss["compressed"], rel=1e-4)
+
+
+def test_layers_that_were_not_named_stay_and_others_get_the_bits_of_dense_linears() -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4}
+    size = compressed(with_idle_layer(**sizes), compression_ratio=0.0, bits=8).after.bytes
+    model = with_idle_layer(**sizes)
+    report = compressed(model, target_bytes=int(0.85 * size), bits=8, refit=False)
+    assert report.removed_layers == (1,)
+    assert report.candidate_bytes["layers 1 removed"] == report.after.bytes <= 0.85 * size
+    linears = [module for module in decoder(model).layers.modules() if isinstance(module, QuantizedLinear)]
+    assert len(linears) == 21
+    assert {module.storage for module in linears} == {Storage(8)}
+    named = compressed(with_idle_layer(**sizes), layers=(2, 3), retain_ratio=0.4, refit=False)
+    assert not {0, 1} & {*named.removed_layers}
+    assert not any("1" in name for name in named.held_out_loss)

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GraniteConfig, GraniteForCausalLM
+
+from grasp.errors import UnsupportedModelError
+from grasp.model.last_added import last_added
+from tests.tiny_models import tiny_model
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_rounding_to_bf16_is_not_taken_for_another_sum(layer: int) -> None:
+    last = last_added(tiny_model("gemma3", torch.bfloat16), layer)
+    assert last.module == f"model.layers.{layer}.post_feedforward_layernorm"
+
+
+def test_layers_that_scale_what_they_add_are_refused() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = GraniteConfig(vocab_size=97, num_key_value_heads=2, residual_multiplier=0.5, **sizes)
+    model = GraniteForCausalLM(config)
+    with pytest.raises(UnsupportedModelError, match="leave this method out"):
+        last_added(model, 0)
