@@ -71,7 +71,8 @@ def test_a_real_model_is_compressed_evaluated_inspected_and_loaded_by_plain_tran
         assert process.returncode == 0, process.stderr
         return json.loads(process.stdout)
 
-    options = ["--num-layers", 2, "--num-samples", 2, "--seq-len", 128]
+    # Neither of the last two layers can be done without, and few of their parameters are to go.
+    options = ["--layers", "28-29", "--retain-ratio", 0.8, "--num-samples", 2, "--seq-len", 128]
     report = run("compress", "builtin", "-o", out, *options)["report"]
     assert report["config"]["basis"] == "kfac"  # the default is the best preset
     replaced = [module["name"] for module in report["modules"] if not module["reason"]]

@@ -34,7 +34,7 @@ def test_costs_are_measured_and_a_latency_is_met_by_them(
     options = ("--target-latency", 0.7, "--costs", costs, "--calibration", text, *bits, *FEW, *SINGLE)
     done = main("compress", model, "-o", out, *options)
     assert done.code == 0, done.err
-    assert "ms per token, 70.0 %, as predicted for" in re.sub(r"\s+", " ", done.out) or "69." in done.out
+    assert re.search(r"ms per token, [67]\d\.\d %, as predicted for", re.sub(r"\s+", " ", done.out))
     report = json.loads((out / "report.json").read_text())
     assert report["decode_seconds"]["after"] <= 0.7 * report["decode_seconds"]["dense"]
     assert report["config"]["target_latency"] == 0.7
@@ -43,7 +43,8 @@ def test_costs_are_measured_and_a_latency_is_met_by_them(
 def test_bytes_are_a_target_with_a_unit(main: RunMain, model: Path, text: Path, tmp_path: Path) -> None:
     size = (model / "model.safetensors").stat().st_size
     target = f"{0.9 * size / 1e3:.1f}kB"
-    done = main("compress", model, "-o", tmp_path / "out", "--target-bytes", target, "--calibration", text, *FEW)
+    options = ("--target-bytes", target, "--preset", "paper", "--calibration", text)
+    done = main("compress", model, "-o", tmp_path / "out", *options, *FEW)
     assert done.code == 0, done.err
     after = json.loads((tmp_path / "out" / "report.json").read_text())["after"]["bytes"]
     assert after == pytest.approx(0.9 * size, rel=0.03)

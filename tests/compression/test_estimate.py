@@ -87,7 +87,7 @@ def test_data_dependent_bases_add_covariances_and_a_metric_may_add_sweeps(
     assert made.memory.sums >= covariance_bytes(targets)
     assert made.flops.sweeps == sweeps * sum(plan.flops for plan in made.sweeps)
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
-        compress_(model, tiny_batches(8, 2, 64), config)
+        compress_(model, tiny_batches(8, 2, 64), config, held_out=tiny_batches(1, 2, 64, seed=2))
     assert made.flops.total - made.flops.decompositions == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
@@ -236,7 +236,8 @@ def test_processes_divide_the_work_and_the_hidden_states() -> None:
 def test_candidates_are_measured_on_an_eighth_as_many_sequences() -> None:
     made = estimate(best_job())
     body, head = made.flops.block_influence / 16, 2 * 511 * 128256 * 4096
-    assert made.flops.held_out == pytest.approx(2 * 32 * 2 * (body + head), rel=0.001)
+    maps = 2 * made.flops.block_influence  # to choose the layers, and to fit the map
+    assert made.flops.held_out - maps == pytest.approx(2 * 32 * 2 * (body + head), rel=0.001)
 
 
 def test_low_rank_layers_of_a_compressed_model_are_counted() -> None:

