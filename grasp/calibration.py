@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from io import TextIOWrapper
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -59,9 +59,15 @@ HUB_TEXTS = {
     ),
 }
 NAMED_TEXTS = (*HUB_TEXTS, BUILTIN)
-# Kinds of built-in text beside Wikipedia: web pages, source code, documentation, stories, and several languages.
-_KINDS = ("c4", "code", "technical", "tiny", "multilingual")
-_KIND = 400_000  # characters of each, at most
+# Kinds of built-in text beside Wikipedia, and their files.
+_KINDS = {
+    "web pages": "c4",
+    "source code": "code",
+    "technical texts": "technical",
+    "stories": "tiny",
+    "languages": "multilingual",
+}
+_KIND = 400_000  # characters of each for calibration, at most, and four fifths of a file
 # Groups of this many articles go to one split, because neighbours in the built-in text are related.
 _ARTICLE_GROUP = 25
 CHARACTERS = 8_000_000  # of a streamed text, at least; a file of up to this many bytes is read whole,
@@ -140,21 +146,36 @@ def read_pieces(
 def builtin_text(split: Split) -> str:
     """Return texts of several kinds (calibration), or Wikipedia articles that are not among them (evaluation).
 
-    The kinds are ``_KINDS``, one after the other. A model that is calibrated on one kind loses much more on distant
-    ones. The texts are data files of the package ``exllamav3`` (MIT). The package is not imported.
+    The kinds are those of ``builtin_kinds``, one after the other. A model that is calibrated on one kind loses much
+    more on distant ones.
 
     Raises:
-        MissingPackageError: if the package is not installed.
+        MissingPackageError: as ``builtin_kinds``.
 
     Example:
         >>> builtin_text("calibration")[:44]
         '2007 European Parliament election in Romania'
     """
-    articles = _wikipedia(split)
+    return _wikipedia(split) if split == "evaluation" else "\n\n".join(builtin_kinds(split).values())
+
+
+def builtin_kinds(split: Split) -> dict[str, str]:
+    """The built-in texts by their kind. The two splits share no passage.
+
+    The texts are data files of the package ``exllamav3`` (MIT). The package is not imported.
+
+    Raises:
+        MissingPackageError: if the package is not installed.
+
+    Example:
+        >>> list(builtin_kinds("evaluation"))
+        ['Wikipedia', 'web pages', 'source code', 'technical texts', 'stories', 'languages']
+    """
+    texts = {kind: builtin_text_path(file).read_text(encoding="utf-8") for kind, file in _KINDS.items()}
     if split == "evaluation":
-        return articles
-    others = (builtin_text_path(kind).read_text(encoding="utf-8")[:_KIND] for kind in _KINDS)
-    return "\n\n".join([articles[:_KIND], *others])
+        return {"Wikipedia": _wikipedia(split), **{kind: text[-(len(text) // 5) :] for kind, text in texts.items()}}
+    shares = {kind: text[: min(_KIND, len(text) - len(text) // 5)] for kind, text in texts.items()}
+    return {"Wikipedia": _wikipedia(split)[:_KIND], **shares}
 
 
 def _wikipedia(split: Split) -> str:
@@ -286,8 +307,9 @@ def token_batches(
 ) -> list[CalibrationBatch]:
     """Draw ``num_samples`` sequences of ``seq_len`` contiguous tokens from a text or its pieces, without overlap.
 
-    All placements and orders are equally likely. If the tokenizer puts a BOS before a text, each sequence starts with
-    it; it counts towards ``seq_len``.
+    One comes from each of ``num_samples`` equal stretches of the text, so each part of a mixed text has its share;
+    their order is random. If the tokenizer puts a BOS before a text, each sequence starts with it; it counts towards
+    ``seq_len``.
 
     Returns:
         Batches of ``batch_size`` sequences without mask, since there is no padding; the last one may be smaller.
@@ -336,16 +358,14 @@ def batches_and_others(
     bos = bos_for(tokenizer)
     length = seq_len - (bos is not None)
     tokens = tokenize(tokenizer, text)
-    spare = len(tokens) - num_samples * length
-    if spare < 0:
+    if len(tokens) < num_samples * length:
         fewer = f"at most {most} samples, " if (most := len(tokens) // length) else ""
         raise CalibrationError(
             f"the text has {len(tokens)} tokens; {num_samples} samples of {seq_len} need {num_samples * length}. "
             f"Use {fewer}a shorter seq_len, or more text."
         )
     rng = random.Random(seed)
-    gaps = sorted(rng.sample(range(spare + num_samples), num_samples))
-    starts = [gap + i * (length - 1) for i, gap in enumerate(gaps)]
+    starts = [rng.randint(part.start, part.stop - length) for part in _equal_parts(len(tokens), num_samples)]
     ends = [0, *(start + length for start in starts)]
     free = [
         start
@@ -353,8 +373,14 @@ def batches_and_others(
         for start in range(begin, end - length + 1, length)
     ]
     rng.shuffle(starts)
-    chosen = rng.sample(free, min(others, len(free)))
+    chosen = [free[rng.randrange(part.start, part.stop)] for part in _equal_parts(len(free), min(others, len(free)))]
     return _cut(tokens, starts, length, bos, batch_size), _cut(tokens, chosen, length, bos, batch_size)
+
+
+def _equal_parts(length: int, count: int) -> list[range]:
+    """Divide ``range(length)`` into parts that differ in length by one at most."""
+    borders = [length * i // count for i in range(count)] + [length]
+    return [range(start, stop) for start, stop in pairwise(borders)]
 
 
 def _cut(

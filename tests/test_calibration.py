@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from grasp import builtin, calibration
-from grasp.calibration import batches_and_others, bos_for, builtin_text, read_pieces, read_text, token_batches, tokenize
+from grasp.calibration import (
+    batches_and_others,
+    bos_for,
+    builtin_kinds,
+    builtin_text,
+    read_pieces,
+    read_text,
+    token_batches,
+    tokenize,
+)
 from grasp.errors import CalibrationError, MissingPackageError
 from grasp.model.batch import CalibrationBatch, as_batches, batches_digest
 from tests.tiny_tokenizers import BOS, byte_tokenizer
@@ -50,16 +59,17 @@ def test_bos_is_used_where_the_tokenizer_adds_it_unasked() -> None:
     assert bos_for(byte_tokenizer()) is None
 
 
-def test_all_placements_are_equally_likely() -> None:
+def test_each_stretch_of_the_text_gives_one_sample_at_any_place() -> None:
     tokenizer = byte_tokenizer()
-    text = tokenize(tokenizer, "abcde").tolist()
+    text = tokenize(tokenizer, "abcdefg").tolist()
     seen: dict[tuple[int, ...], int] = {}
     for seed in range(1200):
-        samples = rows(token_batches(tokenizer, "abcde", num_samples=2, seq_len=2, seed=seed))
+        samples = rows(token_batches(tokenizer, "abcdefg", num_samples=2, seq_len=2, seed=seed))
         starts = tuple(text.index(sample[0]) for sample in samples)
         seen[starts] = seen.get(starts, 0) + 1
-    assert set(seen) == {(0, 2), (0, 3), (1, 3), (2, 0), (3, 0), (3, 1)}
-    assert all(140 < count < 260 for count in seen.values())  # 200 ± 4.6 standard deviations
+    ascending = {(first, second) for first in (0, 1) for second in (3, 4, 5)}
+    assert set(seen) == ascending | {(second, first) for first, second in ascending}
+    assert all(50 < count < 150 for count in seen.values())  # 100 ± 5 standard deviations
 
 
 def test_the_seed_decides_and_the_batch_size_does_not() -> None:
@@ -236,10 +246,11 @@ def test_the_built_in_text_has_several_kinds_and_its_package_is_not_imported() -
 
 
 def test_the_two_built_in_texts_share_no_paragraph() -> None:
-    paragraphs = {split: set(builtin_text(split).split("\n")) for split in ("calibration", "evaluation")}
-    long = {split: {line for line in lines if len(line) > 200} for split, lines in paragraphs.items()}
-    assert len(long["evaluation"]) > 500
+    texts = {split: "\n".join(builtin_kinds(split).values()) for split in ("calibration", "evaluation")}
+    long = {split: {line for line in text.split("\n") if len(line) > 200} for split, text in texts.items()}
+    assert len(long["evaluation"]) > 900
     assert not long["calibration"] & long["evaluation"]
+    assert builtin_text("evaluation") == builtin_kinds("evaluation")["Wikipedia"]
 
 
 def test_the_built_in_texts_are_long_enough_for_the_paper_setting() -> None:
