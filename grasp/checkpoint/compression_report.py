@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from grasp.errors import CheckpointError
@@ -66,6 +67,27 @@ _CANDIDATE_COLUMNS = (
 )
 
 
+class KindLoss(NamedTuple):
+    """The losses on one kind of text, in nats per token."""
+
+    kind: str
+    dense: float
+    compressed: float
+
+    @property
+    def added(self) -> float:
+        """What the compression adds."""
+        return self.compressed - self.dense
+
+
+KIND_COLUMNS = (
+    Column("kind of text", "kind"),
+    Column("dense", "dense", "{:.3f}".format),
+    Column("compressed", "compressed", "{:.3f}".format),
+    Column("added", "added", "{:+.3f}".format),
+)
+
+
 @dataclass(frozen=True)
 class CompressionReport:
     """The report that ``compress_`` returns. Ratios are of the whole model unless the name says otherwise.
@@ -94,6 +116,8 @@ class CompressionReport:
     held_out_loss: Mapping[str, float] = field(default_factory=dict)
     candidate_bytes: Mapping[str, int] = field(default_factory=dict)
     candidate_seconds: Mapping[str, float] = field(default_factory=dict)
+    # Kind of text → nats per token before and after, on text that nothing was calibrated on; {} if not measured.
+    kind_losses: Mapping[str, Sequence[float]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     request: Mapping[str, Any] = field(default_factory=dict)  # the request of ``grasp compress``; empty from Python
     decode_seconds: Mapping[str, float] = field(default_factory=dict)  # predicted time per token, dense and after
@@ -147,6 +171,20 @@ class CompressionReport:
             return added
         return f"{added}, {min(losses, key=losses.__getitem__)}"
 
+    @property
+    def kinds(self) -> tuple[KindLoss, ...]:
+        """The losses by kind of text, the one that lost most first."""
+        rows = (KindLoss(kind, dense, compressed) for kind, (dense, compressed) in self.kind_losses.items())
+        return tuple(sorted(rows, key=lambda row: -row.added))
+
+    @property
+    def kinds_text(self) -> str:
+        """What the compression adds to the loss on other kinds of text, in the mean and at worst; "" if unknown."""
+        if not self.kinds:
+            return ""
+        mean, worst = fmean(row.added for row in self.kinds), self.kinds[0]
+        return f"{mean:+.3f} nats per token in the mean of {len(self.kinds)}, {worst.added:+.3f} on {worst.kind}"
+
     def to_dict(self) -> dict[str, Any]:
         """All fields and the two ratios, as JSON values."""
         return {
@@ -175,6 +213,7 @@ class CompressionReport:
                 values[key] = Size(**values[key])
             for key in ("block_influence", "redundant_layers"):
                 values[key] = tuple(values[key])
+            values["kind_losses"] = {kind: tuple(pair) for kind, pair in values.get("kind_losses", {}).items()}
             values["removed_layers"] = tuple(values.get("removed_layers", ()))  # reports before 0.3 have none
             report = cls(**values)
             _require_sound(report)
@@ -234,6 +273,7 @@ def _require_sound(report: CompressionReport) -> None:
             raise ValueError(f"{name} must be an object, got {getattr(report, name)!r}")
     numbers = [*report.seconds.values(), *report.decode_seconds.values(), *report.held_out_loss.values()]
     numbers += [*report.candidate_bytes.values(), *report.candidate_seconds.values()]
+    numbers += [number for row in report.kinds for number in (row.dense, row.compressed)]
     numbers += [] if report.retain_ratio is None else [report.retain_ratio]
     texts = [report.scope, report.costs or ""]
     for module in report.modules:

@@ -7,6 +7,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from grasp.bench.schema import grouped
+from grasp.checkpoint.compression_report import KIND_COLUMNS
 from grasp.checkpoint.inspection import Inspection, LowRankModule, short_name
 from grasp.cli.console import print_facts, print_table, print_text
 from grasp.formatting import count, counts, duration, layer_ranges, score_rows, share, size
@@ -47,17 +48,18 @@ def show_compression(result: Compression) -> None:
             ("kept", _retained(report)),
             *_latency_facts(report),
             *([("held-out loss", report.held_out_text)] if report.held_out_text else []),
+            *([("kinds of text", report.kinds_text)] if report.kinds else []),
             ("time", f"{sum(report.seconds.values()):.1f} s"),
             ("checkpoint", result.output),
         ]
     )
-    if report.candidates:
-        columns, rows = report.candidate_columns, report.candidates
-        print_table(
-            [column.heading for column in columns],
-            [[column.text_of(row) for column in columns] for row in rows],
-            title="Candidates, in nats per token",
-        )
+    for title, columns, rows in (
+        ("Candidates, in nats per token", report.candidate_columns, report.candidates),
+        ("Kinds of text, in nats per token", KIND_COLUMNS, report.kinds),
+    ):
+        if rows:
+            cells = [[column.text_of(row) for column in columns] for row in rows]
+            print_table([column.heading for column in columns], cells, title=title)
     for reason, modules in grouped(report.left, lambda module: module.reason).items():
         print_text(f"left: {len(modules)} modules such as {modules[0].name}: {reason}")
 

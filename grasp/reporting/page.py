@@ -9,7 +9,7 @@ from pathlib import Path
 
 from grasp.bench.results import read_results
 from grasp.bench.schema import Record
-from grasp.checkpoint.compression_report import CompressionReport, ModuleReport
+from grasp.checkpoint.compression_report import KIND_COLUMNS, CompressionReport, ModuleReport
 from grasp.errors import GraspError, ResultsError
 from grasp.files import Contents, contents, require_writable, write_whole
 from grasp.formatting import Column, count, counts, layer_ranges, share, size
@@ -140,14 +140,16 @@ def _compression(report: CompressionReport) -> str:
         ("kept of each matrix", "" if report.retain_ratio is None else share(report.retain_ratio)),
         ("scope", report.scope),
         ("held-out loss", report.held_out_text),
+        ("loss on kinds of text", report.kinds_text),
         ("calibration text", str(request.get("calibration", ""))),
         ("calibration", f"{calibration.get('sequences')} sequences, {calibration.get('tokens')} tokens"),
         ("time", f"{sum(report.seconds.values()):.1f} s: {seconds}" if seconds else ""),
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     ]
     settings = [(key, _setting(value)) for key, value in report.config.items() if value is not None]
-    candidates = table("Candidates", report.candidate_columns, report.candidates) if report.candidates else ""
-    return facts(pair for pair in known if pair[1]) + candidates + "<h3>Configuration</h3>" + facts(settings)
+    tables = table("Candidates", report.candidate_columns, report.candidates) if report.candidates else ""
+    tables += table("Kinds of text", KIND_COLUMNS, report.kinds) if report.kinds else ""
+    return facts(pair for pair in known if pair[1]) + tables + "<h3>Configuration</h3>" + facts(settings)
 
 
 def _setting(value: object) -> str:

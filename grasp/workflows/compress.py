@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -15,7 +15,7 @@ from grasp.bench.costs import costs_for, find_costs
 from grasp.builtin import BUILTIN, BUILTIN_LICENSE
 from grasp.calibration import NAMED_TEXTS, read_pieces
 from grasp.checkpoint.card import model_card, read_license
-from grasp.checkpoint.compression_report import COMPRESSED, DENSE, FILE_NAME, CompressionReport
+from grasp.checkpoint.compression_report import COMPRESSED, DENSE, FILE_NAME, KIND_COLUMNS, CompressionReport
 from grasp.checkpoint.fingerprint import request_fingerprint
 from grasp.checkpoint.run_state import RunState
 from grasp.checkpoint.saving import check_directory, require_space, save_checkpoint
@@ -29,7 +29,7 @@ from grasp.compression.memory_budget import check_budgets
 from grasp.config import GraspConfig
 from grasp.errors import UnsupportedModelError
 from grasp.files import Contents, expanded, remove_abandoned
-from grasp.formatting import layer_ranges
+from grasp.formatting import Column, layer_ranges
 from grasp.loading import find_device, load_quietly
 from grasp.method.basis import BASES
 from grasp.model.dense import dense_shape
@@ -39,6 +39,7 @@ from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sharding import collect_, shard_
 from grasp.version import __version__
 from grasp.workflows.guards import require_known, within_memory
+from grasp.workflows.kinds import batches_by_kind, losses_by_kind
 from grasp.workflows.quantize import QUANTIZATION, quantization_text
 from grasp.workflows.samples import Samples, draw, public_model_name, public_text_name
 
@@ -125,7 +126,8 @@ def compress(
             model, tokenizer = _load(name, dtype, device, progress, processes)
             samples = _with_batch_size(model, config, samples, state.batch_size, memory, notify, processes)
             batches, held_out = draw(tokenizer, text, samples)
-            for batch in batches:
+            kinds = batches_by_kind(tokenizer, samples.seq_len, notify)
+            for batch in chain(batches, *kinds.values()):
                 require_known(model, batch.input_ids)
             require_space(target, model.get_memory_footprint())
             if BASES[config.basis].inputs and (notice := few_tokens(model, samples)) is not None:
@@ -139,6 +141,7 @@ def compress(
                 state.require_same(request_fingerprint(model, batches, held_out, config, table))
                 return Compression(name, str(target), samples, CompressionReport.load(target))
             _prepare(model, config, samples, state, memory, host_memory, expect, processes)
+            before = losses_by_kind(model, kinds, processes)
             report = compress_(
                 *(model, batches, config),
                 held_out=held_out,
@@ -149,6 +152,8 @@ def compress(
                 memory=memory,
                 host_memory=host_memory,
             )
+            after = losses_by_kind(model, kinds, processes)
+            report = replace(report, kind_losses={kind: (before[kind], after[kind]) for kind in kinds})
             report = with_request(report, name, samples, costs=costs, dtype=dtype, device=device, processes=processes)
             if (notice := worse_than_removal(report)) is not None:
                 notify(notice)
@@ -333,15 +338,14 @@ def write_checkpoint(
     progress("saving", 1, 1)
 
 
-def _candidates(report: CompressionReport) -> str:
-    """The losses on held-out text, as a section of the model card; nothing if they were not measured."""
-    if not report.held_out_loss:
+def _losses(title: str, text: str, columns: Sequence[Column], rows: Sequence[object]) -> str:
+    """Measured losses, as a section of the model card; nothing without rows."""
+    if not rows:
         return ""
-    columns = report.candidate_columns
     cells = [[column.heading for column in columns], ["---", *["---:"] * (len(columns) - 1)]]
-    cells += [[column.text_of(candidate) for column in columns] for candidate in report.candidates]
-    rows = "\n".join(f"| {' | '.join(row)} |" for row in cells)
-    return f"\n\n## Held-out loss\n\nLosses in nats per token, on text that was held out of the calibration.\n\n{rows}"
+    cells += [[column.text_of(row) for column in columns] for row in rows]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    return f"\n\n## {title}\n\nLosses in nats per token, {text}.\n\n{table}"
 
 
 def _description(samples: Samples, report: CompressionReport) -> str:
@@ -362,7 +366,10 @@ def _description(samples: Samples, report: CompressionReport) -> str:
         text += f"The most important singular groups were kept, {budget} "
         text += f"(basis `{config.basis}`, metric `{config.metric}`). "
     text += f"`{FILE_NAME}` has all details."
-    text += _candidates(report)
+    held_out = "on text that was held out of the calibration"
+    text += _losses("Held-out loss", held_out, report.candidate_columns, report.candidates)
+    few = "on 1024 tokens of each kind that nothing was calibrated on"
+    text += _losses("Loss by kind of text", few, KIND_COLUMNS, report.kinds)
     if config.storage is None:
         return text
     stored = str(config.storage)

@@ -6,16 +6,21 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grasp import builtin
+from grasp.calibration import builtin_kinds
 from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, GraspError, OutOfMemoryError
 from grasp.model.quantized_linear import QUANTIZED
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
+from grasp.progress import no_notify
 from grasp.reporting.rerun_command import rerun_command
+from grasp.statistics.processes import ALONE
 from grasp.workflows.compress import compress, worse_than_removal
 from grasp.workflows.evaluate import evaluate
+from grasp.workflows.kinds import batches_by_kind, losses_by_kind
 from grasp.workflows.samples import Samples
 from tests.command_line import save_tiny_model
 from tests.tiny_models import tiny_model
@@ -150,6 +155,34 @@ def test_the_card_lists_every_candidate(model: Path, samples: Samples, tmp_path:
     card = (tmp_path / "out" / "README.md").read_text()
     assert len(report.candidates) >= 4
     assert all(f"\n| {row.name} | {row.loss:.4f} | " in card for row in report.candidates)
+
+
+def test_losses_on_every_kind_of_text_are_in_the_report_and_the_card(
+    model: Path, samples: Samples, tmp_path: Path
+) -> None:
+    config = GraspConfig.paper(num_layers=1, retain_ratio=0.1)
+    report = compress(str(model), tmp_path / "out", config, samples).report
+    assert [row.kind for row in report.kinds] == sorted(
+        builtin_kinds("evaluation"), key=lambda kind: report.kind_losses[kind][0] - report.kind_losses[kind][1]
+    )
+    worst = report.kinds[0]
+    assert f"{worst.added:+.3f} on {worst.kind}" in report.kinds_text
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| {worst.kind} | {worst.dense:.3f} | {worst.compressed:.3f} | {worst.added:+.3f} |" in card
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    losses = losses_by_kind(reloaded, batches_by_kind(tokenizer, samples.seq_len, no_notify), ALONE)
+    assert losses == {kind: pytest.approx(after, abs=1e-5) for kind, (_, after) in report.kind_losses.items()}
+
+
+def test_without_the_texts_of_other_kinds_a_line_says_so(
+    model: Path, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builtin, "find_spec", lambda _: None)
+    lines: list[str] = []
+    result = compress(str(model), tmp_path / "out", GraspConfig(num_layers=1), samples, notify=lines.append)
+    assert not result.report.kinds
+    assert any("other kinds of text are not measured" in line and "pip install" in line for line in lines)
 
 
 def test_the_seed_chooses_the_sequences(model: Path, samples: Samples, tmp_path: Path) -> None:
