@@ -141,7 +141,7 @@ def compress(
                 state.require_same(request_fingerprint(model, batches, held_out, config, table))
                 return Compression(name, str(target), samples, CompressionReport.load(target))
             _prepare(model, config, samples, state, memory, host_memory, expect, processes)
-            before = losses_by_kind(model, kinds, processes)
+            before = losses_by_kind(model, kinds, progress=progress, processes=processes)
             report = compress_(
                 *(model, batches, config),
                 held_out=held_out,
@@ -152,7 +152,7 @@ def compress(
                 memory=memory,
                 host_memory=host_memory,
             )
-            after = losses_by_kind(model, kinds, processes)
+            after = losses_by_kind(model, kinds, progress=progress, processes=processes)
             report = replace(report, kind_losses={kind: (before[kind], after[kind]) for kind in kinds})
             report = with_request(report, name, samples, costs=costs, dtype=dtype, device=device, processes=processes)
             if (notice := worse_than_removal(report)) is not None:

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grasp.calibration import builtin_kinds, token_batches
 from grasp.errors import MissingPackageError
 from grasp.model.batch import CalibrationBatch
-from grasp.progress import Notify
+from grasp.progress import Notify, Progress, no_progress
 from grasp.statistics.layer_losses import losses_without
-from grasp.statistics.processes import Processes
+from grasp.statistics.processes import ALONE, Processes
 
 _SEQUENCES, _TOKENS = 2, 512  # of each kind; both losses are of the same tokens, so few suffice to compare them
 _CHARACTERS = 20_000  # of each kind are read: enough for 1024 tokens of any tokenizer
@@ -37,7 +37,15 @@ def batches_by_kind(
 
 
 def losses_by_kind(
-    model: PreTrainedModel, kinds: Mapping[str, Sequence[CalibrationBatch]], processes: Processes
+    model: PreTrainedModel,
+    kinds: Mapping[str, Sequence[CalibrationBatch]],
+    *,
+    progress: Progress = no_progress,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """The mean loss on each kind of text, in nats per token."""
-    return {kind: losses_without(model, [()], batches, processes=processes)[0] for kind, batches in kinds.items()}
+    losses: dict[str, float] = {}
+    for kind, batches in kinds.items():
+        [losses[kind]] = losses_without(model, [()], batches, processes=processes)
+        progress("kinds of text", len(losses), len(kinds))
+    return losses

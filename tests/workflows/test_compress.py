@@ -17,7 +17,6 @@ from grasp.model.size import model_size
 from grasp.model.targets import decoder
 from grasp.progress import no_notify
 from grasp.reporting.rerun_command import rerun_command
-from grasp.statistics.processes import ALONE
 from grasp.workflows.compress import compress, worse_than_removal
 from grasp.workflows.evaluate import evaluate
 from grasp.workflows.kinds import batches_by_kind, losses_by_kind
@@ -171,7 +170,7 @@ def test_losses_on_every_kind_of_text_are_in_the_report_and_the_card(
     assert f"| {worst.kind} | {worst.dense:.3f} | {worst.compressed:.3f} | {worst.added:+.3f} |" in card
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    losses = losses_by_kind(reloaded, batches_by_kind(tokenizer, samples.seq_len, no_notify), ALONE)
+    losses = losses_by_kind(reloaded, batches_by_kind(tokenizer, samples.seq_len, no_notify))
     assert losses == {kind: pytest.approx(after, abs=1e-5) for kind, (_, after) in report.kind_losses.items()}
 
 
