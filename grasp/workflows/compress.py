@@ -119,9 +119,9 @@ def compress(
     text = read_pieces(samples.source, tokens=samples.num_samples * samples.seq_len, notify=notify)
     check_costs(config, costs, processes)
     with state:
-        if processes.first:
-            remove_abandoned(target)
         is_written = processes.least(state.has_written(target))
+        if processes.first:
+            remove_abandoned(target)  # all processes have checked the folder, which makes a temporary of the same name
         with within_memory(samples.batch_size, samples.seq_len):
             model, tokenizer = _load(name, dtype, device, progress, processes)
             samples = _with_batch_size(model, config, samples, state.batch_size, memory, notify, processes)

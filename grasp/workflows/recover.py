@@ -111,9 +111,9 @@ def recover(
     if not state.has_written(target):
         check_directory(output)
     with state:
-        if processes.first:
-            remove_abandoned(target)
         is_written = processes.least(state.has_written(target))
+        if processes.first:
+            remove_abandoned(target)  # all processes have checked the folder, which makes a temporary of the same name
         with within_memory(config.micro_batch_size, data.seq_len):
             model, tokenizer = load_quietly(str(directory), dtype=dtype, device=device, progress=progress)
             trainable_factors(model)  # raises before the text is read, which takes long
