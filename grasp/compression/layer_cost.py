@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -173,7 +174,9 @@ def tracer_for(
     """A ``Tracer``, with its arguments and errors. Each thread keeps its last ones, since tracing takes a second."""
     standard: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     model_class = None if model_class is standard else model_class
-    text = config.to_json_string(use_diff=False)
+    nameless = copy.copy(config)
+    nameless.name_or_path = ""
+    text = nameless.to_json_string(use_diff=False)
     key = (get_ident(), text, config._attn_implementation, dtype, device, batch_size, seq_len, model_class)
     if key not in _kept:
         while len(_kept) >= _KEPT:

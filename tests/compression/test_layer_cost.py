@@ -82,10 +82,12 @@ def test_experts_count_for_their_tokens() -> None:
     assert costs[1] - costs[0] == 2 * TOKENS * 3 * 32 * 48
 
 
-def test_a_loaded_model_has_the_tracer_of_its_configuration() -> None:
-    model = tiny_model("llama")
+def test_a_loaded_model_has_the_tracer_of_its_configuration_whatever_its_name() -> None:
+    model, named = tiny_model("llama"), tiny_model("llama")
+    named.config.name_or_path = "/a/folder"
     shape = {"dtype": torch.float32, "device": torch.device("cpu"), "batch_size": 2, "seq_len": 16}
-    assert tracer_for(model.config, model_class=type(model), **shape) is tracer_for(model.config, **shape)
+    assert tracer_for(named.config, model_class=type(model), **shape) is tracer_for(model.config, **shape)
+    assert named.config.name_or_path == "/a/folder"
 
 
 def test_operations_that_depend_on_data_are_refused_with_a_remedy() -> None:
