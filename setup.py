@@ -142,13 +142,14 @@ class NinjaFile:
 
     def cuda(self, nvcc: str, includes: str) -> None:
         """Compile and link the CUDA module, with the CUDA runtime inside it."""
-        flags = f"{CUDA_FLAGS} {includes} -I{CSRC}"
-        self.writer.rule("nvcc", f"{nvcc} {flags} -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+        command = f"{nvcc} {CUDA_FLAGS} $includes -I{CSRC} -MD -MF $out.d -c $in -o $out"
+        self.writer.rule("nvcc", command, depfile="$out.d", deps="gcc")
         self.writer.rule("nvcc_link", f"{nvcc} -shared -cudart static $in -o $out")
-        objects = []
-        for source in [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "bindings_cuda.cpp"]:
-            objects.append(f"cuda/{source.stem}.o")
-            self.writer.build([objects[-1]], "nvcc", [str(source)])
+        # Only the bindings see pybind11: its path differs between pip's build environment and the one of build_ext.
+        sources = dict.fromkeys(sorted((CSRC / "cuda").glob("*.cu")), "") | {CSRC / "bindings_cuda.cpp": includes}
+        objects = [f"cuda/{source.stem}.o" for source in sources]
+        for source, output in zip(sources, objects, strict=True):
+            self.writer.build([output], "nvcc", [str(source)], variables={"includes": sources[source]})
         self.writer.build(["_cuda.so"], "nvcc_link", objects)
 
 
