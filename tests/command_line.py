@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from grasp import cli
 from grasp.cli import root
+from tests import forked
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 
@@ -47,11 +48,14 @@ def environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
 
-def grasp(*arguments: object, cwd: Path, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run ``grasp`` in a process of its own, or under torchrun in several."""
+def grasp(*arguments: object, cwd: Path, processes: int = 1, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run ``grasp`` in a forked process, in a ``fresh`` one that imports everything anew, or in several of torchrun."""
+    words = [str(argument) for argument in arguments]
+    if processes == 1 and not fresh:
+        return forked.python("from grasp.__main__ import main; main()", words, cwd=cwd, environment=environment())
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
-        [sys.executable, *(torchrun if processes > 1 else []), "-m", "grasp", *map(str, arguments)],
+        [sys.executable, *(torchrun if processes > 1 else []), "-m", "grasp", *words],
         cwd=cwd,
         env=environment(),
         capture_output=True,

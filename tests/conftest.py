@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -36,6 +37,15 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def short_builtin_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the built-in texts in this process, where they are tokenized whole for a few sequences of them."""
+    if (calibration := sys.modules.get("grasp.calibration")) is not None:
+        articles = calibration._wikipedia
+        monkeypatch.setattr(calibration, "_wikipedia", lambda split: articles(split)[:50_000])
+        monkeypatch.setattr(calibration, "_KIND", 20_000)
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typer.core import TyperGroup
 
 from grasp import builtin, cli
 from grasp.evaluation.task_documents import PACKAGE_REQUIREMENT
+from tests import forked
 from tests.command_line import ROOT, environment
 
 # Everything that a reader is shown, the site's pages first.
@@ -81,10 +80,8 @@ def broken_links(page: str) -> Iterator[str]:
 
 
 def run_python(code: str, folder: Path) -> str:
-    """Run code in a process of its own; its stdout."""
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment(), capture_output=True, text=True, timeout=600
-    )
+    """Run code in a process of its own, which has imported the libraries already; its stdout."""
+    run = forked.python(code, cwd=folder, environment=environment())
     assert run.returncode == 0, f"{code}\n{run.stderr}"
     return run.stdout
 

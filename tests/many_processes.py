@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import socket
@@ -16,9 +15,9 @@ from typing import Any
 import torch
 
 from grasp.statistics.processes import Processes, joined
+from tests.command_line import environment
+from tests.forked import CONTEXT, start_server
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["grasp.compress", "grasp.statistics.sharding", "tests.tiny_models", __name__])
 _PATIENCE = 120.0  # seconds until a process counts as one that hangs
 
 
@@ -48,13 +47,14 @@ def run(work: Callable[..., Any], *arguments: Any, size: int = 2, sharded: bool 
 
 def start(work: Callable[..., Any], *arguments: Any, size: int, sharded: bool = False) -> list[Child]:
     """As ``run``, but return the processes while they run."""
+    start_server(environment())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     children = []
     for rank in range(size):
-        mine, theirs = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=_child, args=(theirs, rank, size, port, sharded, work, arguments))
+        mine, theirs = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=_child, args=(theirs, rank, size, port, sharded, work, arguments))
         process.start()
         theirs.close()
         children.append((process, mine))

@@ -30,6 +30,11 @@ from tests.tiny_tokenizers import BOS, byte_tokenizer
 DISTINCT = "".join(chr(33 + i) for i in range(90))
 
 
+@pytest.fixture(autouse=True)
+def short_builtin_text() -> None:
+    """Keep the texts whole, unlike tests/conftest.py."""
+
+
 def rows(batches: list[CalibrationBatch]) -> list[list[int]]:
     return [] if not batches else torch.cat([batch.input_ids for batch in batches]).tolist()
 

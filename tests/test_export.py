@@ -1,4 +1,4 @@
-"""A compressed model in torch.compile, torch.export and AOTInductor."""
+"""A compressed model in torch.compile and torch.export; AOTInductor is in tests/serving."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
-from grasp.model.grouping import group_linears_
-from grasp.model.lowrank_linear import LowRankLinear, set_backend_
-from grasp.model.targets import layer_targets
+from grasp.model.lowrank_linear import set_backend_
 from grasp_kernels.dispatch import backend_missing
 from tests.command_line import environment
 from tests.model.test_hf_quantizer import compressed_model
-from tests.tiny_models import VOCABULARY, tiny_model
+from tests.tiny_models import VOCABULARY
 
 SHAPES = ((2, 12), (3, 7), (1, 20))
 # Loads argv[1], computes the logits of the tokens in argv[2], writes them to argv[3].
@@ -86,21 +84,6 @@ def test_an_exported_program_gives_the_same_logits_in_a_process_without_transfor
     with torch.no_grad():
         for logits, tokens in zip(torch.load(files[2]), inputs(), strict=True):
             torch.testing.assert_close(logits, model(tokens), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_a_program_compiled_ahead_of_time_gives_the_same_logits(tmp_path: Path) -> None:
-    model = tiny_model("llama", num_hidden_layers=1)
-    for rank, target in enumerate(layer_targets(model, 0)[0], start=3):
-        model.set_submodule(target.name, LowRankLinear.from_dense(target.module, torch.arange(rank)))
-    group_linears_(model, enabled=False)  # see docs/serve/compile-and-export.md
-    program = exported(Logits(model))
-    assert low_rank_ops(program.graph) == 7 * ["grasp.lowrank_linear.default"]
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    compiled = torch._inductor.aoti_load_package(package)
-    for tokens in inputs():
-        torch.testing.assert_close(compiled(tokens), Logits(model)(tokens), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu

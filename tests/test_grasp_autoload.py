@@ -68,7 +68,6 @@ def files(model: PreTrainedModel, tmp_path: Path) -> tuple[Path, Path, Path]:
     "first",
     [
         "from transformers import AutoModelForCausalLM",
-        "import torch; from transformers import AutoModelForCausalLM",
         # torch is first imported from the middle of the module that is hooked
         "import transformers.quantizers.auto; from transformers import AutoModelForCausalLM",
     ],

@@ -178,6 +178,6 @@ def test_the_built_in_model_predicts_the_built_in_text(
     builtin: tuple[PreTrainedModel, PreTrainedTokenizerBase],
 ) -> None:
     model, tokenizer = builtin
-    tokens = tokenize(tokenizer, builtin_text("evaluation")[:6000])
+    tokens = tokenize(tokenizer, builtin_text("evaluation")[:4000])
     assert 10 < perplexity(model, tokens, window=512).perplexity < 40
-    assert perplexity(model, tokens.flip(0), window=512).perplexity > 400
+    assert perplexity(model, tokens[:512].flip(0), window=512).perplexity > 400

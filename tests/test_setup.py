@@ -77,7 +77,17 @@ def isolated(code: str, packages: Path) -> str:
     return run(sys.executable, "-S", "-c", code, cwd=packages, PYTHONPATH=paths)  # -S: no .pth files
 
 
+@pytest.fixture
+def quick_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A C++ compiler that leaves out the optimisation, which takes most of the time."""
+    script = tmp_path / "c++"
+    script.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+
+
 @needs_compiler
+@pytest.mark.usefixtures("quick_compiler")
 def test_a_wheel_is_built_without_torch_and_brings_kernels_header_and_library(checkout: Path, tmp_path: Path) -> None:
     pip("wheel", ".", "--no-deps", "--quiet", "--wheel-dir", tmp_path, cwd=checkout)
     (wheel,) = tmp_path.glob("*.whl")
@@ -92,6 +102,7 @@ def test_a_wheel_is_built_without_torch_and_brings_kernels_header_and_library(ch
 
 
 @needs_compiler
+@pytest.mark.usefixtures("quick_compiler")
 def test_an_editable_install_finds_the_kernels_and_rebuilds_only_what_changed(checkout: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"

@@ -19,11 +19,12 @@ from grasp.checkpoint.push import require_complete
 from grasp.errors import CheckpointError, HubError
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.lowrank_linear import LowRankLinear
-from tests.command_line import environment, save_tiny_model
+from tests.command_line import RunMain, environment, main, save_tiny_model
 from tests.fake_hub import TOKEN, FakeHub, fake_hub
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 
+__all__ = ["main"]
 SECRET = TOKEN.removeprefix("hf_")
 
 
@@ -99,18 +100,23 @@ def test_a_folder_arrives_whole_without_what_is_unfinished_or_hidden_and_again_o
     assert hub.repositories == {"someone/small": "private"}
 
 
-@pytest.mark.slow
-def test_after_a_failure_the_same_command_sends_only_what_is_missing(folder: Path, hub: FakeHub) -> None:
+def test_after_a_failure_the_same_command_sends_only_what_is_missing(
+    folder: Path, hub: FakeHub, main: RunMain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.refuse_commits = 1
-    failed = push(folder, "someone/small", endpoint=hub.address)
-    assert failed.returncode == 2
-    assert "run the same command again" in failed.stderr.splitlines()[-1]
-    assert "Traceback" not in failed.stderr
+    failed = main("push", folder, "someone/small")
+    assert failed.code == 2
+    assert "run the same command again" in failed.err.splitlines()[-1]
+    assert "Traceback" not in failed.err
     sent = list(hub.uploads)
     assert sent
     assert not hub.files
-    again = push(folder, "someone/small", endpoint=hub.address)
-    assert again.returncode == 0, again.stderr
+    again = main("push", folder, "someone/small")
+    assert again.code == 0, again.err
     assert hub.uploads == sent
     assert {"config.json", "README.md"} <= hub.files.keys()
 

@@ -57,7 +57,7 @@ def test_a_run_stopped_at_any_write_ends_as_if_it_had_not_been(
 ) -> None:
     config = GraspConfig(layers=(0, 2), retain_ratio=0.4 if "threshold_ratio" not in options else 0.1, **options)
     expected = run(None, config, family=family)
-    step = 1 if fuzzing else 3  # files and state.json alternate: both are met
+    step = 1 if fuzzing else 7  # files and state.json alternate: both are met
     writes = stopped_at_every_write(config, family, folder, expected, monkeypatch, step=step)
     sweeps = {"sequential": 4, "per-layer": 2, "single-sweep": 1}[config.schedule]
     # A file and state.json for sums and for the groups of a linear. A file for each module, state.json for each sweep.

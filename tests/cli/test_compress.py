@@ -119,7 +119,7 @@ def test_a_batch_size_that_is_none_is_refused(value: str, main: RunMain, model: 
 @pytest.mark.slow
 def test_json_is_all_that_a_process_writes_to_stdout(model: Path, text: Path, tmp_path: Path) -> None:
     options = ["--calibration", text, "--num-samples", 6, "--seq-len", 32, "--num-layers", 1]
-    run = command_line.grasp("compress", model, "-o", tmp_path / "out", *options, "--json", cwd=tmp_path)
+    run = command_line.grasp("compress", model, "-o", tmp_path / "out", *options, "--json", cwd=tmp_path, fresh=True)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["output"] == str(tmp_path / "out")
     steps = [line.split("  ")[0] for line in run.stderr.splitlines()]

@@ -71,12 +71,12 @@ def test_a_real_model_is_compressed_evaluated_inspected_and_loaded_by_plain_tran
         assert process.returncode == 0, process.stderr
         return json.loads(process.stdout)
 
-    # Neither of the last two layers can be done without, and few of their parameters are to go.
-    options = ["--layers", "28-29", "--retain-ratio", 0.8, "--num-samples", 2, "--seq-len", 128]
+    # The last layer cannot be done without, and few of its parameters are to go.
+    options = ["--layers", "29", "--retain-ratio", 0.8, "--num-samples", 2, "--seq-len", 64]
     report = run("compress", "builtin", "-o", out, *options)["report"]
     assert report["config"]["basis"] == "kfac"  # the default is the best preset
     replaced = [module["name"] for module in report["modules"] if not module["reason"]]
-    assert 7 < len(replaced) <= 14
+    assert 3 < len(replaced) <= 7
     evaluated = run("evaluate", out, "--text", text, "--window", 128)
     assert evaluated["result"]["nonfinite"] == 0
     assert evaluated["result"]["perplexity"] < 100

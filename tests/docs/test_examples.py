@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.command_line import ROOT, environment
 
 pytestmark = pytest.mark.slow
@@ -16,18 +15,16 @@ pytestmark = pytest.mark.slow
 EXAMPLES = ROOT / "examples"
 
 
-def run(folder: Path, *command: object) -> str:
-    """The stdout of Python with these arguments; it must end well."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def run(folder: Path, code: str, *arguments: object) -> str:
+    """The stdout of Python code with these arguments, in a process that has imported the libraries already."""
+    done = forked.python(code, [str(word) for word in arguments], cwd=folder, environment=environment())
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def run_script(folder: Path, script: str, *arguments: object) -> str:
+    code = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    return run(folder, code, EXAMPLES / script, *arguments)
 
 
 def test_every_script_is_run_here() -> None:
@@ -37,20 +34,20 @@ def test_every_script_is_run_here() -> None:
 
 def test_compress(tmp_path: Path) -> None:
     options = ["--layers", 1, "--samples", 2, "--tokens", 64]
-    printed = run(tmp_path, EXAMPLES / "compress.py", "builtin", tmp_path / "small", *options)
+    printed = run_script(tmp_path, "compress.py", "builtin", tmp_path / "small", *options)
     assert "of the parameters removed" in printed
     assert (tmp_path / "small" / "model.safetensors").is_file()
 
 
 def test_kernels_alone(tmp_path: Path) -> None:
-    printed = run(tmp_path, EXAMPLES / "kernels_alone.py")
+    printed = run_script(tmp_path, "kernels_alone.py")
     assert "chosen" in printed
     source = (EXAMPLES / "kernels_alone.py").read_text(encoding="utf-8")
     assert not re.search(r"^(from|import) grasp\b", source, re.MULTILINE)
 
 
 def test_embed_in_your_model(tmp_path: Path) -> None:
-    printed = run(tmp_path, EXAMPLES / "embed_in_your_model.py")
+    printed = run_script(tmp_path, "embed_in_your_model.py")
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in printed.splitlines() if "loss " in line]
     dense, truncated, tuned = losses
     assert dense < truncated
@@ -59,8 +56,7 @@ def test_embed_in_your_model(tmp_path: Path) -> None:
 
 def test_guard_a_kernel_in_ci(tmp_path: Path) -> None:
     command = [
-        "-m",
-        "pytest",
+        "import runpy; runpy.run_module('pytest', run_name='__main__')",
         "-q",
         "-p",
         "speedgate.plugin",

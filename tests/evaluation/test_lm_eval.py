@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grasp.cli.root import QUIET
 from grasp.errors import MissingPackageError, TaskError
 from grasp.evaluation import lm_eval as module
 from grasp.evaluation.lm_eval import TaskRequest, definitions, evaluate_tasks
@@ -17,7 +16,7 @@ from grasp.evaluation.task_documents import ARROW_FOLDERS
 from grasp.formatting import score_rows
 from grasp.loading import load_model
 from grasp.model.lowrank_linear import LowRankLinear
-from tests.command_line import grasp
+from tests.command_line import grasp, save_tiny_model
 from tests.task_documents import DOCUMENTS, write_arrow, write_jsonl
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
@@ -232,25 +231,22 @@ def test_the_tokenizer_stays_as_it_was(model: PreTrainedModel, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_the_command_gives_the_real_model_the_scores_that_plain_log_likelihoods_give(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in QUIET.items():
-        monkeypatch.setenv(name, value)
+def test_the_command_gives_the_scores_that_plain_log_likelihoods_give(tmp_path: Path) -> None:
+    """tests/docs/test_evaluation.py does so with the real model."""
+    save_tiny_model(tmp_path / "tiny")
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
     write_jsonl(tmp_path, "piqa")
     options = ["--tasks", "piqa", "--tasks-from", ".", "--text", text, "--window", 64, "-o", "results.json"]
-    run = grasp("evaluate", "builtin", *options, cwd=tmp_path)
+    run = grasp("evaluate", "tiny", *options, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "fatal" not in run.stderr
     assert "Running loglikelihood" not in run.stderr
     assert "Traceback" not in run.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    model, tokenizer = load_model("builtin")
+    model, tokenizer = load_model(str(tmp_path / "tiny"))
     piqa = results["results"]["piqa"]
     assert (piqa["acc,none"], piqa["acc_norm,none"]) == pytest.approx(by_hand(model, tokenizer))
-    assert piqa["acc,none"] > 0.5
     assert math.isfinite(results["grasp"]["result"]["perplexity"])
     assert f"{piqa['acc,none']:.4f}" in run.stdout
     assert "perplexity" in run.stdout

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import ast
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +18,8 @@ KERNELS = 5 * (4 + 3 + 3)  # of each architecture: a shrink, an expand and a coo
 THREADS, REGISTERS = 128, 1 << 16  # of a block, of a processor
 
 NAME = re.compile(r"lowrank_(shrink|expand|cooperative)_kernelI(f|NS_3F16E|NS_4BF16E)Li(\d+)ELb([01])E(?:Lb([01])E)?")
-REPORT = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'(.*?)Used (\d+) registers", re.DOTALL)
+RESOURCES = re.compile(r"Function (\w+):\s+(REG:.*)")
+NUMBER = re.compile(r"(\w+):(\d+)")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 WEIGHTS = "LDG.E.EF.128"  # 16 bytes, evicted first
 HIDDEN = "LDG.E.128.STRONG.GPU"  # 16 bytes, bypassing the first-level cache
@@ -48,22 +46,6 @@ class Kernel(NamedTuple):
         return cls(kind, {"f": "f32", "NS_3F16E": "f16", "NS_4BF16E": "bf16"}[dtype], int(rows), vector, pivoted)
 
 
-class Usage(NamedTuple):
-    registers: int
-    spills: str  # the assembler's words
-
-
-class Compiled(NamedTuple):
-    usage: dict[tuple[int, Kernel], Usage]
-    fatbins: list[Path]
-
-
-def find_nvcc() -> str | None:
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    names = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home), "nvcc"]
-    return next((path for name in names if name and (path := shutil.which(name))), None)
-
-
 def find_cuobjdump() -> str | None:
     """The disassembler of CUDA, or the one inside Triton's wheel."""
     if (path := shutil.which("cuobjdump")) is not None:
@@ -72,50 +54,41 @@ def find_cuobjdump() -> str | None:
     return shutil.which(triton.knobs.nvidia.cuobjdump.path)
 
 
-def shipped_flags() -> list[str]:
-    """``CUDA_FLAGS`` of setup.py, without running it."""
-    tree = ast.parse((ROOT / "setup.py").read_text())
-    (value,) = (
-        node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CUDA_FLAGS"
-    )
-    return str(ast.literal_eval(value)).split()
+@pytest.fixture(scope="module")
+def module() -> str:
+    """Path of the CUDA module that `make build` compiled."""
+    found = importlib.util.find_spec("grasp_kernels._cuda")
+    if found is None or found.origin is None:
+        pytest.skip("the CUDA module is not built here")
+    return found.origin
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    if (nvcc := find_nvcc()) is None:
-        pytest.skip("there is no nvcc: neither in CUDACXX, CUDA_HOME, /usr/local/cuda nor on the path")
-    folder, flags = tmp_path_factory.mktemp("cuda"), shipped_flags()  # CPython 3.11 cannot parse in several threads
-
-    def compile_one(source: Path) -> tuple[str, Path]:
-        output = folder / f"{source.stem}.fatbin"
-        command = [nvcc, *flags, "-Xptxas", "-v", f"-I{CSRC}", "-fatbin", str(source), "-o", str(output)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stderr, output
-
-    with ThreadPoolExecutor(len(SOURCES)) as pool:
-        results = list(pool.map(compile_one, SOURCES))
-    usage = {}
-    for report, _ in results:
-        for mangled, architecture, words, registers in REPORT.findall(report):
-            usage[int(architecture), Kernel.parse(mangled)] = Usage(int(registers), words)
-    return Compiled(usage, [path for _, path in results])
-
-
-@pytest.fixture(scope="module")
-def instructions(compiled: Compiled) -> dict[tuple[int, Kernel], list[str]]:
-    """Mnemonics of each kernel in program order."""
+def disassembler() -> str:
     if (cuobjdump := find_cuobjdump()) is None:
         pytest.skip("there is no cuobjdump")
+    return cuobjdump
+
+
+@pytest.fixture(scope="module")
+def usage(module: str, disassembler: str) -> dict[tuple[int, Kernel], dict[str, int]]:
+    """Registers, and bytes of stack and local memory, of each kernel."""
     found = {}
-    for path in compiled.fatbins:
-        for architecture in ARCHITECTURES:
-            listing = dump(cuobjdump, "-sass", "-arch", f"sm_{architecture}", str(path))
-            for function in listing.split("Function : ")[1:]:
-                found[architecture, Kernel.parse(function.partition("\n")[0])] = INSTRUCTION.findall(function)
+    for listing in dump(disassembler, "-res-usage", module).split("Fatbin elf code:")[1:]:
+        for mangled, numbers in RESOURCES.findall(listing):
+            values = {name: int(number) for name, number in NUMBER.findall(numbers)}
+            found[int(re.findall(r"arch = sm_(\d+)", listing)[0]), Kernel.parse(mangled)] = values
+    return found
+
+
+@pytest.fixture(scope="module")
+def instructions(module: str, disassembler: str) -> dict[tuple[int, Kernel], list[str]]:
+    """Mnemonics of each kernel in program order."""
+    found = {}
+    for architecture in ARCHITECTURES:
+        listing = dump(disassembler, "-sass", "-arch", f"sm_{architecture}", module)
+        for function in listing.split("Function : ")[1:]:
+            found[architecture, Kernel.parse(function.partition("\n")[0])] = INSTRUCTION.findall(function)
     return found
 
 
@@ -140,32 +113,33 @@ def widths(names: list[str]) -> set[str]:
     return {name for name in names if name.startswith("LDG")}
 
 
-def test_every_kernel_compiles_for_every_architecture(compiled: Compiled) -> None:
-    assert len(compiled.usage) == KERNELS * len(ARCHITECTURES)
-    assert {architecture for architecture, _ in compiled.usage} == set(ARCHITECTURES)
+def test_every_kernel_is_there_for_every_architecture(usage: dict[tuple[int, Kernel], dict[str, int]]) -> None:
+    assert len(usage) == KERNELS * len(ARCHITECTURES)
+    assert {architecture for architecture, _ in usage} == set(ARCHITECTURES)
 
 
-def test_no_kernel_spills_or_uses_local_memory(compiled: Compiled) -> None:
-    none = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
-    assert not [where for where, usage in compiled.usage.items() if none not in usage.spills]
+def test_no_kernel_spills_or_uses_local_memory(usage: dict[tuple[int, Kernel], dict[str, int]]) -> None:
+    assert {(numbers["STACK"], numbers["LOCAL"]) for numbers in usage.values()} == {(0, 0)}
 
 
-def test_registers_suffice_for_two_blocks_of_a_processor_and_mostly_three(compiled: Compiled) -> None:
+def test_registers_suffice_for_two_blocks_of_a_processor_and_mostly_three(
+    usage: dict[tuple[int, Kernel], dict[str, int]],
+) -> None:
     def blocks(registers: int) -> int:
         return REGISTERS // (-(-registers // 8) * 8 * THREADS)  # granted in eights
 
-    for (architecture, kernel), usage in compiled.usage.items():
+    for (architecture, kernel), numbers in usage.items():
         few = kernel.vector and (kernel.rows == 8 or (kernel.rows < 8 and kernel.kind == "expand"))
-        assert blocks(usage.registers) >= (3 if few else 2), (architecture, kernel)
+        assert blocks(numbers["REG"]) >= (3 if few else 2), (architecture, kernel)
 
 
-def test_ptx_for_later_cards_is_there(compiled: Compiled, instructions: object) -> None:
-    cuobjdump = find_cuobjdump()
-    assert cuobjdump is not None
-    for path in compiled.fatbins:
-        ptx = dump(cuobjdump, "-ptx", str(path))
-        assert ".target sm_90" in ptx
-        assert "griddepcontrol.wait" in ptx
+def test_ptx_for_later_cards_is_there(module: str, disassembler: str) -> None:
+    ptx = dump(disassembler, "-ptx", module).split("Fatbin ptx code:")[1:]
+    kernels = [text for text in ptx if "lowrank_" in text]
+    assert len(kernels) == len(SOURCES)
+    for text in kernels:
+        assert ".target sm_90" in text
+        assert "griddepcontrol.wait" in text
 
 
 def test_factors_are_read_by_16_bytes(instructions: dict[tuple[int, Kernel], list[str]]) -> None:
@@ -222,12 +196,11 @@ def first_stage(kernel: Kernel) -> int:
     return 4 if kernel.dtype == "f32" and kernel.rows > 8 else 8
 
 
-def test_the_module_needs_nothing_of_the_machine_that_built_it() -> None:
+def test_the_module_needs_nothing_of_the_machine_that_built_it(module: str) -> None:
     """The CUDA runtime is inside it, and that finds the driver when it is first used."""
-    module = importlib.util.find_spec("grasp_kernels._cuda")
-    if module is None or module.origin is None or (readelf := shutil.which("readelf")) is None:
-        pytest.skip("the CUDA module is not built here, or there is no readelf")
-    dynamic = dump(readelf, "--dynamic", "--wide", module.origin)
+    if (readelf := shutil.which("readelf")) is None:
+        pytest.skip("there is no readelf")
+    dynamic = dump(readelf, "--dynamic", "--wide", module)
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
     assert set(needed) <= SYSTEM_LIBRARIES, needed
     assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)

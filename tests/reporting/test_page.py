@@ -20,7 +20,7 @@ from grasp.bench.serve_records import ServeResult
 from grasp.checkpoint.compression_report import CompressionReport
 from grasp.config import GraspConfig
 from grasp.errors import ResultsError
-from grasp.reporting.page import render, write_report
+from grasp.reporting.page import render
 from grasp.reporting.result_tables import require_same_model
 from grasp.workflows.compress import compress
 from grasp.workflows.samples import Samples
@@ -47,6 +47,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(folder: Path) -> CompressionReport:
     return CompressionReport.load(folder)
+
+
+@pytest.fixture(scope="module")
+def plain_page(report: CompressionReport) -> str:
+    """The page without benchmarks."""
+    return render(report, "small")
 
 
 @pytest.fixture
@@ -253,13 +259,13 @@ def test_a_bad_folder_is_refused(case: str, tmp_path: Path, grasp: Callable[...,
 
 @pytest.mark.parametrize("case", BAD_RESULTS)
 def test_bad_results_are_refused_and_the_earlier_page_stays(
-    case: str, folder: Path, tmp_path: Path, grasp: Callable[..., tuple[Any, str, str]]
+    case: str, folder: Path, plain_page: str, tmp_path: Path, grasp: Callable[..., tuple[Any, str, str]]
 ) -> None:
     make, words = BAD_RESULTS[case]
     make(tmp_path / "bad.jsonl")
     page = tmp_path / "page.html"
-    write_report(folder, page)
-    before = page.read_bytes()
+    before = plain_page.encode()
+    page.write_bytes(before)
     code, out, err = grasp("report", folder, "-o", page, "--results", tmp_path / "bad.jsonl")
     assert (code, out) == (2, "")
     assert err.startswith("error: ")

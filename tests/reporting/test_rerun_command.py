@@ -14,12 +14,19 @@ from grasp.cli.root import app
 from grasp.compress import compress_
 from grasp.config import PRESETS, GraspConfig
 from grasp.reporting.rerun_command import by_option, later_form, rerun_command
+from grasp.statistics.processes import Processes
 from grasp.workflows.compress import compress, with_request
 from grasp.workflows.samples import Samples
+from tests import many_processes
 from tests.command_line import grasp, save_tiny_model
 from tests.tiny_models import tiny_batches, tiny_model
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once more. " * 20
+
+
+def compress_first(processes: Processes, folder: Path, config: GraspConfig, samples: Samples) -> None:
+    options = {"dtype": "float32", "device": None if processes.size == 1 else "cpu"}
+    compress(str(folder / "tiny model"), folder / "first", config, samples, **options, processes=processes)
 
 
 @pytest.mark.slow
@@ -34,13 +41,8 @@ def test_the_command_makes_the_same_again(config: GraspConfig, processes: int, t
     save_tiny_model(tmp_path / "tiny model")
     (tmp_path / "text.txt").write_text(TEXT)
     samples = Samples(str(tmp_path / "text.txt"), 4, 24, 2, seed=3)
-    options = ["--num-samples", 4, "--seq-len", 24, "--batch-size", 2, "--seed", 3, "--calibration", "text.txt"]
-    if processes == 1:
-        compress(str(tmp_path / "tiny model"), tmp_path / "first", config, samples, dtype="float32")
-    else:
-        best = ["--preset", "best", "--compression-ratio", 0.1]
-        run = grasp("compress", "tiny model", "-o", "first", *options, *best, cwd=tmp_path, processes=2)
-        assert run.returncode == 0, run.stderr
+    for outcome in many_processes.run(compress_first, tmp_path, config, samples, size=processes):
+        assert outcome.error is None, outcome.error
     first = CompressionReport.load(tmp_path / "first")
     words = rerun_command(first, "again")
     assert words is not None

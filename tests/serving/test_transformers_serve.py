@@ -73,6 +73,14 @@ def test_every_command_shown_is_run() -> None:
 def test_the_python_of_a_section_runs(tiny: Path, section: str) -> None:
     printed = [run_python(code, tiny) for code in blocks(SECTIONS[section], "python")]
     assert printed[-1].strip()
+    if section.startswith("torch.export"):
+        model, tokens = AutoModelForCausalLM.from_pretrained(tiny / "small"), torch.arange(3, 24).reshape(3, 7)
+        program = torch.export.load(tiny / "small.pt2")
+        ops = [str(node.target) for node in program.graph.nodes if "grasp" in str(node.target)]
+        assert ops == 7 * ["grasp.lowrank_linear.default"]
+        compiled = torch._inductor.aoti_load_package(str(tiny / "small-compiled.pt2"))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(tokens), model(tokens).logits, rtol=1e-4, atol=1e-4)
     for made in {"Trainer": ["trained"], "peft": ["merged"]}.get(section, []):
         model = AutoModelForCausalLM.from_pretrained(tiny / made)
         assert any(isinstance(module, LowRankLinear) for module in model.modules())

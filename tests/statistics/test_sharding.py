@@ -51,7 +51,6 @@ def compress(
     [
         ("llama", {"schedule": "sequential"}),
         ("llama", {"schedule": "single-sweep"}),
-        ("llama", {"basis": "kfac", "allocation": "global", "metric": "magnitude", "schedule": "single-sweep"}),
         (
             "llama",
             {
@@ -63,8 +62,7 @@ def compress(
             },
         ),
         ("llama", {"basis": "whitened", "metric": "fisher"}),
-        ("gpt2", {"schedule": "per-layer"}),  # Conv1D, positions that are learnt
-        ("qwen2", {"schedule": "per-layer"}),  # biases
+        ("gpt2", {"schedule": "per-layer"}),  # Conv1D, biases, positions that are learnt
         ("gemma3", {"schedule": "per-layer"}),  # tied embeddings, windows
         ("mixtral", {"schedule": "per-layer"}),  # experts
     ],

@@ -1,0 +1,75 @@
+"""Python processes that begin with the libraries imported, because they are forked from a server that has done so."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from unittest import mock
+
+from grasp.cli.root import QUIET
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        "grasp.cli",
+        "grasp.compress",
+        "grasp.statistics.sharding",
+        "grasp.workflows.compress",
+        "tests.many_processes",
+        "tests.traced",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
+
+
+def start_server(environment: Mapping[str, str]) -> None:
+    """Start the server, unless it runs, with the variables that libraries read when they are imported."""
+    with mock.patch.dict(os.environ, {**environment, **QUIET}, clear=True):
+        forkserver.ensure_running()
+
+
+def python(
+    code: str, arguments: Sequence[str] = (), *, cwd: Path, environment: Mapping[str, str], timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
+    """As ``python -c code arguments`` in a folder, in less time.
+
+    Raises:
+        subprocess.TimeoutExpired: if the process takes longer than ``timeout`` seconds; it is then ended.
+    """
+    start_server(environment)
+    with TemporaryDirectory() as folder:
+        streams = [Path(folder) / name for name in ("out", "err")]
+        process = CONTEXT.Process(target=_run, args=(code, list(arguments), cwd, dict(environment), *streams))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(code, timeout)
+        out, err = (stream.read_text() for stream in streams)
+    return subprocess.CompletedProcess(["-c", code, *arguments], process.exitcode, out, err)
+
+
+def _run(code: str, arguments: list[str], cwd: Path, environment: dict[str, str], out: Path, err: Path) -> None:
+    for stream, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv = ["-c", *arguments]
+    sys.path.insert(0, "")
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        exec(compile(code, "<string>", "exec"), main.__dict__)
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out

@@ -1,0 +1,13 @@
+"""Counts the cost of tiny models when imported, without computing; processes that are forked afterwards know it."""
+
+import torch
+
+from grasp.compression.estimate import estimate
+from grasp.compression.job import CompressionJob
+from grasp.config import GraspConfig
+from tests.tiny_models import tiny_model
+
+# With a GPU the first backward pass starts threads, and a process that has them cannot be forked.
+for family in ("llama", "gpt2") if torch.cuda.device_count() == 0 else ():
+    model, config = tiny_model(family, torch.float64), GraspConfig.best(compression_ratio=0.1)
+    estimate(CompressionJob(model.config, config, torch.float64, torch.device("cpu"), num_samples=6, seq_len=12), 2)
