@@ -27,6 +27,7 @@ from grasp_kernels.dispatch import BACKENDS, backend_missing
 from tests.tiny_models import tiny_model
 
 RunBench = Callable[..., tuple[int, str, str]]
+REFERENCE = ("--backend", "reference")  # the kernels of Triton are interpreted here
 SIZES = ("--prompt-tokens", "8", "--new-tokens", "3", "--repeats", "2", "--device", "cpu", "--threads", "1")
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once more. " * 3
 
@@ -108,7 +109,7 @@ def test_a_model_that_cannot_be_compiled_is_timed_eagerly(
 
 
 def test_perplexity_is_that_of_the_weights(run: RunBench, tiny: Path, tmp_path: Path) -> None:
-    assert run("--layers", "1", "--batch-size", "1", "-o", tmp_path / "model.jsonl").code == 0
+    assert run("--layers", "1", "--batch-size", "1", *REFERENCE, "-o", tmp_path / "model.jsonl").code == 0
     measured = {
         record.provider: record for record in read_results(tmp_path / "model.jsonl") if isinstance(record, ModelResult)
     }
@@ -129,7 +130,7 @@ def test_a_compressed_checkpoint_is_measured_as_it_is(run: RunBench, tiny: Path,
     mark_compressed(model)
     model.save_pretrained(tmp_path / "small")
     tokenizer.save_pretrained(tmp_path / "small")
-    outcome = run("--compressed", tmp_path / "small", "--batch-size", "1", "-o", tmp_path / "model.jsonl")
+    outcome = run("--compressed", tmp_path / "small", "--batch-size", "1", *REFERENCE, "-o", tmp_path / "model.jsonl")
     assert outcome.code == 0, outcome.err
     measured = [record for record in read_results(tmp_path / "model.jsonl") if isinstance(record, ModelResult)]
     assert {(record.layers, record.factors, record.note) for record in measured} == {((0, 2), "small", "")}
@@ -158,7 +159,7 @@ def test_a_provider_with_wrong_logits_is_not_timed(
 
     original = bench_providers.unfuse_
     monkeypatch.setattr(bench_providers, "unfuse_", spoil)
-    outcome = run("--num-layers", "1", "--batch-size", "1", "-o", tmp_path / "model.jsonl")
+    outcome = run("--num-layers", "1", "--batch-size", "1", *REFERENCE, "-o", tmp_path / "model.jsonl")
     assert outcome.code == 1
     assert "WRONG: unfused at batch 1: " in outcome.text
     records = read_results(tmp_path / "model.jsonl")
@@ -172,7 +173,7 @@ def test_a_perplexity_that_is_no_number_is_said(run: RunBench, monkeypatch: pyte
         return bench_model.PerplexityResult(float("nan"), float("nan"), result.tokens, 2, 5, 32, 32)
 
     monkeypatch.setattr(bench_model, "perplexity", broken)
-    outcome = run("--num-layers", "1", "--batch-size", "1", "-o", tmp_path / "model.jsonl")
+    outcome = run("--num-layers", "1", "--batch-size", "1", *REFERENCE, "-o", tmp_path / "model.jsonl")
     assert outcome.code == 0, outcome.err
     assert re.search(r"Not measured: dense at batch 1: perplexity: 5 of \d+ tokens", outcome.text)
     assert {
