@@ -21,11 +21,12 @@ from grasp.checkpoint.recovery_report import Point, RecoveryReport
 from grasp.checkpoint.recovery_state import NoRecoveryState, Snapshot
 from grasp.errors import NonFiniteError, UnsupportedModelError
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.masters import Masters
 from grasp.model.quantized_linear import require_floating_factors
 from grasp.model.running import batch_inputs, evaluating, first_device
 from grasp.model.targets import max_positions
 from grasp.progress import Clock, Notify, Progress, no_notify, no_progress
-from grasp.statistics.loss import loss_and_grad, sum_nll, without_head
+from grasp.statistics.loss import Teacher, loss_and_grad, sum_nll, vocabulary_size, without_head
 from grasp.statistics.processes import ALONE, Processes
 from grasp.training_data import TrainingSequence, collate, digest, shuffled
 
@@ -33,7 +34,6 @@ WARM_UP = 0.05  # fraction of the steps
 MAX_GRAD_NORM = 1.0
 EVALUATIONS = 10  # of the held-out loss, besides the one before training
 PATIENCE = 3  # training stops after this many evaluations in a row without an improvement
-_WIDE = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def recover_(
     held_out: Sequence[TrainingSequence],
     config: RecoveryConfig | None = None,
     *,
+    teacher: PreTrainedModel | None = None,
     progress: Progress = no_progress,
     notify: Notify = no_notify,
     state: NoRecoveryState | None = None,
@@ -96,6 +97,8 @@ def recover_(
         sequences: training sequences, see ``grasp.training_data``.
         held_out: sequences for the held-out loss.
         config: training settings; ``None`` for ``RecoveryConfig()``.
+        teacher: a model of the same vocabulary, usually the dense one. If given, the loss is the Kullback-Leibler
+            divergence from its distribution of each counted token; the held-out loss stays the likelihood.
         progress: called after each step.
         notify: called with one line of text after each evaluation of the held-out loss.
         state: stores the progress of the training, see ``RecoveryState``.
@@ -103,7 +106,8 @@ def recover_(
 
     Raises:
         UnsupportedModelError: if the model has no low-rank linears, or they are offloaded.
-        ValueError: if the model is fp16, there are no sequences, or one is longer than the model has positions.
+        ValueError: if the model is fp16, there are no sequences, one is longer than the models have positions, or the
+            teacher has another vocabulary.
         NonFiniteError: if a loss or gradient is NaN or infinite.
         ResumeError, DistributedError: from ``state`` and ``processes``.
 
@@ -123,9 +127,14 @@ def recover_(
     accelerator = Accelerator(cpu=first_device(model).type == "cpu")
     factors = trainable_factors(model)
     _require_trainable(model, accelerator, sequences, held_out)
+    if teacher is not None and vocabulary_size(teacher) != vocabulary_size(model):
+        raise ValueError(
+            f"the teacher has a vocabulary of {vocabulary_size(teacher)} tokens, the model one of "
+            f"{vocabulary_size(model)}: take the dense model that was compressed"
+        )
     clock = Clock()
-    with evaluating(model):
-        training = _Training(model, factors, sequences, held_out, config, accelerator, processes)
+    with evaluating(model), evaluating(model if teacher is None else teacher):
+        training = _Training(model, teacher, factors, sequences, held_out, config, accelerator, processes)
         _resume_(training, state, clock)
         for factor in factors.values():
             factor.requires_grad_(True)
@@ -179,7 +188,9 @@ def _require_trainable(
 def _resume_(training: _Training, state: NoRecoveryState, clock: Clock) -> None:
     """Load the stored progress in all processes, once rank 0 has compared the fingerprints."""
     clock.enter("identity")
-    fingerprint = recovery_fingerprint(training.model, training.sequences, training.held_out, training.config)
+    fingerprint = recovery_fingerprint(
+        training.model, training.sequences, training.held_out, training.config, training.teacher
+    )
     with training.processes.fail_together():
         state.begin(fingerprint, clock)
     with training.processes.fail_together():  # rank 0 writes only after all processes have read
@@ -223,6 +234,7 @@ class _Training:
     def __init__(
         self,
         model: PreTrainedModel,
+        teacher: PreTrainedModel | None,
         factors: Mapping[str, nn.Parameter],
         sequences: Sequence[TrainingSequence],
         held_out: Sequence[TrainingSequence],
@@ -230,7 +242,7 @@ class _Training:
         accelerator: Accelerator,
         processes: Processes,
     ) -> None:
-        self.model, self.factors, self.config = model, factors, config
+        self.model, self.teacher, self.factors, self.config = model, teacher, factors, config
         self.sequences, self.held_out = sequences, held_out
         self.accelerator, self.processes = accelerator, processes
         self.steps = planned_steps(sequences, config)
@@ -297,7 +309,12 @@ class _Training:
         with self.accelerator.autocast():
             with without_head(self.model) as body:
                 self.model(**batch_inputs(self.model, batch), use_cache=False)
-            loss, grad = loss_and_grad(self.model, body, batch)
+            teacher = None
+            if self.teacher is not None:
+                with torch.no_grad(), without_head(self.teacher) as dense:
+                    self.teacher(**batch_inputs(self.teacher, batch), use_cache=False)
+                teacher = Teacher(self.teacher, dense)
+            loss, grad = loss_and_grad(self.model, body, batch, teacher)
         body.hidden.backward(grad / targets)
         self.masters.take_gradients_()
         return loss
@@ -358,6 +375,7 @@ class _Training:
         """The report of a training that has ended."""
         return RecoveryReport(
             config=dataclasses.asdict(self.config),
+            distilled=self.teacher is not None,
             factors=len(self.factors) // 2,
             trained_parameters=sum(factor.numel() for factor in self.factors.values()),
             steps=self.steps,
@@ -374,9 +392,11 @@ def recovery_fingerprint(
     sequences: Sequence[TrainingSequence],
     held_out: Sequence[TrainingSequence],
     config: RecoveryConfig,
+    teacher: PreTrainedModel | None = None,
 ) -> dict[str, Any]:
     """Everything that the result of ``recover_`` depends on. It takes the same arguments."""
     return {
+        "teacher weights": None if teacher is None else model_fingerprint(teacher, {})["model weights"],
         **model_fingerprint(model, dataclasses.asdict(config)),
         "mixed precision": Accelerator(cpu=first_device(model).type == "cpu").mixed_precision,
         **_sizes_and_digests(sequences, held_out),
@@ -414,33 +434,3 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
     if step < warm:
         return peak * (step + 1) / warm
     return peak * (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
-
-
-class Masters:
-    """The parameters of the optimizer: fp32 and fp64 factors themselves, and fp32 copies of narrower ones."""
-
-    def __init__(self, factors: Mapping[str, nn.Parameter]) -> None:
-        self.factors = factors
-        self.values = {
-            name: factor if factor.dtype in _WIDE else nn.Parameter(factor.detach().float())
-            for name, factor in factors.items()
-        }
-
-    def take_gradients_(self) -> None:
-        """Move the gradients of the model's factors to the fp32 copies, and add them there."""
-        for name, factor in self.factors.items():
-            master = self.values[name]
-            if master is factor or factor.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = factor.grad.float()
-            else:
-                master.grad += factor.grad
-            factor.grad = None
-
-    @torch.no_grad()
-    def write_back_(self) -> None:
-        """Round the copies to the dtype of the model."""
-        for name, factor in self.factors.items():
-            if self.values[name] is not factor:
-                factor.copy_(self.values[name])

@@ -21,7 +21,8 @@ from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.errors import NonFiniteError, ResumeError, UnsupportedModelError
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.recovery import Masters, RecoveryConfig, learning_rate_at, planned_steps, recover_, trainable_factors
+from grasp.model.masters import Masters
+from grasp.recovery import RecoveryConfig, learning_rate_at, planned_steps, recover_, trainable_factors
 from grasp.statistics.processes import Processes
 from grasp.training_data import TrainingSequence, collate
 from tests import many_processes
@@ -80,6 +81,27 @@ def test_the_loss_falls_and_only_the_factors_change(family: str) -> None:
     assert report.factors == sum(isinstance(module, LowRankLinear) for module in model.modules()) > 0
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) == (name not in factors), name
+
+
+def divergence(model: PreTrainedModel, teacher: PreTrainedModel) -> float:
+    tokens = torch.stack([sequence.input_ids for sequence in TRAIN])
+    with torch.no_grad():
+        q, p = (each(tokens).logits[:, :-1].log_softmax(-1) for each in (model, teacher))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_with_a_teacher_the_model_comes_nearer_to_it_than_to_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "PATIENCE", 99)
+    teacher, model, other = tiny_model("llama"), compressed(), compressed()
+    weights = copy.deepcopy(teacher.state_dict())
+    before = divergence(model, teacher)
+    report = recover_(model, TRAIN, TRAIN[:1], CONFIG, teacher=teacher.train())
+    recover_(other, TRAIN, TRAIN[:1], CONFIG)
+    assert report.distilled
+    assert divergence(model, teacher) < before < divergence(other, teacher)
+    assert teacher.training
+    assert all(torch.equal(weights[name], tensor) for name, tensor in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
 def test_modes_and_frozen_parameters_are_restored_and_no_gradients_remain() -> None:
@@ -233,6 +255,8 @@ def test_models_and_data_that_cannot_be_trained_are_refused() -> None:
         recover_(compressed(), TRAIN, [])
     with pytest.raises(ValueError, match="129 tokens, the model has 128 positions"):
         recover_(compressed(), TRAIN, noise(1, 129))
+    with pytest.raises(ValueError, match=f"teacher has a vocabulary of 9 tokens, the model one of {VOCABULARY}: take"):
+        recover_(compressed(), TRAIN, HELD_OUT, teacher=tiny_model("llama", vocab_size=9))
 
 
 def test_a_diverging_training_raises() -> None:
@@ -298,6 +322,8 @@ def test_a_run_folder_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path)
         in_folder(folder, seed=1)
     with pytest.raises(ResumeError, match="model dtype is bfloat16, expected float32"):
         in_folder(folder, dtype=torch.bfloat16)
+    with pytest.raises(ResumeError, match=r"teacher weights is \w{8}\.\.\., expected None"):
+        in_folder(folder, teacher=tiny_model("llama"))
     path = stored(folder, "training")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

@@ -152,15 +152,6 @@ class CompressionReport:
         )
 
     @property
-    def candidate_columns(self) -> tuple[Column, ...]:
-        """The columns of a table of the candidates; those without a value are left out."""
-        return tuple(
-            column
-            for column in _CANDIDATE_COLUMNS
-            if any(column.value_of(candidate) is not None for candidate in self.candidates)
-        )
-
-    @property
     def held_out_text(self) -> str:
         """What the compression adds to the loss on held-out text, and the candidate chosen; "" if not measured."""
         losses = dict(self.held_out_loss)
@@ -234,6 +225,11 @@ class CompressionReport:
             return cls.from_json(text)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
+
+
+def candidate_columns(candidates: Sequence[MeasuredCandidate]) -> list[Column]:
+    """The columns of a table of candidates; those without a value are left out."""
+    return [column for column in _CANDIDATE_COLUMNS if any(column.value_of(row) is not None for row in candidates)]
 
 
 def spectrum_indices(groups: int) -> list[int]:

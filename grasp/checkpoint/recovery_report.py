@@ -37,6 +37,7 @@ class RecoveryReport:
         curve: the evaluations of the held-out loss, the first one before training.
         best_step: the step with the lowest held-out loss, whose factors the model has; 0 if training did not help.
         data: sequences, tokens and SHA-256 of the training and the held-out sequences.
+        distilled: whether the training loss is the divergence from the predictions of a teacher.
         seconds: time per step of the work.
         versions: versions of the libraries.
 
@@ -54,6 +55,7 @@ class RecoveryReport:
     curve: tuple[Point, ...]
     best_step: int
     data: Mapping[str, int | str]
+    distilled: bool = False
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -104,6 +106,6 @@ class RecoveryReport:
         try:
             names = [field.name for field in dataclasses.fields(cls)]
             curve = tuple(Point(**point) for point in values["curve"])
-            return cls(**{**{name: values[name] for name in names}, "curve": curve})
+            return cls(**{**{name: values[name] for name in names if name in values}, "curve": curve})
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is no report ({error}); expected {expected}") from error

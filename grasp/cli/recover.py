@@ -32,6 +32,14 @@ Tokens = Annotated[
     int | None, _data(max=1000 * MOST, help="Training tokens, repetitions included. Default: one pass over the data.")
 ]
 SeqLen = Annotated[int, _data(max=MOST, help="Tokens per sequence; longer instructions are truncated.")]
+TeacherName = Annotated[
+    str | None,
+    _training(
+        metavar="MODEL",
+        help="Train towards the predictions of this model, usually the dense one, instead of the text's next tokens.",
+        show_default=False,
+    ),
+]
 LearningRate = Annotated[float, _training(help="Peak learning rate. Paper, for 7B parameters: 3e-4.")]
 BatchSize = Annotated[int, _training(max=MOST, help="Sequences per optimizer step, over all processes.")]
 MicroBatchSize = Annotated[int, _training(max=MOST, help="Sequences per forward pass; memory limits it.")]
@@ -46,6 +54,7 @@ def recover(
     instructions: Instructions = None,
     tokens: Tokens = None,
     seq_len: SeqLen = 512,
+    teacher: TeacherName = None,
     learning_rate: LearningRate = 5e-4,
     batch_size: BatchSize = 16,
     micro_batch_size: MicroBatchSize = 4,
@@ -69,6 +78,10 @@ def recover(
 
     $ grasp recover small -o recovered --text corpus.txt --tokens 2000000
 
+    [dim]Train towards the predictions of the dense model, which few tokens suffice for:[/dim]
+
+    $ grasp recover small -o recovered --teacher builtin --tokens 100000 --learning-rate 1e-4
+
     [dim]Train on instructions, as in the paper:[/dim]
 
     $ grasp recover small -o recovered --instructions alpaca.jsonl --seq-len 256 --batch-size 32 --learning-rate 3e-4
@@ -87,6 +100,7 @@ def recover(
     with started_together(device) as (processes, place), console.step_bars(quiet=not processes.first) as progress:
         result = recover_to_folder(
             *(directory, output, config, data),
+            teacher=teacher,
             dtype=dtype,
             device=place,
             progress=progress,

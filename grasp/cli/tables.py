@@ -7,7 +7,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from grasp.bench.schema import grouped
-from grasp.checkpoint.compression_report import KIND_COLUMNS
+from grasp.checkpoint.compression_report import KIND_COLUMNS, candidate_columns
 from grasp.checkpoint.inspection import Inspection, LowRankModule, short_name
 from grasp.cli.console import print_facts, print_table, print_text
 from grasp.formatting import count, counts, duration, layer_ranges, score_rows, share, size
@@ -54,7 +54,7 @@ def show_compression(result: Compression) -> None:
         ]
     )
     for title, columns, rows in (
-        ("Candidates, in nats per token", report.candidate_columns, report.candidates),
+        ("Candidates, in nats per token", candidate_columns(report.candidates), report.candidates),
         ("Kinds of text, in nats per token", KIND_COLUMNS, report.kinds),
     ):
         if rows:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from grasp.bench.results import read_results
 from grasp.bench.schema import Record
-from grasp.checkpoint.compression_report import KIND_COLUMNS, CompressionReport, ModuleReport
+from grasp.checkpoint.compression_report import KIND_COLUMNS, CompressionReport, ModuleReport, candidate_columns
 from grasp.errors import GraspError, ResultsError
 from grasp.files import Contents, contents, require_writable, write_whole
 from grasp.formatting import Column, count, counts, layer_ranges, share, size
@@ -147,7 +147,7 @@ def _compression(report: CompressionReport) -> str:
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     ]
     settings = [(key, _setting(value)) for key, value in report.config.items() if value is not None]
-    tables = table("Candidates", report.candidate_columns, report.candidates) if report.candidates else ""
+    tables = table("Candidates", candidate_columns(report.candidates), report.candidates) if report.candidates else ""
     tables += table("Kinds of text", KIND_COLUMNS, report.kinds) if report.kinds else ""
     return facts(pair for pair in known if pair[1]) + tables + "<h3>Configuration</h3>" + facts(settings)
 

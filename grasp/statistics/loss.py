@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,16 @@ def without_head(model: PreTrainedModel) -> Iterator[Body]:
         yield body
 
 
-def loss_and_grad(model: PreTrainedModel, body: Body, batch: Tokens) -> tuple[float, Tensor]:
+class Teacher(NamedTuple):
+    """Another model of the same vocabulary, and the output of its backbone for the same batch."""
+
+    model: PreTrainedModel
+    body: Body
+
+
+def loss_and_grad(
+    model: PreTrainedModel, body: Body, batch: Tokens, teacher: Teacher | None = None
+) -> tuple[float, Tensor]:
     """The summed negative log-likelihood of a batch, and its gradient in the hidden states at the input of the head.
 
     The head of the model is applied with all that it does to the logits. Padding is not counted.
@@ -57,6 +66,7 @@ def loss_and_grad(model: PreTrainedModel, body: Body, batch: Tokens) -> tuple[fl
         model: the model that ``body`` comes from.
         body: from ``without_head``, after its context has ended.
         batch: the tokens of the forward pass.
+        teacher: if given, the loss is the Kullback-Leibler divergence from its distribution of each token.
 
     Returns:
         The loss in nats, and the gradient, (B, L, H) in the dtype of the hidden states.
@@ -72,15 +82,25 @@ def loss_and_grad(model: PreTrainedModel, body: Body, batch: Tokens) -> tuple[fl
         rows = slice(start, start + step)
         part = source[rows].requires_grad_()
         with torch.enable_grad():
-            output = _with_hidden(body.output, part[None])
-            with forwarding([model.get_decoder()], lambda *_, output=output, **__: output):
-                logits = model(input_ids=labels[None, rows].to(first_device(model)), use_cache=False).logits
-        nll, grad_logits = nll_and_grad(logits.detach()[0], labels[rows].to(logits.device))
-        (grads[rows],) = torch.autograd.grad([logits], [part], [grad_logits[None]])
-        loss += nll
+            logits = _logits(model, body, part, labels[rows])
+        if teacher is None:
+            value, grad_logits = nll_and_grad(logits.detach(), labels[rows].to(logits.device))
+        else:
+            wanted = _logits(*teacher, teacher.body.hidden.detach()[chosen][rows], labels[rows])
+            value, grad_logits = divergence_and_grad(logits.detach(), wanted.detach().to(logits.device))
+        (grads[rows],) = torch.autograd.grad([logits], [part], [grad_logits])
+        loss += value
         del logits, grad_logits  # free them before the next slice
     grad[chosen] = grads
     return loss, grad
+
+
+def _logits(model: PreTrainedModel, body: Body, hidden: Tensor, labels: Tensor) -> Tensor:
+    """What the head makes of some hidden states, (T, H): (T, vocab)."""
+    output = _with_hidden(body.output, hidden[None])
+    with forwarding([model.get_decoder()], lambda *_, **__: output):
+        logits: Tensor = model(input_ids=labels[None].to(first_device(model)), use_cache=False).logits
+    return logits[0]
 
 
 @torch.no_grad()
@@ -113,6 +133,22 @@ def nll_and_grad(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
     grad = log_probabilities.exp_()
     grad[torch.arange(len(labels), device=labels.device), labels] -= 1
     return nll, grad.to(logits.dtype)
+
+
+def divergence_and_grad(logits: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
+    """``Σ_t KL(p_t ‖ q_t)`` with p = softmax(wanted) and q = softmax(logits), and its gradient in ``logits``, q - p.
+
+    Args:
+        logits: (T, vocab).
+        wanted: (T, vocab).
+
+    Returns:
+        The sum, computed in fp32 (fp64 for fp64), and the gradient, (T, vocab) in the dtype of ``logits``.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    q, p = (scores.log_softmax(-1, dtype=dtype) for scores in (logits, wanted))
+    divergence = F.kl_div(q, p, reduction="sum", log_target=True).item()
+    return divergence, q.exp_().sub_(p.exp_()).to(logits.dtype)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

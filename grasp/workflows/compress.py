@@ -15,7 +15,14 @@ from grasp.bench.costs import costs_for, find_costs
 from grasp.builtin import BUILTIN, BUILTIN_LICENSE
 from grasp.calibration import NAMED_TEXTS, read_pieces
 from grasp.checkpoint.card import model_card, read_license
-from grasp.checkpoint.compression_report import COMPRESSED, DENSE, FILE_NAME, KIND_COLUMNS, CompressionReport
+from grasp.checkpoint.compression_report import (
+    COMPRESSED,
+    DENSE,
+    FILE_NAME,
+    KIND_COLUMNS,
+    CompressionReport,
+    candidate_columns,
+)
 from grasp.checkpoint.fingerprint import request_fingerprint
 from grasp.checkpoint.run_state import RunState
 from grasp.checkpoint.saving import check_directory, require_space, save_checkpoint
@@ -367,7 +374,7 @@ def _description(samples: Samples, report: CompressionReport) -> str:
         text += f"(basis `{config.basis}`, metric `{config.metric}`). "
     text += f"`{FILE_NAME}` has all details."
     held_out = "on text that was held out of the calibration"
-    text += _losses("Held-out loss", held_out, report.candidate_columns, report.candidates)
+    text += _losses("Held-out loss", held_out, candidate_columns(report.candidates), report.candidates)
     few = "on 1024 tokens of each kind that nothing was calibrated on"
     text += _losses("Loss by kind of text", few, KIND_COLUMNS, report.kinds)
     if config.storage is None:

@@ -85,6 +85,7 @@ def recover(
     config: RecoveryConfig,
     data: TrainingData,
     *,
+    teacher: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
     progress: Progress = no_progress,
@@ -94,7 +95,7 @@ def recover(
     """Train the factors of a compressed checkpoint, and write the result into a new folder.
 
     The run folder ``OUTPUT.partial`` stores the progress until the checkpoint is written; the same call resumes from
-    it. Rank 0 writes.
+    it. Rank 0 writes. ``teacher`` is the name of a model, see ``recover_``.
 
     Raises:
         GraspError, ValueError: as ``load_model``, ``TrainingData.sequences``, ``recover_`` and ``save_checkpoint`` do.
@@ -117,15 +118,19 @@ def recover(
         with within_memory(config.micro_batch_size, data.seq_len):
             model, tokenizer = load_quietly(str(directory), dtype=dtype, device=device, progress=progress)
             trainable_factors(model)  # raises before the text is read, which takes long
+            dense = None
+            if teacher is not None:
+                dense, _ = load_quietly(teacher, dtype=dtype, device=device, progress=progress)
             sequences, held_out = hold_out(data.sequences(tokenizer, config.tokens, notify))
             for sequence in (*sequences, *held_out):
                 require_known(model, sequence.input_ids)
             require_space(target, model.get_memory_footprint())
             if is_written:
-                state.require_same(recovery_fingerprint(model, sequences, held_out, config))
+                state.require_same(recovery_fingerprint(model, sequences, held_out, config, dense))
                 return Recovery(str(directory), str(target), RecoveryReport.load(target))
             report = recover_(
                 *(model, sequences, held_out, config),
+                teacher=dense,
                 progress=progress,
                 notify=notify,
                 state=state,
@@ -163,10 +168,12 @@ def _write(
 
 
 def _card_section(data: TrainingData, report: RecoveryReport) -> str:
+    towards = ", towards the predictions of the dense model" if report.distilled else ""
     return (
         f"After compression, the low-rank factors ({report.trained_parameters:,} parameters) were trained "
         f"on {report.tokens:,} tokens of {data} (sequences of {data.seq_len} tokens, {report.config['batch_size']} per "
-        f"step, AdamW, learning rate {report.config['learning_rate']:g}). All other weights are unchanged. The loss on "
-        f"held-out sequences of the same data went from {report.loss_before:.4f} to {report.loss_after:.4f} nats per "
-        f"token. `{recovery_report.FILE_NAME}` has the full report."
+        f"step, AdamW, learning rate {report.config['learning_rate']:g}{towards}). All other weights are unchanged. "
+        f"The loss on held-out sequences of the same data went from {report.loss_before:.4f} to "
+        f"{report.loss_after:.4f} nats per token. "
+        f"`{recovery_report.FILE_NAME}` has the full report."
     )

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from grasp.model.batch import CalibrationBatch
+from grasp.model.hooks import hooked
 from grasp.model.running import batch_inputs
 from grasp.statistics import loss
-from grasp.statistics.loss import loss_and_grad, nll_and_grad, without_head
+from grasp.statistics.loss import Teacher, loss_and_grad, nll_and_grad, without_head
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_batches, tiny_model
 
 
@@ -31,6 +32,30 @@ def test_parts_add_up_to_the_whole(family: str, tokens_at_once: int, monkeypatch
     (expected,) = torch.autograd.grad(nll, hidden)
     assert got == pytest.approx(nll.item(), rel=1e-12)
     assert (grad - expected).norm() <= 1e-12 * expected.norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_with_a_teacher_the_loss_is_the_divergence_from_its_distribution(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 4 * VOCABULARY * 7)
+    model, other = tiny_model(family, torch.float64), tiny_model(family, torch.float64, seed=1)
+    tokens = tiny_batches(1)[0]
+    bodies = []
+    for each in (model, other):
+        with torch.no_grad(), without_head(each) as body:
+            each(tokens, use_cache=False)
+        bodies.append(body)
+    got, grad = loss_and_grad(model, bodies[0], CalibrationBatch(tokens), Teacher(other, bodies[1]))
+    hidden: list[Tensor] = []
+    with hooked(model.get_decoder(), after=lambda _, args, kwargs, output: hidden.append(output[0])):
+        q = model(tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
+    with torch.no_grad():
+        p = other(tokens, use_cache=False).logits[:, :-1].softmax(-1)
+    divergence = (p * (p.log() - q)).sum()
+    (expected,) = torch.autograd.grad(divergence, hidden)
+    assert got == pytest.approx(divergence.item(), rel=1e-10)
+    assert (grad - expected).norm() <= 1e-10 * expected.norm()
 
 
 def test_the_loss_is_the_one_transformers_computes() -> None:
