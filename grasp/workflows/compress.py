@@ -375,8 +375,8 @@ def _description(samples: Samples, report: CompressionReport) -> str:
     text += f"`{FILE_NAME}` has all details."
     held_out = "on text that was held out of the calibration"
     text += _losses("Held-out loss", held_out, candidate_columns(report.candidates), report.candidates)
-    few = "on 1024 tokens of each kind that nothing was calibrated on"
-    text += _losses("Loss by kind of text", few, KIND_COLUMNS, report.kinds)
+    passages = "on passages of each kind that are in no calibration text of grasp"
+    text += _losses("Loss by kind of text", passages, KIND_COLUMNS, report.kinds)
     if config.storage is None:
         return text
     stored = str(config.storage)
