@@ -35,10 +35,9 @@ venv: $(STAMP) ## make .venv with everything installed
 demo: $(BUILT) ## compress SmolLM2-135M and print what it cost and gained
 	$(BIN)/grasp demo --output demo
 
-# One thread for each process: threads of several processes that wait for each other lose their turns. Three processes
-# for two cores, because tests wait for processes that they start.
+# One thread for each of the two processes: threads of several processes that wait for each other lose their turns.
 test: $(BUILT) ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # vLLM pins torch, and comes with audio packages whose import fails here: an environment of its own.
 VLLM := .venv-vllm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -96,7 +96,9 @@ def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
         children.append(child := subprocess.Popen(command, env=environment))
         for number in received:  # while the command was started
             child.send_signal(number)
-        code = child.wait()
+        while (code := child.poll()) is None:  # Python sees a signal just before a blocking wait only after it
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=1)
     except OSError as error:
         text = f"{command[0]} cannot be started: {error.strerror}; expected a command and its arguments"
         raise GraspError(text) from error
