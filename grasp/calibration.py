@@ -146,8 +146,7 @@ def read_pieces(
 def builtin_text(split: Split) -> str:
     """Return texts of several kinds (calibration), or Wikipedia articles that are not among them (evaluation).
 
-    The kinds are those of ``builtin_kinds``, one after the other. A model that is calibrated on one kind loses much
-    more on distant ones.
+    Calibration joins the kinds of ``builtin_kinds``, because a model that is calibrated on one loses more on others.
 
     Raises:
         MissingPackageError: as ``builtin_kinds``.

@@ -106,7 +106,7 @@ def recover_(
 
     Raises:
         UnsupportedModelError: if the model has no low-rank linears, or they are offloaded.
-        ValueError: if the model is fp16, there are no sequences, one is longer than the models have positions, or the
+        ValueError: if the model is fp16, there are no sequences, one is longer than the model has positions, or the
             teacher has another vocabulary.
         NonFiniteError: if a loss or gradient is NaN or infinite.
         ResumeError, DistributedError: from ``state`` and ``processes``.

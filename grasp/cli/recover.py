@@ -78,9 +78,9 @@ def recover(
 
     $ grasp recover small -o recovered --text corpus.txt --tokens 2000000
 
-    [dim]Train towards the predictions of the dense model, which few tokens suffice for:[/dim]
+    [dim]Train towards the predictions of the dense model, here the built-in one:[/dim]
 
-    $ grasp recover small -o recovered --teacher builtin --tokens 100000 --learning-rate 1e-4
+    $ grasp recover small -o recovered --teacher builtin --tokens 100000
 
     [dim]Train on instructions, as in the paper:[/dim]
 

@@ -86,8 +86,9 @@ def loss_and_grad(
         if teacher is None:
             value, grad_logits = nll_and_grad(logits.detach(), labels[rows].to(logits.device))
         else:
-            wanted = _logits(*teacher, teacher.body.hidden.detach()[chosen][rows], labels[rows])
-            value, grad_logits = divergence_and_grad(logits.detach(), wanted.detach().to(logits.device))
+            with torch.no_grad():
+                wanted = _logits(*teacher, teacher.body.hidden[chosen][rows], labels[rows])
+            value, grad_logits = divergence_and_grad(logits.detach(), wanted.to(logits.device))
         (grads[rows],) = torch.autograd.grad([logits], [part], [grad_logits])
         loss += value
         del logits, grad_logits  # free them before the next slice
