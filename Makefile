@@ -9,7 +9,7 @@ CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(CSRC) $(wildcard tests/*.c tests/csrc/*.cpp tests/csrc/*/*.* tests/csrc/*/*/*.* examples/*.cpp)
 
 .PHONY: help venv build demo test test-vllm stress fuzz sanitize check aot gpu-check test-matrix bench-save bench-compare bench-selftest lint
-.PHONY: format docs clean test-scale
+.PHONY: format docs clean test-scale wheels test-wheels
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -54,6 +54,34 @@ $(VLLM_STAMP): pyproject.toml setup.py $(CSRC)
 
 test-vllm: $(VLLM_STAMP) ## tests/vllm with a real vLLM on the CPU, which it downloads; 15 minutes
 	$(VLLM)/bin/python -m pytest tests/vllm
+
+# The tools that make distributions need none of the tests' packages: an environment of their own.
+PACKAGING := .venv-packaging
+PACKAGING_STAMP := $(PACKAGING)/.installed
+
+$(PACKAGING_STAMP): pyproject.toml
+	test -x $(PACKAGING)/bin/python || $(PYTHON) -m venv $(PACKAGING)
+	$(PACKAGING)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(PACKAGING)/bin/python -m pip install --quiet --group packaging
+	touch $@
+
+# The modules are of one Python version each, so WHEEL_PYTHONS names an interpreter for each wheel. GRASP_BUILD_CUDA says
+# whether they bring CUDA kernels. auditwheel names the oldest glibc that they run with.
+WHEEL_PYTHONS ?= $(PYTHON)
+
+wheels: $(PACKAGING_STAMP) ## sdists and manylinux wheels of grasp-llm and pytest-speedgate, in dist; minutes
+	rm -rf dist
+	$(PACKAGING)/bin/python -m build --sdist --outdir dist .
+	$(PACKAGING)/bin/python -m build --outdir dist packages/pytest-speedgate
+	for python in $(WHEEL_PYTHONS); do \
+		$(PACKAGING)/bin/python -m pip --python "$$(command -v $$python)" wheel --quiet --no-deps --wheel-dir dist/built dist/grasp_llm-*.tar.gz || exit 1; \
+	done
+	PATH="$(CURDIR)/$(PACKAGING)/bin:$$PATH" auditwheel repair --wheel-dir dist dist/built/*.whl
+	rm -r dist/built
+	$(PACKAGING)/bin/twine check --strict dist/*
+
+test-wheels: ## install the wheels in dist into environments without a compiler, and run the README's Python; minutes
+	PYTHON=$(PYTHON) tests/wheels.sh
 
 stress: $(BUILT) ## kill 4 x 30 runs at random points, and compare their results; many minutes
 	$(BIN)/python -m pytest tests/checkpoint/test_run_state_kill.py --kills 30 -s -q
@@ -116,5 +144,5 @@ docs: $(DOCS_STAMP) $(BUILT) ## build the documentation site into build/docs/ind
 	$(BIN)/python -m sphinx -W --keep-going -n -q -E -a -b html docs build/docs
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) $(VLLM) .venv-matrix build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VLLM) $(PACKAGING) .venv-matrix .venv-wheels build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	rm -rf kernels/grasp_kernels/*.so kernels/grasp_kernels/lib packages/*/build packages/*/*.egg-info

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -22,12 +23,20 @@ def module_missing(name: str, needs: str) -> str | None:
         needs: the requirements of its build, for the message.
     """
     if importlib.util.find_spec(name) is None:
+        if foreign := _built_for_others(name):
+            return f"its module is for {foreign}, and this is Python for {sysconfig.get_config_var('SOABI')}"
         return f"its module was not built; the build needs {needs} when the package is installed"
     try:
         importlib.import_module(name)
     except ImportError as error:
         return f"its module does not load: {error}"
     return None
+
+
+def _built_for_others(name: str) -> str:
+    """The Pythons and platforms that a compiled module beside this file was built for, as in its files' names."""
+    stem = name.rpartition(".")[2]
+    return " and ".join(sorted(path.name.split(".")[1] for path in Path(__file__).parent.glob(f"{stem}.*.so")))
 
 
 def get_include() -> str:

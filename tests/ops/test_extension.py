@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,15 @@ def test_a_module_that_was_not_built_names_the_requirements_of_its_build() -> No
     assert reason is not None
     assert "was not built" in reason
     assert "a wizard" in reason
+
+
+def test_a_module_for_another_platform_names_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "_alien.cpython-311-sparc64-linux-gnu.so").touch()
+    monkeypatch.setattr(extension, "__file__", str(tmp_path / "extension.py"))
+    reason = extension.module_missing("grasp_kernels._alien", "a wizard")
+    assert reason is not None
+    assert "for cpython-311-sparc64-linux-gnu" in reason
+    assert sysconfig.get_config_var("SOABI") in reason
 
 
 def test_a_module_that_does_not_load_gives_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
