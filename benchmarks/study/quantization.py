@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.study.records import STUDY_RECORDS, StudyQuantized
 from grasp.bench.conditions import conditions, measure_card
-from grasp.bench.gguf_file import write_gguf
 from grasp.bench.results import append_results, check_output, read_results
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_text, token_batches, tokenize
@@ -30,6 +29,7 @@ from grasp.cli.bench_tables import show_results
 from grasp.compression.quantize import quantize_
 from grasp.errors import GraspError
 from grasp.evaluation.perplexity import perplexity
+from grasp.export.gguf_file import write_gguf
 from grasp.loading import load_model
 from grasp.method.storage import FP8, Storage
 from grasp.model.size import model_size

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp.bench.decoding import TOLERANCE, Case, difference
-from grasp.bench.gguf_file import write_gguf
 from grasp.errors import GraspError, MissingPackageError
 from grasp.evaluation.generation import GenerationTime, random_prompt
+from grasp.export.gguf_file import write_gguf
 from grasp.files import expanded
 from grasp.progress import Progress, no_progress
 

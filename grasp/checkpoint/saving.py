@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,23 +102,41 @@ def save_checkpoint(
     texts = {**({} if card is None else {"README.md": card}), **(extra_files or {})}
     mark_compressed(model)
     require_space(target, model.get_memory_footprint() + sum(len(text.encode()) for text in texts.values()))
+    with new_folder(target, texts, seen) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        _copy_mode_of_config(folder)
+    return target
+
+
+@contextmanager
+def new_folder(target: Path, texts: Mapping[str, str], seen: Contents) -> Iterator[Path]:
+    """Yield an empty folder, which gets some texts and replaces ``target`` in one step when the block succeeds.
+
+    Args:
+        target: as ``check_directory`` returns it.
+        texts: file name → text.
+        seen: the contents of ``target``, which are replaced.
+
+    Raises:
+        CheckpointError: if the files cannot be written.
+        OccupiedError: as ``save_checkpoint``.
+        ValueError: if the name of a text contains a folder, or the block wrote a file of that name.
+    """
     try:
         with replacing(target, seen=seen) as folder:
             folder.mkdir()
-            model.save_pretrained(folder)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
+            yield folder
             for name, text in texts.items():
                 if Path(name).name != name or (folder / name).exists():
                     raise ValueError(f"extra file {name!r} must be a plain name that no file of the checkpoint has")
                 (folder / name).write_text(text, encoding="utf-8")
-            _copy_mode_of_config(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"writing {target} failed, it is as it was before or complete: {error}. Free some space, or give a "
             "writable folder"
         ) from error
-    return target
 
 
 def read_texts(directory: Path, patterns: Collection[str]) -> dict[str, str]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from grasp.workflows.demo import Demo
     from grasp.workflows.dry_run import DryRun
     from grasp.workflows.evaluate import Evaluation
+    from grasp.workflows.export import Export
     from grasp.workflows.quantize import Quantization
     from grasp.workflows.recover import Recovery
 
@@ -202,6 +203,18 @@ def show_conversion(result: Conversion) -> None:
         print_text(f"left: {len(names)} linears such as {names[0]}: {reason}")
     if result.omitted:
         print_text(f"not copied: {', '.join(result.omitted)}")
+
+
+def show_export(result: Export) -> None:
+    """Show the folder, bytes before and after, and what became of the low-rank linears."""
+    print_facts(
+        [
+            ("checkpoint", result.model),
+            ("files", result.output),
+            ("bytes", f"{size(result.before)} -> {size(result.after)}"),
+        ]
+    )
+    print_text(result.note)
 
 
 def show_quantization(result: Quantization) -> None:

@@ -82,7 +82,7 @@ def _factor_(name: str, layer: LowRankLinear, C: DTensor, order: Tensor) -> None
     if not all(placement.is_shard(0) or placement.is_replicate() for placement in C.placements):
         raise CheckpointError(
             f"{name} is pivoted, and the tensor-parallel plan splits its U by {C.placements}; expected blocks of rows. "
-            "Convert the checkpoint with `grasp convert --form factored`"
+            "Convert the checkpoint with `grasp convert --to factored`"
         )
     U = factored(C.full_tensor(), order)
     layer.set_factors_(distribute_tensor(U, C.device_mesh, C.placements, src_data_rank=None), layer.Vh.detach())

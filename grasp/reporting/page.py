@@ -209,7 +209,7 @@ def _rerun(report: CompressionReport, folder: str) -> str:
     )
     lines = " \\\n  ".join(shlex.join(part) for part in by_option(words))
     if (form := later_form(report)) is not None:
-        lines += f"\n{shlex.join(['grasp', 'convert', folder, '-o', f'{folder}-{form}', '--form', form])}"
+        lines += f"\n{shlex.join(['grasp', 'convert', folder, '-o', f'{folder}-{form}', '--to', form])}"
     return command(lines) + text + digest
 
 

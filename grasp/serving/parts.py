@@ -139,7 +139,7 @@ class Part:
             raise CheckpointError(
                 f"{self.linear.name}.order is not the order of pivoted factors: {self.linear.rank} distinct rows of "
                 f"0..{len(tensor) - 1}, ascending, then the others; the file is damaged, or vLLM reorders the rows of "
-                "this architecture: convert the checkpoint with `grasp convert --form factored`"
+                "this architecture: convert the checkpoint with `grasp convert --to factored`"
             )
 
     def _objection(self, name: str) -> str:

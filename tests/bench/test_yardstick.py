@@ -7,41 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from grasp.bench import model as bench_model
 from grasp.bench import yardstick
-from grasp.bench.decoding import Case, difference
-from grasp.bench.gguf_file import write_gguf
+from grasp.bench.decoding import Case
 from grasp.bench.records import ModelResult, NotMeasured
 from grasp.bench.results import read_results
 from grasp.bench.schema import case_text
 from grasp.bench.yardstick import Agreement
-from grasp.errors import UnsupportedModelError
-from grasp.evaluation.generation import GenerationTime, first_logits
+from grasp.evaluation.generation import GenerationTime
 from tests.tiny_models import tiny_model
 
 RunBench = Callable[..., tuple[int, str, str]]
 SIZES = ("--layers", "1", "--retain-ratio", "0.4", "--batch-size", "1", "--prompt-tokens", "8", "--new-tokens", "3")
 SIZES = (*SIZES, "--backend", "reference", "--windows", "0", "--repeats", "2", "--threads", "1", "--device", "cpu")
-
-
-@pytest.mark.parametrize(("weight_type", "tolerance"), [("F16", 2e-3), ("BF16", 2e-2), ("Q8_0", 3e-2), ("Q4_0", 0.4)])
-def test_a_written_gguf_file_is_the_same_model(weight_type: str, tolerance: float, tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    write_gguf(model, tmp_path / "model.gguf", weight_type)
-    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
-    expected, got = (first_logits(same, prompt_tokens=20) for same in (model, read))
-    assert 0 < difference(got, expected) < tolerance
-
-
-def test_only_plain_llamas_are_written(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="from Llama models without biases, got Qwen2ForCausalLM"):
-        write_gguf(tiny_model("qwen2"), tmp_path / "model.gguf", "F16")
-    scaled = tiny_model("llama")
-    scaled.config.rope_parameters["rope_type"] = "linear"
-    with pytest.raises(UnsupportedModelError, match="plain rotary embeddings, got 'linear'"):
-        write_gguf(scaled, tmp_path / "model.gguf", "F16")
 
 
 def test_a_yardstick_that_cannot_be_run_is_one_clear_line(

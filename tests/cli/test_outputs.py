@@ -25,7 +25,7 @@ FILES = [
 FOLDERS = [
     ("compress", "missing-model"),
     ("recover", "."),
-    ("convert", ".", "--form", "pivoted"),
+    ("convert", ".", "--to", "pivoted"),
     ("quantize", "missing-model"),
     ("demo",),
 ]

@@ -21,7 +21,7 @@ INPUTS = {
     "costs": "compress builtin -o out --target-latency 0.5 --costs {}",
     "costs of a dry run": "compress builtin -o out --target-latency 0.5 --dry-run --costs {}",
     "recover": "recover {} -o out",
-    "convert": "convert {} -o out --form pivoted",
+    "convert": "convert {} -o out --to pivoted",
     "quantize": "quantize builtin -o out --calibration {}",
     "push": "push {} owner/name",
     "bench model": "bench model builtin --text {}",
@@ -30,7 +30,7 @@ INPUTS = {
 OUTPUTS = {
     "compress": "compress builtin -o {}",
     "recover": "recover folder -o {}",
-    "convert": "convert folder -o {} --form pivoted",
+    "convert": "convert folder -o {} --to pivoted",
     "quantize": "quantize builtin -o {}",
     "evaluate": "evaluate builtin -o {}",
     "bench ops": "bench ops -o {}",

@@ -32,6 +32,8 @@ RUN_ELSEWHERE = {
     "docs/regression-gate.md": "below",
     "packages/pytest-speedgate/README.md": "below",
     "docs/serve/compile-and-export.md": "tests/serving/test_transformers_serve.py",
+    "docs/serve/linear-pairs.md": "tests/workflows/test_export.py",
+    "docs/serve/llama-cpp.md": "tests/workflows/test_export.py",
     "docs/serve/training.md": "tests/serving/test_transformers_serve.py",
     "docs/serve/transformers.md": "tests/serving/test_transformers_serve.py",
     "docs/serve/transformers-serve.md": "tests/serving/test_transformers_serve.py",

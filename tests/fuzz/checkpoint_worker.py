@@ -85,7 +85,7 @@ def readers(scratch: Path) -> dict[str, Callable[[Path], str]]:
         "report": lambda folder: command("report", str(folder), "-o", str(out.with_suffix(".html"))),
         "evaluate": lambda folder: command("evaluate", str(folder), "--text", str(text), "--window", "64"),
         "recover": lambda folder: command("recover", str(folder), "-o", str(out), *train),
-        "convert": lambda folder: command("convert", str(folder), "-o", str(out), "--form", "factored"),
+        "convert": lambda folder: command("convert", str(folder), "-o", str(out), "--to", "factored"),
         "push": lambda folder: command("push", str(folder), "someone/small"),
     }
 

@@ -128,7 +128,7 @@ def test_modules_that_were_left_have_their_reason_and_converted_ones_the_command
     pivoted = [replace(module, form="pivoted") for module in report.modules[2:]]  # by `grasp convert`
     page = render(replace(report, modules=(left, report.modules[1], *pivoted)), "small")
     assert "12 pivoted, 1 factored" in page
-    assert "\ngrasp convert small -o small-pivoted --form pivoted" in page
+    assert "\ngrasp convert small -o small-pivoted --to pivoted" in page
     assert [str(left.layer), "mlp.gate_proj", left.reason] in Text(page).rows or left.reason in Text(page).shown
     assert "<small>" not in page
 

@@ -315,7 +315,7 @@ def test_a_shard_that_is_none_is_refused(merged: tuple[LinearBase, Any]) -> None
 @pytest.mark.parametrize("table", [torch.arange(16).flip(0).int(), torch.zeros(16, dtype=torch.int32)])
 def test_an_order_that_kernels_cannot_use_is_refused(table: Tensor, merged: tuple[LinearBase, Any]) -> None:
     """Also one that vLLM has reordered with the rows of the architecture."""
-    with pytest.raises(CheckpointError, match=r"m\.v_proj\.order is not the order.*grasp convert --form factored"):
+    with pytest.raises(CheckpointError, match=r"m\.v_proj\.order is not the order.*grasp convert --to factored"):
         load(merged[0], "order", table, "v")
 
 

@@ -115,7 +115,7 @@ def test_there_and_back_gives_the_same_model_and_report(small: Path, tmp_path: P
 def test_the_result_is_shown_and_a_form_that_all_have_gives_a_copy(small: Path, tmp_path: Path) -> None:
     outputs = []
     for source, output in ((small, "out"), (tmp_path / "out", "again")):
-        arguments = ["convert", str(source), "-o", str(tmp_path / output), "--form", "pivoted"]
+        arguments = ["convert", str(source), "-o", str(tmp_path / output), "--to", "pivoted"]
         result = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200"})
         assert result.exit_code == 0, result.exception
         outputs.append(result.stdout)

@@ -1,0 +1,1 @@
+"""Models as files for programs that know nothing of grasp."""
