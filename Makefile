@@ -10,6 +10,7 @@ CXX_FILES := $(CSRC) $(wildcard tests/*.c tests/csrc/*.cpp tests/csrc/*/*.* test
 
 .PHONY: help venv build demo test test-vllm stress fuzz sanitize check aot gpu-check test-matrix bench-save bench-compare bench-selftest lint
 .PHONY: format docs clean test-scale wheels test-wheels
+.PHONY: kernel-package test-kernel-package
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -83,6 +84,12 @@ wheels: $(PACKAGING_STAMP) ## sdists and manylinux wheels of grasp-llm and pytes
 test-wheels: ## install the wheels in dist into environments without a compiler, and run the README's Python; minutes
 	PYTHON=$(PYTHON) tests/wheels.sh
 
+kernel-package: $(BUILT) ## the kernels as a package for Hugging Face's Kernel Hub, in build/kernel-hub
+	$(BIN)/python packages/kernel-hub/kernel_package.py build/kernel-hub
+
+test-kernel-package: kernel-package ## load that package where there is nothing but torch and kernels, then beside grasp; minutes
+	PYTHON=$(PYTHON) packages/kernel-hub/check.sh
+
 stress: $(BUILT) ## kill 4 x 30 runs at random points, and compare their results; many minutes
 	$(BIN)/python -m pytest tests/checkpoint/test_run_state_kill.py --kills 30 -s -q
 
@@ -144,5 +151,5 @@ docs: $(DOCS_STAMP) $(BUILT) ## build the documentation site into build/docs/ind
 	$(BIN)/python -m sphinx -W --keep-going -n -q -E -a -b html docs build/docs
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) $(VLLM) $(PACKAGING) .venv-matrix .venv-wheels build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VLLM) $(PACKAGING) .venv-matrix .venv-wheels .venv-kernels build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	rm -rf kernels/grasp_kernels/*.so kernels/grasp_kernels/lib packages/*/build packages/*/*.egg-info

@@ -23,7 +23,7 @@ PAGES = [
     *("README.md", "CONTRIBUTING.md", "packages/pytest-speedgate/README.md"),
 ]
 # Programs of other projects: their commands are run or left to the pages' own tests.
-FOREIGN_PROGRAMS = {"curl", "hf", "lm_eval", "transformers"}
+FOREIGN_PROGRAMS = {"curl", "hf", "kernels", "lm_eval", "transformers"}
 
 
 def read(page: str) -> str:

@@ -17,6 +17,7 @@ from grasp.model.input_group import InputGroup, place_columns
 from grasp.model.offload import execution_device, fetched
 from grasp_kernels import Factors, lowrank_linear
 from grasp_kernels.dispatch import BACKENDS
+from grasp_kernels.layers import VERSION
 
 
 def is_order(table: Tensor, rank: int) -> bool:
@@ -78,6 +79,8 @@ class LowRankLinear(nn.Module):
     bias: nn.Parameter | None
     order: Tensor | None
     backend = "auto"  # see ``set_backend_``
+    kernel_layer_name = "LowRankLinear"  # whose forward `kernels.kernelize` may put in place of this class's
+    kernel_version = VERSION
     _hf_quantized_needs_local_tp = True  # transformers' tensor parallelism passes the local part to the op, no DTensor
 
     def __init__(

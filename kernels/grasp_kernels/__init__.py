@@ -1,8 +1,9 @@
 """Low-rank kernels for PyTorch: they know tensors, not models."""
 
-from grasp_kernels.dispatch import BackendUnavailableError, available_backends, explain
-from grasp_kernels.extension import get_include
-from grasp_kernels.ops import (
+from . import layers as layers
+from .dispatch import BackendUnavailableError, available_backends, explain
+from .extension import get_include
+from .ops import (
     SingularValueGrad,
     lowrank_glu,
     lowrank_linear,
@@ -10,9 +11,9 @@ from grasp_kernels.ops import (
     lowrank_linear_merged,
     singular_value_grad,
 )
-from grasp_kernels.packing import pack_factors
-from grasp_kernels.reference import Dense, Factors
-from grasp_kernels.warming import warm_up
+from .packing import pack_factors
+from .reference import Dense, Factors
+from .warming import warm_up
 
 __all__ = [
     "BackendUnavailableError",

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from grasp_kernels import gradient_configs
-from grasp_kernels.gradient_configs import Measurement, Tile, candidates
-from grasp_kernels.launch_configs import CONFIGS, PATHS, Config, LaunchKey, on_path, rule_of_thumb, save, serves
-from grasp_kernels.packing import pack_factors
-from grasp_kernels.reference import Factors
-from grasp_kernels.routes import chunked
-from grasp_kernels.triton.launch import gpu_of
-from grasp_kernels.triton.lowrank_glu import run as run_glu
-from grasp_kernels.triton.lowrank_linear import run as run_linear
-from grasp_kernels.triton.singular_value_grad import describable, loadable
-from grasp_kernels.triton.singular_value_grad import run as run_gradient
+from . import gradient_configs
+from .gradient_configs import Measurement, Tile, candidates
+from .launch_configs import CONFIGS, PATHS, Config, LaunchKey, on_path, rule_of_thumb, save, serves
+from .packing import pack_factors
+from .reference import Factors
+from .routes import chunked
+from .triton.launch import gpu_of
+from .triton.lowrank_glu import run as run_glu
+from .triton.lowrank_linear import run as run_linear
+from .triton.singular_value_grad import describable, loadable
+from .triton.singular_value_grad import run as run_gradient
 
 COLD_BYTES = 150 << 20  # of distinct factors in one measurement: more than the L2 cache of any GPU
 MIN_CALLS = 20  # in one measurement

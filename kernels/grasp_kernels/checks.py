@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from grasp_kernels.quantized import GROUPS, KINDS, group_size, stored_columns
-from grasp_kernels.reference import ACTIVATIONS, Dense, Factors
-from grasp_kernels.versions import PerVersion
+from .quantized import GROUPS, KINDS, group_size, stored_columns
+from .reference import ACTIVATIONS, Dense, Factors
+from .versions import PerVersion
 
 _bounds_on_gpu: PerVersion[list[int]] = PerVersion(lambda cu_seqlens: cu_seqlens.tolist())
 Member = TypeVar("Member")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from grasp_kernels.extension import DTYPE_CODES
-from grasp_kernels.reference import ACTIVATIONS, Factors
+from .extension import DTYPE_CODES
+from .reference import ACTIVATIONS, Factors
 
 # grasp_isa in csrc/lowrank.h
 INSTRUCTION_SETS = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4, "amx": 5}
@@ -117,4 +117,4 @@ def supports(instruction_set: str) -> bool:
 
 @functools.cache
 def _module() -> Any:
-    return importlib.import_module("grasp_kernels._cpu")
+    return importlib.import_module("._cpu", __package__)

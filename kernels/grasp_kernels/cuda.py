@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp_kernels.counters import counters, on_device
-from grasp_kernels.extension import DTYPE_CODES, in_place, pointers
-from grasp_kernels.reference import Factors
+from .counters import counters, on_device
+from .extension import DTYPE_CODES, in_place, pointers
+from .reference import Factors
 
 PATH_CODES = {"auto": 0, "pair": 1, "dependent": 2, "cooperative": 3}  # grasp_cuda_path in csrc/lowrank.h
 _RANK = 9  # the index of R in the tuple of `pointers`
@@ -76,7 +76,7 @@ def run(
 
 @functools.cache
 def _module() -> Any:
-    return importlib.import_module("grasp_kernels._cuda")
+    return importlib.import_module("._cuda", __package__)
 
 
 @functools.cache

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.dispatch import open_direct_path
-from grasp_kernels.recording import recorders
+from .dispatch import open_direct_path
+from .recording import recorders
 
 PLAIN_TYPES = (Tensor, nn.Parameter)
 # Each returns a true value while a mode, a transform or a tracer is active, which must see the registered op.

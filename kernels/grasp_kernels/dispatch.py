@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grasp_kernels.checks import DTYPES
-from grasp_kernels.extension import module_missing
+from .checks import DTYPES
+from .extension import module_missing
 
 OPS = ("lowrank_linear", "lowrank_linear_grouped", "lowrank_glu", "singular_value_grad")
 
@@ -45,7 +45,7 @@ class OpCall(NamedTuple):
 class DirectPath(NamedTuple):
     """Compiled ops of a backend that run a small call without PyTorch's dispatcher, which takes 3 to 6 µs."""
 
-    opener: str  # "module:function", called by ``open_direct_path``
+    opener: str  # ".module:function", called by ``open_direct_path``
     ops: tuple[str, ...]
     rows: Mapping[torch.dtype, int]  # most rows of x for "auto": the mapping by which the backend's row avoids a call
     groups: int  # most factors in one call
@@ -61,7 +61,7 @@ class Backend:
     """
 
     name: str
-    functions: Mapping[str, str]  # op → "module:function"
+    functions: Mapping[str, str]  # op → ".module:function"
     missing: Callable[[], str | None]
     refuses: Callable[[OpCall], str | None]  # a pure function: its answers are cached by ``bucket``
     avoids: Callable[[OpCall], str | None]  # a pure function: its answers are cached by ``bucket``
@@ -80,7 +80,7 @@ CUDA_FASTEST_ROWS = 4  # above, triton's dots in 16 bits are expected to be fast
 def _cuda_missing() -> str | None:
     if torch.version.cuda is None or not torch.cuda.is_available():
         return "there is no CUDA GPU"
-    return module_missing("grasp_kernels._cuda", "nvcc")
+    return module_missing(f"{__package__}._cuda", "nvcc")
 
 
 def _cuda_refuses(call: OpCall) -> str | None:
@@ -117,7 +117,7 @@ def _card_refuses(device: torch.device, least: tuple[int, int] = LEAST_CAPABILIT
 
 
 def _triton_interprets() -> bool:
-    return bool(importlib.import_module("grasp_kernels.triton.tiles").INTERPRETED.value)
+    return bool(importlib.import_module(".triton.tiles", __package__).INTERPRETED.value)
 
 
 def _triton_missing() -> str | None:
@@ -143,7 +143,7 @@ def _triton_avoids(call: OpCall) -> str | None:
         return "interpreted kernels run only when named"
     if call.op != "singular_value_grad":
         return None
-    slower = _load("grasp_kernels.gradient_configs:slower")
+    slower = _load(".gradient_configs:slower")
     reason: str | None = slower(call.device, call.rows, call.rank, call.dtype)
     return reason
 
@@ -153,8 +153,8 @@ CPU_ROWS = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 64}
 
 
 def _cpu_missing() -> str | None:
-    reason = module_missing("grasp_kernels._cpu", "Linux and a C++ compiler")
-    if reason is None and not importlib.import_module("grasp_kernels._cpu").has_threads():
+    reason = module_missing(f"{__package__}._cpu", "Linux and a C++ compiler")
+    if reason is None and not importlib.import_module("._cpu", __package__).has_threads():
         return "PyTorch's OpenMP runtime has no GOMP_parallel, through which the kernels use its threads"
     return reason
 
@@ -176,36 +176,36 @@ def _cpu_avoids(call: OpCall) -> str | None:
 
 
 _CPU_FUNCTIONS = {
-    "lowrank_linear": "grasp_kernels.cpu:lowrank_linear",
-    "lowrank_linear_grouped": "grasp_kernels.cpu:lowrank_linear_grouped",
-    "lowrank_glu": "grasp_kernels.cpu:lowrank_glu",
-    "singular_value_grad": "grasp_kernels.routes:chunked",
+    "lowrank_linear": ".cpu:lowrank_linear",
+    "lowrank_linear_grouped": ".cpu:lowrank_linear_grouped",
+    "lowrank_glu": ".cpu:lowrank_glu",
+    "singular_value_grad": ".routes:chunked",
 }
 _CPU_DIRECT = DirectPath(
-    opener="grasp_kernels.cpu:open_direct_path",
+    opener=".cpu:open_direct_path",
     ops=("lowrank_linear", "lowrank_linear_grouped"),
     rows=CPU_ROWS,
     groups=8,  # MOST_GROUPS in csrc/direct.h
     dimensions=8,  # MOST_DIMENSIONS there
 )
 _CUDA_FUNCTIONS = {
-    "lowrank_linear": "grasp_kernels.cuda:lowrank_linear",
-    "lowrank_linear_grouped": "grasp_kernels.cuda:lowrank_linear_grouped",
+    "lowrank_linear": ".cuda:lowrank_linear",
+    "lowrank_linear_grouped": ".cuda:lowrank_linear_grouped",
 }
 _TRITON_FUNCTIONS = {
-    "lowrank_linear": "grasp_kernels.triton.lowrank_linear:lowrank_linear",
-    "lowrank_linear_grouped": "grasp_kernels.triton.lowrank_linear:lowrank_linear_grouped",
-    "lowrank_glu": "grasp_kernels.triton.lowrank_glu:lowrank_glu",
-    "singular_value_grad": "grasp_kernels.triton.singular_value_grad:singular_value_grad",
+    "lowrank_linear": ".triton.lowrank_linear:lowrank_linear",
+    "lowrank_linear_grouped": ".triton.lowrank_linear:lowrank_linear_grouped",
+    "lowrank_glu": ".triton.lowrank_glu:lowrank_glu",
+    "singular_value_grad": ".triton.singular_value_grad:singular_value_grad",
 }
-_CHUNKED_FUNCTIONS = {"singular_value_grad": "grasp_kernels.routes:chunked"}
+_CHUNKED_FUNCTIONS = {"singular_value_grad": ".routes:chunked"}
 
 BACKENDS: tuple[Backend, ...] = (
     Backend("cuda", _CUDA_FUNCTIONS, missing=_cuda_missing, refuses=_cuda_refuses, avoids=_cuda_avoids),
     Backend("triton", _TRITON_FUNCTIONS, missing=_triton_missing, refuses=_triton_refuses, avoids=_triton_avoids),
     Backend("cpu", _CPU_FUNCTIONS, missing=_cpu_missing, refuses=_cpu_refuses, avoids=_cpu_avoids, direct=_CPU_DIRECT),
     Backend("chunked", _CHUNKED_FUNCTIONS, _nothing, _nothing, _nothing),
-    Backend("reference", {op: f"grasp_kernels.reference:{op}" for op in OPS}, _nothing, _nothing, _nothing),
+    Backend("reference", {op: f".reference:{op}" for op in OPS}, _nothing, _nothing, _nothing),
 )
 
 
@@ -423,7 +423,7 @@ def _row(name: str) -> Backend:
 @functools.cache
 def _load(path: str) -> Callable[..., Any]:
     module, _, function = path.partition(":")
-    return getattr(importlib.import_module(module), function)
+    return getattr(importlib.import_module(module, __package__), function)
 
 
 def _forms(call: OpCall) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grasp_kernels.reference import Factors
+from .reference import Factors
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # grasp_dtype in csrc/lowrank.h
 
@@ -34,9 +34,10 @@ def module_missing(name: str, needs: str) -> str | None:
 
 
 def _built_for_others(name: str) -> str:
-    """The Pythons and platforms that a compiled module beside this file was built for, as in its files' names."""
+    """The other Pythons and platforms that a compiled module beside this file was built for, from its files' names."""
     stem = name.rpartition(".")[2]
-    return " and ".join(sorted(path.name.split(".")[1] for path in Path(__file__).parent.glob(f"{stem}.*.so")))
+    builds = {path.name.split(".")[1] for path in Path(__file__).parent.glob(f"{stem}.*.so")}
+    return " and ".join(sorted(builds - {sysconfig.get_config_var("SOABI")}))
 
 
 def get_include() -> str:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from grasp_kernels.launch_configs import CONFIGS, MAX_DOUBLINGS, read_entries, write_entries
-from grasp_kernels.triton.launch import Gpu, gpu_of
+from .launch_configs import CONFIGS, MAX_DOUBLINGS, read_entries, write_entries
+from .triton.launch import Gpu, gpu_of
 
 KERNEL = "singular_value_grad"
 # FLOPs in bf16 per byte from the L2 cache: of an H100's 798 TFLOP/s the 0.8 that one program per processor may reach,

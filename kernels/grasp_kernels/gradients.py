@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp_kernels.reference import ACTIVATIONS, Dense, Factors, accumulation_dtype, equal_samples, project
+from ._ops import ops
+from .reference import ACTIVATIONS, Dense, Factors, accumulation_dtype, equal_samples, project
 
 FIELDS = len(Factors._fields)
 
@@ -162,8 +163,8 @@ def lowrank_glu_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, *tensors = ctx.saved_tensors
     gate, up = Factors(*tensors[:FIELDS]), Factors(*tensors[FIELDS:])
     activation = ACTIVATIONS[ctx.activation]
-    gate_y = torch.ops.grasp.lowrank_linear(x, *gate, "auto")
-    up_y = torch.ops.grasp.lowrank_linear(x, *up, "auto")
+    gate_y = ops.lowrank_linear(x, *gate, "auto")
+    up_y = ops.lowrank_linear(x, *up, "auto")
     needs_x, *needs = ctx.needs_input_grad[: 1 + 2 * FIELDS]
     gate_x, gate_grads = _factor_grads([needs_x, *needs[:FIELDS]], activation.backward(grad_y * up_y, gate_y), x, gate)
     up_x, up_grads = _factor_grads([needs_x, *needs[FIELDS:]], grad_y * activation.forward(gate_y), x, up)

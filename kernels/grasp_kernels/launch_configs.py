@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from grasp_kernels.triton.launch import Gpu
-from grasp_kernels.triton.prepared import PREPARED
+from .triton.launch import Gpu
+from .triton.prepared import PREPARED
 
 CONFIGS = Path(__file__).parent / "configs"
 _LINEAR = tuple(
@@ -146,7 +146,8 @@ def source_stamp(kernel: str) -> str:
 
 def config_path(kernel: str, card_name: str, directory: Path = CONFIGS) -> Path:
     """The file of the measured configurations of a GPU and kernel."""
-    return directory / f"{kernel}.{card_name.replace(' ', '_').replace('/', '_')}.json"
+    card = card_name.replace(" ", "_").replace("/", "_")
+    return directory / f"{kernel},device_name={card}.json"
 
 
 @functools.cache

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from grasp_kernels import direct, registered
-from grasp_kernels.checks import (
+from . import direct, registered
+from ._ops import ops
+from .checks import (
     check_castable,
     check_factors,
     check_glu,
@@ -23,9 +24,9 @@ from grasp_kernels.checks import (
     to_groups,
     to_members,
 )
-from grasp_kernels.direct import PLAIN_TYPES, WATCHERS
-from grasp_kernels.dispatch import check_backend
-from grasp_kernels.reference import Dense, Factors
+from .direct import PLAIN_TYPES, WATCHERS
+from .dispatch import check_backend
+from .reference import Dense, Factors
 
 Linear = TypeVar("Linear", Factors, Factors | Dense)
 
@@ -98,7 +99,7 @@ def lowrank_linear(
         U, s, Vh, bias, order, U_scales, Vh_scales = group
     check_factors(x, U, s, Vh, bias, order, U_scales, Vh_scales)
     plain = _is_plain(x, U, s, Vh, bias, order, U_scales, Vh_scales)
-    run = registered.lowrank_linear if plain else torch.ops.grasp.lowrank_linear.default
+    run = registered.lowrank_linear if plain else ops.lowrank_linear.default
     return run(x, U, s, Vh, bias, order, U_scales, Vh_scales, backend)
 
 
@@ -195,7 +196,7 @@ def lowrank_glu(x: Tensor, gate: Factors, up: Factors, *, activation: str = "sil
     check_glu(x, gate, up, activation)
     if _is_plain(x, *gate, *up):
         return registered.lowrank_glu(x, gate, up, activation, backend)
-    return torch.ops.grasp.lowrank_glu.default(x, *gate, *up, activation, backend)
+    return ops.lowrank_glu.default(x, *gate, *up, activation, backend)
 
 
 def singular_value_grad(
@@ -272,7 +273,7 @@ def _run_group(op: str, x: Tensor, members: Sequence[Factors | Dense], backend: 
     rows = [Factors(m.weight, None, None, m.bias) if isinstance(m, Dense) else m for m in members]  # type: ignore[arg-type]
     columns = [[tensor for tensor in column if tensor is not None] for column in zip(*rows, strict=True)]
     present = [tensor is not None for row in rows for tensor in row]
-    return getattr(torch.ops.grasp, op).default(x, *columns, present, backend)
+    return getattr(ops, op).default(x, *columns, present, backend)
 
 
 def _run_singular_value_grad(
@@ -288,7 +289,7 @@ def _run_singular_value_grad(
 ) -> SingularValueGrad:
     check_singular_value_grad(x, grad_y, U, Vh, cu_seqlens, mask)
     plain = _is_plain(x, grad_y, U, Vh, cu_seqlens, mask)
-    run = registered.singular_value_grad if plain else torch.ops.grasp.singular_value_grad.default
+    run = registered.singular_value_grad if plain else ops.singular_value_grad.default
     first, second = run(x, grad_y, U, Vh, cu_seqlens, per_sample, unit, mask, backend)
     return SingularValueGrad(first, None if unit == "none" else second)
 

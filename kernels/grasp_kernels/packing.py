@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from grasp_kernels.checks import check_factors, to_groups
-from grasp_kernels.reference import Factors
+from .checks import check_factors, to_groups
+from .reference import Factors
 
 RANK_MULTIPLE = 16
 

@@ -25,8 +25,8 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from grasp_kernels.reference import Factors
-from grasp_kernels.shapes import GroupShape, LinearShape
+from .reference import Factors
+from .shapes import GroupShape, LinearShape
 
 VARIABLE = "GRASP_RECORD"
 _SLOTS = 4096  # different calls in a file; more of them go to a further file
@@ -114,7 +114,7 @@ def record(op: str, x: Tensor, factors: Sequence[Factors]) -> None:
         except OSError as error:
             with suppress(ValueError):  # another thread was first
                 recorders.remove(recorder)
-            warnings.warn(f"calls of grasp_kernels are no longer recorded: {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"calls of {__package__} are no longer recorded: {error}", RuntimeWarning, stacklevel=2)
 
 
 @contextmanager

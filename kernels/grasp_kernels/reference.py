@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grasp_kernels.quantized import KINDS, dequantize
+from .quantized import KINDS, dequantize
 
 
 class Factors(NamedTuple):

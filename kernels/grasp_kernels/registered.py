@@ -1,4 +1,4 @@
-"""The registered ops ``torch.ops.grasp``: their implementations, checks, fake tensors and gradients.
+"""The registered ops, ``torch.ops.grasp``: their implementations, checks, fake tensors and gradients.
 
 A caller of ``torch.ops.grasp``, or of a compiled or exported program, passes by the public functions of ``ops.py``. So
 a registered op checks its arguments too. The public functions call the implementations, which do not.
@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grasp_kernels import direct, gradients
-from grasp_kernels.checks import check_bounds, check_factors, check_glu, check_member, check_singular_value_grad
-from grasp_kernels.dispatch import check_backend, select
-from grasp_kernels.gradients import FIELDS
-from grasp_kernels.packing import widened
-from grasp_kernels.recording import record, recorders
-from grasp_kernels.reference import Dense, Factors, accumulation_dtype, equal_samples, linear
+from . import direct, gradients
+from ._ops import add_op_namespace_prefix
+from .checks import check_bounds, check_factors, check_glu, check_member, check_singular_value_grad
+from .dispatch import check_backend, select
+from .gradients import FIELDS
+from .packing import widened
+from .recording import record, recorders
+from .reference import Dense, Factors, accumulation_dtype, equal_samples, linear
 
-_library = torch.library.Library("grasp", "DEF")
+_library = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "DEF")
 _FACTORS = (
     "Tensor {0}U, Tensor? {0}s, Tensor {0}Vh, Tensor? {0}bias, Tensor? {0}order, Tensor? {0}U_scales, "
     "Tensor? {0}Vh_scales"
@@ -331,5 +332,5 @@ def _kernel(name: str, op: _Op) -> Callable[..., Any]:
 for _name, _op in _OPS.items():
     _library.define(_name + _SCHEMAS[_name])
     _library.impl(_name, _kernel(_name, _op), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"grasp::{_name}", _op.checked(_op.fake), lib=_library)
-    torch.library.register_autograd(f"grasp::{_name}", _op.backward, setup_context=_op.setup, lib=_library)
+    torch.library.register_fake(add_op_namespace_prefix(_name), _op.checked(_op.fake), lib=_library)
+    torch.library.register_autograd(add_op_namespace_prefix(_name), _op.backward, setup_context=_op.setup, lib=_library)

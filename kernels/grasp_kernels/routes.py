@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from grasp_kernels.products import add_product_, exact_bf16, widen
-from grasp_kernels.reference import accumulation_dtype
+from .products import add_product_, exact_bf16, widen
+from .reference import accumulation_dtype
 
 BLOCK_TOKENS, BLOCK_RANKS = 4096, 512  # in the chunked route on a CPU, whose two temporaries are 8 MB each
 # Elements of a temporary on a GPU. Two of them, 16 MB each, fit in the L2 cache of 40 MB or more, where they are

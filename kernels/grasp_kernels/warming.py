@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import grasp_kernels.registered  # noqa: F401  makes the ops
+from . import registered  # noqa: F401  makes the ops
+from ._ops import ops
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # one above PAIR_ROWS in launch_configs.py
 _OPS = [
-    getattr(torch.ops.grasp, op).default
+    getattr(ops, op).default
     for op in ("lowrank_linear", "lowrank_linear_grouped", "lowrank_linear_merged", "lowrank_glu")
 ]
 

@@ -221,7 +221,7 @@ def selections(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def select(*arguments: Any) -> Callable[..., Any]:
         function = dispatch.select(*arguments)
-        modules.append(function.__module__)
+        modules.append(function.__module__.removeprefix("grasp_kernels"))
         return function
 
     monkeypatch.setattr(registered, "select", select)

@@ -83,7 +83,7 @@ def test_a_kernel_that_was_measured_to_be_faster_is_taken_at_calls_of_that_size(
 @pytest.mark.parametrize("stamp", ["triton", "source"])
 def test_measurements_of_another_version_are_ignored(configs: Path, stamp: str) -> None:
     path = save(H100.name, [MEASURED], configs)
-    assert path.name == "singular_value_grad.Test_H100.json"
+    assert path.name == "singular_value_grad,device_name=Test_H100.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {stamp: "0.0"}))
     assert select() is chunked
     assert choose_tile(H100, 2048, 512, BF16, described=True) is LARGE

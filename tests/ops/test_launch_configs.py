@@ -50,7 +50,7 @@ def test_a_card_without_measurements_gets_the_rule_of_thumb_and_the_status_says_
 def test_saved_configurations_are_chosen(configs: Path) -> None:
     choose(KEY)  # a cached answer that saving must drop
     path = save("lowrank_linear", CARD.name, {KEY: (CONFIG, 3.21)}, configs)
-    assert path == configs / "lowrank_linear.Test_Card_80GB.json"
+    assert path == configs / "lowrank_linear,device_name=Test_Card_80GB.json"
     assert choose(KEY) == CONFIG
     assert launch_configs.status("lowrank_linear", CARD) == "1 configurations measured on Test Card/80GB"
     entry = json.loads(path.read_text())["entries"][0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grasp_kernels.triton.tiles import (
+from .tiles import (
     INTERPRETED,
     dequantized,
     dot,

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from grasp_kernels.counters import on_device
-from grasp_kernels.triton.tiles import INTERPRETED
+from ..counters import on_device
+from .tiles import INTERPRETED
 
 
 class Launch(NamedTuple):

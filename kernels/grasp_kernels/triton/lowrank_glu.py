@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grasp_kernels.launch_configs import Config, choose
-from grasp_kernels.packing import RANK_MULTIPLE, widened
-from grasp_kernels.reference import ACTIVATIONS, Factors
-from grasp_kernels.triton.expand import (
+from ..launch_configs import Config, choose
+from ..packing import RANK_MULTIPLE, widened
+from ..reference import ACTIVATIONS, Factors
+from .expand import (
     expand_tile,
     load_bias,
     load_tiles,
@@ -28,8 +28,8 @@ from grasp_kernels.triton.expand import (
     with_pivots,
     within,
 )
-from grasp_kernels.triton.launch import Gpu, Launch, gpu_of, run_all
-from grasp_kernels.triton.lowrank_linear import (
+from .launch import Gpu, Launch, gpu_of, run_all
+from .lowrank_linear import (
     expand_gemm,
     expand_stages,
     hidden_gemm,
@@ -44,8 +44,8 @@ from grasp_kernels.triton.lowrank_linear import (
     tiles_ahead,
     unit_stride,
 )
-from grasp_kernels.triton.prepared import PREPARED, describe, prepare
-from grasp_kernels.triton.tiles import wait_and_release
+from .prepared import PREPARED, describe, prepare
+from .tiles import wait_and_release
 
 INVERT_BLOCK = 1024
 PIVOTED_BLOCK_N = 64  # at most: with 128 rows and columns, two sums and an h spill registers

@@ -27,8 +27,8 @@ import torch
 import triton
 from torch import Tensor
 
-from grasp_kernels.counters import counters
-from grasp_kernels.launch_configs import (
+from ..counters import counters
+from ..launch_configs import (
     FUSED_RANK,
     FUSED_ROWS,
     REGISTER_BYTES,
@@ -38,17 +38,17 @@ from grasp_kernels.launch_configs import (
     for_quantized,
     pivoted_product,
 )
-from grasp_kernels.packing import RANK_MULTIPLE, stacked, widened
-from grasp_kernels.quantized import group_size
-from grasp_kernels.reference import Factors, hidden_product, linear
-from grasp_kernels.triton.launch import Gpu, Launch, gpu_of, run_all
-from grasp_kernels.triton.lowrank_linear_kernels import (
+from ..packing import RANK_MULTIPLE, stacked, widened
+from ..quantized import group_size
+from ..reference import Factors, hidden_product, linear
+from .launch import Gpu, Launch, gpu_of, run_all
+from .lowrank_linear_kernels import (
     BOTH_PHASES,
     _lowrank_expand_kernel,
     _lowrank_fused_kernel,
     _lowrank_shrink_kernel,
 )
-from grasp_kernels.triton.prepared import PREPARED, describe, prepare
+from .prepared import PREPARED, describe, prepare
 
 SCALES = Factors._fields.index("U_scales")  # the last fields
 EXPAND_STAGES, SCALAR_STAGES = 3, 4  # most of an expand: with more shared memory fewer start while the shrink works

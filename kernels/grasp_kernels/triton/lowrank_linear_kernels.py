@@ -8,9 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grasp_kernels.triton.expand import expand, first_u
-from grasp_kernels.triton.shrink import shrink
-from grasp_kernels.triton.tiles import arrive, wait, wait_and_release
+from .expand import expand, first_u
+from .shrink import shrink
+from .tiles import arrive, wait, wait_and_release
 
 BOTH_PHASES, SHRINK_ONLY, EXPAND_ONLY = 0, 1, 2  # of the fused kernel; the last two are for its tests
 _SHRINK_ONLY, _EXPAND_ONLY = tl.constexpr(SHRINK_ONLY), tl.constexpr(EXPAND_ONLY)

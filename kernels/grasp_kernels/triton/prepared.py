@@ -16,9 +16,9 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from grasp_kernels.counters import counters, is_current, on_device
-from grasp_kernels.reference import Factors
-from grasp_kernels.triton.launch import Launch
+from ..counters import counters, is_current, on_device
+from ..reference import Factors
+from .launch import Launch
 
 _NONE = (None, None, None)
 ALIGNMENT = 16  # bytes: Triton compiles other binaries for other addresses

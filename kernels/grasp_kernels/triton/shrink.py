@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grasp_kernels.triton.tiles import (
+from .tiles import (
     dequantized,
     dot,
     hidden_column,

@@ -18,14 +18,14 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from grasp_kernels.gradient_configs import Tile, choose_tile
-from grasp_kernels.triton.launch import Launch, gpu_of, run_all
-from grasp_kernels.triton.singular_value_grad_kernels import (
+from ..gradient_configs import Tile, choose_tile
+from ..versions import PerVersion
+from .launch import Launch, gpu_of, run_all
+from .singular_value_grad_kernels import (
     _singular_value_grad_kernel,
     _singular_value_grad_reduce_kernel,
     _singular_value_grad_wide_kernel,
 )
-from grasp_kernels.versions import PerVersion
 
 ALIGNMENT = 16  # elements; a stride must be a known multiple of it for loads of 16 bytes
 REDUCE_TILES, REDUCE_RANKS = 16, 64
