@@ -20,9 +20,10 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            metavar="pivoted|factored|linear-pairs|gguf",
+            metavar="pivoted|factored|linear-pairs|onnx|gguf",
             help="factored: U and Vh. pivoted: rows of the weight instead of Vh; R² fewer parameters at rank R. "
-            "linear-pairs: pairs of nn.Linear, for PyTorch tools. gguf: a dense file for llama.cpp.",
+            "linear-pairs: pairs of nn.Linear, for PyTorch tools. onnx: a graph with a KV cache, in fp32. "
+            "gguf: a dense file for llama.cpp.",
             show_default=False,
         ),
     ],
@@ -41,6 +42,10 @@ def convert(
     [dim]For tools that know only nn.Linear:[/dim]
 
     $ grasp convert small -o small-pairs --to linear-pairs
+
+    [dim]For ONNX Runtime:[/dim]
+
+    $ grasp convert small -o small-onnx --to onnx
 
     [dim]For llama.cpp, which has no low-rank layers:[/dim]
 

@@ -15,6 +15,7 @@ from grasp.checkpoint.saving import check_directory, new_folder, read_texts, req
 from grasp.errors import MissingPackageError
 from grasp.export.gguf_file import export_gguf
 from grasp.export.linear_pairs import export_linear_pairs
+from grasp.export.onnx_file import export_onnx
 from grasp.files import remove_abandoned
 from grasp.loading import load_quietly
 from grasp.progress import Progress, no_progress
@@ -35,6 +36,7 @@ class Exporter(NamedTuple):
 
 EXPORTS: Mapping[str, Exporter] = {
     "linear-pairs": Exporter(export_linear_pairs),
+    "onnx": Exporter(export_onnx, ("onnx", "onnxscript")),
     "gguf": Exporter(export_gguf, ("gguf",)),
 }
 

@@ -35,6 +35,7 @@ RUN_ELSEWHERE = {
     "docs/serve/linear-pairs.md": "tests/workflows/test_export.py",
     "docs/serve/llama-cpp.md": "tests/workflows/test_export.py",
     "docs/serve/kernel-hub.md": "packages/kernel-hub/check.sh",
+    "docs/serve/onnx.md": "tests/export/test_onnx_file.py",
     "docs/serve/training.md": "tests/serving/test_transformers_serve.py",
     "docs/serve/transformers.md": "tests/serving/test_transformers_serve.py",
     "docs/serve/transformers-serve.md": "tests/serving/test_transformers_serve.py",

@@ -94,6 +94,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(small: Path, 
     for source, output, to, error, message in (
         (gpt2, "out", "gguf", UnsupportedModelError, r"got GPT2LMHeadModel.*convert_hf_to_gguf\.py"),
         (int8, "out", "linear-pairs", UnsupportedModelError, "Give the model that it was made from"),
+        (int8, "out", "onnx", UnsupportedModelError, "Give the model that it was made from"),
         (tmp_path / "none", "out", "gguf", CheckpointError, "none"),
         (small, "gpt2", "gguf", CheckpointError, "is not empty"),
     ):
@@ -109,7 +110,7 @@ def test_a_missing_package_and_an_unknown_target_are_named(
     with pytest.raises(MissingPackageError, match=r"--to gguf needs gguf; .*'grasp-llm\[gguf\]'"):
         export(small, tmp_path / "out", "gguf")
     result = CliRunner().invoke(cli.app, ["convert", str(small), "-o", str(tmp_path / "out"), "--to", "tflite"])
-    assert "--to must be one of factored, pivoted, linear-pairs" in str(result.exception)
+    assert "--to must be one of factored, pivoted, linear-pairs, onnx, gguf; got 'tflite'" in str(result.exception)
     assert not names(tmp_path)
 
 
