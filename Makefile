@@ -109,7 +109,7 @@ lint: $(STAMP) ## ruff, format checks, mypy, the import contract
 	$(BIN)/mypy
 	PYTHONPATH=.:kernels:packages/pytest-speedgate $(BIN)/lint-imports --no-logo
 
-check: ## what CI runs; lint and docs at the same time
+check: ## what .github/workflows run; lint and docs at the same time
 	$(MAKE) --jobs 2 --output-sync lint docs
 	$(MAKE) test
 
@@ -119,8 +119,8 @@ aot: $(STAMP) ## compile every kernel configuration for sm_80, 90, 100 and 120, 
 gpu-check: $(BUILT) ## test and time every kernel on this machine's GPU; 9 minutes, and again to continue
 	$(BIN)/python -m benchmarks.gpu.check -o gpu-check.jsonl
 
-test-matrix: ## tests with each pair of torch 2.11, 2.13 and Triton 3.6, 3.9, and with transformers 5.17; downloads them
-	PYTHON=$(PYTHON) tests/matrix.sh
+test-matrix: ## tests with each pair of torch 2.11, 2.13 and Triton 3.6, 3.9, and with transformers 5.17, or PAIRS=2.11:3.6; downloads
+	PYTHON=$(PYTHON) tests/matrix.sh $(PAIRS)
 
 # One process, one thread; see docs/regression-gate.md. make exits with 2 whenever a recipe fails. For an exit code of 1
 # that means a regression, run the command itself.
