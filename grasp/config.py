@@ -324,8 +324,6 @@ class GraspConfig:
             yield "bits='auto' needs target_bytes or target_latency, the size or the time to reach: give one"
         if self.bits_dense is not None and self.bits not in (8, 4, _FP8):
             yield f"bits_dense={self.bits_dense} needs bits=8, bits=4 or bits={_FP8!r}, got {self.bits}: give both"
-        if self.target_latency is not None and _FP8 in (self.bits, self.bits_dense):
-            yield f"target_latency has no costs of {FP8}: give another target"
         if self.bits is not None and self.target_bytes is not None and self.allocation == "uniform":
             yield "target_bytes with bits needs allocation='global': take GraspConfig.best"
 

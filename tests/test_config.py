@@ -113,7 +113,6 @@ def test_bad_values_are_refused_with_what_was_expected(values: dict[str, object]
         ({"remove_layers": True}, "remove_layers needs allocation='global'"),
         ({"target_latency": 0.5}, "target_latency needs allocation='global'"),
         ({"bits_dense": 4}, "bits_dense=4 needs bits"),
-        ({**_GLOBAL, "bits": "fp8", "target_latency": 0.9}, "target_latency has no costs of fp8"),
         ({"bits": 8, "target_bytes": 10}, "target_bytes with bits needs allocation='global'"),
         ({**_GLOBAL, "bits": "auto"}, "bits='auto' needs target_bytes or target_latency"),
         (

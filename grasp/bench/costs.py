@@ -154,7 +154,8 @@ def require_product(linear: LowRankLinear | QuantizedLowRankLinear | QuantizedLi
     Raises:
         ResultsError: if it does not; the message has its error.
     """
-    x = torch.randn(1, 1, linear.in_features).to(next(p for p in linear.parameters() if p.is_floating_point()))
+    scales_or_weights = next(p for p in linear.parameters() if p.is_floating_point() and p.itemsize > 1)
+    x = torch.randn(1, 1, linear.in_features).to(scales_or_weights)
     expected = x.double() @ linear.dense_weight().double().mT
     if linear.bias is not None:
         expected += linear.bias.double()
@@ -198,7 +199,9 @@ def _quantized(floating: nn.Module, storage: Storage, device: torch.device) -> n
     module = quantized_like(floating, storage, device)
     assert module is not None
     for parameter in module.parameters():
-        if parameter.is_floating_point():
+        if parameter.dtype == torch.float8_e4m3fn:
+            parameter.view(torch.uint8).random_(0, 127)  # 127 is NaN
+        elif parameter.is_floating_point():
             parameter.uniform_(5e-4, 2e-3)
         else:
             parameter.random_()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from grasp.cli.arguments import Device, Dtype, Json, Model, parse_counts, parse_form
+from grasp.cli.arguments import Device, Dtype, Json, Model, parse_bits, parse_form
 from grasp.cli.bench import bench
 
 
@@ -25,7 +25,7 @@ def costs(
     ] = "pivoted",
     bits: Annotated[
         str | None,
-        typer.Option(metavar="8|4|8,4", help="Also time quantised linears, for grasp compress --bits; auto needs 8,4."),
+        typer.Option(metavar="8|4|fp8|8,4", help="Also time quantised linears, for grasp compress --bits; auto: 8,4."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -46,7 +46,7 @@ def costs(
     from grasp.method.storage import choose_storage
 
     kind = parse_form(form)
-    storages = [choose_storage(number) for number in parse_counts(bits, "bits")] if bits else []
+    storages = [choose_storage(parse_bits(part.strip())) for part in bits.split(",")] if bits else []
     require_writable(output, parents=True)
     with console.step_bars() as progress:
         loaded, _ = load_quietly(model, dtype=dtype, device=device, progress=progress)

@@ -13,7 +13,7 @@ from grasp.errors import CostTableError, ResultsError
 from grasp.evaluation.generation import GenerationTime
 from grasp.method.cost_table import CostTable
 from grasp.method.ranks import break_even_rank
-from grasp.method.storage import Storage
+from grasp.method.storage import STORAGES
 from grasp.model.dense import dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QUANTIZED, QuantizedLinear, QuantizedLowRankLinear
@@ -62,25 +62,32 @@ def test_a_linear_that_computes_something_else_is_not_timed(monkeypatch: pytest.
         measure_costs(tiny_model("llama"))
 
 
-def test_quantised_linears_are_timed_as_they_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("bits", "storages"), [("auto", ("int8", "int4/64")), ("fp8", ("fp8",))])
+def test_quantised_linears_are_timed_as_they_are_served(
+    bits: str, storages: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(costs, "ROTATE_BYTES", 1 << 12)
-    checked = []
-    monkeypatch.setattr(costs, "require_product", lambda linear, name: checked.append((type(linear), name)))
+    checked, require_product = [], costs.require_product
     decoded, generate = [], costs.time_generation
+
+    def checks(linear: QuantizedLinear | QuantizedLowRankLinear, name: str) -> None:
+        checked.append((type(linear), name))
+        require_product(linear, name)
 
     def noted(model: PreTrainedModel, **sizes: int) -> GenerationTime:
         decoded.append(sum(isinstance(module, QUANTIZED) for module in model.modules()))
         return generate(model, **sizes)
 
+    monkeypatch.setattr(costs, "require_product", checks)
     monkeypatch.setattr(costs, "time_generation", noted)
-    config = GraspConfig.best(target_latency=0.5, bits="auto")
+    config = GraspConfig.best(target_latency=0.5, bits=bits)
     model = tiny_model("llama", torch.bfloat16)
     modules = dict(model.named_modules())
     table = costs_for(model, None, "pivoted", config.storages)
     assert dict(model.named_modules()) == modules
-    assert {storage for _, storage in table.linears} == {None, Storage(8), Storage(4, 64)}
-    assert (QuantizedLinear, "the int4/64 linear 32x16") in checked
-    assert (QuantizedLowRankLinear, "the int8 linear 32x16r15") in checked
+    assert {storage for _, storage in table.linears} == {None, *map(STORAGES.get, storages)}
+    assert (QuantizedLinear, f"the {storages[-1]} linear 32x16") in checked
+    assert (QuantizedLowRankLinear, f"the {storages[0]} linear 32x16r15") in checked
     assert decoded.count(0) == costs.DECODES + 1
     assert decoded.count(23) == costs.DECODES + 1  # the linears of three layers, the embedding and the output layer
     assert all(seconds is not None and seconds < 1 for seconds in (table.layer_quantized, table.rest_quantized))
