@@ -50,14 +50,16 @@ def costs_for(
     measured: CostTable | None = None,
     progress: Progress = no_progress,
 ) -> CostTable:
-    """The costs that ``source`` names: a file, a card, or ``None`` for this machine, measured now if not before.
+    """The costs that ``source`` names: a file, a card, or ``None`` for this machine: ``measured``, or measured now.
 
     Raises:
         CostTableError: if it is neither a file nor a card, or the table is for another model, dtype or form, or lacks
             a storage.
     """
     if source is None:
-        return measured or measure_costs(model, form, storages, progress=progress)
+        if measured is None or not {*storages} <= {storage for _, storage in measured.linears}:
+            measured = measure_costs(model, form, storages, progress=progress)
+        return measured
     shapes, costs = linear_shapes(model), find_costs(source)
     dtype = str(model.dtype).removeprefix("torch.")
     if isinstance(costs, Card):

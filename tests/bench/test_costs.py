@@ -13,7 +13,7 @@ from grasp.errors import CostTableError, ResultsError
 from grasp.evaluation.generation import GenerationTime
 from grasp.method.cost_table import CostTable
 from grasp.method.ranks import break_even_rank
-from grasp.method.storage import STORAGES
+from grasp.method.storage import STORAGES, Storage
 from grasp.model.dense import dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QUANTIZED, QuantizedLinear, QuantizedLowRankLinear
@@ -98,6 +98,9 @@ def test_costs_come_from_a_file_a_card_or_this_machine(tmp_path: Path) -> None:
     measured = costs_for(model, None, "pivoted")
     measured.save(tmp_path / "costs.json")
     assert costs_for(model, str(tmp_path / "costs.json"), "pivoted") == measured
+    assert costs_for(model, None, "pivoted", measured=measured) is measured
+    again = costs_for(model, None, "pivoted", [Storage(8)], measured=measured)  # of an interrupted run without bits
+    assert {storage for _, storage in again.linears} == {None, Storage(8)}
     card = costs_for(model, "A100", "pivoted")
     assert (card.device, card.source, card.dtype) == ("A100", "roofline", "float32")
     assert {shape for shape, _ in card.linears} == set(linear_shapes(model))
