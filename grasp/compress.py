@@ -142,7 +142,7 @@ def carry_out_(run: Run) -> CompressionReport:
 def _refit_in_order_(run: Run, plan: Plan) -> None:
     run.clock.enter("refit")
     refit_(
-        *(run.model, run.calibration, plan.ranks),
+        *(run.model, run.batches, plan.ranks),
         dtype=run.config.sweep_dtype,
         scratch=run.scratch,
         processes=run.processes,

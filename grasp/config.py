@@ -19,7 +19,8 @@ from grasp.method.storage import FP8, Storage, choose_storage
 TARGETS = ("layers", "num_layers", "compression_ratio", "target_bytes", "target_latency")
 AUTO = "auto"
 _FP8 = str(FP8)
-_RETIRED = {"redundancy": "block_influence"}  # fields of earlier versions, with the one value that they may have
+# Fields of earlier versions, with the values that they may have.
+_RETIRED: dict[str, tuple[object, ...]] = {"redundancy": ("block_influence",), "remove_layers": (False, True)}
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,6 @@ class GraspConfig:
         allocation: ``"uniform"`` keeps the same fraction of every matrix. ``"global"`` spends one budget where it
             lowers the predicted loss most; a matrix may stay dense. It needs a metric in units of loss: ``"taylor"``,
             ``"fisher"``, or ``"magnitude"`` in the kfac basis.
-        remove_layers: also remove some layers, with their KV cache, where the predicted loss is lower. Without held-out
-            batches, the last eighth of the calibration batches is held out. Needs ``allocation="global"``.
         scope: layers that may be compressed: the ``"redundant"`` ones, or all of the ``"model"``.
         refit: after the last replacement, fit the left factors by least squares to the dense model's outputs, given
             the inputs that the compressed layers produce.
@@ -97,7 +96,6 @@ class GraspConfig:
     basis: str = "plain"
     metric: str = "taylor"
     allocation: str = "uniform"
-    remove_layers: bool = False
     scope: str = "redundant"
     refit: bool = False
     schedule: str = "sequential"
@@ -175,9 +173,8 @@ class GraspConfig:
         target_bytes: int | None = None,
         target_latency: float | None = None,
         retain_ratio: float | None = None,
-        remove_layers: bool = False,
         refit: bool = True,
-        schedule: str | None = None,
+        schedule: str = "progressive",
         sweep_dtype: str | None = None,
         form: Form = "pivoted",
         bits: int | str | None = None,
@@ -190,15 +187,14 @@ class GraspConfig:
 
         Args:
             retain_ratio: fraction of the selected layers' parameters to keep; needs ``layers`` or ``num_layers``.
-            schedule: ``"progressive"`` or ``"single-sweep"``. Default: ``"single-sweep"`` with ``remove_layers``,
-                otherwise ``"progressive"``.
+            schedule: ``"progressive"`` or ``"single-sweep"``.
 
         Raises:
             ValueError: as ``GraspConfig`` does.
 
         Example:
-            >>> GraspConfig.best(target_bytes=200_000_000, remove_layers=True).schedule
-            'single-sweep'
+            >>> GraspConfig.best(target_bytes=200_000_000).schedule
+            'progressive'
         """
         selected = layers is not None or num_layers is not None
         problems = []
@@ -217,10 +213,9 @@ class GraspConfig:
             basis="kfac",
             metric="magnitude",
             allocation="global",
-            remove_layers=remove_layers,
             scope="redundant" if selected else "model",
             refit=refit,
-            schedule=("single-sweep" if remove_layers is True else "progressive") if schedule is None else schedule,
+            schedule=schedule,
             sweep_dtype=sweep_dtype,
             form=form,
             bits=bits,
@@ -249,7 +244,7 @@ class GraspConfig:
         Raises:
             ValueError: if a key is not a field, or as the constructor does.
         """
-        values = {key: value for key, value in values.items() if (key, value) not in _RETIRED.items()}
+        values = {key: value for key, value in values.items() if value not in _RETIRED.get(key, ())}
         names = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(names)):
             raise ValueError(f"unknown configuration keys {', '.join(unknown)}; expected some of {', '.join(names)}")
@@ -308,9 +303,8 @@ class GraspConfig:
         for name, known in (("bits", (8, 4, _FP8, AUTO, None)), ("bits_dense", (8, 4, _FP8, None))):
             if (bits := getattr(self, name)) not in known:
                 yield f"{name} must be one of {', '.join(map(str, known))}, got {bits!r}"
-        for name in ("remove_layers", "refit"):
-            if not isinstance(value := getattr(self, name), bool):
-                yield f"{name} must be True or False, got {value!r}"
+        if not _is_bool(self.refit):
+            yield f"refit must be True or False, got {self.refit!r}"
         if self.sweep_dtype not in (None, "bfloat16", "float32"):
             yield f"sweep_dtype must be bfloat16, float32 or None, got {self.sweep_dtype!r}"
 
@@ -334,9 +328,8 @@ class GraspConfig:
         if self.allocation == "global":
             yield from self._conflicts_of_global()
             return
-        for name in ("target_latency", "remove_layers"):
-            if getattr(self, name) not in (None, False):
-                yield f"{name} needs allocation='global', got {self.allocation!r}: take GraspConfig.best"
+        if self.target_latency is not None:
+            yield f"target_latency needs allocation='global', got {self.allocation!r}: take GraspConfig.best"
         if self.schedule == "progressive":
             yield f"schedule='progressive' needs allocation='global', got {self.allocation!r}: take 'single-sweep'"
 
@@ -377,6 +370,10 @@ _RATIOS: dict[str, tuple[str, Callable[[float], bool]]] = {
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
 
 
 def _is_int(value: object) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,17 @@ def run(
     notify: Callable[[str], None] = lambda text: None,
     progress: Callable[[str, int, int], None] = lambda step, done, total: None,
     costs: CostTable | None = None,
+    held_out: Sequence[Tensor] = (),
     **model: Any,
 ) -> Run:
     """Compress a tiny model, keeping the run in ``folder``; its report and weights."""
     compressed, batches = tiny_model(family, dtype, **model), tiny_batches(BATCHES)
     if folder is None:
-        report = compress_(compressed, batches, config, costs=costs, progress=progress)
+        report = compress_(compressed, batches, config, costs=costs, held_out=held_out, progress=progress)
         return report, compressed.state_dict()
     with RunState(folder, notify=notify) as state:
-        report = compress_(compressed, batches, config, costs=costs, progress=progress, state=state)
+        options: dict[str, Any] = {"costs": costs, "held_out": held_out, "progress": progress}
+        report = compress_(compressed, batches, config, state=state, **options)
         return report, compressed.state_dict()
 
 

@@ -78,7 +78,7 @@ def test_a_configuration_is_made_without_torch_and_transformers() -> None:
         ({**_GLOBAL, "target_latency": 0.0}, r"target_latency .*\(0, 1\], got 0.0"),
         ({**_GLOBAL, "target_latency": 1.5}, "target_latency .* got 1.5"),
         ({**_GLOBAL, "target_latency": "12ms"}, "target_latency .* got '12ms'"),
-        ({**_GLOBAL, "remove_layers": 1}, "remove_layers .* got 1"),
+        ({**_GLOBAL, "refit": 1}, "refit .* got 1"),
         ({"refit": None}, "refit .* got None"),
         ({"sweep_dtype": "int8"}, "sweep_dtype .* got 'int8'"),
         ({"compression_ratio": 1.0}, r"compression_ratio .*\[0, 1\), got 1.0"),
@@ -110,7 +110,6 @@ def test_bad_values_are_refused_with_what_was_expected(values: dict[str, object]
         ({**_GLOBAL, "basis": "whitened"}, "'magnitude' in the whitened basis"),
         ({"allocation": "global"}, "'single-sweep' or 'progressive', got 'sequential'"),
         ({**_GLOBAL, "threshold_ratio": 0.5, "num_layers": 1}, "threshold_ratio .*allocation='uniform'"),
-        ({"remove_layers": True}, "remove_layers needs allocation='global'"),
         ({"target_latency": 0.5}, "target_latency needs allocation='global'"),
         ({"bits_dense": 4}, "bits_dense=4 needs bits"),
         ({"bits": 8, "target_bytes": 10}, "target_bytes with bits needs allocation='global'"),
@@ -153,12 +152,6 @@ def test_best_compresses_all_layers_or_those_that_are_named() -> None:
     assert GraspConfig.best(compression_ratio=0.1).scope == "model"
     assert GraspConfig.best(num_layers=2).scope == "redundant"
     assert GraspConfig.best(layers=(1,), retain_ratio=0.5).scope == "redundant"
-
-
-def test_best_takes_statistics_once_if_layers_may_be_removed() -> None:
-    assert GraspConfig.best().schedule == "progressive"
-    assert GraspConfig.best(remove_layers=True).schedule == "single-sweep"
-    assert GraspConfig.best(remove_layers=True, schedule="progressive").schedule == "progressive"
 
 
 @pytest.mark.parametrize(

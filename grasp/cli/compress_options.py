@@ -71,10 +71,6 @@ SweepDtype = Annotated[
     _method(metavar="DTYPE", help="Run calibration sweeps in bfloat16 or float32. Default: the model's dtype."),
 ]
 
-RemoveLayers = Annotated[
-    bool | None,
-    _best("--remove-layers/--keep-layers", help="Also remove whole layers where that loses less. Default: keep."),
-]
 Refit = Annotated[
     bool | None,
     _best("--refit/--no-refit", help="Fit the left factors to the dense model's outputs at the end. Default: refit."),

@@ -49,6 +49,7 @@ class Prices:
     layer: Callable[[int], float]  # the cost of a whole decoder layer as it is
     saving: float | None = None  # of the whole model; ``None``: as much as the uniform ranks of the plan save
     multiple: int = 1  # ranks to consider: kernels pad ranks to a multiple, so ranks in between save no time or bytes
+    target: Callable[[float], str] = "{}".format  # the target that a saving reaches, for messages
 
     def saved(self, target: Target, rank: int) -> float:
         """The cost that a rank saves of a linear; negative if the linear is cheaper dense."""
@@ -64,16 +65,26 @@ class Plan(NamedTuple):
 
 
 def find_prices(
-    config: GraspConfig, model: PreTrainedModel, targets: Targets, costs: CostTable | None = None
+    config: GraspConfig,
+    model: PreTrainedModel,
+    targets: Targets,
+    costs: CostTable | None = None,
+    *,
+    may_remove: bool = False,
 ) -> Prices:
     """The prices in the unit of a configuration's target: seconds of decoding, bytes, or parameters.
+
+    With ``may_remove`` layers can be removed to reach the target.
 
     Raises:
         ValueError: if a latency is asked for without ``costs``, or no ranks reach the target.
         CostTableError: if ``costs`` were measured for another model.
     """
-    prices = next(unit for field, unit in UNITS.items() if getattr(config, field) is not None or field == DEFAULT_UNIT)
-    return prices(config, model, targets, costs)
+    find = next(unit for field, unit in UNITS.items() if getattr(config, field) is not None or field == DEFAULT_UNIT)
+    prices = find(config, model, targets, costs)
+    if prices.saving is not None:
+        _require_reachable(config, prices, targets, may_remove)
+    return prices
 
 
 def _parameter_prices(config: GraspConfig, model: PreTrainedModel, targets: Targets, costs: CostTable | None) -> Prices:
@@ -84,11 +95,10 @@ def _parameter_prices(config: GraspConfig, model: PreTrainedModel, targets: Targ
 def _byte_prices(config: GraspConfig, model: PreTrainedModel, targets: Targets, costs: CostTable | None) -> Prices:
     assert config.target_bytes is not None
     size, weights = _dense_bytes(config, model)
-    prices = Prices(
-        partial(stored_bytes, config=config), weights.__getitem__, max(0, size - config.target_bytes), RANK_MULTIPLE
+    return Prices(
+        *(partial(stored_bytes, config=config), weights.__getitem__, max(0, size - config.target_bytes), RANK_MULTIPLE),
+        target=lambda saved: f"target_bytes={size - saved:.0f}",
     )
-    _require_reachable(config, prices, targets, lambda saved: f"target_bytes={size - saved:.0f}")
-    return prices
 
 
 def _dense_bytes(config: GraspConfig, model: PreTrainedModel) -> tuple[int, list[int]]:
@@ -121,9 +131,10 @@ def _second_prices(config: GraspConfig, model: PreTrainedModel, targets: Targets
     def layer(index: int) -> float:
         return beside + math.fsum(linear(target, DENSE) for target in targets[index])
 
-    prices = Prices(linear, layer, max(0.0, start - config.target_latency * dense), RANK_MULTIPLE)
-    _require_reachable(config, prices, targets, lambda saved: f"target_latency={(start - saved) / dense:.3f}")
-    return prices
+    return Prices(
+        *(linear, layer, max(0.0, start - config.target_latency * dense), RANK_MULTIPLE),
+        target=lambda saved: f"target_latency={(start - saved) / dense:.3f}",
+    )
 
 
 # The configuration's field that states a target → its prices. The first field that is set decides.
@@ -160,18 +171,18 @@ def _kind(target: Target, rank: int, config: GraspConfig) -> tuple[Shape, int | 
     return (shape, None, dense[rank]) if rank in dense else (shape, rank, config.storage)
 
 
-def _require_reachable(config: GraspConfig, prices: Prices, targets: Targets, after: Callable[[float], str]) -> None:
-    """Raise unless the cheapest choices save enough, or removing all layers but one; ``after`` names the result."""
+def _require_reachable(config: GraspConfig, prices: Prices, targets: Targets, may_remove: bool) -> None:
+    """Raise unless the cheapest choices save enough, or removing all layers but one."""
     assert prices.saving is not None
     cheapest = {1: "rank 1"} | ({} if config.fewest_bits is None else {ROUNDED: str(config.fewest_bits)})
     linears = chain.from_iterable(targets.values())
     most = math.fsum(max(0.0, *(prices.saved(target, rank) for rank in cheapest)) for target in linears)
     means = f"{' or '.join(cheapest.values())} in every eligible matrix"
-    if config.remove_layers:
+    if may_remove and config.allocation == "global":
         layers = [prices.layer(layer) for layer in targets]
         most, means = max(most, math.fsum(layers) - min(layers)), "removing all layers but one"
     if prices.saving > most:
-        raise ValueError(f"{after(prices.saving)} cannot be reached: {means} gives {after(most)}")
+        raise ValueError(f"{prices.target(prices.saving)} cannot be reached: {means} gives {prices.target(most)}")
 
 
 def choose_plan(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from grasp.compression.budget import Plan, Prices
 from grasp.compression.selection import Selection, Selections
-from grasp.errors import CalibrationError
 from grasp.formatting import layer_ranges
 from grasp.method.knapsack import DENSE, ROUNDED, Choices, Layer, allocate_layers, least_cost, rank_choices
-from grasp.model.batch import CalibrationBatch
 from grasp.model.targets import Target
 
 FIRST_SHARE = 0.6  # the share of the saving after which a progressive schedule gathers statistics again; docs/study.md
@@ -30,16 +28,6 @@ class Candidate(NamedTuple):
     map: str = ""  # file of the linear map that takes the place of the removed layers, if one does
 
 
-def hold_out(batches: Sequence[CalibrationBatch]) -> tuple[Sequence[CalibrationBatch], Sequence[CalibrationBatch]]:
-    """Split batches: the first ones for the statistics; the last eighth, at least one, to decide between candidates."""
-    if len(batches) < 2:
-        raise CalibrationError(
-            "remove_layers holds some calibration batches out; give at least 2 batches, or a smaller batch size"
-        )
-    count = max(1, len(batches) // HELD_OUT)
-    return batches[:-count], batches[-count:]
-
-
 def candidates(
     selections: Selections, plan: Plan, prices: Prices, removal: Mapping[int, float], nats: float
 ) -> dict[str, Candidate]:
@@ -53,18 +41,23 @@ def candidates(
         selections: the groups that each linear can retain, with the importance of all its groups.
         plan: the linears that may be compressed.
         prices: the unit of the budget.
-        removal: for each layer that may be removed, the loss that this adds, in nats per token. The layer with the
-            largest stays.
+        removal: for each layer that may be removed, the loss that this adds, in nats per token.
         nats: the loss that a score of 1 adds, in nats per token.
     """
     scores = _scored(selections, plan)
     scales = REMOVAL_LOSS_SCALES if removal else REMOVAL_LOSS_SCALES[:1]
     result: dict[str, Candidate] = {}
     for scale in scales:
-        losses = {layer: scale * loss / nats for layer, loss in removal.items() if loss < max(removal.values())}
+        losses = {layer: scale * loss / nats for layer, loss in removal.items()}
         candidate = _allocated(scores, plan, prices, losses)
         result.setdefault(candidate.name, candidate)
     return result
+
+
+def only_removed(layers: Iterable[int]) -> Candidate:
+    """The candidate in which some layers are removed and everything else stays dense."""
+    layers = tuple(sorted(layers))
+    return Candidate(f"layers {layer_ranges(layers)} removed", layers, {})
 
 
 def first_cut(selections: Selections, plan: Plan, prices: Prices) -> dict[Target, int]:
@@ -103,6 +96,8 @@ def _allocated(
             target: matrix.ranks[choice]
             for target, matrix, choice in zip(members[layer], choices.matrices, picked, strict=True)
         }
+    if removed and {*ranks.values()} <= {DENSE}:
+        return only_removed(removed)
     without = f" without layers {layer_ranges(removed)}" if removed else ""
     return Candidate(f"low-rank{without}", tuple(removed), ranks)
 

@@ -213,7 +213,7 @@ class _Estimator:
         self.shapes = [dense_shape(target.module) for linears in self.targets.values() for target in linears]
         self.parameters = model_size(tracer.model, self._layers).parameters
         if job.config.target_latency is None:
-            self._prices = find_prices(job.config, tracer.model, self.targets)
+            self._prices = find_prices(job.config, tracer.model, self.targets, may_remove=True)
         else:  # the layers depend on costs: at most, all layers are compressed
             parameters = find_prices(GraspConfig(form=job.config.form), tracer.model, self.targets)
             self._prices = replace(parameters, saving=math.inf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -11,12 +11,11 @@ import torch
 from grasp.checkpoint.compression_report import COMPRESSED, DENSE
 from grasp.checkpoint.run_state import Decision
 from grasp.compression.budget import Plan, predicted_bytes, predicted_seconds, required_saving
-from grasp.compression.candidates import Candidate, candidates
+from grasp.compression.candidates import Candidate, candidates, only_removed
 from grasp.compression.linear_replacement import linear_replacement, with_map
 from grasp.compression.refit import Refit
 from grasp.compression.run import Run
 from grasp.compression.selection import Selections, replacement
-from grasp.formatting import layer_ranges
 from grasp.method import knapsack
 from grasp.method.metrics import nats_per_score
 from grasp.model.layer_removal import can_remove
@@ -36,19 +35,20 @@ def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
     again, because the result will have them fitted.
     """
     run.clock.enter("candidates")
-    removal: dict[int, float] = {}
-    if run.held_out:
-        pool = [layer for layer in plan.layers if not run.config.remove_layers or layer in run.removable]
-        removal = removal_losses(run.model, pool, run.held_out, progress=run.progress, processes=run.processes)
-    tokens = sum(batch.num_tokens for batch in run.calibration)
+    tokens = sum(batch.num_tokens for batch in run.batches)
     nats = nats_per_score(run.config.basis, run.config.metric, tokens)
-    combined = removal if run.config.remove_layers else {}
-    allocations = candidates(selections, plan, run.prices, combined, nats)
     if not run.held_out:
-        (only,) = allocations.values()
+        (only,) = candidates(selections, plan, run.prices, {}, nats).values()
         return decision(run, only, (only,), {})
-    others = [*_layers_removed(fewest_layers(run, plan, removal, retried=RETRIED)), *linear_replacement(run, plan)]
-    options = [*allocations.values(), *others]
+    alone = removal_losses(run.model, plan.layers, run.held_out, progress=run.progress, processes=run.processes)
+    removal = removed_in_order(run, plan, alone, retried=RETRIED)
+    allocations = {
+        name: candidate
+        for name, candidate in candidates(selections, plan, run.prices, removal, nats).items()
+        if can_remove(run.model, candidate.removed)
+    }
+    others = [*_layers_removed(run, plan, removal), *linear_replacement(run, plan)]
+    options = [*allocations.values(), *(other for other in others if other.name not in allocations)]
     with run.processes.fail_together():
         start = capture_prefix(run.model, run.processes.local_batches(run.held_out), {0}, scratch=run.scratch)
     dense = Candidate(DENSE, (), {})
@@ -73,7 +73,7 @@ def compare_with_removal(run: Run, plan: Plan, scores: Sequence[float]) -> Decis
     dense = Candidate(DENSE, (), {})
     if not run.held_out:
         return decision(run, dense, (), {})
-    options = [dense, *_layers_removed(fewest_layers(run, plan, dict(enumerate(scores))))]
+    options = [dense, *_layers_removed(run, plan, removed_in_order(run, plan, dict(enumerate(scores))))]
     choices = [option.removed for option in options]
     losses = losses_without(run.model, choices, run.held_out, processes=run.processes)
     names = [option.name for option in options]
@@ -112,8 +112,8 @@ def decision(run: Run, chosen: Candidate, options: Iterable[Candidate], losses: 
     )
 
 
-def fewest_layers(run: Run, plan: Plan, losses: Mapping[int, float], *, retried: int = 1) -> tuple[int, ...]:
-    """The layers that are removed one after the other until the budget is met, ascending; () if it cannot be met so.
+def removed_in_order(run: Run, plan: Plan, losses: Mapping[int, float], *, retried: int = 1) -> dict[int, float]:
+    """The layers that go one after the other until the budget is met or no other can go, and what each loses then.
 
     Args:
         run: the run; none of its linears is replaced yet.
@@ -121,25 +121,28 @@ def fewest_layers(run: Run, plan: Plan, losses: Mapping[int, float], *, retried:
         losses: for each layer that may go, what removing it alone loses, or another score to go by.
         retried: after each removal so many of the next layers are measured on the held-out batches; 1 for none.
     """
-    saving, saved, losses = required_saving(run.prices, plan), 0.0, dict(losses)
-    removed: list[int] = []
-    while saved < saving:
-        few = heapq.nsmallest(retried, losses, key=losses.__getitem__)
+    saving, left = required_saving(run.prices, plan), dict(losses)
+    removed: dict[int, float] = {}
+    while _saved(run, removed) < saving:
+        few = heapq.nsmallest(retried, left, key=left.__getitem__)
         if removed and retried > 1:
-            losses |= removal_losses(run.model, few, run.held_out, removed, processes=run.processes)
-        few.sort(key=losses.__getitem__)
+            left |= removal_losses(run.model, few, run.held_out, [*removed], processes=run.processes)
+        few.sort(key=left.__getitem__)
         layer = next((layer for layer in few if can_remove(run.model, [*removed, layer])), None)
         if layer is None:
-            return ()
-        del losses[layer]
-        removed.append(layer)
-        saved += run.prices.layer(layer)
-    return tuple(sorted(removed))
+            break
+        removed[layer] = left.pop(layer)
+    return removed
 
 
-def _layers_removed(layers: tuple[int, ...]) -> list[Candidate]:
-    """Everything but these layers stays dense; no candidate without layers."""
-    return [Candidate(f"layers {layer_ranges(layers)} removed", layers, {})] if layers else []
+def _saved(run: Run, removed: Iterable[int]) -> float:
+    return sum(map(run.prices.layer, removed))
+
+
+def _layers_removed(run: Run, plan: Plan, removed: Collection[int]) -> list[Candidate]:
+    """Everything but these layers stays dense; no candidate if that does not meet the budget."""
+    meets = removed and _saved(run, removed) >= required_saving(run.prices, plan)
+    return [only_removed(removed)] if meets else []
 
 
 def _fitted_layers(run: Run, candidate: Candidate) -> range:
@@ -161,7 +164,7 @@ def _loss(run: Run, start: Prefix, selections: Selections, candidate: Candidate,
         fitted: the layers whose left factors are fitted to the dense outputs first.
     """
     model, hidden, removed = run.model, start.hidden[0], candidate.removed
-    refit = Refit(model, run.calibration, fitted, run.config.sweep_dtype, run.scratch, run.processes)
+    refit = Refit(model, run.batches, fitted, run.config.sweep_dtype, run.scratch, run.processes)
     for layer in range(len(decoder(model).layers)):
         present = [(t, candidate.ranks.get(t, knapsack.DENSE)) for t in selections if t.layer == layer]
         chosen = {t: replacement(run.state, t, selections[t], rank).module for t, rank in present}

@@ -52,7 +52,7 @@ def linear_replacement(run: Run, plan: Plan) -> list[Candidate]:
         return []
     with run.processes.fail_together():
         prefix = capture_prefix(
-            *(run.model, run.processes.local_batches(run.calibration), {before}),
+            *(run.model, run.processes.local_batches(run.batches), {before}),
             dtype=run.config.sweep_dtype,
             scratch=run.scratch,
         )
@@ -101,6 +101,6 @@ def _block(run: Run, plan: Plan) -> range:
             and math.fsum(map(run.prices.layer, range(start, start + count))) >= saving
         ]
         if blocks:
-            scores = block_influence(run.model, run.calibration, span=count, processes=run.processes)
+            scores = block_influence(run.model, run.batches, span=count, processes=run.processes)
             return min(blocks, key=lambda block: scores[block.start])
     return range(0)

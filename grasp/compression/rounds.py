@@ -57,7 +57,7 @@ def prepare_(run: Run, plan: Plan) -> Work:
     entries = {min(target.layer for target in members) for members in sweeps}
     if run.state.decision:
         entries = set()
-    batches = run.processes.local_batches(run.calibration)
+    batches = run.processes.local_batches(run.batches)
     with run.processes.fail_together():
         prefix = capture_prefix(
             *(run.model, batches, entries), dtype=run.config.sweep_dtype, scratch=run.scratch, progress=run.progress
@@ -198,7 +198,7 @@ def carry_out_decision_(run: Run, plan: Plan, work: Work, decision: Decision) ->
         members[target.layer].append(target)
     low = {target.layer for target in plan.ranks if decision.ranks.get(target.name, DENSE) not in (DENSE, ROUNDED)}
     fitted = range(min(low | {*decision.removed}), max(low) + 1) if low and run.config.refit else range(0)
-    refit = Refit(run.model, run.calibration, fitted, run.config.sweep_dtype, run.scratch, run.processes)
+    refit = Refit(run.model, run.batches, fitted, run.config.sweep_dtype, run.scratch, run.processes)
     reports: dict[Target, ModuleReport] = {}
     for layer, linears in members.items():
         chosen, is_stored = _replacements(run, linears, decision)

@@ -11,14 +11,12 @@ from transformers import PreTrainedModel
 
 from grasp.checkpoint.run_state import NoState
 from grasp.compression.budget import Plan, Prices, Targets, choose_plan, find_prices
-from grasp.compression.candidates import hold_out
 from grasp.compression.eligible import ModulesLeft, check_layers, eligible_targets, require_positions
 from grasp.compression.memory_budget import MemoryBudget
 from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
 from grasp.method.cost_table import CostTable
 from grasp.model.batch import CalibrationBatch, batches_digest
-from grasp.model.layer_removal import removable_layers
 from grasp.model.offload import is_fetched_per_call
 from grasp.model.size import Size, model_size
 from grasp.model.targets import Target, decoder
@@ -35,15 +33,13 @@ class Run:
 
     Attributes:
         model: changed in place.
-        batches: all calibration batches.
-        calibration: the ones that statistics are gathered from.
+        batches: the calibration batches.
         held_out: other ones, on which losses are measured; with a global budget they decide between candidates.
         config: the configuration.
         costs: of decoding, for a target latency.
         targets: the linears that can be compressed, by layer.
         left: the modules that cannot be compressed, by layer, each with its reason.
         prices: the unit of the budget.
-        removable: the layers that may be removed.
         before: the size of the model before.
         memory: which layers are swept together.
         scratch: where hidden states are kept.
@@ -56,14 +52,12 @@ class Run:
 
     model: PreTrainedModel
     batches: Sequence[CalibrationBatch]
-    calibration: Sequence[CalibrationBatch]
     held_out: Sequence[CalibrationBatch]
     config: GraspConfig
     costs: CostTable | None
     targets: Targets
     left: ModulesLeft
     prices: Prices
-    removable: Sequence[int]
     before: Size
     memory: MemoryBudget
     scratch: Scratch
@@ -113,8 +107,7 @@ def start_run(
             "leave bits out, and quantise the result with `grasp quantize`"
         )
     targets, left = eligible_targets(model)
-    prices = find_prices(config, model, targets, costs)
-    removable = removable_layers(model) if config.remove_layers else []
+    prices = find_prices(config, model, targets, costs, may_remove=bool(held_out))
     given = [*batches, *held_out]
     tokens = [batch.num_tokens for batch in given]
     processes.require_same("the request", f"{config} {before} {tokens} {batches_digest(given)}")
@@ -126,20 +119,15 @@ def start_run(
         state.begin(model, batches, held_out, config, costs, clock)
     # Without a run folder, all processes use the temporary one of the first.
     state.folder = Path(processes.from_first(str(state.folder) if processes.first else ""))
-    calibration = batches
-    if config.remove_layers and not held_out:
-        calibration, held_out = hold_out(batches)
     return Run(
         model=model,
         batches=batches,
-        calibration=calibration,
         held_out=held_out,
         config=config,
         costs=costs,
         targets=targets,
         left=left,
         prices=prices,
-        removable=removable,
         before=before,
         memory=budget,
         scratch=Scratch(state.folder, budget.hidden_states),

@@ -83,27 +83,6 @@ def can_remove(model: PreTrainedModel, layers: Sequence[int]) -> bool:
     return True
 
 
-def removable_layers(model: PreTrainedModel) -> list[int]:
-    """The layers that ``remove_layers_`` can delete one at a time.
-
-    Raises:
-        UnsupportedModelError: if there is none; the message has the reason of the last layer.
-    """
-    depth = len(decoder(model).layers)
-    removable: list[int] = []
-    reason = ""  # the error itself would hold this frame, and with it the model
-    for layer in range(depth):
-        try:
-            _changed_config(model, [i for i in range(depth) if i != layer])
-        except UnsupportedModelError as error:
-            reason = str(error)
-        else:
-            removable.append(layer)
-    if not removable and reason:
-        raise UnsupportedModelError(reason)
-    return removable
-
-
 @contextmanager
 def skipping(model: PreTrainedModel, layers: Sequence[int], batch: CalibrationBatch) -> Iterator[None]:
     """Skip decoder layers until the block ends; two tokens of ``batch`` are run to see what a layer returns."""

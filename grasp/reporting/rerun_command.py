@@ -11,7 +11,7 @@ from grasp.checkpoint.compression_report import CompressionReport
 from grasp.config import PRESETS, GraspConfig
 
 _NOT_OPTIONS = ("model", "processes", "grasp")  # keys of a request that are not options of the command
-_OFF = {"refit": "--no-refit", "remove_layers": "--keep-layers"}  # options whose ``False`` is spelled out
+_OFF = {"refit": "--no-refit"}  # options whose ``False`` is spelled out
 
 
 def rerun_command(report: CompressionReport, output: str) -> list[str] | None:

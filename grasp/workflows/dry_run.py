@@ -161,4 +161,4 @@ def _require_reachable(job: CompressionJob, costs: str) -> None:
     """Raise unless ``costs`` belong to the model and the latency can be reached, as ``compress_`` does."""
     tracer = Tracer(job.model_config, dtype=job.dtype, device=job.device, batch_size=1, seq_len=job.seq_len)
     table = costs_for(tracer.model, costs, job.config.form, job.config.storages)
-    find_prices(job.config, tracer.model, eligible_targets(tracer.model)[0], table)
+    find_prices(job.config, tracer.model, eligible_targets(tracer.model)[0], table, may_remove=True)

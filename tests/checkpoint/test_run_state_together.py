@@ -32,6 +32,7 @@ from tests.interrupted import (
     stopped_at_every_write,
     take_little_memory,
 )
+from tests.tiny_models import tiny_batches
 
 BEST = GraspConfig.best(compression_ratio=0.1)
 KFAC: dict[str, Any] = {"basis": "kfac", "metric": "magnitude", "allocation": "global", "schedule": "single-sweep"}
@@ -257,10 +258,10 @@ def test_costs_that_were_measured_stand(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_removed_layers_and_low_rank_linears_come_back_together(folder: Path) -> None:
-    config = GraspConfig(target_latency=0.3, remove_layers=True, scope="model", refit=True, form="pivoted", **KFAC)
-    table = dataclasses.replace(costs(), layer=2000.0)
-    expected = run(None, config, costs=table)
+    config = GraspConfig(target_latency=0.3, scope="model", refit=True, form="pivoted", **KFAC)
+    table, held_out = dataclasses.replace(costs(), layer=2000.0), tiny_batches(1, seed=2)
+    expected = run(None, config, costs=table, held_out=held_out)
     assert expected[0].removed_layers
     assert replaced(expected)
-    stopped(folder, "refit", 1, config, costs=table)
-    assert_same(run(folder, config, costs=table), expected)
+    stopped(folder, "refit", 1, config, costs=table, held_out=held_out)
+    assert_same(run(folder, config, costs=table, held_out=held_out), expected)

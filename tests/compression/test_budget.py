@@ -20,15 +20,14 @@ from grasp.checkpoint.compression_report import CompressionReport
 from grasp.compress import compress_
 from grasp.compression import rounds
 from grasp.compression.budget import Plan, find_prices
-from grasp.compression.candidates import FIRST_SHARE, candidates, hold_out
+from grasp.compression.candidates import FIRST_SHARE, candidates
 from grasp.compression.quantize import quantize_
 from grasp.compression.selection import STAYS_DENSE, Selection
 from grasp.config import GraspConfig
-from grasp.errors import CalibrationError, CostTableError
+from grasp.errors import CostTableError
 from grasp.method.cost_table import CostTable, LinearSeconds, from_roofline
 from grasp.method.ranks import break_even_rank
 from grasp.method.storage import Storage
-from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_shape, dense_weight
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QUANTIZED, QuantizedLowRankLinear
@@ -164,14 +163,6 @@ def test_every_schedule_works_in_every_basis(basis: str, schedule: str) -> None:
     config = GraspConfig(layers=(0, 2), retain_ratio=0.4, basis=basis, metric="fisher", schedule=schedule)
     report = compress_(tiny_model("llama"), tiny_batches(2), config)
     assert len(report.compressed) == 14
-
-
-def test_an_eighth_is_held_out_and_at_least_one_batch() -> None:
-    batches = [CalibrationBatch(t) for t in tiny_batches(17)]
-    assert [len(part) for part in hold_out(batches)] == [15, 2]
-    assert [len(part) for part in hold_out(batches[:2])] == [1, 1]
-    with pytest.raises(CalibrationError, match="give at least 2"):
-        hold_out(batches[:1])
 
 
 FLOATING: dict[Storage | None, float] = {None: 1.0}
@@ -379,8 +370,9 @@ def remove(share: float, **options: Any) -> tuple[PreTrainedModel, CompressionRe
         for layer in (1, 3):
             decoder(model).layers[layer].self_attn.o_proj.weight.mul_(1e-2)
             decoder(model).layers[layer].mlp.down_proj.weight.mul_(1e-2)
-    config = GraspConfig(compression_ratio=share, remove_layers=True, scope="model", **BEST, **options)
-    return model, compress_(model, tiny_batches(8), config)
+    config = GraspConfig(compression_ratio=share, scope="model", **BEST, **options)
+    *batches, held_out = tiny_batches(8)
+    return model, compress_(model, batches, config, held_out=[held_out])
 
 
 def test_layers_go_where_that_loses_less_and_the_rest_reloads_in_plain_transformers(tmp_path: Path) -> None:
@@ -409,7 +401,7 @@ def test_layers_go_where_that_loses_less_and_the_rest_reloads_in_plain_transform
 def test_layers_go_by_what_their_removal_loses() -> None:
     model = tiny_model("llama")
     targets = {layer: layer_targets(model, layer)[0] for layer in range(3)}
-    config = GraspConfig(compression_ratio=0.3, remove_layers=True, scope="model", **BEST)
+    config = GraspConfig(compression_ratio=0.3, scope="model", **BEST)
     prices, empty = find_prices(config, model, targets), torch.empty(0)
     selections = {
         target: Selection("", torch.arange(rank), torch.ones(min(dense_shape(target.module))), empty, empty, "")
@@ -434,7 +426,7 @@ def test_where_no_ranks_suffice_layers_go(schedule: str) -> None:
     config = dataclasses.replace(GraspConfig(target_latency=0.6, scope="model", **BEST), schedule=schedule)
     with pytest.raises(ValueError, match=r"target_latency=0.600 cannot be reached: rank 1 .* gives target_latency=0.9"):
         compress_(model, tiny_batches(8), config, costs=costs)
-    report = compress_(model, tiny_batches(8), dataclasses.replace(config, remove_layers=True), costs=costs)
+    report = compress_(model, tiny_batches(7), config, held_out=tiny_batches(1, seed=1), costs=costs)
     assert len(report.removed_layers) == 2
     assert len(decoder(model).layers) == 1
     assert report.decode_seconds["after"] <= 0.6 * report.decode_seconds["dense"]

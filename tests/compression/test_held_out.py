@@ -79,9 +79,9 @@ def test_a_layer_that_returns_its_input_is_removed_also_by_a_resumed_run(tmp_pat
     assert all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in resumed.state_dict().items())
 
 
-@pytest.mark.parametrize(("retried", "expected"), [(1, (1, 2)), (2, (1, 3))])
+@pytest.mark.parametrize(("retried", "expected"), [(1, {1: 1.0, 2: 2.0}), (2, {1: 1.0, 3: 0.5})])
 def test_layers_are_removed_by_loss_and_the_next_ones_are_measured_again(
-    retried: int, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    retried: int, expected: dict[int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[list[int], list[int]]] = []
 
@@ -95,11 +95,13 @@ def test_layers_are_removed_by_loss_and_the_next_ones_are_measured_again(
         prices=prices, model=tiny_model("llama", num_hidden_layers=5), held_out=[], processes=None
     )
     alone = {0: 9.0, 1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}
-    assert choice.fewest_layers(run, Plan(1.0, (), {}), alone, retried=retried) == expected
+    assert choice.removed_in_order(run, Plan(1.0, (), {}), alone, retried=retried) == expected
     assert asked == ([([1], [2, 3])] if retried > 1 else [])
     run.prices = Prices(prices.linear, prices.layer, saving=50.0)
     monkeypatch.setattr(choice, "removal_losses", lambda model, layers, *args, **options: dict.fromkeys(layers, 0.0))
-    assert choice.fewest_layers(run, Plan(1.0, (), {}), alone, retried=retried) == ()  # one has to stay
+    everything = choice.removed_in_order(run, Plan(1.0, (), {}), alone, retried=retried)
+    assert len(everything) == 4  # one has to stay
+    assert choice._layers_removed(run, Plan(1.0, (), {}), everything) == []
 
 
 def test_low_rank_linears_are_fitted_before_another_candidate_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

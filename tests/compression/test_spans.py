@@ -99,7 +99,6 @@ SOME = {"layers": (0, 1), "retain_ratio": 0.4}  # the head is in a span without 
 CONFIGS = {
     "best": BEST,
     "bf16": GraspConfig.best(compression_ratio=0.15, sweep_dtype="bfloat16"),
-    "remove layers": GraspConfig.best(compression_ratio=0.4, remove_layers=True),
     "paper": GraspConfig.paper(**SOME),
     "single sweep": GraspConfig(**SOME, schedule="single-sweep"),
     "fisher": GraspConfig(**SOME, schedule="single-sweep", basis="kfac", metric="fisher", refit=True),
@@ -112,7 +111,6 @@ CONFIGS = {
         ("llama", "best", [two, layer_by_layer, in_parts]),
         ("gpt2", "best", [in_parts]),
         ("llama", "bf16", [in_parts]),
-        ("llama", "remove layers", [layer_by_layer]),
         ("gpt2", "paper", [layer_by_layer]),
         ("llama", "single sweep", [in_parts]),
         ("gpt2", "fisher", [in_parts]),

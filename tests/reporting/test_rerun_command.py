@@ -83,12 +83,13 @@ def test_names_on_the_hub_are_told_whole() -> None:
         GraspConfig(),
         GraspConfig.paper(num_layers=2, threshold_ratio=0.5, metric="gradient", schedule="per-layer"),
         GraspConfig.best(),
-        GraspConfig.best(target_bytes=10**6, remove_layers=True, refit=False, sweep_dtype="bfloat16"),
+        GraspConfig.best(target_bytes=10**6, schedule="single-sweep", refit=False, sweep_dtype="bfloat16"),
         GraspConfig.best(layers=(1,), retain_ratio=0.3),
     ],
 )
 def test_the_options_of_the_command_make_the_configuration(config: GraspConfig) -> None:
-    settings = {**config.to_dict(), "redundancy": "block_influence"}  # as an earlier version wrote it
+    of_earlier_versions = {"redundancy": "block_influence", "remove_layers": True}
+    settings = {**config.to_dict(), **of_earlier_versions}
     report = with_request(replace(a_report(), config=settings), "m", Samples(), device="cpu")
     words = rerun_command(replace(report, request={**report.request, "shard": True}), "out")
     assert words is not None

@@ -112,8 +112,8 @@ def remove_layers(processes: Processes) -> tuple[dict[int, float], CompressionRe
         shard_(model, CPU, processes)
     batches = as_batches(tiny_batches(8))
     losses = removal_losses(model, [0, 1, 3], batches[:3], processes=processes)
-    config = GraspConfig.best(compression_ratio=0.45, remove_layers=True, schedule="single-sweep")
-    report = compress_(model, batches, config, processes=processes)
+    config = GraspConfig.best(compression_ratio=0.45, schedule="single-sweep")
+    report = compress_(model, batches[1:], config, held_out=batches[:1], processes=processes)
     if processes.sharded:
         collect_(model, processes)
     return losses, report, {name: value for name, value in model.state_dict().items() if not value.is_meta}
