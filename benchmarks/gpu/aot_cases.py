@@ -324,6 +324,8 @@ def _quantized_cases() -> Iterator[AotCase]:
         for M in (1, 4, 16, 64, 256):
             yield _quantized_case(kind, group, M, representative=(M, group) == (16, 64))
         yield _quantized_case(kind, group, 16, R=1632, pivots=1632)
+        for M in (1, 16):  # the rows for which a dense quantised linear is factors of full rank
+            yield _quantized_case(kind, group, M, R=4096, pivots=4096)
 
 
 def _quantized_case(

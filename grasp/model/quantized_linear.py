@@ -125,12 +125,34 @@ class QuantizedLowRankLinear(_Quantized):
         )
 
 
+# Rows of x up to which a kernel reads the quantised weight. More are multiplied by a dequantised copy, which moves at
+# least five times the bytes. 16 rows are one tile of a GPU's kernel; not measured on one.
+KERNEL_ROWS = {"cpu": CPU_ROWS, "cuda": dict.fromkeys(CPU_ROWS, 16)}
+
+
+def quantized_product(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, others: Tensor, order: Tensor
+) -> Tensor:
+    """``x @ W.mT + bias``, (..., N), of a quantised weight: the Vh of pivoted factors of full rank.
+
+    Args:
+        x: (..., K), floating.
+        weight: (N, K), as ``grasp_kernels.quantized`` stores it.
+        scales: (N, groups).
+        bias: (N,).
+        others: (0, N), the rows that are no pivots.
+        order: 0, 1, …, N − 1 in int32.
+    """
+    if x.numel() <= x.shape[-1] * KERNEL_ROWS.get(x.device.type, {}).get(x.dtype, 0):
+        return lowrank_linear(x, others, None, weight, bias, order, None, scales)
+    return F.linear(x, dequantize(weight, scales, x.shape[-1], x.dtype), bias)
+
+
 class QuantizedLinear(_Quantized):
     """A dense linear whose weight is quantised.
 
     The parameters are weight, (N, K) int8 or (N, ⌈K / 2⌉) uint8, ``weight_scales``, and bias (N,) or ``None``; none
-    takes a gradient. Few rows on a CPU run in the kernel of the low-rank linears: the weight is the Vh of pivoted
-    factors of full rank. Other calls multiply with the dequantised weight.
+    takes a gradient. Few rows are multiplied by the kernel of the low-rank linears, see ``quantized_product``.
 
     Args:
         linear: gives shape, bias and dtype of the scales; its weight is not read.
@@ -173,10 +195,7 @@ class QuantizedLinear(_Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
-        if x.is_cpu and x.numel() <= self.in_features * CPU_ROWS.get(x.dtype, 0):
-            factors = (self.others, None, self.weight, self.bias, self.order, None, self.weight_scales)
-            return lowrank_linear(x, *factors)
-        return F.linear(x, dequantize(self.weight, self.weight_scales, self.in_features, x.dtype), self.bias)
+        return quantized_product(x, self.weight, self.weight_scales, self.bias, self.others, self.order)
 
     def dense_weight(self) -> Tensor:
         """The weight, (N, K) in fp32 (fp64 for fp64)."""

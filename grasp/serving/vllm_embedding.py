@@ -18,16 +18,14 @@ from vllm.model_executor.utils import set_weight_attrs
 from grasp.errors import CheckpointError
 from grasp.method.storage import Storage
 from grasp.model.checkpoint_format import METHOD
+from grasp.model.quantized_linear import quantized_product
 from grasp.serving.parts import Spec, check_tensor
-from grasp_kernels import lowrank_linear
-from grasp_kernels.quantized import dequantize
 
 
 class GraspEmbeddingMethod(QuantizeMethodBase):
     """An embedding or output layer with int8 rows, ``weight`` (V, K), and a scale for each, ``weight_scales`` (V, 1).
 
-    vLLM shares out the rows between processes. Its own loader of these layers does that for both tensors. On a CPU the
-    logits come from the kernels of low-rank linears: the weight is the Vh of pivoted factors of full rank.
+    vLLM shares out the rows between processes. Its own loader of these layers does that for both tensors.
     """
 
     def __init__(self, name: str) -> None:
@@ -92,9 +90,7 @@ class GraspEmbeddingMethod(QuantizeMethodBase):
 
     def apply(self, layer: VocabParallelEmbedding, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., K) → (..., V)."""
-        if x.is_cpu:
-            return lowrank_linear(x, layer.others, None, layer.weight, bias, layer.order, None, layer.weight_scales)
-        return F.linear(x, dequantize(layer.weight, layer.weight_scales, x.shape[-1], x.dtype), bias)
+        return quantized_product(x, layer.weight, layer.weight_scales, bias, layer.others, layer.order)
 
     def tie_weights(self, layer: VocabParallelEmbedding, embed_tokens: VocabParallelEmbedding) -> nn.Module:
         """Share the tensors of the embedding with an output layer."""

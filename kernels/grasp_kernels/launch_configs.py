@@ -291,7 +291,7 @@ def estimate(key: LaunchKey, blocks: Blocks, gpu: Gpu, members: int) -> Estimate
     trips = max(1.0, span / ((blocks.stages - 1) * blocks.block_k))
     tail = REDUCE_TAIL + blocks.splits * sums / port if blocks.reduce else 0.0
     vh, u = (count * member_rank * size / (processors * memory) for count in (in_features * members, width))
-    programs = row_tiles * -(-width // blocks.block_n)
+    programs = row_tiles * max(1, -(-width // blocks.block_n))  # no row of U is left if all outputs are pivots
     hidden = row_block * member_rank * (size if blocks.reduce else 4 * blocks.splits)
     hits = max(1.0, hidden / (REQUESTED * 32 * blocks.warps)) * HIT
     shrink = max(traffic, vh, trips * LATENCY) + tail

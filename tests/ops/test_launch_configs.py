@@ -47,6 +47,12 @@ def test_a_card_without_measurements_gets_the_rule_of_thumb_and_the_status_says_
     assert "no configurations measured on Test Card/80GB" in launch_configs.status("lowrank_linear", CARD)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_factors_of_full_rank_without_other_rows_have_a_configuration(capability: int) -> None:
+    gpu = CARD._replace(capability=capability)
+    assert rule_of_thumb("lowrank_linear", KEY._replace(rank=KEY.width, pivots=KEY.width), gpu).path == "pair"
+
+
 def test_saved_configurations_are_chosen(configs: Path) -> None:
     choose(KEY)  # a cached answer that saving must drop
     path = save("lowrank_linear", CARD.name, {KEY: (CONFIG, 3.21)}, configs)
