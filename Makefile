@@ -8,7 +8,7 @@ BUILT := $(VENV)/.built
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(CSRC) $(wildcard tests/*.c tests/csrc/*.cpp tests/csrc/*/*.* tests/csrc/*/*/*.* examples/*.cpp)
 
-.PHONY: help venv build demo test test-vllm stress fuzz sanitize check aot gpu-check test-matrix bench-save bench-compare bench-selftest lint
+.PHONY: help venv build demo test test-vllm test-llama-cpp stress fuzz sanitize check aot gpu-check test-matrix bench-save bench-compare bench-selftest lint
 .PHONY: format docs clean test-scale wheels test-wheels
 .PHONY: kernel-package test-kernel-package
 
@@ -89,6 +89,10 @@ kernel-package: $(BUILT) ## the kernels as a package for Hugging Face's Kernel H
 
 test-kernel-package: kernel-package ## load that package where there is nothing but torch and kernels, then beside grasp; minutes
 	PYTHON=$(PYTHON) packages/kernel-hub/check.sh
+
+test-llama-cpp: $(BUILT) ## exports and benchmarks with a real llama.cpp, which it compiles; minutes
+	$(BIN)/python -m pip install --quiet llama-cpp-python
+	$(BIN)/python -m pytest tests/export tests/workflows/test_export.py tests/bench/test_yardstick.py
 
 stress: $(BUILT) ## kill 4 x 30 runs at random points, and compare their results; many minutes
 	$(BIN)/python -m pytest tests/checkpoint/test_run_state_kill.py --kills 30 -s -q

@@ -46,7 +46,7 @@ def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     """
     count = sum(isinstance(module, (LowRankLinear, QuantizedLowRankLinear)) for module in model.modules())
     dequantize_(model)
-    write_gguf(model, folder / "model.gguf", _TYPES[model.dtype], tokenizer)
+    write_gguf(model, folder / "model.gguf", None, tokenizer)
     if not count:
         return "No linear is low-rank: the file has the layers that the checkpoint has."
     return (
@@ -69,11 +69,13 @@ def objection(model: PreTrainedModel) -> str | None:
         return f"expected the activation silu, got {config.hidden_act!r}"
     if {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
         return "some layers have a sliding window"
+    if model.dtype not in _TYPES:
+        return f"expected weights in fp32, fp16 or bf16, got {model.dtype}"
     return None
 
 
 def write_gguf(
-    model: PreTrainedModel, path: Path, weight_type: str, tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel, path: Path, weight_type: str | None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
     """Write a dense model. Norms and biases are F32, and matrices whose rows the type cannot divide are F16.
 
@@ -84,7 +86,7 @@ def write_gguf(
     Args:
         model: a Llama, Qwen2 or Qwen3 with full attention.
         path: the new file.
-        weight_type: ``F32``, ``F16``, ``BF16``, ``Q8_0`` or ``Q4_0``.
+        weight_type: ``F32``, ``F16``, ``BF16``, ``Q8_0`` or ``Q4_0``; ``None`` for the dtype of the model.
         tokenizer: written into the file; ``None`` for callers that give tokens.
 
     Raises:
@@ -98,6 +100,7 @@ def write_gguf(
     if reason := objection(model):
         raise UnsupportedModelError(f"no GGUF file is written: {reason}. {REMEDY}")
     kind, config = _KINDS[type(model).__name__], model.config
+    weight_type = weight_type or _TYPES[model.dtype]
     writer = gguf.GGUFWriter(path, kind.name)
     _add_sizes(writer, config)
     if tokenizer is None:

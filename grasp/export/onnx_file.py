@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +66,8 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     Raises:
         UnsupportedModelError: as ``pair_linears_``; if the architecture has another cache, or no graph.
     """
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} takes no position_ids; expected a model that does. {_REMEDY}"
-        )
+    if reason := _objection(model):
+        raise UnsupportedModelError(f"no ONNX graph is written: {reason}. {_REMEDY}")
     shapes = pair_linears_(model)
     model.float().eval().set_attn_implementation("eager")  # plain MatMul and Softmax
     model.config.dtype = torch.float32
@@ -75,8 +75,7 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
         program = _program(_Step(model).eval())
     except torch.onnx.OnnxExporterError as error:
         raise UnsupportedModelError(
-            f"torch.onnx.export finds no graph of {type(model).__name__}: {one_line(error.__cause__ or error)}. "
-            f"{_REMEDY}"
+            f"no ONNX graph is written: torch.onnx.export fails: {one_line(error.__cause__ or error)}. {_REMEDY}"
         ) from error
     program.save(folder / "model.onnx", external_data=True)
     model.config.save_pretrained(folder)
@@ -84,15 +83,36 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     return f"{len(shapes)} low-rank linears are two MatMuls each. Weights are fp32."
 
 
+def _objection(model: PreTrainedModel) -> str | None:
+    """Why the inputs and outputs do not fit a model; ``None`` if they do."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return f"{type(model).__name__} takes no position_ids"
+    if other := {*(getattr(model.config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}:
+        return f"some layers have another cache than keys and values: {', '.join(sorted(other))}"
+    return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of PyTorch, which concern its own code and packages that are not needed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def _program(step: _Step) -> torch.onnx.ONNXProgram:
     """The graph of a step, with names and free sizes."""
     tokens, positions = torch.ones(_BATCH, _LENGTH, dtype=torch.long), torch.arange(_PAST, _PAST + _LENGTH)
     mask, no_past = torch.ones(_BATCH, _PAST + _LENGTH, dtype=torch.long), torch.ones(_BATCH, _PAST, dtype=torch.long)
     sizes, cached = {0: "batch", 1: "length"}, {0: "batch", 2: "past"}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it names packages that are not needed
     inputs = ["input_ids", "attention_mask", "position_ids"]
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.no_grad(), _quiet():
         _, past = step(no_past, no_past, torch.arange(_PAST).expand(_BATCH, -1), [])
         layers = [f"{layer}.{name}" for layer in range(len(past)) for name in ("key", "value")]
         program = torch.onnx.export(

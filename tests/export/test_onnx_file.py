@@ -89,7 +89,10 @@ def test_a_low_rank_linear_is_two_products_with_its_factors(exported: Path) -> N
     assert [5, 32] in products
 
 
-def test_a_model_without_positions_is_refused(tmp_path: Path) -> None:
-    model = BloomForCausalLM(BloomConfig(vocab_size=9, hidden_size=16, n_layer=1, n_head=2))
-    with pytest.raises(UnsupportedModelError, match=r"takes no position_ids.*--to linear-pairs"):
-        export_onnx(model, byte_tokenizer(), tmp_path)
+def test_a_model_that_takes_other_inputs_is_refused_with_the_alternative(tmp_path: Path) -> None:
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=9, hidden_size=16, n_layer=1, n_head=2))
+    hybrid = tiny_model("llama")
+    hybrid.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    for model, reason in ((bloom, "takes no position_ids"), (hybrid, "another cache .*: linear_attention")):
+        with pytest.raises(UnsupportedModelError, match=rf"{reason}.*--to linear-pairs"):
+            export_onnx(model, byte_tokenizer(), tmp_path)

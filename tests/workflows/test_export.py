@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -115,16 +116,25 @@ def test_a_missing_package_and_an_unknown_target_are_named(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["llama-cpp", "linear-pairs"])
-def test_the_commands_and_python_of_a_page_run(page: str, small: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("page", "package"), [("llama-cpp", "llama_cpp"), ("linear-pairs", "torch"), ("linear-pairs", "llmcompressor")]
+)
+def test_the_commands_and_python_of_a_page_run(page: str, package: str, small: Path, tmp_path: Path) -> None:
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
     text = read(f"docs/serve/{page}.md")
-    if page == "llama-cpp":
-        pytest.importorskip("llama_cpp")
     (tmp_path / "small").symlink_to(small)
-    for line in commands(text):
-        program, *arguments = shlex.split(line)
-        if program == "grasp":
-            run = grasp(*arguments, cwd=tmp_path)
-            assert run.returncode == 0, run.stderr
-    for code in blocks(text, "python"):
-        assert run_python(CACHE + code, tmp_path).strip()
+    (line,) = [line for line in commands(text) if line.startswith("grasp")]
+    run = grasp(*shlex.split(line)[1:], cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    (code,) = [code for code in blocks(text, "python") if code.split()[1] == package]
+    assert run_python(CACHE + code, tmp_path).strip()
+
+
+def test_every_block_of_a_page_is_run() -> None:
+    shown = [
+        code.split()[1]
+        for page in ("llama-cpp", "linear-pairs")
+        for code in blocks(read(f"docs/serve/{page}.md"), "python")
+    ]
+    assert shown == ["llama_cpp", "torch", "llmcompressor"]
