@@ -16,8 +16,9 @@ python_of() { # a document
 
 rm -rf "$venv"
 "$python" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet 'kernels[benchmark]>=0.17,<0.18' 'torch>=2.11'
-"$venv/bin/python" -I packages/kernel-hub/check.py "$package"
+# Triton comes with the torch of PyPI, but not with that for CPUs.
+"$venv/bin/python" -m pip install --quiet 'kernels[benchmark]>=0.17,<0.18' 'torch>=2.11' 'triton>=3.6'
+TRITON_INTERPRET=1 "$venv/bin/python" -I packages/kernel-hub/check.py "$package"
 "$venv/bin/kernels" benchmark "./$package" --warmup 2 --iterations 10
 python_of packages/kernel-hub/README.md >"$venv/card.py"
 "$venv/bin/python" -I "$venv/card.py"
