@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from grasp.bench.conditions import Conditions
@@ -199,7 +199,7 @@ class StudyQuantized(Record):
         Column("nats over dense", "excess", "{:.3f}".format),
         Column("CPU seconds", "cpu_seconds", "{:.0f}".format),
     )
-    figures: ClassVar[tuple[str, ...]] = ("benchmarks.study.records:perplexity_by_bytes",)
+    figures: ClassVar[tuple[str, ...]] = ("benchmarks.study.records:excess_by_bytes",)
 
 
 STUDY_RECORDS: tuple[type[Record], ...] = (StudyResult, StudyLatency, StudyQuantized)
@@ -227,20 +227,20 @@ def perplexity_by_size(cells: Sequence[StudyResult]) -> list[Picture]:
     return of_comparisons("size", "Perplexity by size", data, figures.perplexity_by_size)
 
 
-def perplexity_by_bytes(cells: Sequence[StudyQuantized]) -> list[Picture]:
-    """Perplexity against bytes, one figure for each dense model and text."""
+def excess_by_bytes(cells: Sequence[StudyQuantized]) -> list[Picture]:
+    """Nats over the dense model against bytes, a panel for each dense model; one figure for each text."""
     from grasp.reporting import figures
-    from grasp.reporting.figure_data import Comparison, Quality
+    from grasp.reporting.figure_data import Comparison, Stored
     from grasp.reporting.pictures import of_comparisons
 
+    def label(cell: StudyQuantized) -> str:
+        return cell.way if cell.model == Path(cell.dense).name else f"compressed, {cell.way}"
+
     data = {
-        Comparison(
-            f"{dense} on {'all' if windows is None else windows} windows of {window} tokens of {text}",
-            f"Bytes of all weights; {cells[-1].conditions}",
-        ): [Quality(cell.way, cell.bytes, cell.perplexity, cell.perplexity, cell.perplexity) for cell in group]
-        for (dense, text, windows, window), group in grouped(
-            cells, lambda cell: (cell.dense, cell.text, cell.windows, cell.window)
-        ).items()
+        Comparison(text, f"Bytes of all weights; {group[-1].conditions}"): {
+            dense: [Stored(label(cell), cell.of_dense, cell.excess) for cell in of_model]
+            for dense, of_model in grouped(group, lambda cell: cell.dense).items()
+        }
+        for text, group in grouped(cells, lambda cell: cell.text).items()
     }
-    draw = partial(figures.perplexity_by_size, unit="size, MB")
-    return of_comparisons("bytes", "Perplexity by bytes", data, draw)
+    return of_comparisons("bytes", "Nats over the dense model by bytes", data, figures.excess_by_bytes)

@@ -52,7 +52,10 @@ def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
     with run.processes.fail_together():
         start = capture_prefix(run.model, run.processes.local_batches(run.held_out), {0}, scratch=run.scratch)
     dense = Candidate(DENSE, (), {})
-    losses = {option.name: _loss(run, start, selections, option, range(0)) for option in (dense, *options)}
+    losses: dict[str, float] = {}
+    for option in (dense, *options):
+        losses[option.name] = _loss(run, start, selections, option, range(0))
+        run.progress("candidates", len(losses), len(options) + 1)
     best = min(allocations, key=losses.__getitem__)
     if any(losses[other.name] < losses[best] for other in others) and (
         layers := _fitted_layers(run, allocations[best])
@@ -132,6 +135,8 @@ def removed_in_order(run: Run, plan: Plan, losses: Mapping[int, float], *, retri
         if layer is None:
             break
         removed[layer] = left.pop(layer)
+        if retried > 1:
+            run.progress("removal of several layers", min(100, round(100 * _saved(run, removed) / saving)), 100)
     return removed
 
 

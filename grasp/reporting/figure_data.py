@@ -40,6 +40,14 @@ class Quality(NamedTuple):
     high: float
 
 
+class Stored(NamedTuple):
+    """A model in one way of storing its weights, beside its dense model in bfloat16."""
+
+    label: str
+    of_dense: float  # bytes over those of the dense model
+    excess: float  # nats per token over it
+
+
 class Trade(NamedTuple):
     """A model's speed, and what it costs; ``None`` for a perplexity that was not measured."""
 

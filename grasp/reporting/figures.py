@@ -6,7 +6,7 @@ Call them inside ``grasp.reporting.figure_style.themed``, as its ``to_svg`` and 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING
 
@@ -14,10 +14,11 @@ import numpy as np
 
 from grasp.checkpoint.compression_report import CompressionReport, ModuleReport, spectrum_indices
 from grasp.checkpoint.inspection import short_name
-from grasp.reporting.figure_data import Latency, Load, Quality, Roof, Trade, pareto_front
+from grasp.reporting.figure_data import Latency, Load, Quality, Roof, Stored, Trade, pareto_front
 from grasp.reporting.figure_style import BLUE, COLOURS, GREY, MARKERS, PURPLE, VERMILLION, WIDTH
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
@@ -109,8 +110,8 @@ def _spectrum(axes: Axes, module: ModuleReport) -> None:
     axes.set_title(f"{short_name(module.name)}: {module.rank} of {groups}", loc="left")
 
 
-def perplexity_by_size(points: Sequence[Quality], unit: str = "parameters, M") -> Figure:
-    """Perplexity against parameters or bytes, in millions, with the Pareto front. Lower is better for both."""
+def perplexity_by_size(points: Sequence[Quality]) -> Figure:
+    """Perplexity against parameters, in millions, with the Pareto front. Lower is better for both."""
     points = [point._replace(x=point.x / 1e6) for point in points]
     labels = list(dict.fromkeys(point.label for point in points))
     figure, axes = _figure(3.2 + 0.2 * -(-len(labels) // 2))
@@ -130,9 +131,34 @@ def perplexity_by_size(points: Sequence[Quality], unit: str = "parameters, M") -
         )
     axes.set_yscale("log")
     _plain_numbers(axes.yaxis)
-    axes.set_xlabel(unit)
+    axes.set_xlabel("parameters, M")
     axes.set_ylabel("perplexity")
     _legend(figure, axes)
+    return figure
+
+
+def excess_by_bytes(models: Mapping[str, Sequence[Stored]], most: float = 0.8) -> Figure:
+    """Nats over the dense model against bytes, one panel for each model, with its Pareto front; both up to ``most``."""
+    from matplotlib.figure import Figure
+
+    labels = dict.fromkeys(point.label for points in models.values() for point in points if point.of_dense <= most)
+    looks = dict(zip(labels, _looks(), strict=False))
+    figure = Figure(figsize=(WIDTH, 2.2 * len(models) + 0.4 + 0.2 * -(-len(looks) // 2)))
+    panels = figure.subplots(len(models), 1, squeeze=False, sharex=True)[:, 0]
+    handles: dict[str, Artist] = {}
+    for axes, (model, points) in zip(panels, models.items(), strict=True):
+        inside = [point for point in points if point.of_dense <= most]
+        _front(axes, pareto_front((point.of_dense * 100, point.excess) for point in inside))
+        for point in inside:
+            colour, marker = looks[point.label]
+            axes.plot(point.of_dense * 100, point.excess, marker, color=colour, markersize=6, label=point.label)
+        axes.set_title(model, loc="left")
+        axes.set_ylabel("nats over dense")
+        axes.set_ylim(bottom=min(0.0, *(point.excess for point in inside)) - 0.02)
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    panels[-1].set_xlabel("bytes, % of the dense model in bfloat16")
+    names = [fill(label, _LABEL_WIDTH) for label in handles]
+    figure.legend(list(handles.values()), names, loc="outside lower left", ncols=2)
     return figure
 
 

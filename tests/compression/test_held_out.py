@@ -91,9 +91,8 @@ def test_layers_are_removed_by_loss_and_the_next_ones_are_measured_again(
 
     monkeypatch.setattr(choice, "removal_losses", losses)
     prices = Prices(linear=lambda target, rank: 0.0, layer=lambda layer: 10.0, saving=15.0)
-    run: Any = SimpleNamespace(
-        prices=prices, model=tiny_model("llama", num_hidden_layers=5), held_out=[], processes=None
-    )
+    model = tiny_model("llama", num_hidden_layers=5)
+    run: Any = SimpleNamespace(prices=prices, model=model, held_out=[], processes=None, progress=no_progress)
     alone = {0: 9.0, 1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}
     assert choice.removed_in_order(run, Plan(1.0, (), {}), alone, retried=retried) == expected
     assert asked == ([([1], [2, 3])] if retried > 1 else [])

@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from benchmarks.study import quantization
-from benchmarks.study.records import STUDY_RECORDS, StudyQuantized, perplexity_by_bytes
+from benchmarks.study.records import STUDY_RECORDS, StudyQuantized, excess_by_bytes
 from grasp.bench.results import read_results
 
 
@@ -42,8 +42,10 @@ def test_cells_are_compared_with_the_dense_model_and_not_run_again(
     calls.clear()
     run(*arguments)
     assert not calls
-    (picture,) = perplexity_by_bytes(list(cells.values()))
-    assert "dense" in picture.title
+    (picture,) = excess_by_bytes(list(cells.values()))
+    (axes,) = picture.draw().axes
+    assert axes.get_title(loc="left") == "dense"
+    assert {"int8", "compressed, int8", "Pareto front"} <= {line.get_label() for line in axes.lines}
 
 
 def test_without_the_dense_model_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
