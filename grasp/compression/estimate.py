@@ -119,7 +119,7 @@ class Estimate:
             "prefix" if self.in_order else "hidden states": flops.prefix / rates.sweeps,
             TimeLeft.REST if self.in_order else "covariances": flops.sweeps / rates.sweeps + sums,
             "decompositions": flops.decompositions / rates.svd,
-            "removal of layers": flops.held_out / rates.sweeps,
+            "candidates": flops.held_out / rates.sweeps,
             "refit": flops.refit / rates.sweeps
             + flops.refit_sums / rates.statistics
             + flops.refit_solutions / rates.svd,
@@ -129,7 +129,9 @@ class Estimate:
 
     def time_left(self, rates: Rates) -> TimeLeft:
         """What shows the time left of the whole job at the given rates, adjusted to the pace that it has."""
-        return TimeLeft(self.seconds(rates), dict.fromkeys(REPEATED, self.rounds * len(self.sweeps)))
+        return TimeLeft(
+            self.seconds(rates), dict.fromkeys(REPEATED, self.rounds * len(self.sweeps)) | {"candidates": 3}
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The estimate as a JSON object."""

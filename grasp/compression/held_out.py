@@ -55,7 +55,7 @@ def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
     losses: dict[str, float] = {}
     for option in (dense, *options):
         losses[option.name] = _loss(run, start, selections, option, range(0))
-        run.progress("candidates", len(losses), len(options) + 1)
+        run.progress("candidates, compared", len(losses), len(options) + 1)
     best = min(allocations, key=losses.__getitem__)
     if any(losses[other.name] < losses[best] for other in others) and (
         layers := _fitted_layers(run, allocations[best])
@@ -136,7 +136,9 @@ def removed_in_order(run: Run, plan: Plan, losses: Mapping[int, float], *, retri
             break
         removed[layer] = left.pop(layer)
         if retried > 1:
-            run.progress("removal of several layers", min(100, round(100 * _saved(run, removed) / saving)), 100)
+            run.progress(
+                "candidates, without several layers", min(100, round(100 * _saved(run, removed) / saving)), 100
+            )
     return removed
 
 

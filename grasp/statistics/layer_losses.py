@@ -52,6 +52,6 @@ def losses_without(
     for index, removed in enumerate(choices):
         with processes.fail_together(), skipping(model, removed, batches[0]):
             sums[index] = sum_nll(model, local_batches)
-        progress("removal of layers", index + 1, len(choices))
+        progress("candidates, without one layer", index + 1, len(choices))
     processes.sum_([sums])
     return (sums / sum(batch.num_targets for batch in batches)).tolist()
