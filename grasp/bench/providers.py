@@ -116,8 +116,8 @@ def low_rank_layers(dense: PreTrainedModel, compressed: PreTrainedModel, name: s
     Without any, the fraction is 1.
 
     Raises:
-        CheckpointError: if nothing is low-rank or quantised, or ``compressed`` was not made from ``dense``; the message
-            has ``name``.
+        CheckpointError: if nothing is low-rank, quantised or removed, or ``compressed`` was not made from ``dense``;
+            the message has ``name``.
     """
     layers, factor_parameters, dense_parameters = [], 0, 0
     originals = dict(dense.named_modules())
@@ -134,7 +134,8 @@ def low_rank_layers(dense: PreTrainedModel, compressed: PreTrainedModel, name: s
             factor_parameters += parameter_count(module) - (0 if module.bias is None else module.bias.numel())
             dense_parameters += math.prod(shape)
         layers += [index] if linears else []
-    if not layers and not any(isinstance(module, QUANTIZED) for module in compressed.modules()):
+    shorter = len(decoder(compressed).layers) < len(decoder(dense).layers)
+    if not layers and not shorter and not any(isinstance(module, QUANTIZED) for module in compressed.modules()):
         raise CheckpointError(f"{name} has no low-rank layers; expected a folder from grasp compress or quantize")
     expected = dense.get_input_embeddings().get_parameter("weight").float()
     embedding = compressed.get_input_embeddings()

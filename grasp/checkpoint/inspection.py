@@ -86,9 +86,19 @@ class Inspection:
         return self.parameters + sum(module.dense_parameters - module.parameters for module in self.modules)
 
     @property
+    def is_compressed(self) -> bool:
+        """Whether modules are low-rank or quantised, or a report says what was done, such as layers removed."""
+        return bool(self.modules or self.quantized or self.report)
+
+    @property
+    def parameters_before(self) -> int:
+        """Parameters of the model before the compression: also of removed layers, if there is a report."""
+        return self.dense_parameters if self.report is None else self.report.before.parameters
+
+    @property
     def compression_ratio(self) -> float:
-        """Fraction of the dense model's parameters that was removed."""
-        return 1 - self.parameters / self.dense_parameters
+        """Fraction of the parameters before the compression that was removed."""
+        return 1 - self.parameters / self.parameters_before
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and sizes as JSON values."""
@@ -152,10 +162,10 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
 
 
 def inspect_compressed(directory: str | Path) -> Inspection:
-    """``inspect_checkpoint`` of a folder that must have low-rank or quantised layers.
+    """``inspect_checkpoint`` of a folder that must be of a compressed model.
 
     Raises:
-        CheckpointError: if it has none, or is no folder; as ``inspect_checkpoint``.
+        CheckpointError: if it is not, or no folder; as ``inspect_checkpoint``.
 
     Example:
         >>> inspect_compressed("missing-folder")
@@ -165,9 +175,10 @@ def inspect_compressed(directory: str | Path) -> Inspection:
     if not Path(directory).is_dir():
         raise CheckpointError(f"no folder {directory}; expected a checkpoint that `grasp compress` wrote")
     checkpoint = inspect_checkpoint(directory)
-    if not checkpoint.modules and not checkpoint.quantized:
+    if not checkpoint.is_compressed:
         raise CheckpointError(
-            f"{directory} is not compressed: its config.json has no ranks. Give a folder that `grasp compress` wrote"
+            f"{directory} is not compressed: its config.json has no ranks, and there is no report.json. Give a folder "
+            "that `grasp compress` wrote"
         )
     return checkpoint
 

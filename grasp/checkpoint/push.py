@@ -107,7 +107,7 @@ def require_complete(folder: Path) -> Inspection:
     """Check that a folder is a complete compressed checkpoint and contains nothing else.
 
     Raises:
-        CheckpointError: if tensors, the tokenizer or shards are missing, or no layer is low-rank; as
+        CheckpointError: if tensors, the tokenizer or shards are missing, or the model is not compressed; as
             ``checkpoint_files``.
     """
     checkpoint = inspect_compressed(folder)

@@ -193,7 +193,7 @@ def show_conversion(result: Conversion) -> None:
             (
                 "removed",
                 f"{share(before.compression_ratio)} -> {share(after.compression_ratio)} of the dense model's "
-                f"{count(after.dense_parameters)}",
+                f"{count(after.parameters_before)}",
             ),
             ("bytes", f"{size(before.bytes)} -> {size(after.bytes)}"),
             ("checkpoint", after.directory),
@@ -242,7 +242,7 @@ def show_inspection(inspection: Inspection) -> None:
             (
                 "parameters",
                 f"{count(inspection.parameters)}: {share(inspection.compression_ratio)} of "
-                f"{count(inspection.dense_parameters)} removed",
+                f"{count(inspection.parameters_before)} removed",
             ),
             ("bytes", size(inspection.bytes)),
             *([("low-rank", counts(module.form for module in inspection.modules))] if inspection.modules else []),

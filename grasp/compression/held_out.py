@@ -122,13 +122,15 @@ def removed_in_order(run: Run, plan: Plan, losses: Mapping[int, float], *, retri
         run: the run; none of its linears is replaced yet.
         plan: what is to be saved.
         losses: for each layer that may go, what removing it alone loses, or another score to go by.
-        retried: after each removal so many of the next layers are measured on the held-out batches; 1 for none.
+        retried: after each removal so many of the next layers are measured on the held-out batches; 1 for none. After
+            as many forward passes as there are ``losses`` the rest goes by what is known.
     """
-    saving, left = required_saving(run.prices, plan), dict(losses)
+    saving, left, passes = required_saving(run.prices, plan), dict(losses), len(losses) if retried > 1 else 0
     removed: dict[int, float] = {}
     while _saved(run, removed) < saving:
         few = heapq.nsmallest(retried, left, key=left.__getitem__)
-        if removed and retried > 1:
+        if removed and passes > 0:
+            passes -= len(few) + 1
             left |= removal_losses(run.model, few, run.held_out, [*removed], processes=run.processes)
         few.sort(key=left.__getitem__)
         layer = next((layer for layer in few if can_remove(run.model, [*removed, layer])), None)

@@ -54,8 +54,7 @@ def _has_our_card(folder: Path) -> bool:
     """Whether a folder is a compressed checkpoint with a model card. Cards of dense models are not changed."""
     if not ((folder / "README.md").is_file() and (folder / "config.json").is_file()):
         return False
-    inspection = inspect_checkpoint(folder)
-    return bool(inspection.modules or inspection.quantized)
+    return inspect_checkpoint(folder).is_compressed
 
 
 def _update_card(folder: Path) -> None:
@@ -70,6 +69,6 @@ def _update_card(folder: Path) -> None:
         read_text_file(folder / "README.md", "a model card in UTF-8", CheckpointError),
         [results for path in sorted(folder.glob("*.json")) if (results := read_evaluation(path)) is not None],
         parameters=inspection.parameters,
-        before=inspection.report.before.parameters if inspection.report else inspection.dense_parameters,
+        before=inspection.parameters_before,
     )
     write_whole(folder / "README.md", text)

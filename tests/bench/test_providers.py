@@ -15,6 +15,7 @@ from grasp.bench.providers import (
     weights_of,
 )
 from grasp.errors import CheckpointError
+from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QuantizedLowRankLinear
 from grasp_kernels import dispatch
@@ -89,6 +90,11 @@ def test_a_backend_that_serves_fewer_rows_than_the_prompt_says_so(monkeypatch: p
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown backend 'warp'; expected one of"):
         require_backends(["reference", "warp"])
+
+
+def test_a_model_without_some_layers_is_a_compressed_one() -> None:
+    remove_layers_(removed := tiny_model("llama"), [1])
+    assert low_rank_layers(tiny_model("llama"), removed, "small") == ([], 1.0)
 
 
 def test_the_layers_of_a_compressed_model_are_found() -> None:
