@@ -41,6 +41,7 @@ class Decision(NamedTuple):
     bytes: Mapping[str, int]  # candidate → bytes of all weights
     seconds: Mapping[str, float]  # candidate → predicted time per token; {} without costs
     map: str = ""  # file of the linear map that takes the place of the removed layers, if one does
+    fitted: bool = False  # whether left factors are fitted
 
 
 class NoState(PartialSums):
@@ -146,7 +147,7 @@ class RunState(RunFolder, NoState):
         ...     pass  # report = compress_(model, batches, config, state=state); model.save_pretrained(...)
     """
 
-    FORMAT = 7
+    FORMAT = 8
     FILES = r"(module|cut|first|second|only|map)(-.+|\..+)?\.safetensors|costs\.json"  # before format 5: a costs.json
     CACHES = r"sums-.+\.safetensors"
 

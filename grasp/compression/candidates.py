@@ -26,6 +26,7 @@ class Candidate(NamedTuple):
     removed: tuple[int, ...]  # layers to remove, ascending
     ranks: dict[Target, int]  # of linears that are scored and stay, or ``DENSE``, ``ROUNDED``; others stay dense
     map: str = ""  # file of the linear map that takes the place of the removed layers, if one does
+    fitted: bool = False  # whether left factors are fitted to the dense model's outputs
 
 
 def candidates(
@@ -52,6 +53,22 @@ def candidates(
         candidate = _allocated(scores, plan, prices, losses)
         result.setdefault(candidate.name, candidate)
     return result
+
+
+def has_low_rank(ranks: Iterable[int]) -> bool:
+    """Whether a rank is neither ``DENSE`` nor ``ROUNDED``."""
+    return any(rank not in (DENSE, ROUNDED) for rank in ranks)
+
+
+def fitted_layers(ranks: Iterable[tuple[int, int]], removed: Iterable[int]) -> range:
+    """Where a fit runs: from the first layer that changes to the last with a low-rank linear; none without such.
+
+    Args:
+        ranks: layer and rank of each linear that was scored and stays.
+        removed: layers that are removed.
+    """
+    low = {layer for layer, rank in ranks if has_low_rank([rank])}
+    return range(min(low | {*removed}), max(low) + 1) if low else range(0)
 
 
 def only_removed(layers: Iterable[int]) -> Candidate:

@@ -114,15 +114,14 @@ class Estimate:
         named after their layers.
         """
         flops, sums = self.flops, self.flops.statistics / rates.statistics
+        fit = flops.refit / rates.sweeps + flops.refit_sums / rates.statistics + flops.refit_solutions / rates.svd
         kinds = {
             "block influence": flops.block_influence / rates.sweeps,
             "prefix" if self.in_order else "hidden states": flops.prefix / rates.sweeps,
             TimeLeft.REST if self.in_order else "covariances": flops.sweeps / rates.sweeps + sums,
             "decompositions": flops.decompositions / rates.svd,
-            "candidates": flops.held_out / rates.sweeps,
-            "refit": flops.refit / rates.sweeps
-            + flops.refit_sums / rates.statistics
-            + flops.refit_solutions / rates.svd,
+            "candidates": flops.held_out / rates.sweeps + fit * bool(flops.held_out),  # one of them is fitted too
+            "refit": fit,
             "quantising": flops.quantizing / rates.sweeps + flops.rounding / rates.svd,
         }
         return {kind: seconds / self.processes for kind, seconds in kinds.items() if seconds}

@@ -11,7 +11,7 @@ import torch
 from grasp.checkpoint.compression_report import COMPRESSED, DENSE
 from grasp.checkpoint.run_state import Decision
 from grasp.compression.budget import Plan, predicted_bytes, predicted_seconds, required_saving
-from grasp.compression.candidates import Candidate, candidates, only_removed
+from grasp.compression.candidates import Candidate, candidates, fitted_layers, has_low_rank, only_removed
 from grasp.compression.linear_replacement import linear_replacement, with_map
 from grasp.compression.refit import Refit
 from grasp.compression.run import Run
@@ -31,15 +31,15 @@ RETRIED = 4
 def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
     """Decide between all candidates of a global budget; without held-out batches there is one.
 
-    Low-rank linears are measured as decomposed. If another candidate loses less than that, they are fitted and measured
-    again, because the result will have them fitted.
+    Low-rank linears are measured as decomposed, and the best of them also as fitted. Where layers are removed, a fit
+    may lose more.
     """
     run.clock.enter("candidates")
     tokens = sum(batch.num_tokens for batch in run.batches)
     nats = nats_per_score(run.config.basis, run.config.metric, tokens)
     if not run.held_out:
         (only,) = candidates(selections, plan, run.prices, {}, nats).values()
-        return decision(run, only, (only,), {})
+        return decision(run, only._replace(fitted=run.config.refit), (only,), {})
     alone = removal_losses(run.model, plan.layers, run.held_out, progress=run.progress, processes=run.processes)
     removal = removed_in_order(run, plan, alone, retried=RETRIED)
     allocations = {
@@ -54,13 +54,12 @@ def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
     dense = Candidate(DENSE, (), {})
     losses: dict[str, float] = {}
     for option in (dense, *options):
-        losses[option.name] = _loss(run, start, selections, option, range(0))
+        losses[option.name] = _loss(run, start, selections, option)
         run.progress("candidates, compared", len(losses), len(options) + 1)
-    best = min(allocations, key=losses.__getitem__)
-    if any(losses[other.name] < losses[best] for other in others) and (
-        layers := _fitted_layers(run, allocations[best])
-    ):
-        losses[best] = _loss(run, start, selections, allocations[best], layers)
+    best = allocations[min(allocations, key=losses.__getitem__)]
+    if run.config.refit and has_low_rank(best.ranks.values()):
+        options.append(best._replace(name=f"{best.name}, fitted", fitted=True))
+        losses[options[-1].name] = _loss(run, start, selections, options[-1])
     chosen = min(options, key=lambda option: losses[option.name])
     return decision(run, chosen, (dense, *options), losses)
 
@@ -112,6 +111,7 @@ def decision(run: Run, chosen: Candidate, options: Iterable[Candidate], losses: 
             if run.costs
         },
         chosen.map,
+        chosen.fitted,
     )
 
 
@@ -154,13 +154,7 @@ def _layers_removed(run: Run, plan: Plan, removed: Collection[int]) -> list[Cand
     return [only_removed(removed)] if meets else []
 
 
-def _fitted_layers(run: Run, candidate: Candidate) -> range:
-    """Where the left factors of a candidate are fitted, if they are."""
-    low = {t.layer for t, rank in candidate.ranks.items() if rank not in (knapsack.DENSE, knapsack.ROUNDED)}
-    return range(min(low | {*candidate.removed}), max(low) + 1) if low and run.config.refit else range(0)
-
-
-def _loss(run: Run, start: Prefix, selections: Selections, candidate: Candidate, fitted: range) -> float:
+def _loss(run: Run, start: Prefix, selections: Selections, candidate: Candidate) -> float:
     """The mean loss on the held-out batches, in nats per token; the model is left as it was.
 
     The batches pass one layer after the other, so the factors of one layer are in memory at a time.
@@ -169,10 +163,11 @@ def _loss(run: Run, start: Prefix, selections: Selections, candidate: Candidate,
         run: the run; none of its linears is replaced yet.
         start: the held-out batches of this process, at layer 0.
         selections: the groups that each linear can retain.
-        candidate: what is measured.
-        fitted: the layers whose left factors are fitted to the dense outputs first.
+        candidate: what is measured; if it is fitted, that is done first.
     """
     model, hidden, removed = run.model, start.hidden[0], candidate.removed
+    ranks = [(target.layer, rank) for target, rank in candidate.ranks.items()]
+    fitted = fitted_layers(ranks, removed) if candidate.fitted else range(0)
     refit = Refit(model, run.batches, fitted, run.config.sweep_dtype, run.scratch, run.processes)
     for layer in range(len(decoder(model).layers)):
         present = [(t, candidate.ranks.get(t, knapsack.DENSE)) for t in selections if t.layer == layer]

@@ -13,7 +13,7 @@ from torch import Tensor
 from grasp.checkpoint.compression_report import ModuleReport
 from grasp.checkpoint.run_state import Decision
 from grasp.compression.budget import Plan, ceilings
-from grasp.compression.candidates import first_cut
+from grasp.compression.candidates import first_cut, fitted_layers
 from grasp.compression.held_out import decide
 from grasp.compression.memory_budget import return_freed_memory
 from grasp.compression.refit import Refit
@@ -28,7 +28,7 @@ from grasp.compression.selection import (
     skip,
 )
 from grasp.compression.spans import Selector
-from grasp.method.knapsack import DENSE, ROUNDED
+from grasp.method.knapsack import DENSE
 from grasp.method.ranks import break_even_rank
 from grasp.method.schedules import plan_sweeps
 from grasp.model.dense import dense_shape
@@ -196,8 +196,8 @@ def carry_out_decision_(run: Run, plan: Plan, work: Work, decision: Decision) ->
     members: dict[int, list[Target]] = {layer: [] for layer in range(len(decoder(run.model).layers))}
     for target in plan.ranks:
         members[target.layer].append(target)
-    low = {target.layer for target in plan.ranks if decision.ranks.get(target.name, DENSE) not in (DENSE, ROUNDED)}
-    fitted = range(min(low | {*decision.removed}), max(low) + 1) if low and run.config.refit else range(0)
+    ranks = [(target.layer, decision.ranks.get(target.name, DENSE)) for target in plan.ranks]
+    fitted = fitted_layers(ranks, decision.removed) if decision.fitted else range(0)
     refit = Refit(run.model, run.batches, fitted, run.config.sweep_dtype, run.scratch, run.processes)
     reports: dict[Target, ModuleReport] = {}
     for layer, linears in members.items():

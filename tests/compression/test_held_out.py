@@ -14,6 +14,7 @@ from grasp.checkpoint.run_state import RunState
 from grasp.compress import compress_
 from grasp.compression import held_out as choice
 from grasp.compression.budget import Plan, Prices
+from grasp.compression.candidates import Candidate
 from grasp.config import GraspConfig
 from grasp.method.storage import Storage
 from grasp.model.layer_removal import remove_layers_
@@ -103,19 +104,22 @@ def test_layers_are_removed_by_loss_and_the_next_ones_are_measured_again(
     assert choice._layers_removed(run, Plan(1.0, (), {}), everything) == []
 
 
-def test_low_rank_linears_are_fitted_before_another_candidate_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure, fitted = choice._loss, list[range]()
+@pytest.mark.parametrize("fit_is_better", [True, False])
+def test_low_rank_linears_are_fitted_if_that_loses_less(fit_is_better: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, measured = choice._loss, dict[bool, float]()
 
-    def loss(run: Any, start: Any, selections: Any, candidate: Any, layers: range) -> float:
-        fitted.append(layers)
-        unfitted = candidate.name == "low-rank" and not layers
-        return 99.0 if unfitted else measure(run, start, selections, candidate, layers)
+    def loss(run: Any, start: Any, selections: Any, candidate: Candidate) -> float:
+        value = measure(run, start, selections, candidate)
+        if not candidate.ranks:
+            return value
+        measured[candidate.fitted] = value
+        return 0.0 if candidate.fitted == fit_is_better else 1.0
 
     monkeypatch.setattr(choice, "_loss", loss)
     report = compressed(tiny_model("llama"), compression_ratio=0.02)
-    assert fitted[-1]
     assert report.compressed
-    assert report.held_out_loss["low-rank"] == pytest.approx(report.held_out_loss["compressed"], rel=1e-4)
+    assert measured[True] != pytest.approx(measured[False], rel=1e-5)
+    assert report.held_out_loss["compressed"] == pytest.approx(measured[fit_is_better], rel=1e-5)
 
 
 def test_layers_that_were_not_named_stay_and_others_get_the_bits_of_dense_linears() -> None:
