@@ -49,6 +49,8 @@ def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
     }
     others = [*_layers_removed(run, plan, removal), *linear_replacement(run, plan)]
     options = [*allocations.values(), *(other for other in others if other.name not in allocations)]
+    if not options:
+        raise ValueError("no candidate keeps to the budget: ranks do not suffice, and too few layers can be removed")
     with run.processes.fail_together():
         start = capture_prefix(run.model, run.processes.local_batches(run.held_out), {0}, scratch=run.scratch)
     dense = Candidate(DENSE, (), {})
@@ -56,8 +58,9 @@ def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
     for option in (dense, *options):
         losses[option.name] = _loss(run, start, selections, option)
         run.progress("candidates, compared", len(losses), len(options) + 1)
-    best = allocations[min(allocations, key=losses.__getitem__)]
-    if run.config.refit and has_low_rank(best.ranks.values()):
+    low_rank = [option for option in options if has_low_rank(option.ranks.values())]
+    if run.config.refit and low_rank:
+        best = min(low_rank, key=lambda option: losses[option.name])
         options.append(best._replace(name=f"{best.name}, fitted", fitted=True))
         losses[options[-1].name] = _loss(run, start, selections, options[-1])
     chosen = min(options, key=lambda option: losses[option.name])
