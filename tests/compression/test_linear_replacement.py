@@ -30,8 +30,8 @@ MERGED = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj"}
 def map_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     measure = choice._loss
 
-    def loss(run: Any, start: Any, selections: Any, candidate: Any, fitted: range) -> float:
-        value = measure(run, start, selections, candidate, fitted)
+    def loss(run: Any, start: Any, selections: Any, candidate: Any) -> float:
+        value = measure(run, start, selections, candidate)
         return value if candidate.map else value + 99
 
     monkeypatch.setattr(choice, "_loss", loss)
