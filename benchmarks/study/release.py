@@ -29,7 +29,7 @@ from grasp.workflows.samples import Samples
 RESULTS = ("before.json", "results.json")  # of the dense and the compressed model; the model card has a table of both
 
 
-def folder_name(model: str, ratio: float, bits: int | str | None) -> str:
+def folder_name(model: str, ratio: float, bits: int | None) -> str:
     """The name of a member: that of the model, and the share of its parameters that is removed.
 
     Example:
@@ -37,7 +37,7 @@ def folder_name(model: str, ratio: float, bits: int | str | None) -> str:
         'SmolLM2-135M-grasp-10pct-int8'
     """
     base = Path(BUILTIN_NAME if model == BUILTIN else model).name
-    stored = "" if bits is None else f"-{bits}" if isinstance(bits, str) else f"-int{bits}"
+    stored = "" if bits is None else f"-int{bits}"
     return f"{base}-grasp-{100 * ratio:g}pct{stored}"
 
 

@@ -137,24 +137,22 @@ def perplexity_by_size(points: Sequence[Quality]) -> Figure:
     return figure
 
 
-def excess_by_bytes(models: Mapping[str, Sequence[Stored]], most: float = 0.8) -> Figure:
-    """Nats over the dense model against bytes, one panel for each model, with its Pareto front; both up to ``most``."""
+def excess_by_bytes(models: Mapping[str, Sequence[Stored]]) -> Figure:
+    """Nats over the dense model against bytes, one panel for each model, with its Pareto front."""
     from matplotlib.figure import Figure
 
-    labels = dict.fromkeys(point.label for points in models.values() for point in points if point.of_dense <= most)
+    labels = dict.fromkeys(point.label for points in models.values() for point in points)
     looks = dict(zip(labels, _looks(), strict=False))
     figure = Figure(figsize=(WIDTH, 2.2 * len(models) + 0.4 + 0.2 * -(-len(looks) // 2)))
     panels = figure.subplots(len(models), 1, squeeze=False, sharex=True)[:, 0]
     handles: dict[str, Artist] = {}
     for axes, (model, points) in zip(panels, models.items(), strict=True):
-        inside = [point for point in points if point.of_dense <= most]
-        _front(axes, pareto_front((point.of_dense * 100, point.excess) for point in inside))
-        for point in inside:
+        _front(axes, pareto_front((point.of_dense * 100, point.excess) for point in points))
+        for point in points:
             colour, marker = looks[point.label]
             axes.plot(point.of_dense * 100, point.excess, marker, color=colour, markersize=6, label=point.label)
         axes.set_title(model, loc="left")
         axes.set_ylabel("nats over dense")
-        axes.set_ylim(bottom=min(0.0, *(point.excess for point in inside)) - 0.02)
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     panels[-1].set_xlabel("bytes, % of the dense model in bfloat16")
     names = [fill(label, _LABEL_WIDTH) for label in handles]
