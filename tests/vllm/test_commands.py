@@ -75,7 +75,7 @@ def port(folder: Path) -> Iterator[int]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port: int = free.getsockname()[1]
-    line = command("api_server --model small --port").replace("8000", str(port)) + " --dtype float32 --max-model-len 512"
+    line = command("--model small --port").replace("8000", str(port)) + " --dtype float32 --max-model-len 512"
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(
             ["bash", "-c", f"exec env {line}"],
