@@ -17,10 +17,11 @@ inline int64_t integer(PyObject *tuple, Py_ssize_t index) {
 
 inline void *pointer(PyObject *tuple, Py_ssize_t index) { return reinterpret_cast<void *>(integer(tuple, index)); }
 
-// (U, s, Vh, bias, y, U_stride, Vh_stride, y_stride, N, R, s_dtype, order)
+// (U, s, Vh, bias, y, U_stride, Vh_stride, y_stride, N, R, s_dtype, order,
+//  U_scales, Vh_scales, scales_dtype, U_bits, Vh_bits, U_group, Vh_group)
 inline grasp_factors to_factors(const pybind11::handle &item) {
     PyObject *group = item.ptr();
-    if (!PyTuple_Check(group) || PyTuple_GET_SIZE(group) != 12) throw pybind11::value_error("a group is a tuple of 12");
+    if (!PyTuple_Check(group) || PyTuple_GET_SIZE(group) != 19) throw pybind11::value_error("a group is a tuple of 19");
     grasp_factors factors = {};
     factors.U = pointer(group, 0);
     factors.s = pointer(group, 1);
@@ -34,6 +35,13 @@ inline grasp_factors to_factors(const pybind11::handle &item) {
     factors.R = integer(group, 9);
     factors.s_dtype = static_cast<int32_t>(integer(group, 10));
     factors.order = static_cast<const int32_t *>(pointer(group, 11));
+    factors.U_scales = pointer(group, 12);
+    factors.Vh_scales = pointer(group, 13);
+    factors.scales_dtype = static_cast<int32_t>(integer(group, 14));
+    factors.U_bits = static_cast<int32_t>(integer(group, 15));
+    factors.Vh_bits = static_cast<int32_t>(integer(group, 16));
+    factors.U_group = static_cast<int32_t>(integer(group, 17));
+    factors.Vh_group = static_cast<int32_t>(integer(group, 18));
     return factors;
 }
 

@@ -1,7 +1,7 @@
 /* Low-rank linear layers without a framework: y = ((x · Vhᵀ) ∘ s) · Uᵀ + bias, on raw pointers.
  *
  * With `order` the factors are pivoted: y[:, order] = [h, h · Uᵀ] + bias[order] with h = x · Vhᵀ, without s. U then has
- * N - R rows, which give the entries of y that h does not give. On a CPU R may be N: U has no rows and may be null, and
+ * N - R rows, which give the entries of y that h does not give. R may be N: U has no rows and may be null, and
  * the linear is dense with the weight Vh. `order` is a permutation of 0 … N - 1; many rows of x are fastest if its
  * first R entries ascend, and the others too. Nothing is written for an entry outside of this range: the CPU then gives
  * GRASP_BAD_ARGUMENT, and y has no meaning. That entries are distinct is not checked.

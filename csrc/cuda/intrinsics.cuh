@@ -19,6 +19,10 @@ struct alignas(16) Chunk {  // 16 bytes of a row
     uint32_t words[4];
 };
 
+struct alignas(8) HalfChunk {
+    uint32_t words[2];
+};
+
 struct Pair {
     float low, high;
 };
@@ -47,6 +51,11 @@ GRASP_DEVICE float to_float(F16 value) {
     float result;
     asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
     return result;
+}
+
+// Byte `byte` of a word below the three upper bytes of `upper`.
+GRASP_DEVICE uint32_t replace_low_byte(uint32_t upper, uint32_t word, int byte) {
+    return __byte_perm(word, upper, 0x7650 | byte);
 }
 
 // Rounded to nearest, ties to even.
@@ -80,6 +89,16 @@ GRASP_DEVICE Chunk load_weights(const void *from) {
     Chunk chunk;
     asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(chunk.words[0]), "=r"(chunk.words[1]), "=r"(chunk.words[2]), "=r"(chunk.words[3])
+                 : "l"(from)
+                 : "memory");
+    return chunk;
+}
+
+// The same of 8 bytes.
+GRASP_DEVICE HalfChunk load_half_weights(const void *from) {
+    HalfChunk chunk;
+    asm volatile("ld.global.cs.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(chunk.words[0]), "=r"(chunk.words[1])
                  : "l"(from)
                  : "memory");
     return chunk;

@@ -3,6 +3,7 @@
 // shrink: h = x · Vhᵀ as partial sums over splits of K. expand: y = (h ∘ s) · Uᵀ + bias, where h is the sum of its
 // splits, rounded once to the dtype of x. Both divide the members of a group into tiles, numbered one after the other.
 // A pivoted member has tiles of U, then tiles of h: the former give the entries of y that `order` has after the pivots.
+// The members of one launch store Vh alike, and U alike.
 #pragma once
 
 #include <type_traits>
@@ -12,14 +13,16 @@
 namespace grasp_cuda {
 
 constexpr int MAX_MEMBERS = 8;
-constexpr int MIN_BLOCKS = 2;                   // per processor: the registers must suffice for as many
+// Blocks per processor: the registers must suffice for as many.
+template <int BITS, int ROWS>
+constexpr int MIN_BLOCKS = BITS > 0 && ROWS == 8 ? 3 : 2;
 constexpr int RANK_TILE = 16, WIDTH_TILE = 32;  // columns of h and of y per block
 
 // Chunks of a weight row that a lane loads at once; multiply-adds of many rows leave fewer registers for them.
 template <class T, int ROWS>
 constexpr int SHRINK_STEPS = sizeof(T) == 4 && ROWS > 8 ? 2 : 4;
-template <class T>
-constexpr int SPLIT_GRANULE = WARPS * SHRINK_STEPS<T, 1> * STEP<T>;  // elements of K: whole stages
+template <class T, int BITS>
+constexpr int SPLIT_GRANULE = WARPS * SHRINK_STEPS<T, 1> * STEP<T, BITS>;  // elements of K: whole stages
 template <class T, int ROWS>
 constexpr int EXPAND_STEPS = SHRINK_STEPS<T, ROWS> / 2;
 
@@ -28,9 +31,10 @@ template <int ROWS>
 constexpr int MAX_SPLITS = ROWS > 8 ? 4 : 8;
 
 struct Member {
-    const void *U, *Vh, *s, *bias;  // s and bias may be null
+    Weight U, Vh;
+    const void *s, *bias;  // may be null
     void *y;
-    int64_t U_stride, Vh_stride, y_stride;  // elements
+    int64_t y_stride;  // elements
     int32_t N, R;
     int32_t rank_tile, width_tile;  // the member's first tiles among those of the group
     int32_t s_is_float;
@@ -63,17 +67,18 @@ GRASP_DEVICE float scale(const Member &member, int column) {
 
 // --- shrink ----------------------------------------------------------------------------------------------------------
 
-template <class T, int ROWS, bool VECTOR>
+template <class T, int BITS, int ROWS, bool VECTOR>
 GRASP_DEVICE void shrink(const Problem &problem, int task) {
-    using Tile = Product<T, ROWS, RANK_TILE / 8, SHRINK_STEPS<T, ROWS>, VECTOR>;
+    using Tile = Product<T, BITS, ROWS, RANK_TILE / 8, SHRINK_STEPS<T, ROWS>, VECTOR>;
     const int tile = task % problem.rank_tiles, split = task / problem.rank_tiles;
     const Member &member = member_of(problem, &Member::rank_tile, tile);
     const int first = (tile - member.rank_tile) * RANK_TILE;
     const int start = split * problem.length;
     const int stop = problem.K - start > problem.length ? start + problem.length : problem.K;
 
-    Tile product({static_cast<const T *>(member.Vh), member.Vh_stride, member.R, problem.K}, first, stop);
+    Tile product(member.Vh, first, stop);
     product.fetch(start);
+    const float scale = Tile::Form::row_scale(member.Vh, first + Tile::column());
     const auto x = [&](int row, int k) {
         if (row >= problem.M || k >= stop) return Chunk{};
         const T *from = static_cast<const T *>(problem.x) + row * problem.x_stride + k;
@@ -84,16 +89,17 @@ GRASP_DEVICE void shrink(const Problem &problem, int task) {
     const int64_t columns = int64_t{RANK_TILE} * problem.rank_tiles;
     float *h = problem.hidden + split * problem.M * columns + tile * RANK_TILE + Tile::column();
     const bool inside = first + Tile::column() < member.R;  // outside, an Inf in x times zero gave NaN
-    product.finish(problem.M, [&](int row, float sum) { store(h + row * columns, inside ? sum : 0); });
+    product.finish(problem.M, [&](int row, float sum) { store(h + row * columns, inside ? sum * scale : 0); });
 }
 
 // --- expand ----------------------------------------------------------------------------------------------------------
 
 // PIVOTED: whether members may have an order.
-template <class T, int ROWS, bool VECTOR, bool PIVOTED>
+template <class T, int BITS, int ROWS, bool VECTOR, bool PIVOTED>
 struct Expand {
-    using Tile = Product<T, ROWS, WIDTH_TILE / 8, EXPAND_STEPS<T, ROWS>, VECTOR>;
-    static constexpr int PITCH = Tile::STAGE + STEP<T>;  // puts the rows of a fragment on different banks
+    using Tile = Product<T, BITS, ROWS, WIDTH_TILE / 8, EXPAND_STEPS<T, ROWS>, VECTOR>;
+    // Puts the rows of a fragment on different banks. Lanes of a row are as far apart as they load elements of it.
+    static constexpr int PITCH = Tile::STAGE + (Tile::Form::PARTS == 1 ? 4 : 1) * CHUNK<T>;
 
     const Problem &problem;
     const Member &member;
@@ -102,7 +108,7 @@ struct Expand {
     const int rows;    // of U
     const int column;  // of y, which a thread finishes
     const bool inside;
-    float bias = 0;
+    float bias = 0, weight_scale;
     Tile product;
 
     // Loads the data that do not depend on h: the first stage of U, and the bias.
@@ -114,8 +120,9 @@ struct Expand {
           rows(order ? member.N - member.R : member.N),
           column(order ? find_column() : first + Tile::column()),
           inside(PIVOTED ? static_cast<uint32_t>(column) < static_cast<uint32_t>(member.N) : column < member.N),
-          product({static_cast<const T *>(member.U), member.U_stride, rows, member.R}, first, member.R) {
+          product(member.U, first, member.R) {
         product.fetch(0);
+        weight_scale = Tile::Form::row_scale(member.U, first + Tile::column());
         if (member.bias && inside) bias = to_float(load(static_cast<const T *>(member.bias) + column));
     }
 
@@ -133,7 +140,7 @@ struct Expand {
         }
         T *y = static_cast<T *>(member.y) + column;
         product.finish(problem.M, [&](int row, float sum) {
-            if (inside) store(y + row * member.y_stride, round_to<T>(sum + bias));
+            if (inside) store(y + row * member.y_stride, round_to<T>(sum * weight_scale + bias));
         });
     }
 
@@ -264,29 +271,31 @@ GRASP_DEVICE void wait(const uint32_t *barrier, uint32_t ticket) {
 
 // --- kernels ---------------------------------------------------------------------------------------------------------
 
-template <class T, int ROWS, bool VECTOR>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) lowrank_shrink_kernel(const __grid_constant__ Problem problem) {
+template <class T, int BITS, int ROWS, bool VECTOR>
+__global__ void __launch_bounds__(THREADS, (MIN_BLOCKS<BITS, ROWS>))
+    lowrank_shrink_kernel(const __grid_constant__ Problem problem) {
     launch_dependents();
-    shrink<T, ROWS, VECTOR>(problem, block_index());
+    shrink<T, BITS, ROWS, VECTOR>(problem, block_index());
 }
 
-template <class T, int ROWS, bool VECTOR, bool PIVOTED>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) lowrank_expand_kernel(const __grid_constant__ Problem problem) {
-    Expand<T, ROWS, VECTOR, PIVOTED> expand(problem, block_index());
+template <class T, int BITS, int ROWS, bool VECTOR, bool PIVOTED>
+__global__ void __launch_bounds__(THREADS, (MIN_BLOCKS<BITS, ROWS>))
+    lowrank_expand_kernel(const __grid_constant__ Problem problem) {
+    Expand<T, BITS, ROWS, VECTOR, PIVOTED> expand(problem, block_index());
     wait_for_dependency();
     expand.run();
 }
 
 // Arrive first, then load U while other blocks finish: an earlier load of U would delay the shrink.
 template <class T, int ROWS, bool VECTOR, bool PIVOTED>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+__global__ void __launch_bounds__(THREADS, (MIN_BLOCKS<0, ROWS>))
     lowrank_cooperative_kernel(const __grid_constant__ Problem problem) {
     for (int task = block_index(); task < problem.rank_tiles * problem.splits; task += block_count()) {
-        shrink<T, ROWS, VECTOR>(problem, task);
+        shrink<T, 0, ROWS, VECTOR>(problem, task);
     }
     const uint32_t ticket = arrive(problem.barrier);
     for (int tile = block_index(); tile < problem.width_tiles; tile += block_count()) {
-        Expand<T, ROWS, VECTOR, PIVOTED> expand(problem, tile);
+        Expand<T, 0, ROWS, VECTOR, PIVOTED> expand(problem, tile);
         if (tile == block_index()) wait(problem.barrier, ticket);
         expand.run();
     }

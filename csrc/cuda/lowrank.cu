@@ -74,12 +74,30 @@ grasp_status check(const grasp_input &x) {
     return GRASP_OK;
 }
 
+int64_t rows_of_U(const grasp_factors &group) { return group.order ? group.N - group.R : group.N; }
+
+grasp_status check_storage(const char *name, int32_t bits, int32_t columns, const void *scales,
+                           const grasp_factors &group, const grasp_input &x) {
+    if (bits == 0) return GRASP_OK;
+    if (x.dtype == GRASP_F32) return fail(GRASP_UNSUPPORTED, "with quantised factors x must be in 16 bits");
+    if ((bits != 8 && bits != 4) || (columns != 0 && columns != 32 && columns != 64 && columns != 128)) {
+        return fail(GRASP_BAD_ARGUMENT,
+                    "%s must have 8 or 4 bits and 0, 32, 64 or 128 columns per scale, got %d and %d", name, bits,
+                    columns);
+    }
+    if (!scales || (group.scales_dtype != GRASP_F32 && group.scales_dtype != x.dtype)) {
+        return fail(GRASP_BAD_ARGUMENT, "the scales of %s must be there, in float32 or dtype %d; got %p in %d", name,
+                    x.dtype, scales, group.scales_dtype);
+    }
+    return GRASP_OK;
+}
+
 grasp_status check(const grasp_factors &group, const grasp_input &x) {
     if (group.N < 1 || group.N > MAX_SIZE || group.R < 1 || group.R > MAX_SIZE) {
         return fail(GRASP_BAD_ARGUMENT, "N and R must be between 1 and 2^27, got N %lld and R %lld",
                     static_cast<long long>(group.N), static_cast<long long>(group.R));
     }
-    if (!group.U || !group.Vh || (x.M > 0 && !group.y)) {
+    if ((!group.U && rows_of_U(group) > 0) || !group.Vh || (x.M > 0 && !group.y)) {
         return fail(GRASP_BAD_ARGUMENT, "U, Vh and y must not be null, got %p, %p, %p", group.U, group.Vh, group.y);
     }
     if (group.U_stride < 0 || group.Vh_stride < 0 || (x.M > 1 && group.y_stride < group.N)) {
@@ -88,17 +106,16 @@ grasp_status check(const grasp_factors &group, const grasp_input &x) {
                     static_cast<long long>(group.U_stride), static_cast<long long>(group.Vh_stride),
                     static_cast<long long>(group.y_stride));
     }
-    if (group.order && (group.s || group.N <= group.R)) {
-        return fail(GRASP_BAD_ARGUMENT, "with order, s must be null and N above R, got s %p, N %lld and R %lld",
+    if (group.order && (group.s || group.N < group.R)) {
+        return fail(GRASP_BAD_ARGUMENT, "with order, s must be null and N at least R, got s %p, N %lld and R %lld",
                     group.s, static_cast<long long>(group.N), static_cast<long long>(group.R));
     }
     if (group.s && group.s_dtype != GRASP_F32 && group.s_dtype != x.dtype) {
         return fail(GRASP_BAD_ARGUMENT, "s must be float32 or of dtype %d, got %d", x.dtype, group.s_dtype);
     }
-    if (group.U_bits || group.Vh_bits) {
-        return fail(GRASP_UNSUPPORTED, "U and Vh must have the dtype of x, got U of %d and Vh of %d bits", group.U_bits,
-                    group.Vh_bits);
-    }
+    GRASP_TRY(check_storage("U", group.U_bits, group.U_group, group.U_scales, group, x));
+    GRASP_TRY(check_storage("Vh", group.Vh_bits, group.Vh_group, group.Vh_scales, group, x));
+    if (group.Vh_bits && group.s) return fail(GRASP_BAD_ARGUMENT, "s must be null if Vh is quantised, got %p", group.s);
     return GRASP_OK;
 }
 
@@ -125,28 +142,37 @@ struct Variants {
     const Variant *begin, *end;
 };
 
-Variants variants_of(int32_t dtype) {
+template <size_t SIZE>
+Variants all(const Variant (&table)[SIZE]) {
+    return {std::begin(table), std::end(table)};
+}
+
+Variants variants_of(int32_t dtype, bool quantized) {
     switch (dtype) {
-        case GRASP_F32: return {std::begin(variants_f32), std::end(variants_f32)};
-        case GRASP_F16: return {std::begin(variants_f16), std::end(variants_f16)};
-        default: return {std::begin(variants_bf16), std::end(variants_bf16)};
+        case GRASP_F32: return all(variants_f32);
+        case GRASP_F16: return quantized ? all(quantized_f16) : all(variants_f16);
+        default: return quantized ? all(quantized_bf16) : all(variants_bf16);
     }
 }
 
-const Variant &choose(int32_t dtype, int64_t rows, bool aligned, bool pivoted) {
-    const Variants all = variants_of(dtype);
+const Variant &choose(int32_t dtype, int32_t bits, int64_t rows, bool aligned, bool pivoted) {
+    const Variants all = variants_of(dtype, bits);
     return *std::find_if(all.begin, all.end, [&](const Variant &variant) {
-        return variant.rows >= rows && (aligned || !variant.vector) && variant.pivoted == pivoted;
+        return variant.bits == bits && variant.rows >= rows && (aligned || !variant.vector) &&
+               variant.pivoted >= (bits || pivoted);
     });
 }
 
-int64_t rows_of_U(const grasp_factors &group) { return group.order ? group.N - group.R : group.N; }
+// Whether rows start at multiples of what a lane loads, and their length is a multiple of it.
+bool is_aligned(const void *data, int64_t rows, int64_t stride, int64_t columns, int32_t dtype, int32_t bits) {
+    const int64_t load = bits ? 8 : 16, size = bits ? 1 : element_size(dtype);
+    return reinterpret_cast<uintptr_t>(data) % load == 0 && columns * (bits ? bits : 8 * size) % (8 * load) == 0 &&
+           (rows <= 1 || stride * size % load == 0);
+}
 
-// Whether rows start at multiples of 16 bytes and their length is a multiple of 16 bytes.
-bool is_aligned(const void *data, int64_t rows, int64_t stride, int64_t columns, int32_t dtype) {
-    const int64_t size = element_size(dtype);
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && columns * size % 16 == 0 &&
-           (rows <= 1 || stride * size % 16 == 0);
+// A group that one launch can run together with another.
+bool stored_alike(const grasp_factors &a, const grasp_factors &b) {
+    return a.U_bits == b.U_bits && a.Vh_bits == b.Vh_bits;
 }
 
 // --- the launches ----------------------------------------------------------------------------------------------------
@@ -168,9 +194,18 @@ grasp_status read_card(Card &card) {
     return GRASP_OK;
 }
 
+Weight weight(const void *data, int64_t stride, int64_t rows, int32_t columns_per_scale, int64_t columns,
+              const void *scales, int32_t scales_dtype) {
+    Weight weight = {data, stride, static_cast<int32_t>(rows), 0, 0, scales, scales_dtype == GRASP_F32};
+    if (columns_per_scale == 0) return weight;
+    weight.groups = static_cast<int32_t>(ceil_div(columns, columns_per_scale));
+    while (1 << weight.shift < columns_per_scale) ++weight.shift;
+    return weight;
+}
+
 // The members, their tiles, and the splits of K: as many as fill the card once with tiles of h.
 Problem lay_out(const grasp_input &x, const grasp_factors *groups, int64_t count, const grasp_cuda_options &options,
-                const Card &card, const Variant &expand) {
+                const Card &card, const Variant &shrink, const Variant &expand) {
     Problem problem = {};
     problem.x = x.data;
     problem.x_stride = x.M > 1 ? x.stride : 0;
@@ -181,30 +216,29 @@ Problem lay_out(const grasp_input &x, const grasp_factors *groups, int64_t count
     problem.count = static_cast<int32_t>(count);
     for (int64_t i = 0; i < count; ++i) {
         const grasp_factors &group = groups[i];
-        problem.members[i] = {group.U,
-                              group.Vh,
-                              group.s,
-                              group.bias,
-                              group.y,
-                              group.U_stride,
-                              group.Vh_stride,
-                              x.M > 1 ? group.y_stride : 0,
-                              static_cast<int32_t>(group.N),
-                              static_cast<int32_t>(group.R),
-                              problem.rank_tiles,
-                              problem.width_tiles,
-                              group.s_dtype == GRASP_F32};
+        problem.members[i] = {
+            weight(group.U, group.U_stride, rows_of_U(group), group.U_group, group.R, group.U_scales,
+                   group.scales_dtype),
+            weight(group.Vh, group.Vh_stride, group.R, group.Vh_group, x.K, group.Vh_scales, group.scales_dtype),
+            group.s,
+            group.bias,
+            group.y,
+            x.M > 1 ? group.y_stride : 0,
+            static_cast<int32_t>(group.N),
+            static_cast<int32_t>(group.R),
+            problem.rank_tiles,
+            problem.width_tiles,
+            group.s_dtype == GRASP_F32};
         problem.orders[i] = group.order;
         problem.rank_tiles += static_cast<int32_t>(ceil_div(group.R, RANK_TILE));
         problem.width_tiles += static_cast<int32_t>(ceil_div(rows_of_U(group), WIDTH_TILE));
         if (group.order) problem.width_tiles += static_cast<int32_t>(ceil_div(group.R, WIDTH_TILE));
     }
-    const int64_t granule = x.dtype == GRASP_F32 ? SPLIT_GRANULE<float> : SPLIT_GRANULE<F16>;
-    const int64_t granules = ceil_div(x.K, granule);
+    const int64_t granules = ceil_div(x.K, shrink.granule);
     const int64_t wanted = options.splits > 0 ? options.splits : ceil_div(card.processors, problem.rank_tiles);
     const int64_t most = std::min<int64_t>({MOST_SPLITS, expand.splits, granules});
     const int64_t length = ceil_div(granules, std::min(wanted, most));
-    problem.length = static_cast<int32_t>(length * granule);
+    problem.length = static_cast<int32_t>(length * shrink.granule);
     problem.splits = static_cast<int32_t>(ceil_div(granules, length));
     return problem;
 }
@@ -246,21 +280,23 @@ grasp_status launch_cooperative(const Variant &variant, const Problem &problem, 
                   cudaLaunchAttributeCooperative);
 }
 
-// Up to MAX_MEMBERS groups.
+// Up to MAX_MEMBERS groups that are stored alike.
 grasp_status run(const grasp_input &x, const grasp_factors *groups, int64_t count, const grasp_cuda_options &options,
                  const Card &card) {
-    bool shrink_aligned = is_aligned(x.data, x.M, x.stride, x.K, x.dtype), expand_aligned = true, pivoted = false;
+    const int32_t Vh_bits = groups->Vh_bits, U_bits = groups->U_bits;
+    bool shrink_aligned = is_aligned(x.data, x.M, x.stride, x.K, x.dtype, 0), expand_aligned = true, pivoted = false;
     for (int64_t i = 0; i < count; ++i) {
         const grasp_factors &group = groups[i];
-        shrink_aligned = shrink_aligned && is_aligned(group.Vh, group.R, group.Vh_stride, x.K, x.dtype);
-        expand_aligned = expand_aligned && is_aligned(group.U, rows_of_U(group), group.U_stride, group.R, x.dtype);
+        shrink_aligned = shrink_aligned && is_aligned(group.Vh, group.R, group.Vh_stride, x.K, x.dtype, Vh_bits);
+        expand_aligned =
+            expand_aligned && (is_aligned(group.U, rows_of_U(group), group.U_stride, group.R, x.dtype, U_bits));
         pivoted = pivoted || group.order;
     }
     const bool cooperative = options.path == GRASP_CUDA_COOPERATIVE;
     if (cooperative) shrink_aligned = expand_aligned = shrink_aligned && expand_aligned;
-    const Variant &shrink = choose(x.dtype, x.M, shrink_aligned, pivoted);
-    const Variant &expand = choose(x.dtype, x.M, expand_aligned, pivoted);
-    const Problem problem = lay_out(x, groups, count, options, card, expand);
+    const Variant &shrink = choose(x.dtype, Vh_bits, x.M, shrink_aligned, pivoted);
+    const Variant &expand = choose(x.dtype, U_bits, x.M, expand_aligned, pivoted);
+    const Problem problem = lay_out(x, groups, count, options, card, shrink, expand);
     const cudaStream_t stream = static_cast<cudaStream_t>(options.stream);
     if (cooperative) return launch_cooperative(expand, problem, stream, card);
     const bool able = card.capability >= DEPENDENT_LAUNCH;
@@ -281,11 +317,13 @@ grasp_status grasp_cuda_load() {
     Card card;
     GRASP_TRY(read_card(card));
     for (const int32_t dtype : {GRASP_F32, GRASP_F16, GRASP_BF16}) {
-        const Variants all = variants_of(dtype);
-        for (const Variant *variant = all.begin; variant != all.end; ++variant) {
-            for (const void *kernel : {variant->shrink, variant->expand, variant->cooperative}) {
-                cudaFuncAttributes attributes;
-                GRASP_TRY_CUDA(cudaFuncGetAttributes, &attributes, kernel);
+        for (const bool quantized : {false, dtype != GRASP_F32}) {
+            const Variants all = variants_of(dtype, quantized);
+            for (const Variant *variant = all.begin; variant != all.end; ++variant) {
+                for (const void *kernel : {variant->shrink, variant->expand, variant->cooperative}) {
+                    cudaFuncAttributes attributes;
+                    if (kernel) GRASP_TRY_CUDA(cudaFuncGetAttributes, &attributes, kernel);
+                }
             }
         }
     }
@@ -300,6 +338,11 @@ grasp_status grasp_cuda_lowrank_linear(const grasp_input *x, const grasp_factors
     int64_t columns = 0;
     for (int64_t i = 0; i < count; ++i) {
         GRASP_TRY(check(groups[i], *x));
+        if (options->path == GRASP_CUDA_COOPERATIVE && (groups[i].U_bits || groups[i].Vh_bits)) {
+            return fail(GRASP_UNSUPPORTED,
+                        "the cooperative kernel takes no quantised factors, got U of %d and Vh of %d bits",
+                        groups[i].U_bits, groups[i].Vh_bits);
+        }
         columns += padded(groups[i].R);
     }
     if (x->M == 0) return GRASP_OK;
@@ -310,8 +353,11 @@ grasp_status grasp_cuda_lowrank_linear(const grasp_input *x, const grasp_factors
         return fail(GRASP_UNSUPPORTED, "dependent launches need compute capability 9.0, this card has %d.%d",
                     card.capability / 10, card.capability % 10);
     }
-    for (int64_t i = 0; i < count; i += MAX_MEMBERS) {
-        GRASP_TRY(run(*x, groups + i, std::min<int64_t>(MAX_MEMBERS, count - i), *options, card));
+    for (int64_t first = 0, end; first < count; first = end) {
+        for (end = first + 1; end < count && end - first < MAX_MEMBERS; ++end) {
+            if (!stored_alike(groups[first], groups[end])) break;
+        }
+        GRASP_TRY(run(*x, groups + first, end - first, *options, card));
     }
     return GRASP_OK;
 }

@@ -1,10 +1,11 @@
 // The product of up to 16 rows with 8 · TILES rows of a weight in one block, both along a row: left · weightᵀ.
 //
 // The summed dimension is divided among the warps, and in a warp among four lanes, 16 bytes each. A lane uses its 16
-// bytes as it loaded them: the tensor core then sums in an order that is the same permutation for both operands.
+// bytes as it loaded them: the tensor core then sums in an order that is the same permutation for both operands. Of a
+// quantised weight a lane loads 8 bytes, which become one or more times 16 bytes in the dtype of the rows.
 #pragma once
 
-#include "cuda/intrinsics.cuh"
+#include "cuda/stored.cuh"
 
 namespace grasp_cuda {
 
@@ -12,44 +13,12 @@ constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
 constexpr int MAX_ROWS = 16;
 
-template <class T>
-constexpr int CHUNK = 16 / sizeof(T);  // elements
-template <class T>
-constexpr int STEP = 4 * CHUNK<T>;  // elements of a row that a warp multiplies at once
+template <class T, int BITS>
+constexpr int STEP = 4 * Stored<T, BITS>::ELEMENTS;  // elements of a row that a warp loads at once
 
 GRASP_DEVICE int warp() { return thread_index() / 32; }
 GRASP_DEVICE int lane_row() { return thread_index() % 32 / 4; }
 GRASP_DEVICE int lane_place() { return thread_index() % 4; }
-
-template <class T>
-GRASP_DEVICE Pair unpack(uint32_t word) {
-    return {to_float(T{static_cast<uint16_t>(word)}), to_float(T{static_cast<uint16_t>(word >> 16)})};
-}
-
-template <class T>
-GRASP_DEVICE uint32_t pack(float low, float high) {
-    return round_to<T>(low).bits | static_cast<uint32_t>(round_to<T>(high).bits) << 16;
-}
-
-// The first `count` elements at an address of any alignment; zeros after them.
-GRASP_DEVICE Chunk gather(const float *from, int count) {
-    Chunk chunk = {};
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-        if (e < count) chunk.words[e] = as_bits(load(from + e));
-    }
-    return chunk;
-}
-
-template <class T>
-GRASP_DEVICE Chunk gather(const T *from, int count) {
-    Chunk chunk = {};
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-        if (e < count) chunk.words[e / 2] |= static_cast<uint32_t>(load(from + e).bits) << e % 2 * 16;
-    }
-    return chunk;
-}
 
 // --- sums of a warp --------------------------------------------------------------------------------------------------
 
@@ -121,33 +90,27 @@ struct Sums<float, ROWS, TILES> {
 
 // --- the product of a block ------------------------------------------------------------------------------------------
 
-template <class T>
-struct Weight {
-    const T *data;
-    int64_t stride;
-    int rows, columns;
-};
-
 // STEPS: the steps that a warp loads at once, while it multiplies as many. VECTOR: every chunk is aligned and
 // completely inside or outside the matrix; without it, elements are loaded one by one.
-template <class T, int ROWS, int TILES, int STEPS, bool VECTOR>
+template <class T, int BITS, int ROWS, int TILES, int STEPS, bool VECTOR>
 struct Product {
-    static constexpr int COLUMNS = 8 * TILES;                // of the result: rows of the weight
-    static constexpr int STAGE = WARPS * STEPS * STEP<T>;    // elements of the summed dimension
+    using Form = Stored<T, BITS>;
+    static constexpr int COLUMNS = 8 * TILES;                    // of the result: rows of the weight
+    static constexpr int STAGE = WARPS * STEPS * STEP<T, BITS>;  // elements of the summed dimension
     static constexpr int PITCH = COLUMNS + 8;                // so that the rows of a fragment are on different banks
     static constexpr int SHARED = WARPS * ROWS * PITCH * 4;  // bytes
     static_assert(THREADS % COLUMNS == 0, "a thread finishes one column");
 
-    Weight<T> weight;
+    Weight weight;
     int first, stop;  // row of the weight; end of the summed dimension
-    Chunk ahead[STEPS][TILES];
+    typename Form::Loaded ahead[STEPS][TILES];
     Sums<T, ROWS, TILES> sums;
 
-    GRASP_DEVICE Product(const Weight<T> &weight, int first, int stop) : weight(weight), first(first), stop(stop) {}
+    GRASP_DEVICE Product(const Weight &weight, int first, int stop) : weight(weight), first(first), stop(stop) {}
 
     // The lane's first element of the summed dimension, in one step of a stage.
     static GRASP_DEVICE int place(int stage, int step) {
-        return stage + (warp() * STEPS + step) * STEP<T> + lane_place() * CHUNK<T>;
+        return stage + (warp() * STEPS + step) * STEP<T, BITS> + lane_place() * Form::ELEMENTS;
     }
 
     // The column whose sum a thread finishes.
@@ -158,14 +121,11 @@ struct Product {
 #pragma unroll
         for (int t = 0; t < TILES; ++t) {
             const int row = first + 8 * t + lane_row();
-            const T *from = weight.data + row * weight.stride;
 #pragma unroll
             for (int j = 0; j < STEPS; ++j) {
                 const int k = place(stage, j);
-                ahead[j][t] = Chunk{};
-                if (row < weight.rows && k < stop) {
-                    ahead[j][t] = VECTOR ? load_weights(from + k) : gather(from + k, stop - k);
-                }
+                ahead[j][t] = {};
+                if (row < weight.rows && k < stop) ahead[j][t] = Form::template load<VECTOR>(weight, row, k, stop);
             }
         }
     }
@@ -174,7 +134,7 @@ struct Product {
     // adjust(chunk, k) may change those of the weight.
     template <class Left, class Adjust>
     GRASP_DEVICE void multiply(int stage, const Left &left, const Adjust &adjust) {
-        Chunk now[STEPS][TILES];
+        typename Form::Loaded now[STEPS][TILES];
 #pragma unroll
         for (int j = 0; j < STEPS; ++j) {
 #pragma unroll
@@ -183,10 +143,17 @@ struct Product {
         if (stage + STAGE < stop) fetch(stage + STAGE);
 #pragma unroll
         for (int j = 0; j < STEPS; ++j) {
-            const int k = place(stage, j);
 #pragma unroll
-            for (int t = 0; t < TILES; ++t) adjust(now[j][t], k);
-            sums.add([&](int row) { return left(row, k); }, now[j]);
+            for (int part = 0; part < Form::PARTS; ++part) {
+                const int k = place(stage, j) + part * CHUNK<T>;
+                Chunk right[TILES];
+#pragma unroll
+                for (int t = 0; t < TILES; ++t) {
+                    right[t] = Form::part(now[j][t], part);
+                    adjust(right[t], k);
+                }
+                sums.add([&](int row) { return left(row, k); }, right);
+            }
         }
     }
 

@@ -23,16 +23,23 @@ _RANK = 9  # the index of R in the tuple of `pointers`
 
 
 def lowrank_linear(
-    x: Tensor, U: Tensor, s: Tensor | None, Vh: Tensor, bias: Tensor | None, order: Tensor | None = None, *_: None
+    x: Tensor,
+    U: Tensor,
+    s: Tensor | None,
+    Vh: Tensor,
+    bias: Tensor | None,
+    order: Tensor | None = None,
+    U_scales: Tensor | None = None,
+    Vh_scales: Tensor | None = None,
 ) -> Tensor:
     """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). Arguments and result as in ``reference.lowrank_linear``."""
-    return run(x, (Factors(U, s, Vh, bias, order),))[0]
+    return run(x, (Factors(U, s, Vh, bias, order, U_scales, Vh_scales),))[0]
 
 
 def lowrank_linear_grouped(
     x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
-    """Several low-rank linears of one input; x is (M, K). One pair of launches runs up to 8 of them."""
+    """Several low-rank linears of one input; x is (M, K). A pair of launches runs up to 8 that are stored alike."""
     return run(x, factors, outputs)
 
 
@@ -48,7 +55,8 @@ def run(
 
     Args:
         x: (M, K), M at most 16; fp32, fp16 or bf16 on a CUDA device.
-        factors: dtype and device of x; s may be fp32. Tensors that the kernels cannot read in place are copied first.
+        factors: on the device of x and in its dtype; s and scales may be fp32, U and Vh int8 or int4, which
+            neither fp32 nor ``"cooperative"`` takes. Tensors that the kernels cannot read in place are copied first.
         outputs: filled if given, (M, N_i) with unit inner strides.
         path: one of ``PATH_CODES``; ``"auto"`` is the pair, dependent if the GPU can.
         splits: of K, one partial sum of h each; 0 makes as many as the GPU has room for.
@@ -62,7 +70,7 @@ def run(
     if rows == 0:
         return outputs
     x, stride = in_place(x)
-    pointed = [pointers(group, output) for group, output in zip(factors, outputs, strict=True)]
+    pointed = [pointers(group, output, K) for group, output in zip(factors, outputs, strict=True)]
     groups = tuple([group for group, _ in pointed])  # `pointed` keeps the copies alive that they point to
     size = _workspace_bytes(rows, tuple([group[_RANK] for group in groups]))
     with on_device(x.device):

@@ -88,8 +88,10 @@ def _cuda_refuses(call: OpCall) -> str | None:
         return f"it runs on CUDA tensors, not on {call.device.type}"
     if call.dtype == torch.float64:
         return "its kernels accumulate in float32"
-    if call.weights:
-        return f"it has no kernel for {_forms(call)} factors"
+    if "fp8" in call.weights:
+        return "it has no kernel for fp8 factors"
+    if call.weights and call.dtype == torch.float32:
+        return f"it has kernels for {_forms(call)} factors in 16 bits only"
     if call.rows > CUDA_ROWS:
         return f"it serves at most {CUDA_ROWS} rows"
     return _card_refuses(call.device)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .quantized import group_size
 from .reference import Factors
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # grasp_dtype in csrc/lowrank.h
@@ -54,8 +55,11 @@ def get_include() -> str:
     return str(installed if installed.is_dir() else package.parents[1] / "csrc")
 
 
+BITS = {torch.int8: 8, torch.uint8: 4}  # of a quantised matrix; others have the dtype of x
+
+
 def in_place(matrix: Tensor) -> tuple[Tensor, int]:
-    """The matrix, copied if the kernels cannot read it in place, and the stride of its rows in elements.
+    """The matrix, copied if the kernels cannot read it in place, and the stride of its rows in stored elements.
 
     They need rows that are contiguous and do not overlap.
     """
@@ -67,22 +71,33 @@ def in_place(matrix: Tensor) -> tuple[Tensor, int]:
     return matrix, matrix.shape[1]
 
 
-def pointers(factors: Factors, output: Tensor) -> tuple[tuple[int, ...], Factors]:
+def pointers(factors: Factors, output: Tensor, in_features: int) -> tuple[tuple[int, ...], Factors]:
     """A group as the CUDA module takes it (see csrc/groups.h), and the tensors it points to, to be kept alive."""
-    U, s, Vh, bias, order, *_ = factors
-    N, R = factors.out_features, U.shape[1]
-    U, U_stride = in_place(U)
-    Vh, Vh_stride = in_place(Vh)
-    s_data = bias_data = s_dtype = order_data = 0
-    if s is not None:
-        s = s.contiguous()
-        s_data, s_dtype = s.data_ptr(), DTYPE_CODES[s.dtype]
-    if bias is not None:
-        bias = bias.contiguous()
-        bias_data = bias.data_ptr()
-    if order is not None:
-        order = order.contiguous()
-        order_data = order.data_ptr()
-    addresses = (U.data_ptr(), s_data, Vh.data_ptr(), bias_data, output.data_ptr())
-    sizes = (U_stride, Vh_stride, output.stride(0), N, R, s_dtype)
-    return (*addresses, *sizes, order_data), Factors(U, s, Vh, bias, order)
+    N, R = factors.out_features, factors.Vh.shape[0]
+    U, U_stride = in_place(factors.U)
+    Vh, Vh_stride = in_place(factors.Vh)
+    _, s, _, bias, order, U_scales, Vh_scales = (None if field is None else field.contiguous() for field in factors)
+    scales = U_scales if U_scales is not None else Vh_scales
+    addresses = (U.data_ptr(), _address(s), Vh.data_ptr(), _address(bias), output.data_ptr())
+    sizes = (U_stride, Vh_stride, output.stride(0), N, R, _code(s), _address(order))
+    bits = (BITS.get(U.dtype, 0), BITS.get(Vh.dtype, 0))
+    groups = (_columns_per_scale(U_scales, R), _columns_per_scale(Vh_scales, in_features))
+    quantized = (_address(U_scales), _address(Vh_scales), _code(scales), *bits, *groups)
+    return (*addresses, *sizes, *quantized), Factors(U, s, Vh, bias, order, U_scales, Vh_scales)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _code(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else DTYPE_CODES[tensor.dtype]
+
+
+def _columns_per_scale(scales: Tensor | None, depth: int) -> int:
+    """0 if a row has one scale."""
+    if scales is None or scales.shape[1] == 1:
+        return 0
+    size = group_size(scales.shape[1], depth)
+    assert size is not None
+    return size

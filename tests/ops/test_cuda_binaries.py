@@ -12,16 +12,19 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
-SOURCES = sorted((CSRC / "cuda").glob("kernels_*.cu"))
+SOURCES = sorted((CSRC / "cuda").glob("*_*.cu"))
 ARCHITECTURES = (80, 90)
-KERNELS = 5 * (4 + 3 + 3)  # of each architecture: a shrink, an expand and a cooperative kernel of each form
+# Of each architecture: a shrink, an expand and a cooperative kernel of each form, and the first two for int8 and int4.
+KERNELS = 5 * (4 + 3 + 3) + 2 * 2 * (3 + 3)
 THREADS, REGISTERS = 128, 1 << 16  # of a block, of a processor
 
-NAME = re.compile(r"lowrank_(shrink|expand|cooperative)_kernelI(f|NS_3F16E|NS_4BF16E)Li(\d+)ELb([01])E(?:Lb([01])E)?")
+NAME = re.compile(
+    r"lowrank_(shrink|expand|cooperative)_kernelI(f|NS_3F16E|NS_4BF16E)(?:Li([048])E)?Li(\d+)ELb([01])E(?:Lb([01])E)?"
+)
 RESOURCES = re.compile(r"Function (\w+):\s+(REG:.*)")
 NUMBER = re.compile(r"(\w+):(\d+)")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
-WEIGHTS = "LDG.E.EF.128"  # 16 bytes, evicted first
+WEIGHTS, QUANTIZED = "LDG.E.EF.128", "LDG.E.EF.64"  # 16 bytes, or 8 of a quantised weight, evicted first
 HIDDEN = "LDG.E.128.STRONG.GPU"  # 16 bytes, bypassing the first-level cache
 POLL = "LDG.E.STRONG.GPU"  # of the barrier; later ones load h for the outputs of pivots
 SYSTEM_LIBRARIES = {  # of every Linux with glibc; libcuda, libcudart and libpython are not among them
@@ -33,6 +36,7 @@ SYSTEM_LIBRARIES = {  # of every Linux with glibc; libcuda, libcudart and libpyt
 class Kernel(NamedTuple):
     kind: str
     dtype: str
+    bits: int
     rows: int
     vector: bool
     pivoted: bool
@@ -41,9 +45,15 @@ class Kernel(NamedTuple):
     def parse(cls, mangled: str) -> Kernel:
         match = NAME.search(mangled)
         assert match, mangled
-        kind, dtype, rows, *flags = match.groups()
+        kind, dtype, bits, rows, *flags = match.groups()
         vector, pivoted = (flag == "1" for flag in flags)
-        return cls(kind, {"f": "f32", "NS_3F16E": "f16", "NS_4BF16E": "bf16"}[dtype], int(rows), vector, pivoted)
+        name = {"f": "f32", "NS_3F16E": "f16", "NS_4BF16E": "bf16"}[dtype]
+        return cls(kind, name, int(bits or 0), int(rows), vector, pivoted)
+
+    @property
+    def weights(self) -> str:
+        """The instruction that loads a weight."""
+        return QUANTIZED if self.bits else WEIGHTS
 
 
 def find_cuobjdump() -> str | None:
@@ -142,14 +152,14 @@ def test_ptx_for_later_cards_is_there(module: str, disassembler: str) -> None:
         assert "griddepcontrol.wait" in text
 
 
-def test_factors_are_read_by_16_bytes(instructions: dict[tuple[int, Kernel], list[str]]) -> None:
+def test_factors_are_read_by_16_or_8_bytes(instructions: dict[tuple[int, Kernel], list[str]]) -> None:
     for kernel, names in select(instructions, lambda _, kernel: kernel.vector):
-        assert WEIGHTS in names
-        assert {name for name in widths(names) if ".EF" in name} == {WEIGHTS}
+        assert {name for name in widths(names) if ".EF" in name} == {kernel.weights}
         if kernel.kind == "shrink":
-            assert widths(names) == {WEIGHTS, "LDG.E.128"}, kernel  # Vh and x
+            scales = {"LDG.E", "LDG.E.U16"} if kernel.bits else set()
+            assert widths(names) - scales == {kernel.weights, "LDG.E.128"}, kernel  # Vh and x
     for kernel, names in select(instructions, lambda _, kernel: not kernel.vector):
-        assert WEIGHTS not in names, kernel
+        assert kernel.weights not in names, kernel
 
 
 def test_products_of_16_bit_factors_use_tensor_cores(instructions: dict[tuple[int, Kernel], list[str]]) -> None:
@@ -164,7 +174,8 @@ def test_u_is_fetched_before_the_wait_and_h_after_it(instructions: dict[tuple[in
         (wait,) = positions(names, "ACQBULK")
         assert min(positions(names, HIDDEN) + positions(names, POLL)) > wait, kernel
         if kernel.vector:
-            assert len([place for place in positions(names, WEIGHTS) if place < wait]) == first_stage(kernel), kernel
+            before = [place for place in positions(names, kernel.weights) if place < wait]
+            assert len(before) == first_stage(kernel), kernel
 
 
 def test_the_shrink_lets_the_expand_start_at_once(instructions: dict[tuple[int, Kernel], list[str]]) -> None:
@@ -187,7 +198,7 @@ def test_the_barrier_is_arrival_then_u_then_wait_then_h(instructions: dict[tuple
         assert "MEMBAR" in " ".join(names[arrival - 3 : arrival]), kernel  # release
         assert arrival < poll < min(positions(names, HIDDEN)), kernel
         if kernel.vector:
-            between = [place for place in positions(names, WEIGHTS) if arrival < place < poll]
+            between = [place for place in positions(names, kernel.weights) if arrival < place < poll]
             assert len(between) == first_stage(kernel), kernel
 
 

@@ -64,15 +64,20 @@ def test_an_error_of_cuda_is_an_exception_with_its_message(
         ({"rows": 2, "stride": -1}, "stride -1"),
         ({"dtype": 3}, "dtype must be a grasp_dtype, got 3"),
         ({"groups": ()}, "x, groups and options must be there"),
-        ({"groups": ((1, 2, 3),)}, "a group is a tuple of 12"),
+        ({"groups": ((1, 2, 3),)}, "a group is a tuple of 19"),
         ({"N": 0}, "got N 0 and R 16"),
         ({"R": 1 << 28}, "got N 40 and R 268435456"),
         ({"U": 0}, "U, Vh and y must not be null"),
         ({"U_stride": -1}, "strides must not be negative"),
         ({"rows": 2, "y_stride": 39}, "nor that of y below N"),
         ({"s": 16, "s_dtype": 1}, "s must be float32 or of dtype 2, got 1"),
-        ({"s": 16, "order": 4}, "with order, s must be null and N above R, got s 0x10, N 40 and R 16"),
-        ({"N": 16, "order": 4}, "with order, s must be null and N above R, got s .*, N 16 and R 16"),
+        ({"s": 16, "order": 4}, "with order, s must be null and N at least R, got s 0x10, N 40 and R 16"),
+        ({"N": 15, "order": 4}, "with order, s must be null and N at least R, got s .*, N 15 and R 16"),
+        ({"U_bits": 2}, "U must have 8 or 4 bits and 0, 32, 64 or 128 columns per scale, got 2 and 0"),
+        ({"Vh_bits": 4, "Vh_group": 48}, "Vh must have 8 or 4 bits and 0, 32, 64 or 128 .*, got 4 and 48"),
+        ({"U_bits": 8}, "the scales of U must be there, in float32 or dtype 2; got"),
+        ({"Vh_bits": 8, "Vh_scales": 16, "scales_dtype": 1}, "the scales of Vh must be .* got 0x10 in 1"),
+        ({"Vh_bits": 8, "Vh_scales": 16, "s": 16}, "s must be null if Vh is quantised, got 0x10"),
         ({"workspace": 0}, "the workspace must be aligned to 16 and have 512 bytes"),
         ({"workspace": 8}, "the workspace must be aligned to 16"),
         ({"workspace_bytes": 511}, "have 512 bytes, got 511"),
@@ -84,7 +89,8 @@ def test_an_error_of_cuda_is_an_exception_with_its_message(
 )
 def test_the_module_refuses_invalid_arguments(emulator: Emulator, change: dict[str, object], message: str) -> None:
     group = {"U": 16, "s": 0, "Vh": 16, "bias": 0, "y": 16, "U_stride": 16, "Vh_stride": 64, "y_stride": 40}
-    group |= {"N": 40, "R": 16, "s_dtype": 0, "order": 0}
+    group |= {"N": 40, "R": 16, "s_dtype": 0, "order": 0, "U_scales": 0, "Vh_scales": 0, "scales_dtype": 0}
+    group |= {"U_bits": 0, "Vh_bits": 0, "U_group": 0, "Vh_group": 0}
     call = {"data": 16, "stride": 64, "rows": 1, "K": 64, "dtype": 2, "groups": None}
     call |= {"stream": 0, "workspace": 16, "workspace_bytes": 512, "barrier": 0, "path": 0, "splits": 0}
     group = {name: change.get(name, value) for name, value in group.items()}

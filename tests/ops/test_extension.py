@@ -61,13 +61,13 @@ def test_matrices_that_the_kernels_cannot_read_in_place_are_copied() -> None:
 
 def test_pointers_keep_the_copies_that_they_point_to() -> None:
     U, s, Vh, y = torch.randn(3, 5).mT, torch.randn(6)[::2], torch.randn(3, 4), torch.empty(2, 5)
-    group, (kept_U, kept_s, kept_Vh, kept_bias, order, *_) = extension.pointers(Factors(U, s, Vh, None), y)
+    group, (kept_U, kept_s, kept_Vh, kept_bias, order, *_) = extension.pointers(Factors(U, s, Vh, None), y, 4)
     assert kept_s is not None
     assert kept_bias is None
     assert kept_Vh is Vh
     assert group[:5] == (kept_U.data_ptr(), kept_s.data_ptr(), Vh.data_ptr(), 0, y.data_ptr())
     assert order is None
-    assert group[5:] == (3, 4, 5, 5, 3, extension.DTYPE_CODES[torch.float32], 0)
+    assert group[5:] == (3, 4, 5, 5, 3, extension.DTYPE_CODES[torch.float32], 0, *[0] * 7)
     assert torch.equal(kept_U, U)
     assert torch.equal(kept_s, s)
 

@@ -39,8 +39,15 @@ def matrix(kind: str, rows: int, depth: int, groups: int, dtype: torch.dtype, se
 
 
 def quantized(
-    kind: str, dtype: torch.dtype, *, group: int | None = None, pivoted: bool = False, bias: bool = False
+    kind: str,
+    dtype: torch.dtype,
+    *,
+    group: int | None = None,
+    pivoted: bool = False,
+    bias: bool = False,
+    sizes: tuple[int, int, int] = (K, N, R),
 ) -> Factors:
+    K, N, R = sizes
     rows = N - R if pivoted else N
     U, U_scales = matrix(kind, rows, R, 1 if group is None else -(-R // group), dtype, 1)
     Vh, Vh_scales = matrix(kind, R, K, 1 if group is None else -(-K // group), dtype, 2)
@@ -52,9 +59,20 @@ def quantized(
     return Factors(U, None, Vh, b, order, U_scales, Vh_scales)
 
 
-def wide(group: Factors) -> Factors:
+def wide(group: Factors, in_features: int = K) -> Factors:
     """The same linear in float64, nothing rounded."""
-    return double(group.dequantized(K, torch.float64))
+    return double(group.dequantized(in_features, torch.float64))
+
+
+def only(group: Factors, side: str, in_features: int = K) -> Factors:
+    """Only ``side`` quantised, ``"U"`` or ``"Vh"``; ``"both"``: all as it is. The other one has the scales' dtype."""
+    assert group.U_scales is not None
+    floating = group.dequantized(in_features, group.U_scales.dtype)
+    return {
+        "both": group,
+        "U": group._replace(Vh=floating.Vh, Vh_scales=None),
+        "Vh": group._replace(U=floating.U, U_scales=None),
+    }[side]
 
 
 CASES = pairwise(

@@ -17,7 +17,7 @@ from grasp_kernels.triton import lowrank_linear as linear
 from tests import definitions
 from tests.numerics import assert_accurate
 from tests.ops.inputs import normal, seeded
-from tests.ops.test_quantized import K, N, quantized, wide
+from tests.ops.test_quantized import K, N, only, quantized, wide
 from tests.ops.test_triton_lowrank import DEVICE, H100, PAIR
 from tests.pairwise import Case, label, pairwise
 
@@ -43,7 +43,7 @@ def check(ys: Sequence[Tensor], x: Tensor, members: Sequence[Factors]) -> None:
         group=(32, None, 64),  # columns per scale
         block=(16, 64),  # columns of a tile: less, or more, than a group
         dtype=(torch.bfloat16, torch.float16, torch.float32),
-        quantized=("both", "U", "Vh"),
+        side=("both", "U", "Vh"),
         reduce=(False, True),
         pivoted=(False, True),
     ),
@@ -51,16 +51,11 @@ def check(ys: Sequence[Tensor], x: Tensor, members: Sequence[Factors]) -> None:
 )
 def test_pair_matches_float64(case: Case) -> None:
     dtype = case["dtype"]
-    members = [
-        on_device(quantized(case["kind"], dtype, group=case["group"], pivoted=pivoted, bias=pivoted))
+    both = [
+        quantized(case["kind"], dtype, group=case["group"], pivoted=pivoted, bias=pivoted)
         for pivoted in ((False, True) if case["pivoted"] else (False,))
     ]
-    for index, member in enumerate(members):
-        floating = member.dequantized(K, dtype)
-        if case["quantized"] == "U":
-            members[index] = member._replace(Vh=floating.Vh, Vh_scales=None)
-        elif case["quantized"] == "Vh":
-            members[index] = member._replace(U=floating.U, U_scales=None)
+    members = [on_device(only(group, case["side"])) for group in both]
     x = normal((case["rows"], K), seeded(), dtype=dtype, device=DEVICE)
     config = replace(PAIR, reduce=case["reduce"], shrink_block_k=case["block"], expand_block_r=case["block"])
     check(linear.run(x, members, config), x, members)

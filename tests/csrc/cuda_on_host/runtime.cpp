@@ -2,7 +2,6 @@
 #include "cuda_runtime.h"
 
 #include <cstring>
-#include <iterator>
 #include <memory>
 #include <string>
 #include <utility>
@@ -17,6 +16,7 @@ using emulator::settings;
 using grasp_cuda::Member;
 using grasp_cuda::Problem;
 using grasp_cuda::Variant;
+using grasp_cuda::Weight;
 
 namespace {
 
@@ -34,24 +34,24 @@ void flush() {
 }
 
 struct Found {
-    int kind, element_size;
+    int kind, element_size, bits;  // bits of a quantised weight, or 0
 };
 
 Found find(const void *kernel) {
-    const auto search = [&](const Variant *begin, const Variant *end) {
-        for (const Variant *variant = begin; variant != end; ++variant) {
-            const void *kernels[] = {variant->shrink, variant->expand, variant->cooperative};
+    Found found = {-1, 0, 0};
+    const auto search = [&](const auto &table, int element_size) {
+        for (const Variant &variant : table) {
+            const void *kernels[] = {variant.shrink, variant.expand, variant.cooperative};
             for (int kind = 0; kind < 3; ++kind) {
-                if (kernels[kind] == kernel) return kind;
+                if (kernels[kind] == kernel) found = {kind, element_size, variant.bits};
             }
         }
-        return -1;
     };
     using namespace grasp_cuda;
-    const int single = search(variants_f32, std::end(variants_f32));
-    if (single >= 0) return {single, 4};
-    const int half = search(variants_f16, std::end(variants_f16));
-    return {half >= 0 ? half : search(variants_bf16, std::end(variants_bf16)), 2};
+    search(variants_f32, 4);
+    search(variants_f16, 2), search(quantized_f16, 2);
+    search(variants_bf16, 2), search(quantized_bf16, 2);
+    return found;
 }
 
 std::vector<Region> regions_of(const Problem &problem, const Found &found) {
@@ -60,15 +60,21 @@ std::vector<Region> regions_of(const Problem &problem, const Found &found) {
         if (begin) regions.push_back({static_cast<const char *>(begin), rows, stride * size, width * size, writable});
     };
     const int64_t size = found.element_size;
+    const auto add_weight = [&](const Weight &weight, int64_t columns) {
+        const int64_t stored = found.bits ? (columns * found.bits + 7) / 8 : columns;
+        add(weight.data, weight.rows, weight.stride, stored, found.bits ? 1 : size, false);
+        const int64_t scales = int64_t{weight.rows} * (weight.groups ? weight.groups : 1);
+        if (found.bits) add(weight.scales, 1, 0, scales, weight.scales_are_float ? 4 : size, false);
+    };
     const bool shrinks = found.kind != 1, expands = found.kind != 0;
     if (shrinks) add(problem.x, problem.M, problem.x_stride, problem.K, size, false);
     add(problem.hidden, 1, 0, int64_t{problem.splits} * problem.M * 16 * problem.rank_tiles, 4, shrinks);
     for (int i = 0; i < problem.count; ++i) {
         const Member &member = problem.members[i];
-        if (shrinks) add(member.Vh, member.R, member.Vh_stride, problem.K, size, false);
+        if (shrinks) add_weight(member.Vh, problem.K);
         if (!expands) continue;
         const int32_t *order = problem.orders[i];
-        add(member.U, order ? member.N - member.R : member.N, member.U_stride, member.R, size, false);
+        add_weight(member.U, member.R);
         add(member.s, 1, 0, member.R, member.s_is_float ? 4 : size, false);
         add(order, 1, 0, member.N, 4, false);
         add(member.bias, 1, 0, member.N, size, false);

@@ -25,6 +25,10 @@ struct alignas(16) Chunk {
     uint32_t words[4];
 };
 
+struct alignas(8) HalfChunk {
+    uint32_t words[2];
+};
+
 struct Pair {
     float low, high;
 };
@@ -62,6 +66,10 @@ inline float to_float(F16 value) {
     return value.bits >> 15 ? -magnitude : magnitude;
 }
 
+inline uint32_t replace_low_byte(uint32_t upper, uint32_t word, int byte) {
+    return (upper & 0xffffff00) | (word >> 8 * byte & 0xff);
+}
+
 template <class T>
 T round_to(float value);
 
@@ -96,6 +104,7 @@ T read(const void *from, size_t alignment) {
 }
 
 inline Chunk load_weights(const void *from) { return read<Chunk>(from, 16); }
+inline HalfChunk load_half_weights(const void *from) { return read<HalfChunk>(from, 8); }
 inline Chunk load_hidden(const float *from) { return read<Chunk>(from, 16); }
 inline float load_hidden_float(const float *from) { return read<float>(from, 4); }
 inline Chunk load_chunk(const void *from) { return read<Chunk>(from, 16); }
