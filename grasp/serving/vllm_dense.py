@@ -114,7 +114,7 @@ def one_run(parts: Sequence[Part], start: int = 0, stop: int | None = None) -> R
     return Run(slice(start, stop), slice(first, last))
 
 
-def renew_(before: list[Run], runs: list[Run]) -> list[Run]:
+def renew_(before: Sequence[Run], runs: Sequence[Run]) -> Sequence[Run]:
     """The runs after weights were loaded: again into the kernels of those before, if they have some.
 
     CUDA graphs read the tensors of the first kernels.

@@ -1,0 +1,102 @@
+"""The ``quantization_config`` of a compressed checkpoint for a serving stack, without what one stack needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from grasp.errors import UnsupportedModelError
+from grasp.method.storage import Storage
+from grasp.model.checkpoint_format import METHOD, storages
+from grasp.model.hf_quantizer import GraspQuantizationConfig
+
+
+class CheckpointConfig:
+    """A configuration in the sense of vLLM and SGLang, whose subclasses choose the method of each module.
+
+    Args:
+        ranks: of its low-rank linears.
+        pivoted: the pivoted ones of them.
+        quantized: the storage of its quantised linears and embeddings.
+    """
+
+    stack = ""  # the name of the serving stack, for messages
+
+    def __init__(
+        self, ranks: dict[str, int], pivoted: Sequence[str] = (), quantized: Mapping[str, Storage] | None = None
+    ) -> None:
+        super().__init__()
+        self.ranks, self.pivoted, self.quantized = ranks, list(pivoted), dict(quantized or {})
+
+    def get_name(self) -> str:
+        """The name in ``config.json``."""
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """The dtypes that the ops support; the stack refuses others."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Any GPU: plain PyTorch runs where no kernel does."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """No file other than ``config.json``."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """Read the ``quantization_config`` of a ``config.json``.
+
+        Raises:
+            CheckpointError: as ``check_format``.
+        """
+        read = GraspQuantizationConfig.from_dict(dict(config))
+        return cls(dict(read.ranks), read.pivoted, storages(read.quantized))
+
+    def compresses(self, name: str) -> bool:
+        """Whether the checkpoint has factors or quantised values of a module."""
+        return name in self.ranks or name in self.quantized
+
+    def is_int8(self, name: str) -> bool:
+        """Whether the checkpoint has int8 values of a module and no factors, as of embeddings."""
+        return self.quantized.get(name) == Storage(8) and name not in self.ranks
+
+    def refuse(self, layer: nn.Module, prefix: str) -> None:
+        """Refuse a module, or experts in it, that the checkpoint compresses and the stack has no method for.
+
+        Raises:
+            UnsupportedModelError: if it does.
+        """
+        fields: dict[str, Mapping[str, object]] = {"a rank": self.ranks, "a storage": self.quantized}
+        for field, modules in fields.items():
+            for name in modules:
+                expert = name.removeprefix(f"{prefix}.")
+                if name == prefix or (expert != name and expert[:1].isdigit()):
+                    raise UnsupportedModelError(
+                        f"config.json has {field} for {name}, which {self.stack} serves with {type(layer).__name__}; "
+                        "expected linear layers, and embeddings in int8. Compress without it, or serve this model with "
+                        "transformers."
+                    )
+
+    def refuse_reordered(self, path: str, reordered: Sequence[str], kind: str) -> None:
+        """Refuse a linear if its last name is among those whose tensors the stack's loader of a model damages.
+
+        Args:
+            path: of the linear.
+            reordered: last names.
+            kind: of the model, in ``config.json``.
+
+        Raises:
+            UnsupportedModelError: if it is.
+        """
+        if path.rpartition(".")[2] in reordered:
+            raise UnsupportedModelError(
+                f"{self.stack} reorders {path} in models of type {kind}, which is right for a dense floating weight "
+                "only; expected one. Compress without it, or serve this model with transformers."
+            )
