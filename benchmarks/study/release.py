@@ -21,6 +21,7 @@ from grasp.cli.console import print_table, step_bars
 from grasp.config import GraspConfig
 from grasp.errors import GraspError
 from grasp.formatting import share, size
+from grasp.reporting.card_figure import add_figure
 from grasp.workflows import evaluation_results
 from grasp.workflows.compress import compress
 from grasp.workflows.evaluate import evaluate
@@ -58,6 +59,7 @@ def stage(
             if not (folder / file).is_file():
                 measured = evaluate(name, text, window=window, dtype=dtype, progress=progress)
                 evaluation_results.write(measured, folder / file)
+    add_figure(folder)
     return require_complete(folder)
 
 

@@ -36,6 +36,8 @@ _SIZES = (
     re.compile(r"^## What was compressed\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL),
 )
 _SECTION = re.compile(rf"^## {_EVALUATION}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+FIGURE = "parameters-kept.png"  # beside the card
+_FIGURE = re.compile(rf"^!\[[^\n]*\]\({re.escape(FIGURE)}\)\n\n[^\n]*\n\n", re.MULTILINE)  # and its caption
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 # The hub's client passes on the errors of its HTTP library, which differs between versions.
 _HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
@@ -64,7 +66,8 @@ tokens = model.generate(**tokenizer("The first thing", return_tensors="pt"), max
 print(tokenizer.decode(tokens[0]))
 ```
 
-`model.dequantize()` converts the low-rank layers into dense ones.
+`model.dequantize()` converts the low-rank layers into dense ones. Where vLLM is installed too, `vllm serve .` serves \
+this folder without further options.
 
 ## What was compressed
 
@@ -246,6 +249,21 @@ def with_section(card: str, title: str, text: str) -> str:
     """Return a card that ends with this section. It replaces the section of that title and all text after it."""
     head = card.partition(f"\n## {title}\n")[0].rstrip()
     return f"{head}\n\n## {title}\n\n{text.strip()}\n"
+
+
+def with_figure(card: str, title: str, caption: str) -> str:
+    """Return a card that shows ``FIGURE`` under the heading of its table of layers.
+
+    It takes the place of an earlier one. A card without that heading is returned as it is.
+    """
+    heading = "## What was compressed\n\n"
+    shown = f"![{title}]({FIGURE})\n\n{caption}\n\n"
+    return without_figure(card).replace(heading, heading + shown, 1)
+
+
+def without_figure(card: str) -> str:
+    """Return a card that does not show ``FIGURE``, for a folder that has no such file."""
+    return _FIGURE.sub("", card)
 
 
 def is_hub_name(name: str) -> bool:

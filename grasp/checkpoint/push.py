@@ -17,7 +17,7 @@ from huggingface_hub.utils import logging as hub_logging
 
 from grasp.builtin import BUILTIN, BUILTIN_LICENSE, BUILTIN_NAME
 from grasp.checkpoint import compression_report, recovery_report
-from grasp.checkpoint.card import HUB_NAME, folder_card, read_card, read_evaluation, read_license
+from grasp.checkpoint.card import FIGURE, HUB_NAME, folder_card, read_card, read_evaluation, read_license
 from grasp.checkpoint.inspection import Inspection, inspect_compressed
 from grasp.errors import CheckpointError, HubError
 from grasp.files import expanded, write_whole
@@ -33,7 +33,8 @@ _ALLOWED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt"),
     *("chat_template.jinja", "chat_template.json", f"{_TEMPLATES}/*.jinja"),
-    *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", compression_report.FILE_NAME, recovery_report.FILE_NAME),
+    *("README.md", FIGURE, "LICENSE*", "NOTICE*", "USE_POLICY*"),
+    *(compression_report.FILE_NAME, recovery_report.FILE_NAME),
 )
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _REMEDIES = {

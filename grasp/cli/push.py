@@ -33,8 +33,14 @@ def push(
     """
     from grasp.checkpoint.push import push as upload
     from grasp.cli import console
+    from grasp.errors import GraspError
+    from grasp.reporting.card_figure import add_figure
 
     with console.step_bars() as progress:
+        try:
+            add_figure(directory)
+        except GraspError as error:
+            progress.note(f"the model card gets no figure: {error}")
         address = upload(directory, repo_id, private=private, progress=progress)
     if as_json:
         console.print_json({"repository": address})

@@ -60,6 +60,29 @@ def block_influence(report: CompressionReport) -> Figure:
     return figure
 
 
+def parameters_kept(report: CompressionReport) -> Figure:
+    """The share of the parameters that each linear kept: one row for each name, one column for each decoder layer."""
+    import matplotlib as mpl
+    from matplotlib.ticker import PercentFormatter
+
+    names = list(dict.fromkeys(short_name(module.name) for module in report.compressed))
+    kept = np.ones((len(names), len(report.block_influence)))
+    for module in report.compressed:
+        kept[names.index(short_name(module.name)), module.layer] = module.parameters_after / module.parameters_before
+    kept[:, list(report.removed_layers)] = 0
+    figure, axes = _figure(1.3 + 0.3 * len(names))
+    colours = mpl.colormaps["cividis"].resampled(10)  # so few that nothing becomes a picture of pixels
+    cells = axes.pcolormesh(kept, cmap=colours, vmin=0, vmax=1)
+    axes.set_xticks(np.arange(0, kept.shape[1], max(1, kept.shape[1] // 8)) + 0.5)
+    axes.xaxis.set_major_formatter(lambda place, _: f"{place - 0.5:.0f}")
+    axes.set_yticks(np.arange(len(names)) + 0.5, names)
+    axes.invert_yaxis()
+    axes.set_xlabel("decoder layer")
+    axes.grid(visible=False)
+    figure.colorbar(cells, ax=axes, label="parameters kept", format=PercentFormatter(1))
+    return figure
+
+
 def spectra(report: CompressionReport, layer: int) -> Figure:
     """The singular values of each compressed linear of a layer, and the share of groups that was kept along them.
 

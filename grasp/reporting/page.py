@@ -26,7 +26,7 @@ from grasp.reporting.html import (
     section,
     table,
 )
-from grasp.reporting.pictures import Picture, of_layers, of_results, of_spectra
+from grasp.reporting.pictures import Picture, of_layers, of_parameters, of_results, of_spectra
 from grasp.reporting.rerun_command import by_option, later_form, rerun_command
 from grasp.reporting.result_tables import require_same_model, result_tables
 
@@ -167,7 +167,9 @@ def _block_influence(report: CompressionReport) -> str:
 
 
 def _modules(report: CompressionReport) -> str:
-    tables = [table("Low-rank linears", _COMPRESSED, report.compressed)] if report.compressed else []
+    tables = []
+    if report.compressed:
+        tables += [_svg_figure(of_parameters(report)), table("Low-rank linears", _COMPRESSED, report.compressed)]
     if report.left:
         tables.append(table("Modules of these layers that were left dense", _LEFT, report.left))
     return "".join(tables) or paragraph("No layer was compressed.")

@@ -44,6 +44,13 @@ def of_layers(report: CompressionReport) -> Picture:
     return Picture("block-influence", title, f"Compressed: {compressed}.", partial(figures.block_influence, report))
 
 
+def of_parameters(report: CompressionReport) -> Picture:
+    """The share of the parameters that each linear kept."""
+    removed = layer_ranges(report.removed_layers)
+    caption = f"Layers that were removed, {removed}, kept none." if removed else "Linears that are dense kept all."
+    return Picture("parameters-kept", "Parameters kept", caption, partial(figures.parameters_kept, report))
+
+
 def of_spectra(report: CompressionReport) -> Iterator[tuple[int, Picture]]:
     """The singular values of each compressed layer that has them in the report."""
     for layer in sorted({module.layer for module in report.compressed if module.spectrum}):

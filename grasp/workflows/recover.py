@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grasp.builtin import BUILTIN
 from grasp.calibration import NAMED_TEXTS, read_pieces
 from grasp.checkpoint import compression_report, recovery_report
-from grasp.checkpoint.card import model_card, with_section, without_results
+from grasp.checkpoint.card import model_card, with_section, without_figure, without_results
 from grasp.checkpoint.recovery_report import RecoveryReport
 from grasp.checkpoint.recovery_state import RecoveryState
 from grasp.checkpoint.saving import check_directory, read_texts, require_space, save_checkpoint
@@ -152,7 +152,7 @@ def _write(
     progress: Progress,
 ) -> None:
     progress("saving", 0, 1)
-    card = texts.get("README.md") or model_card(model, base_model=None)
+    card = without_figure(texts.get("README.md") or model_card(model, base_model=None))
     save_checkpoint(
         model,
         target,

@@ -46,6 +46,18 @@ def test_block_influence_marks_the_layers_that_were_compressed(report: Compressi
     assert line(figure, "left dense").tolist() == [[0, scores[0]]]
 
 
+def test_the_parameters_that_linears_kept_by_layer(report: CompressionReport) -> None:
+    def cells(report: CompressionReport) -> np.ndarray:
+        (drawn,) = figures.parameters_kept(report).axes[0].collections
+        return np.array(drawn.get_array()).reshape(7, 3)
+
+    kept = cells(replace(report, removed_layers=(0,)))
+    assert (kept[:, 0] == 0).all()  # removed
+    module = report.compressed[0]
+    assert kept[0, module.layer] == pytest.approx(module.parameters_after / module.parameters_before)
+    assert (cells(report)[:, 0] == 1).all()  # dense
+
+
 def test_a_spectrum_shows_all_values_and_where_groups_were_kept(report: CompressionReport) -> None:
     figure = figures.spectra(report, 2)
     modules = [module for module in report.compressed if module.layer == 2]
