@@ -155,5 +155,5 @@ docs: $(DOCS_STAMP) $(BUILT) ## build the documentation site into build/docs/ind
 	$(BIN)/python -m sphinx -W --keep-going -n -q -E -a -b html docs build/docs
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) $(VLLM) $(PACKAGING) .venv-matrix .venv-wheels .venv-kernels build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .venv-vllm-* $(PACKAGING) .venv-matrix .venv-wheels .venv-kernels build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	rm -rf kernels/grasp_kernels/*.so kernels/grasp_kernels/lib packages/*/build packages/*/*.egg-info
