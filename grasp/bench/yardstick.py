@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -178,9 +179,18 @@ class Yardstick:
 
     def _cache_bytes(self, case: Case) -> int:
         lib, model = self._lib, self._model
-        width = lib.llama_model_n_embd(model) // lib.llama_model_n_head(model) * lib.llama_model_n_head_kv(model)
+        default = lib.llama_model_n_embd(model) // lib.llama_model_n_head(model)
+        family = self._metadata("general.architecture")
+        lengths = [self._metadata(f"{family}.attention.{name}_length") for name in ("key", "value")]
+        width = lib.llama_model_n_head_kv(model) * sum(int(length or default) for length in lengths)
         positions = case.batch_size * (case.depth + case.prompt_tokens + case.new_tokens)
-        return int(positions * lib.llama_model_n_layer(model) * 2 * width * _KV_BYTES)
+        return int(positions * lib.llama_model_n_layer(model) * width * _KV_BYTES)
+
+    def _metadata(self, key: str) -> str:
+        """A value of the GGUF file, or an empty text."""
+        buffer = ctypes.create_string_buffer(128)
+        found = self._lib.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode() if found >= 0 else ""
 
 
 @contextmanager

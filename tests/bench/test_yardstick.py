@@ -80,10 +80,12 @@ def test_yardsticks_are_rows_beside_the_models_unless_they_are_another_model(
     assert "llama-cpp-python 1.0; the first 3 of 4 greedy tokens are those of dense." in outcome.text
 
 
-@pytest.mark.parametrize("sizes", [Case(1, 8, 4, 0), Case(3, 7, 5, 6)])
-def test_llama_cpp_decodes_what_the_dense_model_decodes(sizes: Case) -> None:
+@pytest.mark.parametrize(
+    ("family", "head_dim", "sizes"), [("llama", 8, Case(1, 8, 4, 0)), ("qwen3", 16, Case(3, 7, 5, 6))]
+)
+def test_llama_cpp_decodes_what_the_dense_model_decodes(family: str, head_dim: int, sizes: Case) -> None:
     pytest.importorskip("llama_cpp")
-    dense = tiny_model("llama")
+    dense = tiny_model(family, head_dim=head_dim)
     with yardstick.yardsticks(["llama.cpp"], dense) as (half, quantized):
         for same, largest in ((half, 5e-3), (quantized, 5e-2)):
             same.prepare(sizes)
@@ -92,4 +94,4 @@ def test_llama_cpp_decodes_what_the_dense_model_decodes(sizes: Case) -> None:
             assert len(time.steps_s) == sizes.new_tokens
             assert 0 < time.prefill_s <= time.first_token_s
         assert half.agreement(sizes).same == sizes.new_tokens + 1
-        assert time.kv_cache_bytes == sum(sizes[1:]) * sizes.batch_size * 3 * 2 * 16 * 2
+        assert time.kv_cache_bytes == sum(sizes[1:]) * sizes.batch_size * 3 * 2 * 2 * head_dim * 2
