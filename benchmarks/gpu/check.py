@@ -89,6 +89,8 @@ def full_plan(card: Mapping[str, Any] | None) -> CheckPlan:
         high = replace(single("lowrank_linear", HIGH_RANK, rows), name="lowrank_linear, high rank")
         cases += [high, pivoted(high), pivoted(single("lowrank_glu", GATE_UP, rows)), pivoted(layer(rows))]
         rest += map(timed, cases)
+        if rows <= FEW_ROWS[1]:
+            rest += [timed(quantized(case, kind)) for case in (high, pivoted(high)) for kind in ("int8", "int4/64")]
         if rows in FEW_ROWS:
             rest += [timed(case, "eager") for case in eager if rows <= BARRIER_ROWS[-1]]
             rest.append(timed(unpacked(layer(rows))))
@@ -135,6 +137,11 @@ def unpacked(case: GpuCase) -> GpuCase:
 def pivoted(case: GpuCase) -> GpuCase:
     """The same case with pivoted factors of the same ranks."""
     return replace(case, name=f"{case.name}, pivoted", pivoted=True)
+
+
+def quantized(case: GpuCase, storage: str) -> GpuCase:
+    """The same case with quantised factors, as a model has them: the ranks as they are."""
+    return replace(case, name=f"{case.name}, {storage}", packed=False, storage=storage)
 
 
 def check(path: Path, seconds: float, console: Console, *, tests: bool = True) -> None:

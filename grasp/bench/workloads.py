@@ -218,13 +218,13 @@ def _copies(problem: Problem, rotate_bytes: int) -> list[Problem]:
 
 
 def backends(
-    op: str, shape: GroupShape, problem: Problem, *, pivoted: bool = False
+    op: str, shape: GroupShape, problem: Problem, *, pivoted: bool = False, weights: frozenset[str] = frozenset()
 ) -> tuple[dict[str, Run], dict[str, str]]:
     """The backends that run this call; the others with their reasons."""
     runs: dict[str, Run] = {}
     reasons: dict[str, str] = {}
     rank = max(linear.R for linear in shape)
-    call = OpCall(op, problem.x.device, problem.x.dtype, problem.x.shape[0], rank, pivoted)
+    call = OpCall(op, problem.x.device, problem.x.dtype, problem.x.shape[0], rank, pivoted, weights)
     for row in BACKENDS:
         reason = objection(row, call)
         if reason is None:
@@ -263,6 +263,12 @@ def compiled(op: str, problem: Problem) -> Run:
 
 
 @torch.inference_mode()
+def _floating(problem: Problem, dtype: torch.dtype) -> Problem:
+    """The same operands with quantised factors in ``dtype``."""
+    K = problem.x.shape[-1]
+    return problem._replace(groups=[g.dequantized(K, dtype) if g.quantized else g for g in problem.groups])
+
+
 def wrong(op: str, problem: Problem, run: Run, *, of_package: bool = True) -> str | None:
     """The error of a provider's result at this shape by the tolerance rule of the tests, or ``None``.
 
@@ -275,7 +281,8 @@ def wrong(op: str, problem: Problem, run: Run, *, of_package: bool = True) -> st
     """
     unfused, kind, dtype = OPS[op].unfused, OPS[op].kind, problem.x.dtype
     slim = problem._replace(weights=[])
-    exact = unfused(slim.map(Tensor.double))
+    exact = unfused(_floating(slim, torch.float64).map(Tensor.double))
+    slim = _floating(slim, dtype)
     wide = of_package and kind == "singular_value_grad"
     plain = unfused(slim.map(lambda tensor: tensor.to(_wide(tensor))) if wide else slim)
     parts = zip(run(problem), plain, exact, strict=True)

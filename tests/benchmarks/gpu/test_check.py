@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from benchmarks.gpu import check as gpu_check
 from benchmarks.gpu import check_cases, check_model, check_tasks, launch_costs
-from benchmarks.gpu.check import CheckPlan, check, full_plan, pivoted, require_same, unpacked
+from benchmarks.gpu.check import CheckPlan, check, full_plan, pivoted, quantized, require_same, unpacked
 from benchmarks.gpu.check_cases import CaseProvider, GpuCase, complaint, make_operands, providers
 from benchmarks.gpu.check_report import TARGETS, LeftOut, ProviderTime, Report, chosen, print_report, read_report
 from benchmarks.gpu.check_runner import ROOT, Line, Task, read_lines
@@ -90,6 +90,20 @@ def test_a_run_times_every_provider_of_every_case() -> None:
     elements = 2 * (32 * 32 + 2 * (32 + 32)) + (32 * 48 + 2 * (32 + 48))
     assert layer["dense"].floor_us == pytest.approx(elements * 2 / 1e3, rel=0.1)
     assert all(result.median_us > 0 for result in report.results)
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4/64"])
+@pytest.mark.parametrize("form", [tiny("lowrank_linear"), pivoted(tiny("lowrank_linear"))], ids=lambda case: case.name)
+def test_quantised_factors_are_checked_and_timed(form: GpuCase, storage: str) -> None:
+    case = quantized(form, storage)
+    report = measured(case)
+    assert {"triton", "dense"} <= {result.provider for result in report.results}
+    assert report.sound()
+    (quarter,), (floating,) = case.costs(), form.costs()
+    numbers, rows = (5 * (48 + 32 - 5 * form.pivoted), 32 - 5 * form.pivoted + 5)
+    saved = numbers * 2 - numbers * (1 if storage == "int8" else 0.5) - 2 * rows
+    assert floating.bytes - quarter.bytes == pytest.approx(saved, abs=rows)  # int4 of odd depth take half a byte more
+    assert quarter.flops == floating.flops
 
 
 def test_unpacked_factors_keep_their_ranks() -> None:
