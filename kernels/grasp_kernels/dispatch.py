@@ -106,6 +106,8 @@ def cuda_rows(dtype: torch.dtype) -> int:
 
 def _cuda_avoids(call: OpCall) -> str | None:
     rows = cuda_rows(call.dtype)
+    if call.weights and call.rank % 16 and rows < CUDA_ROWS:
+        return "it reads quantised factors of a rank that is no multiple of 16 byte by byte, so triton should be faster"
     return None if call.rows <= rows else f"beyond {rows} rows triton is expected to be faster"
 
 

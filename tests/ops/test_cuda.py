@@ -272,6 +272,22 @@ def test_auto_gives_it_few_rows_if_triton_is_there_and_all_it_serves_otherwise(
     assert dispatch.objection(ROW, calls[CUDA_ROWS]) is None
 
 
+def test_auto_passes_over_quantised_factors_that_it_would_read_byte_by_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch, "_triton_interprets", lambda: False)
+
+    def objections(triton: str | None) -> list[bool]:
+        monkeypatch.setattr(dispatch, "backend_missing", lambda name: triton if name == "triton" else None)
+        calls = [
+            OpCall("lowrank_linear", torch.device("cuda"), torch.bfloat16, 1, rank, weights=frozenset({"int4"}))
+            for rank in (96, 97)
+        ]
+        return [dispatch.objection(ROW, call, named=False) is not None for call in calls]
+
+    assert objections(None) == [False, True]
+    assert objections("Triton is not installed") == [False, False]
+
+
 def test_it_refuses_an_older_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     reason = ROW.refuses(OpCall("lowrank_linear", torch.device("cuda"), torch.float16, 1, 4))
