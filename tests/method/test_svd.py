@@ -104,7 +104,7 @@ def test_the_kfac_cut_is_optimal_and_its_dropped_values_say_what_it_costs(rank: 
         return (root(B).mT @ (W - approximation) @ root(A)).norm().item()
 
     best = cost(cut(svd, rank))
-    assert best == pytest.approx(svd.S[rank:].norm().item(), rel=1e-9)
+    assert best == pytest.approx(svd.S[rank:].norm().item(), rel=1e-8)  # 3e-9 on one CPU
     generator = torch.Generator().manual_seed(3)
     for scale in (1e-3, 1e-1):
         for _ in range(20):
