@@ -202,7 +202,56 @@ class StudyQuantized(Record):
     figures: ClassVar[tuple[str, ...]] = ("benchmarks.study.records:excess_by_bytes",)
 
 
-STUDY_RECORDS: tuple[type[Record], ...] = (StudyResult, StudyLatency, StudyQuantized)
+@dataclass(frozen=True)
+class StudyDraft(Record):
+    """A server of ``benchmarks.speculative``: a target alone, a target with a draft, or a draft alone.
+
+    Attributes:
+        target: the model that answers, the last part of its name.
+        draft: the model that proposes tokens; ``None`` without one.
+        proposed: tokens that the draft proposes in a step, k; 0 without one.
+        steps: steps with a draft.
+        accepted: share of the steps in which the target accepts the first i + 1 tokens.
+        answered: tokens of all answers.
+        equal: share of the answers that equal those of the target alone.
+        ms_per_token: mean time per token after the first, ms.
+        speed_up: over the target alone.
+        predicted: the speed-up by the acceptance and by the draft's time alone; ``None`` without a draft.
+        dtype: of the server.
+        vllm: its version.
+        conditions: when and where.
+    """
+
+    target: str
+    draft: str | None
+    proposed: int
+    steps: int
+    accepted: tuple[float, ...]
+    answered: int
+    equal: float
+    ms_per_token: float
+    speed_up: float
+    predicted: float | None
+    dtype: str
+    vllm: str | None
+    conditions: Conditions
+
+    kind: ClassVar[str] = "study_draft"
+    title: ClassVar[str] = "Speculative decoding"
+    case: ClassVar[tuple[Column, ...]] = (Column("dtype", "dtype"), Column("vLLM", "vllm"))
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("model", "target"),
+        Column("draft", lambda server: server.draft or "-"),
+        Column("k", "proposed"),
+        Column("accepted", lambda server: " ".join(f"{part:.3f}" for part in server.accepted) or "-"),
+        Column("equal answers", "equal", share),
+        Column("ms per token", "ms_per_token", "{:.1f}".format),
+        Column("speed-up", "speed_up", "{:.2f}".format),
+        Column("predicted", lambda server: "-" if server.predicted is None else f"{server.predicted:.2f}"),
+    )
+
+
+STUDY_RECORDS: tuple[type[Record], ...] = (StudyResult, StudyLatency, StudyQuantized, StudyDraft)
 
 
 def perplexity_by_size(cells: Sequence[StudyResult]) -> list[Picture]:

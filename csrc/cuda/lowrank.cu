@@ -159,7 +159,7 @@ const Variant &choose(int32_t dtype, int32_t bits, int64_t rows, bool aligned, b
     const Variants all = variants_of(dtype, bits);
     return *std::find_if(all.begin, all.end, [&](const Variant &variant) {
         return variant.bits == bits && variant.rows >= rows && (aligned || !variant.vector) &&
-               variant.pivoted >= (bits || pivoted);
+               variant.pivoted == (bits || pivoted);
     });
 }
 

@@ -14,7 +14,8 @@ struct Variant {
     const void *shrink, *expand, *cooperative;  // cooperative is null for quantised weights
 };
 
-// The last of each form can run every call of it; the others are in increasing order of rows.
+// The last of each form can run every call of it; the others are in increasing order of rows. The kernels of quantised
+// weights are those of pivoted members, which run others too.
 extern const Variant variants_f32[8], variants_f16[6], variants_bf16[6];
 extern const Variant quantized_f16[6], quantized_bf16[6];
 

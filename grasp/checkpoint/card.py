@@ -66,8 +66,8 @@ tokens = model.generate(**tokenizer("The first thing", return_tensors="pt"), max
 print(tokenizer.decode(tokens[0]))
 ```
 
-`model.dequantize()` converts the low-rank layers into dense ones. Where vLLM is installed too, `vllm serve .` serves \
-this folder without further options.
+`model.dequantize()` converts the low-rank layers into dense ones. Where vLLM is installed too and has this \
+architecture, `vllm serve .` serves the folder.
 
 ## What was compressed
 

@@ -44,6 +44,11 @@ class ModuleReport:
     spectrum: tuple[float, ...] = ()  # the singular values at ``spectrum_indices``, to four digits
     form: str = "factored"  # or "pivoted"
 
+    @property
+    def within_layer(self) -> str:
+        """The path after that of the layer, such as ``"self_attn.q_proj"``."""
+        return self.name.partition(f".{self.layer}.")[2] or self.name
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModuleReport:
         """The inverse of ``dataclasses.asdict``; lists may stand for tuples, as in JSON."""

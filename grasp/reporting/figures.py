@@ -6,6 +6,7 @@ Call them inside ``grasp.reporting.figure_style.themed``, as its ``to_svg`` and 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING
@@ -61,14 +62,20 @@ def block_influence(report: CompressionReport) -> Figure:
 
 
 def parameters_kept(report: CompressionReport) -> Figure:
-    """The share of the parameters that each linear kept: one row for each name, one column for each decoder layer."""
+    """The share of the parameters that each linear kept: one row for each name, one column for each decoder layer.
+
+    Low-rank experts share a row.
+    """
     import matplotlib as mpl
     from matplotlib.ticker import PercentFormatter
 
-    names = list(dict.fromkeys(short_name(module.name) for module in report.compressed))
-    kept = np.ones((len(names), len(report.block_influence)))
-    for module in report.compressed:
-        kept[names.index(short_name(module.name)), module.layer] = module.parameters_after / module.parameters_before
+    labels = [re.sub(r"\.\d+(?=\.)", "", module.within_layer) for module in report.compressed]
+    names = list(dict.fromkeys(labels))
+    before, after = np.zeros((2, len(names), len(report.block_influence)))
+    for label, module in zip(labels, report.compressed, strict=True):
+        before[names.index(label), module.layer] += module.parameters_before
+        after[names.index(label), module.layer] += module.parameters_after
+    kept = np.divide(after, before, out=np.ones_like(after), where=before > 0)
     kept[:, list(report.removed_layers)] = 0
     figure, axes = _figure(1.3 + 0.3 * len(names))
     colours = mpl.colormaps["cividis"].resampled(10)  # so few that nothing becomes a picture of pixels

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from grasp.bench.results import read_results
 from grasp.bench.schema import Record
-from grasp.checkpoint.compression_report import KIND_COLUMNS, CompressionReport, ModuleReport, candidate_columns
+from grasp.checkpoint.compression_report import KIND_COLUMNS, CompressionReport, candidate_columns
 from grasp.errors import GraspError, ResultsError
 from grasp.files import Contents, contents, require_writable, write_whole
 from grasp.formatting import Column, count, counts, layer_ranges, share, size
@@ -33,13 +33,9 @@ from grasp.reporting.result_tables import require_same_model, result_tables
 GENERATOR = "grasp report"
 
 
-def _within_layer(module: ModuleReport) -> str:
-    return module.name.partition(f".{module.layer}.")[2] or module.name
-
-
 _COMPRESSED = (
     Column("layer", "layer"),
-    Column("module", _within_layer),
+    Column("module", "within_layer"),
     Column("block", "block"),
     Column("out", "out_features"),
     Column("in", "in_features"),
@@ -55,7 +51,7 @@ _COMPRESSED = (
 )
 _LEFT = (
     Column("layer", "layer"),
-    Column("module", _within_layer),
+    Column("module", "within_layer"),
     Column("reason", "reason"),
 )
 

@@ -22,18 +22,9 @@ PATH_CODES = {"auto": 0, "pair": 1, "dependent": 2, "cooperative": 3}  # grasp_c
 _RANK = 9  # the index of R in the tuple of `pointers`
 
 
-def lowrank_linear(
-    x: Tensor,
-    U: Tensor,
-    s: Tensor | None,
-    Vh: Tensor,
-    bias: Tensor | None,
-    order: Tensor | None = None,
-    U_scales: Tensor | None = None,
-    Vh_scales: Tensor | None = None,
-) -> Tensor:
-    """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). Arguments and result as in ``reference.lowrank_linear``."""
-    return run(x, (Factors(U, s, Vh, bias, order, U_scales, Vh_scales),))[0]
+def lowrank_linear(x: Tensor, *factors: Any) -> Tensor:
+    """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K), and ``factors`` are the fields of ``Factors``, in order."""
+    return run(x, (Factors(*factors),))[0]
 
 
 def lowrank_linear_grouped(

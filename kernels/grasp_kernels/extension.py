@@ -76,14 +76,21 @@ def pointers(factors: Factors, output: Tensor, in_features: int) -> tuple[tuple[
     N, R = factors.out_features, factors.Vh.shape[0]
     U, U_stride = in_place(factors.U)
     Vh, Vh_stride = in_place(factors.Vh)
-    _, s, _, bias, order, U_scales, Vh_scales = (None if field is None else field.contiguous() for field in factors)
-    scales = U_scales if U_scales is not None else Vh_scales
+    vectors = (factors.s, factors.bias, factors.order, *_scales(factors))
+    s, bias, order, U_scales, Vh_scales = (None if vector is None else vector.contiguous() for vector in vectors)
+    scales = Vh_scales if U_scales is None else U_scales
     addresses = (U.data_ptr(), _address(s), Vh.data_ptr(), _address(bias), output.data_ptr())
     sizes = (U_stride, Vh_stride, output.stride(0), N, R, _code(s), _address(order))
     bits = (BITS.get(U.dtype, 0), BITS.get(Vh.dtype, 0))
     groups = (_columns_per_scale(U_scales, R), _columns_per_scale(Vh_scales, in_features))
     quantized = (_address(U_scales), _address(Vh_scales), _code(scales), *bits, *groups)
     return (*addresses, *sizes, *quantized), Factors(U, s, Vh, bias, order, U_scales, Vh_scales)
+
+
+def _scales(factors: Factors) -> tuple[Tensor | None, Tensor | None]:
+    """The scales of U and Vh in one dtype, which the module expects."""
+    U, Vh = factors.U_scales, factors.Vh_scales
+    return (U, Vh) if U is None or Vh is None or U.dtype == Vh.dtype else (U.float(), Vh.float())
 
 
 def _address(tensor: Tensor | None) -> int:

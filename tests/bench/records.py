@@ -35,6 +35,7 @@ _VALUES: dict[str, Any] = {
     "Mapping[str, float]": {"a": 0.5},
     "Mapping[str, int]": {"a": 1},
     "tuple[int, ...]": (1, 2),
+    "tuple[float, ...]": (0.5,),
     "tuple[Mapping[str, float], ...]": ({"a": 0.5},),
     "Percentiles": Percentiles(1.0, 2.0, 3.0, p50_interval=(0.9, 1.2)),
     "StudySetting": StudySetting("a", "b", "c", 1, 2, 3, 4, None, "float32"),

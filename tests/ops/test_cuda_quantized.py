@@ -26,7 +26,7 @@ CASES = pairwise(
     sizes=((1120, 136, 80), (70, 45, 37), (2080, 330, 304), (64, 33, 16)),  # K, N, R; whether a lane may load 8 bytes
     group=(None, 32, 64, 128),  # columns per scale
     dtype=DTYPES,
-    scales=("own", "fp32"),
+    scales=("own", "fp32", "fp32 of U"),
     side=("both", "U", "Vh"),
     pivoted=(False, True),
     bias=(True, False),
@@ -41,9 +41,9 @@ def inputs(case: Case, device: str = "cpu") -> tuple[Tensor, Factors]:
     group = only(quantized(case["kind"], dtype, **options), case["side"], K)
     if case["side"] == "U" and not case["pivoted"]:
         group = group._replace(s=normal((group.rank,), seeded(5)).abs().to(dtype))
-    if case["scales"] == "fp32":
-        given = {name: getattr(group, name) for name in ("U_scales", "Vh_scales")}
-        group = group._replace(**{name: scales.float() for name, scales in given.items() if scales is not None})
+    names = {"own": (), "fp32 of U": ("U_scales",), "fp32": ("U_scales", "Vh_scales")}[case["scales"]]
+    given = {name: getattr(group, name) for name in names}
+    group = group._replace(**{name: scales.float() for name, scales in given.items() if scales is not None})
     x = normal((case["rows"], K), seeded(), dtype=dtype, device=device)
     return x, Factors(*(None if field is None else field.to(device) for field in group))  # type: ignore[arg-type]
 

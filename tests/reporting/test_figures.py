@@ -58,6 +58,17 @@ def test_the_parameters_that_linears_kept_by_layer(report: CompressionReport) ->
     assert (cells(report)[:, 0] == 1).all()  # dense
 
 
+def test_linears_of_one_name_have_rows_of_their_own_but_experts_one(report: CompressionReport) -> None:
+    paths = ("attn.c_proj", "mlp.c_proj", "mlp.experts.0.up", "mlp.experts.1.up")
+    first = report.compressed[0]
+    modules = [replace(first, name=f"h.{first.layer}.{path}", parameters_before=10) for path in paths]
+    kept = [replace(module, parameters_after=after) for module, after in zip(modules, (2, 4, 1, 6), strict=True)]
+    axes = figures.parameters_kept(replace(report, modules=tuple(kept))).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["attn.c_proj", "mlp.c_proj", "mlp.experts.up"]
+    shares = np.array(axes.collections[0].get_array()).reshape(3, 3)
+    assert shares[:, first.layer].tolist() == pytest.approx([0.2, 0.4, 0.35])
+
+
 def test_a_spectrum_shows_all_values_and_where_groups_were_kept(report: CompressionReport) -> None:
     figure = figures.spectra(report, 2)
     modules = [module for module in report.compressed if module.layer == 2]

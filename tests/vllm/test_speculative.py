@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 VLLM = "--enforce-eager --max-num-seqs 4 --kv-cache-memory-bytes 67108864"
 
 
-def test_a_target_is_measured_alone_with_its_draft_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_is_measured_before_each_draft_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable, value in vllm_environment().items():
         monkeypatch.setenv(variable, value)
     tokenizer = byte_tokenizer()
@@ -27,11 +27,14 @@ def test_a_target_is_measured_alone_with_its_draft_and_again(tmp_path: Path, mon
         tokenizer.save_pretrained(tmp_path / name)
     output = tmp_path / "speculative.jsonl"
     main(tmp_path / "dense", [tmp_path / "draft"], output, "2", "float32", 1, 16, VLLM)
-    alone, draft, both, again = map(json.loads, output.read_text().splitlines())
-    assert [line["draft"] for line in (alone, draft, both, again)] == [None, None, "draft", None]
-    assert (draft["target"], draft["equal"]) == ("draft", None)
-    assert alone["equal"] == both["equal"] == again["equal"] == 1
+    first_alone, draft, alone, both, again = lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["draft"] for line in lines] == [None, None, None, "draft", None]
+    assert draft["target"] == "draft"
+    assert alone["equal"] == both["equal"] == again["equal"] == 1 > draft["equal"]
+    cost = draft["ms_per_token"] / first_alone["ms_per_token"]
+    assert both["predicted"] == pytest.approx((1 + sum(both["accepted"])) / (1 + 2 * cost))
+    assert both["speed_up"] == pytest.approx(alone["ms_per_token"] / both["ms_per_token"])
     first, second = both["accepted"]
     assert 0 < second <= first < 1
     assert both["steps"] * (1 + first + second) == pytest.approx(both["answered"], rel=0.2)
-    assert all(line["ms_per_token"] > 0 for line in (alone, draft, both, again))
+    assert first_alone["speed_up"] == alone["speed_up"] == again["speed_up"] == 1
