@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from grasp.bench.servers import free_port
 from tests.command_line import ROOT
 from tests.documents import blocks, read
 from tests.sglang.processes import MISSING, TIMEOUT, sglang_environment
@@ -43,9 +43,7 @@ def healthy(port: int) -> bool:
 
 
 def test_the_server_of_the_page_gives_the_text_of_transformers(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     variables = sglang_environment()
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
     here = {"cwd": tmp_path, "env": variables, "text": True}

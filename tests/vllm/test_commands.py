@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from grasp.bench.servers import free_port
 from tests.command_line import ROOT
 from tests.vllm.engines import TIMEOUT, greedy, load, vllm_environment
 
@@ -72,9 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def port(folder: Path) -> Iterator[int]:
     """Of the document's server, in fp32 so that tokens can be compared."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port: int = free.getsockname()[1]
+    port = free_port()
     line = command("--model small --port").replace("8000", str(port)) + " --dtype float32 --max-model-len 512"
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(
