@@ -22,9 +22,10 @@ from grasp.evaluation.perplexity import perplexity
 from grasp.loading import load_model
 from grasp.model.batch import CalibrationBatch
 from grasp.model.grouping import group_linears_
-from grasp.model.layer_removal import can_remove, remove_layers_, skipping
+from grasp.model.layer_removal import can_remove, remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.recovery import RecoveryConfig, recover_
+from grasp.statistics.layer_losses import losses_without
 from grasp.training_data import TrainingSequence
 from tests.tiny_models import tiny_batches, tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
@@ -118,8 +119,7 @@ def dequantized(folder: Path) -> Iterable[nn.Module]:
 def removed(_: Path) -> Iterable[nn.Module]:
     model = compressed()
     can_remove(model, [1])
-    with skipping(model, [1], CalibrationBatch(tiny_batches(1)[0])):
-        model(tiny_batches(1)[0])
+    losses_without(model, [[1], [0, 2]], [CalibrationBatch(tiny_batches(1)[0])])
     dropped = model.model.layers[1]
     remove_layers_(model, [1])
     return [dropped, model]

@@ -25,6 +25,7 @@ from grasp.statistics.loss import vocabulary_size
 from grasp.statistics.sweep import sweep_name
 from grasp_kernels.routes import dense_flops, factored_flops
 
+CANDIDATES = 8  # that are compared, about
 # Forward passes through a layer per batch: dense, low-rank, and at most one more for its inputs.
 REFIT_PASSES = 3.5
 
@@ -133,16 +134,16 @@ class FlopCounter:
         influence = self._for_samples(self._forward(depth), job.num_samples)
         if not targets:
             return Flops(block_influence=influence)
-        # The removal of each layer alone; then of several, and the candidates: about as many.
-        evaluations = 2 * len(depth) * job.config.decides_together
-        evaluation = self._for_samples(self._forward(depth), self._held_out) + self._head_flops(self._held_out) // 2
+        # The removal of each layer alone, then of several: as often, and on the average from the middle of the layers.
+        body, head = self._for_samples(self._forward(depth), self._held_out), self._head_flops(self._held_out) // 2
+        held_out = 2 * len(depth) * (body // 2 + head) + CANDIDATES * (body + head)
         flops = Flops(
             block_influence=influence,
             prefix=prefix,
             sweeps=job.passes_per_sweep * sweeps,
             statistics=job.rounds * _statistics_flops(job, self._tokens, targets),
             decompositions=job.rounds * sum(_decomposition_flops(job.config, shape) for shape in _shapes(targets)),
-            held_out=evaluations * evaluation + 2 * influence * job.config.decides_together,  # the last: a linear map
+            held_out=job.config.decides_together * (held_out + 2 * influence),  # the last: a linear map
         )
         if job.config.bits is not None:
             flops = replace(flops, **self._quantizing())

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from grasp.errors import UnsupportedModelError
-from grasp.model.batch import CalibrationBatch
 from grasp.model.families import Family
 from grasp.model.hf_quantizer import mark_compressed
-from grasp.model.running import passing_through, returns_tuple
 from grasp.model.skeleton import skeleton
 from grasp.model.targets import decoder
 
@@ -81,17 +78,6 @@ def can_remove(model: PreTrainedModel, layers: Sequence[int]) -> bool:
     except UnsupportedModelError:
         return False
     return True
-
-
-@contextmanager
-def skipping(model: PreTrainedModel, layers: Sequence[int], batch: CalibrationBatch) -> Iterator[None]:
-    """Skip decoder layers until the block ends; two tokens of ``batch`` are run to see what a layer returns."""
-    if not layers:
-        yield
-        return
-    modules = decoder(model).layers
-    with passing_through([modules[layer] for layer in layers], returns_tuple(model, batch)):
-        yield
 
 
 def _check(layers: Sequence[int], depth: int) -> None:

@@ -8,10 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from grasp.model.batch import CalibrationBatch
-from grasp.model.layer_removal import skipping
+from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
-from grasp.statistics.loss import sum_nll
 from grasp.statistics.processes import ALONE, Processes
+from grasp.statistics.sweep import capture_prefix, propagate, sum_nll_after
 
 
 def removal_losses(
@@ -40,6 +40,9 @@ def losses_without(
 ) -> list[float]:
     """The loss without some layers, in nats per token, for each choice of layers. The model is not changed.
 
+    The layers before the first one that is left out run once for all choices: hidden states pass them, and each choice
+    starts from those that enter its first layer.
+
     Args:
         model: a decoder-only causal language model.
         choices: indices into the decoder layers; none for the model as it is.
@@ -47,11 +50,19 @@ def losses_without(
         progress: called after each choice.
         processes: the processes that share the batches.
     """
-    local_batches = processes.local_batches(batches)
+    depth, start = len(decoder(model).layers), 0
     sums = torch.zeros(len(choices), dtype=torch.float64)
-    for index, removed in enumerate(choices):
-        with processes.fail_together(), skipping(model, removed, batches[0]):
-            sums[index] = sum_nll(model, local_batches)
-        progress("candidates, without one layer", index + 1, len(choices))
+    with processes.fail_together():
+        prefix = capture_prefix(model, processes.local_batches(batches), {start})
+    hidden = prefix.hidden[start]
+    firsts = [min(removed, default=depth) for removed in choices]
+    for done, index in enumerate(sorted(range(len(choices)), key=firsts.__getitem__), start=1):
+        with processes.fail_together():
+            if firsts[index] > start:
+                hidden = propagate(prefix, range(start, firsts[index]), hidden)
+                start = firsts[index]
+            rest = [layer for layer in range(start, depth) if layer not in choices[index]]
+            sums[index] = sum_nll_after(prefix, hidden, rest)
+        progress("candidates, without one layer", done, len(choices))
     processes.sum_([sums])
     return (sums / sum(batch.num_targets for batch in batches)).tolist()

@@ -72,14 +72,11 @@ def loss_and_grad(
         The loss in nats, and the gradient, (B, L, H) in the dtype of the hidden states.
     """
     hidden = body.hidden.detach()
-    chosen = F.pad(batch.is_target, (0, 1)).to(hidden.device)
+    chosen, labels, parts = _counted(model, hidden, batch)
     source, grad = hidden[chosen], torch.zeros_like(hidden)
-    labels = batch.input_ids[:, 1:][batch.is_target].to(hidden.device)
     grads = torch.empty_like(source)
     loss = 0.0
-    step = max(1, LOGITS_BYTES // (4 * vocabulary_size(model)))
-    for start in range(0, len(source), step):
-        rows = slice(start, start + step)
+    for rows in parts:
         part = source[rows].requires_grad_()
         with torch.enable_grad():
             logits = _logits(model, body, part, labels[rows])
@@ -94,6 +91,24 @@ def loss_and_grad(
         del logits, grad_logits  # free them before the next slice
     grad[chosen] = grads
     return loss, grad
+
+
+@torch.no_grad()
+def loss_alone(model: PreTrainedModel, body: Body, batch: Tokens) -> float:
+    """The loss of ``loss_and_grad`` without its gradient, which takes as long as the loss."""
+    chosen, labels, parts = _counted(model, body.hidden, batch)
+    source, loss = body.hidden[chosen], 0.0
+    for rows in parts:
+        loss += _nll(_log_probabilities(_logits(model, body, source[rows], labels[rows])), labels[rows])
+    return loss
+
+
+def _counted(model: PreTrainedModel, hidden: Tensor, batch: Tokens) -> tuple[Tensor, Tensor, list[slice]]:
+    """Which hidden states predict a counted token, (B, L), and these tokens, (T,), with the slices to compute."""
+    chosen = F.pad(batch.is_target, (0, 1)).to(hidden.device)
+    labels = batch.input_ids[:, 1:][batch.is_target].to(hidden.device)
+    step = max(1, LOGITS_BYTES // (4 * vocabulary_size(model)))
+    return chosen, labels, [slice(start, start + step) for start in range(0, len(labels), step)]
 
 
 def _logits(model: PreTrainedModel, body: Body, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -112,7 +127,7 @@ def sum_nll(model: PreTrainedModel, batches: Iterable[Tokens]) -> float:
         for batch in batches:
             with without_head(model) as body:
                 model(**batch_inputs(model, batch), use_cache=False)
-            total += loss_and_grad(model, body, batch)[0]
+            total += loss_alone(model, body, batch)
     return total
 
 
@@ -128,12 +143,20 @@ def nll_and_grad(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
     Returns:
         The sum, computed in fp32 (fp64 for fp64), and the gradient, (T, vocab) in the dtype of ``logits``.
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    log_probabilities = logits.log_softmax(-1, dtype=dtype)
-    nll = -log_probabilities.gather(1, labels[:, None]).sum().item()
+    log_probabilities = _log_probabilities(logits)
+    nll = _nll(log_probabilities, labels)
     grad = log_probabilities.exp_()
     grad[torch.arange(len(labels), device=labels.device), labels] -= 1
     return nll, grad.to(logits.dtype)
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _nll(log_probabilities: Tensor, labels: Tensor) -> float:
+    labels = labels.to(log_probabilities.device)
+    return -log_probabilities.gather(1, labels[:, None]).sum().item()
 
 
 def divergence_and_grad(logits: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
@@ -146,8 +169,7 @@ def divergence_and_grad(logits: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
     Returns:
         The sum, computed in fp32 (fp64 for fp64), and the gradient, (T, vocab) in the dtype of ``logits``.
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    q, p = (scores.log_softmax(-1, dtype=dtype) for scores in (logits, wanted))
+    q, p = map(_log_probabilities, (logits, wanted))
     divergence = F.kl_div(q, p, reduction="sum", log_target=True).item()
     return divergence, q.exp_().sub_(p.exp_()).to(logits.dtype)
 

@@ -30,7 +30,7 @@ from grasp.model.running import (
 from grasp.model.targets import Target, decoder
 from grasp.progress import Progress, no_progress
 from grasp.statistics.hidden_states import HiddenStates, Scratch
-from grasp.statistics.loss import loss_and_grad, without_head
+from grasp.statistics.loss import loss_alone, loss_and_grad, without_head
 
 
 def sweep_name(targets: Collection[Target]) -> str:
@@ -104,7 +104,7 @@ def capture_prefix(
 
 
 @contextmanager
-def alone(prefix: Prefix, layers: range) -> Iterator[None]:
+def alone(prefix: Prefix, layers: Collection[int]) -> Iterator[None]:
     """Let the model compute only some of its decoder layers until the block ends; the others return their input."""
     model = prefix.model
     others = [module for index, module in enumerate(decoder(model).layers) if index not in layers]
@@ -153,15 +153,21 @@ def propagate(
 
 
 @torch.no_grad()
-def sum_nll_after(prefix: Prefix, hidden: Sequence[Tensor]) -> float:
-    """The summed negative log-likelihood of all batches, in nats, from the hidden states after the last layer."""
+def sum_nll_after(prefix: Prefix, hidden: Sequence[Tensor], layers: Collection[int] = ()) -> float:
+    """The summed negative log-likelihood of all batches, in nats, if some ``layers`` and the head are all that follows.
+
+    Args:
+        prefix: its model and batches.
+        hidden: for each batch the hidden states, (B, L, H), that enter the first of the layers, or the head.
+        layers: which run, ascending.
+    """
     model, total = prefix.model, 0.0
-    last = decoder(model).layers[-1]
-    with alone(prefix, range(0)):
+    first = decoder(model).layers[0]
+    with alone(prefix, layers):
         for index, batch in enumerate(prefix.batches):
-            with entering_with(last, hidden[index]), without_head(model) as body:
+            with entering_with(first, hidden[index]), without_head(model) as body:
                 model(**batch_inputs(model, batch), use_cache=False)
-            total += loss_and_grad(model, body, batch)[0]
+            total += loss_alone(model, body, batch)
     return total
 
 
