@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -103,6 +103,11 @@ class NoState(PartialSums):
     def read(self, name: str, *keys: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Those of the tensors ``keys`` that a data file has, or all of them; and its notes."""
         return read_data(self.folder / name, *keys)
+
+    def discard(self, names: Iterable[str]) -> None:
+        """Delete data files that were not listed."""
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
 
     def record(self, files: Mapping[str, str | None], *, soon: bool = False, **values: Any) -> None:
         """List files under their stems, ``None`` for a file that is no longer needed, and set attributes of the run.

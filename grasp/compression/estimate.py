@@ -120,8 +120,8 @@ class Estimate:
             "prefix" if self.in_order else "hidden states": flops.prefix / rates.sweeps,
             TimeLeft.REST if self.in_order else "covariances": flops.sweeps / rates.sweeps + sums,
             "decompositions": flops.decompositions / rates.svd,
-            "candidates": flops.held_out / rates.sweeps + fit * bool(flops.held_out),  # one of them is fitted too
-            "refit": fit,
+            "candidates": flops.held_out / rates.sweeps + fit * bool(flops.held_out),  # one is fitted, for good
+            "refit": fit * (not flops.held_out),
             "quantising": flops.quantizing / rates.sweeps + flops.rounding / rates.svd,
         }
         return {kind: seconds / self.processes for kind, seconds in kinds.items() if seconds}
@@ -312,7 +312,8 @@ class _Estimator:
         """What the run folder has: groups before ranks are decided, and low-rank linears; or sums, written anew."""
         job, total = self._job, sum(groups.values())
         if job.config.decides_together:
-            return total * job.sum_bytes + (job.dtype.itemsize * sum(weights.values()) if job.rounds > 1 else 0)
+            cut = sum(weights.values()) if job.rounds > 1 else 0
+            return total * job.sum_bytes + job.dtype.itemsize * (cut + (total if job.config.refit else 0))
         sweep = max(sum(groups[target] for target in targets) for targets in members)
         return total * job.dtype.itemsize + max(2 * sums, sweep * job.sum_bytes)
 

@@ -15,11 +15,11 @@ from grasp.compression.candidates import Candidate, candidates, fitted_layers, h
 from grasp.compression.linear_replacement import linear_replacement, with_map
 from grasp.compression.refit import Refit
 from grasp.compression.run import Run
-from grasp.compression.selection import Selections, replacement
+from grasp.compression.selection import Name, Replacement, Selections, replacement, write_replacement
 from grasp.method import knapsack
 from grasp.method.metrics import nats_per_score
 from grasp.model.layer_removal import can_remove
-from grasp.model.targets import decoder
+from grasp.model.targets import Target, decoder
 from grasp.statistics.layer_losses import losses_without, removal_losses
 from grasp.statistics.sweep import Prefix, capture_prefix, propagate, sum_nll_after
 
@@ -28,18 +28,21 @@ from grasp.statistics.sweep import Prefix, capture_prefix, propagate, sum_nll_af
 RETRIED = 4
 
 
-def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
+def decide(run: Run, plan: Plan, selections: Selections) -> tuple[Decision, dict[str, str]]:
     """Decide between all candidates of a global budget; without held-out batches there is one.
 
     Low-rank linears are measured as decomposed, and the best of them also as fitted. Where layers are removed, a fit
     may lose more.
+
+    Returns:
+        The decision; and for the path of each linear that stays the file of what takes its place, if that was fitted.
     """
     run.clock.enter("candidates")
     tokens = sum(batch.num_tokens for batch in run.batches)
     nats = nats_per_score(run.config.basis, run.config.metric, tokens)
     if not run.held_out:
         (only,) = candidates(selections, plan, run.prices, {}, nats).values()
-        return decision(run, only._replace(fitted=run.config.refit), (only,), {})
+        return decision(run, only._replace(fitted=run.config.refit), (only,), {}), {}
     alone = removal_losses(run.model, plan.layers, run.held_out, progress=run.progress, processes=run.processes)
     removal = removed_in_order(run, plan, alone, retried=RETRIED)
     allocations = {
@@ -58,13 +61,17 @@ def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
     for option in (dense, *options):
         losses[option.name] = _loss(run, start, selections, option)
         run.progress("candidates, compared", len(losses), len(options) + 1)
+    fitted: dict[str, str] = {}
     low_rank = [option for option in options if has_low_rank(option.ranks.values())]
     if run.config.refit and low_rank:
         best = min(low_rank, key=lambda option: losses[option.name])
         options.append(best._replace(name=f"{best.name}, fitted", fitted=True))
-        losses[options[-1].name] = _loss(run, start, selections, options[-1])
+        losses[options[-1].name] = _loss(run, start, selections, options[-1], fitted)
     chosen = min(options, key=lambda option: losses[option.name])
-    return decision(run, chosen, (dense, *options), losses)
+    if not chosen.fitted:
+        run.state.discard(fitted.values())
+        fitted = {}
+    return decision(run, chosen, (dense, *options), losses), fitted
 
 
 def compare_with_removal(run: Run, plan: Plan, scores: Sequence[float]) -> Decision:
@@ -157,7 +164,13 @@ def _layers_removed(run: Run, plan: Plan, removed: Collection[int]) -> list[Cand
     return [only_removed(removed)] if meets else []
 
 
-def _loss(run: Run, start: Prefix, selections: Selections, candidate: Candidate) -> float:
+def _loss(
+    run: Run,
+    start: Prefix,
+    selections: Selections,
+    candidate: Candidate,
+    files: dict[str, str] | None = None,
+) -> float:
     """The mean loss on the held-out batches, in nats per token; the model is left as it was.
 
     The batches pass one layer after the other, so the factors of one layer are in memory at a time.
@@ -167,6 +180,7 @@ def _loss(run: Run, start: Prefix, selections: Selections, candidate: Candidate)
         start: the held-out batches of this process, at layer 0.
         selections: the groups that each linear can retain.
         candidate: what is measured; if it is fitted, that is done first.
+        files: gets the file of what takes the place of each linear that stays, by its path; ``None`` writes none.
     """
     model, hidden, removed = run.model, start.hidden[0], candidate.removed
     ranks = [(target.layer, rank) for target, rank in candidate.ranks.items()]
@@ -174,11 +188,13 @@ def _loss(run: Run, start: Prefix, selections: Selections, candidate: Candidate)
     refit = Refit(model, run.batches, fitted, run.config.sweep_dtype, run.scratch, run.processes)
     for layer in range(len(decoder(model).layers)):
         present = [(t, candidate.ranks.get(t, knapsack.DENSE)) for t in selections if t.layer == layer]
-        chosen = {t: replacement(run.state, t, selections[t], rank).module for t, rank in present}
-        modules = {target: module for target, module in chosen.items() if module is not None}
+        chosen = {t: replacement(run.state, t, selections[t], rank) for t, rank in present}
+        modules = {target: module for target, (module, _) in chosen.items() if module is not None}
         mapped = bool(candidate.map) and layer == removed[0] - 1
         try:
             refit.replace_(layer, modules, is_removed=layer in removed)
+            if files is not None and layer not in removed:
+                files |= _written(run, chosen)
             with run.processes.fail_together(), with_map(run, candidate.map, layer) if mapped else nullcontext():
                 hidden = hidden if layer in removed else propagate(start, range(layer, layer + 1), hidden)
         finally:
@@ -189,3 +205,12 @@ def _loss(run: Run, start: Prefix, selections: Selections, candidate: Candidate)
         total += sum_nll_after(start, hidden)
     run.processes.sum_([total])
     return float(total) / sum(batch.num_targets for batch in run.held_out)
+
+
+def _written(run: Run, chosen: Mapping[Target, Replacement]) -> dict[str, str]:
+    """Write what takes the place of some linears, of which processes have equal copies; the file of each path."""
+
+    def write(target: Target) -> Name:
+        return write_replacement(run.state, target, chosen[target])
+
+    return {target.name: name for target, name in run.processes.map_divided(list(chosen), write, Name)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
 
@@ -23,9 +22,11 @@ from grasp.compression.selection import (
     Name,
     Replacement,
     low_rank,
+    read_replacement,
     read_selection,
     replacement,
     skip,
+    write_replacement,
 )
 from grasp.compression.spans import Selector
 from grasp.method.knapsack import DENSE
@@ -71,7 +72,7 @@ def _restore_(run: Run, sweeps: Sequence[Sequence[Target]]) -> dict[Target, Modu
     for target in (target for members in sweeps for target in members):
         if run.config.decides_together or (file := state.files.get(f"module-{target.name}")) is None:
             continue  # a global decision is carried out layer by layer, after the sweeps
-        module, restored[target] = _stored(run, target, file)
+        module, restored[target] = read_replacement(run.state, target, file)
         if module is not None:
             run.model.set_submodule(target.name, module)
     if not run.config.refit:
@@ -150,20 +151,11 @@ def _store(run: Run, members: Sequence[Target], replacements: Sequence[Replaceme
     """Store what replaces linears, instead of the files that it was made from."""
     files: dict[str, str | None] = {f"{stem}-{target.name}": None for target in members}
     with run.processes.fail_together():
-        for target, (module, report) in zip(members, replacements, strict=True):
+        for target, chosen in zip(members, replacements, strict=True):
             if run.processes.first:
-                tensors = {} if module is None else module.state_dict()
-                name = f"module-{target.name}"
-                files[name] = run.state.write(name, tensors, {"report": asdict(report)})
+                files[f"module-{target.name}"] = write_replacement(run.state, target, chosen)
     run.processes.wait_for_all()  # they may still read the files that are removed
     run.state.record(files)
-
-
-def _stored(run: Run, target: Target, file: str) -> Replacement:
-    """What an interrupted run has stored to replace a linear."""
-    tensors, notes = run.state.read(file)
-    module = LowRankLinear.from_factors(target.module, tensors) if tensors else None
-    return Replacement(module, ModuleReport.from_dict(notes["report"]))
 
 
 def decide_globally(run: Run, plan: Plan, work: Work) -> Decision:
@@ -181,15 +173,17 @@ def decide_globally(run: Run, plan: Plan, work: Work) -> Decision:
         )
     else:
         selections = selector.select(members, "second")
-    decision = decide(run, plan, selections)
+    decision, fitted = decide(run, plan, selections)
     run.processes.wait_for_all()
     files: dict[str, str | None] = {f"cut-{target.name}": None for target in members}
+    for name, file in fitted.items():
+        files |= {f"module-{name}": file, f"second-{name}": None}
     run.state.record(files | {"map": decision.map or None}, decision=decision)
     return decision
 
 
 def carry_out_decision_(run: Run, plan: Plan, work: Work, decision: Decision) -> None:
-    """Replace the linears as it was decided, layer by layer; the left factors are fitted if the configuration says so.
+    """Replace the linears as it was decided, layer by layer; left factors that were not fitted yet are, if they should.
 
     The weight of a replaced linear is freed, so that the model never grows by more than a layer.
     """
@@ -197,7 +191,8 @@ def carry_out_decision_(run: Run, plan: Plan, work: Work, decision: Decision) ->
     for target in plan.ranks:
         members[target.layer].append(target)
     ranks = [(target.layer, decision.ranks.get(target.name, DENSE)) for target in plan.ranks]
-    fitted = fitted_layers(ranks, decision.removed) if decision.fitted else range(0)
+    stored = all(f"module-{name}" in run.state.files for name in decision.ranks)
+    fitted = fitted_layers(ranks, decision.removed) if decision.fitted and not stored else range(0)
     refit = Refit(run.model, run.batches, fitted, run.config.sweep_dtype, run.scratch, run.processes)
     reports: dict[Target, ModuleReport] = {}
     for layer, linears in members.items():
@@ -218,7 +213,9 @@ def _replacements(run: Run, members: Sequence[Target], decision: Decision) -> tu
     """What the decision puts in the place of the linears of a layer, and whether it was stored before."""
     files = [run.state.files.get(f"module-{target.name}") for target in members]
     if members and None not in files:
-        return [_stored(run, target, file) for target, file in zip(members, files, strict=True) if file], True
+        return [
+            read_replacement(run.state, target, file) for target, file in zip(members, files, strict=True) if file
+        ], True
     return [_decided(run, target, decision) for target in members], False
 
 

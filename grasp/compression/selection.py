@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -180,6 +180,19 @@ def replacement(state: NoState, target: Target, selection: Selection, rank: int)
         spectrum=tuple(float(f"{value:.4g}") for value in selection.spectrum.tolist()),
     )
     return Replacement(module, report)
+
+
+def write_replacement(state: NoState, target: Target, chosen: Replacement) -> Name:
+    """Write what takes the place of a linear; the name of the file."""
+    tensors = {} if chosen.module is None else chosen.module.state_dict()
+    return Name(state.write(f"module-{target.name}", tensors, {"report": asdict(chosen.report)}))
+
+
+def read_replacement(state: NoState, target: Target, file: str) -> Replacement:
+    """What ``write_replacement`` has written."""
+    tensors, notes = state.read(file)
+    module = LowRankLinear.from_factors(target.module, tensors) if tensors else None
+    return Replacement(module, ModuleReport.from_dict(notes["report"]))
 
 
 def as_stored(report: ModuleReport, module: nn.Module) -> ModuleReport:

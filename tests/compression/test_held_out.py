@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from grasp.compress import compress_
 from grasp.compression import held_out as choice
 from grasp.compression.budget import Plan, Prices
 from grasp.compression.candidates import Candidate
+from grasp.compression.refit import Refit
 from grasp.config import GraspConfig
 from grasp.method.storage import Storage
 from grasp.model.layer_removal import remove_layers_
@@ -104,22 +106,61 @@ def test_layers_are_removed_by_loss_and_the_next_ones_are_measured_again(
     assert choice._layers_removed(run, Plan(1.0, (), {}), everything) == []
 
 
-@pytest.mark.parametrize("fit_is_better", [True, False])
-def test_low_rank_linears_are_fitted_if_that_loses_less(fit_is_better: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def prefer_fits(monkeypatch: pytest.MonkeyPatch, preferred: bool = True) -> dict[bool, float]:
+    """Let fitted low-rank linears be chosen, or those that are not; the losses of both, once they are measured."""
     measure, measured = choice._loss, dict[bool, float]()
 
-    def loss(run: Any, start: Any, selections: Any, candidate: Candidate) -> float:
-        value = measure(run, start, selections, candidate)
+    def loss(run: Any, start: Any, selections: Any, candidate: Candidate, *files: Any) -> float:
+        value = measure(run, start, selections, candidate, *files)
         if not candidate.ranks:
             return value
         measured[candidate.fitted] = value
-        return 0.0 if candidate.fitted == fit_is_better else 1.0
+        return 0.0 if candidate.fitted == preferred else 1.0
 
     monkeypatch.setattr(choice, "_loss", loss)
-    report = compressed(tiny_model("llama"), compression_ratio=0.02)
+    return measured
+
+
+@pytest.mark.parametrize("fit_is_better", [True, False])
+def test_low_rank_linears_are_fitted_if_that_loses_less(
+    fit_is_better: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measured, folder = prefer_fits(monkeypatch, fit_is_better), tmp_path / "out.partial"
+    files: dict[str, int] = {}
+
+    def look(step: str, done: int, total: int) -> None:
+        if (step, done) == ("refit", 1):
+            files.update(Counter(path.name.partition("-")[0] for path in folder.iterdir()))
+
+    with RunState(folder) as state:
+        report = compressed(tiny_model("llama"), state=state, progress=look, compression_ratio=0.02)
     assert report.compressed
     assert measured[True] != pytest.approx(measured[False], rel=1e-5)
     assert report.held_out_loss["compressed"] == pytest.approx(measured[fit_is_better], rel=1e-5)
+    assert {kind: files.get(kind, 0) for kind in ("module", "second")} == (
+        {"module": 21, "second": 0} if fit_is_better else {"module": 7, "second": 14}  # the first layer of three
+    )
+
+
+def test_a_fit_that_was_measured_is_the_one_that_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    prefer_fits(monkeypatch)
+    fits, fit = list[int](), Refit._fit_
+    monkeypatch.setattr(Refit, "_fit_", lambda self, *args: (fits.append(1), fit(self, *args)))
+    kept, stopped, again = (tiny_model("llama") for _ in range(3))
+    compressed(kept, compression_ratio=0.02)
+    once = len(fits)
+
+    with pytest.raises(Killed), RunState(tmp_path / "out.partial") as state:
+        compressed(tiny_model("llama"), state=state, progress=stop_at("refit", 2), compression_ratio=0.02)
+    assert len(fits) == 2 * once
+    with RunState(tmp_path / "out.partial") as state:
+        compressed(stopped, state=state, compression_ratio=0.02)
+    assert len(fits) == 2 * once
+    monkeypatch.setattr(choice, "_written", lambda run, chosen: {})
+    compressed(again, compression_ratio=0.02)
+    assert len(fits) == 4 * once
+    for other in (stopped, again):
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in kept.state_dict().items())
 
 
 def test_layers_that_were_not_named_stay_and_others_get_the_bits_of_dense_linears() -> None:
