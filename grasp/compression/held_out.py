@@ -59,14 +59,14 @@ def decide(run: Run, plan: Plan, selections: Selections) -> tuple[Decision, dict
     dense = Candidate(DENSE, (), {})
     losses: dict[str, float] = {}
     for option in (dense, *options):
-        losses[option.name] = _loss(run, start, selections, option)
+        losses[option.name], _ = _measured(run, start, selections, option)
         run.progress("candidates, compared", len(losses), len(options) + 1)
     fitted: dict[str, str] = {}
     low_rank = [option for option in options if has_low_rank(option.ranks.values())]
     if run.config.refit and low_rank:
         best = min(low_rank, key=lambda option: losses[option.name])
         options.append(best._replace(name=f"{best.name}, fitted", fitted=True))
-        losses[options[-1].name] = _loss(run, start, selections, options[-1], fitted)
+        losses[options[-1].name], fitted = _measured(run, start, selections, options[-1])
     chosen = min(options, key=lambda option: losses[option.name])
     if not chosen.fitted:
         run.state.discard(fitted.values())
@@ -164,13 +164,7 @@ def _layers_removed(run: Run, plan: Plan, removed: Collection[int]) -> list[Cand
     return [only_removed(removed)] if meets else []
 
 
-def _loss(
-    run: Run,
-    start: Prefix,
-    selections: Selections,
-    candidate: Candidate,
-    files: dict[str, str] | None = None,
-) -> float:
+def _measured(run: Run, start: Prefix, selections: Selections, candidate: Candidate) -> tuple[float, dict[str, str]]:
     """The mean loss on the held-out batches, in nats per token; the model is left as it was.
 
     The batches pass one layer after the other, so the factors of one layer are in memory at a time.
@@ -180,8 +174,11 @@ def _loss(
         start: the held-out batches of this process, at layer 0.
         selections: the groups that each linear can retain.
         candidate: what is measured; if it is fitted, that is done first.
-        files: gets the file of what takes the place of each linear that stays, by its path; ``None`` writes none.
+
+    Returns:
+        The loss; and, if the candidate is fitted, for the path of each linear that stays the file of what replaces it.
     """
+    files: dict[str, str] = {}
     model, hidden, removed = run.model, start.hidden[0], candidate.removed
     ranks = [(target.layer, rank) for target, rank in candidate.ranks.items()]
     fitted = fitted_layers(ranks, removed) if candidate.fitted else range(0)
@@ -193,7 +190,7 @@ def _loss(
         mapped = bool(candidate.map) and layer == removed[0] - 1
         try:
             refit.replace_(layer, modules, is_removed=layer in removed)
-            if files is not None and layer not in removed:
+            if candidate.fitted and layer not in removed:
                 files |= _written(run, chosen)
             with run.processes.fail_together(), with_map(run, candidate.map, layer) if mapped else nullcontext():
                 hidden = hidden if layer in removed else propagate(start, range(layer, layer + 1), hidden)
@@ -204,7 +201,7 @@ def _loss(
     with run.processes.fail_together():
         total += sum_nll_after(start, hidden)
     run.processes.sum_([total])
-    return float(total) / sum(batch.num_targets for batch in run.held_out)
+    return float(total) / sum(batch.num_targets for batch in run.held_out), files
 
 
 def _written(run: Run, chosen: Mapping[Target, Replacement]) -> dict[str, str]:

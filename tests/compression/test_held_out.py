@@ -108,16 +108,16 @@ def test_layers_are_removed_by_loss_and_the_next_ones_are_measured_again(
 
 def prefer_fits(monkeypatch: pytest.MonkeyPatch, preferred: bool = True) -> dict[bool, float]:
     """Let fitted low-rank linears be chosen, or those that are not; the losses of both, once they are measured."""
-    measure, measured = choice._loss, dict[bool, float]()
+    measure, measured = choice._measured, dict[bool, float]()
 
-    def loss(run: Any, start: Any, selections: Any, candidate: Candidate, *files: Any) -> float:
-        value = measure(run, start, selections, candidate, *files)
+    def measure_or_prefer(run: Any, start: Any, selections: Any, candidate: Candidate) -> tuple[float, dict[str, str]]:
+        value, files = measure(run, start, selections, candidate)
         if not candidate.ranks:
-            return value
+            return value, files
         measured[candidate.fitted] = value
-        return 0.0 if candidate.fitted == preferred else 1.0
+        return float(candidate.fitted != preferred), files
 
-    monkeypatch.setattr(choice, "_loss", loss)
+    monkeypatch.setattr(choice, "_measured", measure_or_prefer)
     return measured
 
 
