@@ -41,7 +41,8 @@ class RecoveryConfig:
     """Training settings of ``recover_``: AdamW with linear warm-up over 5 % of the steps, then cosine decay to 0.
 
     Args:
-        learning_rate: peak learning rate. The paper uses 3e-4 for models with 7B parameters.
+        learning_rate: peak learning rate. The paper uses 3e-4 for models with 7B parameters, of which it trains few.
+            Pivoted factors are nearly as many as the weights: 5e-4 ruins those of SmolLM2-135M (docs/study.md).
         tokens: training tokens, repetitions included; ``None`` for one pass over the sequences.
         batch_size: sequences per optimizer step, over all processes.
         micro_batch_size: sequences per forward pass; gradients are accumulated. Memory limits it.
@@ -58,7 +59,7 @@ class RecoveryConfig:
         ValueError: learning_rate must be a positive number, got 0
     """
 
-    learning_rate: float = 5e-4
+    learning_rate: float = 5e-5
     tokens: int | None = None
     batch_size: int = 16
     micro_batch_size: int = 4

@@ -55,7 +55,7 @@ def recover(
     tokens: Tokens = None,
     seq_len: SeqLen = 512,
     teacher: TeacherName = None,
-    learning_rate: LearningRate = 5e-4,
+    learning_rate: LearningRate = 5e-5,
     batch_size: BatchSize = 16,
     micro_batch_size: MicroBatchSize = 4,
     seed: Seed = 0,
@@ -82,7 +82,7 @@ def recover(
 
     $ grasp recover small -o recovered --teacher builtin --tokens 100000
 
-    [dim]Train on instructions, as in the paper:[/dim]
+    [dim]Train a checkpoint of --preset paper on instructions, as in the paper:[/dim]
 
     $ grasp recover small -o recovered --instructions alpaca.jsonl --seq-len 256 --batch-size 32 --learning-rate 3e-4
 
