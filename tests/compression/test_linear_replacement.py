@@ -28,13 +28,13 @@ MERGED = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj"}
 
 @pytest.fixture
 def map_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = choice._loss
+    measure = choice._measured
 
-    def loss(run: Any, start: Any, selections: Any, candidate: Any) -> float:
-        value = measure(run, start, selections, candidate)
-        return value if candidate.map else value + 99
+    def measure_or_worse(run: Any, start: Any, selections: Any, candidate: Any) -> tuple[float, dict[str, str]]:
+        value, files = measure(run, start, selections, candidate)
+        return (value if candidate.map else value + 99), files
 
-    monkeypatch.setattr(choice, "_loss", loss)
+    monkeypatch.setattr(choice, "_measured", measure_or_worse)
 
 
 def compressed(
