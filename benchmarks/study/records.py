@@ -213,7 +213,7 @@ class StudyDraft(Record):
         steps: steps with a draft.
         accepted: share of the steps in which the target accepts the first i + 1 tokens.
         answered: tokens of all answers.
-        equal: share of the answers that equal those of the target alone.
+        equal: share of the answers that the target gives alone too.
         ms_per_token: mean time per token after the first, ms.
         speed_up: over the target alone.
         predicted: the speed-up by the acceptance and by the draft's time alone; ``None`` without a draft.

@@ -35,7 +35,7 @@ def decide(run: Run, plan: Plan, selections: Selections) -> tuple[Decision, dict
     may lose more.
 
     Returns:
-        The decision; and for the path of each linear that stays the file of what takes its place, if that was fitted.
+        The decision, and the file of each linear's replacement by the linear's path; no files if none is fitted.
     """
     run.clock.enter("candidates")
     tokens = sum(batch.num_tokens for batch in run.batches)
@@ -176,7 +176,7 @@ def _measured(run: Run, start: Prefix, selections: Selections, candidate: Candid
         candidate: what is measured; if it is fitted, that is done first.
 
     Returns:
-        The loss; and, if the candidate is fitted, for the path of each linear that stays the file of what replaces it.
+        The loss, and the file of each linear's replacement by the linear's path; no files if none is fitted.
     """
     files: dict[str, str] = {}
     model, hidden, removed = run.model, start.hidden[0], candidate.removed
