@@ -95,7 +95,7 @@ def loss_and_grad(
 
 @torch.no_grad()
 def loss_alone(model: PreTrainedModel, body: Body, batch: Tokens) -> float:
-    """The loss of ``loss_and_grad`` without its gradient, which takes as long as the loss."""
+    """The loss of ``loss_and_grad``, without the products of its gradient."""
     chosen, labels, parts = _counted(model, body.hidden, batch)
     source, loss = body.hidden[chosen], 0.0
     for rows in parts:
