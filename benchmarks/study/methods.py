@@ -42,12 +42,15 @@ class CalibrationSet:
 
     Args:
         batches: the sequences of this seed.
+        held_out: other sequences, an eighth as many, which decide between the candidates of ``best``.
         folder: cache of the statistics.
         dtype: the model runs over the calibration tokens in this dtype; ``None`` for its own.
     """
 
-    def __init__(self, batches: list[CalibrationBatch], folder: Path, dtype: str | None) -> None:
-        self.batches, self.folder, self.dtype = batches, folder, dtype
+    def __init__(
+        self, batches: list[CalibrationBatch], held_out: list[CalibrationBatch], folder: Path, dtype: str | None
+    ) -> None:
+        self.batches, self.held_out, self.folder, self.dtype = batches, held_out, folder, dtype
         folder.mkdir(parents=True, exist_ok=True)
         self.statistics = CachedStatistics(folder)
         self._block_influence = folder / "block_influence.json"
@@ -100,19 +103,27 @@ class Job:
 Method = Callable[[PreTrainedModel, Job], Outcome]  # changes the dense model that it is given
 
 
-def compressed(**options: Any) -> Method:
-    """A method that compresses with a configuration, as ``compress_`` does, from cached statistics."""
+def compressed(*, chooses: bool = False, **options: Any) -> Method:
+    """A method that compresses with a configuration, as ``compress_`` does, from cached statistics.
+
+    Args:
+        chooses: whether held-out sequences decide between the candidates.
+        options: of the configuration.
+    """
 
     def compress(model: PreTrainedModel, job: Job) -> Outcome:
         calibration, state = job.calibration, job.state
         config = GraspConfig(compression_ratio=job.ratio, sweep_dtype=calibration.dtype, **options)
         influence = calibration.block_influence(model)
         batches = as_batches(calibration.batches)
-        run = start_run(model, batches, config, None, job.progress, state, ALONE, memory=job.memory)
+        held_out = calibration.held_out if chooses else []
+        run = start_run(
+            *(model, batches, config, None, job.progress, state, ALONE), held_out=held_out, memory=job.memory
+        )
         state.block_influence = influence
         report = carry_out_(replace(run, gather=calibration.statistics))
         ranks = {module.name: module.rank for module in report.modules if not module.reason}
-        return Outcome(ranks=ranks, scope=report.scope, pivoted=config.form == "pivoted")
+        return Outcome(report.removed_layers, ranks, report.scope, config.form == "pivoted")
 
     return compress
 
@@ -153,5 +164,5 @@ METHODS: dict[str, Method] = {
     "global kfac, model, refit": compressed(basis="kfac", metric="magnitude", scope="model", refit=True, **_GLOBAL),
     "progressive kfac, model": compressed(**_PROGRESSIVE),
     "best, factored": compressed(refit=True, **_PROGRESSIVE),
-    "best": compressed(refit=True, form="pivoted", **_PROGRESSIVE),
+    "best": compressed(chooses=True, refit=True, form="pivoted", **_PROGRESSIVE),
 }

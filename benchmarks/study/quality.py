@@ -1,8 +1,9 @@
 """Perplexity and accuracy of a model compressed by every method, ratio and seed.
 
 For each cell ``python -m benchmarks.study.quality`` loads the dense model, compresses it with the calibration set of
-the seed, and measures the perplexity of held-out text. Statistics of the calibration tokens are gathered once for all
-cells of a seed. Cells that the output already has are not run again, so the same command resumes an interrupted study.
+the seed, and measures the perplexity of held-out text, and the loss on each kind of the built-in text. Statistics of
+the calibration tokens are gathered once for all cells of a seed. Cells that the output already has are not run again,
+so the same command resumes an interrupted study.
 
 The output has one JSON object per line, the fields of ``Cell``. The first line is the dense model, method ``dense``.
 """
@@ -34,7 +35,7 @@ from benchmarks.study.records import StudySetting as Setting
 from grasp.bench.conditions import conditions, measure_card
 from grasp.bench.results import append_results, read_results
 from grasp.builtin import BUILTIN
-from grasp.calibration import bos_for, read_text, token_batches, tokenize
+from grasp.calibration import bos_for, read_text, tokenize
 from grasp.checkpoint.run_state import RunState
 from grasp.cli.arguments import parse_bytes
 from grasp.errors import GraspError
@@ -45,6 +46,9 @@ from grasp.model.batch import batches_digest
 from grasp.model.running import casting, first_device
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
+from grasp.progress import Notify
+from grasp.workflows.kinds import batches_by_kind, losses_by_kind
+from grasp.workflows.samples import Samples, draw
 
 Cells = dict[tuple[str, float, int], Cell]  # by method, ratio and seed
 DENSE = ("dense", 0.0, 0)  # key of the dense model
@@ -54,7 +58,9 @@ OF_EVALUATION = ("text", "window", "windows", "tasks", "limit")  # fields of the
 class Study:
     """The dense model and the evaluation text of all cells."""
 
-    def __init__(self, setting: Setting, cache: Path, documents: str | None, memory: int | None) -> None:
+    def __init__(
+        self, setting: Setting, cache: Path, documents: str | None, memory: int | None, notify: Notify
+    ) -> None:
         self.setting, self._cache, self._documents, self._memory = setting, cache, documents, memory
         model, self._tokenizer = load_model(setting.model, dtype=setting.weights)
         self.size = model_size(model, decoder(model).layers)
@@ -64,6 +70,7 @@ class Study:
         tokens = tokenize(self._tokenizer, read_text(setting.text, split="evaluation"))
         count = None if setting.windows is None else setting.windows * (setting.window - (self._bos is not None))
         self._tokens = tokens[:count]
+        self._kinds = batches_by_kind(self._tokenizer, setting.window, notify)
 
     @property
     def dtype(self) -> str | None:
@@ -73,18 +80,13 @@ class Study:
     def calibration_set(self, seed: int) -> CalibrationSet:
         """The calibration set of a seed; only the latest one stays in memory."""
         if seed not in self._calibration:
-            batches = token_batches(
-                self._tokenizer,
-                read_text(self.setting.calibration),
-                num_samples=self.setting.num_samples,
-                seq_len=self.setting.seq_len,
-                batch_size=self.setting.batch_size,
-                seed=seed,
-            )
+            of, text = self.setting, read_text(self.setting.calibration)
+            samples = Samples(of.calibration, of.num_samples, of.seq_len, of.batch_size, seed)
+            batches, held_out = draw(self._tokenizer, text, samples)
             values = {name: value for name, value in asdict(self.setting).items() if name not in OF_EVALUATION}
             values |= {"seed": seed, "digest": batches_digest(batches)}
             fingerprint = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
-            self._calibration = {seed: CalibrationSet(batches, self._cache / fingerprint, self.dtype)}
+            self._calibration = {seed: CalibrationSet(batches, held_out, self._cache / fingerprint, self.dtype)}
         return self._calibration[seed]
 
     def cell(self, method: str, ratio: float, seed: int, dense: Cell | None) -> Cell:
@@ -129,6 +131,7 @@ class Study:
             measured = perplexity(
                 model, self._tokens, window=self.setting.window, batch_size=4, bos_token_id=self._bos
             ).perplexity
+            kind_losses = losses_by_kind(model, self._kinds)
             accuracy = self._accuracy(model)
         after = model_size(model, decoder(model).layers)
         return Cell(
@@ -145,6 +148,7 @@ class Study:
             pivoted=outcome.pivoted,
             conditions=self._conditions,
             accuracy=accuracy,
+            kind_losses=kind_losses,
         )
 
     def _load(self) -> PreTrainedModel:
@@ -207,6 +211,23 @@ def accuracy_table(cells: Cells) -> Table:
             seeds = [cell for (name, r, _), cell in cells.items() if (name, r) == (method, ratio)]
             means = (statistics.mean(cell.accuracy[task] for cell in seeds) for task in tasks)
             result.add_row(method, f"{seeds[0].removed:.1%}", *(f"{mean:.3f}" for mean in means))
+    return result
+
+
+def kinds_table(cells: Cells) -> Table:
+    """The excess on each kind of the built-in text, with the mean and the worst, for each method and ratio.
+
+    Means over the seeds; blank if the kinds were not measured, as in older cells.
+    """
+    dense = cells[DENSE].kind_losses
+    result = Table("method", "removed", *dense, "mean", "worst", title="nats per token over dense, by kind of text")
+    for method in METHODS:
+        for ratio in sorted({ratio for name, ratio, _ in cells if name == method}):
+            seeds = [cell for (name, r, _), cell in cells.items() if (name, r) == (method, ratio) and cell.kind_losses]
+            if seeds:
+                excess = [statistics.mean(cell.kind_losses[kind] for cell in seeds) - dense[kind] for kind in dense]
+                values = (*excess, statistics.mean(excess), max(excess))
+                result.add_row(method, f"{seeds[0].removed:.1%}", *(f"{value:.3f}" for value in values))
     return result
 
 
@@ -274,7 +295,7 @@ def main(
     )
     try:
         cells = read_cells(output, without_folders(setting))
-        study = Study(setting, cache, tasks_from, memory)
+        study = Study(setting, cache, tasks_from, memory, lambda line: console.print(line, soft_wrap=True))
         keys = list(missing(cells, wanted, ratios or [0.1, 0.2, 0.3], seeds or [0, 1, 2]))
         for key in keys if DENSE in cells else [DENSE, *keys]:
             cells[key] = cell = study.cell(*key, cells.get(DENSE))
@@ -284,6 +305,8 @@ def main(
         console.print(f"error: {error}", soft_wrap=True)
         raise typer.Exit(2) from error
     Console().print(excess_table(cells))
+    if cells[DENSE].kind_losses:
+        Console().print(kinds_table(cells))
     if tasks:
         Console().print(accuracy_table(cells))
 

@@ -13,11 +13,14 @@ from typer.testing import CliRunner, Result
 from benchmarks.study import quality
 from benchmarks.study.ledger import Ledger
 from benchmarks.study.methods import METHODS, Job, Outcome
-from benchmarks.study.quality import main, missing
+from benchmarks.study.quality import Cell, kinds_table, main, missing
+from benchmarks.study.records import STUDY_RECORDS
 from grasp.bench import conditions
+from grasp.bench.results import read_results
+from grasp.calibration import builtin_kinds
 from tests.command_line import save_tiny_model
 
-WHOLE_LAYERS = ("layers removed", "linear replacement")
+WHOLE_LAYERS = ("layers removed", "linear replacement", "best")  # methods that may remove them
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +61,12 @@ def test_every_method_gives_a_cell_with_its_size_and_its_excess(model: Path, tmp
         assert least <= float(str(by_method[method]["removed"])) <= (0.34 if method in WHOLE_LAYERS else 0.31), method
         assert by_method[method]["excess"] != 0
         assert by_method[method]["peak_bytes"] is not None
+    by_key = {(c.method, c.ratio, c.seed): c for c in read_results(output, STUDY_RECORDS) if isinstance(c, Cell)}
+    best, dense = by_key["best", 0.3, 1].kind_losses, by_key["dense", 0.0, 0].kind_losses
+    excess = [best[kind] - dense[kind] for kind in builtin_kinds("evaluation")]
+    expected = [*excess, sum(excess) / len(excess), max(excess)]
+    row = [[*column.cells][[*METHODS].index("best")] for column in kinds_table(by_key).columns]
+    assert row[2:] == [f"{value:.3f}" for value in expected]
     assert str(tmp_path) not in json.dumps([cell["setting"] | {"model": ""} for cell in by_method.values()])  # type: ignore[operator]
 
 
