@@ -77,12 +77,12 @@ def only_removed(layers: Iterable[int]) -> Candidate:
     return Candidate(f"layers {layer_ranges(layers)} removed", layers, {})
 
 
-def first_cut(selections: Selections, plan: Plan, prices: Prices) -> dict[Target, int]:
-    """The ranks when ``FIRST_SHARE`` of the saving is spent globally; linears that stay dense are left out.
+def low_ranks(selections: Selections, plan: Plan, prices: Prices, share: float) -> dict[Target, int]:
+    """The ranks when a share of the saving is spent globally; linears that stay dense are left out.
 
     If the saving needs layers to be removed, it is that share of what ranks can save.
     """
-    ranks = _allocated(_scored(selections, plan), plan, prices, {}, FIRST_SHARE).ranks
+    ranks = _allocated(_scored(selections, plan), plan, prices, {}, share, by_ranks=True).ranks
     return {target: rank for target, rank in ranks.items() if rank not in (DENSE, ROUNDED)}
 
 
@@ -91,15 +91,21 @@ def _scored(selections: Selections, plan: Plan) -> dict[Target, Selection]:
 
 
 def _allocated(
-    selections: Selections, plan: Plan, prices: Prices, removal: Mapping[int, float], share: float = 1.0
+    selections: Selections,
+    plan: Plan,
+    prices: Prices,
+    removal: Mapping[int, float],
+    share: float = 1.0,
+    *,
+    by_ranks: bool = False,
 ) -> Candidate:
-    """Spend a share of the saving where it adds the least loss."""
+    """Spend a share of the saving, or of what ranks can save if that is less, where it adds the least loss."""
     members = {layer: [target for target in selections if target.layer == layer] for layer in plan.layers}
     layers = [_layer_choices(layer, linears, selections, prices, removal) for layer, linears in members.items()]
     uniform = math.fsum(prices.saved(target, plan.ranks[target]) for target in selections)
     saving = uniform if prices.saving is None else prices.saving
     dense = math.fsum(map(prices.layer, members))
-    if share < 1:
+    if by_ranks:
         saving = min(saving, dense - math.fsum(map(least_cost, layers)))
     budget = dense - share * saving
     budget *= 1 + 1e-12  # the same seconds in another order add up to a slightly different sum

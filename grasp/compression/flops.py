@@ -10,6 +10,7 @@ from grasp.compression.candidates import HELD_OUT
 from grasp.compression.eligible import eligible_targets
 from grasp.compression.job import CompressionJob
 from grasp.compression.layer_cost import Tracer
+from grasp.compression.measured_blocks import MEASURED_TOKENS
 from grasp.compression.memory import form_in_sweeps, retained_groups
 from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
@@ -137,6 +138,9 @@ class FlopCounter:
         # The removal of each layer alone, then of several: as often, and on the average from the middle of the layers.
         body, head = self._for_samples(self._forward(depth), self._held_out), self._head_flops(self._held_out) // 2
         held_out = 2 * len(depth) * (body // 2 + head) + CANDIDATES * (body + head)
+        # Each block of each layer low-rank, with the head for both models.
+        few = min(self._held_out, max(1, MEASURED_TOKENS // job.seq_len))
+        held_out += 2 * len(depth) * (body // 2 + 2 * head) * few // self._held_out
         flops = Flops(
             block_influence=influence,
             prefix=prefix,

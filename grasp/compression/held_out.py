@@ -13,6 +13,7 @@ from grasp.checkpoint.run_state import Decision
 from grasp.compression.budget import Plan, predicted_bytes, predicted_seconds, required_saving
 from grasp.compression.candidates import Candidate, candidates, fitted_layers, has_low_rank, only_removed
 from grasp.compression.linear_replacement import linear_replacement, with_map
+from grasp.compression.measured_blocks import corrected
 from grasp.compression.refit import Refit
 from grasp.compression.run import Run
 from grasp.compression.selection import Name, Replacement, Selections, replacement, write_replacement
@@ -43,6 +44,9 @@ def decide(run: Run, plan: Plan, selections: Selections) -> tuple[Decision, dict
     if not run.held_out:
         (only,) = candidates(selections, plan, run.prices, {}, nats).values()
         return decision(run, only._replace(fitted=run.config.refit), (only,), {}), {}
+    with run.processes.fail_together():
+        start = capture_prefix(run.model, run.processes.local_batches(run.held_out), {0}, scratch=run.scratch)
+    selections = corrected(run, plan, selections, start, nats)
     alone = removal_losses(run.model, plan.layers, run.held_out, progress=run.progress, processes=run.processes)
     removal = removed_in_order(run, plan, alone, retried=RETRIED)
     allocations = {
@@ -54,8 +58,6 @@ def decide(run: Run, plan: Plan, selections: Selections) -> tuple[Decision, dict
     options = [*allocations.values(), *(other for other in others if other.name not in allocations)]
     if not options:
         raise ValueError("no candidate keeps to the budget: ranks do not suffice, and too few layers can be removed")
-    with run.processes.fail_together():
-        start = capture_prefix(run.model, run.processes.local_batches(run.held_out), {0}, scratch=run.scratch)
     dense = Candidate(DENSE, (), {})
     losses: dict[str, float] = {}
     for option in (dense, *options):

@@ -12,7 +12,7 @@ from torch import Tensor
 from grasp.checkpoint.compression_report import ModuleReport
 from grasp.checkpoint.run_state import Decision
 from grasp.compression.budget import Plan, ceilings
-from grasp.compression.candidates import first_cut, fitted_layers
+from grasp.compression.candidates import FIRST_SHARE, fitted_layers, low_ranks
 from grasp.compression.held_out import decide
 from grasp.compression.memory_budget import return_freed_memory
 from grasp.compression.refit import Refit
@@ -232,7 +232,7 @@ def _cut(run: Run, plan: Plan, selector: Selector, members: Sequence[Target]) ->
     if run.state.cut is not None:
         return
     selections = selector.select(members, "first")
-    ranks = first_cut(selections, plan, run.prices)
+    ranks = low_ranks(selections, plan, run.prices, FIRST_SHARE)
 
     def write(target: Target) -> Name:
         module = low_rank(run.state, target, selections[target], ranks[target])

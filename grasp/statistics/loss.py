@@ -94,12 +94,17 @@ def loss_and_grad(
 
 
 @torch.no_grad()
-def loss_alone(model: PreTrainedModel, body: Body, batch: Tokens) -> float:
+def loss_alone(model: PreTrainedModel, body: Body, batch: Tokens, teacher: Teacher | None = None) -> float:
     """The loss of ``loss_and_grad``, without the products of its gradient."""
     chosen, labels, parts = _counted(model, body.hidden, batch)
     source, loss = body.hidden[chosen], 0.0
     for rows in parts:
-        loss += _nll(_log_probabilities(_logits(model, body, source[rows], labels[rows])), labels[rows])
+        found = _log_probabilities(_logits(model, body, source[rows], labels[rows]))
+        if teacher is None:
+            loss += _nll(found, labels[rows])
+        else:
+            wanted = _logits(*teacher, teacher.body.hidden[chosen][rows], labels[rows])
+            loss += _divergence(found, _log_probabilities(wanted.to(found.device)))
     return loss
 
 
@@ -159,6 +164,10 @@ def _nll(log_probabilities: Tensor, labels: Tensor) -> float:
     return -log_probabilities.gather(1, labels[:, None]).sum().item()
 
 
+def _divergence(q: Tensor, p: Tensor) -> float:
+    return F.kl_div(q, p, reduction="sum", log_target=True).item()
+
+
 def divergence_and_grad(logits: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
     """``Σ_t KL(p_t ‖ q_t)`` with p = softmax(wanted) and q = softmax(logits), and its gradient in ``logits``, q - p.
 
@@ -170,8 +179,7 @@ def divergence_and_grad(logits: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
         The sum, computed in fp32 (fp64 for fp64), and the gradient, (T, vocab) in the dtype of ``logits``.
     """
     q, p = map(_log_probabilities, (logits, wanted))
-    divergence = F.kl_div(q, p, reduction="sum", log_target=True).item()
-    return divergence, q.exp_().sub_(p.exp_()).to(logits.dtype)
+    return _divergence(q, p), q.exp_().sub_(p.exp_()).to(logits.dtype)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -30,7 +30,7 @@ from grasp.model.running import (
 from grasp.model.targets import Target, decoder
 from grasp.progress import Progress, no_progress
 from grasp.statistics.hidden_states import HiddenStates, Scratch
-from grasp.statistics.loss import loss_alone, loss_and_grad, without_head
+from grasp.statistics.loss import Body, Teacher, loss_alone, loss_and_grad, without_head
 
 
 def sweep_name(targets: Collection[Target]) -> str:
@@ -161,14 +161,36 @@ def sum_nll_after(prefix: Prefix, hidden: Sequence[Tensor], layers: Collection[i
         hidden: for each batch the hidden states, (B, L, H), that enter the first of the layers, or the head.
         layers: which run, ascending.
     """
-    model, total = prefix.model, 0.0
-    first = decoder(model).layers[0]
+    total = 0.0
     with alone(prefix, layers):
         for index, batch in enumerate(prefix.batches):
-            with entering_with(first, hidden[index]), without_head(model) as body:
-                model(**batch_inputs(model, batch), use_cache=False)
-            total += loss_alone(model, body, batch)
+            total += loss_alone(prefix.model, _body(prefix, index, hidden), batch)
     return total
+
+
+@torch.no_grad()
+def sum_divergence(prefix: Prefix, hidden: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The summed divergence of predictions from those that are wanted, ``Σ_t KL(p_t ‖ q_t)``, of all batches, in nats.
+
+    Args:
+        prefix: its model and batches.
+        hidden: for each batch the hidden states, (B, L, H), that enter the head, which makes q of them.
+        wanted: likewise, for p.
+    """
+    model, total = prefix.model, 0.0
+    with alone(prefix, ()):
+        for index, batch in enumerate(prefix.batches):
+            teacher = Teacher(model, _body(prefix, index, wanted))
+            total += loss_alone(model, _body(prefix, index, hidden), batch, teacher)
+    return total
+
+
+def _body(prefix: Prefix, index: int, hidden: Sequence[Tensor]) -> Body:
+    """The output of the backbone for a batch whose hidden states enter the first layer that runs."""
+    model = prefix.model
+    with entering_with(decoder(model).layers[0], hidden[index]), without_head(model) as body:
+        model(**batch_inputs(model, prefix.batches[index]), use_cache=False)
+    return body
 
 
 def sweep(

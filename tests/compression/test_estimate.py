@@ -243,7 +243,9 @@ def test_candidates_are_measured_on_an_eighth_as_many_sequences() -> None:
     made = estimate(best_job())
     body, head = made.flops.block_influence / 16, 2 * 511 * 128256 * 4096
     maps = 2 * made.flops.block_influence  # to choose the layers, and to fit the map
-    assert made.flops.held_out - maps == pytest.approx(2 * (2 * 32 * (body / 2 + head) + 8 * (body + head)), rel=0.001)
+    removals, compared = 2 * (2 * 32 * (body / 2 + head)), 2 * 8 * (body + head)
+    blocks = 2 * (2 * 32 * (body / 2 + 2 * head))  # 1024 tokens: all that are held out
+    assert made.flops.held_out - maps == pytest.approx(removals + compared + blocks, rel=0.001)
 
 
 def test_low_rank_layers_of_a_compressed_model_are_counted() -> None:

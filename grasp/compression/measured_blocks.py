@@ -1,0 +1,134 @@
+"""The losses of low-rank blocks, measured on held-out tokens: predictions are right for all together, not for each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from grasp.compression.budget import Plan
+from grasp.compression.candidates import low_ranks
+from grasp.compression.run import Run
+from grasp.compression.selection import Selection, Selections, replacement
+from grasp.model.targets import Target, decoder
+from grasp.statistics.sweep import Prefix, propagate, sum_divergence
+
+# So many held-out tokens are used at most. The divergence from the dense model varies far less between texts than the
+# loss, which cannot tell blocks apart; docs/study.md.
+MEASURED_TOKENS = 2048
+_LEAST = 0.01  # of what is predicted, if less is measured
+
+Block = tuple[int, str]  # a layer, and one of ``grasp.method.schedules.BLOCKS``
+
+
+def corrected(run: Run, plan: Plan, selections: Selections, start: Prefix, nats: float) -> Selections:
+    """The selections, with all scores of each block of a layer multiplied by one number.
+
+    Each block alone is given the ranks that the whole budget would give it, and the divergence from the dense model is
+    measured. The number is the root of what is measured over what is predicted, relative to all blocks: the scores
+    then predict the geometric mean of both. Blocks that stay dense keep their scores. What rounding makes diverge is
+    added to every prediction, so that in bf16 small divergences correct little.
+
+    Args:
+        run: the run; none of its linears is replaced yet.
+        plan: what is to be saved.
+        selections: the groups that each linear can retain.
+        start: the held-out batches of this process, at layer 0.
+        nats: the loss that a score of 1 adds, in nats per token.
+    """
+    ranks = low_ranks(selections, plan, run.prices, 1.0)
+    if not ranks:
+        return selections
+    measured, rounding = _divergences(run, start, selections, ranks)
+    predicted = dict.fromkeys(measured, rounding)
+    for target, rank in ranks.items():
+        predicted[_block(target)] += nats * _dropped(selections[target], rank)
+    factors = correction_factors(predicted, measured)
+
+    def scaled(target: Target, selection: Selection) -> Selection:
+        factor = factors.get(_block(target), 1.0)
+        return replace(selection, importance=selection.importance * factor, rounding=selection.rounding * factor)
+
+    return {target: scaled(target, selection) for target, selection in selections.items()}
+
+
+def correction_factors(predicted: Mapping[Block, float], measured: Mapping[Block, float]) -> dict[Block, float]:
+    """For each block the root of measured over predicted, relative to all blocks together.
+
+    Example:
+        >>> correction_factors({(0, "mlp"): 1.0, (1, "mlp"): 1.0}, {(0, "mlp"): 4.0, (1, "mlp"): 16.0})
+        {(0, 'mlp'): 0.632..., (1, 'mlp'): 1.264...}
+    """
+    total = math.fsum(measured.values()) / math.fsum(predicted.values())
+    if total <= 0:
+        return {}
+    shares = {block: measured[block] / (total * value) for block, value in predicted.items() if value > 0}
+    return {block: math.sqrt(max(share, _LEAST)) for block, share in shares.items()}
+
+
+def _divergences(
+    run: Run, start: Prefix, selections: Selections, ranks: Mapping[Target, int]
+) -> tuple[dict[Block, float], float]:
+    """The divergence from the dense model, in nats per token: if only a block is low-rank, and what rounding makes."""
+    prefix = _shortened(run, start)
+    depth = len(decoder(run.model).layers)
+    members = {block: list(group) for block, group in groupby(sorted(ranks, key=_block), key=_block)}
+    sums = torch.zeros(len(members) + 2, dtype=torch.float64)
+    with run.processes.fail_together():
+        entering, hidden = 0, prefix.hidden[0]
+        middle = propagate(prefix, range(depth // 2), hidden) if depth > 1 else hidden
+        wanted = propagate(prefix, range(depth // 2, depth), middle)
+        rounded = propagate(prefix, range(depth // 2, depth), [*map(_rounded_otherwise, middle)])
+        sums[-2] = sum_divergence(prefix, rounded, wanted)
+        sums[-1] = sum(batch.num_targets for batch in prefix.batches)
+        for index, ((layer, _), targets) in enumerate(members.items()):
+            if layer > entering:
+                entering, hidden = layer, propagate(prefix, range(entering, layer), hidden)
+            with _low_rank(run, selections, {target: ranks[target] for target in targets}):
+                sums[index] = sum_divergence(prefix, propagate(prefix, range(layer, depth), hidden), wanted)
+            run.progress("candidates, block by block", index + 1, len(members))
+    run.processes.sum_([sums])
+    *measured, rounding = (sums[:-1] / sums[-1]).tolist()
+    return dict(zip(members, measured, strict=True)), rounding
+
+
+def _rounded_otherwise(hidden: Tensor) -> Tensor:
+    """Hidden states with other errors of rounding."""
+    noise = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+    return (hidden + hidden * (noise * torch.finfo(hidden.dtype).eps)).to(hidden.dtype)
+
+
+def _shortened(run: Run, start: Prefix) -> Prefix:
+    """The first held-out batches, of ``MEASURED_TOKENS`` in all processes together, but at least one."""
+    first = start.batches[0]
+    count = max(1, MEASURED_TOKENS // (first.input_ids.numel() * run.processes.size))
+    return replace(start, batches=start.batches[:count])
+
+
+@contextmanager
+def _low_rank(run: Run, selections: Selections, ranks: Mapping[Target, int]) -> Iterator[None]:
+    """Put low-rank linears in the place of some dense ones until the block ends."""
+    try:
+        for target, rank in ranks.items():
+            module, _ = replacement(run.state, target, selections[target], rank)
+            if module is not None:
+                run.model.set_submodule(target.name, module)
+        yield
+    finally:
+        for target in ranks:
+            run.model.set_submodule(target.name, target.module)
+
+
+def _block(target: Target) -> Block:
+    return target.layer, target.block
+
+
+def _dropped(selection: Selection, rank: int) -> float:
+    """The score of all groups that a rank leaves out."""
+    kept = selection.importance[selection.indices[selection.best(rank)]]
+    return float(selection.importance.double().sum() - kept.double().sum())
