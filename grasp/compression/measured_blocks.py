@@ -60,12 +60,14 @@ def corrected(run: Run, plan: Plan, selections: Selections, start: Prefix, nats:
 def correction_factors(predicted: Mapping[Block, float], measured: Mapping[Block, float]) -> dict[Block, float]:
     """For each block the root of measured over predicted, relative to all blocks together.
 
+    There are none if nothing was measured, or if a measured one is NaN or infinite.
+
     Example:
         >>> correction_factors({(0, "mlp"): 1.0, (1, "mlp"): 1.0}, {(0, "mlp"): 4.0, (1, "mlp"): 16.0})
         {(0, 'mlp'): 0.632..., (1, 'mlp'): 1.264...}
     """
     total = math.fsum(measured.values()) / math.fsum(predicted.values())
-    if total <= 0:
+    if not 0 < total < math.inf:
         return {}
     shares = {block: measured[block] / (total * value) for block, value in predicted.items() if value > 0}
     return {block: math.sqrt(max(share, _LEAST)) for block, share in shares.items()}

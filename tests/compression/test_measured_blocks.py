@@ -72,7 +72,8 @@ def test_factors_are_roots_of_measured_over_predicted_relative_to_all() -> None:
     first, second, third = ((layer, "mlp") for layer in range(3))
     factors = correction_factors({first: 2.0, second: 2.0, third: 0.0}, {first: 1.0, second: 7.0, third: 0.0})
     assert factors == pytest.approx({first: math.sqrt(1 / 4), second: math.sqrt(7 / 4)})
-    assert correction_factors({first: 1.0}, {first: 0.0}) == {}
+    for nothing in (0.0, math.nan, math.inf):
+        assert correction_factors({first: 1.0, second: 1.0}, {first: nothing, second: nothing}) == {}
     assert correction_factors({first: 1.0, second: 1.0}, {first: 0.0, second: 1.0})[first] == 0.1
 
 
