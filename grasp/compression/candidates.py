@@ -82,7 +82,7 @@ def low_ranks(selections: Selections, plan: Plan, prices: Prices, share: float) 
 
     If the saving needs layers to be removed, it is that share of what ranks can save.
     """
-    ranks = _allocated(_scored(selections, plan), plan, prices, {}, share, by_ranks=True).ranks
+    ranks = _allocated(_scored(selections, plan), plan, prices, {}, share).ranks
     return {target: rank for target, rank in ranks.items() if rank not in (DENSE, ROUNDED)}
 
 
@@ -91,23 +91,17 @@ def _scored(selections: Selections, plan: Plan) -> dict[Target, Selection]:
 
 
 def _allocated(
-    selections: Selections,
-    plan: Plan,
-    prices: Prices,
-    removal: Mapping[int, float],
-    share: float = 1.0,
-    *,
-    by_ranks: bool = False,
+    selections: Selections, plan: Plan, prices: Prices, removal: Mapping[int, float], share: float | None = None
 ) -> Candidate:
-    """Spend a share of the saving, or of what ranks can save if that is less, where it adds the least loss."""
+    """Save what is required where that adds the least loss; or a share of it, but only of what ranks can save."""
     members = {layer: [target for target in selections if target.layer == layer] for layer in plan.layers}
     layers = [_layer_choices(layer, linears, selections, prices, removal) for layer, linears in members.items()]
     uniform = math.fsum(prices.saved(target, plan.ranks[target]) for target in selections)
     saving = uniform if prices.saving is None else prices.saving
     dense = math.fsum(map(prices.layer, members))
-    if by_ranks:
-        saving = min(saving, dense - math.fsum(map(least_cost, layers)))
-    budget = dense - share * saving
+    if share is not None:
+        saving = share * min(saving, dense - math.fsum(map(least_cost, layers)))
+    budget = dense - saving
     budget *= 1 + 1e-12  # the same seconds in another order add up to a slightly different sum
     ranks: dict[Target, int] = {}
     removed = []
