@@ -20,7 +20,7 @@ from grasp.statistics.sweep import Prefix, propagate, sum_divergence
 
 # So many held-out tokens are used at most. The divergence from the dense model varies far less between texts than the
 # loss, which cannot tell blocks apart; docs/study.md.
-MEASURED_TOKENS = 2048
+MEASURED_TOKENS = 1024
 _LEAST = 0.01  # of what is predicted, if less is measured
 
 Block = tuple[int, str]  # a layer, and one of ``grasp.method.schedules.BLOCKS``
