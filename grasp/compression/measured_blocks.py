@@ -21,7 +21,7 @@ from grasp.statistics.sweep import Prefix, propagate, sum_divergence
 # So many held-out tokens are used at most. The divergence from the dense model varies far less between texts than the
 # loss, which cannot tell blocks apart; docs/study.md.
 MEASURED_TOKENS = 1024
-_LEAST = 0.01  # of what is predicted, if less is measured
+_LEAST = 0.01  # of the prediction, if less is measured
 
 Block = tuple[int, str]  # a layer, and one of ``grasp.method.schedules.BLOCKS``
 
@@ -30,9 +30,9 @@ def corrected(run: Run, plan: Plan, selections: Selections, start: Prefix, nats:
     """The selections, with all scores of each block of a layer multiplied by one number.
 
     Each block alone is given the ranks that the whole budget would give it, and the divergence from the dense model is
-    measured. The number is the root of what is measured over what is predicted, relative to all blocks: the scores
-    then predict the geometric mean of both. Blocks that stay dense keep their scores. What rounding makes diverge is
-    added to every prediction, so that in bf16 small divergences correct little.
+    measured. The number is the root of measured over predicted, relative to all blocks: the scores then predict the
+    geometric mean of both. Blocks that stay dense keep their scores. What rounding makes diverge is added to every
+    prediction, so that in bf16 small divergences correct little.
 
     Args:
         run: the run; none of its linears is replaced yet.
