@@ -1,4 +1,4 @@
-"""The losses of low-rank blocks, measured on held-out tokens: predictions are right for all together, not for each."""
+"""The losses of low-rank blocks, measured on held-out tokens: predictions are too low, not equally for each."""
 
 from __future__ import annotations
 
