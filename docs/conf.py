@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "packages/pytest-speedgate")]
 
-from grasp.version import __version__  # noqa: E402 - the path is set above
+from benchmarks.study.quality_map import write_page  # noqa: E402 - the path is set above
+from grasp.version import __version__  # noqa: E402 - as above
 
 project = "grasp"
 copyright = "the authors of grasp, Apache-2.0"
@@ -47,3 +49,8 @@ html_show_sourcelink = False
 html_copy_source = False
 # The summaries of search results are fetched pages, which a browser refuses for file:// addresses.
 html_show_search_summary = False
+
+
+def setup(app: Any) -> None:
+    """Write the map of the study beside the static files that the site has by then."""
+    app.connect("build-finished", lambda app, error: error or write_page(Path(app.outdir, "_static/map.html")))
