@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from benchmarks.study.cached_statistics import CachedStatistics
+from benchmarks.study.lems import lems_
 from benchmarks.study.linear_replacement import LINEAR_REPLACEMENT, Streams, capture_streams, replace_block_
 from grasp.checkpoint.run_state import NoState
 from grasp.compress import carry_out_
@@ -144,6 +145,13 @@ def linear_replacement(model: PreTrainedModel, job: Job) -> Outcome:
     return Outcome(removed_layers=replace_block_(model, streams, _count(model, order, job.ratio)))
 
 
+def lems(model: PreTrainedModel, job: Job) -> Outcome:
+    """Our own implementation of LEMS, without its search data: all calibration sequences measure."""
+    calibration, saving = job.calibration, job.ratio * model_size(model, decoder(model).layers).parameters
+    file, batches = calibration.folder / "lems.json", as_batches(calibration.batches)
+    return Outcome(ranks=lems_(model, batches, saving, file, dtype=calibration.dtype, progress=job.progress))
+
+
 def _count(model: PreTrainedModel, order: Sequence[int], ratio: float) -> int:
     """The number of layers to remove for a ratio of the whole model."""
     layers = decoder(model).layers
@@ -163,6 +171,7 @@ METHODS: dict[str, Method] = {
     "global kfac, model": compressed(basis="kfac", metric="magnitude", scope="model", **_GLOBAL),
     "global kfac, model, refit": compressed(basis="kfac", metric="magnitude", scope="model", refit=True, **_GLOBAL),
     "progressive kfac, model": compressed(**_PROGRESSIVE),
+    "LEMS": lems,
     "best, factored": compressed(refit=True, **_PROGRESSIVE),
     "best": compressed(chooses=True, refit=True, form="pivoted", **_PROGRESSIVE),
 }

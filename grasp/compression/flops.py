@@ -23,7 +23,7 @@ from grasp.model.dense import dense_shape
 from grasp.model.targets import Target, decoder
 from grasp.statistics.covariance import covariance_bytes
 from grasp.statistics.loss import vocabulary_size
-from grasp.statistics.sweep import sweep_name
+from grasp.statistics.sweep import STUDENTS, sweep_name
 from grasp_kernels.routes import dense_flops, factored_flops
 
 CANDIDATES = 8  # that are compared, about
@@ -138,9 +138,9 @@ class FlopCounter:
         # The removal of each layer alone, then of several: as often, and on the average from the middle of the layers.
         body, head = self._for_samples(self._forward(depth), self._held_out), self._head_flops(self._held_out) // 2
         held_out = 2 * len(depth) * (body // 2 + head) + CANDIDATES * (body + head)
-        # Each block of each layer low-rank, with the head for both models.
+        # Each block of each layer low-rank with the head, and for every few of them the head of the dense model.
         few = min(self._held_out, max(1, MEASURED_TOKENS // job.seq_len))
-        held_out += 2 * len(depth) * (body // 2 + 2 * head) * few // self._held_out
+        held_out += 2 * len(depth) * (body // 2 + head + head // STUDENTS) * few // self._held_out
         flops = Flops(
             block_influence=influence,
             prefix=prefix,

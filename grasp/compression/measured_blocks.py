@@ -16,7 +16,7 @@ from grasp.compression.candidates import low_ranks
 from grasp.compression.run import Run
 from grasp.compression.selection import Selection, Selections, replacement
 from grasp.model.targets import Target, decoder
-from grasp.statistics.sweep import Prefix, propagate, sum_divergence
+from grasp.statistics.sweep import Prefix, propagate, sum_divergences
 
 # So many held-out tokens are used at most. The divergence from the dense model varies far less between texts than the
 # loss, which cannot tell blocks apart; docs/study.md.
@@ -80,22 +80,24 @@ def _divergences(
     prefix = _shortened(run, start)
     depth = len(decoder(run.model).layers)
     members = {block: list(group) for block, group in groupby(sorted(ranks, key=_block), key=_block)}
-    sums = torch.zeros(len(members) + 2, dtype=torch.float64)
     with run.processes.fail_together():
         entering, hidden = 0, prefix.hidden[0]
         middle = propagate(prefix, range(depth // 2), hidden) if depth > 1 else hidden
         wanted = propagate(prefix, range(depth // 2, depth), middle)
-        rounded = propagate(prefix, range(depth // 2, depth), [*map(_rounded_otherwise, middle)])
-        sums[-2] = sum_divergence(prefix, rounded, wanted)
-        sums[-1] = sum(batch.num_targets for batch in prefix.batches)
-        for index, ((layer, _), targets) in enumerate(members.items()):
+        students = [propagate(prefix, range(depth // 2, depth), [*map(_rounded_otherwise, middle)])]
+        for done, ((layer, _), targets) in enumerate(members.items(), start=1):
             if layer > entering:
                 entering, hidden = layer, propagate(prefix, range(entering, layer), hidden)
             with _low_rank(run, selections, {target: ranks[target] for target in targets}):
-                sums[index] = sum_divergence(prefix, propagate(prefix, range(layer, depth), hidden), wanted)
-            run.progress("candidates, block by block", index + 1, len(members))
+                students.append(propagate(prefix, range(layer, depth), hidden))
+            run.progress("candidates, block by block", done, len(members))
+        count = len(students)
+        totals = sum_divergences(
+            prefix, students, wanted, lambda done: run.progress("candidates, blocks compared", done, count)
+        )
+    sums = torch.tensor([*totals, sum(batch.num_targets for batch in prefix.batches)], dtype=torch.float64)
     run.processes.sum_([sums])
-    *measured, rounding = (sums[:-1] / sums[-1]).tolist()
+    rounding, *measured = (sums[:-1] / sums[-1]).tolist()
     return dict(zip(members, measured, strict=True)), rounding
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -94,18 +94,26 @@ def loss_and_grad(
 
 
 @torch.no_grad()
-def loss_alone(model: PreTrainedModel, body: Body, batch: Tokens, teacher: Teacher | None = None) -> float:
+def loss_alone(model: PreTrainedModel, body: Body, batch: Tokens) -> float:
     """The loss of ``loss_and_grad``, without the products of its gradient."""
     chosen, labels, parts = _counted(model, body.hidden, batch)
-    source, loss = body.hidden[chosen], 0.0
+    source = body.hidden[chosen]
+    return sum(
+        _nll(_log_probabilities(_logits(model, body, source[rows], labels[rows])), labels[rows]) for rows in parts
+    )
+
+
+@torch.no_grad()
+def divergences(model: PreTrainedModel, bodies: Sequence[Body], batch: Tokens, teacher: Teacher) -> list[float]:
+    """The loss of ``loss_and_grad`` with a teacher, of several outputs of the backbone for the same batch."""
+    chosen, labels, parts = _counted(model, teacher.body.hidden, batch)
+    totals = [0.0] * len(bodies)
     for rows in parts:
-        found = _log_probabilities(_logits(model, body, source[rows], labels[rows]))
-        if teacher is None:
-            loss += _nll(found, labels[rows])
-        else:
-            wanted = _logits(*teacher, teacher.body.hidden[chosen][rows], labels[rows])
-            loss += _divergence(found, _log_probabilities(wanted.to(found.device)))
-    return loss
+        wanted = _log_probabilities(_logits(*teacher, teacher.body.hidden[chosen][rows], labels[rows]))
+        for index, body in enumerate(bodies):
+            found = _log_probabilities(_logits(model, body, body.hidden[chosen][rows], labels[rows]))
+            totals[index] += _divergence(found, wanted.to(found.device))
+    return totals
 
 
 def _counted(model: PreTrainedModel, hidden: Tensor, batch: Tokens) -> tuple[Tensor, Tensor, list[slice]]:

@@ -30,7 +30,9 @@ from grasp.model.running import (
 from grasp.model.targets import Target, decoder
 from grasp.progress import Progress, no_progress
 from grasp.statistics.hidden_states import HiddenStates, Scratch
-from grasp.statistics.loss import Body, Teacher, loss_alone, loss_and_grad, without_head
+from grasp.statistics.loss import Body, Teacher, divergences, loss_alone, loss_and_grad, without_head
+
+STUDENTS = 8  # so many share the logits that are wanted; their hidden states are held for one batch
 
 
 def sweep_name(targets: Collection[Target]) -> str:
@@ -169,20 +171,32 @@ def sum_nll_after(prefix: Prefix, hidden: Sequence[Tensor], layers: Collection[i
 
 
 @torch.no_grad()
-def sum_divergence(prefix: Prefix, hidden: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """The summed divergence of predictions from those that are wanted, ``Σ_t KL(p_t ‖ q_t)``, of all batches, in nats.
+def sum_divergences(
+    prefix: Prefix,
+    students: Sequence[Sequence[Tensor]],
+    wanted: Sequence[Tensor],
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[float]:
+    """The summed divergences of predictions from those that are wanted, ``Σ_t KL(p_t ‖ q_t)``, of all batches, in nats.
 
     Args:
         prefix: its model and batches.
-        hidden: for each batch the hidden states, (B, L, H), that enter the head, which makes q of them.
+        students: of each, for each batch the hidden states, (B, L, H), that enter the head, which makes q of them.
         wanted: likewise, for p.
+        progress: called with the number of students that are done.
     """
-    model, total = prefix.model, 0.0
+    model, totals = prefix.model, list[float]()
     with alone(prefix, ()):
-        for index, batch in enumerate(prefix.batches):
-            teacher = Teacher(model, _body(prefix, index, wanted))
-            total += loss_alone(model, _body(prefix, index, hidden), batch, teacher)
-    return total
+        for first in range(0, len(students), STUDENTS):
+            group = students[first : first + STUDENTS]
+            totals += [0.0] * len(group)
+            for index, batch in enumerate(prefix.batches):
+                teacher = Teacher(model, _body(prefix, index, wanted))
+                bodies = [_body(prefix, index, hidden) for hidden in group]
+                for number, value in enumerate(divergences(model, bodies, batch, teacher), start=first):
+                    totals[number] += value
+            progress(len(totals))
+    return totals
 
 
 def _body(prefix: Prefix, index: int, hidden: Sequence[Tensor]) -> Body:

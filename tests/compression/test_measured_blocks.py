@@ -79,13 +79,13 @@ def test_factors_are_roots_of_measured_over_predicted_relative_to_all() -> None:
 
 def test_at_most_so_many_tokens_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
-    measure = measured_blocks.sum_divergence
+    measure = measured_blocks.sum_divergences
 
-    def counted(prefix: Any, *states: Any) -> float:
+    def counted(prefix: Any, *states: Any) -> list[float]:
         counts.append(len(prefix.batches))
         return measure(prefix, *states)
 
-    monkeypatch.setattr(measured_blocks, "sum_divergence", counted)
+    monkeypatch.setattr(measured_blocks, "sum_divergences", counted)
     batches = tiny_batches(5, seed=5)
     for tokens, expected in ((3 * batches[0].numel(), 3), (1, 1), (10**6, 5)):
         counts.clear()

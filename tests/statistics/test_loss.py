@@ -8,7 +8,7 @@ from grasp.model.batch import CalibrationBatch
 from grasp.model.hooks import hooked
 from grasp.model.running import batch_inputs
 from grasp.statistics import loss
-from grasp.statistics.loss import Teacher, loss_alone, loss_and_grad, nll_and_grad, without_head
+from grasp.statistics.loss import Teacher, divergences, loss_and_grad, nll_and_grad, without_head
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_batches, tiny_model
 
 
@@ -55,7 +55,9 @@ def test_with_a_teacher_the_loss_is_the_divergence_from_its_distribution(
     divergence = (p * (p.log() - q)).sum()
     (expected,) = torch.autograd.grad(divergence, hidden)
     assert got == pytest.approx(divergence.item(), rel=1e-10)
-    assert loss_alone(model, bodies[0], CalibrationBatch(tokens), Teacher(other, bodies[1])) == got
+    several = divergences(model, [bodies[1], bodies[0]], CalibrationBatch(tokens), Teacher(other, bodies[1]))
+    assert several[1] == got
+    assert several[0] != got
     assert (grad - expected).norm() <= 1e-10 * expected.norm()
 
 
