@@ -146,7 +146,7 @@ def linear_replacement(model: PreTrainedModel, job: Job) -> Outcome:
 
 
 def lems(model: PreTrainedModel, job: Job) -> Outcome:
-    """Our own implementation of LEMS, without its search data: all calibration sequences measure."""
+    """Our own implementation of LEMS."""
     calibration, saving = job.calibration, job.ratio * model_size(model, decoder(model).layers).parameters
     file, batches = calibration.folder / "lems.json", as_batches(calibration.batches)
     return Outcome(ranks=lems_(model, batches, saving, file, dtype=calibration.dtype, progress=job.progress))
