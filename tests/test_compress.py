@@ -19,6 +19,7 @@ from grasp.model.batch import CalibrationBatch
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import decoder, layer_targets
+from grasp.statistics.loss import loss_and_grad
 from tests.tiny_models import DENSE_FAMILIES, tiny_batches, tiny_model
 
 # Which blocks share a sweep, in order: the paper's order, written out.
@@ -157,6 +158,28 @@ def test_metrics_choose_differently() -> None:
         for metric in ("taylor", "gradient")
     }
     assert chosen["taylor"] != chosen["gradient"]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (GraspConfig.best(compression_ratio=0.2), True),
+        (GraspConfig(compression_ratio=0.2, basis="kfac", metric="fisher"), False),
+        (GraspConfig(compression_ratio=0.2), False),
+    ],
+)
+def test_where_covariances_alone_score_gradients_are_those_of_drawn_labels(
+    config: GraspConfig, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def noted(*args: Any, samples_labels: bool = False, **values: Any) -> Any:
+        seen.append(samples_labels)
+        return loss_and_grad(*args, samples_labels=samples_labels, **values)
+
+    monkeypatch.setattr("grasp.statistics.sweep.loss_and_grad", noted)
+    compress_(tiny_model("llama"), tiny_batches(2), config)
+    assert set(seen) == {expected}
 
 
 def test_two_runs_agree_exactly() -> None:

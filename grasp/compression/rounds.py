@@ -30,6 +30,7 @@ from grasp.compression.selection import (
 )
 from grasp.compression.spans import Selector
 from grasp.method.knapsack import DENSE
+from grasp.method.metrics import samples_labels
 from grasp.method.ranks import break_even_rank
 from grasp.method.schedules import plan_sweeps
 from grasp.model.dense import dense_shape
@@ -61,7 +62,11 @@ def prepare_(run: Run, plan: Plan) -> Work:
     batches = run.processes.local_batches(run.batches)
     with run.processes.fail_together():
         prefix = capture_prefix(
-            *(run.model, batches, entries), dtype=run.config.sweep_dtype, scratch=run.scratch, progress=run.progress
+            *(run.model, batches, entries),
+            dtype=run.config.sweep_dtype,
+            scratch=run.scratch,
+            samples_labels=samples_labels(run.config.basis, run.config.metric),
+            progress=run.progress,
         )
     return Work(list(restored.values()), sweeps, prefix)
 

@@ -5,7 +5,10 @@ the summed loss in its output, truncating the decomposition of
 
 * ``W`` changes the weight least (GRASP, arXiv 2501.00339);
 * ``W A^½`` changes the outputs least (SVD-LLM, arXiv 2403.07378): ``‖(W − Ŵ) A^½‖``;
-* ``B^½ W A^½`` changes the loss least, as the Kronecker-factored empirical Fisher information estimates it.
+* ``B^½ W A^½`` changes the loss least, as the Kronecker-factored Fisher information estimates it.
+
+The gradients are those of labels that are drawn from the model's predictions. If a metric needs moments of the gradient
+as well, all are those of the observed labels: then it is the empirical Fisher information.
 
 A new basis is one row of ``BASES``.
 """

@@ -39,6 +39,15 @@ def in_units_of_loss(basis: str, metric: str) -> bool:
     return basis in METRICS[metric].loss_bases
 
 
+def samples_labels(basis: str, metric: str) -> bool:
+    """Whether gradients are those of labels drawn from the model's predictions.
+
+    Their covariance is the Fisher information. Moments of ∂L/∂σ are of the observed labels: the mean gradient of drawn
+    ones is 0.
+    """
+    return BASES[basis].outputs and METRICS[metric].moment == "none"
+
+
 def nats_per_score(basis: str, metric: str, tokens: int) -> float:
     """The loss that dropping a group with a score of 1 is predicted to add, in nats per token.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -56,7 +57,7 @@ class Teacher(NamedTuple):
 
 
 def loss_and_grad(
-    model: PreTrainedModel, body: Body, batch: Tokens, teacher: Teacher | None = None
+    model: PreTrainedModel, body: Body, batch: Tokens, teacher: Teacher | None = None, *, samples_labels: bool = False
 ) -> tuple[float, Tensor]:
     """The summed negative log-likelihood of a batch, and its gradient in the hidden states at the input of the head.
 
@@ -67,11 +68,14 @@ def loss_and_grad(
         body: from ``without_head``, after its context has ended.
         batch: the tokens of the forward pass.
         teacher: if given, the loss is the Kullback-Leibler divergence from its distribution of each token.
+        samples_labels: the gradient is that of tokens drawn from the model's own predictions; not with a teacher. Each
+            sequence has draws of its own, always the same ones.
 
     Returns:
         The loss in nats, and the gradient, (B, L, H) in the dtype of the hidden states.
     """
     hidden = body.hidden.detach()
+    draws = uniform_draws(batch).to(hidden.device) if samples_labels else None
     chosen, labels, parts = _counted(model, hidden, batch)
     source, grad = hidden[chosen], torch.zeros_like(hidden)
     grads = torch.empty_like(source)
@@ -81,7 +85,8 @@ def loss_and_grad(
         with torch.enable_grad():
             logits = _logits(model, body, part, labels[rows])
         if teacher is None:
-            value, grad_logits = nll_and_grad(logits.detach(), labels[rows].to(logits.device))
+            drawn = None if draws is None else draws[rows].to(logits.device)
+            value, grad_logits = nll_and_grad(logits.detach(), labels[rows].to(logits.device), drawn)
         else:
             with torch.no_grad():
                 wanted = _logits(*teacher, teacher.body.hidden[chosen][rows], labels[rows])
@@ -144,7 +149,7 @@ def sum_nll(model: PreTrainedModel, batches: Iterable[Tokens]) -> float:
     return total
 
 
-def nll_and_grad(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+def nll_and_grad(logits: Tensor, labels: Tensor, draws: Tensor | None = None) -> tuple[float, Tensor]:
     """``-Σ_t log softmax(logits)[t, labels[t]]`` and its gradient, ``softmax(logits) - onehot(labels)``.
 
     Autograd gives the same result, but needs two more tensors of the size of the logits.
@@ -152,6 +157,7 @@ def nll_and_grad(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
     Args:
         logits: (T, vocab).
         labels: (T,) int64.
+        draws: (T,), uniform in [0, 1): if given, the gradient is that of labels drawn with them from softmax(logits).
 
     Returns:
         The sum, computed in fp32 (fp64 for fp64), and the gradient, (T, vocab) in the dtype of ``logits``.
@@ -159,8 +165,26 @@ def nll_and_grad(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
     log_probabilities = _log_probabilities(logits)
     nll = _nll(log_probabilities, labels)
     grad = log_probabilities.exp_()
+    if draws is not None:
+        labels = drawn_labels(grad, draws)
     grad[torch.arange(len(labels), device=labels.device), labels] -= 1
     return nll, grad.to(logits.dtype)
+
+
+def drawn_labels(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """The labels, (T,) int64, of which each draw, (T,) in [0, 1), hits the share of its probability, (T, vocab)."""
+    ends = probabilities.cumsum(-1)
+    hits = torch.searchsorted(ends, draws.to(ends.dtype)[:, None] * ends[:, -1:], right=True)[:, 0]
+    return hits.clamp_(max=ends.shape[-1] - 1)
+
+
+def uniform_draws(batch: Tokens) -> Tensor:
+    """A number in [0, 1) for each counted token; those of a sequence depend on nothing but its tokens."""
+    draws = []
+    for tokens, counted in zip(batch.input_ids[:, 1:].cpu(), batch.is_target.cpu(), strict=True):
+        seed = zlib.crc32(tokens[counted].numpy().tobytes())
+        draws.append(torch.rand(int(counted.sum()), generator=torch.Generator().manual_seed(seed)))
+    return torch.cat(draws)
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ class Prefix:
         hidden: layer → for each batch the hidden states at its input, (B, L, H), on the CPU.
         returns_tuple: whether the decoder layers of this family return a tuple.
         scratch: where hidden states and gradients are kept.
+        samples_labels: whether gradients are those of tokens drawn from the model's predictions, see ``loss_and_grad``.
         grads: layer → for each batch the gradient of the summed loss in ``hidden``.
     """
 
@@ -73,6 +74,7 @@ class Prefix:
     hidden: dict[int, HiddenStates]
     returns_tuple: bool
     scratch: Scratch
+    samples_labels: bool = False
     grads: dict[int, HiddenStates] = field(default_factory=dict)
 
 
@@ -84,6 +86,7 @@ def capture_prefix(
     *,
     dtype: str | None = None,
     scratch: Scratch | None = None,
+    samples_labels: bool = False,
     progress: Progress = no_progress,
 ) -> Prefix:
     """Compute the hidden states at the input of each of ``layers``, for sweeps that start there."""
@@ -92,7 +95,7 @@ def capture_prefix(
     if not layers or not batches:
         return Prefix(model, batches, dtype, hidden, returns_tuple=False, scratch=scratch)
     modules = decoder(model).layers
-    prefix = Prefix(model, batches, dtype, hidden, returns_tuple(model, batches[0]), scratch)
+    prefix = Prefix(model, batches, dtype, hidden, returns_tuple(model, batches[0]), scratch, samples_labels)
     indices = {modules[layer]: layer for layer in layers}
 
     def store(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -264,7 +267,7 @@ def _loss_gradient(prefix: Prefix, layers: range, index: int, hidden: Tensor) ->
     model, batch = prefix.model, prefix.batches[index]
     with entering_with(decoder(model).layers[layers.start], hidden), without_head(model) as body:
         model(**batch_inputs(model, batch), use_cache=False)
-    loss, grad = loss_and_grad(model, body, batch)
+    loss, grad = loss_and_grad(model, body, batch, samples_labels=prefix.samples_labels)
     if not math.isfinite(loss):
         raise NonFiniteError(
             f"the loss of calibration batch {index} is {loss}; expected a finite number. Load the model in bfloat16 or "

@@ -8,7 +8,15 @@ from grasp.model.batch import CalibrationBatch
 from grasp.model.hooks import hooked
 from grasp.model.running import batch_inputs
 from grasp.statistics import loss
-from grasp.statistics.loss import Teacher, divergences, loss_and_grad, nll_and_grad, without_head
+from grasp.statistics.loss import (
+    Teacher,
+    divergences,
+    drawn_labels,
+    loss_and_grad,
+    nll_and_grad,
+    uniform_draws,
+    without_head,
+)
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_batches, tiny_model
 
 
@@ -111,3 +119,48 @@ def test_the_gradient_by_hand_is_that_of_autograd(dtype: torch.dtype) -> None:
     assert grad.dtype == dtype
     assert wide.grad is not None
     torch.testing.assert_close(grad, wide.grad.to(dtype))
+
+
+def test_labels_are_drawn_as_often_as_they_are_probable() -> None:
+    probabilities = torch.tensor([[0.5, 0.0, 0.25, 0.25], [0.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    draws = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    for row, counts in zip(probabilities, ([500, 0, 250, 250], [0, 1000, 0, 0]), strict=True):
+        drawn = drawn_labels(row.expand(1000, 4), draws)
+        assert drawn.bincount(minlength=4).tolist() == counts
+    ends = torch.tensor([0.0, 1 - 2**-24])  # the largest fp32 number below 1, where sums of fp32 may end
+    assert set(drawn_labels(torch.full((2, 7), 1 / 7), ends).tolist()) == {0, 6}
+
+
+def test_the_gradients_of_drawn_labels_have_the_covariance_of_the_fisher_information() -> None:
+    logits, count = torch.randn(5, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 20_000
+    draws = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    labels = torch.full((count,), 3)
+    nll, grad = nll_and_grad(logits.expand(count, 5), labels, draws)
+    p = logits.softmax(0)
+    assert nll == pytest.approx(-count * p[3].log().item())  # of the observed labels
+    torch.testing.assert_close(grad.mT @ grad / count, p.diag() - p.outer(p), rtol=0, atol=1e-3)
+    torch.testing.assert_close(grad.mean(0), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-4)
+
+
+def test_the_draws_of_a_sequence_do_not_depend_on_its_batch_or_its_padding() -> None:
+    one, two = torch.arange(6) % 5, torch.arange(3) + 1
+    tokens, mask = torch.stack([one, torch.cat([two, torch.zeros(3, dtype=torch.int64)])]), torch.ones(2, 6) > 0
+    mask[1, 3:] = False
+    together = uniform_draws(CalibrationBatch(tokens, mask))
+    apart = [uniform_draws(CalibrationBatch(sequence[None])) for sequence in (one, two)]
+    assert together.tolist() == torch.cat(apart).tolist()
+    assert together.unique().numel() == 7
+    assert ((together >= 0) & (together < 1)).all()
+
+
+def test_the_gradient_of_drawn_labels_is_that_of_a_text_that_has_them() -> None:
+    model, batch = tiny_model("llama", torch.float64), CalibrationBatch(tiny_batches(1)[0])
+    with torch.no_grad(), without_head(model) as body:
+        model(**batch_inputs(model, batch), use_cache=False)
+    loss_of_text, grad = loss_and_grad(model, body, batch, samples_labels=True)
+    hidden = body.hidden[:, :-1].detach().flatten(0, 1).requires_grad_()
+    logits = model.lm_head(hidden)
+    drawn = drawn_labels(logits.detach().softmax(-1), uniform_draws(batch))
+    (expected,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, drawn, reduction="sum"), hidden)
+    torch.testing.assert_close(grad[:, :-1].flatten(0, 1), expected)
+    assert loss_of_text == loss_and_grad(model, body, batch)[0]
