@@ -41,6 +41,7 @@ RUN_ELSEWHERE = {
     "docs/serve/transformers-serve.md": "tests/serving/test_transformers_serve.py",
     "docs/serve/vllm.md": "tests/vllm/test_commands.py",
 }
+BUILT = {"_static/map.html"}  # docs/conf.py writes it when the site is built
 
 
 def test_every_page_is_in_the_navigation_of_the_site() -> None:
@@ -54,7 +55,7 @@ def test_every_page_is_in_the_navigation_of_the_site() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_leads_to_a_file_and_a_heading(page: str) -> None:
-    assert list(broken_links(page)) == []
+    assert set(broken_links(page)) <= BUILT
 
 
 @pytest.mark.parametrize("page", PAGES)
