@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
+from inspect import cleandoc
 from pathlib import Path
 
 import pytest
@@ -134,5 +135,5 @@ def test_nothing_is_added_to_a_file_of_something_else(tmp_path: Path) -> None:
 )
 def test_every_field_is_documented_where_it_is_defined(described: type) -> None:
     assert is_dataclass(described)
-    attributes = (described.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
-    assert re.findall(r"^ {8}(\w+): \S", attributes, re.MULTILINE) == [field.name for field in fields(described)]
+    attributes = cleandoc(described.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    assert re.findall(r"^ {4}(\w+): \S", attributes, re.MULTILINE) == [field.name for field in fields(described)]
