@@ -346,7 +346,7 @@ def test_a_browser_shows_all_figures_and_has_nothing_to_complain_of(
     assert tab.run("innerWidth") == width
     tab.run("document.querySelectorAll('details').forEach(each => { each.open = true; })")
     boxes = tab.run(BOXES)
-    assert len(boxes) == 9  # layers, parameters, two spectra, perplexity by size, speed by cost, latency, a roofline, servers
+    assert len(boxes) == 9  # layers, parameters, two spectra, perplexity by size, speed, latency, a roofline, servers
     for box in boxes:
         assert box["left"] >= 0
         assert box["right"] <= width
