@@ -219,10 +219,10 @@ def visit_bytes(tracer: Tracer, shapes: Collection[Shape]) -> int:
 
 
 def head_bytes(tracer: Tracer) -> int:
-    """The loss of one batch: three tensors like a slice of logits in fp32, hidden states and gradients beside them."""
+    """The loss of one batch: a slice of logits in fp32 with its gradient, and hidden states and gradients beside it."""
     vocabulary = vocabulary_size(tracer.model)
     rows = min(max(1, LOGITS_BYTES // (4 * vocabulary)), tracer.batch.input_ids.numel())
-    logits = 3 * rows * vocabulary * max(4, tracer.model.dtype.itemsize)
+    logits = 2 * rows * vocabulary * max(4, tracer.model.dtype.itemsize)
     return FRAGMENTATION * (logits + 3 * states_bytes(tracer))
 
 

@@ -20,6 +20,7 @@ from grasp.model.hooks import forwarding, hooked
 from grasp.model.running import batch_inputs, evaluating, first_device
 
 LOGITS_BYTES = 2**25  # of fp32 logits per slice, and as many for their gradient; larger slices are slower
+DRAWN_ROWS = 8  # tokens whose labels are drawn at once
 
 
 class Body:
@@ -165,8 +166,9 @@ def nll_and_grad(logits: Tensor, labels: Tensor, draws: Tensor | None = None) ->
     log_probabilities = _log_probabilities(logits)
     nll = _nll(log_probabilities, labels)
     grad = log_probabilities.exp_()
-    if draws is not None:
-        labels = drawn_labels(grad, draws)
+    if draws is not None:  # a few rows at a time, because their sums are as large
+        rows = zip(grad.split(DRAWN_ROWS), draws.split(DRAWN_ROWS), strict=True)
+        labels = torch.cat([drawn_labels(*of_rows) for of_rows in rows])
     grad[torch.arange(len(labels), device=labels.device), labels] -= 1
     return nll, grad.to(logits.dtype)
 
