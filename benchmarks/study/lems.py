@@ -10,8 +10,7 @@ divergences are taken at temperature 1, and of fewer tokens than theirs.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -28,6 +27,7 @@ from grasp.method.ranks import break_even_rank, parameters_at
 from grasp.method.svd import SVD, decompose_in
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
+from grasp.model.hooks import replaced
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import Target, decoder
 from grasp.progress import Progress
@@ -79,13 +79,13 @@ def lems_(
     for exponent, gain in np.random.default_rng(0).random((TRIALS, 2)):
         weights = depth_weights(len(_all_layers(prefix)), MOST_EXPONENT * exponent, MOST_GAIN * gain)
         ranks = allocated(curves, weights, budget)
-        with _low_rank(model, svds, ranks):
+        with replaced(model, _low_rank(svds, ranks)):
             after = propagate(prefix, _all_layers(prefix), prefix.hidden[0])
         found.append((sum_divergences(prefix, [after], dense)[0], ranks))
         progress("LEMS, compared", len(found), TRIALS)
     _, best = min(found, key=lambda trial: trial[0])
-    for target, rank in best.items():
-        model.set_submodule(target.name, _module(target, svds[target], rank))
+    for name, module in _low_rank(svds, best).items():
+        model.set_submodule(name, module)
     return {target.name: rank for target, rank in best.items()}
 
 
@@ -116,9 +116,9 @@ def choices(shape: tuple[int, int], S: Tensor, divergence: float) -> Choices:
 
 
 def depth_weights(depth: int, exponent: float, gain: float) -> list[float]:
-    """The weight of the losses of each layer, from ``1 + gain`` at the first one to 1 at the last one.
+    """What the losses of each layer are multiplied by: ``1 + gain`` in the first layer, falling to 1 in the last.
 
-    In between it follows the sums over the layers from this one on of ``(layer + 1) ** -exponent``.
+    It falls as the sum of ``(layer + 1) ** -exponent`` over this layer and all after it.
     """
     rest = np.cumsum(np.arange(1, depth + 1.0)[::-1] ** -exponent)[::-1]
     span = max(rest[0] - rest[-1], 1e-12)
@@ -148,7 +148,7 @@ def _divergences(
         hidden, entering = propagate(prefix, range(entering, layer), hidden) if layer else hidden, layer
         names, students = [], []
         for target in targets:
-            with _low_rank(prefix.model, svds, {target: _measured_rank(_shape(target))}):
+            with replaced(prefix.model, _low_rank(svds, {target: _measured_rank(_shape(target))})):
                 students.append(propagate(prefix, range(layer, depth), hidden))
             names.append(target.name)
         known |= zip(names, sum_divergences(prefix, students, dense), strict=True)
@@ -157,20 +157,9 @@ def _divergences(
     return known
 
 
-@contextmanager
-def _low_rank(model: PreTrainedModel, svds: Mapping[Target, SVD], ranks: Ranks) -> Iterator[None]:
-    """Put low-rank linears in the place of dense ones until the block ends."""
-    try:
-        for target, rank in ranks.items():
-            model.set_submodule(target.name, _module(target, svds[target], rank))
-        yield
-    finally:
-        for target in ranks:
-            model.set_submodule(target.name, target.module)
-
-
-def _module(target: Target, svd: SVD, rank: int) -> LowRankLinear:
-    return LowRankLinear.from_dense(target.module, torch.arange(rank), svd)
+def _low_rank(svds: Mapping[Target, SVD], ranks: Ranks) -> dict[str, LowRankLinear]:
+    """The linears of these ranks, by path."""
+    return {t.name: LowRankLinear.from_dense(t.module, torch.arange(rank), svds[t]) for t, rank in ranks.items()}
 
 
 def _decomposed(target: Target, covariance: Covariance) -> SVD:

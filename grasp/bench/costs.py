@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from itertools import product
@@ -23,7 +23,7 @@ from grasp.method.cost_table import CostTable, LinearSeconds, find_card, from_ro
 from grasp.method.ranks import Form, Shape, break_even_rank
 from grasp.method.storage import OUTPUTS, Storage
 from grasp.model.dense import dense_shape
-from grasp.model.hooks import hooked
+from grasp.model.hooks import hooked, replaced
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QuantizedLinear, QuantizedLowRankLinear, quantized_like
 from grasp.model.running import first_device
@@ -216,7 +216,7 @@ def _time_decoding(model: PreTrainedModel, stored: Sequence[Storage | None]) -> 
     inside: list[list[float]] = [[] for _ in stored]
     outside: list[list[float]] = [[] for _ in stored]
     for repetition, turn in product(range(DECODES + 1), range(len(stored))):
-        with _replaced(model, replacements[turn]), _timed(list(layers), first_device(model)) as seconds:
+        with replaced(model, replacements[turn]), _timed(list(layers), first_device(model)) as seconds:
             generation = time_generation(model, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS)
         if repetition:  # the first repetition warms up
             within = sum(seconds[-NEW_TOKENS * len(layers) :])  # without the prompt's calls
@@ -235,16 +235,6 @@ def _quantized_modules(model: PreTrainedModel, storage: Storage | None) -> dict[
         for name, module in model.named_modules()
     )
     return {name: module for name, module in modules if module is not None}
-
-
-@contextmanager
-def _replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put modules into the model until the block ends."""
-    with ExitStack() as stack:
-        for name, module in modules.items():
-            stack.callback(model.set_submodule, name, model.get_submodule(name))
-            model.set_submodule(name, module)
-        yield
 
 
 @contextmanager

@@ -93,10 +93,7 @@ def _scored(selections: Selections, plan: Plan) -> dict[Target, Selection]:
 def _allocated(
     selections: Selections, plan: Plan, prices: Prices, removal: Mapping[int, float], share: float | None = None
 ) -> Candidate:
-    """Save what is required, or a share of it, where that adds the least loss.
-
-    A share is of what ranks can save, if that is less.
-    """
+    """Save what is required where that adds the least loss, or a share of that or of all that ranks can save."""
     members = {layer: [target for target in selections if target.layer == layer] for layer in plan.layers}
     layers = [_layer_choices(layer, linears, selections, prices, removal) for layer, linears in members.items()]
     uniform = math.fsum(prices.saved(target, plan.ranks[target]) for target in selections)

@@ -6,7 +6,7 @@ import copy
 import math
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
 from typing import Any, Literal, NamedTuple
@@ -25,7 +25,7 @@ from grasp.method.ranks import Form
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import DenseLinear
 from grasp.model.hf_quantizer import low_rank_in, require_floating
-from grasp.model.hooks import hooked
+from grasp.model.hooks import hooked, replaced
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import backbone, batch_inputs, hidden_input, hidden_output, passing_through, returns_tuple
 from grasp.model.skeleton import skeleton
@@ -155,7 +155,7 @@ class Tracer:
             _structure(layer, args, kwargs),
         )
         if key not in self._costs:
-            with _traceable(self.model.config), self._mode, _lowrank(self.model, ranks, form):
+            with _traceable(self.model.config), self._mode, replaced(self.model, _lowrank(self.model, ranks, form)):
                 modules = dict(self.model.named_modules())
                 targets = [target._replace(module=modules[target.name]) for target in visited]
                 self._costs[key] = _layer_cost(layer, args, kwargs, graph, targets, self.batch)
@@ -226,15 +226,9 @@ def _lowrank_like(dense: nn.Module, rank: int, pivoted: bool) -> LowRankLinear:
     return LowRankLinear.like(dense, rank, pivoted=pivoted).requires_grad_(False)
 
 
-@contextmanager
-def _lowrank(model: PreTrainedModel, ranks: Mapping[str, int], form: Form) -> Iterator[None]:
-    """Replace linears with low-rank ones until the block ends."""
-    with ExitStack() as stack:
-        for name, rank in ranks.items():
-            dense = model.get_submodule(name)
-            stack.callback(model.set_submodule, name, dense)
-            model.set_submodule(name, _lowrank_like(dense, rank, form == "pivoted"))
-        yield
+def _lowrank(model: PreTrainedModel, ranks: Mapping[str, int], form: Form) -> dict[str, LowRankLinear]:
+    """Low-rank linears by path, for the place of dense ones."""
+    return {name: _lowrank_like(model.get_submodule(name), rank, form == "pivoted") for name, rank in ranks.items()}
 
 
 def _arguments(model: PreTrainedModel, batch: CalibrationBatch) -> tuple[list[tuple[Any, Any]], int]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import groupby
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grasp.compression.budget import Plan
 from grasp.compression.candidates import low_ranks
 from grasp.compression.run import Run
 from grasp.compression.selection import Selection, Selections, replacement
+from grasp.model.hooks import replaced
 from grasp.model.targets import Target, decoder
 from grasp.statistics.sweep import Prefix, propagate, sum_divergences
 
@@ -88,7 +88,7 @@ def _divergences(
         for done, ((layer, _), targets) in enumerate(members.items(), start=1):
             if layer > entering:
                 entering, hidden = layer, propagate(prefix, range(entering, layer), hidden)
-            with _low_rank(run, selections, {target: ranks[target] for target in targets}):
+            with replaced(run.model, _low_rank(run, selections, {target: ranks[target] for target in targets})):
                 students.append(propagate(prefix, range(layer, depth), hidden))
             run.progress("candidates, block by block", done, len(members))
         count = len(students)
@@ -114,18 +114,10 @@ def _shortened(run: Run, start: Prefix) -> Prefix:
     return replace(start, batches=start.batches[:count])
 
 
-@contextmanager
-def _low_rank(run: Run, selections: Selections, ranks: Mapping[Target, int]) -> Iterator[None]:
-    """Put low-rank linears in the place of some dense ones until the block ends."""
-    try:
-        for target, rank in ranks.items():
-            module, _ = replacement(run.state, target, selections[target], rank)
-            if module is not None:
-                run.model.set_submodule(target.name, module)
-        yield
-    finally:
-        for target in ranks:
-            run.model.set_submodule(target.name, target.module)
+def _low_rank(run: Run, selections: Selections, ranks: Mapping[Target, int]) -> dict[str, nn.Module]:
+    """The linears of these ranks by path, without those that stay dense."""
+    modules = {t.name: replacement(run.state, t, selections[t], rank)[0] for t, rank in ranks.items()}
+    return {name: module for name, module in modules.items() if module is not None}
 
 
 def _block(target: Target) -> Block:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -34,6 +32,7 @@ from grasp.method.metrics import samples_labels
 from grasp.method.ranks import break_even_rank
 from grasp.method.schedules import plan_sweeps
 from grasp.model.dense import dense_shape
+from grasp.model.hooks import replaced
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.offload import place_like, release_
 from grasp.model.targets import Target, decoder
@@ -174,7 +173,9 @@ def decide_globally(run: Run, plan: Plan, work: Work) -> Decision:
     if run.config.schedule == "progressive":
         _cut(run, plan, selector, members)
         selections = selector.select(
-            members, "second", ranks=run.state.cut, stand_in=partial(_standing_in, run, members)
+            *(members, "second"),
+            ranks=run.state.cut,
+            stand_in=lambda layers: replaced(run.model, _first_cut(run, members, layers)),
         )
     else:
         selections = selector.select(members, "second")
@@ -252,13 +253,11 @@ def _cut(run: Run, plan: Plan, selector: Selector, members: Sequence[Target]) ->
     run.state.record(files, cut={target.name: rank for target, rank in ranks.items()})
 
 
-@contextmanager
-def _standing_in(run: Run, members: Sequence[Target], layers: range) -> Iterator[None]:
-    """Put the low-rank linears of the first cut in the place of the linears of some layers until the block ends."""
-    with ExitStack() as stack:
-        for target in members:
-            file = run.state.files.get(f"cut-{target.name}")
-            if file is not None and target.layer in layers:
-                stack.callback(run.model.set_submodule, target.name, target.module)
-                run.model.set_submodule(target.name, LowRankLinear.from_factors(target.module, run.state.read(file)[0]))
-        yield
+def _first_cut(run: Run, members: Sequence[Target], layers: range) -> dict[str, LowRankLinear]:
+    """The low-rank linears of the first cut in some layers, by path."""
+    files = {target: run.state.files.get(f"cut-{target.name}") for target in members if target.layer in layers}
+    return {
+        target.name: LowRankLinear.from_factors(target.module, run.state.read(file)[0])
+        for target, file in files.items()
+        if file is not None
+    }

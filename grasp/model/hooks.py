@@ -1,8 +1,8 @@
-"""Hooks on modules, and other forward functions, that end with a ``with`` block."""
+"""Hooks on modules, other forward functions and other modules, that end with a ``with`` block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -43,3 +43,13 @@ def forwarding(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Ite
                 module.__dict__.pop("forward", None)
             else:
                 module.forward = original
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put modules into the model, by their paths, until the block ends."""
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(model.set_submodule, name, model.get_submodule(name))
+            model.set_submodule(name, module)
+        yield
