@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from grasp.method.least_squares import least_squares
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
-from grasp.model.hooks import hooked
+from grasp.model.hooks import hooked, replaced
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.offload import execution_device
 from grasp.model.targets import Target
@@ -139,16 +139,11 @@ def refit_(
     if not low:
         return
     layers = range(min(target.layer for target in low), max(target.layer for target in low) + 1)
-    try:
-        for target in low:
-            model.set_submodule(target.name, target.module)
+    with replaced(model, {target.name: target.module for target in low}):
         refit = Refit(model, batches, layers, dtype, Scratch() if scratch is None else scratch, processes)
         for layer in layers:
             refit.replace_(layer, {target: module for target, module in low.items() if target.layer == layer})
             progress("refit", layer - layers.start + 1, len(layers))
-    finally:
-        for target, module in low.items():
-            model.set_submodule(target.name, module)
 
 
 class _Left(NamedTuple):
