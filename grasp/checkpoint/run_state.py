@@ -6,10 +6,10 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors.torch import save_file
@@ -52,12 +52,14 @@ class NoState(PartialSums):
     Attributes:
         block_influence: of all layers, as an interrupted run measured it.
         cut: path → rank of the linears that the first cut of a progressive schedule has replaced; ``None`` before it.
+        measured: what was measured to choose between candidates: name → JSON values.
         decision: of a global budget.
         files: stem → name of a file that belongs to the run.
     """
 
     block_influence: Sequence[float] | None = None
     cut: Mapping[str, int] | None = None
+    measured: Mapping[str, Any] = MappingProxyType({})
     decision: Decision | None = None
 
     def __init__(self) -> None:
@@ -104,10 +106,11 @@ class NoState(PartialSums):
         """Those of the tensors ``keys`` that a data file has, or all of them; and its notes."""
         return read_data(self.folder / name, *keys)
 
-    def discard(self, names: Iterable[str]) -> None:
-        """Delete data files that were not listed."""
-        for name in names:
-            (self.folder / name).unlink(missing_ok=True)
+    def once(self, name: str, measure: Callable[[], Any]) -> Any:
+        """What ``measure`` returns, as JSON values; from then on it is stored under its name in ``measured``."""
+        if name not in self.measured:
+            self.record({}, measured={**self.measured, name: measure()})
+        return self.measured[name]
 
     def record(self, files: Mapping[str, str | None], *, soon: bool = False, **values: Any) -> None:
         """List files under their stems, ``None`` for a file that is no longer needed, and set attributes of the run.
@@ -115,7 +118,7 @@ class NoState(PartialSums):
         Args:
             files: stem → name of the file.
             soon: a process that is killed now may lose this; not more than half a minute of it.
-            values: of ``block_influence``, ``cut`` or ``decision``.
+            values: of ``block_influence``, ``cut``, ``measured`` or ``decision``.
         """
         for stem, name in files.items():
             if name is None and stem in self.files:
@@ -152,7 +155,7 @@ class RunState(RunFolder, NoState):
         ...     pass  # report = compress_(model, batches, config, state=state); model.save_pretrained(...)
     """
 
-    FORMAT = 8
+    FORMAT = 9
     FILES = r"(module|cut|first|second|only|map)(-.+|\..+)?\.safetensors|costs\.json"  # before format 5: a costs.json
     CACHES = r"sums-.+\.safetensors"
 
@@ -205,7 +208,7 @@ class RunState(RunFolder, NoState):
         if not state:
             self._write_state()
             return
-        self.block_influence, self.cut = state["block_influence"], state["cut"]
+        self.block_influence, self.cut, self.measured = state["block_influence"], state["cut"], state["measured"]
         if state["decision"] is not None:
             removed, *rest = state["decision"]
             self.decision = Decision(tuple(removed), *rest)
@@ -288,5 +291,6 @@ class RunState(RunFolder, NoState):
             "costs": self._costs,
             "block_influence": self.block_influence,
             "cut": self.cut,
+            "measured": dict(self.measured),
             "decision": self.decision,
         }

@@ -23,7 +23,7 @@ from grasp.version import __version__
 
 app = typer.Typer(
     name="grasp",
-    help="Make a causal language model smaller by replacing redundant layers with low-rank ones.",
+    help="Make a causal language model smaller by replacing weights with low-rank factors.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -13,10 +14,17 @@ from grasp.checkpoint.run_state import Decision
 from grasp.compression.budget import Plan, predicted_bytes, predicted_seconds, required_saving
 from grasp.compression.candidates import Candidate, candidates, fitted_layers, has_low_rank, only_removed
 from grasp.compression.linear_replacement import linear_replacement, with_map
-from grasp.compression.measured_blocks import corrected
+from grasp.compression.measured_blocks import corrected, corrections
 from grasp.compression.refit import Refit
 from grasp.compression.run import Run
-from grasp.compression.selection import Name, Replacement, Selections, replacement, write_replacement
+from grasp.compression.selection import (
+    Name,
+    Replacement,
+    Selections,
+    replacement,
+    stored_replacements,
+    write_replacement,
+)
 from grasp.method import knapsack
 from grasp.method.metrics import nats_per_score
 from grasp.model.layer_removal import can_remove
@@ -29,26 +37,24 @@ from grasp.statistics.sweep import Prefix, capture_prefix, propagate, sum_nll_af
 RETRIED = 4
 
 
-def decide(run: Run, plan: Plan, selections: Selections) -> tuple[Decision, dict[str, str]]:
+def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
     """Decide between all candidates of a global budget; without held-out batches there is one.
 
     Low-rank linears are measured as decomposed, and the best of them also as fitted. Where layers are removed, a fit
-    may lose more.
-
-    Returns:
-        The decision, and the file of each linear's replacement by the linear's path; no files if none is fitted.
+    may lose more. What is measured is stored in the run as it comes, and what is fitted layer by layer.
     """
     run.clock.enter("candidates")
     tokens = sum(batch.num_tokens for batch in run.batches)
     nats = nats_per_score(run.config.basis, run.config.metric, tokens)
     if not run.held_out:
         (only,) = candidates(selections, plan, run.prices, {}, nats).values()
-        return decision(run, only._replace(fitted=run.config.refit), (only,), {}), {}
+        return decision(run, only._replace(fitted=run.config.refit), (only,), {})
     with run.processes.fail_together():
         start = capture_prefix(run.model, run.processes.local_batches(run.held_out), {0}, scratch=run.scratch)
-    selections = corrected(run, plan, selections, start, nats)
-    alone = removal_losses(run.model, plan.layers, run.held_out, progress=run.progress, processes=run.processes)
-    removal = removed_in_order(run, plan, alone, retried=RETRIED)
+    once, decomposed = run.state.once, selections
+    factors = once("corrections", lambda: corrections(run, plan, decomposed, start, nats))
+    selections = corrected(decomposed, factors)
+    removal = dict(once("removal", lambda: list(_removal(run, plan).items())))
     allocations = {
         name: candidate
         for name, candidate in candidates(selections, plan, run.prices, removal, nats).items()
@@ -61,19 +67,17 @@ def decide(run: Run, plan: Plan, selections: Selections) -> tuple[Decision, dict
     dense = Candidate(DENSE, (), {})
     losses: dict[str, float] = {}
     for option in (dense, *options):
-        losses[option.name], _ = _measured(run, start, selections, option)
+        losses[option.name] = once(f"loss, {option.name}", partial(_measured, run, start, selections, option))
         run.progress("candidates, compared", len(losses), len(options) + 1)
-    fitted: dict[str, str] = {}
     low_rank = [option for option in options if has_low_rank(option.ranks.values())]
     if run.config.refit and low_rank:
         best = min(low_rank, key=lambda option: losses[option.name])
         options.append(best._replace(name=f"{best.name}, fitted", fitted=True))
-        losses[options[-1].name], fitted = _measured(run, start, selections, options[-1])
+        losses[options[-1].name] = once(
+            f"loss, {options[-1].name}", partial(_measured, run, start, selections, options[-1])
+        )
     chosen = min(options, key=lambda option: losses[option.name])
-    if not chosen.fitted:
-        run.state.discard(fitted.values())
-        fitted = {}
-    return decision(run, chosen, (dense, *options), losses), fitted
+    return decision(run, chosen, (dense, *options), losses)
 
 
 def compare_with_removal(run: Run, plan: Plan, scores: Sequence[float]) -> Decision:
@@ -127,6 +131,12 @@ def decision(run: Run, chosen: Candidate, options: Iterable[Candidate], losses: 
     )
 
 
+def _removal(run: Run, plan: Plan) -> dict[int, float]:
+    """``removed_in_order`` by the loss without each layer."""
+    alone = removal_losses(run.model, plan.layers, run.held_out, progress=run.progress, processes=run.processes)
+    return removed_in_order(run, plan, alone, retried=RETRIED)
+
+
 def removed_in_order(run: Run, plan: Plan, losses: Mapping[int, float], *, retried: int = 1) -> dict[int, float]:
     """The layers that go one after the other until the budget is met or no other can go, and what each loses then.
 
@@ -166,7 +176,7 @@ def _layers_removed(run: Run, plan: Plan, removed: Collection[int]) -> list[Cand
     return [only_removed(removed)] if meets else []
 
 
-def _measured(run: Run, start: Prefix, selections: Selections, candidate: Candidate) -> tuple[float, dict[str, str]]:
+def _measured(run: Run, start: Prefix, selections: Selections, candidate: Candidate) -> float:
     """The mean loss on the held-out batches, in nats per token; the model is left as it was.
 
     The batches pass one layer after the other, so the factors of one layer are in memory at a time.
@@ -175,25 +185,25 @@ def _measured(run: Run, start: Prefix, selections: Selections, candidate: Candid
         run: the run; none of its linears is replaced yet.
         start: the held-out batches of this process, at layer 0.
         selections: the groups that each linear can retain.
-        candidate: what is measured; if it is fitted, that is done first.
-
-    Returns:
-        The loss, and the file of each linear's replacement by the linear's path; no files if none is fitted.
+        candidate: what is measured; if it is fitted, that is done first, and stored.
     """
-    files: dict[str, str] = {}
     model, hidden, removed = run.model, start.hidden[0], candidate.removed
     ranks = [(target.layer, rank) for target, rank in candidate.ranks.items()]
     fitted = fitted_layers(ranks, removed) if candidate.fitted else range(0)
     refit = Refit(model, run.batches, fitted, run.config.sweep_dtype, run.scratch, run.processes)
     for layer in range(len(decoder(model).layers)):
-        present = [(t, candidate.ranks.get(t, knapsack.DENSE)) for t in selections if t.layer == layer]
-        chosen = {t: replacement(run.state, t, selections[t], rank) for t, rank in present}
-        modules = {target: module for target, (module, _) in chosen.items() if module is not None}
+        present = [target for target in selections if target.layer == layer]
+        stored = stored_replacements(run.state, present) if candidate.fitted else None
+        chosen = stored or [
+            replacement(run.state, target, selections[target], candidate.ranks.get(target, knapsack.DENSE))
+            for target in present
+        ]
+        modules = {t: module for t, (module, _) in zip(present, chosen, strict=True) if module is not None}
         mapped = bool(candidate.map) and layer == removed[0] - 1
         try:
-            refit.replace_(layer, modules, is_removed=layer in removed)
-            if candidate.fitted and layer not in removed:
-                files |= _written(run, chosen)
+            refit.replace_(layer, modules, is_fitted=stored is not None, is_removed=layer in removed)
+            if candidate.fitted and layer not in removed and stored is None:
+                _store(run, dict(zip(present, chosen, strict=True)))
             with run.processes.fail_together(), with_map(run, candidate.map, layer) if mapped else nullcontext():
                 hidden = hidden if layer in removed else propagate(start, range(layer, layer + 1), hidden)
         finally:
@@ -203,13 +213,14 @@ def _measured(run: Run, start: Prefix, selections: Selections, candidate: Candid
     with run.processes.fail_together():
         total += sum_nll_after(start, hidden)
     run.processes.sum_([total])
-    return float(total) / sum(batch.num_targets for batch in run.held_out), files
+    return float(total) / sum(batch.num_targets for batch in run.held_out)
 
 
-def _written(run: Run, chosen: Mapping[Target, Replacement]) -> dict[str, str]:
-    """Write what takes the place of some linears, of which processes have equal copies; the file of each path."""
+def _store(run: Run, chosen: Mapping[Target, Replacement]) -> None:
+    """Store what takes the place of some linears, of which processes have equal copies."""
 
     def write(target: Target) -> Name:
         return write_replacement(run.state, target, chosen[target])
 
-    return {target.name: name for target, name in run.processes.map_divided(list(chosen), write, Name)}
+    written = run.processes.map_divided(list(chosen), write, Name)
+    run.state.record({f"module-{target.name}": name for target, name in written})

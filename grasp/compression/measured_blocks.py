@@ -26,12 +26,12 @@ _LEAST = 0.01  # of the prediction, if less is measured
 Block = tuple[int, str]  # a layer, and one of ``grasp.method.schedules.BLOCKS``
 
 
-def corrected(run: Run, plan: Plan, selections: Selections, start: Prefix, nats: float) -> Selections:
-    """The selections, with all scores of each block of a layer multiplied by one number.
+def corrections(run: Run, plan: Plan, selections: Selections, start: Prefix, nats: float) -> dict[str, float]:
+    """For each linear, by path, the number to multiply its scores by: one for all linears of a block of a layer.
 
     Each block alone is given the ranks that the whole budget would give it, and the divergence from the dense model is
     measured. The number is the root of measured over predicted, relative to all blocks: the scores then predict the
-    geometric mean of both. Blocks that stay dense keep their scores. What rounding makes diverge is added to every
+    geometric mean of both. Blocks that stay dense have none. What rounding makes diverge is added to every
     prediction, so that in bf16 small divergences correct little.
 
     Args:
@@ -43,18 +43,22 @@ def corrected(run: Run, plan: Plan, selections: Selections, start: Prefix, nats:
     """
     ranks = low_ranks(selections, plan, run.prices, 1.0)
     if not ranks:
-        return selections
+        return {}
     measured, rounding = _divergences(run, start, selections, ranks)
     predicted = dict.fromkeys(measured, rounding)
     for target, rank in ranks.items():
         predicted[_block(target)] += nats * _dropped(selections[target], rank)
     factors = correction_factors(predicted, measured)
+    return {target.name: factors[_block(target)] for target in selections if _block(target) in factors}
 
-    def scaled(target: Target, selection: Selection) -> Selection:
-        factor = factors.get(_block(target), 1.0)
+
+def corrected(selections: Selections, factors: Mapping[str, float]) -> Selections:
+    """The selections, with the scores of each linear multiplied by its factor of ``corrections``, if it has one."""
+
+    def scaled(selection: Selection, factor: float) -> Selection:
         return replace(selection, importance=selection.importance * factor, rounding=selection.rounding * factor)
 
-    return {target: scaled(target, selection) for target, selection in selections.items()}
+    return {target: scaled(selection, factors.get(target.name, 1.0)) for target, selection in selections.items()}
 
 
 def correction_factors(predicted: Mapping[Block, float], measured: Mapping[Block, float]) -> dict[Block, float]:

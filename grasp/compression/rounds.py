@@ -24,6 +24,7 @@ from grasp.compression.selection import (
     read_selection,
     replacement,
     skip,
+    stored_replacements,
     write_replacement,
 )
 from grasp.compression.spans import Selector
@@ -179,11 +180,12 @@ def decide_globally(run: Run, plan: Plan, work: Work) -> Decision:
         )
     else:
         selections = selector.select(members, "second")
-    decision, fitted = decide(run, plan, selections)
+    decision = decide(run, plan, selections)
     run.processes.wait_for_all()
     files: dict[str, str | None] = {f"cut-{target.name}": None for target in members}
-    for name, file in fitted.items():
-        files |= {f"module-{name}": file, f"second-{name}": None}
+    for target in members:
+        if f"module-{target.name}" in run.state.files:  # it was fitted to be compared
+            files[f"second-{target.name}" if decision.fitted else f"module-{target.name}"] = None
     run.state.record(files | {"map": decision.map or None}, decision=decision)
     return decision
 
@@ -217,12 +219,8 @@ def carry_out_decision_(run: Run, plan: Plan, work: Work, decision: Decision) ->
 
 def _replacements(run: Run, members: Sequence[Target], decision: Decision) -> tuple[list[Replacement], bool]:
     """What the decision puts in the place of the linears of a layer, and whether it was stored before."""
-    files = [run.state.files.get(f"module-{target.name}") for target in members]
-    if members and None not in files:
-        return [
-            read_replacement(run.state, target, file) for target, file in zip(members, files, strict=True) if file
-        ], True
-    return [_decided(run, target, decision) for target in members], False
+    stored = stored_replacements(run.state, members)
+    return stored or [_decided(run, target, decision) for target in members], stored is not None
 
 
 def _decided(run: Run, target: Target, decision: Decision) -> Replacement:

@@ -195,6 +195,13 @@ def read_replacement(state: NoState, target: Target, file: str) -> Replacement:
     return Replacement(module, ModuleReport.from_dict(notes["report"]))
 
 
+def stored_replacements(state: NoState, members: Sequence[Target]) -> list[Replacement] | None:
+    """What takes the place of some linears, if it is stored for all of them."""
+    files = {target: state.files.get(f"module-{target.name}") for target in members}
+    read = [read_replacement(state, target, file) for target, file in files.items() if file is not None]
+    return read if read and len(read) == len(files) else None
+
+
 def as_stored(report: ModuleReport, module: nn.Module) -> ModuleReport:
     """The report with the form and sizes of a linear's replacement, or with the reason why it has none."""
     if not isinstance(module, (LowRankLinear, QuantizedLowRankLinear)):

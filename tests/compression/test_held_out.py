@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,12 +111,12 @@ def prefer_fits(monkeypatch: pytest.MonkeyPatch, preferred: bool = True) -> dict
     """Let fitted low-rank linears be chosen, or those that are not; the losses of both, once they are measured."""
     measure, measured = choice._measured, dict[bool, float]()
 
-    def measure_or_prefer(run: Any, start: Any, selections: Any, candidate: Candidate) -> tuple[float, dict[str, str]]:
-        value, files = measure(run, start, selections, candidate)
+    def measure_or_prefer(run: Any, start: Any, selections: Any, candidate: Candidate) -> float:
+        value = measure(run, start, selections, candidate)
         if not candidate.ranks:
-            return value, files
+            return value
         measured[candidate.fitted] = value
-        return float(candidate.fitted != preferred), files
+        return float(candidate.fitted != preferred)
 
     monkeypatch.setattr(choice, "_measured", measure_or_prefer)
     return measured
@@ -156,11 +157,58 @@ def test_a_fit_that_was_measured_is_the_one_that_is_kept(monkeypatch: pytest.Mon
     with RunState(tmp_path / "out.partial") as state:
         compressed(stopped, state=state, compression_ratio=0.02)
     assert len(fits) == 2 * once
-    monkeypatch.setattr(choice, "_written", lambda run, chosen: {})
+    monkeypatch.setattr(choice, "_store", lambda run, chosen: None)
     compressed(again, compression_ratio=0.02)
     assert len(fits) == 4 * once
     for other in (stopped, again):
         assert all(torch.equal(value, other.state_dict()[name]) for name, value in kept.state_dict().items())
+
+
+@pytest.mark.parametrize("fit_is_better", [True, False])
+def test_what_was_measured_and_fitted_is_not_done_again(
+    fit_is_better: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prefer_fits(monkeypatch, fit_is_better)
+    done, left = list[str](), [0]
+
+    def noted(place: Any, name: str) -> None:
+        function = getattr(place, name)
+
+        def note_and_call(*args: Any, **options: Any) -> Any:
+            result = function(*args, **options)
+            done.append(name)
+            return result
+
+        monkeypatch.setattr(place, name, note_and_call)
+
+    for place, name in ((choice, "corrections"), (choice, "_removal"), (choice, "_measured"), (Refit, "_fit_")):
+        noted(place, name)
+    kept = tiny_model("llama")
+    report = compressed(kept, compression_ratio=0.02)
+    once = Counter(done)
+    assert once["_measured"] == len(report.candidates) - 1  # the last one is the result
+    assert once["_fit_"] > 2
+    done.clear()
+    record = RunState.record
+
+    def record_and_stop(*args: Any, **values: Any) -> None:
+        record(*args, **values)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    monkeypatch.setattr(RunState, "record", record_and_stop)
+    again = None
+    for stop in range(1, 60):
+        left[0], resumed = stop, tiny_model("llama")
+        with suppress(Killed), RunState(tmp_path / "out.partial") as state:
+            again = compressed(resumed, state=state, compression_ratio=0.02)
+            break
+    assert stop > 4
+    assert again is not None
+    assert Counter(done) == once
+    assert again.candidates == report.candidates
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in kept.state_dict().items())
 
 
 def test_layers_that_were_not_named_stay_and_others_get_the_bits_of_dense_linears() -> None:

@@ -28,7 +28,7 @@ def test_scores_follow_the_divergence_that_each_block_alone_has(family: str, mon
     mask[0, 5:] = False
     held_out = [CalibrationBatch(tokens[0]), CalibrationBatch(tokens[1], mask)]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    corrected, seen = choice.corrected, []
+    corrections, seen = choice.corrections, []
 
     @torch.no_grad()
     def log_probabilities() -> list[Tensor]:
@@ -37,7 +37,7 @@ def test_scores_follow_the_divergence_that_each_block_alone_has(family: str, mon
         return [row[batch.is_target].log_softmax(-1) for row, batch in zip(rows, held_out, strict=True)]
 
     def checked(run: Any, plan: Any, selections: Any, start: Any, nats: float) -> Any:
-        result = corrected(run, plan, selections, start, nats)
+        found = corrections(run, plan, selections, start, nats)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         ranks, dense = low_ranks(selections, plan, run.prices, 1.0), log_probabilities()
         predicted, measured = dict[Any, float](), dict[Any, float]()
@@ -55,13 +55,15 @@ def test_scores_follow_the_divergence_that_each_block_alone_has(family: str, mon
                 model.set_submodule(target.name, target.module)
         factors = correction_factors(predicted, measured)
         assert len(factors) > 2
-        for target, selection in selections.items():
-            expected = selection.importance * factors.get((target.layer, target.block), 1.0)
-            torch.testing.assert_close(result[target].importance, expected, rtol=1e-5, atol=0)
+        expected = {t.name: factors[t.layer, t.block] for t in selections if (t.layer, t.block) in factors}
+        assert found == pytest.approx(expected, rel=1e-5)
+        for target, selection in choice.corrected(selections, found).items():
+            expected_scores = selections[target].importance * found.get(target.name, 1.0)
+            assert torch.equal(selection.importance, expected_scores)
         seen.append(factors)
-        return result
+        return found
 
-    monkeypatch.setattr(choice, "corrected", checked)
+    monkeypatch.setattr(choice, "corrections", checked)
     config = GraspConfig.best(compression_ratio=0.15, schedule="single-sweep", sweep_dtype=None)
     compress_(model, tiny_batches(4), config, held_out=held_out)
     [factors] = seen
@@ -106,21 +108,21 @@ def test_hidden_states_rounded_otherwise_differ_by_a_unit_in_the_last_place(dtyp
 
 
 def test_divergences_that_rounding_explains_correct_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure, corrected, seen = measured_blocks._divergences, choice.corrected, list[float]()
+    measure, corrections, seen = measured_blocks._divergences, choice.corrections, list[float]()
 
     def all_rounding(*args: Any) -> Any:
         divergences, rounding = measure(*args)
         seen.append(rounding)
         return {block: 1e6 * (1 + 0.1 * (block[0] == 0)) for block in divergences}, 1e6
 
-    def checked(run: Any, plan: Any, selections: Any, *rest: Any) -> Any:
-        result = corrected(run, plan, selections, *rest)
-        for target, selection in selections.items():
-            torch.testing.assert_close(result[target].importance, selection.importance, rtol=0.1, atol=0)
-        return result
+    def checked(*args: Any) -> Any:
+        factors = corrections(*args)
+        assert factors.keys() == {target.name for target in args[2]}
+        assert all(factor == pytest.approx(1.0, rel=0.1) for factor in factors.values())
+        return factors
 
     monkeypatch.setattr(measured_blocks, "_divergences", all_rounding)
-    monkeypatch.setattr(choice, "corrected", checked)
+    monkeypatch.setattr(choice, "corrections", checked)
     config = GraspConfig.best(compression_ratio=0.15, schedule="single-sweep", sweep_dtype=None)
     for dtype in (torch.float64, torch.bfloat16):
         compress_(tiny_model("llama", dtype), tiny_batches(4), config, held_out=tiny_batches(2, seed=5))
