@@ -96,7 +96,7 @@ class CostTable:
     def _missing(self, shape: Shape, storage: Storage | None) -> str:
         if storage is not None and all(known != storage for _, known in self.linears):
             kinds = ", ".join(sorted({str(known or self.dtype) for _, known in self.linears}))
-            return f"{storage} linears, only {kinds}. Measure them: grasp bench costs MODEL --bits {storage.bits}"
+            return f"{storage} linears, only {kinds}. Measure them: grasp bench costs MODEL --bits {storage.option}"
         known = ", ".join(f"{n}x{k}" for n, k in sorted({shape for shape, _ in self.linears}))
         return (
             f"linear of {shape[1]} inputs and {shape[0]} outputs, only {known} (outputs x inputs): they were measured "

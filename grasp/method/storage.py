@@ -26,6 +26,11 @@ class Storage(NamedTuple):
         return f"{self.kind}{self.bits}" + (f"/{self.group}" if self.group else "")
 
     @property
+    def option(self) -> int | str:
+        """What ``--bits`` and ``choose_storage`` take for it: 8, 4 or ``"fp8"``."""
+        return str(self) if self.kind == "fp" else self.bits
+
+    @property
     def dtype(self) -> str:
         """The dtype of the values in a file; a U8 has two values of 4 bits."""
         return {("int", 8): "I8", ("int", 4): "U8", ("fp", 8): "F8_E4M3"}[self.kind, self.bits]

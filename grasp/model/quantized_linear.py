@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import UnsupportedModelError
 from grasp.method.ranks import Form
-from grasp.method.storage import FP8, Storage
+from grasp.method.storage import Storage
 from grasp.model.dense import DenseLinear, dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp_kernels import Factors, lowrank_linear
@@ -281,4 +281,4 @@ def require_floating_factors(model: nn.Module) -> None:
 
 
 def _described(storage: Storage) -> str:
-    return f"bits={storage if storage == FP8 else storage.bits}" + (f", group={storage.group}" if storage.group else "")
+    return f"bits={storage.option}" + (f", group={storage.group}" if storage.group else "")

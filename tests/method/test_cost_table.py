@@ -67,6 +67,8 @@ def test_a_file_from_before_there_were_bits_is_of_floating_weights(tmp_path: Pat
     remedy = r"no int4/64 linears, only bfloat16\. Measure them: grasp bench costs MODEL --bits 4 -o"
     with pytest.raises(CostTableError, match=remedy):
         table.require({SMALL}, "bfloat16", "factored", [choose_storage(4)])
+    with pytest.raises(CostTableError, match=r"no fp8 linears.* --bits fp8 -o"):
+        table.require({SMALL}, "bfloat16", "factored", [choose_storage("fp8")])
 
 
 def test_a_file_that_cannot_be_written_or_is_not_there_is_named(tmp_path: Path) -> None:
