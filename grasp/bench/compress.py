@@ -217,6 +217,11 @@ def run(request: CompressRequest, *, progress: Progress = no_progress) -> list[C
         raise ValueError(
             f"batch_size must be at least 1 and timed_batches at least 2, got {request.batch_size} and {timed}"
         )
+    if request.num_samples % request.batch_size or request.num_samples < 2 * request.batch_size:
+        raise ValueError(
+            "num_samples must be a multiple of batch_size, and at least twice as much; "
+            f"got {request.num_samples} and {request.batch_size}"
+        )
     with using_threads(request.threads):
         return _run(request, progress)
 

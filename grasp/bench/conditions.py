@@ -108,6 +108,8 @@ def device_name(device: torch.device) -> str:
 @torch.inference_mode()
 def measure_card(device: torch.device, dtype: torch.dtype) -> Card:
     """The device's present limits: bytes/s of the fastest of ``READERS``, FLOP/s of a large matmul."""
+    if device.type not in MATMUL_SIZE:
+        raise ValueError(f"benchmarks run on {' or '.join(MATMUL_SIZE)}, got {device}")
     warm_up(device, CLOCK_RAMP)
     width = 4096
     matrix = torch.ones(READ_BYTES // (4 * width), width, device=device)
@@ -160,6 +162,8 @@ def _version(package: str) -> str | None:
 
 def _git(*arguments: str) -> str | None:
     """Output of git in this checkout, or ``None`` outside one."""
+    if not (ROOT / ".git").exists():  # git would look in the folders above, such as one that has this environment
+        return None
     try:
         answer = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import chain
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from grasp.bench.memory import peak_bytes_above_now
-from grasp.bench.percentiles import median_precision
+from grasp.bench.percentiles import Percentiles
 from grasp.bench.providers import COMPRESSED, DENSE, REMOVED, ModelProvider, weights_of
 from grasp.bench.timing import StopRule, rounds
 from grasp.evaluation.generation import CompiledSteps, GenerationTime, first_logits, time_generation
@@ -183,8 +183,11 @@ def time_models(models: Mapping[Key, Generator], case: Case, stop: StopRule, pro
 
 def _precision(times: Mapping[Key, Sequence[GenerationTime]]) -> float:
     """The precision of the worst median, of the first token and of all steps; infinite with too few turns."""
-    seconds = ([[t.first_token_s for t in same], [t.decode_s for t in same]] for same in times.values())
-    return max(map(median_precision, chain.from_iterable(seconds)))
+    samples = [
+        part for same in times.values() for part in ([t.first_token_s for t in same], [t.decode_s for t in same])
+    ]
+    precisions = [Percentiles.of(sample).precision for sample in samples]
+    return max(math.inf if precision is None else precision for precision in precisions)
 
 
 def floors(

@@ -31,7 +31,7 @@ from grasp.bench.providers import (
     objections,
     pick_layers,
     providers,
-    require_backends,
+    require_names,
     truncate_,
     weights_of,
 )
@@ -47,6 +47,7 @@ from grasp.model.running import first_device
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
 from grasp.progress import Progress, named, no_progress
+from grasp_kernels.dispatch import BACKENDS
 from grasp_kernels.roofline import Card
 from speedgate.timing import using_threads
 
@@ -115,10 +116,9 @@ def run(request: ModelRequest, *, progress: Progress = no_progress) -> Iterator[
         GraspError, ValueError: from ``load_model``, ``read_pieces``, ``pick_layers``, ``low_rank_layers``,
             ``truncate_``, ``perplexity``, ``time_generation``, ``require_yardsticks`` and ``yardsticks``.
     """
-    require_backends(request.backends)
+    require_names(request.backends, [row.name for row in BACKENDS], "backend")
+    require_names(request.modes, MODES, "mode")
     require_yardsticks(request.yardsticks)
-    if unknown := sorted(set(request.modes) - set(MODES)):
-        raise ValueError(f"unknown mode {unknown[0]!r}; expected one of {', '.join(MODES)}")
     if request.windows < 0:
         raise ValueError(f"windows must be at least 0, got {request.windows}")
     text = read_pieces(request.text, split="evaluation") if request.windows else None

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from grasp.bench.conditions import conditions, measure_card
-from grasp.bench.providers import require_backends
+from grasp.bench.providers import require_names
 from grasp.bench.recording import read_recording
 from grasp.bench.records import NotMeasured, OpResult
 from grasp.bench.schema import Record
@@ -42,7 +42,7 @@ from grasp.formatting import one_line
 from grasp.loading import DTYPES, find_device
 from grasp.progress import Progress, no_progress
 from grasp_kernels import roofline
-from grasp_kernels.dispatch import OpCall, chosen_row
+from grasp_kernels.dispatch import BACKENDS, OpCall, chosen_row
 from grasp_kernels.roofline import Card
 from grasp_kernels.shapes import GroupShape, format_forms, format_shape, parse_forms, parse_shape
 from speedgate.timing import batch, using_threads
@@ -120,9 +120,9 @@ def run(request: OpsRequest, *, progress: Progress = no_progress) -> Iterator[Ro
         ValueError: if a name, shape, number or device is unknown or out of range.
         GraspError: as ``model_calls`` does.
     """
-    for names, known, what in ((request.ops, OPS, "op"), (request.dtypes, DTYPES, "dtype")):
-        _require_known(names, list(known), what)
-    require_backends(request.backends)
+    require_names(request.ops, OPS, "op")
+    require_names(request.dtypes, DTYPES, "dtype")
+    require_names(request.backends, [row.name for row in BACKENDS], "backend")
     for name, numbers in (("rows", request.rows or ROWS), ("threads", request.threads or (1,))):
         if min(numbers) < 1:
             raise ValueError(f"{name} must be at least 1, got {min(numbers)}")
@@ -294,12 +294,6 @@ def _providers(
         else:
             left_out[name] = complaint, True
     return {**timed, UNFUSED: OPS[case.op].unfused, DENSE: OPS[case.op].dense}, left_out
-
-
-def _require_known(names: Sequence[str], known: Sequence[str], what: str) -> None:
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown {what} {name!r}; expected one of {', '.join(known)}")
 
 
 def _name(dtype: torch.dtype) -> str:

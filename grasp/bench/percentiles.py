@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median, quantiles
+from statistics import quantiles
 
 from speedgate.verdicts import quantile_interval
 
@@ -64,9 +63,3 @@ class Percentiles:
         cuts = quantiles(ms, n=100, method="inclusive") if len(ms) > 1 else ms * 99
         p50, p90, p95, p99 = (cuts[percent - 1] for percent in PERCENTS)
         return cls(p50, p95, p99, p90, *(quantile_interval(ms, percent / 100, CONFIDENCE) for percent in PERCENTS))
-
-
-def median_precision(values: Sequence[float]) -> float:
-    """``Percentiles.precision`` of some times; infinite for fewer than 6."""
-    interval, middle = quantile_interval(values, 0.5, CONFIDENCE), median(values)
-    return math.inf if interval is None else max(abs(end - middle) for end in interval) / middle

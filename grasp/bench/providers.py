@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -150,15 +150,14 @@ def low_rank_layers(dense: PreTrainedModel, compressed: PreTrainedModel, name: s
     return layers, factor_parameters / dense_parameters if layers else 1.0
 
 
-def require_backends(names: Sequence[str]) -> None:
-    """Check that all names are rows of the dispatch table.
+def require_names(names: Iterable[str], known: Collection[str], what: str) -> None:
+    """Check that all names are known; ``what`` they are, such as ``"backend"``.
 
     Raises:
         ValueError: if one is not.
     """
-    known = [row.name for row in BACKENDS]
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"unknown backend {unknown[0]!r}; expected one of {', '.join(known)}")
+        raise ValueError(f"unknown {what} {unknown[0]!r}; expected one of {', '.join(known)}")
 
 
 def providers(

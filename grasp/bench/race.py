@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -16,11 +15,12 @@ from transformers import PreTrainedModel
 from grasp.compression.layer_cost import FLOP_FORMULAS
 from grasp.compression.naive import SVDLinear, accumulate, insert_svd_
 from grasp.errors import GraspError
+from grasp.evaluation.generation import now
 from grasp.method.ranks import retained_indices
-from grasp.method.svd import SVD
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.running import first_device
 from grasp.model.targets import Target
 from grasp.statistics.gradients import DenseSum, FactoredSum, gather_gradients
 from grasp.statistics.sweep import capture_prefix
@@ -110,7 +110,7 @@ def race(
         WrongSelectionError: if the selections differ by more than ``LARGEST_GAP`` and ``dtype`` is ``None``.
     """
     result = Race(Laps([[]]), Laps(), Laps())
-    clock = _Clock()
+    clock = _Clock(first_device(grasp))
     prefix = capture_prefix(
         grasp,
         batches,
@@ -155,7 +155,9 @@ def _replace_(
     """Compress one linear on both sides to the package's groups, and note the difference of the selections."""
     svd, grad = total.result(dense_weight(target.module))
     if isinstance(total, DenseSum):
-        result.contraction_seconds += _contraction(total, svd)
+        clock = _Clock(total.tensor.device)
+        contract_weight_grad(total.tensor, svd.U, svd.Vh)
+        result.contraction_seconds += clock.lap()
     retained = retained_indices((svd.S * grad).abs(), layer.rank(retain_ratio))
     swaps = compare(retained, layer.importance)
     result.groups += len(retained)
@@ -163,12 +165,6 @@ def _replace_(
     result.largest_gap = max(result.largest_gap, swaps.gap)
     grasp.set_submodule(target.name, LowRankLinear.from_dense(target.module, retained, svd))
     naive.set_submodule(target.name, layer.truncated(retained))
-
-
-def _contraction(total: DenseSum, svd: SVD) -> float:
-    clock = _Clock()
-    contract_weight_grad(total.tensor, svd.U, svd.Vh)
-    return clock.lap()
 
 
 def _warm_up(naive: PreTrainedModel, layers: dict[str, SVDLinear], tokens: Tensor) -> int:
@@ -181,10 +177,10 @@ def _warm_up(naive: PreTrainedModel, layers: dict[str, SVDLinear], tokens: Tenso
 
 
 class _Clock:
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._last = device, now(device)
 
     def lap(self) -> float:
-        """Seconds since the last lap."""
-        last, self._last = self._last, time.perf_counter()
+        """Seconds since the last lap, with all work of the device."""
+        last, self._last = self._last, now(self._device)
         return self._last - last

@@ -12,6 +12,7 @@ from types import FrameType
 
 from grasp.bench.recorded import RecordedCall, Recording
 from grasp.bench.schema import LineError, from_dict
+from grasp.bench.signals import handling
 from grasp.errors import GraspError, ResultsError
 from grasp.files import require_writable, write_whole
 from grasp.formatting import json_text, one_line
@@ -90,21 +91,17 @@ def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
             child.send_signal(number)
 
     # A terminal sends Ctrl-C to the command as well.
-    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: forward, signal.SIGHUP: forward}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        children.append(child := subprocess.Popen(command, env=environment))
+    with handling({signal.SIGINT: lambda *_: None, signal.SIGTERM: forward, signal.SIGHUP: forward}):
+        try:
+            children.append(child := subprocess.Popen(command, env=environment))
+        except OSError as error:
+            text = f"{command[0]} cannot be started: {error.strerror}; expected a command and its arguments"
+            raise GraspError(text) from error
         for number in received:  # while the command was started
             child.send_signal(number)
         while (code := child.poll()) is None:  # Python sees a signal just before a blocking wait only after it
             with suppress(subprocess.TimeoutExpired):
                 child.wait(timeout=1)
-    except OSError as error:
-        text = f"{command[0]} cannot be started: {error.strerror}; expected a command and its arguments"
-        raise GraspError(text) from error
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return code if code >= 0 else 128 - code
 
 

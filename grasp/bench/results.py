@@ -15,8 +15,8 @@ from grasp.files import require_writable, write_whole
 from grasp.reading import read_lines
 
 
-def append_results(path: Path | None, records: Sequence[Record]) -> None:
-    """Append records to a file as JSON lines, in one write; ``None`` is no file.
+def append_results(path: Path, records: Sequence[Record]) -> None:
+    """Append records to a file as JSON lines, in one write.
 
     Raises:
         ValueError: if a number is NaN or infinite, which JSON does not have.
@@ -31,25 +31,21 @@ def append_results(path: Path | None, records: Sequence[Record]) -> None:
         ...     read_results(Path(folder, "ops.jsonl")) == [left_out]
         True
     """
-    if path is None or not records:
-        return
     text = "".join(json.dumps(record.to_dict(), allow_nan=False) + "\n" for record in records)
     _append(path, text.encode())
 
 
-def check_output(path: Path | None, further: Sequence[type[Record]] = ()) -> None:
+def check_output(path: Path, further: Sequence[type[Record]] = ()) -> None:
     """Check that results can be appended to a file, before hours are spent. The file is not changed.
 
     Args:
-        path: the file; ``None`` is no file.
+        path: the file.
         further: record classes that the file may have, besides ``RECORDS``.
 
     Raises:
         GraspError: if it cannot be written.
         ResultsError: if it holds anything but results.
     """
-    if path is None:
-        return
     require_writable(path)
     if path.exists():
         read_results(path, further)

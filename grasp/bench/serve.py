@@ -27,6 +27,7 @@ from grasp.bench.timing import Sample, turns
 from grasp.builtin import packaged_folders
 from grasp.errors import MissingPackageError, ServerError
 from grasp.evaluation.generation import random_prompt
+from grasp.files import expanded
 from grasp.formatting import one_line
 from grasp.loading import DTYPES, find_device, load_config, load_quietly
 from grasp.model.size import Size, model_size
@@ -105,13 +106,11 @@ class Proof:
     """Log-probabilities of random tokens by transformers, and how far rounding moves them.
 
     Attributes:
-        dtype: of the server.
         tokens: the tokens.
         exact: of each token but the first, with the weights in the server's dtype and the arithmetic in fp32.
         rounding: mean absolute error of transformers in the server's dtype, nats.
     """
 
-    dtype: str
     tokens: Sequence[int]
     exact: Tensor
     rounding: float
@@ -134,12 +133,8 @@ class Checkpoint:
     name: str
     folder: Path
     size: Size
+    dtype: str  # of the server
     proof: Proof
-
-    @property
-    def dtype(self) -> str:
-        """Dtype of the server."""
-        return self.proof.dtype
 
 
 def run(request: ServeRequest, *, progress: Progress = no_progress) -> Iterator[list[ServeResult | NotMeasured]]:
@@ -201,7 +196,7 @@ def _candidates(request: ServeRequest, scratch: Path, progress: Progress) -> lis
 
 
 def _name(model: str) -> str:
-    return Path(model).expanduser().resolve().name
+    return expanded(model).resolve().name
 
 
 def _is_url(model: str) -> bool:
@@ -212,7 +207,7 @@ def _checkpoint(model: str, dtype: str, request: ServeRequest, scratch: Path, pr
     """Load a model for its proof; save it where vLLM can read it, unless it is a folder."""
     loaded, tokenizer = load_quietly(model, dtype=dtype, device="cpu", progress=progress)
     random_prompt(loaded, request.prompt_tokens, request.new_tokens, 1)  # raises if impossible
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if not folder.is_dir():
         folder = scratch / _name(model)
         for part in (loaded, tokenizer):
@@ -223,8 +218,8 @@ def _checkpoint(model: str, dtype: str, request: ServeRequest, scratch: Path, pr
     size = model_size(loaded, decoder(loaded).layers)
     rounded = log_probabilities(loaded, tokens)
     exact = log_probabilities(loaded.float(), tokens)
-    proof = Proof(dtype, tokens.tolist(), exact, (rounded - exact).abs().mean().item())
-    return Checkpoint(_name(model), folder, size, proof)
+    proof = Proof(tokens.tolist(), exact, (rounded - exact).abs().mean().item())
+    return Checkpoint(_name(model), folder, size, dtype, proof)
 
 
 @torch.inference_mode()

@@ -239,6 +239,9 @@ def require_yardsticks(names: Sequence[str]) -> None:
     for name in names:
         if name != LLAMA_CPP and not (name.lower().endswith(".gguf") and expanded(name).is_file()):
             raise ValueError(f"a yardstick is {LLAMA_CPP} or a GGUF file, got {name!r}; there is no such file")
+    files = [Path(name).name for name in names]
+    if len(set(files)) < len(files):
+        raise ValueError(f"yardsticks need different names to be told apart; got {', '.join(files)}")
     if names:
         _library()
 

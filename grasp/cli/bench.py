@@ -344,19 +344,28 @@ def measure(rounds: Rounds, outputs: Sequence[Path] | None, as_json: bool, *, at
         with console.step_bars() as progress:
             for records in rounds(progress):
                 earlier, results = results, [*results, *records]
-                if not as_json and not at_the_end:
-                    bench_tables.show_results(records)
-                save_results(outputs or (), records, earlier)
-    except BaseException:  # such as a full disk: what was measured is printed
-        if as_json and results:
-            console.print_json({"results": [record.to_dict() for record in results]})
+                try:
+                    save_results(outputs or (), records, earlier)
+                finally:  # also if the disk is full
+                    if not as_json and not at_the_end:
+                        bench_tables.show_results(records)
+    except BaseException:  # such as Ctrl-C: what was measured is printed
+        if results:
+            _show(results, as_json, at_the_end)
         raise
-    if as_json:
-        console.print_json({"results": [record.to_dict() for record in results]})
-    else:
-        if at_the_end:
-            bench_tables.show_results(results)
-        bench_tables.show_notes(results)
-        bench_tables.show_left_out(results)
+    _show(results, as_json, at_the_end)
     if any(isinstance(record, NotMeasured) and record.wrong for record in results):
         raise typer.Exit(WRONG)
+
+
+def _show(results: Sequence[Record], as_json: bool, with_tables: bool) -> None:
+    """Print all results as JSON, or what was noted and left out, perhaps with the tables."""
+    from grasp.cli import bench_tables, console
+
+    if as_json:
+        console.print_json({"results": [record.to_dict() for record in results]})
+        return
+    if with_tables:
+        bench_tables.show_results(results)
+    bench_tables.show_notes(results)
+    bench_tables.show_left_out(results)

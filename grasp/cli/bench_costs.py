@@ -51,8 +51,10 @@ def costs(
     with console.step_bars() as progress:
         loaded, _ = load_quietly(model, dtype=dtype, device=device, progress=progress)
         table = measure_costs(loaded, kind, storages, progress=progress)
-    if as_json:
-        console.print_json(table.to_dict())
-    else:
-        tables.show_costs(table, output)
-    table.save(output)
+    try:
+        table.save(output)
+    finally:  # also if the disk is full
+        if as_json:
+            console.print_json(table.to_dict())
+        else:
+            tables.show_costs(table, output)

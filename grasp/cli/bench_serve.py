@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
+from grasp.bench.signals import handling
 from grasp.cli.arguments import MOST, Dtype, Json, parse_counts
 from grasp.cli.bench import Outputs, bench, measure
 
@@ -79,21 +78,8 @@ def serve(
         server_options=shlex.split(vllm_options),
         time_limit=time_limit,
     )
-    with _interrupted_by(signal.SIGTERM, signal.SIGHUP):  # which ends the servers
+    with handling(dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler)):  # it ends the servers
         measure(lambda progress: benchmark.run(request, progress=progress), output, as_json)
-
-
-@contextmanager
-def _interrupted_by(*numbers: signal.Signals) -> Iterator[None]:
-    """Inside the block these signals do what Ctrl-C does, unless they are ignored, as by ``nohup``."""
-    before = {number: handler for number in numbers if (handler := signal.getsignal(number)) is not signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def parse_limits(text: str) -> dict[str, float]:

@@ -131,7 +131,7 @@ def _estimate(
 
     if os.environ.get("RANK", "0") != "0":
         return
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
     result = dry_run(model, output, config, samples, processes=processes, sharded=shard and processes > 1, **options)
     console.print_result(result, tables.show_dry_run, as_json=as_json)
     if shard and processes == 1 and not as_json:

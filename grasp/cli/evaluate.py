@@ -109,9 +109,11 @@ def evaluate(
             device=device,
             progress=progress,
         )
-    console.print_result(result, tables.show_evaluation, as_json=as_json)
-    if output is not None:
-        results.write(result, output, seen)
+    try:
+        if output is not None:
+            results.write(result, output, seen)
+    finally:  # also if the disk is full
+        console.print_result(result, tables.show_evaluation, as_json=as_json)
     _require_finite(result)
 
 

@@ -17,12 +17,13 @@ def started_together(device: str | None, *, shard: bool = False) -> Iterator[tup
 
     Raises:
         ValueError: if the device is unknown, or one process is given ``shard``.
-        DistributedError: if another process cannot be reached.
+        DistributedError: if another process cannot be reached, or this one's number on its machine is not known.
     """
+    from grasp.errors import DistributedError
     from grasp.loading import find_device
     from grasp.statistics.processes import ALONE, joined
 
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
         if shard:
             raise ValueError(
                 "--shard spreads a model over several processes, but this is one; start "
@@ -32,6 +33,8 @@ def started_together(device: str | None, *, shard: bool = False) -> Iterator[tup
         return
     place = find_device(device)
     if place.type != "cpu" and str(place) == place.type:  # without a number
-        place = find_device(f"{place.type}:{os.environ['LOCAL_RANK']}")
+        if (number := os.environ.get("LOCAL_RANK")) is None:
+            raise DistributedError("LOCAL_RANK is not set; start the processes with torchrun, or give --device cuda:N")
+        place = find_device(f"{place.type}:{number}")
     with joined(place, sharded=shard) as processes:
         yield processes, str(place)

@@ -11,6 +11,7 @@ import tempfile
 import traceback
 import warnings
 from importlib.metadata import version
+from itertools import takewhile
 from typing import Annotated, Any
 
 import typer
@@ -53,12 +54,13 @@ def main() -> None:
             setattr(sys, name, io.StringIO())
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack the lines of tables
+    arguments = list(takewhile(lambda word: word != "--", sys.argv[1:]))  # others are of a command to record
     try:
-        require_values(sys.argv[1:])
+        require_values(arguments)
         code = app(standalone_mode=False, obj=given) or 0
         sys.stdout.flush()
     except Exception as error:  # the last resort: no command ends with a traceback
-        if "--traceback" in sys.argv:
+        if "--traceback" in arguments:
             raise
         code = _explain(error)
     if code == INTERRUPTED and os.environ.get("RANK", "0") == "0":

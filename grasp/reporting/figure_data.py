@@ -121,7 +121,7 @@ def trades(results: Iterable[ModelResult]) -> dict[Comparison, list[Trade]]:
         text = "" if result.perplexity_text is None else f"; perplexity on {_text(result)}"
         comparison = Comparison(
             f"{model_name(result.model)}, batch {result.batch_size}",
-            f"Prompt of {_prompt(result)}{text}; {result.dtype}; {result.conditions}",
+            f"Prompt of {_prompt(result)}{text}; {_setting(result)}",
         )
         label = _provider(result)
         data[comparison][label] = Trade(label, result.decode_tokens_per_s, result.weight_bytes, result.perplexity)
@@ -134,7 +134,7 @@ def latencies(results: Iterable[ModelResult]) -> dict[Comparison, list[Latency]]
     for result in results:
         comparison = Comparison(
             f"{model_name(result.model)}, prompt of {_prompt(result)}",
-            f"{len(result.layers)} layers changed; factors: {result.factors}; {result.dtype}; {result.conditions}",
+            _setting(result),
         )
         bar = Latency(_provider(result), result.batch_size, result.first_token_ms, result.inter_token_ms)
         data[comparison][bar.label, bar.batch_size] = bar
@@ -206,6 +206,12 @@ def _weights(result: ModelResult) -> str:
     if owner != "compressed":
         return _PROVIDERS.get(owner, owner)
     return result.factors if result.factors == PLAIN_SVD else f"GRASP {result.factors}"
+
+
+def _setting(result: ModelResult) -> str:
+    """What results of one figure have in common besides the model and the prompt."""
+    changed = f"{len(result.layers)} layers changed; factors: {result.factors}"
+    return f"{changed}; {result.dtype}; {result.conditions}"
 
 
 def _provider(result: ModelResult) -> str:

@@ -95,6 +95,10 @@ def test_a_wrong_selection_is_not_reported(run: RunBench, monkeypatch: pytest.Mo
             "per-layer, single-sweep, progressive, got 'twice'",
         ),
         (("--seq-len", "500"), "500 tokens, the model has 128 positions"),
+        (
+            ("--batch-size", "4"),
+            "num_samples must be a multiple of batch_size, and at least twice",
+        ),
         (("--num-layers", "9"), "the model has 3 decoder layers, got num_layers=9"),
     ],
 )

@@ -192,7 +192,7 @@ def test_floors_are_of_what_a_provider_reads() -> None:
     assert floor_seconds(case._replace(op="singular_value_grad"), "dense", card) is None
 
 
-def test_conditions_know_the_commit_of_a_checkout() -> None:
+def test_conditions_know_the_commit_of_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
     now = conditions.conditions(roofline.measured("a card", flops=1, bandwidth=1), device)
     assert (now.commit is None) == (now.dirty is None)
@@ -201,3 +201,5 @@ def test_conditions_know_the_commit_of_a_checkout() -> None:
     assert conditions.device_name(device)
     assert now.instruction_sets is not None
     assert ("portable" in now.instruction_sets) == (backend_missing("cpu") is None)
+    monkeypatch.setattr(conditions, "ROOT", conditions.ROOT / "grasp")  # in a checkout, but not one itself
+    assert conditions.commit() is None

@@ -10,7 +10,7 @@ from grasp.bench.providers import (
     objections,
     pick_layers,
     providers,
-    require_backends,
+    require_names,
     truncate_,
     weights_of,
 )
@@ -89,7 +89,7 @@ def test_a_backend_that_serves_fewer_rows_than_the_prompt_says_so(monkeypatch: p
 
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown backend 'warp'; expected one of"):
-        require_backends(["reference", "warp"])
+        require_names(["reference", "warp"], [row.name for row in dispatch.BACKENDS], "backend")
 
 
 def test_a_model_without_some_layers_is_a_compressed_one() -> None:

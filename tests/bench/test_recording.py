@@ -62,6 +62,15 @@ def test_signals_to_the_recording_process_reach_the_command(tmp_path: Path) -> N
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_signal_that_is_ignored_stays_so_for_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        code, _ = record_command(["sh", "-c", "kill -HUP $$; exit 3"], tmp_path / "w.json", os.environ)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert code == 3
+
+
 def test_a_block_that_calls_nothing_or_raises(tmp_path: Path) -> None:
     with pytest.raises(GraspError, match="no low-rank op"), record_workload(tmp_path / "w.json"):
         pass

@@ -124,7 +124,6 @@ def test_nothing_is_added_to_a_file_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(GraspError, match="there is no folder"):
         check_output(tmp_path / "absent" / "results.jsonl")
     check_output(tmp_path / "new.jsonl")
-    check_output(None)
     assert not (tmp_path / "new.jsonl").exists()
 
 

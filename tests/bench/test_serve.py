@@ -172,6 +172,7 @@ def test_what_cannot_be_served_is_refused_before_a_server_starts(
     refusals: dict[tuple[Any, ...], str] = {
         (folder, twin, *SIZES): "need different names",
         (folder, tmp_path, *SIZES): "has no config.json",
+        ("~nobody-of-this-name/model", *SIZES): "~nobody-of-this-name/model",
         (f"http://127.0.0.1:{free_port()}",): "does not answer",
         (folder, "--goodput", "ttft"): "goodput must be metrics and milliseconds",
         (folder, "--goodput", "speed:3"): "unknown metric 'speed'",

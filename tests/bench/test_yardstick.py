@@ -34,6 +34,12 @@ def test_a_yardstick_that_cannot_be_run_is_one_clear_line(
     outcome = bench("model", tiny, *SIZES, "--yardstick", "absent.gguf")
     assert outcome.code == 2
     assert "a yardstick is llama.cpp or a GGUF file, got 'absent.gguf'" in outcome.err
+    for name in ("a", "b"):
+        (tiny / name).mkdir()
+        (tiny / name / "q4.gguf").touch()
+    outcome = bench("model", tiny, *SIZES, "--yardstick", tiny / "a/q4.gguf", "--yardstick", tiny / "b/q4.gguf")
+    assert outcome.code == 2
+    assert "yardsticks need different names to be told apart; got q4.gguf, q4.gguf" in outcome.err
 
 
 class Clock:

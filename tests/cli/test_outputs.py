@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -94,3 +95,24 @@ def test_benchmark_results_that_cannot_be_appended_are_printed(
     assert f"cannot be appended to {output}" in outcome.err.splitlines()[-1]
     assert json.loads(outcome.out)["results"] == [record.to_dict()] * 2
     assert output.read_text() == before + before[: len(before) // 2]
+
+
+def test_what_was_measured_before_an_interruption_is_printed_and_saved(
+    tmp_path: Path, main: RunMain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = NotMeasured("ops", "cuda", "no CUDA device")
+
+    def interrupted(request: object, progress: object) -> Iterator[tuple[list[NotMeasured], dict[str, int], int]]:
+        yield [record], {}, 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ops, "run", interrupted)
+    outcome = main("bench", "ops")
+    assert (outcome.code, "no CUDA device" in outcome.out) == (130, True)
+
+    def closed(records: object) -> NoReturn:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("grasp.cli.bench_tables.show_results", closed)
+    assert main("bench", "ops", "-o", tmp_path / "ops.jsonl").code != 0
+    assert json.loads((tmp_path / "ops.jsonl").read_text()) == record.to_dict()

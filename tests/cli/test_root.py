@@ -163,3 +163,9 @@ def test_a_stdout_that_cannot_be_written_gives_no_traceback(redirection: str, co
     )
     assert run.returncode in (code, 0 if "|" in redirection else code)  # true may end after grasp has written
     assert len(run.stderr.splitlines()) == (code == 2)
+
+
+def test_the_command_to_record_may_have_empty_arguments(main: RunMain, tmp_path: Path) -> None:
+    outcome = main("bench", "record", "-o", tmp_path / "w.json", "--", "sh", "-c", "exit 3", "")
+    assert outcome.code == 3
+    assert "empty value" not in outcome.err

@@ -79,8 +79,9 @@ def test_compiled_steps_are_beside_eager_ones() -> None:
         {"factors": "other"},
     ],
 )
-def test_latencies_of_different_conditions_do_not_share_a_figure(values: dict[str, Any]) -> None:
-    assert len(latencies([model("dense"), model("dense", **values)])) == 2
+def test_times_of_different_conditions_do_not_share_a_figure(values: dict[str, Any]) -> None:
+    for figures in (latencies, trades):
+        assert len(figures([model("dense"), model("dense", **values)])) == 2
 
 
 def test_batch_sizes_share_a_figure_of_latencies() -> None:

@@ -1,0 +1,21 @@
+"""Handlers of signals for a while."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def handling(handlers: Mapping[signal.Signals, Callable[[int, FrameType | None], object]]) -> Iterator[None]:
+    """Inside the block these handlers get the signals, but none that is ignored, as SIGHUP is by ``nohup``."""
+    before = {number: old for number in handlers if (old := signal.getsignal(number)) is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handlers[number])
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
