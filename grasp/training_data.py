@@ -125,7 +125,7 @@ def instruction_sequences(
 
 
 def hold_out(sequences: Sequence[TrainingSequence]) -> tuple[list[TrainingSequence], list[TrainingSequence]]:
-    """Split off the last 5 % of the sequences, at most 32: training sequences, then held-out sequences.
+    """Split off 5 % of the sequences, at most 32, evenly spaced: training sequences, then held-out sequences.
 
     Raises:
         TrainingDataError: if there are fewer than two sequences.
@@ -136,7 +136,8 @@ def hold_out(sequences: Sequence[TrainingSequence]) -> tuple[list[TrainingSequen
             f"the data have {len(sequences)} sequences; expected at least 2, one for training and one held out. Use "
             "more data or a shorter seq_len"
         )
-    return list(sequences[:-count]), list(sequences[-count:])
+    chosen = [(2 * index + 1) * len(sequences) // (2 * count) for index in range(count)]
+    return [item for i, item in enumerate(sequences) if i not in chosen], [sequences[i] for i in chosen]
 
 
 def shuffled(count: int, seed: int) -> Iterator[int]:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -123,10 +123,16 @@ def test_files_without_instructions_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("count", "held"), [(2, 1), (39, 1), (40, 2), (10_000, 32)])
-def test_the_last_sequences_are_held_out(count: int, held: int) -> None:
+def test_evenly_spaced_sequences_are_held_out(count: int, held: int) -> None:
     sequences = numbered(count)
     train, held_out = hold_out(sequences)
-    assert (train, held_out) == (sequences[:-held], sequences[-held:])
+    places = [i for i, sequence in enumerate(sequences) if any(sequence is other for other in held_out)]
+    assert [sequences[i] for i in places] == held_out
+    assert [sequence for i, sequence in enumerate(sequences) if i not in places] == train
+    assert len(held_out) == held
+    steps = [b - a for a, b in pairwise(places)]
+    assert max(steps, default=0) - min(steps, default=0) <= 1
+    assert abs(places[0] - (count - 1 - places[-1])) <= 1  # as far from either end
 
 
 def test_a_single_sequence_cannot_be_held_out_and_trained_on() -> None:

@@ -50,7 +50,7 @@ _TEMPLATE = """\
 # {title}
 
 {origin}, compressed with [GRASP](https://arxiv.org/abs/2501.00339): {count} linear layers were replaced by low-rank \
-layers, which removes {removed:.1%} of the model's parameters ({before:,} before, {after:,} now).
+layers. In all, {removed:.1%} of the model's parameters were removed ({before:,} before, {after:,} now).
 
 ## Use
 
@@ -98,13 +98,19 @@ class _CardLayer(NamedTuple):
 
 
 def model_card(
-    model: PreTrainedModel, *, base_model: str | None, license: Mapping[str, str] | None = None, details: str = ""
+    model: PreTrainedModel,
+    *,
+    base_model: str | None,
+    before: int | None = None,
+    license: Mapping[str, str] | None = None,
+    details: str = "",
 ) -> str:
     """Return the text of a model card, front matter included.
 
     Args:
         model: compressed.
         base_model: the model before compression; the front matter names it only if it is on the hub (``owner/name``).
+        before: its parameters; ``None`` if no layers were removed.
         license: front matter keys ``license``, ``license_name``, ``license_link``, as ``read_license`` returns them.
         details: Markdown at the end of the card.
 
@@ -117,9 +123,8 @@ def model_card(
     kinds = (LowRankLinear, QuantizedLowRankLinear)
     layers = {name: _layer(module) for name, module in model.named_modules() if isinstance(module, kinds)}
     storages = [str(module.storage) for module in model.modules() if isinstance(module, QUANTIZED)]
-    return _render(
-        model.config.model_type, layers, storages, parameter_count(model), base_model, license or {}, details
-    )
+    sizes = parameter_count(model), before
+    return _render(model.config.model_type, layers, storages, sizes, base_model, license or {}, details)
 
 
 def folder_card(
@@ -136,18 +141,20 @@ def folder_card(
         for m in checkpoint.modules
     }
     storages = list(checkpoint.quantized.values())
-    return _render(checkpoint.model_type, layers, storages, checkpoint.parameters, base_model, license or {}, "")
+    sizes = checkpoint.parameters, checkpoint.parameters_before
+    return _render(checkpoint.model_type, layers, storages, sizes, base_model, license or {}, "")
 
 
 def _render(
     model_type: str,
     layers: Mapping[str, _CardLayer],
     storages: Sequence[str],
-    parameters: int,
+    sizes: tuple[int, int | None],
     base_model: str | None,
     license: Mapping[str, str],
     details: str,
 ) -> str:
+    """The card; ``sizes`` are the parameters now, and before if that is known."""
     on_hub = base_model is not None and is_hub_name(base_model)
     front_matter: dict[str, Any] = {
         "library_name": "transformers",
@@ -156,7 +163,8 @@ def _render(
         **({"base_model": base_model, "base_model_relation": "quantized"} if on_hub else {}),
         **{key: value for key, value in license.items() if key in _LICENSE_KEYS},
     }
-    before = parameters + sum(layer.dense_parameters - layer.parameters for layer in layers.values())
+    parameters, before = sizes
+    before = before or parameters + sum(layer.dense_parameters - layer.parameters for layer in layers.values())
     name = _display_name(base_model) or f"a {model_type} model"
     title = _literal(f"{name[0].upper()}{name[1:]}")
     card = _TEMPLATE.format(
@@ -211,12 +219,14 @@ def with_results(
     return "\n\n".join(parts) + "\n"
 
 
-def with_sizes(card: str, model: PreTrainedModel) -> str:
+def with_sizes(card: str, model: PreTrainedModel, before: int | None) -> str:
     """Return a card with the sizes and the table of a model in place of its own; all other text stays.
+
+    ``before`` is as in ``model_card``.
 
     A card that ``model_card`` did not write may have neither; it is then returned as it is.
     """
-    fresh = model_card(model, base_model=None)
+    fresh = model_card(model, base_model=None, before=before)
     sentence, table = (part.findall(fresh)[0].replace("\\", r"\\") for part in _SIZES)
     card = _SIZES[0].sub(sentence, card)
     return _SIZES[1].sub(f"{table}\n", card).rstrip() + "\n"

@@ -34,6 +34,7 @@ def fitting_batch_size(
     seq_len: int,
     memory: int | None = None,
     trial: bool = True,
+    processes: int = 1,
 ) -> int:
     """The largest batch size for ``compress_`` that fits into the free memory of the device of the model.
 
@@ -48,6 +49,7 @@ def fitting_batch_size(
         memory: the budget in bytes above the loaded model; ``None`` for ``FREE_FRACTION`` of the free memory.
         trial: test the estimate on a GPU. Set it to false if the weights are sharded: the processes would test
             different sizes and wait for each other.
+        processes: that divide the free memory of a CPU.
 
     Raises:
         OutOfMemoryError: if one sequence does not fit.
@@ -55,7 +57,8 @@ def fitting_batch_size(
     """
     device = first_device(model)
     job = CompressionJob(model.config, config, model.dtype, device, num_samples, seq_len)
-    budget = int(FREE_FRACTION * free_bytes(device)) if memory is None else memory
+    share = FREE_FRACTION / (processes if device.type == "cpu" else 1)
+    budget = int(share * free_bytes(device)) if memory is None else memory
     largest = largest_batch_size(job, budget).batch_size
     if device.type == "cpu" or not trial:
         return largest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -25,6 +25,7 @@ from grasp.compression.selection import (
     stored_replacements,
     write_replacement,
 )
+from grasp.errors import NonFiniteError
 from grasp.method import knapsack
 from grasp.method.metrics import nats_per_score
 from grasp.model.layer_removal import can_remove
@@ -64,19 +65,28 @@ def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
     options = [*allocations.values(), *(other for other in others if other.name not in allocations)]
     if not options:
         raise ValueError("no candidate keeps to the budget: ranks do not suffice, and too few layers can be removed")
-    dense = Candidate(DENSE, (), {})
     losses: dict[str, float] = {}
-    for option in (dense, *options):
-        losses[option.name] = once(f"loss, {option.name}", partial(_measured, run, start, selections, option))
-        run.progress("candidates, compared", len(losses), len(options) + 1)
-    low_rank = [option for option in options if has_low_rank(option.ranks.values())]
-    if run.config.refit and low_rank:
-        best = min(low_rank, key=lambda option: losses[option.name])
+
+    def measure(option: Candidate) -> None:
+        value = once(f"loss, {option.name}", partial(_measured, run, start, selections, option))
+        if math.isfinite(value):  # others are no candidates
+            losses[option.name] = value
+
+    def least(options: Sequence[Candidate]) -> Candidate | None:
+        return min((option for option in options if option.name in losses), key=lambda o: losses[o.name], default=None)
+
+    dense = Candidate(DENSE, (), {})
+    for done, option in enumerate((dense, *options), start=1):
+        measure(option)
+        run.progress("candidates, compared", done, len(options) + 1)
+    best = least([option for option in options if has_low_rank(option.ranks.values())])
+    if run.config.refit and best is not None:
         options.append(best._replace(name=f"{best.name}, fitted", fitted=True))
-        losses[options[-1].name] = once(
-            f"loss, {options[-1].name}", partial(_measured, run, start, selections, options[-1])
+        measure(options[-1])
+    if (chosen := least(options)) is None:
+        raise NonFiniteError(
+            "the held-out loss of every candidate is NaN or infinite; load the model in bfloat16 or float32"
         )
-    chosen = min(options, key=lambda option: losses[option.name])
     return decision(run, chosen, (dense, *options), losses)
 
 
@@ -99,10 +109,19 @@ def compare_with_removal(run: Run, plan: Plan, scores: Sequence[float]) -> Decis
 
 
 def result_loss(run: Run) -> dict[str, float]:
-    """The loss of the compressed model, by its name."""
+    """The loss of the compressed model, by its name.
+
+    Raises:
+        NonFiniteError: if it is NaN or infinite.
+    """
     if not run.held_out:
         return {}
-    return {COMPRESSED: losses_without(run.model, [()], run.held_out, processes=run.processes)[0]}
+    [loss] = losses_without(run.model, [()], run.held_out, processes=run.processes)
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"the held-out loss of the compressed model is {loss}; load the model in bfloat16 or float32"
+        )
+    return {COMPRESSED: loss}
 
 
 def decision(run: Run, chosen: Candidate, options: Iterable[Candidate], losses: Mapping[str, float]) -> Decision:
@@ -150,12 +169,13 @@ def removed_in_order(run: Run, plan: Plan, losses: Mapping[int, float], *, retri
     saving, left, passes = required_saving(run.prices, plan), dict(losses), len(losses) if retried > 1 else 0
     removed: dict[int, float] = {}
     while _saved(run, removed) < saving:
-        few = heapq.nsmallest(retried, left, key=left.__getitem__)
+        order = sorted(left, key=left.__getitem__)
+        few, others = order[:retried], order[retried:]
         if removed and passes > 0:
             passes -= len(few) + 1
             left |= removal_losses(run.model, few, run.held_out, [*removed], processes=run.processes)
         few.sort(key=left.__getitem__)
-        layer = next((layer for layer in few if can_remove(run.model, [*removed, layer])), None)
+        layer = next((layer for layer in (*few, *others) if can_remove(run.model, [*removed, layer])), None)
         if layer is None:
             break
         removed[layer] = left.pop(layer)
@@ -203,7 +223,7 @@ def _measured(run: Run, start: Prefix, selections: Selections, candidate: Candid
         try:
             refit.replace_(layer, modules, is_fitted=stored is not None, is_removed=layer in removed)
             if candidate.fitted and layer not in removed and stored is None:
-                _store(run, dict(zip(present, chosen, strict=True)))
+                store(run, dict(zip(present, chosen, strict=True)))
             with run.processes.fail_together(), with_map(run, candidate.map, layer) if mapped else nullcontext():
                 hidden = hidden if layer in removed else propagate(start, range(layer, layer + 1), hidden)
         finally:
@@ -216,11 +236,20 @@ def _measured(run: Run, start: Prefix, selections: Selections, candidate: Candid
     return float(total) / sum(batch.num_targets for batch in run.held_out)
 
 
-def _store(run: Run, chosen: Mapping[Target, Replacement]) -> None:
-    """Store what takes the place of some linears, of which processes have equal copies."""
+def store(run: Run, chosen: Mapping[Target, Replacement], instead_of: str | None = None) -> None:
+    """Store what takes the place of some linears, of which processes have equal copies.
+
+    Args:
+        run: the run.
+        chosen: by linear.
+        instead_of: the first part of the names of the files that it was made from. They are removed.
+    """
 
     def write(target: Target) -> Name:
         return write_replacement(run.state, target, chosen[target])
 
+    files: dict[str, str | None] = {f"{instead_of}-{target.name}": None for target in chosen if instead_of}
     written = run.processes.map_divided(list(chosen), write, Name)
-    run.state.record({f"module-{target.name}": name for target, name in written})
+    files |= {f"module-{target.name}": name for target, name in written}
+    run.processes.wait_for_all()  # they may still read the files that are removed
+    run.state.record(files)

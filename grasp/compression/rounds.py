@@ -11,7 +11,7 @@ from grasp.checkpoint.compression_report import ModuleReport
 from grasp.checkpoint.run_state import Decision
 from grasp.compression.budget import Plan, ceilings
 from grasp.compression.candidates import FIRST_SHARE, fitted_layers, low_ranks
-from grasp.compression.held_out import decide
+from grasp.compression.held_out import decide, store
 from grasp.compression.memory_budget import return_freed_memory
 from grasp.compression.refit import Refit
 from grasp.compression.run import Run
@@ -25,7 +25,6 @@ from grasp.compression.selection import (
     replacement,
     skip,
     stored_replacements,
-    write_replacement,
 )
 from grasp.compression.spans import Selector
 from grasp.method.knapsack import DENSE
@@ -143,24 +142,13 @@ def decide_in_order_(run: Run, plan: Plan, work: Work) -> None:
         replacements = [
             replacement(run.state, target, selections[target], len(selections[target].indices)) for target in members
         ]
-        _store(run, members, replacements, "only")
+        store(run, dict(zip(members, replacements, strict=True)), "only")
         for target, (module, report) in zip(members, replacements, strict=True):
             work.reports.append(report)
             if module is not None:
                 run.model.set_submodule(target.name, module)
         if not run.config.refit:
             settle_(run, members)
-
-
-def _store(run: Run, members: Sequence[Target], replacements: Sequence[Replacement], stem: str) -> None:
-    """Store what replaces linears, instead of the files that it was made from."""
-    files: dict[str, str | None] = {f"{stem}-{target.name}": None for target in members}
-    with run.processes.fail_together():
-        for target, chosen in zip(members, replacements, strict=True):
-            if run.processes.first:
-                files[f"module-{target.name}"] = write_replacement(run.state, target, chosen)
-    run.processes.wait_for_all()  # they may still read the files that are removed
-    run.state.record(files)
 
 
 def decide_globally(run: Run, plan: Plan, work: Work) -> Decision:
@@ -209,7 +197,7 @@ def carry_out_decision_(run: Run, plan: Plan, work: Work, decision: Decision) ->
         run.clock.enter("refit")
         refit.replace_(layer, modules, is_fitted=is_stored, is_removed=layer in decision.removed)
         if not is_stored:
-            _store(run, linears, chosen, "second")
+            store(run, dict(zip(linears, chosen, strict=True)), "second")
         settle_(run, modules)
         return_freed_memory()
         reports.update(zip(linears, (report for _, report in chosen), strict=True))

@@ -31,7 +31,7 @@ def last_added(model: PreTrainedModel, layer: int) -> LastAdded:
     """Find the module by running eight tokens.
 
     Raises:
-        UnsupportedModelError: if the layer's output is not a sum with the output of its last child.
+        UnsupportedModelError: if the layer's output is not a sum with the output of its last child, a tensor.
     """
     block = decoder(model).layers[layer]
     outputs: dict[nn.Module, Any] = {}  # by module, in the order of their returns
@@ -47,6 +47,11 @@ def last_added(model: PreTrainedModel, layer: int) -> LastAdded:
         before = run()
         child = [module for module in outputs if module in set(block.children())][-1]
         added = outputs[child]
+        if not isinstance(added, Tensor):  # a mixture of experts may return the scores of its router too
+            raise UnsupportedModelError(
+                f"the last module of the layers of {type(model).__name__} does not return a tensor, so no linear map "
+                "of it can replace layers; leave this method out"
+            )
         same = [
             target
             for target in layer_targets(model, layer)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.bench.costs import costs_for, find_costs
 from grasp.builtin import BUILTIN, BUILTIN_LICENSE
-from grasp.calibration import NAMED_TEXTS, read_pieces
+from grasp.calibration import NAMED_TEXTS
 from grasp.checkpoint.card import model_card, read_license
 from grasp.checkpoint.compression_report import (
     COMPRESSED,
@@ -48,7 +49,7 @@ from grasp.version import __version__
 from grasp.workflows.guards import require_known, within_memory
 from grasp.workflows.kinds import batches_by_kind, losses_by_kind
 from grasp.workflows.quantize import QUANTIZATION, quantization_text
-from grasp.workflows.samples import Samples, draw, public_model_name, public_text_name
+from grasp.workflows.samples import Samples, draw, public_model_name, public_text_name, read_for
 
 TOKENS_PER_INPUT = 4  # of the widest linear; a rule of thumb: with fewer tokens SmolLM2-135M lost clearly more
 
@@ -106,8 +107,9 @@ def compress(
         memory: for ``compress_``, like ``host_memory``: bytes that may be taken above the loaded model.
         host_memory: bytes of CPU memory that may be taken beside a GPU.
         progress: called as ``progress(step, done, total)``.
-        notify: called with one line when a run resumes, a batch size is chosen, only a part of the text is read, the
-            tokens are few, removing layers would lose less, or weights are not decomposed on the device of the model.
+        notify: called with one line when a run resumes, a batch size is chosen, only a part of the text is read, few
+            sequences can be held out, the tokens are few, the loss on a kind of text is not finite, removing layers
+            would lose less, or weights are not decomposed on the device of the model.
         expect: called with the time left of the whole job, before the long work starts.
         processes: processes that compress together; the first one writes.
 
@@ -123,7 +125,7 @@ def compress(
     state = RunState(f"{target}.partial", notify=notify, rank=processes.rank, processes=processes.size)
     if not state.has_written(target):
         check_directory(output)
-    text = read_pieces(samples.source, tokens=samples.num_samples * samples.seq_len, notify=notify)
+    text = read_for(samples, notify)
     check_costs(config, costs, processes)
     with state:
         is_written = processes.least(state.has_written(target))
@@ -132,7 +134,7 @@ def compress(
         with within_memory(samples.batch_size, samples.seq_len):
             model, tokenizer = _load(name, dtype, device, progress, processes)
             samples = _with_batch_size(model, config, samples, state.batch_size, memory, notify, processes)
-            batches, held_out = draw(tokenizer, text, samples)
+            batches, held_out = draw(tokenizer, text, samples, notify)
             kinds = batches_by_kind(tokenizer, samples.seq_len, notify)
             for batch in chain(batches, held_out, *kinds.values()):
                 require_known(model, batch.input_ids)
@@ -160,7 +162,11 @@ def compress(
                 host_memory=host_memory,
             )
             after = losses_by_kind(model, kinds, progress=progress, processes=processes)
-            report = replace(report, kind_losses={kind: (before[kind], after[kind]) for kind in kinds})
+            losses = {kind: (before[kind], after[kind]) for kind in kinds}
+            finite = {kind: pair for kind, pair in losses.items() if all(map(math.isfinite, pair))}
+            if broken := losses.keys() - finite.keys():
+                notify(f"the loss on {', '.join(sorted(broken))} is NaN or infinite; check the model, and its dtype")
+            report = replace(report, kind_losses=finite)
             report = with_request(report, name, samples, costs=costs, dtype=dtype, device=device, processes=processes)
             if (notice := worse_than_removal(report)) is not None:
                 notify(notice)
@@ -303,8 +309,15 @@ def _with_batch_size(
     """Replace ``batch_size="auto"`` by the batch size of the resumed run, or by the largest that fits."""
     if samples.batch_size != "auto":
         return samples
-    sizes = {"num_samples": samples.num_samples, "seq_len": samples.seq_len}
-    size = resumed or fitting_batch_size(model, config, **sizes, memory=memory, trial=not processes.sharded)
+    size = resumed or fitting_batch_size(
+        model,
+        config,
+        num_samples=samples.num_samples,
+        seq_len=samples.seq_len,
+        memory=memory,
+        trial=not processes.sharded,
+        processes=processes.size,
+    )
     size = processes.least(size)
     notify(f"batch size {size}")
     return replace(samples, batch_size=size)
@@ -336,6 +349,7 @@ def write_checkpoint(
         card=model_card(
             model,
             base_model=base_model,
+            before=report.before.parameters,
             license=BUILTIN_LICENSE if name == BUILTIN else read_license(base_model),
             details=_description(samples, report),
         ),

@@ -20,6 +20,7 @@ from grasp.files import remove_abandoned
 from grasp.loading import load_quietly
 from grasp.method.ranks import FORMS, Form
 from grasp.model.checkpoint_format import weight_files
+from grasp.model.checkpoint_modules import lowrank_layers
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import require_floating_factors
 from grasp.model.size import model_size
@@ -100,7 +101,7 @@ def convert(directory: Path, output: Path, form: Form, *, progress: Progress = n
     save_checkpoint(
         *(model, target),
         tokenizer=tokenizer,
-        card=None if card is None else with_sizes(without_results(card), model),
+        card=None if card is None else with_sizes(without_results(card), model, before.parameters_before),
         extra_files=texts,
         seen={},
     )
@@ -116,7 +117,7 @@ def convert_(
     Raises:
         NonFiniteError: if a factor has NaN or infinite entries; the message names the layer.
     """
-    layers = _lowrank_layers(model)
+    layers = dict(lowrank_layers(model))
     left: dict[str, str] = {}
     before = {name: layer.order for name, layer in layers.items()}
     for done, (name, layer) in enumerate(layers.items()):
@@ -134,10 +135,6 @@ def with_forms(report: CompressionReport, model: PreTrainedModel) -> Compression
     """A report with the forms and sizes that the replaced linears of a model have now, and the size of the model."""
     modules = stored_reports(report.modules, model, len(report.block_influence), report.removed_layers)
     return replace(report, modules=modules, after=model_size(model, decoder(model).layers))
-
-
-def _lowrank_layers(model: PreTrainedModel) -> dict[str, LowRankLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
 
 
 def _omitted(directory: Path, target: Path) -> tuple[str, ...]:

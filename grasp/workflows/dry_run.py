@@ -109,7 +109,7 @@ def dry_run(
     if memory is None and free is not None:
         memory = _default_budget(job, samples, free)
     if host_memory is None and free is not None and not job.on_cpu:
-        host_memory = int(FREE_FRACTION * free_bytes(torch.device("cpu")))
+        host_memory = int(FREE_FRACTION * free_bytes(torch.device("cpu")) / processes)
     result = _estimate(job, samples, memory, host_memory)
     rates = _rates(job, result, card)
     return DryRun(
@@ -138,9 +138,10 @@ def _card(config: GraspConfig, costs: str | None) -> Card | None:
 
 
 def _default_budget(job: CompressionJob, samples: Samples, free: int) -> int:
-    """``FREE_FRACTION`` of the memory that the model leaves free; at least as much as one sequence takes."""
+    """``FREE_FRACTION`` of what the model leaves of a process's memory; at least as much as one sequence takes."""
     one = estimate(job, 1 if samples.batch_size == "auto" else samples.batch_size)
-    return max(int(FREE_FRACTION * (free - one.model_bytes)), one.least_memory)
+    share = free / (job.processes if job.on_cpu else 1)
+    return max(int(FREE_FRACTION * (share - one.model_bytes)), one.least_memory)
 
 
 def _estimate(job: CompressionJob, samples: Samples, memory: int | None, host_memory: int | None) -> Estimate:

@@ -17,7 +17,7 @@ from grasp.checkpoint.inspection import Inspection, inspect_checkpoint
 from grasp.checkpoint.saving import check_directory, read_texts, require_space, save_checkpoint
 from grasp.compression.eligible import require_positions
 from grasp.compression.quantize import quantize_
-from grasp.files import remove_abandoned
+from grasp.files import expanded, remove_abandoned
 from grasp.formatting import size
 from grasp.loading import load_config, load_quietly
 from grasp.method.storage import Storage
@@ -107,8 +107,10 @@ def quantize(
     text = read_pieces(samples.source, tokens=samples.num_samples * samples.seq_len, notify=notify) if used else None
     require_floating(load_config(name)[0])
     remove_abandoned(target)
-    source = _source(Path(name))
-    texts = read_texts(Path(name), LICENSES if source is None else TEXTS) if Path(name).is_dir() else {}
+    folder = expanded(name)
+    is_folder = name != BUILTIN and folder.is_dir()
+    source = _source(folder) if is_folder else None
+    texts = read_texts(folder, LICENSES if source is None else TEXTS) if is_folder else {}
     with within_memory(samples.batch_size, samples.seq_len):
         model, tokenizer = load_quietly(name, dtype=dtype, device=device, progress=progress)
         before = model_size(model, decoder(model).layers)
@@ -123,7 +125,8 @@ def quantize(
     if source is not None and source.report is not None:
         texts[FILE_NAME] = with_forms(source.report, model).to_json()
     progress("saving", 0, 1)
-    card = _new_card(name, model) if card is None else with_sizes(without_results(card), model)
+    parameters = None if source is None else source.parameters_before
+    card = _new_card(name, model) if card is None else with_sizes(without_results(card), model, parameters)
     size_after = model_size(model, decoder(model).layers)
     card = with_section(card, QUANTIZATION, quantization_text(before, size_after, str(storage), used))
     save_checkpoint(model, target, tokenizer=tokenizer, card=card, extra_files=texts, seen={})
@@ -137,7 +140,7 @@ def _source(folder: Path) -> Inspection | None:
     if not (folder / "config.json").is_file():
         return None
     found = inspect_checkpoint(folder)
-    return found if found.modules else None
+    return found if found.is_compressed else None
 
 
 def _new_card(name: str, model: PreTrainedModel) -> str:

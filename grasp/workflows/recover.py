@@ -24,6 +24,7 @@ from grasp.progress import Notify, Progress, no_notify, no_progress
 from grasp.recovery import RecoveryConfig, recover_, recovery_fingerprint, trainable_factors
 from grasp.statistics.processes import ALONE, Processes
 from grasp.training_data import TrainingSequence, hold_out, instruction_sequences, pack_text, read_instructions
+from grasp.workflows.convert import LICENSES
 from grasp.workflows.guards import require_known, within_memory
 
 
@@ -106,7 +107,7 @@ def recover(
     """
     if not directory.is_dir():
         raise CheckpointError(f"no folder {directory}; expected a checkpoint that `grasp compress` has written")
-    texts = read_texts(directory, (compression_report.FILE_NAME, "README.md"))
+    texts = read_texts(directory, (compression_report.FILE_NAME, "README.md", *LICENSES))
     target = Path(os.path.realpath(expanded(output)))
     state = RecoveryState(f"{target}.partial", notify=notify, rank=processes.rank, processes=processes.size)
     if not state.has_written(target):

@@ -96,7 +96,7 @@ def test_table_says_what_was_compressed_and_what_that_took_out(model: PreTrained
     text = model_card(model, base_model=None, details="## Quality\n\nPerplexity 10 → 12.")
     before = sum(p.numel() for p in tiny_model("qwen2").parameters())
     after = sum(p.numel() for p in model.parameters())
-    assert f"removes {1 - after / before:.1%} of the model's parameters ({before:,} before" in text
+    assert f"{1 - after / before:.1%} of the model's parameters were removed ({before:,} before" in text
     assert f", {after:,} now)" in text
     share = (4 * (48 + 32) + 8 * (32 + 32) + 32) / (48 * 32 + 32 * 32 + 32)
     assert f"| `model.layers.1` | `self_attn.q_proj` 8 of 32, `mlp.up_proj` 4 of 32 | {share:.1%} |\n" in text
@@ -110,8 +110,8 @@ def test_sizes_of_a_pivoted_model_replace_those_of_the_card(model: PreTrainedMod
     assert model.get_submodule("model.layers.1.mlp.up_proj").pivot_() is None
     expected = [model_card(model, base_model="owner/model", details=text) for text in texts]
     assert "Form of the low-rank layers: 1 factored, 1 pivoted." in expected[0]
-    assert [with_sizes(card, model) for card in cards] == expected != cards
-    assert with_sizes("# Mine\n", model) == "# Mine\n"
+    assert [with_sizes(card, model, None) for card in cards] == expected != cards
+    assert with_sizes("# Mine\n", model, None) == "# Mine\n"
 
 
 def test_licence_is_read_from_a_folder(tmp_path: Path) -> None:
@@ -207,6 +207,14 @@ def test_the_card_of_a_folder_says_what_that_of_the_model_says(model: PreTrained
     assert len({tuple(sorted(re.split(r" *[\n,|] *", card))) for card in cards}) == 1  # modules in any order
 
 
+def test_parameters_of_removed_layers_count_as_removed(model: PreTrainedModel) -> None:
+    before = 2 * model.num_parameters()
+    card = model_card(model, base_model=None, before=before)
+    removed = f"{0.5:.1%} of the model's parameters were removed ({before:,} before, {model.num_parameters():,} now)."
+    assert removed in card
+    assert with_sizes(model_card(model, base_model=None), model, before) == card
+
+
 @pytest.mark.parametrize("card", ["# No front matter\n", "---\ntags: [a\n---\n# Broken\n", "---\njust text\n---\n"])
 def test_front_matter_that_the_hub_could_not_read_is_refused(card: str) -> None:
     with pytest.raises(CheckpointError, match="front matter"):
@@ -237,7 +245,9 @@ def test_hostile_names_add_neither_links_nor_html_nor_lines_to_a_card() -> None:
     evil = "x](http://evil)<script>`|\n---\n# fake\x1b[0m"
     layer = module._CardLayer(rank=1, in_features=8, out_features=8, parameters=16, dense_parameters=64)
     for base_model in (None, evil):
-        text = module._render(evil, {f"model.layers.0.{evil}": layer}, [], 100, base_model, {"license": evil}, "")
+        text = module._render(
+            evil, {f"model.layers.0.{evil}": layer}, [], (100, None), base_model, {"license": evil}, ""
+        )
         body = text.split("\n---\n", 1)[1]
         assert not re.search(r"(?<!\\)(\](?=\(http://evil)|<script)", re.sub(r"`[^`]*`", "", body))
         assert not any(line.startswith(("---", "# fake")) for line in body.splitlines())

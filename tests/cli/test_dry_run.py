@@ -76,5 +76,7 @@ def test_processes_are_those_of_torchrun(
     assert "this is for one process" in main(*asked).out
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert "in each of 4 processes, sharded" in main(*asked).out
+    document = json.loads(main(*asked, "--json").out)
+    assert document["memory"] < document["free_bytes"] / 4
     monkeypatch.setenv("RANK", "1")
     assert main(*asked).out == ""

@@ -112,6 +112,8 @@ def test_a_batch_size_for_a_model_comes_from_free_memory(monkeypatch: pytest.Mon
     monkeypatch.setattr(batch_size, "free_bytes", lambda device: needs / FREE_FRACTION + 1)
     assert fitting_batch_size(model, config, num_samples=8, seq_len=128) == 2
     assert fitting_batch_size(model, config, num_samples=8, seq_len=128, memory=2 * needs) > 2
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: 2 * needs / FREE_FRACTION + 2)
+    assert fitting_batch_size(model, config, num_samples=8, seq_len=128, processes=2) == 2
 
 
 def test_the_memory_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

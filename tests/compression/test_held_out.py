@@ -19,6 +19,7 @@ from grasp.compression.budget import Plan, Prices
 from grasp.compression.candidates import Candidate
 from grasp.compression.refit import Refit
 from grasp.config import GraspConfig
+from grasp.errors import NonFiniteError
 from grasp.method.storage import Storage
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.quantized_linear import QuantizedLinear
@@ -104,7 +105,28 @@ def test_layers_are_removed_by_loss_and_the_next_ones_are_measured_again(
     monkeypatch.setattr(choice, "removal_losses", lambda model, layers, *args, **options: dict.fromkeys(layers, 0.0))
     everything = choice.removed_in_order(run, Plan(1.0, (), {}), alone, retried=retried)
     assert len(everything) == 4  # one has to stay
+    monkeypatch.setattr(choice, "can_remove", lambda model, removed: 3 not in removed and 0 not in removed)
+    assert list(choice.removed_in_order(run, Plan(1.0, (), {}), {**alone, 3: 0.0}, retried=retried)) == [1, 2, 4]
     assert choice._layers_removed(run, Plan(1.0, (), {}), everything) == []
+
+
+@pytest.mark.parametrize("broken", ["low-rank", ""])
+def test_a_loss_that_is_not_finite_is_never_the_least(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = choice._measured
+
+    def measured(run: Any, start: Any, selections: Any, candidate: Candidate) -> float:
+        return float("nan") if candidate.name.startswith(broken) else measure(run, start, selections, candidate)
+
+    monkeypatch.setattr(choice, "_measured", measured)
+    model = with_idle_layer()
+    if not broken:
+        with pytest.raises(NonFiniteError, match="of every candidate is NaN or infinite; load the model in bfloat16"):
+            compressed(model, compression_ratio=0.2)
+        return
+    report = compressed(model, compression_ratio=0.2)
+    assert report.removed_layers
+    assert "low-rank" not in {candidate.name for candidate in report.candidates}
+    assert CompressionReport.from_json(report.to_json()) == report
 
 
 def prefer_fits(monkeypatch: pytest.MonkeyPatch, preferred: bool = True) -> dict[bool, float]:
@@ -157,7 +179,7 @@ def test_a_fit_that_was_measured_is_the_one_that_is_kept(monkeypatch: pytest.Mon
     with RunState(tmp_path / "out.partial") as state:
         compressed(stopped, state=state, compression_ratio=0.02)
     assert len(fits) == 2 * once
-    monkeypatch.setattr(choice, "_store", lambda run, chosen: None)
+    monkeypatch.setattr(choice, "store", lambda run, chosen: None)
     compressed(again, compression_ratio=0.02)
     assert len(fits) == 4 * once
     for other in (stopped, again):

@@ -55,6 +55,12 @@ def test_results_in_the_models_folder_are_in_its_card_beside_those_before_compre
     assert read_evaluation(folder / "config.json") is None
 
 
+def test_a_folder_with_texts_of_something_else_is_no_models(tmp_path: Path) -> None:
+    for name in ("README.md", "config.json"):
+        (tmp_path / name).write_text("of another project")
+    require_replaceable(tmp_path / "results.json")
+
+
 def test_the_card_of_a_dense_model_is_left_to_its_authors(tmp_path: Path) -> None:
     dense = save_tiny_model(tmp_path / "dense")
     (tmp_path / "text.txt").write_text(TEXT)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.errors import NonFiniteError, UnsupportedModelError
 from grasp.method.storage import Storage, choose_storage
+from grasp.model.layer_removal import remove_layers_
 from grasp.workflows.convert import convert
 from grasp.workflows.evaluate import evaluate
 from grasp.workflows.quantize import quantize
@@ -83,6 +85,30 @@ def test_a_compressed_folder_becomes_a_smaller_one_with_the_same_texts(
     assert f"{len(after.quantized)} int8." in card
     assert "outputs change least on 4 sequences of 32 tokens of a text file" in card
     assert (tmp_path / "out" / "LICENSE").read_text() == "Mine."
+
+
+def test_a_folder_without_some_layers_keeps_its_texts_and_sizes(
+    samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", vocab_size=len(byte_tokenizer()))
+    report = compress_(model, tiny_batches(1), GraspConfig(layers=(1, 2), retain_ratio=0.5))
+    report = replace(report, removed_layers=(1,), modules=tuple(m for m in report.modules if m.layer != 1))
+    dense = tiny_model("llama", vocab_size=len(byte_tokenizer()))
+    remove_layers_(dense, [1])
+    folder = save_checkpoint(
+        *(dense, tmp_path / "short"),
+        tokenizer=byte_tokenizer(),
+        card=model_card(dense, base_model="owner/model", details="## Mine\n\nText."),
+        extra_files={"report.json": replace(report, modules=()).to_json()},
+    )
+    monkeypatch.chdir(tmp_path)
+    Path("builtin").mkdir()  # is not what builtin means
+    quantize(str(folder), tmp_path / "out", Storage(8), samples)
+    found = inspect_checkpoint(tmp_path / "out")
+    assert found.parameters_before == report.before.parameters
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "## Mine\n\nText." in card
+    assert f"({report.before.parameters:,} before, {dense.num_parameters():,} now)" in card
 
 
 def test_a_dense_folder_needs_no_text_with_rounding_to_nearest(tmp_path: Path) -> None:
