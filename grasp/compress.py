@@ -37,7 +37,6 @@ from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.size import model_size
-from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
 from grasp.statistics.processes import ALONE, Processes
 
@@ -174,7 +173,7 @@ def _report(
     ranks = {name: rank for name, rank in decision.ranks.items() if rank == ROUNDED}
     ranks |= {report.name: report.rank for report in reports if report.rank}
     left = [report for layer in plan.layers for report in run.left[layer]]
-    after = model_size(run.model, decoder(run.model).layers)
+    after = model_size(run.model)
     seconds = (
         predicted_seconds(run.config, run.costs, run.targets, ranks, decision.removed) if run.costs is not None else {}
     )

@@ -147,7 +147,7 @@ def linear_replacement(model: PreTrainedModel, job: Job) -> Outcome:
 
 def lems(model: PreTrainedModel, job: Job) -> Outcome:
     """Our own implementation of LEMS."""
-    calibration, saving = job.calibration, job.ratio * model_size(model, decoder(model).layers).parameters
+    calibration, saving = job.calibration, job.ratio * model_size(model).parameters
     file, batches = calibration.folder / "lems.json", as_batches(calibration.batches)
     return Outcome(ranks=lems_(model, batches, saving, file, dtype=calibration.dtype, progress=job.progress))
 
@@ -156,7 +156,7 @@ def _count(model: PreTrainedModel, order: Sequence[int], ratio: float) -> int:
     """The number of layers to remove for a ratio of the whole model."""
     layers = decoder(model).layers
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
-    least = 0.99 * ratio * model_size(model, layers).parameters
+    least = 0.99 * ratio * model_size(model).parameters
     return next(n for n in range(len(order) + 1) if sum(sizes[i] for i in order[:n]) >= least)
 
 

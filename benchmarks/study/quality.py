@@ -45,7 +45,6 @@ from grasp.loading import load_model
 from grasp.model.batch import batches_digest
 from grasp.model.running import casting, first_device
 from grasp.model.size import model_size
-from grasp.model.targets import decoder
 from grasp.progress import Notify
 from grasp.workflows.kinds import batches_by_kind, losses_by_kind
 from grasp.workflows.samples import Samples, draw
@@ -63,7 +62,7 @@ class Study:
     ) -> None:
         self.setting, self._cache, self._documents, self._memory = setting, cache, documents, memory
         model, self._tokenizer = load_model(setting.model, dtype=setting.weights)
-        self.size = model_size(model, decoder(model).layers)
+        self.size = model_size(model)
         self._conditions = conditions(measure_card(device := first_device(model), torch.float32), device)
         self._bos = bos_for(self._tokenizer)
         self._calibration: dict[int, CalibrationSet] = {}
@@ -133,7 +132,7 @@ class Study:
             ).perplexity
             kind_losses = losses_by_kind(model, self._kinds)
             accuracy = self._accuracy(model)
-        after = model_size(model, decoder(model).layers)
+        after = model_size(model)
         return Cell(
             *key,
             setting=without_folders(self.setting),

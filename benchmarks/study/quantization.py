@@ -33,7 +33,6 @@ from grasp.export.gguf_file import write_gguf
 from grasp.loading import load_model
 from grasp.method.storage import FP8, Storage
 from grasp.model.size import model_size
-from grasp.model.targets import decoder
 
 # How weights are stored, as ours or as a type of GGUF, and whether rounding knows the inputs.
 WAYS: dict[str, tuple[Storage | str | None, bool]] = {
@@ -75,7 +74,7 @@ def measure(source: str, way: str, text: str, windows: int | None, window: int) 
     measured = perplexity(model, tokens[:count], window=window, batch_size=2, bos_token_id=bos)
     if not isinstance(storage, str):
         torch.nn.Module.to(model, torch.bfloat16)
-        size = model_size(model, decoder(model).layers).bytes
+        size = model_size(model).bytes
     return size, measured.perplexity, seconds
 
 

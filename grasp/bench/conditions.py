@@ -115,7 +115,7 @@ def measure_card(device: torch.device, dtype: torch.dtype) -> Card:
     matrix = torch.ones(READ_BYTES // (4 * width), width, device=device)
     size = MATMUL_SIZE[device.type]
     square = torch.randn(size, size, device=device).to(dtype)
-    return roofline.measured(
+    return roofline.Card(
         device_name(device),
         flops=2 * size**3 / _best(device, lambda: square @ square),
         bandwidth=READ_BYTES / min(_best(device, partial(read, matrix)) for read in READERS),

@@ -265,7 +265,7 @@ class _Bench:
 
     def _facts(self, key: Key, case: Case, apart: float | None, turns: Turns) -> _Facts:
         (model, backend), cache = self.models[key.provider], turns.times[key][-1].kv_cache_bytes
-        size = model_size(model, decoder(model).layers)
+        size = model_size(model)
         share = 1 - case.new_tokens / (case.depth + case.prompt_tokens + case.new_tokens)
         least = floors(model, self.card, case.batch_size, case.prompt_tokens, int(cache * share))
         return _Facts(

@@ -31,7 +31,6 @@ from grasp.files import expanded
 from grasp.formatting import one_line
 from grasp.loading import DTYPES, find_device, load_config, load_quietly
 from grasp.model.size import Size, model_size
-from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
 from grasp.reading import read_json
 
@@ -215,7 +214,7 @@ def _checkpoint(model: str, dtype: str, request: ServeRequest, scratch: Path, pr
     vocabulary = min(len(tokenizer), loaded.config.get_text_config(decoder=True).vocab_size)
     length = min(SCORED_TOKENS, request.prompt_tokens + request.new_tokens - 1)
     tokens = torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(0))
-    size = model_size(loaded, decoder(loaded).layers)
+    size = model_size(loaded)
     rounded = log_probabilities(loaded, tokens)
     exact = log_probabilities(loaded.float(), tokens)
     proof = Proof(tokens.tolist(), exact, (rounded - exact).abs().mean().item())

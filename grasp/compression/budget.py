@@ -104,7 +104,7 @@ def _byte_prices(config: GraspConfig, model: PreTrainedModel, targets: Targets, 
 def _dense_bytes(config: GraspConfig, model: PreTrainedModel) -> tuple[int, list[int]]:
     """The bytes of the model, and of each layer, if all linears stay dense."""
     layers = decoder(model).layers
-    size = model_size(model, layers).bytes
+    size = model_size(model).bytes
     weights = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
     if config.dense_storage is None:
         return size, weights

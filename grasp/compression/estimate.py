@@ -212,7 +212,7 @@ class _Estimator:
         self._layers = decoder(tracer.model).layers
         self.targets = eligible_targets(tracer.model)[0]
         self.shapes = [dense_shape(target.module) for linears in self.targets.values() for target in linears]
-        self.parameters = model_size(tracer.model, self._layers).parameters
+        self.parameters = model_size(tracer.model).parameters
         if job.config.target_latency is None:
             self._prices = find_prices(job.config, tracer.model, self.targets, may_remove=True)
         else:  # the layers depend on costs: at most, all layers are compressed

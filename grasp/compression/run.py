@@ -99,7 +99,7 @@ def start_run(
     clock = Clock()
     require_positions(model, [*batches, *held_out])
     layers = decoder(model).layers
-    before = model_size(model, layers)
+    before = model_size(model)
     check_layers(config, len(layers))
     if config.bits is not None and any(map(is_fetched_per_call, model.modules())):
         raise ValueError(

@@ -22,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from grasp.builtin import packaged_folders
 from grasp.errors import MissingPackageError, TaskError
-from grasp.evaluation.task_documents import PACKAGE, find_source, read_documents, require_documents
+from grasp.evaluation.task_documents import PACKAGE, find_source, read_documents
 from grasp.formatting import one_line
 from grasp.progress import Progress, no_progress
 from grasp.version import __version__
@@ -78,7 +78,7 @@ class TaskRequest:
             for task in self.names:
                 if not _is_single(task):
                     raise TaskError(f"{task} is a group of tasks; with documents from {self.source}, name each task")
-                require_documents(folder, task)
+                read_documents(folder, task)
 
 
 def evaluate_tasks(
@@ -183,7 +183,8 @@ def _load(tasks: Sequence[str], source: str | Path | None, scratch: Path) -> tup
     from jinja2 import UndefinedError
     from lm_eval.tasks import TaskManager
 
-    unreachable: tuple[type[Exception], ...] = (DatasetsError, *_HUB_ERRORS)
+    # RuntimeError: the data set is a script, which the library does not run.
+    unreachable: tuple[type[Exception], ...] = (DatasetsError, RuntimeError, *_HUB_ERRORS)
     mismatch: tuple[type[Exception], ...] = (UndefinedError, LookupError, ValueError, TypeError, AttributeError)
     files: dict[str, Path] = {}
     if source is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +136,7 @@ def _read_arrow(folder: Path) -> list[Row]:
         try:
             with pyarrow.memory_map(str(file)) as stream:
                 rows += pyarrow.ipc.open_stream(stream).read_all().to_pylist()
-        except (OSError, pyarrow.ArrowInvalid) as error:
+        except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
             raise TaskError(f"{file} cannot be read as a stream of Arrow records: {error}") from error
     return rows
 
@@ -150,7 +149,7 @@ def _convert(task: str, row: Row) -> Row:
     try:
         return convert(row)
     except (LookupError, ValueError, TypeError) as error:
-        raise TaskError(f"a document of {task} cannot be converted ({error}): {json.dumps(row)[:200]}") from error
+        raise TaskError(f"a document of {task} cannot be converted ({error}): {row!r:.200}") from error
 
 
 def _piqa(row: Mapping[str, Any]) -> Row:

@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 _BESIDE = ("layer", "rest", "layer_quantized", "rest_quantized")
 _FIELDS = ("device", "source", "dtype", "form", *_BESIDE, "threads", "versions")
 # Seconds from one kernel to the next inside a CUDA graph. The rates of a card do not include it; 1 to 4 us are usual.
+LAYER_LAUNCHES = 2  # kernels of a layer besides its linears: attention and norms, fused as servers fuse them
 LAUNCH = 2e-6
 POINTS = 16  # ranks of a table from the rates of a card: the time of pivoted factors is no straight line
 
@@ -201,7 +202,6 @@ def from_roofline(
     itemsize: int,
     head: Shape,
     storages: Collection[Storage] = (),
-    layer_launches: int = 2,
 ) -> CostTable:
     """The costs by the rates of a card: weights are read once at its bandwidth, and every kernel takes ``LAUNCH``.
 
@@ -215,7 +215,6 @@ def from_roofline(
         itemsize: bytes of a floating weight.
         head: (N, K) of the output layer.
         storages: quantised ones, beside floating weights.
-        layer_launches: kernels of a layer besides its linears: attention and norms, fused as servers fuse them.
 
     Example:
         >>> weights = {"dtype": "bfloat16", "form": "pivoted", "itemsize": 2, "head": (128256, 4096)}
@@ -240,9 +239,9 @@ def from_roofline(
         dtype=dtype,
         form=form,
         linears={key: linear(*key) for key in product(sorted(set(shapes)), (None, *storages))},
-        layer=layer_launches * LAUNCH,
+        layer=LAYER_LAUNCHES * LAUNCH,
         rest=seconds(head, (head,), None),
-        layer_quantized=layer_launches * LAUNCH if storages else None,
+        layer_quantized=LAYER_LAUNCHES * LAUNCH if storages else None,
         rest_quantized=seconds(head, (head,), OUTPUTS) if storages else None,
     )
 

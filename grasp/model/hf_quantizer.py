@@ -107,10 +107,7 @@ class GraspHfQuantizer(HfQuantizer):
         """Factors can be trained like any parameter, unless they are quantised."""
         return not self.quantization_config.quantized
 
-    @property
-    def is_qat_trainable(self) -> bool:
-        """As ``is_trainable``; transformers' Trainer reads this for training without adapters."""
-        return self.is_trainable
+    is_qat_trainable = is_trainable  # transformers' Trainer reads this for training without adapters
 
     @property
     def is_compileable(self) -> bool:

@@ -17,7 +17,7 @@ from grasp.model.dense import DenseLinear, dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp_kernels import Factors, lowrank_linear
 from grasp_kernels.dispatch import CPU_ROWS
-from grasp_kernels.quantized import dequantize, stored_columns
+from grasp_kernels.quantized import dequantize
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
@@ -30,7 +30,25 @@ def _fixed(*shape: int, dtype: torch.dtype | None, device: torch.device | str | 
 
 
 class _Quantized(nn.Module):
-    """A module whose fp8 values ``Module.to`` does not cast, although they are floating to PyTorch."""
+    """A module whose fp8 values ``Module.to`` does not cast, although they are floating to PyTorch.
+
+    Attributes:
+        storage: of its matrices.
+        counts: the number of values in each of them.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        super().__init__()
+        self.storage = storage
+        self.counts: dict[str, int] = {}
+
+    def _add(self, name: str, rows: int, depth: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
+        """Register a quantised matrix, (rows, depth), without values, and its scales of a dtype."""
+        self.counts[name] = rows * depth
+        stored = self.storage.columns(depth)
+        self.register_parameter(name, _fixed(rows, stored, dtype=VALUES[self.storage.dtype], device=device))
+        scales = _fixed(rows, self.storage.scales(depth), dtype=dtype, device=device)
+        self.register_parameter(f"{name}_scales", scales)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep(tensor: Tensor) -> Tensor:
@@ -66,24 +84,15 @@ class QuantizedLowRankLinear(_Quantized):
     order: Tensor | None
 
     def __init__(self, layer: LowRankLinear, storage: Storage, device: torch.device | str | None = None) -> None:
-        super().__init__()
+        super().__init__(storage)
         self.in_features, self.out_features, self.rank = layer.in_features, layer.out_features, layer.rank
-        self.storage, self.backend = storage, layer.backend
-        depths = {"U": (layer.U.shape[0], self.rank), "Vh": (self.rank, self.in_features)}
-        values, scales = VALUES[storage.dtype], layer.U.dtype
-        for name, (rows, depth) in depths.items():
-            stored = stored_columns(values, depth)
-            self.register_parameter(name, _fixed(rows, stored, dtype=values, device=device))
-            self.register_parameter(f"{name}_scales", _fixed(rows, storage.scales(depth), dtype=scales, device=device))
-        bias = None if layer.bias is None else _fixed(self.out_features, dtype=scales, device=device)
+        self.backend = layer.backend
+        self._add("U", layer.U.shape[0], self.rank, layer.U.dtype, device)
+        self._add("Vh", self.rank, self.in_features, layer.U.dtype, device)
+        bias = None if layer.bias is None else _fixed(self.out_features, dtype=layer.U.dtype, device=device)
         self.register_parameter("bias", bias)
         order = None if layer.order is None else torch.arange(self.out_features, dtype=torch.int32, device=device)
         self.register_buffer("order", order)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """The number of values in each quantised parameter."""
-        return {"U": len(self.U) * self.rank, "Vh": self.rank * self.in_features}
 
     @property
     def form(self) -> Form:
@@ -165,29 +174,22 @@ class QuantizedLinear(_Quantized):
         torch.Size([2, 8])
     """
 
+    weight: nn.Parameter
+    weight_scales: nn.Parameter
     bias: nn.Parameter | None
     others: Tensor  # U, (0, N)
     order: Tensor  # (N,) int32
 
     def __init__(self, linear: DenseLinear, storage: Storage, device: torch.device | str | None = None) -> None:
-        super().__init__()
+        super().__init__(storage)
         self.out_features, self.in_features = dense_shape(linear)
-        self.storage = storage
-        values, scales = VALUES[storage.dtype], linear.weight.dtype
-        stored = stored_columns(values, self.in_features)
-        self.weight = _fixed(self.out_features, stored, dtype=values, device=device)
-        count = storage.scales(self.in_features)
-        self.weight_scales = _fixed(self.out_features, count, dtype=scales, device=device)
+        scales = linear.weight.dtype
+        self._add("weight", self.out_features, self.in_features, scales, device)
         bias = None if linear.bias is None else _fixed(self.out_features, dtype=scales, device=device)
         self.register_parameter("bias", bias)
         self.register_buffer("others", torch.empty(0, self.out_features, dtype=scales, device=device), persistent=False)
         order = torch.arange(self.out_features, dtype=torch.int32, device=device)
         self.register_buffer("order", order, persistent=False)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """The number of values in each quantised parameter."""
-        return {"weight": self.out_features * self.in_features}
 
     def renew_buffers_(self) -> None:
         """Fill the buffers that no checkpoint has, where they are; the parameters may be offloaded."""
@@ -218,18 +220,14 @@ class QuantizedEmbedding(_Quantized):
         device: of the parameters.
     """
 
-    def __init__(self, embedding: nn.Embedding, device: torch.device | str | None = None) -> None:
-        super().__init__()
-        self.num_embeddings, self.embedding_dim = embedding.weight.shape
-        self.storage = Storage(8)
-        self.factor = float(getattr(embedding, "scalar_embed_scale", 1.0))
-        self.weight = _fixed(*embedding.weight.shape, dtype=torch.int8, device=device)
-        self.weight_scales = _fixed(self.num_embeddings, 1, dtype=embedding.weight.dtype, device=device)
+    weight: nn.Parameter
+    weight_scales: nn.Parameter
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """The number of values in each quantised parameter."""
-        return {"weight": self.num_embeddings * self.embedding_dim}
+    def __init__(self, embedding: nn.Embedding, device: torch.device | str | None = None) -> None:
+        super().__init__(Storage(8))
+        self.num_embeddings, self.embedding_dim = embedding.weight.shape
+        self.factor = float(getattr(embedding, "scalar_embed_scale", 1.0))
+        self._add("weight", self.num_embeddings, self.embedding_dim, embedding.weight.dtype, device)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) int64 → (..., embedding_dim) in the dtype of the scales."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -18,15 +19,16 @@ class Size:
     decoder_parameters: int  # those inside the decoder layers
 
 
-def model_size(model: nn.Module, layers: nn.ModuleList) -> Size:
+def model_size(model: PreTrainedModel) -> Size:
     """Count the parameters and bytes of a model; a shared parameter counts once, also if it is offloaded.
 
     A quantised value is one parameter. Scales and the ``order`` of pivoted layers are none, but have bytes.
 
-    Args:
-        model: dense or compressed.
-        layers: its decoder layers.
+    Raises:
+        UnsupportedModelError: if the model has no decoder layers that grasp knows.
     """
+    from grasp.model.targets import decoder  # brings torch, like ``QUANTIZED``: the readers of reports need ``Size``
+
     tied = getattr(model, "all_tied_weights_keys", {})  # offloading splits a tied parameter into two on the meta device
     parameters = [
         p
@@ -38,7 +40,7 @@ def model_size(model: nn.Module, layers: nn.ModuleList) -> Size:
     return Size(
         parameters=sum(counts[id(p)] for p in parameters),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *orders)),
-        decoder_parameters=parameter_count(layers),
+        decoder_parameters=parameter_count(decoder(model).layers),
     )
 
 
@@ -49,7 +51,7 @@ def parameter_count(module: nn.Module) -> int:
 
 def _counts(module: nn.Module) -> dict[int, int]:
     """The number of parameters in each tensor, by its id."""
-    from grasp.model.quantized_linear import QUANTIZED  # brings torch; the readers of reports need ``Size`` alone
+    from grasp.model.quantized_linear import QUANTIZED
 
     counts = {id(parameter): parameter.numel() for parameter in module.parameters()}
     for part in module.modules():

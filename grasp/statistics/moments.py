@@ -24,32 +24,18 @@ class MomentSum:
     """
 
     def __init__(self, svd: SVD, *, second: bool) -> None:
-        self._svd = svd
-        self._first = torch.zeros_like(svd.S)
-        self._second = torch.zeros_like(svd.S) if second else None
-        self.calls = 0
+        self._svd, self.calls = svd, 0
+        self.moments = SingularValueGrad(torch.zeros_like(svd.S), torch.zeros_like(svd.S) if second else None)
 
     def add(self, call: Call) -> None:
         """Count the tokens of one call."""
         self.calls += 1
         U, S, Vh = self._svd
-        second_moment = None if self._second is None else "token"
-        first, second = singular_value_grad(
-            call.x.to(S.dtype), call.grad_y.to(S.dtype), U, Vh, second_moment=second_moment
-        )
-        self._first += first
-        if self._second is not None and second is not None:
-            self._second += second
-
-    def all_reduce(self, processes: Processes) -> None:
-        """Add up the sums of all processes."""
-        calls = torch.tensor(self.calls)
-        processes.sum_([tensor for tensor in (self._first, self._second, calls) if tensor is not None])
-        self.calls = int(calls)
-
-    def result(self) -> SingularValueGrad:
-        """The moments, (R,) each."""
-        return SingularValueGrad(self._first, self._second)
+        second = None if self.moments.second is None else "token"
+        added = singular_value_grad(call.x.to(S.dtype), call.grad_y.to(S.dtype), U, Vh, second_moment=second)
+        for moment, tensor in zip(self.moments, added, strict=True):
+            if moment is not None and tensor is not None:
+                moment += tensor
 
 
 def basis_moments(
@@ -86,9 +72,9 @@ def basis_moments(
             layers=layers,
             after=lambda done: progress(step, done, len(prefix.batches)),
         )
-    for total in sums.values():
-        total.all_reduce(processes)
-    moments = {target: total.result() for target, total in sums.items() if total.calls}
+    calls = torch.tensor([total.calls for total in sums.values()])
+    processes.sum_([calls, *(tensor for total in sums.values() for tensor in total.moments if tensor is not None)])
+    moments = {target: total.moments for (target, total), n in zip(sums.items(), calls.tolist(), strict=True) if n}
     for target, moment in moments.items():
         require_finite(target, "gradient", *moment)
     return moments

@@ -24,7 +24,6 @@ from grasp.model.checkpoint_modules import lowrank_layers
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import require_floating_factors
 from grasp.model.size import model_size
-from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
 
 _CONVERSIONS = {"pivoted": LowRankLinear.pivot_, "factored": LowRankLinear.factor_}
@@ -134,7 +133,7 @@ def convert_(
 def with_forms(report: CompressionReport, model: PreTrainedModel) -> CompressionReport:
     """A report with the forms and sizes that the replaced linears of a model have now, and the size of the model."""
     modules = stored_reports(report.modules, model, len(report.block_influence), report.removed_layers)
-    return replace(report, modules=modules, after=model_size(model, decoder(model).layers))
+    return replace(report, modules=modules, after=model_size(model))
 
 
 def _omitted(directory: Path, target: Path) -> tuple[str, ...]:

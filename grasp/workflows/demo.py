@@ -30,7 +30,7 @@ from grasp.model.grouping import group_linears_
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.size import model_size
-from grasp.model.targets import decoder, layer_targets
+from grasp.model.targets import layer_targets
 from grasp.progress import Progress, named, no_progress
 from grasp.reading import read_json
 from grasp.workflows.compress import with_request, write_checkpoint
@@ -244,7 +244,7 @@ def _measure(
             progress("speed", repeat * len(models) + index, total)
     rows = []
     for name, model in models.items():
-        size, timed = model_size(model, decoder(model).layers), times[name][1:]  # the first repetition warms up
+        size, timed = model_size(model), times[name][1:]  # the first repetition warms up
         prefill = sizes.prompt_tokens / median(generation.prefill_s for generation in timed)
         decode = sizes.new_tokens / median(generation.decode_s for generation in timed)
         rows.append(Row(name, size.parameters, size.bytes, values[name], prefill, decode))

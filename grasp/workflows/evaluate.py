@@ -10,7 +10,6 @@ from grasp.evaluation.lm_eval import TaskRequest, evaluate_tasks
 from grasp.evaluation.perplexity import PerplexityResult, perplexity
 from grasp.loading import load_quietly
 from grasp.model.size import Size, model_size
-from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
 from grasp.workflows.guards import require_known, within_memory
 from grasp.workflows.samples import public_model_name, public_text_name
@@ -94,4 +93,4 @@ def evaluate(
                 *(model, tokenizer, tasks.names, tasks.source, tasks.limit), batch_size=batch_size, progress=progress
             )
     text = None if source is None else public_text_name(source)
-    return Evaluation(public_model_name(name), text, result, model_size(model, decoder(model).layers), scores)
+    return Evaluation(public_model_name(name), text, result, model_size(model), scores)

@@ -23,7 +23,6 @@ from grasp.loading import load_config, load_quietly
 from grasp.method.storage import Storage
 from grasp.model.hf_quantizer import require_floating
 from grasp.model.size import Size, model_size
-from grasp.model.targets import decoder
 from grasp.progress import Notify, Progress, no_notify, no_progress
 from grasp.workflows.convert import LICENSES, TEXTS, with_forms
 from grasp.workflows.guards import require_known, within_memory
@@ -113,7 +112,7 @@ def quantize(
     texts = read_texts(folder, LICENSES if source is None else TEXTS) if is_folder else {}
     with within_memory(samples.batch_size, samples.seq_len):
         model, tokenizer = load_quietly(name, dtype=dtype, device=device, progress=progress)
-        before = model_size(model, decoder(model).layers)
+        before = model_size(model)
         require_space(target, before.parameters * storage.bits // 8)
         batches = [] if text is None else draw(tokenizer, text, samples)[0]
         if batches:
@@ -127,7 +126,7 @@ def quantize(
     progress("saving", 0, 1)
     parameters = None if source is None else source.parameters_before
     card = _new_card(name, model) if card is None else with_sizes(without_results(card), model, parameters)
-    size_after = model_size(model, decoder(model).layers)
+    size_after = model_size(model)
     card = with_section(card, QUANTIZATION, quantization_text(before, size_after, str(storage), used))
     save_checkpoint(model, target, tokenizer=tokenizer, card=card, extra_files=texts, seen={})
     progress("saving", 1, 1)

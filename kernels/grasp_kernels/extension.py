@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .quantized import group_size
+from .quantized import columns_per_scale
 from .reference import Factors
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # grasp_dtype in csrc/lowrank.h
@@ -82,7 +82,7 @@ def pointers(factors: Factors, output: Tensor, in_features: int) -> tuple[tuple[
     addresses = (U.data_ptr(), _address(s), Vh.data_ptr(), _address(bias), output.data_ptr())
     sizes = (U_stride, Vh_stride, output.stride(0), N, R, _code(s), _address(order))
     bits = (BITS.get(U.dtype, 0), BITS.get(Vh.dtype, 0))
-    groups = (_columns_per_scale(U_scales, R), _columns_per_scale(Vh_scales, in_features))
+    groups = (columns_per_scale(U_scales, R), columns_per_scale(Vh_scales, in_features))
     quantized = (_address(U_scales), _address(Vh_scales), _code(scales), *bits, *groups)
     return (*addresses, *sizes, *quantized), Factors(U, s, Vh, bias, order, U_scales, Vh_scales)
 
@@ -99,12 +99,3 @@ def _address(tensor: Tensor | None) -> int:
 
 def _code(tensor: Tensor | None) -> int:
     return 0 if tensor is None else DTYPE_CODES[tensor.dtype]
-
-
-def _columns_per_scale(scales: Tensor | None, depth: int) -> int:
-    """0 if a row has one scale."""
-    if scales is None or scales.shape[1] == 1:
-        return 0
-    size = group_size(scales.shape[1], depth)
-    assert size is not None
-    return size

@@ -112,10 +112,13 @@ def nearest(gpu: Gpu, tokens: int, rank: int, dtype: torch.dtype, directory: Pat
 
 
 def save(card_name: str, measured: list[Measurement], directory: Path = CONFIGS) -> Path:
-    """Write the file of a GPU in place of an earlier one."""
+    """Write the file of a GPU in place of an earlier one. Later calls of this process follow it."""
+    from .dispatch import _select
+
     entries = [{**entry._asdict(), "tile": asdict(entry.tile)} for entry in measured]
     path = write_entries(KERNEL, card_name, entries, directory)
     _load.cache_clear()
+    _select.cache_clear()
     return path
 
 

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -189,11 +190,13 @@ def read_entries(kernel: str, card_name: str, directory: Path) -> tuple[list[dic
 
 
 def write_entries(kernel: str, card_name: str, entries: list[dict[str, Any]], directory: Path) -> Path:
-    """Write the file of a GPU."""
+    """Write the file of a GPU. Until the new one is complete, an earlier one stays."""
     path = config_path(kernel, card_name, directory)
     directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"card": card_name, "kernel": kernel, **stamps(kernel), "entries": entries}, indent=1))
-    return path
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    content = {"card": card_name, "kernel": kernel, **stamps(kernel), "entries": entries}
+    temporary.write_text(json.dumps(content, indent=1))
+    return temporary.replace(path)
 
 
 def stamps(kernel: str) -> dict[str, str]:

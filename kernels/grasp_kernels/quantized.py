@@ -27,6 +27,11 @@ def group_size(groups: int, depth: int) -> int | None:
     return next((size for size in GROUPS if -(-depth // size) == groups), None)
 
 
+def columns_per_scale(scales: Tensor | None, depth: int) -> int:
+    """Columns with one scale; 0 if a row of ``depth`` columns has one or none."""
+    return 0 if scales is None or scales.shape[1] == 1 else group_size(scales.shape[1], depth) or 0
+
+
 def pack_int4(values: Tensor) -> Tensor:
     """Integers in −8…7, (rows, depth) → (rows, ⌈depth / 2⌉) uint8: the even column is in the low four bits."""
     stored = F.pad(values + _ZERO, (0, values.shape[1] % 2), value=_ZERO).to(torch.uint8)

@@ -9,22 +9,21 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Card:
-    """The peak rates of one device."""
+    """The peak rates of one device, or those measured of a large matmul, and of reading or copying a large tensor.
+
+    Raises:
+        ValueError: if a rate is not positive.
+    """
 
     name: str
     flops: float  # FLOP/s in the dtype in question; bf16 with fp32 accumulation, without sparsity, in CARDS
     bandwidth: float  # bytes/s of main memory
 
-
-def measured(name: str, *, flops: float, bandwidth: float) -> Card:
-    """A device with measured rates: FLOP/s of a large matmul, bytes/s of reading or copying a large tensor.
-
-    Raises:
-        ValueError: if a rate is not positive.
-    """
-    if flops <= 0 or bandwidth <= 0:
-        raise ValueError(f"flops and bandwidth must be positive, got {flops} FLOP/s and {bandwidth} bytes/s")
-    return Card(name, flops, bandwidth)
+    def __post_init__(self) -> None:
+        if self.flops <= 0 or self.bandwidth <= 0:
+            raise ValueError(
+                f"flops and bandwidth must be positive, got {self.flops} FLOP/s and {self.bandwidth} bytes/s"
+            )
 
 
 # Peaks from the vendors' data sheets and architecture white papers. A good kernel reaches 75 to 90 % of them.
@@ -37,7 +36,7 @@ _DATASHEET = (
     Card("B200", 2250e12, 8.0e12),  # HGX
 )
 # Rates that a copy and a matmul reach in practice.
-_MEASURED = (measured("H100 measured", flops=798e12, bandwidth=3.0e12),)
+_MEASURED = (Card("H100 measured", 798e12, 3.0e12),)
 CARDS: dict[str, Card] = {card.name: card for card in (*_DATASHEET, *_MEASURED)}
 
 

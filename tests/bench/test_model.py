@@ -247,8 +247,8 @@ def test_turns_go_on_until_medians_are_known_to_the_precision(run: RunBench, tmp
 
 def test_floors_are_what_the_linears_read_and_compute() -> None:
     model = tiny_model("llama")
-    slow_memory = roofline.measured("a card", flops=1e30, bandwidth=1e6)
-    slow_multiplier = roofline.measured("a card", flops=1e6, bandwidth=1e30)
+    slow_memory = roofline.Card("a card", flops=1e30, bandwidth=1e6)
+    slow_multiplier = roofline.Card("a card", flops=1e6, bandwidth=1e30)
     body = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
     head = 97 * 32
     assert floors(model, slow_memory, 2, 8, 1000) == pytest.approx(

@@ -182,7 +182,7 @@ def test_a_models_calls_are_cases_of_the_ops_that_get_them() -> None:
 
 
 def test_floors_are_of_what_a_provider_reads() -> None:
-    card = roofline.measured("a card", flops=1e30, bandwidth=1e9)
+    card = roofline.Card("a card", flops=1e30, bandwidth=1e9)
     case = OpCase("lowrank_linear", parse_shape("4096x4096r204"), 1, torch.float32)
     low_rank, dense = (floor_seconds(case, name, card) for name in ("reference", "dense"))
     assert low_rank == pytest.approx((204 * 8192 + 8192) * 4 / 1e9)
@@ -194,7 +194,7 @@ def test_floors_are_of_what_a_provider_reads() -> None:
 
 def test_conditions_know_the_commit_of_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
-    now = conditions.conditions(roofline.measured("a card", flops=1, bandwidth=1), device)
+    now = conditions.conditions(roofline.Card("a card", flops=1, bandwidth=1), device)
     assert (now.commit is None) == (now.dirty is None)
     if now.commit is not None:
         assert len(now.commit) == 40

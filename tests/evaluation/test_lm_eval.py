@@ -174,15 +174,22 @@ def test_tokens_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None
         evaluate_tasks(tiny_model("llama", vocab_size=60), byte_tokenizer(), ["piqa"], tmp_path)
 
 
-def test_without_network_the_hub_is_said_to_be_out_of_reach_and_what_to_do(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Couldn't reach 'baber/piqa' on the Hub"),
+        RuntimeError("Dataset scripts are no longer supported, but found piqa.py"),
+    ],
+)
+def test_documents_that_the_hub_does_not_give_are_reported_with_what_to_do(
+    error: Exception, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
 
-    def offline(*_: object, **__: object) -> None:
-        raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub")
+    def refuse(*_: object, **__: object) -> None:
+        raise error
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(TaskError, match=r"documents of piqa cannot be fetched .*--tasks-from"):
         evaluate_tasks(model, byte_tokenizer(), ["piqa"])
 
@@ -204,6 +211,12 @@ def test_a_request_that_cannot_be_met_is_refused_before_a_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=words):
         request_.check()
+
+
+def test_damaged_documents_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    write_jsonl(tmp_path, "piqa").write_text('{"goal": \n')
+    with pytest.raises(TaskError, match=r"piqa\.jsonl, line 1"):
+        TaskRequest(("piqa",), tmp_path).check()
 
 
 def test_an_unknown_task_of_the_hub_may_be_a_tag(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,10 @@ def test_files_that_are_no_documents_are_refused(text: str, words: str, tmp_path
         read_documents(tmp_path, "piqa")
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"no arrow"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[: len(data) // 2], lambda data: b"no arrow", lambda data: data.replace(b"the", b"\xff\xff\xff")],
+)
 def test_an_arrow_file_that_is_damaged_is_refused(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     file = write_arrow(tmp_path, "piqa", "validation")
     file.write_bytes(damage(file.read_bytes()))

@@ -46,7 +46,6 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def select(backend: str = "auto", rows: int = 2048, rank: int = 512, dtype: torch.dtype = BF16) -> object:
-    dispatch._select.cache_clear()
     return dispatch.select(backend, "singular_value_grad", CUDA, dtype, rows, rank)
 
 

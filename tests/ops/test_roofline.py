@@ -6,7 +6,7 @@ from grasp_kernels import roofline
 from grasp_kernels.roofline import CARDS, Cost
 
 # The rates of the published table of floors: a large copy and a large matmul on an H100.
-SEEN = roofline.measured("seen", flops=800e12, bandwidth=3.0e12)
+SEEN = roofline.Card("seen", flops=800e12, bandwidth=3.0e12)
 FLOORS = [  # in_features, out_features, rank, tokens → dense, two matmuls, fused, in µs
     (4096, 4096, 205, 1, 11.2, 1.13, 1.13),
     (4096, 4096, 205, 64, 11.5, 1.49, 1.47),
@@ -60,7 +60,7 @@ def test_a_gated_unit_writes_one_width() -> None:
 
 
 def test_each_launch_is_bound_by_its_bytes_or_its_flops() -> None:
-    card = roofline.measured("round", flops=10.0, bandwidth=100.0)
+    card = roofline.Card("round", flops=10.0, bandwidth=100.0)
     assert roofline.floor(card, Cost(bytes=100, flops=5)) == 1.0
     assert roofline.floor(card, Cost(bytes=100, flops=20)) == 2.0
     assert roofline.floor(card, Cost(bytes=100, flops=5), Cost(bytes=100, flops=20)) == 3.0
@@ -70,7 +70,7 @@ def test_each_launch_is_bound_by_its_bytes_or_its_flops() -> None:
 @pytest.mark.parametrize("rates", [(0, 1), (1, 0), (-1, 1)])
 def test_a_measured_rate_must_be_positive(rates: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="must be positive"):
-        roofline.measured("broken", flops=rates[0], bandwidth=rates[1])
+        roofline.Card("broken", flops=rates[0], bandwidth=rates[1])
 
 
 def test_a_measured_card_is_below_its_data_sheet() -> None:

@@ -14,7 +14,6 @@ from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, GraspError, OutOfMemoryError
 from grasp.model.quantized_linear import QUANTIZED
 from grasp.model.size import model_size
-from grasp.model.targets import decoder
 from grasp.progress import no_notify
 from grasp.reporting.rerun_command import rerun_command
 from grasp.workflows.compress import compress, worse_than_removal
@@ -112,7 +111,7 @@ def test_a_quantised_result_reloads_and_its_card_says_how_it_is_stored(
     config = GraspConfig.best(compression_ratio=0.05, bits=8, bits_dense=4)
     report = compress(str(model), tmp_path / "out", config, samples).report
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model_size(loaded, decoder(loaded).layers) == report.after
+    assert model_size(loaded) == report.after
     assert {str(module.storage) for module in loaded.modules() if isinstance(module, QUANTIZED)} == {"int8", "int4/64"}
     card = (tmp_path / "out" / "README.md").read_text()
     assert "stored as int8 if they are low-rank and as int4/64 if they are dense, rounded such that" in card

@@ -39,7 +39,7 @@ from ..launch_configs import (
     pivoted_product,
 )
 from ..packing import RANK_MULTIPLE, stacked, widened
-from ..quantized import group_size
+from ..quantized import columns_per_scale
 from ..reference import Factors, hidden_product, linear
 from .launch import Gpu, Launch, gpu_of, run_all
 from .lowrank_linear_kernels import (
@@ -84,17 +84,12 @@ def _run_quantized(x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tens
     outputs = _new_outputs(x, factors) if outputs is None else list(outputs)
     alike = defaultdict(list)
     for group, output in zip(factors, outputs, strict=True):
-        sizes = scale_group(group.U_scales, group.rank), scale_group(group.Vh_scales, x.shape[1])
+        sizes = columns_per_scale(group.U_scales, group.rank), columns_per_scale(group.Vh_scales, x.shape[1])
         alike[group.U.dtype, group.Vh.dtype, sizes].append((group, output))
     for members in alike.values():
         groups, places = zip(*members, strict=True)
         run(x, groups, for_quantized(gpu_of(x.device), launch_key(x, groups)), places)
     return outputs
-
-
-def scale_group(scales: Tensor | None, depth: int) -> int:
-    """Columns with one scale; 0 if a row of ``depth`` columns has one or none."""
-    return 0 if scales is None or scales.shape[1] == 1 else group_size(scales.shape[1], depth) or 0
 
 
 def launch_key(x: Tensor, factors: Sequence[Factors]) -> LaunchKey:
@@ -222,7 +217,7 @@ def shrink_launch(
             "order_ptr": order,
             "entries_ptr": entries,
             "vh_scales_ptrs": optional(scales, hidden)[0] if quantized else None,
-            "VH_GROUP": scale_group(scales[0], x.shape[1]),
+            "VH_GROUP": columns_per_scale(scales[0], x.shape[1]),
             "N": None if order is None else order.shape[0],
             "ENTRIES": 0 if order is None else triton.next_power_of_2(triton.cdiv(len(order), tiles * config.splits)),
             "BLOCK_R": config.shrink_block_r,
@@ -247,7 +242,7 @@ def expand_launch(
         {
             **_expand_arguments(factors, outputs, hidden, config),
             "u_scales_ptrs": optional(scales, hidden)[0] if quantized else None,
-            "U_GROUP": scale_group(scales[0], factors[0].rank),
+            "U_GROUP": columns_per_scale(scales[0], factors[0].rank),
             "ranks": tuple(group.rank for group in factors),
             "STAGES": stages,
             "BLOCK_R": config.expand_block_r,
@@ -269,7 +264,7 @@ def tiles_ahead(rows: int, factors: Sequence[Factors], config: Config, count: in
     block_m, block_n = max(16, row_block(rows, config)), config.expand_block_n
     free = REGISTER_BYTES * 32 * config.expand_warps - block_m * block_n * 4
     ragged = any(group.U.shape[1] % RANK_MULTIPLE for group in factors)
-    grouped = scale_group(factors[0].U_scales, factors[0].rank) > 0  # U is multiplied in fp32
+    grouped = columns_per_scale(factors[0].U_scales, factors[0].rank) > 0  # U is multiplied in fp32
     element = 4 if ragged else 3 if grouped else max(2, factors[0].U.element_size())  # of h, and of U in a dot
     # Registers for h: more if outputs are taken from it, or if single elements of many partial sums are added up.
     added = ragged and not config.reduce and config.splits > 2

@@ -11,7 +11,7 @@ from grasp.method.knapsack import DENSE, Choices
 from grasp.model.batch import CalibrationBatch
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.size import model_size
-from grasp.model.targets import decoder, layer_targets
+from grasp.model.targets import layer_targets
 from grasp.progress import no_progress
 from tests.tiny_models import tiny_batches, tiny_model
 
@@ -48,10 +48,10 @@ def test_early_layers_keep_more_with_a_gain() -> None:
 def test_the_budget_is_kept_and_what_was_measured_is_read_again(tmp_path: Path) -> None:
     model = tiny_model("llama")
     batches, file = [CalibrationBatch(tokens) for tokens in tiny_batches(2)], tmp_path / "lems.json"
-    before = model_size(model, decoder(model).layers).parameters
+    before = model_size(model).parameters
     ranks = lems_(model, batches, 0.2 * before, file, dtype=None, progress=no_progress)
     assert {name for name, module in model.named_modules() if isinstance(module, LowRankLinear)} == set(ranks)
-    assert model_size(model, decoder(model).layers).parameters <= 0.8 * before
+    assert model_size(model).parameters <= 0.8 * before
     measured = json.loads(file.read_text(encoding="utf-8"))
     assert len(measured) == 21
     assert all(value > 0 for value in measured.values())
