@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +18,12 @@ from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
 from grasp.model.grouping import group_linears_
 from grasp.model.hf_quantizer import mark_compressed
-from grasp.model.hooks import hooked
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QuantizedLowRankLinear, QuantizedModule, quantized_like
 from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
 from grasp.statistics.hidden_states import Scratch
-from grasp.statistics.sweep import Prefix, Rows, alone, capture_prefix, propagate, run_layers
+from grasp.statistics.sweep import Prefix, alone, capture_prefix, inputs_of, propagate
 from grasp_kernels.products import accumulate_gram_, mirror_
 from grasp_kernels.quantized import pack_int4
 
@@ -133,7 +130,7 @@ def _stages(prefix: Prefix | None, layer: int, linears: Sequence[nn.Module]) -> 
     if prefix is None:
         return [(list(linears), 0)]
     with alone(prefix, range(layer, layer + 1)):
-        inputs = _inputs(prefix, layer, 0, linears, math.inf)
+        inputs = inputs_of(prefix, layer, 0, prefix.hidden[layer][0], linears)
     stages: dict[tuple[int, ...], list[nn.Module]] = {}
     for linear in sorted(linears, key=[*inputs, *linears].index):
         stages.setdefault(tuple(map(id, inputs.get(linear, ()))), []).append(linear)
@@ -145,36 +142,13 @@ def _moment(prefix: Prefix, layer: int, linear: nn.Module, calls: int) -> Tensor
     moment: Tensor | None = None
     with alone(prefix, range(layer, layer + 1)):
         for index in range(len(prefix.batches)):
-            for x in _inputs(prefix, layer, index, [linear], calls)[linear]:
+            hidden = prefix.hidden[layer][index]
+            for x in inputs_of(prefix, layer, index, hidden, [linear], calls)[linear]:
                 if moment is None:
                     moment = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float32)
                 accumulate_gram_(moment, x)
     assert moment is not None
     return mirror_(moment)
-
-
-class _Reached(Exception):  # noqa: N818 -- no error
-    """Ends a forward pass whose rest is not needed."""
-
-
-def _inputs(
-    prefix: Prefix, layer: int, index: int, linears: Sequence[nn.Module], calls: float
-) -> dict[nn.Module, list[Tensor]]:
-    """The inputs of linears of a layer in one batch, without padding, in the order of their first calls.
-
-    Linears that share an input have the same tensor. The pass ends after so many calls.
-    """
-    recorded: defaultdict[nn.Module, list[Tensor]] = defaultdict(list)
-    rows = Rows(prefix.batches[index])
-
-    def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        recorded[module].append(rows.of_input(args[0]))
-        if sum(map(len, recorded.values())) == calls:
-            raise _Reached
-
-    with hooked(*linears, before=record), suppress(_Reached):
-        run_layers(prefix, range(layer, layer + 1), index, prefix.hidden[layer][index])
-    return recorded
 
 
 class _Factor(NamedTuple):

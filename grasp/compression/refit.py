@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from grasp.model.targets import Target
 from grasp.progress import Progress, no_progress
 from grasp.statistics.hidden_states import HiddenStates, Scratch
 from grasp.statistics.processes import ALONE, Processes
-from grasp.statistics.sweep import Prefix, Rows, alone, capture_prefix, propagate, run_layers
+from grasp.statistics.sweep import Prefix, Rows, alone, capture_prefix, inputs_of, propagate, run_layers
 from grasp_kernels.products import add_product_, exact_bf16, widen
 from grasp_kernels.reference import accumulation_dtype
 
@@ -161,10 +161,6 @@ class _Left(NamedTuple):
         return cls(**tensors)
 
 
-class _ReachedError(Exception):
-    """Ends a forward pass early."""
-
-
 class _OneLayer:
     """One decoder layer, run alone on stored hidden states."""
 
@@ -192,12 +188,11 @@ class _OneLayer:
     def groups(self, modules: Mapping[nn.Module, Target], hidden: Tensor) -> list[list[Target]]:
         """The linears that share an input, in the order of the calls."""
         groups: dict[int, list[Target]] = {}
-        if not modules:
-            return []
-        with alone(self._prefix, self._layers), self._recording(0, modules) as recorded:
-            run_layers(self._prefix, self._layers, 0, hidden)
-        for target, x in recorded.items():
-            groups.setdefault(id(x), []).append(target)
+        if modules:
+            with alone(self._prefix, self._layers):
+                inputs = inputs_of(self._prefix, self._layers.start, 0, hidden, modules)
+            for module, (x, *_) in inputs.items():
+                groups.setdefault(id(x), []).append(modules[module])
         return list(groups.values())
 
     def covariances(
@@ -209,7 +204,8 @@ class _OneLayer:
         cross, gram = (torch.zeros(width, width, device=device, dtype=dtype) for _ in range(2))
         with alone(self._prefix, self._layers):
             for index in range(len(self._prefix.batches)):
-                seen = self._input(index, low[index], module).to(device)
+                inputs = inputs_of(self._prefix, self._layers.start, index, low[index], [module], calls=1)
+                seen = inputs[module][0].to(device)
                 x = dense_inputs[index].to(device)
                 with exact_bf16(x, seen):
                     x, seen = widen(x, dtype), widen(seen, dtype)
@@ -227,15 +223,3 @@ class _OneLayer:
 
         with hooked(*modules, before=record):
             yield recorded
-
-    def _input(self, index: int, hidden: Tensor, module: nn.Module) -> Tensor:
-        """The input of one linear, without padding; the rest of the layer does not run."""
-        inputs: list[Tensor] = []
-
-        def stop(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            inputs.append(Rows(self._prefix.batches[index]).of(args[0]))
-            raise _ReachedError
-
-        with suppress(_ReachedError), hooked(module, before=stop):
-            run_layers(self._prefix, self._layers, index, hidden)
-        return inputs[0]

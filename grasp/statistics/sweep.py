@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -142,6 +143,37 @@ def run_layers(prefix: Prefix, layers: range, index: int, hidden: Tensor) -> Ten
     with entering_with(modules[layers.start], hidden), hooked(modules[layers.stop - 1], after=keep):
         backbone(prefix.model)(**batch_inputs(prefix.model, prefix.batches[index]), use_cache=False)
     return outputs[0]
+
+
+class _Reached(Exception):  # noqa: N818 -- no error
+    """Ends a forward pass whose rest is not needed."""
+
+
+def inputs_of(
+    prefix: Prefix, layer: int, index: int, hidden: Tensor, linears: Iterable[nn.Module], calls: float = math.inf
+) -> dict[nn.Module, list[Tensor]]:
+    """The inputs (T, features) of linears of a layer, without padding, in the order of their first calls.
+
+    Linears that share an input have the same tensor. Use it under ``alone``.
+
+    Args:
+        prefix: its model and batches.
+        layer: of the linears.
+        index: of the batch.
+        hidden: (B, L, H), the hidden states that enter the layer.
+        linears: of any class.
+        calls: the pass ends after so many.
+    """
+    recorded, rows = defaultdict[nn.Module, list[Tensor]](list), Rows(prefix.batches[index])
+
+    def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        recorded[module].append(rows.of_input(args[0]))
+        if sum(map(len, recorded.values())) == calls:
+            raise _Reached
+
+    with hooked(*linears, before=record), suppress(_Reached):
+        run_layers(prefix, range(layer, layer + 1), index, hidden)
+    return recorded
 
 
 @torch.no_grad()
