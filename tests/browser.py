@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import shutil
 import subprocess
@@ -65,11 +64,6 @@ class Tab:
         """Press a key and let it go."""
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=text)
-
-    def screenshot(self, path: Path, *, whole: bool = True) -> None:
-        """Write what is to be seen, or all that can be scrolled to, as PNG."""
-        answer = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(answer["data"]))
 
     def complaints(self) -> list[Any]:
         """Errors and warnings of the console, exceptions, and refusals of the page's policy."""

@@ -33,7 +33,8 @@ for pair in "$@"; do
         3.6) numpy="numpy<2.4" ;; # its interpreter raises on run-time loop bounds with a later one
         *) numpy=numpy ;;
     esac
-    "$venv/bin/python" -m pip install --quiet "torch==$torch.*" "$numpy" pytest pytest-benchmark hypothesis rich typer
+    GRASP_BUILD_CUDA=0 "$venv/bin/python" -m pip install --quiet --editable . "torch==$torch.*" "$numpy" \
+        pytest pytest-benchmark hypothesis
     # A torch release asks for one Triton release; the pairs that it does not ask for are what this is about.
     "$venv/bin/python" -m pip install --quiet --no-deps "triton==$triton.*"
     echo "== torch $torch, Triton $triton"

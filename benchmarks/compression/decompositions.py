@@ -6,11 +6,10 @@ decomposition predicts, and the loss that its truncation has, equal those of an 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,12 +20,13 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.compression.output import saved
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.memory import peak_bytes_above_now
 from grasp.bench.timing import Sample
 from grasp.evaluation.generation import now as synchronized_time
 from grasp.loading import find_device
-from grasp.method.least_squares import least_squares, least_squares_bytes, least_squares_flops
+from grasp.method.least_squares import PRIOR_TOKENS, least_squares, least_squares_bytes, least_squares_flops
 from grasp.method.ranks import Shape, break_even_rank
 from grasp.method.svd import DAMPING, decompose_in, decomposition_bytes, decomposition_flops
 
@@ -68,11 +68,18 @@ def random_covariance(width: int, device: torch.device) -> Tensor:
 
 
 def difference(device: torch.device) -> float:
-    """Largest relative difference of the losses after any cut of a small weight from those of an SVD in fp64."""
-    worst = 0.0
+    """Largest relative difference of both operations on small weights from fp64: losses after any cut, and outputs."""
+    worst: list[Tensor] = []
     for n, k in CHECKED_SHAPES:
         W, A, B = torch.randn(n, k, device=device), random_covariance(k, device), random_covariance(n, device)
+        rank = break_even_rank((n, k), "factored")
+        few = decompose_in(W, A, B, rank=rank)
         U, S, Vh = (factor.double().cpu() for factor in decompose_in(W, A, B))
+        kept = (few.U.double().cpu() * S[:rank]) @ few.Vh.double().cpu() - (U[:, :rank] * S[:rank]) @ Vh[:rank]
+        worst.append(torch.linalg.vector_norm(kept) / torch.linalg.vector_norm(W.double().cpu()))
+        fitted = least_squares(few.U, few.Vh, W, A, A, tokens=TOKENS).double().cpu()
+        expected = _fitted(*(tensor.double().cpu() for tensor in (few.U, few.Vh, W, A)))
+        worst.append(torch.linalg.vector_norm(fitted - expected) / torch.linalg.vector_norm(expected))
         left, right = (_root(covariance.double().cpu()) for covariance in (B, A))
         scaled = left.mT @ W.double().cpu() @ right
         values = torch.linalg.svdvals(scaled)
@@ -80,8 +87,16 @@ def difference(device: torch.device) -> float:
             exact = values[rank:].square().sum()
             error = scaled - left.mT @ (U[:, :rank] * S[:rank]) @ Vh[:rank] @ right
             losses = torch.stack([S[rank:].square().sum(), error.square().sum()])
-            worst = max(worst, float((losses / exact - 1).abs().max()))
-    return worst
+            worst.append((losses / exact - 1).abs().max())
+    return float(torch.stack(worst).max())  # NaN if one is
+
+
+def _fitted(U: Tensor, Vh: Tensor, W: Tensor, A: Tensor) -> Tensor:
+    """What ``least_squares`` computes, by its definition in fp64, with the same inputs in both models."""
+    gram = Vh @ A @ Vh.mT
+    ridge = PRIOR_TOKENS / TOKENS * gram.diagonal().mean()
+    damped = gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(damped, W @ A @ Vh.mT + ridge * U, left=False)
 
 
 def _root(covariance: Tensor) -> Tensor:
@@ -264,13 +279,11 @@ def main(
     if not largest <= TOLERANCE:
         console.print(f"WRONG: a loss differs from that of an SVD in fp64 by {largest:.1e}, nothing was timed")
         raise typer.Exit(1)
-    results = list(measure(measured_shapes, repeats, place, largest))
-    results += [result for shape in other_shapes for result in extrapolate(results, shape)]
+    results = list(saved(measure(measured_shapes, repeats, place, largest), output))
+    further = (result for shape in other_shapes for result in extrapolate(results, shape))
+    results += list(saved(further, output))
     console.print(f"{results[0].conditions.processor}, losses differ from fp64 by at most {largest:.0e}")
     console.print(result_table(results))
-    if output is not None:
-        with output.open("a") as file:
-            file.writelines(json.dumps(asdict(result)) + "\n" for result in results)
 
 
 if __name__ == "__main__":

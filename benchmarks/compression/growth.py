@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.compression.output import saved
 from benchmarks.compression.random_llama import RandomLlama, measure
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from speedgate.timing import using_threads
@@ -97,8 +97,9 @@ def result_table(results: Sequence[GrowthResult]) -> Table:
                 str(result.llama.layers), f"{result.tokens:,}", f"{seconds:.1f}", f"{peak:.0f}", f"{disk:.0f}"
             )
         sizes = [result.size for result in members]
-        slopes = (f"{exponent(sizes, column):.2f}" for column in zip(*costs, strict=True))
-        table.add_row(f"exponent of {grows}", "", *slopes, end_section=True)
+        if len({*sizes}) > 1:
+            slopes = (f"{exponent(sizes, column):.2f}" for column in zip(*costs, strict=True))
+            table.add_row(f"exponent of {grows}", "", *slopes, end_section=True)
     return table
 
 
@@ -126,12 +127,9 @@ def main(
         dtype="float32",
     )
     compressions = series(llama, *([int(number) for number in numbers.split(",")] for numbers in (layers, tokens)))
-    results = list(run(compressions, memory, threads))
+    results = list(saved(run(compressions, memory, threads), output))
     console = Console()
     console.print(result_table(results))
-    if output is not None:
-        with output.open("a") as file:
-            file.writelines(json.dumps(asdict(result)) + "\n" for result in results)
 
 
 if __name__ == "__main__":

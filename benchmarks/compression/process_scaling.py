@@ -7,11 +7,10 @@ groups.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from benchmarks.compression.output import saved
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.builtin import BUILTIN
 from grasp.calibration import builtin_text, token_batches
@@ -168,11 +168,9 @@ def main(
 
     Example: python -m benchmarks.compression.process_scaling --sequences 24 -o processes.jsonl
     """
-    results = measure(ScalingJob(model, schedule, layers, retain_ratio, sequences, seq_len), (1, processes))
+    job = ScalingJob(model, schedule, layers, retain_ratio, sequences, seq_len)
+    results = list(saved(measure(job, (1, processes)), output))
     Console().print(result_table(results))
-    if output is not None:
-        with output.open("a") as file:
-            file.writelines(json.dumps(asdict(result)) + "\n" for result in results)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,9 @@ equal the results of plain matmuls in fp64.
 
 from __future__ import annotations
 
-import json
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -22,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.compression.output import saved
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.providers import pick_layers
 from grasp.bench.timing import Sample, turns
@@ -29,6 +28,7 @@ from grasp.builtin import BUILTIN
 from grasp.cli.arguments import parse_layers
 from grasp.config import GraspConfig
 from grasp.errors import GraspError
+from grasp.evaluation.generation import now
 from grasp.loading import DTYPES, load_model
 from grasp.method.svd import SVD
 from grasp.model.batch import CalibrationBatch
@@ -105,23 +105,24 @@ def difference(model: PreTrainedModel, factors: Mapping[Target, SVD], dtype: str
     sweep(prefix, factors, visit)
     covariances = gather_covariances(prefix, factors)
     moments = basis_moments(prefix, factors, second=True)
-    return max(
-        float(torch.linalg.vector_norm(got.double() - expected) / torch.linalg.vector_norm(expected))
+    errors = [
+        torch.linalg.vector_norm(got.double() - expected) / torch.linalg.vector_norm(expected)
         for target, sums in exact.items()
         for got, expected in zip((*covariances[target][:2], *moments[target]), sums, strict=True)
         if got is not None
-    )
+    ]
+    return float(torch.stack(errors).max())  # NaN if one is
 
 
-def time_sweeps(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Sample]:
+def time_sweeps(calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, Sample]:
     """Time all calls in turns; the first repetition warms up and is left out."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     schedule = list(turns(list(calls), repeats + 1))
     for repetition, name in track(schedule, "timing", console=Console(stderr=True)):
-        start = time.perf_counter()
+        start = now(device)
         calls[name]()
         if repetition:
-            times[name].append(time.perf_counter() - start)
+            times[name].append(now(device) - start)
     return {name: Sample(tuple(seconds)) for name, seconds in times.items()}
 
 
@@ -144,7 +145,7 @@ def measure(
         largest: the error from ``difference``.
     """
     dtype = sweep_dtype or str(model.dtype).removeprefix("torch.")
-    now = conditions(measure_card(device := first_device(model), getattr(torch, dtype)), device)
+    facts = conditions(measure_card(device := first_device(model), getattr(torch, dtype)), device)
     batches = random_batches(model, sizes.sequences, sizes.seq_len, sizes.batch_size)
     prefix = capture_prefix(model, batches, {sizes.layers[0]}, dtype=sweep_dtype)
     sweeps: dict[str, Callable[[], object]] = {
@@ -152,7 +153,7 @@ def measure(
         COVARIANCES: lambda: gather_covariances(prefix, factors),
         MOMENTS: lambda: basis_moments(prefix, factors, second=True),
     }
-    samples = time_sweeps(sweeps, sizes.repeats)
+    samples = time_sweeps(sweeps, sizes.repeats, device)
     statistics_bytes = {
         BARE: 0,
         COVARIANCES: covariance_bytes(factors),
@@ -166,7 +167,7 @@ def measure(
             spread=sample.spread,
             added=1 / sample.speedup_over(samples[BARE]) - 1,
             largest_difference=largest,
-            conditions=now,
+            conditions=facts,
         )
 
 
@@ -219,13 +220,10 @@ def main(
         console.print(f"WRONG: a statistic differs from fp64 by {largest:.1e}, nothing was timed")
         raise typer.Exit(1)
     sizes = Sizes(tuple(chosen), sequences, seq_len, batch_size, repeats)
-    results = list(measure(model, loaded, factors, sizes, sweep_dtype, largest))
+    results = list(saved(measure(model, loaded, factors, sizes, sweep_dtype, largest), output))
     now = results[0].conditions
     console.print(f"{now.processor}, statistics differ from fp64 by at most {largest:.0e}")
     console.print(result_table(results))
-    if output is not None:
-        with output.open("a") as file:
-            file.writelines(json.dumps(asdict(result)) + "\n" for result in results)
 
 
 if __name__ == "__main__":

@@ -101,17 +101,29 @@ def main(
         list[int] | None, typer.Option(help="Compute capability times 10, such as 90. Default: all.")
     ] = None,
     only: Annotated[str, typer.Option(help="Compile only cases whose name contains this text.")] = "",
-    output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The JSON file to write. Default, for all binaries only: that of the repository."),
+    ] = None,
 ) -> None:
     """Compile the Triton kernels ahead of time and check their binaries."""
     if triton.knobs.runtime.interpret:
         raise typer.BadParameter("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
+    if unknown := sorted({*(architecture or ())} - {*ARCHITECTURES}):
+        raise typer.BadParameter(
+            f"unknown architecture {unknown[0]}; expected some of {', '.join(map(str, ARCHITECTURES))}"
+        )
+    if output is None and (representative or architecture or only):
+        raise typer.BadParameter("a part of the binaries does not replace the results of all; give --output")
     console = Console(width=200)
     rows: list[BinaryRow] = []
     seen: set[str] = set()
     for case in cases():
         if only in case.name and (case.representative or not representative):
             rows += compile_case(case, architecture or ARCHITECTURES, seen)
+    if not rows:
+        raise typer.BadParameter(f"no case has {only!r} in its name")
+    output = RESULTS if output is None else output
     output.write_text(json.dumps({"triton": triton.__version__, "rows": [asdict(row) for row in rows]}, indent=1))
     print_table(rows, console)
     wrong = sum(bool(row.complaints) for row in rows)

@@ -166,7 +166,7 @@ def providers(case: GpuCase, device: torch.device) -> Providers:
     if all(op != "singular_value_grad" for op, _ in case.calls):
         able |= {f"triton {path}": CaseProvider(partial(_on_path, path)) for path in PATHS if path != "fused"}
     able["unfused"] = UNFUSED
-    if not case.pivoted and any(len(shape) > 1 and len(set(shape)) == 1 for _, shape in case.parts):
+    if case.packed and not case.pivoted and any(len(shape) > 1 and len(set(shape)) == 1 for _, shape in case.parts):
         able["stacked"] = CaseProvider(_stacked, of_package=False)
     able["dense"] = DENSE
     return able, reasons
@@ -239,7 +239,7 @@ def complaint(case: GpuCase, provider: CaseProvider, operands: Operands) -> str 
     """The error of a provider's results at this shape, or ``None``."""
     with poisoned():
         for (op, _), problem in zip(case.calls, operands.rotation(provider.reads).copies[0], strict=True):
-            if (error := wrong(op, problem, provider.run(op))) is not None:
+            if (error := wrong(op, problem, provider.run(op), of_package=provider.of_package)) is not None:
                 return f"{op}: {error}"
     return None
 

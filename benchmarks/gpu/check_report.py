@@ -64,9 +64,9 @@ class Report:
         return [line for line in self.lines if line["kind"] == kind]
 
     def sound(self) -> bool:
-        """Whether nothing failed, hung or was wrong; a missed target is not a failure."""
+        """Whether something was timed, and nothing failed, hung or was wrong; a missed target is not a failure."""
         failed = any(line["kind"] in ("failed_test", "fault") or line.get("status") == "failed" for line in self.lines)
-        return not failed and not any(left.wrong for left in self.left_out)
+        return bool(self.results) and not failed and not any(left.wrong for left in self.left_out)
 
 
 class Target(NamedTuple):

@@ -27,6 +27,7 @@ from typing import IO, Any
 from benchmarks.gpu.gpu_state import GpuState, summary
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("", "kernels", "packages/pytest-speedgate")  # to import from
 LEAST_SECONDS = 5.0  # no task starts with less time left
 START_LIMIT = 120.0  # seconds that a process has to import its modules
 GRACE = 10.0  # seconds that a killed process has to end
@@ -225,7 +226,7 @@ class _Process:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.gpu.check_runner", *preload],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in FOLDERS)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -11,7 +11,16 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.gpu.check_cases import PROVIDERS, CaseProvider, GpuCase, Operands, complaint, make_operands
+from benchmarks.gpu.check_cases import (
+    DENSE,
+    PROVIDERS,
+    UNFUSED,
+    CaseProvider,
+    GpuCase,
+    Operands,
+    complaint,
+    make_operands,
+)
 from benchmarks.gpu.check_report import LeftOut, ProviderTime
 from benchmarks.gpu.check_runner import Emit
 from benchmarks.gpu.launch_costs import measure_barrier, measure_launches
@@ -119,8 +128,7 @@ def measure(
 def _prepare(case: GpuCase, provider: CaseProvider, operands: Operands, device: torch.device, kind: str) -> Batch | str:
     """A batch to be timed, or the reason why it is not."""
     try:
-        error = complaint(case, provider, operands) if provider.of_package else None
-        if error is not None:
+        if provider not in (UNFUSED, DENSE) and (error := complaint(case, provider, operands)) is not None:
             return error
         calls, rotation = provider.calls(case), operands.rotation(provider.reads)
         return EagerBatch(calls, rotation) if kind == "eager" else batch(device.type, calls, rotation)

@@ -16,7 +16,6 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel
 
 from benchmarks.study.linear_replacement import LINEAR_REPLACEMENT, apply_map_
@@ -27,6 +26,7 @@ from grasp.bench.percentiles import Percentiles
 from grasp.bench.results import append_results, check_output, read_results
 from grasp.bench.timing import Sample, turns
 from grasp.builtin import BUILTIN
+from grasp.cli.bench_tables import show_results
 from grasp.errors import GraspError, ResultsError
 from grasp.evaluation.generation import GenerationTime, time_generation
 from grasp.loading import load_model
@@ -118,15 +118,6 @@ def latencies(
         )
 
 
-def table(results: Sequence[StudyLatency]) -> Table:
-    """One row per model."""
-    rows = Table("method", "removed", "ms per token", "of dense", "spread")
-    for result in results:
-        numbers = (f"{result.inter_token_ms.p50:.2f}", f"{result.of_dense:.3f}", f"{result.spread:.1%}")
-        rows.add_row(result.method, f"{result.ratio:.1%}", *numbers)
-    return rows
-
-
 def main(
     study: Annotated[Path, typer.Argument(help="The JSON lines of a study.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON lines are appended to this file.")],
@@ -163,7 +154,7 @@ def main(
             times = time_models(models, repeats, prompt_tokens, new_tokens)
             results = list(latencies(chosen, times, dtype, new_tokens, now))
             append_results(output, results)
-            Console().print(table(results))
+            show_results(results)
     except GraspError as error:
         console.print(f"error: {error}", soft_wrap=True)
         raise typer.Exit(2) from error

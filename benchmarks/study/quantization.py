@@ -58,7 +58,7 @@ def measure(source: str, way: str, text: str, windows: int | None, window: int) 
         windows: how many; ``None``: the whole text.
         window: tokens in each.
     """
-    model, tokenizer = load_model(source, dtype="float32")
+    model, tokenizer = load_model(source, dtype="float32", device="cpu")
     bos, (storage, knows_inputs), start = bos_for(tokenizer), WAYS.get(way, (None, False)), time.process_time()
     if isinstance(storage, str):
         with TemporaryDirectory() as folder:
@@ -97,6 +97,10 @@ def main(
     console, cpu, dense = Console(stderr=True), torch.device("cpu"), models[0]
     if unknown := sorted(set(ways or []) - set(WAYS)):
         raise typer.BadParameter(f"unknown ways {', '.join(unknown)}; expected some of {', '.join(WAYS)}")
+    if len({Path(source).name for source in models}) < len(models):
+        raise typer.BadParameter(
+            "two models have the same last part of their names, by which cells are known; rename one"
+        )
     try:
         check_output(output, STUDY_RECORDS)
         cells = read_results(output, STUDY_RECORDS) if output.exists() else []

@@ -10,6 +10,7 @@ import argparse
 import base64
 import hashlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -63,8 +64,10 @@ def variants(sources: Path) -> Iterator[Variant]:
 
 
 def cuda_version() -> str | None:
-    """The version of CUDA of the nvcc that built the module, such as ``"130"``."""
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    """The version of CUDA of the nvcc that built the module, found as setup.py finds it, such as ``"130"``."""
+    home = os.environ.get("CUDA_HOME")
+    names = (os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc")
+    nvcc = next((found for name in names if name and (found := shutil.which(name))), None)
     if nvcc is None:
         return None
     output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout

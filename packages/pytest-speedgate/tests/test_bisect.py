@@ -30,7 +30,7 @@ def test_the_commit_that_made_it_slower_is_found_in_builds_of_all_versions(
 ) -> None:
     git(tmp_path, "init", "--quiet")
     for number, seconds in enumerate((1e-4, 1.05e-4, 1.3e-4, 1.32e-4)):
-        write_version(tmp_path, seconds)
+        write_version(tmp_path, seconds, 5 + 4 * number)  # more bytes each time, which is not searched for
         (tmp_path / "src" / "kernel.py").rename(tmp_path / "kernel.source")  # to be built
         git(tmp_path, "add", ".")
         git(tmp_path, "commit", "--quiet", "-m", f"version {number}")

@@ -14,9 +14,6 @@ RunPytest = Callable[..., tuple[int, str]]
 
 # A project of somebody else. Its calls take no time but move the clock that the gate reads: verdicts are certain.
 TEST = """
-pytest_plugins = ["speedgate.plugin"]
-"""
-TEST = """
 import sys
 import types
 import pytest

@@ -54,12 +54,13 @@ def test_losses_of_small_shapes_agree_with_fp64() -> None:
     assert 0 < difference(torch.device("cpu")) < 1e-5
 
 
-def test_a_wrong_decomposition_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("factor", [1.0, float("nan")])
+def test_a_wrong_decomposition_is_not_timed(factor: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     right = decompositions.decompose_in
 
-    def spoiled(*arguments: torch.Tensor) -> SVD:
-        U, S, Vh = right(*arguments)
-        return SVD(U.roll(1, dims=1), S, Vh)
+    def spoiled(*arguments: torch.Tensor, rank: int | None = None) -> SVD:
+        U, S, Vh = right(*arguments, rank=rank)
+        return SVD(factor * U.roll(1, dims=1), S, Vh)
 
     monkeypatch.setattr(decompositions, "decompose_in", spoiled)
     result = run("64x48", "-o", str(tmp_path / "svd.jsonl"))
