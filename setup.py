@@ -46,9 +46,9 @@ CUDA_FLAGS = (
 
 
 def find_compiler() -> str | None:
-    """Path of the C++ compiler: ``CXX``, the one Python was built with, or a usual name."""
+    """The command of the C++ compiler, such as ``ccache g++``: ``CXX``, what Python was built with, or a usual name."""
     names = [os.environ.get("CXX"), sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"]
-    return next((path for name in names if name and (path := shutil.which(name.split()[0]))), None)
+    return next((name for name in names if name and shutil.which(name.split()[0])), None)
 
 
 def find_nvcc() -> str | None:
@@ -82,7 +82,7 @@ def x86_files(compiler: str) -> dict[str, str]:
         return {}
 
     def knows(flags: str) -> bool:
-        command = [compiler, *flags.split(), "-fsyntax-only", "-x", "c++", os.devnull]
+        command = [*compiler.split(), *flags.split(), "-fsyntax-only", "-x", "c++", os.devnull]
         return subprocess.run(command, capture_output=True).returncode == 0
 
     return {name: flags for name, flags in X86_FILES.items() if knows(flags)}

@@ -297,7 +297,7 @@ def _run_singular_value_grad(
 def _autocast(x: Tensor, members: Sequence[Linear]) -> tuple[Tensor, Sequence[Linear]]:
     """Cast as autocast does for a linear: it does not cast for a registered op.
 
-    Singular values and quantised factors keep their dtype.
+    Quantised factors keep their dtype. Singular values and scales of another 16-bit dtype become fp32, which is exact.
     """
     check_castable(x=x)
     cast = [
@@ -316,9 +316,18 @@ def _autocast(x: Tensor, members: Sequence[Linear]) -> tuple[Tensor, Sequence[Li
         return x, members
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), [
-        member._replace(**{name: tensor.to(dtype) for name, tensor in tensors.items()})
+        member._replace(
+            **{name: tensor.to(dtype) for name, tensor in tensors.items()}, **_widened_scales(member, dtype)
+        )
         for member, tensors in zip(members, cast, strict=True)
     ]
+
+
+def _widened_scales(member: Linear, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Singular values and scales in fp32, of those in 16 bits but not in ``dtype``."""
+    tensors = {name: tensor for name, tensor in member._asdict().items() if name in ("s", "U_scales", "Vh_scales")}
+    narrow = {torch.bfloat16, torch.float16} - {dtype}
+    return {name: tensor.float() for name, tensor in tensors.items() if tensor is not None and tensor.dtype in narrow}
 
 
 def _autocasts(x: Tensor) -> bool:

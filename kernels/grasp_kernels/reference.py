@@ -139,8 +139,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def hidden_product(x: Tensor, Vh: Tensor) -> Tensor:
     """``x @ Vh.mT``: (..., K) → (..., R)."""
-    # oneDNN's bf16 product on AMX also reads the element behind each row if their number of elements is odd.
-    return F.linear(x.contiguous() if x.shape[-1] % 2 else x, Vh)
+    return F.linear(readable(x), Vh)
+
+
+def readable(x: Tensor) -> Tensor:
+    """Rows that PyTorch's product reads right.
+
+    oneDNN's bf16 product on AMX also reads the element behind each row if their number of elements is odd.
+    """
+    return x.contiguous() if x.shape[-1] % 2 else x
 
 
 def project(x: Tensor, s: Tensor | None, Vh: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from .dispatch import check_backend, select
 from .gradients import FIELDS
 from .packing import widened
 from .recording import record, recorders
-from .reference import Dense, Factors, accumulation_dtype, equal_samples, linear
+from .reference import Dense, Factors, accumulation_dtype, equal_samples, linear, readable
 
 _library = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "DEF")
 _FACTORS = (
@@ -103,7 +103,7 @@ def lowrank_linear_merged(x: Tensor, members: Sequence[Factors | Dense], backend
     outputs: list[Tensor] = []
     for member, output in zip(members, y.view(-1, y.shape[-1]).split(widths, dim=1), strict=True):
         if isinstance(member, Dense):
-            linear(_rows(x), *member, output)
+            linear(readable(_rows(x)), *member, output)
         else:
             factors.append(member)
             outputs.append(output)
@@ -286,7 +286,8 @@ def merged_directly(x: Tensor, members: Sequence[Factors | Dense], backend: str)
 
     Dense members, as factors of full rank, are part of the one call: PyTorch's product reads weights slower.
     """
-    if getattr(x, "is_cpu", False) and isinstance(members, (list, tuple)):
+    is_watched = any(watcher() for watcher in direct.DIRECT_WATCHERS)  # a mode would make what is cached its own
+    if type(x) in direct.PLAIN_TYPES and x.is_cpu and isinstance(members, (list, tuple)) and not is_watched:
         members = [_full_rank(member) if type(member) is Dense else member for member in members]
     outputs = direct.grouped(x, members, backend)
     return None if outputs is None else torch.cat(outputs, dim=-1)

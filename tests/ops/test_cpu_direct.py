@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grasp_kernels import (
+    Dense,
     Factors,
     cpu,
     dispatch,
@@ -22,6 +24,7 @@ from grasp_kernels import (
     lowrank_glu,
     lowrank_linear,
     lowrank_linear_grouped,
+    lowrank_linear_merged,
     ops,
     reference,
     registered,
@@ -70,6 +73,9 @@ def test_a_dense_member_of_a_merged_linear_is_part_of_the_one_call(monkeypatch: 
     y = torch.ops.grasp.lowrank_linear_merged(x, *lists, "auto")
     expected = torch.cat([reference.lowrank_linear(x, U, s, Vh, bias), x @ weight.mT + dense_bias], dim=-1)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # what a mode computes is not kept for real calls
+        lowrank_linear_merged(x, [Factors(U, s, Vh, bias), Dense(weight[:7])])
+    assert registered.merged_directly(x, [Factors(U, s, Vh, bias), Dense(weight[:7])], "auto") is not None
     with pytest.raises(AssertionError, match="PyTorch's product"):  # which is faster for many rows
         torch.ops.grasp.lowrank_linear_merged(x.expand(CPU_ROWS[x.dtype] + 1, K), *lists, "auto")
 

@@ -281,6 +281,17 @@ def test_autocast_casts_as_for_a_linear(op: str, dtype: torch.dtype) -> None:
     assert_same(got, CALLS[op](x.to(dtype), *cast, grad_y))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", LOW_RANK)
+def test_autocast_takes_singular_values_of_the_other_16_bits(op: str, dtype: torch.dtype) -> None:
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    x, gate, up, grad_y = arguments()
+    narrow = [g._replace(s=None if g.s is None else g.s.to(other)) for g in (gate, up)]
+    wide = [g._replace(s=None if g.s is None else g.s.float()) for g in narrow]
+    with torch.autocast("cpu", dtype):
+        assert_same(CALLS[op](x, *narrow, grad_y), CALLS[op](x, *wide, grad_y))
+
+
 def test_compiled_calls_follow_autocast() -> None:
     torch._dynamo.reset()
     x, gate, up, grad_y = arguments()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from grasp_kernels import Factors
+from grasp_kernels import Factors, lowrank_glu
 from grasp_kernels.packing import pad_columns, stack_rows, widened
 from grasp_kernels.triton import lowrank_glu as glu
 from grasp_kernels.triton import lowrank_linear as linear
@@ -132,6 +132,19 @@ def test_gated_unit_matches_float64(case: Case) -> None:
     y = glu.run(x, *(packed(members) if case["packed"] else members), "silu", config)
     exact = definitions.glu(x.double(), *map(double, members), "silu")
     assert_accurate("linear", dtype, y, definitions.glu(x, *members, "silu"), exact)
+
+
+@pytest.mark.parametrize("order", [(), (0,), (1,), (0, 1)], ids=str)
+def test_a_gated_unit_of_many_rows_runs_as_users_call_it(order: tuple[int, ...]) -> None:
+    options = {"bias": True, "dtype": torch.float16, "device": DEVICE}
+    members = [
+        pivoted(40, K, 5, seeded(i), **options) if i in order else factors(40, K, 5, seeded(i), s=True, **options)
+        for i in range(2)
+    ]
+    x = normal((65, K), seeded(1), dtype=torch.float16, device=DEVICE)  # matrix products shrink
+    y = lowrank_glu(x, *members, backend="triton")
+    exact = definitions.glu(x.double(), *map(double, members), "silu")
+    assert_accurate("linear", x.dtype, y, definitions.glu(x, *members, "silu"), exact)
 
 
 def test_launches_are_as_many_as_without_pivots_and_read_fewer_rows_of_u() -> None:

@@ -63,7 +63,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
         y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     else:
         tl.static_assert(ACTIVATION == "relu")
-        y = tl.maximum(x, 0.0)
+        y = tl.where(x < 0.0, 0.0, x)  # tl.maximum loses NaN
     return y
 
 
@@ -173,7 +173,7 @@ def lowrank_glu(x: Tensor, gate: Factors, up: Factors, activation: str) -> Tenso
         return replayed[0]
     config = choose("lowrank_glu", gpu_of(x.device), launch_key(x, factors))
     output, launches, binaries = _run(x, gate, up, activation, config)
-    if len(launches) == 2:
+    if config.path == "pair" and launches:
         prepare(key, addresses, [output], launches, binaries)
     return output
 
