@@ -83,10 +83,9 @@ def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
     if run.config.refit and best is not None:
         options.append(best._replace(name=f"{best.name}, fitted", fitted=True))
         measure(options[-1])
-    if (chosen := least(options)) is None:
-        raise NonFiniteError(
-            "the held-out loss of every candidate is NaN or infinite; load the model in bfloat16 or float32"
-        )
+    if (chosen := least(options)) is None or DENSE not in losses:
+        what = "the dense model" if chosen is not None else "every candidate"
+        raise NonFiniteError(f"the held-out loss of {what} is NaN or infinite; load the model in bfloat16 or float32")
     return decision(run, chosen, (dense, *options), losses)
 
 
