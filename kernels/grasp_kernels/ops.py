@@ -325,9 +325,9 @@ def _autocast(x: Tensor, members: Sequence[Linear]) -> tuple[Tensor, Sequence[Li
 
 def _widened_scales(member: Linear, dtype: torch.dtype) -> dict[str, Tensor]:
     """Singular values and scales in fp32, of those in 16 bits but not in ``dtype``."""
-    tensors = {name: tensor for name, tensor in member._asdict().items() if name in ("s", "U_scales", "Vh_scales")}
+    scales = {name: scale for name, scale in member._asdict().items() if name in ("s", "U_scales", "Vh_scales")}
     narrow = {torch.bfloat16, torch.float16} - {dtype}
-    return {name: tensor.float() for name, tensor in tensors.items() if tensor is not None and tensor.dtype in narrow}
+    return {name: scale.float() for name, scale in scales.items() if getattr(scale, "dtype", None) in narrow}
 
 
 def _autocasts(x: Tensor) -> bool:

@@ -224,7 +224,10 @@ def outcome(call: Call) -> str:
 
 
 def autocast(call: Call) -> Call:
-    """The call as autocast changes it: linears in its dtype, statistics in the widest of all; fp64 stays."""
+    """The call as autocast changes it: linears in its dtype, statistics in the widest of all; fp64 stays.
+
+    Singular values of the other 16-bit dtype become fp32.
+    """
     x = call.tensors["x"]
     if call.mode not in AUTOCAST or call.registered or not isinstance(x, Spec) or x.device == "meta":
         return call
@@ -244,12 +247,13 @@ def autocast(call: Call) -> Call:
     def cast(arguments: Any) -> Any:
         if not isinstance(arguments, dict):
             return arguments
-        return {
-            name: value._replace(dtype=dtype)
-            if name in names and isinstance(value, Spec) and value.dtype in FLOATS
-            else value
-            for name, value in arguments.items()
-        }
+        changed = dict(arguments)
+        for name, value in arguments.items():
+            if name in names and isinstance(value, Spec) and value.dtype in FLOATS:
+                changed[name] = value._replace(dtype=dtype)
+            elif name == "s" and isinstance(value, Spec) and value.dtype in {"float16", "bfloat16"} - {dtype}:
+                changed[name] = value._replace(dtype="float32")
+        return changed
 
     groups = call.groups if _is_foreign(call.groups) else [cast(group) for group in call.groups]
     return call._replace(tensors=cast(call.tensors), groups=groups)
