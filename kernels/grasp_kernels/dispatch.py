@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .checks import DTYPES
 from .extension import module_missing
+from .quantized import KINDS
 
 OPS = ("lowrank_linear", "lowrank_linear_grouped", "lowrank_glu", "singular_value_grad")
 
@@ -334,6 +335,8 @@ def explain(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     groups: int = 1,
+    pivoted: bool = False,
+    weights: Collection[str] = (),
 ) -> dict[str, str]:
     """Say which backend ``"auto"`` gives a call to, by which path the call gets there, and why not otherwise.
 
@@ -344,6 +347,8 @@ def explain(
         dtype: dtype of the input.
         device: device of the input.
         groups: number of factors that share the input.
+        pivoted: whether any of them are.
+        weights: how they are quantised: some of ``"int8"``, ``"int4"`` and ``"fp8"``.
 
     Returns:
         For each backend ``"chosen"``, ``"not reached"`` or the reason why it does not run the call. ``"path"`` starts
@@ -359,7 +364,11 @@ def explain(
         >>> answers["cpu"], answers["reference"], answers["path"]
         (..., 'chosen', 'registered op: reference has no direct path')
     """
-    call = OpCall(op, _to_device(device), dtype, rows, rank)
+    if not isinstance(weights, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in weights):
+        raise TypeError(f"weights must be a list of names such as ['int8'], got {type(weights).__name__}")
+    if isinstance(op, str) and op == "lowrank_linear_merged":
+        op = "lowrank_linear_grouped"  # whose kernels it runs
+    call = OpCall(op, _to_device(device), dtype, rows, rank, pivoted, frozenset(weights))
     _check_call(call, groups)
     answers: dict[str, str] = {}
     chosen: Backend | None = None
@@ -383,13 +392,19 @@ def _to_device(device: torch.device | str) -> torch.device:
 
 def _check_call(call: OpCall, groups: int) -> None:
     """Check the arguments of ``explain``."""
-    for name, value, kind in (("op", call.op, str), ("dtype", call.dtype, torch.dtype)):
+    for name, value, kind in (
+        ("op", call.op, str),
+        ("dtype", call.dtype, torch.dtype),
+        ("pivoted", call.pivoted, bool),
+    ):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
     if call.op not in OPS:
         raise ValueError(f"unknown op {call.op!r}; the ops are {', '.join(OPS)}")
     if call.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {call.dtype}")
+    if unknown := sorted(call.weights - {*KINDS.values()}):
+        raise ValueError(f"unknown weights {unknown[0]!r}; expected some of {', '.join(KINDS.values())}")
     for name, number, least in (("rows", call.rows, 0), ("rank", call.rank, 1), ("groups", groups, 1)):
         if not isinstance(number, int):
             raise TypeError(f"{name} must be an integer, got {type(number).__name__}")

@@ -180,6 +180,8 @@ PLACES: dict[str, Callable[[Any], object]] = {
     "rank": lambda value: explain("lowrank_glu", rows=1, rank=str(value)),  # type: ignore[arg-type]
     "dtype": lambda value: explain("lowrank_glu", rows=1, rank=1, dtype=value),
     "device": lambda value: explain("lowrank_glu", rows=1, rank=1, device=value),
+    "pivoted": lambda value: explain("lowrank_glu", rows=1, rank=1, pivoted=value),
+    "weights": lambda value: explain("lowrank_glu", rows=1, rank=1, weights=value),
 }
 
 

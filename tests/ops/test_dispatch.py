@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -196,6 +197,19 @@ def test_auto_never_picks_the_interpreter_or_a_gpus_kernels_for_the_cpu() -> Non
     for op in OPS:
         answers = explain(op, rows=4, rank=2, device="cpu")
         assert {name for name, answer in answers.items() if answer == "chosen"} <= {"cpu", "reference"}
+
+
+@pytest.mark.skipif(dispatch.backend_missing("cpu") is not None, reason="not built")
+def test_explain_knows_pivoted_and_quantised_factors_and_merged_linears() -> None:
+    def chosen(**changes: Any) -> set[str]:
+        answers = explain("lowrank_linear_merged", rows=64, rank=8, **changes)
+        return {name for name, answer in answers.items() if answer == "chosen"}
+
+    assert chosen() == chosen(weights=["int8"]) == {"reference"}
+    assert chosen(pivoted=True) == {"cpu"}
+    assert "no kernel for fp8" in explain("lowrank_linear", rows=1, rank=1, weights=["fp8"])["cpu"]
+    with pytest.raises(ValueError, match="unknown weights 'int3'; expected some of int8, int4, fp8"):
+        explain("lowrank_linear", rows=1, rank=1, weights=["int3"])
 
 
 def test_explain_refuses_an_unknown_op() -> None:
