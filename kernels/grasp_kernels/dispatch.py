@@ -392,12 +392,8 @@ def _to_device(device: torch.device | str) -> torch.device:
 
 def _check_call(call: OpCall, groups: int) -> None:
     """Check the arguments of ``explain``."""
-    for name, value, kind in (
-        ("op", call.op, str),
-        ("dtype", call.dtype, torch.dtype),
-        ("pivoted", call.pivoted, bool),
-    ):
-        if not isinstance(value, kind):
+    for name, kind in (("op", str), ("dtype", torch.dtype), ("pivoted", bool)):
+        if not isinstance(value := getattr(call, name), kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
     if call.op not in OPS:
         raise ValueError(f"unknown op {call.op!r}; the ops are {', '.join(OPS)}")
