@@ -8,6 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+import typer
+
+from grasp.errors import GraspError
 from grasp.files import require_writable
 
 Result = TypeVar("Result", bound=Any)  # a dataclass
@@ -17,10 +20,13 @@ def saved(results: Iterable[Result], output: Path | None) -> Iterator[Result]:
     """Append each result to a file as it comes; ``None`` is no file.
 
     Raises:
-        GraspError: if the file cannot be written, before the first result.
+        typer.BadParameter: if the file cannot be written, before the first result.
     """
     if output is not None:
-        require_writable(output)
+        try:
+            require_writable(output)
+        except GraspError as error:
+            raise typer.BadParameter(str(error)) from error
     for result in results:
         if output is not None:
             with output.open("a") as file:

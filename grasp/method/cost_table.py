@@ -23,8 +23,8 @@ FORMAT_VERSION = 1
 _BESIDE = ("layer", "rest", "layer_quantized", "rest_quantized")
 _FIELDS = ("device", "source", "dtype", "form", *_BESIDE, "threads", "versions")
 # Seconds from one kernel to the next inside a CUDA graph. The rates of a card do not include it; 1 to 4 us are usual.
-LAYER_LAUNCHES = 2  # kernels of a layer besides its linears: attention and norms, fused as servers fuse them
 LAUNCH = 2e-6
+LAYER_LAUNCHES = 2  # kernels of a layer besides its linears: attention and norms, fused as servers fuse them
 POINTS = 16  # ranks of a table from the rates of a card: the time of pivoted factors is no straight line
 
 

@@ -52,7 +52,8 @@ def write(result: Evaluation, output: Path, seen: Contents | None = None) -> Non
 
 def _has_our_card(folder: Path) -> bool:
     """Whether a folder is a compressed checkpoint with a model card. Cards of dense models are not changed."""
-    if not all(map(any, (folder.glob(name) for name in ("README.md", "config.json", "*.safetensors")))):
+    names = ("README.md", "config.json")
+    if not (all((folder / name).is_file() for name in names) and any(folder.glob("*.safetensors"))):
         return False
     return inspect_checkpoint(folder).is_compressed
 

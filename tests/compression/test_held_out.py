@@ -130,6 +130,12 @@ def test_a_loss_that_is_not_finite_is_never_the_least(broken: str, monkeypatch: 
     assert CompressionReport.from_json(report.to_json()) == report
 
 
+def test_a_compressed_model_whose_loss_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "losses_without", lambda *_, **__: [float("inf")])
+    with pytest.raises(NonFiniteError, match="of the compressed model is inf; load the model in bfloat16"):
+        compressed(with_idle_layer(), compression_ratio=0.1)
+
+
 def prefer_fits(monkeypatch: pytest.MonkeyPatch, preferred: bool = True) -> dict[bool, float]:
     """Let fitted low-rank linears be chosen, or those that are not; the losses of both, once they are measured."""
     measure, measured = choice._measured, dict[bool, float]()

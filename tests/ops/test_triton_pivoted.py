@@ -147,6 +147,15 @@ def test_a_gated_unit_of_many_rows_runs_as_users_call_it(order: tuple[int, ...])
     assert_accurate("linear", x.dtype, y, definitions.glu(x, *members, "silu"), exact)
 
 
+def test_relu_keeps_nan() -> None:
+    gate, up = (factors(40, K, 5, seeded(i), s=True, bias=True, dtype=torch.float32, device=DEVICE) for i in range(2))
+    gate.U[7, 0] = torch.nan
+    x = normal((3, K), seeded(1), dtype=torch.float32, device=DEVICE)
+    y = lowrank_glu(x, gate, up, activation="relu", backend="triton")
+    assert y[:, 7].isnan().all()
+    assert y.isnan().sum() == 3
+
+
 def test_launches_are_as_many_as_without_pivots_and_read_fewer_rows_of_u() -> None:
     x = torch.empty(4, K, dtype=torch.bfloat16)
     members = [*mixed(torch.bfloat16), pivoted(18, K, 17, seeded(), dtype=torch.bfloat16)]

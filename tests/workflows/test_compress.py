@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grasp import builtin
 from grasp.calibration import builtin_kinds
+from grasp.checkpoint.compression_report import CompressionReport
 from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, GraspError, OutOfMemoryError
 from grasp.model.quantized_linear import QUANTIZED
@@ -200,3 +202,16 @@ def test_a_device_without_fp64_is_announced_before_weights_are_decomposed_elsewh
     lines: list[str] = []
     compress(str(model), tmp_path / "out", GraspConfig(num_layers=1, basis=basis), samples, notify=lines.append)
     assert any("has no fp64" in line for line in lines) == announced
+
+
+def test_a_kind_of_text_whose_loss_is_not_finite_is_left_out_and_reported(
+    model: Path, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(
+        "grasp.workflows.compress.losses_by_kind",
+        lambda model, kinds, **_: {kind: math.nan if kind == "stories" else 1.0 for kind in kinds},
+    )
+    compress(str(model), tmp_path / "out", GraspConfig(num_layers=1), samples, notify=lines.append)
+    assert any("the loss on stories is NaN or infinite" in line for line in lines)
+    assert "stories" not in CompressionReport.load(tmp_path / "out").kind_losses

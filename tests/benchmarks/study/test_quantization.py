@@ -52,3 +52,9 @@ def test_without_the_dense_model_there_is_nothing_to_compare_with(tmp_path: Path
     result = run("dense", "-o", str(tmp_path / "q"), "--ways", "int8")
     assert result.exit_code == 2
     assert "with bf16 too" in result.output.replace("\n", " ")
+
+
+def test_models_of_one_name_are_refused(tmp_path: Path) -> None:
+    result = run("dense", "a/small", "b/small", "-o", str(tmp_path / "q"))
+    assert result.exit_code == 2
+    assert "two models have the same last part" in " ".join(result.output.replace("│", " ").split())
