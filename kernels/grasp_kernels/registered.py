@@ -286,8 +286,9 @@ def merged_directly(x: Tensor, members: Sequence[Factors | Dense], backend: str)
 
     Dense members, as factors of full rank, are part of the one call: PyTorch's product reads weights slower.
     """
-    is_watched = any(watcher() for watcher in direct.DIRECT_WATCHERS)  # a mode would make what is cached its own
-    if type(x) in direct.PLAIN_TYPES and x.is_cpu and isinstance(members, (list, tuple)) and not is_watched:
+    if isinstance(members, (list, tuple)) and any(type(member) is Dense for member in members):
+        if type(x) not in direct.PLAIN_TYPES or not x.is_cpu or any(watcher() for watcher in direct.DIRECT_WATCHERS):
+            return None  # a mode would also take what is cached for its own
         members = [_full_rank(member) if type(member) is Dense else member for member in members]
     outputs = direct.grouped(x, members, backend)
     return None if outputs is None else torch.cat(outputs, dim=-1)
