@@ -93,6 +93,19 @@ KIND_COLUMNS = (
 )
 
 
+def kinds_of(losses: Mapping[str, Sequence[float]]) -> tuple[KindLoss, ...]:
+    """Kind of text → nats per token before and after, as rows, the one that lost most first."""
+    return tuple(sorted((KindLoss(kind, *pair) for kind, pair in losses.items()), key=lambda row: -row.added))
+
+
+def kinds_text(kinds: Sequence[KindLoss]) -> str:
+    """What is added to the loss on kinds of text, in the mean and at worst; "" for none."""
+    if not kinds:
+        return ""
+    mean, worst = fmean(row.added for row in kinds), kinds[0]
+    return f"{mean:+.3f} nats per token in the mean of {len(kinds)}, {worst.added:+.3f} on {worst.kind}"
+
+
 @dataclass(frozen=True)
 class CompressionReport:
     """The report that ``compress_`` returns. Ratios are of the whole model unless the name says otherwise.
@@ -170,16 +183,12 @@ class CompressionReport:
     @property
     def kinds(self) -> tuple[KindLoss, ...]:
         """The losses by kind of text, the one that lost most first."""
-        rows = (KindLoss(kind, dense, compressed) for kind, (dense, compressed) in self.kind_losses.items())
-        return tuple(sorted(rows, key=lambda row: -row.added))
+        return kinds_of(self.kind_losses)
 
     @property
     def kinds_text(self) -> str:
         """What the compression adds to the loss on other kinds of text, in the mean and at worst; "" if unknown."""
-        if not self.kinds:
-            return ""
-        mean, worst = fmean(row.added for row in self.kinds), self.kinds[0]
-        return f"{mean:+.3f} nats per token in the mean of {len(self.kinds)}, {worst.added:+.3f} on {worst.kind}"
+        return kinds_text(self.kinds)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and the two ratios, as JSON values."""

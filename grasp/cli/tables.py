@@ -7,7 +7,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from grasp.bench.schema import grouped
-from grasp.checkpoint.compression_report import KIND_COLUMNS, candidate_columns
+from grasp.checkpoint.compression_report import KIND_COLUMNS, candidate_columns, kinds_text
 from grasp.checkpoint.inspection import Inspection, LowRankModule, short_name
 from grasp.cli.console import print_facts, print_table, print_text
 from grasp.formatting import count, counts, duration, layer_ranges, score_rows, share, size
@@ -226,6 +226,7 @@ def show_quantization(result: Quantization) -> None:
             ("linears", f"{result.storage}, {result.rounding}"),
             ("quantised", counts(after.quantized.values())),
             ("bytes", f"{size(before.bytes)} -> {size(after.bytes)}: {share(after.bytes / before.bytes)}"),
+            *([("kinds of text", kinds_text(result.kinds))] if result.kinds else []),
             ("time", f"{result.seconds:.1f} s"),
             ("checkpoint", after.directory),
         ]

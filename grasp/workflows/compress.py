@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -47,7 +46,7 @@ from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sharding import collect_, shard_
 from grasp.version import __version__
 from grasp.workflows.guards import require_known, within_memory
-from grasp.workflows.kinds import batches_by_kind, losses_by_kind
+from grasp.workflows.kinds import batches_by_kind, finite_pairs, losses_by_kind
 from grasp.workflows.quantize import QUANTIZATION, quantization_text
 from grasp.workflows.samples import Samples, draw, public_model_name, public_text_name, read_for
 
@@ -162,11 +161,7 @@ def compress(
                 host_memory=host_memory,
             )
             after = losses_by_kind(model, kinds, progress=progress, processes=processes)
-            losses = {kind: (before[kind], after[kind]) for kind in kinds}
-            finite = {kind: pair for kind, pair in losses.items() if all(map(math.isfinite, pair))}
-            if broken := losses.keys() - finite.keys():
-                notify(f"the loss on {', '.join(sorted(broken))} is NaN or infinite; check the model, and its dtype")
-            report = replace(report, kind_losses=finite)
+            report = replace(report, kind_losses=finite_pairs(before, after, notify))
             report = with_request(report, name, samples, costs=costs, dtype=dtype, device=device, processes=processes)
             if (notice := worse_than_removal(report)) is not None:
                 notify(notice)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,3 +50,14 @@ def losses_by_kind(
         [losses[kind]] = losses_without(model, [()], batches, processes=processes)
         progress("kinds of text", len(losses), len(kinds))
     return losses
+
+
+def finite_pairs(
+    before: Mapping[str, float], after: Mapping[str, float], notify: Notify
+) -> dict[str, tuple[float, float]]:
+    """The losses of each kind before and after; ``notify`` names the kinds where one is NaN or infinite."""
+    pairs = {kind: (before[kind], after[kind]) for kind in before}
+    finite = {kind: pair for kind, pair in pairs.items() if all(map(math.isfinite, pair))}
+    if broken := pairs.keys() - finite.keys():
+        notify(f"the loss on {', '.join(sorted(broken))} is NaN or infinite; check the model, and its dtype")
+    return finite

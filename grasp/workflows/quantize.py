@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from transformers import PreTrainedModel
 from grasp.builtin import BUILTIN, BUILTIN_LICENSE
 from grasp.calibration import NAMED_TEXTS, read_pieces
 from grasp.checkpoint.card import model_card, read_license, with_section, with_sizes, without_results
-from grasp.checkpoint.compression_report import FILE_NAME
+from grasp.checkpoint.compression_report import FILE_NAME, KindLoss, kinds_of, kinds_text
 from grasp.checkpoint.inspection import Inspection, inspect_checkpoint
 from grasp.checkpoint.saving import check_directory, read_texts, require_space, save_checkpoint
 from grasp.compression.eligible import require_positions
@@ -26,6 +28,7 @@ from grasp.model.size import Size, model_size
 from grasp.progress import Notify, Progress, no_notify, no_progress
 from grasp.workflows.convert import LICENSES, TEXTS, with_forms
 from grasp.workflows.guards import require_known, within_memory
+from grasp.workflows.kinds import batches_by_kind, finite_pairs, losses_by_kind
 from grasp.workflows.samples import Samples, draw
 
 QUANTIZATION = "Quantisation"  # title of the section of the model card
@@ -43,7 +46,9 @@ class Quantization:
         samples: the calibration sequences; ``None`` for ``"nearest"``, which needs none.
         before: size of the model.
         after: the written checkpoint.
-        seconds: time of loading, quantising and saving.
+        seconds: time of loading, quantising, measuring and saving.
+        kind_losses: kind of text → nats per token before and after, on text that nothing was calibrated on; {} if the
+            built-in text is not installed.
     """
 
     model: str
@@ -53,6 +58,12 @@ class Quantization:
     before: Size
     after: Inspection
     seconds: float
+    kind_losses: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> tuple[KindLoss, ...]:
+        """The losses by kind of text, the one that lost most first."""
+        return kinds_of(self.kind_losses)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as a JSON object; ``share`` is the bytes after as a fraction of those before."""
@@ -63,6 +74,7 @@ class Quantization:
             **{"before": {name: getattr(self.before, name) for name in after}, "after": after},
             "share": self.after.bytes / self.before.bytes,
             "parts": [asdict(part) for part in self.after.parts],
+            "kind_losses": dict(self.kind_losses),
             "seconds": self.seconds,
         }
 
@@ -90,7 +102,8 @@ def quantize(
         samples: the calibration sequences of ``"loss-aware"``; their batch size is a number.
         rounding: ``"loss-aware"`` (see ``quantize_``) or ``"nearest"``.
         progress: called as ``progress(step, done, total)``.
-        notify: called with one line when only a part of the text is read.
+        notify: called with one line when only a part of the text is read, the losses by kind of text cannot be
+            measured, or one is not finite.
 
     Raises:
         ValueError: if there is no such rounding.
@@ -117,9 +130,12 @@ def quantize(
         batches = [] if text is None else draw(tokenizer, text, samples)[0]
         if batches:
             require_positions(model, batches)
-        for batch in batches:
+        kinds = batches_by_kind(tokenizer, samples.seq_len, notify)
+        for batch in chain(batches, *kinds.values()):
             require_known(model, batch.input_ids)
+        losses = losses_by_kind(model, kinds, progress=progress)
         quantize_(model, storage, batches, progress=progress)
+        losses_after = losses_by_kind(model, kinds, progress=progress)
     card = texts.pop("README.md", None)
     if source is not None and source.report is not None:
         texts[FILE_NAME] = with_forms(source.report, model).to_json()
@@ -127,11 +143,15 @@ def quantize(
     parameters = None if source is None else source.parameters_before
     card = _new_card(name, model) if card is None else with_sizes(without_results(card), model, parameters)
     size_after = model_size(model)
-    card = with_section(card, QUANTIZATION, quantization_text(before, size_after, str(storage), used))
+    pairs = finite_pairs(losses, losses_after, notify)
+    details = quantization_text(before, size_after, str(storage), used)
+    if added := kinds_text(kinds_of(pairs)):
+        details += f" On passages of each kind that are in no calibration text of grasp it adds {added}."
+    card = with_section(card, QUANTIZATION, details)
     save_checkpoint(model, target, tokenizer=tokenizer, card=card, extra_files=texts, seen={})
     progress("saving", 1, 1)
     after = inspect_checkpoint(target)
-    return Quantization(name, storage, rounding, used, before, after, time.perf_counter() - start)
+    return Quantization(name, storage, rounding, used, before, after, time.perf_counter() - start, pairs)
 
 
 def _source(folder: Path) -> Inspection | None:

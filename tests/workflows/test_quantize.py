@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from grasp import cli
+from grasp.calibration import builtin_kinds
 from grasp.checkpoint.card import model_card, read_card
-from grasp.checkpoint.compression_report import CompressionReport
+from grasp.checkpoint.compression_report import CompressionReport, kinds_text
 from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.checkpoint.saving import save_checkpoint
 from grasp.compress import compress_
@@ -84,6 +85,10 @@ def test_a_compressed_folder_becomes_a_smaller_one_with_the_same_texts(
     assert "## Mine\n\nText." in card
     assert f"{len(after.quantized)} int8." in card
     assert "outputs change least on 4 sequences of 32 tokens of a text file" in card
+    losses = result.to_dict()["kind_losses"]
+    assert losses.keys() == builtin_kinds("evaluation").keys()
+    assert all(0 < abs(after - before) < 0.01 for before, after in losses.values())
+    assert f"in no calibration text of grasp it adds {kinds_text(result.kinds)}." in card
     assert (tmp_path / "out" / "LICENSE").read_text() == "Mine."
 
 
@@ -112,11 +117,12 @@ def test_a_folder_without_some_layers_keeps_its_texts_and_sizes(
 
 
 def test_a_dense_folder_needs_no_text_with_rounding_to_nearest(tmp_path: Path) -> None:
-    tiny_model("qwen2", torch.bfloat16, vocab_size=len(byte_tokenizer())).save_pretrained(tmp_path / "dense")
+    tiny_model("qwen2", torch.bfloat16, vocab_size=300).save_pretrained(tmp_path / "dense")
     byte_tokenizer().save_pretrained(tmp_path / "dense")
     arguments = ("quantize", tmp_path / "dense", "--bits", 4, "--group", 32, "--rounding", "nearest")
     text = run(*arguments, "--calibration", "missing.txt", "-o", tmp_path / "out")
     assert "int4/32, nearest" in text
+    assert "nats per token in the mean of" in text
     assert "embeddings, int8" in text
     found = inspect_checkpoint(tmp_path / "out")
     assert (found.modules, set(found.quantized.values())) == ((), {"int4/32", "int8"})
