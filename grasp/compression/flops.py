@@ -15,7 +15,7 @@ from grasp.compression.memory import form_in_sweeps, retained_groups
 from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
 from grasp.method.basis import BASES
-from grasp.method.least_squares import least_squares_flops
+from grasp.method.least_squares import carried_flops, least_squares_flops
 from grasp.method.ranks import Shape, break_even_rank
 from grasp.method.rounding import rounding_flops
 from grasp.method.svd import decomposition_flops
@@ -27,7 +27,7 @@ from grasp.statistics.sweep import STUDENTS, sweep_name
 from grasp_kernels.routes import dense_flops, factored_flops
 
 CANDIDATES = 8  # that are compared, about
-# Forward passes through a layer per batch: dense, low-rank, and at most one more for its inputs.
+# Forward passes through a layer per batch: dense, low-rank (or quantised), and at most one more for its inputs.
 REFIT_PASSES = 3.5
 
 
@@ -165,12 +165,12 @@ class FlopCounter:
         )
 
     def _quantizing(self) -> dict[str, int]:
-        """The layers run twice: for the moments of their inputs, and quantised."""
+        """The layers run as for a refit, and the sums are those of a refit."""
         targets = [target for linears in eligible_targets(self._tracer.model)[0].values() for target in linears]
-        passes = 2 * self._for_samples(self._forward(range(len(self._layers))), self._job.num_samples)
-        tokens = self._job.num_samples * self._job.seq_len
-        sums = tokens * covariance_bytes(targets, outputs=False) // self._job.sum_bytes
-        return {"quantizing": passes + sums, "rounding": sum(rounding_flops(shape) for shape in _shapes(targets))}
+        passes = int(REFIT_PASSES * self._for_calibration(self._forward(range(len(self._layers)))))
+        sums = 2 * 2 * self._tokens * covariance_bytes(targets, outputs=False) // self._job.sum_bytes
+        rounding = sum(rounding_flops(shape) + carried_flops(shape) for shape in _shapes(targets))
+        return {"quantizing": passes + sums, "rounding": rounding}
 
     @property
     def _tokens(self) -> int:

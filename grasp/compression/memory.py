@@ -121,13 +121,14 @@ def replacing_bytes(tracer: Tracer, targets: Collection[Target], config: GraspCo
 
 
 def quantizing_bytes(tracer: Tracer) -> int:
-    """The quantisation of one layer: the second moments of its inputs, and one batch, or one linear that is rounded."""
+    """The quantisation of one layer: two sums of an input, and one batch, or one linear that is rounded."""
     most = 0
     for layer, targets in eligible_targets(tracer.model)[0].items():
         cost = tracer.layer(layer, "none")
         passing = states_bytes(tracer) + FRAGMENTATION * (cost.saved + cost.transient)
-        rounding = max((rounding_bytes(dense_shape(target.module)) for target in targets), default=0)
-        most = max(most, covariance_bytes(targets, outputs=False) + max(passing, rounding))
+        for target in targets:
+            n, k = dense_shape(target.module)
+            most = max(most, 2 * 4 * k * k + max(passing, rounding_bytes((n, k))))
     return most
 
 

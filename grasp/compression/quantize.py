@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import NonFiniteError
+from grasp.method.least_squares import carried
 from grasp.method.rounding import Rounded, round_nearest, round_to_outputs
 from grasp.method.storage import OUTPUTS, Storage
 from grasp.model.batch import CalibrationBatch
@@ -23,8 +24,8 @@ from grasp.model.quantized_linear import QuantizedLowRankLinear, QuantizedModule
 from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
 from grasp.statistics.hidden_states import Scratch
-from grasp.statistics.sweep import Prefix, alone, capture_prefix, inputs_of, propagate
-from grasp_kernels.products import accumulate_gram_, mirror_
+from grasp.statistics.one_layer import OneLayer
+from grasp.statistics.sweep import capture_prefix, propagate
 from grasp_kernels.quantized import pack_int4
 
 # In 4 bits a low-rank linear with more numbers than this fraction of the dense weight is stored dense. Its factors save
@@ -44,9 +45,10 @@ def quantize_(
 ) -> None:
     """Quantise every linear and embedding of a causal language model in place, low-rank or dense.
 
-    With ``batches`` the linears of the decoder layers are rounded such that their outputs change least
-    (``round_to_outputs``), given the inputs that the quantised linears before them produce; left factors are fitted to
-    the rounded right ones before they are rounded. Without batches every entry is rounded to the nearest value.
+    With ``batches`` the linears of the decoder layers are fitted to the outputs of the unquantised model, given the
+    inputs that the quantised linears before them produce (``carried``), and rounded such that their outputs change
+    least (``round_to_outputs``); left factors are fitted to the rounded right ones before they are rounded. Without
+    batches every entry is rounded to the nearest value.
     Embeddings and the output layer have 8 bits and one scale per row, rounded to the nearest value.
 
     In 4 bits low-rank linears that have nearly as many parameters as the dense weight become dense ones.
@@ -66,19 +68,16 @@ def quantize_(
     group_linears_(model, enabled=False)
     names = {module: name for name, module in model.named_modules()}
     try:
-        prefix = capture_prefix(model, batches, {0}, scratch=scratch) if batches else None
+        streams = _Streams(model, batches, scratch) if batches else None
         for index, layer in enumerate(layers):
             linears = [module for module in layer.modules() if _is_linear(module)]
             stored = {names[linear]: storage if isinstance(storage, Storage) else storage(linear) for linear in linears}
             _expand_(model, layer, names, stored)
             linears = [module for module in layer.modules() if _is_linear(module)]
-            for stage, calls in _stages(prefix, index, linears):
-                moment = _moment(prefix, index, stage[0], calls) if prefix is not None and calls else None
-                for linear in stage:
-                    _replace_(model, names[linear], linear, stored[names[linear]], moment)
-            if prefix is not None:
-                hidden = propagate(prefix, range(index, index + 1), prefix.hidden.pop(index))
-                prefix.hidden[index + 1] = hidden
+            passing = streams.through(index, linears) if streams is not None else [(linears, None)]
+            for members, sums in passing:
+                for linear in members:
+                    _replace_(model, names[linear], linear, stored[names[linear]], sums)
             progress("quantising", index + 1, len(layers))
         _quantize_rest_(model, names)
     finally:
@@ -122,70 +121,66 @@ def _expand_(model: nn.Module, layer: nn.Module, names: dict[nn.Module, str], st
         model.set_submodule(names[module], dense.train(module.training))
 
 
-def _stages(prefix: Prefix | None, layer: int, linears: Sequence[nn.Module]) -> list[tuple[list[nn.Module], int]]:
-    """The linears of a layer that share their inputs, in the order of their calls, and the number of calls.
+class _Sums(NamedTuple):
+    """Of the inputs of a linear: x in the unquantised model, x̂ in the quantised one."""
 
-    Those that are not called have no calls.
-    """
-    if prefix is None:
-        return [(list(linears), 0)]
-    with alone(prefix, range(layer, layer + 1)):
-        inputs = inputs_of(prefix, layer, 0, prefix.hidden[layer][0], linears)
-    stages: dict[tuple[int, ...], list[nn.Module]] = {}
-    for linear in sorted(linears, key=[*inputs, *linears].index):
-        stages.setdefault(tuple(map(id, inputs.get(linear, ()))), []).append(linear)
-    return [(stage, len(key)) for key, stage in stages.items()]
+    cross: Tensor  # Σ x x̂ᵀ, (K, K) fp32
+    gram: Tensor  # Σ x̂ x̂ᵀ
+    tokens: int  # of these sums
 
 
-def _moment(prefix: Prefix, layer: int, linear: nn.Module, calls: int) -> Tensor:
-    """``Σ x xᵀ`` of the inputs of a linear, which is called so many times in each batch."""
-    moment: Tensor | None = None
-    with alone(prefix, range(layer, layer + 1)):
-        for index in range(len(prefix.batches)):
-            hidden = prefix.hidden[layer][index]
-            for x in inputs_of(prefix, layer, index, hidden, [linear], calls)[linear]:
-                if moment is None:
-                    moment = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float32)
-                accumulate_gram_(moment, x)
-    assert moment is not None
-    return mirror_(moment)
+class _Streams:
+    """The hidden states of the unquantised model and of the quantised one, which pass the layers together."""
+
+    def __init__(self, model: PreTrainedModel, batches: Sequence[CalibrationBatch], scratch: Scratch | None) -> None:
+        self._prefix = capture_prefix(model, batches, {0}, scratch=scratch)
+        self._before = self._after = self._prefix.hidden.pop(0)
+
+    def through(self, layer: int, linears: Sequence[nn.Module]) -> Iterator[tuple[list[nn.Module], _Sums | None]]:
+        """The linears of a layer that share their inputs, in the order of their calls, then those that are not called.
+
+        Those of one step are to be quantised before the next.
+        """
+        one, called = OneLayer(self._prefix, layer), set[nn.Module]()
+        inputs, self._before = one.inputs_and_outputs(self._before, linears)
+        for members, calls in one.groups(linears, self._after[0]):
+            x = inputs[members[0]]  # of all members
+            width, device = x[0].shape[1], next(members[0].parameters()).device
+            cross, gram = (torch.zeros(width, width, device=device) for _ in range(2))
+            one.add_covariances_(cross, gram, members[0], calls, x, self._after)
+            for member in members:
+                del inputs[member]
+            del x
+            called.update(members)
+            yield members, _Sums(cross, gram, calls * sum(batch.num_tokens for batch in self._prefix.batches))
+        yield [linear for linear in linears if linear not in called], None
+        self._after = propagate(self._prefix, range(layer, layer + 1), self._after)
 
 
-class _Factor(NamedTuple):
-    """A matrix to round, the second moment of its inputs and the metric of its outputs, see ``round_to_outputs``.
-
-    Without a moment it is rounded to the nearest value.
-    """
-
-    matrix: Tensor
-    moment: Tensor | None
-    metric: Tensor | None = None
-
-    def rounded(self, storage: Storage) -> Rounded:
-        if self.moment is None:
-            return round_nearest(self.matrix, *storage)
-        return round_to_outputs(self.matrix, self.moment, *storage, metric=self.metric)
+def _rounded(matrix: Tensor, sums: _Sums | None, storage: Storage, metric: Tensor | None = None) -> Rounded:
+    """Round a weight or Vh; without sums to the nearest value. For ``metric`` see ``round_to_outputs``."""
+    if sums is None:
+        return round_nearest(matrix, *storage)
+    return round_to_outputs(carried(matrix.float(), *sums), sums.gram, *storage, metric=metric)
 
 
-def _replace_(
-    model: nn.Module, name: str, linear: nn.Module, storage: Storage, moment: Tensor | None
-) -> QuantizedModule:
+def _replace_(model: nn.Module, name: str, linear: nn.Module, storage: Storage, sums: _Sums | None) -> QuantizedModule:
     """Put the quantised module in the place of a linear or an embedding."""
-    tensors = [tensor for tensor in (*linear.parameters(), moment) if tensor is not None]
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-        what = "its weights have" if moment is None or moment.isfinite().all() else "its inputs have"
-        raise NonFiniteError(f"{name} cannot be quantised: {what} NaN or infinite entries")
-    module = quantized_like(linear, storage, tensors[0].device)
+    parameters = list(linear.parameters())
+    for what, tensors in (("inputs", [] if sums is None else [sums.cross, sums.gram]), ("weights", parameters)):
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            raise NonFiniteError(f"{name} cannot be quantised: its {what} have NaN or infinite entries")
+    module = quantized_like(linear, storage, parameters[0].device)
     assert module is not None
     if isinstance(linear, LowRankLinear):
         assert isinstance(module, QuantizedLowRankLinear)
-        Vh = _Factor(linear.Vh, moment, _metric(linear)).rounded(storage)
+        Vh = _rounded(linear.Vh, sums, storage, _metric(linear))
         _store_(module, "Vh", Vh)
-        _store_(module, "U", _left(linear, Vh.matrix, moment, storage.bits).rounded(storage))
+        _store_(module, "U", _rounded_left(linear, Vh.matrix, sums, storage))
         module.order = None if linear.order is None else linear.order.clone()
     else:
         weight = linear.weight if isinstance(linear, nn.Embedding) else dense_weight(linear)  # type: ignore[arg-type]
-        _store_(module, "weight", _Factor(weight, moment).rounded(storage))
+        _store_(module, "weight", _rounded(weight, sums, storage))
     if getattr(linear, "bias", None) is not None:
         module.bias.data.copy_(linear.bias)  # type: ignore[union-attr, operator, arg-type]
     model.set_submodule(name, module.train(linear.training))
@@ -201,23 +196,22 @@ def _metric(layer: LowRankLinear) -> Tensor:
     return metric
 
 
-def _left(layer: LowRankLinear, Vh: Tensor, moment: Tensor | None, bits: int) -> _Factor:
-    """U, fitted to the rounded Vh, and the second moment of its inputs.
+def _rounded_left(layer: LowRankLinear, Vh: Tensor, sums: _Sums | None, storage: Storage) -> Rounded:
+    """Round U, fitted to the rounded Vh.
 
     The fit minimises the errors that the rounding of U will make as well, which grow with U: a ridge.
     """
-    if moment is None:
-        return _Factor(layer.U, None)
-    right, wide = Vh.double().mT, moment.double()
-    projected = wide @ right  # Σ x ĥᵀ
-    gram = right.mT @ projected  # Σ ĥ ĥᵀ
-    ridge = 4.0**-bits / 4 * float(gram.diagonal().mean())
+    if sums is None:
+        return round_nearest(layer.U, *storage)
+    right = Vh.double().mT
+    gram = right.mT @ (sums.gram.double() @ right)  # Σ ĥ ĥᵀ
+    ridge = 4.0**-storage.bits / 4 * float(gram.diagonal().mean())
     if ridge == 0:
-        return _Factor(layer.U, gram)
+        return round_to_outputs(layer.U, gram, *storage)
     damped = gram.clone()
     damped.diagonal().add_(ridge)
-    target = layer.U.double() @ (layer.Vh.double() @ projected)
-    return _Factor(torch.linalg.solve(damped, target, left=False), gram)
+    target = layer.U.double() @ (layer.Vh.double() @ (sums.cross.double() @ right))
+    return round_to_outputs(torch.linalg.solve(damped, target, left=False), gram, *storage)
 
 
 def _store_(module: nn.Module, name: str, rounded: Rounded) -> None:

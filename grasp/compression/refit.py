@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +12,15 @@ from transformers import PreTrainedModel
 from grasp.method.least_squares import least_squares
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
-from grasp.model.hooks import hooked, replaced
+from grasp.model.hooks import replaced
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.offload import execution_device
 from grasp.model.targets import Target
 from grasp.progress import Progress, no_progress
 from grasp.statistics.hidden_states import HiddenStates, Scratch
+from grasp.statistics.one_layer import OneLayer
 from grasp.statistics.processes import ALONE, Processes
-from grasp.statistics.sweep import Prefix, Rows, alone, capture_prefix, inputs_of, propagate, run_layers
-from grasp_kernels.products import add_product_, exact_bf16, widen
+from grasp.statistics.sweep import capture_prefix, propagate
 from grasp_kernels.reference import accumulation_dtype
 
 
@@ -83,25 +82,35 @@ class Refit:
             for target, module in modules.items():
                 self._model.set_submodule(target.name, module)
             return
-        run, unfitted = _OneLayer(self._prefix, layer), {} if is_fitted else modules
+        run, unfitted = OneLayer(self._prefix, layer), {} if is_fitted else modules
         with self._processes.fail_together():
-            inputs, dense = run.inputs_and_outputs(self._dense, {target.module: target for target in unfitted})
+            inputs, dense = run.inputs_and_outputs(self._dense, [target.module for target in unfitted])
             for target, module in modules.items():
                 self._model.set_submodule(target.name, module)
-            groups = run.groups({module: target for target, module in unfitted.items()}, self._low[0])
-        for group in groups:
-            self._fit_(run, group, unfitted, inputs[group[0]])
+            groups = run.groups(unfitted.values(), self._low[0])
+        targets: dict[nn.Module, Target] = {module: target for target, module in unfitted.items()}
+        for linears, calls in groups:
+            members = [targets[linear] for linear in linears]
+            self._fit_(run, members, calls, unfitted, inputs[members[0].module])
         self._dense = dense
         if not is_removed:
             with self._processes.fail_together():
                 self._low = propagate(self._prefix, range(layer, layer + 1), self._low)
 
     def _fit_(
-        self, run: _OneLayer, group: Sequence[Target], modules: Mapping[Target, LowRankLinear], inputs: HiddenStates
+        self,
+        run: OneLayer,
+        group: Sequence[Target],
+        calls: int,
+        modules: Mapping[Target, LowRankLinear],
+        inputs: HiddenStates,
     ) -> None:
         """Fit the linears that share an input."""
+        linear, width = group[0].module, modules[group[0]].in_features
+        device, dtype = execution_device(linear), accumulation_dtype(linear.weight.dtype)
+        cross, gram = (torch.zeros(width, width, device=device, dtype=dtype) for _ in range(2))
         with self._processes.fail_together():
-            cross, gram = run.covariances(group[0], modules[group[0]], inputs, self._low)
+            run.add_covariances_(cross, gram, modules[group[0]], calls, inputs, self._low)
         owners = {self._processes.owner(index) for index in range(len(group))}
         self._processes.reduce_([(cross, owners), (gram, owners)])
 
@@ -159,67 +168,3 @@ class _Left(NamedTuple):
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> _Left:
         """The inverse of ``to_tensors``."""
         return cls(**tensors)
-
-
-class _OneLayer:
-    """One decoder layer, run alone on stored hidden states."""
-
-    def __init__(self, prefix: Prefix, layer: int) -> None:
-        self._prefix, self._layers = prefix, range(layer, layer + 1)
-
-    def inputs_and_outputs(
-        self, hidden: Sequence[Tensor], modules: Mapping[nn.Module, Target]
-    ) -> tuple[dict[Target, HiddenStates], HiddenStates]:
-        """For every batch the inputs of the linears, without padding, and the outputs of the layer."""
-        outputs, inputs = HiddenStates(self._prefix.scratch), dict[Target, HiddenStates]()
-        with alone(self._prefix, self._layers):
-            for index in range(len(self._prefix.batches)):
-                with self._recording(index, modules) as recorded:
-                    outputs.append(run_layers(self._prefix, self._layers, index, hidden[index]))
-                by_input: dict[int, HiddenStates] = {}  # linears that share an input share what is kept of it
-                for target, x in recorded.items():
-                    if target not in inputs:
-                        inputs[target] = by_input.get(id(x)) or HiddenStates(self._prefix.scratch)
-                    if id(x) not in by_input:
-                        by_input[id(x)] = inputs[target]
-                        inputs[target].append(x)
-        return inputs, outputs
-
-    def groups(self, modules: Mapping[nn.Module, Target], hidden: Tensor) -> list[list[Target]]:
-        """The linears that share an input, in the order of the calls."""
-        groups: dict[int, list[Target]] = {}
-        if modules:
-            with alone(self._prefix, self._layers):
-                inputs = inputs_of(self._prefix, self._layers.start, 0, hidden, modules)
-            for module, (x, *_) in inputs.items():
-                groups.setdefault(id(x), []).append(modules[module])
-        return list(groups.values())
-
-    def covariances(
-        self, target: Target, module: LowRankLinear, dense_inputs: Sequence[Tensor], low: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """``Σ x x̂ᵀ`` and ``Σ x̂ x̂ᵀ`` of the inputs of a linear, in fp32 (fp64 for fp64)."""
-        width, linear = module.in_features, target.module
-        device, dtype = execution_device(linear), accumulation_dtype(linear.weight.dtype)
-        cross, gram = (torch.zeros(width, width, device=device, dtype=dtype) for _ in range(2))
-        with alone(self._prefix, self._layers):
-            for index in range(len(self._prefix.batches)):
-                inputs = inputs_of(self._prefix, self._layers.start, index, low[index], [module], calls=1)
-                seen = inputs[module][0].to(device)
-                x = dense_inputs[index].to(device)
-                with exact_bf16(x, seen):
-                    x, seen = widen(x, dtype), widen(seen, dtype)
-                    add_product_(cross, x.mT, seen)
-                    add_product_(gram, seen.mT, seen)
-        return cross, gram
-
-    @contextmanager
-    def _recording(self, index: int, modules: Mapping[nn.Module, Target]) -> Iterator[dict[Target, Tensor]]:
-        """Record the input of each linear, without padding, in the order of the calls."""
-        rows, recorded = Rows(self._prefix.batches[index]), dict[Target, Tensor]()
-
-        def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            recorded.setdefault(modules[module], rows.of_input(args[0]))
-
-        with hooked(*modules, before=record):
-            yield recorded

@@ -1,4 +1,4 @@
-"""Regularised least squares. A pure function."""
+"""Regularised least squares on the outputs of a dense weight. Pure functions."""
 
 from __future__ import annotations
 
@@ -40,6 +40,37 @@ def least_squares(U: Tensor, Vh: Tensor, weight: Tensor, cross: Tensor, inputs: 
         wanted = (to_double(weight[rows], place) @ projected).add_(to_double(U[rows], place), alpha=ridge)
         solution[rows] = torch.linalg.lu_solve(factors, pivots, wanted, left=False)
     return solution
+
+
+def carried(weight: Tensor, cross: Tensor, inputs: Tensor, tokens: int) -> Tensor:
+    """The V that minimises ``Σ ‖W x − V x̂‖² + λ ‖V − W‖²``, (N, K) in the dtype of ``weight``; solved in fp64.
+
+    It makes up for what the layers before have changed in its inputs. λ is ``PRIOR_TOKENS`` times the mean square of
+    x̂ over tokens and columns.
+
+    Args:
+        weight: W, (N, K).
+        cross: ``Σ x x̂ᵀ``, (K, K).
+        inputs: ``Σ x̂ x̂ᵀ``, (K, K).
+        tokens: the number of terms in these sums.
+    """
+    place = fp64_device(weight.device)
+    gram = to_double(inputs, place).clone()
+    change = (to_double(cross, place) - gram).mT
+    ridge = PRIOR_TOKENS / tokens * float(gram.diagonal().mean())
+    if ridge == 0:
+        return weight
+    gram.diagonal().add_(ridge)
+    factor, (n, k) = torch.linalg.cholesky(gram), weight.shape
+    if n < k:  # fewer right-hand sides
+        return weight + torch.cholesky_solve(change @ to_double(weight, place).mT, factor).mT.to(weight)
+    return weight + weight @ torch.cholesky_solve(change, factor).mT.to(weight)
+
+
+def carried_flops(shape: Shape) -> int:
+    """FLOPs of ``carried``: a Cholesky factor, its right-hand sides, and a product."""
+    n, k = shape
+    return k**3 // 3 + 2 * min(n, k) * k**2 + 2 * n * k**2
 
 
 def least_squares_bytes(shape: Shape, rank: int, itemsize: int = 4) -> int:

@@ -167,9 +167,12 @@ def rounding_flops(shape: Shape) -> int:
 
 
 def rounding_bytes(shape: Shape) -> int:
-    """The temporary bytes of ``round_to_outputs``: five matrices of the moment in fp64, three of the weight in fp32."""
+    """The temporary bytes of ``round_to_outputs``, and of ``carried`` before it, about; the results are counted.
+
+    Six matrices of the moment in fp64 and five of the weight in fp32.
+    """
     rows, depth = shape
-    return 8 * 5 * depth**2 + 4 * 3 * rows * depth
+    return 8 * 6 * depth**2 + 4 * 5 * rows * depth
 
 
 def _nearest(weight: Tensor, scales: Tensor, range_: _Range) -> Tensor:

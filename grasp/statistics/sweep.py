@@ -149,22 +149,20 @@ class _Reached(Exception):  # noqa: N818 -- no error
     """Ends a forward pass whose rest is not needed."""
 
 
-def inputs_of(
-    prefix: Prefix, layer: int, index: int, hidden: Tensor, linears: Iterable[nn.Module], calls: float = math.inf
-) -> dict[nn.Module, list[Tensor]]:
-    """The inputs (T, features) of linears of a layer, without padding, in the order of their first calls.
+@contextmanager
+def recording(
+    batch: CalibrationBatch, linears: Iterable[nn.Module], calls: float = math.inf
+) -> Iterator[dict[nn.Module, list[Tensor]]]:
+    """Record the inputs (T, features) of linears, of all calls and without padding, in the order of the first calls.
 
-    Linears that share an input have the same tensor. Use it under ``alone``.
+    Linears that share an input have the same tensor.
 
     Args:
-        prefix: its model and batches.
-        layer: of the linears.
-        index: of the batch.
-        hidden: (B, L, H), the hidden states that enter the layer.
+        batch: that passes the model inside the block.
         linears: of any class.
-        calls: the pass ends after so many.
+        calls: the block ends after so many.
     """
-    recorded, rows = defaultdict[nn.Module, list[Tensor]](list), Rows(prefix.batches[index])
+    recorded, rows = defaultdict[nn.Module, list[Tensor]](list), Rows(batch)
 
     def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         recorded[module].append(rows.of_input(args[0]))
@@ -172,8 +170,7 @@ def inputs_of(
             raise _Reached
 
     with hooked(*linears, before=record), suppress(_Reached):
-        run_layers(prefix, range(layer, layer + 1), index, hidden)
-    return recorded
+        yield recorded
 
 
 @torch.no_grad()

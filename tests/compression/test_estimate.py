@@ -104,12 +104,12 @@ def test_refit_adds_a_few_forward_passes() -> None:
     assert 3 * made.flops.block_influence < made.flops.refit < 6 * made.flops.block_influence
 
 
-def test_quantising_adds_two_forward_passes() -> None:
+def test_quantising_adds_as_many_forward_passes_as_a_refit() -> None:
     config = GraspConfig.best(compression_ratio=0.1)
     made = estimate(job(tiny_model("llama").config, replace(config, bits=8)))
     without = estimate(job(tiny_model("llama").config, config))
     assert made.flops.total - made.flops.quantizing - made.flops.rounding == without.flops.total
-    assert 2 * made.flops.block_influence < made.flops.quantizing < 4 * made.flops.block_influence
+    assert 3 * made.flops.block_influence < made.flops.quantizing < 9 * made.flops.block_influence
     assert made.flops.rounding > 0
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from grasp.method.rounding import Rounded, round_nearest, round_to_outputs
+from grasp.method.rounding import Rounded, round_nearest, round_to_outputs, rounding_bytes
 from grasp.method.storage import FP8, Storage
+from tests.method.resources import peaks_of
 
 
 def inputs(depth: int) -> Tensor:
@@ -97,3 +98,9 @@ def test_an_entry_of_largest_magnitude_and_either_sign_is_exact_without_clipping
         weight = torch.zeros(1, 8)
         weight[0, entry] = sign * 4.0
         assert torch.equal(round_nearest(weight, 4).matrix, weight)
+
+
+def test_the_peaks_are_within_the_estimates() -> None:
+    cases = [("rounding", shape, 1) for shape in ((600, 1600), (1600, 600))]
+    for (_, shape, _), measured in zip(cases, peaks_of(cases), strict=True):
+        assert 0.5 * rounding_bytes(shape) < measured < rounding_bytes(shape)

@@ -1,0 +1,100 @@
+"""One decoder layer, run alone on stored hidden states: what its linears see in the model as it was and as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from grasp.statistics.hidden_states import HiddenStates
+from grasp.statistics.sweep import Prefix, alone, recording, run_layers
+from grasp_kernels.products import add_product_, exact_bf16, widen
+
+
+class Group(NamedTuple):
+    """Linears that share an input, and how often each is called in a pass."""
+
+    linears: list[nn.Module]
+    calls: int
+
+
+class OneLayer:
+    """One decoder layer, run alone on stored hidden states.
+
+    Args:
+        prefix: its model and batches.
+        layer: index of the layer.
+    """
+
+    def __init__(self, prefix: Prefix, layer: int) -> None:
+        self._prefix, self._layers = prefix, range(layer, layer + 1)
+
+    def inputs_and_outputs(
+        self, hidden: Sequence[Tensor], linears: Collection[nn.Module]
+    ) -> tuple[dict[nn.Module, HiddenStates], HiddenStates]:
+        """For every batch the inputs of the linears, without padding and of all calls, and the outputs of the layer."""
+        outputs, inputs = HiddenStates(self._prefix.scratch), dict[nn.Module, HiddenStates]()
+        with alone(self._prefix, self._layers):
+            for index, batch in enumerate(self._prefix.batches):
+                with recording(batch, linears) as recorded:
+                    outputs.append(run_layers(self._prefix, self._layers, index, hidden[index]))
+                shared: dict[tuple[int, ...], HiddenStates] = {}  # what is kept of an input, by its parts
+                for linear, parts in recorded.items():
+                    key = tuple(map(id, parts))
+                    if linear not in inputs:
+                        inputs[linear] = shared.get(key) or HiddenStates(self._prefix.scratch)
+                    if key not in shared:
+                        shared[key] = inputs[linear]
+                        inputs[linear].append(_joined(parts))
+        return inputs, outputs
+
+    def groups(self, linears: Collection[nn.Module], hidden: Tensor) -> list[Group]:
+        """The linears that share an input, in the order of the calls; those that are not called are left out.
+
+        Args:
+            linears: of the layer.
+            hidden: of the first batch.
+        """
+        if not linears:
+            return []
+        with alone(self._prefix, self._layers), recording(self._prefix.batches[0], linears) as inputs:
+            run_layers(self._prefix, self._layers, 0, hidden)
+        groups: dict[tuple[int, ...], list[nn.Module]] = {}
+        for linear, parts in inputs.items():
+            groups.setdefault(tuple(map(id, parts)), []).append(linear)
+        return [Group(members, len(key)) for key, members in groups.items()]
+
+    def add_covariances_(
+        self,
+        cross: Tensor,
+        gram: Tensor,
+        linear: nn.Module,
+        calls: int,
+        before: Sequence[Tensor],
+        hidden: Sequence[Tensor],
+    ) -> None:
+        """Add ``Σ x x̂ᵀ`` and ``Σ x̂ x̂ᵀ`` of the inputs of a linear.
+
+        Args:
+            cross: (K, K), fp32 or fp64.
+            gram: likewise.
+            linear: of the layer as it is.
+            calls: of its ``Group``.
+            before: x, from ``inputs_and_outputs`` of the layer as it was.
+            hidden: for each batch what enters the layer now.
+        """
+        with alone(self._prefix, self._layers):
+            for index, batch in enumerate(self._prefix.batches):
+                with recording(batch, [linear], calls) as inputs:
+                    run_layers(self._prefix, self._layers, index, hidden[index])
+                seen, x = _joined(inputs[linear]).to(gram.device), before[index].to(gram.device)
+                with exact_bf16(x, seen):
+                    x, seen = widen(x, gram.dtype), widen(seen, gram.dtype)
+                    add_product_(cross, x.mT, seen)
+                    add_product_(gram, seen.mT, seen)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
