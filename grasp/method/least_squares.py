@@ -8,7 +8,8 @@ from torch import Tensor
 from grasp.method.blocks import BLOCK_ROWS, fp64_device, quadratic_form, row_blocks, to_double
 from grasp.method.ranks import Shape
 
-PRIOR_TOKENS = 3000  # the given U weighs as much as so many tokens, so that few tokens change it little; docs/study.md
+# The given U, or weight, weighs as much as so many tokens, so that few tokens change it little; docs/study.md.
+PRIOR_TOKENS, CARRIED_PRIOR_TOKENS = 3000, 10_000
 
 
 def least_squares(U: Tensor, Vh: Tensor, weight: Tensor, cross: Tensor, inputs: Tensor, tokens: int) -> Tensor:
@@ -45,8 +46,8 @@ def least_squares(U: Tensor, Vh: Tensor, weight: Tensor, cross: Tensor, inputs: 
 def carried(weight: Tensor, cross: Tensor, inputs: Tensor, tokens: int) -> Tensor:
     """The V that minimises ``Σ ‖W x − V x̂‖² + λ ‖V − W‖²``, (N, K) in the dtype of ``weight``; solved in fp64.
 
-    It makes up for what the layers before have changed in its inputs. λ is ``PRIOR_TOKENS`` times the mean square of
-    x̂ over tokens and columns.
+    It makes up for what the layers before have changed in its inputs. λ is ``CARRIED_PRIOR_TOKENS`` times the mean
+    square of x̂ over tokens and columns.
 
     Args:
         weight: W, (N, K).
@@ -57,7 +58,7 @@ def carried(weight: Tensor, cross: Tensor, inputs: Tensor, tokens: int) -> Tenso
     place = fp64_device(weight.device)
     gram = to_double(inputs, place).clone()
     change = (to_double(cross, place) - gram).mT
-    ridge = PRIOR_TOKENS / tokens * float(gram.diagonal().mean())
+    ridge = CARRIED_PRIOR_TOKENS / tokens * float(gram.diagonal().mean())
     if ridge == 0:
         return weight
     gram.diagonal().add_(ridge)
