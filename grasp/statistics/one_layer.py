@@ -77,6 +77,8 @@ class OneLayer:
     ) -> None:
         """Add ``Σ x x̂ᵀ`` and ``Σ x̂ x̂ᵀ`` of the inputs of a linear.
 
+        A linear that sees only some of the tokens, as routed experts do, may see others now: x̂ takes the place of x.
+
         Args:
             cross: (K, K), fp32 or fp64.
             gram: likewise.
@@ -85,11 +87,16 @@ class OneLayer:
             before: x, from ``inputs_and_outputs`` of the layer as it was.
             hidden: for each batch what enters the layer now.
         """
+        batches = self._prefix.batches
         with alone(self._prefix, self._layers):
-            for index, batch in enumerate(self._prefix.batches):
+            for index, batch in enumerate(batches):
                 with recording(batch, [linear], calls) as inputs:
                     run_layers(self._prefix, self._layers, index, hidden[index])
-                seen, x = _joined(inputs[linear]).to(gram.device), before[index].to(gram.device)
+                if not inputs[linear]:
+                    continue
+                seen = _joined(inputs[linear]).to(gram.device)
+                x = before[index].to(gram.device) if len(before) == len(batches) else seen
+                x = x if len(x) == len(seen) == calls * batch.num_tokens else seen
                 with exact_bf16(x, seen):
                     x, seen = widen(x, gram.dtype), widen(seen, gram.dtype)
                     add_product_(cross, x.mT, seen)

@@ -48,6 +48,20 @@ def test_logits_change_less_with_calibration_than_without(storage: Storage, fami
     assert changes["loss-aware"] < changes["nearest"] * (1.1 if storage.bits == 8 else 0.8)
 
 
+def test_linears_that_see_some_tokens_only_are_quantised() -> None:
+    model = tiny_model("llama")
+    mlp, forward = model.model.layers[1].mlp, model.model.layers[1].mlp.forward
+
+    def routed(x: torch.Tensor) -> torch.Tensor:
+        chosen = x[..., 0] > 0
+        return torch.zeros_like(x).masked_scatter(chosen[..., None], forward(x[chosen]))
+
+    mlp.forward = routed
+    before = logits(model)
+    quantize_(model, Storage(4, 32), as_batches(tiny_batches(8, 4)))
+    assert (logits(model) - before).norm() < 0.3 * before.norm()
+
+
 def test_a_tied_output_layer_shares_its_values_with_the_embedding() -> None:
     model = tiny_model("llama", tie_word_embeddings=True)
     quantize_(model, Storage(4, 32))
