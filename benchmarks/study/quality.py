@@ -69,7 +69,7 @@ class Study:
         tokens = tokenize(self._tokenizer, read_text(setting.text, split="evaluation"))
         count = None if setting.windows is None else setting.windows * (setting.window - (self._bos is not None))
         self._tokens = tokens[:count]
-        self._kinds = batches_by_kind(self._tokenizer, setting.window, notify)
+        self._kinds = batches_by_kind(model, self._tokenizer, setting.window, notify)
 
     @property
     def dtype(self) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -26,9 +26,8 @@ from grasp.model.targets import Target, decoder
 from grasp.progress import TimeLeft
 from grasp.statistics.covariance import distinct_inputs
 
-# Hidden states of all batches that refit holds: the inputs of both streams, and the outputs of one.
+# Hidden states of all batches that a refit or a quantisation holds: the inputs of both streams, and the outputs of one.
 REFIT_STREAMS = 3
-ROUNDING_STREAMS = 2  # that quantising holds: the inputs and outputs of one layer
 
 REPEATED = ("hidden states", "covariances", "decompositions", TimeLeft.REST)  # kinds of steps that each sweep has
 
@@ -286,21 +285,27 @@ class _Estimator:
         return _Case(plan.layers, sweeps, flops, memory, max(memory.least() for memory in memories))
 
     def _stored_states(self, targets: Sequence[Target], plans: Sequence[Sequence[PlannedSpan]]) -> tuple[int, int]:
-        """Bytes of the hidden states of all batches, in the sweeps and in the refit.
+        """Bytes of the hidden states of all batches, in the sweeps, and in the refit or while weights are quantised.
 
-        Sweeps have one where each sweep and each span starts, and one gradient between spans. Refit has the input of
-        the lowest layer, the streams, and the inputs of the linears of one layer.
+        Sweeps have one where each sweep and each span starts, and one gradient between spans. The others have the
+        streams, and the inputs of the linears of one layer. Each process quantises on all batches.
         """
         entries, most = {spans[-1].layers.start for spans in plans}, max(map(len, plans))
         number_bytes = self._job.local_tokens * self._job.sweep_dtype.itemsize
         sweeping = (len(entries) + most - (most == 1)) * self._tracer.width * number_bytes
-        rounding = ROUNDING_STREAMS * self._tracer.width * number_bytes if self._job.config.bits is not None else 0
-        if not self._job.config.refit:
-            return sweeping, rounding
+        refitting = self._streams(targets) * number_bytes if self._job.config.refit else 0
+        if self._job.config.bits is None:
+            return sweeping, refitting
+        every = [target for linears in eligible_targets(self._tracer.model)[0].values() for target in linears]
+        quantizing = self._streams(every) * self._job.num_samples * self._job.seq_len * self._job.dtype.itemsize
+        return sweeping, max(refitting, quantizing)
+
+    def _streams(self, targets: Collection[Target]) -> int:
+        """Numbers for each token of the streams, and of the inputs of the linears of one layer."""
         inputs: dict[int, int] = defaultdict(int)
         for target in distinct_inputs(targets):
             inputs[target.layer] += dense_shape(target.module)[1]
-        return sweeping, (REFIT_STREAMS * self._tracer.width + max(inputs.values())) * number_bytes
+        return REFIT_STREAMS * self._tracer.width + max(inputs.values())
 
     def _stored_bytes(
         self,

@@ -15,7 +15,7 @@ from grasp.compression.memory import form_in_sweeps, retained_groups
 from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
 from grasp.method.basis import BASES
-from grasp.method.least_squares import carried_flops, least_squares_flops
+from grasp.method.least_squares import fit_weight_flops, least_squares_flops
 from grasp.method.ranks import Shape, break_even_rank
 from grasp.method.rounding import rounding_flops
 from grasp.method.svd import decomposition_flops
@@ -169,7 +169,7 @@ class FlopCounter:
         targets = [target for linears in eligible_targets(self._tracer.model)[0].values() for target in linears]
         passes = int(REFIT_PASSES * self._for_calibration(self._forward(range(len(self._layers)))))
         sums = 2 * 2 * self._tokens * covariance_bytes(targets, outputs=False) // self._job.sum_bytes
-        rounding = sum(rounding_flops(shape) + carried_flops(shape) for shape in _shapes(targets))
+        rounding = sum(rounding_flops(shape) + fit_weight_flops(shape) for shape in _shapes(targets))
         return {"quantizing": passes + sums, "rounding": rounding}
 
     @property

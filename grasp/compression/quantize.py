@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import NonFiniteError
-from grasp.method.least_squares import carried
+from grasp.method.least_squares import fit_weight
 from grasp.method.rounding import Rounded, round_nearest, round_to_outputs
 from grasp.method.storage import OUTPUTS, Storage
 from grasp.model.batch import CalibrationBatch
@@ -46,7 +46,7 @@ def quantize_(
     """Quantise every linear and embedding of a causal language model in place, low-rank or dense.
 
     With ``batches`` the linears of the decoder layers are fitted to the outputs of the unquantised model, given the
-    inputs that the quantised linears before them produce (``carried``), and rounded such that their outputs change
+    inputs that the quantised linears before them produce (``fit_weight``), and rounded such that their outputs change
     least (``round_to_outputs``); left factors are fitted to the rounded right ones before they are rounded. Without
     batches every entry is rounded to the nearest value.
     Embeddings and the output layer have 8 bits and one scale per row, rounded to the nearest value.
@@ -78,6 +78,7 @@ def quantize_(
             for members, sums in passing:
                 for linear in members:
                     _replace_(model, names[linear], linear, stored[names[linear]], sums)
+                del sums  # before the next are added up
             progress("quantising", index + 1, len(layers))
         _quantize_rest_(model, names)
     finally:
@@ -134,34 +135,41 @@ class _Streams:
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[CalibrationBatch], scratch: Scratch | None) -> None:
         self._prefix = capture_prefix(model, batches, {0}, scratch=scratch)
-        self._before = self._after = self._prefix.hidden.pop(0)
+        self._unquantised = self._quantised = self._prefix.hidden.pop(0)
+        self._tokens = sum(batch.num_tokens for batch in batches)
 
     def through(self, layer: int, linears: Sequence[nn.Module]) -> Iterator[tuple[list[nn.Module], _Sums | None]]:
         """The linears of a layer that share their inputs, in the order of their calls, then those that are not called.
 
         Those of one step are to be quantised before the next.
         """
-        one, called = OneLayer(self._prefix, layer), set[nn.Module]()
-        inputs, self._before = one.inputs_and_outputs(self._before, linears)
-        for members, calls in one.groups(linears, self._after[0]):
-            x = inputs[members[0]]  # of all members
-            width, device = x[0].shape[1], next(members[0].parameters()).device
-            cross, gram = (torch.zeros(width, width, device=device) for _ in range(2))
-            one.add_covariances_(cross, gram, members[0], calls, x, self._after)
-            for member in members:
-                del inputs[member]
-            del x
-            called.update(members)
-            yield members, _Sums(cross, gram, calls * sum(batch.num_tokens for batch in self._prefix.batches))
-        yield [linear for linear in linears if linear not in called], None
-        self._after = propagate(self._prefix, range(layer, layer + 1), self._after)
+        run, left = OneLayer(self._prefix, layer), list(linears)
+        inputs, self._unquantised = run.inputs_and_outputs(self._unquantised, linears)
+        for members, calls in run.groups(linears, self._quantised[0]):
+            left = [linear for linear in left if linear not in members]
+            before, *_ = [inputs.pop(member, ()) for member in members]  # the same of all
+            yield members, self._sums(run, members[0], calls, before)
+        yield left, None
+        self._quantised = propagate(self._prefix, range(layer, layer + 1), self._quantised)
+
+    def _sums(self, run: OneLayer, linear: nn.Module, calls: int, before: Sequence[Tensor]) -> _Sums:
+        right = linear.Vh if isinstance(linear, LowRankLinear) else dense_weight(linear)  # type: ignore[arg-type]
+        width, device = right.shape[1], right.device
+        cross, gram = (torch.zeros(width, width, device=device, dtype=torch.float32) for _ in range(2))
+        run.add_covariances_(cross, gram, linear, calls, before, self._quantised)
+        return _Sums(cross, gram, calls * self._tokens)
 
 
-def _rounded(matrix: Tensor, sums: _Sums | None, storage: Storage, metric: Tensor | None = None) -> Rounded:
-    """Round a weight or Vh; without sums to the nearest value. For ``metric`` see ``round_to_outputs``."""
-    if sums is None:
+def _fitted(weight: Tensor, sums: _Sums | None) -> Tensor:
+    """A weight, or Vh, that makes up for the changes of its inputs."""
+    return weight if sums is None else fit_weight(weight.float(), *sums)
+
+
+def _rounded(matrix: Tensor, moment: Tensor | None, storage: Storage, metric: Tensor | None = None) -> Rounded:
+    """Round a matrix, given ``Σ x̂ x̂ᵀ`` of its inputs, or to the nearest value. For ``metric`` see the callee."""
+    if moment is None:
         return round_nearest(matrix, *storage)
-    return round_to_outputs(carried(matrix.float(), *sums), sums.gram, *storage, metric=metric)
+    return round_to_outputs(matrix, moment, *storage, metric=metric)
 
 
 def _replace_(model: nn.Module, name: str, linear: nn.Module, storage: Storage, sums: _Sums | None) -> QuantizedModule:
@@ -170,17 +178,18 @@ def _replace_(model: nn.Module, name: str, linear: nn.Module, storage: Storage, 
     for what, tensors in (("inputs", [] if sums is None else [sums.cross, sums.gram]), ("weights", parameters)):
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             raise NonFiniteError(f"{name} cannot be quantised: its {what} have NaN or infinite entries")
-    module = quantized_like(linear, storage, parameters[0].device)
+    module, moment = quantized_like(linear, storage, parameters[0].device), None if sums is None else sums.gram
     assert module is not None
     if isinstance(linear, LowRankLinear):
         assert isinstance(module, QuantizedLowRankLinear)
-        Vh = _rounded(linear.Vh, sums, storage, _metric(linear))
-        _store_(module, "Vh", Vh)
-        _store_(module, "U", _rounded_left(linear, Vh.matrix, sums, storage))
+        Vh = _fitted(linear.Vh, sums)
+        rounded = _rounded(Vh, moment, storage, _metric(linear))
+        _store_(module, "Vh", rounded)
+        _store_(module, "U", _rounded_left(linear.U, Vh, rounded.matrix, moment, storage))
         module.order = None if linear.order is None else linear.order.clone()
     else:
         weight = linear.weight if isinstance(linear, nn.Embedding) else dense_weight(linear)  # type: ignore[arg-type]
-        _store_(module, "weight", _rounded(weight, sums, storage))
+        _store_(module, "weight", _rounded(_fitted(weight, sums), moment, storage))
     if getattr(linear, "bias", None) is not None:
         module.bias.data.copy_(linear.bias)  # type: ignore[union-attr, operator, arg-type]
     model.set_submodule(name, module.train(linear.training))
@@ -196,21 +205,22 @@ def _metric(layer: LowRankLinear) -> Tensor:
     return metric
 
 
-def _rounded_left(layer: LowRankLinear, Vh: Tensor, sums: _Sums | None, storage: Storage) -> Rounded:
+def _rounded_left(U: Tensor, Vh: Tensor, rounded: Tensor, moment: Tensor | None, storage: Storage) -> Rounded:
     """Round U, fitted to the rounded Vh.
 
     The fit minimises the errors that the rounding of U will make as well, which grow with U: a ridge.
     """
-    if sums is None:
-        return round_nearest(layer.U, *storage)
-    right = Vh.double().mT
-    gram = right.mT @ (sums.gram.double() @ right)  # Σ ĥ ĥᵀ
+    if moment is None:
+        return round_nearest(U, *storage)
+    right = rounded.double().mT
+    projected = moment.double() @ right  # Σ x̂ ĥᵀ
+    gram = right.mT @ projected  # Σ ĥ ĥᵀ
     ridge = 4.0**-storage.bits / 4 * float(gram.diagonal().mean())
     if ridge == 0:
-        return round_to_outputs(layer.U, gram, *storage)
+        return round_to_outputs(U, gram, *storage)
     damped = gram.clone()
     damped.diagonal().add_(ridge)
-    target = layer.U.double() @ (layer.Vh.double() @ (sums.cross.double() @ right))
+    target = U.double() @ (Vh.double() @ projected)
     return round_to_outputs(torch.linalg.solve(damped, target, left=False), gram, *storage)
 
 

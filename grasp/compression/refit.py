@@ -107,16 +107,16 @@ class Refit:
     ) -> None:
         """Fit the linears that share an input."""
         linear, width = group[0].module, modules[group[0]].in_features
-        device, dtype = execution_device(linear), accumulation_dtype(linear.weight.dtype)
-        cross, gram = (torch.zeros(width, width, device=device, dtype=dtype) for _ in range(2))
         with self._processes.fail_together():
+            device, dtype = execution_device(linear), accumulation_dtype(linear.weight.dtype)
+            cross, gram = (torch.zeros(width, width, device=device, dtype=dtype) for _ in range(2))
             run.add_covariances_(cross, gram, modules[group[0]], calls, inputs, self._low)
         owners = {self._processes.owner(index) for index in range(len(group))}
         self._processes.reduce_([(cross, owners), (gram, owners)])
 
         def solve(target: Target, weight: Tensor) -> _Left:
             module = modules[target]
-            return _Left(least_squares(module.U, module.Vh, weight, cross, gram, self._tokens))
+            return _Left(least_squares(module.U, module.Vh, weight, cross, gram, calls * self._tokens))
 
         for target, left in self._processes.map_divided(group, solve, _Left, fetch=lambda t: dense_weight(t.module)):
             modules[target].U.copy_(left.U)

@@ -9,7 +9,7 @@ from grasp.method.blocks import BLOCK_ROWS, fp64_device, quadratic_form, row_blo
 from grasp.method.ranks import Shape
 
 # The given U, or weight, weighs as much as so many tokens, so that few tokens change it little; docs/study.md.
-PRIOR_TOKENS, CARRIED_PRIOR_TOKENS = 3000, 10_000
+PRIOR_TOKENS, WEIGHT_PRIOR_TOKENS = 3000, 10_000
 
 
 def least_squares(U: Tensor, Vh: Tensor, weight: Tensor, cross: Tensor, inputs: Tensor, tokens: int) -> Tensor:
@@ -43,10 +43,10 @@ def least_squares(U: Tensor, Vh: Tensor, weight: Tensor, cross: Tensor, inputs: 
     return solution
 
 
-def carried(weight: Tensor, cross: Tensor, inputs: Tensor, tokens: int) -> Tensor:
+def fit_weight(weight: Tensor, cross: Tensor, inputs: Tensor, tokens: int) -> Tensor:
     """The V that minimises ``Σ ‖W x − V x̂‖² + λ ‖V − W‖²``, (N, K) in the dtype of ``weight``; solved in fp64.
 
-    It makes up for what the layers before have changed in its inputs. λ is ``CARRIED_PRIOR_TOKENS`` times the mean
+    It makes up for what the layers before have changed in its inputs. λ is ``WEIGHT_PRIOR_TOKENS`` times the mean
     square of x̂ over tokens and columns.
 
     Args:
@@ -56,9 +56,9 @@ def carried(weight: Tensor, cross: Tensor, inputs: Tensor, tokens: int) -> Tenso
         tokens: the number of terms in these sums.
     """
     place = fp64_device(weight.device)
-    gram = to_double(inputs, place).clone()
+    gram = to_double(inputs, place, copy=True)
     change = (to_double(cross, place) - gram).mT
-    ridge = CARRIED_PRIOR_TOKENS / tokens * float(gram.diagonal().mean())
+    ridge = WEIGHT_PRIOR_TOKENS / tokens * float(gram.diagonal().mean())
     if ridge == 0:
         return weight
     gram.diagonal().add_(ridge)
@@ -68,8 +68,8 @@ def carried(weight: Tensor, cross: Tensor, inputs: Tensor, tokens: int) -> Tenso
     return weight + weight @ torch.cholesky_solve(change, factor).mT.to(weight)
 
 
-def carried_flops(shape: Shape) -> int:
-    """FLOPs of ``carried``: a Cholesky factor, its right-hand sides, and a product."""
+def fit_weight_flops(shape: Shape) -> int:
+    """FLOPs of ``fit_weight``: a Cholesky factor, its right-hand sides, and a product."""
     n, k = shape
     return k**3 // 3 + 2 * min(n, k) * k**2 + 2 * n * k**2
 

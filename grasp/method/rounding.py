@@ -167,7 +167,7 @@ def rounding_flops(shape: Shape) -> int:
 
 
 def rounding_bytes(shape: Shape) -> int:
-    """The temporary bytes of ``round_to_outputs``, and of ``carried`` before it, about; the results are counted.
+    """The peak bytes of ``fit_weight`` followed by ``round_to_outputs``, about, with their results.
 
     Six matrices of the moment in fp64 and five of the weight in fp32.
     """

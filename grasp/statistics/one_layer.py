@@ -1,4 +1,4 @@
-"""One decoder layer, run alone on stored hidden states: what its linears see in the model as it was and as it is."""
+"""One decoder layer, run alone on stored hidden states: the inputs of its linears before and after they change."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ class OneLayer:
             gram: likewise.
             linear: of the layer as it is.
             calls: of its ``Group``.
-            before: x, from ``inputs_and_outputs`` of the layer as it was.
-            hidden: for each batch what enters the layer now.
+            before: x, from ``inputs_and_outputs`` before the layer changed.
+            hidden: for each batch the hidden states that enter the layer now, (B, L, H).
         """
         batches = self._prefix.batches
         with alone(self._prefix, self._layers):
@@ -96,7 +96,7 @@ class OneLayer:
                     continue
                 seen = _joined(inputs[linear]).to(gram.device)
                 x = before[index].to(gram.device) if len(before) == len(batches) else seen
-                x = x if len(x) == len(seen) == calls * batch.num_tokens else seen
+                x = x if len(x) == len(seen) and len(x) % batch.num_tokens == 0 else seen
                 with exact_bf16(x, seen):
                     x, seen = widen(x, gram.dtype), widen(seen, gram.dtype)
                     add_product_(cross, x.mT, seen)

@@ -158,7 +158,7 @@ def recording(
     Linears that share an input have the same tensor.
 
     Args:
-        batch: that passes the model inside the block.
+        batch: the batch that the model runs on inside the block.
         linears: of any class.
         calls: the block ends after so many.
     """

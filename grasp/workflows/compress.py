@@ -134,8 +134,8 @@ def compress(
             model, tokenizer = _load(name, dtype, device, progress, processes)
             samples = _with_batch_size(model, config, samples, state.batch_size, memory, notify, processes)
             batches, held_out = draw(tokenizer, text, samples, notify)
-            kinds = batches_by_kind(tokenizer, samples.seq_len, notify)
-            for batch in chain(batches, held_out, *kinds.values()):
+            kinds = batches_by_kind(model, tokenizer, samples.seq_len, notify)
+            for batch in chain(batches, held_out):
                 require_known(model, batch.input_ids)
             require_space(target, model.get_memory_footprint())
             if BASES[config.basis].inputs and (notice := few_tokens(model, samples)) is not None:

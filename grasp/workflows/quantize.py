@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import chain
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ class Quantization:
     before: Size
     after: Inspection
     seconds: float
-    kind_losses: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    kind_losses: Mapping[str, Sequence[float]]
 
     @property
     def kinds(self) -> tuple[KindLoss, ...]:
@@ -108,7 +107,7 @@ def quantize(
     Raises:
         ValueError: if there is no such rounding.
         UnsupportedModelError: if the model is quantised.
-        NonFiniteError: if a weight has NaN or infinite entries; the message has the layer.
+        NonFiniteError: if a weight, or an input of it, has NaN or infinite entries; the message has the layer.
         GraspError: as ``load_model``, ``token_batches`` and ``save_checkpoint``.
     """
     start = time.perf_counter()
@@ -130,9 +129,9 @@ def quantize(
         batches = [] if text is None else draw(tokenizer, text, samples)[0]
         if batches:
             require_positions(model, batches)
-        kinds = batches_by_kind(tokenizer, samples.seq_len, notify)
-        for batch in chain(batches, *kinds.values()):
+        for batch in batches:
             require_known(model, batch.input_ids)
+        kinds = batches_by_kind(model, tokenizer, samples.seq_len, notify)
         losses = losses_by_kind(model, kinds, progress=progress)
         quantize_(model, storage, batches, progress=progress)
         losses_after = losses_by_kind(model, kinds, progress=progress)
@@ -174,8 +173,8 @@ def quantization_text(before: Size, after: Size, stored: str, samples: Samples |
     if samples is not None:
         text = samples.source if samples.source in NAMED_TEXTS else "a text file"
         how = (
-            f"rounded such that their outputs change least on {samples.num_samples} sequences of {samples.seq_len} "
-            f"tokens of {text} (seed {samples.seed})"
+            f"fitted to the outputs of the unquantised model, and rounded such that these change least, on "
+            f"{samples.num_samples} sequences of {samples.seq_len} tokens of {text} (seed {samples.seed})"
         )
     return (
         f"The linears of the decoder layers are stored as {stored}, {how}. Embeddings and the output layer are int8. "

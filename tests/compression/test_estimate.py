@@ -175,6 +175,8 @@ def test_a_budget_divides_the_layers_into_spans() -> None:
     # Refit: three streams of hidden states, and the inputs of qkv, o, gate and up, and down of one layer.
     assert whole.memory.hidden_states == 16 * 512 * 2 * 4096
     assert whole.memory.refit_states == 16 * 512 * 2 * ((3 + 3) * 4096 + 14336)
+    config = replace(best_job().config, bits=8, refit=False)  # quantising keeps as much, in each process
+    assert estimate(best_job(config=config, processes=2)).memory.refit_states == whole.memory.refit_states
     budget = whole.memory.peak // 4
     divided = estimate(best_job(), memory=budget)
     (sweep,) = divided.sweeps

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from grasp.method import blocks
 from grasp.method.least_squares import (
-    CARRIED_PRIOR_TOKENS,
     PRIOR_TOKENS,
-    carried,
+    WEIGHT_PRIOR_TOKENS,
+    fit_weight,
     least_squares,
     least_squares_bytes,
     least_squares_flops,
@@ -49,10 +49,10 @@ def test_the_ridge_regression_is_solved(n: int, k: int, rank: int, rows: int, mo
 def test_a_weight_carries_what_changes_in_its_inputs_as_the_least_squares_of_the_identity_do(n: int) -> None:
     _, _, W, cross, inputs = problem(n, 9, 1)
     wanted = least_squares(W, torch.eye(9), W, cross, inputs, tokens=3 * PRIOR_TOKENS)
-    got = carried(W, cross, inputs, 3 * CARRIED_PRIOR_TOKENS)
+    got = fit_weight(W, cross, inputs, 3 * WEIGHT_PRIOR_TOKENS)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
-    torch.testing.assert_close(carried(W, inputs, inputs, 4000), W)
-    assert torch.equal(carried(W, torch.zeros(9, 9), torch.zeros(9, 9), 4000), W)  # a linear that sees only zeros
+    torch.testing.assert_close(fit_weight(W, inputs, inputs, 4000), W)
+    assert torch.equal(fit_weight(W, torch.zeros(9, 9), torch.zeros(9, 9), 4000), W)  # a linear that sees only zeros
 
 
 def test_flops_are_those_of_the_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:

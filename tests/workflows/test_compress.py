@@ -116,7 +116,7 @@ def test_a_quantised_result_reloads_and_its_card_says_how_it_is_stored(
     assert model_size(loaded) == report.after
     assert {str(module.storage) for module in loaded.modules() if isinstance(module, QUANTIZED)} == {"int8", "int4/64"}
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "stored as int8 if they are low-rank and as int4/64 if they are dense, rounded such that" in card
+    assert "stored as int8 if they are low-rank and as int4/64 if they are dense, fitted to" in card
     assert {"--bits", "8", "--bits-dense", "4"} <= {*(rerun_command(report, "out") or [])}
 
 
@@ -171,7 +171,7 @@ def test_losses_on_every_kind_of_text_are_in_the_report_and_the_card(
     assert f"| {worst.kind} | {worst.dense:.3f} | {worst.compressed:.3f} | {worst.added:+.3f} |" in card
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    losses = losses_by_kind(reloaded, batches_by_kind(tokenizer, samples.seq_len, no_notify))
+    losses = losses_by_kind(reloaded, batches_by_kind(reloaded, tokenizer, samples.seq_len, no_notify))
     assert losses == {kind: pytest.approx(after, abs=1e-5) for kind, (_, after) in report.kind_losses.items()}
 
 
