@@ -13,7 +13,7 @@ from tests.tiny_models import tiny_batches, tiny_model
 
 
 def sums(change: Callable[[nn.Module], None]) -> tuple[nn.Module, dict[nn.Module, Tensor], Tensor, Tensor]:
-    """The MLP of a layer, the inputs of its linears, and the sums of ``up_proj`` after the input of the layer changed."""
+    """The MLP of a layer, the inputs of its linears, and the sums of ``up_proj`` after the layer's input changed."""
     model = tiny_model("llama", torch.float64)
     mlp = model.model.layers[1].mlp
     change(mlp)
