@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _BINS = 48  # most bins of the singular groups of a module
 _LABEL_WIDTH = 26  # characters; two columns of labels fit
 _SMALLEST = 1e-7  # smaller singular values, as a share of the largest, are rounding errors of fp32
+_NATS, _LINEAR_NATS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 2, 8), 0.5  # ticks; the axis is linear up to the last
 _BAR_COLOURS = {"dense": GREY, "layers removed": PURPLE, "unfused": VERMILLION}
 _HATCHES = {"layers removed": "//", "unfused": ".."}
 
@@ -168,8 +169,12 @@ def perplexity_by_size(points: Sequence[Quality]) -> Figure:
 
 
 def excess_by_bytes(models: Mapping[str, Sequence[Stored]]) -> Figure:
-    """Nats over the dense model against bytes, one panel for each model, with its Pareto front."""
+    """Nats over the dense model against bytes, one panel for each model, with its Pareto front.
+
+    Nats are logarithmic above 0.5.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     labels = dict.fromkeys(point.label for points in models.values() for point in points)
     looks = dict(zip(labels, _looks(), strict=False))
@@ -181,6 +186,12 @@ def excess_by_bytes(models: Mapping[str, Sequence[Stored]]) -> Figure:
         for point in points:
             colour, marker = looks[point.label]
             axes.plot(point.of_dense * 100, point.excess, marker, color=colour, markersize=6, label=point.label)
+        highest = max(point.excess for point in points)
+        axes.set_yscale("symlog", linthresh=_LINEAR_NATS, linscale=3)  # models that a rounding has ruined are far off
+        axes.set_yticks([tick for tick in _NATS if tick <= highest])
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_ylim(min(point.excess for point in points) - 0.02, max((1.1 if highest < 0.5 else 2) * highest, 0.1))
         axes.set_title(model, loc="left")
         axes.set_ylabel("nats over dense")
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
