@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _BINS = 48  # most bins of the singular groups of a module
 _LABEL_WIDTH = 26  # characters; two columns of labels fit
 _SMALLEST = 1e-7  # smaller singular values, as a share of the largest, are rounding errors of fp32
-_NATS, _LINEAR_NATS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 2, 8), 0.5  # ticks; the axis is linear up to the last
+_NATS, _LINEAR_NATS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 2, 8), 0.5  # ticks, and up to which the axis is linear
 _BAR_COLOURS = {"dense": GREY, "layers removed": PURPLE, "unfused": VERMILLION}
 _HATCHES = {"layers removed": "//", "unfused": ".."}
 
