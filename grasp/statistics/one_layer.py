@@ -96,7 +96,7 @@ class OneLayer:
                     continue
                 seen = _joined(inputs[linear]).to(gram.device)
                 x = before[index].to(gram.device) if len(before) == len(batches) else seen
-                x = x if len(x) == len(seen) and len(x) % batch.num_tokens == 0 else seen
+                x = x if len(x) == len(seen) and len(x) % max(1, batch.num_tokens) == 0 else seen
                 with exact_bf16(x, seen):
                     x, seen = widen(x, gram.dtype), widen(seen, gram.dtype)
                     add_product_(cross, x.mT, seen)
