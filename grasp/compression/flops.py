@@ -154,10 +154,10 @@ class FlopCounter:
         if not job.config.refit:
             return flops
         layers = range(min(target.layer for target in targets), max(target.layer for target in targets) + 1)
-        sums = 2 * 2 * self._tokens * covariance_bytes(targets, outputs=False) // job.sum_bytes
+        passes, sums = self._two_streams(layers, targets)
         return replace(
             flops,
-            refit=int(REFIT_PASSES * self._for_calibration(self._forward(layers))),
+            refit=passes,
             refit_sums=sums,
             refit_solutions=sum(
                 least_squares_flops(shape, break_even_rank(shape, job.config.form)) for shape in _shapes(targets)
@@ -165,12 +165,15 @@ class FlopCounter:
         )
 
     def _quantizing(self) -> dict[str, int]:
-        """The layers run as for a refit, and the sums are those of a refit."""
+        """Both streams of hidden states and their sums, and the rounding of each linear."""
         targets = [target for linears in eligible_targets(self._tracer.model)[0].values() for target in linears]
-        passes = int(REFIT_PASSES * self._for_calibration(self._forward(range(len(self._layers)))))
-        sums = 2 * 2 * self._tokens * covariance_bytes(targets, outputs=False) // self._job.sum_bytes
         rounding = sum(rounding_flops(shape) + fit_weight_flops(shape) for shape in _shapes(targets))
-        return {"quantizing": passes + sums, "rounding": rounding}
+        return {"quantizing": sum(self._two_streams(range(len(self._layers)), targets)), "rounding": rounding}
+
+    def _two_streams(self, layers: range, targets: Sequence[Target]) -> tuple[int, int]:
+        """The passes of a refit or a quantisation through some layers, and the two sums of each input."""
+        passes = int(REFIT_PASSES * self._for_calibration(self._forward(layers)))
+        return passes, 2 * 2 * self._tokens * covariance_bytes(targets, outputs=False) // self._job.sum_bytes
 
     @property
     def _tokens(self) -> int:

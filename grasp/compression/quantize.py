@@ -141,7 +141,7 @@ class _Streams:
     def through(self, layer: int, linears: Sequence[nn.Module]) -> Iterator[tuple[list[nn.Module], _Sums | None]]:
         """The linears of a layer that share their inputs, in the order of their calls, then those that are not called.
 
-        Those of one step are to be quantised before the next.
+        The caller quantises the linears of one step before it takes the next step.
         """
         run, left = OneLayer(self._prefix, layer), list(linears)
         inputs, self._unquantised = run.inputs_and_outputs(self._unquantised, linears)

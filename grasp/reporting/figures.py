@@ -191,7 +191,9 @@ def excess_by_bytes(models: Mapping[str, Sequence[Stored]]) -> Figure:
         axes.set_yticks([tick for tick in _NATS if tick <= highest])
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(min(point.excess for point in points) - 0.02, max((1.1 if highest < 0.5 else 2) * highest, 0.1))
+        axes.set_ylim(
+            min(point.excess for point in points) - 0.02, max((1.1 if highest < _LINEAR_NATS else 2) * highest, 0.1)
+        )
         axes.set_title(model, loc="left")
         axes.set_ylabel("nats over dense")
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}

@@ -24,7 +24,8 @@ def sums(change: Callable[[nn.Module], None]) -> tuple[nn.Module, dict[nn.Module
     groups = {member: calls for members, calls in run.groups(linears, hidden[0]) for member in members}
     width = mlp.up_proj.in_features
     cross, gram = (torch.zeros(width, width, dtype=torch.float64) for _ in range(2))
-    changed = [states + 0.1 * torch.randn_like(states) for states in hidden]
+    noise = torch.Generator().manual_seed(0)
+    changed = [states + 0.1 * torch.randn(states.shape, generator=noise, dtype=states.dtype) for states in hidden]
     run.add_covariances_(cross, gram, mlp.up_proj, groups[mlp.up_proj], inputs.get(mlp.up_proj, ()), changed)
     seen = [torch.cat(list(stored)) for stored in inputs.values()]
     return mlp, dict(zip(inputs, seen, strict=True)), cross, gram
