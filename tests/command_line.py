@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections import namedtuple
@@ -49,10 +50,17 @@ def environment() -> dict[str, str]:
 
 
 def grasp(*arguments: object, cwd: Path, processes: int = 1, fresh: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run ``grasp`` in a forked process, in a ``fresh`` one that imports everything anew, or in several of torchrun."""
+    """Run ``grasp`` in forked processes as torchrun would, or in ``fresh`` ones that import everything anew."""
     words = [str(argument) for argument in arguments]
-    if processes == 1 and not fresh:
-        return forked.python("from grasp.__main__ import main; main()", words, cwd=cwd, environment=environment())
+    if not fresh:
+        together = torchrun_variables(processes) if processes > 1 else [{}]
+        runs = forked.pythons(
+            *("from grasp.__main__ import main; main()", words),
+            cwd=cwd,
+            environments=[environment() | variables for variables in together],
+        )
+        codes, outputs, errors = zip(*((run.returncode, run.stdout, run.stderr) for run in runs), strict=True)
+        return subprocess.CompletedProcess(words, max(codes, key=abs), "".join(outputs), "".join(errors))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
         [sys.executable, *(torchrun if processes > 1 else []), "-m", "grasp", *words],
@@ -62,6 +70,14 @@ def grasp(*arguments: object, cwd: Path, processes: int = 1, fresh: bool = False
         text=True,
         timeout=600,
     )
+
+
+def torchrun_variables(processes: int) -> list[dict[str, str]]:
+    """What torchrun tells each of several processes on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    return [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def files(folder: Path) -> set[str]:

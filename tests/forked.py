@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
@@ -46,18 +47,37 @@ def python(
     Raises:
         subprocess.TimeoutExpired: if the process takes longer than ``timeout`` seconds; it is then ended.
     """
-    start_server(environment)
+    [run] = pythons(code, arguments, cwd=cwd, environments=[environment], timeout=timeout)
+    return run
+
+
+def pythons(
+    code: str, arguments: Sequence[str], *, cwd: Path, environments: Sequence[Mapping[str, str]], timeout: float = 600
+) -> list[subprocess.CompletedProcess[str]]:
+    """As ``python``, in several processes at the same time, one for each environment."""
+    start_server(environments[0])
     with TemporaryDirectory() as folder:
-        streams = [Path(folder) / name for name in ("out", "err")]
-        process = CONTEXT.Process(target=_run, args=(code, list(arguments), cwd, dict(environment), *streams))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
+        streams = [[Path(folder) / f"{name}-{i}" for name in ("out", "err")] for i in range(len(environments))]
+        processes = [
+            CONTEXT.Process(target=_run, args=(code, list(arguments), cwd, dict(environment), *files))
+            for environment, files in zip(environments, streams, strict=True)
+        ]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+        if any(process.exitcode is None for process in processes):
+            for process in processes:
+                process.kill()
+                process.join()
             raise subprocess.TimeoutExpired(code, timeout)
-        out, err = (stream.read_text() for stream in streams)
-    return subprocess.CompletedProcess(["-c", code, *arguments], process.exitcode, out, err)
+        return [
+            subprocess.CompletedProcess(
+                ["-c", code, *arguments], process.exitcode or 0, out.read_text(), err.read_text()
+            )
+            for process, (out, err) in zip(processes, streams, strict=True)
+        ]
 
 
 def _run(code: str, arguments: list[str], cwd: Path, environment: dict[str, str], out: Path, err: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from grasp.statistics.processes import Processes, joined
-from tests.command_line import environment
+from tests.command_line import environment, torchrun_variables
 from tests.forked import CONTEXT, start_server
 
 _PATIENCE = 120.0  # seconds until a process counts as one that hangs
@@ -48,13 +47,10 @@ def run(work: Callable[..., Any], *arguments: Any, size: int = 2, sharded: bool 
 def start(work: Callable[..., Any], *arguments: Any, size: int, sharded: bool = False) -> list[Child]:
     """As ``run``, but return the processes while they run."""
     start_server(environment())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     children = []
-    for rank in range(size):
+    for variables in torchrun_variables(size):
         mine, theirs = CONTEXT.Pipe(duplex=False)
-        process = CONTEXT.Process(target=_child, args=(theirs, rank, size, port, sharded, work, arguments))
+        process = CONTEXT.Process(target=_child, args=(theirs, variables, sharded, work, arguments))
         process.start()
         theirs.close()
         children.append((process, mine))
@@ -88,13 +84,13 @@ def _outcome(pipe: Connection, deadline: float) -> Outcome:
 
 
 def _child(
-    pipe: Connection, rank: int, size: int, port: int, sharded: bool, work: Callable[..., Any], arguments: Any
+    pipe: Connection, variables: dict[str, str], sharded: bool, work: Callable[..., Any], arguments: Any
 ) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= variables
     try:
         with joined(torch.device("cpu"), sharded=sharded) as processes:
-            assert processes == Processes(rank, size, sharded)
+            assert processes == Processes(int(variables["RANK"]), int(variables["WORLD_SIZE"]), sharded)
             outcome = Outcome(work(processes, *arguments))
     except Exception as error:  # noqa: BLE001  # whatever it is, the test looks at it
         outcome = Outcome(error=error)

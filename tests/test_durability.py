@@ -23,7 +23,7 @@ def result(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     library = folder / "faults.so"
     subprocess.run([COMPILER, "-shared", "-fPIC", "-o", library, ROOT / "tests/faulty_calls.c", "-ldl"], check=True)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faulty_scenarios", folder, "1" if request.config.getoption("--fuzz") else "7"],
+        [sys.executable, "-m", "tests.faulty_scenarios", folder, "1" if request.config.getoption("--fuzz") else "13"],
         cwd=ROOT,
         env={**environment(), "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"},
         capture_output=True,

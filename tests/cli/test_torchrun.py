@@ -19,7 +19,7 @@ def test_processes_that_torchrun_starts_write_one_checkpoint_the_same_as_one_pro
     """Three sequences, which two processes cannot share evenly."""
 
     def together(*arguments: object) -> Outcome:
-        done = grasp(*arguments, cwd=tmp_path, processes=2)
+        done = grasp(*arguments, cwd=tmp_path, processes=2, fresh=True)
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     sizes = ["--num-samples", 3, "--seq-len", 24, "--num-layers", 2, "--retain-ratio", 0.4, "--dtype", "float32"]

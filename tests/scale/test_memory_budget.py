@@ -48,14 +48,14 @@ MARGIN = 0.15  # of the estimate
 class Builtin:
     """The first layers of the model that grasp comes with, and random tokens."""
 
-    layers: int = 4
+    layers: int = 2
     sequences: int = 2
     seq_len: int = 64
     batch_size: int = 1
 
     @property
     def config(self) -> GraspConfig:
-        return GraspConfig.best(compression_ratio=0.2)
+        return GraspConfig.best(compression_ratio=0.1)
 
     @property
     def estimated_job(self) -> CompressionJob:

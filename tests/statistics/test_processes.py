@@ -32,7 +32,7 @@ from grasp.statistics.sweep import capture_prefix
 from tests.many_processes import Outcome, run
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
-CONFIG = GraspConfig(layers=(0, 2), retain_ratio=0.4)
+CONFIG, BEST = GraspConfig(layers=(0, 2), retain_ratio=0.4), GraspConfig.best(compression_ratio=0.1)
 
 
 def calibration(kind: str) -> list[CalibrationBatch]:
@@ -310,40 +310,28 @@ def test_a_process_that_hangs_is_given_up_after_the_timeout() -> None:
     assert "more than 0:00:05 h behind" in str(first.error)
 
 
-def compress_in_two_attempts(
-    processes: Processes, folder: Path, attempt: int, config: GraspConfig, last: int
-) -> list[Any]:
-    """The first attempt is killed in one of its sweeps."""
+def compress_in_two_attempts(processes: Processes, folder: Path, attempt: int) -> list[Any]:
+    """The first attempt is killed in the second sweep."""
     model = tiny_model("llama", torch.float64)
     sweeps: list[str] = []
 
-    def die_in_the_last(step: str, done: int, total: int) -> None:
-        if step.startswith(("layer", "covariances")) and done == 1:
+    def die_in_the_second(step: str, done: int, total: int) -> None:
+        if step.startswith("covariances") and done == 1:
             sweeps.append(step)
-        if attempt == 1 and len(sweeps) == last and processes.rank == 1:
+        if attempt == 1 and len(sweeps) == 2 and processes.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with RunState(folder, rank=processes.rank, processes=processes.size) as state:
         batches = calibration("3")
-        report = compress_(model, batches, config, progress=die_in_the_last, state=state, processes=processes)
+        report = compress_(model, batches, BEST, progress=die_in_the_second, state=state, processes=processes)
     return [sweeps, [module.indices for module in report.modules], tensors_digest(model.state_dict().items())]
 
 
-@pytest.mark.parametrize(
-    ("config", "last", "again"),
-    [
-        (CONFIG, 3, [["layer 0 attention"], ["layer 0 mlp", "layer 0 attention"]]),  # the first had done its part
-        (GraspConfig.best(compression_ratio=0.1), 2, [["covariances, 3 layers"], ["covariances, 3 layers"]]),
-    ],
-    ids=["paper", "best"],
-)
-def test_a_run_of_two_processes_continues_after_one_was_killed(
-    config: GraspConfig, last: int, again: list[list[str]], tmp_path: Path
-) -> None:
-    assert_lost(*run(compress_in_two_attempts, tmp_path / "kept", 1, config, last))
-    alone = compress_(tiny_model("llama", torch.float64), calibration("3"), config)
+def test_a_run_of_two_processes_continues_after_one_was_killed(tmp_path: Path) -> None:
+    assert_lost(*run(compress_in_two_attempts, tmp_path / "kept", 1))
+    alone = compress_(tiny_model("llama", torch.float64), calibration("3"), BEST)
     expected = [module.indices for module in alone.modules]
-    weights = run(compress_in_two_attempts, tmp_path / "whole", 2, config, last)[0].value[2]
-    results = run(compress_in_two_attempts, tmp_path / "kept", 2, config, last)
-    assert [result.value for result in results] == [[sweeps, expected, weights] for sweeps in again]
+    weights = run(compress_in_two_attempts, tmp_path / "whole", 2)[0].value[2]
+    results = run(compress_in_two_attempts, tmp_path / "kept", 2)
+    assert [result.value for result in results] == 2 * [[["covariances, 3 layers"], expected, weights]]
     assert not (tmp_path / "kept").exists()

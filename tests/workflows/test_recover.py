@@ -171,7 +171,7 @@ def test_a_killed_run_resumes_to_the_same_weights_and_refuses_other_settings(pla
 
 
 @pytest.mark.slow
-def test_two_processes_of_torchrun_write_one_checkpoint_like_that_of_one_process(place: Path, tmp_path: Path) -> None:
+def test_two_processes_write_one_checkpoint_like_that_of_one_process(place: Path, tmp_path: Path) -> None:
     losses = {}
     for processes in (1, 2):
         run = command_line.grasp(
