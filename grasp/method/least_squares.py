@@ -9,7 +9,7 @@ from grasp.method.blocks import BLOCK_ROWS, fp64_device, quadratic_form, row_blo
 from grasp.method.ranks import Shape
 
 # The given U, or weight, weighs as much as so many tokens, so that few tokens change it little; docs/study.md.
-PRIOR_TOKENS, WEIGHT_PRIOR_TOKENS = 3000, 10_000
+PRIOR_TOKENS, WEIGHT_PRIOR_TOKENS = 48_000, 10_000
 
 
 def least_squares(U: Tensor, Vh: Tensor, weight: Tensor, cross: Tensor, inputs: Tensor, tokens: int) -> Tensor:

@@ -20,6 +20,7 @@ from grasp.compression.candidates import Candidate
 from grasp.compression.refit import Refit
 from grasp.config import GraspConfig
 from grasp.errors import NonFiniteError
+from grasp.method import least_squares
 from grasp.method.storage import Storage
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.quantized_linear import QuantizedLinear
@@ -155,6 +156,7 @@ def prefer_fits(monkeypatch: pytest.MonkeyPatch, preferred: bool = True) -> dict
 def test_low_rank_linears_are_fitted_if_that_loses_less(
     fit_is_better: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(least_squares, "PRIOR_TOKENS", 100)  # the calibration text is short
     measured, folder = prefer_fits(monkeypatch, fit_is_better), tmp_path / "out.partial"
     files: dict[str, int] = {}
 
