@@ -171,9 +171,9 @@ class FlopCounter:
         return {"quantizing": sum(self._two_streams(range(len(self._layers)), targets)), "rounding": rounding}
 
     def _two_streams(self, layers: range, targets: Sequence[Target]) -> tuple[int, int]:
-        """The passes of a refit or a quantisation through some layers, and the two sums of each input."""
+        """The passes of a refit or a quantisation through some layers, and two sums of each input, one symmetric."""
         passes = int(REFIT_PASSES * self._for_calibration(self._forward(layers)))
-        return passes, 2 * 2 * self._tokens * covariance_bytes(targets, outputs=False) // self._job.sum_bytes
+        return passes, 3 * self._tokens * covariance_bytes(targets, outputs=False) // self._job.sum_bytes
 
     @property
     def _tokens(self) -> int:

@@ -108,12 +108,14 @@ def round_to_outputs(
     if metric is None:
         return _round_columns(weight, columns, values, group)
     rows = _Order.by(metric.to(weight.device, torch.float64), _METRIC_DAMPING)
-    left, parts = weight[rows.order], []
-    for begin in range(0, len(left), _ROWS):
-        block, later = slice(begin, begin + _ROWS), slice(begin + _ROWS, None)
-        parts.append(_round_columns(left[block], columns, values, group))
-        shares = torch.linalg.solve_triangular(rows.factor[block, block], rows.factor[block, later], upper=True)
-        left[later] -= shares.mT @ (left[block] - parts[-1].matrix)
+    ordered, parts = weight[rows.order], []
+    errors = torch.empty_like(ordered)
+    for begin in range(0, len(ordered), _ROWS):
+        block, before = slice(begin, begin + _ROWS), slice(0, begin)
+        made = rows.factor[before, block].mT @ errors[before]
+        repair = torch.linalg.solve_triangular(rows.factor[block, block].mT, made, upper=False)
+        parts.append(_round_columns(ordered[block] + repair, columns, values, group))
+        errors[block] = ordered[block] - parts[-1].matrix
     back = rows.order.argsort()
     return Rounded(*(torch.cat(tensors)[back] for tensors in zip(*parts, strict=True)))
 
@@ -123,8 +125,8 @@ class _Order(NamedTuple):
 
     Attributes:
         order: indices, those of the largest entry on the diagonal first.
-        factor: upper triangular, in this order; ``factorᵀ factor`` is the inverse of the moment. Row k is how errors of
-            index k move to the later ones, and ``1 / factor[k, k]²`` is what is left of an error of k.
+        factor: upper triangular, in this order; ``factor factorᵀ`` is the moment. So errors e cost ``‖factorᵀ e‖²``. Of
+            its k-th term ``factor[k, k]² e[k]²`` is left if index k makes up for all errors before it.
     """
 
     order: Tensor
@@ -136,34 +138,31 @@ class _Order(NamedTuple):
         order = diagonal.argsort(descending=True)
         damped, mean = moment[order][:, order], float(diagonal.mean())
         damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        return cls(order, torch.linalg.cholesky(inverse, upper=True).float())
+        return cls(order, torch.linalg.cholesky(damped.flip(0, 1)).float().flip(0, 1))
 
 
 def _round_columns(weight: Tensor, columns: _Order, range_: _Range, group: int | None) -> Rounded:
     """Round column by column, all rows at once."""
     order, factor = columns
     depth, back = weight.shape[1], order.argsort()
-    scales = _scales(weight, range_, group, factor.diagonal()[back] ** -2)
-    left, spread = weight[:, order], _spread(scales, depth, group)[:, order]
-    values = torch.empty_like(left, dtype=range_.dtype)
+    scales = _scales(weight, range_, group, factor.diagonal()[back].square())
+    shares = factor / factor.diagonal()  # of an error, by row, that each later index makes up for
+    wanted, spread = (each.mT[order].contiguous() for each in (weight, _spread(scales, depth, group)))
+    errors, values = wanted.clone(), torch.empty_like(wanted, dtype=range_.dtype)
     for begin in range(0, depth, _BLOCK):
-        block = slice(begin, min(begin + _BLOCK, depth))
-        errors = torch.empty_like(left[:, block])
-        for k in range(block.start, block.stop):
-            column, scale = left[:, k : k + 1], spread[:, k : k + 1]
-            values[:, k : k + 1] = _nearest(column, scale, range_)
-            error = (column - values[:, k : k + 1].float() * scale) / factor[k, k]
-            left[:, k + 1 : block.stop] -= error * factor[k, k + 1 : block.stop]
-            errors[:, k - begin : k - begin + 1] = error
-        left[:, block.stop :] -= errors @ factor[block, block.stop :]
-    return Rounded(values[:, back], scales)
+        end = min(begin + _BLOCK, depth)
+        for k in range(begin, end):
+            values[k] = _nearest(wanted[k], spread[k], range_)
+            errors[k] -= values[k].float() * spread[k]
+            wanted[k + 1 : end] += torch.outer(shares[k, k + 1 : end], errors[k])
+        wanted[end:] += shares[begin:end, end:].mT @ errors[begin:end]
+    return Rounded(values[back].mT.contiguous(), scales)
 
 
 def rounding_flops(shape: Shape) -> int:
-    """The floating-point operations of ``round_to_outputs``: two Cholesky factors, an inverse, and the errors."""
+    """The floating-point operations of ``round_to_outputs``: a Cholesky factor, and the errors."""
     rows, depth = shape
-    return 4 * depth**3 // 3 + rows * depth**2
+    return depth**3 // 3 + rows * depth**2
 
 
 def rounding_bytes(shape: Shape) -> int:

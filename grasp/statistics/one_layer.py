@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from grasp.statistics.hidden_states import HiddenStates
 from grasp.statistics.sweep import Prefix, alone, recording, run_layers
-from grasp_kernels.products import add_product_, exact_bf16, widen
+from grasp_kernels.products import accumulate_gram_, add_product_, exact_bf16, mirror_, widen
 
 
 class Group(NamedTuple):
@@ -97,10 +97,10 @@ class OneLayer:
                 seen = _joined(inputs[linear]).to(gram.device)
                 x = before[index].to(gram.device) if len(before) == len(batches) else seen
                 x = x if len(x) == len(seen) and len(x) % max(1, batch.num_tokens) == 0 else seen
+                accumulate_gram_(gram, seen)
                 with exact_bf16(x, seen):
-                    x, seen = widen(x, gram.dtype), widen(seen, gram.dtype)
-                    add_product_(cross, x.mT, seen)
-                    add_product_(gram, seen.mT, seen)
+                    add_product_(cross, widen(x, cross.dtype).mT, widen(seen, cross.dtype))
+        mirror_(gram)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
