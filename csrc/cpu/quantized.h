@@ -81,22 +81,73 @@ struct Values {
     }
 };
 
-// Columns [begin : begin + count] of a row times the scales of its groups, and zeros behind its end. Writes a multiple
-// of W elements. begin is a multiple of 2.
+// Columns of one group, COLUMNS at a time, times the scale of the group.
+template <int BITS, class T>
+struct Scaled {
+    static constexpr int64_t COLUMNS = W;
+    VF factor;
+
+    explicit Scaled(float scale) : factor(broadcast(scale)) {}
+
+    // n columns are left in the row; after the last one, values without meaning are written.
+    void unpack(const uint8_t *p, int64_t n, T *to) const {
+        store(to, factor * (n < W ? Values<BITS>::load_part(p, n) : Values<BITS>::load(p)));
+    }
+};
+
+#if defined(__AVX512BF16__)
+// The 16 products of a value and the scale are looked up.
+template <>
+struct Scaled<4, BF16> {
+    static constexpr int64_t COLUMNS = 2 * W;
+    __m512i products;  // twice, so that the fifth bit of an index does not matter; all higher bits are ignored
+
+    explicit Scaled(float scale) {
+        VF values;
+        for (int i = 0; i < W; ++i) values[i] = i - 8;
+        products = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh((__m512)(values * broadcast(scale))));
+    }
+
+    void unpack(const uint8_t *p, int64_t n, BF16 *to) const {
+        const __mmask16 bytes = n < COLUMNS ? (1u << (n + 1) / 2) - 1 : 0xffff;
+        const VU pairs = (VU)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(bytes, p));
+        write(to, _mm512_permutexvar_epi16((__m512i)(pairs | pairs << 12), products));
+    }
+};
+
+template <>
+struct Scaled<8, BF16> {
+    static constexpr int64_t COLUMNS = 2 * W;
+    VF factor;
+
+    explicit Scaled(float scale) : factor(broadcast(scale)) {}
+
+    void unpack(const uint8_t *p, int64_t n, BF16 *to) const {
+        const __mmask32 bytes = n < COLUMNS ? (1u << n) - 1 : 0xffffffff;
+        const __m256i values = _mm256_maskz_loadu_epi8(bytes, p);
+        const auto half = [this](__m128i bytes) {
+            return (__m512)(factor * (VF)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+        };
+        write(to, _mm512_cvtne2ps_pbh(half(_mm256_extracti128_si256(values, 1)), half(_mm256_castsi256_si128(values))));
+    }
+};
+#endif
+
+// Columns [begin : begin + count] of a row times the scales of its groups, and zeros behind its end. begin is a
+// multiple of 64; count is too, or is the rest of the row rounded up, and `to` has room for 2 W columns more.
 template <int BITS, class T>
 void unpack(const Weight &weight, int64_t row, int64_t begin, int64_t count, T *to) {
     const uint8_t *at = static_cast<const uint8_t *>(weight.data) + row * weight.stride + begin * BITS / 8;
     const Scales scales(weight, row);
-    for (int64_t i = 0; i < count; i += W) {
-        const int64_t left = weight.depth - begin - i;
-        VF values = {};
-        if (left > 0) {
-            const uint8_t *p = at + i * BITS / 8;
-            values = left < W ? Values<BITS>::load_part(p, left) : Values<BITS>::load(p);
-            if (weight.group) values *= scales.load(0, begin + i, 1)[0];
-        }
-        store(to + i, values);
+    const int64_t left = weight.depth - begin, used = count < left ? count : left;
+    int64_t i = 0;
+    while (i < used) {
+        const int64_t k = begin + i, in_group = weight.group ? weight.group - k % weight.group : used;
+        const int64_t end = used - i < in_group ? used : i + in_group;
+        const Scaled<BITS, T> columns(weight.group ? scales.load(0, k, 1)[0] : 1.0f);
+        for (; i < end; i += columns.COLUMNS) columns.unpack(at + i * BITS / 8, left - i, to + i);
     }
+    if (i < count) std::memset(to + i, 0, (count - i) * sizeof(T));
 }
 
 // For Dot: each 32 bits of the weight are one lane of several vectors. A packed step has the elements for the first of

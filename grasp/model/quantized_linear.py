@@ -16,7 +16,7 @@ from grasp.method.storage import Storage
 from grasp.model.dense import DenseLinear, dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp_kernels import Factors, lowrank_linear
-from grasp_kernels.dispatch import CPU_ROWS
+from grasp_kernels.dispatch import CPU_ROWS_QUANTIZED
 from grasp_kernels.quantized import dequantize
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class QuantizedLowRankLinear(_Quantized):
 
 # Rows of x up to which a kernel reads the quantised weight. More are multiplied by a dequantised copy, which moves at
 # least five times the bytes. 16 rows are one tile of a GPU's kernel; not measured on one.
-KERNEL_ROWS = {"cpu": CPU_ROWS, "cuda": dict.fromkeys(CPU_ROWS, 16)}
+KERNEL_ROWS = {"cpu": CPU_ROWS_QUANTIZED, "cuda": dict.fromkeys(CPU_ROWS_QUANTIZED, 16)}
 
 
 def quantized_product(

@@ -155,6 +155,7 @@ def _triton_avoids(call: OpCall) -> str | None:
 
 # Most rows of x for which the CPU kernels are not slower than PyTorch's matrix products, measured with AVX-512.
 CPU_ROWS = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 64}
+CPU_ROWS_QUANTIZED = {torch.float32: 128, torch.float16: 256, torch.bfloat16: 256}  # PyTorch dequantises first
 
 
 def _cpu_missing() -> str | None:
@@ -175,9 +176,8 @@ def _cpu_refuses(call: OpCall) -> str | None:
 def _cpu_avoids(call: OpCall) -> str | None:
     # PyTorch's products of pivoted factors need a second pass, which permutes the columns of y.
     faster = call.op == "singular_value_grad" or (call.pivoted and not call.weights)
-    if faster or call.rows <= CPU_ROWS[call.dtype]:
-        return None
-    return f"beyond {CPU_ROWS[call.dtype]} rows PyTorch's matrix products are faster"
+    most = (CPU_ROWS_QUANTIZED if call.weights else CPU_ROWS)[call.dtype]
+    return None if faster or call.rows <= most else f"beyond {most} rows PyTorch's matrix products are faster"
 
 
 _CPU_FUNCTIONS = {

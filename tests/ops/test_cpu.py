@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels import BackendUnavailableError, Factors, cpu, explain, lowrank_linear
-from grasp_kernels.dispatch import CPU_ROWS, backend_missing
+from grasp_kernels.dispatch import CPU_ROWS, CPU_ROWS_QUANTIZED, backend_missing
 from tests.definitions import dense_linear, glu, linear
 from tests.numerics import assert_accurate
 from tests.ops.inputs import DTYPES, LAYOUTS, double, factors, normal, seeded
@@ -210,11 +210,13 @@ def test_a_missing_instruction_set_is_an_error_and_not_a_fallback(monkeypatch: p
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_auto_uses_pytorch_for_many_rows_and_the_named_backend_still_runs(dtype: torch.dtype) -> None:
-    few, many = CPU_ROWS[dtype], CPU_ROWS[dtype] + 1
-    assert explain("lowrank_linear", rows=few, rank=8, dtype=dtype)["cpu"] == "chosen"
-    answers = explain("lowrank_linear", rows=many, rank=8, dtype=dtype)
-    assert f"{few} rows" in answers["cpu"]
-    assert answers["reference"] == "chosen"
+    many = CPU_ROWS[dtype] + 1
+    for rows, weights in ((CPU_ROWS, ()), (CPU_ROWS_QUANTIZED, ("int4",))):
+        few = rows[dtype]
+        assert explain("lowrank_linear", rows=few, rank=8, dtype=dtype, weights=weights)["cpu"] == "chosen"
+        answers = explain("lowrank_linear", rows=few + 1, rank=8, dtype=dtype, weights=weights)
+        assert f"{few} rows" in answers["cpu"]
+        assert answers["reference"] == "chosen"
     generator = seeded()
     x = normal((many, 40), generator, dtype=dtype)
     group = factors(30, 40, 8, generator, s=False, bias=True, dtype=dtype)
