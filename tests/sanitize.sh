@@ -29,7 +29,7 @@ run_tests() {
 build address
 run_tests address "$(library asan)" tests/test_threads.py --fuzz
 # The quarantine of freed memory looks like a leak.
-run_tests address "$(library asan)" tests/ops/test_cpu.py tests/ops/test_cpu_direct.py tests/ops/test_ops*.py \
+run_tests address "$(library asan)" tests/ops/test_cpu*.py tests/ops/test_ops*.py \
     tests/fuzz/test_ops.py -k 'not leak'
 build thread
 "${CXX:-g++}" -O1 -g1 -fPIC -shared -fsanitize=thread tests/csrc/gomp.cpp -o build/ninja/thread/gomp.so -ldl
