@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from grasp.builtin import BUILTIN, BUILTIN_LICENSE
@@ -17,14 +18,16 @@ from grasp.checkpoint.compression_report import FILE_NAME, KindLoss, kinds_of, k
 from grasp.checkpoint.inspection import Inspection, inspect_checkpoint
 from grasp.checkpoint.saving import check_directory, read_texts, require_space, save_checkpoint
 from grasp.compression.eligible import require_positions
+from grasp.compression.memory_budget import free_bytes
 from grasp.compression.quantize import quantize_
-from grasp.files import expanded, remove_abandoned
+from grasp.files import expanded, nearest_folder, remove_abandoned
 from grasp.formatting import size
 from grasp.loading import load_config, load_quietly
 from grasp.method.storage import Storage
 from grasp.model.hf_quantizer import require_floating
 from grasp.model.size import Size, model_size
 from grasp.progress import Notify, Progress, no_notify, no_progress
+from grasp.statistics.hidden_states import Scratch
 from grasp.workflows.convert import LICENSES, TEXTS, with_forms
 from grasp.workflows.guards import require_known, within_memory
 from grasp.workflows.kinds import batches_by_kind, finite_pairs, losses_by_kind
@@ -92,7 +95,8 @@ def quantize(
 ) -> Quantization:
     """Quantise the linears and embeddings of a model, low-rank or dense, and write it into a new folder.
 
-    Embeddings and the output layer get 8 bits. Norms, biases and the experts of a mixture stay floating.
+    Embeddings and the output layer get 8 bits. Norms, biases and the experts of a mixture stay floating. Hidden states
+    that take more than half of the free CPU memory go to files beside the output.
 
     Args:
         name: model, as ``load_model`` takes it; ``dtype`` and ``device`` likewise.
@@ -133,7 +137,8 @@ def quantize(
             require_known(model, batch.input_ids)
         kinds = batches_by_kind(model, tokenizer, samples.seq_len, notify)
         losses = losses_by_kind(model, kinds, progress=progress)
-        quantize_(model, storage, batches, progress=progress)
+        scratch = Scratch(nearest_folder(target), free_bytes(torch.device("cpu")) // 2)
+        quantize_(model, storage, batches, scratch=scratch, progress=progress)
         losses_after = losses_by_kind(model, kinds, progress=progress)
     card = texts.pop("README.md", None)
     if source is not None and source.report is not None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from grasp.config import GraspConfig
 from grasp.errors import NonFiniteError, UnsupportedModelError
 from grasp.method.storage import Storage, choose_storage
 from grasp.model.layer_removal import remove_layers_
+from grasp.statistics.hidden_states import Scratch
 from grasp.workflows.convert import convert
 from grasp.workflows.evaluate import evaluate
 from grasp.workflows.quantize import quantize
@@ -93,6 +95,25 @@ def test_a_compressed_folder_becomes_a_smaller_one_with_the_same_texts(
     assert "nats per token in the mean of 6" in run(
         "quantize", small, "--rounding", "nearest", "-o", tmp_path / "again"
     )
+
+
+def test_hidden_states_beyond_half_of_the_free_memory_go_to_files(
+    small: Path, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, written = Scratch.write, []
+
+    def counted(scratch: Scratch, file: IO[bytes], tensor: Tensor) -> None:
+        written.append(tensor.nbytes)
+        write(scratch, file, tensor)
+
+    monkeypatch.setattr(Scratch, "write", counted)
+    quantize(str(small), tmp_path / "memory", Storage(4), samples)
+    assert not written
+    monkeypatch.setattr("grasp.workflows.quantize.free_bytes", lambda device: 40_000)
+    quantize(str(small), tmp_path / "files", Storage(4), samples)
+    assert written
+    expected, got = (load_file(tmp_path / name / "model.safetensors") for name in ("memory", "files"))
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_folder_without_some_layers_keeps_its_texts_and_sizes(
