@@ -83,7 +83,8 @@ class Study:
             samples = Samples(of.calibration, of.num_samples, of.seq_len, of.batch_size, seed)
             batches, held_out = draw(self._tokenizer, text, samples)
             values = {name: value for name, value in asdict(self.setting).items() if name not in OF_EVALUATION}
-            values |= {"seed": seed, "digest": batches_digest(batches)}
+            # What other code has computed is neither read nor resumed.
+            values |= {"seed": seed, "digest": batches_digest(batches), "commit": self._conditions.commit}
             fingerprint = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
             self._calibration = {seed: CalibrationSet(batches, held_out, self._cache / fingerprint, self.dtype)}
         return self._calibration[seed]

@@ -91,6 +91,16 @@ def test_a_study_is_continued_cell_by_cell(model: Path, tmp_path: Path, monkeypa
     assert " ± " in result.output
 
 
+def test_what_another_commit_has_computed_is_not_used(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for commit in "ab":
+        monkeypatch.setattr(conditions, "commit", lambda commit=commit: commit * 40)
+        result = run(model, tmp_path / f"{commit}.jsonl", "--methods", "plain SVD", "--ratios", "0.3", "--seeds", "0")
+        assert result.exit_code == 0, result.output
+    assert len([*(tmp_path / "cache").iterdir()]) == 2
+
+
 def test_each_cell_compresses_a_dense_model_of_its_own_in_the_dtype_of_the_weights(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
