@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grasp.checkpoint.compression_report import KindLoss, kinds_of
 from grasp.errors import CheckpointError
 from grasp.reading import read_json
 
@@ -38,6 +39,8 @@ class RecoveryReport:
         best_step: the step with the lowest held-out loss, whose factors the model has; 0 if training did not help.
         data: sequences, tokens and SHA-256 of the training and the held-out sequences.
         distilled: whether the training loss is the divergence from the predictions of a teacher.
+        kind_losses: kind of text → nats per token before and after training, on text that training never reads; {} if
+            the built-in text is not installed.
         seconds: time per step of the work.
         versions: versions of the libraries.
 
@@ -56,6 +59,7 @@ class RecoveryReport:
     best_step: int
     data: Mapping[str, int | str]
     distilled: bool = False
+    kind_losses: Mapping[str, Sequence[float]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -78,6 +82,11 @@ class RecoveryReport:
     def tokens(self) -> int:
         """Training tokens, repetitions included."""
         return self.curve[-1].tokens
+
+    @property
+    def kinds(self) -> tuple[KindLoss, ...]:
+        """The losses by kind of text, the one that gained least first."""
+        return kinds_of(self.kind_losses)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a JSON object."""

@@ -172,6 +172,7 @@ def show_recovery(result: Recovery) -> None:
                 "held-out loss",
                 f"{report.loss_before:.4f} -> {report.loss_after:.4f} nats per token, after step {report.best_step}",
             ),
+            *([("kinds of text", kinds_text(report.kinds))] if report.kinds else []),
             ("time", f"{sum(report.seconds.values()):.1f} s"),
             ("checkpoint", result.output),
         ]

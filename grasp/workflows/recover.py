@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from grasp.builtin import BUILTIN
 from grasp.calibration import NAMED_TEXTS, read_pieces
 from grasp.checkpoint import compression_report, recovery_report
 from grasp.checkpoint.card import model_card, with_section, without_figure, without_results
+from grasp.checkpoint.compression_report import kinds_text
 from grasp.checkpoint.recovery_report import RecoveryReport
 from grasp.checkpoint.recovery_state import RecoveryState
 from grasp.checkpoint.saving import check_directory, read_texts, require_space, save_checkpoint
@@ -26,6 +27,7 @@ from grasp.statistics.processes import ALONE, Processes
 from grasp.training_data import TrainingSequence, hold_out, instruction_sequences, pack_text, read_instructions
 from grasp.workflows.convert import LICENSES
 from grasp.workflows.guards import require_known, within_memory
+from grasp.workflows.kinds import batches_by_kind, finite_pairs, losses_by_kind
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,12 @@ def recover(
             sequences, held_out = hold_out(data.sequences(tokenizer, config.tokens, notify))
             for sequence in (*sequences, *held_out):
                 require_known(model, sequence.input_ids)
+            kinds = batches_by_kind(model, tokenizer, data.seq_len, notify)
             require_space(target, model.get_memory_footprint())
             if is_written:
                 state.require_same(recovery_fingerprint(model, sequences, held_out, config, dense))
                 return Recovery(str(directory), str(target), RecoveryReport.load(target))
+            before = losses_by_kind(model, kinds, progress=progress, processes=processes)
             report = recover_(
                 *(model, sequences, held_out, config),
                 teacher=dense,
@@ -137,6 +141,8 @@ def recover(
                 state=state,
                 processes=processes,
             )
+            after = losses_by_kind(model, kinds, progress=progress, processes=processes)
+            report = replace(report, kind_losses=finite_pairs(before, after, notify))
         if processes.first:
             state.record_output(recovery_report.FILE_NAME, report.to_json())
             _write(model, tokenizer, texts, target, data, report, progress)
@@ -170,11 +176,13 @@ def _write(
 
 def _card_section(data: TrainingData, report: RecoveryReport) -> str:
     towards = ", towards the predictions of the dense model" if report.distilled else ""
-    return (
+    text = (
         f"After compression, the low-rank factors ({report.trained_parameters:,} parameters) were trained "
         f"on {report.tokens:,} tokens of {data} (sequences of {data.seq_len} tokens, {report.config['batch_size']} per "
         f"step, AdamW, learning rate {report.config['learning_rate']:g}{towards}). All other weights are unchanged. "
         f"The loss on held-out sequences of the same data went from {report.loss_before:.4f} to "
         f"{report.loss_after:.4f} nats per token. "
-        f"`{recovery_report.FILE_NAME}` has the full report."
     )
+    if changed := kinds_text(report.kinds):
+        text += f"On passages of each kind that are in no training text of grasp it changed by {changed}. "
+    return f"{text}`{recovery_report.FILE_NAME}` has the full report."

@@ -13,7 +13,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from grasp import cli
+from grasp.calibration import builtin_kinds
+from grasp.checkpoint.compression_report import kinds_text
 from grasp.checkpoint.inspection import inspect_checkpoint
+from grasp.checkpoint.recovery_report import RecoveryReport
 from grasp.config import GraspConfig
 from grasp.errors import CheckpointError, ResumeError, TrainingDataError, UnsupportedModelError
 from grasp.model.lowrank_linear import LowRankLinear
@@ -74,6 +77,10 @@ def test_a_recovered_checkpoint_is_the_compressed_one_with_other_factors(place: 
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith((place / "small" / "README.md").read_text().rstrip())
     assert f"were trained on {document['tokens']:,} tokens of a text file" in card
+    kinds = RecoveryReport.load(tmp_path / "out").kinds
+    assert {row.kind for row in kinds} == builtin_kinds("evaluation").keys()
+    assert all(row.added != 0 for row in kinds)
+    assert f"in no training text of grasp it changed by {kinds_text(kinds)}." in card
     again = recovery_job.recover(
         tmp_path / "out",
         tmp_path / "twice",
@@ -102,7 +109,12 @@ def test_a_pivoted_checkpoint_stays_pivoted(place: Path, tmp_path: Path) -> None
 def test_the_result_is_shown(place: Path, tmp_path: Path) -> None:
     result = recover(place, tmp_path / "out", "--instructions", place / "some.jsonl", "--seq-len", 128, "--tokens", 500)
     assert result.exit_code == 0, result.exception
-    for words in ("parameters of 14 low-rank linears", "held-out loss", "nats per token, after step"):
+    for words in (
+        "parameters of 14 low-rank linears",
+        "held-out loss",
+        "nats per token, after step",
+        "in the mean of 6",
+    ):
         assert words in result.stdout
     assert "a file of instructions" in (tmp_path / "out" / "README.md").read_text()
 
