@@ -59,7 +59,8 @@ typedef struct {
     int64_t N, R;
     int32_t s_dtype;       /* grasp_dtype: GRASP_F32 or that of the input */
     const int32_t *order;  /* [N], or null if the factors are not pivoted, as those of a GLU */
-    const void *U_scales;  /* [rows of U, groups], contiguous, zero and negative ones too; null if U is not quantised */
+    const void *U_scales;  /* [rows of U, groups], contiguous, zero and negative ones too; null if U is not quantised or
+                              has no rows */
     const void *Vh_scales; /* [R, groups], likewise */
     int32_t scales_dtype;  /* grasp_dtype of both: GRASP_F32 or that of the input */
     int32_t U_bits, Vh_bits;   /* 8 or 4; 0 if the matrix is not quantised */

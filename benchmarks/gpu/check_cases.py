@@ -13,14 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grasp.bench.workloads import OPS, Problem, Run, backends, make_problem, wrong
+from grasp.bench.workloads import OPS, Problem, Run, backends, low_rank_costs, make_problem, quantized, wrong
 from grasp.loading import DTYPES
-from grasp.method.rounding import round_nearest
-from grasp.method.storage import STORAGES, Storage, matrix_bytes
+from grasp.method.storage import STORAGES
 from grasp_kernels import Factors, pack_factors, roofline
 from grasp_kernels.launch_configs import PATHS, choose, on_path, serves
 from grasp_kernels.packing import pad_columns, stack_rows, stacked, widened
-from grasp_kernels.quantized import pack_int4
 from grasp_kernels.roofline import Cost
 from grasp_kernels.shapes import GroupShape, parse_shape
 from grasp_kernels.triton import lowrank_glu, lowrank_linear
@@ -62,21 +60,12 @@ class GpuCase:
 
     def costs(self) -> list[Cost]:
         """Bytes and FLOPs of the fused ops."""
-        size = self.dtype.itemsize
-        costs = [(cost, shape) for op, shape in self.parts for cost in OPS[op].cost(self.rows, shape, size)]
-        if self.pivoted:
-            ranks = [[R for _, _, R in shape] for _, shape in costs]
-            pairs = zip(costs, ranks, strict=True)
-            costs = [(roofline.pivoted(cost, self.rows, Rs, itemsize=size), shape) for (cost, shape), Rs in pairs]
-        return [cost._replace(bytes=cost.bytes - self._saved(shape)) for cost, shape in costs]
-
-    def _saved(self, shape: GroupShape) -> int:
-        """Bytes by which quantised factors are smaller."""
-        if not self.storage:
-            return 0
-        factors = [pair for K, N, R in shape for pair in ((N - R * self.pivoted, R), (R, K))]
-        size, storage = self.dtype.itemsize, STORAGES[self.storage]
-        return matrix_bytes(factors, None, size) - matrix_bytes(factors, storage, size)
+        size, storage = self.dtype.itemsize, STORAGES[self.storage] if self.storage else None
+        return [
+            cost
+            for op, shape in self.parts
+            for cost in low_rank_costs(op, shape, self.rows, size, (self.pivoted,) * len(shape), storage)
+        ]
 
     def dense_costs(self) -> list[Cost]:
         """Bytes and FLOPs of the dense linears."""
@@ -117,7 +106,7 @@ def make_operands(case: GpuCase, device: torch.device, rotate_bytes: int) -> Ope
     """Random operands in as many copies as fill ``rotate_bytes``, so that no call reads them from a cache."""
     first = [make_problem(op, shape, case.rows, case.dtype, device, pivoted=case.pivoted) for op, shape in case.parts]
     if case.storage:
-        first = [_quantized(problem, STORAGES[case.storage]) for problem in first]
+        first = [quantized(problem, STORAGES[case.storage]) for problem in first]
     factors = sum(tensor.nbytes for problem in first for group in problem.groups for tensor in (group.U, group.Vh))
     weights = sum(weight.nbytes for problem in first for weight in problem.weights)
     copy = _packed if case.packed else partial(Problem.map, function=Tensor.clone)
@@ -129,20 +118,6 @@ def make_operands(case: GpuCase, device: torch.device, rotate_bytes: int) -> Ope
         for _ in range(-(-rotate_bytes // weights) or 1)
     ]
     return Operands(low_rank, dense)
-
-
-def _quantized(problem: Problem, storage: Storage) -> Problem:
-    """Factors rounded to the nearest."""
-
-    def stored(matrix: Tensor) -> tuple[Tensor, Tensor]:
-        values, scales = round_nearest(matrix, storage.bits, storage.group, storage.kind)
-        return pack_int4(values) if storage.bits == 4 else values, scales.to(matrix.dtype)
-
-    groups = []
-    for group in problem.groups:
-        (U, U_scales), (Vh, Vh_scales) = stored(group.U), stored(group.Vh)
-        groups.append(group._replace(U=U, Vh=Vh, U_scales=U_scales, Vh_scales=Vh_scales))
-    return problem._replace(groups=groups)
 
 
 def _packed(problem: Problem) -> Problem:

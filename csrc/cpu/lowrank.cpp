@@ -342,9 +342,11 @@ bool is_good(const grasp_input &x) {
     return x.M >= 0 && x.K >= 1 && is_dtype(x.dtype) && (x.M == 0 || x.data) && (x.M <= 1 || x.stride >= 0);
 }
 
-bool is_good(int32_t bits, const void *scales, int32_t group, int32_t scales_dtype, const grasp_input &x) {
+bool is_good(int32_t bits, int64_t rows, const void *scales, int32_t group, int32_t scales_dtype,
+             const grasp_input &x) {
     if (bits == 0) return !scales && group == 0;
-    return (bits == 4 || bits == 8) && scales && (group == 0 || group == 32 || group == 64 || group == 128) &&
+    return (bits == 4 || bits == 8) && (scales || rows == 0) &&
+           (group == 0 || group == 32 || group == 64 || group == 128) &&
            (scales_dtype == GRASP_F32 || scales_dtype == x.dtype);
 }
 
@@ -353,8 +355,8 @@ int64_t least_stride(int32_t bits, int64_t depth) { return bits ? ceil_div(depth
 bool is_good(const grasp_factors &group, const grasp_input &x, bool has_output) {
     const int64_t rows = rows_of_U(group);
     return (group.U || rows == 0) && group.Vh && group.N >= 1 && group.R >= 1 && rows >= 0 &&
-           is_good(group.Vh_bits, group.Vh_scales, group.Vh_group, group.scales_dtype, x) &&
-           is_good(group.U_bits, group.U_scales, group.U_group, group.scales_dtype, x) &&
+           is_good(group.Vh_bits, group.R, group.Vh_scales, group.Vh_group, group.scales_dtype, x) &&
+           is_good(group.U_bits, rows, group.U_scales, group.U_group, group.scales_dtype, x) &&
            (group.R == 1 || group.Vh_stride >= least_stride(group.Vh_bits, x.K)) &&
            (rows <= 1 || group.U_stride >= least_stride(group.U_bits, group.R)) &&
            (!(group.order || group.Vh_bits) || !group.s) &&

@@ -11,6 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,11 +36,13 @@ from grasp.bench.workloads import (
     compiled,
     low_rank_costs,
     make_problem,
+    quantized,
     rotations,
     wrong,
 )
 from grasp.formatting import one_line
 from grasp.loading import DTYPES, find_device
+from grasp.method.storage import STORAGES, Storage
 from grasp.progress import Progress, no_progress
 from grasp_kernels import roofline
 from grasp_kernels.dispatch import BACKENDS, OpCall, chosen_row
@@ -49,7 +52,10 @@ from speedgate.timing import batch, using_threads
 
 DEFAULT_SHAPES = (ATTENTION, MLP, SMALL_MLP)
 COMPILED = "compiled"
+FLOATING = "floating"  # what auto runs with the factors before they were quantised
+GRADIENT = "singular_value_grad"
 RETAIN_RATIO = 0.1  # the paper's
+_BACKENDS = frozenset(row.name for row in BACKENDS)
 ROWS, DEFAULT_DTYPES = (1, 16), ("float32", "bfloat16")
 
 
@@ -62,12 +68,18 @@ class OpCase(NamedTuple):
     dtype: torch.dtype
     model: str | None = None  # that the shape was taken from
     pivoted: tuple[bool, ...] = ()  # of each linear; empty for none
+    storage: Storage | None = None  # of quantised factors
     calls: int | None = None  # in the recorded workload
 
     @property
     def form(self) -> str:
         """As ``grasp_kernels.shapes.parse_forms`` reads it."""
         return format_forms(self.pivoted or (False,))
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """The kind of quantised factors, as the dispatch table calls it."""
+        return frozenset() if self.storage is None else frozenset({f"{self.storage.kind}{self.storage.bits}"})
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,10 @@ class OpsRequest:
         workload: take the calls of this file of ``grasp bench record`` instead.
         rows: tokens per call; ``ROWS`` if empty. Of a workload only these calls, all if empty.
         dtypes: of inputs and factors; ``DEFAULT_DTYPES`` if empty. Of a workload as ``rows``.
+        form: of all linears, ``factored`` or ``pivoted``; ``None`` for ``factored``, or as in the workload. A pivoted
+            linear of full rank is a dense one.
+        weights: of quantised factors, keys of ``STORAGES``; each is timed beside what ``auto`` runs with the floating
+            factors. Floating factors if empty.
         backends: names in the dispatch table; all if empty.
         compiled: whether to time the unfused form compiled by ``torch.compile``.
         device: ``None`` for CUDA if there is a GPU, else the CPU; the workload's if there is one.
@@ -97,6 +113,8 @@ class OpsRequest:
     workload: Path | None = None
     rows: Sequence[int] = ()
     dtypes: Sequence[str] = ()
+    form: str | None = None
+    weights: Sequence[str] = ()
     backends: Sequence[str] = ()
     compiled: bool = True
     device: str | None = None
@@ -122,6 +140,8 @@ def run(request: OpsRequest, *, progress: Progress = no_progress) -> Iterator[Ro
     """
     require_names(request.ops, OPS, "op")
     require_names(request.dtypes, DTYPES, "dtype")
+    require_names(request.weights, STORAGES, "weights")
+    parse_forms(request.form or "factored", 1)
     require_names(request.backends, [row.name for row in BACKENDS], "backend")
     for name, numbers in (("rows", request.rows or ROWS), ("threads", request.threads or (1,))):
         if min(numbers) < 1:
@@ -176,25 +196,34 @@ def cases(request: OpsRequest) -> Iterator[OpCase | NotMeasured]:
     else:
         texts = request.shapes or DEFAULT_SHAPES
         calls = [(op, text, OPS[op].fit(parse_shape(text))) for op, text in itertools.product(wanted, texts)]
-    for (op, text, shape), rows, dtype in itertools.product(
-        calls, request.rows or ROWS, request.dtypes or DEFAULT_DTYPES
+    [pivots] = parse_forms(request.form or "factored", 1)
+    for (op, text, shape), rows, dtype, weights in itertools.product(
+        calls, request.rows or ROWS, request.dtypes or DEFAULT_DTYPES, request.weights or (None,)
     ):
+        labels: dict[str, Any] = {"op": op, "shape": text, "rows": rows, "dtype": dtype, "model": request.model}
         if shape is None:
-            labels: dict[str, Any] = {"op": op, "shape": text, "rows": rows, "dtype": dtype}
-            yield NotMeasured("ops", "*", "the op does not take this shape", model=request.model, **labels)
+            yield NotMeasured("ops", "*", "the op does not take this shape", **labels)
+        elif op == GRADIENT and (pivots or weights):
+            yield NotMeasured("ops", "*", "the op takes floating factors that are not pivoted", **labels)
+        elif pivots and any(linear.R > linear.N for linear in shape):
+            yield NotMeasured("ops", "*", "a pivoted linear has at most as many ranks as outputs", **labels)
         else:
-            yield OpCase(op, shape, rows, DTYPES[dtype], request.model)
+            storage = STORAGES[weights] if weights else None
+            yield OpCase(op, shape, rows, DTYPES[dtype], request.model, (pivots,) * pivots * len(shape), storage)
 
 
 def recorded_cases(request: OpsRequest, path: Path) -> tuple[str, list[OpCase | NotMeasured]]:
     """The device of a recorded workload, or of the request, and the calls that the request does not leave out.
 
     Raises:
-        ValueError: if the request has shapes or a model as well, or no call is left, or there are several devices.
+        ValueError: if the request has shapes, a model, a form or weights as well, or no call is left, or there are
+            several devices.
         ResultsError: as ``read_recording``.
     """
     if request.shapes or request.model is not None or request.retain_ratio is not None:
         raise ValueError("got a workload, and shapes or a model to take shapes from; leave one out")
+    if request.form is not None or request.weights:
+        raise ValueError("got a workload, whose calls have their forms and floating factors, and a form or weights")
     recorded = read_recording(path).calls
     wanted = ((request.ops, "op"), (request.rows, "rows"), (request.dtypes, "dtype"))
     kept = [call for call in recorded if all(not names or getattr(call, name) in names for names, name in wanted)]
@@ -210,7 +239,7 @@ def recorded_cases(request: OpsRequest, path: Path) -> tuple[str, list[OpCase | 
     for (op, text, form, rows, dtype), count in counts.items():
         shape = parse_shape(text)
         if dtype in DTYPES:
-            todo.append(OpCase(op, shape, rows, DTYPES[dtype], None, parse_forms(form, len(shape)), count))
+            todo.append(OpCase(op, shape, rows, DTYPES[dtype], None, parse_forms(form, len(shape)), calls=count))
         else:
             reason = f"{count} calls in {dtype}; expected {', '.join(DTYPES)}"
             todo.append(NotMeasured("ops", "*", reason, op=op, shape=text, rows=rows, dtype=dtype))
@@ -221,8 +250,9 @@ def floor_seconds(case: OpCase, provider: str, card: Card) -> float | None:
     """Least seconds of ``provider`` on ``card``; ``None`` for the dense gradient, which nobody would use."""
     itemsize = case.dtype.itemsize
     if provider != DENSE:
-        return roofline.floor(card, *low_rank_costs(case.op, case.shape, case.rows, itemsize, case.pivoted))
-    if case.op == "singular_value_grad":
+        storage = case.storage if provider in _BACKENDS else None
+        return roofline.floor(card, *low_rank_costs(case.op, case.shape, case.rows, itemsize, case.pivoted, storage))
+    if case.op == GRADIENT:
         return None
     costs = [roofline.dense_linear(case.rows, N, K, itemsize=itemsize) for K, N, _ in case.shape]
     return roofline.floor(card, *itertools.chain(*costs))
@@ -233,8 +263,9 @@ def measure(case: OpCase, device: torch.device, card: Card, request: OpsRequest)
     """Check and time one case: its backends and the baselines."""
     pivoted = case.pivoted or (False,) * len(case.shape)
     problem = make_problem(case.op, case.shape, case.rows, case.dtype, device, pivoted=pivoted)
+    stored = problem if case.storage is None else quantized(problem, case.storage)
     rank = max(linear.R for linear in case.shape)
-    chosen = chosen_row(OpCall(case.op, device, case.dtype, case.rows, rank, any(pivoted))).name
+    chosen = chosen_row(OpCall(case.op, device, case.dtype, case.rows, rank, any(pivoted), case.weights)).name
     labels: dict[str, Any] = {
         "op": case.op,
         "shape": format_shape(case.shape),
@@ -242,11 +273,15 @@ def measure(case: OpCase, device: torch.device, card: Card, request: OpsRequest)
         "dtype": _name(case.dtype),
         "model": case.model,
     }
-    timed, left_out = _providers(case, problem, request)
+    timed, left_out = _providers(case, problem, stored, request)
     for name, (reason, is_wrong) in left_out.items():
         yield NotMeasured("ops", name, reason, is_wrong, **labels)
     rotation = rotations(case.op, problem, request.rotate_bytes)
-    sources = {name: rotation["dense" if name == DENSE else "low-rank"] for name in timed}
+    low_rank = dict.fromkeys(timed, rotation["low-rank"])
+    if stored is not problem:
+        packed = rotations(case.op, stored, request.rotate_bytes)["low-rank"]
+        low_rank |= dict.fromkeys(timed.keys() & _BACKENDS, packed)
+    sources = {**low_rank, DENSE: rotation["dense"]}
     batches = {name: batch(device.type, call, sources[name]) for name, call in timed.items()}
     samples = interleave(batches, request.repetitions)
     now = conditions(card, device)
@@ -266,19 +301,22 @@ def measure(case: OpCase, device: torch.device, card: Card, request: OpsRequest)
             rotated_copies=len(sources[name].copies),
             conditions=now,
             form=case.form,
+            weights=None if case.storage is None else str(case.storage),
             calls=case.calls,
             chosen=name == chosen,
         )
 
 
 def _providers(
-    case: OpCase, problem: Problem, request: OpsRequest
+    case: OpCase, problem: Problem, stored: Problem, request: OpsRequest
 ) -> tuple[dict[str, Run], dict[str, tuple[str, bool]]]:
     """Providers to time; and for the others the reason, and whether it is a wrong result."""
-    runs, reasons = backends(case.op, case.shape, problem, pivoted=any(case.pivoted))
+    runs, reasons = backends(case.op, case.shape, stored, pivoted=any(case.pivoted), weights=case.weights)
     requested = {name for name in (*runs, *reasons) if not request.backends or name in request.backends}
     left_out = {name: (reason, False) for name, reason in reasons.items() if name in requested}
     candidates = {name: run for name, run in runs.items() if name in requested}
+    if stored is not problem:
+        candidates[FLOATING] = partial(OPS[case.op].run, "auto")
     if request.compiled:
         try:
             candidates[COMPILED] = compiled(case.op, problem)
@@ -288,7 +326,8 @@ def _providers(
         left_out[COMPILED] = "left out on request", False
     timed: dict[str, Run] = {}
     for name, candidate in candidates.items():
-        complaint = wrong(case.op, problem, candidate, of_package=name != COMPILED)
+        operands = stored if name in _BACKENDS else problem
+        complaint = wrong(case.op, operands, candidate, of_package=name != COMPILED)
         if complaint is None:
             timed[name] = candidate
         else:

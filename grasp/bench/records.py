@@ -23,10 +23,11 @@ class OpResult(Record):
 
     Attributes:
         op: ``lowrank_linear``, ``lowrank_linear_grouped``, ``lowrank_glu`` or ``singular_value_grad``.
-        provider: a backend, ``unfused``, ``compiled`` or ``dense``.
+        provider: a backend, ``unfused``, ``compiled``, ``dense``, or beside quantised factors ``floating``: what
+            ``auto`` runs with the factors before they were quantised.
         shape: K inputs, N outputs and rank R of each linear as ``KxNrR``. ``+`` joins linears that share an input.
         rows: tokens per call, M.
-        dtype: of inputs and factors: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: of inputs and floating factors: ``float32``, ``bfloat16`` or ``float16``.
         median_us: median time of a call, µs.
         spread: distance between the quartiles of the times over their median.
         floor_us: least time of a call, µs: its bytes or FLOPs at the measured speeds, without the launch. Providers
@@ -42,6 +43,7 @@ class OpResult(Record):
         form: ``factored``, ``pivoted``, or the form of each linear, joined by ``+``.
         calls: number of calls in the recorded workload; ``None`` without one.
         chosen: whether ``auto`` gives the call to this provider.
+        weights: how the factors of the backends are quantised, such as ``int4/64``; ``None`` if they are floating.
 
     Example:
         >>> [column.heading for column in OpResult.case[:4]]
@@ -67,6 +69,7 @@ class OpResult(Record):
     form: str = "factored"
     calls: int | None = None
     chosen: bool = False
+    weights: str | None = None
 
     kind: ClassVar[str] = "op"
     title: ClassVar[str] = "Ops"
@@ -76,6 +79,7 @@ class OpResult(Record):
         Column("rows", "rows"),
         Column("dtype", "dtype"),
         Column("form", lambda result: None if result.form == "factored" else result.form),
+        Column("weights", "weights"),
         Column("calls", "calls"),
     )
     columns: ClassVar[tuple[Column, ...]] = (

@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grasp.method.pivoting import in_order
+from grasp.method.rounding import round_nearest
+from grasp.method.storage import Storage, matrix_bytes
 from grasp.model.lowrank_linear import pivots_order
 from grasp_kernels import Factors, lowrank_glu, lowrank_linear, lowrank_linear_grouped, roofline, singular_value_grad
 from grasp_kernels.dispatch import BACKENDS, OpCall, objection
 from grasp_kernels.numerics import inaccuracy
+from grasp_kernels.quantized import pack_int4
 from grasp_kernels.reference import linear
 from grasp_kernels.roofline import Cost
 from grasp_kernels.shapes import GroupShape
@@ -43,15 +46,24 @@ class Problem(NamedTuple):
         """All operands."""
         return [
             self.x,
-            *(tensor for group in self.groups for tensor in (group.U, group.Vh)),
+            *(tensor for group in self.groups for tensor in _stored(group).values()),
             *self.weights,
             self.grad_y,
         ]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Problem:
         """Apply ``function`` to every tensor."""
-        groups = [group._replace(U=function(group.U), Vh=function(group.Vh)) for group in self.groups]
+        groups = [
+            group._replace(**{name: function(tensor) for name, tensor in _stored(group).items()})
+            for group in self.groups
+        ]
         return Problem(function(self.x), groups, [function(w) for w in self.weights], function(self.grad_y))
+
+
+def _stored(group: Factors) -> dict[str, Tensor]:
+    """The tensors that a call reads once, by field."""
+    fields = {name: getattr(group, name) for name in ("U", "Vh", "U_scales", "Vh_scales")}
+    return {name: tensor for name, tensor in fields.items() if tensor is not None}
 
 
 Run = Callable[[Problem], list[Tensor]]
@@ -182,11 +194,37 @@ def make_problem(
     return Problem(normal(rows, K), groups, weights, normal(0))
 
 
-def low_rank_costs(op: str, shape: GroupShape, rows: int, itemsize: int, pivoted: Sequence[bool] = ()) -> list[Cost]:
-    """Bytes and FLOPs of a call; ``pivoted`` is of each linear, empty for none."""
-    ranks = [R for (_, _, R), pivots in zip(shape, pivoted, strict=False) if pivots]
-    costs = OPS[op].cost(rows, shape, itemsize)
-    return [roofline.pivoted(cost, rows, ranks, itemsize=itemsize) for cost in costs]
+def quantized(problem: Problem, storage: Storage) -> Problem:
+    """The same operands with factors rounded to the nearest, and scales in the dtype of the input."""
+
+    def stored(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        values, scales = round_nearest(matrix, storage.bits, storage.group, storage.kind)
+        return pack_int4(values) if storage.bits == 4 else values, scales.to(matrix.dtype)
+
+    groups = []
+    for group in problem.groups:
+        (U, U_scales), (Vh, Vh_scales) = stored(group.U), stored(group.Vh)
+        groups.append(group._replace(U=U, Vh=Vh, U_scales=U_scales, Vh_scales=Vh_scales))
+    return problem._replace(groups=groups)
+
+
+def low_rank_costs(
+    op: str,
+    shape: GroupShape,
+    rows: int,
+    itemsize: int,
+    pivoted: Sequence[bool] = (),
+    storage: Storage | None = None,
+) -> list[Cost]:
+    """Bytes and FLOPs of a call; ``pivoted`` is of each linear, empty for none, ``storage`` of quantised factors."""
+    pivots = pivoted or (False,) * len(shape)
+    ranks = [R for (_, _, R), is_pivoted in zip(shape, pivots, strict=True) if is_pivoted]
+    costs = [roofline.pivoted(cost, rows, ranks, itemsize=itemsize) for cost in OPS[op].cost(rows, shape, itemsize)]
+    if storage is None:
+        return costs
+    factors = [each for (K, N, R), p in zip(shape, pivots, strict=True) for each in ((N - R * p, R), (R, K))]
+    saved = matrix_bytes(factors, None, itemsize) - matrix_bytes(factors, storage, itemsize)
+    return [cost._replace(bytes=cost.bytes - saved) for cost in costs]
 
 
 def _weight(group: Factors) -> Tensor:

@@ -54,6 +54,15 @@ Workload = Annotated[
 Rows = Annotated[str, typer.Option(help="Tokens per call.")]
 OpRows = Annotated[str | None, typer.Option("--rows", help="Tokens per call. Default: 1,16.")]
 Dtypes = Annotated[list[str] | None, typer.Option(help="May be repeated. Default: float32 and bfloat16.")]
+Form = Annotated[
+    str | None, typer.Option(help="factored or pivoted; a pivoted linear of full rank is dense. Default: factored.")
+]
+Weights = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="int8|int4/64|...", help="Quantise the factors; also times them as they were. May be repeated."
+    ),
+]
 Backends = Annotated[list[str] | None, typer.Option(help="Time only this backend; may be repeated.")]
 Compiled = Annotated[bool, typer.Option(help="Also time the unfused form compiled by torch.compile, seconds per case.")]
 ThreadCounts = Annotated[list[int] | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads; may be repeated.")]
@@ -123,6 +132,8 @@ def ops(
     workload: Workload = None,
     rows: OpRows = None,
     dtype: Dtypes = None,
+    form: Form = None,
+    weights: Weights = None,
     backend: Backends = None,
     compiled: Compiled = True,
     device: Device = None,
@@ -146,6 +157,12 @@ def ops(
 
     $ grasp bench ops --op lowrank_linear --shape 4096x4096r204 --rows 1,16 --threads 1 --no-compiled
 
+    [dim]Quantised factors, and a quantised dense linear, beside those in bfloat16:[/dim]
+
+    $ grasp bench ops --op lowrank_linear --shape 4096x4096r204 --weights int8 --weights int4/64 --dtype bfloat16
+
+    $ grasp bench ops --op lowrank_linear --shape 4096x4096r4096 --form pivoted --weights int8 --dtype bfloat16
+
     [dim]The calls of a real run, weighted by how often it made them:[/dim]
 
     $ grasp bench record -o workload.json -- python generate.py && grasp bench ops --workload workload.json
@@ -161,6 +178,8 @@ def ops(
         workload=workload,
         rows=() if rows is None else parse_counts(rows),
         dtypes=dtype or (),
+        form=form,
+        weights=weights or (),
         backends=backend or (),
         compiled=compiled,
         device=device,

@@ -45,5 +45,5 @@ _VALUES: dict[str, Any] = {
 def record(record_class: type[RecordT], **values: Any) -> RecordT:
     """A record with all fields filled, some of them as given."""
     filled = {field.name: _VALUES[str(field.type).removesuffix(" | None")] for field in fields(record_class)}
-    of_class = {"form": "factored", "calls": None} if record_class is OpResult else {}  # not of a workload
+    of_class = {"form": "factored", "weights": None, "calls": None} if record_class is OpResult else {}
     return record_class(**{**filled, **of_class, **values})

@@ -15,6 +15,7 @@ from grasp.bench.recorded import RecordedCall, Recording, WorkloadResult
 from grasp.bench.records import NotMeasured, OpResult
 from grasp.bench.results import read_results
 from grasp.bench.workloads import OPS
+from grasp.method.storage import STORAGES
 from grasp_kernels import roofline
 from grasp_kernels.dispatch import backend_missing
 from grasp_kernels.shapes import parse_shape
@@ -89,6 +90,24 @@ def test_what_is_not_measured_is_said(ops: RunBench) -> None:
     assert "Not measured: * lowrank_linear at 48x32r5+48x16r3, M = 3, float32: " in outcome.text
 
 
+def test_quantised_factors_are_timed_beside_the_floating_ones(ops: RunBench, tmp_path: Path) -> None:
+    weights = ("--weights", "int8", "--weights", "int4/32", "--form", "pivoted")
+    outcome = ops("--backend", "reference", "--backend", "cpu", *weights, "-o", tmp_path / "ops.jsonl")
+    assert outcome.code == 0, outcome.err
+    timed = [record for record in read_results(tmp_path / "ops.jsonl") if isinstance(record, OpResult)]
+    built = ["cpu"] if backend_missing("cpu") is None else []
+    providers = ("reference", "floating", "unfused", "dense", *built)
+    expected = {(op, kind, name) for op in OPS for kind in ("int8", "int4/32") for name in providers}
+    assert {(line.op, line.weights, line.provider) for line in timed} == {
+        case for case in expected if case[0] != "singular_value_grad"
+    }
+    assert {line.form for line in timed} == {"pivoted"}
+    floors = {line.provider: line.floor_us or 0 for line in timed if line.weights == "int8"}
+    assert 0 < floors["reference"] <= floors["floating"] == floors["unfused"]
+    assert "singular_value_grad at 48x32r5, M = 3, float32: the op takes floating factors" in outcome.text
+    assert "form pivoted; weights int4/32" in outcome.text
+
+
 def test_a_compiler_that_is_not_there_is_said(bench: RunBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(op: str, problem: object) -> None:
         raise RuntimeError("No working C++\ncompiler found")
@@ -116,6 +135,8 @@ def test_the_compiled_form_is_timed(bench: RunBench, tmp_path: Path) -> None:
         (("--op", "matmul"), "unknown op 'matmul'; expected one of lowrank_linear"),
         (("--dtype", "int8"), "unknown dtype 'int8'; expected one of float32"),
         (("--backend", "warp"), "unknown backend 'warp'; expected one of"),
+        (("--weights", "int3"), "unknown weights 'int3'; expected one of int8"),
+        (("--form", "square"), "form 'square' is not factored or pivoted"),
         (("--shape", "48"), "shape '48' is not KxNrR"),
         (("--device", "tpu"), "device must be a name such as cpu"),
         (("--rows", "0"), "rows must be positive numbers"),
@@ -170,6 +191,9 @@ def test_calls_of_a_workload_can_be_chosen(workload: Path) -> None:
         recorded_cases(OpsRequest(rows=(9,)), workload)
     with pytest.raises(ValueError, match="got a workload, and shapes or a model"):
         recorded_cases(OpsRequest(shapes=("48x32r5",)), workload)
+    for options in ({"form": "pivoted"}, {"weights": ("int8",)}):
+        with pytest.raises(ValueError, match="got a workload, whose calls have their forms"):
+            recorded_cases(OpsRequest(**options), workload)
     workload.write_text(json.dumps(Recording(1, (CALLS[0], replace(CALLS[1], device="cuda"))).to_dict()))
     with pytest.raises(ValueError, match="calls on cpu and cuda; choose a device"):
         recorded_cases(OpsRequest(), workload)
@@ -190,6 +214,9 @@ def test_floors_are_of_what_a_provider_reads() -> None:
     pivoted = floor_seconds(case._replace(pivoted=(True,)), "reference", card)
     assert pivoted == pytest.approx((204 * (8192 - 204) + 8192) * 4 / 1e9)
     assert floor_seconds(case._replace(op="singular_value_grad"), "dense", card) is None
+    int8 = case._replace(storage=STORAGES["int8"])
+    assert floor_seconds(int8, "cpu", card) == pytest.approx((204 * 8192 + 4 * (204 + 4096) + 8192 * 4) / 1e9)
+    assert [floor_seconds(int8, name, card) for name in ("floating", "dense")] == [low_rank, dense]
 
 
 def test_conditions_know_the_commit_of_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:

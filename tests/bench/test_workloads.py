@@ -9,9 +9,11 @@ from grasp.bench.workloads import (
     compiled,
     low_rank_costs,
     make_problem,
+    quantized,
     rotations,
     wrong,
 )
+from grasp.method.storage import STORAGES
 from grasp_kernels import dispatch
 from grasp_kernels.shapes import parse_shape
 from tests.numerics import relative_error
@@ -61,6 +63,24 @@ def test_forms_may_differ_in_a_group() -> None:
         assert relative_error(got, expected.double()) < 1e-5
     plain, pivoted = (low_rank_costs("lowrank_linear_grouped", GROUP, 7, 4, flags)[0] for flags in ((), forms))
     assert (plain.bytes - pivoted.bytes, plain.flops - pivoted.flops) == (4 * 5 * 5, 2 * 7 * 5 * 5)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4/32", "fp8"])
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_quantised_operands_are_checked_and_their_bytes_counted(weights: str, pivoted: bool) -> None:
+    shape, storage = parse_shape("96x48r16"), STORAGES[weights]
+    problem = make_problem("lowrank_linear", shape, 3, torch.bfloat16, CPU, pivoted=pivoted)
+    stored = quantized(problem, storage)
+    kinds = frozenset({weights.partition("/")[0]})
+    run = backends("lowrank_linear", shape, stored, pivoted=pivoted, weights=kinds)[0]["reference"]
+    assert wrong("lowrank_linear", stored, run) is None
+    assert "relative error" in (wrong("lowrank_linear", stored, lambda p: [1.05 * y for y in run(p)]) or "")
+    [cost] = low_rank_costs("lowrank_linear", shape, 3, 2, (pivoted,), storage)
+    read = [tensor for tensor in stored.tensors() if tensor is not stored.weights[0]]
+    assert cost.bytes == sum(tensor.nbytes for tensor in read) + 3 * 48 * 2
+    copies = [copy.tensors() for copy in rotations("lowrank_linear", stored, 1 << 14)["low-rank"].copies]
+    pointers = [tensor.data_ptr() for tensors in copies for tensor in tensors[1:5]]
+    assert len(pointers) == len(set(pointers)) == 4 * len(copies) > 4
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -56,7 +56,7 @@ def quantize(weight: Tensor, kind: str | None, group: int | None, dtype: torch.d
 
 
 def quantized(group: Factors, U: str | None, Vh: str | None, size: int | None, dtype: torch.dtype) -> Factors:
-    U_values, U_scales = quantize(group.U, U if len(group.U) else None, size, dtype)
+    U_values, U_scales = quantize(group.U, U, size, dtype)
     Vh_values, Vh_scales = quantize(group.Vh, Vh, size, dtype)
     return group._replace(U=U_values, Vh=Vh_values, U_scales=U_scales, Vh_scales=Vh_scales)
 

@@ -98,6 +98,13 @@ def test_a_speed_is_the_flops_that_must_be_done_over_the_time() -> None:
         ("dense", pytest.approx(48 / 136), pytest.approx(24e6)),
         ("unfused", pytest.approx(40 / 120), pytest.approx(10e6)),
     ]
+    # Quantised: one byte for each of the 20 values, and 6 + 2 scales of 4 bytes.
+    quantised = only(roofs([op(name, weights="int8") for name in ("cpu", "floating", "dense")]))
+    assert [(s.label, s.intensity) for s in quantised.speeds] == [
+        ("cpu, int8", pytest.approx(40 / (20 + 32 + 40))),
+        ("floating", pytest.approx(40 / 120)),
+        ("dense", pytest.approx(48 / 136)),
+    ]
 
 
 def test_what_has_no_floor_has_no_place_below_the_roof() -> None:
