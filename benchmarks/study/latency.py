@@ -31,12 +31,13 @@ from grasp.errors import GraspError, ResultsError
 from grasp.evaluation.generation import GenerationTime, time_generation
 from grasp.loading import load_model
 from grasp.model.grouping import group_linears_
+from grasp.model.kernel_linear import use_kernel_
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import first_device
 from grasp.model.targets import layer_targets
 
-DENSE = "dense"
+DENSE, IN_KERNEL = "dense", ", in the kernel"
 
 
 @torch.no_grad()
@@ -100,10 +101,11 @@ def latencies(
     new_tokens: int,
     now: Conditions,
 ) -> Iterator[StudyLatency]:
-    """The results of one ratio, the dense model first."""
+    """The results of one ratio, the dense model in PyTorch first."""
     decode = {name: Sample(tuple(time.decode_s for time in generations)) for name, generations in times.items()}
-    for cell in (dataclasses.replace(cells[0], method=DENSE, ratio=0.0), *cells):
-        sample = decode[cell.method]
+    by_method = {cell.method: cell for cell in (dataclasses.replace(cells[0], method=DENSE, ratio=0.0), *cells)}
+    for name, sample in decode.items():
+        cell = by_method[name.removesuffix(IN_KERNEL)]
         yield StudyLatency(
             model=cell.setting.model,
             method=cell.method,
@@ -111,10 +113,11 @@ def latencies(
             seed=cell.seed,
             dtype=dtype,
             new_tokens=new_tokens,
-            inter_token_ms=Percentiles.of([step for time in times[cell.method] for step in time.steps_s]),
+            inter_token_ms=Percentiles.of([step for time in times[name] for step in time.steps_s]),
             spread=sample.spread,
             of_dense=1 / sample.speedup_over(decode[DENSE]),
             conditions=now,
+            kernel=name.endswith(IN_KERNEL),
         )
 
 
@@ -129,6 +132,9 @@ def main(
     new_tokens: Annotated[int, typer.Option(help="Decoding steps.")] = 24,
     repeats: Annotated[int, typer.Option(help="Turns per model.")] = 9,
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: PyTorch's choice.")] = None,
+    kernel: Annotated[
+        bool, typer.Option("--kernel", help="Run the dense linears of all models in the CPU kernel, by use_kernel_.")
+    ] = False,
 ) -> None:
     """Time the models of a study."""
     console = Console(stderr=True)
@@ -147,10 +153,16 @@ def main(
             if not chosen:
                 raise ResultsError(f"{study} has no cell of ratio {ratio} and seed {seed}")
             models = {DENSE: dense}
+            if kernel:
+                models[DENSE + IN_KERNEL] = copy.deepcopy(dense)
             for cell in chosen:
-                models[cell.method] = copy.deepcopy(dense)
-                rebuild_(models[cell.method], cell)
-                require_right(models[cell.method], cell.method)
+                name = cell.method + IN_KERNEL * kernel
+                models[name] = copy.deepcopy(dense)
+                rebuild_(models[name], cell)
+                require_right(models[name], cell.method)
+            for name, changed in models.items():
+                if name.endswith(IN_KERNEL):
+                    use_kernel_(changed)
             times = time_models(models, repeats, prompt_tokens, new_tokens)
             results = list(latencies(chosen, times, dtype, new_tokens, now))
             append_results(output, results)

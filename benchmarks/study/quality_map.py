@@ -49,12 +49,14 @@ class Point:
 
 
 def points(records: Sequence[Record]) -> Iterator[Point]:
-    """The cells of a model's study whose decoding time was measured, in the order in which it was."""
+    """The cells of a model's study whose decoding time was measured with dense linears in PyTorch, in that order."""
     cells = [record for record in records if isinstance(record, StudyResult)]
     dense = next(cell.parameters for cell in cells if not cell.ratio)
     studied = grouped(cells, lambda cell: (cell.method, cell.ratio))
     for latency in records:
-        if isinstance(latency, StudyLatency) and latency.ratio and (latency.method, latency.ratio) in studied:
+        if not isinstance(latency, StudyLatency) or latency.kernel or not latency.ratio:
+            continue
+        if (latency.method, latency.ratio) in studied:
             seeds = studied[latency.method, latency.ratio]
             yield Point(
                 method=latency.method,

@@ -129,8 +129,9 @@ class StudyLatency(Record):
         new_tokens: decoding steps of each turn.
         inter_token_ms: from one token on the host to the next, over all turns, ms.
         spread: distance between the quartiles of the turns' decoding times over their median.
-        of_dense: time over the time of the dense model, turn by turn; the median.
+        of_dense: time over the time of the dense model in PyTorch, turn by turn; the median.
         conditions: when and where.
+        kernel: whether the dense linears ran in the CPU kernel of grasp as well.
     """
 
     model: str
@@ -143,6 +144,7 @@ class StudyLatency(Record):
     spread: float
     of_dense: float
     conditions: Conditions
+    kernel: bool = False
 
     kind: ClassVar[str] = "study_latency"
     title: ClassVar[str] = "Decoding speed of methods and sizes"
@@ -151,6 +153,7 @@ class StudyLatency(Record):
         Column("method", "method"),
         Column("removed", "ratio", share),
         Column("seed", "seed"),
+        Column("dense linears in", lambda result: "the kernel" if result.kernel else "PyTorch"),
         Column("ms per token", "inter_token_ms"),
         Column("of dense", "of_dense", "{:.3f}".format),
         Column("spread", "spread", share),

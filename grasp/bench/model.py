@@ -44,7 +44,7 @@ from grasp.evaluation.generation import GenerationTime, random_prompt
 from grasp.evaluation.perplexity import PerplexityResult, perplexity
 from grasp.loading import load_quietly
 from grasp.model.running import first_device
-from grasp.model.size import model_size
+from grasp.model.size import bytes_by_dtype, model_size
 from grasp.model.targets import decoder
 from grasp.progress import Progress, named, no_progress
 from grasp_kernels.dispatch import BACKENDS
@@ -201,6 +201,7 @@ class _Facts(NamedTuple):
     load_s: float | None
     parameters: int
     weight_bytes: int
+    dtype_bytes: Mapping[str, int]
     peak_memory_bytes: int | None
     floors_ms: Sequence[float | None]  # of the prompt and of a step
     logits_difference: float | None
@@ -273,6 +274,7 @@ class _Bench:
             load_s=self.load_seconds.get(key.provider),
             parameters=size.parameters,
             weight_bytes=size.bytes,
+            dtype_bytes=bytes_by_dtype(model),
             peak_memory_bytes=turns.peaks[key],
             floors_ms=[1e3 * seconds for seconds in least] or [None, None],
             logits_difference=apart,
@@ -302,6 +304,7 @@ class _Bench:
             load_s=facts.load_s,
             parameters=facts.parameters,
             weight_bytes=facts.weight_bytes,
+            dtype_bytes=facts.dtype_bytes,
             kv_cache_bytes=times[-1].kv_cache_bytes,
             peak_memory_bytes=facts.peak_memory_bytes,
             prefill_ms=whole,
@@ -334,6 +337,7 @@ def _outside_facts(yardstick: Yardstick, agreement: Agreement, turns: Turns) -> 
         load_s=yardstick.load_s,
         parameters=yardstick.parameters,
         weight_bytes=yardstick.weight_bytes,
+        dtype_bytes={},
         peak_memory_bytes=None,
         floors_ms=[None, None],
         logits_difference=agreement.apart,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from grasp.bench.conditions import Conditions
@@ -15,6 +15,11 @@ from grasp.formatting import Column, count, layer_ranges, model_name, share, siz
 
 PLAIN_SVD = "plain SVD"  # factors of a model that was compressed only to time it
 _fixed, _ratio, _significant = "{:.1f}".format, "{:.2f}".format, "{:.4g}".format
+
+
+def _parts(sizes: Mapping[str, int]) -> str | None:
+    """Bytes by type of the numbers; ``None`` if there is one type."""
+    return ", ".join(f"{name} {size(part)}" for name, part in sizes.items()) if len(sizes) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,7 @@ class ModelResult(Record):
         repeats: number of turns of every provider, after one turn that warms up.
         parameters: number of parameters of the whole model; tied parameters count once.
         weight_bytes: bytes of these parameters.
+        dtype_bytes: these bytes by type of the numbers, see ``bytes_by_dtype``; {} of a yardstick.
         kv_cache_bytes: bytes of keys and values of all layers and sequences after the last step.
         peak_memory_bytes: most bytes held above the loaded weights during one generation, with its KV cache. ``None``
             if the system does not report it.
@@ -204,6 +210,7 @@ class ModelResult(Record):
     end_to_end_ms: Percentiles | None = None
     load_s: float | None = None
     stopped: str = "repeats"
+    dtype_bytes: Mapping[str, int] = field(default_factory=dict)
 
     kind: ClassVar[str] = "model"
     title: ClassVar[str] = "The whole model"
@@ -236,6 +243,7 @@ class ModelResult(Record):
         Column("decode × dense", "decode_speedup_over_dense", _ratio),
         Column("parameters", "parameters", count),
         Column("weights", "weight_bytes", size),
+        Column("of which", lambda result: _parts(result.dtype_bytes)),
         Column("KV cache", "kv_cache_bytes", size),
         Column("peak", "peak_memory_bytes", size),
         Column("loaded in s", "load_s", _significant),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 
@@ -29,19 +31,38 @@ def model_size(model: PreTrainedModel) -> Size:
     """
     from grasp.model.targets import decoder  # brings torch, like ``QUANTIZED``: the readers of reports need ``Size``
 
+    parameters, orders = _stored(model)
+    counts = _counts(model)
+    return Size(
+        parameters=sum(counts[id(p)] for p in parameters),
+        bytes=sum(tensor.nbytes for tensor in (*parameters, *orders)),
+        decoder_parameters=parameter_count(decoder(model).layers),
+    )
+
+
+def bytes_by_dtype(model: PreTrainedModel) -> dict[str, int]:
+    """The bytes of ``model_size`` by the type of the numbers, most first: ``int8``, ``int4``, ``fp8``, ``bfloat16``…
+
+    Scales of quantised weights are floating, and ``order`` is ``int32``.
+    """
+    from grasp_kernels.quantized import KINDS
+
+    result: Counter[str] = Counter()
+    for tensor in chain(*_stored(model)):
+        result[KINDS.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))] += tensor.nbytes
+    return dict(result.most_common())
+
+
+def _stored(model: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters, a shared one once, and the ``order`` of pivoted layers."""
     tied = getattr(model, "all_tied_weights_keys", {})  # offloading splits a tied parameter into two on the meta device
-    parameters = [
+    parameters: list[Tensor] = [
         p
         for name, p in model.named_parameters()  # torch omits duplicates
         if not (p.is_meta and name in tied)
     ]
     orders = [buffer for name, buffer in model.state_dict(keep_vars=True).items() if name.endswith(".order")]
-    counts = _counts(model)
-    return Size(
-        parameters=sum(counts[id(p)] for p in parameters),
-        bytes=sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *orders)),
-        decoder_parameters=parameter_count(decoder(model).layers),
-    )
+    return parameters, orders
 
 
 def parameter_count(module: nn.Module) -> int:

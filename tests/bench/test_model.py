@@ -55,6 +55,7 @@ def test_every_provider_is_timed_at_every_batch_size(run: RunBench, tmp_path: Pa
         assert record.prefill_ms.p50 < record.first_token_ms.p50
         assert record.inter_token_ms.p50 <= record.inter_token_ms.p95 <= record.inter_token_ms.p99
         assert record.conditions.threads == 1
+        assert sum(record.dtype_bytes.values()) == record.weight_bytes > 0
         assert record.note
         layers = 2 if name == "removed" else 3
         assert record.kv_cache_bytes == batch * (8 + 3) * layers * 2 * 16 * 4  # keys and values of two heads of 8, fp32

@@ -20,7 +20,7 @@ from grasp.loading import load_model
 from grasp.model.hf_quantizer import require_floating
 from grasp.model.lowrank_linear import set_backend_
 from grasp.model.quantized_linear import QUANTIZED, QuantizedLowRankLinear
-from grasp.model.size import model_size
+from grasp.model.size import bytes_by_dtype, model_size
 from grasp.recovery import trainable_factors
 from tests.quantized_models import quantized_model
 from tests.tiny_models import tiny_batches, tiny_model
@@ -86,6 +86,11 @@ def test_a_model_saves_loads_and_dequantizes(
 
     size, found = model_size(loaded), inspect_checkpoint(tmp_path)
     assert (found.parameters, found.bytes) == (size.parameters, size.bytes)
+    parts = bytes_by_dtype(loaded)
+    assert sum(parts.values()) == size.bytes
+    assert list(parts.values()) == sorted(parts.values(), reverse=True)
+    values = [m for m in loaded.modules() if isinstance(m, QuantizedLowRankLinear)]
+    assert parts[storage.partition("/")[0]] >= sum(m.U.nbytes + m.Vh.nbytes for m in values) > 0
     assert found.quantized.keys() == {name for name, m in model.named_modules() if isinstance(m, QUANTIZED)}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLowRankLinear)}
     assert {(m.name, m.rank, m.form, m.in_features, m.storage) for m in found.modules} == {

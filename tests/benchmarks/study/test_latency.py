@@ -14,7 +14,9 @@ from benchmarks.study.records import STUDY_RECORDS, StudyLatency, StudyResult, S
 from grasp.bench import conditions
 from grasp.bench.results import append_results, read_results
 from grasp.errors import ResultsError
+from grasp.model.kernel_linear import KernelLinear
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp_kernels.dispatch import backend_missing
 from tests.bench.records import record
 from tests.command_line import save_tiny_model
 from tests.tiny_models import tiny_model
@@ -58,6 +60,29 @@ def test_the_models_of_a_ratio_are_timed_with_the_dense_one(tmp_path: Path) -> N
     assert [(latency.method, latency.ratio) for latency in latencies] == [("dense", 0.0), ("low", 0.2), ("gone", 0.2)]
     assert latencies[0].of_dense == 1
     assert all(latency.inter_token_ms.p50 > 0 and latency.of_dense > 0 for latency in latencies)
+    assert not any(latency.kernel for latency in latencies)
+
+
+@pytest.mark.skipif(backend_missing("cpu") is not None, reason="the C++ kernels were not built")
+def test_all_models_but_one_run_in_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, output = save_tiny_model(tmp_path / "model"), tmp_path / "latency.jsonl"
+    timed, time_models = {}, study_latency.time_models
+
+    def remember(models: Any, *sizes: int) -> Any:
+        timed.update({name: sum(isinstance(m, KernelLinear) for m in models[name].modules()) for name in models})
+        return time_models(models, *sizes)
+
+    monkeypatch.setattr(study_latency, "time_models", remember)
+    result = run(model, output, cell("low", ranks={LOW: 3}), cell("gone", removed_layers=(1,)), arguments=("--kernel",))
+    assert result.exit_code == 0, result.output
+    latencies = [latency for latency in read_results(output, STUDY_RECORDS) if isinstance(latency, StudyLatency)]
+    assert [(latency.method, latency.kernel) for latency in latencies] == [
+        *(("dense", kernel) for kernel in (False, True)),
+        *((method, True) for method in ("low", "gone")),
+    ]
+    dense, *in_kernel = timed.values()
+    assert dense == 0
+    assert in_kernel[0] == in_kernel[1] + 1 > in_kernel[2] + 1
 
 
 @pytest.mark.parametrize("pivoted", [False, True])

@@ -18,8 +18,12 @@ def test_a_point_is_the_mean_over_the_seeds_with_the_time_of_one() -> None:
         for seed, excess in enumerate((0.1, 0.3))
     ]
     times = [
-        record(StudyLatency, method=method, ratio=ratio, of_dense=0.5)
-        for method, ratio in (("dense", 0.0), ("best", 0.2))
+        record(StudyLatency, method=method, ratio=ratio, of_dense=of_dense, kernel=kernel)
+        for method, ratio, of_dense, kernel in (
+            ("dense", 0.0, 1.0, False),
+            ("best", 0.2, 0.5, False),
+            ("best", 0.2, 0.4, True),
+        )
     ]
     assert list(points([DENSE, *cells, *times])) == [Point("best", 0.2, 0.5, 0.5, pytest.approx(0.2))]
 
