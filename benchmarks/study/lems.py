@@ -3,8 +3,8 @@
 Each weight is decomposed in the basis of its inputs and gradients, whose covariances are shrunk strongly. Each linear
 alone is cut to a tenth of its break-even rank, and the divergence from the dense model scales its predicted losses.
 They are weighed by depth, with two parameters: of ten random pairs the one is taken whose compressed model diverges
-least. There is one sweep and no fit. Unlike theirs, gradients are neither clipped nor cropped, and divergences are taken
-at temperature 1, of fewer tokens.
+least. There is one sweep and no fit. Unlike theirs, gradients are neither clipped nor cropped, and divergences are
+taken at temperature 1, of fewer tokens.
 """
 
 from __future__ import annotations

@@ -103,9 +103,22 @@ def test_groups_and_gated_units_mix_forms(instruction_set: str, dtype: torch.dty
         check(y, x, group)
     gate, up = groups[3], groups[0]
     (y,) = cpu.run(x, [gate, up], "silu", instruction_set=instruction_set)
-    wide = [double(group.dequantized(300, torch.float64)) for group in (gate, up)]
-    plain = glu(x, *(group.dequantized(300, dtype) for group in (gate, up)), "silu")
-    assert_accurate("linear", dtype, y, plain, glu(x.double(), *wide, "silu"))
+    check_glu(y, x, gate, up)
+
+
+def check_glu(y: Tensor, x: Tensor, *pair: Factors) -> None:
+    wide = [double(group.dequantized(300, torch.float64)) for group in pair]
+    plain = glu(x, *(group.dequantized(300, x.dtype) for group in pair), "silu")
+    assert_accurate("linear", x.dtype, y, plain, glu(x.double(), *wide, "silu"))
+
+
+def test_a_gated_unit_may_be_pivoted() -> None:
+    x = normal((2, 300), seeded(2), dtype=torch.bfloat16)
+    gate, up = (
+        quantized(pivoted(90, 300, 33, seeded(seed), bias=True, dtype=x.dtype), kind, kind, 64, torch.float32)
+        for seed, kind in ((3, "int8"), (4, "int4"))
+    )
+    check_glu(cpu.lowrank_glu(x, gate, up, "silu"), x, gate, up)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

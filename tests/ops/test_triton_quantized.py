@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from grasp_kernels import Factors
 from grasp_kernels.quantized import KINDS
 from grasp_kernels.triton import lowrank_linear as linear
+from grasp_kernels.triton.lowrank_glu import lowrank_glu
 from tests import definitions
 from tests.numerics import assert_accurate
 from tests.ops.inputs import normal, seeded
@@ -59,6 +60,17 @@ def test_pair_matches_float64(case: Case) -> None:
     x = normal((case["rows"], K), seeded(), dtype=dtype, device=DEVICE)
     config = replace(PAIR, reduce=case["reduce"], shrink_block_k=case["block"], expand_block_r=case["block"])
     check(linear.run(x, members, config), x, members)
+
+
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_a_gated_unit_matches_float64(pivoted: bool) -> None:
+    sizes = (300, N, 37)
+    gate = on_device(quantized("int4", torch.float16, group=128, pivoted=pivoted, sizes=sizes))
+    up = on_device(quantized("int8", torch.float16, bias=True, sizes=sizes))
+    x = normal((3, 300), seeded(), dtype=torch.float16, device=DEVICE)
+    plain = definitions.glu(x, gate.dequantized(300, x.dtype), up.dequantized(300, x.dtype), "silu")
+    exact = definitions.glu(x.double(), wide(gate, 300), wide(up, 300), "silu")
+    assert_accurate("linear", x.dtype, lowrank_glu(x, gate, up, "silu"), plain, exact)
 
 
 def test_members_that_are_stored_alike_share_launches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,24 @@ def test_the_page_says_what_was_done_to_every_module(report: CompressionReport) 
         assert row[-1] == f"{100 * module.importance_kept:.1f} %"
 
 
+def test_the_page_lists_candidates_and_kinds_of_text(report: CompressionReport) -> None:
+    losses = {"dense": 3.0, "low-rank": 3.25, "layers 1 removed": 3.5, "compressed": 3.25}
+    measured_ones = replace(
+        report,
+        held_out_loss=losses,
+        candidate_bytes=dict.fromkeys(losses, 4_000_000),
+        candidate_seconds=dict.fromkeys(losses, 0.025),
+        kind_losses={"stories": (2.0, 2.125), "source code": (3.0, 3.5)},
+    )
+    text = Text(render(measured_ones, "small"))
+    for name, loss in losses.items():
+        assert [name, f"{loss:.4f}", "4.0 MB", "25.00"] in text.rows
+    assert text.rows.index(["source code", "3.000", "3.500", "+0.500"]) + 1 == text.rows.index(
+        ["stories", "2.000", "2.125", "+0.125"]
+    )
+    assert "+0.312 nats per token in the mean of 2, +0.500 on source code" in text.shown
+
+
 def test_modules_that_were_left_have_their_reason_and_converted_ones_the_command(report: CompressionReport) -> None:
     left = replace(report.modules[0], reason="too <small>: rank 1 does not shrink (2, 32)")
     pivoted = [replace(module, form="pivoted") for module in report.modules[2:]]  # by `grasp convert`
