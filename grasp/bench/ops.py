@@ -79,7 +79,7 @@ class OpCase(NamedTuple):
     @property
     def weights(self) -> frozenset[str]:
         """The kind of quantised factors, as the dispatch table calls it."""
-        return frozenset() if self.storage is None else frozenset({f"{self.storage.kind}{self.storage.bits}"})
+        return frozenset() if self.storage is None else frozenset({self.storage.numbers})
 
 
 @dataclass(frozen=True)

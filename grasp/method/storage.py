@@ -23,7 +23,12 @@ class Storage(NamedTuple):
     kind: str = "int"
 
     def __str__(self) -> str:
-        return f"{self.kind}{self.bits}" + (f"/{self.group}" if self.group else "")
+        return self.numbers + (f"/{self.group}" if self.group else "")
+
+    @property
+    def numbers(self) -> str:
+        """``"int8"``, ``"int4"`` or ``"fp8"``, as kernels tell them apart."""
+        return f"{self.kind}{self.bits}"
 
     @property
     def option(self) -> int | str:

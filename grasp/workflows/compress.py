@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -45,7 +45,7 @@ from grasp.progress import Notify, Progress, TimeLeft, no_notify, no_progress
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sharding import collect_, shard_
 from grasp.version import __version__
-from grasp.workflows.guards import require_known, within_memory
+from grasp.workflows.guards import kernel_notice, require_known, within_memory
 from grasp.workflows.kinds import batches_by_kind, finite_pairs, losses_by_kind
 from grasp.workflows.quantize import QUANTIZATION, quantization_text
 from grasp.workflows.samples import Samples, draw, public_model_name, public_text_name, read_for
@@ -107,8 +107,9 @@ def compress(
         host_memory: bytes of CPU memory that may be taken beside a GPU.
         progress: called as ``progress(step, done, total)``.
         notify: called with one line when a run resumes, a batch size is chosen, only a part of the text is read, few
-            sequences can be held out, the tokens are few, the loss on a kind of text is not finite, removing layers
-            would lose less, or weights are not decomposed on the device of the model.
+            sequences can be held out, the tokens are few, no kernel here reads weights of ``config.storage``, the loss
+            on a kind of text is not finite, removing layers would lose less, or weights are not decomposed on the
+            device of the model.
         expect: called with the time left of the whole job, before the long work starts.
         processes: processes that compress together; the first one writes.
 
@@ -138,10 +139,8 @@ def compress(
             for batch in chain(batches, held_out):
                 require_known(model, batch.input_ids)
             require_space(target, model.get_memory_footprint())
-            if BASES[config.basis].inputs and (notice := few_tokens(model, samples)) is not None:
-                notify(notice)
-            if BASES[config.basis].inputs and (notice := decomposition_notice(first_device(model))) is not None:
-                notify(notice)
+            for line in _notices(model, config, samples):
+                notify(line)
             table = None
             if config.target_latency is not None:
                 table = costs_for(model, costs, config.form, config.storages, measured=state.costs, progress=progress)
@@ -216,6 +215,14 @@ def _prepare(
     basis, tokens = BASES[config.basis], cost.batch_size * samples.seq_len
     rates = measure_rates(cost.largest_matrix, tokens, dtype=job.sweep_dtype, device=job.device, basis=basis)
     expect(cost.time_left(rates))
+
+
+def _notices(model: PreTrainedModel, config: GraspConfig, samples: Samples) -> Iterator[str]:
+    """What to say before the long work starts."""
+    notices = [kernel_notice(model, config.storages)]
+    if BASES[config.basis].inputs:
+        notices += [few_tokens(model, samples), decomposition_notice(first_device(model))]
+    yield from (notice for notice in notices if notice is not None)
 
 
 def few_tokens(model: PreTrainedModel, samples: Samples) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 from grasp.errors import CalibrationError, GraspError, NonFiniteError, OutOfMemoryError
 from grasp.formatting import one_line
 from grasp.loading import out_of_memory
+from grasp.method.storage import Storage
+from grasp.model.running import first_device
+from grasp_kernels.dispatch import BACKENDS, OpCall, chosen_row, objection
 
 
 def require_known(model: PreTrainedModel, token_ids: torch.Tensor) -> None:
@@ -25,6 +28,20 @@ def require_known(model: PreTrainedModel, token_ids: torch.Tensor) -> None:
             f"the tokenizer gives the token {highest}, but the model has {vocabulary} tokens: the tokenizer belongs to "
             "another model. Save the model's own tokenizer with it"
         )
+
+
+def kernel_notice(model: PreTrainedModel, storages: Iterable[Storage]) -> str | None:
+    """What to say if no kernel of this machine reads weights that are stored so; ``None`` if all have one."""
+    for storage in storages:
+        weights = frozenset({storage.numbers})
+        call = OpCall("lowrank_linear", first_device(model), model.dtype, rows=1, rank=64, weights=weights)
+        if chosen_row(call).name == "reference":
+            reasons = [f"{row.name}: {reason}" for row in BACKENDS if (reason := objection(row, call))]
+            return (
+                f"on this machine each call dequantises {storage} weights, because no kernel reads them "
+                f"({'; '.join(reasons)})"
+            )
+    return None
 
 
 @contextmanager

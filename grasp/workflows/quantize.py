@@ -29,7 +29,7 @@ from grasp.model.size import Size, model_size
 from grasp.progress import Notify, Progress, no_notify, no_progress
 from grasp.statistics.hidden_states import Scratch
 from grasp.workflows.convert import LICENSES, TEXTS, with_forms
-from grasp.workflows.guards import require_known, within_memory
+from grasp.workflows.guards import kernel_notice, require_known, within_memory
 from grasp.workflows.kinds import batches_by_kind, finite_pairs, losses_by_kind
 from grasp.workflows.samples import Samples, draw
 
@@ -105,8 +105,8 @@ def quantize(
         samples: the calibration sequences of ``"loss-aware"``; their batch size is a number.
         rounding: ``"loss-aware"`` (see ``quantize_``) or ``"nearest"``.
         progress: called as ``progress(step, done, total)``.
-        notify: called with one line when only a part of the text is read, the losses by kind of text cannot be
-            measured, or one is not finite.
+        notify: called with one line when only a part of the text is read, no kernel here reads such weights, the
+            losses by kind of text cannot be measured, or one is not finite.
 
     Raises:
         ValueError: if there is no such rounding.
@@ -129,6 +129,8 @@ def quantize(
     with within_memory(samples.batch_size, samples.seq_len):
         model, tokenizer = load_quietly(name, dtype=dtype, device=device, progress=progress)
         before = model_size(model)
+        if (notice := kernel_notice(model, [storage])) is not None:
+            notify(notice)
         require_space(target, before.parameters * storage.bits // 8)
         batches = [] if text is None else draw(tokenizer, text, samples)[0]
         if batches:

@@ -120,6 +120,18 @@ def test_a_quantised_result_reloads_and_its_card_says_how_it_is_stored(
     assert {"--bits", "8", "--bits-dense", "4"} <= {*(rerun_command(report, "out") or [])}
 
 
+def test_an_fp8_result_reloads_and_that_no_kernel_reads_it_is_said(
+    model: Path, samples: Samples, tmp_path: Path
+) -> None:
+    notes: list[str] = []
+    config = GraspConfig.best(compression_ratio=0.05, bits="fp8")
+    report = compress(str(model), tmp_path / "out", config, samples, notify=notes.append).report
+    assert sum("each call dequantises fp8 weights, because no kernel" in note for note in notes) == 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model_size(loaded) == report.after
+    assert {str(module.storage) for module in loaded.modules() if isinstance(module, QUANTIZED)} == {"fp8", "int8"}
+
+
 def test_few_tokens_for_the_widest_linear_are_said(model: Path, samples: Samples, tmp_path: Path) -> None:
     def notes(count: int) -> list[str]:
         said: list[str] = []

@@ -21,8 +21,9 @@ from grasp.checkpoint.saving import save_checkpoint
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.errors import NonFiniteError, UnsupportedModelError
-from grasp.method.storage import Storage, choose_storage
+from grasp.method.storage import FP8, Storage, choose_storage
 from grasp.model.layer_removal import remove_layers_
+from grasp.model.quantized_linear import QUANTIZED
 from grasp.statistics.hidden_states import Scratch
 from grasp.workflows.convert import convert
 from grasp.workflows.evaluate import evaluate
@@ -95,6 +96,16 @@ def test_a_compressed_folder_becomes_a_smaller_one_with_the_same_texts(
     assert "nats per token in the mean of 6" in run(
         "quantize", small, "--rounding", "nearest", "-o", tmp_path / "again"
     )
+
+
+def test_weights_that_no_kernel_here_reads_are_said(small: Path, samples: Samples, tmp_path: Path) -> None:
+    notes: list[str] = []
+    quantize(str(small), tmp_path / "fp8", FP8, samples, rounding="nearest", notify=notes.append)
+    (note,) = notes
+    assert note.startswith("on this machine each call dequantises fp8 weights, because no kernel reads them (")
+    assert "cpu: " in note
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8")
+    assert {str(module.storage) for module in loaded.modules() if isinstance(module, QUANTIZED)} == {"fp8", "int8"}
 
 
 def test_hidden_states_beyond_half_of_the_free_memory_go_to_files(
