@@ -132,10 +132,10 @@ def rounding_score(weight: Tensor, covariance: Covariance, storage: Storage, nam
     A, B, tokens = covariance
     assert B is not None
     device = fp64_device(weight.device)
-    (more_A, total), (more_B, _) = (shrinkage(each, tokens, device, name) for each in (A, B))
+    (more_A, total_A), (more_B, total_B) = (shrinkage(each, tokens, device, name) for each in (A, B))
     error = weight.float() - round_to_outputs(weight, A, *storage).matrix
     left, right = B.float() @ error + more_B * error, error @ A.float() + more_A * error
-    return (left * right).double().sum().reshape(1) / total**2
+    return (left * right).double().sum().reshape(1) / (total_A * total_B)
 
 
 def read_selection(state: NoState, file: str) -> Selection:

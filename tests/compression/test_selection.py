@@ -5,14 +5,16 @@ import torch
 from torch import nn
 
 from grasp.checkpoint.run_state import NoState
-from grasp.compression.selection import Name, as_stored, read_selection, replacement, write_groups
+from grasp.compression.selection import Name, as_stored, read_selection, replacement, rounding_score, write_groups
 from grasp.config import GraspConfig
 from grasp.method.knapsack import DENSE
+from grasp.method.rounding import Rounded
 from grasp.method.storage import Storage
-from grasp.method.svd import decompose
+from grasp.method.svd import decompose, decompose_in
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QuantizedLinear
 from grasp.model.targets import Target
+from grasp.statistics.covariance import Covariance
 from grasp.statistics.scores import Scored
 
 TARGET = Target("model.layers.0.mlp.up_proj", 0, "mlp", nn.Linear(8, 6))
@@ -72,6 +74,24 @@ def test_a_low_rank_linear_that_is_quantised_as_a_dense_one_has_a_report_that_sa
     report = as_stored(report, QuantizedLinear(TARGET.module, Storage(4)))
     assert (report.name, report.rank) == (TARGET.name, 0)
     assert report.reason.startswith("is dense again")
+
+
+def test_the_score_of_rounding_is_that_of_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, grads = (torch.randn(50, size, generator=generator) for size in (8, 6))
+    covariance = Covariance(x.mT @ x, grads.mT @ grads, 50)
+    weight = torch.randn(6, 8, generator=generator)
+    rounded = rounding_score(weight, covariance, Storage(4, 32), "a")
+    svd = decompose_in(weight, *covariance[:2], name="a", tokens=50)
+    assert 0 < rounded < 0.05 * svd.S.square().sum()
+    kept = svd.U[:, :3] * svd.S[:3] @ svd.Vh[:3]
+    for groups, matrix in ((0, torch.zeros(6, 8)), (3, kept)):
+        monkeypatch.setattr(
+            "grasp.compression.selection.round_to_outputs",
+            lambda *_, matrix=matrix: Rounded(matrix, torch.ones(6, 1)),
+        )
+        score = rounding_score(weight, covariance, Storage(4, 32), "a")
+        torch.testing.assert_close(score, svd.S[groups:].square().sum()[None], rtol=1e-4, atol=0, check_dtype=False)
 
 
 def test_a_name_survives_its_way_to_another_process() -> None:
