@@ -391,7 +391,7 @@ def _description(samples: Samples, report: CompressionReport) -> str:
     text += f"`{FILE_NAME}` has all details."
     held_out = "on text that was held out of the calibration"
     text += _losses("Held-out loss", held_out, candidate_columns(report.candidates), report.candidates)
-    passages = "on passages of each kind that are in no calibration text of grasp"
+    passages = f"on passages of each kind that are in no calibration text of grasp: {report.kinds_text}"
     text += _losses("Loss by kind of text", passages, KIND_COLUMNS, report.kinds)
     if config.storage is None:
         return text

@@ -180,6 +180,7 @@ def test_losses_on_every_kind_of_text_are_in_the_report_and_the_card(
     worst = report.kinds[0]
     assert f"{worst.added:+.3f} on {worst.kind}" in report.kinds_text
     card = (tmp_path / "out" / "README.md").read_text()
+    assert f"in no calibration text of grasp: {report.kinds_text}.\n\n| kind of text" in card
     assert f"| {worst.kind} | {worst.dense:.3f} | {worst.compressed:.3f} | {worst.added:+.3f} |" in card
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
