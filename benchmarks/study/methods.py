@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from benchmarks.study.cached_statistics import CachedStatistics
@@ -24,10 +26,13 @@ from grasp.model.running import casting
 from grasp.model.size import model_size
 from grasp.model.targets import decoder
 from grasp.progress import Progress
+from grasp.recovery import RecoveryConfig, recover_
 from grasp.statistics.processes import ALONE
 from grasp.statistics.redundancy import block_influence
+from grasp.training_data import TrainingSequence
 
 _GLOBAL: dict[str, Any] = {"allocation": "global", "schedule": "single-sweep"}
+PASSES, SEQUENCES_A_STEP = 3, 4  # of the training of ``recovered``
 _SINGLE: dict[str, Any] = {"schedule": "single-sweep"}
 _PROGRESSIVE: dict[str, Any] = {
     "basis": "kfac",
@@ -129,6 +134,26 @@ def compressed(*, chooses: bool = False, **options: Any) -> Method:
     return compress
 
 
+def recovered(model: PreTrainedModel, job: Job) -> Outcome:
+    """``best``, whose factors then learn the dense model's predictions of the calibration text, three passes at most.
+
+    Training ends when the loss of the held-out sequences has not fallen three times.
+    """
+    dense, calibration = copy.deepcopy(model), job.calibration
+    outcome = METHODS["best"](model, job)
+    training, held_out = (list(_sequences(batches)) for batches in (calibration.batches, calibration.held_out))
+    tokens = PASSES * sum(len(sequence.input_ids) for sequence in training)
+    config = RecoveryConfig(tokens=tokens, batch_size=SEQUENCES_A_STEP)
+    if outcome.ranks:  # else nothing is low-rank, such as where layers were removed
+        recover_(model, training, held_out, config, teacher=dense, progress=job.progress)
+    return outcome
+
+
+def _sequences(batches: Iterable[CalibrationBatch]) -> Iterator[TrainingSequence]:
+    for batch in batches:
+        yield from (TrainingSequence(row, torch.arange(len(row)) > 0) for row in batch.input_ids)
+
+
 def layers_removed(model: PreTrainedModel, job: Job) -> Outcome:
     """Delete the fewest most redundant layers that remove at least ``ratio``."""
     layers = decoder(model).layers
@@ -174,4 +199,5 @@ METHODS: dict[str, Method] = {
     "LEMS": lems,
     "best, factored": compressed(refit=True, **_PROGRESSIVE),
     "best": compressed(chooses=True, refit=True, form="pivoted", **_PROGRESSIVE),
+    "best, recovered": recovered,
 }
