@@ -20,7 +20,7 @@ from grasp.bench.results import read_results
 from grasp.calibration import builtin_kinds
 from tests.command_line import save_tiny_model
 
-WHOLE_LAYERS = ("layers removed", "linear replacement", "best")  # methods that may remove them
+WHOLE_LAYERS = ("layers removed", "linear replacement", "best", "best, recovered")  # methods that may remove them
 
 
 @pytest.fixture(autouse=True)
