@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from grasp.bench.workloads import OPS, Problem, Run, backends, low_rank_costs, make_problem, quantized, wrong
 from grasp.loading import DTYPES
-from grasp.method.storage import STORAGES
+from grasp.method.storage import parse_storages
 from grasp_kernels import Factors, pack_factors, roofline
 from grasp_kernels.launch_configs import PATHS, choose, on_path, serves
 from grasp_kernels.packing import pad_columns, stack_rows, stacked, widened
@@ -60,11 +60,14 @@ class GpuCase:
 
     def costs(self) -> list[Cost]:
         """Bytes and FLOPs of the fused ops."""
-        size, storage = self.dtype.itemsize, STORAGES[self.storage] if self.storage else None
+        size = self.dtype.itemsize
         return [
             cost
             for op, shape in self.parts
-            for cost in low_rank_costs(op, shape, self.rows, size, (self.pivoted,) * len(shape), storage)
+            for cost in low_rank_costs(
+                *(op, shape, self.rows, size, (self.pivoted,) * len(shape)),
+                storages=parse_storages(self.storage or None, len(shape)),
+            )
         ]
 
     def dense_costs(self) -> list[Cost]:
@@ -106,7 +109,7 @@ def make_operands(case: GpuCase, device: torch.device, rotate_bytes: int) -> Ope
     """Random operands in as many copies as fill ``rotate_bytes``, so that no call reads them from a cache."""
     first = [make_problem(op, shape, case.rows, case.dtype, device, pivoted=case.pivoted) for op, shape in case.parts]
     if case.storage:
-        first = [quantized(problem, STORAGES[case.storage]) for problem in first]
+        first = [quantized(problem, parse_storages(case.storage, len(problem.groups))) for problem in first]
     factors = sum(tensor.nbytes for problem in first for group in problem.groups for tensor in (group.U, group.Vh))
     weights = sum(weight.nbytes for problem in first for weight in problem.weights)
     copy = _packed if case.packed else partial(Problem.map, function=Tensor.clone)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import torch
 
 from grasp.bench.conditions import conditions, measure_card
 from grasp.bench.providers import require_names
+from grasp.bench.recorded import RecordedCall
 from grasp.bench.recording import read_recording
 from grasp.bench.records import NotMeasured, OpResult
 from grasp.bench.schema import Record
@@ -42,7 +43,7 @@ from grasp.bench.workloads import (
 )
 from grasp.formatting import one_line
 from grasp.loading import DTYPES, find_device
-from grasp.method.storage import STORAGES, Storage
+from grasp.method.storage import STORAGES, Storage, format_storages, parse_storages
 from grasp.progress import Progress, no_progress
 from grasp_kernels import roofline
 from grasp_kernels.dispatch import BACKENDS, OpCall, chosen_row
@@ -68,7 +69,7 @@ class OpCase(NamedTuple):
     dtype: torch.dtype
     model: str | None = None  # that the shape was taken from
     pivoted: tuple[bool, ...] = ()  # of each linear; empty for none
-    storage: Storage | None = None  # of quantised factors
+    storages: tuple[Storage | None, ...] = ()  # of each linear; empty if none is quantised
     calls: int | None = None  # in the recorded workload
 
     @property
@@ -78,8 +79,8 @@ class OpCase(NamedTuple):
 
     @property
     def weights(self) -> frozenset[str]:
-        """The kind of quantised factors, as the dispatch table calls it."""
-        return frozenset() if self.storage is None else frozenset({self.storage.numbers})
+        """The kinds of quantised factors, as the dispatch table calls them."""
+        return frozenset(storage.numbers for storage in self.storages if storage is not None)
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,8 @@ def cases(request: OpsRequest) -> Iterator[OpCase | NotMeasured]:
         elif pivots and any(linear.R > linear.N for linear in shape):
             yield NotMeasured("ops", "*", "a pivoted linear has at most as many ranks as outputs", **labels)
         else:
-            storage = STORAGES[weights] if weights else None
-            yield OpCase(op, shape, rows, DTYPES[dtype], request.model, (pivots,) * pivots * len(shape), storage)
+            storages = (STORAGES[weights],) * len(shape) if weights else ()
+            yield OpCase(op, shape, rows, DTYPES[dtype], request.model, (pivots,) * pivots * len(shape), storages)
 
 
 def recorded_cases(request: OpsRequest, path: Path) -> tuple[str, list[OpCase | NotMeasured]]:
@@ -223,7 +224,7 @@ def recorded_cases(request: OpsRequest, path: Path) -> tuple[str, list[OpCase | 
     if request.shapes or request.model is not None or request.retain_ratio is not None:
         raise ValueError("got a workload, and shapes or a model to take shapes from; leave one out")
     if request.form is not None or request.weights:
-        raise ValueError("got a workload, whose calls have their forms and floating factors, and a form or weights")
+        raise ValueError("got a workload, whose calls have forms and weights, and a form or weights; leave one out")
     recorded = read_recording(path).calls
     wanted = ((request.ops, "op"), (request.rows, "rows"), (request.dtypes, "dtype"))
     kept = [call for call in recorded if all(not names or getattr(call, name) in names for names, name in wanted)]
@@ -232,14 +233,16 @@ def recorded_cases(request: OpsRequest, path: Path) -> tuple[str, list[OpCase | 
     devices = sorted({call.device for call in kept})
     if request.device is None and len(devices) > 1:
         raise ValueError(f"{path} has calls on {' and '.join(devices)}; choose a device to time all of them on")
-    counts: Counter[tuple[str, str, str, int, str]] = Counter()  # a call may be in the file captured and not captured
+    counts: Counter[RecordedCall] = Counter()  # a call may be in the file captured and not captured
     for call in kept:
-        counts[call.op, call.shape, call.form, call.rows, call.dtype] += call.count
+        counts[replace(call, device="", captured=False, count=0)] += call.count
     todo: list[OpCase | NotMeasured] = []
-    for (op, text, form, rows, dtype), count in counts.items():
+    for (op, text, form, rows, dtype, *_, weights), count in ((astuple(call), count) for call, count in counts.items()):
         shape = parse_shape(text)
         if dtype in DTYPES:
-            todo.append(OpCase(op, shape, rows, DTYPES[dtype], None, parse_forms(form, len(shape)), calls=count))
+            storages = parse_storages(weights, len(shape)) if weights else ()
+            forms = parse_forms(form, len(shape))
+            todo.append(OpCase(op, shape, rows, DTYPES[dtype], None, forms, storages, calls=count))
         else:
             reason = f"{count} calls in {dtype}; expected {', '.join(DTYPES)}"
             todo.append(NotMeasured("ops", "*", reason, op=op, shape=text, rows=rows, dtype=dtype))
@@ -250,8 +253,8 @@ def floor_seconds(case: OpCase, provider: str, card: Card) -> float | None:
     """Least seconds of ``provider`` on ``card``; ``None`` for the dense gradient, which nobody would use."""
     itemsize = case.dtype.itemsize
     if provider != DENSE:
-        storage = case.storage if provider in _BACKENDS else None
-        return roofline.floor(card, *low_rank_costs(case.op, case.shape, case.rows, itemsize, case.pivoted, storage))
+        storages = case.storages if provider in _BACKENDS else ()
+        return roofline.floor(card, *low_rank_costs(case.op, case.shape, case.rows, itemsize, case.pivoted, storages))
     if case.op == GRADIENT:
         return None
     costs = [roofline.dense_linear(case.rows, N, K, itemsize=itemsize) for K, N, _ in case.shape]
@@ -263,7 +266,7 @@ def measure(case: OpCase, device: torch.device, card: Card, request: OpsRequest)
     """Check and time one case: its backends and the baselines."""
     pivoted = case.pivoted or (False,) * len(case.shape)
     problem = make_problem(case.op, case.shape, case.rows, case.dtype, device, pivoted=pivoted)
-    stored = problem if case.storage is None else quantized(problem, case.storage)
+    stored = quantized(problem, case.storages) if case.storages else problem
     rank = max(linear.R for linear in case.shape)
     chosen = chosen_row(OpCall(case.op, device, case.dtype, case.rows, rank, any(pivoted), case.weights)).name
     labels: dict[str, Any] = {
@@ -301,7 +304,7 @@ def measure(case: OpCase, device: torch.device, card: Card, request: OpsRequest)
             rotated_copies=len(sources[name].copies),
             conditions=now,
             form=case.form,
-            weights=None if case.storage is None else str(case.storage),
+            weights=format_storages([str(storage or "") for storage in case.storages]),
             calls=case.calls,
             chosen=name == chosen,
         )

@@ -27,6 +27,7 @@ class RecordedCall:
         device: type of the device, such as ``cpu``.
         captured: whether the calls were captured into a CUDA graph. Its replays are not counted.
         count: number of calls.
+        weights: how the factors are quantised, as ``grasp.method.storage.parse_storages`` reads it; ``None`` if not.
 
     Example:
         >>> RecordedCall("lowrank_linear", "576x1536r41", "pivoted", 1, "bfloat16", "cpu", False, 270).count
@@ -41,6 +42,7 @@ class RecordedCall:
     device: str
     captured: bool
     count: int
+    weights: str | None = None
 
 
 @dataclass(frozen=True)

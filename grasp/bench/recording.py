@@ -16,6 +16,7 @@ from grasp.bench.signals import handling
 from grasp.errors import GraspError, ResultsError
 from grasp.files import require_writable, write_whole
 from grasp.formatting import json_text, one_line
+from grasp.method.storage import format_storages, parse_storages
 from grasp.reading import read_json
 
 _EXPECTED = "a workload that grasp bench record wrote"
@@ -143,8 +144,9 @@ def _check(call: RecordedCall, place: str) -> None:
         shape = parse_shape(call.shape)
         if OPS[call.op].fit(shape) != shape:
             raise ValueError(f"{call.op} does not take the shape {call.shape}")
-        if any(parse_forms(call.form, len(shape))) and call.op == "singular_value_grad":
-            raise ValueError("singular_value_grad takes no pivoted factors")
+        plain = not any((*parse_forms(call.form, len(shape)), *parse_storages(call.weights, len(shape))))
+        if not plain and call.op == "singular_value_grad":
+            raise ValueError("singular_value_grad takes no pivoted and no quantised factors")
     except ValueError as error:
         raise LineError(f"{place}: {one_line(error)}") from error
 
@@ -164,6 +166,7 @@ def _collect(folder: Path) -> Recording:
             call.device,
             call.captured,
             count,
+            format_storages(call.weights),
         )
         for call, count in counts.items()
         if count

@@ -48,7 +48,8 @@ class OpResult(Record):
         form: ``factored``, ``pivoted``, or the form of each linear, joined by ``+``.
         calls: number of calls in the recorded workload; ``None`` without one.
         chosen: whether ``auto`` gives the call to this provider.
-        weights: how the factors of the backends are quantised, such as ``int4/64``; ``None`` if they are floating.
+        weights: how the factors of the backends are quantised, such as ``int4/64``, or those of each linear, joined by
+            ``+``; ``None`` if all are floating.
 
     Example:
         >>> [column.heading for column in OpResult.case[:4]]

@@ -194,17 +194,19 @@ def make_problem(
     return Problem(normal(rows, K), groups, weights, normal(0))
 
 
-def quantized(problem: Problem, storage: Storage) -> Problem:
-    """The same operands with factors rounded to the nearest, and scales in the dtype of the input."""
+def quantized(problem: Problem, storages: Sequence[Storage | None]) -> Problem:
+    """The same operands with factors rounded to the nearest where there is a storage; scales in the dtype of x."""
 
-    def stored(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    def rounded(matrix: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:
         values, scales = round_nearest(matrix, storage.bits, storage.group, storage.kind)
         return pack_int4(values) if storage.bits == 4 else values, scales.to(matrix.dtype)
 
     groups = []
-    for group in problem.groups:
-        (U, U_scales), (Vh, Vh_scales) = stored(group.U), stored(group.Vh)
-        groups.append(group._replace(U=U, Vh=Vh, U_scales=U_scales, Vh_scales=Vh_scales))
+    for group, storage in zip(problem.groups, storages, strict=True):
+        if storage is not None:
+            (U, U_scales), (Vh, Vh_scales) = rounded(group.U, storage), rounded(group.Vh, storage)
+            group = group._replace(U=U, Vh=Vh, U_scales=U_scales, Vh_scales=Vh_scales)
+        groups.append(group)
     return problem._replace(groups=groups)
 
 
@@ -214,16 +216,16 @@ def low_rank_costs(
     rows: int,
     itemsize: int,
     pivoted: Sequence[bool] = (),
-    storage: Storage | None = None,
+    storages: Sequence[Storage | None] = (),
 ) -> list[Cost]:
-    """Bytes and FLOPs of a call; ``pivoted`` is of each linear, empty for none, ``storage`` of quantised factors."""
-    pivots = pivoted or (False,) * len(shape)
-    ranks = [R for (_, _, R), is_pivoted in zip(shape, pivots, strict=True) if is_pivoted]
+    """Bytes and FLOPs of a call; ``pivoted`` and ``storages`` are of each linear, empty for none."""
+    pivots, storages = pivoted or (False,) * len(shape), storages or (None,) * len(shape)
+    saved, ranks = 0, []
+    for (K, N, R), is_pivoted, storage in zip(shape, pivots, storages, strict=True):
+        ranks += [R] * is_pivoted
+        factors = ((N - R * is_pivoted, R), (R, K))
+        saved += matrix_bytes(factors, None, itemsize) - matrix_bytes(factors, storage, itemsize)
     costs = [roofline.pivoted(cost, rows, ranks, itemsize=itemsize) for cost in OPS[op].cost(rows, shape, itemsize)]
-    if storage is None:
-        return costs
-    factors = [each for (K, N, R), p in zip(shape, pivots, strict=True) for each in ((N - R * p, R), (R, K))]
-    saved = matrix_bytes(factors, None, itemsize) - matrix_bytes(factors, storage, itemsize)
     return [cost._replace(bytes=cost.bytes - saved) for cost in costs]
 
 

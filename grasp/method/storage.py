@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 _GROUPS = (None, 32, 64, 128)
@@ -56,7 +56,32 @@ class Storage(NamedTuple):
 FP8 = Storage(8, kind="fp")
 STORAGES = {str(storage): storage for bits in (8, 4) for group in _GROUPS for storage in [Storage(bits, group)]}
 STORAGES[str(FP8)] = FP8
+FLOATING = "floating"
 OUTPUTS = Storage(8)  # of embeddings and of the output layer
+
+
+def format_storages(names: Sequence[str]) -> str | None:
+    """The storages of some linears, ``""`` for a floating one, as a text: that of all, or of each, joined by ``+``.
+
+    Example:
+        >>> format_storages(["int8", ""])
+        'int8+floating'
+    """
+    if not any(names):
+        return None
+    return "+".join(name or FLOATING for name in (names if len(set(names)) > 1 else names[:1]))
+
+
+def parse_storages(text: str | None, count: int) -> tuple[Storage | None, ...]:
+    """The storage of each of ``count`` linears, of a text of ``format_storages``.
+
+    Raises:
+        ValueError: if the text has another form.
+    """
+    known, names = {FLOATING: None, **STORAGES}, (text or FLOATING).split("+")
+    if len(names) not in (1, count) or not known.keys() >= set(names):
+        raise ValueError(f"weights {text!r} are none of {', '.join(known)}, or one of them for each of {count} linears")
+    return tuple(known[name] for name in names * (count // len(names)))
 
 
 def matrix_bytes(shapes: Iterable[tuple[int, int]], storage: Storage | None, itemsize: int) -> int:

@@ -11,7 +11,7 @@ from grasp.bench.records import PLAIN_SVD
 from grasp.bench.schema import grouped
 from grasp.errors import ResultsError
 from grasp.formatting import model_name
-from grasp.method.storage import STORAGES
+from grasp.method.storage import parse_storages
 from grasp_kernels import roofline
 from grasp_kernels.dispatch import BACKENDS
 from grasp_kernels.shapes import parse_forms, parse_shape
@@ -180,21 +180,19 @@ def _speed(line: OpResult) -> Speed | None:
     if line.op not in OPS or line.dtype not in _ITEM_BYTES:
         known = f"one of {', '.join(OPS)} in {', '.join(_ITEM_BYTES)}"
         raise ResultsError(f"results of the op {line.op!r} in {line.dtype}; expected {known}")
-    if line.weights is not None and line.weights not in STORAGES:
-        raise ResultsError(f"results with weights of {line.weights!r}; expected one of {', '.join(STORAGES)}")
     if not line.median_us > 0:
         raise ResultsError(f"{line.op} took {line.median_us} µs; expected a time above 0")
     if line.floor_us is None:
         return None
     shape, itemsize = parse_shape(line.shape), _ITEM_BYTES[line.dtype]
     reads_quantized = line.weights is not None and line.provider in {row.name for row in BACKENDS}
-    storage = STORAGES[line.weights] if line.weights and reads_quantized else None
+    storages = parse_storages(line.weights if reads_quantized else None, len(shape))
     if line.provider == "dense":
         costs = [cost for K, N, _ in shape for cost in roofline.dense_linear(line.rows, N, K, itemsize=itemsize)]
     else:
-        costs = low_rank_costs(line.op, shape, line.rows, itemsize, parse_forms(line.form, len(shape)), storage)
+        costs = low_rank_costs(line.op, shape, line.rows, itemsize, parse_forms(line.form, len(shape)), storages)
     flops = sum(cost.flops for cost in costs)
-    label = _PROVIDERS.get(line.provider, line.provider) + f", {storage}" * reads_quantized
+    label = _PROVIDERS.get(line.provider, line.provider) + f", {line.weights}" * reads_quantized
     return Speed(label, flops / sum(cost.bytes for cost in costs), flops / line.median_us * 1e6)
 
 

@@ -25,6 +25,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from .quantized import KINDS, columns_per_scale
 from .reference import Factors
 from .shapes import GroupShape, LinearShape
 
@@ -43,6 +44,7 @@ class RecordedCall(NamedTuple):
     dtype: str
     device: str  # type, such as "cuda"
     captured: bool  # into a CUDA graph, which runs later, any number of times
+    weights: tuple[str, ...] = ()  # of each linear "int8", "int4/64", ..., or "" if it is floating; () if all are
 
 
 class Recorder:
@@ -92,12 +94,14 @@ recorders: list[Recorder] = []
 def record(op: str, x: Tensor, factors: Sequence[Factors]) -> None:
     """Count a call in all ``recorders``, unless it has no rows. One that cannot write ends with a warning.
 
-    A call with quantised factors is not counted: the benchmark of a workload would time it with floating ones.
+    A call is not counted if U and Vh of a linear are stored in different ways: no benchmark can repeat it.
     """
     if not x.numel():
         return
-    if any(group.quantized for group in factors):
-        warnings.warn("calls with quantised factors are not recorded", RuntimeWarning, stacklevel=2)
+    weights = tuple(_stored(group, x.shape[-1]) for group in factors)
+    if None in weights:
+        text = "calls are not recorded where U and Vh are stored in different ways"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
         return
     call = RecordedCall(
         "lowrank_linear" if op == "lowrank_linear_grouped" and len(factors) == 1 else op,
@@ -107,6 +111,7 @@ def record(op: str, x: Tensor, factors: Sequence[Factors]) -> None:
         str(x.dtype).removeprefix("torch."),
         x.device.type,
         x.is_cuda and torch.cuda.is_current_stream_capturing(),
+        tuple(filter(None, weights)) and tuple(text or "" for text in weights),
     )
     for recorder in tuple(recorders):
         try:
@@ -115,6 +120,17 @@ def record(op: str, x: Tensor, factors: Sequence[Factors]) -> None:
             with suppress(ValueError):  # another thread was first
                 recorders.remove(recorder)
             warnings.warn(f"calls of {__package__} are no longer recorded: {error}", RuntimeWarning, stacklevel=2)
+
+
+def _stored(group: Factors, depth: int) -> str | None:
+    """How both factors are stored, ``""`` if they are floating; ``None`` if they are stored in different ways."""
+    if not group.quantized:
+        return ""
+    size = columns_per_scale(group.Vh_scales, depth)
+    alike = not len(group.U) or (
+        group.U.dtype == group.Vh.dtype and columns_per_scale(group.U_scales, group.rank) in (0, size)
+    )
+    return f"{KINDS[group.Vh.dtype]}{f'/{size}' * bool(size)}" if alike and group.Vh.dtype in KINDS else None
 
 
 @contextmanager
@@ -137,8 +153,10 @@ def read_folder(folder: Path) -> tuple[int, Counter[RecordedCall]]:
         *lines, _ = content[_SLOTS * _COUNT_BYTES :].split(b"\n")  # a killed process leaves half a line
         counts = memoryview(content)[: len(lines) * _COUNT_BYTES].cast("q")
         for line, count in zip(lines, counts, strict=True):
-            op, shape, pivoted, *rest = json.loads(line)
-            call = RecordedCall(op, tuple(LinearShape(*linear) for linear in shape), tuple(pivoted), *rest)
+            values = dict(zip(RecordedCall._fields, json.loads(line), strict=True))
+            linears = tuple(LinearShape(*linear) for linear in values["shape"])
+            of_each = {name: tuple(values[name]) for name in ("pivoted", "weights")}
+            call = RecordedCall(**{**values, **of_each, "shape": linears})
             calls[call] += count
             processes.add(path.name.partition("-")[0])
     return len(processes), calls

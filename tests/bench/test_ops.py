@@ -159,6 +159,15 @@ CALLS = (
     RecordedCall("lowrank_linear", "48x32r32", "pivoted", 3, "float32", "cpu", False, 9),  # a dense linear
     RecordedCall("lowrank_linear", "48x32r5", "factored", 3, "float64", "cpu", False, 2),
 )
+QUANTIZED_CALLS = (
+    RecordedCall("lowrank_linear", "48x32r32", "pivoted", 1, "bfloat16", "cpu", False, 9, "int4/32"),  # a dense linear
+    RecordedCall(
+        "lowrank_linear_grouped", "48x32r5+48x16r3", "factored", 1, "bfloat16", "cpu", False, 7, "int8+floating"
+    ),
+    RecordedCall(
+        "lowrank_linear_grouped", "48x32r5+48x16r3", "factored", 1, "bfloat16", "cpu", True, 2, "int8+floating"
+    ),
+)
 
 
 @pytest.fixture
@@ -184,6 +193,18 @@ def test_a_recorded_workload_is_timed_and_weighted(bench: RunBench, workload: Pa
     assert outcome.out.index("Calls of a workload") < outcome.out.index("workload w.json; calls 57; different calls 3")
 
 
+def test_quantised_calls_are_timed_beside_floating_ones(bench: RunBench, tmp_path: Path) -> None:
+    (tmp_path / "w.json").write_text(json.dumps(Recording(1, QUANTIZED_CALLS).to_dict()))
+    options = (*QUICK, "--backend", "reference", "-o", tmp_path / "ops.jsonl")
+    outcome = bench("ops", "--workload", tmp_path / "w.json", *options)
+    assert outcome.code == 0, outcome.err
+    records = read_results(tmp_path / "ops.jsonl")
+    timed = {(line.shape, line.weights, line.calls) for line in records if isinstance(line, OpResult)}
+    assert timed == {("48x32r32", "int4/32", 9), ("48x32r5+48x16r3", "int8+floating", 9)}
+    totals = {line.provider for line in records if isinstance(line, WorkloadResult)}
+    assert totals == {"reference", "floating", "unfused", "dense"}
+
+
 def test_calls_of_a_workload_can_be_chosen(workload: Path) -> None:
     device, todo = recorded_cases(OpsRequest(rows=(2,), device="cuda"), workload)
     assert (device, [(case.rows, case.calls) for case in todo if isinstance(case, OpCase)]) == ("cuda", [(2, 8)])
@@ -192,7 +213,7 @@ def test_calls_of_a_workload_can_be_chosen(workload: Path) -> None:
     with pytest.raises(ValueError, match="got a workload, and shapes or a model"):
         recorded_cases(OpsRequest(shapes=("48x32r5",)), workload)
     for options in ({"form": "pivoted"}, {"weights": ("int8",)}):
-        with pytest.raises(ValueError, match="got a workload, whose calls have their forms"):
+        with pytest.raises(ValueError, match="got a workload, whose calls have forms"):
             recorded_cases(OpsRequest(**options), workload)
     workload.write_text(json.dumps(Recording(1, (CALLS[0], replace(CALLS[1], device="cuda"))).to_dict()))
     with pytest.raises(ValueError, match="calls on cpu and cuda; choose a device"):
@@ -214,7 +235,7 @@ def test_floors_are_of_what_a_provider_reads() -> None:
     pivoted = floor_seconds(case._replace(pivoted=(True,)), "reference", card)
     assert pivoted == pytest.approx((204 * (8192 - 204) + 8192) * 4 / 1e9)
     assert floor_seconds(case._replace(op="singular_value_grad"), "dense", card) is None
-    int8 = case._replace(storage=STORAGES["int8"])
+    int8 = case._replace(storages=(STORAGES["int8"],))
     assert floor_seconds(int8, "cpu", card) == pytest.approx((204 * 8192 + 4 * (204 + 4096) + 8192 * 4) / 1e9)
     assert [floor_seconds(int8, name, card) for name in ("floating", "dense")] == [low_rank, dense]
 

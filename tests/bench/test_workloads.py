@@ -68,14 +68,14 @@ def test_forms_may_differ_in_a_group() -> None:
 @pytest.mark.parametrize("weights", ["int8", "int4/32", "fp8"])
 @pytest.mark.parametrize("pivoted", [False, True])
 def test_quantised_operands_are_checked_and_their_bytes_counted(weights: str, pivoted: bool) -> None:
-    shape, storage = parse_shape("96x48r16"), STORAGES[weights]
+    shape, storages = parse_shape("96x48r16"), (STORAGES[weights],)
     problem = make_problem("lowrank_linear", shape, 3, torch.bfloat16, CPU, pivoted=pivoted)
-    stored = quantized(problem, storage)
+    stored = quantized(problem, storages)
     kinds = frozenset({weights.partition("/")[0]})
     run = backends("lowrank_linear", shape, stored, pivoted=pivoted, weights=kinds)[0]["reference"]
     assert wrong("lowrank_linear", stored, run) is None
     assert "relative error" in (wrong("lowrank_linear", stored, lambda p: [1.05 * y for y in run(p)]) or "")
-    [cost] = low_rank_costs("lowrank_linear", shape, 3, 2, (pivoted,), storage)
+    [cost] = low_rank_costs("lowrank_linear", shape, 3, 2, (pivoted,), storages)
     read = [tensor for tensor in stored.tensors() if tensor is not stored.weights[0]]
     assert cost.bytes == sum(tensor.nbytes for tensor in read) + 3 * 48 * 2
     copies = [copy.tensors() for copy in rotations("lowrank_linear", stored, 1 << 14)["low-rank"].copies]

@@ -15,6 +15,7 @@ from grasp_kernels import (
     recording,
     singular_value_grad,
 )
+from grasp_kernels.quantized import pack_int4
 from grasp_kernels.recording import RecordedCall, read_folder, recording_to
 from grasp_kernels.reference import Dense
 from grasp_kernels.shapes import parse_shape
@@ -89,9 +90,37 @@ def test_a_run_goes_on_when_its_calls_can_no_longer_be_written(tmp_path: Path) -
     torch.testing.assert_close(y, lowrank_linear(X, U, None, Vh))
 
 
-def test_calls_with_quantised_factors_are_not_counted_and_a_warning_says_so(tmp_path: Path) -> None:
-    values = torch.ones(4, 8, dtype=torch.int8), torch.ones(8, 16, dtype=torch.int8)
-    factors = Factors(values[0], None, values[1], None, None, torch.ones(4, 1), torch.ones(8, 1))
-    with recording_to(tmp_path), pytest.warns(RuntimeWarning, match="quantised factors are not recorded"):
-        lowrank_linear(torch.ones(1, 16), *factors)
-    assert not read_folder(tmp_path)[1]
+def ints(rows: int, depth: int, group: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """An int8 matrix, or with groups one of int4."""
+    scales = torch.ones(rows, 1 if group is None else -(-depth // group))
+    stored = torch.ones(rows, depth, dtype=torch.int8)
+    return stored if group is None else pack_int4(stored), scales
+
+
+def test_quantised_calls_have_the_storage_of_each_linear(tmp_path: Path) -> None:
+    x = torch.ones(1, 100)
+    (U8, U8_scales), (Vh8, Vh8_scales) = ints(16, 4), ints(4, 100)
+    (U4, U4_scales), (Vh4, Vh4_scales) = ints(16, 4, 32), ints(4, 100, 32)
+    int8, int4 = (
+        Factors(U8, None, Vh8, None, None, U8_scales, Vh8_scales),
+        Factors(U4, None, Vh4, None, None, U4_scales, Vh4_scales),
+    )
+    floating = Factors(torch.ones(16, 4), None, torch.ones(4, 100))
+    weight, weight_scales = ints(16, 100)
+    order = torch.arange(16, dtype=torch.int32)
+    dense = Factors(torch.empty(0, 16), None, weight, None, order, None, weight_scales)
+    with recording_to(tmp_path):
+        lowrank_linear_grouped(x, [int8, int4, floating])
+        lowrank_linear(x, *dense)
+        with pytest.warns(RuntimeWarning, match="U and Vh are stored in different ways"):
+            lowrank_linear(x, *int8._replace(U=U4, U_scales=U4_scales))
+    one = LINEAR._replace(rows=1)
+    assert read_folder(tmp_path)[1] == {
+        one._replace(
+            op="lowrank_linear_grouped",
+            shape=parse_shape("100x16r4+100x16r4+100x16r4"),
+            pivoted=(False, False, False),
+            weights=("int8", "int4/32", ""),
+        ): 1,
+        one._replace(shape=parse_shape("100x16r16"), pivoted=(True,), weights=("int8",)): 1,
+    }
