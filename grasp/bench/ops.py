@@ -43,7 +43,7 @@ from grasp.bench.workloads import (
 )
 from grasp.formatting import one_line
 from grasp.loading import DTYPES, find_device
-from grasp.method.storage import STORAGES, Storage, format_storages, parse_storages
+from grasp.method.storage import FLOATING, STORAGES, Storage, format_storages, parse_storages
 from grasp.progress import Progress, no_progress
 from grasp_kernels import roofline
 from grasp_kernels.dispatch import BACKENDS, OpCall, chosen_row
@@ -53,7 +53,6 @@ from speedgate.timing import batch, using_threads
 
 DEFAULT_SHAPES = (ATTENTION, MLP, SMALL_MLP)
 COMPILED = "compiled"
-FLOATING = "floating"  # what auto runs with the factors before they were quantised
 GRADIENT = "singular_value_grad"
 RETAIN_RATIO = 0.1  # the paper's
 _BACKENDS = frozenset(row.name for row in BACKENDS)
