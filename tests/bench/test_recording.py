@@ -109,8 +109,9 @@ def test_the_exit_code_is_the_commands(
         ({"count": 0}, "the count 0, both must be at least 1"),
         ({"shape": "24"}, "shape '24' is not KxNrR"),
         ({"shape": "24x16r4"}, "lowrank_linear_grouped does not take the shape 24x16r4"),
-        ({"op": "singular_value_grad", "shape": "8x4r2", "form": "pivoted"}, "takes no pivoted and no quantised factors"),
+        ({"op": "singular_value_grad", "shape": "8x4r2", "form": "pivoted"}, "no pivoted and no quantised factors"),
         ({"form": "round"}, "form 'round' is not factored or pivoted"),
+        ({"weights": "int3"}, "weights 'int3' are none of floating, int8, "),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
