@@ -219,6 +219,18 @@ def test_a_latency_is_met_and_all_of_it_is_used(target: float, config: dict[str,
     assert target * dense - 0.1 * (32 + 48) * 16 < used <= target * dense + 1e-6
 
 
+def test_every_candidate_keeps_to_the_latency_and_has_its_predicted_time() -> None:
+    model = tiny_model("llama")
+    config, batches = GraspConfig(target_latency=0.7, scope="model", **BEST), tiny_batches(5)
+    report = compress_(model, batches[:4], config, costs=costs_of(model), held_out=batches[4:])
+    seconds = dict(report.candidate_seconds)
+    assert seconds.keys() == report.held_out_loss.keys()
+    assert len(seconds) > 3
+    dense = seconds.pop("dense")
+    assert {"dense": dense, "after": seconds["compressed"]} == report.decode_seconds
+    assert all(0 < time <= 0.7 * dense + 1e-6 for time in seconds.values())
+
+
 @pytest.mark.parametrize("int4", [3.0, 1.5])
 def test_dense_linears_get_fewer_bits_where_that_is_faster(int4: float) -> None:
     model = tiny_model("llama", hidden_size=64, intermediate_size=128)
