@@ -130,7 +130,6 @@ class ModelResult(Record):
         repeats: number of turns of every provider, after one turn that warms up.
         parameters: number of parameters of the whole model; tied parameters count once.
         weight_bytes: bytes of these parameters.
-        dtype_bytes: these bytes by type of the numbers, see ``bytes_by_dtype``; {} of a yardstick.
         kv_cache_bytes: bytes of keys and values of all layers and sequences after the last step.
         peak_memory_bytes: most bytes held above the loaded weights during one generation, with its KV cache. ``None``
             if the system does not report it.
@@ -169,6 +168,7 @@ class ModelResult(Record):
     Example:
         >>> [column.heading for column in ModelResult.columns[:3]]
         ['provider', 'prefill ms', 'floor ms']
+        dtype_bytes: ``weight_bytes`` by type of the numbers, see ``bytes_by_dtype``; {} of a yardstick.
     """
 
     model: str

@@ -15,7 +15,7 @@ def test_columns_that_do_not_fit_follow_below_with_the_first_column_repeated(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    show_results([record(ModelResult, provider="compressed/reference")])
+    show_results([record(ModelResult, provider="compressed/reference", dtype_bytes={"int8": 5, "bfloat16": 3})])
     parts = tables(capsys)
     assert len(parts) > 1
     assert all("compressed/reference" in part for part in parts)
