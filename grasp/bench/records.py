@@ -164,11 +164,11 @@ class ModelResult(Record):
         stopped: why there were no more turns: ``repeats``, ``min-seconds``, ``precision`` (the 95 % intervals of the
             medians of ``first_token_ms`` and ``output_token_ms`` of all providers were narrow enough) or
             ``max-seconds`` (they were not).
+        dtype_bytes: ``weight_bytes`` by type of the numbers, see ``bytes_by_dtype``; {} of a yardstick.
 
     Example:
         >>> [column.heading for column in ModelResult.columns[:3]]
         ['provider', 'prefill ms', 'floor ms']
-        dtype_bytes: ``weight_bytes`` by type of the numbers, see ``bytes_by_dtype``; {} of a yardstick.
     """
 
     model: str
