@@ -141,7 +141,6 @@ def run(request: OpsRequest, *, progress: Progress = no_progress) -> Iterator[Ro
     require_names(request.ops, OPS, "op")
     require_names(request.dtypes, DTYPES, "dtype")
     require_names(request.weights, STORAGES, "weights")
-    parse_forms(request.form or "factored", 1)
     require_names(request.backends, [row.name for row in BACKENDS], "backend")
     for name, numbers in (("rows", request.rows or ROWS), ("threads", request.threads or (1,))):
         if min(numbers) < 1:
