@@ -62,7 +62,13 @@ struct Products {
     static constexpr int STEP = Policy::STEP;
     static constexpr int64_t CHUNK = 64;
 
+    // Elements of a packed row of x, and of the distance of two: an odd number of cache lines, so that equal columns of
+    // all rows have places in the first-level cache at once.
     static int64_t packed_size(int64_t depth) { return (depth + STEP - 1) / STEP * Policy::PACKED; }
+    static int64_t packed_stride(int64_t depth) {
+        constexpr int64_t LINE = 64 / sizeof(Packed);
+        return ((packed_size(depth) + LINE - 1) / LINE | 1) * LINE;
+    }
 
     // Rows of the weight that are read together, `pitch` rows apart, and the distance of the prefetch.
     struct Rows {
@@ -76,27 +82,28 @@ struct Products {
 
     // The order in which a chunk is read. The processor's own prefetching stops at the end of each page. So the chunk
     // is divided into parts that are longer than a page, and rows of all parts are read together: that streams faster
-    // than row after row. The prefetch distances, into the first-level cache, are the best that were measured.
+    // than row after row. The prefetch is into the second-level cache, which waits for more lines at once than the
+    // first. Its distance is the best that was measured.
     template <int ROWS>
     struct Order {
-        static constexpr int64_t PAGE = 4096 / sizeof(Element), NEAR = 1536 / sizeof(Element),
-                                 FAR = 3072 / sizeof(Element);
+        static constexpr int64_t PAGE = 4096 / sizeof(Element), AHEAD = 8192 / sizeof(Element);
         const Element *first;
         int64_t stride, depth, part;  // rows
         bool side_by_side;
+        int64_t distance;
 
         Order(const Element *first, const Weight &weight, int64_t count)
             : first(first), stride(count > 1 ? weight.stride : weight.depth), depth(weight.depth), part(count / ROWS) {
             side_by_side = part * stride >= PAGE;
+            distance = side_by_side ? AHEAD : round_up(AHEAD, ROWS * stride);
         }
 
         int64_t row(int64_t i) const { return side_by_side ? i : i * ROWS; }
 
         Rows rows(int64_t i) const {
             const Element *at = first + row(i) * stride;
-            if (side_by_side) return {at, stride, part, depth, NEAR, (part - i) * stride, (ROWS - 1) * part * stride};
-            const int64_t group = ROWS * stride;
-            return {at, stride, 1, depth, (FAR + group - 1) / group * group, INT64_MAX, 0};
+            if (!side_by_side) return {at, stride, 1, depth, distance, INT64_MAX, 0};
+            return {at, stride, part, depth, distance, (part - i) * stride, (ROWS - 1) * part * stride};
         }
     };
 
@@ -104,25 +111,34 @@ struct Products {
     template <int ROWS, int M, bool SCALED>
     static void multiply_rows(const Rows &rows, const Scales &scales, int64_t row, const Packed *x, VF *sums) {
         constexpr int64_t ELEMENTS = STEP / Policy::PER_ELEMENT;
-        const int64_t x_stride = packed_size(rows.depth);
-        const int64_t size = (rows.depth + Policy::PER_ELEMENT - 1) / Policy::PER_ELEMENT,
-                      whole = size - size % ELEMENTS;
-        VF acc[ROWS][M] = {};
+        const int64_t x_stride = packed_stride(rows.depth);
+        const int64_t size = (rows.depth + Policy::PER_ELEMENT - 1) / Policy::PER_ELEMENT;
+        const int64_t span = SCALED ? scales.span() / Policy::PER_ELEMENT : size;
+        VF acc[ROWS][M] = {}, of_groups[ROWS];
+        int64_t begin = 0;  // of the span
         const auto step = [&](int64_t element, auto load_step) {
-            const int64_t k = element * Policy::PER_ELEMENT, ahead = rows.ahead(element);
-            const Packed *packed = x + k / STEP * Policy::PACKED;
+            const int64_t ahead = rows.ahead(element);
+            const Packed *packed = x + element / ELEMENTS * Policy::PACKED;
+            VI groups;
+            if constexpr (SCALED) groups = scales.template groups<STEP>((element - begin) * Policy::PER_ELEMENT);
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) {
                 const Element *at = rows.first + r * rows.pitch * rows.stride + element;
-                __builtin_prefetch(at + ahead, 0, 3);
+                __builtin_prefetch(at + ahead, 0, 2);
                 Loaded loaded = load_step(at);
-                if constexpr (SCALED) Policy::scale(loaded, scales.template lanes<STEP>(row + r * rows.pitch, k));
+                if constexpr (SCALED) Policy::scale(loaded, permute(of_groups[r], groups));
 #pragma GCC unroll 8
                 for (int m = 0; m < M; ++m) acc[r][m] = Policy::multiply(acc[r][m], loaded, packed + m * x_stride);
             }
         };
-        for (int64_t i = 0; i < whole; i += ELEMENTS) step(i, [](const Element *at) { return Policy::load(at); });
-        if (whole < size) step(whole, [&](const Element *at) { return Policy::load_part(at, size - whole); });
+        for (; begin < size; begin += span) {
+            const int64_t end = size - begin < span ? size : begin + span, whole = end - (end - begin) % ELEMENTS;
+            if constexpr (SCALED) scales.load(row, rows.pitch, begin * Policy::PER_ELEMENT, of_groups);
+            for (int64_t i = begin; i < whole; i += ELEMENTS) {
+                step(i, [](const Element *at) { return Policy::load(at); });
+            }
+            if (whole < end) step(whole, [&](const Element *at) { return Policy::load_part(at, end - whole); });
+        }
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
@@ -132,7 +148,7 @@ struct Products {
 
     template <int M, bool SCALED>
     static void multiply_all(const Weight &weight, int64_t first, int64_t count, const Packed *x, float *tile) {
-        constexpr int ROWS = M <= W / 4 ? 4 : 2;  // as many sums as fit in registers
+        constexpr int ROWS = M <= W / 4 ? 4 : W == 16 ? 3 : 2;  // as many sums as fit in registers
         const Element *w = static_cast<const Element *>(weight.data) + first * weight.stride;
         const Scales scales(weight, first);
         const Order<ROWS> order(w, weight, count);
@@ -180,15 +196,15 @@ template <class T, class Policy>
 struct Dot : Products<Policy> {
     using Base = Products<Policy>;
     using Packed = typename Policy::Packed;
-    using Base::CHUNK, Base::STEP, Base::packed_size;
+    using Base::CHUNK, Base::STEP, Base::packed_size, Base::packed_stride;
 
-    static int64_t packed_bytes(int64_t M, int64_t depth) { return M * packed_size(depth) * sizeof(Packed); }
+    static int64_t packed_bytes(int64_t M, int64_t depth) { return M * packed_stride(depth) * sizeof(Packed); }
 
     static void pack(const grasp_input &x, int64_t begin, int64_t end, void *packed) {
         const int64_t whole = end - (end - begin) % STEP;
         for (int64_t m = 0; m < x.M; ++m) {
             const T *row = static_cast<const T *>(x.data) + m * x.stride;
-            Packed *out = static_cast<Packed *>(packed) + m * packed_size(x.K);
+            Packed *out = static_cast<Packed *>(packed) + m * packed_stride(x.K);
             for (int64_t k = begin; k < whole; k += STEP) Policy::pack(row + k, out + packed_size(k));
             if (whole < end) {
                 T buffer[STEP] = {};
@@ -209,15 +225,17 @@ struct Dot : Products<Policy> {
 
     static void put_packed(const float *tile, int64_t M, int64_t first, int64_t rows, int64_t depth, void *packed) {
         for (int64_t m = 0; m < M; ++m) {
-            Packed *out = static_cast<Packed *>(packed) + m * packed_size(depth);
+            Packed *out = static_cast<Packed *>(packed) + m * packed_stride(depth);
             for (int64_t r = 0; r < rows; ++r) Policy::put(out, first + r, tile[m * CHUNK + r]);
             for (int64_t r = depth; first + rows == depth && r < round_up(depth, STEP); ++r) Policy::put(out, r, 0.0f);
         }
     }
 
     static void seal(int64_t M, int64_t depth, void *packed) {
-        Packed *end = static_cast<Packed *>(packed) + M * packed_size(depth);
-        for (Packed *step = static_cast<Packed *>(packed); step < end; step += Policy::PACKED) Policy::seal(step);
+        for (int64_t m = 0; m < M; ++m) {
+            Packed *row = static_cast<Packed *>(packed) + m * packed_stride(depth);
+            for (int64_t i = 0; i < packed_size(depth); i += Policy::PACKED) Policy::seal(row + i);
+        }
     }
 
     static void put_output(const float *tile, int64_t M, int64_t rows, void *y, int64_t y_stride) {

@@ -23,7 +23,7 @@ struct Pairs {
     static void put(float *panel, int64_t index, VF value) {
         BF16 half[W];
         store(half, value);
-        const VU bits = __builtin_convertvector(read<VH>(half), VU);
+        const VU bits = widen(read<VH>(half));
         const __mmask32 halves = index % 2 ? 0xaaaaaaaa : 0x55555555;
         _mm512_mask_storeu_epi16(panel + index / 2 * W, halves, (__m512i)(index % 2 ? bits << 16 : bits));
     }

@@ -9,6 +9,19 @@ namespace {
 
 typedef int32_t VI __attribute__((vector_size(4 * W)));
 
+// values[lane[i]]; the lanes are below W.
+inline VF permute(VF values, VI lane) {
+#if defined(__AVX512F__)
+    return (VF)_mm512_permutexvar_ps((__m512i)lane, (__m512)values);
+#elif defined(__AVX2__)
+    return (VF)_mm256_permutevar8x32_ps((__m256)values, (__m256i)lane);
+#else
+    VF result;
+    for (int i = 0; i < W; ++i) result[i] = values[lane[i]];
+    return result;
+#endif
+}
+
 // The scales of a weight's groups.
 class Scales {
   public:
@@ -20,37 +33,51 @@ class Scales {
           groups_(weight.groups),
           first_(first_row * weight.groups) {}
 
-    // n < W scales of a row, beginning with that of column k. The other lanes are zero.
-    VF load(int64_t row, int64_t k, int64_t n) const {
-        const int64_t index = first_ + row * groups_ + (k >> shift_);
-        switch (dtype_) {
-            case GRASP_F32: return load_part(reinterpret_cast<const float *>(data_) + index, n);
-            case GRASP_F16: return load_part(reinterpret_cast<const F16 *>(data_) + index, n);
-            default: return load_part(reinterpret_cast<const BF16 *>(data_) + index, n);
-        }
+    // The scale of column k of a row.
+    float at(int64_t row, int64_t k) const {
+        VF scale[1];
+        load(row, 0, k, 1, scale);
+        return scale[0][0];
     }
 
-    // The scales of lanes that hold COLUMNS / W columns each, from column k on. Both numbers are powers of two.
+    // Columns of W groups.
+    int64_t span() const { return W << shift_; }
+
+    // The scales of these groups from column k on, of ROWS rows `pitch` apart. Those after the last group are zero.
+    template <int ROWS>
+    void load(int64_t row, int64_t pitch, int64_t k, VF (&scales)[ROWS]) const {
+        const int64_t left = groups_ - (k >> shift_);
+        load(row, pitch, k, left < W ? left : W, scales);
+    }
+
+    // The groups of lanes that hold COLUMNS / W columns each, from column k of a span on.
     template <int64_t COLUMNS>
-    VF lanes(int64_t row, int64_t k) const {
-        const int64_t first = k >> shift_, wanted = COLUMNS >> shift_, left = groups_ - first;
-        if (wanted <= 1) return broadcast(load(row, k, 1)[0]);
-        const VF scales = load(row, k, left < wanted ? left : wanted);
-        VI lane;
-        for (int i = 0; i < W; ++i) lane[i] = i * (COLUMNS / W);
-        lane >>= static_cast<int>(shift_);
-#if defined(__AVX512F__)
-        return (VF)_mm512_permutexvar_ps((__m512i)lane, (__m512)scales);
-#elif defined(__AVX2__)
-        return (VF)_mm256_permutevar8x32_ps((__m256)scales, (__m256i)lane);
-#else
-        VF result;
-        for (int i = 0; i < W; ++i) result[i] = scales[lane[i]];
-        return result;
-#endif
+    VI groups(int64_t k) const {
+        VI column;
+        for (int i = 0; i < W; ++i) column[i] = i * (COLUMNS / W);
+        return (column + static_cast<int>(k)) >> static_cast<int>(shift_);
     }
 
   private:
+    template <int ROWS>
+    void load(int64_t row, int64_t pitch, int64_t k, int64_t n, VF (&scales)[ROWS]) const {
+        const int64_t first = first_ + row * groups_ + (k >> shift_), stride = pitch * groups_;
+        switch (dtype_) {
+            case GRASP_F32: return load(reinterpret_cast<const float *>(data_) + first, stride, n, scales);
+            case GRASP_F16: return load(reinterpret_cast<const F16 *>(data_) + first, stride, n, scales);
+            default: return load(reinterpret_cast<const BF16 *>(data_) + first, stride, n, scales);
+        }
+    }
+
+    template <class T, int ROWS>
+    static void load(const T *first, int64_t stride, int64_t n, VF (&scales)[ROWS]) {
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+            const T *row = first + r * stride;
+            scales[r] = n < W ? load_part(row, n) : grasp::load(row);
+        }
+    }
+
     const char *data_ = nullptr;
     grasp_dtype dtype_ = GRASP_F32;
     int64_t shift_ = 0, groups_ = 0, first_ = 0;
@@ -144,7 +171,7 @@ void unpack(const Weight &weight, int64_t row, int64_t begin, int64_t count, T *
     while (i < used) {
         const int64_t k = begin + i, in_group = weight.group ? weight.group - k % weight.group : used;
         const int64_t end = used - i < in_group ? used : i + in_group;
-        const Scaled<BITS, T> columns(weight.group ? scales.load(0, k, 1)[0] : 1.0f);
+        const Scaled<BITS, T> columns(weight.group ? scales.at(0, k) : 1.0f);
         for (; i < end; i += columns.COLUMNS) columns.unpack(at + i * BITS / 8, left - i, to + i);
     }
     if (i < count) std::memset(to + i, 0, (count - i) * sizeof(T));

@@ -83,7 +83,15 @@ inline VF multiply_add(VF a, VF b, VF c) {
 
 inline VF load(const float *p) { return read<VF>(p); }
 
-inline VF load(const BF16 *p) { return bits_to_float(__builtin_convertvector(read<VH>(p), VU) << 16); }
+inline VU widen(VH values) {
+#if defined(__AVX512F__)
+    return (VU)_mm512_cvtepu16_epi32((__m256i)values);  // GCC 12 makes four instructions of a conversion
+#else
+    return __builtin_convertvector(values, VU);
+#endif
+}
+
+inline VF load(const BF16 *p) { return bits_to_float(widen(read<VH>(p)) << 16); }
 
 inline void store(float *p, VF value) { write(p, value); }
 
@@ -103,7 +111,7 @@ inline VF load(const F16 *p) { return (VF)_mm256_cvtph_ps(read<__m128i>(p)); }
 inline void store(F16 *p, VF value) { write(p, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT)); }
 #else
 inline VF load(const F16 *p) {
-    const VU half = __builtin_convertvector(read<VH>(p), VU);
+    const VU half = widen(read<VH>(p));
     const VU exponent_shifted = (half & 0x7fff) << 13;
     const VU scale = VU{} + 0x77800000;  // 2^112: the difference of the exponents' biases; also correct for subnormals
     const VU magnitude = float_to_bits(bits_to_float(exponent_shifted) * bits_to_float(scale));
