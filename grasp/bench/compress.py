@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp.bench.compress_records import CompressResult
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.memory import peak_bytes_above_now
 from grasp.bench.providers import pick_layers
 from grasp.bench.race import Race, race
-from grasp.bench.records import CompressResult
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, builtin_text, token_batches, tokenize
 from grasp.compress import compress_

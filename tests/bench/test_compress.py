@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from grasp.bench.records import CompressResult
+from grasp.bench.compress_records import CompressResult
 from grasp.bench.results import read_results
 from grasp.method.svd import SVD
 from grasp.statistics.gradients import DenseSum, FactoredSum

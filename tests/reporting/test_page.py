@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from grasp import cli
+from grasp.bench.compress_records import CompressResult
 from grasp.bench.recorded import WorkloadResult
-from grasp.bench.records import RECORDS, CompressResult, ModelResult, NotMeasured, OpResult
+from grasp.bench.records import RECORDS, ModelResult, NotMeasured, OpResult
 from grasp.bench.results import append_results
 from grasp.bench.schema import Record
 from grasp.bench.serve_records import ServeResult
