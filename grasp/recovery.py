@@ -33,7 +33,7 @@ from grasp.training_data import TrainingSequence, collate, digest, shuffled
 WARM_UP = 0.05  # fraction of the steps
 MAX_GRAD_NORM = 1.0
 EVALUATIONS = 10  # of the held-out loss, besides the one before training
-PATIENCE = 3  # training stops after this many evaluations in a row without an improvement
+PATIENCE = 5  # training stops after this many evaluations in a row without an improvement
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def recover_(
 
     The loss is the mean negative log-likelihood of the counted tokens of a batch. Dropout is off. The optimizer works
     on fp32 copies of bf16 factors, because its steps are smaller than the precision of bf16. The held-out loss is
-    evaluated before and ten times during training; training stops after three evaluations in a row without an
+    evaluated before and ten times during training; training stops after five evaluations in a row without an
     improvement. The model gets the factors with the lowest held-out loss, or those of the last step if training fails
     or is interrupted. ``accelerate launch --mixed_precision bf16`` runs the passes under autocast.
 

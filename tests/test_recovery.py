@@ -182,9 +182,9 @@ def test_the_best_factors_are_used_and_training_stops_without_improvement() -> N
     before = {name: factor.detach().clone() for name, factor in trainable_factors(model).items()}
     report = recover_(model, noise(4), noise(4, seed=9), config, notify=notes.append)
     assert report.steps == 100
-    assert report.steps_done == report.best_step + 30 < 100
+    assert report.steps_done == report.best_step + 10 * recovery.PATIENCE < 100
     assert min(point.held_out_loss for point in report.curve) == report.loss_after
-    assert "3 times in a row" in notes[-1]
+    assert f"{recovery.PATIENCE} times in a row" in notes[-1]
     if report.best_step == 0:
         for name, factor in trainable_factors(model).items():
             assert torch.equal(factor, before[name])

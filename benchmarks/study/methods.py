@@ -137,7 +137,7 @@ def compressed(*, chooses: bool = False, **options: Any) -> Method:
 def recovered(model: PreTrainedModel, job: Job) -> Outcome:
     """``best``, whose factors then learn the dense model's predictions of the calibration text, three passes at most.
 
-    Training ends when the loss of the held-out sequences has not fallen three times.
+    Training ends when the loss of the held-out sequences has not fallen five times.
     """
     dense, calibration = copy.deepcopy(model), job.calibration
     outcome = METHODS["best"](model, job)
