@@ -1,15 +1,16 @@
 """Perplexity against bytes: a dense model and compressed ones in bf16, 8 and 4 bits.
 
 ``python -m benchmarks.study.quantization DENSE COMPRESSED… -o FILE`` quantises each model in each way and measures the
-perplexity of held-out text. Models run in float32; bytes are those of a checkpoint in bfloat16. Cells that the output
-already has are not run again.
+perplexity of held-out text. Models run in float32; bytes are those of a checkpoint in bfloat16. What is called GGUF is
+rounded and run by llama.cpp. Cells that the output already has are not run again.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -17,11 +18,13 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from benchmarks.study.records import STUDY_RECORDS, StudyQuantized
 from grasp.bench.conditions import conditions, measure_card
 from grasp.bench.results import append_results, check_output, read_results
+from grasp.bench.yardstick import Yardstick, load_llama_cpp
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_text, token_batches, tokenize
 from grasp.checkpoint.inspection import inspect_checkpoint
@@ -34,7 +37,7 @@ from grasp.loading import load_model
 from grasp.method.storage import FP8, Storage
 from grasp.model.size import model_size
 
-# How weights are stored, as ours or as a type of GGUF, and whether rounding knows the inputs.
+# How weights are stored, as ours or as a type of llama.cpp, and whether rounding knows the inputs.
 WAYS: dict[str, tuple[Storage | str | None, bool]] = {
     "bf16": (None, False),
     "int8, nearest": (Storage(8), False),
@@ -42,8 +45,7 @@ WAYS: dict[str, tuple[Storage | str | None, bool]] = {
     "fp8": (FP8, True),
     "int4, nearest": (Storage(4, 64), False),
     "int4": (Storage(4, 64), True),
-    "GGUF Q8_0": ("Q8_0", False),
-    "GGUF Q4_0": ("Q4_0", False),
+    **{f"GGUF {name}": (name, False) for name in ("Q8_0", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")},
 }
 AS_SAVED = "as saved"  # the way of a checkpoint that is quantised
 
@@ -59,23 +61,51 @@ def measure(source: str, way: str, text: str, windows: int | None, window: int) 
         window: tokens in each.
     """
     model, tokenizer = load_model(source, dtype="float32", device="cpu")
-    bos, (storage, knows_inputs), start = bos_for(tokenizer), WAYS.get(way, (None, False)), time.process_time()
-    if isinstance(storage, str):
-        with TemporaryDirectory() as folder:
-            write_gguf(model, Path(folder, "model.gguf"), storage)
-            size = Path(folder, "model.gguf").stat().st_size
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
-    elif storage is not None:
-        batches = token_batches(tokenizer, read_text(BUILTIN), num_samples=24, seq_len=512, batch_size=2, seed=0)
-        quantize_(model, storage, batches if knows_inputs else ())
-    seconds = time.process_time() - start
+    bos, (storage, knows_inputs) = bos_for(tokenizer), WAYS.get(way, (None, False))
     tokens = tokenize(tokenizer, read_text(text, split="evaluation"))
     count = None if windows is None else windows * (window - (bos is not None))
-    measured = perplexity(model, tokens[:count], window=window, batch_size=2, bos_token_id=bos)
+
+    start = time.process_time()
+    with ExitStack() as stack:
+        if isinstance(storage, str):
+            size = stack.enter_context(in_llama_cpp(model, source, storage))
+        elif storage is not None:
+            batches = token_batches(tokenizer, read_text(BUILTIN), num_samples=24, seq_len=512, batch_size=2, seed=0)
+            quantize_(model, storage, batches if knows_inputs else ())
+        seconds = time.process_time() - start
+        measured = perplexity(model, tokens[:count], window=window, batch_size=2, bos_token_id=bos)
     if not isinstance(storage, str):
         torch.nn.Module.to(model, torch.bfloat16)
         size = model_size(model).bytes
     return size, measured.perplexity, seconds
+
+
+@contextmanager
+def in_llama_cpp(model: PreTrainedModel, source: str, weight_type: str) -> Iterator[int]:
+    """Have llama.cpp round the weights of a model and compute its logits; gives the bytes of the file.
+
+    Args:
+        model: on the CPU, in float32.
+        source: where it is from; llama.cpp reads a GGUF file itself.
+        weight_type: a type of llama.cpp's, such as Q4_K_M.
+    """
+    library = load_llama_cpp()
+    options = library.llama_model_quantize_default_params()
+    options.ftype = getattr(library, f"LLAMA_FTYPE_MOSTLY_{weight_type}")
+    options.nthread, options.allow_requantize = torch.get_num_threads(), True
+    with TemporaryDirectory() as folder:
+        given, rounded = Path(source), Path(folder, "rounded.gguf")
+        if given.suffix != ".gguf":
+            write_gguf(model, given := Path(folder, "model.gguf"), "F32")
+        if status := library.llama_model_quantize(str(given).encode(), str(rounded).encode(), options):
+            raise GraspError(f"llama.cpp cannot round {source} to {weight_type}: status {status}; expected 0")
+        run = Yardstick(weight_type, rounded, model)
+        forward, model.forward = model.forward, lambda input_ids, **_: CausalLMOutput(logits=run.logits(input_ids))
+        try:
+            yield rounded.stat().st_size
+        finally:
+            model.forward = forward
+            run.close()
 
 
 def ways_of(source: str, dense: str, asked: Collection[str]) -> list[str]:
@@ -115,6 +145,8 @@ def main(
             raise typer.BadParameter("the excess is over the dense model in bf16: run without --ways, or with bf16 too")
         where = conditions(measure_card(cpu, torch.float32), cpu)
         asked = [(source, way) for source in models for way in ways_of(source, dense, ways or WAYS)]
+        if any(way.startswith("GGUF") for _, way in asked):
+            load_llama_cpp()
         for source, way in asked:
             if (Path(source).name, way) in done:
                 continue

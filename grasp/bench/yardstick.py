@@ -63,7 +63,7 @@ class Yardstick:
     device = torch.device("cpu")
 
     def __init__(self, name: str, path: Path, dense: PreTrainedModel, tolerance: float = QUANTIZED) -> None:
-        self._lib = _library()
+        self._lib = load_llama_cpp()
         self.name, self.tolerance, self._dense = name, tolerance, dense
         self._context: Any = None
         start = time.perf_counter()
@@ -114,6 +114,13 @@ class Yardstick:
         same = (expected.argmax(-1) == tokens).cumprod(1).sum(1)
         return Agreement(difference(logits[None], expected[None, :, 0]), int(same.min()), tokens.shape[1])
 
+    def logits(self, tokens: Tensor) -> Tensor:
+        """The logits (B, L, V) after each of the tokens (B, L), fp32."""
+        batch, length = tokens.shape
+        self.prepare(Case(batch, length, 0, 0))
+        with self._batch(tokens.numpy(), 0, every=True) as given:
+            return torch.from_numpy(self._decode(given).reshape(batch, length, -1).copy())
+
     def close(self) -> None:
         """Free the model."""
         self._free()
@@ -155,22 +162,22 @@ class Yardstick:
         return times, first_logits, torch.from_numpy(np.stack(tokens, axis=1))
 
     @contextmanager
-    def _batch(self, tokens: np.ndarray, start: int) -> Iterator[Any]:
-        """Tokens (B, L) from a position on; the logits of the last of each sequence are asked for."""
+    def _batch(self, tokens: np.ndarray, start: int, every: bool = False) -> Iterator[Any]:
+        """Tokens (B, L) from a position on, asking for the logits of the last of each sequence or of every one."""
         length = tokens.shape[1]
         batch = self._lib.llama_batch_init(max(tokens.size, 1), 0, 1)
         batch.n_tokens = tokens.size
         for index, token in enumerate(tokens.flatten()):
             batch.token[index], batch.pos[index] = token, start + index % length
             batch.n_seq_id[index], batch.seq_id[index][0] = 1, index // length
-            batch.logits[index] = index % length == length - 1
+            batch.logits[index] = every or index % length == length - 1
         try:
             yield batch
         finally:
             self._lib.llama_batch_free(batch)
 
     def _decode(self, batch: Any) -> np.ndarray:
-        """The logits (B, V) that a batch asks for, in memory of llama.cpp."""
+        """The logits (rows, V) that a batch asks for, in memory of llama.cpp."""
         if status := self._lib.llama_decode(self._context, batch):
             raise GraspError(f"llama_decode of {batch.n_tokens} tokens answers {status}; expected 0")
         rows = sum(batch.logits[index] for index in range(batch.n_tokens))
@@ -243,12 +250,16 @@ def require_yardsticks(names: Sequence[str]) -> None:
     if len(set(files)) < len(files):
         raise ValueError(f"yardsticks need different names to be told apart; got {', '.join(files)}")
     if names:
-        _library()
+        load_llama_cpp()
 
 
 @cache
-def _library() -> ModuleType:
-    """The package llama_cpp, made silent."""
+def load_llama_cpp() -> ModuleType:
+    """The package llama_cpp, made silent.
+
+    Raises:
+        MissingPackageError: if it is not installed.
+    """
     try:
         import llama_cpp
     except ImportError as error:

@@ -15,7 +15,7 @@ from grasp.model.dequantize import dequantize_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QuantizedLowRankLinear
 
-_BLOCK = 32  # numbers that Q8_0 and Q4_0 scale together
+_BLOCK = 32  # numbers that Q8_0 scales together
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # without blocks
 
 
@@ -79,14 +79,12 @@ def write_gguf(
 ) -> None:
     """Write a dense model. Norms and biases are F32, and matrices whose rows the type cannot divide are F16.
 
-    With Q4_0, embeddings and the output layer are Q8_0: llama.cpp's converter, too, gives them more bits.
-
     The rows of a Llama's q and k are in llama.cpp's order, which rotates neighbouring features instead of halves.
 
     Args:
         model: a Llama, Qwen2 or Qwen3 with full attention.
         path: the new file.
-        weight_type: ``F32``, ``F16``, ``BF16``, ``Q8_0`` or ``Q4_0``; ``None`` for the dtype of the model.
+        weight_type: ``F32``, ``F16``, ``BF16`` or ``Q8_0``; ``None`` for the dtype of the model.
         tokenizer: written into the file; ``None`` for callers that give tokens.
 
     Raises:
@@ -113,9 +111,8 @@ def write_gguf(
         weight = parameter.detach().float().cpu()
         if (count := heads.get(name.split(".")[-2])) is not None:
             weight = neighbouring(weight, count)
-        matrix_type = "Q8_0" if weight_type == "Q4_0" and "layers." not in name else weight_type
-        ragged = matrix_type not in _TYPES.values() and weight.shape[-1] % _BLOCK
-        quantization = gguf.GGMLQuantizationType["F32" if weight.ndim == 1 else "F16" if ragged else matrix_type]
+        ragged = weight_type not in _TYPES.values() and weight.shape[-1] % _BLOCK
+        quantization = gguf.GGMLQuantizationType["F32" if weight.ndim == 1 else "F16" if ragged else weight_type]
         data = gguf.quants.quantize(weight.numpy(), quantization)
         writer.add_tensor(str(names.get_name(name, try_suffixes=(".weight", ".bias"))), data, raw_dtype=quantization)
     if _rope_type(config) != "default":

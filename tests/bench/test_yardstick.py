@@ -26,7 +26,7 @@ SIZES = (*SIZES, "--backend", "reference", "--windows", "0", "--repeats", "2", "
 def test_a_yardstick_that_cannot_be_run_is_one_clear_line(
     bench: RunBench, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    yardstick._library.cache_clear()
+    yardstick.load_llama_cpp.cache_clear()
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     outcome = bench("model", tiny, *SIZES, "--yardstick", "llama.cpp")
     assert outcome.code == 2

@@ -20,9 +20,7 @@ MODELS = [("llama", {}), ("llama", {"rope_parameters": LLAMA3}), ("llama", {"rop
 MODELS = [*MODELS, ("qwen2", {}), ("qwen3", {"tie_word_embeddings": True})]
 
 
-@pytest.mark.parametrize(
-    ("weight_type", "tolerance"), [("F32", 1e-6), ("F16", 2e-3), ("BF16", 2e-2), ("Q8_0", 3e-2), ("Q4_0", 0.4)]
-)
+@pytest.mark.parametrize(("weight_type", "tolerance"), [("F32", 1e-6), ("F16", 2e-3), ("BF16", 2e-2), ("Q8_0", 3e-2)])
 def test_a_written_gguf_file_is_the_same_model(weight_type: str, tolerance: float, tmp_path: Path) -> None:
     model = tiny_model("llama")
     write_gguf(model, tmp_path / "model.gguf", weight_type)

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
 from benchmarks.study import quantization
 from benchmarks.study.records import STUDY_RECORDS, StudyQuantized, excess_by_bytes
+from grasp.bench.decoding import difference
 from grasp.bench.results import read_results
+from grasp.bench.yardstick import load_llama_cpp
+from tests.tiny_models import tiny_model
 
 
 def run(*words: str) -> Result:
@@ -58,3 +63,22 @@ def test_models_of_one_name_are_refused(tmp_path: Path) -> None:
     result = run("dense", "a/small", "b/small", "-o", str(tmp_path / "q"))
     assert result.exit_code == 2
     assert "two models have the same last part" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_what_is_called_gguf_needs_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_llama_cpp.cache_clear()
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.setattr(quantization, "measure", lambda *_: pytest.fail("measured before the package was looked for"))
+    result = run("dense", "-o", str(tmp_path / "q"))
+    assert result.exit_code == 2
+    assert "pip install llama-cpp-python" in " ".join(result.output.split())
+
+
+def test_llama_cpp_rounds_the_weights_and_computes_the_logits() -> None:
+    pytest.importorskip("llama_cpp")
+    model, tokens = tiny_model("llama"), torch.arange(40).view(2, 20)
+    expected = model(tokens).logits
+    with torch.no_grad(), quantization.in_llama_cpp(model, "tiny", "Q8_0") as size:
+        assert 0 < size < sum(4 * parameter.numel() for parameter in model.parameters())
+        assert 1e-4 < difference(model(input_ids=tokens).logits, expected) < 5e-2
+    assert torch.equal(model(tokens).logits, expected)
