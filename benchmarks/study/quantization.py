@@ -82,7 +82,7 @@ def measure(source: str, way: str, text: str, windows: int | None, window: int) 
 
 @contextmanager
 def in_llama_cpp(model: PreTrainedModel, source: str, weight_type: str) -> Iterator[int]:
-    """Have llama.cpp round the weights of a model and compute its logits; gives the bytes of the file.
+    """Have llama.cpp round the weights of a model and compute its logits; gives the bytes of the tensors.
 
     Args:
         model: on the CPU, in float32.
@@ -102,7 +102,7 @@ def in_llama_cpp(model: PreTrainedModel, source: str, weight_type: str) -> Itera
         run = Yardstick(weight_type, rounded, model)
         forward, model.forward = model.forward, lambda input_ids, **_: CausalLMOutput(logits=run.logits(input_ids))
         try:
-            yield rounded.stat().st_size
+            yield run.weight_bytes
         finally:
             model.forward = forward
             run.close()
