@@ -25,6 +25,24 @@ struct NativePairs {
     }
 };
 
+// A weight of 8 bits as bfloat16: values are exact, their products with the scale of a group are rounded.
+struct Converted : NativePairs {
+    using Element = uint8_t;
+    struct Loaded {
+        const uint8_t *from;
+        int64_t columns;
+        VF pairs;
+    };
+    static Loaded load_part(const uint8_t *w, int64_t n, VF scale = broadcast(1)) {
+        return {w, n, (VF)Scaled<8, BF16>(scale).pairs(w, n)};
+    }
+    static Loaded load(const uint8_t *w) { return load_part(w, STEP); }
+    static void scale(Loaded &loaded, VF scales) { loaded = load_part(loaded.from, loaded.columns, scales); }
+    static VF multiply(VF acc, const Loaded &w, const BF16 *x) { return NativePairs::multiply(acc, w.pairs, x); }
+};
+
+constexpr int64_t CONVERTED_FROM = 4;  // rows of x, from which one conversion of the weight is faster than integers
+
 // Few rows of x and a quantised weight.
 template <class T, int DIGITS>
 const Kernel *integers(int bits) {
@@ -35,6 +53,7 @@ const Kernel *integers(int bits) {
 
 const Kernel *avx512_bf16_kernel(grasp_dtype dtype, int bits, int64_t M) {
     if (bits && M <= DOT_ROWS) {
+        if (dtype == GRASP_BF16 && bits == 8 && M >= CONVERTED_FROM) return &Dot<BF16, Converted>::kernel;
         switch (dtype) {
             case GRASP_F32: return integers<float, 3>(bits);
             case GRASP_F16: return integers<F16, 2>(bits);

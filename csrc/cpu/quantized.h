@@ -114,7 +114,7 @@ struct Scaled {
     static constexpr int64_t COLUMNS = W;
     VF factor;
 
-    explicit Scaled(float scale) : factor(broadcast(scale)) {}
+    explicit Scaled(VF scale) : factor(scale) {}
 
     // n columns are left in the row; after the last one, values without meaning are written.
     void unpack(const uint8_t *p, int64_t n, T *to) const {
@@ -129,10 +129,10 @@ struct Scaled<4, BF16> {
     static constexpr int64_t COLUMNS = 2 * W;
     __m512i products;  // twice, so that the fifth bit of an index does not matter; all higher bits are ignored
 
-    explicit Scaled(float scale) {
+    explicit Scaled(VF scale) {
         VF values;
         for (int i = 0; i < W; ++i) values[i] = i - 8;
-        products = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh((__m512)(values * broadcast(scale))));
+        products = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh((__m512)(values * scale)));
     }
 
     void unpack(const uint8_t *p, int64_t n, BF16 *to) const {
@@ -147,16 +147,18 @@ struct Scaled<8, BF16> {
     static constexpr int64_t COLUMNS = 2 * W;
     VF factor;
 
-    explicit Scaled(float scale) : factor(broadcast(scale)) {}
+    explicit Scaled(VF scale) : factor(scale) {}
 
-    void unpack(const uint8_t *p, int64_t n, BF16 *to) const {
+    __m512i pairs(const uint8_t *p, int64_t n) const {
         const __mmask32 bytes = n < COLUMNS ? (1u << n) - 1 : 0xffffffff;
         const __m256i values = _mm256_maskz_loadu_epi8(bytes, p);
         const auto half = [this](__m128i bytes) {
             return (__m512)(factor * (VF)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
         };
-        write(to, _mm512_cvtne2ps_pbh(half(_mm256_extracti128_si256(values, 1)), half(_mm256_castsi256_si128(values))));
+        return (__m512i)_mm512_cvtne2ps_pbh(half(_mm256_extracti128_si256(values, 1)),
+                                            half(_mm256_castsi256_si128(values)));
     }
+    void unpack(const uint8_t *p, int64_t n, BF16 *to) const { write(to, pairs(p, n)); }
 };
 #endif
 
@@ -171,7 +173,7 @@ void unpack(const Weight &weight, int64_t row, int64_t begin, int64_t count, T *
     while (i < used) {
         const int64_t k = begin + i, in_group = weight.group ? weight.group - k % weight.group : used;
         const int64_t end = used - i < in_group ? used : i + in_group;
-        const Scaled<BITS, T> columns(weight.group ? scales.at(0, k) : 1.0f);
+        const Scaled<BITS, T> columns(broadcast(weight.group ? scales.at(0, k) : 1.0f));
         for (; i < end; i += columns.COLUMNS) columns.unpack(at + i * BITS / 8, left - i, to + i);
     }
     if (i < count) std::memset(to + i, 0, (count - i) * sizeof(T));
