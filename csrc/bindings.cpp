@@ -124,6 +124,8 @@ PyObject *guarded(Function &&function) {
         return function();
     } catch (py::error_already_set &error) {
         error.restore();
+    } catch (const py::builtin_exception &error) {
+        error.set_error();
     } catch (const std::bad_alloc &) {
         PyErr_NoMemory();
     } catch (const std::exception &error) {

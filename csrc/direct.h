@@ -65,6 +65,8 @@ class Direct {
         }
         const int32_t threads = count_threads();
         if (!make_outputs(x, groups, count, backend, outputs)) return decline();
+        x_view = View();
+        if (!read_in_place(x, x_view)) return decline();
         grasp_factors factors[MOST_GROUPS];
         for (Py_ssize_t i = 0; i < count; ++i) {
             if (!read_group(groups[i], x_view, outputs[i].ptr(), factors[i])) return decline();

@@ -241,9 +241,9 @@ def _check_shapes(x: Tensor, factors: Factors) -> None:
         )
     if 0 in Vh.shape or (U.shape[0] == 0 and order is None):
         raise ValueError(f"rank, N and K must be at least 1; got U {_shape(U)} and Vh {_shape(Vh)}")
-    if U.shape[0] == 0 and not x.is_cpu:
+    if U.shape[0] == 0 and Vh_scales is None and not x.is_cpu:
         raise ValueError(
-            f"U without rows, a dense weight in Vh, is for the CPU, got tensors on {x.device}; use F.linear"
+            f"U without rows, a dense floating weight in Vh, is for the CPU, got tensors on {x.device}; use F.linear"
         )
     if s is not None and s.shape != (rank,):
         raise ValueError(f"s must be ({rank},), got {_shape(s)}")

@@ -19,7 +19,7 @@ class Factors(NamedTuple):
 
     With ``order`` the factors are pivoted: ``weight[order] = cat([Vh, U @ Vh])``. Vh has R rows of the weight, which
     give R entries of the output, and U, (N − R, R), gives the others: R² fewer parameters and multiplications.
-    ``order`` is a permutation of ``range(N)``, (N,) int32, and s is ``None``. On a CPU R may be N: the weight is dense.
+    ``order`` is a permutation of ``range(N)``, (N,) int32, and s is ``None``. On a CPU, or if Vh is quantised, R may be N: a dense weight.
 
     With ``U_scales`` U is quantised, with ``Vh_scales`` Vh is, and s is ``None`` then: int8 or float8_e4m3fn, or uint8
     with two int4 each, half as many columns; see ``quantized.py``. The scales are (rows, groups), fp32 or the dtype of

@@ -241,3 +241,12 @@ def test_bounds_on_a_gpu_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"got \[0, 5, 3\]"):
         check_bounds(cu_seqlens, 3)
     assert OnGpu.reads == 2
+
+
+def test_elsewhere_than_on_a_cpu_a_dense_weight_is_quantised() -> None:
+    x, others = torch.zeros(3, 8, device=meta), torch.zeros(0, 6, device=meta)
+    order, scales = torch.arange(6, device=meta, dtype=torch.int32), torch.ones(6, 1, device=meta)
+    weight = torch.zeros(6, 8, device=meta)
+    assert lowrank_linear(x, others, None, weight.to(torch.int8), None, order, None, scales).shape == (3, 6)
+    with pytest.raises(ValueError, match="a dense floating weight in Vh, is for the CPU, got tensors on meta"):
+        lowrank_linear(x, others, None, weight, None, order)

@@ -389,6 +389,23 @@ def test_a_tensor_that_python_code_of_the_call_changes_is_read_afterwards(
     del memory  # until here it was readable
 
 
+def test_the_memory_of_x_is_that_after_the_outputs_are_made(
+    opened: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, group = operands()
+    memory, ones, new_empty = x.untyped_storage(), torch.ones_like(x), Tensor.new_empty
+    expected = direct(ones, *group)
+
+    def change(*arguments: Any) -> Tensor:
+        x.set_(ones)
+        return new_empty(*arguments)
+
+    monkeypatch.setattr(Tensor, "new_empty", change)
+    opened()
+    assert torch.equal(direct(x, *group), expected)
+    del memory
+
+
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()

@@ -104,7 +104,7 @@ def test_an_order_out_of_range_writes_nothing(entry: int, backend: str) -> None:
     assert group.order is not None
     group.order[-1] = entry
     for rows in (1, 40):
-        with pytest.raises((ValueError, IndexError, RuntimeError)):
+        with pytest.raises(ValueError if backend == "cpu" else (IndexError, RuntimeError)):
             lowrank_linear(torch.ones(rows, K), *group, backend=backend)
 
 

@@ -89,6 +89,17 @@ def test_members_that_are_stored_alike_share_launches(monkeypatch: pytest.Monkey
     assert shared == [2, 1, 1]
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 16, 40])
+def test_a_dense_weight_is_factors_of_full_rank(kind: str, rows: int) -> None:
+    dense = quantized(kind, torch.bfloat16, group=32, sizes=(K, 80, 80))
+    order = torch.randperm(80, generator=seeded(), dtype=torch.int32)
+    group = dense._replace(U=torch.empty(0, 80, dtype=torch.bfloat16), U_scales=None, order=order, bias=None)
+    group = on_device(group)
+    x = normal((rows, K), seeded(), dtype=torch.bfloat16, device=DEVICE)
+    check(linear.lowrank_linear_grouped(x, [group]), x, [group])
+
+
 def test_half_a_byte_behind_an_odd_column_does_not_matter() -> None:
     x = normal((3, K - 1), seeded(), dtype=torch.float32, device=DEVICE)
     group = on_device(quantized("int4", torch.float32))
