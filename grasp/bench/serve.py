@@ -24,7 +24,7 @@ from grasp.bench.records import NotMeasured
 from grasp.bench.serve_records import ServeResult
 from grasp.bench.servers import COMMAND, Process, Server, connect, finish, free_port, start
 from grasp.bench.timing import Sample, turns
-from grasp.builtin import packaged_folders
+from grasp.builtin import BUILTIN, packaged_folders
 from grasp.errors import MissingPackageError, ServerError
 from grasp.evaluation.generation import random_prompt
 from grasp.files import expanded
@@ -207,7 +207,7 @@ def _checkpoint(model: str, dtype: str, request: ServeRequest, scratch: Path, pr
     loaded, tokenizer = load_quietly(model, dtype=dtype, device="cpu", progress=progress)
     random_prompt(loaded, request.prompt_tokens, request.new_tokens, 1)  # raises if impossible
     folder = expanded(model)
-    if not folder.is_dir():
+    if model == BUILTIN or not folder.is_dir():
         folder = scratch / _name(model)
         for part in (loaded, tokenizer):
             part.save_pretrained(folder)

@@ -302,13 +302,13 @@ def compiled(op: str, problem: Problem) -> Run:
     return run
 
 
-@torch.inference_mode()
 def _floating(problem: Problem, dtype: torch.dtype) -> Problem:
     """The same operands with quantised factors in ``dtype``."""
     K = problem.x.shape[-1]
     return problem._replace(groups=[g.dequantized(K, dtype) if g.quantized else g for g in problem.groups])
 
 
+@torch.inference_mode()
 def wrong(op: str, problem: Problem, run: Run, *, of_package: bool = True) -> str | None:
     """The error of a provider's result at this shape by the tolerance rule of the tests, or ``None``.
 

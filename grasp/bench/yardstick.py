@@ -231,9 +231,10 @@ def yardsticks(
                     files.append((f"{LLAMA_CPP}, {kind}", path, tolerance))
             else:
                 files.append((f"{LLAMA_CPP}, {Path(name).name}", expanded(name), QUANTIZED))
-        loaded = [Yardstick(name, path, dense, tolerance) for name, path, tolerance in files]
-        for yardstick in loaded:
-            stack.callback(yardstick.close)
+        loaded = []
+        for name, path, tolerance in files:
+            loaded.append(Yardstick(name, path, dense, tolerance))
+            stack.callback(loaded[-1].close)
         yield loaded
 
 

@@ -285,7 +285,7 @@ def _require_sound(report: CompressionReport) -> None:
     numbers += [*report.candidate_bytes.values(), *report.candidate_seconds.values()]
     numbers += [number for row in report.kinds for number in (row.dense, row.compressed)]
     numbers += [] if report.retain_ratio is None else [report.retain_ratio]
-    texts = [report.scope, report.costs or ""]
+    texts = [report.scope, report.costs or "", report.request.get("model") or ""]
     for module in report.modules:
         numbers += [module.bytes_before, module.bytes_after, module.importance_kept]
         texts += [module.name, module.block, module.reason]

@@ -136,6 +136,15 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
     expected = "the configuration of a checkpoint that `grasp compress` wrote"
     config = read_json(directory / "config.json", expected, CheckpointError, finite=False)
     stored = _Stored(config, directory / "config.json", read_headers(weight_files(directory)))
+    if not stored.tensors:
+        raise CheckpointError(f"{directory} has no tensors; expected the weights of a model")
+    layers = len({match[1] for name in stored.tensors if (match := _LAYER.search(name))})
+    report = CompressionReport.load(directory) if (directory / FILE_NAME).is_file() else None
+    if report is not None and (kept := len(report.block_influence) - len(report.removed_layers)) != layers:
+        raise CheckpointError(
+            f"{directory / FILE_NAME} is of a model of which {kept} layers remain, but the tensors are of {layers} "
+            "layers; expected the report of this checkpoint"
+        )
     parts: dict[str, list[str]] = defaultdict(list)
     for name in stored.tensors:
         parts[stored.part(name)].append(name)
@@ -145,7 +154,7 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
     return Inspection(
         directory=str(directory),
         model_type=str(config.get("model_type", "unknown")),
-        num_layers=len({match[1] for name in stored.tensors if (match := _LAYER.search(name))}),
+        num_layers=layers,
         parts=tuple(
             sorted(
                 (
@@ -156,7 +165,7 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
             )
         ),
         modules=tuple(sorted(modules, key=lambda module: module.layer)),
-        report=CompressionReport.load(directory) if (directory / FILE_NAME).is_file() else None,
+        report=report,
         quantized={name: str(storage) for name, storage in stored.storages.items()},
     )
 

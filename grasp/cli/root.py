@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import platform
+import re
 import shlex
 import sys
 import tempfile
@@ -35,6 +36,7 @@ CLOSED = 1  # the reader of stdout is gone
 BAD_INPUT = 2
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130
+_HOME = re.compile(r"(--[\w-]+=)(~.*)")  # most shells expand ~ at the begin of a word only
 _LONGEST = 2000  # characters of an error; an argument in it may be longer
 _USAGE_ERRORS = typer.BadParameter.__bases__  # UsageError: of the click that typer uses, its own or a package
 # Environment variables that silence libraries on stderr. They are set before the libraries are imported; variables that
@@ -57,7 +59,8 @@ def main() -> None:
     arguments = list(takewhile(lambda word: word != "--", sys.argv[1:]))  # others are of a command to record
     try:
         require_values(arguments)
-        code = app(standalone_mode=False, obj=given) or 0
+        words = [_HOME.sub(lambda found: f"{found[1]}{os.path.expanduser(found[2])}", word) for word in arguments]
+        code = app([*words, *sys.argv[1 + len(arguments) :]], standalone_mode=False, obj=given) or 0
         sys.stdout.flush()
     except Exception as error:  # the last resort: no command ends with a traceback
         if "--traceback" in arguments:

@@ -42,7 +42,7 @@ def block_influence(report: CompressionReport) -> Figure:
     compressed = np.isin(np.arange(len(scores)), report.redundant_layers)
     if len(scores) and scores.min() > 0:
         axes.set_yscale("log")
-    low = scores.min() / 1.3 if axes.get_yscale() == "log" else min(0.0, scores.min())
+    low = scores.min() / 1.3 if axes.get_yscale() == "log" else scores.min(initial=0.0)
     for mask, colour, marker, label in (
         (~compressed, GREY, "o", "left dense"),
         (compressed, VERMILLION, "s", "compressed"),

@@ -63,7 +63,7 @@ def lowrank_linear(
 
     Args:
         x: input, (..., K). fp32, fp16, bf16 or fp64.
-        U: left factor, (N, R), dtype of ``x``; (N − R, R) with ``order``, which may be no rows on a CPU or if Vh is quantised.
+        U: left factor, (N, R), dtype of ``x``; (N − R, R) with ``order``, which may be no rows (see ``Factors``).
         s: singular values, (R,), fp32 or the dtype of ``x``, or ``None`` if they are folded into the factors.
         Vh: right factor, (R, K), dtype of ``x``.
         bias: (N,), dtype of ``x``, or ``None``.

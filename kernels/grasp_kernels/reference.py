@@ -19,7 +19,8 @@ class Factors(NamedTuple):
 
     With ``order`` the factors are pivoted: ``weight[order] = cat([Vh, U @ Vh])``. Vh has R rows of the weight, which
     give R entries of the output, and U, (N − R, R), gives the others: R² fewer parameters and multiplications.
-    ``order`` is a permutation of ``range(N)``, (N,) int32, and s is ``None``. On a CPU, or if Vh is quantised, R may be N: a dense weight.
+    ``order`` is a permutation of ``range(N)``, (N,) int32, and s is ``None``. R may be N, for a dense weight,
+    on a CPU or if Vh is quantised.
 
     With ``U_scales`` U is quantised, with ``Vh_scales`` Vh is, and s is ``None`` then: int8 or float8_e4m3fn, or uint8
     with two int4 each, half as many columns; see ``quantized.py``. The scales are (rows, groups), fp32 or the dtype of

@@ -103,6 +103,11 @@ def cut(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 
 
+def drop_tensors(folder: Path) -> None:
+    set_config(quantization_config=None)(folder)
+    save_file({}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def set_config(**values: object) -> Callable[[Path], object]:
     def damage(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -159,6 +164,9 @@ def set_module(**values: object) -> Callable[[Path], object]:
         (set_report(scope=3), r"report\.json: .*must be texts, got \[3"),
         (set_module(importance_kept=[0.5]), r"report\.json: .*must be numbers, got \[0\.5\]"),
         (set_module(rank=10**9), r"report\.json: .*rank of .* must be an integer from 0 to 32, got 1000000000"),
+        (set_report(request={"model": 5}), r"report\.json: .*must be texts, got .*, 5, "),
+        (set_report(block_influence=[0.1] * 5), r"report\.json is of a model of which 5 layers remain, .* of 3 layers"),
+        (drop_tensors, "has no tensors"),
         (set_report(block_influence=[]), r"report\.json: .*block_influence has 0 layers"),
         (set_report(block_influence="abc"), r"report\.json: .*block_influence must be numbers"),
         (set_report(after={"parameters": "x", "bytes": 1, "decoder_parameters": 1}), r"report\.json: .*got 'x'"),

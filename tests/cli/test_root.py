@@ -15,6 +15,7 @@ import grasp
 from grasp import cli
 from grasp.__main__ import main as start
 from grasp.checkpoint import inspection
+from grasp.cli import root
 from tests import command_line
 from tests.command_line import RunMain, assert_refused
 
@@ -78,6 +79,14 @@ def test_an_option_that_does_not_exist_has_exit_code_2(main: RunMain) -> None:
     assert outcome.code == 2
     assert "--num-layer" in outcome.err
     assert "Traceback" not in outcome.err
+
+
+def test_the_home_folder_is_found_behind_an_equals_sign(main: RunMain, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setattr(root, "app", lambda words, **_: given.append(words))
+    main("bench", "costs", "--output=~/c.json", "a=~/b", "--", "--output=~/kept")
+    assert given == [["bench", "costs", "--output=/home/ada/c.json", "a=~/b", "--", "--output=~/kept"]]
 
 
 def test_traceback_shows_where_an_error_was_raised(monkeypatch: pytest.MonkeyPatch) -> None:

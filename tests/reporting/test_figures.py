@@ -46,6 +46,11 @@ def test_block_influence_marks_the_layers_that_were_compressed(report: Compressi
     assert line(figure, "left dense").tolist() == [[0, scores[0]]]
 
 
+def test_block_influence_of_no_layers_is_an_empty_figure(report: CompressionReport) -> None:
+    empty = replace(report, block_influence=(), redundant_layers=())
+    assert not figures.block_influence(empty).axes[0].lines
+
+
 def test_the_parameters_that_linears_kept_by_layer(report: CompressionReport) -> None:
     def cells(report: CompressionReport) -> np.ndarray:
         (drawn,) = figures.parameters_kept(report).axes[0].collections
