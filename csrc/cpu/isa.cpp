@@ -98,18 +98,13 @@ int32_t best_isa() {
 
 }  // namespace
 
-bool supports(int32_t isa) {
-    static const int32_t best = best_isa();
-    return isa >= GRASP_ISA_AUTO && isa <= best;
-}
-
 const Kernel *find_kernel(int32_t isa, grasp_dtype dtype, int bits, int64_t M) {
     if (isa == GRASP_ISA_AUTO) {
         // With few rows, memory bandwidth is the limit, and widening bfloat16 is exact; its special instructions help
         // only with more rows.
         isa = GRASP_ISA_AMX;
         if (dtype == GRASP_BF16 && M <= WIDENED_ROWS) isa = bits ? GRASP_ISA_AVX512_BF16 : GRASP_ISA_AVX512;
-        while (!supports(isa)) --isa;
+        while (!grasp_cpu_supports(isa)) --isa;
     }
     const Kernel *kernel = nullptr;
     for (; !kernel; --isa) kernel = FINDERS[isa](dtype, bits, M);
@@ -117,3 +112,8 @@ const Kernel *find_kernel(int32_t isa, grasp_dtype dtype, int bits, int64_t M) {
 }
 
 }  // namespace grasp
+
+int grasp_cpu_supports(int32_t isa) {
+    static const int32_t best = grasp::best_isa();  // the processor is asked once
+    return isa >= GRASP_ISA_AUTO && isa <= best;
+}

@@ -379,7 +379,7 @@ int64_t weight_bytes(const grasp_input &x, const grasp_factors *groups, int64_t 
 
 grasp_status run(const grasp_input &x, const grasp_factors *groups, int64_t count, int32_t activation,
                  const grasp_cpu_options &options) {
-    if (!supports(options.isa)) return GRASP_UNSUPPORTED;
+    if (!grasp_cpu_supports(options.isa)) return GRASP_UNSUPPORTED;
     const bool serial = options.parallel == nullptr || weight_bytes(x, groups, count) < SERIAL_BYTES;
     for (int64_t m = 0; m < x.M; m += MAX_ROWS) {
         grasp_input slice = x;
@@ -398,8 +398,6 @@ grasp_status run(const grasp_input &x, const grasp_factors *groups, int64_t coun
 
 }  // namespace
 }  // namespace grasp
-
-int grasp_cpu_supports(int32_t isa) { return grasp::supports(isa); }
 
 grasp_status grasp_cpu_lowrank_linear(const grasp_input *x, const grasp_factors *groups, int64_t count,
                                       const grasp_cpu_options *options) {

@@ -296,7 +296,7 @@ class _Estimator:
         refitting = self._streams(targets) * number_bytes if self._job.config.refit else 0
         if self._job.config.bits is None:
             return sweeping, refitting
-        every = [target for linears in eligible_targets(self._tracer.model)[0].values() for target in linears]
+        every = [target for linears in self.targets.values() for target in linears]
         quantizing = self._streams(every) * self._job.num_samples * self._job.seq_len * self._job.dtype.itemsize
         return sweeping, max(refitting, quantizing)
 

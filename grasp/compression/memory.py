@@ -22,10 +22,9 @@ from grasp.method.rounding import rounding_bytes
 from grasp.method.svd import decomposition_bytes
 from grasp.model.dense import dense_shape
 from grasp.model.targets import Target, decoder
-from grasp.statistics.covariance import covariance_bytes
+from grasp.statistics.covariance import covariance_bytes, item_bytes
 from grasp.statistics.gradients import dense_is_cheaper
 from grasp.statistics.loss import LOGITS_BYTES, vocabulary_size
-from grasp_kernels.reference import accumulation_dtype
 
 LIBRARY_BYTES = 2**26  # workspaces of libraries, and what the allocator keeps between two ``return_freed_memory``
 # oneDNN keeps the code of products of 16-bit numbers on a CPU: 0.55 to 0.75 MB were measured for each of 1024 shapes.
@@ -106,7 +105,7 @@ def replacing_bytes(tracer: Tracer, targets: Collection[Target], config: GraspCo
     """
     layers: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # bytes of factors, and beside them
     for target in targets:
-        (n, k), itemsize = dense_shape(target.module), _sum_itemsize(target)
+        (n, k), itemsize = dense_shape(target.module), item_bytes(target)
         rank = break_even_rank((n, k), config.form)
         taken = READ_COPIES * itemsize * rank * (n + k)
         if config.refit:
@@ -135,7 +134,7 @@ def quantizing_bytes(tracer: Tracer) -> int:
 def statistics_bytes(targets: Collection[Target], config: GraspConfig, tokens: int) -> int:
     """The sums of one sweep: covariances, or the gradient of each weight, or its decomposition and their gradients."""
     basis = BASES[config.basis]
-    shapes = [(_sum_itemsize(target), *dense_shape(target.module)) for target in targets]
+    shapes = [(item_bytes(target), *dense_shape(target.module)) for target in targets]
     groups = sum(itemsize * min(n, k) * (n + k + 2) for itemsize, n, k in shapes)
     if basis.inputs:
         covariances = covariance_bytes(targets, outputs=basis.outputs)
@@ -149,7 +148,7 @@ def temporary_bytes(target: Target, config: GraspConfig) -> int:
     """The temporaries and the result of one decomposition, with which the loss of fewer bits may be predicted."""
     basis, shape = BASES[config.basis], dense_shape(target.module)
     groups = retained_groups(config, shape)
-    itemsize = _sum_itemsize(target)
+    itemsize = item_bytes(target)
     needed = decomposition_bytes(shape, inputs=basis.inputs, outputs=basis.outputs, rank=groups, itemsize=itemsize)
     if config.fewest_bits is None or groups is None:
         return needed
@@ -161,10 +160,6 @@ def retained_groups(config: GraspConfig, shape: Shape) -> int | None:
     if METRICS[config.metric].moment != "none" or not BASES[config.basis].inputs:
         return None
     return max(1, break_even_rank(shape, config.form))
-
-
-def _sum_itemsize(target: Target) -> int:
-    return accumulation_dtype(target.module.weight.dtype).itemsize
 
 
 def needs_of(

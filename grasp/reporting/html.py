@@ -53,7 +53,7 @@ def command(text: str) -> str:
     return f'<pre tabindex="0"><code>{escape(text)}</code></pre>'
 
 
-def details(summary: str, content: str, *, is_open: bool = False) -> str:
+def details(summary: str, content: str, *, is_open: bool) -> str:
     """Content that opens when its summary is clicked."""
     return f"<details{' open' if is_open else ''}><summary>{escape(summary)}</summary>{content}</details>"
 

@@ -165,15 +165,16 @@ def covariance_bytes(targets: Collection[Target], *, outputs: bool = True) -> in
     Linears that share an input by their names (``Family.shared_inputs``) count one A. If other linears share an input,
     the result is an upper bound.
     """
-    taken = sum(_item_bytes(target) * dense_shape(target.module)[1] ** 2 for target in distinct_inputs(targets))
-    return taken + sum(_item_bytes(target) * dense_shape(target.module)[0] ** 2 for target in targets if outputs)
+    taken = sum(item_bytes(target) * dense_shape(target.module)[1] ** 2 for target in distinct_inputs(targets))
+    return taken + sum(item_bytes(target) * dense_shape(target.module)[0] ** 2 for target in targets if outputs)
 
 
 def _zeros(rows: Tensor) -> Tensor:
     return rows.new_zeros(rows.shape[1], rows.shape[1], dtype=accumulation_dtype(rows.dtype))
 
 
-def _item_bytes(target: Target) -> int:
+def item_bytes(target: Target) -> int:
+    """The bytes of a number of a linear's sums."""
     return accumulation_dtype(target.module.weight.dtype).itemsize
 
 

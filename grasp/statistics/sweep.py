@@ -174,15 +174,12 @@ def recording(
 
 
 @torch.no_grad()
-def propagate(
-    prefix: Prefix, layers: range, hidden: Sequence[Tensor], progress: Callable[[int], None] = lambda done: None
-) -> HiddenStates:
+def propagate(prefix: Prefix, layers: range, hidden: Sequence[Tensor]) -> HiddenStates:
     """The hidden states of every batch after some layers, from those before them."""
     result = HiddenStates(prefix.scratch)
     with alone(prefix, layers):
         for index in range(len(prefix.batches)):
             result.append(run_layers(prefix, layers, index, hidden[index]))
-            progress(index + 1)
     return result
 
 

@@ -72,7 +72,7 @@ def in_place(matrix: Tensor) -> tuple[Tensor, int]:
 
 
 def pointers(factors: Factors, output: Tensor, in_features: int) -> tuple[tuple[int, ...], Factors]:
-    """A group as the CUDA module takes it (see csrc/groups.h), and the tensors it points to, to be kept alive."""
+    """A group as csrc/bindings_cuda.cpp takes it, and the tensors it points to, to be kept alive."""
     N, R = factors.out_features, factors.Vh.shape[0]
     U, U_stride = in_place(factors.U)
     Vh, Vh_stride = in_place(factors.Vh)

@@ -256,7 +256,7 @@ def singular_value_grad(
     if torch._C._is_any_autocast_enabled():
         check_castable(x=x, grad_y=grad_y, U=U, Vh=Vh)
         if _autocasts(x):
-            dtype = _widest_dtype(x, grad_y, U, Vh)
+            dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in (x, grad_y, U, Vh)))
             with torch.autocast(x.device.type, enabled=False):
                 return _run_singular_value_grad(x.to(dtype), grad_y.to(dtype), U.to(dtype), Vh.to(dtype), *options)
     return _run_singular_value_grad(x, grad_y, U, Vh, *options)
@@ -333,11 +333,6 @@ def _widened_scales(member: Linear, dtype: torch.dtype) -> dict[str, Tensor]:
 def _autocasts(x: Tensor) -> bool:
     """Whether autocast is enabled for the device of ``x``; it does not know meta tensors."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
-
-
-def _widest_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of a statistic under autocast, which gives x and grad_y different ones: nothing is rounded."""
-    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
