@@ -303,7 +303,7 @@ class GraspConfig:
         for name, known in (("bits", (8, 4, _FP8, AUTO, None)), ("bits_dense", (8, 4, _FP8, None))):
             if (bits := getattr(self, name)) not in known:
                 yield f"{name} must be one of {', '.join(map(str, known))}, got {bits!r}"
-        if not isinstance(self.refit, bool):
+        if not _is_bool(self.refit):
             yield f"refit must be True or False, got {self.refit!r}"
         if self.sweep_dtype not in (None, "bfloat16", "float32"):
             yield f"sweep_dtype must be bfloat16, float32 or None, got {self.sweep_dtype!r}"
@@ -370,6 +370,10 @@ _RATIOS: dict[str, tuple[str, Callable[[float], bool]]] = {
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
 
 
 def _is_int(value: object) -> bool:
