@@ -137,6 +137,7 @@ class QuantizedLowRankLinear(_Quantized):
 # Rows of x up to which a kernel reads the quantised weight. More are multiplied by a dequantised copy, which moves at
 # least five times the bytes. 16 rows are one tile of a GPU's kernel; not measured on one.
 KERNEL_ROWS = {"cpu": CPU_ROWS_QUANTIZED, "cuda": dict.fromkeys(CPU_ROWS_QUANTIZED, 16)}
+MOST_ELEMENTS = 2**31  # of a weight on a GPU: offsets in Triton's kernels have 32 bits
 
 
 def quantized_product(
@@ -152,7 +153,8 @@ def quantized_product(
         others: (0, N), the rows that are no pivots.
         order: 0, 1, …, N − 1 in int32.
     """
-    if x.numel() <= x.shape[-1] * KERNEL_ROWS.get(x.device.type, {}).get(x.dtype, 0):
+    fits = x.is_cpu or weight.numel() < MOST_ELEMENTS
+    if fits and x.numel() <= x.shape[-1] * KERNEL_ROWS.get(x.device.type, {}).get(x.dtype, 0):
         return lowrank_linear(x, others, None, weight, bias, order, None, scales)
     return F.linear(x, dequantize(weight, scales, x.shape[-1], x.dtype), bias)
 

@@ -78,7 +78,7 @@ def prefetch_ranges(vh_ptr, offs_r, R, stride_vr, start, stop, LANES: tl.constex
     size: tl.constexpr = vh_ptr.dtype.element_ty.primitive_bitwidth // 8
     if vh_ptr.dtype.element_ty == tl.uint8:  # two int4
         start, stop = start // 2, stop // 2
-    rows = (vh_ptr + offs_r.to(tl.int64)[:, None] * stride_vr).to(tl.int64)  # [BLOCK_R, 1]
+    rows = (vh_ptr + offs_r[:, None] * stride_vr).to(tl.int64)  # [BLOCK_R, 1]
     begin = (rows + start * size) & -16
     end = (rows + stop * size) & -16
     used = (offs_r < R)[:, None] & (tl.arange(0, LANES) == 0)[None, :] & (start < stop)

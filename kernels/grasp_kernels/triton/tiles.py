@@ -82,10 +82,7 @@ def load_factor(
 def _load_once(ptr, offs_row, offs_col, rows, columns, stride):
     mask = (offs_row < rows)[:, None] & (offs_col < columns)[None, :]
     return tl.load(
-        ptr + offs_row.to(tl.int64)[:, None] * stride + offs_col[None, :],
-        mask=mask,
-        other=0.0,
-        eviction_policy="evict_first",
+        ptr + offs_row[:, None] * stride + offs_col[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
     )
 
 
