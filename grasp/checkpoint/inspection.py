@@ -138,23 +138,23 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
     stored = _Stored(config, directory / "config.json", read_headers(weight_files(directory)))
     if not stored.tensors:
         raise CheckpointError(f"{directory} has no tensors; expected the weights of a model")
-    layers = len({match[1] for name in stored.tensors if (match := _LAYER.search(name))})
-    report = CompressionReport.load(directory) if (directory / FILE_NAME).is_file() else None
-    if report is not None and (kept := len(report.block_influence) - len(report.removed_layers)) != layers:
-        raise CheckpointError(
-            f"{directory / FILE_NAME} is of a model of which {kept} layers remain, but the tensors are of {layers} "
-            "layers; expected the report of this checkpoint"
-        )
     parts: dict[str, list[str]] = defaultdict(list)
     for name in stored.tensors:
         parts[stored.part(name)].append(name)
     for name in stored.storages.keys() - stored.ranks.keys():
         stored.check_dense(name)
     modules = [stored.module(name, rank) for name, rank in stored.ranks.items()]
+    report = CompressionReport.load(directory) if (directory / FILE_NAME).is_file() else None
+    kept = None if report is None else len(report.block_influence) - len(report.removed_layers)
+    if kept is not None and any(module.layer >= kept for module in modules):
+        raise CheckpointError(
+            f"{directory / FILE_NAME} is of a model of which {kept} layers remain, but a later one is low-rank here; "
+            "expected the report of this checkpoint"
+        )
     return Inspection(
         directory=str(directory),
         model_type=str(config.get("model_type", "unknown")),
-        num_layers=layers,
+        num_layers=len({match[1] for name in stored.tensors if (match := _LAYER.search(name))}),
         parts=tuple(
             sorted(
                 (

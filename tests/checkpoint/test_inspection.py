@@ -165,7 +165,10 @@ def set_module(**values: object) -> Callable[[Path], object]:
         (set_module(importance_kept=[0.5]), r"report\.json: .*must be numbers, got \[0\.5\]"),
         (set_module(rank=10**9), r"report\.json: .*rank of .* must be an integer from 0 to 32, got 1000000000"),
         (set_report(request={"model": 5}), r"report\.json: .*must be texts, got .*, 5, "),
-        (set_report(block_influence=[0.1] * 5), r"report\.json is of a model of which 5 layers remain, .* of 3 layers"),
+        (
+            set_report(block_influence=[0.1] * 4, removed_layers=[0, 1, 3]),
+            r"report\.json is of .* which 1 layers remain",
+        ),
         (drop_tensors, "has no tensors"),
         (set_report(block_influence=[]), r"report\.json: .*block_influence has 0 layers"),
         (set_report(block_influence="abc"), r"report\.json: .*block_influence must be numbers"),
