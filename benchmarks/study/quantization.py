@@ -100,11 +100,11 @@ def in_llama_cpp(model: PreTrainedModel, source: str, weight_type: str) -> Itera
         if status := library.llama_model_quantize(str(given).encode(), str(rounded).encode(), options):
             raise GraspError(f"llama.cpp cannot round {source} to {weight_type}: status {status}; expected 0")
         run = Yardstick(weight_type, rounded, model)
-        forward, model.forward = model.forward, lambda input_ids, **_: CausalLMOutput(logits=run.logits(input_ids))
+        model.forward = lambda input_ids, **_: CausalLMOutput(logits=run.logits(input_ids))
         try:
             yield run.weight_bytes
         finally:
-            model.forward = forward
+            del model.forward  # the one of the class is behind it
             run.close()
 
 
