@@ -1,8 +1,8 @@
 """Perplexity against bytes: a dense model and compressed ones in bf16, 8 and 4 bits.
 
 ``python -m benchmarks.study.quantization DENSE COMPRESSED… -o FILE`` quantises each model in each way and measures the
-perplexity of held-out text. Models run in float32; bytes are those of a checkpoint in bfloat16. What is called GGUF is
-rounded and run by llama.cpp. Cells that the output already has are not run again.
+perplexity of held-out text. Models run in float32; bytes are those of a checkpoint in bfloat16. llama.cpp rounds and
+runs the ways that begin with GGUF. Cells that the output already has are not run again.
 """
 
 from __future__ import annotations

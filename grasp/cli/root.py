@@ -36,7 +36,7 @@ CLOSED = 1  # the reader of stdout is gone
 BAD_INPUT = 2
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130
-_HOME = re.compile(r"(--[\w-]+=)(~.*)")  # most shells expand ~ at the begin of a word only
+_HOME = re.compile(r"(--[\w-]+=)(~.*)")  # most shells expand ~ only at the beginning of a word
 _LONGEST = 2000  # characters of an error; an argument in it may be longer
 _USAGE_ERRORS = typer.BadParameter.__bases__  # UsageError: of the click that typer uses, its own or a package
 # Environment variables that silence libraries on stderr. They are set before the libraries are imported; variables that
