@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -29,7 +30,7 @@ from tests import many_processes
 from tests.interrupted import stored
 from tests.tiny_models import VOCABULARY, tiny_batches, tiny_model
 
-CONFIG = RecoveryConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=2, tokens=4 * 12 * 20)
+CONFIG = RecoveryConfig(learning_rate=0.1, batch_size=4, micro_batch_size=2, tokens=4 * 12 * 20)
 
 
 class Killed(BaseException):
@@ -116,7 +117,7 @@ def test_modes_and_frozen_parameters_are_restored_and_no_gradients_remain() -> N
 def test_one_step_is_adamw_on_the_loss_of_the_whole_batch() -> None:
     """The sequences have unequal numbers of tokens that count, and come in two passes."""
     sequences = [TRAIN[0], TrainingSequence(TRAIN[1].input_ids, torch.arange(12) > 8), TRAIN[2]]
-    config = RecoveryConfig(learning_rate=1e-3, batch_size=3, micro_batch_size=2)
+    config = RecoveryConfig(learning_rate=1e-2, batch_size=3, micro_batch_size=2)
     model, expected = compressed(), compressed()
     recover_(model, sequences, HELD_OUT, config)
 
@@ -124,12 +125,23 @@ def test_one_step_is_adamw_on_the_loss_of_the_whole_batch() -> None:
     batch = collate(sequences)
     logits = expected(batch.input_ids).logits[:, :-1][batch.is_target]
     loss = nn.functional.cross_entropy(logits, batch.input_ids[:, 1:][batch.is_target])
-    optimizer = torch.optim.AdamW(factors, lr=1e-3)
+    sizes = [factor.detach().square().mean().sqrt().item() for factor in factors]
+    groups = [{"params": [factor], "lr": 1e-2 * size} for factor, size in zip(factors, sizes, strict=True)]
+    optimizer = torch.optim.AdamW(groups)
     loss.backward()
     nn.utils.clip_grad_norm_(factors, 1.0)
     optimizer.step()
     for got, factor in zip(trainable_factors(model).values(), factors, strict=True):
         torch.testing.assert_close(got, factor, rtol=1e-4, atol=1e-6)
+
+
+def test_how_a_product_is_shared_between_its_factors_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "MAX_GRAD_NORM", math.inf)
+    model, shared_otherwise = compressed(), compressed()
+    for name, factor in trainable_factors(shared_otherwise).items():
+        factor.data.mul_(8.0 if name.endswith("U") else 1 / 8)
+    reports = [recover_(each, TRAIN, HELD_OUT, CONFIG) for each in (model, shared_otherwise)]
+    assert reports[0].loss_after == pytest.approx(reports[1].loss_after, abs=0.02)
 
 
 def test_the_gradient_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +189,7 @@ def test_steps_below_the_precision_of_bf16_add_up() -> None:
 
 def test_the_best_factors_are_used_and_training_stops_without_improvement() -> None:
     notes: list[str] = []
-    config = RecoveryConfig(learning_rate=0.05, batch_size=4, tokens=4 * 12 * 100)
+    config = RecoveryConfig(learning_rate=0.5, batch_size=4, tokens=4 * 12 * 100)
     model = compressed()
     before = {name: factor.detach().clone() for name, factor in trainable_factors(model).items()}
     report = recover_(model, noise(4), noise(4, seed=9), config, notify=notes.append)
@@ -280,7 +292,7 @@ def stop_after(count: int) -> Callable[[str, int, int], None]:
 
 def in_folder(folder: Path, *, seed: int = 0, **options: Any) -> tuple[RecoveryReport, dict[str, Tensor]]:
     notify = options.setdefault("notify", lambda text: None)
-    config = RecoveryConfig(1e-2, CONFIG.tokens, 4, 2, seed)
+    config = dataclasses.replace(CONFIG, seed=seed)
     with RecoveryState(folder, notify=notify) as state:
         return recovered(state=state, config=config, **options)
 
