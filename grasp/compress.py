@@ -156,7 +156,8 @@ def _quantize_(run: Run, storage: Storage, decision: Decision) -> None:
     rounded = {target.module for target in linears if decision.ranks.get(target.name) == ROUNDED}
 
     def stored(module: nn.Module) -> Storage:
-        others = run.config.fewest_bits if module in rounded else run.config.dense_storage
+        fewest = module in rounded or isinstance(module, nn.Embedding)
+        others = run.config.embedding_storage if fewest else run.config.dense_storage
         return storage if others is None or isinstance(module, LowRankLinear) else others
 
     quantize_(run.model, stored, run.batches, scratch=run.scratch, progress=run.progress)

@@ -69,8 +69,9 @@ class GraspConfig:
             model's. Sums are in fp32.
         form: how low-rank weights are stored: ``"factored"``, as U (N, R) and Vh (R, K), or ``"pivoted"``, as R rows of
             the weight and the coefficients of the others in them, which are R² parameters less.
-        bits: of all linears at the end: 8, 4 or ``"fp8"``; ``None`` leaves them floating. Embeddings and the output
-            layer then have int8. ``target_bytes`` is the size with these bits, and needs ``allocation="global"``.
+        bits: of all linears at the end: 8, 4 or ``"fp8"``; ``None`` leaves them floating. The output layer and
+            embeddings have int8, or int4 where linears have and the two share no weight. ``target_bytes`` is the size
+            with these bits, and needs ``allocation="global"``.
             ``"auto"``: a linear is low-rank in 8 bits, or dense in 8 or 4, whatever reaches ``target_bytes`` or
             ``target_latency`` with the least loss; needs the kfac basis and its magnitudes.
         bits_dense: of the linears that stay dense, if others than ``bits``.
@@ -274,6 +275,11 @@ class GraspConfig:
     def fewest_bits(self) -> Storage | None:
         """How linears that stay dense may be stored instead, with ``bits="auto"``."""
         return choose_storage(4) if self.bits == AUTO else None
+
+    @property
+    def embedding_storage(self) -> Storage | None:
+        """How an embedding is stored that is not the output layer's too: in the fewest bits of dense linears."""
+        return self.fewest_bits or self.dense_storage
 
     @property
     def storages(self) -> tuple[Storage, ...]:

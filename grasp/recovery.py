@@ -32,7 +32,6 @@ from grasp.training_data import TrainingSequence, collate, digest, shuffled
 
 WARM_UP = 0.05  # fraction of the steps
 MAX_GRAD_NORM = 1.0
-SMALLEST_SIZE = 1e-3  # of a factor, as in Adafactor; one of zeros is trained too
 EVALUATIONS = 10  # of the held-out loss, besides the one before training
 PATIENCE = 5  # training stops after this many evaluations in a row without an improvement
 
@@ -42,8 +41,8 @@ class RecoveryConfig:
     """Training settings of ``recover_``: AdamW with linear warm-up over 5 % of the steps, then cosine decay to 0.
 
     Args:
-        learning_rate: peak learning rate, relative to the root mean square of the entries of each factor, as in
-            Adafactor (arXiv 1804.04235). Pivoted factors are nearly as many as the weights: ten times the default
+        learning_rate: peak learning rate, relative to the size of an entry's row and column, see
+            ``grasp.model.masters``. Pivoted factors are nearly as many as the weights: ten times the default
             ruins those of SmolLM2-135M (docs/study.md). A few factors stand that.
         tokens: training tokens, repetitions included; ``None`` for one pass over the sequences.
         batch_size: sequences per optimizer step, over all processes.
@@ -250,8 +249,7 @@ class _Training:
         self.accelerator, self.processes = accelerator, processes
         self.steps = planned_steps(sequences, config)
         self.masters = Masters(factors)
-        groups = [{"params": [master], "size": _size(master)} for master in self.masters.values.values()]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+        self.optimizer = torch.optim.AdamW(list(self.masters.values.values()), lr=config.learning_rate, fused=True)
         self.step = self.tokens = 0
         self.loss, self.targets = 0.0, 0  # summed since the last evaluation
         self.curve: list[Point] = []
@@ -298,9 +296,8 @@ class _Training:
                 f"step {self.step} has loss {total.item() / targets} and gradient norm {norm.item()}; use a lower "
                 "learning_rate, or check the model and the data"
             )
-        rate = learning_rate_at(self.step, self.steps, self.config.learning_rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["size"]
+            group["lr"] = learning_rate_at(self.step, self.steps, self.config.learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.masters.write_back_()
@@ -390,11 +387,6 @@ class _Training:
             seconds=clock.seconds,
             versions={name: version(name) for name in ("torch", "transformers", "accelerate")},
         )
-
-
-def _size(factor: Tensor) -> float:
-    """The root mean square of the entries, or a small number instead of 0."""
-    return max(SMALLEST_SIZE, float(factor.detach().square().mean().sqrt()))
 
 
 def recovery_fingerprint(

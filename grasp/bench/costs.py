@@ -21,11 +21,11 @@ from grasp.errors import ResultsError
 from grasp.evaluation.generation import now, time_generation
 from grasp.method.cost_table import CostTable, LinearSeconds, find_card, from_roofline
 from grasp.method.ranks import Form, Shape, break_even_rank
-from grasp.method.storage import OUTPUTS, Storage
+from grasp.method.storage import Storage
 from grasp.model.dense import dense_shape
 from grasp.model.hooks import hooked, replaced
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.quantized_linear import QuantizedLinear, QuantizedLowRankLinear, quantized_like
+from grasp.model.quantized_linear import QuantizedLinear, QuantizedLowRankLinear, quantized_like, storage_outside
 from grasp.model.running import first_device
 from grasp.model.targets import decoder, layer_targets
 from grasp.progress import Progress, no_progress
@@ -230,11 +230,12 @@ def _quantized_modules(model: PreTrainedModel, storage: Storage | None) -> dict[
     if storage is None:
         return {}
     inside, device = set(decoder(model).layers.modules()), first_device(model)
-    modules = (
-        (name, quantized_like(module, storage if module in inside else OUTPUTS, device))
-        for name, module in model.named_modules()
-    )
-    return {name: module for name, module in modules if module is not None}
+    modules: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        own = storage if module in inside else storage_outside(model, module, storage)
+        if (quantized := quantized_like(module, own, device)) is not None:
+            modules[name] = quantized
+    return modules
 
 
 @contextmanager

@@ -86,8 +86,8 @@ Bits = Annotated[
     str | None,
     _best(
         metavar="8|4|fp8|auto",
-        help="Quantise the result: bits of low-rank and dense linears; embeddings have 8. fp8 is for GPUs: it has no "
-        "CPU kernel. auto: whatever reaches --target-bytes or --target-latency with the least loss, linear by linear.",
+        help="Quantise the result: bits of low-rank and dense linears; the output layer has 8. fp8 is for GPUs: it has "
+        "no CPU kernel. auto: whatever reaches --target-bytes or --target-latency with the least loss, by linear.",
     ),
 ]
 BitsDense = Annotated[

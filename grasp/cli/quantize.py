@@ -56,7 +56,7 @@ def quantize(
 
     $ grasp quantize small -o small-int8
 
-    [dim]Linears in 4 bits with a scale for 64 columns; embeddings and the output layer in 8:[/dim]
+    [dim]Linears in 4 bits with a scale for 64 columns; the output layer, and what shares its weight, in 8:[/dim]
 
     $ grasp quantize small -o small-int4 --bits 4
 

@@ -108,7 +108,7 @@ def _dense_bytes(config: GraspConfig, model: PreTrainedModel) -> tuple[int, list
     weights = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
     if config.dense_storage is None:
         return size, weights
-    saved, saved_by_layer = bytes_saved(model, config.dense_storage)
+    saved, saved_by_layer = bytes_saved(model, config.dense_storage, config.embedding_storage or config.dense_storage)
     return size - saved, [before - less for before, less in zip(weights, saved_by_layer, strict=True)]
 
 

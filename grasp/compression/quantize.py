@@ -20,7 +20,7 @@ from grasp.model.dense import dense_weight
 from grasp.model.grouping import group_linears_
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.quantized_linear import QuantizedLowRankLinear, QuantizedModule, quantized_like
+from grasp.model.quantized_linear import QuantizedLowRankLinear, QuantizedModule, quantized_like, storage_outside
 from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
 from grasp.statistics.hidden_states import Scratch
@@ -49,13 +49,13 @@ def quantize_(
     inputs that the quantised linears before them produce (``fit_weight``), and rounded such that their outputs change
     least (``round_to_outputs``); left factors are fitted to the rounded right ones before they are rounded. Without
     batches every entry is rounded to the nearest value.
-    Embeddings and the output layer have 8 bits and one scale per row, rounded to the nearest value.
+    Embeddings and the output layer are rounded to the nearest value, for their storage see ``storage_outside``.
 
     In 4 bits low-rank linears that have nearly as many parameters as the dense weight become dense ones.
 
     Args:
         model: on one device, unquantised, dense or with low-rank linears.
-        storage: of the linears in the decoder layers, or a function that tells that of each.
+        storage: of the linears in the decoder layers and of the embedding, or a function that tells that of each.
         batches: calibration batches.
         scratch: where hidden states are kept; ``None``: in memory.
         progress: called after each decoder layer.
@@ -80,23 +80,23 @@ def quantize_(
                     _replace_(model, names[linear], linear, stored[names[linear]], sums)
                 del sums  # before the next are added up
             progress("quantising", index + 1, len(layers))
-        _quantize_rest_(model, names)
+        _quantize_rest_(model, names, storage)
     finally:
         group_linears_(model)
         mark_compressed(model)
 
 
-def bytes_saved(model: PreTrainedModel, storage: Storage) -> tuple[int, list[int]]:
-    """The bytes that ``quantize_`` saves of a dense model, and of each of its decoder layers."""
-    inside = [list(layer.modules()) for layer in decoder(model).layers]
-    known = {id(module) for modules in inside for module in modules}
-    layers = [_bytes_saved(modules, storage) for modules in inside]
-    return sum(layers) + _bytes_saved([m for m in model.modules() if id(m) not in known], OUTPUTS), layers
+def bytes_saved(model: PreTrainedModel, linears: Storage, embedding: Storage) -> tuple[int, list[int]]:
+    """The bytes that ``quantize_`` saves of a dense model, and of each of its decoder layers, given their storages."""
+    layers = [_bytes_saved(dict.fromkeys(layer.modules(), linears)) for layer in decoder(model).layers]
+    inside = set(decoder(model).layers.modules())
+    rest = {m: storage_outside(model, m, embedding) for m in model.modules() if m not in inside}
+    return sum(layers) + _bytes_saved(rest), layers
 
 
-def _bytes_saved(modules: Sequence[nn.Module], storage: Storage) -> int:
+def _bytes_saved(modules: Mapping[nn.Module, Storage]) -> int:
     saved: dict[int, int] = {}  # by weight: shared ones count once
-    for module in modules:
+    for module, storage in modules.items():
         if (quantized := quantized_like(module, storage, "meta")) is not None:
             after = sum(p.nbytes for name, p in quantized.named_parameters() if name != "bias")
             weight = next(module.parameters())
@@ -230,13 +230,19 @@ def _store_(module: nn.Module, name: str, rounded: Rounded) -> None:
     scales.copy_(rounded.scales)
 
 
-def _quantize_rest_(model: PreTrainedModel, names: Mapping[nn.Module, str]) -> None:
+def _quantize_rest_(
+    model: PreTrainedModel, names: Mapping[nn.Module, str], storage: Storage | Callable[[nn.Module], Storage]
+) -> None:
     """Quantise embeddings and the linears outside of the decoder layers. Modules with one weight share the result."""
-    rest = [module for module in model.modules() if quantized_like(module, OUTPUTS, "meta") is not None]
+    stored = {
+        module: storage_outside(model, module, storage if isinstance(storage, Storage) else storage(module))
+        for module in model.modules()
+        if quantized_like(module, OUTPUTS, "meta") is not None
+    }
     made: dict[int, QuantizedModule] = {}
-    for module in rest:
+    for module, own in stored.items():
         key = id(getattr(module, "weight", module))
-        new = _replace_(model, names[module], module, OUTPUTS, None)
+        new = _replace_(model, names[module], module, own, None)
         if key in made:
             for name in ("weight", "weight_scales"):
                 setattr(new, name, getattr(made[key], name))

@@ -1,40 +1,67 @@
-"""Parameters for an optimizer whose steps are smaller than the precision of the model's dtype."""
+"""Matrices for an optimizer: in fp32, since its steps are smaller than the precision of bf16, and in units.
+
+Adam changes all entries of a parameter by about the same amount. The units of an entry are the root mean squares of its
+row and of its column, over that of the matrix, as in Adafactor (arXiv 1804.04235): then a step changes all rows and
+columns by about the same fraction, such as the small columns that read a few large channels of the hidden state.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-_WIDE = (torch.float32, torch.float64)
+_SMALLEST = 1e-3  # root mean square of a matrix, and that of a row or column over it; zeros are trained too
 
 
 class Masters:
-    """The parameters of the optimizer: fp32 and fp64 factors themselves, and fp32 copies of narrower ones."""
+    """The parameters of the optimizer: factors in their units, in fp32, or fp64 if they are.
+
+    Attributes:
+        values: by the names of the factors.
+    """
 
     def __init__(self, factors: Mapping[str, nn.Parameter]) -> None:
         self.factors = factors
-        self.values = {
-            name: factor if factor.dtype in _WIDE else nn.Parameter(factor.detach().float())
-            for name, factor in factors.items()
-        }
+        self._units = {name: units(factor) for name, factor in factors.items()}
+        self.values = {name: nn.Parameter(self._divided(name, factor.detach())) for name, factor in factors.items()}
+
+    def _divided(self, name: str, factor: Tensor) -> Tensor:
+        rows, columns = self._units[name]
+        return factor / rows / columns
+
+    def _multiplied(self, name: str, tensor: Tensor) -> Tensor:
+        rows, columns = self._units[name]
+        return tensor * rows * columns
 
     def take_gradients_(self) -> None:
-        """Move the gradients of the model's factors to the fp32 copies, and add them there."""
+        """Move the gradients of the model's factors to the optimizer's parameters, and add them there."""
         for name, factor in self.factors.items():
-            master = self.values[name]
-            if master is factor or factor.grad is None:
+            if factor.grad is None:
                 continue
-            if master.grad is None:
-                master.grad = factor.grad.float()
-            else:
-                master.grad += factor.grad
+            grad, master = self._multiplied(name, factor.grad), self.values[name]
+            master.grad = grad if master.grad is None else master.grad + grad
             factor.grad = None
 
     @torch.no_grad()
     def write_back_(self) -> None:
-        """Round the copies to the dtype of the model."""
+        """Set the factors to the optimizer's parameters, in the dtype of the model."""
         for name, factor in self.factors.items():
-            if self.values[name] is not factor:
-                factor.copy_(self.values[name])
+            factor.copy_(self._multiplied(name, self.values[name]))
+
+
+@torch.no_grad()
+def units(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors whose product has the units of each entry: those of the rows, (N, 1), and of the columns, (1, K).
+
+    Example:
+        >>> rows, columns = units(torch.tensor([[3.0, 0.03], [4.0, 0.04]]))
+        >>> (rows * columns).round(decimals=2)
+        tensor([[3.0000, 0.0300],
+                [4.0000, 0.0400]])
+    """
+    squares = matrix.to(torch.promote_types(matrix.dtype, torch.float32)).square()
+    mean = squares.mean().clamp_min(_SMALLEST**2)
+    rows, columns = (squares.mean(dim, keepdim=True) / mean for dim in (1, 0))
+    return (rows.clamp_min(_SMALLEST**2) * mean).sqrt(), columns.clamp_min(_SMALLEST**2).sqrt()

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import UnsupportedModelError
 from grasp.method.ranks import Form
-from grasp.method.storage import Storage
+from grasp.method.storage import OUTPUTS, Storage
 from grasp.model.dense import DenseLinear, dense_shape
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp_kernels import Factors, lowrank_linear
@@ -214,26 +215,33 @@ class QuantizedLinear(_Quantized):
         )
 
 
+def quantized_rows(ids: Tensor, weight: Tensor, scales: Tensor, depth: int) -> Tensor:
+    """The rows of a quantised matrix with ``depth`` columns: (...) int64 → (..., depth) in the dtype of the scales."""
+    stored, of_rows = (F.embedding(ids.flatten(), tensor) for tensor in (weight, scales))
+    return dequantize(stored, of_rows, depth, scales.dtype).view(*ids.shape, depth)
+
+
 class QuantizedEmbedding(_Quantized):
-    """An embedding with int8 rows, each with one scale. An output layer may share its tensors.
+    """An embedding with int8 or int4 rows. An output layer may share its tensors.
 
     Args:
         embedding: gives the shape, the dtype of the result and, as Gemma's do, a factor ``embed_scale``.
+        storage: of the rows; integers.
         device: of the parameters.
     """
 
     weight: nn.Parameter
     weight_scales: nn.Parameter
 
-    def __init__(self, embedding: nn.Embedding, device: torch.device | str | None = None) -> None:
-        super().__init__(Storage(8))
+    def __init__(self, embedding: nn.Embedding, storage: Storage, device: torch.device | str | None = None) -> None:
+        super().__init__(storage)
         self.num_embeddings, self.embedding_dim = embedding.weight.shape
         self.factor = float(getattr(embedding, "scalar_embed_scale", 1.0))
         self._add("weight", self.num_embeddings, self.embedding_dim, embedding.weight.dtype, device)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) int64 → (..., embedding_dim) in the dtype of the scales."""
-        rows = F.embedding(ids, self.weight).to(self.weight_scales.dtype) * F.embedding(ids, self.weight_scales)
+        rows = quantized_rows(ids, self.weight, self.weight_scales, self.embedding_dim)
         return rows if self.factor == 1.0 else rows * rows.new_tensor(self.factor)
 
     def dense_weight(self) -> Tensor:
@@ -243,7 +251,7 @@ class QuantizedEmbedding(_Quantized):
 
     def extra_repr(self) -> str:
         """Shape and bits."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, bits=8"
+        return f"{self.num_embeddings}, {self.embedding_dim}, {_described(self.storage)}"
 
 
 QuantizedModule = QuantizedLowRankLinear | QuantizedLinear | QuantizedEmbedding
@@ -255,15 +263,28 @@ def quantized_like(
 ) -> QuantizedModule | None:
     """A quantised module without values that can replace ``module``, or ``None`` if there is none for its class.
 
-    Embeddings of other classes, such as OPT's of positions, change the ids. They have none.
+    Embeddings of other classes, such as OPT's of positions, change the ids. They have none. None has floats of 8 bits.
     """
     if isinstance(module, LowRankLinear):
         return QuantizedLowRankLinear(module, storage, device)
     if isinstance(module, (nn.Linear, Conv1D)):
         return QuantizedLinear(module, storage, device)
     if type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, "scalar_embed_scale")):
-        return QuantizedEmbedding(module, device)
+        return QuantizedEmbedding(module, OUTPUTS if storage.kind == "fp" else storage, device)
     return None
+
+
+def storage_outside(model: PreTrainedModel, module: nn.Module, linears: Storage) -> Storage:
+    """How a linear or embedding outside of the decoder layers is stored if their linears have a storage.
+
+    It has 8 bits and one scale per row. An embedding of the input has the 4 bits of the linears, unless the output
+    layer shares it: rounding the logits' weights loses much, rounding a few rows that are read loses next to nothing.
+    """
+    if linears.bits != 4 or module is not model.get_input_embeddings():
+        return OUTPUTS
+    output = model.get_output_embeddings()
+    shared = output is not None and output.get_parameter("weight") is module.get_parameter("weight")
+    return OUTPUTS if shared else linears
 
 
 def require_floating_factors(model: nn.Module) -> None:

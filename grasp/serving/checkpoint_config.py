@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from grasp.errors import UnsupportedModelError
-from grasp.method.storage import Storage
+from grasp.method.storage import FP8, Storage
 from grasp.model.checkpoint_format import METHOD, storages
 from grasp.model.hf_quantizer import GraspQuantizationConfig
 
@@ -63,9 +63,10 @@ class CheckpointConfig:
         """Whether the checkpoint has factors or quantised values of a module."""
         return name in self.ranks or name in self.quantized
 
-    def is_int8(self, name: str) -> bool:
-        """Whether the checkpoint has int8 values of a module and no factors, as of embeddings."""
-        return self.quantized.get(name) == Storage(8) and name not in self.ranks
+    def embedding_storage(self, name: str) -> Storage | None:
+        """The storage of a module without factors whose values are integers, as those of embeddings are."""
+        storage = None if name in self.ranks else self.quantized.get(name)
+        return None if storage == FP8 else storage
 
     def refuse(self, layer: nn.Module, prefix: str) -> None:
         """Refuse a module, or experts in it, that the checkpoint compresses and the stack has no method for.
@@ -80,8 +81,8 @@ class CheckpointConfig:
                 if name == prefix or (expert != name and expert[:1].isdigit()):
                     raise UnsupportedModelError(
                         f"config.json has {field} for {name}, which {self.stack} serves with {type(layer).__name__}; "
-                        "expected linear layers, and embeddings in int8. Compress without it, or serve this model with "
-                        "transformers."
+                        "expected linear layers, and embeddings in int8 or int4. Compress without it, or serve this "
+                        "model with transformers."
                     )
 
     def refuse_reordered(self, path: str, reordered: Sequence[str], kind: str) -> None:

@@ -6,22 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grasp.errors import CheckpointError
-from grasp.model.quantized_linear import quantized_product
+from grasp.method.storage import Storage
+from grasp.model.quantized_linear import VALUES, quantized_product, quantized_rows
 from grasp.serving.parts import Spec, check_tensor
 
 
-class Int8EmbeddingMethod:
-    """An embedding or output layer with int8 rows, ``weight`` (V, K), and a scale for each, ``weight_scales`` (V, 1).
+class QuantizedEmbeddingMethod:
+    """An embedding or output layer with int8 or int4 rows, ``weight``, and their scales, ``weight_scales``.
 
     The stack shares out the rows between processes. Its own loader of these layers does that for both tensors.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, storage: Storage) -> None:
+        self.name, self.storage = name, storage
 
     def create_weights(
         self,
@@ -36,14 +36,15 @@ class Int8EmbeddingMethod:
         **extra_weight_attrs: Any,
     ) -> None:
         """Create the parameters of the layer; its constructor calls this once."""
-        rows = sum(output_partition_sizes)
+        rows, values = sum(output_partition_sizes), VALUES[self.storage.dtype]
+        columns, scales = self.storage.columns(input_size), self.storage.scales(input_size)
         tensors = {
-            "weight": torch.zeros(rows, input_size_per_partition, dtype=torch.int8),
-            "weight_scales": torch.full((rows, 1), torch.nan, dtype=params_dtype),  # NaN: not loaded
+            "weight": torch.zeros(rows, columns, dtype=values),
+            "weight_scales": torch.full((rows, scales), torch.nan, dtype=params_dtype),  # NaN: not loaded
         }
         stored = {
-            "weight": Spec((layer.org_vocab_size, input_size), torch.int8),
-            "weight_scales": Spec((layer.org_vocab_size, 1)),
+            "weight": Spec((layer.org_vocab_size, columns), values),
+            "weight_scales": Spec((layer.org_vocab_size, scales)),
         }
         for name, tensor in tensors.items():
             parameter: Any = nn.Parameter(tensor, requires_grad=False)
@@ -76,9 +77,7 @@ class Int8EmbeddingMethod:
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """(...) int64 → (..., K) in the dtype of the scales."""
-        return F.embedding(input_, layer.weight).to(layer.weight_scales.dtype) * F.embedding(
-            input_, layer.weight_scales
-        )
+        return quantized_rows(input_, layer.weight, layer.weight_scales, layer.embedding_dim)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., K) → (..., V)."""

@@ -26,7 +26,7 @@ from grasp.errors import CheckpointError, UnsupportedModelError
 from grasp.method.storage import Storage
 from grasp.model.checkpoint_format import METHOD
 from grasp.serving.checkpoint_config import CheckpointConfig
-from grasp.serving.embedding_method import Int8EmbeddingMethod
+from grasp.serving.embedding_method import QuantizedEmbeddingMethod
 from grasp.serving.linear_method import LowRankMethod
 from grasp.serving.shards import WHOLE, Piece, linear_names, output_pieces
 from grasp_kernels import warm_up
@@ -98,9 +98,9 @@ class GraspSglangConfig(CheckpointConfig, QuantizationConfig):
             transposed = () if any(name in self.ranks for name in names) else _TRANSPOSED.get(self.kind, ())
             self.refuse_reordered(prefix, (*_REORDERED.get(self.kind, ()), *transposed), self.kind)
             return GraspLinearMethod(names, self.ranks, self.pivoted, self.quantized)
-        if isinstance(layer, VocabParallelEmbedding) and self.is_int8(prefix):
+        if isinstance(layer, VocabParallelEmbedding) and (storage := self.embedding_storage(prefix)) is not None:
             self.claimed.add(prefix)
-            return GraspEmbeddingMethod(prefix)
+            return GraspEmbeddingMethod(prefix, storage)
         self.refuse(layer, prefix)
         return None
 
@@ -195,8 +195,8 @@ class DenseLinearMethod(UnquantizedLinearMethod):
         super().process_weights_after_loading(layer)
 
 
-class GraspEmbeddingMethod(Int8EmbeddingMethod, QuantizeMethodBase):
-    """An embedding or output layer of SGLang with int8 rows."""
+class GraspEmbeddingMethod(QuantizedEmbeddingMethod, QuantizeMethodBase):
+    """An embedding or output layer of SGLang with quantised rows."""
 
 
 def _passed_bias(layer: LinearBase) -> Tensor | None:

@@ -65,8 +65,8 @@ class GraspVllmConfig(CheckpointConfig, QuantizationConfig):
             self.refuse_reordered(prefix, (*_REORDERED.get(kind, ()), *transposed), kind)
             watch_parents()
             return GraspLinearMethod(names, self.ranks, self.pivoted, self.quantized)
-        if isinstance(layer, VocabParallelEmbedding) and self.is_int8(prefix):
-            return GraspEmbeddingMethod(prefix)
+        if isinstance(layer, VocabParallelEmbedding) and (storage := self.embedding_storage(prefix)) is not None:
+            return GraspEmbeddingMethod(prefix, storage)
         self.refuse(layer, prefix)
         return None
 

@@ -11,13 +11,12 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
-from grasp.method.storage import Storage
 from grasp.model.checkpoint_format import METHOD
-from grasp.serving.embedding_method import Int8EmbeddingMethod
+from grasp.serving.embedding_method import QuantizedEmbeddingMethod
 
 
-class GraspEmbeddingMethod(Int8EmbeddingMethod, QuantizeMethodBase):
-    """An embedding or output layer of vLLM with int8 rows."""
+class GraspEmbeddingMethod(QuantizedEmbeddingMethod, QuantizeMethodBase):
+    """An embedding or output layer of vLLM with quantised rows."""
 
 
 @functools.cache
@@ -33,9 +32,9 @@ def watch_embeddings() -> None:
         config = get_current_vllm_config_or_none()
         own: Any = config and config.quant_config
         stored = own.quantized if own is not None and own.get_name() == METHOD else {}
-        paths = [path for path in stored if path.rpartition(".")[2] == attribute and stored[path] == Storage(8)]
+        paths = [path for path in stored if path.rpartition(".")[2] == attribute]
         if paths:
-            layer.quant_method = GraspEmbeddingMethod(paths[0])
+            layer.quant_method = GraspEmbeddingMethod(paths[0], stored[paths[0]])
             layer.use_fused_embedding = False  # a kernel that reads floating rows
             sizes = (layer.embedding_dim, layer.output_partition_sizes, layer.embedding_dim, layer.output_size)
             layer.quant_method.create_weights(

@@ -95,7 +95,7 @@ def quantize(
 ) -> Quantization:
     """Quantise the linears and embeddings of a model, low-rank or dense, and write it into a new folder.
 
-    Embeddings and the output layer get 8 bits. Norms, biases and the experts of a mixture stay floating. Hidden states
+    Embeddings and the output layer are stored as ``storage_outside`` says. Norms, biases and the experts of a mixture stay floating. Hidden states
     that take more than half of the free CPU memory go to files beside the output.
 
     Args:
@@ -184,6 +184,7 @@ def quantization_text(before: Size, after: Size, stored: str, samples: Samples |
             f"{samples.num_samples} sequences of {samples.seq_len} tokens of {text} (seed {samples.seed})"
         )
     return (
-        f"The linears of the decoder layers are stored as {stored}, {how}. Embeddings and the output layer are int8. "
+        f"The linears of the decoder layers are stored as {stored}, {how}. The output layer is int8, and so are "
+        "embeddings, or int4 if linears are and the two share no weight. "
         f"The model takes {size(after.bytes)}, {after.bytes / before.bytes:.1%} of the {size(before.bytes)} before."
     )

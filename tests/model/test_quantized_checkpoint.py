@@ -236,7 +236,7 @@ def test_modules_that_cannot_be_quantised_so_are_refused(saved: Path) -> None:
             lambda quantized: quantized.update(int4=["lm_head"], int8=["model.embed_tokens"]),
             "different storages for lm_head and model.embed_tokens, which the model ties",
         ),
-        (lambda quantized: quantized.update(int4=["model.embed_tokens"], int8=[]), "for int4; expected int8"),
+        (lambda quantized: quantized.update(fp8=["model.embed_tokens"], int8=[]), "for fp8; expected int8"),
     ):
         (saved / "config.json").write_text(text)
         edit_config(saved, lambda config, edit=edit: edit(config["quantized"]))

@@ -24,7 +24,7 @@ def fill_(layer: nn.Module) -> None:
         if name.endswith("_scales") or name == "bias":
             tensor.data = torch.rand(tensor.shape, generator=generator) / 16
         elif tensor.dtype == torch.uint8:
-            depth = {"U": layer.rank if hasattr(layer, "rank") else 0}.get(name, layer.in_features)
+            depth = layer.counts[name] // len(tensor)
             tensor.data = pack_int4(torch.randint(-8, 8, (len(tensor), depth), generator=generator))
         else:
             tensor.data = torch.randint(-127, 128, tensor.shape, generator=generator).to(tensor.dtype)
@@ -49,11 +49,13 @@ def test_a_quantised_linear_is_a_linear_with_the_dequantised_weight(storage: Sto
     close(layer(x), nn.functional.linear(x, layer.dense_weight(), layer.bias))
 
 
-def test_a_quantised_embedding_gives_scaled_rows() -> None:
-    layer = QuantizedEmbedding(nn.Embedding(10, 6))
+@pytest.mark.parametrize("storage", [Storage(8), Storage(4, 32)], ids=str)
+def test_a_quantised_embedding_gives_scaled_rows(storage: Storage) -> None:
+    layer = QuantizedEmbedding(nn.Embedding(10, 41), storage)
     fill_(layer)
     ids = torch.tensor([[3, 0], [9, 3]])
     torch.testing.assert_close(layer(ids), layer.dense_weight()[ids])
+    assert layer(ids.to(torch.int32)[:0]).shape == (0, 2, 41)
 
 
 @pytest.mark.parametrize("storage", [Storage(8), FP8], ids=str)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from grasp.errors import CheckpointError
 from grasp.method.storage import Storage
-from grasp.serving.embedding_method import Int8EmbeddingMethod
+from grasp.serving.embedding_method import QuantizedEmbeddingMethod
 from grasp.serving.linear_method import LowRankMethod
 from grasp.serving.shards import WHOLE, Piece, output_pieces
 from tests.serving.linears import stored, weight
@@ -70,10 +70,11 @@ def test_a_tensor_that_was_not_loaded_is_named() -> None:
         method.check_loaded(layer)
 
 
-def test_an_int8_embedding_looks_up_and_multiplies_by_its_rows() -> None:
+@pytest.mark.parametrize("storage", [Storage(8), Storage(4, 32)], ids=str)
+def test_an_embedding_looks_up_and_multiplies_by_its_rows(storage: Storage) -> None:
     layer: Any = nn.Module()
-    layer.org_vocab_size = ROWS
-    method, own = Int8EmbeddingMethod("embed"), stored(ROWS, COLUMNS, storage=Storage(8))
+    layer.org_vocab_size, layer.embedding_dim = ROWS, COLUMNS
+    method, own = QuantizedEmbeddingMethod("embed", storage), stored(ROWS, COLUMNS, storage=storage)
     method.create_weights(layer, COLUMNS, [ROWS], COLUMNS, ROWS, torch.float32, weight_loader=torch.Tensor.copy_)
     with pytest.raises(CheckpointError, match=r"embed\.weight_scales is not in the checkpoint"):
         method.process_weights_after_loading(layer)

@@ -157,7 +157,7 @@ def test_a_dense_folder_needs_no_text_with_rounding_to_nearest(tmp_path: Path) -
     arguments = ("quantize", tmp_path / "dense", "--bits", 4, "--group", 32, "--rounding", "nearest")
     text = run(*arguments, "--calibration", "missing.txt", "-o", tmp_path / "out")
     assert "int4/32, nearest" in text
-    assert "embeddings, int8" in text
+    assert "embeddings, int4/32" in text
     found = inspect_checkpoint(tmp_path / "out")
     assert (found.modules, set(found.quantized.values())) == ((), {"int4/32", "int8"})
     assert read_card((tmp_path / "out" / "README.md").read_text()).data.tags == ["grasp", "quantized"]
