@@ -95,8 +95,8 @@ def quantize(
 ) -> Quantization:
     """Quantise the linears and embeddings of a model, low-rank or dense, and write it into a new folder.
 
-    Embeddings and the output layer are stored as ``storage_outside`` says. Norms, biases and the experts of a mixture stay floating. Hidden states
-    that take more than half of the free CPU memory go to files beside the output.
+    Embeddings and the output layer are stored as ``storage_outside`` says. Norms, biases and the experts of a mixture
+    stay floating. Hidden states that take more than half of the free CPU memory go to files beside the output.
 
     Args:
         name: model, as ``load_model`` takes it; ``dtype`` and ``device`` likewise.
