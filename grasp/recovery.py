@@ -1,11 +1,15 @@
-"""GRASP*: recover quality lost in compression by training only the low-rank factors (arXiv 2501.00339)."""
+"""GRASP*: recover quality lost in compression by training only the low-rank factors (arXiv 2501.00339).
+
+Of a quantised model the scales and the norms are trained: its values are whole numbers.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -22,9 +26,9 @@ from grasp.checkpoint.recovery_state import NoRecoveryState, Snapshot
 from grasp.errors import NonFiniteError, UnsupportedModelError
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.masters import Masters
-from grasp.model.quantized_linear import require_floating_factors
+from grasp.model.quantized_linear import QUANTIZED, require_floating_factors
 from grasp.model.running import batch_inputs, evaluating, first_device
-from grasp.model.targets import max_positions
+from grasp.model.targets import decoder, max_positions
 from grasp.progress import Clock, Notify, Progress, no_notify, no_progress
 from grasp.statistics.loss import Teacher, loss_and_grad, sum_nll, vocabulary_size, without_head
 from grasp.statistics.processes import ALONE, Processes
@@ -86,7 +90,7 @@ def recover_(
     state: NoRecoveryState | None = None,
     processes: Processes = ALONE,
 ) -> RecoveryReport:
-    """Train the factors of the low-rank linears of a compressed model in place. All other weights stay unchanged.
+    """Train what ``trained_parameters`` names of a compressed model in place. All other weights stay unchanged.
 
     The loss is the mean negative log-likelihood of the counted tokens of a batch. Dropout is off. The optimizer works
     on fp32 copies of bf16 factors, because its steps are smaller than the precision of bf16. The held-out loss is
@@ -95,7 +99,7 @@ def recover_(
     or is interrupted. ``accelerate launch --mixed_precision bf16`` runs the passes under autocast.
 
     Args:
-        model: a model that ``compress_`` has compressed, in fp32 or bf16.
+        model: a model that ``compress_`` or ``quantize_`` has changed, in fp32 or bf16.
         sequences: training sequences, see ``grasp.training_data``.
         held_out: sequences for the held-out loss.
         config: training settings; ``None`` for ``RecoveryConfig()``.
@@ -107,7 +111,7 @@ def recover_(
         processes: the processes that share each batch. All are given the same arguments; gradients are summed.
 
     Raises:
-        UnsupportedModelError: if the model has no low-rank linears, or they are offloaded.
+        UnsupportedModelError: if the model is neither low-rank nor quantised, or its parameters are offloaded.
         ValueError: if the model is fp16, there are no sequences, one is longer than the model has positions, or the
             teacher has another vocabulary.
         NonFiniteError: if a loss or gradient is NaN or infinite.
@@ -127,7 +131,7 @@ def recover_(
     config = RecoveryConfig() if config is None else config
     state = NoRecoveryState() if state is None else state
     accelerator = Accelerator(cpu=first_device(model).type == "cpu")
-    factors = trainable_factors(model)
+    factors = trained_parameters(model)
     _require_trainable(model, accelerator, sequences, held_out)
     if teacher is not None and vocabulary_size(teacher) != vocabulary_size(model):
         raise ValueError(
@@ -138,11 +142,35 @@ def recover_(
     with evaluating(model), evaluating(model if teacher is None else teacher):
         training = _Training(model, teacher, factors, sequences, held_out, config, accelerator, processes)
         _resume_(training, state, clock)
-        for factor in factors.values():
-            factor.requires_grad_(True)
-        _train_(training, state, clock, progress, notify)
+        with _requiring_gradients(factors.values()):
+            _train_(training, state, clock, progress, notify)
         training.use_best_factors_()
     return training.report(clock)
+
+
+@contextmanager
+def _requiring_gradients(parameters: Collection[nn.Parameter]) -> Iterator[None]:
+    before = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    yield
+    for parameter, flag in zip(parameters, before, strict=True):
+        parameter.requires_grad_(flag)
+
+
+def trained_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """What ``recover_`` trains, by path: factors, or the scales, norms and biases in the layers of a quantised model.
+
+    Raises:
+        UnsupportedModelError: if the model is neither low-rank nor quantised, or they are offloaded.
+    """
+    if not any(isinstance(module, QUANTIZED) for module in model.modules()):
+        return trainable_factors(model)
+    layers = decoder(model)
+    named = {f"{layers.path}.{name}": parameter for name, parameter in layers.layers.named_parameters()}
+    parameters = {name: p for name, p in named.items() if name.endswith("_scales") or p.dim() == 1}
+    _require_at_hand(parameters)
+    return parameters
 
 
 def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -163,13 +191,17 @@ def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no low-rank linears to train; expected a model that grasp has compressed"
         )
-    if offloaded := [name for name, factor in factors.items() if factor.is_meta]:
-        raise UnsupportedModelError(f"{offloaded[0]} is offloaded; load the model without offloading to train it")
+    _require_at_hand(factors)
     if whole := [name for name, factor in factors.items() if not factor.is_floating_point()]:
         raise UnsupportedModelError(
             f"{whole[0]} has the dtype {factors[whole[0]].dtype}; expected factors of a floating-point dtype"
         )
     return factors
+
+
+def _require_at_hand(parameters: Mapping[str, nn.Parameter]) -> None:
+    if offloaded := [name for name, parameter in parameters.items() if parameter.is_meta]:
+        raise UnsupportedModelError(f"{offloaded[0]} is offloaded; load the model without offloading to train it")
 
 
 def _require_trainable(
@@ -378,7 +410,7 @@ class _Training:
         return RecoveryReport(
             config=dataclasses.asdict(self.config),
             distilled=self.teacher is not None,
-            factors=len(self.factors) // 2,
+            factors=sum(name.endswith(".Vh") for name in self.factors),
             trained_parameters=sum(factor.numel() for factor in self.factors.values()),
             steps=self.steps,
             curve=tuple(self.curve),

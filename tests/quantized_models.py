@@ -35,7 +35,7 @@ def quantized_model(
     low_rank: bool = True,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """A model rounded to nearest, embeddings and output layer in int8; layer 1 is low-rank, and layer 2 pivoted."""
+    """A model rounded to nearest, embeddings and output layer too; layer 1 is low-rank, and layer 2 pivoted."""
     model = tiny_model(family, **overrides)
     if dtype != torch.float32:  # like a loaded checkpoint of that dtype: rotary frequencies stay in fp32
         model = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=dtype)

@@ -23,11 +23,19 @@ from grasp.config import GraspConfig
 from grasp.errors import NonFiniteError, ResumeError, UnsupportedModelError
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.masters import Masters, units
-from grasp.recovery import RecoveryConfig, learning_rate_at, planned_steps, recover_, trainable_factors
+from grasp.recovery import (
+    RecoveryConfig,
+    learning_rate_at,
+    planned_steps,
+    recover_,
+    trainable_factors,
+    trained_parameters,
+)
 from grasp.statistics.processes import Processes
 from grasp.training_data import TrainingSequence, collate
 from tests import many_processes
 from tests.interrupted import stored
+from tests.quantized_models import quantized_model
 from tests.tiny_models import VOCABULARY, tiny_batches, tiny_model
 
 CONFIG = RecoveryConfig(learning_rate=0.1, batch_size=4, micro_batch_size=2, tokens=4 * 12 * 20)
@@ -82,6 +90,21 @@ def test_the_loss_falls_and_only_the_factors_change(family: str) -> None:
     assert report.factors == sum(isinstance(module, LowRankLinear) for module in model.modules()) > 0
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) == (name not in factors), name
+
+
+@pytest.mark.parametrize(("family", "storage"), [("llama", "int4/32"), ("gemma3", "int8")])
+def test_of_a_quantised_model_scales_norms_and_biases_are_trained(family: str, storage: str) -> None:
+    model = quantized_model(family, storage)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = recover_(model, TRAIN, HELD_OUT, dataclasses.replace(CONFIG, learning_rate=0.03))
+    assert report.loss_after < report.loss_before - 0.03
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == trained_parameters(model).keys()
+    layers = {name for name in before if ".layers." in name}
+    assert changed == {name for name in layers if name.endswith(("_scales", "norm.weight"))}
+    assert report.trained_parameters == sum(before[name].numel() for name in changed)
+    assert report.factors == 0
+    assert not any(model.get_parameter(name).requires_grad for name in changed if name.endswith("_scales"))
 
 
 def divergence(model: PreTrainedModel, teacher: PreTrainedModel) -> float:

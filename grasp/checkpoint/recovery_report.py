@@ -32,8 +32,8 @@ class RecoveryReport:
 
     Attributes:
         config: the ``RecoveryConfig``.
-        factors: number of low-rank linears that were trained.
-        trained_parameters: number of parameters in their factors.
+        factors: number of low-rank linears that were trained; 0 for a quantised model.
+        trained_parameters: number of parameters in their factors, or of scales, norms and biases.
         steps: planned optimizer steps.
         curve: the evaluations of the held-out loss, the first one before training.
         best_step: the step with the lowest held-out loss, whose factors the model has; 0 if training did not help.

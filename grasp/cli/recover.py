@@ -17,7 +17,8 @@ _data = partial(typer.Option, rich_help_panel="Data")
 _training = partial(typer.Option, rich_help_panel="Training")
 
 Directory = Annotated[
-    Path, typer.Argument(metavar="DIR", help="Checkpoint that grasp compress has written.", show_default=False)
+    Path,
+    typer.Argument(metavar="DIR", help="Checkpoint of grasp compress or grasp quantize.", show_default=False),
 ]
 Text = Annotated[str, _data(metavar="FILE|NAME", help="Training text: a text file, wikitext2, c4, or builtin.")]
 Instructions = Annotated[
@@ -63,7 +64,7 @@ def recover(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Recover quality lost in compression: train only the low-rank factors of a checkpoint.
+    """Recover quality lost in compression: train the low-rank factors of a checkpoint, or scales of a quantised one.
 
     5 % of the sequences (at most 32) are held out. Training stops when the held-out loss stops improving, and the
     best factors are saved.

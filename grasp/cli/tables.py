@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from grasp.checkpoint.compression_report import CompressionReport
+    from grasp.checkpoint.recovery_report import RecoveryReport
     from grasp.method.cost_table import CostTable
     from grasp.workflows.compress import Compression
     from grasp.workflows.convert import Conversion
@@ -160,13 +161,17 @@ def _perplexity_facts(result: Evaluation) -> list[tuple[str, str]]:
     ]
 
 
+def _trained(report: RecoveryReport) -> str:
+    return f"in {report.factors} low-rank linears" if report.factors else "scales and norms of a quantised model"
+
+
 def show_recovery(result: Recovery) -> None:
     """Show the training, the held-out loss before and after, and the checkpoint folder."""
     report = result.report
     early = "" if report.steps_done == report.steps else f" of {report.steps}: the held-out loss stopped falling"
     print_facts(
         [
-            ("factors", f"{count(report.trained_parameters)} parameters of {report.factors} low-rank linears"),
+            ("parameters", f"{count(report.trained_parameters)} {_trained(report)}"),
             ("trained on", f"{count(report.tokens)} tokens in {report.steps_done} steps{early}"),
             (
                 "held-out loss",

@@ -55,6 +55,8 @@ class Masters:
 def units(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Two tensors whose product has the units of each entry: those of the rows, (N, 1), and of the columns, (1, K).
 
+    All entries of a vector have the same units.
+
     Example:
         >>> rows, columns = units(torch.tensor([[3.0, 0.03], [4.0, 0.04]]))
         >>> (rows * columns).round(decimals=2)
@@ -63,5 +65,5 @@ def units(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     squares = matrix.to(torch.promote_types(matrix.dtype, torch.float32)).square()
     mean = squares.mean().clamp_min(_SMALLEST**2)
-    rows, columns = (squares.mean(dim, keepdim=True) / mean for dim in (1, 0))
+    rows, columns = (squares.mean(dim, keepdim=True) / mean for dim in (-1, 0))
     return (rows.clamp_min(_SMALLEST**2) * mean).sqrt(), columns.clamp_min(_SMALLEST**2).sqrt()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
 
 VALUES = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}  # by the dtype of a file
+
+
+def takes_gradient(scales: Tensor) -> bool:
+    """Whether a call of now must be differentiable with respect to scales, which the kernels are not."""
+    return scales.requires_grad and torch.is_grad_enabled()
 
 
 def _fixed(*shape: int, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Parameter:
@@ -63,8 +69,8 @@ class _Quantized(nn.Module):
 class QuantizedLowRankLinear(_Quantized):
     """A ``LowRankLinear`` whose factors are quantised.
 
-    The parameters are U and Vh, with ``U_scales`` and ``Vh_scales``, and bias (N,) or ``None``; none takes a gradient.
-    The buffer ``order`` is that of a pivoted layer. In training mode gradients flow to the input.
+    The parameters are U and Vh, with ``U_scales`` and ``Vh_scales``, and bias (N,) or ``None``. Gradients flow to the
+    input, and to scales that require them. The buffer ``order`` is that of a pivoted layer.
 
     Args:
         layer: gives shape, rank, form, bias and dtype of the scales; its factors are not read.
@@ -107,7 +113,12 @@ class QuantizedLowRankLinear(_Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
+        if takes_gradient(self.U_scales):
+            return checkpoint(self._differentiable, x, use_reentrant=False)
         return lowrank_linear(x, *self.factors, backend=self.backend)
+
+    def _differentiable(self, x: Tensor) -> Tensor:
+        return lowrank_linear(x, *self.factors.dequantized(self.in_features, x.dtype), backend=self.backend)
 
     def dequantized(self) -> LowRankLinear:
         """The layer with floating factors, in the dtype of the scales."""
@@ -163,8 +174,9 @@ def quantized_product(
 class QuantizedLinear(_Quantized):
     """A dense linear whose weight is quantised.
 
-    The parameters are weight, (N, K) int8 or (N, ⌈K / 2⌉) uint8, ``weight_scales``, and bias (N,) or ``None``; none
-    takes a gradient. Few rows are multiplied by the kernel of the low-rank linears, see ``quantized_product``.
+    The parameters are weight, (N, K) int8 or (N, ⌈K / 2⌉) uint8, ``weight_scales``, and bias (N,) or ``None``.
+    Gradients flow to the input, and to scales that require them. Few rows are multiplied by the kernel of the low-rank
+    linears, see ``quantized_product``.
 
     Args:
         linear: gives shape, bias and dtype of the scales; its weight is not read.
@@ -200,7 +212,12 @@ class QuantizedLinear(_Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
+        if takes_gradient(self.weight_scales):
+            return checkpoint(self._differentiable, x, use_reentrant=False)
         return quantized_product(x, self.weight, self.weight_scales, self.bias, self.others, self.order)
+
+    def _differentiable(self, x: Tensor) -> Tensor:
+        return F.linear(x, dequantize(self.weight, self.weight_scales, self.in_features, x.dtype), self.bias)
 
     def dense_weight(self) -> Tensor:
         """The weight, (N, K) in fp32 (fp64 for fp64)."""

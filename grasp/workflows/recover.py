@@ -1,4 +1,4 @@
-"""``grasp recover``: a compressed checkpoint and training data → a checkpoint with trained factors."""
+"""``grasp recover``: a compressed checkpoint and training data → a checkpoint with trained factors or scales."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from grasp.errors import CheckpointError
 from grasp.files import expanded, remove_abandoned
 from grasp.loading import load_quietly
 from grasp.progress import Notify, Progress, no_notify, no_progress
-from grasp.recovery import RecoveryConfig, recover_, recovery_fingerprint, trainable_factors
+from grasp.recovery import RecoveryConfig, recover_, recovery_fingerprint, trained_parameters
 from grasp.statistics.processes import ALONE, Processes
 from grasp.training_data import TrainingSequence, hold_out, instruction_sequences, pack_text, read_instructions
 from grasp.workflows.convert import LICENSES
@@ -95,7 +95,7 @@ def recover(
     notify: Notify = no_notify,
     processes: Processes = ALONE,
 ) -> Recovery:
-    """Train the factors of a compressed checkpoint, and write the result into a new folder.
+    """Train the factors or the scales of a compressed checkpoint, and write the result into a new folder.
 
     The run folder ``OUTPUT.partial`` stores the progress until the checkpoint is written; the same call resumes from
     it. Rank 0 writes. ``teacher`` is the name of a model, see ``recover_``.
@@ -120,7 +120,7 @@ def recover(
             remove_abandoned(target)  # all processes have checked the folder, which makes a temporary of the same name
         with within_memory(config.micro_batch_size, data.seq_len):
             model, tokenizer = load_quietly(str(directory), dtype=dtype, device=device, progress=progress)
-            trainable_factors(model)  # raises before the text is read, which takes long
+            trained_parameters(model)  # raises before the text is read, which takes long
             dense = None
             if teacher is not None:
                 dense, _ = load_quietly(teacher, dtype=dtype, device=device, progress=progress)
@@ -176,8 +176,9 @@ def _write(
 
 def _card_section(data: TrainingData, report: RecoveryReport) -> str:
     towards = ", towards the predictions of the dense model" if report.distilled else ""
+    trained = "the low-rank factors" if report.factors else "the scales of quantised weights and the norms"
     text = (
-        f"After compression, the low-rank factors ({report.trained_parameters:,} parameters) were trained "
+        f"After compression, {trained} ({report.trained_parameters:,} parameters) were trained "
         f"on {report.tokens:,} tokens of {data} (sequences of {data.seq_len} tokens, {report.config['batch_size']} per "
         f"step, AdamW, learning rate {report.config['learning_rate']:g}{towards}). All other weights are unchanged. "
         f"The loss on held-out sequences of the same data went from {report.loss_before:.4f} to "

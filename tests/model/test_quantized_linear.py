@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from grasp.method.storage import FP8, Storage
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedLowRankLinear
+from grasp.model.quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedLowRankLinear, quantized_like
 from grasp_kernels.quantized import pack_int4
 from tests.quantized_models import quantized_model
 
@@ -38,6 +39,31 @@ def test_a_quantised_low_rank_layer_is_its_dequantised_layer(storage: Storage, p
     x = torch.randn(3, 41)
     close(layer(x), layer.dequantized()(x))
     close(layer(x), nn.functional.linear(x, layer.dense_weight(), layer.bias))
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_scales_that_require_gradients_get_those_of_the_dequantised_layer(storage: Storage, low_rank: bool) -> None:
+    layer: Any = quantized_like(LowRankLinear(41, 20, 7, pivoted=True) if low_rank else nn.Linear(41, 20), storage)
+    fill_(layer)
+    scales = [tensor for name, tensor in layer.named_parameters() if name.endswith("_scales")]
+    x, weights = torch.randn(3, 41), torch.randn(3, 20)
+    expected = []
+    for tensor in scales:  # the output is linear in each of them
+        tensor.data, before = torch.zeros_like(tensor), tensor.data
+        zero = layer(x)
+        units = torch.eye(tensor.numel()).view(-1, *tensor.shape)
+        outputs = []
+        for unit in units:
+            tensor.data = unit
+            outputs.append(((layer(x) - zero) * weights).sum())
+        expected.append(torch.stack(outputs).view(tensor.shape))
+        tensor.data = before
+    for tensor in scales:
+        tensor.requires_grad_(True)
+    (layer(x) * weights).sum().backward()
+    for tensor, gradient in zip(scales, expected, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("rows", [1, 300])

@@ -59,7 +59,7 @@ def save_compressed(
 ) -> Path:
     """A tiny random checkpoint with some linears low-rank, of which every second one is pivoted.
 
-    With a ``storage``, all linears are quantised, and embeddings and the output layer in int8.
+    With a ``storage``, all linears are quantised, and embeddings and the output layer.
     """
     model = tiny_model(family, dtype, **{**SHAPES[family], **shape})
     for number, (name, rank) in enumerate((RANKS[family] if ranks is None else ranks).items()):

@@ -38,7 +38,7 @@ def test_two_processes_give_the_tokens_of_transformers(family: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("family", "storage", "tied"), [("mixtral", Storage(8), False), ("llama", Storage(4, 64), True)]
+    ("family", "storage", "tied"), [("mixtral", Storage(4, 32), False), ("llama", Storage(4, 64), True)]
 )
 def test_quantised_checkpoints_give_the_tokens_of_transformers(
     family: str, storage: Storage, tied: bool, tmp_path: Path

@@ -62,14 +62,20 @@ def test_every_process_computes_its_outputs_of_quantised_low_rank_and_dense_part
 VOCABULARY, PADDED = 50, 64
 
 
-def embedding(kind: type[VocabParallelEmbedding], path: str, start: int = 0, rows: int = PADDED) -> Any:
+def embedding(
+    kind: type[VocabParallelEmbedding],
+    path: str,
+    start: int = 0,
+    rows: int = PADDED,
+    storage: Storage = Storage(8),  # noqa: B008
+) -> Any:
     """A quantised embedding or output layer that has ``rows`` rows, padded, from row ``start``."""
     layer = object.__new__(kind)
     nn.Module.__init__(layer)
     stop = min(VOCABULARY, start + rows)
     layer.shard_indices = SimpleNamespace(org_vocab_start_index=start, org_vocab_end_index=stop)
-    layer.org_vocab_size = VOCABULARY
-    config = GraspVllmConfig({}, (), {"model.embed_tokens": Storage(8), "lm_head": Storage(8)})
+    layer.org_vocab_size, layer.embedding_dim = VOCABULARY, HIDDEN
+    config = GraspVllmConfig({}, (), {"model.embed_tokens": storage, "lm_head": storage})
     layer.quant_method = config.get_quant_method(layer, path)
     assert isinstance(layer.quant_method, GraspEmbeddingMethod)
     sizes = (HIDDEN, [rows], HIDDEN, PADDED)
@@ -77,17 +83,18 @@ def embedding(kind: type[VocabParallelEmbedding], path: str, start: int = 0, row
     return layer
 
 
-def test_a_process_embeds_its_rows_and_gives_their_logits() -> None:
-    held = matrix("weight", VOCABULARY, HIDDEN, Storage(8))
+@pytest.mark.parametrize("storage", [Storage(8), Storage(4, 32)], ids=str)
+def test_a_process_embeds_its_rows_and_gives_their_logits(storage: Storage) -> None:
+    held = matrix("weight", VOCABULARY, HIDDEN, storage)
     whole, x = F.pad(weight(held, HIDDEN), (0, 0, 0, PADDED - VOCABULARY)), torch.randn(5, HIDDEN)
     for start in (0, 32):
-        layer = embedding(VocabParallelEmbedding, "model.embed_tokens", start, 32)
+        layer = embedding(VocabParallelEmbedding, "model.embed_tokens", start, 32, storage)
         for name, tensor in held.items():
             load(layer, name, tensor)
         layer.quant_method.process_weights_after_loading(layer)
         ids = torch.tensor([[3, 0], [17, 3]])
         torch.testing.assert_close(layer.quant_method.embedding(layer, ids), whole[start + ids])
-        head = layer.quant_method.tie_weights(embedding(ParallelLMHead, "lm_head", start, 32), layer)
+        head = layer.quant_method.tie_weights(embedding(ParallelLMHead, "lm_head", start, 32, storage), layer)
         expected = F.linear(x, whole[start : start + 32])
         torch.testing.assert_close(head.quant_method.apply(head, x), expected, rtol=1e-4, atol=1e-3)
 
@@ -107,7 +114,7 @@ def test_an_embedding_that_is_not_quantised_is_left_to_vllm() -> None:
     assert GraspVllmConfig({"m.o_proj": 4}, (), {"m.o_proj": Storage(8)}).get_quant_method(layer, "lm_head") is None
 
 
-@pytest.mark.parametrize(("ranks", "storage"), [({"lm_head": 4}, Storage(8)), ({}, Storage(4, 64))])
+@pytest.mark.parametrize(("ranks", "storage"), [({"lm_head": 4}, Storage(8)), ({}, FP8)])
 def test_an_output_layer_of_another_kind_is_refused(ranks: dict[str, int], storage: Storage) -> None:
     with pytest.raises(UnsupportedModelError, match=r"for lm_head, .* ParallelLMHead; .* embeddings in int8"):
         GraspVllmConfig(ranks, (), {"lm_head": storage}).get_quant_method(object.__new__(ParallelLMHead), "lm_head")

@@ -19,11 +19,13 @@ from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.checkpoint.recovery_report import RecoveryReport
 from grasp.config import GraspConfig
 from grasp.errors import CheckpointError, ResumeError, TrainingDataError, UnsupportedModelError
+from grasp.method.storage import Storage
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.recovery import RecoveryConfig
 from grasp.workflows import recover as recovery_job
 from grasp.workflows.compress import compress
 from grasp.workflows.convert import convert
+from grasp.workflows.quantize import quantize
 from grasp.workflows.samples import Samples
 from tests import command_line
 
@@ -51,8 +53,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def recover(place: Path, output: Path, *options: object) -> Result:
-    arguments = ("recover", place / "small", "-o", output, "--text", place / "text.txt", *OPTIONS, *options)
+def recover(place: Path, output: Path, *options: object, source: str = "small") -> Result:
+    arguments = ("recover", place / source, "-o", output, "--text", place / "text.txt", *OPTIONS, *options)
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
@@ -106,11 +108,24 @@ def test_a_pivoted_checkpoint_stays_pivoted(place: Path, tmp_path: Path) -> None
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_a_quantised_checkpoint_is_trained(place: Path, tmp_path: Path) -> None:
+    quantize(str(place / "small"), place / "int4", Storage(4, 32), Samples(), rounding="nearest")
+    result = recover(place, tmp_path / "out", source="int4")
+    assert "scales and norms of a quantised model" in result.stdout
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "the scales of quantised weights and the norms" in card
+    tensors = [load_file(folder / "model.safetensors") for folder in (place / "int4", tmp_path / "out")]
+    changed = {name for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1][name])}
+    assert any(name.endswith("Vh_scales") for name in changed)
+    assert all(name.endswith(("_scales", "norm.weight")) for name in changed)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def test_the_result_is_shown(place: Path, tmp_path: Path) -> None:
     result = recover(place, tmp_path / "out", "--instructions", place / "some.jsonl", "--seq-len", 128, "--tokens", 500)
     assert result.exit_code == 0, result.exception
     for words in (
-        "parameters of 14 low-rank linears",
+        "in 14 low-rank linears",
         "held-out loss",
         "nats per token, after step",
         "in the mean of 6",
