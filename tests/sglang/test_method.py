@@ -146,12 +146,13 @@ def test_a_replicated_linear_is_whole_in_every_process() -> None:
         torch.testing.assert_close(layer(x)[0], x @ weight(own, HIDDEN).mT, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("storage", [Storage(8), Storage(4, 32)], ids=str)
 @pytest.mark.parametrize("size", [1, 2])
-def test_an_int8_embedding_gives_dequantised_rows(size: int) -> None:
-    own, total, tokens = stored(64 * size, HIDDEN, storage=Storage(8)), 0, torch.tensor([[3, 60], [1, 64 * size - 1]])
+def test_a_quantised_embedding_gives_dequantised_rows(size: int, storage: Storage) -> None:
+    own, total, tokens = stored(64 * size, HIDDEN, storage=storage), 0, torch.tensor([[3, 60], [1, 64 * size - 1]])
     for rank in range(size):
         with process(rank, size):
-            config = GraspSglangConfig({}, (), {"embed": Storage(8)})
+            config = GraspSglangConfig({}, (), {"embed": storage})
             layer = VocabParallelEmbedding(
                 64 * size, HIDDEN, params_dtype=torch.float32, quant_config=config, prefix="embed"
             )
