@@ -46,8 +46,8 @@ class RecoveryConfig:
 
     Args:
         learning_rate: peak learning rate, relative to the size of an entry's row and column, see
-            ``grasp.model.masters``. Pivoted factors are nearly as many as the weights: ten times the default
-            ruins those of SmolLM2-135M (docs/study.md). A few factors stand that.
+            ``grasp.model.masters``. The default is for pivoted factors, which are nearly as many as the weights: 2.5e-4
+            is too high for those of Gemma-3-270M (docs/study.md). A few factors stand ten times as much.
         tokens: training tokens, repetitions included; ``None`` for one pass over the sequences.
         batch_size: sequences per optimizer step, over all processes.
         micro_batch_size: sequences per forward pass; gradients are accumulated. Memory limits it.
@@ -64,7 +64,7 @@ class RecoveryConfig:
         ValueError: learning_rate must be a positive number, got 0
     """
 
-    learning_rate: float = 2.5e-4
+    learning_rate: float = 1e-4
     tokens: int | None = None
     batch_size: int = 16
     micro_batch_size: int = 4

@@ -41,7 +41,7 @@ TeacherName = Annotated[
         show_default=False,
     ),
 ]
-LearningRate = Annotated[float, _training(help="Peak learning rate, relative to the root mean square of each factor.")]
+LearningRate = Annotated[float, _training(help="Peak learning rate, relative to the sizes of rows and columns.")]
 BatchSize = Annotated[int, _training(max=MOST, help="Sequences per optimizer step, over all processes.")]
 MicroBatchSize = Annotated[int, _training(max=MOST, help="Sequences per forward pass; memory limits it.")]
 Seed = Annotated[int, _training(min=-MOST, max=MOST, help="Seed of the order of the sequences.")]
@@ -56,7 +56,7 @@ def recover(
     tokens: Tokens = None,
     seq_len: SeqLen = 512,
     teacher: TeacherName = None,
-    learning_rate: LearningRate = 2.5e-4,
+    learning_rate: LearningRate = 1e-4,
     batch_size: BatchSize = 16,
     micro_batch_size: MicroBatchSize = 4,
     seed: Seed = 0,
@@ -85,7 +85,7 @@ def recover(
 
     [dim]Train a checkpoint of --preset paper on instructions, as in the paper:[/dim]
 
-    $ grasp recover small -o recovered --instructions alpaca.jsonl --seq-len 256 --batch-size 32 --learning-rate 2.5e-3
+    $ grasp recover small -o recovered --instructions alpaca.jsonl --seq-len 256 --batch-size 32 --learning-rate 1e-3
 
     [dim]Use two processes, which share each batch:[/dim]
 

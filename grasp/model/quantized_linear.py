@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import UnsupportedModelError
@@ -22,6 +21,7 @@ from grasp_kernels.dispatch import CPU_ROWS_QUANTIZED
 from grasp_kernels.quantized import dequantize
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
     from typing_extensions import Self  # typing has it from Python 3.11 on
 
 VALUES = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}  # by the dtype of a file
