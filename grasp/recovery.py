@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -23,18 +22,20 @@ from transformers import PreTrainedModel
 from grasp.checkpoint.fingerprint import model_fingerprint
 from grasp.checkpoint.recovery_report import Point, RecoveryReport
 from grasp.checkpoint.recovery_state import NoRecoveryState, Snapshot
-from grasp.errors import NonFiniteError, UnsupportedModelError
-from grasp.model.lowrank_linear import LowRankLinear
+from grasp.errors import NonFiniteError
 from grasp.model.masters import Masters
-from grasp.model.quantized_linear import QUANTIZED, require_floating_factors
+from grasp.model.quantized_linear import is_quantized
 from grasp.model.running import batch_inputs, evaluating, first_device
-from grasp.model.targets import decoder, max_positions
+from grasp.model.targets import max_positions
+from grasp.model.trainable import requiring_gradients, trained_parameters
+from grasp.model.trainable import trainable_factors as trainable_factors  # the public name
 from grasp.progress import Clock, Notify, Progress, no_notify, no_progress
 from grasp.statistics.loss import Teacher, loss_and_grad, sum_nll, vocabulary_size, without_head
 from grasp.statistics.processes import ALONE, Processes
 from grasp.training_data import TrainingSequence, collate, digest, shuffled
 
 WARM_UP = 0.05  # fraction of the steps
+FACTORS_RATE, SCALES_RATE = 1e-4, 1e-3  # learning rates
 MAX_GRAD_NORM = 1.0
 EVALUATIONS = 10  # of the held-out loss, besides the one before training
 PATIENCE = 5  # training stops after this many evaluations in a row without an improvement
@@ -46,8 +47,9 @@ class RecoveryConfig:
 
     Args:
         learning_rate: peak learning rate, relative to the size of an entry's row and column, see
-            ``grasp.model.masters``. The default is for pivoted factors, which are nearly as many as the weights: 2.5e-4
-            is too high for those of Gemma-3-270M (docs/study.md). A few factors stand ten times as much.
+            ``grasp.model.masters``. ``None``: 1e-4 for factors, 1e-3 for the scales of a quantised model. Pivoted
+            factors are nearly as many as the weights: 2.5e-4 is too high for those of Gemma-3-270M (docs/study.md).
+            A few factors stand ten times as much.
         tokens: training tokens, repetitions included; ``None`` for one pass over the sequences.
         batch_size: sequences per optimizer step, over all processes.
         micro_batch_size: sequences per forward pass; gradients are accumulated. Memory limits it.
@@ -64,15 +66,16 @@ class RecoveryConfig:
         ValueError: learning_rate must be a positive number, got 0
     """
 
-    learning_rate: float = 1e-4
+    learning_rate: float | None = None
     tokens: int | None = None
     batch_size: int = 16
     micro_batch_size: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate must be a positive number, got {self.learning_rate}")
+        rate = 1.0 if self.learning_rate is None else self.learning_rate
+        if not (math.isfinite(rate) and rate > 0):
+            raise ValueError(f"learning_rate must be a positive number, got {rate}")
         for name in ("tokens", "batch_size", "micro_batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -142,66 +145,10 @@ def recover_(
     with evaluating(model), evaluating(model if teacher is None else teacher):
         training = _Training(model, teacher, factors, sequences, held_out, config, accelerator, processes)
         _resume_(training, state, clock)
-        with _requiring_gradients(factors.values()):
+        with requiring_gradients(factors.values()):
             _train_(training, state, clock, progress, notify)
         training.use_best_factors_()
     return training.report(clock)
-
-
-@contextmanager
-def _requiring_gradients(parameters: Collection[nn.Parameter]) -> Iterator[None]:
-    before = [parameter.requires_grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    yield
-    for parameter, flag in zip(parameters, before, strict=True):
-        parameter.requires_grad_(flag)
-
-
-def trained_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """What ``recover_`` trains, by path: factors, or the scales, norms and biases in the layers of a quantised model.
-
-    Raises:
-        UnsupportedModelError: if the model is neither low-rank nor quantised, or they are offloaded.
-    """
-    if not any(isinstance(module, QUANTIZED) for module in model.modules()):
-        return trainable_factors(model)
-    layers = decoder(model)
-    named = {f"{layers.path}.{name}": parameter for name, parameter in layers.layers.named_parameters()}
-    parameters = {name: p for name, p in named.items() if name.endswith("_scales") or p.dim() == 1}
-    _require_at_hand(parameters)
-    return parameters
-
-
-def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The factors U and Vh of all low-rank linears, by path.
-
-    Raises:
-        UnsupportedModelError: if there are none, or they are offloaded, quantised, or of no floating-point dtype.
-
-    Example:
-        >>> from grasp import LowRankLinear
-        >>> list(trainable_factors(torch.nn.Sequential(LowRankLinear(8, 6, rank=2))))
-        ['0.U', '0.Vh']
-    """
-    linears = {path: module for path, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    factors = {f"{path}.{name}": getattr(linear, name) for path, linear in linears.items() for name in ("U", "Vh")}
-    require_floating_factors(model)
-    if not factors:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no low-rank linears to train; expected a model that grasp has compressed"
-        )
-    _require_at_hand(factors)
-    if whole := [name for name, factor in factors.items() if not factor.is_floating_point()]:
-        raise UnsupportedModelError(
-            f"{whole[0]} has the dtype {factors[whole[0]].dtype}; expected factors of a floating-point dtype"
-        )
-    return factors
-
-
-def _require_at_hand(parameters: Mapping[str, nn.Parameter]) -> None:
-    if offloaded := [name for name, parameter in parameters.items() if parameter.is_meta]:
-        raise UnsupportedModelError(f"{offloaded[0]} is offloaded; load the model without offloading to train it")
 
 
 def _require_trainable(
@@ -281,7 +228,8 @@ class _Training:
         self.accelerator, self.processes = accelerator, processes
         self.steps = planned_steps(sequences, config)
         self.masters = Masters(factors)
-        self.optimizer = torch.optim.AdamW(list(self.masters.values.values()), lr=config.learning_rate, fused=True)
+        self.rate = config.learning_rate or (SCALES_RATE if is_quantized(model) else FACTORS_RATE)
+        self.optimizer = torch.optim.AdamW(list(self.masters.values.values()), lr=self.rate, fused=True)
         self.step = self.tokens = 0
         self.loss, self.targets = 0.0, 0  # summed since the last evaluation
         self.curve: list[Point] = []
@@ -329,7 +277,7 @@ class _Training:
                 "learning_rate, or check the model and the data"
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.step, self.steps, self.config.learning_rate)
+            group["lr"] = learning_rate_at(self.step, self.steps, self.rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.masters.write_back_()
@@ -408,7 +356,7 @@ class _Training:
     def report(self, clock: Clock) -> RecoveryReport:
         """The report of a training that has ended."""
         return RecoveryReport(
-            config=dataclasses.asdict(self.config),
+            config={**dataclasses.asdict(self.config), "learning_rate": self.rate},
             distilled=self.teacher is not None,
             factors=sum(name.endswith(".Vh") for name in self.factors),
             trained_parameters=sum(factor.numel() for factor in self.factors.values()),

@@ -23,13 +23,13 @@ from grasp.config import GraspConfig
 from grasp.errors import NonFiniteError, ResumeError, UnsupportedModelError
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.masters import Masters, units
+from grasp.model.trainable import trained_parameters
 from grasp.recovery import (
     RecoveryConfig,
     learning_rate_at,
     planned_steps,
     recover_,
     trainable_factors,
-    trained_parameters,
 )
 from grasp.statistics.processes import Processes
 from grasp.training_data import TrainingSequence, collate

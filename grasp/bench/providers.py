@@ -22,7 +22,7 @@ from grasp.model.grouping import group_linears_
 from grasp.model.kernel_linear import use_kernel_
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear, set_backend_
-from grasp.model.quantized_linear import QUANTIZED, QuantizedEmbedding, QuantizedLowRankLinear
+from grasp.model.quantized_linear import QuantizedEmbedding, QuantizedLowRankLinear, is_quantized
 from grasp.model.size import parameter_count
 from grasp.model.targets import decoder, layer_targets
 from grasp.progress import Progress, no_progress
@@ -135,7 +135,7 @@ def low_rank_layers(dense: PreTrainedModel, compressed: PreTrainedModel, name: s
             dense_parameters += math.prod(shape)
         layers += [index] if linears else []
     shorter = len(decoder(compressed).layers) < len(decoder(dense).layers)
-    if not layers and not shorter and not any(isinstance(module, QUANTIZED) for module in compressed.modules()):
+    if not layers and not shorter and not is_quantized(compressed):
         raise CheckpointError(f"{name} has no low-rank layers; expected a folder from grasp compress or quantize")
     expected = dense.get_input_embeddings().get_parameter("weight").float()
     embedding = compressed.get_input_embeddings()

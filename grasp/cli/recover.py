@@ -41,7 +41,14 @@ TeacherName = Annotated[
         show_default=False,
     ),
 ]
-LearningRate = Annotated[float, _training(help="Peak learning rate, relative to the sizes of rows and columns.")]
+LearningRate = Annotated[
+    float | None,
+    _training(
+        help="Peak learning rate, relative to the sizes of rows and columns. Default: 1e-4 for factors, 1e-3 for the "
+        "scales of a quantised checkpoint.",
+        show_default=False,
+    ),
+]
 BatchSize = Annotated[int, _training(max=MOST, help="Sequences per optimizer step, over all processes.")]
 MicroBatchSize = Annotated[int, _training(max=MOST, help="Sequences per forward pass; memory limits it.")]
 Seed = Annotated[int, _training(min=-MOST, max=MOST, help="Seed of the order of the sequences.")]
@@ -56,7 +63,7 @@ def recover(
     tokens: Tokens = None,
     seq_len: SeqLen = 512,
     teacher: TeacherName = None,
-    learning_rate: LearningRate = 1e-4,
+    learning_rate: LearningRate = None,
     batch_size: BatchSize = 16,
     micro_batch_size: MicroBatchSize = 4,
     seed: Seed = 0,

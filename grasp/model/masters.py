@@ -41,7 +41,10 @@ class Masters:
             if factor.grad is None:
                 continue
             grad, master = self._multiplied(name, factor.grad), self.values[name]
-            master.grad = grad if master.grad is None else master.grad + grad
+            if master.grad is None:
+                master.grad = grad
+            else:
+                master.grad += grad
             factor.grad = None
 
     @torch.no_grad()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 VALUES = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}  # by the dtype of a file
 
 
-def takes_gradient(scales: Tensor) -> bool:
+def _takes_gradient(scales: Tensor) -> bool:
     """Whether a call of now must be differentiable with respect to scales, which the kernels are not."""
     return scales.requires_grad and torch.is_grad_enabled()
 
@@ -113,7 +113,7 @@ class QuantizedLowRankLinear(_Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
-        if takes_gradient(self.U_scales):
+        if _takes_gradient(self.U_scales):
             return checkpoint(self._differentiable, x, use_reentrant=False)
         return lowrank_linear(x, *self.factors, backend=self.backend)
 
@@ -212,7 +212,7 @@ class QuantizedLinear(_Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
-        if takes_gradient(self.weight_scales):
+        if _takes_gradient(self.weight_scales):
             return checkpoint(self._differentiable, x, use_reentrant=False)
         return quantized_product(x, self.weight, self.weight_scales, self.bias, self.others, self.order)
 
@@ -302,6 +302,11 @@ def storage_outside(model: PreTrainedModel, module: nn.Module, linears: Storage)
     output = model.get_output_embeddings()
     shared = output is not None and output.get_parameter("weight") is module.get_parameter("weight")
     return OUTPUTS if shared else linears
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a module of the model is."""
+    return any(isinstance(module, QUANTIZED) for module in model.modules())
 
 
 def require_floating_factors(model: nn.Module) -> None:

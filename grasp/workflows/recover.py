@@ -21,8 +21,9 @@ from grasp.checkpoint.saving import check_directory, read_texts, require_space, 
 from grasp.errors import CheckpointError
 from grasp.files import expanded, remove_abandoned
 from grasp.loading import load_quietly
+from grasp.model.trainable import trained_parameters
 from grasp.progress import Notify, Progress, no_notify, no_progress
-from grasp.recovery import RecoveryConfig, recover_, recovery_fingerprint, trained_parameters
+from grasp.recovery import RecoveryConfig, recover_, recovery_fingerprint
 from grasp.statistics.processes import ALONE, Processes
 from grasp.training_data import TrainingSequence, hold_out, instruction_sequences, pack_text, read_instructions
 from grasp.workflows.convert import LICENSES
