@@ -90,6 +90,10 @@ def recover(
 
     $ grasp recover small -o recovered --teacher builtin --tokens 100000
 
+    [dim]Train the scales of a quantised checkpoint likewise:[/dim]
+
+    $ grasp recover small-int4 -o recovered --teacher builtin --tokens 100000
+
     [dim]Train a checkpoint of --preset paper on instructions, as in the paper:[/dim]
 
     $ grasp recover small -o recovered --instructions alpaca.jsonl --seq-len 256 --batch-size 32 --learning-rate 1e-3
