@@ -2,7 +2,7 @@
 
 Adam changes all entries of a parameter by about the same amount. The units of an entry are the root mean squares of its
 row and of its column, over that of the matrix, as in Adafactor (arXiv 1804.04235): then a step changes all rows and
-columns by about the same fraction, such as the small columns that read a few large channels of the hidden state.
+columns by about the same fraction, small ones too.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Masters:
 
 @torch.no_grad()
 def units(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Two tensors whose product has the units of each entry: those of the rows, (N, 1), and of the columns, (1, K).
+    """The units of the rows, (N, 1), and of the columns, (1, K). Their product has those of each entry.
 
     All entries of a vector have the same units.
 
