@@ -38,7 +38,6 @@ WARM_UP = 0.05  # fraction of the steps
 FACTORS_RATE, SCALES_RATE = 1e-4, 1e-3  # learning rates
 MAX_GRAD_NORM = 1.0
 EVALUATIONS = 10  # of the held-out loss, besides the one before training
-PATIENCE = 5  # training stops after this many evaluations in a row without an improvement
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,9 @@ def recover_(
 
     The loss is the mean negative log-likelihood of the counted tokens of a batch. Dropout is off. The optimizer works
     on fp32 copies of bf16 factors, because its steps are smaller than the precision of bf16. The held-out loss is
-    evaluated before and ten times during training; training stops after five evaluations in a row without an
-    improvement. The model gets the factors with the lowest held-out loss, or those of the last step if training fails
-    or is interrupted. ``accelerate launch --mixed_precision bf16`` runs the passes under autocast.
+    evaluated before and ten times during training. The model gets the factors with the lowest held-out loss, or those
+    of the last step if training fails or is interrupted. A loss that rises at first may fall at the end, as the rate
+    does, so training does not stop early. ``accelerate launch --mixed_precision bf16`` runs the passes under autocast.
 
     Args:
         model: a model that ``compress_`` or ``quantize_`` has changed, in fp32 or bf16.
@@ -189,7 +188,7 @@ def _train_(training: _Training, state: NoRecoveryState, clock: Clock, progress:
             point = training.evaluate_()
             notify(_describe(point, training.steps, (training.tokens - tokens) / seconds))
             start, tokens = time.perf_counter(), training.tokens
-        if training.has_ended:
+        if training.step == training.steps:
             break
         clock.enter("training")
         training.take_step_()
@@ -197,9 +196,6 @@ def _train_(training: _Training, state: NoRecoveryState, clock: Clock, progress:
         state.save(training.snapshot)
     if training.step:
         state.save(training.snapshot, last=True)
-    if training.step < training.steps:
-        notify(f"training stops early: the held-out loss has not improved {PATIENCE} times in a row")
-        progress("recovery", training.steps, training.steps)
 
 
 def _describe(point: Point, steps: int, tokens_per_second: float) -> str:
@@ -246,12 +242,6 @@ class _Training:
         """Whether this step is one of the ``EVALUATIONS`` + 1 and has not been evaluated."""
         steps = {round(i * self.steps / EVALUATIONS) for i in range(EVALUATIONS + 1)}
         return self.step in steps and not (self.curve and self.curve[-1].step == self.step)
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether all steps are done, or the held-out loss has stopped improving."""
-        worse = len([point for point in self.curve if point.step > self.best_step])
-        return self.step == self.steps or worse >= PATIENCE
 
     def take_step_(self) -> None:
         """Take one step of the optimizer.

@@ -114,8 +114,7 @@ def divergence(model: PreTrainedModel, teacher: PreTrainedModel) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def test_with_a_teacher_the_model_comes_nearer_to_it_than_to_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recovery, "PATIENCE", 99)
+def test_with_a_teacher_the_model_comes_nearer_to_it_than_to_the_text() -> None:
     teacher, model, other = tiny_model("llama"), compressed(), compressed()
     weights = copy.deepcopy(teacher.state_dict())
     before = divergence(model, teacher)
@@ -220,16 +219,14 @@ def test_steps_below_the_precision_of_bf16_add_up() -> None:
     assert lost.float().mean() > 0.9
 
 
-def test_the_best_factors_are_used_and_training_stops_without_improvement() -> None:
-    notes: list[str] = []
+def test_the_best_factors_are_used_and_training_goes_on_without_improvement() -> None:
     config = RecoveryConfig(learning_rate=0.5, batch_size=4, tokens=4 * 12 * 100)
     model = compressed()
     before = {name: factor.detach().clone() for name, factor in trainable_factors(model).items()}
-    report = recover_(model, noise(4), noise(4, seed=9), config, notify=notes.append)
+    report = recover_(model, noise(4), noise(4, seed=9), config)
     assert report.steps == 100
-    assert report.steps_done == report.best_step + 10 * recovery.PATIENCE < 100
+    assert report.best_step < report.curve[-1].step == 100
     assert min(point.held_out_loss for point in report.curve) == report.loss_after
-    assert f"{recovery.PATIENCE} times in a row" in notes[-1]
     if report.best_step == 0:
         for name, factor in trainable_factors(model).items():
             assert torch.equal(factor, before[name])
@@ -247,7 +244,7 @@ def test_the_curve_and_its_notifications() -> None:
     assert notes[1].startswith(f"step 2 of 20: held-out loss {report.curve[1].held_out_loss:.4f}, training loss ")
     assert bars == [("recovery", step, 20) for step in range(1, 21)]
     document = report.to_dict()
-    assert document["steps_done"] == 20
+    assert document["steps"] == 20
     assert document["data"]["training tokens"] == 120
     assert set(document["seconds"]) == {"identity", "held-out loss", "training"}
 
@@ -355,7 +352,7 @@ def test_ctrl_c_leaves_the_run_folder_and_notifies(tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         in_folder(tmp_path / "out.partial", progress=stop_after(3), notify=notes.append)
     assert notes[-1].endswith(f"stored in {tmp_path / 'out.partial'}")
-    assert in_folder(tmp_path / "out.partial")[0].steps_done == 20
+    assert in_folder(tmp_path / "out.partial")[0].curve[-1].step == 20
 
 
 @pytest.mark.usefixtures("every_step")
@@ -412,7 +409,6 @@ def test_the_default_state_stores_nothing() -> None:
     state = NoRecoveryState()
     state.save(lambda: pytest.fail("asked for a snapshot"), last=True)
     assert state.load() is None
-    assert recovery.PATIENCE < recovery.EVALUATIONS
 
 
 @pytest.fixture

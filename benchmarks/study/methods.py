@@ -135,10 +135,7 @@ def compressed(*, chooses: bool = False, **options: Any) -> Method:
 
 
 def recovered(model: PreTrainedModel, job: Job) -> Outcome:
-    """``best``, whose factors then learn the dense model's predictions of the calibration text, three passes at most.
-
-    Training ends when the loss of the held-out sequences has not fallen five times.
-    """
+    """``best``, whose factors then learn the dense model's predictions of the calibration text in three passes."""
     dense, calibration = copy.deepcopy(model), job.calibration
     outcome = METHODS["best"](model, job)
     training, held_out = (list(_sequences(batches)) for batches in (calibration.batches, calibration.held_out))

@@ -34,7 +34,7 @@ class RecoveryReport:
         config: the ``RecoveryConfig``.
         factors: number of low-rank linears that were trained; 0 for a quantised model.
         trained_parameters: number of parameters in their factors, or of scales, norms and biases.
-        steps: planned optimizer steps.
+        steps: optimizer steps.
         curve: the evaluations of the held-out loss, the first one before training.
         best_step: the step with the lowest held-out loss, whose factors the model has; 0 if training did not help.
         data: sequences, tokens and SHA-256 of the training and the held-out sequences.
@@ -46,9 +46,9 @@ class RecoveryReport:
 
     Example:
         >>> curve = (Point(0, 0, 3.5, None), Point(10, 5120, 3.1, 3.3), Point(20, 10240, 3.2, 2.9))
-        >>> report = RecoveryReport({}, 7, 4096, steps=30, curve=curve, best_step=10, data={})
-        >>> report.loss_before, report.loss_after, report.steps_done
-        (3.5, 3.1, 20)
+        >>> report = RecoveryReport({}, 7, 4096, steps=20, curve=curve, best_step=10, data={})
+        >>> report.loss_before, report.loss_after, report.tokens
+        (3.5, 3.1, 10240)
     """
 
     config: Mapping[str, Any]
@@ -74,11 +74,6 @@ class RecoveryReport:
         return next(point.held_out_loss for point in self.curve if point.step == self.best_step)
 
     @property
-    def steps_done(self) -> int:
-        """Optimizer steps; fewer than planned if training stopped early."""
-        return self.curve[-1].step
-
-    @property
     def tokens(self) -> int:
         """Training tokens, repetitions included."""
         return self.curve[-1].tokens
@@ -93,7 +88,6 @@ class RecoveryReport:
         return {
             "loss_before": self.loss_before,
             "loss_after": self.loss_after,
-            "steps_done": self.steps_done,
             "tokens": self.tokens,
             **json.loads(json.dumps(dataclasses.asdict(self))),
         }

