@@ -75,12 +75,13 @@ inline bool read(PyObject *object, View &view) {
         view.is_matrix = view.is_matrix && tensor.strides[i] == view.stride * view.rows;
         view.rows *= tensor.shape[i];
     }
+    view.is_matrix = view.is_matrix || view.rows * view.columns == 0;  // whatever the strides are
     return true;
 }
 
-// Absent, which only a view without memory and dimensions is, or `size` elements.
+// Absent, which only a view without memory and dimensions is, or `size` elements that have memory.
 inline bool is_vector(const View &view, int64_t size) {
-    return view.dimensions == 1 ? view.columns == size : view.dimensions == 0 && view.data == nullptr;
+    return view.dimensions == 1 ? view.columns == size && view.data : view.dimensions == 0 && !view.data;
 }
 
 // The tensors of a group and its output. A view without memory and dimensions stands for None.

@@ -198,7 +198,7 @@ def choose_plan(
         if prices.saving is None:
             ranks = _ranks(budget, targets).items()
             removed = sum(parameters_removed(dense_shape(t.module), rank, config.form) for t, rank in ranks)
-            # At a retain ratio of 1 no number of layers reaches the target, so all of them share it.
+            # At a retain ratio of 1 a layer saves next to nothing, so all of them share all but the smallest targets.
             budget = solve_compression_ratio(
                 shapes, tuple(shapes), total_parameters, removed / total_parameters, 1.0, config.form
             )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from grasp.compression.budget import Plan, Prices
+from grasp.compression.budget import Plan, Prices, required_saving
 from grasp.compression.selection import Selection, Selections
 from grasp.formatting import layer_ranges
 from grasp.method.knapsack import DENSE, ROUNDED, Choices, Layer, allocate_layers, least_cost, rank_choices
@@ -96,11 +96,10 @@ def _allocated(
     """Save what is required where that adds the least loss, or a share of that or of all that ranks can save."""
     members = {layer: [target for target in selections if target.layer == layer] for layer in plan.layers}
     layers = [_layer_choices(layer, linears, selections, prices, removal) for layer, linears in members.items()]
-    uniform = math.fsum(prices.saved(target, plan.ranks[target]) for target in selections)
-    saving = uniform if prices.saving is None else prices.saving
+    saving = required_saving(prices, plan)
     dense = math.fsum(map(prices.layer, members))
-    if share is not None:
-        saving = share * min(saving, dense - math.fsum(map(least_cost, layers)))
+    if share is not None or prices.saving is None:
+        saving = (1.0 if share is None else share) * min(saving, dense - math.fsum(map(least_cost, layers)))
     budget = dense - saving
     budget *= 1 + 1e-12  # the same seconds in another order add up to a slightly different sum
     ranks: dict[Target, int] = {}

@@ -95,12 +95,13 @@ def bytes_saved(model: PreTrainedModel, linears: Storage, embedding: Storage) ->
 
 
 def _bytes_saved(modules: Mapping[nn.Module, Storage]) -> int:
-    saved: dict[int, int] = {}  # by weight: shared ones count once
+    saved: dict[int, int] = {}  # by the first parameter: shared ones count once
     for module, storage in modules.items():
         if (quantized := quantized_like(module, storage, "meta")) is not None:
-            after = sum(p.nbytes for name, p in quantized.named_parameters() if name != "bias")
-            weight = next(module.parameters())
-            saved[id(weight)] = weight.nbytes - after
+            before, after = (
+                sum(p.nbytes for name, p in each.named_parameters() if name != "bias") for each in (module, quantized)
+            )
+            saved[id(next(module.parameters()))] = before - after
     return sum(saved.values())
 
 

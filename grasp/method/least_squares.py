@@ -15,7 +15,7 @@ PRIOR_TOKENS, WEIGHT_PRIOR_TOKENS = 48_000, 10_000
 def least_squares(U: Tensor, Vh: Tensor, weight: Tensor, cross: Tensor, inputs: Tensor, tokens: int) -> Tensor:
     """The U that minimises ``Σ ‖W x − U Vh x̂‖² + λ ‖U − U₀‖²``, (N, R) in the dtype of ``U``; solved in fp64.
 
-    λ is ``PRIOR_TOKENS`` times the mean square of ``Vh x̂`` over tokens and groups.
+    λ is ``PRIOR_TOKENS`` times the mean square of ``Vh x̂`` over tokens and groups. If that is 0, U stays.
 
     Args:
         U: U₀, (N, R).
@@ -29,6 +29,8 @@ def least_squares(U: Tensor, Vh: Tensor, weight: Tensor, cross: Tensor, inputs: 
     right = to_double(Vh, place).mT
     gram = quadratic_form(inputs, right)
     ridge = PRIOR_TOKENS / tokens * float(gram.diagonal().mean())
+    if ridge == 0:
+        return U
     gram.diagonal().add_(ridge)
     projected = torch.empty_like(right)  # cross · Vhᵀ
     for rows in row_blocks(len(cross)):

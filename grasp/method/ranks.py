@@ -100,8 +100,8 @@ def solve_compression_ratio(
 ) -> Budget:
     """The most redundant layers to compress, and their ranks, to remove a fraction of the whole model.
 
-    The number of layers is the smallest that reaches the target at ``retain_ratio``. Then the ratio is solved again to
-    meet the target as closely as whole ranks allow.
+    The number of layers is the smallest that reaches the target at ``retain_ratio``. Then the ratio is solved again:
+    at least the target is removed, and as little more as whole ranks allow.
 
     Args:
         shapes: for each layer the shapes of the matrices that can be replaced.
@@ -138,10 +138,10 @@ def solve_compression_ratio(
     budget = uniform_budget(shapes, order[:count], low, form)
     excess = removed(count, low) - target
     ranks = {layer: list(values) for layer, values in budget.ranks.items()}
-    for layer, values in ranks.items():  # add a group where the next step of the ratio would, if that helps
+    for layer, values in ranks.items():  # add a group where the next step of the ratio would, if there is room
         for i, shape in enumerate(shapes[layer]):
             step = parameters_at(shape, values[i] + 1, form) - parameters_at(shape, values[i], form)
-            if rank_for_retain_ratio(shape, high, form) > values[i] and abs(excess - step) < abs(excess):
+            if rank_for_retain_ratio(shape, high, form) > values[i] and step <= excess:
                 values[i] += 1
                 excess -= step
     return Budget(low, {layer: tuple(values) for layer, values in ranks.items()})

@@ -100,7 +100,7 @@ def _kind(module: nn.Module) -> type:
 
 def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if (weight := getattr(module, "weight", None)) is not None:
             owners.setdefault(id(weight), []).append(name)
     return owners

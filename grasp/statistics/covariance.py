@@ -100,7 +100,7 @@ class CovarianceSums:
         self._outputs = {target: gram for target, gram in self._outputs.items() if target in self._tokens}
 
     def result(self) -> dict[Target, Covariance]:
-        """The sums of each linear that was called. Nothing may be added afterwards.
+        """The sums of each linear that was called, unless A or B is 0. Nothing may be added afterwards.
 
         Raises:
             NonFiniteError: if a sum is NaN or infinite.
@@ -110,7 +110,7 @@ class CovarianceSums:
         covariances = {t: Covariance(self._inputs[t], self._outputs.get(t), n) for t, n in self._tokens.items()}
         for target, covariance in covariances.items():
             require_finite(target, "covariance", covariance.A, covariance.B)
-        return covariances
+        return {t: sums for t, sums in covariances.items() if all(g is None or g.diagonal().any() for g in sums[:2])}
 
 
 def gather_covariances(

@@ -58,6 +58,7 @@ def check_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """
     _check_dense(x=x, weight=weight)
     _check_optional(bias=bias)
+    _check_dtype(x)
     if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(f"expected x (..., K), weight (N, K), N and K at least 1; got {_shape(x)}, {_shape(weight)}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -274,10 +275,14 @@ def _stored(matrix: Tensor, scales: Tensor | None, depth: int) -> int:
     return depth if scales is None else stored_columns(matrix.dtype, depth)
 
 
-def _check_dtypes(x: Tensor, factors: Factors) -> None:
-    U, s, Vh, bias, order, U_scales, Vh_scales = factors
+def _check_dtype(x: Tensor) -> None:
     if x.dtype not in DTYPES:
         raise ValueError(f"x must be one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+
+
+def _check_dtypes(x: Tensor, factors: Factors) -> None:
+    U, s, Vh, bias, order, U_scales, Vh_scales = factors
+    _check_dtype(x)
     plain = {"U": U if U_scales is None else None, "Vh": Vh if Vh_scales is None else None, "bias": bias}
     for name, tensor in plain.items():
         if tensor is not None and tensor.dtype != x.dtype:

@@ -80,8 +80,10 @@ def _run(
     x: Tensor, groups: tuple[Factors, ...], outputs: tuple[Tensor, ...], activation: int, instruction_set: int
 ) -> None:
     arguments = (outputs, activation, torch.get_num_threads(), instruction_set)
-    if not _module().run(x, groups, *arguments):
-        _module().run(x.contiguous(), tuple(map(_contiguous, groups)), *arguments)
+    if _module().run(x, groups, *arguments):
+        return
+    if not _module().run(x.contiguous(), tuple(map(_contiguous, groups)), *arguments):
+        raise RuntimeError("the kernel cannot read copies of the tensors; please report this bug of grasp")
 
 
 def _contiguous(group: Factors) -> Factors:

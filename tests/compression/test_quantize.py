@@ -74,6 +74,15 @@ def test_a_separate_embedding_has_the_four_bits_of_the_linears(storage: Storage,
     assert before - model_size(model).bytes == saved
 
 
+@pytest.mark.parametrize("storage", [Storage(8), Storage(4, 32)], ids=str)
+def test_the_bytes_saved_of_a_low_rank_model_are_those_of_all_its_factors(storage: Storage) -> None:
+    model = compressed()
+    saved, _ = bytes_saved(model, storage, storage)
+    before = model_size(model).bytes
+    quantize_(model, storage)
+    assert before - model_size(model).bytes == saved
+
+
 def test_a_tied_output_layer_shares_its_values_with_the_embedding() -> None:
     model = tiny_model("llama", tie_word_embeddings=True)
     quantize_(model, Storage(4, 32))

@@ -45,6 +45,12 @@ def test_the_ridge_regression_is_solved(n: int, k: int, rank: int, rows: int, mo
     assert gradient.norm() <= 1e-6 * (W @ cross @ Vh.mT).norm()
 
 
+def test_a_linear_that_sees_only_zeros_is_not_fitted() -> None:
+    U, Vh, W, cross, inputs = problem(8, 9, 3)
+    assert torch.equal(least_squares(U, torch.zeros_like(Vh), W, cross, inputs, 4000), U)
+    assert torch.equal(least_squares(U, Vh, W, 0 * cross, 0 * inputs, 4000), U)
+
+
 @pytest.mark.parametrize("n", [7, 9, 12])
 def test_a_weight_carries_what_changes_in_its_inputs_as_the_least_squares_of_the_identity_do(n: int) -> None:
     _, _, W, cross, inputs = problem(n, 9, 1)

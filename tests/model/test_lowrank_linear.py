@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import NonFiniteError
@@ -49,6 +49,14 @@ def test_the_given_groups_are_retained() -> None:
     low_rank = LowRankLinear.from_dense(dense, torch.tensor(retained))
     expected = sum(S[i] * torch.outer(U[:, i], Vh[i]) for i in retained)
     torch.testing.assert_close(low_rank.dense_weight(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zero_singular_values_have_zero_factors(dtype: torch.dtype) -> None:
+    dense = nn.Linear(16, 16, bias=False).to(dtype)
+    dense.weight.data = torch.diag(torch.tensor([1.0] * 2 + [0.0] * 14)).to(dtype)
+    low_rank = LowRankLinear.from_dense(dense, torch.arange(3))
+    assert torch.equal(low_rank.dense_weight(), dense.weight)
 
 
 def test_factors_share_the_singular_values_evenly() -> None:
@@ -234,6 +242,17 @@ def test_a_parametrized_factor_is_the_one_used() -> None:
         expected = 2 * linear(x)
         parametrize.register_parametrization(linear, "U", Doubled())
         torch.testing.assert_close(linear(x), expected)
+
+
+@pytest.mark.parametrize("name", ["U", "Vh", "bias"])
+def test_a_pruned_factor_is_the_one_used(name: str) -> None:
+    linear, x = LowRankLinear(24, 16, 5), torch.randn(3, 24)
+    linear.bias.data.normal_()
+    prune.l1_unstructured(linear, name, 0.5)
+    expected = linear(x)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x), expected)
+        torch.testing.assert_close(expected, x @ linear.dense_weight().mT + linear.bias)
 
 
 @pytest.mark.usefixtures("always_grouped")

@@ -73,6 +73,18 @@ def test_shared_weights_are_left() -> None:
     assert len(targets) == 6
 
 
+def test_shared_modules_are_left() -> None:
+    model = tiny_model("llama")
+    layers = decoder(model).layers
+    layers[1].mlp = layers[0].mlp
+    targets, left = layer_targets(model, 1)
+    assert left["model.layers.1.mlp.up_proj"] == "shares its weight with model.layers.0.mlp.up_proj"
+    assert {target.block for target in targets} == {"attention"}
+    report = compress_(model, tiny_batches(2), GraspConfig(layers=(0, 1), retain_ratio=0.4))
+    assert layers[1].mlp is layers[0].mlp
+    assert len(report.compressed) == 8
+
+
 def test_low_rank_linears_and_foreign_subclasses_are_left() -> None:
     class Quantized(nn.Linear):
         pass

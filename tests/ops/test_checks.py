@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from grasp_kernels import (
+    Dense,
     Factors,
     explain,
     lowrank_glu,
     lowrank_linear,
     lowrank_linear_grouped,
+    lowrank_linear_merged,
     pack_factors,
     singular_value_grad,
 )
@@ -108,6 +110,10 @@ good, bad = Factors(U, s, Vh, bias), Factors(U, s, torch.zeros(2, 9), bias)
 OTHERS: dict[str, tuple[Callable[[], object], str]] = {
     "an empty group": (lambda: lowrank_linear_grouped(x, []), "at least one Factors"),
     "one bad group of two": (lambda: lowrank_linear_grouped(x, [good, bad]), r"Vh \(2, 9\)"),
+    "a dense member of integers": (
+        lambda: lowrank_linear_merged(x.int(), [Dense(torch.zeros(6, 8, dtype=torch.int32))]),
+        "x must be one of .*float64, got torch.int32",
+    ),
     "a bad gate": (lambda: lowrank_glu(x, bad, good), r"Vh \(2, 9\)"),
     "a bad up": (lambda: lowrank_glu(x, good, bad), r"Vh \(2, 9\)"),
     "different widths": (

@@ -32,7 +32,9 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="compare two recorded runs; exit code 1 is a regression")
     compare.add_argument("baseline", type=Path, help="a JSON file of pytest-benchmark")
     compare.add_argument("now", type=Path, help="another file, from the same device")
-    compare.add_argument("--threshold", type=float, default=verdicts.THRESHOLD, help="default: %(default)s")
+    compare.add_argument(
+        "--threshold", type=verdicts.threshold, default=verdicts.THRESHOLD, help="default: %(default)s"
+    )
     export = commands.add_parser("export", help="write ratios for github-action-benchmark, customSmallerIsBetter")
     export.add_argument("document", type=Path, help="a JSON file of pytest-benchmark")
     export.add_argument("-o", "--output", type=Path, required=True, help="the JSON file to write")
@@ -41,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     bisect.add_argument("bad", help="a later one that is slow")
     bisect.add_argument("tests", nargs="+", help="files or node ids of pytest")
     bisect.add_argument("--build", default="", metavar="COMMAND", help="builds a checkout, in its folder")
-    bisect.add_argument("--threshold", type=float, default=verdicts.THRESHOLD, help="default: %(default)s")
+    bisect.add_argument("--threshold", type=verdicts.threshold, default=verdicts.THRESHOLD, help="default: %(default)s")
     return parser
 
 

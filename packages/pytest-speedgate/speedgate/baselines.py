@@ -26,7 +26,7 @@ def read(path: Path) -> Document:
         raise BaselineError(
             f"{path} cannot be read ({error.strerror}); expected a file that was recorded with --gate"
         ) from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise BaselineError(f"{path} is damaged, or not recorded with --gate: {reason}; move it away") from error
 
@@ -35,7 +35,7 @@ def parse(document: Any) -> Document:
     """Parse a document of pytest-benchmark; benchmarks without the gate are left out.
 
     Raises:
-        ValueError, TypeError, KeyError or AttributeError: if a field is missing or wrong.
+        ValueError, TypeError, KeyError, AttributeError or OverflowError: if a field is missing or wrong.
     """
     entries = {
         str(benchmark["fullname"]): _entry(info)
@@ -75,7 +75,8 @@ def latest(folder: Path, machine: str) -> Path:
     Raises:
         BaselineError: if there is none.
     """
-    saved = sorted((folder / machine).glob("[0-9]*_*.json"), key=lambda path: int(path.name.split("_")[0]))
+    numbered = {path: path.name.split("_")[0] for path in (folder / machine).glob("[0-9]*_*.json")}
+    saved = sorted((path for path, number in numbered.items() if number.isdecimal()), key=lambda p: int(numbered[p]))
     if not saved:
         others = sorted(str(path.relative_to(folder.parent).parent) for path in folder.parent.glob("*/*/[0-9]*_*.json"))
         existing = f"baselines exist for {', '.join(dict.fromkeys(others))}" if others else "no baselines exist"

@@ -8,6 +8,7 @@ code 1: a regression or a failed test; 2: nothing to judge.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--gate", choices=("save", "compare"), help="Save a baseline, or compare with the last one.")
     group.addoption(
         "--gate-threshold",
-        type=float,
+        type=verdicts.threshold,
         default=verdicts.THRESHOLD,
         metavar="FRACTION",
         help="Slower by more than this is a regression. Default: %(default)s",
@@ -141,11 +142,13 @@ def _check_options(config: pytest.Config) -> None:
     option = config.option
     if option.gate_markdown and not option.gate_markdown.parent.is_dir():
         raise pytest.UsageError(f"--gate-markdown={option.gate_markdown}: expected a file in a folder that exists")
-    if option.gate_selftest is not None and option.gate_selftest <= 100 * option.gate_threshold:
+    if option.gate_selftest is not None and not 100 * option.gate_threshold < option.gate_selftest < math.inf:
         raise pytest.UsageError(
             f"--gate-selftest={option.gate_selftest:g}: expected more per cent than the threshold of "
             f"{100 * option.gate_threshold:g}, which the gate lets pass"
         )
+    if option.gate_threads < 1:
+        raise pytest.UsageError(f"--gate-threads={option.gate_threads}: expected at least 1")
     if _mode(config) and not hasattr(option, "benchmark_storage"):
         raise pytest.UsageError("the gate needs pytest-benchmark; pip install pytest-benchmark")
 

@@ -8,6 +8,7 @@ baseline's confidence interval to the fast end of the new one.
 from __future__ import annotations
 
 import math
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -18,6 +19,13 @@ CONFIDENCE = 0.99  # of a median's interval
 # Judged measures by kind of device. On a shared CPU a time means nothing, but a ratio does.
 MEASURES = {"cpu": ("ratio",), "cuda": ("ratio", "time")}
 VERDICTS = ("regression", "unclear", "better", "same")
+
+
+def threshold(text: str) -> float:
+    """The value of an option: a fraction above 0. NaN would let everything pass."""
+    if not 0 < (fraction := float(text)) < math.inf:
+        raise ArgumentTypeError(f"expected a fraction above 0, such as {THRESHOLD}, got {text}")
+    return fraction
 
 
 class BaselineError(ValueError):

@@ -40,6 +40,13 @@ def test_a_higher_threshold_lets_the_recorded_slowdown_pass(run: Run) -> None:
     assert code == 0, output
 
 
+@pytest.mark.parametrize("threshold", ["nan", "-1", "0", "inf"])
+def test_a_threshold_that_judges_nothing_is_refused(threshold: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", str(DATA / "baseline.json"), str(DATA / "slowed.json"), f"--threshold={threshold}"])
+    assert f"expected a fraction above 0, such as 0.15, got {threshold}" in capsys.readouterr().err
+
+
 def test_an_export_of_a_recorded_run_is_a_list_of_its_ratios(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "ratios.json"
     assert run("export", DATA / "baseline.json", "-o", path)[0] == 0

@@ -82,6 +82,10 @@ def test_every_benchmark_of_a_project_is_slowed_down(tmp_path: Path, run_pytest:
 
 @pytest.mark.slow
 def test_a_slowdown_within_the_threshold_and_two_modes_are_refused(tmp_path: Path, run_pytest: RunPytest) -> None:
+    code, output = run_pytest(tmp_path, "--gate=compare", "--gate-threads=0")
+    assert (code, "--gate-threads=0: expected at least 1" in output) == (4, True)
+    code, output = run_pytest(tmp_path, "--gate-selftest=nan")
+    assert (code, "expected more per cent than the threshold" in output) == (4, True)
     code, output = run_pytest(tmp_path, "--gate-selftest=15")
     assert (code, "expected more per cent than the threshold of 15" in output) == (4, True)
     code, output = run_pytest(tmp_path, "--gate-selftest", "--gate=save")

@@ -195,10 +195,11 @@ def test_a_document_is_read_as_it_was_recorded(tmp_path: Path) -> None:
         json.dumps(document({}, Where("tpu", "x", 1))),
         json.dumps(document({"a": entry(-0.5)})),
         json.dumps(document({"a": entry(float("nan"))})),
+        json.dumps(document({"a": Entry("a", "b", (10**400,) * 9, (1.0,) * 9)})),
         json.dumps(document({"a": Entry("a", "b", (1.0,) * 3, (1.0,) * 3)})),
         json.dumps(document({"a": Entry("a", "b", (1.0,) * 9, (1.0,) * 8)})),
     ],
-    ids=["empty", "cut", "list", "nothing", "plain", "device", "negative", "nan", "few", "uneven"],
+    ids=["empty", "cut", "list", "nothing", "plain", "device", "negative", "nan", "huge", "few", "uneven"],
 )
 def test_a_damaged_document_is_refused_and_left(tmp_path: Path, text: str) -> None:
     path = tmp_path / "0001_baseline.json"
@@ -212,7 +213,7 @@ def test_the_last_baseline_is_that_of_the_highest_number(tmp_path: Path) -> None
     folder = baselines.device_folder(tmp_path, HERE)
     assert folder.name == "amd-epyc"
     (folder / "Linux").mkdir(parents=True)
-    for name in ("9999_baseline.json", "10000_baseline.json", "0002_baseline.json"):
+    for name in ("9999_baseline.json", "10000_baseline.json", "0002_baseline.json", "99999old_baseline.json"):
         saved(folder / "Linux" / name, {})
     assert baselines.latest(folder, "Linux").name == "10000_baseline.json"
     with pytest.raises(BaselineError, match=r"no baseline in .*intel/Linux; .* amd-epyc/Linux; .*save"):
