@@ -113,7 +113,7 @@ def read_pieces(
     Args:
         source: as for ``read_text``; ``split`` too.
         tokens: the tokens that will be drawn from the text; ``None`` for all of it. For fewer tokens than a file of
-            more than 8 MB has, 6 bytes per token are read, at least 1 MB, in evenly spaced pieces of 25 kB.
+            more than 8 MB has, 6 characters per token are read, at least 1 MB, in evenly spaced pieces of 25 kB.
         notify: called with one line if only a part of a file is read.
 
     Raises:
@@ -130,12 +130,16 @@ def read_pieces(
     expected = f"a text in UTF-8, or one of {', '.join(NAMED_TEXTS)}"
     with open_regular(path, expected, CalibrationError) as file:
         length = os.fstat(file.fileno()).st_size
+        file.seek(length // 2)
+        sample = file.read(_PIECE)
     if length <= CHARACTERS:
         text = read_text_file(path, expected, CalibrationError)
         if not text.strip():
             raise CalibrationError(f"{source} has no text; expected {expected}")
         return [text]
-    if wanted is None or (wanted := max(_LEAST, wanted)) >= length:
+    if wanted is not None:
+        wanted = max(_LEAST, wanted * len(sample) // max(1, len(sample.decode(errors="ignore"))))  # bytes
+    if wanted is None or wanted >= length:
         pieces = _all_pieces(path, expected)
     else:
         notify(f"{path.name} has {size(length)}; {size(wanted)} of it are read, in evenly spaced pieces")
@@ -198,7 +202,7 @@ def _opened(path: Path, expected: str) -> Iterator[BinaryIO]:
 
 def _all_pieces(path: Path, expected: str) -> Iterator[str]:
     rest = ""
-    with _opened(path, expected) as file, TextIOWrapper(file, encoding="utf-8") as stream:
+    with _opened(path, expected) as file, TextIOWrapper(file, encoding="utf-8-sig") as stream:
         while block := stream.read(_PIECE):
             text = rest + block
             end = text.rfind("\n") + 1 or len(text)

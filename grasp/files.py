@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import glob
 import hashlib
 import os
@@ -115,7 +116,7 @@ def replacing(target: Path, *, scratch: Path | None = None, seen: Contents | Non
     """Yield a path for a new file or folder, which replaces ``target`` in one step when the block succeeds.
 
     Missing parents of ``target`` are created. Everything is flushed to the disk before and after the step. If the
-    block raises, nothing changes. If the process is killed, the temporary remains: see ``remove_abandoned``. A
+    block raises, nothing changes. If the process is killed, the temporary remains: see ``in_use``. A
     folder that replaces one first gets a free name such as ``TARGET-2``. Then the two swap names, on Linux in one step.
     The former one is removed at the end.
 
@@ -267,10 +268,37 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Keep other processes from taking a temporary folder for one that a killed process left."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a disk without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def remove_abandoned(target: Path) -> None:
-    """Remove the temporaries that a killed process left beside ``target``."""
+    """Remove the temporaries that a killed process left beside ``target``, but none that is ``in_use``."""
     for path in target.parent.glob(f".{glob.escape(target.name)}.????????.partial"):
-        _remove(path)
+        if not _is_locked(path):
+            _remove(path)
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _remove(path: Path) -> None:

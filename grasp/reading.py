@@ -23,6 +23,7 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+_MARK = "\ufeff"  # with which some editors begin a file in UTF-8
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -77,7 +78,8 @@ def read_text_file(path: str | Path, expected: str, error: type[Exception] = Gra
             raise error(f"{path} cannot be read ({_reason(reason)}); expected {expected}") from reason
     if max(length, len(content)) > limit:
         raise error(f"{path} has more than {size(limit)}; expected {expected}")
-    return _decoded(content, str(path), expected, error).replace("\r\n", "\n").replace("\r", "\n")
+    text = _decoded(content, str(path), expected, error).removeprefix(_MARK)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_lines(path: str | Path, expected: str, error: type[Exception] = GraspError) -> Iterator[tuple[int, str]]:
@@ -104,7 +106,8 @@ def read_lines(path: str | Path, expected: str, error: type[Exception] = GraspEr
                 if len(line) > LIMIT:
                     raise error(f"{place} has more than {size(LIMIT)}; expected {expected}")
                 if line.strip():
-                    yield number, _decoded(line, place, expected, error).rstrip("\r\n")
+                    text = _decoded(line, place, expected, error).rstrip("\r\n")
+                    yield number, text.removeprefix(_MARK) if number == 1 else text
         except OSError as reason:
             raise error(f"{path} cannot be read ({_reason(reason)}); expected {expected}") from reason
 

@@ -303,7 +303,10 @@ class _Training:
         self.processes.sum_([total])
         mean = total.item() / sum(int(item.counts.sum()) for item in self.held_out)
         if not math.isfinite(mean):
-            raise NonFiniteError(f"the held-out loss is {mean} after {self.step} steps; check the model and the data")
+            raise NonFiniteError(
+                f"the held-out loss is {mean} after {self.step} steps; use a lower learning_rate, or check the model "
+                "and the data"
+            )
         self.curve.append(Point(self.step, self.tokens, mean, self.loss / self.targets if self.targets else None))
         self.loss, self.targets = 0.0, 0
         if self.best_step == self.step:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from grasp.calibration import bos_for, tokenize
 from grasp.errors import TrainingDataError
 from grasp.files import expanded, tensors_digest
+from grasp.formatting import one_line
 from grasp.reading import parse_json, read_lines
 
 HELD_OUT_FRACTION = 0.05  # of the sequences
@@ -169,8 +170,14 @@ def _parts(tokenizer: PreTrainedTokenizerBase, instruction: Instruction) -> tupl
         {"role": "user", "content": f"{prompt}\n\n{context}" if context else prompt},
         {"role": "assistant", "content": answer},
     ]
-    head = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
-    conversation = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    try:
+        head = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
+        conversation = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception as error:  # a template is a program of the model's authors
+        raise TrainingDataError(
+            f"the chat template of the tokenizer fails ({type(error).__name__}: {one_line(error)}) for a user's turn "
+            "and an answer; mend it, remove it (tokenizer.chat_template = None) or use plain text"
+        ) from error
     if not conversation.startswith(head):
         raise TrainingDataError(
             "the chat template of the tokenizer changes a prompt when an answer follows, so the answer cannot be "

@@ -295,6 +295,11 @@ def test_calibration_reads_evenly_spaced_lines_of_a_large_file_and_says_so(large
     assert pieces == list(read_pieces(str(large), tokens=1000))
 
 
+def test_tokens_are_counted_in_characters_whatever_the_script(large: Path) -> None:
+    text = "".join(read_pieces(str(large), tokens=200_000))
+    assert 0.98 * 6 * 200_000 < len(text) < 1.02 * 6 * 200_000
+
+
 @pytest.mark.parametrize("tokens", [None, 1000])
 @pytest.mark.parametrize("character", ["a", "é", "€", "😀"])
 def test_a_large_line_is_cut_between_characters(tmp_path: Path, tokens: int | None, character: str) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -9,7 +11,7 @@ import pytest
 
 from grasp import files
 from grasp.errors import GraspError, OccupiedError
-from grasp.files import Contents, contents, remove_abandoned, replacing, require_writable, write_whole
+from grasp.files import Contents, contents, in_use, remove_abandoned, replacing, require_writable, write_whole
 
 
 def test_a_text_or_bytes_replace_a_file(tmp_path: Path) -> None:
@@ -56,6 +58,18 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) 
         (tmp_path / name / "model.safetensors").write_bytes(b"half")
     remove_abandoned(tmp_path / "out[1]")
     assert {path.name for path in tmp_path.iterdir()} == keep
+
+
+def test_a_temporary_that_another_process_writes_is_left(tmp_path: Path) -> None:
+    folder = tmp_path / ".out.12345678.partial"
+    folder.mkdir()
+    code = "import sys; from pathlib import Path; from grasp.files import remove_abandoned as r; r(Path(sys.argv[1]))"
+    other = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with in_use(folder):
+        subprocess.run(other, check=True)
+        assert folder.is_dir()
+    subprocess.run(other, check=True)
+    assert not folder.exists()
 
 
 def tree(folder: Path) -> dict[str, str]:

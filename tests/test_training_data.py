@@ -89,10 +89,20 @@ def test_a_template_that_changes_the_prompt_is_refused() -> None:
         instruction_sequences(tokenizer, [Instruction("a", "", "b")], 20)
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no user') }}", "{% if %}", "{{ messages[0].foo.bar }}", "{{ 1 // 0 }}"]
+)
+def test_a_template_that_fails_is_refused(template: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(TrainingDataError, match=r"chat template of the tokenizer fails \(\w+: .*remove it"):
+        instruction_sequences(tokenizer, [Instruction("a", "", "b")], 20)
+
+
 def test_instructions_are_read_line_by_line(tmp_path: Path) -> None:
     path = tmp_path / "some.jsonl"
     lines = [{"instruction": "a", "input": "", "output": "b"}, {"instruction": "c", "output": "d"}]
-    path.write_text("\n\n".join(map(json.dumps, lines)))
+    path.write_text("\n\n".join(map(json.dumps, lines)), encoding="utf-8-sig")
     assert read_instructions(path) == [Instruction("a", "", "b"), Instruction("c", "", "d")]
 
 

@@ -35,7 +35,6 @@ _SIZES = (
     re.compile(r"\b\d+ linear layers were replaced by .{,200}? now\)\."),
     re.compile(r"^## What was compressed\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL),
 )
-_SECTION = re.compile(rf"^## {_EVALUATION}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 FIGURE = "parameters-kept.png"  # beside the card
 _FIGURE = re.compile(rf"^!\[[^\n]*\]\({re.escape(FIGURE)}\)\n\n[^\n]*\n\n", re.MULTILINE)  # and its caption
 _LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -206,7 +205,7 @@ def with_results(
     data = cast(ModelCardData, read.data)
     data.model_name = _title(read.text) if compressed else None
     data.eval_results = [_eval_result(score) for score in compressed] or None
-    parts = [f"---\n{data.to_yaml()}\n---", _SECTION.sub("", read.text).strip()]
+    parts = [f"---\n{data.to_yaml()}\n---", _section(_EVALUATION).sub("", read.text).strip()]
     if compressed or dense:
         rows = [
             f"| {label} | {score.on} | {_literal(score.metric)} | {score.text} |"
@@ -256,9 +255,13 @@ def read_card(card: str) -> ModelCard:
 
 
 def with_section(card: str, title: str, text: str) -> str:
-    """Return a card that ends with this section. It replaces the section of that title and all text after it."""
-    head = card.partition(f"\n## {title}\n")[0].rstrip()
-    return f"{head}\n\n## {title}\n\n{text.strip()}\n"
+    """Return a card that ends with this section. A former one of that title is left out."""
+    return f"{_section(title).sub('', card).rstrip()}\n\n## {title}\n\n{text.strip()}\n"
+
+
+def _section(title: str) -> re.Pattern[str]:
+    """A section with its heading, up to the next heading of its level."""
+    return re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
 
 def with_figure(card: str, title: str, caption: str) -> str:

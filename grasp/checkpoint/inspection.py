@@ -121,7 +121,7 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
     """Read the contents of a checkpoint folder, compressed or not.
 
     Raises:
-        CheckpointError: if configuration, tensors or report cannot be read, or do not match.
+        CheckpointError: if it is no folder, or configuration, tensors or report cannot be read, or do not match.
 
     Example:
         >>> import tempfile
@@ -133,6 +133,8 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
         617280
     """
     directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"no folder {directory}; expected a checkpoint that `grasp compress` wrote")
     expected = "the configuration of a checkpoint that `grasp compress` wrote"
     config = read_json(directory / "config.json", expected, CheckpointError, finite=False)
     stored = _Stored(config, directory / "config.json", read_headers(weight_files(directory)))
@@ -174,15 +176,13 @@ def inspect_compressed(directory: str | Path) -> Inspection:
     """``inspect_checkpoint`` of a folder that must be of a compressed model.
 
     Raises:
-        CheckpointError: if it is not, or no folder; as ``inspect_checkpoint``.
+        CheckpointError: if it is not; as ``inspect_checkpoint``.
 
     Example:
         >>> inspect_compressed("missing-folder")
         Traceback (most recent call last):
         grasp.errors.CheckpointError: no folder missing-folder; expected a checkpoint that `grasp compress` wrote
     """
-    if not Path(directory).is_dir():
-        raise CheckpointError(f"no folder {directory}; expected a checkpoint that `grasp compress` wrote")
     checkpoint = inspect_checkpoint(directory)
     if not checkpoint.is_compressed:
         raise CheckpointError(

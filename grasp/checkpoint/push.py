@@ -78,12 +78,7 @@ def push(directory: str | Path, repo_id: str, *, private: bool = False, progress
         grasp.errors.CheckpointError: no folder missing-folder; expected a checkpoint that `grasp compress` wrote
     """
     folder = expanded(directory)
-    checkpoint = require_complete(folder)
-    if not HUB_NAME.fullmatch(repo_id):
-        raise HubError(f"{repo_id!r} is no repository name; expected owner/name")
-    if get_token() is None:
-        raise HubError("no token for the hub: run `hf auth login`, or set the environment variable HF_TOKEN")
-    _require_card(folder, checkpoint)
+    _require_card(folder, require_pushable(folder, repo_id))
     api = HfApi()
     progress("upload", 0, 1)
     with _explained(repo_id):
@@ -102,6 +97,21 @@ def push(directory: str | Path, repo_id: str, *, private: bool = False, progress
         )
     progress("upload", 1, 1)
     return f"{constants.ENDPOINT}/{repo_id}"
+
+
+def require_pushable(folder: Path, repo_id: str) -> Inspection:
+    """Check, before anything is changed, that a checkpoint can be uploaded under a name, and that there is a token.
+
+    Raises:
+        CheckpointError: as ``require_complete``.
+        HubError: if the name is none of a repository, or there is no token.
+    """
+    checkpoint = require_complete(folder)
+    if not HUB_NAME.fullmatch(repo_id):
+        raise HubError(f"{repo_id!r} is no repository name; expected owner/name")
+    if get_token() is None:
+        raise HubError("no token for the hub: run `hf auth login`, or set the environment variable HF_TOKEN")
+    return checkpoint
 
 
 def require_complete(folder: Path) -> Inspection:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from grasp.errors import CheckpointError
-from grasp.files import Contents, contents, expanded, nearest_folder, replacing, try_writing
+from grasp.files import Contents, contents, expanded, in_use, nearest_folder, replacing, try_writing
 from grasp.model.checkpoint_format import is_inside
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.reading import read_text_file
@@ -33,7 +33,8 @@ def check_directory(directory: str | Path, *, overwrite: bool = False) -> Path:
     """
     target = Path(os.path.realpath(expanded(directory)))  # resolve() fails for a loop of links
     if os.path.lexists(target) and not target.is_dir():
-        raise CheckpointError(f"output folder {directory} is a file; give a new or an empty folder")
+        kind = "a loop of links" if target.is_symlink() else "a file"
+        raise CheckpointError(f"output folder {directory} is {kind}; give a new or an empty folder")
     if target == Path.cwd() or os.path.ismount(target):
         raise CheckpointError(
             f"output folder {directory} is the current directory or a mount point, which cannot be replaced in one "
@@ -125,8 +126,9 @@ def new_folder(target: Path, texts: Mapping[str, str], seen: Contents) -> Iterat
         ValueError: if the name of a text contains a folder, or the block wrote a file of that name.
     """
     try:
-        with replacing(target, seen=seen) as folder:
+        with ExitStack() as until_placed, replacing(target, seen=seen) as folder:
             folder.mkdir()
+            until_placed.enter_context(in_use(folder))
             yield folder
             for name, text in texts.items():
                 if Path(name).name != name or (folder / name).exists():

@@ -17,13 +17,15 @@ def started_together(device: str | None, *, shard: bool = False) -> Iterator[tup
 
     Raises:
         ValueError: if the device is unknown, or one process is given ``shard``.
-        DistributedError: if another process cannot be reached, or this one's number on its machine is not known.
+        DistributedError: if another process cannot be reached, or their number or that of this one is not known.
     """
     from grasp.errors import DistributedError
     from grasp.loading import find_device
     from grasp.statistics.processes import ALONE, joined
 
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+    if not (number := os.environ.get("WORLD_SIZE") or "1").isdecimal():
+        raise DistributedError(f"WORLD_SIZE is {number!r}; expected the number of processes. Start them with torchrun")
+    if int(number) == 1:
         if shard:
             raise ValueError(
                 "--shard spreads a model over several processes, but this is one; start "
@@ -33,8 +35,8 @@ def started_together(device: str | None, *, shard: bool = False) -> Iterator[tup
         return
     place = find_device(device)
     if place.type != "cpu" and str(place) == place.type:  # without a number
-        if (number := os.environ.get("LOCAL_RANK")) is None:
+        if (index := os.environ.get("LOCAL_RANK")) is None:
             raise DistributedError("LOCAL_RANK is not set; start the processes with torchrun, or give --device cuda:N")
-        place = find_device(f"{place.type}:{number}")
+        place = find_device(f"{place.type}:{index}")
     with joined(place, sharded=shard) as processes:
         yield processes, str(place)

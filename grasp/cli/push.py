@@ -32,10 +32,13 @@ def push(
     $ grasp push small my-name/SmolLM2-135M-small --private
     """
     from grasp.checkpoint.push import push as upload
+    from grasp.checkpoint.push import require_pushable
     from grasp.cli import console
     from grasp.errors import GraspError
+    from grasp.files import expanded
     from grasp.reporting.card_figure import add_figure
 
+    require_pushable(expanded(directory), repo_id)
     with console.step_bars() as progress:
         try:
             add_figure(directory)

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from contextlib import suppress
 from importlib.metadata import version
 from itertools import takewhile
 from typing import Annotated, Any
@@ -84,7 +85,8 @@ def _explain(error: Exception) -> int:
         text, code = one_line(error, _LONGEST), BAD_INPUT
     else:
         text, code = f"{_with_class(error)}; a defect of grasp: {_write_log()}", UNEXPECTED
-    print(f"error: {printable(text)}", file=sys.stderr)
+    with suppress(OSError):  # stderr may be full, or closed
+        print(f"error: {printable(text)}", file=sys.stderr)
     return code
 
 

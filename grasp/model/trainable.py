@@ -46,7 +46,8 @@ def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
     require_floating_factors(model)
     if not factors:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no low-rank linears to train; expected a model that grasp has compressed"
+            f"{type(model).__name__} has no low-rank linears to train; expected a model in which grasp has replaced "
+            "linears, not only removed layers"
         )
     _require_at_hand(factors)
     if whole := [name for name, factor in factors.items() if not factor.is_floating_point()]:

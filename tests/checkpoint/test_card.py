@@ -25,6 +25,7 @@ from grasp.checkpoint.card import (
     read_card,
     read_license,
     with_results,
+    with_section,
     with_sizes,
     without_results,
 )
@@ -190,6 +191,11 @@ def test_results_take_the_place_of_earlier_ones_and_can_be_taken_out(model: PreT
     assert twice.count("## Evaluation by grasp") == 1
     assert without_results(twice) == card
     assert without_results("no card at all") == "no card at all"
+
+
+def test_a_section_takes_the_place_of_the_former_one_and_no_other_is_lost() -> None:
+    card = with_section(with_section("# Card\n", "Recovery", "once"), "Quantisation", "four bits")
+    assert with_section(card, "Recovery", "twice") == "# Card\n\n## Quantisation\n\nfour bits\n\n## Recovery\n\ntwice\n"
 
 
 def test_a_number_that_is_not_finite_is_not_shown(model: PreTrainedModel) -> None:

@@ -64,7 +64,7 @@ def test_every_public_name_of_the_package_exists() -> None:
     [
         (["evaluate", "no/such-model"], ["no/such-model", "'builtin'"]),
         (["evaluate", "MODEL", "--text", "TEXT", "--window", "1"], ["window must be at least 2 positions, got 1"]),
-        (["inspect", "nowhere"], ["nowhere/config.json"]),
+        (["inspect", "nowhere"], ["no folder nowhere"]),
     ],
 )
 def test_other_commands_refuse_bad_input_alike(
@@ -172,6 +172,11 @@ def test_a_stdout_that_cannot_be_written_gives_no_traceback(redirection: str, co
     )
     assert run.returncode in (code, 0 if "|" in redirection else code)  # true may end after grasp has written
     assert len(run.stderr.splitlines()) == (code == 2)
+
+
+def test_a_stderr_that_cannot_be_written_changes_no_exit_code(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m grasp inspect nothing 2> /dev/full"
+    assert subprocess.run(["bash", "-c", command], env=command_line.environment(), cwd=tmp_path).returncode == 2
 
 
 def test_the_command_to_record_may_have_empty_arguments(main: RunMain, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_freed_memory_is_refused(name: str) -> None:
     x, group = operands()
     group = group._replace(**{name: getattr(group, name).clone()})
     getattr(group, name).untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="do not agree|pointer"):
+    with pytest.raises(ValueError, match=r"do not agree|pointer"):
         lowrank_linear(x, *group, backend="cpu")
 
 
