@@ -242,7 +242,10 @@ def choose_budget(
             )
         orders = sum(order_bytes(target, 1, config.form) for layer in chosen for target in targets[layer])
         ratio = (saving + orders) / max(sizes) / total_parameters
-    return solve_compression_ratio(shapes, chosen, total_parameters, ratio, config.retain_ratio, config.form)
+    return solve_compression_ratio(
+        *(shapes, chosen, total_parameters, ratio, config.retain_ratio, config.form),
+        at_least=config.target_bytes is not None,
+    )
 
 
 def _ranks(budget: Budget, targets: Targets) -> dict[Target, int]:

@@ -97,11 +97,13 @@ def solve_compression_ratio(
     compression_ratio: float,
     retain_ratio: float,
     form: Form,
+    *,
+    at_least: bool = False,
 ) -> Budget:
     """The most redundant layers to compress, and their ranks, to remove a fraction of the whole model.
 
-    The number of layers is the smallest that reaches the target at ``retain_ratio``. Then the ratio is solved again:
-    at least the target is removed, and as little more as whole ranks allow.
+    The number of layers is the smallest that reaches the target at ``retain_ratio``. Then the ratio is solved again to
+    meet the target as closely as whole ranks allow.
 
     Args:
         shapes: for each layer the shapes of the matrices that can be replaced.
@@ -110,6 +112,7 @@ def solve_compression_ratio(
         compression_ratio: fraction of them to remove, in [0, 1).
         retain_ratio: fraction of a matrix's parameters that sets the number of layers.
         form: of the factors.
+        at_least: whether no less than the target may be removed.
 
     Raises:
         ValueError: if rank 1 everywhere does not remove that much.
@@ -138,10 +141,11 @@ def solve_compression_ratio(
     budget = uniform_budget(shapes, order[:count], low, form)
     excess = removed(count, low) - target
     ranks = {layer: list(values) for layer, values in budget.ranks.items()}
-    for layer, values in ranks.items():  # add a group where the next step of the ratio would, if there is room
+    for layer, values in ranks.items():  # add a group where the next step of the ratio would, if that helps
         for i, shape in enumerate(shapes[layer]):
             step = parameters_at(shape, values[i] + 1, form) - parameters_at(shape, values[i], form)
-            if rank_for_retain_ratio(shape, high, form) > values[i] and step <= excess:
+            helps = step <= excess if at_least else abs(excess - step) < abs(excess)
+            if helps and rank_for_retain_ratio(shape, high, form) > values[i]:
                 values[i] += 1
                 excess -= step
     return Budget(low, {layer: tuple(values) for layer, values in ranks.items()})

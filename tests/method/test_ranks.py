@@ -100,21 +100,24 @@ def test_no_compression_takes_no_layer() -> None:
     assert solve_compression_ratio({0: [(64, 64)]}, [0], 8192, 0.0, 0.1, "factored") == Budget(0.1, {})
 
 
-@given(st.integers(2, 8), st.floats(0.01, 0.6), st.floats(0.05, 0.9), forms)
-def test_the_ratio_is_met_with_the_fewest_layers(count: int, target: float, retain: float, form: Form) -> None:
+@given(st.integers(2, 8), st.floats(0.01, 0.6), st.floats(0.05, 0.9), forms, st.booleans())
+def test_the_ratio_is_met_with_the_fewest_layers(
+    count: int, target: float, retain: float, form: Form, at_least: bool
+) -> None:
     layer = [(512, 512), (256, 512), (1024, 512)]
     shapes = dict.fromkeys(range(count), layer)
     dense = sum(n * k for n, k in layer)
     total = count * dense + 100_000
     order = list(range(count))[::-1]
     per_layer_at_retain = sum(parameters_removed(s, rank_for_retain_ratio(s, retain, form), form) for s in layer)
-    budget = solve_compression_ratio(shapes, order, total, target, retain, form)
+    budget = solve_compression_ratio(shapes, order, total, target, retain, form, at_least=at_least)
     removed = sum(
         parameters_removed(shape, rank, form)
         for ranks in budget.ranks.values()
         for shape, rank in zip(layer, ranks, strict=True)
     )
-    assert 0 <= removed - target * total <= max(n + k for n, k in layer)
+    step = max(n + k for n, k in layer)
+    assert (0 if at_least else -step) <= removed - target * total <= step
     fewest = next((n for n in range(1, count + 1) if n * per_layer_at_retain >= target * total), count)
     assert list(budget.ranks) == sorted(order[:fewest])
     for ranks in budget.ranks.values():
