@@ -130,15 +130,13 @@ def read_pieces(
     expected = f"a text in UTF-8, or one of {', '.join(NAMED_TEXTS)}"
     with open_regular(path, expected, CalibrationError) as file:
         length = os.fstat(file.fileno()).st_size
-        file.seek(length // 2)
-        sample = file.read(_PIECE)
     if length <= CHARACTERS:
         text = read_text_file(path, expected, CalibrationError)
         if not text.strip():
             raise CalibrationError(f"{source} has no text; expected {expected}")
         return [text]
     if wanted is not None:
-        wanted = max(_LEAST, wanted * len(sample) // max(1, len(sample.decode(errors="ignore"))))  # bytes
+        wanted = max(_LEAST, int(wanted * _bytes_per_character(path, expected, length)))
     if wanted is None or wanted >= length:
         pieces = _all_pieces(path, expected)
     else:
@@ -198,6 +196,14 @@ def _opened(path: Path, expected: str) -> Iterator[BinaryIO]:
             yield file
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path} cannot be read as text ({one_line(error)}); expected {expected}") from error
+
+
+def _bytes_per_character(path: Path, expected: str, length: int) -> float:
+    """In the middle of a text."""
+    with _opened(path, expected) as file:
+        file.seek(length // 2)
+        block = file.read(_PIECE)
+    return len(block) / max(1, len(block.decode(errors="ignore")))
 
 
 def _all_pieces(path: Path, expected: str) -> Iterator[str]:
