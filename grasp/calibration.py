@@ -225,7 +225,7 @@ def _spaced_pieces(path: Path, expected: str, length: int, wanted: int) -> Itera
             file.seek(i * (length - _PIECE) // (count - 1))
             block = file.read(_PIECE)
             inside = next(n for n in range(5) if not i or n == 4 or not 0x80 <= block[n] < 0xC0)  # of a cut character
-            text = getincrementaldecoder("utf-8")().decode(block[inside:])  # leaves out a cut character at the end
+            text = getincrementaldecoder("utf-8-sig")().decode(block[inside:])  # leaves out a cut character at the end
             lines = text[text.find("\n") + 1 if i else 0 : text.rfind("\n") + 1]
             yield (lines or text).replace("\r\n", "\n")
 

@@ -301,6 +301,13 @@ def test_tokens_are_counted_in_characters_whatever_the_script(large: Path) -> No
 
 
 @pytest.mark.parametrize("tokens", [None, 1000])
+def test_a_byte_order_mark_is_no_part_of_a_large_text(large: Path, tokens: int | None) -> None:
+    plain = next(iter(read_pieces(str(large), tokens=tokens)))
+    large.write_text(large.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert next(iter(read_pieces(str(large), tokens=tokens)))[:100] == plain[:100]
+
+
+@pytest.mark.parametrize("tokens", [None, 1000])
 @pytest.mark.parametrize("character", ["a", "é", "€", "😀"])
 def test_a_large_line_is_cut_between_characters(tmp_path: Path, tokens: int | None, character: str) -> None:
     path = tmp_path / "line.txt"

@@ -366,6 +366,25 @@ def test_linears_that_do_not_reach_the_loss_are_left_with_the_reason() -> None:
     assert len(report.compressed) == 7
 
 
+@pytest.mark.parametrize("width", [32, 480])
+def test_the_others_save_for_a_linear_that_is_not_used(width: int) -> None:
+    model = tiny_model("llama")
+    decoder(model).layers[1].mlp.unused_proj = nn.Linear(32, width, bias=False)
+    report = compress_(model, tiny_batches(2), GraspConfig.best(compression_ratio=0.25, schedule="single-sweep"))
+    assert report.compression_ratio == pytest.approx(0.25, abs=0.01)
+
+
+def test_linears_of_zeros_stay_dense_and_the_others_save() -> None:
+    model, batches = tiny_model("llama"), tiny_batches(4)
+    for name in ("self_attn.q_proj", "mlp.down_proj"):
+        decoder(model).layers[1].get_submodule(name).weight.data.zero_()
+    report = compress_(model, batches, GraspConfig.best(compression_ratio=0.25, schedule="single-sweep"))
+    assert "model.layers.1.mlp.up_proj" in {module.name for module in report.left}
+    assert report.compression_ratio == pytest.approx(0.25, abs=0.01)
+    with torch.no_grad():
+        assert torch.isfinite(model(batches[0]).logits).all()
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_works_where_gradients_are_off(mode: Any) -> None:
     model = tiny_model("llama")

@@ -19,6 +19,7 @@ from grasp.checkpoint.push import require_complete
 from grasp.errors import CheckpointError, HubError
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.reporting import card_figure
 from tests.command_line import RunMain, environment, main, save_tiny_model
 from tests.fake_hub import TOKEN, FakeHub, fake_hub
 from tests.tiny_models import tiny_model
@@ -273,6 +274,13 @@ def test_a_folder_that_is_no_whole_checkpoint_is_refused(
     damage(folder)
     with pytest.raises(CheckpointError, match=words):
         require_complete(folder)
+
+
+def test_the_name_is_checked_before_the_folder_gets_a_figure(
+    folder: Path, main: RunMain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(card_figure, "add_figure", lambda _: pytest.fail("the folder is changed"))
+    assert main("push", folder, "no name/at all").code == 2
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:

@@ -247,3 +247,20 @@ def test_the_compiled_module_refuses_tensors_that_do_not_agree() -> None:
     for x, group, y in calls:
         with pytest.raises(ValueError, match="do not agree"):
             cpu._module().run(x, (Factors(*group),), (y,), cpu._UNGATED, 1, cpu.INSTRUCTION_SETS["auto"])
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_an_empty_factor_may_have_any_strides(backend: str) -> None:
+    x, (_, _, Vh, bias, *_) = normal((2, 40), seeded()), factors(6, 40, 6, seeded(), s=False, bias=True)
+    x, Vh, bias = x.float(), Vh.float(), bias.float()
+    U = torch.ones(24, 12)[:0, ::2]  # of full rank; PyTorch's copies have its strides
+    y = lowrank_linear(x, U, None, Vh, bias, torch.arange(6, dtype=torch.int32), backend=backend)
+    torch.testing.assert_close(y, x @ Vh.mT + bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["U", "s", "Vh", "bias"])
+def test_freed_memory_is_refused(name: str) -> None:
+    group = factors(24, 40, 6, seeded(), s=True, bias=True, dtype=torch.float32)
+    getattr(group, name).untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"do not agree|pointer"):
+        lowrank_linear(torch.ones(1, 40), *group, backend="cpu")
