@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from grasp.checkpoint.compression_report import CompressionReport, ModuleReport
 from grasp.checkpoint.run_state import Decision, NoState
-from grasp.compression.budget import Plan, predicted_seconds
+from grasp.compression.budget import Plan, choose_plan, predicted_seconds
 from grasp.compression.held_out import compare_with_removal, result_loss
 from grasp.compression.linear_replacement import merge_
 from grasp.compression.quantize import quantize_
@@ -25,7 +25,7 @@ from grasp.compression.rounds import (
     prepare_,
     settle_,
 )
-from grasp.compression.run import Run, find_block_influence, make_plan, start_run
+from grasp.compression.run import Run, find_block_influence, start_run
 from grasp.compression.selection import stored_reports
 from grasp.config import GraspConfig
 from grasp.method.cost_table import CostTable
@@ -112,7 +112,7 @@ def compress_(
 def carry_out_(run: Run) -> CompressionReport:
     """The method, step by step. ``compress_`` starts the run; a study may give one that reuses statistics."""
     scores = find_block_influence(run)
-    plan = make_plan(run, scores)
+    plan = choose_plan(run.config, scores, run.targets, run.before.parameters, run.prices)
     decision = Decision((), {}, {}, {}, {})
     if not run.config.decides_together:
         decision = compare_with_removal(run, plan, scores)

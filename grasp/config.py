@@ -109,8 +109,8 @@ class GraspConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _as_layers(self.layers))
-        object.__setattr__(self, "num_layers", _as_int(self.num_layers))
-        object.__setattr__(self, "target_bytes", _as_int(self.target_bytes))
+        for name in ("num_layers", "target_bytes", "bits", "bits_dense"):
+            object.__setattr__(self, name, _as_int(getattr(self, name)))
         bad_names = list(self._bad_names())
         conflicts = [] if bad_names else self._conflicts_of_method()
         _refuse([*bad_names, *self._bad_values(), *self._conflicts_of_targets(), *conflicts])
@@ -307,7 +307,7 @@ class GraspConfig:
             if value is not None and not (_is_number(value) and is_inside(value)):
                 yield f"{name} must be in {interval}, got {value!r}"
         for name, known in (("bits", (8, 4, _FP8, AUTO, None)), ("bits_dense", (8, 4, _FP8, None))):
-            if (bits := getattr(self, name)) not in known:
+            if isinstance(bits := getattr(self, name), float) or bits not in known:
                 yield f"{name} must be one of {', '.join(map(str, known))}, got {bits!r}"
         if not _is_bool(self.refit):
             yield f"refit must be True or False, got {self.refit!r}"

@@ -6,6 +6,7 @@ Of a quantised model the scales and the norms are trained: its values are whole 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -171,6 +172,7 @@ def _resume_(training: _Training, state: NoRecoveryState, clock: Clock) -> None:
     fingerprint = recovery_fingerprint(
         training.model, training.sequences, training.held_out, training.config, training.teacher
     )
+    training.processes.require_same("the request", json.dumps(fingerprint, sort_keys=True))
     with training.processes.fail_together():
         state.begin(fingerprint, clock)
     with training.processes.fail_together():  # rank 0 writes only after all processes have read

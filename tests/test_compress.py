@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ from grasp.compress import compress_
 from grasp.compression.naive import naive_grasp_
 from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, CheckpointError, NonFiniteError, UnsupportedModelError
-from grasp.method.pivoting import NotPivoted
 from grasp.method.ranks import FORMS, break_even_rank, parameters_removed
 from grasp.model.batch import CalibrationBatch
 from grasp.model.layer_removal import remove_layers_
@@ -118,7 +118,7 @@ def test_pivoted_linears_compute_the_same_in_fewer_parameters() -> None:
 
 
 def test_linears_that_have_no_pivoted_form_are_factored_or_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grasp.model.lowrank_linear.pivot", lambda U, Vh: NotPivoted(99.0))
+    monkeypatch.setattr("grasp.model.lowrank_linear.LARGEST_GROWTH", 0.5)
     report = compress_(tiny_model("llama"), tiny_batches(2), GraspConfig.best(compression_ratio=0.2))
     assert {module.form for module in report.compressed} == {"factored"}
     assert all(module.parameters_after < module.parameters_before for module in report.compressed)
@@ -140,6 +140,15 @@ def test_held_out_batches_do_not_change_the_published_method_and_tell_what_remov
     losses[f"layers {removed[0]} removed"] = mean_loss(dense, held_out)
     assert reports[1].held_out_loss == pytest.approx(losses, rel=1e-5)
     assert CompressionReport.from_json(reports[1].to_json()) == reports[1]
+
+
+def test_a_loss_without_layers_that_is_not_finite_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "grasp.compression.held_out.losses_without", lambda _, choices, *__, **___: [1.0, math.nan][: len(choices)]
+    )
+    report = compress_(tiny_model("llama"), tiny_batches(2), GraspConfig(num_layers=1), held_out=tiny_batches(1))
+    assert report.held_out_loss.keys() == {"dense", "compressed"}
+    assert CompressionReport.from_json(report.to_json()) == report
 
 
 def mean_loss(model: nn.Module, batches: list[torch.Tensor]) -> float:

@@ -146,6 +146,8 @@ def test_integers_of_numpy_are_taken_as_integers() -> None:
     assert config == GraspConfig(layers=(1, 3))
     assert json.loads(json.dumps(config.to_dict()))["layers"] == [1, 3]
     assert json.dumps(GraspConfig(num_layers=np.int32(2)).to_dict()["num_layers"]) == "2"  # type: ignore[arg-type]
+    stored = GraspConfig.best(target_bytes=np.int64(99), bits=np.int64(8)).to_dict()  # type: ignore[arg-type]
+    assert json.dumps([stored["target_bytes"], stored["bits"]]) == "[99, 8]"
 
 
 def test_best_compresses_all_layers_or_those_that_are_named() -> None:

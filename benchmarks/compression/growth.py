@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -46,9 +47,7 @@ class GrowthResult:
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     """The slope of the least-squares line through ``log cost`` over ``log size``: 1 for a cost that grows linearly."""
     x, y = ([math.log(value) for value in values] for values in (sizes, costs))
-    x_mean, y_mean = sum(x) / len(x), sum(y) / len(y)
-    slope = sum((a - x_mean) * (b - y_mean) for a, b in zip(x, y, strict=True))
-    return slope / sum((a - x_mean) ** 2 for a in x)
+    return statistics.linear_regression(x, y).slope
 
 
 def series(llama: RandomLlama, layers: Sequence[int], tokens: Sequence[int]) -> list[tuple[str, RandomLlama]]:

@@ -175,9 +175,10 @@ def require_same(path: Path, stamp: Mapping[str, str | None]) -> None:
     Raises:
         typer.BadParameter: if the GPU or the commit is another.
     """
+    journal = Journal.open(path)  # it removes a last line that was not wholly written
     lines = read_lines(path)
     if not lines:
-        Journal.open(path).write(kind="run", **stamp)
+        journal.write(kind="run", **stamp)
         return
     before = {name: lines[0].get(name) for name in stamp}
     if before != dict(stamp):

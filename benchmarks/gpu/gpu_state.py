@@ -52,16 +52,13 @@ def summary(states: Sequence[GpuState]) -> dict[str, Any] | None:
     """Clocks (least, median, most), most power and heat, and all throttle reasons; ``None`` without readings."""
     if not states:
         return None
-    mask = 0
-    for state in states:
-        mask |= state.reasons
     clocks = [state.sm_mhz for state in states]
     return {
         "sm_mhz": [min(clocks), median(clocks), max(clocks)],
         "memory_mhz": median(state.memory_mhz for state in states),
         "watts": max(state.watts for state in states),
         "celsius": max(state.celsius for state in states),
-        "throttle_reasons": [name for bit, name in REASONS.items() if mask & bit],
+        "throttle_reasons": [name for bit, name in REASONS.items() if any(state.reasons & bit for state in states)],
         "readings": len(states),
     }
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grasp.bench.records import RECORDS
-from grasp.bench.schema import LineError, Record, parse
+from grasp.bench.schema import LineError, Record, from_dict
 from grasp.bench.tables import FORMATS
 from grasp.errors import ResultsError
 from grasp.files import require_writable, write_whole
-from grasp.reading import read_lines
+from grasp.reading import parse_json, read_lines
 
 
 def append_results(path: Path, records: Sequence[Record]) -> None:
@@ -96,10 +96,16 @@ def save_results(paths: Sequence[Path], records: Sequence[Record], earlier: Sequ
 
 
 def _append(path: Path, data: bytes) -> None:
-    """Append to a file and flush it to the disk; if this fails, the bytes that were written are removed again."""
+    """Append to a file and flush it to the disk; if this fails, the bytes that were written are removed again.
+
+    A last line without an end is given one.
+    """
     written = 0
     try:
-        with path.open("ab", buffering=0) as file:
+        with path.open("a+b", buffering=0) as file:
+            if data and file.tell():
+                file.seek(-1, os.SEEK_END)
+                data = data if file.read(1) == b"\n" else b"\n" + data
             try:
                 while written < len(data):
                     written += file.write(data[written:])
@@ -131,10 +137,12 @@ def read_results(path: str | Path, further: Sequence[type[Record]] = ()) -> list
         ...     [(record.kind, record.provider) for record in read_results(path)]
         [('not_measured', 'cuda')]
     """
+    classes = (*RECORDS, *further)
+    expected = f"an object of kind {', '.join(c.kind for c in classes)}; repair or remove the line"
     records = []
     for number, line in read_lines(path, "JSON lines of results", ResultsError):
         try:
-            records.append(parse(line, (*RECORDS, *further)))
+            records.append(from_dict(parse_json(line, "it", expected, LineError), classes))
         except LineError as error:
             raise ResultsError(f"{path}, line {number}: {error}") from error
     return records

@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from grasp.formatting import Column
-from grasp.reading import parse_json
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
@@ -89,18 +88,6 @@ def notes(records: Iterable[Record]) -> list[str]:
 
 class LineError(ValueError):
     """A line of JSON is not a record of the expected classes."""
-
-
-def parse(line: str, classes: Sequence[type[Record]]) -> Record:
-    """A line of JSON as a record.
-
-    Raises:
-        LineError: if the line is not a record of one of ``classes``.
-    """
-    kinds = ", ".join(record_class.kind for record_class in classes)
-    return from_dict(
-        parse_json(line, "it", f"an object of kind {kinds}; repair or remove the line", LineError), classes
-    )
 
 
 def from_dict(values: dict[str, Any], classes: Sequence[type[Record]]) -> Record:

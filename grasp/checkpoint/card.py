@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from huggingface_hub.errors import HfHubHTTPError
 from yaml import YAMLError
 
+from grasp.builtin import BUILTIN_LICENSE, BUILTIN_NAME
 from grasp.calibration import NAMED_TEXTS
 from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.errors import CheckpointError, GraspError
@@ -39,7 +40,9 @@ FIGURE = "parameters-kept.png"  # beside the card
 _FIGURE = re.compile(rf"^!\[[^\n]*\]\({re.escape(FIGURE)}\)\n\n[^\n]*\n\n", re.MULTILINE)  # and its caption
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 # The hub's client passes on the errors of its HTTP library, which differs between versions.
-_HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
+_HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, RuntimeError)
+# Values of another type, for what is no card.
+_BAD_ANSWERS: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 _TEMPLATE = """\
 ---
@@ -291,16 +294,21 @@ def read_evaluation(path: Path) -> dict[str, Any] | None:
     except GraspError:
         return None
     values = document.get("grasp", document)
-    is_result = isinstance(values, Mapping) and values.keys() >= {"model", "text", "result", "size"}
-    return document if is_result else None
+    if not isinstance(values, Mapping) or not values.keys() >= {"model", "text", "result", "size"}:
+        return None
+    size, result = values["size"], values["result"]
+    is_result = isinstance(size, Mapping) and type(size.get("parameters")) is int
+    return document if is_result and (result is None or isinstance(result, Mapping)) else None
 
 
 def read_license(source: str) -> dict[str, str]:
     """Return the licence keys of the card of a folder or hub repository; none if it has none or is unreachable."""
+    if source == BUILTIN_NAME:
+        return dict(BUILTIN_LICENSE)
     try:
         path = hf_hub_download(source, "README.md") if is_hub_name(source) else Path(source) / "README.md"
         data = ModelCard.load(path).data.to_dict()
-    except (*_HUB_ERRORS, YAMLError, RecursionError):
+    except (*_HUB_ERRORS, *_BAD_ANSWERS, YAMLError):
         return {}
     return {key: str(data[key]) for key in _LICENSE_KEYS if data.get(key)}
 

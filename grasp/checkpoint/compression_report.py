@@ -268,19 +268,10 @@ def _require_sound(report: CompressionReport) -> None:
                 raise ValueError(f"{name} must be an integer from 0 up, got {value!r}")
     if not report.before.parameters or not report.before.decoder_parameters:
         raise ValueError("the model before has no parameters")
-    for name in (
-        "config",
-        "calibration",
-        "seconds",
-        "held_out_loss",
-        "candidate_bytes",
-        "candidate_seconds",
-        "versions",
-        "request",
-        "decode_seconds",
-    ):
-        if not isinstance(getattr(report, name), Mapping):
-            raise ValueError(f"{name} must be an object, got {getattr(report, name)!r}")
+    for entry in dataclasses.fields(report):
+        value = getattr(report, entry.name)
+        if str(entry.type).startswith("Mapping") and not isinstance(value, Mapping):
+            raise ValueError(f"{entry.name} must be an object, got {value!r}")
     numbers = [*report.seconds.values(), *report.decode_seconds.values(), *report.held_out_loss.values()]
     numbers += [*report.candidate_bytes.values(), *report.candidate_seconds.values()]
     numbers += [number for row in report.kinds for number in (row.dense, row.compressed)]

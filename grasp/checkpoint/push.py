@@ -15,10 +15,11 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging as hub_logging
 
-from grasp.builtin import BUILTIN, BUILTIN_LICENSE, BUILTIN_NAME
+from grasp.builtin import BUILTIN, BUILTIN_NAME
 from grasp.checkpoint import compression_report, recovery_report
 from grasp.checkpoint.card import FIGURE, HUB_NAME, folder_card, read_card, read_evaluation, read_license
 from grasp.checkpoint.inspection import Inspection, inspect_compressed
+from grasp.checkpoint.saving import LICENSES
 from grasp.errors import CheckpointError, HubError
 from grasp.files import expanded, write_whole
 from grasp.loading import hub_status
@@ -33,7 +34,7 @@ _ALLOWED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt"),
     *("chat_template.jinja", "chat_template.json", f"{_TEMPLATES}/*.jinja"),
-    *("README.md", FIGURE, "LICENSE*", "NOTICE*", "USE_POLICY*"),
+    *("README.md", FIGURE, *LICENSES),
     *(compression_report.FILE_NAME, recovery_report.FILE_NAME),
 )
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -160,7 +161,7 @@ def _require_card(folder: Path, checkpoint: Inspection) -> None:
     if not file.is_file():
         source = str(checkpoint.report.request.get("model", "")) if checkpoint.report else ""
         base_model = BUILTIN_NAME if source == BUILTIN else source or None
-        license = BUILTIN_LICENSE if source == BUILTIN else read_license(base_model) if base_model else {}
+        license = read_license(base_model) if base_model else {}
         write_whole(file, folder_card(folder, base_model=base_model, license=license), seen={})
     read_card(read_text_file(file, "a model card in UTF-8", CheckpointError))
 

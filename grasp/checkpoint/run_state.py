@@ -240,7 +240,7 @@ class RunState(RunFolder, NoState):
             self._write_state()
             self._listed = time.monotonic()
 
-    def restore_sums(self, sums: Mapping[Target, Sum], batches: int) -> int:
+    def restore_sums(self, sums: Mapping[Target, Sum]) -> int:
         """Set the sums of a sweep to the stored ones; the number of batches that they hold.
 
         Raises:

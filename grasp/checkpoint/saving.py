@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+LICENSES = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # the files of a model that have its terms
 _SPARE_BYTES = 32 * 2**20  # room for tokenizer, configuration and file headers
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from grasp.cli import compress_options as option
 from grasp.cli.arguments import Device, Dtype, Json, Model, parse_batch_size, parse_bits, parse_bytes, parse_layers
-from grasp.cli.processes import started_together
+from grasp.cli.processes import started_together, world_size
 from grasp.cli.root import app
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _estimate(
 
     if os.environ.get("RANK", "0") != "0":
         return
-    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    processes = world_size()
     result = dry_run(model, output, config, samples, processes=processes, sharded=shard and processes > 1, **options)
     console.print_result(result, tables.show_dry_run, as_json=as_json)
     if shard and processes == 1 and not as_json:

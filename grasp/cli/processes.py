@@ -11,6 +11,19 @@ if TYPE_CHECKING:
     from grasp.statistics.processes import Processes
 
 
+def world_size() -> int:
+    """The number of processes that were started together, as the environment has it.
+
+    Raises:
+        DistributedError: if it is no number.
+    """
+    from grasp.errors import DistributedError
+
+    if not (number := os.environ.get("WORLD_SIZE") or "1").isdecimal():
+        raise DistributedError(f"WORLD_SIZE is {number!r}; expected the number of processes. Start them with torchrun")
+    return int(number)
+
+
 @contextmanager
 def started_together(device: str | None, *, shard: bool = False) -> Iterator[tuple[Processes, str | None]]:
     """Join the processes started together, as the environment describes them; yield them and this one's device.
@@ -23,9 +36,7 @@ def started_together(device: str | None, *, shard: bool = False) -> Iterator[tup
     from grasp.loading import find_device
     from grasp.statistics.processes import ALONE, joined
 
-    if not (number := os.environ.get("WORLD_SIZE") or "1").isdecimal():
-        raise DistributedError(f"WORLD_SIZE is {number!r}; expected the number of processes. Start them with torchrun")
-    if int(number) == 1:
+    if world_size() == 1:
         if shard:
             raise ValueError(
                 "--shard spreads a model over several processes, but this is one; start "

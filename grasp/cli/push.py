@@ -38,7 +38,8 @@ def push(
     from grasp.files import expanded
     from grasp.reporting.card_figure import add_figure
 
-    require_pushable(expanded(directory), repo_id)
+    directory = expanded(directory)
+    require_pushable(directory, repo_id)
     with console.step_bars() as progress:
         try:
             add_figure(directory)

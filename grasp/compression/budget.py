@@ -180,7 +180,7 @@ def _require_reachable(config: GraspConfig, prices: Prices, targets: Targets, ma
     means = f"{' or '.join(cheapest.values())} in every eligible matrix"
     if may_remove and config.allocation == "global":
         layers = [prices.layer(layer) for layer in targets]
-        most, means = max(most, math.fsum(layers) - min(layers)), "removing all layers but one"
+        most, means = max((most, means), (math.fsum(layers) - min(layers), "removing all layers but one"))
     if prices.saving > most:
         raise ValueError(f"{prices.target(prices.saving)} cannot be reached: {means} gives {prices.target(most)}")
 
@@ -260,7 +260,7 @@ def ceilings(config: GraspConfig, plan: Plan) -> dict[Target, int]:
     shapes = {target: dense_shape(target.module) for target in plan.ranks}
     if config.storage is not None and config.storage.bits == 4:  # ``quantize_`` stores those above as dense weights
         return {target: rank_for_retain_ratio(shape, DENSE_FROM, config.form) for target, shape in shapes.items()}
-    return {target: max(0, break_even_rank(shape, config.form)) for target, shape in shapes.items()}
+    return {target: break_even_rank(shape, config.form) for target, shape in shapes.items()}
 
 
 def required_saving(prices: Prices, plan: Plan) -> float:

@@ -128,7 +128,7 @@ class Estimate:
     def time_left(self, rates: Rates) -> TimeLeft:
         """What shows the time left of the whole job at the given rates, adjusted to the pace that it has."""
         return TimeLeft(
-            self.seconds(rates), dict.fromkeys(REPEATED, self.rounds * len(self.sweeps)) | {"candidates": 4}
+            self.seconds(rates), dict.fromkeys(REPEATED, self.rounds * len(self.sweeps)) | {"candidates": 5}
         )
 
     def to_dict(self) -> dict[str, Any]:

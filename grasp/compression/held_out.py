@@ -18,7 +18,6 @@ from grasp.compression.measured_blocks import corrected, corrections
 from grasp.compression.refit import Refit
 from grasp.compression.run import Run
 from grasp.compression.selection import (
-    Name,
     Replacement,
     Selections,
     replacement,
@@ -103,8 +102,8 @@ def compare_with_removal(run: Run, plan: Plan, scores: Sequence[float]) -> Decis
     options = [dense, *_layers_removed(run, plan, removed_in_order(run, plan, dict(enumerate(scores))))]
     choices = [option.removed for option in options]
     losses = losses_without(run.model, choices, run.held_out, processes=run.processes)
-    names = [option.name for option in options]
-    return decision(run, dense, options, dict(zip(names, losses, strict=True)))
+    pairs = zip(options, losses, strict=True)
+    return decision(run, dense, options, {option.name: loss for option, loss in pairs if math.isfinite(loss)})
 
 
 def result_loss(run: Run) -> dict[str, float]:
@@ -244,11 +243,11 @@ def store(run: Run, chosen: Mapping[Target, Replacement], instead_of: str | None
         instead_of: the first part of the names of the files that it was made from. They are removed.
     """
 
-    def write(target: Target) -> Name:
+    def write(target: Target) -> str:
         return write_replacement(run.state, target, chosen[target])
 
     files: dict[str, str | None] = {f"{instead_of}-{target.name}": None for target in chosen if instead_of}
-    written = run.processes.map_divided(list(chosen), write, Name)
+    written = run.processes.map_divided(list(chosen), write)
     files |= {f"module-{target.name}": name for target, name in written}
     run.processes.wait_for_all()  # they may still read the files that are removed
     run.state.record(files)

@@ -18,7 +18,6 @@ from grasp.checkpoint.run_state import Decision
 from grasp.compression.budget import Plan, required_saving
 from grasp.compression.candidates import Candidate
 from grasp.compression.run import Run
-from grasp.compression.selection import Name
 from grasp.errors import UnsupportedModelError
 from grasp.formatting import layer_ranges
 from grasp.method.linear_map import linear_map
@@ -59,10 +58,10 @@ def linear_replacement(run: Run, plan: Plan) -> list[Candidate]:
         sums = map_sums(prefix, range(before, block.stop), run.model.get_submodule(added.module))
     run.processes.sum_(sums)
 
-    def write(_: range) -> Name:
-        return Name(run.state.write(_MAP, {_MAP: linear_map(*sums)}))
+    def write(_: range) -> str:
+        return run.state.write(_MAP, {_MAP: linear_map(*sums)})
 
-    ((_, file),) = run.processes.map_divided([block], write, Name)
+    ((_, file),) = run.processes.map_divided([block], write)
     return [Candidate(f"layers {layer_ranges(block)} replaced by a linear map", tuple(block), {}, file)]
 
 

@@ -87,9 +87,14 @@ def form_in_sweeps(config: GraspConfig) -> Form:
 def forward_bytes(tracer: Tracer, layers: range, dtype: torch.dtype) -> int:
     """One batch that passes the model without a graph, and the copies of some layers in the dtype of the sweeps."""
     modules = decoder(tracer.model).layers
-    costs = [tracer.layer(layer, "none") for layer in range(len(modules))]
-    passing = states_bytes(tracer) + FRAGMENTATION * max(cost.saved + cost.transient for cost in costs)
+    passing = max(_passing_bytes(tracer, layer) for layer in range(len(modules)))
     return passing + sum(copy_bytes(tracer, modules[layer], dtype) for layer in layers)
+
+
+def _passing_bytes(tracer: Tracer, layer: int) -> int:
+    """One batch that passes a layer without a graph."""
+    cost = tracer.layer(layer, "none")
+    return states_bytes(tracer) + FRAGMENTATION * (cost.saved + cost.transient)
 
 
 def copy_bytes(tracer: Tracer, module: nn.Module, dtype: torch.dtype) -> int:
@@ -109,10 +114,8 @@ def replacing_bytes(tracer: Tracer, targets: Collection[Target], config: GraspCo
         rank = break_even_rank((n, k), config.form)
         taken = READ_COPIES * itemsize * rank * (n + k)
         if config.refit:
-            cost = tracer.layer(target.layer, "none")
-            passing = states_bytes(tracer) + FRAGMENTATION * (cost.saved + cost.transient)
             solving = least_squares_bytes((n, k), rank, itemsize)
-            taken = max(taken, 2 * itemsize * k * k + max(passing, solving))
+            taken = max(taken, 2 * itemsize * k * k + max(_passing_bytes(tracer, target.layer), solving))
         if config.form == "pivoted":
             taken = max(taken, pivot_bytes((n, k), rank))
         layers[target.layer].append((target.module.weight.itemsize * rank * (n + k), taken))
@@ -123,8 +126,7 @@ def quantizing_bytes(tracer: Tracer) -> int:
     """The quantisation of one layer: two sums of an input, and one batch, or one linear that is rounded."""
     most = 0
     for layer, targets in eligible_targets(tracer.model)[0].items():
-        cost = tracer.layer(layer, "none")
-        passing = states_bytes(tracer) + FRAGMENTATION * (cost.saved + cost.transient)
+        passing = _passing_bytes(tracer, layer)
         for target in targets:
             n, k = dense_shape(target.module)
             most = max(most, 2 * 4 * k * k + max(passing, rounding_bytes((n, k))))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -114,12 +113,12 @@ class Refit:
         owners = {self._processes.owner(index) for index in range(len(group))}
         self._processes.reduce_([(cross, owners), (gram, owners)])
 
-        def solve(target: Target, weight: Tensor) -> _Left:
+        def solve(target: Target, weight: Tensor) -> dict[str, Tensor]:
             module = modules[target]
-            return _Left(least_squares(module.U, module.Vh, weight, cross, gram, calls * self._tokens))
+            return {"U": least_squares(module.U, module.Vh, weight, cross, gram, calls * self._tokens)}
 
-        for target, left in self._processes.map_divided(group, solve, _Left, fetch=lambda t: dense_weight(t.module)):
-            modules[target].U.copy_(left.U)
+        for target, left in self._processes.map_divided(group, solve, fetch=lambda t: dense_weight(t.module)):
+            modules[target].U.copy_(left["U"])
 
 
 def refit_(
@@ -153,18 +152,3 @@ def refit_(
         for layer in layers:
             refit.replace_(layer, {target: module for target, module in low.items() if target.layer == layer})
             progress("refit", layer - layers.start + 1, len(layers))
-
-
-class _Left(NamedTuple):
-    """The fitted factor of one linear, as processes exchange it."""
-
-    U: Tensor
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """The factor by its name."""
-        return self._asdict()
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> _Left:
-        """The inverse of ``to_tensors``."""
-        return cls(**tensors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,7 +17,6 @@ from grasp.compression.refit import Refit
 from grasp.compression.run import Run
 from grasp.compression.selection import (
     LAYER_REMOVED,
-    Name,
     Replacement,
     low_rank,
     read_replacement,
@@ -109,29 +108,13 @@ def settle_(run: Run, targets: Iterable[Target]) -> None:
 def pivot_all_(modules: Sequence[LowRankLinear], processes: Processes) -> None:
     """Pivot low-rank linears, of which processes have equal copies; each pivots some, and all get the same pivots."""
 
-    def pivoted(module: LowRankLinear) -> _Factors:
+    def pivoted(module: LowRankLinear) -> dict[str, Tensor]:
         module.pivot_()
-        return _Factors(module.U.detach(), module.Vh.detach(), module.order)
+        factors = {"U": module.U.detach(), "Vh": module.Vh.detach()}
+        return factors if module.order is None else {**factors, "order": module.order}
 
-    for module, factors in processes.map_divided(modules, pivoted, _Factors):
-        module.set_factors_(*factors)
-
-
-class _Factors(NamedTuple):
-    """What pivoting one linear gives, as processes exchange it."""
-
-    U: Tensor
-    Vh: Tensor
-    order: Tensor | None  # ``None`` if it is not pivoted
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """The tensors by their names."""
-        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> _Factors:
-        """The inverse of ``to_tensors``."""
-        return cls(tensors["U"], tensors["Vh"], tensors.get("order"))
+    for module, factors in processes.map_divided(modules, pivoted):
+        module.set_factors_(**factors)
 
 
 def decide_in_order_(run: Run, plan: Plan, work: Work) -> None:
@@ -187,28 +170,23 @@ def carry_out_decision_(run: Run, plan: Plan, work: Work, decision: Decision) ->
     for target in plan.ranks:
         members[target.layer].append(target)
     ranks = [(target.layer, decision.ranks.get(target.name, DENSE)) for target in plan.ranks]
-    stored = all(f"module-{name}" in run.state.files for name in decision.ranks)
-    fitted = fitted_layers(ranks, decision.removed) if decision.fitted and not stored else range(0)
+    all_stored = all(f"module-{name}" in run.state.files for name in decision.ranks)
+    fitted = fitted_layers(ranks, decision.removed) if decision.fitted and not all_stored else range(0)
     refit = Refit(run.model, run.batches, fitted, run.config.sweep_dtype, run.scratch, run.processes)
     reports: dict[Target, ModuleReport] = {}
     for layer, linears in members.items():
-        chosen, is_stored = _replacements(run, linears, decision)
+        stored = stored_replacements(run.state, linears)
+        chosen = stored or [_decided(run, target, decision) for target in linears]
         modules = {t: module for t, (module, _) in zip(linears, chosen, strict=True) if module is not None}
         run.clock.enter("refit")
-        refit.replace_(layer, modules, is_fitted=is_stored, is_removed=layer in decision.removed)
-        if not is_stored:
+        refit.replace_(layer, modules, is_fitted=stored is not None, is_removed=layer in decision.removed)
+        if stored is None:
             store(run, dict(zip(linears, chosen, strict=True)), "second")
         settle_(run, modules)
         return_freed_memory()
         reports.update(zip(linears, (report for _, report in chosen), strict=True))
         run.progress("refit", layer + 1, len(members))
     work.reports.extend(reports[target] for target in plan.ranks)
-
-
-def _replacements(run: Run, members: Sequence[Target], decision: Decision) -> tuple[list[Replacement], bool]:
-    """What the decision puts in the place of the linears of a layer, and whether it was stored before."""
-    stored = stored_replacements(run.state, members)
-    return stored or [_decided(run, target, decision) for target in members], stored is not None
 
 
 def _decided(run: Run, target: Target, decision: Decision) -> Replacement:
@@ -226,14 +204,14 @@ def _cut(run: Run, plan: Plan, selector: Selector, members: Sequence[Target]) ->
     selections = selector.select(members, "first")
     ranks = low_ranks(selections, plan, run.prices, FIRST_SHARE)
 
-    def write(target: Target) -> Name:
+    def write(target: Target) -> str:
         module = low_rank(run.state, target, selections[target], ranks[target])
         if run.config.form == "pivoted":  # then it is no larger than the weight
             module.pivot_()
-        return Name(run.state.write(f"cut-{target.name}", module.state_dict()))
+        return run.state.write(f"cut-{target.name}", module.state_dict())
 
     files: dict[str, str | None] = {f"first-{target.name}": None for target in members}
-    for target, name in run.processes.map_divided(list(ranks), write, Name):
+    for target, name in run.processes.map_divided(list(ranks), write):
         files[f"cut-{target.name}"] = name
     run.processes.wait_for_all()  # they may still read the files that are removed
     run.state.record(files, cut={target.name: rank for target, rank in ranks.items()})

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from grasp.checkpoint.run_state import NoState
-from grasp.compression.budget import Plan, Prices, Targets, choose_plan, find_prices
+from grasp.compression.budget import Prices, Targets, find_prices
 from grasp.compression.eligible import ModulesLeft, check_layers, eligible_targets, require_positions
 from grasp.compression.memory_budget import MemoryBudget
 from grasp.compression.span_plan import PlannedSpan
@@ -146,8 +146,3 @@ def find_block_influence(run: Run) -> Sequence[float]:
         scores = block_influence(run.model, run.batches, progress=run.progress, processes=run.processes)
         run.state.record({}, block_influence=scores)
     return scores
-
-
-def make_plan(run: Run, scores: Sequence[float]) -> Plan:
-    """The linears that may be compressed, and the parameters that they may keep together."""
-    return choose_plan(run.config, scores, run.targets, run.before.parameters, run.prices)

@@ -35,21 +35,6 @@ EXPANDED = "is dense again: in 4 bits its factors would save little and lose muc
 _FACTORS = ("U", "S", "Vh")
 
 
-class Name(str):
-    """The name of a file of the run, as processes exchange it."""
-
-    __slots__ = ()
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """The name as UTF-8 bytes."""
-        return {"name": torch.tensor(list(self.encode()), dtype=torch.uint8)}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Name:
-        """The inverse of ``to_tensors``."""
-        return cls(bytes(tensors["name"].tolist()).decode())
-
-
 @dataclass(frozen=True)
 class Selection:
     """The singular groups that a linear can retain, or the reason why it is skipped.
@@ -98,13 +83,13 @@ def write_groups(
     score: Score | None,
     rank: int,
     config: GraspConfig,
-) -> Name:
+) -> str:
     """Decompose one linear, and write its most important groups, at most ``rank``; the name of the file.
 
     Without a score, the output of the linear does not reach the loss.
     """
     if score is None:
-        return Name(state.write(stem, {}, {"skipped": NO_LOSS}))
+        return state.write(stem, {}, {"skipped": NO_LOSS})
     svd, importance, covariance = score(weight, None if config.threshold_ratio is not None else rank)
     rank = min(rank, len(svd.S))
     if config.threshold_ratio is not None:
@@ -124,7 +109,7 @@ def write_groups(
     if config.fewest_bits is not None:
         assert covariance is not None
         tensors["rounding"] = rounding_score(weight, covariance, config.fewest_bits, target.name)
-    return Name(state.write(stem, tensors, {"skipped": ""}))
+    return state.write(stem, tensors, {"skipped": ""})
 
 
 def rounding_score(weight: Tensor, covariance: Covariance, storage: Storage, name: str) -> Tensor:
@@ -182,10 +167,10 @@ def replacement(state: NoState, target: Target, selection: Selection, rank: int)
     return Replacement(module, report)
 
 
-def write_replacement(state: NoState, target: Target, chosen: Replacement) -> Name:
+def write_replacement(state: NoState, target: Target, chosen: Replacement) -> str:
     """Write what takes the place of a linear; the name of the file."""
     tensors = {} if chosen.module is None else chosen.module.state_dict()
-    return Name(state.write(f"module-{target.name}", tensors, {"report": asdict(chosen.report)}))
+    return state.write(f"module-{target.name}", tensors, {"report": asdict(chosen.report)})
 
 
 def read_replacement(state: NoState, target: Target, file: str) -> Replacement:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grasp.compression.memory_budget import return_freed_memory
 from grasp.compression.run import Run
-from grasp.compression.selection import Name, Selections, read_selection, write_groups
+from grasp.compression.selection import Selections, read_selection, write_groups
 from grasp.compression.span_plan import PlannedSpan
 from grasp.model.dense import dense_weight
 from grasp.model.targets import Target
@@ -89,7 +89,7 @@ class Selector:
                 scores = self._score(prefix, span, part, gather, self._progress(sweep_name(rest), index, len(parts)))
             run.clock.enter("svd and selection")
             for target, name in run.processes.map_divided(
-                part, partial(self._write, stem, scores), Name, fetch=lambda target: dense_weight(target.module)
+                part, partial(self._write, stem, scores), fetch=lambda target: dense_weight(target.module)
             ):
                 done += 1
                 return_freed_memory()
@@ -137,7 +137,7 @@ class Selector:
 
         return progress
 
-    def _write(self, stem: str, scores: dict[Target, Score], target: Target, weight: Tensor) -> Name:
+    def _write(self, stem: str, scores: dict[Target, Score], target: Target, weight: Tensor) -> str:
         run = self._run
         score = scores.pop(target, None)  # its sums are freed here
         return write_groups(run.state, f"{stem}-{target.name}", target, weight, score, self._ranks[target], run.config)

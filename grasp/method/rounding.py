@@ -1,8 +1,7 @@
 """Rounding a matrix to few bits: to the nearest value, or so that its outputs change least. Pure functions.
 
 A row has one scale, or one for each group of columns. int8 has −128…127, int4 −8…7, fp8 the values of float8_e4m3fn,
-−448…448. Scales are
-rounded to bfloat16, so that they are the same numbers in fp32 and in bf16.
+−448…448. Scales are rounded to bfloat16, so that they are the same numbers in fp32 and in bf16.
 """
 
 from __future__ import annotations
@@ -198,15 +197,6 @@ def _scales(weight: Tensor, range_: _Range, group: int | None, importance: Tenso
     largest = padded.gather(2, padded.abs().argmax(2, keepdim=True))
     if range_ != _RANGES["int", 4]:
         return (largest.abs() / range_.highest).bfloat16().float()[..., 0]
-    best = lowest_error = None
-    for shrinkage in _SHRINKAGE:
-        scales = (largest * (shrinkage / range_.lowest)).bfloat16().float()
-        rounded = _nearest(padded, scales, range_) * scales
-        error = ((rounded - padded).square_() * weights).sum(2, keepdim=True)
-        if best is None or lowest_error is None:
-            best, lowest_error = scales, error
-        else:
-            better = error < lowest_error
-            best, lowest_error = torch.where(better, scales, best), torch.where(better, error, lowest_error)
-    assert best is not None
-    return best[..., 0]
+    scales = [(largest * (shrinkage / range_.lowest)).bfloat16().float() for shrinkage in _SHRINKAGE]
+    errors = [((_nearest(padded, s, range_) * s - padded).square_() * weights).sum(2, keepdim=True) for s in scales]
+    return torch.stack(scales).gather(0, torch.stack(errors).argmin(0, keepdim=True))[0, ..., 0]

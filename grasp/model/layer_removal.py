@@ -58,23 +58,14 @@ def remove_layers_(model: PreTrainedModel, layers: Sequence[int]) -> None:
     mark_compressed(model)  # the configuration of a compressed model names low-rank layers by their paths
 
 
-def require_removable(model: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Check that ``remove_layers_`` could delete some layers together.
-
-    Raises:
-        ValueError, UnsupportedModelError: as ``remove_layers_``.
-    """
-    depth = len(decoder(model).layers)
-    _check(layers, depth)
-    _changed_config(model, [i for i in range(depth) if i not in set(layers)])
-
-
 def can_remove(model: PreTrainedModel, layers: Sequence[int]) -> bool:
     """Whether ``remove_layers_`` could delete some layers together, with at least one left."""
-    if len(layers) == len(decoder(model).layers):
+    depth = len(decoder(model).layers)
+    if len(layers) == depth:
         return False
+    _check(layers, depth)
     try:
-        require_removable(model, layers)
+        _changed_config(model, [i for i in range(depth) if i not in set(layers)])
     except UnsupportedModelError:
         return False
     return True

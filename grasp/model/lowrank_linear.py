@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
-from grasp.method.pivoting import LARGEST_GROWTH, NotPivoted, factored, in_order, other_rows, pivot
+from grasp.method.pivoting import LARGEST_GROWTH, factored, in_order, other_rows, pivot
 from grasp.method.ranks import Form
 from grasp.method.svd import SVD, decompose
 from grasp.model.dense import DenseLinear, dense_shape, dense_weight, gathered
@@ -256,7 +256,7 @@ class LowRankLinear(nn.Module):
         if self.rank == self.out_features:
             return f"its rank is the number of its outputs, {self.rank}"
         form = pivot(self.U.detach(), self.Vh.detach())
-        if isinstance(form, NotPivoted):
+        if form.growth > LARGEST_GROWTH:
             return f"rounding errors would grow {form.growth:.3g}-fold; the limit is {LARGEST_GROWTH:g}"
         self.set_factors_(form.C, form.Vp, pivots_order(form.pivots, self.out_features))
         return None

@@ -105,7 +105,7 @@ def gather_gradients(
     sums = {target: gradient_sum(target, tokens, shared=processes.size > 1) for target in targets}
     state = PartialSums() if state is None else state
     step = sweep_name(targets)
-    start = _restore(state, sums, count, processes)
+    start = _restore(state, sums, processes)
 
     def after(done: int) -> None:
         state.store_sums(sums, done, count)
@@ -120,15 +120,13 @@ def gather_gradients(
     return {target: total for (target, total), count in zip(sums.items(), calls.tolist(), strict=True) if count}
 
 
-def _restore(
-    state: PartialSums, sums: Mapping[Target, FactoredSum | DenseSum], batches: int, processes: Processes
-) -> int:
+def _restore(state: PartialSums, sums: Mapping[Target, FactoredSum | DenseSum], processes: Processes) -> int:
     """Resume the stored sums; the number of batches that they hold.
 
     If the model is sharded, all processes run every forward pass together, so they start at the same batch.
     """
     with processes.fail_together():
-        start = state.restore_sums(sums, batches)
+        start = state.restore_sums(sums)
     if not processes.sharded or processes.least(start) == -processes.least(-start):
         return start
     for total in sums.values():

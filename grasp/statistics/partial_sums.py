@@ -20,7 +20,7 @@ class Sum(Protocol):
 class PartialSums:
     """Stores nothing, so every sweep starts at its first batch. ``grasp.checkpoint.run_state`` stores the sums."""
 
-    def restore_sums(self, sums: Mapping[Target, Sum], batches: int) -> int:
+    def restore_sums(self, sums: Mapping[Target, Sum]) -> int:
         """Set the sums of a sweep to the stored ones; the number of batches that they hold."""
         return 0
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,26 +18,8 @@ from grasp.errors import DistributedError
 from grasp.formatting import one_line
 from grasp.model.batch import CalibrationBatch
 
-if TYPE_CHECKING:
-    from typing_extensions import Self  # typing has it from Python 3.11 on
-
 Item = TypeVar("Item")
-
-
-class Transportable(Protocol):
-    """A result that one process sends to the others."""
-
-    def to_tensors(self) -> Mapping[str, Tensor]:
-        """All of it, as named tensors."""
-        ...
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The inverse of ``to_tensors``."""
-        ...
-
-
-Result = TypeVar("Result", bound=Transportable)
+Result = TypeVar("Result", str, dict[str, Tensor])  # what one process sends to the others
 
 TIMEOUT = timedelta(minutes=30)  # for which a process waits for the others
 BUCKET_BYTES = 2**28  # statistics are added up in messages of this size
@@ -112,7 +94,6 @@ class Processes:
         self,
         items: Sequence[Item],
         work: Callable[..., Result],
-        result_type: type[Result],
         *,
         fetch: Callable[[Item], Any] | None = None,
     ) -> Iterator[tuple[Item, Result]]:
@@ -121,7 +102,6 @@ class Processes:
         Args:
             items: the same in all processes; item number ``index`` belongs to ``owner(index)``.
             work: item → result; with ``fetch``, (item, fetched value) → result.
-            result_type: the class of the results.
             fetch: item → what its work needs besides. If the model is sharded, all processes call it for every item in
                 the same order, so it may gather weights; only the owner keeps the value.
 
@@ -140,7 +120,7 @@ class Processes:
                     result = work(*arguments)
                 del arguments
             for source, item in enumerate(turn):
-                yield item, self._from(source, result, result_type)
+                yield item, self._from(source, result)
 
     def _fetched(self, turn: Sequence[Item], fetch: Callable[[Item], Any]) -> tuple[Any, ...]:
         """The item of this process and its fetched value; () if there is no item for this process."""
@@ -227,25 +207,24 @@ class Processes:
             raise self._lost(error) from error
         dist.destroy_process_group()
 
-    def _from(self, source: int, result: Result | None, result_type: type[Result]) -> Result:
-        """The ``result`` of the process ``source``."""
+    def _from(self, source: int, result: Any) -> Any:
+        """The ``result`` of the process ``source``: a text, or the names, dtypes and shapes of tensors, then these."""
         if self.size == 1:
-            assert result is not None
             return result
         if source == self.rank:
-            assert result is not None
-            tensors = result.to_tensors()
-            self._broadcast(
-                source, json.dumps([(name, str(t.dtype)[6:], t.shape) for name, t in tensors.items()]).encode()
-            )
+            tensors = {} if isinstance(result, str) else result
+            header = [(name, str(t.dtype)[6:], t.shape) for name, t in tensors.items()]
+            self._broadcast(source, json.dumps(result if isinstance(result, str) else header).encode())
             for tensor in tensors.values():
                 self._broadcast_(source, tensor.detach().cpu().contiguous())
             return result
-        received: dict[str, Tensor] = {}
-        for name, dtype, shape in json.loads(self._broadcast(source, b"")):
-            received[name] = torch.empty(shape, dtype=getattr(torch, dtype))
-            self._broadcast_(source, received[name])
-        return result_type.from_tensors(received)
+        header = json.loads(self._broadcast(source, b""))
+        if isinstance(header, str):
+            return header
+        received = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, dtype, shape in header}
+        for tensor in received.values():
+            self._broadcast_(source, tensor)
+        return received
 
     def _broadcast(self, source: int, data: bytes) -> bytes:
         """The ``data`` of the process ``source``."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grasp.method.basis import BASES
 from grasp.method.metrics import METRICS, Metric
-from grasp.method.svd import SVD, decompose, decompose_in
+from grasp.method.svd import SVD, decompose_in
 from grasp.model.dense import dense_weight
 from grasp.model.targets import Target
 from grasp.progress import Progress, no_progress
@@ -35,7 +35,6 @@ class Scored(NamedTuple):
 
 
 # The weight, (N, K), and how many of the most important groups are needed, ``None`` for all → the groups.
-Decompose = Callable[[Tensor, "int | None"], SVD]
 Score = Callable[[Tensor, "int | None"], Scored]
 Scores = Mapping[Target, Score]  # called one at a time: all decompositions together are large
 
@@ -79,46 +78,29 @@ def gather_scores(
     if not BASES[basis].inputs and row.moment == "first":
         sums = gather_gradients(prefix, targets, state=state, **shared)  # type: ignore[arg-type]
         return {target: partial(_by_gradient, total, row) for target, total in sums.items()}
-    decompositions: Mapping[Target, Decompose]
-    covariances: Mapping[Target, Covariance] = {}
-    if not BASES[basis].inputs:
-        decompositions = {target: partial(_decompose_plain, target.name) for target in targets}
-    else:
+    covariances: Mapping[Target, Covariance | None] = dict.fromkeys(targets)
+    if BASES[basis].inputs:
         covariances = gather_covariances(
             *(prefix, targets),
             outputs=BASES[basis].outputs,
             owned=row.moment == "none",  # otherwise the moments of all groups are summed in all processes
             **shared,  # type: ignore[arg-type]
         )
-        decompositions = decompositions_by(covariances)
     if row.moment == "none":
-        return score_by_magnitude(decompositions, covariances)
-    svds = {target: make(dense_weight(target.module), None) for target, make in decompositions.items()}
+        return {target: partial(_by_magnitude, target.name, found, row) for target, found in covariances.items()}
+    svds = {target: _decompose(target.name, c, dense_weight(target.module)) for target, c in covariances.items()}
     moments = basis_moments(prefix, svds, second=row.moment == "second", **shared)  # type: ignore[arg-type]
     return {target: partial(_by_moments, svds[target], *moment, row) for target, moment in moments.items()}
 
 
-def score_by_magnitude(decompositions: Mapping[Target, Decompose], covariances: Mapping[Target, Covariance]) -> Scores:
-    """Score groups by ``METRICS["magnitude"]``, which needs the singular values alone."""
-
-    def score(make: Decompose, covariance: Covariance | None, weight: Tensor, rank: int | None) -> Scored:
-        svd = make(weight, rank)
-        return Scored(svd, METRICS["magnitude"].score(svd.S, svd.S, svd.S), covariance)
-
-    return {target: partial(score, make, covariances.get(target)) for target, make in decompositions.items()}
+def _decompose(name: str, covariance: Covariance | None, weight: Tensor, rank: int | None = None) -> SVD:
+    A, B, tokens = covariance or (None, None, None)
+    return decompose_in(weight, A, B, name, rank, tokens=tokens)
 
 
-def decompositions_by(covariances: Mapping[Target, Covariance]) -> dict[Target, Decompose]:
-    """For each linear a function that decomposes it by its covariances: ``whitened`` without B, ``kfac`` with B."""
-
-    def make(name: str, covariance: Covariance, weight: Tensor, rank: int | None) -> SVD:
-        return decompose_in(weight, covariance.A, covariance.B, name, rank, tokens=covariance.tokens)
-
-    return {target: partial(make, target.name, covariance) for target, covariance in covariances.items()}
-
-
-def _decompose_plain(name: str, weight: Tensor, rank: int | None) -> SVD:
-    return decompose(weight, name)
+def _by_magnitude(name: str, covariance: Covariance | None, metric: Metric, weight: Tensor, rank: int | None) -> Scored:
+    svd = _decompose(name, covariance, weight, rank)
+    return Scored(svd, metric.score(svd.S, svd.S, svd.S), covariance)
 
 
 def _by_gradient(total: DenseSum | FactoredSum, metric: Metric, weight: Tensor, rank: int | None) -> Scored:

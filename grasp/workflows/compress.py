@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.bench.costs import costs_for, find_costs
-from grasp.builtin import BUILTIN, BUILTIN_LICENSE
+from grasp.builtin import BUILTIN
 from grasp.calibration import NAMED_TEXTS
 from grasp.checkpoint.card import model_card, read_license
 from grasp.checkpoint.compression_report import (
@@ -25,7 +25,7 @@ from grasp.checkpoint.compression_report import (
 )
 from grasp.checkpoint.fingerprint import request_fingerprint
 from grasp.checkpoint.run_state import RunState
-from grasp.checkpoint.saving import check_directory, require_space, save_checkpoint
+from grasp.checkpoint.saving import LICENSES, check_directory, read_texts, require_space, save_checkpoint
 from grasp.compress import compress_
 from grasp.compression.batch_size import fitting_batch_size
 from grasp.compression.device_speed import decomposition_notice, measure_rates
@@ -127,6 +127,7 @@ def compress(
         check_directory(output)
     text = read_for(samples, notify)
     check_costs(config, costs, processes)
+    licences = read_texts(expanded(name), LICENSES) if name != BUILTIN else {}
     with state:
         is_written = processes.least(state.has_written(target))
         if processes.first:
@@ -168,7 +169,7 @@ def compress(
             collect_(model, processes)
         if processes.first:
             state.record_output(FILE_NAME, report.to_json())
-            write_checkpoint(model, tokenizer, target, name, samples, report, progress=progress)
+            write_checkpoint(model, tokenizer, target, name, samples, report, extra_files=licences, progress=progress)
     return Compression(name, str(target), samples, report)
 
 
@@ -352,7 +353,7 @@ def write_checkpoint(
             model,
             base_model=base_model,
             before=report.before.parameters,
-            license=BUILTIN_LICENSE if name == BUILTIN else read_license(base_model),
+            license=read_license(base_model),
             details=_description(samples, report),
         ),
         extra_files={FILE_NAME: report.to_json(), **(extra_files or {})},

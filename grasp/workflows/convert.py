@@ -13,7 +13,7 @@ from grasp.checkpoint import recovery_report
 from grasp.checkpoint.card import with_sizes, without_results
 from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
 from grasp.checkpoint.inspection import Inspection, inspect_compressed
-from grasp.checkpoint.saving import check_directory, read_texts, require_space, save_checkpoint
+from grasp.checkpoint.saving import LICENSES, check_directory, read_texts, require_space, save_checkpoint
 from grasp.compression.selection import stored_reports
 from grasp.errors import NonFiniteError
 from grasp.files import remove_abandoned
@@ -27,7 +27,6 @@ from grasp.model.size import model_size
 from grasp.progress import Progress, no_progress
 
 _CONVERSIONS = {"pivoted": LowRankLinear.pivot_, "factored": LowRankLinear.factor_}
-LICENSES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 TEXTS = ("README.md", recovery_report.FILE_NAME, *LICENSES)  # of a compressed checkpoint
 
 

@@ -24,7 +24,7 @@ from grasp.environment import environment
 from grasp.errors import GraspError
 from grasp.evaluation.generation import GenerationTime, time_generation
 from grasp.evaluation.perplexity import perplexity
-from grasp.files import contents
+from grasp.files import contents, expanded
 from grasp.loading import load_quietly
 from grasp.model.grouping import group_linears_
 from grasp.model.layer_removal import remove_layers_
@@ -111,7 +111,8 @@ def run_demo(output: str | Path, sizes: DemoSizes | None = None, *, progress: Pr
     """
     sizes = DemoSizes() if sizes is None else sizes
     start = time.perf_counter()
-    seen = contents(Path(output)) if _is_demo(Path(output)) else {}
+    output = expanded(output)
+    seen = contents(output) if _is_demo(output) else {}
     target = check_directory(output, overwrite=bool(seen))
     samples = Samples(BUILTIN, sizes.num_samples, sizes.seq_len, seed=sizes.seed)
     text = builtin_text("calibration")

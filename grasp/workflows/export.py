@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.checkpoint.inspection import inspect_checkpoint
-from grasp.checkpoint.saving import check_directory, new_folder, read_texts, require_space
+from grasp.checkpoint.saving import LICENSES, check_directory, new_folder, read_texts, require_space
 from grasp.errors import MissingPackageError
 from grasp.export.gguf_file import export_gguf
 from grasp.export.linear_pairs import export_linear_pairs
@@ -19,7 +19,6 @@ from grasp.export.onnx_file import export_onnx
 from grasp.files import remove_abandoned
 from grasp.loading import load_quietly
 from grasp.progress import Progress, no_progress
-from grasp.workflows.convert import LICENSES
 
 
 class Exporter(NamedTuple):

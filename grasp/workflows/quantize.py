@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from grasp.builtin import BUILTIN, BUILTIN_LICENSE
+from grasp.builtin import BUILTIN
 from grasp.calibration import NAMED_TEXTS, read_pieces
 from grasp.checkpoint.card import model_card, read_license, with_section, with_sizes, without_results
 from grasp.checkpoint.compression_report import FILE_NAME, KindLoss, kinds_of, kinds_text
 from grasp.checkpoint.inspection import Inspection, inspect_checkpoint
-from grasp.checkpoint.saving import check_directory, read_texts, require_space, save_checkpoint
+from grasp.checkpoint.saving import LICENSES, check_directory, read_texts, require_space, save_checkpoint
 from grasp.compression.eligible import require_positions
 from grasp.compression.memory_budget import free_bytes
 from grasp.compression.quantize import quantize_
@@ -28,13 +28,14 @@ from grasp.model.hf_quantizer import require_floating
 from grasp.model.size import Size, model_size
 from grasp.progress import Notify, Progress, no_notify, no_progress
 from grasp.statistics.hidden_states import Scratch
-from grasp.workflows.convert import LICENSES, TEXTS, with_forms
+from grasp.workflows.convert import TEXTS, with_forms
 from grasp.workflows.guards import kernel_notice, require_known, within_memory
 from grasp.workflows.kinds import batches_by_kind, finite_pairs, losses_by_kind
 from grasp.workflows.samples import Samples, draw
 
 QUANTIZATION = "Quantisation"  # title of the section of the model card
-LOSS_AWARE, NEAREST = ROUNDINGS = ("loss-aware", "nearest")
+LOSS_AWARE = "loss-aware"
+ROUNDINGS = (LOSS_AWARE, "nearest")
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,7 @@ def _source(folder: Path) -> Inspection | None:
 
 def _new_card(name: str, model: PreTrainedModel) -> str:
     base_model = str(model.config._name_or_path or name)
-    license = BUILTIN_LICENSE if name == BUILTIN else read_license(base_model)
-    return model_card(model, base_model=base_model, license=license)
+    return model_card(model, base_model=base_model, license=read_license(base_model))
 
 
 def quantization_text(before: Size, after: Size, stored: str, samples: Samples | None) -> str:

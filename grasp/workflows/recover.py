@@ -17,7 +17,7 @@ from grasp.checkpoint.card import model_card, with_section, without_figure, with
 from grasp.checkpoint.compression_report import kinds_text
 from grasp.checkpoint.recovery_report import RecoveryReport
 from grasp.checkpoint.recovery_state import RecoveryState
-from grasp.checkpoint.saving import check_directory, read_texts, require_space, save_checkpoint
+from grasp.checkpoint.saving import LICENSES, check_directory, read_texts, require_space, save_checkpoint
 from grasp.errors import CheckpointError
 from grasp.files import expanded, remove_abandoned
 from grasp.loading import load_quietly
@@ -26,7 +26,6 @@ from grasp.progress import Notify, Progress, no_notify, no_progress
 from grasp.recovery import RecoveryConfig, recover_, recovery_fingerprint
 from grasp.statistics.processes import ALONE, Processes
 from grasp.training_data import TrainingSequence, hold_out, instruction_sequences, pack_text, read_instructions
-from grasp.workflows.convert import LICENSES
 from grasp.workflows.guards import require_known, within_memory
 from grasp.workflows.kinds import batches_by_kind, finite_pairs, losses_by_kind
 

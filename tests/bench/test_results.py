@@ -115,6 +115,15 @@ def test_a_number_that_json_does_not_have_is_not_written(tmp_path: Path) -> None
     assert not (tmp_path / "results.jsonl").exists()
 
 
+def test_a_last_line_without_an_end_is_given_one(tmp_path: Path) -> None:
+    path, one = tmp_path / "results.jsonl", record(OpResult)
+    append_results(path, [one])
+    path.write_text(path.read_text().rstrip("\n"))
+    append_results(path, [one])
+    append_results(path, [])
+    assert read_results(path) == [one, one]
+
+
 def test_nothing_is_added_to_a_file_of_something_else(tmp_path: Path) -> None:
     other = tmp_path / "README.md"
     other.write_text("# hello\n")

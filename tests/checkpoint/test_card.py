@@ -119,8 +119,9 @@ def test_licence_is_read_from_a_folder(tmp_path: Path) -> None:
     assert read_license(str(tmp_path)) == {}
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: mine\ntags: [a]\n---\n# A\n")
     assert read_license(str(tmp_path)) == {"license": "other", "license_name": "mine"}
-    (tmp_path / "README.md").write_text("no front matter")
-    assert read_license(str(tmp_path)) == {}
+    for damaged in ("no front matter", "---\ntags: 5\n---\n"):
+        (tmp_path / "README.md").write_text(damaged)
+        assert read_license(str(tmp_path)) == {}
 
 
 def test_licence_is_read_from_the_hub_where_it_can_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,3 +80,6 @@ def test_processes_are_those_of_torchrun(
     assert document["memory"] < document["free_bytes"] / 4
     monkeypatch.setenv("RANK", "1")
     assert main(*asked).out == ""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert "WORLD_SIZE is 'two'; expected the number of processes" in main(*asked).err

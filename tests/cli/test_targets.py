@@ -61,7 +61,7 @@ def test_bytes_are_a_target_with_a_unit(main: RunMain, model: Path, text: Path, 
         ),
         (("--costs", "H100"), "costs='H100' needs target_latency"),
         (("--target-latency", 0.5, "--num-layers", 1, *SINGLE), "num_layers and target_latency exclude each other"),
-        (("--target-bytes", "1kB"), "target_bytes=1000 cannot be reached: removing all layers but one gives"),
+        (("--target-bytes", "1kB"), "target_bytes=1000 cannot be reached: rank 1 in every eligible matrix gives"),
     ],
 )
 def test_targets_that_make_no_sense_are_refused(

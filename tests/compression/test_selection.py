@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from grasp.checkpoint.run_state import NoState
-from grasp.compression.selection import Name, as_stored, read_selection, replacement, rounding_score, write_groups
+from grasp.compression.selection import as_stored, read_selection, replacement, rounding_score, write_groups
 from grasp.config import GraspConfig
 from grasp.method.knapsack import DENSE
 from grasp.method.rounding import Rounded
@@ -92,11 +92,6 @@ def test_the_score_of_rounding_is_that_of_groups(monkeypatch: pytest.MonkeyPatch
         )
         score = rounding_score(weight, covariance, Storage(4, 32), "a")
         torch.testing.assert_close(score, svd.S[groups:].square().sum()[None], rtol=1e-4, atol=0, check_dtype=False)
-
-
-def test_a_name_survives_its_way_to_another_process() -> None:
-    name = Name("only-σ.safetensors")
-    assert Name.from_tensors(name.to_tensors()) == name
 
 
 def test_nothing_is_left_of_a_run_without_a_folder() -> None:

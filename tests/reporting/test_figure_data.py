@@ -75,6 +75,8 @@ def test_compiled_steps_are_beside_eager_ones() -> None:
         {"dtype": "bfloat16"},
         {"prompt_tokens": 9},
         {"depth": 5},
+        {"new_tokens": 9},
+        {"retain_ratio": 0.25},
         {"conditions": replace(CONDITIONS, threads=1)},
         {"factors": "other"},
     ],

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -153,28 +153,28 @@ def test_tensors_are_added_up_for_the_processes_that_need_them() -> None:
     torch.testing.assert_close(second.value, [torch.full((7, 9), 4.5), torch.tensor(3)], rtol=0, atol=0)
 
 
-class Tensors(dict[str, Tensor]):
-    def to_tensors(self) -> dict[str, Tensor]:
-        return self
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Tensors:
-        return cls(tensors)
-
-
 def divide(processes: Processes, fail: bool) -> list[tuple[int, dict[str, list[float]]]]:
-    def square(item: int) -> Tensors:
+    def square(item: int) -> dict[str, Tensor]:
         if fail and item == 3:
             raise ValueError("three is too much")
-        return Tensors(square=torch.tensor([item**2.0]), by=torch.tensor([processes.rank])) if item else Tensors()
+        return {"square": torch.tensor([item**2.0]), "by": torch.tensor([processes.rank])} if item else {}
 
-    results = processes.map_divided(range(5), square, Tensors)
+    results = processes.map_divided(range(5), square)
     return [(item, {name: tensor.tolist() for name, tensor in found.items()}) for item, found in results]
 
 
 def test_work_is_divided_and_all_get_every_result() -> None:
     expected = [(0, {}), *((item, {"square": [item**2.0], "by": [item % 2]}) for item in range(1, 5))]
     assert [outcome.value for outcome in run(divide, False)] == [expected, expected]
+
+
+def divide_texts(processes: Processes) -> list[tuple[int, str]]:
+    return list(processes.map_divided(range(3), lambda item: f"only-σ-{item} of {processes.rank}"))
+
+
+def test_texts_survive_their_way_to_another_process() -> None:
+    expected = [(item, f"only-σ-{item} of {item % 2}") for item in range(3)]
+    assert [outcome.value for outcome in run(divide_texts)] == [expected, expected]
 
 
 def divide_what_is_fetched(processes: Processes, sharded: bool) -> list[Any]:
@@ -188,11 +188,11 @@ def divide_what_is_fetched(processes: Processes, sharded: bool) -> list[Any]:
             processes.sum_([total])  # all processes take part, as they do to gather a weight
         return total
 
-    def work(item: int, value: Tensor) -> Tensors:
+    def work(item: int, value: Tensor) -> dict[str, Tensor]:
         worked.append(item)
-        return Tensors(value=value, whole=torch.eye(2, dtype=torch.bool), half=value.bfloat16(), none=value[:0])
+        return {"value": value, "whole": torch.eye(2, dtype=torch.bool), "half": value.bfloat16(), "none": value[:0]}
 
-    results = replace(processes, sharded=sharded).map_divided(range(5), work, Tensors, fetch=fetch)
+    results = replace(processes, sharded=sharded).map_divided(range(5), work, fetch=fetch)
     return [[result for _, result in results], fetched, worked, [processes.owner(item) for item in range(5)]]
 
 

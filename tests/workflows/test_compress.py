@@ -107,6 +107,12 @@ def test_the_model_card_says_how_it_was_made_but_not_from_which_file(
     assert done.report.calibration["sequences"] == 2
 
 
+def test_texts_with_the_terms_of_a_model_are_copied(model: Path, samples: Samples, tmp_path: Path) -> None:
+    (model / "LICENSE.txt").write_text("Mine.")
+    compress(str(model), tmp_path / "out", GraspConfig(num_layers=1), samples)
+    assert (tmp_path / "out" / "LICENSE.txt").read_text() == "Mine."
+
+
 def test_a_quantised_result_reloads_and_its_card_says_how_it_is_stored(
     model: Path, samples: Samples, tmp_path: Path
 ) -> None:

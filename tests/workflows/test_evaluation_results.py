@@ -53,6 +53,8 @@ def test_results_in_the_models_folder_are_in_its_card_beside_those_before_compre
     assert saved["grasp"]["result"]["perplexity"] == both.result.perplexity
     assert read_evaluation(folder / "results.json") == saved
     assert read_evaluation(folder / "config.json") is None
+    (folder / "results.json").write_text('{"model": 1, "text": 2, "result": null, "size": null}')
+    assert read_evaluation(folder / "results.json") is None
 
 
 def test_a_folder_with_texts_of_something_else_is_no_models(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def checkout(version: str, root: Path) -> Iterator[Path]:
     try:
         copy = folder / top.name
         git(f"{version} was not checked out", root, "worktree", "add", "--detach", "--quiet", str(copy), commit)
-        yield copy / root.relative_to(top)
+        yield copy / root.resolve().relative_to(top)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         git("the worktree was not removed", root, "worktree", "prune")

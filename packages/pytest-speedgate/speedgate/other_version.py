@@ -149,7 +149,11 @@ def pytest_command(*arguments: str) -> list[str]:
 
 def environment(own_root: Path, root: Path) -> dict[str, str]:
     """The environment, with the import path of this process moved from this version to the other."""
-    paths = [root / path.relative_to(own_root) for path in map(Path, sys.path) if _is_of_project(path, own_root)]
+    paths = [
+        root / path.relative_to(own_root)
+        for path in (Path(p).resolve() for p in sys.path)
+        if _is_of_project(path, own_root)
+    ]
     others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     kept = [path for path in others if not _is_of_project(Path(path).absolute(), own_root)]
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_ADDOPTS")}

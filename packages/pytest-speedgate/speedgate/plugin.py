@@ -169,7 +169,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         present = [file for file in files if (folder / file).exists()]
         if not present:
             raise OtherVersionError(f"{version} has none of the files with benchmarks: {', '.join(map(str, files))}")
-        other = config.stash[OTHER] = OtherVersion(version, folder, root, present, options)
+        other = config.stash[OTHER] = OtherVersion(version, folder, root.resolve(), present, options)
         stack.callback(other.close)
         other.require([item.nodeid for item in items])
     except OtherVersionError as error:
@@ -187,7 +187,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-benchmark saves
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[None]:
     """Judge the run, or save a baseline if all tests passed."""
-    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and (mode := _mode(session.config)):
+    judged = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not session.config.option.collectonly
+    if judged and (mode := _mode(session.config)):
         FINISH[mode](session)
     return (yield)
 

@@ -60,8 +60,8 @@ class SelfTest:
 
     @property
     def failed(self) -> bool:
-        """Whether a trial has another verdict than ``caught``, or there is none."""
-        return any(trial.verdict != "caught" for trial in self.trials) or not self.trials
+        """Whether a trial has another verdict than ``caught``."""
+        return any(trial.verdict != "caught" for trial in self.trials)
 
     @property
     def tally(self) -> str:

@@ -29,6 +29,12 @@ def test_a_revision_is_checked_out_and_removed(repository: Path) -> None:
     assert len(worktrees.splitlines()) == 1
 
 
+def test_a_project_behind_a_link_is_found_in_its_revision(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(repository)
+    with checkout("HEAD", tmp_path / "link") as folder:
+        assert (folder.name, (folder / "file").read_text()) == ("project", "committed")
+
+
 def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     with checkout(str(tmp_path), tmp_path) as folder:
         assert folder == tmp_path.resolve()

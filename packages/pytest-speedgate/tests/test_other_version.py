@@ -66,7 +66,12 @@ def test_a_process_that_imports_this_version_is_found_out(
     (tmp_path / "old" / "pytest.ini").write_text(f"[pytest]\npythonpath = {project / 'src'}\n")
     code, output = run_pytest(project, f"--gate-against={tmp_path / 'old'}")
     assert code == 2, output
-    assert f"the module kernel comes from {project}/src/kernel.py, expected from {tmp_path}/old" in output
+    complaint = f"the module kernel comes from {project}/src/kernel.py, expected from {tmp_path}/old"
+    assert complaint in output
+    (tmp_path / "link").symlink_to(project)
+    through = (f"--rootdir={tmp_path / 'link'}", str(tmp_path / "link" / "test_speed.py"))
+    code, output = run_pytest(tmp_path, f"--gate-against={tmp_path / 'old'}", *through)
+    assert (code, complaint in output) == (2, True), output
 
 
 def test_a_run_that_times_nothing_compares_nothing(project: Path, run_pytest: RunPytest) -> None:

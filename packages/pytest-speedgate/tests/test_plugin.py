@@ -147,6 +147,10 @@ def test_a_run_that_timed_nothing_becomes_no_baseline(project: pytest.Pytester) 
     assert not files(project.path)
 
 
+def test_a_list_of_the_tests_is_no_run(project: pytest.Pytester) -> None:
+    assert project.runpytest_inprocess("--gate=save", "--gate-device=cpu", "--collect-only").ret == 0
+
+
 def test_baselines_are_files(project: pytest.Pytester) -> None:
     result = project.runpytest_inprocess("--gate=save", "--benchmark-storage=elasticsearch+http://host/index")
     assert result.ret == pytest.ExitCode.USAGE_ERROR

@@ -218,6 +218,8 @@ def test_pytest_that_cannot_run_is_a_fault(tmp_path: Path) -> None:
 def test_a_file_of_another_commit_or_gpu_is_not_continued(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     require_same(path, {"gpu": "H100", "commit": "a"})
+    with path.open("a") as file:
+        file.write('{"kind": "sta')  # a kill while it was written
     require_same(path, {"gpu": "H100", "commit": "a"})
     with pytest.raises(typer.BadParameter, match="choose another file"):
         require_same(path, {"gpu": "H100", "commit": "b"})
