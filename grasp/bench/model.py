@@ -195,7 +195,7 @@ def _perplexities(
 
 
 class _Facts(NamedTuple):
-    """Fields of a result that are not times."""
+    """Fields of a result that are not measured times."""
 
     backend: str | None
     load_s: float | None
@@ -203,7 +203,8 @@ class _Facts(NamedTuple):
     weight_bytes: int
     dtype_bytes: Mapping[str, int]
     peak_memory_bytes: int | None
-    floors_ms: Sequence[float | None]  # of the prompt and of a step
+    prefill_floor_ms: float | None
+    inter_token_floor_ms: float | None
     logits_difference: float | None
     note: str
 
@@ -269,6 +270,7 @@ class _Bench:
         size = model_size(model)
         share = 1 - case.new_tokens / (case.depth + case.prompt_tokens + case.new_tokens)
         least = floors(model, self.card, case.batch_size, case.prompt_tokens, int(cache * share))
+        prefill, step = [1e3 * seconds for seconds in least] or (None, None)
         return _Facts(
             backend=backend,
             load_s=self.load_seconds.get(key.provider),
@@ -276,7 +278,8 @@ class _Bench:
             weight_bytes=size.bytes,
             dtype_bytes=bytes_by_dtype(model),
             peak_memory_bytes=turns.peaks[key],
-            floors_ms=[1e3 * seconds for seconds in least] or [None, None],
+            prefill_floor_ms=prefill,
+            inter_token_floor_ms=step,
             logits_difference=apart,
             note=NOTE if self.request.checkpoint is None else "",
         )
@@ -286,13 +289,13 @@ class _Bench:
         dense = _phases(turns.times.get(Key(DENSE, key.mode), ()))
         prefill, decode = _phases(times)
         steps = Percentiles.of([step for time in times for step in time.steps_s])
-        limits, whole = facts.floors_ms, Percentiles.of(prefill.seconds)
+        whole, limits = Percentiles.of(prefill.seconds), (facts.prefill_floor_ms, facts.inter_token_floor_ms)
         quality = self.quality.get(key.provider)
         finite = quality is not None and math.isfinite(quality.perplexity)
         return ModelResult(
             model=request.model,
             provider=key.provider,
-            backend=facts.backend,
+            **facts._asdict(),
             factors=PLAIN_SVD if request.checkpoint is None else Path(request.checkpoint).name,
             dtype=str(self.models[DENSE].model.dtype).removeprefix("torch."),
             layers=self.layers,
@@ -301,19 +304,12 @@ class _Bench:
             mode=key.mode,
             repeats=len(times),
             stopped=turns.stopped,
-            load_s=facts.load_s,
-            parameters=facts.parameters,
-            weight_bytes=facts.weight_bytes,
-            dtype_bytes=facts.dtype_bytes,
             kv_cache_bytes=times[-1].kv_cache_bytes,
-            peak_memory_bytes=facts.peak_memory_bytes,
             prefill_ms=whole,
             first_token_ms=Percentiles.of([time.first_token_s for time in times]),
             inter_token_ms=steps,
             output_token_ms=Percentiles.of([time.decode_s / case.new_tokens for time in times]),
             end_to_end_ms=Percentiles.of([time.first_token_s + time.decode_s for time in times]),
-            prefill_floor_ms=limits[0],
-            inter_token_floor_ms=limits[1],
             prefill_share_of_floor=None if limits[0] is None else limits[0] / whole.p50,
             inter_token_share_of_floor=None if limits[1] is None else limits[1] / steps.p50,
             prefill_tokens_per_s=case.batch_size * case.prompt_tokens / prefill.median,
@@ -322,11 +318,9 @@ class _Bench:
             decode_tokens_per_s=case.batch_size * case.new_tokens / decode.median,
             decode_spread=decode.spread,
             decode_speedup_over_dense=decode.speedup_over(dense[1]) if dense[1].seconds else None,
-            logits_difference=facts.logits_difference,
             perplexity=quality.perplexity if quality is not None and finite else None,
             perplexity_text=None if quality is None else Path(request.text).name,
             perplexity_tokens=None if quality is None else quality.tokens,
-            note=facts.note,
             conditions=self.now,
         )
 
@@ -339,7 +333,8 @@ def _outside_facts(yardstick: Yardstick, agreement: Agreement, turns: Turns) -> 
         weight_bytes=yardstick.weight_bytes,
         dtype_bytes={},
         peak_memory_bytes=None,
-        floors_ms=[None, None],
+        prefill_floor_ms=None,
+        inter_token_floor_ms=None,
         logits_difference=agreement.apart,
         note=f"{yardstick.name}: {yardstick.about}; the first {agreement.same} of {agreement.tokens} greedy tokens are "
         "those of dense.",

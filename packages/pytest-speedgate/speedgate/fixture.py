@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Generic, TypeVar
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import pytest
 
@@ -34,24 +35,6 @@ BASELINE = pytest.StashKey[Document]()
 TRIALS = pytest.StashKey[list[Trial]]()
 OTHER = pytest.StashKey[OtherVersion | None]()
 SERVER = pytest.StashKey[Server | None]()
-
-
-@dataclass(frozen=True)
-class _Calls(Generic[Operands]):
-    """The two calls of a gate, to be warmed up for turns as often as needed."""
-
-    device: str
-    call: Callable[[Operands], object]
-    reference: Callable[[Operands], object]
-    rotation: Rotation[Operands]
-
-    def candidate(self) -> Batch:
-        """Turns of the guarded call."""
-        return turn(self.device, self.call, self.rotation)
-
-    def yardstick(self) -> Batch:
-        """Turns of the yardstick."""
-        return turn(self.device, self.reference, self.rotation)
 
 
 class Gate:
@@ -107,8 +90,9 @@ class Gate:
             return
         stash = self._config.stash
         with using_threads(stash[WHERE].threads):
-            calls = _Calls(self.device, candidate, yardstick, Rotation(operands))
-            turns = calls.candidate()  # warms up: the first call may fill caches
+            rotation = Rotation(operands)
+            ours, theirs = (partial(turn, self.device, call, rotation) for call in (candidate, yardstick))
+            turns = ours()  # warms up: the first call may fill caches
             values = {name: _values(name, measure, candidate, operands[0]) for name, measure in measures.items()}
             if server := stash[SERVER]:
                 self._benchmark.pedantic(server.lend, args=(turns, values))
@@ -118,9 +102,9 @@ class Gate:
                 entry = self._time_with_other(other, entry, turns)
             else:
                 before = stash[BASELINE].entries.get(self._benchmark.fullname)
-                entry = self._time(Pairing(turns, calls.yardstick()), entry, lambda _: before)
+                entry = self._time(Pairing(turns, theirs()), entry, lambda _: before)
                 if percent := self._config.option.gate_selftest:
-                    again = [self._time_again(calls, entry, fraction) for fraction in (0.0, percent / 100)]
+                    again = [self._time_again(ours, theirs, entry, fraction) for fraction in (0.0, percent / 100)]
                     stash[TRIALS].append(Trial(entry.label, *again))
         self._benchmark.extra_info.update({KEY: asdict(entry), "calls_per_round": turns.calls})
         stash[ENTRIES][self._benchmark.fullname] = entry
@@ -146,9 +130,11 @@ class Gate:
             pytest.exit(str(error), returncode=UNUSABLE)
         return entry
 
-    def _time_again(self, calls: _Calls[Operands], entry: Entry, fraction: float) -> Change:
+    def _time_again(
+        self, ours: Callable[[], Batch], theirs: Callable[[], Batch], entry: Entry, fraction: float
+    ) -> Change:
         """The change of the ratio when the call is measured once more, slowed down by a fraction."""
-        pairing = Pairing(Slowed(calls.candidate(), fraction), calls.yardstick())
+        pairing = Pairing(Slowed(ours(), fraction), theirs())
         pairing.more()
         return self._changes(entry, self._settled(pairing, entry, lambda _: entry))[0]
 
