@@ -256,7 +256,7 @@ class LowRankLinear(nn.Module):
         if self.rank == self.out_features:
             return f"its rank is the number of its outputs, {self.rank}"
         form = pivot(self.U.detach(), self.Vh.detach())
-        if form.growth > LARGEST_GROWTH:
+        if not form.growth <= LARGEST_GROWTH:  # NaN as well
             return f"rounding errors would grow {form.growth:.3g}-fold; the limit is {LARGEST_GROWTH:g}"
         self.set_factors_(form.C, form.Vp, pivots_order(form.pivots, self.out_features))
         return None

@@ -66,6 +66,10 @@ def test_a_layer_whose_rounding_errors_would_grow_is_not_pivoted() -> None:
     assert "rounding errors would grow 28.2-fold; the limit is 16" in reason
     assert layer.order is None
     torch.testing.assert_close(layer.dense_weight(), weight, rtol=0, atol=1e-9)
+    with torch.no_grad():  # fp32 has no such weight
+        layer.Vh.fill_(1e30)
+        layer.U.mul_(1e30)
+    assert "rounding errors would grow nan-fold" in (layer.float().pivot_() or "")
 
 
 def test_a_random_pivoted_layer_is_one_of_random_rows() -> None:
