@@ -33,7 +33,7 @@ def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
     """The factors U and Vh of all low-rank linears, by path.
 
     Raises:
-        UnsupportedModelError: if there are none, or they are offloaded or quantised.
+        UnsupportedModelError: if there are none, or they are offloaded, quantised, or of no floating-point dtype.
 
     Example:
         >>> from torch import nn
@@ -50,6 +50,10 @@ def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
             "linears, not only removed layers"
         )
     _require_at_hand(factors)
+    if whole := [name for name, factor in factors.items() if not factor.is_floating_point()]:
+        raise UnsupportedModelError(
+            f"{whole[0]} has the dtype {factors[whole[0]].dtype}; expected factors of a floating-point dtype"
+        )
     return factors
 
 
