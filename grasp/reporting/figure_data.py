@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from grasp.bench.records import PLAIN_SVD
 from grasp.bench.schema import grouped
 from grasp.errors import ResultsError
-from grasp.formatting import model_name, share
+from grasp.formatting import model_name
 from grasp.method.storage import parse_storages
 from grasp_kernels import roofline
 from grasp_kernels.dispatch import BACKENDS
@@ -214,7 +214,7 @@ def _weights(result: ModelResult) -> str:
 
 def _setting(result: ModelResult) -> str:
     """What results of one figure have in common besides the model and the prompt."""
-    changed = f"{len(result.layers)} layers changed to {share(result.retain_ratio)}; factors: {result.factors}"
+    changed = f"{len(result.layers)} layers changed, retain ratio {result.retain_ratio:.3g}; factors: {result.factors}"
     return f"{result.new_tokens} new tokens; {changed}; {result.dtype}; {result.conditions}"
 
 
