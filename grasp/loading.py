@@ -53,9 +53,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_TIMEOUT_S = 10.0
 # The hub's client passes on the errors of its HTTP library, which differs between versions.
-_HUB_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
+HUB_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
 # The client raises these where something else than a hub answers.
-_BAD_ANSWERS: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+BAD_ANSWERS: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 # The libraries raise these for files that are truncated, of another kind, or have impossible values.
 _LOAD_ERRORS = (
     OSError,
@@ -222,10 +222,10 @@ def _require_model(name: str) -> None:
         raise ModelNotFoundError(
             f"{name} is neither a local folder nor in the hub's cache, and HF_HUB_OFFLINE is set. {remedy}."
         ) from error
-    except (*_HUB_ERRORS, *_BAD_ANSWERS) as error:
+    except (*HUB_ERRORS, *BAD_ANSWERS) as error:
         if status := hub_status(error):
             problem = f"the hub answers {status}"
-        elif isinstance(error, _BAD_ANSWERS):
+        elif isinstance(error, BAD_ANSWERS):
             problem = f"{constants.ENDPOINT} does not answer as a hub does ({one_line(error)})"
         else:
             problem = f"the hub cannot be reached ({one_line(error)})"

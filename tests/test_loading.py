@@ -141,7 +141,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
             ConnectionError("no route"),
             r"hub cannot be reached \(no route\).*'builtin' needs no network",
         ),
-        (response(loading._HUB_ERRORS[0]), r"and the hub answers HTTP 503 Service Unavailable\."),
+        (response(loading.HUB_ERRORS[0]), r"and the hub answers HTTP 503 Service Unavailable\."),
         (RecursionError("deep JSON"), r"does not answer as a hub does \(deep JSON\)"),
     ],
 )

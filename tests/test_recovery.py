@@ -20,7 +20,7 @@ from grasp.checkpoint.recovery_report import RecoveryReport
 from grasp.checkpoint.recovery_state import NoRecoveryState, RecoveryState
 from grasp.compress import compress_
 from grasp.config import GraspConfig
-from grasp.errors import NonFiniteError, ResumeError, UnsupportedModelError
+from grasp.errors import DistributedError, NonFiniteError, ResumeError, UnsupportedModelError
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.masters import Masters, units
 from grasp.model.trainable import trained_parameters
@@ -387,6 +387,8 @@ def test_snapshots_are_written_at_most_once_per_interval(tmp_path: Path, monkeyp
 
 
 def in_process(processes: Processes) -> tuple[RecoveryReport, dict[str, Tensor]]:
+    with pytest.raises(DistributedError, match="the request"):
+        recovered(processes=processes, config=dataclasses.replace(CONFIG, seed=processes.rank))
     return recovered(processes=processes)
 
 

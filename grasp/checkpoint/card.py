@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 from yaml import YAMLError
 
 from grasp.builtin import BUILTIN_LICENSE, BUILTIN_NAME
@@ -18,6 +17,7 @@ from grasp.calibration import NAMED_TEXTS
 from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.errors import CheckpointError, GraspError
 from grasp.formatting import counts, one_line, printable, score_rows
+from grasp.loading import BAD_ANSWERS, HUB_ERRORS
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QUANTIZED, QuantizedLowRankLinear
 from grasp.model.size import parameter_count
@@ -39,10 +39,6 @@ _SIZES = (
 FIGURE = "parameters-kept.png"  # beside the card
 _FIGURE = re.compile(rf"^!\[[^\n]*\]\({re.escape(FIGURE)}\)\n\n[^\n]*\n\n", re.MULTILINE)  # and its caption
 _LICENSE_KEYS = ("license", "license_name", "license_link")
-# The hub's client passes on the errors of its HTTP library, which differs between versions.
-_HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, RuntimeError)
-# Values of another type, for what is no card.
-_BAD_ANSWERS: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 _TEMPLATE = """\
 ---
@@ -308,7 +304,7 @@ def read_license(source: str) -> dict[str, str]:
     try:
         path = hf_hub_download(source, "README.md") if is_hub_name(source) else Path(source) / "README.md"
         data = ModelCard.load(path).data.to_dict()
-    except (*_HUB_ERRORS, *_BAD_ANSWERS, YAMLError):
+    except (*HUB_ERRORS, *BAD_ANSWERS, OSError, YAMLError):  # what is no card has values of other types
         return {}
     return {key: str(data[key]) for key in _LICENSE_KEYS if data.get(key)}
 

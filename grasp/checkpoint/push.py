@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import logging as hub_logging
 
 from grasp.builtin import BUILTIN, BUILTIN_NAME
@@ -22,7 +22,7 @@ from grasp.checkpoint.inspection import Inspection, inspect_compressed
 from grasp.checkpoint.saving import LICENSES
 from grasp.errors import CheckpointError, HubError
 from grasp.files import expanded, write_whole
-from grasp.loading import hub_status
+from grasp.loading import BAD_ANSWERS, HUB_ERRORS, hub_status
 from grasp.model.checkpoint_format import weight_files
 from grasp.progress import Progress, no_progress
 from grasp.reading import read_text_file
@@ -45,11 +45,7 @@ _REMEDIES = {
     409: "the repository was changed meanwhile: run the same command again",
     429: "too many requests: wait, then run the same command again",
 }
-# The hub's client passes on the errors of its HTTP library, which differs between versions, and trusts the answers.
-_HUB_ERRORS: tuple[type[Exception], ...] = (
-    *(*HfHubHTTPError.__bases__, OSError, RuntimeError, ValueError),
-    *(LookupError, TypeError, AttributeError),
-)
+_FAILURES: tuple[type[Exception], ...] = (*HUB_ERRORS, *BAD_ANSWERS, OSError, RuntimeError)
 
 
 def push(directory: str | Path, repo_id: str, *, private: bool = False, progress: Progress = no_progress) -> str:
@@ -180,7 +176,7 @@ def _explained(repo_id: str) -> Iterator[None]:
             yield
     except OfflineModeIsEnabled:
         raise HubError("HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it") from None
-    except _HUB_ERRORS as error:
+    except _FAILURES as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         remedy = _REMEDIES.get(status or 0, "run the same command again: files that the hub has are not sent again")
         reason = hub_status(error) or type(error).__name__

@@ -56,7 +56,7 @@ class Masters:
 
 @torch.no_grad()
 def units(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The units of the rows, (N, 1), and of the columns, (1, K). Those of an entry are their product.
+    """The units of the rows, (N, 1), and of the columns, (1, K), of a matrix; an entry has the product of its two.
 
     All entries of a vector have the same units.
 

@@ -251,6 +251,17 @@ def test_candidates_are_measured_on_an_eighth_as_many_sequences() -> None:
     assert made.flops.held_out - maps == pytest.approx(removals + compared + blocks, rel=0.001)
 
 
+def test_the_time_left_knows_all_steps_of_comparing_candidates() -> None:
+    model, config, steps = tiny_model("llama"), GraspConfig.best(compression_ratio=0.2), set[str]()
+    left = estimate(job(model.config, config)).time_left(Rates(1.0, 1.0, 1.0))
+    compress_(
+        *(model, tiny_batches(4), config),
+        held_out=tiny_batches(2, seed=5),
+        progress=lambda step, *_: steps.add(step),
+    )
+    assert left._repeats["candidates"] == len({step for step in steps if step.startswith("candidates")})
+
+
 def test_low_rank_layers_of_a_compressed_model_are_counted() -> None:
     model = tiny_model("llama")
     before = estimate(job(model.config, GraspConfig(layers=(2,))))
