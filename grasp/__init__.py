@@ -1,4 +1,4 @@
-"""GRASP: make a causal language model smaller by replacing redundant layers with low-rank ones."""
+"""GRASP: make a causal language model smaller by replacing weights with low-rank factors."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

@@ -23,7 +23,8 @@ def environment() -> dict[str, Any]:
         'available'
     """
     return {
-        "versions": {"grasp": __version__, "python": platform.python_version(), **_versions()},
+        "versions": {"grasp": __version__, "python": platform.python_version()}
+        | {name: installed_version(name) for name in _PACKAGES},
         "platform": platform.platform(),
         "cpu": {
             "logical_cores": os.cpu_count(),
@@ -36,14 +37,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return versions
+def installed_version(package: str) -> str | None:
+    """The version of a package; ``None`` if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _gpu(index: int) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class ResultsError(GraspError, ValueError):
 
 
 class CostTableError(GraspError, ValueError):
-    """A cost table cannot be read or written, or does not cover this model."""
+    """A cost table cannot be read, or does not cover this model."""
 
 
 class TaskError(GraspError, ValueError):

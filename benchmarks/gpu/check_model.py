@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -14,10 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu.check_report import LeftOut
 from benchmarks.gpu.check_runner import Emit
-from benchmarks.gpu.check_tasks import synchronize, the_device
+from benchmarks.gpu.check_tasks import the_device
 from grasp.bench.decoding import TOLERANCE, difference
 from grasp.bench.providers import unfuse_
-from grasp.evaluation.generation import first_logits, time_generation
+from grasp.evaluation.generation import first_logits, now, time_generation
 from grasp.method.ranks import rank_for_retain_ratio
 from grasp.model.dense import dense_shape
 from grasp.model.grouping import group_linears_
@@ -97,9 +96,7 @@ def _generate(model: Any, device: torch.device, new_tokens: int) -> float:
     seconds = {}
     for length in (new_tokens, 2 * new_tokens):
         for _ in range(2):  # the first compiles
-            synchronize(device)
-            start = time.perf_counter()
+            start = now(device)
             generate(min_new_tokens=length, max_new_tokens=length)
-            synchronize(device)
-            seconds[length] = time.perf_counter() - start
+            seconds[length] = now(device) - start
     return new_tokens / (seconds[2 * new_tokens] - seconds[new_tokens])

@@ -26,6 +26,7 @@ from benchmarks.gpu.check_runner import Emit
 from benchmarks.gpu.launch_costs import measure_barrier, measure_launches
 from grasp.bench.conditions import ROOT, conditions, measure_card, warm_up
 from grasp.bench.timing import Sample, turns
+from grasp.evaluation.generation import now
 from grasp_kernels import launch_configs, roofline
 from grasp_kernels.roofline import Card
 from grasp_kernels.triton.launch import gpu_of
@@ -71,14 +72,11 @@ class EagerBatch:
 
     def seconds(self) -> float:
         """Make the calls and wait; the seconds of one call. ``host`` gets the part before the wait."""
-        synchronize(self._device)
-        start = time.perf_counter()
+        start = now(self._device)
         for _ in range(self.calls):
             self._function(self._operands)
-        issued = time.perf_counter()
-        synchronize(self._device)
-        self.host.append((issued - start) / self.calls)
-        return (time.perf_counter() - start) / self.calls
+        self.host.append((time.perf_counter() - start) / self.calls)
+        return (now(self._device) - start) / self.calls
 
 
 @torch.inference_mode()
@@ -208,9 +206,3 @@ class _Observer:
 def the_device() -> torch.device:
     """The first GPU, or the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -26,7 +26,7 @@ from grasp.method.knapsack import DENSE, Choices, Layer, allocate_layers
 from grasp.method.ranks import break_even_rank, parameters_at
 from grasp.method.svd import SVD, decompose_in
 from grasp.model.batch import CalibrationBatch
-from grasp.model.dense import dense_weight
+from grasp.model.dense import dense_shape, dense_weight
 from grasp.model.hooks import replaced
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import Target, decoder
@@ -73,7 +73,7 @@ def lems_(
     prefix = replace(prefix, batches=batches[: max(1, SEARCHED // batches[0].input_ids.numel())])
     dense = propagate(prefix, _all_layers(prefix), prefix.hidden[0])
     divergences = _divergences(prefix, svds, dense, measured, progress)
-    curves = {target: choices(_shape(target), svds[target].S, divergences[target.name]) for target in targets}
+    curves = {t: choices(dense_shape(t.module), svds[t].S, divergences[t.name]) for t in targets}
     budget = sum(target.module.weight.numel() for target in targets) - saving
     found: list[tuple[float, Ranks]] = []
     for exponent, gain in np.random.default_rng(0).random((TRIALS, 2)):
@@ -148,7 +148,7 @@ def _divergences(
         hidden, entering = propagate(prefix, range(entering, layer), hidden) if layer else hidden, layer
         names, students = [], []
         for target in targets:
-            with replaced(prefix.model, _low_rank(svds, {target: _measured_rank(_shape(target))})):
+            with replaced(prefix.model, _low_rank(svds, {target: _measured_rank(dense_shape(target.module))})):
                 students.append(propagate(prefix, range(layer, depth), hidden))
             names.append(target.name)
         known |= zip(names, sum_divergences(prefix, students, dense), strict=True)
@@ -166,17 +166,12 @@ def _decomposed(target: Target, covariance: Covariance) -> SVD:
     """The groups up to the break-even rank."""
     A, B, tokens = covariance
     assert B is not None  # as gathered
-    weight, rank = dense_weight(target.module), break_even_rank(_shape(target), "factored")
+    weight, rank = dense_weight(target.module), break_even_rank(dense_shape(target.module), "factored")
     return decompose_in(weight, shrunk(A, tokens, INPUTS), shrunk(B, tokens, GRADIENTS), target.name, rank)
 
 
 def _measured_rank(shape: tuple[int, int]) -> int:
     return max(1, int(MEASURED * break_even_rank(shape, "factored")))
-
-
-def _shape(target: Target) -> tuple[int, int]:
-    n, k = dense_weight(target.module).shape
-    return n, k
 
 
 def _all_layers(prefix: Prefix) -> range:

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from grasp.environment import installed_version
 from grasp_kernels import cpu, roofline
 from grasp_kernels.dispatch import backend_missing
 from grasp_kernels.roofline import Card
@@ -84,7 +84,7 @@ def conditions(card: Card, device: torch.device) -> Conditions:
         read_bandwidth=card.bandwidth,
         flops=card.flops,
         torch=torch.__version__,
-        triton=_version("triton"),
+        triton=installed_version("triton"),
         python=platform.python_version(),
         commit=commit(),
         dirty=None if (changes := _git("status", "--porcelain", "--untracked-files=no")) is None else bool(changes),
@@ -151,13 +151,6 @@ def _instruction_sets() -> tuple[str, ...]:
     if backend_missing("cpu") is not None:
         return ()
     return tuple(name for name in cpu.INSTRUCTION_SETS if name != "auto" and cpu.supports(name))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _git(*arguments: str) -> str | None:

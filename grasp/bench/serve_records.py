@@ -91,7 +91,7 @@ class ServeResult(Record):
         Column("prompt tokens", "prompt_tokens"),
         Column("new tokens", "new_tokens"),
         Column("rounds", "rounds"),
-        Column("good within", lambda result: limits_text(result.limits) or None),
+        Column("good within", lambda result: ", ".join(f"{m} {ms:g} ms" for m, ms in result.limits.items()) or None),
     )
     columns: ClassVar[tuple[Column, ...]] = (
         Column("server", "provider"),
@@ -124,8 +124,3 @@ class ServeResult(Record):
         yield from super().notes()
         if self.vllm is not None:
             yield f"Served by vLLM {self.vllm}."
-
-
-def limits_text(limits: Mapping[str, float]) -> str:
-    """``{"ttft": 500.0}`` as ``"ttft 500 ms"``."""
-    return ", ".join(f"{metric} {limit:g} ms" for metric, limit in limits.items())

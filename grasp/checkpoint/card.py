@@ -163,7 +163,7 @@ def _render(
     }
     parameters, before = sizes
     before = before or parameters + sum(layer.dense_parameters - layer.parameters for layer in layers.values())
-    name = _display_name(base_model) or f"a {model_type} model"
+    name = Path(base_model or "").name.removesuffix(".gguf") or f"a {model_type} model"
     title = _literal(f"{name[0].upper()}{name[1:]}")
     card = _TEMPLATE.format(
         front_matter=ModelCardData(**front_matter).to_yaml(),
@@ -307,11 +307,6 @@ def read_license(source: str) -> dict[str, str]:
     except (*HUB_ERRORS, *BAD_ANSWERS, OSError, YAMLError):  # what is no card has values of other types
         return {}
     return {key: str(data[key]) for key in _LICENSE_KEYS if data.get(key)}
-
-
-def _display_name(base_model: str | None) -> str:
-    """Return the last part of a hub name or path."""
-    return Path(base_model).name.removesuffix(".gguf") if base_model else ""
 
 
 def _literal(text: str) -> str:

@@ -185,11 +185,6 @@ class CompressionReport:
         """The losses by kind of text, the one that lost most first."""
         return kinds_of(self.kind_losses)
 
-    @property
-    def kinds_text(self) -> str:
-        """What the compression adds to the loss on other kinds of text, in the mean and at worst; "" if unknown."""
-        return kinds_text(self.kinds)
-
     def to_dict(self) -> dict[str, Any]:
         """All fields and the two ratios, as JSON values."""
         return {

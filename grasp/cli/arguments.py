@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
-
-if TYPE_CHECKING:
-    from grasp.method.ranks import Form
 
 MOST = 10**9  # of anything that is counted; larger numbers overflow the libraries
 MOST_THREADS = 1024
@@ -71,18 +68,6 @@ def parse_batch_size(text: str) -> int | Literal["auto"]:
     if not re.fullmatch(r"[1-9][0-9]*", text):
         raise ValueError(f"batch size must be a positive number or auto; got {text!r}")
     return _count(text, "batch size")
-
-
-def parse_form(text: str) -> Form:
-    """Parse ``"factored"`` and ``"pivoted"`` as themselves.
-
-    Raises:
-        ValueError: if the text is anything else.
-    """
-    forms: dict[str, Form] = {"factored": "factored", "pivoted": "pivoted"}
-    if text not in forms:
-        raise ValueError(f"form must be {' or '.join(forms)}; got {text!r}")
-    return forms[text]
 
 
 def parse_bytes(text: str) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from grasp.cli.arguments import Device, Dtype, Json, Model, parse_bits, parse_form
+from grasp.cli.arguments import Device, Dtype, Json, Model, parse_bits
 from grasp.cli.bench import bench
 
 
@@ -43,14 +43,16 @@ def costs(
     from grasp.cli import console, tables
     from grasp.files import require_writable
     from grasp.loading import load_quietly
+    from grasp.method.ranks import FORMS
     from grasp.method.storage import choose_storage
 
-    kind = parse_form(form)
+    if form not in FORMS:
+        raise ValueError(f"form must be {' or '.join(FORMS)}; got {form!r}")
     storages = [choose_storage(parse_bits(part.strip())) for part in bits.split(",")] if bits else []
     require_writable(output, parents=True)
     with console.step_bars() as progress:
         loaded, _ = load_quietly(model, dtype=dtype, device=device, progress=progress)
-        table = measure_costs(loaded, kind, storages, progress=progress)
+        table = measure_costs(loaded, form, storages, progress=progress)
     try:
         table.save(output)
     finally:  # also if the disk is full

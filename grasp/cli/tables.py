@@ -50,7 +50,7 @@ def show_compression(result: Compression) -> None:
             ("kept", _retained(report)),
             *_latency_facts(report),
             *([("held-out loss", report.held_out_text)] if report.held_out_text else []),
-            *([("kinds of text", report.kinds_text)] if report.kinds else []),
+            *([("kinds of text", kinds_text(report.kinds))] if report.kinds else []),
             ("time", f"{sum(report.seconds.values()):.1f} s"),
             ("checkpoint", result.output),
         ]

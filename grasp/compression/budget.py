@@ -203,7 +203,8 @@ def choose_plan(
                 shapes, tuple(shapes), total_parameters, removed / total_parameters, 1.0, config.form
             )
         else:
-            budget = uniform_budget(shapes, tuple(shapes), config.retain_ratio, config.form)
+            # Where nothing is to be saved no linear need be scored.
+            budget = uniform_budget(shapes, tuple(shapes) if prices.saving else (), config.retain_ratio, config.form)
     return Plan(budget.retain_ratio, tuple(sorted(budget.ranks)), _ranks(budget, targets))
 
 

@@ -15,7 +15,7 @@ from grasp.compression.eligible import check_layers, eligible_targets, require_p
 from grasp.compression.flops import FlopCounter, Flops, SweepCost
 from grasp.compression.job import CompressionJob
 from grasp.compression.layer_cost import Tracer, tracer_for
-from grasp.compression.memory import LIBRARY_BYTES, form_in_sweeps, forward_bytes, span_memory
+from grasp.compression.memory import LIBRARY_BYTES, form_in_sweeps, forward_bytes, quantizing_bytes, span_memory
 from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
 from grasp.method.ranks import Shape, break_even_rank, parameters_at, parameters_removed
@@ -208,7 +208,6 @@ class _Estimator:
 
     def __init__(self, job: CompressionJob, tracer: Tracer, memory: int | None, host_memory: int | None) -> None:
         self._job, self._tracer, self._budget, self._host_budget = job, tracer, memory, host_memory
-        self._layers = decoder(tracer.model).layers
         self.targets = eligible_targets(tracer.model)[0]
         self.shapes = [dense_shape(target.module) for linears in self.targets.values() for target in linears]
         self.parameters = model_size(tracer.model).parameters
@@ -239,10 +238,10 @@ class _Estimator:
         if config.threshold_ratio is not None:
             ranks = {target: break_even_rank(dense_shape(target.module), config.form) for target in ranks}
         if not ranks:
-            memory = Memory(
-                LIBRARY_BYTES, 0, 0, 0, 0, self._forward_bytes(), 0, 0, self._checkpoint_bytes(0), job.on_cpu
-            )
-            return _Case(plan.layers, (), self._flops.count([], 0, 0), memory, memory.peak)
+            other = max(self._forward_bytes(), quantizing_bytes(self._tracer) if config.bits is not None else 0)
+            working = Memory(LIBRARY_BYTES, 0, 0, 0, 0, other, 0, 0, 0, job.on_cpu)
+            memory = self._with_states(working, self._stored_states([], ()), 0, self._checkpoint_bytes(0))
+            return _Case(plan.layers, (), self._flops.count([], 0, 0), memory, working.peak)
         members = plan_sweeps(ranks, config.schedule)
         weights, stored = (
             {target: parameters_at(dense_shape(target.module), rank, form) for target, rank in ranks.items()}
@@ -290,7 +289,7 @@ class _Estimator:
         Sweeps have one where each sweep and each span starts, and one gradient between spans. The others have the
         streams, and the inputs of the linears of one layer. Each process quantises on all batches.
         """
-        entries, most = {spans[-1].layers.start for spans in plans}, max(map(len, plans))
+        entries, most = {spans[-1].layers.start for spans in plans}, max(map(len, plans), default=1)
         number_bytes = self._job.local_tokens * self._job.sweep_dtype.itemsize
         sweeping = (len(entries) + most - (most == 1)) * self._tracer.width * number_bytes
         refitting = self._streams(targets) * number_bytes if self._job.config.refit else 0
@@ -305,7 +304,7 @@ class _Estimator:
         inputs: dict[int, int] = defaultdict(int)
         for target in distinct_inputs(targets):
             inputs[target.layer] += dense_shape(target.module)[1]
-        return REFIT_STREAMS * self._tracer.width + max(inputs.values())
+        return REFIT_STREAMS * self._tracer.width + max(inputs.values()) if inputs else 0
 
     def _stored_bytes(
         self,
@@ -347,5 +346,5 @@ class _Estimator:
         sweeping, refitting = (count if room is None else min(count, max(0, room)) for count in states)
         # At the end the run folder has the low-rank linears, which the checkpoint has as well.
         spilled = job.processes * max(states[0] - sweeping, states[1] - refitting)
-        disk = max(stored + spilled, 2 * checkpoint)
+        disk = max(stored + spilled, 2 * checkpoint if stored else checkpoint)
         return replace(working, hidden_states=sweeping, refit_states=refitting, disk=disk)

@@ -133,8 +133,9 @@ class FlopCounter:
         job = self._job
         depth = range(len(self._layers))
         influence = self._for_samples(self._forward(depth), job.num_samples)
+        quantizing = {} if job.config.bits is None else self._quantizing()
         if not targets:
-            return Flops(block_influence=influence)
+            return Flops(block_influence=influence, **quantizing)
         # The removal of each layer alone, then of several: as often, and on the average from the middle of the layers.
         body, head = self._for_samples(self._forward(depth), self._held_out), self._head_flops(self._held_out) // 2
         held_out = 2 * len(depth) * (body // 2 + head) + CANDIDATES * (body + head)
@@ -148,9 +149,8 @@ class FlopCounter:
             statistics=job.rounds * _statistics_flops(job, self._tokens, targets),
             decompositions=job.rounds * sum(_decomposition_flops(job.config, shape) for shape in _shapes(targets)),
             held_out=job.config.decides_together * (held_out + 2 * influence),  # the last: a linear map
+            **quantizing,
         )
-        if job.config.bits is not None:
-            flops = replace(flops, **self._quantizing())
         if not job.config.refit:
             return flops
         layers = range(min(target.layer for target in targets), max(target.layer for target in targets) + 1)

@@ -192,13 +192,11 @@ def as_stored(report: ModuleReport, module: nn.Module) -> ModuleReport:
     if not isinstance(module, (LowRankLinear, QuantizedLowRankLinear)):
         reason = EXPANDED if isinstance(module, QuantizedLinear) else NOT_PIVOTED
         return report if report.reason else ModuleReport(report.name, report.layer, "", reason)
-    parameters = list(module.parameters())
     return replace(
         report,
         form=module.form,
         parameters_after=parameter_count(module),
-        bytes_after=sum(p.numel() * p.element_size() for p in parameters)
-        + (0 if module.order is None else module.order.nbytes),
+        bytes_after=sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())),
     )
 
 

@@ -89,7 +89,13 @@ class SpanMemory:
         Raises:
             OutOfMemoryError: if the smallest part of a layer does not fit; the message has the least that would do.
         """
-        require_budget(budget, self.least())
+        if budget < (least := self.least()):
+            needed = f"{-(-least // 10**6)}MB"  # rounded up
+            raise OutOfMemoryError(
+                f"{size(budget)} of memory above the loaded model are too little; this compression takes at least "
+                f"{needed}. Give --memory {needed} or more if the device has them, a shorter --seq-len, or a smaller "
+                "--batch-size"
+            )
         groups = self._groups()
         spans: list[PlannedSpan] = []
         stop = self.layers.stop
@@ -131,18 +137,3 @@ class SpanMemory:
 
 def _members(layers: range, groups: Mapping[int, list[tuple[Target, ...]]]) -> tuple[Target, ...]:
     return tuple(target for layer in layers for group in groups.get(layer, []) for target in group)
-
-
-def require_budget(budget: int, least: int) -> None:
-    """Raise ``OutOfMemoryError`` if a budget is below the least that would do; both in bytes."""
-    if budget < least:
-        raise OutOfMemoryError(
-            f"{size(budget)} of memory above the loaded model are too little; this compression takes at least "
-            f"{megabytes(least)}. Give --memory {megabytes(least)} or more if the device has them, a shorter "
-            "--seq-len, or a smaller --batch-size"
-        )
-
-
-def megabytes(number: int) -> str:
-    """A number of bytes as an argument of ``--memory``, rounded up: ``"5243MB"``."""
-    return f"{-(-number // 10**6)}MB"

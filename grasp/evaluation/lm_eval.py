@@ -198,7 +198,7 @@ def _load(tasks: Sequence[str], source: str | Path | None, scratch: Path) -> tup
         loaded: dict[str, Any] = manager.load(list(tasks) if manager.all_tasks else specs)
     except (*unreachable, *mismatch) as error:
         if files:
-            columns = {task: ", ".join(json.loads(_first_row(scratch, task))) for task in tasks}
+            columns = {task: ", ".join(read_documents(folder, task).rows[0]) for task in tasks}
             raise TaskError(
                 f"the documents do not match lm-eval's definition ({one_line(error)}); their columns: {columns}"
             ) from error
@@ -248,10 +248,6 @@ def _redirected(task: str, folder: Path, scratch: Path, files: dict[str, Path]) 
     file = scratch / f"{task}.yaml"
     file.write_text(json.dumps(definition), encoding="utf-8")  # JSON is YAML
     return file
-
-
-def _first_row(scratch: Path, task: str) -> str:
-    return (scratch / f"{task}.jsonl").read_text(encoding="utf-8").partition("\n")[0]
 
 
 def _watched(model: PreTrainedModel, progress: Progress) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp.errors import CostTableError
-from grasp.files import replacing
+from grasp.files import write_whole
 from grasp.formatting import one_line
 from grasp.method.ranks import FORMS, Form, Shape, break_even_rank, factor_shapes
 from grasp.method.storage import OUTPUTS, STORAGES, Storage, matrix_bytes
@@ -160,14 +160,9 @@ class CostTable:
         """Write the table as JSON, atomically.
 
         Raises:
-            CostTableError: if it cannot be written.
+            GraspError: if it cannot be written.
         """
-        text = json.dumps({"format_version": FORMAT_VERSION, **self.to_dict()}, indent=2)
-        try:
-            with replacing(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise CostTableError(f"{path} cannot be written: {error}") from error
+        write_whole(path, json.dumps({"format_version": FORMAT_VERSION, **self.to_dict()}, indent=2))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CostTable:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from grasp.bench.results import read_results
 from grasp.bench.schema import Record
-from grasp.checkpoint.compression_report import KIND_COLUMNS, CompressionReport, candidate_columns
+from grasp.checkpoint.compression_report import KIND_COLUMNS, CompressionReport, candidate_columns, kinds_text
 from grasp.errors import GraspError, ResultsError
 from grasp.files import Contents, contents, require_writable, write_whole
 from grasp.formatting import Column, count, counts, layer_ranges, share, size
@@ -136,7 +136,7 @@ def _compression(report: CompressionReport) -> str:
         ("kept of each matrix", "" if report.retain_ratio is None else share(report.retain_ratio)),
         ("scope", report.scope),
         ("held-out loss", report.held_out_text),
-        ("loss on kinds of text", report.kinds_text),
+        ("loss on kinds of text", kinds_text(report.kinds)),
         ("calibration text", str(request.get("calibration", ""))),
         ("calibration", f"{calibration.get('sequences')} sequences, {calibration.get('tokens')} tokens"),
         ("time", f"{sum(report.seconds.values()):.1f} s: {seconds}" if seconds else ""),

@@ -31,6 +31,11 @@ class CheckpointConfig:
         super().__init__()
         self.ranks, self.pivoted, self.quantized = ranks, list(pivoted), dict(quantized or {})
 
+    def rename(self, mapper: Any) -> None:
+        """Rename the modules, as the stack's mapper renames those of an architecture."""
+        self.ranks, self.quantized = mapper.apply_dict(self.ranks), mapper.apply_dict(self.quantized)
+        self.pivoted = mapper.apply_list(self.pivoted)
+
     def get_name(self) -> str:
         """The name in ``config.json``."""
         return METHOD

@@ -73,9 +73,7 @@ class GraspSglangConfig(CheckpointConfig, QuantizationConfig):
 
     def apply_weight_name_mapper(self, hf_to_sglang_mapper: Any) -> None:
         """Rename the modules as SGLang renames those of this architecture."""
-        self.ranks = hf_to_sglang_mapper.apply_dict(self.ranks)
-        self.quantized = hf_to_sglang_mapper.apply_dict(self.quantized)
-        self.pivoted = hf_to_sglang_mapper.apply_list(self.pivoted)
+        self.rename(hf_to_sglang_mapper)
 
     def get_scaled_act_names(self) -> list[str]:
         """No activation is scaled."""

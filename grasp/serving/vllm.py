@@ -45,9 +45,7 @@ class GraspVllmConfig(CheckpointConfig, QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the modules as vLLM renames those of this architecture."""
-        self.ranks = hf_to_vllm_mapper.apply_dict(self.ranks)
-        self.quantized = hf_to_vllm_mapper.apply_dict(self.quantized)
-        self.pivoted = hf_to_vllm_mapper.apply_list(self.pivoted)
+        self.rename(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method that loads and runs a module; vLLM calls this for linears, embeddings, attention and experts.
@@ -100,13 +98,11 @@ class GraspLinearMethod(LowRankMethod, LinearMethodBase):
 
     def on_cpu(self) -> bool:
         """Whether vLLM runs on a CPU."""
-        is_cpu: bool = current_platform.is_cpu()
-        return is_cpu
+        return bool(current_platform.is_cpu())
 
     def on_gpu(self) -> bool:
         """Whether vLLM runs on a GPU of NVIDIA or AMD."""
-        is_gpu: bool = current_platform.is_cuda_alike()
-        return is_gpu
+        return bool(current_platform.is_cuda_alike())
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Check that all tensors were in the checkpoint, give dense quantised parts to vLLM, and compile the kernels.

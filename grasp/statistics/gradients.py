@@ -60,15 +60,6 @@ class DenseSum:
         return svd, contract_weight_grad(self.tensor, svd.U, svd.Vh)
 
 
-def gradient_sum(target: Target, tokens: int, *, shared: bool = False) -> FactoredSum | DenseSum:
-    """The form that costs less for a number of calibration tokens (``grasp_kernels.routes``).
-
-    Processes that share the tokens use ``DenseSum``. Each process would decompose for itself, and the groups of two
-    decompositions can differ where singular values are close, so their sums cannot be added up.
-    """
-    return DenseSum(target) if shared or dense_is_cheaper(dense_shape(target.module), tokens) else FactoredSum(target)
-
-
 def dense_is_cheaper(shape: Shape, tokens: int) -> bool:
     """Whether ``DenseSum`` takes fewer FLOPs for all singular values of an (N, K) matrix and a number of tokens."""
     work = (tokens, *shape, min(shape))
@@ -102,7 +93,13 @@ def gather_gradients(
         DistributedError: if another process fails.
     """
     count, tokens = len(prefix.batches), sum(batch.num_tokens for batch in prefix.batches)
-    sums = {target: gradient_sum(target, tokens, shared=processes.size > 1) for target in targets}
+    # Processes that share the tokens use ``DenseSum``. Each would decompose for itself, and the groups of two
+    # decompositions can differ where singular values are close, so their sums cannot be added up.
+    shared = processes.size > 1
+    sums: dict[Target, FactoredSum | DenseSum] = {
+        target: (DenseSum if shared or dense_is_cheaper(dense_shape(target.module), tokens) else FactoredSum)(target)
+        for target in targets
+    }
     state = PartialSums() if state is None else state
     step = sweep_name(targets)
     start = _restore(state, sums, processes)

@@ -22,6 +22,7 @@ from grasp.checkpoint.compression_report import (
     KIND_COLUMNS,
     CompressionReport,
     candidate_columns,
+    kinds_text,
 )
 from grasp.checkpoint.fingerprint import request_fingerprint
 from grasp.checkpoint.run_state import RunState
@@ -392,7 +393,7 @@ def _description(samples: Samples, report: CompressionReport) -> str:
     text += f"`{FILE_NAME}` has all details."
     held_out = "on text that was held out of the calibration"
     text += _losses("Held-out loss", held_out, candidate_columns(report.candidates), report.candidates)
-    passages = f"on passages of each kind that are in no calibration text of grasp: {report.kinds_text}"
+    passages = f"on passages of each kind that are in no calibration text of grasp: {kinds_text(report.kinds)}"
     text += _losses("Loss by kind of text", passages, KIND_COLUMNS, report.kinds)
     if config.storage is None:
         return text

@@ -111,6 +111,9 @@ def test_quantising_adds_as_many_forward_passes_as_a_refit() -> None:
     assert made.flops.total - made.flops.quantizing - made.flops.rounding == without.flops.total
     assert 3 * made.flops.block_influence < made.flops.quantizing < 9 * made.flops.block_influence
     assert made.flops.rounding > 0
+    nothing = estimate(job(tiny_model("llama").config, GraspConfig(compression_ratio=0.0, bits=8)))
+    assert (nothing.flops.quantizing, nothing.flops.rounding) == (made.flops.quantizing, made.flops.rounding)
+    assert nothing.memory.refit_states > 0
 
 
 @pytest.mark.parametrize(

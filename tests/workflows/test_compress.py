@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grasp import builtin
 from grasp.calibration import builtin_kinds
-from grasp.checkpoint.compression_report import CompressionReport
+from grasp.checkpoint.compression_report import CompressionReport, kinds_text
 from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, GraspError, OutOfMemoryError
 from grasp.model.quantized_linear import QUANTIZED
@@ -184,9 +184,9 @@ def test_losses_on_every_kind_of_text_are_in_the_report_and_the_card(
         builtin_kinds("evaluation"), key=lambda kind: report.kind_losses[kind][0] - report.kind_losses[kind][1]
     )
     worst = report.kinds[0]
-    assert f"{worst.added:+.3f} on {worst.kind}" in report.kinds_text
+    assert f"{worst.added:+.3f} on {worst.kind}" in kinds_text(report.kinds)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"in no calibration text of grasp: {report.kinds_text}.\n\n| kind of text" in card
+    assert f"in no calibration text of grasp: {kinds_text(report.kinds)}.\n\n| kind of text" in card
     assert f"| {worst.kind} | {worst.dense:.3f} | {worst.compressed:.3f} | {worst.added:+.3f} |" in card
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
