@@ -158,11 +158,12 @@ def run(request: ServeRequest, *, progress: Progress = no_progress) -> Iterator[
         }
         errors = {name: checkpoint.proof.error_of(servers[name]) for name, checkpoint in checkpoints.items()}
         refused = {name: error for name, error in errors.items() if not error <= checkpoints[name].proof.allowed}
+        model = candidates[0].name if _is_url(request.models[0]) else request.models[0]
         if refused:
-            yield [_refusal(checkpoints[name], error, request) for name, error in refused.items()]
+            yield [_refusal(checkpoints[name], error, model) for name, error in refused.items()]
         right = {name: server for name, server in servers.items() if name not in refused}
         if right:
-            bench = _Bench(request, scratch, right, checkpoints, errors, candidates[0].name, now)
+            bench = _Bench(request, scratch, right, checkpoints, errors, candidates[0].name, model, now)
             for concurrency in request.concurrencies:
                 yield bench.measure(concurrency, progress)
 
@@ -250,12 +251,12 @@ def _started(
     return server
 
 
-def _refusal(checkpoint: Checkpoint, error: float, request: ServeRequest) -> NotMeasured:
+def _refusal(checkpoint: Checkpoint, error: float, model: str) -> NotMeasured:
     reason = (
         f"log-probabilities are {error:.2g} nats from those of transformers in fp32; expected at most "
         f"{checkpoint.proof.allowed:.2g}, twice the error of transformers in {checkpoint.dtype}"
     )
-    return NotMeasured("serve", checkpoint.name, reason, wrong=True, model=request.models[0])
+    return NotMeasured("serve", checkpoint.name, reason, wrong=True, model=model)
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,7 @@ class _Bench:
     checkpoints: Mapping[str, Checkpoint]
     errors: Mapping[str, float]  # of log-probabilities
     first: str  # server that the others are compared with
+    model: str  # the same, as it was asked for, unless by an address
     now: Conditions | None  # of the servers that were started here
 
     def measure(self, concurrency: int, progress: Progress) -> list[ServeResult | NotMeasured]:
@@ -318,7 +320,7 @@ class _Bench:
         request, known = self.request, self.checkpoints.get(name)
         durations = Sample(tuple(numbers["duration"] for numbers in rounds))
         return ServeResult(
-            model=request.models[0],
+            model=self.model,
             provider=name,
             vllm=self.servers[name].version,
             dtype=None if known is None else known.dtype,

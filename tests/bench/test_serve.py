@@ -103,7 +103,8 @@ def test_a_server_that_runs_already_is_timed_and_goes_on(save: Callable[..., Pat
         request = ServeRequest([f"{url}/v1/"], (1,), 1, prompt_tokens=8, new_tokens=4, rounds=1)
         (result,) = [line for records in run(request) for line in records]
         assert isinstance(result, ServeResult)
-        assert (result.provider, result.dtype, result.log_probability_error) == ("running", None, None)
+        assert (result.model, result.provider, result.dtype) == ("running", "running", None)
+        assert result.log_probability_error is None
         assert result.conditions is None  # it may run on another machine
         assert process.exit_code is None
     assert remaining(folder) == []

@@ -22,7 +22,7 @@ from grasp.compression import rounds
 from grasp.compression.budget import Plan, find_prices
 from grasp.compression.candidates import FIRST_SHARE, candidates
 from grasp.compression.quantize import quantize_
-from grasp.compression.selection import STAYS_DENSE, Selection
+from grasp.compression.selection import Selection
 from grasp.config import GraspConfig
 from grasp.errors import CostTableError
 from grasp.method.cost_table import CostTable, LinearSeconds, from_roofline
