@@ -101,7 +101,7 @@ def cells(config: PreTrainedConfig, machine: Machine) -> tuple[str, ...]:
         size(made.least_memory),
         "" if machine.card is None else size(machine.processes * made.memory.host),
         size(made.memory.disk),
-        f"{sum(made.seconds(rates(made, machine)).values()) / 3600:.2g}",
+        f"{float(f'{sum(made.seconds(rates(made, machine)).values()) / 3600:.2g}'):g}",  # 110, not 1.1e+02
     )
 
 
