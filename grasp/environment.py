@@ -12,7 +12,7 @@ import torch
 from grasp.version import __version__
 from grasp_kernels.dispatch import BACKENDS, backend_missing
 
-_PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "huggingface_hub", "numpy")
+_PACKAGES = ("triton", "transformers", "accelerate", "safetensors", "huggingface_hub", "numpy")
 
 
 def environment() -> dict[str, Any]:
@@ -23,7 +23,7 @@ def environment() -> dict[str, Any]:
         'available'
     """
     return {
-        "versions": {"grasp": __version__, "python": platform.python_version()}
+        "versions": {"grasp": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
         | {name: installed_version(name) for name in _PACKAGES},
         "platform": platform.platform(),
         "cpu": {

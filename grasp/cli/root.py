@@ -14,7 +14,7 @@ import warnings
 from contextlib import suppress
 from importlib.metadata import version
 from itertools import takewhile
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer import rich_utils
@@ -68,24 +68,27 @@ def main() -> None:
             raise
         code = _explain(error)
     if code == INTERRUPTED and os.environ.get("RANK", "0") == "0":
-        print("interrupted", file=sys.stderr)
+        with suppress(OSError):
+            print("interrupted", file=sys.stderr)
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        if not _can_flush(stream):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)  # Python flushes once more, and exits with 120
     sys.exit(code)
 
 
 def _explain(error: Exception) -> int:
-    """Print an exception on stderr, and return the exit code."""
+    """Print an exception on stderr, unless it is full or closed, and return the exit code."""
     if isinstance(error, _USAGE_ERRORS):
-        _show_usage_error(error)
+        with suppress(OSError):
+            _show_usage_error(error)
         return BAD_INPUT
-    if isinstance(error, OSError) and not _can_flush():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at exit
-        if isinstance(error, BrokenPipeError):
-            return CLOSED
+    if isinstance(error, BrokenPipeError) and not _can_flush(sys.stdout):
+        return CLOSED
     if isinstance(error, (GraspError, ValueError, OSError)):
         text, code = one_line(error, _LONGEST), BAD_INPUT
     else:
         text, code = f"{_with_class(error)}; a defect of grasp: {_write_log()}", UNEXPECTED
-    with suppress(OSError):  # stderr may be full, or closed
+    with suppress(OSError):
         print(f"error: {printable(text)}", file=sys.stderr)
     return code
 
@@ -101,10 +104,10 @@ def _with_class(error: Exception) -> str:
     return text if text.startswith(name) else f"{name}: {text}"
 
 
-def _can_flush() -> bool:
+def _can_flush(stream: TextIO) -> bool:
     try:
-        sys.stdout.flush()
-    except OSError:
+        stream.flush()
+    except (OSError, ValueError):  # it is full, or closed
         return False
     return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -169,8 +169,11 @@ def recording(
         if sum(map(len, recorded.values())) == calls:
             raise _Reached
 
-    with hooked(*linears, before=record), suppress(_Reached):
-        yield recorded
+    with hooked(*linears, before=record):
+        try:
+            yield recorded
+        except _Reached as reached:
+            reached.__traceback__ = None  # its frames may be kept, and with them the model, until garbage is collected
 
 
 @torch.no_grad()

@@ -175,8 +175,9 @@ def test_a_stdout_that_cannot_be_written_gives_no_traceback(redirection: str, co
 
 
 def test_a_stderr_that_cannot_be_written_changes_no_exit_code(tmp_path: Path) -> None:
-    command = f"{sys.executable} -m grasp inspect nothing 2> /dev/full"
-    assert subprocess.run(["bash", "-c", command], env=command_line.environment(), cwd=tmp_path).returncode == 2
+    for words in ("inspect nothing", "inspect --nothing"):
+        command = f"{sys.executable} -m grasp {words} 2> /dev/full"
+        assert subprocess.run(["bash", "-c", command], env=command_line.environment(), cwd=tmp_path).returncode == 2
 
 
 def test_the_command_to_record_may_have_empty_arguments(main: RunMain, tmp_path: Path) -> None:
