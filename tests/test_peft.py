@@ -115,6 +115,14 @@ def test_merging_appends_to_the_factors_and_unmerging_removes_the_adapter(tmp_pa
     close(logits(loaded.dequantize()), expected)
 
 
+def test_outputs_of_a_group_that_were_computed_with_merged_factors_are_not_used_after_they_are_unmerged() -> None:
+    expected = compressed_model("qwen2")(tokens := tiny_batches(1)[0]).logits.detach()
+    adapted = with_adapter(compressed_model("qwen2")).eval()
+    adapted.merge_adapter()
+    with adapted.disable_adapter():  # each layer unmerges in its call, when the first of its group has computed for all
+        close(adapted(tokens).logits, expected)
+
+
 def test_merging_above_the_highest_rank_or_with_non_finite_entries_is_refused() -> None:
     adapted = with_adapter(compressed_model("qwen2"), rank=30)
     with pytest.raises(ValueError, match=r"rank 30 .* above (16|32), .*dequantize"):

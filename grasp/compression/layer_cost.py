@@ -27,7 +27,7 @@ from grasp.model.dense import DenseLinear
 from grasp.model.hf_quantizer import low_rank_in, require_floating
 from grasp.model.hooks import hooked, replaced
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.running import backbone, batch_inputs, hidden_input, hidden_output, passing_through, returns_tuple
+from grasp.model.running import backbone, batch_inputs, hidden_input, hidden_output, passing_through, tuple_length
 from grasp.model.skeleton import skeleton
 from grasp.model.targets import Target, decoder
 from grasp.statistics.sweep import visiting
@@ -240,7 +240,7 @@ def _arguments(model: PreTrainedModel, batch: CalibrationBatch) -> tuple[list[tu
 
     layers = list(decoder(model).layers)
     with (
-        passing_through(layers, returns_tuple(model, batch)),
+        passing_through(layers, tuple_length(model, batch)),
         hooked(*layers, before=note),
         torch.no_grad(),
         LiveBytes() as live,

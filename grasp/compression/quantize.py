@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import NonFiniteError
 from grasp.method.least_squares import fit_weight
@@ -20,7 +19,13 @@ from grasp.model.dense import dense_weight
 from grasp.model.grouping import group_linears_
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.quantized_linear import QuantizedLowRankLinear, QuantizedModule, quantized_like, storage_outside
+from grasp.model.quantized_linear import (
+    QuantizedLowRankLinear,
+    QuantizedModule,
+    is_linear,
+    quantized_like,
+    storage_outside,
+)
 from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
 from grasp.statistics.hidden_states import Scratch
@@ -106,7 +111,7 @@ def _bytes_saved(modules: Mapping[nn.Module, Storage]) -> int:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (LowRankLinear, nn.Linear, Conv1D))
+    return isinstance(module, LowRankLinear) or is_linear(module)
 
 
 def _expand_(model: nn.Module, layer: nn.Module, names: dict[nn.Module, str], stored: Mapping[str, Storage]) -> None:

@@ -6,6 +6,7 @@ import copy
 import threading
 import weakref
 from collections.abc import Sequence
+from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -59,10 +60,11 @@ class InputGroup:
         pending, factors = self._pending.pop(thread, None), member.factors
         if pending is None or pending.x is not x or index not in pending.outputs:
             return lowrank_linear(x, *factors, backend=member.backend)
-        output, stamp = pending.outputs.pop(index)
+        output, used, stamp = pending.outputs.pop(index)
         if pending.outputs:
             self._pending[thread] = pending
-        return output if stamp == _stamp(x, factors) else lowrank_linear(x, *factors, backend=member.backend)
+        is_valid = (is_compiling() or all(map(is_, used, factors))) and stamp == _stamp(x, factors)
+        return output if is_valid else lowrank_linear(x, *factors, backend=member.backend)
 
     def _compute_all(self, members: list[LowRankLinear], x: Tensor, thread: int) -> Tensor:
         """Compute all members, store the outputs of the others, and return that of the first."""
@@ -71,7 +73,7 @@ class InputGroup:
             return lowrank_linear(x, *factors[0], backend=backend)
         outputs = lowrank_linear_grouped(x, factors, backend=backend)
         others = zip(outputs[1:], factors[1:], strict=True)
-        pending = {index: (output, _stamp(x, group)) for index, (output, group) in enumerate(others, start=1)}
+        pending = {index: (output, group, _stamp(x, group)) for index, (output, group) in enumerate(others, start=1)}
         self._pending[thread] = _PendingOutputs(x, pending)
         return outputs[0]
 
@@ -121,11 +123,11 @@ class _PendingOutputs(NamedTuple):
     """Outputs for ``x`` that were computed and not yet returned."""
 
     x: Tensor
-    outputs: dict[int, tuple[Tensor, object]]  # index of the member → its output and the stamp of the computation
+    outputs: dict[int, tuple[Tensor, Factors, object]]  # index of the member → its output, of which factors, and stamp
 
 
 def _stamp(x: Tensor, factors: Factors) -> object:
-    """Equal in two calls of members of a group if an output computed in the first is valid in the second."""
+    """Equal in two calls of a group if an output computed in the first is valid in the second, of the same factors."""
     if is_compiling():
         return None  # the inputs of a graph do not change while it runs
     device = x.device.type

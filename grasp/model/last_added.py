@@ -45,6 +45,11 @@ def last_added(model: PreTrainedModel, layer: int) -> LastAdded:
 
     with hooked(*block.modules(), after=lambda m, args, kwargs, output: outputs.update({m: output})):
         before = run()
+        if before.dim() != 3:
+            raise UnsupportedModelError(
+                f"the hidden states of {type(model).__name__} have {before.dim()} dimensions, expected 3, so no linear "
+                "map of them can replace layers; leave this method out"
+            )
         child = [module for module in outputs if module in set(block.children())][-1]
         added = outputs[child]
         if not isinstance(added, Tensor):  # a mixture of experts may return the scores of its router too

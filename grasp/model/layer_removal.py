@@ -6,10 +6,12 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from grasp.errors import UnsupportedModelError
+from grasp.formatting import one_line
 from grasp.model.families import Family
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.skeleton import skeleton
@@ -84,7 +86,8 @@ def _changed_config(model: PreTrainedModel, remaining: Sequence[int]) -> dict[st
     """The new values of the configuration of a model that has only the ``remaining`` layers.
 
     Raises:
-        UnsupportedModelError: if a model made from the new configuration has other layers.
+        UnsupportedModelError: if there is no model of the new configuration, or it has other layers, or other
+            parameters outside of them.
     """
     layers, _, family = decoder(model)
     changes = _config_changes(model.config.get_text_config(decoder=True), family, remaining, len(layers))
@@ -118,8 +121,22 @@ def _require_same_layers(
 
     Both models are made as if their configurations had been saved and loaded.
     """
-    configs = (type(config).from_dict(config.to_dict()) for config in (before, after))
-    (old_layers, _, family), (new_layers, _, _) = (decoder(skeleton(config, model_class)) for config in configs)
+    try:
+        before_model, after_model = (
+            skeleton(type(config).from_dict(config.to_dict()), model_class) for config in (before, after)
+        )
+    except (ValueError, StrictDataclassError) as error:  # of the configuration's own checks
+        raise UnsupportedModelError(
+            f"the configuration of {model_class.__name__} cannot express this removal: {one_line(error)}. Remove other "
+            "layers, or compress these instead."
+        ) from error
+    (old_layers, _, family), (new_layers, _, _) = decoder(before_model), decoder(after_model)
+    shapes, others = _shapes_outside(before_model), _shapes_outside(after_model)
+    if unlike := [name for name in shapes | others if shapes.get(name) != others.get(name)]:
+        raise UnsupportedModelError(
+            f"{unlike[0]} of {model_class.__name__} has a part for each layer, and removal does not change it; "
+            "compress the layers instead."
+        )
     for new, old in enumerate(remaining):
         expected, got = _description(old_layers[old], family), _description(new_layers[new], family)
         if expected != got:
@@ -129,6 +146,12 @@ def _require_same_layers(
                 f"{expected.get(name, 'set')} there and {got.get(name, 'absent')} here, and the configuration of this "
                 "family cannot express that. Remove other layers, or compress these instead."
             )
+
+
+def _shapes_outside(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters outside of the decoder layers."""
+    inside = set(decoder(model).layers.parameters())
+    return {name: tuple(p.shape) for name, p in model.named_parameters() if p not in inside}
 
 
 def _description(layer: nn.Module, family: Family) -> dict[str, object]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from typing_extensions import Self  # typing has it from Python 3.11 on
 
+_PLAIN = ("FalconLinear", "KernelLinear")  # subclasses of ``nn.Linear`` that compute the same in a forward of their own
 VALUES = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}  # by the dtype of a file
 
 
@@ -275,6 +277,15 @@ QuantizedModule = QuantizedLowRankLinear | QuantizedLinear | QuantizedEmbedding
 QUANTIZED = (QuantizedLowRankLinear, QuantizedLinear, QuantizedEmbedding)
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a dense module returns ``x @ weight.mT + bias``; a subclass may do more, such as a router of experts."""
+    kind = type(module)
+    if isinstance(module, NonDynamicallyQuantizableLinear):  # of ``nn.MultiheadAttention``, which reads its weight
+        return False
+    plain = kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__name__ in _PLAIN
+    return isinstance(module, (nn.Linear, Conv1D)) and plain
+
+
 def quantized_like(
     module: nn.Module, storage: Storage, device: torch.device | str | None = None
 ) -> QuantizedModule | None:
@@ -284,8 +295,8 @@ def quantized_like(
     """
     if isinstance(module, LowRankLinear):
         return QuantizedLowRankLinear(module, storage, device)
-    if isinstance(module, (nn.Linear, Conv1D)):
-        return QuantizedLinear(module, storage, device)
+    if is_linear(module):
+        return QuantizedLinear(module, storage, device)  # type: ignore[arg-type]
     if type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, "scalar_embed_scale")):
         return QuantizedEmbedding(module, OUTPUTS if storage.kind == "fp" else storage, device)
     return None

@@ -38,12 +38,17 @@ def hidden_output(output: Any) -> Tensor:
 
 
 @contextmanager
-def passing_through(layers: Sequence[nn.Module], returns_tuple: bool) -> Iterator[None]:
-    """Make decoder layers return their input until the block ends; the model still computes masks and positions."""
+def passing_through(layers: Sequence[nn.Module], length: int) -> Iterator[None]:
+    """Make decoder layers return their input until the block ends; the model still computes masks and positions.
+
+    Args:
+        layers: of the decoder.
+        length: of the tuple that they return, 0 for a tensor; what follows the hidden states is ``None``.
+    """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = hidden_input(args, kwargs)
-        return (hidden,) if returns_tuple else hidden
+        return (hidden, *[None] * (length - 1)) if length else hidden
 
     with forwarding(layers, forward):
         yield
@@ -147,12 +152,12 @@ def first_device(model: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def returns_tuple(model: PreTrainedModel, batch: CalibrationBatch) -> bool:
-    """Whether the decoder layers return a tuple; two tokens are run through the model to see it."""
-    answers: list[bool] = []
+def tuple_length(model: PreTrainedModel, batch: CalibrationBatch) -> int:
+    """The length of the tuple that decoder layers return, 0 for a tensor; two tokens are run to see it."""
+    answers: list[int] = []
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        answers.append(isinstance(output, tuple))
+        answers.append(len(output) if isinstance(output, tuple) else 0)
 
     probe = CalibrationBatch(batch.input_ids[:1, :2], None)
     with hooked(decoder(model).layers[0], after=note), evaluating(model):

@@ -26,7 +26,7 @@ from grasp.model.running import (
     hidden_input,
     hidden_output,
     passing_through,
-    returns_tuple,
+    tuple_length,
 )
 from grasp.model.targets import Target, decoder
 from grasp.progress import Progress, no_progress
@@ -63,7 +63,7 @@ class Prefix:
         batches: the calibration batches.
         dtype: ``"bfloat16"`` if the model runs in it, ``None`` for the dtype of the model.
         hidden: layer → for each batch the hidden states at its input, (B, L, H), on the CPU.
-        returns_tuple: whether the decoder layers of this family return a tuple.
+        tuple_length: of what the decoder layers return, 0 for a tensor.
         scratch: where hidden states and gradients are kept.
         samples_labels: whether gradients are those of tokens drawn from the model's predictions, see ``loss_and_grad``.
         grads: layer → for each batch the gradient of the summed loss in ``hidden``.
@@ -73,7 +73,7 @@ class Prefix:
     batches: Sequence[CalibrationBatch]
     dtype: str | None
     hidden: dict[int, HiddenStates]
-    returns_tuple: bool
+    tuple_length: int
     scratch: Scratch
     samples_labels: bool = False
     grads: dict[int, HiddenStates] = field(default_factory=dict)
@@ -94,9 +94,9 @@ def capture_prefix(
     scratch = Scratch() if scratch is None else scratch
     hidden = {layer: HiddenStates(scratch) for layer in layers}
     if not layers or not batches:
-        return Prefix(model, batches, dtype, hidden, returns_tuple=False, scratch=scratch)
+        return Prefix(model, batches, dtype, hidden, tuple_length=0, scratch=scratch)
     modules = decoder(model).layers
-    prefix = Prefix(model, batches, dtype, hidden, returns_tuple(model, batches[0]), scratch, samples_labels)
+    prefix = Prefix(model, batches, dtype, hidden, tuple_length(model, batches[0]), scratch, samples_labels)
     indices = {modules[layer]: layer for layer in layers}
 
     def store(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ def alone(prefix: Prefix, layers: Collection[int]) -> Iterator[None]:
         evaluating(model),
         casting(model, prefix.dtype, without=others),
         fetching_again(model),
-        passing_through(others, prefix.returns_tuple),
+        passing_through(others, prefix.tuple_length),
     ):
         yield
 

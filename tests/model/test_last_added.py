@@ -6,6 +6,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, GraniteConfig, Granite
 
 from grasp.errors import UnsupportedModelError
 from grasp.model.last_added import last_added
+from tests.model.test_layer_removal import PER_LAYER, random_model
 from tests.tiny_models import tiny_model
 
 
@@ -29,4 +30,10 @@ def test_layers_that_scale_what_they_add_are_refused() -> None:
     config = GraniteConfig(vocab_size=97, num_key_value_heads=2, residual_multiplier=0.5, **sizes)
     model = GraniteForCausalLM(config)
     with pytest.raises(UnsupportedModelError, match="leave this method out"):
+        last_added(model, 0)
+
+
+def test_hidden_states_of_more_dimensions_are_refused() -> None:
+    model = random_model("Gemma3nText", **PER_LAYER)
+    with pytest.raises(UnsupportedModelError, match="have 4 dimensions, expected 3, so no linear map"):
         last_added(model, 0)

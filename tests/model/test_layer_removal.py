@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grasp.errors import UnsupportedModelError
 from grasp.model.hf_quantizer import mark_compressed
-from grasp.model.layer_removal import remove_layers_
+from grasp.model.layer_removal import can_remove, remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import passing_through
 from grasp.model.targets import decoder
@@ -29,6 +29,20 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 EXPERTS: dict[str, Any] = {**SIZES, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+PER_LAYER: dict[str, Any] = {  # each layer has embeddings of its own
+    **SIZES,
+    "head_dim": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 0,
+    "laurel_rank": 4,
+    "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    "activation_sparsity_pattern": [0.0] * 4,
+}
+HYBRID: dict[str, Any] = {  # must have an attention layer
+    **SIZES,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+}
 SCALED_BY_INDEX: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "n_embd": 32,
@@ -56,7 +70,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 @torch.no_grad()
 def skipping(model: PreTrainedModel, layers: list[int]) -> Tensor:
     """The logits of the model if these layers return their input."""
-    with passing_through([decoder(model).layers[i] for i in layers], returns_tuple=False):
+    with passing_through([decoder(model).layers[i] for i in layers], length=0):
         return logits(model)
 
 
@@ -139,6 +153,37 @@ def test_layers_that_depend_on_their_position_are_refused(name: str, values: dic
         remove_layers_(model, [layer])
     assert torch.equal(logits(model), before)
     assert model.config.to_dict() == config
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "layer", "message"),
+    [
+        (
+            "Gemma3nText",
+            PER_LAYER,
+            1,
+            r"model\.embed_tokens_per_layer\.weight of Gemma3nForCausalLM has a part for each",
+        ),
+        (
+            "OlmoHybrid",
+            HYBRID,
+            3,
+            "the configuration of OlmoHybridForCausalLM cannot express this removal: .*attention",
+        ),
+    ],
+    ids=["embeddings for each layer", "a rule for its layers"],
+)
+def test_what_the_configuration_cannot_express_is_refused_and_no_candidate(
+    name: str, values: dict[str, Any], layer: int, message: str
+) -> None:
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"this transformers has no {name}")
+    model = random_model(name, **values)
+    before = logits(model)
+    assert not can_remove(model, [layer])
+    with pytest.raises(UnsupportedModelError, match=message):
+        remove_layers_(model, [layer])
+    assert torch.equal(logits(model), before)
 
 
 def test_layers_that_depend_on_their_position_can_be_removed_from_the_end(tmp_path: Path) -> None:

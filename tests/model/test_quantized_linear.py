@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
 
 from grasp.method.storage import FP8, Storage
+from grasp.model.kernel_linear import KernelLinear
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedLowRankLinear, quantized_like
 from grasp_kernels.quantized import pack_int4
@@ -102,3 +105,20 @@ def test_a_quantised_model_compiles_to_one_graph() -> None:
         expected = model(tokens).logits
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(tokens).logits, expected)
+
+
+class Router(nn.Linear):
+    """Returns more than the product."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        scores = super().forward(x)
+        return scores, scores.argmax(-1)
+
+
+def test_subclasses_of_linears_that_return_more_are_left_as_they_are() -> None:
+    assert quantized_like(Router(8, 4), Storage(8)) is None
+    assert quantized_like(nn.MultiheadAttention(8, 2).out_proj, Storage(8)) is None  # whose weight alone is read
+    kernel, same = nn.Linear(8, 4), type("Same", (nn.Linear,), {})(8, 4)
+    KernelLinear.convert_(kernel)
+    for linear in (kernel, same, FalconLinear(8, 4), Conv1D(4, 8)):
+        assert isinstance(quantized_like(linear, Storage(8)), QuantizedLinear)
