@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -277,13 +277,12 @@ QuantizedModule = QuantizedLowRankLinear | QuantizedLinear | QuantizedEmbedding
 QUANTIZED = (QuantizedLowRankLinear, QuantizedLinear, QuantizedEmbedding)
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> TypeGuard[DenseLinear]:
     """Whether a dense module returns ``x @ weight.mT + bias``; a subclass may do more, such as a router of experts."""
+    if not isinstance(module, (nn.Linear, Conv1D)) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False  # the last is of ``nn.MultiheadAttention``, which reads its weight
     kind = type(module)
-    if isinstance(module, NonDynamicallyQuantizableLinear):  # of ``nn.MultiheadAttention``, which reads its weight
-        return False
-    plain = kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__name__ in _PLAIN
-    return isinstance(module, (nn.Linear, Conv1D)) and plain
+    return kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__name__ in _PLAIN
 
 
 def quantized_like(
@@ -296,7 +295,7 @@ def quantized_like(
     if isinstance(module, LowRankLinear):
         return QuantizedLowRankLinear(module, storage, device)
     if is_linear(module):
-        return QuantizedLinear(module, storage, device)  # type: ignore[arg-type]
+        return QuantizedLinear(module, storage, device)
     if type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, "scalar_embed_scale")):
         return QuantizedEmbedding(module, OUTPUTS if storage.kind == "fp" else storage, device)
     return None

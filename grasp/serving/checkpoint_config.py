@@ -32,7 +32,7 @@ class CheckpointConfig:
         self.ranks, self.pivoted, self.quantized = ranks, list(pivoted), dict(quantized or {})
 
     def rename(self, mapper: Any) -> None:
-        """Rename the modules, as the stack's mapper renames those of an architecture."""
+        """Rename the modules with the serving stack's mapper of names."""
         self.ranks, self.quantized = mapper.apply_dict(self.ranks), mapper.apply_dict(self.quantized)
         self.pivoted = mapper.apply_list(self.pivoted)
 

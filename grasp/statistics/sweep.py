@@ -63,7 +63,7 @@ class Prefix:
         batches: the calibration batches.
         dtype: ``"bfloat16"`` if the model runs in it, ``None`` for the dtype of the model.
         hidden: layer → for each batch the hidden states at its input, (B, L, H), on the CPU.
-        tuple_length: of what the decoder layers return, 0 for a tensor.
+        tuple_length: how many values the decoder layers return; 0 if they return a tensor, no tuple.
         scratch: where hidden states and gradients are kept.
         samples_labels: whether gradients are those of tokens drawn from the model's predictions, see ``loss_and_grad``.
         grads: layer → for each batch the gradient of the summed loss in ``hidden``.
