@@ -26,7 +26,15 @@ from grasp.bench.memory import peak_bytes_above_now
 from grasp.bench.timing import Sample
 from grasp.evaluation.generation import now as synchronized_time
 from grasp.loading import find_device
-from grasp.method.least_squares import PRIOR_TOKENS, least_squares, least_squares_bytes, least_squares_flops
+from grasp.method.least_squares import (
+    PRIOR_TOKENS,
+    Moments,
+    Products,
+    least_squares,
+    least_squares_bytes,
+    least_squares_flops,
+    sampled_rows,
+)
 from grasp.method.ranks import Shape, break_even_rank
 from grasp.method.svd import DAMPING, decompose_in, decomposition_bytes, decomposition_flops
 
@@ -77,7 +85,7 @@ def difference(device: torch.device) -> float:
         U, S, Vh = (factor.double().cpu() for factor in decompose_in(W, A, B))
         kept = (few.U.double().cpu() * S[:rank]) @ few.Vh.double().cpu() - (U[:, :rank] * S[:rank]) @ Vh[:rank]
         worst.append(torch.linalg.vector_norm(kept) / torch.linalg.vector_norm(W.double().cpu()))
-        fitted = least_squares(few.U, few.Vh, W, A, A, tokens=TOKENS).double().cpu()
+        fitted = least_squares(few.U, few.Vh, W, Moments(A, A, TOKENS)).double().cpu()
         expected = _fitted(*(tensor.double().cpu() for tensor in (few.U, few.Vh, W, A)))
         worst.append(torch.linalg.vector_norm(fitted - expected) / torch.linalg.vector_norm(expected))
         left, right = (_root(covariance.double().cpu()) for covariance in (B, A))
@@ -114,9 +122,11 @@ def calls(shape: Shape, device: torch.device) -> dict[str, Callable[[], object]]
         random_covariance(n, device),
     )
     U, Vh = torch.randn(n, rank, device=device), torch.randn(rank, k, device=device)
+    projected = inputs @ Vh.mT / 2
+    half = Products(Vh @ projected, weight[sampled_rows(n)] @ projected, 500)
     return {
         DECOMPOSITION: lambda: decompose_in(weight, inputs, outputs, rank=rank),
-        LEAST_SQUARES: lambda: least_squares(U, Vh, weight, inputs, inputs, tokens=1000),
+        LEAST_SQUARES: lambda: least_squares(U, Vh, weight, Moments(inputs, inputs, 1000), half),
     }
 
 

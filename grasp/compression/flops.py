@@ -15,7 +15,7 @@ from grasp.compression.memory import form_in_sweeps, retained_groups
 from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
 from grasp.method.basis import BASES
-from grasp.method.least_squares import fit_weight_flops, least_squares_flops
+from grasp.method.least_squares import fit_weight_flops, least_squares_flops, products_flops
 from grasp.method.ranks import Shape, break_even_rank
 from grasp.method.rounding import rounding_flops
 from grasp.method.svd import decomposition_flops
@@ -155,13 +155,12 @@ class FlopCounter:
             return flops
         layers = range(min(target.layer for target in targets), max(target.layer for target in targets) + 1)
         passes, sums = self._two_streams(layers, targets)
+        ranks = [(shape, break_even_rank(shape, job.config.form)) for shape in _shapes(targets)]
         return replace(
             flops,
             refit=passes,
-            refit_sums=sums,
-            refit_solutions=sum(
-                least_squares_flops(shape, break_even_rank(shape, job.config.form)) for shape in _shapes(targets)
-            ),
+            refit_sums=sums + self._tokens // 2 * sum(products_flops(*each) for each in ranks),
+            refit_solutions=sum(least_squares_flops(*each) for each in ranks),
         )
 
     def _quantizing(self) -> dict[str, int]:

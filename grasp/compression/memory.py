@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 
 import torch
@@ -14,7 +14,7 @@ from grasp.compression.layer_cost import Graph, Tracer
 from grasp.compression.span_plan import LayerNeeds, SpanMemory
 from grasp.config import GraspConfig
 from grasp.method.basis import BASES
-from grasp.method.least_squares import least_squares_bytes
+from grasp.method.least_squares import least_squares_bytes, products_bytes
 from grasp.method.metrics import METRICS
 from grasp.method.pivoting import pivot_bytes
 from grasp.method.ranks import Form, Shape, break_even_rank, parameters_at
@@ -106,20 +106,28 @@ def copy_bytes(tracer: Tracer, module: nn.Module, dtype: torch.dtype) -> int:
 def replacing_bytes(tracer: Tracer, targets: Collection[Target], config: GraspConfig) -> int:
     """The replacement of the linears of one layer: all their factors, and one that is read and cut, or fitted.
 
-    A fit has two sums of the input, and one batch that passes the layer, or the solution. Pivoting works in fp64.
+    A fit has two sums of an input, products for each linear that may share it, and one batch that passes the layer, or
+    the solution. Pivoting works in fp64.
     """
-    layers: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # bytes of factors, and beside them
+    factors: Counter[int] = Counter()  # of each layer
+    products: Counter[tuple[int, int]] = Counter()  # of the linears of each layer and width
+    for target in targets:
+        (n, k), rank = dense_shape(target.module), break_even_rank(dense_shape(target.module), config.form)
+        factors[target.layer] += target.module.weight.itemsize * rank * (n + k)
+        products[target.layer, k] += products_bytes((n, k), rank, item_bytes(target))
+    most = 0
     for target in targets:
         (n, k), itemsize = dense_shape(target.module), item_bytes(target)
         rank = break_even_rank((n, k), config.form)
         taken = READ_COPIES * itemsize * rank * (n + k)
         if config.refit:
             solving = least_squares_bytes((n, k), rank, itemsize)
-            taken = max(taken, 2 * itemsize * k * k + max(_passing_bytes(tracer, target.layer), solving))
+            sums = 2 * itemsize * k * k + products[target.layer, k]
+            taken = max(taken, sums + max(_passing_bytes(tracer, target.layer), solving))
         if config.form == "pivoted":
             taken = max(taken, pivot_bytes((n, k), rank))
-        layers[target.layer].append((target.module.weight.itemsize * rank * (n + k), taken))
-    return max((sum(f for f, _ in members) + max(t for _, t in members) for members in layers.values()), default=0)
+        most = max(most, factors[target.layer] + taken)
+    return most
 
 
 def quantizing_bytes(tracer: Tracer) -> int:

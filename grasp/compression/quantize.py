@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.errors import NonFiniteError
-from grasp.method.least_squares import fit_weight
+from grasp.method.least_squares import Moments, fit_weight
 from grasp.method.rounding import Rounded, round_nearest, round_to_outputs
 from grasp.method.storage import OUTPUTS, Storage
 from grasp.model.batch import CalibrationBatch
@@ -128,14 +127,6 @@ def _expand_(model: nn.Module, layer: nn.Module, names: dict[nn.Module, str], st
         model.set_submodule(names[module], dense.train(module.training))
 
 
-class _Sums(NamedTuple):
-    """Of the inputs of a linear: x in the unquantised model, x̂ in the quantised one."""
-
-    cross: Tensor  # Σ x x̂ᵀ, (K, K) fp32
-    gram: Tensor  # Σ x̂ x̂ᵀ
-    tokens: int  # of these sums
-
-
 class _Streams:
     """The hidden states of the unquantised model and of the quantised one, which pass the layers together."""
 
@@ -144,7 +135,7 @@ class _Streams:
         self._unquantised = self._quantised = self._prefix.hidden.pop(0)
         self._tokens = sum(batch.num_tokens for batch in batches)
 
-    def through(self, layer: int, linears: Sequence[nn.Module]) -> Iterator[tuple[list[nn.Module], _Sums | None]]:
+    def through(self, layer: int, linears: Sequence[nn.Module]) -> Iterator[tuple[list[nn.Module], Moments | None]]:
         """The linears of a layer that share their inputs, in the order of their calls, then those that are not called.
 
         The caller quantises the linears of one step before it takes the next step.
@@ -158,17 +149,17 @@ class _Streams:
         yield left, None
         self._quantised = propagate(self._prefix, range(layer, layer + 1), self._quantised)
 
-    def _sums(self, run: OneLayer, linear: nn.Module, calls: int, before: Sequence[Tensor]) -> _Sums:
+    def _sums(self, run: OneLayer, linear: nn.Module, calls: int, before: Sequence[Tensor]) -> Moments:
         right = linear.Vh if isinstance(linear, LowRankLinear) else dense_weight(linear)  # type: ignore[arg-type]
         width, device = right.shape[1], right.device
-        cross, gram = (torch.zeros(width, width, device=device, dtype=torch.float32) for _ in range(2))
-        run.add_covariances_(cross, gram, linear, calls, before, self._quantised)
-        return _Sums(cross, gram, calls * self._tokens)
+        sums = Moments.zeros(width, device, torch.float32, calls * self._tokens)
+        run.add_covariances_(sums, linear, calls, before, self._quantised)
+        return sums
 
 
-def _fitted(weight: Tensor, sums: _Sums | None) -> Tensor:
+def _fitted(weight: Tensor, sums: Moments | None) -> Tensor:
     """A weight, or Vh, that makes up for the changes of its inputs."""
-    return weight if sums is None else fit_weight(weight.float(), *sums)
+    return weight if sums is None else fit_weight(weight.float(), sums)
 
 
 def _rounded(matrix: Tensor, moment: Tensor | None, storage: Storage, metric: Tensor | None = None) -> Rounded:
@@ -178,13 +169,15 @@ def _rounded(matrix: Tensor, moment: Tensor | None, storage: Storage, metric: Te
     return round_to_outputs(matrix, moment, *storage, metric=metric)
 
 
-def _replace_(model: nn.Module, name: str, linear: nn.Module, storage: Storage, sums: _Sums | None) -> QuantizedModule:
+def _replace_(
+    model: nn.Module, name: str, linear: nn.Module, storage: Storage, sums: Moments | None
+) -> QuantizedModule:
     """Put the quantised module in the place of a linear or an embedding."""
     parameters = list(linear.parameters())
-    for what, tensors in (("inputs", [] if sums is None else [sums.cross, sums.gram]), ("weights", parameters)):
+    for what, tensors in (("inputs", [] if sums is None else [sums.cross, sums.inputs]), ("weights", parameters)):
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             raise NonFiniteError(f"{name} cannot be quantised: its {what} have NaN or infinite entries")
-    module, moment = quantized_like(linear, storage, parameters[0].device), None if sums is None else sums.gram
+    module, moment = quantized_like(linear, storage, parameters[0].device), None if sums is None else sums.inputs
     assert module is not None
     if isinstance(linear, LowRankLinear):
         assert isinstance(module, QuantizedLowRankLinear)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grasp.method.least_squares import least_squares
+from grasp.method.least_squares import Moments, Products, least_squares, sampled_rows
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
 from grasp.model.hooks import replaced
@@ -20,6 +21,7 @@ from grasp.statistics.hidden_states import HiddenStates, Scratch
 from grasp.statistics.one_layer import OneLayer
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sweep import capture_prefix, propagate
+from grasp_kernels.products import accumulate_gram_, mirror_
 from grasp_kernels.reference import accumulation_dtype
 
 
@@ -51,6 +53,9 @@ class Refit:
     ) -> None:
         self._model, self._layers, self._processes = model, layers, processes
         self._tokens = sum(batch.num_tokens for batch in batches)
+        numbers = accumulate((len(batch.input_ids) for batch in batches), initial=0)
+        odd = [_odd_sequences(batch, number) for batch, number in zip(batches, numbers, strict=False)]
+        self._odd, self._odd_tokens = odd[processes.rank :: processes.size], sum(int(each.sum()) for each in odd)
         if layers:
             with processes.fail_together():
                 self._prefix = capture_prefix(
@@ -108,17 +113,58 @@ class Refit:
         linear, width = group[0].module, modules[group[0]].in_features
         with self._processes.fail_together():
             device, dtype = execution_device(linear), accumulation_dtype(linear.weight.dtype)
-            cross, gram = (torch.zeros(width, width, device=device, dtype=dtype) for _ in range(2))
-            run.add_covariances_(cross, gram, modules[group[0]], calls, inputs, self._low)
-        owners = {self._processes.owner(index) for index in range(len(group))}
-        self._processes.reduce_([(cross, owners), (gram, owners)])
+            sums = Moments.zeros(width, device, dtype, calls * self._tokens)
+            odd = {t: _OddProducts(modules[t], dense_weight(t.module), dtype, calls * self._odd_tokens) for t in group}
+
+            def visit(batch: int, x: Tensor, seen: Tensor) -> None:
+                if batch < len(self._odd):  # else it is padding
+                    own = self._odd[batch].repeat(calls).to(x.device)
+                    for products in odd.values():
+                        products.add_(x[own], seen[own])
+
+            run.add_covariances_(sums, modules[group[0]], calls, inputs, self._low, visit)
+        owners = {target: {self._processes.owner(index)} for index, target in enumerate(group)}
+        totals = [(total, owners[target]) for target in group for total in odd[target].totals]
+        every = set().union(*owners.values())
+        self._processes.reduce_([(sums.cross, every), (sums.inputs, every), *totals])
 
         def solve(target: Target, weight: Tensor) -> dict[str, Tensor]:
             module = modules[target]
-            return {"U": least_squares(module.U, module.Vh, weight, cross, gram, calls * self._tokens)}
+            return {"U": least_squares(module.U, module.Vh, weight, sums, odd[target].products)}
 
         for target, left in self._processes.map_divided(group, solve, fetch=lambda t: dense_weight(t.module)):
             modules[target].U.copy_(left["U"])
+
+
+class _OddProducts:
+    """The ``Products`` of every other sequence, for one linear."""
+
+    def __init__(self, module: LowRankLinear, weight: Tensor, dtype: torch.dtype, tokens: int) -> None:
+        device, rank = module.Vh.device, module.rank
+        self._left = weight[sampled_rows(len(weight))].to(device, dtype)
+        self._right = module.Vh.detach().to(dtype)
+        self.totals = tuple(torch.zeros(rows, rank, device=device, dtype=dtype) for rows in (rank, len(self._left)))
+        self._tokens = tokens
+
+    @property
+    def products(self) -> Products:
+        """The sums."""
+        gram, wanted = self.totals
+        return Products(mirror_(gram), wanted, self._tokens)
+
+    def add_(self, x: Tensor, seen: Tensor) -> None:
+        """Add tokens, (T, K)."""
+        gram, wanted = self.totals
+        outputs, projected = x.to(gram.dtype) @ self._left.mT, seen.to(gram.dtype) @ self._right.mT
+        accumulate_gram_(gram, projected)
+        wanted.addmm_(outputs.mT, projected)
+
+
+def _odd_sequences(batch: CalibrationBatch, first: int) -> Tensor:
+    """Whether the number of a token's sequence, counted from ``first``, is odd: (T,), without padding."""
+    ids, mask = batch
+    odd = ((first + torch.arange(len(ids), device=ids.device)) % 2 == 1)[:, None].expand_as(ids)
+    return odd.flatten() if mask is None else odd[mask.bool()]
 
 
 def refit_(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from grasp.method.least_squares import Moments
 from grasp.statistics.hidden_states import HiddenStates
 from grasp.statistics.sweep import Prefix, alone, recording, run_layers
 from grasp_kernels.products import accumulate_gram_, add_product_, exact_bf16, mirror_, widen
@@ -68,26 +69,27 @@ class OneLayer:
 
     def add_covariances_(
         self,
-        cross: Tensor,
-        gram: Tensor,
+        sums: Moments,
         linear: nn.Module,
         calls: int,
         before: Sequence[Tensor],
         hidden: Sequence[Tensor],
+        visit: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> None:
         """Add ``Σ x x̂ᵀ`` and ``Σ x̂ x̂ᵀ`` of the inputs of a linear.
 
         A linear that sees only some of the tokens, as routed experts do, may see others now: x̂ takes the place of x.
 
         Args:
-            cross: (K, K), fp32 or fp64.
-            gram: likewise.
+            sums: fp32 or fp64.
             linear: of the layer as it is.
             calls: of its ``Group``.
             before: x, from ``inputs_and_outputs`` before the layer changed.
             hidden: for each batch the hidden states that enter the layer now, (B, L, H).
+            visit: called as ``visit(batch, x, x̂)`` with the index of a batch and its tokens, (T, K) of all calls; not
+                where x̂ takes the place of x.
         """
-        batches = self._prefix.batches
+        (cross, gram, _), batches = sums, self._prefix.batches
         with alone(self._prefix, self._layers):
             for index, batch in enumerate(batches):
                 with recording(batch, [linear], calls) as inputs:
@@ -96,10 +98,13 @@ class OneLayer:
                     continue
                 seen = _joined(inputs[linear]).to(gram.device)
                 x = before[index].to(gram.device) if len(before) == len(batches) else seen
-                x = x if len(x) == len(seen) and len(x) % max(1, batch.num_tokens) == 0 else seen
+                is_known = len(before) == len(batches) and len(x) == len(seen) == calls * batch.num_tokens
+                x = x if is_known else seen
                 accumulate_gram_(gram, seen)
                 with exact_bf16(x, seen):
                     add_product_(cross, widen(x, cross.dtype).mT, widen(seen, cross.dtype))
+                if visit is not None and is_known:
+                    visit(index, x, seen)
         mirror_(gram)
 
 

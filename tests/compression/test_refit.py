@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from grasp.compression import refit
 from grasp.compression.refit import refit_
 from grasp.method import least_squares as solver
-from grasp.method.least_squares import least_squares
+from grasp.method.least_squares import Moments, Products, least_squares
 from grasp.model.batch import CalibrationBatch
+from grasp.model.dense import dense_weight
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import decoder, layer_targets
 from tests.tiny_models import tiny_batches, tiny_model
@@ -40,7 +42,7 @@ def inputs_of(model: torch.nn.Module, name: str, tokens: list[Tensor]) -> Tensor
 def test_each_left_factor_is_the_least_squares_solution_for_what_the_refitted_model_feeds_it(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(solver, "PRIOR_TOKENS", 1e-9)
+    monkeypatch.setattr(solver, "PRIORS", (1e-9,))
     model, dense, targets = halved(family, (0, 2))
     tokens = tiny_batches(4)
     refit_(model, [CalibrationBatch(t) for t in tokens], targets)
@@ -51,6 +53,33 @@ def test_each_left_factor_is_the_least_squares_solution_for_what_the_refitted_mo
         wanted = dense.get_submodule(target.name)(x) - bias
         solution = torch.linalg.lstsq(seen @ module.Vh.mT, wanted).solution
         torch.testing.assert_close(module.U.detach(), solution.mT.detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_every_other_sequence_is_one_part_of_the_cross_validation_however_sequences_are_batched(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: dict[int, Products] = {}
+
+    def recorded(U: Tensor, Vh: Tensor, weight: Tensor, moments: Moments, part: Products) -> Tensor:
+        parts[id(Vh)] = part
+        return least_squares(U, Vh, weight, moments, part)
+
+    monkeypatch.setattr(refit, "least_squares", recorded)
+    tokens = torch.cat(tiny_batches(3))
+    padding, mask = torch.full((3, 4), 5), (torch.arange(16) < 12).expand(3, 16)
+    padded = CalibrationBatch(torch.cat([tokens[:3], padding], dim=1), mask)
+    for batches in ([CalibrationBatch(tokens)], [padded, CalibrationBatch(tokens[3:5]), CalibrationBatch(tokens[5:])]):
+        model, dense, targets = halved(family, (0, 2))
+        refit_(model, batches, targets)
+        for target in targets:
+            module = model.get_submodule(target.name)
+            x, seen = (inputs_of(each, target.name, [tokens[1::2]]) for each in (dense, model))
+            projected, part = seen @ module.Vh.mT, parts[id(module.Vh)]
+            torch.testing.assert_close(part.gram, (projected.mT @ projected).detach(), rtol=1e-4, atol=1e-5)
+            wanted = dense_weight(target.module) @ x.mT @ projected
+            torch.testing.assert_close(part.wanted, wanted.detach(), rtol=1e-4, atol=1e-5)
+            assert part.tokens == 3 * 12
 
 
 def test_the_compressed_model_comes_closer_to_the_dense_one_on_other_text() -> None:
@@ -105,7 +134,7 @@ def test_an_interruption_leaves_the_low_rank_linears_in_place() -> None:
 def test_directions_that_no_input_has_stay_as_they_are() -> None:
     U, Vh, W = torch.randn(5, 3), torch.eye(3, 4), torch.randn(5, 4)
     x = torch.randn(50, 4) * torch.tensor([1.0, 1.0, 0.0, 1.0])
-    got = least_squares(U, Vh, W, x.mT @ x, x.mT @ x, len(x))
+    got = least_squares(U, Vh, W, Moments(x.mT @ x, x.mT @ x, len(x)))
     torch.testing.assert_close(got[:, 2], U[:, 2])
     assert not torch.allclose(got[:, :2], U[:, :2])
 

@@ -18,7 +18,7 @@ from tests import command_line
 MEASURE = """
 import json, sys, torch
 from grasp.bench.memory import peak_bytes_above_now
-from grasp.method.least_squares import fit_weight, least_squares
+from grasp.method.least_squares import Moments, Products, fit_weight, least_squares, sampled_rows
 from grasp.method.pivoting import pivot
 from grasp.method.rounding import round_to_outputs
 from grasp.method.svd import decompose_in
@@ -28,10 +28,13 @@ square = lambda width: torch.eye(width) + 0.5
 for operation, (n, k), rank in json.loads(sys.argv[1]):
     W, inputs, outputs = torch.randn(n, k), square(k), square(n)
     U, Vh, narrow = torch.randn(n, rank), torch.randn(rank, k), W.bfloat16()
+    carried = lambda weight: fit_weight(weight, Moments(0.9 * inputs, inputs, 1000))
+    few = torch.randn(len(W[sampled_rows(n)]), rank)
+    half = Products(square(rank) * 1e-3, few, 500)
     call = {
-        "least_squares": lambda: least_squares(U, Vh, W, inputs, inputs, 1000),
+        "least_squares": lambda: least_squares(U, Vh, W, Moments(inputs, inputs, 1000), half),
         "pivot": lambda: pivot(U, Vh),
-        "rounding": lambda: round_to_outputs(fit_weight(narrow.float(), 0.9 * inputs, inputs, 1000), inputs, 4, 64),
+        "rounding": lambda: round_to_outputs(carried(narrow.float()), inputs, 4, 64),
         "inputs": lambda: decompose_in(W, inputs, None, rank=rank),
         "outputs": lambda: decompose_in(W, None, outputs, rank=rank),
         "none": lambda: decompose_in(narrow, None, None),

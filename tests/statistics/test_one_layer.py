@@ -6,14 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from grasp.method.least_squares import Moments
 from grasp.model.batch import as_batches
 from grasp.statistics.one_layer import OneLayer
 from grasp.statistics.sweep import capture_prefix
 from tests.tiny_models import tiny_batches, tiny_model
 
+Visited = list[tuple[Tensor, Tensor]]
 
-def sums(change: Callable[[nn.Module], None]) -> tuple[nn.Module, dict[nn.Module, Tensor], Tensor, Tensor]:
-    """The MLP of a layer, the inputs of its linears, and the sums of ``up_proj`` after the layer's input changed."""
+
+def sums(change: Callable[[nn.Module], None]) -> tuple[nn.Module, dict[nn.Module, Tensor], Tensor, Tensor, Visited]:
+    """The MLP of a layer, inputs of its linears, sums of ``up_proj`` after the layer's input changed, and visits."""
     model = tiny_model("llama", torch.float64)
     mlp = model.model.layers[1].mlp
     change(mlp)
@@ -23,12 +26,17 @@ def sums(change: Callable[[nn.Module], None]) -> tuple[nn.Module, dict[nn.Module
     inputs, _ = run.inputs_and_outputs(hidden, linears)
     groups = {member: calls for members, calls in run.groups(linears, hidden[0]) for member in members}
     width = mlp.up_proj.in_features
-    cross, gram = (torch.zeros(width, width, dtype=torch.float64) for _ in range(2))
+    total, visited = Moments.zeros(width, torch.device("cpu"), torch.float64, 0), Visited()
     noise = torch.Generator().manual_seed(0)
     changed = [states + 0.1 * torch.randn(states.shape, generator=noise, dtype=states.dtype) for states in hidden]
-    run.add_covariances_(cross, gram, mlp.up_proj, groups[mlp.up_proj], inputs.get(mlp.up_proj, ()), changed)
+
+    def visit(batch: int, x: Tensor, seen: Tensor) -> None:
+        assert batch == len(visited)
+        visited.append((x, seen))
+
+    run.add_covariances_(total, mlp.up_proj, groups[mlp.up_proj], inputs.get(mlp.up_proj, ()), changed, visit)
     seen = [torch.cat(list(stored)) for stored in inputs.values()]
-    return mlp, dict(zip(inputs, seen, strict=True)), cross, gram
+    return mlp, dict(zip(inputs, seen, strict=True)), total.cross, total.inputs, visited
 
 
 def called_twice(mlp: nn.Module) -> None:
@@ -51,7 +59,7 @@ def routed(mlp: nn.Module) -> None:
 def test_inputs_of_all_calls_are_paired_with_those_before_the_change(
     change: Callable[[nn.Module], None], calls: int
 ) -> None:
-    mlp, inputs, cross, gram = sums(change)
+    mlp, inputs, cross, gram, visited = sums(change)
     x, tokens = inputs[mlp.up_proj], sum(batch.numel() for batch in tiny_batches(2, 3))
     assert len(x) == calls * tokens
     torch.testing.assert_close(inputs[mlp.gate_proj], x)
@@ -59,9 +67,14 @@ def test_inputs_of_all_calls_are_paired_with_those_before_the_change(
     before = x.mT @ x
     assert (cross - before).norm() < 0.2 * before.norm()
     assert not torch.equal(cross, gram)
+    xs, seen = map(torch.cat, zip(*visited, strict=True))
+    torch.testing.assert_close(xs, x)
+    torch.testing.assert_close(xs.mT @ seen, cross)
+    torch.testing.assert_close(seen.mT @ seen, gram)
 
 
 def test_linears_that_see_some_tokens_only_are_not_paired() -> None:
-    _, _, cross, gram = sums(routed)
+    _, _, cross, gram, visited = sums(routed)
     torch.testing.assert_close(cross, gram)
     assert gram.norm() > 0
+    assert not visited
