@@ -24,6 +24,8 @@ from grasp.calibration import (
 )
 from grasp.errors import CalibrationError, MissingPackageError
 from grasp.model.batch import CalibrationBatch, as_batches, batches_digest
+from grasp.statistics.loss import sum_nll
+from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import BOS, byte_tokenizer
 
 # Every token occurs once, so that its value says where it comes from.
@@ -152,6 +154,16 @@ def test_plain_tensors_become_batches() -> None:
     assert (plain.num_tokens, masked.num_tokens) == (6, 3)
     with pytest.raises(CalibrationError, match="1 calibration batches have no token"):
         as_batches([tokens[:, :1]])
+
+
+def test_padding_before_tokens_moves_behind_them() -> None:
+    # GPT-2 counts positions from the first column.
+    model, ids = tiny_model("gpt2"), torch.arange(1, 25).view(2, 12)
+    padding = torch.zeros(2, 5, dtype=torch.int64)
+    padded = CalibrationBatch(torch.cat([padding, ids], dim=1), torch.cat([padding, ids], dim=1) > 0)
+    (batch,) = as_batches([padded])
+    assert batch.input_ids[:, :12].equal(ids)
+    assert sum_nll(model, [batch]) == pytest.approx(sum_nll(model, [CalibrationBatch(ids)]), rel=1e-5)
 
 
 def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from grasp.method.ranks import (
 )
 from grasp.method.storage import Storage, matrix_bytes
 from grasp.model.dense import dense_shape
+from grasp.model.layer_removal import can_remove
 from grasp.model.size import model_size
 from grasp.model.targets import Target, decoder
 from grasp_kernels.packing import RANK_MULTIPLE
@@ -83,7 +84,7 @@ def find_prices(
     find = next(unit for field, unit in UNITS.items() if getattr(config, field) is not None or field == DEFAULT_UNIT)
     prices = find(config, model, targets, costs)
     if prices.saving is not None:
-        _require_reachable(config, prices, targets, may_remove)
+        _require_reachable(config, prices, model, targets, may_remove)
     return prices
 
 
@@ -171,16 +172,23 @@ def _kind(target: Target, rank: int, config: GraspConfig) -> tuple[Shape, int | 
     return (shape, None, dense[rank]) if rank in dense else (shape, rank, config.storage)
 
 
-def _require_reachable(config: GraspConfig, prices: Prices, targets: Targets, may_remove: bool) -> None:
-    """Raise unless the cheapest choices save enough, or removing all layers but one."""
+def _require_reachable(
+    config: GraspConfig, prices: Prices, model: PreTrainedModel, targets: Targets, may_remove: bool
+) -> None:
+    """Raise unless the cheapest choices save enough, or removing all layers that can be removed."""
     assert prices.saving is not None
     cheapest = {1: "rank 1"} | ({} if config.fewest_bits is None else {ROUNDED: str(config.fewest_bits)})
     linears = chain.from_iterable(targets.values())
     most = math.fsum(max(0.0, *(prices.saved(target, rank) for rank in cheapest)) for target in linears)
     means = f"{' or '.join(cheapest.values())} in every eligible matrix"
-    if may_remove and config.allocation == "global":
-        layers = [prices.layer(layer) for layer in targets]
-        most, means = max((most, means), (math.fsum(layers) - min(layers), "removing all layers but one"))
+    if prices.saving > most and may_remove and config.allocation == "global":
+        removed: list[int] = []
+        left = sorted(targets, key=prices.layer, reverse=True)
+        while (layer := next((each for each in left if can_remove(model, [*removed, each])), None)) is not None:
+            removed.append(layer)
+            left.remove(layer)
+        without = math.fsum(map(prices.layer, removed))
+        most, means = max((most, means), (without, f"removing {len(removed)} of {len(targets)} layers"))
     if prices.saving > most:
         raise ValueError(f"{prices.target(prices.saving)} cannot be reached: {means} gives {prices.target(most)}")
 

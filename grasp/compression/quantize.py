@@ -71,6 +71,7 @@ def quantize_(
     layers = decoder(model).layers
     group_linears_(model, enabled=False)
     names = {module: name for name, module in model.named_modules()}
+    model.config._is_quantized = True  # layers that read the weight of a linear call the linear then
     try:
         streams = _Streams(model, batches, scratch) if batches else None
         for index, layer in enumerate(layers):

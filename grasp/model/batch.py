@@ -63,7 +63,9 @@ class CalibrationBatch(NamedTuple):
 
 
 def as_batches(batches: Iterable[CalibrationBatch | Tensor]) -> list[CalibrationBatch]:
-    """Convert (B, L) token tensors to batches, and check them.
+    """Convert (B, L) token tensors to batches, with padding behind the tokens, and check them.
+
+    Models that are given no positions count them from the first column.
 
     Raises:
         CalibrationError: if a shape or dtype is wrong, or no batch has a token to predict.
@@ -80,7 +82,15 @@ def as_batches(batches: Iterable[CalibrationBatch | Tensor]) -> list[Calibration
         raise CalibrationError(
             f"{len(result)} calibration batches have no token to predict; expected sequences of at least 2 tokens"
         )
-    return result
+    return [_right_padded(batch) for batch in result]
+
+
+def _right_padded(batch: CalibrationBatch) -> CalibrationBatch:
+    ids, mask = batch
+    if mask is None:
+        return batch
+    order = mask.int().argsort(dim=1, descending=True, stable=True)
+    return CalibrationBatch(ids.gather(1, order), mask.gather(1, order))
 
 
 def batches_digest(batches: Sequence[CalibrationBatch]) -> str:

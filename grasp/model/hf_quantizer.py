@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,6 +128,11 @@ class GraspHfQuantizer(HfQuantizer):
         values = dtype is not None and (dtype.itemsize == 1 or not dtype.is_floating_point)
         return None if values else super().get_new_dtype(converter, param, dtype)
 
+    def update_weight_conversions(self, weight_conversions: Sequence[Any], *model: PreTrainedModel) -> list[Any]:
+        """Leave out the conversions that touch a compressed module; transformers 5.17 gives no model."""
+        kept = _apart(weight_conversions, self.quantization_config)
+        return list(super().update_weight_conversions(kept, *model))
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
@@ -223,12 +229,44 @@ def mark_compressed(model: PreTrainedModel) -> None:
         "quantization_method": METHOD,
         # Floating parameters are ordinary ones. transformers refuses .float(), .half() and training if this is true.
         "is_quantized": bool(quantized),
+        "_weight_conversions": _apart(_conversions(model), config),  # ``save_pretrained`` reverts these
     }
     for name, value in marks.items():
         setattr(model, name, value)
     tie_scales_(model)
     model.config.quantization_config = config
     model.config._is_quantized = True  # some attention modules check this before they read `q_proj.weight`
+
+
+def _conversions(model: PreTrainedModel) -> Sequence[Any]:
+    """The conversions that the model was loaded with, or those of its architecture, as transformers has it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    used: Sequence[Any] | None = getattr(model, "_weight_conversions", None)
+    if used is not None:
+        return used
+    every = get_model_conversion_mapping(model, add_legacy=False)
+    return [conversion for conversion in every if not isinstance(conversion, PrefixChange)]
+
+
+def _apart(conversions: Sequence[Any], config: GraspQuantizationConfig) -> list[Any]:
+    """The conversions of a checkpoint's tensors that touch no compressed module.
+
+    Others may join q, k and v to one matrix, which factors of different ranks cannot become.
+    """
+    from transformers.core_model_loading import WeightConverter
+
+    paths = {*config.ranks, *chain.from_iterable(config.quantized.values())}
+    names = [f"{path}.{tensor}" for path in paths for tensor in ("weight", "U", "Vh")]
+
+    def is_apart(conversion: Any) -> bool:
+        if not isinstance(conversion, WeightConverter):
+            return True
+        reverse = conversion.reverse_transform()
+        return all(reverse.rename_source_key(name)[1] is None for name in names)
+
+    return [conversion for conversion in conversions if is_apart(conversion)]
 
 
 def quantization_method(config: PreTrainedConfig) -> str | None:

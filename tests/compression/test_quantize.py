@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import JambaConfig, JambaForCausalLM
 
 from grasp.compression.quantize import bytes_saved, quantize_
 from grasp.errors import NonFiniteError
@@ -110,3 +111,16 @@ def test_a_weight_that_is_nan_is_named() -> None:
     model.model.layers[0].mlp.up_proj.Vh.data[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"layers\.0\.mlp\.up_proj cannot be quantised: its weights have NaN"):
         quantize_(model, Storage(8))
+
+
+def test_linears_whose_weight_a_layer_reads_are_called_instead() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    config = JambaConfig(
+        **sizes, num_hidden_layers=2, num_key_value_heads=1, num_experts=1, attn_layer_offset=1, attn_layer_period=2
+    )
+    model = JambaForCausalLM(config).eval()  # dt_proj is the linear
+    expected = logits(model)
+    quantize_(model, Storage(8), as_batches(tiny_batches(2)))
+    assert isinstance(model.model.layers[0].mamba.dt_proj, QuantizedLinear)
+    assert torch.linalg.vector_norm(logits(model) - expected) < 0.05 * torch.linalg.vector_norm(expected)

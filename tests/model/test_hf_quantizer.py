@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -372,3 +374,24 @@ def test_registering_again_changes_nothing() -> None:
     register()
     assert AUTO_QUANTIZER_MAPPING["grasp"] is GraspHfQuantizer
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["grasp"] is GraspQuantizationConfig
+
+
+@pytest.mark.skipif(not hasattr(transformers, "SarvamMoEConfig"), reason="transformers has no SarvamMoE")
+def test_projections_that_a_checkpoint_joins_keep_their_own_ranks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.SarvamMoEConfig(**sizes, **heads, num_hidden_layers=2, num_experts=8)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, rank in (("q_proj", 6), ("v_proj", 4)):  # k stays dense
+        path = f"model.layers.1.self_attn.{name}"
+        model.set_submodule(path, LowRankLinear.from_dense(model.get_submodule(path), torch.arange(rank)))
+    mark_compressed(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(12)[None]
+    assert loaded(ids).logits.equal(model(ids).logits)
+    assert loaded.model.layers[1].self_attn.q_proj.rank == 6
+    loaded.dequantize().save_pretrained(tmp_path / "dense")
+    with safe_open(tmp_path / "dense" / "model.safetensors", "pt") as file:
+        assert any("query_key_value" in name for name in file.keys())  # noqa: SIM118
