@@ -75,6 +75,16 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
+class _GroupedProducts(TorchDispatchMode):
+    """Products of experts in every dtype: without data PyTorch has them in bf16 only."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not _aten._grouped_mm.default:
+            return func(*args, **(kwargs or {}))
+        x, weights, *others = args
+        return func(x.bfloat16(), weights.bfloat16(), *others, **(kwargs or {})).to(x.dtype)
+
+
 class LayerCost(NamedTuple):
     """The cost of one call of a layer with one batch."""
 
@@ -119,7 +129,7 @@ class Tracer:
         model_class: type[PreTrainedModel] | None = None,
     ) -> None:
         self._mode = FakeTensorMode()
-        with _traceable(config), self._mode, torch.device(device):
+        with _traceable(config, self._mode), torch.device(device):
             self.model = _lowrank_skeleton(config, model_class, dtype, device)
             self.batch = CalibrationBatch(torch.zeros(batch_size, seq_len, dtype=torch.int64))
             self._arguments, self.base_bytes = _arguments(self.model, self.batch)
@@ -155,7 +165,7 @@ class Tracer:
             _structure(layer, args, kwargs),
         )
         if key not in self._costs:
-            with _traceable(self.model.config), self._mode, replaced(self.model, _lowrank(self.model, ranks, form)):
+            with _traceable(self.model.config, self._mode), replaced(self.model, _lowrank(self.model, ranks, form)):
                 modules = dict(self.model.named_modules())
                 targets = [target._replace(module=modules[target.name]) for target in visited]
                 self._costs[key] = _layer_cost(layer, args, kwargs, graph, targets, self.batch)
@@ -260,9 +270,10 @@ def _structure(layer: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 @contextmanager
-def _traceable(config: PreTrainedConfig) -> Iterator[None]:
+def _traceable(config: PreTrainedConfig, mode: FakeTensorMode) -> Iterator[None]:
     try:
-        yield
+        with mode, _GroupedProducts():
+            yield
     except RuntimeError as error:
         raise UnsupportedModelError(
             f"the cost of a {config.model_type} model cannot be estimated: {one_line(error)}. Use a number as batch "

@@ -73,13 +73,16 @@ def test_every_family_is_run_without_data(family: str) -> None:
     assert all(parameter.device.type == "cpu" for parameter in traced.model.parameters())
 
 
-def test_experts_count_for_their_tokens() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_experts_count_for_their_tokens(dtype: torch.dtype, capfd: pytest.CaptureFixture[str]) -> None:
     costs = []
     for count in (1, 2):
         config = MixtralConfig(**{**FAMILIES["mixtral"][2], "num_experts_per_tok": count})
-        traced = Tracer(config, dtype=torch.bfloat16, device=torch.device("cpu"), batch_size=2, seq_len=16)
+        traced = Tracer(config, dtype=dtype, device=torch.device("cpu"), batch_size=2, seq_len=16)
         costs.append(traced.layer(0, "none").forward)
+        assert traced.layer(1, "enters").backward > costs[-1]
     assert costs[1] - costs[0] == 2 * TOKENS * 3 * 32 * 48
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_loaded_model_has_the_tracer_of_its_configuration_whatever_its_name() -> None:
