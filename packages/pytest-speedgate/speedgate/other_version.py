@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from speedgate.channel import Channel, ClosedError
 from speedgate.checkouts import OtherVersionError
 from speedgate.verdicts import Entry
 
@@ -57,8 +57,7 @@ class OtherVersion:
         self.name, self.entries = name, dict[str, Entry]()  # measured there, by test
         self._own_root = own_root
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process
-        ours, theirs = socket.socketpair()
-        self._channel = Channel(ours)
+        self._connection, theirs = Pipe()
         serve = ("-p", "no:cacheprovider", f"--rootdir={root}", f"--gate-serve={theirs.fileno()}")
         with theirs:
             self._process = subprocess.Popen(
@@ -100,7 +99,7 @@ class OtherVersion:
 
     def close(self) -> None:
         """End the process."""
-        self._channel.close()
+        self._connection.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -114,15 +113,15 @@ class OtherVersion:
 
     def _send(self, *message: Any) -> None:
         try:
-            self._channel.send(*message)
-        except ClosedError as error:
+            self._connection.send_bytes(json.dumps(message).encode())
+        except OSError as error:
             raise self._ended() from error
 
     def _receive(self, expected: str) -> list[Any]:
         """The content of a message of one kind."""
         try:
-            kind, *content = self._channel.receive()
-        except ClosedError as error:
+            kind, *content = json.loads(self._connection.recv_bytes())
+        except (EOFError, OSError) as error:
             raise self._ended() from error
         if kind != expected:
             raise OtherVersionError(f"{self.name}: {content[0]}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import socket
+import json
 import sys
 from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from speedgate.channel import Channel, ClosedError
 from speedgate.timing import Batch
 
 
@@ -17,7 +18,7 @@ class Server:
     """A pytest plugin that replaces the run of all tests; it answers ``speedgate.other_version.OtherVersion``."""
 
     def __init__(self, descriptor: int, root: Path) -> None:
-        self._channel, self._root = Channel(socket.socket(fileno=descriptor)), root
+        self._connection, self._root = Connection(descriptor), root
         self._modules: Sequence[str] = ()  # names of the project's modules in the asking process
         self._answered = False  # whether the asking process expects nothing more of the running test
         self._failure = ""
@@ -29,20 +30,27 @@ class Server:
             return None
         items = {item.nodeid: item for item in session.items}
         try:
-            self._channel.send("tests", list(items))
+            self._send("tests", list(items))
             while True:
-                kind, *content = self._channel.receive()
+                kind, *content = self._receive()
                 if kind == "run":
                     name, self._modules = content
                     self._run(items[name])
-        except ClosedError:
+        except (EOFError, ConnectionError):
             return True
+
+    def _send(self, *message: Any) -> None:
+        self._connection.send_bytes(json.dumps(message).encode())
+
+    def _receive(self) -> list[Any]:
+        message: list[Any] = json.loads(self._connection.recv_bytes())
+        return message
 
     def _run(self, item: pytest.Item) -> None:
         self._answered, self._failure = False, "it was skipped, or does not call gate"
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
         if not self._answered:
-            self._channel.send("error", f"{item.nodeid} was not timed: {self._failure}")
+            self._send("error", f"{item.nodeid} was not timed: {self._failure}")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep the reason of a failure."""
@@ -52,11 +60,11 @@ class Server:
     def lend(self, batch: Batch, measures: Mapping[str, Sequence[float]]) -> None:
         """Make the calls of a test's candidate whenever the other process asks for a turn."""
         if complaint := self._complaint():
-            self._channel.send("error", complaint)
+            self._send("error", complaint)
         else:
-            self._channel.send("ready", batch.calls, measures)
-            while self._channel.receive() == ["turn"]:
-                self._channel.send("seconds", batch.seconds())
+            self._send("ready", batch.calls, measures)
+            while self._receive() == ["turn"]:
+                self._send("seconds", batch.seconds())
         self._answered = True
 
     def _complaint(self) -> str | None:
