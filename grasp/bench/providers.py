@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import CheckpointError, UnsupportedModelError
+from grasp.export.linear_pairs import linear_pair
 from grasp.method.ranks import break_even_rank, rank_for_retain_ratio
 from grasp.model.dense import dense_shape
 from grasp.model.grouping import group_linears_
@@ -51,17 +52,6 @@ class ModelProvider(NamedTuple):
         if self.backend is not None:
             set_backend_(self.model, self.backend)
         return self.model
-
-
-class Unfused(nn.Sequential):
-    """A low-rank linear as two linears of PyTorch, without the ops; a pivoted one is changed to plain factors."""
-
-    def __init__(self, module: LowRankLinear) -> None:
-        module.factor_()
-        down = nn.Linear(module.in_features, module.rank, bias=False, device="meta")
-        up = nn.Linear(module.rank, module.out_features, bias=module.bias is not None, device="meta")
-        down.weight, up.weight, up.bias = module.Vh, module.U, module.bias  # type: ignore[assignment]
-        super().__init__(down, up)
 
 
 def pick_layers(layers: Sequence[int] | None, num_layers: int, depth: int) -> list[int]:
@@ -104,10 +94,10 @@ def truncate_(
 
 
 def unfuse_(model: nn.Module) -> None:
-    """Replace every low-rank linear by two linears of PyTorch with the same parameters."""
+    """Replace every low-rank linear by two linears of PyTorch with the same tensors, without the ops."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LowRankLinear):
-            model.set_submodule(name, Unfused(module))
+            model.set_submodule(name, linear_pair(module))
 
 
 def low_rank_layers(dense: PreTrainedModel, compressed: PreTrainedModel, name: str) -> tuple[list[int], float]:

@@ -96,10 +96,15 @@ def pair_linears_(model: PreTrainedModel) -> dict[str, tuple[int, int, int]]:
     group_linears_(model, enabled=False)  # the MLPs get their own classes again
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)]
     for name, layer in layers:
-        layer.factor_()
-        model.set_submodule(name, nn.Sequential(_linear(layer.Vh, None), _linear(layer.U, layer.bias)))
+        model.set_submodule(name, linear_pair(layer))
     mark_compressed(model)
     return {name: (layer.in_features, layer.rank, layer.out_features) for name, layer in layers}
+
+
+def linear_pair(layer: LowRankLinear) -> nn.Sequential:
+    """A low-rank linear as two linears with its tensors; a pivoted one is changed to plain factors."""
+    layer.factor_()
+    return nn.Sequential(_linear(layer.Vh, None), _linear(layer.U, layer.bias))
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

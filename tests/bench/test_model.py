@@ -14,7 +14,7 @@ from grasp.bench import model as bench_model
 from grasp.bench import providers as bench_providers
 from grasp.bench.decoding import difference, floors
 from grasp.bench.percentiles import Percentiles
-from grasp.bench.providers import Unfused, truncate_
+from grasp.bench.providers import truncate_
 from grasp.bench.records import ModelResult, NotMeasured
 from grasp.bench.results import read_results
 from grasp.bench.tables import comma_separated, markdown
@@ -155,7 +155,7 @@ def test_a_provider_with_wrong_logits_is_not_timed(
 ) -> None:
     def spoil(model: nn.Module) -> None:
         original(model)
-        unfused = next(module for module in model.modules() if isinstance(module, Unfused))
+        unfused = next(module for module in model.modules() if isinstance(module, nn.Sequential))
         unfused[1].weight = nn.Parameter(-unfused[1].weight)
 
     original = bench_providers.unfuse_

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from grasp.bench.providers import (
-    Unfused,
     low_rank_layers,
     objections,
     pick_layers,
@@ -15,6 +14,7 @@ from grasp.bench.providers import (
     weights_of,
 )
 from grasp.errors import CheckpointError
+from grasp.export.linear_pairs import linear_pair
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QuantizedLowRankLinear
@@ -41,11 +41,11 @@ def test_models_of_other_weights_share_none_and_those_of_other_backends_share_al
         "unfused",
     ]
     kinds = {
-        name: {type(m) for m in model.modules() if isinstance(m, (LowRankLinear, Unfused))}
+        name: {type(m) for m in model.modules() if isinstance(m, (LowRankLinear, nn.Sequential))}
         for name, (model, _) in models.items()
     }
     assert kinds["dense"] == kinds["removed"] == set()
-    assert (kinds["compressed"], kinds["unfused"]) == ({LowRankLinear}, {Unfused})
+    assert (kinds["compressed"], kinds["unfused"]) == ({LowRankLinear}, {nn.Sequential})
     pointers = [
         {p.data_ptr() for p in models[name].model.parameters()}
         for name in ("dense", "removed", "compressed", "unfused")
@@ -135,7 +135,7 @@ def test_layers_are_those_asked_for_or_those_in_the_middle() -> None:
 def test_unfused_linears_compute_what_the_low_rank_ones_do() -> None:
     layer = LowRankLinear(12, 8, 3)
     x = torch.randn(2, 5, 12)
-    torch.testing.assert_close(Unfused(layer)(x), layer(x))
+    torch.testing.assert_close(linear_pair(layer)(x), layer(x))
 
 
 def test_quantised_layers_have_their_share_and_are_refused_with_the_reason_of_the_backend() -> None:
