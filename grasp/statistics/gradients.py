@@ -14,26 +14,19 @@ from grasp.model.offload import execution_device
 from grasp.model.targets import Target
 from grasp.progress import Progress, no_progress
 from grasp.statistics.covariance import require_finite
+from grasp.statistics.moments import MomentSum
 from grasp.statistics.partial_sums import PartialSums
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sweep import Call, Prefix, sweep, sweep_name
-from grasp_kernels import singular_value_grad
 from grasp_kernels.routes import accumulate_weight_grad_, contract_weight_grad, dense_flops, factored_flops
 
 
-class FactoredSum:
+class FactoredSum(MomentSum):
     """``Σ colsum((d U) ⊙ (x Vhᵀ))``, call by call: cheap for few tokens. The weight is decomposed first."""
 
     def __init__(self, target: Target) -> None:
-        self._svd = decompose(dense_weight(target.module), target.name)
-        self.tensor = torch.zeros_like(self._svd.S)
-        self.calls = 0
-
-    def add(self, call: Call) -> None:
-        """Count the tokens of one call."""
-        self.calls += 1
-        U, S, Vh = self._svd
-        self.tensor += singular_value_grad(call.x.to(S.dtype), call.grad_y.to(S.dtype), U, Vh).first
+        super().__init__(decompose(dense_weight(target.module), target.name), second=False)
+        self.tensor = self.moments.first
 
     def result(self, weight: Tensor) -> tuple[SVD, Tensor]:
         """The decomposition of the weight, and the sum for each of its groups, (groups,)."""
