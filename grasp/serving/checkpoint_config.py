@@ -13,6 +13,8 @@ from grasp.method.storage import FP8, Storage
 from grasp.model.checkpoint_format import METHOD, storages
 from grasp.model.hf_quantizer import GraspQuantizationConfig
 
+_TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc")}  # kinds of models → linears whose weight alone a stack transposes
+
 
 class CheckpointConfig:
     """A configuration in the sense of vLLM and SGLang, whose subclasses choose the method of each module.
@@ -24,6 +26,7 @@ class CheckpointConfig:
     """
 
     stack = ""  # the name of the serving stack, for messages
+    reordered: Mapping[str, Sequence[str]] = {}  # kinds of models → linears whose tensors the stack reorders
 
     def __init__(
         self, ranks: dict[str, int], pivoted: Sequence[str] = (), quantized: Mapping[str, Storage] | None = None
@@ -90,18 +93,19 @@ class CheckpointConfig:
                         "model with transformers."
                     )
 
-    def refuse_reordered(self, path: str, reordered: Sequence[str], kind: str) -> None:
-        """Refuse a linear if its last name is among those whose tensors the stack's loader of a model damages.
+    def refuse_reordered(self, path: str, names: Sequence[str], kind: str) -> None:
+        """Refuse a linear whose factors or scales the stack's loader of a model damages.
 
         Args:
             path: of the linear.
-            reordered: last names.
+            names: of its linears in the checkpoint.
             kind: of the model, in ``config.json``.
 
         Raises:
-            UnsupportedModelError: if it is.
+            UnsupportedModelError: if it does.
         """
-        if path.rpartition(".")[2] in reordered:
+        transposed = () if any(name in self.ranks for name in names) else _TRANSPOSED.get(kind, ())
+        if path.rpartition(".")[2] in (*self.reordered.get(kind, ()), *transposed):
             raise UnsupportedModelError(
                 f"{self.stack} reorders {path} in models of type {kind}, which is right for a dense floating weight "
                 "only; expected one. Compress without it, or serve this model with transformers."

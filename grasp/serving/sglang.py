@@ -33,13 +33,6 @@ from grasp_kernels import warm_up
 
 # Most model classes of SGLang do not name the linears that they merge.
 _PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-# Kinds of models → linears whose tensors of some names SGLang reorders or transposes: it would damage factors, scales.
-_REORDERED = {
-    "llama4": ("q_proj", "k_proj", "qkv_proj"),
-    "deepseek_v2": ("kv_b_proj",),
-    "deepseek_v3": ("kv_b_proj",),
-}
-_TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc")}  # the weight only
 _ADDED = ("packed_modules_mapping", "hf_config")  # what SGLang adds to a quantization_config
 
 
@@ -47,6 +40,11 @@ class GraspSglangConfig(CheckpointConfig, QuantizationConfig):
     """The ``quantization_config`` of a compressed checkpoint."""
 
     stack = "SGLang"
+    reordered: Mapping[str, Sequence[str]] = {
+        "llama4": ("q_proj", "k_proj", "qkv_proj"),
+        "deepseek_v2": ("kv_b_proj",),
+        "deepseek_v3": ("kv_b_proj",),
+    }
     kind = ""  # of the model, in config.json
 
     def __init__(
@@ -93,8 +91,7 @@ class GraspSglangConfig(CheckpointConfig, QuantizationConfig):
             self.claimed.update(names)
             if not any(map(self.compresses, names)):
                 return DenseLinearMethod(prefix)
-            transposed = () if any(name in self.ranks for name in names) else _TRANSPOSED.get(self.kind, ())
-            self.refuse_reordered(prefix, (*_REORDERED.get(self.kind, ()), *transposed), self.kind)
+            self.refuse_reordered(prefix, names, self.kind)
             return GraspLinearMethod(names, self.ranks, self.pivoted, self.quantized)
         if isinstance(layer, VocabParallelEmbedding) and (storage := self.embedding_storage(prefix)) is not None:
             self.claimed.add(prefix)

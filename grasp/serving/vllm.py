@@ -10,7 +10,7 @@ synchronise with the GPU, so CUDA graphs can record them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,10 @@ class GraspVllmConfig(CheckpointConfig, QuantizationConfig):
     """The ``quantization_config`` of a compressed checkpoint."""
 
     stack = "vLLM"
+    reordered: Mapping[str, Sequence[str]] = {
+        "bloom": ("query_key_value",),
+        "llama4_text": ("q_proj", "k_proj", "qkv_proj"),
+    }
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the modules as vLLM renames those of this architecture."""
@@ -58,20 +62,13 @@ class GraspVllmConfig(CheckpointConfig, QuantizationConfig):
             names = linear_names(prefix, self.packed_modules_mapping)
             if not any(map(self.compresses, names)):
                 return UnquantizedLinearMethod()
-            kind = _kind_of_model()
-            transposed = () if any(name in self.ranks for name in names) else _TRANSPOSED.get(kind, ())
-            self.refuse_reordered(prefix, (*_REORDERED.get(kind, ()), *transposed), kind)
+            self.refuse_reordered(prefix, names, _kind_of_model())
             watch_parents()
             return GraspLinearMethod(names, self.ranks, self.pivoted, self.quantized)
         if isinstance(layer, VocabParallelEmbedding) and (storage := self.embedding_storage(prefix)) is not None:
             return GraspEmbeddingMethod(prefix, storage)
         self.refuse(layer, prefix)
         return None
-
-
-# Kinds of models → linears whose tensors of some names vLLM reorders or transposes: it would damage factors and scales.
-_REORDERED = {"bloom": ("query_key_value",), "llama4_text": ("q_proj", "k_proj", "qkv_proj")}
-_TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc")}  # the weight only
 
 
 def _kind_of_model() -> str:
