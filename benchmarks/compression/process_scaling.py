@@ -7,7 +7,6 @@ groups.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.loading import load_quietly
 from grasp.method.schedules import SCHEDULES
-from grasp.statistics.processes import ALONE, joined
+from grasp.statistics.processes import joined
 from speedgate.timing import using_threads
 
 CPU = torch.device("cpu")
@@ -71,8 +70,6 @@ def worker(job: ScalingJob) -> CompressionReport:
     model, tokenizer = load_quietly(job.model, device="cpu")
     batches = token_batches(tokenizer, builtin_text("calibration"), num_samples=job.sequences, seq_len=job.seq_len)
     config = GraspConfig(num_layers=job.layers, retain_ratio=job.retain_ratio, schedule=job.schedule)
-    if int(os.environ["WORLD_SIZE"]) == 1:
-        return compress_(model, batches, config, processes=ALONE)
     with joined(CPU) as processes:
         return compress_(model, batches, config, processes=processes)
 
