@@ -113,10 +113,10 @@ def full_plan(card: Mapping[str, Any] | None) -> CheckPlan:
     return CheckPlan(first, tests, [task for task in rest if task.key not in done])
 
 
-def gpu_tests(root: Path = ROOT) -> list[str]:
+def gpu_tests() -> list[str]:
     """The files with tests that ``-m gpu`` selects on a machine with a GPU."""
-    files = sorted((root / "tests").rglob("test_*.py"))
-    return [str(file.relative_to(root)) for file in files if GPU_TESTS.search(file.read_text())]
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in files if GPU_TESTS.search(file.read_text())]
 
 
 def single(op: str, text: str, rows: int) -> GpuCase:

@@ -96,7 +96,6 @@ class Prediction(NamedTuple):
     """The arithmetic of one launch."""
 
     programs: int
-    resident: int  # programs that one processor holds at once
     waves: float
     in_flight: float  # bytes per processor
     cache_bytes: int  # through the second-level cache
@@ -162,7 +161,6 @@ def predict(
     rest = max(moving(cache_bytes - held), computing, waiting, late * cost.bytes / rates.memory)
     return Prediction(
         programs,
-        resident,
         waves,
         in_flight * min(resident, programs / gpu.processors),
         cache_bytes,

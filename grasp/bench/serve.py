@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -149,7 +149,7 @@ def run(request: ServeRequest, *, progress: Progress = no_progress) -> Iterator[
         scratch = Path(folder)
         candidates = _candidates(request, scratch, progress)
         checkpoints = {item.name: item for item in candidates if isinstance(item, Checkpoint)}
-        now = _conditions(checkpoints.values()) if checkpoints else None
+        now = _conditions(next(iter(checkpoints.values())).dtype) if checkpoints else None
         servers = {
             item.name: _started(item, request, MEMORY / len(checkpoints), scratch, stack, progress)
             if isinstance(item, Checkpoint)
@@ -229,11 +229,10 @@ def log_probabilities(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(1, tokens[1:, None]).squeeze(1)
 
 
-def _conditions(checkpoints: Iterable[Checkpoint]) -> Conditions:
+def _conditions(dtype: str) -> Conditions:
     """The present conditions of this machine. vLLM chooses its threads."""
     device = find_device(None)
-    dtype = next((DTYPES[checkpoint.dtype] for checkpoint in checkpoints), torch.float32)
-    return replace(conditions(measure_card(device, dtype), device), threads=None)
+    return replace(conditions(measure_card(device, DTYPES[dtype]), device), threads=None)
 
 
 def _started(

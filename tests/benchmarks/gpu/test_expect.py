@@ -85,7 +85,7 @@ def test_h_is_in_the_cache_and_is_requested_beside_the_factor() -> None:
 
 
 def test_a_dependent_expand_requests_u_while_the_shrink_works() -> None:
-    shrink, expand = (Prediction(1, 1, 1, 1, 1, seconds, 3e-6, 1e-6) for seconds in (4e-6, 5e-6))
+    shrink, expand = (Prediction(1, 1, 1, 1, seconds, 3e-6, 1e-6) for seconds in (4e-6, 5e-6))
     start = H100.gap + H100.ramp
     assert expect.pair(shrink, expand, H100) == pytest.approx(start + 3e-6 + 3e-6)  # memory
     assert expect.pair(shrink._replace(seconds=9e-6), expand, H100) == pytest.approx(10e-6)
@@ -98,7 +98,7 @@ def test_a_dependent_launch_starts_earlier() -> None:
 
 
 def test_a_chain_by_hand() -> None:
-    parts = [Prediction(1, 1, 1, 1, 1, 9e-6, fetched, chained) for fetched, chained in ((1e-6, 2e-6), (3e-6, 1e-6))]
+    parts = [Prediction(1, 1, 1, 1, 9e-6, fetched, chained) for fetched, chained in ((1e-6, 2e-6), (3e-6, 1e-6))]
     # While the first works for 2, the factor of the second takes 3; while the second works for 1, that of the first 1.
     assert expect.chain(parts) == pytest.approx(4e-6)
 
