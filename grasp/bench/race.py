@@ -22,7 +22,7 @@ from grasp.model.dense import dense_weight
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import first_device
 from grasp.model.targets import Target
-from grasp.statistics.gradients import DenseSum, FactoredSum, gather_gradients
+from grasp.statistics.gradients import DenseSum, gather_gradients
 from grasp.statistics.sweep import capture_prefix
 from grasp_kernels.routes import contract_weight_grad
 
@@ -134,37 +134,25 @@ def race(
         clock.lap()
         sums = gather_gradients(prefix, targets, progress=take_turn)
         for target in targets:
-            _replace_(grasp, naive, target, sums[target], layers[target.name], retain_ratio, result)
+            total, layer = sums[target], layers[target.name]
+            svd, grad = total.result(dense_weight(target.module))
+            if isinstance(total, DenseSum):
+                clock.lap()
+                contract_weight_grad(total.tensor, svd.U, svd.Vh)
+                result.contraction_seconds += clock.lap()
+            retained = retained_indices((svd.S * grad).abs(), layer.rank(retain_ratio))
+            swaps = compare(retained, layer.importance)
+            result.groups += len(retained)
+            result.swaps += swaps.groups
+            result.largest_gap = max(result.largest_gap, swaps.gap)
+            grasp.set_submodule(target.name, LowRankLinear.from_dense(target.module, retained, svd))
+            naive.set_submodule(target.name, layer.truncated(retained))
             if dtype is None and result.largest_gap > LARGEST_GAP:
                 raise WrongSelectionError(
                     f"{target.name}: groups chosen differently are {result.largest_gap:.1e} of the last retained "
                     f"group's importance apart, expected at most {LARGEST_GAP:.0e}"
                 )
     return result
-
-
-def _replace_(
-    grasp: PreTrainedModel,
-    naive: PreTrainedModel,
-    target: Target,
-    total: DenseSum | FactoredSum,
-    layer: SVDLinear,
-    retain_ratio: float,
-    result: Race,
-) -> None:
-    """Compress one linear on both sides to the package's groups, and note the difference of the selections."""
-    svd, grad = total.result(dense_weight(target.module))
-    if isinstance(total, DenseSum):
-        clock = _Clock(total.tensor.device)
-        contract_weight_grad(total.tensor, svd.U, svd.Vh)
-        result.contraction_seconds += clock.lap()
-    retained = retained_indices((svd.S * grad).abs(), layer.rank(retain_ratio))
-    swaps = compare(retained, layer.importance)
-    result.groups += len(retained)
-    result.swaps += swaps.groups
-    result.largest_gap = max(result.largest_gap, swaps.gap)
-    grasp.set_submodule(target.name, LowRankLinear.from_dense(target.module, retained, svd))
-    naive.set_submodule(target.name, layer.truncated(retained))
 
 
 def _warm_up(naive: PreTrainedModel, layers: dict[str, SVDLinear], tokens: Tensor) -> int:
