@@ -79,26 +79,11 @@ class Bench:
                 answers = self._continue(server, self.prompts)
                 gained = {name: value - before.get(name, 0) for name, value in read_counters(server).items()}
         self.answers = self.answers or answers
-        record = self._record(model, draft, proposed, cost, answers, gained, server.version)
-        append_results(self.output, [record])
-        self.records.append(record)
-        return record
-
-    def _record(
-        self,
-        model: Path,
-        draft: Path | None,
-        proposed: int,
-        cost: float,
-        answers: list[list[int]],
-        gained: Counters,
-        version: str | None,
-    ) -> StudyDraft:
         steps = gained.get(("spec_decode_num_drafts_total", ""), 0)
         accepted = [gained["spec_decode_num_accepted_tokens_per_pos_total", str(i)] / steps for i in range(proposed)]
         answered = sum(map(len, answers))
         ms = 1000 * gained["request_decode_time_seconds_sum", ""] / (answered - len(answers))
-        return StudyDraft(
+        record = StudyDraft(
             target=model.name,
             draft=None if draft is None else draft.name,
             proposed=proposed,
@@ -110,9 +95,12 @@ class Bench:
             speed_up=self.alone.ms_per_token / ms if self.alone else 1.0,
             predicted=(1 + sum(accepted)) / (1 + cost * proposed) if draft else None,
             dtype=self.dtype,
-            vllm=version,
+            vllm=server.version,
             conditions=self.conditions,
         )
+        append_results(self.output, [record])
+        self.records.append(record)
+        return record
 
     def _continue(self, server: Server, prompts: list[list[int]]) -> list[list[int]]:
         asked = {"model": server.model, "max_tokens": self.new_tokens, "temperature": 0, "ignore_eos": True}
