@@ -59,11 +59,7 @@ class Bench:
     def measure(self, model: Path, draft: Path | None = None, proposed: int = 0, cost: float = 0) -> StudyDraft:
         """Serve a model, with a draft if there is one, continue all prompts, and keep the record.
 
-        Args:
-            model: a folder.
-            draft: a folder.
-            proposed: tokens that the draft proposes in a step.
-            cost: the time of the draft's step over the target's.
+        The draft proposes ``proposed`` tokens in a step; ``cost`` is the time of its step over the target's.
         """
         arguments = ["--model", str(model), "--served-model-name", model.name, "--dtype", self.dtype, *self.options]
         if draft is not None:

@@ -144,14 +144,7 @@ def cost(operation: str, shape: Shape) -> tuple[int, int]:
 def measure(
     shapes: Sequence[Shape], repeats: int, device: torch.device, largest: float
 ) -> Iterator[DecompositionResult]:
-    """Time both operations on all shapes, one shape after the other.
-
-    Args:
-        shapes: (N, K) of weights.
-        repeats: calls of each operation.
-        device: where the matrices are.
-        largest: the difference from ``difference``.
-    """
+    """Time both operations on all shapes, one shape after the other; ``largest`` is from ``difference``."""
     facts = conditions(measure_card(device, torch.float32), device)
     rate = matmul_rate(device)
     for shape in track(shapes, "timing", console=Console(stderr=True)):

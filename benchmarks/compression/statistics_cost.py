@@ -134,16 +134,7 @@ def measure(
     sweep_dtype: str | None,
     largest: float,
 ) -> Iterator[StatisticsResult]:
-    """Time all sweeps.
-
-    Args:
-        name: the model's name in the results.
-        model: the loaded model.
-        factors: random factors of all targets.
-        sizes: layers and token counts.
-        sweep_dtype: ``None`` for the model's own.
-        largest: the error from ``difference``.
-    """
+    """Time all sweeps; ``sweep_dtype`` is ``None`` for the model's own, and ``largest`` is from ``difference``."""
     dtype = sweep_dtype or str(model.dtype).removeprefix("torch.")
     facts = conditions(measure_card(device := first_device(model), getattr(torch, dtype)), device)
     batches = random_batches(model, sizes.sequences, sizes.seq_len, sizes.batch_size)

@@ -343,13 +343,7 @@ def _factors(shape: GroupShape, *, pivoted: bool = False) -> list[Factors]:
 
 
 def page(architectures: Sequence[int], resources: ResourcesOf, times: Times | None = None) -> Iterator[str]:
-    """Everything that is printed, in Markdown.
-
-    Args:
-        architectures: keys of ``RATES``.
-        resources: of a launch on a GPU.
-        times: measured µs by shapes and rows.
-    """
+    """Everything that is printed, in Markdown; ``architectures`` are keys of ``RATES``."""
     yield "# Expected times of the low-rank calls on GPUs"
     yield f"Nothing here is measured, except in the last column. Commit {commit()}, Triton {triton.__version__}, bf16."
     yield from _markdown(("assumed", *ASSUMED), [_rates(RATES[number]) for number in architectures])

@@ -56,12 +56,9 @@ def _barrier_kernel(counter_ptr, CROSSINGS: tl.constexpr):
 
 
 def measure_launches(device: torch.device, *, calls: int = 200, repetitions: int = 20) -> LaunchCosts:
-    """Measure the launches without a barrier, in turns.
+    """Measure the launches without a barrier, in turns, on a GPU or on a CPU with Triton's interpreter.
 
-    Args:
-        device: the GPU, or a CPU with Triton's interpreter.
-        calls: launches in one graph.
-        repetitions: replays of each graph.
+    One graph has ``calls`` launches and is replayed ``repetitions`` times.
     """
     programs = _programs(device)
     x = torch.randn(programs, BLOCK, device=device)

@@ -67,15 +67,7 @@ class CachedStatistics:
 
 
 def _write(file: Path, score: Score, share: float, weight: Tensor, rank: int | None) -> Scored:
-    """Score the groups of a linear, and cache them.
-
-    Args:
-        file: to be written.
-        score: of the linear.
-        share: CPU seconds of the linear's share of its sweep.
-        weight: (N, K).
-        rank: at most the break-even rank.
-    """
+    """Score the groups of a linear, and cache them; ``share`` is its part of the CPU seconds of its sweep."""
     start = time.process_time()
     scored = score(weight, break_even_rank((weight.shape[0], weight.shape[1]), "pivoted"))
     tensors = {**scored.svd._asdict(), "importance": scored.importance}

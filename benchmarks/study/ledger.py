@@ -30,13 +30,9 @@ class Ledger:
         self._held, self._start = reset_peak_bytes(), time.process_time()
 
     def note(self, step: str, done: int, total: int, *, besides: float = 0.0) -> None:
-        """Write what was spent so far.
+        """Write what was spent so far, and the running step for those who read the file.
 
-        Args:
-            step: the step that runs, for those who read the file.
-            done: work of the step that is done.
-            total: all work of the step.
-            besides: CPU seconds of earlier work whose results this process has used.
+        ``besides`` is the CPU seconds of earlier work whose results this process has used.
         """
         self.seconds = self._earlier + time.process_time() - self._start + besides
         if self._held is not None:

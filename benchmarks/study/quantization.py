@@ -51,15 +51,7 @@ AS_SAVED = "as saved"  # the way of a checkpoint that is quantised
 
 
 def measure(source: str, way: str, text: str, windows: int | None, window: int) -> tuple[int, float, float]:
-    """Quantise a model and measure it: bytes in bf16, perplexity, and CPU seconds of the quantisation.
-
-    Args:
-        source: a folder or name.
-        way: a key of ``WAYS``, or ``AS_SAVED``.
-        text: of the perplexity.
-        windows: how many; ``None``: the whole text.
-        window: tokens in each.
-    """
+    """Quantise a model in a way and measure it: bytes in bf16, perplexity, and CPU seconds of the quantisation."""
     model, tokenizer = load_model(source, dtype="float32", device="cpu")
     bos, (storage, knows_inputs) = bos_for(tokenizer), WAYS.get(way, (None, False))
     tokens = tokenize(tokenizer, read_text(text, split="evaluation"))

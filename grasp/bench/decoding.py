@@ -195,14 +195,8 @@ def floors(
 ) -> tuple[float, ...]:
     """Least seconds of the prefill and of a decoding step: matrix products and the bytes they read, without attention.
 
-    Empty for a mixture of experts, where a token does not use the whole model.
-
-    Args:
-        model: the timed model.
-        card: measured speeds of the device.
-        batch_size: sequences per batch.
-        prompt_tokens: prompt length.
-        cache_bytes: bytes of the KV cache that a step reads.
+    Empty for a mixture of experts, where a token does not use the whole model. A step reads ``cache_bytes`` of the KV
+    cache.
     """
     config = model.config.get_text_config(decoder=True)
     if any(getattr(config, name, None) for name in _EXPERTS):

@@ -129,13 +129,7 @@ def connect(url: str) -> Server:
 
 
 def start(process: Process, name: str, url: str, limit: float) -> Server:
-    """Wait until the server that ``process`` runs answers.
-
-    Args:
-        process: the process.
-        name: of the server, and the id of its model.
-        url: its address.
-        limit: seconds that it may take.
+    """Wait at most ``limit`` seconds until the server that ``process`` runs answers with the model ``name``.
 
     Raises:
         ServerError: if the process ends, or the limit is exceeded; the message has the end of its log.
@@ -183,11 +177,7 @@ def free_port() -> int:
 
 
 def fetch(url: str, body: object = None) -> dict[str, Any]:
-    """The JSON object that a server answers.
-
-    Args:
-        url: of the request.
-        body: what is posted as JSON; ``None`` gets.
+    """The JSON object that a server answers; ``body`` is posted as JSON, ``None`` gets.
 
     Raises:
         ServerError: if there is no such answer.

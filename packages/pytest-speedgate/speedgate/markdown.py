@@ -13,12 +13,7 @@ SIGNS = {**dict.fromkeys(GOOD, "✅"), "unclear": "❔"}
 
 
 def comparison_text(result: Comparison, baseline: str) -> str:
-    """The comparison as a table, the worst change first.
-
-    Args:
-        result: the comparison.
-        baseline: what the run was compared with.
-    """
+    """The comparison with ``baseline`` as a table, the worst change first."""
     rows = [
         (
             change.verdict,
