@@ -11,7 +11,6 @@ import ctypes
 import importlib
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -21,8 +20,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from benchmarks.gpu.gpu_state import GpuState, summary
 
@@ -223,38 +224,38 @@ class _Process:
 
     def __init__(self, preload: Sequence[str]) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 -- closed by kill
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu.check_runner", *preload],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in FOLDERS)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            start_new_session=True,  # its children, such as compilers, are killed with it
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._input, self._output = self._process.stdin, self._process.stdout
-        self._queue: queue.Queue[Line | None] = queue.Queue()
+        # Pipes of one direction hold a thousand short lines, so that a task need not wait until they are read.
+        orders, self._orders = Pipe(duplex=False)
+        self._results, results = Pipe(duplex=False)
+        with orders, results:
+            ends = [orders.fileno(), results.fileno()]
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.gpu.check_runner", *map(str, ends), *preload],
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in FOLDERS)},
+                pass_fds=ends,
+                stdin=subprocess.DEVNULL,
+                stdout=self._errors,  # what libraries print is not a result
+                stderr=self._errors,
+                start_new_session=True,  # its children, such as compilers, are killed with it
+            )
         self._last = ""
 
     def begin(self, task: Task, without: Sequence[str]) -> None:
         """Hand the task over. A process that died while it waited is found out by ``lines``."""
-        threading.Thread(target=_read, args=(self._output, self._queue), daemon=True).start()
         order = {"function": task.function, "arguments": {**task.arguments, "without": list(without)}}
-        with contextlib.suppress(BrokenPipeError):
-            self._input.write(json.dumps(order) + "\n")
-            self._input.close()
+        with contextlib.suppress(ConnectionError):
+            self._orders.send_bytes(json.dumps(order).encode())
 
     def lines(self, limit_s: float, deadline: float) -> Iterator[Line | None]:
         """Lines until the process ends, or the line "late"; ``None`` once in ``SAMPLE_EVERY`` seconds."""
         sampled = time.monotonic()
         end = min(sampled + START_LIMIT, deadline)
         while (now := time.monotonic()) < end:
-            with contextlib.suppress(queue.Empty):
-                line = self._queue.get(timeout=max(0.0, min(sampled + SAMPLE_EVERY, end) - now))
-                if line is None:
+            if self._results.poll(max(0.0, min(sampled + SAMPLE_EVERY, end) - now)):
+                try:
+                    line = json.loads(self._results.recv_bytes())
+                except (EOFError, OSError):  # it died
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         self._process.wait(GRACE)
                     return
@@ -282,6 +283,8 @@ class _Process:
             text = self._errors.read().decode(errors="replace").strip()
             self._last = next((line for line in reversed(text.splitlines()) if _names_an_error(line)), text[-300:])
             self._errors.close()
+            self._orders.close()
+            self._results.close()
         return True
 
     def crash(self, provider: str | None) -> Fault:
@@ -297,31 +300,19 @@ def _names_an_error(line: str) -> bool:
     return bool(colon) and name.rpartition(".")[2].isidentifier() and name.endswith(("Error", "Exception", "Resources"))
 
 
-def _read(output: IO[str], lines: queue.Queue[Line | None]) -> None:
-    with contextlib.suppress(ValueError):  # half a line of a process that died
-        for text in output:
-            lines.put(json.loads(text))
-    lines.put(None)
-
-
-def _work(preload: Sequence[str]) -> None:
+def _work(orders: Connection, results: Connection, preload: Sequence[str]) -> None:
     """The other process: wait for a task, run it, write its lines."""
     with contextlib.suppress(AttributeError):  # on Linux, end when the check ends
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     with contextlib.suppress(OSError):  # if memory runs out, the system kills this process and not the check
         Path("/proc/self/oom_score_adj").write_text("1000")
-    results = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is not a result
     for module in preload:
         importlib.import_module(module)
-    text = sys.stdin.readline()
-    if not text:
-        return  # it is not needed
-    order = json.loads(text)
+    order = json.loads(orders.recv_bytes())
     module, _, name = order["function"].partition(":")
 
     def emit(line: Line) -> None:
-        results.write(json.dumps(line) + "\n")
+        results.send_bytes(json.dumps(line).encode())
 
     function = getattr(importlib.import_module(module), name)
     emit({"kind": "ready"})
@@ -330,4 +321,4 @@ def _work(preload: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _work(sys.argv[1:])
+    _work(Connection(int(sys.argv[1]), writable=False), Connection(int(sys.argv[2]), readable=False), sys.argv[3:])
