@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch import nn
 
 from grasp.bench.providers import (
@@ -14,7 +13,6 @@ from grasp.bench.providers import (
     weights_of,
 )
 from grasp.errors import CheckpointError
-from grasp.export.linear_pairs import linear_pair
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QuantizedLowRankLinear
@@ -130,12 +128,6 @@ def test_layers_are_those_asked_for_or_those_in_the_middle() -> None:
     for layers in ((), (5,)):
         with pytest.raises(ValueError, match=r"the model has decoder layers 0..4, got layers"):
             pick_layers(layers, 2, 5)
-
-
-def test_unfused_linears_compute_what_the_low_rank_ones_do() -> None:
-    layer = LowRankLinear(12, 8, 3)
-    x = torch.randn(2, 5, 12)
-    torch.testing.assert_close(linear_pair(layer)(x), layer(x))
 
 
 def test_quantised_layers_have_their_share_and_are_refused_with_the_reason_of_the_backend() -> None:
