@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from grasp.bench.workloads import ATTENTION, OPS, SMALL_MLP, Problem, backends, make_problem, rotations, wrong
+from grasp.bench.workloads import ATTENTION, OPS, SMALL_MLP, Problem, backends, make_problem, rotation, wrong
 from grasp_kernels.dispatch import BACKENDS
 from grasp_kernels.shapes import format_shape, parse_shape
 from speedgate.fixture import Gate
@@ -52,5 +52,5 @@ def test_backend(benchmark: Any, gate: Gate, op: str, shapes: str, problem: Prob
     if provider in reasons:
         pytest.skip(f"{provider}: {reasons[provider]}")
     assert (complaint := wrong(op, problem, runs[provider])) is None, complaint
-    copies = rotations(op, problem, ROTATION if benchmark.enabled else 0)["low-rank"].copies
+    copies = rotation(op, problem, ROTATION if benchmark.enabled else 0).copies
     gate(runs[provider], OPS[op].unfused, copies, label=f"{benchmark.group} {provider}", against="unfused")

@@ -38,7 +38,7 @@ from grasp.bench.workloads import (
     low_rank_costs,
     make_problem,
     quantized,
-    rotations,
+    rotation,
     wrong,
 )
 from grasp.formatting import one_line
@@ -277,12 +277,12 @@ def measure(case: OpCase, device: torch.device, card: Card, request: OpsRequest)
     timed, left_out = _providers(case, problem, stored, request)
     for name, (reason, is_wrong) in left_out.items():
         yield NotMeasured("ops", name, reason, is_wrong, **labels)
-    rotation = rotations(case.op, problem, request.rotate_bytes)
-    low_rank = dict.fromkeys(timed, rotation["low-rank"])
+    sources = dict.fromkeys(timed, rotation(case.op, problem, request.rotate_bytes))
     if stored is not problem:
-        packed = rotations(case.op, stored, request.rotate_bytes)["low-rank"]
-        low_rank |= dict.fromkeys(timed.keys() & _BACKENDS, packed)
-    sources = {**low_rank, DENSE: rotation["dense"]}
+        packed = rotation(case.op, stored, request.rotate_bytes)
+        sources |= dict.fromkeys(timed.keys() & _BACKENDS, packed)
+    if case.op != "singular_value_grad":  # which has no other operands
+        sources[DENSE] = rotation(case.op, problem, request.rotate_bytes, dense=True)
     batches = {name: batch(device.type, call, sources[name]) for name, call in timed.items()}
     samples = interleave(batches, request.repetitions)
     now = conditions(card, device)

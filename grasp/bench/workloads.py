@@ -235,21 +235,17 @@ def _weight(group: Factors) -> Tensor:
     return product if group.order is None else in_order(torch.cat([group.Vh.float(), product]), group.order)
 
 
-def rotations(op: str, problem: Problem, rotate_bytes: int) -> dict[str, Rotation[Problem]]:
-    """Copies of the operands of ``"dense"`` and of ``"low-rank"`` providers, ``rotate_bytes`` each, at least one copy.
+def rotation(op: str, problem: Problem, rotate_bytes: int, *, dense: bool = False) -> Rotation[Problem]:
+    """Copies of the operands of low-rank or of ``dense`` providers, ``rotate_bytes`` in all, at least one copy.
 
     All copies share the input of a linear: in a model the layer before has just written it.
     """
     if op == "singular_value_grad":
-        shared = Rotation(_copies(problem, rotate_bytes))
-        return {"dense": shared, "low-rank": shared}
-    nothing = problem.x.new_empty(0)
-    weights = _copies(Problem(nothing, [], problem.weights, nothing), rotate_bytes)
-    groups = _copies(Problem(nothing, problem.groups, [], nothing), rotate_bytes)
-    return {
-        "dense": Rotation([problem._replace(weights=copy.weights) for copy in weights]),
-        "low-rank": Rotation([problem._replace(groups=copy.groups) for copy in groups]),
-    }
+        return Rotation(_copies(problem, rotate_bytes))
+    copied, nothing = "weights" if dense else "groups", problem.x.new_empty(0)
+    operands = Problem(nothing, [], [], nothing)._replace(**{copied: getattr(problem, copied)})
+    copies = _copies(operands, rotate_bytes)
+    return Rotation([problem._replace(**{copied: getattr(copy, copied)}) for copy in copies])
 
 
 def _copies(problem: Problem, rotate_bytes: int) -> list[Problem]:

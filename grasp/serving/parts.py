@@ -138,8 +138,8 @@ class Part:
         if name == "order" and not is_order(tensor, self.linear.rank or 0):
             raise CheckpointError(
                 f"{self.linear.name}.order is not the order of pivoted factors: {self.linear.rank} distinct rows of "
-                f"0..{len(tensor) - 1}, ascending, then the others; the file is damaged, or vLLM reorders the rows of "
-                "this architecture: convert the checkpoint with `grasp convert --to factored`"
+                f"0..{len(tensor) - 1}, ascending, then the others; the file is damaged, or the server reorders the "
+                "rows of this architecture: convert the checkpoint with `grasp convert --to factored`"
             )
 
     def _objection(self, name: str) -> str:

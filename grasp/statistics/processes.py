@@ -251,7 +251,7 @@ class Processes:
     def _lost(self, error: Exception) -> DistributedError:
         return DistributedError(
             f"process {self.rank} of {self.size} has lost the others: one of them has ended, or is more than {TIMEOUT} "
-            f"h behind. Its own message has the reason; start all of them again ({one_line(error)})"
+            f"(h:mm:ss) behind. Its own message has the reason; start all of them again ({one_line(error)})"
         )
 
 

@@ -10,7 +10,7 @@ from grasp.bench.workloads import (
     low_rank_costs,
     make_problem,
     quantized,
-    rotations,
+    rotation,
     wrong,
 )
 from grasp.method.storage import STORAGES
@@ -78,7 +78,7 @@ def test_quantised_operands_are_checked_and_their_bytes_counted(weights: str, pi
     [cost] = low_rank_costs("lowrank_linear", shape, 3, 2, (pivoted,), storages)
     read = [tensor for tensor in stored.tensors() if tensor is not stored.weights[0]]
     assert cost.bytes == sum(tensor.nbytes for tensor in read) + 3 * 48 * 2
-    copies = [copy.tensors() for copy in rotations("lowrank_linear", stored, 1 << 14)["low-rank"].copies]
+    copies = [copy.tensors() for copy in rotation("lowrank_linear", stored, 1 << 14).copies]
     pointers = [tensor.data_ptr() for tensors in copies for tensor in tensors[1:5]]
     assert len(pointers) == len(set(pointers)) == 4 * len(copies) > 4
 
@@ -116,11 +116,10 @@ def test_rotated_copies_share_no_weights_and_are_as_many_as_fit(op: str) -> None
     shape = OPS[op].fit(GROUP[:1])
     assert shape is not None
     problem = make_problem(op, shape, 2, torch.float32, CPU)
-    for name, rotation in rotations(op, problem, 1 << 16).items():
-        dense = name == "dense" and op != "singular_value_grad"
+    for dense in (False, op != "singular_value_grad"):
         read = [
             copy.weights if dense else [tensor for group in copy.groups for tensor in (group.U, group.Vh)]
-            for copy in rotation.copies
+            for copy in rotation(op, problem, 1 << 16, dense=dense).copies
         ]
         pointers = [tensor.data_ptr() for tensors in read for tensor in tensors]
         assert len(pointers) == len(set(pointers))
@@ -131,7 +130,7 @@ def test_rotated_copies_share_no_weights_and_are_as_many_as_fit(op: str) -> None
 
 def test_without_rotation_there_is_one_copy() -> None:
     problem = make_problem("lowrank_linear", GROUP[:1], 2, torch.float32, CPU)
-    assert [len(rotation.copies) for rotation in rotations("lowrank_linear", problem, 0).values()] == [1, 1]
+    assert [len(rotation("lowrank_linear", problem, 0, dense=dense).copies) for dense in (False, True)] == [1, 1]
 
 
 def test_backends_that_cannot_run_give_their_reason(monkeypatch: pytest.MonkeyPatch) -> None:

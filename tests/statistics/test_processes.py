@@ -307,7 +307,7 @@ def test_a_process_that_hangs_is_given_up_after_the_timeout() -> None:
     first, second = run(shorten, 5.0)
     assert second.value == "done"
     assert isinstance(first.error, DistributedError)
-    assert "more than 0:00:05 h behind" in str(first.error)
+    assert "more than 0:00:05 (h:mm:ss) behind" in str(first.error)
 
 
 def compress_in_two_attempts(processes: Processes, folder: Path, attempt: int) -> list[Any]:

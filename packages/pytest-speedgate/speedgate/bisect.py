@@ -67,7 +67,9 @@ class Search:
                 changes[middle] = self._changes(commits[middle], first, good)
                 fast, slow = (fast, middle) if _any_slower(changes[middle]) else (middle, slow)
             before = changes.get(fast) or self._changes(commits[fast], first, good)
-        name = max((name for name in changes[slow] if name in before), key=lambda name: changes[slow][name].change)
+        if not (shared := [name for name in changes[slow] if name in before]):
+            raise OtherVersionError(f"{commits[slow]} and {commits[fast]} have no test in common")
+        name = max(shared, key=lambda name: changes[slow][name].change)
         commit = git("the commit has no name", self.root, "log", "-1", "--format=%h %s", commits[slow])
         return Culprit(commit, before[name], changes[slow][name])
 
