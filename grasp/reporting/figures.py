@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from grasp.checkpoint.compression_report import CompressionReport, ModuleReport, spectrum_indices
 from grasp.checkpoint.inspection import short_name
-from grasp.reporting.figure_data import Latency, Load, Quality, Roof, Stored, Trade, pareto_front
+from grasp.reporting.figure_data import Latency, Load, Quality, Roof, Speed, Stored, Trade, pareto_front
 from grasp.reporting.figure_style import BLUE, COLOURS, GREY, MARKERS, PURPLE, VERMILLION, WIDTH
 
 if TYPE_CHECKING:
@@ -100,11 +100,9 @@ def spectra(report: CompressionReport, layer: int) -> Figure:
     modules = [module for module in report.compressed if module.layer == layer and module.spectrum]
     if not modules:
         raise ValueError(f"the report has no spectrum of layer {layer}; compress again with this version of grasp")
-    from matplotlib.figure import Figure
-
     rows = -(-len(modules) // 2)
-    figure = Figure(figsize=(WIDTH, 0.7 + 1.6 * rows))
-    panels = figure.subplots(rows, 2, squeeze=False).flatten()
+    figure, grid = _panels(0.7 + 1.6 * rows, rows, 2)
+    panels = grid.flatten()
     for axes, module in itertools.zip_longest(panels, modules):
         if module is None:
             axes.set_axis_off()
@@ -144,10 +142,10 @@ def _spectrum(axes: Axes, module: ModuleReport) -> None:
 def perplexity_by_size(points: Sequence[Quality]) -> Figure:
     """Perplexity against parameters, in millions, with the Pareto front. Lower is better for both."""
     points = [point._replace(x=point.x / 1e6) for point in points]
-    labels = list(dict.fromkeys(point.label for point in points))
-    figure, axes = _figure(3.2 + 0.2 * -(-len(labels) // 2))
+    looks = _looks(points)
+    figure, axes = _figure(3.2, labels=len(looks))
     _front(axes, pareto_front((point.x, point.perplexity) for point in points))
-    for label, (colour, marker) in zip(labels, _looks(), strict=False):
+    for label, (colour, marker) in looks.items():
         same = [point for point in points if point.label == label]
         ends = [[point.perplexity - point.low for point in same], [point.high - point.perplexity for point in same]]
         axes.errorbar(
@@ -173,13 +171,11 @@ def excess_by_bytes(models: Mapping[str, Sequence[Stored]]) -> Figure:
 
     Nats are logarithmic above 0.5.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    labels = dict.fromkeys(point.label for points in models.values() for point in points)
-    looks = dict(zip(labels, _looks(), strict=False))
-    figure = Figure(figsize=(WIDTH, 2.2 * len(models) + 0.4 + 0.2 * -(-len(looks) // 2)))
-    panels = figure.subplots(len(models), 1, squeeze=False, sharex=True)[:, 0]
+    looks = _looks(itertools.chain.from_iterable(models.values()))
+    figure, grid = _panels(2.2 * len(models) + 0.4, len(models), labels=len(looks), sharex=True)
+    panels = grid[:, 0]
     handles: dict[str, Artist] = {}
     for axes, (model, points) in zip(panels, models.items(), strict=True):
         _front(axes, pareto_front((point.of_dense * 100, point.excess) for point in points))
@@ -208,16 +204,13 @@ def speed_by_cost(trades: Sequence[Trade]) -> Figure:
 
     Without any perplexity there is one panel.
     """
-    from matplotlib.figure import Figure
-
     costs: dict[str, list[tuple[Trade, float]]] = {
         "perplexity": [(trade, trade.perplexity) for trade in trades if trade.perplexity is not None],
         "weights, MB": [(trade, trade.weight_bytes / 1e6) for trade in trades],
     }
     shown = {name: points for name, points in costs.items() if points}
-    looks = dict(zip((trade.label for trade in trades), _looks(), strict=False))
-    figure = Figure(figsize=(WIDTH, 3.2 + 0.2 * -(-(len(trades) + 1) // 2)))
-    panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    looks = _looks(trades)
+    figure, [panels] = _panels(3.2, 1, len(shown), labels=len(trades) + 1, sharey=True)
     for axes, (xlabel, points) in zip(panels, shown.items(), strict=True):
         _front(axes, [(x, -y) for x, y in pareto_front((x, -trade.tokens_per_s) for trade, x in points)])
         for trade, x in points:
@@ -235,12 +228,9 @@ def speed_by_cost(trades: Sequence[Trade]) -> Figure:
 
 def latency_bars(bars: Sequence[Latency]) -> Figure:
     """Median time of the first and of further tokens, with whiskers to the 95th percentile, for each batch size."""
-    from matplotlib.figure import Figure
-
     batches = sorted({bar.batch_size for bar in bars})
     labels = list(dict.fromkeys(bar.label for bar in bars))
-    figure = Figure(figsize=(WIDTH, 0.5 + len(batches) * (0.7 + 0.32 * len(labels))))
-    grid = figure.subplots(len(batches), 2, squeeze=False, sharey=True)
+    figure, grid = _panels(0.5 + len(batches) * (0.7 + 0.32 * len(labels)), len(batches), 2, sharey=True)
     for batch, row in zip(batches, grid, strict=True):
         of_batch = {bar.label: bar for bar in bars if bar.batch_size == batch}
         row[0].set_ylabel(f"batch {batch}")
@@ -271,16 +261,13 @@ def _bar(axes: Axes, y: int, label: str, median: float, p95: float) -> None:
 
 def serving_loads(loads: Sequence[Load]) -> Figure:
     """Tokens/s of all requests, and median ms per token of one request, by concurrency."""
-    from matplotlib.figure import Figure
-
-    labels = list(dict.fromkeys(load.label for load in loads))
-    figure = Figure(figsize=(WIDTH, 2.8 + 0.2 * -(-len(labels) // 2)))
-    panels = figure.subplots(1, 2)
+    looks = _looks(loads)
+    figure, [panels] = _panels(2.8, 1, 2, labels=len(looks))
     ticks = sorted({load.concurrency for load in loads})
     for axes, name, title in zip(
         panels, ("tokens_per_s", "output_token_ms"), ("tokens/s", "ms per token"), strict=True
     ):
-        for label, (colour, marker) in zip(labels, _looks(), strict=False):
+        for label, (colour, marker) in looks.items():
             same = [load for load in loads if load.label == label]
             ys = [getattr(load, name) for load in same]
             axes.plot([load.concurrency for load in same], ys, marker=marker, color=colour, markersize=6, label=label)
@@ -303,8 +290,7 @@ def roofline(roof: Roof) -> Figure:
     axes.plot(
         ends, np.minimum(ends * roof.bandwidth, roof.flops) / 1e9, color=_ink(), linewidth=1.5, label="measured limit"
     )
-    labels = dict.fromkeys(speed.label for speed in roof.speeds)
-    for label, (colour, marker) in zip(labels, _looks(), strict=False):
+    for label, (colour, marker) in _looks(roof.speeds).items():
         same = [speed for speed in roof.speeds if speed.label == label]
         axes.plot(
             [speed.intensity for speed in same],
@@ -324,11 +310,17 @@ def roofline(roof: Roof) -> Figure:
     return figure
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def _figure(height: float, labels: int = 0) -> tuple[Figure, Axes]:
+    figure, grid = _panels(height, labels=labels)
+    return figure, grid[0, 0]
+
+
+def _panels(height: float, rows: int = 1, columns: int = 1, *, labels: int = 0, **shared: Any) -> tuple[Figure, Any]:
+    """A figure and its axes, (rows, columns); ``labels`` of a legend in two columns make it higher."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height))
-    return figure, figure.subplots()
+    figure = Figure(figsize=(WIDTH, height + 0.2 * -(-labels // 2)))
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
 def _front(axes: Axes, places: Sequence[tuple[float, float]]) -> None:
@@ -340,9 +332,10 @@ def _legend(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, [fill(label, _LABEL_WIDTH) for label in labels], loc="outside lower left", ncols=2)
 
 
-def _looks() -> Iterator[tuple[str, str]]:
-    """Pairs of colour and marker. Their numbers have no common factor, so no pair repeats before all are used."""
-    return zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
+def _looks(points: Iterable[Quality | Stored | Trade | Load | Speed]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each label. Their numbers have no common factor, so no pair repeats before all are used."""
+    labels = dict.fromkeys(point.label for point in points)
+    return dict(zip(labels, zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False), strict=False))
 
 
 def _ink() -> str:
