@@ -22,10 +22,8 @@ from grasp.reporting.figure_style import Draw
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from grasp.bench.records import ModelResult, OpResult
-    from grasp.bench.serve_records import ServeResult
-
 Data = TypeVar("Data")
+Result = TypeVar("Result", bound=Record)
 
 
 class Picture(NamedTuple):
@@ -100,28 +98,18 @@ def of_comparisons(
     ]
 
 
-def perplexity_by_size(results: Sequence[ModelResult]) -> list[Picture]:
-    """Perplexity against parameters, one figure for each model and text."""
-    data = figure_data.by_size(results)
-    return of_comparisons("size", "Perplexity by size", data, figures.perplexity_by_size)
+def _by_comparison(
+    name: str,
+    title: str,
+    compare: Callable[[Sequence[Result]], Mapping[Comparison, Data]],
+    draw: Callable[[Data], Figure],
+) -> Callable[[Sequence[Result]], list[Picture]]:
+    """A function for ``Record.figures``; ``compare`` groups the results, the other arguments as ``of_comparisons``."""
+    return lambda results: of_comparisons(name, title, compare(results), draw)
 
 
-def speed_by_cost(results: Sequence[ModelResult]) -> list[Picture]:
-    """Tokens per second against perplexity and bytes, one figure for each model, prompt and batch size."""
-    data = figure_data.trades(results)
-    return of_comparisons("speed", "Speed by perplexity and size", data, figures.speed_by_cost)
-
-
-def latency_bars(results: Sequence[ModelResult]) -> list[Picture]:
-    """Times of the first and of further tokens, one figure for each model and prompt."""
-    return of_comparisons("times", "Latency", figure_data.latencies(results), figures.latency_bars)
-
-
-def serving_loads(results: Sequence[ServeResult]) -> list[Picture]:
-    """Tokens/s and time per token of each server by concurrency, one figure for each model and length of requests."""
-    return of_comparisons("servers", "Servers under load", figure_data.serving_loads(results), figures.serving_loads)
-
-
-def rooflines(results: Sequence[OpResult]) -> list[Picture]:
-    """Speed by FLOPs per byte, one figure for each op, dtype and device."""
-    return of_comparisons("roofline", "Speed below the device's limits", figure_data.roofs(results), figures.roofline)
+perplexity_by_size = _by_comparison("size", "Perplexity by size", figure_data.by_size, figures.perplexity_by_size)
+speed_by_cost = _by_comparison("speed", "Speed by perplexity and size", figure_data.trades, figures.speed_by_cost)
+latency_bars = _by_comparison("times", "Latency", figure_data.latencies, figures.latency_bars)
+serving_loads = _by_comparison("servers", "Servers under load", figure_data.serving_loads, figures.serving_loads)
+rooflines = _by_comparison("roofline", "Speed below the device's limits", figure_data.roofs, figures.roofline)
