@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from grasp.workflows.samples import Samples
 
 
-@app.command(help=option.HELP)
+@app.command()
 def compress(
     model: Model,
     output: option.Output,
@@ -49,7 +49,47 @@ def compress(
     dry_run: option.DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Compress a model into a checkpoint folder, or estimate what that takes."""
+    """Compress MODEL and save it as a checkpoint that transformers loads.
+
+    If interrupted, run the same command again to resume. Progress is stored in OUTPUT.partial until the run finishes.
+
+    [bold]Examples[/bold]
+
+    [dim]Remove a tenth of the parameters; a quick try, offline:[/dim]
+
+    $ grasp compress builtin -o small --compression-ratio 0.1 --num-samples 24
+
+    [dim]Remove a fifth, with at most 20 GB of memory above the model's:[/dim]
+
+    $ grasp compress meta-llama/Llama-3.1-8B-Instruct -o small --calibration wikitext2 --memory 20GB
+
+    [dim]As in the paper:[/dim]
+
+    $ grasp compress ./my-model -o small --preset paper --num-samples 512 --calibration wikitext2
+
+    [dim]Named layers, calibrated on a text file:[/dim]
+
+    $ grasp compress ./my-model -o small --layers 3,12-17 --retain-ratio 0.3 --calibration corpus.txt
+
+    [dim]Decode in 80 % of the time on this machine, or on an H100:[/dim]
+
+    $ grasp compress builtin -o fast --target-latency 0.8 --num-samples 24
+    $ grasp compress builtin -o faster --target-latency 0.5 --bits 8 --num-samples 24
+    $ grasp compress ./my-model -o fast --target-latency 0.8 --costs H100
+
+    [dim]In 100 MB, with the ranks and bits that lose least:[/dim]
+
+    $ grasp compress builtin -o tiny --target-bytes 100MB --bits auto --num-samples 24
+
+    [dim]In 12 GB beside the model; estimate time, memory and disk first:[/dim]
+
+    $ grasp compress ./my-model -o small --memory 12GB --dry-run
+    $ grasp compress ./my-model -o small --memory 12GB
+
+    [dim]Two processes share the calibration sequences:[/dim]
+
+    $ torchrun --nproc-per-node 2 -m grasp compress builtin -o small --num-layers 2 --num-samples 8
+    """
     config = option.configuration(
         preset,
         compression_ratio=compression_ratio,

