@@ -132,14 +132,15 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title:
 
 
 def print_facts(facts: Sequence[tuple[str, str]], *, title: str | None = None) -> None:
-    """Print names and values, one pair per line."""
+    """Print names and values, one pair per line; a pair without a value is left out."""
     if title:
         _print_title(title)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(_literal(name), _literal(value))
+        if value:
+            table.add_row(_literal(name), _literal(value))
     Console().print(table)
 
 

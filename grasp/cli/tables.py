@@ -38,9 +38,9 @@ def show_compression(result: Compression) -> None:
     print_facts(
         [
             ("layers", layer_ranges(report.redundant_layers) or "none"),
-            *([("removed", f"layers {layer_ranges(report.removed_layers)}")] if report.removed_layers else []),
+            ("removed", f"layers {layer_ranges(report.removed_layers)}" if report.removed_layers else ""),
             ("linears", f"{len(report.compressed)} replaced, {len(report.left)} left"),
-            *([("form", counts(module.form for module in report.compressed))] if report.compressed else []),
+            ("form", counts(module.form for module in report.compressed)),
             (
                 "parameters",
                 f"{count(report.before.parameters)} -> {count(report.after.parameters)}: "
@@ -48,9 +48,9 @@ def show_compression(result: Compression) -> None:
             ),
             ("bytes", f"{size(report.before.bytes)} -> {size(report.after.bytes)}"),
             ("kept", _retained(report)),
-            *_latency_facts(report),
-            *([("held-out loss", report.held_out_text)] if report.held_out_text else []),
-            *([("kinds of text", kinds_text(report.kinds))] if report.kinds else []),
+            ("decoding", _latency(report)),
+            ("held-out loss", report.held_out_text),
+            ("kinds of text", kinds_text(report.kinds)),
             ("time", f"{sum(report.seconds.values()):.1f} s"),
             ("checkpoint", result.output),
         ]
@@ -83,7 +83,7 @@ def show_dry_run(result: DryRun) -> None:
             ("FLOPs", f"{cost.flops.total:.2e}{bounds}"),
             ("time", f"about {duration(result.seconds)} {_rates(result)}"),
             ("memory", _device_memory(result)),
-            *([] if memory.on_cpu else [("CPU memory", size(memory.host))]),
+            ("CPU memory", "" if memory.on_cpu else size(memory.host)),
             ("disk", size(memory.disk)),
             ("checkpoint", f"{result.output}, not written"),
         ]
@@ -176,7 +176,7 @@ def show_recovery(result: Recovery) -> None:
                 "held-out loss",
                 f"{report.loss_before:.4f} -> {report.loss_after:.4f} nats per token, after step {report.best_step}",
             ),
-            *([("kinds of text", kinds_text(report.kinds))] if report.kinds else []),
+            ("kinds of text", kinds_text(report.kinds)),
             ("time", f"{sum(report.seconds.values()):.1f} s"),
             ("checkpoint", result.output),
         ]
@@ -231,7 +231,7 @@ def show_quantization(result: Quantization) -> None:
             ("linears", f"{result.storage}, {result.rounding}"),
             ("quantised", counts(after.quantized.values())),
             ("bytes", f"{size(before.bytes)} -> {size(after.bytes)}: {share(after.bytes / before.bytes)}"),
-            *([("kinds of text", kinds_text(result.kinds))] if result.kinds else []),
+            ("kinds of text", kinds_text(result.kinds)),
             ("time", f"{result.seconds:.1f} s"),
             ("checkpoint", after.directory),
         ]
@@ -251,8 +251,8 @@ def show_inspection(inspection: Inspection) -> None:
                 f"{count(inspection.parameters_before)} removed",
             ),
             ("bytes", size(inspection.bytes)),
-            *([("low-rank", counts(module.form for module in inspection.modules))] if inspection.modules else []),
-            *([("quantised", counts(inspection.quantized.values()))] if inspection.quantized else []),
+            ("low-rank", counts(module.form for module in inspection.modules)),
+            ("quantised", counts(inspection.quantized.values())),
         ]
     )
     _print_parts(inspection)
@@ -337,7 +337,7 @@ def show_environment(facts: Mapping[str, Any]) -> None:
             ("platform", facts["platform"]),
             ("cpu", f"{cpu['logical_cores']} logical cores, {cpu['torch_threads']} torch threads, {cpu['capability']}"),
             *((f"gpu {index}", _gpu(gpu)) for index, gpu in enumerate(facts["gpus"])),
-            *([] if facts["gpus"] else [("gpu", "none")]),
+            ("gpu", "" if facts["gpus"] else "none"),
             ("plain reload", facts["transformers_reload"]),
         ]
     )
@@ -380,14 +380,12 @@ def _retained(report: CompressionReport) -> str:
     return f"{share(report.retain_ratio)} of the parameters of each matrix"
 
 
-def _latency_facts(report: CompressionReport) -> list[tuple[str, str]]:
+def _latency(report: CompressionReport) -> str:
     if report.costs is None:
-        return []
+        return ""
     dense, after = (report.decode_seconds[key] for key in ("dense", "after"))
-    text = (
-        f"{dense * 1e3:.2f} -> {after * 1e3:.2f} ms per token, {share(after / dense)}, as predicted for {report.costs}"
-    )
-    return [("decoding", text)]
+    times = f"{dense * 1e3:.2f} -> {after * 1e3:.2f} ms per token, {share(after / dense)}"
+    return f"{times}, as predicted for {report.costs}"
 
 
 def _column_order(name: str) -> tuple[int, str]:

@@ -52,6 +52,11 @@ def test_tables_keep_numbers_on_one_line(
     assert max(map(len, lines)) <= width
 
 
+def test_facts_without_a_value_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    print_facts([("form", ""), ("time", "1 s")])
+    assert capsys.readouterr().out.split() == ["time", "1", "s"]
+
+
 def bars(*, terminal: bool) -> tuple[StepBars, io.StringIO]:
     stream = io.StringIO()
     return StepBars(Console(file=stream, force_terminal=terminal, force_interactive=terminal, width=80)), stream
