@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grasp.checkpoint.card import read_card, read_evaluation, with_results
-from grasp.checkpoint.inspection import inspect_checkpoint
+from grasp.checkpoint.inspection import Inspection, inspect_checkpoint
 from grasp.errors import CheckpointError, ResultsError
 from grasp.files import Contents, contents, require_writable, write_whole
 from grasp.formatting import json_text
@@ -31,7 +31,7 @@ def require_replaceable(output: Path) -> Contents:
     seen = contents(output)
     if output.exists() and read_evaluation(output) is None:
         raise ResultsError(f"{output} exists and holds no results of `grasp evaluate`; give another name")
-    if _has_our_card(output.parent):
+    if _with_our_card(output.parent) is not None:
         read_card(read_text_file(output.parent / "README.md", "a model card in UTF-8", CheckpointError))
     return seen
 
@@ -42,34 +42,25 @@ def write(result: Evaluation, output: Path, seen: Contents | None = None) -> Non
     The file is complete or not written. With ``seen``, only these contents are replaced.
 
     Raises:
-        GraspError: if a file cannot be written.
+        GraspError: if a file cannot be written, or the card or the model cannot be read.
         OccupiedError: if the file does not have the contents ``seen``; the message has the name of the new file.
     """
     write_whole(output, json_text(result.to_dict()), seen=seen)
-    if _has_our_card(output.parent):
-        _update_card(output.parent)
+    folder = output.parent
+    if (checkpoint := _with_our_card(folder)) is not None:
+        card = with_results(
+            read_text_file(folder / "README.md", "a model card in UTF-8", CheckpointError),
+            [results for path in sorted(folder.glob("*.json")) if (results := read_evaluation(path)) is not None],
+            parameters=checkpoint.parameters,
+            before=checkpoint.parameters_before,
+        )
+        write_whole(folder / "README.md", card)
 
 
-def _has_our_card(folder: Path) -> bool:
-    """Whether a folder is a compressed checkpoint with a model card. Cards of dense models are not changed."""
+def _with_our_card(folder: Path) -> Inspection | None:
+    """The compressed checkpoint in a folder, if it has a model card. Cards of dense models are not changed."""
     names = ("README.md", "config.json")
     if not (all((folder / name).is_file() for name in names) and any(folder.glob("*.safetensors"))):
-        return False
-    return inspect_checkpoint(folder).is_compressed
-
-
-def _update_card(folder: Path) -> None:
-    """Replace the results in the model card of a folder by those of the folder's result files.
-
-    Raises:
-        CheckpointError: if the model cannot be read.
-        GraspError: if the card cannot be read or written.
-    """
-    inspection = inspect_checkpoint(folder)
-    text = with_results(
-        read_text_file(folder / "README.md", "a model card in UTF-8", CheckpointError),
-        [results for path in sorted(folder.glob("*.json")) if (results := read_evaluation(path)) is not None],
-        parameters=inspection.parameters,
-        before=inspection.parameters_before,
-    )
-    write_whole(folder / "README.md", text)
+        return None
+    checkpoint = inspect_checkpoint(folder)
+    return checkpoint if checkpoint.is_compressed else None
