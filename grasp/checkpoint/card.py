@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from grasp.builtin import BUILTIN_LICENSE, BUILTIN_NAME
 from grasp.calibration import NAMED_TEXTS
-from grasp.checkpoint.inspection import inspect_checkpoint
+from grasp.checkpoint.inspection import Inspection, LowRankModule
 from grasp.errors import CheckpointError, GraspError
 from grasp.formatting import counts, one_line, printable, score_rows
 from grasp.loading import BAD_ANSWERS, HUB_ERRORS
@@ -85,7 +85,7 @@ without a number there is one per row."""
 
 
 class _CardLayer(NamedTuple):
-    """A low-rank layer in the table of a card; parameters include the bias."""
+    """A low-rank layer in the table of a card, beside ``LowRankModule``; parameters include the bias."""
 
     rank: int
     in_features: int
@@ -125,19 +125,9 @@ def model_card(
     return _render(model.config.model_type, layers, storages, sizes, base_model, license or {}, details)
 
 
-def folder_card(
-    directory: str | Path, *, base_model: str | None = None, license: Mapping[str, str] | None = None
-) -> str:
-    """Return the card of a checkpoint folder, from the headers of its files. Arguments: see ``model_card``.
-
-    Raises:
-        CheckpointError: as ``inspect_checkpoint``.
-    """
-    checkpoint = inspect_checkpoint(directory)
-    layers = {
-        m.name: _CardLayer(m.rank, m.in_features, m.out_features, m.parameters, m.dense_parameters, m.form)
-        for m in checkpoint.modules
-    }
+def folder_card(checkpoint: Inspection, *, base_model: str | None, license: Mapping[str, str] | None = None) -> str:
+    """Return the card of a checkpoint folder. Arguments: see ``model_card``."""
+    layers = {module.name: module for module in checkpoint.modules}
     storages = list(checkpoint.quantized.values())
     sizes = checkpoint.parameters, checkpoint.parameters_before
     return _render(checkpoint.model_type, layers, storages, sizes, base_model, license or {}, "")
@@ -145,7 +135,7 @@ def folder_card(
 
 def _render(
     model_type: str,
-    layers: Mapping[str, _CardLayer],
+    layers: Mapping[str, _CardLayer | LowRankModule],
     storages: Sequence[str],
     sizes: tuple[int, int | None],
     base_model: str | None,
@@ -319,8 +309,8 @@ def _code(name: str) -> str:
     return "`" + printable(name).replace("`", "'").replace("|", r"\|") + "`"
 
 
-def _rows(layers: Mapping[str, _CardLayer]) -> list[str]:
-    groups: dict[str, dict[str, _CardLayer]] = defaultdict(dict)
+def _rows(layers: Mapping[str, _CardLayer | LowRankModule]) -> list[str]:
+    groups: dict[str, dict[str, _CardLayer | LowRankModule]] = defaultdict(dict)
     for path, layer in layers.items():
         match = _LAYER.fullmatch(path)
         groups[match["layer"] if match else "model"][match["module"] if match else path] = layer

@@ -158,7 +158,7 @@ def _require_card(folder: Path, checkpoint: Inspection) -> None:
         source = str(checkpoint.report.request.get("model", "")) if checkpoint.report else ""
         base_model = BUILTIN_NAME if source == BUILTIN else source or None
         license = read_license(base_model) if base_model else {}
-        write_whole(file, folder_card(folder, base_model=base_model, license=license), seen={})
+        write_whole(file, folder_card(checkpoint, base_model=base_model, license=license), seen={})
     read_card(read_text_file(file, "a model card in UTF-8", CheckpointError))
 
 

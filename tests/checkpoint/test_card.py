@@ -29,6 +29,7 @@ from grasp.checkpoint.card import (
     with_sizes,
     without_results,
 )
+from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.checkpoint.saving import save_checkpoint
 from grasp.errors import CheckpointError
 from grasp.model.lowrank_linear import LowRankLinear
@@ -210,7 +211,8 @@ def test_a_number_that_is_not_finite_is_not_shown(model: PreTrainedModel) -> Non
 
 def test_the_card_of_a_folder_says_what_that_of_the_model_says(model: PreTrainedModel, tmp_path: Path) -> None:
     save_checkpoint(model, tmp_path / "out")
-    cards = folder_card(tmp_path / "out", base_model="a/b"), model_card(model, base_model="a/b")
+    checkpoint = inspect_checkpoint(tmp_path / "out")
+    cards = folder_card(checkpoint, base_model="a/b"), model_card(model, base_model="a/b")
     assert len({tuple(sorted(re.split(r" *[\n,|] *", card))) for card in cards}) == 1  # modules in any order
 
 
