@@ -29,9 +29,9 @@ from grasp.checkpoint.run_state import RunState
 from grasp.checkpoint.saving import LICENSES, check_directory, read_texts, require_space, save_checkpoint
 from grasp.compress import compress_
 from grasp.compression.batch_size import fitting_batch_size
-from grasp.compression.device_speed import decomposition_notice, measure_rates
+from grasp.compression.device_speed import Rates, card_rates, decomposition_notice, measure_rates
 from grasp.compression.eligible import eligible_targets
-from grasp.compression.estimate import estimate
+from grasp.compression.estimate import Estimate, estimate
 from grasp.compression.job import CompressionJob
 from grasp.compression.memory_budget import check_budgets
 from grasp.config import GraspConfig
@@ -50,6 +50,7 @@ from grasp.workflows.guards import kernel_notice, require_known, within_memory
 from grasp.workflows.kinds import batches_by_kind, finite_pairs, losses_by_kind
 from grasp.workflows.quantize import QUANTIZATION, quantization_text
 from grasp.workflows.samples import Samples, draw, public_model_name, public_text_name, read_for
+from grasp_kernels.roofline import Card
 
 TOKENS_PER_INPUT = 4  # of the widest linear; a rule of thumb: with fewer tokens SmolLM2-135M lost clearly more
 
@@ -214,9 +215,15 @@ def _prepare(
         return  # the layers cannot run without data; everything else about the model is checked by ``compress_``
     stored = sum(path.stat().st_size for path in state.folder.iterdir())
     require_space(state.folder, max(0, cost.memory.disk - stored))
-    basis, tokens = BASES[config.basis], cost.batch_size * samples.seq_len
-    rates = measure_rates(cost.largest_matrix, tokens, dtype=job.sweep_dtype, device=job.device, basis=basis)
-    expect(cost.time_left(rates))
+    expect(cost.time_left(rates_for(job, cost)))
+
+
+def rates_for(job: CompressionJob, cost: Estimate, card: Card | None = None) -> Rates:
+    """FLOPs per second of a compression: the peaks of a card, or measured on the device of the job."""
+    basis, tokens = BASES[job.config.basis], cost.batch_size * job.seq_len
+    if card is not None:
+        return card_rates(card, tokens, dtype=job.sweep_dtype, basis=basis)
+    return measure_rates(cost.largest_matrix, tokens, dtype=job.sweep_dtype, device=job.device, basis=basis)
 
 
 def _notices(model: PreTrainedModel, config: GraspConfig, samples: Samples) -> Iterator[str]:

@@ -12,7 +12,7 @@ from grasp.bench.costs import costs_for, find_costs
 from grasp.checkpoint.saving import check_directory
 from grasp.compression.batch_size import largest_batch_size
 from grasp.compression.budget import find_prices
-from grasp.compression.device_speed import Rates, card_rates, measure_rates
+from grasp.compression.device_speed import Rates
 from grasp.compression.eligible import eligible_targets
 from grasp.compression.estimate import Estimate, estimate
 from grasp.compression.job import CompressionJob
@@ -20,8 +20,7 @@ from grasp.compression.layer_cost import Tracer
 from grasp.compression.memory_budget import FREE_FRACTION, check_budgets, free_bytes
 from grasp.config import GraspConfig
 from grasp.loading import find_device, load_config
-from grasp.method.basis import BASES
-from grasp.workflows.compress import check_costs
+from grasp.workflows.compress import check_costs, rates_for
 from grasp.workflows.samples import Samples
 from grasp_kernels.roofline import Card
 
@@ -111,7 +110,7 @@ def dry_run(
     if host_memory is None and free is not None and not job.on_cpu:
         host_memory = int(FREE_FRACTION * free_bytes(torch.device("cpu")) / processes)
     result = _estimate(job, samples, memory, host_memory)
-    rates = _rates(job, result, card)
+    rates = rates_for(job, result, card)
     return DryRun(
         model=name,
         output=str(target),
@@ -149,13 +148,6 @@ def _estimate(job: CompressionJob, samples: Samples, memory: int | None, host_me
     if size == "auto":
         size = 1 if memory is None else largest_batch_size(job, memory).batch_size
     return estimate(job, size, memory=memory, host_memory=host_memory)
-
-
-def _rates(job: CompressionJob, result: Estimate, card: Card | None) -> Rates:
-    tokens, basis = result.batch_size * job.seq_len, BASES[job.config.basis]
-    if card:
-        return card_rates(card, tokens, dtype=job.sweep_dtype, basis=basis)
-    return measure_rates(result.largest_matrix, tokens, dtype=job.sweep_dtype, device=job.device, basis=basis)
 
 
 def _require_reachable(job: CompressionJob, costs: str) -> None:
