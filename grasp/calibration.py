@@ -349,16 +349,9 @@ def batches_and_others(
     seed: int,
     others: int,
 ) -> tuple[list[CalibrationBatch], list[CalibrationBatch]]:
-    """Draw the batches of ``token_batches``, and batches of other sequences of the text, as many as it has if too few.
+    """Draw the batches of ``token_batches``, and batches of ``others`` more sequences, or as many as the text has.
 
-    Args:
-        tokenizer: as ``token_batches`` takes it, like the arguments that follow.
-        text: the text or its pieces.
-        num_samples: sequences of the first result.
-        seq_len: tokens in each sequence.
-        batch_size: sequences in a batch.
-        seed: selects the sequences; those of the first result do not depend on ``others``.
-        others: sequences of the second result.
+    The first result does not depend on ``others``.
 
     Raises:
         CalibrationError, ValueError: as ``token_batches``.

@@ -94,12 +94,7 @@ def require_writable(target: Path, *, parents: bool = False) -> None:
 
 
 def write_whole(target: Path, content: str | bytes, *, seen: Contents | None = None) -> None:
-    """Write a file in one step: it is complete, or as it was. It survives a loss of power.
-
-    Args:
-        target: the file; missing parents are created.
-        content: of the file.
-        seen: see ``replacing``.
+    """Write a file in one step, with its missing parents: it is complete, or as it was. It survives a loss of power.
 
     Raises:
         GraspError: if it cannot be written; as ``replacing`` with ``seen``.

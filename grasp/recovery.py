@@ -400,13 +400,7 @@ def planned_steps(sequences: Sequence[TrainingSequence], config: RecoveryConfig)
 
 
 def learning_rate_at(step: int, steps: int, peak: float) -> float:
-    """``p·(i + 1)/w`` for the first ``w = ⌈n/20⌉`` steps, then ``p·(1 + cos(π(i - w)/(n - w)))/2``.
-
-    Args:
-        step: i, from 0.
-        steps: n, the number of steps.
-        peak: p.
-    """
+    """``peak·(i + 1)/w`` at step i < w = ⌈n/20⌉ of n, then ``peak·(1 + cos(π(i - w)/(n - w)))/2``."""
     warm = math.ceil(WARM_UP * steps)
     if step < warm:
         return peak * (step + 1) / warm

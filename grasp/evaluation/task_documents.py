@@ -78,10 +78,6 @@ def find_source(source: str | Path) -> Path:
 def read_documents(folder: Path, task: str) -> Documents:
     """Read the documents of a task: ``folder/TASK.jsonl``, else the Arrow files of its test or validation split.
 
-    Args:
-        folder: see ``find_source``.
-        task: name of a task of lm-eval.
-
     Raises:
         TaskError: if the folder has none, or they cannot be read.
     """

@@ -80,13 +80,7 @@ def write_report(directory: Path, output: Path, results: Sequence[Path] = ()) ->
 
 
 def render(report: CompressionReport, folder: str, records: Sequence[Record] = ()) -> str:
-    """The page as text.
-
-    Args:
-        report: of the compression.
-        folder: name of the checkpoint folder.
-        records: benchmark results of the same model.
-    """
+    """The page of the checkpoint folder of that name as text; ``records`` are of the same model."""
     model = str(report.request.get("model", "a model"))
     sections = {
         "Compression": _compression(report),

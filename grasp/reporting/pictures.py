@@ -79,14 +79,7 @@ def of_results(records: Sequence[Record]) -> list[Picture]:
 def of_comparisons(
     name: str, title: str, comparisons: Mapping[Comparison, Data], draw: Callable[[Data], Figure]
 ) -> list[Picture]:
-    """One figure for each comparison.
-
-    Args:
-        name: start of the file names.
-        title: start of the titles.
-        comparisons: data of each figure.
-        draw: makes a figure from its data.
-    """
+    """One figure for each comparison. Its file name begins with ``name``, its title with ``title``."""
     return [
         Picture(
             f"{name}-{re.sub('[^a-z0-9]+', '-', comparison.title.lower()).strip('-')}",

@@ -14,13 +14,7 @@ from grasp.reporting.html import not_measured, paragraph, table
 
 
 def result_tables(records: Sequence[Record], model: str, folder: str) -> Iterator[str]:
-    """A table for each class of records, or the command that measures them.
-
-    Args:
-        records: results of the compressed model.
-        model: name of the model before.
-        folder: name of the checkpoint folder.
-    """
+    """A table for each class of records, or the command that measures them: ``folder`` has the compressed ``model``."""
     by_class = grouped(records, lambda record: type(record))
     for record_class in dict.fromkeys([*RECORDS, *by_class]):
         if record_class in by_class:

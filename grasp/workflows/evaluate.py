@@ -55,14 +55,11 @@ def evaluate(
     """Measure a model: its size, its perplexity on a text, its scores on tasks.
 
     Args:
-        name: of the model, as ``load_model`` takes it.
+        name: as ``load_model`` takes it; ``dtype`` and ``device`` likewise.
         source: text as ``read_pieces`` takes it; ``None`` for no perplexity.
         tasks: the tasks; ``None`` for no scores.
-        window: see ``perplexity``.
-        stride: see ``perplexity``.
+        window: see ``perplexity``; ``stride`` too.
         batch_size: windows, or answers of tasks, per forward pass.
-        dtype: see ``load_model``.
-        device: see ``load_model``.
         progress: called as ``progress(step, done, total)``.
 
     Raises:

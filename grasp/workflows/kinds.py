@@ -27,8 +27,6 @@ def batches_by_kind(
     """Token batches of each kind of built-in text, of the parts that no calibration reads; {} if they cannot be had.
 
     Args:
-        model: that the losses are of.
-        tokenizer: of the model.
         seq_len: tokens of a sequence, at most; 512 at most are taken, and as many as the model has positions.
         notify: called with one line if their package is missing, or the tokenizer is of another model.
     """
