@@ -56,15 +56,13 @@ def open_regular(path: str | Path, expected: str, error: type[Exception] = Grasp
     return os.fdopen(descriptor, "rb")
 
 
-def read_text_file(path: str | Path, expected: str, error: type[Exception] = GraspError, *, limit: int = LIMIT) -> str:
+def read_text_file(path: str | Path, expected: str, error: type[Exception] = GraspError) -> str:
     """Read a whole UTF-8 file; line ends become ``"\\n"``.
 
-    Args:
-        path: as for ``open_regular``; ``expected`` and ``error`` too.
-        limit: its largest size in bytes.
+    Arguments: see ``open_regular``.
 
     Raises:
-        GraspError: of the class ``error``; as ``open_regular``, or the file is larger or not UTF-8.
+        GraspError: of the class ``error``; as ``open_regular``, or the file is larger than ``LIMIT`` or not UTF-8.
 
     Example:
         >>> read_text_file("/etc", "a model card")
@@ -73,11 +71,11 @@ def read_text_file(path: str | Path, expected: str, error: type[Exception] = Gra
     """
     with open_regular(path, expected, error) as file:
         try:
-            content = b"" if (length := os.fstat(file.fileno()).st_size) > limit else file.read(limit + 1)
+            content = b"" if (length := os.fstat(file.fileno()).st_size) > LIMIT else file.read(LIMIT + 1)
         except OSError as reason:
             raise error(f"{path} cannot be read ({_reason(reason)}); expected {expected}") from reason
-    if max(length, len(content)) > limit:
-        raise error(f"{path} has more than {size(limit)}; expected {expected}")
+    if max(length, len(content)) > LIMIT:
+        raise error(f"{path} has more than {size(LIMIT)}; expected {expected}")
     text = _decoded(content, str(path), expected, error).removeprefix(_MARK)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 

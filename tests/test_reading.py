@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from grasp import reading
 from grasp.errors import GraspError, ResultsError
 from grasp.reading import LIMIT, open_regular, parse_json, read_json, read_lines, read_text_file
 
@@ -66,15 +67,17 @@ def test_a_path_with_a_nul_character_is_refused() -> None:
         open_regular("a\0b", WANTED)
 
 
-def test_a_large_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_a_large_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = special_file(tmp_path, "sparse")
     for read in (read_text_file, read_json, lambda *given: list(read_lines(*given))):
         with pytest.raises(GraspError, match=r"has more than 64\.0 MB; expected"):
             read(path, WANTED)
     (tmp_path / "text").write_text("abcd")
-    assert read_text_file(tmp_path / "text", WANTED, limit=4) == "abcd"
+    monkeypatch.setattr(reading, "LIMIT", 4)
+    assert read_text_file(tmp_path / "text", WANTED) == "abcd"
+    monkeypatch.setattr(reading, "LIMIT", 3)
     with pytest.raises(GraspError, match="has more than 3 B"):
-        read_text_file(tmp_path / "text", WANTED, limit=3)
+        read_text_file(tmp_path / "text", WANTED)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
