@@ -95,14 +95,10 @@ def show_dry_run(result: DryRun) -> None:
             for sweep in cost.sweeps
         ],
     )
-    bytes_by_use = [(name.replace("_", " "), value) for name, value in vars(memory).items() if name != "on_cpu"]
-    print_table(
-        ("FLOPs for", "", "bytes of", ""),
-        [
-            (*(("", "") if work is None else (work[0].replace("_", " "), f"{work[1]:.2e}")), *_use(use))
-            for work, use in zip_longest(vars(cost.flops).items(), bytes_by_use)
-        ],
-    )
+    work = [(name.replace("_", " "), f"{flops:.2e}") for name, flops in vars(cost.flops).items()]
+    use = [(name.replace("_", " "), size(stored)) for name, stored in vars(memory).items() if name != "on_cpu"]
+    rows = [(*left, *right) for left, right in zip_longest(work, use, fillvalue=("", ""))]
+    print_table(("FLOPs for", "", "bytes of", ""), rows)
 
 
 def _sharing(result: DryRun) -> str:
@@ -129,10 +125,6 @@ def _device_memory(result: DryRun) -> str:
     budget = "" if result.memory is None else f", budget {size(result.memory)}"
     free = "" if result.free_bytes is None else f"; {size(result.free_bytes)} are free"
     return f"{size(result.estimate.memory.peak)} above the model's ({least}{budget}){free}"
-
-
-def _use(use: tuple[str, int] | None) -> tuple[str, str]:
-    return ("", "") if use is None else (use[0], size(use[1]))
 
 
 def show_evaluation(result: Evaluation) -> None:
