@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.bench.costs import costs_for, find_costs
 from grasp.builtin import BUILTIN
-from grasp.calibration import NAMED_TEXTS
 from grasp.checkpoint.card import model_card, read_license
 from grasp.checkpoint.compression_report import (
     COMPRESSED,
@@ -382,7 +381,6 @@ def _losses(title: str, text: str, columns: Sequence[Column], rows: Sequence[obj
 
 def _description(samples: Samples, report: CompressionReport) -> str:
     """Describe the compression for the model card."""
-    source = samples.source if samples.source in NAMED_TEXTS else "a text file"
     config = GraspConfig.from_dict(report.config)
     selected = "as requested" if config.layers is not None else "the ones with the lowest block influence"
     if report.scope == "model":
@@ -391,8 +389,8 @@ def _description(samples: Samples, report: CompressionReport) -> str:
     removed = f"Removed layers: {layer_ranges(report.removed_layers)}. " if report.removed_layers else ""
     text = (
         f"## How it was made\n\n{removed}"
-        f"Compressed layers: {', '.join(map(str, report.redundant_layers)) or 'none'} ({selected}). Calibrated on "
-        f"{samples.num_samples} sequences of {samples.seq_len} tokens of {source} (seed {samples.seed}). "
+        f"Compressed layers: {', '.join(map(str, report.redundant_layers)) or 'none'} ({selected}). "
+        f"Calibrated on {samples}. "
     )
     if report.compressed:
         text += f"The most important singular groups were kept, {budget} "

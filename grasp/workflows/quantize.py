@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from grasp.builtin import BUILTIN
-from grasp.calibration import NAMED_TEXTS, read_pieces
+from grasp.calibration import read_pieces
 from grasp.checkpoint.card import model_card, read_license, with_section, with_sizes, without_results
 from grasp.checkpoint.compression_report import FILE_NAME, KindLoss, kinds_of, kinds_text
 from grasp.checkpoint.inspection import Inspection, inspect_checkpoint
@@ -178,11 +178,7 @@ def quantization_text(before: Size, after: Size, stored: str, samples: Samples |
     """What a model card says about the quantisation; ``stored`` says how the linears of the layers are stored."""
     how = "rounded to the nearest value"
     if samples is not None:
-        text = samples.source if samples.source in NAMED_TEXTS else "a text file"
-        how = (
-            f"fitted to the outputs of the unquantised model, and rounded such that these change least, on "
-            f"{samples.num_samples} sequences of {samples.seq_len} tokens of {text} (seed {samples.seed})"
-        )
+        how = f"fitted to the outputs of the unquantised model, and rounded such that these change least, on {samples}"
     return (
         f"The linears of the decoder layers are stored as {stored}, {how}. The output layer is int8, and so are "
         "embeddings, or int4 if linears are and the two share no weight. "

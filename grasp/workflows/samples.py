@@ -36,6 +36,10 @@ class Samples:
     batch_size: int | Literal["auto"] = 1
     seed: int = 0
 
+    def __str__(self) -> str:
+        text = self.source if self.source in NAMED_TEXTS else "a text file"
+        return f"{self.num_samples} sequences of {self.seq_len} tokens of {text} (seed {self.seed})"
+
 
 def read_for(samples: Samples, notify: Notify) -> Iterable[str]:
     """Read a text, of a large file enough for the sequences and as much again, where those held out come from.
