@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -15,6 +16,10 @@ _MOST_BYTES = 10**18
 
 _MODEL = "A folder, a GGUF file, a name on the Hugging Face hub, or [bold]builtin[/bold] (SmolLM2-135M)."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)]
+CompressedDirectory = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A compressed checkpoint folder.", show_default=False)
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: CUDA where there is a GPU.", rich_help_panel="Run")
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -56,7 +57,4 @@ def costs(
     try:
         table.save(output)
     finally:  # also if the disk is full
-        if as_json:
-            console.print_json(table.to_dict())
-        else:
-            tables.show_costs(table, output)
+        console.print_result(table, partial(tables.show_costs, output=output), as_json=as_json)

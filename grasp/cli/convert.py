@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from grasp.cli.arguments import Json
+from grasp.cli.arguments import Directory, Json
 from grasp.cli.compress_options import Output
 from grasp.cli.root import app
 
 
 @app.command()
 def convert(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)],
+    directory: Directory,
     output: Output,
     to: Annotated[
         str,

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
-from grasp.cli.arguments import Json
+from grasp.cli.arguments import Directory, Json
 from grasp.cli.root import app
 
 
 @app.command()
-def inspect(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)],
-    as_json: Json = False,
-) -> None:
+def inspect(directory: Directory, as_json: Json = False) -> None:
     """Show the layers, ranks and bytes of a checkpoint without loading it.
 
     [bold]Example[/bold]

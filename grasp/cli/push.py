@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from grasp.cli.arguments import Json
+from grasp.cli.arguments import CompressedDirectory, Json
 from grasp.cli.root import app
 
 
 @app.command()
 def push(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A compressed checkpoint folder.", show_default=False)
-    ],
+    directory: CompressedDirectory,
     repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository.", show_default=False)],
     private: Annotated[
         bool, typer.Option("--private", help="Create the repository as private; refuse an existing public one.")

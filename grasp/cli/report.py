@@ -7,15 +7,13 @@ from typing import Annotated
 
 import typer
 
-from grasp.cli.arguments import Json
+from grasp.cli.arguments import CompressedDirectory, Json
 from grasp.cli.root import app
 
 
 @app.command()
 def report(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A compressed checkpoint folder.", show_default=False)
-    ],
+    directory: CompressedDirectory,
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file; an earlier page is replaced.")] = Path(
         "report.html"
     ),
