@@ -14,22 +14,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from grasp.checkpoint import run_folder
-from grasp.checkpoint.fingerprint import request_fingerprint
 from grasp.checkpoint.run_folder import RunFolder, read_data
 from grasp.checkpoint.saving import require_space
 from grasp.method.cost_table import CostTable
-from grasp.model.batch import CalibrationBatch
 from grasp.model.targets import Target
 from grasp.progress import Clock, Notify, no_notify
 from grasp.statistics.partial_sums import PartialSums, Sum
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
-
-    from grasp.config import GraspConfig
 
 
 class Decision(NamedTuple):
@@ -81,16 +76,8 @@ class NoState(PartialSums):
         if self._temporary is not None:
             self._temporary.cleanup()
 
-    def begin(
-        self,
-        model: PreTrainedModel,
-        batches: Sequence[CalibrationBatch],
-        held_out: Sequence[CalibrationBatch],
-        config: GraspConfig,
-        costs: CostTable | None,
-        clock: Clock,
-    ) -> None:
-        """Open the run, and add the time that it has taken so far to ``clock``."""
+    def begin(self, fingerprint: Callable[[], Mapping[str, Any]], costs: CostTable | None, clock: Clock) -> None:
+        """Open the run, and add the time that it has taken so far to ``clock``; here ``fingerprint`` is not called."""
 
     def note_progress(self, text: str) -> None:
         """Say how much of the run an interrupted process has done."""
@@ -188,15 +175,7 @@ class RunState(RunFolder, NoState):
         costs = self._stored_state().get("costs")
         return None if costs is None else CostTable.from_dict(costs)
 
-    def begin(
-        self,
-        model: PreTrainedModel,
-        batches: Sequence[CalibrationBatch],
-        held_out: Sequence[CalibrationBatch],
-        config: GraspConfig,
-        costs: CostTable | None,
-        clock: Clock,
-    ) -> None:
+    def begin(self, fingerprint: Callable[[], Mapping[str, Any]], costs: CostTable | None, clock: Clock) -> None:
         """Open the run: write the fingerprint of a new one, or verify the stored one.
 
         Raises:
@@ -204,7 +183,7 @@ class RunState(RunFolder, NoState):
         """
         clock.enter("identity")
         self._costs = None if costs is None else costs.to_dict()
-        state = self._begin(request_fingerprint(model, batches, held_out, config, costs), clock)
+        state = self._begin(fingerprint(), clock)
         if not state:
             self._write_state()
             return

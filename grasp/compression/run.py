@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from grasp.checkpoint.fingerprint import request_fingerprint
 from grasp.checkpoint.run_state import NoState
 from grasp.compression.budget import Prices, Targets, find_prices
 from grasp.compression.eligible import ModulesLeft, check_layers, eligible_targets, require_positions
@@ -116,7 +117,7 @@ def start_run(
         model, batches, config, linears, memory=memory, host_memory=host_memory, processes=processes
     )
     with processes.fail_together():
-        state.begin(model, batches, held_out, config, costs, clock)
+        state.begin(lambda: request_fingerprint(model, batches, held_out, config, costs), costs, clock)
     # Without a run folder, all processes use the temporary one of the first.
     state.folder = Path(processes.from_first(str(state.folder) if processes.first else ""))
     return Run(
