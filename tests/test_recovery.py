@@ -376,10 +376,10 @@ def test_a_run_folder_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path)
 
 def test_snapshots_are_written_at_most_once_per_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
-    store = RecoveryState._store
+    store = RecoveryState.write
     monkeypatch.setattr(
         RecoveryState,
-        "_store",
+        "write",
         lambda self, stem, tensors, notes: (written.append(notes["step"]), store(self, stem, tensors, notes))[1],
     )
     in_folder(tmp_path / "out.partial")

@@ -82,5 +82,5 @@ class RecoveryState(RunFolder, NoRecoveryState):
         with self._timed_write():
             tensors, notes = snapshot()
             require_space(self.folder, sum(tensor.nbytes for tensor in tensors.values()))
-            self._list("training", self._store("training", tensors, notes))
+            self._list("training", self.write("training", tensors, notes))
             self._write_state()

@@ -204,13 +204,17 @@ class RunFolder:
         self._last_write = time.monotonic()
         self._write_seconds = self._last_write - start
 
-    def _store(self, stem: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> str:
-        """Write a data file; its name, which has its digest."""
+    def write(self, stem: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any] | None = None) -> str:
+        """Write a data file; its name, which has its digest.
+
+        Raises:
+            ResumeError: if it cannot be written.
+        """
         draft = self.folder / _UNFINISHED / stem
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with self._writing(f"{stem}.safetensors"):
             try:
-                save_file(on_cpu, draft, {"grasp": json.dumps(notes)})
+                save_file(on_cpu, draft, {"grasp": json.dumps(notes or {})})
                 name = f"{stem}.{_file_digest(draft)[:_DIGITS]}.safetensors"
                 with replacing(self.folder / name, scratch=draft.parent) as temporary:
                     draft.rename(temporary)

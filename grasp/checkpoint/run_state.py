@@ -198,14 +198,6 @@ class RunState(RunFolder, NoState):
         if self._continued and not self._rank:
             self._notify(text)
 
-    def write(self, stem: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any] | None = None) -> str:
-        """Write a data file; its name, which has its digest.
-
-        Raises:
-            ResumeError: if it cannot be written.
-        """
-        return self._store(stem, tensors, notes or {})
-
     def record(self, files: Mapping[str, str | None], *, soon: bool = False, **values: Any) -> None:
         """List files in ``state.json``, and set attributes of the run, see ``NoState``. Rank 0 writes.
 
@@ -250,7 +242,7 @@ class RunState(RunFolder, NoState):
         notes = {"run": self._run, "done": done, "calls": {target.name: total.calls for target, total in sums.items()}}
         previous = self._stored_sums()
         with self._timed_write():
-            name = self._store(self._sums, {target.name: total.tensor for target, total in sums.items()}, notes)
+            name = self.write(self._sums, {target.name: total.tensor for target, total in sums.items()}, notes)
             for path in previous:
                 if path.name != name:
                     path.unlink()

@@ -98,7 +98,7 @@ def test_writing_is_held_to_its_share_of_the_time(folder: Path, monkeypatch: pyt
     now = [0.0]
     monkeypatch.setattr(run_folder.time, "monotonic", lambda: now[0])
     with RunState(folder) as state:
-        monkeypatch.setattr(state, "_store", lambda *_: now.__setitem__(0, now[0] + 10))
+        monkeypatch.setattr(state, "write", lambda *_: now.__setitem__(0, now[0] + 10))
         written = []
         for second in range(0, 1000, 5):
             now[0] = max(now[0], second)
