@@ -19,7 +19,6 @@ from grasp.reporting.figure_data import Latency, Load, Quality, Roof, Speed, Sto
 from grasp.reporting.figure_style import BLUE, COLOURS, GREY, MARKERS, PURPLE, VERMILLION, WIDTH
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
@@ -176,7 +175,6 @@ def excess_by_bytes(models: Mapping[str, Sequence[Stored]]) -> Figure:
     looks = _looks(itertools.chain.from_iterable(models.values()))
     figure, grid = _panels(2.2 * len(models) + 0.4, len(models), labels=len(looks), sharex=True)
     panels = grid[:, 0]
-    handles: dict[str, Artist] = {}
     for axes, (model, points) in zip(panels, models.items(), strict=True):
         _front(axes, pareto_front((point.of_dense * 100, point.excess) for point in points))
         for point in points:
@@ -192,10 +190,8 @@ def excess_by_bytes(models: Mapping[str, Sequence[Stored]]) -> Figure:
         )
         axes.set_title(model, loc="left")
         axes.set_ylabel("nats over dense")
-        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     panels[-1].set_xlabel("bytes, % of the dense model in bfloat16")
-    names = [fill(label, _LABEL_WIDTH) for label in handles]
-    figure.legend(list(handles.values()), names, loc="outside lower left", ncols=2)
+    _legend(figure, *panels)
     return figure
 
 
@@ -327,9 +323,12 @@ def _front(axes: Axes, places: Sequence[tuple[float, float]]) -> None:
     axes.step(*zip(*places, strict=True), "--", where="post", color=GREY, label="Pareto front", zorder=1)
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, [fill(label, _LABEL_WIDTH) for label in labels], loc="outside lower left", ncols=2)
+def _legend(figure: Figure, *panels: Axes) -> None:
+    """One legend of all labels of some axes, each once."""
+    legends = (zip(*axes.get_legend_handles_labels(), strict=True) for axes in panels)
+    handles = {label: handle for handle, label in itertools.chain.from_iterable(legends)}
+    names = [fill(label, _LABEL_WIDTH) for label in handles]
+    figure.legend(list(handles.values()), names, loc="outside lower left", ncols=2)
 
 
 def _looks(points: Iterable[Quality | Stored | Trade | Load | Speed]) -> dict[str, tuple[str, str]]:
