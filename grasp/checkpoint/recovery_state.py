@@ -58,8 +58,7 @@ class RecoveryState(RunFolder, NoRecoveryState):
         Raises:
             ResumeError: if it has another fingerprint, or a file is missing or damaged.
         """
-        if not self._begin(fingerprint, clock):
-            self._write_state()
+        self._begin(fingerprint, clock)
 
     def load(self) -> Snapshot | None:
         """The stored snapshot, or ``None``."""

@@ -148,7 +148,7 @@ class RunFolder:
         return state
 
     def _begin(self, fingerprint: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
-        """Begin a run, or verify the stored one and add its time to ``clock``; the stored state, {} for a new run.
+        """Store the fingerprint of a new run, or verify the stored one and add its time; the stored state, {} if new.
 
         Raises:
             ResumeError: as ``require_same`` does; or if a file is missing or damaged.
@@ -156,6 +156,7 @@ class RunFolder:
         self._clock = clock
         state = self.require_same(fingerprint)
         if not state:
+            self._write_state()
             return {}
         self.files = state["files"]
         for name in self.files.values():

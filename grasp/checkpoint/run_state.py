@@ -185,7 +185,6 @@ class RunState(RunFolder, NoState):
         self._costs = None if costs is None else costs.to_dict()
         state = self._begin(fingerprint(), clock)
         if not state:
-            self._write_state()
             return
         self.block_influence, self.cut, self.measured = state["block_influence"], state["cut"], state["measured"]
         if state["decision"] is not None:
