@@ -198,10 +198,8 @@ def with_results(
     if compressed or dense:
         rows = [
             f"| {label} | {score.on} | {_literal(score.metric)} | {score.text} |"
-            for label, score in (
-                *(("before compression", score) for score in dense),
-                *(("this model", score) for score in compressed),
-            )
+            for label, scores in (("before compression", dense), ("this model", compressed))
+            for score in scores
         ]
         parts += [f"## {_EVALUATION}", "\n".join([_EVALUATION_HEAD, *rows])]
     return "\n\n".join(parts) + "\n"
