@@ -9,7 +9,6 @@ from pathlib import Path, PurePath
 from grasp.bench.records import RECORDS
 from grasp.bench.schema import Record, case_text, grouped, notes
 from grasp.errors import ResultsError
-from grasp.formatting import Column
 from grasp.reporting.html import not_measured, paragraph, table
 
 
@@ -27,14 +26,11 @@ def result_tables(records: Sequence[Record], model: str, folder: str) -> Iterato
 
 def result_table(records: Sequence[Record]) -> str:
     """The records of one class as a table, with what all share above it and their notes below."""
-    first, varying = records[0], [column for column in records[0].case if _varies(column, records)]
+    first = records[0]
+    varying = [column for column in first.case if len({column.text_of(record) for record in records}) > 1]
     shared = case_text(first, [column for column in first.case if column not in varying])
     text = paragraph(f"All rows: {shared}.") if shared else ""
     return table(first.title, (*varying, *first.columns), records, text) + "".join(map(paragraph, notes(records)))
-
-
-def _varies(column: Column, records: Sequence[Record]) -> bool:
-    return len({column.text_of(record) for record in records}) > 1
 
 
 def require_same_model(records: Sequence[Record], model: str | None, folder: str, parameters: int, path: Path) -> None:
