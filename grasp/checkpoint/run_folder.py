@@ -43,12 +43,7 @@ class RunFolder:
     Each data file is a safetensors file with notes in its header. Its name has the digest of its bytes, so a file is
     never overwritten. ``state.json`` is the manifest: the fingerprint of the run, the files that belong to it, and a
     digest of itself. It is written after the files that it lists. Files that it does not list are ignored and removed.
-
-    Args:
-        folder: a new folder, or the folder of an unfinished run.
-        notify: called with one line of text when a run resumes or is interrupted.
-        rank: rank of this process.
-        processes: number of processes that share the work. All use the same folder; rank 0 writes.
+    Arguments: see ``grasp.checkpoint.run_state.RunState``.
 
     Raises:
         ResumeError: on entering, if another process uses the folder, it contains other files, its ``state.json`` is
