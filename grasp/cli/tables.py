@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from grasp.bench.schema import grouped
 from grasp.checkpoint.compression_report import KIND_COLUMNS, candidate_columns, kinds_text
-from grasp.checkpoint.inspection import Inspection, LowRankModule, short_name
+from grasp.checkpoint.inspection import Inspection, short_name
 from grasp.cli.console import print_facts, print_table, print_text
 from grasp.formatting import count, counts, duration, layer_ranges, score_rows, share, size
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from grasp.checkpoint.compression_report import CompressionReport
-    from grasp.checkpoint.recovery_report import RecoveryReport
     from grasp.method.cost_table import CostTable
     from grasp.workflows.compress import Compression
     from grasp.workflows.convert import Conversion
@@ -153,16 +153,13 @@ def _perplexity_facts(result: Evaluation) -> list[tuple[str, str]]:
     ]
 
 
-def _trained(report: RecoveryReport) -> str:
-    return f"in {report.factors} low-rank linears" if report.factors else "scales and norms of a quantised model"
-
-
 def show_recovery(result: Recovery) -> None:
     """Show the training, the held-out loss before and after, and the checkpoint folder."""
     report = result.report
+    trained = f"in {report.factors} low-rank linears" if report.factors else "scales and norms of a quantised model"
     print_facts(
         [
-            ("parameters", f"{count(report.trained_parameters)} {_trained(report)}"),
+            ("parameters", f"{count(report.trained_parameters)} {trained}"),
             ("trained on", f"{count(report.tokens)} tokens in {report.steps} steps"),
             (
                 "held-out loss",
@@ -269,26 +266,21 @@ def _print_parts(inspection: Inspection) -> None:
 def _print_rank_table(inspection: Inspection) -> None:
     """Show one row per compressed layer: the rank of each linear, and the share of parameters that is left."""
     names = sorted({short_name(module.name) for module in inspection.modules}, key=_column_order)
+    columns = ["layer", *(name.removesuffix("_proj") for name in names), "kept"]
+    influence = None
+    if (report := inspection.report) is not None:
+        influence = [score for layer, score in enumerate(report.block_influence) if layer not in report.removed_layers]
+        columns.append("BI")
     rows = []
     for layer, modules in grouped(inspection.modules, lambda module: module.layer).items():
         kept = sum(module.parameters for module in modules) / sum(module.dense_parameters for module in modules)
-        # The two c_proj of a layer of GPT-2 share a column.
-        ranks = [", ".join(map(_rank, (m for m in modules if short_name(m.name) == name))) or "-" for name in names]
-        rows.append([str(layer), *ranks, share(kept), *_report_columns(inspection, layer)])
-    columns = ["layer", *(name.removesuffix("_proj") for name in names), "kept"]
-    print_table(
-        columns + (["BI"] if inspection.report else []),
-        rows,
-        title="Ranks; p: pivoted" if any(map(_is_pivoted, inspection.modules)) else "Ranks",
-    )
-
-
-def _rank(module: LowRankModule) -> str:
-    return f"{module.rank}{'p' * _is_pivoted(module)}"
-
-
-def _is_pivoted(module: LowRankModule) -> bool:
-    return module.form == "pivoted"
+        ranks: dict[str, list[str]] = defaultdict(list)  # the two c_proj of a layer of GPT-2 share a column
+        for module in modules:
+            ranks[short_name(module.name)].append(f"{module.rank}{'p' * (module.form == 'pivoted')}")
+        row = [str(layer), *(", ".join(ranks[name]) or "-" for name in names), share(kept)]
+        rows.append(row if influence is None else [*row, f"{influence[layer]:.3f}"])
+    is_pivoted = any(module.form == "pivoted" for module in inspection.modules)
+    print_table(columns, rows, title="Ranks; p: pivoted" if is_pivoted else "Ranks")
 
 
 def show_costs(table: CostTable, output: Path) -> None:
@@ -382,14 +374,6 @@ def _latency(report: CompressionReport) -> str:
 
 def _column_order(name: str) -> tuple[int, str]:
     return (_COLUMNS.index(name) if name in _COLUMNS else len(_COLUMNS)), name
-
-
-def _report_columns(inspection: Inspection, layer: int) -> list[str]:
-    if inspection.report is None:
-        return []
-    scores, removed = inspection.report.block_influence, inspection.report.removed_layers
-    remaining = [score for index, score in enumerate(scores) if index not in removed]
-    return [f"{remaining[layer]:.3f}"]
 
 
 def _gpu(gpu: Mapping[str, Any]) -> str:
