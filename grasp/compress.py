@@ -75,8 +75,7 @@ def compress_(
         processes: the processes that share the work, all given the same arguments; all get the result.
         memory: bytes that may be taken on the device of the model, above the loaded model. What does not fit is done
             in parts, at the cost of one forward pass more per sweep; a layer that does not fit alone runs several
-            times. The result is the same. ``None``: 0.9 of
-            what is free.
+            times. The result is the same. ``None``: 0.9 of what is free.
         host_memory: likewise, of CPU memory beside a GPU. Hidden states that do not fit go to files.
 
     Returns:

@@ -111,9 +111,9 @@ def replacing(target: Path, *, scratch: Path | None = None, seen: Contents | Non
     """Yield a path for a new file or folder, which replaces ``target`` in one step when the block succeeds.
 
     Missing parents of ``target`` are created. Everything is flushed to the disk before and after the step. If the
-    block raises, nothing changes. If the process is killed, the temporary remains: see ``in_use``. A
-    folder that replaces one first gets a free name such as ``TARGET-2``. Then the two swap names, on Linux in one step.
-    The former one is removed at the end.
+    block raises, nothing changes. If the process is killed, the temporary remains: see ``in_use``. A folder that
+    replaces one first gets a free name such as ``TARGET-2``. Then the two swap names, on Linux in one step. The former
+    one is removed at the end.
 
     Args:
         target: the file or folder to replace; it may be missing.

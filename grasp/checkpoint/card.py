@@ -275,14 +275,12 @@ def read_evaluation(path: Path) -> dict[str, Any] | None:
     """Read a result file of ``grasp evaluate``; ``None`` if the file is anything else."""
     try:
         document = read_json(path, "a result of `grasp evaluate`")
-    except GraspError:
+        values = document.get("grasp", document)
+        is_result = values.keys() >= {"model", "text", "result", "size"} and _size(document) >= 0
+        _scores(document)
+    except (GraspError, AttributeError, KeyError, TypeError, ValueError):
         return None
-    values = document.get("grasp", document)
-    if not isinstance(values, Mapping) or not values.keys() >= {"model", "text", "result", "size"}:
-        return None
-    size, result = values["size"], values["result"]
-    is_result = isinstance(size, Mapping) and type(size.get("parameters")) is int
-    return document if is_result and (result is None or isinstance(result, Mapping)) else None
+    return document if is_result else None
 
 
 def read_license(source: str) -> dict[str, str]:

@@ -23,7 +23,12 @@ CompressedDirectory = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: CUDA where there is a GPU.", rich_help_panel="Run")
 ]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.", rich_help_panel="Run")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="float32, bfloat16, float16, or auto: as stored, float32 for GGUF and builtin.", rich_help_panel="Run"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 

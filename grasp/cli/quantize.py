@@ -17,8 +17,9 @@ Bits = Annotated[
     str,
     _rounding(
         metavar="8|4|fp8",
-        help="Bits of the linears in the decoder layers; others have 8. fp8 is for GPUs of compute capability 8.9 or "
-        "above: it has no CPU kernel.",
+        help="Bits of the linears in the decoder layers. The output layer has 8, and so has the embedding unless 4 are "
+        "asked for and it shares no weight with that layer. fp8 is for GPUs of compute capability 8.9 or above: it "
+        "has no CPU kernel.",
     ),
 ]
 Group = Annotated[

@@ -1,4 +1,4 @@
-"""``grasp quantize``: a dense or compressed model → a checkpoint with int8 or int4 weights."""
+"""``grasp quantize``: a dense or compressed model → a checkpoint with int8, int4 or fp8 weights."""
 
 from __future__ import annotations
 

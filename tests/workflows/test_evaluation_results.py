@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,8 +54,25 @@ def test_results_in_the_models_folder_are_in_its_card_beside_those_before_compre
     assert saved["grasp"]["result"]["perplexity"] == both.result.perplexity
     assert read_evaluation(folder / "results.json") == saved
     assert read_evaluation(folder / "config.json") is None
-    (folder / "results.json").write_text('{"model": 1, "text": 2, "result": null, "size": null}')
-    assert read_evaluation(folder / "results.json") is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": None},
+        {"result": {}},
+        {"result": {"perplexity": "x", "tokens": 1, "window": 2}},
+        {"results": {"piqa": {}}},
+        {"results": []},
+    ],
+    ids=str,
+)
+def test_a_file_that_only_resembles_a_result_is_none(changes: dict[str, Any], tmp_path: Path) -> None:
+    document = {"model": "a", "text": "b", "result": None, "size": {"parameters": 5}}
+    (tmp_path / "file.json").write_text(json.dumps(document))
+    assert read_evaluation(tmp_path / "file.json") == document
+    (tmp_path / "file.json").write_text(json.dumps(document | changes))
+    assert read_evaluation(tmp_path / "file.json") is None
 
 
 def test_a_folder_with_texts_of_something_else_is_no_models(tmp_path: Path) -> None:
