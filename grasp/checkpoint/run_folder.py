@@ -303,7 +303,7 @@ def read_data(path: Path, *keys: str) -> tuple[dict[str, Tensor], dict[str, Any]
             # Copies: the alignment of a tensor in the file may change the last bit of its products.
             tensors = {name: file.get_tensor(name).clone() for name in names}
             return tensors, json.loads(file.metadata()["grasp"])
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch opens the file, and raises RuntimeError
         raise ResumeError(f"reading {path} failed: {error}. Run the same command again to resume") from error
 
 

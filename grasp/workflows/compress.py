@@ -253,7 +253,7 @@ def worse_than_removal(report: CompressionReport) -> str | None:
         return None
     dense, after = losses.pop(DENSE), losses.pop(COMPRESSED)
     ((name, loss),) = losses.items()
-    if loss >= after:
+    if loss >= after or report.candidate_bytes[name] > report.after.bytes:  # threshold_ratio may keep less
         return None
     return (
         f"removing layers would lose less on held-out text: {loss - dense:+.3f} nats per token with {name}, "

@@ -166,6 +166,8 @@ def test_a_published_result_that_removing_layers_would_beat_is_said(
     assert notices[1] is not None
     assert name in notices[1]
     assert notices[2] is None
+    larger = replace(report, held_out_loss={**report.held_out_loss, name: 0.0}, candidate_bytes={name: 10**9})
+    assert worse_than_removal(larger) is None
 
 
 def test_the_card_lists_every_candidate(model: Path, samples: Samples, tmp_path: Path) -> None:
