@@ -15,8 +15,9 @@
  * the elements of a row are contiguous. x, y, bias and matrices that are not quantised have one dtype. Nothing outside
  * the shapes is read or written, and no pointer needs more alignment than its element.
  *
- * Sums are in float32. With AVX512_BF16 and at most 8 rows, quantised factors multiply x and h in fixed point instead:
- * 15 bits, or 22 for float32, below the largest of each 64 or 128 neighbours. An infinity in x then gives NaN.
+ * Sums are in float32. With AVX512_BF16 and at most 8 rows (of bf16 x 3 with 8 bits, and 4 with AMX), quantised factors
+ * multiply x and h in fixed point instead: 15 bits, or 22 for float32, below the largest of each 64 or 128 neighbours.
+ * An infinity in x then gives NaN.
  */
 #ifndef GRASP_LOWRANK_H
 #define GRASP_LOWRANK_H

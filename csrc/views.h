@@ -120,7 +120,7 @@ inline bool agree(const View &x, const GroupViews &group) {
     const int64_t outputs = group.outputs(), R = group.rank();
     return fits(Vh, Vh_scales, x.columns, x) && fits(U, U_scales, R, x) && (U.rows > 0 || order.data) && R > 0 &&
            x.columns > 0 && is_vector(s, R) && is_vector(bias, outputs) && is_vector(order, outputs) &&
-           group.scales_agree() && (!(order.data || Vh_scales.data) || !s.data) &&
+           group.scales_agree() && (!(order.data || bits_of(U) || bits_of(Vh)) || !s.data) &&
            (!order.data || order.dtype == INDEX) && x.dtype >= 0 &&
            (!s.data || s.dtype == GRASP_F32 || s.dtype == x.dtype) && (!bias.data || bias.dtype == x.dtype) &&
            y.dtype == x.dtype && y.rows == x.rows && y.columns == outputs;

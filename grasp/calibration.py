@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +29,8 @@ from grasp.progress import Notify, no_notify
 from grasp.reading import open_regular, read_text_file
 
 Split = Literal["calibration", "evaluation"]
+# The hub's client passes on the errors of its HTTP library.
+_HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
 
 
 class HubText(NamedTuple):
@@ -244,7 +247,7 @@ def _hub_text(name: str, split: Split, characters: int) -> str:
             length += len(row["text"])
             if HUB_TEXTS[name].files and length >= characters:
                 break
-    except (OSError, ValueError) as error:
+    except _HUB_ERRORS as error:
         raise CalibrationError(
             f"the text {name} cannot be fetched from the hub ({one_line(error)}). "
             f"Check the network, or use a text file or {BUILTIN!r}, which need none."

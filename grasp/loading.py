@@ -301,9 +301,9 @@ def _gguf_path(name: str) -> Path | None:
     """The GGUF file that a name stands for; ``None`` if it stands for a folder or a repository."""
     if name == BUILTIN:
         return builtin_model_path()
-    if not name.lower().endswith(".gguf"):
-        return None
     path = expanded(name)
+    if not name.lower().endswith(".gguf") or path.is_dir():
+        return None
     if not path.is_file():
         raise ModelNotFoundError(f"no file {name}; expected the path of a GGUF file")
     return path

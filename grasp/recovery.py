@@ -24,6 +24,7 @@ from grasp.checkpoint.fingerprint import model_fingerprint
 from grasp.checkpoint.recovery_report import Point, RecoveryReport
 from grasp.checkpoint.recovery_state import NoRecoveryState, Snapshot
 from grasp.errors import NonFiniteError
+from grasp.method.blocks import fp64_device
 from grasp.model.masters import Masters
 from grasp.model.quantized_linear import is_quantized
 from grasp.model.running import batch_inputs, evaluating, first_device
@@ -50,7 +51,7 @@ class RecoveryConfig:
             ``grasp.model.masters``. ``None``: 1e-4 for factors, 1e-3 for the scales of a quantised model. Pivoted
             factors are nearly as many as the weights: 2.5e-4 is too high for those of Gemma-3-270M (docs/study.md).
             A few factors stand ten times as much.
-        tokens: training tokens, repetitions included; ``None`` for one pass over the sequences.
+        tokens: training tokens, repetitions included; ``None`` for about one pass over the sequences.
         batch_size: sequences per optimizer step, over all processes.
         micro_batch_size: sequences per forward pass; gradients are accumulated. Memory limits it.
         seed: seed of the order of the sequences.
@@ -260,7 +261,7 @@ class _Training:
         for master in masters:
             if master.grad is None:  # this process has no sequences, or the factor does not affect the loss
                 master.grad = torch.zeros_like(master)
-        total = torch.tensor(loss, dtype=torch.float64, device=masters[0].device)
+        total = torch.tensor(loss, dtype=torch.float64, device=fp64_device(masters[0].device))
         self.processes.sum_([total, *(master.grad for master in masters if master.grad is not None)])
         norm = nn.utils.clip_grad_norm_(masters, MAX_GRAD_NORM)
         if not (math.isfinite(norm) and math.isfinite(total)):
@@ -301,7 +302,7 @@ class _Training:
         """
         local = self.held_out[self.processes.rank :: self.processes.size]
         loss = sum_nll(self.model, (collate([item]) for item in local))
-        total = torch.tensor(loss, dtype=torch.float64, device=first_device(self.model))
+        total = torch.tensor(loss, dtype=torch.float64, device=fp64_device(first_device(self.model)))
         self.processes.sum_([total])
         mean = total.item() / sum(int(item.counts.sum()) for item in self.held_out)
         if not math.isfinite(mean):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 
 from grasp import builtin, calibration
 from grasp.calibration import (
@@ -235,8 +236,9 @@ def test_c4_is_streamed_only_as_far_as_needed_and_never_the_same_shard_twice(hub
     assert calibration_files["train"] != hub.asked["data_files"]["validation"]
 
 
-def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", FakeHub(ConnectionError("Couldn't reach the Hub")))
+@pytest.mark.parametrize("error", [ConnectionError, HfHubHTTPError.__bases__[0]], ids=["datasets", "HTTP library"])
+def test_a_hub_that_cannot_be_reached_is_said_so(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", FakeHub(error("Couldn't reach the Hub")))
     with pytest.raises(CalibrationError, match=r"c4 cannot be fetched .*Couldn't reach the Hub.*'builtin'"):
         read_text("c4")
 

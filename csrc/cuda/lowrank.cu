@@ -76,7 +76,7 @@ grasp_status check(const grasp_input &x) {
 
 int64_t rows_of_U(const grasp_factors &group) { return group.order ? group.N - group.R : group.N; }
 
-grasp_status check_storage(const char *name, int32_t bits, int32_t columns, const void *scales,
+grasp_status check_storage(const char *name, int32_t bits, int32_t columns, const void *scales, int64_t rows,
                            const grasp_factors &group, const grasp_input &x) {
     if (bits == 0) return GRASP_OK;
     if (x.dtype == GRASP_F32) return fail(GRASP_UNSUPPORTED, "with quantised factors x must be in 16 bits");
@@ -85,7 +85,7 @@ grasp_status check_storage(const char *name, int32_t bits, int32_t columns, cons
                     "%s must have 8 or 4 bits and 0, 32, 64 or 128 columns per scale, got %d and %d", name, bits,
                     columns);
     }
-    if (!scales || (group.scales_dtype != GRASP_F32 && group.scales_dtype != x.dtype)) {
+    if ((!scales && rows > 0) || (group.scales_dtype != GRASP_F32 && group.scales_dtype != x.dtype)) {
         return fail(GRASP_BAD_ARGUMENT, "the scales of %s must be there, in float32 or dtype %d; got %p in %d", name,
                     x.dtype, scales, group.scales_dtype);
     }
@@ -113,8 +113,8 @@ grasp_status check(const grasp_factors &group, const grasp_input &x) {
     if (group.s && group.s_dtype != GRASP_F32 && group.s_dtype != x.dtype) {
         return fail(GRASP_BAD_ARGUMENT, "s must be float32 or of dtype %d, got %d", x.dtype, group.s_dtype);
     }
-    GRASP_TRY(check_storage("U", group.U_bits, group.U_group, group.U_scales, group, x));
-    GRASP_TRY(check_storage("Vh", group.Vh_bits, group.Vh_group, group.Vh_scales, group, x));
+    GRASP_TRY(check_storage("U", group.U_bits, group.U_group, group.U_scales, rows_of_U(group), group, x));
+    GRASP_TRY(check_storage("Vh", group.Vh_bits, group.Vh_group, group.Vh_scales, group.R, group, x));
     if (group.Vh_bits && group.s) return fail(GRASP_BAD_ARGUMENT, "s must be null if Vh is quantised, got %p", group.s);
     return GRASP_OK;
 }

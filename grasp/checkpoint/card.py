@@ -171,7 +171,12 @@ def _render(
 
 
 def with_results(
-    card: str, documents: Sequence[Mapping[str, Any]] = (), *, parameters: int = 0, before: int = 0
+    card: str,
+    documents: Sequence[Mapping[str, Any]] = (),
+    *,
+    parameters: int = 0,
+    before: int = 0,
+    is_quantized: bool = False,
 ) -> str:
     """Return a card with results of ``grasp evaluate``, as a table and as the hub's ``model-index``.
 
@@ -182,6 +187,7 @@ def with_results(
         documents: output of ``grasp evaluate --json``; without any, earlier results are removed.
         parameters: parameters of the card's model.
         before: parameters of the model before compression. Results of models of other sizes are ignored.
+        is_quantized: whether the card's model is; a number of it takes less than two bytes.
 
     Raises:
         CheckpointError: if the front matter cannot be read.
@@ -189,7 +195,7 @@ def with_results(
     read = read_card(card)
     compressed, dense = (
         sorted({score for document in documents if _size(document) == wanted for score in _scores(document)})
-        for wanted in (parameters, before)
+        for wanted in ((parameters, is_quantized), (before, False))
     )
     data = cast(ModelCardData, read.data)
     data.model_name = _title(read.text) if compressed else None
@@ -276,8 +282,8 @@ def read_evaluation(path: Path) -> dict[str, Any] | None:
     try:
         document = read_json(path, "a result of `grasp evaluate`")
         values = document.get("grasp", document)
-        is_result = values.keys() >= {"model", "text", "result", "size"} and _size(document) >= 0
-        _scores(document)
+        is_result = values.keys() >= {"model", "text", "result", "size"}
+        _size(document), _scores(document)
     except (GraspError, AttributeError, KeyError, TypeError, ValueError):
         return None
     return document if is_result else None
@@ -334,8 +340,10 @@ class _Score(NamedTuple):
     data: str
 
 
-def _size(document: Mapping[str, Any]) -> int:
-    return int(document.get("grasp", document)["size"]["parameters"])
+def _size(document: Mapping[str, Any]) -> tuple[int, bool]:
+    """The parameters of the model of a result, and whether it is quantised."""
+    size = document.get("grasp", document)["size"]
+    return int(size["parameters"]), int(size["bytes"]) < 2 * int(size["parameters"])
 
 
 def _scores(document: Mapping[str, Any]) -> list[_Score]:

@@ -182,7 +182,7 @@ class RunFolder:
         if foreign := [name for name in names if not self._belongs(self.folder / name)]:
             raise ResumeError(
                 f"{self.folder} is reserved for an unfinished run, but it contains {foreign[0]}, which no run "
-                "writes; move that folder, or choose another output"
+                "writes; remove that to resume the run, or choose another output"
             )
         data = [name for name in names if name not in ("lock", _UNFINISHED)]
         if data and not self._manifest.exists():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.errors import NonFiniteError
+from grasp.method.blocks import fp64_device, to_double
 from grasp.method.least_squares import Moments, fit_weight
 from grasp.method.rounding import Rounded, round_nearest, round_to_outputs
 from grasp.method.storage import OUTPUTS, Storage
@@ -212,16 +213,18 @@ def _rounded_left(U: Tensor, Vh: Tensor, rounded: Tensor, moment: Tensor | None,
     """
     if moment is None:
         return round_nearest(U, *storage)
-    right = rounded.double().mT
-    projected = moment.double() @ right  # Σ x̂ ĥᵀ
+    place = fp64_device(U.device)
+    right = to_double(rounded, place).mT
+    projected = to_double(moment, place) @ right  # Σ x̂ ĥᵀ
     gram = right.mT @ projected  # Σ ĥ ĥᵀ
     ridge = 4.0**-storage.bits / 4 * float(gram.diagonal().mean())
     if ridge == 0:
         return round_to_outputs(U, gram, *storage)
     damped = gram.clone()
     damped.diagonal().add_(ridge)
-    target = U.double() @ (Vh.double() @ projected)
-    return round_to_outputs(torch.linalg.solve(damped, target, left=False), gram, *storage)
+    target = to_double(U, place) @ (to_double(Vh, place) @ projected)
+    fitted = torch.linalg.solve(damped, target, left=False)
+    return round_to_outputs(fitted.to(U.device, torch.float32), gram, *storage)
 
 
 def _store_(module: nn.Module, name: str, rounded: Rounded) -> None:

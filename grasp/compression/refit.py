@@ -142,7 +142,7 @@ class _OddProducts:
     def __init__(self, module: LowRankLinear, weight: Tensor, dtype: torch.dtype, tokens: int) -> None:
         device, rank = module.Vh.device, module.rank
         self._left = weight[sampled_rows(len(weight))].to(device, dtype)
-        self._right = module.Vh.detach().to(dtype)
+        self._right = module.Vh.detach()
         self.totals = tuple(torch.zeros(rows, rank, device=device, dtype=dtype) for rows in (rank, len(self._left)))
         self._tokens = tokens
 
@@ -155,7 +155,7 @@ class _OddProducts:
     def add_(self, x: Tensor, seen: Tensor) -> None:
         """Add tokens, (T, K)."""
         gram, wanted = self.totals
-        outputs, projected = x.to(gram.dtype) @ self._left.mT, seen.to(gram.dtype) @ self._right.mT
+        outputs, projected = x.to(gram.dtype) @ self._left.mT, seen.to(gram.dtype) @ self._right.to(gram.dtype).mT
         accumulate_gram_(gram, projected)
         wanted.addmm_(outputs.mT, projected)
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from grasp.checkpoint.compression_report import ModuleReport, spectrum_indices
 from grasp.checkpoint.run_state import NoState
 from grasp.config import GraspConfig
-from grasp.method.blocks import fp64_device
+from grasp.method.blocks import fp64_device, to_double
 from grasp.method.knapsack import DENSE, ROUNDED
 from grasp.method.ranks import rank_for_threshold, retained_indices
 from grasp.method.rounding import round_to_outputs
@@ -120,7 +120,7 @@ def rounding_score(weight: Tensor, covariance: Covariance, storage: Storage, nam
     (more_A, total_A), (more_B, total_B) = (shrinkage(each, tokens, device, name) for each in (A, B))
     error = weight.float() - round_to_outputs(weight, A, *storage).matrix
     left, right = B.float() @ error + more_B * error, error @ A.float() + more_A * error
-    return (left * right).double().sum().reshape(1) / (total_A * total_B)
+    return to_double(left * right, device).sum().reshape(1) / (total_A * total_B)
 
 
 def read_selection(state: NoState, file: str) -> Selection:

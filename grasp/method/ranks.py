@@ -73,7 +73,7 @@ def retained_indices(importance: Tensor, rank: int) -> Tensor:
 
 def rank_for_threshold(importance: Tensor, threshold_ratio: float, shape: Shape, form: Form) -> int:
     """The fewest groups whose importance adds up to a fraction of the total, at most the break-even rank."""
-    ordered = importance.double().sort(descending=True).values
+    ordered = importance.cpu().double().sort(descending=True).values
     cumulative = ordered.cumsum(0)
     reached = int((cumulative < threshold_ratio * cumulative[-1]).sum()) + 1
     return max(1, min(reached, break_even_rank(shape, form), len(importance)))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grasp.method.blocks import fp64_device, to_double
 from grasp.method.ranks import Shape
 from grasp_kernels.quantized import dequantize
 
@@ -103,10 +104,10 @@ def round_to_outputs(
         As ``round_nearest``, on the device of ``weight``.
     """
     weight, values = weight.float(), _RANGES[kind, bits]
-    columns = _Order.by(moment.to(weight.device, torch.float64), _DAMPING)
+    columns = _Order.by(moment, _DAMPING, weight.device)
     if metric is None:
         return _round_columns(weight, columns, values, group)
-    rows = _Order.by(metric.to(weight.device, torch.float64), _METRIC_DAMPING)
+    rows = _Order.by(metric, _METRIC_DAMPING, weight.device)
     ordered, parts = weight[rows.order], []
     errors = torch.empty_like(ordered)
     for begin in range(0, len(ordered), _ROWS):
@@ -132,12 +133,13 @@ class _Order(NamedTuple):
     factor: Tensor
 
     @classmethod
-    def by(cls, moment: Tensor, damping: float) -> _Order:
+    def by(cls, moment: Tensor, damping: float, device: torch.device) -> _Order:
+        moment = to_double(moment.to(device), fp64_device(device))
         diagonal = moment.diagonal()
         order = diagonal.argsort(descending=True)
         damped, mean = moment[order][:, order], float(diagonal.mean())
         damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
-        return cls(order, torch.linalg.cholesky(damped.flip(0, 1)).float().flip(0, 1))
+        return cls(order.to(device), torch.linalg.cholesky(damped.flip(0, 1)).float().flip(0, 1).to(device))
 
 
 def _round_columns(weight: Tensor, columns: _Order, range_: _Range, group: int | None) -> Rounded:

@@ -128,11 +128,6 @@ class GraspHfQuantizer(HfQuantizer):
         values = dtype is not None and (dtype.itemsize == 1 or not dtype.is_floating_point)
         return None if values else super().get_new_dtype(converter, param, dtype)
 
-    def update_weight_conversions(self, weight_conversions: Sequence[Any], *model: PreTrainedModel) -> list[Any]:
-        """Leave out the conversions that touch a compressed module; transformers 5.17 gives no model."""
-        kept = _apart(weight_conversions, self.quantization_config)
-        return list(super().update_weight_conversions(kept, *model))
-
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
@@ -212,6 +207,8 @@ def mark_compressed(model: PreTrainedModel) -> None:
     if not low_rank and not quantized:
         if isinstance(quantizer, GraspHfQuantizer) or quantization_method(model.config) == METHOD:
             GraspHfQuantizer(GraspQuantizationConfig()).remove_quantization_config(model)
+        elif quantizer is None:
+            model.config.__dict__.pop("_is_quantized", None)  # of a quantisation that has failed
         return
     if quantizer is not None and not isinstance(quantizer, GraspHfQuantizer):
         raise CheckpointError(
@@ -251,9 +248,10 @@ def _conversions(model: PreTrainedModel) -> Sequence[Any]:
 
 
 def _apart(conversions: Sequence[Any], config: GraspQuantizationConfig) -> list[Any]:
-    """The conversions of a checkpoint's tensors that touch no compressed module.
+    """The conversions of a checkpoint's tensors, but those that join or split tensors of a compressed module.
 
-    Others may join q, k and v to one matrix, which factors of different ranks cannot become.
+    They may join q, k and v to one matrix, which factors of different ranks cannot become. What they would have joined
+    is stored, and loaded, under the names of the modules.
     """
     from transformers.core_model_loading import WeightConverter
 
@@ -262,6 +260,8 @@ def _apart(conversions: Sequence[Any], config: GraspQuantizationConfig) -> list[
 
     def is_apart(conversion: Any) -> bool:
         if not isinstance(conversion, WeightConverter):
+            return True
+        if len(conversion.source_patterns) == len(conversion.target_patterns) == 1:
             return True
         reverse = conversion.reverse_transform()
         return all(reverse.rename_source_key(name)[1] is None for name in names)

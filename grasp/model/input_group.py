@@ -129,10 +129,12 @@ class _PendingOutputs(NamedTuple):
 def _stamp(x: Tensor, factors: Factors) -> object:
     """Equal in two calls of a group if an output computed in the first is valid in the second, of the same factors."""
     if is_compiling():
-        return None  # the inputs of a graph do not change while it runs
+        return None  # the inputs of a graph do not change while it runs; writes between two graphs are not seen
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return is_grad_enabled(), autocast, _version(x), [_version(t) for t in factors if t is not None]
+    tensors = [x, *(factor for factor in factors if factor is not None)]
+    differentiable = is_grad_enabled() and [tensor.requires_grad for tensor in tensors]
+    return differentiable, autocast, [_version(tensor) for tensor in tensors]
 
 
 def _version(tensor: Tensor) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.errors import NonFiniteError
+from grasp.method.blocks import fp64_device, to_double
 from grasp.model.batch import CalibrationBatch, as_batches
 from grasp.model.hooks import hooked
 from grasp.model.running import backbone, batch_inputs, evaluating, hidden_input, hidden_output
@@ -65,7 +66,8 @@ def block_influence(
         start = indices[layer] - span + 1
         if start < 0:
             return
-        distances = cosine_distance(inputs.pop(start), hidden_output(output)).double()
+        distances = cosine_distance(inputs.pop(start), hidden_output(output))
+        distances = to_double(distances, fp64_device(distances.device))
         if mask is not None:
             distances = distances[mask.bool().to(distances.device)]
         sums[start] += distances.sum().cpu()

@@ -88,7 +88,7 @@ def convert(directory: Path, output: Path, form: Form, *, progress: Progress = n
     before = inspect_compressed(directory)
     remove_abandoned(target)
     texts = read_texts(directory, TEXTS)
-    model, tokenizer = load_quietly(str(directory), device="cpu", progress=progress)
+    model, tokenizer = load_quietly(str(directory.absolute()), device="cpu", progress=progress)
     require_floating_factors(model)
     require_space(target, model.get_memory_footprint())
     converted, left = convert_(model, form, progress)

@@ -51,8 +51,10 @@ def write(result: Evaluation, output: Path, seen: Contents | None = None) -> Non
         card = with_results(
             read_text_file(folder / "README.md", "a model card in UTF-8", CheckpointError),
             [results for path in sorted(folder.glob("*.json")) if (results := read_evaluation(path)) is not None],
-            parameters=checkpoint.parameters,
+            # The files have buffers too, which are no parameters.
+            parameters=checkpoint.parameters if checkpoint.report is None else checkpoint.report.after.parameters,
             before=checkpoint.parameters_before,
+            is_quantized=bool(checkpoint.quantized),
         )
         write_whole(folder / "README.md", card)
 

@@ -89,7 +89,7 @@ def export(directory: Path, output: Path, to: str, *, progress: Progress = no_pr
     inspect_checkpoint(directory)
     remove_abandoned(target)
     texts = read_texts(directory, LICENSES)
-    model, tokenizer = load_quietly(str(directory), device="cpu", progress=progress)
+    model, tokenizer = load_quietly(str(directory.absolute()), device="cpu", progress=progress)
     require_space(target, model.get_memory_footprint())
     step = f"writing {to}"
     progress(step, 0, 1)

@@ -119,7 +119,7 @@ def recover(
         if processes.first:
             remove_abandoned(target)  # all processes have checked the folder, which makes a temporary of the same name
         with within_memory(config.micro_batch_size, data.seq_len):
-            model, tokenizer = load_quietly(str(directory), dtype=dtype, device=device, progress=progress)
+            model, tokenizer = load_quietly(str(directory.absolute()), dtype=dtype, device=device, progress=progress)
             trained_parameters(model)  # raises before the text is read, which takes long
             dense = None
             if teacher is not None:

@@ -147,7 +147,7 @@ PERPLEXITY = {"perplexity": 24.25, "tokens": 4092, "window": 512}
 def document(parameters: int, *, text: str | None = None, acc: float | None = None) -> dict[str, Any]:
     """What ``grasp evaluate --json`` prints, as far as a card reads it."""
     evaluation = {"model": "/home/someone/small", "text": text, "result": PERPLEXITY if text else None}
-    evaluation["size"] = {"parameters": parameters}
+    evaluation["size"] = {"parameters": parameters, "bytes": 4 * parameters}
     if acc is None:
         return evaluation
     scores = {"name": "piqa", "acc,none": acc, "acc_stderr,none": 0.01, "sample_len": 500}
@@ -183,6 +183,18 @@ def test_results_are_shown_and_are_the_hubs_model_index(model: PreTrainedModel) 
     assert "0.99" not in shown
     assert "someone" not in shown
     assert "## How\n\nSo." in shown
+
+
+def test_results_before_quantisation_are_not_the_quantised_models(model: PreTrainedModel) -> None:
+    dense, quantised = (document(100, acc=acc) for acc in (0.5, 0.25))
+    quantised["grasp"]["size"]["bytes"] = 110
+    shown = with_results(
+        model_card(model, base_model=None), [dense, quantised], parameters=100, before=100, is_quantized=True
+    )
+    assert re.findall(r"\| (.*?) \|.*\| (0\.\d+) ±", shown) == [
+        ("before compression", "0.5000"),
+        ("this model", "0.2500"),
+    ]
 
 
 def test_results_take_the_place_of_earlier_ones_and_can_be_taken_out(model: PreTrainedModel) -> None:

@@ -111,6 +111,11 @@ def test_a_weight_that_is_nan_is_named() -> None:
     model.model.layers[0].mlp.up_proj.Vh.data[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"layers\.0\.mlp\.up_proj cannot be quantised: its weights have NaN"):
         quantize_(model, Storage(8))
+    dense = tiny_model("llama")
+    dense.model.layers[0].self_attn.q_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"q_proj cannot be quantised"):
+        quantize_(dense, Storage(8))
+    assert not hasattr(dense.config, "_is_quantized")
 
 
 def test_linears_whose_weight_a_layer_reads_are_called_instead() -> None:

@@ -307,6 +307,16 @@ def test_an_output_is_computed_again_in_another_gradient_or_autocast_mode() -> N
     assert attention.k_proj(x).dtype == torch.float32
 
 
+@pytest.mark.usefixtures("always_grouped")
+@pytest.mark.parametrize("changed", ["input", "weights"])
+def test_an_output_is_computed_again_if_something_requires_a_gradient_since(changed: str) -> None:
+    attention, x = Attention().requires_grad_(False), torch.randn(3, 24)
+    group_linears_(attention)
+    assert not attention.q_proj(x).requires_grad
+    (x if changed == "input" else attention.k_proj.U).requires_grad_()
+    assert attention.k_proj(x).requires_grad
+
+
 def test_a_replica_computes_its_output() -> None:
     attention, x = Attention(), torch.randn(3, 24)
     group_linears_(attention)

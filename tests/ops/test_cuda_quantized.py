@@ -105,10 +105,15 @@ def test_members_that_are_stored_alike_share_launches(emulator: Emulator) -> Non
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 16])
-def test_a_dense_weight_is_factors_of_full_rank(emulator: Emulator, kind: str, rows: int) -> None:
+@pytest.mark.parametrize("is_whole", [False, True], ids=["U in floats", "all"])
+def test_a_dense_weight_is_factors_of_full_rank(emulator: Emulator, kind: str, rows: int, is_whole: bool) -> None:
     dense = quantized(kind, torch.bfloat16, group=32, sizes=(256, 80, 80))
     order = torch.randperm(80, generator=seeded(), dtype=torch.int32)
-    group = dense._replace(U=torch.empty(0, 80, dtype=torch.bfloat16), U_scales=None, order=order, bias=None)
+    U, scales = torch.empty(0, 80, dtype=torch.bfloat16), None
+    if is_whole:
+        assert dense.U_scales is not None
+        U, scales = dense.U[:0], dense.U_scales[:0]
+    group = dense._replace(U=U, U_scales=scales, order=order, bias=None)
     x = normal((rows, 256), seeded(), dtype=torch.bfloat16)
     outputs = cuda.run(x, [group])
     emulator.finish()

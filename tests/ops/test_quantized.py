@@ -181,6 +181,10 @@ def test_the_number_of_scales_gives_the_size_of_a_group() -> None:
         ({"U_scales": None}, "U must have the dtype of x"),
         ({"Vh": torch.zeros(R, K // 2 - 1, dtype=torch.uint8)}, "two int4 are one uint8"),
         ({"s": torch.ones(R)}, "quantised factors have no s"),
+        (
+            {"s": torch.ones(R), "Vh": torch.ones(R, K), "Vh_scales": None, "bias": None},
+            "quantised factors have no s",
+        ),
         ({"Vh_scales": [1.0]}, "Vh_scales must be a tensor, got list"),
     ],
 )

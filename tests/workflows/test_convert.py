@@ -61,6 +61,15 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def test_a_folder_with_the_name_of_the_built_in_model_is_the_folder(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("builtin", "model.gguf"):
+        (tmp_path / name).symlink_to(small)
+        assert len(convert(Path(name), Path(f"{name}-out"), "pivoted").converted) == 13
+
+
 def test_a_pivoted_checkpoint_has_fewer_parameters_and_the_same_logits_and_says_so(small: Path, tmp_path: Path) -> None:
     result = convert(small, tmp_path / "out", "pivoted")
     assert names(tmp_path) == {"out"}

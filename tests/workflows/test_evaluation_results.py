@@ -68,7 +68,7 @@ def test_results_in_the_models_folder_are_in_its_card_beside_those_before_compre
     ids=str,
 )
 def test_a_file_that_only_resembles_a_result_is_none(changes: dict[str, Any], tmp_path: Path) -> None:
-    document = {"model": "a", "text": "b", "result": None, "size": {"parameters": 5}}
+    document = {"model": "a", "text": "b", "result": None, "size": {"parameters": 5, "bytes": 20}}
     (tmp_path / "file.json").write_text(json.dumps(document))
     assert read_evaluation(tmp_path / "file.json") == document
     (tmp_path / "file.json").write_text(json.dumps(document | changes))
