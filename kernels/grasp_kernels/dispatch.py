@@ -48,7 +48,7 @@ class DirectPath(NamedTuple):
 
     opener: str  # ".module:function", called by ``open_direct_path``
     ops: tuple[str, ...]
-    rows: Mapping[torch.dtype, int]  # most rows of x for "auto": the mapping by which the backend's row avoids a call
+    rows: Mapping[torch.dtype, int]  # most rows of x for "auto"
     groups: int  # most factors in one call
     dimensions: int  # most of x
 
@@ -377,7 +377,7 @@ def explain(
         answers[row.name] = reason or ("not reached" if chosen else "chosen")
         chosen = chosen or (row if reason is None else None)
     if chosen is not None:
-        answers["path"] = _explain_path(chosen, op, groups)
+        answers["path"] = _explain_path(chosen, call, groups)
     return answers
 
 
@@ -413,12 +413,14 @@ def chosen_row(call: OpCall) -> Backend:
     return next(row for row in BACKENDS if objection(row, call, named=False) is None)
 
 
-def _explain_path(row: Backend, op: str, groups: int) -> str:
-    """The path of a call that ``"auto"`` gives to ``row``: its rows are few enough, or the row would avoid the call."""
+def _explain_path(row: Backend, call: OpCall, groups: int) -> str:
+    """The path of a call that ``"auto"`` gives to ``row``."""
     if row.direct is None:
         return f"registered op: {row.name} has no direct path"
-    if op not in row.direct.ops:
-        return f"registered op: the direct path of {row.name} has no {op}"
+    if call.op not in row.direct.ops:
+        return f"registered op: the direct path of {row.name} has no {call.op}"
+    if call.rows > (most := row.direct.rows[call.dtype]):
+        return f"registered op: the direct path takes at most {most} rows of {call.dtype}, not {call.rows}"
     if groups > row.direct.groups:
         return f"registered op: the direct path takes at most {row.direct.groups} groups, not {groups}"
     return (
