@@ -204,7 +204,7 @@ def _require_model(name: str) -> None:
     remedy = f"Give a folder with a config.json, a GGUF file, a name on huggingface.co, or {BUILTIN!r}"
     if folder.is_file():
         raise ModelNotFoundError(f"{name} is not a GGUF file. {remedy}.")
-    if not _HUB_NAME.fullmatch(name):
+    if not _HUB_NAME.fullmatch(name) or "--" in name or ".." in name:
         raise ModelNotFoundError(f"no folder {name}. {remedy}.")
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return

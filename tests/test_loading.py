@@ -92,6 +92,7 @@ def test_impossible_options_are_refused_before_anything_is_loaded(options: dict[
         ("./no-such-folder", r"no folder \./no-such-folder\. Give a folder with a config\.json"),
         ("/no/such/folder/", "no folder /no/such/folder/"),
         ("a/b/c", "no folder a/b/c"),
+        ("my--model", "no folder my--model"),
         ("", "no folder"),
         ("no-such-file.gguf", r"no file no-such-file\.gguf; expected the path of a GGUF file"),
     ],
