@@ -223,8 +223,8 @@ def _rounded_left(U: Tensor, Vh: Tensor, rounded: Tensor, moment: Tensor | None,
     damped = gram.clone()
     damped.diagonal().add_(ridge)
     target = to_double(U, place) @ (to_double(Vh, place) @ projected)
-    fitted = torch.linalg.solve(damped, target, left=False)
-    return round_to_outputs(fitted.to(U.device, torch.float32), gram, *storage)
+    fitted = torch.linalg.solve(damped, target, left=False).float()
+    return round_to_outputs(fitted.to(U.device), gram, *storage)
 
 
 def _store_(module: nn.Module, name: str, rounded: Rounded) -> None:

@@ -134,7 +134,7 @@ class _Order(NamedTuple):
 
     @classmethod
     def by(cls, moment: Tensor, damping: float, device: torch.device) -> _Order:
-        moment = to_double(moment.to(device), fp64_device(device))
+        moment = to_double(moment, fp64_device(device))
         diagonal = moment.diagonal()
         order = diagonal.argsort(descending=True)
         damped, mean = moment[order][:, order], float(diagonal.mean())

@@ -236,7 +236,7 @@ def mark_compressed(model: PreTrainedModel) -> None:
 
 
 def _conversions(model: PreTrainedModel) -> Sequence[Any]:
-    """The conversions that the model was loaded with, or those of its architecture, as transformers has it."""
+    """The conversions that the model was loaded with; of a model that was not, those of its architecture."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
 

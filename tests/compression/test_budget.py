@@ -36,7 +36,6 @@ from grasp.model.targets import Target, decoder, layer_targets
 from grasp.statistics import scores as scoring
 from grasp.statistics.sweep import Prefix
 from grasp_kernels.roofline import CARDS
-from tests.model.test_layer_removal import EXPERTS, SIZES, random_model
 from tests.tiny_models import tiny_batches, tiny_model
 
 BEST: dict[str, Any] = {"basis": "kfac", "metric": "magnitude", "allocation": "global", "schedule": "single-sweep"}
@@ -355,21 +354,6 @@ def test_targets_out_of_reach_say_what_is_within_it() -> None:
     message = f"rank 1 or int4/64 in every eligible matrix gives target_latency={share:.3f}"
     with pytest.raises(ValueError, match=message):
         find_prices(GraspConfig(target_latency=0.001, bits="auto", **BEST), model, targets, stored)
-
-
-@pytest.mark.parametrize(
-    ("name", "values", "most"),
-    [
-        ("Qwen3Moe", {**EXPERTS, "num_hidden_layers": 4}, "removing 3 of 4 layers"),
-        ("MiniMax", {**SIZES, "num_local_experts": 8}, "rank 1 in every eligible matrix"),
-    ],
-    ids=["layers like each other", "layers that know their number"],
-)
-def test_layers_that_cannot_be_removed_reach_no_target(name: str, values: dict[str, Any], most: str) -> None:
-    model = random_model(name, **values)
-    targets = {layer: layer_targets(model, layer)[0] for layer in range(4)}
-    with pytest.raises(ValueError, match=f"target_bytes=1000 cannot be reached: {most} gives"):
-        find_prices(GraspConfig(target_bytes=1000, **BEST), model, targets, may_remove=True)
 
 
 def test_a_latency_needs_costs_of_this_model() -> None:

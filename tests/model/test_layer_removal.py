@@ -9,6 +9,9 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from grasp.compression.budget import find_prices
+from grasp.compression.eligible import eligible_targets
+from grasp.config import GraspConfig
 from grasp.errors import UnsupportedModelError
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.layer_removal import can_remove, remove_layers_
@@ -228,3 +231,18 @@ def test_impossible_layers_are_refused_and_change_nothing(layers: list[int], mes
     with pytest.raises(ValueError, match=message):
         remove_layers_(model, layers)
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "most"),
+    [
+        ("Qwen3Moe", {**EXPERTS, "num_hidden_layers": 4}, "removing 3 of 4 layers"),
+        ("MiniMax", {**SIZES, "num_local_experts": 8}, "rank 1 in every eligible matrix"),
+    ],
+    ids=["layers like each other", "layers that know their number"],
+)
+def test_layers_that_cannot_be_removed_reach_no_target(name: str, values: dict[str, Any], most: str) -> None:
+    model = random_model(name, **values)
+    config, targets = GraspConfig.best(target_bytes=1000), eligible_targets(model)[0]
+    with pytest.raises(ValueError, match=f"target_bytes=1000 cannot be reached: {most} gives"):
+        find_prices(config, model, targets, may_remove=True)
