@@ -49,7 +49,7 @@ class RecoveryConfig:
     Args:
         learning_rate: peak learning rate, relative to the size of an entry's row and column, see
             ``grasp.model.masters``. ``None``: 1e-4 for factors, 1e-3 for the scales of a quantised model. Pivoted
-            factors are nearly as many as the weights: 2.5e-4 is too high for those of Gemma-3-270M (docs/study.md).
+            factors are nearly as many as the weights: 2.5e-4 is too high for those of Gemma-3-270M (docs/tried.md).
             A few factors stand ten times as much.
         tokens: training tokens, repetitions included; ``None`` for about one pass over the sequences.
         batch_size: sequences per optimizer step, over all processes.

@@ -12,7 +12,7 @@ from grasp.formatting import layer_ranges
 from grasp.method.knapsack import DENSE, ROUNDED, Choices, Layer, allocate_layers, least_cost, rank_choices
 from grasp.model.targets import Target
 
-FIRST_SHARE = 0.6  # the share of the saving after which a progressive schedule gathers statistics again; docs/study.md
+FIRST_SHARE = 0.6  # the share of the saving after which a progressive schedule gathers statistics again; docs/tried.md
 HELD_OUT = 8  # for so many calibration batches, one is held out to decide between candidates
 # The measured loss of removing a layer is multiplied by each of these and compared with the predicted losses of ranks,
 # which are often too low. With the last one, a layer is removed only if ranks cannot meet the budget. docs/latency.md.

@@ -19,7 +19,7 @@ from grasp.model.targets import Target, decoder
 from grasp.statistics.sweep import Prefix, propagate, sum_divergences
 
 # So many held-out tokens are used at most. The divergence from the dense model varies far less between texts than the
-# loss, which cannot tell blocks apart; docs/study.md.
+# loss, which cannot tell blocks apart; docs/tried.md.
 MEASURED_TOKENS = 1024
 _LEAST = 0.01  # of the prediction, if less is measured
 

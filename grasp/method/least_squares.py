@@ -11,7 +11,7 @@ from torch import Tensor
 from grasp.method.blocks import BLOCK_ROWS, fp64_device, quadratic_form, row_blocks, to_double
 from grasp.method.ranks import Shape
 
-# The given U, or weight, weighs as much as so many tokens, so that few tokens change it little; docs/study.md.
+# The given U, or weight, weighs as much as so many tokens, so that few tokens change it little; docs/tried.md.
 PRIORS = (3_000, 12_000, 48_000, 192_000)
 PRIOR_TOKENS, WEIGHT_PRIOR_TOKENS = 48_000, 10_000  # the first if none of ``PRIORS`` can be chosen
 SAMPLED_ROWS = 512  # of U, at most, that choose it

@@ -92,7 +92,7 @@ def shrinkage(covariance: Tensor, tokens: int | None, device: torch.device, name
     """What is added to the diagonal of ``Σ x xᵀ``, and what the sum is divided by, to give the covariance.
 
     Few tokens say little about most directions, so it is shrunk to its mean eigenvalue, as by one more token for each
-    of its dimensions (docs/study.md), and damped by ``DAMPING``.
+    of its dimensions (docs/tried.md), and damped by ``DAMPING``.
 
     Args:
         covariance: the sum.
