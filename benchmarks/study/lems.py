@@ -32,7 +32,8 @@ from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import Target, decoder
 from grasp.progress import Progress
 from grasp.statistics.covariance import Covariance, gather_covariances
-from grasp.statistics.sweep import Prefix, capture_prefix, propagate, sum_divergences
+from grasp.statistics.divergence import sum_divergences
+from grasp.statistics.sweep import Prefix, capture_prefix, propagate
 
 INPUTS, GRADIENTS = 0.1, 0.3  # how far each covariance is shrunk to its mean eigenvalue
 MEASURED = 0.1  # share of the break-even rank that is measured

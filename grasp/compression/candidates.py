@@ -14,6 +14,8 @@ from grasp.model.targets import Target
 
 FIRST_SHARE = 0.6  # the share of the saving after which a progressive schedule gathers statistics again; docs/tried.md
 HELD_OUT = 8  # for so many calibration batches, one is held out to decide between candidates
+# What single blocks and layers lose is measured on so many held-out tokens at most, the first of so many sequences.
+MEASURED_TOKENS, MEASURED_SEQUENCES = 1024, 8
 # The measured loss of removing a layer is multiplied by each of these and compared with the predicted losses of ranks,
 # which are often too low. With the last one, a layer is removed only if ranks cannot meet the budget. docs/latency.md.
 REMOVAL_LOSS_SCALES = (0.5, 1.0, 2.0, 1e6)

@@ -6,11 +6,10 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from grasp.compression.candidates import HELD_OUT
+from grasp.compression.candidates import HELD_OUT, MEASURED_TOKENS
 from grasp.compression.eligible import eligible_targets
 from grasp.compression.job import CompressionJob
 from grasp.compression.layer_cost import Tracer
-from grasp.compression.measured_blocks import MEASURED_TOKENS
 from grasp.compression.memory import form_in_sweeps, retained_groups
 from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
@@ -22,8 +21,9 @@ from grasp.method.svd import decomposition_flops
 from grasp.model.dense import dense_shape
 from grasp.model.targets import Target, decoder
 from grasp.statistics.covariance import covariance_bytes
+from grasp.statistics.divergence import STUDENTS
 from grasp.statistics.loss import vocabulary_size
-from grasp.statistics.sweep import STUDENTS, sweep_name
+from grasp.statistics.sweep import sweep_name
 from grasp_kernels.routes import dense_flops, factored_flops
 
 CANDIDATES = 8  # that are compared, about
@@ -136,12 +136,12 @@ class FlopCounter:
         quantizing = {} if job.config.bits is None else self._quantizing()
         if not targets:
             return Flops(block_influence=influence, **quantizing)
-        # The removal of each layer alone, then of several: as often, and on the average from the middle of the layers.
         body, head = self._for_samples(self._forward(depth), self._held_out), self._head_flops(self._held_out) // 2
-        held_out = 2 * len(depth) * (body // 2 + head) + CANDIDATES * (body + head)
-        # Each block of each layer low-rank with the head, and for every few of them the head of the dense model.
-        few = min(self._held_out, max(1, MEASURED_TOKENS // job.seq_len))
-        held_out += 2 * len(depth) * (body // 2 + head + head // STUDENTS) * few // self._held_out
+        # On few tokens each block of each layer is low-rank, and each layer is removed alone, then several, as often:
+        # on the average from the middle of the layers, and for every few of them with the head of the dense model too.
+        alone = 2 * 2 * len(depth) * (body // 2 + head + head // STUDENTS)
+        tokens = self._held_out * job.seq_len
+        held_out = CANDIDATES * (body + head) + alone * min(tokens, MEASURED_TOKENS) // tokens
         flops = Flops(
             block_influence=influence,
             prefix=prefix,

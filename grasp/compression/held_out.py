@@ -12,7 +12,15 @@ import torch
 from grasp.checkpoint.compression_report import COMPRESSED, DENSE
 from grasp.checkpoint.run_state import Decision
 from grasp.compression.budget import Plan, predicted_bytes, predicted_seconds, required_saving
-from grasp.compression.candidates import Candidate, candidates, fitted_layers, has_low_rank, only_removed
+from grasp.compression.candidates import (
+    MEASURED_SEQUENCES,
+    MEASURED_TOKENS,
+    Candidate,
+    candidates,
+    fitted_layers,
+    has_low_rank,
+    only_removed,
+)
 from grasp.compression.linear_replacement import linear_replacement, with_map
 from grasp.compression.measured_blocks import corrected, corrections
 from grasp.compression.refit import Refit
@@ -27,9 +35,11 @@ from grasp.compression.selection import (
 from grasp.errors import NonFiniteError
 from grasp.method import knapsack
 from grasp.method.metrics import nats_per_score
+from grasp.model.batch import excerpt
 from grasp.model.layer_removal import can_remove
 from grasp.model.targets import Target, decoder
-from grasp.statistics.layer_losses import losses_without, removal_losses
+from grasp.statistics.divergence import Reference, removal_divergences
+from grasp.statistics.layer_losses import losses_without
 from grasp.statistics.sweep import Prefix, capture_prefix, propagate, sum_nll_after
 
 # After each removal so many layers, those that lost least before, are measured again. The losses of single layers
@@ -51,10 +61,13 @@ def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
         return decision(run, only._replace(fitted=run.config.refit), (only,), {})
     with run.processes.fail_together():
         start = capture_prefix(run.model, run.processes.local_batches(run.held_out), {0}, scratch=run.scratch)
+    parts = run.processes.size
+    few = excerpt(run.held_out, sequences=MEASURED_SEQUENCES, tokens=MEASURED_TOKENS, parts=parts)
+    reference = Reference.of(run.model, few, scratch=run.scratch, processes=run.processes)
     once, decomposed = run.state.once, selections
-    factors = once("corrections", lambda: corrections(run, plan, decomposed, start, nats))
+    factors = once("corrections", lambda: corrections(run, plan, decomposed, reference, nats))
     selections = corrected(decomposed, factors)
-    removal = dict(once("removal", lambda: list(_removal(run, plan).items())))
+    removal = dict(once("removal", lambda: list(_removal(run, plan, reference).items())))
     allocations = {
         name: candidate
         for name, candidate in candidates(selections, plan, run.prices, removal, nats).items()
@@ -148,36 +161,37 @@ def decision(run: Run, chosen: Candidate, options: Iterable[Candidate], losses: 
     )
 
 
-def _removal(run: Run, plan: Plan) -> dict[int, float]:
-    """``removed_in_order`` by the loss without each layer."""
-    alone = removal_losses(run.model, plan.layers, run.held_out, progress=run.progress, processes=run.processes)
-    return removed_in_order(run, plan, alone, retried=RETRIED)
+def _removal(run: Run, plan: Plan, reference: Reference) -> dict[int, float]:
+    """``removed_in_order`` by the divergence from the dense model without each layer."""
+    alone = removal_divergences(reference, plan.layers, progress=run.progress)
+    return removed_in_order(run, plan, alone, reference)
 
 
-def removed_in_order(run: Run, plan: Plan, losses: Mapping[int, float], *, retried: int = 1) -> dict[int, float]:
+def removed_in_order(
+    run: Run, plan: Plan, losses: Mapping[int, float], reference: Reference | None = None
+) -> dict[int, float]:
     """The layers that go one after the other until the budget is met or no other can go, and what each loses then.
 
     Args:
         run: the run; none of its linears is replaced yet.
         plan: what is to be saved.
         losses: for each layer that may go, what removing it alone loses, or another score to go by.
-        retried: after each removal so many of the next layers are measured on the held-out batches; 1 for none. After
-            as many forward passes as there are ``losses`` the rest goes by what is known.
+        reference: after each removal ``RETRIED`` of the next layers are measured again beside it; ``None`` for none.
+            After as many forward passes as there are ``losses`` the rest goes by what is known.
     """
-    saving, left, passes = required_saving(run.prices, plan), dict(losses), len(losses) if retried > 1 else 0
+    saving, left, passes = required_saving(run.prices, plan), dict(losses), len(losses)
     removed: dict[int, float] = {}
     while _saved(run, removed) < saving:
         order = sorted(left, key=left.__getitem__)
-        few, others = order[:retried], order[retried:]
-        if removed and passes > 0:
-            passes -= len(few) + 1
-            left |= removal_losses(run.model, few, run.held_out, [*removed], processes=run.processes)
-        few.sort(key=left.__getitem__)
-        layer = next((layer for layer in (*few, *others) if can_remove(run.model, [*removed, layer])), None)
+        if reference is not None and removed and passes > 0:
+            passes -= len(order[:RETRIED]) + 1
+            left |= removal_divergences(reference, order[:RETRIED], [*removed])
+            order[:RETRIED] = sorted(order[:RETRIED], key=left.__getitem__)
+        layer = next((layer for layer in order if can_remove(run.model, [*removed, layer])), None)
         if layer is None:
             break
         removed[layer] = left.pop(layer)
-        if retried > 1:
+        if reference is not None:
             run.progress(
                 "candidates, without several layers", min(100, round(100 * _saved(run, removed) / saving)), 100
             )

@@ -16,17 +16,15 @@ from grasp.compression.run import Run
 from grasp.compression.selection import Selection, Selections, replacement
 from grasp.model.hooks import replaced
 from grasp.model.targets import Target, decoder
-from grasp.statistics.sweep import Prefix, propagate, sum_divergences
+from grasp.statistics.divergence import Reference
+from grasp.statistics.sweep import propagate
 
-# So many held-out tokens are used at most. The divergence from the dense model varies far less between texts than the
-# loss, which cannot tell blocks apart; docs/tried.md.
-MEASURED_TOKENS = 1024
 _LEAST = 0.01  # of the prediction, if less is measured
 
 Block = tuple[int, str]  # a layer, and one of ``grasp.method.schedules.BLOCKS``
 
 
-def corrections(run: Run, plan: Plan, selections: Selections, start: Prefix, nats: float) -> dict[str, float]:
+def corrections(run: Run, plan: Plan, selections: Selections, reference: Reference, nats: float) -> dict[str, float]:
     """For each linear, by path, the number to multiply its scores by: one for all linears of a block of a layer.
 
     Each block alone is given the ranks that the whole budget would give it, and the divergence from the dense model is
@@ -38,13 +36,13 @@ def corrections(run: Run, plan: Plan, selections: Selections, start: Prefix, nat
         run: the run; none of its linears is replaced yet.
         plan: what is to be saved.
         selections: the groups that each linear can retain.
-        start: the held-out batches of this process, at layer 0.
+        reference: the dense model on held-out tokens.
         nats: the loss that a score of 1 adds, in nats per token.
     """
     ranks = low_ranks(selections, plan, run.prices, 1.0)
     if not ranks:
         return {}
-    measured, rounding = _divergences(run, start, selections, ranks)
+    measured, rounding = _divergences(run, reference, selections, ranks)
     predicted = dict.fromkeys(measured, rounding)
     for target, rank in ranks.items():
         predicted[_block(target)] += nats * _dropped(selections[target], rank)
@@ -78,16 +76,14 @@ def correction_factors(predicted: Mapping[Block, float], measured: Mapping[Block
 
 
 def _divergences(
-    run: Run, start: Prefix, selections: Selections, ranks: Mapping[Target, int]
+    run: Run, reference: Reference, selections: Selections, ranks: Mapping[Target, int]
 ) -> tuple[dict[Block, float], float]:
     """The divergence from the dense model, in nats per token: if only a block is low-rank, and what rounding makes."""
-    prefix = _shortened(run, start)
-    depth = len(decoder(run.model).layers)
+    prefix, depth = reference.prefix, len(decoder(run.model).layers)
     members = {block: list(group) for block, group in groupby(sorted(ranks, key=_block), key=_block)}
     with run.processes.fail_together():
         entering, hidden = 0, prefix.hidden[0]
         middle = propagate(prefix, range(depth // 2), hidden) if depth > 1 else hidden
-        wanted = propagate(prefix, range(depth // 2, depth), middle)
         students = [propagate(prefix, range(depth // 2, depth), [*map(_rounded_otherwise, middle)])]
         for done, ((layer, _), targets) in enumerate(members.items(), start=1):
             if layer > entering:
@@ -95,13 +91,10 @@ def _divergences(
             with replaced(run.model, _low_rank(run, selections, {target: ranks[target] for target in targets})):
                 students.append(propagate(prefix, range(layer, depth), hidden))
             run.progress("candidates, block by block", done, len(members))
-        count = len(students)
-        totals = sum_divergences(
-            prefix, students, wanted, lambda done: run.progress("candidates, blocks compared", done, count)
-        )
-    sums = torch.tensor([*totals, sum(batch.num_targets for batch in prefix.batches)], dtype=torch.float64)
-    run.processes.sum_([sums])
-    rounding, *measured = (sums[:-1] / sums[-1]).tolist()
+    count = len(students)
+    rounding, *measured = reference.divergences(
+        students, lambda done: run.progress("candidates, blocks compared", done, count)
+    )
     return dict(zip(members, measured, strict=True)), rounding
 
 
@@ -109,13 +102,6 @@ def _rounded_otherwise(hidden: Tensor) -> Tensor:
     """Hidden states with other errors of rounding."""
     noise = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(0)) - 0.5
     return (hidden + hidden * (noise * torch.finfo(hidden.dtype).eps)).to(hidden.dtype)
-
-
-def _shortened(run: Run, start: Prefix) -> Prefix:
-    """The first held-out batches, of ``MEASURED_TOKENS`` in all processes together, but at least one."""
-    first = start.batches[0]
-    count = max(1, MEASURED_TOKENS // (first.input_ids.numel() * run.processes.size))
-    return replace(start, batches=start.batches[:count])
 
 
 def _low_rank(run: Run, selections: Selections, ranks: Mapping[Target, int]) -> dict[str, nn.Module]:

@@ -93,6 +93,43 @@ def _right_padded(batch: CalibrationBatch) -> CalibrationBatch:
     return CalibrationBatch(ids.gather(1, order), mask.gather(1, order))
 
 
+def excerpt(
+    batches: Sequence[CalibrationBatch], *, sequences: int, tokens: int, parts: int = 1
+) -> list[CalibrationBatch]:
+    """The first tokens of some sequences that are evenly spaced over all, in batches no larger than the given ones.
+
+    Args:
+        batches: from ``as_batches``.
+        sequences: so many at most.
+        tokens: of all together, at most; but two of each sequence.
+        parts: so many batches at least, if there are as many sequences.
+
+    Example:
+        >>> batches = [CalibrationBatch(torch.full((1, 4), number)) for number in range(6)]
+        >>> [batch.input_ids.tolist() for batch in excerpt(batches, sequences=3, tokens=6)]
+        [[[1, 1], [3, 3]], [[5, 5]]]
+    """
+    rows = [row for batch in batches for row in _sequences(batch) if len(row) > 1]
+    count = min(sequences, len(rows))
+    length = max(2, tokens // count)
+    chosen = [rows[(2 * index + 1) * len(rows) // (2 * count)][:length] for index in range(count)]
+    largest = max(batch.input_ids.numel() for batch in batches)
+    together = max(1, min(largest // length, count // parts))
+    return [_padded(chosen[first : first + together]) for first in range(0, count, together)]
+
+
+def _sequences(batch: CalibrationBatch) -> list[Tensor]:
+    """The rows without padding."""
+    ids, mask = batch
+    return [*ids] if mask is None else [row[kept] for row, kept in zip(ids, mask.bool(), strict=True)]
+
+
+def _padded(rows: Sequence[Tensor]) -> CalibrationBatch:
+    ids = torch.nn.utils.rnn.pad_sequence([*rows], batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
+    return CalibrationBatch(ids, None if mask.all() else mask)
+
+
 def batches_digest(batches: Sequence[CalibrationBatch]) -> str:
     """SHA-256 of all token ids, in hexadecimal."""
     digest = hashlib.sha256()

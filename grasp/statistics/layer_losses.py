@@ -14,21 +14,6 @@ from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sweep import capture_prefix, propagate, sum_nll_after
 
 
-def removal_losses(
-    model: PreTrainedModel,
-    layers: Sequence[int],
-    batches: Sequence[CalibrationBatch],
-    removed: Sequence[int] = (),
-    *,
-    progress: Progress = no_progress,
-    processes: Processes = ALONE,
-) -> dict[int, float]:
-    """The loss that removing one more layer adds once some are ``removed``; the rest as ``losses_without``."""
-    choices = [removed, *([*removed, layer] for layer in layers)]
-    before, *after = losses_without(model, choices, batches, progress=progress, processes=processes)
-    return {layer: loss - before for layer, loss in zip(layers, after, strict=True)}
-
-
 @torch.no_grad()
 def losses_without(
     model: PreTrainedModel,

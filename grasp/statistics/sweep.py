@@ -31,9 +31,7 @@ from grasp.model.running import (
 from grasp.model.targets import Target, decoder
 from grasp.progress import Progress, no_progress
 from grasp.statistics.hidden_states import HiddenStates, Scratch
-from grasp.statistics.loss import Body, Teacher, divergences, loss_alone, loss_and_grad, without_head
-
-STUDENTS = 8  # so many share the logits that are wanted; their hidden states are held for one batch
+from grasp.statistics.loss import Body, loss_alone, loss_and_grad, without_head
 
 
 def sweep_name(targets: Collection[Target]) -> str:
@@ -177,10 +175,12 @@ def recording(
 
 
 @torch.no_grad()
-def propagate(prefix: Prefix, layers: range, hidden: Sequence[Tensor]) -> HiddenStates:
-    """The hidden states of every batch after some layers, from those before them."""
+def propagate(
+    prefix: Prefix, layers: range, hidden: Sequence[Tensor], *, without: Collection[int] = ()
+) -> HiddenStates:
+    """The hidden states of every batch after some layers, from those before them; ``without`` some of the layers."""
     result = HiddenStates(prefix.scratch)
-    with alone(prefix, layers):
+    with alone(prefix, [layer for layer in layers if layer not in without]):
         for index in range(len(prefix.batches)):
             result.append(run_layers(prefix, layers, index, hidden[index]))
     return result
@@ -198,40 +198,11 @@ def sum_nll_after(prefix: Prefix, hidden: Sequence[Tensor], layers: Collection[i
     total = 0.0
     with alone(prefix, layers):
         for index, batch in enumerate(prefix.batches):
-            total += loss_alone(prefix.model, _body(prefix, index, hidden), batch)
+            total += loss_alone(prefix.model, body_after(prefix, index, hidden), batch)
     return total
 
 
-@torch.no_grad()
-def sum_divergences(
-    prefix: Prefix,
-    students: Sequence[Sequence[Tensor]],
-    wanted: Sequence[Tensor],
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[float]:
-    """The summed divergences of predictions from those that are wanted, ``Σ_t KL(p_t ‖ q_t)``, of all batches, in nats.
-
-    Args:
-        prefix: its model and batches.
-        students: of each, for each batch the hidden states, (B, L, H), that enter the head, which makes q of them.
-        wanted: likewise, for p.
-        progress: called with the number of students that are done.
-    """
-    model, totals = prefix.model, list[float]()
-    with alone(prefix, ()):
-        for first in range(0, len(students), STUDENTS):
-            group = students[first : first + STUDENTS]
-            totals += [0.0] * len(group)
-            for index, batch in enumerate(prefix.batches):
-                teacher = Teacher(model, _body(prefix, index, wanted))
-                bodies = [_body(prefix, index, hidden) for hidden in group]
-                for number, value in enumerate(divergences(model, bodies, batch, teacher), start=first):
-                    totals[number] += value
-            progress(len(totals))
-    return totals
-
-
-def _body(prefix: Prefix, index: int, hidden: Sequence[Tensor]) -> Body:
+def body_after(prefix: Prefix, index: int, hidden: Sequence[Tensor]) -> Body:
     """The output of the backbone for a batch whose hidden states enter the first layer that runs."""
     model = prefix.model
     with entering_with(decoder(model).layers[0], hidden[index]), without_head(model) as body:

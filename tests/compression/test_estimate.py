@@ -244,14 +244,14 @@ def test_processes_divide_the_work_and_the_hidden_states() -> None:
     assert four.seconds(rates) == {kind: seconds / 4 for kind, seconds in one.seconds(rates).items()}
 
 
-def test_candidates_are_measured_on_an_eighth_as_many_sequences() -> None:
-    made = estimate(best_job())
-    body, head = made.flops.block_influence / 16, 2 * 511 * 128256 * 4096
+@pytest.mark.parametrize(("samples", "few"), [(8, 1), (16, 2), (64, 2)])
+def test_candidates_are_measured_on_an_eighth_as_many_sequences(samples: int, few: int) -> None:
+    made = estimate(best_job(num_samples=samples))
+    body, head = made.flops.block_influence / samples, 2 * 511 * 128256 * 4096
     maps = 2 * made.flops.block_influence  # to choose the layers, and to fit the map
-    removals, compared = 2 * (2 * 32 * (body / 2 + head)), 2 * 8 * (body + head)
-    # 1024 tokens: all that are held out; eight blocks share the head of the dense model.
-    blocks = 2 * (2 * 32 * (body / 2 + head + head / 8))
-    assert made.flops.held_out - maps == pytest.approx(removals + compared + blocks, rel=0.001)
+    # Single layers and blocks on 1024 tokens at most; eight of them share the head of the dense model.
+    alone, compared = few * (2 * 2 * 32 * (body / 2 + head + head / 8)), samples // 8 * 8 * (body + head)
+    assert made.flops.held_out - maps == pytest.approx(alone + compared, rel=0.001)
 
 
 def test_the_time_left_knows_all_steps_of_comparing_candidates() -> None:

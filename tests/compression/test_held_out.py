@@ -85,29 +85,31 @@ def test_a_layer_that_returns_its_input_is_removed_also_by_a_resumed_run(tmp_pat
     assert all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in resumed.state_dict().items())
 
 
-@pytest.mark.parametrize(("retried", "expected"), [(1, {1: 1.0, 2: 2.0}), (2, {1: 1.0, 3: 0.5})])
+@pytest.mark.parametrize(("again", "expected"), [(False, {1: 1.0, 2: 2.0}), (True, {1: 1.0, 3: 0.5})])
 def test_layers_are_removed_by_loss_and_the_next_ones_are_measured_again(
-    retried: int, expected: dict[int, float], monkeypatch: pytest.MonkeyPatch
+    again: bool, expected: dict[int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[list[int], list[int]]] = []
 
-    def losses(model: Any, layers: list[int], batches: Any, removed: list[int], **options: Any) -> dict[int, float]:
+    def divergences(reference: Any, layers: list[int], removed: list[int]) -> dict[int, float]:
         asked.append((list(removed), sorted(layers)))
         return {2: 2.0, 3: 0.5}
 
-    monkeypatch.setattr(choice, "removal_losses", losses)
+    monkeypatch.setattr(choice, "RETRIED", 2)
+    monkeypatch.setattr(choice, "removal_divergences", divergences)
+    reference: Any = "any" if again else None
     prices = Prices(linear=lambda target, rank: 0.0, layer=lambda layer: 10.0, saving=15.0)
     model = tiny_model("llama", num_hidden_layers=5)
-    run: Any = SimpleNamespace(prices=prices, model=model, held_out=[], processes=None, progress=no_progress)
+    run: Any = SimpleNamespace(prices=prices, model=model, progress=no_progress)
     alone = {0: 9.0, 1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}
-    assert choice.removed_in_order(run, Plan(1.0, (), {}), alone, retried=retried) == expected
-    assert asked == ([([1], [2, 3])] if retried > 1 else [])
+    assert choice.removed_in_order(run, Plan(1.0, (), {}), alone, reference) == expected
+    assert asked == ([([1], [2, 3])] if again else [])
     run.prices = Prices(prices.linear, prices.layer, saving=50.0)
-    monkeypatch.setattr(choice, "removal_losses", lambda model, layers, *args, **options: dict.fromkeys(layers, 0.0))
-    everything = choice.removed_in_order(run, Plan(1.0, (), {}), alone, retried=retried)
+    monkeypatch.setattr(choice, "removal_divergences", lambda _, layers, *args: dict.fromkeys(layers, 0.0))
+    everything = choice.removed_in_order(run, Plan(1.0, (), {}), alone, reference)
     assert len(everything) == 4  # one has to stay
     monkeypatch.setattr(choice, "can_remove", lambda model, removed: 3 not in removed and 0 not in removed)
-    assert list(choice.removed_in_order(run, Plan(1.0, (), {}), {**alone, 3: 0.0}, retried=retried)) == [1, 2, 4]
+    assert list(choice.removed_in_order(run, Plan(1.0, (), {}), {**alone, 3: 0.0}, reference)) == [1, 2, 4]
     assert choice._layers_removed(run, Plan(1.0, (), {}), everything) == []
 
 

@@ -36,8 +36,8 @@ def test_scores_follow_the_divergence_that_each_block_alone_has(family: str, mon
         rows = [model(batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1] for batch in held_out]
         return [row[batch.is_target].log_softmax(-1) for row, batch in zip(rows, held_out, strict=True)]
 
-    def checked(run: Any, plan: Any, selections: Any, start: Any, nats: float) -> Any:
-        found = corrections(run, plan, selections, start, nats)
+    def checked(run: Any, plan: Any, selections: Any, reference: Any, nats: float) -> Any:
+        found = corrections(run, plan, selections, reference, nats)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         ranks, dense = low_ranks(selections, plan, run.prices, 1.0), log_probabilities()
         predicted, measured = dict[Any, float](), dict[Any, float]()
@@ -79,22 +79,21 @@ def test_factors_are_roots_of_measured_over_predicted_relative_to_all() -> None:
     assert correction_factors({first: 1.0, second: 1.0}, {first: 0.0, second: 1.0})[first] == 0.1
 
 
-def test_at_most_so_many_tokens_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts: list[int] = []
-    measure = measured_blocks.sum_divergences
+def test_few_tokens_of_all_held_out_sequences_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[list[int]]] = []
+    run = choice.Reference.of
 
-    def counted(prefix: Any, *states: Any) -> list[float]:
-        counts.append(len(prefix.batches))
-        return measure(prefix, *states)
+    def noted(model: Any, batches: list[CalibrationBatch], **options: Any) -> Any:
+        seen.append([row.tolist() for batch in batches for row in batch.input_ids])
+        return run(model, batches, **options)
 
-    monkeypatch.setattr(measured_blocks, "sum_divergences", counted)
-    batches = tiny_batches(5, seed=5)
-    for tokens, expected in ((3 * batches[0].numel(), 3), (1, 1), (10**6, 5)):
-        counts.clear()
-        monkeypatch.setattr(measured_blocks, "MEASURED_TOKENS", tokens)
-        config = GraspConfig.best(compression_ratio=0.15, schedule="single-sweep")
-        compress_(tiny_model("llama"), tiny_batches(4), config, held_out=batches)
-        assert set(counts) == {expected}
+    monkeypatch.setattr(choice.Reference, "of", noted)
+    monkeypatch.setattr(choice, "MEASURED_TOKENS", 12)
+    held_out = tiny_batches(5, 2, 8, seed=5)
+    config = GraspConfig.best(compression_ratio=0.15, schedule="single-sweep")
+    compress_(tiny_model("llama"), tiny_batches(4), config, held_out=held_out)
+    rows = torch.cat(held_out)
+    assert seen == [rows[[0, 1, 3, 4, 5, 6, 8, 9], :2].tolist()]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -21,7 +21,7 @@ from grasp.model.last_added import last_added, merge_map_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.offload import place_like, release_
 from grasp.model.targets import decoder, layer_targets
-from grasp.statistics.layer_losses import removal_losses
+from grasp.statistics.divergence import Reference, removal_divergences
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sharding import collect_, shard_
 from grasp.statistics.sweep import capture_prefix, sweep
@@ -111,8 +111,8 @@ def remove_layers(processes: Processes) -> tuple[dict[int, float], CompressionRe
     if processes.sharded:
         shard_(model, CPU, processes)
     batches = as_batches(tiny_batches(8))
-    losses = removal_losses(model, [0, 1, 3], batches[:3], processes=processes)
-    config = GraspConfig.best(compression_ratio=0.45, schedule="single-sweep")
+    losses = removal_divergences(Reference.of(model, batches[:3], processes=processes), [0, 1, 3])
+    config = GraspConfig.best(compression_ratio=0.55, schedule="single-sweep")
     report = compress_(model, batches[1:], config, held_out=batches[:1], processes=processes)
     if processes.sharded:
         collect_(model, processes)
