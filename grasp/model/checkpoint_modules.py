@@ -133,7 +133,10 @@ def check_loaded(path: str, layer: LowRankLinear | QuantizedModule) -> None:
 def _check_order(path: str, order: Tensor, rank: int) -> None:
     """Raise ``CheckpointError`` if the kernels would write outside of an output, or not write all of it."""
     if order.is_meta:
-        raise CheckpointError(f"{path}.order is offloaded; load the model without offload_buffers")
+        raise CheckpointError(
+            f"{path}.order is on the meta device, so it cannot be checked; load the model without offload_buffers, and "
+            "without device_map='meta'"
+        )
     if order.dtype != torch.int32 or not is_order(order, rank):
         raise CheckpointError(
             f"{path}.order is not the order of pivoted factors: {rank} distinct rows of 0..{len(order) - 1}, "
@@ -166,7 +169,7 @@ def _quantized_paths(
     Raises:
         CheckpointError: if the model lacks a module, or tied ones have different storages.
     """
-    headless = model.base_model is model  # AutoModel omits the output layer, whose path has no dot
+    headless = model.get_output_embeddings() is None  # such as AutoModel; the path of an output layer has no dot
     found: dict[str, Storage] = {}
     for name, storage in storages(quantized).items():
         if not (headless and "." not in name and name not in paths):

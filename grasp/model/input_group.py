@@ -131,10 +131,10 @@ def _stamp(x: Tensor, factors: Factors) -> object:
     if is_compiling():
         return None  # the inputs of a graph do not change while it runs; writes between two graphs are not seen
     device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    casts = not x.is_meta and torch.is_autocast_enabled(device)
     tensors = [x, *(factor for factor in factors if factor is not None)]
     differentiable = is_grad_enabled() and [tensor.requires_grad for tensor in tensors]
-    return differentiable, autocast, [_version(tensor) for tensor in tensors]
+    return differentiable, casts and torch.get_autocast_dtype(device), [_version(tensor) for tensor in tensors]
 
 
 def _version(tensor: Tensor) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_exporting
 
 from grasp.errors import UnsupportedModelError
 from grasp_kernels import lowrank_linear
@@ -32,7 +35,8 @@ class KernelLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
-        if not x.is_cpu or is_grad_enabled() or x.numel() > self.in_features * CPU_ROWS.get(x.dtype, 0):
+        rows = math.inf if is_exporting() else CPU_ROWS.get(x.dtype, 0)  # then the op chooses when it is called
+        if not x.is_cpu or is_grad_enabled() or x.numel() > self.in_features * rows:
             return super().forward(x)
         return lowrank_linear(x, self.others, None, self.weight, self.bias, self.order)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -115,7 +116,8 @@ class QuantizedLowRankLinear(_Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
-        if _takes_gradient(self.U_scales):
+        _check_input(x, self.in_features, "U_scales", self.U_scales)
+        if _takes_gradient(self.U_scales) or _takes_gradient(self.Vh_scales):
             return checkpoint(self._differentiable, x, use_reentrant=False)
         return lowrank_linear(x, *self.factors, backend=self.backend)
 
@@ -168,7 +170,8 @@ def quantized_product(
         order: 0, 1, …, N − 1 in int32.
     """
     fits = x.is_cpu or weight.numel() < MOST_ELEMENTS
-    if fits and x.numel() <= x.shape[-1] * KERNEL_ROWS.get(x.device.type, {}).get(x.dtype, 0):
+    # An exported program has one path for any number of rows; the op chooses when it is called.
+    if fits and (is_exporting() or x.numel() <= x.shape[-1] * KERNEL_ROWS.get(x.device.type, {}).get(x.dtype, 0)):
         return lowrank_linear(x, others, None, weight, bias, order, None, scales)
     return F.linear(x, dequantize(weight, scales, x.shape[-1], x.dtype), bias)
 
@@ -214,6 +217,7 @@ class QuantizedLinear(_Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
+        _check_input(x, self.in_features, "weight_scales", self.weight_scales)
         if _takes_gradient(self.weight_scales):
             return checkpoint(self._differentiable, x, use_reentrant=False)
         return quantized_product(x, self.weight, self.weight_scales, self.bias, self.others, self.order)
@@ -331,6 +335,18 @@ def require_floating_factors(model: nn.Module) -> None:
                 f"the factors of {name} are quantised; expected floating ones. Take the checkpoint that `grasp "
                 "quantize` was given"
             )
+
+
+def _check_input(x: Tensor, in_features: int, name: str, scales: Tensor) -> None:
+    """Refuse an input that does not suit a layer, as ``nn.Linear`` does; packed weights do not show their width.
+
+    Raises:
+        ValueError: if the width differs, or the dtype outside of autocast.
+    """
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x must be (..., {in_features}), got {tuple(x.shape)}")
+    if x.dtype != scales.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
+        raise ValueError(f"x must have the dtype of {name}, {scales.dtype}, got {x.dtype}")
 
 
 def _described(storage: Storage) -> str:

@@ -59,6 +59,16 @@ def test_a_model_keeps_its_parameters_and_compiles() -> None:
         torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(tokens).logits, expected)
 
 
+def test_an_exported_linear_takes_any_number_of_rows() -> None:
+    use_kernel_(linear := nn.Linear(8, 4))
+    with torch.no_grad():
+        dynamic_shapes = {"x": {0: torch.export.Dim("M", max=4096)}}
+        program = torch.export.export(linear, (torch.ones(3, 8),), dynamic_shapes=dynamic_shapes)
+        for rows in (1, 2048):
+            x = torch.randn(rows, 8)
+            torch.testing.assert_close(program.module()(x), linear(x))
+
+
 def test_a_model_without_linears_on_the_cpu_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"no nn\.Linear on the CPU"):
         use_kernel_(nn.Linear(2, 2, device="meta"))

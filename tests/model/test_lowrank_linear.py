@@ -219,6 +219,12 @@ def test_a_copy_has_new_groups(grouped_calls: list[int]) -> None:
     assert grouped_calls == [3, 3]
 
 
+def test_groups_run_on_the_meta_device() -> None:
+    linears = nn.ModuleDict({name: LowRankLinear(16, 8, 3) for name in ("q_proj", "k_proj", "v_proj")}).to("meta")
+    assert group_linears_(linears) == [("q_proj", "k_proj", "v_proj")]
+    assert linears["q_proj"](torch.empty(2, 16, device="meta")).shape == (2, 8)
+
+
 def test_groups_are_not_used_on_a_cpu_without_gradients(grouped_calls: list[int]) -> None:
     attention, x = Attention(), torch.randn(2, 3, 24)
     group_linears_(attention)

@@ -11,7 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.compression.eligible import eligible_targets
@@ -158,6 +164,15 @@ def test_a_base_model_loads_without_the_head(tmp_path: Path) -> None:
     assert_same_state(base, model.model)
     base.save_pretrained(tmp_path / "base")
     assert_same_state(AutoModel.from_pretrained(tmp_path / "base"), base)
+
+
+def test_a_model_with_another_head_loads_without_the_output_layer(tmp_path: Path) -> None:
+    model = quantized_model("llama")
+    assert isinstance(model.lm_head, QUANTIZED)
+    model.save_pretrained(tmp_path / "whole")
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole", pad_token_id=0)
+    assert_same_state(classifier.model, model.model)
+    assert classifier(torch.arange(9)[None]).logits.shape == (1, 2)
 
 
 def test_floating_values_in_memory_are_refused_and_never_cast(saved: Path) -> None:

@@ -67,6 +67,35 @@ def test_scales_that_require_gradients_get_those_of_the_dequantised_layer(storag
     (layer(x) * weights).sum().backward()
     for tensor, gradient in zip(scales, expected, strict=True):
         torch.testing.assert_close(tensor.grad, gradient, rtol=1e-3, atol=1e-2)
+    for tensor, gradient in zip(scales, expected, strict=True):  # each alone
+        layer.requires_grad_(False)
+        tensor.requires_grad_(True).grad = None
+        (layer(x) * weights).sum().backward()
+        torch.testing.assert_close(tensor.grad, gradient, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_an_input_of_another_width_or_dtype_is_refused(storage: Storage, low_rank: bool, rows: int) -> None:
+    layer: Any = quantized_like(LowRankLinear(40, 20, 7) if low_rank else nn.Linear(40, 20), storage)
+    for width in (30, 39, 41):
+        with pytest.raises(ValueError, match=rf"x must be \(\.\.\., 40\), got \({rows}, {width}\)"):
+            layer(torch.ones(rows, width))
+    with pytest.raises(ValueError, match=r"x must have the dtype of \w+_scales, torch.float32, got torch.bfloat16"):
+        layer(torch.ones(rows, 40, dtype=torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(rows, 40)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("storage", [Storage(8), Storage(4, 32)], ids=str)
+def test_an_exported_layer_takes_any_number_of_rows(storage: Storage) -> None:
+    layer = QuantizedLinear(nn.Linear(41, 20), storage)
+    fill_(layer)
+    program = torch.export.export(layer, (torch.ones(5, 41),), dynamic_shapes=({0: torch.export.Dim("M", max=1024)},))
+    for rows in (1, 128, 300):
+        x = torch.randn(rows, 41)
+        close(program.module()(x), layer(x))
 
 
 @pytest.mark.parametrize("rows", [1, 300])
