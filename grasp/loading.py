@@ -6,7 +6,7 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from http.client import responses
@@ -251,9 +251,13 @@ def _pretrained_config(name: str) -> PreTrainedConfig:
     except GraspError:
         raise
     except _LOAD_ERRORS as error:
-        raise UnsupportedModelError(
-            f"the configuration of {name} cannot be used: {hub_status(error) or one_line(error)}"
-        ) from error
+        problem = f"the configuration of {name} cannot be used: {hub_status(error) or one_line(error)}"
+        if "trust_remote_code" in str(error):
+            problem = (
+                f"{name} needs code of its own, which is never run; expected a model that transformers knows. Of a "
+                "folder that `grasp convert` wrote, give the checkpoint that it was made from"
+            )
+        raise UnsupportedModelError(problem) from error
     _require_causal_lm(name, config)
     _require_own_files(name, config)
     return config
@@ -270,6 +274,7 @@ def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrained
             config=config,
             dtype=DTYPES.get(dtype, "auto"),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, in plain words
             trust_remote_code=False,
             use_safetensors=True,
         )
@@ -282,7 +287,7 @@ def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrained
             f"the weights of {name} cannot be loaded: {hub_status(error) or one_line(error)}"
         ) from error
     model, info = loaded
-    _require_all_weights(name, info["missing_keys"])
+    _require_all_weights(name, info)
     _require_floats(name, model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -329,7 +334,7 @@ def _load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedToken
         )
         tokenizer = AutoTokenizer.from_pretrained(**_gguf_source(path))
     model, info = loaded
-    _require_all_weights(str(path), info["missing_keys"])
+    _require_all_weights(str(path), info)
     for kind in ("bos_token", "eos_token", "pad_token"):  # transformers 5.17 sets those of another family
         if isinstance(token := getattr(config, f"{kind}_id", None), int):
             setattr(tokenizer, kind, tokenizer.convert_ids_to_tokens(token))
@@ -417,9 +422,14 @@ def _require_plausible(name: str, config: PreTrainedConfig, tensors: int) -> Non
         )
 
 
-def _require_all_weights(name: str, missing: set[str] | list[str]) -> None:
-    """Refuse a model with missing weights: transformers replaces them by random ones and only warns."""
-    if missing:
+def _require_all_weights(name: str, info: Mapping[str, Any]) -> None:
+    """Refuse a model with missing weights or other shapes: transformers gives it random ones and only warns."""
+    for path, found, expected in sorted(info["mismatched_keys"]):
+        raise CheckpointError(
+            f"{path} of {name} has the shape {tuple(found)}, its configuration asks for {tuple(expected)}; one of "
+            "them was edited or belongs to another model"
+        )
+    if missing := info["missing_keys"]:
         raise CheckpointError(
             f"{name} lacks {len(missing)} tensors of the model, such as {sorted(missing)[0]}; expected all. "
             "It was saved from another kind of model, or not completely."

@@ -256,6 +256,14 @@ def test_training_goes_on_after_compression() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("config", [GraspConfig.paper(num_layers=2), GraspConfig.best(compression_ratio=0.05)])
+def test_a_frozen_model_stays_frozen(config: GraspConfig) -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    assert compress_(model, tiny_batches(4), config, held_out=tiny_batches(2, seed=5)).compressed
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["lm_head.weight"]
+
+
 def test_the_cache_gives_what_a_full_pass_gives() -> None:
     model = tiny_model("llama", torch.float64)
     compress_(model, tiny_batches(1), GraspConfig(num_layers=2, retain_ratio=0.3))

@@ -220,7 +220,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GraspError], str]] = {
         CheckpointError,
         "has no .safetensors file",
     ),
-    "shapes differ": (lambda folder: edit_config(folder, hidden_size=64), CheckpointError, "weights of .* cannot"),
+    "shapes differ": (
+        lambda folder: edit_config(folder, hidden_size=64),
+        CheckpointError,
+        r"lm_head.weight of .* has the shape \(97, 32\), its configuration asks for \(97, 64\)",
+    ),
     "the configuration is no JSON": (
         lambda folder: (folder / "config.json").write_text("{"),
         UnsupportedModelError,
@@ -246,7 +250,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GraspError], str]] = {
     "it brings its own code": (
         lambda folder: edit_config(folder, model_type="own", auto_map={"AutoConfig": "own.OwnConfig"}),
         UnsupportedModelError,
-        "configuration of .* cannot be used",
+        "needs code of its own, which is never run; .* a folder that `grasp convert` wrote",
     ),
     "an encoder-decoder": (
         lambda folder: T5Config().save_pretrained(folder),

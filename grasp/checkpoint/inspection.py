@@ -208,7 +208,12 @@ class _Stored:
         quantization = config.get("quantization_config") or {}
         if not isinstance(quantization, dict):
             raise CheckpointError(f"{path}: quantization_config must be a JSON object, got {quantization!r}")
-        if quantization.get("quant_method") != METHOD:
+        if (method := quantization.get("quant_method", METHOD)) != METHOD:
+            raise CheckpointError(
+                f"{path}: the model is quantised ({method}), and its files do not tell the parameters; expected a "
+                "dense model or one that grasp has written"
+            )
+        if not quantization:
             return
         ranks, pivoted, quantized = (
             quantization.get(key, default) for key, default in (("ranks", {}), ("pivoted", []), ("quantized", {}))

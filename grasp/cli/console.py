@@ -7,9 +7,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.control import Control
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -21,6 +23,7 @@ from grasp.formatting import duration, json_text, printable
 from grasp.progress import TimeLeft
 
 _STEP_WIDTH = 28  # characters
+_NAME_WIDTH = 16
 
 
 def _literal(text: str, keep: str = "") -> Text:
@@ -121,14 +124,29 @@ def print_result(result: Any, show: Callable[[Any], None], *, as_json: bool) -> 
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
-    """Print a table. The first column is left-aligned, the others are right-aligned."""
+    """Print a table. The first column is left-aligned, the others are right-aligned.
+
+    If the terminal is too narrow, the first column is folded to its longest word or to ``_NAME_WIDTH``, and lines that
+    are still too long are left to the terminal: no number is cut.
+    """
     _print_title(title)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    needed = 3 * (len(columns) - 1)  # between the columns
     for index, column in enumerate(columns):
-        table.add_column(_literal(column, "\n"), justify="right" if index else "left", no_wrap=index > 0)
+        cells = [_literal(column, "\n"), *(_literal(row[index]) for row in rows)]
+        parts = chain.from_iterable(cell.plain.split("\n" if index else None) for cell in cells)
+        width = max(map(cell_len, parts), default=0)
+        if index:
+            table.add_column(cells[0], justify="right", no_wrap=True, min_width=width)
+        else:
+            width = min(width, _NAME_WIDTH)
+            table.add_column(cells[0], overflow="fold", min_width=width)
+        needed += width
     for row in rows:
         table.add_row(*map(_literal, row))
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, needed)
+    console.print(table)
 
 
 def print_facts(facts: Sequence[tuple[str, str]], *, title: str | None = None) -> None:

@@ -146,6 +146,8 @@ def _perplexity_facts(result: Evaluation) -> list[tuple[str, str]]:
     if (measured := result.result) is None:
         return []
     windows = f"{measured.windows} windows of {measured.window}, {measured.stride} new in each"
+    if measured.windows == 1:
+        windows = f"one window of {measured.window}"
     return [
         ("text", f"{result.text}: {measured.tokens} tokens in {windows}"),
         ("perplexity", f"{measured.perplexity:.3f}"),

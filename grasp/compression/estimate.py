@@ -329,7 +329,9 @@ class _Estimator:
         config, itemsize = self._job.config, self._job.dtype.itemsize
         if config.target_latency is not None:
             return self.parameters * itemsize
-        return config.target_bytes or (self.parameters - removed) * itemsize
+        if config.target_bytes is not None:
+            return min(config.target_bytes, self.parameters * itemsize)
+        return (self.parameters - removed) * itemsize
 
     def _with_states(self, working: Memory, states: tuple[int, int], stored: int, checkpoint: int) -> Memory:
         """Add the hidden states of all batches, in memory as far as the budget leaves some, then in files.

@@ -125,10 +125,15 @@ class LowRankLinear(nn.Module):
     def like(
         cls, linear: DenseLinear, rank: int, *, pivoted: bool = False, device: torch.device | str | None = None
     ) -> LowRankLinear:
-        """A random low-rank linear with the shape, bias, dtype and mode of a dense one, on its device by default."""
+        """A random low-rank linear with the shape, bias, dtype and mode of a dense one, on its device by default.
+
+        It can be trained as far as the dense one can.
+        """
         n, k = dense_shape(linear)
         device, dtype = linear.weight.device if device is None else device, linear.weight.dtype
         layer = cls(k, n, rank, bias=linear.bias is not None, pivoted=pivoted, device=device, dtype=dtype)
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(linear.get_parameter("bias" if name == "bias" else "weight").requires_grad)
         return layer.train(linear.training)
 
     @classmethod

@@ -37,9 +37,10 @@ from grasp.config import GraspConfig
 from grasp.errors import UnsupportedModelError
 from grasp.files import Contents, expanded, remove_abandoned
 from grasp.formatting import Column, layer_ranges
-from grasp.loading import find_device, load_quietly
+from grasp.loading import find_device, load_config, load_quietly
 from grasp.method.basis import BASES
 from grasp.model.dense import dense_shape
+from grasp.model.hf_quantizer import require_floating
 from grasp.model.running import first_device
 from grasp.progress import Notify, Progress, TimeLeft, no_notify, no_progress
 from grasp.statistics.processes import ALONE, Processes
@@ -128,6 +129,7 @@ def compress(
         check_directory(output)
     text = read_for(samples, notify)
     check_costs(config, costs, processes)
+    require_floating(load_config(name)[0])
     licences = read_texts(expanded(name), LICENSES) if name != BUILTIN else {}
     with state:
         is_written = processes.least(state.has_written(target))

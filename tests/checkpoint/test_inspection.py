@@ -151,6 +151,7 @@ def set_module(**values: object) -> Callable[[Path], object]:
         (lambda folder: (folder / "report.json").write_bytes(b"\xff{"), r"report\.json is not UTF-8"),
         (set_config(quantization_config="grasp"), r"config\.json: quantization_config must be a JSON object, got 'gra"),
         (set_config(quantization_config=[1]), r"config\.json: quantization_config must be a JSON object, got \[1\]"),
+        (set_config(quantization_config={"quant_method": "gptq"}), r"config\.json: the model is quantised \(gptq\)"),
         (set_ranks(None), r"config\.json: ranks must map module names .*got None"),
         (set_ranks(["a"]), r"config\.json: ranks must map .*got \['a'\]"),
         (set_ranks({"a": "1"}), r"config\.json: rank of a must be a positive integer, got '1'"),

@@ -52,6 +52,17 @@ def test_tables_keep_numbers_on_one_line(
     assert max(map(len, lines)) <= width
 
 
+def test_no_number_or_name_is_cut_on_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    print_table(("part", "parameters", "bytes"), [("layers removed", "113.3 M", "453.1 MB"), ("x" * 20, "1", "2")])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["part", "parameters", "bytes"] in lines
+    assert ["layers", "removed", "113.3", "M", "453.1", "MB"] in lines
+    assert lines[-2:] == [["x" * 16, "1", "2"], ["x" * 4]]
+
+
 def test_facts_without_a_value_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     print_facts([("form", ""), ("time", "1 s")])
     assert capsys.readouterr().out.split() == ["time", "1", "s"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from grasp import builtin
 from grasp.calibration import builtin_kinds
 from grasp.checkpoint.compression_report import CompressionReport, kinds_text
 from grasp.config import GraspConfig
-from grasp.errors import CalibrationError, GraspError, OutOfMemoryError
+from grasp.errors import CalibrationError, GraspError, OutOfMemoryError, UnsupportedModelError
 from grasp.model.quantized_linear import QUANTIZED
 from grasp.model.size import model_size
 from grasp.progress import no_notify
@@ -86,6 +87,21 @@ def test_errors_of_memory_and_decompositions_are_said_in_one_line_and_others_are
     with pytest.raises(expected, match=message) as caught:
         compress(str(model), tmp_path / "out", GraspConfig(num_layers=1), samples)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_quantised_by_others_is_refused_before_it_is_loaded(
+    model: Path, samples: Samples, tmp_path: Path
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(UnsupportedModelError, match=r"the model is quantised \(gptq\); expected a dense one"):
+        compress(str(model), tmp_path / "out", GraspConfig(num_layers=1), samples)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
+def test_a_target_above_the_size_of_the_model_leaves_it_dense(model: Path, samples: Samples, tmp_path: Path) -> None:
+    done = compress(str(model), tmp_path / "out", GraspConfig.best(target_bytes=10**15), samples)
+    assert done.report.after == done.report.before
 
 
 def test_a_tokenizer_of_another_model_is_refused(model: Path, samples: Samples, tmp_path: Path) -> None:
