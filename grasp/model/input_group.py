@@ -69,7 +69,8 @@ class InputGroup:
     def _compute_all(self, members: list[LowRankLinear], x: Tensor, thread: int) -> Tensor:
         """Compute all members, store the outputs of the others, and return that of the first."""
         factors, backend = [member.factors for member in members], members[0].backend
-        if any(group.U.device != x.device for group in factors):  # a member was offloaded after it was grouped
+        # A member was offloaded, or given another backend, after it was grouped.
+        if any(m.U.device != x.device or m.backend != backend for m in members):
             return lowrank_linear(x, *factors[0], backend=backend)
         outputs = lowrank_linear_grouped(x, factors, backend=backend)
         others = zip(outputs[1:], factors[1:], strict=True)

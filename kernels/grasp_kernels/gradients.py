@@ -185,6 +185,8 @@ def singular_value_grad_backward(ctx: Any, grad_first: Tensor, grad_second: Tens
         cu_seqlens = equal_samples(x)
     dtype = accumulation_dtype(x.dtype)
     flat_x, flat_d = x.reshape(-1, x.shape[-1]).to(dtype), grad_y.reshape(-1, grad_y.shape[-1]).to(dtype)
+    if mask is not None:
+        flat_x, flat_d = (rows.masked_fill(~mask.reshape(-1, 1), 0) for rows in (flat_x, flat_d))
     d_U, x_V = flat_d @ U.to(dtype), flat_x @ Vh.to(dtype).mT  # [T, R]
     sample = None  # [T], the sample of each token
     if cu_seqlens is not None:
@@ -193,13 +195,11 @@ def singular_value_grad_backward(ctx: Any, grad_first: Tensor, grad_second: Tens
     # The gradient in each token's product d_U * x_V.
     weight = grad_first[sample] if ctx.per_sample else grad_first.expand_as(d_U)
     if ctx.unit != "none":
-        unit = d_U * x_V if mask is None else (d_U * x_V).masked_fill(~mask.reshape(-1, 1), 0)
+        unit = d_U * x_V
         if ctx.unit == "sample":
             sums = unit.new_zeros(cu_seqlens.shape[0] - 1, unit.shape[1]).index_add(0, sample, unit)
             unit = sums[sample]
         weight = weight + 2 * unit * (grad_second[sample] if ctx.per_sample else grad_second)
-    if mask is not None:
-        weight = weight.masked_fill(~mask.reshape(-1, 1), 0)
     grad_d_U, grad_x_V = weight * x_V, weight * d_U
     needs_x, needs_d, needs_U, needs_Vh = ctx.needs_input_grad[:4]
     return (

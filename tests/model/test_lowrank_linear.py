@@ -352,6 +352,15 @@ def test_fp16_factors_do_not_overflow_where_the_dense_linear_does_not() -> None:
     torch.testing.assert_close(low_rank(x), dense(x), rtol=1e-2, atol=0)
 
 
+def test_a_member_with_another_backend_computes_alone(grouped_calls: list[int]) -> None:
+    attention, x = Attention(), torch.randn(2, 24)
+    group_linears_(attention)
+    attention.k_proj.backend = "reference"
+    outputs = [attention.get_submodule(name)(x) for name in ("q_proj", "k_proj", "v_proj")]
+    assert grouped_calls == []
+    assert all(output.requires_grad for output in outputs)
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_model_can_be_set_to_one_backend(monkeypatch: pytest.MonkeyPatch, grouped: bool) -> None:
     asked: list[str] = []

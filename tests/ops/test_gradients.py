@@ -196,3 +196,21 @@ def test_regroup_undoes_the_columns() -> None:
     columns = [[U, U2], [s], [Vh, Vh2], [bias], [order], [], []]
     present = [True, True, True, True, *[False] * 3, True, False, True, False, True, False, False]
     assert gradients.regroup(columns, present) == [Factors(U, s, Vh, bias), Factors(U2, None, Vh2, None, order)]
+
+
+@pytest.mark.parametrize("moment", [None, "token", "sample"])
+def test_gradients_do_not_see_masked_tokens(moment: str | None) -> None:
+    run, tensors = svg_case(False, moment, masked=True)
+
+    def gradients() -> tuple[Tensor, ...]:
+        results = run(*tensors)
+        together = [results] if moment is None else results
+        return torch.autograd.grad(sum(result.sum() for result in together), tensors)
+
+    expected = gradients()
+    masked = (expected[0] == 0).all(1)
+    assert masked.any()
+    with torch.no_grad():
+        tensors[0][masked], tensors[1][masked] = torch.nan, torch.inf
+    for found, wanted in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
