@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -24,13 +23,13 @@ from grasp.builtin import BUILTIN, builtin_text_path
 from grasp.errors import CalibrationError, MissingPackageError
 from grasp.files import expanded
 from grasp.formatting import one_line, size
+from grasp.hub import HUB_ERRORS
 from grasp.model.batch import CalibrationBatch
 from grasp.progress import Notify, no_notify
 from grasp.reading import open_regular, read_text_file
 
 Split = Literal["calibration", "evaluation"]
-# The hub's client passes on the errors of its HTTP library.
-_HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
+_FETCH_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, OSError, ValueError)
 
 
 class HubText(NamedTuple):
@@ -247,7 +246,7 @@ def _hub_text(name: str, split: Split, characters: int) -> str:
             length += len(row["text"])
             if HUB_TEXTS[name].files and length >= characters:
                 break
-    except _HUB_ERRORS as error:
+    except _FETCH_ERRORS as error:
         raise CalibrationError(
             f"the text {name} cannot be fetched from the hub ({one_line(error)}). "
             f"Check the network, or use a text file or {BUILTIN!r}, which need none."

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from http.client import responses
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import torch
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     StrictDataclassError,
@@ -43,6 +41,7 @@ from grasp.builtin import BUILTIN, BUILTIN_NAME, builtin_model_path
 from grasp.errors import CheckpointError, GraspError, MissingPackageError, ModelNotFoundError, UnsupportedModelError
 from grasp.files import expanded
 from grasp.formatting import one_line, size
+from grasp.hub import BAD_ANSWERS, HUB_ERRORS, hub_status
 from grasp.model.checkpoint_format import METHOD, read_headers, weight_files
 from grasp.model.hf_quantizer import quantization_method, register
 from grasp.model.quantized_linear import QUANTIZED
@@ -52,10 +51,6 @@ from grasp.reading import read_json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_TIMEOUT_S = 10.0
-# The hub's client passes on the errors of its HTTP library, which differs between versions.
-HUB_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
-# The client raises these where something else than a hub answers.
-BAD_ANSWERS: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 # The libraries raise these for files that are truncated, of another kind, or have impossible values.
 _LOAD_ERRORS = (
     OSError,
@@ -151,16 +146,6 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and any(message in str(error) for message in _NO_MEMORY)
     )
-
-
-def hub_status(error: BaseException) -> str | None:
-    """The HTTP status behind an error, to be shown in place of its text: a server's text may repeat the token."""
-    chain: BaseException | None = error
-    while chain is not None:
-        if (status := getattr(getattr(chain, "response", None), "status_code", None)) is not None:
-            return f"HTTP {status} {responses.get(status, '')}".rstrip()
-        chain = chain.__cause__ or chain.__context__
-    return None
 
 
 def _require_dtype(dtype: str) -> None:

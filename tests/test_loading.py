@@ -15,6 +15,7 @@ from transformers import BertConfig, LlamaForSequenceClassification, LlamaModel,
 
 from grasp import loading
 from grasp.errors import CheckpointError, GraspError, ModelNotFoundError, UnsupportedModelError
+from grasp.hub import HUB_ERRORS
 from grasp.loading import load_model
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.lowrank_linear import LowRankLinear
@@ -142,7 +143,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
             ConnectionError("no route"),
             r"hub cannot be reached \(no route\).*'builtin' needs no network",
         ),
-        (response(loading.HUB_ERRORS[0]), r"and the hub answers HTTP 503 Service Unavailable\."),
+        (response(HUB_ERRORS[0]), r"and the hub answers HTTP 503 Service Unavailable\."),
         (RecursionError("deep JSON"), r"does not answer as a hub does \(deep JSON\)"),
     ],
 )

@@ -17,7 +17,7 @@ from grasp.calibration import NAMED_TEXTS
 from grasp.checkpoint.inspection import Inspection, LowRankModule
 from grasp.errors import CheckpointError, GraspError
 from grasp.formatting import counts, one_line, printable, score_rows
-from grasp.loading import BAD_ANSWERS, HUB_ERRORS
+from grasp.hub import BAD_ANSWERS, HUB_ERRORS
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QUANTIZED, QuantizedLowRankLinear
 from grasp.model.size import parameter_count

@@ -22,7 +22,7 @@ from grasp.checkpoint.inspection import Inspection, inspect_compressed
 from grasp.checkpoint.saving import LICENSES
 from grasp.errors import CheckpointError, HubError
 from grasp.files import expanded, write_whole
-from grasp.loading import BAD_ANSWERS, HUB_ERRORS, hub_status
+from grasp.hub import BAD_ANSWERS, HUB_ERRORS, hub_status
 from grasp.model.checkpoint_format import weight_files
 from grasp.progress import Progress, no_progress
 from grasp.reading import read_text_file

@@ -18,12 +18,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.errors import HfHubHTTPError
-
 from grasp.builtin import packaged_folders
 from grasp.errors import MissingPackageError, TaskError
 from grasp.evaluation.task_documents import PACKAGE, find_source, read_documents
 from grasp.formatting import one_line
+from grasp.hub import HUB_ERRORS
 from grasp.progress import Progress, no_progress
 from grasp.version import __version__
 
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 _INSTALL = "pip install 'lm-eval>=0.4.13' 'datasets>=4'"
 FEWSHOT_SEED = 1234  # default of lm-eval
 _NAME = re.compile(r"^(task|group):[ \t]*[\"']?([\w.:+-]+)[\"']?[ \t]*$", re.MULTILINE)
-_HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ def _load(tasks: Sequence[str], source: str | Path | None, scratch: Path) -> tup
     from lm_eval.tasks import TaskManager
 
     # RuntimeError: the data set is a script, which the library does not run.
-    unreachable: tuple[type[Exception], ...] = (DatasetsError, RuntimeError, *_HUB_ERRORS)
+    unreachable: tuple[type[Exception], ...] = (DatasetsError, RuntimeError, *HUB_ERRORS, OSError)
     mismatch: tuple[type[Exception], ...] = (UndefinedError, LookupError, ValueError, TypeError, AttributeError)
     files: dict[str, Path] = {}
     if source is not None:
