@@ -10,10 +10,8 @@ from transformers import PreTrainedModel
 
 from grasp.compression.quantize import quantize_
 from grasp.method.storage import STORAGES, Storage
-from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QuantizedModule, quantized_like
-from grasp.model.targets import layer_targets
-from tests.tiny_models import tiny_model
+from tests.lowrank_models import lowrank_model
 
 
 def random_like(module: nn.Module, storage: Storage) -> QuantizedModule:
@@ -36,13 +34,6 @@ def quantized_model(
     **overrides: Any,
 ) -> PreTrainedModel:
     """A model rounded to nearest, embeddings and output layer too; layer 1 is low-rank, and layer 2 pivoted."""
-    model = tiny_model(family, **overrides)
-    if dtype != torch.float32:  # like a loaded checkpoint of that dtype: rotary frequencies stay in fp32
-        model = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=dtype)
-    for layer in (1, 2) if low_rank else ():
-        for number, target in enumerate(layer_targets(model, layer)[0]):
-            low = LowRankLinear.from_dense(model.get_submodule(target.name), torch.arange(3 + layer + number))
-            model.set_submodule(target.name, low)
-            assert layer == 1 or low.pivot_() is None
+    model = lowrank_model(family, dtype, layers=(1, 2) if low_rank else (), pivoted=(2,), **overrides)
     quantize_(model, STORAGES[storage])
     return model

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from grasp.model.hf_quantizer import (
     register,
 )
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.targets import layer_targets
+from tests.lowrank_models import assert_same_state, edit_config, logits, lowrank_model
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
 UP = "model.layers.1.mlp.up_proj"
@@ -36,39 +35,14 @@ UP = "model.layers.1.mlp.up_proj"
 
 def compressed_model(family: str = "llama", dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """A model with low-rank layers 1 and 2; the modules have different ranks."""
-    model = tiny_model(family, **overrides)
-    if dtype != torch.float32:  # like a loaded checkpoint of that dtype: rotary frequencies stay in fp32
-        model = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=dtype)
-    for layer in (1, 2):
-        for number, target in enumerate(layer_targets(model, layer)[0]):
-            low_rank = LowRankLinear.from_dense(model.get_submodule(target.name), torch.arange(3 + layer + number))
-            model.set_submodule(target.name, low_rank)
+    model = lowrank_model(family, dtype, **overrides)
     mark_compressed(model)
     group_linears_(model)
     return model
 
 
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model(tiny_batches(1)[0]).logits
-
-
-def assert_same_state(model: nn.Module, expected: nn.Module) -> None:
-    state, wanted = model.state_dict(), expected.state_dict()
-    assert state.keys() == wanted.keys()
-    assert [name for name in wanted if not torch.equal(state[name], wanted[name])] == []
-    assert {name: t.dtype for name, t in state.items()} == {name: t.dtype for name, t in wanted.items()}
-
-
 def ranks(model: nn.Module) -> dict[str, int]:
     return {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-
-
-def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    path = folder / "config.json"
-    values = json.loads(path.read_text())
-    edit(values["quantization_config"])
-    path.write_text(json.dumps(values))
 
 
 @pytest.fixture

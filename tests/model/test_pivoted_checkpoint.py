@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from grasp.checkpoint.inspection import inspect_checkpoint
@@ -17,23 +17,15 @@ from grasp.errors import CheckpointError
 from grasp.model.grouping import group_linears_
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.targets import layer_targets
 from tests.fuzz import damage
-from tests.tiny_models import tiny_batches, tiny_model
+from tests.lowrank_models import assert_same_state, edit_config, logits, lowrank_model
 
 UP, Q = "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"
 
 
 def pivoted_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A Qwen2, whose q, k and v have biases, with low-rank layers 1 and 2; those of layer 1 are pivoted."""
-    model = tiny_model("qwen2")
-    if dtype != torch.float32:  # like a loaded checkpoint of that dtype: rotary frequencies stay in fp32
-        model = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=dtype)
-    for layer in (1, 2):
-        for number, target in enumerate(layer_targets(model, layer)[0]):
-            low_rank = LowRankLinear.from_dense(model.get_submodule(target.name), torch.arange(3 + layer + number))
-            model.set_submodule(target.name, low_rank)
-            assert layer == 2 or low_rank.pivot_() is None
+    model = lowrank_model("qwen2", dtype, pivoted=(1,))
     mark_compressed(model)
     group_linears_(model)
     return model
@@ -43,25 +35,8 @@ def linears(model: nn.Module) -> dict[str, LowRankLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
 
 
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(tiny_batches(1)[0]).logits
-
-
-def assert_same_state(model: nn.Module, expected: nn.Module) -> None:
-    state, wanted = model.state_dict(), expected.state_dict()
-    assert {name: (t.dtype, t.shape) for name, t in state.items()} == {n: (t.dtype, t.shape) for n, t in wanted.items()}
-    assert [name for name in wanted if not torch.equal(state[name], wanted[name])] == []
-
-
 def quantization(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())["quantization_config"]
-
-
-def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    values = json.loads((folder / "config.json").read_text())
-    edit(values["quantization_config"])
-    (folder / "config.json").write_text(json.dumps(values))
 
 
 @pytest.fixture

@@ -10,14 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-)
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.compression.eligible import eligible_targets
@@ -28,28 +22,12 @@ from grasp.model.lowrank_linear import set_backend_
 from grasp.model.quantized_linear import QUANTIZED, QuantizedLowRankLinear
 from grasp.model.size import bytes_by_dtype, model_size
 from grasp.recovery import trainable_factors
+from tests.lowrank_models import assert_same_state, edit_config, logits
 from tests.quantized_models import quantized_model
-from tests.tiny_models import tiny_batches, tiny_model
+from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 
 UP, DENSE = "model.layers.1.mlp.up_proj", "model.layers.0.mlp.up_proj"
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(tiny_batches(1)[0]).logits
-
-
-def assert_same_state(model: nn.Module, expected: nn.Module) -> None:
-    state, wanted = model.state_dict(), expected.state_dict()
-    assert {name: (t.dtype, t.shape) for name, t in state.items()} == {n: (t.dtype, t.shape) for n, t in wanted.items()}
-    assert [name for name in wanted if not torch.equal(state[name], wanted[name])] == []
-
-
-def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    values = json.loads((folder / "config.json").read_text())
-    edit(values["quantization_config"])
-    (folder / "config.json").write_text(json.dumps(values))
 
 
 def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:

@@ -1,0 +1,54 @@
+"""Tiny models with low-rank layers, their configurations on disk, and comparisons of models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.targets import layer_targets
+from tests.tiny_models import tiny_batches, tiny_model
+
+
+def lowrank_model(
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    *,
+    layers: Collection[int] = (1, 2),
+    pivoted: Collection[int] = (),
+    **overrides: Any,
+) -> PreTrainedModel:
+    """A model with some low-rank layers, some of them pivoted; the modules have different ranks."""
+    model = tiny_model(family, **overrides)
+    if dtype != torch.float32:  # like a loaded checkpoint of that dtype: rotary frequencies stay in fp32
+        model = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=dtype)
+    for layer in layers:
+        for number, target in enumerate(layer_targets(model, layer)[0]):
+            low_rank = LowRankLinear.from_dense(model.get_submodule(target.name), torch.arange(3 + layer + number))
+            model.set_submodule(target.name, low_rank)
+            assert layer not in pivoted or low_rank.pivot_() is None
+    return model
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(tiny_batches(1)[0]).logits
+
+
+def assert_same_state(model: nn.Module, expected: nn.Module) -> None:
+    state, wanted = model.state_dict(), expected.state_dict()
+    assert {name: (t.dtype, t.shape) for name, t in state.items()} == {n: (t.dtype, t.shape) for n, t in wanted.items()}
+    assert [name for name in wanted if not torch.equal(state[name], wanted[name])] == []
+
+
+def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change the ``quantization_config`` of a checkpoint."""
+    values = json.loads((folder / "config.json").read_text())
+    edit(values["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(values))
