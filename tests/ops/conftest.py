@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from grasp_kernels import cuda
+from speedgate.timing import using_threads
 from tests.ops.cuda_emulator import STREAM, Emulator, build
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    with using_threads(2):
+        yield
 
 
 @pytest.fixture(scope="session")

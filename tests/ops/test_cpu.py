@@ -34,14 +34,6 @@ CASES = pairwise(
 )
 
 
-@pytest.fixture
-def two_threads() -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def check(y: Tensor, x: Tensor, group: Factors) -> None:
     assert_accurate("linear", x.dtype, y, linear(x, group), dense_linear(x.double(), double(group)))
 

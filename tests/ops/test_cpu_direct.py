@@ -406,14 +406,6 @@ def test_the_memory_of_x_is_that_after_the_outputs_are_made(
     del memory
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("two_threads", "no_registered_op")
 def test_concurrent_callers_get_correct_results() -> None:
     generator = seeded()
