@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,19 +10,12 @@ from typer.testing import CliRunner, Result
 
 from benchmarks.compression import decompositions
 from benchmarks.compression.decompositions import difference, main
-from grasp.bench import conditions
 from grasp.method.svd import SVD, decomposition_flops
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Conditions that cost nothing to measure."""
-    monkeypatch.setattr(conditions, "READ_BYTES", 1 << 16)
-    monkeypatch.setattr(conditions, "MATMUL_SIZE", {"cpu": 16, "cuda": 16})
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decompositions, "MATMUL_SIZE", 64)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(*arguments: str) -> Result:

@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 from benchmarks.compression import growth
 from benchmarks.compression.growth import exponent, main
 from benchmarks.compression.random_llama import MeasuredRun, RandomLlama
-from grasp.bench import conditions
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
@@ -25,8 +24,6 @@ def test_each_series_changes_one_size_and_has_its_exponents(tmp_path: Path, monk
         return MeasuredRun(1000 * llama.layers, tokens, llama.layers * tokens**0.5, {}, {}, {}, "")
 
     monkeypatch.setattr(growth, "measure", measure)
-    monkeypatch.setattr(conditions, "READ_BYTES", 1 << 16)
-    monkeypatch.setattr(conditions, "MATMUL_SIZE", {"cpu": 16, "cuda": 16})
     app, output = typer.Typer(), tmp_path / "growth.jsonl"
     app.command()(main)
     result = CliRunner().invoke(app, ["--layers", "1,3", "--tokens", "1024,2048", "--memory", "9", "-o", str(output)])

@@ -1,17 +1,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import typer
 from typer.testing import CliRunner, Result
 
 from benchmarks.compression import statistics_cost
 from benchmarks.compression.statistics_cost import difference, main, random_factors
-from grasp.bench import conditions
 from grasp.model.targets import layer_targets
 from grasp.statistics import covariance
 from grasp.statistics.covariance import covariance_bytes
@@ -20,14 +17,9 @@ from tests.tiny_models import tiny_model
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A tiny model, and conditions that cost nothing to measure."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model."""
     monkeypatch.setattr(statistics_cost, "load_model", lambda name, dtype: (tiny_model("llama"), None))
-    monkeypatch.setattr(conditions, "READ_BYTES", 1 << 16)
-    monkeypatch.setattr(conditions, "MATMUL_SIZE", {"cpu": 16, "cuda": 16})
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(*arguments: str) -> Result:

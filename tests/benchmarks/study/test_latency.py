@@ -11,7 +11,6 @@ from typer.testing import CliRunner, Result
 from benchmarks.study import latency as study_latency
 from benchmarks.study.latency import main, rebuild_, require_right
 from benchmarks.study.records import STUDY_RECORDS, StudyLatency, StudyResult, StudySetting
-from grasp.bench import conditions
 from grasp.bench.results import append_results, read_results
 from grasp.errors import ResultsError
 from grasp.model.kernel_linear import KernelLinear
@@ -22,13 +21,6 @@ from tests.command_line import save_tiny_model
 from tests.tiny_models import tiny_model
 
 LOW = "model.layers.1.mlp.up_proj"
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Conditions that cost nothing to measure."""
-    monkeypatch.setattr(conditions, "READ_BYTES", 1 << 16)
-    monkeypatch.setattr(conditions, "MATMUL_SIZE", {"cpu": 16, "cuda": 16})
 
 
 def cell(method: str, **values: Any) -> Any:

@@ -23,13 +23,6 @@ from tests.command_line import save_tiny_model
 WHOLE_LAYERS = ("layers removed", "linear replacement", "best", "best, recovered")  # methods that may remove them
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Conditions that cost nothing to measure."""
-    monkeypatch.setattr(conditions, "READ_BYTES", 1 << 16)
-    monkeypatch.setattr(conditions, "MATMUL_SIZE", {"cpu": 16, "cuda": 16})
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return save_tiny_model(tmp_path / "model")
