@@ -6,9 +6,9 @@ import os
 import socket
 import subprocess
 import sys
-from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from huggingface_hub.utils import logging as hub_logging
@@ -23,7 +23,20 @@ from tests.tiny_tokenizers import byte_tokenizer
 ROOT = Path(__file__).parents[1]
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once more. " * 20
 
-Outcome = namedtuple("Outcome", "code out err")  # of a command
+
+class Outcome(NamedTuple):
+    """The end of a command."""
+
+    code: Any
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        """The output, without the line breaks of the terminal."""
+        return " ".join(self.out.split())
+
+
 RunMain = Callable[..., Outcome]
 
 

@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.utils import logging as hub_logging
-from transformers.utils import logging as transformers_logging
 
-from grasp import cli
 from grasp.bench import conditions
-from grasp.cli import root
 from speedgate import timing
-from tests.command_line import save_tiny_model
+from tests.command_line import Outcome, RunMain, main, save_tiny_model
 
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def text(self) -> str:
-        """The output, without the line breaks of the terminal."""
-        return " ".join(self.out.split())
-
-
-RunBench = Callable[..., Outcome]
+__all__ = ["main"]
 
 
 @pytest.fixture
@@ -43,27 +26,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], quick: None) -> Iterator[RunBench]:
-    """Run ``grasp bench`` in this process, and restore the settings of libraries that it changes."""
-    verbosity, hub = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
+def bench(monkeypatch: pytest.MonkeyPatch, main: RunMain, quick: None) -> RunMain:
+    """Run ``grasp bench`` in this process."""
     threads = torch.get_num_threads()
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "200")
-    for name, value in root.QUIET.items():
-        monkeypatch.setenv(name, value)
 
     def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["grasp", "bench", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
+        outcome = main("bench", *arguments)
         assert torch.get_num_threads() == threads
-        return Outcome(ended.value.code, *capfd.readouterr())  # type: ignore[arg-type]
+        return outcome
 
-    yield run
-    transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
-    hub_logging.set_verbosity(hub)
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ from grasp.bench.compress_records import CompressResult
 from grasp.bench.results import read_results
 from grasp.method.svd import SVD
 from grasp.statistics.gradients import DenseSum, FactoredSum
+from tests.command_line import RunMain
 
-RunBench = Callable[..., tuple[int, str, str]]
 SIZES = ("--retain-ratio", "0.4", "--num-samples", "4", "--seq-len", "16", "--timed-batches", "2", "--threads", "1")
 
 
 @pytest.fixture
-def run(bench: RunBench, tiny: Path) -> RunBench:
+def run(bench: RunMain, tiny: Path) -> RunMain:
     return lambda *arguments: bench("compress", tiny, *SIZES, "--device", "cpu", *arguments)
 
 
@@ -27,7 +26,7 @@ def rows(path: Path) -> list[CompressResult]:
     return records  # type: ignore[return-value]
 
 
-def test_every_schedule_is_measured_and_chooses_what_the_formulas_choose(run: RunBench, tmp_path: Path) -> None:
+def test_every_schedule_is_measured_and_chooses_what_the_formulas_choose(run: RunMain, tmp_path: Path) -> None:
     output = tmp_path / "compress.jsonl"
     outcome = run("--num-layers", "2", "-o", output)
     assert outcome.code == 0, outcome.err
@@ -49,7 +48,7 @@ def test_every_schedule_is_measured_and_chooses_what_the_formulas_choose(run: Ru
     assert "decompositions are not measured" in outcome.text
 
 
-def test_the_whole_set_is_extrapolated_from_nothing(run: RunBench, tmp_path: Path) -> None:
+def test_the_whole_set_is_extrapolated_from_nothing(run: RunMain, tmp_path: Path) -> None:
     output = tmp_path / "compress.jsonl"
     outcome = run("--layers", "1", "--schedule", "sequential", "--full", "-o", output)
     assert outcome.code == 0, outcome.err
@@ -59,7 +58,7 @@ def test_the_whole_set_is_extrapolated_from_nothing(run: RunBench, tmp_path: Pat
     assert "extrapolated" not in outcome.out
 
 
-def test_sweeps_in_bfloat16_are_judged_by_perplexity(run: RunBench, tmp_path: Path) -> None:
+def test_sweeps_in_bfloat16_are_judged_by_perplexity(run: RunMain, tmp_path: Path) -> None:
     output = tmp_path / "compress.jsonl"
     arguments = ("--layers", "1", "--schedule", "single-sweep", "--sweep-dtype", "bfloat16", "--batch-size", "2")
     outcome = run(*arguments, "-o", output)
@@ -72,7 +71,7 @@ def test_sweeps_in_bfloat16_are_judged_by_perplexity(run: RunBench, tmp_path: Pa
     assert row.perplexity == pytest.approx(row.perplexity_fp32, rel=0.1)
 
 
-def test_a_wrong_selection_is_not_reported(run: RunBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_wrong_selection_is_not_reported(run: RunMain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for kind in (DenseSum, FactoredSum):
 
         def flipped(total: Any, weight: Tensor, result: Any = kind.result) -> tuple[SVD, Tensor]:
@@ -102,7 +101,7 @@ def test_a_wrong_selection_is_not_reported(run: RunBench, monkeypatch: pytest.Mo
         (("--num-layers", "9"), "the model has 3 decoder layers, got num_layers=9"),
     ],
 )
-def test_bad_arguments_are_one_clear_line(run: RunBench, arguments: tuple[str, ...], message: str) -> None:
+def test_bad_arguments_are_one_clear_line(run: RunMain, arguments: tuple[str, ...], message: str) -> None:
     outcome = run("--num-layers", "2", *arguments)
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.splitlines()[-1].startswith("error: ")

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -24,22 +23,22 @@ from grasp.loading import load_model
 from grasp.model.hf_quantizer import mark_compressed
 from grasp_kernels import roofline
 from grasp_kernels.dispatch import BACKENDS, backend_missing
+from tests.command_line import RunMain
 from tests.tiny_models import tiny_model
 
-RunBench = Callable[..., tuple[int, str, str]]
 REFERENCE = ("--backend", "reference")  # the kernels of Triton are interpreted here
 SIZES = ("--prompt-tokens", "8", "--new-tokens", "3", "--repeats", "2", "--device", "cpu", "--threads", "1")
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once more. " * 3
 
 
 @pytest.fixture
-def run(bench: RunBench, tiny: Path, tmp_path: Path) -> RunBench:
+def run(bench: RunMain, tiny: Path, tmp_path: Path) -> RunMain:
     (tmp_path / "text.txt").write_text(TEXT)
     options = ("--retain-ratio", "0.4", "--text", tmp_path / "text.txt", "--window", "32", "--windows", "2")
     return lambda *arguments: bench("model", tiny, *SIZES, *options, *arguments)
 
 
-def test_every_provider_is_timed_at_every_batch_size(run: RunBench, tmp_path: Path) -> None:
+def test_every_provider_is_timed_at_every_batch_size(run: RunMain, tmp_path: Path) -> None:
     outcome = run("--num-layers", "1", "--batch-size", "1,3", "-o", tmp_path / "model.jsonl")
     assert outcome.code == 0, outcome.err
     records = read_results(tmp_path / "model.jsonl")
@@ -71,7 +70,7 @@ def test_every_provider_is_timed_at_every_batch_size(run: RunBench, tmp_path: Pa
 
 
 def test_compiled_steps_are_timed_beside_eager_ones_at_every_length(
-    run: RunBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)  # which takes seconds for each model
     sizes = ("--batch-size", "2", "--mode", "eager,compiled", "--depth", "0,5", "--threads", "1,2", "--windows", "0")
@@ -95,7 +94,7 @@ def test_compiled_steps_are_timed_beside_eager_ones_at_every_length(
 
 
 def test_a_model_that_cannot_be_compiled_is_timed_eagerly(
-    run: RunBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> object:
         raise TorchDynamoException("it prints")
@@ -109,7 +108,7 @@ def test_a_model_that_cannot_be_compiled_is_timed_eagerly(
     assert "Not measured: dense, compiled at batch 1: torch.compile does not take it: it prints" in outcome.text
 
 
-def test_perplexity_is_that_of_the_weights(run: RunBench, tiny: Path, tmp_path: Path) -> None:
+def test_perplexity_is_that_of_the_weights(run: RunMain, tiny: Path, tmp_path: Path) -> None:
     assert run("--layers", "1", "--batch-size", "1", *REFERENCE, "-o", tmp_path / "model.jsonl").code == 0
     measured = {
         record.provider: record for record in read_results(tmp_path / "model.jsonl") if isinstance(record, ModelResult)
@@ -125,7 +124,7 @@ def test_perplexity_is_that_of_the_weights(run: RunBench, tiny: Path, tmp_path: 
     assert values["removed"] not in (values["dense"], values["compressed"])
 
 
-def test_a_compressed_checkpoint_is_measured_as_it_is(run: RunBench, tiny: Path, tmp_path: Path) -> None:
+def test_a_compressed_checkpoint_is_measured_as_it_is(run: RunMain, tiny: Path, tmp_path: Path) -> None:
     model, tokenizer = load_model(str(tiny))
     truncate_(model, [0, 2], 0.5)
     mark_compressed(model)
@@ -139,7 +138,7 @@ def test_a_compressed_checkpoint_is_measured_as_it_is(run: RunBench, tiny: Path,
     assert measured[2].parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_perplexity_can_be_left_out_and_tables_are_written(run: RunBench, tmp_path: Path) -> None:
+def test_perplexity_can_be_left_out_and_tables_are_written(run: RunMain, tmp_path: Path) -> None:
     outputs = [argument for name in ("m.jsonl", "m.md", "m.csv") for argument in ("-o", tmp_path / name)]
     sizes = ("--layers", "1", "--batch-size", "1,2", "--backend", "reference", "--windows", "0", "--text", "absent")
     outcome = run(*sizes, *outputs)
@@ -151,7 +150,7 @@ def test_perplexity_can_be_left_out_and_tables_are_written(run: RunBench, tmp_pa
 
 
 def test_a_provider_with_wrong_logits_is_not_timed(
-    run: RunBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: RunMain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def spoil(model: nn.Module) -> None:
         original(model)
@@ -168,7 +167,7 @@ def test_a_provider_with_wrong_logits_is_not_timed(
     assert "unfused" not in {record.provider for record in records if isinstance(record, ModelResult)}
 
 
-def test_a_perplexity_that_is_no_number_is_said(run: RunBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_perplexity_that_is_no_number_is_said(run: RunMain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(*arguments: object, **options: object) -> object:
         result = perplexity(*arguments, **options)  # type: ignore[arg-type]
         return bench_model.PerplexityResult(float("nan"), float("nan"), result.tokens, 2, 5, 32, 32)
@@ -205,14 +204,14 @@ def test_a_perplexity_that_is_no_number_is_said(run: RunBench, monkeypatch: pyte
         (("--text", "absent.txt"), "absent.txt"),
     ],
 )
-def test_bad_arguments_are_one_clear_line(run: RunBench, arguments: tuple[str, ...], message: str) -> None:
+def test_bad_arguments_are_one_clear_line(run: RunMain, arguments: tuple[str, ...], message: str) -> None:
     outcome = run(*arguments)
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.splitlines()[-1].startswith("error: ")
     assert message in outcome.err
 
 
-def test_the_dense_model_is_no_compressed_checkpoint(run: RunBench, tiny: Path) -> None:
+def test_the_dense_model_is_no_compressed_checkpoint(run: RunMain, tiny: Path) -> None:
     outcome = run("--compressed", tiny)
     assert outcome.code == 2
     assert "has no low-rank layers" in outcome.err
@@ -232,7 +231,7 @@ def test_percentiles_are_interpolated_milliseconds() -> None:
     assert Percentiles.of([0.002]) == Percentiles(2, 2, 2, 2)
 
 
-def test_turns_go_on_until_medians_are_known_to_the_precision(run: RunBench, tmp_path: Path) -> None:
+def test_turns_go_on_until_medians_are_known_to_the_precision(run: RunMain, tmp_path: Path) -> None:
     sizes = ("--layers", "1", "--backend", "reference", "--batch-size", "1", "--windows", "0")
     outcome = run(*sizes, "--precision", "0.9", "-o", tmp_path / "model.jsonl")
     assert outcome.code == 0, outcome.err

@@ -19,18 +19,18 @@ from grasp.method.storage import STORAGES
 from grasp_kernels import roofline
 from grasp_kernels.dispatch import backend_missing
 from grasp_kernels.shapes import parse_shape
+from tests.command_line import RunMain
 
-RunBench = Callable[..., tuple[int, str, str]]
 SHAPE = ("--shape", "48x32r5", "--rows", "3", "--dtype", "float32", "--device", "cpu")
 QUICK = ("--repetitions", "2", "--rotate-mb", "0", "--no-compiled")
 
 
 @pytest.fixture
-def ops(bench: RunBench) -> RunBench:
+def ops(bench: RunMain) -> RunMain:
     return lambda *arguments: bench("ops", *SHAPE, *QUICK, *arguments)
 
 
-def test_every_op_is_timed_beside_its_baselines_and_its_floor(ops: RunBench, tmp_path: Path) -> None:
+def test_every_op_is_timed_beside_its_baselines_and_its_floor(ops: RunMain, tmp_path: Path) -> None:
     outcome = ops("--backend", "reference", "--threads", "1", "-o", tmp_path / "ops.jsonl")
     assert outcome.code == 0, outcome.err
     records = read_results(tmp_path / "ops.jsonl")
@@ -52,18 +52,18 @@ def test_every_op_is_timed_beside_its_baselines_and_its_floor(ops: RunBench, tmp
     assert "Not measured: compiled lowrank_linear at 48x32r5, M = 3, float32: left out on request" in outcome.text
 
 
-def test_results_are_added_to_a_file(ops: RunBench, tmp_path: Path) -> None:
+def test_results_are_added_to_a_file(ops: RunMain, tmp_path: Path) -> None:
     for _ in range(2):
         ops("--op", "lowrank_linear", "--backend", "reference", "-o", tmp_path / "ops.jsonl")
     assert len(read_results(tmp_path / "ops.jsonl")) == 2 * 4
 
 
-def test_a_document_has_all_that_the_file_has(ops: RunBench, tmp_path: Path, lines: Callable) -> None:
+def test_a_document_has_all_that_the_file_has(ops: RunMain, tmp_path: Path, lines: Callable) -> None:
     outcome = ops("--op", "lowrank_linear", "--backend", "reference", "--json", "-o", tmp_path / "ops.jsonl")
     assert json.loads(outcome.out) == {"results": lines(tmp_path / "ops.jsonl")}
 
 
-def test_a_file_of_something_else_is_refused_before_anything_is_measured(ops: RunBench, tmp_path: Path) -> None:
+def test_a_file_of_something_else_is_refused_before_anything_is_measured(ops: RunMain, tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("hello\n")
     outcome = ops("-o", tmp_path / "notes")
     assert outcome.code == 2
@@ -73,7 +73,7 @@ def test_a_file_of_something_else_is_refused_before_anything_is_measured(ops: Ru
 
 
 def test_a_wrong_provider_is_not_timed_and_fails_the_run(
-    ops: RunBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ops: RunMain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(bench_ops, "wrong", lambda op, problem, run, of_package: "off by one")
     outcome = ops("--op", "lowrank_linear", "--backend", "reference", "-o", tmp_path / "ops.jsonl")
@@ -84,13 +84,13 @@ def test_a_wrong_provider_is_not_timed_and_fails_the_run(
     assert [record.provider for record in records if isinstance(record, OpResult)] == ["unfused", "dense"]
 
 
-def test_what_is_not_measured_is_said(ops: RunBench) -> None:
+def test_what_is_not_measured_is_said(ops: RunMain) -> None:
     outcome = ops("--op", "lowrank_linear", "--shape", "48x32r5+48x16r3", "--backend", "reference")
     assert outcome.code == 0
     assert "Not measured: * lowrank_linear at 48x32r5+48x16r3, M = 3, float32: " in outcome.text
 
 
-def test_quantised_factors_are_timed_beside_the_floating_ones(ops: RunBench, tmp_path: Path) -> None:
+def test_quantised_factors_are_timed_beside_the_floating_ones(ops: RunMain, tmp_path: Path) -> None:
     weights = ("--weights", "int8", "--weights", "int4/32", "--form", "pivoted")
     outcome = ops("--backend", "reference", "--backend", "cpu", *weights, "-o", tmp_path / "ops.jsonl")
     assert outcome.code == 0, outcome.err
@@ -108,7 +108,7 @@ def test_quantised_factors_are_timed_beside_the_floating_ones(ops: RunBench, tmp
     assert "form pivoted; weights int4/32" in outcome.text
 
 
-def test_a_compiler_that_is_not_there_is_said(bench: RunBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_compiler_that_is_not_there_is_said(bench: RunMain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(op: str, problem: object) -> None:
         raise RuntimeError("No working C++\ncompiler found")
 
@@ -122,7 +122,7 @@ def test_a_compiler_that_is_not_there_is_said(bench: RunBench, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_the_compiled_form_is_timed(bench: RunBench, tmp_path: Path) -> None:
+def test_the_compiled_form_is_timed(bench: RunMain, tmp_path: Path) -> None:
     outcome = bench("ops", *SHAPE, *QUICK[:-1], "--op", "lowrank_linear", "-o", tmp_path / "ops.jsonl")
     assert outcome.code == 0, outcome.err
     providers = [record.provider for record in read_results(tmp_path / "ops.jsonl") if isinstance(record, OpResult)]
@@ -145,7 +145,7 @@ def test_the_compiled_form_is_timed(bench: RunBench, tmp_path: Path) -> None:
         (("-o", "/absent/ops.jsonl"), "there is no folder /absent"),
     ],
 )
-def test_bad_arguments_are_one_clear_line(ops: RunBench, arguments: tuple[str, str], message: str) -> None:
+def test_bad_arguments_are_one_clear_line(ops: RunMain, arguments: tuple[str, str], message: str) -> None:
     outcome = ops(*arguments)
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.startswith("error: ")
@@ -176,7 +176,7 @@ def workload(tmp_path: Path) -> Path:
     return tmp_path / "w.json"
 
 
-def test_a_recorded_workload_is_timed_and_weighted(bench: RunBench, workload: Path, tmp_path: Path) -> None:
+def test_a_recorded_workload_is_timed_and_weighted(bench: RunMain, workload: Path, tmp_path: Path) -> None:
     outcome = bench("ops", "--workload", workload, *QUICK, "--backend", "reference", "-o", tmp_path / "ops.jsonl")
     assert outcome.code == 0, outcome.err
     records = read_results(tmp_path / "ops.jsonl")
@@ -193,7 +193,7 @@ def test_a_recorded_workload_is_timed_and_weighted(bench: RunBench, workload: Pa
     assert outcome.out.index("Calls of a workload") < outcome.out.index("workload w.json; calls 57; different calls 3")
 
 
-def test_quantised_calls_are_timed_beside_floating_ones(bench: RunBench, tmp_path: Path) -> None:
+def test_quantised_calls_are_timed_beside_floating_ones(bench: RunMain, tmp_path: Path) -> None:
     (tmp_path / "w.json").write_text(json.dumps(Recording(1, QUANTIZED_CALLS).to_dict()))
     options = (*QUICK, "--backend", "reference", "-o", tmp_path / "ops.jsonl")
     outcome = bench("ops", "--workload", tmp_path / "w.json", *options)

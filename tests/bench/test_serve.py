@@ -20,7 +20,7 @@ from grasp.bench.serve import ServeRequest, run
 from grasp.bench.serve_records import ServeResult
 from grasp.bench.servers import COMMAND, Process, free_port, start
 from grasp.errors import MissingPackageError, ServerError
-from tests.bench.conftest import RunBench
+from tests.command_line import RunMain
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 
@@ -68,7 +68,7 @@ def is_running(pid: int) -> bool:
 
 
 def test_servers_take_turns_and_are_compared_with_the_first(
-    save: Callable[..., Path], bench: RunBench, tmp_path: Path
+    save: Callable[..., Path], bench: RunMain, tmp_path: Path
 ) -> None:
     folders, output = [save("dense"), save("small"), save("other", wrong=True)], tmp_path / "serve.jsonl"
     options = ("--concurrency", "1,3", "--requests", 2, "--rounds", 2, "--goodput", "ttft:200,tpot:50", *SIZES)
@@ -129,7 +129,7 @@ def test_a_server_that_never_answers_is_ended_after_the_time_limit(
     assert remaining(bad) == []
 
 
-def test_a_signal_ends_the_servers(save: Callable[..., Path], bench: RunBench) -> None:
+def test_a_signal_ends_the_servers(save: Callable[..., Path], bench: RunMain) -> None:
     bad = save("bad", fault="hangs")
 
     def end() -> None:
@@ -164,7 +164,7 @@ def test_a_client_that_fails_or_reports_missing_tokens_is_an_error(
 
 
 def test_what_cannot_be_served_is_refused_before_a_server_starts(
-    save: Callable[..., Path], bench: RunBench, tmp_path: Path
+    save: Callable[..., Path], bench: RunMain, tmp_path: Path
 ) -> None:
     folder = save("model")
     twin = tmp_path / "twin" / "model"

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,15 +15,15 @@ from grasp.bench.results import read_results
 from grasp.bench.schema import case_text
 from grasp.bench.yardstick import Agreement
 from grasp.evaluation.generation import GenerationTime
+from tests.command_line import RunMain
 from tests.tiny_models import tiny_model
 
-RunBench = Callable[..., tuple[int, str, str]]
 SIZES = ("--layers", "1", "--retain-ratio", "0.4", "--batch-size", "1", "--prompt-tokens", "8", "--new-tokens", "3")
 SIZES = (*SIZES, "--backend", "reference", "--windows", "0", "--repeats", "2", "--threads", "1", "--device", "cpu")
 
 
 def test_a_yardstick_that_cannot_be_run_is_one_clear_line(
-    bench: RunBench, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    bench: RunMain, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     yardstick.load_llama_cpp.cache_clear()
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
@@ -62,7 +61,7 @@ class Clock:
 
 
 def test_yardsticks_are_rows_beside_the_models_unless_they_are_another_model(
-    bench: RunBench, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: RunMain, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextmanager
     def clocks(*_: object):  # type: ignore[no-untyped-def]
