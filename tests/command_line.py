@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import typer
 from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
+from typer.testing import CliRunner, Result
 
 from grasp import cli
 from grasp.cli import root
@@ -83,6 +85,13 @@ def grasp(*arguments: object, cwd: Path, processes: int = 1, fresh: bool = False
         text=True,
         timeout=600,
     )
+
+
+def run_script(main: Callable[..., None], *arguments: object) -> Result:
+    """Run the function of a script in this process, with the arguments of its command line."""
+    app = typer.Typer()
+    app.command()(main)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
 
 def torchrun_variables(processes: int) -> list[dict[str, str]]:

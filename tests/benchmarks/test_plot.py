@@ -4,7 +4,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from typer.testing import CliRunner
 
 from benchmarks import plot
 from benchmarks.study.records import StudyResult
@@ -13,6 +12,7 @@ from grasp.bench.results import append_results
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from tests.bench.records import record
+from tests.command_line import run_script
 from tests.tiny_models import tiny_batches, tiny_model
 
 
@@ -26,18 +26,9 @@ def inputs(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "small"), str(tmp_path / "results.jsonl")]
 
 
-def run(*arguments: str) -> tuple[int, str]:
-    import typer
-
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(plot.main)
-    result = CliRunner().invoke(app, arguments)
-    return result.exit_code, result.output
-
-
 def test_every_figure_is_an_svg_and_two_pngs(inputs: list[str], tmp_path: Path) -> None:
-    code, output = run(*inputs, "-o", str(tmp_path / "plots"))
-    assert code == 0
+    result = run_script(plot.main, *inputs, "-o", tmp_path / "plots")
+    assert result.exit_code == 0
     files = sorted(path.name for path in (tmp_path / "plots").iterdir())
     drawings = [name.removesuffix(".svg") for name in files if name.endswith(".svg")]
     assert {"block-influence", "spectrum-1", "times-a-prompt-of-3-tokens-after-3"} <= set(drawings)
@@ -45,14 +36,14 @@ def test_every_figure_is_an_svg_and_two_pngs(inputs: list[str], tmp_path: Path) 
     assert files == sorted(f"{name}{end}" for name in drawings for end in (".svg", "-light.png", "-dark.png"))
     for name in drawings:
         ElementTree.parse(tmp_path / "plots" / f"{name}.svg")
-        assert f"{name}.svg" in output
+        assert f"{name}.svg" in result.output
         light, dark = ((tmp_path / "plots" / f"{name}-{theme}.png").read_bytes() for theme in ("light", "dark"))
         assert light != dark
 
 
 def test_the_same_files_give_the_same_figures(inputs: list[str], tmp_path: Path) -> None:
     for folder in ("one", "two"):
-        assert run(inputs[0], "-o", str(tmp_path / folder))[0] == 0
+        assert run_script(plot.main, inputs[0], "-o", tmp_path / folder).exit_code == 0
     assert list((tmp_path / "one").iterdir())
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
@@ -64,8 +55,8 @@ def test_bad_input_leaves_the_figures_as_they_were(bad: str, inputs: list[str], 
     (tmp_path / "empty").mkdir()
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "block-influence.svg").write_text("earlier")
-    code, output = run(*inputs, str(tmp_path / bad), "-o", str(tmp_path / "plots"))
-    assert code == 2
-    assert bad in output
+    result = run_script(plot.main, *inputs, tmp_path / bad, "-o", tmp_path / "plots")
+    assert result.exit_code == 2
+    assert bad in result.output
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["block-influence.svg"]
     assert (tmp_path / "plots" / "block-influence.svg").read_text() == "earlier"

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from benchmarks.compression import decompositions
 from benchmarks.compression.decompositions import difference, main
 from grasp.method.svd import SVD, decomposition_flops
+from tests.command_line import run_script
 
 
 @pytest.fixture(autouse=True)
@@ -19,9 +19,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*arguments: str) -> Result:
-    app = typer.Typer()
-    app.command()(main)
-    return CliRunner().invoke(app, [*arguments, "--threads", "1"], env={"COLUMNS": "200"})
+    return run_script(main, *arguments, "--threads", "1")
 
 
 def test_shapes_are_timed_and_larger_ones_are_extrapolated_from_the_largest_of_their_form(tmp_path: Path) -> None:

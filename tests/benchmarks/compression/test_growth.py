@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from benchmarks.compression import growth
 from benchmarks.compression.growth import exponent, main
 from benchmarks.compression.random_llama import MeasuredRun, RandomLlama
+from tests.command_line import run_script
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
@@ -24,9 +23,8 @@ def test_each_series_changes_one_size_and_has_its_exponents(tmp_path: Path, monk
         return MeasuredRun(1000 * llama.layers, tokens, llama.layers * tokens**0.5, {}, {}, {}, "")
 
     monkeypatch.setattr(growth, "measure", measure)
-    app, output = typer.Typer(), tmp_path / "growth.jsonl"
-    app.command()(main)
-    result = CliRunner().invoke(app, ["--layers", "1,3", "--tokens", "1024,2048", "--memory", "9", "-o", str(output)])
+    output = tmp_path / "growth.jsonl"
+    result = run_script(main, "--layers", "1,3", "--tokens", "1024,2048", "--memory", "9", "-o", output)
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(line["grows"], line["llama"]["layers"], line["tokens"]) for line in lines] == [

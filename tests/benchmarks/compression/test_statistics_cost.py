@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from benchmarks.compression import statistics_cost
 from benchmarks.compression.statistics_cost import difference, main, random_factors
@@ -13,6 +12,7 @@ from grasp.model.targets import layer_targets
 from grasp.statistics import covariance
 from grasp.statistics.covariance import covariance_bytes
 from grasp_kernels.products import accumulate_gram_
+from tests.command_line import run_script
 from tests.tiny_models import tiny_model
 
 
@@ -23,10 +23,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*arguments: str) -> Result:
-    app = typer.Typer()
-    app.command()(main)
     sizes = ("--sequences", "3", "--seq-len", "8", "--batch-size", "2", "--repeats", "2", "--threads", "1")
-    return CliRunner().invoke(app, ["tiny", *sizes, *arguments])
+    return run_script(main, "tiny", *sizes, *arguments)
 
 
 @pytest.mark.parametrize(("options", "dtype"), [((), "float32"), (("--sweep-dtype", "bfloat16"), "bfloat16")])

@@ -17,7 +17,6 @@ pytest.importorskip("triton")
 
 import typer
 from triton.runtime.errors import OutOfResources
-from typer.testing import CliRunner
 
 from benchmarks.gpu import check as gpu_check
 from benchmarks.gpu import check_cases, check_model, check_tasks, launch_costs
@@ -32,6 +31,7 @@ from grasp_kernels import launch_configs
 from grasp_kernels.launch_configs import Config
 from grasp_kernels.triton.launch import gpu_of
 from speedgate import timing
+from tests.command_line import run_script
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = {
@@ -390,9 +390,7 @@ def test_the_tests_of_a_gpu_are_selected_by_their_mark(monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
-    app = typer.Typer()
-    app.command()(gpu_check.main)
-    done = CliRunner().invoke(app, [])
+    done = run_script(gpu_check.main)
     assert done.exit_code == 2
     assert "no CUDA GPU" in done.output
 

@@ -9,8 +9,6 @@ import pytest
 
 pytest.importorskip("triton")
 
-import typer
-from typer.testing import CliRunner
 
 from benchmarks.gpu import expect
 from benchmarks.gpu.aot_cases import CARDS
@@ -21,6 +19,7 @@ from grasp_kernels.launch_configs import choose
 from grasp_kernels.roofline import Cost
 from grasp_kernels.shapes import parse_shape
 from grasp_kernels.triton.launch import Gpu, Launch
+from tests.command_line import run_script
 
 H100 = RATES[90]
 GPU = CARDS[90]
@@ -245,9 +244,7 @@ def test_a_file_of_the_check_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     seen: list[Any] = []
     monkeypatch.setattr(expect.triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(expect, "page", lambda *arguments: seen.append(arguments) or ["page"])
-    app = typer.Typer()
-    app.command()(expect.main)
-    done = CliRunner().invoke(app, ["--measured", str(tmp_path / "lines"), "--architecture", "90"])
+    done = run_script(expect.main, "--measured", tmp_path / "lines", "--architecture", 90)
     assert done.exit_code == 0, done.output
     assert seen[0][0] == [90]
     assert seen[0][2] == {("4096x4096r204", 1): 5.5}

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from benchmarks.study import latency as study_latency
 from benchmarks.study.latency import main, rebuild_, require_right
@@ -17,7 +16,7 @@ from grasp.model.kernel_linear import KernelLinear
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp_kernels.dispatch import backend_missing
 from tests.bench.records import record
-from tests.command_line import save_tiny_model
+from tests.command_line import run_script, save_tiny_model
 from tests.tiny_models import tiny_model
 
 LOW = "model.layers.1.mlp.up_proj"
@@ -31,11 +30,8 @@ def cell(method: str, **values: Any) -> Any:
 
 def run(model: Path, output: Path, *cells: Any, arguments: tuple[str, ...] = ()) -> Result:
     append_results(output.parent / "study.jsonl", cells)
-    app = typer.Typer()
-    app.command()(main)
     sizes = ["--prompt-tokens", "3", "--new-tokens", "2", "--repeats", "2"]
-    words = [str(output.parent / "study.jsonl"), "-o", str(output), "--model", str(model), *sizes, *arguments]
-    return CliRunner().invoke(app, words)
+    return run_script(main, output.parent / "study.jsonl", "-o", output, "--model", model, *sizes, *arguments)
 
 
 def test_the_models_of_a_ratio_are_timed_with_the_dense_one(tmp_path: Path) -> None:

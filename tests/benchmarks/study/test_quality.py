@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from transformers import PreTrainedModel
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from benchmarks.study import quality
 from benchmarks.study.ledger import Ledger
@@ -18,7 +17,7 @@ from benchmarks.study.records import STUDY_RECORDS
 from grasp.bench import conditions
 from grasp.bench.results import read_results
 from grasp.calibration import builtin_kinds
-from tests.command_line import save_tiny_model
+from tests.command_line import run_script, save_tiny_model
 
 WHOLE_LAYERS = ("layers removed", "linear replacement", "best", "best, recovered")  # methods that may remove them
 
@@ -31,11 +30,9 @@ def model(tmp_path: Path) -> Path:
 def run(model: Path, output: Path, *arguments: str) -> Result:
     text = model.parent / "text.txt"
     text.write_text("".join(f"line {n} of a text\n" for n in range(300)), encoding="utf-8")
-    app = typer.Typer()
-    app.command()(main)
     sizes = ["--num-samples", "4", "--seq-len", "32", "--window", "32", "--windows", "4", "--batch-size", "1"]
-    sources = ["--calibration", str(text), "--text", str(text), "--cache", str(output.parent / "cache")]
-    return CliRunner().invoke(app, ["-o", str(output), "--model", str(model), *sizes, *sources, *arguments])
+    sources = ["--calibration", text, "--text", text, "--cache", output.parent / "cache"]
+    return run_script(main, "-o", output, "--model", model, *sizes, *sources, *arguments)
 
 
 def cells(output: Path) -> list[dict[str, object]]:

@@ -6,22 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner, Result
 
 from benchmarks.study import quantization
 from benchmarks.study.records import STUDY_RECORDS, StudyQuantized, excess_by_bytes
 from grasp.bench.decoding import difference
 from grasp.bench.results import read_results
 from grasp.bench.yardstick import load_llama_cpp
+from tests.command_line import run_script
 from tests.tiny_models import tiny_model
-
-
-def run(*words: str) -> Result:
-    app = typer.Typer()
-    app.command()(quantization.main)
-    return CliRunner().invoke(app, words)
-
 
 MEASURED = {("dense", "bf16"): (200, 10.0), ("dense", "int8"): (104, 10.1), ("small", "int8"): (80, 12.0)}
 
@@ -38,14 +30,14 @@ def test_cells_are_compared_with_the_dense_model_and_not_run_again(
     monkeypatch.setattr(quantization, "measure", measure)
     output = tmp_path / "q.jsonl"
     arguments = ["dense", "small", "-o", str(output), "--ways", "bf16", "--ways", "int8"]
-    result = run(*arguments)
+    result = run_script(quantization.main, *arguments)
     assert result.exit_code == 0, result.output
     assert calls == [("dense", "bf16"), ("dense", "int8"), ("small", "bf16"), ("small", "int8")]
     cells = {(c.model, c.way): c for c in read_results(output, STUDY_RECORDS) if isinstance(c, StudyQuantized)}
     assert cells["small", "int8"].of_dense == 0.4
     assert cells["small", "int8"].excess == pytest.approx(math.log(1.2))
     calls.clear()
-    run(*arguments)
+    run_script(quantization.main, *arguments)
     assert not calls
     (picture,) = excess_by_bytes(list(cells.values()))
     (axes,) = picture.draw().axes
@@ -54,13 +46,13 @@ def test_cells_are_compared_with_the_dense_model_and_not_run_again(
 
 
 def test_without_the_dense_model_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
-    result = run("dense", "-o", str(tmp_path / "q"), "--ways", "int8")
+    result = run_script(quantization.main, "dense", "-o", str(tmp_path / "q"), "--ways", "int8")
     assert result.exit_code == 2
     assert "with bf16 too" in result.output.replace("\n", " ")
 
 
 def test_models_of_one_name_are_refused(tmp_path: Path) -> None:
-    result = run("dense", "a/small", "b/small", "-o", str(tmp_path / "q"))
+    result = run_script(quantization.main, "dense", "a/small", "b/small", "-o", str(tmp_path / "q"))
     assert result.exit_code == 2
     assert "two models have the same last part" in " ".join(result.output.replace("│", " ").split())
 
@@ -69,7 +61,7 @@ def test_what_is_called_gguf_needs_llama_cpp(tmp_path: Path, monkeypatch: pytest
     load_llama_cpp.cache_clear()
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     monkeypatch.setattr(quantization, "measure", lambda *_: pytest.fail("measured before the package was looked for"))
-    result = run("dense", "-o", str(tmp_path / "q"))
+    result = run_script(quantization.main, "dense", "-o", str(tmp_path / "q"))
     assert result.exit_code == 2
     assert "pip install llama-cpp-python" in " ".join(result.output.split())
 

@@ -4,15 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from benchmarks.study import release
 from grasp.checkpoint.push import require_complete
-from tests.command_line import save_tiny_model
-
-APP = typer.Typer()
-APP.command()(release.main)
+from tests.command_line import run_script, save_tiny_model
 
 
 def test_a_family_is_staged_and_a_second_run_does_nothing_again(
@@ -22,9 +17,9 @@ def test_a_family_is_staged_and_a_second_run_does_nothing_again(
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 100)
     sizes = ["--num-samples", "8", "--seq-len", "32", "--window", "32"]
-    texts = ["--calibration", str(text), "--text", str(text)]
-    arguments = [str(model), "-o", str(tmp_path / "family"), "--ratios", "0.1,0.2", *sizes, *texts]
-    result = CliRunner().invoke(APP, arguments)
+    texts = ["--calibration", text, "--text", text]
+    arguments = [model, "-o", tmp_path / "family", "--ratios", "0.1,0.2", *sizes, *texts]
+    result = run_script(release.main, *arguments)
     assert result.exit_code == 0, result.output
     folders = [tmp_path / "family" / f"Tiny-grasp-{percent}pct" for percent in (10, 20)]
     for folder in folders:
@@ -39,11 +34,11 @@ def test_a_family_is_staged_and_a_second_run_does_nothing_again(
 
     monkeypatch.setattr(release, "compress", refuse)
     monkeypatch.setattr(release, "evaluate", refuse)
-    assert CliRunner().invoke(APP, arguments).exit_code == 0
+    assert run_script(release.main, *arguments).exit_code == 0
 
 
 def test_a_bad_ratio_is_an_error_before_anything_is_written(tmp_path: Path) -> None:
-    result = CliRunner().invoke(APP, ["builtin", "-o", str(tmp_path / "family"), "--ratios", "0.1,2"])
+    result = run_script(release.main, "builtin", "-o", tmp_path / "family", "--ratios", "0.1,2")
     assert result.exit_code == 2
     assert "compression_ratio must be in" in result.output
     assert not (tmp_path / "family").exists()
