@@ -27,9 +27,7 @@ DENSE = -1
 ROUNDED = -2  # dense, with fewer bits
 
 
-def rank_choices(
-    scores: Sequence[float], costs: Sequence[float], dense_cost: float, *, multiple: int = 1, least: int = 1
-) -> Choices:
+def rank_choices(scores: Sequence[float], costs: Sequence[float], dense_cost: float, *, multiple: int = 1) -> Choices:
     """The ranks to consider for a matrix that retains its groups of highest score, and dense.
 
     Args:
@@ -37,7 +35,6 @@ def rank_choices(
         costs: of rank 0, 1, …, one more than there are scores.
         dense_cost: of the dense matrix; ranks that cost as much or more are left out.
         multiple: consider multiples of this rank only, such as the kernels' 16, and ranks below the first.
-        least: smallest rank to consider; at 0 the matrix can vanish.
 
     Returns:
         The losses are the sums of the dropped scores; 0 for dense.
@@ -45,9 +42,7 @@ def rank_choices(
     ordered = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
     dropped = np.concatenate([np.cumsum(ordered[::-1])[::-1], [0.0]])
     ranks = [
-        rank
-        for rank in range(least, len(costs))
-        if costs[rank] < dense_cost and (rank % multiple == 0 or rank < multiple)
+        rank for rank in range(1, len(costs)) if costs[rank] < dense_cost and (rank % multiple == 0 or rank < multiple)
     ]
     return Choices(
         (*ranks, DENSE), (*(costs[rank] for rank in ranks), dense_cost), (*(dropped[rank] for rank in ranks), 0.0)

@@ -43,7 +43,8 @@ def brute_force_layers(layers: list[Layer], budget: float) -> float:
 def random_choices(rng: random.Random, groups: int, whole: bool) -> Choices:
     scores = [rng.expovariate(1) ** 3 for _ in range(groups)]
     unit = rng.randint(2, 9) if whole else rng.uniform(1, 5)
-    return rank_choices(scores, [unit * rank for rank in range(groups + 1)], unit * rng.randint(2, groups), least=0)
+    ranks, costs, losses = rank_choices(scores, [unit * r for r in range(groups + 1)], unit * rng.randint(2, groups))
+    return Choices((0, *ranks), (0.0, *costs), (sum(scores), *losses))  # so that any budget can be kept
 
 
 @settings(max_examples=60, deadline=None)
@@ -108,7 +109,7 @@ def test_layers_go_where_trying_everything_lets_them_go(seed: int, share: float,
 
 
 def test_a_layer_goes_where_what_is_beside_its_matrices_is_dear() -> None:
-    matrices = [rank_choices([2.0, 1.0], [0.0, 2.0, 4.0], 3.0, least=1)] * 2  # rank 1: cost 2, loss 1; dense: 3, 0
+    matrices = [rank_choices([2.0, 1.0], [0.0, 2.0, 4.0], 3.0)] * 2  # rank 1: cost 2, loss 1; dense: 3, 0
     cheap, dear = Layer(matrices, rest=0.0, removal=5.0), Layer(matrices, rest=4.0, removal=5.0)
     assert allocate_layers([cheap, dear], 16.0) == [[1, 1], [1, 1]]
     assert allocate_layers([cheap, dear], 8.0) == [[1, 1], None]
