@@ -1,10 +1,8 @@
-"""Tiny models with low-rank layers, their configurations on disk, and comparisons of models."""
+"""Tiny models with low-rank layers, and comparisons of models."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -45,10 +43,3 @@ def assert_same_state(model: nn.Module, expected: nn.Module) -> None:
     state, wanted = model.state_dict(), expected.state_dict()
     assert {name: (t.dtype, t.shape) for name, t in state.items()} == {n: (t.dtype, t.shape) for n, t in wanted.items()}
     assert [name for name in wanted if not torch.equal(state[name], wanted[name])] == []
-
-
-def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Change the ``quantization_config`` of a checkpoint."""
-    values = json.loads((folder / "config.json").read_text())
-    edit(values["quantization_config"])
-    (folder / "config.json").write_text(json.dumps(values))

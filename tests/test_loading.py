@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
-from safetensors.torch import load_file, save_file
 from transformers import BertConfig, LlamaForSequenceClassification, LlamaModel, T5Config
 
 from grasp import loading
@@ -19,6 +18,7 @@ from grasp.hub import HUB_ERRORS
 from grasp.loading import load_model
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.lowrank_linear import LowRankLinear
+from tests.checkpoint_edits import edit_json, edit_tensors
 from tests.tiny_models import tiny_batches, tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 
@@ -59,9 +59,8 @@ def test_whole_numbers_as_weights_of_a_compressed_model_are_refused(folder: Path
     model.set_submodule(name, LowRankLinear.from_dense(model.get_submodule(name), torch.arange(4)))
     mark_compressed(model)
     model.save_pretrained(folder)
-    file, dense = folder / "model.safetensors", "model.layers.1.mlp.down_proj.weight"
-    tensors = load_file(file)
-    save_file({**tensors, dense: torch.zeros_like(tensors[dense], dtype=torch.int32)}, file, {"format": "pt"})
+    dense = "model.layers.1.mlp.down_proj.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({dense: tensors[dense].int()}))
     with pytest.raises(CheckpointError, match=rf"{dense} of .* has the dtype torch.int32"):
         load_model(str(folder))
 
@@ -169,8 +168,7 @@ def truncate_weights(folder: Path) -> None:
 
 
 def edit_config(folder: Path, file: str = "config.json", **values: object) -> None:
-    config = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps({**config, **values}))
+    edit_json(folder / file, lambda config: config.update(values))
 
 
 def rank_tied_head(folder: Path) -> None:

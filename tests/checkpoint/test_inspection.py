@@ -1,26 +1,26 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.errors import CheckpointError
+from tests.checkpoint_edits import edit_config, edit_json, edit_tensors
 from tests.tiny_models import tiny_batches, tiny_model
 
 FAMILIES = ["llama", "gpt2", "gemma3", "phi3", "opt"]
+Q = "model.layers.2.self_attn.q_proj"
 
 
 def compressed(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
     model = tiny_model(family, dtype)
-    report = compress_(model, tiny_batches(1), GraspConfig(num_layers=1, retain_ratio=0.4))
+    report = compress_(model, tiny_batches(1), GraspConfig(layers=(2,), retain_ratio=0.4))
     model.save_pretrained(folder)
     return report
 
@@ -64,27 +64,20 @@ def test_shards_are_read_as_one(tmp_path: Path) -> None:
     assert inspect_checkpoint(tmp_path).parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def edit_config(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    ranks = config["quantization_config"]["ranks"]
-    ranks[next(iter(ranks))] += 1
-    (folder / "config.json").write_text(json.dumps(config))
+def raise_rank(folder: Path) -> None:
+    edit_config(folder, lambda config: config["ranks"].update({Q: config["ranks"][Q] + 1}))
 
 
 def drop_factor(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    tensors = {name: tensor for name, tensor in load_file(file).items() if not name.endswith("q_proj.Vh")}
-    save_file(tensors, file, metadata={"format": "pt"})
+    edit_tensors(folder, lambda tensors: tensors.pop(f"{Q}.Vh"))
 
 
-def edit_factors(folder: Path, edit: Callable[[torch.Tensor], torch.Tensor]) -> str:
-    """Change both factors of one linear; the name of the linear."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    name = next(name for name in tensors if name.endswith(".U")).removesuffix(".U")
-    tensors |= {f"{name}.U": edit(tensors[f"{name}.U"]), f"{name}.Vh": edit(tensors[f"{name}.Vh"].mT).mT.contiguous()}
-    save_file(tensors, file, metadata={"format": "pt"})
-    return name
+def edit_factors(folder: Path, edit: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change both factors of one linear."""
+    U, Vh = f"{Q}.U", f"{Q}.Vh"
+    edit_tensors(
+        folder, lambda tensors: tensors.update({U: edit(tensors[U]), Vh: edit(tensors[Vh].mT).mT.contiguous()})
+    )
 
 
 def whole_numbers(folder: Path) -> None:
@@ -92,10 +85,8 @@ def whole_numbers(folder: Path) -> None:
 
 
 def rank_above_the_shape(folder: Path) -> None:
-    name = edit_factors(folder, lambda factor: torch.zeros(len(factor), 33))
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["ranks"][name] = 33
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_factors(folder, lambda factor: torch.zeros(len(factor), 33))
+    edit_config(folder, lambda config: config["ranks"].update({Q: 33}))
 
 
 def cut(folder: Path) -> None:
@@ -105,15 +96,11 @@ def cut(folder: Path) -> None:
 
 def drop_tensors(folder: Path) -> None:
     set_config(quantization_config=None)(folder)
-    save_file({}, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(folder, dict.clear)
 
 
 def set_config(**values: object) -> Callable[[Path], object]:
-    def damage(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, **values}))
-
-    return damage
+    return lambda folder: edit_json(folder / "config.json", lambda config: config.update(values))
 
 
 def set_ranks(ranks: object) -> Callable[[Path], object]:
@@ -121,26 +108,18 @@ def set_ranks(ranks: object) -> Callable[[Path], object]:
 
 
 def set_report(**values: object) -> Callable[[Path], object]:
-    def damage(folder: Path) -> None:
-        report = json.loads((folder / "report.json").read_text())
-        (folder / "report.json").write_text(json.dumps({**report, **values}))
-
-    return damage
+    return lambda folder: edit_json(folder / "report.json", lambda report: report.update(values))
 
 
 def set_module(**values: object) -> Callable[[Path], object]:
-    def damage(folder: Path) -> None:
-        report = json.loads((folder / "report.json").read_text())
-        report["modules"][0] |= {**values, "reason": ""}
-        (folder / "report.json").write_text(json.dumps(report))
-
-    return damage
+    values = {**values, "reason": ""}
+    return lambda folder: edit_json(folder / "report.json", lambda report: report["modules"][0].update(values))
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (edit_config, r"\.U has the shape \(.*\), config\.json requires \("),
+        (raise_rank, r"\.U has the shape \(.*\), config\.json requires \("),
         (drop_factor, r"q_proj.U or .*q_proj.Vh is missing"),
         (cut, "model.safetensors cannot be read .* expected a complete safetensors file"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),

@@ -27,7 +27,8 @@ from grasp.model.hf_quantizer import (
     register,
 )
 from grasp.model.lowrank_linear import LowRankLinear
-from tests.lowrank_models import assert_same_state, edit_config, logits, lowrank_model
+from tests.checkpoint_edits import edit_config, edit_tensors
+from tests.lowrank_models import assert_same_state, logits, lowrank_model
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
 UP = "model.layers.1.mlp.up_proj"
@@ -312,18 +313,14 @@ def test_ranks_of_modules_that_cannot_have_them_are_refused(saved: Path, edit: d
 
 @pytest.mark.parametrize("tensor", [f"{UP}.U", f"{UP}.Vh", "model.layers.1.self_attn.q_proj.bias"])
 def test_a_checkpoint_without_a_factor_is_refused(saved: Path, tensor: str) -> None:
-    tensors = load_file(saved / "model.safetensors")
-    del tensors[tensor]
-    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(saved, lambda tensors: tensors.pop(tensor))
     with pytest.raises(CheckpointError, match=rf"lacks 1 tensors .*{tensor}"):
         AutoModelForCausalLM.from_pretrained(saved)
 
 
 @pytest.mark.parametrize("tensor", [f"{UP}.U", f"{UP}.Vh", "model.layers.1.self_attn.q_proj.bias"])
 def test_a_factor_of_whole_numbers_is_refused(saved: Path, tensor: str) -> None:
-    tensors = load_file(saved / "model.safetensors")
-    tensors[tensor] = tensors[tensor].to(torch.int8)
-    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(saved, lambda tensors: tensors.update({tensor: tensors[tensor].to(torch.int8)}))
     with pytest.raises(CheckpointError, match=rf"{tensor} has the dtype I8; expected one of F64"):
         AutoModelForCausalLM.from_pretrained(saved)
 

@@ -17,8 +17,9 @@ from grasp.errors import CheckpointError
 from grasp.model.grouping import group_linears_
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.lowrank_linear import LowRankLinear
+from tests.checkpoint_edits import edit_config
 from tests.fuzz import damage
-from tests.lowrank_models import assert_same_state, edit_config, logits, lowrank_model
+from tests.lowrank_models import assert_same_state, logits, lowrank_model
 
 UP, Q = "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"
 

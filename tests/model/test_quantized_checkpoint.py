@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -22,18 +21,13 @@ from grasp.model.lowrank_linear import set_backend_
 from grasp.model.quantized_linear import QUANTIZED, QuantizedLowRankLinear
 from grasp.model.size import bytes_by_dtype, model_size
 from grasp.recovery import trainable_factors
-from tests.lowrank_models import assert_same_state, edit_config, logits
+from tests.checkpoint_edits import edit_config, edit_tensors
+from tests.lowrank_models import assert_same_state, logits
 from tests.quantized_models import quantized_model
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 
 UP, DENSE = "model.layers.1.mlp.up_proj", "model.layers.0.mlp.up_proj"
-
-
-def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 @pytest.fixture

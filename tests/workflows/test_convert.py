@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
@@ -22,6 +22,7 @@ from grasp.config import GraspConfig
 from grasp.errors import CheckpointError, NonFiniteError
 from grasp.model.layer_removal import remove_layers_
 from grasp.workflows.convert import convert, convert_, with_forms
+from tests.checkpoint_edits import edit_tensors
 from tests.tiny_models import tiny_batches, tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 
@@ -151,9 +152,7 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_written(small: Path,
     dense = tmp_path / "dense"
     tiny_model("llama").save_pretrained(dense)
     damaged = save_checkpoint(compressed()[0], tmp_path / "damaged", tokenizer=byte_tokenizer())
-    tensors = load_file(damaged / "model.safetensors")
-    tensors[f"{UP}.U"][0, 0] = torch.nan
-    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    edit_tensors(damaged, lambda tensors: tensors[f"{UP}.U"][0, 0].fill_(torch.nan))
     before = names(tmp_path)
     for source, output, form, error, message in (
         (dense, "out", "pivoted", CheckpointError, "is not compressed: its config.json has no ranks"),

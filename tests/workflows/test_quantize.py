@@ -7,7 +7,7 @@ from typing import IO
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -29,6 +29,7 @@ from grasp.workflows.convert import convert
 from grasp.workflows.evaluate import evaluate
 from grasp.workflows.quantize import quantize
 from grasp.workflows.samples import Samples
+from tests.checkpoint_edits import edit_json, edit_tensors
 from tests.tiny_models import tiny_batches, tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 
@@ -173,9 +174,8 @@ def test_a_quantised_source_is_refused_and_nothing_is_written(small: Path, sampl
     quantize(str(small), tmp_path / "int8", Storage(8), samples, rounding="nearest")
     other = tmp_path / "other"
     tiny_model("llama").save_pretrained(other)
-    config = json.loads((other / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (other / "config.json").write_text(json.dumps(config))
+    gptq = {"quant_method": "gptq", "bits": 4}
+    edit_json(other / "config.json", lambda config: config.update(quantization_config=gptq))
     for source, message in ((tmp_path / "int8", r"is quantised \(int8\)"), (other, r"is quantised \(.*gptq.*\)")):
         with pytest.raises(UnsupportedModelError, match=message):
             quantize(str(source), tmp_path / "out", Storage(8), samples)
@@ -187,9 +187,7 @@ def test_a_quantised_source_is_refused_and_nothing_is_written(small: Path, sampl
 def test_weights_that_are_not_finite_are_refused_by_name(small: Path, samples: Samples, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(small)
     save_checkpoint(model, tmp_path / "damaged", tokenizer=byte_tokenizer())
-    tensors = load_file(tmp_path / "damaged" / "model.safetensors")
-    tensors[f"{UP}.U"][0, 0] = torch.nan
-    save_file(tensors, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
+    edit_tensors(tmp_path / "damaged", lambda tensors: tensors[f"{UP}.U"][0, 0].fill_(torch.nan))
     with pytest.raises(NonFiniteError, match=rf"{UP} cannot be quantised: its weights have NaN"):
         quantize(str(tmp_path / "damaged"), tmp_path / "out", Storage(8), samples, rounding="nearest")
     assert not (tmp_path / "out").exists()
