@@ -122,40 +122,28 @@ def test_the_same_file_name_with_other_documents_is_read_again(model: PreTrained
     assert counts == [6, 2]
 
 
-def test_documents_that_do_not_fit_the_definition_are_refused_with_their_columns(
-    model: PreTrainedModel, tmp_path: Path
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("piqa", {"goal": "a", "answer": "b"}, "goal, answer"),
+        ("gsm8k", {"question": "1 + 1?", "answer": "#### 2"}, r"gsm8k .* \d+ solved examples"),
+        ("piqa", {"goal": "Count.", "sol1": "one " * 100, "sol2": "two", "label": 0}, "128 positions"),
+        ("triviaqa", {"question": "Who?", "answer": {"value": "he", "aliases": ["he"]}}, "128 positions"),
+    ],
+    ids=["other columns", "solved examples", "an answer longer than the model reads", "longer than it writes"],
+)
+def test_documents_that_a_task_cannot_be_measured_on_are_refused(
+    model: PreTrainedModel, tmp_path: Path, task: str, row: dict[str, object], message: str
 ) -> None:
-    (tmp_path / "piqa.jsonl").write_text('{"goal": "a", "answer": "b"}\n')
-    with pytest.raises(TaskError, match="goal, answer"):
-        evaluate_tasks(model, byte_tokenizer(), ["piqa"], tmp_path)
-
-
-def test_a_task_with_solved_examples_is_refused_without_documents_for_them(
-    model: PreTrainedModel, tmp_path: Path
-) -> None:
-    (tmp_path / "gsm8k.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
-    with pytest.raises(TaskError, match=r"gsm8k .* \d+ solved examples"):
-        evaluate_tasks(model, byte_tokenizer(), ["gsm8k"], tmp_path)
-
-
-def test_an_answer_longer_than_the_model_can_read_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
-    row = {"goal": "Count.", "sol1": "one " * 100, "sol2": "two", "label": 0}
-    (tmp_path / "piqa.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(TaskError, match="128 positions"):
-        evaluate_tasks(model, byte_tokenizer(), ["piqa"], tmp_path)
+    (tmp_path / f"{task}.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(TaskError, match=message):
+        evaluate_tasks(model, byte_tokenizer(), [task], tmp_path)
 
 
 def test_a_task_of_whole_texts_has_a_perplexity(model: PreTrainedModel, tmp_path: Path) -> None:
     (tmp_path / "wikitext.jsonl").write_text(json.dumps({"page": "A man walks home. He is tired. " * 12}) + "\n")
     results = evaluate_tasks(model, byte_tokenizer(), ["wikitext"], tmp_path)
     assert results["results"]["wikitext"]["byte_perplexity,none"] > 1
-
-
-def test_a_task_that_lets_the_model_write_more_than_it_can_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
-    row = {"question": "Who?", "answer": {"value": "he", "aliases": ["he"]}}
-    (tmp_path / "triviaqa.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(TaskError, match="128 positions"):
-        evaluate_tasks(model, byte_tokenizer(), ["triviaqa"], tmp_path)
 
 
 @pytest.mark.parametrize("task", ["piqa", "arc_easy"])
