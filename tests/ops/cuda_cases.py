@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from grasp_kernels import Factors
-from tests.definitions import dense_linear, linear
-from tests.numerics import assert_accurate
-from tests.ops.inputs import DTYPES, double, factors, normal, pivoted, seeded
+from tests.ops.inputs import DTYPES, factors, normal, pivoted, seeded
 from tests.pairwise import Case, pairwise
 
 CASES = pairwise(
@@ -46,9 +42,3 @@ def small() -> tuple[Tensor, list[Factors]]:
     generator = seeded()
     x = normal((1, 64), generator, dtype=torch.bfloat16)
     return x, [factors(40, 64, 16, generator, s=False, bias=False, dtype=torch.bfloat16)]
-
-
-def check(outputs: Sequence[Tensor], x: Tensor, groups: Sequence[Factors]) -> None:
-    """Compare each output with float64 by the tolerance rule."""
-    for y, group in zip(outputs, groups, strict=True):
-        assert_accurate("linear", x.dtype, y, linear(x, group), dense_linear(x.double(), double(group)))

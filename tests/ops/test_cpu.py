@@ -10,9 +10,10 @@ from torch import Tensor
 
 from grasp_kernels import BackendUnavailableError, Factors, cpu, explain, lowrank_linear
 from grasp_kernels.dispatch import CPU_ROWS, CPU_ROWS_QUANTIZED, backend_missing
-from tests.definitions import dense_linear, glu, linear
+from tests.definitions import glu
 from tests.numerics import assert_accurate
 from tests.ops.inputs import DTYPES, LAYOUTS, double, factors, normal, seeded
+from tests.ops.linears import check_linear
 from tests.pairwise import Case, label, pairwise
 
 if (reason := backend_missing("cpu")) is not None:
@@ -34,10 +35,6 @@ CASES = pairwise(
 )
 
 
-def check(y: Tensor, x: Tensor, group: Factors) -> None:
-    assert_accurate("linear", x.dtype, y, linear(x, group), dense_linear(x.double(), double(group)))
-
-
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_every_instruction_set_matches_float64(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = seeded()
@@ -47,7 +44,7 @@ def test_every_instruction_set_matches_float64(case: Case, monkeypatch: pytest.M
     group = factors(case["N"], case["K"], case["rank"], generator, **extras, **options)
     monkeypatch.setattr(torch, "get_num_threads", lambda: case["threads"])
     (y,) = cpu.run(x, [group], instruction_set=case["instruction_set"])
-    check(y, x, group)
+    check_linear(y, x, group)
 
 
 @pytest.mark.parametrize("rows", [1, 6, 40])
@@ -61,7 +58,7 @@ def test_groups_of_unequal_members(instruction_set: str, dtype: torch.dtype, row
         for N, rank in ((130, 33), (16, 64), (1, 1), (90, 130))
     ]
     for y, group in zip(cpu.run(x, groups, instruction_set=instruction_set), groups, strict=True):
-        check(y, x, group)
+        check_linear(y, x, group)
 
 
 @pytest.mark.parametrize("rows", [1, 6, 40])
@@ -111,7 +108,7 @@ def test_subnormal_elements_give_correct_results(instruction_set: str) -> None:
         group = factors(60, 200, 40, generator, s=True, bias=False, dtype=torch.bfloat16)
         x[:, ::3] *= 1e-39
         group.Vh[:, 1::3] *= 1e-39
-        check(cpu.run(x, [group], instruction_set=instruction_set)[0], x, group)
+        check_linear(cpu.run(x, [group], instruction_set=instruction_set)[0], x, group)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -121,9 +118,9 @@ def test_unaligned_and_overlapping_memory(dtype: torch.dtype) -> None:
     group = Factors(storage[1:421].view(60, 7), None, storage[3:703].view(7, 100), storage[5:65])
     x = storage[7:507].as_strided((5, 100), (1, 1))  # rows that overlap
     for inputs in (x, storage[9:109].expand(3, 100), storage[9:1009:10].view(1, 100)):
-        check(lowrank_linear(inputs, *group, backend="cpu"), inputs, group)
+        check_linear(lowrank_linear(inputs, *group, backend="cpu"), inputs, group)
     overlapping = Factors(storage.as_strided((60, 7), (1, 1)), None, storage[:7, None].expand(7, 100), None)
-    check(lowrank_linear(x, *overlapping, backend="cpu"), x, overlapping)
+    check_linear(lowrank_linear(x, *overlapping, backend="cpu"), x, overlapping)
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -212,7 +209,7 @@ def test_auto_uses_pytorch_for_many_rows_and_the_named_backend_still_runs(dtype:
     generator = seeded()
     x = normal((many, 40), generator, dtype=dtype)
     group = factors(30, 40, 8, generator, s=False, bias=True, dtype=dtype)
-    check(lowrank_linear(x, *group, backend="cpu"), x, group)
+    check_linear(lowrank_linear(x, *group, backend="cpu"), x, group)
 
 
 def test_float64_is_refused_by_name() -> None:

@@ -10,9 +10,10 @@ from grasp_kernels import Factors, cpu, lowrank_linear
 from grasp_kernels import direct as direct_path
 from grasp_kernels.dispatch import backend_missing
 from grasp_kernels.quantized import pack_int4
-from tests.definitions import dense_linear, glu, linear
+from tests.definitions import glu
 from tests.numerics import assert_accurate
 from tests.ops.inputs import DTYPES, double, factors, normal, pivoted, seeded
+from tests.ops.linears import check_linear
 from tests.pairwise import Case, label, pairwise
 
 if (reason := backend_missing("cpu")) is not None:
@@ -75,11 +76,6 @@ def draw(form: str, N: int, K: int, R: int, *, bias: bool, dtype: torch.dtype) -
     return factors(N, K, R, seeded(), s=False, bias=bias, dtype=dtype)
 
 
-def check(y: Tensor, x: Tensor, group: Factors) -> None:
-    exact = dense_linear(x.double(), double(group.dequantized(x.shape[1], torch.float64)))
-    assert_accurate("linear", x.dtype, y, linear(x, group.dequantized(x.shape[1], x.dtype)), exact)
-
-
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_every_instruction_set_matches_float64(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = case["dtype"]
@@ -88,7 +84,7 @@ def test_every_instruction_set_matches_float64(case: Case, monkeypatch: pytest.M
     x = normal((case["rows"], case["K"]), seeded(1), dtype=dtype)
     monkeypatch.setattr(torch, "get_num_threads", lambda: case["threads"])
     (y,) = cpu.run(x, [group], instruction_set=case["instruction_set"])
-    check(y, x, group)
+    check_linear(y, x, group)
 
 
 @pytest.mark.parametrize("rows", [2, 6, 40])
@@ -100,7 +96,7 @@ def test_groups_and_gated_units_mix_forms(instruction_set: str, dtype: torch.dty
     forms = (("int8", "int8"), ("int4", "int8"), (None, "int4"), ("int8", None))
     groups = [floating] + [quantized(floating._replace(s=None), *form, 32, torch.float32) for form in forms]
     for y, group in zip(cpu.run(x, groups, instruction_set=instruction_set), groups, strict=True):
-        check(y, x, group)
+        check_linear(y, x, group)
     gate, up = groups[3], groups[0]
     (y,) = cpu.run(x, [gate, up], "silu", instruction_set=instruction_set)
     check_glu(y, x, gate, up)
@@ -134,7 +130,7 @@ def test_extreme_inputs_stay_in_their_row(instruction_set: str, kind: str) -> No
         assert y[1].isnan()[group.U_scales.abs().amax(1) > 0].all()
         assert not y[3].any()
         for row in (0, 2):
-            check(y[row : row + 1], x[row : row + 1], group)
+            check_linear(y[row : row + 1], x[row : row + 1], group)
 
 
 def test_int8_values_reach_minus_128() -> None:

@@ -14,9 +14,10 @@ from grasp_kernels import BackendUnavailableError, Factors, cuda, dispatch, lowr
 from grasp_kernels.dispatch import BACKENDS, CUDA_ROWS, OpCall
 from tests.definitions import dense_linear
 from tests.numerics import assert_accurate
-from tests.ops.cuda_cases import CASES, check, inputs, small
+from tests.ops.cuda_cases import CASES, inputs, small
 from tests.ops.cuda_emulator import COOPERATIVE, DEPENDENT, Emulator, kinds
 from tests.ops.inputs import DTYPES, double, factors, normal, pivoted, seeded
+from tests.ops.linears import check_linears
 from tests.pairwise import Case, label
 
 # --- the kernels, emulated --------------------------------------------------------------------------------------------
@@ -33,7 +34,7 @@ def test_kernels_match_float64(emulator: Emulator, case: Case) -> None:
         assert kinds(emulator.finish()) == [("cooperative", COOPERATIVE)]
     else:
         assert kinds(emulator.finish()) == [("shrink", 0), ("expand", expected[case["path"]])]
-    check(outputs, x, [group])
+    check_linears(outputs, x, [group])
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -52,7 +53,7 @@ def test_a_group_of_unequal_members_takes_one_pass(
     ]
     outputs = cuda.run(x, groups, path=path)
     assert len(emulator.finish()) == (1 if path == "cooperative" else 2)
-    check(outputs, x, groups)
+    check_linears(outputs, x, groups)
 
 
 @pytest.mark.parametrize("path", ["dependent", "cooperative"])
@@ -61,9 +62,9 @@ def test_outputs_may_be_columns_of_one_tensor(emulator: Emulator, path: str) -> 
     x = normal((5, 640), generator, dtype=torch.bfloat16)
     groups = [factors(N, 640, 16, generator, s=False, bias=True, dtype=torch.bfloat16) for N in (130, 33)]
     whole = x.new_full((5, 3 + 130 + 33), torch.nan)
-    check(cuda.run(x, groups, whole[:, 3:].split((130, 33), dim=1), path=path), x, groups)
+    check_linears(cuda.run(x, groups, whole[:, 3:].split((130, 33), dim=1), path=path), x, groups)
     assert whole[:, :3].isnan().all()
-    check(whole[:, 3:].split((130, 33), dim=1), x, groups)
+    check_linears(whole[:, 3:].split((130, 33), dim=1), x, groups)
 
 
 @pytest.mark.parametrize("path", ["dependent", "cooperative"])
@@ -79,7 +80,7 @@ def test_a_group_may_mix_forms_and_takes_no_more_launches(emulator: Emulator, pa
     outputs = cuda.run(x, groups, whole[:, 3:].split((130, 40, 65), dim=1), path=path)
     assert len(emulator.finish()) == (1 if path == "cooperative" else 2)
     assert whole[:, :3].isnan().all()
-    check(outputs, x, groups)
+    check_linears(outputs, x, groups)
 
 
 @pytest.mark.parametrize("place", [0, 47, 48, 129])  # the first and the last pivot and row of U
@@ -103,7 +104,7 @@ def test_a_group_of_more_than_eight_takes_several(emulator: Emulator) -> None:
     groups = [factors(8 + n, 64, 1 + n, generator, s=True, bias=True, dtype=torch.bfloat16) for n in range(11)]
     outputs = cuda.run(x, groups)
     assert kinds(emulator.finish()) == 2 * [("shrink", 0), ("expand", DEPENDENT)]
-    check(outputs, x, groups)
+    check_linears(outputs, x, groups)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -117,7 +118,7 @@ def test_every_number_of_splits_gives_the_result(emulator: Emulator, dtype: torc
         emulator.configure()
         outputs = cuda.run(x, [group], splits=splits)
         blocks.add(emulator.finish()[0].blocks)
-        check(outputs, x, [group])
+        check_linears(outputs, x, [group])
     assert blocks == {1, 2, 3, 4} | ({8} if rows == 1 else set()) | (
         {6} if (rows, dtype) == (1, torch.float32) else set()
     )
@@ -146,7 +147,7 @@ def test_the_barrier_is_ready_for_the_next_launch_of_any_size(emulator: Emulator
         group = factors(N, 1024, 32, generator, s=False, bias=True, dtype=torch.bfloat16)
         outputs = cuda.run(x, [group], path="cooperative")
         emulator.finish()
-        check(outputs, x, [group])
+        check_linears(outputs, x, [group])
         words.append(emulator.barrier.item() & 0xFFFFFFFF)
     assert words == [1 << 30, 2 << 30, 3 << 30, 0, 1 << 30]  # one bit flips; the bits above it wrap, those below stay 0
 
@@ -158,7 +159,7 @@ def test_a_cooperative_grid_never_exceeds_the_card(emulator: Emulator) -> None:
     emulator.configure(processors=2, occupancy=3)
     outputs = cuda.run(x, [group], path="cooperative")
     assert [launch.blocks for launch in emulator.finish()] == [6]
-    check(outputs, x, [group])
+    check_linears(outputs, x, [group])
 
 
 def test_h_times_s_beyond_the_range_of_fp16_does_not_overflow(emulator: Emulator) -> None:
@@ -193,7 +194,7 @@ def test_aligned_rows_may_have_any_length(emulator: Emulator, dtype: torch.dtype
     group = Factors(group.U[:, :13], group.s[:13], group.Vh[:13, :61], group.bias)
     outputs = cuda.run(x, [group], path=path)
     emulator.finish()
-    check(outputs, x, [group])
+    check_linears(outputs, x, [group])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -210,7 +211,7 @@ def test_a_matrix_may_start_anywhere(emulator: Emulator, dtype: torch.dtype, shi
     group = group._replace(U=moved("U", group.U), Vh=moved("Vh", group.Vh))
     outputs = cuda.run(x, [group])
     emulator.finish()
-    check(outputs, x, [group])
+    check_linears(outputs, x, [group])
 
 
 def test_without_rows_nothing_is_launched(emulator: Emulator) -> None:

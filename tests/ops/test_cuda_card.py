@@ -6,8 +6,9 @@ from torch import Tensor
 
 from grasp_kernels import cuda, dispatch
 from grasp_kernels.dispatch import BACKENDS, OpCall
-from tests.ops.cuda_cases import CASES, check, inputs
+from tests.ops.cuda_cases import CASES, inputs
 from tests.ops.inputs import DTYPES, factors, normal, pivoted, seeded
+from tests.ops.linears import check_linears
 from tests.pairwise import Case, label
 
 pytestmark = pytest.mark.gpu
@@ -34,7 +35,7 @@ def paths(card: torch.device) -> list[str]:
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_a_card_agrees_with_float64(card: torch.device, case: Case) -> None:
     x, group = inputs(case, device=str(card))
-    check(cuda.run(x, [group], path=case["path"] if case["path"] in paths(card) else "auto"), x, [group])
+    check_linears(cuda.run(x, [group], path=case["path"] if case["path"] in paths(card) else "auto"), x, [group])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -45,7 +46,7 @@ def test_on_a_card_runs_agree_bit_for_bit_on_every_path(card: torch.device, dtyp
     groups = [factors(N, 4096, 208, generator, s=True, **options) for N in (4096, 999)]
     groups.append(pivoted(1000, 4096, 208, generator, **options))
     first = cuda.run(x, groups)
-    check(first, x, groups)
+    check_linears(first, x, groups)
     for _ in range(50):
         for path in paths(card):
             assert all(map(torch.equal, cuda.run(x, groups, path=path), first))
@@ -74,7 +75,7 @@ def test_graphs_replay_side_by_side_with_inputs_that_changed(card: torch.device)
                     graph.replay()
             torch.cuda.synchronize()
             for _, _, x, group, y in calls:
-                check([y], x, [group])
+                check_linears([y], x, [group])
 
 
 def test_streams_do_not_share_memory(card: torch.device) -> None:

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 
 from grasp_kernels import cuda
-from tests.ops.cuda_cases import check, small
+from tests.ops.cuda_cases import small
 from tests.ops.cuda_emulator import DEPENDENT, STREAM, Emulator, kinds
+from tests.ops.linears import check_linears
 
 
 @pytest.mark.parametrize(("capability", "attribute"), [(80, 0), (89, 0), (90, DEPENDENT), (120, DEPENDENT)])
@@ -51,7 +52,7 @@ def test_an_error_of_cuda_is_an_exception_with_its_message(
     x, groups = small()
     outputs = cuda.run(x, groups, path=path)
     emulator.finish()
-    check(outputs, x, groups)
+    check_linears(outputs, x, groups)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,11 +10,10 @@ from torch import Tensor
 
 from grasp_kernels import Factors, cuda
 from grasp_kernels.dispatch import BACKENDS, OpCall, objection
-from tests import definitions
-from tests.numerics import assert_accurate
 from tests.ops.cuda_emulator import Emulator
 from tests.ops.inputs import normal, seeded
-from tests.ops.test_quantized import only, quantized, wide
+from tests.ops.linears import check_linears
+from tests.ops.test_quantized import only, quantized
 from tests.pairwise import Case, label, pairwise
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -48,13 +46,6 @@ def inputs(case: Case, device: str = "cpu") -> tuple[Tensor, Factors]:
     return x, Factors(*(None if field is None else field.to(device) for field in group))  # type: ignore[arg-type]
 
 
-def check(outputs: Sequence[Tensor], x: Tensor, groups: Sequence[Factors]) -> None:
-    for y, group in zip(outputs, groups, strict=True):
-        exact = definitions.dense_linear(x.double(), wide(group, x.shape[1]))
-        plain = definitions.linear(x, group.dequantized(x.shape[1], x.dtype))
-        assert_accurate("linear", x.dtype, y, plain, exact)
-
-
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_kernels_match_float64(emulator: Emulator, case: Case) -> None:
@@ -62,7 +53,7 @@ def test_kernels_match_float64(emulator: Emulator, case: Case) -> None:
     emulator.configure(processors=case["processors"], seed=case["seed"])
     outputs = cuda.run(x, [group])
     assert [launch.kind for launch in emulator.finish()] == ["shrink", "expand"]
-    check(outputs, x, [group])
+    check_linears(outputs, x, [group])
 
 
 @pytest.mark.gpu
@@ -73,7 +64,7 @@ def test_a_card_agrees_with_float64(case: Case) -> None:
     if (reason := objection(ROW, call)) is not None:
         pytest.skip(f"cuda: {reason}")
     x, group = inputs(case, "cuda")
-    check(cuda.run(x, [group]), x, [group])
+    check_linears(cuda.run(x, [group]), x, [group])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -86,7 +77,7 @@ def test_every_number_of_splits_gives_the_result(emulator: Emulator, dtype: torc
         emulator.configure()
         outputs = cuda.run(x, [group], splits=splits)
         blocks.add(emulator.finish()[0].blocks // 2)
-        check(outputs, x, [group])
+        check_linears(outputs, x, [group])
     assert max(blocks) == most
 
 
@@ -100,7 +91,7 @@ def test_members_that_are_stored_alike_share_launches(emulator: Emulator) -> Non
     outputs = cuda.run(x, groups, whole[:, 3:].split(96, dim=1))
     assert len(emulator.finish()) == 8  # four pairs
     assert whole[:, :3].isnan().all()
-    check(outputs, x, groups)
+    check_linears(outputs, x, groups)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -117,7 +108,7 @@ def test_a_dense_weight_is_factors_of_full_rank(emulator: Emulator, kind: str, r
     x = normal((rows, 256), seeded(), dtype=torch.bfloat16)
     outputs = cuda.run(x, [group])
     emulator.finish()
-    check(outputs, x, [group])
+    check_linears(outputs, x, [group])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -139,7 +130,7 @@ def test_a_matrix_may_start_anywhere(emulator: Emulator, kind: str, shifted: str
     moved = torch.cat([values.new_full((1,), 77), values.flatten()])[1:].view(values.shape)
     outputs = cuda.run(x, [group._replace(**{shifted: moved})])
     emulator.finish()
-    check(outputs, x, [group])
+    check_linears(outputs, x, [group])
 
 
 def test_extreme_values_are_exact(emulator: Emulator) -> None:

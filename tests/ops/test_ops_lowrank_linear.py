@@ -19,6 +19,7 @@ from tests.ops.inputs import (
     seeded,
     tokens,
 )
+from tests.ops.linears import check_linear
 from tests.pairwise import Case, label, pairwise
 
 pytestmark = [
@@ -40,7 +41,7 @@ def grouped(K: int, generator: torch.Generator, count: int = 3, **options: objec
 
 def check(y: Tensor, x: Tensor, group: Factors) -> None:
     assert y.is_contiguous()
-    assert_accurate("linear", x.dtype, y, linear(x, group), dense_linear(x.double(), double(group)))
+    check_linear(y, x, group)
 
 
 @pytest.mark.parametrize("case", pairwise(**GRID, s=(True, False), bias=(True, False)), ids=label)

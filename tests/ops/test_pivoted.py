@@ -23,9 +23,9 @@ from grasp_kernels import (
     pack_factors,
 )
 from grasp_kernels.dispatch import OpCall, backend_missing, objection
-from tests.definitions import dense_linear, linear
-from tests.numerics import assert_accurate
-from tests.ops.inputs import BACKENDS, DTYPES, LAYOUTS, double, normal, pivoted, seeded, tokens
+from tests.definitions import linear
+from tests.ops.inputs import BACKENDS, DTYPES, LAYOUTS, normal, pivoted, seeded, tokens
+from tests.ops.linears import check_linear
 from tests.pairwise import Case, label, pairwise
 
 K, N, R = 24, 16, 5
@@ -54,8 +54,7 @@ def test_every_backend_is_as_accurate_as_linear(case: Case) -> None:
         pytest.skip(f"{row.name}: {reason}")
     y = lowrank_linear(x, *group, backend=row.name)
     assert (y.shape, y.dtype) == ((*x.shape[:-1], case["N"]), x.dtype)
-    exact = dense_linear(x.double(), double(group))
-    assert_accurate("linear", x.dtype, y, linear(x, group), exact)
+    check_linear(y, x, group)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 40, 70])
@@ -68,8 +67,7 @@ def test_every_instruction_set(instruction_set: str, dtype: torch.dtype, rows: i
     for n, rank in ((201, 77), (18, 17), (9, 1), (70, 70)):
         group = pivoted(n, 130, rank, seeded(), bias=n < 20, dtype=dtype)
         (y,) = cpu.run(x, (group,), instruction_set=instruction_set)
-        exact = linear(x.double(), double(group))
-        assert_accurate("linear", dtype, y, linear(x, group), exact)
+        check_linear(y, x, group)
 
 
 @pytest.mark.skipif(backend_missing("cpu") is not None, reason="the CPU kernels are not built")

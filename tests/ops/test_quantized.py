@@ -19,9 +19,9 @@ from grasp_kernels import (
 )
 from grasp_kernels.dispatch import BACKENDS, OpCall, objection
 from grasp_kernels.quantized import KINDS, dequantize, group_size, pack_int4, unpack_int4
-from tests.definitions import dense_linear, glu, linear
-from tests.numerics import assert_accurate
+from tests.definitions import dense_linear, glu
 from tests.ops.inputs import double, normal, seeded
+from tests.ops.linears import check_linear
 from tests.pairwise import Case, label, pairwise
 
 K, N, R = 70, 45, 37
@@ -97,8 +97,7 @@ def test_every_backend_is_as_accurate_as_plain_pytorch(case: Case) -> None:
     group = quantized(case["kind"], case["dtype"], **options)
     x = normal((case["rows"], K), seeded(), dtype=case["dtype"])
     y = lowrank_linear(x, *group, backend=row.name)
-    plain = linear(x, group.dequantized(K, case["dtype"]))
-    assert_accurate("linear", case["dtype"], y, plain, dense_linear(x.double(), wide(group)))
+    check_linear(y, x, group)
 
 
 @pytest.mark.parametrize("kind", KINDS.values())

@@ -23,6 +23,7 @@ from grasp_kernels.triton.launch import Gpu, gpu_of
 from tests import definitions
 from tests.numerics import FLOORS, assert_accurate, relative_error
 from tests.ops.inputs import double, factors, normal, seeded
+from tests.ops.linears import check_linears
 from tests.pairwise import Case, label, pairwise
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.gpu]
@@ -55,12 +56,6 @@ def group(generator: torch.Generator, dtype: torch.dtype, members: int, *, s: bo
     ]
 
 
-def check(ys: Sequence[Tensor], x: Tensor, members: Sequence[Factors]) -> None:
-    for y, member in zip(ys, members, strict=True):
-        exact = definitions.dense_linear(x.double(), double(member))
-        assert_accurate("linear", x.dtype, y, definitions.linear(x, member), exact)
-
-
 @pytest.mark.parametrize(
     "case",
     pairwise(
@@ -81,7 +76,7 @@ def test_pair_matches_float64(case: Case) -> None:
     x = normal((case["rows"], K), generator, dtype=case["dtype"], device=DEVICE)
     members = group(generator, case["dtype"], case["members"], s=case["s"], bias=case["bias"])
     config = replace(PAIR, splits=case["splits"], reduce=case["reduce"], expand_block_r=case["block_r"])
-    check(linear.run(x, pack_factors(members) if case["packed"] else members, config), x, members)
+    check_linears(linear.run(x, pack_factors(members) if case["packed"] else members, config), x, members)
 
 
 def test_the_program_that_adds_up_partial_sums_does_not_change_the_result() -> None:
@@ -153,7 +148,7 @@ def test_fused_is_the_pair_in_one_launch(programs: int, phases: tuple[int, ...],
     members = group(generator, case["dtype"], case["members"], s=case["s"], bias=True)
     config = replace(PAIR, path="fused", reduce=case["reduce"], block_m=64)
     counter = torch.zeros(64, dtype=torch.int32, device=DEVICE)
-    check(fused(x, members, config, programs, phases, counter), x, members)
+    check_linears(fused(x, members, config, programs, phases, counter), x, members)
 
 
 def test_barrier_and_counters_are_ready_for_the_next_launch() -> None:
@@ -164,7 +159,7 @@ def test_barrier_and_counters_are_ready_for_the_next_launch() -> None:
     words = []
     for _ in range(5):
         x = normal((7, K), generator, dtype=torch.float32, device=DEVICE)
-        check(fused(x, members, config, 1, [kernels.BOTH_PHASES], counter), x, members)
+        check_linears(fused(x, members, config, 1, [kernels.BOTH_PHASES], counter), x, members)
         assert not counter[1:].any()
         words.append(int(counter[0]) & 0xFFFFFFFF)
     assert words == [1 << 30, 2 << 30, 3 << 30, 0, 1 << 30]  # one bit flips; the bits above it wrap, those below stay 0
@@ -178,7 +173,7 @@ def test_a_pair_can_follow_a_fused_launch_on_the_same_counters(monkeypatch: pyte
     monkeypatch.setattr(linear, "counters", lambda *_: shared)
     fused(x, members, replace(PAIR, path="fused", reduce=True), 1, [kernels.BOTH_PHASES], shared)
     assert shared[0] != 0
-    check(linear.run(x, members, replace(PAIR, reduce=True)), x, members)
+    check_linears(linear.run(x, members, replace(PAIR, reduce=True)), x, members)
 
 
 def test_fused_falls_back_to_the_pair_for_calls_it_cannot_run() -> None:
@@ -310,4 +305,4 @@ def test_empty_outputs_launch_nothing(rows: int, widths: tuple[int, int]) -> Non
     members = [factors(N, K, 4, generator, s=False, bias=True, dtype=torch.float32, device=DEVICE) for N in widths]
     ys = linear.run(x, members, PAIR)
     assert [y.shape for y in ys] == [(rows, N) for N in widths]
-    check(ys, x, members)
+    check_linears(ys, x, members)

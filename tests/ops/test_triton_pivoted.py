@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -19,18 +18,13 @@ from grasp_kernels.triton import lowrank_linear_kernels as kernels
 from tests import definitions
 from tests.numerics import assert_accurate
 from tests.ops.inputs import double, factors, normal, pivoted, seeded
+from tests.ops.linears import check_linears
 from tests.ops.test_triton_lowrank import A100, DEVICE, DTYPES, H100, PAIR
 from tests.pairwise import Case, label, pairwise
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.gpu]
 
 K = 50  # two blocks, the last partly filled
-
-
-def check(ys: Sequence[Tensor], x: Tensor, members: Sequence[Factors]) -> None:
-    for y, member in zip(ys, members, strict=True):
-        exact = definitions.linear(x.double(), double(member))
-        assert_accurate("linear", x.dtype, y, definitions.linear(x, member), exact)
 
 
 def packed(members: Sequence[Factors]) -> list[Factors]:
@@ -70,7 +64,7 @@ def test_groups_of_mixed_forms_match_float64(case: Case) -> None:
     config = replace(
         PAIR, path=case["path"], splits=case["splits"], reduce=case["reduce"], expand_block_r=case["block_r"]
     )
-    check(linear.run(x, packed(members) if case["packed"] else members, config), x, members)
+    check_linears(linear.run(x, packed(members) if case["packed"] else members, config), x, members)
 
 
 @pytest.mark.parametrize("rows", [1, 7])
@@ -84,7 +78,7 @@ def test_fused_is_the_pair_in_one_launch(rows: int) -> None:
     )
     assert launch.kernel is kernels._lowrank_fused_kernel
     launch._replace(arguments={**launch.arguments, "counter_ptr": counter}).run()
-    check(outputs, x, members)
+    check_linears(outputs, x, members)
 
 
 def test_the_program_that_adds_up_partial_sums_does_not_change_the_result() -> None:

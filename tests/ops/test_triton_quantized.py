@@ -18,6 +18,7 @@ from grasp_kernels.triton.lowrank_glu import lowrank_glu
 from tests import definitions
 from tests.numerics import assert_accurate
 from tests.ops.inputs import normal, seeded
+from tests.ops.linears import check_linears
 from tests.ops.test_quantized import K, N, only, quantized, wide
 from tests.ops.test_triton_lowrank import DEVICE, H100, PAIR
 from tests.pairwise import Case, label, pairwise
@@ -27,13 +28,6 @@ pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.gpu]
 
 def on_device(group: Factors) -> Factors:
     return Factors(*(None if tensor is None else tensor.to(DEVICE) for tensor in group))  # type: ignore[arg-type]
-
-
-def check(ys: Sequence[Tensor], x: Tensor, members: Sequence[Factors]) -> None:
-    for y, member in zip(ys, members, strict=True):
-        exact = definitions.dense_linear(x.double(), wide(member))
-        plain = definitions.linear(x, member.dequantized(K, x.dtype))
-        assert_accurate("linear", x.dtype, y, plain, exact)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +53,7 @@ def test_pair_matches_float64(case: Case) -> None:
     members = [on_device(only(group, case["side"])) for group in both]
     x = normal((case["rows"], K), seeded(), dtype=dtype, device=DEVICE)
     config = replace(PAIR, reduce=case["reduce"], shrink_block_k=case["block"], expand_block_r=case["block"])
-    check(linear.run(x, members, config), x, members)
+    check_linears(linear.run(x, members, config), x, members)
 
 
 @pytest.mark.parametrize("pivoted", [False, True])
@@ -85,7 +79,7 @@ def test_members_that_are_stored_alike_share_launches(monkeypatch: pytest.Monkey
         return run(x, factors, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(linear, "run", record)
-    check(linear.lowrank_linear_grouped(x, members), x, members)
+    check_linears(linear.lowrank_linear_grouped(x, members), x, members)
     assert shared == [2, 1, 1]
 
 
@@ -97,7 +91,7 @@ def test_a_dense_weight_is_factors_of_full_rank(kind: str, rows: int) -> None:
     group = dense._replace(U=torch.empty(0, 80, dtype=torch.bfloat16), U_scales=None, order=order, bias=None)
     group = on_device(group)
     x = normal((rows, K), seeded(), dtype=torch.bfloat16, device=DEVICE)
-    check(linear.lowrank_linear_grouped(x, [group]), x, [group])
+    check_linears(linear.lowrank_linear_grouped(x, [group]), x, [group])
 
 
 def test_half_a_byte_behind_an_odd_column_does_not_matter() -> None:
