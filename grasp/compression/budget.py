@@ -181,7 +181,7 @@ def _require_reachable(
     linears = chain.from_iterable(targets.values())
     most = math.fsum(max(0.0, *(prices.saved(target, rank) for rank in cheapest)) for target in linears)
     means = f"{' or '.join(cheapest.values())} in every eligible matrix"
-    if prices.saving > most and may_remove and config.allocation == "global":
+    if prices.saving > most and may_remove and config.decides_together:
         removed: list[int] = []
         left = sorted(targets, key=prices.layer, reverse=True)
         while (layer := next((each for each in left if can_remove(model, [*removed, each])), None)) is not None:
@@ -241,7 +241,7 @@ def choose_budget(
     order = redundant_layers(block_influence, len(shapes))
     prefixes = (order[:count] for count in range(len(order) + 1))
     chosen = next((layers for layers in prefixes if saved(layers) >= saving), order)
-    if prices.saving is not None and config.allocation == "global":
+    if prices.saving is not None and config.decides_together:
         return uniform(chosen)
     if config.target_bytes is not None:
         sizes = {target.module.weight.element_size() for target in chain.from_iterable(targets.values())}

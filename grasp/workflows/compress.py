@@ -387,7 +387,7 @@ def _description(samples: Samples, report: CompressionReport) -> str:
     selected = "as requested" if config.layers is not None else "the ones with the lowest block influence"
     if report.scope == "model":
         selected = "all"
-    budget = "one budget over all matrices" if config.allocation == "global" else "the same share of each matrix"
+    budget = "one budget over all matrices" if config.decides_together else "the same share of each matrix"
     removed = f"Removed layers: {layer_ranges(report.removed_layers)}. " if report.removed_layers else ""
     text = (
         f"## How it was made\n\n{removed}"
