@@ -45,7 +45,7 @@ from grasp.hub import BAD_ANSWERS, HUB_ERRORS, hub_status
 from grasp.model.checkpoint_format import METHOD, read_headers, weight_files
 from grasp.model.hf_quantizer import quantization_method, register
 from grasp.model.quantized_linear import QUANTIZED
-from grasp.progress import Progress, no_progress
+from grasp.progress import Progress, no_progress, one_step
 from grasp.reading import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -118,11 +118,8 @@ def load_quietly(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
-    step = f"loading {Path(name).name}"
-    progress(step, 0, 1)
-    loaded = load_model(name, dtype=dtype, device=device)
-    progress(step, 1, 1)
-    return loaded
+    with one_step(progress, f"loading {Path(name).name}"):
+        return load_model(name, dtype=dtype, device=device)
 
 
 def load_config(name: str, *, dtype: str = "auto") -> tuple[PreTrainedConfig, torch.dtype]:

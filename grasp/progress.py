@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 Notify = Callable[[str], None]  # takes one line of text
 Progress = Callable[[str, int, int], None]  # (step, done, total)
@@ -12,6 +13,14 @@ Progress = Callable[[str, int, int], None]  # (step, done, total)
 
 def no_progress(step: str, done: int, total: int) -> None:
     """Report nothing."""
+
+
+@contextmanager
+def one_step(progress: Progress, step: str) -> Iterator[None]:
+    """Report that a step begins, and that it is done if the block succeeds."""
+    progress(step, 0, 1)
+    yield
+    progress(step, 1, 1)
 
 
 def named(progress: Progress, name: str) -> Progress:

@@ -33,7 +33,7 @@ from grasp.method.schedules import SCHEDULES, plan_sweeps
 from grasp.model.batch import CalibrationBatch
 from grasp.model.running import first_device
 from grasp.model.targets import Target, decoder
-from grasp.progress import Progress, no_progress
+from grasp.progress import Progress, no_progress, one_step
 from grasp.statistics.gradients import gather_gradients
 from grasp.statistics.redundancy import block_influence
 from grasp.statistics.sweep import capture_prefix
@@ -243,9 +243,8 @@ def _run(request: CompressRequest, progress: Progress) -> list[CompressResult]:
     memory = [setting.memory() for setting in settings]
     runs: list[Race] = []
     for setting in settings:
-        progress(step := f"timing {setting.config.schedule}", 0, 1)
-        runs.append(setting.race())
-        progress(step, 1, 1)
+        with one_step(progress, f"timing {setting.config.schedule}"):
+            runs.append(setting.race())
     held_out = tokenize(tokenizer, builtin_text("evaluation"))[: HELD_OUT_WINDOWS * length]
     results = []
     for setting, estimated, race_run, peak in zip(settings, estimates, runs, memory, strict=True):

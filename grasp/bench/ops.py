@@ -44,7 +44,7 @@ from grasp.bench.workloads import (
 from grasp.formatting import one_line
 from grasp.loading import DTYPES, find_device
 from grasp.method.storage import FLOATING, STORAGES, Storage, format_storages, parse_storages
-from grasp.progress import Progress, no_progress
+from grasp.progress import Progress, no_progress, one_step
 from grasp_kernels import roofline
 from grasp_kernels.dispatch import BACKENDS, OpCall, chosen_row
 from grasp_kernels.roofline import Card
@@ -170,10 +170,8 @@ def _rounds(
             }
             timed: list[list[OpResult]] = []
             for number, case in enumerate(measurable, start=1):
-                step = f"case {number} of {len(measurable)}: {case.op}"
-                progress(step, 0, 1)  # a moving bar would slow down the timed calls
-                records: list[Record] = list(measure(case, device, cards[_name(case.dtype)], request))
-                progress(step, 1, 1)
+                with one_step(progress, f"case {number} of {len(measurable)}: {case.op}"):  # no bar moves meanwhile
+                    records: list[Record] = list(measure(case, device, cards[_name(case.dtype)], request))
                 timed.append([record for record in records if isinstance(record, OpResult)])
                 yield Round(records, cards, count)
             if request.workload is not None:

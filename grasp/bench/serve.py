@@ -31,7 +31,7 @@ from grasp.files import expanded
 from grasp.formatting import one_line
 from grasp.loading import DTYPES, find_device, load_config, load_quietly
 from grasp.model.size import Size, model_size
-from grasp.progress import Progress, no_progress
+from grasp.progress import Progress, no_progress, one_step
 from grasp.reading import read_json
 
 Numbers = Mapping[str, float]  # of the client, by its names
@@ -243,11 +243,9 @@ def _started(
     arguments = ["--model", str(checkpoint.folder), "--served-model-name", name, "--dtype", checkpoint.dtype]
     arguments += ["--host", HOST, "--port", str(port), "--no-enable-prefix-caching"]
     arguments += ["--gpu-memory-utilization", f"{memory:.3f}", *request.server_options]
-    progress(f"starting {name}", 0, 1)
-    process = stack.enter_context(Process([*COMMAND, *arguments], scratch / f"{name}.log", offline=True))
-    server = start(process, name, f"http://{HOST}:{port}", request.time_limit)
-    progress(f"starting {name}", 1, 1)
-    return server
+    with one_step(progress, f"starting {name}"):
+        process = stack.enter_context(Process([*COMMAND, *arguments], scratch / f"{name}.log", offline=True))
+        return start(process, name, f"http://{HOST}:{port}", request.time_limit)
 
 
 def _refusal(checkpoint: Checkpoint, error: float, model: str) -> NotMeasured:

@@ -23,7 +23,7 @@ from grasp.errors import GraspError, MissingPackageError
 from grasp.evaluation.generation import GenerationTime, random_prompt
 from grasp.export.gguf_file import write_gguf
 from grasp.files import expanded
-from grasp.progress import Progress, no_progress
+from grasp.progress import Progress, no_progress, one_step
 
 LLAMA_CPP = "llama.cpp"
 QUANTIZED = 0.5  # larger norm-wise relative differences of logits are those of another model
@@ -225,9 +225,8 @@ def yardsticks(
             if name == LLAMA_CPP:
                 half = "BF16" if dense.dtype == torch.bfloat16 else "F16"
                 for kind, tolerance in ((half, TOLERANCE[torch.bfloat16]), ("Q8_0", QUANTIZED)):
-                    progress(f"writing GGUF, {kind}", 0, 1)
-                    write_gguf(dense, path := Path(folder, f"{kind}.gguf"), kind)
-                    progress(f"writing GGUF, {kind}", 1, 1)
+                    with one_step(progress, f"writing GGUF, {kind}"):
+                        write_gguf(dense, path := Path(folder, f"{kind}.gguf"), kind)
                     files.append((f"{LLAMA_CPP}, {kind}", path, tolerance))
             else:
                 files.append((f"{LLAMA_CPP}, {Path(name).name}", expanded(name), QUANTIZED))

@@ -42,7 +42,7 @@ from grasp.method.basis import BASES
 from grasp.model.dense import dense_shape
 from grasp.model.hf_quantizer import require_floating
 from grasp.model.running import first_device
-from grasp.progress import Notify, Progress, TimeLeft, no_notify, no_progress
+from grasp.progress import Notify, Progress, TimeLeft, no_notify, no_progress, one_step
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sharding import collect_, shard_
 from grasp.version import __version__
@@ -353,22 +353,21 @@ def write_checkpoint(
         CheckpointError, OccupiedError: as ``save_checkpoint`` does.
     """
     base_model = str(model.config._name_or_path or name)
-    progress("saving", 0, 1)
-    save_checkpoint(
-        model,
-        directory,
-        tokenizer=tokenizer,
-        card=model_card(
+    with one_step(progress, "saving"):
+        save_checkpoint(
             model,
-            base_model=base_model,
-            before=report.before.parameters,
-            license=read_license(base_model),
-            details=_description(samples, report),
-        ),
-        extra_files={FILE_NAME: report.to_json(), **(extra_files or {})},
-        seen=seen or {},
-    )
-    progress("saving", 1, 1)
+            directory,
+            tokenizer=tokenizer,
+            card=model_card(
+                model,
+                base_model=base_model,
+                before=report.before.parameters,
+                license=read_license(base_model),
+                details=_description(samples, report),
+            ),
+            extra_files={FILE_NAME: report.to_json(), **(extra_files or {})},
+            seen=seen or {},
+        )
 
 
 def _losses(title: str, text: str, columns: Sequence[Column], rows: Sequence[object]) -> str:

@@ -24,7 +24,7 @@ from grasp.model.checkpoint_modules import lowrank_layers
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import require_floating_factors
 from grasp.model.size import model_size
-from grasp.progress import Progress, no_progress
+from grasp.progress import Progress, no_progress, one_step
 
 _CONVERSIONS = {"pivoted": LowRankLinear.pivot_, "factored": LowRankLinear.factor_}
 TEXTS = ("README.md", recovery_report.FILE_NAME, *LICENSES)  # of a compressed checkpoint
@@ -95,15 +95,14 @@ def convert(directory: Path, output: Path, form: Form, *, progress: Progress = n
     card = texts.pop("README.md", None)
     if before.report is not None:
         texts[FILE_NAME] = with_forms(before.report, model).to_json()
-    progress("saving", 0, 1)
-    save_checkpoint(
-        *(model, target),
-        tokenizer=tokenizer,
-        card=None if card is None else with_sizes(without_results(card), model, before.parameters_before),
-        extra_files=texts,
-        seen={},
-    )
-    progress("saving", 1, 1)
+    with one_step(progress, "saving"):
+        save_checkpoint(
+            *(model, target),
+            tokenizer=tokenizer,
+            card=None if card is None else with_sizes(without_results(card), model, before.parameters_before),
+            extra_files=texts,
+            seen={},
+        )
     return Conversion(form, converted, left, _omitted(directory, target), before, inspect_compressed(target))
 
 

@@ -18,7 +18,7 @@ from grasp.export.linear_pairs import export_linear_pairs
 from grasp.export.onnx_file import export_onnx
 from grasp.files import remove_abandoned
 from grasp.loading import load_quietly
-from grasp.progress import Progress, no_progress
+from grasp.progress import Progress, no_progress, one_step
 
 
 class Exporter(NamedTuple):
@@ -91,11 +91,8 @@ def export(directory: Path, output: Path, to: str, *, progress: Progress = no_pr
     texts = read_texts(directory, LICENSES)
     model, tokenizer = load_quietly(str(directory.absolute()), device="cpu", progress=progress)
     require_space(target, model.get_memory_footprint())
-    step = f"writing {to}"
-    progress(step, 0, 1)
-    with new_folder(target, texts, seen={}) as folder:
+    with one_step(progress, f"writing {to}"), new_folder(target, texts, seen={}) as folder:
         note = exporter.write(model, tokenizer, folder)
-    progress(step, 1, 1)
     return Export(str(directory), str(target), to, _file_bytes(directory), _file_bytes(target), note)
 
 

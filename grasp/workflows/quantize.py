@@ -26,7 +26,7 @@ from grasp.loading import load_config, load_quietly
 from grasp.method.storage import Storage
 from grasp.model.hf_quantizer import require_floating
 from grasp.model.size import Size, model_size
-from grasp.progress import Notify, Progress, no_notify, no_progress
+from grasp.progress import Notify, Progress, no_notify, no_progress, one_step
 from grasp.statistics.hidden_states import Scratch
 from grasp.workflows.convert import TEXTS, with_forms
 from grasp.workflows.guards import kernel_notice, require_known, within_memory
@@ -146,17 +146,16 @@ def quantize(
     card = texts.pop("README.md", None)
     if source is not None and source.report is not None:
         texts[FILE_NAME] = with_forms(source.report, model).to_json()
-    progress("saving", 0, 1)
-    parameters = None if source is None else source.parameters_before
-    card = _new_card(name, model) if card is None else with_sizes(without_results(card), model, parameters)
-    size_after = model_size(model)
-    pairs = finite_pairs(losses, losses_after, notify)
-    details = quantization_text(before, size_after, str(storage), used)
-    if added := kinds_text(kinds_of(pairs)):
-        details += f" On passages of each kind that are in no calibration text of grasp it adds {added}."
-    card = with_section(card, QUANTIZATION, details)
-    save_checkpoint(model, target, tokenizer=tokenizer, card=card, extra_files=texts, seen={})
-    progress("saving", 1, 1)
+    with one_step(progress, "saving"):
+        parameters = None if source is None else source.parameters_before
+        card = _new_card(name, model) if card is None else with_sizes(without_results(card), model, parameters)
+        size_after = model_size(model)
+        pairs = finite_pairs(losses, losses_after, notify)
+        details = quantization_text(before, size_after, str(storage), used)
+        if added := kinds_text(kinds_of(pairs)):
+            details += f" On passages of each kind that are in no calibration text of grasp it adds {added}."
+        card = with_section(card, QUANTIZATION, details)
+        save_checkpoint(model, target, tokenizer=tokenizer, card=card, extra_files=texts, seen={})
     after = inspect_checkpoint(target)
     return Quantization(name, storage, rounding, used, before, after, time.perf_counter() - start, pairs)
 

@@ -22,7 +22,7 @@ from grasp.errors import CheckpointError
 from grasp.files import expanded, remove_abandoned
 from grasp.loading import load_quietly
 from grasp.model.trainable import trained_parameters
-from grasp.progress import Notify, Progress, no_notify, no_progress
+from grasp.progress import Notify, Progress, no_notify, no_progress, one_step
 from grasp.recovery import RecoveryConfig, recover_, recovery_fingerprint
 from grasp.statistics.processes import ALONE, Processes
 from grasp.training_data import TrainingSequence, hold_out, instruction_sequences, pack_text, read_instructions
@@ -158,20 +158,19 @@ def _write(
     report: RecoveryReport,
     progress: Progress,
 ) -> None:
-    progress("saving", 0, 1)
-    card = without_figure(texts.get("README.md") or model_card(model, base_model=None))
-    save_checkpoint(
-        model,
-        target,
-        tokenizer=tokenizer,
-        card=with_section(without_results(card), "Recovery", _card_section(data, report)),
-        extra_files={
-            **{name: text for name, text in texts.items() if name != "README.md"},
-            recovery_report.FILE_NAME: report.to_json(),
-        },
-        seen={},
-    )
-    progress("saving", 1, 1)
+    with one_step(progress, "saving"):
+        card = without_figure(texts.get("README.md") or model_card(model, base_model=None))
+        save_checkpoint(
+            model,
+            target,
+            tokenizer=tokenizer,
+            card=with_section(without_results(card), "Recovery", _card_section(data, report)),
+            extra_files={
+                **{name: text for name, text in texts.items() if name != "README.md"},
+                recovery_report.FILE_NAME: report.to_json(),
+            },
+            seen={},
+        )
 
 
 def _card_section(data: TrainingData, report: RecoveryReport) -> str:
