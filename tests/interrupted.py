@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grasp.checkpoint.compression_report import CompressionReport
-from grasp.checkpoint.run_state import RunState
+from grasp.checkpoint.run_state import NoState, RunState
 from grasp.compress import compress_
 from grasp.compression.span_plan import SpanMemory
 from grasp.config import GraspConfig
@@ -45,12 +45,8 @@ def run(
 ) -> Run:
     """Compress a tiny model, keeping the run in ``folder``; its report and weights."""
     compressed, batches = tiny_model(family, dtype, **model), tiny_batches(BATCHES)
-    if folder is None:
-        report = compress_(compressed, batches, config, costs=costs, held_out=held_out, progress=progress)
-        return report, compressed.state_dict()
-    with RunState(folder, notify=notify) as state:
-        options: dict[str, Any] = {"costs": costs, "held_out": held_out, "progress": progress}
-        report = compress_(compressed, batches, config, state=state, **options)
+    with NoState() if folder is None else RunState(folder, notify=notify) as state:
+        report = compress_(compressed, batches, config, costs=costs, held_out=held_out, progress=progress, state=state)
         return report, compressed.state_dict()
 
 

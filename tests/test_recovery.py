@@ -34,15 +34,11 @@ from grasp.recovery import (
 from grasp.statistics.processes import Processes
 from grasp.training_data import TrainingSequence, collate
 from tests import many_processes
-from tests.interrupted import stored
+from tests.interrupted import Killed, stored
 from tests.quantized_models import quantized_model
 from tests.tiny_models import VOCABULARY, tiny_batches, tiny_model
 
 CONFIG = RecoveryConfig(learning_rate=0.1, batch_size=4, micro_batch_size=2, tokens=4 * 12 * 20)
-
-
-class Killed(BaseException):
-    """Simulates kill -9 without another process."""
 
 
 @cache

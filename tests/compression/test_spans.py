@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grasp.checkpoint import run_folder
 from grasp.checkpoint.compression_report import ModuleReport
-from grasp.checkpoint.run_state import RunState
+from grasp.checkpoint.run_state import NoState, RunState
 from grasp.compress import compress_
 from grasp.compression.memory_budget import MemoryBudget
 from grasp.compression.span_plan import PlannedSpan
@@ -75,11 +75,8 @@ def compressed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
 
         monkeypatch.setattr(MemoryBudget, "spans", spans)
         model = tiny_model(family)
-        if folder is None:
-            report = compress_(model, BATCHES, config, progress=progress)
-        else:
-            with RunState(folder) as state:
-                report = compress_(model, BATCHES, config, progress=progress, state=state)
+        with NoState() if folder is None else RunState(folder) as state:
+            report = compress_(model, BATCHES, config, progress=progress, state=state)
         return Result(dict(model.state_dict()), report.modules, report.removed_layers)
 
     return compressed
