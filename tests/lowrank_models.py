@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grasp.model.grouping import group_linears_
+from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import layer_targets
 from tests.tiny_models import tiny_batches, tiny_model
@@ -32,6 +34,23 @@ def lowrank_model(
             model.set_submodule(target.name, low_rank)
             assert layer not in pivoted or low_rank.pivot_() is None
     return model
+
+
+def compressed_model(family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
+    """A ``lowrank_model`` that is marked and grouped as ``compress_`` does it."""
+    model = lowrank_model(family, dtype, **options)
+    mark_compressed(model)
+    group_linears_(model)
+    return model
+
+
+def pivoted_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A Qwen2, whose q, k and v have biases, with low-rank layers 1 and 2; those of layer 1 are pivoted."""
+    return compressed_model("qwen2", dtype, pivoted=(1,))
+
+
+def ranks(model: nn.Module) -> dict[str, int]:
+    return {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
 
 
 def logits(model: PreTrainedModel) -> Tensor:

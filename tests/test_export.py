@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from grasp.model.lowrank_linear import set_backend_
 from grasp_kernels.dispatch import backend_missing
 from tests.command_line import environment
-from tests.model.test_hf_quantizer import compressed_model
+from tests.lowrank_models import compressed_model
 from tests.tiny_models import VOCABULARY
 
 SHAPES = ((2, 12), (3, 7), (1, 20))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.peft import LowRankLora, lowrank_targets
 from grasp.workflows.convert import convert_
-from tests.model.test_hf_quantizer import compressed_model, logits, ranks
+from tests.lowrank_models import compressed_model, logits, ranks
 from tests.tiny_models import tiny_batches
 
 TARGETS = ["q_proj", "k_proj", "up_proj", "down_proj"]  # in all three layers; the first layer is dense

@@ -9,8 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from grasp.recovery import trainable_factors
-from tests.model.test_hf_quantizer import assert_same_state, compressed_model, logits, ranks
-from tests.model.test_pivoted_checkpoint import pivoted_model
+from tests.lowrank_models import assert_same_state, compressed_model, logits, pivoted_model, ranks
 from tests.tiny_models import tiny_batches
 
 STEPS = 12

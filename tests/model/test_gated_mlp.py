@@ -23,7 +23,7 @@ from grasp.model.gated_mlp import FORMULA, formula_of
 from grasp.model.grouping import group_linears_
 from grasp.model.lowrank_linear import LowRankLinear, set_backend_
 from grasp_kernels import Factors, lowrank_glu
-from tests.model.test_hf_quantizer import compressed_model, logits
+from tests.lowrank_models import compressed_model, logits
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
@@ -18,7 +17,6 @@ from grasp.compression.quantize import quantize_
 from grasp.errors import CheckpointError
 from grasp.method.storage import Storage
 from grasp.model import hf_quantizer
-from grasp.model.grouping import group_linears_
 from grasp.model.hf_quantizer import (
     FORMAT_VERSION,
     GraspHfQuantizer,
@@ -28,22 +26,10 @@ from grasp.model.hf_quantizer import (
 )
 from grasp.model.lowrank_linear import LowRankLinear
 from tests.checkpoint_edits import edit_config, edit_tensors
-from tests.lowrank_models import assert_same_state, logits, lowrank_model
+from tests.lowrank_models import assert_same_state, compressed_model, logits, ranks
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
 UP = "model.layers.1.mlp.up_proj"
-
-
-def compressed_model(family: str = "llama", dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
-    """A model with low-rank layers 1 and 2; the modules have different ranks."""
-    model = lowrank_model(family, dtype, **overrides)
-    mark_compressed(model)
-    group_linears_(model)
-    return model
-
-
-def ranks(model: nn.Module) -> dict[str, int]:
-    return {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
 
 
 @pytest.fixture

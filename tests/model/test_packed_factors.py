@@ -29,7 +29,7 @@ from grasp.model.lowrank_linear import LowRankLinear
 from grasp.peft import lowrank_targets
 from grasp_kernels import direct, registered
 from grasp_kernels.packing import packed_memory, stacked
-from tests.model.test_hf_quantizer import assert_same_state, compressed_model, logits
+from tests.lowrank_models import assert_same_state, compressed_model, logits
 
 
 @pytest.fixture(autouse=True)

@@ -10,26 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.errors import CheckpointError
-from grasp.model.grouping import group_linears_
-from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.lowrank_linear import LowRankLinear
 from tests.checkpoint_edits import edit_config
 from tests.fuzz import damage
-from tests.lowrank_models import assert_same_state, logits, lowrank_model
+from tests.lowrank_models import assert_same_state, logits, pivoted_model
 
 UP, Q = "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"
-
-
-def pivoted_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A Qwen2, whose q, k and v have biases, with low-rank layers 1 and 2; those of layer 1 are pivoted."""
-    model = lowrank_model("qwen2", dtype, pivoted=(1,))
-    mark_compressed(model)
-    group_linears_(model)
-    return model
 
 
 def linears(model: nn.Module) -> dict[str, LowRankLinear]:
