@@ -227,19 +227,28 @@ def _require_readable(folder: Path) -> None:
     read_json(folder / "config.json", "the configuration of a model", UnsupportedModelError, finite=False)
 
 
-def _pretrained_config(name: str) -> PreTrainedConfig:
+@contextmanager
+def _explained(kind: type[GraspError], problem: str, remedy: str = "") -> Iterator[None]:
+    """Raise what the libraries raise for files that they cannot read as one error, with the reason in its message."""
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        yield
     except GraspError:
         raise
     except _LOAD_ERRORS as error:
-        problem = f"the configuration of {name} cannot be used: {hub_status(error) or one_line(error)}"
+        if out_of_memory(error):
+            raise
+        reason = hub_status(error) or one_line(error)
         if "trust_remote_code" in str(error):
-            problem = (
-                f"{name} needs code of its own, which is never run; expected a model that transformers knows. Of a "
-                "folder that `grasp convert` wrote, give the checkpoint that it was made from"
+            reason = (
+                "it needs code of its own, which is never run; expected a model that transformers knows. Of a folder "
+                "that `grasp convert` wrote, give the checkpoint that it was made from"
             )
-        raise UnsupportedModelError(problem) from error
+        raise kind(f"{problem}: {reason}{remedy}") from error
+
+
+def _pretrained_config(name: str) -> PreTrainedConfig:
+    with _explained(UnsupportedModelError, f"the configuration of {name} cannot be used"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
     _require_causal_lm(name, config)
     _require_own_files(name, config)
     return config
@@ -250,7 +259,7 @@ def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrained
     if Path(name).is_dir():
         _require_plausible(name, config, len(read_headers(weight_files(Path(name)))))
     register()  # compressed checkpoints need it if grasp is importable but not installed
-    try:
+    with _explained(CheckpointError, f"the weights of {name} cannot be loaded"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -260,14 +269,6 @@ def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrained
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except GraspError:
-        raise
-    except _LOAD_ERRORS as error:
-        if out_of_memory(error):
-            raise
-        raise CheckpointError(
-            f"the weights of {name} cannot be loaded: {hub_status(error) or one_line(error)}"
-        ) from error
     model, info = loaded
     _require_all_weights(name, info)
     _require_floats(name, model)
@@ -331,18 +332,12 @@ def _gguf_source(path: Path) -> dict[str, Any]:
 def _reading_gguf(path: Path) -> Iterator[None]:
     if find_spec("gguf") is None:
         raise MissingPackageError(f"reading {path.name} needs the package gguf; install it with: pip install gguf")
-    try:
-        with _parsing_once():
-            yield
-    except GraspError:
-        raise
-    except _LOAD_ERRORS as error:
-        if out_of_memory(error):
-            raise
-        raise CheckpointError(
-            f"{path} cannot be loaded: {one_line(error)}. Either it is no complete GGUF file, or transformers does not "
-            "read this family from GGUF; give the folder or hub name of the original model."
-        ) from error
+    remedy = (
+        ". Either it is no complete GGUF file, or transformers does not read this family from GGUF; give the folder or "
+        "hub name of the original model."
+    )
+    with _explained(CheckpointError, f"{path} cannot be loaded", remedy), _parsing_once():
+        yield
 
 
 @contextmanager
