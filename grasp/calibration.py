@@ -23,7 +23,7 @@ from grasp.builtin import BUILTIN, builtin_text_path
 from grasp.errors import CalibrationError, MissingPackageError
 from grasp.files import expanded
 from grasp.formatting import one_line, size
-from grasp.hub import HUB_ERRORS
+from grasp.hub import HUB_ERRORS, reason
 from grasp.model.batch import CalibrationBatch
 from grasp.progress import Notify, no_notify
 from grasp.reading import open_regular, read_text_file
@@ -248,7 +248,7 @@ def _hub_text(name: str, split: Split, characters: int) -> str:
                 break
     except _FETCH_ERRORS as error:
         raise CalibrationError(
-            f"the text {name} cannot be fetched from the hub ({one_line(error)}). "
+            f"the text {name} cannot be fetched from the hub ({reason(error)}). "
             f"Check the network, or use a text file or {BUILTIN!r}, which need none."
         ) from error
     return "\n\n".join(documents)

@@ -6,6 +6,8 @@ from http.client import responses
 
 from huggingface_hub.errors import HfHubHTTPError
 
+from grasp.formatting import one_line
+
 # The client passes on the errors of its HTTP library, which differs between versions.
 HUB_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
 # The client raises these where something else than a hub answers.
@@ -20,3 +22,8 @@ def hub_status(error: BaseException) -> str | None:
             return f"HTTP {status} {responses.get(status, '')}".rstrip()
         chain = chain.__cause__ or chain.__context__
     return None
+
+
+def reason(error: BaseException) -> str:
+    """What a library's error says, in one line: the HTTP status behind it, or its text if there is none."""
+    return hub_status(error) or one_line(error)

