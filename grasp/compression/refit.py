@@ -162,7 +162,7 @@ class _OddProducts:
 
 def _odd_sequences(batch: CalibrationBatch, first: int) -> Tensor:
     """Whether the number of a token's sequence, counted from ``first``, is odd: (T,), without padding."""
-    ids, mask = batch
+    ids, mask, _ = batch
     odd = ((first + torch.arange(len(ids), device=ids.device)) % 2 == 1)[:, None].expand_as(ids)
     return odd.flatten() if mask is None else odd[mask.bool()]
 

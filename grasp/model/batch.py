@@ -11,6 +11,8 @@ from torch import Tensor
 
 from grasp.errors import CalibrationError
 
+CONTEXT = 32  # docs/tried.md
+
 
 class Tokens(Protocol):
     """A batch of sequences with a mask of the tokens that the loss counts."""
@@ -34,6 +36,8 @@ class Tokens(Protocol):
 class CalibrationBatch(NamedTuple):
     """Token ids (B, L) int64, and a bool mask (B, L) that is False at padding; ``None`` means no padding.
 
+    The first ``context`` tokens of each sequence are read, but what they predict does not count.
+
     Example:
         >>> batch = CalibrationBatch(torch.tensor([[5, 6, 7, 0]]), torch.tensor([[True, True, True, False]]))
         >>> batch.num_tokens, batch.num_targets
@@ -42,6 +46,7 @@ class CalibrationBatch(NamedTuple):
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
+    context: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -50,16 +55,17 @@ class CalibrationBatch(NamedTuple):
 
     @property
     def num_targets(self) -> int:
-        """Tokens that the model predicts."""
+        """Tokens that the model predicts, and that count."""
         return int(self.is_target.sum())
 
     @property
     def is_target(self) -> Tensor:
-        """(B, L - 1) bool: True if neither the token at a position nor the next one is padding."""
-        if self.attention_mask is None:
-            return torch.ones_like(self.input_ids[:, 1:], dtype=torch.bool)
-        mask = self.attention_mask.bool()
-        return mask[:, 1:] & mask[:, :-1]
+        """(B, L - 1) bool: True behind the context if neither the token at a position nor the next one is padding."""
+        mask = self.attention_mask
+        mask = torch.ones_like(self.input_ids, dtype=torch.bool) if mask is None else mask.bool()
+        counts = mask[:, 1:] & mask[:, :-1]
+        counts[:, : self.context] = False
+        return counts
 
 
 def as_batches(batches: Iterable[CalibrationBatch | Tensor]) -> list[CalibrationBatch]:
@@ -86,17 +92,20 @@ def as_batches(batches: Iterable[CalibrationBatch | Tensor]) -> list[Calibration
 
 
 def _right_padded(batch: CalibrationBatch) -> CalibrationBatch:
-    ids, mask = batch
+    ids, mask, context = batch
     if mask is None:
         return batch
     order = mask.int().argsort(dim=1, descending=True, stable=True)
-    return CalibrationBatch(ids.gather(1, order), mask.gather(1, order))
+    return CalibrationBatch(ids.gather(1, order), mask.gather(1, order), context)
 
 
 def excerpt(
     batches: Sequence[CalibrationBatch], *, sequences: int, tokens: int, parts: int = 1
 ) -> list[CalibrationBatch]:
     """The first tokens of some sequences that are evenly spaced over all, in batches no larger than the given ones.
+
+    A quarter of the shortest one, but at most ``CONTEXT`` tokens, is context alone in each: with little context models
+    behave otherwise than later.
 
     Args:
         batches: from ``as_batches``.
@@ -115,19 +124,20 @@ def excerpt(
     chosen = [rows[(2 * index + 1) * len(rows) // (2 * count)][:length] for index in range(count)]
     largest = max(batch.input_ids.numel() for batch in batches)
     together = max(1, min(largest // length, count // parts))
-    return [_padded(chosen[first : first + together]) for first in range(0, count, together)]
+    context = min(CONTEXT, min(map(len, chosen)) // 4)
+    return [_padded(chosen[first : first + together], context) for first in range(0, count, together)]
 
 
 def _sequences(batch: CalibrationBatch) -> list[Tensor]:
     """The rows without padding."""
-    ids, mask = batch
+    ids, mask, _ = batch
     return [*ids] if mask is None else [row[kept] for row, kept in zip(ids, mask.bool(), strict=True)]
 
 
-def _padded(rows: Sequence[Tensor]) -> CalibrationBatch:
+def _padded(rows: Sequence[Tensor], context: int) -> CalibrationBatch:
     ids = torch.nn.utils.rnn.pad_sequence([*rows], batch_first=True)
     mask = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
-    return CalibrationBatch(ids, None if mask.all() else mask)
+    return CalibrationBatch(ids, None if mask.all() else mask, context)
 
 
 def batches_digest(batches: Sequence[CalibrationBatch]) -> str:

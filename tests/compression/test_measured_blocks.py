@@ -22,6 +22,7 @@ from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_follow_the_divergence_that_each_block_alone_has(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grasp.model.batch.CONTEXT", 0)
     model = tiny_model(family, torch.float64)
     tokens = tiny_batches(2, seed=5)
     mask = torch.ones_like(tokens[1], dtype=torch.bool)

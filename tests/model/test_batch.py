@@ -10,7 +10,7 @@ def rows_of(batches: list[CalibrationBatch]) -> list[list[int]]:
     """The sequences, without padding."""
     return [
         row[torch.ones_like(row, dtype=torch.bool) if mask is None else mask].tolist()
-        for ids, masks in batches
+        for ids, masks, _ in batches
         for row, mask in zip(ids, [None] * len(ids) if masks is None else masks, strict=True)
     ]
 
@@ -33,3 +33,11 @@ def test_an_excerpt_has_no_padding_and_no_sequence_without_a_token_to_predict() 
     (few,) = excerpt([CalibrationBatch(ids, mask)], sequences=8, tokens=10)
     assert rows_of([few]) == [ids[0, :5].tolist(), ids[2, :3].tolist()]
     assert few.num_targets == 4 + 2
+
+
+def test_what_the_context_predicts_does_not_count() -> None:
+    batches = [CalibrationBatch(rows) for rows in tiny_batches(4, 1, 300)]
+    assert {batch.context for batch in excerpt(batches, sequences=4, tokens=400)} == {25}
+    (few,) = excerpt(batches, sequences=2, tokens=512)[:1]
+    assert few.context == 32
+    assert few.is_target.tolist() == [[False] * 32 + [True] * 223]
