@@ -155,6 +155,13 @@ def test_one_step_is_adamw_on_the_loss_of_the_whole_batch() -> None:
         torch.testing.assert_close(got, value * unit, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 3)])
+def test_units_are_proportional_to_small_entries_and_zeros_are_trained(shape: tuple[int, ...]) -> None:
+    for size in (1.0, 1e-4, 1e-9):
+        torch.testing.assert_close(math.prod(units(torch.full(shape, size))).expand(shape), torch.full(shape, size))
+    assert math.prod(units(torch.zeros(shape))).expand(shape).tolist() == torch.full(shape, 1e-3).tolist()
+
+
 def test_the_sizes_of_rows_and_columns_do_not_matter() -> None:
     """The same model: channels of the norms are up to 16 times as large, and columns that read them as small."""
     model, other = compressed(), compressed()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 
@@ -19,3 +19,8 @@ def handling(handlers: Mapping[signal.Signals, Callable[[int, FrameType | None],
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def ending_by_interrupt() -> AbstractContextManager[None]:
+    """Inside the block SIGTERM and SIGHUP end it as Ctrl-C does: servers are stopped, temporary folders removed."""
+    return handling(dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler))

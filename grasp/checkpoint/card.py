@@ -31,8 +31,9 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LAYER = re.compile(r"(?P<layer>.*?\.\d+)\.(?P<module>.+)")
 _EVALUATION = "Evaluation by grasp"
 _EVALUATION_HEAD = "| model | on | metric | value |\n| --- | --- | --- | ---: |"
-# The parts of ``_TEMPLATE`` that have sizes.
+# The parts of ``_TEMPLATE`` that differ by sizes.
 _SIZES = (
+    re.compile(r"(?<=^tags:\n)- grasp\n(?:- low-rank\n)?(?:- quantized\n)?", re.MULTILINE),
     re.compile(r"\b\d+ linear layers were replaced by .{,200}? now\)\."),
     re.compile(r"^## What was compressed\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL),
 )
@@ -219,9 +220,9 @@ def with_sizes(card: str, model: PreTrainedModel, before: int | None) -> str:
     A card that ``model_card`` did not write may have neither; it is then returned as it is.
     """
     fresh = model_card(model, base_model=None, before=before)
-    sentence, table = (part.findall(fresh)[0].replace("\\", r"\\") for part in _SIZES)
-    card = _SIZES[0].sub(sentence, card)
-    return _SIZES[1].sub(f"{table}\n", card).rstrip() + "\n"
+    tags, sentence, table = (part.findall(fresh)[0].replace("\\", r"\\") for part in _SIZES)
+    card = _SIZES[1].sub(sentence, _SIZES[0].sub(tags, card))
+    return _SIZES[2].sub(f"{table}\n", card).rstrip() + "\n"
 
 
 def without_results(card: str) -> str:
@@ -342,8 +343,9 @@ class _Score(NamedTuple):
 
 def _size(document: Mapping[str, Any]) -> tuple[int, bool]:
     """The parameters of the model of a result, and whether it is quantised."""
-    size = document.get("grasp", document)["size"]
-    return int(size["parameters"]), int(size["bytes"]) < 2 * int(size["parameters"])
+    result = document.get("grasp", document)
+    parameters, size = int(result["size"]["parameters"]), int(result["size"]["bytes"])
+    return parameters, bool(result.get("quantized", size < 2 * parameters))  # earlier results do not say it
 
 
 def _scores(document: Mapping[str, Any]) -> list[_Score]:

@@ -355,12 +355,13 @@ def measure(rounds: Rounds, outputs: Sequence[Path] | None, as_json: bool, *, at
     """Save and print the records of all rounds, one by one or ``at_the_end``. A wrong result makes the exit code 1."""
     from grasp.bench.records import NotMeasured
     from grasp.bench.results import check_outputs, save_results
+    from grasp.bench.signals import ending_by_interrupt
     from grasp.cli import bench_tables, console
 
     check_outputs(outputs or ())
     results: list[Record] = []
     try:
-        with console.step_bars() as progress:
+        with ending_by_interrupt(), console.step_bars() as progress:
             for records in rounds(progress):
                 earlier, results = results, [*results, *records]
                 try:

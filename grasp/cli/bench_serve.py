@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
-import signal
 from typing import Annotated
 
 import typer
 
-from grasp.bench.signals import handling
 from grasp.cli.arguments import MOST, Dtype, Json, parse_counts
 from grasp.cli.bench import Outputs, bench, measure
 
@@ -78,8 +76,7 @@ def serve(
         server_options=shlex.split(vllm_options),
         time_limit=time_limit,
     )
-    with handling(dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler)):  # it ends the servers
-        measure(lambda progress: benchmark.run(request, progress=progress), output, as_json)
+    measure(lambda progress: benchmark.run(request, progress=progress), output, as_json)
 
 
 def parse_limits(text: str) -> dict[str, float]:

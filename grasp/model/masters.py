@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-_SMALLEST = 1e-3  # root mean square of a matrix, and that of a row or column over it; zeros are trained too
+_SMALLEST = 1e-3  # root mean square of a row or column over that of all, and of a matrix of zeros: they are trained too
 
 
 class Masters:
@@ -67,6 +67,9 @@ def units(matrix: Tensor) -> tuple[Tensor, Tensor]:
                 [4.0000, 0.0400]])
     """
     squares = matrix.to(torch.promote_types(matrix.dtype, torch.float32)).square()
-    mean = squares.mean().clamp_min(_SMALLEST**2)
+    mean = squares.mean()
+    if mean == 0:
+        squares, mean = torch.ones_like(squares), torch.full_like(mean, _SMALLEST**2)
+        return squares.mean(-1, keepdim=True) * mean.sqrt(), squares.mean(0, keepdim=True)
     rows, columns = (squares.mean(dim, keepdim=True) / mean for dim in (-1, 0))
     return (rows.clamp_min(_SMALLEST**2) * mean).sqrt(), columns.clamp_min(_SMALLEST**2).sqrt()

@@ -10,6 +10,8 @@ from pathlib import Path
 from grasp.bench.results import read_results
 from grasp.bench.schema import Record
 from grasp.checkpoint.compression_report import KIND_COLUMNS, CompressionReport, candidate_columns, kinds_text
+from grasp.checkpoint.inspection import inspect_checkpoint
+from grasp.checkpoint.recovery_report import FILE_NAME as RECOVERY
 from grasp.errors import GraspError, ResultsError
 from grasp.files import Contents, contents, require_writable, write_whole
 from grasp.formatting import Column, count, counts, layer_ranges, share, size
@@ -76,11 +78,32 @@ def write_report(directory: Path, output: Path, results: Sequence[Path] = ()) ->
     report = CompressionReport.load(directory)
     folder = directory.resolve().name
     records = [record for path in results for record in _read(path, report, folder)]
-    write_whole(output, render(report, folder, records), seen=seen)
+    later = _later_steps(directory, report)
+    write_whole(output, render(report, folder, records, later), seen=seen)
 
 
-def render(report: CompressionReport, folder: str, records: Sequence[Record] = ()) -> str:
-    """The page of the checkpoint folder of that name as text; ``records`` are of the same model."""
+def _later_steps(directory: Path, report: CompressionReport) -> str:
+    """What the report does not know: that the model was quantised or trained after the compression; or nothing."""
+    has_model, as_compressed = (directory / "config.json").is_file(), report.config.get("bits") is None
+    quantized = has_model and as_compressed and bool(inspect_checkpoint(directory).quantized)
+    steps = ["quantised"] * quantized + ["trained"] * (directory / RECOVERY).is_file()
+    if not steps:
+        return ""
+    return (
+        f"The model was {' and '.join(steps)} after this compression. Losses and the command on this page are those of "
+        "the compression alone; README.md says what changed."
+    )
+
+
+def render(report: CompressionReport, folder: str, records: Sequence[Record] = (), later: str = "") -> str:
+    """The page of the checkpoint folder of that name as text.
+
+    Args:
+        report: of the compression.
+        folder: its name.
+        records: of the same model.
+        later: what was done to the model afterwards.
+    """
     model = str(report.request.get("model", "a model"))
     sections = {
         "Compression": _compression(report),
@@ -93,6 +116,7 @@ def render(report: CompressionReport, folder: str, records: Sequence[Record] = (
     names = {heading: heading.lower().replace(" ", "-") for heading in sections}
     links = "".join(f'<a href="#{names[heading]}">{escape(heading)}</a>' for heading in sections)
     subtitle = paragraph(f"Compressed by GRASP from {model}: redundant layers are low-rank (arXiv 2501.00339).")
+    subtitle += paragraph(later) if later else ""
     head = f"<h1>{escape(folder)}</h1>{subtitle}{_key_numbers(report)}<nav>{links}</nav>"
     content = head + "".join(section(names[heading], heading, body) for heading, body in sections.items())
     style, script = (files("grasp").joinpath(f"reporting/page.{kind}").read_text("utf-8") for kind in ("css", "js"))

@@ -9,6 +9,7 @@ from grasp.calibration import bos_for, read_pieces, tokenize
 from grasp.evaluation.lm_eval import TaskRequest, evaluate_tasks
 from grasp.evaluation.perplexity import PerplexityResult, perplexity
 from grasp.loading import load_quietly
+from grasp.model.quantized_linear import is_quantized
 from grasp.model.size import Size, model_size
 from grasp.progress import Progress, no_progress
 from grasp.workflows.guards import require_known, within_memory
@@ -24,6 +25,7 @@ class Evaluation:
         text: name of the text of ``result``; of a path the last part.
         result: perplexity on the text.
         size: parameters and bytes.
+        quantized: whether a module of the model is.
         scores: lm-eval's results, see ``evaluate_tasks``.
     """
 
@@ -31,6 +33,7 @@ class Evaluation:
     text: str | None
     result: PerplexityResult | None
     size: Size
+    quantized: bool
     scores: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,4 +93,4 @@ def evaluate(
                 *(model, tokenizer, tasks.names, tasks.source, tasks.limit), batch_size=batch_size, progress=progress
             )
     text = None if source is None else public_text_name(source)
-    return Evaluation(public_model_name(name), text, result, model_size(model), scores)
+    return Evaluation(public_model_name(name), text, result, model_size(model), is_quantized(model), scores)

@@ -127,8 +127,16 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def write_package(output: Path, sources: Path = SOURCES) -> list[str]:
-    """Write the package in place of an earlier one; gives the folders of its variants."""
-    shutil.rmtree(output, ignore_errors=True)
+    """Write the package in place of an earlier one; gives the folders of its variants.
+
+    Raises:
+        FileExistsError: if something else is there.
+    """
+    if output.exists():
+        described = output / "build.toml"
+        if any(output.iterdir()) and not (described.is_file() and f'name = "{NAME}"' in described.read_text()):
+            raise FileExistsError(f"{output} is no earlier package of {NAME}; give a new folder")
+        shutil.rmtree(output)
     folders: list[str] = []
     for variant in variants(sources):
         identifier, files = identified(contents(sources, variant.modules), variant.backend)

@@ -33,6 +33,7 @@ from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.checkpoint.saving import save_checkpoint
 from grasp.errors import CheckpointError
 from grasp.model.lowrank_linear import LowRankLinear
+from tests.quantized_models import quantized_model
 from tests.tiny_models import tiny_model
 
 
@@ -187,7 +188,7 @@ def test_results_are_shown_and_are_the_hubs_model_index(model: PreTrainedModel) 
 
 def test_results_before_quantisation_are_not_the_quantised_models(model: PreTrainedModel) -> None:
     dense, quantised = (document(100, acc=acc) for acc in (0.5, 0.25))
-    quantised["grasp"]["size"]["bytes"] = 110
+    quantised["grasp"]["quantized"] = True
     shown = with_results(
         model_card(model, base_model=None), [dense, quantised], parameters=100, before=100, is_quantized=True
     )
@@ -195,6 +196,19 @@ def test_results_before_quantisation_are_not_the_quantised_models(model: PreTrai
         ("before compression", "0.5000"),
         ("this model", "0.2500"),
     ]
+
+
+def test_earlier_results_are_those_of_a_quantised_model_if_they_have_few_bytes(model: PreTrainedModel) -> None:
+    result = document(100, acc=0.25)
+    result["grasp"]["size"]["bytes"] = 110
+    sizes: dict[str, Any] = {"parameters": 100, "before": 100, "is_quantized": True}
+    assert "| this model |" in with_results(model_card(model, base_model=None), [result], **sizes)
+
+
+def test_the_tags_say_that_a_model_was_quantised(model: PreTrainedModel) -> None:
+    card = model_card(model, base_model="owner/model")
+    assert ModelCard(card).data.tags == ["grasp", "low-rank"]
+    assert ModelCard(with_sizes(card, quantized_model(), None)).data.tags == ["grasp", "low-rank", "quantized"]
 
 
 def test_results_take_the_place_of_earlier_ones_and_can_be_taken_out(model: PreTrainedModel) -> None:

@@ -77,6 +77,16 @@ def variant(package: Path) -> Path:
     return next(iter(package.glob("build/torch-stable-abi*-cpu-*")), package / "build/torch-cpu")
 
 
+def test_only_an_earlier_package_is_replaced(package: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is no earlier package of grasp-kernels; give a new folder"):
+        WRITER.write_package(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    (package / "old").touch()
+    WRITER.write_package(package)
+    assert not (package / "old").exists()
+
+
 def test_two_versions_in_one_process_compute_what_the_installed_ops_do(package: Path, tmp_path: Path) -> None:
     changed = tmp_path / "sources"
     shutil.copytree(WRITER.SOURCES, changed, ignore=shutil.ignore_patterns("__pycache__"))

@@ -21,9 +21,11 @@ from grasp.bench.serve_records import ServeResult
 from grasp.checkpoint.compression_report import CompressionReport
 from grasp.config import GraspConfig
 from grasp.errors import ResultsError
-from grasp.reporting.page import render
+from grasp.method.storage import Storage
+from grasp.reporting.page import render, write_report
 from grasp.reporting.result_tables import require_same_model
 from grasp.workflows.compress import compress
+from grasp.workflows.quantize import quantize
 from grasp.workflows.samples import Samples
 from tests.bench.records import record
 from tests.browser import Tab, browser, find_chromium
@@ -291,6 +293,17 @@ def test_bad_results_are_refused_and_the_earlier_page_stays(
     assert words in err
     assert "bad.jsonl" in err
     assert page.read_bytes() == before
+
+
+def test_a_page_says_that_the_model_was_quantised_and_trained_afterwards(folder: Path, tmp_path: Path) -> None:
+    text = "was quantised and trained after this compression"
+    write_report(folder, tmp_path / "small.html")
+    assert "after this compression" not in (tmp_path / "small.html").read_text()
+    samples = Samples(str(folder.parent / "text.txt"), 2, 24)
+    quantize(str(folder), tmp_path / "int8", Storage(8), samples, rounding="nearest")
+    (tmp_path / "int8" / "recovery.json").write_text("{}")
+    write_report(tmp_path / "int8", tmp_path / "int8.html")
+    assert text in (tmp_path / "int8.html").read_text()
 
 
 def test_what_is_no_page_of_this_command_is_never_replaced(
