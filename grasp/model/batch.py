@@ -136,7 +136,8 @@ def _sequences(batch: CalibrationBatch) -> list[Tensor]:
 
 def _padded(rows: Sequence[Tensor], context: int) -> CalibrationBatch:
     ids = torch.nn.utils.rnn.pad_sequence([*rows], batch_first=True)
-    mask = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
+    lengths = torch.tensor([[len(row)] for row in rows], device=ids.device)
+    mask = torch.arange(ids.shape[1], device=ids.device) < lengths
     return CalibrationBatch(ids, None if mask.all() else mask, context)
 
 
