@@ -132,8 +132,9 @@ class LowRankLinear(nn.Module):
         n, k = dense_shape(linear)
         device, dtype = linear.weight.device if device is None else device, linear.weight.dtype
         layer = cls(k, n, rank, bias=linear.bias is not None, pivoted=pivoted, device=device, dtype=dtype)
-        for name, parameter in layer.named_parameters():
-            parameter.requires_grad_(linear.get_parameter("bias" if name == "bias" else "weight").requires_grad)
+        layer.requires_grad_(linear.weight.requires_grad)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(linear.bias.requires_grad)
         return layer.train(linear.training)
 
     @classmethod

@@ -67,9 +67,8 @@ def units(matrix: Tensor) -> tuple[Tensor, Tensor]:
                 [4.0000, 0.0400]])
     """
     squares = matrix.to(torch.promote_types(matrix.dtype, torch.float32)).square()
+    if not squares.any():
+        squares = torch.full_like(squares, _SMALLEST**2)
     mean = squares.mean()
-    if mean == 0:
-        squares, mean = torch.ones_like(squares), torch.full_like(mean, _SMALLEST**2)
-        return squares.mean(-1, keepdim=True) * mean.sqrt(), squares.mean(0, keepdim=True)
     rows, columns = (squares.mean(dim, keepdim=True) / mean for dim in (-1, 0))
     return (rows.clamp_min(_SMALLEST**2) * mean).sqrt(), columns.clamp_min(_SMALLEST**2).sqrt()
