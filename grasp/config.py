@@ -59,7 +59,8 @@ class GraspConfig:
             ``"fisher"``, or ``"magnitude"`` in the kfac basis.
         scope: layers that may be compressed: the ``"redundant"`` ones, or all of the ``"model"``.
         refit: after the last replacement, fit the left factors by least squares to the dense model's outputs, given
-            the inputs that the compressed layers produce.
+            the inputs that the compressed layers produce. With a global budget and held-out sequences only if that
+            loses less on them.
         schedule: which linears share a sweep over the calibration set. ``"sequential"`` (paper) replaces block by
             block, and each block sees those replaced before. ``"per-layer"`` replaces layer by layer, in half the
             time. ``"single-sweep"`` takes all gradients on the dense model. ``"progressive"`` is two single sweeps,
@@ -68,7 +69,7 @@ class GraspConfig:
         sweep_dtype: dtype of the sweeps, not of the decomposition: ``"bfloat16"``, ``"float32"``, or ``None`` for the
             model's. Sums are in fp32.
         form: how low-rank weights are stored: ``"factored"``, as U (N, R) and Vh (R, K), or ``"pivoted"``, as R rows of
-            the weight and the coefficients of the others in them, which are R² parameters less.
+            the weight and the coefficients of the others in them, which takes R² parameters fewer.
         bits: of all linears at the end: 8, 4 or ``"fp8"``; ``None`` leaves them floating. The output layer and
             embeddings have int8, or int4 where linears have and the two share no weight. ``target_bytes`` is the size
             with these bits, and needs ``allocation="global"``.

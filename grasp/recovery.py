@@ -1,6 +1,6 @@
 """GRASP*: recover quality lost in compression by training only the low-rank factors (arXiv 2501.00339).
 
-Of a quantised model the scales and the norms are trained: its values are whole numbers.
+Of a quantised model the scales, norms and biases are trained; the stored values of 8 and 4 bits stay.
 """
 
 from __future__ import annotations

@@ -40,9 +40,12 @@ TargetLatency = Annotated[
     float | None, _target(help="Time per decoded token, as a fraction of the dense model's. Only best has it.")
 ]
 NumLayers = Annotated[
-    int | None, _target(max=MOST, help="Compress this many layers, those with the lowest block influence.")
+    int | None,
+    _target(max=MOST, help="Compress this many layers, or remove some (best): those with the least block influence."),
 ]
-Layers = Annotated[str | None, _target(metavar="LIST", help="Compress these layers, such as 3,12-17.")]
+Layers = Annotated[
+    str | None, _target(metavar="LIST", help="Compress these layers, such as 3,12-17, or remove some (best).")
+]
 
 Preset = Annotated[
     str,
@@ -73,7 +76,7 @@ SweepDtype = Annotated[
 
 Refit = Annotated[
     bool | None,
-    _best("--refit/--no-refit", help="Fit the left factors to the dense model's outputs at the end. Default: refit."),
+    _best("--refit/--no-refit", help="Also try fitting the left factors to the dense model's outputs. Default: refit."),
 ]
 Form = Annotated[
     str | None,
