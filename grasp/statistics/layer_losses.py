@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from grasp.model.batch import CalibrationBatch
 from grasp.model.targets import decoder
-from grasp.progress import Progress, no_progress
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sweep import capture_prefix, propagate, sum_nll_after
 
@@ -20,7 +19,6 @@ def losses_without(
     choices: Sequence[Sequence[int]],
     batches: Sequence[CalibrationBatch],
     *,
-    progress: Progress = no_progress,
     processes: Processes = ALONE,
 ) -> list[float]:
     """The loss without some layers, in nats per token, for each choice of layers. The model is not changed.
@@ -32,7 +30,6 @@ def losses_without(
         model: a decoder-only causal language model.
         choices: indices into the decoder layers; none for the model as it is.
         batches: the loss is measured on them; the same in all processes.
-        progress: called after each choice.
         processes: the processes that share the batches.
     """
     depth, start = len(decoder(model).layers), 0
@@ -41,13 +38,12 @@ def losses_without(
         prefix = capture_prefix(model, processes.local_batches(batches), {start})
     hidden = prefix.hidden[start]
     firsts = [min(removed, default=depth) for removed in choices]
-    for done, index in enumerate(sorted(range(len(choices)), key=firsts.__getitem__), start=1):
+    for index in sorted(range(len(choices)), key=firsts.__getitem__):
         with processes.fail_together():
             if firsts[index] > start:
                 hidden = propagate(prefix, range(start, firsts[index]), hidden)
                 start = firsts[index]
             rest = [layer for layer in range(start, depth) if layer not in choices[index]]
             sums[index] = sum_nll_after(prefix, hidden, rest)
-        progress("candidates, without one layer", done, len(choices))
     processes.sum_([sums])
     return (sums / sum(batch.num_targets for batch in batches)).tolist()
