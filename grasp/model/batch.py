@@ -20,17 +20,14 @@ class Tokens(Protocol):
     @property
     def input_ids(self) -> Tensor:
         """(B, L) int64."""
-        ...
 
     @property
     def attention_mask(self) -> Tensor | None:
         """(B, L) bool, False at padding; ``None`` if the model gets no mask."""
-        ...
 
     @property
     def is_target(self) -> Tensor:
         """(B, L - 1) bool: whether the token after each position counts."""
-        ...
 
 
 class CalibrationBatch(NamedTuple):
