@@ -19,7 +19,7 @@ from grasp.model.batch import CalibrationBatch
 from grasp.model.hooks import hooked
 from grasp.model.last_added import last_added, merge_map_
 from grasp.model.layer_removal import remove_layers_
-from grasp.model.running import backbone, batch_inputs, casting, evaluating, hidden_input, hidden_output
+from grasp.model.running import casting, evaluating, hidden_input, hidden_output, run_backbone
 from grasp.model.targets import decoder
 from grasp.statistics.redundancy import cosine_distance
 
@@ -64,7 +64,7 @@ def capture_streams(model: PreTrainedModel, batches: Sequence[CalibrationBatch],
 
     with evaluating(model), casting(model, dtype), hooked(*layers, after=note_layer), hooked(*last, after=note_added):
         for batch in batches:
-            backbone(model)(**batch_inputs(model, batch), use_cache=False)
+            run_backbone(model, batch)
             done += batch.input_ids.numel()
     return Streams([hidden[index] for index in range(len(layers) + 1)], [added[index] for index in range(len(layers))])
 

@@ -27,7 +27,7 @@ from grasp.model.dense import DenseLinear
 from grasp.model.hf_quantizer import low_rank_in, require_floating
 from grasp.model.hooks import hooked, replaced
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.running import backbone, batch_inputs, hidden_input, hidden_output, passing_through, tuple_length
+from grasp.model.running import hidden_input, hidden_output, passing_through, run_backbone, tuple_length
 from grasp.model.skeleton import skeleton
 from grasp.model.targets import Target, decoder
 from grasp.statistics.sweep import visiting
@@ -255,7 +255,7 @@ def _arguments(model: PreTrainedModel, batch: CalibrationBatch) -> tuple[list[tu
         torch.no_grad(),
         LiveBytes() as live,
     ):
-        backbone(model)(**batch_inputs(model, batch), use_cache=False)
+        run_backbone(model, batch)
     return arguments, live.peak
 
 

@@ -15,7 +15,7 @@ from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import DenseLinear, dense_shape, dense_weight
 from grasp.model.hooks import hooked
 from grasp.model.offload import fetched, place_like, release_
-from grasp.model.running import backbone, batch_inputs, evaluating, hidden_output
+from grasp.model.running import evaluating, hidden_output, run_backbone
 from grasp.model.targets import Target, decoder, layer_targets
 
 
@@ -35,12 +35,12 @@ def last_added(model: PreTrainedModel, layer: int) -> LastAdded:
     """
     block = decoder(model).layers[layer]
     outputs: dict[nn.Module, Any] = {}  # by module, in the order of their returns
-    probe = batch_inputs(model, CalibrationBatch(torch.arange(8)[None], None))
+    probe = CalibrationBatch(torch.arange(8)[None])
 
     def run() -> Tensor:
         outputs.clear()
         with evaluating(model):
-            backbone(model)(**probe, use_cache=False)
+            run_backbone(model, probe)
         return hidden_output(outputs[block])
 
     with hooked(*block.modules(), after=lambda m, args, kwargs, output: outputs.update({m: output})):

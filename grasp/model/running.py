@@ -22,11 +22,6 @@ if TYPE_CHECKING:
     from grasp.model.batch import Tokens
 
 
-def backbone(model: PreTrainedModel) -> nn.Module:
-    """The model without its head: it maps tokens to hidden states."""
-    return model.base_model
-
-
 def hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden states among the arguments of a decoder layer, (B, L, H)."""
     return args[0] if args else kwargs["hidden_states"]
@@ -140,6 +135,11 @@ def batch_inputs(model: nn.Module, batch: Tokens) -> dict[str, Tensor]:
     return inputs
 
 
+def run_backbone(model: PreTrainedModel, batch: Tokens) -> None:
+    """Run a model without its head on a batch, for what hooks on its modules do."""
+    model.base_model(**batch_inputs(model, batch), use_cache=False)
+
+
 def first_device(model: nn.Module) -> torch.device:
     """The device where token ids go: of the first parameter in memory, or where the first offloaded module runs."""
     for module in model.modules():
@@ -161,5 +161,5 @@ def tuple_length(model: PreTrainedModel, batch: CalibrationBatch) -> int:
 
     probe = CalibrationBatch(batch.input_ids[:1, :2], None)
     with hooked(decoder(model).layers[0], after=note), evaluating(model):
-        backbone(model)(**batch_inputs(model, probe), use_cache=False)
+        run_backbone(model, probe)
     return answers[0]

@@ -119,8 +119,8 @@ def sum_divergences(
             group = students[first : first + STUDENTS]
             totals += [0.0] * len(group)
             for index, batch in enumerate(prefix.batches):
-                teacher = Teacher(model, body_after(prefix, index, wanted))
-                bodies = [body_after(prefix, index, hidden) for hidden in group]
+                teacher = Teacher(model, body_after(prefix, index, wanted[index]))
+                bodies = [body_after(prefix, index, hidden[index]) for hidden in group]
                 for number, value in enumerate(divergences(model, bodies, batch, teacher), start=first):
                     totals[number] += value
             progress(len(totals))

@@ -13,7 +13,7 @@ from grasp.errors import NonFiniteError
 from grasp.method.blocks import fp64_device, to_double
 from grasp.model.batch import CalibrationBatch, as_batches
 from grasp.model.hooks import hooked
-from grasp.model.running import backbone, batch_inputs, evaluating, hidden_input, hidden_output
+from grasp.model.running import evaluating, hidden_input, hidden_output, run_backbone
 from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
 from grasp.statistics.processes import ALONE, Processes
@@ -75,7 +75,7 @@ def block_influence(
     with processes.fail_together(), evaluating(model), hooked(*indices, after=add):
         for done, batch in enumerate(local_batches, start=1):
             mask = batch.attention_mask
-            backbone(model)(**batch_inputs(model, batch), use_cache=False)
+            run_backbone(model, batch)
             inputs.clear()
             progress("block influence", done, len(local_batches))
     processes.sum_([sums])

@@ -18,7 +18,6 @@ from grasp.model.batch import CalibrationBatch
 from grasp.model.hooks import hooked
 from grasp.model.offload import fetching_again
 from grasp.model.running import (
-    backbone,
     batch_inputs,
     casting,
     entering_with,
@@ -26,6 +25,7 @@ from grasp.model.running import (
     hidden_input,
     hidden_output,
     passing_through,
+    run_backbone,
     tuple_length,
 )
 from grasp.model.targets import Target, decoder
@@ -102,7 +102,7 @@ def capture_prefix(
 
     with alone(prefix, range(max(layers))), hooked(*indices, before=store):
         for done, batch in enumerate(batches, start=1):
-            backbone(model)(**batch_inputs(model, batch), use_cache=False)
+            run_backbone(model, batch)
             progress("prefix", done, len(batches))
     return prefix
 
@@ -139,7 +139,7 @@ def run_layers(prefix: Prefix, layers: range, index: int, hidden: Tensor) -> Ten
         return (rest, *output[1:]) if isinstance(output, tuple) else rest
 
     with entering_with(modules[layers.start], hidden), hooked(modules[layers.stop - 1], after=keep):
-        backbone(prefix.model)(**batch_inputs(prefix.model, prefix.batches[index]), use_cache=False)
+        run_backbone(prefix.model, prefix.batches[index])
     return outputs[0]
 
 
@@ -198,14 +198,14 @@ def sum_nll_after(prefix: Prefix, hidden: Sequence[Tensor], layers: Collection[i
     total = 0.0
     with alone(prefix, layers):
         for index, batch in enumerate(prefix.batches):
-            total += loss_alone(prefix.model, body_after(prefix, index, hidden), batch)
+            total += loss_alone(prefix.model, body_after(prefix, index, hidden[index]), batch)
     return total
 
 
-def body_after(prefix: Prefix, index: int, hidden: Sequence[Tensor]) -> Body:
-    """The output of the backbone for a batch whose hidden states enter the first layer that runs."""
+def body_after(prefix: Prefix, index: int, hidden: Tensor, layer: int = 0) -> Body:
+    """The output of the backbone for a batch whose hidden states, (B, L, H), enter a layer."""
     model = prefix.model
-    with entering_with(decoder(model).layers[0], hidden[index]), without_head(model) as body:
+    with entering_with(decoder(model).layers[layer], hidden), without_head(model) as body:
         model(**batch_inputs(model, prefix.batches[index]), use_cache=False)
     return body
 
@@ -264,10 +264,8 @@ def sweep(
 
 def _loss_gradient(prefix: Prefix, layers: range, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """The output of the model's backbone for one batch, and the gradient of the summed loss in it."""
-    model, batch = prefix.model, prefix.batches[index]
-    with entering_with(decoder(model).layers[layers.start], hidden), without_head(model) as body:
-        model(**batch_inputs(model, batch), use_cache=False)
-    loss, grad = loss_and_grad(model, body, batch, samples_labels=prefix.samples_labels)
+    body = body_after(prefix, index, hidden, layers.start)
+    loss, grad = loss_and_grad(prefix.model, body, prefix.batches[index], samples_labels=prefix.samples_labels)
     if not math.isfinite(loss):
         raise NonFiniteError(
             f"the loss of calibration batch {index} is {loss}; expected a finite number. Load the model in bfloat16 or "
