@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.targets import decoder, layer_targets
+from grasp.model.targets import all_targets
 
 QWEN2_1_5B = Qwen2Config(
     vocab_size=151936,
@@ -44,10 +44,9 @@ def write_pair(config: PreTrainedConfig, folder: Path, rank_share: float) -> Non
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     model.get_input_embeddings().get_parameter("weight").normal_()  # so layers do not amplify rounding
     _write(model, folder / "dense")
-    for index in range(len(decoder(model).layers)):
-        for target in layer_targets(model, index)[0]:
-            rank = int(rank_share * min(target.module.weight.shape)) // RANK_STEP * RANK_STEP
-            model.set_submodule(target.name, LowRankLinear.like(target.module, rank, pivoted=True))
+    for target in all_targets(model):
+        rank = int(rank_share * min(target.module.weight.shape)) // RANK_STEP * RANK_STEP
+        model.set_submodule(target.name, LowRankLinear.like(target.module, rank, pivoted=True))
     mark_compressed(model)
     _write(model, folder / "pivoted")
 

@@ -28,11 +28,11 @@ from grasp.method.blocks import fp64_device
 from grasp.model.masters import Masters
 from grasp.model.quantized_linear import is_quantized
 from grasp.model.running import batch_inputs, evaluating, first_device
-from grasp.model.targets import max_positions
+from grasp.model.targets import max_positions, vocabulary_size
 from grasp.model.trainable import requiring_gradients, trained_parameters
 from grasp.model.trainable import trainable_factors as trainable_factors  # the public name
 from grasp.progress import Clock, Notify, Progress, no_notify, no_progress
-from grasp.statistics.loss import Teacher, loss_and_grad, sum_nll, vocabulary_size, without_head
+from grasp.statistics.loss import Teacher, loss_and_grad, sum_nll, without_head
 from grasp.statistics.processes import ALONE, Processes
 from grasp.training_data import TrainingSequence, collate, digest, shuffled
 

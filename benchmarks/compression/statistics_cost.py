@@ -34,7 +34,7 @@ from grasp.method.svd import SVD
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
 from grasp.model.running import first_device
-from grasp.model.targets import Target, decoder, layer_targets
+from grasp.model.targets import Target, decoder, layer_targets, vocabulary_size
 from grasp.statistics.covariance import covariance_bytes, gather_covariances
 from grasp.statistics.moments import basis_moments
 from grasp.statistics.sweep import Call, capture_prefix, sweep
@@ -76,8 +76,7 @@ class StatisticsResult:
 
 def random_batches(model: PreTrainedModel, sequences: int, seq_len: int, batch_size: int) -> list[CalibrationBatch]:
     """Random tokens, ``batch_size`` sequences at a time."""
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    ids = torch.randint(vocabulary, (sequences, seq_len), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(vocabulary_size(model), (sequences, seq_len), generator=torch.Generator().manual_seed(0))
     return [CalibrationBatch(part) for part in ids.split(batch_size)]
 
 

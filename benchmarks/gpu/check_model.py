@@ -21,7 +21,7 @@ from grasp.method.ranks import rank_for_retain_ratio
 from grasp.model.dense import dense_shape
 from grasp.model.grouping import group_linears_
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.targets import layer_targets
+from grasp.model.targets import all_targets
 
 
 @torch.inference_mode()
@@ -81,10 +81,9 @@ def _dense(config: Mapping[str, Any]) -> Any:
 def _low_rank(dense: Any, retain_ratio: float) -> Any:
     """A copy of the model with random low-rank linears in all layers."""
     model = copy.deepcopy(dense)
-    for layer in range(model.config.num_hidden_layers):
-        for target in layer_targets(model, layer)[0]:
-            rank = rank_for_retain_ratio(dense_shape(target.module), retain_ratio, "factored")
-            model.set_submodule(target.name, LowRankLinear.like(target.module, rank))
+    for target in all_targets(model):
+        rank = rank_for_retain_ratio(dense_shape(target.module), retain_ratio, "factored")
+        model.set_submodule(target.name, LowRankLinear.like(target.module, rank))
     group_linears_(model)
     return model
 

@@ -35,7 +35,7 @@ from grasp.model.kernel_linear import use_kernel_
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import first_device
-from grasp.model.targets import layer_targets
+from grasp.model.targets import all_targets
 
 DENSE, IN_KERNEL = "dense", ", in the kernel"
 
@@ -47,7 +47,7 @@ def rebuild_(model: PreTrainedModel, cell: StudyResult) -> None:
     Raises:
         ResultsError: if the model lacks a linear or layer of the cell.
     """
-    linears = {target.name: target.module for layer in _layers(model) for target in layer_targets(model, layer)[0]}
+    linears = {target.name: target.module for target in all_targets(model)}
     if unknown := sorted(set(cell.ranks) - set(linears)):
         raise ResultsError(f"the model has no {unknown[0]}, which {cell.method} made low-rank; give the study's model")
     for name, rank in cell.ranks.items():
@@ -69,10 +69,6 @@ def require_of_model(cells: Sequence[StudyResult], study: Path, model: str, seed
         raise ResultsError(f"{study} has no compressed model of seed {seed}")
     if (studied := cells[0].setting.model) != Path(model).name:
         raise ResultsError(f"{study} is a study of {studied}, got --model {model}; give the study's model")
-
-
-def _layers(model: PreTrainedModel) -> range:
-    return range(model.config.get_text_config(decoder=True).num_hidden_layers)
 
 
 def require_right(model: PreTrainedModel, method: str) -> None:

@@ -27,7 +27,7 @@ from grasp.model.hooks import hooked, replaced
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QuantizedLinear, QuantizedLowRankLinear, quantized_like, storage_outside
 from grasp.model.running import first_device
-from grasp.model.targets import decoder, layer_targets
+from grasp.model.targets import all_targets, decoder
 from grasp.progress import Progress, no_progress
 from grasp_kernels.packing import RANK_MULTIPLE
 from grasp_kernels.roofline import Card
@@ -82,8 +82,8 @@ def find_costs(source: str) -> CostTable | Card:
 
 def linear_shapes(model: PreTrainedModel) -> list[Shape]:
     """Shapes (N, K) of the linears of the decoder layers that low-rank factors make smaller."""
-    targets = (target for layer in range(len(decoder(model).layers)) for target in layer_targets(model, layer)[0])
-    return [shape for target in targets if break_even_rank(shape := dense_shape(target.module), "factored") >= 1]
+    shapes = [dense_shape(target.module) for target in all_targets(model)]
+    return [shape for shape in shapes if break_even_rank(shape, "factored") >= 1]
 
 
 def measured_ranks(shape: Shape, form: Form) -> tuple[int, ...]:

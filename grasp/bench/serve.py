@@ -31,6 +31,7 @@ from grasp.files import expanded
 from grasp.formatting import one_line
 from grasp.loading import DTYPES, find_device, load_config, load_quietly
 from grasp.model.size import Size, model_size
+from grasp.model.targets import vocabulary_size
 from grasp.progress import Progress, no_progress, one_step
 from grasp.reading import read_json
 
@@ -212,7 +213,7 @@ def _checkpoint(model: str, dtype: str, request: ServeRequest, scratch: Path, pr
         folder = scratch / _name(model)
         for part in (loaded, tokenizer):
             part.save_pretrained(folder)
-    vocabulary = min(len(tokenizer), loaded.config.get_text_config(decoder=True).vocab_size)
+    vocabulary = min(len(tokenizer), vocabulary_size(loaded))
     length = min(SCORED_TOKENS, request.prompt_tokens + request.new_tokens - 1)
     tokens = torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(0))
     size = model_size(loaded)

@@ -23,6 +23,7 @@ from grasp.errors import GraspError, MissingPackageError
 from grasp.evaluation.generation import GenerationTime, random_prompt
 from grasp.export.gguf_file import write_gguf
 from grasp.files import expanded
+from grasp.model.targets import vocabulary_size
 from grasp.progress import Progress, no_progress, one_step
 
 LLAMA_CPP = "llama.cpp"
@@ -76,7 +77,7 @@ class Yardstick:
         self.parameters = int(self._lib.llama_model_n_params(self._model))
         self.weight_bytes = int(self._lib.llama_model_size(self._model))
         self._vocabulary = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model))
-        if self._vocabulary != (expected := dense.config.get_text_config(decoder=True).vocab_size):
+        if self._vocabulary != (expected := vocabulary_size(dense)):
             self.close()
             raise GraspError(
                 f"{path} has {self._vocabulary} tokens, but the dense model {expected}; give a file of the same model"

@@ -19,10 +19,9 @@ from grasp.method.ranks import Shape, break_even_rank
 from grasp.method.rounding import rounding_flops
 from grasp.method.svd import decomposition_flops
 from grasp.model.dense import dense_shape
-from grasp.model.targets import Target, decoder
+from grasp.model.targets import Target, decoder, vocabulary_size
 from grasp.statistics.covariance import covariance_bytes
 from grasp.statistics.divergence import STUDENTS
-from grasp.statistics.loss import vocabulary_size
 from grasp.statistics.sweep import sweep_name
 from grasp_kernels.routes import dense_flops, factored_flops
 

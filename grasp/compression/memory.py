@@ -21,10 +21,10 @@ from grasp.method.ranks import Form, Shape, break_even_rank, parameters_at
 from grasp.method.rounding import rounding_bytes
 from grasp.method.svd import decomposition_bytes
 from grasp.model.dense import dense_shape
-from grasp.model.targets import Target, decoder
+from grasp.model.targets import Target, decoder, vocabulary_size
 from grasp.statistics.covariance import covariance_bytes, item_bytes
 from grasp.statistics.gradients import dense_is_cheaper
-from grasp.statistics.loss import LOGITS_BYTES, vocabulary_size
+from grasp.statistics.loss import LOGITS_BYTES
 
 LIBRARY_BYTES = 2**26  # workspaces of libraries, and what the allocator keeps between two ``return_freed_memory``
 # oneDNN keeps the code of products of 16-bit numbers on a CPU: 0.55 to 0.75 MB were measured for each of 1024 shapes.

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from grasp.model.running import evaluating, first_device
-from grasp.model.targets import max_positions
+from grasp.model.targets import max_positions, vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,8 @@ def random_prompt(
             f"{deep}{prompt_tokens} prompt tokens and {new_tokens} new tokens are more than the model's {limit} "
             "positions"
         )
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    return torch.randint(vocabulary, (batch_size, depth + prompt_tokens), generator=torch.Generator().manual_seed(0))
+    shape = batch_size, depth + prompt_tokens
+    return torch.randint(vocabulary_size(model), shape, generator=torch.Generator().manual_seed(0))
 
 
 def _caching(

@@ -22,6 +22,12 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """The number of logits of a token."""
+    size: int = model.config.get_text_config(decoder=True).vocab_size
+    return size
+
+
 class Decoder(NamedTuple):
     """The decoder layers of a model, the norm after the last one, and the row of the table that describes them."""
 
@@ -91,6 +97,11 @@ def layer_targets(model: nn.Module, layer: int) -> tuple[list[Target], dict[str,
         else:
             targets.append(Target(prefix + path, layer, family.block(path), module))
     return targets, left
+
+
+def all_targets(model: nn.Module) -> list[Target]:
+    """The linears of all decoder layers that can be replaced."""
+    return [target for layer in range(len(decoder(model).layers)) for target in layer_targets(model, layer)[0]]
 
 
 def _kind(module: nn.Module) -> type:

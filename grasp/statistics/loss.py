@@ -18,6 +18,7 @@ from grasp.errors import UnsupportedModelError
 from grasp.model.batch import Tokens
 from grasp.model.hooks import forwarding, hooked
 from grasp.model.running import batch_inputs, evaluating, first_device
+from grasp.model.targets import vocabulary_size
 
 LOGITS_BYTES = 2**25  # of fp32 logits per slice, and as many for their gradient; larger slices are slower
 DRAWN_ROWS = 8  # tokens whose labels are drawn at once
@@ -214,12 +215,6 @@ def divergence_and_grad(logits: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
     """
     q, p = map(_log_probabilities, (logits, wanted))
     return _divergence(q, p), q.exp_().sub_(p.exp_()).to(logits.dtype)
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """The number of logits of a token."""
-    size: int = model.config.get_text_config(decoder=True).vocab_size
-    return size
 
 
 def _with_hidden(output: Any, hidden: Tensor) -> Any:

@@ -13,6 +13,7 @@ from grasp.formatting import one_line
 from grasp.loading import out_of_memory
 from grasp.method.storage import Storage
 from grasp.model.running import first_device
+from grasp.model.targets import vocabulary_size
 from grasp_kernels.dispatch import BACKENDS, OpCall, chosen_row, objection
 
 
@@ -22,7 +23,7 @@ def require_known(model: PreTrainedModel, token_ids: torch.Tensor) -> None:
     Raises:
         CalibrationError: if it lacks one.
     """
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    vocabulary = vocabulary_size(model)
     if token_ids.numel() and (highest := int(token_ids.max())) >= vocabulary:
         raise CalibrationError(
             f"the tokenizer gives the token {highest}, but the model has {vocabulary} tokens: the tokenizer belongs to "
