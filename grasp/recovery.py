@@ -208,32 +208,29 @@ def _describe(point: Point, steps: int, tokens_per_second: float) -> str:
     return f"{text}, training loss {point.training_loss:.4f}, {tokens_per_second:.0f} tokens/s"
 
 
+@dataclass(eq=False)
 class _Training:
     """The state of a training between two steps."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel | None,
-        factors: Mapping[str, nn.Parameter],
-        sequences: Sequence[TrainingSequence],
-        held_out: Sequence[TrainingSequence],
-        config: RecoveryConfig,
-        accelerator: Accelerator,
-        processes: Processes,
-    ) -> None:
-        self.model, self.teacher, self.factors, self.config = model, teacher, factors, config
-        self.sequences, self.held_out = sequences, held_out
-        self.accelerator, self.processes = accelerator, processes
-        self.steps = planned_steps(sequences, config)
-        self.masters = Masters(factors)
-        self.rate = config.learning_rate or (SCALES_RATE if is_quantized(model) else FACTORS_RATE)
+    model: PreTrainedModel
+    teacher: PreTrainedModel | None
+    factors: Mapping[str, nn.Parameter]
+    sequences: Sequence[TrainingSequence]
+    held_out: Sequence[TrainingSequence]
+    config: RecoveryConfig
+    accelerator: Accelerator
+    processes: Processes
+
+    def __post_init__(self) -> None:
+        self.steps = planned_steps(self.sequences, self.config)
+        self.masters = Masters(self.factors)
+        self.rate = self.config.learning_rate or (SCALES_RATE if is_quantized(self.model) else FACTORS_RATE)
         self.optimizer = torch.optim.AdamW(list(self.masters.values.values()), lr=self.rate, fused=True)
         self.step = self.tokens = 0
         self.loss, self.targets = 0.0, 0  # summed since the last evaluation
         self.curve: list[Point] = []
         self.best: dict[str, Tensor] = {}  # factors with the lowest held-out loss so far, in the dtype of the model
-        self.order = shuffled(len(sequences), config.seed)
+        self.order = shuffled(len(self.sequences), self.config.seed)
 
     @property
     def best_step(self) -> int:
