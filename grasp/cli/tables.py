@@ -267,7 +267,8 @@ def _print_parts(inspection: Inspection) -> None:
 
 def _print_rank_table(inspection: Inspection) -> None:
     """Show one row per compressed layer: the rank of each linear, and the share of parameters that is left."""
-    names = sorted({short_name(module.name) for module in inspection.modules}, key=_column_order)
+    present = {short_name(module.name) for module in inspection.modules}
+    names = [*(name for name in _COLUMNS if name in present), *sorted(present - {*_COLUMNS})]
     columns = ["layer", *(name.removesuffix("_proj") for name in names), "kept"]
     influence = None
     if (report := inspection.report) is not None:
@@ -372,10 +373,6 @@ def _latency(report: CompressionReport) -> str:
     dense, after = (report.decode_seconds[key] for key in ("dense", "after"))
     times = f"{dense * 1e3:.2f} -> {after * 1e3:.2f} ms per token, {share(after / dense)}"
     return f"{times}, as predicted for {report.costs}"
-
-
-def _column_order(name: str) -> tuple[int, str]:
-    return (_COLUMNS.index(name) if name in _COLUMNS else len(_COLUMNS)), name
 
 
 def _gpu(gpu: Mapping[str, Any]) -> str:

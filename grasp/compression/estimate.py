@@ -238,7 +238,9 @@ class _Estimator:
         if config.threshold_ratio is not None:
             ranks = {target: break_even_rank(dense_shape(target.module), config.form) for target in ranks}
         if not ranks:
-            other = max(self._forward_bytes(), quantizing_bytes(self._tracer) if config.bits is not None else 0)
+            other = self._tracer.base_bytes + forward_bytes(self._tracer, range(0), job.dtype)
+            if config.bits is not None:
+                other = max(other, quantizing_bytes(self._tracer))
             working = Memory(LIBRARY_BYTES, 0, 0, 0, 0, other, 0, 0, 0, job.on_cpu)
             memory = self._with_states(working, self._stored_states([], ()), 0, self._checkpoint_bytes(0))
             return _Case(plan.layers, (), self._flops.count([], 0, 0), memory, working.peak)
@@ -320,9 +322,6 @@ class _Estimator:
             return total * job.sum_bytes + job.dtype.itemsize * (cut + (total if job.config.refit else 0))
         sweep = max(sum(groups[target] for target in targets) for targets in members)
         return total * job.dtype.itemsize + max(2 * sums, sweep * job.sum_bytes)
-
-    def _forward_bytes(self) -> int:
-        return self._tracer.base_bytes + forward_bytes(self._tracer, range(0), self._job.dtype)
 
     def _checkpoint_bytes(self, removed: int) -> int:
         """The weights that are saved. For a latency the ranks are not known: as many weights as before."""

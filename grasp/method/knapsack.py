@@ -152,10 +152,6 @@ def _shifted(best: Array, by: int) -> Array:
     return np.concatenate([np.full(min(by, len(best)), np.inf), best[: max(len(best) - by, 0)]])
 
 
-def _cost(matrices: Sequence[Choices], picked: Sequence[int]) -> float:
-    return math.fsum(choices.costs[j] for choices, j in zip(matrices, picked, strict=True))
-
-
 def _loss(matrices: Sequence[Choices], picked: Sequence[int]) -> float:
     return math.fsum(choices.losses[j] for choices, j in zip(matrices, picked, strict=True))
 
@@ -183,7 +179,7 @@ def _spend(matrices: Sequence[Choices], budget: float, picked: Sequence[int]) ->
     chosen = list(picked)
     costs = [np.asarray(choices.costs) for choices in matrices]
     losses = [np.asarray(choices.losses) for choices in matrices]
-    left = budget - _cost(matrices, chosen)
+    left = budget - math.fsum(choices.costs[j] for choices, j in zip(matrices, chosen, strict=True))
     changes: list[tuple[float, int, int]] = []  # a heap of each matrix's best: minus the rate, the matrix, the choice
 
     def consider(i: int) -> None:

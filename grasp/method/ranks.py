@@ -155,9 +155,8 @@ def uniform_budget(
     shapes: Mapping[int, Sequence[Shape]], layers: Sequence[int], retain_ratio: float, form: Form
 ) -> Budget:
     """Retain the same fraction of every matrix of ``layers``."""
-
-    def ranks_of(layer: int) -> tuple[int, ...]:
-        return tuple(rank_for_retain_ratio(shape, retain_ratio, form) for shape in shapes[layer])
-
-    ranks = {layer: ranks_of(layer) for layer in layers}
-    return Budget(retain_ratio, dict(sorted(ranks.items())))
+    ranks = {
+        layer: tuple(rank_for_retain_ratio(shape, retain_ratio, form) for shape in shapes[layer])
+        for layer in sorted(layers)
+    }
+    return Budget(retain_ratio, ranks)

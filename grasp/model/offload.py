@@ -146,8 +146,8 @@ def fetching_again(model: nn.Module) -> Iterator[None]:
         return
     present: dict[int, tuple[Any, str, int]] = {}  # address of a fetched weight → its hook, name and bytes
 
-    def watch(module: nn.Module) -> ExitStack:
-        hook, undo = _hook(module), ExitStack()
+    def watch(module: nn.Module, stack: ExitStack) -> None:
+        hook = _hook(module)
         pre_forward, post_forward = hook.pre_forward, hook.post_forward
 
         def fetch(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -162,9 +162,8 @@ def fetching_again(model: nn.Module) -> Iterator[None]:
             return post_forward(module, output)
 
         hook.pre_forward, hook.post_forward = fetch, release
-        undo.callback(delattr, hook, "pre_forward")
-        undo.callback(delattr, hook, "post_forward")
-        return undo
+        stack.callback(delattr, hook, "pre_forward")
+        stack.callback(delattr, hook, "post_forward")
 
     def pack(tensor: Tensor) -> Tensor | _Stored:
         hook, name, nbytes = present.get(tensor.untyped_storage().data_ptr(), (None, "", -1))
@@ -177,6 +176,6 @@ def fetching_again(model: nn.Module) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module in offloaded:
-            stack.enter_context(watch(module))
+            watch(module, stack)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
         yield
