@@ -136,7 +136,10 @@ def compress(
         if processes.first:
             remove_abandoned(target)  # all processes have checked the folder, which makes a temporary of the same name
         with within_memory(samples.batch_size, samples.seq_len):
-            model, tokenizer = _load(name, dtype, device, progress, processes)
+            place = "cpu" if processes.sharded else device
+            model, tokenizer = load_quietly(name, dtype=dtype, device=place, progress=progress)
+            if processes.sharded:
+                shard_(model, find_device(device), processes)
             samples = _with_batch_size(model, config, samples, state.batch_size, memory, notify, processes)
             batches, held_out = draw(tokenizer, text, samples, notify)
             kinds = batches_by_kind(model, tokenizer, samples.seq_len, notify)
@@ -174,17 +177,6 @@ def compress(
             state.record_output(FILE_NAME, report.to_json())
             write_checkpoint(model, tokenizer, target, name, samples, report, extra_files=licences, progress=progress)
     return Compression(name, str(target), samples, report)
-
-
-def _load(
-    name: str, dtype: str, device: str | None, progress: Progress, processes: Processes
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model, or this process's part of it."""
-    place = "cpu" if processes.sharded else device
-    model, tokenizer = load_quietly(name, dtype=dtype, device=place, progress=progress)
-    if processes.sharded:
-        shard_(model, find_device(device), processes)
-    return model, tokenizer
 
 
 def _prepare(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from grasp.builtin import BUILTIN
 from grasp.calibration import NAMED_TEXTS, read_pieces
@@ -145,32 +144,16 @@ def recover(
             report = replace(report, kind_losses=finite_pairs(before, after, notify))
         if processes.first:
             state.record_output(recovery_report.FILE_NAME, report.to_json())
-            _write(model, tokenizer, texts, target, data, report, progress)
+            card = without_figure(texts.pop("README.md", "") or model_card(model, base_model=None))
+            with one_step(progress, "saving"):
+                save_checkpoint(
+                    *(model, target),
+                    tokenizer=tokenizer,
+                    card=with_section(without_results(card), "Recovery", _card_section(data, report)),
+                    extra_files={**texts, recovery_report.FILE_NAME: report.to_json()},
+                    seen={},
+                )
     return Recovery(str(directory), str(target), report)
-
-
-def _write(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Mapping[str, str],
-    target: Path,
-    data: TrainingData,
-    report: RecoveryReport,
-    progress: Progress,
-) -> None:
-    with one_step(progress, "saving"):
-        card = without_figure(texts.get("README.md") or model_card(model, base_model=None))
-        save_checkpoint(
-            model,
-            target,
-            tokenizer=tokenizer,
-            card=with_section(without_results(card), "Recovery", _card_section(data, report)),
-            extra_files={
-                **{name: text for name, text in texts.items() if name != "README.md"},
-                recovery_report.FILE_NAME: report.to_json(),
-            },
-            seen={},
-        )
 
 
 def _card_section(data: TrainingData, report: RecoveryReport) -> str:
