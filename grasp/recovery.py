@@ -27,12 +27,12 @@ from grasp.errors import NonFiniteError
 from grasp.method.blocks import fp64_device
 from grasp.model.masters import Masters
 from grasp.model.quantized_linear import is_quantized
-from grasp.model.running import batch_inputs, evaluating, first_device
+from grasp.model.running import evaluating, first_device
 from grasp.model.targets import max_positions, vocabulary_size
 from grasp.model.trainable import requiring_gradients, trained_parameters
 from grasp.model.trainable import trainable_factors as trainable_factors  # the public name
 from grasp.progress import Clock, Notify, Progress, no_notify, no_progress
-from grasp.statistics.loss import Teacher, loss_and_grad, sum_nll, without_head
+from grasp.statistics.loss import Teacher, body_of, loss_and_grad, sum_nll
 from grasp.statistics.processes import ALONE, Processes
 from grasp.training_data import TrainingSequence, collate, digest, shuffled
 
@@ -279,13 +279,10 @@ class _Training:
         """Run a forward and a backward pass, and add the gradient of ``summed loss / targets``; the summed loss."""
         batch = collate(sequences)
         with self.accelerator.autocast():
-            with without_head(self.model) as body:
-                self.model(**batch_inputs(self.model, batch), use_cache=False)
-            teacher = None
+            body, teacher = body_of(self.model, batch), None
             if self.teacher is not None:
-                with torch.no_grad(), without_head(self.teacher) as dense:
-                    self.teacher(**batch_inputs(self.teacher, batch), use_cache=False)
-                teacher = Teacher(self.teacher, dense)
+                with torch.no_grad():
+                    teacher = Teacher(self.teacher, body_of(self.teacher, batch))
             loss, grad = loss_and_grad(self.model, body, batch, teacher)
         body.hidden.backward(grad / targets)
         self.masters.take_gradients_()

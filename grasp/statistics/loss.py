@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,31 +23,35 @@ LOGITS_BYTES = 2**25  # of fp32 logits per slice, and as many for their gradient
 DRAWN_ROWS = 8  # tokens whose labels are drawn at once
 
 
-class Body:
+class Body(NamedTuple):
     """The output of the backbone of a model, which its head needs."""
 
-    output: Any = None
+    output: Any
 
     @property
     def hidden(self) -> Tensor:
         """The hidden states at the input of the head, (B, L, H)."""
-        if self.output is None:
-            raise UnsupportedModelError("the model does not call its get_decoder(); expected a causal language model")
         hidden: Tensor = self.output[0]
         return hidden
 
 
-@contextmanager
-def without_head(model: PreTrainedModel) -> Iterator[Body]:
-    """Store the output of the backbone, and pass only one token of it to the head; ignore its logits."""
-    body = Body()
+def body_of(model: PreTrainedModel, batch: Tokens) -> Body:
+    """Run a model on a batch up to its head, which gets only one token.
+
+    Raises:
+        UnsupportedModelError: if the model does not call its ``get_decoder()``.
+    """
+    outputs: list[Any] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        body.output = output
+        outputs.append(output)
         return _with_hidden(output, output[0][:1, :1])
 
     with hooked(model.get_decoder(), after=keep):
-        yield body
+        model(**batch_inputs(model, batch), use_cache=False)
+    if not outputs:
+        raise UnsupportedModelError("the model does not call its get_decoder(); expected a causal language model")
+    return Body(outputs[-1])
 
 
 class Teacher(NamedTuple):
@@ -67,7 +70,7 @@ def loss_and_grad(
 
     Args:
         model: the model that ``body`` comes from.
-        body: from ``without_head``, after its context has ended.
+        body: of the batch, by ``body_of``.
         batch: the tokens of the forward pass.
         teacher: if given, the loss is the Kullback-Leibler divergence from its distribution of each token.
         samples_labels: the gradient is that of tokens drawn from the model's own predictions; not with a teacher. Each
@@ -145,9 +148,7 @@ def sum_nll(model: PreTrainedModel, batches: Iterable[Tokens]) -> float:
     total = 0.0
     with evaluating(model):
         for batch in batches:
-            with without_head(model) as body:
-                model(**batch_inputs(model, batch), use_cache=False)
-            total += loss_alone(model, body, batch)
+            total += loss_alone(model, body_of(model, batch), batch)
     return total
 
 

@@ -18,7 +18,6 @@ from grasp.model.batch import CalibrationBatch
 from grasp.model.hooks import hooked
 from grasp.model.offload import fetching_again
 from grasp.model.running import (
-    batch_inputs,
     casting,
     entering_with,
     evaluating,
@@ -31,7 +30,7 @@ from grasp.model.running import (
 from grasp.model.targets import Target, decoder
 from grasp.progress import Progress, no_progress
 from grasp.statistics.hidden_states import HiddenStates, Scratch
-from grasp.statistics.loss import Body, loss_alone, loss_and_grad, without_head
+from grasp.statistics.loss import Body, body_of, loss_alone, loss_and_grad
 
 
 def sweep_name(targets: Collection[Target]) -> str:
@@ -204,10 +203,8 @@ def sum_nll_after(prefix: Prefix, hidden: Sequence[Tensor], layers: Collection[i
 
 def body_after(prefix: Prefix, index: int, hidden: Tensor, layer: int = 0) -> Body:
     """The output of the backbone for a batch whose hidden states, (B, L, H), enter a layer."""
-    model = prefix.model
-    with entering_with(decoder(model).layers[layer], hidden), without_head(model) as body:
-        model(**batch_inputs(model, prefix.batches[index]), use_cache=False)
-    return body
+    with entering_with(decoder(prefix.model).layers[layer], hidden):
+        return body_of(prefix.model, prefix.batches[index])
 
 
 def sweep(

@@ -3,26 +3,26 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from grasp.model.batch import CalibrationBatch
 from grasp.model.hooks import hooked
-from grasp.model.running import batch_inputs
 from grasp.statistics import loss
 from grasp.statistics.loss import (
     Teacher,
+    body_of,
     divergences,
     drawn_labels,
     loss_and_grad,
     nll_and_grad,
     uniform_draws,
-    without_head,
 )
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_batches, tiny_model
 
 
-def in_parts(model: torch.nn.Module, batch: CalibrationBatch) -> tuple[float, Tensor]:
-    with torch.no_grad(), without_head(model) as body:
-        model(**batch_inputs(model, batch), use_cache=False)
+def in_parts(model: PreTrainedModel, batch: CalibrationBatch) -> tuple[float, Tensor]:
+    with torch.no_grad():
+        body = body_of(model, batch)
     return loss_and_grad(model, body, batch)
 
 
@@ -49,11 +49,8 @@ def test_with_a_teacher_the_loss_is_the_divergence_from_its_distribution(
     monkeypatch.setattr(loss, "LOGITS_BYTES", 4 * VOCABULARY * 7)
     model, other = tiny_model(family, torch.float64), tiny_model(family, torch.float64, seed=1)
     tokens = tiny_batches(1)[0]
-    bodies = []
-    for each in (model, other):
-        with torch.no_grad(), without_head(each) as body:
-            each(tokens, use_cache=False)
-        bodies.append(body)
+    with torch.no_grad():
+        bodies = [body_of(each, CalibrationBatch(tokens)) for each in (model, other)]
     got, grad = loss_and_grad(model, bodies[0], CalibrationBatch(tokens), Teacher(other, bodies[1]))
     hidden: list[Tensor] = []
     with hooked(model.get_decoder(), after=lambda _, args, kwargs, output: hidden.append(output[0])):
@@ -155,8 +152,8 @@ def test_the_draws_of_a_sequence_do_not_depend_on_its_batch_or_its_padding() -> 
 
 def test_the_gradient_of_drawn_labels_is_that_of_a_text_that_has_them() -> None:
     model, batch = tiny_model("llama", torch.float64), CalibrationBatch(tiny_batches(1)[0])
-    with torch.no_grad(), without_head(model) as body:
-        model(**batch_inputs(model, batch), use_cache=False)
+    with torch.no_grad():
+        body = body_of(model, batch)
     loss_of_text, grad = loss_and_grad(model, body, batch, samples_labels=True)
     hidden = body.hidden[:, :-1].detach().flatten(0, 1).requires_grad_()
     logits = model.lm_head(hidden)
