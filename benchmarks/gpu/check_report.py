@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.gpu.check_runner import Line
+from grasp.formatting import Column
 from grasp_kernels.dispatch import BACKENDS
 
 
@@ -100,15 +101,14 @@ TARGETS = (
     ),
     Target("gradient at R <= 512, T >= 2048, over two matmuls and a sum", 0.95, partial(_gradient, full_rank=False)),
 )
-# Heading, attribute of ProviderTime, format.
 COLUMNS = (
-    ("provider", "provider", "{}"),
-    ("median µs", "median_us", "{:.2f}"),
-    ("host µs", "host_us", "{:.2f}"),
-    ("spread", "spread", "{:.0%}"),
-    ("floor µs", "floor_us", "{:.2f}"),
-    ("× unfused", "speedup_over_unfused", "{:.2f}"),
-    ("× dense", "speedup_over_dense", "{:.2f}"),
+    Column("provider", "provider"),
+    Column("median µs", "median_us", "{:.2f}".format),
+    Column("host µs", "host_us", "{:.2f}".format),
+    Column("spread", "spread", "{:.0%}".format),
+    Column("floor µs", "floor_us", "{:.2f}".format),
+    Column("× unfused", "speedup_over_unfused", "{:.2f}".format),
+    Column("× dense", "speedup_over_dense", "{:.2f}".format),
 )
 TEXTS = {  # by the kind of a line
     "launches": "launches: gap {gap_us} µs, dependent {dependent_gap_us} µs, ramp {ramp_us} µs of {programs} programs",
@@ -148,10 +148,9 @@ def chosen(report: Report) -> list[ProviderTime]:
 def print_report(report: Report, console: Console) -> None:
     """Print all times, what failed and what was not measured, where dense linears are faster, and the targets."""
     for title, results in groupby(report.results, lambda result: result.title):
-        table = Table(*(heading for heading, _, _ in COLUMNS), title=title, title_justify="left")
+        table = Table(*(column.heading for column in COLUMNS), title=title, title_justify="left")
         for result in results:
-            cells: list[tuple[str, Any]] = [(text, getattr(result, name)) for _, name, text in COLUMNS]
-            table.add_row(*("" if value is None else text.format(value) for text, value in cells))
+            table.add_row(*(column.text_of(result) for column in COLUMNS))
         console.print(table)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     for line in report.lines:
