@@ -30,6 +30,11 @@ from speedgate.verdicts import BaselineError, Comparison, Document
 SAVED = "baseline"  # part of a saved document's name
 
 REPORT = pytest.StashKey[list[str]]()
+# Why a run becomes no baseline, by its exit code; every other code is of an interrupted run.
+UNSAVED = {
+    **dict.fromkeys((0, pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED), "nothing was timed"),
+    pytest.ExitCode.TESTS_FAILED: "a test failed",
+}
 RED = ("regression", "lost", "error", "missed", "false alarm")
 COLOURS = {**dict.fromkeys(RED, "red"), "unclear": "yellow"}
 
@@ -187,19 +192,18 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-benchmark saves
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[None]:
     """Judge the run, or save a baseline if all tests passed."""
-    judged = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not session.config.option.collectonly
-    if judged and (mode := _mode(session.config)):
+    mode = None if session.config.option.collectonly else _mode(session.config)
+    if mode == "save" or (mode and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)):
         FINISH[mode](session)
     return (yield)
 
 
 def _check_save(session: pytest.Session) -> None:
-    config = session.config
-    failed = session.exitstatus != pytest.ExitCode.OK
-    if failed or not config.stash[ENTRIES]:
+    config, status = session.config, session.exitstatus
+    if status != pytest.ExitCode.OK or not config.stash[ENTRIES]:
         config.pluginmanager.getplugin("pytest-benchmark").save = None
-        config.stash[REPORT].append(f"no baseline was saved: {'a test failed' if failed else 'nothing was timed'}")
-        session.exitstatus = session.exitstatus if failed else UNUSABLE
+        config.stash[REPORT].append(f"no baseline was saved: {UNSAVED.get(status, 'the run was interrupted')}")
+        session.exitstatus = status or UNUSABLE
 
 
 def _compare(session: pytest.Session) -> None:

@@ -147,6 +147,17 @@ def test_a_run_that_timed_nothing_becomes_no_baseline(project: pytest.Pytester) 
     assert not files(project.path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("interruption", ["raise KeyboardInterrupt", "pytest.exit('enough')"])
+def test_an_interrupted_run_becomes_no_baseline(interruption: str, tmp_path: Path, run_pytest: RunPytest) -> None:
+    write_project(tmp_path, {1: 100e-6, 2: 100e-6})
+    (tmp_path / "test_then.py").write_text(f"import pytest\n\ndef test_then():\n    {interruption}\n")
+    code, output = run_pytest(tmp_path, "--gate=save", "test_speed.py", "test_then.py")
+    assert code == pytest.ExitCode.INTERRUPTED, output
+    assert "no baseline was saved: the run was interrupted" in output
+    assert not files(tmp_path)
+
+
 def test_a_list_of_the_tests_is_no_run(project: pytest.Pytester) -> None:
     assert project.runpytest_inprocess("--gate=save", "--gate-device=cpu", "--collect-only").ret == 0
 
