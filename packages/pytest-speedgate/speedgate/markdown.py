@@ -53,11 +53,10 @@ def _times(change: Change) -> str:
     return f" ({times})" if change.measure == "ratio" else ""
 
 
-def append(text: str, paths: Iterable[Path]) -> None:
-    """Append to files, which are made if they are missing."""
-    for path in paths:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
+def append(text: str, path: Path) -> None:
+    """Append to a file, which is made if it is missing."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

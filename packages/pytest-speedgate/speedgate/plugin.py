@@ -145,8 +145,8 @@ def _mode(config: pytest.Config) -> str | None:
 
 def _check_options(config: pytest.Config) -> None:
     option = config.option
-    if option.gate_markdown and not option.gate_markdown.parent.is_dir():
-        raise pytest.UsageError(f"--gate-markdown={option.gate_markdown}: expected a file in a folder that exists")
+    if (file := option.gate_markdown) and (file.is_dir() or not file.parent.is_dir()):
+        raise pytest.UsageError(f"--gate-markdown={file}: expected a file in a folder that exists")
     if option.gate_selftest is not None and not 100 * option.gate_threshold < option.gate_selftest < math.inf:
         raise pytest.UsageError(
             f"--gate-selftest={option.gate_selftest:g}: expected more per cent than the threshold of "
@@ -239,13 +239,16 @@ FINISH = {"save": _check_save, "compare": _compare, "against": _compare, "selfte
 
 
 def _report(session: pytest.Session, result: Comparison | SelfTest, text: str) -> None:
-    """Print a result, write its markdown, and set the exit code."""
-    config = session.config
-    config.stash[REPORT] += result.lines()
-    paths = [config.option.gate_markdown, os.environ.get("GITHUB_STEP_SUMMARY")]
-    markdown.append(text, [Path(path) for path in paths if path])
+    """Print a result, set the exit code, and write the result's markdown."""
     if result.failed:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    report = session.config.stash[REPORT]
+    report += result.lines()
+    for path in filter(None, [session.config.option.gate_markdown, os.environ.get("GITHUB_STEP_SUMMARY")]):
+        try:
+            markdown.append(text, Path(path))
+        except OSError as error:
+            report.append(f"the table was not written: {error}")
 
 
 @pytest.hookimpl(trylast=True)  # below pytest-benchmark's tables

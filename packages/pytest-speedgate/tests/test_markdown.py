@@ -35,5 +35,6 @@ def test_a_comparison_is_a_table_with_the_worst_first() -> None:
 
 def test_text_is_appended(tmp_path: Path) -> None:
     (tmp_path / "old").write_text("before, ")
-    markdown.append("now", [tmp_path / "old", tmp_path / "new"])
+    for name in ("old", "new"):
+        markdown.append("now", tmp_path / name)
     assert [(tmp_path / name).read_text() for name in ("old", "new")] == ["before, now", "now"]

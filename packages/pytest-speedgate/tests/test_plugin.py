@@ -85,11 +85,10 @@ def test_a_foreign_project_guards_its_kernels(tmp_path: Path, run_pytest: RunPyt
     assert "regression: kernel of size 1" not in output
 
     write_project(tmp_path, {1: 100e-6, 2: 100e-6}, size=1)
-    code, output = run_pytest(tmp_path, "--gate=compare", "--gate-markdown=no/comment.md")
-    assert code == pytest.ExitCode.USAGE_ERROR
-    code, output = run_pytest(tmp_path, "--gate=compare")
+    code, output = run_pytest(tmp_path, "--gate=compare", GITHUB_STEP_SUMMARY="no/summary.md")
     assert code == 1, output
     assert "regression: kernel of size 1: bytes was 0, is 1: +inf%" in output
+    assert "the table was not written: [Errno 2] No such file or directory: 'no/summary.md'" in output
 
     code, output = run_pytest(tmp_path, "--gate=compare", "--gate-threads=2")
     assert code == 2, output
@@ -160,6 +159,13 @@ def test_an_interrupted_run_becomes_no_baseline(interruption: str, tmp_path: Pat
 
 def test_a_list_of_the_tests_is_no_run(project: pytest.Pytester) -> None:
     assert project.runpytest_inprocess("--gate=save", "--gate-device=cpu", "--collect-only").ret == 0
+
+
+@pytest.mark.parametrize("file", ["no/comment.md", "."])
+def test_a_table_is_written_to_a_file_in_a_folder_that_exists(file: str, project: pytest.Pytester) -> None:
+    result = project.runpytest_inprocess("--gate=compare", f"--gate-markdown={file}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "expected a file in a folder that exists" in result.stderr.str()
 
 
 def test_baselines_are_files(project: pytest.Pytester) -> None:
