@@ -169,6 +169,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     stack = ExitStack()
     config.add_cleanup(stack.close)
     try:
+        if outside := [item.path for item in items if not item.path.is_relative_to(root)]:
+            raise OtherVersionError(
+                f"{outside[0]} is outside the root folder {root}; give the folder that has all tests with --rootdir"
+            )
         folder = stack.enter_context(checkout(version, root))
         files = sorted({item.path.relative_to(root) for item in items})
         present = [file for file in files if (folder / file).exists()]

@@ -74,6 +74,14 @@ def test_a_process_that_imports_this_version_is_found_out(
     assert (code, complaint in output) == (2, True), output
 
 
+def test_a_test_outside_the_root_folder_is_named(project: Path, tmp_path: Path, run_pytest: RunPytest) -> None:
+    test = (project / "test_speed.py").rename(tmp_path / "test_speed.py")
+    code, output = run_pytest(project, "--gate-against=HEAD", f"--rootdir={project}", "-c", "pytest.ini", str(test))
+    assert code == 2, output
+    assert f"{test} is outside the root folder {project}; give the folder" in output
+    assert "INTERNALERROR" not in output
+
+
 def test_a_run_that_times_nothing_compares_nothing(project: Path, run_pytest: RunPytest) -> None:
     code, output = run_pytest(project, "--gate-against=HEAD", "-k", "does_not_time")
     assert (code, "nothing to compare" in output) == (2, True), output
