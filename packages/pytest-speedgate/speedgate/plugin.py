@@ -156,6 +156,10 @@ def _check_options(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--gate-threads={option.gate_threads}: expected at least 1")
     if _mode(config) and not hasattr(option, "benchmark_storage"):
         raise pytest.UsageError("the gate needs pytest-benchmark; pip install pytest-benchmark")
+    if _mode(config) and getattr(option, "dist", "no") != "no":
+        raise pytest.UsageError(
+            "the gate times one call at a time, not in several processes of pytest-xdist; give -n 0"
+        )
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -220,8 +224,7 @@ def _compare(session: pytest.Session) -> None:
         now = Document(stash[WHERE], entries)
         result = verdicts.compare(replace(baseline, entries=known), now, session.config.option.gate_threshold)
     except BaselineError as error:
-        stash[REPORT].append(f"error: {error}")
-        session.exitstatus = UNUSABLE
+        _give_up(session, str(error))
         return
     if others := len(baseline.entries) - len(known):
         stash[REPORT].append(f"{others} entries of the baseline belong to tests that were not selected")
@@ -232,11 +235,16 @@ def _judge_selftest(session: pytest.Session) -> None:
     config = session.config
     trials = config.stash[TRIALS]
     if not trials:
-        config.stash[REPORT].append("error: nothing was timed; select tests that use the fixture gate")
-        session.exitstatus = UNUSABLE
+        _give_up(session, verdicts.NOTHING_TIMED)
         return
     result = SelfTest(trials, config.option.gate_selftest / 100)
     _report(session, result, markdown.selftest_text(result))
+
+
+def _give_up(session: pytest.Session, reason: str) -> None:
+    """Print why there is no verdict, and set the exit code; that of a failed test stays."""
+    session.config.stash[REPORT].append(f"error: {reason}")
+    session.exitstatus = session.exitstatus or UNUSABLE
 
 
 FINISH = {"save": _check_save, "compare": _compare, "against": _compare, "selftest": _judge_selftest}

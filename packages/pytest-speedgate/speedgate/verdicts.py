@@ -18,6 +18,7 @@ THRESHOLD = 0.15  # on a logarithmic scale halfway between no change and 30 % mo
 CONFIDENCE = 0.99  # of a median's interval
 # Judged measures by kind of device. On a shared CPU a time means nothing, but a ratio does.
 MEASURES = {"cpu": ("ratio",), "cuda": ("ratio", "time")}
+NOTHING_TIMED = "nothing was timed: the tests failed, were skipped or deselected, or do not call gate"
 VERDICTS = ("regression", "unclear", "better", "same")
 
 
@@ -245,8 +246,10 @@ def compare(baseline: Document, now: Document, threshold: float = THRESHOLD) -> 
     """Compare the common entries of two documents.
 
     Raises:
-        BaselineError: if devices, threads or yardsticks differ, or if there are no common entries.
+        BaselineError: if nothing was timed, devices, threads or yardsticks differ, or there are no common entries.
     """
+    if not now.entries:
+        raise BaselineError(NOTHING_TIMED)
     check_where(baseline.where, now.where)
     common = [name for name in now.entries if name in baseline.entries]
     if not common:

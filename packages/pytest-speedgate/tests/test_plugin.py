@@ -100,6 +100,11 @@ def test_a_foreign_project_guards_its_kernels(tmp_path: Path, run_pytest: RunPyt
     assert code == 0, output
     assert "1 entries of the baseline belong to tests that were not selected" in output
 
+    write_project(tmp_path, {})
+    code, output = run_pytest(tmp_path, "--gate=compare")
+    assert code == 1, output
+    assert "error: nothing was timed: the tests failed, " in output
+
     (tmp_path / name).write_text(text[:-9])
     code, output = run_pytest(tmp_path, "--gate=compare")
     assert code == 2, output
@@ -155,6 +160,21 @@ def test_an_interrupted_run_becomes_no_baseline(interruption: str, tmp_path: Pat
     assert code == pytest.ExitCode.INTERRUPTED, output
     assert "no baseline was saved: the run was interrupted" in output
     assert not files(tmp_path)
+
+
+def test_a_self_test_that_timed_nothing_keeps_the_exit_code_of_a_failed_test(project: pytest.Pytester) -> None:
+    project.makepyfile(test_wrong="def test_wrong(gate):\n    assert 1 == 2\n", test_plain="def test_plain(): pass")
+    for file, code in (("test_wrong.py", 1), ("test_plain.py", 2)):
+        result = project.runpytest_inprocess("--gate-selftest", "--gate-device=cpu", file)
+        assert result.ret == code
+        result.stdout.fnmatch_lines(["error: nothing was timed: *"])
+
+
+def test_calls_are_not_timed_in_several_processes(project: pytest.Pytester) -> None:
+    pytest.importorskip("xdist")
+    result = project.runpytest_inprocess("--gate=save", "--gate-device=cpu", "-p", "xdist.plugin", "-n", "2")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "not in several processes of pytest-xdist; give -n 0" in result.stderr.str()
 
 
 def test_a_list_of_the_tests_is_no_run(project: pytest.Pytester) -> None:

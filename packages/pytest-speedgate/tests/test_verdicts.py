@@ -170,8 +170,9 @@ def test_the_worst_comes_first_and_a_tally_last() -> None:
         (Document(Where("cpu", "AMD EPYC", 2), {"a": entry(1)}), "threads: 1.*threads: 2"),
         (Document(HERE, {"a": entry(1, against="dense")}), "against dense, in the baseline against unfused"),
         (Document(HERE, {"b": entry(1)}), "nothing to compare"),
+        (Document(HERE, {}), "nothing was timed"),
     ],
-    ids=["device", "threads", "yardstick", "names"],
+    ids=["device", "threads", "yardstick", "names", "nothing"],
 )
 def test_what_cannot_be_compared_is_refused(now: Document, complaint: str) -> None:
     with pytest.raises(BaselineError, match=complaint):
