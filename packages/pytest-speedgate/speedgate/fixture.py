@@ -112,6 +112,7 @@ class Gate:
     def _time(self, pairing: Pairing, entry: Entry, before: Before) -> Entry:
         """The entry with the times of a pairing, recorded with pytest-benchmark."""
         self._benchmark.pedantic(pairing.candidate, setup=pairing.yardstick, rounds=ROUNDS * pairing.turns)
+        pairing.keep(ROUNDS)  # pytest-benchmark may make more turns: --benchmark-cprofile profiles some
         return self._settled(pairing, entry, before)
 
     def _time_with_other(self, other: OtherVersion, entry: Entry, turns: Batch) -> Entry:

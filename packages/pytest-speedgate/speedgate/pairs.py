@@ -42,6 +42,11 @@ class Pairing:
             self.yardstick()
             self.candidate()
 
+    def keep(self, rounds: int) -> None:
+        """Forget all turns after so many rounds."""
+        for times in self._times.values():
+            del times[rounds * self.turns :]
+
     @property
     def times(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Seconds of one call of the candidate and of the yardstick, one per round.

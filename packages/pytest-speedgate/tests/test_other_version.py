@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +73,17 @@ def test_a_process_that_imports_this_version_is_found_out(
     through = (f"--rootdir={tmp_path / 'link'}", str(tmp_path / "link" / "test_speed.py"))
     code, output = run_pytest(tmp_path, f"--gate-against={tmp_path / 'old'}", *through)
     assert (code, complaint in output) == (2, True), output
+
+
+def test_profiled_turns_are_not_timed_in_either_process(project: Path, run_pytest: RunPytest) -> None:
+    with (project / "pytest.ini").open("a") as file:
+        file.write("addopts = --benchmark-cprofile=tottime --benchmark-cprofile-loops=2\n")
+    subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "profile"], cwd=project, check=True
+    )
+    code, output = run_pytest(project, "--gate-against=HEAD")
+    assert code == 0, output
+    assert "4 compared: 0 regression, 0 unclear, 0 better, 4 same" in output
 
 
 def test_a_test_outside_the_root_folder_is_named(project: Path, tmp_path: Path, run_pytest: RunPytest) -> None:

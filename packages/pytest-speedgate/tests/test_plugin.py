@@ -112,6 +112,17 @@ def test_a_foreign_project_guards_its_kernels(tmp_path: Path, run_pytest: RunPyt
     assert files(tmp_path) == {name: text[:-9]}
 
 
+@pytest.mark.slow
+def test_profiled_turns_are_not_timed(tmp_path: Path, run_pytest: RunPytest) -> None:
+    write_project(tmp_path, {1: 100e-6, 2: 100e-6})
+    profile = ("--benchmark-cprofile=tottime", "--benchmark-cprofile-loops=70")
+    code, output = run_pytest(tmp_path, "--gate=save", *profile)
+    assert code == 0, output
+    ((name, _),) = files(tmp_path).items()
+    for entry in baselines.read(tmp_path / name).entries.values():
+        assert len(entry.seconds) == len(entry.yardstick_seconds) == 20
+
+
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A project whose kernel cannot be timed in a hurry: what is run here ends before, or is not timed."""
