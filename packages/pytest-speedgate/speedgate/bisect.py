@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from speedgate import baselines
-from speedgate.checkouts import OtherVersionError, checkout, git
+from speedgate.checkouts import OtherVersionError, git, worktree
 from speedgate.other_version import environment, pytest_command, tail
 from speedgate.verdicts import BaselineError, Change, compare_entries
 
@@ -56,7 +56,7 @@ class Search:
         between = f"{good}..{bad}"
         listed = git(f"{between} are no commits", self.root, "rev-list", "--reverse", "--first-parent", between)
         commits = [good, *listed.split()]
-        with checkout(good, self.root) as first:
+        with worktree(good, self.root) as first:
             self._build(good, first)
             fast, slow = 0, len(commits) - 1
             changes = {slow: self._changes(commits[slow], first, good)}
@@ -82,7 +82,7 @@ class Search:
 
     def _changes(self, commit: str, first: Path, good: str) -> dict[str, Change]:
         """Changes of the ratio from the first version to a commit, by test."""
-        with checkout(commit, self.root) as folder, tempfile.TemporaryDirectory() as temporary:
+        with worktree(commit, self.root) as folder, tempfile.TemporaryDirectory() as temporary:
             self._build(commit, folder)
             recorded = Path(temporary) / "recorded.json"
             options = [f"--rootdir={folder}", "-p", "no:cacheprovider", f"--benchmark-json={recorded}"]

@@ -19,8 +19,7 @@ def checkout(version: str, root: Path) -> Iterator[Path]:
     """The folder in another version that corresponds to ``root``.
 
     Args:
-        version: such a folder itself, or a git revision. A revision is checked out into a temporary folder, which is
-            removed at the end.
+        version: such a folder itself, or a git revision, see ``worktree``.
         root: the project's folder in this version.
 
     Raises:
@@ -28,7 +27,18 @@ def checkout(version: str, root: Path) -> Iterator[Path]:
     """
     if Path(version).is_dir():
         yield Path(version).resolve()
-        return
+    else:
+        with worktree(version, root) as folder:
+            yield folder
+
+
+@contextmanager
+def worktree(version: str, root: Path) -> Iterator[Path]:
+    """The folder in a git revision that corresponds to ``root``: checked out for the block into a temporary folder.
+
+    Raises:
+        OtherVersionError: if there is no such revision.
+    """
     top = Path(git(f"{version} is no folder, and no git revision", root, "rev-parse", "--show-toplevel"))
     unknown = f"there is no folder and no git revision {version}"
     commit = git(unknown, root, "rev-parse", "--verify", "--quiet", f"{version}^{{commit}}")

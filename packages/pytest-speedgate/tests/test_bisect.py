@@ -49,6 +49,14 @@ def test_the_commit_that_made_it_slower_is_found_in_builds_of_all_versions(
     assert (code, "HEAD~3 was not built" in output, "no compiler" in output) == (2, True, True)
 
 
+def test_a_revision_is_no_folder_of_the_same_name(project: Path, environment: dict[str, str]) -> None:
+    git(project, "tag", "release", "HEAD~1")
+    (project / "release").mkdir()
+    code, output = bisect(project, environment, "release", "HEAD", "test_speed.py")
+    assert code == 0, output
+    assert ": kernel of size 1: time over release is 1.300 (+30% to +30%), one commit before 1.000" in output
+
+
 def test_a_version_that_is_not_slower_has_no_culprit(project: Path, environment: dict[str, str]) -> None:
     code, output = bisect(project, environment, "HEAD~1", "HEAD", "test_speed.py", "--threshold=0.5")
     assert code == 2, output
