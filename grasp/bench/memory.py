@@ -1,15 +1,33 @@
-"""Peak memory of a call: PyTorch's count on a GPU, Linux's count of this process on a CPU, unknown elsewhere."""
+"""Peak memory of a call, and calls for which there is too little.
+
+The peak is PyTorch's count on a GPU, Linux's count of this process on a CPU, and unknown elsewhere.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from grasp.compression.memory_budget import return_freed_memory
+from grasp.loading import out_of_memory
+
+Item = TypeVar("Item")
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def within_memory(measured: Iterable[Item], too_large: Item) -> Iterator[Item]:
+    """What is measured; ends with ``too_large`` where the device has too little memory to go on."""
+    try:
+        yield from measured
+        return
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    yield too_large  # here the error, and the tensors of its frames, are gone
 
 
 def peak_bytes_above_now(call: Callable[[], object], device: torch.device | None = None) -> int | None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.decoding import EAGER, MODES, Case, Generator, Key, Turns, checked, floors, time_models
+from grasp.bench.memory import within_memory
 from grasp.bench.percentiles import Percentiles
 from grasp.bench.providers import (
     COMPRESSED,
@@ -227,27 +228,28 @@ class _Bench:
     def run(self, progress: Progress) -> Iterator[list[ModelResult | NotMeasured]]:
         """Measure all sizes."""
         for case in self.request.cases:
-            yield self.measure(case, progress)
+            tokens = case.depth + case.prompt_tokens + case.new_tokens
+            reason = f"the device has too little memory for batches of {case.batch_size} x {tokens} tokens"
+            yield list(within_memory(self.measure(case, progress), self.left_out("*", case, reason)))
 
     def left_out(self, provider: str, case: Case, reason: str, *, wrong: bool = False) -> NotMeasured:
         return NotMeasured("model", provider, reason, wrong, model=self.request.model, batch_size=case.batch_size)
 
-    def measure(self, case: Case, progress: Progress) -> list[ModelResult | NotMeasured]:
+    def measure(self, case: Case, progress: Progress) -> Iterator[ModelResult | NotMeasured]:
         """Check all models at these sizes, then time the ones with right logits."""
         reasons = {name: objections(provider, case.rows) for name, provider in self.models.items()}
         refused = {**self.impossible, **{name: reason for name, reason in reasons.items() if reason is not None}}
-        records: list[ModelResult | NotMeasured] = [
-            self.left_out(name, case, reason) for name, reason in refused.items()
-        ]
+        for name, reason in refused.items():
+            yield self.left_out(name, case, reason)
         able = {name: provider for name, provider in self.models.items() if name not in refused}
         right = checked(able, self.request.modes, case, progress)
         for key, (reason, wrong) in right.refused.items():
             name = key.provider if key.mode == EAGER else f"{key.provider}, {key.mode}"
-            records.append(self.left_out(name, case, reason, wrong=wrong))
+            yield self.left_out(name, case, reason, wrong=wrong)
         for name, result in self.quality.items():
             if name in able and not math.isfinite(result.perplexity):
                 reason = f"perplexity: {result.nonfinite} of {result.tokens} tokens have a NaN or infinite loss"
-                records.append(self.left_out(name, case, reason))
+                yield self.left_out(name, case, reason)
         facts = {key: partial(self._facts, key, case, right.apart.get(key)) for key in right.models}
         outside: dict[Key, Generator] = {}
         for yardstick in self.outside:
@@ -260,10 +262,10 @@ class _Bench:
                 reason = (
                     f"logits are off by {agreement.apart:.1e}, expected at most {yardstick.tolerance:.0e} from dense"
                 )
-                records.append(self.left_out(yardstick.name, case, reason, wrong=True))
+                yield self.left_out(yardstick.name, case, reason, wrong=True)
         turns = time_models({**right.models, **outside}, case, self.request.stop, progress)
-        records += [self._result(key, case, turns, facts[key](turns)) for key in turns.times]
-        return records
+        for key in turns.times:
+            yield self._result(key, case, turns, facts[key](turns))
 
     def _facts(self, key: Key, case: Case, apart: float | None, turns: Turns) -> _Facts:
         (model, backend), cache = self.models[key.provider], turns.times[key][-1].kv_cache_bytes

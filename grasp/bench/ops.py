@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from grasp.bench.conditions import conditions, measure_card
+from grasp.bench.memory import within_memory
 from grasp.bench.providers import require_names
 from grasp.bench.recorded import RecordedCall
 from grasp.bench.recording import read_recording
@@ -75,6 +76,12 @@ class OpCase(NamedTuple):
     def form(self) -> str:
         """As ``grasp_kernels.shapes.parse_forms`` reads it."""
         return format_forms(self.pivoted or (False,))
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """The fields of its records."""
+        shape, dtype = format_shape(self.shape), _name(self.dtype)
+        return {"op": self.op, "shape": shape, "rows": self.rows, "dtype": dtype, "model": self.model}
 
     @property
     def weights(self) -> frozenset[str]:
@@ -171,7 +178,9 @@ def _rounds(
             timed: list[list[OpResult]] = []
             for number, case in enumerate(measurable, start=1):
                 with one_step(progress, f"case {number} of {len(measurable)}: {case.op}"):  # no bar moves meanwhile
-                    records: list[Record] = list(measure(case, device, cards[_name(case.dtype)], request))
+                    too_large = NotMeasured("ops", "*", "the device has too little memory", **case.labels)
+                    measured = measure(case, device, cards[_name(case.dtype)], request)
+                    records: list[Record] = list(within_memory(measured, too_large))
                 timed.append([record for record in records if isinstance(record, OpResult)])
                 yield Round(records, cards, count)
             if request.workload is not None:
@@ -265,16 +274,9 @@ def measure(case: OpCase, device: torch.device, card: Card, request: OpsRequest)
     stored = quantized(problem, case.storages) if case.storages else problem
     rank = max(linear.R for linear in case.shape)
     chosen = chosen_row(OpCall(case.op, device, case.dtype, case.rows, rank, any(pivoted), case.weights)).name
-    labels: dict[str, Any] = {
-        "op": case.op,
-        "shape": format_shape(case.shape),
-        "rows": case.rows,
-        "dtype": _name(case.dtype),
-        "model": case.model,
-    }
     timed, left_out = _providers(case, problem, stored, request)
     for name, (reason, is_wrong) in left_out.items():
-        yield NotMeasured("ops", name, reason, is_wrong, **labels)
+        yield NotMeasured("ops", name, reason, is_wrong, **case.labels)
     sources = dict.fromkeys(timed, rotation(case.op, problem, request.rotate_bytes))
     if stored is not problem:
         packed = rotation(case.op, stored, request.rotate_bytes)
@@ -288,7 +290,7 @@ def measure(case: OpCase, device: torch.device, card: Card, request: OpsRequest)
         floor = floor_seconds(case, name, card)
         yield OpResult(
             provider=name,
-            **labels,
+            **case.labels,
             median_us=sample.median * 1e6,
             spread=sample.spread,
             floor_us=None if floor is None else floor * 1e6,

@@ -3,12 +3,15 @@ from __future__ import annotations
 import re
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
+from transformers import PreTrainedModel
 
+from grasp.bench import decoding
 from grasp.bench import model as bench_model
 from grasp.bench import providers as bench_providers
 from grasp.bench.decoding import difference, floors
@@ -18,6 +21,7 @@ from grasp.bench.records import ModelResult, NotMeasured
 from grasp.bench.results import read_results
 from grasp.bench.tables import comma_separated, markdown
 from grasp.calibration import bos_for
+from grasp.evaluation.generation import GenerationTime, time_generation
 from grasp.evaluation.perplexity import perplexity
 from grasp.loading import load_model
 from grasp.model.hf_quantizer import mark_compressed
@@ -165,6 +169,24 @@ def test_a_provider_with_wrong_logits_is_not_timed(
     records = read_results(tmp_path / "model.jsonl")
     assert [record.provider for record in records if isinstance(record, NotMeasured) and record.wrong] == ["unfused"]
     assert "unfused" not in {record.provider for record in records if isinstance(record, ModelResult)}
+
+
+def test_a_size_that_does_not_fit_into_memory_costs_no_other_size(
+    run: RunMain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def generate(model: PreTrainedModel, *, batch_size: int, **sizes: Any) -> GenerationTime:
+        if batch_size == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return time_generation(model, batch_size=batch_size, **sizes)
+
+    monkeypatch.setattr(decoding, "time_generation", generate)
+    sizes = ("--layers", "1", "--batch-size", "1,2,3", "--backend", "reference", "--windows", "0")
+    outcome = run(*sizes, "-o", tmp_path / "model.jsonl")
+    assert outcome.code == 0, outcome.err
+    records = read_results(tmp_path / "model.jsonl")
+    assert {record.batch_size for record in records if isinstance(record, ModelResult)} == {1, 3}
+    reason = "Not measured: * at batch 2: the device has too little memory for batches of 2 x 11 tokens"
+    assert reason in outcome.text
 
 
 def test_a_perplexity_that_is_no_number_is_said(run: RunMain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

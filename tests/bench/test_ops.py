@@ -14,11 +14,12 @@ from grasp.bench.ops import OpCase, OpsRequest, cases, floor_seconds, recorded_c
 from grasp.bench.recorded import RecordedCall, Recording, WorkloadResult
 from grasp.bench.records import NotMeasured, OpResult
 from grasp.bench.results import read_results
-from grasp.bench.workloads import OPS
+from grasp.bench.workloads import OPS, Problem, rotation
 from grasp.method.storage import STORAGES
 from grasp_kernels import roofline
 from grasp_kernels.dispatch import backend_missing
 from grasp_kernels.shapes import parse_shape
+from speedgate.timing import Rotation
 from tests.command_line import RunMain
 
 SHAPE = ("--shape", "48x32r5", "--rows", "3", "--dtype", "float32", "--device", "cpu")
@@ -82,6 +83,23 @@ def test_a_wrong_provider_is_not_timed_and_fails_the_run(
     records = read_results(tmp_path / "ops.jsonl")
     assert [record.provider for record in records if isinstance(record, NotMeasured) and record.wrong] == ["reference"]
     assert [record.provider for record in records if isinstance(record, OpResult)] == ["unfused", "dense"]
+
+
+def test_a_case_that_does_not_fit_into_memory_costs_no_other_case(
+    ops: RunMain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def rotate(op: str, problem: Problem, *arguments: int, dense: bool = False) -> Rotation[Problem]:
+        if problem.x.shape[0] == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return rotation(op, problem, *arguments, dense=dense)
+
+    monkeypatch.setattr(bench_ops, "rotation", rotate)
+    outcome = ops("--op", "lowrank_linear", "--backend", "reference", "--rows", "4,3", "-o", tmp_path / "ops.jsonl")
+    assert outcome.code == 0, outcome.err
+    records = read_results(tmp_path / "ops.jsonl")
+    assert [record.rows for record in records if isinstance(record, OpResult)] == [3, 3, 3]
+    reason = "Not measured: * lowrank_linear at 48x32r5, M = 4, float32: the device has too little memory"
+    assert reason in outcome.text
 
 
 def test_what_is_not_measured_is_said(ops: RunMain) -> None:
