@@ -53,6 +53,7 @@ from grasp_kernels.roofline import Card
 from speedgate.timing import using_threads
 
 NOTE = "Factors by plain SVD: GRASP at these ranks has the same speed, but not this perplexity."
+NUM_LAYERS, RETAIN_RATIO = 6, 0.1  # of plain SVD; the ratio is the paper's
 # torch.compile counts each model at each size as one more version of the same code.
 _VERSIONS = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
 
@@ -65,8 +66,8 @@ class ModelRequest:
         model: the dense model, as for ``load_model``.
         checkpoint: the compressed model, as for ``load_model``; ``None`` for plain SVD of the layers below.
         layers: layers to make low-rank; ``None`` for ``num_layers`` in the middle.
-        num_layers: number of low-rank layers.
-        retain_ratio: fraction of each matrix's parameters that its factors have.
+        num_layers: number of low-rank layers; ``None`` for ``NUM_LAYERS``.
+        retain_ratio: fraction of each matrix's parameters that its factors have; ``None`` for ``RETAIN_RATIO``.
         modes: some of ``MODES``.
         batch_sizes: numbers of sequences per batch.
         prompt_tokens: prompt lengths.
@@ -86,8 +87,8 @@ class ModelRequest:
     model: str = BUILTIN
     checkpoint: str | None = None
     layers: tuple[int, ...] | None = None
-    num_layers: int = 6
-    retain_ratio: float = 0.1
+    num_layers: int | None = None
+    retain_ratio: float | None = None
     modes: Sequence[str] = (EAGER,)
     batch_sizes: Sequence[int] = (1, 4, 16)
     prompt_tokens: Sequence[int] = (128,)
@@ -120,6 +121,9 @@ def run(request: ModelRequest, *, progress: Progress = no_progress) -> Iterator[
     require_names(request.backends, [row.name for row in BACKENDS], "backend")
     require_names(request.modes, MODES, "mode")
     require_yardsticks(request.yardsticks)
+    given = [name for name in ("layers", "num_layers", "retain_ratio") if getattr(request, name) is not None]
+    if request.checkpoint is not None and given:
+        raise ValueError(f"a compressed checkpoint has its own layers and ranks; leave out {' and '.join(given)}")
     if request.windows < 0:
         raise ValueError(f"windows must be at least 0, got {request.windows}")
     text = read_pieces(request.text, split="evaluation") if request.windows else None
@@ -164,9 +168,11 @@ def _compressed(
 ) -> tuple[PreTrainedModel, list[int], float]:
     """The low-rank model, its low-rank layers, and the fraction of their parameters that they keep."""
     if request.checkpoint is None:
-        chosen = pick_layers(request.layers, request.num_layers, len(decoder(dense).layers))
+        number = NUM_LAYERS if request.num_layers is None else request.num_layers
+        ratio = RETAIN_RATIO if request.retain_ratio is None else request.retain_ratio
+        chosen = pick_layers(request.layers, number, len(decoder(dense).layers))
         compressed = copy.deepcopy(dense)
-        truncate_(compressed, chosen, request.retain_ratio, progress=progress)
+        truncate_(compressed, chosen, ratio, progress=progress)
         return compressed, *low_rank_layers(dense, compressed, request.model)
     dtype = str(dense.dtype).removeprefix("torch.")
     compressed, _ = load_quietly(request.checkpoint, dtype=dtype, device=request.device, progress=progress)

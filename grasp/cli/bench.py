@@ -77,7 +77,13 @@ Repetitions = Annotated[int, typer.Option(min=1, max=MOST, help="Turns of every 
 Compressed = Annotated[
     str | None, typer.Option(metavar="FOLDER", help="MODEL compressed by grasp compress. Default: plain SVD.")
 ]
-LowRankLayers = Annotated[int, typer.Option(min=1, max=MOST, help="Number of layers in the middle for plain SVD.")]
+LowRankLayers = Annotated[
+    int | None, typer.Option(min=1, max=MOST, help="Number of layers in the middle for plain SVD. Default: 6.")
+]
+FactorRatio = Annotated[
+    float | None,
+    typer.Option(help="Fraction of each matrix's parameters that factors by plain SVD have. Default: 0.1."),
+]
 MinSeconds = Annotated[float, typer.Option(min=0, help="Take turns for at least this long, at each size.")]
 Precision = Annotated[
     float | None,
@@ -203,9 +209,9 @@ def ops(
 def model(
     model: BenchModel = "builtin",
     compressed: Compressed = None,
-    num_layers: LowRankLayers = 6,
+    num_layers: LowRankLayers = None,
     layers: Layers = None,
-    retain_ratio: RetainRatio = 0.1,
+    retain_ratio: FactorRatio = None,
     mode: Modes = "eager",
     batch_size: BatchSizes = "1,4,16",
     prompt_tokens: PromptTokens = "128",

@@ -27,7 +27,7 @@ from grasp.loading import load_model
 from grasp.model.hf_quantizer import mark_compressed
 from grasp_kernels import roofline
 from grasp_kernels.dispatch import BACKENDS, backend_missing
-from tests.command_line import RunMain
+from tests.command_line import Outcome, RunMain
 from tests.tiny_models import tiny_model
 
 REFERENCE = ("--backend", "reference")  # the kernels of Triton are interpreted here
@@ -38,8 +38,13 @@ TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once mo
 @pytest.fixture
 def run(bench: RunMain, tiny: Path, tmp_path: Path) -> RunMain:
     (tmp_path / "text.txt").write_text(TEXT)
-    options = ("--retain-ratio", "0.4", "--text", tmp_path / "text.txt", "--window", "32", "--windows", "2")
-    return lambda *arguments: bench("model", tiny, *SIZES, *options, *arguments)
+    options = (*SIZES, "--text", tmp_path / "text.txt", "--window", "32", "--windows", "2")
+
+    def run(*arguments: object) -> Outcome:
+        ratio = () if "--compressed" in arguments else ("--retain-ratio", "0.4")
+        return bench("model", tiny, *options, *ratio, *arguments)
+
+    return run
 
 
 def test_every_provider_is_timed_at_every_batch_size(run: RunMain, tmp_path: Path) -> None:
@@ -223,6 +228,11 @@ def test_a_perplexity_that_is_no_number_is_said(run: RunMain, monkeypatch: pytes
         (("--max-seconds", "9"), "max_seconds ends turns that wait for a precision, got 9 and no precision"),
         (("--mode", "eager,fast"), "unknown mode 'fast'; expected one of eager, compiled"),
         (("--compressed", "absent"), "absent"),
+        (
+            ("--compressed", "absent", "--layers", "1", "--retain-ratio", "0.4"),
+            "a compressed checkpoint has its own layers and ranks; leave out layers and retain_ratio",
+        ),
+        (("--compressed", "absent", "--num-layers", "6"), "leave out num_layers"),
         (("--text", "absent.txt"), "absent.txt"),
     ],
 )
