@@ -43,6 +43,7 @@ from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_pieces, tokenize
 from grasp.evaluation.generation import GenerationTime, random_prompt
 from grasp.evaluation.perplexity import PerplexityResult, perplexity
+from grasp.files import expanded
 from grasp.loading import load_quietly
 from grasp.model.running import first_device
 from grasp.model.size import bytes_by_dtype, model_size
@@ -304,7 +305,7 @@ class _Bench:
             model=request.model,
             provider=key.provider,
             **facts._asdict(),
-            factors=PLAIN_SVD if request.checkpoint is None else Path(request.checkpoint).name,
+            factors=PLAIN_SVD if request.checkpoint is None else expanded(request.checkpoint).resolve().name,
             dtype=str(self.models[DENSE].model.dtype).removeprefix("torch."),
             layers=self.layers,
             retain_ratio=self.retain_ratio,

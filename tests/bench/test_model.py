@@ -133,13 +133,16 @@ def test_perplexity_is_that_of_the_weights(run: RunMain, tiny: Path, tmp_path: P
     assert values["removed"] not in (values["dense"], values["compressed"])
 
 
-def test_a_compressed_checkpoint_is_measured_as_it_is(run: RunMain, tiny: Path, tmp_path: Path) -> None:
+def test_a_compressed_checkpoint_is_measured_as_it_is(
+    run: RunMain, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokenizer = load_model(str(tiny))
     truncate_(model, [0, 2], 0.5)
     mark_compressed(model)
     model.save_pretrained(tmp_path / "small")
     tokenizer.save_pretrained(tmp_path / "small")
-    outcome = run("--compressed", tmp_path / "small", "--batch-size", "1", *REFERENCE, "-o", tmp_path / "model.jsonl")
+    monkeypatch.chdir(tmp_path / "small")
+    outcome = run("--compressed", ".", "--batch-size", "1", *REFERENCE, "-o", tmp_path / "model.jsonl")
     assert outcome.code == 0, outcome.err
     measured = [record for record in read_results(tmp_path / "model.jsonl") if isinstance(record, ModelResult)]
     assert {(record.layers, record.factors, record.note) for record in measured} == {((0, 2), "small", "")}
