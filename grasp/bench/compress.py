@@ -8,6 +8,7 @@ Results are reported only if both sides choose the same singular groups.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -131,11 +132,12 @@ class AttributionSetting:
             dtype=self.config.sweep_dtype,
         )
 
-    def perplexity(self, held_out: Tensor, bos_token_id: int | None) -> float:
-        """Perplexity of a copy compressed by ``compress_`` with all sequences."""
+    def perplexity(self, held_out: Tensor, bos_token_id: int | None) -> float | None:
+        """Perplexity of a copy compressed by ``compress_`` with all sequences; ``None`` if it is NaN or infinite."""
         model = copy.deepcopy(self.model)
         compress_(model, self.batches, self.config)
-        return perplexity(model, held_out, window=self.sequences.shape[1], bos_token_id=bos_token_id).perplexity
+        result = perplexity(model, held_out, window=self.sequences.shape[1], bos_token_id=bos_token_id)
+        return result.perplexity if math.isfinite(result.perplexity) else None
 
 
 def _sweeps(model: PreTrainedModel, config: GraspConfig) -> list[list[Target]]:

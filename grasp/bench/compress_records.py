@@ -48,7 +48,8 @@ class CompressResult(Record):
         memory_bytes: bytes held above the loaded model for two batches, without decompositions. ``None`` if the
             system does not report it.
         memory_estimate: estimate of ``memory_bytes``.
-        perplexity: perplexity of the model compressed with this schedule and ``sweep_dtype``. ``None`` without one.
+        perplexity: perplexity of the model compressed with this schedule and ``sweep_dtype``. ``None`` without one, or
+            if it is NaN or infinite.
         perplexity_fp32: the same with sweeps in the model's dtype.
         conditions: when and where.
 
@@ -126,7 +127,9 @@ class CompressResult(Record):
     command: ClassVar[str] = "grasp bench compress {model} -o compress.jsonl"
 
     def notes(self) -> Iterator[str]:
-        """Conditions, and whether seconds are extrapolated."""
+        """Conditions, whether seconds are extrapolated, and whether a perplexity is not a number."""
         yield from super().notes()
+        if self.sweep_dtype is not None and None in (self.perplexity, self.perplexity_fp32):
+            yield f"A perplexity of {self.schedule} is NaN or infinite."
         if self.extrapolated:
             yield f"Seconds are extrapolated from {self.timed_sequences} sequences of each sweep; the first warms up."

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from grasp.bench import compress as bench_compress
 from grasp.bench.compress_records import CompressResult
 from grasp.bench.results import read_results
+from grasp.evaluation.perplexity import PerplexityResult
 from grasp.method.svd import SVD
 from grasp.statistics.gradients import DenseSum, FactoredSum
 from tests.command_line import RunMain
@@ -69,6 +71,19 @@ def test_sweeps_in_bfloat16_are_judged_by_perplexity(run: RunMain, tmp_path: Pat
     assert (row.sweep_dtype, row.batch_size, row.timed_sequences) == ("bfloat16", 2, 4)
     assert row.share_of_predicted is None
     assert row.perplexity == pytest.approx(row.perplexity_fp32, rel=0.1)
+
+
+def test_a_perplexity_that_is_no_number_costs_no_result(
+    run: RunMain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    infinite = PerplexityResult(float("inf"), float("inf"), tokens=5, windows=1, nonfinite=5, window=16, stride=16)
+    monkeypatch.setattr(bench_compress, "perplexity", lambda *_, **__: infinite)
+    output = tmp_path / "compress.jsonl"
+    outcome = run("--layers", "1", "--schedule", "single-sweep", "--sweep-dtype", "bfloat16", "-o", output)
+    assert outcome.code == 0, outcome.err
+    assert [(row.perplexity, row.perplexity_fp32) for row in rows(output)] == [(None, None)] * 2
+    assert "A perplexity of single-sweep is NaN or infinite." in outcome.text
+    assert "A perplexity of sequential" not in outcome.text
 
 
 def test_a_wrong_selection_is_not_reported(run: RunMain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
