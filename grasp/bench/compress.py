@@ -224,20 +224,22 @@ def run(request: CompressRequest, *, progress: Progress = no_progress) -> list[C
             "num_samples must be a multiple of batch_size, and at least twice as much; "
             f"got {request.num_samples} and {request.batch_size}"
         )
+    for schedule in request.schedules or _TIMED:  # raises if impossible
+        GraspConfig(retain_ratio=request.retain_ratio, sweep_dtype=request.sweep_dtype, schedule=schedule)
     with using_threads(request.threads):
         return _run(request, progress)
 
 
 def _run(request: CompressRequest, progress: Progress) -> list[CompressResult]:
     loaded, tokenizer = load_quietly(request.model, dtype="float32", device=request.device, progress=progress)
+    layers = pick_layers(request.layers, request.num_layers, len(decoder(loaded).layers))  # raises if impossible
     count, length = request.num_samples, request.seq_len
     text = builtin_text("calibration")
     drawn = token_batches(tokenizer, text, num_samples=count, seq_len=length, batch_size=count)[0].input_ids
-    config = GraspConfig(
-        layers=_layers(loaded, drawn, request, progress),
-        retain_ratio=request.retain_ratio,
-        sweep_dtype=request.sweep_dtype,
-    )
+    if request.layers is None:
+        scores = block_influence(loaded, drawn.split(1), progress=progress)
+        layers = sorted(redundant_layers(scores, request.num_layers))
+    config = GraspConfig(layers=tuple(layers), retain_ratio=request.retain_ratio, sweep_dtype=request.sweep_dtype)
     base = AttributionSetting(loaded, drawn, config, request.batch_size, request.timed_batches)
     settings = _settings(base, request.schedules or _TIMED)
     estimates = [setting.estimate() for setting in settings]
@@ -261,10 +263,3 @@ def _run(request: CompressRequest, progress: Progress) -> list[CompressResult]:
             )
         )
     return results
-
-
-def _layers(model: PreTrainedModel, sequences: Tensor, request: CompressRequest, progress: Progress) -> tuple[int, ...]:
-    if request.layers is not None:
-        return tuple(pick_layers(request.layers, 0, len(decoder(model).layers)))
-    scores = block_influence(model, sequences.split(1), progress=progress)
-    return tuple(sorted(redundant_layers(scores, request.num_layers)))

@@ -101,6 +101,26 @@ def test_a_wrong_selection_is_not_reported(run: RunMain, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
+    ("arguments", "step"),
+    [
+        (("--schedule", "twice"), "load_quietly"),
+        (("--sweep-dtype", "float8"), "load_quietly"),
+        (("--retain-ratio", "2"), "load_quietly"),
+        (("--num-layers", "9"), "token_batches"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_work(
+    run: RunMain, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], step: str
+) -> None:
+    def refuse(*_: object, **__: object) -> object:
+        raise AssertionError(f"{step} is too late")
+
+    monkeypatch.setattr(bench_compress, step, refuse)
+    outcome = run(*arguments)
+    assert outcome.code == 2, outcome.err
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--layers", "1,3"), "the model has decoder layers 0..2, got layers [1, 3]"),
