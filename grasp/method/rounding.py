@@ -17,6 +17,7 @@ from grasp_kernels.quantized import dequantize
 
 _BLOCK = 128  # columns that are rounded before the error moves on to all others
 _ROWS = 32  # rows that are rounded at once if there is a metric
+_ENTRIES = 2**20  # for which scales are tried at once: the results stay in the cache
 # Added to the diagonal, as a fraction of its mean: second moments are known from few tokens, a metric is exact.
 _DAMPING, _METRIC_DAMPING = 0.05, 0.01
 # Of the scale that puts the entry of largest magnitude at the end of the range: a smaller one clips it, and rounds the
@@ -191,14 +192,17 @@ def _scales(weight: Tensor, range_: _Range, group: int | None, importance: Tenso
 
     In 4 bits the range is −8…7, so the entry of largest magnitude is given the −8, by a negative scale if need be.
     """
-    rows, depth = weight.shape
+    depth = weight.shape[1]
     size = depth if group is None else group
     count = -(-depth // size)
-    padded = torch.nn.functional.pad(weight, (0, count * size - depth)).view(rows, count, size)
+    padded = torch.nn.functional.pad(weight, (0, count * size - depth)).view(len(weight), count, size)
     weights = torch.nn.functional.pad(importance, (0, count * size - depth)).view(count, size)
     largest = padded.gather(2, padded.abs().argmax(2, keepdim=True))
     if range_ != _RANGES["int", 4]:
         return (largest.abs() / range_.highest).bfloat16().float()[..., 0]
-    scales = [(largest * (shrinkage / range_.lowest)).bfloat16().float() for shrinkage in _SHRINKAGE]
-    errors = [((_nearest(padded, s, range_) * s - padded).square_() * weights).sum(2, keepdim=True) for s in scales]
-    return torch.stack(scales).gather(0, torch.stack(errors).argmin(0, keepdim=True))[0, ..., 0]
+    chosen, rows = [], max(1, _ENTRIES // (count * size))
+    for part, end in zip(padded.split(rows), largest.split(rows), strict=True):
+        scales = torch.stack([(end * (shrinkage / range_.lowest)).bfloat16().float() for shrinkage in _SHRINKAGE])
+        errors = [((_nearest(part, s, range_) * s - part).square_() * weights).sum(2, keepdim=True) for s in scales]
+        chosen.append(scales.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0, ..., 0])
+    return torch.cat(chosen)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from grasp.method import rounding
 from grasp.method.rounding import Rounded, round_nearest, round_to_outputs, rounding_bytes
 from grasp.method.storage import FP8, Storage
 from tests.method.resources import peaks_of
@@ -104,3 +105,10 @@ def test_the_peaks_are_within_the_estimates() -> None:
     cases = [("rounding", shape, 1) for shape in ((600, 1600), (1600, 600))]
     for (_, shape, _), measured in zip(cases, peaks_of(cases), strict=True):
         assert 0.5 * rounding_bytes(shape) < measured < rounding_bytes(shape)
+
+
+def test_scales_do_not_depend_on_how_many_are_chosen_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(9, 100)
+    at_once = round_nearest(weight, 4, 32)
+    monkeypatch.setattr(rounding, "_ENTRIES", 2 * 128)  # two rows, padded to whole groups
+    assert all(torch.equal(*each) for each in zip(at_once, round_nearest(weight, 4, 32), strict=True))
