@@ -92,7 +92,7 @@ def _cuda_refuses(call: OpCall) -> str | None:
     if "fp8" in call.weights:
         return "it has no kernel for fp8 factors"
     if call.weights and call.dtype == torch.float32:
-        return f"it has kernels for {_forms(call)} factors in 16 bits only"
+        return f"it has kernels for {' and '.join(sorted(call.weights))} factors in 16 bits only"
     if call.rows > CUDA_ROWS:
         return f"it serves at most {CUDA_ROWS} rows"
     return _card_refuses(call.device)
@@ -443,10 +443,6 @@ def _load(path: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module, __package__), function)
 
 
-def _forms(call: OpCall) -> str:
-    return " and ".join(sorted(call.weights))
-
-
 def _describe(call: OpCall) -> str:
-    factors = f" of {_forms(call)} factors" if call.weights else ""
+    factors = f" of {' and '.join(sorted(call.weights))} factors" if call.weights else ""
     return f"{call.op}{factors} on {call.device.type} in {call.dtype} with {call.rows} rows and rank {call.rank}"
