@@ -23,7 +23,7 @@ from grasp.compress import compress_
 from grasp.compression.job import CompressionJob
 from grasp.config import GraspConfig
 from grasp.files import tensors_digest
-from grasp.progress import Progress
+from grasp.progress import Progress, no_progress
 
 PROBES = 4  # random vectors that every linear is applied to
 
@@ -115,7 +115,7 @@ class MeasuredRun:
         seconds: of the process on its processors, with all threads; without the making of the model.
         wall_seconds: by step.
         ranks: by linear; 0 for one that stays dense.
-        products: by linear, its weight times ``PROBES`` random vectors, (N, PROBES).
+        products: by linear, its weight times ``PROBES`` random vectors, (N, PROBES); {} if layers were removed.
         digest: of all weights.
     """
 
@@ -128,7 +128,7 @@ class MeasuredRun:
     digest: str
 
 
-def measure(job: Job, folder: Path, *, memory: int | None = None, threads: int = 1) -> MeasuredRun:
+def measure(job: Job, folder: Path, *, memory: int | None = None, threads: int = 1, held_out: int = 0) -> MeasuredRun:
     """Compress a model in a new process.
 
     Args:
@@ -136,16 +136,17 @@ def measure(job: Job, folder: Path, *, memory: int | None = None, threads: int =
         folder: a new folder for the progress of the run, which is removed at the end.
         memory: the budget, bytes above the loaded model; ``None`` for what is free.
         threads: of the process.
+        held_out: so many of the batches, the last, decide between candidates.
 
     Raises:
         GraspError: as ``compress_`` does.
         BrokenProcessPool: if the process is killed, as for want of memory.
     """
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(_run, job, folder, memory, threads).result()
+        return pool.submit(_run, job, folder, memory, threads, held_out).result()
 
 
-def _run(job: Job, folder: Path, memory: int | None, threads: int) -> MeasuredRun:
+def _run(job: Job, folder: Path, memory: int | None, threads: int, held_out: int) -> MeasuredRun:
     torch.set_num_threads(threads)
     # First a small one, whose memory is that of libraries and their threads.
     _compress(*WARM_UP.make(), WARM_UP.config, folder.with_name(f"{folder.name}-small"), None)
@@ -154,19 +155,21 @@ def _run(job: Job, folder: Path, memory: int | None, threads: int) -> MeasuredRu
     reports = []
 
     def run() -> None:
-        reports.append(_compress(model, batches, job.config, folder, memory, progress=disk.look))
+        reports.append(_compress(model, batches, job.config, folder, memory, held_out, disk.look))
 
     start = time.process_time()
     peak = peak_bytes_above_now(run)
     seconds = time.process_time() - start
     assert peak is not None, "measured on Linux"
+    [report] = reports
+    ranks = {module.name: module.rank for module in report.modules}
     return MeasuredRun(
         peak_bytes=peak,
         disk_bytes=disk.most,
         seconds=seconds,
-        wall_seconds=dict(reports[0].seconds),
-        ranks={module.name: module.rank for module in reports[0].modules},
-        products={module.name: _product(model.get_submodule(module.name)) for module in reports[0].modules},
+        wall_seconds=dict(report.seconds),
+        ranks=ranks,
+        products={} if report.removed_layers else {name: _product(model.get_submodule(name)) for name in ranks},
         digest=tensors_digest(sorted(model.state_dict().items())),
     )
 
@@ -177,10 +180,12 @@ def _compress(
     config: GraspConfig,
     folder: Path,
     memory: int | None,
-    progress: Progress = lambda step, done, total: None,
+    held_out: int = 0,
+    progress: Progress = no_progress,
 ) -> CompressionReport:
+    used, others = batches[: len(batches) - held_out], batches[len(batches) - held_out :]
     with RunState(folder) as state:
-        return compress_(model, batches, config, state=state, progress=progress, memory=memory)
+        return compress_(model, used, config, held_out=others, state=state, progress=progress, memory=memory)
 
 
 class _Disk:

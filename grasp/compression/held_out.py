@@ -23,6 +23,7 @@ from grasp.compression.candidates import (
 )
 from grasp.compression.linear_replacement import linear_replacement, with_map
 from grasp.compression.measured_blocks import corrected, corrections
+from grasp.compression.memory_budget import return_freed_memory
 from grasp.compression.refit import Refit
 from grasp.compression.run import Run
 from grasp.compression.selection import (
@@ -241,6 +242,7 @@ def _measured(run: Run, start: Prefix, selections: Selections, candidate: Candid
         finally:
             for target in modules:
                 model.set_submodule(target.name, target.module)
+            return_freed_memory()
     total = torch.zeros(1, dtype=torch.float64)
     with run.processes.fail_together():
         total += sum_nll_after(start, hidden)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from grasp.compression.budget import Plan
 from grasp.compression.candidates import low_ranks
+from grasp.compression.memory_budget import return_freed_memory
 from grasp.compression.run import Run
 from grasp.compression.selection import Selection, Selections, replacement
 from grasp.model.hooks import replaced
@@ -90,6 +91,7 @@ def _divergences(
                 entering, hidden = layer, propagate(prefix, range(entering, layer), hidden)
             with replaced(run.model, _low_rank(run, selections, {target: ranks[target] for target in targets})):
                 students.append(propagate(prefix, range(layer, depth), hidden))
+            return_freed_memory()
             run.progress("candidates, block by block", done, len(members))
     count = len(students)
     rounding, *measured = reference.divergences(
