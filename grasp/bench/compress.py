@@ -2,14 +2,14 @@
 
 Block influence and decompositions are left out on both sides. The sides take turns on the first batches of a sweep, on
 models in the same state. If these are not the whole calibration set, the time is extrapolated and marked as such.
-Results are reported only if both sides choose the same singular groups.
+A result is reported only if both sides choose the same singular groups.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -207,8 +207,10 @@ def _settings(base: AttributionSetting, schedules: Sequence[str]) -> list[Attrib
     return [first, *(setting for setting in requested if (setting.config, setting.batch_size) != (first.config, 1))]
 
 
-def run(request: CompressRequest, *, progress: Progress = no_progress) -> list[CompressResult]:
+def run(request: CompressRequest, *, progress: Progress = no_progress) -> Iterator[CompressResult]:
     """Time the package's attribution against its plain definition: the paper's schedule first, then the requested ones.
+
+    Each result is yielded before the next schedule is measured.
 
     Raises:
         WrongSelectionError: if rounding does not explain a difference of the chosen singular groups.
@@ -227,10 +229,10 @@ def run(request: CompressRequest, *, progress: Progress = no_progress) -> list[C
     for schedule in request.schedules or _TIMED:  # raises if impossible
         GraspConfig(retain_ratio=request.retain_ratio, sweep_dtype=request.sweep_dtype, schedule=schedule)
     with using_threads(request.threads):
-        return _run(request, progress)
+        yield from _run(request, progress)
 
 
-def _run(request: CompressRequest, progress: Progress) -> list[CompressResult]:
+def _run(request: CompressRequest, progress: Progress) -> Iterator[CompressResult]:
     loaded, tokenizer = load_quietly(request.model, dtype="float32", device=request.device, progress=progress)
     layers = pick_layers(request.layers, request.num_layers, len(decoder(loaded).layers))  # raises if impossible
     count, length = request.num_samples, request.seq_len
@@ -241,25 +243,21 @@ def _run(request: CompressRequest, progress: Progress) -> list[CompressResult]:
         layers = sorted(redundant_layers(scores, request.num_layers))
     config = GraspConfig(layers=tuple(layers), retain_ratio=request.retain_ratio, sweep_dtype=request.sweep_dtype)
     base = AttributionSetting(loaded, drawn, config, request.batch_size, request.timed_batches)
-    settings = _settings(base, request.schedules or _TIMED)
-    estimates = [setting.estimate() for setting in settings]
     now = conditions(measure_card(device := first_device(loaded), loaded.dtype), device)
-    memory = [setting.memory() for setting in settings]
-    runs: list[Race] = []
-    for setting in settings:
+    held_out, bos = tokenize(tokenizer, builtin_text("evaluation"))[: HELD_OUT_WINDOWS * length], bos_for(tokenizer)
+    settings = _settings(base, request.schedules or _TIMED)
+    memory = [setting.memory() for setting in settings]  # before races, whose freed memory it could reuse
+    yardstick: Race | None = None
+    for setting, peak in zip(settings, memory, strict=True):
         with one_step(progress, f"timing {setting.config.schedule}"):
-            runs.append(setting.race())
-    held_out = tokenize(tokenizer, builtin_text("evaluation"))[: HELD_OUT_WINDOWS * length]
-    results = []
-    for setting, estimated, race_run, peak in zip(settings, estimates, runs, memory, strict=True):
+            race_run = setting.race()
+        yardstick = yardstick or race_run
         perplexities: tuple[float | None, float | None] = (None, None)
         if setting.config.sweep_dtype is not None:
             fp32 = replace(setting, config=replace(setting.config, sweep_dtype=None))
-            bos = bos_for(tokenizer)
             perplexities = setting.perplexity(held_out, bos), fp32.perplexity(held_out, bos)
-        results.append(
-            to_result(
-                *(request.model, setting, estimated, race_run, runs[0], now), memory=peak, perplexities=perplexities
-            )
+        yield to_result(
+            *(request.model, setting, setting.estimate(), race_run, yardstick, now),
+            memory=peak,
+            perplexities=perplexities,
         )
-    return results

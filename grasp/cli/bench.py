@@ -293,7 +293,7 @@ def compress(
 ) -> None:
     """Time the attribution of a compression against its plain definition, written from the paper's formulas.
 
-    If rounding does not explain a difference of their singular groups, nothing is reported and the exit code is 1.
+    Ends with exit code 1 at a schedule where rounding does not explain a difference of their singular groups.
 
     [bold]Example[/bold]
 
@@ -319,12 +319,13 @@ def compress(
 
     def rounds(progress: StepBars) -> Iterator[Sequence[Record]]:
         try:
-            yield benchmark.run(request, progress=progress)
+            for result in benchmark.run(request, progress=progress):
+                yield [result]
         except WrongSelectionError as error:
-            progress.note(f"WRONG: {error}; nothing is reported")
+            progress.note(f"WRONG: {error}; this schedule is not reported")
             raise typer.Exit(WRONG) from error
 
-    measure(rounds, output, as_json)
+    measure(rounds, output, as_json, at_the_end=True)
 
 
 @bench.command()

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from torch import Tensor
 
 from grasp.bench import compress as bench_compress
 from grasp.bench.compress_records import CompressResult
+from grasp.bench.race import Race, WrongSelectionError, race
 from grasp.bench.results import read_results
 from grasp.evaluation.perplexity import PerplexityResult
 from grasp.method.svd import SVD
@@ -96,8 +98,29 @@ def test_a_wrong_selection_is_not_reported(run: RunMain, monkeypatch: pytest.Mon
         monkeypatch.setattr(kind, "result", flipped)
     outcome = run("--layers", "1", "-o", tmp_path / "compress.jsonl")
     assert (outcome.code, outcome.out) == (1, "")
-    assert "nothing is reported" in outcome.err
+    assert "this schedule is not reported" in outcome.err
     assert not (tmp_path / "compress.jsonl").exists()
+
+
+def wrong(*_: object, **__: object) -> NoReturn:
+    raise WrongSelectionError("they differ")
+
+
+def interrupted(*_: object, **__: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("end", "code"), [(interrupted, 130), (wrong, 1)])
+def test_finished_schedules_are_saved_before_the_next_one(
+    end: Callable[..., Race], code: int, run: RunMain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    races = iter([race, race, end])
+    monkeypatch.setattr(bench_compress, "race", lambda *arguments, **options: next(races)(*arguments, **options))
+    output = tmp_path / "compress.jsonl"
+    outcome = run("--layers", "1", "-o", output)
+    assert outcome.code == code, outcome.err
+    assert [row.schedule for row in rows(output)] == ["sequential", "per-layer"]
+    assert all(schedule in outcome.out for schedule in ("sequential", "per-layer"))
 
 
 @pytest.mark.parametrize(
