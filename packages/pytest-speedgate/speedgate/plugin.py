@@ -30,11 +30,7 @@ from speedgate.verdicts import BaselineError, Comparison, Document
 SAVED = "baseline"  # part of a saved document's name
 
 REPORT = pytest.StashKey[list[str]]()
-# Why a run becomes no baseline, by its exit code; every other code is of an interrupted run.
-UNSAVED = {
-    **dict.fromkeys((0, pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED), "nothing was timed"),
-    pytest.ExitCode.TESTS_FAILED: "a test failed",
-}
+FINISHED = pytest.StashKey[bool]()  # whether all selected tests were run
 RED = ("regression", "lost", "error", "missed", "false alarm")
 COLOURS = {**dict.fromkeys(RED, "red"), "unclear": "yellow"}
 
@@ -92,6 +88,7 @@ def pytest_configure(config: pytest.Config) -> None:
     stash[ENTRIES] = {}
     stash[TRIALS] = []
     stash[REPORT] = []
+    stash[FINISHED] = False
     stash[OTHER] = stash[SERVER] = None
     try:
         here = stash[WHERE] = devices.where(option.gate_device or "cpu", option.gate_threads)
@@ -190,6 +187,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     config.stash[BASELINE] = Document(config.stash[WHERE], other.entries, f"{version} in the same minutes")
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around the loops of other plugins
+def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
+    """Notice that the tests were not interrupted; ``pytest.exit`` can give an interrupted run any exit code."""
+    result = yield
+    session.config.stash[FINISHED] = True
+    return result
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Add facts that times depend on and pytest-benchmark does not record."""
@@ -207,10 +212,11 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[N
 
 
 def _check_save(session: pytest.Session) -> None:
-    config, status = session.config, session.exitstatus
-    if status != pytest.ExitCode.OK or not config.stash[ENTRIES]:
+    config, status, entries = session.config, session.exitstatus, session.config.stash[ENTRIES]
+    if status != pytest.ExitCode.OK or not entries or not config.stash[FINISHED]:
+        reason = "the run was interrupted" if entries else "nothing was timed"
         config.pluginmanager.getplugin("pytest-benchmark").save = None
-        config.stash[REPORT].append(f"no baseline was saved: {UNSAVED.get(status, 'the run was interrupted')}")
+        config.stash[REPORT].append(f"no baseline was saved: {'a test failed' if session.testsfailed else reason}")
         session.exitstatus = status or UNUSABLE
 
 

@@ -163,7 +163,9 @@ def test_a_run_that_timed_nothing_becomes_no_baseline(project: pytest.Pytester) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("interruption", ["raise KeyboardInterrupt", "pytest.exit('enough')"])
+@pytest.mark.parametrize(
+    "interruption", ["raise KeyboardInterrupt", "pytest.exit('enough')", "pytest.exit('enough', returncode=0)"]
+)
 def test_an_interrupted_run_becomes_no_baseline(interruption: str, tmp_path: Path, run_pytest: RunPytest) -> None:
     write_project(tmp_path, {1: 100e-6, 2: 100e-6})
     (tmp_path / "test_then.py").write_text(f"import pytest\n\ndef test_then():\n    {interruption}\n")
