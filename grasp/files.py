@@ -17,11 +17,12 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grasp.errors import GraspError, OccupiedError
+from grasp.errors import CheckpointError, GraspError, OccupiedError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_SPARE_BYTES = 64 * 2**20  # for configuration, file headers, an ONNX graph, and a tokenizer, which has up to 40 MB
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux: relative to the current directory; let both names change places
 
 
@@ -91,6 +92,21 @@ def require_writable(target: Path, *, parents: bool = False) -> None:
         try_writing(target.absolute())
     except OSError as error:
         raise GraspError(f"output {target} cannot be written: {error}; give another one") from error
+
+
+def require_space(target: Path, needed: int) -> None:
+    """Check that the disk of ``target``, which may be missing, has ``needed`` free bytes and a reserve.
+
+    Raises:
+        CheckpointError: if it has not.
+    """
+    folder = nearest_folder(target)
+    free = shutil.disk_usage(folder).free
+    if free < needed + _SPARE_BYTES:
+        raise CheckpointError(
+            f"writing needs {(needed + _SPARE_BYTES) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on the disk of "
+            f"{folder}; free some space, or give a folder on another disk"
+        )
 
 
 def write_whole(target: Path, content: str | bytes, *, seen: Contents | None = None) -> None:

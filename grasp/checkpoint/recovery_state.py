@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from grasp.checkpoint.run_folder import RunFolder, read_data
-from grasp.checkpoint.saving import require_space
+from grasp.files import require_space
 from grasp.progress import Clock
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from grasp.checkpoint import run_folder
 from grasp.checkpoint.run_folder import RunFolder, read_data
-from grasp.checkpoint.saving import require_space
+from grasp.files import require_space
 from grasp.method.cost_table import CostTable
 from grasp.model.targets import Target
 from grasp.progress import Clock, Notify, no_notify

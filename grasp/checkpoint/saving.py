@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from grasp.errors import CheckpointError
-from grasp.files import Contents, contents, expanded, in_use, nearest_folder, replacing, try_writing
+from grasp.files import Contents, contents, expanded, in_use, replacing, require_space, try_writing
 from grasp.model.checkpoint_format import is_inside
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.reading import read_text_file
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 
 LICENSES = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # the files of a model that have its terms
-_SPARE_BYTES = 32 * 2**20  # room for tokenizer, configuration and file headers
 
 
 def check_directory(directory: str | Path, *, overwrite: bool = False) -> Path:
@@ -169,17 +167,3 @@ def _copy_mode_of_config(folder: Path) -> None:
     mode = (folder / "config.json").stat().st_mode
     for weights in folder.glob("*.safetensors"):
         weights.chmod(mode)
-
-
-def require_space(target: Path, needed: int) -> None:
-    """Check that the disk of ``target``, which may be missing, has ``needed`` free bytes and a reserve.
-
-    Raises:
-        CheckpointError: if it has not.
-    """
-    free = shutil.disk_usage(nearest_folder(target)).free
-    if free < needed + _SPARE_BYTES:
-        raise CheckpointError(
-            f"writing {target} needs {(needed + _SPARE_BYTES) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; free some "
-            "space, or give a folder on another disk"
-        )

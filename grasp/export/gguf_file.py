@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.errors import MissingPackageError, UnsupportedModelError
 from grasp.export.gguf_tokenizer import REMEDY, add_tokenizer
+from grasp.files import require_space
 from grasp.model.dequantize import dequantize_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QuantizedLowRankLinear
@@ -42,7 +43,7 @@ def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
         What becomes of the low-rank linears.
 
     Raises:
-        UnsupportedModelError, MissingPackageError: as ``write_gguf``.
+        UnsupportedModelError, MissingPackageError, CheckpointError: as ``write_gguf``.
     """
     count = sum(isinstance(module, (LowRankLinear, QuantizedLowRankLinear)) for module in model.modules())
     dequantize_(model)
@@ -90,6 +91,7 @@ def write_gguf(
     Raises:
         UnsupportedModelError: for any other model, and as ``add_tokenizer``.
         MissingPackageError: if ``gguf`` is not installed.
+        CheckpointError: as ``require_space``.
     """
     try:
         import gguf
@@ -117,6 +119,7 @@ def write_gguf(
         writer.add_tensor(str(names.get_name(name, try_suffixes=(".weight", ".bias"))), data, raw_dtype=quantization)
     if _rope_type(config) != "default":
         writer.add_tensor("rope_freqs.weight", _rope_factors(model).numpy())
+    require_space(path, sum(tensor.nbytes for tensor in writer.tensors[0].values()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

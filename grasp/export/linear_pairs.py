@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from grasp.files import require_space
 from grasp.model.grouping import group_linears_
 from grasp.model.hf_quantizer import mark_compressed, require_floating
 from grasp.model.lowrank_linear import LowRankLinear
@@ -57,8 +58,10 @@ def export_linear_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
     Raises:
         UnsupportedModelError: as ``pair_linears_``.
+        CheckpointError: as ``require_space``.
     """
     shapes = pair_linears_(model)
+    require_space(folder, model.get_memory_footprint())
     model.save_pretrained(folder, save_original_format=False)  # other names need a table of the stock model_type
     tokenizer.save_pretrained(folder)
     if not shapes:

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.errors import UnsupportedModelError
 from grasp.export.linear_pairs import pair_linears_
+from grasp.files import require_space
 from grasp.formatting import one_line
 
 Past = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (B, H, P, D)
@@ -65,12 +66,14 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
     Raises:
         UnsupportedModelError: as ``pair_linears_``; if the architecture has another cache, or no graph.
+        CheckpointError: as ``require_space``.
     """
     if reason := _objection(model):
         raise UnsupportedModelError(f"no ONNX graph is written: {reason}. {_REMEDY}")
     shapes = pair_linears_(model)
     model.float().eval().set_attn_implementation("eager")  # plain MatMul and Softmax
     model.config.dtype = torch.float32
+    require_space(folder, model.get_memory_footprint())
     try:
         program = _program(_Step(model).eval())
     except torch.onnx.OnnxExporterError as error:

@@ -25,7 +25,7 @@ from grasp.checkpoint.compression_report import (
 )
 from grasp.checkpoint.fingerprint import request_fingerprint
 from grasp.checkpoint.run_state import RunState
-from grasp.checkpoint.saving import LICENSES, check_directory, read_texts, require_space, save_checkpoint
+from grasp.checkpoint.saving import LICENSES, check_directory, read_texts, save_checkpoint
 from grasp.compress import compress_
 from grasp.compression.batch_size import fitting_batch_size
 from grasp.compression.device_speed import Rates, card_rates, decomposition_notice, measure_rates
@@ -35,7 +35,7 @@ from grasp.compression.job import CompressionJob
 from grasp.compression.memory_budget import check_budgets
 from grasp.config import GraspConfig
 from grasp.errors import UnsupportedModelError
-from grasp.files import Contents, expanded, remove_abandoned
+from grasp.files import Contents, expanded, remove_abandoned, require_space
 from grasp.formatting import Column, layer_ranges
 from grasp.loading import find_device, load_config, load_quietly
 from grasp.method.basis import BASES

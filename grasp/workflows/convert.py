@@ -13,10 +13,10 @@ from grasp.checkpoint import recovery_report
 from grasp.checkpoint.card import with_sizes, without_results
 from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
 from grasp.checkpoint.inspection import Inspection, inspect_compressed
-from grasp.checkpoint.saving import LICENSES, check_directory, read_texts, require_space, save_checkpoint
+from grasp.checkpoint.saving import LICENSES, check_directory, read_texts, save_checkpoint
 from grasp.compression.selection import stored_reports
 from grasp.errors import NonFiniteError
-from grasp.files import remove_abandoned
+from grasp.files import remove_abandoned, require_space
 from grasp.loading import load_quietly
 from grasp.method.ranks import FORMS, Form
 from grasp.model.checkpoint_format import weight_files

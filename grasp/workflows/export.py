@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.checkpoint.inspection import inspect_checkpoint
-from grasp.checkpoint.saving import LICENSES, check_directory, new_folder, read_texts, require_space
+from grasp.checkpoint.saving import LICENSES, check_directory, new_folder, read_texts
 from grasp.errors import MissingPackageError
 from grasp.export.gguf_file import export_gguf
 from grasp.export.linear_pairs import export_linear_pairs
@@ -90,7 +90,6 @@ def export(directory: Path, output: Path, to: str, *, progress: Progress = no_pr
     remove_abandoned(target)
     texts = read_texts(directory, LICENSES)
     model, tokenizer = load_quietly(str(directory.absolute()), device="cpu", progress=progress)
-    require_space(target, model.get_memory_footprint())
     with one_step(progress, f"writing {to}"), new_folder(target, texts, seen={}) as folder:
         note = exporter.write(model, tokenizer, folder)
     return Export(str(directory), str(target), to, _file_bytes(directory), _file_bytes(target), note)

@@ -16,11 +16,11 @@ from grasp.calibration import read_pieces
 from grasp.checkpoint.card import model_card, read_license, with_section, with_sizes, without_results
 from grasp.checkpoint.compression_report import FILE_NAME, KindLoss, kinds_of, kinds_text
 from grasp.checkpoint.inspection import Inspection, inspect_checkpoint
-from grasp.checkpoint.saving import LICENSES, check_directory, read_texts, require_space, save_checkpoint
+from grasp.checkpoint.saving import LICENSES, check_directory, read_texts, save_checkpoint
 from grasp.compression.eligible import require_positions
 from grasp.compression.memory_budget import free_bytes
 from grasp.compression.quantize import quantize_
-from grasp.files import expanded, nearest_folder, remove_abandoned
+from grasp.files import expanded, nearest_folder, remove_abandoned, require_space
 from grasp.formatting import size
 from grasp.loading import load_config, load_quietly
 from grasp.method.storage import Storage

@@ -16,9 +16,9 @@ from grasp.checkpoint.card import model_card, with_section, without_figure, with
 from grasp.checkpoint.compression_report import kinds_text
 from grasp.checkpoint.recovery_report import RecoveryReport
 from grasp.checkpoint.recovery_state import RecoveryState
-from grasp.checkpoint.saving import LICENSES, check_directory, read_texts, require_space, save_checkpoint
+from grasp.checkpoint.saving import LICENSES, check_directory, read_texts, save_checkpoint
 from grasp.errors import CheckpointError
-from grasp.files import expanded, remove_abandoned
+from grasp.files import expanded, remove_abandoned, require_space
 from grasp.loading import load_quietly
 from grasp.model.trainable import trained_parameters
 from grasp.progress import Notify, Progress, no_notify, no_progress, one_step

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from grasp.checkpoint import saving as checkpoint
 from tests import command_line
 from tests.command_line import TEXT, Outcome, RunMain, assert_refused, files, save_tiny_model
 
@@ -70,7 +70,7 @@ def test_a_full_disk_is_noticed_before_the_long_work(
     model: Path, text: Path, tmp_path: Path, main: RunMain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1, 1))
     refused = main(
         "compress", model, "-o", tmp_path / "out", "--calibration", text, "--num-samples", 2, "--seq-len", 32
     )

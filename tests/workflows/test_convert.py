@@ -107,7 +107,7 @@ def test_of_licences_only_texts_are_copied_and_the_others_are_named(small: Path,
 def test_a_full_disk_is_refused_before_the_layers_are_converted(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grasp.checkpoint.saving.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
     monkeypatch.setattr("grasp.workflows.convert.convert_", lambda *_: pytest.fail("was converted"))
     with pytest.raises(CheckpointError, match="GB are free"):
         convert(small, tmp_path / "out", "pivoted")

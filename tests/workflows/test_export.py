@@ -5,6 +5,7 @@ import re
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
-from grasp import cli
+from grasp import cli, files
 from grasp.checkpoint.saving import save_checkpoint
+from grasp.compression.quantize import quantize_
 from grasp.errors import CheckpointError, MissingPackageError, UnsupportedModelError
+from grasp.loading import DTYPES
+from grasp.method.storage import STORAGES
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import layer_targets
@@ -22,6 +26,7 @@ from grasp.workflows import export as module
 from grasp.workflows.export import export
 from tests.command_line import grasp
 from tests.documents import blocks, commands, read, run_python
+from tests.lowrank_models import lowrank_model
 from tests.quantized_models import quantized_model
 from tests.tiny_models import tiny_batches, tiny_model
 from tests.tiny_tokenizers import trained_tokenizer
@@ -105,6 +110,34 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
         with pytest.raises(error, match=message):
             export(source, tmp_path / output, to)
     assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("to", "weights"),
+    [
+        *(("gguf", weights) for weights in (*DTYPES, "int8")),
+        *(("linear-pairs", weights) for weights in DTYPES),
+        pytest.param("onnx", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_an_export_asks_the_disk_for_what_it_writes(
+    to: str, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if to == "onnx":
+        pytest.importorskip("onnxscript")
+    sizes = {"vocab_size": len(TOKENIZER), "hidden_size": 256, "intermediate_size": 512}
+    model = lowrank_model(dtype=DTYPES.get(weights, torch.bfloat16), pivoted=(1,), **sizes)
+    if weights == "int8":
+        quantize_(model, STORAGES[weights])
+    source = saved(model, tmp_path / "small")
+    written = export(source, tmp_path / "first", to).after
+    monkeypatch.setattr(files, "_SPARE_BYTES", 0)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0.8 * written))
+    with pytest.raises(CheckpointError, match="GB are free"):
+        export(source, tmp_path / "out", to)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=written))
+    export(source, tmp_path / "second", to)
+    assert names(tmp_path) == {"small", "first", "second"}
 
 
 def test_a_missing_package_and_an_unknown_target_are_named(
