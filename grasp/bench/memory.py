@@ -19,10 +19,10 @@ Item = TypeVar("Item")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def within_memory(measured: Iterable[Item], too_large: Item) -> Iterator[Item]:
-    """What is measured; ends with ``too_large`` where the device has too little memory to go on."""
+def records_within_memory(records: Iterable[Item], too_large: Item) -> Iterator[Item]:
+    """The records of a measurement; ends with ``too_large`` where the device has too little memory to go on."""
     try:
-        yield from measured
+        yield from records
         return
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

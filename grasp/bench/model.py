@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.decoding import EAGER, MODES, Case, Generator, Key, Turns, checked, floors, time_models
-from grasp.bench.memory import within_memory
+from grasp.bench.memory import records_within_memory
 from grasp.bench.percentiles import Percentiles
 from grasp.bench.providers import (
     COMPRESSED,
@@ -237,7 +237,7 @@ class _Bench:
         for case in self.request.cases:
             tokens = case.depth + case.prompt_tokens + case.new_tokens
             reason = f"the device has too little memory for batches of {case.batch_size} x {tokens} tokens"
-            yield list(within_memory(self.measure(case, progress), self.left_out("*", case, reason)))
+            yield list(records_within_memory(self.measure(case, progress), self.left_out("*", case, reason)))
 
     def left_out(self, provider: str, case: Case, reason: str, *, wrong: bool = False) -> NotMeasured:
         return NotMeasured("model", provider, reason, wrong, model=self.request.model, batch_size=case.batch_size)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from grasp.bench.conditions import conditions, measure_card
-from grasp.bench.memory import within_memory
+from grasp.bench.memory import records_within_memory
 from grasp.bench.providers import require_names
 from grasp.bench.recorded import RecordedCall
 from grasp.bench.recording import read_recording
@@ -180,7 +180,7 @@ def _rounds(
                 with one_step(progress, f"case {number} of {len(measurable)}: {case.op}"):  # no bar moves meanwhile
                     too_large = NotMeasured("ops", "*", "the device has too little memory", **case.labels)
                     measured = measure(case, device, cards[_name(case.dtype)], request)
-                    records: list[Record] = list(within_memory(measured, too_large))
+                    records: list[Record] = list(records_within_memory(measured, too_large))
                 timed.append([record for record in records if isinstance(record, OpResult)])
                 yield Round(records, cards, count)
             if request.workload is not None:
