@@ -38,7 +38,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from grasp.builtin import BUILTIN, BUILTIN_NAME, builtin_model_path
-from grasp.errors import CheckpointError, GraspError, MissingPackageError, ModelNotFoundError, UnsupportedModelError
+from grasp.errors import (
+    CheckpointError,
+    GraspError,
+    MissingPackageError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    UnsupportedModelError,
+)
 from grasp.files import expanded
 from grasp.formatting import one_line, size
 from grasp.hub import BAD_ANSWERS, HUB_ERRORS, hub_status, reason
@@ -91,6 +98,7 @@ def load_model(
         MissingPackageError: if a GGUF file or the built-in model needs a package that is not installed.
         UnsupportedModelError: if it is no causal language model, or needs code from its repository.
         CheckpointError: if weights are missing, do not match the configuration, or are pickles.
+        OutOfMemoryError: if the machine or the device has too little memory.
         ValueError: if ``dtype`` or ``device`` is unknown.
 
     Example:
@@ -101,14 +109,21 @@ def load_model(
     """
     _require_dtype(dtype)
     target = find_device(device)
-    if path := _gguf_path(name):
-        model, tokenizer = _load_gguf(path, dtype)
-        model.config._name_or_path = BUILTIN_NAME if name == BUILTIN else str(path)
-    else:
-        name = os.path.expanduser(name)
-        _require_model(name)
-        model, tokenizer = _load_pretrained(name, dtype)
-    return nn.Module.to(model, target), tokenizer
+    try:
+        if path := _gguf_path(name):
+            model, tokenizer = _load_gguf(path, dtype)
+            model.config._name_or_path = BUILTIN_NAME if name == BUILTIN else str(path)
+        else:
+            name = os.path.expanduser(name)
+            _require_model(name)
+            model, tokenizer = _load_pretrained(name, dtype)
+        return nn.Module.to(model, target), tokenizer
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"there is too little memory to load {name} on {target}; load it as bfloat16, or on another device"
+        ) from error
 
 
 def load_quietly(

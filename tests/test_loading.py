@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, Reposit
 from transformers import BertConfig, LlamaForSequenceClassification, LlamaModel, T5Config
 
 from grasp import loading
-from grasp.errors import CheckpointError, GraspError, ModelNotFoundError, UnsupportedModelError
+from grasp.errors import CheckpointError, GraspError, ModelNotFoundError, OutOfMemoryError, UnsupportedModelError
 from grasp.hub import HUB_ERRORS
 from grasp.loading import load_model
 from grasp.model.hf_quantizer import mark_compressed
@@ -41,6 +42,22 @@ def test_a_folder_gives_its_model_and_tokenizer(folder: Path, dtype: str, expect
         assert tensor.dtype == expected
         assert torch.equal(tensor, original[name].to(expected))
     assert tokenizer("text").input_ids == byte_tokenizer()("text").input_ids
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        MemoryError(),
+    ],
+)
+def test_a_model_that_does_not_fit_into_memory_is_named_with_the_remedy(
+    error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", Mock(side_effect=error))
+    with pytest.raises(OutOfMemoryError, match=f"too little memory to load {folder} on cpu; load it as bfloat16, or"):
+        load_model(str(folder), device="cpu")
 
 
 def test_a_compressed_checkpoint_is_loaded_compressed(folder: Path) -> None:

@@ -117,7 +117,7 @@ def checked(
     """Compare each model in each mode with the same weights on the reference backend, run eagerly.
 
     Args:
-        models: by provider; ``dense`` and ``compressed`` are among them.
+        models: by provider; ``dense`` is among them.
         modes: some of ``MODES``.
         case: the sizes that will be timed.
         progress: called after each model.

@@ -6,6 +6,7 @@ The peak is PyTorch's count on a GPU, Linux's count of this process on a CPU, an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +29,21 @@ def records_within_memory(records: Iterable[Item], too_large: Item) -> Iterator[
         if not out_of_memory(error):
             raise
     yield too_large  # here the error, and the tensors of its frames, are gone
+
+
+@contextmanager
+def leaving_out(
+    left_out: dict[str, str], name: str, too_large: str, others: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """Note why a model is left out: the message of an expected exception, or ``too_large`` where memory ends."""
+    try:
+        yield
+    except others as error:
+        left_out[name] = str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        left_out[name] = too_large
 
 
 def peak_bytes_above_now(call: Callable[[], object], device: torch.device | None = None) -> int | None:

@@ -21,12 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.decoding import EAGER, MODES, Case, Generator, Key, Turns, checked, floors, time_models
-from grasp.bench.memory import records_within_memory
+from grasp.bench.memory import leaving_out, records_within_memory
 from grasp.bench.percentiles import Percentiles
 from grasp.bench.providers import (
     COMPRESSED,
     DENSE,
     REMOVED,
+    TOO_LARGE,
     ModelProvider,
     low_rank_layers,
     objections,
@@ -149,12 +150,16 @@ def _prepare(request: ModelRequest, text: Iterable[str] | None, progress: Progre
     for case in request.cases:
         random_prompt(dense, case.prompt_tokens, case.new_tokens, case.batch_size, case.depth)  # raises if impossible
     start = time.perf_counter()
-    compressed, layers, ratio = _compressed(dense, request, progress)
-    if request.checkpoint is not None:
-        seconds[COMPRESSED] = time.perf_counter() - start
-    models, left_out = providers(dense, compressed, layers, request.backends)
-    quality = {} if text is None else _perplexities(models, tokenizer, text, request, progress)
-    return _Bench(request, models, left_out, tuple(layers), ratio, seconds, quality, **_speeds(dense))
+    models, ratio = {DENSE: ModelProvider(dense)}, 1.0
+    layers: list[int] = []
+    left_out: dict[str, str] = {}
+    with leaving_out(left_out, COMPRESSED, TOO_LARGE):
+        compressed, layers, ratio = _compressed(dense, request, progress)
+        if request.checkpoint is not None:
+            seconds[COMPRESSED] = time.perf_counter() - start
+        models, left_out = providers(dense, compressed, layers, request.backends)
+    quality, unrated = ({}, {}) if text is None else _perplexities(models, tokenizer, text, request, progress)
+    return _Bench(request, models, left_out, tuple(layers), ratio, seconds, quality, unrated, **_speeds(dense))
 
 
 def _speeds(model: PreTrainedModel) -> dict[str, Any]:
@@ -186,20 +191,27 @@ def _perplexities(
     text: Iterable[str],
     request: ModelRequest,
     progress: Progress,
-) -> dict[str, PerplexityResult]:
-    """Perplexity by provider, measured once per set of weights: backends and the unfused form share it."""
+) -> tuple[dict[str, PerplexityResult], dict[str, str]]:
+    """Perplexity by provider, and why others have none. Backends and the unfused form share that of their weights."""
     bos = bos_for(tokenizer)
     tokens = tokenize(tokenizer, text, limit=request.windows * (request.window - (bos is not None)))
+    too_large = f"the device has too little memory for windows of {request.window} tokens; give a smaller --window"
     measured: dict[str, PerplexityResult] = {}
+    reasons: dict[str, str] = {}
     for name in (DENSE, REMOVED, COMPRESSED):
-        if name in models:
-            measured[name] = perplexity(
+        if name not in models:
+            continue
+        with leaving_out(reasons, name, too_large):
+            result = measured[name] = perplexity(
                 *(models[name].prepared(), tokens),
                 window=request.window,
                 bos_token_id=bos,
                 progress=named(progress, name),
             )
-    return {name: measured[weights_of(name)] for name in models}
+            if not math.isfinite(result.perplexity):
+                reasons[name] = f"{result.nonfinite} of {result.tokens} tokens have a NaN or infinite loss"
+    quality = {name: measured[weights_of(name)] for name in models if weights_of(name) in measured}
+    return quality, {name: reasons[weights_of(name)] for name in models if weights_of(name) in reasons}
 
 
 class _Facts(NamedTuple):
@@ -228,6 +240,7 @@ class _Bench:
     retain_ratio: float
     load_seconds: Mapping[str, float]
     quality: Mapping[str, PerplexityResult]
+    unrated: Mapping[str, str]  # providers without a finite perplexity, and why
     card: Card
     now: Conditions
     outside: Sequence[Yardstick] = ()
@@ -253,10 +266,9 @@ class _Bench:
         for key, (reason, wrong) in right.refused.items():
             name = key.provider if key.mode == EAGER else f"{key.provider}, {key.mode}"
             yield self.left_out(name, case, reason, wrong=wrong)
-        for name, result in self.quality.items():
-            if name in able and not math.isfinite(result.perplexity):
-                reason = f"perplexity: {result.nonfinite} of {result.tokens} tokens have a NaN or infinite loss"
-                yield self.left_out(name, case, reason)
+        for name, reason in self.unrated.items():
+            if name in able:
+                yield self.left_out(name, case, f"perplexity: {reason}")
         facts = {key: partial(self._facts, key, case, right.apart.get(key)) for key in right.models}
         outside: dict[Key, Generator] = {}
         for yardstick in self.outside:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from grasp.bench.memory import leaving_out
 from grasp.errors import CheckpointError, UnsupportedModelError
 from grasp.export.linear_pairs import linear_pair
 from grasp.method.ranks import break_even_rank, rank_for_retain_ratio
@@ -32,6 +33,7 @@ from grasp_kernels.quantized import KINDS
 
 _LOW_RANK = (LowRankLinear, QuantizedLowRankLinear)
 DENSE, REMOVED, COMPRESSED, UNFUSED = "dense", "removed", "compressed", "unfused"
+TOO_LARGE = "the device has too little memory for it beside the dense model; give --dtype bfloat16, or --device cpu"
 KERNEL = "kernel"  # ``dense/kernel``, ``compressed/kernel``: see ``use_kernel_``
 
 
@@ -156,25 +158,24 @@ def providers(
     """The models to time, and the reasons of those that cannot be made. Backends share one set of weights."""
     models = {DENSE: ModelProvider(dense)}
     left_out: dict[str, str] = {}
-    try:
+    with leaving_out(left_out, REMOVED, TOO_LARGE, (UnsupportedModelError, ValueError)):
         if not layers:
             raise UnsupportedModelError("no layer is low-rank")
         remove_layers_(removed := copy.deepcopy(dense), layers)
         models[REMOVED] = ModelProvider(removed)
-    except (UnsupportedModelError, ValueError) as error:
-        left_out[REMOVED] = str(error)
     models[COMPRESSED] = ModelProvider(compressed, "auto")
     names = backends or [row.name for row in BACKENDS]
     models |= {f"{COMPRESSED}/{name}": ModelProvider(compressed, name) for name in names if layers}
     if "cpu" in names and not backend_missing("cpu") and dense.device.type == "cpu" and dense.dtype in CPU_ROWS:
         for name in (DENSE, COMPRESSED):
-            try:
-                models[f"{name}/{KERNEL}"] = models[name]._replace(model=_with_kernel(models[name].model))
-            except UnsupportedModelError as error:  # all linears are quantised, or none is on the CPU
-                left_out[f"{name}/{KERNEL}"] = str(error)
+            twin = f"{name}/{KERNEL}"
+            # Unsupported: all linears are quantised, or none is on the CPU.
+            with leaving_out(left_out, twin, TOO_LARGE, (UnsupportedModelError,)):
+                models[twin] = models[name]._replace(model=_with_kernel(models[name].model))
     if any(isinstance(module, LowRankLinear) for module in compressed.modules()):
-        unfuse_(unfused := copy.deepcopy(compressed))
-        models[UNFUSED] = ModelProvider(unfused)
+        with leaving_out(left_out, UNFUSED, TOO_LARGE):
+            unfuse_(unfused := copy.deepcopy(compressed))
+            models[UNFUSED] = ModelProvider(unfused)
     else:
         left_out[UNFUSED] = "the model has no low-rank linear with floating factors"
     return models, left_out

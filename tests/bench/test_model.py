@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from grasp.calibration import bos_for
 from grasp.evaluation.generation import GenerationTime, time_generation
 from grasp.evaluation.perplexity import perplexity
 from grasp.loading import load_model
+from grasp.model.checkpoint_modules import lowrank_layers
 from grasp.model.hf_quantizer import mark_compressed
 from grasp_kernels import roofline
 from grasp_kernels.dispatch import BACKENDS, backend_missing
@@ -33,6 +34,10 @@ from tests.tiny_models import tiny_model
 REFERENCE = ("--backend", "reference")  # the kernels of Triton are interpreted here
 SIZES = ("--prompt-tokens", "8", "--new-tokens", "3", "--repeats", "2", "--device", "cpu", "--threads", "1")
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once more. " * 3
+
+
+def no_memory(*_: object, **__: object) -> NoReturn:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 @pytest.fixture
@@ -195,6 +200,49 @@ def test_a_size_that_does_not_fit_into_memory_costs_no_other_size(
     assert {record.batch_size for record in records if isinstance(record, ModelResult)} == {1, 3}
     reason = "Not measured: * at batch 2: the device has too little memory for batches of 2 x 11 tokens"
     assert reason in outcome.text
+
+
+@pytest.mark.parametrize(
+    ("step", "owner", "left_out", "timed"),
+    [
+        ("truncate_", bench_model, "compressed", {"dense"}),
+        ("remove_layers_", bench_providers, "removed", {"dense", "compressed", "compressed/reference", "unfused"}),
+        ("unfuse_", bench_providers, "unfused", {"dense", "removed", "compressed", "compressed/reference"}),
+    ],
+)
+def test_a_model_that_does_not_fit_into_memory_costs_no_other_model(
+    step: str,
+    owner: object,
+    left_out: str,
+    timed: set[str],
+    run: RunMain,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(owner, step, no_memory)
+    sizes = ("--layers", "1", "--batch-size", "1,2", *REFERENCE, "-o", tmp_path / "model.jsonl")
+    outcome = run(*sizes)
+    assert outcome.code == 0, outcome.err
+    records = read_results(tmp_path / "model.jsonl")
+    assert {record.provider for record in records if isinstance(record, ModelResult)} == timed
+    assert f"Not measured: {left_out} at batch 1, 2: the device has too little memory for it beside" in outcome.text
+
+
+def test_a_perplexity_that_does_not_fit_into_memory_costs_no_other_result(
+    run: RunMain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def rate(model: PreTrainedModel, *arguments: Any, **options: Any) -> object:
+        return (no_memory if list(lowrank_layers(model)) else perplexity)(model, *arguments, **options)
+
+    monkeypatch.setattr(bench_model, "perplexity", rate)
+    outcome = run("--layers", "1", "--batch-size", "1", *REFERENCE, "-o", tmp_path / "model.jsonl")
+    assert outcome.code == 0, outcome.err
+    records = [record for record in read_results(tmp_path / "model.jsonl") if isinstance(record, ModelResult)]
+    rated = {record.provider: record.perplexity is not None for record in records}
+    without = dict.fromkeys(["compressed", "compressed/reference", "unfused"], False)
+    assert rated == {"dense": True, "removed": True, **without}
+    reason = "perplexity: the device has too little memory for windows of 32 tokens; give a smaller --window"
+    assert all(f"Not measured: {name} at batch 1: {reason}" in outcome.text for name in without)
 
 
 def test_a_perplexity_that_is_no_number_is_said(run: RunMain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
