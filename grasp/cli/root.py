@@ -11,6 +11,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from itertools import takewhile
@@ -39,6 +40,11 @@ UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130
 _HOME = re.compile(r"(--[\w-]+=)(~.*)")  # most shells expand ~ only at the beginning of a word
 _LONGEST = 2000  # characters of an error; an argument in it may be longer
+# A name of Python's, with the value that it may be shown with. One without "_" may be a word: what follows must tell.
+_PARAMETER = re.compile(
+    r"(?<![\w./=-])(?P<name>[a-z]+(_[a-z]+)+|[a-z]+(?==| must be|,? (or |and )?(?P<next>[a-z]+(_[a-z]+)+)))\b"
+    r"(?![./]\w)(='?(?P<value>[^\s,;:']+)'?)?"
+)
 _USAGE_ERRORS = typer.BadParameter.__bases__  # UsageError: of the click that typer uses, its own or a package
 # Environment variables that silence libraries on stderr. They are set before the libraries are imported; variables that
 # the user has set stay.
@@ -85,12 +91,31 @@ def _explain(error: Exception) -> int:
     if isinstance(error, BrokenPipeError) and not _can_flush(sys.stdout):
         return CLOSED
     if isinstance(error, (GraspError, ValueError, OSError)):
-        text, code = one_line(error, _LONGEST), BAD_INPUT
+        text, code = _with_options(one_line(error, _LONGEST)), BAD_INPUT
     else:
         text, code = f"{_with_class(error)}; a defect of grasp: {_write_log()}", UNEXPECTED
     with suppress(OSError):
         print(f"error: {printable(text)}", file=sys.stderr)
     return code
+
+
+def _with_options(text: str) -> str:
+    """The text with options for parameters: ``bits=8, not seq_len`` is ``--bits 8, not --seq-len``."""
+    options = dict(_options(typer.main.get_command(app)))
+
+    def option(found: re.Match[str]) -> str:
+        if not {found["name"], found["next"] or found["name"]} <= {*options}:
+            return found[0]
+        return " ".join(filter(None, (options[found["name"]], found["value"])))
+
+    return _PARAMETER.sub(option, text)
+
+
+def _options(command: Any) -> Iterator[tuple[str, str]]:
+    """Parameters and options of a command and of those in it."""
+    yield from ((each.name, each.opts[0]) for each in command.params if each.opts[0].startswith("--"))
+    for inner in getattr(command, "commands", {}).values():
+        yield from _options(inner)
 
 
 def _show_usage_error(error: Any) -> None:

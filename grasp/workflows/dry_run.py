@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from grasp.bench.costs import costs_for, find_costs
+from grasp.calibration import NAMED_TEXTS
 from grasp.checkpoint.saving import check_directory
 from grasp.compression.batch_size import largest_batch_size
 from grasp.compression.budget import find_prices
@@ -20,8 +21,9 @@ from grasp.compression.layer_cost import Tracer
 from grasp.compression.memory_budget import FREE_FRACTION, check_budgets, free_bytes
 from grasp.config import GraspConfig
 from grasp.loading import find_device, load_config
+from grasp.progress import no_notify
 from grasp.workflows.compress import check_costs, rates_for
-from grasp.workflows.samples import Samples
+from grasp.workflows.samples import Samples, read_for
 from grasp_kernels.roofline import Card
 
 
@@ -90,10 +92,12 @@ def dry_run(
         sharded: whether they would share the weights.
 
     Raises:
-        GraspError, ValueError: as ``compress`` does for an output folder, a model, a device, a budget or a
-            configuration that it refuses.
+        GraspError, ValueError: as ``compress`` does for an output folder, a model, a text file, a device, a budget or
+            a configuration that it refuses.
     """
     target = check_directory(output)
+    if samples.source not in NAMED_TEXTS:
+        read_for(samples, no_notify)  # raises if it is no text
     card = _card(config, costs)
     place = find_device("cpu" if card else device)
     model_config, weights_dtype = load_config(name, dtype=dtype)

@@ -154,9 +154,9 @@ def test_bad_arguments_are_refused_before_the_work(
         (("--seq-len", "500"), "500 tokens, the model has 128 positions"),
         (
             ("--batch-size", "4"),
-            "num_samples must be a multiple of batch_size, and at least twice",
+            "--num-samples must be a multiple of --batch-size, and at least twice",
         ),
-        (("--num-layers", "9"), "the model has 3 decoder layers, got num_layers=9"),
+        (("--num-layers", "9"), "the model has 3 decoder layers, got --num-layers 9"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(run: RunMain, arguments: tuple[str, ...], message: str) -> None:

@@ -262,10 +262,10 @@ def test_a_perplexity_that_is_no_number_is_said(run: RunMain, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--num-layers", "4"), "the model has 3 decoder layers, got num_layers=4"),
+        (("--num-layers", "4"), "the model has 3 decoder layers, got --num-layers 4"),
         (("--layers", "1,3"), "the model has decoder layers 0..2, got layers [1, 3]"),
         (("--layers", "one"), "layers must be numbers and ranges such as 3,12-17, got 'one'"),
-        (("--num-layers", "1", "--retain-ratio", "0"), "retain_ratio must be above 0 and at most 1, got 0.0"),
+        (("--num-layers", "1", "--retain-ratio", "0"), "--retain-ratio must be above 0 and at most 1, got 0.0"),
         (("--num-layers", "1", "--new-tokens", "500"), "more than the model's 128 positions"),
         (("--num-layers", "1", "--backend", "warp"), "unknown backend 'warp'"),
         (("--batch-size", "0"), "positive numbers such as 1,4,16"),
@@ -273,17 +273,17 @@ def test_a_perplexity_that_is_no_number_is_said(run: RunMain, monkeypatch: pytes
         (("--depth", "500"), "a depth of 500, 8 prompt tokens and 3 new tokens are more than the model's 128"),
         (
             ("--min-seconds", "9", "--precision", "0.1", "--max-seconds", "3"),
-            "max_seconds must be at least min_seconds, got 3 and 9",
+            "--max-seconds must be at least --min-seconds, got 3 and 9",
         ),
         (("--precision", "2"), "precision must be between 0 and 1"),
-        (("--max-seconds", "9"), "max_seconds ends turns that wait for a precision, got 9 and no precision"),
+        (("--max-seconds", "9"), "--max-seconds ends turns that wait for a precision, got 9 and no precision"),
         (("--mode", "eager,fast"), "unknown mode 'fast'; expected one of eager, compiled"),
         (("--compressed", "absent"), "absent"),
         (
             ("--compressed", "absent", "--layers", "1", "--retain-ratio", "0.4"),
-            "a compressed checkpoint has its own layers and ranks; leave out layers and retain_ratio",
+            "a compressed checkpoint has its own layers and ranks; leave out --layers and --retain-ratio",
         ),
-        (("--compressed", "absent", "--num-layers", "6"), "leave out num_layers"),
+        (("--compressed", "absent", "--num-layers", "6"), "leave out --num-layers"),
         (("--text", "absent.txt"), "absent.txt"),
     ],
 )

@@ -159,7 +159,7 @@ def test_the_compiled_form_is_timed(bench: RunMain, tmp_path: Path) -> None:
         (("--device", "tpu"), "device must be a name such as cpu"),
         (("--rows", "0"), "rows must be positive numbers"),
         (("--model", "llama-2-7b"), "got both shapes and a model"),
-        (("--retain-ratio", "0.1"), "retain_ratio sets the ranks of a model's shapes"),
+        (("--retain-ratio", "0.1"), "--retain-ratio sets the ranks of a model's shapes"),
         (("-o", "/absent/ops.jsonl"), "there is no folder /absent"),
     ],
 )

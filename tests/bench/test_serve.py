@@ -177,7 +177,7 @@ def test_what_cannot_be_served_is_refused_before_a_server_starts(
         (f"http://127.0.0.1:{free_port()}",): "does not answer",
         (folder, "--goodput", "ttft"): "goodput must be metrics and milliseconds",
         (folder, "--goodput", "speed:3"): "unknown metric 'speed'",
-        (folder, "--new-tokens", 1): "new_tokens must be at least 2",
+        (folder, "--new-tokens", 1): "--new-tokens must be at least 2",
         (folder, "--prompt-tokens", 10**6): "more than the model's",
     }
     for arguments, message in refusals.items():

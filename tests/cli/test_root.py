@@ -63,7 +63,7 @@ def test_every_public_name_of_the_package_exists() -> None:
     ("arguments", "words"),
     [
         (["evaluate", "no/such-model"], ["no/such-model", "'builtin'"]),
-        (["evaluate", "MODEL", "--text", "TEXT", "--window", "1"], ["window must be at least 2 positions, got 1"]),
+        (["evaluate", "MODEL", "--text", "TEXT", "--window", "1"], ["--window must be at least 2 positions, got 1"]),
         (["inspect", "nowhere"], ["no folder nowhere"]),
     ],
 )
@@ -72,6 +72,27 @@ def test_other_commands_refuse_bad_input_alike(
 ) -> None:
     places = {"MODEL": model, "TEXT": text}
     assert_refused(main(*(places.get(argument, argument) for argument in arguments)), *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("bits='auto' needs target_bytes or target_latency", "--bits auto needs --target-bytes or --target-latency"),
+        ("0..2 has the layers, got layers=[1, 2]", "0..2 has the layers, got --layers [1, 2]"),
+        ("give one of layers, num_layers", "give one of --layers, --num-layers"),
+        ("window must be 2", "--window must be 2"),
+        ("pass them to read_results", "pass them to read_results"),
+        ("no file num_layers/seq_len.txt of hidden_size=64", "no file num_layers/seq_len.txt of hidden_size=64"),
+    ],
+)
+def test_an_error_names_options(
+    text: str, shown: str, main: RunMain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(directory: Path) -> None:
+        raise ValueError(text)
+
+    monkeypatch.setattr(inspection, "inspect_checkpoint", fail)
+    assert main("inspect", tmp_path).err == f"error: {shown}\n"
 
 
 def test_an_option_that_does_not_exist_has_exit_code_2(main: RunMain) -> None:

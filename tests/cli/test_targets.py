@@ -57,11 +57,11 @@ def test_bytes_are_a_target_with_a_unit(main: RunMain, model: Path, text: Path, 
         (("--target-latency", 0.5, "--preset", "paper"), "--target-latency is an option of --preset best"),
         (
             ("--target-latency", 0.5, *SINGLE, "--costs", "H9000"),
-            "costs must be a file that grasp bench costs wrote, or a",
+            "--costs must be a file that grasp bench costs wrote, or a",
         ),
-        (("--costs", "H100"), "costs='H100' needs target_latency"),
-        (("--target-latency", 0.5, "--num-layers", 1, *SINGLE), "num_layers and target_latency exclude each other"),
-        (("--target-bytes", "1kB"), "target_bytes=1000 cannot be reached: rank 1 in every eligible matrix gives"),
+        (("--costs", "H100"), "--costs H100 needs --target-latency"),
+        (("--target-latency", 0.5, "--num-layers", 1, *SINGLE), "--num-layers and --target-latency exclude each other"),
+        (("--target-bytes", "1kB"), "--target-bytes 1000 cannot be reached: rank 1 in every eligible matrix gives"),
     ],
 )
 def test_targets_that_make_no_sense_are_refused(
