@@ -97,6 +97,9 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in self.state.repositories:
             self._answer({"error": "Repository not found"}, 404)
             return
+        if "/tree/" in self.path:
+            self._answer([{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in self.state.files])
+            return
         private = self.state.repositories[name] == "private"
         self._answer({"id": "", "modelId": "", "sha": "0" * 40, "siblings": [], "tags": [], "private": private})
 
@@ -142,14 +145,16 @@ class _Handler(BaseHTTPRequestHandler):
                 self.state.files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 self.state.files[value["path"]] = self.state.blobs[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del self.state.files[value["path"]]
         repository = "/".join(self.path.split("/")[3:5])
         address = f"{self.state.address}/{repository}/commit/{'0' * 40}"
         self._answer({"success": True, "commitUrl": address, "commitOid": "0" * 40, "hookOutput": ""})
 
-    def _answer(self, document: dict[str, Any], status: int = 200) -> None:
+    def _answer(self, document: object, status: int = 200) -> None:
         echo = self.state.echo
         if self.state.answer is not None:
-            document = self.state.answer  # type: ignore[assignment]
+            document = self.state.answer
         if self.state.echo_at in self.path:
             document, status = {"error": echo, "errors": [{"message": echo}], "message": echo}, 400
         data = json.dumps(document).encode()

@@ -37,6 +37,8 @@ _ALLOWED = (
     *("README.md", FIGURE, *LICENSES),
     *(compression_report.FILE_NAME, recovery_report.FILE_NAME),
 )
+# What an earlier upload has and a new one may lack.
+_REPLACED = ("model*.safetensors", "model.safetensors.index.json", recovery_report.FILE_NAME)
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _REMEDIES = {
     401: "the token is not valid: run `hf auth login` again, or set HF_TOKEN",
@@ -51,9 +53,10 @@ _FAILURES: tuple[type[Exception], ...] = (*HUB_ERRORS, *BAD_ANSWERS, OSError, Ru
 def push(directory: str | Path, repo_id: str, *, private: bool = False, progress: Progress = no_progress) -> str:
     """Upload a checkpoint folder to a model repository in one commit; a missing repository is created.
 
-    Only the files of a checkpoint are sent. A folder without a model card gets one first. After a failure, the same
-    call resumes: files that the hub has are not sent again. The token is that of the hub's client (``hf auth login`` or
-    HF_TOKEN).
+    The same commit removes weights, and a recovery report, of an earlier upload that the folder does not have:
+    transformers would load ``model.safetensors`` in the place of new shards. Only the files of a checkpoint are sent.
+    A folder without a model card gets one first. After a failure, the same call resumes: files that the hub has are not
+    sent again. The token is that of the hub's client (``hf auth login`` or HF_TOKEN).
 
     Args:
         directory: a folder that ``grasp compress`` or ``save_pretrained`` wrote; see ``require_complete``.
@@ -85,15 +88,23 @@ def push(directory: str | Path, repo_id: str, *, private: bool = False, progress
         raise HubError(
             f"{repo_id} exists and is public; nothing was uploaded. Make it private on the hub, or give another name"
         )
+    files = checkpoint_files(folder)
     with _explained(repo_id):
+        stale = [name for name in api.list_repo_files(repo_id) if _is_replaced(name) and name not in files]
         api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             commit_message="Upload a model compressed with GRASP",
-            allow_patterns=[glob.escape(name) for name in checkpoint_files(folder)],
+            allow_patterns=[glob.escape(name) for name in files],
+            delete_patterns=[glob.escape(name) for name in stale] or None,
         )
     progress("upload", 1, 1)
     return f"{constants.ENDPOINT}/{repo_id}"
+
+
+def _is_replaced(name: str) -> bool:
+    """Whether a file of a repository is a part of the checkpoint that an upload replaces."""
+    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in _REPLACED)
 
 
 def require_pushable(folder: Path, repo_id: str) -> Inspection:

@@ -21,8 +21,9 @@ def push(
 ) -> None:
     """Upload a compressed checkpoint to the Hugging Face hub. Log in with `hf auth login` first, or set HF_TOKEN.
 
-    A missing repository is created. A folder that is incomplete, or has pickled files, is refused. If the upload is
-    interrupted, run the same command again: files that the hub already has are not sent again.
+    A missing repository is created; weights of an earlier upload are replaced. A folder that is incomplete, or has
+    pickled files, is refused. If the upload is interrupted, run the same command again: files that the hub already has
+    are not sent again.
 
     [bold]Example[/bold]
 

@@ -93,10 +93,12 @@ def test_a_folder_arrives_whole_without_what_is_unfinished_or_hidden_and_again_o
     assert ModelCard(hub.files["README.md"].decode()).data.library_name == "transformers"
 
     sent = list(hub.uploads)
+    hub.files |= dict.fromkeys(("model.safetensors", "recovery.json", "model-onnx/model.safetensors"), b"earlier")
     (folder / "README.md").write_text("---\ntags: [mine]\n---\n# Mine\n")
     again = push(folder, "someone/small", "--private", endpoint=hub.address)
     assert again.returncode == 0, again.stderr
     assert hub.uploads == sent
+    assert hub.files.keys() == expected | {"README.md", "model-onnx/model.safetensors"}
     assert hub.files["README.md"] == b"---\ntags: [mine]\n---\n# Mine\n"
     assert hub.repositories == {"someone/small": "private"}
 
