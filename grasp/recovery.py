@@ -39,6 +39,9 @@ from grasp.training_data import TrainingSequence, collate, digest, shuffled
 WARM_UP = 0.05  # fraction of the steps
 FACTORS_RATE, SCALES_RATE = 1e-4, 1e-3  # learning rates
 MAX_GRAD_NORM = 1.0
+# Few steps learn little from little text (docs/tried.md). Without a batch size there are about so many, with so many
+# sequences each.
+STEPS, BATCH_SIZES = 100, (2, 16)
 EVALUATIONS = 10  # of the held-out loss, besides the one before training
 
 
@@ -52,7 +55,8 @@ class RecoveryConfig:
             factors are nearly as many as the weights: 2.5e-4 is too high for those of Gemma-3-270M (docs/tried.md).
             A few factors stand ten times as much.
         tokens: training tokens, repetitions included; ``None`` for about one pass over the sequences.
-        batch_size: sequences per optimizer step, over all processes.
+        batch_size: sequences per optimizer step, over all processes. ``None``: as many as make about 100 steps, from 2
+            to 16.
         micro_batch_size: sequences per forward pass; gradients are accumulated. Memory limits it.
         seed: seed of the order of the sequences.
 
@@ -60,8 +64,8 @@ class RecoveryConfig:
         ValueError: if a value is out of range.
 
     Example:
-        >>> RecoveryConfig(tokens=2_000_000).batch_size
-        16
+        >>> RecoveryConfig(tokens=2_000_000).micro_batch_size
+        4
         >>> RecoveryConfig(learning_rate=0)
         Traceback (most recent call last):
         ValueError: learning_rate must be a positive number, got 0
@@ -69,7 +73,7 @@ class RecoveryConfig:
 
     learning_rate: float | None = None
     tokens: int | None = None
-    batch_size: int = 16
+    batch_size: int | None = None
     micro_batch_size: int = 4
     seed: int = 0
 
@@ -222,7 +226,7 @@ class _Training:
     processes: Processes
 
     def __post_init__(self) -> None:
-        self.steps = planned_steps(self.sequences, self.config)
+        self.batch_size, self.steps = planned_steps(self.sequences, self.config)
         self.masters = Masters(self.factors)
         self.rate = self.config.learning_rate or (SCALES_RATE if is_quantized(self.model) else FACTORS_RATE)
         self.optimizer = torch.optim.AdamW(list(self.masters.values.values()), lr=self.rate, fused=True)
@@ -249,7 +253,7 @@ class _Training:
         Raises:
             NonFiniteError: if the loss or the gradient is NaN or infinite.
         """
-        batch = [self.sequences[index] for index in islice(self.order, self.config.batch_size)]
+        batch = [self.sequences[index] for index in islice(self.order, self.batch_size)]
         targets = sum(int(item.counts.sum()) for item in batch)
         local = batch[self.processes.rank :: self.processes.size]
         size = self.config.micro_batch_size
@@ -341,12 +345,12 @@ class _Training:
         self.optimizer.load_state_dict(optimizer_state)
         self.masters.write_back_()
         self.best = {name: tensors[f"best.{name}"].to(factor) for name, factor in self.factors.items()}
-        self.order = islice(self.order, self.step * self.config.batch_size, None)
+        self.order = islice(self.order, self.step * self.batch_size, None)
 
     def report(self, clock: Clock) -> RecoveryReport:
         """The report of a training that has ended."""
         return RecoveryReport(
-            config={**dataclasses.asdict(self.config), "learning_rate": self.rate},
+            config={**dataclasses.asdict(self.config), "batch_size": self.batch_size, "learning_rate": self.rate},
             distilled=self.teacher is not None,
             factors=sum(name.endswith(".Vh") for name in self.factors),
             trained_parameters=sum(factor.numel() for factor in self.factors.values()),
@@ -388,10 +392,12 @@ def _sizes_and_digests(
     }
 
 
-def planned_steps(sequences: Sequence[TrainingSequence], config: RecoveryConfig) -> int:
-    """Steps that train on ``config.tokens`` tokens, estimated from the mean length of the sequences."""
+def planned_steps(sequences: Sequence[TrainingSequence], config: RecoveryConfig) -> tuple[int, int]:
+    """Sequences per step, and steps that train on ``config.tokens`` tokens, given the mean length of the sequences."""
     passes = 1.0 if config.tokens is None else config.tokens / sum(len(item.input_ids) for item in sequences)
-    return max(1, round(passes * len(sequences) / config.batch_size))
+    count, (least, most) = passes * len(sequences), BATCH_SIZES
+    batch_size = config.batch_size or min(max(least, round(count / STEPS)), most)
+    return batch_size, max(1, round(count / batch_size))
 
 
 def learning_rate_at(step: int, steps: int, peak: float) -> float:

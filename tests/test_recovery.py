@@ -266,9 +266,16 @@ def test_the_learning_rate_warms_up_and_decays(steps: int) -> None:
 
 def test_the_number_of_steps_follows_from_the_tokens() -> None:
     sequences = learnable(10)
-    assert planned_steps(sequences, RecoveryConfig(batch_size=4)) == 2  # 2.5, to the even
-    assert planned_steps(sequences, RecoveryConfig(batch_size=4, tokens=1200)) == 25
-    assert planned_steps(sequences, RecoveryConfig(batch_size=100)) == 1
+    assert planned_steps(sequences, RecoveryConfig(batch_size=4)) == (4, 2)  # 2.5, to the even
+    assert planned_steps(sequences, RecoveryConfig(batch_size=4, tokens=1200)) == (4, 25)
+    assert planned_steps(sequences, RecoveryConfig(batch_size=100)) == (100, 1)
+
+
+@pytest.mark.parametrize(("passes", "planned"), [(1, (2, 5)), (30, (3, 100)), (160, (16, 100)), (400, (16, 250))])
+def test_little_text_is_learnt_in_small_steps(passes: int, planned: tuple[int, int]) -> None:
+    sequences = learnable(10)
+    tokens = passes * sum(len(item.input_ids) for item in sequences)
+    assert planned_steps(sequences, RecoveryConfig(tokens=tokens)) == planned
 
 
 @pytest.mark.parametrize(

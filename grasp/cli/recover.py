@@ -20,7 +20,14 @@ Directory = Annotated[
     Path,
     typer.Argument(metavar="DIR", help="Checkpoint of grasp compress or grasp quantize.", show_default=False),
 ]
-Text = Annotated[str, _data(metavar="FILE|NAME", help="Training text: a text file, wikitext2, c4, or builtin.")]
+Text = Annotated[
+    str | None,
+    _data(
+        metavar="FILE|NAME",
+        help="Training text: a text file, wikitext2, c4, or builtin, the default.",
+        show_default=False,
+    ),
+]
 Instructions = Annotated[
     Path | None,
     _data(
@@ -49,7 +56,14 @@ LearningRate = Annotated[
         show_default=False,
     ),
 ]
-BatchSize = Annotated[int, _training(max=MOST, help="Sequences per optimizer step, over all processes.")]
+BatchSize = Annotated[
+    int | None,
+    _training(
+        max=MOST,
+        help="Sequences per optimizer step, over all processes. Default: 2 to 16, for about 100 steps.",
+        show_default=False,
+    ),
+]
 MicroBatchSize = Annotated[int, _training(max=MOST, help="Sequences per forward pass; memory limits it.")]
 Seed = Annotated[int, _training(min=-MOST, max=MOST, help="Seed of the order of the sequences.")]
 
@@ -58,13 +72,13 @@ Seed = Annotated[int, _training(min=-MOST, max=MOST, help="Seed of the order of 
 def recover(
     directory: Directory,
     output: Output,
-    text: Text = "builtin",
+    text: Text = None,
     instructions: Instructions = None,
     tokens: Tokens = None,
     seq_len: SeqLen = 512,
     teacher: TeacherName = None,
     learning_rate: LearningRate = None,
-    batch_size: BatchSize = 16,
+    batch_size: BatchSize = None,
     micro_batch_size: MicroBatchSize = 4,
     seed: Seed = 0,
     device: Device = None,

@@ -34,14 +34,21 @@ class TrainingData:
     """The source of the training sequences.
 
     Args:
-        text: as for ``read_text``.
-        instructions: a file for ``read_instructions``, used instead of ``text``.
+        text: as for ``read_text``; ``None`` for the built-in one, unless there are ``instructions``.
+        instructions: a file for ``read_instructions``, used instead of a text.
         seq_len: tokens per sequence.
+
+    Raises:
+        ValueError: if both a text and instructions are given.
     """
 
-    text: str = BUILTIN
+    text: str | None = None
     instructions: Path | None = None
     seq_len: int = 512
+
+    def __post_init__(self) -> None:
+        if self.text is not None and self.instructions is not None:
+            raise ValueError(f"give text or instructions, got {self.text} and {self.instructions}")
 
     def sequences(
         self, tokenizer: PreTrainedTokenizerBase, tokens: int | None, notify: Notify = no_notify
@@ -52,7 +59,7 @@ class TrainingData:
             GraspError, ValueError: as ``read_pieces`` and the functions of ``grasp.training_data`` do.
         """
         if self.instructions is None:
-            text = read_pieces(self.text, tokens=tokens, notify=notify)
+            text = read_pieces(self._source, tokens=tokens, notify=notify)
             return pack_text(tokenizer, text, self.seq_len)
         instructions = read_instructions(self.instructions)
         sequences = instruction_sequences(tokenizer, instructions, self.seq_len)
@@ -65,7 +72,11 @@ class TrainingData:
     def __str__(self) -> str:
         if self.instructions is not None:
             return "a file of instructions, with the loss on the answers"
-        return self.text if self.text in NAMED_TEXTS else "a text file"
+        return self._source if self._source in NAMED_TEXTS else "a text file"
+
+    @property
+    def _source(self) -> str:
+        return BUILTIN if self.text is None else self.text
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recover(place: Path, output: Path, *options: object, source: str = "small") -> Result:
-    arguments = ("recover", place / source, "-o", output, "--text", place / "text.txt", *OPTIONS, *options)
+    text = () if "--instructions" in options else ("--text", place / "text.txt")
+    arguments = ("recover", place / source, "-o", output, *text, *OPTIONS, *options)
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
@@ -146,10 +147,16 @@ def test_the_result_is_shown(place: Path, tmp_path: Path) -> None:
 def test_wrong_checkpoints_and_data_are_refused_and_nothing_is_written(
     place: Path, tmp_path: Path, source: str, options: dict, kind: type[Exception], words: str
 ) -> None:
-    data = recovery_job.TrainingData(**{"text": str(place / "text.txt"), **options})
+    text = None if "instructions" in options else str(place / "text.txt")
+    data = recovery_job.TrainingData(text, **options)
     with pytest.raises(kind, match=words):
         recovery_job.recover(place / source, tmp_path / "out", RecoveryConfig(), data)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_text_beside_instructions_is_refused(place: Path, tmp_path: Path) -> None:
+    result = recover(place, tmp_path / "out", "--instructions", "some.jsonl", "--text", "text.txt")
+    assert str(result.exception) == "give text or instructions, got text.txt and some.jsonl"
 
 
 def test_a_card_that_cannot_be_read_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
