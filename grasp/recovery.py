@@ -41,7 +41,7 @@ FACTORS_RATE, SCALES_RATE = 1e-4, 1e-3  # learning rates
 MAX_GRAD_NORM = 1.0
 # Few steps learn little from little text (docs/tried.md). Without a batch size there are about so many, with so many
 # sequences each.
-STEPS, BATCH_SIZES = 100, (2, 16)
+STEPS, BATCH_SIZES = 100, (1, 16)
 EVALUATIONS = 10  # of the held-out loss, besides the one before training
 
 
@@ -55,7 +55,7 @@ class RecoveryConfig:
             factors are nearly as many as the weights: 2.5e-4 is too high for those of Gemma-3-270M (docs/tried.md).
             A few factors stand ten times as much.
         tokens: training tokens, repetitions included; ``None`` for about one pass over the sequences.
-        batch_size: sequences per optimizer step, over all processes. ``None``: as many as make about 100 steps, from 2
+        batch_size: sequences per optimizer step, over all processes. ``None``: as many as make about 100 steps, from 1
             to 16.
         micro_batch_size: sequences per forward pass; gradients are accumulated. Memory limits it.
         seed: seed of the order of the sequences.

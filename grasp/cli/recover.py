@@ -60,7 +60,7 @@ BatchSize = Annotated[
     int | None,
     _training(
         max=MOST,
-        help="Sequences per optimizer step, over all processes. Default: 2 to 16, for about 100 steps.",
+        help="Sequences per optimizer step, over all processes. Default: 1 to 16, for about 100 steps.",
         show_default=False,
     ),
 ]
