@@ -42,7 +42,8 @@ MAX_GRAD_NORM = 1.0
 # Few steps learn little from little text (docs/tried.md). Without a batch size there are about so many, with so many
 # sequences each.
 STEPS, BATCH_SIZES = 100, (1, 16)
-EVALUATIONS = 10  # of the held-out loss, besides the one before training
+# Evaluations of the held-out loss, besides the one before training; fewer if they would take longer than the training.
+EVALUATIONS = 10
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,10 @@ def recover_(
 
     The loss is the mean negative log-likelihood of the counted tokens of a batch. Dropout is off. The optimizer works
     on fp32 copies of bf16 factors, because its steps are smaller than the precision of bf16. The held-out loss is
-    evaluated before and ten times during training. The model gets the factors with the lowest held-out loss, or those
-    of the last step if training fails or is interrupted. A loss that rises at first may fall at the end, as the rate
-    does, so training does not stop early. ``accelerate launch --mixed_precision bf16`` runs the passes under autocast.
+    evaluated before training and ten times during it, less often if that would take longer than the training. The model
+    gets the factors with the lowest held-out loss, or those of the last step if training fails or is interrupted. A
+    loss that rises at first may fall at the end, as the rate does, so training does not stop early. ``accelerate launch
+    --mixed_precision bf16`` runs the passes under autocast.
 
     Args:
         model: a model that ``compress_`` or ``quantize_`` has changed, in fp32 or bf16.
@@ -227,6 +229,8 @@ class _Training:
 
     def __post_init__(self) -> None:
         self.batch_size, self.steps = planned_steps(self.sequences, self.config)
+        passes = 3 * self.batch_size * self.steps  # a backward pass takes two
+        self.evaluations = min(EVALUATIONS, max(1, passes // len(self.held_out)))
         self.masters = Masters(self.factors)
         self.rate = self.config.learning_rate or (SCALES_RATE if is_quantized(self.model) else FACTORS_RATE)
         self.optimizer = torch.optim.AdamW(list(self.masters.values.values()), lr=self.rate, fused=True)
@@ -243,8 +247,8 @@ class _Training:
 
     @property
     def evaluation_is_due(self) -> bool:
-        """Whether this step is one of the ``EVALUATIONS`` + 1 and has not been evaluated."""
-        steps = {round(i * self.steps / EVALUATIONS) for i in range(EVALUATIONS + 1)}
+        """Whether this step is one of those to evaluate and has not been evaluated."""
+        steps = {round(i * self.steps / self.evaluations) for i in range(self.evaluations + 1)}
         return self.step in steps and not (self.curve and self.curve[-1].step == self.step)
 
     def take_step_(self) -> None:

@@ -271,6 +271,12 @@ def test_the_number_of_steps_follows_from_the_tokens() -> None:
     assert planned_steps(sequences, RecoveryConfig(batch_size=100)) == (100, 1)
 
 
+@pytest.mark.parametrize(("held_out", "evaluated"), [(12, [0, 4]), (6, [0, 2, 4]), (1, [0, 1, 2, 3, 4])])
+def test_evaluations_take_no_longer_than_the_training(held_out: int, evaluated: list[int]) -> None:
+    report = recover_(compressed(), learnable(4), learnable(held_out, seed=1))
+    assert [point.step for point in report.curve] == evaluated
+
+
 @pytest.mark.parametrize(("passes", "planned"), [(1, (1, 10)), (30, (3, 100)), (160, (16, 100)), (400, (16, 250))])
 def test_little_text_is_learnt_in_small_steps(passes: int, planned: tuple[int, int]) -> None:
     sequences = learnable(10)
