@@ -65,8 +65,6 @@ class RecoveryConfig:
         ValueError: if a value is out of range.
 
     Example:
-        >>> RecoveryConfig(tokens=2_000_000).micro_batch_size
-        4
         >>> RecoveryConfig(learning_rate=0)
         Traceback (most recent call last):
         ValueError: learning_rate must be a positive number, got 0
