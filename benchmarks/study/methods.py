@@ -32,7 +32,7 @@ from grasp.statistics.redundancy import block_influence
 from grasp.training_data import TrainingSequence
 
 _GLOBAL: dict[str, Any] = {"allocation": "global", "schedule": "single-sweep"}
-PASSES, SEQUENCES_A_STEP = 3, 4  # of the training of ``recovered``
+PASSES = 3  # of the training of ``recovered``
 _SINGLE: dict[str, Any] = {"schedule": "single-sweep"}
 _PROGRESSIVE: dict[str, Any] = {
     "basis": "kfac",
@@ -140,9 +140,8 @@ def recovered(model: PreTrainedModel, job: Job) -> Outcome:
     outcome = METHODS["best"](model, job)
     training, held_out = (list(_sequences(batches)) for batches in (calibration.batches, calibration.held_out))
     tokens = PASSES * sum(len(sequence.input_ids) for sequence in training)
-    config = RecoveryConfig(tokens=tokens, batch_size=SEQUENCES_A_STEP)
     if outcome.ranks:  # else nothing is low-rank, such as where layers were removed
-        recover_(model, training, held_out, config, teacher=dense, progress=job.progress)
+        recover_(model, training, held_out, RecoveryConfig(tokens=tokens), teacher=dense, progress=job.progress)
     return outcome
 
 
