@@ -63,6 +63,7 @@ class Plan(NamedTuple):
     retain_ratio: float
     layers: tuple[int, ...]  # ascending
     ranks: dict[Target, int]
+    only_bits: bool = False  # linears may be stored in fewer bits, and none becomes low-rank
 
 
 def find_prices(
@@ -193,6 +194,16 @@ def _require_reachable(
         raise ValueError(f"{prices.target(prices.saving)} cannot be reached: {means} gives {prices.target(most)}")
 
 
+def bits_suffice(config: GraspConfig, targets: Targets, prices: Prices) -> bool:
+    """Whether fewer bits for all linears would save all that is to be saved of the whole model.
+
+    Then ``bits="auto"`` makes no linear low-rank: where that was compared, ranks gained nothing (docs/few-bits.md).
+    """
+    if config.fewest_bits is None or config.scope != "model" or not prices.saving:
+        return False
+    return math.fsum(prices.saved(target, ROUNDED) for target in chain.from_iterable(targets.values())) >= prices.saving
+
+
 def choose_plan(
     config: GraspConfig, block_influence: Sequence[float], targets: Targets, total_parameters: int, prices: Prices
 ) -> Plan:
@@ -213,7 +224,8 @@ def choose_plan(
         else:
             # Where nothing is to be saved no linear need be scored.
             budget = uniform_budget(shapes, tuple(shapes) if prices.saving else (), config.retain_ratio, config.form)
-    return Plan(budget.retain_ratio, tuple(sorted(budget.ranks)), _ranks(budget, targets))
+    only_bits = bits_suffice(config, targets, prices)
+    return Plan(budget.retain_ratio, tuple(sorted(budget.ranks)), _ranks(budget, targets), only_bits)
 
 
 def choose_budget(
@@ -263,7 +275,9 @@ def _ranks(budget: Budget, targets: Targets) -> dict[Target, int]:
 
 
 def ceilings(config: GraspConfig, plan: Plan) -> dict[Target, int]:
-    """The largest rank that each linear of a plan can be given."""
+    """The largest rank that each linear of a plan can be given; 0 if none becomes low-rank."""
+    if plan.only_bits:
+        return dict.fromkeys(plan.ranks, 0)
     if config.allocation == "uniform":
         return dict(plan.ranks)
     shapes = {target: dense_shape(target.module) for target in plan.ranks}

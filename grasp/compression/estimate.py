@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from grasp.calibration import require_sizes
-from grasp.compression.budget import Plan, ceilings, choose_plan, find_prices
+from grasp.compression.budget import Plan, bits_suffice, ceilings, choose_plan, find_prices
 from grasp.compression.device_speed import Rates
 from grasp.compression.eligible import check_layers, eligible_targets, require_positions
 from grasp.compression.flops import FlopCounter, Flops, SweepCost
@@ -174,7 +174,7 @@ def estimate(
         layers=cases[0].layers,
         assumed=_is_upper_bound(config) or any(case.layers != cases[0].layers for case in cases),
         sweeps=cases[0].sweeps,
-        passes=job.passes_per_sweep,
+        passes=estimator.job.passes_per_sweep,
         flops=cases[0].flops,
         fewest=min(totals),
         most=max(totals),
@@ -183,7 +183,7 @@ def estimate(
         model_bytes=estimator.model_bytes(),
         largest_matrix=max(estimator.shapes, key=math.prod),
         processes=job.processes,
-        rounds=job.rounds,
+        rounds=estimator.job.rounds,
         in_order=not config.decides_together,
     )
 
@@ -207,7 +207,7 @@ class _Estimator:
     """A job, and its model without data."""
 
     def __init__(self, job: CompressionJob, tracer: Tracer, memory: int | None, host_memory: int | None) -> None:
-        self._job, self._tracer, self._budget, self._host_budget = job, tracer, memory, host_memory
+        self._tracer, self._budget, self._host_budget = tracer, memory, host_memory
         self.targets = eligible_targets(tracer.model)[0]
         self.shapes = [dense_shape(target.module) for linears in self.targets.values() for target in linears]
         self.parameters = model_size(tracer.model).parameters
@@ -216,24 +216,26 @@ class _Estimator:
         else:  # the layers depend on costs: at most, all layers are compressed
             parameters = find_prices(GraspConfig(form=job.config.form), tracer.model, self.targets)
             self._prices = replace(parameters, saving=math.inf)
-        self._flops = FlopCounter(job, tracer)
+        if bits_suffice(job.config, self.targets, self._prices):  # all is scored once, and nothing is fitted
+            job = replace(job, config=replace(job.config, schedule="single-sweep", refit=False))
+        self.job, self._flops = job, FlopCounter(job, tracer)
         self._cases: dict[tuple[int, ...], _Case] = {}
 
     def model_bytes(self) -> int:
         """The weights that one process has: of a sharded model its share of the linears, and all other weights."""
-        shared = sum(map(math.prod, self.shapes)) if self._job.sharded else 0
-        return (self.parameters - shared + shared // self._job.processes) * self._job.dtype.itemsize
+        shared = sum(map(math.prod, self.shapes)) if self.job.sharded else 0
+        return (self.parameters - shared + shared // self.job.processes) * self.job.dtype.itemsize
 
     def case(self, order: Sequence[int]) -> _Case:
         """The cost if ``order`` has the layers from the most redundant one on."""
         scores = [float(order.index(layer)) for layer in range(len(order))]
-        plan = choose_plan(self._job.config, scores, self.targets, self.parameters, self._prices)
+        plan = choose_plan(self.job.config, scores, self.targets, self.parameters, self._prices)
         if plan.layers not in self._cases:
             self._cases[plan.layers] = self._case(plan)
         return self._cases[plan.layers]
 
     def _case(self, plan: Plan) -> _Case:
-        job, config = self._job, self._job.config
+        job, config = self.job, self.job.config
         ranks = ceilings(config, plan)
         if config.threshold_ratio is not None:
             ranks = {target: break_even_rank(dense_shape(target.module), config.form) for target in ranks}
@@ -282,7 +284,8 @@ class _Estimator:
             stored=self._stored_bytes(members, weights, stored, working.sums),
             checkpoint=self._checkpoint_bytes(removed),
         )
-        flops = self._flops.count(list(ranks), prefix, sum(sweep.flops for sweep in sweeps))
+        swept = sum(sweep.flops for sweep in sweeps)
+        flops = self._flops.count(list(ranks), prefix, swept, only_bits=plan.only_bits)
         return _Case(plan.layers, sweeps, flops, memory, max(memory.least() for memory in memories))
 
     def _stored_states(self, targets: Sequence[Target], plans: Sequence[Sequence[PlannedSpan]]) -> tuple[int, int]:
@@ -292,13 +295,13 @@ class _Estimator:
         streams, and the inputs of the linears of one layer. Each process quantises on all batches.
         """
         entries, most = {spans[-1].layers.start for spans in plans}, max(map(len, plans), default=1)
-        number_bytes = self._job.local_tokens * self._job.sweep_dtype.itemsize
+        number_bytes = self.job.local_tokens * self.job.sweep_dtype.itemsize
         sweeping = (len(entries) + most - (most == 1)) * self._tracer.width * number_bytes
-        refitting = self._streams(targets) * number_bytes if self._job.config.refit else 0
-        if self._job.config.bits is None:
+        refitting = self._streams(targets) * number_bytes if self.job.config.refit else 0
+        if self.job.config.bits is None:
             return sweeping, refitting
         every = [target for linears in self.targets.values() for target in linears]
-        quantizing = self._streams(every) * self._job.num_samples * self._job.seq_len * self._job.dtype.itemsize
+        quantizing = self._streams(every) * self.job.num_samples * self.job.seq_len * self.job.dtype.itemsize
         return sweeping, max(refitting, quantizing)
 
     def _streams(self, targets: Collection[Target]) -> int:
@@ -316,7 +319,7 @@ class _Estimator:
         sums: int,
     ) -> int:
         """What the run folder has: groups before ranks are decided, and low-rank linears; or sums, written anew."""
-        job, total = self._job, sum(groups.values())
+        job, total = self.job, sum(groups.values())
         if job.config.decides_together:
             cut = sum(weights.values()) if job.rounds > 1 else 0
             return total * job.sum_bytes + job.dtype.itemsize * (cut + (total if job.config.refit else 0))
@@ -325,7 +328,7 @@ class _Estimator:
 
     def _checkpoint_bytes(self, removed: int) -> int:
         """The weights that are saved. For a latency the ranks are not known: as many weights as before."""
-        config, itemsize = self._job.config, self._job.dtype.itemsize
+        config, itemsize = self.job.config, self.job.dtype.itemsize
         if config.target_latency is not None:
             return self.parameters * itemsize
         if config.target_bytes is not None:
@@ -341,7 +344,7 @@ class _Estimator:
             stored: bytes of factors or sums in the run folder.
             checkpoint: bytes of the weights that are saved.
         """
-        job, room = self._job, self._host_budget
+        job, room = self.job, self._host_budget
         if job.on_cpu:
             room = None if self._budget is None else self._budget - working.peak
         sweeping, refitting = (count if room is None else min(count, max(0, room)) for count in states)

@@ -49,7 +49,7 @@ RETRIED = 4
 
 
 def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
-    """Decide between all candidates of a global budget; without held-out batches there is one.
+    """Decide between all candidates of a global budget; without held-out batches, or low ranks, there is one.
 
     Low-rank linears are measured as decomposed, and the best of them also as fitted. Where layers are removed, a fit
     may lose more. What is measured is stored in the run as it comes, and what is fitted layer by layer.
@@ -57,9 +57,12 @@ def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
     run.clock.enter("candidates")
     tokens = sum(batch.num_tokens for batch in run.batches)
     nats = nats_per_score(run.config.basis, run.config.metric, tokens)
-    if not run.held_out:
+    dense, losses = Candidate(DENSE, (), {}), dict[str, float]()
+    if not run.held_out or plan.only_bits:
         (only,) = candidates(selections, plan, run.prices, {}, nats).values()
-        return decision(run, only._replace(fitted=run.config.refit), (only,), {})
+        if run.held_out:
+            [losses[DENSE]] = losses_without(run.model, [()], run.held_out, processes=run.processes)
+        return decision(run, only._replace(fitted=run.config.refit), (dense,), losses)
     with run.processes.fail_together():
         start = capture_prefix(run.model, run.processes.local_batches(run.held_out), {0}, scratch=run.scratch)
     parts = run.processes.size
@@ -78,7 +81,6 @@ def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
     options = [*allocations.values(), *(other for other in others if other.name not in allocations)]
     if not options:
         raise ValueError("no candidate keeps to the budget: ranks do not suffice, and too few layers can be removed")
-    losses: dict[str, float] = {}
 
     def measure(option: Candidate) -> None:
         value = once(f"loss, {option.name}", partial(_measured, run, start, selections, option))
@@ -88,7 +90,6 @@ def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
     def least(options: Sequence[Candidate]) -> Candidate | None:
         return min((option for option in options if option.name in losses), key=lambda o: losses[o.name], default=None)
 
-    dense = Candidate(DENSE, (), {})
     for done, option in enumerate((dense, *options), start=1):
         measure(option)
         run.progress("candidates, compared", done, len(options) + 1)

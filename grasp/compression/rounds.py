@@ -52,7 +52,7 @@ def prepare_(run: Run, plan: Plan) -> Work:
     run.clock.enter("prefix")
     sweeps = plan_sweeps(ceilings(run.config, plan), run.config.schedule)
     with run.processes.fail_together():
-        restored = _restore_(run, sweeps)
+        restored = _restore_(run, sweeps, is_cut=_is_cut(run, plan))
     sweeps = [members for members in sweeps if not all(target in restored for target in members)]
     entries = {min(target.layer for target in members) for members in sweeps}
     if run.state.decision:
@@ -69,7 +69,12 @@ def prepare_(run: Run, plan: Plan) -> Work:
     return Work(list(restored.values()), sweeps, prefix)
 
 
-def _restore_(run: Run, sweeps: Sequence[Sequence[Target]]) -> dict[Target, ModuleReport]:
+def _is_cut(run: Run, plan: Plan) -> bool:
+    """Whether a part of the budget is spent on ranks, and the others are chosen on the model as it is then."""
+    return run.config.schedule == "progressive" and not plan.only_bits
+
+
+def _restore_(run: Run, sweeps: Sequence[Sequence[Target]], *, is_cut: bool) -> dict[Target, ModuleReport]:
     """Put the low-rank linears of finished sweeps into the model; the report of each of their linears."""
     state, restored = run.state, dict[Target, ModuleReport]()
     for target in (target for members in sweeps for target in members):
@@ -81,7 +86,7 @@ def _restore_(run: Run, sweeps: Sequence[Sequence[Target]]) -> dict[Target, Modu
     if not run.config.refit:
         settle_(run, restored)
     finished = [state.decision is not None or all(target in restored for target in members) for members in sweeps]
-    if run.config.schedule == "progressive":  # the first cut has a sweep of its own
+    if is_cut:  # the first cut has a sweep of its own
         finished.append(state.decision is not None or state.cut is not None)
     state.note_progress(f"resuming: {sum(finished)} of {len(finished)} sweeps done")
     return restored
@@ -142,7 +147,7 @@ def decide_globally(run: Run, plan: Plan, work: Work) -> Decision:
         return Decision((), {}, {}, {}, {})
     [members] = work.sweeps
     selector = Selector(run, ceilings(run.config, plan), work.prefix)
-    if run.config.schedule == "progressive":
+    if _is_cut(run, plan):
         _cut(run, plan, selector, members)
         selections = selector.select(
             *(members, "second"),

@@ -302,21 +302,27 @@ def test_bits_of_an_offloaded_model_are_refused_before_anything_is_done() -> Non
 
 
 def test_dense_linears_get_fewer_bits_where_that_costs_less() -> None:
-    def quantised(target_bytes: int, **config: Any) -> tuple[Counter[str], int]:
-        model = tiny_model("llama", hidden_size=64, intermediate_size=128)
-        config = {"bits": "auto", "scope": "model", **BEST, **config}
-        report = compress_(model, tiny_batches(4), GraspConfig(target_bytes=target_bytes, **config))
+    def quantised(target_bytes: int) -> tuple[set[str], CompressionReport, Counter[str]]:
+        model, steps = tiny_model("llama", hidden_size=64, intermediate_size=128), Counter[str]()
+        report = compress_(
+            *(model, tiny_batches(4), GraspConfig.best(target_bytes=target_bytes, bits="auto")),
+            held_out=tiny_batches(1),
+            progress=lambda step, done, total: steps.update([step.partition(",")[0]] if done == total else []),
+        )
         modules = decoder(model).layers.modules()
-        found = Counter(f"{type(m).__name__} {m.storage}" for m in modules if isinstance(m, QUANTIZED))
-        return found, report.after.bytes
+        return {f"{type(m).__name__} {m.storage}" for m in modules if isinstance(m, QUANTIZED)}, report, steps
 
-    found, size = quantised(10**9)
-    assert found == {"QuantizedLinear int8": 21}
-    found, smaller = quantised(int(0.9 * size))
-    assert found["QuantizedLinear int4/64"] > 0
-    assert 0.85 * size < smaller <= 0.9 * size
-    least = quantised(int(0.4 * size), schedule="progressive")[0]
-    assert least["QuantizedLowRankLinear int8"] > 0
+    found, report, _ = quantised(10**9)
+    assert found == {"QuantizedLinear int8"}
+    size = report.after.bytes
+    found, report, steps = quantised(int(0.9 * size))
+    assert found == {"QuantizedLinear int4/64", "QuantizedLinear int8"}
+    assert 0.85 * size < report.after.bytes <= 0.9 * size
+    assert report.held_out_loss.keys() == {"dense", "compressed"}
+    assert (steps["covariances"], steps["candidates"]) == (1, 0)
+    found, report, steps = quantised(int(0.4 * size))
+    assert "QuantizedLowRankLinear int8" in found
+    assert (steps["covariances"], len(report.held_out_loss) > 2) == (2, True)
 
 
 def test_a_target_that_is_already_met_changes_nothing() -> None:

@@ -19,8 +19,11 @@ from grasp.compression.estimate import estimate
 from grasp.compression.job import CompressionJob
 from grasp.compression.layer_cost import FLOP_FORMULAS
 from grasp.compression.memory_budget import MemoryBudget
+from grasp.compression.quantize import quantize_
 from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, OutOfMemoryError, UnsupportedModelError
+from grasp.method.storage import Storage
+from grasp.model.size import model_size
 from grasp.statistics.covariance import covariance_bytes
 from grasp_kernels import products
 from tests import command_line
@@ -263,6 +266,18 @@ def test_the_time_left_knows_all_steps_of_comparing_candidates() -> None:
         progress=lambda step, *_: steps.add(step),
     )
     assert left._repeats["candidates"] == len({step for step in steps if step.startswith("candidates")})
+
+
+def test_where_bits_suffice_all_is_scored_once_and_nothing_is_decomposed() -> None:
+    model = tiny_model("llama", hidden_size=64, intermediate_size=128)
+    quantize_(model, Storage(8))
+    configs = [GraspConfig.best(target_bytes=int(part * model_size(model).bytes), bits="auto") for part in (0.9, 0.4)]
+    dense = tiny_model("llama", hidden_size=64, intermediate_size=128).config
+    few, fewer = (estimate(job(dense, config)) for config in configs)
+    assert (few.rounds, few.passes, fewer.rounds, fewer.passes) == (1, 1, 2, 2)
+    assert few.flops.held_out == few.flops.refit == 0
+    assert 0 < few.flops.decompositions < fewer.flops.decompositions / 2
+    assert few.flops.rounding == fewer.flops.rounding
 
 
 def test_low_rank_layers_of_a_compressed_model_are_counted() -> None:
