@@ -64,6 +64,10 @@ def quantize(
     [dim]Without calibration:[/dim]
 
     $ grasp quantize builtin -o int8 --rounding nearest
+
+    [dim]Some linears in 4 bits and some in 8, for a size:[/dim]
+
+    $ grasp compress builtin -o mixed --bits auto --target-bytes 100MB
     """
     from grasp.cli import console, tables
     from grasp.method.storage import choose_storage

@@ -189,9 +189,13 @@ def stored_replacements(state: NoState, members: Sequence[Target]) -> list[Repla
 
 def as_stored(report: ModuleReport, module: nn.Module) -> ModuleReport:
     """The report with the form and sizes of a linear's replacement, or with the reason why it has none."""
+    if report.reason == STAYS_DENSE and isinstance(module, QuantizedLinear):
+        return replace(report, reason=f"stays dense, in {module.storage}")
+    if report.reason:
+        return report
     if not isinstance(module, (LowRankLinear, QuantizedLowRankLinear)):
         reason = EXPANDED if isinstance(module, QuantizedLinear) else NOT_PIVOTED
-        return report if report.reason else ModuleReport(report.name, report.layer, "", reason)
+        return ModuleReport(report.name, report.layer, "", reason)
     return replace(
         report,
         form=module.form,
@@ -211,7 +215,7 @@ def stored_reports(
     for report in reports:
         number = f".{report.layer}."
         module = modules.get(report.name.replace(number, numbers.get(number, number), 1))
-        result.append(report if report.reason or module is None else as_stored(report, module))
+        result.append(report if module is None else as_stored(report, module))
     return tuple(result)
 
 
