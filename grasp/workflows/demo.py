@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from grasp.bench.providers import truncate_
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, builtin_text, tokenize
 from grasp.checkpoint.compression_report import CompressionReport
@@ -26,11 +26,8 @@ from grasp.evaluation.generation import GenerationTime, time_generation
 from grasp.evaluation.perplexity import perplexity
 from grasp.files import contents, expanded
 from grasp.loading import load_quietly
-from grasp.model.grouping import group_linears_
 from grasp.model.layer_removal import remove_layers_
-from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.size import model_size
-from grasp.model.targets import layer_targets
 from grasp.progress import Progress, named, no_progress
 from grasp.reading import read_json
 from grasp.workflows.compress import with_request, write_checkpoint
@@ -128,7 +125,7 @@ def run_demo(output: str | Path, sizes: DemoSizes | None = None, *, progress: Pr
     removed = copy.deepcopy(dense)
     remove_layers_(removed, published.redundant_layers)
     truncated = copy.deepcopy(dense)
-    keep_largest_groups_(truncated, published)
+    truncate_(truncated, published.redundant_layers, sizes.retain_ratio)
 
     models = {DENSE: dense, BEST: best, REMOVED: removed, GRASP: grasp, PLAIN_SVD: truncated}
     rows = _measure(models, tokenizer, sizes, progress)
@@ -150,16 +147,6 @@ def run_demo(output: str | Path, sizes: DemoSizes | None = None, *, progress: Pr
         progress=progress,
     )
     return demo
-
-
-@torch.no_grad()
-def keep_largest_groups_(model: PreTrainedModel, report: CompressionReport) -> None:
-    """Compress the modules of ``report`` to the same ranks by plain SVD, which keeps the largest singular values."""
-    linears = {t.name: t.module for layer in report.redundant_layers for t in layer_targets(model, layer)[0]}
-    for module in report.compressed:
-        low_rank = LowRankLinear.from_dense(linears[module.name], torch.arange(module.rank))
-        model.set_submodule(module.name, low_rank)
-    group_linears_(model)
 
 
 def findings(rows: Sequence[Row]) -> tuple[str, ...]:

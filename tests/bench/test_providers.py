@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from grasp.bench.providers import (
@@ -12,13 +13,18 @@ from grasp.bench.providers import (
     truncate_,
     weights_of,
 )
+from grasp.compress import compress_
+from grasp.config import GraspConfig
 from grasp.errors import CheckpointError
+from grasp.method.svd import decompose
+from grasp.model.dense import dense_weight
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QuantizedLowRankLinear
+from grasp.model.targets import layer_targets
 from grasp_kernels import dispatch
 from tests.quantized_models import quantized_model
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_batches, tiny_model
 
 
 def compressed(family: str, layers: list[int]) -> nn.Module:
@@ -151,3 +157,16 @@ def test_a_quantised_model_without_low_rank_layers_is_only_compared_with_the_den
     assert "no layer is low-rank" in left_out["removed"]
     with pytest.raises(CheckpointError, match="other embeddings"):
         low_rank_layers(tiny_model("llama", seed=1), quantised, "small")
+
+
+def test_plain_svd_keeps_the_largest_groups_at_the_ranks_of_grasp() -> None:
+    report = compress_(tiny_model("qwen2"), tiny_batches(1), GraspConfig(num_layers=1, retain_ratio=0.4))
+    dense, model = tiny_model("qwen2"), tiny_model("qwen2")
+    (layer,) = report.redundant_layers
+    truncate_(model, [layer], 0.4)
+    targets = {target.name: target for target in layer_targets(dense, layer)[0]}
+    assert {module.name for module in report.compressed} == set(targets)
+    for module in report.compressed:
+        U, S, Vh = decompose(dense_weight(targets[module.name].module))
+        best = (U[:, : module.rank] * S[: module.rank]) @ Vh[: module.rank]
+        torch.testing.assert_close(model.get_submodule(module.name).dense_weight(), best)

@@ -6,18 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grasp.checkpoint.compression_report import CompressionReport
-from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.errors import CheckpointError
 from grasp.loading import load_quietly
-from grasp.method.svd import decompose
-from grasp.model.dense import dense_weight
 from grasp.model.layer_removal import remove_layers_
-from grasp.model.targets import layer_targets
 from grasp.workflows.demo import (
     BEST,
     DENSE,
@@ -27,11 +22,9 @@ from grasp.workflows.demo import (
     DemoSizes,
     Row,
     findings,
-    keep_largest_groups_,
     run_demo,
 )
 from tests.command_line import save_tiny_model
-from tests.tiny_models import tiny_batches, tiny_model
 
 SIZES = DemoSizes(
     num_samples=2, seq_len=32, num_layers=1, windows=2, window=32, prompt_tokens=8, new_tokens=2, repeats=2
@@ -91,19 +84,6 @@ def test_findings_take_the_difference_between_equal_shapes_for_noise(
 def test_sizes_removed_are_shares_of_the_dense_model() -> None:
     text = findings(rows(dict.fromkeys((DENSE, BEST, REMOVED, GRASP, PLAIN_SVD), 1.0)))[1]
     assert "removing layers saves 20.0% of the parameters, the others 15.0%" in text
-
-
-def test_plain_svd_keeps_the_largest_groups_at_the_same_ranks() -> None:
-    report = compress_(tiny_model("qwen2"), tiny_batches(1), GraspConfig(num_layers=1, retain_ratio=0.4))
-    dense, model = tiny_model("qwen2"), tiny_model("qwen2")
-    keep_largest_groups_(model, report)
-    (layer,) = report.redundant_layers
-    targets = {target.name: target for target in layer_targets(dense, layer)[0]}
-    assert {module.name for module in report.compressed} == set(targets)
-    for module in report.compressed:
-        U, S, Vh = decompose(dense_weight(targets[module.name].module))
-        best = (U[:, : module.rank] * S[: module.rank]) @ Vh[: module.rank]
-        torch.testing.assert_close(model.get_submodule(module.name).dense_weight(), best)
 
 
 @pytest.mark.usefixtures("tiny_builtin")
