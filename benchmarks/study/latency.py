@@ -22,13 +22,15 @@ from benchmarks.study.linear_replacement import LINEAR_REPLACEMENT, apply_map_
 from benchmarks.study.records import STUDY_RECORDS, StudyLatency, StudyResult
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.costs import require_product
+from grasp.bench.decoding import EAGER, Case, Key, Timed, time_models
 from grasp.bench.percentiles import Percentiles
+from grasp.bench.providers import DENSE, ModelProvider
 from grasp.bench.results import append_results, check_output, read_results
-from grasp.bench.timing import Sample, turns
+from grasp.bench.timing import Sample, StopRule
 from grasp.builtin import BUILTIN
 from grasp.cli.bench_tables import show_results
 from grasp.errors import GraspError, ResultsError
-from grasp.evaluation.generation import GenerationTime, time_generation
+from grasp.evaluation.generation import GenerationTime
 from grasp.loading import load_model
 from grasp.model.grouping import group_linears_
 from grasp.model.kernel_linear import use_kernel_
@@ -37,7 +39,7 @@ from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.running import first_device
 from grasp.model.targets import all_targets
 
-DENSE, IN_KERNEL = "dense", ", in the kernel"
+IN_KERNEL = ", in the kernel"
 
 
 @torch.no_grad()
@@ -76,18 +78,6 @@ def require_right(model: PreTrainedModel, method: str) -> None:
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
             require_product(module, f"{name} of {method}")
-
-
-def time_models(
-    models: Mapping[str, PreTrainedModel], repeats: int, prompt_tokens: int, new_tokens: int
-) -> dict[str, list[GenerationTime]]:
-    """Generation times of all models in turns; the first repetition warms up and is left out."""
-    times = {name: list[GenerationTime]() for name in models}
-    for repetition, name in turns(list(models), repeats + 1):
-        generation = time_generation(models[name], prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-        if repetition:
-            times[name].append(generation)
-    return times
 
 
 def latencies(
@@ -159,7 +149,9 @@ def main(
             for name, changed in models.items():
                 if name.endswith(IN_KERNEL):
                     use_kernel_(changed)
-            times = time_models(models, repeats, prompt_tokens, new_tokens)
+            timed = {Key(name, EAGER): Timed(ModelProvider(changed)) for name, changed in models.items()}
+            turns = time_models(timed, Case(1, prompt_tokens, new_tokens, depth=0), StopRule(repeats))
+            times = {key.provider: generations for key, generations in turns.times.items()}
             results = list(latencies(chosen, times, dtype, new_tokens, now))
             append_results(output, results)
             show_results(results)
