@@ -151,11 +151,13 @@ def _run(job: Job, folder: Path, memory: int | None, threads: int, held_out: int
     # First a small one, whose memory is that of libraries and their threads.
     _compress(*WARM_UP.make(), WARM_UP.config, folder.with_name(f"{folder.name}-small"), None)
     model, batches = job.make()
-    disk = _Disk(folder)
-    reports = []
+    reports, disk_bytes = [], [0]
+
+    def look(step: str, done: int, total: int) -> None:
+        disk_bytes.append(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
 
     def run() -> None:
-        reports.append(_compress(model, batches, job.config, folder, memory, held_out, disk.look))
+        reports.append(_compress(model, batches, job.config, folder, memory, held_out, look))
 
     start = time.process_time()
     peak = peak_bytes_above_now(run)
@@ -165,7 +167,7 @@ def _run(job: Job, folder: Path, memory: int | None, threads: int, held_out: int
     ranks = {module.name: module.rank for module in report.modules}
     return MeasuredRun(
         peak_bytes=peak,
-        disk_bytes=disk.most,
+        disk_bytes=max(disk_bytes),
         seconds=seconds,
         wall_seconds=dict(report.seconds),
         ranks=ranks,
@@ -186,18 +188,6 @@ def _compress(
     used, others = batches[: len(batches) - held_out], batches[len(batches) - held_out :]
     with RunState(folder) as state:
         return compress_(model, used, config, held_out=others, state=state, progress=progress, memory=memory)
-
-
-class _Disk:
-    """The largest size that a folder had."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.most = 0
-
-    def look(self, step: str, done: int, total: int) -> None:
-        sizes = (path.stat().st_size for path in self._folder.rglob("*") if path.is_file())
-        self.most = max(self.most, sum(sizes))
 
 
 @torch.no_grad()
