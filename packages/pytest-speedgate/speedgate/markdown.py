@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from speedgate.selftest import SelfTest
 from speedgate.verdicts import Change, Comparison, microseconds
@@ -51,12 +50,6 @@ def _times(change: Change) -> str:
     """The median times of which a ratio is made."""
     times = " / ".join(map(microseconds, change.times))
     return f" ({times})" if change.measure == "ratio" else ""
-
-
-def append(text: str, path: Path) -> None:
-    """Append to a file, which is made if it is missing."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

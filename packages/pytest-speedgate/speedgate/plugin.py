@@ -264,7 +264,8 @@ def _report(session: pytest.Session, result: Comparison | SelfTest, text: str) -
     report += result.lines()
     for path in filter(None, [session.config.option.gate_markdown, os.environ.get("GITHUB_STEP_SUMMARY")]):
         try:
-            markdown.append(text, Path(path))
+            with Path(path).open("a", encoding="utf-8") as file:
+                file.write(text)
         except OSError as error:
             report.append(f"the table was not written: {error}")
 

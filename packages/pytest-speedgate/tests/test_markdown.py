@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 from speedgate import markdown, verdicts
 from speedgate.verdicts import Document, Entry, Where
 
@@ -31,10 +29,3 @@ def test_a_comparison_is_a_table_with_the_worst_first() -> None:
 
 """
     )
-
-
-def test_text_is_appended(tmp_path: Path) -> None:
-    (tmp_path / "old").write_text("before, ")
-    for name in ("old", "new"):
-        markdown.append("now", tmp_path / name)
-    assert [(tmp_path / name).read_text() for name in ("old", "new")] == ["before, now", "now"]

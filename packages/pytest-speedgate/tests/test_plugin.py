@@ -74,13 +74,14 @@ def test_a_foreign_project_guards_its_kernels(tmp_path: Path, run_pytest: RunPyt
 
     write_project(tmp_path, {1: 100e-6, 2: 130e-6})
     summary = tmp_path / "summary.md"
+    summary.write_text("before\n")
     options = ("--gate=compare", "--gate-markdown=comment.md")
     code, output = run_pytest(tmp_path, *options, GITHUB_STEP_SUMMARY=str(summary))
     assert code == 1, output
     assert "| ❌ regression | kernel of size 2 | time over plain | 0.500 | 0.650 (130.00 µs / 200.00 µs) | +30% |" in (
         summary.read_text()
     )
-    assert (tmp_path / "comment.md").read_text() == summary.read_text()
+    assert summary.read_text() == "before\n" + (tmp_path / "comment.md").read_text()
     assert "regression: kernel of size 2: time over plain was 0.500, is 0.650: +30% (+30% to +30%)" in output
     assert "regression: kernel of size 1" not in output
 
