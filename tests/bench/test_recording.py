@@ -97,6 +97,14 @@ def test_the_exit_code_is_the_commands(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_that_is_no_regular_file_is_refused_before_the_command_runs(bench: Callable, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for output in (tmp_path / "pipe", "/dev/null"):
+        outcome = bench("record", "-o", output, "touch", tmp_path / "ran")
+        assert (outcome.code, [path.name for path in tmp_path.iterdir()]) == (2, ["pipe"])
+        assert "is not a file; give the name of a file" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

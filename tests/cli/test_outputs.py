@@ -30,6 +30,7 @@ FOLDERS = [
     ("quantize", "missing-model"),
     ("demo",),
 ]
+SPECIAL = ("/proc/1/new", "/dev/full", "/dev/null")
 
 
 def full_disk(*arguments: object, **options: object) -> NoReturn:
@@ -44,13 +45,14 @@ def test_every_command_refuses_a_bad_output_before_any_work(
     good = tmp_path / "new"
     wrong_kind = tmp_path if command in FILES else tmp_path / "file"
     (tmp_path / "loop").symlink_to("loop")
-    names = ("file/new", "loop", "x" * 240, "é" * 120, "x" * 300)
-    for output in (wrong_kind, *(tmp_path / name for name in names), Path("/proc/1/new")):
+    os.mkfifo(tmp_path / "pipe")
+    names = ("file/new", "loop", "pipe", "x" * 240, "é" * 120, "x" * 300)
+    for output in (wrong_kind, *(tmp_path / name for name in names), *map(Path, SPECIAL)):
         assert_refused(main(*command, "-o", output), "output", output.name)
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full_disk)
         assert_refused(main(*command, "-o", good), str(good), "No space left on device")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop", "pipe"]
     if command != ("demo",):  # a good output is no reason
         assert str(good) not in main(*command, "-o", good).err
 

@@ -27,20 +27,6 @@ INPUTS = {
     "bench model": "bench model builtin --text {}",
     "bench ops": "bench ops --workload {}",
 }
-OUTPUTS = {
-    "compress": "compress builtin -o {}",
-    "recover": "recover folder -o {}",
-    "convert": "convert folder -o {} --to pivoted",
-    "quantize": "quantize builtin -o {}",
-    "evaluate": "evaluate builtin -o {}",
-    "bench ops": "bench ops -o {}",
-    "bench record": "bench record -o {} true",
-    "demo": "demo -o {}",
-    "bench model": "bench model builtin -o {}",
-    "bench serve": "bench serve builtin -o {}",
-    "bench compress": "bench compress builtin -o {}",
-    "bench costs": "bench costs builtin -o {}",
-}
 
 
 @pytest.fixture
@@ -55,25 +41,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     signal.alarm(0)
 
 
-def refuse(line: str) -> None:
-    result = CliRunner().invoke(app, line.split())
-    assert isinstance(result.exception, GraspError | ValueError), result.exception
-    assert len(str(result.exception).splitlines()) == 1
-    assert sorted(os.listdir()) == ["folder", "loop", "pipe"]
-    assert not os.listdir("folder")
-
-
 @pytest.mark.parametrize("line", INPUTS.values(), ids=INPUTS)
 def test_an_input_that_is_no_regular_file_is_refused(place: Path, line: str) -> None:
     for path in ("pipe", "loop", "folder", "/dev/zero", "/dev/full", "/dev/null"):
-        if (path, line) != (
-            "folder",
-            INPUTS["evaluate tasks"],
-        ):  # its documents are looked for after the model is loaded
-            refuse(line.format(path))
-
-
-@pytest.mark.parametrize("line", OUTPUTS.values(), ids=OUTPUTS)
-def test_an_output_that_is_no_regular_file_is_refused_before_the_work(place: Path, line: str) -> None:
-    for path in ("pipe", "loop", "/dev/full", "/dev/null"):
-        refuse(line.format(path))
+        if path == "folder" and line == INPUTS["evaluate tasks"]:
+            continue  # its documents are looked for after the model is loaded
+        result = CliRunner().invoke(app, line.format(path).split())
+        assert isinstance(result.exception, GraspError | ValueError), result.exception
+        assert len(str(result.exception).splitlines()) == 1
+        assert sorted(os.listdir()) == ["folder", "loop", "pipe"]
+        assert not os.listdir("folder")
