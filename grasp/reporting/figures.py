@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from grasp.bench.schema import grouped
 from grasp.checkpoint.compression_report import CompressionReport, ModuleReport, spectrum_indices
 from grasp.checkpoint.inspection import short_name
 from grasp.reporting.figure_data import Latency, Load, Quality, Roof, Speed, Stored, Trade, pareto_front
@@ -30,6 +31,7 @@ _SMALLEST = 1e-7  # smaller singular values, as a share of the largest, are roun
 _NATS, _LINEAR_NATS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 2, 8), 0.5  # ticks, and up to which the axis is linear
 _BAR_COLOURS = {"dense": GREY, "layers removed": PURPLE, "unfused": VERMILLION}
 _HATCHES = {"layers removed": "//", "unfused": ".."}
+_Looks = dict[str, tuple[str, str]]  # label → colour and marker
 
 
 def block_influence(report: CompressionReport) -> Figure:
@@ -177,9 +179,7 @@ def excess_by_bytes(models: Mapping[str, Sequence[Stored]]) -> Figure:
     panels = grid[:, 0]
     for axes, (model, points) in zip(panels, models.items(), strict=True):
         _front(axes, pareto_front((point.of_dense * 100, point.excess) for point in points))
-        for point in points:
-            colour, marker = looks[point.label]
-            axes.plot(point.of_dense * 100, point.excess, marker, color=colour, markersize=6, label=point.label)
+        _draw(axes, looks, ((point.label, point.of_dense * 100, point.excess) for point in points))
         highest = max(point.excess for point in points)
         axes.set_yscale("symlog", linthresh=_LINEAR_NATS, linscale=3)  # models that a rounding has ruined are far off
         axes.set_yticks([tick for tick in _NATS if tick <= highest])
@@ -209,9 +209,7 @@ def speed_by_cost(trades: Sequence[Trade]) -> Figure:
     figure, [panels] = _panels(3.2, 1, len(shown), labels=len(trades) + 1, sharey=True)
     for axes, (xlabel, points) in zip(panels, shown.items(), strict=True):
         _front(axes, [(x, -y) for x, y in pareto_front((x, -trade.tokens_per_s) for trade, x in points)])
-        for trade, x in points:
-            colour, marker = looks[trade.label]
-            axes.plot(x, trade.tokens_per_s, marker, color=colour, markersize=6, label=trade.label)
+        _draw(axes, looks, ((trade.label, x, trade.tokens_per_s) for trade, x in points))
         axes.set_xlabel(xlabel)
     if len(shown) == 2:
         panels[0].set_xscale("log")
@@ -263,10 +261,7 @@ def serving_loads(loads: Sequence[Load]) -> Figure:
     for axes, name, title in zip(
         panels, ("tokens_per_s", "output_token_ms"), ("tokens/s", "ms per token"), strict=True
     ):
-        for label, (colour, marker) in looks.items():
-            same = [load for load in loads if load.label == label]
-            ys = [getattr(load, name) for load in same]
-            axes.plot([load.concurrency for load in same], ys, marker=marker, color=colour, markersize=6, label=label)
+        _draw(axes, looks, ((load.label, load.concurrency, getattr(load, name)) for load in loads), "-")
         axes.set_title(title, loc="left")
         axes.set_xscale("log")
         axes.set_xticks(ticks, map(str, ticks))
@@ -286,16 +281,8 @@ def roofline(roof: Roof) -> Figure:
     axes.plot(
         ends, np.minimum(ends * roof.bandwidth, roof.flops) / 1e9, color=_ink(), linewidth=1.5, label="measured limit"
     )
-    for label, (colour, marker) in _looks(roof.speeds).items():
-        same = [speed for speed in roof.speeds if speed.label == label]
-        axes.plot(
-            [speed.intensity for speed in same],
-            [speed.flops / 1e9 for speed in same],
-            marker,
-            color=colour,
-            markersize=6,
-            label=label,
-        )
+    places = ((speed.label, speed.intensity, speed.flops / 1e9) for speed in roof.speeds)
+    _draw(axes, _looks(roof.speeds), places)
     axes.set_xscale("log")
     axes.set_yscale("log")
     _plain_numbers(axes.xaxis)
@@ -331,10 +318,18 @@ def _legend(figure: Figure, *panels: Axes) -> None:
     figure.legend(list(handles.values()), names, loc="outside lower left", ncols=2)
 
 
-def _looks(points: Iterable[Quality | Stored | Trade | Load | Speed]) -> dict[str, tuple[str, str]]:
+def _looks(points: Iterable[Quality | Stored | Trade | Load | Speed]) -> _Looks:
     """Colour and marker of each label. Their numbers have no common factor, so no pair repeats before all are used."""
     labels = dict.fromkeys(point.label for point in points)
     return dict(zip(labels, zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False), strict=False))
+
+
+def _draw(axes: Axes, looks: _Looks, places: Iterable[tuple[str, float, float]], line: str = "") -> None:
+    """Mark places, (label, x, y), in the looks of their labels; a ``line`` joins those of one label."""
+    for label, same in grouped(places, lambda place: place[0]).items():
+        colour, marker = looks[label]
+        xs, ys = ([place[axis] for place in same] for axis in (1, 2))
+        axes.plot(xs, ys, marker + line, color=colour, markersize=6, label=label)
 
 
 def _ink() -> str:
