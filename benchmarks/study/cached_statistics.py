@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from grasp.compression.eligible import eligible_targets
 from grasp.files import replacing
@@ -54,7 +53,8 @@ class CachedStatistics:
             share = (time.process_time() - start) / len(missing)
         else:
             scores, share = {}, 0.0
-            if _has_missing(folder, prefix.model, range(min(prefix.hidden), layers.start)):
+            eligible, below = eligible_targets(prefix.model)[0], range(min(prefix.hidden), layers.start)
+            if not all(_file(folder, target).exists() for layer in below for target in eligible[layer]):
                 sweep(prefix, (), lambda call: None, layers=layers)  # the layers below need the gradient
         cached = {target: partial(self._read, _file(folder, target)) for target in targets if target not in missing}
         return cached | {t: partial(_write, _file(folder, t), score, share) for t, score in scores.items()}
@@ -79,8 +79,3 @@ def _write(file: Path, score: Score, share: float, weight: Tensor, rank: int | N
 
 def _file(folder: Path, target: Target) -> Path:
     return folder / f"{target.name}.safetensors"
-
-
-def _has_missing(folder: Path, model: PreTrainedModel, layers: Sequence[int]) -> bool:
-    """Whether a linear of some layers is not in the cache."""
-    return any(not _file(folder, target).exists() for layer in layers for target in eligible_targets(model)[0][layer])

@@ -159,10 +159,6 @@ def _arc(row: Mapping[str, Any]) -> Row:
     return {"question": _question(row), "choices": choices, "answerKey": letters[_gold(row)]}
 
 
-def _boolq(row: Mapping[str, Any]) -> Row:
-    return {**row, "label": int(row["answer"])}
-
-
 def _gold(row: Mapping[str, Any]) -> int:
     """Return the index of the right choice. An index of -1 (no label) is refused: Python would take the last choice."""
     if not 0 <= row["gold"] < len(row["choices"]):
@@ -181,5 +177,5 @@ _ADAPTERS: dict[str, tuple[frozenset[str], Callable[[Row], Row]]] = {
     "piqa": (_PROMPTS, _piqa),
     "arc_easy": (_PROMPTS, _arc),
     "arc_challenge": (_PROMPTS, _arc),
-    "boolq": (frozenset({"answer"}), _boolq),
+    "boolq": (frozenset({"answer"}), lambda row: {**row, "label": int(row["answer"])}),
 }

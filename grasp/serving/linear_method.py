@@ -14,7 +14,7 @@ from grasp.errors import CheckpointError
 from grasp.method.storage import Storage
 from grasp.model.checkpoint_format import check_rank
 from grasp.serving.parts import NAMES, Part, Spec
-from grasp.serving.shards import LocalLinear, Piece, linear_index, merged_linears
+from grasp.serving.shards import Piece, linear_index, merged_linears
 from grasp_kernels import Dense, Factors, lowrank_linear, lowrank_linear_merged
 from grasp_kernels.packing import RANK_MULTIPLE
 from grasp_kernels.quantized import dequantize
@@ -78,7 +78,11 @@ class LowRankMethod:
         linears = merged_linears(self.names, self.ranks, output_partition_sizes, pieces, self.pivoted, self.quantized)
         for linear in linears:
             check_rank(linear.name, linear.rank or 0, (linear.checkpoint_rows, input_size), pivoted=linear.pivoted)
-        self.parts = tuple(self._part(linear, input_size_per_partition, columns) for linear in linears)
+        multiple = RANK_MULTIPLE if self.on_gpu() else 1
+        self.parts = tuple(
+            Part(linear, input_size_per_partition, columns, weight_as_factors=self.on_cpu(), rank_multiple=multiple)
+            for linear in linears
+        )
         self.dtype, self.layer = params_dtype, weakref.ref(layer)
         # Some architectures reorder loaded tensors along the dimensions named here. The rows of a pivoted U are not
         # outputs; an order that was reordered is refused.
@@ -92,11 +96,6 @@ class LowRankMethod:
             for attribute, value in {"weight_loader": self._loader(name), **dimensions.get(name, {})}.items():
                 setattr(parameter, attribute, value)
             layer.register_parameter(name, parameter)
-
-    def _part(self, linear: LocalLinear, width: int, columns: Piece) -> Part:
-        """A part as the kernels of this device take it."""
-        multiple = RANK_MULTIPLE if self.on_gpu() else 1
-        return Part(linear, width, columns, weight_as_factors=self.on_cpu(), rank_multiple=multiple)
 
     def _memory(self, name: str) -> Tensor:
         """The parameter of a name before it is loaded: NaN, so that a tensor that the checkpoint lacks is detected."""

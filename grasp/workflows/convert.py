@@ -53,15 +53,13 @@ class Conversion:
 
     def to_dict(self) -> dict[str, Any]:
         """The result as a JSON object."""
+        sizes = ("parameters", "bytes", "compression_ratio")
         return {
             **{"model": self.before.directory, "output": self.after.directory, "form": self.form},
             **{"converted": list(self.converted), "left": dict(self.left), "omitted": list(self.omitted)},
-            **{name: _sizes(checkpoint) for name, checkpoint in (("before", self.before), ("after", self.after))},
+            "before": {name: getattr(self.before, name) for name in sizes},
+            "after": {name: getattr(self.after, name) for name in sizes},
         }
-
-
-def _sizes(checkpoint: Inspection) -> dict[str, Any]:
-    return {name: getattr(checkpoint, name) for name in ("parameters", "bytes", "compression_ratio")}
 
 
 def convert(directory: Path, output: Path, form: Form, *, progress: Progress = no_progress) -> Conversion:
