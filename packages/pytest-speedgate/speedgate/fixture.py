@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,12 +29,22 @@ UNUSABLE = 2  # exit code: nothing to judge
 
 Before = Callable[[Entry], Entry | None]  # what an entry is compared with
 
-WHERE = pytest.StashKey[Where]()
-ENTRIES = pytest.StashKey[dict[str, Entry]]()
-BASELINE = pytest.StashKey[Document]()
-TRIALS = pytest.StashKey[list[Trial]]()
-OTHER = pytest.StashKey[OtherVersion | None]()
-SERVER = pytest.StashKey[Server | None]()
+
+@dataclass
+class Run:
+    """What the plugin knows about a run of pytest."""
+
+    where: Where
+    baseline: Document
+    entries: dict[str, Entry] = field(default_factory=dict)  # by test
+    trials: list[Trial] = field(default_factory=list)
+    report: list[str] = field(default_factory=list)  # lines to print
+    finished: bool = False  # whether all selected tests were run
+    other: OtherVersion | None = None
+    server: Server | None = None
+
+
+RUN = pytest.StashKey[Run]()
 
 
 class Gate:
@@ -52,7 +62,7 @@ class Gate:
     @property
     def device(self) -> str:
         """The kind of device to run the calls on: ``"cpu"`` or ``"cuda"``."""
-        return self._config.stash[WHERE].kind
+        return self._config.stash[RUN].where.kind
 
     def __call__(
         self,
@@ -88,26 +98,26 @@ class Gate:
             yardstick(operands[0])
             self._benchmark(candidate, operands[0])
             return
-        stash = self._config.stash
-        with using_threads(stash[WHERE].threads):
+        run = self._config.stash[RUN]
+        with using_threads(run.where.threads):
             rotation = Rotation(operands)
             ours, theirs = (partial(turn, self.device, call, rotation) for call in (candidate, yardstick))
             turns = ours()  # warms up: the first call may fill caches
             values = {name: _values(name, measure, candidate, operands[0]) for name, measure in measures.items()}
-            if server := stash[SERVER]:
-                self._benchmark.pedantic(server.lend, args=(turns, values))
+            if run.server:
+                self._benchmark.pedantic(run.server.lend, args=(turns, values))
                 return
             entry = Entry(label or self._name, against, (), (), values)
-            if other := stash[OTHER]:
-                entry = self._time_with_other(other, entry, turns)
+            if run.other:
+                entry = self._time_with_other(run.other, entry, turns)
             else:
-                before = stash[BASELINE].entries.get(self._benchmark.fullname)
+                before = run.baseline.entries.get(self._benchmark.fullname)
                 entry = self._time(Pairing(turns, theirs()), entry, lambda _: before)
                 if percent := self._config.option.gate_selftest:
                     again = [self._time_again(ours, theirs, entry, fraction) for fraction in (0.0, percent / 100)]
-                    stash[TRIALS].append(Trial(entry.label, *again))
+                    run.trials.append(Trial(entry.label, *again))
         self._benchmark.extra_info.update({KEY: asdict(entry), "calls_per_round": turns.calls})
-        stash[ENTRIES][self._benchmark.fullname] = entry
+        run.entries[self._benchmark.fullname] = entry
 
     def _time(self, pairing: Pairing, entry: Entry, before: Before) -> Entry:
         """The entry with the times of a pairing, recorded with pytest-benchmark."""

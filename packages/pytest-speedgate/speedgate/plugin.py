@@ -21,7 +21,7 @@ import pytest
 
 from speedgate import baselines, devices, markdown, verdicts
 from speedgate.checkouts import OtherVersionError, checkout
-from speedgate.fixture import BASELINE, ENTRIES, OTHER, SERVER, TRIALS, UNUSABLE, WHERE, Gate
+from speedgate.fixture import RUN, UNUSABLE, Gate, Run
 from speedgate.other_version import OtherVersion
 from speedgate.selftest import SelfTest
 from speedgate.server import Server
@@ -29,8 +29,6 @@ from speedgate.verdicts import BaselineError, Comparison, Document
 
 SAVED = "baseline"  # part of a saved document's name
 
-REPORT = pytest.StashKey[list[str]]()
-FINISHED = pytest.StashKey[bool]()  # whether all selected tests were run
 RED = ("regression", "lost", "error", "missed", "false alarm")
 COLOURS = {**dict.fromkeys(RED, "red"), "unclear": "yellow"}
 
@@ -84,21 +82,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Check the options and read the baseline before any timing, and set the folder of pytest-benchmark's files."""
-    option, stash = config.option, config.stash
-    stash[ENTRIES] = {}
-    stash[TRIALS] = []
-    stash[REPORT] = []
-    stash[FINISHED] = False
-    stash[OTHER] = stash[SERVER] = None
+    option = config.option
     try:
-        here = stash[WHERE] = devices.where(option.gate_device or "cpu", option.gate_threads)
+        here = devices.where(option.gate_device or "cpu", option.gate_threads)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
-    stash[BASELINE] = Document(here, {})
+    run = config.stash[RUN] = Run(here, Document(here, {}))
     _check_options(config)
     if option.gate_serve is not None:
-        server = stash[SERVER] = Server(option.gate_serve, config.rootpath)
-        config.pluginmanager.register(server)
+        run.server = Server(option.gate_serve, config.rootpath)
+        config.pluginmanager.register(run.server)
     elif _mode(config) is None:
         return
     option.benchmark_enable = True
@@ -117,11 +110,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
         try:
             path = baselines.latest(folder, get_machine_id())
-            stash[BASELINE] = baselines.read(path)
-            verdicts.check_where(stash[BASELINE].where, here)
+            run.baseline = baselines.read(path)
+            verdicts.check_where(run.baseline.where, here)
         except BaselineError as error:
             pytest.exit(str(error), returncode=UNUSABLE)
-        stash[REPORT].append(f"baseline {path}: {stash[BASELINE].recorded}")
+        run.report.append(f"baseline {path}: {run.baseline.recorded}")
 
 
 def _mode(config: pytest.Config) -> str | None:
@@ -161,12 +154,12 @@ def _check_options(config: pytest.Config) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the process of the other version."""
-    config = session.config
+    config, run = session.config, session.config.stash[RUN]
     version, root = config.option.gate_against, config.rootpath
     items = [item for item in session.items if "gate" in getattr(item, "fixturenames", ())]
     if not version or not items or config.option.collectonly:
         return
-    options = [f"--gate-device={config.stash[WHERE].kind}", f"--gate-threads={config.stash[WHERE].threads}"]
+    options = [f"--gate-device={run.where.kind}", f"--gate-threads={run.where.threads}"]
     stack = ExitStack()
     config.add_cleanup(stack.close)
     try:
@@ -179,19 +172,19 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         present = [file for file in files if (folder / file).exists()]
         if not present:
             raise OtherVersionError(f"{version} has none of the files with benchmarks: {', '.join(map(str, files))}")
-        other = config.stash[OTHER] = OtherVersion(version, folder, root.resolve(), present, options)
+        run.other = other = OtherVersion(version, folder, root.resolve(), present, options)
         stack.callback(other.close)
         other.require([item.nodeid for item in items])
     except OtherVersionError as error:
         pytest.exit(str(error), returncode=UNUSABLE)
-    config.stash[BASELINE] = Document(config.stash[WHERE], other.entries, f"{version} in the same minutes")
+    run.baseline = Document(run.where, other.entries, f"{version} in the same minutes")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around the loops of other plugins
 def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
     """Notice that the tests were not interrupted; ``pytest.exit`` can give an interrupted run any exit code."""
     result = yield
-    session.config.stash[FINISHED] = True
+    session.config.stash[RUN].finished = True
     return result
 
 
@@ -199,7 +192,7 @@ def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Add facts that times depend on and pytest-benchmark does not record."""
     torch = sys.modules.get("torch")
-    machine_info[baselines.KEY] = {**asdict(config.stash[WHERE]), "torch": torch and str(torch.__version__)}
+    machine_info[baselines.KEY] = {**asdict(config.stash[RUN].where), "torch": torch and str(torch.__version__)}
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-benchmark saves
@@ -212,44 +205,41 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[N
 
 
 def _check_save(session: pytest.Session) -> None:
-    config, status, entries = session.config, session.exitstatus, session.config.stash[ENTRIES]
-    if status != pytest.ExitCode.OK or not entries or not config.stash[FINISHED]:
-        reason = "the run was interrupted" if entries else "nothing was timed"
-        config.pluginmanager.getplugin("pytest-benchmark").save = None
-        config.stash[REPORT].append(f"no baseline was saved: {'a test failed' if session.testsfailed else reason}")
+    run, status = session.config.stash[RUN], session.exitstatus
+    if status != pytest.ExitCode.OK or not run.entries or not run.finished:
+        reason = "the run was interrupted" if run.entries else "nothing was timed"
+        session.config.pluginmanager.getplugin("pytest-benchmark").save = None
+        run.report.append(f"no baseline was saved: {'a test failed' if session.testsfailed else reason}")
         session.exitstatus = status or UNUSABLE
 
 
 def _compare(session: pytest.Session) -> None:
-    stash = session.config.stash
-    selected = {item.nodeid for item in session.items}
-    baseline = stash[BASELINE]
+    run, selected = session.config.stash[RUN], {item.nodeid for item in session.items}
+    baseline = run.baseline
     known = {name: entry for name, entry in baseline.entries.items() if name in selected}
-    entries = stash[ENTRIES]
     try:
-        now = Document(stash[WHERE], entries)
+        now = Document(run.where, run.entries)
         result = verdicts.compare(replace(baseline, entries=known), now, session.config.option.gate_threshold)
     except BaselineError as error:
         _give_up(session, str(error))
         return
     if others := len(baseline.entries) - len(known):
-        stash[REPORT].append(f"{others} entries of the baseline belong to tests that were not selected")
+        run.report.append(f"{others} entries of the baseline belong to tests that were not selected")
     _report(session, result, markdown.comparison_text(result, baseline.recorded))
 
 
 def _judge_selftest(session: pytest.Session) -> None:
-    config = session.config
-    trials = config.stash[TRIALS]
+    trials = session.config.stash[RUN].trials
     if not trials:
         _give_up(session, verdicts.NOTHING_TIMED)
         return
-    result = SelfTest(trials, config.option.gate_selftest / 100)
+    result = SelfTest(trials, session.config.option.gate_selftest / 100)
     _report(session, result, markdown.selftest_text(result))
 
 
 def _give_up(session: pytest.Session, reason: str) -> None:
     """Print why there is no verdict, and set the exit code; that of a failed test stays."""
-    session.config.stash[REPORT].append(f"error: {reason}")
+    session.config.stash[RUN].report.append(f"error: {reason}")
     session.exitstatus = session.exitstatus or UNUSABLE
 
 
@@ -260,7 +250,7 @@ def _report(session: pytest.Session, result: Comparison | SelfTest, text: str) -
     """Print a result, set the exit code, and write the result's markdown."""
     if result.failed:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    report = session.config.stash[REPORT]
+    report = session.config.stash[RUN].report
     report += result.lines()
     for path in filter(None, [session.config.option.gate_markdown, os.environ.get("GITHUB_STEP_SUMMARY")]):
         try:
@@ -273,7 +263,7 @@ def _report(session: pytest.Session, result: Comparison | SelfTest, text: str) -
 @pytest.hookimpl(trylast=True)  # below pytest-benchmark's tables
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the gate's lines."""
-    if lines := config.stash[REPORT]:
+    if lines := config.stash[RUN].report:
         terminalreporter.section("gate")
         for line in lines:
             colour = COLOURS.get(line.partition(":")[0])
