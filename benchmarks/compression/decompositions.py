@@ -17,13 +17,13 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.compression.output import saved
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.memory import peak_bytes_above_now
 from grasp.bench.timing import Sample
+from grasp.cli.console import print_table
 from grasp.evaluation.generation import now as synchronized_time
 from grasp.loading import find_device
 from grasp.method.least_squares import (
@@ -222,14 +222,10 @@ def extrapolate(measured: Sequence[DecompositionResult], shape: Shape) -> list[D
     return results
 
 
-def result_table(results: Sequence[DecompositionResult]) -> Table:
-    """One row per operation and shape."""
-    table = Table()
-    table.add_column("operation")
-    for heading in ("N × K", "rank", "GFLOP", "MB", "peak", "s", "GFLOP/s", "floor s", ""):
-        table.add_column(heading, justify="right")
-    for result in results:
-        table.add_row(
+def print_results(results: Sequence[DecompositionResult]) -> None:
+    """Print one row per operation and shape."""
+    rows = [
+        (
             result.operation,
             "{} × {}".format(*result.shape),
             str(result.rank),
@@ -241,7 +237,9 @@ def result_table(results: Sequence[DecompositionResult]) -> Table:
             f"{result.floor_seconds:.2f}",
             "extrapolated" if result.extrapolated_from else "",
         )
-    return table
+        for result in results
+    ]
+    print_table(("operation", "N × K", "rank", "GFLOP", "MB", "peak", "s", "GFLOP/s", "floor s", ""), rows)
 
 
 def parse_shapes(text: str) -> list[Shape]:
@@ -286,7 +284,7 @@ def main(
     further = (result for shape in other_shapes for result in extrapolate(results, shape))
     results += list(saved(further, output))
     console.print(f"{results[0].conditions.processor}, losses differ from fp64 by at most {largest:.0e}")
-    console.print(result_table(results))
+    print_results(results)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks.compression.output import saved
 from benchmarks.compression.random_llama import RandomLlama, measure
 from grasp.bench.conditions import Conditions, conditions, measure_card
+from grasp.cli.console import print_table
 from speedgate.timing import using_threads
 
 SEQ_LEN, BATCH_SIZE = 512, 4
@@ -83,23 +83,20 @@ def run(compressions: Sequence[tuple[str, RandomLlama]], memory: int | None, thr
         )
 
 
-def result_table(results: Sequence[GrowthResult]) -> Table:
-    """One row per compression, and one with the exponents below each series."""
-    table = Table()
-    for heading in ("layers", "tokens", "CPU s", "MB of memory", "MB of disk"):
-        table.add_column(heading, justify="right")
+def print_results(results: Sequence[GrowthResult]) -> None:
+    """Print one row per compression, and one with the exponents below each series."""
+    rows: list[Sequence[str]] = []
     for grows in (LAYERS, TOKENS):
         members = [result for result in results if result.grows == grows]
         costs = [(result.seconds, result.peak_bytes / 1e6, result.disk_bytes / 1e6) for result in members]
         for result, (seconds, peak, disk) in zip(members, costs, strict=True):
-            table.add_row(
-                str(result.llama.layers), f"{result.tokens:,}", f"{seconds:.1f}", f"{peak:.0f}", f"{disk:.0f}"
-            )
+            size = str(result.llama.layers), f"{result.tokens:,}"
+            rows.append((*size, f"{seconds:.1f}", f"{peak:.0f}", f"{disk:.0f}"))
         sizes = [result.size for result in members]
         if len({*sizes}) > 1:
             slopes = (f"{exponent(sizes, column):.2f}" for column in zip(*costs, strict=True))
-            table.add_row(f"exponent of {grows}", "", *slopes, end_section=True)
-    return table
+            rows.append((f"exponent of {grows}", "", *slopes))
+    print_table(("layers", "tokens", "CPU s", "MB of memory", "MB of disk"), rows)
 
 
 def main(
@@ -126,9 +123,7 @@ def main(
         dtype="float32",
     )
     compressions = series(llama, *([int(number) for number in numbers.split(",")] for numbers in (layers, tokens)))
-    results = list(saved(run(compressions, memory, threads), output))
-    console = Console()
-    console.print(result_table(results))
+    print_results(list(saved(run(compressions, memory, threads), output)))
 
 
 if __name__ == "__main__":

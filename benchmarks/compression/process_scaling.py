@@ -15,8 +15,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from benchmarks.compression.output import saved
@@ -24,6 +22,7 @@ from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.builtin import BUILTIN
 from grasp.calibration import builtin_text, token_batches
 from grasp.checkpoint.compression_report import CompressionReport
+from grasp.cli.console import print_table
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.loading import load_quietly
@@ -137,18 +136,16 @@ def measure(job: ScalingJob, counts: Sequence[int]) -> list[ScalingResult]:
     return results
 
 
-def result_table(results: Sequence[ScalingResult]) -> Table:
-    """One column per number of processes."""
-    table = Table("", *(f"{result.processes} of one thread" for result in results))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for step in results[0].seconds:
-        table.add_row(step, *(f"{result.seconds[step]:.1f} s" for result in results))
-    table.add_row(" + ".join(ATTRIBUTION), *(f"{result.attribution:.1f} s" for result in results))
-    table.add_row("times as fast", *(f"{result.attribution_speedup:.2f}" for result in results))
-    table.add_row("as many threads, matrix product", *(f"{result.thread_speedup:.2f}" for result in results))
-    table.add_row("share", *(f"{result.share_of_thread_speedup:.0%}" for result in results))
-    return table
+def print_results(results: Sequence[ScalingResult]) -> None:
+    """Print one column per number of processes."""
+    rows = [
+        *((step, *(f"{result.seconds[step]:.1f} s" for result in results)) for step in results[0].seconds),
+        (" + ".join(ATTRIBUTION), *(f"{result.attribution:.1f} s" for result in results)),
+        ("times as fast", *(f"{result.attribution_speedup:.2f}" for result in results)),
+        ("as many threads, matrix product", *(f"{result.thread_speedup:.2f}" for result in results)),
+        ("share", *(f"{result.share_of_thread_speedup:.0%}" for result in results)),
+    ]
+    print_table(("", *(f"{result.processes} of one thread" for result in results)), rows)
 
 
 def main(
@@ -166,8 +163,7 @@ def main(
     Example: python -m benchmarks.compression.process_scaling --sequences 24 -o processes.jsonl
     """
     job = ScalingJob(model, schedule, layers, retain_ratio, sequences, seq_len)
-    results = list(saved(measure(job, (1, processes)), output))
-    Console().print(result_table(results))
+    print_results(list(saved(measure(job, (1, processes)), output)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,6 +25,7 @@ from grasp.bench.providers import pick_layers
 from grasp.bench.timing import Sample, turns
 from grasp.builtin import BUILTIN
 from grasp.cli.arguments import parse_layers
+from grasp.cli.console import print_table
 from grasp.config import GraspConfig
 from grasp.errors import GraspError
 from grasp.evaluation.generation import now
@@ -161,21 +161,15 @@ def measure(
         )
 
 
-def result_table(results: Sequence[StatisticsResult]) -> Table:
-    """One row per provider."""
-    first = results[0]
-    table = Table(
-        title=f"{first.model}, {first.dtype}, {len(first.layers)} layers\n"
-        f"{first.sequences} × {first.seq_len} tokens, batch {first.batch_size}",
-        title_justify="left",
-    )
-    table.add_column("statistics")
-    for heading in ("MB", "s/sequence", "IQR", "added"):
-        table.add_column(heading, justify="right")
+def print_results(results: Sequence[StatisticsResult]) -> None:
+    """Print one row per provider."""
+    first, rows = results[0], []
     for result in results:
         row = (f"{result.statistics_bytes / 1e6:.1f}", f"{result.seconds_per_sequence:.3f}", f"{result.spread:.0%}")
-        table.add_row(result.provider, *row, f"{result.added:.1%}")
-    return table
+        rows.append((result.provider, *row, f"{result.added:.1%}"))
+    sizes = f"{len(first.layers)} layers, {first.sequences} × {first.seq_len} tokens, batch {first.batch_size}"
+    title = f"{first.model}, {first.dtype}, {sizes}"
+    print_table(("statistics", "MB", "s/sequence", "IQR", "added"), rows, title=title)
 
 
 def main(
@@ -213,7 +207,7 @@ def main(
     results = list(saved(measure(model, loaded, factors, sizes, sweep_dtype, largest), output))
     now = results[0].conditions
     console.print(f"{now.processor}, statistics differ from fp64 by at most {largest:.0e}")
-    console.print(result_table(results))
+    print_results(results)
 
 
 if __name__ == "__main__":

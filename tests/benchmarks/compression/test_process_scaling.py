@@ -6,7 +6,7 @@ import json
 import pytest
 
 from benchmarks.compression import process_scaling
-from benchmarks.compression.process_scaling import ScalingJob, measure, result_table
+from benchmarks.compression.process_scaling import ScalingJob, measure, print_results
 from grasp.checkpoint.compression_report import CompressionReport
 from grasp.compress import compress_
 from grasp.config import GraspConfig
@@ -34,7 +34,7 @@ def reports(monkeypatch: pytest.MonkeyPatch, *, same: bool) -> None:
 
 
 def test_the_gain_is_of_prefix_and_attribution_and_is_set_against_that_of_threads(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reports(monkeypatch, same=True)
     alone, two = measure(JOB, (1, 2))
@@ -43,7 +43,8 @@ def test_the_gain_is_of_prefix_and_attribution_and_is_set_against_that_of_thread
     assert two.total_speedup == pytest.approx(14 / 6)
     assert two.thread_speedup == pytest.approx(2.0)
     assert two.share_of_thread_speedup == pytest.approx(10 / 12)
-    assert len(result_table([alone, two]).columns) == 3
+    print_results([alone, two])
+    assert capsys.readouterr().out.split()[-3:] == ["share", "100%", "83%"]
     assert json.loads(json.dumps(dataclasses.asdict(two)))["processes"] == 2
 
 
