@@ -116,9 +116,9 @@ def print_json(document: Any) -> None:
 
 
 def print_result(result: Any, show: Callable[[Any], None], *, as_json: bool) -> None:
-    """Print the ``to_dict`` of a result as JSON, or let ``show`` print it as tables."""
+    """Print a result, a mapping or an object with ``to_dict``, as JSON, or let ``show`` print it for people."""
     if as_json:
-        print_json(result.to_dict())
+        print_json(result if isinstance(result, dict) else result.to_dict())
     else:
         show(result)
 

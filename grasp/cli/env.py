@@ -17,8 +17,4 @@ def env(as_json: Json = False) -> None:
     from grasp import environment
     from grasp.cli import console, tables
 
-    facts = environment.environment()
-    if as_json:
-        console.print_json(facts)
-    else:
-        tables.show_environment(facts)
+    console.print_result(environment.environment(), tables.show_environment, as_json=as_json)

@@ -44,7 +44,4 @@ def push(
         except GraspError as error:
             progress.note(f"the model card gets no figure: {error}")
         address = upload(directory, repo_id, private=private, progress=progress)
-    if as_json:
-        console.print_json({"repository": address})
-    else:
-        console.print_line(address)
+    console.print_result({"repository": address}, lambda _: console.print_line(address), as_json=as_json)

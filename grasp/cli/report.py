@@ -36,7 +36,4 @@ def report(
     from grasp.reporting.page import write_report
 
     write_report(directory, output, results or [])
-    if as_json:
-        console.print_json({"page": str(output)})
-    else:
-        console.print_line(output)
+    console.print_result({"page": str(output)}, lambda _: console.print_line(output), as_json=as_json)
