@@ -20,6 +20,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from benchmarks.study.records import STUDY_RECORDS, StudyDraft
@@ -28,6 +29,7 @@ from grasp.bench.results import append_results, check_output
 from grasp.bench.servers import COMMAND, Process, Server, fetch, free_port, start
 from grasp.calibration import builtin_kinds, tokenize
 from grasp.cli.bench_tables import show_results
+from grasp.errors import GraspError
 from grasp.loading import DTYPES
 
 COUNTER = re.compile(r'^vllm:(\w+)\{(?:.*?position="(\d+)")?.*\} (\S+)$', re.MULTILINE)
@@ -123,15 +125,19 @@ def main(
     vllm_options: str = "--max-model-len 512 --max-num-seqs 4",
 ) -> None:
     """Measure a target with drafts."""
-    check_output(output, STUDY_RECORDS)
-    bench = Bench(target, output, dtype, per_kind, new_tokens, vllm_options)
-    for draft in drafts:
-        bench.measure_alone(target)
-        cost = 1 / bench.measure(draft).speed_up
-        for k in map(int, tokens.split(",")):
+    try:
+        check_output(output, STUDY_RECORDS)
+        bench = Bench(target, output, dtype, per_kind, new_tokens, vllm_options)
+        for draft in drafts:
             bench.measure_alone(target)
-            bench.measure(target, draft, k, cost)
-    bench.measure_alone(target)
+            cost = 1 / bench.measure(draft).speed_up
+            for k in map(int, tokens.split(",")):
+                bench.measure_alone(target)
+                bench.measure(target, draft, k, cost)
+        bench.measure_alone(target)
+    except (GraspError, OSError) as error:
+        Console(stderr=True).print(f"error: {error}", soft_wrap=True)
+        raise typer.Exit(2) from error
     show_results(bench.records)
 
 

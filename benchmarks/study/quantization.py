@@ -36,6 +36,7 @@ from grasp.export.gguf_file import write_gguf
 from grasp.loading import load_model
 from grasp.method.storage import FP8, Storage
 from grasp.model.size import model_size
+from grasp.workflows.samples import public_model_name
 
 # How weights are stored, as ours or as a type of llama.cpp, and whether rounding knows the inputs.
 WAYS: dict[str, tuple[Storage | str | None, bool]] = {
@@ -126,8 +127,8 @@ def main(
     try:
         check_output(output, STUDY_RECORDS)
         cells = read_results(output, STUDY_RECORDS) if output.exists() else []
-        name, text_name = Path(dense).name, Path(text).name
-        setting = (dense, text_name, windows, window)
+        name, dense_name, text_name = Path(dense).name, public_model_name(dense), Path(text).name
+        setting = (dense_name, text_name, windows, window)
         done = {
             (cell.model, cell.way): cell
             for cell in cells
@@ -145,7 +146,7 @@ def main(
             size, value, seconds = measure(source, way, text, windows, window)
             base = done.get((name, "bf16"))
             cell = StudyQuantized(
-                dense=dense,
+                dense=dense_name,
                 model=Path(source).name,
                 way=way,
                 text=text_name,

@@ -162,6 +162,7 @@ def definitions() -> dict[str, Path]:
     return files
 
 
+@cache
 def _all_names() -> list[str]:
     """Return the names of all tasks, groups and tags, which takes lm-eval 15 s."""
     from lm_eval.tasks import TaskManager

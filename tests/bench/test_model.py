@@ -268,7 +268,7 @@ def test_a_perplexity_that_is_no_number_is_said(run: RunMain, monkeypatch: pytes
         (("--num-layers", "1", "--retain-ratio", "0"), "--retain-ratio must be above 0 and at most 1, got 0.0"),
         (("--num-layers", "1", "--new-tokens", "500"), "more than the model's 128 positions"),
         (("--num-layers", "1", "--backend", "warp"), "unknown backend 'warp'"),
-        (("--batch-size", "0"), "positive numbers such as 1,4,16"),
+        (("--batch-size", "0"), "--batch-size must be positive numbers such as 1,4,16"),
         (("--depth", "-1"), "depth must be numbers such as"),
         (("--depth", "500"), "a depth of 500, 8 prompt tokens and 3 new tokens are more than the model's 128"),
         (
