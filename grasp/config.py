@@ -73,9 +73,9 @@ class GraspConfig:
         bits: of all linears at the end: 8, 4 or ``"fp8"``; ``None`` leaves them floating. The output layer and
             embeddings have int8, or int4 where linears have and the two share no weight. ``target_bytes`` is the size
             with these bits, and needs ``allocation="global"``.
-            ``"auto"``: linears stay dense in 8 or 4 bits, whatever reaches ``target_bytes`` or ``target_latency`` with
-            the least loss. If 4 bits for all do not reach it, linears may also be low-rank in 8 bits. Needs the kfac
-            basis and its magnitudes.
+            ``"auto"``: a linear is low-rank in 8 bits, or dense in 8 or 4, whatever reaches ``target_bytes`` or
+            ``target_latency`` with the least loss; needs the kfac basis and its magnitudes. Where 4 bits for all
+            linears would reach it, one sweep decides, and neither candidates are compared nor factors fitted.
         bits_dense: of the linears that stay dense, if others than ``bits``.
 
     Raises:

@@ -90,8 +90,7 @@ Bits = Annotated[
     _best(
         metavar="8|4|fp8|auto",
         help="Quantise the result: bits of low-rank and dense linears; the output layer has 8. fp8 is for GPUs: it has "
-        "no CPU kernel. auto: by linear, 8 or 4, with the least loss at --target-bytes or --target-latency; "
-        "low ranks as well if 4 bits for all do not reach it.",
+        "no CPU kernel. auto: whatever reaches --target-bytes or --target-latency with the least loss, by linear.",
     ),
 ]
 BitsDense = Annotated[

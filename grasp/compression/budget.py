@@ -63,7 +63,7 @@ class Plan(NamedTuple):
     retain_ratio: float
     layers: tuple[int, ...]  # ascending
     ranks: dict[Target, int]
-    only_bits: bool = False  # linears may be stored in fewer bits, and none becomes low-rank
+    bits_suffice: bool = False  # fewer bits for all linears would save enough
 
 
 def find_prices(
@@ -197,7 +197,8 @@ def _require_reachable(
 def bits_suffice(config: GraspConfig, targets: Targets, prices: Prices) -> bool:
     """Whether fewer bits for all linears would save all that is to be saved of the whole model.
 
-    Then ``bits="auto"`` makes no linear low-rank: where that was compared, ranks gained nothing (docs/few-bits.md).
+    Then ranks and bits are chosen by one sweep. More sweeps, other candidates and a fit gained nothing
+    (docs/few-bits.md), since the few linears that become low-rank are those that lose next to nothing.
     """
     if config.fewest_bits is None or config.scope != "model" or not prices.saving:
         return False
@@ -224,8 +225,8 @@ def choose_plan(
         else:
             # Where nothing is to be saved no linear need be scored.
             budget = uniform_budget(shapes, tuple(shapes) if prices.saving else (), config.retain_ratio, config.form)
-    only_bits = bits_suffice(config, targets, prices)
-    return Plan(budget.retain_ratio, tuple(sorted(budget.ranks)), _ranks(budget, targets), only_bits)
+    suffice = bits_suffice(config, targets, prices)
+    return Plan(budget.retain_ratio, tuple(sorted(budget.ranks)), _ranks(budget, targets), suffice)
 
 
 def choose_budget(
@@ -275,9 +276,7 @@ def _ranks(budget: Budget, targets: Targets) -> dict[Target, int]:
 
 
 def ceilings(config: GraspConfig, plan: Plan) -> dict[Target, int]:
-    """The largest rank that each linear of a plan can be given; 0 if none becomes low-rank."""
-    if plan.only_bits:
-        return dict.fromkeys(plan.ranks, 0)
+    """The largest rank that each linear of a plan can be given."""
     if config.allocation == "uniform":
         return dict(plan.ranks)
     shapes = {target: dense_shape(target.module) for target in plan.ranks}

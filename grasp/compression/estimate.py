@@ -216,7 +216,7 @@ class _Estimator:
         else:  # the layers depend on costs: at most, all layers are compressed
             parameters = find_prices(GraspConfig(form=job.config.form), tracer.model, self.targets)
             self._prices = replace(parameters, saving=math.inf)
-        if bits_suffice(job.config, self.targets, self._prices):  # all is scored once, and nothing is fitted
+        if bits_suffice(job.config, self.targets, self._prices):  # one sweep, and no fit
             job = replace(job, config=replace(job.config, schedule="single-sweep", refit=False))
         self.job, self._flops = job, FlopCounter(job, tracer)
         self._cases: dict[tuple[int, ...], _Case] = {}
@@ -285,7 +285,7 @@ class _Estimator:
             checkpoint=self._checkpoint_bytes(removed),
         )
         swept = sum(sweep.flops for sweep in sweeps)
-        flops = self._flops.count(list(ranks), prefix, swept, only_bits=plan.only_bits)
+        flops = self._flops.count(list(ranks), prefix, swept, compares=not plan.bits_suffice)
         return _Case(plan.layers, sweeps, flops, memory, max(memory.least() for memory in memories))
 
     def _stored_states(self, targets: Sequence[Target], plans: Sequence[Sequence[PlannedSpan]]) -> tuple[int, int]:

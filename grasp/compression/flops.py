@@ -127,8 +127,8 @@ class FlopCounter:
         )
         return self._for_calibration(self._forward(range(max(entries))) + self._job.rounds * again)
 
-    def count(self, targets: Sequence[Target], prefix: int, sweeps: int, *, only_bits: bool = False) -> Flops:
-        """The FLOPs of all steps; ``sweeps`` has those of one pass of each sweep. For ``only_bits`` see ``Plan``."""
+    def count(self, targets: Sequence[Target], prefix: int, sweeps: int, *, compares: bool = True) -> Flops:
+        """The FLOPs of all steps; ``sweeps`` has those of one pass of each sweep. ``compares``: several candidates."""
         job = self._job
         depth = range(len(self._layers))
         influence = self._for_samples(self._forward(depth), job.num_samples)
@@ -147,8 +147,8 @@ class FlopCounter:
             prefix=prefix,
             sweeps=job.passes_per_sweep * sweeps,
             statistics=job.rounds * _statistics_flops(job, self._tokens, targets),
-            decompositions=job.rounds * sum(_scoring_flops(job.config, each, only_bits) for each in _shapes(targets)),
-            held_out=held_out if job.config.decides_together and not only_bits else 0,
+            decompositions=job.rounds * sum(_decomposition_flops(job.config, shape) for shape in _shapes(targets)),
+            held_out=held_out if job.config.decides_together and compares else 0,
             **quantizing,
         )
         if not job.config.refit:
@@ -211,10 +211,7 @@ def _statistics_flops(job: CompressionJob, tokens: int, targets: Sequence[Target
     return flops + tokens * covariances // job.sum_bytes
 
 
-def _scoring_flops(config: GraspConfig, shape: Shape, only_bits: bool) -> int:
-    """A decomposition, and a rounding if the budget chooses between bits."""
+def _decomposition_flops(config: GraspConfig, shape: Shape) -> int:
     basis, rank = BASES[config.basis], retained_groups(config, shape)
     rounding = 0 if config.fewest_bits is None else rounding_flops(shape)
-    if only_bits:
-        return rounding
     return rounding + decomposition_flops(shape, inputs=basis.inputs, outputs=basis.outputs, rank=rank)

@@ -49,7 +49,7 @@ RETRIED = 4
 
 
 def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
-    """Decide between all candidates of a global budget; without held-out batches, or low ranks, there is one.
+    """Decide between all candidates of a global budget; without held-out batches, or where bits suffice, there is one.
 
     Low-rank linears are measured as decomposed, and the best of them also as fitted. Where layers are removed, a fit
     may lose more. What is measured is stored in the run as it comes, and what is fitted layer by layer.
@@ -58,11 +58,11 @@ def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
     tokens = sum(batch.num_tokens for batch in run.batches)
     nats = nats_per_score(run.config.basis, run.config.metric, tokens)
     dense, losses = Candidate(DENSE, (), {}), dict[str, float]()
-    if not run.held_out or plan.only_bits:
+    if not run.held_out or plan.bits_suffice:
         (only,) = candidates(selections, plan, run.prices, {}, nats).values()
         if run.held_out:
             [losses[DENSE]] = losses_without(run.model, [()], run.held_out, processes=run.processes)
-        return decision(run, only._replace(fitted=run.config.refit), (dense,), losses)
+        return decision(run, only._replace(fitted=run.config.refit and not plan.bits_suffice), (dense,), losses)
     with run.processes.fail_together():
         start = capture_prefix(run.model, run.processes.local_batches(run.held_out), {0}, scratch=run.scratch)
     parts = run.processes.size

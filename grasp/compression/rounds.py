@@ -71,7 +71,7 @@ def prepare_(run: Run, plan: Plan) -> Work:
 
 def _is_cut(run: Run, plan: Plan) -> bool:
     """Whether a part of the budget is spent on ranks, and the others are chosen on the model as it is then."""
-    return run.config.schedule == "progressive" and not plan.only_bits
+    return run.config.schedule == "progressive" and not plan.bits_suffice
 
 
 def _restore_(run: Run, sweeps: Sequence[Sequence[Target]], *, is_cut: bool) -> dict[Target, ModuleReport]:

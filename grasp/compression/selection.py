@@ -84,7 +84,7 @@ def write_groups(
     rank: int,
     config: GraspConfig,
 ) -> str:
-    """Decompose one linear, unless ``rank`` is 0, and write its most important groups; the name of the file.
+    """Decompose one linear, and write its most important groups, at most ``rank``; the name of the file.
 
     Without a score, the output of the linear does not reach the loss.
     """

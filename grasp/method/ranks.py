@@ -66,8 +66,8 @@ def retained_indices(importance: Tensor, rank: int) -> Tensor:
     Raises:
         ValueError: if there are fewer groups than ``rank``.
     """
-    if not 0 <= rank <= len(importance):
-        raise ValueError(f"rank must be between 0 and the {len(importance)} singular groups, got {rank}")
+    if not 1 <= rank <= len(importance):
+        raise ValueError(f"rank must be between 1 and the {len(importance)} singular groups, got {rank}")
     return importance.argsort(descending=True, stable=True)[:rank].sort().values
 
 

@@ -25,8 +25,8 @@ from grasp.statistics.sweep import Prefix
 class Scored(NamedTuple):
     """The groups of one linear, ``weight = U diag(S) Vh``, with their importance, (groups,).
 
-    U and Vh may have the most important groups only; S has all. A score of rank 0 may have none. The covariances are
-    there if the basis has them and no moments are gathered.
+    U and Vh may have the most important groups only; S has all. The covariances are there if the basis has them and no
+    moments are gathered.
     """
 
     svd: SVD
@@ -99,8 +99,6 @@ def _decompose(name: str, covariance: Covariance | None, weight: Tensor, rank: i
 
 
 def _by_magnitude(name: str, covariance: Covariance | None, metric: Metric, weight: Tensor, rank: int | None) -> Scored:
-    if rank == 0:
-        return Scored(SVD(weight[:, :0], weight.new_empty(0), weight[:0]), weight.new_empty(0), covariance)
     svd = _decompose(name, covariance, weight, rank)
     return Scored(svd, metric.score(svd.S, svd.S, svd.S), covariance)
 
