@@ -23,20 +23,6 @@ _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # grasp_activa
 _UNGATED = -1
 
 
-def lowrank_linear(
-    x: Tensor,
-    U: Tensor,
-    s: Tensor | None,
-    Vh: Tensor,
-    bias: Tensor | None,
-    order: Tensor | None = None,
-    U_scales: Tensor | None = None,
-    Vh_scales: Tensor | None = None,
-) -> Tensor:
-    """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). Arguments and result as in ``reference.lowrank_linear``."""
-    return run(x, (Factors(U, s, Vh, bias, order, U_scales, Vh_scales),))[0]
-
-
 def lowrank_linear_grouped(
     x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | None = None
 ) -> list[Tensor]:

@@ -22,11 +22,6 @@ PATH_CODES = {"auto": 0, "pair": 1, "dependent": 2, "cooperative": 3}  # grasp_c
 _RANK = 9  # the index of R in the tuple of `pointers`
 
 
-def lowrank_linear(x: Tensor, *factors: Any) -> Tensor:
-    """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K), and ``factors`` are the fields of ``Factors``, in order."""
-    return run(x, (Factors(*factors),))[0]
-
-
 def lowrank_linear_grouped(
     x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | None = None
 ) -> list[Tensor]:

@@ -16,7 +16,8 @@ from .checks import DTYPES
 from .extension import module_missing
 from .quantized import KINDS
 
-OPS = ("lowrank_linear", "lowrank_linear_grouped", "lowrank_glu", "singular_value_grad")
+LINEARS = ("lowrank_linear", "lowrank_linear_grouped")  # which one function runs, on a group of one or more
+OPS = (*LINEARS, "lowrank_glu", "singular_value_grad")
 
 
 class BackendUnavailableError(RuntimeError):
@@ -181,36 +182,32 @@ def _cpu_avoids(call: OpCall) -> str | None:
 
 
 _CPU_FUNCTIONS = {
-    "lowrank_linear": ".cpu:lowrank_linear",
-    "lowrank_linear_grouped": ".cpu:lowrank_linear_grouped",
+    **dict.fromkeys(LINEARS, ".cpu:lowrank_linear_grouped"),
     "lowrank_glu": ".cpu:lowrank_glu",
     "singular_value_grad": ".routes:chunked",
 }
 _CPU_DIRECT = DirectPath(
     opener=".cpu:open_direct_path",
-    ops=("lowrank_linear", "lowrank_linear_grouped"),
+    ops=LINEARS,
     rows=CPU_ROWS,
     groups=8,  # MOST_GROUPS in csrc/direct.h
     dimensions=8,  # MOST_DIMENSIONS there
 )
-_CUDA_FUNCTIONS = {
-    "lowrank_linear": ".cuda:lowrank_linear",
-    "lowrank_linear_grouped": ".cuda:lowrank_linear_grouped",
-}
+_CUDA_FUNCTIONS = dict.fromkeys(LINEARS, ".cuda:lowrank_linear_grouped")
 _TRITON_FUNCTIONS = {
-    "lowrank_linear": ".triton.lowrank_linear:lowrank_linear",
-    "lowrank_linear_grouped": ".triton.lowrank_linear:lowrank_linear_grouped",
+    **dict.fromkeys(LINEARS, ".triton.lowrank_linear:lowrank_linear_grouped"),
     "lowrank_glu": ".triton.lowrank_glu:lowrank_glu",
     "singular_value_grad": ".triton.singular_value_grad:singular_value_grad",
 }
 _CHUNKED_FUNCTIONS = {"singular_value_grad": ".routes:chunked"}
+_REFERENCE_FUNCTIONS = {op: ".reference:lowrank_linear_grouped" if op in LINEARS else f".reference:{op}" for op in OPS}
 
 BACKENDS: tuple[Backend, ...] = (
     Backend("cuda", _CUDA_FUNCTIONS, missing=_cuda_missing, refuses=_cuda_refuses, avoids=_cuda_avoids),
     Backend("triton", _TRITON_FUNCTIONS, missing=_triton_missing, refuses=_triton_refuses, avoids=_triton_avoids),
     Backend("cpu", _CPU_FUNCTIONS, missing=_cpu_missing, refuses=_cpu_refuses, avoids=_cpu_avoids, direct=_CPU_DIRECT),
     Backend("chunked", _CHUNKED_FUNCTIONS, _nothing, _nothing, _nothing),
-    Backend("reference", {op: f".reference:{op}" for op in OPS}, _nothing, _nothing, _nothing),
+    Backend("reference", _REFERENCE_FUNCTIONS, _nothing, _nothing, _nothing),
 )
 
 

@@ -87,7 +87,7 @@ def lowrank_linear(
     """Run a checked call of ``lowrank_linear`` with the backend that the table selects."""
     factors = widened(Factors(U, s, Vh, bias, order, U_scales, Vh_scales))
     run = _select(backend, "lowrank_linear", x, factors)
-    return _unrows(run(_rows(x), *factors), x)
+    return _unrows(run(_rows(x), (factors,))[0], x)
 
 
 def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors], backend: str) -> list[Tensor]:

@@ -181,7 +181,7 @@ def _arguments(op: str, rows: int) -> Sequence[Any]:
     if op == "singular_value_grad":
         return x, normal((rows, 256), generator, dtype=torch.bfloat16), first.U, first.Vh, None, False, "token", None
     return {
-        "lowrank_linear": (x, *first),
+        "lowrank_linear": (x, [first]),
         "lowrank_linear_grouped": (x, [first, second]),
         "lowrank_glu": (x, first, second, "silu"),
     }[op]

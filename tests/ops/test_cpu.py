@@ -163,7 +163,7 @@ def test_other_python_threads_run_during_a_call() -> None:
     generator = seeded()
     x = normal((2000, 2000), generator, dtype=torch.float32)
     group = factors(2000, 2000, 400, generator, s=False, bias=False, dtype=torch.float32)
-    thread = threading.Thread(target=lambda: cpu.lowrank_linear(x, *group))
+    thread = threading.Thread(target=lambda: cpu.run(x, [group]))
     thread.start()
     turns = 0
     while thread.is_alive():
@@ -179,7 +179,7 @@ def test_calls_do_not_leak_memory() -> None:
 
     def resident_bytes(calls: int) -> int:
         for _ in range(calls):
-            cpu.lowrank_linear(x, *group)
+            cpu.run(x, [group])
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
     before = resident_bytes(1000)

@@ -54,11 +54,6 @@ SCALES = Factors._fields.index("U_scales")  # the last fields
 EXPAND_STAGES, SCALAR_STAGES = 3, 4  # most of an expand: with more shared memory fewer start while the shrink works
 
 
-def lowrank_linear(x: Tensor, *factors: Tensor | None) -> Tensor:
-    """``((x @ Vh.mT) * s) @ U.mT + bias``; x is (M, K). Arguments and result as in ``reference.lowrank_linear``."""
-    return lowrank_linear_grouped(x, [Factors(*factors)])[0]  # type: ignore[arg-type]
-
-
 def lowrank_linear_grouped(
     x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
