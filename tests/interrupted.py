@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from grasp.checkpoint.compression_report import CompressionReport
 from grasp.checkpoint.run_state import NoState, RunState
 from grasp.compress import compress_
 from grasp.compression.span_plan import SpanMemory
 from grasp.config import GraspConfig
+from grasp.files import tensors_digest
 from grasp.method.cost_table import CostTable
+from grasp.model.targets import decoder
 from grasp.statistics.hidden_states import Scratch
+from grasp.statistics.processes import Processes
+from grasp.statistics.sharding import shard_
 from tests.tiny_models import tiny_batches, tiny_model
 
 CONFIG = GraspConfig(layers=(0, 2), retain_ratio=0.4)
@@ -111,3 +117,42 @@ def stopped_at_every_write(
             assert_same(run(folder, config, family=family), expected)
             assert not folder.exists()
             stop += step
+
+
+def shared_model(processes: Processes, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The tiny model of one of several processes, sharded if they shard it."""
+    model = tiny_model("llama", dtype)
+    if processes.sharded:
+        shard_(model, torch.device("cpu"), processes)
+    return model
+
+
+def compress_with_a_bad_sweep(processes: Processes) -> None:
+    """In the second process the last layer returns NaN, though not while block influence is measured."""
+    model, runs = shared_model(processes), list[int]()
+
+    def spoil(_: Any, args: Any, output: Tensor) -> Tensor:
+        runs.append(1)
+        return output * float("nan") if len(runs) > 4 and processes.rank == 1 else output
+
+    decoder(model).layers[-1].register_forward_hook(spoil)
+    compress_(model, tiny_batches(BATCHES), CONFIG, processes=processes)
+
+
+def compress_until_killed(
+    processes: Processes, folder: Path, config: GraspConfig, kind: str, count: int | None
+) -> list[Any]:
+    """The second process is killed in sweep ``count`` of a kind, if given. Sweeps, indices, digest of the weights."""
+    model, sweeps = shared_model(processes, torch.float64), list[str]()
+
+    def progress(step: str, done: int, total: int) -> None:
+        if step.startswith(kind) and done == 1:
+            sweeps.append(step)
+        if len(sweeps) == count and processes.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with RunState(folder, rank=processes.rank, processes=processes.size) as state:
+        batches = tiny_batches(BATCHES)
+        report = compress_(model, batches, config, progress=progress, state=state, processes=processes)
+    digest = "" if processes.sharded else tensors_digest(model.state_dict().items())
+    return [sweeps, [module.indices for module in report.modules], digest]

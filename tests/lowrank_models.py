@@ -16,6 +16,21 @@ from grasp.model.targets import layer_targets
 from tests.tiny_models import tiny_batches, tiny_model
 
 
+class Attention(nn.Module):
+    """Three linears of one input, with their outputs side by side."""
+
+    def __init__(self, q: LowRankLinear, k: LowRankLinear, v: LowRankLinear) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = q, k, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+
+    @property
+    def layers(self) -> list[LowRankLinear]:
+        return [self.q_proj, self.k_proj, self.v_proj]
+
+
 def lowrank_model(
     family: str = "llama",
     dtype: torch.dtype = torch.float32,

@@ -28,6 +28,7 @@ from grasp_kernels import (
     lowrank_linear,
     lowrank_linear_grouped,
 )
+from tests.lowrank_models import Attention
 
 K, N, WIDTHS = 40, 24, (24, 16, 16)
 BACKENDS = [name for name in available_backends() if name in ("cpu", "reference")]
@@ -40,22 +41,13 @@ def fresh(rng: random.Random) -> Factors:
     return Factors(torch.randn(N, rank), torch.randn(rank) if rng.random() < 0.5 else None, torch.randn(rank, K), bias)
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (LowRankLinear(K, width, 5) for width in WIDTHS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-
-
 class Shared:
     """What all threads see."""
 
     def __init__(self) -> None:
         self.items: list[Any] = [fresh(random.Random(i)) for i in range(4)]
         self.backend = "auto"
-        self.model = Attention()
+        self.model = Attention(*(LowRankLinear(K, width, 5) for width in WIDTHS))
         self.x = torch.randn(1, K)
 
     # --- threads that change it ---

@@ -18,6 +18,7 @@ from grasp.model.dense import dense_weight
 from grasp.model.grouping import group_linears_
 from grasp.model.lowrank_linear import LowRankLinear, set_backend_
 from grasp_kernels import Factors, lowrank_linear, lowrank_linear_grouped
+from tests.lowrank_models import Attention
 
 
 def conv1d(out_features: int, in_features: int) -> Conv1D:
@@ -137,17 +138,9 @@ def test_repr_has_the_percentage_of_dense_parameters() -> None:
     )
 
 
-class Attention(nn.Module):
-    """Three linears of one input with unequal ranks and widths, one of them with a bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = LowRankLinear(24, 16, 5)
-        self.k_proj = LowRankLinear(24, 8, 3, bias=False)
-        self.v_proj = LowRankLinear(24, 8, 7, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+def three_linears() -> Attention:
+    """Unequal ranks and widths, one of them with a bias."""
+    return Attention(LowRankLinear(24, 16, 5), LowRankLinear(24, 8, 3, bias=False), LowRankLinear(24, 8, 7, bias=False))
 
 
 @pytest.fixture
@@ -169,7 +162,7 @@ def always_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_linears_that_share_an_input_are_computed_by_one_op(grouped_calls: list[int]) -> None:
-    attention, x = Attention(), torch.randn(2, 3, 24)
+    attention, x = three_linears(), torch.randn(2, 3, 24)
     expected, names = attention(x), set(attention.state_dict())
     assert grouped_calls == []
     assert group_linears_(attention) == [("q_proj", "k_proj", "v_proj")]
@@ -180,7 +173,7 @@ def test_linears_that_share_an_input_are_computed_by_one_op(grouped_calls: list[
 
 
 def test_groups_can_be_taken_apart(grouped_calls: list[int]) -> None:
-    attention, x = Attention(), torch.randn(3, 24)
+    attention, x = three_linears(), torch.randn(3, 24)
     expected = attention(x)
     group_linears_(attention)
     assert group_linears_(attention, enabled=False) == []
@@ -189,7 +182,7 @@ def test_groups_can_be_taken_apart(grouped_calls: list[int]) -> None:
 
 
 def test_a_member_called_with_another_input_or_out_of_order_computes_its_output() -> None:
-    attention, x, other = Attention(), torch.randn(3, 24), torch.randn(3, 24)
+    attention, x, other = three_linears(), torch.randn(3, 24), torch.randn(3, 24)
     expected = [attention.q_proj(x), attention.k_proj(other), attention.v_proj(x), attention.v_proj(other)]
     group_linears_(attention)
     got = [attention.q_proj(x), attention.k_proj(other), attention.v_proj(x), attention.v_proj(other)]
@@ -197,7 +190,7 @@ def test_a_member_called_with_another_input_or_out_of_order_computes_its_output(
 
 
 def test_groups_train_and_see_new_weights() -> None:
-    attention, x = Attention(), torch.randn(3, 24)
+    attention, x = three_linears(), torch.randn(3, 24)
     attention(x).square().sum().backward()
     expected = {name: p.grad for name, p in attention.named_parameters()}
     attention.zero_grad()
@@ -211,7 +204,7 @@ def test_groups_train_and_see_new_weights() -> None:
 
 
 def test_a_copy_has_new_groups(grouped_calls: list[int]) -> None:
-    attention, x = Attention(), torch.randn(3, 24)
+    attention, x = three_linears(), torch.randn(3, 24)
     group_linears_(attention)
     twin = copy.deepcopy(attention)
     assert twin.q_proj.group.members == [twin.q_proj, twin.k_proj, twin.v_proj]
@@ -226,7 +219,7 @@ def test_groups_run_on_the_meta_device() -> None:
 
 
 def test_groups_are_not_used_on_a_cpu_without_gradients(grouped_calls: list[int]) -> None:
-    attention, x = Attention(), torch.randn(2, 3, 24)
+    attention, x = three_linears(), torch.randn(2, 3, 24)
     group_linears_(attention)
     expected = attention(x)
     assert grouped_calls == [3]
@@ -263,7 +256,7 @@ def test_a_pruned_factor_is_the_one_used(name: str) -> None:
 
 @pytest.mark.usefixtures("always_grouped")
 def test_threads_do_not_share_outputs() -> None:
-    attention = Attention()
+    attention = three_linears()
     group_linears_(attention)
     inputs = [torch.randn(3, 24) for _ in range(64)]
     expected = [attention(x) for x in inputs]
@@ -273,7 +266,7 @@ def test_threads_do_not_share_outputs() -> None:
 
 
 def test_groups_compile_to_one_graph_with_one_op(grouped_calls: list[int]) -> None:
-    attention, x = Attention(), torch.randn(3, 24)
+    attention, x = three_linears(), torch.randn(3, 24)
     expected = attention(x)
     group_linears_(attention)
     compiled = torch.compile(attention, fullgraph=True, backend="eager")
@@ -282,7 +275,7 @@ def test_groups_compile_to_one_graph_with_one_op(grouped_calls: list[int]) -> No
 
 
 def first_then(change: Callable[[Attention, Tensor], None]) -> tuple[Attention, Tensor]:
-    attention, x = Attention(), torch.randn(3, 24)
+    attention, x = three_linears(), torch.randn(3, 24)
     group_linears_(attention)
     with torch.no_grad():
         attention.q_proj(x)
@@ -316,7 +309,7 @@ def test_an_output_is_computed_again_in_another_gradient_or_autocast_mode() -> N
 @pytest.mark.usefixtures("always_grouped")
 @pytest.mark.parametrize("changed", ["input", "weights"])
 def test_an_output_is_computed_again_if_something_requires_a_gradient_since(changed: str) -> None:
-    attention, x = Attention().requires_grad_(False), torch.randn(3, 24)
+    attention, x = three_linears().requires_grad_(False), torch.randn(3, 24)
     group_linears_(attention)
     assert not attention.q_proj(x).requires_grad
     (x if changed == "input" else attention.k_proj.U).requires_grad_()
@@ -324,14 +317,14 @@ def test_an_output_is_computed_again_if_something_requires_a_gradient_since(chan
 
 
 def test_a_replica_computes_its_output() -> None:
-    attention, x = Attention(), torch.randn(3, 24)
+    attention, x = three_linears(), torch.randn(3, 24)
     group_linears_(attention)
     replica = copy.copy(attention.k_proj)
     assert torch.equal(replica(x), attention.k_proj(x))
 
 
 def test_a_member_without_the_others_computes_alone(grouped_calls: list[int]) -> None:
-    attention, x = Attention(), torch.randn(3, 24)
+    attention, x = three_linears(), torch.randn(3, 24)
     group_linears_(attention)
     expected = lowrank_linear(x, *attention.q_proj.factors)
     for layer in (copy.deepcopy(attention.q_proj), pickle.loads(pickle.dumps(attention.q_proj))):
@@ -353,7 +346,7 @@ def test_fp16_factors_do_not_overflow_where_the_dense_linear_does_not() -> None:
 
 
 def test_a_member_with_another_backend_computes_alone(grouped_calls: list[int]) -> None:
-    attention, x = Attention(), torch.randn(2, 24)
+    attention, x = three_linears(), torch.randn(2, 24)
     group_linears_(attention)
     attention.k_proj.backend = "reference"
     outputs = [attention.get_submodule(name)(x) for name in ("q_proj", "k_proj", "v_proj")]
@@ -375,7 +368,7 @@ def test_a_model_can_be_set_to_one_backend(monkeypatch: pytest.MonkeyPatch, grou
 
     monkeypatch.setattr(input_group, "lowrank_linear", lowrank)
     monkeypatch.setattr(input_group, "lowrank_linear_grouped", several)
-    attention, x = Attention(), torch.randn(2, 3, 24)
+    attention, x = three_linears(), torch.randn(2, 3, 24)
     group_linears_(attention, grouped)
     for backend, calls in (("reference", 1 if grouped else 3), ("auto", 1 if grouped else 3)):
         set_backend_(attention, backend)

@@ -29,7 +29,7 @@ from grasp.model.lowrank_linear import LowRankLinear
 from grasp.peft import lowrank_targets
 from grasp_kernels import direct, registered
 from grasp_kernels.packing import packed_memory, stacked
-from tests.lowrank_models import assert_same_state, compressed_model, logits
+from tests.lowrank_models import Attention, assert_same_state, compressed_model, logits
 
 
 @pytest.fixture(autouse=True)
@@ -38,33 +38,20 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowrank_linear, "_faster_alone", lambda _: False)
 
 
-class Attention(nn.Module):
-    """Three linears of one input with ranks 20, 32 and 7; in memory they have 32, 32 and 16."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = LowRankLinear(48, 40, 20)
-        self.k_proj = LowRankLinear(48, 32, 32, bias=False)
-        self.v_proj = LowRankLinear(48, 32, 7, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-
-    @property
-    def layers(self) -> list[LowRankLinear]:
-        return [self.q_proj, self.k_proj, self.v_proj]
+def three_linears() -> Attention:
+    """Of ranks 20, 32 and 7; in memory they have 32, 32 and 16."""
+    return Attention(LowRankLinear(48, 40, 20), LowRankLinear(48, 32, 32, False), LowRankLinear(48, 32, 7, False))
 
 
 def attention() -> Attention:
-    torch.manual_seed(0)
-    model = Attention().eval()
+    model = plain()
     group_linears_(model)
     return model
 
 
 def plain() -> Attention:
     torch.manual_seed(0)
-    return Attention().eval()
+    return three_linears().eval()
 
 
 def is_packed(model: Attention) -> bool:
@@ -150,7 +137,7 @@ def test_state_and_memory_are_those_of_the_logical_ranks(tmp_path: Path) -> None
     group_linears_(twin, enabled=False)  # safetensors refuses rows that are not adjacent
     save_model(twin, str(tmp_path / "twin.safetensors"))
     for state in (load_file(tmp_path / "twin.safetensors"), clean_state_dict_for_safetensors(model.state_dict())):
-        twin = Attention()
+        twin = three_linears()
         twin.load_state_dict(state)
         assert_same_state(twin, model)
     torch.save(model.state_dict(), tmp_path / "model.pt")

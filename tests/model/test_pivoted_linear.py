@@ -5,12 +5,13 @@ import pickle
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from grasp.model.grouping import group_linears_
 from grasp.model.lowrank_linear import LowRankLinear, is_order
 from grasp_kernels import lowrank_linear_grouped
 from grasp_kernels.packing import widened
+from tests.lowrank_models import Attention
 
 SHAPES = [(24, 16, 5), (16, 24, 15), (24, 16, 1), (16, 16, 15), (9, 7, 6)]  # K, N, R
 
@@ -137,16 +138,11 @@ def test_gradients_are_those_of_the_weight() -> None:
     torch.testing.assert_close(layer.bias.grad, plain.bias.grad)
 
 
-class Attention(nn.Module):
+def with_a_pivoted_linear() -> Attention:
     """A pivoted linear between two others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = low_rank(24, 16, 5), low_rank(24, 8, 3, False), low_rank(24, 8, 7)
-        self.k_proj.pivot_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+    model = Attention(low_rank(24, 16, 5), low_rank(24, 8, 3, False), low_rank(24, 8, 7))
+    model.k_proj.pivot_()
+    return model
 
 
 def test_a_group_may_have_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +152,7 @@ def test_a_group_may_have_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append([group.order is not None for group in factors])
         return lowrank_linear_grouped(x, factors, backend=backend)
 
-    model, x = Attention(), torch.randn(3, 24, dtype=torch.float64)
+    model, x = with_a_pivoted_linear(), torch.randn(3, 24, dtype=torch.float64)
     with torch.no_grad():
         expected = model(x)
     monkeypatch.setattr("grasp.model.input_group.lowrank_linear_grouped", counted)
@@ -167,7 +163,7 @@ def test_a_group_may_have_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_factors_of_a_pivoted_layer_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grasp.model.input_group._gains_by_packing", lambda factor: True)
-    model, x = Attention(), torch.randn(3, 24, dtype=torch.float64)
+    model, x = with_a_pivoted_linear(), torch.randn(3, 24, dtype=torch.float64)
     expected = model(x)
     group_linears_(model)
     model.eval()

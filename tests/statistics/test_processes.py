@@ -15,11 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp.checkpoint.compression_report import CompressionReport
-from grasp.checkpoint.run_state import RunState
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.errors import DistributedError, NonFiniteError
-from grasp.files import tensors_digest
 from grasp.method.schedules import SCHEDULES
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
@@ -29,6 +27,7 @@ from grasp.statistics.gradients import gather_gradients
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.redundancy import block_influence
 from grasp.statistics.sweep import capture_prefix
+from tests.interrupted import compress_until_killed, compress_with_a_bad_sweep
 from tests.many_processes import Outcome, run
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
@@ -215,19 +214,6 @@ def test_an_error_in_one_process_is_told_to_all() -> None:
     assert str(first.error) == "process 1 of 2 failed: three is too much"
 
 
-def compress_with_a_bad_sweep(processes: Processes) -> None:
-    """In one process the last layer returns NaN, though not while block influence is measured."""
-    model = tiny_model("llama")
-    runs: list[int] = []
-
-    def spoil(_: Any, args: Any, output: Tensor) -> Tensor:
-        runs.append(1)
-        return output * float("nan") if len(runs) > 4 and processes.rank == 1 else output
-
-    decoder(model).layers[-1].register_forward_hook(spoil)
-    compress_(model, calibration("3"), CONFIG, processes=processes)
-
-
 def test_a_loss_that_is_no_number_in_one_process_ends_all() -> None:
     first, second = run(compress_with_a_bad_sweep)
     assert isinstance(second.error, NonFiniteError)
@@ -310,28 +296,12 @@ def test_a_process_that_hangs_is_given_up_after_the_timeout() -> None:
     assert "more than 0:00:05 (h:mm:ss) behind" in str(first.error)
 
 
-def compress_in_two_attempts(processes: Processes, folder: Path, attempt: int) -> list[Any]:
-    """The first attempt is killed in the second sweep."""
-    model = tiny_model("llama", torch.float64)
-    sweeps: list[str] = []
-
-    def die_in_the_second(step: str, done: int, total: int) -> None:
-        if step.startswith("covariances") and done == 1:
-            sweeps.append(step)
-        if attempt == 1 and len(sweeps) == 2 and processes.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with RunState(folder, rank=processes.rank, processes=processes.size) as state:
-        batches = calibration("3")
-        report = compress_(model, batches, BEST, progress=die_in_the_second, state=state, processes=processes)
-    return [sweeps, [module.indices for module in report.modules], tensors_digest(model.state_dict().items())]
-
-
 def test_a_run_of_two_processes_continues_after_one_was_killed(tmp_path: Path) -> None:
-    assert_lost(*run(compress_in_two_attempts, tmp_path / "kept", 1))
+    arguments = (BEST, "covariances")
+    assert_lost(*run(compress_until_killed, tmp_path / "kept", *arguments, 2))
     alone = compress_(tiny_model("llama", torch.float64), calibration("3"), BEST)
     expected = [module.indices for module in alone.modules]
-    weights = run(compress_in_two_attempts, tmp_path / "whole", 2)[0].value[2]
-    results = run(compress_in_two_attempts, tmp_path / "kept", 2)
+    weights = run(compress_until_killed, tmp_path / "whole", *arguments, None)[0].value[2]
+    results = run(compress_until_killed, tmp_path / "kept", *arguments, None)
     assert [result.value for result in results] == 2 * [[["covariances, 3 layers"], expected, weights]]
     assert not (tmp_path / "kept").exists()

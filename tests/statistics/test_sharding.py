@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from grasp.checkpoint.compression_report import CompressionReport
-from grasp.checkpoint.run_state import RunState
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.errors import DistributedError, NonFiniteError, UnsupportedModelError
@@ -25,6 +23,7 @@ from grasp.statistics.divergence import Reference, removal_divergences
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sharding import collect_, shard_
 from grasp.statistics.sweep import capture_prefix, sweep
+from tests.interrupted import compress_until_killed, compress_with_a_bad_sweep
 from tests.many_processes import run
 from tests.tiny_models import tiny_batches, tiny_model
 
@@ -174,20 +173,6 @@ def test_low_rank_linears_are_sharded_in_place_of_sharded_ones() -> None:
     torch.testing.assert_close(outcomes[0]["state"], expected["state"], rtol=1e-12, atol=1e-15)
 
 
-def compress_with_a_bad_sweep(processes: Processes) -> None:
-    """In one process the last layer returns NaN, though not while block influence is measured."""
-    model = tiny_model("llama")
-    shard_(model, CPU, processes)
-    runs: list[int] = []
-
-    def spoil(_: Any, args: Any, output: Tensor) -> Tensor:
-        runs.append(1)
-        return output * float("nan") if len(runs) > 4 and processes.rank == 1 else output
-
-    decoder(model).layers[-1].register_forward_hook(spoil)
-    compress_(model, tiny_batches(3), CONFIG, processes=processes)
-
-
 def test_an_error_in_one_process_ends_the_waiting_processes() -> None:
     first, second = run(compress_with_a_bad_sweep, sharded=True)
     assert isinstance(second.error, NonFiniteError)
@@ -195,31 +180,15 @@ def test_an_error_in_one_process_ends_the_waiting_processes() -> None:
     assert "process 0 of 2 has lost the others" in str(first.error)
 
 
-def compress_in_two_attempts(processes: Processes, folder: Path, attempt: int) -> list[Any]:
-    """The first attempt is killed in its third sweep."""
-    model = tiny_model("llama", torch.float64)
-    shard_(model, CPU, processes)
-    sweeps: list[str] = []
-
-    def die_in_the_third(step: str, done: int, total: int) -> None:
-        if step.startswith("layer") and done == 1:
-            sweeps.append(step)
-        if attempt == 1 and len(sweeps) == 3 and processes.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with RunState(folder, rank=processes.rank, processes=processes.size) as state:
-        report = compress_(model, tiny_batches(3), CONFIG, progress=die_in_the_third, state=state, processes=processes)
-    return [sweeps, [module.indices for module in report.modules]]
-
-
 def test_a_sharded_run_resumes_after_a_kill(tmp_path: Path) -> None:
-    first, second = run(compress_in_two_attempts, tmp_path / "kept", 1, sharded=True)
+    arguments = (tmp_path / "kept", CONFIG, "layer")
+    first, second = run(compress_until_killed, *arguments, 3, sharded=True)
     assert second.exit_code == -signal.SIGKILL
     assert isinstance(first.error, DistributedError)
     report = compress_(tiny_model("llama", torch.float64), tiny_batches(3), CONFIG)
     expected = [module.indices for module in report.modules]
-    for outcome in run(compress_in_two_attempts, tmp_path / "kept", 2, sharded=True):
-        assert outcome.value == [["layer 0 mlp", "layer 0 attention"], expected]
+    for outcome in run(compress_until_killed, *arguments, None, sharded=True):
+        assert outcome.value == [["layer 0 mlp", "layer 0 attention"], expected, ""]
 
 
 def compress_in_bfloat16(processes: Processes) -> None:
