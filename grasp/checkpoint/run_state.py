@@ -21,7 +21,7 @@ from grasp.files import require_space
 from grasp.method.cost_table import CostTable
 from grasp.model.targets import Target
 from grasp.progress import Clock, Notify, no_notify
-from grasp.statistics.partial_sums import PartialSums, Sum
+from grasp.statistics.gradients import GradientSum, PartialSums
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
@@ -210,7 +210,7 @@ class RunState(RunFolder, NoState):
             self._write_state()
             self._listed = time.monotonic()
 
-    def restore_sums(self, sums: Mapping[Target, Sum]) -> int:
+    def restore_sums(self, sums: Mapping[Target, GradientSum]) -> int:
         """Set the sums of a sweep to the stored ones; the number of batches that they hold.
 
         Raises:
@@ -230,7 +230,7 @@ class RunState(RunFolder, NoState):
                     total.calls = notes["calls"][target.name]
         return done
 
-    def store_sums(self, sums: Mapping[Target, Sum], done: int, batches: int) -> None:
+    def store_sums(self, sums: Mapping[Target, GradientSum], done: int, batches: int) -> None:
         """Store the sums of a sweep, which hold ``done`` of ``batches`` batches: twice a minute, and at its end.
 
         Raises:

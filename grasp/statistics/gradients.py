@@ -15,7 +15,6 @@ from grasp.model.targets import Target
 from grasp.progress import Progress, no_progress
 from grasp.statistics.covariance import require_finite
 from grasp.statistics.moments import MomentSum
-from grasp.statistics.partial_sums import PartialSums
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sweep import Call, Prefix, sweep, sweep_name
 from grasp_kernels.routes import accumulate_weight_grad_, contract_weight_grad, dense_flops, factored_flops
@@ -53,6 +52,20 @@ class DenseSum:
         return svd, contract_weight_grad(self.tensor, svd.U, svd.Vh)
 
 
+GradientSum = FactoredSum | DenseSum
+
+
+class PartialSums:
+    """Stores nothing, so every sweep starts at its first batch. ``grasp.checkpoint.run_state`` stores the sums."""
+
+    def restore_sums(self, sums: Mapping[Target, GradientSum]) -> int:
+        """Set the sums of a sweep to the stored ones; the number of batches that they hold."""
+        return 0
+
+    def store_sums(self, sums: Mapping[Target, GradientSum], done: int, batches: int) -> None:
+        """Store the sums of a sweep, which hold ``done`` of ``batches`` batches: twice a minute, and at its end."""
+
+
 def dense_is_cheaper(shape: Shape, tokens: int) -> bool:
     """Whether ``DenseSum`` takes fewer FLOPs for all singular values of an (N, K) matrix and a number of tokens."""
     work = (tokens, *shape, min(shape))
@@ -67,7 +80,7 @@ def gather_gradients(
     progress: Progress = no_progress,
     state: PartialSums | None = None,
     processes: Processes = ALONE,
-) -> dict[Target, FactoredSum | DenseSum]:
+) -> dict[Target, GradientSum]:
     """Sum the gradient of the negative log-likelihood in the singular values of each target, in one sweep.
 
     Args:
@@ -89,7 +102,7 @@ def gather_gradients(
     # Processes that share the tokens use ``DenseSum``. Each would decompose for itself, and the groups of two
     # decompositions can differ where singular values are close, so their sums cannot be added up.
     shared = processes.size > 1
-    sums: dict[Target, FactoredSum | DenseSum] = {
+    sums: dict[Target, GradientSum] = {
         target: (DenseSum if shared or dense_is_cheaper(dense_shape(target.module), tokens) else FactoredSum)(target)
         for target in targets
     }
@@ -110,7 +123,7 @@ def gather_gradients(
     return {target: total for (target, total), count in zip(sums.items(), calls.tolist(), strict=True) if count}
 
 
-def _restore(state: PartialSums, sums: Mapping[Target, FactoredSum | DenseSum], processes: Processes) -> int:
+def _restore(state: PartialSums, sums: Mapping[Target, GradientSum], processes: Processes) -> int:
     """Resume the stored sums; the number of batches that they hold.
 
     If the model is sharded, all processes run every forward pass together, so they start at the same batch.

@@ -15,9 +15,8 @@ from grasp.model.dense import dense_weight
 from grasp.model.targets import Target
 from grasp.progress import Progress, no_progress
 from grasp.statistics.covariance import Covariance, gather_covariances
-from grasp.statistics.gradients import DenseSum, FactoredSum, gather_gradients
+from grasp.statistics.gradients import GradientSum, PartialSums, gather_gradients
 from grasp.statistics.moments import basis_moments
-from grasp.statistics.partial_sums import PartialSums
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sweep import Prefix
 
@@ -103,7 +102,7 @@ def _by_magnitude(name: str, covariance: Covariance | None, metric: Metric, weig
     return Scored(svd, metric.score(svd.S, svd.S, svd.S), covariance)
 
 
-def _by_gradient(total: DenseSum | FactoredSum, metric: Metric, weight: Tensor, rank: int | None) -> Scored:
+def _by_gradient(total: GradientSum, metric: Metric, weight: Tensor, rank: int | None) -> Scored:
     svd, grad = total.result(weight)
     return Scored(svd, metric.score(svd.S, grad, grad))
 
