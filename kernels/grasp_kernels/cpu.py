@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .extension import DTYPE_CODES
+from .extension import DTYPE_CODES, scales_alike
 from .reference import ACTIVATIONS, Factors
 
 # grasp_isa in csrc/lowrank.h
@@ -73,11 +73,8 @@ def _run(
 
 
 def _contiguous(group: Factors) -> Factors:
-    copy = Factors(*(None if tensor is None else tensor.contiguous() for tensor in group))  # type: ignore[arg-type]
-    U_scales, Vh_scales = copy.U_scales, copy.Vh_scales
-    if U_scales is None or Vh_scales is None or U_scales.dtype == Vh_scales.dtype:
-        return copy
-    return copy._replace(U_scales=U_scales.float(), Vh_scales=Vh_scales.float())
+    tensors = (*group[:-2], *scales_alike(group))
+    return Factors(*(None if tensor is None else tensor.contiguous() for tensor in tensors))  # type: ignore[arg-type]
 
 
 def open_direct_path(

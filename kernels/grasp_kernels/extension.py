@@ -76,7 +76,7 @@ def pointers(factors: Factors, output: Tensor, in_features: int) -> tuple[tuple[
     N, R = factors.out_features, factors.Vh.shape[0]
     U, U_stride = in_place(factors.U)
     Vh, Vh_stride = in_place(factors.Vh)
-    vectors = (factors.s, factors.bias, factors.order, *_scales(factors))
+    vectors = (factors.s, factors.bias, factors.order, *scales_alike(factors))
     s, bias, order, U_scales, Vh_scales = (None if vector is None else vector.contiguous() for vector in vectors)
     scales = Vh_scales if U_scales is None else U_scales
     addresses = (U.data_ptr(), _address(s), Vh.data_ptr(), _address(bias), output.data_ptr())
@@ -87,8 +87,8 @@ def pointers(factors: Factors, output: Tensor, in_features: int) -> tuple[tuple[
     return (*addresses, *sizes, *quantized), Factors(U, s, Vh, bias, order, U_scales, Vh_scales)
 
 
-def _scales(factors: Factors) -> tuple[Tensor | None, Tensor | None]:
-    """The scales of U and Vh in one dtype, which the module expects."""
+def scales_alike(factors: Factors) -> tuple[Tensor | None, Tensor | None]:
+    """The scales of U and Vh in one dtype, which the kernels expect."""
     U, Vh = factors.U_scales, factors.Vh_scales
     return (U, Vh) if U is None or Vh is None or U.dtype == Vh.dtype else (U.float(), Vh.float())
 
