@@ -382,7 +382,7 @@ def _description(samples: Samples, report: CompressionReport) -> str:
     removed = f"Removed layers: {layer_ranges(report.removed_layers)}. " if report.removed_layers else ""
     text = (
         f"## How it was made\n\n{removed}"
-        f"Compressed layers: {', '.join(map(str, report.redundant_layers)) or 'none'} ({selected}). "
+        f"Compressed layers: {layer_ranges(report.redundant_layers) or 'none'} ({selected}). "
         f"Calibrated on {samples}. "
     )
     if report.compressed:
