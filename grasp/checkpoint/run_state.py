@@ -142,7 +142,7 @@ class RunState(RunFolder, NoState):
         ...     pass  # report = compress_(model, batches, config, state=state); model.save_pretrained(...)
     """
 
-    FORMAT = 9
+    FORMAT = 10
     FILES = r"(module|cut|first|second|only|map)(-.+|\..+)?\.safetensors|costs\.json"  # before format 5: a costs.json
     CACHES = r"sums-.+\.safetensors"
 

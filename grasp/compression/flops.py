@@ -128,7 +128,14 @@ class FlopCounter:
         return self._for_calibration(self._forward(range(max(entries))) + self._job.rounds * again)
 
     def count(self, targets: Sequence[Target], prefix: int, sweeps: int, *, compares: bool = True) -> Flops:
-        """The FLOPs of all steps; ``sweeps`` has those of one pass of each sweep. ``compares``: several candidates."""
+        """The FLOPs of all steps.
+
+        Args:
+            targets: the linears that are scored.
+            prefix: FLOPs of ``prefix``.
+            sweeps: FLOPs of one pass of each sweep.
+            compares: whether several candidates are measured.
+        """
         job = self._job
         depth = range(len(self._layers))
         influence = self._for_samples(self._forward(depth), job.num_samples)

@@ -325,7 +325,7 @@ def _looks(points: Iterable[Quality | Stored | Trade | Load | Speed]) -> _Looks:
 
 
 def _draw(axes: Axes, looks: _Looks, places: Iterable[tuple[str, float, float]], line: str = "") -> None:
-    """Mark places, (label, x, y), in the looks of their labels; a ``line`` joins those of one label."""
+    """Draw points, (label, x, y), in the colour and with the marker of their label; ``line`` joins those of a label."""
     for label, same in grouped(places, lambda place: place[0]).items():
         colour, marker = looks[label]
         xs, ys = ([place[axis] for place in same] for axis in (1, 2))
