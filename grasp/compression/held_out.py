@@ -23,7 +23,6 @@ from grasp.compression.candidates import (
 )
 from grasp.compression.linear_replacement import linear_replacement, with_map
 from grasp.compression.measured_blocks import corrected, corrections
-from grasp.compression.memory_budget import return_freed_memory
 from grasp.compression.refit import Refit
 from grasp.compression.run import Run
 from grasp.compression.selection import (
@@ -42,6 +41,7 @@ from grasp.model.targets import Target, decoder
 from grasp.statistics.divergence import Reference, removal_divergences
 from grasp.statistics.layer_losses import losses_without
 from grasp.statistics.sweep import Prefix, capture_prefix, propagate, sum_nll_after
+from grasp.system_memory import return_freed_memory
 
 # After each removal so many layers, those that lost least before, are measured again. The losses of single layers
 # nearly add up (docs/latency.md), so the next layer to go is among them; it takes 5 forward passes, not one per layer.

@@ -12,7 +12,6 @@ from grasp.checkpoint.run_state import Decision
 from grasp.compression.budget import Plan, ceilings
 from grasp.compression.candidates import FIRST_SHARE, fitted_layers, low_ranks
 from grasp.compression.held_out import decide, store
-from grasp.compression.memory_budget import return_freed_memory
 from grasp.compression.refit import Refit
 from grasp.compression.run import Run
 from grasp.compression.selection import (
@@ -37,6 +36,7 @@ from grasp.model.offload import place_like, release_
 from grasp.model.targets import Target, decoder
 from grasp.statistics.processes import Processes
 from grasp.statistics.sweep import Prefix, capture_prefix
+from grasp.system_memory import return_freed_memory
 
 
 class Work(NamedTuple):

@@ -19,6 +19,7 @@ from grasp.statistics.hidden_states import Scratch
 from grasp.statistics.loss import Teacher, divergences
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sweep import Prefix, alone, body_after, capture_prefix, propagate
+from grasp.system_memory import return_freed_memory
 
 STUDENTS = 8  # so many share the logits that are wanted; their hidden states are held for one batch
 
@@ -123,5 +124,7 @@ def sum_divergences(
                 bodies = [body_after(prefix, index, hidden[index]) for hidden in group]
                 for number, value in enumerate(divergences(model, bodies, batch, teacher), start=first):
                     totals[number] += value
+                del teacher, bodies
+                return_freed_memory()  # before the next batch
             progress(len(totals))
     return totals

@@ -31,6 +31,7 @@ from grasp.model.targets import Target, decoder
 from grasp.progress import Progress, no_progress
 from grasp.statistics.hidden_states import HiddenStates, Scratch
 from grasp.statistics.loss import Body, body_of, loss_alone, loss_and_grad
+from grasp.system_memory import return_freed_memory
 
 
 def sweep_name(targets: Collection[Target]) -> str:
@@ -253,7 +254,8 @@ def sweep(
                 torch.autograd.backward(output, grad)
             if keeps_grads:
                 grads.append(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
-            del output, grad, hidden  # before the next batch
+            del output, grad, hidden
+            return_freed_memory()  # before the next batch
             after(index + 1)
     if keeps_grads:
         prefix.grads[span.start] = grads
