@@ -17,7 +17,10 @@ from grasp.model.input_group import InputGroup, place_columns
 from grasp.model.offload import execution_device, fetched
 from grasp_kernels import Factors, lowrank_linear
 from grasp_kernels.dispatch import BACKENDS
+from grasp_kernels.flops import register_flop_formulas
 from grasp_kernels.layers import VERSION
+
+register_flop_formulas()  # for whoever counts the FLOPs of a compressed model
 
 
 def is_order(table: Tensor, rank: int) -> bool:
