@@ -1,17 +1,21 @@
-"""Describes this machine: versions, processors, and which backends of the dispatch table can run."""
+"""This machine: versions, processors, which backends of the dispatch table can run, and memory."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from grasp.version import __version__
 from grasp_kernels.dispatch import BACKENDS, backend_missing
 
+_CGROUP = Path("/sys/fs/cgroup")
 _PACKAGES = ("triton", "transformers", "accelerate", "safetensors", "huggingface_hub", "numpy")
 
 
@@ -45,6 +49,20 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def return_freed_memory() -> None:
+    """Give memory of the CPU that was freed back to the system, where the allocator keeps it (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a device; for a CPU, the memory that the system and the container have without swapping."""
+    if device.type == "cpu":
+        return min([psutil.virtual_memory().available, *_cgroup_free()])
+    return int(torch.accelerator.get_memory_info(device)[0])
+
+
 def _gpu(index: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(index)
     return {
@@ -61,3 +79,14 @@ def _reload_status() -> str:
     if not any(point.name == "grasp" for point in entry_points(group="torch.backends")):
         return "off: grasp is importable but not installed; `import grasp.model.hf_quantizer` before loading"
     return "available"
+
+
+def _cgroup_free() -> list[int]:
+    """Free bytes of the control group of a container, its file cache included; empty if there is no limit."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+        statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except OSError:
+        return []
+    return [] if limit == "max" else [int(limit) - used + int(statistics.get("inactive_file", 0))]

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import torch
 
+from grasp.environment import return_freed_memory
 from grasp.loading import out_of_memory
-from grasp.system_memory import return_freed_memory
 
 Item = TypeVar("Item")
 

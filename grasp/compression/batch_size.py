@@ -14,13 +14,13 @@ from grasp.compression.job import CompressionJob
 from grasp.compression.memory import statistics_bytes
 from grasp.compression.memory_budget import FREE_FRACTION, MemoryBudget
 from grasp.config import GraspConfig
+from grasp.environment import free_bytes
 from grasp.errors import OutOfMemoryError
 from grasp.method.schedules import plan_sweeps
 from grasp.model.batch import CalibrationBatch
 from grasp.model.running import first_device
 from grasp.model.targets import decoder
 from grasp.statistics.sweep import capture_prefix, sweep
-from grasp.system_memory import free_bytes
 
 # Most tokens per forward pass on a CPU, by bytes per number. More tokens were not faster, and 8192 were slower
 # (SmolLM2-135M, two cores), because of cache misses and page faults.

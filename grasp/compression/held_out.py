@@ -32,6 +32,7 @@ from grasp.compression.selection import (
     stored_replacements,
     write_replacement,
 )
+from grasp.environment import return_freed_memory
 from grasp.errors import NonFiniteError
 from grasp.method import knapsack
 from grasp.method.metrics import nats_per_score
@@ -41,7 +42,6 @@ from grasp.model.targets import Target, decoder
 from grasp.statistics.divergence import Reference, removal_divergences
 from grasp.statistics.layer_losses import losses_without
 from grasp.statistics.sweep import Prefix, capture_prefix, propagate, sum_nll_after
-from grasp.system_memory import return_freed_memory
 
 # After each removal so many layers, those that lost least before, are measured again. The losses of single layers
 # nearly add up (docs/latency.md), so the next layer to go is among them; it takes 5 forward passes, not one per layer.

@@ -14,11 +14,11 @@ from grasp.compression.budget import Plan
 from grasp.compression.candidates import low_ranks
 from grasp.compression.run import Run
 from grasp.compression.selection import Selection, Selections, replacement
+from grasp.environment import return_freed_memory
 from grasp.model.hooks import replaced
 from grasp.model.targets import Target, decoder
 from grasp.statistics.divergence import Reference
 from grasp.statistics.sweep import propagate
-from grasp.system_memory import return_freed_memory
 
 _LEAST = 0.01  # of the prediction, if less is measured
 

@@ -12,6 +12,7 @@ from grasp.compression.layer_cost import Tracer, tracer_for
 from grasp.compression.memory import span_memory
 from grasp.compression.span_plan import PlannedSpan, SpanMemory
 from grasp.config import GraspConfig
+from grasp.environment import free_bytes
 from grasp.errors import UnsupportedModelError
 from grasp.method.schedules import plan_sweeps
 from grasp.model.batch import CalibrationBatch
@@ -19,7 +20,6 @@ from grasp.model.offload import fetched_bytes
 from grasp.model.running import first_device
 from grasp.model.targets import Target
 from grasp.statistics.processes import ALONE, Processes
-from grasp.system_memory import free_bytes
 
 FREE_FRACTION = 0.9  # of the memory that is free once the model is loaded, if no budget is given
 

@@ -25,6 +25,7 @@ from grasp.compression.selection import (
     stored_replacements,
 )
 from grasp.compression.spans import Selector
+from grasp.environment import return_freed_memory
 from grasp.method.knapsack import DENSE
 from grasp.method.metrics import samples_labels
 from grasp.method.ranks import break_even_rank
@@ -36,7 +37,6 @@ from grasp.model.offload import place_like, release_
 from grasp.model.targets import Target, decoder
 from grasp.statistics.processes import Processes
 from grasp.statistics.sweep import Prefix, capture_prefix
-from grasp.system_memory import return_freed_memory
 
 
 class Work(NamedTuple):

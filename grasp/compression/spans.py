@@ -13,12 +13,12 @@ from torch import Tensor
 from grasp.compression.run import Run
 from grasp.compression.selection import Selections, read_selection, write_groups
 from grasp.compression.span_plan import PlannedSpan
+from grasp.environment import return_freed_memory
 from grasp.model.dense import dense_weight
 from grasp.model.targets import Target
 from grasp.progress import Progress
 from grasp.statistics.scores import Score, Scores, gather_scores
 from grasp.statistics.sweep import Prefix, propagate, sweep, sweep_name
-from grasp.system_memory import return_freed_memory
 
 StandIn = Callable[[range], AbstractContextManager[object]]  # puts modules in the place of linears of some layers
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grasp.environment import return_freed_memory
 from grasp.model.batch import CalibrationBatch
 from grasp.model.targets import decoder
 from grasp.progress import Progress, no_progress
@@ -19,7 +20,6 @@ from grasp.statistics.hidden_states import Scratch
 from grasp.statistics.loss import Teacher, divergences
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sweep import Prefix, alone, body_after, capture_prefix, propagate
-from grasp.system_memory import return_freed_memory
 
 STUDENTS = 8  # so many share the logits that are wanted; their hidden states are held for one batch
 

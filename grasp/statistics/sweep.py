@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grasp.environment import return_freed_memory
 from grasp.errors import NonFiniteError, UnsupportedModelError
 from grasp.model.batch import CalibrationBatch
 from grasp.model.hooks import hooked
@@ -31,7 +32,6 @@ from grasp.model.targets import Target, decoder
 from grasp.progress import Progress, no_progress
 from grasp.statistics.hidden_states import HiddenStates, Scratch
 from grasp.statistics.loss import Body, body_of, loss_alone, loss_and_grad
-from grasp.system_memory import return_freed_memory
 
 
 def sweep_name(targets: Collection[Target]) -> str:

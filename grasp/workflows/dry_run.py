@@ -20,9 +20,9 @@ from grasp.compression.job import CompressionJob
 from grasp.compression.layer_cost import Tracer
 from grasp.compression.memory_budget import FREE_FRACTION, check_budgets
 from grasp.config import GraspConfig
+from grasp.environment import free_bytes
 from grasp.loading import find_device, load_config
 from grasp.progress import no_notify
-from grasp.system_memory import free_bytes
 from grasp.workflows.compress import check_costs, rates_for
 from grasp.workflows.samples import Samples, read_for
 from grasp_kernels.roofline import Card

@@ -19,6 +19,7 @@ from grasp.checkpoint.inspection import Inspection, inspect_checkpoint
 from grasp.checkpoint.saving import LICENSES, check_directory, read_texts, save_checkpoint
 from grasp.compression.eligible import require_positions
 from grasp.compression.quantize import quantize_
+from grasp.environment import free_bytes
 from grasp.files import expanded, nearest_folder, remove_abandoned, require_space
 from grasp.formatting import size
 from grasp.loading import load_config, load_quietly
@@ -27,7 +28,6 @@ from grasp.model.hf_quantizer import require_floating
 from grasp.model.size import Size, model_size
 from grasp.progress import Notify, Progress, no_notify, no_progress, one_step
 from grasp.statistics.hidden_states import Scratch
-from grasp.system_memory import free_bytes
 from grasp.workflows.convert import TEXTS, with_forms
 from grasp.workflows.guards import kernel_notice, require_known, within_memory
 from grasp.workflows.kinds import batches_by_kind, finite_pairs, losses_by_kind

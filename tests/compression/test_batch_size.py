@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from grasp import system_memory
+from grasp import environment
 from grasp.compression import batch_size
 from grasp.compression.batch_size import (
     CPU_TOKENS,
@@ -19,8 +19,8 @@ from grasp.compression.estimate import estimate
 from grasp.compression.job import CompressionJob
 from grasp.compression.memory_budget import FREE_FRACTION
 from grasp.config import GraspConfig
+from grasp.environment import free_bytes
 from grasp.errors import OutOfMemoryError
-from grasp.system_memory import free_bytes
 from tests.tiny_models import tiny_model
 
 CPU = torch.device("cpu")
@@ -119,7 +119,7 @@ def test_a_batch_size_for_a_model_comes_from_free_memory(monkeypatch: pytest.Mon
 
 
 def test_the_memory_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(system_memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(environment, "_CGROUP", tmp_path)
     unlimited = free_bytes(CPU)
     assert unlimited > 0
     (tmp_path / "memory.max").write_text("5000\n")

@@ -333,7 +333,7 @@ from grasp import GraspConfig, compress_
 from grasp.calibration import builtin_text, token_batches
 from grasp.compression.estimate import estimate
 from grasp.compression.job import CompressionJob
-from grasp.system_memory import return_freed_memory
+from grasp.environment import return_freed_memory
 from grasp.loading import load_model
 
 def kilobytes(name):
