@@ -308,8 +308,8 @@ class GraspConfig:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and is_inside(value)):
                 yield f"{name} must be in {interval}, got {value!r}"
-        for name, known in (("bits", (8, 4, _FP8, AUTO, None)), ("bits_dense", (8, 4, _FP8, None))):
-            if isinstance(bits := getattr(self, name), float) or bits not in known:
+        for name, known in (("bits", (8, 4, _FP8, AUTO)), ("bits_dense", (8, 4, _FP8))):
+            if isinstance(bits := getattr(self, name), float) or bits not in (*known, None):
                 yield f"{name} must be one of {', '.join(map(str, known))}, got {bits!r}"
         if not _is_bool(self.refit):
             yield f"refit must be True or False, got {self.refit!r}"

@@ -86,8 +86,8 @@ def test_a_configuration_is_made_without_torch_and_transformers() -> None:
         ({"compression_ratio": float("nan")}, "compression_ratio .* got nan"),
         ({"retain_ratio": 0.0}, r"retain_ratio .*\(0, 1\], got 0.0"),
         ({"retain_ratio": "x"}, "retain_ratio .* got 'x'"),
-        ({"bits": 3}, "bits must be one of 8, 4, fp8, auto, None, got 3"),
-        ({"bits": 8, "bits_dense": "auto"}, "bits_dense must be one of 8, 4, fp8, None, got 'auto'"),
+        ({"bits": 3}, "bits must be one of 8, 4, fp8, auto, got 3"),
+        ({"bits": 8, "bits_dense": "auto"}, "bits_dense must be one of 8, 4, fp8, got 'auto'"),
         ({"threshold_ratio": 2, "num_layers": 1}, r"threshold_ratio .*\(0, 1\], got 2"),
     ],
 )
