@@ -24,6 +24,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection() -> None:
+    """Numbers that a test file draws when it is imported are the same in every run; PyTorch's seed is another."""
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Likewise for the numbers that a test and its fixtures draw."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def fuzzing(request: pytest.FixtureRequest) -> bool:
     """Whether tests/fuzz runs its full number of cases; in CI it runs a part of them."""

@@ -68,7 +68,8 @@ class Builtin:
         model, _ = load_model("builtin", dtype="bfloat16")
         model.config.num_hidden_layers = self.layers
         del model.model.layers[self.layers :]
-        tokens = torch.randint(model.config.vocab_size, (self.sequences + self.held_out, self.seq_len))
+        shape, generator = (self.sequences + self.held_out, self.seq_len), torch.Generator().manual_seed(0)
+        tokens = torch.randint(model.config.vocab_size, shape, generator=generator)
         return model, list(tokens.split(self.batch_size))
 
 
