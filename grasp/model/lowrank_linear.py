@@ -20,7 +20,7 @@ from grasp_kernels.dispatch import BACKENDS
 from grasp_kernels.flops import register_flop_formulas
 from grasp_kernels.layers import VERSION
 
-register_flop_formulas()  # for whoever counts the FLOPs of a compressed model
+register_flop_formulas()  # FlopCounterMode then counts the low-rank linears of a model
 
 
 def is_order(table: Tensor, rank: int) -> bool:
