@@ -31,6 +31,8 @@ import torch
 tokens = torch.load(sys.argv[3])
 with torch.no_grad():
     torch.save((model.state_dict(), model(tokens).logits), sys.argv[2])
+from torch.utils.flop_counter import flop_registry
+assert torch.ops.grasp.lowrank_linear in flop_registry
 """
 
 
