@@ -22,7 +22,7 @@ from benchmarks.study.linear_replacement import LINEAR_REPLACEMENT, apply_map_
 from benchmarks.study.records import STUDY_RECORDS, StudyLatency, StudyResult
 from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.costs import require_product
-from grasp.bench.decoding import EAGER, Case, Key, Timed, time_models
+from grasp.bench.decoding import COMPILED, EAGER, TOLERANCE, Case, Key, Timed, difference, time_models
 from grasp.bench.percentiles import Percentiles
 from grasp.bench.providers import DENSE, ModelProvider
 from grasp.bench.results import append_results, check_output, read_results
@@ -80,12 +80,26 @@ def require_right(model: PreTrainedModel, method: str) -> None:
             require_product(module, f"{name} of {method}")
 
 
+def require_same(provider: ModelProvider, case: Case, method: str) -> Timed:
+    """A model with compiled steps.
+
+    Raises:
+        ResultsError: if their logits are not those of the eager model.
+    """
+    compiled = Timed.of(provider, COMPILED)
+    apart = difference(compiled.logits(case), Timed(provider).logits(case))
+    if not apart <= TOLERANCE[provider.model.dtype]:
+        raise ResultsError(f"{method} gives other logits when it is compiled, off by {apart:.1e}")
+    return compiled
+
+
 def latencies(
     cells: Sequence[StudyResult],
     times: Mapping[str, list[GenerationTime]],
     dtype: str,
     new_tokens: int,
     now: Conditions,
+    mode: str,
 ) -> Iterator[StudyLatency]:
     """The results of one ratio, the dense model in PyTorch first."""
     decode = {name: Sample(tuple(time.decode_s for time in generations)) for name, generations in times.items()}
@@ -104,6 +118,7 @@ def latencies(
             of_dense=1 / sample.speedup_over(decode[DENSE]),
             conditions=now,
             kernel=name.endswith(IN_KERNEL),
+            mode=mode,
         )
 
 
@@ -121,6 +136,7 @@ def main(
     kernel: Annotated[
         bool, typer.Option("--kernel", help="Run the dense linears of all models in the CPU kernel, by use_kernel_.")
     ] = False,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Compile the steps of all models.")] = False,
 ) -> None:
     """Time the models of a study."""
     console = Console(stderr=True)
@@ -149,10 +165,14 @@ def main(
             for name, changed in models.items():
                 if name.endswith(IN_KERNEL):
                     use_kernel_(changed)
-            timed = {Key(name, EAGER): Timed(ModelProvider(changed)) for name, changed in models.items()}
-            turns = time_models(timed, Case(1, prompt_tokens, new_tokens, depth=0), StopRule(repeats))
+            case, mode = Case(1, prompt_tokens, new_tokens, depth=0), COMPILED if compiled else EAGER
+            timed = {}
+            for name, changed in models.items():
+                provider = ModelProvider(changed)
+                timed[Key(name, mode)] = require_same(provider, case, name) if compiled else Timed(provider)
+            turns = time_models(timed, case, StopRule(repeats))
             times = {key.provider: generations for key, generations in turns.times.items()}
-            results = list(latencies(chosen, times, dtype, new_tokens, now))
+            results = list(latencies(chosen, times, dtype, new_tokens, now, mode))
             append_results(output, results)
             show_results(results)
     except GraspError as error:

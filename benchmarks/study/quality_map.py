@@ -49,12 +49,12 @@ class Point:
 
 
 def points(records: Sequence[Record]) -> Iterator[Point]:
-    """The cells of a model's study whose decoding time was measured with dense linears in PyTorch, in that order."""
+    """The cells of a model's study whose eager decoding was timed with dense linears in PyTorch, in that order."""
     cells = [record for record in records if isinstance(record, StudyResult)]
     dense = next(cell.parameters for cell in cells if not cell.ratio)
     studied = grouped(cells, lambda cell: (cell.method, cell.ratio))
     for latency in records:
-        if not isinstance(latency, StudyLatency) or latency.kernel or not latency.ratio:
+        if not isinstance(latency, StudyLatency) or latency.kernel or latency.mode != "eager" or not latency.ratio:
             continue
         if (latency.method, latency.ratio) in studied:
             seeds = studied[latency.method, latency.ratio]

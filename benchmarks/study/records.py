@@ -129,9 +129,10 @@ class StudyLatency(Record):
         new_tokens: decoding steps of each turn.
         inter_token_ms: from one token on the host to the next, over all turns, ms.
         spread: distance between the quartiles of the turns' decoding times over their median.
-        of_dense: time over the time of the dense model in PyTorch, turn by turn; the median.
+        of_dense: time over the time of the dense model in PyTorch, in the same mode, turn by turn; the median.
         conditions: when and where.
         kernel: whether the dense linears ran in the CPU kernel of grasp as well.
+        mode: ``"eager"`` or ``"compiled"``.
     """
 
     model: str
@@ -145,6 +146,7 @@ class StudyLatency(Record):
     of_dense: float
     conditions: Conditions
     kernel: bool = False
+    mode: str = "eager"
 
     kind: ClassVar[str] = "study_latency"
     title: ClassVar[str] = "Decoding speed of methods and sizes"
@@ -153,6 +155,7 @@ class StudyLatency(Record):
         Column("method", "method"),
         Column("removed", "ratio", share),
         Column("seed", "seed"),
+        Column("mode", "mode"),
         Column("dense linears in", lambda result: "the kernel" if result.kernel else "PyTorch"),
         Column("ms per token", "inter_token_ms"),
         Column("of dense", "of_dense", "{:.3f}".format),

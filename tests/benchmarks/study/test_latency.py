@@ -10,6 +10,7 @@ from typer.testing import Result
 from benchmarks.study import latency as study_latency
 from benchmarks.study.latency import main, rebuild_, require_right
 from benchmarks.study.records import STUDY_RECORDS, StudyLatency, StudyResult, StudySetting
+from grasp.bench.decoding import Case, Timed
 from grasp.bench.results import append_results, read_results
 from grasp.errors import ResultsError
 from grasp.model.kernel_linear import KernelLinear
@@ -34,6 +35,11 @@ def run(model: Path, output: Path, *cells: Any, arguments: tuple[str, ...] = ())
     return run_script(main, output.parent / "study.jsonl", "-o", output, "--model", model, *sizes, *arguments)
 
 
+class Wrong(Timed):
+    def logits(self, case: Case) -> torch.Tensor:
+        return -super().logits(case)
+
+
 def test_the_models_of_a_ratio_are_timed_with_the_dense_one(tmp_path: Path) -> None:
     model, output = save_tiny_model(tmp_path / "model"), tmp_path / "latency.jsonl"
     cells = [
@@ -48,7 +54,21 @@ def test_the_models_of_a_ratio_are_timed_with_the_dense_one(tmp_path: Path) -> N
     assert [(latency.method, latency.ratio) for latency in latencies] == [("dense", 0.0), ("low", 0.2), ("gone", 0.2)]
     assert latencies[0].of_dense == 1
     assert all(latency.inter_token_ms.p50 > 0 and latency.of_dense > 0 for latency in latencies)
-    assert not any(latency.kernel for latency in latencies)
+    assert not any(latency.kernel or latency.mode != "eager" for latency in latencies)
+
+
+def test_compiled_steps_are_timed_if_their_logits_are_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, output = save_tiny_model(tmp_path / "model"), tmp_path / "latency.jsonl"
+    monkeypatch.setattr(study_latency.Timed, "of", lambda provider, mode: Wrong(provider))
+    result = run(model, output, cell("low", ranks={LOW: 3}), arguments=("--compiled",))
+    assert result.exit_code == 2
+    assert "dense gives other logits when it is compiled" in " ".join(result.output.split())
+    assert not output.exists()
+    monkeypatch.undo()
+    result = run(model, output, arguments=("--compiled",))
+    assert result.exit_code == 0, result.output
+    latencies = [latency for latency in read_results(output, STUDY_RECORDS) if isinstance(latency, StudyLatency)]
+    assert [(latency.method, latency.mode) for latency in latencies] == [("dense", "compiled"), ("low", "compiled")]
 
 
 @pytest.mark.skipif(backend_missing("cpu") is not None, reason="the C++ kernels were not built")

@@ -18,11 +18,12 @@ def test_a_point_is_the_mean_over_the_seeds_with_the_time_of_one() -> None:
         for seed, excess in enumerate((0.1, 0.3))
     ]
     times = [
-        record(StudyLatency, method=method, ratio=ratio, of_dense=of_dense, kernel=kernel)
-        for method, ratio, of_dense, kernel in (
-            ("dense", 0.0, 1.0, False),
-            ("best", 0.2, 0.5, False),
-            ("best", 0.2, 0.4, True),
+        record(StudyLatency, method=method, ratio=ratio, of_dense=of_dense, kernel=kernel, mode=mode)
+        for method, ratio, of_dense, kernel, mode in (
+            ("dense", 0.0, 1.0, False, "eager"),
+            ("best", 0.2, 0.5, False, "eager"),
+            ("best", 0.2, 0.4, True, "eager"),
+            ("best", 0.2, 0.3, False, "compiled"),
         )
     ]
     assert list(points([DENSE, *cells, *times])) == [Point("best", 0.2, 0.5, 0.5, pytest.approx(0.2))]
