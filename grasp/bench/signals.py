@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -22,5 +23,15 @@ def handling(handlers: Mapping[signal.Signals, Callable[[int, FrameType | None],
 
 
 def ending_by_interrupt() -> AbstractContextManager[None]:
-    """Inside the block SIGTERM and SIGHUP end it as Ctrl-C does: servers are stopped, temporary folders removed."""
-    return handling(dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler))
+    """Inside the block SIGTERM and SIGHUP end it as Ctrl-C does: servers are stopped, temporary folders removed.
+
+    Processes that are forked in the block inherit the handlers. They end without a traceback, as by the signal itself.
+    """
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # such as a worker of lm-eval, which its pool ends so
+            os._exit(128 + number)
+        signal.default_int_handler(number, frame)
+
+    return handling(dict.fromkeys((signal.SIGTERM, signal.SIGHUP), end))
