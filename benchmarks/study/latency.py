@@ -80,7 +80,7 @@ def require_right(model: PreTrainedModel, method: str) -> None:
             require_product(module, f"{name} of {method}")
 
 
-def require_same(provider: ModelProvider, case: Case, method: str) -> Timed:
+def timed_compiled(provider: ModelProvider, case: Case, method: str) -> Timed:
     """A model with compiled steps.
 
     Raises:
@@ -169,7 +169,7 @@ def main(
             timed = {}
             for name, changed in models.items():
                 provider = ModelProvider(changed)
-                timed[Key(name, mode)] = require_same(provider, case, name) if compiled else Timed(provider)
+                timed[Key(name, mode)] = timed_compiled(provider, case, name) if compiled else Timed(provider)
             turns = time_models(timed, case, StopRule(repeats))
             times = {key.provider: generations for key, generations in turns.times.items()}
             results = list(latencies(chosen, times, dtype, new_tokens, now, mode))

@@ -57,18 +57,24 @@ def test_the_models_of_a_ratio_are_timed_with_the_dense_one(tmp_path: Path) -> N
     assert not any(latency.kernel or latency.mode != "eager" for latency in latencies)
 
 
-def test_compiled_steps_are_timed_if_their_logits_are_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [Timed, Wrong])
+def test_compiled_steps_are_timed_if_their_logits_are_right(
+    kind: type[Timed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tests/bench/test_model.py compiles them."""
     model, output = save_tiny_model(tmp_path / "model"), tmp_path / "latency.jsonl"
-    monkeypatch.setattr(study_latency.Timed, "of", lambda provider, mode: Wrong(provider))
+    compiled: list[str] = []
+    monkeypatch.setattr(study_latency.Timed, "of", lambda provider, mode: compiled.append(mode) or kind(provider))
     result = run(model, output, cell("low", ranks={LOW: 3}), arguments=("--compiled",))
-    assert result.exit_code == 2
-    assert "dense gives other logits when it is compiled" in " ".join(result.output.split())
-    assert not output.exists()
-    monkeypatch.undo()
-    result = run(model, output, arguments=("--compiled",))
+    if kind is Wrong:
+        assert result.exit_code == 2
+        assert "dense gives other logits when it is compiled" in " ".join(result.output.split())
+        assert not output.exists()
+        return
     assert result.exit_code == 0, result.output
     latencies = [latency for latency in read_results(output, STUDY_RECORDS) if isinstance(latency, StudyLatency)]
     assert [(latency.method, latency.mode) for latency in latencies] == [("dense", "compiled"), ("low", "compiled")]
+    assert compiled == ["compiled", "compiled"]
 
 
 @pytest.mark.skipif(backend_missing("cpu") is not None, reason="the C++ kernels were not built")
