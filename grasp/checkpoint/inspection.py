@@ -215,11 +215,10 @@ class _Stored:
             )
         if not quantization:
             return
-        ranks, pivoted, quantized = (
-            quantization.get(key, default) for key, default in (("ranks", {}), ("pivoted", []), ("quantized", {}))
-        )
+        defaults: dict[str, Any] = {"ranks": {}, "pivoted": [], "quantized": {}, "shapes": {}}
+        ranks, pivoted, quantized, shapes = (quantization.get(key, default) for key, default in defaults.items())
         try:
-            check_format(quantization.get("format_version"), ranks, pivoted, quantized)
+            check_format(quantization.get("format_version"), ranks, pivoted, quantized, shapes)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
         self.ranks, self.pivoted, self.storages = dict(ranks), frozenset(pivoted), storages(quantized)

@@ -13,6 +13,7 @@ from grasp.files import require_space
 from grasp.model.grouping import group_linears_
 from grasp.model.hf_quantizer import mark_compressed, require_floating
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.narrowing import mark_narrowed, narrowed_mlps, narrowed_shapes
 from grasp.version import __version__
 
 _FILE = "modeling_linear_pairs"
@@ -24,7 +25,10 @@ from transformers import {config}, {model}
 
 
 class LinearPairsConfig({config}):
-    """``linear_pairs`` maps the path of each pair to its inputs, rank and outputs."""
+    """``linear_pairs`` maps the path of each pair to its inputs, rank and outputs.
+
+    ``linear_shapes`` maps the paths of other linears with fewer of them to inputs and outputs.
+    """
 
     model_type = "linear_pairs_{model_type}"
 
@@ -36,6 +40,9 @@ class LinearPairsForCausalLM({model}):
 
     def __init__(self, config):
         super().__init__(config)
+        for path, (inputs, outputs) in config.linear_shapes.items():
+            bias = self.get_submodule(path).bias is not None
+            self.set_submodule(path, nn.Linear(inputs, outputs, bias=bias))
         for path, (inputs, rank, outputs) in config.linear_pairs.items():
             bias = self.get_submodule(path).bias is not None
             pair = nn.Sequential(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=bias))
@@ -60,11 +67,12 @@ def export_linear_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         UnsupportedModelError: as ``pair_linears_``.
         CheckpointError: as ``require_space``.
     """
+    narrowed = narrowed_shapes(model)
     shapes = pair_linears_(model)
     require_space(folder, model.get_memory_footprint())
     model.save_pretrained(folder, save_original_format=False)  # other names need a table of the stock model_type
     tokenizer.save_pretrained(folder)
-    if not shapes:
+    if not shapes and not narrowed:
         return "No linear is low-rank: this is a stock checkpoint, without code."
     stock = {"model": type(model).__name__, "config": type(model.config).__name__}
     text = _MODULE.format(**stock, model_type=model.config.model_type, version=__version__)
@@ -78,6 +86,7 @@ def export_linear_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
             "AutoModelForCausalLM": f"{_FILE}.LinearPairsForCausalLM",
         },
         "linear_pairs": shapes,
+        "linear_shapes": {path: (k, n) for path, (n, k) in narrowed.items() if path not in shapes},
     }
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return f"{len(shapes)} low-rank linears are pairs of nn.Linear. Load with trust_remote_code=True, without grasp."
@@ -100,6 +109,8 @@ def pair_linears_(model: PreTrainedModel) -> dict[str, tuple[int, int, int]]:
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)]
     for name, layer in layers:
         model.set_submodule(name, linear_pair(layer))
+    for _, mlp in narrowed_mlps(model):
+        mark_narrowed(mlp, False)
     mark_compressed(model)
     return {name: (layer.in_features, layer.rank, layer.out_features) for name, layer in layers}
 

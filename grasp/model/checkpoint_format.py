@@ -16,7 +16,8 @@ METHOD = "grasp"
 FORMAT_VERSION = 1  # of a checkpoint without pivoted layers
 PIVOTED_VERSION = 2  # of one with them
 QUANTIZED_VERSION = 3  # of one with quantised modules
-VERSIONS = (FORMAT_VERSION, PIVOTED_VERSION, QUANTIZED_VERSION)
+NARROWED_VERSION = 4  # of one with linears of other shapes than the architecture's
+VERSIONS = (FORMAT_VERSION, PIVOTED_VERSION, QUANTIZED_VERSION, NARROWED_VERSION)
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -28,13 +29,20 @@ class StoredTensor(NamedTuple):
     dtype: str
 
 
-def check_format(format_version: object, ranks: object, pivoted: object = (), quantized: object = None) -> None:
-    """Check the version, ranks, pivoted and quantised modules of a ``quantization_config``.
+def check_format(
+    format_version: object,
+    ranks: object,
+    pivoted: object = (),
+    quantized: object = None,
+    shapes: object = None,
+) -> None:
+    """Check the version, ranks, shapes, pivoted and quantised modules of a ``quantization_config``.
 
     Raises:
         CheckpointError: if the version is unknown, or below that of the modules; ``ranks`` does not map paths of
-            modules to positive integers; ``pivoted`` is no list of some of these paths; or ``quantized`` does not map
-            names of ``STORAGES`` to lists of paths, or has a path twice.
+            modules to positive integers; ``pivoted`` is no list of some of these paths; ``quantized`` does not map
+            names of ``STORAGES`` to lists of paths, or has a path twice; or ``shapes`` does not map paths to pairs of
+            positive integers.
     """
     if type(format_version) is not int or format_version not in VERSIONS:
         raise CheckpointError(
@@ -53,11 +61,29 @@ def check_format(format_version: object, ranks: object, pivoted: object = (), qu
         if name not in ranks:
             raise CheckpointError(f"pivoted names {name!r:.80}, which has no rank; save the model again")
     stored = storages({} if quantized is None else quantized)
-    for kind, modules, needed in (("pivoted", pivoted, PIVOTED_VERSION), ("quantized", stored, QUANTIZED_VERSION)):
+    _check_shapes({} if shapes is None else shapes)
+    for kind, modules, needed in (
+        ("pivoted", pivoted, PIVOTED_VERSION),
+        ("quantized", stored, QUANTIZED_VERSION),
+        ("narrowed", shapes, NARROWED_VERSION),
+    ):
         if modules and format_version < needed:
             raise CheckpointError(
                 f"checkpoint has format_version {format_version} and {kind} layers, which need {needed}; save the "
                 "model again"
+            )
+
+
+def _check_shapes(shapes: object) -> None:
+    """Raise ``CheckpointError`` unless these map paths of modules to [N, K]."""
+    if not isinstance(shapes, Mapping):
+        raise CheckpointError(f"shapes must map module names to [N, K], got {shapes!r:.80}; save the model again")
+    for name, shape in shapes.items():
+        _check_path("shapes", name)
+        is_pair = isinstance(shape, (list, tuple)) and len(shape) == 2
+        if not is_pair or not all(type(size) is int and size >= 1 for size in shape):
+            raise CheckpointError(
+                f"the shape of {name} must be [N, K], two positive integers, got {shape!r:.80}; save the model again"
             )
 
 

@@ -11,10 +11,12 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import CheckpointError
+from grasp.method.ranks import Shape
 from grasp.method.storage import Storage
 from grasp.model.checkpoint_format import StoredTensor, check_rank, check_tensor, storages
 from grasp.model.dense import dense_shape
 from grasp.model.lowrank_linear import LowRankLinear, is_order
+from grasp.model.narrowing import empty_linear, mark_narrowed
 from grasp.model.quantized_linear import (
     QUANTIZED,
     VALUES,
@@ -42,14 +44,22 @@ def compressed_modules(model: nn.Module) -> Iterator[tuple[str, LowRankLinear | 
 
 
 def build_(
-    model: PreTrainedModel, ranks: Mapping[str, int], pivoted: Sequence[str], quantized: Mapping[str, Sequence[str]]
+    model: PreTrainedModel,
+    ranks: Mapping[str, int],
+    pivoted: Sequence[str],
+    quantized: Mapping[str, Sequence[str]],
+    shapes: Mapping[str, Shape],
 ) -> None:
     """Replace modules of a dense model by those that a ``GraspQuantizationConfig`` names. Neither have data.
 
     Raises:
-        CheckpointError: if the model has no such modules, or they cannot have these ranks and storages.
+        CheckpointError: if the model has no such modules, or they cannot have these shapes, ranks and storages.
     """
     paths = {path for path, _ in model.named_modules()}
+    for name, shape in shapes.items():
+        path = _resolve(model, name, paths, "shapes")
+        model.set_submodule(path, _empty_linear(name, model.get_submodule(path), shape))
+        mark_narrowed(model.get_submodule(path.rpartition(".")[0]))
     for name, rank in ranks.items():
         path = _resolve(model, name, paths, "ranks")
         model.set_submodule(path, _empty_layer(name, model.get_submodule(path), rank, name in pivoted))
@@ -192,6 +202,16 @@ def _tied_modules(model: PreTrainedModel) -> list[tuple[str, str]]:
         for layer, source in ties
         if layer.endswith(".weight") and source.endswith(".weight")
     ]
+
+
+def _empty_linear(name: str, dense: nn.Module, shape: Shape) -> nn.Module:
+    """A dense linear without data, of another shape than ``dense``, which it replaces."""
+    if not isinstance(dense, nn.Linear):
+        raise CheckpointError(f"shapes name {name}, a {type(dense).__name__}; expected a linear layer. Save it again.")
+    whole, (n, k) = dense_shape(dense), shape
+    if n > whole[0] or k > whole[1]:
+        raise CheckpointError(f"shapes give {name} {[n, k]}, more than its {[*whole]}; save the model again")
+    return empty_linear(dense, shape, "meta")
 
 
 def _empty_layer(name: str, dense: nn.Module, rank: int, pivoted: bool) -> LowRankLinear:

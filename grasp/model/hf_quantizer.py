@@ -18,9 +18,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from grasp.errors import CheckpointError, UnsupportedModelError
+from grasp.method.ranks import Shape
 from grasp.model.checkpoint_format import (
     FORMAT_VERSION,
     METHOD,
+    NARROWED_VERSION,
     PIVOTED_VERSION,
     QUANTIZED_VERSION,
     VERSIONS,
@@ -39,6 +41,7 @@ from grasp.model.checkpoint_modules import (
 from grasp.model.dequantize import dequantize_
 from grasp.model.grouping import group_linears_
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.narrowing import narrowed_shapes
 from grasp.model.quantized_linear import QuantizedLinear, QuantizedLowRankLinear
 from grasp.model.tensor_parallel import connect_, is_split, keep_factors_whole_
 
@@ -51,9 +54,10 @@ class GraspQuantizationConfig(QuantizationConfigMixin):
     """The ``quantization_config`` in ``config.json`` of a compressed model: ``ranks`` maps paths of modules to their R.
 
     ``pivoted`` lists the paths of the pivoted ones. ``quantized`` maps storages, such as ``"int8"`` and ``"int4/64"``
-    (4 bits, 64 columns per scale), to the paths of the modules with them, low-rank or not. A configuration with
-    quantised modules has version 3, another one with pivoted modules version 2, and the others have version 1, which
-    older versions of grasp read.
+    (4 bits, 64 columns per scale), to the paths of the modules with them, low-rank or not. ``shapes`` maps the paths of
+    linears with fewer inputs or outputs than the architecture has there, those of narrowed MLPs, to [N, K]. With it the
+    version is 4, else with quantised modules 3, else with pivoted ones 2; the others have version 1, which older
+    versions of grasp read.
 
     Raises:
         CheckpointError: as ``check_format``.
@@ -64,14 +68,15 @@ class GraspQuantizationConfig(QuantizationConfigMixin):
     ranks: dict[str, int] = field(default_factory=dict)
     pivoted: list[str] = field(default_factory=list)
     quantized: dict[str, list[str]] = field(default_factory=dict)
+    shapes: dict[str, Shape] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_format(self.format_version, self.ranks, self.pivoted, self.quantized)
+        check_format(self.format_version, self.ranks, self.pivoted, self.quantized, self.shapes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values, without an empty ``pivoted`` and ``quantized``."""
+        """The fields as JSON values, without an empty ``pivoted``, ``quantized`` and ``shapes``."""
         values: dict[str, Any] = super().to_dict()
-        return {key: value for key, value in values.items() if value or key not in ("pivoted", "quantized")}
+        return {key: value for key, value in values.items() if value or key not in ("pivoted", "quantized", "shapes")}
 
     @classmethod
     def from_dict(
@@ -134,7 +139,7 @@ class GraspHfQuantizer(HfQuantizer):
         config = self.quantization_config
         tensors = read_headers(file for file in checkpoint_files or () if str(file).endswith(".safetensors"))
         self._tensor_names = frozenset(tensors)
-        build_(model, config.ranks, config.pivoted, config.quantized)
+        build_(model, config.ranks, config.pivoted, config.quantized, config.shapes)
         check_headers(model, tensors)
         keep_factors_whole_(model.tp_plan, [path for path, _ in lowrank_layers(model)])
         return model
@@ -190,7 +195,7 @@ def register() -> None:
 def mark_compressed(model: PreTrainedModel) -> None:
     """Write ranks and storages into ``model.config``, so that ``model.save_pretrained`` writes a checkpoint that loads.
 
-    A model without low-rank and quantised modules loses every mark of compression.
+    A model without low-rank, quantised and narrowed modules loses every mark of compression.
 
     Raises:
         CheckpointError: if the model is quantised by another method.
@@ -204,7 +209,8 @@ def mark_compressed(model: PreTrainedModel) -> None:
         if not isinstance(module, LowRankLinear):
             quantized.setdefault(str(module.storage), []).append(name)
     quantizer = getattr(model, "hf_quantizer", None)
-    if not low_rank and not quantized:
+    shapes = narrowed_shapes(model)
+    if not low_rank and not quantized and not shapes:
         if isinstance(quantizer, GraspHfQuantizer) or quantization_method(model.config) == METHOD:
             GraspHfQuantizer(GraspQuantizationConfig()).remove_quantization_config(model)
         elif quantizer is None:
@@ -214,11 +220,13 @@ def mark_compressed(model: PreTrainedModel) -> None:
         raise CheckpointError(
             f"the model is quantised ({type(quantizer).__name__}); expected an unquantised model. Load it unquantised."
         )
+    versions = {NARROWED_VERSION: shapes, QUANTIZED_VERSION: quantized, PIVOTED_VERSION: pivoted}
     config = GraspQuantizationConfig(
-        format_version=QUANTIZED_VERSION if quantized else PIVOTED_VERSION if pivoted else FORMAT_VERSION,
+        format_version=next((version for version, modules in versions.items() if modules), FORMAT_VERSION),
         ranks={name: layer.rank for name, layer in low_rank.items()},
         pivoted=pivoted,
         quantized=quantized,
+        shapes=shapes,
     )
     loaded = quantizer is not None and quantizer.pre_quantized
     marks = {

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from grasp.errors import UnsupportedModelError
+from grasp.method.ranks import Shape
 from grasp.method.storage import FP8, Storage
 from grasp.model.checkpoint_format import METHOD, storages
 from grasp.model.hf_quantizer import GraspQuantizationConfig
@@ -23,20 +24,27 @@ class CheckpointConfig:
         ranks: of its low-rank linears.
         pivoted: the pivoted ones of them.
         quantized: the storage of its quantised linears and embeddings.
+        shapes: (N, K) of linears in narrowed MLPs.
     """
 
     stack = ""  # the name of the serving stack, for messages
     reordered: Mapping[str, Sequence[str]] = {}  # kinds of models → linears whose tensors the stack reorders
 
     def __init__(
-        self, ranks: dict[str, int], pivoted: Sequence[str] = (), quantized: Mapping[str, Storage] | None = None
+        self,
+        ranks: dict[str, int],
+        pivoted: Sequence[str] = (),
+        quantized: Mapping[str, Storage] | None = None,
+        shapes: Mapping[str, Shape] | None = None,
     ) -> None:
         super().__init__()
         self.ranks, self.pivoted, self.quantized = ranks, list(pivoted), dict(quantized or {})
+        self.shapes = dict(shapes or {})
 
     def rename(self, mapper: Any) -> None:
         """Rename the modules with the serving stack's mapper of names."""
         self.ranks, self.quantized = mapper.apply_dict(self.ranks), mapper.apply_dict(self.quantized)
+        self.shapes = mapper.apply_dict(self.shapes)
         self.pivoted = mapper.apply_list(self.pivoted)
 
     def get_name(self) -> str:
@@ -65,11 +73,11 @@ class CheckpointConfig:
             CheckpointError: as ``check_format``.
         """
         read = GraspQuantizationConfig.from_dict(dict(config))
-        return cls(dict(read.ranks), read.pivoted, storages(read.quantized))
+        return cls(dict(read.ranks), read.pivoted, storages(read.quantized), read.shapes)
 
     def compresses(self, name: str) -> bool:
-        """Whether the checkpoint has factors or quantised values of a module."""
-        return name in self.ranks or name in self.quantized
+        """Whether the checkpoint has factors or quantised values of a module, or narrows it."""
+        return name in self.ranks or name in self.quantized or name in self.shapes
 
     def embedding_storage(self, name: str) -> Storage | None:
         """The storage of a module without factors whose values are integers, as those of embeddings are."""
@@ -82,7 +90,11 @@ class CheckpointConfig:
         Raises:
             UnsupportedModelError: if it does.
         """
-        fields: dict[str, Mapping[str, object]] = {"a rank": self.ranks, "a storage": self.quantized}
+        fields: dict[str, Mapping[str, object]] = {
+            "a rank": self.ranks,
+            "a storage": self.quantized,
+            "a shape": self.shapes,
+        }
         for field, modules in fields.items():
             for name in modules:
                 expert = name.removeprefix(f"{prefix}.")

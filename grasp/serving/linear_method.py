@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grasp.errors import CheckpointError
+from grasp.method.ranks import Shape
 from grasp.method.storage import Storage
 from grasp.model.checkpoint_format import check_rank
 from grasp.serving.parts import NAMES, Part, Spec
-from grasp.serving.shards import Piece, linear_index, merged_linears
+from grasp.serving.shards import Piece, linear_index, local_size, merged_linears
 from grasp_kernels import Dense, Factors, lowrank_linear, lowrank_linear_merged
 from grasp_kernels.packing import RANK_MULTIPLE
 from grasp_kernels.quantized import dequantize
@@ -38,8 +39,10 @@ class LowRankMethod:
         ranks: Mapping[str, int],
         pivoted: Sequence[str] = (),
         quantized: Mapping[str, Storage] | None = None,
+        shapes: Mapping[str, Shape] | None = None,
     ) -> None:
         self.names, self.ranks, self.pivoted, self.quantized = names, ranks, pivoted, quantized or {}
+        self.shapes = shapes or {}
         self.parts: tuple[Part, ...] = ()
         self.dtype = torch.get_default_dtype()
         self.layer: Callable[[], nn.Module | None] = lambda: None  # the layer refers to this object
@@ -71,11 +74,16 @@ class LowRankMethod:
 
         Raises:
             UnsupportedModelError: if the number of the linear's outputs does not fit its parts, only some of them are
-                quantised, or the columns of a quantised part cannot be cut at the borders of processes.
+                quantised, or a shape or the columns of a quantised part cannot be cut at the borders of processes.
             CheckpointError: if a rank is above that of its weight.
         """
         pieces, columns = self.local_pieces(layer, len(output_partition_sizes))
-        linears = merged_linears(self.names, self.ranks, output_partition_sizes, pieces, self.pivoted, self.quantized)
+        widths = output_partition_sizes
+        if any(name in self.shapes for name in self.names):  # an MLP has fewer channels than the stack expects
+            rows, inputs = zip(*(self.shapes[name] for name in self.names), strict=True)
+            widths = [local_size(n, piece, self.names) for n, piece in zip(rows, pieces, strict=True)]
+            input_size, input_size_per_partition = inputs[0], local_size(inputs[0], columns, self.names)
+        linears = merged_linears(self.names, self.ranks, widths, pieces, self.pivoted, self.quantized)
         for linear in linears:
             check_rank(linear.name, linear.rank or 0, (linear.checkpoint_rows, input_size), pivoted=linear.pivoted)
         multiple = RANK_MULTIPLE if self.on_gpu() else 1

@@ -23,6 +23,7 @@ from sglang.srt.utils import is_cpu, is_cuda_alike
 from torch import Tensor, nn
 
 from grasp.errors import CheckpointError, UnsupportedModelError
+from grasp.method.ranks import Shape
 from grasp.method.storage import Storage
 from grasp.model.checkpoint_format import METHOD
 from grasp.serving.checkpoint_config import CheckpointConfig
@@ -48,9 +49,13 @@ class GraspSglangConfig(CheckpointConfig, QuantizationConfig):
     kind = ""  # of the model, in config.json
 
     def __init__(
-        self, ranks: dict[str, int], pivoted: Sequence[str] = (), quantized: Mapping[str, Storage] | None = None
+        self,
+        ranks: dict[str, int],
+        pivoted: Sequence[str] = (),
+        quantized: Mapping[str, Storage] | None = None,
+        shapes: Mapping[str, Shape] | None = None,
     ) -> None:
-        super().__init__(ranks, pivoted, quantized)
+        super().__init__(ranks, pivoted, quantized, shapes)
         self.packed_modules_mapping: dict[str, list[str]] = dict(_PACKED)
         self.claimed: set[str] = set()  # modules whose method SGLang asked for
 
@@ -92,7 +97,7 @@ class GraspSglangConfig(CheckpointConfig, QuantizationConfig):
             if not any(map(self.compresses, names)):
                 return DenseLinearMethod(prefix)
             self.refuse_reordered(prefix, names, self.kind)
-            return GraspLinearMethod(names, self.ranks, self.pivoted, self.quantized)
+            return GraspLinearMethod(names, self.ranks, self.pivoted, self.quantized, self.shapes)
         if isinstance(layer, VocabParallelEmbedding) and (storage := self.embedding_storage(prefix)) is not None:
             self.claimed.add(prefix)
             return GraspEmbeddingMethod(prefix, storage)

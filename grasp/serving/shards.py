@@ -128,6 +128,20 @@ def merged_linears(
     )
 
 
+def local_size(size: int, piece: Piece, names: Sequence[str]) -> int:
+    """The size of a piece of a dimension.
+
+    Raises:
+        UnsupportedModelError: if the pieces are not equal.
+    """
+    if size % piece.total:
+        raise UnsupportedModelError(
+            f"{', '.join(names)} cannot be split over {piece.total} processes: config.json gives them {size} channels; "
+            "expected a multiple. Serve the model with fewer processes."
+        )
+    return size // piece.total
+
+
 def linear_index(shard: object, linears: Sequence[LocalLinear]) -> int:
     """The index of the linear that a shard's name or number selects; ``None`` selects the only linear.
 

@@ -64,7 +64,7 @@ class GraspVllmConfig(CheckpointConfig, QuantizationConfig):
                 return UnquantizedLinearMethod()
             self.refuse_reordered(prefix, names, _kind_of_model())
             watch_parents()
-            return GraspLinearMethod(names, self.ranks, self.pivoted, self.quantized)
+            return GraspLinearMethod(names, self.ranks, self.pivoted, self.quantized, self.shapes)
         if isinstance(layer, VocabParallelEmbedding) and (storage := self.embedding_storage(prefix)) is not None:
             return GraspEmbeddingMethod(prefix, storage)
         self.refuse(layer, prefix)

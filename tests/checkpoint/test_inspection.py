@@ -136,7 +136,7 @@ def set_module(**values: object) -> Callable[[Path], object]:
         (set_ranks({"a": "1"}), r"config\.json: rank of a must be a positive integer, got '1'"),
         (set_ranks({"a": 0}), r"config\.json: rank of a must be a positive integer, got 0"),
         (set_ranks({"a\x1b[2J": 1}), r"config\.json: ranks name 'a\\x1b\[2J', which is no path"),
-        (set_config(quantization_config={"quant_method": "grasp", "format_version": 4}), "format_version 4"),
+        (set_config(quantization_config={"quant_method": "grasp", "format_version": 5}), "format_version 5"),
         (whole_numbers, r"\.U has the dtype I8; expected one of F64"),
         (rank_above_the_shape, r"rank 33 of .* is above 32"),
         (set_report(decode_seconds=[1]), r"report\.json: .*decode_seconds must be an object"),

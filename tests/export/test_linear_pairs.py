@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from grasp.errors import UnsupportedModelError
 from grasp.export.linear_pairs import export_linear_pairs, pair_linears_
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.narrowing import narrow_mlp_
 from grasp.model.targets import layer_targets
 from tests import forked
 from tests.command_line import environment
@@ -18,7 +19,8 @@ from tests.quantized_models import quantized_model
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 
-FAMILIES = ["gpt2", "gpt_neox", "gemma3"]  # GPT-2 has Conv1D; GPT-NeoX has other names in files
+# GPT-2 has Conv1D; GPT-NeoX has other names in files; two MLPs of the Llama have fewer channels.
+FAMILIES = ["gpt2", "gpt_neox", "gemma3", "llama"]
 TOKENS = torch.arange(3, 24).reshape(3, 7)
 
 READ = """
@@ -59,8 +61,10 @@ except ValueError as error:
 
 
 def low_rank(family: str) -> PreTrainedModel:
-    """A model whose layer 1 is low-rank, partly pivoted."""
+    """A model whose layer 1 is low-rank, partly pivoted; the MLPs of the layers 1 and 2 of a Llama are narrowed."""
     model = tiny_model(family)
+    for layer in model.model.layers[1:] if family == "llama" else ():
+        narrow_mlp_(layer.mlp, torch.arange(0, 48, 2), layer.mlp.down_proj.weight[:, ::2])
     for rank, target in enumerate(layer_targets(model, 1)[0], start=5):
         layer = LowRankLinear.from_dense(target.module, torch.arange(rank))
         model.set_submodule(target.name, layer)

@@ -251,7 +251,7 @@ def test_configuration_survives_json() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"format_version": 4, "ranks": {}, "novelty": 1}, "format_version 4.*reads 1, 2, 3; upgrade grasp-llm"),
+        ({"format_version": 5, "ranks": {}, "novelty": 1}, "format_version 5.*reads 1, 2, 3, 4; upgrade grasp-llm"),
         ({"ranks": {}}, "format_version None"),
         ({"format_version": 1, "ranks": {}, "novelty": 1}, r"unknown keys \['novelty'\]; upgrade grasp-llm"),
         ({"format_version": 1, "ranks": ["a"]}, "must map module names to ranks"),

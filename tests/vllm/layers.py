@@ -35,9 +35,10 @@ def method_for(
     pivoted: Sequence[str] = (),
     quantized: dict[str, Storage] | None = None,
     dtype: torch.dtype = torch.float32,
+    shapes: dict[str, tuple[int, int]] | None = None,
 ) -> Any:
     """The method that the plugin gives to a linear with ``inputs`` local columns, with weights made."""
-    config = GraspVllmConfig(ranks, pivoted, quantized)
+    config = GraspVllmConfig(ranks, pivoted, quantized, shapes)
     config.packed_modules_mapping = PACKED
     method = config.get_quant_method(layer, path)
     assert isinstance(method, GraspLinearMethod)

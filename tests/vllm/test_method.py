@@ -94,6 +94,39 @@ def test_the_sum_over_processes_of_a_row_parallel_linear_is_the_whole(
     torch.testing.assert_close(total, x @ weight(own).mT, rtol=1e-4, atol=1e-4)
 
 
+NARROWED = {"m.gate_proj": (20, HIDDEN), "m.up_proj": (20, HIDDEN), "m.down_proj": (HIDDEN, 20)}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_narrowed_mlp_has_the_channels_of_its_checkpoint(processes: int) -> None:
+    """vLLM expects 32 channels. The gate has low rank, the others are dense."""
+    gate, up, down = tensors(20, HIDDEN, 4), torch.randn(20, HIDDEN), torch.randn(HIDDEN, 20)
+    x, total = torch.randn(5, HIDDEN), torch.zeros(5, HIDDEN)
+    for process in range(processes):
+        ranks = {"m.gate_proj": 4}
+        first = linear(MergedColumnParallelLinear, process, processes)
+        method = method_for(first, "m.gate_up_proj", ranks, HIDDEN, [32 // processes] * 2, shapes=NARROWED)
+        for name, tensor in gate.items():
+            load(first, name, tensor, 0)
+        load(first, "weight", up, 1)
+        method.process_weights_after_loading(first)
+        second = linear(RowParallelLinear, process, processes)
+        last = method_for(second, "m.down_proj", ranks, 32 // processes, [HIDDEN], shapes=NARROWED)
+        load(second, "weight", down)
+        last.process_weights_after_loading(second)
+        gated = method.apply(first, x)
+        assert gated.shape == (5, 40 // processes)
+        left, right = gated.chunk(2, dim=-1)
+        total += last.apply(second, left * right)
+    torch.testing.assert_close(total, (x @ weight(gate).mT * (x @ up.mT)) @ down.mT, rtol=1e-4, atol=1e-3)
+
+
+def test_channels_that_processes_cannot_share_are_refused() -> None:
+    layer = linear(RowParallelLinear, 0, 3)
+    with pytest.raises(UnsupportedModelError, match="20 channels; expected a multiple"):
+        method_for(layer, "m.down_proj", {}, 8, [HIDDEN], shapes=NARROWED)
+
+
 def test_a_replicated_linear_is_whole_in_every_process() -> None:
     layer, own = linear(ReplicatedLinear, 1, 2), tensors(10, HIDDEN, 4)
     method = method_for(layer, "m.router", {"m.router": 4}, HIDDEN, [10])
@@ -269,8 +302,8 @@ def test_a_factor_of_whole_numbers_is_refused(merged: tuple[LinearBase, Any]) ->
 
 
 def test_a_configuration_of_the_future_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="format_version 4, this version of grasp reads 1, 2, 3"):
-        GraspVllmConfig.from_config({"quant_method": "grasp", "format_version": 4, "ranks": {}})
+    with pytest.raises(CheckpointError, match="format_version 5, this version of grasp reads 1, 2, 3, 4"):
+        GraspVllmConfig.from_config({"quant_method": "grasp", "format_version": 5, "ranks": {}})
 
 
 def test_the_dtypes_are_those_of_the_ops() -> None:

@@ -1,0 +1,94 @@
+"""MLPs with fewer channels than the architecture gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from grasp.method.ranks import Shape
+from grasp.model.dense import dense_shape
+from grasp.model.gated_mlp import FORMULA, formula_of
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.quantized_linear import QuantizedLinear, QuantizedLowRankLinear
+
+GATE_UP, DOWN = ("gate_proj", "up_proj"), "down_proj"  # of ``FORMULA``
+_MARK = "grasp_narrowed"  # attribute of an MLP: it stays when its linears are replaced, and its layer renumbered
+LINEARS = (nn.Linear, LowRankLinear, QuantizedLinear, QuantizedLowRankLinear)
+
+
+def can_narrow(mlp: nn.Module) -> bool:
+    """Whether a module is a gated MLP of three dense linears: its channels can then be removed, unseen from outside.
+
+    Serving stacks make a bias of channels as long as the architecture says, so there must be none.
+    """
+    linears = [module for name in (*GATE_UP, DOWN) if isinstance(module := getattr(mlp, name, None), nn.Linear)]
+    if len(linears) < 3 or any(linear.bias is not None for linear in linears[:2]):
+        return False
+    return formula_of(type(mlp).forward) == FORMULA
+
+
+@torch.no_grad()
+def narrow_mlp_(mlp: nn.Module, channels: Tensor, down: Tensor) -> None:
+    """Leave a gated MLP some of its channels.
+
+    Args:
+        mlp: one that ``can_narrow``.
+        channels: (n,) int64, ascending.
+        down: (N, n), the new weight of ``down_proj``.
+    """
+    rows = {name: mlp.get_parameter(f"{name}.weight")[channels] for name in GATE_UP}
+    resize_mlp_(mlp, {**rows, DOWN: down})
+    mark_narrowed(mlp)
+
+
+@torch.no_grad()
+def resize_mlp_(mlp: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give the linears of an MLP, by name, other weights, (N, K). Biases, of outputs alone, stay."""
+    for name, weight in weights.items():
+        linear = mlp.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        resized = empty_linear(linear, (len(weight), weight.shape[1])).requires_grad_(linear.weight.requires_grad)
+        resized.weight.copy_(weight)
+        if linear.bias is not None:
+            resized.bias = linear.bias
+        setattr(mlp, name, resized)
+
+
+def mark_narrowed(mlp: nn.Module, narrowed: bool = True) -> None:
+    """Note that the linears of an MLP have other shapes than the architecture's, or no longer."""
+    if narrowed:
+        setattr(mlp, _MARK, True)
+    else:
+        vars(mlp).pop(_MARK, None)
+
+
+def narrowed_mlps(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The MLPs that are marked, with their paths."""
+    return ((path, module) for path, module in model.named_modules() if getattr(module, _MARK, False))
+
+
+def narrowed_shapes(model: nn.Module) -> dict[str, Shape]:
+    """The shapes, [N, K], of the linears in marked MLPs, by path: those of the ``quantization_config``."""
+    linears = (
+        (f"{path}.{name}", child)
+        for path, mlp in narrowed_mlps(model)
+        for name, child in mlp.named_children()
+        if isinstance(child, LINEARS)
+    )
+    return {path: shape_of(linear) for path, linear in linears}
+
+
+def shape_of(linear: nn.Module) -> Shape:
+    """(N, K) of a linear, dense or not."""
+    if isinstance(linear, nn.Linear):
+        return dense_shape(linear)
+    return linear.out_features, linear.in_features  # type: ignore[return-value]
+
+
+def empty_linear(like: nn.Linear, shape: Shape, device: str | None = None) -> nn.Linear:
+    """A linear of the dtype of another one, of another shape, (N, K), without data."""
+    (n, k), place = shape, like.weight.device if device is None else device
+    linear = nn.Linear(k, n, bias=like.bias is not None, device=place, dtype=like.weight.dtype)
+    return linear.train(like.training)
