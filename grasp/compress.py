@@ -16,6 +16,7 @@ from grasp.checkpoint.run_state import Decision, NoState
 from grasp.compression.budget import Plan, choose_plan, predicted_seconds
 from grasp.compression.held_out import compare_with_removal, result_loss
 from grasp.compression.linear_replacement import merge_
+from grasp.compression.narrow import narrow_, remaining_channels, widen_
 from grasp.compression.quantize import quantize_
 from grasp.compression.refit import refit_
 from grasp.compression.rounds import (
@@ -119,8 +120,11 @@ def carry_out_(run: Run) -> CompressionReport:
     try:
         work = prepare_(run, plan)
         if run.config.decides_together:
+            run, plan, work = narrow_(run, plan, work, scores)
             decision = decide_globally(run, plan, work)
             work.prefix.hidden.clear()
+            if decision.whole:
+                widen_(run)
             carry_out_decision_(run, plan, work, decision)
         else:
             decide_in_order_(run, plan, work)
@@ -183,6 +187,7 @@ def _report(
         block_influence=tuple(scores),
         redundant_layers=plan.layers,
         removed_layers=decision.removed,
+        channels=remaining_channels(run, decision),
         retain_ratio=plan.retain_ratio if run.config.threshold_ratio is None else None,
         scope=run.config.scope,
         held_out_loss={**decision.losses, **loss},

@@ -264,6 +264,13 @@ class GraspConfig:
         return self.allocation == "global"
 
     @property
+    def narrows(self) -> bool:
+        """Whether MLPs may lose channels: covariances say what they are worth, and no seconds or bits are budgeted."""
+        floating = self.storage is None and self.target_latency is None
+        by_covariances = BASES[self.basis].outputs and METRICS[self.metric].moment == "none"
+        return self.schedule == "progressive" and floating and by_covariances
+
+    @property
     def storage(self) -> Storage | None:
         """How the factors are stored; ``None`` if they stay floating."""
         return None if self.bits is None else choose_storage(8 if self.bits == AUTO else self.bits)

@@ -36,6 +36,7 @@ from grasp.model.grouping import group_linears_
 from grasp.model.kernel_linear import use_kernel_
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.narrowing import narrow_mlp_
 from grasp.model.running import first_device
 from grasp.model.targets import all_targets
 
@@ -49,6 +50,9 @@ def rebuild_(model: PreTrainedModel, cell: StudyResult) -> None:
     Raises:
         ResultsError: if the model lacks a linear or layer of the cell.
     """
+    for path, width in cell.channels.items():
+        mlp = model.get_submodule(path)
+        narrow_mlp_(mlp, torch.arange(width), mlp.get_parameter("down_proj.weight")[:, :width])
     linears = {target.name: target.module for target in all_targets(model)}
     if unknown := sorted(set(cell.ranks) - set(linears)):
         raise ResultsError(f"the model has no {unknown[0]}, which {cell.method} made low-rank; give the study's model")

@@ -85,6 +85,7 @@ class Outcome:
     ranks: dict[str, int] = field(default_factory=dict)  # by module
     scope: str | None = None
     pivoted: bool = False  # the form of the low-rank linears
+    channels: dict[str, int] = field(default_factory=dict)  # of the MLPs that have lost some
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ def compressed(*, chooses: bool = False, **options: Any) -> Method:
         state.block_influence = influence
         report = carry_out_(replace(run, gather=calibration.statistics))
         ranks = {module.name: module.rank for module in report.modules if not module.reason}
-        return Outcome(report.removed_layers, ranks, report.scope, config.form == "pivoted")
+        channels = {path: after for path, (_, after) in report.channels.items()}
+        return Outcome(report.removed_layers, ranks, report.scope, config.form == "pivoted", channels)
 
     return compress
 

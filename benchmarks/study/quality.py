@@ -144,6 +144,7 @@ class Study:
             cpu_seconds=0.0,
             removed_layers=tuple(sorted(outcome.removed_layers)),
             ranks=outcome.ranks,
+            channels=outcome.channels,
             scope=outcome.scope,
             pivoted=outcome.pivoted,
             conditions=self._conditions,

@@ -67,6 +67,7 @@ class StudyResult(Record):
             to it. If it was interrupted, the work that was lost is counted too.
         removed_layers: layers that were removed whole.
         ranks: rank of each low-rank linear.
+        channels: channels of each MLP that has lost some, by path, numbered as before layers were removed.
         scope: layers that could be compressed; ``None`` if the method has no scope.
         conditions: when and where.
         accuracy: lm-eval's ``acc`` of each task, without normalisation.
@@ -94,6 +95,7 @@ class StudyResult(Record):
     memory: int | None = None
     pivoted: bool = False
     kind_losses: Mapping[str, float] = field(default_factory=dict)
+    channels: Mapping[str, int] = field(default_factory=dict)
 
     kind: ClassVar[str] = "study"
     title: ClassVar[str] = "Methods and sizes"

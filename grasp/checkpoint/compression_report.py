@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from grasp.errors import CheckpointError
-from grasp.formatting import Column, one_line, size
+from grasp.formatting import Column, one_line, share, size
 from grasp.method.ranks import FORMS
 from grasp.model.size import Size
 from grasp.reading import parse_json, read_text_file
@@ -129,6 +129,7 @@ class CompressionReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     scope: str = "redundant"  # of the configuration
     removed_layers: tuple[int, ...] = ()  # ascending; the report numbers layers as before removal
+    channels: Mapping[str, Sequence[int]] = field(default_factory=dict)  # MLP that lost some → how many before, after
     # ``DENSE``, each candidate and ``COMPRESSED``, the result → nats per token on held-out text, bytes of all weights,
     # predicted time per token; {} if nothing was held out, or there were no costs.
     held_out_loss: Mapping[str, float] = field(default_factory=dict)
@@ -150,6 +151,14 @@ class CompressionReport:
     def decoder_compression_ratio(self) -> float:
         """Fraction of the parameters of the decoder layers that was removed."""
         return 1 - self.after.decoder_parameters / self.before.decoder_parameters
+
+    @property
+    def channels_text(self) -> str:
+        """How many MLPs have lost channels, and how many of theirs; "" if none has."""
+        if not self.channels:
+            return ""
+        before, after = (sum(numbers) for numbers in zip(*self.channels.values(), strict=True))
+        return f"{share(1 - after / before)} of the channels of {len(self.channels)} MLPs removed"
 
     @property
     def compressed(self) -> tuple[ModuleReport, ...]:
@@ -215,6 +224,7 @@ class CompressionReport:
                 values[key] = tuple(values[key])
             values["kind_losses"] = {kind: tuple(pair) for kind, pair in values.get("kind_losses", {}).items()}
             values["removed_layers"] = tuple(values.get("removed_layers", ()))  # reports before 0.3 have none
+            values["channels"] = {path: tuple(pair) for path, pair in values.get("channels", {}).items()}
             report = cls(**values)
             _require_sound(report)
             return report
@@ -279,6 +289,9 @@ def _require_sound(report: CompressionReport) -> None:
         raise ValueError(f"sizes, times and fractions must be numbers, got {wrong[0]!r:.80}")
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"names and reasons must be texts, got {texts!r:.200}")
+    for path, pair in report.channels.items():
+        if len(pair) != 2 or not all(type(number) is int and number > 0 for number in pair):
+            raise ValueError(f"channels of {path!r} must be two integers from 1 up, got {pair!r:.80}")
     for module in report.compressed:
         _require_sound_module(module)
     if not all(type(value) in (int, float) for value in report.block_influence):

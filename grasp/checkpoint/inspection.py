@@ -12,6 +12,7 @@ from typing import Any
 
 from grasp.checkpoint.compression_report import FILE_NAME, CompressionReport
 from grasp.errors import CheckpointError
+from grasp.method.ranks import Shape
 from grasp.method.storage import Storage
 from grasp.model.checkpoint_format import (
     METHOD,
@@ -69,6 +70,7 @@ class Inspection:
     modules: tuple[LowRankModule, ...]  # in the order of the layers
     report: CompressionReport | None
     quantized: Mapping[str, str] = field(default_factory=dict)  # path of each quantised module → its storage
+    shapes: Mapping[str, Shape] = field(default_factory=dict)  # path of each linear of a narrowed MLP → (N, K)
 
     @property
     def parameters(self) -> int:
@@ -87,8 +89,8 @@ class Inspection:
 
     @property
     def is_compressed(self) -> bool:
-        """Whether modules are low-rank or quantised, or a report says what was done, such as layers removed."""
-        return bool(self.modules or self.quantized or self.report)
+        """Whether modules are low-rank, quantised or narrowed, or a report says what was done."""
+        return bool(self.modules or self.quantized or self.shapes or self.report)
 
     @property
     def parameters_before(self) -> int:
@@ -169,6 +171,7 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
         modules=tuple(sorted(modules, key=lambda module: module.layer)),
         report=report,
         quantized={name: str(storage) for name, storage in stored.storages.items()},
+        shapes=stored.shapes,
     )
 
 
@@ -205,6 +208,7 @@ class _Stored:
         self.ranks: dict[str, int] = {}
         self.pivoted: frozenset[str] = frozenset()
         self.storages: dict[str, Storage] = {}
+        self.shapes: dict[str, Shape] = {}
         quantization = config.get("quantization_config") or {}
         if not isinstance(quantization, dict):
             raise CheckpointError(f"{path}: quantization_config must be a JSON object, got {quantization!r}")
@@ -222,6 +226,10 @@ class _Stored:
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
         self.ranks, self.pivoted, self.storages = dict(ranks), frozenset(pivoted), storages(quantized)
+        self.shapes = {name: (n, k) for name, (n, k) in shapes.items()}
+        for name, shape in self.shapes.items():
+            if name not in self.ranks and name not in self.storages and f"{name}.weight" in tensors:
+                check_tensor(f"{name}.weight", tensors[f"{name}.weight"], shape)
         for name in tensors:
             module = name.rpartition(".")[0]
             if name.endswith("_scales") and "." in module and module not in self.storages:  # see ``check_dense``

@@ -37,6 +37,7 @@ class Decision(NamedTuple):
     seconds: Mapping[str, float]  # candidate → predicted time per token; {} without costs
     map: str = ""  # file of the linear map that takes the place of the removed layers, if one does
     fitted: bool = False  # whether left factors are fitted
+    whole: bool = False  # whether MLPs that have lost channels get them back
 
 
 class NoState(PartialSums):
@@ -46,6 +47,7 @@ class NoState(PartialSums):
 
     Attributes:
         block_influence: of all layers, as an interrupted run measured it.
+        widths: path → channels before and after, of the MLPs that lose some; ``None`` before they are chosen.
         cut: path → rank of the linears that the first cut of a progressive schedule has replaced; ``None`` before it.
         measured: what was measured to choose between candidates: name → JSON values.
         decision: of a global budget.
@@ -53,6 +55,7 @@ class NoState(PartialSums):
     """
 
     block_influence: Sequence[float] | None = None
+    widths: Mapping[str, Sequence[int]] | None = None
     cut: Mapping[str, int] | None = None
     measured: Mapping[str, Any] = MappingProxyType({})
     decision: Decision | None = None
@@ -105,7 +108,7 @@ class NoState(PartialSums):
         Args:
             files: stem → name of the file.
             soon: a process that is killed now may lose this; not more than half a minute of it.
-            values: of ``block_influence``, ``cut``, ``measured`` or ``decision``.
+            values: of ``block_influence``, ``widths``, ``cut``, ``measured`` or ``decision``.
         """
         for stem, name in files.items():
             if name is None and stem in self.files:
@@ -142,8 +145,8 @@ class RunState(RunFolder, NoState):
         ...     pass  # report = compress_(model, batches, config, state=state); model.save_pretrained(...)
     """
 
-    FORMAT = 10
-    FILES = r"(module|cut|first|second|only|map)(-.+|\..+)?\.safetensors|costs\.json"  # before format 5: a costs.json
+    FORMAT = 11
+    FILES = r"(module|narrow|cut|first|second|only|map)(-.+|\..+)?\.safetensors|costs\.json"  # this before format 5
     CACHES = r"sums-.+\.safetensors"
 
     def __init__(self, folder: str | Path, *, notify: Notify = no_notify, rank: int = 0, processes: int = 1) -> None:
@@ -186,7 +189,8 @@ class RunState(RunFolder, NoState):
         state = self._begin(fingerprint(), clock)
         if not state:
             return
-        self.block_influence, self.cut, self.measured = state["block_influence"], state["cut"], state["measured"]
+        for name in ("block_influence", "widths", "cut", "measured"):
+            setattr(self, name, state[name])
         if state["decision"] is not None:
             removed, *rest = state["decision"]
             self.decision = Decision(tuple(removed), *rest)
@@ -260,6 +264,7 @@ class RunState(RunFolder, NoState):
         return {
             "costs": self._costs,
             "block_influence": self.block_influence,
+            "widths": self.widths,
             "cut": self.cut,
             "measured": dict(self.measured),
             "decision": self.decision,

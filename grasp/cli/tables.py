@@ -39,6 +39,7 @@ def show_compression(result: Compression) -> None:
         [
             ("layers", layer_ranges(report.redundant_layers) or "none"),
             ("removed", f"layers {layer_ranges(report.removed_layers)}" if report.removed_layers else ""),
+            ("channels", report.channels_text),
             ("linears", f"{len(report.compressed)} replaced, {len(report.left)} left"),
             ("form", counts(module.form for module in report.compressed)),
             (

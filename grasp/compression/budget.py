@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import NamedTuple
@@ -51,6 +51,7 @@ class Prices:
     saving: float | None = None  # of the whole model; ``None``: as much as the uniform ranks of the plan save
     multiple: int = 1  # ranks to consider: kernels pad ranks to a multiple, so ranks in between save no time or bytes
     target: Callable[[float], str] = "{}".format  # the target that a saving reaches, for messages
+    capped: bool = False  # whether as much as ranks can save will do, if that is less than ``saving``
 
     def saved(self, target: Target, rank: int) -> float:
         """The cost that a rank saves of a linear; negative if the linear is cheaper dense."""
@@ -137,6 +138,13 @@ def _second_prices(config: GraspConfig, model: PreTrainedModel, targets: Targets
         *(linear, layer, max(0.0, start - config.target_latency * dense), RANK_MULTIPLE),
         target=lambda saved: f"target_latency={(start - saved) / dense:.3f}",
     )
+
+
+def narrowed_prices(config: GraspConfig, model: PreTrainedModel, prices: Prices) -> Prices:
+    """The prices in the same unit, of parameters or bytes, once MLPs have lost channels."""
+    layers = decoder(model).layers
+    sizes = [sum(p.nbytes if config.target_bytes else p.numel() for p in layer.parameters()) for layer in layers]
+    return replace(prices, layer=sizes.__getitem__)
 
 
 # The configuration's field that states a target → its prices. The first field that is set decides.
@@ -283,6 +291,13 @@ def ceilings(config: GraspConfig, plan: Plan) -> dict[Target, int]:
     if config.storage is not None and config.storage.bits == 4:  # ``quantize_`` stores those above as dense weights
         return {target: rank_for_retain_ratio(shape, DENSE_FROM, config.form) for target, shape in shapes.items()}
     return {target: break_even_rank(shape, config.form) for target, shape in shapes.items()}
+
+
+def narrowed_plan(plan: Plan, targets: Targets) -> Plan:
+    """The plan with the linears that a model has once MLPs have lost channels, in the place of those of equal names."""
+    named = {target.name: target for target in chain.from_iterable(targets.values())}
+    ranks = {named[target.name]: rank for target, rank in plan.ranks.items() if target.name in named}
+    return plan._replace(ranks=ranks)
 
 
 def required_saving(prices: Prices, plan: Plan) -> float:

@@ -29,6 +29,7 @@ class Candidate(NamedTuple):
     ranks: dict[Target, int]  # of linears that are scored and stay, or ``DENSE``, ``ROUNDED``; others stay dense
     map: str = ""  # file of the linear map that takes the place of the removed layers, if one does
     fitted: bool = False  # whether left factors are fitted to the dense model's outputs
+    size: int = 0  # bytes of all weights, of a candidate whose MLPs keep all channels where those of others do not
 
 
 def candidates(
@@ -100,7 +101,7 @@ def _allocated(
     layers = [_layer_choices(layer, linears, selections, prices, removal) for layer, linears in members.items()]
     saving = required_saving(prices, plan)
     dense = math.fsum(map(prices.layer, members))
-    if share is not None or prices.saving is None:
+    if share is not None or prices.saving is None or prices.capped:
         saving = (1.0 if share is None else share) * min(saving, dense - math.fsum(map(least_cost, layers)))
     budget = dense - saving
     budget *= 1 + 1e-12  # the same seconds in another order add up to a slightly different sum
@@ -124,11 +125,11 @@ def _layer_choices(
     layer: int, linears: Sequence[Target], selections: Selections, prices: Prices, removal: Mapping[int, float]
 ) -> Layer:
     dense = math.fsum(prices.linear(target, DENSE) for target in linears)
-    matrices = [_rank_choices(target, selections[target], prices) for target in linears]
+    matrices = [rank_choices_of(target, selections[target], prices) for target in linears]
     return Layer(matrices, rest=prices.layer(layer) - dense, removal=removal.get(layer))
 
 
-def _rank_choices(target: Target, selection: Selection, prices: Prices) -> Choices:
+def rank_choices_of(target: Target, selection: Selection, prices: Prices) -> Choices:
     """The ranks that a linear can be given, and dense, with fewer bits too if that has a score."""
     costs = [prices.linear(target, rank) for rank in range(len(selection.indices) + 1)]
     dense = prices.linear(target, DENSE)

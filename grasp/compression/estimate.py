@@ -15,9 +15,17 @@ from grasp.compression.eligible import check_layers, eligible_targets, require_p
 from grasp.compression.flops import FlopCounter, Flops, SweepCost
 from grasp.compression.job import CompressionJob
 from grasp.compression.layer_cost import Tracer, tracer_for
-from grasp.compression.memory import LIBRARY_BYTES, form_in_sweeps, forward_bytes, quantizing_bytes, span_memory
+from grasp.compression.memory import (
+    LIBRARY_BYTES,
+    form_in_sweeps,
+    forward_bytes,
+    is_down,
+    quantizing_bytes,
+    span_memory,
+)
 from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
+from grasp.method.channels import widths_of
 from grasp.method.ranks import Shape, break_even_rank, parameters_at, parameters_removed
 from grasp.method.schedules import plan_sweeps
 from grasp.model.dense import dense_shape
@@ -322,6 +330,9 @@ class _Estimator:
         job, total = self.job, sum(groups.values())
         if job.config.decides_together:
             cut = sum(weights.values()) if job.rounds > 1 else 0
+            if job.config.narrows:  # an MLP at each width, at the chosen one, and whole
+                downs = (dense_shape(target.module) for target in groups if is_down(target))
+                cut = max(cut, sum(n * (sum(widths_of(k)) + 4 * k) for n, k in downs))
             return total * job.sum_bytes + job.dtype.itemsize * (cut + (total if job.config.refit else 0))
         sweep = max(sum(groups[target] for target in targets) for targets in members)
         return total * job.dtype.itemsize + max(2 * sums, sweep * job.sum_bytes)

@@ -10,10 +10,11 @@ from grasp.compression.candidates import HELD_OUT, MEASURED_TOKENS
 from grasp.compression.eligible import eligible_targets
 from grasp.compression.job import CompressionJob
 from grasp.compression.layer_cost import Tracer
-from grasp.compression.memory import form_in_sweeps, retained_groups
+from grasp.compression.memory import form_in_sweeps, is_down, retained_groups
 from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
 from grasp.method.basis import BASES
+from grasp.method.channels import narrow_flops
 from grasp.method.least_squares import fit_weight_flops, least_squares_flops, products_flops
 from grasp.method.ranks import Shape, break_even_rank
 from grasp.method.rounding import rounding_flops
@@ -154,7 +155,8 @@ class FlopCounter:
             prefix=prefix,
             sweeps=job.passes_per_sweep * sweeps,
             statistics=job.rounds * _statistics_flops(job, self._tokens, targets),
-            decompositions=job.rounds * sum(_decomposition_flops(job.config, shape) for shape in _shapes(targets)),
+            decompositions=job.rounds * sum(_decomposition_flops(job.config, shape) for shape in _shapes(targets))
+            + sum(narrow_flops(dense_shape(t.module)) for t in targets if job.config.narrows and is_down(t)),
             held_out=held_out if job.config.decides_together and compares else 0,
             **quantizing,
         )

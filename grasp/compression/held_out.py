@@ -77,7 +77,11 @@ def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
         for name, candidate in candidates(selections, plan, run.prices, removal, nats).items()
         if can_remove(run.model, candidate.removed)
     }
-    others = [*_layers_removed(run, plan, removal), *linear_replacement(run, plan)]
+    if run.narrowed:
+        allocations = {(name := f"narrowed, {key}"): each._replace(name=name) for key, each in allocations.items()}
+        others = whole_candidates(run)
+    else:
+        others = [*_layers_removed(run, plan, removal), *linear_replacement(run, plan)]
     options = [*allocations.values(), *(other for other in others if other.name not in allocations)]
     if not options:
         raise ValueError("no candidate keeps to the budget: ranks do not suffice, and too few layers can be removed")
@@ -121,6 +125,34 @@ def compare_with_removal(run: Run, plan: Plan, scores: Sequence[float]) -> Decis
     return decision(run, dense, options, {option.name: loss for option, loss in pairs if math.isfinite(loss)})
 
 
+def measure_whole(run: Run, plan: Plan, scores: Sequence[float]) -> None:
+    """Measure the dense model, and it without layers, before MLPs lose channels; nothing if no batches are held out.
+
+    Args:
+        run: the run; the model is dense.
+        plan: what is to be saved.
+        scores: the block influence of each layer, which says what is removed first.
+    """
+    if not run.held_out or "whole" in run.state.measured:
+        return
+    with run.processes.fail_together():
+        start = capture_prefix(run.model, run.processes.local_batches(run.held_out), {0}, scratch=run.scratch)
+    removal = removed_in_order(run, plan, {layer: scores[layer] for layer in plan.layers})
+    options = [Candidate(DENSE, (), {}), *_layers_removed(run, plan, removal), *linear_replacement(run, plan)]
+    for option in options:
+        run.state.once(f"loss, {option.name}", partial(_measured, run, start, {}, option))
+    sizes = [predicted_bytes(run.config, run.model, run.targets, {}, option.removed) for option in options]
+    found = [[option.name, option.removed, option.map, size] for option, size in zip(options, sizes, strict=True)]
+    run.state.record({"map": next((option.map for option in options if option.map), None)})
+    run.state.once("whole", lambda: found[1:])
+
+
+def whole_candidates(run: Run) -> list[Candidate]:
+    """The candidates of ``measure_whole`` but the dense model."""
+    whole = run.state.measured.get("whole", ())
+    return [Candidate(name, tuple(removed), {}, file, size=size) for name, removed, file, size in whole]
+
+
 def result_loss(run: Run) -> dict[str, float]:
     """The loss of the compressed model, by its name.
 
@@ -148,7 +180,7 @@ def decision(run: Run, chosen: Candidate, options: Iterable[Candidate], losses: 
         {
             option.name: run.before.bytes
             if option.name == DENSE
-            else predicted_bytes(run.config, run.model, run.targets, ranks[option.name], option.removed)
+            else option.size or predicted_bytes(run.config, run.model, run.targets, ranks[option.name], option.removed)
             for option in measured
         },
         {
@@ -160,6 +192,7 @@ def decision(run: Run, chosen: Candidate, options: Iterable[Candidate], losses: 
         },
         chosen.map,
         chosen.fitted,
+        whole=bool(chosen.size),
     )
 
 

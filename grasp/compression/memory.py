@@ -14,6 +14,7 @@ from grasp.compression.layer_cost import Graph, Tracer
 from grasp.compression.span_plan import LayerNeeds, SpanMemory
 from grasp.config import GraspConfig
 from grasp.method.basis import BASES
+from grasp.method.channels import narrow_bytes
 from grasp.method.least_squares import least_squares_bytes, products_bytes
 from grasp.method.metrics import METRICS
 from grasp.method.pivoting import pivot_bytes
@@ -21,6 +22,7 @@ from grasp.method.ranks import Form, Shape, break_even_rank, parameters_at
 from grasp.method.rounding import rounding_bytes
 from grasp.method.svd import decomposition_bytes
 from grasp.model.dense import dense_shape
+from grasp.model.narrowing import DOWN
 from grasp.model.targets import Target, decoder, vocabulary_size
 from grasp.statistics.covariance import covariance_bytes, item_bytes
 from grasp.statistics.gradients import dense_is_cheaper
@@ -160,9 +162,16 @@ def temporary_bytes(target: Target, config: GraspConfig) -> int:
     groups = retained_groups(config, shape)
     itemsize = item_bytes(target)
     needed = decomposition_bytes(shape, inputs=basis.inputs, outputs=basis.outputs, rank=groups, itemsize=itemsize)
+    if config.narrows and is_down(target) and groups is not None:
+        needed = max(needed, itemsize * groups * sum(shape) + narrow_bytes(shape, target.module.weight.itemsize))
     if config.fewest_bits is None or groups is None:
         return needed
     return max(needed, itemsize * groups * sum(shape) + rounding_bytes(shape))
+
+
+def is_down(target: Target) -> bool:
+    """Whether channels of an MLP may be removed before a linear; its name suffices for an estimate."""
+    return target.name.endswith(f".{DOWN}")
 
 
 def retained_groups(config: GraspConfig, shape: Shape) -> int | None:

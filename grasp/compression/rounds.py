@@ -71,7 +71,7 @@ def prepare_(run: Run, plan: Plan) -> Work:
 
 def _is_cut(run: Run, plan: Plan) -> bool:
     """Whether a part of the budget is spent on ranks, and the others are chosen on the model as it is then."""
-    return run.config.schedule == "progressive" and not plan.bits_suffice
+    return run.config.schedule == "progressive" and not plan.bits_suffice and not run.narrowed
 
 
 def _restore_(run: Run, sweeps: Sequence[Sequence[Target]], *, is_cut: bool) -> dict[Target, ModuleReport]:
@@ -87,7 +87,7 @@ def _restore_(run: Run, sweeps: Sequence[Sequence[Target]], *, is_cut: bool) -> 
         settle_(run, restored)
     finished = [state.decision is not None or all(target in restored for target in members) for members in sweeps]
     if is_cut:  # the first cut has a sweep of its own
-        finished.append(state.decision is not None or state.cut is not None)
+        finished.append(state.decision is not None or state.cut is not None or bool(state.widths))
     state.note_progress(f"resuming: {sum(finished)} of {len(finished)} sweeps done")
     return restored
 

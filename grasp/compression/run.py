@@ -49,6 +49,7 @@ class Run:
         state: the run folder, or a temporary one.
         processes: the processes that share the work.
         gather: ``gather_scores``, or what a study puts in its place to reuse statistics.
+        narrowed: whether MLPs of the model have lost channels.
     """
 
     model: PreTrainedModel
@@ -67,6 +68,7 @@ class Run:
     state: NoState
     processes: Processes
     gather: Callable[..., Scores] = gather_scores
+    narrowed: bool = False
 
     def spans(self, targets: Collection[Target], ranks: Mapping[str, int] | None = None) -> list[PlannedSpan]:
         """The layers that are swept together to score some linears, the deepest first.

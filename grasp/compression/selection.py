@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
@@ -63,6 +63,7 @@ class Selection:
 
 
 Selections = Mapping[Target, Selection]
+Extra = Callable[[Target, Tensor, Covariance], Mapping[str, Tensor]]  # of a linear, its weight and its covariances
 
 
 class Replacement(NamedTuple):
@@ -83,10 +84,11 @@ def write_groups(
     score: Score | None,
     rank: int,
     config: GraspConfig,
+    extra: Extra | None = None,
 ) -> str:
     """Decompose one linear, and write its most important groups, at most ``rank``; the name of the file.
 
-    Without a score, the output of the linear does not reach the loss.
+    Without a score, the output of the linear does not reach the loss. The file has the tensors of ``extra`` too.
     """
     if score is None:
         return state.write(stem, {}, {"skipped": NO_LOSS})
@@ -109,6 +111,9 @@ def write_groups(
     if config.fewest_bits is not None:
         assert covariance is not None
         tensors["rounding"] = rounding_score(weight, covariance, config.fewest_bits, target.name)
+    if extra is not None:
+        assert covariance is not None
+        tensors |= extra(target, weight, covariance)
     return state.write(stem, tensors, {"skipped": ""})
 
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from grasp.compression.run import Run
-from grasp.compression.selection import Selections, read_selection, write_groups
+from grasp.compression.selection import Extra, Selections, read_selection, write_groups
 from grasp.compression.span_plan import PlannedSpan
 from grasp.environment import return_freed_memory
 from grasp.model.dense import dense_weight
@@ -42,6 +42,7 @@ class Selector:
         *,
         ranks: Mapping[str, int] | None = None,
         stand_in: StandIn | None = None,
+        extra: Extra | None = None,
     ) -> Selections:
         """Score the groups of some linears on the model in its present state; write the most important ones of each.
 
@@ -53,12 +54,13 @@ class Selector:
             stem: of the names of the files.
             ranks: ranks of the modules that stand in for dense linears, by path.
             stand_in: puts these modules in the place of some layers' linears while these layers run.
+            extra: tensors that the file of a linear has beside its groups.
         """
         state = self._run.state
         rest = [target for target in members if f"{stem}-{target.name}" not in state.files]
         if rest:
             entry = min(target.layer for target in members)
-            self._write_all(rest, entry, len(members), stem, ranks, stand_in)
+            self._write_all(rest, entry, len(members), stem, ranks, stand_in, extra)
         return {target: read_selection(state, state.files[f"{stem}-{target.name}"]) for target in members}
 
     def _write_all(
@@ -69,13 +71,14 @@ class Selector:
         stem: str,
         ranks: Mapping[str, int] | None,
         stand_in: StandIn | None,
+        extra: Extra | None,
     ) -> None:
         run, done = self._run, total - len(rest)
         spans = run.spans(rest, ranks)
         prefix = replace(self._prefix, hidden={entry: self._prefix.hidden[entry]}, grads={})
         running = nullcontext if stand_in is None else stand_in
-        # A study's substitute knows the dense model only.
-        gather = run.gather if stand_in is None else gather_scores
+        # A study's substitute knows the dense model only, and no covariances.
+        gather = run.gather if stand_in is None and extra is None and not run.narrowed else gather_scores
         run.clock.enter("prefix")
         for lower, upper in pairwise(sorted({entry, *(span.layers.start for span in spans)})):
             with run.processes.fail_together(), running(range(lower, upper)):
@@ -89,7 +92,7 @@ class Selector:
                 scores = self._score(prefix, span, part, gather, self._progress(sweep_name(rest), index, len(parts)))
             run.clock.enter("svd and selection")
             for target, name in run.processes.map_divided(
-                part, partial(self._write, stem, scores), fetch=lambda target: dense_weight(target.module)
+                part, partial(self._write, stem, scores, extra), fetch=lambda target: dense_weight(target.module)
             ):
                 done += 1
                 return_freed_memory()
@@ -137,7 +140,9 @@ class Selector:
 
         return progress
 
-    def _write(self, stem: str, scores: dict[Target, Score], target: Target, weight: Tensor) -> str:
-        run = self._run
+    def _write(
+        self, stem: str, scores: dict[Target, Score], extra: Extra | None, target: Target, weight: Tensor
+    ) -> str:
+        run, rank = self._run, self._ranks[target]
         score = scores.pop(target, None)  # its sums are freed here
-        return write_groups(run.state, f"{stem}-{target.name}", target, weight, score, self._ranks[target], run.config)
+        return write_groups(run.state, f"{stem}-{target.name}", target, weight, score, rank, run.config, extra)

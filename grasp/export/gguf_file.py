@@ -14,6 +14,7 @@ from grasp.export.gguf_tokenizer import REMEDY, add_tokenizer
 from grasp.files import require_space
 from grasp.model.dequantize import dequantize_
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.narrowing import narrowed_mlps
 from grasp.model.quantized_linear import QuantizedLowRankLinear
 
 _BLOCK = 32  # numbers that Q8_0 scales together
@@ -45,14 +46,16 @@ def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     Raises:
         UnsupportedModelError, MissingPackageError, CheckpointError: as ``write_gguf``.
     """
+    narrowed = any(narrowed_mlps(model))
     count = sum(isinstance(module, (LowRankLinear, QuantizedLowRankLinear)) for module in model.modules())
     dequantize_(model)
     write_gguf(model, folder / "model.gguf", None, tokenizer)
-    if not count:
+    if not count and not narrowed:
         return "No linear is low-rank: the file has the layers that the checkpoint has."
+    padded = ", and channels that MLPs have lost are 0" if narrowed else ""
     return (
-        f"{count} low-rank linears are dense in this file: llama.cpp has no low-rank tensor, so they save neither "
-        "bytes nor time there. Removed layers and llama.cpp's own quantisation do."
+        f"{count} low-rank linears are dense in this file{padded}: llama.cpp has no low-rank tensor, and one width for "
+        "all MLPs, so they save neither bytes nor time there. Removed layers and llama.cpp's own quantisation do."
     )
 
 

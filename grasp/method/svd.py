@@ -167,7 +167,7 @@ def _eigenvectors(
     gram = _gram(weight, large, tokens, device, name)
     if not math.isfinite(float(gram.sum())):
         raise _non_finite(weight, name)
-    factor = None if small is None else _cholesky_factor(small, tokens, device, name)
+    factor = None if small is None else cholesky_factor(small, tokens, device, name)
     if factor is not None:
         _congruence_(gram, factor)
     values, vectors = _eigh_(gram)
@@ -205,7 +205,7 @@ def _gram(weight: Tensor, outputs: Tensor | None, tokens: int | None, device: to
     return gram
 
 
-def _cholesky_factor(covariance: Tensor, tokens: int | None, device: torch.device, name: str) -> Tensor:
+def cholesky_factor(covariance: Tensor, tokens: int | None, device: torch.device, name: str) -> Tensor:
     """The lower triangular L of a damped covariance over ``tokens``, fp64.
 
     A covariance of few tokens has eigenvalues of 0, or below 0 by rounding. If the damping does not make up for the

@@ -148,6 +148,7 @@ def _compression(report: CompressionReport) -> str:
     known = [
         ("layers", layer_ranges(report.redundant_layers) or "none"),
         ("removed layers", layer_ranges(report.removed_layers)),
+        ("channels", report.channels_text),
         ("linears", f"{len(report.compressed)} low-rank, {len(report.left)} left dense"),
         ("forms", counts(module.form for module in report.compressed)),
         ("removed of the decoder layers", share(report.decoder_compression_ratio)),

@@ -380,6 +380,7 @@ def _description(samples: Samples, report: CompressionReport) -> str:
         selected = "all"
     budget = "one budget over all matrices" if config.decides_together else "the same share of each matrix"
     removed = f"Removed layers: {layer_ranges(report.removed_layers)}. " if report.removed_layers else ""
+    removed += f"{report.channels_text[:1].upper()}{report.channels_text[1:]}. " if report.channels else ""
     text = (
         f"## How it was made\n\n{removed}"
         f"Compressed layers: {layer_ranges(report.redundant_layers) or 'none'} ({selected}). "

@@ -14,8 +14,10 @@ import pytest
 from grasp.bench import costs as bench_costs
 from grasp.checkpoint import run_folder
 from grasp.checkpoint.run_state import NoState, RunState
+from grasp.compression import narrow
 from grasp.config import GraspConfig
 from grasp.errors import CheckpointError, ResumeError
+from grasp.method import channels
 from grasp.method.cost_table import CostTable, LinearSeconds
 from grasp.progress import Progress, no_progress
 from grasp.workflows.compress import compress
@@ -58,11 +60,12 @@ def costs(call: float = 0.0) -> CostTable:
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "sums", "little_memory"),
+    ("family", "options", "sums", "little_memory", "narrowed"),
     [
-        ("gpt2", {**KFAC, "refit": True}, 0, False),
-        ("llama", {"allocation": "global", "metric": "taylor", "schedule": "single-sweep"}, BATCHES, False),
-        ("llama", {**KFAC, "schedule": "progressive", "refit": True}, 0, True),
+        ("gpt2", {**KFAC, "refit": True}, 0, False, 0),
+        ("llama", {"allocation": "global", "metric": "taylor", "schedule": "single-sweep"}, BATCHES, False, 0),
+        ("llama", {**KFAC, "schedule": "progressive", "refit": True}, 0, True, 0),
+        ("llama", {**KFAC, "schedule": "progressive", "refit": True, "scope": "model"}, 0, False, 2),
     ],
 )
 def test_a_run_stopped_at_any_write_ends_as_if_it_had_not_been(
@@ -70,6 +73,7 @@ def test_a_run_stopped_at_any_write_ends_as_if_it_had_not_been(
     options: dict[str, Any],
     sums: int,
     little_memory: bool,
+    narrowed: int,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     fuzzing: bool,
@@ -77,6 +81,11 @@ def test_a_run_stopped_at_any_write_ends_as_if_it_had_not_been(
     monkeypatch.setattr(run_folder, "INTERVAL", 0.0)
     monkeypatch.setattr(run_folder, "WRITE_FRACTION", float("inf"))
     config = GraspConfig(num_layers=1, retain_ratio=0.4, **options)
+    if narrowed:
+        monkeypatch.setattr(channels, "MULTIPLE", 8)
+        monkeypatch.setattr(
+            narrow, "choose_widths", lambda *_: {f"model.layers.{i}.mlp": [48, 40] for i in range(narrowed)}
+        )
     expected = run(None, config, family=family)
     assert replaced(expected)
     if little_memory:
@@ -91,8 +100,9 @@ def test_a_run_stopped_at_any_write_ends_as_if_it_had_not_been(
     # Each file of sums or of one linear is listed at once, those of the cut together, those of the modules by layer.
     files = Counter(stem.partition("-")[0] for stem in stems)
     listed = files["first"] + files["second"] + bool(files["cut"]) + LAYERS
-    # The state, block influence and the decision are in state.json alone.
-    assert writes == 3 + 2 * sums + files.total() + listed
+    # The state, block influence, the widths and the decision are in state.json alone.
+    assert files["narrow"] == narrowed
+    assert writes == 3 + config.narrows + 2 * sums + files.total() + listed  # the widths are listed together
 
 
 @pytest.mark.parametrize(
@@ -225,7 +235,7 @@ def test_a_folder_of_an_earlier_format_is_refused_with_the_reason(folder: Path) 
     del state["sha256"], state["files"], state["output"], state["decision"], state["identity"]["costs"]
     (folder / "costs.json").write_text("{}")
     path.write_text(json.dumps(state))
-    with pytest.raises(ResumeError, match="format is 10, expected 2"):
+    with pytest.raises(ResumeError, match="format is 11, expected 2"):
         run(folder, BEST)
 
 

@@ -22,6 +22,7 @@ from grasp.compression.memory_budget import MemoryBudget
 from grasp.compression.quantize import quantize_
 from grasp.config import GraspConfig
 from grasp.errors import CalibrationError, OutOfMemoryError, UnsupportedModelError
+from grasp.method.channels import widths_of
 from grasp.method.storage import Storage
 from grasp.model.size import model_size
 from grasp.statistics.covariance import covariance_bytes
@@ -228,8 +229,13 @@ def test_disk_holds_the_factors_of_both_rounds() -> None:
     weights = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     single = replace(best_job().config, schedule="single-sweep")
     groups = 32 * (4096 * (2 * 8192 + 3 * 18432) + 2 * 1024 * 5120)
-    # Groups in fp32, up to full rank; the first round's are cut, pivoted and in bf16; fitted ones are in bf16.
-    assert estimate(best_job()).memory.disk == pytest.approx(4 * groups + 2 * weights + 2 * groups, rel=0.01)
+    # Groups in fp32, up to full rank; the first round's are cut, pivoted and in bf16; fitted ones are in bf16. MLPs at
+    # five widths, at the chosen one and whole take more than the cut.
+    mlps = 32 * 4096 * (sum(widths_of(14336)) + 4 * 14336)
+    assert mlps > weights
+    assert estimate(best_job()).memory.disk == pytest.approx(4 * groups + 2 * mlps + 2 * groups, rel=0.01)
+    latency = replace(best_job().config, compression_ratio=None, target_latency=0.8)
+    assert estimate(best_job(config=latency)).memory.disk == pytest.approx(6 * groups + 2 * weights, rel=0.01)
     assert estimate(best_job(config=single)).memory.disk == pytest.approx(4 * groups + 2 * groups, rel=0.01)
     unfitted = replace(single, refit=False)
     assert estimate(best_job(config=unfitted)).memory.disk == pytest.approx(4 * groups, rel=0.01)

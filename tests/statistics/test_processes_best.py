@@ -20,11 +20,13 @@ from grasp.builtin import BUILTIN
 from grasp.calibration import builtin_text, token_batches
 from grasp.checkpoint.run_state import RunState
 from grasp.compress import compress_
+from grasp.compression import narrow
 from grasp.compression.memory_budget import MemoryBudget
 from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
 from grasp.files import tensors_digest
 from grasp.loading import load_model
+from grasp.method import channels
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import Target
@@ -97,6 +99,24 @@ def test_two_processes_compress_like_one(family: str, sharded: bool) -> None:
     assert second.ranks == first.ranks
     if not sharded:
         assert all(torch.equal(value, second.dense[name]) for name, value in first.dense.items())
+
+
+def narrowed(processes: Processes) -> Result:
+    """The MLPs of two layers lose a sixth of their channels."""
+    widths = {f"model.layers.{layer}.mlp": [48, 40] for layer in (0, 2)}
+    with (
+        mock.patch.object(channels, "MULTIPLE", 8),
+        mock.patch.object(narrow, "choose_widths", return_value=widths),
+    ):
+        return tiny(processes, "llama", BEST)
+
+
+def test_two_processes_narrow_like_one() -> None:
+    expected = narrowed(ALONE)
+    assert sum(value.shape == (40, 32) for value in expected.dense.values()) == 4  # gate and up of two layers
+    first, second = results(narrowed, sharded=False)
+    assert_close(first, expected, 1e-6)
+    assert all(torch.equal(value, second.dense[name]) for name, value in first.dense.items())
 
 
 def smollm2(processes: Processes, folder: Path) -> Result:

@@ -104,11 +104,13 @@ def test_all_models_but_one_run_in_the_kernel(tmp_path: Path, monkeypatch: pytes
 def test_a_rebuilt_model_has_the_cells_shapes(pivoted: bool) -> None:
     model = tiny_model("llama")
     depth = len(model.model.layers)
-    rebuild_(model, cell("both", ranks={LOW: 3}, removed_layers=(0,), pivoted=pivoted))
+    narrowed = {"model.layers.1.mlp": 24}
+    rebuild_(model, cell("both", ranks={LOW: 3}, removed_layers=(0,), pivoted=pivoted, channels=narrowed))
     assert len(model.model.layers) == depth - 1
     module = model.get_submodule("model.layers.0.mlp.up_proj")
     assert isinstance(module, LowRankLinear)
-    assert module.rank == 3
+    assert (module.rank, module.out_features) == (3, 24)
+    assert model.model.layers[0].mlp.down_proj.in_features == 24
     assert (module.order is not None) == pivoted
     require_right(model, "both")
 

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from grasp.checkpoint.compression_report import CompressionReport
+from grasp.compress import compress_
+from grasp.compression import held_out, narrow
+from grasp.config import GraspConfig
+from grasp.method import channels
+from grasp.method.cost_table import CostTable, LinearSeconds
+from grasp.model.batch import as_batches
+from grasp.model.dense import dense_shape
+from grasp.model.narrowing import narrowed_shapes
+from grasp.model.size import model_size
+from grasp.model.targets import all_targets
+from grasp.statistics.layer_losses import losses_without
+from tests.lowrank_models import logits
+from tests.tiny_models import tiny_batches, tiny_model
+
+BEST = GraspConfig.best(compression_ratio=0.15)
+CHANNELS, QUIET = 96, range(0, 96, 2)  # every other channel does next to nothing
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "MULTIPLE", 8)
+
+
+def model_with_quiet_channels(family: str = "llama") -> PreTrainedModel:
+    """A model in whose layers 1 and 2 half of the channels of the MLP hardly reach the output."""
+    model = tiny_model(family, intermediate_size=CHANNELS)
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:
+            layer.mlp.down_proj.weight[:, list(QUIET)] *= 1e-3
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
+def test_quiet_channels_go_and_the_budget_is_met(family: str, tmp_path: Path) -> None:
+    model = model_with_quiet_channels(family)
+    before = model_size(model).parameters
+    report = compress_(model, tiny_batches(4, length=32), BEST)
+    shapes = narrowed_shapes(model)
+    widths = {int(path.split(".")[2]): n for path, (n, _) in shapes.items() if path.endswith("up_proj")}
+    assert widths.keys() == {1, 2}
+    assert all(CHANNELS // 2 <= width < CHANNELS for width in widths.values())
+    removed = 1 - model_size(model).parameters / before
+    assert 0.15 <= removed < 0.16
+    assert report.after.parameters == model_size(model).parameters
+    assert {path: width for path, (_, width) in report.channels.items()} == {
+        f"model.layers.{layer}.mlp": width for layer, width in widths.items()
+    }
+    assert CompressionReport.from_json(report.to_json()) == report
+    assert report.channels_text.endswith("of the channels of 2 MLPs removed")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_bytes_are_met_too() -> None:
+    model = model_with_quiet_channels()
+    target = int(0.8 * model_size(model).bytes)
+    compress_(model, tiny_batches(4, length=32), GraspConfig.best(target_bytes=target))
+    assert narrowed_shapes(model)
+    assert 0.97 * target <= model_size(model).bytes <= target
+
+
+def test_the_dense_loss_is_that_of_the_whole_model() -> None:
+    model = model_with_quiet_channels()
+    others = tiny_batches(1, length=32, seed=5)
+    [expected] = losses_without(model, [()], as_batches(others))
+    report = compress_(model, tiny_batches(4, length=32), BEST, held_out=others)
+    assert "narrowed, low-rank" in report.held_out_loss
+    assert report.held_out_loss["dense"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_without_a_gain_nothing_is_narrowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(narrow, "LEAST_GAIN", 1.0)
+    model = model_with_quiet_channels()
+    compress_(model, tiny_batches(4, length=32), BEST)
+    assert not narrowed_shapes(model)
+
+
+def test_layers_removed_from_the_whole_model_can_win(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where every narrowed candidate is bad, the channels come back."""
+    model = model_with_quiet_channels()
+    measured = held_out._measured
+
+    def spoilt(run: Any, start: Any, selections: Any, candidate: Any) -> float:
+        return measured(run, start, selections, candidate) + 100 * candidate.name.startswith("narrowed")
+
+    monkeypatch.setattr(held_out, "_measured", spoilt)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = compress_(model, tiny_batches(4, length=32), BEST, held_out=tiny_batches(1, length=32, seed=5))
+    assert any(name.startswith("narrowed, low-rank") for name in report.held_out_loss)
+    assert len(report.removed_layers) == 1
+    assert not narrowed_shapes(model)
+    (removed,) = report.removed_layers
+    left = [value for name, value in before.items() if f".{removed}." not in name]
+    assert all(torch.equal(*pair) for pair in zip(model.state_dict().values(), left, strict=True))
+    assert report.candidate_bytes["compressed"] == report.candidate_bytes[f"layers {removed} removed"]
+
+
+def test_a_linear_map_of_the_whole_model_can_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the map that a run without channels fits."""
+    measured = held_out._measured
+
+    def spoilt(run: Any, start: Any, selections: Any, candidate: Any) -> float:
+        return measured(run, start, selections, candidate) + 100 * (not candidate.map and candidate.name != "dense")
+
+    monkeypatch.setattr(held_out, "_measured", spoilt)
+    results = []
+    for least in (narrow.LEAST_GAIN, 1.0):
+        monkeypatch.setattr(narrow, "LEAST_GAIN", least)
+        model = model_with_quiet_channels()
+        report = compress_(model, tiny_batches(4, length=32), BEST, held_out=tiny_batches(1, length=32, seed=5))
+        results.append((report, model.state_dict()))
+    (narrowed, state), (without, expected) = results
+    assert any(name.startswith("narrowed") for name in narrowed.held_out_loss)
+    assert not any(name.startswith("narrowed") for name in without.held_out_loss)
+    assert narrowed.removed_layers == without.removed_layers
+    assert not narrowed.channels
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in state.items())
+
+
+def test_layers_outside_of_the_scope_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer 0 does next to nothing, and is not to be touched."""
+    model = model_with_quiet_channels()
+    with torch.no_grad():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            model.model.layers[0].get_parameter(f"{name}.weight").mul_(1e-3)
+    config = GraspConfig.best(layers=(1, 2), retain_ratio=0.3)
+    measured = held_out._measured
+
+    def spoilt(run: Any, start: Any, selections: Any, candidate: Any) -> float:
+        return measured(run, start, selections, candidate) + 100 * candidate.name.startswith("narrowed")
+
+    monkeypatch.setattr(held_out, "_measured", spoilt)
+    report = compress_(model, tiny_batches(4, length=32), config, held_out=tiny_batches(1, length=32, seed=5))
+    assert any(name.startswith("narrowed") for name in report.held_out_loss)
+    assert report.removed_layers == (1, 2)
+
+
+def test_a_narrowed_model_keeps_its_shapes_when_it_is_compressed_again(tmp_path: Path) -> None:
+    model = model_with_quiet_channels()
+    compress_(model, tiny_batches(4, length=32), BEST)
+    before = narrowed_shapes(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    compress_(again, tiny_batches(4, length=32), GraspConfig.best(compression_ratio=0.05))
+    assert before.items() <= narrowed_shapes(again).items()
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(again))
+
+
+def test_costs_are_of_whole_mlps_so_nothing_is_narrowed_with_them() -> None:
+    model = model_with_quiet_channels()
+    shapes = {dense_shape(target.module) for target in all_targets(model)}
+    linears = {(shape, None): LinearSeconds(1.0, (1, 64), (1.0, 64.0)) for shape in shapes}
+    costs = CostTable("any", "measured", "float32", linears, 0.0, 1.0, form="pivoted")
+    report = compress_(model, tiny_batches(4, length=32), BEST, costs=costs)
+    assert report.decode_seconds["after"]
+    assert not narrowed_shapes(model)
+
+
+def test_the_report_leaves_out_channels_of_removed_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    decide = held_out.decision
+
+    def without_layer_2(run: Any, chosen: Any, options: Any, losses: Any) -> Any:
+        kept = {target: rank for target, rank in chosen.ranks.items() if target.layer != 2}
+        return decide(run, chosen._replace(removed=(2,), ranks=kept), options, losses)
+
+    monkeypatch.setattr(held_out, "decision", without_layer_2)
+    model = model_with_quiet_channels()
+    report = compress_(model, tiny_batches(4, length=32), BEST)
+    assert report.removed_layers == (2,)
+    assert report.channels.keys() == {"model.layers.1.mlp"}
