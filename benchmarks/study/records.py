@@ -67,7 +67,6 @@ class StudyResult(Record):
             to it. If it was interrupted, the work that was lost is counted too.
         removed_layers: layers that were removed whole.
         ranks: rank of each low-rank linear.
-        channels: channels of each MLP that has lost some, by path, numbered as before layers were removed.
         scope: layers that could be compressed; ``None`` if the method has no scope.
         conditions: when and where.
         accuracy: lm-eval's ``acc`` of each task, without normalisation.
@@ -75,6 +74,7 @@ class StudyResult(Record):
         memory: bytes that the compression was allowed above the loaded model; ``None`` for 0.9 of what was free.
         pivoted: whether the low-rank linears have pivoted form.
         kind_losses: loss on each kind of built-in text, of passages that no calibration reads, in nats per token.
+        channels: channels of each MLP that has lost some, by path, numbered as before layers were removed.
     """
 
     method: str

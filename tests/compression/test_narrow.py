@@ -19,6 +19,7 @@ from grasp.model.narrowing import narrowed_shapes
 from grasp.model.size import model_size
 from grasp.model.targets import all_targets
 from grasp.statistics.layer_losses import losses_without
+from tests.interrupted import assert_same, run, stopped
 from tests.lowrank_models import logits
 from tests.tiny_models import tiny_batches, tiny_model
 
@@ -180,3 +181,19 @@ def test_the_report_leaves_out_channels_of_removed_layers(monkeypatch: pytest.Mo
     report = compress_(model, tiny_batches(4, length=32), BEST)
     assert report.removed_layers == (2,)
     assert report.channels.keys() == {"model.layers.1.mlp"}
+
+
+@pytest.mark.parametrize(
+    ("step", "count"),
+    [("decompositions", 5), ("candidates, compared", 1), ("refit", 1)],
+    ids=["first sweep", "candidates", "carrying out"],
+)
+def test_an_interrupted_run_narrows_as_if_it_had_not_been(
+    step: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(narrow, "LEAST_GAIN", -1.0)
+    options: dict[str, Any] = {"held_out": tiny_batches(1, length=32, seed=5), "intermediate_size": CHANNELS}
+    expected = run(None, BEST, **options)
+    assert "narrowed, low-rank" in expected[0].held_out_loss
+    stopped(tmp_path / "out.partial", step, count, BEST, **options)
+    assert_same(run(tmp_path / "out.partial", BEST, **options), expected)

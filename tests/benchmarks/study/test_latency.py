@@ -25,7 +25,8 @@ LOW = "model.layers.1.mlp.up_proj"
 
 def cell(method: str, **values: Any) -> Any:
     setting = StudySetting("model", "b", "c", 1, 2, 3, 4, None, "float32")
-    empty: dict[str, Any] = {"ranks": {}, "removed_layers": (), "ratio": 0.2, "seed": 0, "setting": setting}
+    empty: dict[str, Any] = {"ranks": {}, "channels": {}, "removed_layers": ()}
+    empty |= {"ratio": 0.2, "seed": 0, "setting": setting}
     return record(StudyResult, method=method, **{**empty, **values})
 
 
