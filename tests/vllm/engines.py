@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from grasp.checkpoint.saving import save_checkpoint
 from grasp.compression.quantize import quantize_
 from grasp.method.storage import Storage
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.narrowing import narrow_mlp_
 from tests.command_line import ROOT, environment
 from tests.tiny_models import tiny_model
 
@@ -55,13 +56,19 @@ def save_compressed(
     ranks: Mapping[str, int] | None = None,
     dtype: torch.dtype = torch.float32,
     storage: Storage | None = None,
+    narrowed: Collection[int] = (),
     **shape: object,
 ) -> Path:
     """A tiny random checkpoint with some linears low-rank, of which every second one is pivoted.
 
-    With a ``storage``, all linears are quantised, and embeddings and the output layer.
+    With a ``storage``, all linears are quantised, and embeddings and the output layer. The MLPs of ``narrowed`` layers
+    keep every other channel.
     """
     model = tiny_model(family, dtype, **{**SHAPES[family], **shape})
+    for layer in narrowed:
+        mlp = model.get_submodule(f"model.layers.{layer}.mlp")
+        channels = torch.arange(0, mlp.down_proj.in_features, 2)
+        narrow_mlp_(mlp, channels, mlp.down_proj.weight[:, channels])
     for number, (name, rank) in enumerate((RANKS[family] if ranks is None else ranks).items()):
         layer = LowRankLinear.from_dense(model.get_submodule(name), torch.arange(rank))
         assert number % 2 or layer.pivot_() is None

@@ -37,6 +37,13 @@ def test_two_processes_give_the_tokens_of_transformers(family: str, tmp_path: Pa
     assert engine_tokens(folder, tmp_path, tensor_parallel_size=2) == greedy(load(folder))
 
 
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.skipif(cores() < 2, reason="two cores"))])
+def test_narrowed_mlps_give_the_tokens_of_transformers(processes: int, tmp_path: Path) -> None:
+    """The MLPs of two layers have half of their channels, with some linears of low rank; a third layer is whole."""
+    folder = save_compressed(tmp_path / "model", "qwen2", narrowed=(0, 1), intermediate_size=128)
+    assert engine_tokens(folder, tmp_path, tensor_parallel_size=processes) == greedy(load(folder))
+
+
 @pytest.mark.parametrize(
     ("family", "storage", "tied"), [("mixtral", Storage(4, 32), False), ("llama", Storage(4, 64), True)]
 )
