@@ -294,7 +294,7 @@ def ceilings(config: GraspConfig, plan: Plan) -> dict[Target, int]:
 
 
 def narrowed_plan(plan: Plan, targets: Targets) -> Plan:
-    """The plan with the linears that a model has once MLPs have lost channels, in the place of those of equal names."""
+    """The plan for the linears of a narrowed model, which have the names of those of the whole one."""
     named = {target.name: target for target in chain.from_iterable(targets.values())}
     ranks = {named[target.name]: rank for target, rank in plan.ranks.items() if target.name in named}
     return plan._replace(ranks=ranks)

@@ -29,7 +29,7 @@ class Candidate(NamedTuple):
     ranks: dict[Target, int]  # of linears that are scored and stay, or ``DENSE``, ``ROUNDED``; others stay dense
     map: str = ""  # file of the linear map that takes the place of the removed layers, if one does
     fitted: bool = False  # whether left factors are fitted to the dense model's outputs
-    size: int = 0  # bytes of all weights, of a candidate whose MLPs keep all channels where those of others do not
+    size: int = 0  # of a candidate of the whole model in a narrowed run: bytes of all weights; 0 for others
 
 
 def candidates(

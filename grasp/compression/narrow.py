@@ -87,7 +87,7 @@ def narrow_(run: Run, plan: Plan, work: Work, scores: Sequence[float]) -> tuple[
         scores: the block influence of each layer.
     """
     config, state = run.config, run.state
-    if not config.narrows or run.costs is not None:  # costs are those of the architecture's shapes
+    if not config.narrows or run.costs is not None:  # costs know no narrowed shape
         return run, plan, work
     if state.widths is None and work.sweeps:
         _choose_(run, plan, work)
@@ -118,7 +118,7 @@ def widen_(run: Run) -> None:
 
 
 def remaining_channels(run: Run, decision: Decision) -> dict[str, tuple[int, int]]:
-    """The channels before and after of the MLPs that have lost some, by path, without those of removed layers."""
+    """How many channels each narrowed MLP had and has, by path, without the MLPs of removed layers."""
     if decision.whole:
         return {}
     layer_of = {target.name: target.layer for linears in run.targets.values() for target in linears}
@@ -187,8 +187,8 @@ def channel_tensors(mlp: Mlp, target: Target, weight: Tensor, covariance: Covari
 def choose_widths(run: Run, plan: Plan, selections: Selections, found: Sequence[Mlp]) -> dict[str, list[int]]:
     """The channels before and after of the MLPs to narrow, by path, with which the budget is predicted to lose least.
 
-    Scores of a narrowed linear are those of all channels, scaled to what the remaining ones add up to: the next sweep
-    measures them. {} if less than ``LEAST_GAIN`` is gained.
+    A narrowed linear is given the scores of the whole one, scaled by the share of the remaining channels; the next
+    sweep measures them. {} if less than ``LEAST_GAIN`` is gained.
     """
     usable = [mlp for mlp in found if not any(selections[t].skipped for t in (*mlp.gate_up, mlp.down))]
     within = {target for mlp in usable for target in (*mlp.gate_up, mlp.down)}
