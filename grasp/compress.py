@@ -124,7 +124,7 @@ def carry_out_(run: Run) -> CompressionReport:
             decision = decide_globally(run, plan, work)
             work.prefix.hidden.clear()
             if decision.whole:
-                widen_(run)
+                run = widen_(run)
             carry_out_decision_(run, plan, work, decision)
         else:
             decide_in_order_(run, plan, work)
@@ -179,9 +179,10 @@ def _report(
     ranks |= {report.name: report.rank for report in reports if report.rank}
     left = [report for layer in plan.layers for report in run.left[layer]]
     after = model_size(run.model)
-    seconds = (
-        predicted_seconds(run.config, run.costs, run.targets, ranks, decision.removed) if run.costs is not None else {}
-    )
+    seconds: dict[str, float] = {}
+    if run.costs is not None:
+        seconds["dense"] = run.dense_seconds
+        seconds["after"] = predicted_seconds(run.config, run.costs, run.targets, ranks, decision.removed)
     return CompressionReport(
         config=run.config.to_dict(),
         block_influence=tuple(scores),

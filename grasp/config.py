@@ -265,10 +265,9 @@ class GraspConfig:
 
     @property
     def narrows(self) -> bool:
-        """Whether MLPs may lose channels: covariances say what they are worth, and no seconds or bits are budgeted."""
-        floating = self.storage is None and self.target_latency is None
+        """Whether MLPs may lose channels: covariances say what they are worth, and weights stay floating."""
         by_covariances = BASES[self.basis].outputs and METRICS[self.metric].moment == "none"
-        return self.schedule == "progressive" and floating and by_covariances
+        return self.schedule == "progressive" and self.storage is None and by_covariances
 
     @property
     def storage(self) -> Storage | None:

@@ -25,6 +25,7 @@ from grasp.method.storage import Storage
 from grasp.model.dense import dense_shape
 from grasp.model.hooks import hooked, replaced
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.narrowing import narrowest_shapes
 from grasp.model.quantized_linear import QuantizedLinear, QuantizedLowRankLinear, quantized_like, storage_outside
 from grasp.model.running import first_device
 from grasp.model.targets import all_targets, decoder
@@ -60,13 +61,14 @@ def costs_for(
         if measured is None or not {*storages} <= {storage for _, storage in measured.linears}:
             measured = measure_costs(model, form, storages, progress=progress)
         return measured
-    shapes, costs = linear_shapes(model), find_costs(source)
+    shapes, narrowest, costs = linear_shapes(model), narrowest_shapes(model), find_costs(source)
     dtype = str(model.dtype).removeprefix("torch.")
     if isinstance(costs, Card):
         head = tuple(model.get_output_embeddings().weight.shape)
         weights: dict[str, Any] = {"dtype": dtype, "itemsize": model.dtype.itemsize, "head": head}
-        costs = from_roofline(costs, shapes, form=form, storages=storages, **weights)
+        costs = from_roofline(costs, [*shapes, *narrowest], form=form, storages=storages, **weights)
     costs.require(shapes, dtype, form, storages)
+    costs.require(narrowest, dtype, form)
     return costs
 
 
@@ -104,6 +106,7 @@ def measure_costs(
 ) -> CostTable:
     """Time linears of the model's shapes, dtype and device on one token, and the model's own decoding.
 
+    Of MLPs that may lose channels the narrowest shapes are timed too, floating; those in between are interpolated.
     Calls rotate through copies of a linear, so that no weights are in a cache. The dense linear and its ranks take
     turns, floating and in each of the ``storages``; the medians count. The rest of the decoder layers, and of a token,
     is measured by decoding with the model; with ``storages``, also with all its linears in the first of them.
@@ -117,18 +120,19 @@ def measure_costs(
     """
     device, dtype, shapes = first_device(model), model.dtype, linear_shapes(model)
     linears: dict[tuple[Shape, Storage | None], LinearSeconds] = {}
-    steps = len(set(shapes)) + 1
-    for done, shape in enumerate(sorted(set(shapes))):
+    timed = sorted({*shapes, *narrowest_shapes(model)})
+    steps = len(timed) + 1
+    for done, shape in enumerate(timed):
         progress("costs of linears", done, steps)
-        ranks = measured_ranks(shape, form)
-        times = _time_linears(shape, list(product((None, *storages), (None, *ranks))), form, device, dtype)
-        for storage in (None, *storages):
+        ranks, stored = measured_ranks(shape, form), (None, *(storages if shape in shapes else ()))
+        times = _time_linears(shape, list(product(stored, (None, *ranks))), form, device, dtype)
+        for storage in stored:
             low_rank = tuple(times[storage, rank] for rank in ranks)
             linears[shape, storage] = LinearSeconds(times[storage, None], ranks, low_rank)
     progress("costs of linears", steps - 1, steps)
     beside: dict[Storage | None, tuple[float, float]] = {}
-    stored = (None, *storages[:1])
-    for storage, (layers, rest) in zip(stored, _time_decoding(model, stored), strict=True):
+    decoded = (None, *storages[:1])
+    for storage, (layers, rest) in zip(decoded, _time_decoding(model, decoded), strict=True):
         other = layers - sum(linears[shape, storage].dense for shape in shapes)
         beside[storage] = max(0.0, other / len(decoder(model).layers)), rest
     progress("costs of linears", steps, steps)

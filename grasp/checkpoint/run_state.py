@@ -145,7 +145,7 @@ class RunState(RunFolder, NoState):
         ...     pass  # report = compress_(model, batches, config, state=state); model.save_pretrained(...)
     """
 
-    FORMAT = 11
+    FORMAT = 12
     FILES = r"(module|narrow|cut|first|second|only|map)(-.+|\..+)?\.safetensors|costs\.json"  # this before format 5
     CACHES = r"sums-.+\.safetensors"
 

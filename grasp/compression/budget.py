@@ -34,6 +34,7 @@ from grasp.method.ranks import (
 from grasp.method.storage import Storage, matrix_bytes
 from grasp.model.dense import dense_shape
 from grasp.model.layer_removal import can_remove
+from grasp.model.narrowing import narrowest_shapes
 from grasp.model.size import model_size
 from grasp.model.targets import Target, decoder
 from grasp_kernels.packing import RANK_MULTIPLE
@@ -83,8 +84,12 @@ def find_prices(
         ValueError: if a latency is asked for without ``costs``, or no ranks reach the target.
         CostTableError: if ``costs`` were measured for another model.
     """
-    find = next(unit for field, unit in UNITS.items() if getattr(config, field) is not None or field == DEFAULT_UNIT)
-    prices = find(config, model, targets, costs)
+    if costs is not None:
+        dtype = str(model.dtype).removeprefix("torch.")
+        shapes = {dense_shape(target.module) for target in chain.from_iterable(targets.values())}
+        costs.require(shapes, dtype, config.form, config.storages)
+        costs.require(narrowest_shapes(model) if config.narrows else (), dtype, config.form)
+    prices = _unit(config)(config, model, targets, costs)
     if prices.saving is not None:
         _require_reachable(config, prices, model, targets, may_remove)
     return prices
@@ -123,9 +128,7 @@ def _second_prices(config: GraspConfig, model: PreTrainedModel, targets: Targets
             f"grasp.bench.costs.measure_costs(model, form={config.form!r}, storages=config.storages)"
         )
     table = costs
-    shapes = {dense_shape(target.module) for target in chain.from_iterable(targets.values())}
-    table.require(shapes, str(model.dtype).removeprefix("torch."), config.form, config.storages)
-    dense, start = predicted_seconds(config, table, targets, {}, ()).values()
+    dense, start = dense_seconds(table, targets), predicted_seconds(config, table, targets, {}, ())
     beside, _ = table.beside_linears(quantized=config.storage is not None)
 
     def linear(target: Target, rank: int) -> float:
@@ -140,13 +143,6 @@ def _second_prices(config: GraspConfig, model: PreTrainedModel, targets: Targets
     )
 
 
-def narrowed_prices(config: GraspConfig, model: PreTrainedModel, prices: Prices) -> Prices:
-    """The prices in the same unit, of parameters or bytes, once MLPs have lost channels."""
-    layers = decoder(model).layers
-    sizes = [sum(p.nbytes if config.target_bytes else p.numel() for p in layer.parameters()) for layer in layers]
-    return replace(prices, layer=sizes.__getitem__)
-
-
 # The configuration's field that states a target → its prices. The first field that is set decides.
 UNITS: dict[str, Callable[[GraspConfig, PreTrainedModel, Targets, CostTable | None], Prices]] = {
     "target_latency": _second_prices,
@@ -154,6 +150,38 @@ UNITS: dict[str, Callable[[GraspConfig, PreTrainedModel, Targets, CostTable | No
     "compression_ratio": _parameter_prices,
 }
 DEFAULT_UNIT = "compression_ratio"
+
+
+def _unit(config: GraspConfig) -> Callable[[GraspConfig, PreTrainedModel, Targets, CostTable | None], Prices]:
+    return next(unit for field, unit in UNITS.items() if getattr(config, field) is not None or field == DEFAULT_UNIT)
+
+
+def narrowed_prices(
+    config: GraspConfig,
+    model: PreTrainedModel,
+    targets: Targets,
+    costs: CostTable | None,
+    before: Prices,
+    saving: float,
+) -> Prices:
+    """The prices once MLPs have lost channels, and what is then still to be saved.
+
+    Args:
+        config: of the compression.
+        model: narrowed.
+        targets: its linears.
+        costs: of decoding, if seconds are counted.
+        before: the prices of the whole model.
+        saving: what was to be saved of it.
+    """
+    prices, target = _unit(config)(config, model, targets, costs), before.target
+    saved = math.fsum(before.layer(layer) - prices.layer(layer) for layer in targets)
+    return replace(
+        prices,
+        saving=max(0.0, saving - saved),
+        target=lambda more: target(saved + more),
+        capped=before.saving is None,
+    )
 
 
 def parameters(target: Target, rank: int, form: Form) -> int:
@@ -323,8 +351,8 @@ def predicted_bytes(
 
 def predicted_seconds(
     config: GraspConfig, costs: CostTable, targets: Targets, ranks: Mapping[str, int], removed: Sequence[int]
-) -> dict[str, float]:
-    """The predicted time to decode a token with the dense floating model, and after compression.
+) -> float:
+    """The predicted time to decode a token after compression.
 
     Args:
         config: of the compression; it has the bits.
@@ -333,8 +361,12 @@ def predicted_seconds(
         ranks: the path of each compressed linear → its rank, or ``ROUNDED``.
         removed: layers that were removed.
     """
-    dense = ((dense_shape(target.module), None) for target in chain.from_iterable(targets.values()))
     remaining = (target for layer, linears in targets.items() if layer not in removed for target in linears)
     after = (_kind(target, ranks.get(target.name, DENSE), config) for target in remaining)
-    layers, quantized = len(targets) - len(removed), config.storage is not None
-    return {"dense": costs.predict(dense, len(targets)), "after": costs.predict(after, layers, quantized=quantized)}
+    return costs.predict(after, len(targets) - len(removed), quantized=config.storage is not None)
+
+
+def dense_seconds(costs: CostTable, targets: Targets) -> float:
+    """The predicted time to decode a token with the floating model, none of whose linears is low-rank."""
+    linears = ((dense_shape(target.module), None) for target in chain.from_iterable(targets.values()))
+    return costs.predict(linears, len(targets))

@@ -30,6 +30,7 @@ class Candidate(NamedTuple):
     map: str = ""  # file of the linear map that takes the place of the removed layers, if one does
     fitted: bool = False  # whether left factors are fitted to the dense model's outputs
     size: int = 0  # of a candidate of the whole model in a narrowed run: bytes of all weights; 0 for others
+    seconds: float | None = None  # likewise: the predicted time to decode a token, if there are costs
 
 
 def candidates(

@@ -35,6 +35,7 @@ from grasp.compression.selection import (
 from grasp.environment import return_freed_memory
 from grasp.errors import NonFiniteError
 from grasp.method import knapsack
+from grasp.method.cost_table import CostTable
 from grasp.method.metrics import nats_per_score
 from grasp.model.batch import excerpt
 from grasp.model.layer_removal import can_remove
@@ -141,16 +142,16 @@ def measure_whole(run: Run, plan: Plan, scores: Sequence[float]) -> None:
     options = [Candidate(DENSE, (), {}), *_layers_removed(run, plan, removal), *linear_replacement(run, plan)]
     for option in options:
         run.state.once(f"loss, {option.name}", partial(_measured, run, start, {}, option))
-    sizes = [predicted_bytes(run.config, run.model, run.targets, {}, option.removed) for option in options]
-    found = [[option.name, option.removed, option.map, size] for option, size in zip(options, sizes, strict=True)]
     run.state.record({"map": next((option.map for option in options if option.map), None)})
+    times = [_seconds(run, run.costs, option) if run.costs is not None else None for option in options]
+    found = [[o.name, o.removed, o.map, _bytes(run, o), time] for o, time in zip(options, times, strict=True)]
     run.state.once("whole", lambda: found[1:])
 
 
 def whole_candidates(run: Run) -> list[Candidate]:
     """The candidates of ``measure_whole`` but the dense model."""
     whole = run.state.measured.get("whole", ())
-    return [Candidate(name, tuple(removed), {}, file, size=size) for name, removed, file, size in whole]
+    return [Candidate(name, tuple(removed), {}, file, False, *known) for name, removed, file, *known in whole]
 
 
 def result_loss(run: Run) -> dict[str, float]:
@@ -172,28 +173,30 @@ def result_loss(run: Run) -> dict[str, float]:
 def decision(run: Run, chosen: Candidate, options: Iterable[Candidate], losses: Mapping[str, float]) -> Decision:
     """The decision for one of some candidates, with the losses, the bytes and the predicted time of those measured."""
     measured = [option for option in options if option.name in losses]
-    ranks = {option.name: {target.name: rank for target, rank in option.ranks.items()} for option in measured}
     return Decision(
         chosen.removed,
         {target.name: rank for target, rank in chosen.ranks.items()},
         losses,
-        {
-            option.name: run.before.bytes
-            if option.name == DENSE
-            else option.size or predicted_bytes(run.config, run.model, run.targets, ranks[option.name], option.removed)
-            for option in measured
-        },
-        {
-            option.name: predicted_seconds(run.config, run.costs, run.targets, ranks[option.name], option.removed)[
-                DENSE if option.name == DENSE else "after"
-            ]
-            for option in measured
-            if run.costs
-        },
+        {option.name: _bytes(run, option) for option in measured},
+        {option.name: _seconds(run, run.costs, option) for option in measured if run.costs is not None},
         chosen.map,
         chosen.fitted,
         whole=bool(chosen.size),
     )
+
+
+def _bytes(run: Run, option: Candidate) -> int:
+    if option.name == DENSE:
+        return run.before.bytes
+    ranks = {target.name: rank for target, rank in option.ranks.items()}
+    return option.size or predicted_bytes(run.config, run.model, run.targets, ranks, option.removed)
+
+
+def _seconds(run: Run, costs: CostTable, option: Candidate) -> float:
+    if option.name == DENSE:
+        return run.dense_seconds
+    ranks = {target.name: rank for target, rank in option.ranks.items()}
+    return option.seconds or predicted_seconds(run.config, costs, run.targets, ranks, option.removed)
 
 
 def _removal(run: Run, plan: Plan, reference: Reference) -> dict[int, float]:

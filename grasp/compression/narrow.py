@@ -87,7 +87,7 @@ def narrow_(run: Run, plan: Plan, work: Work, scores: Sequence[float]) -> tuple[
         scores: the block influence of each layer.
     """
     config, state = run.config, run.state
-    if not config.narrows or run.costs is not None:  # costs know no narrowed shape
+    if not config.narrows:
         return run, plan, work
     if state.widths is None and work.sweeps:
         _choose_(run, plan, work)
@@ -97,24 +97,23 @@ def narrow_(run: Run, plan: Plan, work: Work, scores: Sequence[float]) -> tuple[
     for path in state.widths:
         tensors, _ = state.read(state.files[f"narrow-{path}"], "channels", "weight")
         narrow_mlp_(run.model.get_submodule(path), tensors["channels"], tensors["weight"])
-    saved = math.fsum(run.prices.layer(layer) for layer in run.targets)
     saving = required_saving(run.prices, plan)
     targets, left = eligible_targets(run.model)
-    prices = narrowed_prices(config, run.model, run.prices)
-    saved -= math.fsum(prices.layer(layer) for layer in targets)
-    prices = replace(prices, saving=max(0.0, saving - saved), capped=run.prices.saving is None)
+    prices = narrowed_prices(config, run.model, targets, run.costs, run.prices, saving)
     run = replace(run, targets=targets, left=left, prices=prices, narrowed=True)
     plan = narrowed_plan(plan, targets)
     sweeps = [] if not work.sweeps else plan_sweeps(ceilings(config, plan), config.schedule)
     return run, plan, work._replace(sweeps=sweeps)
 
 
-def widen_(run: Run) -> None:
+def widen_(run: Run) -> Run:
     """Give the MLPs all their channels back, where the dense model without layers loses less."""
     for path in run.state.widths or ():
         tensors, _ = run.state.read(run.state.files[f"narrow-{path}"], *GATE_UP, DOWN)
         resize_mlp_(run.model.get_submodule(path), tensors)
         mark_narrowed(run.model.get_submodule(path), False)
+    targets, left = eligible_targets(run.model)
+    return replace(run, targets=targets, left=left, narrowed=False)
 
 
 def remaining_channels(run: Run, decision: Decision) -> dict[str, tuple[int, int]]:

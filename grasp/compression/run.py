@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from grasp.checkpoint.fingerprint import request_fingerprint
 from grasp.checkpoint.run_state import NoState
-from grasp.compression.budget import Prices, Targets, find_prices
+from grasp.compression.budget import Prices, Targets, dense_seconds, find_prices
 from grasp.compression.eligible import ModulesLeft, check_layers, eligible_targets, require_positions
 from grasp.compression.memory_budget import MemoryBudget
 from grasp.compression.span_plan import PlannedSpan
@@ -38,6 +38,7 @@ class Run:
         held_out: other ones, on which losses are measured; with a global budget they decide between candidates.
         config: the configuration.
         costs: of decoding, for a target latency.
+        dense_seconds: the predicted time to decode a token before; 0 without ``costs``.
         targets: the linears that can be compressed, by layer.
         left: the modules that cannot be compressed, by layer, each with its reason.
         prices: the unit of the budget.
@@ -57,6 +58,7 @@ class Run:
     held_out: Sequence[CalibrationBatch]
     config: GraspConfig
     costs: CostTable | None
+    dense_seconds: float
     targets: Targets
     left: ModulesLeft
     prices: Prices
@@ -128,6 +130,7 @@ def start_run(
         held_out=held_out,
         config=config,
         costs=costs,
+        dense_seconds=0.0 if costs is None else dense_seconds(costs, targets),
         targets=targets,
         left=left,
         prices=prices,

@@ -19,7 +19,7 @@ from grasp.method.storage import OUTPUTS, STORAGES, Storage, matrix_bytes
 from grasp.reading import read_json
 from grasp_kernels import roofline
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _BESIDE = ("layer", "rest", "layer_quantized", "rest_quantized")
 _FIELDS = ("device", "source", "dtype", "form", *_BESIDE, "threads", "versions")
 # Seconds from one kernel to the next inside a CUDA graph. The rates of a card do not include it; 1 to 4 us are usual.
@@ -86,15 +86,28 @@ class CostTable:
     def linear(self, shape: Shape, rank: int | None = None, storage: Storage | None = None) -> float:
         """Seconds of one linear of ``shape`` (N, K), low-rank, or dense if ``rank`` is ``None``.
 
+        A shape between two others with as many inputs, or outputs, is interpolated linearly: that of an MLP which lost
+        channels is between the whole one's and the narrowest.
+
         Raises:
             CostTableError: if the table has no such shape or storage.
         """
-        if (shape, storage) not in self.linears:
-            raise CostTableError(f"the costs of {self.device} have no {self._missing(shape, storage)} -o costs.json")
-        seconds = self.linears[shape, storage]
-        return seconds.dense if rank is None else seconds.at(rank)
+        if (shape, storage) in self.linears:
+            seconds = self.linears[shape, storage]
+            return seconds.dense if rank is None else seconds.at(rank)
+        for varies in (0, 1):
+            same = [(n, k) for (n, k), kind in self.linears if kind == storage and (k, n)[varies] == shape[1 - varies]]
+            below = max((known for known in same if known[varies] < shape[varies]), default=None)
+            above = min((known for known in same if known[varies] > shape[varies]), default=None)
+            if below and above:
+                share = (shape[varies] - below[varies]) / (above[varies] - below[varies])
+                return (1 - share) * self.linear(below, rank, storage) + share * self.linear(above, rank, storage)
+        raise self._missing(shape, storage)
 
-    def _missing(self, shape: Shape, storage: Storage | None) -> str:
+    def _missing(self, shape: Shape, storage: Storage | None) -> CostTableError:
+        return CostTableError(f"the costs of {self.device} have no {self._needed(shape, storage)} -o costs.json")
+
+    def _needed(self, shape: Shape, storage: Storage | None) -> str:
         if storage is not None and all(known != storage for _, known in self.linears):
             kinds = ", ".join(sorted({str(known or self.dtype) for _, known in self.linears}))
             return f"{storage} linears, only {kinds}. Measure them: grasp bench costs MODEL --bits {storage.option}"
@@ -146,7 +159,8 @@ class CostTable:
                 f"measure those with grasp bench costs MODEL --form {form}, or compress with form={self.form!r}"
             )
         for shape, storage in product(shapes, (None, *storages)):
-            self.linear(shape, storage=storage)
+            if (shape, storage) not in self.linears:
+                raise self._missing(shape, storage)
 
     def to_dict(self) -> dict[str, Any]:
         """The table as JSON values."""
@@ -181,8 +195,8 @@ class CostTable:
         expected = f"a table of costs; make one with grasp bench costs MODEL -o {path.name}"
         values = read_json(path, expected, CostTableError)
         try:
-            if values.pop("format_version") != FORMAT_VERSION:
-                raise ValueError(f"its format_version is not {FORMAT_VERSION}")
+            if (found := values.pop("format_version")) != FORMAT_VERSION:
+                raise ValueError(f"its format_version is {found!r}, not {FORMAT_VERSION}")
             return cls.from_dict(values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CostTableError(f"{path} is damaged ({one_line(error)}); expected {expected}") from error
@@ -261,7 +275,7 @@ def _row(row: Mapping[str, Any]) -> tuple[tuple[Shape, Storage | None], LinearSe
         raise ValueError(f"ranks must ascend, each with its seconds, got {ranks} and {seconds}")
     if not all(type(size) is int and size > 0 for size in (row["out_features"], row["in_features"], *ranks)):
         raise ValueError(f"sizes and ranks must be positive integers, got {dict(row)}")
-    if (name := row.get("storage")) is not None and name not in STORAGES:
+    if (name := row["storage"]) is not None and name not in STORAGES:
         raise ValueError(f"storage must be one of {', '.join(STORAGES)}, got {name!r}")
     key = (row["out_features"], row["in_features"]), name and STORAGES[name]
     return key, LinearSeconds(row["dense"], ranks, seconds)

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from grasp.method.channels import widths_of
 from grasp.method.ranks import Shape
 from grasp.model.dense import dense_shape
 from grasp.model.gated_mlp import FORMULA, formula_of
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.offload import release_
 from grasp.model.quantized_linear import QuantizedLinear, QuantizedLowRankLinear
 
 GATE_UP, DOWN = ("gate_proj", "up_proj"), "down_proj"  # of ``FORMULA``
@@ -45,7 +47,7 @@ def narrow_mlp_(mlp: nn.Module, channels: Tensor, down: Tensor) -> None:
 
 @torch.no_grad()
 def resize_mlp_(mlp: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give the linears of an MLP, by name, other weights, (N, K). Biases, of outputs alone, stay."""
+    """Give the linears of an MLP, by name, other weights, (N, K); theirs are freed. Biases, of outputs alone, stay."""
     for name, weight in weights.items():
         linear = mlp.get_submodule(name)
         assert isinstance(linear, nn.Linear)
@@ -54,6 +56,7 @@ def resize_mlp_(mlp: nn.Module, weights: Mapping[str, Tensor]) -> None:
         if linear.bias is not None:
             resized.bias = linear.bias
         setattr(mlp, name, resized)
+        release_(linear)
 
 
 def mark_narrowed(mlp: nn.Module, narrowed: bool = True) -> None:
@@ -78,6 +81,19 @@ def narrowed_shapes(model: nn.Module) -> dict[str, Shape]:
         if isinstance(child, LINEARS)
     )
     return {path: shape_of(linear) for path, linear in linears}
+
+
+def narrowest_shapes(model: nn.Module) -> list[Shape]:
+    """The shapes, (N, K), of the linears of the MLPs that may lose channels, if these lose as many as they may."""
+    before = {path for path, _ in narrowed_mlps(model)}
+    shapes: list[Shape] = []
+    for path, mlp in model.named_modules():
+        if path not in before and can_narrow(mlp):
+            outputs, channels = mlp.get_parameter(f"{DOWN}.weight").shape
+            inputs = mlp.get_parameter(f"{GATE_UP[0]}.weight").shape[1]
+            for width in widths_of(channels)[-1:]:
+                shapes += [(width, inputs), (outputs, width)]
+    return shapes
 
 
 def shape_of(linear: nn.Module) -> Shape:

@@ -11,6 +11,7 @@ from grasp.bench.costs import costs_for, linear_shapes, measure_costs, measured_
 from grasp.config import GraspConfig
 from grasp.errors import CostTableError, ResultsError
 from grasp.evaluation.generation import GenerationTime
+from grasp.method import channels
 from grasp.method.cost_table import CostTable
 from grasp.method.ranks import break_even_rank
 from grasp.method.storage import STORAGES, Storage
@@ -41,6 +42,16 @@ def test_every_linear_of_the_model_is_timed_and_the_parts_add_up_to_its_decoding
     assert all(0 < time < 1 for time in times)
     assert table.predict([(shape, None) for shape in shapes], 3) >= table.rest
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in decoder(model).layers)
+
+
+def test_the_narrowest_mlps_are_timed_too_without_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", intermediate_size=96)
+    monkeypatch.setattr(channels, "MULTIPLE", 8)
+    whole, narrowest = set(linear_shapes(model)), {(48, 32), (32, 48)}
+    table = measure_costs(model, storages=[Storage(8)])
+    assert {shape for shape, storage in table.linears if storage is None} == whole | narrowest
+    assert {shape for shape, storage in table.linears if storage is not None} == whole
+    assert costs_for(model, "A100", "pivoted").linears.keys() == {(shape, None) for shape in whole | narrowest}
 
 
 def test_ranks_are_multiples_of_the_kernels_up_to_the_break_even() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from grasp.checkpoint.compression_report import CompressionReport
 from grasp.compress import compress_
 from grasp.compression import held_out, narrow
 from grasp.config import GraspConfig
+from grasp.errors import CostTableError
 from grasp.method import channels
 from grasp.method.cost_table import CostTable, LinearSeconds
 from grasp.model.batch import as_batches
 from grasp.model.dense import dense_shape
-from grasp.model.narrowing import narrowed_shapes
+from grasp.model.narrowing import narrowed_shapes, narrowest_shapes
 from grasp.model.size import model_size
 from grasp.model.targets import all_targets
 from grasp.statistics.layer_losses import losses_without
@@ -70,6 +72,46 @@ def test_bytes_are_met_too() -> None:
     assert 0.97 * target <= model_size(model).bytes <= target
 
 
+def modules_of(model: PreTrainedModel) -> dict[str, Any]:
+    """The linears of the decoder layers, by path."""
+    return {target.name: target.module for target in all_targets(model)}
+
+
+def costs_of(model: PreTrainedModel) -> CostTable:
+    """A table in which a linear costs as much as it has numbers."""
+    linears: dict[Any, LinearSeconds] = {}
+    for n, k in [*map(dense_shape, modules_of(model).values()), *narrowest_shapes(model)]:
+        ranks = tuple(range(1, min(n, k) + 1))
+        linears[(n, k), None] = LinearSeconds(n * k, ranks, tuple(r * (n + k - r) for r in ranks))
+    return CostTable("any", "measured", "float32", linears, layer=50.0, rest=1000.0, form="pivoted")
+
+
+def test_seconds_are_met_too() -> None:
+    model = model_with_quiet_channels()
+    costs = costs_of(model)
+    before = sum(linear.weight.numel() for linear in modules_of(model).values())
+    report = compress_(model, tiny_batches(4, length=32), GraspConfig.best(target_latency=0.85), costs=costs)
+    assert narrowed_shapes(model)
+    after = before - (report.before.parameters - report.after.parameters)
+    assert report.decode_seconds == {"dense": 1150 + before, "after": pytest.approx(1150 + after)}
+    assert 0.8 < report.decode_seconds["after"] / report.decode_seconds["dense"] <= 0.85
+
+
+def test_costs_without_the_narrowest_shapes_are_refused_at_once() -> None:
+    model = model_with_quiet_channels()
+    costs = costs_of(model)
+    whole = {(shape, None): costs.linears[shape, None] for shape in map(dense_shape, modules_of(model).values())}
+    with pytest.raises(CostTableError, match=r"no linear of 32 inputs and 48 outputs"):
+        compress_(model, tiny_batches(1), BEST, costs=dataclasses.replace(costs, linears=whole))
+
+
+def test_the_weights_of_narrowed_linears_are_freed() -> None:
+    model = model_with_quiet_channels()
+    linears = modules_of(model)
+    compress_(model, tiny_batches(4, length=32), BEST)
+    assert all(linears[name].weight.is_meta for name in narrowed_shapes(model))
+
+
 def test_the_dense_loss_is_that_of_the_whole_model() -> None:
     model = model_with_quiet_channels()
     others = tiny_batches(1, length=32, seed=5)
@@ -96,14 +138,20 @@ def test_layers_removed_from_the_whole_model_can_win(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(held_out, "_measured", spoilt)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    report = compress_(model, tiny_batches(4, length=32), BEST, held_out=tiny_batches(1, length=32, seed=5))
+    given = tiny_batches(4, length=32), BEST
+    report = compress_(model, *given, held_out=tiny_batches(1, length=32, seed=5), costs=costs_of(model))
     assert any(name.startswith("narrowed, low-rank") for name in report.held_out_loss)
     assert len(report.removed_layers) == 1
     assert not narrowed_shapes(model)
     (removed,) = report.removed_layers
     left = [value for name, value in before.items() if f".{removed}." not in name]
     assert all(torch.equal(*pair) for pair in zip(model.state_dict().values(), left, strict=True))
-    assert report.candidate_bytes["compressed"] == report.candidate_bytes[f"layers {removed} removed"]
+    for unit in (report.candidate_bytes, report.candidate_seconds):
+        assert unit["compressed"] == pytest.approx(unit[f"layers {removed} removed"])
+    layer = sum(value.numel() for name, value in before.items() if f".{removed}." in name and value.ndim == 2)
+    seconds = report.decode_seconds
+    assert seconds["dense"] - seconds["after"] == pytest.approx(layer + 50)
+    assert report.candidate_seconds["dense"] == seconds["dense"]
 
 
 def test_a_linear_map_of_the_whole_model_can_win(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,16 +205,6 @@ def test_a_narrowed_model_keeps_its_shapes_when_it_is_compressed_again(tmp_path:
     assert before.items() <= narrowed_shapes(again).items()
     again.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(again))
-
-
-def test_costs_are_of_whole_mlps_so_nothing_is_narrowed_with_them() -> None:
-    model = model_with_quiet_channels()
-    shapes = {dense_shape(target.module) for target in all_targets(model)}
-    linears = {(shape, None): LinearSeconds(1.0, (1, 64), (1.0, 64.0)) for shape in shapes}
-    costs = CostTable("any", "measured", "float32", linears, 0.0, 1.0, form="pivoted")
-    report = compress_(model, tiny_batches(4, length=32), BEST, costs=costs)
-    assert report.decode_seconds["after"]
-    assert not narrowed_shapes(model)
 
 
 def test_the_report_leaves_out_channels_of_removed_layers(monkeypatch: pytest.MonkeyPatch) -> None:

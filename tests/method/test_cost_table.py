@@ -9,11 +9,11 @@ import pytest
 
 from grasp.errors import CostTableError, GraspError
 from grasp.method.cost_table import LAUNCH, CostTable, LinearSeconds, find_card, from_roofline
-from grasp.method.ranks import break_even_rank
+from grasp.method.ranks import Shape, break_even_rank
 from grasp.method.storage import Storage, choose_storage
 
 SMALL, WIDE = (64, 32), (96, 64)
-ROW = {"out_features": 4, "in_features": 4, "dense": 1.0, "ranks": [1], "seconds": [1.0]}
+ROW = {"out_features": 4, "in_features": 4, "storage": None, "dense": 1.0, "ranks": [1], "seconds": [1.0]}
 TABLE = CostTable(
     device="a processor",
     source="measured",
@@ -56,14 +56,28 @@ def test_round_trip_through_a_file_of_which_nothing_else_is_left(tmp_path: Path)
     assert [each.name for each in path.parent.iterdir()] == ["costs.json"]
 
 
-def test_a_file_from_before_there_were_bits_is_of_floating_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rank", "seconds"), [(None, 9.0), (16, 4.5), (24, 6.0)])
+@pytest.mark.parametrize(
+    ("shape", "narrow", "between"), [((96, 32), (48, 32), (72, 32)), ((32, 96), (32, 48), (32, 72))]
+)
+def test_a_narrowed_linear_is_on_the_line_between_the_whole_and_the_narrowest(
+    shape: Shape, narrow: Shape, between: Shape, rank: int | None, seconds: float
+) -> None:
+    wide, small = LinearSeconds(12.0, (16, 32), (6.0, 10.0)), LinearSeconds(6.0, (16, 24), (3.0, 4.0))
+    linears = {(shape, None): wide, (narrow, None): small, ((72, 72), None): wide, (between, Storage(8)): wide}
+    table = dataclasses.replace(TABLE, linears=linears)
+    assert table.linear(between, rank) == pytest.approx(seconds)
+    assert table.linear(narrow, rank) == small.at(rank) if rank else small.dense
+    for beyond in (16, 120):  # no guess
+        with pytest.raises(CostTableError, match="no linear of"):
+            table.linear((beyond, 32) if between[1] == 32 else (32, beyond), rank)
+    with pytest.raises(CostTableError, match="no linear of"):
+        table.require([between], "bfloat16", "factored")
+
+
+def test_missing_bits_are_named_with_the_command_that_measures_them() -> None:
     floating = {key: linear for key, linear in TABLE.linears.items() if key[1] is None}
-    values = dataclasses.replace(TABLE, linears=floating).to_dict()
-    del values["layer_quantized"], values["rest_quantized"]
-    rows = [{name: value for name, value in row.items() if name != "storage"} for row in values["linears"]]
-    (tmp_path / "costs.json").write_text(json.dumps({"format_version": 1, **values, "linears": rows}))
-    table = CostTable.load(tmp_path / "costs.json")
-    assert table.linears == floating
+    table = dataclasses.replace(TABLE, linears=floating)
     remedy = r"no int4/64 linears, only bfloat16\. Measure them: grasp bench costs MODEL --bits 4 -o"
     with pytest.raises(CostTableError, match=remedy):
         table.require({SMALL}, "bfloat16", "factored", [choose_storage(4)])
@@ -82,7 +96,7 @@ def test_a_file_that_cannot_be_written_or_is_not_there_is_named(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "its format_version is not 1"),
+        ({"format_version": 1}, "its format_version is 1, not 2"),
         ({"dtype": None}, "missing 1 required positional argument: 'dtype'"),
         ({"linears": []}, "it has no linears"),
         ({"rest_quantized": None}, "layer_quantized and rest_quantized belong to quantised linears, got (4e-06, None)"),
