@@ -143,8 +143,9 @@ def _second_prices(config: GraspConfig, model: PreTrainedModel, targets: Targets
     )
 
 
+_Unit = Callable[[GraspConfig, PreTrainedModel, Targets, CostTable | None], Prices]
 # The configuration's field that states a target → its prices. The first field that is set decides.
-UNITS: dict[str, Callable[[GraspConfig, PreTrainedModel, Targets, CostTable | None], Prices]] = {
+UNITS: dict[str, _Unit] = {
     "target_latency": _second_prices,
     "target_bytes": _byte_prices,
     "compression_ratio": _parameter_prices,
@@ -152,7 +153,7 @@ UNITS: dict[str, Callable[[GraspConfig, PreTrainedModel, Targets, CostTable | No
 DEFAULT_UNIT = "compression_ratio"
 
 
-def _unit(config: GraspConfig) -> Callable[[GraspConfig, PreTrainedModel, Targets, CostTable | None], Prices]:
+def _unit(config: GraspConfig) -> _Unit:
     return next(unit for field, unit in UNITS.items() if getattr(config, field) is not None or field == DEFAULT_UNIT)
 
 
