@@ -265,9 +265,9 @@ class GraspConfig:
 
     @property
     def narrows(self) -> bool:
-        """Whether MLPs may lose channels: covariances say what they are worth, and weights stay floating."""
+        """Whether MLPs may lose channels: covariances say what they are worth, and there are no fewer bits to choose."""
         by_covariances = BASES[self.basis].outputs and METRICS[self.metric].moment == "none"
-        return self.schedule == "progressive" and self.storage is None and by_covariances
+        return self.schedule == "progressive" and self.fewest_bits is None and by_covariances
 
     @property
     def storage(self) -> Storage | None:

@@ -67,8 +67,7 @@ def costs_for(
         head = tuple(model.get_output_embeddings().weight.shape)
         weights: dict[str, Any] = {"dtype": dtype, "itemsize": model.dtype.itemsize, "head": head}
         costs = from_roofline(costs, [*shapes, *narrowest], form=form, storages=storages, **weights)
-    costs.require(shapes, dtype, form, storages)
-    costs.require(narrowest, dtype, form)
+    costs.require([*shapes, *narrowest], dtype, form, storages)
     return costs
 
 
@@ -106,7 +105,7 @@ def measure_costs(
 ) -> CostTable:
     """Time linears of the model's shapes, dtype and device on one token, and the model's own decoding.
 
-    Of MLPs that may lose channels the narrowest shapes are timed too, floating; those in between are interpolated.
+    Of MLPs that may lose channels the narrowest shapes are timed too; those in between are interpolated.
     Calls rotate through copies of a linear, so that no weights are in a cache. The dense linear and its ranks take
     turns, floating and in each of the ``storages``; the medians count. The rest of the decoder layers, and of a token,
     is measured by decoding with the model; with ``storages``, also with all its linears in the first of them.
@@ -124,15 +123,15 @@ def measure_costs(
     steps = len(timed) + 1
     for done, shape in enumerate(timed):
         progress("costs of linears", done, steps)
-        ranks, stored = measured_ranks(shape, form), (None, *(storages if shape in shapes else ()))
-        times = _time_linears(shape, list(product(stored, (None, *ranks))), form, device, dtype)
-        for storage in stored:
+        ranks = measured_ranks(shape, form)
+        times = _time_linears(shape, list(product((None, *storages), (None, *ranks))), form, device, dtype)
+        for storage in (None, *storages):
             low_rank = tuple(times[storage, rank] for rank in ranks)
             linears[shape, storage] = LinearSeconds(times[storage, None], ranks, low_rank)
     progress("costs of linears", steps - 1, steps)
     beside: dict[Storage | None, tuple[float, float]] = {}
-    decoded = (None, *storages[:1])
-    for storage, (layers, rest) in zip(decoded, _time_decoding(model, decoded), strict=True):
+    stored = (None, *storages[:1])
+    for storage, (layers, rest) in zip(stored, _time_decoding(model, stored), strict=True):
         other = layers - sum(linears[shape, storage].dense for shape in shapes)
         beside[storage] = max(0.0, other / len(decoder(model).layers)), rest
     progress("costs of linears", steps, steps)

@@ -87,8 +87,8 @@ def find_prices(
     if costs is not None:
         dtype = str(model.dtype).removeprefix("torch.")
         shapes = {dense_shape(target.module) for target in chain.from_iterable(targets.values())}
+        shapes.update(narrowest_shapes(model) if config.narrows else ())
         costs.require(shapes, dtype, config.form, config.storages)
-        costs.require(narrowest_shapes(model) if config.narrows else (), dtype, config.form)
     prices = _unit(config)(config, model, targets, costs)
     if prices.saving is not None:
         _require_reachable(config, prices, model, targets, may_remove)

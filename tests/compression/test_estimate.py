@@ -234,8 +234,8 @@ def test_disk_holds_the_factors_of_both_rounds() -> None:
     mlps = 32 * 4096 * (sum(widths_of(14336)) + 4 * 14336)
     assert mlps > weights
     assert estimate(best_job()).memory.disk == pytest.approx(4 * groups + 2 * mlps + 2 * groups, rel=0.01)
-    quantized = replace(best_job().config, bits=8)  # MLPs keep their channels
-    assert estimate(best_job(config=quantized)).memory.disk == pytest.approx(6 * groups + 2 * weights, rel=0.01)
+    few = replace(best_job().config, compression_ratio=None, target_bytes=3 * 10**9, bits="auto")  # channels stay
+    assert estimate(best_job(config=few)).memory.disk == pytest.approx(6 * groups + 2 * weights, rel=0.01)
     assert estimate(best_job(config=single)).memory.disk == pytest.approx(4 * groups + 2 * groups, rel=0.01)
     unfitted = replace(single, refit=False)
     assert estimate(best_job(config=unfitted)).memory.disk == pytest.approx(4 * groups, rel=0.01)

@@ -18,6 +18,7 @@ from grasp.method.cost_table import CostTable, LinearSeconds
 from grasp.model.batch import as_batches
 from grasp.model.dense import dense_shape
 from grasp.model.narrowing import narrowed_shapes, narrowest_shapes
+from grasp.model.quantized_linear import QUANTIZED
 from grasp.model.size import model_size
 from grasp.model.targets import all_targets
 from grasp.statistics.layer_losses import losses_without
@@ -110,6 +111,20 @@ def test_the_weights_of_narrowed_linears_are_freed() -> None:
     linears = modules_of(model)
     compress_(model, tiny_batches(4, length=32), BEST)
     assert all(linears[name].weight.is_meta for name in narrowed_shapes(model))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_is_left_is_quantised(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "MULTIPLE", 64)
+    model = tiny_model("llama", hidden_size=64, intermediate_size=256)
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:
+            layer.mlp.down_proj.weight[:, ::2] *= 1e-3
+    compress_(model, tiny_batches(4, length=64), GraspConfig.best(compression_ratio=0.15, bits=bits))
+    assert narrowed_shapes(model)
+    assert all(isinstance(model.get_submodule(name), QUANTIZED) for name in narrowed_shapes(model))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
 def test_the_dense_loss_is_that_of_the_whole_model() -> None:
