@@ -265,7 +265,7 @@ class GraspConfig:
 
     @property
     def narrows(self) -> bool:
-        """Whether MLPs may lose channels: covariances say what they are worth, and there are no fewer bits to choose."""
+        """Whether MLPs may lose channels: covariances say what they are worth, and bits are not chosen."""
         by_covariances = BASES[self.basis].outputs and METRICS[self.metric].moment == "none"
         return self.schedule == "progressive" and self.fewest_bits is None and by_covariances
 

@@ -60,8 +60,9 @@ def test_quantised_checkpoints_give_the_tokens_of_transformers(
 
 @pytest.mark.skipif(cores() < 2, reason="two processes need two cores")
 def test_two_processes_give_the_tokens_of_transformers_of_a_quantised_checkpoint(tmp_path: Path) -> None:
-    """Each process has 32 columns of o and 64 of down, and groups of 64 columns with one scale."""
-    folder = save_compressed(tmp_path / "model", "qwen2", storage=Storage(4, 64), intermediate_size=128)
+    """Each process has 32 columns of o and 64 of two narrowed down, and groups of 64 columns with one scale."""
+    sizes = {"narrowed": (0, 1), "intermediate_size": 256}
+    folder = save_compressed(tmp_path / "model", "qwen2", storage=Storage(4, 64), **sizes)
     assert engine_tokens(folder, tmp_path, tensor_parallel_size=2) == greedy(load(folder))
 
 
