@@ -120,7 +120,7 @@ def carry_out_(run: Run) -> CompressionReport:
     try:
         work = prepare_(run, plan)
         if run.config.decides_together:
-            run, plan, work = narrow_(run, plan, work, scores)
+            run, plan, work = narrow_(run, plan, work)
             decision = decide_globally(run, plan, work)
             work.prefix.hidden.clear()
             if decision.whole:

@@ -66,13 +66,11 @@ def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
         return decision(run, only._replace(fitted=run.config.refit and not plan.bits_suffice), (dense,), losses)
     with run.processes.fail_together():
         start = capture_prefix(run.model, run.processes.local_batches(run.held_out), {0}, scratch=run.scratch)
-    parts = run.processes.size
-    few = excerpt(run.held_out, sequences=MEASURED_SEQUENCES, tokens=MEASURED_TOKENS, parts=parts)
-    reference = Reference.of(run.model, few, scratch=run.scratch, processes=run.processes)
+    reference = _reference(run)
     once, decomposed = run.state.once, selections
     factors = once("corrections", lambda: corrections(run, plan, decomposed, reference, nats))
     selections = corrected(decomposed, factors)
-    removal = dict(once("removal", lambda: list(_removal(run, plan, reference).items())))
+    removal = removal_losses(run, plan, reference)
     allocations = {
         name: candidate
         for name, candidate in candidates(selections, plan, run.prices, removal, nats).items()
@@ -126,20 +124,19 @@ def compare_with_removal(run: Run, plan: Plan, scores: Sequence[float]) -> Decis
     return decision(run, dense, options, {option.name: loss for option, loss in pairs if math.isfinite(loss)})
 
 
-def measure_whole(run: Run, plan: Plan, scores: Sequence[float]) -> None:
+def measure_whole(run: Run, plan: Plan) -> None:
     """Measure the dense model, and it without layers, before MLPs lose channels; nothing if no batches are held out.
 
     Args:
         run: the run; the model is dense.
         plan: what is to be saved.
-        scores: the block influence of each layer, which says what is removed first.
     """
     if not run.held_out or "whole" in run.state.measured:
         return
     with run.processes.fail_together():
         start = capture_prefix(run.model, run.processes.local_batches(run.held_out), {0}, scratch=run.scratch)
-    removal = removed_in_order(run, plan, {layer: scores[layer] for layer in plan.layers})
-    options = [Candidate(DENSE, (), {}), *_layers_removed(run, plan, removal), *linear_replacement(run, plan)]
+    others = [*_layers_removed(run, plan, removal_losses(run, plan)), *linear_replacement(run, plan)]
+    options = [Candidate(DENSE, (), {}), *others]
     for option in options:
         run.state.once(f"loss, {option.name}", partial(_measured, run, start, {}, option))
     run.state.record({"map": next((option.map for option in options if option.map), None)})
@@ -199,10 +196,25 @@ def _seconds(run: Run, costs: CostTable, option: Candidate) -> float:
     return option.seconds or predicted_seconds(run.config, costs, run.targets, ranks, option.removed)
 
 
-def _removal(run: Run, plan: Plan, reference: Reference) -> dict[int, float]:
-    """``removed_in_order`` by the divergence from the dense model without each layer."""
-    alone = removal_divergences(reference, plan.layers, progress=run.progress)
-    return removed_in_order(run, plan, alone, reference)
+def removal_losses(run: Run, plan: Plan, reference: Reference | None = None) -> dict[int, float]:
+    """``removed_in_order`` by the divergence without each layer from the model as it is: whole, or narrowed.
+
+    It is measured once, beside the ``reference``, which is computed if it is not given; {} if no batches are held out.
+    """
+
+    def measure() -> list[tuple[int, float]]:
+        beside = _reference(run) if reference is None else reference
+        alone = removal_divergences(beside, plan.layers, progress=run.progress)
+        return list(removed_in_order(run, plan, alone, beside).items())
+
+    name = "removal, narrowed" if run.narrowed else "removal"
+    return dict(run.state.once(name, measure)) if run.held_out else {}
+
+
+def _reference(run: Run) -> Reference:
+    """The model as it is, on a few of the held-out tokens."""
+    few = excerpt(run.held_out, sequences=MEASURED_SEQUENCES, tokens=MEASURED_TOKENS, parts=run.processes.size)
+    return Reference.of(run.model, few, scratch=run.scratch, processes=run.processes)
 
 
 def removed_in_order(

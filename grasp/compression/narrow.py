@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,15 +13,16 @@ from torch import Tensor, nn
 
 from grasp.checkpoint.run_state import Decision
 from grasp.compression.budget import Plan, Prices, ceilings, narrowed_plan, narrowed_prices, required_saving
-from grasp.compression.candidates import rank_choices_of
+from grasp.compression.candidates import REMOVAL_LOSS_SCALES, rank_choices_of
 from grasp.compression.eligible import eligible_targets
-from grasp.compression.held_out import measure_whole
+from grasp.compression.held_out import measure_whole, removal_losses
 from grasp.compression.rounds import Work
 from grasp.compression.run import Run
 from grasp.compression.selection import Selection, Selections
 from grasp.compression.spans import Selector
 from grasp.method.channels import narrow, widths_of
 from grasp.method.knapsack import DENSE
+from grasp.method.metrics import nats_per_score
 from grasp.method.ranks import Shape
 from grasp.method.schedules import plan_sweeps
 from grasp.model.narrowing import (
@@ -61,10 +63,11 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Choice:
-    """An MLP at a width: what its linears cost and are predicted to lose at each rank, beside the lost channels."""
+    """An MLP at a width, or a linear: what each linear costs and is predicted to lose at each rank."""
 
+    mlp: Mlp | None
     width: int
-    loss: float
+    loss: float  # of the channels
     costs: Sequence[np.ndarray]
     losses: Sequence[np.ndarray]
 
@@ -74,8 +77,32 @@ class Choice:
         cost = math.fsum(float(costs[i]) for costs, i in zip(self.costs, picked, strict=True))
         return cost, self.loss + math.fsum(float(losses[i]) for losses, i in zip(self.losses, picked, strict=True))
 
+    def value(self, rate: float) -> float:
+        """What the loss and the cost are worth together."""
+        cost, loss = self.at(rate)
+        return loss + rate * cost
 
-def narrow_(run: Run, plan: Plan, work: Work, scores: Sequence[float]) -> tuple[Run, Plan, Work]:
+
+class Layer(NamedTuple):
+    """A decoder layer: what it costs beside its linears, their choices, and the loss without it."""
+
+    rest: float
+    parts: Sequence[Sequence[Choice]]  # one choice for a linear, and one for each width of an MLP
+    removal: float
+
+    def at(self, rate: float) -> tuple[float, float]:
+        """Cost and loss if each unit of cost is worth ``rate``."""
+        picked = [min(choices, key=lambda choice: choice.value(rate)).at(rate) for choices in self.parts]
+        cost = self.rest + math.fsum(cost for cost, _ in picked)
+        loss = math.fsum(loss for _, loss in picked)
+        return (0.0, self.removal) if self.removal < loss + rate * cost else (cost, loss)
+
+    def picked(self, rate: float) -> Layer:
+        """The layer with the width of each MLP that is then best."""
+        return self._replace(parts=[[min(choices, key=lambda choice: choice.value(rate))] for choices in self.parts])
+
+
+def narrow_(run: Run, plan: Plan, work: Work) -> tuple[Run, Plan, Work]:
     """Remove channels of MLPs, and plan the rest of the budget for the smaller model; or change nothing.
 
     The first sweep decides. What the dense model loses without layers is measured before, on held-out batches.
@@ -84,7 +111,6 @@ def narrow_(run: Run, plan: Plan, work: Work, scores: Sequence[float]) -> tuple[
         run: the run; the model is dense.
         plan: what is to be saved.
         work: its sweep.
-        scores: the block influence of each layer.
     """
     config, state = run.config, run.state
     if not config.narrows:
@@ -93,7 +119,7 @@ def narrow_(run: Run, plan: Plan, work: Work, scores: Sequence[float]) -> tuple[
         _choose_(run, plan, work)
     if not state.widths:
         return run, plan, work
-    measure_whole(run, plan, scores)
+    measure_whole(run, plan)
     for path in state.widths:
         tensors, _ = state.read(state.files[f"narrow-{path}"], "channels", "weight")
         narrow_mlp_(run.model.get_submodule(path), tensors["channels"], tensors["weight"])
@@ -135,7 +161,11 @@ def _choose_(run: Run, plan: Plan, work: Work) -> None:
         return channel_tensors(of[target], target, weight, covariance) if target in of else {}
 
     selections = Selector(run, ceilings(run.config, plan), work.prefix).select(members, "first", extra=extra)
-    widths = choose_widths(run, plan, selections, found)
+    tokens = sum(batch.num_tokens for batch in run.batches)
+    nats = nats_per_score(run.config.basis, run.config.metric, tokens)
+    removal = removal_losses(run, plan).items() if found else ()
+    losses = {layer: REMOVAL_LOSS_SCALES[0] * loss / nats for layer, loss in removal}
+    widths = choose_widths(run, plan, selections, found, losses)
     down = {mlp.path: selections[mlp.down].file for mlp in found}
 
     def write(path: str) -> str:
@@ -183,36 +213,45 @@ def channel_tensors(mlp: Mlp, target: Target, weight: Tensor, covariance: Covari
     return tensors
 
 
-def choose_widths(run: Run, plan: Plan, selections: Selections, found: Sequence[Mlp]) -> dict[str, list[int]]:
+def choose_widths(
+    run: Run, plan: Plan, selections: Selections, found: Sequence[Mlp], removal: Mapping[int, float]
+) -> dict[str, list[int]]:
     """The channels before and after of the MLPs to narrow, by path, with which the budget is predicted to lose least.
 
     A narrowed linear is given the scores of the whole one, scaled by the share of the remaining channels; the next
-    sweep measures them. {} if less than ``LEAST_GAIN`` is gained.
+    sweep measures them. {} if less than ``LEAST_GAIN`` is gained. Layers that are better removed keep their channels:
+    ``removal`` says what that loses, in units of the scores.
     """
-    usable = [mlp for mlp in found if not any(selections[t].skipped for t in (*mlp.gate_up, mlp.down))]
-    within = {target for mlp in usable for target in (*mlp.gate_up, mlp.down)}
-    alone = [
-        [_choice(run.prices, 0, 0.0, {target: selection})]
-        for target, selection in selections.items()
-        if target in plan.ranks and not selection.skipped and target not in within
-    ]
-    options = [_options(run, mlp, selections) for mlp in usable]
     linears = [target for target in selections if target in plan.ranks and not selections[target].skipped]
-    budget = math.fsum(run.prices.linear(target, DENSE) for target in linears) - required_saving(run.prices, plan)
-    ranks_only = _least_loss([*alone, *(choices[:1] for choices in options)], budget)
-    rate = _rate([*alone, *options], budget)
-    picked = [min(choices, key=lambda choice: _value(choice, rate)) for choices in options]
-    both = _least_loss([*alone, *([choice] for choice in picked)], budget)
-    if both > (1 - LEAST_GAIN) * ranks_only:
+    usable = [mlp for mlp in found if {*mlp.gate_up, mlp.down} <= {*linears}]
+    within = {target for mlp in usable for target in (*mlp.gate_up, mlp.down)}
+    parts: dict[int, list[list[Choice]]] = {layer: [] for layer in plan.layers}
+    for mlp in usable:
+        parts[mlp.down.layer].append(_options(run, mlp, selections))
+    rests = {layer: run.prices.layer(layer) for layer in plan.layers}
+    budget = math.fsum(rests.values()) - required_saving(run.prices, plan)
+    for target in linears:
+        rests[target.layer] -= run.prices.linear(target, DENSE)
+        if target not in within:
+            parts[target.layer].append([_choice(run.prices, None, 0, 0.0, {target: selections[target]})])
+    layers = [Layer(rests[i], parts[i], removal.get(i, math.inf)) for i in plan.layers]
+    rate = _rate(layers, budget)
+    picked = [layer.picked(rate) for layer in layers]
+    whole = [layer._replace(parts=[choices[:1] for choices in layer.parts]) for layer in layers]
+    if _least_loss(picked, budget) > (1 - LEAST_GAIN) * _least_loss(whole, budget):
         return {}
-    pairs = zip(usable, picked, strict=True)
-    return {mlp.path: [mlp.channels, choice.width] for mlp, choice in pairs if choice.width < mlp.channels}
+    kept = (choice for layer in picked if layer.at(rate)[0] > 0 for [choice] in layer.parts)
+    return {
+        choice.mlp.path: [choice.mlp.channels, choice.width]
+        for choice in kept
+        if choice.mlp is not None and choice.width < choice.mlp.channels
+    }
 
 
 def _options(run: Run, mlp: Mlp, selections: Selections) -> list[Choice]:
     """An MLP at each of its widths, that of all channels first."""
     linears = (*mlp.gate_up, mlp.down)
-    result = [_choice(run.prices, mlp.channels, 0.0, {target: selections[target] for target in linears})]
+    result = [_choice(run.prices, mlp, mlp.channels, 0.0, {target: selections[target] for target in linears})]
     down = selections[mlp.down]
     total = float(down.importance.double().sum())
     energies = [run.state.read(selections[target].file, "energy")[0]["energy"].double() for target in mlp.gate_up]
@@ -226,7 +265,7 @@ def _options(run: Run, mlp: Mlp, selections: Selections) -> list[Choice]:
         }
         n = len(mlp.down.module.weight)
         narrowed[_resized(mlp.down, (n, width))] = _scaled(down, max(0.0, 1 - loss / total), width)
-        result.append(_choice(run.prices, width, loss, narrowed))
+        result.append(_choice(run.prices, mlp, width, loss, narrowed))
     return result
 
 
@@ -241,17 +280,12 @@ def _scaled(selection: Selection, factor: float, groups: int) -> Selection:
     return replace(selection, importance=selection.importance[:groups] * factor, indices=indices[indices < groups])
 
 
-def _choice(prices: Prices, width: int, loss: float, linears: Mapping[Target, Selection]) -> Choice:
+def _choice(prices: Prices, mlp: Mlp | None, width: int, loss: float, linears: Mapping[Target, Selection]) -> Choice:
     choices = [rank_choices_of(target, selection, prices) for target, selection in linears.items()]
-    return Choice(width, loss, [np.asarray(c.costs) for c in choices], [np.asarray(c.losses) for c in choices])
+    return Choice(mlp, width, loss, [np.asarray(c.costs) for c in choices], [np.asarray(c.losses) for c in choices])
 
 
-def _value(choice: Choice, rate: float) -> float:
-    cost, loss = choice.at(rate)
-    return loss + rate * cost
-
-
-def _rate(options: Sequence[Sequence[Choice]], budget: float) -> float:
+def _rate(layers: Sequence[Layer], budget: float) -> float:
     """The highest worth of a unit of cost, nearly, at which the best choices still cost more than the budget.
 
     Ranks, which are chosen later, save the rest.
@@ -259,11 +293,11 @@ def _rate(options: Sequence[Sequence[Choice]], budget: float) -> float:
     low, high = 1e-30, 1e30
     for _ in range(100):
         rate = math.sqrt(low * high)
-        cost = math.fsum(min(choices, key=lambda c: _value(c, rate)).at(rate)[0] for choices in options)
+        cost = math.fsum(layer.at(rate)[0] for layer in layers)
         low, high = (rate, high) if cost > budget else (low, rate)
     return low
 
 
-def _least_loss(options: Sequence[Sequence[Choice]], budget: float) -> float:
-    rate = _rate(options, budget)
-    return math.fsum(min(choices, key=lambda c: _value(c, rate)).at(rate)[1] for choices in options)
+def _least_loss(layers: Sequence[Layer], budget: float) -> float:
+    rate = _rate(layers, budget)
+    return math.fsum(layer.at(rate)[1] for layer in layers)
