@@ -214,7 +214,7 @@ def test_what_was_measured_and_fitted_is_not_done_again(
 
         monkeypatch.setattr(place, name, note_and_call)
 
-    for place, name in ((choice, "corrections"), (choice, "_removal"), (choice, "_measured"), (Refit, "_fit_")):
+    for place, name in ((choice, "corrections"), (choice, "removed_in_order"), (choice, "_measured"), (Refit, "_fit_")):
         noted(place, name)
     kept = tiny_model("llama")
     report = compressed(kept, compression_ratio=0.02)

@@ -192,6 +192,26 @@ def test_a_linear_map_of_the_whole_model_can_win(monkeypatch: pytest.MonkeyPatch
     assert all(torch.equal(value, expected[name]) for name, value in state.items())
 
 
+@pytest.mark.parametrize(("loss", "is_narrowed"), [(0.0, False), (1e9, True)])
+def test_a_layer_that_is_better_removed_keeps_its_channels(
+    loss: float, is_narrowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    choose = narrow.choose_widths
+
+    def noted(*given: Any) -> dict[str, list[int]]:
+        found.append(choose(*given))
+        return found[-1]
+
+    monkeypatch.setattr(narrow, "choose_widths", noted)
+    monkeypatch.setattr(narrow, "removal_losses", lambda run, plan: {1: loss})
+    config = GraspConfig.best(compression_ratio=0.4)
+    others = tiny_batches(1, length=32, seed=5)
+    compress_(model_with_quiet_channels(), tiny_batches(4, length=32), config, held_out=others)
+    assert "model.layers.2.mlp" in found[0]
+    assert ("model.layers.1.mlp" in found[0]) is is_narrowed
+
+
 def test_layers_outside_of_the_scope_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layer 0 does next to nothing, and is not to be touched."""
     model = model_with_quiet_channels()
@@ -245,6 +265,7 @@ def test_an_interrupted_run_narrows_as_if_it_had_not_been(
     step: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(narrow, "LEAST_GAIN", -1.0)
+    monkeypatch.setattr(narrow, "REMOVAL_LOSS_SCALES", (1e9,))  # no layer is better removed
     options: dict[str, Any] = {"held_out": tiny_batches(1, length=32, seed=5), "intermediate_size": CHANNELS}
     expected = run(None, BEST, **options)
     assert "narrowed, low-rank" in expected[0].held_out_loss
