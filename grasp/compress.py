@@ -179,10 +179,10 @@ def _report(
     ranks |= {report.name: report.rank for report in reports if report.rank}
     left = [report for layer in plan.layers for report in run.left[layer]]
     after = model_size(run.model)
-    seconds: dict[str, float] = {}
-    if run.costs is not None:
-        seconds["dense"] = run.dense_seconds
-        seconds["after"] = predicted_seconds(run.config, run.costs, run.targets, ranks, decision.removed)
+    seconds = run.costs and {
+        "dense": run.dense_seconds,
+        "after": predicted_seconds(run.config, run.costs, run.targets, ranks, decision.removed),
+    }
     return CompressionReport(
         config=run.config.to_dict(),
         block_influence=tuple(scores),
@@ -204,6 +204,6 @@ def _report(
         },
         seconds=run.clock.seconds,
         versions={name: version(name) for name in ("torch", "transformers")},
-        decode_seconds=seconds,
+        decode_seconds=seconds or {},
         costs=run.costs.device if run.costs else None,
     )

@@ -57,17 +57,18 @@ def costs_for(
         CostTableError: if it is neither a file nor a card, or the table is for another model, dtype or form, or lacks
             a storage.
     """
+    shapes = {*linear_shapes(model), *narrowest_shapes(model)}
     if source is None:
-        if measured is None or not {*storages} <= {storage for _, storage in measured.linears}:
+        if measured is None or not {*product(shapes, (None, *storages))} <= measured.linears.keys():
             measured = measure_costs(model, form, storages, progress=progress)
         return measured
-    shapes, narrowest, costs = linear_shapes(model), narrowest_shapes(model), find_costs(source)
+    costs = find_costs(source)
     dtype = str(model.dtype).removeprefix("torch.")
     if isinstance(costs, Card):
         head = tuple(model.get_output_embeddings().weight.shape)
         weights: dict[str, Any] = {"dtype": dtype, "itemsize": model.dtype.itemsize, "head": head}
-        costs = from_roofline(costs, [*shapes, *narrowest], form=form, storages=storages, **weights)
-    costs.require([*shapes, *narrowest], dtype, form, storages)
+        costs = from_roofline(costs, shapes, form=form, storages=storages, **weights)
+    costs.require(shapes, dtype, form, storages)
     return costs
 
 

@@ -119,6 +119,7 @@ def narrow_(run: Run, plan: Plan, work: Work) -> tuple[Run, Plan, Work]:
         _choose_(run, plan, work)
     if not state.widths:
         return run, plan, work
+    run.clock.enter("candidates")
     measure_whole(run, plan)
     for path in state.widths:
         tensors, _ = state.read(state.files[f"narrow-{path}"], "channels", "weight")
@@ -163,6 +164,7 @@ def _choose_(run: Run, plan: Plan, work: Work) -> None:
     selections = Selector(run, ceilings(run.config, plan), work.prefix).select(members, "first", extra=extra)
     tokens = sum(batch.num_tokens for batch in run.batches)
     nats = nats_per_score(run.config.basis, run.config.metric, tokens)
+    run.clock.enter("candidates")
     removal = removal_losses(run, plan).items() if found else ()
     losses = {layer: REMOVAL_LOSS_SCALES[0] * loss / nats for layer, loss in removal}
     widths = choose_widths(run, plan, selections, found, losses)

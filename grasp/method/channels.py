@@ -13,7 +13,7 @@ from grasp.method.ranks import Shape
 from grasp.method.svd import cholesky_factor, shrinkage
 
 SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2)  # of an MLP's channels that may go
-MULTIPLE = 64  # of which widths are; kernels and processes that share an MLP divide it
+MULTIPLE = 64  # of which widths are, so that kernels and groups of 64 columns divide them
 _STEPS = 128  # removals between two updates of whole matrices
 
 
@@ -36,7 +36,7 @@ def widths_of(channels: int) -> list[int]:
 
     Example:
         >>> widths_of(1536)
-        [1472, 1344, 1152, 960, 768]
+        [1408, 1344, 1152, 960, 768]
     """
     rounded = {round((1 - share) * channels / MULTIPLE) * MULTIPLE for share in SHARES}
     return sorted((width for width in rounded if 0 < width < channels), reverse=True)

@@ -102,19 +102,20 @@ class CostTable:
             if below and above:
                 share = (shape[varies] - below[varies]) / (above[varies] - below[varies])
                 return (1 - share) * self.linear(below, rank, storage) + share * self.linear(above, rank, storage)
-        raise self._missing(shape, storage)
+        raise CostTableError(self._missing(shape, storage))
 
-    def _missing(self, shape: Shape, storage: Storage | None) -> CostTableError:
-        return CostTableError(f"the costs of {self.device} have no {self._needed(shape, storage)} -o costs.json")
-
-    def _needed(self, shape: Shape, storage: Storage | None) -> str:
+    def _missing(self, shape: Shape, storage: Storage | None) -> str:
+        start = f"the costs of {self.device} have no"
         if storage is not None and all(known != storage for _, known in self.linears):
             kinds = ", ".join(sorted({str(known or self.dtype) for _, known in self.linears}))
-            return f"{storage} linears, only {kinds}. Measure them: grasp bench costs MODEL --bits {storage.option}"
+            return (
+                f"{start} {storage} linears, only {kinds}. Measure them: "
+                f"grasp bench costs MODEL --bits {storage.option} -o costs.json"
+            )
         known = ", ".join(f"{n}x{k}" for n, k in sorted({shape for shape, _ in self.linears}))
         return (
-            f"linear of {shape[1]} inputs and {shape[0]} outputs, only {known} (outputs x inputs): they were measured "
-            "for another model. Measure this one: grasp bench costs MODEL"
+            f"{start} linear of {shape[1]} inputs and {shape[0]} outputs, only {known} (outputs x inputs): they were "
+            "measured for another model. Measure this one: grasp bench costs MODEL -o costs.json"
         )
 
     def predict(
@@ -160,7 +161,7 @@ class CostTable:
             )
         for shape, storage in product(shapes, (None, *storages)):
             if (shape, storage) not in self.linears:
-                raise self._missing(shape, storage)
+                raise CostTableError(self._missing(shape, storage))
 
     def to_dict(self) -> dict[str, Any]:
         """The table as JSON values."""
@@ -194,9 +195,9 @@ class CostTable:
         """
         expected = f"a table of costs; make one with grasp bench costs MODEL -o {path.name}"
         values = read_json(path, expected, CostTableError)
+        if (found := values.pop("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
+            raise CostTableError(f"{path} has format_version {found!r}, not {FORMAT_VERSION}; expected {expected}")
         try:
-            if (found := values.pop("format_version")) != FORMAT_VERSION:
-                raise ValueError(f"its format_version is {found!r}, not {FORMAT_VERSION}")
             return cls.from_dict(values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CostTableError(f"{path} is damaged ({one_line(error)}); expected {expected}") from error

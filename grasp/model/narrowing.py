@@ -84,7 +84,7 @@ def narrowed_shapes(model: nn.Module) -> dict[str, Shape]:
 
 
 def narrowest_shapes(model: nn.Module) -> list[Shape]:
-    """The shapes, (N, K), of the linears of the MLPs that may lose channels, if these lose as many as they may."""
+    """The shapes, (N, K), of the linears of MLPs that can be narrowed and are whole, with as few channels as may be."""
     before = {path for path, _ in narrowed_mlps(model)}
     shapes: list[Shape] = []
     for path, mlp in model.named_modules():

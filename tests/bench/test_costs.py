@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from itertools import product
 from pathlib import Path
 
@@ -112,6 +113,9 @@ def test_costs_come_from_a_file_a_card_or_this_machine(tmp_path: Path) -> None:
     assert costs_for(model, None, "pivoted", measured=measured) is measured
     again = costs_for(model, None, "pivoted", [Storage(8)], measured=measured)  # of an interrupted run without bits
     assert {storage for _, storage in again.linears} == {None, Storage(8)}
+    linears = dict(list(measured.linears.items())[1:])  # of an interrupted run of an earlier version
+    again = costs_for(model, None, "pivoted", measured=dataclasses.replace(measured, linears=linears))
+    assert again.linears.keys() == measured.linears.keys()
     card = costs_for(model, "A100", "pivoted")
     assert (card.device, card.source, card.dtype) == ("A100", "roofline", "float32")
     assert {shape for shape, _ in card.linears} == set(linear_shapes(model))

@@ -67,7 +67,7 @@ def test_a_narrowed_linear_is_on_the_line_between_the_whole_and_the_narrowest(
     linears = {(shape, None): wide, (narrow, None): small, ((72, 72), None): wide, (between, Storage(8)): wide}
     table = dataclasses.replace(TABLE, linears=linears)
     assert table.linear(between, rank) == pytest.approx(seconds)
-    assert table.linear(narrow, rank) == small.at(rank) if rank else small.dense
+    assert table.linear(narrow, rank) == (small.at(rank) if rank else small.dense)
     for beyond in (16, 120):  # no guess
         with pytest.raises(CostTableError, match="no linear of"):
             table.linear((beyond, 32) if between[1] == 32 else (32, beyond), rank)
@@ -96,7 +96,7 @@ def test_a_file_that_cannot_be_written_or_is_not_there_is_named(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 1}, "its format_version is 1, not 2"),
+        ({"format_version": 1}, "has format_version 1, not 2; expected a table of costs"),
         ({"dtype": None}, "missing 1 required positional argument: 'dtype'"),
         ({"linears": []}, "it has no linears"),
         ({"rest_quantized": None}, "layer_quantized and rest_quantized belong to quantised linears, got (4e-06, None)"),
