@@ -115,8 +115,8 @@ def measure_costs(
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"vocab_size": 64, "hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 2}
         >>> table = measure_costs(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)))
-        >>> sorted(table.linears), table.source
-        ([((512, 512), None)], 'measured')
+        >>> [shape for shape, _ in sorted(table.linears)], table.source
+        ([(256, 512), (512, 256), (512, 512)], 'measured')
     """
     device, dtype, shapes = first_device(model), model.dtype, linear_shapes(model)
     linears: dict[tuple[Shape, Storage | None], LinearSeconds] = {}
