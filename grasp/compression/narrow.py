@@ -162,12 +162,13 @@ def _choose_(run: Run, plan: Plan, work: Work) -> None:
         return channel_tensors(of[target], target, weight, covariance) if target in of else {}
 
     selections = Selector(run, ceilings(run.config, plan), work.prefix).select(members, "first", extra=extra)
-    tokens = sum(batch.num_tokens for batch in run.batches)
-    nats = nats_per_score(run.config.basis, run.config.metric, tokens)
-    run.clock.enter("candidates")
-    removal = removal_losses(run, plan).items() if found else ()
-    losses = {layer: REMOVAL_LOSS_SCALES[0] * loss / nats for layer, loss in removal}
-    widths = choose_widths(run, plan, selections, found, losses)
+    removal: dict[int, float] = {}
+    if found and run.config.target_latency is not None:  # layers take time beside their linears
+        run.clock.enter("candidates")
+        tokens = sum(batch.num_tokens for batch in run.batches)
+        scale = REMOVAL_LOSS_SCALES[0] / nats_per_score(run.config.basis, run.config.metric, tokens)
+        removal = {layer: scale * loss for layer, loss in removal_losses(run, plan).items()}
+    widths = choose_widths(run, plan, selections, found, removal)
     down = {mlp.path: selections[mlp.down].file for mlp in found}
 
     def write(path: str) -> str:

@@ -206,9 +206,9 @@ def test_a_layer_that_is_better_removed_keeps_its_channels(
 
     monkeypatch.setattr(narrow, "choose_widths", noted)
     monkeypatch.setattr(narrow, "removal_losses", lambda run, plan: {1: loss})
-    config = GraspConfig.best(compression_ratio=0.4)
-    others = tiny_batches(1, length=32, seed=5)
-    compress_(model_with_quiet_channels(), tiny_batches(4, length=32), config, held_out=others)
+    model, others = model_with_quiet_channels(), tiny_batches(1, length=32, seed=5)
+    given = model, tiny_batches(4, length=32), GraspConfig.best(target_latency=0.65)
+    compress_(*given, held_out=others, costs=costs_of(model))
     assert "model.layers.2.mlp" in found[0]
     assert ("model.layers.1.mlp" in found[0]) is is_narrowed
 
@@ -266,7 +266,6 @@ def test_an_interrupted_run_narrows_as_if_it_had_not_been(
     step: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(narrow, "LEAST_GAIN", -1.0)
-    monkeypatch.setattr(narrow, "REMOVAL_LOSS_SCALES", (1e9,))  # no layer is better removed
     options: dict[str, Any] = {"held_out": tiny_batches(1, length=32, seed=5), "intermediate_size": CHANNELS}
     expected = run(None, BEST, **options)
     assert "narrowed, low-rank" in expected[0].held_out_loss
